@@ -511,9 +511,9 @@ def solar_features(folder: Path, tap: str, limit: int | None) -> tuple[np.ndarra
     defective.
     """
     from headrace.extract.images.content_hashes import content_hashes
-    from headrace.extract.run.plan import Network, plan_networks
-    from headrace.extract.run.work_unit import run_unit
-    from headrace.extract.taps.spec_cache import backbone_features
+    from headrace.extract.run.plan import BackboneFeatures, plan_work_units
+    from headrace.extract.run.work_unit import run_work_unit
+    from headrace.extract.taps.spec_cache import load_feature_specs
     from headrace.pipelines.cli.demo import write_demo
     from headrace.pipelines.planning.dataset import list_samples
     from headrace.pipelines.planning.networks import backbone_spec
@@ -525,9 +525,11 @@ def solar_features(folder: Path, tap: str, limit: int | None) -> tuple[np.ndarra
         samples = samples.sample(limit, random_state=0)
     samples = samples.assign(content=content_hashes(samples, folder / "contents.parquet").hashes)
     backbone = backbone_spec(recipe.backbones[0], recipe)
-    specs = backbone_features(backbone, [tap], dtype="float32", cache_root=folder)
-    for job in plan_networks(samples, [Network(backbone, specs, [()])], cache_root=folder):
-        run_unit(job)
+    specs = load_feature_specs(backbone, [tap], dtype="float32", cache_root=folder)
+    for job in plan_work_units(
+        samples, [BackboneFeatures(backbone, specs, [()])], cache_root=folder
+    ):
+        run_work_unit(job)
     features = open_feature_set(feature_set_path(folder, specs[0]))
     return features.load(samples["content"].tolist()), (samples["label"] == "defective").to_numpy()
 

@@ -260,8 +260,8 @@ def extraction_model(folder: Path, quick: bool) -> dict[str, float]:
 
     from headrace.extract.backbones.backbone import load_backbone
     from headrace.extract.images.content_hashes import content_hashes
-    from headrace.extract.run.plan import Network, plan_networks
-    from headrace.extract.run.work_unit import run_unit
+    from headrace.extract.run.plan import BackboneFeatures, plan_work_units
+    from headrace.extract.run.work_unit import run_work_unit
     from headrace.extract.sources.samples import list_folder
     from headrace.extract.spec import BackboneSpec
     from headrace.extract.taps.describe import feature_specs
@@ -281,12 +281,14 @@ def extraction_model(folder: Path, quick: bool) -> dict[str, float]:
             Image.fromarray(pixels).resize((320, 240)).save(images / f"{number}.jpg")
         samples = list_folder(images)
         samples["content"] = list(content_hashes(samples, folder / f"{count}.parquet").hashes)
-        jobs = plan_networks(
-            samples, [Network(spec, specs, [set()] * 2)], cache_root=folder / f"cache{count}"
+        jobs = plan_work_units(
+            samples,
+            [BackboneFeatures(spec, specs, [set()] * 2)],
+            cache_root=folder / f"cache{count}",
         )
         started = time.process_time()
         for job in jobs:
-            run_unit(job)
+            run_work_unit(job)
         seconds.append(time.process_time() - started)
         print(
             f"extraction {count:>6,} images: {seconds[-1]:.2f} s, {seconds[-1] / count * 1e3:.1f} "

@@ -46,16 +46,16 @@ import torch
 from PIL import Image
 
 from headrace.extract.backbones.backbone import load_backbone
-from headrace.extract.backbones.fused import keep_memory
+from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.images.decoding import decode_image
-from headrace.extract.images.preprocessing import Preprocessing, render
-from headrace.extract.run.device import CPU_BATCH, Limit, find_batch_size, launch
-from headrace.extract.run.plan import ExtractJob, Network, plan_networks
-from headrace.extract.run.work_unit import run_units
+from headrace.extract.images.preprocessing import Preprocessing, render_crop
+from headrace.extract.run.device import CPU_BATCH, BatchLimit, find_batch_size, launch_forward
+from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
+from headrace.extract.run.work_unit import run_work_units
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.describe import feature_specs
-from headrace.extract.taps.forward import hooked, make_forward, normalisation
+from headrace.extract.taps.forward import hook_forward, make_forward, make_normalizer
 from headrace.extract.taps.resolve import Tap, backbone_nodes, resolve_taps
 
 LITE0 = BackboneSpec("timm:tf_efficientnet_lite0", "random:0", image_size=300, crop_fraction=1.0)
@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()
     measures: dict[str, float] = {}
     for name in options.case or list(CASES):
         rows = CASES[name](options.quick, measures)
@@ -117,21 +117,28 @@ def photographs(folder: Path, count: int, size: tuple[int, int], kind: str) -> p
     )
 
 
-def network(spec: BackboneSpec, taps: Sequence[str], compute_dtype: str = "float32") -> Network:
+def network(
+    spec: BackboneSpec, taps: Sequence[str], compute_dtype: str = "float32"
+) -> BackboneFeatures:
     backbone = load_backbone(spec)
     specs = feature_specs(backbone, resolve_taps(backbone, taps), compute_dtype=compute_dtype)
-    return Network(spec, specs, [frozenset[str]()] * len(specs))
+    return BackboneFeatures(spec, specs, [frozenset[str]()] * len(specs))
 
 
 def extraction(
-    samples: pd.DataFrame, networks: Sequence[Network], rows: int | None = 128, device: str = "cpu"
+    samples: pd.DataFrame,
+    networks: Sequence[BackboneFeatures],
+    rows: int | None = 128,
+    device: str = "cpu",
 ) -> Callable[[], None]:
     """A whole extraction into a new cache, each time it is called."""
 
     def run() -> None:
         with tempfile.TemporaryDirectory(dir=Path(samples["path"][0]).parent.parent) as cache:
-            jobs = plan_networks(samples, networks, cache_root=cache, unit_rows=rows, device=device)
-            done = sum(report.rows for report in run_units(jobs))
+            jobs = plan_work_units(
+                samples, networks, cache_root=cache, images_per_shard=rows, device=device
+            )
+            done = sum(report.rows for report in run_work_units(jobs))
             assert done == len(samples)
 
     return run
@@ -166,13 +173,13 @@ def end_to_end(quick: bool, measures: dict[str, float]) -> list[Row]:
             made = network(spec, taps)
             backbone = load_backbone(spec)
             how = backbone.preprocessing
-            forward = make_forward(backbone, [Tap(each.tap, each.reduction) for each in made.specs])
+            forward = make_forward(backbone, [Tap(each.tap, each.pooling) for each in made.specs])
             pixels = torch.randint(0, 256, (CPU_BATCH, *how.crop, 3), dtype=torch.uint8)
             paths = [Path(path) for path in samples["path"]]
 
             def decode(paths: list[Path] = paths, how=how) -> None:  # type: ignore[no-untyped-def]
                 for path in paths:
-                    render(decode_image(path.read_bytes()), how)
+                    render_crop(decode_image(path.read_bytes()), how)
 
             def bare(forward=forward, pixels=pixels, count=count) -> None:  # type: ignore[no-untyped-def]
                 for _ in range(count // CPU_BATCH):
@@ -229,7 +236,7 @@ def fed_device(
             how = backbone.preprocessing
             forward = make_forward(
                 backbone,
-                [Tap(each.tap, each.reduction) for each in made.specs],
+                [Tap(each.tap, each.pooling) for each in made.specs],
                 device=device,
                 compute_dtype=compute_dtype,
             )
@@ -292,7 +299,7 @@ def repeated(samples: pd.DataFrame, count: int, folder: Path) -> pd.DataFrame:
 def _decode_all(part: tuple[list[str], Preprocessing]) -> None:
     paths, how = part
     for path in paths:
-        render(decode_image(Path(path).read_bytes()), how)
+        render_crop(decode_image(Path(path).read_bytes()), how)
 
 
 def taps(quick: bool, measures: dict[str, float]) -> list[Row]:
@@ -366,10 +373,10 @@ def forms(quick: bool, measures: dict[str, float]) -> list[Row]:
             (each, backbone_nodes(backbone)[each.node]) for each in resolve_taps(backbone, [tap])
         ]
         wanted = [each for each, _ in placed]
-        built = hooked(
+        built = hook_forward(
             copy.deepcopy(backbone.module),
             placed,
-            _contiguous(normalisation(backbone, "cpu")),
+            _contiguous(make_normalizer(backbone, "cpu")),
             "float32",
         )
         made: dict[str, tuple[Callable[[torch.Tensor], list[torch.Tensor]], str]] = {
@@ -414,12 +421,12 @@ def _rate(
 ) -> float:
     count = CPU_BATCH if device == "cpu" else 256
     pixels = torch.randint(0, 256, (count, *crop, 3), dtype=torch.uint8)
-    limit = Limit(count)
-    launch(forward, pixels, device, limit)()
+    limit = BatchLimit(count)
+    launch_forward(forward, pixels, device, limit)()
     repeats = 2 if quick or device != "cpu" else 4
     started = time.process_time() if device == "cpu" else time.perf_counter()
     for _ in range(repeats):
-        launch(forward, pixels, device, limit)()
+        launch_forward(forward, pixels, device, limit)()
     return (
         repeats
         * count
@@ -437,15 +444,15 @@ def workers(quick: bool, measures: dict[str, float]) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         samples = photographs(Path(scratch) / "images", 64 if quick else 384, (300, 300), "jpg")
         made = network(LITE0, LITE0_TAPS)
-        warm = plan_networks(
-            samples.head(8), [made], cache_root=Path(scratch) / "warm", unit_rows=4
+        warm = plan_work_units(
+            samples.head(8), [made], cache_root=Path(scratch) / "warm", images_per_shard=4
         )
         best = {1: (float("inf"), float("inf")), 2: (float("inf"), float("inf"))}
         for turn in range(1 if quick else 3):
             for count in best:
                 cache = Path(scratch) / f"cache-{turn}-{count}"
-                jobs = plan_networks(
-                    samples, [made], cache_root=cache, unit_rows=16 if quick else 32
+                jobs = plan_work_units(
+                    samples, [made], cache_root=cache, images_per_shard=16 if quick else 32
                 )
                 wall, cpu = _processes(warm, jobs, count)
                 best[count] = (min(best[count][0], wall), min(best[count][1], cpu))
@@ -477,7 +484,7 @@ def _processes(warm: list[ExtractJob], jobs: list[ExtractJob], count: int) -> tu
 def _run(jobs: list[ExtractJob]) -> float:
     """CPU seconds of these units in this process."""
     started = time.process_time()
-    assert all(report.rows for report in run_units(jobs))
+    assert all(report.rows for report in run_work_units(jobs))
     return time.process_time() - started
 
 
@@ -526,8 +533,8 @@ def _peak(folder: str, cache: str) -> int:
         BackboneSpec("timm:mobilenetv3_small_050", "random:0", image_size=32),
         ["blocks.1.avg", "pre_logits"],
     )
-    jobs = plan_networks(samples, [made], cache_root=cache)
-    assert sum(report.rows for report in run_units(jobs)) == len(samples)
+    jobs = plan_work_units(samples, [made], cache_root=cache)
+    assert sum(report.rows for report in run_work_units(jobs)) == len(samples)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -88,9 +88,9 @@ def parse_archive(path: Path) -> None:
 
 
 def parse_array(path: Path) -> None:
-    from headrace.extract.sources.array import array_labels, read_array
+    from headrace.extract.sources.array import detect_array_labels, read_array
 
-    array_labels(path)
+    detect_array_labels(path)
     parse_members(read_array(path))
 
 
@@ -591,13 +591,13 @@ def exported_text() -> list[bytes]:
     import dataclasses
 
     from headrace.extract.spec import BackboneSpec
-    from headrace.extract.taps.spec_cache import backbone_features
+    from headrace.extract.taps.spec_cache import load_feature_specs
     from headrace.heads.linear.kind import RidgeSpec
     from headrace.heads.spec import spec_to_json
 
     spec = BackboneSpec("timm:test_resnet", "random:0", image_size=32, crop_fraction=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        feature = backbone_features(spec, ["layer4.avg"], cache_root=Path(folder))[0]
+        feature = load_feature_specs(spec, ["layer4.avg"], cache_root=Path(folder))[0]
     about = {
         "format": 1,
         "spec": json.loads(spec_to_json(RidgeSpec(1.0))),

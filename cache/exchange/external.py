@@ -152,7 +152,7 @@ def _external_spec(
         backbone=BACKBONE_PREFIX + set_name,
         weights=hasher.hexdigest(),
         tap=set_name,
-        reduction="vector" if len(row_shape) == 1 else "map",
+        pooling="vector" if len(row_shape) == 1 else "map",
         preprocessing="{}",
         view=json.dumps({"index": 0}, separators=(",", ":")),
         decoder="imported",

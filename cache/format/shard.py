@@ -19,7 +19,7 @@ from headrace.cache.format.sparse_file import SparseFile
 from headrace.cache.spec import FeatureSpec
 
 FORMAT = "headrace shard"
-VERSION = 1
+VERSION = 2
 
 # The user block holds the digest of everything behind it.
 USER_BLOCK_BYTES = 4096

@@ -51,7 +51,7 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
     cannot be downloaded.
     """
     check_spec(spec)
-    return _load(spec, weights_stamp(spec))
+    return _load_cached(spec, weights_stamp(spec))
 
 
 def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
@@ -61,17 +61,17 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
     tag = spec.weights if _is_tag(spec) else None
     try:
         with torch.device("meta"):
-            module, preprocessing = library.build(spec.name, tag)
+            module, preprocessing = library.build_network(spec.name, tag)
     except (
         NotImplementedError,
         RuntimeError,
     ):  # some networks compute with numbers while they are built
-        module, preprocessing = library.build(spec.name, tag)
-    _take_size(module, preprocessing, spec)
-    return module.eval(), override(preprocessing, spec)
+        module, preprocessing = library.build_network(spec.name, tag)
+    _apply_image_size(module, preprocessing, spec)
+    return module.eval(), override_preprocessing(preprocessing, spec)
 
 
-def _take_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
+def _apply_image_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
     """Where the spec asks for another input size than the weights' own, and the network has to be
     told.
     """
@@ -79,7 +79,7 @@ def _take_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSp
         library.set_input_size(module, spec.name, spec.image_size)
 
 
-def override(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
+def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
     """The weights' own preprocessing with the spec's values in place of its own."""
     resize, crop = preprocessing.resize, preprocessing.crop
     if spec.image_size is not None or spec.crop_fraction is not None:
@@ -116,20 +116,20 @@ def _is_tag(spec: BackboneSpec) -> bool:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
+def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     what = f"{spec.name} with weights {spec.weights or '(default)'}"
     if spec.weights is not None and spec.weights.startswith("random:"):
         with _in_memory(spec.name):
-            module, preprocessing = _seeded(spec)
+            module, preprocessing = _build_seeded(spec)
     elif spec.weights is not None and is_weights_file(spec.weights):
         # The file is read first: a wrong path should not wait for the network to be built.
         tensors = read_weights(weights_path(spec.weights))
-        with library.fitting(tensors, spec.name):
-            module, preprocessing = library.build(spec.name, None)
-        if spec.weights_match == "name" and not _of_own_size(
+        with library.limit_parameters_to_file(tensors, spec.name):
+            module, preprocessing = library.build_network(spec.name, None)
+        if spec.weights_match == "name" and not _fits_unchanged(
             module, tensors
         ):  # exported at the size that is asked for
-            _take_size(module, preprocessing, spec)
+            _apply_image_size(module, preprocessing, spec)
         fit_weights(module, tensors, spec.weights_match, what)
     else:
         with _in_memory(spec.name):
@@ -137,13 +137,17 @@ def _load(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     # Before anything is resampled, which other machines may round otherwise; the size is in the
     # preprocessing's fingerprint.
     digest = weights_digest(module)
-    _take_size(module, preprocessing, spec)
+    _apply_image_size(module, preprocessing, spec)
     module.eval().requires_grad_(False)
     # Of a library's network the weights and the name say everything; of the user's own, its code
     # may have changed, and of one from a hub or a folder, its configuration.
-    if more := _source(spec.name) if spec.name.startswith("python:") else _configuration(module):
+    if (
+        more := _module_source(spec.name)
+        if spec.name.startswith("python:")
+        else _configuration(module)
+    ):
         digest = hashlib.sha256((digest + more).encode()).hexdigest()
-    return Backbone(spec, module, override(preprocessing, spec), digest)
+    return Backbone(spec, module, override_preprocessing(preprocessing, spec), digest)
 
 
 def _in_memory(name: str) -> contextlib.AbstractContextManager[None]:
@@ -152,14 +156,14 @@ def _in_memory(name: str) -> contextlib.AbstractContextManager[None]:
     """
     room = _memory_bytes() // 4  # parameters are float32
     why = f"and the memory of this machine holds {room:,}. Take a smaller network"
-    return library.at_most(room, name, why)
+    return library.limit_parameters(room, name, why)
 
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _of_own_size(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+def _fits_unchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the tensors have the shapes that the network is built with."""
     return all(
         tensors[name].shape == value.shape
@@ -179,7 +183,7 @@ def _configuration(module: nn.Module) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def _source(name: str) -> str:
+def _module_source(name: str) -> str:
     """The text of the module that a "python:module:function" backbone comes from; empty where it
     has none.
     """
@@ -189,9 +193,9 @@ def _source(name: str) -> str:
         return ""
 
 
-def _seeded(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
+def _build_seeded(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
     assert spec.weights is not None
     text = spec.weights.removeprefix("random:")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(text))
-        return library.build(spec.name, None)
+        return library.build_network(spec.name, None)

@@ -2,7 +2,7 @@
 activation in one kernel.
 
 Measured with EfficientNet-Lite0 at 300 px on one core of an EPYC (Zen 4), images/s in batches of
-16: as the library builds it 6, in channels_last 17, with `keep_memory` 33, fused as well 42.
+16: as the library builds it 6, in channels_last 17, with `keep_freed_memory` 33, fused as well 42.
 """
 
 import copy
@@ -19,11 +19,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 # What oneDNN applies to a convolution's output before it leaves the registers: (name, scalars,
 # algorithm).
 _Epilogue = tuple[str, list[float], str]
-_NONE: _Epilogue = ("none", [], "")
+_NO_EPILOGUE: _Epilogue = ("none", [], "")
 
 
 @functools.cache
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Let this process keep freed memory, on glibc.
 
     By default every large tensor is mapped from the kernel and unmapped after use, and the page
@@ -38,7 +38,7 @@ def keep_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-def fused(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn.Module:
+def fuse_convolutions(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn.Module:
     """A copy of `module` (evaluation mode, float32, CPU) with the same outputs at the modules named
     in `tapped`.
 
@@ -47,7 +47,7 @@ def fused(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn.Modul
     and keeps the original if they differ.
     """
     module = copy.deepcopy(module).to(memory_format=torch.channels_last)
-    chains = _chains(module, image)
+    chains = _find_chains(module, image)
     names = {child: name for name, child in module.named_modules()}
     for conv, norm, activation in chains:
         if names[conv] in tapped:
@@ -60,15 +60,15 @@ def fused(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn.Modul
         elif activation is not None and not (norm is not None and names[norm] in tapped):
             epilogue = _epilogue(activation)
         else:
-            epilogue, activation = _NONE, None
+            epilogue, activation = _NO_EPILOGUE, None
         assert epilogue is not None  # _chains keeps only activations that have one
         _replace(module, names[conv], _FusedConv(conv, norm, epilogue, activation))
         if norm is not None:
             _replace(module, names[norm], nn.Identity())
-    return _skipping(module)
+    return _skip_applied_activations(module)
 
 
-def _chains(
+def _find_chains(
     module: nn.Module, image: Tensor
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | None, nn.Module | None]]:
     """Each convolution that runs once, with the normalisation and the activation that are given its
@@ -103,7 +103,7 @@ def _chains(
             handle.remove()
     chains: list[tuple[nn.Conv2d, nn.BatchNorm2d | None, nn.Module | None]] = []
     for conv, count in calls.items():
-        if not isinstance(conv, nn.Conv2d) or count != 1 or not _plain(conv):
+        if not isinstance(conv, nn.Conv2d) or count != 1 or not _is_plain_convolution(conv):
             continue
         norm = follower.get(conv)
         if not isinstance(norm, nn.BatchNorm2d) or calls[norm] != 1 or norm.running_mean is None:
@@ -113,7 +113,7 @@ def _chains(
     return chains
 
 
-def _plain(conv: nn.Conv2d) -> bool:
+def _is_plain_convolution(conv: nn.Conv2d) -> bool:
     """Whether the layer is the convolution that its attributes say:
 
     PyTorch's own, or timm's of TensorFlow.
@@ -224,7 +224,7 @@ def _pad_same(
     return padded, [0, 0]
 
 
-class _Unless(nn.Module):
+class _SkippableActivation(nn.Module):
     """An activation that is passed over for tensors to which a kernel has already applied it.
 
     Networks share one activation module among many places, of which only some follow a convolution.
@@ -241,13 +241,13 @@ class _Unless(nn.Module):
         return y
 
 
-def _skipping(module: nn.Module) -> nn.Module:
+def _skip_applied_activations(module: nn.Module) -> nn.Module:
     applied = {child.applied for child in module.modules() if isinstance(child, _FusedConv)} - {
         None
     }
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if type(child) in applied:
-            _replace(module, name, _Unless(child))
+            _replace(module, name, _SkippableActivation(child))
     return module
 
 
@@ -256,7 +256,7 @@ def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
     module.get_submodule(parent)._modules[last] = new
 
 
-def same_outputs(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+def outputs_agree(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     """Whether two passes agree to floating-point tolerance, each output on its own scale."""
     return all(
         bool((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-6))
@@ -264,7 +264,7 @@ def same_outputs(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     )
 
 
-def fusable() -> bool:
+def can_fuse() -> bool:
     """Whether this PyTorch and machine have the kernel."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

@@ -24,32 +24,32 @@ from headrace.extract.backbones.huggingface import (
 )
 from headrace.extract.backbones.onnx_network import OnnxNetwork, build_onnx
 from headrace.extract.backbones.open_clip_tower import build_open_clip, resample_positions
-from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.errors import BackboneError, nearest_names
 from headrace.extract.images.preprocessing import Preprocessing
-from headrace.extract.spec import backbone_path, unknown_prefix
+from headrace.extract.spec import backbone_path, unknown_prefix_message
 
 # libraries retry for most of a minute before they say that there is no network; we ask once
-_TIMEOUT_S = 4
+_NETWORK_TIMEOUT_S = 4
 
 
-def build(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+def build_network(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
     """The network `name` without pretrained weights, with the preprocessing of `tag` (None: the
     default tag).
     """
     kind, _, rest = name.partition(":")
     if kind == "torchvision":
-        return _torchvision(rest, tag)
+        return _build_torchvision(rest, tag)
     if kind == "timm":
-        return _timm(rest, tag)
+        return _build_timm(rest, tag)
     if kind == "python" and ":" in rest:
-        return _python(rest)
+        return _build_python(rest)
     if kind == "transformers":
         return build_transformers(rest, tag, pretrained=False)
     if kind == "open_clip":
         return build_open_clip(rest, None)
     if kind == "onnx":
         return build_onnx(expand_home(rest))
-    raise BackboneError(unknown_prefix(name))
+    raise BackboneError(unknown_prefix_message(name))
 
 
 def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
@@ -76,12 +76,12 @@ def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
             raise BackboneError(
                 f"{name}: weights {tag!r}: a Python function knows no tags; name a file or nothing."
             )
-        return build(name, None)
-    raise BackboneError(unknown_prefix(name))
+        return build_network(name, None)
+    raise BackboneError(unknown_prefix_message(name))
 
 
 @contextlib.contextmanager
-def at_most(parameters: int, name: str, why: str) -> Iterator[None]:
+def limit_parameters(parameters: int, name: str, why: str) -> Iterator[None]:
     """Within it, building a network ends with BackboneError once it has more parameters than that,
     before they take memory.
 
@@ -115,15 +115,17 @@ def at_most(parameters: int, name: str, why: str) -> Iterator[None]:
         hook.remove()
 
 
-def fitting(tensors: Mapping[str, Tensor], name: str) -> contextlib.AbstractContextManager[None]:
-    """`at_most` for a network whose tensors these are to be.
+def limit_parameters_to_file(
+    tensors: Mapping[str, Tensor], name: str
+) -> contextlib.AbstractContextManager[None]:
+    """`limit_parameters` for a network whose tensors these are to be.
 
     Loosely, for a file of another one has a better message when its names are compared, and
     position embeddings may be of another image size.
     """
     held = sum(tensor.numel() for tensor in tensors.values())
     why = f"and its weights file holds {held:,} numbers: they are another one's"
-    return at_most(4 * held + (1 << 24), name, why)
+    return limit_parameters(4 * held + (1 << 24), name, why)
 
 
 def backbone_names() -> list[str]:
@@ -160,7 +162,8 @@ def _torchvision_weights(name: str) -> Any:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise BackboneError(
-            f"torchvision has no classification model {name!r}. Nearest: {nearest(name, known)}. "
+            f"torchvision has no classification model {name!r}. Nearest: "
+            f"{nearest_names(name, known)}. "
             f"Search with: headrace backbones {name[:6]}"
         )
     return torchvision.models.get_model_weights(name)
@@ -177,7 +180,7 @@ def _torchvision_entry(name: str, tag: str | None) -> Any:
     return enum[tag]
 
 
-def _torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+def _build_torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
     import torchvision.models
 
     entry = _torchvision_entry(name, tag)
@@ -186,7 +189,7 @@ def _torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
         # What their pretrained weights were trained with; without `init_weights` torchvision warns
         # and draws slowly.
         options = {"init_weights": False, "transform_input": True, "aux_logits": True}
-    preprocessing = _of_torchvision_transforms(entry.transforms())
+    preprocessing = _preprocessing_of_torchvision(entry.transforms())
     if name.startswith("vit_"):
         options["image_size"] = preprocessing.crop[
             0
@@ -205,12 +208,12 @@ def _torchvision_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Prep
         module = torchvision.models.get_model(name, weights=entry)
     except (OSError, RuntimeError) as error:
         raise BackboneError(
-            _offline(f"torchvision:{name}", entry.name, entry.url, target, str(error))
+            _offline_message(f"torchvision:{name}", entry.name, entry.url, target, str(error))
         ) from error
-    return module, _of_torchvision_transforms(entry.transforms())
+    return module, _preprocessing_of_torchvision(entry.transforms())
 
 
-def _of_torchvision_transforms(transforms: Any) -> Preprocessing:
+def _preprocessing_of_torchvision(transforms: Any) -> Preprocessing:
     edge, crop = transforms.resize_size[0], transforms.crop_size[0]
     return Preprocessing(
         resize=(edge, edge),
@@ -222,12 +225,12 @@ def _of_torchvision_transforms(transforms: Any) -> Preprocessing:
     )
 
 
-def _timm(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+def _build_timm(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
     import timm
 
     full = _timm_name(name, tag)
     module = timm.create_model(full, pretrained=False)
-    return module, _of_timm_config(_timm_config(module))
+    return module, _preprocessing_of_timm(_timm_config(module))
 
 
 def _timm_name(name: str, tag: str | None) -> str:
@@ -236,7 +239,8 @@ def _timm_name(name: str, tag: str | None) -> str:
     base = name.partition(".")[0]
     if not timm.is_model(base):
         raise BackboneError(
-            f"timm has no model {name!r}. Nearest: {nearest(base, timm.list_models())}. Search "
+            f"timm has no model {name!r}. Nearest: {nearest_names(base, timm.list_models())}. "
+            "Search "
             f"with: headrace backbones {base[:6]}"
         )
     full = name if tag is None else f"{base}.{tag}"
@@ -270,9 +274,9 @@ def _timm_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
         module = timm.create_model(full, pretrained=True)
     except (OSError, RuntimeError, ValueError, errors.HfHubHTTPError) as error:
         raise BackboneError(
-            _offline(f"timm:{full}", full, str(hub or config.url), "", str(error))
+            _offline_message(f"timm:{full}", full, str(hub or config.url), "", str(error))
         ) from error
-    return module, _of_timm_config(_timm_config(module))
+    return module, _preprocessing_of_timm(_timm_config(module))
 
 
 def set_input_size(module: nn.Module, name: str, size: int) -> None:
@@ -335,7 +339,7 @@ def _timm_config(module: nn.Module) -> dict[str, Any]:
     return config
 
 
-def _of_timm_config(config: dict[str, Any]) -> Preprocessing:
+def _preprocessing_of_timm(config: dict[str, Any]) -> Preprocessing:
     if config["input_size"][0] != 3:
         raise BackboneError(
             f"the network takes {config['input_size'][0]} channels; images here have 3"
@@ -353,8 +357,8 @@ def _of_timm_config(config: dict[str, Any]) -> Preprocessing:
     )
 
 
-def _python(path: str) -> tuple[nn.Module, Preprocessing]:
-    made = import_function(path)()
+def _build_python(path: str) -> tuple[nn.Module, Preprocessing]:
+    made = import_network_function(path)()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise BackboneError(
             f"python:{path} returned {type(made).__name__}; expected (torch.nn.Module, "
@@ -369,7 +373,7 @@ def _python(path: str) -> tuple[nn.Module, Preprocessing]:
     return module, preprocessing
 
 
-def import_function(path: str) -> Callable[[], Any]:
+def import_network_function(path: str) -> Callable[[], Any]:
     """The object that "module:function" names. Raises BackboneError saying which half is wrong."""
     module_name, _, function_name = path.partition(":")
     try:
@@ -408,15 +412,17 @@ def _require_network(name: str, tag: str, url: str, target: str) -> None:
     if target and Path(target).is_file():
         return
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_TIMEOUT_S):
+        with urllib.request.urlopen(
+            urllib.request.Request(url, method="HEAD"), timeout=_NETWORK_TIMEOUT_S
+        ):
             return
     except urllib.error.HTTPError:
         return  # a server answered, so there is a network; the library will say what is wrong
     except (OSError, ValueError) as error:
-        raise BackboneError(_offline(name, tag, url, target, str(error))) from error
+        raise BackboneError(_offline_message(name, tag, url, target, str(error))) from error
 
 
-def _offline(name: str, tag: str, url: str, target: str, error: str) -> str:
+def _offline_message(name: str, tag: str, url: str, target: str, error: str) -> str:
     keep = f" and save it as {target}" if target else ""
     return (
         f"{name}: the pretrained weights {tag} are not on this machine and cannot be downloaded "

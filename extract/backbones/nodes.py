@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.errors import BackboneError, nearest_names
 
 Layout = Literal["NCHW", "NHWC", "NTC", "NC"]
 
@@ -58,7 +58,7 @@ class Nodes:
             if node.name == name:
                 return node
         raise BackboneError(
-            f"the network has no node {name!r}. Nearest: {nearest(name, self.names)}"
+            f"the network has no node {name!r}. Nearest: {nearest_names(name, self.names)}"
         )
 
     @property
@@ -72,11 +72,11 @@ def find_nodes(module: nn.Module, crop: tuple[int, int], what: str) -> Nodes:
     Raises BackboneError when the network does not take that image size.
     """
     try:
-        return _run(_shapes_only(module), crop, torch.device("meta"))
+        return _run_with_hooks(_shapes_only(module), crop, torch.device("meta"))
     except Exception:  # noqa: BLE001 - some networks compute with values of their own; what is wrong shows on real numbers
         pass
     try:
-        return _run(module, crop, next(module.parameters(), torch.empty(0)).device)
+        return _run_with_hooks(module, crop, next(module.parameters(), torch.empty(0)).device)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise BackboneError(
             f"{what} does not run on images of {crop[0]} x {crop[1]} pixels: "
@@ -115,7 +115,7 @@ def _shapes_only(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _run(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Nodes:
+def _run_with_hooks(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Nodes:
     # (name, module, shape with N, flops so far)
     fired: list[tuple[str, str, tuple[int, ...], int]] = []
     calls: dict[str, int] = {}
@@ -153,7 +153,7 @@ def _run(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Node
         (
             entry
             for entry in reversed(inputs)
-            if len(entry[1]) == 2 and calls.get(entry[0]) == 1 and _is_last(entry, fired)
+            if len(entry[1]) == 2 and calls.get(entry[0]) == 1 and _gives_the_logits(entry, fired)
         ),
         None,
     )
@@ -165,16 +165,16 @@ def _run(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Node
     repeated = frozenset(name for name, count in calls.items() if count > 1)
     nodes = []
     for name, hooked, shape, flops in fired:
-        layout = _layout(shape)
+        layout = _tensor_layout(shape)
         if hooked in repeated or layout is None:
             continue
-        prefix = _prefix(module, shape[1]) if layout == "NTC" else 0
+        prefix = _count_prefix_tokens(module, shape[1]) if layout == "NTC" else 0
         has_class = layout == "NTC" and prefix > 0 and _has_class_token(module)
         nodes.append(Node(name, hooked, layout, shape[1:], prefix, has_class, flops / total))
     return Nodes(tuple(nodes), repeated, counter.flops // 2 // _BATCH)
 
 
-def _is_last(
+def _gives_the_logits(
     entry: tuple[str, tuple[int, ...], int], fired: list[tuple[str, str, tuple[int, ...], int]]
 ) -> bool:
     """Whether this linear layer's output is the network's: the same shape, so nothing but its bias
@@ -184,7 +184,7 @@ def _is_last(
     return output == fired[-1][2]
 
 
-def _layout(shape: tuple[int, ...]) -> Layout | None:
+def _tensor_layout(shape: tuple[int, ...]) -> Layout | None:
     if not shape or shape[0] != _BATCH or 0 in shape:
         return None
     if len(shape) == 4:
@@ -195,7 +195,7 @@ def _layout(shape: tuple[int, ...]) -> Layout | None:
     return {3: "NTC", 2: "NC"}.get(len(shape))  # type: ignore[return-value]
 
 
-def _prefix(module: nn.Module, tokens: int) -> int:
+def _count_prefix_tokens(module: nn.Module, tokens: int) -> int:
     """How many of `tokens` come before the patches: what the network says, or else what is over
     from a square.
     """

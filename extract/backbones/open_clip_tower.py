@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.errors import BackboneError, nearest_names
 from headrace.extract.images.preprocessing import Preprocessing
 
 _SCHEMAS = ("hf-hub:", "local-dir:")
@@ -78,7 +78,8 @@ def _weights_tag(name: str, tag: str | None) -> str | None:
         return None
     if name not in open_clip.list_models():
         raise BackboneError(
-            f"open_clip has no model {name!r}. Nearest: {nearest(name, open_clip.list_models())}"
+            f"open_clip has no model {name!r}. Nearest: "
+            f"{nearest_names(name, open_clip.list_models())}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not tags or (tag is not None and tag not in tags):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from headrace.extract.errors import BackboneError
-from headrace.extract.spec import WeightsMatch, require_file
+from headrace.extract.spec import WeightsMatch, require_weights_file
 
 # Training scripts wrap the state dict in a dictionary with the optimiser and the epoch.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -30,7 +30,7 @@ _ROLES = {
 }
 _ROLE_OF = {ending: role for role, endings in _ROLES.items() for ending in endings}
 _ENDING = re.compile(rf"(?:.*[./_])?({'|'.join(_ROLE_OF)})(?::0)?", re.IGNORECASE | re.DOTALL)
-_SAVE = "torch.save(network.state_dict(), 'weights.pth') where the network itself is at hand"
+_HOW_TO_SAVE = "torch.save(network.state_dict(), 'weights.pth') where the network itself is at hand"
 
 
 class UnorderedTensors(dict[str, Tensor]):
@@ -45,7 +45,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Never unpickles anything but tensors and plain containers. Raises BackboneError.
     """
-    require_file(path)
+    require_weights_file(path)
     try:
         if path.suffix.lower() == ".safetensors":
             loaded: object = UnorderedTensors(
@@ -96,7 +96,7 @@ def fit_weights(
     ]
     if missing or unexpected or shapes:
         raise BackboneError(
-            _mismatch(what, missing, unexpected, shapes, len(expected), len(tensors))
+            _mismatch_message(what, missing, unexpected, shapes, len(expected), len(tensors))
         )
     module.load_state_dict(named, strict=True)
 
@@ -174,7 +174,7 @@ def _require_order(theirs: Sequence[str], ours: Sequence[str], unordered: bool, 
     network's is another.
     """
     cure = (
-        f"Make a .pth file in the network's order: {_SAVE}; or rename the tensors and leave "
+        f"Make a .pth file in the network's order: {_HOW_TO_SAVE}; or rename the tensors and leave "
         "weights_match out."
     )
     if unordered:
@@ -182,7 +182,7 @@ def _require_order(theirs: Sequence[str], ours: Sequence[str], unordered: bool, 
             f"{what}: weights_match 'order' needs a file that keeps the order of its tensors; a "
             f".safetensors file sorts them by name. {cure}"
         )
-    for sort_key in (str, str.casefold, _words):
+    for sort_key in (str, str.casefold, _name_parts):
         if (
             len(theirs) > 1
             and _is_sorted(theirs, sort_key)
@@ -204,14 +204,16 @@ def _require_role(theirs: str, tensor: Tensor, ours: str, what: str) -> None:
         raise BackboneError(
             f"{what}: in order, the file's {theirs} (a {roles[0]}) meets the network's {ours} (a "
             f"{roles[1]}): they are of one shape, and not the same. The file's order is not the "
-            f"network's: {_SAVE} makes one that is; or rename the tensors and leave weights_match "
+            f"network's: {_HOW_TO_SAVE} makes one that is; or rename the tensors and leave "
+            "weights_match "
             "out."
         )
     # Names that say nothing (w_1, b_2, 0017) leave the values: no variance is below zero.
     if roles[1] == "variance" and bool((tensor < 0).any()):
         raise BackboneError(
             f"{what}: in order, the file's {theirs} meets the network's {ours}, and has values "
-            f"below zero, which no variance has. The file's order is not the network's: {_SAVE} "
+            "below zero, which no variance has. The file's order is not the network's: "
+            f"{_HOW_TO_SAVE} "
             "makes one that is."
         )
 
@@ -221,7 +223,7 @@ def _role(name: str) -> str | None:
     return _ROLE_OF[match[1].lower()] if match else None
 
 
-def _words(name: str) -> list[str]:
+def _name_parts(name: str) -> list[str]:
     return re.split(r"[./]", name)
 
 
@@ -239,7 +241,7 @@ def _is_numbered(names: Sequence[str]) -> bool:
     return None not in matches and len(prefixes) == 1 and all(a < b for a, b in pairwise(numbers))
 
 
-def _mismatch(
+def _mismatch_message(
     what: str, missing: list[str], unexpected: list[str], shapes: list[str], ours: int, theirs: int
 ) -> str:
     lines = [

@@ -59,9 +59,9 @@ _ZIP_LOCAL_HEADER = struct.Struct(
 _ZIP_STORED, _ZIP_DEFLATED = 0, 8
 
 
-def path_text(path: str | Path) -> str:
-    """A file's path as text that UTF-8 can hold and that is no locator; `file_of` gives the path
-    back.
+def encode_path(path: str | Path) -> str:
+    """A file's path as text that UTF-8 can hold and that is no locator; `locator_file` gives the
+    path back.
     """
     path_string = str(path)
     if path_string.isascii() and "::" not in path_string and not path_string.startswith(_ENCODED):
@@ -75,7 +75,7 @@ def path_text(path: str | Path) -> str:
     return path_string
 
 
-def printable(name: str) -> str:
+def printable_name(name: str) -> str:
     r"""A file's name as text that UTF-8 can hold: bytes that are no UTF-8 are written as \xNN."""
     return name if _is_utf8(name) else os.fsencode(name).decode("utf-8", "backslashreplace")
 
@@ -90,7 +90,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def file_of(path: str) -> str:
+def locator_file(path: str) -> str:
     """The file that a locator points into, as the system takes it; a plain path is its own."""
     locator_match = _LOCATOR.fullmatch(path)
     file_text = locator_match["file"] if locator_match else path
@@ -105,7 +105,7 @@ def read_bytes(path: str) -> bytes:
     Raises OSError when they are not there, whatever is wrong with the file around them.
     """
     locator_match = _LOCATOR.fullmatch(path)
-    file_path = file_of(path)
+    file_path = locator_file(path)
     try:
         if locator_match is None:
             return Path(file_path).read_bytes()

@@ -12,7 +12,7 @@ from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_js
 
 
 @dataclass(frozen=True)
-class Changes:
+class ListingChanges:
     """Every id of the new listing is in one of new, changed, renamed and unchanged."""
 
     new: tuple[str, ...]  # content and id were not there
@@ -23,7 +23,7 @@ class Changes:
     unchanged: int
 
 
-def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Changes:
+def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> ListingChanges:
     """Compare two listings {id: content hash}.
 
     A copy of an image that is still there counts as new.
@@ -45,7 +45,7 @@ def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Cha
     unmatched_ids = sorted(
         image_id for ids_of_content in removed_ids.values() for image_id in ids_of_content
     )
-    return Changes(
+    return ListingChanges(
         tuple(new_ids), tuple(changed_ids), tuple(renamed_ids), tuple(unmatched_ids), n_unchanged
     )
 

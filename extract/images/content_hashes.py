@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.extract.images.byte_ranges import file_of, read_bytes
+from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.file_stamps import FileStamp, file_stamps
 
 HASH_DIGITS = 32
@@ -27,7 +27,7 @@ _Index = dict[bytes, tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class UnreadableSample:
     """A sample whose file could not be read at all, and so has no content hash."""
 
     id: str
@@ -36,12 +36,12 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Contents:
+class ContentHashes:
     """Content hashes of N samples, in their order."""
 
     # first 32 hex digits of the SHA-256 of the file's bytes; None where unreadable
     hashes: tuple[str | None, ...]
-    unreadable: tuple[Unreadable, ...]
+    unreadable: tuple[UnreadableSample, ...]
     read: int  # files read in this call; the others were in the index
 
 
@@ -55,7 +55,7 @@ def content_hashes(
     index: Path,
     progress: Callable[[int, int], None] | None = None,
     threads: int = 8,
-) -> Contents:
+) -> ContentHashes:
     """Content hashes of `samples` (columns `id`, `image_path`), reading only files that `index`
     does not know.
 
@@ -69,7 +69,7 @@ def content_hashes(
     image_paths = [str(image_path) for image_path in samples["path"]]
     sample_ids = [str(name) for name in samples["id"]]
     started_ns = time.time_ns()
-    file_stamps_before = file_stamps(map(file_of, image_paths))
+    file_stamps_before = file_stamps(map(locator_file, image_paths))
     hashes: list[str | None] = [None] * len(image_paths)
     failure_reasons: dict[int, str] = {}
     unhashed_rows: list[int] = []
@@ -98,7 +98,7 @@ def content_hashes(
                 progress(n_done + 1, len(unhashed_rows))
     # A file that was replaced between its stamp and its reading would be known under the stamp of
     # the earlier one.
-    stamps_after = file_stamps(file_of(image_paths[row]) for row in unhashed_rows)
+    stamps_after = file_stamps(locator_file(image_paths[row]) for row in unhashed_rows)
     new_entries: _Index = {}
     for row, stamp_after in zip(unhashed_rows, stamps_after, strict=True):
         content_hash = hashes[row]
@@ -112,10 +112,10 @@ def content_hashes(
     if new_entries:
         _write_index(index, known_files | new_entries)
     unreadable = tuple(
-        Unreadable(sample_ids[row], image_paths[row], reason)
+        UnreadableSample(sample_ids[row], image_paths[row], reason)
         for row, reason in sorted(failure_reasons.items())
     )
-    return Contents(tuple(hashes), unreadable, len(unhashed_rows))
+    return ContentHashes(tuple(hashes), unreadable, len(unhashed_rows))
 
 
 def _hash(path: str) -> str | OSError:

@@ -112,7 +112,7 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
         raise ImageError(_reason(error, data)) from error
 
 
-def is_deep(data: bytes) -> bool:
+def has_deep_pixels(data: bytes) -> bool:
     """Whether an image file's pixels have more than 8 bits, so that a `pixel_range` applies.
 
     Raises whatever its decoder does.
@@ -247,7 +247,7 @@ def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
 
 
 def _png_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
-    raw_name = raw_mode(image)
+    raw_name = pillow_raw_mode(image)
     transparent_value = image.info.get("transparency")
     if raw_name in ("L;2", "L;4") and isinstance(transparent_value, int):
         # Pillow scales the pixels to 0..255, and leaves the transparent value (PNG tRNS) as it is
@@ -292,7 +292,7 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
             _SIXTEEN_BITS,
             _SIXTEEN_BITS,
         )
-    raw_name = raw_mode(image)
+    raw_name = pillow_raw_mode(image)
     if image.tile[0].codec_name == "libtiff" and (
         raw_match := re.fullmatch(r"(I;16|I;32|F;32)B?([SF])", raw_name)
     ):
@@ -331,7 +331,7 @@ def _byte_raw_modes(
     Pillow keeps the high byte of a sample; told that the bytes are in the other order it keeps the
     low one.
     """
-    raw_name, by_libtiff = raw_mode(image), image.tile[0].codec_name == "libtiff"
+    raw_name, by_libtiff = pillow_raw_mode(image), image.tile[0].codec_name == "libtiff"
     colour_match = re.fullmatch(r"(RGB[AX]?);16[LBN]", raw_name)
     if by_libtiff:
         if colour_match is None or in_planes:
@@ -388,7 +388,7 @@ def _load_raw(image: ImageFile.ImageFile, raw_name: str) -> npt.NDArray[Any]:
     return np.asarray(image)
 
 
-def raw_mode(image: ImageFile.ImageFile) -> str:
+def pillow_raw_mode(image: ImageFile.ImageFile) -> str:
     """How Pillow unpacks the file's pixels ("RGB;16B"); empty for formats that have other means."""
     tile_args = image.tile[0].args if image.tile else ""
     return str(tile_args[0] if isinstance(tile_args, tuple) and tile_args else tile_args)

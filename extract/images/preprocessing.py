@@ -62,17 +62,17 @@ class Preprocessing:
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
-def render(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
+def render_crop(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
     """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3).
 
     Raises ImageError for one so long and narrow that resizing it would take hundreds of MB.
     """
     width, height = image.size
-    scaled_height, scaled_width = _scaled(height, width, how)
+    scaled_height, scaled_width = _resized_extent(height, width, how)
     # The shorter edge of a line of pixels is enlarged a hundredfold, and in mode "shortest" the
     # longer one with it: gigabytes from some kB. Pillow changes the width first, so that a tall
     # line is wide for a moment in every mode.
-    limit = _most_pixels(height, width, how)
+    limit = _max_resize_pixels(height, width, how)
     if scaled_width * max(scaled_height, height) > limit:
         raise ImageError(
             f"{width} x {height} pixels would be resized to {scaled_width} x {scaled_height} by "
@@ -81,21 +81,21 @@ def render(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
         )
     if (scaled_height, scaled_width) != (height, width):
         image = image.resize((scaled_width, scaled_height), _RESAMPLING[how.interpolation])
-    return pixels(_centre(image, how))
+    return rgb_pixels(_centre_crop(image, how))
 
 
-def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+def rgb_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
     """uint8, shape (height, width, 3); a grey image is repeated in a view that costs nothing."""
     values = np.asarray(image)
     return np.broadcast_to(values[:, :, None], (*values.shape, 3)) if values.ndim == 2 else values
 
 
-def resampling(how: Preprocessing) -> Image.Resampling:
+def resampling_filter(how: Preprocessing) -> Image.Resampling:
     """Pillow's name of the interpolation."""
     return _RESAMPLING[how.interpolation]
 
 
-def _most_pixels(height: int, width: int, how: Preprocessing) -> int:
+def _max_resize_pixels(height: int, width: int, how: Preprocessing) -> int:
     """How many pixels an image may have while it is resized: never more than MAX_PIXELS, and no
     fewer than it has itself.
 
@@ -107,7 +107,7 @@ def _most_pixels(height: int, width: int, how: Preprocessing) -> int:
     return min(MAX_PIXELS, max(height * width, 64 * rows * columns, 2**24))
 
 
-def _scaled(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
+def _resized_extent(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
     """(height, width) after the resize.
 
     The roundings are those of torchvision's and timm's transforms.
@@ -125,7 +125,7 @@ def _scaled(height: int, width: int, how: Preprocessing) -> tuple[int, int]:
     return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
 
-def _centre(image: Image.Image, how: Preprocessing) -> Image.Image:
+def _centre_crop(image: Image.Image, how: Preprocessing) -> Image.Image:
     """torchvision's center_crop, which pads with black where the image is smaller; a border has the
     mean's colour.
     """

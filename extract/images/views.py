@@ -18,7 +18,12 @@ import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
 from headrace.cache.errors import SpecMismatch
-from headrace.extract.images.preprocessing import Preprocessing, pixels, render, resampling
+from headrace.extract.images.preprocessing import (
+    Preprocessing,
+    render_crop,
+    resampling_filter,
+    rgb_pixels,
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,10 @@ class Symmetries:
     """
 
 
-Drawing = Augmentation | Symmetries  # how views 1, 2, … are made
+ViewMethod = Augmentation | Symmetries  # how views 1, 2, … are made
 
 
-def view_json(view_index: int, drawing: Drawing) -> str:
+def view_json(view_index: int, drawing: ViewMethod) -> str:
     """FeatureSpec.view: canonical JSON of everything that makes the view."""
     view_fields: dict[str, Any] = {}
     if view_index and isinstance(drawing, Symmetries):
@@ -58,7 +63,7 @@ def view_json(view_index: int, drawing: Drawing) -> str:
     return json.dumps({"index": view_index, **view_fields}, sort_keys=True, separators=(",", ":"))
 
 
-def parse_view(text: str) -> tuple[int, Drawing]:
+def parse_view(text: str) -> tuple[int, ViewMethod]:
     """Inverse of `view_json`. Raises SpecMismatch for a text that is none of its."""
     try:
         view_values = json.loads(text)
@@ -98,23 +103,25 @@ def render_view(
     image: Image.Image,
     content: str,
     index: int,
-    augmentation: Drawing,
+    augmentation: ViewMethod,
     preprocessing: Preprocessing,
 ) -> npt.NDArray[np.uint8]:
     """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape
     (*how.crop, 3).
     """
     if index == 0:
-        return render(image, preprocessing)
+        return render_crop(image, preprocessing)
     if isinstance(augmentation, Symmetries):
-        return mirrored(render(image, preprocessing), index)
+        return mirror_pixels(render_crop(image, preprocessing), index)
     digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
     random_draw = random.Random(
         int.from_bytes(digest, "big")
     )  # its random() is the same in every version of Python
     crop_box = _crop(image, random_draw, augmentation)
     crop_height, crop_width = preprocessing.crop
-    resized_image = image.resize((crop_width, crop_height), resampling(preprocessing), box=crop_box)
+    resized_image = image.resize(
+        (crop_width, crop_height), resampling_filter(preprocessing), box=crop_box
+    )
     if random_draw.random() < augmentation.flip:
         resized_image = resized_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhancer, strength in (
@@ -125,10 +132,10 @@ def render_view(
         factor = 1 + strength * (2 * random_draw.random() - 1)
         if strength:
             resized_image = enhancer(resized_image).enhance(factor)
-    return pixels(resized_image)
+    return rgb_pixels(resized_image)
 
 
-def is_exact(text: str) -> bool:
+def is_exact_view(text: str) -> bool:
     """Whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that crop,
     or a symmetry of it.
     """
@@ -136,7 +143,7 @@ def is_exact(text: str) -> bool:
     return view_index == 0 or isinstance(drawing, Symmetries)
 
 
-def mirrored(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
+def mirror_pixels(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
     """A symmetry (see `Symmetries`) of an image (H, W, ...)."""
     swapped_image = image.swapaxes(0, 1) if index & 4 else image
     return swapped_image[:: -1 if index & 2 else 1, :: -1 if index & 1 else 1]

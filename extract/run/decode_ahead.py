@@ -16,12 +16,12 @@ from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.decoding import PixelRange, decode_image
 from headrace.extract.images.preprocessing import Preprocessing
-from headrace.extract.images.views import Drawing, render_view
+from headrace.extract.images.views import ViewMethod, render_view
 from headrace.extract.spec import Sample
 
 # batches decoded or being decoded beyond the one in use: bounds the memory, however many images
 # there are
-AHEAD = 2
+BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Rendering:
 
     preprocessing: Preprocessing
     index: int
-    augmentation: Drawing
+    augmentation: ViewMethod
 
 
 @dataclass(frozen=True)
-class Batch:
+class PixelBatch:
     """Some consecutive samples, decoded once and rendered in every way asked for."""
 
     rows: list[int]  # positions of the decoded samples, increasing
@@ -54,7 +54,7 @@ def decoded_batches(
     *,
     batch_size: int,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[PixelBatch]:
     """Batches of at most `batch_size` samples, in order, decoded by the pool at most AHEAD batches
     ahead.
 
@@ -64,7 +64,7 @@ def decoded_batches(
     pending_batches: deque[_Pending] = deque()
 
     def submit() -> None:
-        while batch_starts and len(pending_batches) < AHEAD:
+        while batch_starts and len(pending_batches) < BATCHES_AHEAD:
             batch_start = batch_starts.popleft()
             pending_batches.append(
                 _submit(
@@ -77,7 +77,7 @@ def decoded_batches(
                 )
             )
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[PixelBatch]:
         while pending_batches:
             batch = _finish(pending_batches.popleft())
             submit()
@@ -132,7 +132,7 @@ def _decode_into(
         # Features stored under this hash would be another image's.
         return False, "the file has changed since it was hashed"
     try:
-        render_into(
+        render_into_buffers(
             lambda pixel_range: decode_image(image_bytes, pixel_range),
             content_hash,
             renderings,
@@ -144,7 +144,7 @@ def _decode_into(
     return None
 
 
-def render_into(
+def render_into_buffers(
     decode: Callable[[PixelRange | None], Image.Image],
     content_hash: str,
     renderings: Sequence[Rendering],
@@ -169,7 +169,7 @@ def render_into(
         buffer.numpy()[slot] = rendered_pixels
 
 
-def _finish(pending_batch: _Pending) -> Batch:
+def _finish(pending_batch: _Pending) -> PixelBatch:
     outcomes = [future.result() for future in pending_batch.outcomes]
     decoded_slots = [slot for slot, outcome in enumerate(outcomes) if outcome is None]
     pixels = (
@@ -182,7 +182,7 @@ def _finish(pending_batch: _Pending) -> Batch:
         for slot, outcome in enumerate(outcomes)
         if outcome is not None
     ]
-    return Batch(
+    return PixelBatch(
         rows=[pending_batch.start + slot for slot in decoded_slots],
         pixels=pixels,
         undecodable=[

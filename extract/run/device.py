@@ -21,11 +21,11 @@ _SMALL_BATCHES = (16, 8, 4, 2)  # where not even the smallest of those fits
 _WORTH_DOUBLING = 1.05  # a larger batch must be this much faster, or its memory is better left free
 
 # Waits for a batch's outputs and returns them, per tap, (N, ...) float16 or float32
-Result = Callable[[], list[npt.NDArray[Any]]]
+PendingOutputs = Callable[[], list[npt.NDArray[Any]]]
 
 
 @dataclass
-class Limit:
+class BatchLimit:
     """The largest batch that has fitted so far; only ever lowered."""
 
     images: int
@@ -43,7 +43,9 @@ def check_device(device: str) -> None:
         )
 
 
-def launch(forward: Forward, pixels: Tensor, device: str, batch_limit: Limit) -> Result:
+def launch_forward(
+    forward: Forward, pixels: Tensor, device: str, batch_limit: BatchLimit
+) -> PendingOutputs:
     """Start a pass over `pixels` (N, H, W, 3) uint8 on the host, in parts that fit.
 
     On CUDA this returns while the device works, and the outputs come back through pinned memory. A

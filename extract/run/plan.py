@@ -12,24 +12,24 @@ import pandas as pd
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import BackboneSpec, Sample
 
-SHARD_BYTES = 256 * 2**20  # of the largest tap, at most
+MAX_SHARD_BYTES = 256 * 2**20  # of the largest tap, at most
 # about 5 s of a small network on one core: little is lost to a kill, and little waited for at the
 # end
-UNIT_ROWS = 128
+CPU_IMAGES_PER_SHARD = 128
 # a GPU does them in a second or less; its batches are no larger than a unit, and each shard is
 # flushed
-GPU_UNIT_ROWS = 1024
+GPU_IMAGES_PER_SHARD = 1024
 
 
 @dataclass(frozen=True)
-class Network:
+class BackboneFeatures:
     """The feature sets that one backbone makes, each with the content hashes that it has or has
     recorded as failed.
     """
 
     backbone: BackboneSpec
     specs: Sequence[FeatureSpec]
-    known: Sequence[Collection[str]]  # as `specs`
+    cached: Sequence[Collection[str]]  # as `specs`
 
 
 @dataclass(frozen=True)
@@ -68,44 +68,26 @@ class JobOptions(TypedDict, total=False):
     strict: bool
 
 
-def plan_units(
+def plan_work_units(
     samples: pd.DataFrame,
-    *,
-    backbone: BackboneSpec,
-    specs: Sequence[FeatureSpec],
-    known: Sequence[Collection[str]],
-    cache_root: str | Path,
-    unit_rows: int | None = None,
-    **options: Unpack[JobOptions],
-) -> list[ExtractJob]:
-    """The units of one backbone that are missing; see `plan_networks`."""
-    return plan_networks(
-        samples,
-        [Network(backbone, specs, known)],
-        cache_root=cache_root,
-        unit_rows=unit_rows,
-        **options,
-    )
-
-
-def plan_networks(
-    samples: pd.DataFrame,
-    networks: Sequence[Network],
+    networks: Sequence[BackboneFeatures],
     *,
     cache_root: str | Path,
-    unit_rows: int | None = None,
+    images_per_shard: int | None = None,
     **options: Unpack[JobOptions],
 ) -> list[ExtractJob]:
     """The units of all backbones that are missing, each image decoded once for all that lack it.
 
     samples: columns `id`, `path`, `content`; rows whose content is missing are left out, equal
     contents are taken once. Images that lack the same feature sets go together, in the order of the
-    samples, `unit_rows` at a time; so a run that was interrupted plans the same units again, and a
-    tap that is new is computed alone.
+    samples, `images_per_shard` at a time; so a run that was interrupted plans the same units again,
+    and a tap that is new is computed alone.
     """
     wanted = [(place, spec) for place, network in enumerate(networks) for spec in network.specs]
-    there = [set(known) for network in networks for known in network.known]
-    rows = unit_rows or rows_per_unit([spec for _, spec in wanted], options.get("device", "cpu"))
+    there = [set(known) for network in networks for known in network.cached]
+    rows = images_per_shard or default_images_per_shard(
+        [spec for _, spec in wanted], options.get("device", "cpu")
+    )
     groups: dict[tuple[int, ...], dict[str, Sample]] = {}
     for name, path, content in zip(samples["id"], samples["path"], samples["content"], strict=True):
         if not isinstance(content, str):
@@ -130,7 +112,7 @@ def plan_networks(
             jobs.append(
                 ExtractJob(
                     cache_root=str(cache_root),
-                    unit=unit_name([sample.content for sample in chosen]),
+                    unit=work_unit_name([sample.content for sample in chosen]),
                     networks=tuple(part for part in work if part[1]),
                     samples=chosen,
                     **options,
@@ -139,18 +121,24 @@ def plan_networks(
     return jobs
 
 
-def rows_per_unit(specs: Sequence[FeatureSpec], device: str = "cpu") -> int:
-    """UNIT_ROWS (on a GPU:
+def default_images_per_shard(specs: Sequence[FeatureSpec], device: str = "cpu") -> int:
+    """CPU_IMAGES_PER_SHARD (on a GPU:
 
-    GPU_UNIT_ROWS), or fewer where a shard of the largest tap would exceed SHARD_BYTES.
+    GPU_IMAGES_PER_SHARD), or fewer where a shard of the largest tap would exceed MAX_SHARD_BYTES.
     """
     largest = max(
         (prod(spec.shape) * {"float32": 4, "uint8": 1}.get(spec.dtype, 2) for spec in specs),
         default=1,
     )
-    return max(1, min(UNIT_ROWS if device == "cpu" else GPU_UNIT_ROWS, SHARD_BYTES // largest))
+    return max(
+        1,
+        min(
+            CPU_IMAGES_PER_SHARD if device == "cpu" else GPU_IMAGES_PER_SHARD,
+            MAX_SHARD_BYTES // largest,
+        ),
+    )
 
 
-def unit_name(contents: Sequence[str]) -> str:
+def work_unit_name(contents: Sequence[str]) -> str:
     """First 16 hex digits of the SHA-256 of the content hashes in their order."""
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]

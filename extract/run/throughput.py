@@ -11,7 +11,7 @@ from headrace.cache.format.shard import FailedSample
 
 
 @dataclass(frozen=True)
-class UnitReport:
+class WorkUnitReport:
     """What a unit did.
 
     Seconds are wall time of the thread that feeds the network, and add up to the unit's.
@@ -28,7 +28,7 @@ class UnitReport:
 
 
 @dataclass(frozen=True)
-class Figures:
+class ThroughputStatistics:
     """Progress so far.
 
     The shares say what the processes that feed networks were doing; they add up to 1.
@@ -55,7 +55,9 @@ class Figures:
         )
 
 
-def figures(reports: Sequence[UnitReport], elapsed_s: float, total: int) -> Figures:
+def throughput_statistics(
+    reports: Sequence[WorkUnitReport], elapsed_s: float, total: int
+) -> ThroughputStatistics:
     """The figures of an extraction of `total` images after `elapsed_s` seconds."""
     failed = sum(len(report.failed) + len(report.unread) for report in reports)
     images = sum(report.rows for report in reports) + failed
@@ -65,6 +67,6 @@ def figures(reports: Sequence[UnitReport], elapsed_s: float, total: int) -> Figu
         for part in ("decode_s", "forward_s", "publish_s")
     ]
     shares = [part / (sum(spent) or 1.0) for part in spent]
-    return Figures(
+    return ThroughputStatistics(
         images, total, failed, rate, (total - images) / rate if rate else float("nan"), *shares
     )

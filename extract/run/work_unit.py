@@ -23,13 +23,19 @@ from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.backbone import Backbone, load_backbone
-from headrace.extract.backbones.fused import keep_memory
+from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.errors import SourceError
 from headrace.extract.images.views import parse_view
-from headrace.extract.run.decode_ahead import Batch, Rendering, decoded_batches
-from headrace.extract.run.device import Limit, Result, check_device, find_batch_size, launch
+from headrace.extract.run.decode_ahead import PixelBatch, Rendering, decoded_batches
+from headrace.extract.run.device import (
+    BatchLimit,
+    PendingOutputs,
+    check_device,
+    find_batch_size,
+    launch_forward,
+)
 from headrace.extract.run.plan import ExtractJob
-from headrace.extract.run.throughput import UnitReport
+from headrace.extract.run.throughput import WorkUnitReport
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import Forward, make_forward
 from headrace.extract.taps.resolve import Tap
@@ -44,7 +50,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """One forward pass per batch: a network on one rendering, and the feature sets that its taps
     fill.
     """
@@ -59,9 +65,9 @@ class _Started:
     """A unit whose first batches are being decoded."""
 
     job: ExtractJob
-    passes: list[Pass]
-    limits: list[Limit]
-    batches: Iterator[Batch]
+    passes: list[ForwardPass]
+    limits: list[BatchLimit]
+    batches: Iterator[PixelBatch]
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,10 @@ class _Extracted:
     specs: list[FeatureSpec]
     features: list[npt.NDArray[Any]]
     samples: list[Sample]  # of the rows
-    report: UnitReport
+    report: WorkUnitReport
 
 
-def run_unit(job: ExtractJob) -> UnitReport:
+def run_work_unit(job: ExtractJob) -> WorkUnitReport:
     """Extract one unit and publish it; the shards are on disk when this returns.
 
     Doing it twice changes nothing.
@@ -82,11 +88,11 @@ def run_unit(job: ExtractJob) -> UnitReport:
     Raises SpecMismatch when the weights here are not those the feature sets are made of,
     SourceError at an image that cannot be decoded where the job is strict, and PublishFailed.
     """
-    (report,) = run_units([job])
+    (report,) = run_work_units([job])
     return report
 
 
-def run_units(jobs: Iterable[ExtractJob]) -> Iterator[UnitReport]:
+def run_work_units(jobs: Iterable[ExtractJob]) -> Iterator[WorkUnitReport]:
     """Extract units one after the other without a pause between them: while the network runs one,
     the next is decoded and the last is written. A report comes out when its shards are on disk. For
     one process that has a device to itself.
@@ -98,7 +104,7 @@ def run_units(jobs: Iterable[ExtractJob]) -> Iterator[UnitReport]:
         _decoders() as decoder_pools,
     ):
         current_unit = next((_start(job, decoder_pools) for job in waiting_jobs), None)
-        pending_report: Future[UnitReport] | None = None
+        pending_report: Future[WorkUnitReport] | None = None
         while current_unit is not None:
             next_unit = next((_start(job, decoder_pools) for job in waiting_jobs), None)
             extracted = _extract(current_unit)
@@ -137,14 +143,14 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
     # Both are of the process; a worker runs one unit at a time.
     torch.set_num_threads(job.threads)
     if on_cpu:
-        keep_memory()
+        keep_freed_memory()
     passes = [
         feature_pass
         for backbone, specs in job.networks
-        for feature_pass in feature_passes(backbone, specs, job.device, compiled=job.compile)
+        for feature_pass in make_forward_passes(backbone, specs, job.device, compiled=job.compile)
     ]
     batch_limits = [
-        pass_limit(
+        batch_limit_of(
             feature_pass.forward,
             feature_pass.rendering.preprocessing.crop,
             job.device,
@@ -177,7 +183,7 @@ def _extract(started_unit: _Started) -> _Extracted:
     failed_samples: list[FailedSample] = []
     unread_samples: list[tuple[str, str]] = []
     decode_s = forward_s = 0.0
-    pending_results: list[Result] = []
+    pending_results: list[PendingOutputs] = []
 
     def collect() -> None:
         outputs = [output for result in pending_results for output in result()]
@@ -205,7 +211,7 @@ def _extract(started_unit: _Started) -> _Extracted:
             )
         if batch.rows:
             launched_passes = [
-                launch(feature_pass.forward, pixels, job.device, limit)
+                launch_forward(feature_pass.forward, pixels, job.device, limit)
                 for feature_pass, pixels, limit in zip(
                     passes, batch.pixels, started_unit.limits, strict=True
                 )
@@ -221,7 +227,7 @@ def _extract(started_unit: _Started) -> _Extracted:
         np.concatenate(feature_part) if feature_part else np.empty((0, *spec.shape), np.float32)
         for spec, feature_part in zip(specs, feature_parts, strict=True)
     ]
-    report = UnitReport(
+    report = WorkUnitReport(
         job.unit,
         len(decoded_rows),
         tuple(failed_samples),
@@ -233,7 +239,7 @@ def _extract(started_unit: _Started) -> _Extracted:
     return _Extracted(specs, features, [job.samples[row] for row in decoded_rows], report)
 
 
-def _publish(job: ExtractJob, extracted_unit: _Extracted) -> UnitReport:
+def _publish(job: ExtractJob, extracted_unit: _Extracted) -> WorkUnitReport:
     if not extracted_unit.samples and not extracted_unit.report.failed:
         # Nothing could be read (a disk that is away): a shard without content would be taken for
         # the unit's next time.
@@ -264,7 +270,7 @@ def _publish_set(
     failed_samples: Sequence[FailedSample],
 ) -> None:
     """Publish the rows that can be stored; the others are failures of this feature set alone."""
-    reason_of_row = unstorable(features, spec)
+    reason_of_row = find_unstorable_rows(features, spec)
     failures = [
         *failed_samples,
         *(_failure(samples[row], reason) for row, reason in reason_of_row.items()),
@@ -284,7 +290,7 @@ def _publish_set(
     )
 
 
-def unstorable(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
+def find_unstorable_rows(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
     """{row: reason} of the rows of features (n, *spec.shape) that the storage dtype cannot hold."""
     flat_features = features.reshape(
         len(features), prod(features.shape[1:])
@@ -302,9 +308,9 @@ def unstorable(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
     }
 
 
-def feature_passes(
+def make_forward_passes(
     spec: BackboneSpec, features: Sequence[FeatureSpec], device: str, *, compiled: bool = False
-) -> list[Pass]:
+) -> list[ForwardPass]:
     """One pass for each view (and dtype of the network) that these feature sets of one backbone are
     made of.
 
@@ -322,10 +328,10 @@ def feature_passes(
         by_view.setdefault((feature.view, feature.compute_dtype), []).append(feature)
     view_passes = []
     for (view_text, compute_dtype), view_features in by_view.items():
-        taps = tuple(Tap(feature.tap, feature.reduction) for feature in view_features)
+        taps = tuple(Tap(feature.tap, feature.pooling) for feature in view_features)
         rendering = Rendering(backbone.preprocessing, *parse_view(view_text))
         view_passes.append(
-            Pass(
+            ForwardPass(
                 rendering,
                 _forward(backbone, taps, device, compute_dtype, compiled),
                 tuple(view_features),
@@ -354,7 +360,9 @@ class _Latest(Generic[Made]):
 _backbones: _Latest[Backbone] = _Latest()
 _forwards: _Latest[Forward] = _Latest()
 # Forgotten with their passes, which hold (a GPU's) memory.
-_limits: "weakref.WeakKeyDictionary[Forward, dict[Hashable, Limit]]" = weakref.WeakKeyDictionary()
+_limits: "weakref.WeakKeyDictionary[Forward, dict[Hashable, BatchLimit]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _make_room(job: ExtractJob) -> None:
@@ -382,9 +390,9 @@ def _forward(
     )
 
 
-def pass_limit(
+def batch_limit_of(
     forward: Forward, crop: tuple[int, int], device: str, batch_size: int | None
-) -> Limit:
+) -> BatchLimit:
     """The batch size of a pass.
 
     Kept as long as it, so that a size that was too large is not tried again in the next unit.
@@ -392,16 +400,16 @@ def pass_limit(
     known_limits = _limits.setdefault(forward, {})
     limit_key = (crop, device, batch_size)
     if limit_key not in known_limits:
-        known_limits[limit_key] = Limit(batch_size or find_batch_size(forward, crop, device))
+        known_limits[limit_key] = BatchLimit(batch_size or find_batch_size(forward, crop, device))
     return known_limits[limit_key]
 
 
 def _checked(backbone: Backbone, feature: FeatureSpec) -> Backbone:
-    check_identity(backbone, feature)
+    check_backbone_identity(backbone, feature)
     return backbone
 
 
-def check_identity(backbone: Backbone, feature: FeatureSpec) -> None:
+def check_backbone_identity(backbone: Backbone, feature: FeatureSpec) -> None:
     """Raises SpecMismatch when the feature set is made by other weights or preprocessing than those
     here.
     """

@@ -25,10 +25,10 @@ import pandas as pd
 
 from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
-from headrace.extract.errors import SourceError, check_unique
-from headrace.extract.images.byte_ranges import open_compressed, path_text, printable
+from headrace.extract.errors import SourceError, check_unique_ids
+from headrace.extract.images.byte_ranges import encode_path, open_compressed, printable_name
 from headrace.extract.images.heif import reads_heif
-from headrace.extract.sources.folder import EXCLUDED, HIDDEN
+from headrace.extract.sources.folder import EXCLUDED_ENTRIES, HIDDEN_ENTRIES
 from headrace.extract.sources.formats import (
     HEIF_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -37,7 +37,7 @@ from headrace.extract.sources.formats import (
     has_image_signature,
     is_archive,
 )
-from headrace.extract.sources.layout import Folders, Layout, read_layout, split_word
+from headrace.extract.sources.layout import FolderParts, Layout, read_layout, split_side
 from headrace.extract.sources.listing import Listing, Tally
 
 _SIDE_FILES = frozenset({"cls", "txt", "json"})
@@ -94,7 +94,7 @@ def read_archives(
     archive_paths = _expand([archives] if isinstance(archives, (str, Path)) else list(archives))
     tally = Tally()
     images: list[_Image] = []
-    folders_of_others: set[Folders] = set()  # folders in the archives that hold other files
+    folders_of_others: set[FolderParts] = set()  # folders in the archives that hold other files
     for archive_path, archive_name in zip(archive_paths, _names(archive_paths), strict=True):
         images += _read_archive(archive_path, archive_name, exclude, tally, folders_of_others)
     source_text = (
@@ -110,13 +110,13 @@ def read_archives(
         )
     rows = [
         {
-            "id": normalize_text(printable(f"{image.archive}/{image.member.name}")),
+            "id": normalize_text(printable_name(f"{image.archive}/{image.member.name}")),
             "path": image.member.locator,
             **image.columns,
         }
         for image in images
     ]
-    check_unique((row["id"] for row in rows), source_text)
+    check_unique_ids((row["id"] for row in rows), source_text)
     frame = pd.DataFrame(rows)
     notes: list[str] = []
     if "label" not in frame:
@@ -158,7 +158,7 @@ def read_archives(
             "labels, not the folders, and these have none, or one without a label"
         )
     split_sides = {
-        archive_path.name: split_word(archive_path.name) for archive_path in archive_paths
+        archive_path.name: split_side(archive_path.name) for archive_path in archive_paths
     }
     if (
         "split" not in frame
@@ -172,7 +172,7 @@ def read_archives(
         sample_key = next(sample_key for sample_key, count in sample_keys.items() if count > 1)
         notes.append(
             f"{n_several:,} samples (names up to the first dot) have more than one image, such as "
-            f"{printable(sample_key)}: each image is a row"
+            f"{printable_name(sample_key)}: each image is a row"
         )
     return tally.listing(frame, notes)
 
@@ -188,7 +188,7 @@ def _names(archive_paths: Sequence[Path]) -> list[str]:
     return [file.relative_to(common_folder).as_posix() for file in archive_paths]
 
 
-def _folders(member: str) -> Folders:
+def _folders(member: str) -> FolderParts:
     return tuple(member.split("/")[:-1])
 
 
@@ -197,7 +197,7 @@ def _read_archive(
     archive_name: str,
     exclude: Sequence[str],
     tally: Tally,
-    folders_of_others: set[Folders],
+    folders_of_others: set[FolderParts],
 ) -> list[_Image]:
     """The archive's images, in its order; the last member of a name counts."""
     read_members = _zip_members if archive_path.suffix.lower() == ".zip" else _tar_members
@@ -210,13 +210,14 @@ def _read_archive(
         if position != positions[entry.name][-1]:
             tally.leave_out(
                 "members that a later one of the same name replaces",
-                printable(f"{archive_name}/{entry.name}"),
+                printable_name(f"{archive_name}/{entry.name}"),
             )
         elif (member := _follow(entries, positions, position)) is not None:
             members[entry.name] = replace(member, name=entry.name)
         else:
             tally.leave_out(
-                "links to what is not in the archive", printable(f"{archive_name}/{entry.name}")
+                "links to what is not in the archive",
+                printable_name(f"{archive_name}/{entry.name}"),
             )
     side_files = {
         member.name: member.side_file for member in members.values() if member.side_file is not None
@@ -252,7 +253,7 @@ def _read_archive(
                 left_out_reason = "side files of no image"
             else:
                 left_out_reason = describe_suffix(member.name)
-            tally.leave_out(left_out_reason, printable(f"{archive_name}/{member.name}"))
+            tally.leave_out(left_out_reason, printable_name(f"{archive_name}/{member.name}"))
             folders_of_others.add(_folders(member.name))
     return archive_images
 
@@ -333,7 +334,7 @@ def _tar_members(
     archive_name: str,
     exclude: Sequence[str],
     tally: Tally,
-    folders_of_others: set[Folders],
+    folders_of_others: set[FolderParts],
 ) -> Iterator[_Member | _Link]:
     is_compressed = archive_path.suffix.lower() != ".tar"
 
@@ -344,7 +345,9 @@ def _tar_members(
         elif _needs_head(member_name):
             head = _read_at(archive, offset, min(32, size))
         kind = "tgz" if is_compressed else "tar"
-        locator = f"{path_text(archive_path)}::{kind}:{offset}:{size}:{printable(member_name)}"
+        locator = (
+            f"{encode_path(archive_path)}::{kind}:{offset}:{size}:{printable_name(member_name)}"
+        )
         return _Member(member_name, locator, size, head, side_file)
 
     try:
@@ -358,7 +361,9 @@ def _tar_members(
                     member_name, archive_name, exclude, folders_of_others, tally
                 ) or _unreadable_tar_member(entry)
                 if left_out_reason is not None:
-                    tally.leave_out(left_out_reason, printable(f"{archive_name}/{member_name}"))
+                    tally.leave_out(
+                        left_out_reason, printable_name(f"{archive_name}/{member_name}")
+                    )
                 elif entry.issym():
                     target = posixpath.join(posixpath.dirname(member_name), entry.linkname)
                     yield _Link(member_name, _member_name(target), hard=False)
@@ -401,7 +406,7 @@ def _zip_members(
     archive_name: str,
     exclude: Sequence[str],
     tally: Tally,
-    folders_of_others: set[Folders],
+    folders_of_others: set[FolderParts],
 ) -> Iterator[_Member | _Link]:
     try:
         with zipfile.ZipFile(archive_path) as archive:
@@ -414,7 +419,9 @@ def _zip_members(
                     member_name, archive_name, exclude, folders_of_others, tally
                 ) or _unreadable_zip_member(entry)
                 if left_out_reason is not None:
-                    tally.leave_out(left_out_reason, printable(f"{archive_name}/{member_name}"))
+                    tally.leave_out(
+                        left_out_reason, printable_name(f"{archive_name}/{member_name}")
+                    )
                     continue
                 head, side_file = b"", None
                 if _is_side_file(member_name, entry.file_size):
@@ -430,7 +437,9 @@ def _zip_members(
                     entry.CRC,
                 )
                 position = ":".join(map(str, numbers))
-                locator = f"{path_text(archive_path)}::zip:{position}:{printable(member_name)}"
+                locator = (
+                    f"{encode_path(archive_path)}::zip:{position}:{printable_name(member_name)}"
+                )
                 yield _Member(member_name, locator, entry.file_size, head, side_file)
     except Exception as error:  # zipfile and its decompressors raise anything on a damaged archive
         raise SourceError(
@@ -463,13 +472,13 @@ def _member_name(name: str) -> str:
 
 
 def _left_out(
-    member: str, archive: str, exclude: Sequence[str], others: set[Folders], tally: Tally
+    member: str, archive: str, exclude: Sequence[str], others: set[FolderParts], tally: Tally
 ) -> str | None:
     """Why a member is not looked at.
 
     A folder that holds it, and is not hidden itself, is added to `others`.
     """
-    shown = printable(member)
+    shown = printable_name(member)
     excluded = tally.excludes(exclude, shown, f"{archive}/{shown}")
     hidden = [part.startswith((".", "__MACOSX")) for part in member.split("/")]
     if any(hidden):
@@ -477,8 +486,8 @@ def _left_out(
             hidden[:-1]
         ):  # `owl/.keep` keeps a class's folder that has no images yet
             others.add(_folders(member))
-        return HIDDEN
-    return EXCLUDED if excluded else None
+        return HIDDEN_ENTRIES
+    return EXCLUDED_ENTRIES if excluded else None
 
 
 def _tar_problem(archive_path: Path, error: Exception) -> str:

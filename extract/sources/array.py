@@ -13,9 +13,9 @@ import pandas as pd
 
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
-from headrace.extract.errors import SourceError, absent
-from headrace.extract.images.byte_ranges import open_array, path_text
-from headrace.extract.sources.folder import EXCLUDED
+from headrace.extract.errors import SourceError, missing_path_message
+from headrace.extract.images.byte_ranges import encode_path, open_array
+from headrace.extract.sources.folder import EXCLUDED_ENTRIES
 from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing, Tally, join_listings
@@ -64,7 +64,7 @@ def read_array(
             "C, H, W) with 1, 3 or 4 channels. One image in a file of its own is named by a table "
             "with a column path"
         )
-    if not ranged and not has_range(array.dtype):
+    if not ranged and not has_pixel_range(array.dtype):
         raise SourceError(
             f"{array_path}: pixels of type {array.dtype} have no range of their own; say which "
             "values are black and white: images.pixel_range: [0, 1] in the recipe (`headrace "
@@ -77,7 +77,7 @@ def read_array(
         {
             "id": [f"{array_path.name}/{index:0{n_digits}d}" for index in range(n_images)],
             "path": [
-                f"{path_text(array_path)}::{file_kind}:{key_prefix}{index}"
+                f"{encode_path(array_path)}::{file_kind}:{key_prefix}{index}"
                 for index in range(n_images)
             ],
             "label": _labels(array_path, file_kind, labels, labels_key, n_images),
@@ -86,11 +86,13 @@ def read_array(
     tally = Tally(found=n_images)
     is_excluded = np.array([tally.excludes(exclude, name) for name in frame["id"]], bool)
     if is_excluded.any():
-        tally.leave_out(EXCLUDED, *frame["id"][is_excluded].head(3), count=int(is_excluded.sum()))
+        tally.leave_out(
+            EXCLUDED_ENTRIES, *frame["id"][is_excluded].head(3), count=int(is_excluded.sum())
+        )
     return tally.listing(frame[~is_excluded].reset_index(drop=True))
 
 
-def has_range(dtype: "np.dtype[Any]") -> bool:
+def has_pixel_range(dtype: "np.dtype[Any]") -> bool:
     """Whether the type of pixels says which values are black and white:
 
     8 and 16 bits, and booleans.
@@ -98,7 +100,7 @@ def has_range(dtype: "np.dtype[Any]") -> bool:
     return dtype in (np.uint8, np.uint16, np.bool_)
 
 
-def measure_range(images: str | Path, key: str | None = None) -> tuple[float, float] | None:
+def measure_pixel_range(images: str | Path, key: str | None = None) -> tuple[float, float] | None:
     """The range of an array's values, for `images.pixel_range`; None where the type says it.
 
     [0, 1] or [0, 255] where all values lie in it, else the least and the greatest. Reads every
@@ -113,7 +115,7 @@ def measure_range(images: str | Path, key: str | None = None) -> tuple[float, fl
         file_kind,
         key or (_only_images(array_path, file_kind) if file_kind in ("npz", "h5") else ""),
     )
-    if has_range(array.dtype):
+    if has_pixel_range(array.dtype):
         return None
     lowest, highest = np.inf, -np.inf
     for start in range(0, len(array), _IMAGES_AT_ONCE):
@@ -158,7 +160,7 @@ def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
     return pairs
 
 
-def array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
+def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
     """(key of the images, file of the labels, key of the labels) of an array file, as far as they
     go without saying.
 
@@ -263,7 +265,7 @@ def _shape(array: Any) -> tuple[int, ...]:
 
 def _kind(array_path: Path) -> str:
     if not array_path.is_file():
-        raise SourceError(absent(array_path, "an array: .npy, .npz, .h5 or idx"))
+        raise SourceError(missing_path_message(array_path, "an array: .npy, .npz, .h5 or idx"))
     suffix = array_path.suffix.lower()
     if suffix in ARRAY_KINDS:
         return ARRAY_KINDS[suffix]

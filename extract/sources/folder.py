@@ -10,22 +10,22 @@ import pandas as pd
 
 from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
-from headrace.extract.errors import SourceError, absent, check_unique
-from headrace.extract.images.byte_ranges import file_of, path_text, printable
+from headrace.extract.errors import SourceError, check_unique_ids, missing_path_message
+from headrace.extract.images.byte_ranges import encode_path, locator_file, printable_name
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, describe_suffix, is_image
-from headrace.extract.sources.layout import Folders, Layout, read_layout
+from headrace.extract.sources.layout import FolderParts, Layout, read_layout
 from headrace.extract.sources.listing import Listing, Tally
 
-EXCLUDED = "entries that images.exclude names"
-LINKED = "links to folders that are read under their own names"
-HIDDEN = "hidden entries (names that begin with a dot)"
+EXCLUDED_ENTRIES = "entries that images.exclude names"
+LINKED_FOLDERS = "links to folders that are read under their own names"
+HIDDEN_ENTRIES = "hidden entries (names that begin with a dot)"
 
 
 @dataclass(frozen=True)
 class _Entry:
     """A file below the source, or a folder that has none."""
 
-    folders: Folders
+    folders: FolderParts
     name: str  # empty for an empty folder
     path: str
 
@@ -48,28 +48,32 @@ def read_folder(
     """
     image_root = expand_home(folder)
     if not image_root.is_dir():
-        raise SourceError(absent(image_root, "a folder of images"))
+        raise SourceError(missing_path_message(image_root, "a folder of images"))
     tally = Tally()
-    image_rows: list[tuple[str, str, Folders]] = []
-    folders_of_others: set[Folders] = set()
+    image_rows: list[tuple[str, str, FolderParts]] = []
+    folders_of_others: set[FolderParts] = set()
     for entry in _walk(image_root.absolute(), tally):
         relative_path = (
             "/".join((*entry.folders, entry.name)) if entry.name else "/".join(entry.folders)
         )
-        is_excluded = tally.excludes(exclude, printable(relative_path))
+        is_excluded = tally.excludes(exclude, printable_name(relative_path))
         if not entry.name:
             if not is_excluded:
                 folders_of_others.add(entry.folders)
             continue
         tally.found += 1
         if is_excluded:
-            tally.leave_out(EXCLUDED, printable(relative_path))
+            tally.leave_out(EXCLUDED_ENTRIES, printable_name(relative_path))
         elif not is_image(entry.path):
-            tally.leave_out(describe_suffix(entry.name), printable(relative_path))
+            tally.leave_out(describe_suffix(entry.name), printable_name(relative_path))
             folders_of_others.add(entry.folders)
         else:
             image_rows.append(
-                (normalize_text(printable(relative_path)), path_text(entry.path), entry.folders)
+                (
+                    normalize_text(printable_name(relative_path)),
+                    encode_path(entry.path),
+                    entry.folders,
+                )
             )
     if not image_rows:
         found_text = "; ".join(map(str, tally.left_out()[:5])) or "no files"
@@ -80,7 +84,7 @@ def read_folder(
         )
     image_rows.sort(key=lambda row: row[:2])
     image_rows = _tell_apart(image_rows, image_root.absolute())
-    check_unique((image_id for image_id, _, _ in image_rows), str(image_root))
+    check_unique_ids((image_id for image_id, _, _ in image_rows), str(image_root))
     unusual_names = [
         image_id
         for image_id, _, _ in image_rows
@@ -110,8 +114,8 @@ def read_folder(
 
 
 def _tell_apart(
-    image_rows: list[tuple[str, str, Folders]], image_root: Path
-) -> list[tuple[str, str, Folders]]:
+    image_rows: list[tuple[str, str, FolderParts]], image_root: Path
+) -> list[tuple[str, str, FolderParts]]:
     """The rows, those whose names are one in NFC under the names that the disk has: as two systems
     write an accent.
     """
@@ -120,7 +124,7 @@ def _tell_apart(
         (
             image_id
             if id_counts[image_id] == 1
-            else printable(os.path.relpath(file_of(image_path), image_root)),
+            else printable_name(os.path.relpath(locator_file(image_path), image_root)),
             image_path,
             parent_folders,
         )
@@ -131,7 +135,7 @@ def _tell_apart(
 def image_paths(folder: Path) -> Iterator[str]:
     """The images anywhere below a folder, as paths of samples."""
     entries = _walk(folder.absolute(), Tally())
-    return (path_text(entry.path) for entry in entries if entry.name and is_image(entry.path))
+    return (encode_path(entry.path) for entry in entries if entry.name and is_image(entry.path))
 
 
 def has_images(folder: Path) -> bool:
@@ -146,18 +150,18 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
     visited_folders: set[tuple[int, int]] = (
         set()
     )  # devices and inodes, so that a link to a parent does not run for ever
-    pending: list[tuple[str, Folders]] = [(str(image_root), ())]
-    linked_folders: deque[tuple[str, Folders]] = (
+    pending: list[tuple[str, FolderParts]] = [(str(image_root), ())]
+    linked_folders: deque[tuple[str, FolderParts]] = (
         deque()
     )  # last, so that a link to a class's folder does not rename the class
     while pending or linked_folders:
         directory, parent_folders = pending.pop() if pending else linked_folders.popleft()
-        folder_name = printable("/".join(parent_folders))
+        folder_name = printable_name("/".join(parent_folders))
         try:
             folder_status = os.stat(directory)
             if (folder_status.st_dev, folder_status.st_ino) in visited_folders:
                 tally.found += 1
-                tally.leave_out(LINKED, folder_name or str(image_root))
+                tally.leave_out(LINKED_FOLDERS, folder_name or str(image_root))
                 continue
             visited_folders.add((folder_status.st_dev, folder_status.st_ino))
             with os.scandir(directory) as folder_scan:
@@ -174,7 +178,9 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
         for entry in entries:
             if entry.name.startswith("."):
                 tally.found += 1
-                tally.leave_out(HIDDEN, printable("/".join((*parent_folders, entry.name))))
+                tally.leave_out(
+                    HIDDEN_ENTRIES, printable_name("/".join((*parent_folders, entry.name)))
+                )
             elif _is_folder(entry):
                 (linked_folders if entry.is_symlink() else pending).append(
                     (entry.path, (*parent_folders, entry.name))
@@ -187,7 +193,7 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
                 tally.found += 1
                 tally.leave_out(
                     "entries that are no files (pipes, devices)",
-                    printable("/".join((*parent_folders, entry.name))),
+                    printable_name("/".join((*parent_folders, entry.name))),
                 )
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headrace.cache.text import normalize_text
-from headrace.extract.errors import SourceError, yaml_list
-from headrace.extract.images.byte_ranges import printable
+from headrace.extract.errors import SourceError, as_yaml_list
+from headrace.extract.images.byte_ranges import printable_name
 
 Layout = Literal["auto", "classes", "split"]
-Folders = tuple[str, ...]  # the folders that a file lies in, from the outermost below the source
+FolderParts = tuple[
+    str, ...
+]  # the folders that a file lies in, from the outermost below the source
 
 # What people call the sides of a split, in columns, as folders, and before the number of a shard.
 SPLIT_WORDS = {
@@ -33,7 +35,7 @@ _SPLIT_NAME = re.compile(
 )
 
 
-def split_word(file_name: str) -> str | None:
+def split_side(file_name: str) -> str | None:
     """The side of a split that a file's name begins with:
 
     `train-00000-of-00002.parquet`; None where there is none.
@@ -43,7 +45,7 @@ def split_word(file_name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Labels:
+class FolderLabels:
     """What the folders of N images say."""
 
     labels: list[str | None]  # None for an image that lies in no class's folder
@@ -52,13 +54,13 @@ class Labels:
 
 
 def read_layout(
-    image_folders: Sequence[Folders],
-    other_folders: Collection[Folders],
+    image_folders: Sequence[FolderParts],
+    other_folders: Collection[FolderParts],
     layout: Layout,
     source_text: str,
     *,
     labelled: bool = True,
-) -> Labels:
+) -> FolderLabels:
     """Labels, and sides of a split, from the folders of the images.
 
     other_folders: the folders in which other files lie, and empty folders. labelled: labels are
@@ -66,14 +68,14 @@ def read_layout(
     an image, and where `auto` could mean both layouts, with how to say which.
     """
     if not labelled:
-        return Labels([None] * len(image_folders), None, ())
+        return FolderLabels([None] * len(image_folders), None, ())
     class_depth = _split_depth(image_folders, layout, source_text)
     _refuse_vanished(image_folders, other_folders, class_depth, source_text)
     folder_names_by_label: dict[str, set[str]] = defaultdict(set)  # the folders' own names by label
     labels: list[str | None] = []
     for parent_folders in image_folders:
         label = (
-            normalize_text(printable(parent_folders[class_depth]))
+            normalize_text(printable_name(parent_folders[class_depth]))
             if len(parent_folders) > class_depth
             else None
         )
@@ -87,7 +89,7 @@ def read_layout(
         if len(folder_names) > 1
     ]
     if not class_depth:
-        return Labels(labels, None, tuple(notes))
+        return FolderLabels(labels, None, tuple(notes))
     split_sides = sorted({parent_folders[0] for parent_folders in image_folders if parent_folders})
     notes.append(
         f"the folders {', '.join(split_sides)} are the sides of a split, and the folders in them "
@@ -95,14 +97,14 @@ def read_layout(
     )
     if n_unlabelled := sum(label is None for label in labels):
         notes.append(f"{n_unlabelled:,} images lie in no class's folder and have no label")
-    return Labels(
+    return FolderLabels(
         labels,
         [parent_folders[0] if parent_folders else None for parent_folders in image_folders],
         tuple(notes),
     )
 
 
-def _split_depth(image_folders: Sequence[Folders], layout: Layout, source_text: str) -> int:
+def _split_depth(image_folders: Sequence[FolderParts], layout: Layout, source_text: str) -> int:
     """0 where the outermost folders are the classes, 1 where they are the sides of a split."""
     if layout != "auto":
         return int(layout == "split")
@@ -151,8 +153,8 @@ def _ambiguous(source_text: str, found_text: str) -> str:
 
 
 def _refuse_vanished(
-    image_folders: Sequence[Folders],
-    other_folders: Collection[Folders],
+    image_folders: Sequence[FolderParts],
+    other_folders: Collection[FolderParts],
     class_depth: int,
     source_text: str,
 ) -> None:
@@ -171,11 +173,12 @@ def _refuse_vanished(
             parent_folders[level] for parent_folders in other_folders if len(parent_folders) > level
         }
         if vanished_names := sorted(existing_names - used_names):
-            vanished_text = ", ".join(printable(name) for name in vanished_names[:5])
+            vanished_text = ", ".join(printable_name(name) for name in vanished_names[:5])
             folder_role = "class" if level == class_depth else "side of the split"
             raise SourceError(
                 f"{source_text}: no file in the folder {vanished_text} can be used as an image, so "
                 f"that this {folder_role} would be missing. Add images that can be read, or leave "
-                f"it out: images.exclude: {yaml_list(map(printable, vanished_names[:5]))} in the "
-                f"recipe (headrace init: --exclude {shlex.quote(printable(vanished_names[0]))})"
+                f"it out: images.exclude: {as_yaml_list(map(printable_name, vanished_names[:5]))} "
+                "in the recipe (headrace init: --exclude "
+                f"{shlex.quote(printable_name(vanished_names[0]))})"
             )

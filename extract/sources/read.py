@@ -10,10 +10,16 @@ import pandas as pd
 
 from headrace.cache.home import expand_home
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import path_text, printable
+from headrace.extract.images.byte_ranges import encode_path, printable_name
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
-from headrace.extract.sources.folder import EXCLUDED, HIDDEN, LINKED, has_images, read_folder
+from headrace.extract.sources.folder import (
+    EXCLUDED_ENTRIES,
+    HIDDEN_ENTRIES,
+    LINKED_FOLDERS,
+    has_images,
+    read_folder,
+)
 from headrace.extract.sources.formats import (
     ARRAY_KINDS,
     HEIF_SUFFIXES,
@@ -100,7 +106,11 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
         case "image":
             image_path = expand_home(location).absolute()
             samples = pd.DataFrame(
-                {"id": [printable(str(location))], "path": [path_text(image_path)], "label": [None]}
+                {
+                    "id": [printable_name(str(location))],
+                    "path": [encode_path(image_path)],
+                    "label": [None],
+                }
             )
             return Listing(samples, found=1)
 
@@ -167,14 +177,14 @@ def _detect_in_folder(folder: Path) -> SourceKind:
     return "folder"  # whose reader says what was found instead
 
 
-def warn_of_left_out(listing: Listing, source: str | Path) -> None:
+def warn_about_left_out(listing: Listing, source: str | Path) -> None:
     """Tell a program, which has no terminal, what of a source is not used, but for what is nobody's
     image or used all the same.
     """
     left_out_texts = [
         str(left_out)
         for left_out in listing.left_out
-        if left_out.reason not in (HIDDEN, EXCLUDED, LINKED)
+        if left_out.reason not in (HIDDEN_ENTRIES, EXCLUDED_ENTRIES, LINKED_FOLDERS)
     ]
     if left_out_texts:
         warnings.warn(

@@ -11,7 +11,7 @@ from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import read_array
 from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.layout import Layout
-from headrace.extract.sources.read import warn_of_left_out
+from headrace.extract.sources.read import warn_about_left_out
 from headrace.extract.sources.tabular import TableOptions, read_tables
 
 
@@ -22,7 +22,7 @@ def list_folder(
     folders are its sides.
     """
     listing = read_folder(folder, layout=layout, exclude=exclude)
-    warn_of_left_out(listing, folder)
+    warn_about_left_out(listing, folder)
     return listing.samples
 
 
@@ -33,7 +33,7 @@ def list_tar(
     those of side files.
     """
     listing = read_archives(archives, layout=layout)
-    warn_of_left_out(listing, str(archives))
+    warn_about_left_out(listing, str(archives))
     return listing.samples
 
 
@@ -58,5 +58,5 @@ def read_table(
 ) -> pd.DataFrame:
     """The samples of `read_tables`: columns `id`, `path`, then those of the table."""
     listing = read_tables(table, TableOptions(path_column, id_column, root, path_pattern))
-    warn_of_left_out(listing, table)
+    warn_about_left_out(listing, table)
     return listing.samples

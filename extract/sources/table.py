@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from headrace.cache.text import as_text, normalize_text
-from headrace.extract.errors import SourceError, absent
+from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import open_arrow
 from headrace.extract.sources.coco import coco_rows
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature, unread_format
@@ -52,7 +52,9 @@ class Table:
 def read_table_file(table_path: Path) -> Table:
     """Read a table by what its name says it is. Raises SourceError when it cannot be read so."""
     if not table_path.is_file():
-        raise SourceError(absent(table_path, "a table: .csv, .tsv, .jsonl, .json or .parquet"))
+        raise SourceError(
+            missing_path_message(table_path, "a table: .csv, .tsv, .jsonl, .json or .parquet")
+        )
     suffixes = [suffix.lower() for suffix in table_path.suffixes]
     compressed = suffixes[-1:] == [".gz"]
     suffix = (suffixes[-2:-1] if compressed else suffixes[-1:] or [""])[0] if suffixes else ""

@@ -15,12 +15,17 @@ import pandas as pd
 
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
-from headrace.extract.errors import SourceError, absent, check_unique, nearest
-from headrace.extract.images.byte_ranges import file_of, path_text, printable
+from headrace.extract.errors import (
+    SourceError,
+    check_unique_ids,
+    missing_path_message,
+    nearest_names,
+)
+from headrace.extract.images.byte_ranges import encode_path, locator_file, printable_name
 from headrace.extract.sources.archive import RESERVED_COLUMNS
-from headrace.extract.sources.folder import EXCLUDED, image_paths
+from headrace.extract.sources.folder import EXCLUDED_ENTRIES, image_paths
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, TABLE_SUFFIXES
-from headrace.extract.sources.layout import split_word
+from headrace.extract.sources.layout import split_side
 from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.table import Table, read_table_file
 
@@ -121,7 +126,7 @@ def read_tables(
             "row per image."
         )
     if labelled:
-        check_unique(samples["id"], source_text)
+        check_unique_ids(samples["id"], source_text)
     return tally.listing(samples, dict.fromkeys(notes))
 
 
@@ -137,7 +142,7 @@ def _count_unnamed(table_paths: Sequence[Path], samples: pd.DataFrame, tally: Ta
                 tally.found += 1
                 tally.leave_out(
                     "images that no row names",
-                    printable(os.path.relpath(file_of(image_path), folder)),
+                    printable_name(os.path.relpath(locator_file(image_path), folder)),
                 )
 
 
@@ -160,7 +165,7 @@ def table_files(table: Path) -> list[Path]:
         return [file.absolute() for file in data_files]
     matched_paths = sorted(glob.glob(str(table)))
     if not matched_paths:
-        raise SourceError(absent(table, "a table"))
+        raise SourceError(missing_path_message(table, "a table"))
     return [Path(match).absolute() for match in matched_paths]
 
 
@@ -191,7 +196,7 @@ def saved_dataset_files(folder: Path) -> list[Path]:
     return []
 
 
-def find_images(table: Table, table_path: Path, image_root: Path) -> tuple[str, bool]:
+def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple[str, bool]:
     """What names, or holds, the images: (a column, False), or (a pattern of paths such as
     `train/{id}.jpg`, True).
 
@@ -301,7 +306,7 @@ def _sides(table_paths: Sequence[Path]) -> dict[Path, str] | None:
         [file.name for file in table_paths],
         [file.parent.name for file in table_paths],
     ):
-        side_of_table = dict(zip(table_paths, map(split_word, table_names), strict=True))
+        side_of_table = dict(zip(table_paths, map(split_side, table_names), strict=True))
         if (
             None not in side_of_table.values()
             and len({side.lower() for side in side_of_table.values() if side}) > 1
@@ -330,7 +335,7 @@ def _samples(
             columns = [*frame.columns, *table.image_columns]
             raise SourceError(
                 f"{table_path}: there is no column {column_name!r} ({setting}). Nearest: "
-                f"{nearest(column_name, columns, 1)}. The columns are: {', '.join(columns)}."
+                f"{nearest_names(column_name, columns, 1)}. The columns are: {', '.join(columns)}."
             )
     image_root = (
         expand_home(options.root) if options.root is not None else table_path.parent
@@ -390,7 +395,7 @@ def _samples(
         and written_names.notna().all()
     ):
         split_sides = [
-            split_word(path.split("/")[0]) if "/" in path else None for path in written_names
+            split_side(path.split("/")[0]) if "/" in path else None for path in written_names
         ]
         if (
             None not in split_sides and len(set(split_sides)) > 1
@@ -405,12 +410,12 @@ def _samples(
 def _image_column(
     table: Table, table_path: Path, image_root: Path, options: TableOptions, notes: list[str]
 ) -> tuple[str, bool]:
-    """As `find_images`, but for what the options say."""
+    """As `find_image_column`, but for what the options say."""
     if options.path_pattern is not None:
         return options.path_pattern, True
     if options.path_column is not None:
         return options.path_column, False
-    image_column, is_pattern = find_images(table, table_path, image_root)
+    image_column, is_pattern = find_image_column(table, table_path, image_root)
     if is_pattern:
         notes.append(
             f"{table_path.name}: the images are {image_column}, by the column in braces "
@@ -457,7 +462,9 @@ def _exclude(samples: pd.DataFrame, patterns: Sequence[str], tally: Tally) -> pd
         return samples
     is_excluded = samples["id"].map(lambda name: tally.excludes(patterns, name)).astype(bool)
     if is_excluded.any():
-        tally.leave_out(EXCLUDED, *samples["id"][is_excluded].head(3), count=int(is_excluded.sum()))
+        tally.leave_out(
+            EXCLUDED_ENTRIES, *samples["id"][is_excluded].head(3), count=int(is_excluded.sum())
+        )
     return samples[~is_excluded].reset_index(drop=True)
 
 
@@ -491,7 +498,7 @@ def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Serie
     """
     kind = "arrow" if table_path.suffix.lower() == ".arrow" else "parquet"
     locators = pd.Series(
-        [f"{path_text(table_path)}::{kind}:{column}:{row}" for row in range(len(frame))],
+        [f"{encode_path(table_path)}::{kind}:{column}:{row}" for row in range(len(frame))],
         index=frame.index,
         dtype=object,
     )
@@ -529,12 +536,12 @@ def _find(image_root: str, written_path: str) -> str:
         and "//" not in written_path
         and written_path[:1] != "."
     ):
-        return path_text(
+        return encode_path(
             os.path.join(image_root, written_path)
         )  # nearly all, and a table has millions
     path = Path(image_root, written_path)
     if written_path.isascii() and "\\" not in written_path:
-        return path_text(path)
+        return encode_path(path)
     unicode_forms = [
         written_path,
         *(unicodedata.normalize(form, written_path) for form in ("NFC", "NFD")),
@@ -542,7 +549,7 @@ def _find(image_root: str, written_path: str) -> str:
     candidates = [
         Path(image_root, form) for text in unicode_forms for form in (text, text.replace("\\", "/"))
     ]
-    return path_text(next((candidate for candidate in candidates if candidate.exists()), path))
+    return encode_path(next((candidate for candidate in candidates if candidate.exists()), path))
 
 
 def _refuse_reserved(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node
-from headrace.extract.taps.resolve import Tap, reduce_output
+from headrace.extract.taps.resolve import Tap, pool_output
 
 # Poolings that are views of the output itself, which the network may overwrite in place later.
 _VIEWS = ("map", "vector", "cls")
@@ -83,5 +83,5 @@ class TapCapture:
 
     def _pool(self, node: Node, taps: Sequence[Tap], output: Tensor) -> None:
         for tap in taps:
-            pooled = reduce_output(output, tap.reduction, node)
-            self.captured[tap] = pooled.clone() if tap.reduction in _VIEWS else pooled
+            pooled = pool_output(output, tap.pooling, node)
+            self.captured[tap] = pooled.clone() if tap.pooling in _VIEWS else pooled

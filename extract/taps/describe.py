@@ -11,7 +11,7 @@ from headrace.extract.backbones.backbone import Backbone, build_untrained, load_
 from headrace.extract.backbones.nodes import Layout, find_nodes
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.decoding import DECODER
-from headrace.extract.images.views import Augmentation, Drawing, Symmetries, view_json
+from headrace.extract.images.views import Augmentation, Symmetries, ViewMethod, view_json
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.forward import COMPUTE_DTYPES
 from headrace.extract.taps.resolve import Tap, auto_taps, backbone_nodes, tap_shape
@@ -23,8 +23,8 @@ class TapInfo:
 
     node: str
     layout: Layout
-    shape: tuple[int, ...]  # of one image's output, unreduced
-    map_bytes: int  # per image as float16, unreduced
+    shape: tuple[int, ...]  # of one image's output, unpooled
+    map_bytes: int  # per image as float16, unpooled
     avg_bytes: int  # per image as float16, averaged over positions
     cost: float  # share of the whole forward that is spent to reach it, 0 to 1
 
@@ -101,14 +101,14 @@ def feature_specs(
         raise BackboneError(f"views is {views}; expected at least 1, the evaluation crop")
     if symmetric:
         _check_symmetric(backbone.preprocessing.crop, views)
-    drawing: Drawing = Symmetries() if symmetric else augmentation or Augmentation()
+    drawing: ViewMethod = Symmetries() if symmetric else augmentation or Augmentation()
     nodes = backbone_nodes(backbone)
     return tuple(
         FeatureSpec(
             backbone=backbone.spec.name,
             weights=backbone.weights,
             tap=tap.node,
-            reduction=tap.reduction,
+            pooling=tap.pooling,
             preprocessing=backbone.preprocessing.to_json(),
             view=view_json(view, drawing),
             decoder=DECODER,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbones.backbone import Backbone
-from headrace.extract.backbones.fused import fusable, fused, same_outputs
+from headrace.extract.backbones.fused import can_fuse, fuse_convolutions, outputs_agree
 from headrace.extract.backbones.nodes import Node
 from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.resolve import Tap, backbone_nodes
@@ -34,30 +34,33 @@ def make_forward(
     """
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in taps]
-    normalise = normalisation(backbone, device)
+    normalise = make_normalizer(backbone, device)
     module = copy.deepcopy(backbone.module).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    plain = hooked(module, placed, normalise, compute_dtype, compiled=compiled)
-    if device != "cpu" or compute_dtype != "float32" or compiled or not fusable():
+    plain = hook_forward(module, placed, normalise, compute_dtype, compiled=compiled)
+    if device != "cpu" or compute_dtype != "float32" or compiled or not can_fuse():
         return plain
-    pixels = _test_image(backbone)
+    pixels = _random_pixels(backbone)
     tapped = {node.module for _, node in placed}
     try:
-        faster = hooked(
-            fused(backbone.module, tapped, normalise(pixels)), placed, normalise, compute_dtype
+        faster = hook_forward(
+            fuse_convolutions(backbone.module, tapped, normalise(pixels)),
+            placed,
+            normalise,
+            compute_dtype,
         )
-        return faster if same_outputs(faster(pixels), plain(pixels)) else plain
+        return faster if outputs_agree(faster(pixels), plain(pixels)) else plain
     except (RuntimeError, AttributeError, TypeError):  # a network that reads its layers' attributes
         return plain
 
 
-def _test_image(backbone: Backbone) -> Tensor:
+def _random_pixels(backbone: Backbone) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(
         0, 256, (1, *backbone.preprocessing.crop, 3), dtype=torch.uint8, generator=generator
     )
 
 
-def normalisation(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
+def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
     """uint8 (N, H, W, 3) to the network's input:
 
     (x / 255 - mean) / std, float32 (N, 3, H, W) in channels_last.
@@ -77,7 +80,7 @@ def normalisation(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]
     return normalise
 
 
-def hooked(
+def hook_forward(
     module: nn.Module,
     taps: Sequence[tuple[Tap, Node]],
     normalise: Callable[[Tensor], Tensor],
@@ -93,14 +96,14 @@ def hooked(
 
     def forward(pixels: Tensor) -> list[Tensor]:
         autocast = torch.autocast(pixels.device.type, half, enabled=half is not None)
-        with torch.inference_mode(), autocast, _exact(pixels.device.type):
+        with torch.inference_mode(), autocast, _without_tf32(pixels.device.type):
             captured = capture.run(run, normalise(pixels))
         return [captured[tap] for tap, _ in taps]
 
     return forward
 
 
-def _exact(device: str) -> contextlib.AbstractContextManager[None]:
+def _without_tf32(device: str) -> contextlib.AbstractContextManager[None]:
     """On CUDA, cuDNN's fastest kernels, but not its 10-bit TF32, which float32 would
     silently mean.
     """

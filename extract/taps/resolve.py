@@ -14,41 +14,41 @@ from torch import Tensor
 
 from headrace.extract.backbones.backbone import Backbone
 from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node, Nodes, find_nodes, is_square
-from headrace.extract.errors import BackboneError, nearest
+from headrace.extract.errors import BackboneError, nearest_names
 
-_REDUCTION = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
-REDUCTIONS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
+_POOLING = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
+POOLINGS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
 _GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
 _GEM_FLOOR = 1e-6
 # of the last resolutions; those before are large maps, dear to pool, and brought nothing
-MIDDLES = 2
-MOST_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
+N_MIDDLE_BLOCKS = 2
+MAX_AUTO_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One node and its reduction, "blocks.4.avg"."""
+    """One node and its pooling, "blocks.4.avg"."""
 
     node: str
     # avg, max, gem, gridK, map; cls for a class token; vector for outputs that have no positions
-    reduction: str
+    pooling: str
 
     def __str__(self) -> str:
-        return f"{self.node}.{self.reduction}"
+        return f"{self.node}.{self.pooling}"
 
 
 def parse_tap(text: str) -> Tap:
-    """ "blocks.4.avg": node "blocks.4", reduction "avg", which is also what no reduction and "mean"
+    """ "blocks.4.avg": node "blocks.4", pooling "avg", which is also what no pooling and "mean"
     mean.
     """
     node, _, last = text.strip().rpartition(".")
     if not text.strip():
-        raise BackboneError("a tap is empty; expected a node and a reduction, such as layer4.avg")
-    if not _REDUCTION.fullmatch(last):
+        raise BackboneError("a tap is empty; expected a node and a pooling, such as layer4.avg")
+    if not _POOLING.fullmatch(last):
         node, last = text.strip(), "avg"
     if not node:
         raise BackboneError(
-            f"tap {text!r} names a reduction and no node; expected something like layer4.{last}"
+            f"tap {text!r} names a pooling and no node; expected something like layer4.{last}"
         )
     return Tap(node, "avg" if last == "mean" else last)
 
@@ -76,41 +76,41 @@ def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ..
             f"{backbone.spec.name}: no taps are asked for; name at least one, or auto"
         )
     return tuple(
-        dict.fromkeys(_resolve(parse_tap(text), nodes, backbone.spec.name) for text in asked)
+        dict.fromkeys(_check_tap(parse_tap(text), nodes, backbone.spec.name) for text in asked)
     )
 
 
 def tap_shape(tap: Tap, node: Node) -> tuple[int, ...]:
     """Shape of one image's reduced output."""
-    height, width, channels = _extent(node)
-    if tap.reduction == "map":
+    height, width, channels = _map_extent(node)
+    if tap.pooling == "map":
         return (channels, height, width)
-    if tap.reduction.startswith("grid"):
-        cells = int(tap.reduction[4:])
+    if tap.pooling.startswith("grid"):
+        cells = int(tap.pooling[4:])
         return (channels, cells, cells)
     return (channels,)
 
 
-def reduce_output(output: Tensor, reduction: str, node: Node) -> Tensor:
+def pool_output(output: Tensor, pooling: str, node: Node) -> Tensor:
     """A node's output (N, ...) to (N, *tap_shape), in float32 for everything that averages."""
-    if reduction == "vector":
+    if pooling == "vector":
         return output
-    if reduction == "cls":
+    if pooling == "cls":
         return output[:, 0]
-    if reduction == "avg":  # means over axes as they lie, without making a map of tokens first
+    if pooling == "avg":  # means over axes as they lie, without making a map of tokens first
         if node.layout == "NTC":
             return output[:, node.prefix :].float().mean(dim=1)
         return output.float().mean(dim=(2, 3) if node.layout == "NCHW" else (1, 2))
     grid = _as_map(output, node)
-    if reduction == "map":
+    if pooling == "map":
         return grid
-    if reduction == "max":
+    if pooling == "max":
         return grid.amax(dim=(2, 3))
-    if reduction == "gem":
+    if pooling == "gem":
         return (
             grid.float().clamp(min=_GEM_FLOOR).pow(_GEM_POWER).mean(dim=(2, 3)).pow(1 / _GEM_POWER)
         )
-    return F.adaptive_avg_pool2d(grid.float(), int(reduction.removeprefix("grid")))
+    return F.adaptive_avg_pool2d(grid.float(), int(pooling.removeprefix("grid")))
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,10 +125,10 @@ def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
     token. Then what the classifier is given.
 
     Maxima and middles are what far domains gain from (docs/defaults.md). Together the taps of a
-    convolution network have at most MOST_FEATURES features, or as many as its last blocks have.
+    convolution network have at most MAX_AUTO_FEATURES features, or as many as its last blocks have.
     """
-    quarters = _quarters(nodes)
-    taps = [Tap(node.name, "avg") for node in quarters] or _of_stages(nodes)
+    quarters = _quarter_blocks(nodes)
+    taps = [Tap(node.name, "avg") for node in quarters] or _stage_taps(nodes)
     if quarters and quarters[-1].has_class_token:
         taps.append(Tap(quarters[-1].name, "cls"))
     if PRE_LOGITS in nodes.names:
@@ -136,7 +136,7 @@ def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
     return tuple(taps) or (Tap(LOGITS, "vector"),)
 
 
-def _of_stages(nodes: Nodes) -> list[Tap]:
+def _stage_taps(nodes: Nodes) -> list[Tap]:
     """Averages and maxima of the last block at each resolution and a middle one of the last two, in
     running order.
 
@@ -145,12 +145,12 @@ def _of_stages(nodes: Nodes) -> list[Tap]:
     """
     maps = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
     given = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
-    ends = _stages(maps)
-    trunk = _trunk(maps)
+    ends = _last_blocks(maps)
+    trunk = _trunk_block_names(maps)
     lasts: list[Node] = []
     middles: list[Node] = []
     for end in ends:
-        here = [node for node in maps if _extent(node)[:2] == _extent(end)[:2]]
+        here = [node for node in maps if _map_extent(node)[:2] == _map_extent(end)[:2]]
         blocks = [node for node in here if node.name in trunk] or [end]
         own = [
             node
@@ -169,26 +169,26 @@ def _of_stages(nodes: Nodes) -> list[Tap]:
         if between := [node for node in blocks[:-1] or own[:-1] if before < node.cost < last.cost]:
             middles.append(between[len(between) // 2])
     if (
-        ends and _extent(ends[-1])[2] != _extent(lasts[-1])[2]
+        ends and _map_extent(ends[-1])[2] != _map_extent(lasts[-1])[2]
     ):  # a convolution behind the last block
         lasts.append(ends[-1])
-    if lasts and _extent(lasts[-1])[2] == given:
+    if lasts and _map_extent(lasts[-1])[2] == given:
         lasts.pop()
-    room = MOST_FEATURES - given - sum(2 * _extent(node)[2] for node in lasts)
-    for middle in reversed(middles[-MIDDLES:]):
-        if (width := 2 * _extent(middle)[2]) <= room:
+    room = MAX_AUTO_FEATURES - given - sum(2 * _map_extent(node)[2] for node in lasts)
+    for middle in reversed(middles[-N_MIDDLE_BLOCKS:]):
+        if (width := 2 * _map_extent(middle)[2]) <= room:
             lasts.append(middle)
             room -= width
     picked = {node.name for node in lasts}
     return [
-        Tap(node.name, reduction)
+        Tap(node.name, pooling)
         for node in maps
         if node.name in picked
-        for reduction in ("avg", "max")
+        for pooling in ("avg", "max")
     ]
 
 
-def _trunk(maps: list[Node]) -> frozenset[str]:
+def _trunk_block_names(maps: list[Node]) -> frozenset[str]:
     """The names of the blocks that the network is a row of: numbered alike, at most resolutions,
     nested least.
     """
@@ -199,7 +199,7 @@ def _trunk(maps: list[Node]) -> frozenset[str]:
 
     def reach(family: str) -> tuple[int, int, int]:
         return (
-            len({_extent(node)[:2] for node in families[family]}),
+            len({_map_extent(node)[:2] for node in families[family]}),
             -family.count("."),
             len(families[family]),
         )
@@ -208,9 +208,9 @@ def _trunk(maps: list[Node]) -> frozenset[str]:
     return frozenset(node.name for node in longest)
 
 
-def _stages(maps: list[Node]) -> list[Node]:
+def _last_blocks(maps: list[Node]) -> list[Node]:
     """The last block at each resolution, at most five of them, in running order."""
-    resolutions = list(dict.fromkeys(_extent(node)[:2] for node in maps))
+    resolutions = list(dict.fromkeys(_map_extent(node)[:2] for node in maps))
     largest = max((height * width for height, width in resolutions), default=0)
     picked = []
     for height, width in resolutions:
@@ -218,7 +218,7 @@ def _stages(maps: list[Node]) -> list[Node]:
         # pre_logits has.
         if height * width in (largest, 1):
             continue
-        here = [node for node in maps if _extent(node)[:2] == (height, width)]
+        here = [node for node in maps if _map_extent(node)[:2] == (height, width)]
         shallowest = min(node.name.count(".") for node in here)
         # Inside a stage come the first convolutions of the next at the old resolution; whole stages
         # have shorter names.
@@ -231,7 +231,7 @@ def _stages(maps: list[Node]) -> list[Node]:
     return sorted(picked, key=lambda node: order[node.name])[-5:]
 
 
-def _quarters(nodes: Nodes) -> list[Node]:
+def _quarter_blocks(nodes: Nodes) -> list[Node]:
     """The blocks at a quarter, half, three quarters and the end of a plain transformer; empty for
     other networks.
     """
@@ -250,7 +250,7 @@ def _quarters(nodes: Nodes) -> list[Node]:
     return [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
 
 
-def _resolve(tap: Tap, nodes: Nodes, what: str) -> Tap:
+def _check_tap(tap: Tap, nodes: Nodes, what: str) -> Tap:
     if tap.node in nodes.repeated:
         raise BackboneError(
             f"{what}: {tap.node} runs more than once in one forward, so it names no single output. "
@@ -259,30 +259,28 @@ def _resolve(tap: Tap, nodes: Nodes, what: str) -> Tap:
         )
     if tap.node not in nodes.names:
         parent = tap.node.rpartition(".")[0]
-        reductions = (
-            f"The reductions of {parent} are {REDUCTIONS}. " if parent in nodes.names else ""
-        )
+        poolings = f"The poolings of {parent} are {POOLINGS}. " if parent in nodes.names else ""
         raise BackboneError(
-            f"{what} has no node {tap.node!r}. Nearest: {nearest(tap.node, nodes.names)}. "
-            f"{reductions}List all of them: headrace backbones {what}"
+            f"{what} has no node {tap.node!r}. Nearest: {nearest_names(tap.node, nodes.names)}. "
+            f"{poolings}List all of them: headrace backbones {what}"
         )
     node = nodes[tap.node]
     if node.layout == "NC":
-        if tap.reduction == "cls" or tap.reduction.startswith("grid"):
+        if tap.pooling == "cls" or tap.pooling.startswith("grid"):
             raise BackboneError(
                 f"{what}: {tap} has nothing to reduce: it is a vector of {node.shape[0]} values"
             )
         return Tap(tap.node, "vector")
-    if tap.reduction == "vector":
+    if tap.pooling == "vector":
         raise BackboneError(
-            f"{what}: {tap.node} has shape {node.shape}, not a vector. Reductions: {REDUCTIONS}"
+            f"{what}: {tap.node} has shape {node.shape}, not a vector. Poolings: {POOLINGS}"
         )
-    if tap.reduction == "cls" and not node.has_class_token:
+    if tap.pooling == "cls" and not node.has_class_token:
         raise BackboneError(f"{what}: {tap.node} has no class token; try {tap.node}.avg")
     if (
         node.layout == "NTC"
-        and tap.reduction != "cls"
-        and tap.reduction != "avg"
+        and tap.pooling != "cls"
+        and tap.pooling != "avg"
         and not is_square(node.shape[0] - node.prefix)
     ):
         raise BackboneError(
@@ -293,10 +291,10 @@ def _resolve(tap: Tap, nodes: Nodes, what: str) -> Tap:
 
 
 def _needs_map(tap: Tap) -> bool:
-    return tap.reduction not in ("cls", "avg")
+    return tap.pooling not in ("cls", "avg")
 
 
-def _extent(node: Node) -> tuple[int, int, int]:
+def _map_extent(node: Node) -> tuple[int, int, int]:
     """(H, W, C) of a node's output; vectors have one position."""
     if node.layout == "NCHW":
         return node.shape[1], node.shape[2], node.shape[0]
@@ -313,7 +311,7 @@ def _as_map(output: Tensor, node: Node) -> Tensor:
     if node.layout == "NHWC":
         return output.permute(0, 3, 1, 2)
     if node.layout == "NTC":
-        height, width, _ = _extent(node)
+        height, width, _ = _map_extent(node)
         return (
             output[:, node.prefix :].reshape(-1, height, width, output.shape[2]).permute(0, 3, 1, 2)
         )

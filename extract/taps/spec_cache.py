@@ -21,10 +21,10 @@ from headrace.cache.spec import FeatureSpec
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import (
     BackboneSpec,
-    absolute,
     backbone_from_fields,
     check_spec,
     weights_stamp,
+    with_absolute_weights,
 )
 
 _FOLDER = "backbones"
@@ -33,7 +33,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
 _EXTRA_LIBRARIES = ("transformers", "open_clip_torch", "onnxruntime")
 
 
-class Storing(TypedDict, total=False):
+class FeatureOptions(TypedDict, total=False):
     """How features are computed and stored, as `feature_specs` takes it."""
 
     dtype: str
@@ -42,8 +42,8 @@ class Storing(TypedDict, total=False):
     symmetric: bool
 
 
-def build_features(
-    spec: BackboneSpec, taps: str | Sequence[str], storing: Storing
+def build_feature_specs(
+    spec: BackboneSpec, taps: str | Sequence[str], storing: FeatureOptions
 ) -> tuple[FeatureSpec, ...]:
     """The feature sets that these taps of a backbone make, from the network itself.
 
@@ -57,46 +57,46 @@ def build_features(
     return feature_specs(backbone, resolve_taps(backbone, taps), **storing)
 
 
-def backbone_features(
+def load_feature_specs(
     spec: BackboneSpec,
     taps: str | Sequence[str],
     *,
     cache_root: Path,
-    build: Callable[..., tuple[FeatureSpec, ...]] = build_features,
-    **storing: Unpack[Storing],
+    build: Callable[..., tuple[FeatureSpec, ...]] = build_feature_specs,
+    **storing: Unpack[FeatureOptions],
 ) -> tuple[FeatureSpec, ...]:
     """The feature sets that these taps of a backbone make, tap by tap and within a tap view by
     view; see `feature_specs`.
 
     Read from what the cache remembers; otherwise the network is built, by `build`, which does what
-    `build_features` does. A backbone from the user's own Python function is always built: nothing
-    says whether its code has changed. Raises BackboneError.
+    `build_feature_specs` does. A backbone from the user's own Python function is always built:
+    nothing says whether its code has changed. Raises BackboneError.
     """
     check_spec(spec)
-    memo = _memo(spec, taps, storing, cache_root)
-    if not spec.name.startswith("python:") and (known := _read(memo)) is not None:
+    memo = _spec_cache_path(spec, taps, storing, cache_root)
+    if not spec.name.startswith("python:") and (known := _read_feature_specs(memo)) is not None:
         return known
     return build(spec, taps, storing)
 
 
-def remember_features(
+def save_feature_specs(
     spec: BackboneSpec,
     taps: str | Sequence[str],
     features: Sequence[FeatureSpec],
     *,
     cache_root: Path,
-    **storing: Unpack[Storing],
+    **storing: Unpack[FeatureOptions],
 ) -> None:
-    """Keep what `backbone_features` found, for the next call.
+    """Keep what `load_feature_specs` found, for the next call.
 
     Apart from it, because a dry run writes nothing.
 
     A memo that is damaged is written anew; one that cannot be written stops nobody.
     """
-    memo = _memo(spec, taps, storing, cache_root)
-    if _read(memo) != tuple(features):
+    memo = _spec_cache_path(spec, taps, storing, cache_root)
+    if _read_feature_specs(memo) != tuple(features):
         text = {
-            "backbone": dataclasses.asdict(absolute(spec)),
+            "backbone": dataclasses.asdict(with_absolute_weights(spec)),
             "features": [feature.to_json() for feature in features],
         }
         with contextlib.suppress(OSError):  # it only saves time
@@ -104,19 +104,19 @@ def remember_features(
             publish_replace(memo, sealed_json(text))
 
 
-def remembered_backbone(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
+def find_backbone_spec(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
     """The backbone that is remembered to make this feature set; None where the cache has forgotten,
     or never knew.
     """
     for memo in sorted((cache_root / _FOLDER).glob("*.json")):
-        if feature in (_read(memo) or ()):
+        if feature in (_read_feature_specs(memo) or ()):
             with contextlib.suppress(BackboneError):  # of another version
                 return backbone_from_fields(read_sealed_json(memo.read_bytes())["backbone"])
     return None
 
 
-def _memo(
-    spec: BackboneSpec, taps: str | Sequence[str], storing: Storing, cache_root: Path
+def _spec_cache_path(
+    spec: BackboneSpec, taps: str | Sequence[str], storing: FeatureOptions, cache_root: Path
 ) -> Path:
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
     versions += [_version_or_nothing(name) for name in _EXTRA_LIBRARIES]
@@ -134,7 +134,7 @@ def _version_or_nothing(library: str) -> str:
         return ""
 
 
-def _read(memo: Path) -> tuple[FeatureSpec, ...] | None:
+def _read_feature_specs(memo: Path) -> tuple[FeatureSpec, ...] | None:
     try:
         known = read_sealed_json(memo.read_bytes())
         return tuple(FeatureSpec.from_json(text) for text in known["features"]) or None

@@ -77,7 +77,7 @@ def _opened(
         if spatial and len(feature.spec.shape) != 3:
             raise BadFeatures(
                 f"{feature.spec.name} has rows of shape {feature.spec.shape}, a convolution head "
-                "needs (channels, h, w): give a tap with the reduction map"
+                "needs (channels, h, w): give a tap with the pooling map"
             )
     groups = _by_columns(sets)
     seen = {tuple(feature.spec.view for feature in views) for views in groups}

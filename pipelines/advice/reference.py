@@ -67,7 +67,7 @@ def reference_evidence(
     shared_paths = {}
     for name, views in feature_paths.items():
         spec = open_feature_set(views[0]).spec
-        if spec.reduction != "map" and spec.fingerprint in path_by_fingerprint:
+        if spec.pooling != "map" and spec.fingerprint in path_by_fingerprint:
             shared_paths[name] = views[0], path_by_fingerprint[spec.fingerprint]
     if not shared_paths:
         raise NoReference(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from headrace.cache.exchange.export import RowSelection
-    from headrace.extract.run.plan import Network
+    from headrace.extract.run.plan import BackboneFeatures
     from headrace.extract.spec import BackboneSpec
     from headrace.pipelines.recipe.load import Recipe
 
@@ -638,7 +638,7 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], n_rows: int) -
 
     from headrace.cache.integrity.verify import RECOMPUTE_TOLERANCE, verify_recompute
     from headrace.extract.images.content_hashes import content_hashes
-    from headrace.extract.run.plan import Network
+    from headrace.extract.run.plan import BackboneFeatures
     from headrace.pipelines.planning.dataset import list_samples
     from headrace.pipelines.recipe.load import load_recipe
 
@@ -658,7 +658,10 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], n_rows: int) -
                 feature_set = open_feature_set(feature_set_path(recipe.cache, spec))
 
                 extract_rows = functools.partial(
-                    _extract_again, samples, Network(backbone, [spec], [()]), Path(scratch_folder)
+                    _extract_again,
+                    samples,
+                    BackboneFeatures(backbone, [spec], [()]),
+                    Path(scratch_folder),
                 )
                 has_image = np.isin(
                     feature_set.content_hashes().astype("U32"),
@@ -681,7 +684,7 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], n_rows: int) -
 
 def _extract_again(
     samples: "pd.DataFrame",
-    network: "Network",
+    network: "BackboneFeatures",
     scratch_folder: Path,
     _row_ids: list[str],
     row_contents: list[str],
@@ -689,13 +692,13 @@ def _extract_again(
     """Return (n, *shape) features of n images, by the same units of work as in a run, from a cache
     of their own.
     """
-    from headrace.extract.run.plan import plan_networks
-    from headrace.extract.run.work_unit import run_unit
+    from headrace.extract.run.plan import plan_work_units
+    from headrace.extract.run.work_unit import run_work_unit
 
-    for job in plan_networks(
+    for job in plan_work_units(
         samples[samples["content"].isin(row_contents)], [network], cache_root=scratch_folder
     ):
-        run_unit(job)
+        run_work_unit(job)
     return open_feature_set(feature_set_path(scratch_folder, network.specs[0])).load(row_contents)
 
 
@@ -714,7 +717,7 @@ def _external_fingerprints(recipe_path: Path) -> list[str]:
 
 def _recipe_networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
     """Return the backbones of a recipe and the feature sets they make."""
-    from headrace.extract.taps.spec_cache import backbone_features
+    from headrace.extract.taps.spec_cache import load_feature_specs
     from headrace.pipelines.planning.networks import backbone_spec, storage_options
     from headrace.pipelines.recipe.load import load_recipe
 
@@ -722,7 +725,7 @@ def _recipe_networks(recipe_path: Path) -> "list[tuple[BackboneSpec, tuple[Featu
     networks = []
     for backbone in recipe.backbones:
         network = backbone_spec(backbone, recipe)
-        feature_specs = backbone_features(
+        feature_specs = load_feature_specs(
             network, backbone.taps, cache_root=recipe.cache, **storage_options(backbone, recipe)
         )
         networks.append((network, feature_specs))

@@ -13,17 +13,17 @@ import yaml
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.text import as_text
-from headrace.extract.errors import SourceError, yaml_list
-from headrace.extract.images.byte_ranges import file_of, read_bytes
-from headrace.extract.images.decoding import is_deep
-from headrace.extract.sources.array import array_labels, measure_range
+from headrace.extract.errors import SourceError, as_yaml_list
+from headrace.extract.images.byte_ranges import locator_file, read_bytes
+from headrace.extract.images.decoding import has_deep_pixels
+from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
 from headrace.extract.sources.folder import has_images
 from headrace.extract.sources.formats import ARRAY_KINDS, MAYBE_TABLES, is_archive
 from headrace.extract.sources.layout import SPLIT_WORDS, Layout
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.table import read_table_file
-from headrace.extract.sources.tabular import find_images, is_table, table_files
+from headrace.extract.sources.tabular import find_image_column, is_table, table_files
 from headrace.pipelines.selection.cautions import near_copies
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
@@ -64,7 +64,7 @@ def detect_recipe(
     source = detect_source(location, layout=layout, exclude=exclude)
     finding = _detect(location, source, recipe_folder)
     option_lines = f"  layout: {layout}\n" if layout != "auto" else ""
-    option_lines += f"  exclude: {yaml_list(exclude)}\n" if exclude else ""
+    option_lines += f"  exclude: {as_yaml_list(exclude)}\n" if exclude else ""
     return replace(finding, images=finding.images + option_lines)
 
 
@@ -239,8 +239,8 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
     image_lines = f"  array: {_path_text(location, recipe_folder)}\n"
     range_notes: list[str] = []
     if location.is_file():
-        array_key, labels_file, labels_key = array_labels(location)
-        pixel_range = measure_range(location, array_key)
+        array_key, labels_file, labels_key = detect_array_labels(location)
+        pixel_range = measure_pixel_range(location, array_key)
         source = replace(
             source,
             array_key=array_key,
@@ -293,7 +293,7 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
     table_file = table_files(table)[0]
     table_data = read_table_file(table_file)
     image_lines = f"  table: {_path_text(table, recipe_folder)}\n"
-    path_source, is_pattern = find_images(table_data, table_file, table_file.parent)
+    path_source, is_pattern = find_image_column(table_data, table_file, table_file.parent)
     pattern_notes: list[str] = []
     if is_pattern:
         pattern_notes.append(
@@ -375,7 +375,7 @@ def _mixed_depths(samples: pd.DataFrame) -> list[str]:
         with contextlib.suppress(
             Exception
         ):  # what cannot be opened is told by the run, with its reason
-            image_by_depth.setdefault(is_deep(read_bytes(image_path)), image_id)
+            image_by_depth.setdefault(has_deep_pixels(read_bytes(image_path)), image_id)
     if len(image_by_depth) < 2:
         return []
     return [
@@ -398,7 +398,9 @@ def _table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     doubt_text = ""
     if n_unlabelled := int(labels.isna().sum()):
         doubt_text += f"; {n_unlabelled:,} rows have no label, and a run leaves them out"
-    checked_files = [file_of(file_path) for file_path in paths.head(_PATHS_LOOKED_AT).astype(str)]
+    checked_files = [
+        locator_file(file_path) for file_path in paths.head(_PATHS_LOOKED_AT).astype(str)
+    ]
     missing_files = [file_path for file_path in checked_files if not Path(file_path).is_file()]
     if missing_files:
         doubt_text += (

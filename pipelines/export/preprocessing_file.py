@@ -46,7 +46,7 @@ def load(path, name="{first}"):
     how = Preprocessing(**INPUTS[name])
     with open(path, "rb") as file:
         data = file.read()
-    return np.array(render(decode_image(data, how.pixel_range), how))
+    return np.array(render_crop(decode_image(data, how.pixel_range), how))
 
 
 class ImageError(ValueError):

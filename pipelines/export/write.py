@@ -27,8 +27,8 @@ from torch import Tensor
 from headrace.cache.atomic_io import PARTIAL_SUFFIX
 from headrace.cache.errors import HeadraceError
 from headrace.extract.backbones.backbone import load_backbone
-from headrace.extract.images.views import Symmetries, is_exact, mirrored
-from headrace.extract.run.decode_ahead import Batch
+from headrace.extract.images.views import Symmetries, is_exact_view, mirror_pixels
+from headrace.extract.run.decode_ahead import PixelBatch
 from headrace.extract.spec import BackboneSpec
 from headrace.pipelines.cluster.task_leases import driver_lives, driver_lock, driver_name
 from headrace.pipelines.export.model_card import Exported, model_card
@@ -209,7 +209,7 @@ def _without_random_views(member: HeadModel | NetworkModel) -> HeadModel | Netwo
     if isinstance(member, NetworkModel):
         return member
     head = member.head
-    exact = [index for index, feature in enumerate(head.features) if is_exact(feature.view)]
+    exact = [index for index, feature in enumerate(head.features) if is_exact_view(feature.view)]
     features = tuple(head.features[index] for index in exact)
     backbones = tuple(head.backbones[index] for index in exact)
     return replace(member, head=replace(head, features=features, backbones=backbones))
@@ -248,9 +248,11 @@ def _check(model: Model, inputs: Sequence[Input]) -> _Check:
     for each in engine.renderings:
         own = by_pixels[pixels_of(each.preprocessing)]
         if isinstance(each.augmentation, Symmetries):
-            own = torch.from_numpy(np.stack([mirrored(image, each.index) for image in own.numpy()]))
+            own = torch.from_numpy(
+                np.stack([mirror_pixels(image, each.index) for image in own.numpy()])
+            )
         seen.append(own)
-    batch = Batch(list(range(_CHECKED)), seen)
+    batch = PixelBatch(list(range(_CHECKED)), seen)
     predicted = predict_batch(engine, batch)
     if predicted.failed:
         raise ExportError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.extract.errors import SourceError
 from headrace.extract.images.preprocessing import Preprocessing
-from headrace.extract.images.views import Augmentation, Symmetries, mirrored, parse_view
+from headrace.extract.images.views import Augmentation, Symmetries, mirror_pixels, parse_view
 from headrace.extract.run.decode_ahead import Rendering, decoded_batches
 from headrace.extract.spec import Sample
 
@@ -114,7 +114,7 @@ class ImageSource:
                 if turns is not None:
                     own = turns[done : done + len(batch.rows)].tolist()
                     turned = [
-                        mirrored(image, turn)
+                        mirror_pixels(image, turn)
                         for image, turn in zip(pixels.numpy(), own, strict=True)
                     ]
                     pixels = torch.from_numpy(np.stack(turned))

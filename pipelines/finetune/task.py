@@ -261,7 +261,7 @@ def _open(job: FinetuneJob, *, without_backbone: bool = False) -> _Opened:
     features_of_view = by_view(open_all(job.features))
     first_view = next(iter(features_of_view.values()))
     map_of_view = {feature.spec.view: feature for feature in open_all(job.split_maps)}
-    taps = [Tap(feature.spec.tap, feature.spec.reduction) for feature in first_view]
+    taps = [Tap(feature.spec.tap, feature.spec.pooling) for feature in first_view]
     if without_backbone:
         return _Opened(task, None, taps, features_of_view, map_of_view)  # type: ignore[arg-type]
     backbone = load_backbone(job.backbone)

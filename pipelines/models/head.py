@@ -11,11 +11,11 @@ import numpy as np
 
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import (
-    PACKAGED,
+    PACKAGE_PREFIX,
     BackboneSpec,
-    backbone_code,
     backbone_from_fields,
     backbone_path,
+    imported_function_path,
     is_weights_file,
 )
 from headrace.heads.data.task import TaskKind
@@ -68,7 +68,7 @@ class HeadModel(ImagePredictor):
         head = load_head(directory, trust_code=trusted)
         backbones = _resolve_backbones(head, directory, root or directory, trusted)
         for backbone in backbones:
-            require_trusted(backbone_code(backbone.name), directory, trusted)
+            require_trusted(imported_function_path(backbone.name), directory, trusted)
         fields = tuple(dataclasses.asdict(backbone) for backbone in backbones)
         return cls(directory, dataclasses.replace(head, backbones=fields))
 
@@ -226,7 +226,7 @@ def _resolve_backbones(
         if (
             backbone.weights
             and is_weights_file(backbone.weights)
-            and not backbone.weights.startswith(PACKAGED)
+            and not backbone.weights.startswith(PACKAGE_PREFIX)
         ):
             # A relative name is of a file in the model's own directory, as an export writes it.
             beside = directory / backbone.weights

@@ -20,20 +20,25 @@ from PIL import Image, ImageFile, ImageOps
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.encoding import decode_rows, encode_rows
 from headrace.cache.spec import FeatureSpec
-from headrace.extract.backbones.fused import keep_memory
+from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.errors import ImageError
-from headrace.extract.images.byte_ranges import array_bytes, path_text, read_bytes
+from headrace.extract.images.byte_ranges import array_bytes, encode_path, read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.images.decoding import PixelRange, decode_image, raw_mode, to_rgb
+from headrace.extract.images.decoding import PixelRange, decode_image, pillow_raw_mode, to_rgb
 from headrace.extract.images.views import Augmentation
-from headrace.extract.run.decode_ahead import Batch, Rendering, decoded_batches, render_into
-from headrace.extract.run.device import Limit, check_device, launch
+from headrace.extract.run.decode_ahead import (
+    PixelBatch,
+    Rendering,
+    decoded_batches,
+    render_into_buffers,
+)
+from headrace.extract.run.device import BatchLimit, check_device, launch_forward
 from headrace.extract.run.work_unit import (
-    Pass,
-    feature_passes,
-    pass_limit,
+    ForwardPass,
+    batch_limit_of,
+    find_unstorable_rows,
+    make_forward_passes,
     quiet_decoding,
-    unstorable,
 )
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import make_forward
@@ -84,8 +89,8 @@ class Engine:
 
     model: "Model"
     device: str
-    passes: tuple[Pass, ...]
-    limits: tuple[Limit, ...]  # of `passes`
+    passes: tuple[ForwardPass, ...]
+    limits: tuple[BatchLimit, ...]  # of `passes`
     heads: tuple[Callable[[Floats], Floats], ...]  # of the model's members
 
     @property
@@ -101,9 +106,9 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
     """
     check_device(device)
     if torch.device(device).type == "cpu":
-        keep_memory()
+        keep_freed_memory()
     wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
-    passes: list[Pass] = []
+    passes: list[ForwardPass] = []
     for member in model.members:
         trained_backbone = member.trained_backbone()
         if trained_backbone is not None:
@@ -114,10 +119,11 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
     passes += [
         each
         for backbone, features in wanted.items()
-        for each in feature_passes(backbone, list(features), device)
+        for each in make_forward_passes(backbone, list(features), device)
     ]
     limits = [
-        pass_limit(each.forward, each.rendering.preprocessing.crop, device, None) for each in passes
+        batch_limit_of(each.forward, each.rendering.preprocessing.crop, device, None)
+        for each in passes
     ]
     return Engine(
         model,
@@ -128,12 +134,12 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
     )
 
 
-def predict_batch(engine: Engine, batch: Batch) -> Predicted:
+def predict_batch(engine: Engine, batch: PixelBatch) -> Predicted:
     """Probabilities of the images in a batch; those that failed, here or in decoding, with the
     reason.
     """
     launched = [
-        launch(each.forward, pixels, engine.device, limit)
+        launch_forward(each.forward, pixels, engine.device, limit)
         for each, pixels, limit in zip(engine.passes, batch.pixels, engine.limits, strict=True)
         if batch.rows
     ]
@@ -141,7 +147,7 @@ def predict_batch(engine: Engine, batch: Batch) -> Predicted:
     bad: dict[int, str] = {}
     for each, result in zip(engine.passes, launched, strict=False):  # none are launched for no rows
         for spec, output in zip(each.specs, result(), strict=True):
-            bad |= unstorable(output, spec)
+            bad |= find_unstorable_rows(output, spec)
             features[spec] = output
     good = [place for place in range(len(batch.rows)) if place not in bad]
     failed = [
@@ -206,7 +212,7 @@ def predict_images(
             ]
             for job in jobs:
                 job.result()
-            predicted = predict_batch(engine, Batch(rows, pixels))
+            predicted = predict_batch(engine, PixelBatch(rows, pixels))
             if predicted.failed:
                 row, reason = predicted.failed[0]
                 raise ImageUnusable(f"{_name(given[row], row)}: {reason}")
@@ -214,11 +220,13 @@ def predict_images(
     return found
 
 
-def _trained_pass(backbone: "Backbone", features: tuple[FeatureSpec, ...], device: str) -> Pass:
+def _trained_pass(
+    backbone: "Backbone", features: tuple[FeatureSpec, ...], device: str
+) -> ForwardPass:
     """Return the pass from pixels to what a fine-tuned network's head is given."""
-    taps = [Tap(feature.tap, feature.reduction) for feature in features]
+    taps = [Tap(feature.tap, feature.pooling) for feature in features]
     forward = make_forward(backbone, taps, device=device)
-    return Pass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, features)
+    return ForwardPass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, features)
 
 
 def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
@@ -276,7 +284,7 @@ def _render_into(
 ) -> None:
     try:
         decode, content = _decoder(image)
-        render_into(decode, content, renderings, buffers, slot)
+        render_into_buffers(decode, content, renderings, buffers, slot)
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ImageUnusable(f"{_name(image, row)}: {reason}") from error
@@ -291,7 +299,7 @@ def _decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Imag
         upright = ImageOps.exif_transpose(image)
         return partial(to_rgb, upright), hash_bytes(upright.tobytes())
     if isinstance(image, str | PathLike):
-        data = read_bytes(image if isinstance(image, str) else path_text(Path(image)))
+        data = read_bytes(image if isinstance(image, str) else encode_path(Path(image)))
     elif not isinstance(image, Image.Image):
         array = _one_image(_as_array(image))
         data = array_bytes(array)
@@ -333,7 +341,9 @@ def _unread_file(image: Image.Image) -> bytes:
         or image.tell() != 0
     ):
         return b""  # read or made already, or another page than the first
-    if not (image.format == "PPM" or (image.format in ("PNG", "TIFF") and ";" in raw_mode(image))):
+    if not (
+        image.format == "PPM" or (image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image))
+    ):
         return b""  # of 8 bits, which Pillow keeps
     place = image.fp.tell()
     image.fp.seek(0)

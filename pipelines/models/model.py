@@ -6,7 +6,7 @@ from pathlib import Path
 
 from headrace.cache.format.sealed import SealBroken, read_sealed_json
 from headrace.cache.home import expand_home
-from headrace.extract.spec import backbone_code, is_weights_file
+from headrace.extract.spec import imported_function_path, is_weights_file
 from headrace.heads.persist import WRITE_AGAIN, code_name
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION, EnsembleModel, load_member
 from headrace.pipelines.models.errors import ModelError
@@ -57,7 +57,7 @@ def _code_of_recipe(given: Path | str) -> set[str]:
     if not recipe_path.is_file():
         return set()
     recipe: Recipe = load_recipe(recipe_path)
-    network_code = {backbone_code(backbone.name) for backbone in recipe.backbones}
+    network_code = {imported_function_path(backbone.name) for backbone in recipe.backbones}
     estimators = {code_name(section.estimator) for section in recipe.heads.sklearn}
     return {name for name in network_code if name} | estimators
 

@@ -32,10 +32,10 @@ from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import (
     BackboneSpec,
-    backbone_code,
     backbone_from_fields,
     backbone_path,
     check_sizes,
+    imported_function_path,
 )
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FLOOR
@@ -110,7 +110,7 @@ class NetworkModel(ImagePredictor):
             raise _unreadable(directory, error) from error
         if trusted is not None:
             name = model.backbone.name
-            require_trusted(backbone_code(name), directory, trusted)
+            require_trusted(imported_function_path(name), directory, trusted)
             if (network_path := backbone_path(name)) is not None:
                 require_allowed_file(name, network_path, directory, root or directory, trusted)
         return model
@@ -143,7 +143,7 @@ class NetworkModel(ImagePredictor):
             "pretrained": ", which started pretrained",
         }.get(start, "")
         kind = f"a {'' if start == 'head' else 'new '}{head.pop('kind')} head"
-        taps = ", ".join(f"`{feature.tap}.{feature.reduction}`" for feature in self.features)
+        taps = ", ".join(f"`{feature.tap}.{feature.pooling}`" for feature in self.features)
         return (
             f"the network `{self.backbone.name}` with {kind} ({settings_sentence(head)}) on "
             f"{taps}, trained further: {trained_part}{started} ({settings_sentence(settings)})"
@@ -288,7 +288,7 @@ def load_network(
         model = _parse(directory, stored, hashlib.sha256(data).hexdigest())
         if trust_code is not None:
             trusted = {code_name(name) for name in trust_code}
-            require_trusted(backbone_code(model.backbone.name), directory, trusted)
+            require_trusted(imported_function_path(model.backbone.name), directory, trusted)
         return TrainedNetwork(model, _rebuild(model, stored["head"], load(data)))
     except _UNREADABLE as error:
         raise _unreadable(directory, error) from error
@@ -402,12 +402,12 @@ def _tap_feature(stored: dict[str, Any], tap: str, file_digest: str) -> FeatureS
     The file's digest stands for the weights, so that no other network's features are taken for
     these.
     """
-    node, _, reduction = tap.rpartition(".")
+    node, _, pooling = tap.rpartition(".")
     view = json.dumps({"index": 0})
     preprocessing = json.dumps(stored["preprocess"], sort_keys=True)
     name = stored["backbone"]["name"]
     return FeatureSpec(
-        name, file_digest, node, reduction, preprocessing, view, "", "float32", "float32", ()
+        name, file_digest, node, pooling, preprocessing, view, "", "float32", "float32", ()
     )
 
 
@@ -417,16 +417,16 @@ def _rebuild(
     import torch
 
     from headrace.extract.backbones.backbone import Backbone
-    from headrace.extract.backbones.library import build, fitting
+    from headrace.extract.backbones.library import build_network, limit_parameters_to_file
     from headrace.extract.backbones.weights import weights_digest
     from headrace.extract.taps.resolve import parse_tap
     from headrace.pipelines.models.torch_head import Head
     from headrace.pipelines.models.torch_network import Network
 
     backbone_tensors = _without_prefix("backbone.", tensors)
-    with fitting(backbone_tensors, model.backbone.name):
+    with limit_parameters_to_file(backbone_tensors, model.backbone.name):
         # Its library's own preprocessing may have changed: the stored one counts.
-        module, _ = build(model.backbone.name, None)
+        module, _ = build_network(model.backbone.name, None)
     module.load_state_dict(backbone_tensors)
     module.eval().requires_grad_(False)
     backbone = Backbone(model.backbone, module, model.preprocessing, weights_digest(module))
@@ -450,7 +450,7 @@ def _rebuild(
             float(head_shapes["gain"]),
         )
     head.load_state_dict(head_tensors, assign=True)
-    taps = [parse_tap(f"{feature.tap}.{feature.reduction}") for feature in model.features]
+    taps = [parse_tap(f"{feature.tap}.{feature.pooling}") for feature in model.features]
     network = Network(backbone, taps, head)
     network.eval().requires_grad_(False)
     return network

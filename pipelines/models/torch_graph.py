@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.backbone import Backbone, load_backbone
 from headrace.extract.images.preprocessing import Preprocessing
-from headrace.extract.images.views import Symmetries, is_exact, parse_view, view_json
-from headrace.extract.run.work_unit import check_identity
+from headrace.extract.images.views import Symmetries, is_exact_view, parse_view, view_json
+from headrace.extract.run.work_unit import check_backbone_identity
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.resolve import Tap, backbone_nodes
@@ -59,7 +59,7 @@ class _Taps(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
         self.features = tuple(features)
-        self.taps = [Tap(feature.tap, feature.reduction) for feature in features]
+        self.taps = [Tap(feature.tap, feature.pooling) for feature in features]
         nodes = backbone_nodes(backbone)
         self.capture = TapCapture(
             self.network, [(tap, nodes[tap.node]) for tap in self.taps], stops_early=False
@@ -145,7 +145,7 @@ class ModelGraph(nn.Module):
         for made_by, features in wanted.items():
             loaded.append((load_backbone(made_by), list(features), list(turns[made_by])))
             for feature in features:
-                check_identity(loaded[-1][0], feature)
+                check_backbone_identity(loaded[-1][0], feature)
         for backbone, given, turned in loaded:
             self.sources.append(self._input(backbone.preprocessing))
             self.turns.append(turned)
@@ -213,7 +213,9 @@ def fits_graph(model: "Model") -> bool:
     """Whether all views that the model averages over are made of the evaluation crop; others have
     no place in a graph.
     """
-    return all(is_exact(feature.view) for member in model.members for feature in member.features)
+    return all(
+        is_exact_view(feature.view) for member in model.members for feature in member.features
+    )
 
 
 def _columns(member: "HeadModel | NetworkModel") -> list[list[tuple[str, int]]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from headrace.extract.backbones.backbone import Backbone
 from headrace.extract.taps.capture import TapCapture
-from headrace.extract.taps.forward import normalisation
-from headrace.extract.taps.resolve import Tap, backbone_nodes, reduce_output, tap_shape
+from headrace.extract.taps.forward import make_normalizer
+from headrace.extract.taps.resolve import Tap, backbone_nodes, pool_output, tap_shape
 from headrace.pipelines.models.errors import CannotSplit
 from headrace.pipelines.models.split_network import part_above
 from headrace.pipelines.models.torch_head import Head
@@ -44,7 +44,7 @@ class Network(nn.Module):
         self.split_node, self.taps = split_node, tuple(taps)
         nodes = backbone_nodes(backbone)
         self._placed = [(tap, nodes[tap.node]) for tap in taps]
-        self._make_normalizer = functools.partial(normalisation, backbone)
+        self._make_normalizer = functools.partial(make_normalizer, backbone)
         self._normalize: Callable[[Tensor], Tensor] = self._make_normalizer("cpu")
         self.input_shape = (
             (*backbone.preprocessing.crop, 3) if split_node is None else nodes[split_node].shape
@@ -126,7 +126,7 @@ class Network(nn.Module):
             body = self._body
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             for tap, node in self._at_split:
-                captured[tap] = reduce_output(inputs, tap.reduction, node)
+                captured[tap] = pool_output(inputs, tap.pooling, node)
         captured |= self._capture.run(body, inputs)
         columns, start = [], 0
         for tap, node in self._placed:

@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from headrace.cache.text import as_text
-from headrace.extract.errors import yaml_list
+from headrace.extract.errors import as_yaml_list
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import read_source
@@ -293,7 +293,7 @@ def _copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) -
         ]
     raise DataError(
         f"{copies_text}. Mend the column, leave one of them out (images.exclude: "
-        f"{yaml_list(copy_ids[:1])}), or follow the column as it is: task.copies: keep"
+        f"{as_yaml_list(copy_ids[:1])}), or follow the column as it is: task.copies: keep"
     )
 
 
@@ -338,7 +338,7 @@ def _joined_groups(
         raise DataError(
             f"{groups_text}. No fair split is left. Leave these copies out (a placeholder shows "
             "nothing of its patient): images.exclude: "
-            f"{yaml_list(copy_ids[:_EXCLUDED_NAMED])}{more_text}, or mend {section.group!r}"
+            f"{as_yaml_list(copy_ids[:_EXCLUDED_NAMED])}{more_text}, or mend {section.group!r}"
         )
     return [groups_text]
 

@@ -15,10 +15,10 @@ from headrace.cache.format.compression import require_hdf5plugin
 from headrace.cache.format.sealed import SealBroken
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.changes import compare_listings, read_listing
-from headrace.extract.images.content_hashes import Unreadable, content_hashes
+from headrace.extract.images.content_hashes import UnreadableSample, content_hashes
 from headrace.extract.sources.listing import Listing
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.spec_cache import remember_features
+from headrace.extract.taps.spec_cache import save_feature_specs
 from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.dataset import Dataset, check_metric, make_dataset, read_samples
 from headrace.pipelines.planning.devices import find_heads_device
@@ -49,7 +49,7 @@ class Inventory:
     listing: Listing
     # id, path, content (None where the file cannot be read), and the user's columns
     samples: pd.DataFrame
-    unreadable: tuple[Unreadable, ...]
+    unreadable: tuple[UnreadableSample, ...]
     dataset: Dataset  # of every readable image, also of those that cannot be decoded
     metric: str
     networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]  # in the recipe's order
@@ -112,7 +112,7 @@ def remember_taps(inventory: Inventory) -> None:
     recipe = inventory.recipe
     for backbone, (network, specs) in zip(recipe.backbones, inventory.networks, strict=True):
         options = storage_options(backbone, recipe)
-        remember_features(network, backbone.taps, specs, cache_root=recipe.cache, **options)
+        save_feature_specs(network, backbone.taps, specs, cache_root=recipe.cache, **options)
 
 
 def content_listing(samples: pd.DataFrame) -> dict[str, str]:
@@ -123,7 +123,7 @@ def content_listing(samples: pd.DataFrame) -> dict[str, str]:
 
 def _read_contents(
     recipe: Recipe, samples: pd.DataFrame, *, write: bool
-) -> tuple[list[str | None], tuple[Unreadable, ...]]:
+) -> tuple[list[str | None], tuple[UnreadableSample, ...]]:
     """Return the content hash of each sample, None where its file cannot be read, and the reasons.
 
     Raises DataError where no file can be read.

@@ -9,7 +9,7 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.cache.publish import feature_set_path, is_feature_set
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.spec_cache import Storing, backbone_features, build_features
+from headrace.extract.taps.spec_cache import FeatureOptions, build_feature_specs, load_feature_specs
 from headrace.pipelines.cluster.fork_server import call_forked, imports_of
 from headrace.pipelines.planning.devices import find_device
 from headrace.pipelines.recipe.load import Recipe
@@ -24,14 +24,18 @@ def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
     return BackboneSpec(**spec_fields, pixel_range=recipe.images.pixel_range)
 
 
-def storage_options(backbone: Backbone, recipe: Recipe) -> Storing:
-    """Return the numbers and views that the recipe stores, as `backbone_features` takes them."""
+def storage_options(backbone: Backbone, recipe: Recipe) -> FeatureOptions:
+    """Return the numbers and views that the recipe stores, as `load_feature_specs` takes them."""
     views = backbone.views
     n_views = {"flips": 4, "dihedral": 8}[views] if isinstance(views, str) else views
-    storing_options = Storing(
+    storing_options = FeatureOptions(
         dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=n_views
     )
-    return Storing(**storing_options, symmetric=True) if isinstance(views, str) else storing_options
+    return (
+        FeatureOptions(**storing_options, symmetric=True)
+        if isinstance(views, str)
+        else storing_options
+    )
 
 
 def tap_specs(backbone: Backbone, recipe: Recipe, *, forked: bool) -> tuple[FeatureSpec, ...]:
@@ -40,8 +44,8 @@ def tap_specs(backbone: Backbone, recipe: Recipe, *, forked: bool) -> tuple[Feat
     forked: build a network that the cache does not remember in a process forked from the workers'
     server, where that spares this one importing PyTorch. Raises BackboneError.
     """
-    build = _build_forked(recipe) if forked and _can_fork(backbone, recipe) else build_features
-    return backbone_features(
+    build = _build_forked(recipe) if forked and _can_fork(backbone, recipe) else build_feature_specs
+    return load_feature_specs(
         backbone_spec(backbone, recipe),
         backbone.taps,
         cache_root=recipe.cache,
@@ -58,7 +62,7 @@ def _can_fork(backbone: Backbone, recipe: Recipe) -> bool:
 
 def _build_forked(recipe: Recipe) -> Callable[..., tuple[FeatureSpec, ...]]:
     imports = imports_of(backbone.name for backbone in recipe.backbones)
-    return functools.partial(call_forked, imports, build_features)
+    return functools.partial(call_forked, imports, build_feature_specs)
 
 
 def cached_contents(cache_root: Path, spec: FeatureSpec) -> set[str]:

@@ -10,8 +10,8 @@ import pandas as pd
 
 from headrace.cache.publish import feature_set_path
 from headrace.extract.images.changes import write_listing
-from headrace.extract.images.content_hashes import Unreadable
-from headrace.extract.run.plan import Network, plan_networks
+from headrace.extract.images.content_hashes import UnreadableSample
+from headrace.extract.run.plan import BackboneFeatures, plan_work_units
 from headrace.heads.data.task import save_task
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.stage import Finetuned
@@ -59,7 +59,7 @@ class RunState:
     recipe: Recipe
     # id, path, content (None where the file cannot be read), and the user's columns
     samples: pd.DataFrame
-    unreadable: tuple[Unreadable, ...]
+    unreadable: tuple[UnreadableSample, ...]
     dataset: Dataset  # of the rows that every input has
     notes: tuple[str, ...]  # for a careful person
     # where every entry of the source went; None for samples that a program gave
@@ -107,14 +107,14 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
     recipe, all_rows = inventory.recipe, inventory.dataset
     needed_samples = inventory.needed_images()
     networks = [
-        Network(network, specs, [cached_contents(recipe.cache, spec) for spec in specs])
+        BackboneFeatures(network, specs, [cached_contents(recipe.cache, spec) for spec in specs])
         for network, specs in inventory.networks
     ]
-    units = plan_networks(
+    units = plan_work_units(
         needed_samples,
         networks,
         cache_root=recipe.cache,
-        unit_rows=recipe.compute.images_per_shard,
+        images_per_shard=recipe.compute.images_per_shard,
         device=find_device(recipe.compute.device),
         batch_size=recipe.compute.batch_size,
         compile=recipe.compute.compile,

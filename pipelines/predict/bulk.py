@@ -40,7 +40,7 @@ from headrace.cache.format.sealed import (
     seal,
     sealed_json,
 )
-from headrace.extract.images.byte_ranges import file_of
+from headrace.extract.images.byte_ranges import locator_file
 from headrace.extract.images.file_stamps import FileStamp, file_stamps, wait_until_settled
 from headrace.extract.spec import Sample
 from headrace.pipelines.cluster.clients import local_client
@@ -286,7 +286,7 @@ def file_keys(paths: Sequence[str]) -> list[_Key]:
     Files written a moment ago are waited for, some seconds at most, so that a change after this
     call has another stamp.
     """
-    stamps = file_stamps(map(file_of, paths))
+    stamps = file_stamps(map(locator_file, paths))
     wait_until_settled(stamp for stamp in stamps if isinstance(stamp, FileStamp))
     texts = (stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps)
     return list(zip(paths, texts, strict=True))

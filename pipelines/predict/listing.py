@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from headrace.extract.images.byte_ranges import printable
+from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.tabular import is_table
@@ -32,7 +32,7 @@ def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
     if (images > 1).any():
         for source, listing in zip(sources, listings, strict=True):
             shared = listing.samples["file"].map(images) > 1
-            prefix = printable(str(source if is_table(source) else Path(source).parent))
+            prefix = printable_name(str(source if is_table(source) else Path(source).parent))
             listing.samples.loc[shared, "file"] = f"{prefix}/" + listing.samples.loc[shared, "file"]
     return join_listings(listings)
 
@@ -46,7 +46,7 @@ def _list(location: str, options: dict[str, Any]) -> Listing:
     listing = read_source(source, labelled=False)
     names = listing.samples["id"].astype(str)
     if source.kind == "folder":
-        names = f"{printable(location).rstrip('/')}/" + names
+        names = f"{printable_name(location).rstrip('/')}/" + names
     return replace(
         listing, samples=pd.DataFrame({"file": names, "path": listing.samples["path"].astype(str)})
     )

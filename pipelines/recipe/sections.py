@@ -146,7 +146,7 @@ class Backbone(Section):
     # order: as they come in a .pth; shapes and roles are checked
     weights_match: Literal["name", "order"] = "name"
     alias: str | None = None  # how the leaderboard calls it when there are several backbones
-    # nodes with their reduction, such as layer4.avg; auto: averages and maxima of the last block at
+    # nodes with their pooling, such as layer4.avg; auto: averages and maxima of the last block at
     # each resolution, and more
     taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
     # pixels; default: what the weights were trained with

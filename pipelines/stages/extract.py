@@ -18,8 +18,8 @@ from headrace.cache.atomic_io import lease
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
-from headrace.extract.run.plan import ExtractJob, unit_name
-from headrace.extract.run.throughput import UnitReport, figures
+from headrace.extract.run.plan import ExtractJob, work_unit_name
+from headrace.extract.run.throughput import WorkUnitReport, throughput_statistics
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import (
     Outcome,
@@ -122,7 +122,7 @@ def extract_missing(
     options = announced(options or TaskOptions(), console)
     unit_failures: list[str] = []
     fatal_units: list[tuple[ExtractJob, str]] = []  # single images that end whoever decodes them
-    unit_reports: list[UnitReport] = []
+    unit_reports: list[WorkUnitReport] = []
     n_images = sum(len(job.samples) for job in units)
     started_at = time.monotonic()
     options.on_event("stage", stage="extract", total=n_images, unit="images", tasks=len(units))
@@ -150,7 +150,9 @@ def extract_missing(
                     break
             else:
                 unit_reports.append(outcome.result)
-                throughput = figures(unit_reports, time.monotonic() - started_at, n_images)
+                throughput = throughput_statistics(
+                    unit_reports, time.monotonic() - started_at, n_images
+                )
                 details = {
                     "decode_share": throughput.decode_share,
                     "network_share": throughput.device_share,
@@ -209,13 +211,13 @@ def _record_failed_images(
     return []
 
 
-def extract_unit(job: ExtractJob) -> UnitReport:
+def extract_unit(job: ExtractJob) -> WorkUnitReport:
     """Run a unit on a worker, unless another driver has published it since the plan was made."""
-    from headrace.extract.run.work_unit import run_unit  # imports torch
+    from headrace.extract.run.work_unit import run_work_unit  # imports torch
 
     if is_published(job):
-        return UnitReport(job.unit, len(job.samples), (), (), 0.0, 0.0, 0.0)
-    return run_unit(job)
+        return WorkUnitReport(job.unit, len(job.samples), (), (), 0.0, 0.0, 0.0)
+    return run_work_unit(job)
 
 
 def is_published(job: ExtractJob) -> bool:
@@ -251,7 +253,9 @@ def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
     ]
     half_jobs = [
         replace(
-            job, samples=half_samples, unit=unit_name([sample.content for sample in half_samples])
+            job,
+            samples=half_samples,
+            unit=work_unit_name([sample.content for sample in half_samples]),
         )
         for half_samples in sample_halves
     ]
@@ -260,18 +264,18 @@ def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
 
 def _on_workers(
     units: Sequence[ExtractJob], client: Client, options: TaskOptions
-) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
+) -> Generator[Outcome[ExtractJob, WorkUnitReport], None, None]:
     jobs = ((unit_key(job), job) for job in units)
     return run_tasks(client, extract_unit, jobs, options=options, split=split_unit)
 
 
 def _in_this_process(
     units: Sequence[ExtractJob], leases: TaskLeases
-) -> Generator[Outcome[ExtractJob, UnitReport], None, None]:
+) -> Generator[Outcome[ExtractJob, WorkUnitReport], None, None]:
     """Yield the outcomes of the units that no other driver has, in one stream; then, one by one, of
     those that it gives back.
     """
-    from headrace.extract.run.work_unit import run_units
+    from headrace.extract.run.work_unit import run_work_units
 
     own_jobs: list[ExtractJob] = []
     leased_elsewhere: list[ExtractJob] = []
@@ -284,7 +288,7 @@ def _in_this_process(
             else:
                 leased_elsewhere.append(job)
 
-    for job_index, report in enumerate(run_units(leased_jobs())):
+    for job_index, report in enumerate(run_work_units(leased_jobs())):
         yield Outcome(own_jobs[job_index], report, None)
         leases.release(unit_key(own_jobs[job_index]))
     for job in leased_elsewhere:
@@ -294,7 +298,7 @@ def _in_this_process(
         leases.release(unit_key(job))
 
 
-def _failure_text(outcome: Outcome[ExtractJob, UnitReport]) -> str:
+def _failure_text(outcome: Outcome[ExtractJob, WorkUnitReport]) -> str:
     return (
         _image_failure_text(outcome.job, outcome.error or "")
         if outcome.fatal

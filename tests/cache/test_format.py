@@ -90,7 +90,7 @@ def test_a_stranger_can_read_a_shard(tmp_path, dtype):
     path = shard_path(features.path, unit_name(0))
     data = path.read_bytes()
     first, digest = data[:4096].decode().splitlines()[:2]
-    assert first == "headrace shard 1"
+    assert first == "headrace shard 2"
     assert digest == f"xxh3_128 {xxhash.xxh3_128_hexdigest(data[4096:])}"
     with h5py.File(path) as file:
         assert file.attrs["format"].decode() == "headrace shard"

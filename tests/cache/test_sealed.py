@@ -19,7 +19,7 @@ from headrace.cache.format.sealed import (
     sealed_json,
 )
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.spec_cache import _read, remember_features
+from headrace.extract.taps.spec_cache import _read_feature_specs, save_feature_specs
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.persist import BadHeadFile, load_head, save_head
 from headrace.pipelines.finetune.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -144,11 +144,11 @@ def test_what_is_remembered_of_a_backbone_is_what_was_found(tmp_path):
     """
     spec = BackboneSpec("torchvision:resnet18", weights="random:0")
     features = [make_spec()]
-    remember_features(spec, "auto", features, cache_root=tmp_path)
+    save_feature_specs(spec, "auto", features, cache_root=tmp_path)
     (memory,) = (tmp_path / "backbones").iterdir()
     good = memory.read_bytes()
     for bad in damages(good):
         memory.write_bytes(bad)
-        assert _read(memory) in (None, tuple(features))
+        assert _read_feature_specs(memory) in (None, tuple(features))
     memory.write_bytes(good)
-    assert _read(memory) == tuple(features)
+    assert _read_feature_specs(memory) == tuple(features)

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from headrace.extract.backbones import library
 from headrace.extract.backbones.backbone import build_untrained, load_backbone
 from headrace.extract.errors import BackboneError
-from headrace.extract.images.preprocessing import Preprocessing, render
+from headrace.extract.images.preprocessing import Preprocessing, render_crop
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.describe import describe_backbone
-from headrace.extract.taps.forward import normalisation
+from headrace.extract.taps.forward import make_normalizer
 
 TINY = "timm:mobilenetv3_small_050"
 
@@ -55,7 +55,7 @@ def test_preprocessing_is_torchvisions_own(name: str, tag: str | None) -> None:
 
     enum = torchvision.models.get_model_weights(name)
     transforms = (enum[tag] if tag else enum.DEFAULT).transforms()
-    how = library._of_torchvision_transforms(transforms)
+    how = library._preprocessing_of_torchvision(transforms)
     for picture in pictures():
         expected = transforms(picture.convert("RGB"))
         assert_same_input(how, picture, expected)
@@ -107,7 +107,7 @@ def test_preprocessing_is_timms_own(config: dict[str, object]) -> None:
     from timm.data.transforms_factory import create_transform
 
     config = {**config, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    how = library._of_timm_config(config)
+    how = library._preprocessing_of_timm(config)
     transform = create_transform(**config, is_training=False)
     for picture in pictures():
         assert_same_input(how, picture, transform(picture.convert("RGB")))
@@ -117,8 +117,8 @@ def assert_same_input(how: Preprocessing, picture: Image.Image, expected: torch.
     class Only:
         preprocessing = how
 
-    pixels = torch.from_numpy(render(picture, how).copy())
-    found = normalisation(Only, "cpu")(pixels[None])[0]  # type: ignore[arg-type]
+    pixels = torch.from_numpy(render_crop(picture, how).copy())
+    found = make_normalizer(Only, "cpu")(pixels[None])[0]  # type: ignore[arg-type]
     assert found.shape == expected.shape, (picture.size, found.shape, expected.shape)
     assert float((found - expected).abs().max()) < 2e-6, picture.size
 
@@ -175,7 +175,7 @@ def test_a_network_beyond_the_memory_is_not_built(monkeypatch: pytest.MonkeyPatc
     ):
         load_backbone(BackboneSpec("torchvision:resnet18", "random:991"))
     monkeypatch.undo()
-    with library.at_most(1_000, TINY, "and no"):
+    with library.limit_parameters(1_000, TINY, "and no"):
         other = threading.Thread(target=lambda: built.append(torch.nn.Linear(100, 100)))
         built: list[torch.nn.Module] = [torch.nn.LazyLinear(10)]
         other.start()

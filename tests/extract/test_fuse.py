@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbones.backbone import load_backbone
-from headrace.extract.backbones.fused import _FusedConv, fusable, fused, same_outputs
+from headrace.extract.backbones.fused import _FusedConv, can_fuse, fuse_convolutions, outputs_agree
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.forward import make_forward, normalisation
+from headrace.extract.taps.forward import make_forward, make_normalizer
 from headrace.extract.taps.resolve import resolve_taps
 
-pytestmark = pytest.mark.skipif(not fusable(), reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not can_fuse(), reason="this PyTorch has no oneDNN")
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def outputs(name: str, taps: list[str]) -> tuple[list[Tensor], dict[str, Tensor]
         for key, module in backbone.module.named_modules()
     ]
     with torch.inference_mode():
-        backbone.module(normalisation(backbone, "cpu")(pixels))
+        backbone.module(make_normalizer(backbone, "cpu")(pixels))
     for handle in handles:
         handle.remove()
     return found, wanted
@@ -86,12 +86,12 @@ def outputs(name: str, taps: list[str]) -> tuple[list[Tensor], dict[str, Tensor]
 def test_a_value_that_is_used_twice() -> None:
     """What the watch of one run cannot see, the comparison of results does."""
     (head,), wanted = outputs("used_twice", ["head.map"])
-    assert same_outputs([head], [wanted["head"]])
+    assert outputs_agree([head], [wanted["head"]])
     backbone = load_backbone(BackboneSpec(f"python:{__name__}:used_twice"))
     x = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
-        wrongly = fused(backbone.module, {"head"}, x)
-        assert not same_outputs([wrongly(x)], [backbone.module(x)]), (
+        wrongly = fuse_convolutions(backbone.module, {"head"}, x)
+        assert not outputs_agree([wrongly(x)], [backbone.module(x)]), (
             "else this network tests nothing"
         )
 
@@ -99,7 +99,7 @@ def test_a_value_that_is_used_twice() -> None:
 def test_an_activation_in_two_places() -> None:
     """It is passed over exactly where a kernel has applied it."""
     (logits,), wanted = outputs("shared_activation", ["logits.map"])
-    assert same_outputs([logits], [wanted[""]])
+    assert outputs_agree([logits], [wanted[""]])
     assert float(logits.min()) == 0
 
 
@@ -109,7 +109,7 @@ def test_taps_inside_what_could_be_fused() -> None:
     """
     for tap in ("first", "norm", "second"):
         (found,), wanted = outputs("shared_activation", [f"{tap}.map"])
-        assert same_outputs([found], [wanted[tap]]), tap
+        assert outputs_agree([found], [wanted[tap]]), tap
         assert float(wanted[tap].min()) < 0
 
 
@@ -121,7 +121,7 @@ def test_ordinary_networks_are_fused(name: str) -> None:
     quietly unused.
     """
     backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))
-    module = fused(backbone.module, set(), torch.zeros(1, 3, 64, 64))
+    module = fuse_convolutions(backbone.module, set(), torch.zeros(1, 3, 64, 64))
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
     assert norms == []
     assert sum(isinstance(child, _FusedConv) for child in module.modules()) >= 20

@@ -15,7 +15,7 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.describe import describe_backbone
-from headrace.extract.taps.forward import make_forward, normalisation
+from headrace.extract.taps.forward import make_forward, make_normalizer
 from headrace.extract.taps.resolve import backbone_nodes, resolve_taps
 
 PIXELS = torch.randint(
@@ -39,7 +39,7 @@ def test_position_embeddings_are_resampled_as_timm_does_it() -> None:
     theirs.load_state_dict(checkpoint_filter_fn(dict(plain.module.state_dict()), theirs))
     assert backbone_nodes(own)["blocks.11"].shape == (1 + 6 * 6, 192)
     with torch.inference_mode():
-        tokens = theirs.forward_features(normalisation(own, "cpu")(PIXELS))  # type: ignore[operator]
+        tokens = theirs.forward_features(make_normalizer(own, "cpu")(PIXELS))  # type: ignore[operator]
     (found,) = features(spec, ["norm.cls"])
     torch.testing.assert_close(found.float(), tokens[:, 0], rtol=1e-4, atol=1e-5)
     assert plain.module.pos_embed.shape[1] == 197  # the object that others use is as it was
@@ -100,7 +100,7 @@ def test_torchvisions_transformers_too() -> None:
     theirs = vit_b_32(image_size=96).eval()
     theirs.load_state_dict(interpolate_embeddings(96, 32, plain.module.state_dict()))
     with torch.inference_mode():
-        wanted = theirs(normalisation(own, "cpu")(PIXELS))
+        wanted = theirs(make_normalizer(own, "cpu")(PIXELS))
     (found,) = features(spec, ["logits"])
     torch.testing.assert_close(found.float(), wanted, rtol=1e-4, atol=1e-5)
 

@@ -28,7 +28,7 @@ from headrace.extract.sources.read import SourceWarning, detect_source, read_sou
 from headrace.extract.sources.samples import list_array, list_folder, list_tar, read_table
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps import spec_cache as memo
+from headrace.extract.taps import spec_cache
 
 
 def picture(value: int, size: int = 12) -> np.ndarray:
@@ -250,7 +250,7 @@ def test_what_a_damaged_memo_says_is_not_remembered(
     """Damage of any kind means that the network is built, and that the memo is written anew."""
     feature = FeatureSpec("b", "w", "t", "avg", "p", "v", "pillow", "float32", "float16", (3,))
     path = tmp_path / "cache/backbones/memo.json"
-    monkeypatch.setattr(memo, "_memo", lambda *args: path)
+    monkeypatch.setattr(spec_cache, "_spec_cache_path", lambda *args: path)
     spec = BackboneSpec("torchvision:resnet18", weights="random:0")
     for damage in (
         b"{}",
@@ -262,20 +262,20 @@ def test_what_a_damaged_memo_says_is_not_remembered(
         b"null",
         b"[" * 100_000,
     ):
-        assert memo._read(write(path, damage)) is None, damage[:20]
-        memo.remember_features(spec, "auto", [feature], cache_root=tmp_path)
-        assert memo.backbone_features(spec, "auto", cache_root=tmp_path) == (feature,)
+        assert spec_cache._read_feature_specs(write(path, damage)) is None, damage[:20]
+        spec_cache.save_feature_specs(spec, "auto", [feature], cache_root=tmp_path)
+        assert spec_cache.load_feature_specs(spec, "auto", cache_root=tmp_path) == (feature,)
     path.unlink()
     path.mkdir()
-    assert memo._read(path) is None
-    memo.remember_features(
+    assert spec_cache._read_feature_specs(path) is None
+    spec_cache.save_feature_specs(
         spec, "auto", [feature], cache_root=tmp_path
     )  # cannot be written, and stops nobody
     path.rmdir()
     path.parent.rmdir()
     path.parent.write_bytes(b"a file")
-    assert memo._read(path) is None
-    memo.remember_features(spec, "auto", [feature], cache_root=tmp_path)
+    assert spec_cache._read_feature_specs(path) is None
+    spec_cache.save_feature_specs(spec, "auto", [feature], cache_root=tmp_path)
 
 
 def test_hashes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from headrace import load_model
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.decoding import decode_image
-from headrace.extract.images.preprocessing import render
+from headrace.extract.images.preprocessing import render_crop
 from headrace.extract.spec import BackboneSpec, absolute_name, weights_stamp
-from headrace.extract.taps.forward import make_forward, normalisation
+from headrace.extract.taps.forward import make_forward, make_normalizer
 from headrace.extract.taps.resolve import auto_taps, backbone_nodes, resolve_taps
 from headrace.heads.persist import CodeNotTrusted
 from headrace.pipelines.recipe.load import load_recipe
@@ -121,7 +121,7 @@ def test_a_folder_of_transformers_gives_its_own_numbers(folders, kind):
         untouched(pixel_values=processor(image, return_tensors="pt")["pixel_values"])
     tokens = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     taps = resolve_taps(backbone, [f"{node}.avg", f"{node}.map"])
-    pixels = torch.from_numpy(render(image, backbone.preprocessing).copy())[None]
+    pixels = torch.from_numpy(render_crop(image, backbone.preprocessing).copy())[None]
     average, grid = make_forward(backbone, taps)(pixels)
     # Pillow and torchvision round an enlarged pixel differently, by one of 255
     np.testing.assert_allclose(average[0], tokens[0, n_prefix:].mean(0), atol=2e-2)
@@ -144,7 +144,7 @@ def test_other_sizes_are_resampled_as_transformers_does_it(folders, kind):
     seen = []
     untouched.get_submodule(node).register_forward_hook(lambda *args: seen.append(args[2]))
     pixels = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
-    images = normalisation(backbone, "cpu")(pixels)
+    images = make_normalizer(backbone, "cpu")(pixels)
     names = untouched.forward.__func__.__code__.co_varnames
     options = (
         {"interpolate_pos_encoding": True}
@@ -213,7 +213,7 @@ def test_an_onnx_file_gives_the_numbers_of_the_network_it_was_made_of(tmp_path, 
     taps = resolve_taps(backbone, [f"{maps[-1].name}.map", f"{last}.vector"])
     grid, logits = make_forward(backbone, taps)(pixels)
     with torch.no_grad():
-        images = normalisation(backbone, "cpu")(pixels)
+        images = make_normalizer(backbone, "cpu")(pixels)
         np.testing.assert_allclose(grid, network[:3](images), atol=1e-5)
         np.testing.assert_allclose(logits, network(images), atol=1e-5)
     assert auto_taps(nodes)
@@ -254,7 +254,7 @@ def test_a_tower_of_open_clip_gives_its_own_numbers():
         model = open_clip.create_model("ViT-S-32-alt", pretrained=None, load_weights=False)
     pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
     own_size = load_backbone(BackboneSpec("open_clip:ViT-S-32-alt", "random:0"))
-    images = normalisation(own_size, "cpu")(pixels)
+    images = make_normalizer(own_size, "cpu")(pixels)
     seen = []
     model.visual.transformer.resblocks[11].register_forward_hook(lambda *args: seen.append(args[2]))
     with torch.no_grad():
@@ -316,9 +316,9 @@ def test_decoded_pixels_are_those_of_the_image_processor(folders, tmp_path):
     backbone = load_backbone(BackboneSpec(f"transformers:{folders['dinov2'][0]}"))
     photo(200, 150).save(tmp_path / "photo.png")
     image = decode_image((tmp_path / "photo.png").read_bytes())
-    pixels = torch.from_numpy(render(image, backbone.preprocessing).copy())[None]
+    pixels = torch.from_numpy(render_crop(image, backbone.preprocessing).copy())[None]
     theirs = processor(Image.open(tmp_path / "photo.png"), return_tensors="pt")["pixel_values"]
-    difference = (normalisation(backbone, "cpu")(pixels) - theirs).abs().max()
+    difference = (make_normalizer(backbone, "cpu")(pixels) - theirs).abs().max()
     assert float(difference) <= 1.5 / 255 / 0.224
 
 

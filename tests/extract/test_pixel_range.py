@@ -29,7 +29,7 @@ from headrace.extract.errors import BackboneError, ImageError
 from headrace.extract.images.byte_ranges import array_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.decoding import MAX_EDGE, MAX_PIXELS, decode_image
-from headrace.extract.images.preprocessing import Preprocessing, render
+from headrace.extract.images.preprocessing import Preprocessing, render_crop
 from headrace.extract.images.views import Augmentation
 from headrace.extract.run import decode_ahead as decode_module
 from headrace.extract.run.decode_ahead import Rendering, decoded_batches
@@ -312,7 +312,7 @@ def made_by(
     path.write_bytes(data)
     outcomes: list[object] = []
     for make in (
-        lambda: render(decode_image(data, how.pixel_range), how),
+        lambda: render_crop(decode_image(data, how.pixel_range), how),
         lambda: namespace["load"](path),
     ):
         try:
@@ -401,14 +401,14 @@ import resource, sys, time
 from pathlib import Path
 from headrace.extract.errors import ImageError
 from headrace.extract.images.decoding import decode_image
-from headrace.extract.images.preprocessing import Preprocessing, render
+from headrace.extract.images.preprocessing import Preprocessing, render_crop
 
 how = Preprocessing((256, 256), (224, 224), sys.argv[1], "bicubic", (0.5,) * 3, (0.5,) * 3)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path().glob("*.png")):
     started = time.perf_counter()
     try:
-        said = str(render(decode_image(path.read_bytes()), how).shape)
+        said = str(render_crop(decode_image(path.read_bytes()), how).shape)
     except ImageError as error:
         said = str(error)
     print(path.stem, said)
@@ -456,7 +456,7 @@ def test_panoramas_are_used() -> None:
             (edge, edge), (edge, edge), "shortest", "nearest", (0.5,) * 3, (0.5,) * 3
         )
         assert edge * edge * max(size) / min(size) <= MAX_PIXELS
-        assert render(Image.new("L", size), how).shape == (edge, edge, 3)
+        assert render_crop(Image.new("L", size), how).shape == (edge, edge, 3)
 
 
 # The range as a part of what features are

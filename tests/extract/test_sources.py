@@ -22,7 +22,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import file_of, path_text, printable, read_bytes
+from headrace.extract.images.byte_ranges import (
+    encode_path,
+    locator_file,
+    printable_name,
+    read_bytes,
+)
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.sources.archive import read_archives
@@ -221,9 +226,9 @@ def test_names_that_are_no_utf8(tmp_path):
 @given(st.binary(min_size=1, max_size=12).filter(lambda name: b"\0" not in name))
 def test_any_name_of_a_file_comes_back(name):
     path = os.fsdecode(b"/data/" + name)
-    assert file_of(path_text(path)) == path
-    path_text(path).encode()
-    printable(path).encode()
+    assert locator_file(encode_path(path)) == path
+    encode_path(path).encode()
+    printable_name(path).encode()
 
 
 def test_links_in_folders(tmp_path):

@@ -14,9 +14,9 @@ from headrace.extract.backbones.nodes import find_nodes
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.describe import feature_specs
-from headrace.extract.taps.forward import make_forward, normalisation
+from headrace.extract.taps.forward import make_forward, make_normalizer
 from headrace.extract.taps.resolve import (
-    MOST_FEATURES,
+    MAX_AUTO_FEATURES,
     Tap,
     auto_taps,
     backbone_nodes,
@@ -97,14 +97,14 @@ def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int)
     tokens = [node for node in nodes.nodes if node.layout == "NTC"]
     spread = (maps or tokens)[:: max(1, len(maps or tokens) // 9)]
     taps = [
-        Tap(node.name, reduction)
+        Tap(node.name, pooling)
         for node in spread
-        for reduction in ("avg", "max", "gem", "grid2", "map")
+        for pooling in ("avg", "max", "gem", "grid2", "map")
     ]
     taps += [Tap(node.name, "cls") for node in spread if node.has_class_token]
     taps += [tap for tap in auto_taps(nodes) if tap not in taps and tap.node != "pre_logits"]
     pixels = random_pixels(3, size)
-    x = normalisation(backbone, "cpu")(pixels)
+    x = make_normalizer(backbone, "cpu")(pixels)
     expected = hooked_outputs(backbone.module, {nodes[tap.node].module for tap in taps}, x)
     forward = make_forward(backbone, taps)
     for rows in (slice(0, 3), slice(1, 2)):
@@ -114,29 +114,29 @@ def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int)
             if node.layout == "NHWC":
                 raw = raw.movedim(-1, 1)
             elif node.layout == "NTC":
-                if tap.reduction == "cls":
+                if tap.pooling == "cls":
                     assert_close(found, raw[:, 0], tap)
                     continue
                 side = int((raw.shape[1] - node.prefix) ** 0.5)
                 raw = raw[:, node.prefix :].transpose(1, 2).unflatten(2, (side, side))
-            assert_close(found, plainly_reduced(raw, tap.reduction), tap)
+            assert_close(found, plainly_reduced(raw, tap.pooling), tap)
     after = backbone.module.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items()), (
         "the network's state has changed"
     )
 
 
-def plainly_reduced(raw: torch.Tensor, reduction: str) -> torch.Tensor:
+def plainly_reduced(raw: torch.Tensor, pooling: str) -> torch.Tensor:
     flat = raw.flatten(2)
-    if reduction == "avg":
+    if pooling == "avg":
         return flat.mean(2)
-    if reduction == "vector":
+    if pooling == "vector":
         return raw
-    if reduction == "max":
+    if pooling == "max":
         return flat.max(2).values
-    if reduction == "gem":
+    if pooling == "gem":
         return (flat.clamp(min=1e-6) ** 3).mean(2) ** (1 / 3)
-    if reduction == "grid2":
+    if pooling == "grid2":
         return torch.nn.functional.adaptive_avg_pool2d(raw, 2)
     return raw
 
@@ -152,7 +152,7 @@ def test_pre_logits_are_what_the_classifier_is_given() -> None:
     for name, expected in (("torchvision:resnet18", "flatten"), ("timm:resnet18", "forward_head")):
         backbone = load_backbone(BackboneSpec(name, "random:1", image_size=64))
         pixels = random_pixels(2, 64)
-        x = normalisation(backbone, "cpu")(pixels)
+        x = make_normalizer(backbone, "cpu")(pixels)
         with torch.inference_mode():
             if expected == "flatten":
                 wanted = torch.nn.Sequential(*list(backbone.module.children())[:-1])(x).flatten(1)
@@ -252,7 +252,7 @@ def test_no_automatic_tap_is_another_one(name: str) -> None:
     backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))
     taps = resolve_taps(backbone, "auto")
     found = [tensor.flatten(1) for tensor in make_forward(backbone, taps)(random_pixels(4, 64))]
-    assert sum(tensor.shape[1] for tensor in found) <= MOST_FEATURES
+    assert sum(tensor.shape[1] for tensor in found) <= MAX_AUTO_FEATURES
     for (first, a), (second, b) in itertools.combinations(zip(taps, found, strict=True), 2):
         assert a.shape != b.shape or not torch.allclose(
             a.float(), b.float(), rtol=1e-3, atol=1e-3
@@ -267,13 +267,13 @@ def test_taps_that_cannot_be() -> None:
             "layer9.avg",
             r"no node 'layer9'. Nearest: layer\d.*headrace backbones torchvision:resnet18",
         ),
-        ("layer1.median", r"no node 'layer1.median'.*The reductions of layer1 are avg, max, gem"),
+        ("layer1.median", r"no node 'layer1.median'.*The poolings of layer1 are avg, max, gem"),
         ("layer1.0.relu.avg", r"runs more than once.*Tap the block around it: layer1.0"),
         ("layer4.cls", "has no class token; try layer4.avg"),
         ("fc.grid2", "nothing to reduce"),
         ("layer4.vector", "not a vector"),
         ("", "a tap is empty"),
-        ("avg", "names a reduction and no node; expected something like layer4.avg"),
+        ("avg", "names a pooling and no node; expected something like layer4.avg"),
     ):
         with pytest.raises(BackboneError, match=message):
             resolve_taps(resnet, [text])
@@ -282,7 +282,7 @@ def test_taps_that_cannot_be() -> None:
 
 
 def test_tap_words() -> None:
-    """No reduction and "mean" are the average, and the same tap twice is one tap."""
+    """No pooling and "mean" are the average, and the same tap twice is one tap."""
     assert (
         parse_tap("layer4")
         == parse_tap("layer4.mean")
@@ -298,7 +298,7 @@ def test_tap_words() -> None:
 
 
 def test_feature_specs_tell_everything_apart() -> None:
-    """Another tap, reduction, view, size, weight or dtype is another feature set; the same again is
+    """Another tap, pooling, view, size, weight or dtype is another feature set; the same again is
     the same.
     """
     spec = BackboneSpec("torchvision:resnet18", "random:0", image_size=64)

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,10 +34,10 @@ from headrace.extract.images.views import (
     view_json,
 )
 from headrace.extract.run import decode_ahead as decode_module
-from headrace.extract.run.device import Limit, launch, try_batch_sizes
-from headrace.extract.run.plan import ExtractJob, Network, plan_networks, plan_units
-from headrace.extract.run.throughput import figures
-from headrace.extract.run.work_unit import run_unit, run_units
+from headrace.extract.run.device import BatchLimit, launch_forward, try_batch_sizes
+from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
+from headrace.extract.run.throughput import throughput_statistics
+from headrace.extract.run.work_unit import run_work_unit, run_work_units
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.describe import feature_specs
 from headrace.extract.taps.forward import make_forward
@@ -84,6 +85,17 @@ def known(cache: Path, specs: tuple[FeatureSpec, ...]) -> list[set[str]]:
     ]
 
 
+def plan_units(
+    samples: pd.DataFrame,
+    *,
+    backbone: BackboneSpec,
+    specs: tuple[FeatureSpec, ...],
+    known: list[set[str]],
+    **options: Any,
+) -> list[ExtractJob]:
+    return plan_work_units(samples, [BackboneFeatures(backbone, specs, known)], **options)
+
+
 def extract(
     samples: pd.DataFrame, cache: Path, specs: tuple[FeatureSpec, ...], **options: object
 ) -> list[ExtractJob]:
@@ -91,7 +103,7 @@ def extract(
         samples, backbone=SMALL, specs=specs, known=known(cache, specs), cache_root=cache, **options
     )  # type: ignore[arg-type]
     for job in jobs:
-        run_unit(job)
+        run_work_unit(job)
     return jobs
 
 
@@ -124,7 +136,7 @@ def test_rows_belong_to_their_images(tmp_path: Path) -> None:
     """
     samples = make_images(tmp_path / "images", 21)
     specs = specs_of(views=2)
-    jobs = extract(samples, tmp_path / "cache", specs, unit_rows=9, batch_size=4)
+    jobs = extract(samples, tmp_path / "cache", specs, images_per_shard=9, batch_size=4)
     assert [len(job.contents) for job in jobs] == [9, 9, 3]
     for spec in specs:
         found = stored(tmp_path / "cache", spec, samples).astype(np.float32)
@@ -199,7 +211,7 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Mo
     """
     samples = make_images(tmp_path / "images", 12)
     specs = specs_of()
-    extract(samples, tmp_path / "whole", specs, unit_rows=5)
+    extract(samples, tmp_path / "whole", specs, images_per_shard=5)
     expected = shard_bytes(tmp_path / "whole")
     assert len(expected) == 3 * 3
     from headrace.extract.run import work_unit as unit_module
@@ -219,10 +231,10 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(unit_module, "publish_shard", limited)
         with pytest.raises(OSError, match="killed"):
-            extract(samples, cache, specs, unit_rows=5)
+            extract(samples, cache, specs, images_per_shard=5)
         monkeypatch.setattr(unit_module, "publish_shard", publish)
         assert len(shard_bytes(cache)) == survivors
-        extract(samples, cache, specs, unit_rows=5)
+        extract(samples, cache, specs, images_per_shard=5)
         assert shard_bytes(cache) == expected
 
 
@@ -230,20 +242,20 @@ def test_run_units_is_run_unit_in_a_row(tmp_path: Path) -> None:
     """The overlapping form gives the same bytes and one report per unit, in order."""
     samples = make_images(tmp_path / "images", 14)
     specs = specs_of()
-    extract(samples, tmp_path / "a", specs, unit_rows=4)
+    extract(samples, tmp_path / "a", specs, images_per_shard=4)
     jobs = plan_units(
         samples,
         backbone=SMALL,
         specs=specs,
         known=[set()] * 3,
         cache_root=tmp_path / "b",
-        unit_rows=4,
+        images_per_shard=4,
     )
-    reports = list(run_units(jobs))
+    reports = list(run_work_units(jobs))
     assert [report.unit for report in reports] == [job.unit for job in jobs]
     assert [report.rows for report in reports] == [4, 4, 4, 2]
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
-    shown = figures(reports, elapsed_s=2.0, total=28)
+    shown = throughput_statistics(reports, elapsed_s=2.0, total=28)
     assert (shown.images, shown.images_per_s, shown.eta_s) == (14, 7.0, 2.0)
     assert shown.decode_share + shown.device_share + shown.disk_share == pytest.approx(1)
     assert '"images": 14' in shown.to_json()
@@ -254,8 +266,8 @@ def test_several_backbones_decode_once(tmp_path: Path, monkeypatch: pytest.Monke
     samples = make_images(tmp_path / "images", 7)
     other = BackboneSpec("torchvision:squeezenet1_1", "random:0", image_size=40)
     networks = [
-        Network(SMALL, specs_of(views=3), [set()] * 9),
-        Network(other, specs_of(other, ["features.5.avg"]), [set()]),
+        BackboneFeatures(SMALL, specs_of(views=3), [set()] * 9),
+        BackboneFeatures(other, specs_of(other, ["features.5.avg"]), [set()]),
     ]
     decoded: list[int] = []
 
@@ -264,9 +276,9 @@ def test_several_backbones_decode_once(tmp_path: Path, monkeypatch: pytest.Monke
         return decode_image(data, pixel_range)
 
     monkeypatch.setattr(decode_module, "decode_image", counting)
-    jobs = plan_networks(samples, networks, cache_root=tmp_path / "cache")
+    jobs = plan_work_units(samples, networks, cache_root=tmp_path / "cache")
     assert len(jobs) == 1
-    assert run_unit(jobs[0]).rows == 7
+    assert run_work_unit(jobs[0]).rows == 7
     assert len(decoded) == 7
     for network in networks:
         for spec in network.specs:
@@ -300,11 +312,11 @@ def test_malformed_images_shift_no_row(tmp_path: Path) -> None:
         specs=specs,
         known=[set()] * 3,
         cache_root=tmp_path / "cache",
-        unit_rows=64,
+        images_per_shard=64,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reports = [run_unit(job) for job in jobs]
+        reports = [run_work_unit(job) for job in jobs]
     decodable = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -346,7 +358,7 @@ def test_a_file_that_changed_or_went_is_not_recorded(tmp_path: Path) -> None:
     )
     Path(samples["path"][1]).write_bytes(make_png(9))
     Path(samples["path"][3]).unlink()
-    report = run_unit(job)
+    report = run_work_unit(job)
     assert report.rows == 3
     assert report.failed == ()
     assert [name for name, _ in report.unread] == ["001.png", "003.png"]
@@ -367,16 +379,19 @@ def test_a_disk_that_was_away(tmp_path: Path) -> None:
         specs=specs,
         known=[set()] * 3,
         cache_root=tmp_path / "cache",
-        unit_rows=3,
+        images_per_shard=3,
     )
     (tmp_path / "images").rename(tmp_path / "away")
-    assert [(report.rows, len(report.unread)) for report in run_units(jobs)] == [(0, 3), (0, 3)]
+    assert [(report.rows, len(report.unread)) for report in run_work_units(jobs)] == [
+        (0, 3),
+        (0, 3),
+    ]
     assert shard_bytes(tmp_path / "cache") == {}
     (tmp_path / "away").rename(tmp_path / "images")
     Path(samples["path"][1]).rename(tmp_path / "1.png")
-    extract(samples, tmp_path / "cache", specs, unit_rows=3)
+    extract(samples, tmp_path / "cache", specs, images_per_shard=3)
     (tmp_path / "1.png").rename(samples["path"][1])
-    extract(samples, tmp_path / "cache", specs, unit_rows=3)
+    extract(samples, tmp_path / "cache", specs, images_per_shard=3)
     assert known(tmp_path / "cache", specs) == [set(samples["content"])] * 3
 
 
@@ -395,7 +410,7 @@ def test_strict_stops(tmp_path: Path) -> None:
         strict=True,
     )
     with pytest.raises(SourceError, match=r"001.png: not an image"):
-        run_unit(job)
+        run_work_unit(job)
     assert shard_bytes(tmp_path / "c") == {}
 
 
@@ -416,7 +431,7 @@ def test_other_weights_on_the_worker_are_refused(tmp_path: Path) -> None:
     }
     torch.save({**other, "classifier.bias": torch.zeros_like(other["classifier.bias"])}, path)
     with pytest.raises(SpecMismatch, match="the weights on this machine"):
-        run_unit(job)
+        run_work_unit(job)
 
 
 def test_values_that_the_storage_cannot_hold_fail_alone(tmp_path: Path) -> None:
@@ -433,7 +448,7 @@ def test_values_that_the_storage_cannot_hold_fail_alone(tmp_path: Path) -> None:
     (job,) = plan_units(
         samples, backbone=loud, specs=specs, known=[set()] * 2, cache_root=tmp_path / "cache"
     )
-    assert run_unit(job).rows == 3
+    assert run_work_unit(job).rows == 3
     half, full = (open_feature_set(feature_set_path(tmp_path / "cache", spec)) for spec in specs)
     assert [failure.id for failure in half.failures()] == ["001.png"]
     assert "which float16 cannot hold" in half.failures()[0].reason
@@ -548,16 +563,16 @@ def test_out_of_memory_halves_the_batch() -> None:
     pixels = torch.randint(0, 256, (22, 32, 32, 3), dtype=torch.uint8)
     expected = forward(pixels)
     limited, tried = out_of_memory_above(5, forward)
-    limit = Limit(16)
+    limit = BatchLimit(16)
     for _ in range(2):
-        found = launch(limited, pixels, "cpu", limit)()
+        found = launch_forward(limited, pixels, "cpu", limit)()
         for ours, theirs in zip(found, expected, strict=True):
             assert np.abs(ours - theirs.numpy()).max() <= 1e-5 * max(1.0, float(theirs.abs().max()))
     assert limit.images == 4
     assert [size for size in tried if size > 5] == [16, 8]
     hopeless, _ = out_of_memory_above(0, forward)
     with pytest.raises(torch.OutOfMemoryError):
-        launch(hopeless, pixels, "cpu", Limit(4))
+        launch_forward(hopeless, pixels, "cpu", BatchLimit(4))
 
 
 def test_out_of_memory_in_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,9 +582,9 @@ def test_out_of_memory_in_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     samples = make_images(tmp_path / "images", 11)
     specs = specs_of()
     extract(samples, tmp_path / "whole", specs, batch_size=11)
-    real = unit_module._forward
+    real = unit_module._cached_forward
     monkeypatch.setattr(
-        unit_module, "_forward", lambda *args: out_of_memory_above(3, real(*args))[0]
+        unit_module, "_cached_forward", lambda *args: out_of_memory_above(3, real(*args))[0]
     )
     extract(samples, tmp_path / "halved", specs, batch_size=11)
     for spec in specs:
@@ -613,7 +628,7 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
             device=device,
         )
         with pytest.raises(BackboneError, match=message):
-            run_unit(job)
+            run_work_unit(job)
 
 
 def test_jobs_are_small_and_travel(tmp_path: Path) -> None:

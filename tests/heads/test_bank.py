@@ -320,7 +320,7 @@ def test_convolution_heads_read_maps(work: Path) -> None:
     assert bank.table["accuracy"].mean() > 0.25
     assert predict_head(spec, bank.arrays(spec), X.reshape(-1, 1, 8, 8)).shape == (ROWS, 10)
     train_bank(BankJob(path, (maps,), (CentroidSpec(),), str(work / "flat.h5")))
-    with pytest.raises(BadFeatures, match="reduction map"):
+    with pytest.raises(BadFeatures, match="pooling map"):
         train_bank(BankJob(path, (store(work, X, content),), (spec,), str(work / "no.h5")))
 
 

@@ -264,7 +264,7 @@ def test_folds_that_cannot_be_are_refused_before_a_network_is_built(photos, monk
     """Building one takes seconds, and with a download minutes."""
     recipe = photos / "folds.yaml"
     recipe.write_text(RECIPE.replace("folds: 3", "folds: 50"))
-    monkeypatch.setattr("headrace.pipelines.planning.networks.backbone_features", None)
+    monkeypatch.setattr("headrace.pipelines.planning.networks.load_feature_specs", None)
     with pytest.raises(HeadraceError, match=r"folds"):
         read_run_state(load_recipe(recipe))
 

@@ -19,7 +19,7 @@ def make_spec(
         "backbone": "timm:tf_efficientnet_lite0",
         "weights": "5" * 64,
         "tap": "blocks.4",
-        "reduction": "avg" if len(shape) == 1 else "map",
+        "pooling": "avg" if len(shape) == 1 else "map",
         "preprocessing": '{"crop":224,"resize":232}',
         "view": '{"index":0}',
         "decoder": "pillow 13.0.0",

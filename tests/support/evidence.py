@@ -90,12 +90,12 @@ def store_taps(root, taps, backbone="python:b"):
     """Feature sets {name: (N, D)} in a cache, as {name: (directory,)}."""
     directories = {}
     for name, X in taps.items():
-        tap, _, reduction = name.rpartition(".")
+        tap, _, pooling = name.rpartition(".")
         spec = FeatureSpec(
             backbone,
             "0" * 64,
             tap,
-            reduction,
+            pooling,
             "{}",
             '{"index": 0}',
             "pillow",

@@ -14,8 +14,8 @@ from support.runs import make_photos
 from headrace.cache.publish import feature_set_path
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.content_hashes import content_hashes
-from headrace.extract.run.plan import Network, plan_networks
-from headrace.extract.run.work_unit import run_unit
+from headrace.extract.run.plan import BackboneFeatures, plan_work_units
+from headrace.extract.run.work_unit import run_work_unit
 from headrace.extract.sources.samples import list_folder
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.describe import feature_specs
@@ -129,10 +129,10 @@ def make_case(
     samples = samples.assign(content=list(contents))
     loaded = load_backbone(backbone)
     specs = feature_specs(loaded, resolve_taps(loaded, taps), views=views)
-    for unit in plan_networks(
-        samples, [_network(backbone, specs)], cache_root=root / "cache", unit_rows=64
+    for unit in plan_work_units(
+        samples, [_network(backbone, specs)], cache_root=root / "cache", images_per_shard=64
     ):
-        run_unit(unit)
+        run_work_unit(unit)
     directories: dict[str, list[Path]] = {}
     for spec in specs:
         directories.setdefault(spec.name, []).append(feature_set_path(root / "cache", spec))
@@ -154,5 +154,5 @@ def make_case(
     return Case(root, task, directories)
 
 
-def _network(backbone: BackboneSpec, specs: Any) -> Network:
-    return Network(backbone, specs, [set()] * len(specs))
+def _network(backbone: BackboneSpec, specs: Any) -> BackboneFeatures:
+    return BackboneFeatures(backbone, specs, [set()] * len(specs))

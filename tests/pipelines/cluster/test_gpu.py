@@ -10,9 +10,9 @@ from PIL import Image
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.run import work_unit as unit_module
-from headrace.extract.run.device import Limit, launch, try_batch_sizes
+from headrace.extract.run.device import BatchLimit, launch_forward, try_batch_sizes
 from headrace.extract.run.plan import ExtractJob
-from headrace.extract.run.work_unit import run_unit
+from headrace.extract.run.work_unit import run_work_unit
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.describe import feature_specs
 from headrace.extract.taps.resolve import resolve_taps
@@ -36,11 +36,11 @@ def test_the_event_of_a_pass_is_recorded_on_the_stream_of_its_device(monkeypatch
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
-    result = launch(
+    result = launch_forward(
         lambda pixels: [pixels.float()],
         torch.zeros(3, 2, 2, 3, dtype=torch.uint8),
         "cuda:1",
-        Limit(2),
+        BatchLimit(2),
     )
     assert recorded == ["stream of cuda:1"]
     assert result()[0].shape == (3, 2, 2, 3)
@@ -89,7 +89,7 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
 
     monkeypatch.setattr(unit_module, "make_forward", counting)
     for name in ("_backbones", "_forwards"):
-        monkeypatch.setattr(unit_module, name, unit_module._Latest())
+        monkeypatch.setattr(unit_module, name, unit_module._RecentCache())
     loaded = Counter()
     monkeypatch.setattr(
         unit_module,
@@ -98,11 +98,11 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
     )
     jobs = [job_of(tmp_path, range(6), number) for number in range(3)]
     for job in jobs:
-        run_unit(job)
+        run_work_unit(job)
     assert made == loaded == {f"random:{seed}": 1 for seed in range(6)}
     assert len(unit_module._forwards._made) == 6
-    run_unit(job_of(tmp_path, [7], 3))
-    assert len(unit_module._forwards._made) == unit_module._NETWORKS
+    run_work_unit(job_of(tmp_path, [7], 3))
+    assert len(unit_module._forwards._made) == unit_module._MIN_KEPT_NETWORKS
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from support.runs import headrace, make_photos
 from headrace.cache.errors import HeadraceError
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
-from headrace.extract.images.preprocessing import Preprocessing, render
+from headrace.extract.images.preprocessing import Preprocessing, render_crop
 from headrace.extract.sources.samples import list_folder
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import backbone_nodes, parse_tap, tap_shape
@@ -265,7 +265,7 @@ def test_the_preprocessing_file_makes_headraces_pixels(tmp_path, mode):
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     for path in [*(tmp_path / name for name in cases), tmp_path / "turned.jpg"]:
-        expected = render(decode_image(path.read_bytes()), how)
+        expected = render_crop(decode_image(path.read_bytes()), how)
         np.testing.assert_array_equal(namespace["load"](path), expected, err_msg=path.name)
 
 
@@ -316,7 +316,10 @@ def test_a_fine_tuned_network_is_the_same_everywhere(photos, tmp_path, kind):
     trained = load_network(tmp_path / "model")
     paths = sorted(photos.rglob("*.png"))[::5]
     pixels = np.stack(
-        [render(decode_image(path.read_bytes()), trained.model.preprocessing) for path in paths]
+        [
+            render_crop(decode_image(path.read_bytes()), trained.model.preprocessing)
+            for path in paths
+        ]
     )
     expected = trained.predict_proba(pixels)
     assert np.ptp(expected, axis=0).max() > 1e-3

@@ -12,7 +12,7 @@ from support.networks import LOGISTIC, SMALL, Case, make_case
 
 from headrace.cache.errors import SpecMismatch
 from headrace.extract.backbones.backbone import load_backbone
-from headrace.extract.images.views import Symmetries, mirrored, view_json
+from headrace.extract.images.views import Symmetries, mirror_pixels, view_json
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import Tap, backbone_nodes
 from headrace.heads.data.features import load_rows
@@ -98,7 +98,7 @@ def test_symmetric_views_are_drawn_row_by_row(case: Case) -> None:
     batches = list(source.batches(order, 20, draw=np.random.default_rng(0)))
     drawn = np.concatenate([batch.inputs.numpy() for batch in batches])
     turns = [
-        next(index for index in range(4) if np.array_equal(seen, mirrored(image, index)))
+        next(index for index in range(4) if np.array_equal(seen, mirror_pixels(image, index)))
         for image, seen in zip(crop, drawn, strict=True)
     ]
     assert set(turns) == {0, 1, 2, 3}

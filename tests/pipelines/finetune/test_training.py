@@ -18,7 +18,7 @@ from support.networks import LOGISTIC, Case, make_case
 from headrace.cache.errors import PublishFailed
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
-from headrace.extract.images.preprocessing import render
+from headrace.extract.images.preprocessing import render_crop
 from headrace.heads.data.task import REFIT
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.networks.kind import MLPSpec
@@ -221,7 +221,7 @@ def test_a_saved_network_predicts_from_images_alone(case: Case) -> None:
     saved = load_network(job.model)
     paths = sorted((case.root / "photos").rglob("*.png"))[:6]
     pixels = np.stack(
-        [render(decode_image(path.read_bytes()), saved.model.preprocessing) for path in paths]
+        [render_crop(decode_image(path.read_bytes()), saved.model.preprocessing) for path in paths]
     )
     predicted = saved.predict_proba(pixels)
     assert predicted.shape == (6, 2)

@@ -18,7 +18,7 @@ from headrace.cache.errors import SpecMismatch
 from headrace.cache.feature_set import open_feature_set
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
-from headrace.extract.images.preprocessing import render
+from headrace.extract.images.preprocessing import render_crop
 from headrace.extract.sources.samples import list_folder
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.features import load_rows
@@ -93,7 +93,7 @@ def test_mirrored_views_are_part_of_an_exported_graph(tmp_path):
     with torch.no_grad():
         how = exported.inputs[0].preprocessing
         pixels = [
-            torch.from_numpy(np.array(render(decode_image(Path(path).read_bytes()), how)))
+            torch.from_numpy(np.array(render_crop(decode_image(Path(path).read_bytes()), how)))
             for path in paths
         ]
         found = program(torch.stack(pixels)).numpy()

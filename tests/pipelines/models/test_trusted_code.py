@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from headrace.cache.errors import SpecMismatch
 from headrace.cache.format.sealed import tensor_metadata
 from headrace.cache.spec import FeatureSpec
-from headrace.extract.backbones.backbone import override
+from headrace.extract.backbones.backbone import override_preprocessing
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Augmentation, parse_view
@@ -359,7 +359,7 @@ def test_a_network_that_cannot_be_is_told(changed, said):
     take no memory.
     """
     with pytest.raises(BackboneError, match=said):
-        override(
+        override_preprocessing(
             Preprocessing(
                 (32, 32), (32, 32), "shortest", "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
             ),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.cache.errors import HeadraceError
-from headrace.extract.errors import yaml_list
+from headrace.extract.errors import as_yaml_list
 from headrace.heads.data.task import TRAIN_ONLY
 from headrace.pipelines.planning.dataset import drop_rows, make_dataset
 from headrace.pipelines.recipe.sections import TaskSection
@@ -488,13 +488,13 @@ def test_fold_names_of_many_digits():
 @given(st.lists(st.text(), max_size=3))
 def test_a_list_in_a_message_is_the_list_that_is_read(names):
     """YAML gives back the texts, whatever they look like."""
-    assert yaml.safe_load(yaml_list(names)) == names
+    assert yaml.safe_load(as_yaml_list(names)) == names
 
 
 def test_names_that_yaml_takes_for_something_else_are_quoted():
     """Numbers, words for true and nothing, dates, lone surrogates; plain names are not."""
-    assert yaml_list(["a b/c-1_.png", "Käfer"]) == "[a b/c-1_.png, Käfer]"
-    assert yaml_list(["0", "no", "a, b"]) == '["0", "no", "a, b"]'
+    assert as_yaml_list(["a b/c-1_.png", "Käfer"]) == "[a b/c-1_.png, Käfer]"
+    assert as_yaml_list(["0", "no", "a, b"]) == '["0", "no", "a, b"]'
     odd = [
         "0",
         "2020",
@@ -512,4 +512,4 @@ def test_names_that_yaml_takes_for_something_else_are_quoted():
         "",
         "\udcff",
     ]
-    assert yaml.safe_load(yaml_list(odd)) == odd
+    assert yaml.safe_load(as_yaml_list(odd)) == odd
