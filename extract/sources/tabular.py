@@ -56,7 +56,7 @@ _DEEPEST_FOLDER = 3  # below a table, of images that ids name
 class TableOptions:
     """How a table names its images; see the recipe's section `images`."""
 
-    path_column: str | None = None  # default: found, see `find_images`
+    path_column: str | None = None  # default: found, see `find_image_column`
     # default: `id` where there is such a column, else the path as written
     id_column: str | None = None
     # what relative paths start from; default: the table's own folder
