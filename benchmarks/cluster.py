@@ -43,7 +43,7 @@ from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.planning.cost_model import Rates, bank_seconds
 from headrace.pipelines.planning.plan import FeaturePlan, plan_run
-from headrace.pipelines.recipe.grid import wanted_heads
+from headrace.pipelines.recipe.grid import requested_heads
 from headrace.pipelines.recipe.heads import Heads
 
 FOLDS = 5
@@ -181,7 +181,7 @@ def planning(quick: bool) -> dict[str, float]:
         units=[],
         images=1000,
         images_new=0,
-        requested=wanted_heads(grid, names),
+        requested=requested_heads(grid, names),
         task_digest="t",
         n_folds=FOLDS,
         n_rows=1000,

@@ -36,7 +36,7 @@ from headrace.pipelines.planning.leaderboard import trained_in
 from headrace.pipelines.planning.networks import cached_contents
 from headrace.pipelines.planning.plan import feature_plan, plan_run
 from headrace.pipelines.planning.run_state import RunState, write_inputs
-from headrace.pipelines.recipe.grid import check_kinds, wanted_heads
+from headrace.pipelines.recipe.grid import check_kinds, requested_heads
 from headrace.pipelines.recipe.heads import Heads
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.recipe.sections import Compute, Images, TaskSection
@@ -198,7 +198,7 @@ def _state_of(
             units=[],
             images=len(needed),
             images_new=0,
-            requested=wanted_heads(recipe.heads, list(features)),
+            requested=requested_heads(recipe.heads, list(features)),
             task_digest=dataset.train.digest,
             n_folds=dataset.train.n_folds,
             n_rows=len(dataset.train.ids),

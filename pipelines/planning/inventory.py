@@ -28,7 +28,7 @@ from headrace.pipelines.planning.networks import (
     storage_options,
     tap_specs,
 )
-from headrace.pipelines.recipe.grid import Wanted, check_kinds, wanted_heads
+from headrace.pipelines.recipe.grid import RequestedHeads, check_kinds, requested_heads
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.targets import DataError
 
@@ -54,7 +54,7 @@ class Inventory:
     metric: str
     networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]  # in the recipe's order
     inputs: Mapping[str, InputViews]  # by the name that the leaderboard gives it
-    requested: tuple[Wanted, ...]  # heads
+    requested: tuple[RequestedHeads, ...]  # heads
     changes: tuple[str, ...]  # notes on images that came, went or changed since the last call
 
     def needed_images(self) -> pd.DataFrame:
@@ -87,7 +87,7 @@ def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
         for backbone in recipe.backbones
     )
     inputs = _head_inputs(recipe, networks)
-    requested = wanted_heads(recipe.heads, list(inputs))
+    requested = requested_heads(recipe.heads, list(inputs))
     _check_views(requested, inputs)
     content_by_row, unreadable = _read_contents(recipe, samples, write=write)
     samples = samples.assign(content=pd.Series(content_by_row, index=samples.index, dtype=object))
@@ -234,7 +234,7 @@ def _check_external(inventory: Inventory) -> None:
             )
 
 
-def _check_views(requested: Sequence[Wanted], inputs: Mapping[str, InputViews]) -> None:
+def _check_views(requested: Sequence[RequestedHeads], inputs: Mapping[str, InputViews]) -> None:
     """Raise RecipeError for a head on taps of different views: their rows cannot stand side by
     side.
     """

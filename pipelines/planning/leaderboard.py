@@ -14,7 +14,7 @@ from headrace.heads.kinds import spec_from_json
 from headrace.heads.results import read_bank
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.planning.plan import Trained, bank_group
-from headrace.pipelines.recipe.grid import Wanted
+from headrace.pipelines.recipe.grid import RequestedHeads
 from headrace.pipelines.recipe.settings_text import settings_text
 
 
@@ -34,7 +34,7 @@ def trained_in(banks_folder: Path, group: str, *, retry_failed: bool = False) ->
 
 def collect_heads(
     banks_folder: Path,
-    requested: Sequence[Wanted],
+    requested: Sequence[RequestedHeads],
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
 ) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from headrace.pipelines.planning.cost_model import (
     specs_per_bank,
     unit_seconds,
 )
-from headrace.pipelines.recipe.grid import Wanted
+from headrace.pipelines.recipe.grid import RequestedHeads
 
 # The published heads of one (task, features, kind): the specs in each of its results files.
 Trained = Mapping[str, frozenset[HeadSpec]]
@@ -102,7 +102,7 @@ class Plan:
     units: tuple[ExtractJob, ...]
     images: int  # readable images of the run
     images_new: int  # of which these go through a network
-    requested: tuple[Wanted, ...]  # heads
+    requested: tuple[RequestedHeads, ...]  # heads
     banks: tuple[BankPlan, ...]
     heads_total: int  # specs × folds
     heads_new: int
@@ -117,7 +117,7 @@ class Plan:
 
 
 def bank_group(
-    task_digest: str, requested: Wanted, fingerprints: Mapping[str, Sequence[str]]
+    task_digest: str, requested: RequestedHeads, fingerprints: Mapping[str, Sequence[str]]
 ) -> str:
     """Return the name of what the heads of a bank share: equal specs in equal groups are the same
     heads.
@@ -146,7 +146,7 @@ def plan_run(
     units: Sequence[ExtractJob],
     images: int,
     images_new: int,
-    requested: Sequence[Wanted],
+    requested: Sequence[RequestedHeads],
     task_digest: str,
     n_folds: int,
     trained: Callable[[str], Trained],
@@ -165,7 +165,7 @@ def plan_run(
         n_features = sum(input_widths[name] for name in inputs)
         return bank_seconds(specs, n_rows, n_features, n_outputs, n_folds, rates)
 
-    def bank_size(heads: Wanted) -> int:
+    def bank_size(heads: RequestedHeads) -> int:
         n_features = sum(input_widths[name] for name in heads.inputs)
         return specs_per_bank(heads.specs, n_rows, n_features, n_outputs, n_folds, rates)
 
@@ -245,11 +245,11 @@ def fingerprints_of(features: Sequence[FeaturePlan]) -> dict[str, list[str]]:
 
 
 def _missing_banks(
-    requested: Sequence[Wanted],
+    requested: Sequence[RequestedHeads],
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
     trained: Callable[[str], Trained],
-    bank_size: Callable[[Wanted], int],
+    bank_size: Callable[[RequestedHeads], int],
 ) -> Iterator[BankPlan]:
     """Yield banks in the order of their inputs, so that workers read one feature set after the
     other.

@@ -14,7 +14,7 @@ from headrace.pipelines.recipe.load import RecipeError
 _DOES = {"single": "one class per image", "multi": "several labels", "regression": "numbers"}
 
 
-class Wanted(NamedTuple):
+class RequestedHeads(NamedTuple):
     """Heads of one kind that the recipe asks for, on one input."""
 
     inputs: tuple[str, ...]  # names of the feature sets that stand side by side
@@ -22,7 +22,7 @@ class Wanted(NamedTuple):
     halving: Halving | None = None
 
 
-def wanted_heads(heads: Heads, names: Sequence[str]) -> list[Wanted]:
+def requested_heads(heads: Heads, names: Sequence[str]) -> list[RequestedHeads]:
     """Every (inputs, specs) pair that the recipe asks for; `names` are the feature sets there are.
 
     `each` and `all` mean the maps (`layer3.map`) for convolution heads, and everything else for the
@@ -30,7 +30,7 @@ def wanted_heads(heads: Heads, names: Sequence[str]) -> list[Wanted]:
     without a map.
     """
     wanted = (
-        Wanted(columns, tuple(dict.fromkeys(_of_input(specs, columns))), _halving(grid))
+        RequestedHeads(columns, tuple(dict.fromkeys(_of_input(specs, columns))), _halving(grid))
         for grid in heads.grids()
         for specs in grid.spec_banks()
         for columns in _expand(grid.inputs, names, maps=grid.head_kind.spatial)

@@ -15,7 +15,7 @@ from headrace.heads.linear.bands import DRAWN_FOLDS, held_out_error, with_bands
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
-from headrace.pipelines.recipe.grid import wanted_heads
+from headrace.pipelines.recipe.grid import requested_heads
 from headrace.pipelines.recipe.heads import Heads
 
 WIDTHS = (4, 30, 50)
@@ -170,7 +170,7 @@ def test_a_single_tap_has_no_banded_heads() -> None:
     heads = Heads.model_validate(
         {"ridge": {"alpha": [1.0], "banded": [False, True], "inputs": ["each", "all"]}}
     )
-    wanted = wanted_heads(heads, ["early.avg", "late.avg"])
+    wanted = requested_heads(heads, ["early.avg", "late.avg"])
     assert [(each.inputs, [spec.banded for spec in each.specs]) for each in wanted] == [
         (("early.avg",), [False]),
         (("late.avg",), [False]),

@@ -19,7 +19,7 @@ from headrace.extract.errors import SourceError
 from headrace.pipelines.cli.demo import solar_cells, write_demo
 from headrace.pipelines.cli.init import InitError, write_recipe
 from headrace.pipelines.planning.dataset import list_samples
-from headrace.pipelines.recipe.grid import wanted_heads
+from headrace.pipelines.recipe.grid import requested_heads
 from headrace.pipelines.recipe.heads import HEAD_GRIDS
 from headrace.pipelines.recipe.load import load_recipe
 
@@ -340,7 +340,7 @@ def test_a_second_backbone_of_the_comments_is_trained_on_as_the_comment_says(tmp
         "resnet:layer4.avg",
         "resnet:pre_logits.vector",
     ]
-    assert {each.inputs for each in wanted_heads(recipe.heads, names)} == {
+    assert {each.inputs for each in requested_heads(recipe.heads, names)} == {
         ("resnet:pre_logits.vector",),
         tuple(names),
     }

@@ -10,7 +10,7 @@ from headrace.heads.data.task import REFIT
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.planning.leaderboard import rank_heads
-from headrace.pipelines.recipe.grid import wanted_heads
+from headrace.pipelines.recipe.grid import requested_heads
 from headrace.pipelines.recipe.heads import Heads
 from headrace.pipelines.selection.winner import NoWinner, choose_winner
 
@@ -96,4 +96,4 @@ def test_without_a_whole_head_the_reason_is_told():
 def test_a_value_that_a_list_repeats_counts_once():
     """No head is averaged with itself."""
     heads = Heads.model_validate({"logistic": {"C": [1], "class_weight": ["none", "none"]}})
-    assert len(wanted_heads(heads, ["a.avg"])) == 1
+    assert len(requested_heads(heads, ["a.avg"])) == 1

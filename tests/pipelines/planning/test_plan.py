@@ -17,7 +17,7 @@ from headrace.pipelines.planning.plan import (
     fingerprints_of,
     plan_run,
 )
-from headrace.pipelines.recipe.grid import Wanted, wanted_heads
+from headrace.pipelines.recipe.grid import RequestedHeads, requested_heads
 from headrace.pipelines.recipe.heads import Heads
 from headrace.pipelines.recipe.load import RecipeError
 
@@ -36,7 +36,7 @@ def planned(heads, trained=None):
         units=[],
         images=100,
         images_new=0,
-        requested=wanted_heads(Heads.model_validate(heads), NAMES),
+        requested=requested_heads(Heads.model_validate(heads), NAMES),
         task_digest="t",
         n_folds=5,
         n_rows=75,
@@ -51,7 +51,7 @@ def test_heads_are_the_product_of_the_lists_on_every_input():
         "logistic": {"C": [1, 0.1, 1], "class_weight": ["none", "balanced"]},
         "mlp": {"seed": [0, 1]},
     }
-    wanted = wanted_heads(Heads.model_validate(heads), NAMES)
+    wanted = requested_heads(Heads.model_validate(heads), NAMES)
     logistic = [(inputs, specs) for inputs, specs, _ in wanted if specs[0].kind == "logistic"]
     assert [inputs for inputs, _ in logistic] == 2 * [
         ("early.avg",),
@@ -67,19 +67,19 @@ def test_heads_are_the_product_of_the_lists_on_every_input():
 
 def test_with_one_feature_set_each_and_all_are_the_same():
     """No head is trained twice under two names."""
-    wanted = wanted_heads(Heads.model_validate({"logistic": {}}), ["only.avg"])
+    wanted = requested_heads(Heads.model_validate({"logistic": {}}), ["only.avg"])
     assert [each.inputs for each in wanted] == [("only.avg",)]
 
 
 def test_an_input_that_is_not_there_names_the_nearest():
     """A typing error in heads.inputs."""
     with pytest.raises(RecipeError, match=r"did you mean 'early\.avg'"):
-        wanted_heads(Heads.model_validate({"logistic": {"inputs": [["early.agv"]]}}), NAMES)
+        requested_heads(Heads.model_validate({"logistic": {"inputs": [["early.agv"]]}}), NAMES)
 
 
 def test_only_missing_specs_are_planned():
     """A recipe with one more strength trains that one alone."""
-    early = Wanted(("early.avg",), (LogisticSpec(C=0.1),))
+    early = RequestedHeads(("early.avg",), (LogisticSpec(C=0.1),))
     group = bank_group("t", early, fingerprints_of([feature("early.avg")]))
     there = {group: {"file": frozenset({LogisticSpec(C=0.1)})}}
     plan = planned({"logistic": {"C": [0.1, 1], "inputs": ["each"]}}, there)
@@ -94,7 +94,7 @@ def test_another_task_features_kind_or_halving_is_another_group():
     """Results are never mistaken for those of other data, or of other training."""
     fingerprints = {"a": ["1"], "b": ["2"], "both": ["1", "2"]}
     groups = {
-        bank_group(task, Wanted(inputs, (spec,), halving), fingerprints)
+        bank_group(task, RequestedHeads(inputs, (spec,), halving), fingerprints)
         for task in ("t", "u")
         for inputs in (("a",), ("b",), ("a", "b"), ("b", "a"))
         for spec, halving in ((LogisticSpec(C=1), None), (MLPSpec(), None), (MLPSpec(), Halving()))
@@ -107,7 +107,7 @@ def test_convolution_heads_are_given_maps_and_the_others_are_not():
     heads = Heads.model_validate(
         {"conv": {}, "logistic": {"inputs": ["each", "all", ["late.map"]]}}
     )
-    wanted = wanted_heads(heads, ["early.avg", "late.avg", "late.map"])
+    wanted = requested_heads(heads, ["early.avg", "late.avg", "late.map"])
     inputs = {
         kind: [each.inputs for each in wanted if each.specs[0].kind == kind]
         for kind in ("conv", "logistic")
@@ -120,9 +120,9 @@ def test_convolution_heads_are_given_maps_and_the_others_are_not():
         ("late.map",),
     ]
     with pytest.raises(RecipeError, match=r"layer3\.map"):
-        wanted_heads(Heads.model_validate({"conv": {}}), ["early.avg"])
+        requested_heads(Heads.model_validate({"conv": {}}), ["early.avg"])
     with pytest.raises(RecipeError, match=r"late\.avg"):
-        wanted_heads(Heads.model_validate({"logistic": {}}), ["late.map"])
+        requested_heads(Heads.model_validate({"logistic": {}}), ["late.map"])
 
 
 def test_views_count_once_as_images_and_each_in_bytes():
