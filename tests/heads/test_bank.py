@@ -29,6 +29,7 @@ from headrace.heads.data.features import load_rows
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT, TRAIN_ONLY, Task, load_task, save_task
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.kind import CannotPredict
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
@@ -46,6 +47,7 @@ ROWS = 240
 
 SPECS: dict[str, tuple[HeadSpec, ...]] = {
     "logistic": (LogisticSpec(0.1), LogisticSpec(10.0, "balanced")),
+    "lda": (LDASpec(0.1), LDASpec(0.9)),
     "ridge": (RidgeSpec(10.0), RidgeSpec(1.0, "balanced")),
     "mlp": (MLPSpec((24,), 1e-2, batch_size=64, epochs=10), MLPSpec((16,), 1e9)),
     "knn": (KNNSpec(3), KNNSpec(5, "euclidean", "distance"), KNNSpec(10_000)),
@@ -606,6 +608,7 @@ def test_a_choice_that_there_is_not_is_refused(kind: type) -> None:
         "C": 1.0,
         "alpha": 1.0,
         "k": 1,
+        "shrinkage": 0.1,
         "estimator": "sklearn.svm.SVC",
         "head": "",
         "train_above": "all",

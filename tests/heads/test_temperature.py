@@ -8,6 +8,7 @@ from scipy.optimize import minimize_scalar
 
 from headrace.heads.bank import fit_bank
 from headrace.heads.data.task import REFIT, Task
+from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import (
     FLOOR,
@@ -237,6 +238,7 @@ KINDS = [
     *((LogisticSpec(10.0), kind) for kind in ("single", "multi", "three")),
     (KNNSpec(5, "euclidean", "distance"), "three"),
     (CentroidSpec(), "three"),
+    (LDASpec(0.3), "three"),
     (SklearnSpec("sklearn.naive_bayes.GaussianNB"), "three"),
 ]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from headrace.heads.bank import fit_bank
 from headrace.heads.data.task import REFIT, Task
+from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import ConvSpec, MLPSpec
@@ -52,6 +53,7 @@ CASES = [
     *((KNNSpec(3), kind) for kind in EVERY),
     (KNNSpec(5, "euclidean", "distance"), "single"),
     (CentroidSpec(), "single"),
+    (LDASpec(0.3), "single"),
     (CentroidSpec("euclidean"), "single"),
 ]
 

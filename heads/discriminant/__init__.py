@@ -1,0 +1,1 @@
+"""Linear discriminant analysis: every shrinkage of a fold from one decomposition."""

@@ -1,0 +1,204 @@
+"""Banks of linear discriminant heads: every shrinkage of a fold from one eigendecomposition.
+
+N rows, D features, C classes, A shrinkages, r eigenvectors, n training rows of a fold.
+
+A class k with weighted share p_k and mean m_k has the decision x' V m_k - m_k' V m_k / 2 + log p_k,
+V the inverse of the covariance (1 - s) S + s tr(S) / D I; S is the covariance of the training rows
+around the means of their classes (Hastie, Tibshirani and Friedman 2009, sections 4.3.1 and 4.3.2).
+With S = Q diag(e) Q' that covariance has the eigenvalues (1 - s) e + s mean(e) and the same
+eigenvectors, so that each shrinkage costs 2 D r C flops. Fewer rows than features have the
+eigenvectors of their n x n matrix of products; all directions beside them have the eigenvalue 0.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from headrace.heads.data.checks import check_specs
+from headrace.heads.data.inputs import check_rows
+from headrace.heads.data.standardize import Moments, group_moments, scaled, training_moments
+from headrace.heads.data.task import REFIT
+from headrace.heads.data.training_data import TrainingData
+from headrace.heads.discriminant.kind import LDASpec
+from headrace.heads.layers import ROWS_AT_ONCE, linear_layers, predict_dense
+from headrace.heads.linear.gram import Products, group_products, sum_products
+from headrace.heads.spec import FitResult
+
+Array = npt.NDArray[Any]
+
+# Bias of a class without training rows: its probability is exactly 0, and nothing overflows.
+NEVER = -1e30
+
+
+def fit_discriminant_bank(
+    data: TrainingData, specs: Sequence[LDASpec], *, refit: bool = True
+) -> list[FitResult]:
+    """Fit every shrinkage on the training rows of every fold, and on all rows when `refit`.
+
+    data: X (N, D) float, no test rows, in memory or streamed; single-label target (N,). Sample
+    weights count in priors, means and covariance, not in the standardisation.
+
+    Arrays are weight (C, D) and bias (C,), float32, in raw coordinates; a class without training
+    rows has probability 0. Heads come spec by spec, for each its folds in order, then REFIT. Raises
+    NotFinite (a ValueError) for NaN or infinite features, ValueError for shapes that do not fit and
+    for a shrinkage outside 0..1.
+    """
+    check_specs(specs, "LDASpec(shrinkage=0.1)")
+    check_rows(data)
+    for spec in specs:
+        if not 0 <= spec.shrinkage <= 1:
+            raise ValueError(f"shrinkage must lie in 0..1, found {spec.shrinkage}")
+    problem = DiscriminantProblem.of(data)
+    results: dict[tuple[int, int], FitResult] = {}
+    for fold in data.folds_to_fit(refit=refit):
+        for standardize in sorted({spec.standardize for spec in specs}):
+            started = time.perf_counter()
+            chosen = [i for i, spec in enumerate(specs) if spec.standardize == standardize]
+            scatter = problem.scatter(fold, standardize=standardize)
+            for i in chosen:
+                weight, bias = scatter.coefficients(specs[i].shrinkage)
+                arrays = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
+                validation = None if fold == REFIT else _predict_held_out(data, fold, arrays)
+                results[i, fold] = FitResult(
+                    specs[i], fold, arrays, float("nan"), float("nan"), 1, 0.0, validation
+                )
+            seconds = (time.perf_counter() - started) / len(chosen)
+            for i in chosen:
+                results[i, fold] = dataclasses.replace(results[i, fold], seconds=seconds)
+    folds = data.folds_to_fit(refit=refit)
+    return [results[i, fold] for i in range(len(specs)) for fold in folds]
+
+
+@dataclass(frozen=True)
+class ClassScatter:
+    """Class means and the decomposed covariance of a fold's training rows.
+
+    Coordinates z of a raw row x are (x - center) * factor.
+    """
+
+    center: Array  # (D,) raw
+    factor: Array  # (D,)
+    class_means: Array  # (C, D) in z; 0 where the class has no rows
+    priors: Array  # (C,)
+    eigenvalues: Array  # (r,), at least 0
+    eigenvectors: Array  # (D, r)
+
+    def coefficients(self, shrinkage: float) -> tuple[Array, Array]:
+        """Return weight (C, D) and bias (C,) float64 of a head, in raw coordinates."""
+        n_features = len(self.center)
+        mean_eigenvalue = float(self.eigenvalues.sum()) / n_features
+        shrunk = (1 - shrinkage) * self.eigenvalues + shrinkage * mean_eigenvalue
+        # A covariance without an inverse is inverted where it is not 0, up to rounding.
+        floor = shrunk.max(initial=0.0) * n_features * np.finfo(np.float64).eps
+        inverse = np.where(shrunk > floor, 1.0 / np.where(shrunk > floor, shrunk, 1.0), 0.0)
+        outside = shrinkage * mean_eigenvalue  # the eigenvalue beside the eigenvectors
+        inverse_outside = 1.0 / outside if outside > floor else 0.0
+        if self.eigenvectors.shape[1] == n_features:
+            inverse_outside = 0.0
+        else:
+            inverse = inverse - inverse_outside
+        projected = self.class_means @ self.eigenvectors
+        weight = (projected * inverse) @ self.eigenvectors.T + inverse_outside * self.class_means
+        present = self.priors > 0
+        bias = np.log(np.where(present, self.priors, 1.0))
+        bias -= 0.5 * np.einsum("kd,kd->k", weight, self.class_means)
+        raw_weight = weight * self.factor
+        return raw_weight, np.where(present, bias - raw_weight @ self.center, NEVER)
+
+
+@dataclass(frozen=True)
+class DiscriminantProblem:
+    """The rows of a bank, and the products of their groups once they are needed."""
+
+    data: TrainingData
+    scaling: dict[int, Moments]  # fold -> moments of its training rows
+    products: dict[int, Products]  # by group of rows
+
+    @classmethod
+    def of(cls, data: TrainingData) -> "DiscriminantProblem":
+        """Take the moments of every fold's training rows. Raises NotFinite."""
+        return cls(data, training_moments(group_moments(data.X, data.fold)), {})
+
+    def scatter(self, fold: int, *, standardize: bool) -> ClassScatter:
+        """Return the class means and the decomposed covariance of a fold."""
+        data, common, fold_moments = self.data, self.scaling[REFIT], self.scaling[fold]
+        if fold_moments.count < data.X.shape[1]:
+            return self._scatter_of_few_rows(fold, fold_moments, standardize=standardize)
+        inverse_scale = np.where(common.constant, 0.0, 1.0 / common.scale)
+        if not self.products:
+            one_hot = (data.target[:, None] == np.arange(data.n_outputs)).astype(np.int8)
+            self.products.update(
+                group_products(
+                    data.X, one_hot, data.sample_weight, data.fold, common.mean, inverse_scale
+                )
+            )
+        products = sum_products(part for group, part in self.products.items() if group != fold)
+        # From the coordinates that all folds share to the fold's own.
+        fold_scale = fold_moments.scale if standardize else 1.0
+        ratio = np.where(fold_moments.constant, 0.0, common.scale / fold_scale)
+        mean = products.feature_sum / products.total_weight
+        counts = np.maximum(products.target_sum, np.finfo(np.float64).tiny)
+        class_means = np.where(
+            products.target_sum[:, None] > 0, products.cross.T / counts[:, None] - mean, 0.0
+        )
+        between = (class_means * products.target_sum[:, None]).T @ class_means
+        covariance = (products.centred().gram - between) / products.total_weight
+        values, vectors = scipy.linalg.eigh(
+            covariance * np.outer(ratio, ratio), driver="evd", check_finite=False
+        )
+        center = common.mean + mean * common.scale
+        return ClassScatter(
+            center,
+            inverse_scale * ratio,
+            class_means * ratio,
+            products.target_sum / products.total_weight,
+            np.maximum(values, 0.0),
+            vectors,
+        )
+
+    def _scatter_of_few_rows(
+        self, fold: int, fold_moments: Moments, *, standardize: bool
+    ) -> ClassScatter:
+        """Return the same with fewer rows than features, from the products of rows with rows."""
+        data = self.data
+        rows = data.training_rows(fold)
+        fold_scale = fold_moments.scale if standardize else 1.0
+        factor = np.where(fold_moments.constant, 0.0, 1.0 / fold_scale)
+        weight = np.ones(len(rows)) if data.sample_weight is None else data.sample_weight[rows]
+        Z = scaled(data.X[rows], fold_moments.mean, factor)
+        one_hot = (data.target[rows, None] == np.arange(data.n_outputs)) * weight[:, None]
+        class_weights, total_weight = one_hot.sum(0), float(weight.sum())
+        mean = weight @ Z / total_weight
+        Z -= mean
+        counts = np.maximum(class_weights, np.finfo(np.float64).tiny)
+        class_means = (one_hot.T @ Z) / counts[:, None]
+        Z -= class_means[data.target[rows]]
+        Z *= np.sqrt(weight / total_weight)[:, None]
+        values, vectors = scipy.linalg.eigh(Z @ Z.T, driver="evd", check_finite=False)
+        spans = values > values.max(initial=0.0) * len(Z) * np.finfo(np.float64).eps
+        values, vectors = values[spans], vectors[:, spans]
+        return ClassScatter(
+            fold_moments.mean + mean * fold_moments.scale
+            if standardize
+            else fold_moments.mean + mean,
+            factor,
+            class_means,
+            class_weights / total_weight,
+            values,
+            Z.T @ vectors / np.sqrt(values),
+        )
+
+
+def _predict_held_out(data: TrainingData, fold: int, arrays: dict[str, Array]) -> Array:
+    """(n, C) float32 probabilities of a fold's held-out rows."""
+    rows, layers = data.held_out_rows(fold), linear_layers(arrays)
+    blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    return np.concatenate(
+        [predict_dense(layers, data.X[block], data.task_kind, 1.0) for block in blocks]
+    )
