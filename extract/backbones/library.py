@@ -362,13 +362,13 @@ def _build_python(path: str) -> tuple[nn.Module, Preprocessing]:
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise BackboneError(
             f"python:{path} returned {type(made).__name__}; expected (torch.nn.Module, "
-            "headrace.extract.Preprocessing)."
+            "headrace.Preprocessing)."
         )
     module, preprocessing = made
     if not isinstance(preprocessing, Preprocessing):
         raise BackboneError(
             f"python:{path}: the second value is {type(preprocessing).__name__}; expected "
-            "headrace.extract.Preprocessing, whose fields are part of every fingerprint."
+            "headrace.Preprocessing, whose fields are part of every fingerprint."
         )
     return module, preprocessing
 

@@ -21,13 +21,13 @@ def check_finite(X: npt.NDArray[Any]) -> None:
     """Raises BadFeatures naming the first row of X (…, N, D) with a feature that is NaN or
     infinite.
     """
-    rows = X.reshape(-1, X.shape[-1])
-    for start in range(0, len(rows), 8192):
-        bad = ~np.isfinite(rows[start : start + 8192]).all(1)
-        if bad.any():
-            row = (start + int(np.argmax(bad))) % X.shape[-2]
+    flat_rows = X.reshape(-1, X.shape[-1])
+    for first_row in range(0, len(flat_rows), 8192):
+        is_bad = ~np.isfinite(flat_rows[first_row : first_row + 8192]).all(1)
+        if is_bad.any():
+            bad_row = (first_row + int(np.argmax(is_bad))) % X.shape[-2]
             raise BadFeatures(
-                f"features of row {row} are NaN or infinite: remove the row, or extract its "
+                f"features of row {bad_row} are NaN or infinite: remove the row, or extract its "
                 "features again"
             )
 
@@ -41,23 +41,27 @@ def check_specs(specs: Sequence[object], example: str) -> None:
         )
 
 
-def row_weights(sample_weight: npt.NDArray[Any] | None, n: int) -> npt.NDArray[np.float64]:
+def row_weights(sample_weight: npt.NDArray[Any] | None, n_rows: int) -> npt.NDArray[np.float64]:
     """(n,) float64 weights, ones where none are given.
 
     Raises ValueError naming the first weight that is not finite, is negative, or is too small or
     too large to count.
     """
-    weight = np.ones(n) if sample_weight is None else np.asarray(sample_weight, np.float64)
-    if not (np.isfinite(weight).all() and (weight >= 0).all()):
+    weight_of_row = (
+        np.ones(n_rows) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    )
+    if not (np.isfinite(weight_of_row).all() and (weight_of_row >= 0).all()):
         raise ValueError(
             "sample weights must be finite and not negative; give a row weight 0 to leave it out"
         )
-    beyond = (weight != 0) & ((weight < LEAST_WEIGHT) | (weight > MOST_WEIGHT))
-    if beyond.any():
-        row = int(np.argmax(beyond))
+    is_out_of_range = (weight_of_row != 0) & (
+        (weight_of_row < LEAST_WEIGHT) | (weight_of_row > MOST_WEIGHT)
+    )
+    if is_out_of_range.any():
+        bad_row = int(np.argmax(is_out_of_range))
         raise ValueError(
             f"sample weights must be 0 or lie in {LEAST_WEIGHT:g}..{MOST_WEIGHT:g}, found "
-            f"{weight[row]:g} for row {row}: divide them by their mean, and give weight 0 to a row "
-            "that is to be left out"
+            f"{weight_of_row[bad_row]:g} for row {bad_row}: divide them by their mean, and give "
+            "weight 0 to a row that is to be left out"
         )
-    return weight
+    return weight_of_row

@@ -20,7 +20,7 @@ from headrace.heads.data.streamed import Streamed, not_finite
 
 def load_rows(
     features: Sequence[FeatureSet | Path | str],
-    content: npt.NDArray[np.bytes_],
+    content_hashes: npt.NDArray[np.bytes_],
     *,
     spatial: bool = False,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
@@ -32,115 +32,125 @@ def load_rows(
     the feature set and the row; for parts with other views or positions; CacheError (from the
     cache) for a row that was never extracted.
     """
-    groups, kept = _opened(features, content, spatial=spatial)
-    parts = [_columns(views, content[kept], spatial=spatial) for views in groups]
-    joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
-    return (joined if len(joined) > 1 else joined[0]), kept
+    view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
+    column_parts = [
+        _columns(views, content_hashes[is_kept], spatial=spatial) for views in view_groups
+    ]
+    joined_columns = (
+        column_parts[0] if len(column_parts) == 1 else np.concatenate(column_parts, axis=2)
+    )
+    return (joined_columns if len(joined_columns) > 1 else joined_columns[0]), is_kept
 
 
 def stream_rows(
     features: Sequence[FeatureSet | Path | str],
-    content: npt.NDArray[np.bytes_],
+    content_hashes: npt.NDArray[np.bytes_],
     *,
     spatial: bool = False,
 ) -> tuple[Streamed, npt.NDArray[np.bool_]]:
     """As `load_rows`, and nothing is loaded: the rows are read from the shards whenever a bank
     needs them.
     """
-    groups, kept = _opened(features, content, spatial=spatial)
-    rows = Streamed(groups, content[kept], spatial=spatial)
-    rows.check_finite()
-    return rows, kept
+    view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
+    streamed_rows = Streamed(view_groups, content_hashes[is_kept], spatial=spatial)
+    streamed_rows.check_finite()
+    return streamed_rows, is_kept
 
 
-def loaded_bytes(features: Sequence[FeatureSet], rows: int) -> int:
+def loaded_bytes(features: Sequence[FeatureSet], n_rows: int) -> int:
     """What `load_rows` of so many rows would take in memory."""
     return sum(
-        rows * math.prod(feature.spec.shape) * np.dtype(np.float32).itemsize for feature in features
+        n_rows * math.prod(feature.spec.shape) * np.dtype(np.float32).itemsize
+        for feature in features
     )
 
 
 def _opened(
-    features: Sequence[FeatureSet | Path | str], content: npt.NDArray[np.bytes_], *, spatial: bool
+    features: Sequence[FeatureSet | Path | str],
+    content_hashes: npt.NDArray[np.bytes_],
+    *,
+    spatial: bool,
 ) -> tuple[list[list[FeatureSet]], npt.NDArray[np.bool_]]:
     """The feature sets, those that differ only in the view together; and which rows have features
     in all of them.
     """
-    sets = [
+    feature_sets = [
         feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
         for feature in features
     ]
-    if not sets:
+    if not feature_sets:
         raise BadFeatures("a bank needs at least one feature set")
-    kept = rows_with_features(sets, content)
-    for feature in sets:
+    is_kept = rows_with_features(feature_sets, content_hashes)
+    for feature in feature_sets:
         if spatial and len(feature.spec.shape) != 3:
             raise BadFeatures(
                 f"{feature.spec.name} has rows of shape {feature.spec.shape}, a convolution head "
                 "needs (channels, h, w): give a tap with the pooling map"
             )
-    groups = _by_columns(sets)
-    seen = {tuple(feature.spec.view for feature in views) for views in groups}
-    if len(seen) > 1:
-        depths = sorted({len(views) for views in seen})
-        found = (
-            f"{depths} views"
-            if len(depths) > 1
-            else f"{depths[0]} views each, but not the same ones"
+    view_groups = _by_columns(feature_sets)
+    view_tuples = {tuple(feature.spec.view for feature in views) for views in view_groups}
+    if len(view_tuples) > 1:
+        view_counts = sorted({len(views) for views in view_tuples})
+        found_text = (
+            f"{view_counts} views"
+            if len(view_counts) > 1
+            else f"{view_counts[0]} views each, but not the same ones"
         )
         raise BadFeatures(
-            f"the parts of a head's input have {found}: extract the same views of each tap"
+            f"the parts of a head's input have {found_text}: extract the same views of each tap"
         )
-    if spatial and len({views[0].spec.shape[1:] for views in groups}) > 1:
-        maps = ", ".join("×".join(map(str, views[0].spec.shape[1:])) for views in groups)
+    if spatial and len({views[0].spec.shape[1:] for views in view_groups}) > 1:
+        map_sizes = ", ".join("×".join(map(str, views[0].spec.shape[1:])) for views in view_groups)
         raise BadFeatures(
-            f"maps of {maps} positions cannot be concatenated: give taps of one resolution"
+            f"maps of {map_sizes} positions cannot be concatenated: give taps of one resolution"
         )
-    return groups, kept
+    return view_groups, is_kept
 
 
 def rows_with_features(
-    features: Sequence[FeatureSet | Path | str], content: npt.NDArray[np.bytes_]
+    features: Sequence[FeatureSet | Path | str], content_hashes: npt.NDArray[np.bytes_]
 ) -> npt.NDArray[np.bool_]:
     """(N,) false for rows that some feature set has recorded as failed."""
-    kept = np.ones(len(content), np.bool_)
+    has_features = np.ones(len(content_hashes), np.bool_)
     for feature in features:
-        opened = feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
-        failed = np.array([failure.content_hash for failure in opened.failures()], "S32")
-        kept &= ~np.isin(content, failed)
-    return kept
+        feature_set = feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
+        failed_hashes = np.array(
+            [failure.content_hash for failure in feature_set.failures()], "S32"
+        )
+        has_features &= ~np.isin(content_hashes, failed_hashes)
+    return has_features
 
 
-def tap_widths(sets: Sequence[FeatureSet]) -> list[int]:
+def tap_widths(feature_sets: Sequence[FeatureSet]) -> list[int]:
     """Features of each tap that stands side by side with the others, in order; views of a tap are
     one.
     """
-    return [math.prod(views[0].spec.shape) for views in _by_columns(sets)]
+    return [math.prod(views[0].spec.shape) for views in _by_columns(feature_sets)]
 
 
-def _by_columns(sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:
+def _by_columns(feature_sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:
     """Feature sets grouped by everything but the view, each group in the order of its views."""
-    groups: dict[str, list[FeatureSet]] = {}
-    for feature in sets:
-        key = dataclasses.replace(feature.spec, view="").to_json()
-        groups.setdefault(key, []).append(feature)
-    return list(groups.values())
+    view_groups: dict[str, list[FeatureSet]] = {}
+    for feature in feature_sets:
+        column_key = dataclasses.replace(feature.spec, view="").to_json()
+        view_groups.setdefault(column_key, []).append(feature)
+    return list(view_groups.values())
 
 
 def _columns(
-    views: list[FeatureSet], content: npt.NDArray[np.bytes_], *, spatial: bool
+    views: list[FeatureSet], content_hashes: npt.NDArray[np.bytes_], *, spatial: bool
 ) -> npt.NDArray[np.float32]:
     """(V, n, D) or (V, n, channels, h, w)."""
-    stacked: list[npt.NDArray[Any]] = []
+    view_rows: list[npt.NDArray[Any]] = []
     for feature in views:
-        rows = feature.load(content, np.float32)
-        flat = rows.reshape(len(rows), math.prod(rows.shape[1:]))
+        feature_rows = feature.load(content_hashes, np.float32)
+        flat_rows = feature_rows.reshape(len(feature_rows), math.prod(feature_rows.shape[1:]))
         # A sum is finite only if every value is, or close to it: one pass without a temporary of
         # the whole matrix.
         with np.errstate(over="ignore", invalid="ignore"):
-            suspicious = not np.isfinite(flat.sum(dtype=np.float64))
-        if suspicious:
-            bad = np.flatnonzero(~np.isfinite(flat).all(1))
-            raise not_finite(feature, content[bad[0]], len(bad))
-        stacked.append(rows if spatial else flat)
-    return np.stack(stacked) if len(stacked) > 1 else stacked[0][None]
+            is_suspicious = not np.isfinite(flat_rows.sum(dtype=np.float64))
+        if is_suspicious:
+            bad_rows = np.flatnonzero(~np.isfinite(flat_rows).all(1))
+            raise not_finite(feature, content_hashes[bad_rows[0]], len(bad_rows))
+        view_rows.append(feature_rows if spatial else flat_rows)
+    return np.stack(view_rows) if len(view_rows) > 1 else view_rows[0][None]

@@ -35,18 +35,23 @@ def strata(target: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """(N,) the stratum of each row. target: (N,) integers or text: its class; (N, L) integers: the
     rarest label that the row has; floating point, (N,) or (N, L): the decile of the first column.
     """
-    values = np.asarray(target)
-    if np.issubdtype(values.dtype, np.floating):
-        column = values.reshape(len(values), -1)[:, 0]
-        ranks = np.argsort(np.argsort(column, kind="stable"), kind="stable")
+    target_values = np.asarray(target)
+    if np.issubdtype(target_values.dtype, np.floating):
+        first_column = target_values.reshape(len(target_values), -1)[:, 0]
+        value_ranks = np.argsort(np.argsort(first_column, kind="stable"), kind="stable")
         return np.asarray(
-            ranks * min(REGRESSION_STRATA, max(len(values), 1)) // max(len(values), 1), np.int64
+            value_ranks
+            * min(REGRESSION_STRATA, max(len(target_values), 1))
+            // max(len(target_values), 1),
+            np.int64,
         )
-    if values.ndim == 1:
-        return np.asarray(np.unique(values, return_inverse=True)[1], np.int64)
-    has = values != 0
-    frequency = np.where(has, has.sum(0), len(values) + 1)
-    return np.asarray(np.where(has.any(1), frequency.argmin(1), values.shape[1]), np.int64)
+    if target_values.ndim == 1:
+        return np.asarray(np.unique(target_values, return_inverse=True)[1], np.int64)
+    has_label = target_values != 0
+    label_frequency = np.where(has_label, has_label.sum(0), len(target_values) + 1)
+    return np.asarray(
+        np.where(has_label.any(1), label_frequency.argmin(1), target_values.shape[1]), np.int64
+    )
 
 
 def make_folds(
@@ -68,26 +73,26 @@ def make_folds(
     """
     if given is not None:
         return _given_folds(np.asarray(given))
-    stratum = strata(target)
+    stratum_of_row = strata(target)
     if n_folds < 2:
         raise BadSplit(
             f"{n_folds} folds: cross-validation needs at least 2. Give a split column for a fixed "
             "validation set."
         )
     if groups is not None:
-        return _grouped_folds(stratum, np.asarray(groups), n_folds, seed)
-    if len(stratum) < n_folds:
+        return _grouped_folds(stratum_of_row, np.asarray(groups), n_folds, seed)
+    if len(stratum_of_row) < n_folds:
         raise BadSplit(
-            f"{len(stratum)} rows cannot make {n_folds} folds: use at most {len(stratum)} folds, "
-            "or add images."
+            f"{len(stratum_of_row)} rows cannot make {n_folds} folds: use at most "
+            f"{len(stratum_of_row)} folds, or add images."
         )
     # Deal the shuffled rows like cards, class after class without starting over, so that both the
     # folds and the classes within them differ by at most one row.
-    shuffled = np.random.default_rng(seed).permutation(len(stratum))
-    dealt = shuffled[np.argsort(stratum[shuffled], kind="stable")]
-    fold = np.empty(len(stratum), np.int16)
-    fold[dealt] = np.arange(len(stratum)) % n_folds
-    return fold
+    shuffled_rows = np.random.default_rng(seed).permutation(len(stratum_of_row))
+    dealt_rows = shuffled_rows[np.argsort(stratum_of_row[shuffled_rows], kind="stable")]
+    fold_of_row = np.empty(len(stratum_of_row), np.int16)
+    fold_of_row[dealt_rows] = np.arange(len(stratum_of_row)) % n_folds
+    return fold_of_row
 
 
 def split_test(
@@ -100,66 +105,73 @@ def split_test(
     """
     if not 0 < fraction < 1:
         raise BadSplit(f"test fraction {fraction}: give a number between 0 and 1, such as 0.25")
-    stratum = strata(target)
-    generator = np.random.default_rng(seed)
-    test = np.zeros(len(stratum), np.bool_)
+    stratum_of_row = strata(target)
+    random_generator = np.random.default_rng(seed)
+    is_test = np.zeros(len(stratum_of_row), np.bool_)
     if groups is not None:
-        test = _grouped_test(stratum, np.asarray(groups), fraction, generator)
+        is_test = _grouped_test(stratum_of_row, np.asarray(groups), fraction, random_generator)
     else:
-        counts = np.bincount(stratum)
-        wanted = counts * fraction
-        take = np.floor(wanted).astype(np.int64)
+        stratum_counts = np.bincount(stratum_of_row)
+        wanted_counts = stratum_counts * fraction
+        taken_counts = np.floor(wanted_counts).astype(np.int64)
         # Largest remainders make up the total, so that 25 % of 40 classes of 3 is 30 rows and not
         # 0.
-        missing = round(wanted.sum()) - take.sum()
-        take[np.argsort(take - wanted, kind="stable")[:missing]] += 1
-        take = np.minimum(take, np.maximum(counts - 1, 0))
-        for value, number in enumerate(take):
-            test[generator.permutation(np.flatnonzero(stratum == value))[:number]] = True
-    if not test.any() or test.all():
-        found = f"{len(stratum)} rows" + (
+        n_missing = round(wanted_counts.sum()) - taken_counts.sum()
+        taken_counts[np.argsort(taken_counts - wanted_counts, kind="stable")[:n_missing]] += 1
+        taken_counts = np.minimum(taken_counts, np.maximum(stratum_counts - 1, 0))
+        for stratum_index, n_taken in enumerate(taken_counts):
+            is_test[
+                random_generator.permutation(np.flatnonzero(stratum_of_row == stratum_index))[
+                    :n_taken
+                ]
+            ] = True
+    if not is_test.any() or is_test.all():
+        found_text = f"{len(stratum_of_row)} rows" + (
             f" in {len(np.unique(groups))} groups" if groups is not None else ""
         )
         raise BadSplit(
-            f"{found} leave one side of a {fraction:.0%} test split empty: add images, or change "
-            "the fraction."
+            f"{found_text} leave one side of a {fraction:.0%} test split empty: add images, or "
+            "change the fraction."
         )
-    return test
+    return is_test
 
 
-def _given_folds(given: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
-    if np.issubdtype(given.dtype, np.integer):
-        fold = given.astype(np.int64)
-        if fold.min(initial=0) < TRAIN_ONLY:
+def _given_folds(given_values: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
+    if np.issubdtype(given_values.dtype, np.integer):
+        fold_of_row = given_values.astype(np.int64)
+        if fold_of_row.min(initial=0) < TRAIN_ONLY:
             raise BadSplit(
-                f"fold {fold.min()}: use 0, 1, … for folds, {TEST} for test rows, {TRAIN_ONLY} for "
-                "rows that only train"
+                f"fold {fold_of_row.min()}: use 0, 1, … for folds, {TEST} for test rows, "
+                f"{TRAIN_ONLY} for rows that only train"
             )
-        names = np.unique(fold[fold >= 0])
-        if len(names) and not np.array_equal(names, np.arange(len(names))):
+        fold_numbers = np.unique(fold_of_row[fold_of_row >= 0])
+        if len(fold_numbers) and not np.array_equal(fold_numbers, np.arange(len(fold_numbers))):
             raise BadSplit(
-                f"folds {names.tolist()} are not 0 … {len(names) - 1}: number them without gaps"
+                f"folds {fold_numbers.tolist()} are not 0 … {len(fold_numbers) - 1}: number them "
+                "without gaps"
             )
-        return fold.astype(np.int16)
-    text = np.char.strip(given.astype(np.str_))
-    lower = np.char.lower(text)
-    other = sorted(set(text[~np.isin(lower, list(GIVEN_NAMES))].tolist()))
-    used = set(lower.tolist())
-    if other and used & {"val", "valid", "validation", "dev"}:
+        return fold_of_row.astype(np.int16)
+    fold_names = np.char.strip(given_values.astype(np.str_))
+    lower_names = np.char.lower(fold_names)
+    fold_like_names = sorted(set(fold_names[~np.isin(lower_names, list(GIVEN_NAMES))].tolist()))
+    used_names = set(lower_names.tolist())
+    if fold_like_names and used_names & {"val", "valid", "validation", "dev"}:
         raise BadSplit(
-            f"the split column mixes a validation set with other names ({', '.join(other[:5])}): "
-            "use train/val/test, or one name per fold"
+            "the split column mixes a validation set with other names "
+            f"({', '.join(fold_like_names[:5])}): use train/val/test, or one name per fold"
         )
-    code = GIVEN_NAMES | {name.lower(): number for number, name in enumerate(other)}
-    if len({name.lower() for name in other}) < len(other):
+    fold_of_name = GIVEN_NAMES | {
+        name.lower(): fold_number for fold_number, name in enumerate(fold_like_names)
+    }
+    if len({name.lower() for name in fold_like_names}) < len(fold_like_names):
         raise BadSplit(
-            f"fold names that differ only in upper and lower case: {', '.join(other[:8])}"
+            f"fold names that differ only in upper and lower case: {', '.join(fold_like_names[:8])}"
         )
-    return np.array([code[name] for name in lower.tolist()], np.int16)
+    return np.array([fold_of_name[name] for name in lower_names.tolist()], np.int16)
 
 
 def _grouped_folds(
-    stratum: npt.NDArray[np.int64], groups: npt.NDArray[Any], n_folds: int, seed: int
+    stratum_of_row: npt.NDArray[np.int64], groups: npt.NDArray[Any], n_folds: int, seed: int
 ) -> npt.NDArray[np.int16]:
     n_groups = len(np.unique(groups))
     if n_groups < n_folds:
@@ -170,55 +182,57 @@ def _grouped_folds(
     # scikit-learn refuses when every class has fewer rows than folds, and warns when one has; a
     # class that is missing from a fold is fine here, so it is shown one stratum for all the small
     # classes together.
-    counts = np.bincount(stratum)
-    known = np.where(counts[stratum] >= n_folds, stratum + 1, 0)
-    if (known == 0).sum() < n_folds:
-        known[known == 0] = np.argmax(counts) + 1
-    if np.bincount(known).max() < n_folds:
-        known = np.zeros_like(known)
+    stratum_counts = np.bincount(stratum_of_row)
+    shown_stratum = np.where(stratum_counts[stratum_of_row] >= n_folds, stratum_of_row + 1, 0)
+    if (shown_stratum == 0).sum() < n_folds:
+        shown_stratum[shown_stratum == 0] = np.argmax(stratum_counts) + 1
+    if np.bincount(shown_stratum).max() < n_folds:
+        shown_stratum = np.zeros_like(shown_stratum)
     from sklearn.model_selection import StratifiedGroupKFold  # its import takes seconds
 
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    fold = np.empty(len(stratum), np.int16)
+    fold_of_row = np.empty(len(stratum_of_row), np.int16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        for number, (_, held_out) in enumerate(
-            splitter.split(np.zeros(len(stratum)), known, groups)
+        for fold_number, (_, held_out) in enumerate(
+            splitter.split(np.zeros(len(stratum_of_row)), shown_stratum, groups)
         ):
-            fold[held_out] = number
-    if (
-        len(np.unique(fold)) < n_folds
-    ):  # its greedy balance left a fold empty: deal the groups instead
-        codes = np.unique(groups, return_inverse=True)[1]
-        sizes = np.bincount(codes)
-        order = np.argsort(-sizes, kind="stable")
-        of_group = np.empty(n_groups, np.int16)
-        of_group[order] = np.arange(n_groups) % n_folds
-        fold = of_group[codes]
-    return fold
+            fold_of_row[held_out] = fold_number
+    # its greedy balance left a fold empty: deal the groups instead
+    if len(np.unique(fold_of_row)) < n_folds:
+        group_of_row = np.unique(groups, return_inverse=True)[1]
+        group_sizes = np.bincount(group_of_row)
+        largest_first = np.argsort(-group_sizes, kind="stable")
+        fold_of_group = np.empty(n_groups, np.int16)
+        fold_of_group[largest_first] = np.arange(n_groups) % n_folds
+        fold_of_row = fold_of_group[group_of_row]
+    return fold_of_row
 
 
 def _grouped_test(
-    stratum: npt.NDArray[np.int64],
+    stratum_of_row: npt.NDArray[np.int64],
     groups: npt.NDArray[Any],
     fraction: float,
-    generator: np.random.Generator,
+    random_generator: np.random.Generator,
 ) -> npt.NDArray[np.bool_]:
     """Greedy: a group goes to the test side where that brings the classes nearer to their share.
 
     Large groups first, because they are the hard ones to place; equal sizes in random order.
     """
-    codes = np.unique(groups, return_inverse=True)[1]
-    table = np.zeros((codes.max(initial=-1) + 1, stratum.max(initial=-1) + 1))
-    np.add.at(table, (codes, stratum), 1)
-    wanted = table.sum(0) * fraction
-    taken = np.zeros_like(wanted)
-    chosen = np.zeros(len(table), np.bool_)
-    shuffled = generator.permutation(len(table))
-    for group in shuffled[np.argsort(-table[shuffled].sum(1), kind="stable")]:
-        if np.abs(taken + table[group] - wanted).sum() < np.abs(taken - wanted).sum():
-            chosen[group] = True
-            taken += table[group]
-    if not chosen.any() and len(table) > 1:
-        chosen[shuffled[np.argmin(table[shuffled].sum(1))]] = True
-    return np.asarray(chosen[codes], np.bool_)
+    group_of_row = np.unique(groups, return_inverse=True)[1]
+    group_table = np.zeros((group_of_row.max(initial=-1) + 1, stratum_of_row.max(initial=-1) + 1))
+    np.add.at(group_table, (group_of_row, stratum_of_row), 1)
+    wanted_counts = group_table.sum(0) * fraction
+    taken_counts = np.zeros_like(wanted_counts)
+    is_test_group = np.zeros(len(group_table), np.bool_)
+    shuffled_groups = random_generator.permutation(len(group_table))
+    for group in shuffled_groups[np.argsort(-group_table[shuffled_groups].sum(1), kind="stable")]:
+        if (
+            np.abs(taken_counts + group_table[group] - wanted_counts).sum()
+            < np.abs(taken_counts - wanted_counts).sum()
+        ):
+            is_test_group[group] = True
+            taken_counts += group_table[group]
+    if not is_test_group.any() and len(group_table) > 1:
+        is_test_group[shuffled_groups[np.argmin(group_table[shuffled_groups].sum(1))]] = True
+    return np.asarray(is_test_group[group_of_row], np.bool_)

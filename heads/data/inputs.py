@@ -10,8 +10,8 @@ def check_rows(data: TrainingData) -> None:
     """Raises ValueError where shapes, labels or weights do not fit; features are checked where they
     are read.
     """
-    X, target, n_classes, fold = data.X, data.target, data.n_outputs, data.fold
-    kind, sample_weight = data.task_kind, data.sample_weight
+    X, target, n_classes, fold_of_row = data.X, data.target, data.n_outputs, data.fold
+    task_kind, sample_weight = data.task_kind, data.sample_weight
     if X.ndim != 2 or not np.issubdtype(X.dtype, np.floating):
         raise ValueError(
             f"features must be a float matrix (rows, features), found {X.dtype} of shape {X.shape}"
@@ -21,38 +21,48 @@ def check_rows(data: TrainingData) -> None:
             f"features of shape {X.shape} hold nothing to train on: give at least one row and one "
             "feature"
         )
-    for name, values in (("target", target), ("fold", fold), ("sample_weight", sample_weight)):
-        if values is not None and len(values) != len(X):
+    for argument_name, argument_values in (
+        ("target", target),
+        ("fold", fold_of_row),
+        ("sample_weight", sample_weight),
+    ):
+        if argument_values is not None and len(argument_values) != len(X):
             raise ValueError(
-                f"{name} has {len(values)} rows but the features have {len(X)}: pass one per row, "
-                "in the same order"
+                f"{argument_name} has {len(argument_values)} rows but the features have {len(X)}: "
+                "pass one per row, in the same order"
             )
-    if kind == "multi" and (target.shape[1:] != (n_classes,) or not np.isin(target, (0, 1)).all()):
+    if task_kind == "multi" and (
+        target.shape[1:] != (n_classes,) or not np.isin(target, (0, 1)).all()
+    ):
         raise ValueError(
             f"multi-label targets must be 0/1 of shape (rows, {n_classes}), found shape "
             f"{target.shape}"
         )
-    if kind == "single" and (target.ndim != 1 or target.dtype.kind not in "iu"):
+    if task_kind == "single" and (target.ndim != 1 or target.dtype.kind not in "iu"):
         raise ValueError(
             f"a single-label target must be (rows,) of integers, found {target.dtype} of "
             f"{target.shape}"
         )
-    if kind == "single" and len(target) and not (target.min() >= 0 and target.max() < n_classes):
+    if (
+        task_kind == "single"
+        and len(target)
+        and not (target.min() >= 0 and target.max() < n_classes)
+    ):
         raise ValueError(
             f"class indices must lie in 0..{n_classes - 1}, found {target.min()}..{target.max()}"
         )
-    if kind == "regression" and not np.isfinite(target).all():
+    if task_kind == "regression" and not np.isfinite(target).all():
         raise ValueError(
             "regression targets must be finite: leave rows without a target out of the task"
         )
-    weight = row_weights(sample_weight, len(X))
-    for number in np.unique(fold).tolist():
-        if number >= 0 and not weight[fold != number].any():
+    weight_of_row = row_weights(sample_weight, len(X))
+    for fold_number in np.unique(fold_of_row).tolist():
+        if fold_number >= 0 and not weight_of_row[fold_of_row != fold_number].any():
             raise ValueError(
-                f"fold {number} leaves no row with a weight to train on: use fewer folds, or add "
-                "images"
+                f"fold {fold_number} leaves no row with a weight to train on: use fewer folds, or "
+                "add images"
             )
-    if not weight.any():
+    if not weight_of_row.any():
         raise ValueError(
             "every sample weight is 0, so that no row is left to train on: give some rows a weight"
         )

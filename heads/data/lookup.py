@@ -17,8 +17,9 @@ from headrace.cache.ids import content_hashes_by_id
 from headrace.cache.text import as_text
 
 _WHICH = (
-    "Say which image is meant: give content hashes (headrace.extract.content_hashes(samples, "
-    "index).hashes), or a DataFrame with columns id and content"
+    "Say which image is meant: give content hashes "
+    "(headrace.extract.images.content_hashes.content_hashes(samples, index).hashes), or a "
+    "DataFrame with columns id and content"
 )
 
 
@@ -53,94 +54,116 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         Raises CacheError, naming the first ids that have no row, or one that
         stands for several images.
         """
-        rows = [
+        feature_rows = [
             feature.read(positions).reshape(len(positions), int(np.prod(feature.spec.shape)))
             for feature, positions in zip(self._sets(), self._positions(X), strict=True)
         ]
-        return np.asarray(rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1), np.float32)
+        return np.asarray(
+            feature_rows[0] if len(feature_rows) == 1 else np.concatenate(feature_rows, axis=1),
+            np.float32,
+        )
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
     def _sets(self) -> list[FeatureSet]:
-        given = self.features
-        several = [given] if isinstance(given, FeatureSet | str | Path) else list(given)
+        given_features = self.features
+        feature_list = (
+            [given_features]
+            if isinstance(given_features, FeatureSet | str | Path)
+            else list(given_features)
+        )
         return [
-            each if isinstance(each, FeatureSet) else open_feature_set(each) for each in several
+            feature_set if isinstance(feature_set, FeatureSet) else open_feature_set(feature_set)
+            for feature_set in feature_list
         ]
 
     def _positions(self, X: Any) -> list[npt.NDArray[np.int64]]:
-        names, content = _names_and_content(X)
-        sets = self._sets()
-        if content is None:
-            content = _content_of_names(names, sets)
-        return [_rows(feature, names, content) for feature in sets]
+        sample_ids, content_hashes = _names_and_content(X)
+        feature_sets = self._sets()
+        if content_hashes is None:
+            content_hashes = _content_of_names(sample_ids, feature_sets)
+        return [_rows(feature, sample_ids, content_hashes) for feature in feature_sets]
 
 
 def _names_and_content(X: Any) -> tuple[list[str], list[str] | None]:
     """The ids of X as text; and the content hashes beside them, where X has such a column."""
     if isinstance(X, pd.DataFrame) and "content" in X.columns:
-        content = as_text(X["content"])
-        names = as_text(X["id"]) if "id" in X.columns else content
-        return names.fillna("").tolist(), content.fillna("").tolist()
-    values = np.asarray(X, dtype=object)
-    if values.ndim > 2 or (values.ndim == 2 and values.shape[1] != 1):
-        columns = (
+        content_hashes = as_text(X["content"])
+        sample_ids = as_text(X["id"]) if "id" in X.columns else content_hashes
+        return sample_ids.fillna("").tolist(), content_hashes.fillna("").tolist()
+    id_values = np.asarray(X, dtype=object)
+    if id_values.ndim > 2 or (id_values.ndim == 2 and id_values.shape[1] != 1):
+        column_text = (
             f" with the columns {', '.join(map(str, X.columns))}"
             if isinstance(X, pd.DataFrame)
             else ""
         )
         raise ValueError(
-            f"ids have shape {values.shape}{columns}; expected (n,) or (n, 1), or a DataFrame with "
-            "the columns id and content"
+            f"ids have shape {id_values.shape}{column_text}; expected (n,) or (n, 1), or a "
+            "DataFrame with the columns id and content"
         )
-    return as_text(pd.Series(values.reshape(-1), dtype=object)).fillna("").tolist(), None
+    return as_text(pd.Series(id_values.reshape(-1), dtype=object)).fillna("").tolist(), None
 
 
-def _content_of_names(names: list[str], sets: list[FeatureSet]) -> list[str]:
+def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> list[str]:
     """The content hash of each id, by any of the feature sets that knows it; a name that is no id,
     as it is.
 
     Raises CacheError.
     """
-    content = list(names)
-    for feature in sets:
-        by_id = content_hashes_by_id(feature.ids(), feature.content_hashes())
-        ambiguous = [name for name in dict.fromkeys(names) if len(by_id.get(name, ())) > 1]
-        if ambiguous:
+    content_hashes = list(sample_ids)
+    for feature in feature_sets:
+        hashes_by_id = content_hashes_by_id(feature.ids(), feature.content_hashes())
+        ambiguous_ids = [
+            sample_id
+            for sample_id in dict.fromkeys(sample_ids)
+            if len(hashes_by_id.get(sample_id, ())) > 1
+        ]
+        if ambiguous_ids:
             raise CacheError(
-                f"the id {ambiguous[0]!r} stands for {len(by_id[ambiguous[0]])} images in "
-                f"{feature.spec.name} of {feature.spec.backbone} ({len(ambiguous):,} of "
-                f"{len(names):,} ids stand for several): the cache holds several folders with such "
-                f"names, or images before and after they were edited. {_WHICH}"
+                f"the id {ambiguous_ids[0]!r} stands for {len(hashes_by_id[ambiguous_ids[0]])} "
+                f"images in {feature.spec.name} of {feature.spec.backbone} ({len(ambiguous_ids):,} "
+                f"of {len(sample_ids):,} ids stand for several): the cache holds several folders "
+                f"with such names, or images before and after they were edited. {_WHICH}"
             )
-        for row, name in enumerate(names):
-            (found,) = by_id.get(name, (name,))
-            if found != name and content[row] not in (name, found):
+        for row, sample_id in enumerate(sample_ids):
+            (content_hash,) = hashes_by_id.get(sample_id, (sample_id,))
+            if content_hash != sample_id and content_hashes[row] not in (sample_id, content_hash):
                 raise CacheError(
-                    f"the id {name!r} stands for one image in {feature.spec.name} and for another "
-                    "in the feature sets before it: one of them was extracted before the image "
-                    f"was edited. {_WHICH}"
+                    f"the id {sample_id!r} stands for one image in {feature.spec.name} and for "
+                    "another in the feature sets before it: one of them was extracted before the "
+                    f"image was edited. {_WHICH}"
                 )
-            content[row] = found if found != name else content[row]
-    return content
+            content_hashes[row] = content_hash if content_hash != sample_id else content_hashes[row]
+    return content_hashes
 
 
-def _rows(feature: FeatureSet, names: list[str], content: list[str]) -> npt.NDArray[np.int64]:
+def _rows(
+    feature: FeatureSet, sample_ids: list[str], content_hashes: list[str]
+) -> npt.NDArray[np.int64]:
     """(n,) positions of content hashes. Raises CacheError, by their names."""
-    hashes = np.array(
-        [text if len(text) == 32 and text.isascii() else "" for text in content], "S32"
+    hash_array = np.array(
+        [
+            hash_text if len(hash_text) == 32 and hash_text.isascii() else ""
+            for hash_text in content_hashes
+        ],
+        "S32",
     )
-    rows = (
-        np.where(hashes == b"", -1, feature.locate(hashes))
-        if len(hashes)
+    row_positions = (
+        np.where(hash_array == b"", -1, feature.locate(hash_array))
+        if len(hash_array)
         else np.zeros(0, np.int64)
     )
-    missing = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
-    if missing:
+    missing_ids = [
+        sample_id
+        for sample_id, row in zip(sample_ids, row_positions.tolist(), strict=True)
+        if row < 0
+    ]
+    if missing_ids:
         raise CacheError(
             f"{feature.spec.name} of {feature.spec.backbone} has no row for "
-            f"{', '.join(map(repr, missing[:3]))} ({len(missing):,} of {len(names):,}). Its ids "
-            f"look like {next(iter(feature.ids()), None)!r}"
+            f"{', '.join(map(repr, missing_ids[:3]))} ({len(missing_ids):,} of "
+            f"{len(sample_ids):,}). Its ids look like {next(iter(feature.ids()), None)!r}"
         )
-    return rows.astype(np.int64)
+    return row_positions.astype(np.int64)

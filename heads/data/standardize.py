@@ -60,87 +60,104 @@ def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
 
     Raises NotFinite, naming the first bad row (counted from `first_row`) and column.
     """
-    wide = rows.astype(np.float64)
-    mean = wide.mean(axis=0)
-    if not np.isfinite(mean).all() and not np.isfinite(rows).all():
-        row, column = np.argwhere(~np.isfinite(rows))[0]
-        name = first_row + row if isinstance(first_row, int) else first_row[row]
+    wide_rows = rows.astype(np.float64)
+    row_mean = wide_rows.mean(axis=0)
+    if not np.isfinite(row_mean).all() and not np.isfinite(rows).all():
+        bad_row, column_index = np.argwhere(~np.isfinite(rows))[0]
+        row_number = first_row + bad_row if isinstance(first_row, int) else first_row[bad_row]
         raise NotFinite(
-            f"feature {column} of row {name} is {rows[row, column]}: features must be finite. Find "
-            "out which image it is (the task's ids, in order) and extract it again, or leave it "
-            "out of the task."
+            f"feature {column_index} of row {row_number} is {rows[bad_row, column_index]}: "
+            "features must be finite. Find out which image it is (the task's ids, in order) and "
+            "extract it again, or leave it out of the task."
         )
-    wide -= mean
-    return Moments(len(rows), mean, np.einsum("nd,nd->d", wide, wide))
+    wide_rows -= row_mean
+    return Moments(len(rows), row_mean, np.einsum("nd,nd->d", wide_rows, wide_rows))
 
 
-def scaled(rows: Array, centre: Array, factor: Array) -> Array:
+def scaled(rows: Array, center: Array, factor: Array) -> Array:
     """(rows - centre) * factor of rows (n, D) of any float type, float64: widened once, not element
     by element twice.
     """
-    wide = rows.astype(np.float64)
-    wide -= centre
-    wide *= factor
-    return wide
+    wide_rows = rows.astype(np.float64)
+    wide_rows -= center
+    wide_rows *= factor
+    return wide_rows
 
 
-def merge(parts: list[Moments]) -> Moments:
+def merge(moments_of_parts: list[Moments]) -> Moments:
     """Moments of the union of disjoint groups of rows."""
-    total = sum(part.count for part in parts)
-    mean = sum(
-        (part.mean * (part.count / max(total, 1)) for part in parts), np.zeros_like(parts[0].mean)
+    n_rows = sum(part_moments.count for part_moments in moments_of_parts)
+    merged_mean = sum(
+        (
+            part_moments.mean * (part_moments.count / max(n_rows, 1))
+            for part_moments in moments_of_parts
+        ),
+        np.zeros_like(moments_of_parts[0].mean),
     )
-    squares = sum(
-        (part.squares + part.count * (part.mean - mean) ** 2 for part in parts), np.zeros_like(mean)
+    merged_squares = sum(
+        (
+            part_moments.squares + part_moments.count * (part_moments.mean - merged_mean) ** 2
+            for part_moments in moments_of_parts
+        ),
+        np.zeros_like(merged_mean),
     )
-    return Moments(total, mean, squares)
+    return Moments(n_rows, merged_mean, merged_squares)
 
 
-def chunks(rows: npt.NDArray[np.intp], size: int = ROWS_AT_ONCE) -> Iterator[npt.NDArray[np.intp]]:
-    """Row numbers in runs of at most `size`."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def chunks(
+    row_numbers: npt.NDArray[np.intp], chunk_size: int = ROWS_AT_ONCE
+) -> Iterator[npt.NDArray[np.intp]]:
+    """Row numbers in runs of at most `chunk_size`."""
+    for chunk_start in range(0, len(row_numbers), chunk_size):
+        yield row_numbers[chunk_start : chunk_start + chunk_size]
 
 
 def sweep(
-    X: Features, fold: Array, size: int = ROWS_AT_ONCE, which: Array | None = None
+    X: Features, fold_of_row: Array, chunk_size: int = ROWS_AT_ONCE, row_mask: Array | None = None
 ) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-    """(group, row numbers) in runs of at most `size` rows of one group, every row (or those
-    `which`, a mask) once.
+    """(group, row numbers) in runs of at most `chunk_size` rows of one group, every row (or those
+    `row_mask`, a mask) once.
 
     Runs and the rows in them come in the order in which X lies on disk, so that all groups together
     read it once.
     """
-    order = X.order if isinstance(X, Streamed) else np.arange(len(X))
-    if which is not None:
-        order = order[which[order]]
-    of_group = fold[order]
+    row_order = X.order if isinstance(X, Streamed) else np.arange(len(X))
+    if row_mask is not None:
+        row_order = row_order[row_mask[row_order]]
+    group_of_row = fold_of_row[row_order]
     runs = []
-    for group in np.unique(of_group).tolist():
-        places = np.flatnonzero(of_group == group)
-        runs += [(int(part[0]), group, order[part]) for part in chunks(places, size)]
-    for _, group, rows in sorted(runs, key=lambda run: run[0]):
-        yield int(group), rows
+    for group in np.unique(group_of_row).tolist():
+        group_places = np.flatnonzero(group_of_row == group)
+        runs += [
+            (int(place_chunk[0]), group, row_order[place_chunk])
+            for place_chunk in chunks(group_places, chunk_size)
+        ]
+    for _, group, row_numbers in sorted(runs, key=lambda run: run[0]):
+        yield int(group), row_numbers
 
 
-def group_moments(X: Features, fold: Array) -> dict[int, Moments]:
+def group_moments(X: Features, fold_of_row: Array) -> dict[int, Moments]:
     """Moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY.
 
     Raises NotFinite.
     """
-    parts: dict[int, list[Moments]] = {int(group): [] for group in np.unique(fold)}
-    for group, rows in sweep(X, fold):
-        parts[group].append(moments(X[rows], rows))
-    return {group: merge(own) for group, own in parts.items()}
+    moments_of_group: dict[int, list[Moments]] = {
+        int(group): [] for group in np.unique(fold_of_row)
+    }
+    for group, row_numbers in sweep(X, fold_of_row):
+        moments_of_group[group].append(moments(X[row_numbers], row_numbers))
+    return {group: merge(part_moments) for group, part_moments in moments_of_group.items()}
 
 
 def training_moments(groups: dict[int, Moments]) -> dict[int, Moments]:
     """Moments of each fold's training rows, and of all rows under REFIT."""
-    empty = Moments(0, *(np.zeros_like(next(iter(groups.values())).mean) for _ in range(2)))
-    merged = {
-        fold: merge([part for group, part in groups.items() if group != fold] or [empty])
+    no_moments = Moments(0, *(np.zeros_like(next(iter(groups.values())).mean) for _ in range(2)))
+    moments_of_fold = {
+        fold: merge(
+            [group_part for group, group_part in groups.items() if group != fold] or [no_moments]
+        )
         for fold in groups
         if fold != TRAIN_ONLY
     }
-    merged[REFIT] = merge(list(groups.values()))
-    return merged
+    moments_of_fold[REFIT] = merge(list(groups.values()))
+    return moments_of_fold

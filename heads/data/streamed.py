@@ -39,10 +39,10 @@ class Streamed:
         ]
         self._rows, self.views = len(content), len(self._parts[0])
         shapes = [views[0].spec.shape for views in parts]
-        tail = tuple(shapes[0][1:]) if spatial else ()
-        widths = [shape[0] if spatial else math.prod(shape) for shape in shapes]
-        self._columns = np.concatenate([[0], np.cumsum(widths)]).tolist()
-        self.shape = (self.views * self._rows, int(self._columns[-1]), *tail)
+        map_shape = tuple(shapes[0][1:]) if spatial else ()
+        column_counts = [shape[0] if spatial else math.prod(shape) for shape in shapes]
+        self._columns = np.concatenate([[0], np.cumsum(column_counts)]).tolist()
+        self.shape = (self.views * self._rows, int(self._columns[-1]), *map_shape)
         self.ndim = len(self.shape)
 
     def __len__(self) -> int:
@@ -50,33 +50,41 @@ class Streamed:
 
     def __getitem__(self, key: slice | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """(n, D) or (n, channels, h, w): rows by slice, row numbers or mask, as a copy."""
-        rows = np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
-        return self.read(np.flatnonzero(rows) if rows.dtype == np.bool_ else rows)
+        row_numbers = (
+            np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
+        )
+        return self.read(
+            np.flatnonzero(row_numbers) if row_numbers.dtype == np.bool_ else row_numbers
+        )
 
     def read(
-        self, rows: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None
+        self, row_numbers: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None
     ) -> npt.NDArray[np.float32]:
         """Rows by number, as a copy or written into `out` (n, D)."""
-        into = np.empty((len(rows), *self.shape[1:]), np.float32) if out is None else out
+        output_rows = (
+            np.empty((len(row_numbers), *self.shape[1:]), np.float32) if out is None else out
+        )
         for view in range(self.views) if self.views > 1 else (0,):
-            mine = np.flatnonzero(rows // self._rows == view) if self.views > 1 else slice(None)
-            local = rows[mine] - view * self._rows
-            for part, first, last in zip(
+            view_rows = (
+                np.flatnonzero(row_numbers // self._rows == view) if self.views > 1 else slice(None)
+            )
+            local_rows = row_numbers[view_rows] - view * self._rows
+            for column_part, first_column, end_column in zip(
                 self._parts, self._columns[:-1], self._columns[1:], strict=True
             ):
-                feature, positions = part[view]
+                feature, positions = column_part[view]
                 if len(self._parts) == 1 and self.views == 1:
                     feature.read(
-                        positions[local],
+                        positions[local_rows],
                         np.float32,
-                        out=into.reshape(len(rows), *feature.spec.shape),
+                        out=output_rows.reshape(len(row_numbers), *feature.spec.shape),
                     )
                 else:
-                    found = feature.read(positions[local], np.float32)
-                    into[mine, first:last] = found.reshape(
-                        len(found), last - first, *self.shape[2:]
+                    part_rows = feature.read(positions[local_rows], np.float32)
+                    output_rows[view_rows, first_column:end_column] = part_rows.reshape(
+                        len(part_rows), end_column - first_column, *self.shape[2:]
                     )
-        return into
+        return output_rows
 
     def stored(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(n, D) rows by number, as a copy: of the type in which they are stored where all columns
@@ -87,42 +95,48 @@ class Streamed:
         feature, positions = self._parts[0][0]
         return feature.read(positions[rows], None).reshape(len(rows), -1)
 
-    def view(self, number: int) -> "StreamedView":
+    def view(self, view_number: int) -> "StreamedView":
         """The rows of one view."""
-        return StreamedView(self, number)
+        return StreamedView(self, view_number)
 
     @property
     def order(self) -> npt.NDArray[np.intp]:
         """(V * N,) row numbers as the rows of the first columns lie on disk."""
-        first = self._parts[0]
+        first_part = self._parts[0]
         return np.concatenate(
-            [view * self._rows + np.argsort(first[view][1]) for view in range(self.views)]
+            [view * self._rows + np.argsort(first_part[view][1]) for view in range(self.views)]
         )
 
-    def prefetch(self, rows: npt.NDArray[np.intp]) -> None:
+    def prefetch(self, row_numbers: npt.NDArray[np.intp]) -> None:
         """Have the operating system read these rows, without waiting."""
-        for part in self._parts:
-            for view, (feature, positions) in enumerate(part):
-                feature.prefetch(positions[rows[rows // self._rows == view] - view * self._rows])
+        for column_part in self._parts:
+            for view, (feature, positions) in enumerate(column_part):
+                feature.prefetch(
+                    positions[row_numbers[row_numbers // self._rows == view] - view * self._rows]
+                )
 
     def check_finite(self) -> None:
         """Raises BadFeatures naming the feature set and the first image with a feature that is NaN
         or infinite.
         """
-        for part in self._parts:
-            for feature, positions in part:
+        for column_part in self._parts:
+            for feature, positions in column_part:
                 if feature.spec.dtype == "uint8":
                     continue  # a number between two finite ones
                 for start in range(0, len(positions), ROWS_AT_ONCE):
-                    at = np.sort(positions[start : start + ROWS_AT_ONCE])
-                    rows = feature.read(at, None).reshape(len(at), -1)
-                    if rows.dtype == np.float16:
-                        bad = ((rows.view(np.uint16) & _EXPONENT) == _EXPONENT).any(1)
+                    sorted_positions = np.sort(positions[start : start + ROWS_AT_ONCE])
+                    stored_rows = feature.read(sorted_positions, None).reshape(
+                        len(sorted_positions), -1
+                    )
+                    if stored_rows.dtype == np.float16:
+                        is_bad = ((stored_rows.view(np.uint16) & _EXPONENT) == _EXPONENT).any(1)
                     else:
-                        bad = ~np.isfinite(rows).all(1)
-                    if bad.any():
+                        is_bad = ~np.isfinite(stored_rows).all(1)
+                    if is_bad.any():
                         raise not_finite(
-                            feature, feature.content_hashes()[at[np.argmax(bad)]], int(bad.sum())
+                            feature,
+                            feature.content_hashes()[sorted_positions[np.argmax(is_bad)]],
+                            int(is_bad.sum()),
                         )
 
 
@@ -151,16 +165,21 @@ class StreamedStack:
         return (self.rows.view(number) for number in range(self.rows.views))
 
 
-def not_finite(feature: FeatureSet, content: bytes, rows: int) -> BadFeatures:
-    """The error for rows that hold NaN or infinity, the first being that of the image `content`."""
+def not_finite(feature: FeatureSet, content_hash: bytes, n_rows: int) -> BadFeatures:
+    """The error for rows that hold NaN or infinity, the first being that of the image
+    `content_hash`.
+    """
     return BadFeatures(
-        f"{feature.path} ({feature.spec.name}): the row of image {content.decode()} and {rows - 1} "
-        "more hold NaN or infinite features: extract them again"
+        f"{feature.path} ({feature.spec.name}): the row of image {content_hash.decode()} and "
+        f"{n_rows - 1} more hold NaN or infinite features: extract them again"
     )
 
 
-def _positions(feature: FeatureSet, content: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
-    found = feature.locate(content)
-    if (found < 0).any():
-        feature.load(content[found < 0][:3])  # raises CacheError, which says what is wrong
-    return found
+def _positions(
+    feature: FeatureSet, content_hashes: npt.NDArray[np.bytes_]
+) -> npt.NDArray[np.int64]:
+    row_positions = feature.locate(content_hashes)
+    if (row_positions < 0).any():
+        # raises CacheError, which says what is wrong
+        feature.load(content_hashes[row_positions < 0][:3])
+    return row_positions

@@ -83,10 +83,13 @@ def save_task(task: Task, path: Path, **beside: npt.NDArray[Any]) -> None:
 
     Raises PublishFailed.
     """
-    header = np.frombuffer(json.dumps([task.kind, task.classes]).encode(), np.uint8)
-    fields = {name: getattr(task, name) for name in _ROW_FIELDS}
+    task_header = np.frombuffer(json.dumps([task.kind, task.classes]).encode(), np.uint8)
+    row_fields = {name: getattr(task, name) for name in _ROW_FIELDS}
     publish_replace(
-        path, sealed_arrays({"header": header, **fields, "ids": task.ids.astype(np.str_), **beside})
+        path,
+        sealed_arrays(
+            {"header": task_header, **row_fields, "ids": task.ids.astype(np.str_), **beside}
+        ),
     )
 
 
@@ -98,10 +101,10 @@ def load_task(path: Path) -> Task:
 def read_task(path: Path) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
     """Inverse of `save_task`, with the arrays beside it by name. Raises BadTaskFile."""
     try:
-        stored = read_sealed_arrays(path.read_bytes())
-        kind, classes = json.loads(stored.pop("header").tobytes())
-        fields = [stored.pop(name) for name in _ROW_FIELDS]
-        return Task(kind, tuple(classes), *fields), stored
+        stored_arrays = read_sealed_arrays(path.read_bytes())
+        task_kind, classes = json.loads(stored_arrays.pop("header").tobytes())
+        row_fields = [stored_arrays.pop(name) for name in _ROW_FIELDS]
+        return Task(task_kind, tuple(classes), *row_fields), stored_arrays
     except (ValueError, KeyError, TypeError) as error:
         raise BadTaskFile(
             f"{path} has changed since it was written, or is no task: {error}. `headrace run "

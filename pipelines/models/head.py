@@ -220,7 +220,7 @@ def _resolve_backbones(
                 f"{directory}: it is not recorded which network made the features {feature.name} "
                 f"({feature.backbone}). Heads of an earlier version: call `headrace run` again. "
                 "Features that were imported: predict from features, "
-                "headrace.heads.load_head(DIRECTORY).predict_proba(X)"
+                "headrace.load_head(DIRECTORY).predict_proba(X)"
             )
         backbone = backbone_from_fields(fields)
         if (
