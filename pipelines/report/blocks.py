@@ -123,13 +123,13 @@ class Section:
 
 def tables_of(sections: tuple[Section, ...]) -> Mapping[str, Table]:
     """Every table of the page by its name, those behind figures included."""
-    found: dict[str, Any] = {}
+    tables_by_name: dict[str, Any] = {}
     for section in sections:
         for block in section.blocks:
             table = block.table if isinstance(block, Figure) else block
             if isinstance(table, Table):
-                found[table.name] = table
-    return found
+                tables_by_name[table.name] = table
+    return tables_by_name
 
 
 def plain_text(text: object) -> str:

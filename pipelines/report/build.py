@@ -23,12 +23,6 @@ from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
 from headrace.pipelines.report.cost import cost_section, seconds_text
 from headrace.pipelines.report.data import data_section
 from headrace.pipelines.report.evaluation import test_section
-from headrace.pipelines.report.evidence import (
-    advice_section,
-    choice_section,
-    ensemble_section,
-    expected_text,
-)
 from headrace.pipelines.report.leaders import leaderboard_section, metric_title, taps_section
 from headrace.pipelines.report.leakage import leakage_section
 from headrace.pipelines.report.networks import network_sections
@@ -36,6 +30,12 @@ from headrace.pipelines.report.outcome import predictions_section
 from headrace.pipelines.report.page import render_page
 from headrace.pipelines.report.provenance import provenance_section
 from headrace.pipelines.report.selected_model import find_selected
+from headrace.pipelines.report.selection_and_advice import (
+    advice_section,
+    choice_section,
+    ensemble_section,
+    expected_text,
+)
 from headrace.pipelines.report.suspects import suspects_section
 from headrace.pipelines.report.thumbnails import Thumbnails
 from headrace.pipelines.run_directory import require_writable

@@ -7,8 +7,8 @@ import pandas as pd
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
-from headrace.pipelines.report.evidence import read_json
 from headrace.pipelines.report.leaders import metric_title
+from headrace.pipelines.report.selection_and_advice import read_json
 
 _LEAD = (
     "Fine-tuned and partly reused networks, each compared with its head on the same validation "

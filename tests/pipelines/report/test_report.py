@@ -19,18 +19,18 @@ from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record, write_record
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain_text
 from headrace.pipelines.report.build import write_report
-from headrace.pipelines.report.evidence import (
-    advice_section,
-    choice_section,
-    ensemble_section,
-    expected_text,
-)
 from headrace.pipelines.report.label_errors import (
     confident_classes,
     likely_errors_by_label,
     likely_label_errors,
 )
 from headrace.pipelines.report.page import format_cell, render_page
+from headrace.pipelines.report.selection_and_advice import (
+    advice_section,
+    choice_section,
+    ensemble_section,
+    expected_text,
+)
 from headrace.pipelines.selection.duplicates import like_pairs, standardised
 
 

@@ -96,10 +96,10 @@ def expected_text(run: FinishedRun) -> tuple[str, str] | None:
     )
 
 
-def read_json(path: Path, mended_by: str = RUN_AGAIN) -> Found | None:
+def read_json(record_path: Path, mended_by: str = RUN_AGAIN) -> Found | None:
     """None where the file is not there. Raises RunDamaged."""
     try:
-        return read_record(path, mended_by)
+        return read_record(record_path, mended_by)
     except FileNotFoundError:
         return None
 
