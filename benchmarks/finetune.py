@@ -57,10 +57,10 @@ from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.linear.ridge import fit_ridge_bank
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.spec import FineTuneSpec, spec_to_json
-from headrace.pipelines.finetune.data import Batch
-from headrace.pipelines.finetune.train import Plan, Training
+from headrace.pipelines.finetune.data import TrainingBatch
+from headrace.pipelines.finetune.train import Training, TrainingPlan
 from headrace.pipelines.finetune.train_above import trainable_blocks
-from headrace.pipelines.models.torch_head import head_module, new_head, standardise
+from headrace.pipelines.models.torch_head import head_module, new_head, standardise_head
 from headrace.pipelines.models.torch_network import Network
 
 TAP = Tap("stage3", "avg")
@@ -84,15 +84,15 @@ class Memory:
 
     def batches(
         self,
-        order: np.ndarray,
-        size: int,
+        row_order: np.ndarray,
+        batch_size: int,
         *,
-        view: int = 0,
-        draw: np.random.Generator | None = None,
-    ) -> Iterator[Batch]:
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            yield Batch(rows, self.inputs[rows], None)
+        default_view: int = 0,
+        generator: np.random.Generator | None = None,
+    ) -> Iterator[TrainingBatch]:
+        for start in range(0, len(row_order), batch_size):
+            rows = row_order[start : start + batch_size]
+            yield TrainingBatch(rows, self.inputs[rows], None)
 
 
 def main() -> None:
@@ -271,11 +271,13 @@ def fine_tuned(
         batch_size=16,
     )
     training = Training(
-        network, Memory(images), Plan(spec, trainable_blocks(network, "all"), task, 0, spec.epochs)
+        network,
+        Memory(images),
+        TrainingPlan(spec, trainable_blocks(network, "all"), task, 0, spec.epochs),
     )
     with torch.no_grad():
         features = network.features(images[torch.from_numpy(task.fold != 0)]).double()
-    standardise(network.head, features.mean(0), features.std(0, correction=0), new=False)
+    standardise_head(network.head, features.mean(0), features.std(0, correction=0), is_new=False)
     done = training.run(None, "")
     held = task.target[task.fold == 0]
     assert done.validation is not None
@@ -317,7 +319,7 @@ def cut(steps: int) -> dict[str, float]:
                 start="pretrained",
                 batch_size=ROWS,
             )
-            plan = Plan(spec, trainable_blocks(network, node), task, REFIT, 1)
+            plan = TrainingPlan(spec, trainable_blocks(network, node), task, REFIT, 1)
             sides.append((Training(network, Memory(source), plan), source))
         seconds: list[list[float]] = [[], []]
         rows = np.arange(ROWS)
@@ -326,7 +328,7 @@ def cut(steps: int) -> dict[str, float]:
                 training.mode()
                 started = time.process_time()
                 # A map is stored in float16, so that its conversion is part of the step.
-                training._step(
+                training._optimizer_step(
                     0, rows, source if source.dtype == torch.uint8 else source.float(), None
                 )
                 if step:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.pipelines.finetune.stage import Finetuned
+from headrace.pipelines.finetune.stage import FinetuneOutcome
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting
 from headrace.pipelines.planning.run_state import RunState
@@ -34,7 +34,7 @@ class RunResult:
     # the winner's expected score, and the settings that are statistically tied with it
     selection: Selection | None
     # networks trained by gradients, beside their heads; where the recipe asks for them
-    finetuned: Finetuned | None
+    finetuned: FinetuneOutcome | None
     notes: tuple[str, ...]  # for a careful person
     # where every entry of the source went; None for samples that a program gave
     accounting: Accounting | None

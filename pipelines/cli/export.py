@@ -11,7 +11,7 @@ from headrace.pipelines.console import make_console
 
 
 class ExportFormat(StrEnum):
-    """What `headrace export` writes."""
+    """Formats of `headrace export`."""
 
     torch = "torch"
     onnx = "onnx"
@@ -42,22 +42,26 @@ def export_command(
     """
     from headrace.pipelines.models.model import load_model
 
-    loaded = load_model(model, trust_code=trust_code or ())
+    loaded_model = load_model(model, trust_code=trust_code or ())
     from headrace.pipelines.export.write import export_model
 
-    chosen = [each.value for each in formats or [ExportFormat.torch, ExportFormat.safetensors]]
-    exported = export_model(loaded, out, chosen, force=force)
+    format_names = [
+        format_option.value
+        for format_option in formats or [ExportFormat.torch, ExportFormat.safetensors]
+    ]
+    exported = export_model(loaded_model, out, format_names, force=force)
     console = make_console()
-    for name, difference in exported.differences.items():
-        said = (
-            f"{name}: differs from headrace by at most {difference:.1e} ({exported.tolerance:g} is "
+    for format_name, difference in exported.differences.items():
+        message = (
+            f"{format_name}: differs from headrace by at most {difference:.1e} "
+            f"({exported.tolerance:g} is "
             "allowed)"
         )
-        console.print(said, soft_wrap=True)
+        console.print(message, soft_wrap=True)
     if not exported.all_views:
-        said = (
+        message = (
             "note: the graphs see the evaluation crop alone; headrace averages over random views "
             "too"
         )
-        console.print(said, soft_wrap=True)
+        console.print(message, soft_wrap=True)
     console.print(f"Wrote {out}. How to use it: {out / 'MODEL_CARD.md'}", soft_wrap=True)

@@ -11,7 +11,7 @@ from headrace.pipelines.console import make_console, utf8_stdout
 
 
 class TableFormat(StrEnum):
-    """What `headrace predict` writes."""
+    """Formats of the table of `headrace predict`."""
 
     csv = "csv"
     parquet = "parquet"
@@ -61,7 +61,7 @@ def predict_command(
             "--out", "-o", help="The table to write (.csv, .parquet, .jsonl); - is the screen."
         ),
     ] = "predictions.csv",
-    kind: Annotated[
+    format_option: Annotated[
         TableFormat | None, typer.Option("--format", help="Default: as --out's name ends.")
     ] = None,
     force: Annotated[
@@ -108,13 +108,13 @@ def predict_command(
 
     Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
     """
-    chosen = _format(out, kind)
+    table_format = _table_format(out, format_option)
     from headrace.pipelines.models.model import load_model
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table
     from headrace.pipelines.predict.listing import list_images
 
-    loaded = load_model(model, trust_code=trust_code or ())
+    loaded_model = load_model(model, trust_code=trust_code or ())
     listing = list_images(
         images,
         path_column=path_column,
@@ -124,26 +124,31 @@ def predict_command(
         array_key=array_key,
         exclude=tuple(exclude or ()),
     )
-    listed = listing.samples
+    samples = listing.samples
     console = make_console(stderr=True)
     for note in (*listing.notes, *(f"left out: {item}" for item in listing.left_out)):
         console.print(f"note: {note}", soft_wrap=True)
-    where = find_device(device)
+    device_name = find_device(device)
     try:
         if out == "-":
             with utf8_stdout() as table:
                 summary = predict_stream(
-                    loaded, listed, table, chosen, device=where, console=make_console(quiet=True)
+                    loaded_model,
+                    samples,
+                    table,
+                    table_format,
+                    device=device_name,
+                    console=make_console(quiet=True),
                 )
         else:
             summary = predict_table(
-                loaded,
-                listed,
+                loaded_model,
+                samples,
                 Path(out),
-                chosen,
+                table_format,
                 force=force,
-                workers=workers,
-                device=where,
+                n_workers=workers,
+                device=device_name,
                 console=console,
             )
     except KeyboardInterrupt:
@@ -152,30 +157,32 @@ def predict_command(
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
-    said = f"{summary.images:,} images"
+    summary_text = f"{summary.images:,} images"
     if summary.new < summary.images:
-        said += f", {summary.new:,} of them predicted now"
+        summary_text += f", {summary.new:,} of them predicted now"
     if any(summary.counts.values()):
-        common = sorted(summary.counts.items(), key=lambda item: -item[1])
-        said += ": " + ", ".join(f"{count:,} {name}" for name, count in common[:10] if count)
+        commonest = sorted(summary.counts.items(), key=lambda item: -item[1])
+        summary_text += ": " + ", ".join(
+            f"{count:,} {class_name}" for class_name, count in commonest[:10] if count
+        )
     if summary.failed:
-        said += f". {summary.failed:,} could not be used: the column `error` says why"
-    console.print(said if out == "-" else f"{said}. Wrote {out}", soft_wrap=True)
+        summary_text += f". {summary.failed:,} could not be used: the column `error` says why"
+    console.print(summary_text if out == "-" else f"{summary_text}. Wrote {out}", soft_wrap=True)
     if summary.failed == summary.images:
         raise typer.Exit(1)
 
 
-def _format(out: str, kind: TableFormat | None) -> str:
+def _table_format(out: str, format_option: TableFormat | None) -> str:
     from headrace.pipelines.predict.tables import FORMATS
 
     if out == "-":
-        if kind is TableFormat.parquet:
+        if format_option is TableFormat.parquet:
             raise OutputError(
                 "Parquet is no text for a screen: give a file with --out, or --format csv or jsonl"
             )
-        return kind.value if kind else "csv"
+        return format_option.value if format_option else "csv"
     suffix = Path(out).suffix.lower()
-    if kind is None and suffix not in FORMATS:
+    if format_option is None and suffix not in FORMATS:
         raise OutputError(
             f"--out {out}: expected a name that ends in {', '.join(FORMATS)}, or --format"
         )
@@ -184,4 +191,4 @@ def _format(out: str, kind: TableFormat | None) -> str:
             f"--out {out} is a folder; expected the name of a file, such as "
             f"{out.rstrip('/')}/predictions.csv"
         )
-    return kind.value if kind else FORMATS[suffix]
+    return format_option.value if format_option else FORMATS[suffix]

@@ -14,7 +14,7 @@ from headrace.heads.spec import spec_to_json
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.models.network import NetworkModel
-from headrace.pipelines.models.torch_graph import Input
+from headrace.pipelines.models.torch_graph import GraphInput
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record
 from headrace.pipelines.selection.evaluation_record import read_test_evaluations
@@ -27,11 +27,11 @@ _LIBRARIES = ("headrace", "torch", "torchvision", "timm", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What an export wrote."""
+class ExportResult:
+    """The outcome of an export."""
 
     model: Model
-    inputs: tuple[Input, ...]
+    inputs: tuple[GraphInput, ...]
     # by format: the largest difference from headrace's predictions on the test pictures
     differences: dict[str, float]
     tolerance: float
@@ -39,51 +39,53 @@ class Exported:
     all_views: bool
 
 
-def model_card(exported: Exported) -> str:
-    """The card, as Markdown."""
+def model_card(exported: ExportResult) -> str:
+    """Return the card, as Markdown."""
     model = exported.model
     run = RunPaths(model.path.parent)
     sections = [
-        f"# {_title(model)}",
+        f"# {_title_line(model)}",
         "Written by `headrace export`.",
-        _what(model),
-        _data(model, run),
-        _metrics(model, run),
-        _classes(model),
-        _preprocessing(exported),
-        _use(exported),
-        _versions(),
-        _limits(exported),
+        _model_section(model),
+        _data_section(model, run),
+        _metrics_section(model, run),
+        _classes_section(model),
+        _preprocessing_section(exported),
+        _use_section(exported),
+        _versions_section(),
+        _limits_section(exported),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _title(model: Model) -> str:
-    names = ", ".join(model.classes[:4]) + (", …" if len(model.classes) > 4 else "")
-    verb = {
+def _title_line(model: Model) -> str:
+    class_names = ", ".join(model.classes[:4]) + (", …" if len(model.classes) > 4 else "")
+    purpose = {
         "single": "Image classifier",
         "multi": "Image labeller",
         "regression": "Image regressor",
     }[model.task_kind]
-    return f"{verb}: {names}"
+    return f"{purpose}: {class_names}"
 
 
-def _what(model: Model) -> str:
+def _model_section(model: Model) -> str:
     lines = ["## What it is", ""]
     if len(model.members) > 1:
         lines += [model.describe(), ""]
     for weight, member in zip(model.weights, model.members, strict=True):
-        own = "" if member.temperature == 1 else f", at temperature {member.temperature:.3g}"
-        share = f"{weight:.2f} × " if len(model.members) > 1 else ""
-        lines.append(f"- {share}{member.describe()}{own}")
+        temperature_text = (
+            "" if member.temperature == 1 else f", at temperature {member.temperature:.3g}"
+        )
+        weight_text = f"{weight:.2f} × " if len(model.members) > 1 else ""
+        lines.append(f"- {weight_text}{member.describe()}{temperature_text}")
     return "\n".join(lines)
 
 
-def _data(model: Model, run: RunPaths) -> str:
+def _data_section(model: Model, run: RunPaths) -> str:
     lines = ["## Data", ""]
-    recipe = _read(run.recipe)
+    recipe = _read_or_empty(run.recipe)
     images = recipe.get("images") or {}
-    source = next(
+    source_name = next(
         (
             Path(str(images[key])).name
             for key in ("folder", "table", "tar", "array")
@@ -91,67 +93,80 @@ def _data(model: Model, run: RunPaths) -> str:
         ),
         None,
     )
-    if source is None:
+    if source_name is None:
         lines.append(
             "Not recorded: the model was exported away from its run. Write here what it was "
             "trained on."
         )
     else:
-        task = recipe.get("task") or {}
-        count = len(_read(run.listing).get("images", {}))
-        split = task.get("split") or f"a test part of {task.get('test_fraction')}"
+        task_recipe = recipe.get("task") or {}
+        n_images = len(_read_or_empty(run.listing).get("images", {}))
+        split_text = (
+            task_recipe.get("split") or f"a test part of {task_recipe.get('test_fraction')}"
+        )
         lines.append(
             (
-                f"{count:,} images of `{source}`, target `{task.get('target')}`, split by {split}, "
-                f"{task.get('folds')} folds"
+                f"{n_images:,} images of `{source_name}`, target `{task_recipe.get('target')}`, "
+                f"split by {split_text}, {task_recipe.get('folds')} folds"
             )
-            + (f", groups of `{task['group']}` kept together" if task.get("group") else "")
+            + (
+                f", groups of `{task_recipe['group']}` kept together"
+                if task_recipe.get("group")
+                else ""
+            )
             + ". Write here where they come from, and whom they show."
         )
     return "\n".join(lines)
 
 
-def _metrics(model: Model, run: RunPaths) -> str:
-    rows = [
+def _metrics_section(model: Model, run: RunPaths) -> str:
+    table_rows = [
         (name.replace("_", " "), f"{value:.4f}", "", "")
         for name, value in sorted(model.metrics.items())
     ]
-    selection = _read(run.selection)
+    selection = _read_or_empty(run.selection)
     if len(model.members) == 1 and selection.get("expected") is not None:
         interval = f"{selection['low']:.4f} to {selection['high']:.4f}"
-        what = (
+        measure = (
             f"{selection['metric']} to expect on new images (corrected for the choice of the best "
             f"of {selection['tried']:,})"
         )
-        rows.append((what, f"{selection['expected']:.4f}", interval, f"{selection['images']:,}"))
-    found = selection.get("calibration")
+        table_rows.append(
+            (measure, f"{selection['expected']:.4f}", interval, f"{selection['images']:,}")
+        )
+    calibration = selection.get("calibration")
     if (
         len(model.members) == 1
-        and found is not None
-        and found["temperature"] == model.members[0].temperature
+        and calibration is not None
+        and calibration["temperature"] == model.members[0].temperature
     ):
-        images = f"{found['images']:,}"
-        rows.append(
+        image_count = f"{calibration['images']:,}"
+        table_rows.append(
             (
                 "validation calibration error, before the temperature",
-                f"{found['error_before']:.4f}",
+                f"{calibration['error_before']:.4f}",
                 "",
-                images,
+                image_count,
             )
         )
-        rows.append(
+        table_rows.append(
             (
                 "validation calibration error, with it (cross-fitted)",
-                f"{found['error_after']:.4f}",
+                f"{calibration['error_after']:.4f}",
                 "",
-                images,
+                image_count,
             )
         )
-    test = _test(model, run)
-    if test:
-        interval = f"{test['low']:.4f} to {test['high']:.4f}"
-        rows.append(
-            (f"**test {test['metric']}**", f"{test['value']:.4f}", interval, f"{test['images']:,}")
+    test_result = _test_result(model, run)
+    if test_result:
+        interval = f"{test_result['low']:.4f} to {test_result['high']:.4f}"
+        table_rows.append(
+            (
+                f"**test {test_result['metric']}**",
+                f"{test_result['value']:.4f}",
+                interval,
+                f"{test_result['images']:,}",
+            )
         )
     lines = [
         "## What it is worth",
@@ -159,8 +174,8 @@ def _metrics(model: Model, run: RunPaths) -> str:
         "| measure | value | 95 % interval | images |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    if not test:
+    lines += [f"| {' | '.join(table_row)} |" for table_row in table_rows]
+    if not test_result:
         lines += [
             "",
             (
@@ -171,52 +186,71 @@ def _metrics(model: Model, run: RunPaths) -> str:
     return "\n".join(lines)
 
 
-def _test(model: Model, run: RunPaths) -> dict[str, Any] | None:
-    """The recorded evaluation of the test split for this very model. Raises EvaluationsDamaged."""
-    ours = [
-        _identity(weight, member)
+def _test_result(model: Model, run: RunPaths) -> dict[str, Any] | None:
+    """Return the recorded evaluation of this very model on the test split, None without one.
+
+    Raises EvaluationsDamaged.
+    """
+    model_identity = [
+        _model_identity(weight, member)
         for weight, member in zip(model.weights, model.members, strict=True)
     ]
-    found = None
+    test_result = None
     evaluations = read_test_evaluations(run.test_evaluations)
     try:
         for evaluation in evaluations:
             winner = evaluation["winner"]
-            shown = winner.get("ensemble") or [winner]
-            lone = None if "ensemble" in winner else evaluation.get("temperature", 1.0)
-            same = [_recorded(each, lone) for each in shown] == ours
-            same = same and winner.get("temperature", 1.0) == model.average_temperature
-            found = evaluation["result"] if same else found
+            recorded_members = winner.get("ensemble") or [winner]
+            winner_temperature = (
+                None if "ensemble" in winner else evaluation.get("temperature", 1.0)
+            )
+            is_this_model = [
+                _recorded_identity(recorded_member, winner_temperature)
+                for recorded_member in recorded_members
+            ] == model_identity
+            is_this_model = (
+                is_this_model and winner.get("temperature", 1.0) == model.average_temperature
+            )
+            test_result = evaluation["result"] if is_this_model else test_result
     except (ValueError, KeyError, TypeError):
         return None
-    return found
+    return test_result
 
 
-def _identity(weight: float, member: HeadModel | NetworkModel) -> tuple[Any, ...]:
-    """As winner.py records it; of a network its settings alone, for its features are not the
-    cache's.
+def _model_identity(weight: float, member: HeadModel | NetworkModel) -> tuple[Any, ...]:
+    """Return what the record of test evaluations says of a member; of a network its settings alone,
+    for its features are not the cache's.
     """
-    shares = round(weight, 9), round(member.temperature, 9)
+    weight_and_temperature = round(weight, 9), round(member.temperature, 9)
     if isinstance(member, NetworkModel):
-        return *shares, json.loads(spec_to_json(member.spec))
+        return *weight_and_temperature, json.loads(spec_to_json(member.spec))
     features = [feature.fingerprint for feature in member.head.features]
-    return *shares, json.loads(spec_to_json(member.head.spec)), features
+    return *weight_and_temperature, json.loads(spec_to_json(member.head.spec)), features
 
 
-def _recorded(shown: dict[str, Any], lone: float | None) -> tuple[Any, ...]:
-    """What `_identity` says of a head or network of an evaluation's record. lone: the temperature
-    of a winner, whose weight is 1.
+def _recorded_identity(
+    recorded_member: dict[str, Any], winner_temperature: float | None
+) -> tuple[Any, ...]:
+    """Return `_model_identity` of a member that an evaluation's record names.
+
+    winner_temperature: of a winner, whose weight is 1; None for a member of an ensemble.
     """
-    spec = json.loads(shown["spec"])
+    spec = json.loads(recorded_member["spec"])
     weight, temperature = (
-        (shown["weight"], shown.get("temperature", 1.0)) if lone is None else (1.0, lone)
+        (recorded_member["weight"], recorded_member.get("temperature", 1.0))
+        if winner_temperature is None
+        else (1.0, winner_temperature)
     )
-    shares = round(float(weight), 9), round(float(temperature), 9)
-    return (*shares, spec) if spec["kind"] == "finetune" else (*shares, spec, shown["features"])
+    weight_and_temperature = round(float(weight), 9), round(float(temperature), 9)
+    return (
+        (*weight_and_temperature, spec)
+        if spec["kind"] == "finetune"
+        else (*weight_and_temperature, spec, recorded_member["features"])
+    )
 
 
-def _classes(model: Model) -> str:
-    what = {
+def _classes_section(model: Model) -> str:
+    output_text = {
         "single": (
             "The output is `probabilities` (n, C) float32; each row sums to 1. In this order:"
         ),
@@ -233,14 +267,14 @@ def _classes(model: Model) -> str:
         [
             "## Classes",
             "",
-            what,
+            output_text,
             "",
-            *(f"{place}. {name}" for place, name in enumerate(model.classes)),
+            *(f"{class_index}. {name}" for class_index, name in enumerate(model.classes)),
         ]
     )
 
 
-def _preprocessing(exported: Exported) -> str:
+def _preprocessing_section(exported: ExportResult) -> str:
     lines = [
         "## Preprocessing",
         "",
@@ -253,21 +287,21 @@ def _preprocessing(exported: Exported) -> str:
         "| input | shape | resize | interpolation | crop |",
         "|---|---|---|---|---|",
     ]
-    for each in exported.inputs:
-        how = each.preprocessing
-        height, width = how.crop
+    for model_input in exported.inputs:
+        preprocessing = model_input.preprocessing
+        height, width = preprocessing.crop
         lines.append(
-            f"| `{each.name}` | (n, {height}, {width}, 3) | {_resize(how)} | {how.interpolation}, "
-            f"antialiased (Pillow) | {height} × {width}, centre |"
+            f"| `{model_input.name}` | (n, {height}, {width}, 3) | {_resize_text(preprocessing)} | "
+            f"{preprocessing.interpolation}, antialiased (Pillow) | {height} × {width}, centre |"
         )
-    ranges = sorted(
+    pixel_ranges = sorted(
         {
-            each.preprocessing.pixel_range
-            for each in exported.inputs
-            if each.preprocessing.pixel_range
+            model_input.preprocessing.pixel_range
+            for model_input in exported.inputs
+            if model_input.preprocessing.pixel_range
         }
     )
-    for black, white in ranges:
+    for black, white in pixel_ranges:
         lines += [
             "",
             (
@@ -275,7 +309,7 @@ def _preprocessing(exported: Exported) -> str:
                 "lies beyond is clipped."
             ),
         ]
-    if not ranges:
+    if not pixel_ranges:
         lines += [
             "",
             "16-bit images are black at 0 and white at 65535, PGM and PPM files at what their "
@@ -285,25 +319,29 @@ def _preprocessing(exported: Exported) -> str:
     return "\n".join(lines)
 
 
-def _resize(how: Preprocessing) -> str:
-    edge = {"shortest": "shorter edge to", "squash": "both edges to", "border": "longer edge to"}[
-        how.mode
-    ]
-    return f"{edge} {how.resize[0]}" + (
-        "" if how.resize[0] == how.resize[1] else f" × {how.resize[1]}"
+def _resize_text(preprocessing: Preprocessing) -> str:
+    edge_text = {
+        "shortest": "shorter edge to",
+        "squash": "both edges to",
+        "border": "longer edge to",
+    }[preprocessing.mode]
+    return f"{edge_text} {preprocessing.resize[0]}" + (
+        ""
+        if preprocessing.resize[0] == preprocessing.resize[1]
+        else f" × {preprocessing.resize[1]}"
     )
 
 
-def _use(exported: Exported) -> str:
+def _use_section(exported: ExportResult) -> str:
     lines = ["## Use", ""]
-    names = [each.name for each in exported.inputs]
-    many = len(names) > 1
+    input_names = [model_input.name for model_input in exported.inputs]
+    has_many_inputs = len(input_names) > 1
     if "torch" in exported.differences:
-        tensors = ", ".join(
-            f'torch.tensor(load("photo.jpg", "{name}"))[None]'
-            if many
+        torch_inputs = ", ".join(
+            f'torch.tensor(load("photo.jpg", "{input_name}"))[None]'
+            if has_many_inputs
             else 'torch.tensor(load("photo.jpg"))[None]'
-            for name in names
+            for input_name in input_names
         )
         lines += [
             "torch alone (`model.pt2`):",
@@ -311,16 +349,16 @@ def _use(exported: Exported) -> str:
             "```python",
             "import torch; from preprocess import load",
             'model = torch.export.load("model.pt2").module()',
-            f"print(model({tensors}))",
+            f"print(model({torch_inputs}))",
             "```",
             "",
         ]
     if "onnx" in exported.differences:
-        feed = ", ".join(
-            f'"{name}": load("photo.jpg", "{name}")[None]'
-            if many
-            else f'"{name}": load("photo.jpg")[None]'
-            for name in names
+        onnx_feed = ", ".join(
+            f'"{input_name}": load("photo.jpg", "{input_name}")[None]'
+            if has_many_inputs
+            else f'"{input_name}": load("photo.jpg")[None]'
+            for input_name in input_names
         )
         lines += [
             "onnxruntime alone (`model.onnx`):",
@@ -328,7 +366,7 @@ def _use(exported: Exported) -> str:
             "```python",
             "import onnxruntime; from preprocess import load",
             'model = onnxruntime.InferenceSession("model.onnx")',
-            f"print(model.run(None, {{{feed}}})[0])",
+            f"print(model.run(None, {{{onnx_feed}}})[0])",
             "```",
             "",
         ]
@@ -343,25 +381,27 @@ def _use(exported: Exported) -> str:
             "```",
             "",
         ]
-    worst = ", ".join(f"{name} {value:.1e}" for name, value in exported.differences.items())
+    differences = ", ".join(
+        f"{input_name} {value:.1e}" for input_name, value in exported.differences.items()
+    )
     lines.append(
         "Checked against headrace's own predictions when this was written: the largest "
-        f"differences were {worst}; {exported.tolerance:g} is allowed."
+        f"differences were {differences}; {exported.tolerance:g} is allowed."
     )
     return "\n".join(lines)
 
 
-def _versions() -> str:
-    found = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
-    for name in ("onnx", "onnxruntime"):
+def _versions_section() -> str:
+    versions = [f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES]
+    for library in ("onnx", "onnxruntime"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            versions.append(f"{library} {importlib.metadata.version(library)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return f"## Versions\n\nPython {platform.python_version()}, {', '.join(found)}."
+    return f"## Versions\n\nPython {platform.python_version()}, {', '.join(versions)}."
 
 
-def _limits(exported: Exported) -> str:
+def _limits_section(exported: ExportResult) -> str:
     lines = [
         "## Limits",
         "",
@@ -387,7 +427,7 @@ def _limits(exported: Exported) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_or_empty(path: Path) -> dict[str, Any]:
     try:
         return read_record(path)
     except FileNotFoundError:

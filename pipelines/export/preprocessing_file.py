@@ -15,8 +15,10 @@ from types import ModuleType
 
 from headrace.extract import errors
 from headrace.extract.images import preprocessing as preprocess
-from headrace.pipelines.models.torch_graph import Input
+from headrace.pipelines.models.torch_graph import GraphInput
 
+# Resizing stays outside of the graph: no operator of ONNX or torch makes Pillow's antialiased
+# pixels, and one that nearly does would change predictions silently.
 NAME = "preprocess.py"
 
 _TEXT = '''\
@@ -61,46 +63,50 @@ if __name__ == "__main__":
 '''
 
 
-def preprocess_file(inputs: list[Input], version: str) -> str:
-    """The text of the file."""
+def preprocess_file(inputs: list[GraphInput], headrace_version: str) -> str:
+    """Return the text of preprocess.py."""
     imports: set[str] = set()
-    bodies = []
-    for module in _needed(preprocess):
-        outside, body = _split(module)
-        imports |= outside
-        bodies.append(body)
-    described = {each.name: dataclasses.asdict(each.preprocessing) for each in inputs}
-    parts = {
-        "version": version,
+    module_bodies = []
+    for module in _modules_needed(preprocess):
+        module_imports, body = _split_source(module)
+        imports |= module_imports
+        module_bodies.append(body)
+    input_fields = {
+        model_input.name: dataclasses.asdict(model_input.preprocessing) for model_input in inputs
+    }
+    placeholders = {
+        "version": headrace_version,
         "imports": "\n".join(sorted(imports)),
-        "inputs": pprint.pformat(described, width=100, sort_dicts=False),
+        "inputs": pprint.pformat(input_fields, width=100, sort_dicts=False),
         "first": inputs[0].name,
-        "source": "\n\n\n".join(bodies),
+        "source": "\n\n\n".join(module_bodies),
     }
     # All at once: what a model says of its preprocessing may read like a placeholder, and is not
     # filled in.
-    return re.sub(rf"\{{({'|'.join(parts)})\}}", lambda match: parts[match[1]], _TEXT)
+    return re.sub(rf"\{{({'|'.join(placeholders)})\}}", lambda match: placeholders[match[1]], _TEXT)
 
 
-def _needed(module: ModuleType) -> list[ModuleType]:
-    """The module and those of headrace that it imports, each behind what it needs itself."""
-    found: dict[ModuleType, None] = {}
-    for node in _imports(inspect.getsource(module)):
+def _modules_needed(module: ModuleType) -> list[ModuleType]:
+    """Return the module and those of headrace that it imports, each behind what it needs itself."""
+    needed_modules: dict[ModuleType, None] = {}
+    for node in _import_nodes(inspect.getsource(module)):
         if isinstance(node, ast.ImportFrom) and _is_ours(node) and node.module != errors.__name__:
-            found |= dict.fromkeys(_needed(importlib.import_module(str(node.module))))
-    return [*found, module]
+            needed_modules |= dict.fromkeys(
+                _modules_needed(importlib.import_module(str(node.module)))
+            )
+    return [*needed_modules, module]
 
 
-def _split(module: ModuleType) -> tuple[set[str], str]:
-    """A module's imports from elsewhere than headrace, and its text below them."""
+def _split_source(module: ModuleType) -> tuple[set[str], str]:
+    """Return a module's imports from elsewhere than headrace, and its text below them."""
     source = inspect.getsource(module)
-    imports = _imports(source)
-    end = max(node.end_lineno or 0 for node in imports)
-    outside = {ast.unparse(node) for node in imports if not _is_ours(node)}
-    return outside, "\n".join(source.splitlines()[end:]).strip()
+    import_nodes = _import_nodes(source)
+    last_import_line = max(node.end_lineno or 0 for node in import_nodes)
+    outside_imports = {ast.unparse(node) for node in import_nodes if not _is_ours(node)}
+    return outside_imports, "\n".join(source.splitlines()[last_import_line:]).strip()
 
 
-def _imports(source: str) -> list[ast.Import | ast.ImportFrom]:
+def _import_nodes(source: str) -> list[ast.Import | ast.ImportFrom]:
     return [
         node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)
     ]

@@ -31,14 +31,14 @@ from headrace.extract.images.views import Symmetries, is_exact_view, mirror_pixe
 from headrace.extract.run.decode_ahead import PixelBatch
 from headrace.extract.spec import BackboneSpec
 from headrace.pipelines.cluster.task_leases import driver_lives, driver_lock, driver_name
-from headrace.pipelines.export.model_card import Exported, model_card
+from headrace.pipelines.export.model_card import ExportResult, model_card
 from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.images import open_engine, predict_batch
 from headrace.pipelines.models.model import Model, load_model
 from headrace.pipelines.models.network import NetworkModel
-from headrace.pipelines.models.torch_graph import Input, ModelGraph, fits_graph, pixels_of
+from headrace.pipelines.models.torch_graph import GraphInput, ModelGraph, fits_graph, pixels_of
 
 FORMATS = ("torch", "onnx", "safetensors")
 # Of probabilities, absolute; of regression values, relative to the largest. Sums in another order
@@ -46,7 +46,8 @@ FORMATS = ("torch", "onnx", "safetensors")
 TOLERANCE = 2e-3
 # of networks that were run in half precision: an exported graph runs in float32
 HALF_TOLERANCE = 3e-2
-MARKER = ".headrace-export"  # by which a folder is known that --force may replace
+# A folder with this file was written by an export, and --force may replace it.
+MARKER = ".headrace-export"
 _MARKER_TEXT = (
     "This folder was written by `headrace export`, which replaces it as a whole when it is told "
     "--force.\n"
@@ -59,22 +60,24 @@ class ExportError(HeadraceError, ValueError):
 
 
 @dataclass(frozen=True)
-class _Check:
+class _OutputCheck:
     """Pixels for every input of the graph, and what headrace predicts from them."""
 
     pixels: list[Tensor]
     expected: npt.NDArray[np.float32]
     tolerance: float
 
-    def difference(self, found: npt.NDArray[Any]) -> float:
-        """The largest; relative for values beyond one."""
-        scale = max(1.0, float(np.abs(self.expected).max()))
-        return float(np.abs(np.asarray(found, np.float64) - self.expected).max()) / scale
+    def difference(self, outputs: npt.NDArray[Any]) -> float:
+        """Return the largest difference from the expected outputs; relative for values beyond
+        one.
+        """
+        value_scale = max(1.0, float(np.abs(self.expected).max()))
+        return float(np.abs(np.asarray(outputs, np.float64) - self.expected).max()) / value_scale
 
 
 def export_model(
     model: Model, out: Path, formats: Sequence[str], *, force: bool = False
-) -> Exported:
+) -> ExportResult:
     """Write `out`: the model in these formats (torch, onnx, safetensors), preprocess.py, model.json
     and MODEL_CARD.md.
 
@@ -83,30 +86,31 @@ def export_model(
     written, and for heads that have no such form.
     force: replace what an earlier export wrote; nothing else is ever deleted.
     """
-    if unknown := sorted(set(formats) - set(FORMATS)):
-        raise ExportError(f"format {unknown[0]!r}: expected one or several of {', '.join(FORMATS)}")
+    if unknown_formats := sorted(set(formats) - set(FORMATS)):
+        raise ExportError(
+            f"format {unknown_formats[0]!r}: expected one or several of {', '.join(FORMATS)}"
+        )
     _require_replaceable(out, force=force)
     if "onnx" in formats:
         _require_onnx()
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    writer = f".{out.name}.{driver_name()}"
-    temporary = out.with_name(f"{writer}{PARTIAL_SUFFIX}")
-    with driver_lock(
-        out.parent, writer
-    ):  # by which others know that it is not what a killed export left
+    writer_name = f".{out.name}.{driver_name()}"
+    temporary_folder = out.with_name(f"{writer_name}{PARTIAL_SUFFIX}")
+    # The lock tells others that this folder is not what a killed export left.
+    with driver_lock(out.parent, writer_name):
         try:
-            temporary.mkdir()
-            exported = _write(model, temporary, list(dict.fromkeys(formats)))
-            _replace(temporary, out)
+            temporary_folder.mkdir()
+            exported = _write_files(model, temporary_folder, list(dict.fromkeys(formats)))
+            _replace_folder(temporary_folder, out)
         except OSError as error:
-            where = getattr(error, "filename", None) or temporary.parent
+            failed_path = getattr(error, "filename", None) or temporary_folder.parent
             reason = getattr(error, "strerror", None) or error
             raise ExportError(
-                f"{where}: {reason}. Nothing was written: make room, or give another folder"
+                f"{failed_path}: {reason}. Nothing was written: make room, or give another folder"
             ) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary_folder, ignore_errors=True)
         _remove_dead(out)
     return exported
 
@@ -115,33 +119,33 @@ def _remove_dead(out: Path) -> None:
     """Remove what exports to `out` that were killed have left beside it: their locks, and folders
     that have our marker.
     """
-    place = glob.escape(f".{out.name}.")
-    for lock in out.parent.glob(f"{place}*.driver"):
+    name_pattern = glob.escape(f".{out.name}.")
+    for lock in out.parent.glob(f"{name_pattern}*.driver"):
         driver_lives(out.parent, lock.stem)  # removes that of a dead one
-    alive = tuple(lock.stem for lock in out.parent.glob(f"{place}*.driver"))
-    for left in out.parent.glob(f"{place}*{PARTIAL_SUFFIX}"):
+    living_writers = tuple(lock.stem for lock in out.parent.glob(f"{name_pattern}*.driver"))
+    for leftover in out.parent.glob(f"{name_pattern}*{PARTIAL_SUFFIX}"):
         if (
-            not left.name.startswith(alive)
-            and left.is_dir()
-            and (_is_export(left) or not any(left.iterdir()))
+            not leftover.name.startswith(living_writers)
+            and leftover.is_dir()
+            and (_is_export(leftover) or not any(leftover.iterdir()))
         ):
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
+def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult:
     # First: if no more than this comes of the folder, it is known for ours all the same.
     (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
     differences: dict[str, float] = {}
-    graphed = [name for name in formats if name != "safetensors"]
+    graph_formats = [name for name in formats if name != "safetensors"]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export's own future
-        if graphed:
-            single = evaluation_only(model)
-            graph = single.to_torch()
+        if graph_formats:
+            evaluation_model = evaluation_only(model)
+            graph = evaluation_model.to_torch()
             assert isinstance(graph, ModelGraph)
             inputs = graph.inputs
-            check = _check(single, inputs)
-            with _untraceable():
+            check = _expected_outputs(evaluation_model, inputs)
+            with _tracing_errors():
                 program = torch.export.export(
                     graph,
                     tuple(check.pixels),
@@ -152,48 +156,55 @@ def _write(model: Model, folder: Path, formats: list[str]) -> Exported:
             inputs = _inputs_of(model)
         if "torch" in formats:
             # By way of memory: torch's own writer ends the process where the disk is full.
-            packed = io.BytesIO()
-            torch.export.save(program, packed)
-            (folder / "model.pt2").write_bytes(packed.getbuffer())
-            loaded = torch.export.load(folder / "model.pt2").module()
-            differences["torch"] = _compare(
-                check, lambda pixels: np.asarray(loaded(*pixels).numpy()), "model.pt2", model
+            packed_program = io.BytesIO()
+            torch.export.save(program, packed_program)
+            (folder / "model.pt2").write_bytes(packed_program.getbuffer())
+            loaded_program = torch.export.load(folder / "model.pt2").module()
+            differences["torch"] = _compare_outputs(
+                check,
+                lambda pixels: np.asarray(loaded_program(*pixels).numpy()),
+                "model.pt2",
+                model,
             )
         if "onnx" in formats:
             _write_onnx(program, inputs, folder / "model.onnx")
-            differences["onnx"] = _compare(
+            differences["onnx"] = _compare_outputs(
                 check, _onnx_runner(folder / "model.onnx", inputs), "model.onnx", model
             )
         if "safetensors" in formats:
             _write_directory(model, folder)
-            whole = _check(model, inputs)
-            again = _check(load_model(folder, trust_code=model.trust_code), inputs)
-            differences["safetensors"] = whole.difference(again.expected)
-            if differences["safetensors"] > whole.tolerance:
+            own_check = _expected_outputs(model, inputs)
+            copy_check = _expected_outputs(load_model(folder, trust_code=model.trust_code), inputs)
+            differences["safetensors"] = own_check.difference(copy_check.expected)
+            if differences["safetensors"] > own_check.tolerance:
                 raise ExportError(
                     f"the copy predicts otherwise, by {differences['safetensors']:.2g}; nothing "
                     "was written"
                 )
-    version = importlib.metadata.version("headrace")
-    (folder / NAME).write_text(preprocess_file(inputs, version), encoding="utf-8")
-    tolerance = _tolerance(model)
-    exported = Exported(model, tuple(inputs), differences, tolerance, fits_graph(model))
-    about = {
-        "headrace": version,
+    headrace_version = importlib.metadata.version("headrace")
+    (folder / NAME).write_text(preprocess_file(inputs, headrace_version), encoding="utf-8")
+    tolerance = _allowed_difference(model)
+    exported = ExportResult(model, tuple(inputs), differences, tolerance, fits_graph(model))
+    description = {
+        "headrace": headrace_version,
         "formats": formats,
         "task_kind": model.task_kind,
         "classes": list(model.classes),
         "inputs": [
-            {"name": each.name, "dtype": "uint8", "shape": ["n", *each.preprocessing.crop, 3]}
-            | {"preprocessing": json.loads(each.preprocessing.to_json())}
-            for each in inputs
+            {
+                "name": model_input.name,
+                "dtype": "uint8",
+                "shape": ["n", *model_input.preprocessing.crop, 3],
+            }
+            | {"preprocessing": json.loads(model_input.preprocessing.to_json())}
+            for model_input in inputs
         ],
         "output": {"name": "probabilities", "dtype": "float32", "shape": ["n", len(model.classes)]},
         "metrics": model.metrics,
         "tolerance": tolerance,
         "differences": differences,
     }
-    (folder / "model.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+    (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text(model_card(exported), encoding="utf-8")
     return exported
 
@@ -221,73 +232,87 @@ def _map_members(
     return model.map_members(change) if isinstance(model, EnsembleModel) else change(model)
 
 
-def check_pixels(inputs: Sequence[Input], count: int = _CHECKED) -> list[Tensor]:
-    """uint8 pixels (count, H, W, 3) per input: smooth random pictures with noise, the same ones at
-    every size.
+def check_pixels(inputs: Sequence[GraphInput], n_images: int = _CHECKED) -> list[Tensor]:
+    """Return uint8 pixels (n_images, H, W, 3) per input: smooth random pictures with noise, the
+    same ones at every size.
     """
-    found = []
-    for each in inputs:
-        draw = torch.Generator().manual_seed(0)
-        coarse = torch.rand(count, 3, 5, 5, generator=draw)
-        smooth = torch.nn.functional.interpolate(coarse, each.preprocessing.crop, mode="bilinear")
-        noise = 0.1 * torch.rand(smooth.shape, generator=draw)
-        found.append(
+    pixel_batches = []
+    for model_input in inputs:
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(n_images, 3, 5, 5, generator=generator)
+        smooth = torch.nn.functional.interpolate(
+            coarse, model_input.preprocessing.crop, mode="bilinear"
+        )
+        noise = 0.1 * torch.rand(smooth.shape, generator=generator)
+        pixel_batches.append(
             (255 * (0.9 * smooth + noise)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         )
-    return found
+    return pixel_batches
 
 
-def _check(model: Model, inputs: Sequence[Input]) -> _Check:
-    """Through the same passes as `headrace predict`. Random views all see the same pixels here."""
-    pixels = check_pixels(inputs)
+def _expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck:
+    """Return pixels and what the passes of `headrace predict` make of them. Random views all see
+    the same pixels here.
+    """
+    pixel_batches = check_pixels(inputs)
     engine = open_engine(model)
     by_pixels = {
-        pixels_of(each.preprocessing): value for each, value in zip(inputs, pixels, strict=True)
+        pixels_of(rendering.preprocessing): input_pixels
+        for rendering, input_pixels in zip(inputs, pixel_batches, strict=True)
     }
-    seen = []
-    for each in engine.renderings:
-        own = by_pixels[pixels_of(each.preprocessing)]
-        if isinstance(each.augmentation, Symmetries):
-            own = torch.from_numpy(
-                np.stack([mirror_pixels(image, each.index) for image in own.numpy()])
+    pass_pixels = []
+    for rendering in engine.renderings:
+        input_pixels = by_pixels[pixels_of(rendering.preprocessing)]
+        if isinstance(rendering.augmentation, Symmetries):
+            input_pixels = torch.from_numpy(
+                np.stack([mirror_pixels(image, rendering.index) for image in input_pixels.numpy()])
             )
-        seen.append(own)
-    batch = PixelBatch(list(range(_CHECKED)), seen)
+        pass_pixels.append(input_pixels)
+    batch = PixelBatch(list(range(_CHECKED)), pass_pixels)
     predicted = predict_batch(engine, batch)
     if predicted.failed:
         raise ExportError(
             f"the model cannot be compared on test pictures: {predicted.failed[0][1]}"
         )
-    return _Check(pixels, predicted.probabilities, _tolerance(model))
+    return _OutputCheck(pixel_batches, predicted.probabilities, _allowed_difference(model))
 
 
-def _compare(check: _Check, run: Any, name: str, model: Model) -> float:
-    """Also one image at a time: a graph that has the batch size baked in is found here."""
-    whole = check.difference(run(check.pixels))
-    alone = [run([value[place : place + 1] for value in check.pixels]) for place in range(2)]
-    ones = replace(check, expected=check.expected[:2]).difference(np.concatenate(alone))
-    worst = max(whole, ones)
-    if not worst <= check.tolerance:  # also NaN
+def _compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model: Model) -> float:
+    """Return the largest difference of a graph's outputs, of a batch and of single images: a batch
+    size that is baked in shows here.
+
+    Raises ExportError where it is more than is allowed.
+    """
+    batch_difference = check.difference(run_graph(check.pixels))
+    single_outputs = [
+        run_graph([input_pixels[row : row + 1] for input_pixels in check.pixels])
+        for row in range(2)
+    ]
+    single_difference = replace(check, expected=check.expected[:2]).difference(
+        np.concatenate(single_outputs)
+    )
+    largest_difference = max(batch_difference, single_difference)
+    if not largest_difference <= check.tolerance:  # also NaN
         raise ExportError(
-            f"{name} predicts otherwise than headrace, by {worst:.2g} at most where "
-            f"{check.tolerance:g} is allowed; nothing was written. The heads: "
+            f"{file_name} predicts otherwise than headrace, by {largest_difference:.2g} at most "
+            f"where {check.tolerance:g} is allowed; nothing was written. The heads: "
             f"{', '.join(sorted({member.kind for member in model.members}))}. headrace predict and "
             "--format safetensors are exact"
         )
-    return worst
+    return largest_difference
 
 
-def _tolerance(model: Model) -> float:
-    half = any(
+def _allowed_difference(model: Model) -> float:
+    half_precision = any(
         feature.compute_dtype != "float32"
         for member in model.members
         for feature in member.features
     )
-    return HALF_TOLERANCE if half else TOLERANCE
+    return HALF_TOLERANCE if half_precision else TOLERANCE
 
 
 @contextlib.contextmanager
-def _untraceable() -> Iterator[None]:
+def _tracing_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch.export raises many kinds, some of its own
@@ -297,7 +322,7 @@ def _untraceable() -> Iterator[None]:
         ) from error
 
 
-def _write_onnx(program: Any, inputs: Sequence[Input], path: Path) -> None:
+def _write_onnx(program: Any, inputs: Sequence[GraphInput], path: Path) -> None:
     import onnx
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -305,7 +330,7 @@ def _write_onnx(program: Any, inputs: Sequence[Input], path: Path) -> None:
             program,
             dynamo=True,
             verbose=False,
-            input_names=[each.name for each in inputs],
+            input_names=[model_input.name for model_input in inputs],
             output_names=["probabilities"],
             external_data=False,
         )
@@ -314,24 +339,24 @@ def _write_onnx(program: Any, inputs: Sequence[Input], path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _onnx_runner(path: Path, inputs: Sequence[Input]) -> Any:
+def _onnx_runner(path: Path, inputs: Sequence[GraphInput]) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [each.name for each in inputs]
+    input_names = [model_input.name for model_input in inputs]
     return lambda pixels: session.run(
-        None, {name: value.numpy() for name, value in zip(names, pixels, strict=True)}
+        None, {name: value.numpy() for name, value in zip(input_names, pixels, strict=True)}
     )[0]
 
 
 def _require_onnx() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(library) is None:
             raise HeadraceError(
-                f"exporting to ONNX needs the library {name}, which is not installed: pip install "
-                "'headrace[onnx]'"
+                f"exporting to ONNX needs the library {library}, which is not installed: pip "
+                "install 'headrace[onnx]'"
             )
 
 
@@ -345,7 +370,8 @@ def _write_directory(model: Model, folder: Path) -> None:
             key: value.detach().contiguous().clone()
             for key, value in loaded.module.state_dict().items()
         }
-        (folder / name).write_bytes(save(tensors))  # save_file's files are readable by nobody else
+        # safetensors' own save_file makes files that nobody else can read.
+        (folder / name).write_bytes(save(tensors))
         preprocessing = loaded.preprocessing
         # In full: without its tag, a network would come with its library's preprocessing of today.
         weights_files[backbone] = replace(
@@ -372,8 +398,9 @@ def _write_directory(model: Model, folder: Path) -> None:
         )
         return replace(member, head=replace(member.head, backbones=fields))
 
-    if isinstance(model, EnsembleModel):  # how a run names its members says nothing elsewhere
-        names = tuple(f"members/{place}" for place in range(len(model.members)))
+    # A run's names of its members say nothing elsewhere.
+    if isinstance(model, EnsembleModel):
+        names = tuple(f"members/{member_index}" for member_index in range(len(model.members)))
         model = replace(model, names=names)
     _map_members(model, with_own_weights).save(folder)
 
@@ -385,15 +412,15 @@ def _frozen_backbones(model: Model) -> list[BackboneSpec]:
     )
 
 
-def _inputs_of(model: Model) -> list[Input]:
-    inputs: dict[Any, Input] = {}
+def _inputs_of(model: Model) -> list[GraphInput]:
+    inputs: dict[Any, GraphInput] = {}
     networks = [member for member in model.members if isinstance(member, NetworkModel)]
     frozen = [load_backbone(backbone) for backbone in _frozen_backbones(model)]
     for preprocessing in (
         *(network.preprocessing for network in networks),
         *(backbone.preprocessing for backbone in frozen),
     ):
-        inputs.setdefault(pixels_of(preprocessing), Input("images", preprocessing))
+        inputs.setdefault(pixels_of(preprocessing), GraphInput("images", preprocessing))
     if len(inputs) == 1:
         return list(inputs.values())
     return [
@@ -403,20 +430,20 @@ def _inputs_of(model: Model) -> list[Input]:
 
 
 def _require_replaceable(out: Path, *, force: bool) -> None:
-    """Raises ExportError for what an export must not replace: everything but an empty folder and,
+    """Raise ExportError for what an export must not replace: everything but an empty folder and,
     with force, an export.
     """
     if out.is_symlink() or not out.exists():
         if out.is_symlink():
             raise ExportError(f"{out} is a link: give the folder that it leads to, or another name")
         return
-    here, place = Path.cwd().resolve(), out.resolve()
-    if place == here or place in here.parents:
+    working_directory, resolved_out = Path.cwd().resolve(), out.resolve()
+    if resolved_out == working_directory or resolved_out in working_directory.parents:
         raise ExportError(
             f"{out} is the working directory, or holds it: give the name of a new folder, "
             f"{out / 'model'}"
         )
-    if os.path.ismount(place):
+    if os.path.ismount(resolved_out):
         raise ExportError(
             f"{out} is where a disk is mounted: give the name of a new folder in it, "
             f"{out / 'model'}"
@@ -436,9 +463,8 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether an export wrote the folder.
-
-    Those of earlier versions have no marker, but their own two files.
+    """Tell whether an export wrote the folder. Those of earlier versions have no marker, but their
+    own two files.
     """
     try:
         if (folder / MARKER).read_text(encoding="utf-8") == _MARKER_TEXT:
@@ -446,18 +472,18 @@ def _is_export(folder: Path) -> bool:
     except (OSError, ValueError):
         pass
     try:
-        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+        description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        card_text = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
     return (
-        isinstance(about, dict)
-        and {"headrace", "formats"} <= set(about)
-        and "Written by `headrace export`." in card
+        isinstance(description, dict)
+        and {"headrace", "formats"} <= set(description)
+        and "Written by `headrace export`." in card_text
     )
 
 
-def _replace(temporary: Path, out: Path) -> None:
+def _replace_folder(temporary_folder: Path, out: Path) -> None:
     """Put the finished directory in its place; what was there goes only when the new one is whole,
     if an export wrote it.
 
@@ -465,16 +491,18 @@ def _replace(temporary: Path, out: Path) -> None:
     deleted.
     """
     if not out.exists():
-        temporary.rename(out)
+        temporary_folder.rename(out)
         return
-    ours = out.is_dir() and (_is_export(out) or not any(out.iterdir()))
-    kept = out.with_name(f"{out.name}.kept-{uuid.uuid4().hex[:8]}")
-    old = temporary.with_suffix(f".old{PARTIAL_SUFFIX}") if ours else kept
-    out.rename(old)
+    is_replaceable = out.is_dir() and (_is_export(out) or not any(out.iterdir()))
+    kept_folder = out.with_name(f"{out.name}.kept-{uuid.uuid4().hex[:8]}")
+    old_folder = (
+        temporary_folder.with_suffix(f".old{PARTIAL_SUFFIX}") if is_replaceable else kept_folder
+    )
+    out.rename(old_folder)
     try:
-        temporary.rename(out)
+        temporary_folder.rename(out)
     except OSError:
-        old.rename(out)
+        old_folder.rename(out)
         raise
-    if ours:
-        shutil.rmtree(old)
+    if is_replaceable:
+        shutil.rmtree(old_folder)

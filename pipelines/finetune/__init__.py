@@ -1,1 +1,1 @@
-"""From heads to networks: partial reuse, fine-tuning, training from scratch."""
+"""Fine-tuning: networks trained by gradients from heads, by partial reuse, or from scratch."""

@@ -26,7 +26,7 @@ from headrace.pipelines.recipe.sections import FinetuneSection
 # is known of these images: a prior, in which deeper is a little better and a random start is not.
 # Each finished candidate moves it.
 PRIOR = {"head": 0.15, "pretrained": 0.10, "random": 0.05, "scratch": 0.0}
-# kinds of heads that gradients pass through
+# Kinds of heads that gradients pass through.
 DIFFERENTIABLE = tuple(kind.name for kind in HEAD_KINDS.values() if kind.differentiable)
 PRIOR_WEIGHT = 2.0  # the prior counts as so many finished candidates
 
@@ -37,22 +37,25 @@ class Candidate:
     than.
     """
 
-    label: str  # "fine-tuned", "partial reuse" or "from scratch"
+    # "fine-tuned", "partial reuse" or "from scratch"
+    label: str
     inputs: tuple[str, ...]
     spec: FineTuneSpec
     backbone: BackboneSpec
     features: tuple[Path, ...]
-    split_maps: tuple[Path, ...]  # cached maps to train from; none: from the images
-    head: pd.Series  # the row that it is compared with: its own head, for a new head the best one
+    # cached maps to train from; none: from the images
+    split_maps: tuple[Path, ...]
+    # the row that it is compared with: its own head, for a new head the best one
+    head: pd.Series
 
     @property
     def start(self) -> str:
-        """Which prior it has."""
+        """The prior that it has."""
         return "scratch" if self.label == "from scratch" else self.spec.start
 
     @property
     def key(self) -> str:
-        """Names its files, and its training."""
+        """The name of its training and of its files."""
         files = (*self.features, *self.split_maps, Path(self.head["path"]))
         return training_key(self.spec, self.backbone, files)
 
@@ -81,8 +84,7 @@ def list_candidates(
     section: FinetuneSection,
     feature_inputs: Mapping[str, FeatureInput],
 ) -> tuple[list[Candidate], list[str]]:
-    """Every network that the recipe asks for, and why heads that would have been fine-tuned are
-    not.
+    """Return every network that the recipe asks for, and notes on heads that cannot be fine-tuned.
 
     board: heads only, best first. Raises RecipeError for inputs of partial reuse that no backbone
     gives.
@@ -94,34 +96,35 @@ def list_candidates(
     for _, row in complete_rows.drop_duplicates(["inputs", "kind"]).iterrows():
         if n_finetuned == section.top_k:
             break
-        reason = _unfit(row, feature_inputs)
+        reason = _no_gradient_reason(row, feature_inputs)
         if reason:
             notes.append(
                 f"{row['kind']} on {' + '.join(row['inputs'])} is not fine-tuned: {reason}"
             )
             continue
         n_finetuned += 1
-        candidates += _promoted(row, section, feature_inputs)
+        candidates += _candidates_of_head(row, section, feature_inputs)
     for reuse_section in section.reuse:
         for input_name in reuse_section.inputs:
             if input_name not in feature_inputs:
                 raise RecipeError(
-                    f"finetune.reuse: inputs names {input_name!r}, which no backbone gives. "
-                    "There are: "
-                    f"{', '.join(feature_inputs)}"
+                    f"finetune.reuse: inputs names {input_name!r}, which no backbone gives. There "
+                    f"are: {', '.join(feature_inputs)}"
                 )
-        if len(complete_rows) and (reason := _one_backbone(reuse_section.inputs, feature_inputs)):
+        if len(complete_rows) and (
+            reason := _several_networks_reason(reuse_section.inputs, feature_inputs)
+        ):
             notes.append(f"partial reuse above {reuse_section.train_above} is left out: {reason}")
         elif len(complete_rows):
             head_spec = MLPSpec(
                 hidden=reuse_section.hidden, dropout=section.dropout, seed=section.seed
             )
             for start_from in reuse_section.start:
-                for spec in _specs(
+                for spec in _finetune_specs(
                     section, spec_to_json(head_spec), reuse_section.train_above, start_from
                 ):
                     candidates.append(
-                        _candidate(
+                        _make_candidate(
                             "partial reuse",
                             reuse_section.inputs,
                             spec,
@@ -132,7 +135,7 @@ def list_candidates(
     return list({candidate.key: candidate for candidate in candidates}.values()), notes
 
 
-def _promoted(
+def _candidates_of_head(
     row: pd.Series,
     section: FinetuneSection,
     feature_inputs: Mapping[str, FeatureInput],
@@ -144,14 +147,20 @@ def _promoted(
             head_json = spec_to_json(
                 MLPSpec(hidden=hidden, dropout=section.dropout, seed=section.seed)
             )
-            finetune_specs, label = _specs(section, head_json, "all", "random"), "from scratch"
+            finetune_specs, label = (
+                _finetune_specs(section, head_json, "all", "random"),
+                "from scratch",
+            )
         else:
-            finetune_specs, label = _specs(section, row["spec"], train_above, "head"), "fine-tuned"
+            finetune_specs, label = (
+                _finetune_specs(section, row["spec"], train_above, "head"),
+                "fine-tuned",
+            )
         for spec in finetune_specs:
-            yield _candidate(label, row["inputs"], spec, row, feature_inputs)
+            yield _make_candidate(label, row["inputs"], spec, row, feature_inputs)
 
 
-def _specs(
+def _finetune_specs(
     section: FinetuneSection, head_json: str, train_above: str, start_from: Any
 ) -> Iterator[FineTuneSpec]:
     shared_fields = (
@@ -181,7 +190,7 @@ def _specs(
         )
 
 
-def _candidate(
+def _make_candidate(
     label: str,
     inputs: Sequence[str],
     spec: FineTuneSpec,
@@ -201,40 +210,45 @@ def _candidate(
     return Candidate(label, tuple(inputs), spec, backbone, feature_paths, split_maps, row)
 
 
-def _unfit(row: pd.Series, feature_inputs: Mapping[str, FeatureInput]) -> str | None:
+def _no_gradient_reason(row: pd.Series, feature_inputs: Mapping[str, FeatureInput]) -> str | None:
     if row["kind"] not in DIFFERENTIABLE:
         return f"no gradient passes through a {row['kind']} head"
-    return _one_backbone(row["inputs"], feature_inputs)
+    return _several_networks_reason(row["inputs"], feature_inputs)
 
 
-def _one_backbone(inputs: Sequence[str], feature_inputs: Mapping[str, FeatureInput]) -> str | None:
+def _several_networks_reason(
+    inputs: Sequence[str], feature_inputs: Mapping[str, FeatureInput]
+) -> str | None:
     networks = {feature_inputs[name].backbone for name in inputs}
     if None in networks:
         return "which network made its features is not recorded"
     return None if len(networks) == 1 else "its features are of several networks"
 
 
+def headroom(candidate: Candidate, metric: str) -> float:
+    """Return how far the candidate's head is from a perfect score."""
+    perfect_score = 1.0 if METRICS[metric].higher_is_better else 0.0
+    return abs(perfect_score - float(candidate.head[metric]))
+
+
 def predicted_gain(
     candidate: Candidate, metric: str, measured: Mapping[str, Sequence[float]]
 ) -> float:
-    """By how much the candidate is expected to better its head's metric: a share of what is left to
-    gain.
+    """Return by how much the candidate is expected to better its head's metric: a share of its
+    headroom.
 
     measured: shares that finished candidates have removed, by their start. The prior counts as
     PRIOR_WEIGHT of them.
     """
-    head_value, metric_spec = float(candidate.head[metric]), METRICS[metric]
-    headroom = abs((1.0 if metric_spec.higher_is_better else 0.0) - head_value)
     measured_shares = measured.get(candidate.start, ())
-    expected_share = (PRIOR[candidate.start] * PRIOR_WEIGHT + sum(measured_shares)) / (
-        PRIOR_WEIGHT + len(measured_shares)
-    )
-    return headroom * expected_share
+    prior_sum = PRIOR[candidate.start] * PRIOR_WEIGHT
+    expected_share = (prior_sum + sum(measured_shares)) / (PRIOR_WEIGHT + len(measured_shares))
+    return headroom(candidate, metric) * expected_share
 
 
 def training_seconds(candidate: Candidate, pilot_result: Mapping[str, Any], n_folds: int) -> float:
-    """Compute of all folds and of the network on all rows, if none stops early; from the measured
-    time of a step.
+    """Return the compute of all folds and of the network on all rows, if none stops early, from the
+    measured time of a step.
     """
     # A row that is only evaluated costs about a third of one that is trained on.
     epoch_seconds = (

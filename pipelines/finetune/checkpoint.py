@@ -19,8 +19,8 @@ FORMAT = 2  # 1 had one rate for all layers of a head
 
 
 @dataclass
-class Progress:
-    """Where a training stands after `epoch` epochs.
+class TrainingProgress:
+    """The state of a training after `epoch` epochs.
 
     Random numbers are drawn from the epoch's own seed, so none are here.
     """
@@ -33,51 +33,56 @@ class Progress:
     curve: list[dict[str, float]]
 
 
-def save_checkpoint(path: Path, key: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
+def save_checkpoint(
+    checkpoint_path: Path, training_key: str, progress: TrainingProgress, tensors: dict[str, Tensor]
+) -> None:
     """Replace the checkpoint. key: names the training, so that no other one goes on from it.
 
     Raises PublishFailed.
     """
-    about = {"format": FORMAT, "key": key, "progress": progress.__dict__}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = {"format": FORMAT, "key": training_key, "progress": progress.__dict__}
+    checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
+    host_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     publish_replace(
-        path, seal(save(plain, metadata={"headrace": json.dumps(about), SEAL: UNSEALED}))
+        checkpoint_path,
+        seal(save(host_tensors, metadata={"headrace": json.dumps(description), SEAL: UNSEALED})),
     )
 
 
-def load_checkpoint(path: Path, key: str) -> tuple[Progress, dict[str, Tensor]] | None:
-    """What `save_checkpoint` wrote; None where there is none, or one that is damaged or of another
+def load_checkpoint(
+    checkpoint_path: Path, training_key: str
+) -> tuple[TrainingProgress, dict[str, Tensor]] | None:
+    """Read what `save_checkpoint` wrote; None for no checkpoint, a damaged one, or one of another
     training.
     """
     try:
-        data = path.read_bytes()
+        data = checkpoint_path.read_bytes()
         check_seal(data)
-        about: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
-        if about["format"] != FORMAT or about["key"] != key:
+        description: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
+        if description["format"] != FORMAT or description["key"] != training_key:
             return None
-        return Progress(**about["progress"]), load(data)
+        return TrainingProgress(**description["progress"]), load(data)
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError):
         return None
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts, by the place of their parameter."""
-    found = {}
+def optimizer_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return AdamW's moments and step counts, named by the index of their parameter."""
+    state_tensors = {}
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    for place, parameter in enumerate(parameters):
-        for name, value in optimiser.state.get(parameter, {}).items():
-            found[f"adam.{place}.{name}"] = value
-    return found
+    for index, parameter in enumerate(parameters):
+        for state_name, value in optimiser.state.get(parameter, {}).items():
+            state_tensors[f"adam.{index}.{state_name}"] = value
+    return state_tensors
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimiser_tensors`."""
+def restore_optimizer(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of `optimizer_tensors` back."""
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    for name, value in tensors.items():
-        if name.startswith("adam."):
-            _, place, field = name.split(".")
-            parameter = parameters[int(place)]
-            optimiser.state[parameter][field] = (
-                value if field == "step" else value.to(parameter.device)
+    for tensor_name, value in tensors.items():
+        if tensor_name.startswith("adam."):
+            _, index, state_name = tensor_name.split(".")
+            parameter = parameters[int(index)]
+            optimiser.state[parameter][state_name] = (
+                value if state_name == "step" else value.to(parameter.device)
             )

@@ -1,4 +1,5 @@
-"""What a network trains on: maps of a cut, or images, batch by batch, tied to rows by content hash.
+"""Batches that a network trains on: cached maps of a split point, or images, tied to rows by
+content hash.
 
 N rows of a task, n of a batch.
 """
@@ -25,9 +26,9 @@ from headrace.extract.spec import Sample
 Rows = npt.NDArray[np.int64]
 
 
-class Batch(NamedTuple):
-    """n rows: their positions in the task, inputs (n, …) on the host, features of taps below the
-    cut (n, D) or None.
+class TrainingBatch(NamedTuple):
+    """n rows: their positions in the task, inputs (n, …) on the host, and features (n, D) of taps
+    below the split point, or None.
     """
 
     rows: Rows
@@ -35,22 +36,27 @@ class Batch(NamedTuple):
     features_below: Tensor | None
 
 
-class Source(Protocol):
-    """Where batches come from."""
+class BatchSource(Protocol):
+    """A source of training batches."""
 
     def batches(
-        self, order: Rows, size: int, *, view: int = 0, draw: np.random.Generator | None = None
-    ) -> Iterator[Batch]:
-        """The rows in this order, at most `size` at a time, as they look in a view, or, with
-        `draw`, in a random one.
+        self,
+        row_order: Rows,
+        batch_size: int,
+        *,
+        default_view: int = 0,
+        generator: np.random.Generator | None = None,
+    ) -> Iterator[TrainingBatch]:
+        """Yield the rows in this order, at most `batch_size` at a time: in one view, or with a
+        generator in a random one.
         """
 
 
 @dataclass(frozen=True)
 class MapSource:
-    """Cached maps of the cut, and cached features of the taps below it, view by view.
+    """Cached maps of the split point, and cached features of the taps below it, view by view.
 
-    Nothing below the cut runs.
+    Nothing below the split point runs.
     """
 
     content: npt.NDArray[np.bytes_]  # (N,)
@@ -58,19 +64,28 @@ class MapSource:
     features_below: Sequence[Sequence[FeatureSet]]  # one list per view, in the head's order
 
     def batches(
-        self, order: Rows, size: int, *, view: int = 0, draw: np.random.Generator | None = None
-    ) -> Iterator[Batch]:
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            number = view if draw is None else int(draw.integers(len(self.maps)))
-            content = self.content[rows]
-            inputs = torch.from_numpy(self.maps[number].load(content, np.float32))
-            held = [
-                feature.load(content, np.float32).reshape(len(rows), -1)
-                for feature in self.features_below[number]
+        self,
+        row_order: Rows,
+        batch_size: int,
+        *,
+        default_view: int = 0,
+        generator: np.random.Generator | None = None,
+    ) -> Iterator[TrainingBatch]:
+        for start in range(0, len(row_order), batch_size):
+            rows = row_order[start : start + batch_size]
+            view_index = (
+                default_view if generator is None else int(generator.integers(len(self.maps)))
+            )
+            batch_content = self.content[rows]
+            inputs = torch.from_numpy(self.maps[view_index].load(batch_content, np.float32))
+            below_blocks = [
+                feature.load(batch_content, np.float32).reshape(len(rows), -1)
+                for feature in self.features_below[view_index]
             ]
-            yield Batch(
-                rows, inputs, torch.from_numpy(np.concatenate(held, axis=1)) if held else None
+            yield TrainingBatch(
+                rows,
+                inputs,
+                torch.from_numpy(np.concatenate(below_blocks, axis=1)) if below_blocks else None,
             )
 
 
@@ -87,67 +102,77 @@ class ImageSource:
     threads: int = 1
 
     def batches(
-        self, order: Rows, size: int, *, view: int = 0, draw: np.random.Generator | None = None
-    ) -> Iterator[Batch]:
-        index, augmentation = parse_view(self.views[view])
-        turns: npt.NDArray[np.int64] | None = None
-        if draw is not None and any(
-            isinstance(parse_view(each)[1], Symmetries) for each in self.views
+        self,
+        row_order: Rows,
+        batch_size: int,
+        *,
+        default_view: int = 0,
+        generator: np.random.Generator | None = None,
+    ) -> Iterator[TrainingBatch]:
+        view_index, augmentation = parse_view(self.views[default_view])
+        symmetries: npt.NDArray[np.int64] | None = None
+        if generator is not None and any(
+            isinstance(parse_view(view)[1], Symmetries) for view in self.views
         ):
             # A symmetry is the same for every image, and so each row draws its own.
-            turns, index = draw.integers(len(self.views), size=len(order)), 0
-        elif draw is not None:
-            index, augmentation = int(draw.integers(1, 2**31)), Augmentation()
+            symmetries, view_index = generator.integers(len(self.views), size=len(row_order)), 0
+        elif generator is not None:
+            view_index, augmentation = int(generator.integers(1, 2**31)), Augmentation()
         samples = [
-            Sample(self.paths[row], self.paths[row], self.content[row].decode()) for row in order
+            Sample(self.paths[row], self.paths[row], self.content[row].decode())
+            for row in row_order
         ]
-        done = 0
+        n_done = 0
         with ThreadPoolExecutor(max(self.threads, 1), "decode") as pool:
-            rendering = Rendering(self.preprocessing, index, augmentation)
-            for batch in decoded_batches(pool, samples, [rendering], batch_size=size):
-                for place, reason in (*batch.unread, *batch.undecodable):
+            rendering = Rendering(self.preprocessing, view_index, augmentation)
+            for batch in decoded_batches(pool, samples, [rendering], batch_size=batch_size):
+                for row_in_order, reason in (*batch.unread, *batch.undecodable):
                     raise SourceError(
-                        f"{samples[place].path}: {reason}. Its features were extracted, so it "
-                        "could be read then: bring it back, or run again so that it is left out"
+                        f"{samples[row_in_order].path}: {reason}. Its features were extracted, so "
+                        "it could be read then: bring it back, or run again so that it is left out"
                     )
                 pixels = batch.pixels[0]
-                if turns is not None:
-                    own = turns[done : done + len(batch.rows)].tolist()
-                    turned = [
-                        mirror_pixels(image, turn)
-                        for image, turn in zip(pixels.numpy(), own, strict=True)
+                if symmetries is not None:
+                    batch_symmetries = symmetries[n_done : n_done + len(batch.rows)].tolist()
+                    mirrored_images = [
+                        mirror_pixels(image, symmetry)
+                        for image, symmetry in zip(pixels.numpy(), batch_symmetries, strict=True)
                     ]
-                    pixels = torch.from_numpy(np.stack(turned))
-                yield Batch(order[done : done + len(batch.rows)], pixels, None)
-                done += len(batch.rows)
+                    pixels = torch.from_numpy(np.stack(mirrored_images))
+                yield TrainingBatch(row_order[n_done : n_done + len(batch.rows)], pixels, None)
+                n_done += len(batch.rows)
 
 
-def by_view(features: Sequence[FeatureSet]) -> dict[str, list[FeatureSet]]:
-    """Feature sets grouped by view, each group in the order given."""
-    groups: dict[str, list[FeatureSet]] = {}
-    for feature in features:
-        groups.setdefault(feature.spec.view, []).append(feature)
-    return groups
+def sets_by_view(feature_sets: Sequence[FeatureSet]) -> dict[str, list[FeatureSet]]:
+    """Return the feature sets grouped by view, each group in the order given."""
+    sets_of_view: dict[str, list[FeatureSet]] = {}
+    for feature_set in feature_sets:
+        sets_of_view.setdefault(feature_set.spec.view, []).append(feature_set)
+    return sets_of_view
 
 
-def random_flips(inputs: Tensor, how: str, draw: np.random.Generator, *, pixels: bool) -> Tensor:
-    """Each row mirrored left-right with probability ½, and for "flips" upside-down too.
+def random_flips(
+    inputs: Tensor, augment: str, generator: np.random.Generator, *, channels_last: bool
+) -> Tensor:
+    """Mirror each row left-right with probability ½, and for "flips" upside-down too.
 
     A map flipped is close to the map of the flipped image; equal only where strides and padding are
     symmetric.
     """
-    upright = (1, 2) if pixels else (2, 3)
-    for axis in reversed(upright if how == "flips" else upright[1:]):
-        chosen = torch.from_numpy(draw.random(len(inputs)) < 0.5)
-        inputs = torch.where(chosen.view(-1, *[1] * (inputs.ndim - 1)), inputs.flip(axis), inputs)
+    image_axes = (1, 2) if channels_last else (2, 3)
+    for axis in reversed(image_axes if augment == "flips" else image_axes[1:]):
+        is_flipped = torch.from_numpy(generator.random(len(inputs)) < 0.5)
+        inputs = torch.where(
+            is_flipped.view(-1, *[1] * (inputs.ndim - 1)), inputs.flip(axis), inputs
+        )
     return inputs
 
 
-def open_all(directories: Sequence[str | Path]) -> list[FeatureSet]:
+def open_feature_sets(directories: Sequence[str | Path]) -> list[FeatureSet]:
     """Open feature sets."""
     return [open_feature_set(directory) for directory in directories]
 
 
-def decoding_threads(threads: int, device: str) -> int:
-    """As many as the network uses, or on another device than the CPU every core there is."""
-    return threads if device == "cpu" else max(threads, len(os.sched_getaffinity(0)))
+def decoding_threads(n_threads: int, device: str) -> int:
+    """Return as many threads as the network uses, or on another device than the CPU every core."""
+    return n_threads if device == "cpu" else max(n_threads, len(os.sched_getaffinity(0)))

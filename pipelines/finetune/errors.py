@@ -1,4 +1,4 @@
-"""What fine-tuning refuses, and what can fail in it."""
+"""Errors of fine-tuning."""
 
 from headrace.cache.errors import HeadraceError
 

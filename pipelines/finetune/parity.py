@@ -30,8 +30,8 @@ FEATURES = 0.005
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How far the assembled network's predictions are from the cached head's, over some of the
+class ParityResult:
+    """Differences of the assembled network's predictions from the cached head's, over some of the
     run's own images.
     """
 
@@ -39,47 +39,66 @@ class Parity:
     # difference of a probability (regression: in deviations of the stored predictions)
     largest: float
     mean: float
-    features: float  # root mean square difference of the features, in shares of their own spread
+    # root mean square difference of the features, in shares of their own spread
+    features: float
 
     @property
     def holds(self) -> bool:
-        """Within the tolerance; not for numbers that are none."""
+        """Whether all are within the tolerance; NaN is not."""
         return self.largest <= LARGEST and self.mean <= MEAN and self.features <= FEATURES
 
 
 def check_parity(
     network: Network,
-    heads: Mapping[int, Head],
-    inputs: Sequence[Tensor],
-    fold: npt.NDArray[np.int16],
-    expected: npt.NDArray[np.float32],
-    cached: Sequence[npt.NDArray[np.float32]],
-    task: TaskKind,
+    head_of_fold: Mapping[int, Head],
+    view_inputs: Sequence[Tensor],
+    fold_of_row: npt.NDArray[np.int16],
+    expected_predictions: npt.NDArray[np.float32],
+    cached_features: Sequence[npt.NDArray[np.float32]],
+    task_kind: TaskKind,
     *,
     features_below: Sequence[Tensor | None] = (None,),
-) -> Parity:
+) -> ParityResult:
     """Compare the features and predictions of `network`, in the mode that it is in, with the stored
     ones.
 
-    heads: the head of each fold, which take the place of the network's own. inputs: one tensor (n,
-    …) per view of the same rows (predictions are averaged over views), with its `features_below`.
-    fold: (n,) in which each row was held out.
-    expected: (n, C) out-of-fold predictions. cached: per view the features (n, …) that they were
-    made from. Raises FinetuneRefused, with both figures and what usually is the reason.
+    head_of_fold: the head of each fold, which take the place of the network's own. inputs: one
+    tensor (n, …) per view of the same rows (predictions are averaged over views), with its
+    `features_below`.
+    fold_of_row: (n,) in which each row was held out.
+    expected_predictions: (n, C) out-of-fold predictions. cached: per view the features (n, …) that
+    they were made from. Raises FinetuneRefused, with both figures and what usually is the reason.
     """
     features = [
-        _features(network, one, own) for one, own in zip(inputs, features_below, strict=True)
+        _network_features(network, view_features, other_features)
+        for view_features, other_features in zip(view_inputs, features_below, strict=True)
     ]
     predicted = np.mean(
-        [_predict(heads, one, fold, task) for one in features], axis=0, dtype=np.float64
+        [
+            _fold_predictions(head_of_fold, view_features, fold_of_row, task_kind)
+            for view_features in features
+        ],
+        axis=0,
+        dtype=np.float64,
     )
-    apart = [_apart(one, own) for one, own in zip(features, cached, strict=True)]
-    unit = (
-        np.ones(1) if task != "regression" else np.maximum(expected.std(0, dtype=np.float64), 1e-12)
+    feature_errors = [
+        _feature_error(view_features, other_features)
+        for view_features, other_features in zip(features, cached_features, strict=True)
+    ]
+    prediction_scale = (
+        np.ones(1)
+        if task_kind != "regression"
+        else np.maximum(expected_predictions.std(0, dtype=np.float64), 1e-12)
     )
-    difference = np.abs(predicted - expected) / unit
-    mean = float(difference.mean()) if len(expected) else 0.0
-    parity = Parity(len(expected), float(difference.max(initial=0)), mean, max(apart))
+    differences = np.abs(predicted - expected_predictions) / prediction_scale
+    mean_difference = float(differences.mean()) if len(expected_predictions) else 0.0
+    parity = ParityResult(
+        len(expected_predictions),
+        float(differences.max(initial=0)),
+        mean_difference,
+        max(feature_errors),
+    )
+    # Where a head is sure of every image, its probabilities hide a wrong resize; features do not.
     if not parity.holds:
         raise FinetuneRefused(
             "the network put together from the backbone and the head does not predict what the "
@@ -93,35 +112,40 @@ def check_parity(
     return parity
 
 
-def _features(network: Network, inputs: Tensor, features_below: Tensor | None) -> Tensor:
-    parts = [(start, inputs[start : start + 16]) for start in range(0, len(inputs), 16)]
+def _network_features(network: Network, inputs: Tensor, features_below: Tensor | None) -> Tensor:
+    input_blocks = [(start, inputs[start : start + 16]) for start in range(0, len(inputs), 16)]
     with torch.no_grad():
         return torch.cat(
             [
                 network.features(
-                    part,
-                    None if features_below is None else features_below[start : start + len(part)],
+                    input_block,
+                    None
+                    if features_below is None
+                    else features_below[start : start + len(input_block)],
                 )
-                for start, part in parts
+                for start, input_block in input_blocks
             ]
         )
 
 
-def _predict(
-    heads: Mapping[int, Head], features: Tensor, fold: npt.NDArray[Any], task: TaskKind
+def _fold_predictions(
+    head_of_fold: Mapping[int, Head],
+    features: Tensor,
+    fold_of_row: npt.NDArray[Any],
+    task_kind: TaskKind,
 ) -> npt.NDArray[np.float32]:
     with torch.no_grad():
-        parts = {
-            number: link(heads[number](features).cpu().numpy(), task)
-            for number in sorted(set(fold.tolist()))
+        predictions_of_fold = {
+            fold: link(head_of_fold[fold](features).cpu().numpy(), task_kind)
+            for fold in sorted(set(fold_of_row.tolist()))
         }
-    return np.stack([parts[int(number)][row] for row, number in enumerate(fold)])
+    return np.stack([predictions_of_fold[int(fold)][row] for row, fold in enumerate(fold_of_row)])
 
 
-def _apart(features: Tensor, cached: npt.NDArray[np.float32]) -> float:
-    found, wanted = (
+def _feature_error(features: Tensor, stored_features: npt.NDArray[np.float32]) -> float:
+    network_features, cached_features = (
         features.flatten(1).double().cpu().numpy(),
-        cached.reshape(len(cached), -1).astype(np.float64),
+        stored_features.reshape(len(stored_features), -1).astype(np.float64),
     )
-    spread = np.sqrt(((wanted - wanted.mean(0)) ** 2).mean())
-    return float(np.sqrt(((found - wanted) ** 2).mean()) / max(spread, 1e-12))
+    spread = np.sqrt(((cached_features - cached_features.mean(0)) ** 2).mean())
+    return float(np.sqrt(((network_features - cached_features) ** 2).mean()) / max(spread, 1e-12))

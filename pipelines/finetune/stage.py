@@ -30,6 +30,7 @@ from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.candidates import (
     Candidate,
+    headroom,
     list_candidates,
     predicted_gain,
     training_seconds,
@@ -48,7 +49,7 @@ HUNG = 4
 
 @dataclass(frozen=True)
 class FinetuneInputs:
-    """What the stage is given of a run."""
+    """The parts of a run that fine-tuning needs."""
 
     paths: RunPaths
     task: Task  # without test rows
@@ -61,8 +62,8 @@ class FinetuneInputs:
 
 
 @dataclass(frozen=True)
-class Finetuned:
-    """What came of it.
+class FinetuneOutcome:
+    """The networks that were fine-tuned, and what came of each candidate.
 
     `rows` are heads of the leaderboard like others, `compared` the side-by-side table.
     """
@@ -75,22 +76,22 @@ class Finetuned:
     trained: int  # candidates that this call trained
 
 
-def pending(
+def pending_candidates(
     inputs: FinetuneInputs,
     board: pd.DataFrame,
     section: FinetuneSection,
     *,
     retry_failed: bool = False,
 ) -> list[Candidate]:
-    """The candidates about which nothing has been decided yet; with `retry_failed`, those that
-    failed too.
+    """Return the candidates about which nothing has been decided yet; with `retry_failed`, those
+    that failed too.
     """
-    decided = _read(inputs.paths.finetune_decisions)
+    decisions = _read_record(inputs.paths.finetune_decisions)
     candidates, _ = list_candidates(board, section, inputs.feature_inputs)
     return [
-        one
-        for one in candidates
-        if not _settled(inputs.paths, one.key, decided, section, retry_failed)
+        candidate
+        for candidate in candidates
+        if not _is_settled(inputs.paths, candidate.key, decisions, section, retry_failed)
     ]
 
 
@@ -103,187 +104,221 @@ def finetune_candidates(
     options: TaskOptions | None = None,
     *,
     retry_failed: bool = False,
-) -> Finetuned:
-    """Train what promises most per hour while the budget lasts, and compare. client: None where
-    nothing is pending.
+) -> FinetuneOutcome:
+    """Train what promises most per hour while the budget lasts, and compare. client: None
+    where nothing is pending.
 
     options: how tasks are watched over; folds that other drivers on this run have are left to them.
     A candidate that failed stays a failed row, as a head does, until a call with `retry_failed`.
     """
-    decided = _read(inputs.paths.finetune_decisions)
+    decisions = _read_record(inputs.paths.finetune_decisions)
     candidates, notes = list_candidates(board, section, inputs.feature_inputs)
-    waiting = [
-        one
-        for one in candidates
-        if not _settled(inputs.paths, one.key, decided, section, retry_failed)
+    undecided = [
+        candidate
+        for candidate in candidates
+        if not _is_settled(inputs.paths, candidate.key, decisions, section, retry_failed)
     ]
     inputs.paths.finetune.mkdir(parents=True, exist_ok=True)
-    there = inputs.images[["content", "path"]].dropna().drop_duplicates("content").astype(str)
-    listing = {"paths": dict(zip(there["content"], there["path"], strict=True))}
-    if (
-        waiting or _read(inputs.paths.finetune_images) != listing
-    ):  # networks that are there predict by it too
-        write_record(inputs.paths.finetune_images, listing)
-    trained = 0
-    if waiting:
+    readable_images = (
+        inputs.images[["content", "path"]].dropna().drop_duplicates("content").astype(str)
+    )
+    image_listing = {
+        "paths": dict(zip(readable_images["content"], readable_images["path"], strict=True))
+    }
+    # Networks of earlier calls predict by this listing too.
+    if undecided or _read_record(inputs.paths.finetune_images) != image_listing:
+        write_record(inputs.paths.finetune_images, image_listing)
+    n_trained = 0
+    if undecided:
         assert client is not None
         with task_leases(inputs.paths.leases) as leases:
-            watched = replace(options or TaskOptions(), leases=leases)
-            trained = _work(inputs, waiting, decided, section, client, console, watched)
-    return Finetuned(
-        rows=_rows(inputs, candidates),
-        compared=_compared(inputs, board, candidates, decided),
-        notes=(*notes, *_notes(candidates, decided)),
-        trained=trained,
+            lease_options = replace(options or TaskOptions(), leases=leases)
+            n_trained = _train_within_budget(
+                inputs, undecided, decisions, section, client, console, lease_options
+            )
+    return FinetuneOutcome(
+        rows=_result_rows(inputs, candidates),
+        compared=_comparison_table(inputs, board, candidates, decisions),
+        notes=(*notes, *_decision_notes(candidates, decisions)),
+        trained=n_trained,
     )
 
 
-def _settled(
-    paths: RunPaths, key: str, decided: dict[str, Any], section: FinetuneSection, retry_failed: bool
+def _is_settled(
+    paths: RunPaths,
+    key: str,
+    decisions: dict[str, Any],
+    section: FinetuneSection,
+    retry_failed: bool,
 ) -> bool:
-    """Whether a candidate is not to be looked at again: done, failed or refused; what did not fit
-    may fit a larger budget.
+    """Tell whether a candidate is done, failed or refused; what did not fit may fit a larger
+    budget.
 
-    A decision whose network or results are gone or damaged is about nothing any more, and leaves
-    `decided`: what is left of the training is used, the rest is trained again.
+    A decision whose network or results are gone or damaged leaves `decisions`: what is left of the
+    training is used, the rest is trained again.
     """
-    record = decided.get(key)
-    if record is None:
+    decision = decisions.get(key)
+    if decision is None:
         return False
-    if not _has_its_files(paths, key, record["decision"]):
-        del decided[key]
+    if not _has_its_files(paths, key, decision["decision"]):
+        del decisions[key]
         return False
-    if record["decision"] in ("failed", "refused") and retry_failed:
+    if decision["decision"] in ("failed", "refused") and retry_failed:
         return False
     return bool(
-        record["decision"] != "over budget"
-        or record.get("budget_minutes") == section.budget_minutes
+        decision["decision"] != "over budget"
+        or decision.get("budget_minutes") == section.budget_minutes
     )
 
 
 def _has_its_files(paths: RunPaths, key: str, decision: str) -> bool:
-    """Whether what a decision is about is whole; what is damaged is removed, so that nobody takes
-    it for trained.
+    """Tell whether the files of a decision are whole; damaged ones are removed, so that nobody
+    takes them for trained.
     """
     if decision not in ("kept", "rolled back"):
         return not remove_damaged(paths.finetune_result(key))  # of one that failed: its failed rows
-    for part in sorted(paths.finetune_parts(key).glob("fold*.h5")):
-        remove_damaged(part)
+    for part_path in sorted(paths.finetune_parts(key).glob("fold*.h5")):
+        remove_damaged(part_path)
     remove_damaged(paths.finetune_result(key))
-    network = paths.finetune_model(key) / WEIGHTS
-    if not network.exists() or is_sealed_file(network):
-        there = network.exists() or decision == "rolled back"
+    weights_path = paths.finetune_model(key) / WEIGHTS
+    if not weights_path.exists() or is_sealed_file(weights_path):
+        is_whole = weights_path.exists() or decision == "rolled back"
     else:
-        there = False
-        network.unlink(missing_ok=True)
-    return there and paths.finetune_result(key).exists()
+        is_whole = False
+        weights_path.unlink(missing_ok=True)
+    return is_whole and paths.finetune_result(key).exists()
 
 
-def _work(
+def _train_within_budget(
     inputs: FinetuneInputs,
-    waiting: Sequence[Candidate],
-    decided: dict[str, Any],
+    undecided: Sequence[Candidate],
+    decisions: dict[str, Any],
     section: FinetuneSection,
     client: Client,
     console: Console,
     options: TaskOptions,
 ) -> int:
-    from headrace.pipelines.finetune.task import pilot  # imports torch
+    """Run the pilots, then train what promises most per second until the budget is spent.
 
-    workers = 1 if inputs.device != "cpu" else max(1, sum(client.nthreads().values()))
-    folds = inputs.task.n_folds
-    pilots: dict[str, Any] = {}
-    jobs = {one.key: _job(inputs, one) for one in waiting}
-    options.on_event(
-        "stage", stage="finetune: pilots", total=len(waiting), unit="networks", tasks=len(waiting)
+    Returns the number of candidates that passed their pilot; `decisions` is brought up to date.
+    """
+    pilot_results = _run_pilots(inputs, undecided, decisions, client, console, options)
+    n_folds, metric = inputs.task.n_folds, inputs.metric
+    n_workers = 1 if inputs.device != "cpu" else max(1, sum(client.nthreads().values()))
+    budget_seconds = (
+        None if section.budget_minutes is None else 60 * section.budget_minutes * n_workers
     )
-    with ExitStack() as stack:
-        advance = stack.enter_context(
-            show_progress(console, "finetune: pilots", len(waiting), "networks")
-        )
-        named = ((f"pilot-{key}", job) for key, job in jobs.items())
-        outcomes = stack.enter_context(closing(run_tasks(client, pilot, named, options=options)))
-        for done, outcome in enumerate(outcomes, 1):
-            advance(1)
-            _require_machine(outcome)
-            key = next(key for key, job in jobs.items() if job == outcome.job)
-            if outcome.result is None:
-                # Not finetuned: the head stays as it is, and the reason is on record.
-                decided.update(
-                    _decide(inputs.paths, key, {"decision": "refused", "reason": outcome.error})
-                )
-            else:
-                pilots[key] = outcome.result
-            options.on_event("progress", done=done, failed=done - len(pilots))
-    allowed = None if section.budget_minutes is None else 60 * section.budget_minutes * workers
-    measured: dict[str, list[float]] = {}
-    left = {one.key: one for one in waiting if one.key in pilots}
-    total = len(left)
+    measured_shares: dict[str, list[float]] = {}
+    remaining = {
+        candidate.key: candidate for candidate in undecided if candidate.key in pilot_results
+    }
+    n_total = len(remaining)
     options.on_event(
-        "stage", stage="finetune: train", total=total, unit="networks", tasks=total * (folds + 1)
+        "stage",
+        stage="finetune: train",
+        total=n_total,
+        unit="networks",
+        tasks=n_total * (n_folds + 1),
     )
-    with show_progress(console, "finetune: train", total, "networks") as advance:
-        while left:
-            costs = {key: training_seconds(one, pilots[key], folds) for key, one in left.items()}
-            worth = {
-                key: predicted_gain(one, inputs.metric, measured) / costs[key]
-                for key, one in left.items()
+    with show_progress(console, "finetune: train", n_total, "networks") as advance:
+        while remaining:
+            predicted_seconds = {
+                key: training_seconds(candidate, pilot_results[key], n_folds)
+                for key, candidate in remaining.items()
             }
-            key = max(left, key=lambda one: (worth[one], one))
-            candidate = left.pop(key)
+            # Measured shares change the order after every candidate.
+            gain_per_second = {
+                key: predicted_gain(candidate, metric, measured_shares) / predicted_seconds[key]
+                for key, candidate in remaining.items()
+            }
+            best_key = max(remaining, key=lambda key: (gain_per_second[key], key))
+            candidate = remaining.pop(best_key)
             # Other drivers on this run decide too, and what they spent is spent.
-            spent = sum(
-                one.get("seconds", 0.0) for one in _read(inputs.paths.finetune_decisions).values()
+            spent_seconds = sum(
+                decision.get("seconds", 0.0)
+                for decision in _read_record(inputs.paths.finetune_decisions).values()
             )
             record: dict[str, Any] = {
                 "label": candidate.label,
                 "inputs": list(candidate.inputs),
                 "settings": settings_text(candidate.spec),
-                "pilot": pilots[key],
-                "predicted_gain": predicted_gain(candidate, inputs.metric, measured),
-                "predicted_seconds": costs[key],
+                "pilot": pilot_results[best_key],
+                "predicted_gain": predicted_gain(candidate, metric, measured_shares),
+                "predicted_seconds": predicted_seconds[best_key],
             }
-            if allowed is not None and spent + costs[key] > allowed:
+            seconds_left = None if budget_seconds is None else budget_seconds - spent_seconds
+            if seconds_left is not None and predicted_seconds[best_key] > seconds_left:
                 record |= {"decision": "over budget", "budget_minutes": section.budget_minutes}
             else:
+                timeout_s = HUNG * predicted_seconds[best_key] / (n_folds + 1)
+                fold_options = replace(
+                    options, task_timeout_s=max(options.task_timeout_s, timeout_s)
+                )
                 # Its own share of what is left, so that a candidate that is slower than its pilot
                 # cannot take all.
-                limit = None if allowed is None else (allowed - spent) / (folds + 1)
-                patience = max(options.task_timeout_s, HUNG * costs[key] / (folds + 1))
-                record |= _train(
-                    inputs, candidate, client, limit, replace(options, task_timeout_s=patience)
-                )
+                fold_seconds = None if seconds_left is None else seconds_left / (n_folds + 1)
+                record |= _train_folds(inputs, candidate, client, fold_seconds, fold_options)
                 if "gain" in record:
-                    headroom = abs(
-                        (1.0 if METRICS[inputs.metric].higher_is_better else 0.0)
-                        - float(candidate.head[inputs.metric])
-                    )
-                    measured.setdefault(candidate.start, []).append(
-                        record["gain"] / max(headroom, 1e-9)
-                    )
-            decided.update(_decide(inputs.paths, key, record))
+                    measured_share = record["gain"] / max(headroom(candidate, metric), 1e-9)
+                    measured_shares.setdefault(candidate.start, []).append(measured_share)
+            decisions.update(_record_decision(inputs.paths, best_key, record))
             advance(1)
-            failed = sum(
-                decided[one]["decision"] in ("failed", "refused")
-                for one in pilots
-                if one not in left
+            n_failed = sum(
+                decisions[key]["decision"] in ("failed", "refused")
+                for key in pilot_results
+                if key not in remaining
             )
-            options.on_event("progress", done=total - len(left), failed=failed)
-    return len(pilots)
+            options.on_event("progress", done=n_total - len(remaining), failed=n_failed)
+    return len(pilot_results)
 
 
-def _decide(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]:
+def _run_pilots(
+    inputs: FinetuneInputs,
+    candidates: Sequence[Candidate],
+    decisions: dict[str, Any],
+    client: Client,
+    console: Console,
+    options: TaskOptions,
+) -> dict[str, Any]:
+    """Return the result of every pilot that succeeded, by key; the others are refused on record."""
+    from headrace.pipelines.finetune.task import pilot  # imports torch
+
+    pilot_results: dict[str, Any] = {}
+    jobs = {candidate.key: _finetune_job(inputs, candidate) for candidate in candidates}
+    n_total, title = len(candidates), "finetune: pilots"
+    options.on_event("stage", stage=title, total=n_total, unit="networks", tasks=n_total)
+    with ExitStack() as stack:
+        advance = stack.enter_context(show_progress(console, title, n_total, "networks"))
+        keyed_jobs = ((f"pilot-{key}", job) for key, job in jobs.items())
+        outcomes = stack.enter_context(
+            closing(run_tasks(client, pilot, keyed_jobs, options=options))
+        )
+        for n_done, outcome in enumerate(outcomes, 1):
+            advance(1)
+            _require_machine(outcome)
+            key = next(key for key, job in jobs.items() if job == outcome.job)
+            if outcome.result is None:
+                # The head stays as it is, and the reason is on record.
+                refusal = {"decision": "refused", "reason": outcome.error}
+                decisions.update(_record_decision(inputs.paths, key, refusal))
+            else:
+                pilot_results[key] = outcome.result
+            options.on_event("progress", done=n_done, failed=n_done - len(pilot_results))
+    return pilot_results
+
+
+def _record_decision(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]:
     """Put a decision on record, beside those of other drivers; returns all.
 
     What was trained elsewhere meanwhile is not over budget here.
     """
     with lease(paths.finetune / "decisions.lock"):
-        known = _read(paths.finetune_decisions)
-        trained = known.get(key, {}).get("decision") in ("kept", "rolled back")
-        if not (trained and record["decision"] in ("over budget", "refused")):
-            known[key] = record
-            write_record(paths.finetune_decisions, known)
-    return known
+        decisions = _read_record(paths.finetune_decisions)
+        already_trained = decisions.get(key, {}).get("decision") in ("kept", "rolled back")
+        if not (already_trained and record["decision"] in ("over budget", "refused")):
+            decisions[key] = record
+            write_record(paths.finetune_decisions, decisions)
+    return decisions
 
 
 def _require_machine(outcome: Outcome[Any, Any]) -> None:
@@ -297,79 +332,93 @@ def _require_machine(outcome: Outcome[Any, Any]) -> None:
         )
 
 
-def _train(
+def _train_folds(
     inputs: FinetuneInputs,
     candidate: Candidate,
     client: Client,
-    limit: float | None,
+    fold_seconds: float | None,
     options: TaskOptions,
 ) -> dict[str, Any]:
-    """All folds; then, if the folds are better than the head, the network on all rows."""
+    """Train all folds; then, if they are better than the head, the network on all rows. Returns the
+    record of what was decided.
+    """
     from headrace.pipelines.finetune.task import FoldJob, publish_result, train_fold
 
-    job = _job(inputs, candidate)
-    jobs = [FoldJob(job, fold, limit) for fold in range(inputs.task.n_folds)]
-    done: dict[int, dict[str, Any]] = {}
-    failures: dict[int, str] = {}
+    job = _finetune_job(inputs, candidate)
+    fold_jobs = [FoldJob(job, fold, fold_seconds) for fold in range(inputs.task.n_folds)]
+    results_by_fold: dict[int, dict[str, Any]] = {}
+    failure_reasons: dict[int, str] = {}
 
     def run(fold_jobs: Sequence[FoldJob]) -> None:
-        named = ((f"finetune-{candidate.key}-{one.fold}", one) for one in fold_jobs)
-        with closing(run_tasks(client, train_fold, named, options=options)) as outcomes:
+        keyed_jobs = (
+            (f"finetune-{candidate.key}-{fold_job.fold}", fold_job) for fold_job in fold_jobs
+        )
+        with closing(run_tasks(client, train_fold, keyed_jobs, options=options)) as outcomes:
             for outcome in outcomes:
                 _require_machine(outcome)
                 if outcome.result is None:
-                    failures[outcome.job.fold] = outcome.error or "its worker died"
+                    failure_reasons[outcome.job.fold] = outcome.error or "its worker died"
                 else:
-                    done[outcome.job.fold] = outcome.result
+                    results_by_fold[outcome.job.fold] = outcome.result
 
-    run(jobs)
-    record: dict[str, Any] = {"seconds": sum(one["seconds"] for one in done.values())}
-    if failures:
-        publish_result(job, failures | {REFIT: "not trained on all rows, because a fold failed"})
-        return record | {"decision": "failed", "reason": next(iter(failures.values()))}
+    run(fold_jobs)
+    record: dict[str, Any] = {
+        "seconds": sum(fold_job["seconds"] for fold_job in results_by_fold.values())
+    }
+    if failure_reasons:
+        publish_result(
+            job, failure_reasons | {REFIT: "not trained on all rows, because a fold failed"}
+        )
+        return record | {"decision": "failed", "reason": next(iter(failure_reasons.values()))}
     publish_result(job, {})
-    record |= compare(inputs, candidate)
+    record |= compare_with_head(inputs, candidate)
+    # Only now the network on all rows: a rollback costs the folds and nothing more.
     if record["gain"] <= 0:
         return record | {"decision": "rolled back"}
-    best = [one["best_epoch"] for one in done.values()]
-    run([FoldJob(job, REFIT, None, max(1, round(float(np.mean(best)))))])
-    record["seconds"] += done.get(REFIT, {}).get("seconds", 0.0)
-    publish_result(job, failures)
-    if failures:
-        return record | {"decision": "failed", "reason": failures[REFIT]}
+    best_epochs = [fold_job["best_epoch"] for fold_job in results_by_fold.values()]
+    run([FoldJob(job, REFIT, None, max(1, round(float(np.mean(best_epochs)))))])
+    record["seconds"] += results_by_fold.get(REFIT, {}).get("seconds", 0.0)
+    publish_result(job, failure_reasons)
+    if failure_reasons:
+        return record | {"decision": "failed", "reason": failure_reasons[REFIT]}
     return record | {"decision": "kept"}
 
 
-def compare(inputs: FinetuneInputs, candidate: Candidate) -> dict[str, Any]:
-    """The network against its head on the same out-of-fold rows: both scores, and the gain with a
-    paired 95 % interval.
+def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str, Any]:
+    """Return the gain of the network over its head on the same out-of-fold rows, with a paired 95 %
+    interval.
 
     Scores are means over folds, as on the leaderboard; the interval is a bootstrap over rows, drawn
     within folds.
     """
     task, metric = inputs.task, inputs.metric
-    network = read_bank(inputs.paths.finetune_result(candidate.key)).out_of_fold(candidate.spec)
-    head = read_bank(candidate.head["path"]).out_of_fold(candidate.head["spec"])
+    network_predictions = read_bank(inputs.paths.finetune_result(candidate.key)).out_of_fold(
+        candidate.spec
+    )
+    head_predictions = read_bank(candidate.head["path"]).out_of_fold(candidate.head["spec"])
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0
-    folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
+    rows_of_folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
 
-    def gain(rows: Sequence[npt.NDArray[np.int64]]) -> float:
+    def gain(rows_by_fold: Sequence[npt.NDArray[np.int64]]) -> float:
         scores = [
-            [score(task.kind, task.target[own], predicted[own], metric) for own in rows]
-            for predicted in (network, head)
+            [
+                score(task.kind, task.target[fold_rows], predicted[fold_rows], metric)
+                for fold_rows in rows_by_fold
+            ]
+            for predicted in (network_predictions, head_predictions)
         ]
         return sign * float(np.mean(scores[0]) - np.mean(scores[1]))
 
-    draw = np.random.default_rng(0)
-    resampled = [
-        gain([draw.choice(own, len(own)) for own in folds])
+    generator = np.random.default_rng(0)
+    resampled_gains = [
+        gain([generator.choice(fold_rows, len(fold_rows)) for fold_rows in rows_of_folds])
         for _ in range(RESAMPLES if len(task.fold) < 20000 else 100)
     ]
-    low, high = np.nanquantile(resampled, [0.025, 0.975])
-    return {"gain": gain(folds), "gain_low": float(low), "gain_high": float(high)}
+    low, high = np.nanquantile(resampled_gains, [0.025, 0.975])
+    return {"gain": gain(rows_of_folds), "gain_low": float(low), "gain_high": float(high)}
 
 
-def _job(inputs: FinetuneInputs, candidate: Candidate) -> Any:
+def _finetune_job(inputs: FinetuneInputs, candidate: Candidate) -> Any:
     from headrace.pipelines.finetune.task import FinetuneJob
 
     return FinetuneJob(
@@ -388,114 +437,131 @@ def _job(inputs: FinetuneInputs, candidate: Candidate) -> Any:
     )
 
 
-def _rows(inputs: FinetuneInputs, candidates: Sequence[Candidate]) -> pd.DataFrame:
-    tables = []
-    for one in candidates:
-        path = inputs.paths.finetune_result(one.key)
-        if path.exists():
-            table = read_bank(path).table
-            tables.append(
-                table.assign(
-                    path=str(path), inputs=pd.Series([one.inputs] * len(table), dtype=object)
+def _result_rows(inputs: FinetuneInputs, candidates: Sequence[Candidate]) -> pd.DataFrame:
+    head_tables = []
+    for candidate in candidates:
+        results_path = inputs.paths.finetune_result(candidate.key)
+        if results_path.exists():
+            head_table = read_bank(results_path).table
+            head_tables.append(
+                head_table.assign(
+                    path=str(results_path),
+                    inputs=pd.Series([candidate.inputs] * len(head_table), dtype=object),
                 )
             )
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return pd.concat(head_tables, ignore_index=True) if head_tables else pd.DataFrame()
 
 
-def _compared(
+def _comparison_table(
     inputs: FinetuneInputs,
     board: pd.DataFrame,
     candidates: Sequence[Candidate],
-    decided: Mapping[str, Any],
+    decisions: Mapping[str, Any],
 ) -> pd.DataFrame:
-    """The best head and every candidate, on the same rows."""
-    best = board.iloc[0]
-    found = [
-        _line(
+    """Return one row for the best head and one for every candidate, on the same rows."""
+    best_head = board.iloc[0]
+    comparison_rows = [
+        _comparison_row(
             inputs,
             "head",
-            best["inputs"],
-            f"{best['kind']} {best['settings']}",
-            best["path"],
-            best["spec"],
+            best_head["inputs"],
+            f"{best_head['kind']} {best_head['settings']}",
+            best_head["path"],
+            best_head["spec"],
             {},
         )
     ]
-    for one in candidates:
-        record, path = decided.get(one.key, {}), inputs.paths.finetune_result(one.key)
-        whole = path.exists() and record.get("decision") in ("kept", "rolled back")
-        found.append(
-            _line(
+    for candidate in candidates:
+        record, results_path = (
+            decisions.get(candidate.key, {}),
+            inputs.paths.finetune_result(candidate.key),
+        )
+        is_complete = results_path.exists() and record.get("decision") in ("kept", "rolled back")
+        comparison_rows.append(
+            _comparison_row(
                 inputs,
-                one.label,
-                one.inputs,
-                settings_text(one.spec),
-                str(path) if whole else None,
-                spec_to_json(one.spec),
+                candidate.label,
+                candidate.inputs,
+                settings_text(candidate.spec),
+                str(results_path) if is_complete else None,
+                spec_to_json(candidate.spec),
                 record,
             )
         )
-    return pd.DataFrame(found)
+    return pd.DataFrame(comparison_rows)
 
 
-def _line(
+def _comparison_row(
     inputs: FinetuneInputs,
     label: str,
-    names: Sequence[str],
+    input_names: Sequence[str],
     settings: str,
-    path: str | None,
+    results_path: str | None,
     spec: str,
-    record: Mapping[str, Any],
+    decision: Mapping[str, Any],
 ) -> dict[str, Any]:
     task, metric, nan = inputs.task, inputs.metric, float("nan")
     value = low = high = nan
-    if path is not None:
-        predicted = read_bank(path).out_of_fold(spec)
-        folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
+    if results_path is not None:
+        predicted = read_bank(results_path).out_of_fold(spec)
+        rows_of_folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
         value = float(
-            np.mean([score(task.kind, task.target[own], predicted[own], metric) for own in folds])
+            np.mean(
+                [
+                    score(task.kind, task.target[fold_rows], predicted[fold_rows], metric)
+                    for fold_rows in rows_of_folds
+                ]
+            )
         )
-        draw = np.random.default_rng(0)
-        drawn = [np.concatenate([draw.choice(own, len(own)) for own in folds]) for _ in range(200)]
-        scores = [score(task.kind, task.target[rows], predicted[rows], metric) for rows in drawn]
-        low, high = (float(end) for end in np.nanquantile(scores, [0.025, 0.975]))
+        generator = np.random.default_rng(0)
+        resampled_rows = [
+            np.concatenate(
+                [generator.choice(fold_rows, len(fold_rows)) for fold_rows in rows_of_folds]
+            )
+            for _ in range(200)
+        ]
+        scores = [
+            score(task.kind, task.target[row_index], predicted[row_index], metric)
+            for row_index in resampled_rows
+        ]
+        low, high = (float(interval_end) for interval_end in np.nanquantile(scores, [0.025, 0.975]))
     return {
         "approach": label,
-        "inputs": tuple(names),
+        "inputs": tuple(input_names),
         "settings": settings,
         metric: value,
         "low": low,
         "high": high,
-        **{name: record.get(name, nan) for name in ("gain", "gain_low", "gain_high")},
-        "minutes": record.get("seconds", nan) / 60,
-        "decision": record.get("decision", "" if label == "head" else "not trained"),
-        "reason": record.get("reason", ""),
+        **{name: decision.get(name, nan) for name in ("gain", "gain_low", "gain_high")},
+        "minutes": decision.get("seconds", nan) / 60,
+        "decision": decision.get("decision", "" if label == "head" else "not trained"),
+        "reason": decision.get("reason", ""),
     }
 
 
-def _notes(candidates: Sequence[Candidate], decided: Mapping[str, Any]) -> list[str]:
+def _decision_notes(candidates: Sequence[Candidate], decisions: Mapping[str, Any]) -> list[str]:
     notes = []
-    for one in candidates:
-        record = decided.get(one.key, {})
-        if reason := record.get("pilot", {}).get("no_split_reason"):
+    for candidate in candidates:
+        decision = decisions.get(candidate.key, {})
+        if no_split_reason := decision.get("pilot", {}).get("no_split_reason"):
             notes.append(
-                f"{one.label}, {settings_text(one.spec)}: runs from the images, not from the "
-                f"cached map: {reason}"
+                f"{candidate.label}, {settings_text(candidate.spec)}: runs from the images, not "
+                f"from the cached map: {no_split_reason}"
             )
-        if record.get("decision") in ("refused", "failed"):
+        if decision.get("decision") in ("refused", "failed"):
             notes.append(
-                f"{one.label}, {settings_text(one.spec)}: {record['decision']}: "
-                f"{record.get('reason')}"
+                f"{candidate.label}, {settings_text(candidate.spec)}: {decision['decision']}: "
+                f"{decision.get('reason')}"
             )
     return notes
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A record of this stage; of a damaged one nothing is believed.
+def _read_record(record_path: Path) -> dict[str, Any]:
+    """Read a record of this stage; a damaged one counts as empty.
 
     Decisions are found again from the results, after pilots of seconds.
     """
     try:
-        return read_record(path)
+        return read_record(record_path)
     except (OSError, RunDamaged):
         return {}

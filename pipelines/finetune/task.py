@@ -1,5 +1,5 @@
-"""What a worker does for one candidate: the pilot, the training of a fold, and the network that is
-trained on all rows.
+"""Tasks that a worker does for one candidate: the pilot, the training of a fold, and the network on
+all rows.
 
 From paths and specs to files and a small dictionary; what is on disk already is not done again.
 """
@@ -37,44 +37,49 @@ from headrace.heads.results import read_bank, remove_damaged, results_bytes
 from headrace.heads.spec import FineTuneSpec, FitResult
 from headrace.pipelines.finetune.candidates import require_differentiable
 from headrace.pipelines.finetune.data import (
+    BatchSource,
     ImageSource,
     MapSource,
-    Source,
-    by_view,
     decoding_threads,
-    open_all,
+    open_feature_sets,
+    sets_by_view,
 )
 from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.finetune.parity import check_parity
-from headrace.pipelines.finetune.train import Plan, Trained, Training
+from headrace.pipelines.finetune.train import TrainedFold, Training, TrainingPlan
 from headrace.pipelines.finetune.train_above import trainable_blocks
 from headrace.pipelines.models.errors import CannotSplit
 from headrace.pipelines.models.network import WEIGHTS, save_network
 from headrace.pipelines.models.reference import paths_of_content
-from headrace.pipelines.models.torch_head import head_module, new_head, standardise
+from headrace.pipelines.models.torch_head import head_module, new_head, standardise_head
 from headrace.pipelines.models.torch_network import Network
 
 PARITY_ROWS = 48
-CALIBRATION_ROWS = 256  # whose features give a head's first layer its scale
+# Training rows whose features give a head's first layer its scale.
+CALIBRATION_ROWS = 256
 
 
 @dataclass(frozen=True)
 class FinetuneJob:
     """One candidate: a head, its backbone, and how to train them."""
 
-    key: str  # as `training_key` makes it: a checkpoint of another training is not gone on from
-    task: str  # path of an .npz of `save_task`, without test rows
+    # as `training_key` makes it: a checkpoint of another training is not gone on from
+    key: str
+    # path of an .npz of `save_task`, without test rows
+    task: str
     images: str  # Parquet with the columns content and path
     backbone: BackboneSpec
     # feature sets of the head's inputs, tap by tap, and of each tap its views
     features: tuple[str, ...]
     # feature sets of the cut's maps, view by view; none: training starts from the images
     split_maps: tuple[str, ...]
-    head_result: str  # results file of the trained head; "": the head is new
+    # results file of the trained head; "": the head is new
+    head_result: str
     spec: FineTuneSpec
     folder: str  # of parts, curves and checkpoints
     result: str  # path of the results file
-    model: str  # directory of the network that is trained on all rows
+    # directory of the network that is trained on all rows
+    model: str
     threads: int = 1
     device: str = "cpu"
 
@@ -86,11 +91,12 @@ class FoldJob:
     job: FinetuneJob
     fold: int
     seconds: float | None = None
-    epochs: int | None = None  # REFIT: to train so long, for there is nothing to stop early by
+    # The epochs to train of REFIT, which has no validation rows to stop early by.
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _OpenedJob:
     task: Task
     backbone: Backbone
     taps: list[Tap]
@@ -100,25 +106,28 @@ class _Opened:
 
 
 def pilot(job: FinetuneJob) -> dict[str, Any]:
-    """The parity check and the measured time of a step.
+    """Check parity and measure the time of a step.
 
-    Returns {"parity": {rows, largest, mean} or None for a new head, "split_parity": the same from
-    the cached maps, "no_split_reason": why they are not used, where the network cannot be cut there
-    and runs from the images instead, "step_seconds", "steps" (per epoch and fold), "blocks" (how
-    many train)}. Raises FinetuneRefused, CannotSplit, SpecMismatch.
+    Returns {"parity": {rows, largest, mean, features} or None for a new head, "split_parity": the
+    same from the cached maps, "no_split_reason": why they are not used, where the network cannot be
+    split there and runs from the images instead, "step_seconds", "steps" (per epoch and fold),
+    "evaluation_share", "blocks" (how many train)}. Raises FinetuneRefused, CannotSplit,
+    SpecMismatch.
     """
     torch.set_num_threads(job.threads)
-    opened = _open(job)
+    opened = _open_job(job)
     pilot_result: dict[str, Any] = {
         "parity": None,
         "split_parity": None,
         "no_split_reason": opened.no_split_reason,
     }
     if job.spec.start == "head":
-        pilot_result["parity"] = dataclasses.asdict(_parity(job, opened, from_maps=False))
+        pilot_result["parity"] = dataclasses.asdict(_parity_result(job, opened, from_maps=False))
         if opened.map_of_view:
-            pilot_result["split_parity"] = dataclasses.asdict(_parity(job, opened, from_maps=True))
-    training = _training(FoldJob(job, int(opened.task.fold.max())), opened)
+            pilot_result["split_parity"] = dataclasses.asdict(
+                _parity_result(job, opened, from_maps=True)
+            )
+    training = _make_training(FoldJob(job, int(opened.task.fold.max())), opened)
     pilot_result |= {
         "step_seconds": training.time_steps(),
         "steps": training.steps,
@@ -140,19 +149,17 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     curve_path = part_file.with_suffix(".json")
     remove_damaged(part_file)
     stored_curve = _read_curve(curve_path)
-    has_network = fold != REFIT or is_sealed_file(
-        Path(job.model) / WEIGHTS
-    )  # the part says how; the network is what is needed
+    # The part tells how it was trained; what is needed is the network.
+    has_network = fold != REFIT or is_sealed_file(Path(job.model) / WEIGHTS)
     checkpoint = Path(job.folder) / f"checkpoint{_fold_name(fold)}.safetensors"
     if stored_curve is not None and part_file.exists() and has_network:
         checkpoint.unlink(missing_ok=True)  # of a process that died before it did so
         return stored_curve | {"skipped": True}
-    part_file.unlink(
-        missing_ok=True
-    )  # the first to publish wins: one without its network, or without its curve, would stay
+    # the first to publish wins: one without its network, or without its curve, would stay
+    part_file.unlink(missing_ok=True)
     torch.set_num_threads(job.threads)
-    opened = _open(job)
-    training = _training(fold_job, opened)
+    opened = _open_job(job)
+    training = _make_training(fold_job, opened)
     trained = training.run(checkpoint, f"{job.key} {fold}")
     summary: dict[str, Any] = {
         "fold": fold,
@@ -178,17 +185,19 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
             task_kind=task.kind,
             classes=task.classes,
             metrics={},
-            temperature=_temperature(job, task),
+            temperature=_fold_temperature(job, task),
         )
     part_file.parent.mkdir(parents=True, exist_ok=True)
     publish_replace(curve_path, sealed_json(summary, indent=1))
-    publish_bytes(part_file, _results(job, opened, [fold_result]))
+    publish_bytes(part_file, _results_bytes(job, opened, [fold_result]))
     checkpoint.unlink(missing_ok=True)
     return summary | {"skipped": False}
 
 
-def _temperature(job: FinetuneJob, task: Task) -> float:
-    """What the predictions of the folds that are trained give to the network on all rows."""
+def _fold_temperature(job: FinetuneJob, task: Task) -> float:
+    """Return the temperature that the predictions of the trained folds give to the network on all
+    rows.
+    """
     row_blocks, predictions = [np.empty(0, np.int64)], []
     for fold in range(task.n_folds):
         part_file = part_path(job, fold)
@@ -208,7 +217,7 @@ def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
     """Join the parts into the candidate's results file. failures: reasons of the folds (REFIT too)
     that have no part.
     """
-    opened = _open(job, without_backbone=True)
+    opened = _open_job(job, without_backbone=True)
     fold_results = []
     for fold in [*range(opened.task.n_folds), REFIT]:
         part_file, nan = part_path(job, fold), float("nan")
@@ -234,12 +243,14 @@ def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
             )
     part_file = Path(job.result)
     part_file.parent.mkdir(parents=True, exist_ok=True)
-    publish_replace(part_file, _results(job, opened, fold_results))
+    publish_replace(part_file, _results_bytes(job, opened, fold_results))
     return part_file
 
 
 def _read_curve(path: Path) -> dict[str, Any] | None:
-    """What `train_fold` returned when it trained this fold; None where that is gone or damaged."""
+    """Return what `train_fold` returned when it trained this fold; None where that is gone or
+    damaged.
+    """
     try:
         return read_sealed_json(path.read_bytes())
     except (OSError, SealBroken):
@@ -247,7 +258,7 @@ def _read_curve(path: Path) -> dict[str, Any] | None:
 
 
 def part_path(job: FinetuneJob, fold: int) -> Path:
-    """The results file of one fold."""
+    """Return the path of one fold's results file."""
     return Path(job.folder) / f"fold{_fold_name(fold)}.h5"
 
 
@@ -255,15 +266,15 @@ def _fold_name(fold: int) -> str:
     return "-full" if fold == REFIT else f"-{fold}"
 
 
-def _open(job: FinetuneJob, *, without_backbone: bool = False) -> _Opened:
-    """Everything that the job names; without_backbone: for what needs no network."""
+def _open_job(job: FinetuneJob, *, without_backbone: bool = False) -> _OpenedJob:
+    """Open everything that the job names. without_backbone: for what needs no network."""
     task = load_task(Path(job.task))
-    features_of_view = by_view(open_all(job.features))
+    features_of_view = sets_by_view(open_feature_sets(job.features))
     first_view = next(iter(features_of_view.values()))
-    map_of_view = {feature.spec.view: feature for feature in open_all(job.split_maps)}
+    map_of_view = {feature.spec.view: feature for feature in open_feature_sets(job.split_maps)}
     taps = [Tap(feature.spec.tap, feature.spec.pooling) for feature in first_view]
     if without_backbone:
-        return _Opened(task, None, taps, features_of_view, map_of_view)  # type: ignore[arg-type]
+        return _OpenedJob(task, None, taps, features_of_view, map_of_view)  # type: ignore[arg-type]
     backbone = load_backbone(job.backbone)
     for feature in (*first_view, *map_of_view.values()):
         for name, value_here, stored_value in (
@@ -273,12 +284,11 @@ def _open(job: FinetuneJob, *, without_backbone: bool = False) -> _Opened:
             if value_here != stored_value:
                 raise SpecMismatch(
                     f"{job.backbone.name}: the {name} here are {value_here}, but "
-                    f"{feature.spec.name} was "
-                    f"made with {stored_value}: run the recipe again, so that features and "
-                    "network agree"
+                    f"{feature.spec.name} was made with {stored_value}: run the recipe again, so "
+                    "that features and network agree"
                 )
     no_split_reason = _no_split_reason(backbone, taps, map_of_view)
-    return _Opened(
+    return _OpenedJob(
         task,
         backbone,
         taps,
@@ -291,8 +301,8 @@ def _open(job: FinetuneJob, *, without_backbone: bool = False) -> _Opened:
 def _no_split_reason(
     backbone: Backbone, taps: list[Tap], map_of_view: dict[str, FeatureSet]
 ) -> str | None:
-    """Why the network cannot be run from these maps on; None where it can, or where
-    there are none.
+    """Return why the network cannot be run from these maps on; None where it can, or without
+    maps.
     """
     if not map_of_view:
         return None
@@ -310,7 +320,7 @@ def _no_split_reason(
     return None
 
 
-def _parity(job: FinetuneJob, opened: _Opened, *, from_maps: bool) -> Any:
+def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> Any:
     head_spec = spec_from_json(job.spec.head)
     require_differentiable(head_spec)
     bank, task = read_bank(job.head_result), opened.task
@@ -341,7 +351,7 @@ def _parity(job: FinetuneJob, opened: _Opened, *, from_maps: bool) -> Any:
     )
     network.eval().to(job.device)
     heads = {fold: head.eval().to(job.device) for fold, head in heads.items()}
-    batch_source = _source(job, opened, network)
+    batch_source = _batch_source(job, opened, network)
     inputs: list[Tensor] = []
     below_features: list[Tensor | None] = []
     cached_features = []
@@ -358,7 +368,7 @@ def _parity(job: FinetuneJob, opened: _Opened, *, from_maps: bool) -> Any:
                 axis=1,
             )
         )
-        batches = list(batch_source.batches(row_index, len(row_index), view=view))
+        batches = list(batch_source.batches(row_index, len(row_index), default_view=view))
         inputs.append(torch.cat([batch.inputs for batch in batches]).to(job.device))
         below_parts = [
             batch.features_below for batch in batches if batch.features_below is not None
@@ -376,7 +386,7 @@ def _parity(job: FinetuneJob, opened: _Opened, *, from_maps: bool) -> Any:
     )
 
 
-def _training(fold_job: FoldJob, opened: _Opened) -> Training:
+def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
     job, fold, task, spec = fold_job.job, fold_job.fold, opened.task, fold_job.job.spec
     split_node = _split_node(opened) if opened.map_of_view else None
     n_outputs = 1 if task.kind == "single" and len(task.classes) == 2 else len(task.classes)
@@ -399,15 +409,15 @@ def _training(fold_job: FoldJob, opened: _Opened) -> Training:
     blocks = trainable_blocks(network, spec.train_above)
     if spec.start == "random":
         _draw_anew(network, job.backbone, [name for block in blocks for name in block], spec.seed)
-    batch_source = _source(job, opened, network)
+    batch_source = _batch_source(job, opened, network)
     epochs = spec.epochs if fold_job.epochs is None else fold_job.epochs
-    plan = Plan(spec, blocks, task, fold, epochs, job.device, fold_job.seconds)
+    plan = TrainingPlan(spec, blocks, task, fold, epochs, job.device, fold_job.seconds)
     training = Training(network, batch_source, plan)
-    _calibrate(training, new=spec.start != "head")
+    _calibrate_head(training, new=spec.start != "head")
     return training
 
 
-def _calibrate(training: Training, *, new: bool) -> None:
+def _calibrate_head(training: Training, *, new: bool) -> None:
     """Give the head's first layer the scale of its features, as they are now, over some training
     rows.
     """
@@ -420,7 +430,8 @@ def _calibrate(training: Training, *, new: bool) -> None:
         )
     ]
     network, device = training.network, training.plan.device
-    training.mode()  # batch normalisation drawn anew has no statistics yet but the batch's own
+    # Batch normalisation drawn anew has no statistics yet but the batch's own.
+    training.mode()
     feature_blocks = []
     with torch.no_grad():
         for batch in training.source.batches(row_index, 32):
@@ -431,8 +442,10 @@ def _calibrate(training: Training, *, new: bool) -> None:
                 network.features(batch.inputs.to(device), below_features).flatten(1).double()
             )
     if not network.head.spatial:
+        # Stored heads are in raw coordinates, where features of unlike scales would need learning
+        # rates of their own.
         features = torch.cat(feature_blocks)
-        standardise(network.head, features.mean(0), features.std(0, correction=0), new=new)
+        standardise_head(network.head, features.mean(0), features.std(0, correction=0), is_new=new)
 
 
 def _draw_anew(network: Network, spec: BackboneSpec, module_names: list[str], seed: int) -> None:
@@ -457,7 +470,7 @@ def _draw_anew(network: Network, spec: BackboneSpec, module_names: list[str], se
             getattr(target_module, value_name).data.copy_(value)
 
 
-def _source(job: FinetuneJob, opened: _Opened, network: Network) -> Source:
+def _batch_source(job: FinetuneJob, opened: _OpenedJob, network: Network) -> BatchSource:
     task = opened.task
     if network.split_node is None:
         return ImageSource(
@@ -478,17 +491,17 @@ def _source(job: FinetuneJob, opened: _Opened, network: Network) -> Source:
     return MapSource(task.content, list(opened.map_of_view.values()), features_below)
 
 
-def _split_node(opened: _Opened) -> str:
+def _split_node(opened: _OpenedJob) -> str:
     return next(iter(opened.map_of_view.values())).spec.tap
 
 
-def _n_features(opened: _Opened) -> int:
+def _n_features(opened: _OpenedJob) -> int:
     return sum(
         int(np.prod(feature.spec.shape)) for feature in next(iter(opened.features_of_view.values()))
     )
 
 
-def _fold_result(spec: FineTuneSpec, fold: int, trained: Trained) -> FitResult:
+def _fold_result(spec: FineTuneSpec, fold: int, trained: TrainedFold) -> FitResult:
     curve = {int(row["epoch"]): row for row in trained.progress.curve}
     train_loss = curve.get(trained.progress.best_epoch, {}).get("train_loss", float("nan"))
     progress = trained.progress
@@ -504,7 +517,7 @@ def _fold_result(spec: FineTuneSpec, fold: int, trained: Trained) -> FitResult:
     )
 
 
-def _results(job: FinetuneJob, opened: _Opened, fold_results: list[FitResult]) -> bytes:
+def _results_bytes(job: FinetuneJob, opened: _OpenedJob, fold_results: list[FitResult]) -> bytes:
     task = opened.task
     specs = [
         feature.spec

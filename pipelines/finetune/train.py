@@ -22,13 +22,13 @@ from headrace.heads.data.task import REFIT, Task, seed_of_fold
 from headrace.heads.link import link
 from headrace.heads.spec import FineTuneSpec
 from headrace.pipelines.finetune.checkpoint import (
-    Progress,
+    TrainingProgress,
     load_checkpoint,
-    optimiser_tensors,
-    restore_optimiser,
+    optimizer_tensors,
+    restore_optimizer,
     save_checkpoint,
 )
-from headrace.pipelines.finetune.data import Rows, Source, random_flips
+from headrace.pipelines.finetune.data import BatchSource, Rows, random_flips
 from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.models.torch_network import Network
 
@@ -41,32 +41,36 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to train, on what, for how long."""
+class TrainingPlan:
+    """The blocks to train, on which rows, for how long."""
 
     spec: FineTuneSpec
-    blocks: list[list[str]]  # modules of the backbone that train, from the bottom up
+    # modules of the backbone that train, from the bottom up
+    blocks: list[list[str]]
     task: Task
     fold: int  # held out; REFIT: none
-    epochs: int  # to train at most; the schedule is that of spec.epochs
+    # The most that are trained; the schedule is that of spec.epochs.
+    epochs: int
     device: str = "cpu"
-    seconds: float | None = None  # of training by `clock`, at most, looked at after each epoch
+    # The most seconds of training by `clock`, looked at after each epoch.
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What came of it; the network has the parameters of the best epoch."""
+class TrainedFold:
+    """The outcome of a training; the network has the parameters of the best epoch."""
 
-    progress: Progress
+    progress: TrainingProgress
     validation: npt.NDArray[np.float32] | None  # (n_held_out, C)
-    resumed_from: int  # the epoch of the checkpoint that it went on from; 0: none
+    # the epoch of the checkpoint that it went on from; 0: none
+    resumed_from: int
     stopped: str  # why it ended: "epochs", "patience" or "time"
 
 
 class Training:
     """The state of a training: the network, its optimiser, and the rows."""
 
-    def __init__(self, network: Network, source: Source, plan: Plan) -> None:
+    def __init__(self, network: Network, source: BatchSource, plan: TrainingPlan) -> None:
         self.network, self.source, self.plan = network.to(plan.device), source, plan
         spec, task = plan.spec, plan.task
         self.train_rows = np.flatnonzero(task.fold != plan.fold)
@@ -74,150 +78,170 @@ class Training:
             np.flatnonzero(task.fold == plan.fold) if plan.fold != REFIT else np.empty(0, np.int64)
         )
         self.trained = _trained_modules(network, plan.blocks)
-        self.optimiser, self.rates = _optimiser(network, plan)
+        self.optimiser, self.rates = _make_optimizer(network, plan)
         self.named: dict[str, Tensor] = {
-            name: p for name, p in network.named_parameters() if p.requires_grad
+            parameter_name: parameter
+            for parameter_name, parameter in network.named_parameters()
+            if parameter.requires_grad
         }
         if spec.batch_norm == "trainable" or spec.start == "random":
-            norms = {name for name, module in self.trained if isinstance(module, _BATCH_NORMS)}
-            self.named |= {  # their running statistics belong to what is remembered
-                name: buffer
-                for name, buffer in network.named_buffers()
-                if name.rpartition(".")[0] in norms
+            norm_names = {
+                parameter_name
+                for parameter_name, module in self.trained
+                if isinstance(module, _BATCH_NORMS)
             }
-        self.micro = (
-            spec.batch_size
-        )  # rows of one forward pass: halved where they do not fit into memory
+            # Their running statistics are part of the best epoch's state.
+            self.named |= {
+                parameter_name: buffer
+                for parameter_name, buffer in network.named_buffers()
+                if parameter_name.rpartition(".")[0] in norm_names
+            }
+        # Rows of one forward pass, halved where they do not fit into memory.
+        self.micro = spec.batch_size
         self.weight = _row_weights(task, self.train_rows, spec)
-        steps = math.ceil(len(self.train_rows) / spec.batch_size)
-        self.steps, self.total = steps, steps * spec.epochs
+        steps_per_epoch = math.ceil(len(self.train_rows) / spec.batch_size)
+        self.steps, self.total = steps_per_epoch, steps_per_epoch * spec.epochs
 
-    def run(self, checkpoint: Path | None, key: str) -> Trained:
+    def run(self, checkpoint_path: Path | None, key: str) -> TrainedFold:
         """Train to the end, from the checkpoint where there is one.
 
         Raises TrainingFailed, PublishFailed.
         """
         plan, spec = self.plan, self.plan.spec
-        progress, best = Progress(0, 0, math.inf, 0.0, []), self._copy()
-        resumed = load_checkpoint(checkpoint, key) if checkpoint is not None else None
-        if resumed is not None:
-            progress, tensors = resumed
-            best = self._restore(tensors)
+        progress, best_tensors = TrainingProgress(0, 0, math.inf, 0.0, []), self._copy_tensors()
+        resumed_state = (
+            load_checkpoint(checkpoint_path, key) if checkpoint_path is not None else None
+        )
+        if resumed_state is not None:
+            progress, tensors = resumed_state
+            best_tensors = self._restore_tensors(tensors)
         elif len(self.validation_rows) and spec.start == "head":
-            progress.best_loss = (
-                self._validation_loss()
-            )  # what is not better than the head itself is not better
+            # The head itself counts as epoch 0: a network has to be better than that.
+            progress.best_loss = self._validation_loss()
             progress.curve.append({"epoch": 0, "validation_loss": progress.best_loss})
-        first, stopped = progress.epoch, "epochs"
+        first_epoch, stop_reason = progress.epoch, "epochs"
         while progress.epoch < plan.epochs:
             if len(self.validation_rows) and progress.epoch - progress.best_epoch >= spec.patience:
-                stopped = "patience"
+                stop_reason = "patience"
                 break
             if plan.seconds is not None and progress.epoch and progress.seconds >= plan.seconds:
-                stopped = "time"
+                stop_reason = "time"
                 break
-            started = clock(plan.device)
-            row = {"epoch": progress.epoch + 1.0, "train_loss": self._epoch(progress.epoch)}
+            started_s = clock(plan.device)
+            curve_row = {
+                "epoch": progress.epoch + 1.0,
+                "train_loss": self._train_epoch(progress.epoch),
+            }
             progress.epoch += 1
             if len(self.validation_rows):
-                loss = row["validation_loss"] = self._validation_loss()
-                if loss < progress.best_loss:
-                    progress.best_loss, progress.best_epoch, best = (
-                        loss,
+                validation_loss = curve_row["validation_loss"] = self._validation_loss()
+                if validation_loss < progress.best_loss:
+                    progress.best_loss, progress.best_epoch, best_tensors = (
+                        validation_loss,
                         progress.epoch,
-                        self._copy(),
+                        self._copy_tensors(),
                     )
             else:
-                progress.best_epoch, best = progress.epoch, self._copy()
-            progress.seconds += clock(plan.device) - started
-            progress.curve.append(row)
-            if checkpoint is not None:
-                save_checkpoint(checkpoint, key, progress, self._tensors(best))
+                progress.best_epoch, best_tensors = progress.epoch, self._copy_tensors()
+            progress.seconds += clock(plan.device) - started_s
+            progress.curve.append(curve_row)
+            if checkpoint_path is not None:
+                save_checkpoint(
+                    checkpoint_path, key, progress, self._checkpoint_tensors(best_tensors)
+                )
         with torch.no_grad():
             for name, tensor in self.named.items():
-                tensor.copy_(best[name])
+                tensor.copy_(best_tensors[name])
         validation = self.predict(self.validation_rows) if len(self.validation_rows) else None
-        return Trained(progress, validation, first, stopped)
+        return TrainedFold(progress, validation, first_epoch, stop_reason)
 
-    def predict(self, rows: Rows, view: int = 0) -> npt.NDArray[np.float32]:
-        """(n, C) predictions."""
-        return link(self.logits(rows, view).numpy(), self.plan.task.kind)
+    def predict(self, row_index: Rows, view_index: int = 0) -> npt.NDArray[np.float32]:
+        """Return the (n, C) predictions of the rows."""
+        return link(self.logits(row_index, view_index).numpy(), self.plan.task.kind)
 
-    def logits(self, rows: Rows, view: int = 0) -> Tensor:
-        """(n, C), on the host."""
+    def logits(self, row_index: Rows, view_index: int = 0) -> Tensor:
+        """Return the (n, C) logits of the rows, on the host."""
         self.network.eval()
-        parts = []
+        logit_blocks = []
         with torch.no_grad(), self._autocast():
-            for batch in self.source.batches(rows, min(EVALUATION_ROWS, 2 * self.micro), view=view):
+            for batch in self.source.batches(
+                row_index, min(EVALUATION_ROWS, 2 * self.micro), default_view=view_index
+            ):
                 features_below = (
                     None
                     if batch.features_below is None
                     else batch.features_below.to(self.plan.device)
                 )
-                parts.append(
+                logit_blocks.append(
                     self.network(batch.inputs.to(self.plan.device), features_below).float().cpu()
                 )
-        return torch.cat(parts)
+        return torch.cat(logit_blocks)
 
-    def time_steps(self, count: int = 3) -> float:
-        """Seconds of one optimiser step, the least of `count` after one that warms up: what else
-        the machine does only adds. Changes the parameters.
+    def time_steps(self, n_steps: int = 3) -> float:
+        """Return the seconds of one optimizer step, the least of `n_steps` after one that warms up:
+        what else the machine does only adds. Changes the parameters.
         """
         self.mode()
-        order = np.resize(self.train_rows, (count + 1) * self.plan.spec.batch_size)
-        seconds = []
-        draw = np.random.default_rng(0)
-        for step, batch in enumerate(self._batches(order, draw)):
-            started = clock(self.plan.device)
-            self._step(step, *batch)
+        row_order = np.resize(self.train_rows, (n_steps + 1) * self.plan.spec.batch_size)
+        step_seconds = []
+        generator = np.random.default_rng(0)
+        for step, batch in enumerate(self._augmented_batches(row_order, generator)):
+            started_s = clock(self.plan.device)
+            self._optimizer_step(step, *batch)
             if self.plan.device != "cpu":
                 torch.cuda.synchronize()
-            seconds.append(clock(self.plan.device) - started)
-        return min(seconds[1:])
+            step_seconds.append(clock(self.plan.device) - started_s)
+        return min(step_seconds[1:])
 
-    def _epoch(self, epoch: int) -> float:
-        """Mean training loss of one pass over the rows, in an order that the epoch's seed gives."""
+    def _train_epoch(self, epoch: int) -> float:
+        """Pass once over the rows, in an order that the epoch's seed gives; returns the mean
+        training loss.
+        """
         spec, plan = self.plan.spec, self.plan
-        seed = [spec.seed, seed_of_fold(plan.fold) + 1, epoch]
-        draw = np.random.default_rng(seed)
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # dropout
+        seed_parts = [spec.seed, seed_of_fold(plan.fold) + 1, epoch]
+        generator = np.random.default_rng(seed_parts)
+        torch.manual_seed(int(np.random.SeedSequence(seed_parts).generate_state(1)[0]))  # dropout
         self.mode()
-        losses = [
-            self._step(epoch * self.steps + step, *batch)
-            for step, batch in enumerate(self._batches(draw.permutation(self.train_rows), draw))
+        step_losses = [
+            self._optimizer_step(epoch * self.steps + step, *batch)
+            for step, batch in enumerate(
+                self._augmented_batches(generator.permutation(self.train_rows), generator)
+            )
         ]
-        mean = float(np.mean(losses))
-        if not math.isfinite(mean):
+        mean_loss = float(np.mean(step_losses))
+        if not math.isfinite(mean_loss):
             raise TrainingFailed(
                 f"the training loss of epoch {epoch + 1} is not finite: lower learning_rate (it is "
                 f"{spec.learning_rate:g})"
             )
-        return mean
+        return mean_loss
 
-    def _batches(
-        self, order: Rows, draw: np.random.Generator
+    def _augmented_batches(
+        self, row_order: Rows, generator: np.random.Generator
     ) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
         spec = self.plan.spec
-        random_view = draw if spec.augment == "views" else None
-        for rows, inputs, features_below in self.source.batches(
-            order, spec.batch_size, draw=random_view
+        view_generator = generator if spec.augment == "views" else None
+        for row_index, inputs, features_below in self.source.batches(
+            row_order, spec.batch_size, generator=view_generator
         ):
             if spec.augment in ("flip", "flips"):
                 inputs = random_flips(
-                    inputs, spec.augment, draw, pixels=self.network.split_node is None
+                    inputs, spec.augment, generator, channels_last=self.network.split_node is None
                 )
-            yield rows, inputs, features_below
+            yield row_index, inputs, features_below
 
-    def _step(self, step: int, rows: Rows, inputs: Tensor, features_below: Tensor | None) -> float:
-        """One optimiser step; a batch that does not fit into memory goes through in halves whose
-        gradients add up.
+    def _optimizer_step(
+        self, step: int, row_index: Rows, inputs: Tensor, features_below: Tensor | None
+    ) -> float:
+        """Take one optimizer step; a batch that does not fit into memory goes through in halves
+        whose gradients add up.
         """
-        factor = _schedule(step, self.total, self.plan.spec.warmup_fraction)
-        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+        rate_factor = _rate_schedule(step, self.total, self.plan.spec.warmup_fraction)
+        for parameter_group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            parameter_group["lr"] = rate * rate_factor
         while True:
             try:
-                loss = self._gradients(rows, inputs, features_below)
+                loss = self._accumulate_gradients(row_index, inputs, features_below)
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
@@ -227,13 +251,14 @@ class Training:
                         "not even one image fits into memory: train above a later node, or use "
                         "smaller images"
                     ) from error
-                self.micro = max(1, min(self.micro, len(rows)) // 2)
+                self.micro = max(1, min(self.micro, len(row_index)) // 2)
             if self.plan.device != "cpu":
                 torch.cuda.empty_cache()
-        norm = nn.utils.clip_grad_norm_(
-            [p for p in self.named.values() if p.requires_grad], self.plan.spec.grad_clip_norm
+        gradient_norm = nn.utils.clip_grad_norm_(
+            [parameter for parameter in self.named.values() if parameter.requires_grad],
+            self.plan.spec.grad_clip_norm,
         )
-        if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
+        if not math.isfinite(loss) or not bool(torch.isfinite(gradient_norm)):
             raise TrainingFailed(
                 f"the loss or its gradient is not finite at step {step + 1}: lower learning_rate "
                 f"(it is {self.plan.spec.learning_rate:g})"
@@ -241,33 +266,39 @@ class Training:
         self.optimiser.step()
         return loss
 
-    def _gradients(self, rows: Rows, inputs: Tensor, features_below: Tensor | None) -> float:
+    def _accumulate_gradients(
+        self, row_index: Rows, inputs: Tensor, features_below: Tensor | None
+    ) -> float:
         self.optimiser.zero_grad(set_to_none=True)
-        device, total = self.plan.device, 0.0
-        for start in range(0, len(rows), self.micro):
-            part = slice(start, start + self.micro)
+        device, total_loss = self.plan.device, 0.0
+        for start in range(0, len(row_index), self.micro):
+            micro_batch = slice(start, start + self.micro)
             with self._autocast():
                 logits = self.network(
-                    inputs[part].to(device),
-                    None if features_below is None else features_below[part].to(device),
+                    inputs[micro_batch].to(device),
+                    None if features_below is None else features_below[micro_batch].to(device),
                 )
-            own = rows[part]
-            losses = row_losses(logits.float(), self.plan.task, own, self.plan.spec.label_smoothing)
-            loss = (losses * torch.from_numpy(self.weight[own]).to(device)).sum() / len(rows)
+            micro_rows = row_index[micro_batch]
+            row_loss = row_losses(
+                logits.float(), self.plan.task, micro_rows, self.plan.spec.label_smoothing
+            )
+            loss = (row_loss * torch.from_numpy(self.weight[micro_rows]).to(device)).sum() / len(
+                row_index
+            )
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total
+            total_loss += float(loss.detach())
+        return total_loss
 
     def _validation_loss(self) -> float:
-        losses = row_losses(
+        row_loss = row_losses(
             self.logits(self.validation_rows), self.plan.task, self.validation_rows, 0.0
         )
-        weight = self.plan.task.weight[self.validation_rows]
-        loss = float((losses.double().numpy() * weight).sum() / weight.sum())
+        row_weight = self.plan.task.weight[self.validation_rows]
+        loss = float((row_loss.double().numpy() * row_weight).sum() / row_weight.sum())
         return loss if math.isfinite(loss) else math.inf
 
     def mode(self) -> None:
-        """Training mode for the head, and for batch normalisation where its statistics are to be
+        """Put the head into training mode, and batch normalisation where its statistics are to be
         trained.
         """
         self.network.eval()
@@ -278,34 +309,36 @@ class Training:
                     module.train()
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        device, precision = torch.device(self.plan.device).type, self.plan.spec.precision
+        device_type, precision = torch.device(self.plan.device).type, self.plan.spec.precision
         # Without tile instructions a CPU is slower in bfloat16 than in float32.
-        auto = device == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        if precision == "float32" or (precision == "auto" and not auto):
+        bfloat16_is_fast = (
+            device_type == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        )
+        if precision == "float32" or (precision == "auto" and not bfloat16_is_fast):
             return contextlib.nullcontext()
-        return torch.autocast(device, torch.bfloat16)
+        return torch.autocast(device_type, torch.bfloat16)
 
-    def _copy(self) -> dict[str, Tensor]:
+    def _copy_tensors(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.named.items()}
 
-    def _tensors(self, best: dict[str, Tensor]) -> dict[str, Tensor]:
-        now = {f"now.{name}": tensor for name, tensor in self.named.items()}
+    def _checkpoint_tensors(self, best_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        current_tensors = {f"now.{name}": tensor for name, tensor in self.named.items()}
         return (
-            now
-            | {f"best.{name}": tensor for name, tensor in best.items()}
-            | optimiser_tensors(self.optimiser)
+            current_tensors
+            | {f"best.{name}": tensor for name, tensor in best_tensors.items()}
+            | optimizer_tensors(self.optimiser)
         )
 
-    def _restore(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _restore_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
             for name, tensor in self.named.items():
                 tensor.copy_(tensors[f"now.{name}"])
-        restore_optimiser(self.optimiser, tensors)
+        restore_optimizer(self.optimiser, tensors)
         return {name: tensors[f"best.{name}"].to(self.plan.device) for name in self.named}
 
 
 def clock(device: str) -> float:
-    """Seconds that count against a budget.
+    """Return seconds that count against a budget.
 
     On a CPU the process's computing: a machine that others use too is slower, but what a candidate
     costs, and so which of them fit, stays what it was. A worker process runs one task at a time.
@@ -313,81 +346,93 @@ def clock(device: str) -> float:
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
-def row_losses(logits: Tensor, task: Task, rows: Rows, smoothing: float) -> Tensor:
-    """(n,) loss of each row: cross-entropy, binary cross-entropy averaged over labels, or squared
-    error over targets.
+def row_losses(logits: Tensor, task: Task, row_index: Rows, smoothing: float) -> Tensor:
+    """Return the (n,) loss of each row: cross-entropy, binary cross-entropy averaged over labels,
+    or squared error averaged over targets.
     """
-    target = torch.from_numpy(np.ascontiguousarray(task.target[rows])).to(logits.device)
+    target = torch.from_numpy(np.ascontiguousarray(task.target[row_index])).to(logits.device)
     if task.kind == "regression":
         return ((logits - target.float()) ** 2).mean(1)
     if task.kind == "single" and logits.shape[1] > 1:
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
-    wanted = target.float().view(len(rows), -1)
-    wanted = wanted * (1 - smoothing) + smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
+    soft_target = target.float().view(len(row_index), -1)
+    soft_target = soft_target * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, soft_target, reduction="none").mean(1)
 
 
-def _row_weights(task: Task, train: Rows, spec: FineTuneSpec) -> npt.NDArray[np.float32]:
-    """(N,) of each row's loss, mean 1 over the training rows."""
-    weight = task.weight.astype(np.float64).copy()
+def _row_weights(task: Task, train_rows: Rows, spec: FineTuneSpec) -> npt.NDArray[np.float32]:
+    """Return the (N,) weight of each row's loss, mean 1 over the training rows."""
+    row_weight = task.weight.astype(np.float64).copy()
     if spec.class_weight == "balanced" and task.kind == "single":
-        counts = np.bincount(task.target[train], weights=weight[train], minlength=len(task.classes))
-        weight *= (
-            weight[train].sum() / np.maximum(counts, 1e-12) / max(1, int((counts > 0).sum()))
+        class_weights = np.bincount(
+            task.target[train_rows], weights=row_weight[train_rows], minlength=len(task.classes)
+        )
+        row_weight *= (
+            row_weight[train_rows].sum()
+            / np.maximum(class_weights, 1e-12)
+            / max(1, int((class_weights > 0).sum()))
         )[task.target]
-    return np.asarray(weight / weight[train].mean(), np.float32)
+    return np.asarray(row_weight / row_weight[train_rows].mean(), np.float32)
 
 
 def _trained_modules(network: Network, blocks: list[list[str]]) -> list[tuple[str, nn.Module]]:
     return [
-        (f"backbone.{name}", network.backbone.get_submodule(name))
+        (f"backbone.{module_name}", network.backbone.get_submodule(module_name))
         for block in blocks
-        for name in block
+        for module_name in block
     ]
 
 
-def _optimiser(network: Network, plan: Plan) -> tuple[torch.optim.Optimizer, list[float]]:
-    """AdamW over the trained parameters, one group per block with and one without weight decay
-    (gains and biases).
+def _make_optimizer(
+    network: Network, plan: TrainingPlan
+) -> tuple[torch.optim.Optimizer, list[float]]:
+    """Return AdamW over the trained parameters, and the learning rate of each of its groups: one
+    group per block with weight decay, one without (gains and biases).
     """
     spec = plan.spec
-    layers: list[tuple[float, list[nn.Parameter]]] = []
+    rates_and_parameters: list[tuple[float, list[nn.Parameter]]] = []
     for layer in (*network.head.convolutions, *network.head.layers):
-        inputs = math.prod(cast(nn.Linear | nn.Conv2d, layer).weight.shape[1:])
-        layers.append((spec.learning_rate * min(1.0, WIDE / inputs), list(layer.parameters())))
-    decay = 1.0 if spec.start == "random" else spec.layer_decay
+        n_inputs = math.prod(cast(nn.Linear | nn.Conv2d, layer).weight.shape[1:])
+        rates_and_parameters.append(
+            (spec.learning_rate * min(1.0, WIDE / n_inputs), list(layer.parameters()))
+        )
+    layer_decay = 1.0 if spec.start == "random" else spec.layer_decay
     for height, block in enumerate(reversed(plan.blocks)):
-        own = [
-            p
-            for name in block
-            for p in network.backbone.get_submodule(name).parameters(recurse=False)
+        block_parameters = [
+            parameter
+            for module_name in block
+            for parameter in network.backbone.get_submodule(module_name).parameters(recurse=False)
         ]
-        layers.append((spec.learning_rate * decay**height, own))
-    groups, rates = [], []
-    for rate, parameters in layers:
-        for shrink, chosen in (
-            (spec.weight_decay, [p for p in parameters if p.ndim > 1]),
-            (0.0, [p for p in parameters if p.ndim <= 1]),
+        rates_and_parameters.append((spec.learning_rate * layer_decay**height, block_parameters))
+    parameter_groups, rates = [], []
+    for learning_rate, parameters in rates_and_parameters:
+        for weight_decay, group_parameters in (
+            (spec.weight_decay, [parameter for parameter in parameters if parameter.ndim > 1]),
+            (0.0, [parameter for parameter in parameters if parameter.ndim <= 1]),
         ):
-            if chosen:
-                for parameter in chosen:
+            if group_parameters:
+                for parameter in group_parameters:
                     parameter.requires_grad_(True)
-                groups.append({"params": chosen, "weight_decay": shrink, "lr": rate})
-                rates.append(rate)
-    return torch.optim.AdamW(groups), rates
+                parameter_groups.append(
+                    {"params": group_parameters, "weight_decay": weight_decay, "lr": learning_rate}
+                )
+                rates.append(learning_rate)
+    return torch.optim.AdamW(parameter_groups), rates
 
 
-def _schedule(step: int, total: int, warmup_fraction: float) -> float:
-    """Linear warm-up, then half a cosine down to zero: a factor on every rate."""
-    warm = max(1, round(warmup_fraction * total))
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+def _rate_schedule(step: int, n_steps: int, warmup_fraction: float) -> float:
+    """Return the factor on every rate: linear warm-up, then half a cosine down to zero."""
+    warmup_steps = max(1, round(warmup_fraction * n_steps))
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return 0.5 * (
+        1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, n_steps - warmup_steps)))
+    )
 
 
 def _out_of_memory(error: BaseException) -> bool:
     # On a CPU torch raises a plain RuntimeError with these words.
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    memory_messages = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        word in str(error) for word in words
+        message in str(error) for message in memory_messages
     )

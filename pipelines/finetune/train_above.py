@@ -13,7 +13,7 @@ from headrace.pipelines.models.torch_network import Network
 
 
 def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
-    """The blocks of the backbone that train above this node, from the bottom up, each a list of
+    """Return the blocks of the backbone that train above a node, from the bottom up, each a list of
     modules; "head": none.
 
     Blocks that no tap needs are left out: no gradient reaches them. Raises CannotSplit for an
@@ -24,104 +24,108 @@ def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
     module = network.backbone
     if train_above != "all" and train_above not in dict(module.named_modules()):
         raise CannotSplit(
-            f"the network has no node {train_above!r} to train above: `headrace backbones "
-            "NAME` lists them"
+            f"the network has no node {train_above!r} to train above: `headrace backbones NAME` "
+            "lists them"
         )
-    owners = owners_above(
+    owner_names = owners_above(
         network.untouched, None if train_above == "all" else train_above, network.preprocessing.crop
     )
-    reached = _reached(network)
-    found = blocks_of(module, [owner for owner in owners if owner in reached])
-    if not found:
+    reached_owners = _modules_with_gradient(network)
+    trained_blocks = blocks_of(module, [owner for owner in owner_names if owner in reached_owners])
+    if not trained_blocks:
         raise CannotSplit(
             f"nothing between {train_above} and the head's taps "
             f"({', '.join(str(tap) for tap in network.taps)}) has parameters: train above an "
             "earlier node"
         )
-    return found
+    return trained_blocks
 
 
-def _reached(network: Network) -> set[str]:
-    """Names of the backbone's modules whose own parameters the logits depend on."""
-    owners = {
-        name: list(child.parameters(recurse=False))
-        for name, child in network.backbone.named_modules()
+def _modules_with_gradient(network: Network) -> set[str]:
+    """Return the names of the backbone's modules whose own parameters the logits depend on."""
+    parameters_of_owner = {
+        module_name: list(child.parameters(recurse=False))
+        for module_name, child in network.backbone.named_modules()
     }
-    owned = [
-        (name, parameter)
-        for name, own in owners.items()
-        for parameter in own
+    named_parameters = [
+        (module_name, parameter)
+        for module_name, parameters in parameters_of_owner.items()
+        for parameter in parameters
         if parameter.is_floating_point()
     ]
-    for _, parameter in owned:
+    for _, parameter in named_parameters:
         parameter.requires_grad_(True)
-    device = owned[0][1].device
-    kind = torch.uint8 if network.split_node is None else torch.float32
-    inputs = torch.zeros(2, *network.input_shape, dtype=kind, device=device)
+    device = named_parameters[0][1].device
+    input_dtype = torch.uint8 if network.split_node is None else torch.float32
+    inputs = torch.zeros(2, *network.input_shape, dtype=input_dtype, device=device)
     logits = network(inputs, torch.zeros(2, network.n_features_below, device=device))
     gradients = torch.autograd.grad(
-        logits.sum(), [parameter for _, parameter in owned], allow_unused=True
+        logits.sum(), [parameter for _, parameter in named_parameters], allow_unused=True
     )
-    for _, parameter in owned:
+    for _, parameter in named_parameters:
         parameter.requires_grad_(False)
     return {
-        name for (name, _), gradient in zip(owned, gradients, strict=True) if gradient is not None
+        module_name
+        for (module_name, _), gradient in zip(named_parameters, gradients, strict=True)
+        if gradient is not None
     }
 
 
-def owners_above(module: nn.Module, node: str | None, size: tuple[int, int]) -> list[str]:
-    """Names of the modules with parameters of their own that run after the node has its output, in
-    running order.
+def owners_above(
+    module: nn.Module, node_name: str | None, image_size: tuple[int, int]
+) -> list[str]:
+    """Return the names of the modules with parameters of their own that run after the node has its
+    output, in running order.
 
-    node None: all. Found by running the network once on shapes alone, or on zeros where that is not
-    possible.
+    node_name None: all. Found by running the network once on shapes alone, or on zeros where that
+    is not possible.
     """
     try:
-        memo: dict[int, Any] = {}
+        copied_tensors: dict[int, Any] = {}
         for parameter in module.parameters():
-            memo[id(parameter)] = nn.Parameter(
+            copied_tensors[id(parameter)] = nn.Parameter(
                 torch.empty_like(parameter, device="meta"), requires_grad=False
             )
         for buffer in module.buffers():
-            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-        return _running_order(copy.deepcopy(module, memo), node, size, "meta")
+            copied_tensors[id(buffer)] = torch.empty_like(buffer, device="meta")
+        return _running_order(copy.deepcopy(module, copied_tensors), node_name, image_size, "meta")
     except Exception:  # noqa: BLE001 (networks that compute with values of their own)
-        return _running_order(copy.deepcopy(module), node, size, "cpu")
+        return _running_order(copy.deepcopy(module), node_name, image_size, "cpu")
 
 
 def _running_order(
-    module: nn.Module, node: str | None, size: tuple[int, int], device: str
+    module: nn.Module, node_name: str | None, image_size: tuple[int, int], device: str
 ) -> list[str]:
-    order: list[str] = []
-    passed = [node is None]
+    owner_names: list[str] = []
+    node_passed = [node_name is None]
 
-    def before(name: str) -> Any:
+    def before(module_name: str) -> Any:
         def hook(_module: nn.Module, _args: Any) -> None:
-            if passed[0] and name not in order:
-                order.append(name)
+            if node_passed[0] and module_name not in owner_names:
+                owner_names.append(module_name)
 
         return hook
 
-    for name, child in module.named_modules():
+    for module_name, child in module.named_modules():
         if next(child.parameters(recurse=False), None) is not None:
-            child.register_forward_pre_hook(before(name))
-        if node is not None and name == node:
-            child.register_forward_hook(lambda *_: operator.setitem(passed, 0, True))
+            child.register_forward_pre_hook(before(module_name))
+        if node_name is not None and module_name == node_name:
+            child.register_forward_hook(lambda *_: operator.setitem(node_passed, 0, True))
     with torch.no_grad():
-        module.eval()(torch.zeros(2, 3, *size, device=device))
-    return order
+        module.eval()(torch.zeros(2, 3, *image_size, device=device))
+    return owner_names
 
 
-def blocks_of(module: nn.Module, owners: Sequence[str]) -> list[list[str]]:
-    """The owners grouped into blocks, from the bottom up: by the first module on their path that is
+def blocks_of(module: nn.Module, owner_names: Sequence[str]) -> list[list[str]]:
+    """Group the owners into blocks, from the bottom up: by the first module on their path that is
     no mere sequence, as `blocks.5.0`, `layer4.1`, `features.24` or `Mixed_6b`.
     """
-    blocks: dict[str, list[str]] = {}
-    for owner in owners:
-        parts, depth = owner.split("."), 1
-        while depth < len(parts) and isinstance(
-            module.get_submodule(".".join(parts[:depth])), nn.Sequential | nn.ModuleList
+    owners_of_block: dict[str, list[str]] = {}
+    for owner_name in owner_names:
+        path_parts, n_parts = owner_name.split("."), 1
+        while n_parts < len(path_parts) and isinstance(
+            module.get_submodule(".".join(path_parts[:n_parts])), nn.Sequential | nn.ModuleList
         ):
-            depth += 1
-        blocks.setdefault(".".join(parts[:depth]), []).append(owner)
-    return list(blocks.values())
+            n_parts += 1
+        owners_of_block.setdefault(".".join(path_parts[:n_parts]), []).append(owner_name)
+    return list(owners_of_block.values())

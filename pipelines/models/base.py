@@ -1,4 +1,4 @@
-"""What every kind of model has in common: prediction from images, decisions, its digest."""
+"""Methods that every kind of model shares: prediction from images, the torch form, the digest."""
 
 import hashlib
 import json

@@ -27,7 +27,8 @@ class EnsembleModel(ImagePredictor):
 
     path: Path
     task_kind: TaskKind
-    classes: tuple[str, ...]  # of a multi-label or regression task, the columns
+    # The columns of a multi-label or regression task.
+    classes: tuple[str, ...]
     metrics: dict[str, float]
     members: tuple[HeadModel | NetworkModel, ...]
     weights: tuple[float, ...]  # of the members, summing to 1
@@ -39,27 +40,29 @@ class EnsembleModel(ImagePredictor):
     nested: Mapping[str, Any] | None = None
 
     @classmethod
-    def load(cls, directory: Path, *, trusted: Collection[str] = ()) -> "EnsembleModel":
+    def load(cls, model_directory: Path, *, allowed_code: Collection[str] = ()) -> "EnsembleModel":
         """Read what `save` wrote.
 
         Raises CodeNotTrusted; ModelError also for members outside of the directory, members of
         other classes, and weights that do not sum to 1.
         """
-        description_path = directory / ENSEMBLE_DESCRIPTION
+        description_path = model_directory / ENSEMBLE_DESCRIPTION
         description = _read_description(description_path)
         members: list[HeadModel | NetworkModel] = []
-        for name, temperature in zip(
+        for member_name, temperature in zip(
             description["names"], description["temperatures"], strict=True
         ):
-            member_directory = directory / name
-            if not member_directory.resolve().is_relative_to(directory.resolve()):
+            member_directory = model_directory / member_name
+            if not member_directory.resolve().is_relative_to(model_directory.resolve()):
                 raise ModelError(
                     f"{description_path}: the member {member_directory} lies outside of the "
                     "model's directory: run again"
                 )
-            member = load_member(member_directory, root=directory, trusted=trusted)
-            outputs = (description["classes"], description["task_kind"])
-            if (member.classes, member.task_kind) != outputs:
+            member = load_member(
+                member_directory, model_root=model_directory, allowed_code=allowed_code
+            )
+            task_outputs = (description["classes"], description["task_kind"])
+            if (member.classes, member.task_kind) != task_outputs:
                 raise ModelError(
                     f"{description_path}: the member {member_directory} has other classes than the "
                     "ensemble: run again"
@@ -72,7 +75,7 @@ class EnsembleModel(ImagePredictor):
                 "again"
             )
         return cls(
-            path=directory,
+            path=model_directory,
             task_kind=description["task_kind"],
             classes=description["classes"],
             metrics=description["metrics"],
@@ -82,18 +85,22 @@ class EnsembleModel(ImagePredictor):
             names=description["names"],
         )
 
-    def save(self, directory: Path) -> Path:
+    def save(self, model_directory: Path) -> Path:
         """Write the members, then ensemble.json, which names them, then remove the members of an
         earlier ensemble; returns the path of ensemble.json.
         """
         entries: list[dict[str, Any]] = []
-        columns = self.member_columns or ({},) * len(self.members)
-        for member, weight, name, column in zip(
-            self.members, self.weights, self.names, columns, strict=True
+        columns_of_member = self.member_columns or ({},) * len(self.members)
+        for member, weight, member_name, extra_columns in zip(
+            self.members, self.weights, self.names, columns_of_member, strict=True
         ):
-            member.save(directory / name)
-            shares = {"model": name, "weight": weight, "temperature": member.temperature}
-            entries.append(shares | dict(column))
+            member.save(model_directory / member_name)
+            member_entry = {
+                "model": member_name,
+                "weight": weight,
+                "temperature": member.temperature,
+            }
+            entries.append(member_entry | dict(extra_columns))
         description = {
             "format": FORMAT,
             "kind": "ensemble",
@@ -105,9 +112,9 @@ class EnsembleModel(ImagePredictor):
         }
         if self.nested is not None:
             description["nested"] = dict(self.nested)
-        description_path = directory / ENSEMBLE_DESCRIPTION
+        description_path = model_directory / ENSEMBLE_DESCRIPTION
         publish_replace(description_path, sealed_json(description, indent=2))
-        for old_member in (directory / "members").iterdir():
+        for old_member in (model_directory / "members").iterdir():
             if f"members/{old_member.name}" not in self.names:
                 with contextlib.suppress(OSError):  # it only takes space
                     shutil.rmtree(old_member)
@@ -133,43 +140,46 @@ class EnsembleModel(ImagePredictor):
 
     @property
     def digest(self) -> str:
-        """Of everything that a prediction depends on."""
+        """The digest of everything that a prediction depends on."""
         return model_digest(self.temperature, self.weights, self.members)
 
 
 def load_member(
-    directory: Path, *, root: Path, trusted: Collection[str]
+    member_directory: Path, *, model_root: Path, allowed_code: Collection[str]
 ) -> HeadModel | NetworkModel:
     """Read a head or a network, whichever the directory holds. Raises as their `load` does."""
-    if NetworkModel.is_in(directory):
-        return NetworkModel.load(directory, root=root, trusted=trusted)
-    return HeadModel.load(directory, root=root, trusted=trusted)
+    if NetworkModel.is_in(member_directory):
+        return NetworkModel.load(member_directory, model_root=model_root, allowed_code=allowed_code)
+    return HeadModel.load(member_directory, model_root=model_root, allowed_code=allowed_code)
 
 
 def _read_description(description_path: Path) -> dict[str, Any]:
     """Return the fields of ensemble.json, checked. Raises ModelError."""
     try:
-        stored = read_sealed_json(description_path.read_bytes())
-        if stored["format"] not in (1, FORMAT) or stored["kind"] != "ensemble":
+        description = read_sealed_json(description_path.read_bytes())
+        if description["format"] not in (1, FORMAT) or description["kind"] != "ensemble":
             raise ModelError(
-                f"{description_path}: format {stored['format']}, this version reads {FORMAT}: "
+                f"{description_path}: format {description['format']}, this version reads {FORMAT}: "
                 "update headrace"
             )
-        check_outputs(stored["task_kind"], stored["classes"])
-        members = stored["members"]
+        check_outputs(description["task_kind"], description["classes"])
+        members = description["members"]
         names = tuple(str(Path(member["model"])) for member in members)
-        for name in names:  # a name with a zero byte, for instance, is none
-            (description_path.parent / name).resolve()
+        # Raises for what is no name, such as one with a zero byte.
+        for member_name in names:
+            (description_path.parent / member_name).resolve()
         return {
-            "task_kind": stored["task_kind"],
-            "classes": tuple(stored["classes"]),
-            "metrics": {name: float(value) for name, value in stored["metrics"].items()},
+            "task_kind": description["task_kind"],
+            "classes": tuple(description["classes"]),
+            "metrics": {
+                member_name: float(value) for member_name, value in description["metrics"].items()
+            },
             "names": names,
             "weights": tuple(float(member["weight"]) for member in members),
             "temperatures": [
                 check_temperature(member.get("temperature", 1.0)) for member in members
             ],
-            "temperature": check_temperature(stored["temperature"]),
+            "temperature": check_temperature(description["temperature"]),
         }
     except ModelError:
         raise

@@ -1,4 +1,4 @@
-"""What can be wrong with a stored model, and with a network that is put together from one."""
+"""Errors of stored models, and of networks that are put together from them."""
 
 from headrace.cache.errors import HeadraceError
 

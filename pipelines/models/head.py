@@ -54,29 +54,37 @@ class HeadModel(ImagePredictor):
 
     path: Path
     head: TrainedHead
-    trust_code: tuple[str, ...] = ()  # code that the caller allows, "module:function"; no other is
+    # code that the caller allows, "module:function"; no other is
+    trust_code: tuple[str, ...] = ()
 
     @classmethod
     def load(
-        cls, directory: Path, *, root: Path | None = None, trusted: Collection[str] = ()
+        cls,
+        model_directory: Path,
+        *,
+        model_root: Path | None = None,
+        allowed_code: Collection[str] = (),
     ) -> "HeadModel":
         """Read what `save` wrote.
 
-        root: the model directory that the caller gave, in which this one is. Raises CodeNotTrusted
-        before anything is built, ModelError where the networks are not recorded, BadHeadFile.
+        model_root: the model directory that the caller gave, in which this one is. Raises
+        CodeNotTrusted before anything is built, ModelError where the networks are not recorded,
+        BadHeadFile.
         """
-        head = load_head(directory, trust_code=trusted)
-        backbones = _resolve_backbones(head, directory, root or directory, trusted)
+        head = load_head(model_directory, trust_code=allowed_code)
+        backbones = _resolve_backbones(
+            head, model_directory, model_root or model_directory, allowed_code
+        )
         for backbone in backbones:
-            require_trusted(imported_function_path(backbone.name), directory, trusted)
-        fields = tuple(dataclasses.asdict(backbone) for backbone in backbones)
-        return cls(directory, dataclasses.replace(head, backbones=fields))
+            require_trusted(imported_function_path(backbone.name), model_directory, allowed_code)
+        backbone_fields = tuple(dataclasses.asdict(backbone) for backbone in backbones)
+        return cls(model_directory, dataclasses.replace(head, backbones=backbone_fields))
 
-    def save(self, directory: Path) -> Path:
+    def save(self, model_directory: Path) -> Path:
         """Write the model's files, replacing a head that is there; returns the arrays' path."""
         head = self.head
         return save_head(
-            directory,
+            model_directory,
             spec=head.spec,
             task_kind=head.task_kind,
             arrays=head.arrays,
@@ -90,18 +98,18 @@ class HeadModel(ImagePredictor):
     def describe(self) -> str:
         """Return a phrase for a model card: the head, its taps and its networks, in Markdown."""
         head = self.head
-        settings = json.loads(spec_to_json(head.spec))
-        settings.pop("kind")
-        taps = ", ".join(dict.fromkeys(f"`{feature.name}`" for feature in head.features))
-        networks = dict.fromkeys(
+        head_settings = json.loads(spec_to_json(head.spec))
+        head_settings.pop("kind")
+        tap_names = ", ".join(dict.fromkeys(f"`{feature.name}`" for feature in head.features))
+        network_texts = dict.fromkeys(
             f"`{backbone.name}` (weights "
             f"{Path(backbone.weights).name if backbone.weights else 'of the library'}, digest "
             f"{feature.weights[:12]})"
             for backbone, feature in zip(self.backbones, head.features, strict=True)
         )
         return (
-            f"a {head.spec.kind} head ({settings_sentence(settings)}) on {taps} of the frozen "
-            f"network {' and '.join(networks)}"
+            f"a {head.spec.kind} head ({settings_sentence(head_settings)}) on {tap_names} of the "
+            f"frozen network {' and '.join(network_texts)}"
         )
 
     def head_function(self) -> Callable[[Floats], Floats]:
@@ -115,8 +123,8 @@ class HeadModel(ImagePredictor):
         if isinstance(head.spec, SklearnSpec):
             from headrace.heads.sklearn.bank import fitted_sklearn  # imports scikit-learn
 
-            fitted = fitted_sklearn(head.spec, head.arrays, head.task_kind)
-            return lambda X: tempered(fitted(X), head.task_kind, temperature, self.floor)
+            fitted_estimator = fitted_sklearn(head.spec, head.arrays, head.task_kind)
+            return lambda X: tempered(fitted_estimator(X), head.task_kind, temperature, self.floor)
         return lambda X: predict_head(head.spec, head.arrays, X, head.task_kind, temperature)
 
     def torch_head(self) -> "nn.Module":
@@ -136,10 +144,12 @@ class HeadModel(ImagePredictor):
 
     @property
     def kind(self) -> str:
+        """The kind of the head."""
         return self.head.spec.kind
 
     @property
     def task_kind(self) -> TaskKind:
+        """The kind of task that it was trained for."""
         return self.head.task_kind
 
     @property
@@ -149,10 +159,12 @@ class HeadModel(ImagePredictor):
 
     @property
     def metrics(self) -> dict[str, float]:
+        """Scores by name, as measured in the run."""
         return self.head.metrics
 
     @property
     def temperature(self) -> float:
+        """The divisor of its log-odds."""
         return self.head.temperature
 
     @property
@@ -187,6 +199,7 @@ class HeadModel(ImagePredictor):
 
     @property
     def weights(self) -> tuple[float, ...]:
+        """The weights of its members: one."""
         return (1.0,)
 
     @property
@@ -196,48 +209,54 @@ class HeadModel(ImagePredictor):
 
     @property
     def digest(self) -> str:
-        """Of everything that a prediction depends on."""
+        """The digest of everything that a prediction depends on."""
         return model_digest(1.0, (1.0,), (self,))
 
     def update_digest(self, hasher: Any) -> None:
+        """Add everything that its predictions depend on to a hash."""
         head = self.head
         hasher.update(json.dumps([head.task_kind, head.classes, spec_to_json(head.spec)]).encode())
-        for feature in head.features:  # each names the digest of its network's weights
+        # Each feature names the digest of its network's weights.
+        for feature in head.features:
             hasher.update(feature.to_json().encode())
-        for name, array in sorted(head.arrays.items()):
-            hasher.update(f"{name}|{array.dtype}|{array.shape}|".encode())
+        for array_name, array in sorted(head.arrays.items()):
+            hasher.update(f"{array_name}|{array.dtype}|{array.shape}|".encode())
             hasher.update(np.ascontiguousarray(array).data)
 
 
 def _resolve_backbones(
-    head: TrainedHead, directory: Path, root: Path, trusted: Collection[str]
+    head: TrainedHead, model_directory: Path, model_root: Path, allowed_code: Collection[str]
 ) -> list[BackboneSpec]:
     """Return the networks behind the head's feature sets, weights files with their paths here."""
     backbones = []
-    for feature, fields in zip(head.features, head.backbones, strict=True):
-        if fields is None:
+    for feature, backbone_fields in zip(head.features, head.backbones, strict=True):
+        if backbone_fields is None:
             raise ModelError(
-                f"{directory}: it is not recorded which network made the features {feature.name} "
-                f"({feature.backbone}). Heads of an earlier version: call `headrace run` again. "
-                "Features that were imported: predict from features, "
+                f"{model_directory}: it is not recorded which network made the features "
+                f"{feature.name} ({feature.backbone}). Heads of an earlier version: call `headrace "
+                "run` again. Features that were imported: predict from features, "
                 "headrace.load_head(DIRECTORY).predict_proba(X)"
             )
-        backbone = backbone_from_fields(fields)
+        backbone = backbone_from_fields(backbone_fields)
         if (
             backbone.weights
             and is_weights_file(backbone.weights)
             and not backbone.weights.startswith(PACKAGE_PREFIX)
         ):
             # A relative name is of a file in the model's own directory, as an export writes it.
-            beside = directory / backbone.weights
-            weights = (
-                str(beside.absolute())
-                if beside.is_file()
-                else moved_with_run(backbone.weights, directory)
+            packed_weights = model_directory / backbone.weights
+            weights_path = (
+                str(packed_weights.absolute())
+                if packed_weights.is_file()
+                else moved_with_run(backbone.weights, model_directory)
             )
-            require_allowed_file(backbone.weights, Path(weights), directory, root, trusted)
-            backbone = dataclasses.replace(backbone, weights=weights)
+            require_allowed_file(
+                backbone.weights, Path(weights_path), model_directory, model_root, allowed_code
+            )
+            backbone = dataclasses.replace(backbone, weights=weights_path)
         if (network_path := backbone_path(backbone.name)) is not None:
-            require_allowed_file(backbone.name, network_path, directory, root, trusted)
+            require_allowed_file(
+                backbone.name, network_path, model_directory, model_root, allowed_code
+            )
         backbones.append(backbone)
     return backbones

@@ -1,5 +1,5 @@
-"""From images to probabilities: each decoded once, one pass per network, every member's prediction
-from what came out.
+"""Prediction from images: each decoded once, one pass per network, every member's prediction from
+what came out.
 
 Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
 """
@@ -57,12 +57,13 @@ if TYPE_CHECKING:
 
 ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
 Floats = npt.NDArray[np.float32]
-_BATCH = 32  # images decoded together; passes take as many at a time as is fast on their device
+# images decoded together; passes take as many at a time as is fast on their device
+_BATCH = 32
 _CHANNELS = (1, 3, 4)
-_UNIT: PixelRange = (0.0, 1.0)  # of floats in memory, as torchvision and scikit-image have them
-_HALF_STEP = (
-    0.5 / 255
-)  # what a float may lie beyond them: it is rounded to black or white in any case
+# Black and white of floats in memory, as torchvision and scikit-image have them.
+_UNIT: PixelRange = (0.0, 1.0)
+# A float this far beyond them is rounded to black or white in any case.
+_HALF_STEP = 0.5 / 255
 
 
 class ImageUnusable(HeadraceError, ValueError):
@@ -72,19 +73,18 @@ class ImageUnusable(HeadraceError, ValueError):
 
 
 @dataclass(frozen=True)
-class Predicted:
+class BatchPrediction:
     """Some of the images, in order. Rows are positions in what was given."""
 
     rows: list[int]
     probabilities: Floats  # (len(rows), C)
     failed: list[tuple[int, str]]  # (row, reason)
-    unread: frozenset[int] = (
-        frozenset()
-    )  # rows among the failed whose file could not be read; another time it may be
+    # Rows among the failed whose file could not be read, and may be another time.
+    unread: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
-class Engine:
+class PredictionEngine:
     """A model's networks on a device: a batch of pixels in, probabilities out."""
 
     model: "Model"
@@ -95,11 +95,11 @@ class Engine:
 
     @property
     def renderings(self) -> list[Rendering]:
-        """What pixels a batch holds, in order."""
-        return [each.rendering for each in self.passes]
+        """The renderings whose pixels a batch holds, in order."""
+        return [network_pass.rendering for network_pass in self.passes]
 
 
-def open_engine(model: "Model", device: str = "cpu") -> Engine:
+def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
     """Load the networks.
 
     Raises BackboneError for weights that are not there, SpecMismatch for other weights.
@@ -107,7 +107,7 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
     check_device(device)
     if torch.device(device).type == "cpu":
         keep_freed_memory()
-    wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+    features_of_backbone: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
     passes: list[ForwardPass] = []
     for member in model.members:
         trained_backbone = member.trained_backbone()
@@ -115,17 +115,19 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
             passes.append(_trained_pass(trained_backbone, member.features, device))
             continue
         for backbone, feature in zip(member.backbones, member.features, strict=True):
-            wanted.setdefault(backbone, {})[feature] = None
+            features_of_backbone.setdefault(backbone, {})[feature] = None
     passes += [
-        each
-        for backbone, features in wanted.items()
-        for each in make_forward_passes(backbone, list(features), device)
+        network_pass
+        for backbone, backbone_features in features_of_backbone.items()
+        for network_pass in make_forward_passes(backbone, list(backbone_features), device)
     ]
     limits = [
-        batch_limit_of(each.forward, each.rendering.preprocessing.crop, device, None)
-        for each in passes
+        batch_limit_of(
+            network_pass.forward, network_pass.rendering.preprocessing.crop, device, None
+        )
+        for network_pass in passes
     ]
-    return Engine(
+    return PredictionEngine(
         model,
         device,
         tuple(passes),
@@ -134,56 +136,74 @@ def open_engine(model: "Model", device: str = "cpu") -> Engine:
     )
 
 
-def predict_batch(engine: Engine, batch: PixelBatch) -> Predicted:
-    """Probabilities of the images in a batch; those that failed, here or in decoding, with the
-    reason.
+def predict_batch(engine: PredictionEngine, batch: PixelBatch) -> BatchPrediction:
+    """Return probabilities of the images in a batch, and those that failed, here or in decoding,
+    with the reason.
     """
-    launched = [
-        launch_forward(each.forward, pixels, engine.device, limit)
-        for each, pixels, limit in zip(engine.passes, batch.pixels, engine.limits, strict=True)
+    launched_passes = [
+        launch_forward(network_pass.forward, pixels, engine.device, batch_limit)
+        for network_pass, pixels, batch_limit in zip(
+            engine.passes, batch.pixels, engine.limits, strict=True
+        )
         if batch.rows
     ]
     features: dict[FeatureSpec, npt.NDArray[Any]] = {}
-    bad: dict[int, str] = {}
-    for each, result in zip(engine.passes, launched, strict=False):  # none are launched for no rows
-        for spec, output in zip(each.specs, result(), strict=True):
-            bad |= find_unstorable_rows(output, spec)
-            features[spec] = output
-    good = [place for place in range(len(batch.rows)) if place not in bad]
-    failed = [
+    reason_by_slot: dict[int, str] = {}
+    # Nothing was launched for a batch without rows.
+    for network_pass, pass_result in zip(engine.passes, launched_passes, strict=False):
+        for feature_spec, pass_output in zip(network_pass.specs, pass_result(), strict=True):
+            reason_by_slot |= find_unstorable_rows(pass_output, feature_spec)
+            features[feature_spec] = pass_output
+    good_slots = [slot for slot in range(len(batch.rows)) if slot not in reason_by_slot]
+    failed_rows = [
         *batch.undecodable,
         *batch.unread,
-        *((batch.rows[place], reason) for place, reason in bad.items()),
+        *((batch.rows[slot], failure_reason) for slot, failure_reason in reason_by_slot.items()),
     ]
-    unread = frozenset(row for row, _ in batch.unread)
-    if not good:
-        return Predicted(
-            [], np.empty((0, len(engine.model.classes)), np.float32), sorted(failed), unread
+    unread_rows = frozenset(row for row, _ in batch.unread)
+    if not good_slots:
+        return BatchPrediction(
+            [],
+            np.empty((0, len(engine.model.classes)), np.float32),
+            sorted(failed_rows),
+            unread_rows,
         )
-    stored = {spec: as_stored(output[good], spec.dtype) for spec, output in features.items()}
-    parts = [
-        predict_member(member, head, stored, engine.model.task_kind)
-        for member, head in zip(engine.model.members, engine.heads, strict=True)
+    stored_features = {
+        feature_spec: as_stored(pass_output[good_slots], feature_spec.dtype)
+        for feature_spec, pass_output in features.items()
+    }
+    member_predictions = [
+        predict_member(member, head_function, stored_features, engine.model.task_kind)
+        for member, head_function in zip(engine.model.members, engine.heads, strict=True)
     ]
-    classes = len(engine.model.classes)
-    if odd := [part.shape[1] for part in parts if part.shape != (len(good), classes)]:
+    n_classes = len(engine.model.classes)
+    if wrong_widths := [
+        predicted.shape[1]
+        for predicted in member_predictions
+        if predicted.shape != (len(good_slots), n_classes)
+    ]:
         raise CannotPredict(
-            f"{engine.model.path}: its head has {odd[0]} outputs for {classes} classes: fetch the "
-            "model again"
+            f"{engine.model.path}: its head has {wrong_widths[0]} outputs for {n_classes} classes: "
+            "fetch the model again"
         )
-    return Predicted(
-        [batch.rows[place] for place in good], combine(engine.model, parts), sorted(failed), unread
+    return BatchPrediction(
+        [batch.rows[slot] for slot in good_slots],
+        average_members(engine.model, member_predictions),
+        sorted(failed_rows),
+        unread_rows,
     )
 
 
-def predict_samples(engine: Engine, samples: Sequence[Sample], threads: int) -> Iterator[Predicted]:
-    """Predictions of the samples, in order, a batch at a time; decoding goes on while the network
-    is busy.
+def predict_samples(
+    engine: PredictionEngine, samples: Sequence[Sample], n_threads: int
+) -> Iterator[BatchPrediction]:
+    """Yield predictions of the samples, in order, a batch at a time; decoding goes on while the
+    network is busy.
     """
-    batch_size = max(_BATCH, *(limit.images for limit in engine.limits))
-    with ThreadPoolExecutor(threads, "decode") as pool, quiet_decoding():
+    batch_size = max(_BATCH, *(batch_limit.images for batch_limit in engine.limits))
+    with ThreadPoolExecutor(n_threads, "decode") as decode_pool, quiet_decoding():
         for batch in decoded_batches(
-            pool,
+            decode_pool,
             samples,
             engine.renderings,
             batch_size=batch_size,
@@ -195,29 +215,31 @@ def predict_samples(engine: Engine, samples: Sequence[Sample], threads: int) -> 
 def predict_images(
     model: "Model", images: ImageLike | Iterable[ImageLike], *, device: str = "cpu"
 ) -> Floats:
-    """See Model.predict_proba."""
-    given = _many(images)
+    """Return (N, C) predictions; see ImagePredictor.predict_proba."""
+    image_list = _split_images(images)
     engine = open_engine(model, device)
-    found = np.empty((len(given), len(model.classes)), np.float32)
-    with ThreadPoolExecutor(available_cores(), "decode") as pool, quiet_decoding():
-        for start in range(0, len(given), _BATCH):
-            rows = list(range(start, min(start + _BATCH, len(given))))
+    probabilities = np.empty((len(image_list), len(model.classes)), np.float32)
+    with ThreadPoolExecutor(available_cores(), "decode") as decode_pool, quiet_decoding():
+        for batch_start in range(0, len(image_list), _BATCH):
+            batch_rows = list(range(batch_start, min(batch_start + _BATCH, len(image_list))))
             pixels = [
-                torch.empty((len(rows), *each.preprocessing.crop, 3), dtype=torch.uint8)
-                for each in engine.renderings
+                torch.empty((len(batch_rows), *rendering.preprocessing.crop, 3), dtype=torch.uint8)
+                for rendering in engine.renderings
             ]
-            jobs = [
-                pool.submit(_render_into, given[row], row, engine.renderings, pixels, slot)
-                for slot, row in enumerate(rows)
+            decode_jobs = [
+                decode_pool.submit(
+                    _render_into, image_list[row], row, engine.renderings, pixels, slot
+                )
+                for slot, row in enumerate(batch_rows)
             ]
-            for job in jobs:
-                job.result()
-            predicted = predict_batch(engine, PixelBatch(rows, pixels))
+            for decode_job in decode_jobs:
+                decode_job.result()
+            predicted = predict_batch(engine, PixelBatch(batch_rows, pixels))
             if predicted.failed:
-                row, reason = predicted.failed[0]
-                raise ImageUnusable(f"{_name(given[row], row)}: {reason}")
-            found[predicted.rows] = predicted.probabilities
-    return found
+                row, failure_reason = predicted.failed[0]
+                raise ImageUnusable(f"{_image_name(image_list[row], row)}: {failure_reason}")
+            probabilities[predicted.rows] = predicted.probabilities
+    return probabilities
 
 
 def _trained_pass(
@@ -229,107 +251,120 @@ def _trained_pass(
     return ForwardPass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, features)
 
 
-def combine(model: "Model", parts: Sequence[Floats]) -> Floats:
-    """(n, C) of the members' predictions, each at its temperature: their weighted average, at the
-    model's.
+def average_members(model: "Model", member_predictions: Sequence[Floats]) -> Floats:
+    """Return the (n, C) weighted average of the members' predictions, at the model's
+    temperature.
     """
-    if len(parts) == 1 and model.average_temperature == 1:
-        return parts[0]
-    mean = average(np.array(model.weights), np.stack(parts))
-    return tempered(mean, model.task_kind, model.average_temperature)
+    if len(member_predictions) == 1 and model.average_temperature == 1:
+        return member_predictions[0]
+    mean_prediction = average(np.array(model.weights), np.stack(member_predictions))
+    return tempered(mean_prediction, model.task_kind, model.average_temperature)
 
 
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
-    """Features (n, ...) with the round-off of their storage dtype, which is what heads are trained
-    on.
+    """Return features (n, ...) with the quantization of their storage dtype, which is what heads
+    are trained on.
 
     uint8 is left out: its scale depends on the rows that happen to be stored together.
     """
     if dtype == "uint8":
         return np.asarray(features, np.float32)
-    encoded = encode_rows(features, [""] * len(features), dtype)
-    return np.asarray(decode_rows(encoded.stored, dtype), np.float32)
+    encoded_features = encode_rows(features, [""] * len(features), dtype)
+    return np.asarray(decode_rows(encoded_features.stored, dtype), np.float32)
 
 
 def predict_member(
     member: "HeadModel | NetworkModel",
-    head: Callable[[Floats], Floats],
+    head_function: Callable[[Floats], Floats],
     features: dict[FeatureSpec, Floats],
     task_kind: TaskKind,
 ) -> Floats:
-    """(n, C) of one head at its temperature, the mean over the views that it was trained on; its
-    inputs side by side as in `load_rows`. head: its `head_function()`.
+    """Return (n, C) predictions of one member at its temperature, the mean over the views that it
+    was trained on; its inputs side by side as in `load_rows`. head_function: the member's.
     """
-    columns: dict[str, list[Floats]] = {}
+    views_of_feature: dict[str, list[Floats]] = {}
     for spec in member.features:
-        columns.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
+        views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
     spatial = member.spatial
-    views = [
-        np.concatenate([part if spatial else part.reshape(len(part), -1) for part in parts], axis=1)
-        for parts in zip(*columns.values(), strict=True)
+    view_inputs = [
+        np.concatenate(
+            [
+                view_features if spatial else view_features.reshape(len(view_features), -1)
+                for view_features in features_of_view
+            ],
+            axis=1,
+        )
+        for features_of_view in zip(*views_of_feature.values(), strict=True)
     ]
-    if len(views) == 1:
-        return head(views[0])
+    if len(view_inputs) == 1:
+        return head_function(view_inputs[0])
     return tempered(
-        np.mean([head(view) for view in views], axis=0), task_kind, member.temperature, member.floor
+        np.mean([head_function(view_input) for view_input in view_inputs], axis=0),
+        task_kind,
+        member.temperature,
+        member.floor,
     )
 
 
 def _render_into(
     image: ImageLike,
-    row: int,
+    image_index: int,
     renderings: Sequence[Rendering],
-    buffers: Sequence[torch.Tensor],
+    pixel_buffers: Sequence[torch.Tensor],
     slot: int,
 ) -> None:
     try:
-        decode, content = _decoder(image)
-        render_into_buffers(decode, content, renderings, buffers, slot)
+        decode_pixels, content_hash = _image_decoder(image)
+        render_into_buffers(decode_pixels, content_hash, renderings, pixel_buffers, slot)
     except (ImageError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ImageUnusable(f"{_name(image, row)}: {reason}") from error
+        failure_reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        )
+        raise ImageUnusable(f"{_image_name(image, image_index)}: {failure_reason}") from error
 
 
-def _decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Image], str]:
-    """What decodes the image with a pixel_range, and the image's content hash.
+def _image_decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Image], str]:
+    """Return what decodes the image with a pixel_range, and the image's content hash.
 
     Raises ImageError and OSError.
     """
-    if isinstance(image, Image.Image) and not (data := _unread_file(image)):
-        upright = ImageOps.exif_transpose(image)
-        return partial(to_rgb, upright), hash_bytes(upright.tobytes())
+    if isinstance(image, Image.Image) and not (image_bytes := _unread_file(image)):
+        upright_image = ImageOps.exif_transpose(image)
+        return partial(to_rgb, upright_image), hash_bytes(upright_image.tobytes())
     if isinstance(image, str | PathLike):
-        data = read_bytes(image if isinstance(image, str) else encode_path(Path(image)))
+        image_bytes = read_bytes(image if isinstance(image, str) else encode_path(Path(image)))
     elif not isinstance(image, Image.Image):
-        array = _one_image(_as_array(image))
-        data = array_bytes(array)
-        if array.dtype.kind == "f":
-            return partial(_decode_floats, array, data), hash_bytes(data)
-    return partial(decode_image, data), hash_bytes(data)
+        pixel_array = _one_image(_as_array(image))
+        image_bytes = array_bytes(pixel_array)
+        if pixel_array.dtype.kind == "f":
+            return partial(_decode_floats, pixel_array, image_bytes), hash_bytes(image_bytes)
+    return partial(decode_image, image_bytes), hash_bytes(image_bytes)
 
 
 def _decode_floats(
-    array: npt.NDArray[Any], data: bytes, pixel_range: PixelRange | None
+    pixel_array: npt.NDArray[Any], image_bytes: bytes, pixel_range: PixelRange | None
 ) -> Image.Image:
-    """Floats in memory, which are from 0 to 1 unless the model has a pixel_range.
+    """Decode floats in memory, which are from 0 to 1 unless the model has a pixel_range.
 
     Raises ImageError for others.
     """
     if pixel_range is None:
-        low, high = (float(array.min()), float(array.max())) if array.size else _UNIT
-        if low < -_HALF_STEP or high > 1 + _HALF_STEP:
+        lowest, highest = (
+            (float(pixel_array.min()), float(pixel_array.max())) if pixel_array.size else _UNIT
+        )
+        if lowest < -_HALF_STEP or highest > 1 + _HALF_STEP:
             raise ImageError(
-                f"{array.dtype} values from {low:g} to {high:g}; expected 0 to 1, as torchvision "
-                "and scikit-image have it. Divide them by the value that is white, leave a "
-                "normalisation out, or give uint8. A model whose recipe says images.pixel_range: "
-                "[0, 255] takes floats from 0 to 255"
+                f"{pixel_array.dtype} values from {lowest:g} to {highest:g}; expected 0 to 1, as "
+                "torchvision and scikit-image have it. Divide them by the value that is white, "
+                "leave a normalisation out, or give uint8. A model whose recipe says "
+                "images.pixel_range: [0, 255] takes floats from 0 to 255"
             )
-    return decode_image(data, pixel_range or _UNIT)
+    return decode_image(image_bytes, pixel_range or _UNIT)
 
 
 def _unread_file(image: Image.Image) -> bytes:
-    """The bytes of the file of an image that is opened and not read yet; empty where it has been
-    read, or made.
+    """Return the bytes of the file of an image that is opened and not read yet; empty where it has
+    been read, or made.
 
     Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the
     low byte of colours.
@@ -340,21 +375,24 @@ def _unread_file(image: Image.Image) -> bytes:
         or image.fp is None
         or image.tell() != 0
     ):
-        return b""  # read or made already, or another page than the first
+        # read or made already, or another page than the first
+        return b""
     if not (
         image.format == "PPM" or (image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image))
     ):
         return b""  # of 8 bits, which Pillow keeps
-    place = image.fp.tell()
+    file_position = image.fp.tell()
     image.fp.seek(0)
-    data = image.fp.read()
-    image.fp.seek(place)
-    image.load()  # which closes the file, as every other use of the image does
-    return data
+    file_bytes = image.fp.read()
+    image.fp.seek(file_position)
+    # This closes the file, as every other use of the image does.
+    image.load()
+    return file_bytes
 
 
-def _many(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
-    """Each image by itself: of an array or tensor the first axis is cut up where it counts images.
+def _split_images(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+    """Return the images one by one: the first axis of an array or tensor is split where it counts
+    images.
 
     Raises ImageUnusable.
     """
@@ -365,40 +403,45 @@ def _many(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
     if isinstance(images, np.ndarray) and images.ndim == 1:
         return cast(list[ImageLike], images.tolist())  # of paths, as a column of a table gives them
     try:
-        array = _as_array(images)
-        if array.ndim == 4:
-            _channels_first(array.shape, "a batch")
-        elif array.ndim != 3 or isinstance(images, torch.Tensor) or not _is_grey_batch(array.shape):
-            return [
-                array
-            ]  # torch has no images without channels: a tensor of three axes is (C, H, W)
-        return list(array)
+        pixel_array = _as_array(images)
+        if pixel_array.ndim == 4:
+            _channels_first(pixel_array.shape, "a batch")
+        elif (
+            pixel_array.ndim != 3
+            or isinstance(images, torch.Tensor)
+            or not _is_grey_batch(pixel_array.shape)
+        ):
+            # torch has no images without channels: a tensor of three axes is (C, H, W)
+            return [pixel_array]
+        return list(pixel_array)
     except ImageError as error:
         raise ImageUnusable(str(error)) from None
 
 
-def _is_grey_batch(shape: tuple[int, ...]) -> bool:
-    """Whether an array is (N, H, W), N grey images, and not (H, W, C).
+def _is_grey_batch(array_shape: tuple[int, ...]) -> bool:
+    """Tell whether an array is (N, H, W), N grey images, and not (H, W, C).
 
     Raises ImageError where it could be (C, H, W) too.
     """
-    count, height, width = shape
-    if width in _CHANNELS or count == 1:
+    n_images, height, width = array_shape
+    if width in _CHANNELS or n_images == 1:
         return False
-    if count in _CHANNELS:
+    if n_images in _CHANNELS:
         raise ImageError(
-            f"an array of shape {shape} is one image of {count} channels and {height} x {width} "
-            f"pixels, (C, H, W), or {count} grey images of {height} x {width} pixels, (N, H, W). "
-            "Give [array] for the one image, and list(array) for the many"
+            f"an array of shape {array_shape} is one image of {n_images} channels and {height} x "
+            f"{width} pixels, (C, H, W), or {n_images} grey images of {height} x {width} pixels, "
+            "(N, H, W). Give [array] for the one image, and list(array) for the many"
         )
     return True
 
 
 def _as_array(image: object) -> npt.NDArray[Any]:
     if isinstance(image, torch.Tensor):
-        tensor = image.detach().cpu()
+        pixel_tensor = image.detach().cpu()
         # NumPy has no bfloat16
-        return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+        return np.asarray(
+            (pixel_tensor.float() if pixel_tensor.dtype == torch.bfloat16 else pixel_tensor).numpy()
+        )
     if isinstance(image, np.ndarray):
         if image.dtype.kind in "OV":
             raise ImageError(f"pixels of type {image.dtype}; expected numbers")
@@ -409,42 +452,47 @@ def _as_array(image: object) -> npt.NDArray[Any]:
     )
 
 
-def _one_image(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array as (H, W) or (H, W, C).
+def _one_image(pixel_array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array as (H, W) or (H, W, C).
 
     Raises ImageError where it is neither it nor (C, H, W), or could be both.
     """
-    if array.ndim == 2:
-        return array
-    if array.ndim != 3:
+    if pixel_array.ndim == 2:
+        return pixel_array
+    if pixel_array.ndim != 3:
         raise ImageError(
-            f"an array of shape {array.shape} is no image; expected (H, W), (H, W, C) or (C, H, W)"
+            f"an array of shape {pixel_array.shape} is no image; expected (H, W), (H, W, C) or (C, "
+            "H, W)"
         )
-    return np.moveaxis(array, 0, 2) if _channels_first(array.shape, "an image") else array
+    return (
+        np.moveaxis(pixel_array, 0, 2)
+        if _channels_first(pixel_array.shape, "an image")
+        else pixel_array
+    )
 
 
-def _channels_first(shape: tuple[int, ...], what: str) -> bool:
-    """Whether an image's channels stand before its rows.
+def _channels_first(array_shape: tuple[int, ...], subject: str) -> bool:
+    """Tell whether an image's channels stand before its rows.
 
     Raises ImageError where both readings are possible, or none.
     """
-    first, last = shape[-3] in _CHANNELS, shape[-1] in _CHANNELS
-    if first and last:
-        rows, columns = shape[-3:-1], shape[-2:]
+    first_fits, last_fits = array_shape[-3] in _CHANNELS, array_shape[-1] in _CHANNELS
+    if first_fits and last_fits:
+        last_layout, first_layout = array_shape[-3:-1], array_shape[-2:]
         raise ImageError(
-            f"{what} of shape {shape} has {shape[-1]} channels and {rows[0]} x {rows[1]} pixels, "
-            f"if the channels come last, or {shape[-3]} channels and {columns[0]} x {columns[1]} "
-            "pixels, if they come first. Put them where they cannot be mistaken: "
-            "np.moveaxis(array, -1, -3) where they are last now, np.moveaxis(array, -3, -1) where "
-            "they are first"
+            f"{subject} of shape {array_shape} has {array_shape[-1]} channels and {last_layout[0]} "
+            f"x {last_layout[1]} pixels, if the channels come last, or {array_shape[-3]} channels "
+            f"and {first_layout[0]} x {first_layout[1]} pixels, if they come first. Put them where "
+            "they cannot be mistaken: np.moveaxis(array, -1, -3) where they are last now, "
+            "np.moveaxis(array, -3, -1) where they are first"
         )
-    if not (first or last):
+    if not (first_fits or last_fits):
         raise ImageError(
-            f"{what} of shape {shape} has no axis of 1, 3 or 4 channels; expected (H, W, C) or (C, "
-            "H, W) for an image, (N, H, W, C) or (N, C, H, W) for many"
+            f"{subject} of shape {array_shape} has no axis of 1, 3 or 4 channels; expected (H, W, "
+            "C) or (C, H, W) for an image, (N, H, W, C) or (N, C, H, W) for many"
         )
-    return first
+    return first_fits
 
 
-def _name(image: ImageLike, row: int) -> str:
-    return str(image) if isinstance(image, str | PathLike) else f"image {row}"
+def _image_name(image: ImageLike, image_index: int) -> str:
+    return str(image) if isinstance(image, str | PathLike) else f"image {image_index}"

@@ -22,7 +22,7 @@ from headrace.pipelines.run_directory import find_run, require_finished
 Model = HeadModel | NetworkModel | EnsembleModel
 
 
-def load_model(directory: Path | str, *, trust_code: Collection[str] = ()) -> Model:
+def load_model(model_path: Path | str, *, trust_code: Collection[str] = ()) -> Model:
     """Load a model directory; of a run (its directory or its recipe) the selected model: winner, or
     ensemble where the interval of its gain lies above 0.
 
@@ -31,42 +31,42 @@ def load_model(directory: Path | str, *, trust_code: Collection[str] = ()) -> Mo
     recipe names where the run is given by its recipe. Raises NotARun, saying what is there instead;
     CodeNotTrusted; ModelError for a model that cannot be used; BadHeadFile for a damaged head.
     """
-    model_directory = _model_directory(directory)
-    trusted = trusted_code(directory, trust_code)
+    model_directory = _model_directory(model_path)
+    allowed_code = trusted_code(model_path, trust_code)
     model: Model = (
-        EnsembleModel.load(model_directory, trusted=trusted)
+        EnsembleModel.load(model_directory, allowed_code=allowed_code)
         if (model_directory / ENSEMBLE_DESCRIPTION).is_file()
-        else load_member(model_directory, root=model_directory, trusted=trusted)
+        else load_member(model_directory, model_root=model_directory, allowed_code=allowed_code)
     )
-    return dataclasses.replace(model, trust_code=tuple(sorted(trusted)))
+    return dataclasses.replace(model, trust_code=tuple(sorted(allowed_code)))
 
 
-def trusted_code(given: Path | str, trust_code: Collection[str] = ()) -> set[str]:
+def trusted_code(given_path: Path | str, trust_code: Collection[str] = ()) -> set[str]:
     """Return what a model or run may import: what `trust_code` names and, where it is given by its
     recipe, what that one names.
     """
     # A weights file may be typed as it is named, relative and without a folder, where it reads like
     # a class's path.
     weights_files = {name for name in trust_code if is_weights_file(name)}
-    return {code_name(name) for name in trust_code} | weights_files | _code_of_recipe(given)
+    return {code_name(name) for name in trust_code} | weights_files | _code_of_recipe(given_path)
 
 
-def _code_of_recipe(given: Path | str) -> set[str]:
+def _code_of_recipe(given_path: Path | str) -> set[str]:
     """Return the code that a recipe asks for: the user has named it. A directory names nothing."""
-    recipe_path = expand_home(given)
+    recipe_path = expand_home(given_path)
     if not recipe_path.is_file():
         return set()
     recipe: Recipe = load_recipe(recipe_path)
     network_code = {imported_function_path(backbone.name) for backbone in recipe.backbones}
     estimators = {code_name(section.estimator) for section in recipe.heads.sklearn}
-    return {name for name in network_code if name} | estimators
+    return {code_text for code_text in network_code if code_text} | estimators
 
 
-def _model_directory(given: Path | str) -> Path:
-    directory = expand_home(given)
-    if _holds_model(directory):
-        return directory
-    run = find_run(directory, or_model=True)
+def _model_directory(given_path: Path | str) -> Path:
+    model_path = expand_home(given_path)
+    if _holds_model(model_path):
+        return model_path
+    run = find_run(model_path, or_model=True)
     uses_ensemble = ensemble_is_selected(run) and _holds_model(run.ensemble)
     selected = run.ensemble if uses_ensemble else run.winner
     if not _holds_model(selected):
@@ -74,9 +74,9 @@ def _model_directory(given: Path | str) -> Path:
     return selected
 
 
-def _holds_model(directory: Path) -> bool:
-    return NetworkModel.is_in(directory) or any(
-        (directory / name).is_file() for name in (HEAD_DESCRIPTION, ENSEMBLE_DESCRIPTION)
+def _holds_model(model_path: Path) -> bool:
+    return NetworkModel.is_in(model_path) or any(
+        (model_path / file_name).is_file() for file_name in (HEAD_DESCRIPTION, ENSEMBLE_DESCRIPTION)
     )
 
 

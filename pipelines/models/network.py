@@ -60,7 +60,8 @@ if TYPE_CHECKING:
     from headrace.extract.backbones.backbone import Backbone
     from headrace.pipelines.models.torch_network import Network
 
-FORMAT = 3  # 2 called train_above depth, 1 had no temperature
+# 2 called train_above depth, 1 had no temperature
+FORMAT = 3
 WEIGHTS, DESCRIPTION = "network.safetensors", "network.json"
 NETWORK_FILES = (DESCRIPTION, WEIGHTS)
 
@@ -76,77 +77,97 @@ class NetworkModel(ImagePredictor):
     spec: FineTuneSpec
     backbone: BackboneSpec  # that it was made from
     preprocessing: Preprocessing
-    features: tuple[FeatureSpec, ...]  # what its taps give its head, in order; never stored
+    # The taps' features in the order of the head's input; never stored anywhere.
+    features: tuple[FeatureSpec, ...]
     spatial: bool  # whether its head takes maps
     task_kind: TaskKind
-    classes: tuple[str, ...]  # of a multi-label or regression task, the columns
+    # The columns of a multi-label or regression task.
+    classes: tuple[str, ...]
     metrics: dict[str, float]
-    temperature: float  # its log-odds are divided by it; see heads/evaluate/temperature.py
+    # its log-odds are divided by it; see heads/evaluate/temperature.py
+    temperature: float
     file_digest: str  # SHA-256 of its weights file
     trust_code: tuple[str, ...] = ()
     kind: str = "finetune"
     n_views: int = 1  # of an image that it looks at
-    floor: float = FLOOR  # the smallest probability that its temperature looks at
+    # the smallest probability that its temperature looks at
+    floor: float = FLOOR
 
     @staticmethod
-    def is_in(directory: Path) -> bool:
+    def is_in(model_directory: Path) -> bool:
         """Tell whether a directory holds a network."""
-        return (directory / DESCRIPTION).is_file()
+        return (model_directory / DESCRIPTION).is_file()
 
     @classmethod
     def load(
-        cls, directory: Path, *, root: Path | None = None, trusted: Collection[str] | None = ()
+        cls,
+        model_directory: Path,
+        *,
+        model_root: Path | None = None,
+        allowed_code: Collection[str] | None = (),
     ) -> "NetworkModel":
         """Read what the file says, no tensor.
 
-        root: the model directory that the caller gave, in which this one is. trusted: None allows
-        whatever the file names.
-        Raises ModelError for what is no network of this version; CodeNotTrusted.
+        model_root: the model directory that the caller gave, in which this one is. trusted: None
+        allows whatever the file names. Raises ModelError for what is no network of this version;
+        CodeNotTrusted.
         """
-        data, stored = _read_file(directory)
+        file_bytes, description = _read_file(model_directory)
         try:
-            model = _parse(directory, stored, hashlib.sha256(data).hexdigest())
+            model = _parse_description(
+                model_directory, description, hashlib.sha256(file_bytes).hexdigest()
+            )
         except _UNREADABLE as error:
-            raise _unreadable(directory, error) from error
-        if trusted is not None:
-            name = model.backbone.name
-            require_trusted(imported_function_path(name), directory, trusted)
-            if (network_path := backbone_path(name)) is not None:
-                require_allowed_file(name, network_path, directory, root or directory, trusted)
+            raise _not_a_network(model_directory, error) from error
+        if allowed_code is not None:
+            network_name = model.backbone.name
+            require_trusted(imported_function_path(network_name), model_directory, allowed_code)
+            if (network_path := backbone_path(network_name)) is not None:
+                require_allowed_file(
+                    network_name,
+                    network_path,
+                    model_directory,
+                    model_root or model_directory,
+                    allowed_code,
+                )
         return model
 
-    def save(self, directory: Path) -> Path:
+    def save(self, model_directory: Path) -> Path:
         """Write the network with the metrics and the temperature that it has here; returns the path
         of its weights. Raises ModelError where its file has been replaced meanwhile.
         """
         from safetensors.torch import load
 
-        data, stored = _read_file(self.path, self.file_digest)
-        stored |= {"metrics": self.metrics, "temperature": self.temperature}
-        return _publish(directory, stored, load(data))
+        file_bytes, description = _read_file(self.path, self.file_digest)
+        description |= {"metrics": self.metrics, "temperature": self.temperature}
+        return _publish_network(model_directory, description, load(file_bytes))
 
     def describe(self) -> str:
         """Return a phrase for a model card: which part of which network was trained, from where it
-        started, and the head on it, in Markdown.
+        start_text, and the head on it, in Markdown.
         """
-        settings = json.loads(spec_to_json(self.spec))
-        head = json.loads(settings.pop("head"))
-        train_above, start = settings.pop("train_above"), settings.pop("start")
-        settings.pop("kind")
+        training_settings = json.loads(spec_to_json(self.spec))
+        head_settings = json.loads(training_settings.pop("head"))
+        train_above, started_from = (
+            training_settings.pop("train_above"),
+            training_settings.pop("start"),
+        )
+        training_settings.pop("kind")
         trained_part = {
             "head": "its head alone",
             "all": "all of it",
             "scratch": "all of it, from a random start",
         }.get(train_above, f"everything above `{train_above}`")
-        started = {
+        start_text = {
             "random": ", which started at random",
             "pretrained": ", which started pretrained",
-        }.get(start, "")
-        kind = f"a {'' if start == 'head' else 'new '}{head.pop('kind')} head"
-        taps = ", ".join(f"`{feature.tap}.{feature.pooling}`" for feature in self.features)
+        }.get(started_from, "")
+        head_text = f"a {'' if started_from == 'head' else 'new '}{head_settings.pop('kind')} head"
+        tap_names = ", ".join(f"`{feature.tap}.{feature.pooling}`" for feature in self.features)
         return (
-            f"the network `{self.backbone.name}` with {kind} ({settings_sentence(head)}) on "
-            f"{taps}, trained further: {trained_part}{started} ({settings_sentence(settings)})"
+            f"the network `{self.backbone.name}` with {head_text} "
+            f"({settings_sentence(head_settings)}) on {tap_names}, trained further: "
+            f"{trained_part}{start_text} ({settings_sentence(training_settings)})"
         )
 
     def head_function(self) -> Callable[[Floats], Floats]:
@@ -191,6 +212,7 @@ class NetworkModel(ImagePredictor):
 
     @property
     def weights(self) -> tuple[float, ...]:
+        """The weights of its members: one."""
         return (1.0,)
 
     @property
@@ -200,10 +222,11 @@ class NetworkModel(ImagePredictor):
 
     @property
     def digest(self) -> str:
-        """Of everything that a prediction depends on."""
+        """The digest of everything that a prediction depends on."""
         return model_digest(1.0, (1.0,), (self,))
 
     def update_digest(self, hasher: Any) -> None:
+        """Add everything that its predictions depend on to a hash."""
         hasher.update(self.file_digest.encode())
 
 
@@ -227,7 +250,7 @@ class TrainedNetwork:
 
 
 def save_network(
-    directory: Path,
+    model_directory: Path,
     network: "Network",
     backbone: "Backbone",
     *,
@@ -237,8 +260,8 @@ def save_network(
     metrics: Mapping[str, float],
     temperature: float = 1.0,
 ) -> Path:
-    """Write network.safetensors and network.json into `directory`, replacing what is there; returns
-    the first's path.
+    """Write network.safetensors and network.json into `model_directory`, replacing what is there;
+    returns the first's path.
 
     Every parameter of the backbone is in it, so that it needs neither the run nor the weights that
     it started from.
@@ -264,11 +287,14 @@ def save_network(
     }
     tensors = {f"backbone.{name}": tensor for name, tensor in network.backbone.state_dict().items()}
     tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    return _publish(directory, description, tensors)
+    return _publish_network(model_directory, description, tensors)
 
 
 def load_network(
-    directory: Path | str, *, trust_code: Collection[str] | None = (), digest: str | None = None
+    model_directory: Path | str,
+    *,
+    trust_code: Collection[str] | None = (),
+    expected_digest: str | None = None,
 ) -> TrainedNetwork:
     """Read what `save_network` wrote, tensors included.
 
@@ -282,36 +308,42 @@ def load_network(
     """
     from safetensors.torch import load
 
-    directory = Path(directory)
-    data, stored = _read_file(directory, digest)
+    model_directory = Path(model_directory)
+    file_bytes, description = _read_file(model_directory, expected_digest)
     try:
-        model = _parse(directory, stored, hashlib.sha256(data).hexdigest())
+        model = _parse_description(
+            model_directory, description, hashlib.sha256(file_bytes).hexdigest()
+        )
         if trust_code is not None:
-            trusted = {code_name(name) for name in trust_code}
-            require_trusted(imported_function_path(model.backbone.name), directory, trusted)
-        return TrainedNetwork(model, _rebuild(model, stored["head"], load(data)))
+            allowed_code = {code_name(name) for name in trust_code}
+            require_trusted(
+                imported_function_path(model.backbone.name), model_directory, allowed_code
+            )
+        return TrainedNetwork(model, _rebuild_network(model, description["head"], load(file_bytes)))
     except _UNREADABLE as error:
-        raise _unreadable(directory, error) from error
+        raise _not_a_network(model_directory, error) from error
 
 
 @functools.lru_cache(maxsize=4)
-def open_network(directory: Path, digest: str) -> TrainedNetwork:
+def open_network(model_directory: Path, file_digest: str) -> TrainedNetwork:
     """Return the network, in evaluation mode; one object per file within a process. digest: of the
     file that `NetworkModel.load` has read.
 
     What that file asks to be imported was allowed when it was read, or the model would not be
     there. Raises ModelError, also for any other file.
     """
-    return load_network(directory, trust_code=None, digest=digest)
+    return load_network(model_directory, trust_code=None, expected_digest=file_digest)
 
 
 @functools.lru_cache(maxsize=4)
-def _trained_backbone(directory: Path, digest: str) -> "Backbone":
+def _trained_backbone(model_directory: Path, file_digest: str) -> "Backbone":
     from headrace.extract.backbones.backbone import Backbone
 
-    trained = open_network(directory, digest)
-    model = trained.model
-    return Backbone(model.backbone, trained.network.untouched, model.preprocessing, digest)
+    trained_network = open_network(model_directory, file_digest)
+    model = trained_network.model
+    return Backbone(
+        model.backbone, trained_network.network.untouched, model.preprocessing, file_digest
+    )
 
 
 # What parsing a file of another writer, or with a changed byte, raises; ValueError also for no JSON
@@ -328,33 +360,38 @@ _UNREADABLE = (
 )
 
 
-def _unreadable(directory: Path, error: Exception) -> Exception:
+def _not_a_network(model_directory: Path, error: Exception) -> Exception:
     if isinstance(error, HeadraceError):  # says by itself what is wrong
         return error
     return ModelError(
-        f"{directory / WEIGHTS} is not a saved network ({type(error).__name__}: "
+        f"{model_directory / WEIGHTS} is not a saved network ({type(error).__name__}: "
         f"{str(error)[:300]}). {WRITE_AGAIN}"
     )
 
 
-def _read_file(directory: Path, digest: str | None = None) -> tuple[bytes, dict[str, Any]]:
+def _read_file(
+    model_directory: Path, expected_digest: str | None = None
+) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes of network.safetensors, and the description in it. Raises ModelError."""
-    weights_path = directory / WEIGHTS
+    weights_path = model_directory / WEIGHTS
     try:
-        data = weights_path.read_bytes()
-        if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        file_bytes = weights_path.read_bytes()
+        if (
+            expected_digest is not None
+            and hashlib.sha256(file_bytes).hexdigest() != expected_digest
+        ):
             raise ModelError(
                 f"{weights_path} has been replaced since it was read. Type the same command again"
             )
-        check_seal(data)
-        stored: dict[str, Any] = json.loads(tensor_metadata(data)["headrace"])
-        file_format = stored["format"]
+        check_seal(file_bytes)
+        description: dict[str, Any] = json.loads(tensor_metadata(file_bytes)["headrace"])
+        file_format = description["format"]
         if file_format != FORMAT:
             raise ModelError(
                 f"{weights_path}: format {file_format}, this version of headrace reads {FORMAT}: "
                 + (WRITE_AGAIN if file_format < FORMAT else "update headrace")
             )
-        return data, stored
+        return file_bytes, description
     except FileNotFoundError:
         raise ModelError(
             f"{weights_path} is not there: give the directory of a fine-tuned network, "
@@ -365,53 +402,68 @@ def _read_file(directory: Path, digest: str | None = None) -> tuple[bytes, dict[
             f"{weights_path} has changed since it was written: {error}. {WRITE_AGAIN}"
         ) from error
     except (OSError, *_UNREADABLE) as error:
-        raise _unreadable(directory, error) from error
+        raise _not_a_network(model_directory, error) from error
 
 
-def _parse(directory: Path, stored: dict[str, Any], file_digest: str) -> NetworkModel:
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in stored["preprocess"].items()
+def _parse_description(
+    model_directory: Path, description: dict[str, Any], file_digest: str
+) -> NetworkModel:
+    preprocessing_fields: dict[str, Any] = {
+        field_name: tuple(value) if isinstance(value, list) else value
+        for field_name, value in description["preprocess"].items()
     }
-    preprocessing = Preprocessing(**fields)
-    check_sizes(str(directory / WEIGHTS), preprocessing.resize, preprocessing.crop)
+    preprocessing = Preprocessing(**preprocessing_fields)
+    check_sizes(str(model_directory / WEIGHTS), preprocessing.resize, preprocessing.crop)
     if len(np.array([preprocessing.mean, preprocessing.std], np.float32).T) != 3:
         raise ValueError("its mean and std are not of three channels")
-    spec = spec_from_json(json.dumps(stored["spec"]))
+    spec = spec_from_json(json.dumps(description["spec"]))
     if not isinstance(spec, FineTuneSpec):
         raise ValueError(f"its settings are those of a {spec.kind} head")
-    check_outputs(stored["task_kind"], stored["classes"])
+    check_outputs(description["task_kind"], description["classes"])
     return NetworkModel(
-        path=directory,
+        path=model_directory,
         spec=spec,
-        backbone=backbone_from_fields(stored["backbone"]),
+        backbone=backbone_from_fields(description["backbone"]),
         preprocessing=preprocessing,
-        features=tuple(_tap_feature(stored, str(tap), file_digest) for tap in stored["tap"]),
-        spatial=bool(stored["head"]["convolutions"]),
-        task_kind=stored["task_kind"],
-        classes=tuple(stored["classes"]),
-        metrics={str(name): float(value) for name, value in stored["metrics"].items()},
-        temperature=check_temperature(stored["temperature"]),
+        features=tuple(
+            _tap_feature(description, str(tap), file_digest) for tap in description["tap"]
+        ),
+        spatial=bool(description["head"]["convolutions"]),
+        task_kind=description["task_kind"],
+        classes=tuple(description["classes"]),
+        metrics={
+            str(field_name): float(value) for field_name, value in description["metrics"].items()
+        },
+        temperature=check_temperature(description["temperature"]),
         file_digest=file_digest,
     )
 
 
-def _tap_feature(stored: dict[str, Any], tap: str, file_digest: str) -> FeatureSpec:
+def _tap_feature(description: dict[str, Any], tap_name: str, file_digest: str) -> FeatureSpec:
     """Return the spec of what a tap gives.
 
     The file's digest stands for the weights, so that no other network's features are taken for
     these.
     """
-    node, _, pooling = tap.rpartition(".")
-    view = json.dumps({"index": 0})
-    preprocessing = json.dumps(stored["preprocess"], sort_keys=True)
-    name = stored["backbone"]["name"]
+    node_name, _, pooling = tap_name.rpartition(".")
+    view_text = json.dumps({"index": 0})
+    preprocessing_text = json.dumps(description["preprocess"], sort_keys=True)
+    network_name = description["backbone"]["name"]
     return FeatureSpec(
-        name, file_digest, node, pooling, preprocessing, view, "", "float32", "float32", ()
+        network_name,
+        file_digest,
+        node_name,
+        pooling,
+        preprocessing_text,
+        view_text,
+        "",
+        "float32",
+        "float32",
+        (),
     )
 
 
-def _rebuild(
+def _rebuild_network(
     model: NetworkModel, head_shapes: dict[str, Any], tensors: dict[str, "Tensor"]
 ) -> "Network":
     import torch
@@ -431,7 +483,8 @@ def _rebuild(
     module.eval().requires_grad_(False)
     backbone = Backbone(model.backbone, module, model.preprocessing, weights_digest(module))
     head_tensors = {
-        name: tensor.float() for name, tensor in _without_prefix("head.", tensors).items()
+        tensor_name: tensor.float()
+        for tensor_name, tensor in _without_prefix("head.", tensors).items()
     }
     n_layers = len(head_shapes["convolutions"]) + len(head_shapes["layers"])
     if n_layers > len(head_tensors):
@@ -450,21 +503,29 @@ def _rebuild(
             float(head_shapes["gain"]),
         )
     head.load_state_dict(head_tensors, assign=True)
-    taps = [parse_tap(f"{feature.tap}.{feature.pooling}") for feature in model.features]
+    taps = [parse_tap(f"{tap_feature.tap}.{tap_feature.pooling}") for tap_feature in model.features]
     network = Network(backbone, taps, head)
     network.eval().requires_grad_(False)
     return network
 
 
-def _publish(directory: Path, description: dict[str, Any], tensors: dict[str, "Tensor"]) -> Path:
+def _publish_network(
+    model_directory: Path, description: dict[str, Any], tensors: dict[str, "Tensor"]
+) -> Path:
     from safetensors.torch import save
 
-    text = json.dumps(description, indent=2, sort_keys=True)
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    weights_path = directory / WEIGHTS
-    directory.mkdir(parents=True, exist_ok=True)
-    publish_replace(weights_path, seal(save(plain, metadata={"headrace": text, SEAL: UNSEALED})))
-    publish_replace(directory / DESCRIPTION, text.encode())
+    description_json = json.dumps(description, indent=2, sort_keys=True)
+    host_tensors = {
+        tensor_name: tensor.detach().cpu().contiguous().clone()
+        for tensor_name, tensor in tensors.items()
+    }
+    weights_path = model_directory / WEIGHTS
+    model_directory.mkdir(parents=True, exist_ok=True)
+    publish_replace(
+        weights_path,
+        seal(save(host_tensors, metadata={"headrace": description_json, SEAL: UNSEALED})),
+    )
+    publish_replace(model_directory / DESCRIPTION, description_json.encode())
     return weights_path
 
 
@@ -474,7 +535,7 @@ def _weight_shape(layer: "nn.Module") -> list[int]:
 
 def _without_prefix(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
+        tensor_name.removeprefix(prefix): tensor
+        for tensor_name, tensor in tensors.items()
+        if tensor_name.startswith(prefix)
     }

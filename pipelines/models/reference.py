@@ -31,9 +31,11 @@ from headrace.pipelines.records import read_record
 class ModelRef:
     """One trained model of a run: its settings, its results file, and the features it reads."""
 
-    kind: str  # of the head; "finetune": a network trained by gradients
+    # The head's kind; "finetune": a network trained by gradients.
+    kind: str
     spec: str  # canonical JSON
-    results_path: Path  # predictions of every fold, and a head's arrays
+    # predictions of every fold, and a head's arrays
+    results_path: Path
     inputs: tuple[str, ...]  # names of its feature sets, in order
     run: RunPaths
     feature_paths: tuple[Path, ...] = ()  # the feature sets of `inputs`, view by view
@@ -41,13 +43,16 @@ class ModelRef:
 
     @property
     def network_directory(self) -> Path:
-        """Where a network that was trained on all training rows is."""
+        """The directory of a network that was trained on all training rows."""
         return self.run.finetune_model(self.results_path.stem)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this model from every other, for the record of test evaluations."""
         return {
-            "features": [open_feature_set(path).spec.fingerprint for path in self.feature_paths],
+            "features": [
+                open_feature_set(feature_path).spec.fingerprint
+                for feature_path in self.feature_paths
+            ],
             "bank": self.results_path.name,
             "inputs": list(self.inputs),
             "spec": self.spec,
@@ -61,13 +66,15 @@ class ModelRef:
         task: of the training rows. Raises ModelError where a network's file is gone or damaged.
         """
         if self.kind == "finetune":
-            network = NetworkModel.load(self.network_directory, trusted=None)
+            network = NetworkModel.load(self.network_directory, allowed_code=None)
             return dataclasses.replace(network, metrics=metrics, temperature=temperature)
         head = TrainedHead(
             spec=spec_from_json(self.spec),
             task_kind=task.kind,
             classes=task.classes,
-            features=tuple(open_feature_set(path).spec for path in self.feature_paths),
+            features=tuple(
+                open_feature_set(feature_path).spec for feature_path in self.feature_paths
+            ),
             metrics=metrics,
             arrays=read_bank(self.results_path).arrays(self.spec, REFIT),
             backbones=tuple(
@@ -98,17 +105,20 @@ class ModelRef:
         kind = HEAD_KINDS[spec.kind]
         if trust_code is not None:
             require_trusted(kind.external_code(spec), self.results_path, trust_code)
-        arrays = read_bank(self.results_path).arrays(self.spec, REFIT)
-        features = [open_feature_set(path) for path in self.feature_paths]
+        head_arrays = read_bank(self.results_path).arrays(self.spec, REFIT)
+        features = [open_feature_set(feature_path) for feature_path in self.feature_paths]
         X, row_index = load_rows(features, task.content, spatial=kind.spatial)
         target = task.target[row_index]
-        views = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w)
-        if len(views) == 1:
-            return target, predict_head(spec, arrays, views[0], task.kind, temperature)
+        view_features = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w)
+        if len(view_features) == 1:
+            return target, predict_head(spec, head_arrays, view_features[0], task.kind, temperature)
         # The temperature was fitted to the mean over views, and so it is applied to the mean.
-        mean = np.mean([predict_head(spec, arrays, view, task.kind) for view in views], axis=0)
+        mean_prediction = np.mean(
+            [predict_head(spec, head_arrays, view_rows, task.kind) for view_rows in view_features],
+            axis=0,
+        )
         floor = floor_of(spec, task.kind, len(task.classes))
-        return target, tempered(mean, task.kind, temperature, floor)
+        return target, tempered(mean_prediction, task.kind, temperature, floor)
 
     def _predict_images(
         self, task: Task, temperature: float, trust_code: Collection[str] | None
@@ -116,26 +126,30 @@ class ModelRef:
         from headrace.pipelines.environment import available_cores
         from headrace.pipelines.models.images import open_engine, predict_samples  # imports torch
 
-        network = NetworkModel.load(self.network_directory, trusted=trust_code)
+        network = NetworkModel.load(self.network_directory, allowed_code=trust_code)
         engine = open_engine(network.at_temperature(temperature))
         image_paths = paths_of_content(self.run.finetune_images, task.content)
         samples = [
-            Sample(path, path, content_hash.decode())
-            for path, content_hash in zip(image_paths, task.content, strict=True)
+            Sample(image_path, image_path, content_hash.decode())
+            for image_path, content_hash in zip(image_paths, task.content, strict=True)
         ]
-        blocks = []
+        prediction_blocks = []
         for predicted in predict_samples(engine, samples, available_cores()):
-            for row, reason in predicted.failed:
+            for row, failure_reason in predicted.failed:
                 raise SourceError(
-                    f"{samples[row].path}: {reason}. Its features were extracted, so it could be "
-                    "read then: bring it back, or run again so that it is left out"
+                    f"{samples[row].path}: {failure_reason}. Its features were extracted, so it "
+                    "could be read then: bring it back, or run again so that it is left out"
                 )
-            blocks.append(predicted.probabilities)
-        return np.concatenate(blocks) if blocks else np.empty((0, len(network.classes)), np.float32)
+            prediction_blocks.append(predicted.probabilities)
+        return (
+            np.concatenate(prediction_blocks)
+            if prediction_blocks
+            else np.empty((0, len(network.classes)), np.float32)
+        )
 
 
 def model_ref(
-    row: "pd.Series[Any]",
+    board_row: "pd.Series[Any]",
     run: RunPaths,
     feature_inputs: Mapping[str, FeatureInput],
 ) -> ModelRef:
@@ -143,11 +157,11 @@ def model_ref(
 
     feature_inputs: of the run, by name.
     """
-    inputs = tuple(row["inputs"])
+    inputs = tuple(board_row["inputs"])
     return ModelRef(
-        kind=str(row["kind"]),
-        spec=str(row["spec"]),
-        results_path=Path(row["path"]),
+        kind=str(board_row["kind"]),
+        spec=str(board_row["spec"]),
+        results_path=Path(board_row["path"]),
         inputs=inputs,
         run=run,
         feature_paths=tuple(path for name in inputs for path in feature_inputs[name].views),
@@ -162,12 +176,14 @@ def paths_of_content(listing_path: Path, content: npt.NDArray[np.bytes_]) -> lis
 
     listing_path: the run's finetune/images.json. Raises SourceError for one that it lacks.
     """
-    paths = read_record(listing_path)["paths"]
+    path_of_hash = read_record(listing_path)["paths"]
     content_hashes = content.astype(str).tolist()
-    absent = [content_hash for content_hash in content_hashes if content_hash not in paths]
-    if absent:
+    missing_hashes = [
+        content_hash for content_hash in content_hashes if content_hash not in path_of_hash
+    ]
+    if missing_hashes:
         raise SourceError(
-            f"{listing_path} lists no image with the content {absent[0]} and {len(absent) - 1} "
-            "more: run again"
+            f"{listing_path} lists no image with the content {missing_hashes[0]} and "
+            f"{len(missing_hashes) - 1} more: run again"
         )
-    return [paths[content_hash] for content_hash in content_hashes]
+    return [path_of_hash[content_hash] for content_hash in content_hashes]

@@ -17,15 +17,15 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, node: str) -> None:
         super().__init__()
-        self.around = {"", *_ancestors(node)}
+        self.around = {"", *_ancestor_names(node)}
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.around
 
 
 def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
-    """The part of `module` that goes from the node's output to the network's, on the network's own
-    submodules.
+    """Return the part of `module` that goes from the node's output to the network's, on the
+    network's own submodules.
 
     Raises CannotSplit for a node whose output is not all that the part above is made of, for
     layouts that a map does not hold whole, and for code that cannot be traced.
@@ -44,33 +44,40 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
             f"the network's code around {node.name} cannot be traced ({type(error).__name__}: "
             f"{str(error)[:200]}): train from the images (leave the map out)"
         ) from None
-    calls = [
-        item for item in graph.nodes if item.op == "call_module" and item.target == node.module
+    node_calls = [
+        graph_node
+        for graph_node in graph.nodes
+        if graph_node.op == "call_module" and graph_node.target == node.module
     ]
-    if len(calls) != 1:
+    if len(node_calls) != 1:
         raise CannotSplit(
-            f"{node.name} is called {len(calls)} times in the network's forward, expected once: "
-            "split elsewhere"
+            f"{node.name} is called {len(node_calls)} times in the network's forward, expected "
+            "once: split elsewhere"
         )
-    (call,) = calls
-    with graph.inserting_before(call):
-        start = graph.create_node("placeholder", "cut_map")
-    call.replace_all_uses_with(start)
-    graph.erase_node(call)
-    for item in reversed(list(graph.nodes)):  # by hand: fx keeps what could have side effects
-        if not item.users and item.op not in ("output", "placeholder"):
-            graph.erase_node(item)
-    for item in [item for item in graph.nodes if item.op == "placeholder" and item is not start]:
-        if item.users:
+    (node_call,) = node_calls
+    with graph.inserting_before(node_call):
+        split_input = graph.create_node("placeholder", "cut_map")
+    node_call.replace_all_uses_with(split_input)
+    graph.erase_node(node_call)
+    # By hand, since fx keeps what could have side effects.
+    for graph_node in reversed(list(graph.nodes)):
+        if not graph_node.users and graph_node.op not in ("output", "placeholder"):
+            graph.erase_node(graph_node)
+    for graph_node in [
+        graph_node
+        for graph_node in graph.nodes
+        if graph_node.op == "placeholder" and graph_node is not split_input
+    ]:
+        if graph_node.users:
             raise CannotSplit(
-                f"what lies above {node.name} also reads what lies below it ({_reader(item)}): "
-                "split where the whole network passes through one output, such as the end of a "
-                "stage"
+                f"what lies above {node.name} also reads what lies below it "
+                f"({_reader_name(graph_node)}): split where the whole network passes through one "
+                "output, such as the end of a stage"
             )
-        graph.erase_node(item)
-    part = fx.GraphModule(_Shell(module), graph)
-    part.graph.lint()
-    return part
+        graph.erase_node(graph_node)
+    module_above = fx.GraphModule(_Shell(module), graph)
+    module_above.graph.lint()
+    return module_above
 
 
 class _Shell(nn.Module):
@@ -86,10 +93,10 @@ class _Shell(nn.Module):
             self.register_buffer(name, buffer)
 
 
-def _ancestors(name: str) -> list[str]:
+def _ancestor_names(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def _reader(item: fx.Node) -> str:
+def _reader_name(item: fx.Node) -> str:
     return str(next(iter(item.users)))

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from headrace.pipelines.models.network import NetworkModel
 
 _CROP = view_json(0, Symmetries())  # the view that is the evaluation crop
+# Heads are trained on stored features, so the function that was scored is the rounded one. A last
+# bit can tip a float16 over its edge: hence the tolerance of exports.
 _ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Input:
+class GraphInput:
     """One input of the graph: uint8 RGB pixels (n, *preprocessing.crop, 3)."""
 
     name: str
@@ -51,13 +53,13 @@ class _Taps(nn.Module):
     def __init__(self, backbone: Backbone, features: Sequence[FeatureSpec]) -> None:
         super().__init__()
         self.network = copy.deepcopy(backbone.module)
-        how = backbone.preprocessing
-        mean, std = (
+        preprocessing = backbone.preprocessing
+        channel_mean, channel_std = (
             torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1)
-            for values in (how.mean, how.std)
+            for values in (preprocessing.mean, preprocessing.std)
         )
-        self.register_buffer("scale", (1 / (255 * std)).float())
-        self.register_buffer("shift", (-mean / std).float())
+        self.register_buffer("scale", (1 / (255 * channel_std)).float())
+        self.register_buffer("shift", (-channel_mean / channel_std).float())
         self.features = tuple(features)
         self.taps = [Tap(feature.tap, feature.pooling) for feature in features]
         nodes = backbone_nodes(backbone)
@@ -78,41 +80,44 @@ class _Taps(nn.Module):
         return outputs
 
 
-def _lean(taps: _Taps, backbone: Backbone) -> _Taps:
-    """Without what lies behind the deepest tap, whose parameters a program file would carry along.
+def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
+    """Return the taps without what lies behind the deepest one, whose parameters a program file
+    would carry along.
 
     Modules that do not run before every tap has its output are replaced by the identity. Where the
     rest of the network cannot run on that, the taps stay as they are: the values are the same.
     """
     pixels = torch.randint(0, 256, (2, *backbone.preprocessing.crop, 3), dtype=torch.uint8)
-    ran: set[nn.Module] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda module, _args: ran.add(module))
+    modules_that_ran: set[nn.Module] = set()
+    hook_handles = [
+        module.register_forward_pre_hook(lambda module, _args: modules_that_ran.add(module))
         for module in taps.network.modules()
     ]
     taps.capture.stops_early = True
     with torch.no_grad():
-        expected = taps(pixels)
+        expected_features = taps(pixels)
     taps.capture.stops_early = False
-    for handle in handles:
+    for handle in hook_handles:
         handle.remove()
-    lean = copy.deepcopy(taps)
-    idle = [
-        name
-        for (name, module), kept in zip(
-            lean.network.named_modules(), taps.network.modules(), strict=True
+    lean_taps = copy.deepcopy(taps)
+    idle_modules = [
+        module_name
+        for (module_name, module), original_module in zip(
+            lean_taps.network.named_modules(), taps.network.modules(), strict=True
         )
-        if not any(child in ran for child in kept.modules()) and name
+        if not any(child in modules_that_ran for child in original_module.modules()) and module_name
     ]
-    for name in idle:
-        parent, _, last = name.rpartition(".")
-        if parent not in idle:
-            lean.network.get_submodule(parent)._modules[last] = nn.Identity()
+    for module_name in idle_modules:
+        parent_name, _, child_name = module_name.rpartition(".")
+        if parent_name not in idle_modules:
+            lean_taps.network.get_submodule(parent_name)._modules[child_name] = nn.Identity()
     try:
         with torch.no_grad():
-            found = lean(pixels)
+            lean_features = lean_taps(pixels)
         return (
-            lean if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) else taps
+            lean_taps
+            if all(torch.equal(a, b) for a, b in zip(lean_features, expected_features, strict=True))
+            else taps
         )
     except Exception:  # noqa: BLE001 (whatever a network's own code says of shapes that it does not know)
         return taps
@@ -126,34 +131,46 @@ class ModelGraph(nn.Module):
 
     def __init__(self, model: "Model") -> None:
         super().__init__()
-        wanted: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
-        turns: dict[BackboneSpec, dict[int, None]] = {}
-        loaded: list[tuple[Backbone, list[FeatureSpec], list[int]]] = []
+        features_of_backbone: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+        symmetries_of_backbone: dict[BackboneSpec, dict[int, None]] = {}
+        loaded_networks: list[tuple[Backbone, list[FeatureSpec], list[int]]] = []
         for member in model.members:
             trained_backbone = member.trained_backbone()
             if trained_backbone is not None:
-                loaded.append((trained_backbone, list(member.features), [0]))
+                loaded_networks.append((trained_backbone, list(member.features), [0]))
                 continue
-            for made_by, feature in zip(member.backbones, member.features, strict=True):
-                wanted.setdefault(made_by, {})[replace(feature, view=_CROP)] = None
-                turns.setdefault(made_by, {})[parse_view(feature.view)[0]] = None
-        self.inputs: list[Input] = []
+            for backbone_spec, feature in zip(member.backbones, member.features, strict=True):
+                features_of_backbone.setdefault(backbone_spec, {})[replace(feature, view=_CROP)] = (
+                    None
+                )
+                symmetries_of_backbone.setdefault(backbone_spec, {})[
+                    parse_view(feature.view)[0]
+                ] = None
+        self.inputs: list[GraphInput] = []
         self.sources: list[int] = []  # which input each network reads
         self.turns: list[list[int]] = []  # and which symmetries of it
         self.keys: list[list[str]] = []  # the features that each network gives
         networks = []
-        for made_by, features in wanted.items():
-            loaded.append((load_backbone(made_by), list(features), list(turns[made_by])))
+        for backbone_spec, features in features_of_backbone.items():
+            loaded_networks.append(
+                (
+                    load_backbone(backbone_spec),
+                    list(features),
+                    list(symmetries_of_backbone[backbone_spec]),
+                )
+            )
             for feature in features:
-                check_backbone_identity(loaded[-1][0], feature)
-        for backbone, given, turned in loaded:
-            self.sources.append(self._input(backbone.preprocessing))
-            self.turns.append(turned)
-            self.keys.append([replace(feature, view=_CROP).to_json() for feature in given])
-            networks.append(_lean(_Taps(backbone, given), backbone))
+                check_backbone_identity(loaded_networks[-1][0], feature)
+        for backbone, network_features, network_symmetries in loaded_networks:
+            self.sources.append(self._input_index(backbone.preprocessing))
+            self.turns.append(network_symmetries)
+            self.keys.append(
+                [replace(feature, view=_CROP).to_json() for feature in network_features]
+            )
+            networks.append(_drop_unused_modules(_Taps(backbone, network_features), backbone))
         self.networks = nn.ModuleList(networks)
         self.heads = nn.ModuleList([member.torch_head() for member in model.members])
-        self.columns = [_columns(member) for member in model.members]
+        self.columns = [_view_columns(member) for member in model.members]
         self.spatial = [member.spatial for member in model.members]
         # Of several views the mean is tempered, else the log-odds within the head.
         self.shares = [
@@ -163,71 +180,107 @@ class ModelGraph(nn.Module):
         self.temperature, self.task_kind = model.average_temperature, model.task_kind
         if len(self.inputs) > 1:
             self.inputs = [
-                replace(each, name=f"images_{place}") for place, each in enumerate(self.inputs)
+                replace(model_input, name=f"images_{input_index}")
+                for input_index, model_input in enumerate(self.inputs)
             ]
         self.eval().requires_grad_(False)
 
     def forward(self, *images: Tensor) -> Tensor:
-        features: dict[tuple[str, int], Tensor] = {}
-        for network, source, turns, keys in zip(
+        feature_values: dict[tuple[str, int], Tensor] = {}
+        for network, input_index, network_symmetries, feature_keys in zip(
             self.networks, self.sources, self.turns, self.keys, strict=True
         ):
-            for turn in turns:
-                given = network(_turned(images[source], turn))
-                features |= {(key, turn): value for key, value in zip(keys, given, strict=True)}
-        total: Tensor | None = None
-        for head, columns, spatial, share in zip(
+            for symmetry in network_symmetries:
+                network_features = network(_mirrored_pixels(images[input_index], symmetry))
+                feature_values |= {
+                    (feature_key, symmetry): feature_value
+                    for feature_key, feature_value in zip(
+                        feature_keys, network_features, strict=True
+                    )
+                }
+        weighted_sum: Tensor | None = None
+        for head, columns, spatial, member_share in zip(
             self.heads, self.columns, self.spatial, self.shares, strict=True
         ):
-            seen = []
-            for view in columns:
-                parts = [features[key] if spatial else features[key].flatten(1) for key in view]
-                seen.append(head(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
-            weight, own, floor = share
-            part = tempered(
-                seen[0] if len(seen) == 1 else torch.stack(seen).mean(0), self.task_kind, own, floor
+            view_predictions = []
+            for view_columns in columns:
+                view_features = [
+                    feature_values[feature_key]
+                    if spatial
+                    else feature_values[feature_key].flatten(1)
+                    for feature_key in view_columns
+                ]
+                view_predictions.append(
+                    head(
+                        view_features[0]
+                        if len(view_features) == 1
+                        else torch.cat(view_features, dim=1)
+                    )
+                )
+            weight, member_temperature, floor = member_share
+            member_prediction = tempered(
+                view_predictions[0]
+                if len(view_predictions) == 1
+                else torch.stack(view_predictions).mean(0),
+                self.task_kind,
+                member_temperature,
+                floor,
             )
-            part = part if weight == 1 else part * weight
-            total = part if total is None else total + part
-        assert total is not None
-        return tempered(total, self.task_kind, self.temperature)
+            member_prediction = member_prediction if weight == 1 else member_prediction * weight
+            weighted_sum = (
+                member_prediction if weighted_sum is None else weighted_sum + member_prediction
+            )
+        assert weighted_sum is not None
+        return tempered(weighted_sum, self.task_kind, self.temperature)
 
-    def _input(self, preprocessing: Preprocessing) -> int:
-        """Networks that differ in mean and std alone read the same pixels."""
-        key = pixels_of(preprocessing)
-        for place, known in enumerate(self.inputs):
-            if pixels_of(known.preprocessing) == key:
-                return place
-        self.inputs.append(Input("images", preprocessing))
+    def _input_index(self, preprocessing: Preprocessing) -> int:
+        """Return the index of the input that a network reads: networks that differ in mean and std
+        alone read the same pixels.
+        """
+        pixel_key = pixels_of(preprocessing)
+        for input_index, model_input in enumerate(self.inputs):
+            if pixels_of(model_input.preprocessing) == pixel_key:
+                return input_index
+        self.inputs.append(GraphInput("images", preprocessing))
         return len(self.inputs) - 1
 
 
-def _turned(pixels: Tensor, index: int) -> Tensor:
-    """As extract.views.mirrored, of pixels (n, H, W, 3)."""
-    turned = pixels.transpose(1, 2) if index & 4 else pixels
-    axes = [axis for axis, bit in ((1, 2), (2, 1)) if index & bit]
-    return torch.flip(turned, axes) if axes else turned
+def _mirrored_pixels(pixels: Tensor, symmetry: int) -> Tensor:
+    """Mirror pixels (n, H, W, 3) as extract.images.views.mirrored does."""
+    mirrored_pixels = pixels.transpose(1, 2) if symmetry & 4 else pixels
+    flipped_axes = [flipped_axis for flipped_axis, bit in ((1, 2), (2, 1)) if symmetry & bit]
+    return torch.flip(mirrored_pixels, flipped_axes) if flipped_axes else mirrored_pixels
 
 
 def fits_graph(model: "Model") -> bool:
-    """Whether all views that the model averages over are made of the evaluation crop; others have
-    no place in a graph.
+    """Tell whether all views that the model averages over are made of the evaluation crop; others
+    have no place in a graph.
     """
     return all(
         is_exact_view(feature.view) for member in model.members for feature in member.features
     )
 
 
-def _columns(member: "HeadModel | NetworkModel") -> list[list[tuple[str, int]]]:
-    """For each view the features that make its columns."""
-    views: dict[int, list[tuple[str, int]]] = {}
+def _view_columns(member: "HeadModel | NetworkModel") -> list[list[tuple[str, int]]]:
+    """Return for each view the features that make its columns."""
+    columns_of_view: dict[int, list[tuple[str, int]]] = {}
     for feature in member.features:
-        turn = parse_view(feature.view)[0]
-        views.setdefault(turn, []).append((replace(feature, view=_CROP).to_json(), turn))
-    return list(views.values())
+        symmetry = parse_view(feature.view)[0]
+        columns_of_view.setdefault(symmetry, []).append(
+            (replace(feature, view=_CROP).to_json(), symmetry)
+        )
+    return list(columns_of_view.values())
 
 
-def pixels_of(how: Preprocessing) -> tuple[Any, ...]:
-    """What two preprocessings share when they make the same pixels of an image."""
-    mean = how.mean if how.mode == "border" else None  # the colour of the border
-    return how.resize, how.crop, how.mode, how.interpolation, mean, how.pixel_range
+def pixels_of(preprocessing: Preprocessing) -> tuple[Any, ...]:
+    """Return a key that two preprocessings share when they make the same pixels of an image."""
+    # the colour of the border
+    border_colour = preprocessing.mean if preprocessing.mode == "border" else None
+    return (
+        preprocessing.resize,
+        preprocessing.crop,
+        preprocessing.mode,
+        preprocessing.interpolation,
+        border_colour,
+        preprocessing.pixel_range,
+    )

@@ -33,9 +33,9 @@ class Head(nn.Module):
     """Features (n, D), or maps (n, D, h, w) for a convolution head, to logits (n, C).
 
     Logits are what `link` makes probabilities of: one column of a single-label task is the log-odds
-    of the second class, and for regression they are the values. After `standardise` the parameters
-    are in coordinates where each feature has mean 0 and deviation 1, which is where gradient steps
-    of one size make sense.
+    of the second class, and for regression they are the values. After `standardise_head` the
+    parameters are in coordinates where each feature has mean 0 and deviation 1, which is where
+    gradient steps of one size make sense.
     """
 
     centre: Tensor
@@ -64,34 +64,36 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         if self.spatial:
-            value = (features - self.centre[:, None, None]) / self.scale[:, None, None]
+            hidden = (features - self.centre[:, None, None]) / self.scale[:, None, None]
             for convolution in self.convolutions:
-                value = F.relu(convolution(value))
-            value = value.mean((2, 3))
+                hidden = F.relu(convolution(hidden))
+            hidden = hidden.mean((2, 3))
         else:
-            value = (features - self.centre) / self.scale
-        for place, layer in enumerate(self.layers):
-            value = layer(F.dropout(value, self.dropout, self.training))
-            if place < len(self.layers) - 1:
-                value = F.relu(value)
-        return value * self.gain
+            hidden = (features - self.centre) / self.scale
+        for layer_index, layer in enumerate(self.layers):
+            hidden = layer(F.dropout(hidden, self.dropout, self.training))
+            if layer_index < len(self.layers) - 1:
+                hidden = F.relu(hidden)
+        return hidden * self.gain
 
 
-def head_module(spec: HeadSpec, arrays: Arrays, task: TaskKind) -> Head:
-    """The module that predicts what `predict_head` does.
+def head_module(spec: HeadSpec, head_arrays: Arrays, task_kind: TaskKind) -> Head:
+    """Return the module that predicts what `predict_head` does.
 
     spec: of a differentiable kind. Raises ModelError for a head without arrays.
     """
-    if not arrays:
+    if not head_arrays:
         raise ModelError(
             f"this {spec.kind} head has no arrays, because it failed or was stopped early: "
             "fine-tune another"
         )
     layers_of = HEAD_KINDS[spec.kind].layers
     assert layers_of is not None  # of a differentiable kind
-    layers = layers_of(spec, arrays)
-    dense = [_linear(_tensor(weight), _tensor(bias)) for weight, bias in layers.dense]
-    gain = 1.0 if task == "regression" else layers.decision_scale
+    layers = layers_of(spec, head_arrays)
+    dense = [
+        _linear_layer(_float_tensor(weight), _float_tensor(bias)) for weight, bias in layers.dense
+    ]
+    gain = 1.0 if task_kind == "regression" else layers.decision_scale
     if layers.mean is None or layers.inverse_scale is None:
         n_features = dense[0].in_features
         return Head(
@@ -100,12 +102,12 @@ def head_module(spec: HeadSpec, arrays: Arrays, task: TaskKind) -> Head:
     convolutions = []
     for kernel, shift in layers.convolutions:
         convolution = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
-        convolution.weight.data = _tensor(kernel)
-        convolution.bias.data = _tensor(shift)  # type: ignore[union-attr]
+        convolution.weight.data = _float_tensor(kernel)
+        convolution.bias.data = _float_tensor(shift)  # type: ignore[union-attr]
         convolutions.append(convolution)
     return Head(
-        _tensor(layers.mean),
-        1 / _tensor(layers.inverse_scale),
+        _float_tensor(layers.mean),
+        1 / _float_tensor(layers.inverse_scale),
         convolutions,
         dense,
         gain,
@@ -113,45 +115,56 @@ def head_module(spec: HeadSpec, arrays: Arrays, task: TaskKind) -> Head:
     )
 
 
-def _tensor(array: npt.NDArray[Any]) -> Tensor:
+def _float_tensor(array: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.array(array, np.float32))
 
 
-def new_head(spec: MLPSpec, features: int, outputs: int) -> Head:
-    """A head with random parameters, torch.nn.Linear's distribution, drawn from the spec's seed."""
+def new_head(spec: MLPSpec, n_features: int, n_outputs: int) -> Head:
+    """Return a head with random parameters, torch.nn.Linear's distribution, drawn from the spec's
+    seed.
+    """
     generator = torch.Generator().manual_seed(spec.seed)
     layers = []
-    widths = (features, *spec.hidden, outputs)
-    for inputs, width in itertools.pairwise(widths):
-        bound = 1 / math.sqrt(inputs)
-        weight = (torch.rand(width, inputs, generator=generator) * 2 - 1) * bound
-        layers.append(_linear(weight, (torch.rand(width, generator=generator) * 2 - 1) * bound))
-    return Head(torch.zeros(features), torch.ones(features), [], layers, 1.0, spec.dropout)
+    widths = (n_features, *spec.hidden, n_outputs)
+    for n_inputs, n_units in itertools.pairwise(widths):
+        weight_bound = 1 / math.sqrt(n_inputs)
+        weight = (torch.rand(n_units, n_inputs, generator=generator) * 2 - 1) * weight_bound
+        layers.append(
+            _linear_layer(weight, (torch.rand(n_units, generator=generator) * 2 - 1) * weight_bound)
+        )
+    return Head(torch.zeros(n_features), torch.ones(n_features), [], layers, 1.0, spec.dropout)
 
 
-def standardise(head: Head, mean: Tensor, deviation: Tensor, *, new: bool) -> None:
+def standardise_head(
+    head: Head, feature_mean: Tensor, feature_deviation: Tensor, *, is_new: bool
+) -> None:
     """Put a head's first layer into standardised coordinates; convolution heads are in them from
     the start.
 
-    mean, deviation: (D,) of the features over some training rows; a constant feature counts with
-    deviation 1. A trained head stays the same function; a new one is taken to have been drawn in
-    these coordinates.
+    feature_mean, deviation: (D,) of the features over some training rows; a constant feature counts
+    with deviation 1. A trained head stays the same function; a new one is taken to have been drawn
+    in these coordinates.
     """
     if head.spatial:
         return
-    deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation)).double()
-    first = head.layers[0]
-    assert isinstance(first, nn.Linear)
-    if not new:
+    feature_deviation = torch.where(
+        feature_deviation > 0, feature_deviation, torch.ones_like(feature_deviation)
+    ).double()
+    first_layer = head.layers[0]
+    assert isinstance(first_layer, nn.Linear)
+    if not is_new:
         with torch.no_grad():
             # In float64: weights in raw coordinates can be large and of opposite signs.
-            weight, shift = first.weight.double() / head.scale, mean.double() - head.centre
-            first.bias.copy_(first.bias.double() + weight @ shift)
-            first.weight.copy_(weight * deviation)
-    head.centre, head.scale = mean.float(), deviation.float()
+            weight, mean_shift = (
+                first_layer.weight.double() / head.scale,
+                feature_mean.double() - head.centre,
+            )
+            first_layer.bias.copy_(first_layer.bias.double() + weight @ mean_shift)
+            first_layer.weight.copy_(weight * feature_deviation)
+    head.centre, head.scale = feature_mean.float(), feature_deviation.float()
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def _linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.weight.data, layer.bias.data = weight, bias
     return layer
@@ -160,31 +173,31 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 def tempered(
     probabilities: Tensor, task_kind: TaskKind, temperature: float, floor: float = FLOOR
 ) -> Tensor:
-    """As heads.with_temperature, and in float64 like it: near one, float32 has hardly any digits of
-    what is left.
+    """Return probabilities at a temperature as heads.evaluate.temperature.with_temperature does,
+    and in float64 like it: near one, float32 has hardly any digits of what is left.
     """
     if task_kind == "regression" or temperature == 1:
         return probabilities
     values = probabilities.double()
     if task_kind == "multi":
-        inside = values.clamp(floor, 1 - floor)
-        return torch.sigmoid((torch.log(inside) - torch.log(1 - inside)) / temperature).float()
+        clamped = values.clamp(floor, 1 - floor)
+        return torch.sigmoid((torch.log(clamped) - torch.log(1 - clamped)) / temperature).float()
     return torch.softmax(torch.log(values.clamp(min=floor)) / temperature, dim=1).float()
 
 
 def softmax_at(decision: Tensor, temperature: float) -> Tensor:
-    """(n, C) probabilities of decisions; at a temperature of one, whatever lies behind is as far as
-    it is.
+    """Return (n, C) probabilities of decisions at a temperature; a class beyond FARTHEST counts as
+    that far, except at a temperature of one.
     """
     if temperature == 1:
         return torch.softmax(decision, dim=1)
-    behind = decision - decision.max(dim=1, keepdim=True).values
-    return torch.softmax(behind.clamp(min=-FARTHEST) / temperature, dim=1)
+    distance_to_best = decision - decision.max(dim=1, keepdim=True).values
+    return torch.softmax(distance_to_best.clamp(min=-FARTHEST) / temperature, dim=1)
 
 
 class ProbabilityLink(nn.Module):
-    """From decisions (n, C) to probabilities at a temperature, for regression values; one column of
-    a single-label task is log-odds.
+    """Decisions (n, C) to probabilities at a temperature, for regression values; one column of a
+    single-label task is log-odds.
     """
 
     def __init__(self, task_kind: TaskKind, temperature: float = 1.0) -> None:
@@ -198,8 +211,8 @@ class ProbabilityLink(nn.Module):
             return softmax_at(decision, self.temperature)
         if self.temperature != 1:
             decision = decision.clamp(-FARTHEST, FARTHEST) / self.temperature
-        second = torch.sigmoid(decision)
-        return second if self.task_kind == "multi" else torch.cat([1 - second, second], dim=1)
+        positive = torch.sigmoid(decision)
+        return positive if self.task_kind == "multi" else torch.cat([1 - positive, positive], dim=1)
 
 
 class CentroidModule(nn.Module):
@@ -210,29 +223,35 @@ class CentroidModule(nn.Module):
 
     def __init__(self, spec: CentroidSpec, head: TrainedHead, temperature: float) -> None:
         super().__init__()
-        arrays = head.arrays
-        self.register_buffer("center", torch.from_numpy(np.array(arrays["center"], np.float32)))
+        head_arrays = head.arrays
         self.register_buffer(
-            "inverse_scale", torch.from_numpy(np.array(arrays["inverse_scale"], np.float32))
+            "center", torch.from_numpy(np.array(head_arrays["center"], np.float32))
         )
-        means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
-        self.register_buffer("means", torch.from_numpy(np.array(means, np.float32)))
-        self.register_buffer("absent", torch.from_numpy(np.asarray(arrays["present"] == 0)))
+        self.register_buffer(
+            "inverse_scale", torch.from_numpy(np.array(head_arrays["inverse_scale"], np.float32))
+        )
+        scaled_means = (head_arrays["means"] - head_arrays["center"]) * head_arrays["inverse_scale"]
+        self.register_buffer("means", torch.from_numpy(np.array(scaled_means, np.float32)))
+        self.register_buffer("absent", torch.from_numpy(np.asarray(head_arrays["present"] == 0)))
         self.cosine, self.scale = spec.metric == "cosine", CENTROID_TEMPERATURE[spec.metric]
         self.temperature = temperature
 
     def forward(self, value: Tensor) -> Tensor:
-        rows = (value - self.center) * self.inverse_scale
+        scaled_rows = (value - self.center) * self.inverse_scale
         if self.cosine:
-            lengths = rows.norm(dim=1, keepdim=True) * self.means.norm(dim=1)
-            similar = (
-                rows @ self.means.T / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+            length_products = scaled_rows.norm(dim=1, keepdim=True) * self.means.norm(dim=1)
+            similarity = (
+                scaled_rows
+                @ self.means.T
+                / torch.where(
+                    length_products > 0, length_products, torch.ones_like(length_products)
+                )
             )
         else:
-            similar = (rows @ self.means.T - 0.5 * self.means.square().sum(1)) / self.means.shape[
-                1
-            ] ** 0.5
-        decision = (self.scale * similar).masked_fill(self.absent, float("-inf"))
+            similarity = (
+                scaled_rows @ self.means.T - 0.5 * self.means.square().sum(1)
+            ) / self.means.shape[1] ** 0.5
+        decision = (self.scale * similarity).masked_fill(self.absent, float("-inf"))
         return softmax_at(decision, self.temperature)
 
 
@@ -249,16 +268,19 @@ class NeighborModule(nn.Module):
 
     def __init__(self, spec: KNNSpec, head: TrainedHead, temperature: float) -> None:
         super().__init__()
-        rows = np.asarray(head.arrays["features"], np.float64)
-        center = rows.mean(0)
+        reference_rows = np.asarray(head.arrays["features"], np.float64)
+        center = reference_rows.mean(0)
         if spec.metric == "cosine":
-            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows, center = rows / np.where(lengths > 0, lengths, 1), np.zeros_like(center)
-        centred = rows - center
+            lengths = np.linalg.norm(reference_rows, axis=1, keepdims=True)
+            reference_rows, center = (
+                reference_rows / np.where(lengths > 0, lengths, 1),
+                np.zeros_like(center),
+            )
+        centred_rows = reference_rows - center
         for name, array in (
-            ("references", centred),
+            ("references", centred_rows),
             ("center", center),
-            ("square", np.square(centred).sum(1)),
+            ("square", np.square(centred_rows).sum(1)),
             ("values", head.arrays["target"]),
             ("share", head.arrays["sample_weight"]),
         ):
@@ -274,20 +296,29 @@ class NeighborModule(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         if self.cosine:
             value = value / value.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        rows = value - self.center
-        distance = self.square - 2 * rows @ self.references.T + rows.square().sum(1, keepdim=True)
-        near, place = distance.topk(self.k, dim=1, largest=False)
-        share = self.share[place]
+        centred_rows = value - self.center
+        squared_distance = (
+            self.square
+            - 2 * centred_rows @ self.references.T
+            + centred_rows.square().sum(1, keepdim=True)
+        )
+        nearest, neighbour_index = squared_distance.topk(self.k, dim=1, largest=False)
+        vote_share = self.share[neighbour_index]
         if self.by_distance:
-            near = near.clamp(min=0)
+            nearest = nearest.clamp(min=0)
             # Of unit vectors, half the squared distance is one minus the cosine.
-            near = near / 2 if self.cosine else near.sqrt()
-            zero = near < 1e-6
-            alone = zero.any(dim=1, keepdim=True)
-            share = share * torch.where(alone, zero.float(), 1 / near.clamp(min=1e-6))
-        votes = (share.unsqueeze(2) * self.values[place]).sum(1)
+            nearest = nearest / 2 if self.cosine else nearest.sqrt()
+            is_identical = nearest < 1e-6
+            has_identical = is_identical.any(dim=1, keepdim=True)
+            vote_share = vote_share * torch.where(
+                has_identical, is_identical.float(), 1 / nearest.clamp(min=1e-6)
+            )
+        vote_sums = (vote_share.unsqueeze(2) * self.values[neighbour_index]).sum(1)
         return tempered(
-            votes / share.sum(1, keepdim=True), self.task_kind, self.temperature, self.floor
+            vote_sums / vote_share.sum(1, keepdim=True),
+            self.task_kind,
+            self.temperature,
+            self.floor,
         )
 
 

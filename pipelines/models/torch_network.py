@@ -24,11 +24,12 @@ _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Network(nn.Module):
-    """A copy of a backbone with a head on its taps: pixels, or maps of the cut, to logits (n, C).
+    """A copy of a backbone with a head on its taps: pixels, or maps of the split point, to logits
+    (n, C).
 
-    taps: in the order in which the head's features stand side by side. cut: the node that inputs
-    are maps of; None: inputs are pixels. Features of taps below the cut cannot be computed, and are
-    given (`features_below`).
+    taps: in the order in which the head's features stand side by side. split_node: the node that
+    inputs are maps of; None: inputs are pixels. Features of taps below it (`taps_below`) cannot be
+    computed, and are given.
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class Network(nn.Module):
         self.backbone = copy.deepcopy(backbone.module).eval().requires_grad_(False)
         self.backbone.to(memory_format=torch.channels_last)
         self.head = head
-        self._untouched = (backbone.module,)  # in a tuple, so that it is no part of this module
+        # in a tuple, so that it is no part of this module
+        self._untouched = (backbone.module,)
         self.split_node, self.taps = split_node, tuple(taps)
         nodes = backbone_nodes(backbone)
         self._placed = [(tap, nodes[tap.node]) for tap in taps]
@@ -51,40 +53,41 @@ class Network(nn.Module):
         )
         self._body: nn.Module | None = None
         self._dtypes: dict[Tap, torch.dtype] = {}
-        names = [node.name for node in nodes.nodes]
-        first = -1 if split_node is None else names.index(split_node)
+        node_names = [node.name for node in nodes.nodes]
+        split_index = -1 if split_node is None else node_names.index(split_node)
         if split_node is not None:
             self._body = part_above(self.backbone, nodes[split_node])
-        self.taps_below = tuple(tap for tap, node in self._placed if names.index(node.name) < first)
+        self.taps_below = tuple(
+            tap for tap, node in self._placed if node_names.index(node.name) < split_index
+        )
         self.n_features_below = sum(
             math.prod(tap_shape(tap, node)) for tap, node in self._placed if tap in self.taps_below
         )
         if self.taps_below and head.spatial:
             raise CannotSplit(
                 f"a convolution head on maps below the split {split_node} has nothing that could "
-                "be trained "
-                "there"
+                "be trained there"
             )
         self._live = [tap for tap in taps if tap not in self.taps_below]
         self._at_split = [(tap, node) for tap, node in self._placed if node.name == split_node]
-        above = [
+        taps_above = [
             (tap, node)
             for tap, node in self._placed
             if tap in self._live and node.name != split_node
         ]
         if split_node is not None and (
-            around := [
+            enclosing_taps := [
                 tap
-                for tap, node in above
+                for tap, node in taps_above
                 if f"{nodes[split_node].module}.".startswith(f"{node.module}.")
             ]
         ):
             raise CannotSplit(
-                f"{around[0]} is the output of a module that {split_node} lies in, which "
-                "cannot be seen "
-                "from inside: split elsewhere, or train from the images (leave the map out)"
+                f"{enclosing_taps[0]} is the output of a module that {split_node} lies in, which "
+                "cannot be seen from inside: split elsewhere, or train from the images (leave the "
+                "map out)"
             )
-        self._capture = TapCapture(self.backbone, above)
+        self._capture = TapCapture(self.backbone, taps_above)
 
     @property
     def untouched(self) -> nn.Module:
@@ -92,7 +95,7 @@ class Network(nn.Module):
         return self._untouched[0]
 
     def round_to(self, dtypes: Sequence[str]) -> "Network":
-        """From now on round each tap's features to what they are stored in, as the cached head has
+        """Round each tap's features from now on to what they are stored in, as the cached head has
         seen them.
         """
         self._dtypes = {
@@ -103,42 +106,43 @@ class Network(nn.Module):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> "Network":
-        """As nn.Module.to; inputs are then expected on that device."""
+        """Move the network as nn.Module.to does; inputs are then expected on that device."""
         super().to(*args, **kwargs)
         self._normalize = self._make_normalizer(str(next(self.parameters()).device))
         return self
 
     def forward(self, inputs: Tensor, features_below: Tensor | None = None) -> Tensor:
-        """inputs: uint8 pixels (n, H, W, 3), or maps of the cut (n, channels, h, w); held:
+        """Return the logits (n, C).
 
-        (n, features of `features_below`).
+        inputs: uint8 pixels (n, H, W, 3), or maps of the split point (n, channels, h, w).
+        features_below: (n, D) of `taps_below`.
         """
         return self.head(self.features(inputs, features_below))  # type: ignore[no-any-return]
 
     def features(self, inputs: Tensor, features_below: Tensor | None = None) -> Tensor:
-        """What the head is given: (n, D), or for a convolution head maps."""
-        captured: dict[Tap, Tensor] = {}
-        body: nn.Module = self.backbone
+        """Return the head's input: (n, D), or for a convolution head maps."""
+        outputs_of_tap: dict[Tap, Tensor] = {}
+        traced_body: nn.Module = self.backbone
         if self.split_node is None:
             inputs = self._normalize(inputs)
         else:
             assert self._body is not None
-            body = self._body
+            traced_body = self._body
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             for tap, node in self._at_split:
-                captured[tap] = pool_output(inputs, tap.pooling, node)
-        captured |= self._capture.run(body, inputs)
-        columns, start = [], 0
+                outputs_of_tap[tap] = pool_output(inputs, tap.pooling, node)
+        outputs_of_tap |= self._capture.run(traced_body, inputs)
+        feature_blocks, first_column = [], 0
         for tap, node in self._placed:
-            if tap in captured:
-                column = captured[tap]
+            if tap in outputs_of_tap:
+                tap_features = outputs_of_tap[tap]
             else:
                 assert features_below is not None, f"{tap} lies below the split and has to be given"
-                width = math.prod(tap_shape(tap, node))
-                column = features_below[:, start : start + width]
-                start += width
+                n_columns = math.prod(tap_shape(tap, node))
+                tap_features = features_below[:, first_column : first_column + n_columns]
+                first_column += n_columns
             if tap in self._dtypes:
-                column = column.to(self._dtypes[tap])
-            column = column.float()
-            columns.append(column if self.head.spatial else column.flatten(1))
-        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+                tap_features = tap_features.to(self._dtypes[tap])
+            tap_features = tap_features.float()
+            feature_blocks.append(tap_features if self.head.spatial else tap_features.flatten(1))
+        return feature_blocks[0] if len(feature_blocks) == 1 else torch.cat(feature_blocks, dim=1)

@@ -1,4 +1,4 @@
-"""What a model may ask for: code to import and files to read, each only if its user allows it."""
+"""Files that a model asks for: read only where they are its own, or its user allows them."""
 
 import shlex
 from collections.abc import Collection
@@ -11,30 +11,37 @@ from headrace.pipelines.records import RunDamaged, read_record
 
 
 def require_allowed_file(
-    recorded_name: str, file: Path, directory: Path, root: Path, trusted: Collection[str]
+    recorded_name: str,
+    asked_path: Path,
+    model_directory: Path,
+    model_root: Path,
+    allowed_code: Collection[str],
 ) -> None:
     """Raise CodeNotTrusted for a network's file or folder that is neither in the model's directory
     nor named by its run's recipe.
     """
-    file = expand_home(file).absolute()
-    if file.resolve().is_relative_to(root.resolve()):
+    asked_path = expand_home(asked_path).absolute()
+    if asked_path.resolve().is_relative_to(model_root.resolve()):
         return
-    if not {recorded_name, str(file)}.isdisjoint(trusted):
+    if not {recorded_name, str(asked_path)}.isdisjoint(allowed_code):
         return
     # RUN/winner, RUN/ensemble/members/KEY: the run is at most three folders up.
-    for folder in list(directory.absolute().parents)[:4]:
+    for parent_folder in list(model_directory.absolute().parents)[:4]:
         try:
-            recipe = read_record(RunPaths(folder).recipe)
+            run_recipe = read_record(RunPaths(parent_folder).recipe)
             recipe_names = [
-                backbone.get(key) for backbone in recipe["backbones"] for key in ("weights", "name")
+                backbone.get(recipe_key)
+                for backbone in run_recipe["backbones"]
+                for recipe_key in ("weights", "name")
             ]
             if recorded_name in recipe_names:
                 return
         except (OSError, RunDamaged, KeyError, TypeError, AttributeError):
             continue
     raise CodeNotTrusted(
-        f"{directory} asks for the weights in {file}, which lies outside of the model's directory. "
-        f"If you know the file, type: --trust-code {shlex.quote(str(file))} (in Python: "
-        f"trust_code=[{str(file)!r}]). `headrace export`, with that option and --format "
-        "safetensors, writes a model that holds its weights and asks for nothing"
+        f"{model_directory} asks for the weights in {asked_path}, which lies outside of the "
+        "model's directory. If you know the file, type: --trust-code "
+        f"{shlex.quote(str(asked_path))} (in Python: trust_code=[{str(asked_path)!r}]). `headrace "
+        "export`, with that option and --format safetensors, writes a model that holds its "
+        "weights and asks for nothing"
     )

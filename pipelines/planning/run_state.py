@@ -14,7 +14,7 @@ from headrace.extract.images.content_hashes import UnreadableSample
 from headrace.extract.run.plan import BackboneFeatures, plan_work_units
 from headrace.heads.data.task import save_task
 from headrace.pipelines.feature_input import FeatureInput
-from headrace.pipelines.finetune.stage import Finetuned
+from headrace.pipelines.finetune.stage import FinetuneOutcome
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, count_entries
 from headrace.pipelines.planning.cost_model import measured_rates
@@ -71,7 +71,7 @@ class RunState:
     inventory: Inventory | None = None  # None for feature sets that a program gave
     failed_images: int = 0
     input_halving: InputHalving | None = None
-    finetuned: Finetuned | None = None
+    finetuned: FinetuneOutcome | None = None
     selected: Selected | None = None
     test: TestResult | None = None
 

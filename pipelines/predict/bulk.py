@@ -48,17 +48,17 @@ from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.model import Model, load_model
-from headrace.pipelines.predict.tables import Block, is_predictions, table_writer
+from headrace.pipelines.predict.tables import TableBlock, is_predictions, table_writer
 
-PART_IMAGES = 256  # some seconds of a small network on one core: little is lost to a kill
+# some seconds of a small network on one core: little is lost to a kill
+PART_IMAGES = 256
 # Starting worker processes takes some seconds each; fewer images than this are done sooner in this
 # process.
 _WORTH_WORKERS = 1024
 _BLOCK = 4096  # rows of the table written at a time
 
-_Key = tuple[
-    str, str
-]  # path, and the stamp of the file that was predicted; "" where there is no file
+# path, and the stamp of the file that was predicted; "" where there is no file
+_Key = tuple[str, str]
 
 
 class PredictionsThere(HeadraceError, FileExistsError):
@@ -74,7 +74,8 @@ class PartJob:
     """Predict these images and publish one part."""
 
     model: str
-    digest: str  # of the model, so that no worker uses another one
+    # The model's digest, so that no worker uses another one.
+    digest: str
     samples: tuple[Sample, ...]
     keys: tuple[_Key, ...]
     part: str
@@ -84,155 +85,184 @@ class PartJob:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a call ended with."""
+class PredictionSummary:
+    """The counts that a call ends with."""
 
     images: int
     new: int  # predicted in this call
     failed: int
-    counts: dict[str, int]  # images per predicted class; of a multi-label task, per label
+    # images per predicted class; of a multi-label task, per label
+    counts: dict[str, int]
 
 
 def predict_table(
     model: Model,
     images: pd.DataFrame,
-    out: Path,
-    kind: str,
+    table_path: Path,
+    table_format: str,
     *,
     force: bool = False,
-    workers: int | None = None,
+    n_workers: int | None = None,
     device: str = "cpu",
     console: Console,
-) -> Summary:
-    """Predict what is left of `images` (columns `file`, `path`) and write the table `out` as csv,
-    parquet or jsonl.
+) -> PredictionSummary:
+    """Predict what is left of `images` (columns `file`, `path`) and write the table `table_path` as
+    csv, parquet or jsonl.
 
     Every image has one row, in the order given; one that cannot be decoded has its reason in it.
     Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
     for whatever `headrace predict` has not written there.
     """
-    about = out.with_name(f"{out.name}.json")
-    parts = out.with_name(f"{out.name}.parts")
-    _require_ours(out, about, parts)
-    paths = images["path"].tolist()
-    keys = file_keys(paths)
+    record_path = table_path.with_name(f"{table_path.name}.json")
+    parts_folder = table_path.with_name(f"{table_path.name}.parts")
+    _require_ours(table_path, record_path, parts_folder)
+    image_paths = images["path"].tolist()
+    file_keys_in_order = file_keys(image_paths)
     record = {
         "model": str(model.path),
         "model_digest": model.digest,
         "images": len(images),
-        "listing": hashlib.sha256(json.dumps([images["file"].tolist(), keys]).encode()).hexdigest()[
-            :24
-        ],
-        "format": kind,
+        "listing": hashlib.sha256(
+            json.dumps([images["file"].tolist(), file_keys_in_order]).encode()
+        ).hexdigest()[:24],
+        "format": table_format,
         "headrace": importlib.metadata.version("headrace"),
     }
-    if out.exists() and not force and not parts.exists():
-        if (before := _read_record(about)) is not None and {**before, **record} == before:
-            return Summary(len(images), 0, before["failed"], before["counts"])
+    if table_path.exists() and not force and not parts_folder.exists():
+        if (earlier_record := _read_record(record_path)) is not None and {
+            **earlier_record,
+            **record,
+        } == earlier_record:
+            return PredictionSummary(
+                len(images), 0, earlier_record["failed"], earlier_record["counts"]
+            )
         raise PredictionsThere(
-            f"{out} is there, and of other images, another model or another version. Give another "
-            "name with --out, or --force to replace it"
+            f"{table_path} is there, and of other images, another model or another version. Give "
+            "another name with --out, or --force to replace it"
         )
-    parts.mkdir(parents=True, exist_ok=True)
-    done = _known(parts, model, final=False)
-    left = list(dict.fromkeys(key for key in keys if key not in done))
-    _predict(model, left, parts, workers=workers, device=device, console=console)
-    summary = _assemble(
-        model, images["file"].tolist(), keys, parts, parts / "table.partial", kind, new=len(left)
+    parts_folder.mkdir(parents=True, exist_ok=True)
+    known_parts = _known_parts(parts_folder, model, is_final=False)
+    missing_keys = list(
+        dict.fromkeys(file_key for file_key in file_keys_in_order if file_key not in known_parts)
     )
-    os.replace(parts / "table.partial", out)
+    _predict_missing(
+        model, missing_keys, parts_folder, n_workers=n_workers, device=device, console=console
+    )
+    summary = _assemble_table(
+        model,
+        images["file"].tolist(),
+        file_keys_in_order,
+        parts_folder,
+        parts_folder / "table.partial",
+        table_format,
+        n_new=len(missing_keys),
+    )
+    os.replace(parts_folder / "table.partial", table_path)
     record |= {"failed": summary.failed, "counts": summary.counts}
     # By way of the folder of parts, with which the temporary of a killed call goes too.
-    publish_replace(parts / "record.partial", sealed_json(record, indent=2))
-    os.replace(parts / "record.partial", about)
-    _remove_parts(parts)
+    publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
+    os.replace(parts_folder / "record.partial", record_path)
+    _remove_parts(parts_folder)
     return summary
 
 
-def _require_ours(out: Path, about: Path, parts: Path) -> None:
-    """Raises PredictionsThere unless what is at `out` and `about` is nothing, or of `headrace
-    predict`: a name is soon mistyped.
+def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> None:
+    """Raise PredictionsThere unless what is at `table_path` and `record_path` is nothing, or of
+    `headrace predict`: a name is soon mistyped.
     """
-    recorded = (
-        about.is_file() and b'"model_digest"' in about.read_bytes()
-    )  # also one that is damaged
-    elsewhere = (
+    # A damaged record counts too.
+    has_our_record = record_path.is_file() and b'"model_digest"' in record_path.read_bytes()
+    advice = (
         "It is not replaced, with --force neither. Give another name with --out, such as "
-        f"{_free_name(out)}, or move it away"
+        f"{_free_name(table_path)}, or move it away"
     )
-    if out.exists() and not out.is_file():
-        raise PredictionsThere(f"{out} is neither a table nor a name that is free. {elsewhere}")
-    if about.exists() and not recorded:
+    if table_path.exists() and not table_path.is_file():
+        raise PredictionsThere(f"{table_path} is neither a table nor a name that is free. {advice}")
+    if record_path.exists() and not has_our_record:
         raise PredictionsThere(
-            f"{about} is there, where headrace predict keeps what it knows of {out.name}, and is "
-            f"not as it writes it. {elsewhere}"
+            f"{record_path} is there, where headrace predict keeps what it knows of "
+            f"{table_path.name}, and is not as it writes it. {advice}"
         )
     # Where a call was killed as it ended, the table is there, and its record not yet.
-    if out.exists() and not is_predictions(out, values=recorded or any(parts.glob("*.parquet"))):
+    if table_path.exists() and not is_predictions(
+        table_path, allow_values=has_our_record or any(parts_folder.glob("*.parquet"))
+    ):
         raise PredictionsThere(
-            f"{out} is there, and is no table of predictions: headrace predict did not write it. "
-            f"{elsewhere}"
+            f"{table_path} is there, and is no table of predictions: headrace predict did not "
+            f"write it. {advice}"
         )
 
 
-def _free_name(out: Path) -> Path:
-    names = (
-        out.with_name(f"predictions{number or ''}{out.suffix or '.csv'}") for number in count()
+def _free_name(table_path: Path) -> Path:
+    candidate_paths = (
+        table_path.with_name(f"predictions{number or ''}{table_path.suffix or '.csv'}")
+        for number in count()
     )
-    return next(name for name in names if not name.exists())
+    return next(candidate_path for candidate_path in candidate_paths if not candidate_path.exists())
 
 
-def _remove_parts(parts: Path) -> None:
+def _remove_parts(parts_folder: Path) -> None:
     """Remove what calls of predict have written there, and the folder if nothing of anybody else is
     in it.
     """
-    for file in parts.iterdir():
+    for part_file in parts_folder.iterdir():
         if re.fullmatch(
             rf"[0-9a-f]{{24}}\.parquet|(table|record)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",
-            file.name,
+            part_file.name,
         ):
-            file.unlink(missing_ok=True)
+            part_file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty
-        parts.rmdir()
+        parts_folder.rmdir()
 
 
 def predict_stream(
     model: Model,
     images: pd.DataFrame,
     stream: IO[str],
-    kind: str,
+    table_format: str,
     *,
     device: str = "cpu",
     console: Console,
-) -> Summary:
-    """As `predict_table`, to an open text stream, a batch at a time; nothing is kept, nothing can
-    be resumed.
+) -> PredictionSummary:
+    """Write predictions as `predict_table` does, to an open text stream, a batch at a time; nothing
+    is kept, nothing can be resumed.
     """
     from headrace.pipelines.models.images import open_engine, predict_samples
 
-    files = images["file"].tolist()
-    failures, counts = 0, np.zeros(len(model.classes), np.int64)
-    start = 0
+    file_names = images["file"].tolist()
+    n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
+    n_written = 0
     with (
-        table_writer(stream, kind, model.task_kind, model.classes) as write,
-        show_progress(console, "predict", len(files), "images") as advance,
+        table_writer(stream, table_format, model.task_kind, model.classes) as write,
+        show_progress(console, "predict", len(file_names), "images") as advance,
     ):
-        threads = available_cores()
+        n_threads = available_cores()
         for predicted in predict_samples(
-            open_engine(model, device), _samples(images["path"]), threads
+            open_engine(model, device), _path_samples(images["path"]), n_threads
         ):
-            errors = dict(predicted.failed)
-            rows = sorted([*predicted.rows, *errors])
-            block = np.full((len(rows), len(model.classes)), np.nan, np.float32)
-            place = {row: number for number, row in enumerate(rows)}
-            block[[place[row] for row in predicted.rows]] = predicted.probabilities
-            assert rows == list(range(start, start + len(rows)))  # batches come in order and whole
-            start += len(rows)
-            write(Block([files[row] for row in rows], block, [errors.get(row) for row in rows]))
-            counts += _count(predicted.probabilities, model)
-            failures += len(errors)
-            advance(len(rows))
-    return Summary(len(files), len(files), failures, _named(counts, model))
+            error_of_row = dict(predicted.failed)
+            batch_rows = sorted([*predicted.rows, *error_of_row])
+            block_probabilities = np.full((len(batch_rows), len(model.classes)), np.nan, np.float32)
+            row_in_block = {row: block_row for block_row, row in enumerate(batch_rows)}
+            block_probabilities[[row_in_block[row] for row in predicted.rows]] = (
+                predicted.probabilities
+            )
+            # Batches come in order and whole.
+            assert batch_rows == list(range(n_written, n_written + len(batch_rows)))
+            n_written += len(batch_rows)
+            write(
+                TableBlock(
+                    [file_names[row] for row in batch_rows],
+                    block_probabilities,
+                    [error_of_row.get(row) for row in batch_rows],
+                )
+            )
+            class_counts += _count_classes(predicted.probabilities, model)
+            n_failed += len(error_of_row)
+            advance(len(batch_rows))
+    return PredictionSummary(
+        len(file_names), len(file_names), n_failed, _named_counts(class_counts, model)
+    )
 
 
 def predict_part(job: PartJob) -> int:
@@ -240,37 +270,36 @@ def predict_part(job: PartJob) -> int:
     from headrace.pipelines.models.images import predict_samples
 
     _set_threads(job.threads)
-    engine = _engine(job.model, job.digest, job.device, job.trust_code)
-    found = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
-    errors: list[str | None] = [None] * len(job.samples)
-    unread = np.zeros(len(job.samples), np.bool_)
+    engine = _open_model_engine(job.model, job.digest, job.device, job.trust_code)
+    probabilities = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
+    error_texts: list[str | None] = [None] * len(job.samples)
+    is_unread = np.zeros(len(job.samples), np.bool_)
     for predicted in predict_samples(engine, job.samples, job.threads):
-        found[predicted.rows] = predicted.probabilities
+        probabilities[predicted.rows] = predicted.probabilities
         for row, reason in predicted.failed:
-            errors[row] = reason
-        unread[list(predicted.unread)] = True
-    publish_replace(Path(job.part), _part_bytes(job, found, errors, unread))
-    return sum(error is not None for error in errors)
+            error_texts[row] = reason
+        is_unread[list(predicted.unread)] = True
+    publish_replace(Path(job.part), _part_bytes(job, probabilities, error_texts, is_unread))
+    return sum(error is not None for error in error_texts)
 
 
 def _part_bytes(
     job: PartJob,
-    found: npt.NDArray[np.float32],
-    errors: list[str | None],
-    unread: npt.NDArray[np.bool_],
+    probabilities: npt.NDArray[np.float32],
+    error_texts: list[str | None],
+    is_unread: npt.NDArray[np.bool_],
 ) -> bytes:
-    """A part as a Parquet file with a seal:
-
-    Parquet's pages have no checksum, and one digit would be believed.
+    """Return a part as a Parquet file with a seal: Parquet's pages have no checksum, and one digit
+    would be believed.
     """
     table = pa.table(
         {
             "path": pa.array([_path_bytes(path) for path, _ in job.keys], pa.binary()),
             "stamp": [stamp for _, stamp in job.keys],
-            "error": pa.array(errors, pa.string()),
-            "unread": unread,
+            "error": pa.array(error_texts, pa.string()),
+            "unread": is_unread,
             "probabilities": pa.FixedSizeListArray.from_arrays(
-                pa.array(found.reshape(-1)), found.shape[1]
+                pa.array(probabilities.reshape(-1)), probabilities.shape[1]
             ),
         }
     ).replace_schema_metadata({"headrace": job.digest, SEAL: UNSEALED})
@@ -279,139 +308,170 @@ def _part_bytes(
     return seal(buffer.getvalue())
 
 
-def file_keys(paths: Sequence[str]) -> list[_Key]:
-    """What tells whether a file is still the one that was predicted: its path and its stamp (see
-    FileStamp).
+def file_keys(image_paths: Sequence[str]) -> list[_Key]:
+    """Return what tells whether a file is still the one that was predicted: its path and its stamp
+    (see FileStamp).
 
     Files written a moment ago are waited for, some seconds at most, so that a change after this
     call has another stamp.
     """
-    stamps = file_stamps(map(locator_file, paths))
-    wait_until_settled(stamp for stamp in stamps if isinstance(stamp, FileStamp))
-    texts = (stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps)
-    return list(zip(paths, texts, strict=True))
+    # Not the content hash: it would read every image of a finished part again, a stamp costs a
+    # stat.
+    stamps_of_files = file_stamps(map(locator_file, image_paths))
+    wait_until_settled(stamp for stamp in stamps_of_files if isinstance(stamp, FileStamp))
+    stamp_texts = (stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps_of_files)
+    return list(zip(image_paths, stamp_texts, strict=True))
 
 
 def _path_bytes(path: str) -> bytes:
     return path.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
 
 
-def _predict(
+def _predict_missing(
     model: Model,
-    left: Sequence[_Key],
-    parts: Path,
+    missing_keys: Sequence[_Key],
+    parts_folder: Path,
     *,
-    workers: int | None,
+    n_workers: int | None,
     device: str,
     console: Console,
 ) -> None:
-    if not left:
+    if not missing_keys:
         return
-    cores = workers or available_cores()
-    shared = device == "cpu" and cores > 1 and len(left) >= _WORTH_WORKERS
+    n_cores = n_workers or available_cores()
+    uses_workers = device == "cpu" and n_cores > 1 and len(missing_keys) >= _WORTH_WORKERS
     # Every worker has something to do, and the last part is not waited for long.
-    size = min(PART_IMAGES, max(16, -(-len(left) // (2 * cores)))) if shared else PART_IMAGES
+    part_size = (
+        min(PART_IMAGES, max(16, -(-len(missing_keys) // (2 * n_cores))))
+        if uses_workers
+        else PART_IMAGES
+    )
     jobs = []
-    for start in range(0, len(left), size):
-        keys = tuple(left[start : start + size])
-        name = hashlib.sha256(json.dumps([model.digest, keys]).encode()).hexdigest()[:24]
-        part = str((parts / f"{name}.parquet").absolute())
-        threads = 1 if shared else cores
-        place = str(model.path.absolute())
-        samples = tuple(_samples(key[0] for key in keys))
+    for part_start in range(0, len(missing_keys), part_size):
+        keys = tuple(missing_keys[part_start : part_start + part_size])
+        part_name = hashlib.sha256(json.dumps([model.digest, keys]).encode()).hexdigest()[:24]
+        part_path = str((parts_folder / f"{part_name}.parquet").absolute())
+        n_threads = 1 if uses_workers else n_cores
+        model_path = str(model.path.absolute())
+        samples = tuple(_path_samples(key[0] for key in keys))
         jobs.append(
-            PartJob(place, model.digest, samples, keys, part, device, threads, model.trust_code)
+            PartJob(
+                model_path,
+                model.digest,
+                samples,
+                keys,
+                part_path,
+                device,
+                n_threads,
+                model.trust_code,
+            )
         )
-    with show_progress(console, "predict", len(left), "images") as advance:
-        if not shared:
+    with show_progress(console, "predict", len(missing_keys), "images") as advance:
+        if not uses_workers:
             for job in jobs:
-                failed = predict_part(job)
-                advance(len(job.samples), {"failed": failed})
+                n_failed = predict_part(job)
+                advance(len(job.samples), {"failed": n_failed})
             return
-        reasons = []
+        failure_reasons = []
         with ExitStack() as stack:
             client = stack.enter_context(
-                local_client(min(cores, len(jobs)), module_names=[__name__])
+                local_client(min(n_cores, len(jobs)), module_names=[__name__])
             )
-            keyed = ((f"predict-{Path(job.part).stem}", job) for job in jobs)
-            outcomes = stack.enter_context(closing(run_tasks(client, predict_part, keyed)))
+            keyed_jobs = ((f"predict-{Path(job.part).stem}", job) for job in jobs)
+            outcomes = stack.enter_context(closing(run_tasks(client, predict_part, keyed_jobs)))
             for outcome in outcomes:
-                reasons += [outcome.error] if outcome.error else []
+                failure_reasons += [outcome.error] if outcome.error else []
                 advance(len(outcome.job.samples), {"failed": outcome.result or 0})
-    if reasons:
+    if failure_reasons:
         raise PredictIncomplete(
-            f"{len(reasons):,} of {len(jobs):,} parts failed; the others are kept, and the same "
-            f"command tries these again. The first reason: {reasons[0]}"
+            f"{len(failure_reasons):,} of {len(jobs):,} parts failed; the others are kept, and the "
+            f"same command tries these again. The first reason: {failure_reasons[0]}"
         )
 
 
-def _known(parts: Path, model: Model, *, final: bool) -> dict[_Key, tuple[Path, int]]:
-    """Where the prediction of each file is.
+def _known_parts(
+    parts_folder: Path, model: Model, *, is_final: bool
+) -> dict[_Key, tuple[Path, int]]:
+    """Return the part and the row that hold the prediction of each file.
 
-    A file that could not be read is tried again, unless this is the end.
+    A file that could not be read is tried again, unless `is_final`.
     """
-    known: dict[_Key, tuple[Path, int]] = {}
-    for part in sorted(parts.glob("*.parquet")):
+    part_of_key: dict[_Key, tuple[Path, int]] = {}
+    for part_path in sorted(parts_folder.glob("*.parquet")):
         try:
-            data = part.read_bytes()
+            data = part_path.read_bytes()
             check_seal(data)
-            file = pq.ParquetFile(io.BytesIO(data))
-            if (file.schema_arrow.metadata or {}).get(b"headrace") != model.digest.encode():
+            parquet_file = pq.ParquetFile(io.BytesIO(data))
+            if (parquet_file.schema_arrow.metadata or {}).get(b"headrace") != model.digest.encode():
                 continue  # of another model
-            table = file.read(["path", "stamp", "unread"])
+            table = parquet_file.read(["path", "stamp", "unread"])
         except (pa.ArrowException, OSError, KeyError, ValueError):
             continue  # damaged: its images are predicted again
-        columns = (table[name].to_pylist() for name in table.column_names)
-        for row, (path, stamp, unread) in enumerate(zip(*columns, strict=True)):
+        table_columns = (table[name].to_pylist() for name in table.column_names)
+        for row, (path, stamp, unread) in enumerate(zip(*table_columns, strict=True)):
             key = (path.decode("utf-8", "surrogatepass"), stamp)
-            if not unread or (final and key not in known):
-                known[key] = (part, row)
-    return known
+            if not unread or (is_final and key not in part_of_key):
+                part_of_key[key] = (part_path, row)
+    return part_of_key
 
 
-def _assemble(
+def _assemble_table(
     model: Model,
-    files: list[str],
-    keys: list[_Key],
-    parts: Path,
-    target: Path,
-    kind: str,
+    file_names: list[str],
+    file_keys: list[_Key],
+    parts_folder: Path,
+    table_path: Path,
+    table_format: str,
     *,
-    new: int,
-) -> Summary:
-    places = _known(parts, model, final=True)
-    opened: OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]] = OrderedDict()
-    failures, counts = 0, np.zeros(len(model.classes), np.int64)
-    with table_writer(target, kind, model.task_kind, model.classes) as write:
-        for start in range(0, len(files), _BLOCK):
-            found = np.empty((len(files[start : start + _BLOCK]), len(model.classes)), np.float32)
-            errors: list[str | None] = []
-            for slot, key in enumerate(keys[start : start + _BLOCK]):
-                part, row = places[key]
-                probabilities, reasons = _open_part(opened, part, len(model.classes))
-                found[slot] = probabilities[row]
-                errors.append(reasons[row])
-            write(Block(files[start : start + _BLOCK], found, errors))
-            counts += _count(found[[error is None for error in errors]], model)
-            failures += sum(error is not None for error in errors)
-    return Summary(len(files), new, failures, _named(counts, model))
+    n_new: int,
+) -> PredictionSummary:
+    part_of_key = _known_parts(parts_folder, model, is_final=True)
+    open_parts: OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]] = OrderedDict()
+    n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
+    with table_writer(table_path, table_format, model.task_kind, model.classes) as write:
+        for block_start in range(0, len(file_names), _BLOCK):
+            probabilities = np.empty(
+                (len(file_names[block_start : block_start + _BLOCK]), len(model.classes)),
+                np.float32,
+            )
+            error_texts: list[str | None] = []
+            for block_row, key in enumerate(file_keys[block_start : block_start + _BLOCK]):
+                part_path, part_row = part_of_key[key]
+                part_probabilities, part_errors = _open_part(
+                    open_parts, part_path, len(model.classes)
+                )
+                probabilities[block_row] = part_probabilities[part_row]
+                error_texts.append(part_errors[part_row])
+            write(
+                TableBlock(
+                    file_names[block_start : block_start + _BLOCK], probabilities, error_texts
+                )
+            )
+            class_counts += _count_classes(
+                probabilities[[error is None for error in error_texts]], model
+            )
+            n_failed += sum(error is not None for error in error_texts)
+    return PredictionSummary(len(file_names), n_new, n_failed, _named_counts(class_counts, model))
 
 
 def _open_part(
-    opened: "OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]]",
-    part: Path,
-    outputs: int,
+    open_parts: "OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]]",
+    part_path: Path,
+    n_outputs: int,
 ) -> tuple[npt.NDArray[np.float32], list[str | None]]:
-    if part not in opened:
-        table = pq.read_table(part, columns=["probabilities", "error"])
-        numbers = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        opened[part] = (numbers.reshape(-1, outputs), table["error"].to_pylist())
-        if len(opened) > 64:  # images come in the order in which they were predicted, or nearly so
-            opened.popitem(last=False)
-    return opened[part]
+    if part_path not in open_parts:
+        table = pq.read_table(part_path, columns=["probabilities", "error"])
+        flat_values = (
+            table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        )
+        open_parts[part_path] = (flat_values.reshape(-1, n_outputs), table["error"].to_pylist())
+        # Images come in the order in which they were predicted, or nearly so.
+        if len(open_parts) > 64:
+            open_parts.popitem(last=False)
+    return open_parts[part_path]
 
 
-def _count(probabilities: npt.NDArray[np.float32], model: Model) -> npt.NDArray[np.int64]:
+def _count_classes(probabilities: npt.NDArray[np.float32], model: Model) -> npt.NDArray[np.int64]:
     if model.task_kind == "single":
         return np.bincount(probabilities.argmax(1), minlength=len(model.classes))
     if model.task_kind == "multi":
@@ -419,18 +479,18 @@ def _count(probabilities: npt.NDArray[np.float32], model: Model) -> npt.NDArray[
     return np.zeros(len(model.classes), np.int64)
 
 
-def _named(counts: npt.NDArray[np.int64], model: Model) -> dict[str, int]:
+def _named_counts(class_counts: npt.NDArray[np.int64], model: Model) -> dict[str, int]:
     if model.task_kind == "regression":
         return {}
-    return dict(zip(model.classes, counts.tolist(), strict=True))
+    return dict(zip(model.classes, class_counts.tolist(), strict=True))
 
 
-def _samples(paths: Iterable[str]) -> list[Sample]:
+def _path_samples(paths: Iterable[str]) -> list[Sample]:
     return [Sample(path, path, "") for path in paths]
 
 
 @lru_cache(maxsize=1)
-def _engine(path: str, digest: str, device: str, trust_code: tuple[str, ...]) -> Any:
+def _open_model_engine(path: str, digest: str, device: str, trust_code: tuple[str, ...]) -> Any:
     from headrace.pipelines.models.images import open_engine
 
     model = load_model(path, trust_code=trust_code)
@@ -439,15 +499,15 @@ def _engine(path: str, digest: str, device: str, trust_code: tuple[str, ...]) ->
     return open_engine(model, device)
 
 
-def _set_threads(threads: int) -> None:
+def _set_threads(n_threads: int) -> None:
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(n_threads)
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def _read_record(record_path: Path) -> dict[str, Any] | None:
     try:
-        found = read_sealed_json(path.read_bytes())
-        return found if {"failed", "counts"} <= set(found) else None
+        record = read_sealed_json(record_path.read_bytes())
+        return record if {"failed", "counts"} <= set(record) else None
     except (OSError, ValueError):
         return None

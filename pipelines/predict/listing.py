@@ -17,36 +17,43 @@ from headrace.pipelines.recipe.load import load_recipe
 
 
 def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
-    """One row per image, in the order given: `file`, as a person would name it, and `path`, a file
-    or a locator.
+    """Return one row per image, in the order given: `file`, as a person would name it, and `path`,
+    a file or a locator.
 
     sources: image files, folders, tables, archives, array files, or recipes, whose images are read
     with the recipe's options.
+
     options: fields of ImageSource, such as path_column. A folder's images are named by their path
     below it, behind the folder's own name; all others by their ids, and where two sources would
     give two images one name, behind the folder that the source lies in, or a table's own path.
+
     Raises SourceError for what is not there, RecipeError for a broken recipe.
     """
-    listings = [_list(str(source), options) for source in sources]
-    images = pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
-    if (images > 1).any():
+    listings = [_list_source(str(source), options) for source in sources]
+    paths_of_name = (
+        pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
+    )
+    if (paths_of_name > 1).any():
         for source, listing in zip(sources, listings, strict=True):
-            shared = listing.samples["file"].map(images) > 1
+            is_ambiguous = listing.samples["file"].map(paths_of_name) > 1
             prefix = printable_name(str(source if is_table(source) else Path(source).parent))
-            listing.samples.loc[shared, "file"] = f"{prefix}/" + listing.samples.loc[shared, "file"]
+            listing.samples.loc[is_ambiguous, "file"] = (
+                f"{prefix}/" + listing.samples.loc[is_ambiguous, "file"]
+            )
     return join_listings(listings)
 
 
-def _list(location: str, options: dict[str, Any]) -> Listing:
+def _list_source(location: str, options: dict[str, Any]) -> Listing:
     if Path(location).suffix.lower() in (".yaml", ".yml"):
         source = load_recipe(location).images.source()
         location = str(source.location)
     else:
         source = detect_source(location, **options)
     listing = read_source(source, labelled=False)
-    names = listing.samples["id"].astype(str)
+    file_names = listing.samples["id"].astype(str)
     if source.kind == "folder":
-        names = f"{printable_name(location).rstrip('/')}/" + names
+        file_names = f"{printable_name(location).rstrip('/')}/" + file_names
     return replace(
-        listing, samples=pd.DataFrame({"file": names, "path": listing.samples["path"].astype(str)})
+        listing,
+        samples=pd.DataFrame({"file": file_names, "path": listing.samples["path"].astype(str)}),
     )

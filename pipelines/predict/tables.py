@@ -32,7 +32,8 @@ from headrace.heads.data.task import TaskKind
 from headrace.pipelines.console import valid_text
 from headrace.pipelines.models.base import decide
 
-_FIRST_LINE = 1 << 24  # bytes; a hundred thousand classes have a line of some megabytes
+# In bytes: a hundred thousand classes have a line of some megabytes.
+_FIRST_LINE = 1 << 24
 
 FORMATS = {
     ".csv": "csv",
@@ -44,7 +45,7 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Block:
+class TableBlock:
     """Some rows of the table."""
 
     files: list[str]
@@ -52,157 +53,175 @@ class Block:
     errors: list[str | None]
 
 
-class Write(Protocol):
+class BlockWriter(Protocol):
     """Adds rows to a table."""
 
-    def __call__(self, block: Block) -> None: ...
+    def __call__(self, block: TableBlock) -> None: ...
 
 
 @contextmanager
 def table_writer(
-    target: Path | IO[str], kind: str, task_kind: TaskKind, classes: tuple[str, ...]
-) -> Iterator[Write]:
-    """Write blocks of rows as `kind` (csv, parquet, jsonl); text formats also to an open stream."""
+    destination: Path | IO[str], table_format: str, task_kind: TaskKind, classes: tuple[str, ...]
+) -> Iterator[BlockWriter]:
+    """Write blocks of rows as `table_format` (csv, parquet, jsonl); text formats also to an open
+    stream.
+    """
     classes = tuple(_free_names([valid_text(name) for name in classes]))
-    if kind == "parquet":
-        assert isinstance(target, Path)
+    if table_format == "parquet":
+        assert isinstance(destination, Path)
         schema = pa.schema(
-            [(name, type_) for name, type_, _ in _columns(_empty(len(classes)), task_kind, classes)]
+            [
+                (name, type_)
+                for name, type_, _ in _table_columns(_empty_block(len(classes)), task_kind, classes)
+            ]
         )
-        with pq.ParquetWriter(target, schema) as writer:
+        with pq.ParquetWriter(destination, schema) as writer:
 
-            def add(block: Block) -> None:
-                columns = _columns(block, task_kind, classes)
+            def add_table(block: TableBlock) -> None:
+                columns = _table_columns(block, task_kind, classes)
                 writer.write_table(
                     pa.table(
                         [pa.array(values, type_) for _, type_, values in columns], schema=schema
                     )
                 )
 
-            yield add
+            yield add_table
         return
-    text = csv_text if kind == "csv" else json_lines
-    stream = target.open("w", encoding="utf-8", newline="") if isinstance(target, Path) else target
+    block_text = csv_text if table_format == "csv" else json_lines
+    stream = (
+        destination.open("w", encoding="utf-8", newline="")
+        if isinstance(destination, Path)
+        else destination
+    )
     try:
-        first = True
+        needs_header = True
 
-        def add_text(block: Block) -> None:
-            nonlocal first
-            stream.write(text(block, task_kind, classes, header=first))
-            first = False
+        def add_text(block: TableBlock) -> None:
+            nonlocal needs_header
+            stream.write(block_text(block, task_kind, classes, with_header=needs_header))
+            needs_header = False
 
         yield add_text
-        if first:
-            add_text(_empty(len(classes)))
+        if needs_header:
+            add_text(_empty_block(len(classes)))
         stream.flush()
     finally:
-        if isinstance(target, Path):
+        if isinstance(destination, Path):
             stream.close()
 
 
-def is_predictions(path: Path, *, values: bool) -> bool:
-    """Whether a file is a table as `table_writer` writes one, by its columns, or is empty.
+def is_predictions(table_path: Path, *, allow_values: bool) -> bool:
+    """Tell whether a file is a table as `table_writer` writes one, by its columns, or is empty.
 
-    values: whether a table of regression counts, whose columns between `file` and `error` may have
-    any names.
+    allow_values: whether a table of regression counts, whose columns between `file` and `error` may
+    have any names.
     """
-    with path.open("rb") as file:
-        first = file.readline(_FIRST_LINE)
+    with table_path.open("rb") as file:
+        first_line = file.readline(_FIRST_LINE)
     try:
-        if first.startswith(b"PAR1"):
-            return _has_our_columns(pq.read_schema(path).names, values)
-        if first.startswith(b"{"):
-            entry = json.loads(first)
+        if first_line.startswith(b"PAR1"):
+            return _has_our_columns(pq.read_schema(table_path).names, allow_values)
+        if first_line.startswith(b"{"):
+            entry = json.loads(first_line)
             return set(entry) in (
                 {"file", "class", "probabilities"},
                 {"file", "values"},
                 {"file", "error"},
             )
-        return not first or _has_our_columns(next(csv.reader([first.decode()])), values)
+        return not first_line or _has_our_columns(
+            next(csv.reader([first_line.decode()])), allow_values
+        )
     except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error):
         return False
 
 
-def _has_our_columns(names: Sequence[str], values: bool) -> bool:
-    if len(names) < 3 or names[0] != "file" or names[-1] != "error":
+def _has_our_columns(column_names: Sequence[str], allow_values: bool) -> bool:
+    if len(column_names) < 3 or column_names[0] != "file" or column_names[-1] != "error":
         return False
-    return values or (names[1] == "class" and _all_probabilities(names))
+    return allow_values or (column_names[1] == "class" and _all_probabilities(column_names))
 
 
-def _all_probabilities(names: Sequence[str]) -> bool:
-    return all(name.startswith("p_") for name in names[3 if names[2] == "probability" else 2 : -1])
+def _all_probabilities(column_names: Sequence[str]) -> bool:
+    return all(
+        name.startswith("p_")
+        for name in column_names[3 if column_names[2] == "probability" else 2 : -1]
+    )
 
 
-def csv_text(block: Block, task_kind: TaskKind, classes: tuple[str, ...], *, header: bool) -> str:
-    """Rows as CSV (RFC 4180, line ends of Unix)."""
-    columns = _columns(block, task_kind, classes)
+def csv_text(
+    block: TableBlock, task_kind: TaskKind, classes: tuple[str, ...], *, with_header: bool
+) -> str:
+    """Return rows as CSV (RFC 4180, line ends of Unix)."""
+    columns = _table_columns(block, task_kind, classes)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    if header:
+    if with_header:
         writer.writerow([name for name, _, _ in columns])
     writer.writerows(
-        zip(*([_cell(value) for value in values] for _, _, values in columns), strict=True)
+        zip(*([_csv_cell(value) for value in values] for _, _, values in columns), strict=True)
     )
     return buffer.getvalue()
 
 
 def json_lines(
-    block: Block, task_kind: TaskKind, classes: tuple[str, ...], *, header: bool = False
+    block: TableBlock, task_kind: TaskKind, classes: tuple[str, ...], *, with_header: bool = False
 ) -> str:
-    """One JSON object per line: {"file", "class", "probabilities": {class: p}}, {"file", "values"},
-    {"file", "error"}.
+    """Return one JSON object per line: {"file", "class", "probabilities": {class: p}}, {"file",
+    "values"}, {"file", "error"}.
     """
-    decided = decide(block.probabilities, task_kind, classes)
+    decisions = decide(block.probabilities, task_kind, classes)
     lines = []
-    for row, (file, error) in enumerate(zip(block.files, block.errors, strict=True)):
-        entry: dict[str, Any] = {"file": valid_text(file)}
-        numbers = {
-            name: _number(value)
-            for name, value in zip(classes, block.probabilities[row], strict=True)
+    for row, (file_name, error_text) in enumerate(zip(block.files, block.errors, strict=True)):
+        entry: dict[str, Any] = {"file": valid_text(file_name)}
+        class_values = {
+            class_name: _shortest_float(value)
+            for class_name, value in zip(classes, block.probabilities[row], strict=True)
         }
-        if error is not None:
-            entry["error"] = valid_text(error)
+        if error_text is not None:
+            entry["error"] = valid_text(error_text)
         elif task_kind == "regression":
-            entry["values"] = numbers
+            entry["values"] = class_values
         else:
-            chosen = decided[row]
-            entry["class"] = str(chosen) if task_kind == "single" else _labels(chosen, classes)
-            entry["probabilities"] = numbers
+            decision = decisions[row]
+            entry["class"] = (
+                str(decision) if task_kind == "single" else _chosen_labels(decision, classes)
+            )
+            entry["probabilities"] = class_values
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
-def _columns(
-    block: Block, task_kind: TaskKind, classes: tuple[str, ...]
+def _table_columns(
+    block: TableBlock, task_kind: TaskKind, classes: tuple[str, ...]
 ) -> list[tuple[str, pa.DataType, Iterable[Any]]]:
-    failed = [error is not None for error in block.errors]
+    is_failed = [error is not None for error in block.errors]
     columns: list[tuple[str, pa.DataType, Iterable[Any]]] = [
         ("file", pa.string(), map(valid_text, block.files))
     ]
     if task_kind != "regression":
-        decided = decide(block.probabilities, task_kind, classes)
-        labels = [
+        decisions = decide(block.probabilities, task_kind, classes)
+        class_texts = [
             None
-            if bad
-            else str(chosen)
+            if failed_row
+            else str(decision)
             if task_kind == "single"
-            else ";".join(_labels(chosen, classes))
-            for bad, chosen in zip(failed, decided, strict=True)
+            else ";".join(_chosen_labels(decision, classes))
+            for failed_row, decision in zip(is_failed, decisions, strict=True)
         ]
-        columns.append(("class", pa.string(), labels))
+        columns.append(("class", pa.string(), class_texts))
         if task_kind == "single":
             columns.append(
                 (
                     "probability",
                     pa.float32(),
-                    _blanked(block.probabilities.max(1, initial=0), failed),
+                    _blank_failed(block.probabilities.max(1, initial=0), is_failed),
                 )
             )
-    names = classes if task_kind == "regression" else tuple(f"p_{name}" for name in classes)
+    column_names = classes if task_kind == "regression" else tuple(f"p_{name}" for name in classes)
     columns += [
-        (name, pa.float32(), _blanked(block.probabilities[:, place], failed))
-        for place, name in enumerate(
-            _free_names(names, taken=("error", *(name for name, _, _ in columns)))
+        (name, pa.float32(), _blank_failed(block.probabilities[:, class_index], is_failed))
+        for class_index, name in enumerate(
+            _free_names(column_names, taken_names=("error", *(name for name, _, _ in columns)))
         )
     ]
     columns.append(
@@ -215,35 +234,40 @@ def _columns(
     return columns
 
 
-def _free_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """The names, those with `_` after them that are taken already; a name that is free is never
-    given to another.
+def _free_names(names: Sequence[str], taken_names: Iterable[str] = ()) -> list[str]:
+    """Return the names, those with `_` after them that are taken already; a name that is free is
+    never given to another.
     """
-    used, free = set(taken), []
+    used_names, free_names = set(taken_names), []
     for name in names:
-        chosen = name
-        while chosen in used or (chosen != name and chosen in names):
-            chosen += "_"
-        used.add(chosen)
-        free.append(chosen)
-    return free
+        free_name = name
+        while free_name in used_names or (free_name != name and free_name in names):
+            free_name += "_"
+        used_names.add(free_name)
+        free_names.append(free_name)
+    return free_names
 
 
-def _blanked(values: npt.NDArray[np.float32], failed: list[bool]) -> list[float | None]:
-    return [None if bad else _number(value) for value, bad in zip(values, failed, strict=True)]
+def _blank_failed(values: npt.NDArray[np.float32], is_failed: list[bool]) -> list[float | None]:
+    return [
+        None if failed_row else _shortest_float(value)
+        for value, failed_row in zip(values, is_failed, strict=True)
+    ]
 
 
-def _number(value: np.float32) -> float:
+def _shortest_float(value: np.float32) -> float:
     return float(str(value))  # the shortest text that is this float32
 
 
-def _cell(value: Any) -> Any:
+def _csv_cell(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _labels(chosen: npt.NDArray[np.uint8], classes: tuple[str, ...]) -> list[str]:
-    return [name for name, yes in zip(classes, chosen, strict=True) if yes]
+def _chosen_labels(decision: npt.NDArray[np.uint8], classes: tuple[str, ...]) -> list[str]:
+    return [
+        class_name for class_name, is_chosen in zip(classes, decision, strict=True) if is_chosen
+    ]
 
 
-def _empty(outputs: int) -> Block:
-    return Block([], np.empty((0, outputs), np.float32), [])
+def _empty_block(n_outputs: int) -> TableBlock:
+    return TableBlock([], np.empty((0, n_outputs), np.float32), [])

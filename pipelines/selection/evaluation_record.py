@@ -29,7 +29,8 @@ from headrace.pipelines.models.reference import ModelRef
 # Of the test images' hashes, kept with each evaluation to recognise the same images under another
 # table.
 SKETCH = 256
-OLD_RECORD = "test-openings.jsonl"  # its name until the field's word replaced "opening"
+# its name until the field's word replaced "opening"
+OLD_RECORD = "test-openings.jsonl"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class TestResult:
     low: float
     high: float
     images: int
-    n_evaluations: int  # how many winners have been shown this test split, this one included
+    # how many winners have been shown this test split, this one included
+    n_evaluations: int
     metrics: dict[str, float]
     # the images are of so many groups, or distinct images; None: as many as images
     groups: int | None = None
@@ -83,7 +85,7 @@ def evaluate_winner(
     """
     identity = {"train": train_digest, "test": test.digest, **winner.identity()}
     predict = partial(winner.predict_rows, test, temperature=temperature)
-    return _evaluated(record_path, identity, test, metric, groups, predict, temperature)
+    return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature)
 
 
 def evaluate_average(
@@ -106,7 +108,7 @@ def evaluate_average(
         "temperature": temperature,
     }
     predict = partial(predict_average, members, temperature, test)
-    return _evaluated(record_path, identity, test, metric, groups, predict, temperature)
+    return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature)
 
 
 def predict_average(
@@ -130,8 +132,8 @@ def predict_average(
     return target, tempered(mean, test.kind, temperature)
 
 
-def _evaluated(
-    evaluations: Path,
+def _evaluate_once(
+    record_path: Path,
     identity: Mapping[str, Any],
     test: Task,
     metric: str,
@@ -139,38 +141,45 @@ def _evaluated(
     predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
     temperature: float,
 ) -> TestResult:
-    """The record of this evaluation; if there is none, `predict` gives targets and predictions, and
-    it is made.
+    """Return the result of this evaluation from its record; without one, `predict` gives targets
+    and predictions, and it is made.
 
     A record whose interval is of an earlier method keeps its score and is given the interval of
     this one; one of another temperature keeps its date alone.
     """
-    with lease(_lock(evaluations)):  # two runs that end at once both count
-        recorded = read_test_evaluations(evaluations)
-        past = [evaluation for evaluation in recorded if _overlaps(evaluation, test)]
-        same = [evaluation for evaluation in past if evaluation["winner"] == identity]
-        others = {json.dumps(evaluation["winner"], sort_keys=True) for evaluation in past} - {
-            json.dumps(identity, sort_keys=True)
-        }
-        for evaluation in same:
-            of_now = (
-                evaluation.get("interval") == METHOD and _temperature_of(evaluation) == temperature
+    with lease(_lock_path(record_path)):  # two runs that end at once both count
+        recorded = read_test_evaluations(record_path)
+        overlapping = [evaluation for evaluation in recorded if _shares_images(evaluation, test)]
+        same_model = [evaluation for evaluation in overlapping if evaluation["winner"] == identity]
+        other_models = {
+            json.dumps(evaluation["winner"], sort_keys=True) for evaluation in overlapping
+        } - {json.dumps(identity, sort_keys=True)}
+        for evaluation in same_model:
+            is_current = (
+                evaluation.get("interval") == METHOD
+                and _recorded_temperature(evaluation) == temperature
             )
-            if evaluation["result"]["metric"] == metric and of_now:
-                return TestResult(n_evaluations=len(others) + 1, **evaluation["result"])
+            if evaluation["result"]["metric"] == metric and is_current:
+                return TestResult(n_evaluations=len(other_models) + 1, **evaluation["result"])
         target, predicted = predict()
-        result = _scored(test, target, predicted, metric, groups, len(others) + 1)
-        earlier = next(
-            (evaluation for evaluation in same if evaluation["result"]["metric"] == metric), None
+        result = _score_predictions(test, target, predicted, metric, groups, len(other_models) + 1)
+        earlier_evaluation = next(
+            (evaluation for evaluation in same_model if evaluation["result"]["metric"] == metric),
+            None,
         )
-        if earlier is not None and _temperature_of(earlier) == temperature:
-            kept = {name: earlier["result"][name] for name in ("value", "metrics")}
-            result = dataclasses.replace(result, **kept)
+        if (
+            earlier_evaluation is not None
+            and _recorded_temperature(earlier_evaluation) == temperature
+        ):
+            kept_fields = {
+                name: earlier_evaluation["result"][name] for name in ("value", "metrics")
+            }
+            result = dataclasses.replace(result, **kept_fields)
         evaluation = {
             "winner": identity,
             "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "images": _sketch(test),
-            **(earlier or {}),
+            "images": _image_sketch(test),
+            **(earlier_evaluation or {}),
             "result": {
                 name: value
                 for name, value in dataclasses.asdict(result).items()
@@ -179,24 +188,28 @@ def _evaluated(
             "interval": METHOD,
             "temperature": temperature,
         }
-        if earlier is None:
-            _write_test_evaluations(evaluations, [*recorded, evaluation])
+        if earlier_evaluation is None:
+            _write_test_evaluations(record_path, [*recorded, evaluation])
         else:
             _write_test_evaluations(
-                evaluations, [evaluation if each is earlier else each for each in recorded]
+                record_path,
+                [
+                    evaluation if recorded_evaluation is earlier_evaluation else recorded_evaluation
+                    for recorded_evaluation in recorded
+                ],
             )
     return result
 
 
-def _temperature_of(evaluation: Mapping[str, Any]) -> float:
-    """Of what was scored.
+def _recorded_temperature(evaluation: Mapping[str, Any]) -> float:
+    """Return the temperature that was scored.
 
     Records of earlier versions have that of an ensemble in its description, and of a winner none.
     """
     return float(evaluation.get("temperature", evaluation["winner"].get("temperature", 1.0)))
 
 
-def _scored(
+def _score_predictions(
     test: Task,
     target: npt.NDArray[Any],
     predicted: npt.NDArray[Any],
@@ -205,62 +218,72 @@ def _scored(
     n_evaluations: int,
 ) -> TestResult:
     metrics = all_metrics(test.kind, target, predicted)
-    together = np.asarray(test.content if groups is None else groups)
-    assert len(together) == len(target)  # rows without features have left the task before
-    low, high = metric_interval(test.kind, target, predicted, metric, groups=together)
-    count = len(np.unique(together))
+    row_groups = np.asarray(test.content if groups is None else groups)
+    # Rows without features have left the task before.
+    assert len(row_groups) == len(target)
+    interval_low, interval_high = metric_interval(
+        test.kind, target, predicted, metric, groups=row_groups
+    )
+    n_groups = len(np.unique(row_groups))
     return TestResult(
-        metric, metrics[metric], low, high, len(target), n_evaluations, metrics, count
+        metric,
+        metrics[metric],
+        interval_low,
+        interval_high,
+        len(target),
+        n_evaluations,
+        metrics,
+        n_groups,
     )
 
 
-def _sketch(test: Task) -> list[str]:
-    """The smallest content hashes of the test images: two test splits that share a good part of
-    their images share some.
+def _image_sketch(test: Task) -> list[str]:
+    """Return the smallest content hashes of the test images: two test splits that share a good part
+    of their images share some.
     """
     return sorted(test.content.astype(str).tolist())[:SKETCH]
 
 
-def _overlaps(evaluation: Mapping[str, Any], test: Task) -> bool:
-    return not set(evaluation["images"]).isdisjoint(_sketch(test))
+def _shares_images(evaluation: Mapping[str, Any], test: Task) -> bool:
+    return not set(evaluation["images"]).isdisjoint(_image_sketch(test))
 
 
-def read_test_evaluations(path: Path) -> list[Mapping[str, Any]]:
-    """The record of evaluations, oldest first, from its copy where it is damaged, emptied or gone.
+def read_test_evaluations(record_path: Path) -> list[Mapping[str, Any]]:
+    """Return the record of evaluations, oldest first, from its copy where it is damaged, emptied or
+    gone.
 
     Raises EvaluationsDamaged.
     """
-    return _read_twice(path)[0]
+    return _read_twice(record_path)[0]
 
 
-def repair_test_evaluations(path: Path) -> list[str]:
-    """Write the record of evaluations again where it, or its copy, is not as it was written; what a
-    careful person is told then.
+def repair_test_evaluations(record_path: Path) -> list[str]:
+    """Write the record of evaluations again where it, or its copy, is not as it was written;
+    returns notes on that.
 
-    An evaluation cannot be undone, so its record is kept twice: with one file lost, neither another
-    score nor a second evaluation that looks like the first can come of it. Raises
-    EvaluationsDamaged where both are.
+    With one file lost, neither another score nor a second evaluation that looks like the first can
+    come of it. Raises EvaluationsDamaged where both are.
     """
-    with lease(_lock(path)):
-        evaluations, wrong = _read_twice(path)
-        if wrong or (evaluations and not _copy(path).exists()):
-            _write_test_evaluations(path, evaluations)
-    if not wrong:
+    with lease(_lock_path(record_path)):
+        evaluations, damage = _read_twice(record_path)
+        if damage or (evaluations and not _copy_path(record_path).exists()):
+            _write_test_evaluations(record_path, evaluations)
+    if not damage:
         return []
     return [
-        f"{path} {wrong}: it was written again from its copy, with {len(evaluations):,} "
-        "evaluations of "
-        "the test split. To start the count again, knowing that the test images have been seen, "
-        f"remove both: rm {shlex.quote(str(path))} {shlex.quote(str(_copy(path)))}"
+        f"{record_path} {damage}: it was written again from its copy, with {len(evaluations):,} "
+        "evaluations of the test split. To start the count again, knowing that the test images "
+        f"have been seen, remove both: rm {shlex.quote(str(record_path))} "
+        f"{shlex.quote(str(_copy_path(record_path)))}"
     ]
 
 
-def refuse_old_record(path: Path) -> None:
-    """Raise EvaluationsDamaged where the record of an earlier version lies beside `path`.
+def refuse_old_record(record_path: Path) -> None:
+    """Raise EvaluationsDamaged where the record of an earlier version lies beside `record_path`.
 
     Ignored, it would let the same test images count as never seen.
     """
-    for old_record in (path.with_name(OLD_RECORD), path.with_name(f".{OLD_RECORD}")):
+    for old_record in (record_path.with_name(OLD_RECORD), record_path.with_name(f".{OLD_RECORD}")):
         if old_record.exists():
             raise EvaluationsDamaged(
                 f"{old_record} is the record of test-set evaluations of an earlier version of "
@@ -270,64 +293,68 @@ def refuse_old_record(path: Path) -> None:
             )
 
 
-def _read_twice(path: Path) -> tuple[list[Mapping[str, Any]], str]:
-    """The evaluations, and what was wrong with the record, "" where nothing was."""
-    refuse_old_record(path)
-    record, copy = _read_record(path), _read_record(_copy(path))
-    if isinstance(copy, list) and copy:
+def _read_twice(record_path: Path) -> tuple[list[Mapping[str, Any]], str]:
+    """Return the evaluations, and what was wrong with the record, "" where nothing was."""
+    refuse_old_record(record_path)
+    record, copied_record = _read_record(record_path), _read_record(_copy_path(record_path))
+    if isinstance(copied_record, list) and copied_record:
         if isinstance(record, str):
-            return copy, record
+            return copied_record, record
         # A process that died between the two writes leaves the copy one line behind.
-        if copy[: len(record)] == record and len(copy) > len(record):
+        if copied_record[: len(record)] == record and len(copied_record) > len(record):
             return (
-                copy,
-                f"lacks {len(copy) - len(record)} of {len(copy)} lines" if record else "is gone",
+                copied_record,
+                f"lacks {len(copied_record) - len(record)} of {len(copied_record)} lines"
+                if record
+                else "is gone",
             )
         return record, ""
     if isinstance(record, str):
-        second = f"its copy {copy}" if isinstance(copy, str) else "it has no copy"
+        copy_state = (
+            f"its copy {copied_record}" if isinstance(copied_record, str) else "it has no copy"
+        )
         raise EvaluationsDamaged(
-            f"{path} {record}, and {second}. It says how often the test split was evaluated, and "
-            "how the winner scored: restore it "
-            "from a backup. Without one, the count starts again, and the next score is of images "
-            f"that a winner may have seen; if you accept that, type: rm {shlex.quote(str(path))} "
-            f"{shlex.quote(str(_copy(path)))}"
+            f"{record_path} {record}, and {copy_state}. It says how often the test split was "
+            "evaluated, and how the winner scored: restore it from a backup. Without one, the "
+            "count starts again, and the next score is of images that a winner may have seen; if "
+            f"you accept that, type: rm {shlex.quote(str(record_path))} "
+            f"{shlex.quote(str(_copy_path(record_path)))}"
         )
     return record, ""
 
 
-def _read_record(path: Path) -> list[Mapping[str, Any]] | str:
-    """The evaluations in a file, none where it is not there; or what is wrong with it."""
+def _read_record(record_path: Path) -> list[Mapping[str, Any]] | str:
+    """Return the evaluations in a file, none where it is not there; or what is wrong with it."""
     try:
-        lines = path.read_bytes().splitlines()
+        record_lines = record_path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    if not lines:
+    if not record_lines:
         return "is empty"
     evaluations: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    for line_number, line in enumerate(record_lines, 1):
         try:
             evaluation = read_sealed_json(line)
         except SealBroken as error:
-            return f"has changed since it was written (line {number}: {error})"
+            return f"has changed since it was written (line {line_number}: {error})"
         if not {"winner", "result", "images"} <= set(evaluation):
             return (
-                f"has changed since it was written, or is of another version (line {number} is no "
-                "evaluation)"
+                f"has changed since it was written, or is of another version (line {line_number} "
+                "is no evaluation)"
             )
         evaluations.append(evaluation)
     return evaluations
 
 
-def _write_test_evaluations(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    data = b"".join(sealed_json(evaluation) + b"\n" for evaluation in evaluations)
-    publish_replace(path, data)
-    publish_replace(_copy(path), data)
+def _write_test_evaluations(record_path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    record_bytes = b"".join(sealed_json(evaluation) + b"\n" for evaluation in evaluations)
+    publish_replace(record_path, record_bytes)
+    publish_replace(_copy_path(record_path), record_bytes)
 
 
-def _copy(path: Path) -> Path:
-    return path.with_name(f".{path.name}")
+def _copy_path(record_path: Path) -> Path:
+    return record_path.with_name(f".{record_path.name}")
 
 
-def _lock(path: Path) -> Path:
-    return path.with_suffix(".lock")
+def _lock_path(record_path: Path) -> Path:
+    return record_path.with_suffix(".lock")

@@ -2,7 +2,11 @@
 
 from dataclasses import replace
 
-from headrace.pipelines.finetune.stage import FinetuneInputs, finetune_candidates, pending
+from headrace.pipelines.finetune.stage import (
+    FinetuneInputs,
+    finetune_candidates,
+    pending_candidates,
+)
 from headrace.pipelines.planning.devices import find_device
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.planning.run_state import RunState
@@ -25,7 +29,7 @@ def finetune(state: RunState, services: Services) -> RunState:
             device=find_device(state.recipe.compute.device),
         )
         leaderboard = rank_heads(*trained_heads(state))
-        missing_candidates = pending(
+        missing_candidates = pending_candidates(
             finetune_inputs, leaderboard, finetune_section, retry_failed=retry_failed
         )
         finetuned = finetune_candidates(

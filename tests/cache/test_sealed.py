@@ -22,7 +22,11 @@ from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import _read_feature_specs, save_feature_specs
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.persist import BadHeadFile, load_head, save_head
-from headrace.pipelines.finetune.checkpoint import Progress, load_checkpoint, save_checkpoint
+from headrace.pipelines.finetune.checkpoint import (
+    TrainingProgress,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def damages(good, n=80, seed=0):
@@ -124,7 +128,10 @@ def test_a_damaged_head_is_never_loaded(tmp_path):
 
 def test_a_damaged_checkpoint_is_not_trained_on(tmp_path):
     """It is as if there were none."""
-    path, progress = tmp_path / "checkpoint.safetensors", Progress(2, 1, 0.5, 1.0, [{"epoch": 1.0}])
+    path, progress = (
+        tmp_path / "checkpoint.safetensors",
+        TrainingProgress(2, 1, 0.5, 1.0, [{"epoch": 1.0}]),
+    )
     save_checkpoint(path, "key", progress, {"w": torch.arange(50.0)})
     good = path.read_bytes()
     found = load_checkpoint(path, "key")

@@ -37,7 +37,7 @@ from headrace.extract.spec import BackboneSpec, Sample, check_spec
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.models.images import ImageUnusable
 from headrace.pipelines.models.model import load_model
-from headrace.pipelines.models.torch_graph import Input, pixels_of
+from headrace.pipelines.models.torch_graph import GraphInput, pixels_of
 from headrace.pipelines.planning.networks import backbone_spec
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.recipe.load import load_recipe
@@ -301,7 +301,7 @@ def test_an_array_in_fortrans_order() -> None:
 def exported(how: Preprocessing) -> dict[str, object]:
     """The namespace of the file that `headrace export` writes."""
     namespace: dict[str, object] = {"__name__": "preprocess_case"}
-    exec(preprocess_file([Input("images", how)], "0"), namespace)
+    exec(preprocess_file([GraphInput("images", how)], "0"), namespace)
     return namespace
 
 
@@ -373,7 +373,7 @@ def test_the_exported_file_makes_the_same_pixels_and_refuses_the_same(
 def test_the_exported_file_needs_pillow_and_numpy_alone(tmp_path: Path) -> None:
     """It imports nothing of headrace, runs as a command, and says of which range it is."""
     how = Preprocessing((12, 12), (8, 8), "shortest", "bilinear", (0.5,) * 3, (0.5,) * 3, (0, 4095))
-    text = preprocess_file([Input("images", how)], "0")
+    text = preprocess_file([GraphInput("images", how)], "0")
     assert "headrace.extract" not in text
     assert "'pixel_range': (0.0, 4095.0)" in text
     (tmp_path / "preprocess.py").write_text(text)

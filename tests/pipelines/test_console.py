@@ -23,7 +23,7 @@ from headrace.pipelines.cluster.task_log import task_log
 from headrace.pipelines.console import escape_unencodable, make_console, valid_text
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.predict.tables import Block, table_writer
+from headrace.pipelines.predict.tables import TableBlock, table_writer
 
 # markup, an emoji code, and what is highlighted
 HOSTILE = "[draft] [/rare] :dog: [link=x]y[/link] 42 'a'"
@@ -207,7 +207,9 @@ def test_status_shows_an_error_as_it_was(tmp_path, capsys):
 
 def write_table(path, task_kind, classes, files=("a.png",), errors=(None,)):
     """A table of these rows with the numbers 0.5."""
-    block = Block(list(files), np.full((len(files), len(classes)), 0.5, np.float32), list(errors))
+    block = TableBlock(
+        list(files), np.full((len(files), len(classes)), 0.5, np.float32), list(errors)
+    )
     with table_writer(path, path.suffix[1:], task_kind, classes) as write:
         write(block)
 

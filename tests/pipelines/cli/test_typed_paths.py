@@ -25,7 +25,7 @@ from headrace.pipelines.cli.init import InitError, _check_out, write_recipe
 from headrace.pipelines.cluster.dask_client import write_settings
 from headrace.pipelines.cluster.tls import TLSFolder, require_own_folder, write_tls
 from headrace.pipelines.predict import bulk
-from headrace.pipelines.predict.tables import Block, table_writer
+from headrace.pipelines.predict.tables import TableBlock, table_writer
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.report.blocks import Column, Headline, Section, Table
 from headrace.pipelines.report.build import ReportThere, _require_ours, write_tables
@@ -94,7 +94,7 @@ def test_predict_knows_its_own_tables(tmp_path, kind, task):
     """
     out, about, parts = (tmp_path / f"t{ending}" for ending in ("", ".json", ".parts"))
     with table_writer(out, kind, task, ('a "b"', "c,d", "error", "é")) as write:
-        write(Block(["x.png", "y.png"], np.eye(2, 4, dtype=np.float32), [None, "broken"]))
+        write(TableBlock(["x.png", "y.png"], np.eye(2, 4, dtype=np.float32), [None, "broken"]))
     if task != "regression" or kind == "jsonl":
         bulk._require_ours(out, about, parts)
     else:

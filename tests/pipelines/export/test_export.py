@@ -38,7 +38,7 @@ from headrace.pipelines.export.write import ExportError, export_model
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.network import load_network, save_network
-from headrace.pipelines.models.torch_graph import Input
+from headrace.pipelines.models.torch_graph import GraphInput
 from headrace.pipelines.models.torch_head import head_module, probability_module
 from headrace.pipelines.models.torch_network import Network
 
@@ -234,7 +234,7 @@ def test_words_of_a_model_are_no_placeholders(tmp_path):
         (40, 40), (36, 32), "{source} {first}", "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)
     )
     namespace = {"__name__": "preprocess_case"}
-    exec(preprocess_file([Input("images", how)], "0"), namespace)
+    exec(preprocess_file([GraphInput("images", how)], "0"), namespace)
     assert namespace["INPUTS"]["images"]["mode"] == "{source} {first}"
 
 
@@ -244,7 +244,7 @@ def test_the_preprocessing_file_makes_headraces_pixels(tmp_path, mode):
     crop.
     """
     how = Preprocessing((40, 40), (36, 32), mode, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
-    (tmp_path / "preprocess_case.py").write_text(preprocess_file([Input("images", how)], "0"))
+    (tmp_path / "preprocess_case.py").write_text(preprocess_file([GraphInput("images", how)], "0"))
     namespace = {"__name__": "preprocess_case"}
     exec((tmp_path / "preprocess_case.py").read_text(), namespace)  # a file of the user's by then
     rng = np.random.default_rng(0)

@@ -96,7 +96,7 @@ def test_what_was_put_there_meanwhile_is_kept(photos, tmp_path):
     """
     new = tmp_path / "new"
     new.mkdir()
-    export._replace(new, photos)
+    export._replace_folder(new, photos)
     (kept,) = tmp_path.glob("photos.kept-*")
     assert (kept / "a.png").read_bytes() == b"a"
     assert photos.is_dir()

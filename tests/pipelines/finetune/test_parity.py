@@ -25,13 +25,13 @@ from headrace.heads.results import read_bank
 from headrace.heads.spec import HeadSpec
 from headrace.pipelines.finetune.data import ImageSource
 from headrace.pipelines.finetune.errors import FinetuneRefused
-from headrace.pipelines.finetune.parity import FEATURES, LARGEST, MEAN, Parity, check_parity
+from headrace.pipelines.finetune.parity import FEATURES, LARGEST, MEAN, ParityResult, check_parity
 from headrace.pipelines.finetune.task import pilot
 from headrace.pipelines.finetune.train_above import blocks_of, owners_above, trainable_blocks
 from headrace.pipelines.models.errors import CannotSplit
 from headrace.pipelines.models.reference import paths_of_content
 from headrace.pipelines.models.split_network import part_above
-from headrace.pipelines.models.torch_head import head_module, standardise
+from headrace.pipelines.models.torch_head import head_module, standardise_head
 from headrace.pipelines.models.torch_network import Network
 
 HEADS: list[tuple[HeadSpec, tuple[str, ...]]] = [
@@ -59,7 +59,7 @@ def parity(
     taps: tuple[Tap, ...] = (Tap("layer4", "avg"),),
     train: bool = False,
     swap: bool = False,
-) -> Parity:
+) -> ParityResult:
     """The check on all images of the case with a logistic head on layer4.avg, something being other
     than it was.
     """
@@ -95,7 +95,7 @@ def test_symmetric_views_are_drawn_row_by_row(case: Case) -> None:
     source = ImageSource(case.task.content, paths, loaded.preprocessing, views)
     order = np.arange(48)
     crop = np.concatenate([batch.inputs.numpy() for batch in source.batches(order, 20)])
-    batches = list(source.batches(order, 20, draw=np.random.default_rng(0)))
+    batches = list(source.batches(order, 20, generator=np.random.default_rng(0)))
     drawn = np.concatenate([batch.inputs.numpy() for batch in batches])
     turns = [
         next(index for index in range(4) if np.array_equal(seen, mirror_pixels(image, index)))
@@ -206,7 +206,7 @@ def test_a_head_in_standardised_coordinates_is_the_same_function(
         np.testing.assert_allclose(link(module(features).numpy(), "single"), expected, atol=1e-5)
         if not module.spatial:
             flat = features.double()
-            standardise(module, flat.mean(0), flat.std(0, correction=0), new=False)
+            standardise_head(module, flat.mean(0), flat.std(0, correction=0), is_new=False)
         np.testing.assert_allclose(link(module(features).numpy(), "single"), expected, atol=1e-5)
 
 

@@ -32,7 +32,12 @@ from headrace.pipelines.finetune import stage as stage_module
 from headrace.pipelines.finetune import task as task_module
 from headrace.pipelines.finetune.candidates import list_candidates, predicted_gain, training_seconds
 from headrace.pipelines.finetune.errors import TrainingFailed
-from headrace.pipelines.finetune.stage import FinetuneInputs, compare, finetune_candidates, pending
+from headrace.pipelines.finetune.stage import (
+    FinetuneInputs,
+    compare_with_head,
+    finetune_candidates,
+    pending_candidates,
+)
 from headrace.pipelines.finetune.train import Training
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.reference import model_ref, paths_of_content
@@ -146,11 +151,11 @@ def test_what_is_better_is_kept_and_what_is_not_is_rolled_back(
         if one.spec.learning_rate == 1e-3
     )
     assert (inputs.paths.finetune_model(kept.key) / "network.safetensors").exists()
-    again = compare(inputs, kept)
+    again = compare_with_head(inputs, kept)
     assert again["gain"] > 0
     assert again["gain_low"] <= again["gain"] <= again["gain_high"]
     ran = len(here)
-    assert not pending(inputs, board, section)
+    assert not pending_candidates(inputs, board, section)
     repeated = finetune_candidates(inputs, board, section, None, QUIET)
     assert len(here) == ran, "a second call trains nothing and looks at no network"
     pd.testing.assert_frame_equal(repeated.compared, result.compared)
@@ -241,9 +246,9 @@ def test_the_budget_is_kept_and_a_larger_one_is_used(
     result = finetune_candidates(inputs, board, poor, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "over budget"]
     assert [key for key in here if not key.startswith("pilot")] == []
-    assert not pending(inputs, board, poor)
+    assert not pending_candidates(inputs, board, poor)
     rich = SECTION.model_copy(update={"budget_minutes": 10.0})
-    assert pending(inputs, board, rich)
+    assert pending_candidates(inputs, board, rich)
     result = finetune_candidates(inputs, board, rich, HereClient(), QUIET)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
     assert result.compared["minutes"].iloc[1] < 10
@@ -291,7 +296,7 @@ def test_a_failure_is_a_row_and_the_head_stays(
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_epoch", fails)
+        patch.setattr(Training, "_train_epoch", fails)
         result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
     ranked = rank_heads(
         pd.concat([_heads(board), result.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2
@@ -302,11 +307,11 @@ def test_a_failure_is_a_row_and_the_head_stays(
     assert any("lower learning_rate" in note for note in result.notes)
     assert read_bank(board.iloc[0]["path"]).table["error"].isna().all()
     ran = len(here)
-    assert not pending(inputs, board, SECTION)
+    assert not pending_candidates(inputs, board, SECTION)
     again = finetune_candidates(inputs, board, SECTION, None, QUIET)
     assert len(here) == ran, "a failure is not tried again unasked"
     pd.testing.assert_frame_equal(again.compared, result.compared)
-    assert pending(inputs, board, SECTION, retry_failed=True)
+    assert pending_candidates(inputs, board, SECTION, retry_failed=True)
     result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET, retry_failed=True)  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
     assert result.rows["error"].isna().all()
@@ -465,7 +470,7 @@ def test_what_another_driver_has_trained_is_not_over_budget(tmp_path: Path) -> N
     """Decisions of several drivers stand side by side, and none that was paid for is lost."""
     paths = RunPaths(tmp_path)
     paths.finetune.mkdir(parents=True)
-    decide = stage_module._decide
+    decide = stage_module._record_decision
     decide(paths, "a", {"decision": "kept", "seconds": 3.0})
     decide(paths, "b", {"decision": "over budget"})
     found = decide(paths, "a", {"decision": "over budget"})

@@ -31,7 +31,7 @@ from headrace.pipelines.finetune.checkpoint import load_checkpoint
 from headrace.pipelines.finetune.data import random_flips
 from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.finetune.task import FoldJob, part_path, pilot, publish_result, train_fold
-from headrace.pipelines.finetune.train import _schedule
+from headrace.pipelines.finetune.train import _rate_schedule
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.network import load_network
 
@@ -125,8 +125,8 @@ def test_rates_fall_with_depth_and_time(case: Case) -> None:
     """Each block learns at layer_decay times the one above; warm-up rises, the cosine ends near
     zero; biases do not decay.
     """
-    opened = task_module._open(case.job(cut=None, train_above="all", layer_decay=0.5))
-    training = task_module._training(
+    opened = task_module._open_job(case.job(cut=None, train_above="all", layer_decay=0.5))
+    training = task_module._make_training(
         FoldJob(case.job(cut=None, train_above="all", layer_decay=0.5), 0), opened
     )
     rates = sorted(set(training.rates), reverse=True)
@@ -134,7 +134,7 @@ def test_rates_fall_with_depth_and_time(case: Case) -> None:
     np.testing.assert_allclose(rates, [1e-3 * 0.5**height for height in range(len(rates))])
     for group in training.optimiser.param_groups:
         assert {parameter.ndim > 1 for parameter in group["params"]} == {group["weight_decay"] > 0}
-    factors = [_schedule(step, 100, 0.1) for step in range(100)]
+    factors = [_rate_schedule(step, 100, 0.1) for step in range(100)]
     assert factors[0] < factors[5] < factors[10] == max(factors)
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[-1] < 0.01
@@ -150,7 +150,7 @@ def test_a_wide_head_moves_as_slowly_as_a_narrow_one(
     for wide in (512, 16):
         monkeypatch.setattr(train_module, "WIDE", wide)
         job = case.job(cut=None, train_above="all", layer_decay=0.5)
-        training = task_module._training(FoldJob(job, 0), task_module._open(job))
+        training = task_module._make_training(FoldJob(job, 0), task_module._open_job(job))
         rates[wide] = training.rates
     inputs = training.network.head.layers[0].weight.shape[1]
     assert inputs > 16
@@ -286,8 +286,8 @@ def test_a_killed_training_ends_on_the_same_curve(case: Case) -> None:
 
 def test_a_checkpoint_of_another_training_is_not_gone_on_from(case: Case, tmp_path: Path) -> None:
     """Another spec, or a damaged file: training starts from its beginning."""
-    opened = task_module._open(case.job())
-    training = task_module._training(FoldJob(case.job(), 0), opened)
+    opened = task_module._open_job(case.job())
+    training = task_module._make_training(FoldJob(case.job(), 0), opened)
     path = tmp_path / "checkpoint.safetensors"
     training.run(path, "this one")
     assert load_checkpoint(path, "this one") is not None
@@ -380,13 +380,13 @@ def test_flips_turn_whole_images(tmp_path: Path) -> None:
     """
     draw = np.random.default_rng(0)
     pixels = torch.arange(64 * 2 * 3 * 3).view(64, 2, 3, 3)
-    flipped = random_flips(pixels, "flip", draw, pixels=True)
+    flipped = random_flips(pixels, "flip", draw, channels_last=True)
     same = [torch.equal(a, b) for a, b in zip(flipped, pixels, strict=True)]
     mirrored = [torch.equal(a, b.flip(1)) for a, b in zip(flipped, pixels, strict=True)]
     assert all(a or b for a, b in zip(same, mirrored, strict=True))
     assert 16 < sum(same) < 48
     maps = torch.arange(64 * 3 * 2 * 3).view(64, 3, 2, 3)
-    found = random_flips(maps, "flips", draw, pixels=False)
+    found = random_flips(maps, "flips", draw, channels_last=False)
     ways = [
         [torch.equal(a, b.flip(axes)) for axes in ([], [1], [2], [1, 2])]
         for a, b in zip(found, maps, strict=True)

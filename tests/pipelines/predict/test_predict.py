@@ -23,7 +23,7 @@ from headrace.pipelines.cli.main import main
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.predict.listing import list_images
-from headrace.pipelines.predict.tables import Block, csv_text, json_lines
+from headrace.pipelines.predict.tables import TableBlock, csv_text, json_lines
 
 QUIET = Console(quiet=True)
 
@@ -174,7 +174,7 @@ def test_workers_predict_the_same(run, model, tmp_path, monkeypatch):
     monkeypatch.setattr(bulk, "_WORTH_WORKERS", 1)
     monkeypatch.setattr(bulk, "local_client", client_here)
     images = list_images([run / "photos"]).samples
-    bulk.predict_table(model, images, tmp_path / "p.parquet", "parquet", workers=2, console=QUIET)
+    bulk.predict_table(model, images, tmp_path / "p.parquet", "parquet", n_workers=2, console=QUIET)
     table = pd.read_parquet(tmp_path / "p.parquet")
     np.testing.assert_allclose(
         table[["p_coarse", "p_fine"]], model.predict_proba(images["path"]), atol=1e-3
@@ -195,15 +195,15 @@ def test_tables_of_other_tasks():
     """Multi-label names every label of at least one half; regression has the targets'
     own columns.
     """
-    block = Block(
+    block = TableBlock(
         ["a.png", "b,\n.png"],
         np.array([[0.9, 0.5], [np.nan, np.nan]], np.float32),
         [None, "broken"],
     )
-    text = csv_text(block, "multi", ("x", "y"), header=True)
+    text = csv_text(block, "multi", ("x", "y"), with_header=True)
     assert text == 'file,class,p_x,p_y,error\na.png,x;y,0.9,0.5,\n"b,\n.png",,,,broken\n'
     assert (
-        csv_text(block, "regression", ("x", "y"), header=False)
+        csv_text(block, "regression", ("x", "y"), with_header=False)
         == 'a.png,0.9,0.5,\n"b,\n.png",,,broken\n'
     )
     assert [
