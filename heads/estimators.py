@@ -1,4 +1,4 @@
-"""scikit-learn's faces of the banks: one head on NumPy arrays, for a notebook, a pipeline or a
+"""The banks as scikit-learn estimators: one head on NumPy arrays, for a notebook, a pipeline or a
 comparison.
 
 Each is a bank of one spec trained on all rows. `spec_` and `arrays_` are what `predict_head` and
@@ -22,6 +22,8 @@ from headrace.heads.data.checks import row_weights
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.kind import FitOptions
+from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import WEIGHT_DECAY, MLPSpec
@@ -30,9 +32,136 @@ from headrace.heads.spec import ClassWeight, FitResult, HeadSpec
 
 Floats = npt.NDArray[Any]
 ClassWeights = Literal["balanced"] | dict[Any, float] | None  # as in scikit-learn
+_DTYPES = (np.float32, np.float64)
 
 
-class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class _Head(BaseEstimator):  # type: ignore[misc]
+    """What all heads share: a bank of one spec, trained on all rows."""
+
+    def _spec(self, n_rows: int) -> HeadSpec:
+        """Return the spec that the parameters make."""
+        raise NotImplementedError
+
+    def _folds(self, target: Floats) -> npt.NDArray[np.int16]:
+        """(N,) the fold of each row: all rows train, but those that networks stop early by."""
+        fold = np.full(len(target), TRAIN_ONLY, np.int16)
+        fraction = getattr(self, "validation_fraction", 0)
+        if fraction > 0:
+            n_parts, seed = max(2, round(1 / fraction)), self.seed
+            if target.ndim == 1:
+                fold[make_folds(target, n_folds=n_parts, seed=seed) == 0] = 0
+            else:
+                fold[np.random.default_rng(seed).permutation(len(target)) % n_parts == 0] = 0
+        return fold
+
+    def _fit_bank(self, data: TrainingData, spec: HeadSpec) -> list[FitResult]:
+        options = FitOptions(device=getattr(self, "device", "cpu"), n_threads=None)
+        return HEAD_KINDS[spec.kind].fit(data, [spec], options)
+
+    def _train(self, data: TrainingData) -> FitResult:
+        """Train the head and keep what prediction needs. Raises ValueError where it failed."""
+        spec = self._spec(len(data.target))
+        result = next(fit for fit in self._fit_bank(data, spec) if fit.fold == REFIT)
+        if result.error is not None:
+            raise ValueError(f"{type(self).__name__}: {result.error}")
+        self.spec_, self.arrays_ = result.spec, result.arrays
+        self.n_iter_ = max(1, result.iterations)
+        return result
+
+
+class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
+    """A head that predicts one class for each row."""
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """X (N, D), y (N,) any labels, sample_weight (N,).
+
+        Raises ValueError for NaN, one class only, a bad parameter, or shapes that do not fit.
+        """
+        rows, labels = validate_data(self, X, y, dtype=_DTYPES)
+        check_classification_targets(labels)
+        weight = _checked_weights(sample_weight, len(rows))
+        if weight is not None:
+            rows, labels, weight = rows[weight > 0], labels[weight > 0], weight[weight > 0]
+        classes, target = np.unique(labels, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs samples of at least 2 classes, found one class: "
+                f"{classes[0]}"
+            )
+        class_weight = getattr(self, "class_weight", None)
+        if isinstance(class_weight, dict):  # which no spec says
+            given = np.asarray(compute_sample_weight(class_weight, labels), np.float64)
+            weight = given if weight is None else given * weight
+        target = target.astype(np.int64)
+        data = TrainingData(rows, target, self._folds(target), len(classes), sample_weight=weight)
+        self._train(data)
+        self.classes_ = classes
+        return self
+
+    def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
+        """(n, C) float32 probabilities in the order of `classes_`.
+
+        Of ridge heads, which have no likelihood, pseudo-probabilities; of neighbours, their shares.
+        """
+        check_is_fitted(self)
+        rows = validate_data(self, X, dtype=_DTYPES, reset=False)
+        return predict_head(self.spec_, self.arrays_, rows)
+
+    def predict(self, X: Any) -> npt.NDArray[Any]:
+        """(n,) labels."""
+        probabilities = self.predict_proba(X)
+        return np.asarray(self.classes_[probabilities.argmax(1)])
+
+
+class _Regressor(RegressorMixin, _Head):  # type: ignore[misc]
+    """A head that predicts one number for each row, or several."""
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """X (N, D), y (N,) or (N, T) numbers, sample_weight (N,).
+
+        Raises ValueError for NaN, a bad parameter, divergence, or shapes that do not fit.
+        """
+        rows, target = validate_data(self, X, y, dtype=_DTYPES, multi_output=True, y_numeric=True)
+        self.n_outputs_, self.flat_ = 1 if target.ndim == 1 else target.shape[1], target.ndim == 1
+        target = np.asarray(target.reshape(len(rows), -1), np.float64)
+        weight = _checked_weights(sample_weight, len(rows))
+        if weight is not None:
+            rows, target, weight = rows[weight > 0], target[weight > 0], weight[weight > 0]
+        fold = self._folds(target)
+        self._train(TrainingData(rows, target, fold, target.shape[1], "regression", weight))
+        return self
+
+    def predict(self, X: Any) -> npt.NDArray[np.float64]:
+        """(n,) or (n, T) numbers, as y was."""
+        check_is_fitted(self)
+        rows = validate_data(self, X, dtype=_DTYPES, reset=False)
+        # In float64, so that a row's last digit does not depend on the rows beside it.
+        arrays = {name: value.astype(np.float64) for name, value in self.arrays_.items()}
+        values = np.asarray(predict_head(self.spec_, arrays, rows, "regression"), np.float64)
+        return values[:, 0] if self.flat_ else values
+
+    def __sklearn_tags__(self) -> Any:
+        """Several numbers at once are allowed."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+class _Perceptron(_Head):
+    """What the two perceptrons share."""
+
+    def _spec(self, n_rows: int) -> HeadSpec:
+        names = ("hidden", "learning_rate", "weight_decay", "dropout", "batch_size", "epochs")
+        settings = {name: getattr(self, name) for name in (*names, "patience", "seed")}
+        return MLPSpec(
+            label_smoothing=getattr(self, "label_smoothing", 0.0),
+            class_weight=_spec_weight(getattr(self, "class_weight", None)),
+            standardize=self.standardize,
+            **settings,
+        )
+
+
+class LogisticHead(_Classifier):
     """L2-regularised logistic regression: `LogisticSpec`, by the exact batched solver, to a
     relative `gap` of the objective (by estimate; `gap_` is the proven bound). One head can afford a
     smaller one than a bank's 1e-5.
@@ -51,36 +180,21 @@ class LogisticHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.standardize = standardize
         self.gap = gap
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,).
+    def _spec(self, n_rows: int) -> HeadSpec:
+        return LogisticSpec(self.C, _spec_weight(self.class_weight), self.standardize)
 
-        Raises ValueError for NaN, one class only, or shapes that do not fit.
-        """
+    def _fit_bank(self, data: TrainingData, spec: Any) -> list[FitResult]:
         from headrace.heads.linear.logistic import fit_logistic_bank
 
-        rows, target, classes, counts = _checked(self, X, y, sample_weight)
-        spec = LogisticSpec(self.C, _spec_weight(self.class_weight), self.standardize)
-        fold = np.full(len(rows), TRAIN_ONLY, np.int16)
-        weight = _weights(self.class_weight, classes, target, counts)
-        fits = fit_logistic_bank(
-            TrainingData(rows, target, fold, len(classes), sample_weight=weight),
-            [spec],
-            gap=self.gap,
-        )
-        _finish(self, fits, classes)
-        self.gap_ = fits[-1].gap
-        return self
+        return fit_logistic_bank(data, [spec], gap=self.gap)
 
-    def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities in the order of `classes_`."""
-        return _probabilities(self, X)
-
-    def predict(self, X: Any) -> npt.NDArray[Any]:
-        """(n,) labels."""
-        return _labels(self, X)
+    def _train(self, data: TrainingData) -> FitResult:
+        result = super()._train(data)
+        self.gap_ = result.gap
+        return result
 
 
-class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class RidgeHead(_Classifier):
     """Ridge regression on -1/+1 targets: `RidgeSpec`, in closed form."""
 
     def __init__(
@@ -90,35 +204,11 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.class_weight = class_weight
         self.standardize = standardize
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,).
-
-        Raises ValueError for NaN, one class only, or shapes that do not fit.
-        """
-        from headrace.heads.linear.ridge import fit_ridge_bank
-
-        rows, target, classes, counts = _checked(self, X, y, sample_weight)
-        spec = RidgeSpec(self.alpha, _spec_weight(self.class_weight), self.standardize)
-        fold = np.full(len(rows), TRAIN_ONLY, np.int16)
-        weight = _weights(self.class_weight, classes, target, counts)
-        fits = fit_ridge_bank(
-            TrainingData(rows, target, fold, len(classes), sample_weight=weight), [spec]
-        )
-        _finish(self, fits, classes)
-        return self
-
-    def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, C) float32 pseudo-probabilities in the order of `classes_`: ridge has no
-        likelihood.
-        """
-        return _probabilities(self, X)
-
-    def predict(self, X: Any) -> npt.NDArray[Any]:
-        """(n,) labels."""
-        return _labels(self, X)
+    def _spec(self, n_rows: int) -> HeadSpec:
+        return RidgeSpec(self.alpha, _spec_weight(self.class_weight), self.standardize)
 
 
-class MLPHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class MLPHead(_Perceptron, _Classifier):
     """A multi-layer perceptron: `MLPSpec`.
 
     With a validation fraction, the number of epochs is chosen on held-out rows and the network then
@@ -156,50 +246,8 @@ class MLPHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.standardize = standardize
         self.device = device
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,).
 
-        Raises ValueError for NaN, one class only, a bad parameter, or divergence.
-        """
-        from headrace.heads.networks.mlp import fit_mlp_bank
-
-        rows, target, classes, counts = _checked(self, X, y, sample_weight)
-        own = (
-            "hidden",
-            "learning_rate",
-            "weight_decay",
-            "dropout",
-            "label_smoothing",
-            "batch_size",
-        )
-        rest = ("epochs", "patience", "seed", "standardize")
-        values = {name: getattr(self, name) for name in own + rest}
-        spec = MLPSpec(class_weight=_spec_weight(self.class_weight), **values)
-        weight = _weights(self.class_weight, classes, target, counts)
-        fold = np.full(len(rows), TRAIN_ONLY, np.int16)
-        if self.validation_fraction > 0:
-            parts = make_folds(
-                target, n_folds=max(2, round(1 / self.validation_fraction)), seed=self.seed
-            )
-            fold[parts == 0] = 0
-        fits = fit_mlp_bank(
-            TrainingData(rows, target, fold, len(classes), sample_weight=weight),
-            [spec],
-            device=self.device,
-        )
-        _finish(self, fits, classes)
-        return self
-
-    def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities in the order of `classes_`."""
-        return _probabilities(self, X)
-
-    def predict(self, X: Any) -> npt.NDArray[Any]:
-        """(n,) labels."""
-        return _labels(self, X)
-
-
-class KNNHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class KNNHead(_Classifier):
     """k nearest neighbours: `KNNSpec`. With fewer than k rows all of them vote."""
 
     def __init__(self, k: int = 5, *, metric: str = "cosine", weighting: str = "uniform") -> None:
@@ -207,104 +255,32 @@ class KNNHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.metric = metric
         self.weighting = weighting
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,).
-
-        Raises ValueError for NaN, one class only, or shapes that do not fit.
-        """
-        from headrace.heads.neighbors.bank import fit_knn_bank
-
-        rows, target, classes, counts = _checked(self, X, y, sample_weight)
-        spec = KNNSpec(min(self.k, len(rows)), self.metric, self.weighting)  # type: ignore[arg-type]
-        fold = np.full(len(rows), TRAIN_ONLY, np.int16)
-        _finish(
-            self,
-            fit_knn_bank(
-                TrainingData(rows, target, fold, len(classes), sample_weight=counts), [spec]
-            ),
-            classes,
-        )
-        return self
-
-    def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, C) float32 shares of the neighbours in the order of `classes_`."""
-        return _probabilities(self, X)
-
-    def predict(self, X: Any) -> npt.NDArray[Any]:
-        """(n,) labels."""
-        return _labels(self, X)
+    def _spec(self, n_rows: int) -> HeadSpec:
+        return KNNSpec(min(self.k, n_rows), self.metric, self.weighting)  # type: ignore[arg-type]
 
 
-class CentroidHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class CentroidHead(_Classifier):
     """Nearest class mean: `CentroidSpec`."""
 
     def __init__(self, metric: str = "cosine") -> None:
         self.metric = metric
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,).
-
-        Raises ValueError for NaN, one class only, or shapes that do not fit.
-        """
-        from headrace.heads.neighbors.bank import fit_centroid_bank
-
-        rows, target, classes, counts = _checked(self, X, y, sample_weight)
-        spec = CentroidSpec(self.metric)  # type: ignore[arg-type]
-        fold = np.full(len(rows), TRAIN_ONLY, np.int16)
-        _finish(
-            self,
-            fit_centroid_bank(
-                TrainingData(rows, target, fold, len(classes), sample_weight=counts), [spec]
-            ),
-            classes,
-        )
-        return self
-
-    def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities in the order of `classes_`."""
-        return _probabilities(self, X)
-
-    def predict(self, X: Any) -> npt.NDArray[Any]:
-        """(n,) labels."""
-        return _labels(self, X)
+    def _spec(self, n_rows: int) -> HeadSpec:
+        return CentroidSpec(self.metric)  # type: ignore[arg-type]
 
 
-class RidgeRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+class RidgeRegressionHead(_Regressor):
     """Ridge regression of one number or several: `RidgeSpec`, in closed form."""
 
     def __init__(self, alpha: float = 1.0, *, standardize: bool = True) -> None:
         self.alpha = alpha
         self.standardize = standardize
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) or (N, T) numbers, sample_weight (N,).
-
-        Raises ValueError for NaN or shapes that do not fit.
-        """
-        from headrace.heads.linear.ridge import fit_ridge_bank
-
-        rows, target, counts = _numbers(self, X, y, sample_weight)
-        fold = np.full(len(rows), TRAIN_ONLY, np.int16)
-        specs = [RidgeSpec(self.alpha, standardize=self.standardize)]
-        fits = fit_ridge_bank(
-            TrainingData(
-                rows, target, fold, target.shape[1], task_kind="regression", sample_weight=counts
-            ),
-            specs,
-        )
-        _keep(self, fits)
-        return self
-
-    def predict(self, X: Any) -> npt.NDArray[np.float64]:
-        """(n,) or (n, T) numbers, as y was."""
-        return _values(self, X)
-
-    def __sklearn_tags__(self) -> Any:
-        """Several numbers at once are allowed."""
-        return _several(super().__sklearn_tags__())
+    def _spec(self, n_rows: int) -> HeadSpec:
+        return RidgeSpec(self.alpha, standardize=self.standardize)
 
 
-class MLPRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+class MLPRegressionHead(_Perceptron, _Regressor):
     """A multi-layer perceptron for one number or several:
 
     `MLPSpec`, on the mean squared error of standardised targets.
@@ -337,76 +313,8 @@ class MLPRegressionHead(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.standardize = standardize
         self.device = device
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) or (N, T) numbers, sample_weight (N,).
 
-        Raises ValueError for NaN, a bad parameter, or divergence.
-        """
-        from headrace.heads.networks.mlp import fit_mlp_bank
-
-        rows, target, counts = _numbers(self, X, y, sample_weight)
-        own = ("hidden", "learning_rate", "weight_decay", "dropout", "batch_size")
-        rest = ("epochs", "patience", "seed", "standardize")
-        spec = MLPSpec(**{name: getattr(self, name) for name in own + rest})
-        fold = np.full(len(rows), TRAIN_ONLY, np.int16)
-        if self.validation_fraction > 0:
-            parts = max(2, round(1 / self.validation_fraction))
-            fold[np.random.default_rng(self.seed).permutation(len(rows)) % parts == 0] = 0
-        fits = fit_mlp_bank(
-            TrainingData(
-                rows, target, fold, target.shape[1], task_kind="regression", sample_weight=counts
-            ),
-            [spec],
-            device=self.device,
-        )
-        _keep(self, fits)
-        return self
-
-    def predict(self, X: Any) -> npt.NDArray[np.float64]:
-        """(n,) or (n, T) numbers, as y was."""
-        return _values(self, X)
-
-    def __sklearn_tags__(self) -> Any:
-        """Several numbers at once are allowed."""
-        return _several(super().__sklearn_tags__())
-
-
-def _checked(
-    head: BaseEstimator, X: Any, y: Any, sample_weight: Any
-) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.float64] | None]:
-    """Rows, positions of their classes, the classes, and weights; without the rows of weight 0."""
-    rows, labels = validate_data(head, X, y, dtype=(np.float32, np.float64))
-    check_classification_targets(labels)
-    counts = _counts(sample_weight, len(rows))
-    if counts is not None:
-        rows, labels, counts = rows[counts > 0], labels[counts > 0], counts[counts > 0]
-    classes, target = np.unique(labels, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(
-            f"{type(head).__name__} needs samples of at least 2 classes, found one class: "
-            f"{classes[0]}"
-        )
-    return rows, target.astype(np.int64), classes, counts
-
-
-def _numbers(
-    head: Any, X: Any, y: Any, sample_weight: Any
-) -> tuple[Floats, npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:
-    """Rows, targets (N, T), and weights; without the rows of weight 0."""
-    rows, target = validate_data(
-        head, X, y, dtype=(np.float32, np.float64), multi_output=True, y_numeric=True
-    )
-    head.n_outputs_, head.flat_ = 1 if target.ndim == 1 else target.shape[1], target.ndim == 1
-    target = np.asarray(target.reshape(len(rows), -1), np.float64)
-    counts = _counts(sample_weight, len(rows))
-    return (
-        (rows, target, counts)
-        if counts is None
-        else (rows[counts > 0], target[counts > 0], counts[counts > 0])
-    )
-
-
-def _counts(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
+def _checked_weights(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
     """(n,) weights of which one at least is not 0; None where none are given."""
     if sample_weight is None:
         return None
@@ -427,57 +335,3 @@ def _counts(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
 
 def _spec_weight(class_weight: ClassWeights) -> ClassWeight:
     return "balanced" if class_weight == "balanced" else "none"
-
-
-def _weights(
-    class_weight: ClassWeights,
-    classes: npt.NDArray[Any],
-    target: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.float64] | None,
-) -> npt.NDArray[np.float64] | None:
-    """Weights of rows; weights per class as the user gave them are multiplied in, for no spec says
-    them.
-    """
-    if not isinstance(class_weight, dict):
-        return counts
-    own = np.asarray(compute_sample_weight(class_weight, classes[target]), np.float64)
-    return own if counts is None else own * counts
-
-
-def _finish(head: Any, fits: list[FitResult], classes: npt.NDArray[Any]) -> None:
-    _keep(head, fits)
-    head.classes_ = classes
-
-
-def _keep(head: Any, fits: list[FitResult]) -> None:
-    fit = next(fit for fit in fits if fit.fold == REFIT)
-    if fit.error is not None:
-        raise ValueError(f"{type(head).__name__}: {fit.error}")
-    head.spec_, head.arrays_, head.n_iter_ = fit.spec, fit.arrays, max(1, fit.iterations)
-
-
-def _values(head: Any, X: Any) -> npt.NDArray[np.float64]:
-    check_is_fitted(head)
-    rows = validate_data(head, X, dtype=(np.float32, np.float64), reset=False)
-    # In float64, so that a row's last digit does not depend on the rows beside it.
-    arrays = {name: value.astype(np.float64) for name, value in head.arrays_.items()}
-    found = np.asarray(predict_head(head.spec_, arrays, rows, "regression"), np.float64)
-    return found[:, 0] if head.flat_ else found
-
-
-def _several(tags: Any) -> Any:
-    tags.target_tags.multi_output = True
-    return tags
-
-
-def _probabilities(head: Any, X: Any) -> npt.NDArray[np.float32]:
-    check_is_fitted(head)
-    spec: HeadSpec = head.spec_
-    return predict_head(
-        spec, head.arrays_, validate_data(head, X, dtype=(np.float32, np.float64), reset=False)
-    )
-
-
-def _labels(head: Any, X: Any) -> npt.NDArray[Any]:
-    predicted = _probabilities(head, X)
-    return np.asarray(head.classes_[predicted.argmax(1)])

@@ -28,7 +28,7 @@ class FitOptions:
 
     refit: bool = True  # also train each spec on all rows
     device: str = "cpu"
-    n_threads: int = 1
+    n_threads: int | None = 1  # None: as torch has it
     halving: Halving | None = None
 
 

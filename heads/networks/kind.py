@@ -100,7 +100,8 @@ def fit_mlp(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> li
 
     from headrace.heads.networks.mlp import fit_mlp_bank
 
-    torch.set_num_threads(options.n_threads)
+    if options.n_threads is not None:
+        torch.set_num_threads(options.n_threads)
     return fit_mlp_bank(
         data, specs, refit=options.refit, device=options.device, halving=options.halving
     )
@@ -112,7 +113,8 @@ def fit_conv(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> l
 
     from headrace.heads.networks.conv import fit_conv_bank
 
-    torch.set_num_threads(options.n_threads)
+    if options.n_threads is not None:
+        torch.set_num_threads(options.n_threads)
     return fit_conv_bank(
         data, specs, refit=options.refit, device=options.device, halving=options.halving
     )
