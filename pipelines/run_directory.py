@@ -1,5 +1,5 @@
-"""What every reader of a run asks first: which run is meant, with which recipe was it made, where
-are its files now.
+"""A run's directory: which run is meant, the recipe that it was made with, and where its files are
+now.
 """
 
 import os
@@ -159,34 +159,37 @@ def stored_recipe(paths: RunPaths) -> Recipe:
         return recipe
     before, now = recipe.out, paths.root.absolute()
 
-    def here(path: Path | None) -> Path | None:
+    def moved(path: Path | None) -> Path | None:
         return None if path is None else _moved(path, before, now)
 
-    images = {name: here(value) for name, value in recipe.images if isinstance(value, Path)}
+    images = {name: moved(value) for name, value in recipe.images if isinstance(value, Path)}
     backbones = (
-        each.model_copy(
+        backbone.model_copy(
             update={
-                "weights": str(_moved(Path(each.weights), before, now)) if each.weights else None
+                "weights": str(_moved(Path(backbone.weights), before, now))
+                if backbone.weights
+                else None
             }
         )
-        for each in recipe.backbones
+        for backbone in recipe.backbones
     )
     return recipe.model_copy(
         update={
             "images": recipe.images.model_copy(update=images),
             "backbones": tuple(backbones),
-            "cache": here(recipe.cache),
+            "cache": moved(recipe.cache),
             "out": now,
-            "cluster": recipe.cluster.model_copy(update={"tls": here(recipe.cluster.tls)}),
+            "cluster": recipe.cluster.model_copy(update={"tls": moved(recipe.cluster.tls)}),
         }
     )
 
 
 def moved_with_run(path: str, inside: Path) -> str:
-    """A path that a file of a run names, as it is now if the run was moved with its surroundings.
+    """Return a path that a file of a run names, as it is now if the run was moved with its
+    surroundings.
 
-    inside: the directory of that file, such as RUN/winner. One that is in no run leaves the path as
-    it is.
+    inside: the directory of that file, such as RUN/winner. Where that is in no run, the path stays
+    as it is.
     """
     for folder in list(inside.absolute().parents)[:4]:
         try:
@@ -208,18 +211,18 @@ def _moved(path: Path, before: Path, now: Path) -> Path:
         before, now = before.parent, now.parent
     if before == now or not path.is_relative_to(before):
         return path
-    here = now / path.relative_to(before)
-    there = here.parent if set(_PATTERN) & set(here.name) else here
-    return here if there.exists() else path
+    moved_path = now / path.relative_to(before)
+    existing_part = moved_path.parent if set(_PATTERN) & set(moved_path.name) else moved_path
+    return moved_path if existing_part.exists() else path
 
 
 def results_file(paths: RunPaths, stored: str | Path) -> Path:
-    """A results file by the path that the leaderboard has of it.
+    """Return where a results file is now, from the path that the leaderboard has of it.
 
     The run's own directory counts first: of a run that was moved it holds the file, and of one that
     was copied the original may have changed since.
     """
     stored = Path(stored)
     folder = paths.finetune if stored.parent.name == paths.finetune.name else paths.banks
-    here = folder / stored.name
-    return here if here.exists() else stored
+    path_in_run = folder / stored.name
+    return path_in_run if path_in_run.exists() else stored

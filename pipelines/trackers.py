@@ -1,6 +1,6 @@
-"""A finished run, told to MLflow and TensorBoard as well.
+"""Reports of a finished run to MLflow and TensorBoard.
 
-Nothing is read back; a run that was told is not told twice.
+Nothing is read back; a run is reported once.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _DIGEST = "headrace.digest"
 
 
 def require_log(section: LogSection) -> None:
-    """Raises HeadraceError for a library that is not installed: before the run, not after it."""
+    """Raise HeadraceError for a library that is not installed: before the run, not after it."""
     for wanted, library in ((section.mlflow, "mlflow"), (section.tensorboard, "tensorboard")):
         if wanted is not None and importlib.util.find_spec(library) is None:
             raise HeadraceError(
@@ -35,9 +35,9 @@ def require_log(section: LogSection) -> None:
 
 
 def log_run(section: LogSection, result: "RunResult") -> str:
-    """Tell a finished run; returns what was done, for people.
+    """Report a finished run to the trackers; returns a text on what was done.
 
-    The same results are told once, whatever the number of calls.
+    The same results are reported once, whatever the number of calls.
     """
     told = []
     if section.mlflow is not None:
@@ -48,14 +48,16 @@ def log_run(section: LogSection, result: "RunResult") -> str:
 
 
 def mlflow_uri(place: str) -> str:
-    """A tracking URI as it is; a path is a folder with a SQLite file in it."""
+    """Return a tracking URI as it is; for a path, that of a SQLite file in that folder."""
     if "://" in place:
         return place
     return f"sqlite:///{expand_home(place).absolute() / 'mlflow.db'}"
 
 
 def run_digest(result: "RunResult") -> str:
-    """Of the leaderboard and the test score: equal for a run that found the same."""
+    """Return a digest of the leaderboard and the test score: equal for a run with the
+    same results.
+    """
     board = result.board.drop(columns=["path", "seconds"], errors="ignore")
     text = board.to_csv(index=False) + repr(result.test)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
