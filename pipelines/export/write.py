@@ -36,7 +36,7 @@ from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.images import open_engine, predict_batch
-from headrace.pipelines.models.model import Model, load_model
+from headrace.pipelines.models.model import EXPORT_MARKER, Model, load_model
 from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.models.torch_graph import GraphInput, ModelGraph, fits_graph, pixels_of
 
@@ -47,7 +47,7 @@ TOLERANCE = 2e-3
 # of networks that were run in half precision: an exported graph runs in float32
 HALF_TOLERANCE = 3e-2
 # A folder with this file was written by an export, and --force may replace it.
-MARKER = ".headrace-export"
+MARKER = EXPORT_MARKER
 _MARKER_TEXT = (
     "This folder was written by `headrace export`, which replaces it as a whole when it is told "
     "--force.\n"

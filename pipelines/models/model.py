@@ -62,10 +62,20 @@ def _code_of_recipe(given_path: Path | str) -> set[str]:
     return {code_text for code_text in network_code if code_text} | estimators
 
 
+# By which a folder is known that `headrace export` wrote.
+EXPORT_MARKER = ".headrace-export"
+
+
 def _model_directory(given_path: Path | str) -> Path:
     model_path = expand_home(given_path)
     if _holds_model(model_path):
         return model_path
+    if (model_path / EXPORT_MARKER).is_file():
+        raise ModelError(
+            f"{model_path} was written by headrace export, and the file that says what its model "
+            f"is ({HEAD_DESCRIPTION}, network.json or {ENSEMBLE_DESCRIPTION}) is gone, or it was "
+            f"exported in another format. {WRITE_AGAIN}"
+        )
     run = find_run(model_path, or_model=True)
     uses_ensemble = ensemble_is_selected(run) and _holds_model(run.ensemble)
     selected = run.ensemble if uses_ensemble else run.winner

@@ -27,6 +27,7 @@ from headrace.heads.persist import load_head
 from headrace.heads.predict import predict_head
 from headrace.pipelines.api import extract_features, train_heads
 from headrace.pipelines.export.write import export_model
+from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.images import ImageUnusable
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.run_directory import NotARun
@@ -165,6 +166,13 @@ def test_what_is_no_model_is_told(tmp_path, what):
         place.write_text("x")
     with pytest.raises(NotARun, match=r"Expected a recipe .*, or a directory with a model"):
         load_model(place)
+
+
+def test_an_export_without_its_model_names_the_command_that_writes_it(tmp_path):
+    """Its description is gone; the folder is still known for an export's."""
+    (tmp_path / ".headrace-export").touch()
+    with pytest.raises(ModelError, match=r"`headrace export RUN FOLDER --format safetensors"):
+        load_model(tmp_path)
 
 
 def test_a_head_from_a_notebook_knows_its_network_too(run, tmp_path):
