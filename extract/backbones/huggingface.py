@@ -70,7 +70,9 @@ def interpolate_positions(module: nn.Module) -> None:
 
 
 def takes_other_sizes(module: nn.Module) -> bool:
-    """Whether a network of transformers cuts images into patches and resamples its positions."""
+    """Return whether a network of transformers cuts images into patches and resamples its
+    positions.
+    """
     if not type(module).__module__.startswith("transformers."):
         return False
     embeddings = getattr(module, "embeddings", None)
@@ -157,7 +159,7 @@ def _edges(size: Any) -> dict[str, int]:
 
 
 def _reason(model_id: str, error: Exception) -> str:
-    """What to do about a model that could not be read."""
+    """Return the advice for a model that could not be read."""
     text = " ".join(str(error).split())
     if model_id.startswith(("/", "./", "../", "~")) and not Path(model_id).is_dir():
         return f"transformers:{model_id}: no such folder"

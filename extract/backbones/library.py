@@ -1,4 +1,4 @@
-"""Where networks come from: torchvision, timm, or a Python function.
+"""Builders of networks: torchvision, timm, or a Python function.
 
 Each gives a module and its own preprocessing.
 """
@@ -123,9 +123,9 @@ def limit_parameters_to_file(
     Loosely, for a file of another one has a better message when its names are compared, and
     position embeddings may be of another image size.
     """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    why = f"and its weights file holds {held:,} numbers: they are another one's"
-    return limit_parameters(4 * held + (1 << 24), name, why)
+    n_values = sum(tensor.numel() for tensor in tensors.values())
+    why = f"and its weights file holds {n_values:,} numbers: they are another one's"
+    return limit_parameters(4 * n_values + (1 << 24), name, why)
 
 
 def backbone_names() -> list[str]:
@@ -159,12 +159,11 @@ def backbone_tags(name: str) -> list[str]:
 def _torchvision_weights(name: str) -> Any:
     import torchvision.models
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
+    model_names = torchvision.models.list_models(module=torchvision.models)
+    if name not in model_names:
         raise BackboneError(
             f"torchvision has no classification model {name!r}. Nearest: "
-            f"{nearest_names(name, known)}. "
-            f"Search with: headrace backbones {name[:6]}"
+            f"{nearest_names(name, model_names)}. Search with: headrace backbones {name[:6]}"
         )
     return torchvision.models.get_model_weights(name)
 
@@ -236,21 +235,22 @@ def _build_timm(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
 def _timm_name(name: str, tag: str | None) -> str:
     import timm
 
-    base = name.partition(".")[0]
-    if not timm.is_model(base):
+    model_name = name.partition(".")[0]
+    if not timm.is_model(model_name):
         raise BackboneError(
-            f"timm has no model {name!r}. Nearest: {nearest_names(base, timm.list_models())}. "
+            f"timm has no model {name!r}. Nearest: "
+            f"{nearest_names(model_name, timm.list_models())}. "
             "Search "
-            f"with: headrace backbones {base[:6]}"
+            f"with: headrace backbones {model_name[:6]}"
         )
-    full = name if tag is None else f"{base}.{tag}"
-    if "." in full and full not in timm.list_pretrained(f"{base}.*"):
-        known = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{base}.*")]
+    tagged_name = name if tag is None else f"{model_name}.{tag}"
+    if "." in tagged_name and tagged_name not in timm.list_pretrained(f"{model_name}.*"):
+        known_tags = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{model_name}.*")]
         raise BackboneError(
-            f"timm:{base} has no weights {full.partition('.')[2]!r}. It has: "
-            f"{', '.join(known) or 'none'}."
+            f"timm:{model_name} has no weights {tagged_name.partition('.')[2]!r}. It has: "
+            f"{', '.join(known_tags) or 'none'}."
         )
-    return full
+    return tagged_name
 
 
 def _timm_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
@@ -287,22 +287,21 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
     if isinstance(module, OnnxNetwork):
         module.require_size(size, name)
     resample: Any = getattr(module, "set_input_size", None)
-    embed = getattr(module, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
+    patch_embed = getattr(module, "patch_embed", None)
+    patch = getattr(patch_embed, "patch_size", None)
     interpolates = takes_other_sizes(module)
     if interpolates:  # models of transformers that resample their position embeddings
         configuration: Any = module.config
         patch = (configuration.patch_size,) * 2
     elif type(module).__module__.startswith("open_clip."):
         patch = getattr(module, "patch_size", None)
-    if (
-        patch is not None and not getattr(embed, "dynamic_img_pad", False) and size % patch[0]
-    ):  # pixels would be cut off
-        near = size // patch[0] * patch[0]
+    # Pixels beyond the last whole patch would be cut off.
+    if patch is not None and not getattr(patch_embed, "dynamic_img_pad", False) and size % patch[0]:
+        smaller_size = size // patch[0] * patch[0]
+        valid_sizes = [str(edge) for edge in (smaller_size, smaller_size + patch[0]) if edge]
         raise BackboneError(
             f"{name}: image_size is {size}, and its patches are {patch[0]} x {patch[1]} pixels: "
-            "take a multiple, such as "
-            f"{' or '.join(str(each) for each in (near, near + patch[0]) if each)}"
+            f"take a multiple, such as {' or '.join(valid_sizes)}"
         )
     try:
         if resample is not None:  # timm's vision transformers, Swin, BEiT, MaxViT and others
@@ -323,7 +322,7 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
 
 
 def _resample_torchvision(module: Any, size: int) -> None:
-    """For a torchvision VisionTransformer what `set_input_size` is for timm's."""
+    """Resample the position embeddings of a torchvision VisionTransformer for images of `size`."""
     from torchvision.models.vision_transformer import interpolate_embeddings
 
     state = interpolate_embeddings(size, module.patch_size, module.state_dict())
@@ -358,13 +357,17 @@ def _preprocessing_of_timm(config: dict[str, Any]) -> Preprocessing:
 
 
 def _build_python(path: str) -> tuple[nn.Module, Preprocessing]:
-    made = import_network_function(path)()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+    returned_value = import_network_function(path)()
+    if not (
+        isinstance(returned_value, tuple)
+        and len(returned_value) == 2
+        and isinstance(returned_value[0], nn.Module)
+    ):
         raise BackboneError(
-            f"python:{path} returned {type(made).__name__}; expected (torch.nn.Module, "
+            f"python:{path} returned {type(returned_value).__name__}; expected (torch.nn.Module, "
             "headrace.Preprocessing)."
         )
-    module, preprocessing = made
+    module, preprocessing = returned_value
     if not isinstance(preprocessing, Preprocessing):
         raise BackboneError(
             f"python:{path}: the second value is {type(preprocessing).__name__}; expected "
@@ -406,7 +409,7 @@ def _require_hub(name: str, model_id: str) -> None:
 
 
 def _require_network(name: str, tag: str, url: str, target: str) -> None:
-    """Raises BackboneError at once where the library would retry for most of a minute."""
+    """Raise BackboneError at once where the library would retry for most of a minute."""
     from pathlib import Path
 
     if target and Path(target).is_file():

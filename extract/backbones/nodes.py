@@ -66,20 +66,20 @@ class Nodes:
         return tuple(node.name for node in self.nodes)
 
 
-def find_nodes(module: nn.Module, crop: tuple[int, int], what: str) -> Nodes:
+def find_nodes(module: nn.Module, crop_size: tuple[int, int], network_name: str) -> Nodes:
     """Run `module` on two images' shapes.
 
     Raises BackboneError when the network does not take that image size.
     """
     try:
-        return _run_with_hooks(_shapes_only(module), crop, torch.device("meta"))
+        return _run_with_hooks(_shapes_only(module), crop_size, torch.device("meta"))
     except Exception:  # noqa: BLE001 - some networks compute with values of their own; what is wrong shows on real numbers
         pass
     try:
-        return _run_with_hooks(module, crop, next(module.parameters(), torch.empty(0)).device)
+        return _run_with_hooks(module, crop_size, next(module.parameters(), torch.empty(0)).device)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise BackboneError(
-            f"{what} does not run on images of {crop[0]} x {crop[1]} pixels: "
+            f"{network_name} does not run on images of {crop_size[0]} x {crop_size[1]} pixels: "
             f"{type(error).__name__}: {str(error)[:300]}. Leave image_size out for the weights' "
             "own size."
         ) from error
@@ -117,25 +117,27 @@ def _shapes_only(module: nn.Module) -> nn.Module:
 
 def _run_with_hooks(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Nodes:
     # (name, module, shape with N, flops so far)
-    fired: list[tuple[str, str, tuple[int, ...], int]] = []
-    calls: dict[str, int] = {}
-    inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
+    captured_outputs: list[tuple[str, str, tuple[int, ...], int]] = []
+    call_counts: dict[str, int] = {}
+    linear_inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
     handles = []
     # Not inference_mode: there convolutions arrive whole, under names that have no formula
     with torch.no_grad(), _CountMultiplyAdds() as counter:
 
         def after(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                calls[name] = calls.get(name, 0) + 1
+                call_counts[name] = call_counts.get(name, 0) + 1
                 if isinstance(output, Tensor):
-                    fired.append((name or LOGITS, name, tuple(output.shape), counter.flops))
+                    captured_outputs.append(
+                        (name or LOGITS, name, tuple(output.shape), counter.flops)
+                    )
 
             return hook
 
         def before(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: Any) -> None:
                 if args and isinstance(args[0], Tensor):
-                    inputs.append((name, tuple(args[0].shape), counter.flops))
+                    linear_inputs.append((name, tuple(args[0].shape), counter.flops))
 
             return hook
 
@@ -152,33 +154,47 @@ def _run_with_hooks(module: nn.Module, crop: tuple[int, int], device: torch.devi
     last_linear = next(
         (
             entry
-            for entry in reversed(inputs)
-            if len(entry[1]) == 2 and calls.get(entry[0]) == 1 and _gives_the_logits(entry, fired)
+            for entry in reversed(linear_inputs)
+            if len(entry[1]) == 2
+            and call_counts.get(entry[0]) == 1
+            and _gives_the_logits(entry, captured_outputs)
         ),
         None,
     )
     if last_linear is not None:
-        name, shape, flops = last_linear
-        place = next(place for place, entry in enumerate(fired) if entry[0] == name)
-        fired.insert(place, (PRE_LOGITS, name, shape, flops))
-    total = max(counter.flops, 1)
-    repeated = frozenset(name for name, count in calls.items() if count > 1)
+        name, shape, flops_so_far = last_linear
+        logits_index = next(
+            logits_index for logits_index, entry in enumerate(captured_outputs) if entry[0] == name
+        )
+        captured_outputs.insert(logits_index, (PRE_LOGITS, name, shape, flops_so_far))
+    total_flops = max(counter.flops, 1)
+    repeated = frozenset(name for name, count in call_counts.items() if count > 1)
     nodes = []
-    for name, hooked, shape, flops in fired:
+    for name, module_name, shape, flops_so_far in captured_outputs:
         layout = _tensor_layout(shape)
-        if hooked in repeated or layout is None:
+        if module_name in repeated or layout is None:
             continue
-        prefix = _count_prefix_tokens(module, shape[1]) if layout == "NTC" else 0
-        has_class = layout == "NTC" and prefix > 0 and _has_class_token(module)
-        nodes.append(Node(name, hooked, layout, shape[1:], prefix, has_class, flops / total))
+        n_prefix_tokens = _count_prefix_tokens(module, shape[1]) if layout == "NTC" else 0
+        has_class_token = layout == "NTC" and n_prefix_tokens > 0 and _has_class_token(module)
+        nodes.append(
+            Node(
+                name,
+                module_name,
+                layout,
+                shape[1:],
+                n_prefix_tokens,
+                has_class_token,
+                flops_so_far / total_flops,
+            )
+        )
     return Nodes(tuple(nodes), repeated, counter.flops // 2 // _BATCH)
 
 
 def _gives_the_logits(
     entry: tuple[str, tuple[int, ...], int], fired: list[tuple[str, str, tuple[int, ...], int]]
 ) -> bool:
-    """Whether this linear layer's output is the network's: the same shape, so nothing but its bias
-    came after.
+    """Return whether this linear layer's output is the network's: the same shape, so nothing but
+    its bias came after.
     """
     output = next(shape for name, _, shape, _ in fired if name == entry[0])
     return output == fired[-1][2]
@@ -195,14 +211,18 @@ def _tensor_layout(shape: tuple[int, ...]) -> Layout | None:
     return {3: "NTC", 2: "NC"}.get(len(shape))  # type: ignore[return-value]
 
 
-def _count_prefix_tokens(module: nn.Module, tokens: int) -> int:
-    """How many of `tokens` come before the patches: what the network says, or else what is over
-    from a square.
+def _count_prefix_tokens(module: nn.Module, n_tokens: int) -> int:
+    """Count the tokens before the patches: what the network declares, or else what is over from a
+    square.
     """
-    declared = getattr(module, "num_prefix_tokens", None)
-    if isinstance(declared, int) and 0 <= declared < tokens and is_square(tokens - declared):
-        return declared
-    return next((count for count in (0, 1, 2) if is_square(tokens - count)), 0)
+    declared_count = getattr(module, "num_prefix_tokens", None)
+    if (
+        isinstance(declared_count, int)
+        and 0 <= declared_count < n_tokens
+        and is_square(n_tokens - declared_count)
+    ):
+        return declared_count
+    return next((count for count in (0, 1, 2) if is_square(n_tokens - count)), 0)
 
 
 def _has_class_token(module: nn.Module) -> bool:
@@ -215,5 +235,5 @@ def _has_class_token(module: nn.Module) -> bool:
 
 
 def is_square(count: int) -> bool:
-    """Whether `count` is the number of positions of a square map."""
+    """Return whether `count` is the number of positions of a square map."""
     return count > 0 and math.isqrt(count) ** 2 == count

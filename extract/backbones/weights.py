@@ -69,7 +69,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fit_weights(
-    module: nn.Module, tensors: Mapping[str, Tensor], match: WeightsMatch, what: str
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    weights_match: WeightsMatch,
+    network_description: str,
 ) -> None:
     """Load `tensors` into `module` strictly.
 
@@ -82,23 +85,34 @@ def fit_weights(
     listing missing and unexpected names, or the first pair that does not fit.
     """
     expected = module.state_dict()
-    named = _by_order(expected, tensors, what) if match == "order" else dict(tensors)
-    missing = [name for name in expected if name not in named]
+    tensors_by_name = (
+        _by_order(expected, tensors, network_description)
+        if weights_match == "order"
+        else dict(tensors)
+    )
+    missing_names = [name for name in expected if name not in tensors_by_name]
     # Files from before PyTorch 0.4.1 have no batch counters; evaluation does not use them.
-    for name in [name for name in missing if name.endswith("num_batches_tracked")]:
-        named[name] = expected[name]
-        missing.remove(name)
-    unexpected = [name for name in named if name not in expected]
-    shapes = [
-        f"{name}: file {tuple(named[name].shape)}, network {tuple(expected[name].shape)}"
+    for name in [name for name in missing_names if name.endswith("num_batches_tracked")]:
+        tensors_by_name[name] = expected[name]
+        missing_names.remove(name)
+    unexpected_names = [name for name in tensors_by_name if name not in expected]
+    shape_mismatches = [
+        f"{name}: file {tuple(tensors_by_name[name].shape)}, network {tuple(expected[name].shape)}"
         for name in expected
-        if name in named and named[name].shape != expected[name].shape
+        if name in tensors_by_name and tensors_by_name[name].shape != expected[name].shape
     ]
-    if missing or unexpected or shapes:
+    if missing_names or unexpected_names or shape_mismatches:
         raise BackboneError(
-            _mismatch_message(what, missing, unexpected, shapes, len(expected), len(tensors))
+            _mismatch_message(
+                network_description,
+                missing_names,
+                unexpected_names,
+                shape_mismatches,
+                len(expected),
+                len(tensors),
+            )
         )
-    module.load_state_dict(named, strict=True)
+    module.load_state_dict(tensors_by_name, strict=True)
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -114,63 +128,77 @@ def weights_digest(module: nn.Module) -> str:
     return hasher.hexdigest()
 
 
-def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
+def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
     for key in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+        if isinstance(file_value, Mapping) and isinstance(file_value.get(key), Mapping):
+            file_value = file_value[key]
             break
-    if not isinstance(loaded, Mapping):
+    if not isinstance(file_value, Mapping):
         raise BackboneError(
             f"{path}: expected a dictionary of tensors (a state dict), found "
-            f"{type(loaded).__name__}."
+            f"{type(file_value).__name__}."
         )
-    odd = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)]
-    if odd:
+    non_tensor_names = [
+        str(name) for name, value in file_value.items() if not isinstance(value, Tensor)
+    ]
+    if non_tensor_names:
         raise BackboneError(
-            f"{path}: expected tensors alone, but these entries are not: {', '.join(odd[:5])}."
+            f"{path}: expected tensors alone, but these entries are not: "
+            f"{', '.join(non_tensor_names[:5])}."
         )
-    names = [str(name) for name in loaded]
+    tensor_names = [str(name) for name in file_value]
     # DistributedDataParallel and torch.compile prepend these to every name
     for prefix in ("module.", "_orig_mod."):
-        if names and all(name.startswith(prefix) for name in names):
-            names = [name.removeprefix(prefix) for name in names]
-    tensors = dict(zip(names, loaded.values(), strict=True))
-    return UnorderedTensors(tensors) if isinstance(loaded, UnorderedTensors) else tensors
+        if tensor_names and all(name.startswith(prefix) for name in tensor_names):
+            tensor_names = [name.removeprefix(prefix) for name in tensor_names]
+    tensors = dict(zip(tensor_names, file_value.values(), strict=True))
+    return UnorderedTensors(tensors) if isinstance(file_value, UnorderedTensors) else tensors
 
 
 def _by_order(
-    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], network_description: str
 ) -> dict[str, Tensor]:
-    theirs, ours = list(tensors), list(expected)
-    if len(theirs) != len(ours):
-        theirs = [name for name in theirs if not name.endswith("num_batches_tracked")]
-        ours = [name for name in ours if not name.endswith("num_batches_tracked")]
-    if set(theirs) == set(ours) and all(
-        tensors[name].shape == expected[name].shape for name in ours
+    file_names, network_names = list(tensors), list(expected)
+    if len(file_names) != len(network_names):
+        file_names = [name for name in file_names if not name.endswith("num_batches_tracked")]
+        network_names = [name for name in network_names if not name.endswith("num_batches_tracked")]
+    if set(file_names) == set(network_names) and all(
+        tensors[name].shape == expected[name].shape for name in network_names
     ):
         return dict(tensors)  # under its own names each tensor is sure of its place
-    if len(theirs) != len(ours):
+    if len(file_names) != len(network_names):
         raise BackboneError(
-            f"{what}: weights_match 'order' needs as many tensors as the network has: the file has "
+            f"{network_description}: weights_match 'order' needs as many tensors as the "
+            "network has: the file has "
             f"{len(tensors)}, the network {len(expected)}. These are weights of another "
             "architecture."
         )
-    _require_order(theirs, ours, isinstance(tensors, UnorderedTensors), what)
-    for theirs_name, ours_name in zip(theirs, ours, strict=True):
-        if tensors[theirs_name].shape != expected[ours_name].shape:
+    _require_order(
+        file_names, network_names, isinstance(tensors, UnorderedTensors), network_description
+    )
+    for file_name, network_name in zip(file_names, network_names, strict=True):
+        if tensors[file_name].shape != expected[network_name].shape:
             raise BackboneError(
-                f"{what}: in order, the file's {theirs_name} {tuple(tensors[theirs_name].shape)} "
-                f"meets the network's {ours_name} {tuple(expected[ours_name].shape)}. These are "
+                f"{network_description}: in order, the file's {file_name} "
+                f"{tuple(tensors[file_name].shape)} "
+                f"meets the network's {network_name} {tuple(expected[network_name].shape)}. "
+                "These are "
                 "weights of another architecture."
             )
-        _require_role(theirs_name, tensors[theirs_name], ours_name, what)
+        _require_role(file_name, tensors[file_name], network_name, network_description)
     return {
-        ours_name: tensors[theirs_name] for theirs_name, ours_name in zip(theirs, ours, strict=True)
+        network_name: tensors[file_name]
+        for file_name, network_name in zip(file_names, network_names, strict=True)
     }
 
 
-def _require_order(theirs: Sequence[str], ours: Sequence[str], unordered: bool, what: str) -> None:
-    """Raises BackboneError for tensors that lie in no order, or in that of the alphabet where the
+def _require_order(
+    file_names: Sequence[str],
+    network_names: Sequence[str],
+    unordered: bool,
+    network_description: str,
+) -> None:
+    """Raise BackboneError for tensors that lie in no order, or in that of the alphabet where the
     network's is another.
     """
     cure = (
@@ -179,30 +207,36 @@ def _require_order(theirs: Sequence[str], ours: Sequence[str], unordered: bool, 
     )
     if unordered:
         raise BackboneError(
-            f"{what}: weights_match 'order' needs a file that keeps the order of its tensors; a "
+            f"{network_description}: weights_match 'order' needs a file that keeps the order "
+            "of its tensors; a "
             f".safetensors file sorts them by name. {cure}"
         )
     for sort_key in (str, str.casefold, _name_parts):
         if (
-            len(theirs) > 1
-            and _is_sorted(theirs, sort_key)
-            and not _is_sorted(ours, sort_key)
-            and not _is_numbered(theirs)
+            len(file_names) > 1
+            and _is_sorted(file_names, sort_key)
+            and not _is_sorted(network_names, sort_key)
+            and not _is_numbered(file_names)
         ):
             raise BackboneError(
-                f"{what}: weights_match 'order' needs the network's order, and the file's tensors "
-                f"are sorted by name: {', '.join(theirs[:3])}, … (the network begins with "
-                f"{', '.join(ours[:3])}). Saving through a sorted dictionary, JAX or HDF5 does "
+                f"{network_description}: weights_match 'order' needs the network's order, and "
+                "the file's tensors "
+                f"are sorted by name: {', '.join(file_names[:3])}, … (the network begins with "
+                f"{', '.join(network_names[:3])}). Saving through a sorted dictionary, JAX or "
+                "HDF5 does "
                 f"that. {cure}"
             )
 
 
-def _require_role(theirs: str, tensor: Tensor, ours: str, what: str) -> None:
-    """Raises BackboneError where two tensors of one shape do not mean the same."""
-    roles = (_role(theirs), _role(ours))
+def _require_role(
+    file_name: str, tensor: Tensor, network_name: str, network_description: str
+) -> None:
+    """Raise BackboneError where two tensors of one shape do not mean the same."""
+    roles = (_role(file_name), _role(network_name))
     if None not in roles and roles[0] != roles[1]:
         raise BackboneError(
-            f"{what}: in order, the file's {theirs} (a {roles[0]}) meets the network's {ours} (a "
+            f"{network_description}: in order, the file's {file_name} (a {roles[0]}) meets the "
+            f"network's {network_name} (a "
             f"{roles[1]}): they are of one shape, and not the same. The file's order is not the "
             f"network's: {_HOW_TO_SAVE} makes one that is; or rename the tensors and leave "
             "weights_match "
@@ -211,7 +245,8 @@ def _require_role(theirs: str, tensor: Tensor, ours: str, what: str) -> None:
     # Names that say nothing (w_1, b_2, 0017) leave the values: no variance is below zero.
     if roles[1] == "variance" and bool((tensor < 0).any()):
         raise BackboneError(
-            f"{what}: in order, the file's {theirs} meets the network's {ours}, and has values "
+            f"{network_description}: in order, the file's {file_name} meets the network's "
+            f"{network_name}, and has values "
             "below zero, which no variance has. The file's order is not the network's: "
             f"{_HOW_TO_SAVE} "
             "makes one that is."
@@ -232,8 +267,8 @@ def _is_sorted(names: Sequence[str], key: Callable[[str], Any]) -> bool:
 
 
 def _is_numbered(names: Sequence[str]) -> bool:
-    """Whether every name begins with one word and a number that counts the tensors: an order that
-    the alphabet keeps.
+    """Return whether every name begins with one word and a number that counts the tensors: an order
+    that the alphabet keeps.
     """
     matches = [re.match(r"(\D*)(\d+)", name) for name in names]
     numbers = [int(match[2]) for match in matches if match is not None]
@@ -242,27 +277,33 @@ def _is_numbered(names: Sequence[str]) -> bool:
 
 
 def _mismatch_message(
-    what: str, missing: list[str], unexpected: list[str], shapes: list[str], ours: int, theirs: int
+    network_description: str,
+    missing_names: list[str],
+    unexpected_names: list[str],
+    shape_mismatches: list[str],
+    n_network_tensors: int,
+    n_file_tensors: int,
 ) -> str:
     lines = [
         (
-            f"{what}: the file does not fit the network ({theirs} tensors in the file, {ours} in "
+            f"{network_description}: the file does not fit the network ({n_file_tensors} "
+            f"tensors in the file, {n_network_tensors} in "
             "the network)."
         )
     ]
     for label, names in (
-        ("missing from the file", missing),
-        ("not in the network", unexpected),
-        ("other shapes", shapes),
+        ("missing from the file", missing_names),
+        ("not in the network", unexpected_names),
+        ("other shapes", shape_mismatches),
     ):
         if names:
-            more = f", and {len(names) - 4} more" if len(names) > 4 else ""
-            lines.append(f"  {label} ({len(names)}): {', '.join(names[:4])}{more}")
-    if shapes:
+            omitted_text = f", and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"  {label} ({len(names)}): {', '.join(names[:4])}{omitted_text}")
+    if shape_mismatches:
         lines.append(
             "A network with another number of classes or another width needs its own backbone name."
         )
-    elif ours == theirs and missing and unexpected:
+    elif n_network_tensors == n_file_tensors and missing_names and unexpected_names:
         lines.append(
             "The counts agree: for another implementation of the same network set weights_match: "
             "order."

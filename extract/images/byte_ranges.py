@@ -147,7 +147,7 @@ def array_bytes(image_array: npt.NDArray[Any]) -> bytes:
 
 
 def open_array(file_path: str, container_kind: str, array_key: str) -> Any:
-    """Something with `shape`, `dtype` and `[index]` that reads images from the file.
+    """Open an array of images: `shape`, `dtype` and `[index]` read from the file.
 
     Raises SourceError, OSError.
     """
@@ -212,7 +212,7 @@ def _own_dataset(hdf5_file: h5py.File, file_path: str, array_key: str) -> h5py.D
 
 
 def _require_held(declared_bytes: int, file_bytes: int, file_path: str) -> None:
-    """Raises SourceError for values that a file of that size cannot hold, however well they are
+    """Raise SourceError for values that a file of that size cannot hold, however well they are
     compressed.
     """
     if declared_bytes > _MOST_COMPRESSED * file_bytes:

@@ -1,4 +1,4 @@
-"""What has happened to a set of images since it was last looked at: new, changed,
+"""Changes of a set of images since its last listing: new, changed,
 renamed, removed.
 """
 

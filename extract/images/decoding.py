@@ -113,7 +113,7 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
 
 
 def has_deep_pixels(data: bytes) -> bool:
-    """Whether an image file's pixels have more than 8 bits, so that a `pixel_range` applies.
+    """Return whether an image file's pixels have more than 8 bits, so that a `pixel_range` applies.
 
     Raises whatever its decoder does.
     """
@@ -135,8 +135,9 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
 
 @functools.cache
 def _available(*formats: str) -> tuple[str, ...]:
-    """Those that this build of Pillow, with its plug-ins, can open; of another name it makes a
-    KeyError.
+    """Select the formats that this build of Pillow, with its plug-ins, can open.
+
+    Pillow makes a KeyError of any other name.
     """
     Image.init()
     return tuple(name for name in formats if name in Image.OPEN)
@@ -389,14 +390,14 @@ def _load_raw(image: ImageFile.ImageFile, raw_name: str) -> npt.NDArray[Any]:
 
 
 def pillow_raw_mode(image: ImageFile.ImageFile) -> str:
-    """How Pillow unpacks the file's pixels ("RGB;16B"); empty for formats that have other means."""
+    """Return how Pillow unpacks the pixels ("RGB;16B"); empty for formats with other means."""
     tile_args = image.tile[0].args if image.tile else ""
     return str(tile_args[0] if isinstance(tile_args, tuple) and tile_args else tile_args)
 
 
 def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether the file has samples of more than 8 bits that Pillow has scaled, or whose low byte it
-    drops.
+    """Return whether the file has samples of more than 8 bits that Pillow has scaled, or whose low
+    byte it drops.
     """
     if image.format == "JPEG2000":
         codestream_start = data.find(
@@ -477,7 +478,7 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
 
 
 def check_pixel_range(pixel_range: Any) -> None:
-    """Raises ValueError for what is no (black, white): two finite numbers, the first the smaller
+    """Raise ValueError for what is no (black, white): two finite numbers, the first the smaller
     one.
     """
     is_pair = isinstance(pixel_range, (tuple, list)) and len(pixel_range) == 2

@@ -44,8 +44,8 @@ class FileStamp(NamedTuple):
         return f"{self.size} {self.mtime_ns} {self.ctime_ns} {self.inode}"
 
     def is_settled(self, now_ns: int) -> bool:
-        """Whether a write at `now_ns` (ns since 1970) or later would change this stamp, which was
-        taken before.
+        """Return whether a write at `now_ns` (ns since 1970) or later would change this stamp,
+        which was taken before.
 
         The later of both times counts: a copy that keeps its modification time is as young as its
         ctime.

@@ -10,13 +10,13 @@ _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 def is_heif(head: bytes) -> bool:
-    """Whether a file's first 12 bytes are those of HEIF."""
+    """Return whether a file's first 12 bytes are those of HEIF."""
     return head[4:8] == b"ftyp" and head[8:12] in _BRANDS
 
 
 @functools.cache
 def reads_heif() -> bool:
-    """Whether the plug-in is installed; asking does not import it."""
+    """Return whether the plug-in is installed; asking does not import it."""
     return importlib.util.find_spec(_PLUGIN) is not None
 
 

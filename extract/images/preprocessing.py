@@ -29,7 +29,7 @@ _RESAMPLING = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a network's input.
+    """The way from an image to a network's input.
 
     Sizes are (height, width); Pillow's resize always antialiases.
 
@@ -96,8 +96,8 @@ def resampling_filter(how: Preprocessing) -> Image.Resampling:
 
 
 def _max_resize_pixels(height: int, width: int, how: Preprocessing) -> int:
-    """How many pixels an image may have while it is resized: never more than MAX_PIXELS, and no
-    fewer than it has itself.
+    """Return the most pixels that an image may have while it is resized: never more than
+    MAX_PIXELS, and no fewer than it has itself.
 
     Beyond that 64 times the network's input, and 2^24 (64 MB) in any case: panoramas of 64 : 1, of
     256 : 1 at 256 pixels. A batch is resized by one thread per core, and twice MAX_PIXELS with the

@@ -28,7 +28,7 @@ from headrace.extract.images.preprocessing import (
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How views 1, 2, … are drawn."""
+    """The random crops, flips and colours of views 1, 2, …."""
 
     seed: int = 0
     area: tuple[float, float] = (0.35, 1.0)  # of the image that the crop covers
@@ -136,8 +136,8 @@ def render_view(
 
 
 def is_exact_view(text: str) -> bool:
-    """Whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that crop,
-    or a symmetry of it.
+    """Return whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that
+    crop, or a symmetry of it.
     """
     view_index, drawing = parse_view(text)
     return view_index == 0 or isinstance(drawing, Symmetries)

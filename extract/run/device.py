@@ -32,7 +32,7 @@ class BatchLimit:
 
 
 def check_device(device: str) -> None:
-    """Raises BackboneError when the device is not there."""
+    """Raise BackboneError when the device is not there."""
     try:
         device_type = torch.device(device).type
     except RuntimeError as error:
@@ -81,7 +81,7 @@ def launch_forward(
 
 
 def _event(device: str) -> "torch.cuda.Event":
-    """What has happened once the device has done all that it was given so far."""
+    """Record an event that is complete once the device has done all that it was given so far."""
     done_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     # Of this device: without a stream, that of the process's current one is meant, which is the
     # first GPU's.

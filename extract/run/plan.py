@@ -1,4 +1,4 @@
-"""Which units of work are missing. Pure: what is there goes in, jobs come out."""
+"""The plan of missing work units. Pure: cached content hashes go in, jobs come out."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -56,7 +56,7 @@ class ExtractJob:
 
 
 class JobOptions(TypedDict, total=False):
-    """How a unit is done, which changes none of its bytes beyond rounding; the fields of
+    """Options of a work unit, which change none of its bytes beyond rounding; the fields of
     ExtractJob.
     """
 
@@ -83,38 +83,50 @@ def plan_work_units(
     samples, `images_per_shard` at a time; so a run that was interrupted plans the same units again,
     and a tap that is new is computed alone.
     """
-    wanted = [(place, spec) for place, network in enumerate(networks) for spec in network.specs]
-    there = [set(known) for network in networks for known in network.cached]
-    rows = images_per_shard or default_images_per_shard(
-        [spec for _, spec in wanted], options.get("device", "cpu")
+    requested_specs = [
+        (backbone_index, spec)
+        for backbone_index, network in enumerate(networks)
+        for spec in network.specs
+    ]
+    cached_hashes = [set(cached) for network in networks for cached in network.cached]
+    n_images = images_per_shard or default_images_per_shard(
+        [spec for _, spec in requested_specs], options.get("device", "cpu")
     )
-    groups: dict[tuple[int, ...], dict[str, Sample]] = {}
+    samples_by_lacking: dict[tuple[int, ...], dict[str, Sample]] = {}
     for name, path, content in zip(samples["id"], samples["path"], samples["content"], strict=True):
         if not isinstance(content, str):
             continue
-        lacking = tuple(index for index, known in enumerate(there) if content not in known)
-        if lacking:
-            groups.setdefault(lacking, {}).setdefault(
+        lacking_specs = tuple(
+            index for index, cached in enumerate(cached_hashes) if content not in cached
+        )
+        if lacking_specs:
+            samples_by_lacking.setdefault(lacking_specs, {}).setdefault(
                 content, Sample(str(name), str(path), content)
             )
     jobs = []
-    for lacking, unique in groups.items():
-        work = tuple(
+    for lacking_specs, unique_samples in samples_by_lacking.items():
+        group_work = tuple(
             (
                 network.backbone,
-                tuple(wanted[index][1] for index in lacking if wanted[index][0] == place),
+                tuple(
+                    requested_specs[index][1]
+                    for index in lacking_specs
+                    if requested_specs[index][0] == backbone_index
+                ),
             )
-            for place, network in enumerate(networks)
+            for backbone_index, network in enumerate(networks)
         )
-        members = list(unique.values())
-        for start in range(0, len(members), rows):
-            chosen = tuple(members[start : start + rows])
+        group_samples = list(unique_samples.values())
+        for start in range(0, len(group_samples), n_images):
+            unit_samples = tuple(group_samples[start : start + n_images])
             jobs.append(
                 ExtractJob(
                     cache_root=str(cache_root),
-                    unit=work_unit_name([sample.content for sample in chosen]),
-                    networks=tuple(part for part in work if part[1]),
-                    samples=chosen,
+                    unit=work_unit_name([sample.content for sample in unit_samples]),
+                    networks=tuple(
+                        backbone_work for backbone_work in group_work if backbone_work[1]
+                    ),
+                    samples=unit_samples,
                     **options,
                 )
             )

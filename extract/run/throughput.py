@@ -1,4 +1,4 @@
-"""What an extraction says about itself while it runs.
+"""Throughput statistics of an extraction while it runs.
 
 Without torch: the process that gives the work out needs none.
 """
@@ -12,7 +12,7 @@ from headrace.cache.format.shard import FailedSample
 
 @dataclass(frozen=True)
 class WorkUnitReport:
-    """What a unit did.
+    """The outcome of a work unit.
 
     Seconds are wall time of the thread that feeds the network, and add up to the unit's.
     """
@@ -61,12 +61,17 @@ def throughput_statistics(
     """The figures of an extraction of `total` images after `elapsed_s` seconds."""
     failed = sum(len(report.failed) + len(report.unread) for report in reports)
     images = sum(report.rows for report in reports) + failed
-    rate = images / elapsed_s if elapsed_s > 0 else 0.0
-    spent = [
-        sum(getattr(report, part) for report in reports)
-        for part in ("decode_s", "forward_s", "publish_s")
+    images_per_s = images / elapsed_s if elapsed_s > 0 else 0.0
+    spent_seconds = [
+        sum(getattr(report, seconds) for report in reports)
+        for seconds in ("decode_s", "forward_s", "publish_s")
     ]
-    shares = [part / (sum(spent) or 1.0) for part in spent]
+    shares = [seconds / (sum(spent_seconds) or 1.0) for seconds in spent_seconds]
     return ThroughputStatistics(
-        images, total, failed, rate, (total - images) / rate if rate else float("nan"), *shares
+        images,
+        total,
+        failed,
+        images_per_s,
+        (total - images) / images_per_s if images_per_s else float("nan"),
+        *shares,
     )

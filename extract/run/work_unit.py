@@ -341,9 +341,7 @@ def make_forward_passes(
 
 
 class _Latest(Generic[Made]):
-    """What was made last, by what it was made of; with `room` for all that one unit of
-    work needs.
-    """
+    """The most recently built values by key; `room` holds all that one work unit needs."""
 
     def __init__(self) -> None:
         self.room = _NETWORKS
@@ -410,7 +408,7 @@ def _checked(backbone: Backbone, feature: FeatureSpec) -> Backbone:
 
 
 def check_backbone_identity(backbone: Backbone, feature: FeatureSpec) -> None:
-    """Raises SpecMismatch when the feature set is made by other weights or preprocessing than those
+    """Raise SpecMismatch when the feature set is made by other weights or preprocessing than those
     here.
     """
     for field_name, local_value, expected_value in (

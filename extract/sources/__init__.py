@@ -1,1 +1,1 @@
-"""Where images are: folders, tables, archives and arrays, read by one reader that counts all."""
+"""Sources of images: folders, tables, archives and arrays, read by one reader that counts all."""

@@ -178,7 +178,7 @@ def read_archives(
 
 
 def _names(archive_paths: Sequence[Path]) -> list[str]:
-    """What the archives are called in ids: their names, or where two are alike their paths below
+    """Return the archives' names in ids: their file names, or where two are alike their paths below
     what they share.
     """
     archive_names = [file.name for file in archive_paths]
@@ -306,7 +306,7 @@ def _needs_head(member_name: str) -> bool:
 
 
 def _side_columns(extension: str, data: bytes) -> dict[str, Any] | None:
-    """What a side file says of its image; None for a `.json` that holds no JSON object."""
+    """Read a side file's columns; None for a `.json` that holds no JSON object."""
     side_text = normalize_text(data.decode("utf-8-sig", errors="replace"))
     if extension != "json":
         return {"label": side_text or None}
@@ -324,7 +324,7 @@ def _side_columns(extension: str, data: bytes) -> dict[str, Any] | None:
 
 
 def _is_cell(value: Any) -> bool:
-    """Whether a value is a scalar or a list of scalars, as a table's cells are."""
+    """Return whether a value is a scalar or a list of scalars, as a table's cells are."""
     values = value if isinstance(value, list) else [value]
     return all(isinstance(item, (str, int, float, bool)) for item in values)
 
@@ -474,7 +474,7 @@ def _member_name(name: str) -> str:
 def _left_out(
     member: str, archive: str, exclude: Sequence[str], others: set[FolderParts], tally: Tally
 ) -> str | None:
-    """Why a member is not looked at.
+    """Return the reason why a member is left out, or None.
 
     A folder that holds it, and is not hidden itself, is added to `others`.
     """

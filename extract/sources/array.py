@@ -93,7 +93,7 @@ def read_array(
 
 
 def has_pixel_range(dtype: "np.dtype[Any]") -> bool:
-    """Whether the type of pixels says which values are black and white:
+    """Return whether the type of pixels says which values are black and white:
 
     8 and 16 bits, and booleans.
     """

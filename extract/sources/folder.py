@@ -139,7 +139,7 @@ def image_paths(folder: Path) -> Iterator[str]:
 
 
 def has_images(folder: Path) -> bool:
-    """Whether there is an image anywhere below a folder."""
+    """Return whether there is an image anywhere below a folder."""
     return next(image_paths(folder), None) is not None
 
 

@@ -1,4 +1,4 @@
-"""Which files are images, by suffix or by their first bytes, and what other files are called."""
+"""Recognition of images, by suffix or by their first bytes, and names of other formats."""
 
 import os
 from pathlib import Path
@@ -87,13 +87,13 @@ OTHER_FORMATS = {
 
 
 def is_archive(path: str | Path) -> bool:
-    """Whether a file, by its name, is a tar, compressed tar or zip archive."""
+    """Return whether a file, by its name, is a tar, compressed tar or zip archive."""
     return str(path).lower().endswith((*TAR_ENDINGS, ".zip"))
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file is an image: by its suffix, else by its first bytes (`photo.jpg.1`, names
-    without a suffix).
+    """Return whether a file is an image: by its suffix, else by its first bytes (`photo.jpg.1`,
+    names without a suffix).
     """
     suffix = os.path.splitext(path)[1].lower()  # as Path has it, without parsing the rest
     if suffix in IMAGE_SUFFIXES:
@@ -115,8 +115,8 @@ def is_image(path: str | Path) -> bool:
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Whether a file's first 32 bytes are those of a format in IMAGE_SUFFIXES, or of HEIF where it
-    can be read.
+    """Return whether a file's first 32 bytes are those of a format in IMAGE_SUFFIXES, or of HEIF
+    where it can be read.
     """
     if head.startswith(
         (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0")
@@ -138,7 +138,7 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def unread_format(path: str | Path) -> str | None:
-    """What a file of a format in OTHER_FORMATS is, with how to convert it, as a sentence; None for
+    """Say what a file of a format in OTHER_FORMATS is and how to convert it; None for
     another file.
     """
     suffix = os.path.splitext(path)[1].lower()
@@ -149,7 +149,7 @@ def unread_format(path: str | Path) -> str | None:
 
 
 def describe_suffix(name: str) -> str:
-    """What a file that is left out is, by its name, with how to use it:
+    """Describe a file that is left out, by its name, with how to use it:
 
     ".heic (HEIF image: pip install …)".
     """

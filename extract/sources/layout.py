@@ -1,4 +1,4 @@
-"""What the folders that images lie in mean: classes, or the sides of a split with the classes in
+"""The meaning of the folders that images lie in: classes, or sides of a split with the classes in
 them.
 """
 
@@ -46,7 +46,7 @@ def split_side(file_name: str) -> str | None:
 
 @dataclass(frozen=True)
 class FolderLabels:
-    """What the folders of N images say."""
+    """Labels and sides of a split that the folders of N images give."""
 
     labels: list[str | None]  # None for an image that lies in no class's folder
     splits: list[str | None] | None  # the outer folders; None where they are the classes
@@ -158,7 +158,7 @@ def _refuse_vanished(
     class_depth: int,
     source_text: str,
 ) -> None:
-    """Raises SourceError for classes, and sides of a split, that would be gone whole."""
+    """Raise SourceError for classes, and sides of a split, that would be gone whole."""
     if class_depth:
         other_folders = [
             parent_folders

@@ -1,4 +1,4 @@
-"""What reading a source gives: the samples that can be used, and a count of everything
+"""The listing of a source: the samples that can be used, and a count of everything
 that cannot.
 """
 
@@ -62,7 +62,7 @@ class Tally:
         self.examples[reason] = [*self.examples.get(reason, []), *names][:_EXAMPLES]
 
     def excludes(self, patterns: Collection[str], *names: str) -> bool:
-        """Whether one of an entry's names, or a folder that it lies in, matches a pattern of
+        """Return whether one of an entry's names, or a folder that it lies in, matches a pattern of
         `images.exclude`.
         """
         if not patterns:
@@ -82,7 +82,7 @@ class Tally:
         )
 
     def listing(self, samples: pd.DataFrame, notes: Iterable[str] = ()) -> Listing:
-        """What was read, as one value."""
+        """Return the listing of `samples` with these counts."""
         unmatched_patterns = [
             pattern for pattern, has_matched in self.patterns.items() if not has_matched
         ]
@@ -97,7 +97,7 @@ class Tally:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a name, or a folder that it lies in, matches a shell pattern.
+    """Return whether a name, or a folder that it lies in, matches a shell pattern.
 
     A name is its own pattern, also with brackets.
     """

@@ -43,7 +43,7 @@ SourceKind = Literal["folder", "table", "archive", "array", "image"]
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where images are and how they are read; the recipe's section `images`.
+    """A place of images and the way to read them; the recipe's section `images`.
 
     None means the reader's own choice.
     """

@@ -183,8 +183,8 @@ def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:
 
 
 def _delimiter(text: str, default_delimiter: str) -> str:
-    """What separates the columns: the default where the header has it, else what divides the first
-    lines alike.
+    """Find what separates the columns: the default where the header has it, else what divides the
+    first lines alike.
     """
     first_lines = list(itertools.islice(io.StringIO(text), _LINES_LOOKED_AT))
     if not first_lines:
@@ -204,7 +204,7 @@ def _delimiter(text: str, default_delimiter: str) -> str:
 
 
 def _check_header(column_names: list[str], table_path: Path) -> None:
-    """Raises SourceError where the first line is no line of names, or gives two columns
+    """Raise SourceError where the first line is no line of names, or gives two columns
     one name.
     """
     image_like_names = [
@@ -341,8 +341,8 @@ def _arrow_values(cells: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def _are_images(values: Iterable[bytes]) -> bool:
-    """Whether a column of bytes holds images, by its first value; else it is text, as TensorFlow's
-    exports store it.
+    """Return whether a column of bytes holds images, by its first value; else it is text, as
+    TensorFlow's exports store it.
 
     A value with a NUL is no text: an image all the same, damaged or of a format that is not read.
     """
@@ -355,7 +355,9 @@ def _are_images(values: Iterable[bytes]) -> bool:
 
 
 def _is_empty(table_path: Path, column_name: str) -> bool:
-    """Whether a Parquet column holds nothing but missing values, by the file's own statistics."""
+    """Return whether a Parquet column holds nothing but missing values, by the file's own
+    statistics.
+    """
     n_missing = 0
     with pq.ParquetFile(table_path, buffer_size=_BUFFER_BYTES) as parquet_file:
         for row_group in range(parquet_file.metadata.num_row_groups):
@@ -381,8 +383,8 @@ def _has_path(arrow_type: pa.DataType) -> bool:
 
 
 def _image_columns(schema: pa.Schema) -> tuple[str, ...]:
-    """What can hold images: columns of bytes, or of structs with a field `bytes`, as Hugging Face's
-    Image feature is stored.
+    """Name the columns that can hold images: of bytes, or of structs with a field `bytes`, as
+    Hugging Face's Image feature is stored.
     """
     return tuple(
         field.name for field in schema if _is_binary(field.type) or _holds_bytes(field.type)

@@ -54,7 +54,7 @@ _DEEPEST_FOLDER = 3  # below a table, of images that ids name
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How a table names its images; see the recipe's section `images`."""
+    """The way a table names its images; see the recipe's section `images`."""
 
     path_column: str | None = None  # default: found, see `find_image_column`
     # default: `id` where there is such a column, else the path as written
@@ -197,7 +197,7 @@ def saved_dataset_files(folder: Path) -> list[Path]:
 
 
 def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple[str, bool]:
-    """What names, or holds, the images: (a column, False), or (a pattern of paths such as
+    """Find what names, or holds, the images: (a column, False), or (a pattern of paths such as
     `train/{id}.jpg`, True).
 
     A column counts by its name and what it holds, then by what it holds alone; ids without an
@@ -288,8 +288,8 @@ def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | 
 
 
 def _names_images(column: pd.Series, enough: Callable[[Iterable[bool]], bool]) -> bool:
-    """Whether values of a column (any of them, or all) end as images do, also those that are not
-    read here.
+    """Return whether values of a column (any of them, or all) end as images do, also those that are
+    not read here.
     """
     values = column.dropna().head(_PATHS_LOOKED_AT)
     suffixes = [Path(value).suffix.lower() if isinstance(value, str) else "" for value in values]
@@ -410,7 +410,7 @@ def _samples(
 def _image_column(
     table: Table, table_path: Path, image_root: Path, options: TableOptions, notes: list[str]
 ) -> tuple[str, bool]:
-    """As `find_image_column`, but for what the options say."""
+    """Return the image column of the options, or that of `find_image_column`."""
     if options.path_pattern is not None:
         return options.path_pattern, True
     if options.path_column is not None:
@@ -576,7 +576,7 @@ def _refuse_reserved(
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether a file's name is that of a table."""
+    """Return whether a file's name is that of a table."""
     name = Path(path).name.lower().removesuffix(".gz")
     return Path(name).suffix in (TABLE_SUFFIXES | {".arrow"})
 

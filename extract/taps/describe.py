@@ -1,6 +1,4 @@
-"""What a user can know about a backbone before using it, and the feature sets that its
-taps make.
-"""
+"""Descriptions of backbones before they are used, and the feature sets that their taps make."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +41,7 @@ class BackboneInfo:
 
 
 def describe_backbone(spec: BackboneSpec, *, weights: bool = True) -> BackboneInfo:
-    """Everything about a backbone; without its weights, nothing is loaded or downloaded.
+    """Describe a backbone; without its weights, nothing is loaded or downloaded.
 
     Raises BackboneError.
     """
@@ -91,12 +89,14 @@ def feature_specs(
     symmetric: the others are not drawn at random but are the crop mirrored (up to 4 views) and
     turned (up to 8). Raises BackboneError.
     """
-    for name, given, valid in (
+    for name, dtype_value, valid_values in (
         ("dtype", dtype, STORAGE_DTYPES),
         ("compute_dtype", compute_dtype, COMPUTE_DTYPES),
     ):
-        if given not in valid:
-            raise BackboneError(f"{name} is {given!r}; expected one of {', '.join(valid)}")
+        if dtype_value not in valid_values:
+            raise BackboneError(
+                f"{name} is {dtype_value!r}; expected one of {', '.join(valid_values)}"
+            )
     if views < 1:
         raise BackboneError(f"views is {views}; expected at least 1, the evaluation crop")
     if symmetric:

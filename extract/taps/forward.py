@@ -1,4 +1,4 @@
-"""One forward pass for many taps: hooks reduce each output as it appears, and the pass ends at the
+"""One forward pass for many taps: hooks pool each output as it appears, and the pass ends at the
 deepest of them.
 """
 
@@ -29,7 +29,7 @@ def make_forward(
     compute_dtype: str = "float32",
     compiled: bool = False,
 ) -> Forward:
-    """The pass from pixels to the reduced outputs of `taps`, in their order, on a copy of the
+    """The pass from pixels to the pooled outputs of `taps`, in their order, on a copy of the
     backbone's network.
     """
     nodes = backbone_nodes(backbone)
@@ -104,7 +104,7 @@ def hook_forward(
 
 
 def _without_tf32(device: str) -> contextlib.AbstractContextManager[None]:
-    """On CUDA, cuDNN's fastest kernels, but not its 10-bit TF32, which float32 would
+    """Choose cuDNN's fastest kernels on CUDA, but not its 10-bit TF32, which float32 would
     silently mean.
     """
     if device != "cuda":

@@ -1,4 +1,4 @@
-"""Taps: a node of a network and how its output is reduced.
+"""Taps: a node of a network and how its output is pooled.
 
 Legend: N images, C channels, H x W positions, T tokens.
 """
@@ -41,16 +41,16 @@ def parse_tap(text: str) -> Tap:
     """ "blocks.4.avg": node "blocks.4", pooling "avg", which is also what no pooling and "mean"
     mean.
     """
-    node, _, last = text.strip().rpartition(".")
+    node, _, pooling = text.strip().rpartition(".")
     if not text.strip():
         raise BackboneError("a tap is empty; expected a node and a pooling, such as layer4.avg")
-    if not _POOLING.fullmatch(last):
-        node, last = text.strip(), "avg"
+    if not _POOLING.fullmatch(pooling):
+        node, pooling = text.strip(), "avg"
     if not node:
         raise BackboneError(
-            f"tap {text!r} names a pooling and no node; expected something like layer4.{last}"
+            f"tap {text!r} names a pooling and no node; expected something like layer4.{pooling}"
         )
-    return Tap(node, "avg" if last == "mean" else last)
+    return Tap(node, "avg" if pooling == "mean" else pooling)
 
 
 def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ...]:
@@ -81,7 +81,7 @@ def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ..
 
 
 def tap_shape(tap: Tap, node: Node) -> tuple[int, ...]:
-    """Shape of one image's reduced output."""
+    """Shape of one image's pooled output."""
     height, width, channels = _map_extent(node)
     if tap.pooling == "map":
         return (channels, height, width)
@@ -143,47 +143,59 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
     What the classifier is given is not taken twice: the average of the last map, at most normalised
     once more, is left out where it has as many values.
     """
-    maps = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
-    given = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
-    ends = _last_blocks(maps)
-    trunk = _trunk_block_names(maps)
-    lasts: list[Node] = []
-    middles: list[Node] = []
-    for end in ends:
-        here = [node for node in maps if _map_extent(node)[:2] == _map_extent(end)[:2]]
-        blocks = [node for node in here if node.name in trunk] or [end]
-        own = [
+    map_nodes = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
+    n_classifier_inputs = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
+    stage_ends = _last_blocks(map_nodes)
+    trunk_names = _trunk_block_names(map_nodes)
+    last_blocks: list[Node] = []
+    middle_blocks: list[Node] = []
+    for end in stage_ends:
+        resolution_nodes = [
+            node for node in map_nodes if _map_extent(node)[:2] == _map_extent(end)[:2]
+        ]
+        blocks = [node for node in resolution_nodes if node.name in trunk_names] or [end]
+        inner_blocks = [
             node
-            for node in here
+            for node in resolution_nodes
             if re.fullmatch(re.escape(blocks[-1].name) + r"(\.blocks)?\.\d+", node.name)
         ]
-        last = blocks[-1]
+        last_block = blocks[-1]
         if (
-            lasts and last.cost <= lasts[-1].cost
+            last_blocks and last_block.cost <= last_blocks[-1].cost
         ):  # pooled or resized, no more: its maxima are those of the one before
             continue
-        lasts.append(last)
+        last_blocks.append(last_block)
         # Without a product between the two a middle is the block itself, before its activation, or
         # the pooled one before it.
-        before = max((node.cost for node in maps[: maps.index(here[0])]), default=0.0)
-        if between := [node for node in blocks[:-1] or own[:-1] if before < node.cost < last.cost]:
-            middles.append(between[len(between) // 2])
+        previous_cost = max(
+            (node.cost for node in map_nodes[: map_nodes.index(resolution_nodes[0])]), default=0.0
+        )
+        if middle_candidates := [
+            node
+            for node in blocks[:-1] or inner_blocks[:-1]
+            if previous_cost < node.cost < last_block.cost
+        ]:
+            middle_blocks.append(middle_candidates[len(middle_candidates) // 2])
     if (
-        ends and _map_extent(ends[-1])[2] != _map_extent(lasts[-1])[2]
+        stage_ends and _map_extent(stage_ends[-1])[2] != _map_extent(last_blocks[-1])[2]
     ):  # a convolution behind the last block
-        lasts.append(ends[-1])
-    if lasts and _map_extent(lasts[-1])[2] == given:
-        lasts.pop()
-    room = MAX_AUTO_FEATURES - given - sum(2 * _map_extent(node)[2] for node in lasts)
-    for middle in reversed(middles[-N_MIDDLE_BLOCKS:]):
-        if (width := 2 * _map_extent(middle)[2]) <= room:
-            lasts.append(middle)
-            room -= width
-    picked = {node.name for node in lasts}
+        last_blocks.append(stage_ends[-1])
+    if last_blocks and _map_extent(last_blocks[-1])[2] == n_classifier_inputs:
+        last_blocks.pop()
+    features_left = (
+        MAX_AUTO_FEATURES
+        - n_classifier_inputs
+        - sum(2 * _map_extent(node)[2] for node in last_blocks)
+    )
+    for middle in reversed(middle_blocks[-N_MIDDLE_BLOCKS:]):
+        if (n_features := 2 * _map_extent(middle)[2]) <= features_left:
+            last_blocks.append(middle)
+            features_left -= n_features
+    picked_names = {node.name for node in last_blocks}
     return [
         Tap(node.name, pooling)
-        for node in maps
-        if node.name in picked
+        for node in map_nodes
+        if node.name in picked_names
         for pooling in ("avg", "max")
     ]
 
@@ -208,27 +220,29 @@ def _trunk_block_names(maps: list[Node]) -> frozenset[str]:
     return frozenset(node.name for node in longest)
 
 
-def _last_blocks(maps: list[Node]) -> list[Node]:
+def _last_blocks(map_nodes: list[Node]) -> list[Node]:
     """The last block at each resolution, at most five of them, in running order."""
-    resolutions = list(dict.fromkeys(_map_extent(node)[:2] for node in maps))
+    resolutions = list(dict.fromkeys(_map_extent(node)[:2] for node in map_nodes))
     largest = max((height * width for height, width in resolutions), default=0)
-    picked = []
+    last_blocks = []
     for height, width in resolutions:
         # The first resolution is edges and colours; a single position is the pooled output, which
         # pre_logits has.
         if height * width in (largest, 1):
             continue
-        here = [node for node in maps if _map_extent(node)[:2] == (height, width)]
-        shallowest = min(node.name.count(".") for node in here)
+        resolution_nodes = [node for node in map_nodes if _map_extent(node)[:2] == (height, width)]
+        shallowest = min(node.name.count(".") for node in resolution_nodes)
         # Inside a stage come the first convolutions of the next at the old resolution; whole stages
         # have shorter names.
-        picked.append([node for node in here if node.name.count(".") == shallowest][-1])
+        last_blocks.append(
+            [node for node in resolution_nodes if node.name.count(".") == shallowest][-1]
+        )
     # Attention matrices and windows look like maps of other resolutions, but lie deep inside the
     # blocks.
-    deepest = min((node.name.count(".") for node in picked), default=0) + 2
-    picked = [node for node in picked if node.name.count(".") <= deepest]
-    order = {node.name: place for place, node in enumerate(maps)}
-    return sorted(picked, key=lambda node: order[node.name])[-5:]
+    max_nesting = min((node.name.count(".") for node in last_blocks), default=0) + 2
+    last_blocks = [node for node in last_blocks if node.name.count(".") <= max_nesting]
+    node_order = {node.name: node_index for node_index, node in enumerate(map_nodes)}
+    return sorted(last_blocks, key=lambda node: node_order[node.name])[-5:]
 
 
 def _quarter_blocks(nodes: Nodes) -> list[Node]:
@@ -250,33 +264,37 @@ def _quarter_blocks(nodes: Nodes) -> list[Node]:
     return [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
 
 
-def _check_tap(tap: Tap, nodes: Nodes, what: str) -> Tap:
+def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
     if tap.node in nodes.repeated:
         raise BackboneError(
-            f"{what}: {tap.node} runs more than once in one forward, so it names no single output. "
+            f"{backbone_name}: {tap.node} runs more than once in one forward, so it names no "
+            "single output. "
             f"Tap the block around it: {tap.node.rpartition('.')[0] or '(the network)'}. List the "
-            f"taps: headrace backbones {what}"
+            f"taps: headrace backbones {backbone_name}"
         )
     if tap.node not in nodes.names:
         parent = tap.node.rpartition(".")[0]
         poolings = f"The poolings of {parent} are {POOLINGS}. " if parent in nodes.names else ""
         raise BackboneError(
-            f"{what} has no node {tap.node!r}. Nearest: {nearest_names(tap.node, nodes.names)}. "
-            f"{poolings}List all of them: headrace backbones {what}"
+            f"{backbone_name} has no node {tap.node!r}. Nearest: "
+            f"{nearest_names(tap.node, nodes.names)}. "
+            f"{poolings}List all of them: headrace backbones {backbone_name}"
         )
     node = nodes[tap.node]
     if node.layout == "NC":
         if tap.pooling == "cls" or tap.pooling.startswith("grid"):
             raise BackboneError(
-                f"{what}: {tap} has nothing to reduce: it is a vector of {node.shape[0]} values"
+                f"{backbone_name}: {tap} has nothing to pool: it is a vector of "
+                f"{node.shape[0]} values"
             )
         return Tap(tap.node, "vector")
     if tap.pooling == "vector":
         raise BackboneError(
-            f"{what}: {tap.node} has shape {node.shape}, not a vector. Poolings: {POOLINGS}"
+            f"{backbone_name}: {tap.node} has shape {node.shape}, not a vector. Poolings: "
+            f"{POOLINGS}"
         )
     if tap.pooling == "cls" and not node.has_class_token:
-        raise BackboneError(f"{what}: {tap.node} has no class token; try {tap.node}.avg")
+        raise BackboneError(f"{backbone_name}: {tap.node} has no class token; try {tap.node}.avg")
     if (
         node.layout == "NTC"
         and tap.pooling != "cls"
@@ -284,14 +302,10 @@ def _check_tap(tap: Tap, nodes: Nodes, what: str) -> Tap:
         and not is_square(node.shape[0] - node.prefix)
     ):
         raise BackboneError(
-            f"{what}: the {node.shape[0]} tokens of {tap.node} make no square map; try "
+            f"{backbone_name}: the {node.shape[0]} tokens of {tap.node} make no square map; try "
             f"{tap.node}.avg"
         )
     return tap
-
-
-def _needs_map(tap: Tap) -> bool:
-    return tap.pooling not in ("cls", "avg")
 
 
 def _map_extent(node: Node) -> tuple[int, int, int]:

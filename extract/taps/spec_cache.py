@@ -1,7 +1,7 @@
-"""The feature sets of a backbone, remembered, so that a run with nothing to extract need not build
+"""A cache of the feature sets of backbones, so that a run with nothing to extract need not build
 the network.
 
-What is remembered is only what would be found again: the key holds the backbone's spec, its weights
+An entry holds only what would be computed again: the key holds the backbone's spec, its weights
 file's size and time, and the versions of the libraries that build and decode. A unit of work checks
 its network against the specs anyway.
 """
@@ -34,7 +34,7 @@ _EXTRA_LIBRARIES = ("transformers", "open_clip_torch", "onnxruntime")
 
 
 class FeatureOptions(TypedDict, total=False):
-    """How features are computed and stored, as `feature_specs` takes it."""
+    """The way features are computed and stored, as `feature_specs` takes it."""
 
     dtype: str
     compute_dtype: str
@@ -73,9 +73,12 @@ def load_feature_specs(
     nothing says whether its code has changed. Raises BackboneError.
     """
     check_spec(spec)
-    memo = _spec_cache_path(spec, taps, storing, cache_root)
-    if not spec.name.startswith("python:") and (known := _read_feature_specs(memo)) is not None:
-        return known
+    cache_path = _spec_cache_path(spec, taps, storing, cache_root)
+    if (
+        not spec.name.startswith("python:")
+        and (cached_specs := _read_feature_specs(cache_path)) is not None
+    ):
+        return cached_specs
     return build(spec, taps, storing)
 
 
@@ -93,25 +96,25 @@ def save_feature_specs(
 
     A memo that is damaged is written anew; one that cannot be written stops nobody.
     """
-    memo = _spec_cache_path(spec, taps, storing, cache_root)
-    if _read_feature_specs(memo) != tuple(features):
-        text = {
+    cache_path = _spec_cache_path(spec, taps, storing, cache_root)
+    if _read_feature_specs(cache_path) != tuple(features):
+        cached_fields = {
             "backbone": dataclasses.asdict(with_absolute_weights(spec)),
             "features": [feature.to_json() for feature in features],
         }
         with contextlib.suppress(OSError):  # it only saves time
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            publish_replace(memo, sealed_json(text))
+            cache_path.parent.mkdir(parents=True, exist_ok=True)
+            publish_replace(cache_path, sealed_json(cached_fields))
 
 
 def find_backbone_spec(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
     """The backbone that is remembered to make this feature set; None where the cache has forgotten,
     or never knew.
     """
-    for memo in sorted((cache_root / _FOLDER).glob("*.json")):
-        if feature in (_read_feature_specs(memo) or ()):
+    for cache_path in sorted((cache_root / _FOLDER).glob("*.json")):
+        if feature in (_read_feature_specs(cache_path) or ()):
             with contextlib.suppress(BackboneError):  # of another version
-                return backbone_from_fields(read_sealed_json(memo.read_bytes())["backbone"])
+                return backbone_from_fields(read_sealed_json(cache_path.read_bytes())["backbone"])
     return None
 
 
@@ -134,10 +137,10 @@ def _version_or_nothing(library: str) -> str:
         return ""
 
 
-def _read_feature_specs(memo: Path) -> tuple[FeatureSpec, ...] | None:
+def _read_feature_specs(cache_path: Path) -> tuple[FeatureSpec, ...] | None:
     try:
-        known = read_sealed_json(memo.read_bytes())
-        return tuple(FeatureSpec.from_json(text) for text in known["features"]) or None
+        cached_fields = read_sealed_json(cache_path.read_bytes())
+        return tuple(FeatureSpec.from_json(text) for text in cached_fields["features"]) or None
     # ValueError: no UTF-8, no JSON, or the fields of another version.
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None  # absent or damaged: it only saves time

@@ -119,14 +119,14 @@ def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int)
                     continue
                 side = int((raw.shape[1] - node.prefix) ** 0.5)
                 raw = raw[:, node.prefix :].transpose(1, 2).unflatten(2, (side, side))
-            assert_close(found, plainly_reduced(raw, tap.pooling), tap)
+            assert_close(found, plainly_pooled(raw, tap.pooling), tap)
     after = backbone.module.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items()), (
         "the network's state has changed"
     )
 
 
-def plainly_reduced(raw: torch.Tensor, pooling: str) -> torch.Tensor:
+def plainly_pooled(raw: torch.Tensor, pooling: str) -> torch.Tensor:
     flat = raw.flatten(2)
     if pooling == "avg":
         return flat.mean(2)
@@ -270,7 +270,7 @@ def test_taps_that_cannot_be() -> None:
         ("layer1.median", r"no node 'layer1.median'.*The poolings of layer1 are avg, max, gem"),
         ("layer1.0.relu.avg", r"runs more than once.*Tap the block around it: layer1.0"),
         ("layer4.cls", "has no class token; try layer4.avg"),
-        ("fc.grid2", "nothing to reduce"),
+        ("fc.grid2", "nothing to pool"),
         ("layer4.vector", "not a vector"),
         ("", "a tap is empty"),
         ("avg", "names a pooling and no node; expected something like layer4.avg"),
