@@ -76,8 +76,8 @@ class FeatureSpec:
             unknown_fields = sorted(set(values) ^ field_names)
             raise SpecMismatch(
                 "the spec has other fields than this version of headrace knows: "
-                f"{', '.join(unknown_fields)}. Another version wrote it: give another cache directory, "
-                "or remove this feature set with `headrace cache rm`"
+                f"{', '.join(unknown_fields)}. Another version wrote it: give another cache "
+                "directory, or remove this feature set with `headrace cache rm`"
             )
         row_shape = values.pop("shape")
         if not all(isinstance(value, str) for value in values.values()):
