@@ -425,8 +425,8 @@ HOSTILE = {
     ),
     "other format": (set_attribute("format", np.bytes_(b"something")), "its format is 'something'"),
     "format from a heap": (set_attribute("format", "headrace shard"), "not fixed-length text"),
-    "newer version": (set_attribute("version", 2), "its version is"),
-    "version as text": (set_attribute("version", np.bytes_(b"1")), "not a number"),
+    "newer version": (set_attribute("version", 3), "its version is"),
+    "version as text": (set_attribute("version", np.bytes_(b"2")), "not a number"),
     "an object reference": (
         replace("failed_reason", lambda f: f.create_dataset("failed_reason", (1,), h5py.ref_dtype)),
         "another type",
