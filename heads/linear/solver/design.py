@@ -150,7 +150,7 @@ class DesignMatrix:
 
         Few-class heads apply P through the features, Q' (s_f/s)^2 Q: twice the flops of a stored P,
         but one product for the heads of all folds, as wide as there are heads. At 1,280 features,
-        five folds and ten classes that is twice as fast; with a hundred classes a stored P is (1.16
+        five folds and ten classes that is twice as fast; with a hundred classes a stored P is (1.08
         of the CPU time without, 2,000 x 768).
         """
         if not self.scale_ratios:

@@ -36,14 +36,15 @@ SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 20
 # are many. Without any, a bank of ten classes takes 1.24 (5,000 x 512) to 1.33 (10,000 x 1,280) of
 # the CPU time. 160 do what 480 do; blocks within classes alone win a tenth.
 DENSE_COORDINATES, MAX_DENSE_COORDINATES = 160, 1024
-# Beyond, the products of all pairs of classes cost more than the iterations that they save.
+# Beyond, the products of all pairs of classes cost more than the iterations that they save: with
+# them, 200 classes take 305 iterations instead of 344, but 1.17 of the CPU time.
 MAX_CLASSES_FOR_DENSE = 128
-# Beyond, the eigenvectors of the classes cost more than the iterations that they save.
+# Beyond, the eigenvectors of the classes cost too much: at 1,200 classes (6,000 x 128) 1.71 of the
+# CPU time.
 MAX_CLASSES_FOR_EIGENVECTORS = 1024
-# From so many free class directions on, the Hessian is a difference of two sums; with fewer, that
-# is slower and the difference cancels.
-MIN_CLASSES_FOR_DIFFERENCE = 64
-ROWS_PER_CHUNK = 512  # of all pairs of so many classes, 4 MB
+# Vectors that are multiplied by a triangle one by one: all at once takes 1.03 of the CPU time of a
+# bank of 100 classes, 0.99 at ten.
+MAX_VECTORS_ONE_BY_ONE = 4
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,18 @@ class Preconditioner:
 
 
 def _multiply_by_triangle(vectors: Array, matrix: Array, *, transposed: bool) -> Array:
-    """Return vectors (k, n) times a lower triangle (n, n) or its transpose."""
-    (trmm,) = scipy.linalg.get_blas_funcs(("trmm",), (matrix,))
-    return np.asarray(trmm(1.0, matrix, vectors.T, lower=1, trans_a=int(not transposed)).T)
+    """Return vectors (k, n) times a lower triangle (n, n) or its transpose.
+
+    May overwrite the vectors.
+    """
+    trans = int(not transposed)
+    if len(vectors) > MAX_VECTORS_ONE_BY_ONE:
+        (trmm,) = scipy.linalg.get_blas_funcs(("trmm",), (matrix,))
+        return np.asarray(trmm(1.0, matrix, vectors.T, lower=1, trans_a=trans).T)
+    (trmv,) = scipy.linalg.get_blas_funcs(("trmv",), (matrix,))
+    for vector in vectors:
+        vector[:] = trmv(matrix, vector, lower=1, trans=trans)
+    return vectors
 
 
 def make_preconditioner(
@@ -215,18 +225,6 @@ def _dense_hessian(
     c, n_dense = class_basis.shape[1], dense_values.shape[1]
     j, k = np.triu_indices(n_dense)
     blocks = np.empty((c, n_dense, c, n_dense))
-    if c < MIN_CLASSES_FOR_DIFFERENCE:
-        a, b = np.triu_indices(c)
-        basis_products = (class_basis[:, a] * class_basis[:, b]).T
-        pair_sums = np.zeros((len(a), pair_products.shape[1]), p.dtype)
-        for start in range(0, len(pair_products), ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
-            curvature = basis_products @ p[:, rows] - basis_p[a, rows] * basis_p[b, rows]
-            pair_sums += (curvature * row_weights[rows]) @ pair_products[rows]
-        symmetric = np.empty((len(a), n_dense, n_dense))
-        symmetric[:, j, k] = symmetric[:, k, j] = pair_sums
-        blocks[a, :, b] = blocks[b, :, a] = symmetric
-        return blocks.reshape(c * n_dense, c * n_dense).T
     # e_a' S e_b is p' (e_a e_b) less (e_a' p) (e_b' p): the first is linear in p, and its sums are
     # few; the second is a Gram matrix of rows times class directions.
     class_sums = ((p * row_weights) @ pair_products).T
