@@ -214,10 +214,9 @@ def explain_os_errors(target_path: Path) -> Iterator[None]:
         errno_name = errno.errorcode.get(error.errno or 0, "unknown errno")
         raise PublishFailed(
             error.errno,
-            f"{target_path}: {errno_name} ({error.strerror or error}). Nothing was published "
-            "and no temporary "
-            "file is left. Make room or repair the disk and run the same command again; finished "
-            "work is kept",
+            f"{target_path}: {errno_name} ({error.strerror or error}). Nothing was published and "
+            "no temporary file is left. Make room or repair the disk and run the same command "
+            "again; finished work is kept",
         ) from error
 
 

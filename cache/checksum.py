@@ -67,9 +67,8 @@ def verify_shard(
         )
     if expected_checksum not in (None, actual_checksum):
         raise ShardCorrupt(
-            f"{shard_path}: this is another shard than the one that was published under this "
-            "name: its "
-            f"digest is {actual_checksum}, and the manifest says {expected_checksum}. {_REPAIR}"
+            f"{shard_path}: this is another shard than the one that was published under this name: "
+            f"its digest is {actual_checksum}, and the manifest says {expected_checksum}. {_REPAIR}"
         )
     layout, quantization_error = validate_shard(shard_path, spec, unit_name)
     return VerifiedShard(layout, quantization_error, file_bytes, actual_checksum)
@@ -85,9 +84,9 @@ def verify_listed_shard(shard_path: Path, spec: FeatureSpec, entry: ShardEntry) 
 def _require_counts(shard_path: Path, layout: ShardLayout, entry: ShardEntry) -> None:
     if (layout.n_rows, layout.n_failed) != (entry.rows, entry.failed):
         raise ShardCorrupt(
-            f"{shard_path}: it holds {layout.n_rows} rows and {layout.n_failed} failures, and "
-            "the manifest "
-            f"says {entry.rows} and {entry.failed}. `headrace cache repair` lists it as it is"
+            f"{shard_path}: it holds {layout.n_rows} rows and {layout.n_failed} failures, and the "
+            f"manifest says {entry.rows} and {entry.failed}. `headrace cache repair` lists it as "
+            "it is"
         )
 
 
@@ -118,18 +117,16 @@ def shard_unreadable(shard_path: Path, error: OSError) -> ShardUnreadable:
     errno_name = errno.errorcode.get(error.errno or 0, "unknown errno")
     return ShardUnreadable(
         error.errno,
-        f"{shard_path} cannot be read: {errno_name} ({error.strerror or error}). Look at the "
-        "disk and the "
-        "permissions",
+        f"{shard_path} cannot be read: {errno_name} ({error.strerror or error}). Look at the disk "
+        "and the permissions",
     )
 
 
 def shard_missing(shard_path: Path) -> ShardMissing:
     """Return the error for a listed shard that does not exist."""
     return ShardMissing(
-        f"{shard_path} is listed in the manifest and is not there. `headrace cache repair` "
-        "takes it off "
-        "the list, and the next run extracts its samples again"
+        f"{shard_path} is listed in the manifest and is not there. `headrace cache repair` takes "
+        "it off the list, and the next run extracts its samples again"
     )
 
 
@@ -144,9 +141,8 @@ class VerifiedShards:
             "utf-8", "surrogatepass"
         )
         file_name = f"{hashlib.sha256(machine_key).hexdigest()[:24]}.jsonl"
-        self._path = (
-            None if state_path is None else state_path / "verified" / file_name
-        )  # None: each process checks again
+        # None: each process checks again
+        self._path = None if state_path is None else state_path / "verified" / file_name
         self._records: dict[str, dict[str, Any]] | None = None
 
     def verify(self, shard_path: Path, spec: FeatureSpec, entry: ShardEntry) -> ShardLayout:

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     import torch.utils.data
 
 RowPositions = Sequence[int] | npt.NDArray[Any]
-ContentHashes = (
-    Sequence[str] | npt.NDArray[Any]
-)  # texts of 32 hex digits, or an array of them as text or bytes
+# texts of 32 hex digits, or an array of them as text or bytes
+ContentHashes = Sequence[str] | npt.NDArray[Any]
 
 
 def open_feature_set(directory: Path | str) -> "FeatureSet":
@@ -324,9 +323,8 @@ class FeatureSet:
             row_positions.size and not np.issubdtype(row_positions.dtype, np.integer)
         ):
             raise IndexError(
-                f"row positions are {row_positions.dtype} of shape {row_positions.shape}; "
-                "expected n "
-                "integers"
+                f"row positions are {row_positions.dtype} of shape {row_positions.shape}; expected "
+                "n integers"
             )
         row_positions = row_positions.astype(np.int64, copy=False)
         lowest_row, highest_row = (
@@ -359,9 +357,8 @@ class FeatureSet:
         return (
             f"{self.path}: {self.spec.name} of {self.spec.backbone} has no row for "
             f"{', '.join(described_rows)}{remainder_text}. It holds {self.n_rows} rows and "
-            f"{len(failure_of_hash)} recorded "
-            "failures. `headrace run RECIPE` extracts what is missing of the recipe's images; or "
-            "leave these samples out"
+            f"{len(failure_of_hash)} recorded failures. `headrace run RECIPE` extracts what is "
+            "missing of the recipe's images; or leave these samples out"
         )
 
 

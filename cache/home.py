@@ -28,13 +28,12 @@ def unknown_home_message(home_name: str = "~", message_prefix: str = "") -> str:
     if len(home_name) > 1:
         return (
             f"{message_prefix}{home_name} stands for the home of the user {home_name[1:]}, and "
-            "there is no such "
-            "user here. Write the whole path"
+            "there is no such user here. Write the whole path"
         )
     return (
-        f"{message_prefix}~ stands for your home directory, and none is known: HOME is not "
-        "set, and the "
-        f"user id {os.getuid()} has no account on this machine. Write the whole path, or set HOME"
+        f"{message_prefix}~ stands for your home directory, and none is known: HOME is not set, "
+        f"and the user id {os.getuid()} has no account on this machine. Write the whole path, or "
+        "set HOME"
     )
 
 

@@ -92,9 +92,9 @@ def read_manifest(directory: Path) -> dict[str, ShardEntry]:
             entry = ShardEntry.from_dict(from_checksummed_line(line))
         except LineCorrupt as error:
             raise ManifestCorrupt(
-                f"{manifest_path}: line {line_number} is not the one that was written "
-                f"({error}). No shard is "
-                "lost by that: `headrace cache repair` writes the manifest again from the shards"
+                f"{manifest_path}: line {line_number} is not the one that was written ({error}). "
+                "No shard is lost by that: `headrace cache repair` writes the manifest again from "
+                "the shards"
             ) from error
         entries[entry.unit] = entry
     return entries

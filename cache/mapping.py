@@ -96,9 +96,8 @@ class MappedRows:
         self._row_table = memory_items[
             : len(memory_items) // values_per_row * values_per_row
         ].reshape(-1, values_per_row)
-        self._is_table = (
-            self._slot_step % row_bytes == 0
-        )  # until a file is mapped whose rows start elsewhere
+        # until a file is mapped whose rows start elsewhere
+        self._is_table = self._slot_step % row_bytes == 0
         # Position of each file's row 0, in items.
         self.first_item = np.zeros(len(rows_per_file), np.int64)
         self.is_mapped = np.zeros(len(rows_per_file), np.bool_)

@@ -77,9 +77,7 @@ def require_disk_space(
         largest_tap = max(costs, key=lambda cost: cost.n_bytes)
         raise CacheError(
             f"{cache_root}: the features need {needed_bytes / 1e9:.2f} GB and "
-            f"{usable_bytes / 1e9:.2f} GB are "
-            f"free. The largest tap is {largest_tap.spec.name} with "
-            f"{largest_tap.n_bytes / 1e9:.2f} GB; "
-            "leave it out, pool it (avg instead of map), store it as uint8, or give another cache "
-            "directory. Nothing was extracted"
+            f"{usable_bytes / 1e9:.2f} GB are free. The largest tap is {largest_tap.spec.name} "
+            f"with {largest_tap.n_bytes / 1e9:.2f} GB; leave it out, pool it (avg instead of map), "
+            "store it as uint8, or give another cache directory. Nothing was extracted"
         )

@@ -285,9 +285,8 @@ def _validate_arguments(
     if not all(stored_texts) or "\0" in "".join(stored_texts):
         invalid_text = next(text for text in stored_texts if not text or "\0" in text)
         raise ValueError(
-            f"unit {unit}: {invalid_text!r} is empty or holds a NUL, which fixed-length text "
-            "in HDF5 cannot "
-            "store"
+            f"unit {unit}: {invalid_text!r} is empty or holds a NUL, which fixed-length text in "
+            "HDF5 cannot store"
         )
     if compression not in _COMPRESSIONS:
         raise ValueError(f"compression {compression!r} is not one of {_COMPRESSIONS}")

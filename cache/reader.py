@@ -40,9 +40,8 @@ class ShardReader:
         # (S,) each: arrays, so that a batch looks up all of its shards in one operation.
         self._is_ready = np.zeros(len(entries), np.bool_)
         self._is_compressed = np.zeros(len(entries), np.bool_)
-        self._row_zero = np.zeros(
-            len(entries), np.int64
-        )  # the item where row 0 of the set would be, were it in this shard
+        # the item where row 0 of the set would be, were it in this shard
+        self._row_zero = np.zeros(len(entries), np.int64)
         self._shard_of_row = (
             np.repeat(np.arange(len(entries), dtype=np.int32), rows_per_shard)
             if self._is_indexable()

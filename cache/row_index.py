@@ -25,9 +25,8 @@ def as_content_hashes(
         return np.empty(0, "S32")
     if hash_array.ndim != 1 or hash_array.dtype.kind != "S" or hash_array.dtype.itemsize != 32:
         raise ValueError(
-            f"content hashes are {hash_array.dtype} of shape {hash_array.shape}; expected n "
-            "texts of 32 "
-            "hex digits, the first half of a SHA-256"
+            f"content hashes are {hash_array.dtype} of shape {hash_array.shape}; expected n texts "
+            "of 32 hex digits, the first half of a SHA-256"
         )
     return np.ascontiguousarray(hash_array)
 

@@ -40,9 +40,8 @@ def as_text(column: pd.Series) -> pd.Series:
         category_texts = as_text(pd.Series(column.cat.categories)).astype(object).to_numpy()
         category_codes = column.cat.codes.to_numpy()
         texts = np.empty(len(column), object)
-        texts[category_codes >= 0] = category_texts[
-            category_codes[category_codes >= 0]
-        ]  # code -1: missing
+        # code -1: missing
+        texts[category_codes >= 0] = category_texts[category_codes[category_codes >= 0]]
     elif isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu":
         texts = column.to_numpy().astype(str).astype(object)
     elif isinstance(column.dtype, np.dtype) and column.dtype.kind == "f":
@@ -64,9 +63,8 @@ def _value_text(value: object) -> str:
         return normalize_text(str(value))
     if isinstance(value, bytes):
         return normalize_text(value.decode("utf-8", "surrogateescape"))
-    if isinstance(
-        value, float | np.floating
-    ):  # np.float64 is a float; the others write themselves shortest
+    # np.float64 is a float; the others write themselves shortest
+    if isinstance(value, float | np.floating):
         return str(int(value)) if value.is_integer() else str(value)
     return normalize_text(str(value))
 
@@ -81,9 +79,8 @@ def _float_texts(values: npt.NDArray[np.floating]) -> npt.NDArray[np.object_]:
         str(int(value)) for value in values[is_integer & ~fits_int64]
     ]
     is_fraction = ~is_integer & ~np.isnan(values)
-    texts[is_fraction] = values[is_fraction].astype(
-        str
-    )  # the shortest in their own precision: a float32 0.1 is 0.1
+    # the shortest in their own precision: a float32 0.1 is 0.1
+    texts[is_fraction] = values[is_fraction].astype(str)
     return texts
 
 

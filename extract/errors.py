@@ -65,9 +65,8 @@ def _quote_for_yaml(name: str) -> str:
     import yaml
 
     if re.fullmatch(r"[\w./ -]+", name):
-        with contextlib.suppress(
-            yaml.YAMLError, ValueError
-        ):  # ValueError: 2020-13-45 has the form of a date
+        # ValueError: 2020-13-45 has the form of a date
+        with contextlib.suppress(yaml.YAMLError, ValueError):
             if yaml.safe_load(name) == name:  # 2020, no and ~ are no text in YAML
                 return name
     quoted = json.dumps(name, ensure_ascii=False)

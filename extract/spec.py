@@ -196,9 +196,8 @@ def weights_path(weights: str) -> Path:
     weights_files = [Path(str(file.locate())) for file in files if file.suffix in WEIGHTS_SUFFIXES]
     if len(weights_files) != 1:
         raise BackboneError(
-            f"weights {weights}: the package holds {len(weights_files)} weights files, "
-            "expected 1; give a "
-            "path"
+            f"weights {weights}: the package holds {len(weights_files)} weights files, expected 1; "
+            "give a path"
         )
     return weights_files[0]
 

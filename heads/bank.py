@@ -262,11 +262,8 @@ def check_device(device: str) -> None:
 
     try:
         torch.empty(1, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # one for each way of not having it
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # one for each way of not having it
         reason = str(error).splitlines()[0].split(". ")[0]
         raise BadBank(
             f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a recipe, "

@@ -243,9 +243,8 @@ def read_bank(path: Path | str) -> BankResult:
     with _open(path) as file:
         about = json.loads(file.attrs["headrace"])
         specs = [text.decode() for text in file["specs"][()]]
-        kinds = {
-            text: spec_from_json(text).kind for text in set(specs)
-        }  # each spec is there once per fold
+        # each spec is there once per fold
+        kinds = {text: spec_from_json(text).kind for text in set(specs)}
         columns: dict[str, Any] = {
             "kind": [kinds[text] for text in specs],
             "spec": specs,

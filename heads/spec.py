@@ -128,7 +128,6 @@ class FitResult:
     gap: float  # a bound on (objective - optimum) / optimum; nan where no bound is known (mlp)
     iterations: int  # solver iterations, or epochs
     seconds: float  # this head's share of the bank's wall time
-    validation: (
-        npt.NDArray[np.float32] | None
-    )  # (n_held_out, C) probabilities (regression: values), rows in task order
+    # (n_held_out, C) probabilities (regression: values), rows in task order
+    validation: npt.NDArray[np.float32] | None
     error: str | None = None

@@ -62,9 +62,8 @@ def valid_text(text: str) -> str:
         return text
     try:
         named = text.encode("utf-8", "surrogateescape")
-    except (
-        UnicodeEncodeError
-    ):  # surrogates that stand for no byte, which only a program can have made
+    except UnicodeEncodeError:
+        # surrogates that stand for no byte, which only a program can have made
         named = text.encode("utf-8", "backslashreplace")
     return named.decode("utf-8", "backslashreplace")
 

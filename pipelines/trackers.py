@@ -67,9 +67,8 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for it
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     if home_directory() is None:
-        os.environ["HOME"] = str(
-            result.paths.root
-        )  # MLflow is not imported without one; it keeps nothing there
+        # MLflow is not imported without one; it keeps nothing there
+        os.environ["HOME"] = str(result.paths.root)
     from mlflow import MlflowClient
 
     assert section.mlflow is not None

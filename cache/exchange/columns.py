@@ -113,9 +113,8 @@ def columns_option(column_names: Sequence[str], chosen_columns: Sequence[str]) -
     """Return the shell options that select just `chosen_columns`, such as `--columns f0:f5,f9`."""
     chosen_set = set(chosen_columns)
     option_terms: list[str] = []
-    verbatim_names: list[
-        str
-    ] = []  # names that another column or the syntax would take for something else
+    # names that another column or the syntax would take for something else
+    verbatim_names: list[str] = []
     for is_chosen, run in groupby(column_names, key=chosen_set.__contains__):
         names = list(run)
         if not is_chosen:
@@ -161,9 +160,8 @@ def _match_columns(column_names: Sequence[str], term: str, source_name: object) 
             )
             if start_index > stop_index:
                 raise ExternalFeaturesInvalid(
-                    f"{source_name}: --columns {term}: {first_column} stands after "
-                    f"{last_column} in the file: "
-                    f"{last_column}:{first_column}"
+                    f"{source_name}: --columns {term}: {first_column} stands after {last_column} "
+                    f"in the file: {last_column}:{first_column}"
                 )
             return list(column_names[start_index : stop_index + 1])
     if any(letter in term for letter in "*?[") and (

@@ -72,8 +72,8 @@ def import_features(
     """
     if not set_name or any(letter in set_name for letter in "/:\\ ") or set_name.startswith("."):
         raise ExternalFeaturesInvalid(
-            f"the name {set_name!r}: expected a word without blanks, colons and slashes, "
-            "such as dino"
+            f"the name {set_name!r}: expected a word without blanks, colons and slashes, such as "
+            "dino"
         )
     if dtype not in STORAGE_DTYPES or dtype == "uint8":
         raise ExternalFeaturesInvalid(f"dtype {dtype!r}: expected float32, float16 or bfloat16")
@@ -168,10 +168,9 @@ def _hashes_of_rows(
     if external.content_hashes is not None:
         if image_hashes and not set(image_hashes.values()) & set(external.content_hashes):
             raise ExternalFeaturesInvalid(
-                f"{external.source_name}: none of its content hashes is that of an image of "
-                "the recipe: "
-                "the features are of other images, or of these before they were changed. If "
-                "`content` holds something else (an MD5, say), rename the column, and the ids "
+                f"{external.source_name}: none of its content hashes is that of an image of the "
+                "recipe: the features are of other images, or of these before they were changed. "
+                "If `content` holds something else (an MD5, say), rename the column, and the ids "
                 "count"
             )
         return list(external.content_hashes)
@@ -191,10 +190,9 @@ def _hashes_of_rows(
     ambiguous_ids = duplicate_ids[duplicate_ids.isin(external.sample_ids)]
     if len(ambiguous_ids):
         raise ExternalFeaturesInvalid(
-            f"{external.source_name}: the id {ambiguous_ids.iloc[0]!r} stands for several "
-            "images of the recipe, "
-            "whose names differ in blanks or in the form of their accents alone. Rename one of "
-            "them"
+            f"{external.source_name}: the id {ambiguous_ids.iloc[0]!r} stands for several images "
+            "of the recipe, whose names differ in blanks or in the form of their accents alone. "
+            "Rename one of them"
         )
     hash_of_id = dict(zip(image_table["id"], image_table["content"], strict=True))
     return [hash_of_id.get(sample_id) for sample_id in external.sample_ids]
@@ -215,11 +213,9 @@ def _refuse_target_columns(
         )
         if leaking_columns := find_target_columns(external.features, target_values):
             raise ExternalFeaturesInvalid(
-                f"{external.source_name}: "
-                f"{external.feature_columns.describe(leaking_columns[0])} is the target "
-                f"{str(target_name)!r} under another name: each of its values stands for the "
-                "target's. "
-                f"{external.feature_columns.leave_out(leaking_columns)}"
+                f"{external.source_name}: {external.feature_columns.describe(leaking_columns[0])} "
+                f"is the target {str(target_name)!r} under another name: each of its values stands "
+                f"for the target's. {external.feature_columns.leave_out(leaking_columns)}"
             )
 
 

@@ -89,9 +89,8 @@ def read_external_features(
         raise ExternalFeaturesInvalid(f"{source_path}: no such file")
     if column_options and suffix not in TABLES:
         raise ExternalFeaturesInvalid(
-            f"{source_path}: --columns names columns of a table; found "
-            f"{suffix or 'no suffix'}, see "
-            "--key"
+            f"{source_path}: --columns names columns of a table; found {suffix or 'no suffix'}, "
+            "see --key"
         )
     try:
         if suffix in (".npy", ".npz"):
@@ -142,9 +141,8 @@ def _read_id_table(source_path: Path, ids_path: Path | None, id_key: str | None)
     table_path = ids_path or source_path.with_suffix(".rows.csv")
     if not table_path.is_file():
         raise ExternalFeaturesInvalid(
-            f"{source_path} holds features and no ids: give a table with one row per row, as "
-            "in --ids "
-            "rows.csv (column id)"
+            f"{source_path} holds features and no ids: give a table with one row per row, as in "
+            "--ids rows.csv (column id)"
         )
     suffix = table_path.suffix.lower()
     if suffix == ".npy":
@@ -163,10 +161,9 @@ def _load_id_array(ids_path: Path) -> npt.NDArray[Any]:
         id_array: npt.NDArray[Any] = np.load(ids_path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise ExternalFeaturesInvalid(
-            f"{ids_path}: cannot be read as ids ({error}). An array of Python objects could "
-            "run code: "
-            "write the ids as text, np.save(FILE, np.array(ids, dtype=str)), or one per line in a "
-            ".txt"
+            f"{ids_path}: cannot be read as ids ({error}). An array of Python objects could run "
+            "code: write the ids as text, np.save(FILE, np.array(ids, dtype=str)), or one per "
+            "line in a .txt"
         ) from error
     return id_array
 
@@ -242,9 +239,8 @@ def _require_complete_arrays(zip_archive: zipfile.ZipFile, source_path: Path) ->
             array_shape, _, dtype = read_header(opened)
         if math.prod(array_shape) * dtype.itemsize > member.file_size:
             raise ExternalFeaturesInvalid(
-                f"{source_path}: {member.filename} declares an array of shape {array_shape}, "
-                "and does not "
-                "hold it"
+                f"{source_path}: {member.filename} declares an array of shape {array_shape}, and "
+                "does not hold it"
             )
 
 
@@ -265,8 +261,8 @@ def _read_table(
         )
     if feature_key is not None and column_options:
         raise ExternalFeaturesInvalid(
-            f"{source_path}: --key names a column of lists, --columns numeric columns: "
-            "give one of them"
+            f"{source_path}: --key names a column of lists, --columns numeric columns: give one of "
+            "them"
         )
     if feature_key is not None and feature_key not in column_names:
         raise ExternalFeaturesInvalid(
@@ -336,8 +332,7 @@ def _unnamed_features_message(
     if list_columns:
         return (
             f"{source_path}: name the column of features with --key; it has "
-            f"{abbreviate_columns(list_columns)} with lists, "
-            f"of {abbreviate_columns(column_names)}"
+            f"{abbreviate_columns(list_columns)} with lists, of {abbreviate_columns(column_names)}"
         )
     if not numeric_columns:
         return (
@@ -346,9 +341,8 @@ def _unnamed_features_message(
         )
     message = (
         f"{source_path}: {len(numeric_columns):,} columns hold numbers, "
-        f"{abbreviate_columns(numeric_columns)}, and not every number "
-        "is a feature: the target, a row's number or an id among them would be learned from. Name "
-        "the features"
+        f"{abbreviate_columns(numeric_columns)}, and not every number is a feature: the target, a "
+        "row's number or an id among them would be learned from. Name the features"
     )
     return (
         f"{message}: {columns_option(column_names, candidate_columns)}"
@@ -408,9 +402,8 @@ def _read_hdf5(
         )
         if id_name not in data_sets:
             raise ExternalFeaturesInvalid(
-                f"{source_path}: name the data set of ids with --id-key, or a table with "
-                "--ids; it has "
-                f"{data_set_list}"
+                f"{source_path}: name the data set of ids with --id-key, or a table with --ids; it "
+                f"has {data_set_list}"
             )
         content_hashes = (
             _values_per_row(_read_data_set(data_sets["content"], source_path))
@@ -451,17 +444,15 @@ def _validate_features(
     if len(id_column) != len(features):
         raise ExternalFeaturesInvalid(
             f"{source_path}: {len(features):,} rows of features and {len(id_column):,} ids; "
-            "expected one for "
-            "each"
+            "expected one for each"
         )
     if not len(id_column):
         raise ExternalFeaturesInvalid(f"{source_path}: there are no rows")
     if id_column.dtype.kind == "f" and (id_column.abs() > _EXACT_INTEGERS).any():
         raise ExternalFeaturesInvalid(
-            f"{source_path}: the ids are floating-point numbers beyond 2^53, which have lost "
-            "their last "
-            "digits (pandas makes them of integers where it meets a gap). Write them again as "
-            "integers or as text"
+            f"{source_path}: the ids are floating-point numbers beyond 2^53, which have lost their "
+            "last digits (pandas makes them of integers where it meets a gap). Write them again "
+            "as integers or as text"
         )
     sample_ids = as_text(id_column).reset_index(drop=True)
     has_no_id = sample_ids.isna() | (sample_ids == "")
@@ -495,8 +486,7 @@ def _validate_features(
         first_values = ", ".join(f"{float(value):g}" for value in features[:3, counter_columns[0]])
         raise ExternalFeaturesInvalid(
             f"{source_path}: {feature_columns.describe(counter_columns[0])} counts the rows "
-            f"({first_values}, …): not a "
-            f"feature. {feature_columns.leave_out(counter_columns)}"
+            f"({first_values}, …): not a feature. {feature_columns.leave_out(counter_columns)}"
         )
     return ExternalFeatures(
         sample_ids.tolist(), features, content_hashes, feature_columns, str(source_path)
@@ -523,8 +513,7 @@ def _refuse_non_finite(
             block_row, column_index = (int(position) for position in np.argwhere(~is_finite)[0])
             raise ExternalFeaturesInvalid(
                 f"{source_path}: {feature_columns.describe(column_index)} is "
-                f"{value_block[block_row, column_index]} in row "
-                f"{start_row + block_row + 1:,} (id {sample_ids[start_row + block_row]!r}); "
-                "expected finite numbers, of "
-                "float32 at most. Mend or remove the row, or leave the column out"
+                f"{value_block[block_row, column_index]} in row {start_row + block_row + 1:,} (id "
+                f"{sample_ids[start_row + block_row]!r}); expected finite numbers, of float32 at "
+                "most. Mend or remove the row, or leave the column out"
             )

@@ -32,9 +32,8 @@ def require_plausible_size(declared_bytes: int, source_path: Path) -> None:
     file_bytes = source_path.stat().st_size
     if declared_bytes > _MAX_COMPRESSION_RATIO * file_bytes:
         raise ExternalFeaturesInvalid(
-            f"{source_path}: it has {file_bytes:,} bytes, and declares {declared_bytes:,} "
-            "bytes of values. Fetch it "
-            "again"
+            f"{source_path}: it has {file_bytes:,} bytes, and declares {declared_bytes:,} bytes of "
+            "values. Fetch it again"
         )
 
 
@@ -116,9 +115,8 @@ def _read_csv(
         header_names = next(csv.reader(text_stream, delimiter=separator), [])
     if len(header_names) > _MAX_COLUMNS:
         raise ExternalFeaturesInvalid(
-            f"{table_path}: {len(header_names):,} columns; at most {_MAX_COLUMNS:,} are read. "
-            "Keep them in "
-            ".npy, or as lists"
+            f"{table_path}: {len(header_names):,} columns; at most {_MAX_COLUMNS:,} are read. Keep "
+            "them in .npy, or as lists"
         )
     duplicate_names = sorted(
         name for name, times in Counter(header_names).items() if name and times > 1
@@ -126,8 +124,8 @@ def _read_csv(
     # Pandas would rename the second one, and nobody would know which is which
     if duplicate_names:
         raise ExternalFeaturesInvalid(
-            f"{table_path}: the first line has several columns {duplicate_names[0]!r}: "
-            "give each its own name"
+            f"{table_path}: the first line has several columns {duplicate_names[0]!r}: give each "
+            "its own name"
         )
     data_frame = pd.read_csv(
         table_path,
@@ -141,9 +139,8 @@ def _read_csv(
         na_filter=False,
         low_memory=False,
     )
-    if not isinstance(
-        data_frame.index, pd.RangeIndex
-    ):  # pandas takes the first values for the rows' names
+    # pandas takes the first values for the rows' names
+    if not isinstance(data_frame.index, pd.RangeIndex):
         raise ExternalFeaturesInvalid(
             f"{table_path}: the rows have more values than the first line has names "
             f"({len(header_names)})"
@@ -224,8 +221,8 @@ def read_numeric_columns(
                 row = int(numeric_values.isna().to_numpy().argmax())
                 raise ExternalFeaturesInvalid(
                     f"{source_path}: column {column_name!r} holds {column.iloc[row]!r} in row "
-                    f"{row + 1:,}; "
-                    "expected a number. Mend or remove the row, or leave the column out"
+                    f"{row + 1:,}; expected a number. Mend or remove the row, or leave the column "
+                    "out"
                 )
             column = numeric_values
         # An infinity is reported with its row by `_refuse_non_finite`.
@@ -246,9 +243,8 @@ def read_list_column(
         if isinstance(value, str):
             raise ExternalFeaturesInvalid(
                 f"{source_path}: column {list_column.name!r} holds text in row {row + 1:,}, "
-                f"{value[:30]!r}; "
-                "expected a list of numbers. Lists survive in Parquet, not in CSV: "
-                "frame.to_parquet(FILE)"
+                f"{value[:30]!r}; expected a list of numbers. Lists survive in Parquet, not in "
+                "CSV: frame.to_parquet(FILE)"
             )
         if not isinstance(value, np.ndarray | list):
             expected_hint = (
@@ -257,16 +253,14 @@ def read_list_column(
                 else ""
             )
             raise ExternalFeaturesInvalid(
-                f"{source_path}: column {list_column.name!r} holds {value!r} in row "
-                f"{row + 1:,}; expected a "
-                f"list of numbers{expected_hint}"
+                f"{source_path}: column {list_column.name!r} holds {value!r} in row {row + 1:,}; "
+                f"expected a list of numbers{expected_hint}"
             )
         list_length = len(value) if list_length is None else list_length
         if len(value) != list_length:
             raise ExternalFeaturesInvalid(
-                f"{source_path}: column {list_column.name!r} holds lists of {list_length:,} "
-                "values and, in row "
-                f"{row + 1:,}, one of {len(value):,}"
+                f"{source_path}: column {list_column.name!r} holds lists of {list_length:,} values "
+                f"and, in row {row + 1:,}, one of {len(value):,}"
             )
     with np.errstate(over="ignore"):
         return np.stack([np.asarray(value, np.float32) for value in list_column])

@@ -251,20 +251,17 @@ def _refuse_values(
     )
     if not np.isfinite(bad_value):
         raise CacheError(
-            f"{location_text} is {bad_value}. A network that gives NaN or infinity gives a "
-            "head nothing to "
-            "learn from; look at the image and at the weights, or list it as failed"
+            f"{location_text} is {bad_value}. A network that gives NaN or infinity gives a head "
+            "nothing to learn from; look at the image and at the weights, or list it as failed"
         )
     if storage_dtype == "float16":
         raise CacheError(
             f"{location_text} is {bad_value:g}, and float16 ends at 65504. Store this tap as "
-            "bfloat16 or "
-            "float32 (dtype in the recipe)"
+            "bfloat16 or float32 (dtype in the recipe)"
         )
     raise CacheError(
-        f"{location_text} is {bad_value:g}, and {storage_dtype} ends at 3.4e38. No head can "
-        "use such a value; look at "
-        "the image and the weights"
+        f"{location_text} is {bad_value:g}, and {storage_dtype} ends at 3.4e38. No head can use "
+        "such a value; look at the image and the weights"
     )
 
 

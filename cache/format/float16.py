@@ -28,9 +28,8 @@ def float16_to_float32(
     as_integers = values.view(np.int32)
     for block_start in range(0, len(float16_bits), _BLOCK):
         integer_block = as_integers[block_start : block_start + _BLOCK]
-        np.copyto(
-            integer_block, float16_bits[block_start : block_start + _BLOCK]
-        )  # extends the sign
+        # extends the sign
+        np.copyto(integer_block, float16_bits[block_start : block_start + _BLOCK])
         np.left_shift(integer_block, 13, out=integer_block)
         np.bitwise_and(integer_block, _KEEP, out=integer_block)
         float_block = values[block_start : block_start + _BLOCK]

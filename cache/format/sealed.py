@@ -135,7 +135,6 @@ def read_sealed_arrays(data: bytes) -> dict[str, npt.NDArray[Any]]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (
-        Exception
-    ) as error:  # NumPy and zipfile raise anything for bytes that are no archive of arrays
+    except Exception as error:
+        # NumPy and zipfile raise anything for bytes that are no archive of arrays
         raise SealBroken(f"it is no .npz ({type(error).__name__}: {error})") from error

@@ -145,9 +145,8 @@ def user_block(checksum: str) -> bytes:
     digits).
     """
     header_text = (
-        f"{FORMAT} {VERSION}\nxxh3_128 {checksum}\nof all bytes from {USER_BLOCK_BYTES} on; "
-        "the rest "
-        "is HDF5\n"
+        f"{FORMAT} {VERSION}\nxxh3_128 {checksum}\nof all bytes from {USER_BLOCK_BYTES} on; the "
+        "rest is HDF5\n"
     )
     return header_text.encode().ljust(USER_BLOCK_BYTES - 1, b" ") + b"\n"
 

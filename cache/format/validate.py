@@ -195,9 +195,8 @@ def _contiguous_start(
         )
     if data_offset < USER_BLOCK_BYTES or data_offset + expected_bytes > file_bytes:
         raise ShardCorrupt(
-            f"{data_set_name!r} lies at bytes {data_offset} to {data_offset + expected_bytes} "
-            f"of a file of {file_bytes} "
-            "(truncated, or forged)"
+            f"{data_set_name!r} lies at bytes {data_offset} to {data_offset + expected_bytes} of a "
+            f"file of {file_bytes} (truncated, or forged)"
         )
     if data_offset % min(expected_dtype.itemsize, 8) and data_set_name == "features":
         raise ShardCorrupt(
@@ -252,8 +251,8 @@ def _validate_compressed(
     declared_bytes = int(np.prod(expected_shape, dtype=np.uint64)) * expected_dtype.itemsize
     if declared_bytes > _LZ4_RATIO * file_bytes:
         raise ShardCorrupt(
-            f"'features' declares {declared_bytes} bytes, which a file of {file_bytes} "
-            "bytes cannot hold"
+            f"'features' declares {declared_bytes} bytes, which a file of {file_bytes} bytes "
+            "cannot hold"
         )
     chunk_shape = properties.get_chunk()
     expected_chunks = (

@@ -88,9 +88,8 @@ def remove_temporaries(*paths: Path) -> None:
         ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL_SUFFIX)}")
         for left in path.parent.glob(f".*{PARTIAL_SUFFIX}"):
             if ours.fullmatch(left.name) and _is_stale(left):
-                with contextlib.suppress(
-                    OSError
-                ):  # its folder is not ours to write in: then it stays
+                # its folder is not ours to write in: then it stays
+                with contextlib.suppress(OSError):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

@@ -56,9 +56,8 @@ def verify_bytes(directory: Path) -> list[FeatureSetProblem]:
             FeatureSetProblem("manifest", directory / "manifest.jsonl", str(error)),
             *_find_leftovers(directory, None),
         ]
-    with ThreadPoolExecutor(
-        min(4, os.cpu_count() or 1)
-    ) as pool:  # reading and hashing release the interpreter
+    # reading and hashing release the interpreter
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         shard_problems = pool.map(
             lambda entry: _find_shard_problem(directory, spec, entry), entries.values()
         )
@@ -135,8 +134,8 @@ def verify_sources(
             continue
         if current_hash:
             message = (
-                f"the image has changed since it was extracted: its hash is {current_hash}, "
-                f"was {stored_text}"
+                f"the image has changed since it was extracted: its hash is {current_hash}, was "
+                f"{stored_text}"
             )
             message += " (or another data set's, of this name)" if len(known_hashes) > 1 else ""
         elif current_hash is None:

@@ -62,10 +62,8 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
     try:
         with torch.device("meta"):
             module, preprocessing = library.build_network(spec.name, tag)
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # some networks compute with numbers while they are built
+    except (NotImplementedError, RuntimeError):
+        # some networks compute with numbers while they are built
         module, preprocessing = library.build_network(spec.name, tag)
     _apply_image_size(module, preprocessing, spec)
     return module.eval(), override_preprocessing(preprocessing, spec)
@@ -124,9 +122,8 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         tensors = read_weights(weights_path(spec.weights))
         with library.limit_parameters_to_file(tensors, spec.name):
             module, preprocessing = library.build_network(spec.name, None)
-        if spec.weights_match == "name" and not _fits_unchanged(
-            module, tensors
-        ):  # exported at the size that is asked for
+        # exported at the size that is asked for
+        if spec.weights_match == "name" and not _fits_unchanged(module, tensors):
             _apply_image_size(module, preprocessing, spec)
         fit_weights(module, tensors, spec.weights_match, network_description)
     else:

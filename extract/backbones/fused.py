@@ -85,9 +85,8 @@ def _find_chains(
 
     def after(child: nn.Module, _args: Any, output: Any) -> None:
         calls[child] = calls.get(child, 0) + 1
-        if (
-            isinstance(output, Tensor) and id(output) not in made_by
-        ):  # an in-place activation returns what it was given
+        # an in-place activation returns what it was given
+        if isinstance(output, Tensor) and id(output) not in made_by:
             made_by[id(output)] = child
             alive.append(output)
 

@@ -175,6 +175,6 @@ def _reason(model_id: str, error: Exception) -> str:
         )
     return (
         f"transformers:{model_id} is not on this machine and cannot be downloaded "
-        f"({text[:200]}).\nFetch it where there is a network (hf download {model_id}), or name "
-        "its folder: transformers:/path/to/folder"
+        f"({text[:200]}).\nFetch it where there is a network (hf download {model_id}), or name its "
+        "folder: transformers:/path/to/folder"
     )

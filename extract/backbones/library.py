@@ -190,9 +190,8 @@ def _build_torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preproces
         options = {"init_weights": False, "transform_input": True, "aux_logits": True}
     preprocessing = _preprocessing_of_torchvision(entry.transforms())
     if name.startswith("vit_"):
-        options["image_size"] = preprocessing.crop[
-            0
-        ]  # their position embedding has the size of the weights' input
+        # their position embedding has the size of the weights' input
+        options["image_size"] = preprocessing.crop[0]
     return torchvision.models.get_model(name, weights=None, **options), preprocessing
 
 
@@ -239,9 +238,8 @@ def _timm_name(name: str, tag: str | None) -> str:
     if not timm.is_model(model_name):
         raise BackboneError(
             f"timm has no model {name!r}. Nearest: "
-            f"{nearest_names(model_name, timm.list_models())}. "
-            "Search "
-            f"with: headrace backbones {model_name[:6]}"
+            f"{nearest_names(model_name, timm.list_models())}. Search with: headrace backbones "
+            f"{model_name[:6]}"
         )
     tagged_name = name if tag is None else f"{model_name}.{tag}"
     if "." in tagged_name and tagged_name not in timm.list_pretrained(f"{model_name}.*"):

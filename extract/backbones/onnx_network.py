@@ -173,8 +173,8 @@ def _image_input(
             return value.name, (shape[0], height, width), last
     described = ", ".join(f"{v.name} {s}" for v, s in zip(inputs, shapes, strict=True))
     raise BackboneError(
-        f"onnx:{file} takes {described or 'nothing'}: expected one input of shape "
-        "(N, 3, H, W) or (N, H, W, 3)"
+        f"onnx:{file} takes {described or 'nothing'}: expected one input of shape (N, 3, H, W) or "
+        "(N, H, W, 3)"
     )
 
 

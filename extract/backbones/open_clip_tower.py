@@ -43,8 +43,8 @@ def build_open_clip(
         reason = " ".join(str(error).split())[:300]
         raise BackboneError(
             f"open_clip:{name} with weights {tag or '(default)'} cannot be had ({reason}).\n"
-            "Fetch it where there is a network, or name its folder: open_clip:local-dir:FOLDER, "
-            "or try without: weights: random:0"
+            "Fetch it where there is a network, or name its folder: open_clip:local-dir:FOLDER, or "
+            "try without: weights: random:0"
         ) from error
     tower = model.visual
     tower.has_class_token = hasattr(tower, "class_embedding")

@@ -48,9 +48,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     require_weights_file(path)
     try:
         if path.suffix.lower() == ".safetensors":
-            loaded: object = UnorderedTensors(
-                load_file(path)
-            )  # the writer sorts them by dtype and name
+            # the writer sorts them by dtype and name
+            loaded: object = UnorderedTensors(load_file(path))
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -59,9 +58,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "code from the file. Where it was made, save the tensors alone: "
             "torch.save(model.state_dict(), ...), or use safetensors."
         ) from error
-    except (
-        Exception
-    ) as error:  # torch's unpickler, zip reader and safetensors raise anything on damaged files
+    except Exception as error:
+        # torch's unpickler, zip reader and safetensors raise anything on damaged files
         raise BackboneError(
             f"{path}: not a readable weights file ({type(error).__name__}: {str(error)[:200]})"
         ) from error
@@ -168,10 +166,9 @@ def _by_order(
         return dict(tensors)  # under its own names each tensor is sure of its place
     if len(file_names) != len(network_names):
         raise BackboneError(
-            f"{network_description}: weights_match 'order' needs as many tensors as the "
-            "network has: the file has "
-            f"{len(tensors)}, the network {len(expected)}. These are weights of another "
-            "architecture."
+            f"{network_description}: weights_match 'order' needs as many tensors as the network "
+            f"has: the file has {len(tensors)}, the network {len(expected)}. These are weights of "
+            "another architecture."
         )
     _require_order(
         file_names, network_names, isinstance(tensors, UnorderedTensors), network_description
@@ -180,10 +177,8 @@ def _by_order(
         if tensors[file_name].shape != expected[network_name].shape:
             raise BackboneError(
                 f"{network_description}: in order, the file's {file_name} "
-                f"{tuple(tensors[file_name].shape)} "
-                f"meets the network's {network_name} {tuple(expected[network_name].shape)}. "
-                "These are "
-                "weights of another architecture."
+                f"{tuple(tensors[file_name].shape)} meets the network's {network_name} "
+                f"{tuple(expected[network_name].shape)}. These are weights of another architecture."
             )
         _require_role(file_name, tensors[file_name], network_name, network_description)
     return {
@@ -207,9 +202,8 @@ def _require_order(
     )
     if unordered:
         raise BackboneError(
-            f"{network_description}: weights_match 'order' needs a file that keeps the order "
-            "of its tensors; a "
-            f".safetensors file sorts them by name. {cure}"
+            f"{network_description}: weights_match 'order' needs a file that keeps the order of "
+            f"its tensors; a .safetensors file sorts them by name. {cure}"
         )
     for sort_key in (str, str.casefold, _name_parts):
         if (
@@ -219,12 +213,10 @@ def _require_order(
             and not _is_numbered(file_names)
         ):
             raise BackboneError(
-                f"{network_description}: weights_match 'order' needs the network's order, and "
-                "the file's tensors "
-                f"are sorted by name: {', '.join(file_names[:3])}, … (the network begins with "
-                f"{', '.join(network_names[:3])}). Saving through a sorted dictionary, JAX or "
-                "HDF5 does "
-                f"that. {cure}"
+                f"{network_description}: weights_match 'order' needs the network's order, and the "
+                f"file's tensors are sorted by name: {', '.join(file_names[:3])}, … (the network "
+                f"begins with {', '.join(network_names[:3])}). Saving through a sorted dictionary, "
+                f"JAX or HDF5 does that. {cure}"
             )
 
 
@@ -236,20 +228,16 @@ def _require_role(
     if None not in roles and roles[0] != roles[1]:
         raise BackboneError(
             f"{network_description}: in order, the file's {file_name} (a {roles[0]}) meets the "
-            f"network's {network_name} (a "
-            f"{roles[1]}): they are of one shape, and not the same. The file's order is not the "
-            f"network's: {_HOW_TO_SAVE} makes one that is; or rename the tensors and leave "
-            "weights_match "
-            "out."
+            f"network's {network_name} (a {roles[1]}): they are of one shape, and not the same. "
+            f"The file's order is not the network's: {_HOW_TO_SAVE} makes one that is; or rename "
+            "the tensors and leave weights_match out."
         )
     # Names that say nothing (w_1, b_2, 0017) leave the values: no variance is below zero.
     if roles[1] == "variance" and bool((tensor < 0).any()):
         raise BackboneError(
             f"{network_description}: in order, the file's {file_name} meets the network's "
-            f"{network_name}, and has values "
-            "below zero, which no variance has. The file's order is not the network's: "
-            f"{_HOW_TO_SAVE} "
-            "makes one that is."
+            f"{network_name}, and has values below zero, which no variance has. The file's order "
+            f"is not the network's: {_HOW_TO_SAVE} makes one that is."
         )
 
 
@@ -286,9 +274,8 @@ def _mismatch_message(
 ) -> str:
     lines = [
         (
-            f"{network_description}: the file does not fit the network ({n_file_tensors} "
-            f"tensors in the file, {n_network_tensors} in "
-            "the network)."
+            f"{network_description}: the file does not fit the network ({n_file_tensors} tensors "
+            f"in the file, {n_network_tensors} in the network)."
         )
     ]
     for label, names in (

@@ -53,9 +53,8 @@ _H5_CURE = (
     "Copy the values into one file: h5repack, or h5py: new['images'] = old['images'][:]"
 )
 _MOST_COMPRESSED = 1032  # deflate's bound; no other filter of HDF5's own does better on images
-_ZIP_LOCAL_HEADER = struct.Struct(
-    "<4s22xHH"
-)  # signature, …, lengths of the name and of the extra field
+# signature, …, lengths of the name and of the extra field
+_ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ZIP_STORED, _ZIP_DEFLATED = 0, 8
 
 
@@ -350,9 +349,8 @@ def open_arrow(file_path: str | Path) -> pa.Table:
             arrow_table = pa.ipc.open_stream(mapped_file).read_all()
         except pa.ArrowInvalid:
             arrow_table = pa.ipc.open_file(mapped_file).read_all()
-        arrow_table.validate(
-            full=True
-        )  # Arrow believes lengths and offsets otherwise, and reads where there is no memory
+        # Arrow believes lengths and offsets otherwise, and reads where there is no memory
+        arrow_table.validate(full=True)
         return arrow_table
     except Exception as error:
         raise SourceError(f"{file_path}: cannot be read as Arrow: {error}") from error
@@ -366,9 +364,8 @@ def _read_idx(file_path: Path) -> npt.NDArray[Any]:
     try:
         with gzip.open(file_path) if file_path.suffix == ".gz" else file_path.open("rb") as stream:
             data = stream.read(4 + 4 * 255)
-            if (
-                len(data) > 4 and data[2] in _IDX_TYPES
-            ):  # no more than the header says, and one byte that is too much
+            # no more than the header says, and one byte that is too much
+            if len(data) > 4 and data[2] in _IDX_TYPES:
                 item_bytes = np.dtype(_IDX_TYPES[data[2]]).itemsize
                 axis_lengths = [
                     int.from_bytes(data[length_offset : length_offset + 4], "big")

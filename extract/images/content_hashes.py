@@ -147,13 +147,8 @@ def _read_index(index: Path) -> _Index:
         # Parquet has no checksum of its own here: one changed digit of a hash would be believed for
         # ever.
         return entries if (table.schema.metadata or {}).get(_DIGEST) == _digest(entries) else {}
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        pa.ArrowException,
-    ):  # of damaged bytes, types and schemas
+    except (OSError, ValueError, TypeError, AttributeError, pa.ArrowException):
+        # of damaged bytes, types and schemas
         return {}
 
 
@@ -173,9 +168,8 @@ def _write_index(index: Path, entries: _Index) -> None:
 
 
 def _key(path: str) -> bytes:
-    return path.encode(
-        "utf-8", "surrogatepass"
-    )  # names of files, and of members of archives, need not be UTF-8
+    # names of files, and of members of archives, need not be UTF-8
+    return path.encode("utf-8", "surrogatepass")
 
 
 def _digest(entries: Mapping[bytes, tuple[str, str]]) -> bytes:

@@ -45,14 +45,12 @@ MAX_EDGE = 2**20
 # HEIF's plug-in is asked for HEIF alone.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM")
 
-PixelRange = tuple[
-    float, float
-]  # (the value that is black, the value that is white), in the file's own numbers
+# (the value that is black, the value that is white), in the file's own numbers
+PixelRange = tuple[float, float]
 
 _NUMPY = b"\x93NUMPY"
-_BLOCK = (
-    2**20
-)  # values that are converted at a time: what float64 needs beside the image stays at some MB
+# values that are converted at a time: what float64 needs beside the image stays at some MB
+_BLOCK = 2**20
 _SIXTEEN_BITS = (0.0, 65535.0)
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _PHOTOMETRIC_TAG, _PLANES_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 284, 339  # of a TIFF
@@ -74,9 +72,8 @@ class _Samples(NamedTuple):
     # (H, W), or (H, W, C): C = 2 grey and alpha, 3 colours, 4 colours and alpha
     values: npt.NDArray[Any]
     name: str  # what they are, for a message: "float32 values of a TIFF"
-    own_range: (
-        PixelRange | None
-    )  # black and white by the file's format; None where that says nothing
+    # black and white by the file's format; None where that says nothing
+    own_range: PixelRange | None
     alpha_range: PixelRange | None = None  # None: as the colours
     white_is_zero: bool = False
     transparent: Any = None  # the value, or the three, that a PNG declares to be transparent
@@ -311,9 +308,8 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
         else None
     )
     number_kind = {_UNSIGNED: "unsigned", _SIGNED: "signed"}.get(sample_format, "floating-point")
-    white_is_zero = (
-        tags.get(_PHOTOMETRIC_TAG, 0) == 0
-    )  # Pillow inverts such images up to 8 bits, and no others
+    # Pillow inverts such images up to 8 bits, and no others
+    white_is_zero = tags.get(_PHOTOMETRIC_TAG, 0) == 0
     return _Samples(
         pixel_values,
         f"{number_kind} {bits_per_sample}-bit values of a TIFF",
@@ -400,9 +396,8 @@ def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
     byte it drops.
     """
     if image.format == "JPEG2000":
-        codestream_start = data.find(
-            b"\xff\x4f\xff\x51"
-        )  # the codestream; the depth of its first component stands 42 bytes on
+        # the codestream; the depth of its first component stands 42 bytes on
+        codestream_start = data.find(b"\xff\x4f\xff\x51")
         return (
             codestream_start < 0
             or len(data) < codestream_start + 43

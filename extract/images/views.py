@@ -114,9 +114,8 @@ def render_view(
     if isinstance(augmentation, Symmetries):
         return mirror_pixels(render_crop(image, preprocessing), index)
     digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
-    random_draw = random.Random(
-        int.from_bytes(digest, "big")
-    )  # its random() is the same in every version of Python
+    # its random() is the same in every version of Python
+    random_draw = random.Random(int.from_bytes(digest, "big"))
     crop_box = _crop(image, random_draw, augmentation)
     crop_height, crop_width = preprocessing.crop
     resized_image = image.resize(

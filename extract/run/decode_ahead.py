@@ -39,12 +39,10 @@ class PixelBatch:
 
     rows: list[int]  # positions of the decoded samples, increasing
     pixels: list[Tensor]  # per rendering: uint8, shape (len(rows), H, W, 3)
-    undecodable: list[tuple[int, str]] = field(
-        default_factory=list
-    )  # (position, reason): the content is no image
-    unread: list[tuple[int, str]] = field(
-        default_factory=list
-    )  # (position, reason): not what was hashed, or not there
+    # (position, reason): the content is no image
+    undecodable: list[tuple[int, str]] = field(default_factory=list)
+    # (position, reason): not what was hashed, or not there
+    unread: list[tuple[int, str]] = field(default_factory=list)
 
 
 def decoded_batches(

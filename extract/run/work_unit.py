@@ -292,9 +292,8 @@ def _publish_set(
 
 def find_unstorable_rows(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
     """{row: reason} of the rows of features (n, *spec.shape) that the storage dtype cannot hold."""
-    flat_features = features.reshape(
-        len(features), prod(features.shape[1:])
-    )  # -1 is no number of columns where no image decodes
+    # -1 is no number of columns where no image decodes
+    flat_features = features.reshape(len(features), prod(features.shape[1:]))
     row_peaks = np.maximum(
         flat_features.max(axis=1, initial=0), -flat_features.min(axis=1, initial=0)
     )

@@ -394,9 +394,8 @@ def _unreadable_tar_member(entry: tarfile.TarInfo) -> str | None:
 def _read_at(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
     stream = archive.fileobj
     assert stream is not None  # an archive that is open for reading
-    stream.seek(
-        offset
-    )  # tarfile finds its own place again, and a compressed stream should never go back
+    # tarfile finds its own place again, and a compressed stream should never go back
+    stream.seek(offset)
     data: bytes = stream.read(size)
     return data
 
@@ -482,9 +481,8 @@ def _left_out(
     excluded = tally.excludes(exclude, shown, f"{archive}/{shown}")
     hidden = [part.startswith((".", "__MACOSX")) for part in member.split("/")]
     if any(hidden):
-        if not excluded and not any(
-            hidden[:-1]
-        ):  # `owl/.keep` keeps a class's folder that has no images yet
+        # `owl/.keep` keeps a class's folder that has no images yet
+        if not excluded and not any(hidden[:-1]):
             others.add(_folders(member))
         return HIDDEN_ENTRIES
     return EXCLUDED_ENTRIES if excluded else None

@@ -320,9 +320,8 @@ def _shapes(array_path: Path, file_kind: str) -> dict[str, tuple[int, ...]]:
                 )
             )
         return array_shapes
-    except (
-        Exception
-    ) as error:  # zipfile, NumPy and h5py raise anything on bytes that are not theirs
+    except Exception as error:
+        # zipfile, NumPy and h5py raise anything on bytes that are not theirs
         raise SourceError(f"{array_path}: cannot be read as {file_kind}: {error}") from error
 
 

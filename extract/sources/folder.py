@@ -147,13 +147,11 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
     """Every file below the root, and every folder with nothing in it; hidden entries and unreadable
     folders are counted.
     """
-    visited_folders: set[tuple[int, int]] = (
-        set()
-    )  # devices and inodes, so that a link to a parent does not run for ever
+    # devices and inodes, so that a link to a parent does not run for ever
+    visited_folders: set[tuple[int, int]] = set()
     pending: list[tuple[str, FolderParts]] = [(str(image_root), ())]
-    linked_folders: deque[tuple[str, FolderParts]] = (
-        deque()
-    )  # last, so that a link to a class's folder does not rename the class
+    # last, so that a link to a class's folder does not rename the class
+    linked_folders: deque[tuple[str, FolderParts]] = deque()
     while pending or linked_folders:
         directory, parent_folders = pending.pop() if pending else linked_folders.popleft()
         folder_name = printable_name("/".join(parent_folders))
@@ -185,9 +183,8 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
                 (linked_folders if entry.is_symlink() else pending).append(
                     (entry.path, (*parent_folders, entry.name))
                 )
-            elif (
-                entry.is_symlink() or entry.is_file()
-            ):  # a broken link too: its image becomes a recorded failure
+            elif entry.is_symlink() or entry.is_file():
+                # a broken link too: its image becomes a recorded failure
                 yield _Entry(parent_folders, entry.name, entry.path)
             else:  # reading a pipe or a device could wait for ever
                 tally.found += 1

@@ -126,9 +126,8 @@ def has_image_signature(head: bytes) -> bool:
         return head[:4] != b"RIFF" or head[8:12] == b"WEBP"
     if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in b"\n\r\t ":
         return len(head) > 3
-    if (
-        head[:2] == b"BM"
-    ):  # two letters are too few: the size of the next header must be one that there is
+    # two letters are too few: the size of the next header must be one that there is
+    if head[:2] == b"BM":
         return head[14:18] in {
             size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)
         }

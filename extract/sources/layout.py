@@ -14,9 +14,8 @@ from headrace.extract.errors import SourceError, as_yaml_list
 from headrace.extract.images.byte_ranges import printable_name
 
 Layout = Literal["auto", "classes", "split"]
-FolderParts = tuple[
-    str, ...
-]  # the folders that a file lies in, from the outermost below the source
+# the folders that a file lies in, from the outermost below the source
+FolderParts = tuple[str, ...]
 
 # What people call the sides of a split, in columns, as folders, and before the number of a shard.
 SPLIT_WORDS = {

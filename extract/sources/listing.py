@@ -33,9 +33,8 @@ class Listing:
     `found` is counted as entries are met: found = len(samples) + annotations + left out.
     """
 
-    samples: (
-        pd.DataFrame
-    )  # one row per image: `id`, `path` (a file or a locator), then the user's columns
+    # one row per image: `id`, `path` (a file or a locator), then the user's columns
+    samples: pd.DataFrame
     found: int  # files of a folder, rows of a table, members of an archive, images of an array
     left_out: tuple[LeftOut, ...] = ()
     annotations: int = 0  # entries that hold labels of the samples: side files of an archive
@@ -50,9 +49,8 @@ class Tally:
     annotations: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    patterns: dict[str, bool] = field(
-        default_factory=dict
-    )  # of `images.exclude`: whether each has matched
+    # of `images.exclude`: whether each has matched
+    patterns: dict[str, bool] = field(default_factory=dict)
 
     def leave_out(self, reason: str, *names: str, count: int = 1) -> None:
         """Count entries under a reason, which reads well after a number: "files without

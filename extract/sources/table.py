@@ -126,9 +126,8 @@ def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
         skipinitialspace=delimiter != "\t",
         low_memory=False,
     )
-    if not isinstance(
-        frame.index, pd.RangeIndex
-    ):  # pandas would take the first values for the rows' names
+    # pandas would take the first values for the rows' names
+    if not isinstance(frame.index, pd.RangeIndex):
         raise SourceError(
             f"{table_path}: the rows have more values than the header has names "
             f"({len(frame.columns)}). Give every column a name in the first line, or delete what "
@@ -233,9 +232,8 @@ def _check_header(column_names: list[str], table_path: Path) -> None:
 
 def _read_json_lines(text: str, table_path: Path) -> Table:
     records = []
-    for line_number, line in enumerate(
-        text.split("\n"), 1
-    ):  # JSON may hold other line breaks as they are, such as U+2028
+    # JSON may hold other line breaks as they are, such as U+2028
+    for line_number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -319,9 +317,8 @@ def _parquet_values(table_path: Path, column_name: str) -> Iterator[Any]:
     """The values of a column, without what is missing; no more of the file is read than is asked
     for.
     """
-    with pq.ParquetFile(
-        table_path, buffer_size=_BUFFER_BYTES
-    ) as parquet_file:  # else a whole row group of images would be in memory
+    # else a whole row group of images would be in memory
+    with pq.ParquetFile(table_path, buffer_size=_BUFFER_BYTES) as parquet_file:
         for row_group in range(parquet_file.metadata.num_row_groups):
             for batch in parquet_file.iter_batches(
                 batch_size=16, row_groups=[row_group], columns=[column_name]
@@ -468,9 +465,8 @@ def _from_arrow(
 
 
 def _is_class(value: Any, class_labels: list[str]) -> bool:
-    return (
-        value is not None and value == value and 0 <= int(value) < len(class_labels)
-    )  # ClassLabel has -1 for none
+    # ClassLabel has -1 for none
+    return value is not None and value == value and 0 <= int(value) < len(class_labels)
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:

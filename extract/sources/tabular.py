@@ -103,9 +103,8 @@ def read_tables(
         and has_several
         and pd.concat([sample_frame["id"] for sample_frame in sample_frames]).duplicated().any()
     ):
-        for table_path, sample_frame in zip(
-            table_paths, sample_frames, strict=True
-        ):  # names that are unique in one table only
+        # names that are unique in one table only
+        for table_path, sample_frame in zip(table_paths, sample_frames, strict=True):
             sample_frame["id"] = (
                 f"{table_path.relative_to(common_folder).as_posix()}/"
                 + sample_frame["id"].astype(str)
@@ -246,9 +245,8 @@ def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | 
 
     Raises SourceError where several do: `images/{id}.jpg` and `masks/{id}.png`.
     """
-    patterns_by_stem: dict[
-        str, list[str]
-    ] = {}  # patterns by the stems of the images that they could name
+    # patterns by the stems of the images that they could name
+    patterns_by_stem: dict[str, list[str]] = {}
     for parent_folder, folders, file_names in os.walk(folder):
         parent_parts = Path(parent_folder).relative_to(folder).parts
         folders[:] = sorted(
@@ -358,9 +356,8 @@ def _samples(
             pd.DataFrame({"id": as_text(frame["id"]), "path": locators}).dropna().drop_duplicates()
         )
         if labelled and id_and_path["id"].duplicated().any():
-            frame = frame.rename(
-                columns={"id": "image_id"}
-            )  # headrace's own `id` tells rows apart, and this one does not
+            # headrace's own `id` tells rows apart, and this one does not
+            frame = frame.rename(columns={"id": "image_id"})
             notes.append(
                 f"{table_path.name}: the column 'id' repeats, so that the paths tell the rows "
                 "apart; it is called 'image_id' here"
@@ -397,9 +394,8 @@ def _samples(
         split_sides = [
             split_side(path.split("/")[0]) if "/" in path else None for path in written_names
         ]
-        if (
-            None not in split_sides and len(set(split_sides)) > 1
-        ):  # as Hugging Face has it, for a table above the folders of a split
+        # as Hugging Face has it, for a table above the folders of a split
+        if None not in split_sides and len(set(split_sides)) > 1:
             samples["split"] = split_sides
             notes.append(
                 f"{table_path.name}: the first folders of the paths are the sides of a split"
@@ -536,9 +532,8 @@ def _find(image_root: str, written_path: str) -> str:
         and "//" not in written_path
         and written_path[:1] != "."
     ):
-        return encode_path(
-            os.path.join(image_root, written_path)
-        )  # nearly all, and a table has millions
+        # nearly all, and a table has millions
+        return encode_path(os.path.join(image_root, written_path))
     path = Path(image_root, written_path)
     if written_path.isascii() and "\\" not in written_path:
         return encode_path(path)

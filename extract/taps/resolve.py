@@ -160,9 +160,8 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
             if re.fullmatch(re.escape(blocks[-1].name) + r"(\.blocks)?\.\d+", node.name)
         ]
         last_block = blocks[-1]
-        if (
-            last_blocks and last_block.cost <= last_blocks[-1].cost
-        ):  # pooled or resized, no more: its maxima are those of the one before
+        # pooled or resized, no more: its maxima are those of the one before
+        if last_blocks and last_block.cost <= last_blocks[-1].cost:
             continue
         last_blocks.append(last_block)
         # Without a product between the two a middle is the block itself, before its activation, or
@@ -176,9 +175,8 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
             if previous_cost < node.cost < last_block.cost
         ]:
             middle_blocks.append(middle_candidates[len(middle_candidates) // 2])
-    if (
-        stage_ends and _map_extent(stage_ends[-1])[2] != _map_extent(last_blocks[-1])[2]
-    ):  # a convolution behind the last block
+    # a convolution behind the last block
+    if stage_ends and _map_extent(stage_ends[-1])[2] != _map_extent(last_blocks[-1])[2]:
         last_blocks.append(stage_ends[-1])
     if last_blocks and _map_extent(last_blocks[-1])[2] == n_classifier_inputs:
         last_blocks.pop()
@@ -268,24 +266,24 @@ def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
     if tap.node in nodes.repeated:
         raise BackboneError(
             f"{backbone_name}: {tap.node} runs more than once in one forward, so it names no "
-            "single output. "
-            f"Tap the block around it: {tap.node.rpartition('.')[0] or '(the network)'}. List the "
-            f"taps: headrace backbones {backbone_name}"
+            "single output. Tap the block around it: "
+            f"{tap.node.rpartition('.')[0] or '(the network)'}. List the taps: headrace backbones "
+            f"{backbone_name}"
         )
     if tap.node not in nodes.names:
         parent = tap.node.rpartition(".")[0]
         poolings = f"The poolings of {parent} are {POOLINGS}. " if parent in nodes.names else ""
         raise BackboneError(
             f"{backbone_name} has no node {tap.node!r}. Nearest: "
-            f"{nearest_names(tap.node, nodes.names)}. "
-            f"{poolings}List all of them: headrace backbones {backbone_name}"
+            f"{nearest_names(tap.node, nodes.names)}. {poolings}List all of them: headrace "
+            f"backbones {backbone_name}"
         )
     node = nodes[tap.node]
     if node.layout == "NC":
         if tap.pooling == "cls" or tap.pooling.startswith("grid"):
             raise BackboneError(
-                f"{backbone_name}: {tap} has nothing to pool: it is a vector of "
-                f"{node.shape[0]} values"
+                f"{backbone_name}: {tap} has nothing to pool: it is a vector of {node.shape[0]} "
+                "values"
             )
         return Tap(tap.node, "vector")
     if tap.pooling == "vector":

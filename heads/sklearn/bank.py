@@ -120,9 +120,8 @@ def estimator_code(spec: SklearnSpec) -> str | None:
         inspect.isclass(kind) and issubclass(kind, BaseEstimator) and issubclass(kind, _PREDICTORS)
     ):
         return asked
-    if not f"{kind.__module__}.".startswith(
-        f"{module}."
-    ):  # a name that the module has imported from elsewhere
+    # a name that the module has imported from elsewhere
+    if not f"{kind.__module__}.".startswith(f"{module}."):
         return asked
     try:
         parameters = json.loads(spec.parameters)
@@ -211,9 +210,8 @@ def fitted_sklearn(
         )
     except BadEstimator:
         raise
-    except (
-        Exception
-    ) as error:  # the rows may be of a damaged file, on which an estimator raises anything
+    except Exception as error:
+        # the rows may be of a damaged file, on which an estimator raises anything
         raise CannotPredict(
             f"{spec.estimator}: it cannot be fitted again on its stored rows "
             f"({type(error).__name__}: {str(error)[:200]}): train it again, or fetch the model "
@@ -245,9 +243,8 @@ def _fitted(
             else "sample_weight": weight
         }
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of convergence and the like: the score says what they are worth
+        # of convergence and the like: the score says what they are worth
+        warnings.simplefilter("ignore")
         return estimator.fit(X, wanted, **options)
 
 
@@ -260,9 +257,8 @@ def _probabilities(
         if not hasattr(estimator, "predict_proba"):
             return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)
         found = estimator.predict_proba(X)
-        if isinstance(
-            found, list
-        ):  # one (n, 2) per label; (n, 1) where a label was constant in training
+        # one (n, 2) per label; (n, 1) where a label was constant in training
+        if isinstance(found, list):
             constant = np.asarray(estimator.predict(X), np.float32)
             columns = [
                 p[:, 1] if p.shape[1] == 2 else constant[:, label] for label, p in enumerate(found)

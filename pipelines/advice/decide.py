@@ -78,9 +78,8 @@ class Evidence:
     images: int
     classes: int  # 0: not a single-label task
     error: Estimate  # of the best head
-    surest: (
-        Estimate | None
-    )  # error on the half of the images of which it is surest: about what label noise leaves
+    # error on the half of the images of which it is surest: about what label noise leaves
+    surest: Estimate | None
     gain: dict[int, Estimate]  # by how much the error falls with 2 and 4 times as many images
     # the error itself with 2 and 4 times as many images, by the same curve
     ahead: dict[int, Estimate]
@@ -337,9 +336,8 @@ def _best_pilot(evidence: Evidence) -> PilotEvidence | None:
 def _advice(
     action: Action, sentence: str, evidence: Evidence, reasons: list[str], **fields: Any
 ) -> Advice:
-    if (
-        evidence.reference
-    ):  # said, and not decided by: whether a distance matters is what the taps' errors show
+    # said, and not decided by: whether a distance matters is what the taps' errors show
+    if evidence.reference:
         reasons = [*reasons, reference_text(evidence.reference)]
     return Advice(action, sentence, tuple(reasons), evidence=evidence, **fields)
 
@@ -388,10 +386,8 @@ def _curve_text(evidence: Evidence) -> str:
 def _unclear(evidence: Evidence) -> str:
     return (
         f"In {evidence.gain[2].above(MATERIAL_GAIN):.0%} of the resamples twice as many images "
-        "bring a "
-        f"point or more: {SURE_PROBABILITY:.0%} would be needed to say so. A few hundred "
-        "images more, or more "
-        "folds, would tell."
+        f"bring a point or more: {SURE_PROBABILITY:.0%} would be needed to say so. A few hundred "
+        "images more, or more folds, would tell."
     )
 
 
@@ -424,8 +420,8 @@ def _last_tap_text(last_tap: TapEvidence, *, images_are_far: bool) -> str:
         return "the last is as good as any: the network sees what matters here"
     return (
         f"the last is worse than the best by {points(last_tap.lag)}, not surely by more than the "
-        f"{100 * FAR_LAG:.0f} from which on images count as far from what the network was "
-        "trained on"
+        f"{100 * FAR_LAG:.0f} from which on images count as far from what the network was trained "
+        "on"
     )
 
 
@@ -444,8 +440,8 @@ def _starved_text(class_evidence: ClassEvidence) -> list[str]:
             "Its own learning curve says that twice as many would lower that by "
             f"{points(class_evidence.gain)}; to err as the middle class does it needs about "
             f"{_round(class_evidence.needed.value):,} more (95 % interval "
-            f"{_round(class_evidence.needed.low):,} "
-            f"to {_round(class_evidence.needed.high):,}, at most three times what there is)."
+            f"{_round(class_evidence.needed.low):,} to {_round(class_evidence.needed.high):,}, at "
+            "most three times what there is)."
         )
     return [lag_text, needed_text]
 

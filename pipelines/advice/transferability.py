@@ -51,13 +51,11 @@ class TransferabilityScores:
     # from the class that the pretrained network sees, where its logits are among the taps; 0 is
     # best
     nce: float | None
-    neighbours: (
-        float | None
-    )  # the best of 1, 5 and 20 nearest neighbours: accuracy, or R² of a regression
+    # the best of 1, 5 and 20 nearest neighbours: accuracy, or R² of a regression
+    neighbours: float | None
     neighbour_error: float | None  # of one nearest neighbour
-    bayes_low: (
-        float | None
-    )  # bounds on the error that any head on these features must make (Cover and Hart 1967)
+    # bounds on the error that any head on these features must make (Cover and Hart 1967)
+    bayes_low: float | None
     bayes_high: float | None
 
 

@@ -61,9 +61,8 @@ def backbones_command(
         console.print(backbone_name, soft_wrap=True)
     if len(shown_names) < len(matching_names):
         console.print(
-            f"… {len(matching_names) - len(shown_names):,} more of {len(matching_names):,}. "
-            "Narrow it: headrace backbones "
-            "resnet; or --all"
+            f"… {len(matching_names) - len(shown_names):,} more of {len(matching_names):,}. Narrow "
+            "it: headrace backbones resnet; or --all"
         )
     elif len(matching_names) > 0:
         console.print(

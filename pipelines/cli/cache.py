@@ -118,8 +118,7 @@ def show_command(
     shard_rows = [entry.rows for entry in feature_set.entries]
     _print_line(
         f"{'rows':>14}  {feature_set.n_rows:,} in {len(shard_rows)} shards of "
-        f"{min(shard_rows, default=0)} to "
-        f"{max(shard_rows, default=0)}"
+        f"{min(shard_rows, default=0)} to {max(shard_rows, default=0)}"
     )
     _print_line(f"{'bytes':>14}  {feature_set.stored_bytes:,} in {feature_set.path}")
     _print_line(f"{'last written':>14}  {_last_written(feature_set)}")
@@ -127,8 +126,7 @@ def show_command(
     if quantization_error.squared:
         measured_text = (
             f"largest {quantization_error.largest:.3g}, root mean square "
-            f"{quantization_error.relative_rms:.2e} of "
-            "the values'"
+            f"{quantization_error.relative_rms:.2e} of the values'"
         )
     else:
         measured_text = "none, the features were given in this dtype"
@@ -185,9 +183,8 @@ def verify_command(
         if not serious_problems:
             feature_set = open_feature_set(directory)
             _print_line(
-                f"{directory.name} {feature_set.spec.name}: every byte of "
-                f"{feature_set.n_rows:,} rows is "
-                "as written"
+                f"{directory.name} {feature_set.spec.name}: every byte of {feature_set.n_rows:,} "
+                "rows is as written"
             )
     if recipe is not None and not n_problems:
         if sources:
@@ -197,8 +194,7 @@ def verify_command(
     if n_problems:
         _print_line(
             f"{n_problems} problem{'s' * (n_problems > 1)}. Broken shards: `headrace cache "
-            "repair`, then run "
-            "again"
+            "repair`, then run again"
         )
         raise typer.Exit(1)
 
@@ -354,16 +350,14 @@ def export_command(
     if selection is not None and selection.missing:
         _print_line(
             f"{len(selection.missing):,} images of the recipe have no row and are left out: "
-            f"{_first_ids(selection.missing)}. `headrace run` makes the rows of images that "
-            "can be read"
+            f"{_first_ids(selection.missing)}. `headrace run` makes the rows of images that can be "
+            "read"
         )
     if selection is None and (ambiguous_ids := find_ambiguous_ids(feature_set)):
         _print_line(
-            f"{len(ambiguous_ids):,} ids stand for several images (folders with the same "
-            "names, images "
-            f"before and after they were edited), first {ambiguous_ids[0]!r}: the column "
-            "`content` tells "
-            "them apart, and --recipe exports the images of one recipe"
+            f"{len(ambiguous_ids):,} ids stand for several images (folders with the same names, "
+            f"images before and after they were edited), first {ambiguous_ids[0]!r}: the column "
+            "`content` tells them apart, and --recipe exports the images of one recipe"
         )
 
 
@@ -374,8 +368,8 @@ def _require_cache(cache_root: Path) -> None:
     if not cache_root.is_dir():
         reason = "it is a file" if cache_root.exists() else "there is no such folder"
         raise CacheError(
-            f"{cache_root} is no cache: {reason}. A recipe says where its cache is; name "
-            "it with --cache"
+            f"{cache_root} is no cache: {reason}. A recipe says where its cache is; name it with "
+            "--cache"
         )
 
 
@@ -466,8 +460,7 @@ def import_command(
     )
     report_text = (
         f"{import_report.n_rows:,} rows of shape {import_report.features.spec.shape} kept as "
-        f"{name} in "
-        f"{import_report.features.path}"
+        f"{name} in {import_report.features.path}"
     )
     if import_report.n_copies:
         report_text += (
@@ -494,8 +487,8 @@ def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, R
     if not selection.ids:
         raise CacheError(
             f"{feature_set.path} has no row of any of the {len(samples):,} images of "
-            f"{recipe_path}, "
-            f"the first is {selection.missing[0]!r}. `headrace run {recipe_path}` makes them"
+            f"{recipe_path}, the first is {selection.missing[0]!r}. `headrace run {recipe_path}` "
+            "makes them"
         )
     return feature_set, selection
 
@@ -562,8 +555,8 @@ def _find_feature_set(
         )
     available = ", ".join(f"{path.name} ({_tap_name(path)})" for path in directories) or "none"
     raise CacheError(
-        f"{cache_root} has no feature set {name_or_tap!r}. There are: {available}. The "
-        "cache is chosen by --cache"
+        f"{cache_root} has no feature set {name_or_tap!r}. There are: {available}. The cache is "
+        "chosen by --cache"
     )
 
 
@@ -618,9 +611,8 @@ def _verify_sources(recipe_path: Path, directories: list[Path]) -> int:
     with tempfile.TemporaryDirectory() as scratch_folder:
         # An index of its own: the run's would answer from sizes and times without reading.
         contents = content_hashes(samples, Path(scratch_folder) / "contents.parquet")
-    hash_by_id = dict(
-        zip(samples["id"].astype(str), contents.hashes, strict=True)
-    )  # ids of one recipe are unique
+    # ids of one recipe are unique
+    hash_by_id = dict(zip(samples["id"].astype(str), contents.hashes, strict=True))
     n_problems = 0
     for directory in directories:
         problems = verify_sources(open_feature_set(directory), hash_by_id)
@@ -674,9 +666,9 @@ def _verify_recompute(recipe_path: Path, directories: list[Path], n_rows: int) -
                 _print_line(
                     f"{spec.name}: {report.n_rows} rows extracted again differ by at most "
                     f"{report.largest_difference:.2e} of the root mean square, {verdict} the "
-                    "tolerance of "
-                    f"{report.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another machine or batch "
-                    f"size, the rest quantization error); the furthest is {report.worst_id}"
+                    f"tolerance of {report.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another "
+                    "machine or batch size, the rest quantization error); the furthest is "
+                    f"{report.worst_id}"
                 )
                 n_problems += not report.is_equal
     return n_problems

@@ -88,9 +88,8 @@ def write_demo(folder: Path) -> Path:
             if ancestor.exists() or ancestor.is_symlink()
         )
         raise DemoFolder(
-            f"{existing_file} is a file; expected a folder for the demo, or a name that is "
-            "free. Try: "
-            "headrace demo headrace-demo"
+            f"{existing_file} is a file; expected a folder for the demo, or a name that is free. "
+            "Try: headrace demo headrace-demo"
         ) from None
     except OSError as error:
         raise DemoFolder(
@@ -117,8 +116,7 @@ def _require_ours(demo_file: Path, first_line: str) -> None:
             return
     raise DemoFolder(
         f"{demo_file} is there, and the demo did not write it: it is not replaced. Try another "
-        "folder: "
-        "headrace demo headrace-demo"
+        "folder: headrace demo headrace-demo"
     )
 
 

@@ -97,9 +97,8 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
                 finding_of_table[table] = _detect_table(
                     table, replace(source, kind="table", location=table), recipe_folder
                 )
-            except (
-                HeadraceError
-            ) as refusal:  # a table of something else, unless the folder is no use either
+            except HeadraceError as refusal:
+                # a table of something else, unless the folder is no use either
                 if table.suffix.lower() not in MAYBE_TABLES:
                     refusal_texts.append(str(refusal))
     prediction_notes = [
@@ -114,9 +113,8 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
         if finding_of_table:
             table_names = ", ".join(path.name for path in finding_of_table)
             raise InitError(
-                f"{folder} holds several tables that could name the images ({table_names}): "
-                "name one. "
-                f"Try: {_init_command(next(iter(finding_of_table)))}"
+                f"{folder} holds several tables that could name the images ({table_names}): name "
+                f"one. Try: {_init_command(next(iter(finding_of_table)))}"
             ) from None
         array_files = [
             path for path in sorted(folder.iterdir()) if path.suffix.lower() in ARRAY_KINDS
@@ -138,9 +136,8 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
     if finding_of_table:
         reading_names = ", ".join(path.name for path in finding_of_table)
         prediction_notes.append(
-            f"the sub-folders are taken for the classes. {reading_names} could name the images "
-            "and their "
-            f"labels, too: for that, {_init_command(next(iter(finding_of_table)))}"
+            f"the sub-folders are taken for the classes. {reading_names} could name the images and "
+            f"their labels, too: for that, {_init_command(next(iter(finding_of_table)))}"
         )
     return replace(finding, notes=(*finding.notes, *prediction_notes))
 
@@ -178,8 +175,8 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
         )
         raise InitError(
             f"{folder}: found {found_text} ({len(samples):,} images). A classifier needs two "
-            "classes or "
-            f"more: one sub-folder each, or a CSV with the columns path and label{hint_text}"
+            "classes or more: one sub-folder each, or a CSV with the columns path and "
+            f"label{hint_text}"
         )
     has_split = "split" in samples
     layout_text = (
@@ -268,8 +265,8 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
         raise InitError(
             f"{location}: {len(samples):,} images, and no labels beside them. Write the recipe by "
             "hand, with\n"
-            f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value "
-            "per image"
+            f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per "
+            "image"
         )
     task_lines, _, task_notes = _task_section(
         samples, ["label", *(["split"] if "split" in samples else [])], location
@@ -301,9 +298,8 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
             "(images.path_pattern)"
         )
         image_lines += (
-            f"  path_pattern: {_yaml_text(path_source)}      # where the images are, by the "
-            "column in "
-            "braces\n"
+            f"  path_pattern: {_yaml_text(path_source)}      # where the images are, by the column "
+            "in braces\n"
         )
         source = replace(source, path_pattern=path_source)
     else:
@@ -329,8 +325,7 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         task=task_lines,
         sentence=(
             f"{len(samples):,} images in {table.name}, {_classes_text(samples[target_column])} in "
-            "column "
-            f"{target_column!r}"
+            f"column {target_column!r}"
         )
         + _table_doubts(samples["path"], samples[target_column]),
         notes=(*pattern_notes, *task_notes, *_listing_notes(listing)),
@@ -372,17 +367,16 @@ def _mixed_depths(samples: pd.DataFrame) -> list[str]:
         .iloc[:: max(1, len(samples) // _IMAGES_OPENED)]
         .itertuples(index=False)
     ):
-        with contextlib.suppress(
-            Exception
-        ):  # what cannot be opened is told by the run, with its reason
+        # what cannot be opened is told by the run, with its reason
+        with contextlib.suppress(Exception):
             image_by_depth.setdefault(has_deep_pixels(read_bytes(image_path)), image_id)
     if len(image_by_depth) < 2:
         return []
     return [
         f"some images have 8 bits ({image_by_depth[False]}) and some more "
-        f"({image_by_depth[True]}): white is 255 "
-        "in the ones and, without images.pixel_range, 65535 or what the file says in the others. "
-        "If they come of one sensor, their brightness differs by that"
+        f"({image_by_depth[True]}): white is 255 in the ones and, without images.pixel_range, "
+        "65535 or what the file says in the others. If they come of one sensor, their brightness "
+        "differs by that"
     ]
 
 
@@ -404,9 +398,9 @@ def _table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     missing_files = [file_path for file_path in checked_files if not Path(file_path).is_file()]
     if missing_files:
         doubt_text += (
-            f"; {len(missing_files):,} of the first {len(checked_files):,} files are not "
-            f"there, such as {missing_files[0]} "
-            "(relative paths start from images.root, by default the table's folder)"
+            f"; {len(missing_files):,} of the first {len(checked_files):,} files are not there, "
+            f"such as {missing_files[0]} (relative paths start from images.root, by default the "
+            "table's folder)"
         )
     return doubt_text
 
@@ -434,8 +428,7 @@ def _task_section(
         raise InitError(
             f"{location}: no column looks like a label (2 to 1,000 different values). It has: "
             f"{', '.join(map(str, samples.columns))}. To predict a number, write the recipe by "
-            "hand: "
-            "task: {target: COLUMN, kind: regression}"
+            "hand: task: {target: COLUMN, kind: regression}"
         )
     task_lines = f"  target: {_yaml_text(target_column)}"
     if target_column in list_columns:
@@ -454,12 +447,11 @@ def _task_section(
         if len(class_values) < 2:
             found_text = f"one class only, {class_values[0]!r}" if len(class_values) else "no value"
             raise InitError(
-                f"{location}: column {target_column!r} holds {found_text}. A classifier "
-                "needs two classes or more"
+                f"{location}: column {target_column!r} holds {found_text}. A classifier needs two "
+                "classes or more"
             )
-    labelled_samples = samples[
-        samples[target_column].notna()
-    ]  # a run leaves the others out, whatever else they hold
+    # a run leaves the others out, whatever else they hold
+    labelled_samples = samples[samples[target_column].notna()]
     split_column = _first_named(
         _SPLIT_NAMES,
         [
@@ -476,17 +468,15 @@ def _task_section(
         task_lines += f"\n  split: {_yaml_text(split_column)}"
     if named_columns[0] != split_column:
         task_notes.append(
-            f"column {named_columns[0]!r} holds other values than train, validation and test, "
-            "or none, and "
-            "is not taken for a split"
+            f"column {named_columns[0]!r} holds other values than train, validation and test, or "
+            "none, and is not taken for a split"
         )
     if group_column:
         task_lines += f"\n  group: {_yaml_text(group_column)}"
     if named_columns[1] != group_column:
         task_notes.append(
-            f"column {named_columns[1]!r} is empty for some images, and is not taken for "
-            "groups: fill it, "
-            f"and set task.group: {_yaml_text(str(named_columns[1]))}"
+            f"column {named_columns[1]!r} is empty for some images, and is not taken for groups: "
+            f"fill it, and set task.group: {_yaml_text(str(named_columns[1]))}"
         )
     return task_lines, target_column, task_notes
 

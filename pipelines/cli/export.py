@@ -54,8 +54,7 @@ def export_command(
     for format_name, difference in exported.differences.items():
         message = (
             f"{format_name}: differs from headrace by at most {difference:.1e} "
-            f"({exported.tolerance:g} is "
-            "allowed)"
+            f"({exported.tolerance:g} is allowed)"
         )
         console.print(message, soft_wrap=True)
     if not exported.all_views:

@@ -288,10 +288,9 @@ def _require_utf8(out_folder: Path | None) -> None:
     # Tables of results hold paths of other results, and their text is UTF-8.
     if valid_text(str(out_folder)) != str(out_folder):
         raise PathNotUTF8(
-            f"out: {out_folder}: a name in this path is no UTF-8, so that results cannot be "
-            "kept there. "
-            "Rename it, or set `out` in the recipe to another folder; if the name is right and "
-            "the locale is not, set LC_ALL=C.UTF-8"
+            f"out: {out_folder}: a name in this path is no UTF-8, so that results cannot be kept "
+            "there. Rename it, or set `out` in the recipe to another folder; if the name is right "
+            "and the locale is not, set LC_ALL=C.UTF-8"
         )
 
 

@@ -61,11 +61,8 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
     settings: Counter[tuple[tuple[str, ...], str]] = Counter()
     new: Counter[tuple[tuple[str, ...], str]] = Counter()
-    for (
-        inputs,
-        specs,
-        _,
-    ) in plan.requested:  # heads with class weights, or banded, are banks of their own
+    # heads with class weights, or banded, are banks of their own
+    for inputs, specs, _ in plan.requested:
         settings[inputs, specs[0].kind] += len(specs)
         new[inputs, specs[0].kind] += sum((inputs, spec) in missing for spec in specs)
     for (inputs, kind), count in settings.items():
@@ -153,8 +150,7 @@ def show_result(
         if test.n_evaluations > 1:
             console.print(
                 f"note: {test.n_evaluations} different winners have now been shown this test "
-                "split; "
-                "each time, its score says a little less about new images",
+                "split; each time, its score says a little less about new images",
                 style="yellow",
             )
     if reference:
@@ -231,8 +227,8 @@ def selection_sentences(result: RunResult) -> list[str]:
     ]
     if found.statistically_tied > 1:
         line = (
-            f"{found.statistically_tied:,} of {found.tried:,} settings cannot be told "
-            f"apart on these {found.images:,} images"
+            f"{found.statistically_tied:,} of {found.tried:,} settings cannot be told apart on "
+            f"these {found.images:,} images"
         )
         if found.cheapest > 1:
             cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]

@@ -95,9 +95,8 @@ def local_client(
     """
     _refuse_while_importing()
     n_workers = workers or available_cores()
-    worker_variables = dict(
-        os.environ
-    )  # a server that is there already has those of an earlier moment
+    # a server that is there already has those of an earlier moment
+    worker_variables = dict(os.environ)
     local_settings = {
         METHOD: start_server(module_names),
         "distributed.worker.preload": [PRELOAD],

@@ -81,9 +81,8 @@ def close_pages(cluster: Any) -> None:
     async def close() -> None:
         scheduler.http_server.stop()
         scheduler.services.pop("dashboard", None)
-        cluster.scheduler_info.get("services", {}).pop(
-            "dashboard", None
-        )  # or there would still be a link to it
+        # or there would still be a link to it
+        cluster.scheduler_info.get("services", {}).pop("dashboard", None)
 
     cluster.sync(close)
 

@@ -40,11 +40,8 @@ _PATIENCE = 5
 # numbers go into `directives`, which come later in the job's script and so are what counts.
 _CORES_PER_GPU = 8
 _MEMORY_PER_GPU = "16 GB"
-_PASSING = (
-    "Unable to contact",
-    "timed out",
-    "Connection refused",
-)  # a controller that is being started again
+# a controller that is being started again
+_PASSING = ("Unable to contact", "timed out", "Connection refused")
 # What SLURM speaks of when it refuses, and the key that says it.
 _KEYS = {
     "partition": "partition (of GPUs: gpu_partition)",
@@ -140,9 +137,8 @@ def _recording_job(job_class: type) -> type:
                 await super().start()
             except (RuntimeError, OSError) as error:
                 self.refusals.append(error.with_traceback(None))  # which would keep this job
-                self.status = (
-                    Status.running
-                )  # a job without an id: it counts as lost, and the cluster can be closed
+                # a job without an id: it counts as lost, and the cluster can be closed
+                self.status = Status.running
 
     return RecordingJob
 

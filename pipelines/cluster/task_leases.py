@@ -32,9 +32,8 @@ class TaskLeases:
 
     directory: Path
     driver: str
-    _seen_alive: dict[str, float] = field(
-        default_factory=dict
-    )  # when another driver was last seen alive
+    # when another driver was last seen alive
+    _seen_alive: dict[str, float] = field(default_factory=dict)
 
     def acquire(self, task: str) -> bool:
         """Take a task; return False while another living driver has it."""

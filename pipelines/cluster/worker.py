@@ -33,9 +33,8 @@ def dask_setup(worker: Any) -> None:
     limit_bytes = worker.memory_manager.memory_limit
     if n_gpus:
         choose_gpu(str(worker.name), n_gpus)
-    elif (
-        limit_bytes
-    ):  # not beside a GPU: its driver reserves more address space than there is memory
+    elif limit_bytes:
+        # not beside a GPU: its driver reserves more address space than there is memory
         limit_memory(int(limit_bytes))
 
 
@@ -49,9 +48,8 @@ def versions() -> dict[str, str]:
     for package_name in ("headrace", "numpy", "pillow", "torch"):
         try:
             version_by_name[package_name] = importlib.metadata.version(package_name)
-        except (
-            importlib.metadata.PackageNotFoundError
-        ):  # as where the code was copied and not installed
+        except importlib.metadata.PackageNotFoundError:
+            # as where the code was copied and not installed
             version_by_name[package_name] = "not installed"
     return version_by_name
 
@@ -84,7 +82,6 @@ def limit_memory(limit_bytes: int) -> None:
         import resource
 
         _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
-        with contextlib.suppress(
-            ValueError, OSError
-        ):  # a system that has set a lower limit keeps it
+        # a system that has set a lower limit keeps it
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard_limit))

@@ -188,9 +188,8 @@ def _speed(folder: Path) -> tuple[float, float]:
         probe_path = scratch_folder / uuid.uuid4().hex
         started_at = time.perf_counter()
         with probe_path.open("wb") as probe_file:
-            while (
-                probe_file.tell() < _PROBE_BYTES and time.perf_counter() - started_at < 2
-            ):  # a slow disk is known by then
+            # a slow disk is known by then
+            while probe_file.tell() < _PROBE_BYTES and time.perf_counter() - started_at < 2:
                 probe_file.write(random_block)
             n_bytes = probe_file.tell()
             probe_file.flush()

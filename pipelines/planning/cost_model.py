@@ -33,9 +33,8 @@ class Rates:
     """What has been measured in a run: nothing at first."""
 
     image_s: float | None = None  # of a worker, per image, all networks of a unit together
-    kinds: Mapping[str, float] = field(
-        default_factory=dict
-    )  # measured over assumed seconds, by the heads' kind
+    # measured over assumed seconds, by the heads' kind
+    kinds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -147,14 +147,13 @@ def _check_writable(recipe_key: str, folder: Path) -> None:
     existing_path = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing_path.is_dir():
         raise RecipeError(
-            f"{recipe_key}: {existing_path} is a file; expected a folder, or a path where "
-            "one can be made"
+            f"{recipe_key}: {existing_path} is a file; expected a folder, or a path where one can "
+            "be made"
         )
     if not os.access(existing_path, os.W_OK | os.X_OK):
         raise RecipeError(
-            f"{recipe_key}: {existing_path} cannot be written to. Set `{recipe_key}` in the "
-            "recipe to a folder that "
-            "can"
+            f"{recipe_key}: {existing_path} cannot be written to. Set `{recipe_key}` in the recipe "
+            "to a folder that can"
         )
 
 
@@ -246,7 +245,6 @@ def _check_views(requested: Sequence[RequestedHeads], inputs: Mapping[str, Input
             )
             raise RecipeError(
                 f"heads: the taps of an input have different views ({counts_text}) and cannot "
-                "stand "
-                "side by side: give their backbones the same views, or take each tap alone, "
+                "stand side by side: give their backbones the same views, or take each tap alone, "
                 "inputs: [each]"
             )

@@ -232,9 +232,9 @@ def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
     if refused_taps:
         raise CacheError(
             f"storage.budget_gb is {budget_gb:g}: in the recipe's order, "
-            f"{', '.join(fitting_names) or 'no tap'} fits, and {', '.join(refused_taps)} does "
-            "not. Leave it "
-            "out, reduce it (avg instead of map), or raise the budget. Nothing was extracted"
+            f"{', '.join(fitting_names) or 'no tap'} fits, and {', '.join(refused_taps)} does not. "
+            "Leave it out, reduce it (avg instead of map), or raise the budget. Nothing was "
+            "extracted"
         )
     require_disk_space(cache_root, tap_costs)
 

@@ -226,6 +226,5 @@ def _require_decodable(needed_samples: pd.DataFrame, failed_reasons: Mapping[str
         first_sample = needed_samples.iloc[0]
         raise DataError(
             f"none of the {len(needed_samples):,} images can be used; the first is "
-            f"{first_sample['path']}: "
-            f"{failed_reasons[first_sample['content']]}"
+            f"{first_sample['path']}: {failed_reasons[first_sample['content']]}"
         )

@@ -82,9 +82,8 @@ class Images(Section):
 
     def source(self) -> "ImageSource":
         """Return the section as `headrace.extract` takes it."""
-        from headrace.extract.sources.read import (
-            ImageSource,
-        )  # imports pandas, which checking a recipe does without
+        # imports pandas, which checking a recipe does without
+        from headrace.extract.sources.read import ImageSource
 
         kind, location = next(
             (kind, location)

@@ -87,9 +87,8 @@ def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str)
     worst_class = int(np.where(class_counts > 0, recall, np.inf).argmin())
     return (
         f"balanced accuracy is much lower than accuracy: {balanced:.1%} against {accuracy:.1%}; "
-        f"class {validation.task.classes[worst_class]} is found in {recall[worst_class]:.0%} "
-        "of its "
-        f"{class_counts[worst_class]:,} images. To choose by all classes alike, task.metric: "
+        f"class {validation.task.classes[worst_class]} is found in {recall[worst_class]:.0%} of "
+        f"its {class_counts[worst_class]:,} images. To choose by all classes alike, task.metric: "
         "balanced_accuracy; to train for them, class_weight: [none, balanced] under heads"
     )
 
@@ -133,9 +132,8 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
         )
         notes.append(
             f"the winner lies on the edge of its grid: {setting_name}={value:g} is the "
-            f"{'largest' if at_largest else 'smallest'} of {len(grid_values)} that were tried, "
-            "and a "
-            f"better one may lie beyond. In the recipe: {recipe_key}: "
+            f"{'largest' if at_largest else 'smallest'} of {len(grid_values)} that were tried, and "
+            f"a better one may lie beyond. In the recipe: {recipe_key}: "
             f"[{', '.join(f'{each:g}' for each in suggested_values)}]"
         )
     return notes
@@ -218,9 +216,8 @@ def _nearest_across(
     """
     X = standardised(vectors)
     projected = X
-    if (
-        X.shape[1] > _DIRECTIONS
-    ):  # a random projection keeps distances well enough to find the nearest
+    # a random projection keeps distances well enough to find the nearest
+    if X.shape[1] > _DIRECTIONS:
         projected = X @ np.random.default_rng(0).normal(size=(X.shape[1], _DIRECTIONS)).astype(
             np.float32
         )
@@ -233,9 +230,8 @@ def _nearest_across(
         likeness[side_codes[block, None] == side_codes[None]] = -np.inf
         nearest[block] = likeness.argmax(1)
     pairs = np.unique(np.sort(np.stack([np.arange(len(X)), nearest], 1), axis=1), axis=0)
-    pairs = pairs[
-        side_codes[pairs[:, 0]] != side_codes[pairs[:, 1]]
-    ]  # of one side alone there is none
+    # of one side alone there is none
+    pairs = pairs[side_codes[pairs[:, 0]] != side_codes[pairs[:, 1]]]
     cosines = (X[pairs[:, 0]] * X[pairs[:, 1]]).sum(1)
     likest_first = np.argsort(-cosines, kind="stable")
     return pairs[likest_first], cosines[likest_first]
@@ -267,9 +263,8 @@ def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str |
     for row_index, (image_name, image_path) in enumerate(
         sampled[["id", "path"]].itertuples(index=False)
     ):
-        with contextlib.suppress(
-            Exception
-        ):  # what cannot be read is told by the run, with its reason
+        # what cannot be read is told by the run, with its reason
+        with contextlib.suppress(Exception):
             file_bytes = read_bytes(image_path)
             n_bytes += len(file_bytes)
             if n_bytes > LOOKED_BYTES:
@@ -293,11 +288,10 @@ def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str |
     if n_copies < NOTABLE * len(grey_by_content):
         return None
     return (
-        f"{n_copies:,} of {len(grey_by_content):,} images that were looked at are nearly the "
-        "same as another, "
-        f"such as {image_names[int(copy_pairs.first[0])]!r} and "
-        f"{image_names[int(copy_pairs.second[0])]!r}, and a split "
-        f"may put them on different sides. {GROUP_ADVICE}"
+        f"{n_copies:,} of {len(grey_by_content):,} images that were looked at are nearly the same "
+        f"as another, such as {image_names[int(copy_pairs.first[0])]!r} and "
+        f"{image_names[int(copy_pairs.second[0])]!r}, and a split may put them on different sides. "
+        f"{GROUP_ADVICE}"
     )
 
 
@@ -324,8 +318,8 @@ def near_duplicates_text(
     )
     share = (
         f"; {len(leaked_tests):,} of {n_tests:,} test images "
-        f"({len(leaked_tests) / max(n_tests, 1):.1%}) have "
-        "such a partner among the images that heads are trained on"
+        f"({len(leaked_tests) / max(n_tests, 1):.1%}) have such a partner among the images that "
+        "heads are trained on"
     )
     return (
         f"{'at least ' if least else ''}{len(first):,} pairs of images on different sides of the "

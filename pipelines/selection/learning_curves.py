@@ -32,9 +32,8 @@ MOST_FOLDS = 5
 # Of the linear heads, from strong to weak.
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
 ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)
-EXPONENTS = np.geomspace(
-    0.1, 2.0, 30
-)  # of the power law; measured ones lie between 0.1 and 1 (Hestness et al. 2017)
+# of the power law; measured ones lie between 0.1 and 1 (Hestness et al. 2017)
+EXPONENTS = np.geomspace(0.1, 2.0, 30)
 TrainAll = Callable[[Sequence[BankJob]], None]
 
 
@@ -128,9 +127,8 @@ def learning_curve(
     jobs = []
     for (size_index, fold), subset_task in subtasks.items():
         task_path = results_folder / f"{size_index}-{fold}.npz"
-        save_task(
-            subset_task, task_path
-        )  # every time: one that was damaged would stop all that is trained on it
+        # every time: one that was damaged would stop all that is trained on it
+        save_task(subset_task, task_path)
         for kind in kinds:
             kind_specs = tuple(spec for spec in specs if spec.kind == kind)
             results_path = str(results_folder / f"{size_index}-{fold}-{kind}.h5")

@@ -172,16 +172,14 @@ def extract_missing(
     if unit_failures:
         raise RunIncomplete(
             f"{len(unit_failures):,} of {len(units):,} units of images failed; the others are "
-            "kept, and "
-            f"the same command tries these again. The first reason: {unit_failures[0]}"
+            f"kept, and the same command tries these again. The first reason: {unit_failures[0]}"
         )
     if unread_images:
         image_name, reason = unread_images[0]
         raise RunIncomplete(
             f"{len(unread_images):,} images went away or changed while they were read, first "
-            f"{image_name} "
-            f"({reason}); the features of the others are kept. Call again when the images stand "
-            "still"
+            f"{image_name} ({reason}); the features of the others are kept. Call again when the "
+            "images stand still"
         )
 
 

@@ -97,9 +97,8 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
             options.on_event("progress", done=n_done, failed=n_failed)
     if bank_failures:
         raise RunIncomplete(
-            f"{len(bank_failures):,} of {len(jobs):,} banks failed; the others are kept, and "
-            "the same "
-            f"command tries these again. The first reason: {bank_failures[0]}"
+            f"{len(bank_failures):,} of {len(jobs):,} banks failed; the others are kept, and the "
+            f"same command tries these again. The first reason: {bank_failures[0]}"
         )
 
 
