@@ -147,7 +147,9 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
-        raise BadHeadFile(f"{path} is not there: give the directory that save_head wrote")
+        raise BadHeadFile(
+            f"{path} is not there: give the directory that save_head wrote. {WRITE_AGAIN}"
+        )
     try:
         data = path.read_bytes()
         check_seal(data)

@@ -395,7 +395,7 @@ def _read_file(
     except FileNotFoundError:
         raise ModelError(
             f"{weights_path} is not there: give the directory of a fine-tuned network, "
-            "RUN/finetune/models/KEY"
+            f"RUN/finetune/models/KEY. {WRITE_AGAIN}"
         ) from None
     except SealBroken as error:
         raise ModelError(

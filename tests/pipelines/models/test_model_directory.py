@@ -14,7 +14,7 @@ from PIL import Image
 from support.models import client_here, run_here
 from support.runs import RECIPE, make_photos
 
-from headrace.cache.errors import SpecMismatch
+from headrace.cache.errors import HeadraceError, SpecMismatch
 from headrace.cache.feature_set import open_feature_set
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
@@ -27,7 +27,6 @@ from headrace.heads.persist import load_head
 from headrace.heads.predict import predict_head
 from headrace.pipelines.api import extract_features, train_heads
 from headrace.pipelines.export.write import export_model
-from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.images import ImageUnusable
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.run_directory import NotARun
@@ -169,10 +168,13 @@ def test_what_is_no_model_is_told(tmp_path, what):
 
 
 def test_an_export_without_its_model_names_the_command_that_writes_it(tmp_path):
-    """Its description is gone; the folder is still known for an export's."""
+    """Whichever of its files are gone; the folder is still known for an export's."""
     (tmp_path / ".headrace-export").touch()
-    with pytest.raises(ModelError, match=r"`headrace export RUN FOLDER --format safetensors"):
-        load_model(tmp_path)
+    for name in ("", "head.json", "network.json"):
+        if name:
+            (tmp_path / name).write_text("{}")
+        with pytest.raises(HeadraceError, match=r"`headrace export RUN FOLDER --format safetensor"):
+            load_model(tmp_path)
 
 
 def test_a_head_from_a_notebook_knows_its_network_too(run, tmp_path):
