@@ -162,7 +162,8 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
     )
     comparisons_path = run.paths.comparisons
     if not comparisons_path.exists():
-        return [facts]
+        gone = f"{comparisons_path.name} is not there: `headrace run RECIPE` writes it again."
+        return [facts, Note(gone)] if selection_record["tried"] > 1 else [facts]
     comparison_frame = pd.read_csv(
         read_table(comparisons_path), dtype={"inputs": str, "kind": str, "settings": str}
     )
