@@ -50,7 +50,7 @@ class OnnxNetwork(nn.Module):
                 _add_leaf(self, path)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Run the graph on (N, 3, H, W) float32; return the last value that is asked for."""
+        """Run the graph on (N, 3, H, W) float32; return its last value."""
         if torch.is_grad_enabled():  # as in training: every frozen pass is without
             raise BackboneError(
                 "an onnx: backbone has no gradients: take its features, and fine-tune a network of "
@@ -58,13 +58,12 @@ class OnnxNetwork(nn.Module):
             )
         leaves = {path: self.get_submodule(path) for path in self._value_of}
         paths = [path for path, leaf in leaves.items() if leaf._forward_hooks]
-        last = next(reversed(leaves))
-        if last not in paths and (self._forward_hooks or not paths):
-            paths.append(last)  # the network's own output is asked for
-        values = self._run([self._value_of[path] for path in paths], pixels)
-        for path, value in zip(paths, values, strict=True):
-            output = leaves[path](value)
-        return torch.as_tensor(output)
+        if paths:
+            values = self._run([self._value_of[path] for path in paths], pixels)
+            for path, value in zip(paths, values, strict=True):
+                leaves[path](value)  # a capture of taps ends the pass here once it has them all
+        last_path, last_leaf = next(reversed(leaves.items()))
+        return torch.as_tensor(last_leaf(*self._run([self._value_of[last_path]], pixels)))
 
     def require_size(self, size: int, name: str) -> None:
         """Raise BackboneError where the graph takes images of another size only."""

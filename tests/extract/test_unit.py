@@ -582,9 +582,9 @@ def test_out_of_memory_in_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     samples = make_images(tmp_path / "images", 11)
     specs = specs_of()
     extract(samples, tmp_path / "whole", specs, batch_size=11)
-    real = unit_module._cached_forward
+    real = unit_module._forward
     monkeypatch.setattr(
-        unit_module, "_cached_forward", lambda *args: out_of_memory_above(3, real(*args))[0]
+        unit_module, "_forward", lambda *args: out_of_memory_above(3, real(*args))[0]
     )
     extract(samples, tmp_path / "halved", specs, batch_size=11)
     for spec in specs:

@@ -58,7 +58,7 @@ def failures(result):
     """{estimator: reason} of the heads that failed."""
     failed = result.heads[result.heads["error"].notna() & (result.heads["fold"] != REFIT)]
     return {
-        row["spec"].split("fault_cases.")[1].split('"')[0]: row["error"]
+        row["spec"].split("support.faults.")[1].split('"')[0]: row["error"]
         for _, row in failed.iterrows()
     }
 
@@ -139,7 +139,7 @@ images:
 task:
   folds: 2
 backbones:
-  - name: python:deadly:on_white
+  - name: python:support.deadly_networks:on_white
     taps: [pool.avg]
 heads:
   ridge:
@@ -178,7 +178,7 @@ def test_a_network_that_kills_its_workers_fails_no_image(tmp_path):
     be repeated.
     """
     spec = make_spec(shape=(3,))
-    networks = ((BackboneSpec("python:deadly:on_white"), (spec,)),)
+    networks = ((BackboneSpec("python:support.deadly_networks:on_white"), (spec,)),)
     samples = [Sample(f"{i}", f"{i}.png", f"{i:032x}") for i in range(3)]
     jobs = [ExtractJob(str(tmp_path), f"u{sample.id}", networks, (sample,)) for sample in samples]
     fatal = [(job, "its worker died") for job in jobs]

@@ -28,6 +28,6 @@ class Eye(torch.nn.Module):
 
 
 def on_white():
-    """`python:deadly:on_white`, whose tap `pool.avg` has three values."""
+    """`python:support.deadly_networks:on_white`, whose tap `pool.avg` has three values."""
     size = {"resize": (32, 32), "crop": (32, 32), "mode": "squash", "interpolation": "bilinear"}
     return Eye(), Preprocessing(**size, mean=(0.0,) * 3, std=(1.0,) * 3)

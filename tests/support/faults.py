@@ -1,6 +1,6 @@
 """Runs of many small heads on made features, without images or networks, and heads that misbehave.
 
-As a script, `python fault_cases.py FOLDER BANKS WORKERS SECONDS` is a driver that can be killed.
+As a script, `python faults.py FOLDER BANKS WORKERS SECONDS` is a driver that can be killed.
 """
 
 import hashlib
@@ -115,7 +115,7 @@ def slow(folder, banks, seconds=0.03):
     log = [str(Path(folder) / "fits.log")]
     return [
         {
-            "estimator": "fault_cases.Slow",
+            "estimator": "support.faults.Slow",
             "parameters": {"number": [number], "log": log, "seconds": [seconds]},
             "inputs": [["made"]],
         }
@@ -126,7 +126,7 @@ def slow(folder, banks, seconds=0.03):
 def misbehaving(name, **parameters):
     """One head of another class of this module."""
     return {
-        "estimator": f"fault_cases.{name}",
+        "estimator": f"support.faults.{name}",
         "parameters": {key: [value] for key, value in parameters.items()},
         "inputs": [["made"]],
     }

@@ -43,7 +43,7 @@ if __name__ == "__main__":
     for said in ("first", "second"):
         os.environ["SAID"] = said
         os.environ.pop("ONCE", None) or os.environ.update(ONCE="there")
-        with local_client(2, imports=["headrace.extract.run.work_unit", "timm", "torchvision", "no_such_module"]) as client:
+        with local_client(2, module_names=["headrace.extract.run.work_unit", "timm", "torchvision", "no_such_module"]) as client:
             answers = set(client.run(about).values())
             (server, heard, torch, once), = answers
             threads = len(os.listdir(f"/proc/{server}/task"))

@@ -89,7 +89,7 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
 
     monkeypatch.setattr(unit_module, "make_forward", counting)
     for name in ("_backbones", "_forwards"):
-        monkeypatch.setattr(unit_module, name, unit_module._RecentCache())
+        monkeypatch.setattr(unit_module, name, unit_module._Latest())
     loaded = Counter()
     monkeypatch.setattr(
         unit_module,
@@ -102,7 +102,7 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
     assert made == loaded == {f"random:{seed}": 1 for seed in range(6)}
     assert len(unit_module._forwards._made) == 6
     run_work_unit(job_of(tmp_path, [7], 3))
-    assert len(unit_module._forwards._made) == unit_module._MIN_KEPT_NETWORKS
+    assert len(unit_module._forwards._made) == unit_module._NETWORKS
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,9 @@ def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_c
     """None of them fails for it; those that compete with one another stay together."""
     tried = []
 
-    def fitter(data, *, device, **_):
+    def fitter(kind, data, options):
+        device = options.device
+
         def fit(specs):
             tried.append((device, len(specs)))
             if device == "cuda" and len(specs) > room:

@@ -185,7 +185,7 @@ def test_a_stale_network_is_refused_before_anything_runs(case: Case) -> None:
 def test_a_neighbour_search_cannot_be_finetuned(case: Case) -> None:
     """No gradient passes through it: refused with the kinds that can."""
     with pytest.raises(
-        FinetuneRefused, match="fine-tune a head of kind logistic, ridge, mlp, conv"
+        FinetuneRefused, match="fine-tune a head of kind logistic, ridge, lda, mlp, conv"
     ):
         pilot(case.job(KNNSpec(k=3)))
 
