@@ -69,9 +69,11 @@ def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
         if rest.startswith("hf-hub:"):
             _require_hub(name, rest.removeprefix("hf-hub:"))
         return build_open_clip(rest, tag, pretrained=True)
-    if kind in ("python", "onnx"):
-        if tag is not None and kind == "onnx":
+    if kind == "onnx":
+        if tag is not None:
             raise BackboneError(f"{name}: the file holds its weights; leave `weights` out")
+        return build_network(name, None)
+    if kind == "python":
         if tag is not None:
             raise BackboneError(
                 f"{name}: weights {tag!r}: a Python function knows no tags; name a file or nothing."

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,31 @@ def model_digest(
     for member in members:
         member.update_digest(hasher)
     return hasher.hexdigest()[:24]
+
+
+class SingleModel(ImagePredictor):
+    """What a head and a network have in common: a model alone is an ensemble of one."""
+
+    @property
+    def members(self) -> tuple[Self, ...]:
+        """Itself."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of its members: one."""
+        return (1.0,)
+
+    @property
+    def average_temperature(self) -> float:
+        """The temperature of the members' average; a model alone has its own and no other."""
+        return 1.0
+
+    @property
+    def digest(self) -> str:
+        """The digest of everything that a prediction depends on."""
+        members: Any = self.members  # each subclass has a temperature and `update_digest`
+        return model_digest(1.0, self.weights, members)
 
 
 def settings_sentence(settings: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from headrace.heads.persist import (
 from headrace.heads.predict import floor_of, predict_head
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.models.base import ImagePredictor, model_digest, settings_sentence
+from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file
 from headrace.pipelines.run_directory import moved_with_run
@@ -46,7 +46,7 @@ HEAD_FILES = (HEAD_DESCRIPTION, "head.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
-class HeadModel(ImagePredictor):
+class HeadModel(SingleModel):
     """A trained head, and for each of its feature sets the network that makes it.
 
     Nothing large is loaded before it is used.
@@ -191,26 +191,6 @@ class HeadModel(ImagePredictor):
     def floor(self) -> float:
         """The smallest probability that its temperature looks at."""
         return floor_of(self.head.spec, self.head.task_kind, len(self.head.classes))
-
-    @property
-    def members(self) -> tuple["HeadModel", ...]:
-        """Itself: a model alone is an ensemble of one."""
-        return (self,)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """The weights of its members: one."""
-        return (1.0,)
-
-    @property
-    def average_temperature(self) -> float:
-        """The temperature of the members' average; a model alone has its own and no other."""
-        return 1.0
-
-    @property
-    def digest(self) -> str:
-        """The digest of everything that a prediction depends on."""
-        return model_digest(1.0, (1.0,), (self,))
 
     def update_digest(self, hasher: Any) -> None:
         """Add everything that its predictions depend on to a hash."""

@@ -50,7 +50,7 @@ from headrace.heads.persist import (
     require_trusted,
 )
 from headrace.heads.spec import FineTuneSpec, spec_to_json
-from headrace.pipelines.models.base import ImagePredictor, model_digest, settings_sentence
+from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file
 
@@ -67,7 +67,7 @@ NETWORK_FILES = (DESCRIPTION, WEIGHTS)
 
 
 @dataclass(frozen=True, eq=False)
-class NetworkModel(ImagePredictor):
+class NetworkModel(SingleModel):
     """A network with parameters of its own, its head included.
 
     Nothing large is loaded before it is used.
@@ -204,26 +204,6 @@ class NetworkModel(ImagePredictor):
     def backbones(self) -> tuple[BackboneSpec, ...]:
         """The frozen networks that it stands on: none."""
         return ()
-
-    @property
-    def members(self) -> tuple["NetworkModel", ...]:
-        """Itself: a model alone is an ensemble of one."""
-        return (self,)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """The weights of its members: one."""
-        return (1.0,)
-
-    @property
-    def average_temperature(self) -> float:
-        """The temperature of the members' average; a model alone has its own and no other."""
-        return 1.0
-
-    @property
-    def digest(self) -> str:
-        """The digest of everything that a prediction depends on."""
-        return model_digest(1.0, (1.0,), (self,))
 
     def update_digest(self, hasher: Any) -> None:
         """Add everything that its predictions depend on to a hash."""
