@@ -1,15 +1,13 @@
 """Writes the pages that the code knows best: reference/cli.md from the commands,
-reference/recipe.md from the recipe's model.
+reference/recipe.md from the recipe's model, reference/json.md from what `--json` prints.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # say which are not what the code says, exit code 1
 """
 
-import ast
 import enum
 import inspect
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -19,8 +17,9 @@ from typing import Any
 import pydantic
 from typer.main import get_command
 
+from headrace.pipelines.cli.json_output import OUTPUTS
 from headrace.pipelines.cli.main import app
-from headrace.pipelines.recipe.heads import HeadGrid, Heads, SklearnGrid
+from headrace.pipelines.recipe.field_comments import field_comments
 from headrace.pipelines.recipe.load import Recipe
 
 FOLDER = Path(__file__).parent / "reference"
@@ -46,7 +45,78 @@ def main() -> int:
 
 def pages() -> dict[Path, str]:
     """The generated pages: path and text."""
-    return {FOLDER / "cli.md": cli_page(), FOLDER / "recipe.md": recipe_page()}
+    return {
+        FOLDER / "cli.md": cli_page(),
+        FOLDER / "recipe.md": recipe_page(),
+        FOLDER / "json.md": json_page(),
+    }
+
+
+# What --json prints
+
+
+def json_page() -> str:
+    """The objects that commands print with --json: every field, its type and its comment."""
+    text = [
+        (
+            "<!-- Written by docs/generate.py from the objects themselves: do not edit, run `make "
+            "docs`. -->\n\n# JSON output\n"
+        ),
+        "Every command but `demo` takes `--json`: the standard output is one JSON object then, "
+        "progress and errors go to the standard error, and the exit code is the same as without "
+        "it. `headrace schema 'cache ls'` prints an object's JSON Schema, `headrace schema recipe` "
+        "that of recipes. Times are seconds and sizes bytes; a number that was not measured is "
+        "null.\n",
+    ]
+    for command, model in OUTPUTS.items():
+        text += [f"## headrace {command} --json\n", *object_rows(model)]
+    parts = dict.fromkeys(part for model in OUTPUTS.values() for part in parts_of(model))
+    for part in parts:
+        text += [f"## {part.__name__}\n", *object_rows(part)]
+    return "\n".join(text)
+
+
+def object_rows(model: type[pydantic.BaseModel]) -> list[str]:
+    """The docstring, unless it only names the command, and the table of the fields."""
+    schema = model.model_json_schema(mode="serialization")
+    docstring = inspect.cleandoc(model.__doc__ or "")
+    meaning = docstring.partition(": ")[2] if docstring.startswith("`headrace") else docstring
+    comments = {
+        name: comment
+        for base in reversed(model.__mro__)
+        if issubclass(base, pydantic.BaseModel) and base.model_fields
+        for name, comment in field_comments(base).items()
+    }
+    rows = [f"{meaning[0].upper()}{meaning[1:]}\n"] if meaning else []
+    rows += ["| field | value | |\n|---|---|---|"]
+    for name, field in schema["properties"].items():
+        kind = cell(json_kind(field))
+        rows.append(f"| `{name}` | {kind} | {cell(comments.get(name, ''))} |")
+    return [*rows, ""]
+
+
+def json_kind(schema: dict[str, Any]) -> str:
+    """A JSON schema in words, objects by their names: `list of Setting`, `number or null`."""
+    if "$ref" in schema:
+        name = schema["$ref"].rsplit("/", 1)[1]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(json_kind(part) for part in schema["anyOf"])
+    if schema.get("type") == "array" and schema.get("items"):
+        return f"list of {json_kind(schema['items'])}"
+    if schema.get("type") == "null":
+        return "null"
+    if schema.get("format") == "date-time":
+        return "time, ISO 8601"
+    return kind_text(schema, {})
+
+
+def parts_of(model: type[pydantic.BaseModel]) -> Iterator[type[pydantic.BaseModel]]:
+    """The objects inside an object, each before its own parts."""
+    for field in model.model_fields.values():
+        if found := child_model(field.annotation):
+            yield found[0]
+            yield from parts_of(found[0])
 
 
 # The command line
@@ -192,7 +262,7 @@ def recipe_page() -> str:
         text += [f"## {title}\n", f"{inspect.cleandoc(model.__doc__ or '')}\n"]
         if many:
             text += ["A list of these.\n"]
-        rows = comments(model)
+        rows = field_comments(model)
         text += ["| key | value | default | |\n|---|---|---|---|"]
         schema = model.model_json_schema(by_alias=True)
         for name, field in model.model_fields.items():
@@ -239,40 +309,6 @@ def child_model(annotation: Any) -> tuple[type[pydantic.BaseModel], bool] | None
             ((f[0], True) for part in typing.get_args(annotation) if (f := child_model(part))), None
         )
     return None
-
-
-def comments(model: type) -> dict[str, str]:
-    """The comment beside each field in the source, or the lines of comment above it.
-
-    A section that is derived from a head's spec has its comments there, and in its base classes.
-    """
-    if issubclass(model, HeadGrid) and model is not SklearnGrid:
-        sources = [*model.__mro__[model.__mro__.index(HeadGrid) :: -1][:-1], model.head_kind.spec]
-        return {name: text for source in sources for name, text in source_comments(source).items()}
-    if model is Heads:  # its sections have no comments
-        return {}
-    return source_comments(model)
-
-
-def source_comments(model: type) -> dict[str, str]:
-    """The comments of the fields that one class has in its source."""
-    lines = textwrap.dedent(inspect.getsource(model)).splitlines()
-    tree = ast.parse("\n".join(lines)).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for node in tree.body:
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        assert node.end_lineno
-        last = lines[node.end_lineno - 1]
-        beside = last[node.end_col_offset :].partition("#")[2].strip()
-        above: list[str] = []
-        at = node.lineno - 2
-        while at >= 0 and lines[at].strip().startswith("#"):
-            above.insert(0, lines[at].strip().lstrip("# "))
-            at -= 1
-        found[node.target.id] = beside or " ".join(above)
-    return found
 
 
 def kind_text(schema: dict[str, Any], definitions: dict[str, Any]) -> str:

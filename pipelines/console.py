@@ -23,15 +23,23 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def make_console(
-    *, stderr: bool = False, quiet: bool = False, pipe_columns: int = _PIPE_COLUMNS
+    *,
+    stderr: bool = False,
+    quiet: bool = False,
+    json_progress: bool = False,
+    verbose: bool = False,
+    pipe_columns: int = _PIPE_COLUMNS,
 ) -> Console:
     """A console of the standard output, or of the standard error, for which all text is plain text.
 
-    What is to stand out is given a `style`. pipe_columns: the width of tables in a file or a pipe,
-    which have none of their own; wide enough to show whole words.
+    What is to stand out is given a `style`. json_progress: whether progress is told as lines of
+    JSON. verbose: whether every task that begins and ends has a line. pipe_columns: the width of
+    tables in a file or a pipe, which have none of their own; wide enough to show whole words.
     """
     has_width = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
-    return _PlainConsole(
+    return PlainConsole(
+        json_progress=json_progress,
+        verbose=verbose,
         stderr=stderr,
         quiet=quiet,
         width=None if has_width else pipe_columns,
@@ -41,8 +49,15 @@ def make_console(
     )
 
 
-class _PlainConsole(Console):
+class PlainConsole(Console):
     """A console on which control characters are shown as escapes (`\\x1b`)."""
+
+    def __init__(
+        self, *, json_progress: bool = False, verbose: bool = False, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.json_progress = json_progress
+        self.verbose = verbose
 
     def render_str(self, text: str, **options: Any) -> Text:
         shown = _CONTROLS.sub(

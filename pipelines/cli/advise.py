@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace.pipelines.cli.json_output import AdviceOutput, print_json
+from headrace.pipelines.cli.options import JsonOption, QuietOption, progress_console
 from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def advise_command(
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
     ] = None,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Say what would help most: a head, training deeper, from scratch, or more images, with the
     evidence for it.
@@ -39,9 +43,15 @@ def advise_command(
     Example: headrace advise recipe.yaml
     """
     from headrace.pipelines.advice.advise_run import advise_run
+    from headrace.pipelines.advice.decide import advice_summary
 
-    console = make_console()
-    show_advice(console, advise_run(run, reference=reference, console=console, workers=workers))
+    advice = advise_run(
+        run, reference=reference, console=progress_console(quiet=quiet), workers=workers
+    )
+    if json_output:
+        print_json(AdviceOutput(**advice_summary(advice)))
+    else:
+        show_advice(make_console(), advice)
 
 
 def show_advice(console: Console, advice: "Advice") -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace.pipelines.cli.options import JsonOption, flag
 from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ SizeOption = Annotated[
     int | None, typer.Option("--image-size", help="Shapes at this input size instead of its own.")
 ]
 AllOption = Annotated[
-    bool, typer.Option("--all", help="Every name found; every node, layers within blocks too.")
+    bool, flag("--all", help="Every name found; every node, layers within blocks too.")
 ]
 
 
 def backbones_command(
-    name: NameArgument = None, image_size: SizeOption = None, every: AllOption = False
+    name: NameArgument = None,
+    image_size: SizeOption = None,
+    every: AllOption = False,
+    json_output: JsonOption = False,
 ) -> None:
     """List and search the backbones, or show one's taps.
 
@@ -46,7 +50,10 @@ def backbones_command(
     known_names = backbone_names()
     if name is not None and (name in known_names or name.startswith("python:")):
         backbone_info = describe_backbone(BackboneSpec(name, image_size=image_size), weights=False)
-        _show(console, backbone_info, backbone_tags(name), every)
+        if json_output:
+            _print_json([name], backbone_info, backbone_tags(name))
+        else:
+            _show(console, backbone_info, backbone_tags(name), every)
         return
     matching_names = [
         backbone_name
@@ -56,6 +63,9 @@ def backbones_command(
     if name is not None and not matching_names:
         # Says which names are near, and leaves with the exit code of a user's mistake.
         describe_backbone(BackboneSpec(name if ":" in name else f"timm:{name}"), weights=False)
+    if json_output:
+        _print_json(matching_names, None, [])
+        return
     shown_names = matching_names if every else matching_names[:_MANY]
     for backbone_name in shown_names:
         console.print(backbone_name, soft_wrap=True)
@@ -69,6 +79,37 @@ def backbones_command(
             f"{len(matching_names):,} backbones. Its taps: headrace backbones {matching_names[0]}",
             soft_wrap=True,
         )
+
+
+def _print_json(names: list[str], backbone_info: "BackboneInfo | None", tags: list[str]) -> None:
+    from headrace.pipelines.cli.json_output import (
+        BackboneOutput,
+        BackbonesOutput,
+        TapOutput,
+        print_json,
+    )
+
+    backbone = None
+    if backbone_info is not None:
+        backbone = BackboneOutput(
+            name=backbone_info.name,
+            parameters=backbone_info.parameters,
+            multiply_adds=backbone_info.multiply_adds,
+            preprocessing=json.loads(backbone_info.preprocessing),
+            weights=tuple(tags),
+            auto=tuple(map(str, backbone_info.auto)),
+            taps=tuple(
+                TapOutput(
+                    node=tap.node,
+                    shape=tap.shape,
+                    map_bytes=tap.map_bytes,
+                    avg_bytes=tap.avg_bytes,
+                    cost=tap.cost,
+                )
+                for tap in backbone_info.taps
+            ),
+        )
+    print_json(BackbonesOutput(names=tuple(names), backbone=backbone))
 
 
 def _show(console: Console, backbone_info: "BackboneInfo", tags: list[str], show_all: bool) -> None:

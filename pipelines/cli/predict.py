@@ -7,6 +7,15 @@ from typing import Annotated
 import typer
 
 from headrace.cache.errors import HeadraceError
+from headrace.pipelines.cli.options import (
+    JsonOption,
+    ProgressFormat,
+    ProgressOption,
+    QuietOption,
+    WorkersOption,
+    flag,
+    progress_console,
+)
 from headrace.pipelines.console import make_console, utf8_stdout
 
 
@@ -66,9 +75,7 @@ def predict_command(
     ] = None,
     force: Annotated[
         bool,
-        typer.Option(
-            "--force", help="Replace a table of predictions that is there; no other file is."
-        ),
+        flag("--force", help="Replace a table of predictions that is there; no other file is."),
     ] = False,
     path_column: Annotated[
         str | None,
@@ -95,11 +102,12 @@ def predict_command(
             "times."
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
-    ] = None,
+    workers: WorkersOption = None,
     device: DeviceOption = "auto",
     trust_code: TrustOption = None,
+    progress: ProgressOption = ProgressFormat.auto,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Predict the class of images, with probabilities: one row per image, in the order given.
 
@@ -109,6 +117,8 @@ def predict_command(
     Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
     """
     table_format = _table_format(out, format_option)
+    if out == "-" and json_output:
+        raise OutputError("--out - and --json both want the standard output: give --out a file")
     from headrace.pipelines.models.model import load_model
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table
@@ -126,7 +136,8 @@ def predict_command(
     )
     samples = listing.samples
     console = make_console(stderr=True)
-    for note in (*listing.notes, *(f"left out: {item}" for item in listing.left_out)):
+    notes = (*listing.notes, *(f"left out: {item}" for item in listing.left_out))
+    for note in () if json_output else notes:
         console.print(f"note: {note}", soft_wrap=True)
     device_name = find_device(device)
     try:
@@ -149,7 +160,7 @@ def predict_command(
                 force=force,
                 n_workers=workers,
                 device=device_name,
-                console=console,
+                console=progress_console(quiet=quiet, progress_format=progress),
             )
     except KeyboardInterrupt:
         console.print(
@@ -157,6 +168,20 @@ def predict_command(
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
+    if json_output:
+        from headrace.pipelines.cli.json_output import PredictOutput, print_json
+
+        print_json(
+            PredictOutput(
+                out=str(Path(out).absolute()),
+                images=summary.images,
+                new=summary.new,
+                failed=summary.failed,
+                counts=summary.counts,
+                notes=notes,
+            )
+        )
+        raise typer.Exit(summary.failed == summary.images)
     summary_text = f"{summary.images:,} images"
     if summary.new < summary.images:
         summary_text += f", {summary.new:,} of them predicted now"

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headrace.pipelines.cli.options import JsonOption, flag
 from headrace.pipelines.cli.predict import TrustOption
 from headrace.pipelines.console import make_console
 
@@ -24,7 +25,7 @@ def report_command(
     ] = None,
     tables: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--tables",
             help="Also write every table of the page as CSV and Parquet, in a folder beside it.",
         ),
@@ -36,6 +37,7 @@ def report_command(
         ),
     ] = None,
     trust_code: TrustOption = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page about a run: leaderboard, mistakes as pictures, leaks,
     cost, recipe.
@@ -48,6 +50,18 @@ def report_command(
     from headrace.pipelines.report.build import write_report
 
     report = write_report(run, out, tables=tables, watts=watts, trust_code=trust_code or ())
+    if json_output:
+        from headrace.pipelines.cli.json_output import ReportOutput, print_json
+
+        print_json(
+            ReportOutput(
+                page=str(report.page),
+                bytes=report.bytes,
+                tables=tuple(map(str, report.tables)),
+                missing_images=report.missing_images,
+            )
+        )
+        return
     console = make_console()
 
     def say(text: str) -> None:

@@ -4,6 +4,7 @@ directory.
 
 import dataclasses
 import datetime
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from headrace.pipelines.cli.json_output import DriverOutput, StatusOutput, print_json
 from headrace.pipelines.cluster.progress import rate_and_left
 from headrace.pipelines.cluster.task_leases import driver_lives
 from headrace.pipelines.cluster.task_log import read_log
@@ -110,42 +112,43 @@ def _gone(status: DriverStatus) -> DriverStatus:
     return dataclasses.replace(status, state="gone", running={}, dashboard=None)
 
 
+def print_status_json(run: Path) -> None:
+    """Print the drivers of a run, the latest last, as one JSON object. Raises NotARun."""
+    paths = find_run(run)
+    drivers = []
+    for status in run_status(paths.root):
+        fields = {
+            field.name: getattr(status, field.name)
+            for field in dataclasses.fields(status)
+            if field.name != "running"
+        }
+        n_workers = len(set(status.running.values()))
+        drivers.append(DriverOutput(**fields, workers=n_workers))
+    print_json(StatusOutput(out=str(paths.root), drivers=tuple(drivers)))
+
+
 def show_status(console: Console, run: Path) -> None:
     """Print the latest drivers of a run, given by its directory or its recipe. Raises NotARun."""
     paths = find_run(run)
     drivers = run_status(paths.root)
-    table = Table(title=f"Run {paths.root}", title_justify="left")
-    for column in (
-        "started (UTC)",
-        "driver",
-        "state",
-        "stage",
-        "done",
-        "failed",
-        "at work",
-        "worker deaths",
-        "left",
-    ):
-        table.add_column(
-            column,
-            justify="right" if column in ("done", "failed", "at work", "worker deaths") else "left",
-        )
+    console.print(f"Run {paths.root}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for column in ("started (UTC)", "state", "stage", "done", "left"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("failed", justify="right")
+    for column in ("workers", "deaths"):
+        table.add_column(column, justify="right")
     for status in drivers[-_DRIVERS:]:
-        left = (
-            f"{status.left_s // 60:.0f}:{status.left_s % 60:02.0f}"
-            if status.left_s == status.left_s
-            else ""
-        )
+        is_running = status.state == "running" and not math.isnan(status.left_s)
         table.add_row(
-            f"{status.started:%Y-%m-%d %H:%M:%S}",
-            status.driver.partition("-")[2],
+            f"{status.started:%m-%d %H:%M:%S}",
             status.state,
             status.stage,
             f"{status.done:,}/{status.total:,} {status.unit}" if status.unit else "",
+            f"{status.left_s // 60:.0f}:{status.left_s % 60:02.0f}" if is_running else "",
             f"{status.failed:,}",
-            f"{len(set(status.running.values())):,} workers",
+            f"{len(set(status.running.values())):,}",
             f"{status.deaths:,}",
-            left if status.state == "running" else "",
         )
     console.print(table)
     if len(drivers) > _DRIVERS:

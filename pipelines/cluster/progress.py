@@ -1,19 +1,26 @@
-"""Progress for people (a live view) and for machines (lines of JSON where there is no terminal),
-from the same calls.
+"""Progress, from the same calls: a bar on a terminal and in a notebook, elsewhere a line with the
+time now and then, or lines of JSON.
 """
 
 import contextlib
+import datetime
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from headrace.pipelines.console import PlainConsole
+
 # Without a terminal: a line at most this often, so that a log stays short.
 _LOG_INTERVAL_S = 5.0
+# After the first things were done: what follows within it says nothing about the rate.
+_SETTLED_S = 3.0
 
 
 class Advance(Protocol):
@@ -25,18 +32,10 @@ class Advance(Protocol):
 
 
 class _RateColumn(ProgressColumn):
-    """Things per second since the stage began, and the time left at that rate."""
+    """Things per second, and the time left at that rate."""
 
     def render(self, task: Task) -> Text:
-        rate_per_s, left_s = rate_and_left(task.completed, task.total or 0, task.elapsed or 0.0)
-        return Text(
-            (
-                f"{rate_per_s:,.1f} {task.fields['unit']}/s, "
-                f"{left_s // 60:.0f}:{left_s % 60:02.0f} left"
-            )
-            if rate_per_s
-            else ""
-        )
+        return Text(rate_text(*task.fields["meter"].rate_and_left(), unit=task.fields["unit"]))
 
 
 def rate_and_left(n_done: float, n_total: float, elapsed_s: float) -> tuple[float, float]:
@@ -47,11 +46,51 @@ def rate_and_left(n_done: float, n_total: float, elapsed_s: float) -> tuple[floa
     return rate, (n_total - n_done) / rate
 
 
+def rate_text(rate_per_s: float, left_s: float, *, unit: str) -> str:
+    """Return "12.3 images/s, 0:18 left"; nothing where no rate is known."""
+    if not rate_per_s:
+        return ""
+    left_text = "" if math.isnan(left_s) else f", {left_s // 60:.0f}:{left_s % 60:02.0f} left"
+    return f"{rate_per_s:,.1f} {unit}/s{left_text}"
+
+
+@dataclass
+class _RateMeter:
+    """How fast a stage is.
+
+    The time until the first things are done, in which workers import and load networks, counts
+    for nothing once more is known.
+    """
+
+    n_total: int
+    n_done: int = 0
+    started_s: float = field(default_factory=time.monotonic)
+    n_first: int = 0
+    first_s: float | None = None
+
+    def add(self, count: int) -> None:
+        self.n_done += count
+        if self.first_s is None and self.n_done:
+            self.n_first, self.first_s = self.n_done, time.monotonic()
+
+    def rate_and_left(self) -> tuple[float, float]:
+        now = time.monotonic()
+        # Workers that began together end together: what they end within some seconds is no rate.
+        if self.first_s is not None and now - self.first_s > max(
+            _SETTLED_S, 0.5 * (self.first_s - self.started_s)
+        ):
+            n_since = self.n_done - self.n_first
+            rate, _ = rate_and_left(n_since, self.n_total, now - self.first_s)
+            return rate, (self.n_total - self.n_done) / rate if rate else float("nan")
+        return rate_and_left(self.n_done, self.n_total, now - self.started_s)
+
+
 @contextlib.contextmanager
 def show_progress(console: Console, stage_name: str, n_total: int, unit: str) -> Iterator[Advance]:
-    """Show how far a stage is, on a terminal as a bar, otherwise as lines of JSON."""
-    if not console.is_terminal:
-        yield _log_lines(console, stage_name, n_total, unit)
+    """Show how far a stage is: a bar on a terminal and in a notebook, otherwise lines."""
+    as_json = isinstance(console, PlainConsole) and console.json_progress
+    if as_json or not (console.is_terminal or console.is_jupyter):
+        yield _log_lines(console, stage_name, n_total, unit, as_json=as_json)
         return
     columns = (
         TextColumn("{task.description:<8}", markup=False),
@@ -61,10 +100,14 @@ def show_progress(console: Console, stage_name: str, n_total: int, unit: str) ->
         _RateColumn(),
         TextColumn("{task.fields[details]}", style="dim", markup=False),
     )
+    meter = _RateMeter(n_total)
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        progress_bar = progress.add_task(stage_name, total=n_total, unit=unit, details="")
+        progress_bar = progress.add_task(
+            stage_name, total=n_total, unit=unit, details="", meter=meter
+        )
 
         def advance(count: int, details: Mapping[str, float] | None = None) -> None:
+            meter.add(count)
             progress.update(progress_bar, advance=count, details=_details_text(details or {}))
 
         yield advance
@@ -83,31 +126,51 @@ def _details_text(details: Mapping[str, float]) -> str:
     return " · ".join(detail_texts)
 
 
-def _log_lines(console: Console, stage_name: str, n_total: int, unit: str) -> Advance:
-    started_at = logged_at = time.monotonic()
-    n_done = 0
+def _log_lines(
+    console: Console, stage_name: str, n_total: int, unit: str, *, as_json: bool
+) -> Advance:
+    meter = _RateMeter(n_total)
+    logged_at = meter.started_s
 
     def advance(count: int, details: Mapping[str, float] | None = None) -> None:
-        nonlocal n_done, logged_at
-        n_done += count
+        nonlocal logged_at
+        meter.add(count)
         now = time.monotonic()
-        if now - logged_at >= _LOG_INTERVAL_S or n_done >= n_total:
-            logged_at = now
-            rate_per_s, left_s = rate_and_left(n_done, n_total, now - started_at)
-            log_line = {
-                "stage": stage_name,
-                "done": n_done,
-                "total": n_total,
-                "unit": unit,
-                "per_s": rate_per_s,
-                "left_s": left_s,
-            }
-            json_text = json.dumps(
+        if now - logged_at < _LOG_INTERVAL_S and meter.n_done < n_total:
+            return
+        logged_at = now
+        rate_per_s, left_s = meter.rate_and_left()
+        if as_json:
+            line = _json_line(
                 {
-                    key: round(value, 3) if isinstance(value, float) else value
-                    for key, value in (log_line | dict(details or {})).items()
+                    "stage": stage_name,
+                    "done": meter.n_done,
+                    "total": n_total,
+                    "unit": unit,
+                    "per_s": rate_per_s,
+                    "left_s": left_s,
                 }
+                | dict(details or {})
             )
-            console.print(json_text, soft_wrap=True)
+        else:
+            texts = [
+                f"{stage_name} {meter.n_done:,}/{n_total:,} {unit}",
+                rate_text(rate_per_s, left_s, unit=unit),
+                _details_text(details or {}),
+            ]
+            line = f"{datetime.datetime.now():%H:%M:%S} {' · '.join(filter(None, texts))}"
+        console.print(line, soft_wrap=True)
 
     return advance
+
+
+def _json_line(values: Mapping[str, object]) -> str:
+    """Return one line of JSON; what is not known yet is null."""
+    return json.dumps(
+        {
+            key: (None if math.isnan(value) else round(value, 3))
+            if isinstance(value, float)
+            else value
+            for key, value in values.items()
+        }
+    )

@@ -10,6 +10,7 @@ too.) Tasks of seconds do not notice the few milliseconds between them.
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import math
 import queue
@@ -32,6 +33,7 @@ from headrace.pipelines.cluster.clients import top_up
 from headrace.pipelines.cluster.dask_client import ClusterError
 from headrace.pipelines.cluster.task_leases import TaskLeases
 from headrace.pipelines.cluster.worker import versions
+from headrace.pipelines.console import PlainConsole
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -162,10 +164,21 @@ _DEFAULT = TaskOptions()
 
 
 def announced(options: TaskOptions, console: Console) -> TaskOptions:
-    """Return the options with events of workers and hosts printed on the console too."""
+    """Return the options with events of workers and hosts printed on the console too, and of tasks
+    where it is verbose.
+    """
+    is_verbose = isinstance(console, PlainConsole) and console.verbose
 
     def announce(event: str, **details: Any) -> None:
         options.on_event(event, **details)
+        if is_verbose and "task" in details:
+            texts = [f"{details[name]}" for name in ("worker", "error") if details.get(name)]
+            texts += [f"{details['seconds']:.1f} s"] if "seconds" in details else []
+            console.print(
+                f"{datetime.datetime.now():%H:%M:%S} {event} {details['task']} · "
+                f"{' · '.join(texts)}",
+                soft_wrap=True,
+            )
         if event == "refused":
             console.print(
                 f"Worker {details['worker']} is given no task, for its features and heads would "

@@ -2,6 +2,7 @@
 wrong.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from headrace.cache.home import expand_home
 from headrace.extract.spec import absolute_name
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.heads import HEAD_GRIDS, Heads
+from headrace.pipelines.recipe.overrides import apply_overrides, read_overrides
 from headrace.pipelines.recipe.sections import (
     Backbone,
     ClusterSection,
@@ -81,10 +83,11 @@ class Recipe(Section):
         return RunPaths(self.out)
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
     """Read and check a recipe; relative paths in it become absolute.
 
-    Raises RecipeError naming the file, the line and the nearest valid key.
+    settings: "KEY=VALUE", each instead of what the recipe says: "task.folds=3". Raises RecipeError
+    naming the file, the line and the nearest valid key.
     """
     path = Path(path)
     try:
@@ -97,7 +100,7 @@ def load_recipe(path: str | Path) -> Recipe:
             f"{path}: not a recipe (a YAML text file). For a folder of images, write one with: "
             f"headrace init {path}"
         ) from None
-    return parse_recipe(text, path)
+    return parse_recipe(text, path, settings=settings)
 
 
 def on_cluster(recipe: Recipe, where: str) -> Recipe:
@@ -113,17 +116,21 @@ def on_cluster(recipe: Recipe, where: str) -> Recipe:
     return recipe.model_copy(update={"cluster": section})
 
 
-def parse_recipe(text: str, recipe_path: Path) -> Recipe:
+def parse_recipe(text: str, recipe_path: Path, *, settings: Iterable[str] = ()) -> Recipe:
     """Read and check a recipe's text; `recipe_path` names it in messages and is where relative
     paths start.
 
     Raises RecipeError, as `load_recipe` does.
     """
     root_node, values = read_yaml(text, recipe_path, Recipe.model_fields)
+    overrides = read_overrides(settings)
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = Recipe.model_validate(apply_overrides(values, overrides))
     except pydantic.ValidationError as error:
-        raise RecipeError(explain_all(error.errors(), root_node, recipe_path, Recipe)) from None
+        set_places = {override.keys: f"--set {override.text}" for override in overrides}
+        raise RecipeError(
+            explain_all(error.errors(), root_node, recipe_path, Recipe, set_places)
+        ) from None
     return _absolute(recipe, recipe_path)
 
 

@@ -209,19 +209,28 @@ def explain_all(
     root: yaml.MappingNode,
     path: Path,
     model: type[pydantic.BaseModel],
+    set_places: typing.Mapping[tuple[str | int, ...], str],
 ) -> str:
     """Return a line for each of the first pydantic errors, and one that counts the others: a
     million keys get no million hints.
+
+    set_places: where keys stand that are not in the file.
     """
     user_problems = own_problems(problems)
-    lines = [explain(problem, root, path, model) for problem in user_problems[:_MAX_PROBLEMS]]
+    lines = [
+        explain(problem, root, path, model, set_places) for problem in user_problems[:_MAX_PROBLEMS]
+    ]
     if len(user_problems) > _MAX_PROBLEMS:
         lines.append(f"{path}: and {len(user_problems) - _MAX_PROBLEMS:,} more of such")
     return "\n".join(lines)
 
 
 def explain(
-    problem: typing.Any, root: yaml.MappingNode, path: Path, model: type[pydantic.BaseModel]
+    problem: typing.Any,
+    root: yaml.MappingNode,
+    path: Path,
+    model: type[pydantic.BaseModel],
+    set_places: typing.Mapping[tuple[str | int, ...], str],
 ) -> str:
     """Return one line for one pydantic error: file, line, key, what is wrong, the nearest valid
     key.
@@ -229,6 +238,9 @@ def explain(
     location = [key_part for key_part in problem["loc"] if not _is_union_tag(key_part)]
     line_number, is_in_file = _line_of(root, location)
     place_text = f"{path}, line {line_number}"
+    for depth in range(1, len(location) + 1):
+        if tuple(location[:depth]) in set_places:
+            place_text, is_in_file = set_places[tuple(location[:depth])], True
     dotted_key = ".".join(_short(str(key_part)) for key_part in location)
     if (new_name := renamed_key(problem)) is not None:
         return f"{place_text}: the key {dotted_key!r} is called {new_name!r} now"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.publish import shard_path
-from headrace.pipelines.cli.cache import app
+from headrace.pipelines.cli.cache.app import app
 
 
 def run(*arguments, code=0):

@@ -14,7 +14,7 @@ from headrace.cache.feature_set import list_feature_sets, open_feature_set
 from headrace.cache.integrity.garbage import find_garbage, remove_feature_set
 from headrace.cache.integrity.repair import repair
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard
-from headrace.pipelines.cli.cache import app
+from headrace.pipelines.cli.cache.app import app
 from headrace.pipelines.planning.networks import cached_contents, failed_contents
 
 SPEC = make_spec()

@@ -1,0 +1,274 @@
+"""`headrace cache verify` and `repair`."""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import numpy.typing as npt
+import typer
+
+from headrace.cache.errors import CacheError
+from headrace.cache.feature_set import open_feature_set
+from headrace.cache.publish import feature_set_path
+from headrace.pipelines.cli.cache.find import (
+    DEFAULT_CACHE,
+    CacheOption,
+    chosen_directories,
+    networks_of_recipe,
+    print_line,
+)
+from headrace.pipelines.cli.options import JsonOption, flag
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from headrace.extract.run.plan import BackboneFeatures
+    from headrace.pipelines.cli.json_output import (
+        ProblemOutput,
+        RecomputedOutput,
+        VerifiedFeatureSet,
+    )
+
+Rows = npt.NDArray[np.float32]
+Say = Callable[[str], None]
+
+
+def verify_command(
+    name: Annotated[
+        str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")
+    ] = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    recipe: Annotated[
+        Path | None, typer.Option(help="The recipe, for --sources and --recompute.")
+    ] = None,
+    sources: Annotated[bool, flag("--sources", help="Hash every source image again.")] = False,
+    recompute: Annotated[
+        int, typer.Option(help="Extract so many random rows again and compare.", min=0)
+    ] = 0,
+    json_output: JsonOption = False,
+) -> None:
+    """Read every byte, whatever was verified before. Exit code 1 when something is wrong.
+
+    Example: headrace cache verify --recipe recipe.yaml --sources --recompute 20
+    """
+    from headrace.pipelines.cli.json_output import VerifyOutput, print_json
+
+    if (sources or recompute) and recipe is None:
+        raise CacheError(
+            "--sources and --recompute need the images: give the recipe, as in --recipe recipe.yaml"
+        )
+    if recipe is not None:
+        from headrace.pipelines.recipe.load import load_recipe
+
+        cache = load_recipe(recipe).cache
+    say: Say = (lambda text: None) if json_output else print_line
+    directories = chosen_directories(cache, name)
+    verified = [_verify_bytes(directory, say) for directory in directories]
+    n_problems = sum(
+        not problem.is_harmless for feature_set in verified for problem in feature_set.problems
+    )
+    changed_sources: list[ProblemOutput] = []
+    recomputed: list[RecomputedOutput] = []
+    if recipe is not None and not n_problems:
+        if sources:
+            changed_sources = _verify_sources(recipe, directories, say)
+        if recompute:
+            recomputed = _verify_recompute(recipe, directories, recompute, say)
+        n_problems = len(changed_sources) + sum(not each.is_equal for each in recomputed)
+    if json_output:
+        print_json(
+            VerifyOutput(
+                cache=str(cache),
+                feature_sets=tuple(verified),
+                sources=tuple(changed_sources),
+                recomputed=tuple(recomputed),
+                problems=n_problems,
+            )
+        )
+    if n_problems:
+        say(
+            f"{n_problems} problem{'s' * (n_problems > 1)}. Broken shards: `headrace cache "
+            "repair`, then run again"
+        )
+        raise typer.Exit(1)
+
+
+def _verify_bytes(directory: Path, say: Say) -> "VerifiedFeatureSet":
+    from headrace.cache.integrity.verify import verify_bytes
+    from headrace.pipelines.cli.json_output import ProblemOutput, VerifiedFeatureSet
+
+    problems = verify_bytes(directory)
+    for problem in problems:
+        say(f"{'note' if problem.is_harmless else problem.kind}: {problem.message}")
+    tap, n_rows = None, None
+    if all(problem.is_harmless for problem in problems):
+        feature_set = open_feature_set(directory)
+        tap, n_rows = feature_set.spec.name, feature_set.n_rows
+        say(f"{directory.name} {tap}: every byte of {n_rows:,} rows is as written")
+    return VerifiedFeatureSet(
+        fingerprint=directory.name,
+        tap=tap,
+        rows=n_rows,
+        problems=tuple(
+            ProblemOutput(
+                kind=problem.kind, message=problem.message, is_harmless=problem.is_harmless
+            )
+            for problem in problems
+        ),
+    )
+
+
+def _verify_sources(recipe_path: Path, directories: list[Path], say: Say) -> "list[ProblemOutput]":
+    from headrace.cache.integrity.verify import verify_sources
+    from headrace.extract.images.content_hashes import content_hashes
+    from headrace.pipelines.cli.json_output import ProblemOutput
+    from headrace.pipelines.planning.dataset import list_samples
+    from headrace.pipelines.recipe.load import load_recipe
+
+    samples = list_samples(load_recipe(recipe_path))
+    with tempfile.TemporaryDirectory() as scratch_folder:
+        # An index of its own: the run's would answer from sizes and times without reading.
+        contents = content_hashes(samples, Path(scratch_folder) / "contents.parquet")
+    # ids of one recipe are unique
+    hash_by_id = dict(zip(samples["id"].astype(str), contents.hashes, strict=True))
+    problems = [
+        ProblemOutput(kind="source", message=problem.message, is_harmless=False)
+        for directory in directories
+        for problem in verify_sources(open_feature_set(directory), hash_by_id)
+    ]
+    for problem in problems:
+        say(f"source: {problem.message}")
+    say(
+        f"{len(hash_by_id):,} source images hashed, {len(problems)} "
+        f"problem{'s' * (len(problems) != 1)}"
+    )
+    return problems
+
+
+def _verify_recompute(
+    recipe_path: Path, directories: list[Path], n_rows: int, say: Say
+) -> "list[RecomputedOutput]":
+    import pandas as pd
+
+    from headrace.cache.integrity.verify import RECOMPUTE_TOLERANCE, verify_recompute
+    from headrace.extract.images.content_hashes import content_hashes
+    from headrace.extract.run.plan import BackboneFeatures
+    from headrace.pipelines.cli.json_output import RecomputedOutput
+    from headrace.pipelines.planning.dataset import list_samples
+    from headrace.pipelines.recipe.load import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    samples = list_samples(recipe)
+    recomputed = []
+    with tempfile.TemporaryDirectory() as scratch_folder:
+        content_by_row = content_hashes(samples, Path(scratch_folder) / "contents.parquet").hashes
+        samples = samples.assign(
+            content=pd.Series(list(content_by_row), index=samples.index, dtype=object)
+        )
+        requested_fingerprints = {directory.name for directory in directories}
+        for backbone, specs in networks_of_recipe(recipe_path):
+            for spec in specs:
+                if spec.fingerprint not in requested_fingerprints:
+                    continue
+                feature_set = open_feature_set(feature_set_path(recipe.cache, spec))
+
+                extract_rows = functools.partial(
+                    _extract_again,
+                    samples,
+                    BackboneFeatures(backbone, [spec], [()]),
+                    Path(scratch_folder),
+                )
+                has_image = np.isin(
+                    feature_set.content_hashes().astype("U32"),
+                    [content_hash for content_hash in content_by_row if content_hash],
+                )
+                result = verify_recompute(
+                    feature_set, extract_rows, n_rows, candidate_rows=np.flatnonzero(has_image)
+                )
+                verdict = "within" if result.is_equal else "BEYOND"
+                say(
+                    f"{spec.name}: {result.n_rows} rows extracted again differ by at most "
+                    f"{result.largest_difference:.2e} of the root mean square, {verdict} the "
+                    f"tolerance of {result.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another "
+                    "machine or batch size, the rest quantization error); the furthest is "
+                    f"{result.worst_id}"
+                )
+                recomputed.append(
+                    RecomputedOutput(
+                        tap=spec.name,
+                        rows=result.n_rows,
+                        largest_difference=result.largest_difference,
+                        tolerance=result.tolerance,
+                        is_equal=result.is_equal,
+                    )
+                )
+    return recomputed
+
+
+def _extract_again(
+    samples: "pd.DataFrame",
+    network: "BackboneFeatures",
+    scratch_folder: Path,
+    _row_ids: list[str],
+    row_contents: list[str],
+) -> Rows:
+    """Return (n, *shape) features of n images, by the same units of work as in a run, from a cache
+    of their own.
+    """
+    from headrace.extract.run.plan import plan_work_units
+    from headrace.extract.run.work_unit import run_work_unit
+
+    for job in plan_work_units(
+        samples[samples["content"].isin(row_contents)], [network], cache_root=scratch_folder
+    ):
+        run_work_unit(job)
+    return open_feature_set(feature_set_path(scratch_folder, network.specs[0])).load(row_contents)
+
+
+def repair_command(
+    name: Annotated[
+        str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")
+    ] = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove broken shards and list whole ones; the next run extracts just what is missing.
+
+    Example: headrace cache repair
+    """
+    from headrace.cache.integrity.repair import repair
+    from headrace.pipelines.cli.json_output import RepairedFeatureSet, RepairOutput, print_json
+
+    say: Say = (lambda text: None) if json_output else print_line
+    repaired = []
+    for directory in chosen_directories(cache, name):
+        result = repair(directory)
+        repaired.append(
+            RepairedFeatureSet(
+                fingerprint=directory.name,
+                kept=len(result.intact_units),
+                removed=result.removed_units,
+                missing=result.missing_units,
+                listed_again=result.listed_units,
+                rewritten_files=result.rewritten_files,
+            )
+        )
+        if result.is_nothing:
+            say(f"{directory.name}: nothing to repair")
+            continue
+        changes = [f"{len(result.intact_units)} shards kept"]
+        for action, unit_names in (
+            ("removed", result.removed_units),
+            ("missing", result.missing_units),
+            ("listed again", result.listed_units),
+        ):
+            if unit_names:
+                more = ", …" if len(unit_names) > 5 else ""
+                changes.append(f"{len(unit_names)} {action} ({', '.join(unit_names[:5])}{more})")
+        changes += [f"{file_name} written again" for file_name in result.rewritten_files]
+        say(f"{directory.name}: {'; '.join(changes)}")
+    if json_output:
+        print_json(RepairOutput(cache=str(cache), feature_sets=tuple(repaired)))

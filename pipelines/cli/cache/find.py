@@ -1,0 +1,121 @@
+"""Which feature sets a command of `headrace cache` means."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headrace.cache.errors import CacheError
+from headrace.cache.feature_set import (
+    feature_set_directories,
+    open_feature_set,
+    unfinished_directories,
+)
+from headrace.pipelines.console import make_console
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from headrace.cache.spec import FeatureSpec
+    from headrace.extract.spec import BackboneSpec
+    from headrace.pipelines.recipe.load import Recipe
+
+CacheOption = Annotated[
+    Path, typer.Option("--cache", help="The cache directory, as in the recipe.")
+]
+DEFAULT_CACHE = Path("headrace-cache")
+
+
+def require_cache(cache_root: Path) -> None:
+    """Raise CacheError for a mistyped path: it must not read as a cache with nothing
+    wrong in it.
+    """
+    if not cache_root.is_dir():
+        reason = "it is a file" if cache_root.exists() else "there is no such folder"
+        raise CacheError(
+            f"{cache_root} is no cache: {reason}. A recipe says where its cache is; name it with "
+            "--cache"
+        )
+
+
+def chosen_directories(cache_root: Path, name_or_tap: str | None) -> list[Path]:
+    """Return the feature set that is named, or all of them.
+
+    Raises CacheError where there is no cache, or none of that name.
+    """
+    if name_or_tap:
+        return [find_feature_set(cache_root, name_or_tap)]
+    require_cache(cache_root)
+    return feature_set_directories(cache_root)
+
+
+def find_feature_set(
+    cache_root: Path, name_or_tap: str, *, include_unfinished: bool = False
+) -> Path:
+    """Return the one feature set whose fingerprint begins with `name_or_tap` or whose tap it is;
+    with `include_unfinished`, also what a kill left of one.
+
+    Raises CacheError where none or several are.
+    """
+    directories = feature_set_directories(cache_root) + (
+        unfinished_directories(cache_root) if include_unfinished else []
+    )
+    fingerprint_matches = [path for path in directories if path.name.startswith(name_or_tap)]
+    matches = fingerprint_matches or [
+        path for path in directories if _tap_name(path) == name_or_tap
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise CacheError(
+            f"{name_or_tap!r} fits {len(matches)} feature sets; give a fingerprint: "
+            f"{', '.join(match.name for match in matches)}"
+        )
+    available = ", ".join(f"{path.name} ({_tap_name(path)})" for path in directories) or "none"
+    raise CacheError(
+        f"{cache_root} has no feature set {name_or_tap!r}. There are: {available}. The cache is "
+        "chosen by --cache"
+    )
+
+
+def _tap_name(directory: Path) -> str:
+    try:
+        return open_feature_set(directory).spec.name
+    except CacheError:
+        return "broken"
+
+
+def networks_of_recipe(
+    recipe_path: Path,
+) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
+    """Return the backbones of a recipe and the feature sets they make."""
+    from headrace.extract.taps.spec_cache import load_feature_specs
+    from headrace.pipelines.planning.networks import backbone_spec, storage_options
+    from headrace.pipelines.recipe.load import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    networks = []
+    for backbone in recipe.backbones:
+        network = backbone_spec(backbone, recipe)
+        feature_specs = load_feature_specs(
+            network, backbone.taps, cache_root=recipe.cache, **storage_options(backbone, recipe)
+        )
+        networks.append((network, feature_specs))
+    return networks
+
+
+def samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | None]]":
+    """Return the recipe's images in its order, and the content hash of each; None where it cannot
+    be read.
+    """
+    from headrace.extract.images.content_hashes import content_hashes
+    from headrace.pipelines.paths import content_index
+    from headrace.pipelines.planning.dataset import list_samples
+
+    samples = list_samples(recipe)
+    return samples, list(content_hashes(samples, content_index(recipe.cache)).hashes)
+
+
+def print_line(text: str) -> None:
+    """Print a line that is not wrapped."""
+    make_console().print(text, soft_wrap=True)

@@ -1,0 +1,160 @@
+"""`headrace cache ls` and `show`."""
+
+import dataclasses
+import datetime
+from typing import Annotated
+
+import typer
+
+from headrace.cache.errors import CacheError
+from headrace.cache.feature_set import FeatureSet, feature_set_directories, open_feature_set
+from headrace.cache.publish import shard_path
+from headrace.pipelines.cli.cache.find import (
+    DEFAULT_CACHE,
+    CacheOption,
+    find_feature_set,
+    print_line,
+)
+from headrace.pipelines.cli.json_output import (
+    FailureOutput,
+    FeatureSetDetail,
+    FeatureSetOutput,
+    FeatureSetsOutput,
+    print_json,
+)
+from headrace.pipelines.cli.options import JsonOption
+from headrace.pipelines.number_format import bytes_text
+
+_HALF = {
+    "float16": "2^-11",
+    "bfloat16": "2^-8",
+    "float32": "2^-24",
+    "uint8": "half a step of 1/255 of a channel's range",
+}
+_SHOWN_FAILURES = 20
+
+
+def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = False) -> None:
+    """List the feature sets: samples, tap, bytes, backbone, when, by what version.
+
+    Example: headrace cache ls
+    """
+    directories = feature_set_directories(cache)
+    outputs = []
+    for directory in directories:
+        try:
+            outputs.append(_describe(open_feature_set(directory)))
+        except CacheError:
+            outputs.append(
+                FeatureSetOutput(fingerprint=directory.name, path=str(directory), is_broken=True)
+            )
+    if json_output:
+        print_json(FeatureSetsOutput(cache=str(cache), feature_sets=tuple(outputs)))
+        return
+    if not outputs:
+        print_line(f"{cache} holds no feature sets. `headrace run RECIPE` makes some.")
+        return
+    for output in outputs:
+        if output.is_broken:
+            print_line(
+                f"{output.fingerprint}  broken: headrace cache verify says what, headrace cache "
+                "repair repairs it"
+            )
+            continue
+        written = output.last_written
+        # two lines each, which fit a narrow terminal
+        print_line(f"{output.fingerprint}  {output.backbone} {output.tap}")
+        print_line(
+            f"    {output.rows:,} rows of {'x'.join(map(str, output.shape or ()))} {output.dtype}, "
+            f"{output.failed:,} failed, {bytes_text(output.bytes or 0)}; "
+            f"{written:%Y-%m-%d %H:%M} by {', '.join(output.written_by)}"
+            if written
+            else "    nothing is written yet"
+        )
+
+
+def _describe(feature_set: FeatureSet) -> FeatureSetOutput:
+    spec = feature_set.spec
+    return FeatureSetOutput(
+        fingerprint=feature_set.path.name,
+        path=str(feature_set.path.absolute()),
+        is_broken=False,
+        backbone=spec.backbone,
+        tap=spec.name,
+        shape=spec.shape,
+        dtype=spec.dtype,
+        rows=feature_set.n_rows,
+        failed=sum(entry.failed for entry in feature_set.entries),
+        bytes=feature_set.stored_bytes,
+        last_written=_last_written(feature_set),
+        written_by=tuple(sorted({entry.written_by for entry in feature_set.entries})),
+    )
+
+
+def show_command(
+    name: Annotated[
+        str, typer.Argument(help="A fingerprint (or its beginning), or a tap such as blocks.4.avg.")
+    ],
+    cache: CacheOption = DEFAULT_CACHE,
+    json_output: JsonOption = False,
+) -> None:
+    """Everything about one feature set: spec, shards, measured quantization error, failures.
+
+    Example: headrace cache show 3fa9
+    """
+    feature_set = open_feature_set(find_feature_set(cache, name))
+    described = _describe(feature_set)
+    quantization_error = feature_set.quantization_error
+    failures = feature_set.failures()
+    spec_fields = dataclasses.asdict(feature_set.spec)
+    shard_rows = [entry.rows for entry in feature_set.entries]
+    if json_output:
+        print_json(
+            FeatureSetDetail(
+                **dict(described),
+                spec=spec_fields,
+                shards=len(shard_rows),
+                largest_error=quantization_error.largest if quantization_error.squared else None,
+                failures=tuple(
+                    FailureOutput(id=failure.id, reason=failure.reason) for failure in failures
+                ),
+            )
+        )
+        return
+    for field_name, value in spec_fields.items():
+        print_line(f"{field_name:>14}  {value}")
+    print_line(
+        f"{'rows':>14}  {feature_set.n_rows:,} in {len(shard_rows)} shards of "
+        f"{min(shard_rows, default=0)} to {max(shard_rows, default=0)}"
+    )
+    print_line(f"{'bytes':>14}  {feature_set.stored_bytes:,} in {feature_set.path}")
+    written = described.last_written
+    print_line(f"{'last written':>14}  {written.isoformat(' ', 'minutes') if written else 'never'}")
+    if quantization_error.squared:
+        measured_text = (
+            f"largest {quantization_error.largest:.3g}, root mean square "
+            f"{quantization_error.relative_rms:.2e} of the values'"
+        )
+    else:
+        measured_text = "none, the features were given in this dtype"
+    print_line(
+        f"{'quantization':>14}  {measured_text} (bound of {feature_set.spec.dtype}: "
+        f"{_HALF[feature_set.spec.dtype]}, measured when written)"
+    )
+    print_line(f"{'failed':>14}  {len(failures)} samples")
+    for failure in failures[:_SHOWN_FAILURES]:
+        print_line(f"{'':>14}  {failure.id}: {failure.reason}")
+    if len(failures) > _SHOWN_FAILURES:
+        print_line(f"{'':>14}  and {len(failures) - _SHOWN_FAILURES} more")
+
+
+def _last_written(feature_set: FeatureSet) -> datetime.datetime | None:
+    """Return when a shard was last written, from the files: shards hold no times, so that an
+    interrupted extraction and an uninterrupted one are equal.
+    """
+    write_times = []
+    for entry in feature_set.entries:
+        shard_file = shard_path(feature_set.path, entry.unit)
+        if shard_file.exists():
+            write_times.append(shard_file.stat().st_mtime)
+    return datetime.datetime.fromtimestamp(max(write_times)).astimezone() if write_times else None

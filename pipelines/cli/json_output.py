@@ -1,0 +1,468 @@
+"""What the commands print with `--json`: one object each, whose JSON Schema is its class's.
+
+Numbers that are no numbers (a score that nothing was measured for) are null; errors are shares,
+times seconds, sizes bytes; paths are absolute where the command knows them so.
+"""
+
+import datetime
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from headrace.pipelines.console import utf8_stdout, valid_text
+
+
+def _null_for_nan(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_text(value: Any) -> Any:
+    return valid_text(str(value)) if isinstance(value, str | Path) else value
+
+
+Number = Annotated[float | None, pydantic.BeforeValidator(_null_for_nan)]
+Text = Annotated[str, pydantic.BeforeValidator(_as_text)]
+
+
+class JsonOutput(pydantic.BaseModel):
+    """The object that a command prints."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+def print_json(output: JsonOutput) -> None:
+    """Print the object on the standard output, which holds nothing else then."""
+    with utf8_stdout() as stream:
+        stream.write(output.model_dump_json(indent=2) + "\n")
+
+
+class Interval(JsonOutput):
+    """A score with its 95 % interval."""
+
+    value: Number
+    low: Number
+    high: Number
+
+
+class InitOutput(JsonOutput):
+    """`headrace init --json`."""
+
+    recipe: Text
+    found: str  # in words
+    notes: tuple[str, ...]
+
+
+class ImageCounts(JsonOutput):
+    """Where every entry of the source went; `found` is the sum of the others."""
+
+    found: int
+    train: int
+    test: int
+    unlabelled: int
+    unreadable: int
+    failed: int
+    annotations: int
+    left_out: tuple["LeftOutCount", ...]
+
+
+class LeftOutCount(JsonOutput):
+    """Entries of the source that are no sample."""
+
+    reason: Text
+    count: int
+
+
+class PlannedFeatures(JsonOutput):
+    """A feature set that heads can be given."""
+
+    name: Text
+    shape: tuple[int, ...]  # of one image's row
+    images: int
+    images_cached: int
+    bytes_new: int
+
+
+class PlannedHeads(JsonOutput):
+    """Heads of one kind on the same inputs."""
+
+    inputs: tuple[Text, ...]
+    kind: str
+    settings: int
+
+
+class PlanOutput(JsonOutput):
+    """`headrace run --dry-run --json`: what would be done."""
+
+    cache: Text
+    out: Text
+    counts: ImageCounts | None
+    notes: tuple[str, ...]
+    features: tuple[PlannedFeatures, ...]
+    heads: tuple[PlannedHeads, ...]
+    images: int
+    images_new: int
+    heads_total: int
+    heads_new: int
+    folds: int
+    core_s: float
+    gpu_s: float
+    is_measured: bool  # whether the times were measured in earlier calls of this run
+    device: str
+
+
+class Setting(JsonOutput):
+    """A row of the leaderboard."""
+
+    rank: int
+    inputs: Text
+    kind: str
+    settings: str
+    score: Number  # mean over the validation folds
+    standard_error: Number
+    features: int
+
+
+class ExpectedScore(Interval):
+    """The winner's score to be expected on new images, corrected for being the best of many."""
+
+    tried: int
+    statistically_tied: int
+
+
+class EnsembleOutput(Interval):
+    """The average of heads."""
+
+    members: int
+    gain: Number
+    gain_low: Number
+    gain_high: Number
+    level: float  # of the gain's interval
+    is_selected: bool
+
+
+class TestScore(Interval):
+    """The selected model's score on the test split."""
+
+    images: int
+    evaluations: int  # of different winners on this test split, so far
+    metrics: Mapping[str, Number]
+
+
+class FinetunedRow(Interval):
+    """A head, or a network trained by gradients."""
+
+    approach: str
+    inputs: Text
+    settings: str
+    gain: Number
+    gain_low: Number
+    gain_high: Number
+    minutes: Number
+    decision: str
+
+
+class StageOutput(JsonOutput):
+    """A stage of the call."""
+
+    name: str
+    did: str
+    seconds: float
+
+
+class RunOutput(JsonOutput):
+    """`headrace run --json`: the result of a run."""
+
+    out: Text
+    metric: str
+    counts: ImageCounts | None
+    notes: tuple[str, ...]
+    failed_images: int
+    failed_heads: int
+    winner: Setting
+    expected: ExpectedScore | None
+    ensemble: EnsembleOutput | None
+    test: TestScore | None
+    finetuned: tuple[FinetunedRow, ...]
+    leaderboard: tuple[Setting, ...]  # the first 100; leaderboard.csv holds all
+    settings: int
+    stages: tuple[StageOutput, ...]
+    files: dict[str, Text]
+
+
+class DriverOutput(JsonOutput):
+    """One call of `headrace run`."""
+
+    driver: str
+    state: Literal["running", "finished", "failed", "gone"]
+    started: datetime.datetime
+    heard: datetime.datetime
+    stage: str
+    done: int
+    total: int
+    unit: str
+    failed: int
+    workers: int
+    deaths: int
+    dashboard: str | None
+    error: str | None
+    left_s: Number
+
+
+class StatusOutput(JsonOutput):
+    """`headrace status --json`."""
+
+    out: Text
+    drivers: tuple[DriverOutput, ...]  # the latest last
+
+
+class ReportOutput(JsonOutput):
+    """`headrace report --json`."""
+
+    page: Text
+    bytes: int
+    tables: tuple[Text, ...]
+    missing_images: int
+
+
+class AdviceOutput(JsonOutput):
+    """`headrace advise --json`."""
+
+    action: str
+    sentence: str
+    reasons: tuple[str, ...]
+    tap: str | None  # fine-tune: what lies above it should train
+    class_name: Text | None  # collect: of this class; null: of all
+    more: dict[str, Any] | None  # collect: images, with their interval
+    evidence: dict[str, Any] | None  # the numbers behind them
+
+
+class PredictOutput(JsonOutput):
+    """`headrace predict --json`; the table of predictions is the file `out`."""
+
+    out: Text
+    images: int
+    new: int
+    failed: int
+    counts: dict[Text, int]  # images per predicted class or label
+    notes: tuple[str, ...]
+
+
+class ExportOutput(JsonOutput):
+    """`headrace export --json`."""
+
+    out: Text
+    card: Text
+    differences: dict[str, float]  # from headrace's own predictions, by format
+    tolerance: float
+
+
+class TapOutput(JsonOutput):
+    """A node of a backbone."""
+
+    node: str
+    shape: tuple[int, ...]
+    map_bytes: int
+    avg_bytes: int
+    cost: float  # share of the whole forward that is spent to reach it
+
+
+class BackboneOutput(JsonOutput):
+    """A backbone, described."""
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    preprocessing: dict[str, Any]
+    weights: tuple[str, ...]  # tags of the library's
+    auto: tuple[str, ...]  # what `taps: auto` picks
+    taps: tuple[TapOutput, ...]
+
+
+class BackbonesOutput(JsonOutput):
+    """`headrace backbones --json`: the names that were found, and the one that was named."""
+
+    names: tuple[str, ...]
+    backbone: BackboneOutput | None
+
+
+class FeatureSetOutput(JsonOutput):
+    """A feature set of a cache."""
+
+    fingerprint: str
+    path: Text
+    is_broken: bool
+    backbone: Text | None = None
+    tap: str | None = None
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    rows: int | None = None
+    failed: int | None = None
+    bytes: int | None = None
+    last_written: datetime.datetime | None = None
+    written_by: tuple[str, ...] = ()
+
+
+class FeatureSetsOutput(JsonOutput):
+    """`headrace cache ls --json`."""
+
+    cache: Text
+    feature_sets: tuple[FeatureSetOutput, ...]
+
+
+class FailureOutput(JsonOutput):
+    """An image without a row of features."""
+
+    id: Text
+    reason: Text
+
+
+class FeatureSetDetail(FeatureSetOutput):
+    """`headrace cache show --json`."""
+
+    spec: dict[str, Any]  # everything that the fingerprint is of
+    shards: int
+    largest_error: Number  # of quantization, measured when written; null: given in this dtype
+    failures: tuple[FailureOutput, ...]
+
+
+class ProblemOutput(JsonOutput):
+    """A deviation from what was published."""
+
+    kind: str
+    message: Text
+    is_harmless: bool
+
+
+class VerifiedFeatureSet(JsonOutput):
+    """A feature set whose every byte was read; tap and rows are null where it is broken."""
+
+    fingerprint: str
+    tap: str | None
+    rows: int | None
+    problems: tuple[ProblemOutput, ...]
+
+
+class RecomputedOutput(JsonOutput):
+    """Rows that were extracted again; differences over the root mean square of the values."""
+
+    tap: str
+    rows: int
+    largest_difference: float
+    tolerance: float
+    is_equal: bool
+
+
+class VerifyOutput(JsonOutput):
+    """`headrace cache verify --json`."""
+
+    cache: Text
+    feature_sets: tuple[VerifiedFeatureSet, ...]
+    sources: tuple[ProblemOutput, ...]
+    recomputed: tuple[RecomputedOutput, ...]
+    problems: int  # that are not harmless
+
+
+class RepairedFeatureSet(JsonOutput):
+    """The shards of a feature set after its repair, by their names."""
+
+    fingerprint: str
+    kept: int
+    removed: tuple[str, ...]
+    missing: tuple[str, ...]
+    listed_again: tuple[str, ...]
+    rewritten_files: tuple[str, ...]
+
+
+class RepairOutput(JsonOutput):
+    """`headrace cache repair --json`."""
+
+    cache: Text
+    feature_sets: tuple[RepairedFeatureSet, ...]
+
+
+class GarbageOutput(JsonOutput):
+    """`headrace cache gc --json`."""
+
+    paths: tuple[Text, ...]
+    bytes: int
+    is_removed: bool
+    leases_removed: int
+
+
+class RemovedOutput(JsonOutput):
+    """`headrace cache rm --json`."""
+
+    path: Text | None  # null where only an interrupted removal was finished
+    bytes: int
+    finished_removals: tuple[str, ...]  # fingerprints
+
+
+class CacheExportOutput(JsonOutput):
+    """`headrace cache export --json`."""
+
+    files: tuple[Text, ...]
+    missing: tuple[Text, ...]  # ids of the recipe's images without a row
+    ambiguous_ids: tuple[Text, ...]  # that stand for several images
+
+
+class CacheImportOutput(JsonOutput):
+    """`headrace cache import --json`."""
+
+    name: Text
+    path: Text
+    shape: tuple[int, ...]
+    rows: int
+    copies: int  # of other images, which share a row
+    unknown: int  # rows whose id no image has, left out
+
+
+class TlsOutput(JsonOutput):
+    """`headrace cluster tls --json`."""
+
+    folder: Text
+    certificate: Text
+    key: Text
+    settings: Text  # of Dask, for DASK_CONFIG
+
+
+class FindingOutput(JsonOutput):
+    """A line of the doctor."""
+
+    name: str
+    state: Literal["ok", "note", "fail"]
+    observation: str
+    advice: str
+
+
+class DoctorOutput(JsonOutput):
+    """`headrace doctor --json`."""
+
+    version: str
+    platform: str
+    findings: tuple[FindingOutput, ...]
+
+
+OUTPUTS: Mapping[str, type[JsonOutput]] = {
+    "init": InitOutput,
+    "run": RunOutput,
+    "run --dry-run": PlanOutput,
+    "status": StatusOutput,
+    "report": ReportOutput,
+    "advise": AdviceOutput,
+    "predict": PredictOutput,
+    "export": ExportOutput,
+    "backbones": BackbonesOutput,
+    "doctor": DoctorOutput,
+    "cache ls": FeatureSetsOutput,
+    "cache show": FeatureSetDetail,
+    "cache verify": VerifyOutput,
+    "cache repair": RepairOutput,
+    "cache gc": GarbageOutput,
+    "cache rm": RemovedOutput,
+    "cache export": CacheExportOutput,
+    "cache import": CacheImportOutput,
+    "cluster tls": TlsOutput,
+}

@@ -1,0 +1,75 @@
+"""Options that several commands take, and the consoles that they ask for."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from headrace.pipelines.console import make_console
+
+
+def flag(*names: str, help: str, **options: Any) -> Any:
+    """Return an option that is given or not; typer would write <bool> behind its name."""
+    return typer.Option(*names, help=help, metavar="", **options)
+
+
+JsonOption = Annotated[
+    bool,
+    flag(
+        "--json",
+        help="Print one JSON object instead of text; `headrace schema` prints its JSON Schema.",
+    ),
+]
+QuietOption = Annotated[
+    bool, flag("--quiet", "-q", help="No progress; the result and errors alone.")
+]
+VerboseOption = Annotated[
+    bool,
+    flag(
+        "--verbose", "-v", help="A line for every task that begins, ends or fails, with its worker."
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Use another value for a key of the recipe, in this call: --set task.folds=3, --set "
+        "'heads.mlp.hidden=[[64]]'. May be given several times.",
+    ),
+]
+
+
+class ProgressFormat(StrEnum):
+    """How progress is told, on the standard error."""
+
+    auto = "auto"
+    json = "json"
+
+
+ProgressOption = Annotated[
+    ProgressFormat,
+    typer.Option(
+        help="auto: a bar on a terminal, otherwise a line with the time now and then; json: lines "
+        "of JSON."
+    ),
+]
+
+
+def progress_console(
+    *,
+    quiet: bool = False,
+    verbose: bool = False,
+    progress_format: ProgressFormat = ProgressFormat.auto,
+) -> Console:
+    """Return the console of the standard error that progress is told on."""
+    return make_console(
+        stderr=True,
+        quiet=quiet,
+        verbose=verbose,
+        json_progress=progress_format is ProgressFormat.json,
+    )

@@ -1,0 +1,176 @@
+"""A plan and a result as `headrace run --json` prints them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from headrace.pipelines.cli.json_output import (
+    EnsembleOutput,
+    ExpectedScore,
+    FinetunedRow,
+    ImageCounts,
+    LeftOutCount,
+    PlannedFeatures,
+    PlannedHeads,
+    PlanOutput,
+    RunOutput,
+    Setting,
+    StageOutput,
+    TestScore,
+)
+from headrace.pipelines.planning.accounting import Accounting
+from headrace.pipelines.planning.leaderboard import inputs_text
+from headrace.pipelines.planning.plan import Plan
+from headrace.pipelines.result import RunResult
+
+
+def counts_output(accounting: Accounting | None) -> ImageCounts | None:
+    """Return the counts of a run's images; None where a program gave the samples."""
+    if accounting is None:
+        return None
+    return ImageCounts(
+        found=accounting.found,
+        train=accounting.train,
+        test=accounting.test,
+        unlabelled=accounting.unlabelled,
+        unreadable=accounting.unreadable,
+        failed=accounting.failed,
+        annotations=accounting.annotations,
+        left_out=tuple(
+            LeftOutCount(reason=item.reason, count=item.count) for item in accounting.left_out
+        ),
+    )
+
+
+def plan_output(
+    plan: Plan, accounting: Accounting | None, notes: Iterable[str], *, cache: Path, out: Path
+) -> PlanOutput:
+    """Return the plan of a run as `run --dry-run --json` prints it."""
+    return PlanOutput(
+        cache=str(cache),
+        out=str(out),
+        counts=counts_output(accounting),
+        notes=tuple(notes),
+        features=tuple(
+            PlannedFeatures(
+                name=feature.name,
+                shape=feature.shape,
+                images=feature.rows_total,
+                images_cached=feature.rows_cached,
+                bytes_new=feature.bytes_new,
+            )
+            for feature in plan.features
+        ),
+        heads=tuple(
+            PlannedHeads(inputs=heads.inputs, kind=heads.specs[0].kind, settings=len(heads.specs))
+            for heads in plan.requested
+        ),
+        images=plan.images,
+        images_new=plan.images_new,
+        heads_total=plan.heads_total,
+        heads_new=plan.heads_new,
+        folds=plan.n_folds,
+        core_s=plan.estimate.core_s,
+        gpu_s=plan.estimate.gpu_s,
+        is_measured=plan.estimate.measured,
+        device=plan.forward_device,
+    )
+
+
+_LEADERS = 100
+
+
+def _setting(row: "pd.Series[Any]", metric: str, names: Iterable[str]) -> Setting:
+    return Setting(
+        rank=int(row["rank"]),
+        inputs=inputs_text(row["inputs"], list(names)),
+        kind=row["kind"],
+        settings=row["settings"],
+        score=float(row[metric]),
+        standard_error=float(row["standard_error"]),
+        features=int(row["features"]),
+    )
+
+
+def run_output(result: RunResult) -> RunOutput:
+    """Return the result of a run as `run --json` prints it."""
+    metric, names = result.metric, result.names
+    selection, ensemble, test = result.selection, result.ensemble, result.test
+    compared = None if result.finetuned is None else result.finetuned.compared
+    return RunOutput(
+        out=str(result.paths.root),
+        metric=metric,
+        counts=counts_output(result.accounting),
+        notes=result.notes,
+        failed_images=result.failed_images,
+        failed_heads=result.failed_heads,
+        winner=_setting(result.winner, metric, names),
+        expected=None
+        if selection is None
+        else ExpectedScore(
+            value=selection.expected,
+            low=selection.low,
+            high=selection.high,
+            tried=selection.tried,
+            statistically_tied=selection.statistically_tied,
+        ),
+        ensemble=None
+        if ensemble is None
+        else EnsembleOutput(
+            value=ensemble.value,
+            low=ensemble.low,
+            high=ensemble.high,
+            members=len(ensemble.members),
+            gain=ensemble.gain,
+            gain_low=ensemble.gain_low,
+            gain_high=ensemble.gain_high,
+            level=ensemble.level,
+            is_selected=ensemble.chosen,
+        ),
+        test=None
+        if test is None
+        else TestScore(
+            value=test.value,
+            low=test.low,
+            high=test.high,
+            images=test.images,
+            evaluations=test.n_evaluations,
+            metrics=test.metrics,
+        ),
+        finetuned=()
+        if compared is None
+        else tuple(
+            FinetunedRow(
+                value=row[metric],
+                low=row["low"],
+                high=row["high"],
+                approach=row["approach"],
+                inputs=inputs_text(row["inputs"], names),
+                settings=row["settings"],
+                gain=row["gain"],
+                gain_low=row["gain_low"],
+                gain_high=row["gain_high"],
+                minutes=row["minutes"],
+                decision=row["decision"],
+            )
+            for _, row in compared.iterrows()
+        ),
+        leaderboard=tuple(
+            _setting(row, metric, names) for _, row in result.board.head(_LEADERS).iterrows()
+        ),
+        settings=len(result.board),
+        stages=tuple(
+            StageOutput(name=stage.name, did=stage.did, seconds=stage.seconds)
+            for stage in result.stages
+        ),
+        files={
+            "leaderboard": str(result.paths.leaderboard),
+            "heads": str(result.paths.heads),
+            "comparisons": str(result.paths.comparisons),
+            "winner": str(result.paths.winner),
+            "banks": str(result.paths.banks),
+            "failed_images": str(result.paths.failed_images),
+        },
+    )

@@ -1,0 +1,43 @@
+"""What the recipe's keys mean, from the comments beside them in the source: the reference page and
+the JSON Schema show them.
+"""
+
+import ast
+import inspect
+import textwrap
+
+from headrace.pipelines.recipe.heads import HeadGrid, Heads, SklearnGrid
+
+
+def field_comments(model: type) -> dict[str, str]:
+    """Return, by field, the comment beside it in the source, or the lines of comment above it.
+
+    A section that is derived from a head's spec has its comments there, and in its base classes.
+    """
+    if issubclass(model, HeadGrid) and model is not SklearnGrid:
+        sources = [*model.__mro__[model.__mro__.index(HeadGrid) :: -1][:-1], model.head_kind.spec]
+        return {name: text for source in sources for name, text in _source_comments(source).items()}
+    if model is Heads:  # its sections have no comments
+        return {}
+    return _source_comments(model)
+
+
+def _source_comments(model: type) -> dict[str, str]:
+    """Return the comments of the fields that one class has in its source."""
+    lines = textwrap.dedent(inspect.getsource(model)).splitlines()
+    tree = ast.parse("\n".join(lines)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for node in tree.body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        assert node.end_lineno
+        last = lines[node.end_lineno - 1]
+        beside = last[node.end_col_offset :].partition("#")[2].strip()
+        above: list[str] = []
+        at = node.lineno - 2
+        while at >= 0 and lines[at].strip().startswith("#"):
+            above.insert(0, lines[at].strip().lstrip("# "))
+            at -= 1
+        found[node.target.id] = beside or " ".join(above)
+    return found

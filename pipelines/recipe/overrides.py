@@ -1,0 +1,68 @@
+"""Values that are given beside the recipe: `headrace run recipe.yaml --set task.folds=3`."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.pipelines.recipe.text import RecipeError, read_yaml
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `KEY=VALUE`."""
+
+    text: str
+    keys: tuple[str | int, ...]  # task.folds; backbones.0.taps counts the items of lists from 0
+    value: Any
+
+
+def read_overrides(settings: Iterable[str]) -> list[Override]:
+    """Read each `KEY=VALUE`, the value as in YAML. Raises RecipeError."""
+    overrides = []
+    for text in settings:
+        key_text, equals, value_text = text.partition("=")
+        keys = tuple(int(key) if key.isdecimal() else key for key in key_text.strip().split("."))
+        if not equals or "" in keys:
+            raise RecipeError(
+                f"--set {text}: expected KEY=VALUE, a key of the recipe with dots between its "
+                "levels: --set task.folds=3"
+            )
+        _, values = read_yaml(f"value: {value_text}", Path(f"--set {text}"), ["value"])
+        if set(values) != {"value"}:
+            raise RecipeError(f"--set {text}: expected one value; give each key its own --set")
+        overrides.append(Override(text, keys, values["value"]))
+    return overrides
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+    """Return the recipe's values with those that were set. Raises RecipeError for a key inside of
+    what is no mapping, and for an item that a list does not have.
+    """
+    changed = copy.deepcopy(values)
+    for override in overrides:
+        section: Any = changed
+        for depth, key in enumerate(override.keys):
+            is_last = depth == len(override.keys) - 1
+            place = ".".join(map(str, override.keys[:depth])) or "the recipe"
+            if isinstance(section, list):
+                if not isinstance(key, int) or key >= len(section):
+                    raise RecipeError(
+                        f"--set {override.text}: {place} is a list of {len(section)}; expected the "
+                        f"number of an item, from 0 to {len(section) - 1}, found {key!r}"
+                    )
+            elif not isinstance(section, dict):
+                raise RecipeError(
+                    f"--set {override.text}: {place} is {section!r} in the recipe, which has no "
+                    "keys inside"
+                )
+            if is_last:
+                section[key] = override.value
+            elif isinstance(section, dict):
+                # A section that is named without values (`finetune:`) is a section all the same.
+                section[key] = {} if section.get(key) is None else section[key]
+                section = section[key]
+            else:
+                section = section[key]
+    return changed

@@ -1,0 +1,182 @@
+"""`--json` on every command, against its schema; progress, quiet and verbose calls."""
+
+import json
+import re
+
+import jsonschema
+import pytest
+import yaml
+from support.runs import HEADS, RECIPE, headrace, make_photos
+from typer.main import get_command
+
+from headrace.pipelines.cli.json_output import OUTPUTS
+from headrace.pipelines.cli.main import app
+from headrace.pipelines.cli.schema import UnknownSchema, schema
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with photos and a recipe."""
+    folder = tmp_path_factory.mktemp("json")
+    make_photos(folder / "photos")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def call(command, *arguments, cwd, code=0):
+    """What a command prints with --json, which is valid by its schema."""
+    done = headrace(*command.split(), *arguments, "--json", cwd=cwd)
+    assert done.returncode == code, done.stderr
+    output = json.loads(done.stdout)  # one object, and nothing else
+    jsonschema.validate(output, schema(command))
+    return output
+
+
+@pytest.fixture(scope="module")
+def run_call(folder):
+    """The dry run before, and the run itself."""
+    plan = call("run --dry-run", "recipe.yaml", cwd=folder)
+    return plan, call("run", "recipe.yaml", cwd=folder)
+
+
+@pytest.mark.slow
+def test_plan_and_run(run_call, folder):
+    """The plan counts what the run then does, and the result is that of the files."""
+    plan, result = run_call
+    assert plan["heads_new"] == plan["heads_total"] == HEADS
+    assert (plan["images"], plan["images_new"], plan["folds"]) == (60, 60, 3)
+    assert plan["counts"]["found"] == plan["counts"]["train"] + plan["counts"]["test"] == 60
+    assert [each["name"] for each in plan["features"]] == [
+        "layer1.avg",
+        "layer2.max",
+        "layer4.avg",
+    ]
+    assert result["settings"] == HEADS // 3 == len(result["leaderboard"])
+    assert result["winner"] == result["leaderboard"][0]
+    assert result["winner"]["score"] == max(each["score"] for each in result["leaderboard"])
+    assert result["test"]["images"] == 15
+    saved = json.loads((folder / "headrace-runs/recipe/selection.json").read_text())
+    assert result["expected"]["value"] == pytest.approx(saved["expected"])
+    again = call("run --dry-run", "recipe.yaml", cwd=folder)
+    assert (again["heads_new"], again["images_new"]) == (0, 0)
+
+
+@pytest.mark.slow
+def test_what_follows_a_run(run_call, folder):
+    """Status, report, advice, prediction and export."""
+    status = call("status", "recipe.yaml", cwd=folder)
+    assert [driver["state"] for driver in status["drivers"]] == ["finished"]
+    assert call("report", "recipe.yaml", cwd=folder)["missing_images"] == 0
+    assert call("advise", "recipe.yaml", "-q", cwd=folder)["action"] == "head"
+    predicted = call("predict", "recipe.yaml", "photos", "-q", "-o", "p.csv", cwd=folder)
+    assert (predicted["images"], predicted["failed"]) == (60, 0)
+    assert sum(predicted["counts"].values()) == 60
+    exported = call("export", "recipe.yaml", "model", cwd=folder)
+    assert set(exported["differences"]) == {"torch", "safetensors"}
+    refused = headrace("predict", "recipe.yaml", "photos", "-o", "-", "--json", cwd=folder)
+    assert refused.returncode == 2
+    assert "give --out a file" in refused.stderr
+
+
+@pytest.mark.slow
+def test_caches(run_call, folder):
+    """Listing, verification, repair, export, removal."""
+    listed = call("cache ls", cwd=folder)["feature_sets"]
+    assert {each["tap"]: each["rows"] for each in listed} == {
+        "layer1.avg": 60,
+        "layer2.max": 60,
+        "layer4.avg": 60,
+    }
+    shown = call("cache show", "layer1.avg", cwd=folder)
+    assert shown["spec"]["backbone"] == "torchvision:resnet18"
+    assert shown["rows"] == 60
+    verified = call("cache verify", "--recipe", "recipe.yaml", "--sources", cwd=folder)
+    assert verified["problems"] == 0
+    exported = call("cache export", "layer1.avg", "rows.npy", cwd=folder)
+    assert "rows.npy" in exported["files"][0]
+    imported = call(
+        "cache import", "rows.npy", "--name", "mine", "--recipe", "recipe.yaml", cwd=folder
+    )
+    assert imported["rows"] == 60
+    assert call("cache gc", cwd=folder)["paths"] == []
+    shard = next((folder / "headrace-cache/features" / shown["fingerprint"] / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-9])
+    damaged = call("cache verify", "layer1.avg", cwd=folder, code=1)
+    assert damaged["problems"] == 1
+    repaired = call("cache repair", "layer1.avg", cwd=folder)
+    assert repaired["feature_sets"][0]["removed"] == [shard.stem]
+    removed = call("cache rm", "layer1.avg", "--yes", cwd=folder)
+    assert removed["path"].endswith(shown["fingerprint"])
+
+
+@pytest.mark.slow
+def test_what_there_is(folder):
+    """Backbones, the machine, a certificate, a recipe."""
+    named = call("backbones", "torchvision:resnet18", cwd=folder)
+    assert named["backbone"]["parameters"] == 11_689_512
+    assert "timm:resnet18" in call("backbones", "resnet18", cwd=folder)["names"]
+    findings = call("doctor", "recipe.yaml", cwd=folder)["findings"]
+    assert {each["state"] for each in findings} <= {"ok", "note"}
+    assert call("cluster tls", "tls", cwd=folder)["folder"] == str(folder / "tls")
+    assert call("init", "photos", "-o", "new.yaml", cwd=folder)["found"].startswith("60 images")
+
+
+def test_every_command_has_json_and_a_schema():
+    """No command is left out, and none of the schemas is of a command that is gone."""
+    commands = set()
+
+    def walk(command, name):
+        for child, inner in getattr(command, "commands", {}).items():
+            full_name = f"{name} {child}".strip()
+            if hasattr(inner, "commands"):
+                walk(inner, full_name)
+            elif any("--json" in parameter.opts for parameter in inner.params):
+                commands.add(full_name)
+            else:
+                assert full_name in ("demo", "schema")
+
+    walk(get_command(app), "")
+    assert commands | {"run --dry-run"} == set(OUTPUTS)
+    for name in OUTPUTS:
+        jsonschema.Draft202012Validator.check_schema(schema(name))
+    with pytest.raises(UnknownSchema, match="nearest: status"):
+        schema("statsu")
+
+
+def test_the_schema_of_recipes(folder):
+    """It takes the recipes that headrace takes, says what each key means, and refuses other keys;
+    `init` writes it beside the recipe, which names it.
+    """
+    recipe_schema = schema("recipe")
+    headrace("init", "photos", "-o", "written.yaml", cwd=folder)
+    text = (folder / "written.yaml").read_text()
+    schema_name = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)[1]
+    assert json.loads((folder / schema_name).read_text()) == recipe_schema
+    for recipe in (yaml.safe_load(RECIPE), yaml.safe_load(text)):
+        jsonschema.validate(recipe, recipe_schema)
+    with pytest.raises(jsonschema.ValidationError, match="flods"):
+        jsonschema.validate({**yaml.safe_load(RECIPE), "task": {"flods": 3}}, recipe_schema)
+    properties = recipe_schema["$defs"]["TaskSection"]["properties"]
+    assert all(each.get("description") for each in properties.values())
+
+
+@pytest.mark.slow
+def test_progress_goes_to_the_standard_error(folder):
+    """Lines with the time, or JSON when asked; nothing when quiet; tasks when verbose."""
+    arguments = ("run", "recipe.yaml", "--set", "heads.mlp=null", "--set")
+    timed = headrace(*arguments, "task.seed=1", cwd=folder)
+    assert re.search(r"^\d\d:\d\d:\d\d train 24/24 heads", timed.stderr, re.MULTILINE)
+    assert "24/24" not in timed.stdout
+    lines = headrace(*arguments, "task.seed=2", "--progress", "json", cwd=folder).stderr
+    assert json.loads(lines.splitlines()[-1]) | {"per_s": 0, "left_s": 0} == {
+        "stage": "train",
+        "done": 24,
+        "total": 24,
+        "unit": "heads",
+        "failed": 0,
+        "per_s": 0,
+        "left_s": 0,
+    }
+    assert headrace(*arguments, "task.seed=3", "--quiet", cwd=folder).stderr == ""
+    verbose = headrace(*arguments, "task.seed=4", "-v", cwd=folder).stderr
+    assert re.search(r"^\d\d:\d\d:\d\d finished \S+ · ", verbose, re.MULTILINE)
