@@ -5,6 +5,7 @@ Imports no torch.
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,43 @@ class BackboneSpec:
     # (black, white) of images of more than 8 bits, in their own numbers; None: by their depth or
     # header
     pixel_range: tuple[float, float] | None = None
+    # Arguments of the library's builder, such as {"reg_tokens": 4}: a mapping, kept as canonical
+    # JSON
+    model: Mapping[str, Any] | str | None = None
+    # class, register and distillation tokens before the patches; None: those that it declares
+    prefix_tokens: int | None = None
+    # what the network's names follow in the weights file, "student."; None: found by the names
+    weights_prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise BackboneError for arguments that are no JSON."""
+        if self.model is not None:
+            object.__setattr__(self, "model", _canonical_arguments(self.model, self.name))
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """The arguments of the library's builder."""
+        return dict(json.loads(self.model)) if isinstance(self.model, str) else {}
+
+
+def _canonical_arguments(arguments: object, name: str) -> str | None:
+    """Return arguments as JSON with sorted keys; None for none. Raises BackboneError."""
+    try:
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if not isinstance(arguments, Mapping) or not all(
+            isinstance(key, str) and key.isidentifier() for key in arguments
+        ):
+            raise ValueError("no names with values")
+        text = json.dumps(arguments, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        if len(text) > _LONGEST_ARGUMENTS:
+            raise ValueError(f"{len(text):,} characters")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BackboneError(
+            f"{name}: model is {str(arguments)[:80]} ({str(error)[:100]}); expected arguments of "
+            "plain values, such as model: {img_size: 224, reg_tokens: 4}"
+        ) from error
+    return text if arguments else None
 
 
 def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
@@ -110,6 +148,7 @@ def _is_number(value: object) -> bool:
 
 
 _LARGEST_NUMBER = 1e30
+_LONGEST_ARGUMENTS = 10_000  # characters of JSON
 # What each field of a description may hold, as a file says it that somebody has sent.
 _VALID_FIELD: dict[str, Callable[[object], bool]] = {
     "name": lambda value: isinstance(value, str),
@@ -121,6 +160,9 @@ _VALID_FIELD: dict[str, Callable[[object], bool]] = {
     "std": _is_tuple_of_numbers(3),
     "interpolation": lambda value: isinstance(value, str) and value in get_args(Interpolation),
     "pixel_range": _is_tuple_of_numbers(2),
+    "model": lambda value: isinstance(value, str | Mapping),
+    "prefix_tokens": lambda value: type(value) is int and 0 <= value < 1 << 20,
+    "weights_prefix": lambda value: isinstance(value, str),
 }
 
 

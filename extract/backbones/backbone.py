@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbones import library
-from headrace.extract.backbones.weights import fit_weights, read_weights, weights_digest
+from headrace.extract.backbones.weights import (
+    NOTHING_LEFT_OUT,
+    LeftOut,
+    fit_weights,
+    own_tensors,
+    read_weights,
+    weights_digest,
+)
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import (
@@ -41,6 +48,7 @@ class Backbone:
     module: nn.Module
     preprocessing: Preprocessing
     weights: str  # digest, as FeatureSpec.weights
+    left_out: LeftOut = NOTHING_LEFT_OUT  # of the weights file and the network
 
 
 def load_backbone(spec: BackboneSpec) -> Backbone:
@@ -61,10 +69,10 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
     tag = spec.weights if _is_tag(spec) else None
     try:
         with torch.device("meta"):
-            module, preprocessing = library.build_network(spec.name, tag)
+            module, preprocessing = library.build_network(spec.name, tag, spec.model_arguments)
     except (NotImplementedError, RuntimeError):
         # some networks compute with numbers while they are built
-        module, preprocessing = library.build_network(spec.name, tag)
+        module, preprocessing = library.build_network(spec.name, tag, spec.model_arguments)
     _apply_image_size(module, preprocessing, spec)
     return module.eval(), override_preprocessing(preprocessing, spec)
 
@@ -113,7 +121,8 @@ def _is_tag(spec: BackboneSpec) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
-    network_description = f"{spec.name} with weights {spec.weights or '(default)'}"
+    network_description = _describe(spec)
+    arguments, left_out = spec.model_arguments, NOTHING_LEFT_OUT
     if spec.weights is not None and spec.weights.startswith("random:"):
         with _in_memory(spec.name):
             module, preprocessing = _build_seeded(spec)
@@ -121,28 +130,45 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         # The file is read first: a wrong path should not wait for the network to be built.
         tensors = read_weights(weights_path(spec.weights))
         with library.limit_parameters_to_file(tensors, spec.name):
-            module, preprocessing = library.build_network(spec.name, None)
-        # exported at the size that is asked for
-        if spec.weights_match == "name" and not _fits_unchanged(module, tensors):
-            _apply_image_size(module, preprocessing, spec)
-        fit_weights(module, tensors, spec.weights_match, network_description)
+            module, preprocessing = library.build_network(spec.name, None, arguments)
+        if spec.weights_match == "name":
+            tensors, outside = own_tensors(
+                module, tensors, spec.weights_prefix, network_description
+            )
+            if not _fits_unchanged(module, tensors):  # exported at the size that is asked for
+                _apply_image_size(module, preprocessing, spec)
+            fitted = fit_weights(module, tensors, "name", network_description)
+            left_out = dataclasses.replace(outside, absent=fitted.absent, surplus=fitted.surplus)
+        else:
+            fit_weights(module, tensors, spec.weights_match, network_description)
     else:
         with _in_memory(spec.name):
-            module, preprocessing = library.build_pretrained(spec.name, spec.weights)
+            module, preprocessing, left_out = library.build_pretrained(
+                spec.name, spec.weights, arguments
+            )
     # Before anything is resampled, which other machines may round otherwise; the size is in the
     # preprocessing's fingerprint.
     digest = weights_digest(module)
     _apply_image_size(module, preprocessing, spec)
     module.eval().requires_grad_(False)
     # Of a library's network the weights and the name say everything; of the user's own, its code
-    # may have changed, and of one from a hub or a folder, its configuration.
-    if (
-        configuration_text := _module_source(spec.name)
-        if spec.name.startswith("python:")
-        else _configuration(module)
-    ):
+    # may have changed, and of one from a hub or a folder, its configuration. Arguments and prefix
+    # tokens can change what the same tensors give.
+    configuration_text = (
+        _module_source(spec.name) if spec.name.startswith("python:") else _configuration(module)
+    )
+    configuration_text += spec.model if isinstance(spec.model, str) else ""
+    if spec.prefix_tokens is not None:
+        configuration_text += f"prefix_tokens: {spec.prefix_tokens}"
+    if configuration_text:
         digest = hashlib.sha256((digest + configuration_text).encode()).hexdigest()
-    return Backbone(spec, module, override_preprocessing(preprocessing, spec), digest)
+    return Backbone(spec, module, override_preprocessing(preprocessing, spec), digest, left_out)
+
+
+def _describe(spec: BackboneSpec) -> str:
+    """The network and its weights, as messages name them."""
+    arguments = f", model {spec.model}" if spec.model else ""
+    return f"{spec.name}{arguments} with weights {spec.weights or '(default)'}"
 
 
 def _in_memory(name: str) -> contextlib.AbstractContextManager[None]:
@@ -168,7 +194,15 @@ def _fits_unchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _configuration(module: nn.Module) -> str:
-    """The configuration of a network of transformers; empty for others."""
+    """The configuration of a network of transformers, or of one of timm from the hub or a folder;
+    empty for others.
+    """
+    if type(module).__module__.startswith("timm."):
+        saved: dict[str, Any] = getattr(module, "pretrained_cfg", {})
+        if saved.get("source") not in ("hf-hub", "local-dir"):
+            return ""
+        built = [saved.get("architecture"), getattr(module, "pretrained_model_args", {})]
+        return json.dumps(built, sort_keys=True, default=str)
     if not type(module).__module__.startswith("transformers."):
         return ""
     fields: dict[str, Any] = module.config.to_dict()  # type: ignore[operator, union-attr]
@@ -193,4 +227,4 @@ def _build_seeded(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
     text = spec.weights.removeprefix("random:")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(text))
-        return library.build_network(spec.name, None)
+        return library.build_network(spec.name, None, spec.model_arguments)

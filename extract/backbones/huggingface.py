@@ -7,12 +7,15 @@ No code that comes with a model is run.
 import importlib
 import inspect
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from headrace.extract.errors import BackboneError
+from headrace.extract.backbones.hub import hub_message
+from headrace.extract.backbones.weights import LeftOut, mark_absent
+from headrace.extract.errors import BackboneError, nearest_names
 from headrace.extract.images.preprocessing import Preprocessing
 
 # Numbers of PIL.Image.Resampling, which image processors store.
@@ -20,16 +23,18 @@ _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 
 def build_transformers(
-    model_id: str, revision: str | None, *, pretrained: bool
-) -> tuple[nn.Module, Preprocessing]:
+    model_id: str, revision: str | None, arguments: Mapping[str, Any], *, pretrained: bool
+) -> tuple[nn.Module, Preprocessing, LeftOut]:
     """Build the image tower of a model and the preprocessing of its image processor.
 
     model_id: a folder that `save_pretrained` wrote, or a model of the hub.
     revision: branch, tag or commit of the hub; None: the newest.
+    arguments: values of its configuration to replace; of a model with text, those of its images.
     pretrained: with the model's weights; otherwise with random ones.
 
-    Raises BackboneError where transformers is not installed, the model cannot be read or
-    downloaded, it has no image tower, or its image processor does what headrace has no word for.
+    Returns what weights and network do not have in common too. Raises BackboneError where
+    transformers is not installed, the model cannot be read or downloaded, it has no image tower, or
+    its image processor does what headrace has no word for.
     """
     try:
         transformers: Any = importlib.import_module("transformers")
@@ -44,11 +49,15 @@ def build_transformers(
     options: dict[str, Any] = {"trust_remote_code": False}
     if revision is not None:
         options["revision"] = revision
+    loading: dict[str, Any] = {}
     try:
         config = transformers.AutoConfig.from_pretrained(model_id, **options)
+        _replace_values(config, arguments, model_id)
         processor = transformers.AutoImageProcessor.from_pretrained(model_id, **options)
         if pretrained:
-            model = transformers.AutoModel.from_pretrained(model_id, dtype="float32", **options)
+            model, loading = transformers.AutoModel.from_pretrained(
+                model_id, config=config, dtype="float32", output_loading_info=True, **options
+            )
         else:
             model = transformers.AutoModel.from_config(config, trust_remote_code=False)
     except BackboneError:  # it is too large to be built
@@ -57,7 +66,36 @@ def build_transformers(
         raise BackboneError(_reason(model_id, error)) from error
     finally:
         transformers.logging.set_verbosity(before)
-    return _image_tower(model, model_id), _preprocessing_of(processor, model_id)
+    tower = _image_tower(model, model_id)
+    left_out = _left_out(tower, model, loading)
+    mark_absent(tower, left_out.absent)
+    return tower, _preprocessing_of(processor, model_id), left_out
+
+
+def _replace_values(config: Any, arguments: Mapping[str, Any], model_id: str) -> None:
+    """Replace values of a configuration, or of the one of its images. Raises BackboneError."""
+    config = getattr(config, "vision_config", config)
+    fields = config.to_dict()
+    for name, value in arguments.items():
+        if name not in fields:
+            raise BackboneError(
+                f"transformers:{model_id}: model: {name} is not in its configuration. Nearest: "
+                f"{nearest_names(name, fields)}"
+            )
+        setattr(config, name, value)
+
+
+def _left_out(tower: nn.Module, model: nn.Module, loading: Mapping[str, Any]) -> LeftOut:
+    """What the weights and the tower do not have in common, as transformers found it while loading:
+    it gives random values to what the weights lack.
+    """
+    start = next((f"{name}." for name, child in model.named_children() if child is tower), "")
+    absent = sorted(map(str, loading.get("missing_keys", ())))
+    surplus = sorted(map(str, loading.get("unexpected_keys", ())))
+    return LeftOut(
+        absent=tuple(name.removeprefix(start) for name in absent if name.startswith(start)),
+        surplus=tuple(name.removeprefix(start) for name in surplus if name.startswith(start)),
+    )
 
 
 def interpolate_positions(module: nn.Module) -> None:
@@ -168,11 +206,8 @@ def _reason(model_id: str, error: Exception) -> str:
             f"transformers:{model_id}: the folder is not a model that save_pretrained wrote with "
             f"its image processor ({text[:200]})"
         )
-    if "gated" in text or "401" in text or "403" in text:
-        return (
-            f"transformers:{model_id} is gated, or does not exist: accept its licence on the hub, "
-            "log in (hf auth login), and try again"
-        )
+    if message := hub_message(f"transformers:{model_id}", model_id, error):
+        return message
     return (
         f"transformers:{model_id} is not on this machine and cannot be downloaded "
         f"({text[:200]}).\nFetch it where there is a network (hf download {model_id}), or name its "

@@ -4,6 +4,7 @@ Each gives a module and its own preprocessing.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import math
 import threading
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from headrace.cache.home import expand_home
+from headrace.extract.backbones.arguments import building, with_layers_of_timm
+from headrace.extract.backbones.hub import hub_message, require_hub_name
 from headrace.extract.backbones.huggingface import (
     build_transformers,
     interpolate_positions,
@@ -24,61 +27,72 @@ from headrace.extract.backbones.huggingface import (
 )
 from headrace.extract.backbones.onnx_network import OnnxNetwork, build_onnx
 from headrace.extract.backbones.open_clip_tower import build_open_clip, resample_positions
+from headrace.extract.backbones.weights import NOTHING_LEFT_OUT, LeftOut
 from headrace.extract.errors import BackboneError, nearest_names
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import backbone_path, unknown_prefix_message
 
 # libraries retry for most of a minute before they say that there is no network; we ask once
 _NETWORK_TIMEOUT_S = 4
+_TIMM_SOURCES = ("hf-hub:", "local-dir:")
 
 
-def build_network(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+def build_network(
+    name: str, tag: str | None, arguments: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Preprocessing]:
     """The network `name` without pretrained weights, with the preprocessing of `tag` (None: the
     default tag).
+
+    arguments: of the library's builder, as BackboneSpec.model_arguments. Raises BackboneError.
     """
     kind, _, rest = name.partition(":")
-    if kind == "torchvision":
-        return _build_torchvision(rest, tag)
-    if kind == "timm":
-        return _build_timm(rest, tag)
-    if kind == "python" and ":" in rest:
-        return _build_python(rest)
-    if kind == "transformers":
-        return build_transformers(rest, tag, pretrained=False)
-    if kind == "open_clip":
-        return build_open_clip(rest, None)
-    if kind == "onnx":
-        return build_onnx(expand_home(rest))
+    arguments = arguments or {}
+    with building(name, arguments):
+        if kind == "torchvision":
+            return _build_torchvision(rest, tag, arguments)
+        if kind == "timm":
+            return _build_timm(rest, tag, arguments)
+        if kind == "python" and ":" in rest:
+            return _build_python(rest, arguments)
+        if kind == "transformers":
+            return build_transformers(rest, tag, arguments, pretrained=False)[:2]
+        if kind == "open_clip":
+            return build_open_clip(rest, None, arguments)
+        if kind == "onnx":
+            return build_onnx(expand_home(rest))
     raise BackboneError(unknown_prefix_message(name))
 
 
-def build_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
-    """The network with the library's weights of that tag, None for the default.
+def build_pretrained(
+    name: str, tag: str | None, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, Preprocessing, LeftOut]:
+    """The network with the library's weights of that tag, None for the default, and what weights
+    and network do not have in common.
 
     Raises BackboneError when offline.
     """
     kind, _, rest = name.partition(":")
-    if kind == "torchvision":
-        return _torchvision_pretrained(rest, tag)
-    if kind == "timm":
-        return _timm_pretrained(rest, tag)
-    if kind == "transformers":
-        _require_hub(name, rest)
-        return build_transformers(rest, tag, pretrained=True)
-    if kind == "open_clip":
-        if rest.startswith("hf-hub:"):
-            _require_hub(name, rest.removeprefix("hf-hub:"))
-        return build_open_clip(rest, tag, pretrained=True)
-    if kind == "onnx":
+    if kind in ("onnx", "python"):
         if tag is not None:
-            raise BackboneError(f"{name}: the file holds its weights; leave `weights` out")
-        return build_network(name, None)
-    if kind == "python":
-        if tag is not None:
-            raise BackboneError(
-                f"{name}: weights {tag!r}: a Python function knows no tags; name a file or nothing."
+            reason = (
+                "the file holds its weights; leave `weights` out"
+                if kind == "onnx"
+                else f"weights {tag!r}: a Python function knows no tags; name a file or nothing."
             )
-        return build_network(name, None)
+            raise BackboneError(f"{name}: {reason}")
+        return *build_network(name, None, arguments), NOTHING_LEFT_OUT
+    with building(name, arguments):
+        if kind == "torchvision":
+            return *_torchvision_pretrained(rest, tag, arguments), NOTHING_LEFT_OUT
+        if kind == "timm":
+            return *_timm_pretrained(rest, tag, arguments), NOTHING_LEFT_OUT
+        if kind == "transformers":
+            _require_hub(name, rest)
+            return build_transformers(rest, tag, arguments, pretrained=True)
+        if kind == "open_clip":
+            if rest.startswith("hf-hub:"):
+                _require_hub(name, rest.removeprefix("hf-hub:"))
+            return *build_open_clip(rest, tag, arguments, pretrained=True), NOTHING_LEFT_OUT
     raise BackboneError(unknown_prefix_message(name))
 
 
@@ -181,7 +195,9 @@ def _torchvision_entry(name: str, tag: str | None) -> Any:
     return enum[tag]
 
 
-def _build_torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+def _build_torchvision(
+    name: str, tag: str | None, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, Preprocessing]:
     import torchvision.models
 
     entry = _torchvision_entry(name, tag)
@@ -194,10 +210,14 @@ def _build_torchvision(name: str, tag: str | None) -> tuple[nn.Module, Preproces
     if name.startswith("vit_"):
         # their position embedding has the size of the weights' input
         options["image_size"] = preprocessing.crop[0]
-    return torchvision.models.get_model(name, weights=None, **options), preprocessing
+    options |= arguments
+    module = torchvision.models.get_model(name, weights=None, **options)
+    return module, _resized(preprocessing, arguments.get("image_size"))
 
 
-def _torchvision_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+def _torchvision_pretrained(
+    name: str, tag: str | None, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, Preprocessing]:
     import torch
     import torchvision.models
 
@@ -205,7 +225,7 @@ def _torchvision_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Prep
     target = torch.hub.get_dir() + "/checkpoints/" + entry.url.rsplit("/", 1)[-1]
     _require_network(f"torchvision:{name}", entry.name, entry.url, target)
     try:
-        module = torchvision.models.get_model(name, weights=entry)
+        module = torchvision.models.get_model(name, weights=entry, **arguments)
     except (OSError, RuntimeError) as error:
         raise BackboneError(
             _offline_message(f"torchvision:{name}", entry.name, entry.url, target, str(error))
@@ -225,17 +245,61 @@ def _preprocessing_of_torchvision(transforms: Any) -> Preprocessing:
     )
 
 
-def _build_timm(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+def _build_timm(
+    name: str, tag: str | None, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, Preprocessing]:
+    full = _timm_name(name, tag)
+    return _create_timm(full, name, arguments, pretrained=False)
+
+
+def _create_timm(
+    full: str, name: str, arguments: Mapping[str, Any], *, pretrained: bool
+) -> tuple[nn.Module, Preprocessing]:
+    """Build a network of timm, of the hub, or of a folder, at the input size of its arguments.
+
+    Raises BackboneError.
+    """
     import timm
 
-    full = _timm_name(name, tag)
-    module = timm.create_model(full, pretrained=False)
-    return module, _preprocessing_of_timm(_timm_config(module))
+    options = with_layers_of_timm(name, arguments)
+    try:
+        module = timm.create_model(full, pretrained=pretrained, **options)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        if not full.startswith(_TIMM_SOURCES) or isinstance(error, BackboneError):
+            raise
+        model_id = full.partition(":")[2]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise BackboneError(
+            (full.startswith("hf-hub:") and hub_message(f"timm:{full}", model_id, error))
+            or f"timm:{full} is not a model that timm saved, or does not fit its model: arguments "
+            f"({reason})"
+        ) from error
+    preprocessing = _preprocessing_of_timm(_timm_config(module))
+    return module, _resized(preprocessing, arguments.get("img_size"))
+
+
+def _resized(preprocessing: Preprocessing, size: object) -> Preprocessing:
+    """The preprocessing at the input size that the network was built with, where it was given."""
+    if not isinstance(size, int):
+        return preprocessing
+    edge = math.floor(size * preprocessing.resize[0] / preprocessing.crop[0] + 1e-6)
+    return dataclasses.replace(preprocessing, crop=(size, size), resize=(edge, edge))
 
 
 def _timm_name(name: str, tag: str | None) -> str:
     import timm
 
+    if name.startswith(_TIMM_SOURCES):
+        source, _, model_id = name.partition(":")
+        if tag is not None:
+            raise BackboneError(
+                f"timm:{name} holds its own weights, and has no tag {tag!r}; leave `weights` out, "
+                "or name a file"
+            )
+        if source == "hf-hub":
+            require_hub_name(f"timm:{name}", model_id)
+            return name
+        return f"{source}:{expand_home(model_id)}"
     model_name = name.partition(".")[0]
     if not timm.is_model(model_name):
         raise BackboneError(
@@ -253,11 +317,23 @@ def _timm_name(name: str, tag: str | None) -> str:
     return tagged_name
 
 
-def _timm_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessing]:
+def _timm_pretrained(
+    name: str, tag: str | None, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, Preprocessing]:
     import timm
     from huggingface_hub import constants, errors, try_to_load_from_cache
 
+    if "num_classes" in arguments:
+        # timm would load the rest without comparing names, and leave out in silence what differs
+        raise BackboneError(
+            f"timm:{name}: model: num_classes changes the head alone, and taps lie below it; leave "
+            "it out"
+        )
     full = _timm_name(name, tag)
+    if full.startswith(_TIMM_SOURCES):
+        if full.startswith("hf-hub:"):
+            _require_hub(f"timm:{full}", full.removeprefix("hf-hub:"))
+        return _create_timm(full, name, arguments, pretrained=True)
     config = timm.get_pretrained_cfg(full)
     if config is None or not config.has_weights:
         raise BackboneError(
@@ -271,12 +347,14 @@ def _timm_pretrained(name: str, tag: str | None) -> tuple[nn.Module, Preprocessi
         if where is None:
             _require_network(f"timm:{full}", full, url, "")
     try:
-        module = timm.create_model(full, pretrained=True)
+        return _create_timm(full, name, arguments, pretrained=True)
     except (OSError, RuntimeError, ValueError, errors.HfHubHTTPError) as error:
+        if isinstance(error, BackboneError):
+            raise
         raise BackboneError(
-            _offline_message(f"timm:{full}", full, str(hub or config.url), "", str(error))
+            (hub and hub_message(f"timm:{full}", str(hub), error))
+            or _offline_message(f"timm:{full}", full, str(hub or config.url), "", str(error))
         ) from error
-    return module, _preprocessing_of_timm(_timm_config(module))
 
 
 def set_input_size(module: nn.Module, name: str, size: int) -> None:
@@ -356,8 +434,8 @@ def _preprocessing_of_timm(config: dict[str, Any]) -> Preprocessing:
     )
 
 
-def _build_python(path: str) -> tuple[nn.Module, Preprocessing]:
-    returned_value = import_network_function(path)()
+def _build_python(path: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Preprocessing]:
+    returned_value = import_network_function(path)(**arguments)
     if not (
         isinstance(returned_value, tuple)
         and len(returned_value) == 2
@@ -376,7 +454,7 @@ def _build_python(path: str) -> tuple[nn.Module, Preprocessing]:
     return module, preprocessing
 
 
-def import_network_function(path: str) -> Callable[[], Any]:
+def import_network_function(path: str) -> Callable[..., Any]:
     """The object that "module:function" names. Raises BackboneError saying which half is wrong."""
     module_name, _, function_name = path.partition(":")
     try:
@@ -394,18 +472,18 @@ def import_network_function(path: str) -> Callable[[], Any]:
 
 def _require_hub(name: str, model_id: str) -> None:
     """Raise BackboneError at once for a model of the hub that is neither here nor to be had."""
-    from huggingface_hub import constants, errors, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     if backbone_path(name) is not None:
         return
-    try:
-        cached = try_to_load_from_cache(model_id, "config.json")
-    except errors.HFValidationError as error:
-        raise BackboneError(
-            f"{name}: {model_id!r} is neither a folder nor a name of the hub, ORG/NAME"
-        ) from error
-    if not isinstance(cached, str):
-        _require_network(name, "of the hub", f"{constants.ENDPOINT}/{model_id}", "")
+    require_hub_name(name, model_id)
+    repository, _, revision = model_id.partition("@")
+    cached = (
+        try_to_load_from_cache(repository, config_name, revision=revision or None)
+        for config_name in ("config.json", "open_clip_config.json")
+    )
+    if not any(isinstance(path, str) for path in cached):
+        _require_network(name, "of the hub", f"{constants.ENDPOINT}/{repository}", "")
 
 
 def _require_network(name: str, tag: str, url: str, target: str) -> None:

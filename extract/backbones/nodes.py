@@ -26,6 +26,19 @@ Layout = Literal["NCHW", "NHWC", "NTC", "NC"]
 PRE_LOGITS = "pre_logits"
 LOGITS = "logits"
 
+# Parameters of tokens that stand before the patches, as timm, torchvision, transformers, open_clip,
+# DINO, DINOv2 and DINOv3 call them
+_TOKEN_KINDS = {
+    "cls_token": "class",
+    "class_token": "class",
+    "class_embedding": "class",
+    "dist_token": "distillation",
+    "distillation_token": "distillation",
+    "reg_token": "register",
+    "register_tokens": "register",
+    "storage_tokens": "register",
+}
+
 _BATCH = 2  # so that a leading 1 (a position embedding, a window) is not taken for the batch
 
 
@@ -37,7 +50,8 @@ class Node:
     module: str  # the module to hook; "" is the network itself
     layout: Layout
     shape: tuple[int, ...]  # of one image, without N
-    prefix: int  # NTC: class and register tokens before the patch tokens
+    # NTC: class and register tokens before the patch tokens; None: nothing explains their count
+    prefix: int | None
     has_class_token: bool  # NTC: the first of them is a class token
     # share of the whole forward's multiply-adds that is spent once this output exists, 0 to 1
     cost: float
@@ -66,17 +80,69 @@ class Nodes:
         return tuple(node.name for node in self.nodes)
 
 
-def find_nodes(module: nn.Module, crop_size: tuple[int, int], network_name: str) -> Nodes:
+@dataclass(frozen=True)
+class PrefixTokens:
+    """The tokens that a network puts before those of its patches."""
+
+    count: int
+    has_class_token: bool = True  # the first of them, where there is any
+    n_patches: int | None = None  # where the network says it
+
+    def before_patches(self, n_tokens: int) -> int | None:
+        """Return how many of `n_tokens` stand before the patches; None where `count` does not
+        explain them: neither they nor those beyond it are the positions of a map.
+        """
+        for n_before in (self.count, 0):
+            rest = n_tokens - n_before
+            if rest > 0 and (rest == self.n_patches or is_square(rest)):
+                return n_before
+        return None
+
+
+def declared_tokens(module: nn.Module) -> PrefixTokens:
+    """The tokens before the patches that a network declares: timm says num_prefix_tokens, others
+    have a parameter for each kind of token.
+    """
+    sizes: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        kind = _TOKEN_KINDS.get(name.rpartition(".")[2])
+        # (1, tokens, C), (tokens, C) or (C,); a decoder's own, deeper inside, come later
+        if kind is not None and kind not in sizes:
+            sizes[kind] = parameter.shape[-2] if parameter.ndim > 1 else 1
+    has_class_token = getattr(module, "has_class_token", None)
+    if not isinstance(has_class_token, bool):
+        has_class_token = "class" in sizes
+    holders = (module, getattr(module, "config", None))
+    for attribute in ("num_register_tokens", "n_storage_tokens"):
+        for holder in holders:
+            if isinstance(declared := getattr(holder, attribute, None), int):
+                sizes.setdefault("register", declared)
+    count = getattr(module, "num_prefix_tokens", None)
+    if not isinstance(count, int):
+        count = sum(sizes.values())
+    n_patches = getattr(getattr(module, "patch_embed", None), "num_patches", None)
+    return PrefixTokens(count, has_class_token, n_patches if isinstance(n_patches, int) else None)
+
+
+def find_nodes(
+    module: nn.Module,
+    crop_size: tuple[int, int],
+    network_name: str,
+    prefix_tokens: int | None = None,
+) -> Nodes:
     """Run `module` on two images' shapes.
 
-    Raises BackboneError when the network does not take that image size.
+    prefix_tokens: class, register and distillation tokens before the patches; None: as many as the
+    network declares. Raises BackboneError when the network does not take that image size.
     """
+    tokens = declared_tokens(module) if prefix_tokens is None else PrefixTokens(prefix_tokens)
     try:
-        return _run_with_hooks(_shapes_only(module), crop_size, torch.device("meta"))
+        return _run_with_hooks(_shapes_only(module), crop_size, torch.device("meta"), tokens)
     except Exception:  # noqa: BLE001 - some networks compute with values of their own; what is wrong shows on real numbers
         pass
+    device = next(module.parameters(), torch.empty(0)).device
     try:
-        return _run_with_hooks(module, crop_size, next(module.parameters(), torch.empty(0)).device)
+        return _run_with_hooks(module, crop_size, device, tokens)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise BackboneError(
             f"{network_name} does not run on images of {crop_size[0]} x {crop_size[1]} pixels: "
@@ -115,21 +181,25 @@ def _shapes_only(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _run_with_hooks(module: nn.Module, crop: tuple[int, int], device: torch.device) -> Nodes:
+def _run_with_hooks(
+    module: nn.Module, crop: tuple[int, int], device: torch.device, tokens: "PrefixTokens"
+) -> Nodes:
     # (name, module, shape with N, flops so far)
     captured_outputs: list[tuple[str, str, tuple[int, ...], int]] = []
     call_counts: dict[str, int] = {}
     linear_inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
     handles = []
+    # An ONNX graph gives its last value in one pass with the others where that one has a hook.
+    output_module = getattr(module, "output_module", "")
     # Not inference_mode: there convolutions arrive whole, under names that have no formula
     with torch.no_grad(), _CountMultiplyAdds() as counter:
 
         def after(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 call_counts[name] = call_counts.get(name, 0) + 1
-                if isinstance(output, Tensor):
+                if isinstance(tensor := output_tensor(output), Tensor):
                     captured_outputs.append(
-                        (name or LOGITS, name, tuple(output.shape), counter.flops)
+                        (name or LOGITS, name or output_module, tuple(tensor.shape), counter.flops)
                     )
 
             return hook
@@ -174,8 +244,8 @@ def _run_with_hooks(module: nn.Module, crop: tuple[int, int], device: torch.devi
         layout = _tensor_layout(shape)
         if module_name in repeated or layout is None:
             continue
-        n_prefix_tokens = _count_prefix_tokens(module, shape[1]) if layout == "NTC" else 0
-        has_class_token = layout == "NTC" and n_prefix_tokens > 0 and _has_class_token(module)
+        n_prefix_tokens = tokens.before_patches(shape[1]) if layout == "NTC" else 0
+        has_class_token = layout == "NTC" and bool(n_prefix_tokens) and tokens.has_class_token
         nodes.append(
             Node(
                 name,
@@ -211,27 +281,11 @@ def _tensor_layout(shape: tuple[int, ...]) -> Layout | None:
     return {3: "NTC", 2: "NC"}.get(len(shape))  # type: ignore[return-value]
 
 
-def _count_prefix_tokens(module: nn.Module, n_tokens: int) -> int:
-    """Count the tokens before the patches: what the network declares, or else what is over from a
-    square.
+def output_tensor(output: Any) -> Any:
+    """What a module gives: its output, or the first of several, as transformers' layers give them
+    in a tuple.
     """
-    declared_count = getattr(module, "num_prefix_tokens", None)
-    if (
-        isinstance(declared_count, int)
-        and 0 <= declared_count < n_tokens
-        and is_square(n_tokens - declared_count)
-    ):
-        return declared_count
-    return next((count for count in (0, 1, 2) if is_square(n_tokens - count)), 0)
-
-
-def _has_class_token(module: nn.Module) -> bool:
-    if isinstance(declared := getattr(module, "has_class_token", None), bool):
-        return declared
-    # timm says cls_token (None for models without one), torchvision class_token
-    return any(
-        isinstance(getattr(module, name, None), Tensor) for name in ("cls_token", "class_token")
-    )
+    return output[0] if type(output) is tuple and output else output
 
 
 def is_square(count: int) -> bool:

@@ -48,6 +48,9 @@ class OnnxNetwork(nn.Module):
             if path is not None:
                 self._value_of[path] = value
                 _add_leaf(self, path)
+        if not self._value_of:
+            raise BackboneError(f"onnx:{file} computes no value of 2 to 4 axes: nothing to tap")
+        self.output_module = next(reversed(self._value_of))  # whose value the network returns
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Run the graph on (N, 3, H, W) float32; return its last value."""
@@ -57,13 +60,18 @@ class OnnxNetwork(nn.Module):
                 "timm, torchvision or transformers"
             )
         leaves = {path: self.get_submodule(path) for path in self._value_of}
-        paths = [path for path, leaf in leaves.items() if leaf._forward_hooks]
-        if paths:
+        hooked_paths = [path for path, leaf in leaves.items() if leaf._forward_hooks]
+        # The network's own value comes with the others where it is asked for: the graph runs once.
+        passes = (
+            [hooked_paths]
+            if self.output_module in hooked_paths
+            else [hooked_paths, [self.output_module]]
+        )
+        for paths in filter(None, passes):
             values = self._run([self._value_of[path] for path in paths], pixels)
             for path, value in zip(paths, values, strict=True):
-                leaves[path](value)  # a capture of taps ends the pass here once it has them all
-        last_path, last_leaf = next(reversed(leaves.items()))
-        return torch.as_tensor(last_leaf(*self._run([self._value_of[last_path]], pixels)))
+                output = leaves[path](value)  # a capture of taps ends the pass once it has them all
+        return torch.as_tensor(output)
 
     def require_size(self, size: int, name: str) -> None:
         """Raise BackboneError where the graph takes images of another size only."""

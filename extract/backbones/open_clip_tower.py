@@ -4,11 +4,12 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from headrace.extract.backbones.hub import hub_message
 from headrace.extract.errors import BackboneError, nearest_names
 from headrace.extract.images.preprocessing import Preprocessing
 
@@ -16,12 +17,13 @@ _SCHEMAS = ("hf-hub:", "local-dir:")
 
 
 def build_open_clip(
-    name: str, tag: str | None, *, pretrained: bool = False
+    name: str, tag: str | None, arguments: Mapping[str, Any], *, pretrained: bool = False
 ) -> tuple[nn.Module, Preprocessing]:
     """Build the image tower of an open_clip model and its preprocessing.
 
     name: an architecture of open_clip, or a model of the hub or of a folder.
     tag: the pretrained weights of an architecture; None: its first ones.
+    arguments: of open_clip.create_model, those that begin with `force_`.
     pretrained: with weights; otherwise with random ones.
 
     Raises BackboneError where open_clip is not installed, and for names, tags and folders that
@@ -33,14 +35,30 @@ def build_open_clip(
         raise BackboneError(
             f"open_clip:{name} needs the library open_clip. Try: pip install 'headrace[open-clip]'"
         ) from error
+    for argument in arguments:
+        if not argument.startswith("force_"):
+            raise BackboneError(
+                f"open_clip:{name}: model: {argument} is not known; open_clip takes "
+                "force_quick_gelu, force_image_size and force_patch_dropout"
+            )
     weights = _weights_tag(name, tag) if pretrained else None
     try:
         with _quiet():
-            model = open_clip.create_model(name, pretrained=weights, load_weights=pretrained)
+            model = open_clip.create_model(
+                name,
+                pretrained=weights,
+                load_weights=pretrained,
+                require_pretrained=pretrained,  # or a folder without weights is a random network
+                **arguments,
+            )
     except BackboneError:  # it is too large to be built
         raise
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
+        if name.startswith("hf-hub:") and (
+            message := hub_message(f"open_clip:{name}", name.removeprefix("hf-hub:"), error)
+        ):
+            raise BackboneError(message) from error
         raise BackboneError(
             f"open_clip:{name} with weights {tag or '(default)'} cannot be had ({reason}).\n"
             "Fetch it where there is a network, or name its folder: open_clip:local-dir:FOLDER, or "

@@ -3,7 +3,8 @@
 import hashlib
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from headrace.extract.backbones.checkpoint_names import (
+    is_head_name,
+    network_prefix,
+    owner_module,
+    without_wrappers,
+)
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import WeightsMatch, require_weights_file
 
@@ -66,25 +73,62 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _state_dict(loaded, path)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What a checkpoint and the network that it was loaded into do not have in common."""
+
+    # of the network: not in the file, or of another shape there. They are NaN, so that nothing
+    # that depends on them is taken for a number
+    absent: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()  # of the file: the network has no place for them
+    others: tuple[str, ...] = ()  # of the file, outside of `prefix`: other networks
+    prefix: str = ""  # what the network's names follow in the file
+
+    def __bool__(self) -> bool:
+        return bool(self.absent or self.surplus or self.others)
+
+    def describe(self) -> str:
+        """Return what was left out, in one line."""
+        parts = [f"taken from {self.prefix}*"] if self.prefix else []
+        parts += [
+            f"{label} ({len(names)}): {first_names(names)}"
+            for label, names in (
+                ("not in the file", self.absent),
+                ("not in the network", self.surplus),
+                ("of other networks", self.others),
+            )
+            if names
+        ]
+        return "; ".join(parts)
+
+
+NOTHING_LEFT_OUT = LeftOut()
+
+
 def fit_weights(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
     weights_match: WeightsMatch,
     network_description: str,
-) -> None:
-    """Load `tensors` into `module` strictly.
+) -> LeftOut:
+    """Load `tensors` into `module`; what the two do not have in common is left out, and returned.
 
-    "name": every name and shape must be the network's. "order": the n-th tensor of the file belongs
-    to the n-th of the network, whatever they are called, for files from another implementation of
-    the same network. Every shape is checked, and what names say of a tensor's role (weight, bias,
-    mean, variance); a file without an order, or whose order is that of the alphabet, is refused,
-    unless its names are the network's own. Two tensors of one shape and role that the other
-    implementation registers in another order are beyond what a file can tell. Raises BackboneError
-    listing missing and unexpected names, or the first pair that does not fit.
+    "name": tensors are the network's by their names (see `own_tensors`). Those that the file lacks
+    or has in another shape become NaN: a head that is not there, or has other classes, lies above
+    every tap, and `require_loaded` refuses the taps above the rest. "order": the n-th tensor of the
+    file belongs to the n-th of the network, whatever they are called, for files from another
+    implementation of the same network. Every shape is checked, and what names say of a tensor's
+    role (weight, bias, mean, variance); a file without an order, or whose order is that of the
+    alphabet, is refused, unless its names are the network's own. Two tensors of one shape and role
+    that the other implementation registers in another order are beyond what a file can tell.
+
+    Raises BackboneError listing missing and unexpected names where less than half of the network
+    fits, or the file has tensors at the network's own level that are no head; or the first pair
+    that does not fit in order.
     """
     expected = module.state_dict()
     tensors_by_name = (
-        _by_order(expected, tensors, network_description)
+        _by_order(expected, without_wrappers(tensors), network_description)
         if weights_match == "order"
         else dict(tensors)
     )
@@ -94,23 +138,86 @@ def fit_weights(
         tensors_by_name[name] = expected[name]
         missing_names.remove(name)
     unexpected_names = [name for name in tensors_by_name if name not in expected]
-    shape_mismatches = [
-        f"{name}: file {tuple(tensors_by_name[name].shape)}, network {tuple(expected[name].shape)}"
+    other_shapes = [
+        name
         for name in expected
         if name in tensors_by_name and tensors_by_name[name].shape != expected[name].shape
     ]
-    if missing_names or unexpected_names or shape_mismatches:
+    module_names = {name for name, _ in module.named_modules()}
+    misplaced_names = [
+        name
+        for name in unexpected_names
+        if not owner_module(name, module_names) and not is_head_name(name)
+    ]
+    n_fitting = len(expected) - len(missing_names) - len(other_shapes)
+    if misplaced_names or 2 * n_fitting < len(expected):
+        shape_mismatches = [
+            f"{name}: file {tuple(tensors_by_name[name].shape)}, network "
+            f"{tuple(expected[name].shape)}"
+            for name in other_shapes
+        ]
         raise BackboneError(
             _mismatch_message(
                 network_description,
                 missing_names,
-                unexpected_names,
+                misplaced_names or unexpected_names,
                 shape_mismatches,
                 len(expected),
                 len(tensors),
             )
         )
-    module.load_state_dict(tensors_by_name, strict=True)
+    absent_names = (*missing_names, *other_shapes)
+    fitting = {
+        name: tensor
+        for name, tensor in tensors_by_name.items()
+        if name in expected and name not in absent_names
+    }
+    module.load_state_dict(fitting, strict=False)
+    mark_absent(module, absent_names)
+    return LeftOut(absent_names, tuple(unexpected_names))
+
+
+def own_tensors(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    prefix: str | None,
+    network_description: str,
+) -> tuple[dict[str, Tensor], LeftOut]:
+    """The tensors of a file that stand under a prefix of the network's names, without it, and what
+    stands outside of it.
+
+    prefix: None finds it, see `network_prefix`. Raises BackboneError.
+    """
+    tensors = without_wrappers(tensors)
+    if prefix is None:
+        prefix = network_prefix(tensors, module.state_dict(), network_description)
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    if not own:
+        first_parts = sorted({name.partition(".")[0] for name in tensors})
+        raise BackboneError(
+            f"{network_description}: no tensor's name begins with weights_prefix {prefix!r}. They "
+            f"begin with: {first_names(first_parts)}"
+        )
+    others = tuple(name for name in tensors if not name.startswith(prefix))
+    return own, LeftOut(others=others, prefix=prefix)
+
+
+def mark_absent(module: nn.Module, names: Collection[str]) -> None:
+    """Fill tensors that no file has given with NaN; whole numbers, which code computes, stay."""
+    state = module.state_dict()
+    for name in names:
+        if state[name].is_floating_point():
+            state[name].fill_(torch.nan)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """ "a, b, c, d, and 7 more": the beginning of a list, for messages."""
+    rest = f", and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + rest
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -131,6 +238,22 @@ def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
         if isinstance(file_value, Mapping) and isinstance(file_value.get(key), Mapping):
             file_value = file_value[key]
             break
+    if isinstance(file_value, Mapping) and not any(
+        isinstance(value, Tensor) for value in file_value.values()
+    ):
+        # several networks, such as DINO's {"student": …, "teacher": …, "epoch": 99}
+        networks = {
+            f"{key}.": value
+            for key, value in file_value.items()
+            if isinstance(value, Mapping)
+            and value
+            and all(isinstance(tensor, Tensor) for tensor in value.values())
+        }
+        file_value = {
+            f"{key}{name}": value
+            for key, tensors in networks.items()
+            for name, value in tensors.items()
+        } or file_value
     if not isinstance(file_value, Mapping):
         raise BackboneError(
             f"{path}: expected a dictionary of tensors (a state dict), found "
@@ -144,12 +267,7 @@ def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
             f"{path}: expected tensors alone, but these entries are not: "
             f"{', '.join(non_tensor_names[:5])}."
         )
-    tensor_names = [str(name) for name in file_value]
-    # DistributedDataParallel and torch.compile prepend these to every name
-    for prefix in ("module.", "_orig_mod."):
-        if tensor_names and all(name.startswith(prefix) for name in tensor_names):
-            tensor_names = [name.removeprefix(prefix) for name in tensor_names]
-    tensors = dict(zip(tensor_names, file_value.values(), strict=True))
+    tensors = {str(name): value for name, value in file_value.items()}
     return UnorderedTensors(tensors) if isinstance(file_value, UnorderedTensors) else tensors
 
 
@@ -284,11 +402,11 @@ def _mismatch_message(
         ("other shapes", shape_mismatches),
     ):
         if names:
-            omitted_text = f", and {len(names) - 4} more" if len(names) > 4 else ""
-            lines.append(f"  {label} ({len(names)}): {', '.join(names[:4])}{omitted_text}")
+            lines.append(f"  {label} ({len(names)}): {first_names(names)}")
     if shape_mismatches:
         lines.append(
-            "A network with another number of classes or another width needs its own backbone name."
+            "A network of another width, depth or input size needs its own backbone name, "
+            "image_size or model: arguments."
         )
     elif n_network_tensors == n_file_tensors and missing_names and unexpected_names:
         lines.append(
@@ -298,6 +416,6 @@ def _mismatch_message(
     else:
         lines.append(
             "Check that the backbone's name is the architecture that these weights were trained "
-            "for."
+            "for, with its model: arguments, such as reg_tokens or init_values."
         )
     return "\n".join(lines)

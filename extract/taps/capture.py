@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node
+from headrace.extract.backbones.nodes import LOGITS, PRE_LOGITS, Node, output_tensor
 from headrace.extract.taps.resolve import Tap, pool_output
 
 # Poolings that are views of the output itself, which the network may overwrite in place later.
@@ -37,7 +37,8 @@ class TapCapture:
         for tap, node in dict(taps).items():
             taps_of_node.setdefault(node.name, (node, []))[1].append(tap)
         # Logits are what the network returns, also where only its upper part runs.
-        self._logits = taps_of_node.pop(LOGITS, None)
+        returned = LOGITS in taps_of_node and not taps_of_node[LOGITS][0].module
+        self._logits = taps_of_node.pop(LOGITS) if returned else None
         for node, node_taps in taps_of_node.values():
             tapped = module.get_submodule(node.module)
             if node.name == PRE_LOGITS:
@@ -72,9 +73,9 @@ class TapCapture:
         self._capture(node, taps, args[0])
 
     def _capture_output(
-        self, node: Node, taps: Sequence[Tap], _module: nn.Module, _args: Any, output: Tensor
+        self, node: Node, taps: Sequence[Tap], _module: nn.Module, _args: Any, output: Any
     ) -> None:
-        self._capture(node, taps, output)
+        self._capture(node, taps, output_tensor(output))
 
     def _capture(self, node: Node, taps: Sequence[Tap], output: Tensor) -> None:
         self._pool(node, taps, output)

@@ -12,6 +12,7 @@ from headrace.extract.images.decoding import DECODER
 from headrace.extract.images.views import Augmentation, Symmetries, ViewMethod, view_json
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.forward import COMPUTE_DTYPES
+from headrace.extract.taps.left_out import require_loaded
 from headrace.extract.taps.resolve import Tap, auto_taps, backbone_nodes, tap_shape
 
 
@@ -51,7 +52,7 @@ def describe_backbone(spec: BackboneSpec, *, weights: bool = True) -> BackboneIn
         nodes = backbone_nodes(backbone)
     else:
         (module, preprocessing), digest = build_untrained(spec), None
-        nodes = find_nodes(module, preprocessing.crop, spec.name)
+        nodes = find_nodes(module, preprocessing.crop, spec.name, spec.prefix_tokens)
     return BackboneInfo(
         name=spec.name,
         weights=digest,
@@ -87,7 +88,8 @@ def feature_specs(
     evaluation crop.
 
     symmetric: the others are not drawn at random but are the crop mirrored (up to 4 views) and
-    turned (up to 8). Raises BackboneError.
+    turned (up to 8). Raises BackboneError, also where a tap depends on weights that a checkpoint
+    lacks; what it lacks above them is a warning.
     """
     for name, dtype_value, valid_values in (
         ("dtype", dtype, STORAGE_DTYPES),
@@ -103,6 +105,7 @@ def feature_specs(
         _check_symmetric(backbone.preprocessing.crop, views)
     drawing: ViewMethod = Symmetries() if symmetric else augmentation or Augmentation()
     nodes = backbone_nodes(backbone)
+    require_loaded(backbone, taps, nodes)
     return tuple(
         FeatureSpec(
             backbone=backbone.spec.name,

@@ -22,6 +22,7 @@ _GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et a
 _GEM_FLOOR = 1e-6
 # of the last resolutions; those before are large maps, dear to pool, and brought nothing
 N_MIDDLE_BLOCKS = 2
+_MOST_PREFIX_TOKENS = 16  # that an error message suggests
 MAX_AUTO_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
 
 
@@ -116,7 +117,12 @@ def pool_output(output: Tensor, pooling: str, node: Node) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def backbone_nodes(backbone: Backbone) -> Nodes:
     """The nodes of a loaded backbone at its own input size; found once per process."""
-    return find_nodes(backbone.module, backbone.preprocessing.crop, backbone.spec.name)
+    return find_nodes(
+        backbone.module,
+        backbone.preprocessing.crop,
+        backbone.spec.name,
+        backbone.spec.prefix_tokens,
+    )
 
 
 def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
@@ -293,17 +299,40 @@ def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
         )
     if tap.pooling == "cls" and not node.has_class_token:
         raise BackboneError(f"{backbone_name}: {tap.node} has no class token; try {tap.node}.avg")
+    if node.layout == "NTC" and tap.pooling != "cls" and node.prefix is None:
+        raise BackboneError(_unexplained_tokens_message(tap, node, backbone_name))
     if (
         node.layout == "NTC"
-        and tap.pooling != "cls"
-        and tap.pooling != "avg"
-        and not is_square(node.shape[0] - node.prefix)
+        and tap.pooling not in ("cls", "avg")
+        and not is_square(node.shape[0] - (node.prefix or 0))
     ):
         raise BackboneError(
             f"{backbone_name}: the {node.shape[0]} tokens of {tap.node} make no square map; try "
             f"{tap.node}.avg"
         )
     return tap
+
+
+def _unexplained_tokens_message(tap: Tap, node: Node, backbone_name: str) -> str:
+    """The message for tokens of which nothing says how many are no patches."""
+    n_tokens = node.shape[0]
+    counts = [count for count in range(_MOST_PREFIX_TOKENS + 1) if is_square(n_tokens - count)]
+    if counts:
+        side = math.isqrt(n_tokens - counts[0])
+        reading = (
+            f"{n_tokens} would be {side} x {side} patches and {counts[0]} more (class, register "
+            f"and distillation tokens). If so, say prefix_tokens: {counts[0]} in the recipe's "
+            f"backbone, or BackboneSpec(..., prefix_tokens={counts[0]})"
+        )
+    else:
+        reading = (
+            "Say how many come before the patches: prefix_tokens: 5 in the recipe's backbone for a "
+            "class token and four registers, or BackboneSpec(..., prefix_tokens=5)"
+        )
+    return (
+        f"{backbone_name}: {tap} would average or map {n_tokens} tokens, and nothing explains "
+        f"which of them are patches. {reading}"
+    )
 
 
 def _map_extent(node: Node) -> tuple[int, int, int]:
@@ -313,7 +342,7 @@ def _map_extent(node: Node) -> tuple[int, int, int]:
     if node.layout == "NHWC":
         return node.shape[0], node.shape[1], node.shape[2]
     if node.layout == "NTC":
-        side = math.isqrt(node.shape[0] - node.prefix)
+        side = math.isqrt(node.shape[0] - (node.prefix or 0))
         return side, side, node.shape[1]
     return 1, 1, node.shape[0]
 

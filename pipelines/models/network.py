@@ -458,7 +458,7 @@ def _rebuild_network(
     backbone_tensors = _without_prefix("backbone.", tensors)
     with limit_parameters_to_file(backbone_tensors, model.backbone.name):
         # Its library's own preprocessing may have changed: the stored one counts.
-        module, _ = build_network(model.backbone.name, None)
+        module, _ = build_network(model.backbone.name, None, model.backbone.model_arguments)
     module.load_state_dict(backbone_tensors)
     module.eval().requires_grad_(False)
     backbone = Backbone(model.backbone, module, model.preprocessing, weights_digest(module))

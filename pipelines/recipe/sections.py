@@ -144,6 +144,12 @@ class Backbone(Section):
     weights: str | None = None
     # order: as they come in a .pth; shapes and roles are checked
     weights_match: Literal["name", "order"] = "name"
+    # what the network's names follow in the weights file, such as `student.`; default: found
+    weights_prefix: str | None = None
+    # arguments of the library's builder, such as {reg_tokens: 4, init_values: 1.0e-5}
+    model: dict[str, pydantic.JsonValue] | None = None
+    # class, register and distillation tokens before the patches; default: those it declares
+    prefix_tokens: Annotated[int, pydantic.Field(ge=0)] | None = None
     alias: str | None = None  # how the leaderboard calls it when there are several backbones
     # nodes with their pooling, such as layer4.avg; auto: averages and maxima of the last block at
     # each resolution, and more

@@ -237,14 +237,9 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     cases: dict[str, tuple[object, str, str]] = {
         "other.pth": (other, "name", "missing from the file.*not in the network"),
         "renamed.pth": (
-            {f"x.{name}": value for name, value in state.items()},
+            {f"tensor_{place}": value for place, value in enumerate(state.values())},
             "name",
             "counts agree.*weights_match: order",
-        ),
-        "classes.pth": (
-            {**state, "classifier.weight": torch.zeros(5, 1024)},
-            "name",
-            r"classifier.weight: file \(5, 1024\)",
         ),
         "fewer.pth": ({first: state[first]}, "order", "needs as many tensors"),
         "swapped.pth": (

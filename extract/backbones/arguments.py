@@ -1,0 +1,65 @@
+"""Arguments of a library's builder of networks, the mapping `model` of a recipe's backbone."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from headrace.extract.errors import BackboneError
+
+# They choose weights, files, code or another output, which `weights`, `taps` and the name do; a
+# model that was sent must not choose any of them by an argument.
+_NOT_OF_THE_NETWORK = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
+    *("pretrained_model_args", "pretrained_image", "pretrained_image_path", "checkpoint_path"),
+    *("weights", "weights_backbone", "cache_dir", "progress", "features_only", "feature_cfg"),
+    *("feature_cls", "out_indices", "scriptable", "exportable", "pruned", "kwargs_filter"),
+    *("trust_remote_code", "code_revision", "auto_map", "attn_implementation", "model_type"),
+    *("experts_implementation", "quantization_config", "torch_dtype", "dtype", "architectures"),
+    *("transformers_version", "name_or_path"),
+}
+
+
+@contextlib.contextmanager
+def building(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Within it a library builds the network `name` with these arguments.
+
+    Raises BackboneError for arguments that are not the network's, and where the builder does not
+    take them.
+    """
+    if name.startswith("onnx:") and arguments:
+        raise BackboneError(f"{name}: an ONNX file is built already; leave `model` out")
+    refused = sorted(_NOT_OF_THE_NETWORK & set(arguments))
+    if refused and not name.startswith("python:"):
+        raise BackboneError(
+            f"{name}: model: {refused[0]} is not an argument of the network. Weights are chosen by "
+            "`weights`, outputs by `taps`; leave it out"
+        )
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
+        if not arguments or isinstance(error, BackboneError):
+            raise
+        raise BackboneError(
+            f"{name} cannot be built with model: {json.dumps(dict(arguments))} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def with_layers_of_timm(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with the class of timm.layers where one names its MLP, as in
+    mlp_layer: SwiGLUPacked. Raises BackboneError.
+    """
+    resolved = dict(arguments)
+    if isinstance(layer_name := resolved.get("mlp_layer"), str):
+        import timm.layers
+        from torch import nn
+
+        layer = getattr(timm.layers, layer_name, None)
+        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            raise BackboneError(
+                f"timm:{name}: model: mlp_layer {layer_name!r} is no layer of timm.layers; "
+                "expected one such as SwiGLUPacked"
+            )
+        resolved["mlp_layer"] = layer
+    return resolved

@@ -1,0 +1,108 @@
+"""Names in checkpoints: which of a file's tensors are the network's, whatever training scripts put
+before their names.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from headrace.extract.errors import BackboneError
+
+# torch.compile, FSDP and activation checkpointing insert these anywhere in a name.
+_INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# A prefix under which nearly as many tensors fit as under the best one is another copy of the
+# network, such as DINO's teacher and student.
+_RIVAL_SHARE = 0.9
+# Words of the parts that stand on top of a network while it is trained: nothing below a tap.
+_HEAD_WORDS = {
+    *("head", "heads", "fc", "classifier", "proj", "projector", "projection", "predictor"),
+    *("decoder", "mask", "logit", "logits", "loss", "criterion", "queue", "prototypes"),
+    *("aux", "auxlogits", "text", "linear"),
+}
+
+
+def network_prefix(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    network_description: str,
+) -> str:
+    """The prefix that the network's names follow in a file, such as "module.backbone."; "" where
+    they stand alone, and where nothing fits.
+
+    Found by names and shapes. Of a student and its teacher the teacher is taken, which DINO
+    evaluates; copies of equal values are one. Raises BackboneError where other copies fit equally.
+    """
+    counts: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        start = 0
+        while True:
+            suffix = name[start:]
+            if suffix in expected and expected[suffix].shape == tensor.shape:
+                counts[name[:start]] += 1
+            if (dot := name.find(".", start)) < 0:
+                break
+            start = dot + 1
+    if not counts:
+        return ""
+    most = max(counts.values())
+    rivals = sorted(
+        (prefix for prefix, count in counts.items() if count >= _RIVAL_SHARE * most),
+        key=lambda prefix: (len(prefix), prefix),
+    )
+    teachers = [prefix for prefix in rivals if "teacher" in prefix.split(".")]
+    students = [prefix for prefix in rivals if "student" in prefix.split(".")]
+    if len(rivals) == 1 or _are_copies(tensors, expected, rivals):
+        return rivals[0]
+    if len(teachers) == 1 and len(teachers) + len(students) == len(rivals):
+        return teachers[0]
+    quoted = ", ".join(repr(prefix) for prefix in rivals)
+    raise BackboneError(
+        f"{network_description}: the file holds {len(rivals)} copies of the network that differ, "
+        f"under the prefixes {quoted}. Say which one: weights_prefix: {rivals[-1]!r} in the "
+        f"recipe's backbone, or BackboneSpec(..., weights_prefix={rivals[-1]!r})"
+    )
+
+
+def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, in the mapping's own type, without what wrappers put into every name."""
+    names = list(tensors)
+    for inserted in _INSERTED:
+        names = [name.replace(inserted, "") for name in names]
+    if all(name.startswith("module.") for name in names):  # of DistributedDataParallel
+        names = [name.removeprefix("module.") for name in names]
+    renamed = dict(zip(names, tensors.values(), strict=True))
+    kept = renamed if len(renamed) == len(tensors) else dict(tensors)
+    return type(tensors)(kept) if isinstance(tensors, dict) else kept
+
+
+def owner_module(name: str, module_names: Collection[str]) -> str:
+    """The innermost module of a network that a tensor of this name would lie in; "" is the network
+    itself.
+    """
+    owner = name.rpartition(".")[0]
+    while owner and owner not in module_names:
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def is_head_name(name: str) -> bool:
+    """Return whether a tensor of the network's own level is called as heads and what serves
+    training alone are.
+    """
+    first_part = name.partition(".")[0].lower()
+    return not _HEAD_WORDS.isdisjoint(word.rstrip("0123456789") for word in first_part.split("_"))
+
+
+def _are_copies(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefixes: Sequence[str]
+) -> bool:
+    """Return whether the network's tensors are the same under each prefix."""
+    first, *others = prefixes
+    names = [name for name in expected if first + name in tensors]
+    return all(
+        other + name in tensors and torch.equal(tensors[first + name], tensors[other + name])
+        for other in others
+        for name in names
+    )

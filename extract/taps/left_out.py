@@ -1,0 +1,88 @@
+"""What a checkpoint lacks, or has too much: harmless above the taps, and refused below them."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headrace.extract.backbones.backbone import Backbone
+from headrace.extract.backbones.checkpoint_names import owner_module
+from headrace.extract.backbones.nodes import Node, Nodes, output_tensor
+from headrace.extract.backbones.weights import first_names
+from headrace.extract.errors import BackboneError
+from headrace.extract.taps.capture import TapCapture
+from headrace.extract.taps.resolve import Tap
+
+
+class WeightsWarning(UserWarning):
+    """Tensors of a checkpoint that the network has no use for, or that it lacks above the taps."""
+
+
+def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> None:
+    """Warn of what was left out when the weights were loaded, once; raise BackboneError where a tap
+    depends on it.
+
+    One pass finds out: tensors that the weights lack are NaN, a module for which they have more
+    tensors than it takes gives NaN, and what is NaN at a tap depends on one of them.
+    """
+    left_out = backbone.left_out
+    if not left_out:
+        return
+    weights = f"{backbone.spec.name} with weights {backbone.spec.weights or '(default)'}"
+    placed = [(tap, nodes[tap.node]) for tap in taps]
+    values, _ = _run_marked(backbone, placed)
+    for tap, node in placed:
+        if not values[tap].isnan().any():
+            continue
+        _, called = _run_marked(backbone, [(tap, node)])
+        module_names = {name for name, _ in backbone.module.named_modules()}
+        listed = "; ".join(
+            f"{label} ({len(below)}): {first_names(below)}"
+            for label, names in (
+                ("not in the file, or of another shape there", left_out.absent),
+                ("in the file, and not in the network", left_out.surplus),
+            )
+            if (below := [name for name in names if owner_module(name, module_names) in called])
+        )
+        raise BackboneError(
+            f"{weights}: {tap} depends on tensors in which the two differ: {listed}. Below its "
+            "taps a network must be that of its weights: check its name, image_size and model: "
+            "arguments (such as init_values, reg_tokens), or tap below them"
+        )
+    warnings.warn(f"{weights}: left out: {left_out.describe()}", WeightsWarning, stacklevel=3)
+
+
+def _run_marked(
+    backbone: Backbone, placed: Sequence[tuple[Tap, Node]]
+) -> tuple[dict[Tap, Tensor], set[str]]:
+    """The values of taps on a random image, NaN where they depend on what was left out, and the
+    names of the modules that ran for them.
+    """
+    module = _sharing_tensors(backbone.module)
+    module_names = {name for name, _ in module.named_modules()}
+    called: set[str] = set()
+    for name, child in module.named_modules():
+        child.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    owners = {owner_module(name, module_names) for name in backbone.left_out.surplus}
+    for owner in owners - {""}:  # on the network's own level there are heads alone
+        module.get_submodule(owner).register_forward_hook(_as_nan)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, *backbone.preprocessing.crop, generator=generator)
+    with torch.inference_mode():
+        return TapCapture(module, placed).run(module, image), called
+
+
+def _sharing_tensors(module: nn.Module) -> nn.Module:
+    """A copy of a network with the same parameters and buffers, for hooks of its own."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def _as_nan(_module: nn.Module, _args: Any, output: Any) -> Any:
+    if not isinstance(tensor := output_tensor(output), Tensor):
+        return output
+    unknown = torch.full_like(tensor, torch.nan)
+    return (unknown, *output[1:]) if isinstance(output, tuple) else unknown
