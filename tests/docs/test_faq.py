@@ -258,7 +258,7 @@ CASES = {
     "no classification model": unknown_network,
     "no node": unknown_tap,
     "no such weights file": no_weights_file,
-    "the file does not fit the network": other_weights,
+    "in which the two differ": other_weights,
     "no tap fits": over_budget,
     "expected local, cuda, slurm": no_such_place,
     "no feature set": no_feature_set,
