@@ -32,7 +32,7 @@ from headrace.heads.data.features import (
 from headrace.heads.data.standardize import Features
 from headrace.heads.data.task import REFIT, Task, load_task
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.evaluate.metrics import all_metrics
+from headrace.heads.evaluate.units import held_out_metrics
 from headrace.heads.kind import FitOptions, HeadKind
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.results import read_bank, results_bytes
@@ -132,7 +132,7 @@ def _publish(
         rows,
         task.digest,
         fits,
-        [_metrics(rows, fit) for fit in fits],
+        [held_out_metrics(rows, fit.fold, fit.validation) for fit in fits],
         features=[
             {"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs
         ],
@@ -330,9 +330,3 @@ def _average_views(fit: FitResult, data: TrainingData) -> FitResult:
     n_images = len(fit.validation) // data.n_views
     averaged = fit.validation.reshape(data.n_views, n_images, -1).mean(0, dtype=np.float32)
     return dataclasses.replace(fit, validation=averaged)
-
-
-def _metrics(task: Task, fit: FitResult) -> dict[str, float]:
-    if fit.validation is None:
-        return {}
-    return all_metrics(task.kind, task.target[task.fold == fit.fold], fit.validation)

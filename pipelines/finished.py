@@ -18,6 +18,7 @@ from headrace.cache.publish import feature_set_path
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.changes import read_listing
 from headrace.heads.data.task import BadTaskFile, Task, read_task
+from headrace.heads.evaluate.units import scored_rows
 from headrace.heads.predict import floor_of
 from headrace.heads.results import BankResult, read_bank
 from headrace.pipelines.models.model import trusted_code
@@ -120,6 +121,20 @@ class FinishedRun:
         return np.flatnonzero(np.isfinite(self.out_of_fold).all(1))
 
     @cached_property
+    def scored_predictions(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Targets (n, ...) and predictions (n, C) that the winner is scored by: of `held_out_rows`,
+        or of the units that they make up. Raises RunDamaged where the task that says so is gone.
+        """
+        rows = self.held_out_rows
+        if self.recipe.task.unit is None:
+            return self.bank.target[rows], self.out_of_fold[rows]
+        try:
+            target, predicted = scored_rows(self.task, rows, self.out_of_fold[rows])
+        except FileNotFoundError as error:
+            raise RunDamaged(f"{error.filename} is not there: {RUN_AGAIN}") from error
+        return target, predicted
+
+    @cached_property
     def calibration(self) -> Mapping[str, Any] | None:
         """The winner's temperature with the errors before and after it; None for regression and
         runs of earlier versions.
@@ -133,7 +148,8 @@ class FinishedRun:
 
     @cached_property
     def calibrated_predictions(self) -> npt.NDArray[np.float64] | str:
-        """(n, C) predictions of `held_out_rows`, each fold at the temperature of the other folds.
+        """(n, C) as the predictions of `scored_predictions`, each fold at the temperature of the
+        others.
 
         Text, the reason, where they cannot be computed.
         """
@@ -144,10 +160,11 @@ class FinishedRun:
             return f"{error.filename} is not there: {RUN_AGAIN}"
         except (OSError, BadTaskFile) as error:
             return str(error)
-        if not np.array_equal(self.task.ids[validation.rows], self.bank.ids[self.held_out_rows]):
+        if not np.array_equal(self.task.ids[validation.images], self.bank.ids[self.held_out_rows]):
             return f"{task_path} is not what the winner was trained on: {RUN_AGAIN}"
         floor = floor_of(str(self.winner["spec"]), self.task.kind, len(self.task.classes))
-        return calibrated(validation, self.out_of_fold[self.held_out_rows], floor)
+        held_out_predictions = validation.aggregate(self.out_of_fold[self.held_out_rows])
+        return calibrated(validation, held_out_predictions, floor)
 
     @cached_property
     def feature_specs(self) -> Mapping[str, tuple[FeatureSpec, ...]]:

@@ -23,6 +23,9 @@ TRAIN_ONLY = -2  # trains in every fold, held out in none (a given training/vali
 REFIT = -3
 
 
+# How the predictions of a unit's images become the unit's; `heads/evaluate/units.py` does it.
+UnitAggregation = Literal["mean", "max"]
+
 _ROW_FIELDS = ("ids", "content", "target", "fold", "weight")  # of Task, with a row axis in front
 
 
@@ -46,6 +49,10 @@ class Task:
     target: npt.NDArray[Any]
     fold: npt.NDArray[np.int16]  # (N,) 0..F-1: held out in that fold; TEST; TRAIN_ONLY
     weight: npt.NDArray[np.float64]  # (N,) sample weights, 1.0 by default
+    # (N,) what each image belongs to and is scored as a part of: a patient, a slide, a sequence.
+    # Rows of one unit have one target and one fold. None: each image is scored by itself.
+    units: npt.NDArray[np.str_] | None = None
+    unit_aggregation: UnitAggregation = "mean"
 
     @property
     def n_folds(self) -> int:
@@ -54,11 +61,18 @@ class Task:
     @property
     def digest(self) -> str:
         """First 24 hex digits of the SHA-256 over every field: part of every head's identity."""
-        hasher = hashlib.sha256(json.dumps([self.kind, self.classes]).encode())
-        for array in (self.ids.astype(np.str_), self.content, self.target, self.fold, self.weight):
+        hasher = hashlib.sha256(json.dumps(self._header).encode())
+        units = () if self.units is None else (self.units.astype(np.str_),)
+        rows = (self.ids.astype(np.str_), self.content, self.target, self.fold, self.weight)
+        for array in (*rows, *units):
             hasher.update(str((array.dtype.str, array.shape)).encode())
             hasher.update(np.ascontiguousarray(array).tobytes())
         return hasher.hexdigest()[:24]
+
+    @property
+    def _header(self) -> list[Any]:
+        how = [] if self.units is None else [self.unit_aggregation]
+        return [self.kind, self.classes, *how]
 
     def without_test(self) -> "Task":
         """The same task with the test rows left out: what banks are given, so that no bank can see
@@ -68,9 +82,9 @@ class Task:
 
     def take(self, rows: npt.NDArray[Any]) -> "Task":
         """Return the task of some rows: a mask (N,), or row numbers (n,) in the order wanted."""
-        return dataclasses.replace(
-            self, **{name: getattr(self, name)[rows] for name in _ROW_FIELDS}
-        )
+        units = None if self.units is None else self.units[rows]
+        row_fields = {name: getattr(self, name)[rows] for name in _ROW_FIELDS}
+        return dataclasses.replace(self, **row_fields, units=units)
 
 
 def seed_of_fold(fold: int) -> int:
@@ -83,8 +97,10 @@ def save_task(task: Task, path: Path, **beside: npt.NDArray[Any]) -> None:
 
     Raises PublishFailed.
     """
-    task_header = np.frombuffer(json.dumps([task.kind, task.classes]).encode(), np.uint8)
+    task_header = np.frombuffer(json.dumps(task._header).encode(), np.uint8)
     row_fields = {name: getattr(task, name) for name in _ROW_FIELDS}
+    if task.units is not None:
+        row_fields["units"] = task.units.astype(np.str_)
     publish_replace(
         path,
         sealed_arrays(
@@ -102,9 +118,11 @@ def read_task(path: Path) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
     """Inverse of `save_task`, with the arrays beside it by name. Raises BadTaskFile."""
     try:
         stored_arrays = read_sealed_arrays(path.read_bytes())
-        task_kind, classes = json.loads(stored_arrays.pop("header").tobytes())
-        row_fields = [stored_arrays.pop(name) for name in _ROW_FIELDS]
-        return Task(task_kind, tuple(classes), *row_fields), stored_arrays
+        task_kind, classes, *how = json.loads(stored_arrays.pop("header").tobytes())
+        fields: dict[str, Any] = {name: stored_arrays.pop(name) for name in _ROW_FIELDS}
+        if how:
+            fields |= {"units": stored_arrays.pop("units"), "unit_aggregation": how[0]}
+        return Task(task_kind, tuple(classes), **fields), stored_arrays
     except (ValueError, KeyError, TypeError) as error:
         raise BadTaskFile(
             f"{path} has changed since it was written, or is no task: {error}. `headrace run "

@@ -93,6 +93,7 @@ def advise_on(
 
     Raises NoCompleteHead, NoReference, HeadraceError where features are missing.
     """
+    task = replace(task, units=None)  # more images, better labels: advice is about single images
     validation = validation_rows(task, groups)
     complete = complete_heads(board).reset_index(drop=True)
     is_network = complete["kind"] == "finetune"
@@ -166,7 +167,7 @@ def _curve_evidence(
     validation: ValidationRows, losses: Floats, curve: LearningCurve, draws: Floats
 ) -> dict[str, Any]:
     """Return the parts of the evidence that a learning curve gives."""
-    in_curve = np.isin(validation.rows, curve.rows)
+    in_curve = np.isin(validation.images, curve.rows)
     law = fit_power_law(curve.sizes, weighted_errors(curve.wrong, draws[in_curve]))
     gains = {factor: gain_from_more(law, curve.sizes[-1], factor) for factor in IMAGE_FACTORS}
     error_today = _error_estimate(validation, curve.wrong[-1], draws[in_curve], in_curve)

@@ -22,6 +22,7 @@ from headrace.cache.atomic_io import lease
 from headrace.cache.format.sealed import is_sealed_file
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.metrics import METRICS, score
+from headrace.heads.evaluate.units import scored_rows
 from headrace.heads.results import read_bank, remove_damaged
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import show_progress
@@ -388,8 +389,8 @@ def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str,
     """Return the gain of the network over its head on the same out-of-fold rows, with a paired 95 %
     interval.
 
-    Scores are means over folds, as on the leaderboard; the interval is a bootstrap over rows, drawn
-    within folds.
+    Scores are means over folds, as on the leaderboard; the interval is a bootstrap over rows (units
+    where the task has them), drawn within folds.
     """
     task, metric = inputs.task, inputs.metric
     network_predictions = read_bank(inputs.paths.finetune_result(candidate.key)).out_of_fold(
@@ -397,18 +398,21 @@ def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str,
     )
     head_predictions = read_bank(candidate.head["path"]).out_of_fold(candidate.head["spec"])
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0
-    rows_of_folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
+    network_folds, head_folds = (
+        _scored_folds(task, predicted) for predicted in (network_predictions, head_predictions)
+    )
 
     def gain(rows_by_fold: Sequence[npt.NDArray[np.int64]]) -> float:
         scores = [
             [
-                score(task.kind, task.target[fold_rows], predicted[fold_rows], metric)
-                for fold_rows in rows_by_fold
+                score(task.kind, target[rows], predicted[rows], metric)
+                for rows, (target, predicted) in zip(rows_by_fold, folds, strict=True)
             ]
-            for predicted in (network_predictions, head_predictions)
+            for folds in (network_folds, head_folds)
         ]
         return sign * float(np.mean(scores[0]) - np.mean(scores[1]))
 
+    rows_of_folds = [np.arange(len(target)) for target, _ in network_folds]
     generator = np.random.default_rng(0)
     resampled_gains = [
         gain([generator.choice(fold_rows, len(fold_rows)) for fold_rows in rows_of_folds])
@@ -491,6 +495,16 @@ def _comparison_table(
     return pd.DataFrame(comparison_rows)
 
 
+def _scored_folds(
+    task: Task, predicted: npt.NDArray[Any]
+) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Return the targets and predictions, of units where the task has them, that each fold is
+    scored by.
+    """
+    rows_of_folds = (np.flatnonzero(task.fold == number) for number in range(task.n_folds))
+    return [scored_rows(task, rows, predicted[rows]) for rows in rows_of_folds]
+
+
 def _comparison_row(
     inputs: FinetuneInputs,
     label: str,
@@ -503,16 +517,13 @@ def _comparison_row(
     task, metric, nan = inputs.task, inputs.metric, float("nan")
     value = low = high = nan
     if results_path is not None:
-        predicted = read_bank(results_path).out_of_fold(spec)
-        rows_of_folds = [np.flatnonzero(task.fold == number) for number in range(task.n_folds)]
+        folds = _scored_folds(task, read_bank(results_path).out_of_fold(spec))
         value = float(
-            np.mean(
-                [
-                    score(task.kind, task.target[fold_rows], predicted[fold_rows], metric)
-                    for fold_rows in rows_of_folds
-                ]
-            )
+            np.mean([score(task.kind, target, predicted, metric) for target, predicted in folds])
         )
+        target, predicted = (np.concatenate(parts) for parts in zip(*folds, strict=True))
+        fold_ends = np.cumsum([len(fold_target) for fold_target, _ in folds])
+        rows_of_folds = np.split(np.arange(fold_ends[-1]), fold_ends[:-1])
         generator = np.random.default_rng(0)
         resampled_rows = [
             np.concatenate(
@@ -521,7 +532,7 @@ def _comparison_row(
             for _ in range(200)
         ]
         scores = [
-            score(task.kind, task.target[row_index], predicted[row_index], metric)
+            score(task.kind, target[row_index], predicted[row_index], metric)
             for row_index in resampled_rows
         ]
         low, high = (float(interval_end) for interval_end in np.nanquantile(scores, [0.025, 0.975]))

@@ -29,8 +29,8 @@ from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import Tap, backbone_nodes, tap_shape
 from headrace.heads.data.task import REFIT, Task, load_task, seed_of_fold
-from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.evaluate.temperature import fit_temperature
+from headrace.heads.evaluate.units import held_out_metrics
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank, remove_damaged, results_bytes
@@ -525,11 +525,7 @@ def _results_bytes(job: FinetuneJob, opened: _OpenedJob, fold_results: list[FitR
         for feature in view_features
     ]
     metrics = [
-        {}
-        if fold_result.validation is None
-        else all_metrics(
-            task.kind, task.target[task.fold == fold_result.fold], fold_result.validation
-        )
+        held_out_metrics(task, fold_result.fold, fold_result.validation)
         for fold_result in fold_results
     ]
     return results_bytes(

@@ -33,6 +33,7 @@ from headrace.pipelines.recipe.targets import (
     name_some,
     target_columns,
 )
+from headrace.pipelines.recipe.unit_targets import unit_targets
 
 _EXCLUDED_NAMED = 20  # images in one message, to be copied from it
 
@@ -44,7 +45,7 @@ class Dataset:
     train: Task  # every row that banks see, with its fold
     test: Task  # every row that nobody sees before the winner is chosen; may be empty
     notes: tuple[str, ...]  # what a careful person would want to be told about the rows
-    # of each row of `train`: rows of one group, or copies of one image, share a number
+    # of each row of `train`: rows of one group or unit, or copies of one image, share a number
     groups: npt.NDArray[np.int64]
     unlabelled: int  # images that can be read and have no target
     test_groups: npt.NDArray[np.int64]  # as `groups`, of each row of `test`
@@ -58,7 +59,7 @@ def read_samples(recipe: Recipe) -> Listing:
     """
     listing = read_source(recipe.images.source())
     task = recipe.task
-    for task_key in ("target", "group", "split", "fold"):
+    for task_key in ("target", "group", "unit", "split", "fold"):
         column_names = getattr(task, task_key)
         for column in (
             ()
@@ -136,11 +137,19 @@ def make_dataset(
             "out"
         )
     notes += alike_names(classes, "classes")
-    groups = None
-    if section.group is not None:
-        group_names = _group_names(labelled_samples, section.group)
-        groups = np.asarray(pd.factorize(group_names)[0], dtype=np.int64)
-        notes += alike_names(group_names.unique(), f"values of {section.group!r}")
+    groups = units = None
+    for task_key, column_name in (("group", section.group), ("unit", section.unit)):
+        if column_name is None:
+            continue
+        names = _names_in(labelled_samples, task_key, column_name)
+        notes += alike_names(names.unique(), f"values of {column_name!r}")
+        codes = np.asarray(pd.factorize(names)[0], dtype=np.int64)
+        groups = codes if groups is None else _joined_by(groups, names)
+        if task_key == "unit":
+            units = names.to_numpy(dtype=np.str_)
+            ids = labelled_samples["id"]
+            target, unit_notes = unit_targets(ids, target, classes, names, section)
+            notes += unit_notes
     notes += _unused_split(labelled_samples, section)
     copy_notes = _copies_across_sides(labelled_samples, section)
     notes += _duplicates(labelled_samples, target, across_sides=bool(copy_notes)) + copy_notes
@@ -158,11 +167,11 @@ def make_dataset(
         target,
         fold_of_row,
         np.ones(len(labelled_samples)),
+        units,
+        section.unit_aggregation,
     )
     copy_codes = pd.factorize(labelled_samples["_content"])[0].astype(np.int64)
-    row_groups = (
-        copy_codes if groups is None else _joined_by_copies(groups, labelled_samples["_content"])
-    )
+    row_groups = copy_codes if groups is None else _joined_by(groups, labelled_samples["_content"])
     is_test = fold_of_row == TEST
     return Dataset(
         task.without_test(),
@@ -174,15 +183,16 @@ def make_dataset(
     )
 
 
-def _group_names(labelled_samples: pd.DataFrame, column_name: str) -> pd.Series:
-    group_names = as_text(empty_as_missing(labelled_samples[column_name]))
-    if group_names.isna().any():
-        first_id = labelled_samples.loc[group_names.isna(), "id"].iloc[0]
+def _names_in(labelled_samples: pd.DataFrame, task_key: str, column_name: str) -> pd.Series:
+    """Return the group or unit of each row as text. Raises DataError for a row without one."""
+    names = as_text(empty_as_missing(labelled_samples[column_name]))
+    if names.isna().any():
+        first_id = labelled_samples.loc[names.isna(), "id"].iloc[0]
         raise DataError(
-            f"task.group {column_name!r} is empty for {first_id!r}: every image needs a group, or "
-            "none has one"
+            f"task.{task_key} {column_name!r} is empty for {first_id!r}: every image needs a "
+            f"{task_key}, or none has one"
         )
-    return group_names
+    return names
 
 
 def _unused_split(labelled_samples: pd.DataFrame, section: TaskSection) -> list[str]:
@@ -248,14 +258,14 @@ def _assign_folds(
             groups,
             section,
             notes,
-            kept_together=_joined_by_copies(row_groups, labelled_samples["_content"]),
+            kept_together=_joined_by(row_groups, labelled_samples["_content"]),
         )
     if groups is None:
         first_rows, copy_of = _first_copies(labelled_samples["_content"])
         return _draw_folds(
             labelled_samples.iloc[first_rows], target[first_rows], None, section, notes
         )[copy_of]
-    joined_groups = _joined_by_copies(groups, labelled_samples["_content"])
+    joined_groups = _joined_by(groups, labelled_samples["_content"])
     notes += _joined_groups(labelled_samples, groups, joined_groups, section)
     return _draw_folds(labelled_samples, target, joined_groups, section, notes)
 
@@ -297,6 +307,10 @@ def _copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) -
     )
 
 
+def _group_column(section: TaskSection) -> str:
+    return str(section.group or section.unit)
+
+
 def _joined_groups(
     labelled_samples: pd.DataFrame,
     groups: npt.NDArray[np.int64],
@@ -325,9 +339,10 @@ def _joined_groups(
     groups_text = (
         "copies of one image are in several groups, which are joined, for else one would be "
         f"tested on what it was trained on: {copy_ids[0]!r} and its copies are in "
-        f"{int(groups_per_image.max()):,} of the {n_groups:,} groups of {section.group!r}, and the "
-        f"largest joined group has {int(joined_sizes.max()):,} of them, {n_joined_rows:,} of "
-        f"{len(labelled_samples):,} images"
+        f"{int(groups_per_image.max()):,} of the {n_groups:,} groups of "
+        f"{_group_column(section)!r}, and the largest joined group has "
+        f"{int(joined_sizes.max()):,} of them, {n_joined_rows:,} of {len(labelled_samples):,} "
+        "images"
     )
     if n_joined_rows > len(labelled_samples) / 2:
         more_text = (
@@ -338,7 +353,8 @@ def _joined_groups(
         raise DataError(
             f"{groups_text}. No fair split is left. Leave these copies out (a placeholder shows "
             "nothing of its patient): images.exclude: "
-            f"{as_yaml_list(copy_ids[:_EXCLUDED_NAMED])}{more_text}, or mend {section.group!r}"
+            f"{as_yaml_list(copy_ids[:_EXCLUDED_NAMED])}{more_text}, or mend "
+            f"{_group_column(section)!r}"
         )
     return [groups_text]
 
@@ -381,7 +397,9 @@ def _draw_folds(
             fold_of_row if section.fold else 0,
             np.where(fold_of_row == TEST, TEST, TRAIN_ONLY),
         )
-        _refuse_split_groups(labelled_samples, groups, side_of_row, column_name, section.group)
+        _refuse_split_groups(
+            labelled_samples, groups, side_of_row, column_name, _group_column(section)
+        )
     if section.test_fraction > 0 and not (fold_of_row == TEST).any():
         # Rows that the user validates on stay what they are, and with them their groups; folds give
         # up their share.
@@ -426,16 +444,14 @@ def _draw_folds(
     return fold_of_row
 
 
-def _joined_by_copies(
-    groups: npt.NDArray[np.int64], content_hashes: pd.Series
-) -> npt.NDArray[np.int64]:
-    """Return (N,) groups, those that hold a copy of the same image made one: the components of the
-    graph of rows.
+def _joined_by(groups: npt.NDArray[np.int64], shared: pd.Series) -> npt.NDArray[np.int64]:
+    """Return (N,) groups, those that share a value (a content hash: copies of one image; a unit)
+    made one: the components of the graph of rows.
     """
-    copy_codes = pd.factorize(content_hashes)[0]
+    shared_codes = pd.factorize(shared)[0]
     n_groups = int(groups.max()) + 1
-    graph_edges = (np.ones(len(groups)), (groups, copy_codes + n_groups))
-    n_nodes = n_groups + int(copy_codes.max()) + 1
+    graph_edges = (np.ones(len(groups)), (groups, shared_codes + n_groups))
+    n_nodes = n_groups + int(shared_codes.max()) + 1
     components = connected_components(
         coo_array(graph_edges, shape=(n_nodes, n_nodes)), directed=False
     )[1]
@@ -447,7 +463,7 @@ def _refuse_split_groups(
     groups: npt.NDArray[np.int64],
     side_of_row: npt.NDArray[Any],
     column_name: str,
-    group_column: str | None,
+    group_column: str,
 ) -> None:
     is_mixed = pd.Series(side_of_row).groupby(groups).transform("nunique").to_numpy() > 1
     if is_mixed.any():

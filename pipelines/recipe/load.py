@@ -70,6 +70,11 @@ class Recipe(Section):
             raise ValueError(
                 f"two backbones are called {repeated_names.pop()!r}: give each its own `alias`"
             )
+        if self.ensemble is not None and self.task.unit_aggregation == "max":
+            raise ValueError(
+                "the largest of averages is not the average of the largest: leave `ensemble` out, "
+                "or set task.unit_aggregation: mean"
+            )
         if not backbone_names and not self.external_features:
             raise ValueError(
                 "the key 'backbones' is missing: name at least one network (or `external_features`)"

@@ -108,6 +108,14 @@ class TaskSection(Section):
     kind: Literal["single", "multi", "regression"] = "single"
     # rows of one group (patient, module, scene) never stand on two sides of a split
     group: str | None = None
+    # what is predicted and scored as one (patient, slide, sequence), by all of its images; never on
+    # two sides of a split
+    unit: str | None = None
+    # of the images' predictions; max, of two classes: of the second one's probability
+    unit_aggregation: Literal["mean", "max"] = "mean"
+    # where the images of a unit differ in their targets: refuse; the commonest class (of several
+    # labels, those of half of the images); labels that any image has; the mean of numbers
+    unit_label: Literal["same", "majority", "any", "mean"] = "same"
     split: str | None = None  # a column with train / validation / test
     fold: str | None = None  # a column with fold numbers
     # where the split or fold column puts copies of an image on different sides: refuse, or keep it
@@ -121,6 +129,21 @@ class TaskSection(Section):
     # default: accuracy (single), average_precision (multi), r2 (regression)
     metric: str | None = None
     seed: Seed = 0  # of the test split and the folds
+
+    @pydantic.model_validator(mode="after")
+    def _unit_label_fits(self) -> "TaskSection":
+        kinds = {"majority": ("single", "multi"), "any": ("multi",), "mean": ("regression",)}
+        if self.unit is None and (self.unit_label != "same" or self.unit_aggregation != "mean"):
+            raise ValueError(
+                "unit_label and unit_aggregation say how images make up a unit: name its column, "
+                "as in `unit: patient`"
+            )
+        if self.kind not in kinds.get(self.unit_label, (self.kind,)):
+            raise ValueError(
+                f"unit_label: {self.unit_label} is for kind: "
+                f"{' and '.join(kinds[self.unit_label])}; this task is of kind {self.kind}"
+            )
+        return self
 
     @pydantic.field_validator("target")
     @classmethod

@@ -38,7 +38,7 @@ def test_section(run: FinishedRun) -> Section:
     if isinstance(made, str):
         blocks.append(Note(f"No confusions of the test split: {made}."))
     else:
-        _, target, predicted = made
+        target, predicted = made
         blocks += outcome_blocks(
             run.task_kind, run.classes, target, predicted, "test", selected.name
         )
@@ -47,9 +47,12 @@ def test_section(run: FinishedRun) -> Section:
         if selected.ensemble is None
         else f"They were shown to the ensemble of {selected.heads}, not to the winner. "
     )
+    n_units = result.get("units")
+    units_text = "" if n_units is None else f"{n_units:,} units ({run.recipe.task.unit}) of "
     lead = (
-        f"{result['images']:,} images that no head was trained or chosen on. {shown}The rows and "
-        "predictions below are those of the evaluation on record; this report adds none."
+        f"{units_text}{result['images']:,} images that no head was trained or chosen on. {shown}"
+        "The rows and predictions below are those of the evaluation on record; this report adds "
+        "none."
     )
     return Section("test", "Test split", lead, tuple(blocks))
 

@@ -25,15 +25,20 @@ def predictions_section(run: FinishedRun) -> Section:
     """The winner on its validation folds: each row predicted by the head that did not
     train on it.
     """
-    held_out_rows = run.held_out_rows
-    target, predicted = run.bank.target[held_out_rows], run.out_of_fold[held_out_rows]
+    target, predicted = run.scored_predictions
     section_blocks = [
         *outcome_blocks(run.task_kind, run.classes, target, predicted, "validation"),
         *_calibration_blocks(run, target),
     ]
+    n_images, unit = len(run.held_out_rows), run.recipe.task.unit
+    rows_text = (
+        f"{n_images:,} validation images"
+        if unit is None
+        else f"{len(target):,} validation units ({unit}) of {n_images:,} images"
+    )
     lead_text = (
-        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {len(held_out_rows):,} "
-        "validation images: each predicted by the "
+        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {rows_text}: each "
+        "predicted by the "
         f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without its "
         "fold."
     )
@@ -56,6 +61,7 @@ def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Bloc
                 "one, and trains nothing."
             )
         ]
+    rows_name = "images" if run.recipe.task.unit is None else "units"
     facts = Facts(
         (
             (
@@ -82,8 +88,8 @@ def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Bloc
             (
                 "fitted on",
                 (
-                    f"{stored_calibration['images']:,} validation images; scored fold by fold at "
-                    "the temperature of the other folds"
+                    f"{stored_calibration['images']:,} validation {rows_name}; scored fold by "
+                    "fold at the temperature of the other folds"
                 ),
             ),
         )

@@ -4,20 +4,27 @@ it did on the test split.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
-from headrace.heads.data.task import Task
+from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.kinds import spec_from_json
+from headrace.heads.predict import floor_of
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
 from headrace.pipelines.models.model import ensemble_is_selected
 from headrace.pipelines.models.reference import ModelRef
+from headrace.pipelines.models.unit_rule import read_unit_rule
 from headrace.pipelines.records import read_record
 from headrace.pipelines.selection.ensemble_store import member_name
-from headrace.pipelines.selection.evaluation_record import WeightedModel, predict_average
+from headrace.pipelines.selection.evaluation_record import (
+    WeightedModel,
+    predict_average,
+    scored_predictions,
+)
 
 Found = Mapping[str, Any]
 
@@ -55,6 +62,8 @@ def find_selected(run: FinishedRun) -> SelectedModel:
     if not ensemble_is_selected(run.paths):
         return SelectedModel(None, run.winner_evaluation)
     ensemble = read_record(run.paths.ensemble / ENSEMBLE_DESCRIPTION)
+    if (unit_rule := read_unit_rule(run.paths.ensemble)) is not None:
+        ensemble["temperature"] = unit_rule.temperature
     own = [
         evaluation
         for evaluation in run.test_evaluations
@@ -82,9 +91,9 @@ def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
 
 def test_predictions(
     run: FinishedRun, selected: SelectedModel
-) -> tuple[Task, npt.NDArray[Any], npt.NDArray[Any]] | str:
-    """The test task, the targets (n,) and the selected model's predictions (n, C) of its rows: what
-    its evaluation has scored.
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | str:
+    """The targets (n, ...) and the selected model's predictions (n, C) that its evaluation has
+    scored: of the test images, or of their units.
 
     Only for a model whose evaluation is on record, on the very rows of that record: nothing new
     is learned of the test split. Otherwise the reason why not.
@@ -106,18 +115,17 @@ def test_predictions(
                 )
                 for member in shown["ensemble"]
             ]
-            target, predicted = predict_average(
-                members, shown["temperature"], test, trust_code=run.trust_code
-            )
-        else:
-            target, predicted = _recorded_model(run, shown).predict_rows(
-                test,
-                temperature=evaluation.get("temperature", 1.0),
-                trust_code=run.trust_code,
-            )
+            predict = partial(predict_average, members, test=test, trust_code=run.trust_code)
+            return scored_predictions(test, predict, shown["temperature"], FLOOR)
+        model = _recorded_model(run, shown)
+        floor = floor_of(shown["spec"], test.kind, len(test.classes))
+
+        def predict_alone(temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+            return model.predict_rows(test, temperature=temperature, trust_code=run.trust_code)
+
+        return scored_predictions(test, predict_alone, evaluation.get("temperature", 1.0), floor)
     except (HeadraceError, OSError, KeyError) as error:
         return f"the predictions of the test images cannot be made again: {error}"
-    return test, target, predicted
 
 
 def _recorded_model(run: FinishedRun, recorded: Found) -> ModelRef:

@@ -50,7 +50,7 @@ def temperature_of(winner: pd.Series, task: Task) -> float:
     out-of-fold prediction.
     """
     validation = validation_rows(task)
-    if task.kind == "regression" or len(validation.rows) == 0:
+    if task.kind == "regression" or len(validation) == 0:
         return 1.0
     _, predicted = stacked_predictions(winner.to_frame().T, validation)
     floor = floor_of(winner["spec"], task.kind, len(task.classes))
@@ -83,7 +83,7 @@ def calibrate(
     temperature = fit_temperature(task_kind, validation.target, predicted, validation.weight, floor)
     return Calibration(
         temperature,
-        len(validation.rows),
+        len(validation),
         scores_before[0],
         scores_after[0],
         scores_before[1],

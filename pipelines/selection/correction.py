@@ -105,7 +105,7 @@ def assess_selection(
     n_resamples = RESAMPLES
     if metric in SORTED_METRICS:
         n_resamples = SORTED_RESAMPLES
-        max_heads = int(SORTED_BUDGET / (2 * n_resamples * len(validation.rows) * n_outputs))
+        max_heads = int(SORTED_BUDGET / (2 * n_resamples * len(validation) * n_outputs))
         board = board.head(max(max_heads, 2))  # a head far down never wins a resample
     drawn = resampled_rows(validation.fold, validation.groups, n_resamples, seed)
     not_drawn = (drawn == 0).astype(np.float64)
@@ -171,7 +171,7 @@ def assess_selection(
     return Selection(
         metric=metric,
         tried=len(compared),
-        images=len(validation.rows),
+        images=len(validation),
         resamples=int(np.isfinite(chosen).sum()),
         validation=validation_score,
         calibrated=validation_score + temperature_gain,
@@ -193,7 +193,7 @@ def _mean_score(validation: ValidationRows, predicted: npt.NDArray[Any], metric:
         predicted[None],
         validation.fold,
         metric,
-        np.ones((len(validation.rows), 1)),
+        np.ones((len(validation), 1)),
     )
     return float(scores[0, 0])
 
@@ -270,7 +270,7 @@ def nested_choice(
     other_parts = (part[:, None] != part_numbers).astype(np.float64)
     candidates = board
     if metric in SORTED_METRICS:
-        n_elements = len(validation.rows) * max(1, n_outputs) * len(part_numbers)
+        n_elements = len(validation) * max(1, n_outputs) * len(part_numbers)
         candidates = board.head(max(int(SORTED_BUDGET / n_elements), 2))
     position_blocks, score_blocks = [], []
     # The whole board counts only where no candidate has predictions for each row.

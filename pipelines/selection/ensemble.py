@@ -2,10 +2,13 @@
 
 K candidates, N held-out rows. Each head first gets a temperature of its own, so that
 under-confident heads (support vectors, ridge) and over-confident ones have their say; the average
-gets another. The score is nested: for each part of the rows, heads are calibrated, picked and
-weighted on the other parts alone, and that ensemble predicts the part. The single head that it has
-to beat is nested likewise: for each part, the head that is best on the other parts. The ensemble
-that is stored is picked on all rows.
+gets another. Where the task has units, members keep temperature 1: what they say of a unit then
+averages to what their averages of its images aggregate to.
+
+The score is nested: for each part of the rows, heads are calibrated, picked and weighted on the
+other parts alone, and that ensemble predicts the part. The single head that it has to beat is
+nested likewise: for each part, the head that is best on the other parts. The ensemble that is
+stored is picked on all rows.
 """
 
 import hashlib
@@ -131,13 +134,7 @@ def build_ensemble(
             np.flatnonzero(part_of_row != part_number),
             np.flatnonzero(part_of_row == part_number),
         )
-        part_temperatures = fit_temperatures(
-            task_kind,
-            validation.target[inside],
-            predicted[:, inside],
-            validation.weight[inside],
-            floors,
-        )
+        part_temperatures = _member_temperatures(validation, inside, predicted, floors)
         at_temperature = _calibrated(task_kind, predicted, part_temperatures, floors)
         losses = loss_elements(task_kind, validation.target[inside], at_temperature[:, inside])
         weights = greedy_weights(task_kind, losses, backbones_of, limits)
@@ -150,9 +147,7 @@ def build_ensemble(
         nested_ensemble[outside] = with_temperature(
             task_kind, part_average[outside], part_temperature
         )
-    temperatures = fit_temperatures(
-        task_kind, validation.target, predicted, validation.weight, floors
-    )
+    temperatures = _member_temperatures(validation, slice(None), predicted, floors)
     at_temperature = _calibrated(task_kind, predicted, temperatures, floors)
     weights = greedy_weights(
         task_kind, loss_elements(task_kind, validation.target, at_temperature), backbones_of, limits
@@ -216,7 +211,7 @@ def _judged(
         members=tuple(members),
         temperature=temperature,
         candidates=n_candidates,
-        images=len(validation.rows),
+        images=len(validation),
         value=float(scores[0, 0]),
         low=low,
         high=high,
@@ -250,7 +245,7 @@ def _candidates(
     usable = board.assign(loss=head_losses)[np.isfinite(head_losses)].sort_values(
         "loss", kind="stable"
     )
-    n_elements = len(validation.rows) * (
+    n_elements = len(validation) * (
         1 if task_kind == "single" else max(1, len(validation.task.classes))
     )
     max_candidates = int(
@@ -267,7 +262,7 @@ def _candidates(
             predicted = np.zeros((len(chosen), *block.shape[1:]), np.float32)
         predicted[positions] = block
     return chosen, predicted if predicted is not None else np.zeros(
-        (0, len(validation.rows), 1), np.float32
+        (0, len(validation), 1), np.float32
     )
 
 
@@ -284,6 +279,24 @@ def _networks(row: pd.Series) -> frozenset[str]:
     return frozenset(
         f"{spec['backbone']} ({spec['weights'][:8]}/{digest})"
         for spec, digest in zip(feature_specs, preprocessing_digests, strict=True)
+    )
+
+
+def _member_temperatures(
+    validation: ValidationRows,
+    rows: npt.NDArray[np.intp] | slice,
+    predicted: npt.NDArray[np.float32],
+    floors: Sequence[float],
+) -> npt.NDArray[np.float64]:
+    """Return the temperature (K,) of each candidate, fitted on some of the rows."""
+    if validation.task.units is not None:
+        return np.ones(len(predicted))
+    return fit_temperatures(
+        validation.task.kind,
+        validation.target[rows],
+        predicted[:, rows],
+        validation.weight[rows],
+        floors,
     )
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from headrace.heads.data.task import Task
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.reference import ModelRef
+from headrace.pipelines.models.unit_rule import save_unit_rule
 from headrace.pipelines.selection.ensemble import Ensemble
 from headrace.pipelines.selection.evaluation_record import (
     TestResult,
@@ -19,9 +20,17 @@ from headrace.pipelines.selection.evaluation_record import (
 
 
 def save_ensemble(
-    directory: Path, ensemble: Ensemble, models: Sequence[ModelRef], task: Task
+    directory: Path,
+    ensemble: Ensemble,
+    models: Sequence[ModelRef],
+    task: Task,
+    unit_column: str | None = None,
 ) -> Path:
-    """Write the ensemble; returns the path of ensemble.json. models: of its members, in order."""
+    """Write the ensemble; returns the path of ensemble.json. models: of its members, in order.
+
+    unit_column: names the units that its temperature is of.
+    """
+    temperature = save_unit_rule(directory, task, unit_column, ensemble.temperature)
     members = tuple(
         model.load(
             task,
@@ -51,7 +60,7 @@ def save_ensemble(
         metrics=metrics,
         members=members,
         weights=tuple(member.weight for member in ensemble.members),
-        temperature=ensemble.temperature,
+        temperature=temperature,
         names=tuple(member_name(model.results_path.name, model.spec) for model in models),
         member_columns=columns,
         nested=ensemble.summary(),

@@ -9,7 +9,6 @@ import json
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,10 @@ from headrace.heads.data.task import Task
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.evaluate.intervals import METHOD, metric_interval
 from headrace.heads.evaluate.metrics import all_metrics
+from headrace.heads.evaluate.temperature import FLOOR
+from headrace.heads.evaluate.units import scored_rows, unit_rows
 from headrace.heads.link import tempered
+from headrace.heads.predict import floor_of
 from headrace.pipelines.models.reference import ModelRef
 
 # Of the test images' hashes, kept with each evaluation to recognise the same images under another
@@ -49,10 +51,16 @@ class TestResult:
     metrics: dict[str, float]
     # the images are of so many groups, or distinct images; None: as many as images
     groups: int | None = None
+    # that were scored, each by its images; None: images were
+    units: int | None = None
 
 
 class EvaluationsDamaged(HeadraceError, ValueError):
     """The record of test evaluations is not the one that was written, and neither is its copy."""
+
+
+# of the test images, at a temperature: targets (n, ...) and predictions (n, C)
+Predict = Callable[[float], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 
 
 class WeightedModel(NamedTuple):
@@ -84,8 +92,12 @@ def evaluate_winner(
     means, and so the count is part of the result.
     """
     identity = {"train": train_digest, "test": test.digest, **winner.identity()}
-    predict = partial(winner.predict_rows, test, temperature=temperature)
-    return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature)
+    floor = floor_of(winner.spec, test.kind, len(test.classes))
+
+    def predict(at_temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        return winner.predict_rows(test, temperature=at_temperature)
+
+    return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature, floor)
 
 
 def evaluate_average(
@@ -107,7 +119,10 @@ def evaluate_average(
         ],
         "temperature": temperature,
     }
-    predict = partial(predict_average, members, temperature, test)
+
+    def predict(at_temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        return predict_average(members, at_temperature, test)
+
     return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature)
 
 
@@ -132,17 +147,31 @@ def predict_average(
     return target, tempered(mean, test.kind, temperature)
 
 
+def scored_predictions(
+    test: Task, predict: Predict, temperature: float, floor: float
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the targets and the predictions that a task is scored by: of its images at the
+    temperature, or of its units, whose images are predicted without it and together given it.
+    """
+    if test.units is None:
+        return predict(temperature)
+    _, predicted = predict(1.0)
+    target, predicted = scored_rows(test, np.arange(len(test.ids)), predicted)
+    return target, tempered(predicted, test.kind, temperature, floor)
+
+
 def _evaluate_once(
     record_path: Path,
     identity: Mapping[str, Any],
     test: Task,
     metric: str,
     groups: npt.NDArray[Any] | None,
-    predict: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+    predict: Predict,
     temperature: float,
+    floor: float = FLOOR,
 ) -> TestResult:
     """Return the result of this evaluation from its record; without one, `predict` gives targets
-    and predictions, and it is made.
+    and predictions of the images at a temperature, and it is made.
 
     A record whose interval is of an earlier method keeps its score and is given the interval of
     this one; one of another temperature keeps its date alone.
@@ -161,7 +190,7 @@ def _evaluate_once(
             )
             if evaluation["result"]["metric"] == metric and is_current:
                 return TestResult(n_evaluations=len(other_models) + 1, **evaluation["result"])
-        target, predicted = predict()
+        target, predicted = scored_predictions(test, predict, temperature, floor)
         result = _score_predictions(test, target, predicted, metric, groups, len(other_models) + 1)
         earlier_evaluation = next(
             (evaluation for evaluation in same_model if evaluation["result"]["metric"] == metric),
@@ -217,10 +246,12 @@ def _score_predictions(
     groups: npt.NDArray[Any] | None,
     n_evaluations: int,
 ) -> TestResult:
-    metrics = all_metrics(test.kind, target, predicted)
     row_groups = np.asarray(test.content if groups is None else groups)
+    if test.units is not None:
+        row_groups = row_groups[unit_rows(test.units)[0]]
     # Rows without features have left the task before.
     assert len(row_groups) == len(target)
+    metrics = all_metrics(test.kind, target, predicted)
     interval_low, interval_high = metric_interval(
         test.kind, target, predicted, metric, groups=row_groups
     )
@@ -230,10 +261,11 @@ def _score_predictions(
         metrics[metric],
         interval_low,
         interval_high,
-        len(target),
+        len(test.ids),
         n_evaluations,
         metrics,
         n_groups,
+        None if test.units is None else len(target),
     )
 
 

@@ -1,7 +1,8 @@
 """Stored out-of-fold predictions of many heads, read block by block.
 
 K heads, N rows, C outputs. Only rows that some fold holds out have such predictions; those that are
-in training always (a given training split) are left out here.
+in training always (a given training split) are left out here. Where the task has units (patients,
+slides), the N rows are units, each predicted by its images together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.heads.data.task import Task
+from headrace.heads.evaluate.units import aggregate_units, unit_rows
 from headrace.heads.results import BankResult, read_bank
 
 BLOCK_BYTES = 256 * 2**20
@@ -24,16 +26,29 @@ class ValidationRows:
     """The rows of a task that are held out once. All selection and advice is measured on them."""
 
     task: Task
-    rows: npt.NDArray[np.int64]  # (N,) positions in the task
+    images: npt.NDArray[np.int64]  # (n,) positions of the held-out images in the task
+    # (n,) the row 0..N-1 that each image is scored in: its unit, or itself
+    row_of_image: npt.NDArray[np.int64]
+    first_images: npt.NDArray[np.int64]  # (N,) of each row its first place in `images`
     target: npt.NDArray[Any]  # (N, ...) as in Task.target
     fold: npt.NDArray[np.int16]  # (N,) >= 0
     # (N,) rows that are resampled together: of one group, or copies of one image
     groups: npt.NDArray[np.int64]
 
+    def __len__(self) -> int:
+        return len(self.fold)
+
     @property
     def weight(self) -> npt.NDArray[np.float64]:
         """Weights (N,), as in Task.weight."""
-        return self.task.weight[self.rows]
+        return self.task.weight[self.images[self.first_images]]
+
+    def aggregate(self, predicted: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return predictions (..., N, C) of the rows from those (..., n, C) of their images."""
+        if self.task.units is None:
+            return predicted
+        how = self.task.unit_aggregation
+        return np.asarray(aggregate_units(self.task.kind, predicted, self.row_of_image, how))
 
 
 def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> ValidationRows:
@@ -41,13 +56,20 @@ def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> Valid
 
     groups: (rows of the task,), by default the images' content, so that copies stay together.
     """
-    row_positions = np.flatnonzero(task.fold >= 0)
-    group_labels = (task.content if groups is None else np.asarray(groups))[row_positions]
+    images = np.flatnonzero(task.fold >= 0)
+    if task.units is None:
+        first_images = row_of_image = np.arange(len(images))
+    else:
+        first_images, row_of_image = unit_rows(task.units[images])
+    shown = images[first_images]
+    group_labels = (task.content if groups is None else np.asarray(groups))[shown]
     return ValidationRows(
         task,
-        row_positions,
-        task.target[row_positions],
-        task.fold[row_positions],
+        images,
+        row_of_image,
+        first_images,
+        task.target[shown],
+        task.fold[shown],
         np.unique(group_labels, return_inverse=True)[1],
     )
 
@@ -92,9 +114,11 @@ def read_predictions(
         heads_per_block = max(1, BLOCK_BYTES // (4 * len(bank.ids) * max(1, len(bank.classes))))
         for start in range(0, len(positions), heads_per_block):
             block_slice = slice(start, start + heads_per_block)
-            block = bank.out_of_fold_stack([str(spec) for spec in spec_texts[block_slice]])[
-                :, row_order
-            ]
+            block = validation.aggregate(
+                bank.out_of_fold_stack([str(spec) for spec in spec_texts[block_slice]])[
+                    :, row_order
+                ]
+            )
             is_complete = np.isfinite(block).all((1, 2))
             if is_complete.any():
                 yield positions[block_slice][is_complete], block[is_complete]
@@ -109,7 +133,7 @@ def stacked_predictions(
     blocks = list(read_predictions(board, validation))
     if not blocks:
         return np.zeros(0, np.int64), np.zeros(
-            (0, len(validation.rows), len(validation.task.classes)), np.float32
+            (0, len(validation), len(validation.task.classes)), np.float32
         )
     positions = np.concatenate([block for block, _ in blocks])
     position_order = np.argsort(positions)
@@ -117,16 +141,14 @@ def stacked_predictions(
 
 
 def _order(bank: BankResult, validation: ValidationRows) -> npt.NDArray[np.int64] | None:
-    """Return the positions of the held-out rows in a results file; None when it lacks one of them,
-    or holds other folds.
+    """Return the positions of the held-out images in a results file; None when it lacks one of
+    them, or holds other folds.
     """
-    ids, content_hashes = (
-        validation.task.ids[validation.rows],
-        validation.task.content[validation.rows],
-    )
+    task, images = validation.task, validation.images
+    ids, content_hashes = task.ids[images], task.content[images]
     positions: Sequence[int] | npt.NDArray[Any]
-    if np.array_equal(bank.ids, validation.task.ids):
-        positions = validation.rows
+    if np.array_equal(bank.ids, task.ids):
+        positions = images
     else:
         position_of_id = {row_id: position for position, row_id in enumerate(bank.ids.tolist())}
         positions = [position_of_id.get(row_id, -1) for row_id in ids.tolist()]
@@ -134,6 +156,6 @@ def _order(bank: BankResult, validation: ValidationRows) -> npt.NDArray[np.int64
     same_rows = (
         (row_order >= 0).all()
         and (bank.content[row_order] == content_hashes).all()
-        and (bank.fold[row_order] == validation.fold).all()
+        and (bank.fold[row_order] == task.fold[images]).all()
     )
     return row_order if same_rows else None

@@ -6,9 +6,11 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import Task
+from headrace.heads.predict import floor_of
 from headrace.pipelines.models.head import HEAD_FILES
 from headrace.pipelines.models.network import NETWORK_FILES
 from headrace.pipelines.models.reference import ModelRef
+from headrace.pipelines.models.unit_rule import save_unit_rule
 
 
 class NoWinner(HeadraceError):
@@ -35,16 +37,23 @@ def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
 
 
 def save_winner(
-    directory: Path, winner: ModelRef, task: Task, metrics: dict[str, float], temperature: float
+    directory: Path,
+    winner: ModelRef,
+    task: Task,
+    metrics: dict[str, float],
+    temperature: float,
+    unit_column: str | None = None,
 ) -> Path:
     """Write the winner, trained on every training row, in place of an earlier winner: head.* of a
     head, network.* of a network. Returns the path of its arrays.
 
     The networks behind a head's features are recorded, so that the directory can be used away from
-    its run. temperature: what the predictions of its fold models give (`temperature_of`). Raises
-    ModelError for a network whose file is gone or damaged.
+    its run. temperature: what the predictions of its fold models give (`temperature_of`), of units
+    where a column names them. Raises ModelError for a network whose file is gone or damaged.
     """
-    weights_path = winner.load(task, metrics, temperature).save(directory)
+    floor = floor_of(winner.spec, task.kind, len(task.classes))
+    image_temperature = save_unit_rule(directory, task, unit_column, temperature, floor)
+    weights_path = winner.load(task, metrics, image_temperature).save(directory)
     # Files of a winner of the other kind would be taken for this one's.
     for name in HEAD_FILES if winner.kind == "finetune" else NETWORK_FILES:
         (directory / name).unlink(missing_ok=True)

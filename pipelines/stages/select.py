@@ -7,6 +7,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
@@ -55,7 +56,10 @@ def select(state: RunState, services: Services) -> RunState:
         winner_temperature = temperature_of(winner, task)
         winner_model = model_ref(winner, state.paths, state.feature_inputs)
         winner_metrics = {f"validation_{metric}": float(winner[metric])}
-        save_winner(state.paths.winner, winner_model, task, winner_metrics, winner_temperature)
+        unit_column = state.recipe.task.unit
+        save_winner(
+            state.paths.winner, winner_model, task, winner_metrics, winner_temperature, unit_column
+        )
         ensemble = combine_heads(state, leaderboard)
         report_done(f"{len(leaderboard):,} settings ranked")
     return replace(
@@ -97,10 +101,9 @@ def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selecti
     )
     halving_luck = None
     if input_halving is not None and leaderboard.iloc[0]["inputs"] in input_halving.row_errors:
-        halving_luck = (
-            input_halving.selection_luck,
-            input_halving.row_errors[leaderboard.iloc[0]["inputs"]][held.rows],
-        )
+        image_errors = input_halving.row_errors[leaderboard.iloc[0]["inputs"]][held.images]
+        row_errors = np.bincount(held.row_of_image, image_errors) / np.bincount(held.row_of_image)
+        halving_luck = (input_halving.selection_luck, row_errors)
     selection = assess_selection(
         complete_heads(leaderboard), held, state.metric, halving_luck=halving_luck
     )
@@ -128,7 +131,9 @@ def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None
     models = [
         model_ref(member.row, state.paths, state.feature_inputs) for member in ensemble.members
     ]
-    save_ensemble(state.paths.ensemble, ensemble, models, state.dataset.train)
+    save_ensemble(
+        state.paths.ensemble, ensemble, models, state.dataset.train, state.recipe.task.unit
+    )
     return ensemble
 
 

@@ -114,7 +114,7 @@ def test_heads_that_know_nothing_are_not_combined(tmp_path):
         )
         weights = [member.weight for member in found.members]
         assert (
-            score("single", held.target, np.tensordot(weights, inside, 1)[held.rows], "accuracy")
+            score("single", held.target, np.tensordot(weights, inside, 1)[held.images], "accuracy")
             > found.value
         )
     chance = 3 * 0.5 / np.sqrt(5 * ROWS)
@@ -133,7 +133,7 @@ def test_a_choice_is_nested_part_by_part(tmp_path, kind, metric):
     """
     board, task = stored(tmp_path, kind, metric, rows=120)
     held = validation_rows(task)
-    part = np.random.default_rng(1).integers(0, 5, len(held.rows))
+    part = np.random.default_rng(1).integers(0, 5, len(held.images))
     nested = nested_choice(board, held, metric, part)
     predicted = dict(zip(*stacked_predictions(board, held), strict=True))
     for number in range(5):

@@ -168,8 +168,8 @@ def test_results_of_other_rows_are_matched_by_id_or_left_out(tmp_path):
     held = validation_rows(mixed)
     (again, turned), *_ = read_predictions(board, held)
     assert (places == again).all()
-    rank = {row: place for place, row in enumerate(validation_rows(task).rows)}
-    assert (turned == straight[:, [rank[order[row]] for row in held.rows]]).all()
+    rank = {row: place for place, row in enumerate(validation_rows(task).images)}
+    assert (turned == straight[:, [rank[order[row]] for row in held.images]]).all()
     stranger = Task(
         *[*vars(mixed).values()][:3],
         np.roll(mixed.content, 1),

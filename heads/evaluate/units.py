@@ -1,0 +1,69 @@
+"""Scores per unit: a patient, a slide or a sequence is predicted by all of its images together.
+
+N images, U units, C outputs. Units are in the order of their names. A head that predicts a unit as
+a whole gives each of its images the unit's prediction, which aggregation leaves as it is.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.data.task import Task, TaskKind, UnitAggregation
+from headrace.heads.evaluate.metrics import all_metrics
+
+Array = npt.NDArray[Any]
+
+
+def aggregate_units(
+    task_kind: TaskKind, predicted: Array, unit_of_row: Array, how: UnitAggregation
+) -> Array:
+    """Return (…, U, C) predictions of units from those (…, N, C) of their images; the dtype stays.
+
+    unit_of_row: (N,) integers 0..U-1, each at least once. mean: the average of the images, each
+    counting the same. max: the largest value of each label or number; of two classes the image with
+    the largest probability of the second one, which is scikit-learn's positive class; of more
+    classes the largest probability of each, scaled to sum to one. nan where an image has nan.
+    """
+    row_order = np.argsort(unit_of_row, kind="stable")
+    ordered = np.asarray(predicted)[..., row_order, :]
+    sizes = np.bincount(unit_of_row)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    if how == "mean":
+        sums = np.add.reduceat(ordered.astype(np.float64, copy=False), starts, axis=-2)
+        return np.asarray((sums / sizes[:, None]).astype(ordered.dtype, copy=False))
+    largest = np.maximum.reduceat(ordered, starts, axis=-2)
+    if task_kind != "single":
+        return largest
+    if largest.shape[-1] == 2:
+        return np.concatenate([1 - largest[..., 1:], largest[..., 1:]], axis=-1)
+    return np.asarray(largest / largest.sum(-1, keepdims=True))
+
+
+def unit_rows(units: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the first row (U,) of each unit, and the unit 0..U-1 of each row (N,)."""
+    _, first_rows, unit_of_row = np.unique(units, return_index=True, return_inverse=True)
+    return np.asarray(first_rows, np.int64), np.asarray(unit_of_row, np.int64)
+
+
+def scored_rows(task: Task, rows: Array, predicted: Array) -> tuple[Array, Array]:
+    """Return the targets (U, …) and predictions (U, C) that some rows of a task are scored by:
+    those of their units, or of the images themselves where the task has no units.
+
+    rows: (n,) positions in the task, of whole units; predicted: (n, C) of these rows.
+    """
+    if task.units is None:
+        return task.target[rows], predicted
+    first_rows, unit_of_row = unit_rows(task.units[rows])
+    return task.target[rows][first_rows], aggregate_units(
+        task.kind, predicted, unit_of_row, task.unit_aggregation
+    )
+
+
+def held_out_metrics(task: Task, fold: int, predicted: Array | None) -> dict[str, float]:
+    """Return every metric, by name, of the predictions (n, C) of the rows that a fold holds out;
+    none where there are no predictions.
+    """
+    if predicted is None:
+        return {}
+    return all_metrics(task.kind, *scored_rows(task, np.flatnonzero(task.fold == fold), predicted))
