@@ -66,8 +66,8 @@ _ORIENTATIONS = {
 }
 
 
-class _Samples(NamedTuple):
-    """Values as they stand in a file, before they become 8-bit pixels."""
+class Samples(NamedTuple):
+    """Values as they stand in a file, before they become pixels."""
 
     # (H, W), or (H, W, C): C = 2 grey and alpha, 3 colours, 4 colours and alpha
     values: npt.NDArray[Any]
@@ -97,16 +97,16 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with open_image(data) as image:
-            _check_size(*image.size)
-            samples = _file_samples(image, data, pixel_range)
+            check_size(*image.size)
+            samples = file_samples(image, data, pixel_range)
             if samples is not None:
-                return _upright(_eight_bits(samples, pixel_range), image)
+                return upright(_eight_bits(samples, pixel_range), image)
             image.load()
-            return to_rgb(_upright(image, image), pixel_range)
+            return to_rgb(upright(image, image), pixel_range)
     except (ImageError, MemoryError):
         raise  # too little memory is no fault of the image, and must not be recorded as one
     except Exception as error:  # decoders raise anything on malformed input, and a run must go on
-        raise ImageError(_reason(error, data)) from error
+        raise ImageError(decoding_reason(error, data)) from error
 
 
 def has_deep_pixels(data: bytes) -> bool:
@@ -117,7 +117,7 @@ def has_deep_pixels(data: bytes) -> bool:
     if data.startswith(_NUMPY):
         return _array_header(data)[2] not in (np.uint8, np.bool_)
     with open_image(data) as image:
-        return _file_samples(image, data, None) is not None
+        return file_samples(image, data, None) is not None
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
@@ -145,7 +145,7 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
 
     Raises ImageError for modes whose range is not known.
     """
-    _check_size(*image.size)
+    check_size(*image.size)
     mode = image.mode
     if mode in ("RGB", "L", "1"):
         plain_image = image.convert("L") if mode == "1" else image
@@ -156,11 +156,11 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
         return _over_white(plain_image.convert("RGBA"))
     if mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
-        return _eight_bits(_Samples(values, "16-bit values", _SIXTEEN_BITS), pixel_range)
+        return _eight_bits(Samples(values, "16-bit values", _SIXTEEN_BITS), pixel_range)
     if mode in ("I", "F"):
         values = np.asarray(image)
         return _eight_bits(
-            _Samples(values, f"{values.dtype} values (Pillow's mode {mode})", None), pixel_range
+            Samples(values, f"{values.dtype} values (Pillow's mode {mode})", None), pixel_range
         )
     if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         return _over_white(image.convert("RGBA"))
@@ -173,7 +173,7 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
     return image.convert("RGB")  # CMYK, YCbCr, HSV; Pillow raises for LAB
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
     if width * height == 0:
         raise ImageError("the image has no pixels")
     if width * height > MAX_PIXELS:
@@ -185,9 +185,9 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _file_samples(
+def file_samples(
     image: ImageFile.ImageFile, data: bytes, pixel_range: PixelRange | None
-) -> _Samples | None:
+) -> Samples | None:
     """The samples of a file whose depth Pillow's own pixels do not keep, or keep without their
     meaning; otherwise None.
     """
@@ -206,7 +206,7 @@ def _file_samples(
     return samples
 
 
-def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
+def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
     """PGM and PPM: the header's greatest value is white.
 
     Pillow scales it to 255 or 65535, colours always to 255.
@@ -239,12 +239,12 @@ def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
             )
         pixel_values = np.frombuffer(data, stored_dtype, n_values, offset)
     shape = (height, width, 3) if n_channels == 3 else (height, width)
-    return _Samples(
+    return Samples(
         pixel_values.reshape(shape), "values of a PGM or PPM file", (0.0, float(white_value))
     )
 
 
-def _png_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
+def _png_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
     raw_name = pillow_raw_mode(image)
     transparent_value = image.info.get("transparency")
     if raw_name in ("L;2", "L;4") and isinstance(transparent_value, int):
@@ -261,7 +261,7 @@ def _png_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
         pixel_values = _load_raw(image, raw_name).astype(np.uint16)
     else:
         pixel_values = _both_bytes(image, data, raw_name, raw_name.replace(";16B", ";16L"))
-    return _Samples(
+    return Samples(
         pixel_values,
         "16-bit values of a PNG",
         _SIXTEEN_BITS,
@@ -270,7 +270,7 @@ def _png_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
     )
 
 
-def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
+def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits_per_sample, sample_format = (
         max(tags.get(_BITS_TAG, (1,))),
@@ -284,7 +284,7 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
         )
         if raw_modes is None:
             return None
-        return _Samples(
+        return Samples(
             _both_bytes(image, data, *raw_modes),
             "16-bit values of a TIFF",
             _SIXTEEN_BITS,
@@ -310,7 +310,7 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> _Samples | None:
     number_kind = {_UNSIGNED: "unsigned", _SIGNED: "signed"}.get(sample_format, "floating-point")
     # Pillow inverts such images up to 8 bits, and no others
     white_is_zero = tags.get(_PHOTOMETRIC_TAG, 0) == 0
-    return _Samples(
+    return Samples(
         pixel_values,
         f"{number_kind} {bits_per_sample}-bit values of a TIFF",
         own_range,
@@ -411,26 +411,40 @@ def _decode_array(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
 
     (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, the last where both fit.
     """
+    return _eight_bits(array_samples(data), pixel_range)
+
+
+def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
+    """The values of an `.npy` file that holds one image: (H, W), or (H, W, C) or (C, H, W).
+
+    C is 1, 3 or 4; last where both fit. most_bands: C may be any number from this one on, and is
+    the shorter of the two axes where both fit. Raises ImageError.
+    """
     shape, in_fortran_order, dtype, offset = _array_header(data)
     channels_last, channels_first = (
-        len(shape) == 3 and shape[2] in (1, 3, 4),
-        len(shape) == 3 and shape[0] in (1, 3, 4),
+        len(shape) == 3
+        and (shape[axis] in (1, 3, 4) if most_bands is None else shape[axis] >= most_bands)
+        for axis in (-1, 0)
     )
+    if channels_last and channels_first and most_bands is not None:
+        channels_last = shape[2] <= shape[0]
     if not (len(shape) == 2 or channels_last or channels_first) or min(shape) < 1:
+        needed = "" if most_bands is None else f", with at least {most_bands} bands"
         raise ImageError(
             f"an array of shape {shape} is no image; expected (H, W), (H, W, C) or (C, H, W)"
+            f"{needed}"
         )
     if dtype.kind not in "buif":
         raise ImageError(f"pixels of type {dtype}; expected numbers")
     height, width = shape[1:] if channels_first and not channels_last else shape[:2]
-    _check_size(width, height)
+    check_size(width, height)
     n_values = math.prod(shape)
     if len(data) - offset < n_values * dtype.itemsize:
         raise ImageError(
             f"truncated: an array of shape {shape} and type {dtype} has "
             f"{n_values * dtype.itemsize} bytes; {len(data) - offset} are there"
         )
-    # A view: an image of any size costs no memory before its 8-bit pixels do.
+    # A view: an image of any size costs no memory before its pixels do.
     pixel_values = np.frombuffer(data, dtype, n_values, offset).reshape(
         shape, order="F" if in_fortran_order else "C"
     )
@@ -441,9 +455,7 @@ def _decode_array(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     own_range = {"|u1": (0.0, 255.0), "|b1": (0.0, 1.0), "<u2": _SIXTEEN_BITS}.get(
         dtype.newbyteorder("<").str
     )
-    return _eight_bits(
-        _Samples(pixel_values, f"{dtype.name} values of an array", own_range), pixel_range
-    )
+    return Samples(pixel_values, f"{dtype.name} values of an array", own_range)
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -468,7 +480,7 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
     # The header is a Python literal of at most 10,000 characters. A malformed one can exhaust the
     # parser's stack, which is a MemoryError and yet the file's fault.
     except Exception as error:
-        raise ImageError(f"not a whole .npy file ({_reason(error, b'')})") from error
+        raise ImageError(f"not a whole .npy file ({decoding_reason(error, b'')})") from error
     return shape, bool(in_fortran_order), dtype, stream.tell()
 
 
@@ -488,7 +500,7 @@ def check_pixel_range(pixel_range: Any) -> None:
         )
 
 
-def _eight_bits(samples: _Samples, pixel_range: PixelRange | None) -> Image.Image:
+def _eight_bits(samples: Samples, pixel_range: PixelRange | None) -> Image.Image:
     """The samples as an image in mode "RGB" or "L".
 
     Raises ImageError where their range is not known.
@@ -573,13 +585,9 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white_image, image).convert("RGB")
 
 
-def _upright(image: Image.Image, file_image: Image.Image) -> Image.Image:
+def upright(image: Image.Image, file_image: Image.Image) -> Image.Image:
     """`image`, the pixels of `file_image`, as the file's EXIF orientation says."""
-    try:
-        orientation = file_image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation, and the pixels are there
-        return image
-    transpose_method = _ORIENTATIONS.get(orientation)
+    transpose_method = orientation_of(file_image)
     if transpose_method is None:
         return image
     upright_image = image.transpose(transpose_method)
@@ -587,7 +595,15 @@ def _upright(image: Image.Image, file_image: Image.Image) -> Image.Image:
     return upright_image
 
 
-def _reason(error: Exception, data: bytes) -> str:
+def orientation_of(file_image: Image.Image) -> Image.Transpose | None:
+    """The turn that makes a file's pixels upright, by its EXIF orientation; None for none."""
+    try:
+        return _ORIENTATIONS.get(file_image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation, and the pixels are there
+        return None
+
+
+def decoding_reason(error: Exception, data: bytes) -> str:
     if isinstance(error, PIL.UnidentifiedImageError):
         if data.startswith((b"II*\0", b"MM\0*")):
             return (
