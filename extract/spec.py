@@ -14,8 +14,15 @@ from typing import Any, Literal, get_args
 
 from headrace.cache.home import expand_home
 from headrace.extract.errors import BackboneError, missing_path_message, nearest_names
-from headrace.extract.images.decoding import MAX_PIXELS, check_pixel_range
-from headrace.extract.images.preprocessing import Interpolation
+from headrace.extract.images.decoding import MAX_PIXELS
+from headrace.extract.images.preprocessing import (
+    MAX_BANDS,
+    Interpolation,
+    PixelDtype,
+    PixelRanges,
+    check_bands,
+    plain_pixel_range,
+)
 
 WeightsMatch = Literal["name", "order"]
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -34,12 +41,12 @@ class BackboneSpec:
     weights_match: WeightsMatch = "name"
     image_size: int | None = None
     crop_fraction: float | None = None  # crop / resize: 1.0 keeps the borders
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None  # of each channel; white is 1
+    std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
-    # (black, white) of images of more than 8 bits, in their own numbers; None: by their depth or
-    # header
-    pixel_range: tuple[float, float] | None = None
+    # (black, white) of images of more than 8 bits, in their own numbers, or a pair for each band;
+    # None: by their depth or header
+    pixel_range: PixelRanges | None = None
     # Arguments of the library's builder, such as {"reg_tokens": 4}: a mapping, kept as canonical
     # JSON
     model: Mapping[str, Any] | str | None = None
@@ -47,6 +54,11 @@ class BackboneSpec:
     prefix_tokens: int | None = None
     # what the network's names follow in the weights file, "student."; None: found by the names
     weights_prefix: str | None = None
+    # of the files, counted from 1: the channels of the network's input, whose first convolution is
+    # adapted to their number; None: grey or colours
+    bands: tuple[int, ...] | None = None
+    pixel_dtype: PixelDtype | None = None  # float32: more than 8 bits keep their depth
+    nodata: Literal["refuse", "mean"] | None = None  # pixels without a value
 
     def __post_init__(self) -> None:
         """Raise BackboneError for arguments that are no JSON."""
@@ -95,9 +107,7 @@ def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
             "the description of a backbone has fields that this version does not know: "
             f"{unknown_fields[:200]}"
         )
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
+    values: dict[str, Any] = {name: _as_tuples(value) for name, value in fields.items()}
     for name, value in values.items():
         if not (
             _VALID_FIELD[name](value) or (value is None and name not in ("name", "weights_match"))
@@ -106,6 +116,10 @@ def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
                 f"the description of a backbone says {name}: {str(value)[:60]}, which cannot be"
             )
     return BackboneSpec(**values)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def check_sizes(value_name: str, *sizes: object) -> None:
@@ -133,10 +147,23 @@ def _can_be_a_path(text: str) -> bool:
         return False
 
 
-def _is_tuple_of_numbers(count: int) -> Callable[[object], bool]:
-    return lambda value: (
-        isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
+def _is_tuple_of_numbers(value: object) -> bool:
+    return isinstance(value, tuple) and 0 < len(value) <= MAX_BANDS and all(map(_is_number, value))
+
+
+def _is_pixel_range(value: object) -> bool:
+    pairs = (
+        value if isinstance(value, tuple) and value and isinstance(value[0], tuple) else (value,)
     )
+    return all(_is_tuple_of_numbers(pair) and len(pair) == 2 for pair in pairs)
+
+
+def _is_bands(value: object) -> bool:
+    try:
+        check_bands(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_number(value: object) -> bool:
@@ -156,13 +183,16 @@ _VALID_FIELD: dict[str, Callable[[object], bool]] = {
     "weights_match": lambda value: value in get_args(WeightsMatch),
     "image_size": lambda value: isinstance(value, int) and 0 < value < 1 << 20,
     "crop_fraction": _is_number,
-    "mean": _is_tuple_of_numbers(3),
-    "std": _is_tuple_of_numbers(3),
+    "mean": _is_tuple_of_numbers,
+    "std": _is_tuple_of_numbers,
     "interpolation": lambda value: isinstance(value, str) and value in get_args(Interpolation),
-    "pixel_range": _is_tuple_of_numbers(2),
+    "pixel_range": _is_pixel_range,
     "model": lambda value: isinstance(value, str | Mapping),
     "prefix_tokens": lambda value: type(value) is int and 0 <= value < 1 << 20,
     "weights_prefix": lambda value: isinstance(value, str),
+    "bands": _is_bands,
+    "pixel_dtype": lambda value: value in get_args(PixelDtype),
+    "nodata": lambda value: value in ("refuse", "mean"),
 }
 
 
@@ -261,11 +291,13 @@ def check_spec(spec: BackboneSpec) -> None:
     """
     if not spec.name.startswith(PREFIXES):
         raise BackboneError(unknown_prefix_message(spec.name))
-    if spec.pixel_range is not None:
-        try:
-            check_pixel_range(spec.pixel_range)
-        except ValueError as error:
-            raise BackboneError(f"{spec.name}: {error}") from None
+    try:
+        if spec.bands is not None:
+            check_bands(spec.bands)
+        if spec.pixel_range is not None:
+            plain_pixel_range(spec.pixel_range, spec.bands)
+    except ValueError as error:
+        raise BackboneError(f"{spec.name}: {error}") from None
     if (path := backbone_path(spec.name)) is not None and not path.exists():
         raise BackboneError(f"{spec.name}: {missing_path_message(path, 'a file or folder')}")
     if spec.weights is None:

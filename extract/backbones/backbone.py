@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbones import library
+from headrace.extract.backbones.first_convolution import adapt_channels, has_channels
 from headrace.extract.backbones.weights import (
     NOTHING_LEFT_OUT,
     LeftOut,
@@ -73,8 +74,15 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
     except (NotImplementedError, RuntimeError):
         # some networks compute with numbers while they are built
         module, preprocessing = library.build_network(spec.name, tag, spec.model_arguments)
+    _adapt_to_bands(module, preprocessing, spec)
     _apply_image_size(module, preprocessing, spec)
     return module.eval(), override_preprocessing(preprocessing, spec)
+
+
+def _adapt_to_bands(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
+    """Give the network as many input channels as the spec has bands."""
+    if spec.bands is not None and len(spec.bands) != preprocessing.n_channels:
+        adapt_channels(module, spec.name, len(spec.bands))
 
 
 def _apply_image_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
@@ -100,15 +108,39 @@ def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> 
         edge = int(size / fraction + 1e-6)
         resize = (edge, edge)
         check_sizes(spec.name, crop, resize)
-    return dataclasses.replace(
-        preprocessing,
-        resize=resize,
-        crop=crop,
-        mean=spec.mean or preprocessing.mean,
-        std=spec.std or preprocessing.std,
-        interpolation=spec.interpolation or preprocessing.interpolation,
-        pixel_range=spec.pixel_range if spec.pixel_range is not None else preprocessing.pixel_range,
-    )
+    bands = spec.bands or preprocessing.bands
+    n_channels = preprocessing.n_channels if bands is None else len(bands)
+    overrides: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("interpolation", spec.interpolation),
+            ("pixel_range", spec.pixel_range),
+            ("pixel_dtype", spec.pixel_dtype),
+            ("nodata", spec.nodata),
+        )
+        if value is not None
+    }
+    try:
+        return dataclasses.replace(
+            preprocessing,
+            resize=resize,
+            crop=crop,
+            bands=bands,
+            mean=spec.mean or _for_channels(preprocessing.mean, n_channels),
+            std=spec.std or _for_channels(preprocessing.std, n_channels),
+            **overrides,
+        )
+    except ValueError as error:
+        raise BackboneError(f"{spec.name}: {error}") from None
+
+
+def _for_channels(values: tuple[float, ...], n_channels: int) -> tuple[float, ...]:
+    """Values of a normalisation for as many channels: their mean where there are others, as timm
+    does for `in_chans`.
+    """
+    if len(values) == n_channels:
+        return values
+    return (sum(values) / len(values),) * n_channels
 
 
 def _is_tag(spec: BackboneSpec) -> bool:
@@ -131,6 +163,8 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         tensors = read_weights(weights_path(spec.weights))
         with library.limit_parameters_to_file(tensors, spec.name):
             module, preprocessing = library.build_network(spec.name, None, arguments)
+        if spec.bands is not None and has_channels(module, tensors, len(spec.bands)):
+            _adapt_to_bands(module, preprocessing, spec)
         if spec.weights_match == "name":
             tensors, outside = own_tensors(
                 module, tensors, spec.weights_prefix, network_description
@@ -146,6 +180,7 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
             module, preprocessing, left_out = library.build_pretrained(
                 spec.name, spec.weights, arguments
             )
+    _adapt_to_bands(module, preprocessing, spec)
     # Before anything is resampled, which other machines may round otherwise; the size is in the
     # preprocessing's fingerprint.
     digest = weights_digest(module)

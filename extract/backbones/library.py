@@ -419,7 +419,9 @@ def _timm_config(module: nn.Module) -> dict[str, Any]:
 def _preprocessing_of_timm(config: dict[str, Any]) -> Preprocessing:
     if config["input_size"][0] != 3:
         raise BackboneError(
-            f"the network takes {config['input_size'][0]} channels; images here have 3"
+            f"the network takes {config['input_size'][0]} channels, and images have three colours: "
+            "leave its number of channels out, and name the bands of the files (bands: [1, 2, 3, "
+            "4]), to which the network is adapted"
         )
     height, width = config["input_size"][1:]
     fraction = config["crop_pct"]

@@ -126,26 +126,27 @@ def declared_tokens(module: nn.Module) -> PrefixTokens:
 
 def find_nodes(
     module: nn.Module,
-    crop_size: tuple[int, int],
+    image_shape: tuple[int, int, int],
     network_name: str,
     prefix_tokens: int | None = None,
 ) -> Nodes:
-    """Run `module` on two images' shapes.
+    """Run `module` on the shapes of two images (H, W, C).
 
     prefix_tokens: class, register and distillation tokens before the patches; None: as many as the
     network declares. Raises BackboneError when the network does not take that image size.
     """
     tokens = declared_tokens(module) if prefix_tokens is None else PrefixTokens(prefix_tokens)
     try:
-        return _run_with_hooks(_shapes_only(module), crop_size, torch.device("meta"), tokens)
+        return _run_with_hooks(_shapes_only(module), image_shape, torch.device("meta"), tokens)
     except Exception:  # noqa: BLE001 - some networks compute with values of their own; what is wrong shows on real numbers
         pass
     device = next(module.parameters(), torch.empty(0)).device
     try:
-        return _run_with_hooks(module, crop_size, device, tokens)
+        return _run_with_hooks(module, image_shape, device, tokens)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise BackboneError(
-            f"{network_name} does not run on images of {crop_size[0]} x {crop_size[1]} pixels: "
+            f"{network_name} does not run on images of {image_shape[0]} x {image_shape[1]} pixels "
+            f"and {image_shape[2]} channels: "
             f"{type(error).__name__}: {str(error)[:300]}. Leave image_size out for the weights' "
             "own size."
         ) from error
@@ -182,7 +183,10 @@ def _shapes_only(module: nn.Module) -> nn.Module:
 
 
 def _run_with_hooks(
-    module: nn.Module, crop: tuple[int, int], device: torch.device, tokens: "PrefixTokens"
+    module: nn.Module,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    tokens: "PrefixTokens",
 ) -> Nodes:
     # (name, module, shape with N, flops so far)
     captured_outputs: list[tuple[str, str, tuple[int, ...], int]] = []
@@ -211,7 +215,7 @@ def _run_with_hooks(
 
             return hook
 
-        image = torch.zeros(_BATCH, 3, *crop, device=device)
+        image = torch.zeros(_BATCH, image_shape[2], *image_shape[:2], device=device)
         try:
             for name, child in module.named_modules():
                 handles.append(child.register_forward_hook(after(name)))

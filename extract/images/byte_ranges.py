@@ -9,6 +9,7 @@ A plain path is a file; `FILE::KIND:DETAILS` is one item inside a file.
     images.npz::npz:KEY:INDEX images.h5::h5:DATASET:INDEX train-images-idx3-ubyte.gz::idx:INDEX
     train-00000.parquet::parquet:COLUMN:ROW                 an encoded image in a cell of a table
     data-00000.arrow::arrow:COLUMN:ROW
+    IMAGE::crop:LEFT,TOP,WIDTH,HEIGHT                       a rectangle of any of these (crops.py)
 
 The bytes of an array's item are those of an `.npy` file that holds it alone, so that it has a
 content hash as any file has. A path that is no UTF-8, or that reads like a locator, is written as
@@ -37,11 +38,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.extract.errors import SourceError
+from headrace.extract.images.crops import split_crop
 from headrace.extract.images.decoding import MAX_PIXELS
 from headrace.extract.images.file_stamps import file_stamp
 
 _LOCATOR = re.compile(
-    r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow):(?P<details>.*)", re.DOTALL
+    r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow|crop):(?P<details>.*)",
+    re.DOTALL,
 )
 _ENCODED = "bytes:"
 # HDF5 allows one caller at a time, and an archive that must be decompressed whole should be so
@@ -99,10 +102,11 @@ def locator_file(path: str) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """The bytes of one sample.
+    """The bytes of one sample; those of its whole image where it is a crop.
 
     Raises OSError when they are not there, whatever is wrong with the file around them.
     """
+    path, _ = split_crop(path)
     locator_match = _LOCATOR.fullmatch(path)
     file_path = locator_file(path)
     try:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.extract.images.byte_ranges import locator_file, read_bytes
+from headrace.extract.images.crops import crop_content, split_crop
 from headrace.extract.images.file_stamps import FileStamp, file_stamps
 
 HASH_DIGITS = 32
@@ -66,8 +67,9 @@ def content_hashes(
     read.
     """
     known_files = _read_index(index)
-    image_paths = [str(image_path) for image_path in samples["path"]]
-    sample_ids = [str(name) for name in samples["id"]]
+    located = [split_crop(str(path)) for path in samples["path"]]
+    # crops of one image are hashed with one reading of it
+    image_paths = list(dict.fromkeys(image_path for image_path, _ in located))
     started_ns = time.time_ns()
     file_stamps_before = file_stamps(map(locator_file, image_paths))
     hashes: list[str | None] = [None] * len(image_paths)
@@ -111,11 +113,22 @@ def content_hashes(
             new_entries[_key(image_paths[row])] = (stamp_after.text, content_hash)
     if new_entries:
         _write_index(index, known_files | new_entries)
+    hash_of_image = dict(zip(image_paths, hashes, strict=True))
+    reason_of_image = {image_paths[row]: reason for row, reason in failure_reasons.items()}
     unreadable = tuple(
-        UnreadableSample(sample_ids[row], image_paths[row], reason)
-        for row, reason in sorted(failure_reasons.items())
+        UnreadableSample(str(sample_id), str(path), reason_of_image[image_path])
+        for sample_id, path, (image_path, _) in zip(
+            samples["id"], samples["path"], located, strict=True
+        )
+        if image_path in reason_of_image
     )
-    return ContentHashes(tuple(hashes), unreadable, len(unhashed_rows))
+    sample_hashes = [
+        None
+        if (image_hash := hash_of_image[image_path]) is None
+        else crop_content(image_hash, crop)
+        for image_path, crop in located
+    ]
+    return ContentHashes(tuple(sample_hashes), unreadable, len(unhashed_rows))
 
 
 def _hash(path: str) -> str | OSError:

@@ -55,7 +55,7 @@ _SIXTEEN_BITS = (0.0, 65535.0)
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _PHOTOMETRIC_TAG, _PLANES_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 284, 339  # of a TIFF
 _UNSIGNED, _SIGNED = 1, 2  # TIFF sample formats
-_ORIENTATIONS = {
+ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -77,6 +77,7 @@ class Samples(NamedTuple):
     alpha_range: PixelRange | None = None  # None: as the colours
     white_is_zero: bool = False
     transparent: Any = None  # the value, or the three, that a PNG declares to be transparent
+    nodata: float | None = None  # the value that a GeoTIFF declares to be none
 
 
 def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Image:
@@ -598,7 +599,7 @@ def upright(image: Image.Image, file_image: Image.Image) -> Image.Image:
 def orientation_of(file_image: Image.Image) -> Image.Transpose | None:
     """The turn that makes a file's pixels upright, by its EXIF orientation; None for none."""
     try:
-        return _ORIENTATIONS.get(file_image.getexif().get(_ORIENTATION_TAG, 1))
+        return ORIENTATIONS.get(file_image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation, and the pixels are there
         return None
 

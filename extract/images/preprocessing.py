@@ -1,22 +1,36 @@
-"""Preprocessing: pixels of any size to the square that a network was trained on.
+"""Preprocessing: pixels of any size and depth to the square that a network was trained on.
 
 `headrace export` copies this module into `preprocess.py`, so that it needs Pillow and NumPy alone.
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.decoding import COLOUR, MAX_PIXELS, PixelRange, check_pixel_range
+from headrace.extract.images.bands import Bands, decode_deep
+from headrace.extract.images.decoding import (
+    COLOUR,
+    MAX_PIXELS,
+    PixelRange,
+    check_pixel_range,
+    decode_image,
+)
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+PixelDtype = Literal["uint8", "float32"]
+# one black and white, or a pair for each band
+PixelRanges = PixelRange | tuple[PixelRange, ...]
+# An image as it is decoded: of 8 bits, or its bands at their own depth.
+DecodedImage = Image.Image | Bands
 
+MAX_BANDS = 1024  # of the widest imaging spectrometers; a file that was sent may say any number
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -33,7 +47,7 @@ class Preprocessing:
 
     Sizes are (height, width); Pillow's resize always antialiases.
 
-    Raises ValueError for an interpolation that there is not, and for a pixel_range that is none.
+    Raises ValueError for fields that no image can be read with.
     """
 
     resize: tuple[int, int]
@@ -41,32 +55,151 @@ class Preprocessing:
     # which edge meets `resize`: the shorter, both, or the longer
     mode: Literal["shortest", "squash", "border"]
     interpolation: Interpolation
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    pixel_range: PixelRange | None = None  # as `decode_image` takes it
+    mean: tuple[float, ...]  # of each channel of the network's input; white is 1
+    std: tuple[float, ...]
+    pixel_range: PixelRanges | None = None  # black and white of more than 8 bits
+    # of the file, counted from 1, in the order of the network's channels; None: grey or colours
+    bands: tuple[int, ...] | None = None
+    # float32: images of more than 8 bits keep their depth until they are normalised, and those of
+    # 8 bits are as ever
+    pixel_dtype: PixelDtype = "uint8"
+    nodata: Literal["refuse", "mean"] = "refuse"  # pixels without a value, of floats and bands
 
     def __post_init__(self) -> None:
         if self.interpolation not in _RESAMPLING:
             raise ValueError(
                 f"interpolation {self.interpolation!r} is not one of {', '.join(_RESAMPLING)}"
             )
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} values, and std {len(self.std)}; expected one for each "
+                "channel of the network's input"
+            )
+        if self.bands is not None:
+            check_bands(self.bands)
+            if len(self.bands) != len(self.mean):
+                raise ValueError(
+                    f"{len(self.bands)} bands, and mean and std have {len(self.mean)} values; "
+                    "expected one for each band"
+                )
+            object.__setattr__(self, "bands", tuple(self.bands))
+            object.__setattr__(self, "pixel_dtype", "float32")
+        elif len(self.mean) != 3:
+            raise ValueError(
+                f"mean has {len(self.mean)} values, and images have three colours. Say which bands "
+                f"of the files are meant: bands={tuple(range(1, len(self.mean) + 1))}"
+            )
+        if self.pixel_dtype not in ("uint8", "float32"):
+            raise ValueError(f"pixel_dtype is {self.pixel_dtype!r}; expected uint8 or float32")
+        if self.nodata not in ("refuse", "mean"):
+            raise ValueError(f"nodata is {self.nodata!r}; expected refuse or mean")
         if self.pixel_range is not None:
-            check_pixel_range(self.pixel_range)
-            low, high = self.pixel_range
             # (0, 1) and [0.0, 1.0] are one range, and have one fingerprint.
-            object.__setattr__(self, "pixel_range", (float(low), float(high)))
+            pixel_range = plain_pixel_range(self.pixel_range, self.bands)
+            object.__setattr__(self, "pixel_range", pixel_range)
+
+    @property
+    def n_channels(self) -> int:
+        """Number of channels of the network's input."""
+        return len(self.mean)
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of one image's pixels."""
+        return (*self.crop, self.n_channels)
 
     def to_json(self) -> str:
         """Canonical JSON of everything between the decoded file and the network's input."""
         fields = {**dataclasses.asdict(self), "antialias": True, "colour": COLOUR}
+        # Fields of images of other depths are said of those alone, so that the others keep their
+        # feature sets.
+        for name in ("bands", "pixel_dtype", "nodata"):
+            if fields[name] == Preprocessing.__dataclass_fields__[name].default:
+                del fields[name]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
-def render_crop(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]:
-    """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3).
+def check_bands(bands: Any) -> None:
+    """Raise ValueError for what are no bands: whole numbers from 1 on, at least one of them."""
+    if not (
+        isinstance(bands, (tuple, list))
+        and bands
+        and all(
+            isinstance(band, int) and not isinstance(band, bool) and 1 <= band <= MAX_BANDS
+            for band in bands
+        )
+    ):
+        raise ValueError(
+            f"bands is {str(bands)[:60]}; expected whole numbers from 1 to {MAX_BANDS} (the first "
+            "band is 1, as in GDAL and rasterio), such as [4, 3, 2]"
+        )
+
+
+def plain_pixel_range(pixel_range: Any, bands: tuple[int, ...] | None) -> PixelRanges:
+    """The range, or the range of each band, as floats.
+
+    Raises ValueError for what is none, and for other than a pair for each of the bands.
+    """
+    is_list = isinstance(pixel_range, (tuple, list)) and bool(pixel_range)
+    if not is_list or not isinstance(pixel_range[0], (tuple, list)):
+        check_pixel_range(pixel_range)
+        return float(pixel_range[0]), float(pixel_range[1])
+    for band_range in pixel_range:
+        check_pixel_range(band_range)
+    if bands is None or len(pixel_range) != len(bands):
+        raise ValueError(
+            f"pixel_range has {len(pixel_range)} pairs, and there are "
+            f"{len(bands) if bands else 'no'} bands; expected one pair for all, or a pair for each "
+            "of the bands in their order"
+        )
+    return tuple((float(black), float(white)) for black, white in pixel_range)
+
+
+def decode_pixels(data: bytes, how: Preprocessing) -> DecodedImage:
+    """The image in `data` as `how` asks for it, upright and whole. Raises ImageError."""
+    if how.pixel_dtype == "uint8":
+        return decode_image(data, how.pixel_range)  # type: ignore[arg-type]
+    return decode_deep(data, how.bands, how.pixel_range)
+
+
+def band_floats(bands: Bands, how: Preprocessing) -> npt.NDArray[np.float32]:
+    """(H, W, C) float32, white 255; grey is repeated where the network takes colours."""
+    fill = None
+    if how.nodata == "mean":
+        n_bands = bands.values.shape[2]
+        fill = tuple(255 * mean for mean in how.mean[:n_bands])
+        if n_bands < how.n_channels:  # of grey, repeated below
+            fill = (255 * sum(how.mean) / how.n_channels,)
+    floats = bands.floats(fill)
+    return np.broadcast_to(floats, (*floats.shape[:2], how.n_channels))
+
+
+def render_crop(image: DecodedImage, how: Preprocessing) -> npt.NDArray[Any]:
+    """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3); of bands
+    float32, shape (*how.crop, how.n_channels), white 255.
 
     Raises ImageError for one so long and narrow that resizing it would take hundreds of MB.
     """
+    if isinstance(image, Bands):
+        return on_each_channel(
+            band_floats(image, how), lambda plane, channel: _fit(plane, how, channel)
+        )
+    return rgb_pixels(_fit(image, how))
+
+
+def on_each_channel(
+    floats: npt.NDArray[np.float32], change: Callable[[Image.Image, int], Image.Image]
+) -> npt.NDArray[np.float32]:
+    """Pillow's filters, antialiased, on each channel of (H, W, C) as an image of 32-bit floats."""
+    planes = [
+        change(Image.fromarray(np.ascontiguousarray(floats[:, :, channel])), channel)
+        for channel in range(floats.shape[2])
+    ]
+    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+
+
+def _fit(image: Image.Image, how: Preprocessing, channel: int | None = None) -> Image.Image:
+    """Resize and crop an image; or one channel of it, in mode "F"."""
     width, height = image.size
     scaled_height, scaled_width = _resized_extent(height, width, how)
     # The shorter edge of a line of pixels is enlarged a hundredfold, and in mode "shortest" the
@@ -81,7 +214,7 @@ def render_crop(image: Image.Image, how: Preprocessing) -> npt.NDArray[np.uint8]
         )
     if (scaled_height, scaled_width) != (height, width):
         image = image.resize((scaled_width, scaled_height), _RESAMPLING[how.interpolation])
-    return rgb_pixels(_centre_crop(image, how))
+    return _centre_crop(image, how, channel)
 
 
 def rgb_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -125,7 +258,7 @@ def _resized_extent(height: int, width: int, how: Preprocessing) -> tuple[int, i
     return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
 
-def _centre_crop(image: Image.Image, how: Preprocessing) -> Image.Image:
+def _centre_crop(image: Image.Image, how: Preprocessing, channel: int | None = None) -> Image.Image:
     """torchvision's center_crop, which pads with black where the image is smaller; a border has the
     mean's colour.
     """
@@ -135,11 +268,16 @@ def _centre_crop(image: Image.Image, how: Preprocessing) -> Image.Image:
         return image
     if height < crop_height or width < crop_width:
         above, left = max((crop_height - height) // 2, 0), max((crop_width - width) // 2, 0)
-        grey = (0, 0, 0)
+        colour: tuple[int, ...] | float = (0, 0, 0) if channel is None else 0.0
         if how.mode == "border":
-            grey = (round(255 * how.mean[0]), round(255 * how.mean[1]), round(255 * how.mean[2]))
-        canvas = Image.new("RGB", (max(width, crop_width), max(height, crop_height)), grey)
-        canvas.paste(image.convert("RGB"), (left, above))
+            colour = (
+                tuple(round(255 * mean) for mean in how.mean)
+                if channel is None
+                else 255 * how.mean[channel]
+            )
+        mode = "RGB" if channel is None else "F"
+        canvas = Image.new(mode, (max(width, crop_width), max(height, crop_height)), colour)
+        canvas.paste(image.convert(mode), (left, above))
         image, (width, height) = canvas, canvas.size
     # Python's round is to even, as in torchvision
     top, start = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)

@@ -18,8 +18,12 @@ import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
 from headrace.cache.errors import SpecMismatch
+from headrace.extract.images.bands import Bands
 from headrace.extract.images.preprocessing import (
+    DecodedImage,
     Preprocessing,
+    band_floats,
+    on_each_channel,
     render_crop,
     resampling_filter,
     rgb_pixels,
@@ -100,14 +104,14 @@ def parse_view(text: str) -> tuple[int, ViewMethod]:
 
 
 def render_view(
-    image: Image.Image,
+    image: DecodedImage,
     content: str,
     index: int,
     augmentation: ViewMethod,
     preprocessing: Preprocessing,
-) -> npt.NDArray[np.uint8]:
+) -> npt.NDArray[Any]:
     """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape
-    (*how.crop, 3).
+    (*how.crop, 3); of bands float32, shape (*how.crop, how.n_channels), white 255.
     """
     if index == 0:
         return render_crop(image, preprocessing)
@@ -116,11 +120,22 @@ def render_view(
     digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
     # its random() is the same in every version of Python
     random_draw = random.Random(int.from_bytes(digest, "big"))
-    crop_box = _crop(image, random_draw, augmentation)
+    width, height = image.values.shape[1::-1] if isinstance(image, Bands) else image.size
+    crop_box = _crop(width, height, random_draw, augmentation)
     crop_height, crop_width = preprocessing.crop
-    resized_image = image.resize(
-        (crop_width, crop_height), resampling_filter(preprocessing), box=crop_box
-    )
+
+    def resize(plane: Image.Image) -> Image.Image:
+        return plane.resize(
+            (crop_width, crop_height), resampling_filter(preprocessing), box=crop_box
+        )
+
+    if isinstance(image, Bands):
+        floats = on_each_channel(
+            band_floats(image, preprocessing), lambda plane, _channel: resize(plane)
+        )
+        is_mirrored = random_draw.random() < augmentation.flip
+        return _jitter(floats[:, ::-1] if is_mirrored else floats, random_draw, augmentation)
+    resized_image = resize(image)
     if random_draw.random() < augmentation.flip:
         resized_image = resized_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhancer, strength in (
@@ -132,6 +147,25 @@ def render_view(
         if strength:
             resized_image = enhancer(resized_image).enhance(factor)
     return rgb_pixels(resized_image)
+
+
+def _jitter(
+    floats: npt.NDArray[np.float32], random_draw: random.Random, augmentation: Augmentation
+) -> npt.NDArray[np.float32]:
+    """Brightness and contrast of each band of (H, W, C), not clipped; of three bands also the
+    distance to their mean, as saturation.
+    """
+    brightness, contrast, saturation = (
+        np.float32(1 + strength * (2 * random_draw.random() - 1))
+        for strength in (augmentation.brightness, augmentation.contrast, augmentation.saturation)
+    )
+    floats = floats * brightness
+    band_means = floats.mean(axis=(0, 1))
+    floats = band_means + contrast * (floats - band_means)
+    if floats.shape[2] == 3:
+        grey = floats.mean(axis=2, keepdims=True)
+        floats = grey + saturation * (floats - grey)
+    return floats
 
 
 def is_exact_view(text: str) -> bool:
@@ -149,12 +183,11 @@ def mirror_pixels(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
 
 
 def _crop(
-    image: Image.Image, random_draw: random.Random, augmentation: Augmentation
+    width: int, height: int, random_draw: random.Random, augmentation: Augmentation
 ) -> tuple[float, float, float, float]:
     """(left, top, right, bottom): ten draws of area and ratio, as torchvision does, then the
     largest crop that fits.
     """
-    width, height = image.size
     low_log, high_log = (math.log(bound) for bound in augmentation.ratio)
     for _ in range(10):
         crop_area = (

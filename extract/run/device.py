@@ -46,7 +46,7 @@ def check_device(device: str) -> None:
 def launch_forward(
     forward: Forward, pixels: Tensor, device: str, batch_limit: BatchLimit
 ) -> PendingOutputs:
-    """Start a pass over `pixels` (N, H, W, 3) uint8 on the host, in parts that fit.
+    """Start a pass over `pixels` (N, H, W, C) on the host, in parts that fit.
 
     On CUDA this returns while the device works, and the outputs come back through pinned memory. A
     part that runs out of memory is halved and tried again, and `batch_limit` remembers; an image
@@ -102,13 +102,15 @@ def _copy(output: Tensor) -> Tensor:
     return host_tensor.copy_(output, non_blocking=True)
 
 
-def find_batch_size(forward: Forward, crop: tuple[int, int], device: str) -> int:
+def find_batch_size(forward: Forward, image_shape: tuple[int, ...], device: str) -> int:
     """The batch size to use: fixed on a CPU; on CUDA the smallest that is as fast as the fastest
-    that fits.
+    that fits. image_shape: (H, W, C).
     """
     if torch.device(device).type == "cpu":
         return CPU_BATCH
-    return try_batch_sizes(lambda batch_size: _images_per_s(forward, crop, device, batch_size))
+    return try_batch_sizes(
+        lambda batch_size: _images_per_s(forward, image_shape, device, batch_size)
+    )
 
 
 def try_batch_sizes(images_per_s: Callable[[int], float]) -> int:
@@ -142,8 +144,10 @@ def _if_it_fits(images_per_s: Callable[[int], float], batch_size: int) -> float 
     return None
 
 
-def _images_per_s(forward: Forward, crop: tuple[int, int], device: str, batch_size: int) -> float:
-    pixels = torch.zeros((batch_size, *crop, 3), dtype=torch.uint8, device=device)
+def _images_per_s(
+    forward: Forward, image_shape: tuple[int, ...], device: str, batch_size: int
+) -> float:
+    pixels = torch.zeros((batch_size, *image_shape), dtype=torch.uint8, device=device)
     forward(pixels)  # chooses kernels, and compiles
     torch.cuda.synchronize(device)
     start_time = time.perf_counter()

@@ -152,7 +152,7 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
     batch_limits = [
         batch_limit_of(
             feature_pass.forward,
-            feature_pass.rendering.preprocessing.crop,
+            feature_pass.rendering.preprocessing.pixel_shape,
             job.device,
             job.batch_size,
         )
@@ -388,16 +388,18 @@ def _forward(
 
 
 def batch_limit_of(
-    forward: Forward, crop: tuple[int, int], device: str, batch_size: int | None
+    forward: Forward, image_shape: tuple[int, ...], device: str, batch_size: int | None
 ) -> BatchLimit:
     """The batch size of a pass.
 
     Kept as long as it, so that a size that was too large is not tried again in the next unit.
     """
     known_limits = _limits.setdefault(forward, {})
-    limit_key = (crop, device, batch_size)
+    limit_key = (image_shape, device, batch_size)
     if limit_key not in known_limits:
-        known_limits[limit_key] = BatchLimit(batch_size or find_batch_size(forward, crop, device))
+        known_limits[limit_key] = BatchLimit(
+            batch_size or find_batch_size(forward, image_shape, device)
+        )
     return known_limits[limit_key]
 
 

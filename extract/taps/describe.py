@@ -52,7 +52,7 @@ def describe_backbone(spec: BackboneSpec, *, weights: bool = True) -> BackboneIn
         nodes = backbone_nodes(backbone)
     else:
         (module, preprocessing), digest = build_untrained(spec), None
-        nodes = find_nodes(module, preprocessing.crop, spec.name, spec.prefix_tokens)
+        nodes = find_nodes(module, preprocessing.pixel_shape, spec.name, spec.prefix_tokens)
     return BackboneInfo(
         name=spec.name,
         weights=digest,

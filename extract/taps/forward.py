@@ -16,8 +16,8 @@ from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.resolve import Tap, backbone_nodes
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
-# (pixels: uint8, shape (N, H, W, 3), on the forward's device) -> per tap (N, *tap_shape), on that
-# device
+# (pixels: uint8 or float32, shape (N, H, W, C), white 255, on the forward's device) -> per tap
+# (N, *tap_shape), on that device
 Forward = Callable[[Tensor], list[Tensor]]
 
 
@@ -55,24 +55,24 @@ def make_forward(
 
 def _random_pixels(backbone: Backbone) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(
-        0, 256, (1, *backbone.preprocessing.crop, 3), dtype=torch.uint8, generator=generator
-    )
+    how = backbone.preprocessing
+    return torch.randint(0, 256, (1, *how.pixel_shape), dtype=torch.uint8, generator=generator)
 
 
 def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
-    """uint8 (N, H, W, 3) to the network's input:
+    """uint8 or float32 (N, H, W, C), white 255, to the network's input:
 
-    (x / 255 - mean) / std, float32 (N, 3, H, W) in channels_last.
+    (x / 255 - mean) / std, float32 (N, C, H, W) in channels_last.
     """
     how = backbone.preprocessing
     mean, std = (
-        torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (how.mean, how.std)
+        torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+        for values in (how.mean, how.std)
     )
     scale, shift = (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
     def normalise(pixels: Tensor) -> Tensor:
-        # A permuted (N, H, W, 3) is channels_last as it lies, so nothing is transposed
+        # A permuted (N, H, W, C) is channels_last as it lies, so nothing is transposed
         return torch.addcmul(shift, pixels.permute(0, 3, 1, 2).float(), scale).contiguous(
             memory_format=torch.channels_last
         )

@@ -119,7 +119,7 @@ def backbone_nodes(backbone: Backbone) -> Nodes:
     """The nodes of a loaded backbone at its own input size; found once per process."""
     return find_nodes(
         backbone.module,
-        backbone.preprocessing.crop,
+        backbone.preprocessing.pixel_shape,
         backbone.spec.name,
         backbone.spec.prefix_tokens,
     )

@@ -281,33 +281,34 @@ def _preprocessing_section(exported: ExportResult) -> str:
         "In the graphs: pixels to numbers, normalisation, everything after it. Outside, in "
         "`preprocess.py` (Pillow and NumPy alone): decoding, EXIF orientation, transparency over "
         "white, black and white of pixels of more than 8 bits, resizing, cropping. It is "
-        "headrace's own code for that, and refuses the images that headrace refuses. Each input is "
-        "uint8 RGB:",
+        "headrace's own code for that, and refuses the images that headrace refuses:",
         "",
-        "| input | shape | resize | interpolation | crop |",
-        "|---|---|---|---|---|",
+        "| input | shape | type | channels | resize | interpolation | crop |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model_input in exported.inputs:
         preprocessing = model_input.preprocessing
         height, width = preprocessing.crop
         lines.append(
-            f"| `{model_input.name}` | (n, {height}, {width}, 3) | {_resize_text(preprocessing)} | "
-            f"{preprocessing.interpolation}, antialiased (Pillow) | {height} × {width}, centre |"
+            f"| `{model_input.name}` | (n, {height}, {width}, {preprocessing.n_channels}) | "
+            f"{preprocessing.pixel_dtype} | {_channels_text(preprocessing)} | "
+            f"{_resize_text(preprocessing)} | {preprocessing.interpolation}, antialiased (Pillow) "
+            f"| {height} × {width}, centre |"
         )
-    pixel_ranges = sorted(
-        {
-            model_input.preprocessing.pixel_range
-            for model_input in exported.inputs
-            if model_input.preprocessing.pixel_range
-        }
-    )
-    for black, white in pixel_ranges:
+    pixel_ranges = {
+        (preprocessing.pixel_range, preprocessing.pixel_dtype): None
+        for preprocessing in (model_input.preprocessing for model_input in exported.inputs)
+        if preprocessing.pixel_range is not None
+    }
+    for pixel_range, pixel_dtype in pixel_ranges:
+        beyond = "clipped" if pixel_dtype == "uint8" else "kept"
+        pairs = pixel_range if isinstance(pixel_range[0], tuple) else (pixel_range,)
+        range_text = "; ".join(
+            f"{black:g} is black and {white:g} is white" for black, white in pairs
+        )
         lines += [
             "",
-            (
-                f"Of images of more than 8 bits, {black:g} is black and {white:g} is white; what "
-                "lies beyond is clipped."
-            ),
+            f"Of images of more than 8 bits, {range_text}; what lies beyond is {beyond}.",
         ]
     if not pixel_ranges:
         lines += [
@@ -317,6 +318,12 @@ def _preprocessing_section(exported: ExportResult) -> str:
             "without a `pixel_range`.",
         ]
     return "\n".join(lines)
+
+
+def _channels_text(preprocessing: Preprocessing) -> str:
+    if preprocessing.bands is None:
+        return "RGB"
+    return f"bands {', '.join(map(str, preprocessing.bands))}"
 
 
 def _resize_text(preprocessing: Preprocessing) -> str:

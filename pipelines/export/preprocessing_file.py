@@ -22,7 +22,7 @@ from headrace.pipelines.models.torch_graph import GraphInput
 NAME = "preprocess.py"
 
 _TEXT = '''\
-"""An image file to what the exported model takes: uint8 RGB pixels (height, width, 3).
+"""An image file to what the exported model takes: pixels (height, width, channels).
 
 Written by headrace {version}.
 
@@ -30,25 +30,26 @@ Written by headrace {version}.
 
 `load` is what to call; it raises ImageError for images that headrace refuses. Below it is the code
 of headrace (Apache-2.0) for decoding and resizing, word for word. It needs Python 3.10, Pillow 11
-and NumPy 2, or newer.
+and NumPy 2, or newer; tifffile for TIFFs whose bands Pillow does not read.
 """
 
 {imports}
 
 # What each input of the model takes. Sizes are (height, width); pixel_range: black and white of
-# more than 8 bits.
+# more than 8 bits; bands: of the files, counted from 1.
 INPUTS = {inputs}
 
 
 def load(path, name="{first}"):
-    """Pixels of an image file, or of an .npy file: uint8, shape (height, width, 3).
+    """Pixels of an image file, or of an .npy file: upright, resized, cropped in the middle.
 
-    Upright, alpha over white, 8 bits, resized, cropped in the middle.
+    Shape (height, width, channels) in the input's pixel_dtype: uint8, with alpha over white; or
+    float32 with white at 255, of more than 8 bits or of the input's bands.
     """
     how = Preprocessing(**INPUTS[name])
     with open(path, "rb") as file:
         data = file.read()
-    return np.array(render_crop(decode_image(data, how.pixel_range), how))
+    return np.array(render_crop(decode_pixels(data, how), how), how.pixel_dtype)
 
 
 class ImageError(ValueError):

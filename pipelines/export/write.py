@@ -193,8 +193,8 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
         "inputs": [
             {
                 "name": model_input.name,
-                "dtype": "uint8",
-                "shape": ["n", *model_input.preprocessing.crop, 3],
+                "dtype": model_input.preprocessing.pixel_dtype,
+                "shape": ["n", *model_input.preprocessing.pixel_shape],
             }
             | {"preprocessing": json.loads(model_input.preprocessing.to_json())}
             for model_input in inputs
@@ -233,19 +233,19 @@ def _map_members(
 
 
 def check_pixels(inputs: Sequence[GraphInput], n_images: int = _CHECKED) -> list[Tensor]:
-    """Return uint8 pixels (n_images, H, W, 3) per input: smooth random pictures with noise, the
-    same ones at every size.
+    """Return pixels (n_images, H, W, C) per input, in its dtype: smooth random pictures with noise,
+    the same ones at every size.
     """
     pixel_batches = []
     for model_input in inputs:
         generator = torch.Generator().manual_seed(0)
-        coarse = torch.rand(n_images, 3, 5, 5, generator=generator)
-        smooth = torch.nn.functional.interpolate(
-            coarse, model_input.preprocessing.crop, mode="bilinear"
-        )
+        how = model_input.preprocessing
+        coarse = torch.rand(n_images, how.n_channels, 5, 5, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, how.crop, mode="bilinear")
         noise = 0.1 * torch.rand(smooth.shape, generator=generator)
+        pixel_dtype = getattr(torch, how.pixel_dtype)
         pixel_batches.append(
-            (255 * (0.9 * smooth + noise)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+            (255 * (0.9 * smooth + noise)).to(pixel_dtype).permute(0, 2, 3, 1).contiguous()
         )
     return pixel_batches
 
@@ -384,6 +384,9 @@ def _write_directory(model: Model, folder: Path) -> None:
             std=preprocessing.std,
             interpolation=preprocessing.interpolation,
             pixel_range=preprocessing.pixel_range,
+            bands=preprocessing.bands,
+            pixel_dtype=preprocessing.pixel_dtype,
+            nodata=preprocessing.nodata,
         )
     # From members/NAME the weights files lie two folders up.
     to_root = "../../" if isinstance(model, EnsembleModel) else ""

@@ -28,7 +28,9 @@ def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
             "lists them"
         )
     owner_names = owners_above(
-        network.untouched, None if train_above == "all" else train_above, network.preprocessing.crop
+        network.untouched,
+        None if train_above == "all" else train_above,
+        network.preprocessing.pixel_shape,
     )
     reached_owners = _modules_with_gradient(network)
     trained_blocks = blocks_of(module, [owner for owner in owner_names if owner in reached_owners])
@@ -56,8 +58,8 @@ def _modules_with_gradient(network: Network) -> set[str]:
     for _, parameter in named_parameters:
         parameter.requires_grad_(True)
     device = named_parameters[0][1].device
-    input_dtype = torch.uint8 if network.split_node is None else torch.float32
-    inputs = torch.zeros(2, *network.input_shape, dtype=input_dtype, device=device)
+    # in any dtype of pixels the logits depend on the same parameters
+    inputs = torch.zeros(2, *network.input_shape, device=device)
     logits = network(inputs, torch.zeros(2, network.n_features_below, device=device))
     gradients = torch.autograd.grad(
         logits.sum(), [parameter for _, parameter in named_parameters], allow_unused=True
@@ -72,13 +74,13 @@ def _modules_with_gradient(network: Network) -> set[str]:
 
 
 def owners_above(
-    module: nn.Module, node_name: str | None, image_size: tuple[int, int]
+    module: nn.Module, node_name: str | None, image_shape: tuple[int, int, int]
 ) -> list[str]:
     """Return the names of the modules with parameters of their own that run after the node has its
     output, in running order.
 
-    node_name None: all. Found by running the network once on shapes alone, or on zeros where that
-    is not possible.
+    node_name None: all. image_shape: (H, W, C). Found by running the network once on shapes alone,
+    or on zeros where that is not possible.
     """
     try:
         copied_tensors: dict[int, Any] = {}
@@ -88,13 +90,13 @@ def owners_above(
             )
         for buffer in module.buffers():
             copied_tensors[id(buffer)] = torch.empty_like(buffer, device="meta")
-        return _running_order(copy.deepcopy(module, copied_tensors), node_name, image_size, "meta")
+        return _running_order(copy.deepcopy(module, copied_tensors), node_name, image_shape, "meta")
     except Exception:  # noqa: BLE001 (networks that compute with values of their own)
-        return _running_order(copy.deepcopy(module), node_name, image_size, "cpu")
+        return _running_order(copy.deepcopy(module), node_name, image_shape, "cpu")
 
 
 def _running_order(
-    module: nn.Module, node_name: str | None, image_size: tuple[int, int], device: str
+    module: nn.Module, node_name: str | None, image_shape: tuple[int, int, int], device: str
 ) -> list[str]:
     owner_names: list[str] = []
     node_passed = [node_name is None]
@@ -112,7 +114,8 @@ def _running_order(
         if node_name is not None and module_name == node_name:
             child.register_forward_hook(lambda *_: operator.setitem(node_passed, 0, True))
     with torch.no_grad():
-        module.eval()(torch.zeros(2, 3, *image_size, device=device))
+        height, width, n_channels = image_shape
+        module.eval()(torch.zeros(2, n_channels, height, width, device=device))
     return owner_names
 
 

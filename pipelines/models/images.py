@@ -24,12 +24,14 @@ from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import array_bytes, encode_path, read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.images.decoding import PixelRange, decode_image, pillow_raw_mode, to_rgb
+from headrace.extract.images.decoding import PixelRange, pillow_raw_mode, to_rgb
+from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
 from headrace.extract.images.views import Augmentation
 from headrace.extract.run.decode_ahead import (
     PixelBatch,
     Rendering,
     decoded_batches,
+    empty_pixels,
     render_into_buffers,
 )
 from headrace.extract.run.device import BatchLimit, check_device, launch_forward
@@ -123,7 +125,7 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
     ]
     limits = [
         batch_limit_of(
-            network_pass.forward, network_pass.rendering.preprocessing.crop, device, None
+            network_pass.forward, network_pass.rendering.preprocessing.pixel_shape, device, None
         )
         for network_pass in passes
     ]
@@ -216,14 +218,14 @@ def predict_images(
     model: "Model", images: ImageLike | Iterable[ImageLike], *, device: str = "cpu"
 ) -> Floats:
     """Return (N, C) predictions; see ImagePredictor.predict_proba."""
-    image_list = _split_images(images)
     engine = open_engine(model, device)
+    image_list = _split_images(images, _most_bands(engine.renderings))
     probabilities = np.empty((len(image_list), len(model.classes)), np.float32)
     with ThreadPoolExecutor(available_cores(), "decode") as decode_pool, quiet_decoding():
         for batch_start in range(0, len(image_list), _BATCH):
             batch_rows = list(range(batch_start, min(batch_start + _BATCH, len(image_list))))
             pixels = [
-                torch.empty((len(batch_rows), *rendering.preprocessing.crop, 3), dtype=torch.uint8)
+                empty_pixels(len(batch_rows), rendering.preprocessing)
                 for rendering in engine.renderings
             ]
             decode_jobs = [
@@ -314,8 +316,8 @@ def _render_into(
     slot: int,
 ) -> None:
     try:
-        decode_pixels, content_hash = _image_decoder(image)
-        render_into_buffers(decode_pixels, content_hash, renderings, pixel_buffers, slot)
+        decode, content_hash = _image_decoder(image, _most_bands(renderings))
+        render_into_buffers(decode, content_hash, renderings, pixel_buffers, slot)
     except (ImageError, OSError) as error:
         failure_reason = (
             error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -323,43 +325,56 @@ def _render_into(
         raise ImageUnusable(f"{_image_name(image, image_index)}: {failure_reason}") from error
 
 
-def _image_decoder(image: ImageLike) -> tuple[Callable[[PixelRange | None], Image.Image], str]:
-    """Return what decodes the image with a pixel_range, and the image's content hash.
+def _image_decoder(
+    image: ImageLike, most_bands: int | None
+) -> tuple[Callable[[Preprocessing], DecodedImage], str]:
+    """Return what decodes the image as a preprocessing asks for it, and its content hash.
 
-    Raises ImageError and OSError.
+    most_bands: the highest number of a band that some preprocessing asks for. Raises ImageError and
+    OSError.
     """
     if isinstance(image, Image.Image) and not (image_bytes := _unread_file(image)):
         upright_image = ImageOps.exif_transpose(image)
-        return partial(to_rgb, upright_image), hash_bytes(upright_image.tobytes())
+        if most_bands is None:
+            return partial(_of_pillow, upright_image), hash_bytes(upright_image.tobytes())
+        image = np.asarray(upright_image)
     if isinstance(image, str | PathLike):
         image_bytes = read_bytes(image if isinstance(image, str) else encode_path(Path(image)))
     elif not isinstance(image, Image.Image):
-        pixel_array = _one_image(_as_array(image))
+        pixel_array = _as_array(image) if most_bands else _one_image(_as_array(image))
         image_bytes = array_bytes(pixel_array)
         if pixel_array.dtype.kind == "f":
             return partial(_decode_floats, pixel_array, image_bytes), hash_bytes(image_bytes)
-    return partial(decode_image, image_bytes), hash_bytes(image_bytes)
+    return partial(decode_pixels, image_bytes), hash_bytes(image_bytes)
+
+
+def _of_pillow(image: Image.Image, how: Preprocessing) -> DecodedImage:
+    if how.pixel_dtype == "float32" and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        dtype = np.uint16 if image.mode.startswith("I;16") else None
+        return decode_pixels(array_bytes(np.asarray(image).astype(dtype)), how)
+    return to_rgb(image, how.pixel_range)  # type: ignore[arg-type]
 
 
 def _decode_floats(
-    pixel_array: npt.NDArray[Any], image_bytes: bytes, pixel_range: PixelRange | None
-) -> Image.Image:
+    pixel_array: npt.NDArray[Any], image_bytes: bytes, how: Preprocessing
+) -> DecodedImage:
     """Decode floats in memory, which are from 0 to 1 unless the model has a pixel_range.
 
     Raises ImageError for others.
     """
-    if pixel_range is None:
-        lowest, highest = (
-            (float(pixel_array.min()), float(pixel_array.max())) if pixel_array.size else _UNIT
+    if how.pixel_range is not None:
+        return decode_pixels(image_bytes, how)
+    lowest, highest = (
+        (float(pixel_array.min()), float(pixel_array.max())) if pixel_array.size else _UNIT
+    )
+    if lowest < -_HALF_STEP or highest > 1 + _HALF_STEP:
+        raise ImageError(
+            f"{pixel_array.dtype} values from {lowest:g} to {highest:g}; expected 0 to 1, as "
+            "torchvision and scikit-image have it. Divide them by the value that is white, "
+            "leave a normalisation out, or give uint8. A model whose recipe says "
+            "images.pixel_range: [0, 255] takes floats from 0 to 255"
         )
-        if lowest < -_HALF_STEP or highest > 1 + _HALF_STEP:
-            raise ImageError(
-                f"{pixel_array.dtype} values from {lowest:g} to {highest:g}; expected 0 to 1, as "
-                "torchvision and scikit-image have it. Divide them by the value that is white, "
-                "leave a normalisation out, or give uint8. A model whose recipe says "
-                "images.pixel_range: [0, 255] takes floats from 0 to 255"
-            )
-    return decode_image(image_bytes, pixel_range or _UNIT)
+    return decode_pixels(image_bytes, replace(how, pixel_range=_UNIT))
 
 
 def _unread_file(image: Image.Image) -> bytes:
@@ -390,9 +405,17 @@ def _unread_file(image: Image.Image) -> bytes:
     return file_bytes
 
 
-def _split_images(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+def _most_bands(renderings: Sequence[Rendering]) -> int | None:
+    """Return the highest number of a band that is asked for; None where none is."""
+    bands = [band for rendering in renderings for band in rendering.preprocessing.bands or ()]
+    return max(bands, default=None)
+
+
+def _split_images(
+    images: ImageLike | Iterable[ImageLike], most_bands: int | None = None
+) -> list[ImageLike]:
     """Return the images one by one: the first axis of an array or tensor is split where it counts
-    images.
+    images. most_bands: of a model that reads bands, whose images have three axes.
 
     Raises ImageUnusable.
     """
@@ -404,6 +427,8 @@ def _split_images(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
         return cast(list[ImageLike], images.tolist())  # of paths, as a column of a table gives them
     try:
         pixel_array = _as_array(images)
+        if most_bands is not None:
+            return list(pixel_array) if pixel_array.ndim == 4 else [pixel_array]
         if pixel_array.ndim == 4:
             _channels_first(pixel_array.shape, "a batch")
         elif (

@@ -394,8 +394,7 @@ def _parse_description(
     }
     preprocessing = Preprocessing(**preprocessing_fields)
     check_sizes(str(model_directory / WEIGHTS), preprocessing.resize, preprocessing.crop)
-    if len(np.array([preprocessing.mean, preprocessing.std], np.float32).T) != 3:
-        raise ValueError("its mean and std are not of three channels")
+    np.array([preprocessing.mean, preprocessing.std], np.float32)  # raises for what are no numbers
     spec = spec_from_json(json.dumps(description["spec"]))
     if not isinstance(spec, FineTuneSpec):
         raise ValueError(f"its settings are those of a {spec.kind} head")
@@ -449,6 +448,7 @@ def _rebuild_network(
     import torch
 
     from headrace.extract.backbones.backbone import Backbone
+    from headrace.extract.backbones.first_convolution import adapt_channels
     from headrace.extract.backbones.library import build_network, limit_parameters_to_file
     from headrace.extract.backbones.weights import weights_digest
     from headrace.extract.taps.resolve import parse_tap
@@ -458,7 +458,11 @@ def _rebuild_network(
     backbone_tensors = _without_prefix("backbone.", tensors)
     with limit_parameters_to_file(backbone_tensors, model.backbone.name):
         # Its library's own preprocessing may have changed: the stored one counts.
-        module, _ = build_network(model.backbone.name, None, model.backbone.model_arguments)
+        module, own_preprocessing = build_network(
+            model.backbone.name, None, model.backbone.model_arguments
+        )
+    if model.preprocessing.n_channels != own_preprocessing.n_channels:
+        adapt_channels(module, model.backbone.name, model.preprocessing.n_channels)
     module.load_state_dict(backbone_tensors)
     module.eval().requires_grad_(False)
     backbone = Backbone(model.backbone, module, model.preprocessing, weights_digest(module))

@@ -36,14 +36,14 @@ _ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One input of the graph: uint8 RGB pixels (n, *preprocessing.crop, 3)."""
+    """One input of the graph: pixels (n, *preprocessing.pixel_shape) of its pixel_dtype."""
 
     name: str
     preprocessing: Preprocessing
 
 
 class _Taps(nn.Module):
-    """uint8 pixels (n, H, W, 3) to the features of some taps of one network, with the round-off of
+    """Pixels (n, H, W, C) to the features of some taps of one network, with the round-off of
     storing them.
     """
 
@@ -55,7 +55,7 @@ class _Taps(nn.Module):
         self.network = copy.deepcopy(backbone.module)
         preprocessing = backbone.preprocessing
         channel_mean, channel_std = (
-            torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1)
+            torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
             for values in (preprocessing.mean, preprocessing.std)
         )
         self.register_buffer("scale", (1 / (255 * channel_std)).float())
@@ -87,7 +87,7 @@ def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
     Modules that do not run before every tap has its output are replaced by the identity. Where the
     rest of the network cannot run on that, the taps stay as they are: the values are the same.
     """
-    pixels = torch.randint(0, 256, (2, *backbone.preprocessing.crop, 3), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, *backbone.preprocessing.pixel_shape), dtype=torch.uint8)
     modules_that_ran: set[nn.Module] = set()
     hook_handles = [
         module.register_forward_pre_hook(lambda module, _args: modules_that_ran.add(module))
@@ -246,7 +246,7 @@ class ModelGraph(nn.Module):
 
 
 def _mirrored_pixels(pixels: Tensor, symmetry: int) -> Tensor:
-    """Mirror pixels (n, H, W, 3) as extract.images.views.mirrored does."""
+    """Mirror pixels (n, H, W, C) as extract.images.views.mirrored does."""
     mirrored_pixels = pixels.transpose(1, 2) if symmetry & 4 else pixels
     flipped_axes = [flipped_axis for flipped_axis, bit in ((1, 2), (2, 1)) if symmetry & bit]
     return torch.flip(mirrored_pixels, flipped_axes) if flipped_axes else mirrored_pixels
@@ -283,4 +283,8 @@ def pixels_of(preprocessing: Preprocessing) -> tuple[Any, ...]:
         preprocessing.interpolation,
         border_colour,
         preprocessing.pixel_range,
+        preprocessing.bands,
+        preprocessing.pixel_dtype,
+        # what pixels without a value become
+        preprocessing.mean if preprocessing.nodata == "mean" else None,
     )

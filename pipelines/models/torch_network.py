@@ -49,7 +49,7 @@ class Network(nn.Module):
         self._make_normalizer = functools.partial(make_normalizer, backbone)
         self._normalize: Callable[[Tensor], Tensor] = self._make_normalizer("cpu")
         self.input_shape = (
-            (*backbone.preprocessing.crop, 3) if split_node is None else nodes[split_node].shape
+            backbone.preprocessing.pixel_shape if split_node is None else nodes[split_node].shape
         )
         self._body: nn.Module | None = None
         self._dtypes: dict[Tap, torch.dtype] = {}

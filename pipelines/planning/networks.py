@@ -18,10 +18,16 @@ from headrace.pipelines.recipe.sections import Backbone
 
 def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
     """Return the recipe's backbone as `headrace.extract` takes it: its fields, less taps, views and
-    names, and the images' range.
+    names, and what the section `images` says of pixels.
     """
-    spec_fields = backbone.model_dump(exclude={"alias", "taps", "views"})
-    return BackboneSpec(**spec_fields, pixel_range=recipe.images.pixel_range)
+    spec_fields = backbone.model_dump(exclude={"alias", "taps", "views", "band_ranges"})
+    images = recipe.images
+    return BackboneSpec(
+        **spec_fields,
+        pixel_range=backbone.band_ranges or images.pixel_range,
+        pixel_dtype=images.pixel_dtype,
+        nodata=images.nodata,
+    )
 
 
 def storage_options(backbone: Backbone, recipe: Recipe) -> FeatureOptions:

@@ -52,6 +52,12 @@ class Images(Section):
     # black and white of pixels of more than 8 bits, such as [0, 4095]; default: what the file's
     # format says
     pixel_range: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
+    # float32: images of more than 8 bits keep their depth until they are normalised; those of 8
+    # bits are the same in both
+    pixel_dtype: Literal["uint8", "float32"] = "uint8"
+    # pixels without a value (NaN, or what a GeoTIFF declares), of float32: the image is refused, or
+    # they get the mean of their band
+    nodata: Literal["refuse", "mean"] = "refuse"
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> "Images":
@@ -95,7 +101,9 @@ class Images(Section):
             )
             if location is not None
         )
-        options = self.model_dump(exclude={"folder", "table", "tar", "zip", "array"})
+        options = self.model_dump(
+            exclude={"folder", "table", "tar", "zip", "array", "pixel_dtype", "nodata"}
+        )
         return ImageSource(kind, location, **options)  # type: ignore[arg-type]
 
 
@@ -181,15 +189,35 @@ class Backbone(Section):
     image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None
     # share of the shorter edge that the crop keeps; default: the weights' own
     crop_fraction: Share | None = None
-    # of the normalisation; default: the weights' own
-    mean: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
-    # of the normalisation; default: the weights' own
-    std: tuple[Positive, Positive, Positive] | None = None
+    # bands of the files, counted from 1 as in GDAL, such as [4, 3, 2]: the network's channels, and
+    # its first convolution is adapted to their number; default: grey or colours
+    bands: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] | None = None
+    # black and white of each of these bands; default: images.pixel_range
+    band_ranges: tuple[tuple[pydantic.FiniteFloat, pydantic.FiniteFloat], ...] | None = None
+    # of the normalisation, one value for each channel, white being 1; default: the weights' own,
+    # for other than three bands their mean
+    mean: tuple[pydantic.FiniteFloat, ...] | None = None
+    # as `mean`
+    std: tuple[Positive, ...] | None = None
     # of the resizing; default: the weights' own
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     # 1: the evaluation crop; more: augmented renderings as well; flips: the crop and its 3 mirror
     # images; dihedral: turned by quarters too, 8 in all
     views: Annotated[int | Literal["flips", "dihedral"], pydantic.BeforeValidator(check_views)] = 1
+
+    @pydantic.model_validator(mode="after")
+    def _one_value_per_channel(self) -> "Backbone":
+        n_channels = 3 if self.bands is None else len(self.bands)
+        for name in ("mean", "std", "band_ranges"):
+            values = getattr(self, name)
+            if values is not None and len(values) != n_channels:
+                raise ValueError(
+                    f"{name} has {len(values)} values; expected {n_channels}, one for each "
+                    + ("of red, green and blue" if self.bands is None else "of the bands")
+                )
+        if self.band_ranges is not None and self.bands is None:
+            raise ValueError("band_ranges goes with bands; for all images: images.pixel_range")
+        return self
 
 
 class EnsembleSection(Section):

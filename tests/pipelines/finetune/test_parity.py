@@ -238,8 +238,8 @@ def test_a_network_runs_from_any_stage_on(name: str, node: str, size: int) -> No
         )
         handle.remove()
         assert torch.equal(part(found[0]), whole)
-    above = owners_above(module, node, backbone.preprocessing.crop)
-    assert 0 < len(above) < len(owners_above(module, None, backbone.preprocessing.crop))
+    above = owners_above(module, node, backbone.preprocessing.pixel_shape)
+    assert 0 < len(above) < len(owners_above(module, None, backbone.preprocessing.pixel_shape))
     assert sum(map(len, blocks_of(module, above))) == len(above)
 
 

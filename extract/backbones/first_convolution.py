@@ -1,0 +1,64 @@
+"""The first convolution of a network, and its weights for another number of channels, as timm has
+them for `in_chans`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headrace.extract.errors import BackboneError
+
+
+def adapt_channels(module: nn.Module, name: str, n_channels: int) -> None:
+    """Have the network take images of `n_channels` instead of three.
+
+    One channel is given the sum of the weights of red, green and blue; more are given those of red,
+    green, blue, red, … times 3 / n_channels. So the order of the bands matters: the first three
+    should be those that come closest to red, green and blue. Nothing is changed in a network that
+    has as many channels itself. Raises BackboneError for a network that cannot.
+    """
+    convolutions = _first_convolutions(module)
+    own_counts = {convolution.in_channels for convolution in convolutions.values()}
+    if own_counts == {n_channels}:
+        return
+    if own_counts != {3} or any(convolution.groups != 1 for convolution in convolutions.values()):
+        own = ", ".join(map(str, sorted(own_counts))) or "no convolution that could be given others"
+        raise BackboneError(
+            f"{name} has {own} input channels, and {n_channels} bands are asked for. Only a first "
+            "convolution on three colours is adapted: give as many bands as the network takes"
+        )
+    if getattr(module, "transform_input", False):
+        raise BackboneError(
+            f"{name} normalises red, green and blue itself, and cannot be given {n_channels} "
+            "bands: take the network of the same name from timm"
+        )
+    from timm.models import adapt_input_conv
+
+    for convolution in convolutions.values():
+        weight = adapt_input_conv(n_channels, convolution.weight.detach())
+        convolution.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
+        convolution.in_channels = n_channels
+    # models of transformers compare their images with this number
+    for part in (*module.modules(), getattr(module, "config", None)):
+        if getattr(part, "num_channels", None) == 3:
+            part.num_channels = n_channels  # type: ignore[union-attr]
+
+
+def has_channels(module: nn.Module, tensors: Mapping[str, Tensor], n_channels: int) -> bool:
+    """Return whether the first convolution in a weights file takes so many channels."""
+    names = tuple(f"{name}.weight" for name in _first_convolutions(module))
+    shapes = [tensor.shape for key, tensor in tensors.items() if key.endswith(names)]
+    return any(len(shape) == 4 and shape[1] == n_channels for shape in shapes)
+
+
+def _first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
+    """By name: those that timm declares, else the first that the network has."""
+    config: Any = getattr(module, "pretrained_cfg", None)
+    declared = config.get("first_conv") if isinstance(config, Mapping) else None
+    names = (declared,) if isinstance(declared, str) else tuple(declared or ())
+    convolutions = {
+        name: part for name, part in module.named_modules() if isinstance(part, nn.Conv2d)
+    }
+    found = {name: convolutions[name] for name in names if name in convolutions}
+    return found or dict(list(convolutions.items())[:1])

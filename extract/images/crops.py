@@ -1,0 +1,145 @@
+"""Crops: rows that are a rectangle of an image, a box of an object or a tile of a large image.
+
+A crop is the end of a locator, `IMAGE::crop:LEFT,TOP,WIDTH,HEIGHT` in pixels of the upright image.
+`;fraction` after it: in shares of its width and height; `;white:0.9`: the crop is refused where
+more than that share of it is background. IMAGE is a file, or a locator itself.
+"""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.extract.errors import ImageError
+from headrace.extract.images.bands import Bands
+from headrace.extract.images.preprocessing import DecodedImage
+
+Background = Literal["white", "black", "nodata"]
+
+_NUMBER = r"-?[0-9.]+(?:e[-+]?[0-9]+)?"
+_CROP = re.compile(
+    rf"(?P<image>.+)::crop:(?P<numbers>{_NUMBER}(?:,{_NUMBER}){{3}})(?P<fraction>;fraction)?"
+    rf"(?:;(?P<background>white|black|nodata):(?P<share>{_NUMBER}))?",
+    re.DOTALL,
+)
+# Bounds of the channels of background, white being 255: paper and glass slides are above, what
+# JPEG leaves of black is below.
+_WHITE, _BLACK = 220, 8
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of an upright image."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    unit: Literal["pixels", "fraction"] = "pixels"
+    background: Background | None = None  # of tiles: what an empty one is made of
+    max_background: float = 1.0  # refused where more of it is background
+
+    def __str__(self) -> str:
+        numbers = (self.left, self.top, self.width, self.height)
+        unit = ";fraction" if self.unit == "fraction" else ""
+        background = f";{self.background}:{self.max_background:.10g}" if self.background else ""
+        return ",".join(f"{number:.10g}" for number in numbers) + unit + background
+
+    def locator(self, image_path: str) -> str:
+        """The locator of this crop of an image."""
+        return f"{image_path}::crop:{self}"
+
+
+def split_crop(path: str) -> tuple[str, Crop | None]:
+    """The image of a locator, and the crop of it that the locator means; None for the whole."""
+    match = _CROP.fullmatch(path) if "::crop:" in path else None
+    if match is None:
+        return path, None
+    left, top, width, height = (float(number) for number in match["numbers"].split(","))
+    crop = Crop(left, top, width, height, "fraction" if match["fraction"] else "pixels")
+    background: Any = match["background"]
+    if background:
+        crop = replace(crop, background=background, max_background=float(match["share"]))
+    return match["image"], crop
+
+
+def crop_content(image_content: str, crop: Crop | None) -> str:
+    """The content hash of a crop, from that of its image: as long, and another for each crop."""
+    if crop is None:
+        return image_content
+    return hashlib.sha256(f"{image_content} {crop}".encode()).hexdigest()[: len(image_content)]
+
+
+def pixel_box(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in whole pixels, each edge rounded, and clipped to the image.
+
+    Raises ImageError where nothing of it lies in the image.
+    """
+    scale_x, scale_y = (width, height) if crop.unit == "fraction" else (1, 1)
+    edges = (
+        crop.left * scale_x,
+        crop.top * scale_y,
+        (crop.left + crop.width) * scale_x,
+        (crop.top + crop.height) * scale_y,
+    )
+    left, top, right, bottom = (math.floor(edge + 0.5) for edge in edges)
+    box = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ImageError(
+            f"the box (x {crop.left:g}, y {crop.top:g}, width {crop.width:g}, height "
+            f"{crop.height:g}; {crop.unit}) holds no pixel of the image of {width} x {height}"
+        )
+    return box
+
+
+def reaches_outside(crop: Crop, width: int, height: int) -> bool:
+    """Return whether a crop reaches beyond the image by a pixel or more, and is clipped."""
+    scale_x, scale_y = (width, height) if crop.unit == "fraction" else (1, 1)
+    return (
+        min(crop.left * scale_x, crop.top * scale_y) <= -1
+        or (crop.left + crop.width) * scale_x >= width + 1
+        or (crop.top + crop.height) * scale_y >= height + 1
+    )
+
+
+def image_size(image: DecodedImage) -> tuple[int, int]:
+    """(width, height)."""
+    if isinstance(image, Bands):
+        return int(image.values.shape[1]), int(image.values.shape[0])
+    return image.size
+
+
+def cut_crop(image: DecodedImage, crop: Crop) -> DecodedImage:
+    """The crop of an upright image.
+
+    Raises ImageError where it holds nothing of the image, or too much background.
+    """
+    box = pixel_box(crop, *image_size(image))
+    part = image.crop(*box) if isinstance(image, Bands) else image.crop(box)
+    if crop.background is not None:
+        share = float(_is_background(part, crop.background).mean())
+        if share > crop.max_background:
+            raise ImageError(
+                f"an empty tile: {share:.1%} of its pixels are {crop.background} "
+                f"(images.tiles.max_background is {crop.max_background:g})"
+            )
+    return part
+
+
+def _is_background(part: DecodedImage, background: Background) -> npt.NDArray[np.bool_]:
+    """(H, W): white and black by the channels' values; nodata is 0 or no value in all of them."""
+    if isinstance(part, Bands):
+        is_missing = part.missing()
+        if background == "nodata":
+            return np.asarray((is_missing | (part.values == 0)).all(axis=2))
+        pixels: npt.NDArray[Any] = part.floats((0.0,) * len(part.ranges))
+    else:
+        pixels = np.asarray(part)
+        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    if background == "white":
+        return np.asarray((pixels >= _WHITE).all(axis=2))
+    return np.asarray((pixels <= (_BLACK if background == "black" else 0)).all(axis=2))
