@@ -32,7 +32,7 @@ from headrace.extract.images.decoding import (
 
 _NUMPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_ORIENTATION_TAG = 274
+_TIFF_ORIENTATION_TAG = 274
 _NODATA_TAG = 42113  # GDAL's text of the value that means none
 _MOST_COMPRESSED = 1032  # deflate's bound
 _PALETTE_MODES = {"P": "RGB", "1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
@@ -133,12 +133,12 @@ def _read(data: bytes, most_bands: int | None) -> tuple[Samples | None, Image.Tr
             check_size(*image.size)
             if image.format == "TIFF" and most_bands is not None and image.mode not in ("P", "1"):
                 # Pillow drops the second band of two in silence, and knows no pages of channels.
-                return _tiff_samples(data)
+                return _tifffile_samples(data)
             samples = file_samples(image, data, None)
             if samples is not None and image.format == "TIFF":
                 samples = samples._replace(nodata=_as_number(image.tag_v2.get(_NODATA_TAG)))  # type: ignore[attr-defined]
             elif samples is None and image.format == "TIFF" and _has_other_depth(image):
-                return _tiff_samples(data)
+                return _tifffile_samples(data)
             elif samples is None and most_bands is not None:
                 mode = image.mode
                 image.load()
@@ -150,7 +150,7 @@ def _read(data: bytes, most_bands: int | None) -> tuple[Samples | None, Image.Tr
     except PIL.UnidentifiedImageError:
         if not data.startswith(_TIFF_MAGIC):
             raise
-    return _tiff_samples(data)
+    return _tifffile_samples(data)
 
 
 def _has_other_depth(image: ImageFile.ImageFile) -> bool:
@@ -165,7 +165,7 @@ def _as_number(text: Any) -> float | None:
         return None
 
 
-def _tiff_samples(data: bytes) -> tuple[Samples, Image.Transpose | None]:
+def _tifffile_samples(data: bytes) -> tuple[Samples, Image.Transpose | None]:
     """The first image of a TIFF by tifffile, and its turn: samples interleaved or in planes, either
     byte order, any type of numbers, or channels that are pages of their own (OME, ImageJ).
 
@@ -197,7 +197,7 @@ def _tiff_samples(data: bytes) -> tuple[Samples, Image.Transpose | None]:
         nodata_tag = page.tags.get(_NODATA_TAG)
         white_is_zero = page.photometric == 0
         bits = page.bitspersample
-        orientation = page.tags.get(_ORIENTATION_TAG)
+        orientation = page.tags.get(_TIFF_ORIENTATION_TAG)
     band_axis = next((axis for axis, name in enumerate(axes) if name in "CS"), None)
     if band_axis is not None:
         values = np.moveaxis(values, band_axis, -1)

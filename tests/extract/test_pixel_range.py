@@ -501,11 +501,11 @@ def test_an_image_is_decoded_once_for_each_range(
     (tmp_path / "a.png").write_bytes(png(np.full((8, 8), 4095, np.uint16), 16, 0))
     asked: list[Range | None] = []
 
-    def counting(data: bytes, pixel_range: Range | None) -> Image.Image:
-        asked.append(pixel_range)
-        return decode_image(data, pixel_range)
+    def counting(data: bytes, how: Preprocessing) -> DecodedImage:
+        asked.append(how.pixel_range)
+        return decode_pixels(data, how)
 
-    monkeypatch.setattr(decode_module, "decode_image", counting)
+    monkeypatch.setattr(decode_module, "decode_pixels", counting)
     ranges = (None, (0, 4095), None, (0, 4095))
     renderings = [
         Rendering(dataclasses.replace(HOW, pixel_range=ends), 0, Augmentation()) for ends in ranges

@@ -271,11 +271,11 @@ def test_several_backbones_decode_once(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     decoded: list[int] = []
 
-    def counting(data: bytes, pixel_range: tuple[float, float] | None) -> Image.Image:
+    def counting(data: bytes, how: Preprocessing) -> DecodedImage:
         decoded.append(len(data))
-        return decode_image(data, pixel_range)
+        return decode_pixels(data, how)
 
-    monkeypatch.setattr(decode_module, "decode_image", counting)
+    monkeypatch.setattr(decode_module, "decode_pixels", counting)
     jobs = plan_work_units(samples, networks, cache_root=tmp_path / "cache")
     assert len(jobs) == 1
     assert run_work_unit(jobs[0]).rows == 7

@@ -348,7 +348,7 @@ def test_a_recipe_is_the_users_own_words(tmp_path):
         ({"weights": ["a"]}, "says weights"),
         ({"image_size": 2**31}, "says image_size"),
         ({"image_size": 2**15}, "more than the limit"),
-        ({"mean": [0.5]}, "says mean"),
+        ({"mean": [0.5]}, "mean has 1 values, and std 3"),
         ({"std": ["x", 1, 1]}, "says std"),
         ({"interpolation": "odd"}, "says interpolation"),
         ({"unknown": 1}, "does not know: unknown"),
