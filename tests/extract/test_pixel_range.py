@@ -29,7 +29,12 @@ from headrace.extract.errors import BackboneError, ImageError
 from headrace.extract.images.byte_ranges import array_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.decoding import MAX_EDGE, MAX_PIXELS, decode_image
-from headrace.extract.images.preprocessing import Preprocessing, render_crop
+from headrace.extract.images.preprocessing import (
+    DecodedImage,
+    Preprocessing,
+    decode_pixels,
+    render_crop,
+)
 from headrace.extract.images.views import Augmentation
 from headrace.extract.run import decode_ahead as decode_module
 from headrace.extract.run.decode_ahead import Rendering, decoded_batches

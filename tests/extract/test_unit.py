@@ -26,6 +26,7 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.errors import BackboneError, SourceError
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
 from headrace.extract.images.views import (
     Augmentation,
     Symmetries,
@@ -459,7 +460,6 @@ def test_values_that_the_storage_cannot_hold_fail_alone(tmp_path: Path) -> None:
 
 def loud_on_white() -> tuple[torch.nn.Module, object]:
     """A layer that gives 1e5 on white, and nothing on noise."""
-    from headrace.extract.images.preprocessing import Preprocessing
 
     layer = torch.nn.Conv2d(3, 2, 16, stride=16)
     with torch.no_grad():
