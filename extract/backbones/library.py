@@ -168,7 +168,10 @@ def backbone_tags(name: str) -> list[str]:
     if kind == "timm":
         import timm
 
-        return [tag.removeprefix(rest).lstrip(".") for tag in timm.list_pretrained(f"{rest}.*")]
+        tags = [tag.removeprefix(rest).lstrip(".") for tag in timm.list_pretrained(f"{rest}.*")]
+        default_config = timm.get_pretrained_cfg(rest)
+        default = default_config.tag if default_config else None
+        return sorted(tags, key=lambda tag: tag != default)  # stable: the others stay by name
     return []
 
 

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.json_output import AdviceOutput, print_json
 from headrace.pipelines.cli.options import JsonOption, QuietOption, progress_console
 from headrace.pipelines.console import make_console
@@ -19,7 +20,8 @@ def advise_command(
     run: Annotated[
         Path,
         typer.Argument(
-            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME."
+            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME.",
+            autocompletion=complete_runs,
         ),
     ],
     reference: Annotated[

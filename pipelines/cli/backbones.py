@@ -1,7 +1,8 @@
-"""`headrace backbones [NAME]`: search the networks that there are; show one's taps with their
-shapes, bytes and cost.
+"""`headrace backbones [NAME]`: search the networks that there are, by input size, weights and
+licence; show one's weights, and its taps with their shapes, bytes and cost.
 """
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace.pipelines.cli.completion import complete_backbones
 from headrace.pipelines.cli.options import JsonOption, flag
 from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
+    from headrace.extract.backbones.published import PublishedWeights
+    from headrace.extract.spec import BackboneSpec
     from headrace.extract.taps.describe import BackboneInfo
 
 # dots in a node's name that are shown without --all: stages and blocks, not the layers inside them
@@ -20,7 +24,11 @@ _DEPTH = 1
 _MANY = 40
 
 NameArgument = Annotated[
-    str | None, typer.Argument(help="Part of a name to search for, or a whole name to show.")
+    str | None,
+    typer.Argument(
+        help="Part of a name to search for, or a whole name to show.",
+        autocompletion=complete_backbones,
+    ),
 ]
 SizeOption = Annotated[
     int | None, typer.Option("--image-size", help="Shapes at this input size instead of its own.")
@@ -28,64 +36,117 @@ SizeOption = Annotated[
 AllOption = Annotated[
     bool, flag("--all", help="Every name found; every node, layers within blocks too.")
 ]
+MeasureOption = Annotated[
+    bool, flag("--measure", help="Also run the network for some seconds: images/s on this machine.")
+]
 
 
 def backbones_command(
     name: NameArgument = None,
     image_size: SizeOption = None,
     every: AllOption = False,
+    measure: MeasureOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """List and search the backbones, or show one's taps.
+    """List and search the backbones with their weights, or show one's taps.
 
     Example: headrace backbones torchvision:resnet50
 
     Nothing is downloaded: shapes and costs need no weights.
     """
-    from headrace.extract.backbones.library import backbone_names, backbone_tags
+    from headrace.extract.backbones.library import backbone_names
+    from headrace.extract.backbones.published import published_weights
     from headrace.extract.spec import BackboneSpec
     from headrace.extract.taps.describe import describe_backbone
 
     console = make_console()
     known_names = backbone_names()
-    if name is not None and (name in known_names or name.startswith("python:")):
-        backbone_info = describe_backbone(BackboneSpec(name, image_size=image_size), weights=False)
-        if json_output:
-            _print_json([name], backbone_info, backbone_tags(name))
-        else:
-            _show(console, backbone_info, backbone_tags(name), every)
-        return
     matching_names = [
         backbone_name
         for backbone_name in known_names
         if name is None or name.lower() in backbone_name.lower()
     ]
-    if name is not None and not matching_names:
-        # Says which names are near, and leaves with the exit code of a user's mistake.
-        describe_backbone(BackboneSpec(name if ":" in name else f"timm:{name}"), weights=False)
+    if name is not None and (name in known_names or not matching_names):
+        # Of a name that there is not, it says which are near.
+        spec = BackboneSpec(name if ":" in name else f"timm:{name}", image_size=image_size)
+        backbone_info = describe_backbone(spec, weights=False)
+        weights = published_weights(spec.name)
+        images_per_s = _measured_rate(spec) if measure else None
+        if json_output:
+            _print_json([spec.name], backbone_info, weights, images_per_s)
+        else:
+            _show(console, backbone_info, weights, images_per_s, every)
+        return
     if json_output:
-        _print_json(matching_names, None, [])
+        _print_json(matching_names, None, [], None)
         return
     shown_names = matching_names if every else matching_names[:_MANY]
-    for backbone_name in shown_names:
-        console.print(backbone_name, soft_wrap=True)
+    console.print(_table_of_names({each: published_weights(each) for each in shown_names}))
     if len(shown_names) < len(matching_names):
         console.print(
             f"… {len(matching_names) - len(shown_names):,} more of {len(matching_names):,}. Narrow "
             "it: headrace backbones resnet; or --all"
         )
-    elif len(matching_names) > 0:
+    else:
         console.print(
             f"{len(matching_names):,} backbones. Its taps: headrace backbones {matching_names[0]}",
             soft_wrap=True,
         )
 
 
-def _print_json(names: list[str], backbone_info: "BackboneInfo | None", tags: list[str]) -> None:
+def _measured_rate(spec: "BackboneSpec") -> float:
+    from headrace.extract.taps.measure import measure_rate
+
+    return measure_rate(dataclasses.replace(spec, weights="random:0"))
+
+
+def _table_of_names(weights_by_name: "dict[str, list[PublishedWeights]]") -> Table:
+    """A row for each network: what its default weights take, and what all of them are."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("backbone", no_wrap=True)
+    for column in ("pixels", "ImageNet", "weights"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("licences", overflow="fold")
+    for name, weights in weights_by_name.items():
+        accuracies = [each.imagenet_accuracy for each in weights if each.imagenet_accuracy]
+        table.add_row(
+            name,
+            str(weights[0].image_size or "") if weights else "",
+            f"{max(accuracies):.1%}" if accuracies else "",
+            str(len(weights)),
+            ", ".join(sorted({each.licence for each in weights if each.licence})),
+        )
+    return table
+
+
+def _weights_table(weights: "list[PublishedWeights]") -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("weights", no_wrap=True)
+    for column in ("pixels", "classes", "ImageNet"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("licence", overflow="fold")
+    for each in weights:
+        table.add_row(
+            each.tag,
+            str(each.image_size or ""),
+            "" if each.classes is None else f"{each.classes:,}",
+            "" if each.imagenet_accuracy is None else f"{each.imagenet_accuracy:.1%}",
+            each.licence or "",
+        )
+    return table
+
+
+def _print_json(
+    names: list[str],
+    backbone_info: "BackboneInfo | None",
+    weights: "list[PublishedWeights]",
+    images_per_s: float | None,
+) -> None:
     from headrace.pipelines.cli.json_output import (
         BackboneOutput,
         BackbonesOutput,
         TapOutput,
+        WeightsOutput,
         print_json,
     )
 
@@ -95,8 +156,9 @@ def _print_json(names: list[str], backbone_info: "BackboneInfo | None", tags: li
             name=backbone_info.name,
             parameters=backbone_info.parameters,
             multiply_adds=backbone_info.multiply_adds,
+            images_per_s=images_per_s,
             preprocessing=json.loads(backbone_info.preprocessing),
-            weights=tuple(tags),
+            weights=tuple(WeightsOutput(**dataclasses.asdict(each)) for each in weights),
             auto=tuple(map(str, backbone_info.auto)),
             taps=tuple(
                 TapOutput(
@@ -112,7 +174,13 @@ def _print_json(names: list[str], backbone_info: "BackboneInfo | None", tags: li
     print_json(BackbonesOutput(names=tuple(names), backbone=backbone))
 
 
-def _show(console: Console, backbone_info: "BackboneInfo", tags: list[str], show_all: bool) -> None:
+def _show(
+    console: Console,
+    backbone_info: "BackboneInfo",
+    weights: "list[PublishedWeights]",
+    images_per_s: float | None,
+    show_all: bool,
+) -> None:
     preprocessing = json.loads(backbone_info.preprocessing)
     resize = "x".join(map(str, preprocessing["resize"]))
     crop = "x".join(map(str, preprocessing["crop"]))
@@ -125,10 +193,17 @@ def _show(console: Console, backbone_info: "BackboneInfo", tags: list[str], show
             f"input: {preprocessing['mode']} resize to {resize} "
             f"({preprocessing['interpolation']}), crop {crop}"
         ),
-        f"weights: {', '.join(tags) if tags else 'none of its own: name a file'}",
     ]
+    if images_per_s is not None:
+        header_lines.append(
+            f"measured here: {images_per_s:,.1f} images/s, decoding not counted, on all cores"
+        )
     for header_line in header_lines:
         console.print(header_line, soft_wrap=True)
+    if weights:
+        console.print(_weights_table(weights))
+    else:
+        console.print("weights: none of its own: name a file")
     table = Table(box=None, pad_edge=False)
     table.add_column("node", no_wrap=True)
     for column_name in ("output", ".map bytes", ".avg bytes", "cost"):

@@ -269,14 +269,25 @@ class TapOutput(JsonOutput):
     cost: float  # share of the whole forward that is spent to reach it
 
 
+class WeightsOutput(JsonOutput):
+    """Pretrained weights of a library; null: the library does not say."""
+
+    tag: str
+    image_size: int | None
+    classes: int | None  # that they were trained on; 0: without labels
+    licence: str | None
+    imagenet_accuracy: float | None  # top 1 on ImageNet-1k
+
+
 class BackboneOutput(JsonOutput):
     """A backbone, described."""
 
     name: str
     parameters: int
     multiply_adds: int
+    images_per_s: float | None  # on this machine, with --measure
     preprocessing: dict[str, Any]
-    weights: tuple[str, ...]  # tags of the library's
+    weights: tuple[WeightsOutput, ...]
     auto: tuple[str, ...]  # what `taps: auto` picks
     taps: tuple[TapOutput, ...]
 

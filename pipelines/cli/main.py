@@ -19,6 +19,7 @@ from headrace.pipelines.cli.advise import advise_command
 from headrace.pipelines.cli.backbones import backbones_command
 from headrace.pipelines.cli.cache.app import app as cache_app
 from headrace.pipelines.cli.cluster import app as cluster_app
+from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.doctor import doctor_command
 from headrace.pipelines.cli.export import export_command
 from headrace.pipelines.cli.options import (
@@ -168,7 +169,11 @@ def init(
 @app.command()
 def run(
     recipe: Annotated[
-        Path, typer.Argument(help="The recipe, a YAML file; `headrace init` writes one.")
+        Path,
+        typer.Argument(
+            help="The recipe, a YAML file; `headrace init` writes one.",
+            autocompletion=complete_runs,
+        ),
     ],
     dry_run: Annotated[
         bool, flag("--dry-run", help="Print the plan and stop; nothing is written.")
@@ -230,7 +235,8 @@ def status(
         Path,
         typer.Argument(
             help="A run: its recipe, or its directory, headrace-runs/NAME, which may be on a "
-            "file system that nodes share."
+            "file system that nodes share.",
+            autocompletion=complete_runs,
         ),
     ],
     json_output: JsonOption = False,

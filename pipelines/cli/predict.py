@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from headrace.cache.errors import HeadraceError
+from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import (
     JsonOption,
     ProgressFormat,
@@ -37,7 +38,8 @@ ModelArgument = Annotated[
         help="A run, by its recipe or its directory (the selected model is used: winner or "
         "ensemble); a "
         "model directory; what "
-        "headrace export wrote."
+        "headrace export wrote.",
+        autocompletion=complete_runs,
     ),
 ]
 TrustOption = Annotated[

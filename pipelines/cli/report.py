@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import JsonOption, flag
 from headrace.pipelines.cli.predict import TrustOption
 from headrace.pipelines.console import make_console
@@ -14,7 +15,8 @@ def report_command(
     run: Annotated[
         Path,
         typer.Argument(
-            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME."
+            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME.",
+            autocompletion=complete_runs,
         ),
     ],
     out: Annotated[

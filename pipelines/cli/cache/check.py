@@ -20,6 +20,7 @@ from headrace.pipelines.cli.cache.find import (
     networks_of_recipe,
     print_line,
 )
+from headrace.pipelines.cli.completion import complete_feature_sets
 from headrace.pipelines.cli.options import JsonOption, flag
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ Say = Callable[[str], None]
 
 def verify_command(
     name: Annotated[
-        str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")
+        str | None,
+        typer.Argument(
+            help="One feature set (fingerprint or tap); default: all.",
+            autocompletion=complete_feature_sets,
+        ),
     ] = None,
     cache: CacheOption = DEFAULT_CACHE,
     recipe: Annotated[
@@ -230,7 +235,11 @@ def _extract_again(
 
 def repair_command(
     name: Annotated[
-        str | None, typer.Argument(help="One feature set (fingerprint or tap); default: all.")
+        str | None,
+        typer.Argument(
+            help="One feature set (fingerprint or tap); default: all.",
+            autocompletion=complete_feature_sets,
+        ),
     ] = None,
     cache: CacheOption = DEFAULT_CACHE,
     json_output: JsonOption = False,

@@ -15,6 +15,7 @@ from headrace.pipelines.cli.cache.find import (
     print_line,
     samples_with_content,
 )
+from headrace.pipelines.cli.completion import complete_feature_sets
 from headrace.pipelines.cli.options import JsonOption
 
 if TYPE_CHECKING:
@@ -31,7 +32,12 @@ class ExportKind(StrEnum):
 
 
 def export_command(
-    name: Annotated[str, typer.Argument(help="A fingerprint (or its beginning), or a tap.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A fingerprint (or its beginning), or a tap.", autocompletion=complete_feature_sets
+        ),
+    ],
     target: Annotated[
         Path,
         typer.Argument(help="The file to write; its suffix says the format unless --format does."),

@@ -15,6 +15,7 @@ from headrace.pipelines.cli.cache.find import (
     print_line,
     require_cache,
 )
+from headrace.pipelines.cli.completion import complete_feature_sets
 from headrace.pipelines.cli.options import JsonOption, flag
 
 
@@ -76,7 +77,12 @@ def gc_command(
 
 
 def remove_command(
-    name: Annotated[str, typer.Argument(help="A fingerprint (or its beginning), or a tap.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A fingerprint (or its beginning), or a tap.", autocompletion=complete_feature_sets
+        ),
+    ],
     cache: CacheOption = DEFAULT_CACHE,
     yes: Annotated[bool, flag("--yes", help="Do not ask.")] = False,
     json_output: JsonOption = False,

@@ -15,6 +15,7 @@ from headrace.pipelines.cli.cache.find import (
     find_feature_set,
     print_line,
 )
+from headrace.pipelines.cli.completion import complete_feature_sets
 from headrace.pipelines.cli.json_output import (
     FailureOutput,
     FeatureSetDetail,
@@ -93,7 +94,11 @@ def _describe(feature_set: FeatureSet) -> FeatureSetOutput:
 
 def show_command(
     name: Annotated[
-        str, typer.Argument(help="A fingerprint (or its beginning), or a tap such as blocks.4.avg.")
+        str,
+        typer.Argument(
+            help="A fingerprint (or its beginning), or a tap such as blocks.4.avg.",
+            autocompletion=complete_feature_sets,
+        ),
     ],
     cache: CacheOption = DEFAULT_CACHE,
     json_output: JsonOption = False,

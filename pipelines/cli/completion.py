@@ -1,0 +1,43 @@
+"""What the Tab key offers, for shells that `headrace --install-completion` has taught."""
+
+from pathlib import Path
+
+import typer
+
+
+def complete_backbones(incomplete: str) -> list[str]:
+    """Return the networks whose names, with or without the library's prefix, begin like that."""
+    from headrace.extract.backbones.library import backbone_names
+
+    return [
+        name
+        for name in backbone_names()
+        if name.startswith(incomplete) or name.partition(":")[2].startswith(incomplete)
+    ]
+
+
+def complete_feature_sets(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the fingerprints and taps of the cache that the line names so far."""
+    from headrace.cache.errors import CacheError
+    from headrace.cache.feature_set import feature_set_directories
+    from headrace.cache.publish import read_spec
+
+    names: set[str] = set()
+    for directory in feature_set_directories(Path(context.params.get("cache") or "headrace-cache")):
+        names.add(directory.name)
+        try:
+            names.add(read_spec(directory).name)
+        except CacheError:
+            continue  # a broken one is found by its fingerprint
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def complete_runs(incomplete: str) -> list[str]:
+    """Return recipes and folders that begin like that, and the runs beside them."""
+    paths = [
+        path
+        for path in Path().glob(f"{incomplete}*")
+        if path.is_dir() or path.suffix in (".yaml", ".yml")
+    ]
+    runs = Path("headrace-runs").glob(f"{incomplete}*") if "/" not in incomplete else ()
+    return sorted(str(path) for path in (*paths, *runs))
