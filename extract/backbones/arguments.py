@@ -55,8 +55,9 @@ def with_layers_of_timm(name: str, arguments: Mapping[str, Any]) -> dict[str, An
         import timm.layers
         from torch import nn
 
-        layer = getattr(timm.layers, layer_name, None)
-        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        layer: Any = getattr(timm.layers, layer_name, None)
+        layer_class = getattr(layer, "func", layer)  # SwiGLUPacked is a partial of GluMlp
+        if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
             raise BackboneError(
                 f"timm:{name}: model: mlp_layer {layer_name!r} is no layer of timm.layers; "
                 "expected one such as SwiGLUPacked"

@@ -208,6 +208,12 @@ def _reason(model_id: str, error: Exception) -> str:
         )
     if message := hub_message(f"transformers:{model_id}", model_id, error):
         return message
+    if "model_type" in text:  # its config.json is absent, or another library's
+        return (
+            f"transformers:{model_id}: the hub's {model_id} lacks a file that this library needs: "
+            "it is a model of another library (timm:hf-hub:, transformers: and open_clip:hf-hub: "
+            "differ)"
+        )
     return (
         f"transformers:{model_id} is not on this machine and cannot be downloaded "
         f"({text[:200]}).\nFetch it where there is a network (hf download {model_id}), or name its "
