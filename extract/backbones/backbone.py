@@ -85,6 +85,16 @@ def _adapt_to_bands(module: nn.Module, preprocessing: Preprocessing, spec: Backb
         adapt_channels(module, spec.name, len(spec.bands))
 
 
+def build_at_size(spec: BackboneSpec) -> nn.Module:
+    """The network at the spec's input size, with its arguments and any weights: what a state dict
+    of a network that was made from this spec fits.
+    """
+    module, preprocessing = library.build_network(spec.name, None, spec.model_arguments)
+    _adapt_to_bands(module, preprocessing, spec)
+    _apply_image_size(module, preprocessing, spec)
+    return module
+
+
 def _apply_image_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
     """Give the network the spec's input size where that is not the weights' own."""
     if spec.image_size is not None and spec.image_size != preprocessing.crop[0]:

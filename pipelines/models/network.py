@@ -447,9 +447,8 @@ def _rebuild_network(
 ) -> "Network":
     import torch
 
-    from headrace.extract.backbones.backbone import Backbone
-    from headrace.extract.backbones.first_convolution import adapt_channels
-    from headrace.extract.backbones.library import build_network, limit_parameters_to_file
+    from headrace.extract.backbones.backbone import Backbone, build_at_size
+    from headrace.extract.backbones.library import limit_parameters_to_file
     from headrace.extract.backbones.weights import weights_digest
     from headrace.extract.taps.resolve import parse_tap
     from headrace.pipelines.models.torch_head import Head
@@ -458,11 +457,7 @@ def _rebuild_network(
     backbone_tensors = _without_prefix("backbone.", tensors)
     with limit_parameters_to_file(backbone_tensors, model.backbone.name):
         # Its library's own preprocessing may have changed: the stored one counts.
-        module, own_preprocessing = build_network(
-            model.backbone.name, None, model.backbone.model_arguments
-        )
-    if model.preprocessing.n_channels != own_preprocessing.n_channels:
-        adapt_channels(module, model.backbone.name, model.preprocessing.n_channels)
+        module = build_at_size(model.backbone)
     module.load_state_dict(backbone_tensors)
     module.eval().requires_grad_(False)
     backbone = Backbone(model.backbone, module, model.preprocessing, weights_digest(module))
