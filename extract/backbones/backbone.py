@@ -173,16 +173,17 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         tensors = read_weights(weights_path(spec.weights))
         with library.limit_parameters_to_file(tensors, spec.name):
             module, preprocessing = library.build_network(spec.name, None, arguments)
+        if spec.weights_match == "name":
+            tensors, left_out = own_tensors(
+                module, tensors, spec.weights_prefix, network_description
+            )
         if spec.bands is not None and has_channels(module, tensors, len(spec.bands)):
             _adapt_to_bands(module, preprocessing, spec)
         if spec.weights_match == "name":
-            tensors, outside = own_tensors(
-                module, tensors, spec.weights_prefix, network_description
-            )
             if not _fits_unchanged(module, tensors):  # exported at the size that is asked for
                 _apply_image_size(module, preprocessing, spec)
             fitted = fit_weights(module, tensors, "name", network_description)
-            left_out = dataclasses.replace(outside, absent=fitted.absent, surplus=fitted.surplus)
+            left_out = dataclasses.replace(left_out, absent=fitted.absent, surplus=fitted.surplus)
         else:
             fit_weights(module, tensors, spec.weights_match, network_description)
     else:

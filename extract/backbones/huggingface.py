@@ -184,8 +184,8 @@ def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
         crop=kept,
         mode=mode,  # type: ignore[arg-type]
         interpolation=_INTERPOLATIONS[resample],  # type: ignore[arg-type]
-        mean=tuple(float(value) for value in mean),  # type: ignore[arg-type]
-        std=tuple(float(value) for value in std),  # type: ignore[arg-type]
+        mean=tuple(float(value) for value in mean),
+        std=tuple(float(value) for value in std),
     )
 
 

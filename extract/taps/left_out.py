@@ -70,7 +70,8 @@ def _run_marked(
     for owner in owners - {""}:  # on the network's own level there are heads alone
         module.get_submodule(owner).register_forward_hook(_as_nan)
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, *backbone.preprocessing.crop, generator=generator)
+    how = backbone.preprocessing
+    image = torch.randn(1, how.n_channels, *how.crop, generator=generator)
     with torch.inference_mode():
         return TapCapture(module, placed).run(module, image), called
 
