@@ -113,6 +113,35 @@ class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
         return np.asarray(self.classes_[probabilities.argmax(1)])
 
 
+class _LinearClassifier(_Classifier):
+    """A classifier whose decisions are X @ coef_.T + intercept_."""
+
+    _BINARY_SCALE: float  # of the second class's decision, where there are two
+
+    @property
+    def coef_(self) -> npt.NDArray[np.float64]:
+        """(1, D) of two classes, (C, D) of more, for features as they are given to `fit`."""
+        check_is_fitted(self)
+        return self._decisions(self.arrays_["weight"])
+
+    @property
+    def intercept_(self) -> npt.NDArray[np.float64]:
+        """(1,) of two classes, (C,) of more."""
+        check_is_fitted(self)
+        return self._decisions(self.arrays_["bias"])
+
+    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
+        """(n,) of two classes, above 0 for the second; (n, C) of more, the largest is predicted."""
+        check_is_fitted(self)
+        rows = validate_data(self, X, dtype=_DTYPES, reset=False)
+        decisions = rows.astype(np.float64) @ self.coef_.T + self.intercept_
+        return decisions[:, 0] if len(self.classes_) == 2 else decisions
+
+    def _decisions(self, values: Floats) -> npt.NDArray[np.float64]:
+        values = values.astype(np.float64)
+        return self._BINARY_SCALE * (values[1:] - values[:1]) if len(values) == 2 else values
+
+
 class _Regressor(RegressorMixin, _Head):  # type: ignore[misc]
     """A head that predicts one number for each row, or several."""
 
@@ -161,11 +190,13 @@ class _Perceptron(_Head):
         )
 
 
-class LogisticHead(_Classifier):
+class LogisticHead(_LinearClassifier):
     """L2-regularised logistic regression: `LogisticSpec`, by the exact batched solver, to a
     relative `gap` of the objective (by estimate; `gap_` is the proven bound). One head can afford a
     smaller one than a bank's 1e-5.
     """
+
+    _BINARY_SCALE = 1.0  # the difference is the log-odds
 
     def __init__(
         self,
@@ -194,8 +225,10 @@ class LogisticHead(_Classifier):
         return result
 
 
-class RidgeHead(_Classifier):
+class RidgeHead(_LinearClassifier):
     """Ridge regression on -1/+1 targets: `RidgeSpec`, in closed form."""
+
+    _BINARY_SCALE = 0.5  # the two classes' scores are each other's negatives
 
     def __init__(
         self, alpha: float = 1.0, *, class_weight: ClassWeights = None, standardize: bool = True
@@ -271,6 +304,20 @@ class CentroidHead(_Classifier):
 
 class RidgeRegressionHead(_Regressor):
     """Ridge regression of one number or several: `RidgeSpec`, in closed form."""
+
+    @property
+    def coef_(self) -> npt.NDArray[np.float64]:
+        """(D,) or (T, D), as y was, for features as they are given to `fit`."""
+        check_is_fitted(self)
+        weight = self.arrays_["weight"].astype(np.float64)
+        return weight[0] if self.flat_ else weight
+
+    @property
+    def intercept_(self) -> Any:
+        """A number or (T,), as y was."""
+        check_is_fitted(self)
+        bias = self.arrays_["bias"].astype(np.float64)
+        return float(bias[0]) if self.flat_ else bias
 
     def __init__(self, alpha: float = 1.0, *, standardize: bool = True) -> None:
         self.alpha = alpha

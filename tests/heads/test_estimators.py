@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import RegressorMixin, clone
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.datasets import load_digits, make_classification, make_regression
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -207,3 +207,39 @@ def test_a_network_learns_numbers() -> None:
     assert face.predict(X).shape == (400, 2)
     assert face.score(X, y) > 0.95
     assert RidgeRegressionHead().fit(X, y).score(X, y) < 0.3
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_linear_classifiers_have_coefficients_as_in_scikit_learn(n_classes):
+    """Shapes and values of coef_, intercept_ and decision_function."""
+    X, y = make_classification(
+        200, 6, n_informative=5, n_redundant=0, n_classes=n_classes, random_state=0
+    )
+    for head, reference, tolerance in (
+        (LogisticHead(0.3, standardize=False), LogisticRegression(C=0.3, tol=1e-10), 1e-3),
+        (RidgeHead(2.0, standardize=False), RidgeClassifier(alpha=2.0), 1e-4),
+    ):
+        head.fit(X, y)
+        reference.fit(X, y)
+        assert head.coef_.shape == np.atleast_2d(reference.coef_).shape
+        assert head.intercept_.shape == np.atleast_1d(reference.intercept_).shape
+        # softmax has one free constant per feature: what decides is the difference of the classes
+        theirs, ours = reference.decision_function(X), head.decision_function(X)
+        assert ours.shape == theirs.shape
+        if n_classes > 2 and isinstance(head, LogisticHead):
+            theirs, ours = (each - each.mean(1, keepdims=True) for each in (theirs, ours))
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
+        np.testing.assert_array_equal(
+            head.classes_[(ours > 0).astype(int) if n_classes == 2 else ours.argmax(1)],
+            head.predict(X),
+        )
+
+
+def test_ridge_regression_has_coefficients_as_in_scikit_learn():
+    """For one target and for several."""
+    X, y = make_regression(120, 5, n_targets=2, random_state=0)
+    for target in (y, y[:, 0]):
+        head = RidgeRegressionHead(3.0, standardize=False).fit(X, target)
+        reference = Ridge(alpha=3.0).fit(X, target)
+        np.testing.assert_allclose(head.coef_, reference.coef_, rtol=1e-4)
+        np.testing.assert_allclose(head.intercept_, reference.intercept_, rtol=1e-3, atol=1e-4)
