@@ -29,6 +29,12 @@ from headrace.heads.data.features import (
     stream_rows,
     tap_widths,
 )
+from headrace.heads.data.side_columns import (
+    SideColumn,
+    SideColumns,
+    load_side_columns,
+    side_blocks,
+)
 from headrace.heads.data.standardize import Features
 from headrace.heads.data.task import REFIT, Task, load_task
 from headrace.heads.data.training_data import TrainingData
@@ -61,6 +67,8 @@ class BankJob:
     halving: Halving | None = None
     # features that need more are streamed from their shards; None: `worker_memory`
     memory_bytes: int | None = None
+    # path of the task's side columns by `save_side_columns`, to stand behind the features
+    side_columns: str | None = None
 
 
 def train_bank(job: BankJob) -> dict[str, Any]:
@@ -96,7 +104,8 @@ def train_bank(job: BankJob) -> dict[str, Any]:
 
 def _train(job: BankJob, kind: HeadKind) -> None:
     task = load_task(Path(job.task))
-    X, kept, bands = _rows(job, task, kind)
+    side = None if job.side_columns is None else load_side_columns(Path(job.side_columns))
+    X, kept, bands = _rows(job, task, kind, side)
     if not kept.any():
         raise BadBank(
             f"none of the {len(kept)} images of {job.task} has features: look at the reasons with "
@@ -112,6 +121,7 @@ def _train(job: BankJob, kind: HeadKind) -> None:
         device=job.device,
         halving=job.halving,
         bands=bands,
+        side=() if side is None else side.columns,
     )
     _publish(job, task, kept, rows, fits)
 
@@ -143,16 +153,20 @@ def _publish(
 
 
 def _rows(
-    job: BankJob, task: Task, kind: HeadKind
+    job: BankJob, task: Task, kind: HeadKind, side: SideColumns | None
 ) -> tuple[Features, npt.NDArray[np.bool_], list[int]]:
-    """The features of the task's rows, loaded if there is room for what the bank makes of them,
-    else streamed; which rows have any; and the features of each tap.
+    """The features of the task's rows with the side columns behind them, loaded if there is room
+    for what the bank makes of them, else streamed; which rows have any; and the features of each
+    tap, the side columns counted as one.
     """
     sets = [open_feature_set(directory) for directory in job.features]
     needed_bytes = loaded_bytes(sets, len(task.ids)) * kind.copies_of_features
     room = worker_memory() if job.memory_bytes is None else job.memory_bytes
     read = stream_rows if needed_bytes > room and kind.streams else load_rows
-    return *read(sets, task.content, spatial=kind.spatial), tap_widths(sets)
+    bands = tap_widths(sets)
+    if side is not None:
+        bands.append(sum(column.width for column in side.columns))
+    return *read(sets, task.content, spatial=kind.spatial, side=side), bands
 
 
 def worker_memory() -> int:
@@ -184,6 +198,7 @@ def fit_bank(
     device: str = "cpu",
     halving: Halving | None = None,
     bands: Sequence[int] = (),
+    side: Sequence[SideColumn] = (),
 ) -> list[FitResult]:
     """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows;
     every head comes back.
@@ -191,13 +206,24 @@ def fit_bank(
     A bank that raises is trained again spec by spec, so that the crashing one is alone in failing;
     a head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
     trained there in smaller groups, and on the CPU where a single spec does not fit. bands:
-    features of each tap that stands in X, for specs that are `banded`.
+    features of each tap that stands in X, for specs that are `banded`. side: the side columns,
+    whose inputs are the last columns of X.
     """
     check_device(device)
-    data = TrainingData(
-        X, task.target, task.fold, len(task.classes), task.kind, task.weight, tuple(bands)
-    )
     kind = HEAD_KINDS[specs[0].kind]
+    if side and not kind.takes_side_columns:
+        raise BadBank(f"{kind.name} heads take no side columns: {_kinds_with_side_columns()} do")
+    n_features = X.shape[-1] - sum(column.width for column in side)
+    data = TrainingData(
+        X,
+        task.target,
+        task.fold,
+        len(task.classes),
+        task.kind,
+        task.weight,
+        tuple(bands),
+        side=side_blocks(side, n_features) if side else (),
+    )
     if task.kind not in kind.tasks:
         able = ", ".join(other.name for other in HEAD_KINDS.values() if task.kind in other.tasks)
         raise BadBank(f"{kind.name} heads have no use for a {task.kind} task: use {able}")
@@ -219,6 +245,10 @@ def fit_bank(
             failed for spec in specs for failed in _alone(fit, spec, task, refit, error, len(specs))
         ]
     return [_finite(one) for one in fits]
+
+
+def _kinds_with_side_columns() -> str:
+    return ", ".join(kind.name for kind in HEAD_KINDS.values() if kind.takes_side_columns)
 
 
 def _as_fits(

@@ -101,6 +101,7 @@ class HeadKind:
     streams: bool = True  # takes rows that stay on disk
     # Takes (V, N, D) views as they are; other kinds train on each view as a row of its own.
     takes_views: bool = False
+    takes_side_columns: bool = False  # scales and imputes side columns by each fold's training rows
     can_halve: bool = False  # a recipe may ask for successive halving of its specs
     # Whether probabilities of this spec's heads are counts of votes, in which 0 means little.
     counts_votes: Callable[[Any], bool] = _never

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.heads.data.checks import BadFeatures
+from headrace.heads.data.side_columns import SideColumns
 from headrace.heads.data.streamed import Streamed, not_finite
 
 
@@ -23,12 +24,13 @@ def load_rows(
     content_hashes: npt.NDArray[np.bytes_],
     *,
     spatial: bool = False,
+    side: SideColumns | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """Features of the rows that have them, and which those are.
 
     Returns X (n, D) float32, or (V, n, D) where there are several views, and kept (N,) bool with n
     true: a row whose image could not be decoded has no features in any set. spatial: keep the
-    positions, (n, channels, h, w). Raises BadFeatures for a feature that is NaN or infinite, naming
+    positions, (n, channels, h, w). side: of the N rows, to stand behind the features. Raises BadFeatures for a feature that is NaN or infinite, naming
     the feature set and the row; for parts with other views or positions; CacheError (from the
     cache) for a row that was never extracted.
     """
@@ -36,6 +38,9 @@ def load_rows(
     column_parts = [
         _columns(views, content_hashes[is_kept], spatial=spatial) for views in view_groups
     ]
+    if side is not None:
+        side_inputs = side.take(is_kept).as_inputs()
+        column_parts.append(np.repeat(side_inputs[None], len(column_parts[0]), axis=0))
     joined_columns = (
         column_parts[0] if len(column_parts) == 1 else np.concatenate(column_parts, axis=2)
     )
@@ -47,6 +52,7 @@ def stream_rows(
     content_hashes: npt.NDArray[np.bytes_],
     *,
     spatial: bool = False,
+    side: SideColumns | None = None,
 ) -> tuple[Streamed, npt.NDArray[np.bool_]]:
     """As `load_rows`, and nothing is loaded: the rows are read from the shards whenever a bank
     needs them.
@@ -54,6 +60,8 @@ def stream_rows(
     view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
     streamed_rows = Streamed(view_groups, content_hashes[is_kept], spatial=spatial)
     streamed_rows.check_finite()
+    if side is not None:
+        streamed_rows = streamed_rows.with_side(side.take(is_kept).as_inputs())
     return streamed_rows, is_kept
 
 

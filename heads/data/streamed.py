@@ -3,6 +3,7 @@
 N rows, V views, D features. Row r of view v is row v * N + r, as in a stack of the views.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,8 +22,9 @@ class Streamed:
     """Rows of several feature sets side by side, read when they are asked for, always float32.
 
     `parts` are columns, each the views of one feature set; `positions` the rows that are meant, in
-    their order. What a bank computes from it is what it computes from the array, for it reads the
-    same numbers in the same order.
+    their order; `side` (N, R) are columns in memory that stand behind them, the same in every view.
+    What a bank computes from it is what it computes from the array, for it reads the same numbers
+    in the same order.
     """
 
     dtype = np.dtype(np.float32)
@@ -33,6 +35,7 @@ class Streamed:
         content: npt.NDArray[np.bytes_],
         *,
         spatial: bool,
+        side: npt.NDArray[np.float32] | None = None,
     ) -> None:
         self._parts = [
             [(feature, _positions(feature, content)) for feature in views] for views in parts
@@ -42,8 +45,17 @@ class Streamed:
         map_shape = tuple(shapes[0][1:]) if spatial else ()
         column_counts = [shape[0] if spatial else math.prod(shape) for shape in shapes]
         self._columns = np.concatenate([[0], np.cumsum(column_counts)]).tolist()
-        self.shape = (self.views * self._rows, int(self._columns[-1]), *map_shape)
+        self.side = np.empty((self._rows, 0), np.float32) if side is None else side
+        n_columns = int(self._columns[-1]) + self.side.shape[1]
+        self.shape = (self.views * self._rows, n_columns, *map_shape)
         self.ndim = len(self.shape)
+
+    def with_side(self, side: npt.NDArray[np.float32]) -> "Streamed":
+        """Return the same rows with other side columns (N, R)."""
+        rows = copy.copy(self)
+        rows.side = side
+        rows.shape = (self.shape[0], int(self._columns[-1]) + side.shape[1], *self.shape[2:])
+        return rows
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -73,7 +85,7 @@ class Streamed:
                 self._parts, self._columns[:-1], self._columns[1:], strict=True
             ):
                 feature, positions = column_part[view]
-                if len(self._parts) == 1 and self.views == 1:
+                if self._is_one_block:
                     feature.read(
                         positions[local_rows],
                         np.float32,
@@ -84,13 +96,20 @@ class Streamed:
                     output_rows[view_rows, first_column:end_column] = part_rows.reshape(
                         len(part_rows), end_column - first_column, *self.shape[2:]
                     )
+        if self.side.shape[1]:
+            output_rows[:, self._columns[-1] :] = self.side[row_numbers % self._rows]
         return output_rows
+
+    @property
+    def _is_one_block(self) -> bool:
+        """Whether a row is a row of one feature set and nothing else."""
+        return len(self._parts) == 1 and self.views == 1 and not self.side.shape[1]
 
     def stored(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(n, D) rows by number, as a copy: of the type in which they are stored where all columns
         come from one feature set, else float32.
         """
-        if len(self._parts) > 1 or self.views > 1:
+        if not self._is_one_block:
             return self.read(rows)
         feature, positions = self._parts[0][0]
         return feature.read(positions[rows], None).reshape(len(rows), -1)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.data.side_columns import SideBlock
 from headrace.heads.data.standardize import Features
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
@@ -30,6 +31,7 @@ class TrainingData:
     sample_weight: (N,), at least 0; None is 1 for every row.
     band_widths: features of each tap in X, in order, for specs that are `banded`; none are one tap.
     n_views: of each image, where the rows of X are N // n_views images, one view after another.
+    side: the side columns, which stand behind the features as the last columns of X.
     """
 
     X: Features
@@ -40,6 +42,7 @@ class TrainingData:
     sample_weight: Array | None = None
     band_widths: tuple[int, ...] = ()
     n_views: int = 1
+    side: tuple[SideBlock, ...] = ()
 
     @property
     def folds(self) -> list[int]:

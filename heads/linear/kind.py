@@ -58,16 +58,24 @@ class RidgeSpec:
 
 def fit_logistic(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
     """Train a bank of logistic heads; modules are imported when a bank is trained."""
+    from headrace.heads.linear.imputed import fit_imputed
     from headrace.heads.linear.logistic import fit_logistic_bank
 
-    return fit_logistic_bank(data, specs, refit=options.refit, device=options.device)
+    return fit_imputed(
+        lambda rows, refit: fit_logistic_bank(rows, specs, refit=refit, device=options.device),
+        data,
+        refit=options.refit,
+    )
 
 
 def fit_ridge(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
     """Train a bank of ridge heads."""
+    from headrace.heads.linear.imputed import fit_imputed
     from headrace.heads.linear.ridge import fit_ridge_bank
 
-    return fit_ridge_bank(data, specs, refit=options.refit)
+    return fit_imputed(
+        lambda rows, refit: fit_ridge_bank(rows, specs, refit=refit), data, refit=options.refit
+    )
 
 
 def logistic_layers(spec: LogisticSpec, arrays: Arrays) -> Layers:
@@ -131,6 +139,7 @@ LOGISTIC = HeadKind(
     # made by few rows or many-class heads only, come out of the half that `worker_memory` leaves.
     copies_of_features=3,
     uses_gpu=True,
+    takes_side_columns=True,
 )
 
 RIDGE = HeadKind(
@@ -145,4 +154,5 @@ RIDGE = HeadKind(
     path_axis="alpha",
     inputs=("each", "all"),
     layers=ridge_layers,
+    takes_side_columns=True,
 )

@@ -177,6 +177,7 @@ MLP = HeadKind(
     layers=mlp_layers,
     uses_gpu=True,
     takes_views=True,
+    takes_side_columns=True,
     can_halve=True,
 )
 

@@ -88,7 +88,7 @@ def fit_mlp_bank(
         batch_bytes=CPU_BATCH_BYTES,
         make=make,
         arrays=lambda layers, data: folded_arrays(
-            layers, data.mean, data.scale, data.target_mean, data.target_scale
+            layers, data.mean, data.scale, data.target_mean, data.target_scale, data.imputed
         ),
     )
     return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)

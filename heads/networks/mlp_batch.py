@@ -75,10 +75,17 @@ class Rows:
     inverse_scale: Tensor  # (D,) float32
     task: TaskKind
     outputs: int  # C
+    # (M,) int64 columns of numbers that may be missing, in front of the columns that are 1 where
+    # they are, and (M,) float32 what stands for them
+    imputed: "tuple[Tensor, Tensor] | None" = None
 
     def minibatch(self, index: Tensor) -> Tensor:
         """(B, D) float32 standardised features of rows of `features`."""
-        return self.features.index_select(0, index).float().sub_(self.mean).mul_(self.inverse_scale)
+        rows = self.features.index_select(0, index).float()
+        if self.imputed is not None:
+            numbers, fills = self.imputed
+            rows[:, numbers] += rows[:, numbers + 1] * fills
+        return rows.sub_(self.mean).mul_(self.inverse_scale)
 
 
 def padded_width(width: int) -> int:

@@ -11,11 +11,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.heads.data.side_columns import fold_fills, fold_into_weight, imputed_numbers
 from headrace.heads.data.streamed import StreamedStack
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.mlp_batch import Rows, StreamedTensor
 
 Floats = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Imputed:
+    """What stands for missing numbers of side columns in a fold.
+
+    numbers: columns of the input, each in front of the one that is 1 where the number is missing.
+    fills: (M,) float64, the mean of each over the fold's training rows.
+    """
+
+    numbers: list[int]
+    fills: Floats
+
+    def fill(self, rows: Floats) -> None:
+        """Put them into rows (n, D, …), in place."""
+        for number, fill in zip(self.numbers, self.fills, strict=True):
+            rows[:, number] += rows[:, number + 1] * np.float32(fill)
 
 
 @dataclass
@@ -29,6 +47,7 @@ class FoldData:
     scale: Floats
     target_mean: Floats  # (C,) float64; 0 and 1 unless regression
     target_scale: Floats
+    imputed: "Imputed | None" = None
 
 
 def prepare(
@@ -45,11 +64,16 @@ def prepare(
     train = train[weight[train] > 0]
     if len(train) == 0:
         raise ValueError(f"fold {number} leaves no row to train on: use fewer folds, or add images")
+    imputed = _imputed(stacked, data, train)
     mean, scale = (
-        moments(stacked, train)
+        moments(stacked, train, imputed)
         if standardize
         else (np.zeros(stacked.shape[2]), np.ones(stacked.shape[2]))
     )
+    if data.side and standardize:
+        # Of a level that no training row has, so that held-out rows do not meet its first weights.
+        first = data.side[0].start
+        scale[first:][_constant(stacked, data, train)] = np.inf
     shape = (-1,) + (1,) * (stacked.ndim - 3)  # of maps, (D, 1, 1)
     target_mean, target_scale = np.zeros(outputs), np.ones(outputs)
     plain = weight / weight[train].mean()
@@ -84,12 +108,45 @@ def prepare(
         torch.from_numpy((1 / scale).astype(np.float32)).view(shape).to(device),
         task,
         outputs,
+        None
+        if imputed is None
+        else (
+            torch.tensor(imputed.numbers, device=device),
+            torch.from_numpy(imputed.fills.astype(np.float32)).to(device),
+        ),
     )
-    return FoldData(rows, train, held, mean, scale, target_mean, target_scale)
+    return FoldData(rows, train, held, mean, scale, target_mean, target_scale, imputed)
+
+
+def _side_inputs(stacked: Floats | StreamedStack, data: TrainingData) -> Floats:
+    """(N, R) the side columns."""
+    if isinstance(stacked, StreamedStack):
+        return stacked.rows.side
+    return np.asarray(stacked[0][:, data.side[0].start :])
+
+
+def _constant(
+    stacked: Floats | StreamedStack, data: TrainingData, train: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """(R,) whether a side column has one value in all training rows."""
+    inputs = _side_inputs(stacked, data)[train]
+    return np.asarray((inputs == inputs[:1]).all(0))
+
+
+def _imputed(
+    stacked: Floats | StreamedStack, data: TrainingData, train: npt.NDArray[np.int64]
+) -> Imputed | None:
+    numbers = imputed_numbers(data.side)
+    if not numbers:
+        return None
+    inputs = _side_inputs(stacked, data)[train]
+    return Imputed(numbers, fold_fills(inputs, data.side[0].start, numbers))
 
 
 def moments(
-    stacked: Floats | StreamedStack, train: npt.NDArray[np.int64]
+    stacked: Floats | StreamedStack,
+    train: npt.NDArray[np.int64],
+    imputed: Imputed | None = None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and deviation (D,) float64 of the training rows over views and positions; deviation 1
     for a constant.
@@ -105,6 +162,8 @@ def moments(
         for view in stacked:
             for rows in parts:
                 block = view[rows].reshape(len(rows), stacked.shape[2], positions)
+                if imputed is not None:
+                    imputed.fill(block)
                 yield block.transpose(0, 2, 1).reshape(-1, stacked.shape[2])
 
     count = len(train) * len(stacked) * positions
@@ -122,14 +181,18 @@ def folded_arrays(
     scale: Floats,
     target_mean: Floats,
     target_scale: Floats,
+    imputed: Imputed | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """weight0, bias0, weight1, … float32 in raw coordinates: the standardisation of inputs and
-    targets folded in.
+    targets, and what stands for missing numbers, folded in.
     """
     exact = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in layers]
     first, shift = exact[0]
     first = first / scale
-    exact[0] = (first, shift - first @ mean)
+    shift = shift - first @ mean
+    if imputed is not None:
+        first = fold_into_weight(first, imputed.numbers, imputed.fills)
+    exact[0] = (first, shift)
     last, shift = exact[-1]
     exact[-1] = (last * target_scale[:, None], shift * target_scale + target_mean)
     arrays = {}

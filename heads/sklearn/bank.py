@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
+from headrace.heads.data.side_columns import SideBlock, as_cells
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
@@ -72,10 +75,10 @@ class BadEstimator(HeadraceError, ValueError):
     """The import path or its parameters do not make a scikit-learn estimator."""
 
 
-def make_estimator(spec: SklearnSpec) -> Any:
+def make_estimator(spec: SklearnSpec, side: Sequence[SideBlock] = ()) -> Any:
     """A fresh, unfitted estimator with random_state 0 where it has one and the spec gives none.
 
-    Raises BadEstimator, saying what was wrong with the path or the parameters.
+    side: of rows with side columns, which `_cells` puts behind the features. Raises BadEstimator, saying what was wrong with the path or the parameters.
     """
     module, _, name = spec.estimator.rpartition(".")
     try:
@@ -100,7 +103,35 @@ def make_estimator(spec: SklearnSpec) -> Any:
             f"{spec.estimator} does not take {spec.parameters} ({error}): it takes "
             f"{', '.join(inspect.signature(kind).parameters)}"
         ) from error
-    return make_pipeline(StandardScaler(), estimator) if spec.standardize else estimator
+    steps = [StandardScaler(), estimator] if spec.standardize else [estimator]
+    if side:
+        steps.insert(0, side_transformer(side))
+    return make_pipeline(*steps) if len(steps) > 1 else estimator
+
+
+def side_transformer(side: Sequence[SideBlock]) -> ColumnTransformer:
+    """What scikit-learn makes of features with K cells of side columns behind them: numbers at the
+    mean where they are missing, marked and scaled; a column for each level of a category.
+    """
+    n_features = side[0].start
+    numbers = [n_features + k for k, block in enumerate(side) if not block.is_category]
+    categories = [n_features + k for k, block in enumerate(side) if block.is_category]
+    # A number that a fold's training rows lack wholly is 0, and not left out.
+    imputer = SimpleImputer(add_indicator=True, keep_empty_features=True)
+    return ColumnTransformer(
+        [
+            ("features", "passthrough", slice(0, n_features)),
+            ("numbers", make_pipeline(imputer, StandardScaler()), numbers),
+            ("categories", OneHotEncoder(handle_unknown="ignore", sparse_output=False), categories),
+        ]
+    )
+
+
+def _cells(X: Floats, side: Sequence[SideBlock]) -> Floats:
+    """Rows (n, D + R) of a head's input as `side_transformer` takes them, (n, D + K)."""
+    if not side:
+        return X
+    return np.concatenate([X[:, : side[0].start], as_cells(X, side)], axis=1)
 
 
 def estimator_code(spec: SklearnSpec) -> str | None:
@@ -156,6 +187,8 @@ def fit_sklearn_bank(
             "sample_weight": weight[everything],
             "outputs": np.array([n_classes]),
         }
+        if data.side:
+            stored["side"] = np.array(data.side, np.int64)
     fits = []
     for spec in specs:
         for number in data.folds_to_fit(refit=refit):
@@ -165,10 +198,12 @@ def fit_sklearn_bank(
             validation, error = None, None
             try:
                 if number == REFIT:
-                    make_estimator(spec)  # fitted when it predicts
+                    make_estimator(spec, data.side)  # fitted when it predicts
                 else:
-                    estimator = _fitted(spec, X[train], target[train], weight[train], task)
-                    validation = _probabilities(estimator, held, n_classes, task)
+                    estimator = _fitted(
+                        spec, X[train], target[train], weight[train], task, data.side
+                    )
+                    validation = _probabilities(estimator, held, n_classes, task, data.side)
             except Exception as caught:  # noqa: BLE001 (any estimator may raise anything: a failed row, the others go on)
                 error = f"{type(caught).__name__}: {caught}"
             arrays = stored if number == REFIT and error is None else {}
@@ -205,8 +240,12 @@ def fitted_sklearn(
             and not 0 <= arrays["target"].min() <= arrays["target"].max() < outputs <= _MOST_OUTPUTS
         ):
             raise CannotPredict(f"its rows are of other classes than its {outputs} outputs")
+        side = [
+            SideBlock(bool(is_category), int(start), int(stop))
+            for is_category, start, stop in arrays.get("side", ())
+        ]
         estimator = _fitted(
-            spec, arrays["features"], arrays["target"], arrays["sample_weight"], task
+            spec, arrays["features"], arrays["target"], arrays["sample_weight"], task, side
         )
     except BadEstimator:
         raise
@@ -217,13 +256,18 @@ def fitted_sklearn(
             f"({type(error).__name__}: {str(error)[:200]}): train it again, or fetch the model "
             "again"
         ) from error
-    return lambda X: _probabilities(estimator, X, outputs, task)
+    return lambda X: _probabilities(estimator, X, outputs, task, side)
 
 
 def _fitted(
-    spec: SklearnSpec, X: Floats, target: npt.NDArray[Any], weight: Floats, task: TaskKind
+    spec: SklearnSpec,
+    X: Floats,
+    target: npt.NDArray[Any],
+    weight: Floats,
+    task: TaskKind,
+    side: Sequence[SideBlock],
 ) -> Any:
-    estimator = make_estimator(spec)
+    estimator = make_estimator(spec, side)
     wanted = (
         target[:, 0]
         if task == "regression" and target.ndim == 2 and target.shape[1] == 1
@@ -231,7 +275,8 @@ def _fitted(
     )
     options: dict[str, Any] = {}
     if not np.all(weight == weight[:1]):
-        last = estimator.steps[-1][1] if spec.standardize else estimator
+        is_pipeline = isinstance(estimator, Pipeline)
+        last = estimator.steps[-1][1] if is_pipeline else estimator
         if "sample_weight" not in inspect.signature(last.fit).parameters:
             raise BadEstimator(
                 f"{spec.estimator} takes no sample weights: leave the weight column out, or use "
@@ -239,18 +284,19 @@ def _fitted(
             )
         options = {
             f"{estimator.steps[-1][0]}__sample_weight"
-            if spec.standardize
+            if is_pipeline
             else "sample_weight": weight
         }
     with warnings.catch_warnings():
         # of convergence and the like: the score says what they are worth
         warnings.simplefilter("ignore")
-        return estimator.fit(X, wanted, **options)
+        return estimator.fit(_cells(X, side), wanted, **options)
 
 
 def _probabilities(
-    estimator: Any, X: Floats, outputs: int, task: TaskKind
+    estimator: Any, X: Floats, outputs: int, task: TaskKind, side: Sequence[SideBlock]
 ) -> npt.NDArray[np.float32]:
+    X = _cells(X, side)
     if task == "regression":
         return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)
     if task == "multi":

@@ -88,6 +88,7 @@ SKLEARN = HeadKind(
     cost=estimator_cost,
     axes=(),  # a recipe names the estimator's own parameters
     streams=False,  # an estimator takes an array, and nothing else
+    takes_side_columns=True,
     counts_votes=counts_votes,
     external_code=external_code,
 )
