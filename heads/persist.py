@@ -26,6 +26,7 @@ from headrace.cache.format.sealed import (
     tensor_metadata,
 )
 from headrace.cache.spec import FeatureSpec
+from headrace.heads.data.side_columns import SideColumn, columns_from_json, columns_to_json
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.kind import CannotPredict
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
@@ -33,7 +34,7 @@ from headrace.heads.layers import Arrays
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import HeadSpec, spec_to_json
 
-FORMAT = 2  # 1 had no temperature
+FORMAT = 3  # 1 had no temperature, 2 no side columns
 WEIGHTS = "head.safetensors"
 DESCRIPTION = "head.json"
 
@@ -69,11 +70,13 @@ class TrainedHead:
     # not known.
     backbones: tuple[Mapping[str, Any] | None, ...] = ()
     temperature: float = 1.0  # its log-odds are divided by it; see heads/evaluate/temperature.py
+    # whose inputs (`SideColumns.as_inputs`) stand behind the features
+    side_columns: tuple[SideColumn, ...] = ()
 
     def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """(n, C) float32 probabilities of features X (n, D) in the order of `classes`, at its
-        temperature; for regression the values. Of a head trained on several views, the temperature
-        is meant for the mean of predictions at 1.
+        temperature; for regression the values. Side columns stand behind the features. Of a head
+        trained on several views, the temperature is meant for the mean of predictions at 1.
         """
         return predict_head(self.spec, self.arrays, X, self.task_kind, self.temperature)
 
@@ -96,6 +99,7 @@ def save_head(
     task_kind: TaskKind = "single",
     backbones: Sequence[Mapping[str, Any] | None] | None = None,
     temperature: float = 1.0,
+    side_columns: Sequence[SideColumn] = (),
 ) -> Path:
     """Write head.safetensors and head.json into `directory`, replacing a head that is there;
     returns the first's path.
@@ -123,6 +127,7 @@ def save_head(
             "backbones": [None if fields is None else dict(fields) for fields in made_by],
             "metrics": {name: float(value) for name, value in metrics.items()},
             "temperature": float(temperature),
+            "side_columns": columns_to_json(side_columns),
         },
         indent=2,
         sort_keys=True,
@@ -155,7 +160,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
         check_seal(data)
         description = json.loads(tensor_metadata(data)["headrace"])
         arrays = load(data)
-        if description["format"] not in (1, FORMAT):
+        if description["format"] not in (1, 2, FORMAT):
             raise BadHeadFile(
                 f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: "
                 "update headrace"
@@ -185,6 +190,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
             arrays=arrays,
             backbones=backbones,
             temperature=check_temperature(description.get("temperature", 1.0)),
+            side_columns=columns_from_json(description.get("side_columns", [])),
         )
     except SealBroken as error:
         raise BadHeadFile(

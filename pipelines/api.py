@@ -198,11 +198,14 @@ def _state_of(
             units=[],
             images=len(needed),
             images_new=0,
-            requested=requested_heads(recipe.heads, list(features)),
+            requested=requested_heads(
+                recipe.heads, list(features), side_columns=bool(recipe.task.side_columns)
+            ),
             task_digest=dataset.train.digest,
             n_folds=dataset.train.n_folds,
             n_rows=len(dataset.train.ids),
             n_outputs=max(2, len(dataset.train.classes)),
+            side=dataset.train.side,
             rates=measured_rates(paths.logs),
             trained=lambda group: trained_in(paths.banks, group),
         ),

@@ -17,6 +17,7 @@ from headrace.cache.format.sealed import SealBroken
 from headrace.cache.publish import feature_set_path
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.changes import read_listing
+from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import BadTaskFile, Task, read_task
 from headrace.heads.evaluate.units import scored_rows
 from headrace.heads.predict import floor_of
@@ -178,8 +179,9 @@ class FinishedRun:
                 FeatureSpec.from_json(json.dumps(feature["spec"]))
                 for feature in read_bank(path).features
             ]
-            n_views = max(1, len(specs) // len(inputs))
-            for position, name in enumerate(inputs):
+            taps = taps_of(inputs)
+            n_views = max(1, len(specs) // len(taps))
+            for position, name in enumerate(taps):
                 views = tuple(specs[position * n_views : (position + 1) * n_views])
                 if views:
                     specs_by_name.setdefault(name, views)

@@ -166,6 +166,10 @@ class RunPaths:
         """
         return self.root / "tasks" / f"{task_digest}.npz"
 
+    def side_columns(self, fingerprint: str) -> Path:
+        """The side columns of the rows that heads are trained on."""
+        return self.root / "tasks" / f"side-{fingerprint}.npz"
+
     def bank(self, bank_group: str, specs_key: str) -> Path:
         """A bank's results file: its group (task, features, kind) and a hash of the specs in it."""
         return self.banks / f"{bank_group}-{specs_key}.h5"

@@ -30,9 +30,9 @@ def load_rows(
 
     Returns X (n, D) float32, or (V, n, D) where there are several views, and kept (N,) bool with n
     true: a row whose image could not be decoded has no features in any set. spatial: keep the
-    positions, (n, channels, h, w). side: of the N rows, to stand behind the features. Raises BadFeatures for a feature that is NaN or infinite, naming
-    the feature set and the row; for parts with other views or positions; CacheError (from the
-    cache) for a row that was never extracted.
+    positions, (n, channels, h, w). side: of the N rows, to stand behind the features. Raises
+    BadFeatures for a feature that is NaN or infinite, naming the feature set and the row; for parts
+    with other views or positions; CacheError (from the cache) for a row that was never extracted.
     """
     view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
     column_parts = [

@@ -30,6 +30,11 @@ Array = npt.NDArray[Any]
 SIDE_COLUMNS = "side_columns"
 
 
+def taps_of(inputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the feature sets among the names of a head's inputs."""
+    return tuple(name for name in inputs if name != SIDE_COLUMNS)
+
+
 class BadSideColumns(HeadraceError, ValueError):
     """The file holds no side columns, or others than were written."""
 
@@ -86,6 +91,11 @@ class SideColumns:
     def take(self, rows: Array) -> "SideColumns":
         """Return those of some rows: a mask (N,), or row numbers."""
         return SideColumns(self.columns, self.values[rows])
+
+    @property
+    def n_inputs(self) -> int:
+        """R, columns of a head's input."""
+        return sum(column.width for column in self.columns)
 
     @property
     def fingerprint(self) -> str:

@@ -35,7 +35,6 @@ class Streamed:
         content: npt.NDArray[np.bytes_],
         *,
         spatial: bool,
-        side: npt.NDArray[np.float32] | None = None,
     ) -> None:
         self._parts = [
             [(feature, _positions(feature, content)) for feature in views] for views in parts
@@ -45,9 +44,8 @@ class Streamed:
         map_shape = tuple(shapes[0][1:]) if spatial else ()
         column_counts = [shape[0] if spatial else math.prod(shape) for shape in shapes]
         self._columns = np.concatenate([[0], np.cumsum(column_counts)]).tolist()
-        self.side = np.empty((self._rows, 0), np.float32) if side is None else side
-        n_columns = int(self._columns[-1]) + self.side.shape[1]
-        self.shape = (self.views * self._rows, n_columns, *map_shape)
+        self.side = np.empty((self._rows, 0), np.float32)
+        self.shape: tuple[int, ...] = (self.views * self._rows, self._columns[-1], *map_shape)
         self.ndim = len(self.shape)
 
     def with_side(self, side: npt.NDArray[np.float32]) -> "Streamed":

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
+from headrace.heads.data.side_columns import SideColumns
 
 TaskKind = Literal["single", "multi", "regression"]
 
@@ -53,6 +54,9 @@ class Task:
     # Rows of one unit have one target and one fold. None: each image is scored by itself.
     units: npt.NDArray[np.str_] | None = None
     unit_aggregation: UnitAggregation = "mean"
+    # tabular columns beside the features. They are not in the digest: a head without them has
+    # nothing to do with them, and `save_task` leaves them out (`save_side_columns`)
+    side: SideColumns | None = None
 
     @property
     def n_folds(self) -> int:
@@ -83,8 +87,9 @@ class Task:
     def take(self, rows: npt.NDArray[Any]) -> "Task":
         """Return the task of some rows: a mask (N,), or row numbers (n,) in the order wanted."""
         units = None if self.units is None else self.units[rows]
+        side = None if self.side is None else self.side.take(rows)
         row_fields = {name: getattr(self, name)[rows] for name in _ROW_FIELDS}
-        return dataclasses.replace(self, **row_fields, units=units)
+        return dataclasses.replace(self, **row_fields, units=units, side=side)
 
 
 def seed_of_fold(fold: int) -> int:

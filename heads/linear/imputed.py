@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from headrace.heads.data.side_columns import fold_fills, fold_into_weight, imputed_numbers
+from headrace.heads.data.standardize import Features
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
@@ -32,9 +33,11 @@ def fit_imputed(fit: FitFolds, data: TrainingData, *, refit: bool) -> list[FitRe
         return fit(data, refit)
     folds = data.folds_to_fit(refit=refit)
     n_features = data.side[0].start
-    is_streamed = isinstance(data.X, Streamed)
-    side = data.X.side if isinstance(data.X, Streamed) else data.X[:, n_features:]
-    rows = data.X if is_streamed else data.X.copy()
+    rows: Features
+    if isinstance(data.X, Streamed):
+        rows, side = data.X, data.X.side
+    else:
+        rows, side = data.X.copy(), data.X[:, n_features:]
     values = [number - n_features for number in numbers]
     fits: list[list[FitResult]] = []
     for fold in folds:

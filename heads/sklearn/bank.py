@@ -78,7 +78,8 @@ class BadEstimator(HeadraceError, ValueError):
 def make_estimator(spec: SklearnSpec, side: Sequence[SideBlock] = ()) -> Any:
     """A fresh, unfitted estimator with random_state 0 where it has one and the spec gives none.
 
-    side: of rows with side columns, which `_cells` puts behind the features. Raises BadEstimator, saying what was wrong with the path or the parameters.
+    side: of rows with side columns, which `_cells` puts behind the features. Raises BadEstimator,
+    saying what was wrong with the path or the parameters.
     """
     module, _, name = spec.estimator.rpartition(".")
     try:
@@ -283,9 +284,7 @@ def _fitted(
                 "another estimator"
             )
         options = {
-            f"{estimator.steps[-1][0]}__sample_weight"
-            if is_pipeline
-            else "sample_weight": weight
+            f"{estimator.steps[-1][0]}__sample_weight" if is_pipeline else "sample_weight": weight
         }
     with warnings.catch_warnings():
         # of convergence and the like: the score says what they are worth

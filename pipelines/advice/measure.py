@@ -17,6 +17,7 @@ from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.bank import BankJob
+from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import mean_loss_interval, proportion_interval
 from headrace.heads.kinds import spec_from_json
@@ -157,7 +158,7 @@ def _measured_curve(
     reads_map = [any(name.endswith(".map") for name in inputs) for inputs in heads["inputs"]]
     without_map = heads[~np.array(reads_map)]
     best_head = (without_map if len(without_map) else heads).iloc[0]
-    features = [path for name in best_head["inputs"] for path in feature_paths[name]]
+    features = [path for name in taps_of(best_head["inputs"]) for path in feature_paths[name]]
     return learning_curve(
         task, features, curve_specs(task, best_head), results_folder, train_all, groups=groups
     )

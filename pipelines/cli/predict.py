@@ -129,6 +129,7 @@ def predict_command(
     loaded_model = load_model(model, trust_code=trust_code or ())
     listing = list_images(
         images,
+        side_columns=loaded_model.side_columns,
         path_column=path_column,
         id_column=id_column,
         path_pattern=path_pattern,

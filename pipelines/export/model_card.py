@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.extract.images.preprocessing import Preprocessing
+from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.model import Model
@@ -295,6 +296,14 @@ def _preprocessing_section(exported: ExportResult) -> str:
             f"{_resize_text(preprocessing)} | {preprocessing.interpolation}, antialiased (Pillow) "
             f"| {height} × {width}, centre |"
         )
+    if exported.model.side_columns:
+        lines += [
+            "",
+            "The last input, `side_columns`, is float32 (n, R): tabular columns beside each image, "
+            "as `side_columns` of `preprocess.py` makes them.",
+            "",
+            *(f"- `{column.name}`: {_side_text(column)}" for column in exported.model.side_columns),
+        ]
     pixel_ranges = {
         (preprocessing.pixel_range, preprocessing.pixel_dtype): None
         for preprocessing in (model_input.preprocessing for model_input in exported.inputs)
@@ -326,6 +335,15 @@ def _channels_text(preprocessing: Preprocessing) -> str:
     return f"bands {', '.join(map(str, preprocessing.bands))}"
 
 
+def _side_text(column: SideColumn) -> str:
+    if column.levels is not None:
+        levels = ", ".join(repr(level) if level else "(empty)" for level in column.levels[:20])
+        more_text = ", …" if len(column.levels) > 20 else ""
+        return f"a category, one column for each of {levels}{more_text}"
+    missing_text = ", and 1 where it is missing" if column.has_missing else ""
+    return f"a number, (value - {column.center:.6g}) / {column.spread:.6g}{missing_text}"
+
+
 def _resize_text(preprocessing: Preprocessing) -> str:
     edge_text = {
         "shortest": "shorter edge to",
@@ -343,6 +361,10 @@ def _use_section(exported: ExportResult) -> str:
     lines = ["## Use", ""]
     input_names = [model_input.name for model_input in exported.inputs]
     has_many_inputs = len(input_names) > 1
+    cells = ", ".join(f'"{column.name}": …' for column in exported.model.side_columns)
+    side_row = f"{{{cells}}}"
+    reads_side = bool(exported.model.side_columns)
+    imported = "load, side_columns" if reads_side else "load"
     if "torch" in exported.differences:
         torch_inputs = ", ".join(
             f'torch.tensor(load("photo.jpg", "{input_name}"))[None]'
@@ -350,11 +372,13 @@ def _use_section(exported: ExportResult) -> str:
             else 'torch.tensor(load("photo.jpg"))[None]'
             for input_name in input_names
         )
+        if reads_side:
+            torch_inputs += f", torch.tensor([side_columns({side_row})])"
         lines += [
             "torch alone (`model.pt2`):",
             "",
             "```python",
-            "import torch; from preprocess import load",
+            f"import torch; from preprocess import {imported}",
             'model = torch.export.load("model.pt2").module()',
             f"print(model({torch_inputs}))",
             "```",
@@ -367,11 +391,14 @@ def _use_section(exported: ExportResult) -> str:
             else f'"{input_name}": load("photo.jpg")[None]'
             for input_name in input_names
         )
+        if reads_side:
+            onnx_feed += f', "side_columns": np.array([side_columns({side_row})], np.float32)'
         lines += [
             "onnxruntime alone (`model.onnx`):",
             "",
             "```python",
-            "import onnxruntime; from preprocess import load",
+            *(["import numpy as np"] if reads_side else []),
+            f"import onnxruntime; from preprocess import {imported}",
             'model = onnxruntime.InferenceSession("model.onnx")',
             f"print(model.run(None, {{{onnx_feed}}})[0])",
             "```",
@@ -384,7 +411,11 @@ def _use_section(exported: ExportResult) -> str:
             "```python",
             "from headrace import load_model",
             'model = load_model(".")',
-            'print(model.classes, model.predict_proba("photo.jpg"))',
+            (
+                f'print(model.predict_proba("photo.jpg", side_columns=[{side_row}]))'
+                if reads_side
+                else 'print(model.classes, model.predict_proba("photo.jpg"))'
+            ),
             "```",
             "",
         ]

@@ -11,10 +11,12 @@ import importlib
 import inspect
 import pprint
 import re
+from collections.abc import Sequence
 from types import ModuleType
 
 from headrace.extract import errors
 from headrace.extract.images import preprocessing as preprocess
+from headrace.heads.data.side_columns import SideColumn, columns_to_json
 from headrace.pipelines.models.torch_graph import GraphInput
 
 # Resizing stays outside of the graph: no operator of ONNX or torch makes Pillow's antialiased
@@ -54,7 +56,7 @@ def load(path, name="{first}"):
 
 class ImageError(ValueError):
     """The image cannot be decoded; the text is the reason."""
-
+{side}
 
 {source}
 
@@ -64,8 +66,38 @@ if __name__ == "__main__":
 '''
 
 
-def preprocess_file(inputs: list[GraphInput], headrace_version: str) -> str:
-    """Return the text of preprocess.py."""
+_SIDE_TEXT = '''
+
+# What the input `side_columns` is made of. levels: the values of a category as text, "" a missing
+# one; null: a number.
+SIDE_COLUMNS = {columns}
+
+
+def side_columns(row):
+    """One row of the input `side_columns`, a list of floats, of {{name: value}}.
+
+    A number that is None, NaN or absent is missing; so is a category that is None or absent. A
+    category that no training image had is none of its levels.
+    """
+    inputs = []
+    for column in SIDE_COLUMNS:
+        value = row.get(column["name"])
+        if column["levels"] is not None:
+            text = "" if value is None else str(value).strip()
+            inputs += [float(text == level) for level in column["levels"]]
+            continue
+        is_missing = value is None or value != value
+        known = 0.0 if is_missing else (float(value) - column["center"]) / column["spread"]
+        inputs += [known, float(is_missing)] if column["has_missing"] else [known]
+    return inputs
+
+'''
+
+
+def preprocess_file(
+    inputs: list[GraphInput], headrace_version: str, side_columns: Sequence[SideColumn] = ()
+) -> str:
+    """Return the text of preprocess.py. side_columns: that the model reads beside each image."""
     imports: set[str] = set()
     module_bodies = []
     for module in _modules_needed(preprocess):
@@ -80,6 +112,11 @@ def preprocess_file(inputs: list[GraphInput], headrace_version: str) -> str:
         "imports": "\n".join(sorted(imports)),
         "inputs": pprint.pformat(input_fields, width=100, sort_dicts=False),
         "first": inputs[0].name,
+        "side": _SIDE_TEXT.format(
+            columns=pprint.pformat(columns_to_json(side_columns), width=100, sort_dicts=False)
+        )
+        if side_columns
+        else "",
         "source": "\n\n\n".join(module_bodies),
     }
     # All at once: what a model says of its preprocessing may read like a placeholder, and is not

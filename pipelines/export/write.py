@@ -30,6 +30,12 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.views import Symmetries, is_exact_view, mirror_pixels
 from headrace.extract.run.decode_ahead import PixelBatch
 from headrace.extract.spec import BackboneSpec
+from headrace.heads.data.side_columns import (
+    SIDE_COLUMNS,
+    SideColumn,
+    SideColumns,
+    columns_to_json,
+)
 from headrace.pipelines.cluster.task_leases import driver_lives, driver_lock, driver_name
 from headrace.pipelines.export.model_card import ExportResult, model_card
 from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
@@ -61,7 +67,9 @@ class ExportError(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class _OutputCheck:
-    """Pixels for every input of the graph, and what headrace predicts from them."""
+    """Pixels for every input of the graph, behind them side columns where it reads some, and what
+    headrace predicts from them.
+    """
 
     pixels: list[Tensor]
     expected: npt.NDArray[np.float32]
@@ -149,7 +157,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
                 program = torch.export.export(
                     graph,
                     tuple(check.pixels),
-                    dynamic_shapes=((*({0: torch.export.Dim("n", min=1)} for _ in inputs),),),
+                    dynamic_shapes=((*({0: torch.export.Dim("n", min=1)} for _ in check.pixels),),),
                     strict=False,
                 )
         else:
@@ -167,9 +175,11 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
                 model,
             )
         if "onnx" in formats:
-            _write_onnx(program, inputs, folder / "model.onnx")
+            names = [model_input.name for model_input in inputs]
+            names += [SIDE_COLUMNS] if model.side_columns else []
+            _write_onnx(program, names, folder / "model.onnx")
             differences["onnx"] = _compare_outputs(
-                check, _onnx_runner(folder / "model.onnx", inputs), "model.onnx", model
+                check, _onnx_runner(folder / "model.onnx", names), "model.onnx", model
             )
         if "safetensors" in formats:
             _write_directory(model, folder)
@@ -182,7 +192,8 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
                     "was written"
                 )
     headrace_version = importlib.metadata.version("headrace")
-    (folder / NAME).write_text(preprocess_file(inputs, headrace_version), encoding="utf-8")
+    preprocess_text = preprocess_file(inputs, headrace_version, model.side_columns)
+    (folder / NAME).write_text(preprocess_text, encoding="utf-8")
     tolerance = _allowed_difference(model)
     exported = ExportResult(model, tuple(inputs), differences, tolerance, fits_graph(model))
     description = {
@@ -198,7 +209,8 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
             }
             | {"preprocessing": json.loads(model_input.preprocessing.to_json())}
             for model_input in inputs
-        ],
+        ]
+        + _side_description(model),
         "output": {"name": "probabilities", "dtype": "float32", "shape": ["n", len(model.classes)]},
         "metrics": model.metrics,
         "tolerance": tolerance,
@@ -207,6 +219,38 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
     (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text(model_card(exported), encoding="utf-8")
     return exported
+
+
+def _side_description(model: Model) -> list[dict[str, Any]]:
+    """Return what model.json says of the input of side columns; nothing where there is none."""
+    if not model.side_columns:
+        return []
+    column_names = [name for column in model.side_columns for name in column.input_names]
+    return [
+        {"name": SIDE_COLUMNS, "dtype": "float32", "shape": ["n", len(column_names)]}
+        | {"columns": column_names, "made_of": columns_to_json(model.side_columns)}
+    ]
+
+
+def check_side_columns(columns: Sequence[SideColumn], n_rows: int = _CHECKED) -> SideColumns:
+    """Return side columns of rows: levels in turn and a value that is none of them, numbers around
+    their mean, some of them missing.
+    """
+    generator = np.random.default_rng(0)
+    values = [
+        generator.normal(column.center, column.spread, n_rows)
+        if column.levels is None
+        else np.arange(n_rows) % (len(column.levels) + 1.0)
+        for column in columns
+    ]
+    for column, column_values in zip(columns, values, strict=True):
+        is_unknown = (
+            np.arange(n_rows) % 3 == 0
+            if column.levels is None
+            else column_values == len(column.levels)
+        )
+        column_values[is_unknown] = np.nan
+    return SideColumns(tuple(columns), np.stack(values, axis=1))
 
 
 def evaluation_only(model: Model) -> Model:
@@ -269,7 +313,11 @@ def _expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputChec
             )
         pass_pixels.append(input_pixels)
     batch = PixelBatch(list(range(_CHECKED)), pass_pixels)
-    predicted = predict_batch(engine, batch)
+    side_inputs = None
+    if model.side_columns:
+        side_inputs = check_side_columns(model.side_columns).as_inputs()
+        pixel_batches = [*pixel_batches, torch.from_numpy(side_inputs)]
+    predicted = predict_batch(engine, batch, side_inputs)
     if predicted.failed:
         raise ExportError(
             f"the model cannot be compared on test pictures: {predicted.failed[0][1]}"
@@ -322,7 +370,7 @@ def _tracing_errors() -> Iterator[None]:
         ) from error
 
 
-def _write_onnx(program: Any, inputs: Sequence[GraphInput], path: Path) -> None:
+def _write_onnx(program: Any, input_names: Sequence[str], path: Path) -> None:
     import onnx
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -330,7 +378,7 @@ def _write_onnx(program: Any, inputs: Sequence[GraphInput], path: Path) -> None:
             program,
             dynamo=True,
             verbose=False,
-            input_names=[model_input.name for model_input in inputs],
+            input_names=list(input_names),
             output_names=["probabilities"],
             external_data=False,
         )
@@ -339,13 +387,12 @@ def _write_onnx(program: Any, inputs: Sequence[GraphInput], path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _onnx_runner(path: Path, inputs: Sequence[GraphInput]) -> Any:
+def _onnx_runner(path: Path, input_names: Sequence[str]) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    input_names = [model_input.name for model_input in inputs]
     return lambda pixels: session.run(
         None, {name: value.numpy() for name, value in zip(input_names, pixels, strict=True)}
     )[0]

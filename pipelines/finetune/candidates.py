@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from headrace.extract.spec import BackboneSpec
+from headrace.heads.data.side_columns import SIDE_COLUMNS
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.networks.kind import MLPSpec
@@ -213,6 +214,8 @@ def _make_candidate(
 def _no_gradient_reason(row: pd.Series, feature_inputs: Mapping[str, FeatureInput]) -> str | None:
     if row["kind"] not in DIFFERENTIABLE:
         return f"no gradient passes through a {row['kind']} head"
+    if SIDE_COLUMNS in row["inputs"]:
+        return "it reads side columns, and a network reads images alone"
     return _several_networks_reason(row["inputs"], feature_inputs)
 
 

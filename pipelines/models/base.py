@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.data.task import TaskKind
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from headrace.pipelines.models.images import ImageLike
+    from headrace.pipelines.models.images import ImageLike, SideTable
 
 
 class ImagePredictor:
     """Prediction from images, the same for a head, a fine-tuned network and an ensemble."""
 
     def predict_proba(
-        self, images: "ImageLike | Iterable[ImageLike]", *, device: str = "cpu"
+        self,
+        images: "ImageLike | Iterable[ImageLike]",
+        *,
+        side_columns: "SideTable | None" = None,
+        device: str = "cpu",
     ) -> npt.NDArray[np.float32]:
         """Return (n, C) float32 probabilities of n images in the order of `classes`; for regression
         the values.
@@ -31,17 +36,25 @@ class ImagePredictor:
         floats are from 0 (black) to 1, unless the model has a pixel_range. Every image is decoded,
         resized, normalised and stored exactly as in the run. Raises ImageUnusable for one that
         cannot be decoded or can be read in two ways; `headrace predict` lists such and goes on.
+        side_columns: a data frame, lists by name, or a mapping for each image, with the columns
+        that the model reads beside it. Raises DataError where they do not fit; a value that no
+        training image had is warned of, and counts as none.
         """
         from headrace.pipelines.models.images import predict_images
 
-        return predict_images(cast(Any, self), images, device=device)
+        return predict_images(cast(Any, self), images, side_table=side_columns, device=device)
 
     def predict(
-        self, images: "ImageLike | Iterable[ImageLike]", *, device: str = "cpu"
+        self,
+        images: "ImageLike | Iterable[ImageLike]",
+        *,
+        side_columns: "SideTable | None" = None,
+        device: str = "cpu",
     ) -> npt.NDArray[Any]:
         """Return single: (n,) class names; multi: (n, C) 0/1; regression: (n, C) values."""
         model = cast(Any, self)
-        return decide(self.predict_proba(images, device=device), model.task_kind, model.classes)
+        probabilities = self.predict_proba(images, side_columns=side_columns, device=device)
+        return decide(probabilities, model.task_kind, model.classes)
 
     def to_torch(self) -> "nn.Module":
         """Return one torch module, from uint8 pixels (n, H, W, 3) to probabilities (n, C) or
@@ -90,6 +103,11 @@ class SingleModel(ImagePredictor):
     def members(self) -> tuple[Self, ...]:
         """Itself."""
         return (self,)
+
+    @property
+    def side_columns(self) -> tuple[SideColumn, ...]:
+        """The tabular columns that it reads beside each image: none, unless it is a head."""
+        return ()
 
     @property
     def weights(self) -> tuple[float, ...]:

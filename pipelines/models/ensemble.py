@@ -10,6 +10,7 @@ from typing import Any
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.format.sealed import read_sealed_json, sealed_json
+from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.data.task import TaskKind
 from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature
 from headrace.pipelines.models.base import ImagePredictor, model_digest
@@ -66,6 +67,11 @@ class EnsembleModel(ImagePredictor):
                 raise ModelError(
                     f"{description_path}: the member {member_directory} has other classes than the "
                     "ensemble: run again"
+                )
+            read_before = next((other.side_columns for other in members if other.side_columns), ())
+            if member.side_columns and read_before and member.side_columns != read_before:
+                raise ModelError(
+                    f"{description_path}: its members read different side columns: run again"
                 )
             members.append(member.at_temperature(temperature))
         weights = description["weights"]
@@ -132,6 +138,11 @@ class EnsembleModel(ImagePredictor):
     ) -> "EnsembleModel":
         """Return the ensemble with each member changed."""
         return dataclasses.replace(self, members=tuple(map(change, self.members)))
+
+    @property
+    def side_columns(self) -> tuple[SideColumn, ...]:
+        """The tabular columns that its members read beside each image, the same ones if any."""
+        return next((member.side_columns for member in self.members if member.side_columns), ())
 
     @property
     def average_temperature(self) -> float:

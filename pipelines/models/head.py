@@ -18,6 +18,7 @@ from headrace.extract.spec import (
     imported_function_path,
     is_weights_file,
 )
+from headrace.heads.data.side_columns import SideColumn, columns_to_json
 from headrace.heads.data.task import TaskKind
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.layers import Floats
@@ -93,6 +94,7 @@ class HeadModel(SingleModel):
             metrics=head.metrics,
             backbones=head.backbones,
             temperature=head.temperature,
+            side_columns=head.side_columns,
         )
 
     def describe(self) -> str:
@@ -107,9 +109,11 @@ class HeadModel(SingleModel):
             f"{feature.weights[:12]})"
             for backbone, feature in zip(self.backbones, head.features, strict=True)
         )
+        column_names = ", ".join(f"`{column.name}`" for column in head.side_columns)
+        side_text = f", and on the columns {column_names}" if column_names else ""
         return (
             f"a {head.spec.kind} head ({settings_sentence(head_settings)}) on {tap_names} of the "
-            f"frozen network {' and '.join(network_texts)}"
+            f"frozen network {' and '.join(network_texts)}{side_text}"
         )
 
     def head_function(self) -> Callable[[Floats], Floats]:
@@ -173,6 +177,11 @@ class HeadModel(SingleModel):
         return self.head.features
 
     @property
+    def side_columns(self) -> tuple[SideColumn, ...]:
+        """The tabular columns that it reads beside each image."""
+        return self.head.side_columns
+
+    @property
     def backbones(self) -> tuple[BackboneSpec, ...]:
         """The network behind each of `features`."""
         return tuple(backbone_from_fields(fields or {}) for fields in self.head.backbones)
@@ -199,6 +208,8 @@ class HeadModel(SingleModel):
         # Each feature names the digest of its network's weights.
         for feature in head.features:
             hasher.update(feature.to_json().encode())
+        if head.side_columns:
+            hasher.update(json.dumps(columns_to_json(head.side_columns)).encode())
         for array_name, array in sorted(head.arrays.items()):
             hasher.update(f"{array_name}|{array.dtype}|{array.shape}|".encode())
             hasher.update(np.ascontiguousarray(array).data)

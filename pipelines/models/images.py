@@ -4,7 +4,8 @@ what came out.
 Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from PIL import Image, ImageFile, ImageOps
 
@@ -50,6 +52,8 @@ from headrace.heads.evaluate.ensemble import average
 from headrace.heads.kind import CannotPredict
 from headrace.heads.link import tempered
 from headrace.pipelines.environment import available_cores
+from headrace.pipelines.recipe.side_columns import encode_side_columns
+from headrace.pipelines.recipe.targets import DataError
 
 if TYPE_CHECKING:
     from headrace.extract.backbones.backbone import Backbone
@@ -58,6 +62,8 @@ if TYPE_CHECKING:
     from headrace.pipelines.models.network import NetworkModel
 
 ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
+# One row for each image: a data frame, lists by name, or a mapping for each image.
+SideTable = pd.DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 Floats = npt.NDArray[np.float32]
 # images decoded together; passes take as many at a time as is fast on their device
 _BATCH = 32
@@ -138,9 +144,13 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
     )
 
 
-def predict_batch(engine: PredictionEngine, batch: PixelBatch) -> BatchPrediction:
+def predict_batch(
+    engine: PredictionEngine, batch: PixelBatch, side_inputs: Floats | None = None
+) -> BatchPrediction:
     """Return probabilities of the images in a batch, and those that failed, here or in decoding,
     with the reason.
+
+    side_inputs: (N, R) of all images, where the model reads side columns.
     """
     launched_passes = [
         launch_forward(network_pass.forward, pixels, engine.device, batch_limit)
@@ -174,8 +184,10 @@ def predict_batch(engine: PredictionEngine, batch: PixelBatch) -> BatchPredictio
         feature_spec: as_stored(pass_output[good_slots], feature_spec.dtype)
         for feature_spec, pass_output in features.items()
     }
+    good_rows = [batch.rows[slot] for slot in good_slots]
+    side_rows = None if side_inputs is None else side_inputs[good_rows]
     member_predictions = [
-        predict_member(member, head_function, stored_features, engine.model.task_kind)
+        predict_member(member, head_function, stored_features, engine.model.task_kind, side_rows)
         for member, head_function in zip(engine.model.members, engine.heads, strict=True)
     ]
     n_classes = len(engine.model.classes)
@@ -189,7 +201,7 @@ def predict_batch(engine: PredictionEngine, batch: PixelBatch) -> BatchPredictio
             "fetch the model again"
         )
     return BatchPrediction(
-        [batch.rows[slot] for slot in good_slots],
+        good_rows,
         average_members(engine.model, member_predictions),
         sorted(failed_rows),
         unread_rows,
@@ -197,10 +209,13 @@ def predict_batch(engine: PredictionEngine, batch: PixelBatch) -> BatchPredictio
 
 
 def predict_samples(
-    engine: PredictionEngine, samples: Sequence[Sample], n_threads: int
+    engine: PredictionEngine,
+    samples: Sequence[Sample],
+    n_threads: int,
+    side_inputs: Floats | None = None,
 ) -> Iterator[BatchPrediction]:
     """Yield predictions of the samples, in order, a batch at a time; decoding goes on while the
-    network is busy.
+    network is busy. side_inputs: as of `predict_batch`.
     """
     batch_size = max(_BATCH, *(batch_limit.images for batch_limit in engine.limits))
     with ThreadPoolExecutor(n_threads, "decode") as decode_pool, quiet_decoding():
@@ -211,15 +226,20 @@ def predict_samples(
             batch_size=batch_size,
             pin_memory=torch.device(engine.device).type != "cpu",
         ):
-            yield predict_batch(engine, batch)
+            yield predict_batch(engine, batch, side_inputs)
 
 
 def predict_images(
-    model: "Model", images: ImageLike | Iterable[ImageLike], *, device: str = "cpu"
+    model: "Model",
+    images: ImageLike | Iterable[ImageLike],
+    *,
+    side_table: SideTable | None = None,
+    device: str = "cpu",
 ) -> Floats:
     """Return (N, C) predictions; see ImagePredictor.predict_proba."""
     engine = open_engine(model, device)
     image_list = _split_images(images, _most_bands(engine.renderings))
+    side_inputs = _side_inputs(model, side_table, len(image_list))
     probabilities = np.empty((len(image_list), len(model.classes)), np.float32)
     with ThreadPoolExecutor(available_cores(), "decode") as decode_pool, quiet_decoding():
         for batch_start in range(0, len(image_list), _BATCH):
@@ -236,12 +256,30 @@ def predict_images(
             ]
             for decode_job in decode_jobs:
                 decode_job.result()
-            predicted = predict_batch(engine, PixelBatch(batch_rows, pixels))
+            predicted = predict_batch(engine, PixelBatch(batch_rows, pixels), side_inputs)
             if predicted.failed:
                 row, failure_reason = predicted.failed[0]
                 raise ImageUnusable(f"{_image_name(image_list[row], row)}: {failure_reason}")
             probabilities[predicted.rows] = predicted.probabilities
     return probabilities
+
+
+def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) -> Floats | None:
+    """Return (N, R) what the model reads beside N images; None where it reads images alone."""
+    if not model.side_columns:
+        return None
+    table = pd.DataFrame(index=range(n_images))
+    if side_table is not None:
+        table = pd.DataFrame(side_table).reset_index(drop=True)
+    if len(table) != n_images:
+        raise DataError(
+            f"side_columns has {len(table):,} rows for {n_images:,} images: give one row for each "
+            "image, in the same order"
+        )
+    side, notes = encode_side_columns(table.assign(file=range(n_images)), model.side_columns)
+    for note in notes:
+        warnings.warn(note, stacklevel=4)
+    return side.as_inputs()
 
 
 def _trained_pass(
@@ -280,19 +318,25 @@ def predict_member(
     head_function: Callable[[Floats], Floats],
     features: dict[FeatureSpec, Floats],
     task_kind: TaskKind,
+    side_rows: Floats | None = None,
 ) -> Floats:
     """Return (n, C) predictions of one member at its temperature, the mean over the views that it
     was trained on; its inputs side by side as in `load_rows`. head_function: the member's.
+    side_rows: (n, R), for members that read side columns.
     """
     views_of_feature: dict[str, list[Floats]] = {}
     for spec in member.features:
         views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
     spatial = member.spatial
+    beside = [] if side_rows is None or not member.side_columns else [side_rows]
     view_inputs = [
         np.concatenate(
             [
-                view_features if spatial else view_features.reshape(len(view_features), -1)
-                for view_features in features_of_view
+                *(
+                    view_features if spatial else view_features.reshape(len(view_features), -1)
+                    for view_features in features_of_view
+                ),
+                *beside,
             ],
             axis=1,
         )

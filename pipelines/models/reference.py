@@ -14,6 +14,7 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.extract.errors import SourceError
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.heads.data.features import load_rows
+from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.link import tempered
@@ -45,6 +46,11 @@ class ModelRef:
     def network_directory(self) -> Path:
         """The directory of a network that was trained on all training rows."""
         return self.run.finetune_model(self.results_path.stem)
+
+    @property
+    def reads_side_columns(self) -> bool:
+        """Whether the task's side columns stand behind its features."""
+        return SIDE_COLUMNS in self.inputs
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this model from every other, for the record of test evaluations."""
@@ -82,6 +88,7 @@ class ModelRef:
                 for backbone in self.backbones
             ),
             temperature=temperature,
+            side_columns=task.side.columns if self.reads_side_columns and task.side else (),
         )
         return HeadModel(self.results_path.parent, head)
 
@@ -107,7 +114,8 @@ class ModelRef:
             require_trusted(kind.external_code(spec), self.results_path, trust_code)
         head_arrays = read_bank(self.results_path).arrays(self.spec, REFIT)
         features = [open_feature_set(feature_path) for feature_path in self.feature_paths]
-        X, row_index = load_rows(features, task.content, spatial=kind.spatial)
+        side = task.side if self.reads_side_columns else None
+        X, row_index = load_rows(features, task.content, spatial=kind.spatial, side=side)
         target = task.target[row_index]
         view_features = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w)
         if len(view_features) == 1:
@@ -158,15 +166,16 @@ def model_ref(
     feature_inputs: of the run, by name.
     """
     inputs = tuple(board_row["inputs"])
+    taps = taps_of(inputs)
     return ModelRef(
         kind=str(board_row["kind"]),
         spec=str(board_row["spec"]),
         results_path=Path(board_row["path"]),
         inputs=inputs,
         run=run,
-        feature_paths=tuple(path for name in inputs for path in feature_inputs[name].views),
+        feature_paths=tuple(path for name in taps for path in feature_inputs[name].views),
         backbones=tuple(
-            feature_inputs[name].backbone for name in inputs for _ in feature_inputs[name].views
+            feature_inputs[name].backbone for name in taps for _ in feature_inputs[name].views
         ),
     )
 

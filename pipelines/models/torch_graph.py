@@ -126,7 +126,8 @@ def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
 class ModelGraph(nn.Module):
     """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values.
 
-    The model has no random views.
+    Where the model reads side columns, a last input takes them: float32 (n, R), as
+    `SideColumns.as_inputs` makes them. The model has no random views.
     """
 
     def __init__(self, model: "Model") -> None:
@@ -172,6 +173,8 @@ class ModelGraph(nn.Module):
         self.heads = nn.ModuleList([member.torch_head() for member in model.members])
         self.columns = [_view_columns(member) for member in model.members]
         self.spatial = [member.spatial for member in model.members]
+        self.side_columns = model.side_columns
+        self.reads_side = [bool(member.side_columns) for member in model.members]
         # Of several views the mean is tempered, else the log-odds within the head.
         self.shares = [
             (weight, member.temperature if member.n_views > 1 else 1.0, member.floor)
@@ -185,7 +188,8 @@ class ModelGraph(nn.Module):
             ]
         self.eval().requires_grad_(False)
 
-    def forward(self, *images: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
+        images = inputs[: len(self.inputs)]
         feature_values: dict[tuple[str, int], Tensor] = {}
         for network, input_index, network_symmetries, feature_keys in zip(
             self.networks, self.sources, self.turns, self.keys, strict=True
@@ -199,8 +203,8 @@ class ModelGraph(nn.Module):
                     )
                 }
         weighted_sum: Tensor | None = None
-        for head, columns, spatial, member_share in zip(
-            self.heads, self.columns, self.spatial, self.shares, strict=True
+        for head, columns, spatial, reads_side, member_share in zip(
+            self.heads, self.columns, self.spatial, self.reads_side, self.shares, strict=True
         ):
             view_predictions = []
             for view_columns in columns:
@@ -210,6 +214,8 @@ class ModelGraph(nn.Module):
                     else feature_values[feature_key].flatten(1)
                     for feature_key in view_columns
                 ]
+                if reads_side:
+                    view_features.append(inputs[-1])
                 view_predictions.append(
                     head(
                         view_features[0]

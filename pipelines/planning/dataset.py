@@ -25,6 +25,7 @@ from headrace.heads.data.task import TEST, TRAIN_ONLY, Task
 from headrace.heads.evaluate.metrics import DEFAULT_METRIC, METRICS
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.sections import TaskSection
+from headrace.pipelines.recipe.side_columns import make_side_columns
 from headrace.pipelines.recipe.targets import (
     DataError,
     alike_names,
@@ -59,7 +60,7 @@ def read_samples(recipe: Recipe) -> Listing:
     """
     listing = read_source(recipe.images.source())
     task = recipe.task
-    for task_key in ("target", "group", "unit", "split", "fold"):
+    for task_key in ("target", "group", "unit", "split", "fold", "side_columns"):
         column_names = getattr(task, task_key)
         for column in (
             ()
@@ -159,6 +160,8 @@ def make_dataset(
     if section.kind == "single":
         notes += _check_classes(classes, target, fold_of_row, section.metric)
     _check_folds(fold_of_row, target if section.kind == "single" else None)
+    side, side_notes = make_side_columns(labelled_samples, target, fold_of_row != TEST, section)
+    notes += side_notes
     task = Task(
         section.kind,
         classes,
@@ -169,6 +172,7 @@ def make_dataset(
         np.ones(len(labelled_samples)),
         units,
         section.unit_aggregation,
+        side=side,
     )
     copy_codes = pd.factorize(labelled_samples["_content"])[0].astype(np.int64)
     row_groups = copy_codes if groups is None else _joined_by(groups, labelled_samples["_content"])

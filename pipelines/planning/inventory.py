@@ -19,6 +19,7 @@ from headrace.extract.images.content_hashes import UnreadableSample, content_has
 from headrace.extract.sources.listing import Listing
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import save_feature_specs
+from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.dataset import Dataset, check_metric, make_dataset, read_samples
 from headrace.pipelines.planning.devices import find_heads_device
@@ -87,7 +88,9 @@ def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
         for backbone in recipe.backbones
     )
     inputs = _head_inputs(recipe, networks)
-    requested = requested_heads(recipe.heads, list(inputs))
+    requested = requested_heads(
+        recipe.heads, list(inputs), side_columns=bool(recipe.task.side_columns)
+    )
     _check_views(requested, inputs)
     content_by_row, unreadable = _read_contents(recipe, samples, write=write)
     samples = samples.assign(content=pd.Series(content_by_row, index=samples.index, dtype=object))
@@ -184,6 +187,11 @@ def _head_inputs(
     for input_name, network, spec in _named_taps(recipe, networks):
         views = inputs[input_name].views if input_name in inputs else ()
         inputs[input_name] = InputViews((*views, spec), network)
+    if SIDE_COLUMNS in inputs or SIDE_COLUMNS in recipe.external_features:
+        raise RecipeError(
+            f"{SIDE_COLUMNS!r} is what leaderboards call the columns of task.side_columns: give "
+            "the network another alias, or import the features under another name"
+        )
     for external_name in recipe.external_features:
         if external_name in inputs:
             raise RecipeError(
@@ -238,11 +246,10 @@ def _check_views(requested: Sequence[RequestedHeads], inputs: Mapping[str, Input
     side.
     """
     for heads in requested:
-        view_sets = {tuple(spec.view for spec in inputs[name].views) for name in heads.inputs}
+        taps = taps_of(heads.inputs)
+        view_sets = {tuple(spec.view for spec in inputs[name].views) for name in taps}
         if len(view_sets) > 1:
-            counts_text = ", ".join(
-                f"{name} has {len(inputs[name].views)}" for name in heads.inputs
-            )
+            counts_text = ", ".join(f"{name} has {len(inputs[name].views)}" for name in taps)
             raise RecipeError(
                 f"heads: the taps of an input have different views ({counts_text}) and cannot "
                 "stand side by side: give their backbones the same views, or take each tap alone, "

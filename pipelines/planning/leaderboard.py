@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.kinds import spec_from_json
@@ -160,7 +161,7 @@ def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def inputs_text(inputs: Iterable[str], all_inputs: Sequence[str]) -> str:
     """Return "blocks.4.avg", "blocks.4.avg + blocks.6.max", or "all 6 taps"."""
-    inputs = tuple(inputs)
-    if len(inputs) > 2 and set(inputs) == set(all_inputs):
-        return f"all {len(inputs)} taps"
+    inputs, taps = tuple(inputs), taps_of(inputs)
+    if len(taps) > 2 and set(taps) == set(taps_of(all_inputs)):
+        return " + ".join([f"all {len(taps)} taps", *inputs[len(taps) :]])
     return " + ".join(inputs)

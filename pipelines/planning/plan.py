@@ -14,6 +14,7 @@ from headrace.cache.errors import CacheError
 from headrace.cache.planner import plan_taps, require_disk_space, stored_bytes
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.run.plan import ExtractJob
+from headrace.heads.data.side_columns import SIDE_COLUMNS, SideColumns, taps_of
 from headrace.heads.spec import Halving, HeadSpec, spec_to_json
 from headrace.pipelines.planning.cost_model import (
     MAX_BANK_SPECS,
@@ -109,6 +110,9 @@ class Plan:
     n_folds: int
     estimate: Estimate
     unmeasured: frozenset[str]  # kinds of heads to train whose cost is only assumed
+    # what heads are made of, by the names of their inputs: fingerprints, view by view, and columns
+    fingerprints: Mapping[str, Sequence[str]]
+    input_widths: Mapping[str, int]
 
     @property
     def forward_device(self) -> str:
@@ -153,13 +157,18 @@ def plan_run(
     n_rows: int,
     n_outputs: int,
     rates: Rates = _UNMEASURED,
+    side: SideColumns | None = None,
 ) -> Plan:
     """Return the plan of what is requested and not there; pure but for `trained`.
 
     trained: maps a group to the specs in each of its published results files. n_rows, n_outputs: of
-    the task. rates: measured costs, which decide how large banks are.
+    the task. rates: measured costs, which decide how large banks are. side: of the training rows.
     """
+    fingerprints = fingerprints_of(features)
     input_widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
+    if side is not None:
+        fingerprints[SIDE_COLUMNS] = [side.fingerprint]
+        input_widths[SIDE_COLUMNS] = side.n_inputs
 
     def cost_s(specs: Sequence[HeadSpec], inputs: Sequence[str], rates: Rates) -> float:
         n_features = sum(input_widths[name] for name in inputs)
@@ -169,9 +178,7 @@ def plan_run(
         n_features = sum(input_widths[name] for name in heads.inputs)
         return specs_per_bank(heads.specs, n_rows, n_features, n_outputs, n_folds, rates)
 
-    missing_banks = _missing_banks(
-        requested, fingerprints_of(features), task_digest, trained, bank_size
-    )
+    missing_banks = _missing_banks(requested, fingerprints, task_digest, trained, bank_size)
     banks = tuple(
         replace(bank, assumed_s=cost_s(bank.specs, bank.inputs, _UNMEASURED))
         for bank in missing_banks
@@ -187,6 +194,10 @@ def plan_run(
             measured=kinds <= rates.kinds.keys() and (not units or rates.image_s is not None),
         ),
         unmeasured=frozenset(kinds - rates.kinds.keys()),
+        fingerprints=fingerprints,
+        input_widths={
+            name: width // len(fingerprints[name]) for name, width in input_widths.items()
+        },
         features=tuple(features),
         units=tuple(units),
         images=images,
@@ -200,9 +211,9 @@ def plan_run(
 
 
 def keep_inputs(plan: Plan, kept_inputs: Collection[tuple[str, ...]]) -> Plan:
-    """Return the plan with the heads on these inputs only."""
-    requested = tuple(heads for heads in plan.requested if heads.inputs in kept_inputs)
-    banks = tuple(bank for bank in plan.banks if bank.inputs in kept_inputs)
+    """Return the plan with the heads on these inputs only, side columns beside them or not."""
+    requested = tuple(heads for heads in plan.requested if taps_of(heads.inputs) in kept_inputs)
+    banks = tuple(bank for bank in plan.banks if taps_of(bank.inputs) in kept_inputs)
     return replace(
         plan,
         requested=requested,

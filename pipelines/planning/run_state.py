@@ -12,6 +12,7 @@ from headrace.cache.publish import feature_set_path
 from headrace.extract.images.changes import write_listing
 from headrace.extract.images.content_hashes import UnreadableSample
 from headrace.extract.run.plan import BackboneFeatures, plan_work_units
+from headrace.heads.data.side_columns import save_side_columns
 from headrace.heads.data.task import save_task
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.stage import FinetuneOutcome
@@ -147,6 +148,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
         n_folds=dataset.train.n_folds,
         n_rows=len(dataset.train.ids),
         n_outputs=max(2, len(dataset.train.classes)),
+        side=dataset.train.side,
         rates=measured_rates(recipe.paths.logs),
         trained=lambda group: trained_in(recipe.paths.banks, group, retry_failed=retry_failed),
     )
@@ -198,6 +200,7 @@ def replan_heads(state: RunState, *, retry_failed: bool = False) -> RunState:
         n_folds=task.n_folds,
         n_rows=len(task.ids),
         n_outputs=max(2, len(task.classes)),
+        side=task.side,
         rates=measured_rates(paths.logs),
         trained=lambda group: trained_in(paths.banks, group, retry_failed=retry_failed),
     )
@@ -213,6 +216,8 @@ def write_inputs(state: RunState) -> None:
     task_path.parent.mkdir(parents=True, exist_ok=True)
     paths.banks.mkdir(parents=True, exist_ok=True)
     save_task(task, task_path, groups=state.dataset.groups)
+    if task.side is not None:
+        save_side_columns(task.side, paths.side_columns(task.side.fingerprint))
     write_listing(paths.listing, content_listing(state.samples))
     if state.accounting is not None:
         write_record(paths.accounting, state.accounting.to_json())

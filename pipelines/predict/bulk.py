@@ -46,9 +46,11 @@ from headrace.extract.spec import Sample
 from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import run_tasks
+from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.model import Model, load_model
 from headrace.pipelines.predict.tables import TableBlock, is_predictions, table_writer
+from headrace.pipelines.recipe.side_columns import encode_side_columns
 
 # some seconds of a small network on one core: little is lost to a kill
 PART_IMAGES = 256
@@ -82,6 +84,8 @@ class PartJob:
     device: str = "cpu"
     threads: int = 1
     trust_code: tuple[str, ...] = ()  # as the caller's
+    # (n, R) what the model reads beside the images
+    side_inputs: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ def predict_table(
     parts_folder = table_path.with_name(f"{table_path.name}.parts")
     _require_ours(table_path, record_path, parts_folder)
     image_paths = images["path"].tolist()
-    file_keys_in_order = file_keys(image_paths)
+    side_inputs = _side_inputs(model, images, console)
+    file_keys_in_order = file_keys(image_paths, side_inputs)
     record = {
         "model": str(model.path),
         "model_digest": model.digest,
@@ -142,11 +147,21 @@ def predict_table(
         )
     parts_folder.mkdir(parents=True, exist_ok=True)
     known_parts = _known_parts(parts_folder, model, is_final=False)
+    row_of_key = {key: row for row, key in reversed(list(enumerate(file_keys_in_order)))}
     missing_keys = list(
         dict.fromkeys(file_key for file_key in file_keys_in_order if file_key not in known_parts)
     )
+    missing_side = (
+        None if side_inputs is None else side_inputs[[row_of_key[key] for key in missing_keys]]
+    )
     _predict_missing(
-        model, missing_keys, parts_folder, n_workers=n_workers, device=device, console=console
+        model,
+        missing_keys,
+        missing_side,
+        parts_folder,
+        n_workers=n_workers,
+        device=device,
+        console=console,
     )
     summary = _assemble_table(
         model,
@@ -230,6 +245,7 @@ def predict_stream(
     from headrace.pipelines.models.images import open_engine, predict_samples
 
     file_names = images["file"].tolist()
+    side_inputs = _side_inputs(model, images, make_console(stderr=True))
     n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
     n_written = 0
     with (
@@ -238,7 +254,7 @@ def predict_stream(
     ):
         n_threads = available_cores()
         for predicted in predict_samples(
-            open_engine(model, device), _path_samples(images["path"]), n_threads
+            open_engine(model, device), _path_samples(images["path"]), n_threads, side_inputs
         ):
             error_of_row = dict(predicted.failed)
             batch_rows = sorted([*predicted.rows, *error_of_row])
@@ -274,7 +290,7 @@ def predict_part(job: PartJob) -> int:
     probabilities = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
     error_texts: list[str | None] = [None] * len(job.samples)
     is_unread = np.zeros(len(job.samples), np.bool_)
-    for predicted in predict_samples(engine, job.samples, job.threads):
+    for predicted in predict_samples(engine, job.samples, job.threads, job.side_inputs):
         probabilities[predicted.rows] = predicted.probabilities
         for row, reason in predicted.failed:
             error_texts[row] = reason
@@ -308,9 +324,23 @@ def _part_bytes(
     return seal(buffer.getvalue())
 
 
-def file_keys(image_paths: Sequence[str]) -> list[_Key]:
-    """Return what tells whether a file is still the one that was predicted: its path and its stamp
-    (see FileStamp).
+def _side_inputs(
+    model: Model, images: pd.DataFrame, console: Console
+) -> npt.NDArray[np.float32] | None:
+    """Return (N, R) what the model reads beside the images; None where it reads them alone."""
+    if not model.side_columns:
+        return None
+    side, notes = encode_side_columns(images, model.side_columns)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    return side.as_inputs()
+
+
+def file_keys(
+    image_paths: Sequence[str], side_inputs: npt.NDArray[np.float32] | None = None
+) -> list[_Key]:
+    """Return what tells whether a file is still the one that was predicted: its path, and its stamp
+    (see FileStamp) with a digest of what the model reads beside it.
 
     Files written a moment ago are waited for, some seconds at most, so that a change after this
     call has another stamp.
@@ -319,7 +349,12 @@ def file_keys(image_paths: Sequence[str]) -> list[_Key]:
     # stat.
     stamps_of_files = file_stamps(map(locator_file, image_paths))
     wait_until_settled(stamp for stamp in stamps_of_files if isinstance(stamp, FileStamp))
-    stamp_texts = (stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps_of_files)
+    stamp_texts = [stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps_of_files]
+    if side_inputs is not None:
+        digests = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in side_inputs]
+        stamp_texts = [
+            f"{stamp}|{digest}" for stamp, digest in zip(stamp_texts, digests, strict=True)
+        ]
     return list(zip(image_paths, stamp_texts, strict=True))
 
 
@@ -330,6 +365,7 @@ def _path_bytes(path: str) -> bytes:
 def _predict_missing(
     model: Model,
     missing_keys: Sequence[_Key],
+    side_inputs: npt.NDArray[np.float32] | None,
     parts_folder: Path,
     *,
     n_workers: int | None,
@@ -364,6 +400,7 @@ def _predict_missing(
                 device,
                 n_threads,
                 model.trust_code,
+                None if side_inputs is None else side_inputs[part_start : part_start + part_size],
             )
         )
     with show_progress(console, "predict", len(missing_keys), "images") as advance:

@@ -13,12 +13,16 @@ from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.tabular import is_table
+from headrace.heads.data.side_columns import SideColumn
 from headrace.pipelines.recipe.load import load_recipe
+from headrace.pipelines.recipe.side_columns import require_side_columns
 
 
-def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
-    """Return one row per image, in the order given: `file`, as a person would name it, and `path`,
-    a file or a locator.
+def list_images(
+    sources: Sequence[str | Path], *, side_columns: Sequence[SideColumn] = (), **options: Any
+) -> Listing:
+    """Return one row per image, in the order given: `file`, as a person would name it, `path`, a
+    file or a locator, and the columns that the model reads beside it.
 
     sources: image files, folders, tables, archives, array files, or recipes, whose images are read
     with the recipe's options.
@@ -27,9 +31,10 @@ def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
     below it, behind the folder's own name; all others by their ids, and where two sources would
     give two images one name, behind the folder that the source lies in, or a table's own path.
 
-    Raises SourceError for what is not there, RecipeError for a broken recipe.
+    Raises SourceError for what is not there, RecipeError for a broken recipe, DataError for a
+    source without the model's side columns.
     """
-    listings = [_list_source(str(source), options) for source in sources]
+    listings = [_list_source(str(source), side_columns, options) for source in sources]
     paths_of_name = (
         pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
     )
@@ -43,7 +48,9 @@ def list_images(sources: Sequence[str | Path], **options: Any) -> Listing:
     return join_listings(listings)
 
 
-def _list_source(location: str, options: dict[str, Any]) -> Listing:
+def _list_source(
+    location: str, side_columns: Sequence[SideColumn], options: dict[str, Any]
+) -> Listing:
     if Path(location).suffix.lower() in (".yaml", ".yml"):
         source = load_recipe(location).images.source()
         location = str(source.location)
@@ -53,7 +60,7 @@ def _list_source(location: str, options: dict[str, Any]) -> Listing:
     file_names = listing.samples["id"].astype(str)
     if source.kind == "folder":
         file_names = f"{printable_name(location).rstrip('/')}/" + file_names
-    return replace(
-        listing,
-        samples=pd.DataFrame({"file": file_names, "path": listing.samples["path"].astype(str)}),
-    )
+    require_side_columns(listing.samples, side_columns, f"{location}: ")
+    beside = listing.samples[[column.name for column in side_columns]]
+    named = pd.DataFrame({"file": file_names, "path": listing.samples["path"].astype(str)})
+    return replace(listing, samples=pd.concat([named, beside], axis=1))

@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.spec import Halving, HeadSpec
@@ -22,8 +23,13 @@ class RequestedHeads(NamedTuple):
     halving: Halving | None = None
 
 
-def requested_heads(heads: Heads, names: Sequence[str]) -> list[RequestedHeads]:
+def requested_heads(
+    heads: Heads, names: Sequence[str], *, side_columns: bool = False
+) -> list[RequestedHeads]:
     """Every (inputs, specs) pair that the recipe asks for; `names` are the feature sets there are.
+
+    side_columns: whether the task has some; each input then comes without and with them, for kinds
+    that take them.
 
     `each` and `all` mean the maps (`layer3.map`) for convolution heads, and everything else for the
     other kinds. Raises RecipeError for an input that is not one of them, and for convolution heads
@@ -33,7 +39,7 @@ def requested_heads(heads: Heads, names: Sequence[str]) -> list[RequestedHeads]:
         RequestedHeads(columns, tuple(dict.fromkeys(_of_input(specs, columns))), _halving(grid))
         for grid in heads.grids()
         for specs in grid.spec_banks()
-        for columns in _expand(grid.inputs, names, maps=grid.head_kind.spatial)
+        for columns in _expand(grid, names, side_columns=side_columns)
     )
     return list(dict.fromkeys(wanted))  # a value that a list repeats counts once
 
@@ -41,7 +47,7 @@ def requested_heads(heads: Heads, names: Sequence[str]) -> list[RequestedHeads]:
 def _of_input(specs: Sequence[HeadSpec], columns: Sequence[str]) -> Iterator[HeadSpec]:
     """The specs, none of them banded where a single tap has nothing to be banded against."""
     for spec in specs:
-        if isinstance(spec, LogisticSpec | RidgeSpec) and len(columns) == 1:
+        if isinstance(spec, LogisticSpec | RidgeSpec) and len(taps_of(columns)) == 1:
             yield dataclasses.replace(spec, banded=False)
         else:
             yield spec
@@ -68,7 +74,14 @@ def _halving(grid: HeadGrid) -> Halving | None:
     return None if section is None else Halving(after=section.after, keep=section.keep)
 
 
-def _expand(
+def _expand(grid: HeadGrid, names: Sequence[str], *, side_columns: bool) -> list[tuple[str, ...]]:
+    columns = _taps(grid.inputs, names, maps=grid.head_kind.spatial)
+    if side_columns and grid.head_kind.takes_side_columns:
+        return [way for taps in columns for way in (taps, (*taps, SIDE_COLUMNS))]
+    return columns
+
+
+def _taps(
     inputs: Sequence[HeadInput], names: Sequence[str], *, maps: bool
 ) -> list[tuple[str, ...]]:
     meant = [name for name in names if name.endswith(".map") == maps]

@@ -124,6 +124,9 @@ class TaskSection(Section):
     # where the images of a unit differ in their targets: refuse; the commonest class (of several
     # labels, those of half of the images); labels that any image has; the mean of numbers
     unit_label: Literal["same", "majority", "any", "mean"] = "same"
+    # tabular columns beside the image (age, site, exposure) as inputs of heads: a list, or
+    # {column: number, category or auto}; every input is tried with and without them
+    side_columns: tuple[str, ...] | dict[str, Literal["auto", "number", "category"]] = ()
     split: str | None = None  # a column with train / validation / test
     fold: str | None = None  # a column with fold numbers
     # where the split or fold column puts copies of an image on different sides: refuse, or keep it
@@ -165,6 +168,23 @@ class TaskSection(Section):
                 f"the column {min(repeated_names)!r} is named twice: name each column once"
             )
         return target
+
+    @pydantic.model_validator(mode="after")
+    def _side_columns_are_inputs(self) -> "TaskSection":
+        targets = [self.target] if isinstance(self.target, str) else list(self.target)
+        for key, columns in (
+            ("target", targets),
+            ("group", [self.group]),
+            ("split", [self.split]),
+            ("fold", [self.fold]),
+        ):
+            for name in self.side_columns:
+                if name in columns:
+                    raise ValueError(
+                        f"side_columns names {name!r}, which is the task's {key}: an image to "
+                        "predict has none that was seen in training. Leave it out of side_columns"
+                    )
+        return self
 
 
 class Backbone(Section):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
+from headrace.heads.data.side_columns import taps_of
 from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.predict import floor_of
@@ -134,7 +135,9 @@ def _recorded_model(run: FinishedRun, recorded: Found) -> ModelRef:
     network = kind == "finetune"  # reads the images, no features
     folder = run.paths.finetune if network else run.paths.banks
     inputs = tuple(recorded["inputs"])
-    features = [] if network else [view for name in inputs for view in run.open_features(name)]
+    features = (
+        [] if network else [view for name in taps_of(inputs) for view in run.open_features(name)]
+    )
     return ModelRef(
         kind=kind,
         spec=recorded["spec"],

@@ -91,13 +91,18 @@ def evaluate_winner(
     images is another evaluation: the more winners have been shown a test split, the less its score
     means, and so the count is part of the result.
     """
-    identity = {"train": train_digest, "test": test.digest, **winner.identity()}
+    identity = {"train": train_digest, **_shown_rows(test), **winner.identity()}
     floor = floor_of(winner.spec, test.kind, len(test.classes))
 
     def predict(at_temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return winner.predict_rows(test, temperature=at_temperature)
 
     return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature, floor)
+
+
+def _shown_rows(test: Task) -> dict[str, str]:
+    side = {} if test.side is None else {"side_columns": test.side.fingerprint}
+    return {"test": test.digest, **side}
 
 
 def evaluate_average(
@@ -112,7 +117,7 @@ def evaluate_average(
     """Score the weighted average of several models, at a temperature, as `evaluate_winner` does."""
     identity = {
         "train": train_digest,
-        "test": test.digest,
+        **_shown_rows(test),
         "ensemble": [
             {"weight": member.weight, "temperature": member.temperature, **member.model.identity()}
             for member in members

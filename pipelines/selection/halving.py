@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.bank import BankJob
+from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
 from headrace.pipelines.recipe.sections import InputHalvingSection
 from headrace.pipelines.selection.correction import choice_luck
@@ -57,7 +58,8 @@ def halve_inputs(
         train_all: trains bank jobs, for example on a cluster.
         groups: (rows of the task,) as in `learning_curve`.
     """
-    unique_inputs = list(dict.fromkeys(candidate_inputs))
+    # An input beside side columns goes on where it goes on without them.
+    unique_inputs = list(dict.fromkeys(taps_of(inputs) for inputs in candidate_inputs))
     remaining = [
         inputs for inputs in unique_inputs if not any(name.endswith(".map") for name in inputs)
     ]

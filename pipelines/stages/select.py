@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
+from headrace.heads.data.side_columns import taps_of
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.planning.run_state import RunState, Selected
@@ -100,8 +101,9 @@ def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selecti
         state.input_halving,
     )
     halving_luck = None
-    if input_halving is not None and leaderboard.iloc[0]["inputs"] in input_halving.row_errors:
-        image_errors = input_halving.row_errors[leaderboard.iloc[0]["inputs"]][held.images]
+    best_taps = taps_of(leaderboard.iloc[0]["inputs"])
+    if input_halving is not None and best_taps in input_halving.row_errors:
+        image_errors = input_halving.row_errors[best_taps][held.images]
         row_errors = np.bincount(held.row_of_image, image_errors) / np.bincount(held.row_of_image)
         halving_luck = (input_halving.selection_luck, row_errors)
     selection = assess_selection(

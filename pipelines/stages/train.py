@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import pandas as pd
 
 from headrace.heads.bank import BankJob, publish_failure, train_bank
+from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import show_progress
@@ -18,7 +18,6 @@ from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.planning.cost_model import PROBE_S, PROBE_SPECS
 from headrace.pipelines.planning.devices import find_heads_device
 from headrace.pipelines.planning.leaderboard import collect_heads
-from headrace.pipelines.planning.plan import fingerprints_of
 from headrace.pipelines.planning.run_state import RunState, replan_heads
 from headrace.pipelines.stages.services import Services
 
@@ -51,10 +50,8 @@ def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], i
     as `rank_heads` takes them.
     """
     plan, task = state.plan, state.dataset.train
-    fingerprints = fingerprints_of(plan.features)
-    heads = collect_heads(state.paths.banks, plan.requested, fingerprints, task.digest)
-    input_widths = {feature.name: prod(feature.shape) for feature in plan.features}
-    return heads, state.metric, input_widths, task.n_folds
+    heads = collect_heads(state.paths.banks, plan.requested, plan.fingerprints, task.digest)
+    return heads, state.metric, dict(plan.input_widths), task.n_folds
 
 
 def _train_banks(state: RunState, services: Services, device: str) -> None:
@@ -129,19 +126,22 @@ def probe_of(state: RunState) -> RunState | None:
 
 def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
     """Return a job for each bank of the plan. device: of the kinds that can make use of a GPU."""
-    task_path = str(state.paths.task(state.dataset.train.digest))
+    task = state.dataset.train
+    task_path = str(state.paths.task(task.digest))
+    side_path = None if task.side is None else str(state.paths.side_columns(task.side.fingerprint))
     return [
         BankJob(
             task=task_path,
             features=tuple(
                 str(feature_path)
-                for input_name in bank.inputs
+                for input_name in taps_of(bank.inputs)
                 for feature_path in state.feature_paths[input_name]
             ),
             halving=bank.halving,
             specs=bank.specs,
             device=device if HEAD_KINDS[bank.kind].uses_gpu else "cpu",
             result=str(state.paths.bank(bank.group, bank.key)),
+            side_columns=side_path if SIDE_COLUMNS in bank.inputs else None,
         )
         for bank in state.plan.banks
     ]

@@ -24,8 +24,8 @@ from headrace.heads.data.side_columns import (
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
-from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.neighbors.kind import KNNSpec
+from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.predict import predict_head
 from headrace.heads.sklearn.kind import SklearnSpec
 
@@ -101,7 +101,7 @@ def test_logistic_heads_are_those_of_the_pipeline_in_every_fold(rows, missing):
 def test_ridge_and_lda_are_those_of_the_pipeline_in_every_fold(rows):
     ridge = make_pipeline(_encoder(), StandardScaler(), RidgeClassifier(alpha=3.0))
     X, heads = _heads(rows, [RidgeSpec(3.0)])
-    _, side, task = rows
+    task = rows[2]
     for fold, (fitted, held) in enumerate(_folds(rows, ridge)):
         arrays = heads[fold].arrays
         decision = X[task.fold == fold] @ arrays["weight"].T + arrays["bias"]
@@ -110,9 +110,13 @@ def test_ridge_and_lda_are_those_of_the_pipeline_in_every_fold(rows):
     _, heads = _heads(rows, [LDASpec(0.1)])
     # The shrunken covariance counts a fold's columns, and a fold of headrace's has those of the
     # sites that it has not seen too: zeros, each with a share of the mean variance.
-    for fold, (fitted, held) in enumerate(_folds(rows, make_pipeline(_encoder(), StandardScaler(), lda))):
+    for fold, (fitted, held) in enumerate(
+        _folds(rows, make_pipeline(_encoder(), StandardScaler(), lda))
+    ):
         if fold != 1:
-            np.testing.assert_allclose(heads[fold].validation, fitted.predict_proba(held), atol=2e-5)
+            np.testing.assert_allclose(
+                heads[fold].validation, fitted.predict_proba(held), atol=2e-5
+            )
 
 
 def test_an_estimator_of_scikit_learn_is_the_pipeline_itself(rows):

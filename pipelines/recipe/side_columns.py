@@ -1,0 +1,225 @@
+"""From the user's tabular columns to side columns: which are numbers, which are categories, and
+what a person should be told of them.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache.text import as_text
+from headrace.heads.data.side_columns import SideColumn, SideColumns
+from headrace.pipelines.recipe.sections import TaskSection
+from headrace.pipelines.recipe.targets import DataError, empty_as_missing, name_some
+
+ColumnKind = Literal["auto", "number", "category"]
+
+_DECIMAL_COMMA = r"[+-]?\d+,\d+"
+_DATE = r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{2}|\d{4})"
+# A column with more levels than these, and more than a share of its rows, names rows.
+_MANY_LEVELS, _ROWS_PER_LEVEL = 20, 4
+
+
+def side_column_names(section: TaskSection) -> tuple[str, ...]:
+    """Return the names of the task's side columns."""
+    return tuple(section.side_columns)
+
+
+def make_side_columns(
+    samples: pd.DataFrame,
+    target: npt.NDArray[Any],
+    is_training: npt.NDArray[np.bool_],
+    section: TaskSection,
+) -> tuple[SideColumns | None, list[str]]:
+    """Return the side columns of all samples as their training rows have them, and notes.
+
+    Levels, means and spreads are of the training rows alone. Raises DataError for a column that is
+    no input: of dates, of one value for each row, of numbers and words mixed.
+    """
+    if not section.side_columns:
+        return None, []
+    kinds: dict[str, ColumnKind] = (
+        dict(section.side_columns)
+        if isinstance(section.side_columns, dict)
+        else dict.fromkeys(section.side_columns, "auto")
+    )
+    columns: list[SideColumn] = []
+    notes: list[str] = []
+    for name, kind in kinds.items():
+        texts = _texts(samples[name])
+        described = (
+            _number_column(name, texts, samples["id"], is_training)
+            if _is_number(name, kind, texts, samples["id"])
+            else _category_column(name, texts, is_training)
+        )
+        columns.append(described)
+        notes += _cautions(described, texts, target, is_training, section)
+    side, unknown = encode_side_columns(samples, columns)
+    return side, notes + unknown
+
+
+def encode_side_columns(
+    samples: pd.DataFrame, columns: Sequence[SideColumn]
+) -> tuple[SideColumns, list[str]]:
+    """Return the side columns of other rows, and notes that count values that no training row has.
+
+    samples: with `id` or `file`, the rows' names. Raises DataError for a column that is not there,
+    and for a text where numbers are expected.
+    """
+    require_side_columns(samples, columns)
+    row_names = samples["file" if "file" in samples else "id"]
+    values = np.empty((len(samples), len(columns)), np.float64)
+    notes: list[str] = []
+    for place, column in enumerate(columns):
+        texts = _texts(samples[column.name])
+        if column.levels is None:
+            values[:, place] = _numbers(column.name, texts, row_names)
+            continue
+        codes = pd.Index(column.levels).get_indexer(pd.Index(texts.fillna(""), dtype=object))
+        values[:, place] = np.where(codes < 0, np.nan, codes)
+        if (codes < 0).any():
+            unknown = sorted(set(texts[codes < 0].fillna("(empty)")))
+            notes.append(
+                f"{int((codes < 0).sum()):,} images have a {column.name} that no training image "
+                f"has, and count as none of its values: {name_some(unknown)}"
+            )
+    return SideColumns(tuple(columns), values), notes
+
+
+def require_side_columns(
+    samples: pd.DataFrame, columns: Sequence[SideColumn], place: str = ""
+) -> None:
+    """Raise DataError, which begins with `place`, where a column is not there."""
+    absent = [column.name for column in columns if column.name not in samples]
+    if absent:
+        there = [str(name) for name in samples.columns if name not in ("path", "file", "content")]
+        raise DataError(
+            f"{place}the model reads {name_some([column.name for column in columns])} beside each "
+            f"image, and there is no column {name_some(absent)}. Give a table with a column of "
+            f"paths and {'this one' if len(absent) == 1 else 'these'} beside it. There are: "
+            f"{name_some(there) or 'none'}"
+        )
+
+
+def _texts(column: pd.Series) -> pd.Series:
+    return as_text(empty_as_missing(column))
+
+
+def _parsed(texts: pd.Series) -> pd.Series:
+    """Return texts as float64, nan where one is no number or missing."""
+    return pd.to_numeric(texts, errors="coerce").astype(np.float64)
+
+
+def _is_missing(texts: pd.Series) -> npt.NDArray[np.bool_]:
+    return np.asarray(texts.isna() | (texts.str.lower() == "nan"), np.bool_)
+
+
+def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Series) -> bool:
+    """Tell whether a column holds numbers. Raises DataError where that is not clear."""
+    if kind != "auto":
+        return kind == "number"
+    present = texts[~_is_missing(texts)]
+    is_number = _parsed(present).notna()
+    if is_number.all():
+        return True
+    words = present[~is_number]
+    if words.str.fullmatch(_DECIMAL_COMMA).all() or (is_number.any() and len(words)):
+        _numbers(name, texts, row_names)  # which says what is wrong
+    if words.str.fullmatch(_DATE).mean() > 0.9:
+        raise DataError(
+            f"task.side_columns: {name!r} holds dates, such as {words.iloc[0]!r}. Give a number, "
+            "such as the days since the first one or the month; or, for a few dates that come "
+            f"again, side_columns: {{{name}: category}}"
+        )
+    return False
+
+
+def _numbers(name: str, texts: pd.Series, row_names: pd.Series) -> npt.NDArray[np.float64]:
+    """Return (N,) numbers, nan where missing. Raises DataError naming the first that is none."""
+    numbers = _parsed(texts)
+    is_wrong = (numbers.isna() & ~_is_missing(texts)) | np.isinf(numbers)
+    if is_wrong.any():
+        row = int(is_wrong.to_numpy().argmax())
+        found = str(texts.iloc[row])
+        advice = (
+            "write decimals with a point"
+            if re.fullmatch(_DECIMAL_COMMA, found)
+            else "empty the cell where the number is not known; for names that are not numbers, "
+            f"side_columns: {{{name}: category}}"
+        )
+        raise DataError(
+            f"side column {name!r} holds numbers, and {found!r} for {row_names.iloc[row]!r} "
+            f"({int(is_wrong.sum()):,} such rows): {advice}"
+        )
+    return numbers.to_numpy()
+
+
+def _number_column(
+    name: str, texts: pd.Series, row_names: pd.Series, is_training: npt.NDArray[np.bool_]
+) -> SideColumn:
+    numbers = _numbers(name, texts, row_names)[is_training]
+    present = numbers[~np.isnan(numbers)]
+    if not len(present):
+        raise DataError(
+            f"task.side_columns: {name!r} is empty for every training image: leave it out"
+        )
+    spread = float(present.std())
+    return SideColumn(
+        name,
+        has_missing=len(present) < len(numbers),
+        center=float(present.mean()),
+        spread=spread if spread > 0 and np.isfinite(spread) else 1.0,
+    )
+
+
+def _category_column(name: str, texts: pd.Series, is_training: npt.NDArray[np.bool_]) -> SideColumn:
+    values = texts[is_training].fillna("")
+    levels = tuple(sorted(values.unique().tolist()))
+    if len(levels) > max(_MANY_LEVELS, len(values) // _ROWS_PER_LEVEL):
+        raise DataError(
+            f"task.side_columns: {name!r} has {len(levels):,} different values in "
+            f"{len(values):,} training images, such as {levels[-1]!r}: it names images rather than "
+            "describing them, and a new image would have a value that nobody has seen. Leave it "
+            "out, or put rare values together"
+        )
+    return SideColumn(name, levels)
+
+
+def _cautions(
+    column: SideColumn,
+    texts: pd.Series,
+    target: npt.NDArray[Any],
+    is_training: npt.NDArray[np.bool_],
+    section: TaskSection,
+) -> list[str]:
+    """Return notes on a column that cannot help, and on one that gives the answer away."""
+    values = texts[is_training].fillna("")
+    n_values = values.nunique()
+    if n_values == 1:
+        return [
+            f"side column {column.name!r} has one value in all training images: it says nothing"
+        ]
+    answers = target[is_training].reshape(len(values), -1)
+    if column.levels is None and section.kind == "regression":
+        numbers = _parsed(texts)[is_training].to_numpy()
+        known = ~np.isnan(numbers)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            likeness = [
+                abs(np.corrcoef(numbers[known], answer[known])[0, 1]) for answer in answers.T
+            ]
+        gives_away = bool(np.nanmax([*likeness, 0]) > 0.9999)
+    else:
+        # Each value comes with one answer, and often enough for that to be no accident.
+        answers_of_value = pd.DataFrame(answers).groupby(values.to_numpy()).nunique()
+        gives_away = n_values <= len(values) // _ROWS_PER_LEVEL and bool(
+            (answers_of_value <= 1).all(axis=0).any()
+        )
+    if not gives_away:
+        return []
+    return [
+        f"side column {column.name!r} gives the target away: each of its values comes with one "
+        "answer. Is it known when a new image is predicted? If not, leave it out"
+    ]
