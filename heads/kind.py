@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy.typing as npt
+
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
@@ -62,6 +64,22 @@ class Cost(Protocol):
     ) -> tuple[float, float]: ...
 
 
+class PredictUnits(Protocol):
+    """(n, C) float32 predictions of rows X (n, D), each with that of its unit, and (n,) what each
+    row weighs in it. unit: (n,) labels.
+    """
+
+    def __call__(
+        self,
+        spec: Any,
+        arrays: Arrays,
+        X: Floats,
+        unit: npt.NDArray[Any],
+        task_kind: TaskKind,
+        temperature: float,
+    ) -> tuple[Floats, Floats]: ...
+
+
 def _never(spec: Any) -> bool:
     return False
 
@@ -102,11 +120,18 @@ class HeadKind:
     # Takes (V, N, D) views as they are; other kinds train on each view as a row of its own.
     takes_views: bool = False
     takes_side_columns: bool = False  # scales and imputes side columns by each fold's training rows
+    # Prediction of kinds that take the rows of a unit together.
+    predict_units: PredictUnits | None = None
     can_halve: bool = False  # a recipe may ask for successive halving of its specs
     # Whether probabilities of this spec's heads are counts of votes, in which 0 means little.
     counts_votes: Callable[[Any], bool] = _never
     # The "module:class" that a head of this spec imports and calls; None for code of ours alone.
     external_code: Callable[[Any], str | None] = _no_code
+
+    @property
+    def takes_units(self) -> bool:
+        """Whether it predicts the rows of a unit together."""
+        return self.predict_units is not None
 
     @property
     def differentiable(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from headrace.heads.bags.kind import BAGS
 from headrace.heads.discriminant.kind import LDA
 from headrace.heads.kind import HeadKind
 from headrace.heads.linear.kind import LOGISTIC, RIDGE
@@ -13,7 +14,7 @@ from headrace.heads.spec import FineTuneSpec, HeadSpec
 
 # In the order of a recipe's documentation.
 HEAD_KINDS: dict[str, HeadKind] = {
-    kind.name: kind for kind in (LOGISTIC, RIDGE, LDA, MLP, CONV, KNN, CENTROID, SKLEARN)
+    kind.name: kind for kind in (LOGISTIC, RIDGE, LDA, MLP, CONV, BAGS, KNN, CENTROID, SKLEARN)
 }
 
 

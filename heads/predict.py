@@ -23,14 +23,16 @@ def predict_head(
     X: npt.NDArray[Any],
     task: TaskKind = "single",
     temperature: float = 1.0,
+    unit: npt.NDArray[Any] | None = None,
 ) -> Floats:
     """(n, C) float32 probabilities, for regression values, of features X (n, D); convolution heads
     take (n, D, h, w).
 
     temperature: divides the log-odds, and changes no decision. Where there are log-odds it divides
-    these: of a float32 probability near one they could not be told. Raises CannotPredict for a head
-    without arrays (it failed, or it is a fold's neighbour search, which is only stored for the head
-    trained on every row) and for features of another width.
+    these: of a float32 probability near one they could not be told. unit: (n,) labels, for kinds
+    that predict the rows of a unit together, each row with its unit's. Raises CannotPredict for a
+    head without arrays (it failed, or it is a fold's neighbour search, which is only stored for the
+    head trained on every row) and for features of another width.
     """
     if not arrays:
         raise CannotPredict(
@@ -57,6 +59,8 @@ def predict_head(
             f"the head was trained on {expected} features per row, found {rows.shape[1]}: "
             "concatenate the same taps"
         )
+    if kind.predict_units is not None and unit is not None:
+        return kind.predict_units(spec, arrays, rows, unit, task, temperature)[0]
     return kind.predict(spec, arrays, rows, task, temperature)
 
 

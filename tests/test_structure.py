@@ -92,7 +92,7 @@ LEVELS = {
         {"layers"},
         {"kind"},
         {"linear", "neighbors", "networks"},
-        {"discriminant", "sklearn"},
+        {"bags", "discriminant", "sklearn"},
         {"kinds"},
         {"predict", "results"},
         {"bank", "estimators", "persist"},

@@ -32,6 +32,7 @@ class TrainingData:
     band_widths: features of each tap in X, in order, for specs that are `banded`; none are one tap.
     n_views: of each image, where the rows of X are N // n_views images, one view after another.
     side: the side columns, which stand behind the features as the last columns of X.
+    unit: (N,) labels, the same for rows that are one bag, for kinds that take units.
     """
 
     X: Features
@@ -43,6 +44,7 @@ class TrainingData:
     band_widths: tuple[int, ...] = ()
     n_views: int = 1
     side: tuple[SideBlock, ...] = ()
+    unit: Array | None = None
 
     @property
     def folds(self) -> list[int]:
@@ -84,4 +86,5 @@ class TrainingData:
             fold=self.fold[row_of_view],
             sample_weight=weight[row_of_view] / n_views,
             n_views=n_views,
+            unit=None if self.unit is None else self.unit[row_of_view],
         )

@@ -20,7 +20,7 @@ from headrace.heads.data.streamed import Streamed, StreamedStack, StreamedView
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.layers import Arrays
-from headrace.heads.networks.kind import ConvSpec, MLPSpec, predict_conv, predict_mlp
+from headrace.heads.networks.kind import ConvSpec, NetworkSpec, predict_conv, predict_mlp
 from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import FoldData, prepare
 from headrace.heads.networks.mlp_training import Batch, Run, Trace
@@ -28,7 +28,7 @@ from headrace.heads.spec import FitResult, Halving
 
 Floats = npt.NDArray[Any]
 Stacked = Floats | StreamedStack  # (V, N, D, …)
-Spec = TypeVar("Spec", MLPSpec, ConvSpec)
+Spec = TypeVar("Spec", bound=NetworkSpec)
 
 # of held-out rows that are read from shards to be predicted at once
 ROWS_AT_ONCE = 4096
@@ -118,12 +118,7 @@ class Bank(Generic[Spec]):
         arrays = self.family.arrays(trace.best, trace.data)
         validation = None
         if trace.fold != REFIT:
-            per_view = [
-                self._predicted(spec, arrays, view, trace.data.held) for view in self.stacked
-            ]
-            validation = (
-                np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
-            )
+            validation = self.validation(spec, arrays, trace.data.held)
         return FitResult(
             spec,
             trace.fold,
@@ -134,6 +129,13 @@ class Bank(Generic[Spec]):
             trace.seconds,
             validation,
         )
+
+    def validation(
+        self, spec: Spec, arrays: Arrays, held: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Return (n, C) predictions of held-out rows, the mean over their views."""
+        per_view = [self._predicted(spec, arrays, view, held) for view in self.stacked]
+        return np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
 
     def _predicted(
         self, spec: Spec, arrays: Arrays, view: Floats | StreamedView, rows: npt.NDArray[np.int64]
@@ -146,7 +148,7 @@ class Bank(Generic[Spec]):
 
 
 def _predict_block(
-    spec: MLPSpec | ConvSpec, arrays: Arrays, features: Floats, task_kind: TaskKind
+    spec: Any, arrays: Arrays, features: Floats, task_kind: TaskKind
 ) -> npt.NDArray[np.float32]:
     if isinstance(spec, ConvSpec):
         return predict_conv(spec, arrays, features, task_kind, 1.0)
@@ -183,6 +185,12 @@ def fit_networks(
         check_finite(stacked.reshape(views, n, -1))
         features = as_tensor(stacked.reshape(views * n, *stacked.shape[2:])).to(device)
     bank = Bank(stacked, features, data, weight, specs, family)
+    return train_networks(bank, refit=refit, halving=halving)
+
+
+def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) -> list[FitResult]:
+    """Train the specs of a bank on every fold, and with `refit` on all rows."""
+    data, specs = bank.rows, bank.specs
     traces: list[Trace] = []
     makers: list[Callable[[], Run]] = []
     for number in data.folds:
@@ -217,7 +225,7 @@ def fit_networks(
     ]
 
 
-def spec_error(spec: MLPSpec | ConvSpec, task: TaskKind) -> str | None:
+def spec_error(spec: NetworkSpec, task: TaskKind) -> str | None:
     """Why this spec cannot be trained at all, or None."""
     if any(width < 1 for width in spec.hidden):
         return f"hidden widths {spec.hidden} must be at least 1"
@@ -265,9 +273,7 @@ def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int
     return set(ranked[: max(1, round(keep * len(ranked)))])
 
 
-def _full_trace(
-    place: int, spec: MLPSpec | ConvSpec, traces: Sequence[Trace], task: TaskKind
-) -> Trace:
+def _full_trace(place: int, spec: NetworkSpec, traces: Sequence[Trace], task: TaskKind) -> Trace:
     own = [trace for trace in traces if trace.spec == place]
     best = [trace.best_epoch for trace in own if trace.error is None]
     error = spec_error(spec, task)

@@ -4,7 +4,7 @@ them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
@@ -12,14 +12,15 @@ from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import FitOptions, HeadKind
 from headrace.heads.layers import Arrays, Floats, Layers, dense_layers, predict_dense
-from headrace.heads.spec import ClassWeight, FitResult, check_choices
+from headrace.heads.spec import ClassWeight, FitResult, HeadSpec, check_choices
 
 # Of MLP and convolution heads: AdamW's own default. Measured on held-out rows of digits, wine,
 # breast_cancer and two made sets, 10 draws of each, hidden 64 and 256, dropout 0 and 0.5: from 0 to
 # 1e-2 accuracies differ by 0.01 points; 1e-1 and 1 lose up to 0.1 points and 0.03 nats.
 WEIGHT_DECAY = 1e-2
 
-_AXES = (
+# The axes of a recipe's section that every kind of network has.
+NETWORK_AXES = (
     "hidden",
     "learning_rate",
     "weight_decay",
@@ -28,6 +29,31 @@ _AXES = (
     "class_weight",
     "seed",
 )
+
+
+class NetworkSpec(HeadSpec, Protocol):
+    """What the settings of every kind of network have, as `MLPSpec` explains them."""
+
+    @property
+    def hidden(self) -> tuple[int, ...]: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def class_weight(self) -> ClassWeight: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -170,7 +196,7 @@ MLP = HeadKind(
     fit=fit_mlp,
     predict=predict_mlp,
     cost=network_cost,
-    axes=_AXES,
+    axes=NETWORK_AXES,
     fixed=("batch_size", "epochs", "patience"),
     grid={"hidden": ((64,), (256,)), "dropout": (0.0, 0.5)},
     inputs=("all",),
@@ -188,7 +214,7 @@ CONV = HeadKind(
     fit=fit_conv,
     predict=predict_conv,
     cost=network_cost,
-    axes=("channels", *_AXES),
+    axes=("channels", *NETWORK_AXES),
     fixed=("batch_size", "epochs", "patience"),
     layers=conv_layers,
     uses_gpu=True,

@@ -59,11 +59,7 @@ def prepare(
     *,
     standardize: bool,
 ) -> FoldData:
-    n, target, outputs, task = len(data.fold), data.target, data.n_outputs, data.task_kind
-    held, train = data.held_out_rows(number), data.training_rows(number)
-    train = train[weight[train] > 0]
-    if len(train) == 0:
-        raise ValueError(f"fold {number} leaves no row to train on: use fewer folds, or add images")
+    train = weighted_training_rows(data, weight, number)
     imputed = _imputed(stacked, data, train)
     mean, scale = (
         moments(stacked, train, imputed)
@@ -74,7 +70,29 @@ def prepare(
         # Of a level that no training row has, so that held-out rows do not meet its first weights.
         first = data.side[0].start
         scale[first:][_constant(stacked, data, train)] = np.inf
-    shape = (-1,) + (1,) * (stacked.ndim - 3)  # of maps, (D, 1, 1)
+    return fold_data(
+        features, data, weight, number, mean, scale, n_positions=stacked.ndim - 3, imputed=imputed
+    )
+
+
+def fold_data(
+    features: torch.Tensor | StreamedTensor,
+    data: TrainingData,
+    weight: npt.NDArray[np.float64],
+    number: int,
+    mean: Floats,
+    scale: Floats,
+    *,
+    n_positions: int = 0,
+    imputed: Imputed | None = None,
+) -> FoldData:
+    """Encode targets and weights of a fold's rows, with the scaling (D,) of their features.
+
+    n_positions: axes of a map's positions.
+    """
+    n, target, outputs, task = len(data.fold), data.target, data.n_outputs, data.task_kind
+    held, train = data.held_out_rows(number), weighted_training_rows(data, weight, number)
+    shape = (-1,) + (1,) * n_positions  # of maps, (D, 1, 1)
     target_mean, target_scale = np.zeros(outputs), np.ones(outputs)
     plain = weight / weight[train].mean()
     heavy, label_weight = plain, None
@@ -116,6 +134,17 @@ def prepare(
         ),
     )
     return FoldData(rows, train, held, mean, scale, target_mean, target_scale, imputed)
+
+
+def weighted_training_rows(
+    data: TrainingData, weight: npt.NDArray[np.float64], number: int
+) -> npt.NDArray[np.intp]:
+    """Return the training rows of a fold that count. Raises ValueError where there are none."""
+    train = data.training_rows(number)
+    train = train[weight[train] > 0]
+    if len(train) == 0:
+        raise ValueError(f"fold {number} leaves no row to train on: use fewer folds, or add images")
+    return train
 
 
 def _side_inputs(stacked: Floats | StreamedStack, data: TrainingData) -> Floats:

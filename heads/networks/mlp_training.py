@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.heads.networks.kind import ConvSpec, MLPSpec
+from headrace.heads.networks.kind import NetworkSpec
 from headrace.heads.networks.mlp_data import FoldData
 
 Floats = npt.NDArray[Any]
@@ -68,7 +68,7 @@ class Run:
 
     def __init__(
         self,
-        specs: Sequence[MLPSpec | ConvSpec],
+        specs: Sequence[NetworkSpec],
         traces: Sequence[Trace],
         data: FoldData,
         make: Callable[[], Batch],

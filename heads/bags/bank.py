@@ -1,0 +1,249 @@
+"""A bank of heads on bags: specs × folds, trained side by side over the rows of units.
+
+N rows, U units, D features, C outputs. Heads that share a fold, their widths, pooling and batch
+size share their minibatches, which are whole units (`batch.py`). A seed decides a head's first
+weights and its dropout; the order of units depends on U and the epoch alone. So a head's result
+does not depend on which other heads are in the bank, up to rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.cache.errors import HeadraceError
+from headrace.heads.bags.batch import BagBatch, BagRows
+from headrace.heads.bags.kind import BagsSpec
+from headrace.heads.bags.pooling import predict_units
+from headrace.heads.data.checks import check_finite, check_specs, row_weights
+from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.task import REFIT
+from headrace.heads.data.training_data import TrainingData
+from headrace.heads.layers import Arrays
+from headrace.heads.networks.bank import Bank, Family, as_tensor, stack, train_networks
+from headrace.heads.networks.mlp_batch import StreamedTensor
+from headrace.heads.networks.mlp_data import (
+    FoldData,
+    fold_data,
+    moments,
+    weighted_training_rows,
+)
+from headrace.heads.networks.mlp_training import Trace
+from headrace.heads.spec import FitResult, Halving
+
+Array = npt.NDArray[Any]
+
+# Parameters and moments of the heads that are trained side by side on a CPU.
+CPU_BATCH_BYTES = 64 << 20
+
+
+class BadUnits(HeadraceError, ValueError):
+    """The rows cannot be taken as bags."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units of some rows: which rows each has, and what it is trained on.
+
+    order: (N,) row numbers, unit after unit. offsets: (U + 1,) where in them each unit begins.
+    """
+
+    order: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    data: TrainingData  # target, fold and weight of each unit; X is that of the rows
+
+    def rows_of(self, units: Array) -> npt.NDArray[np.int64]:
+        """Return the row numbers of some units, unit after unit."""
+        parts = [self.order[self.offsets[unit] : self.offsets[unit + 1]] for unit in units]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def units_of(data: TrainingData) -> Units:
+    """Return the units of rows. A unit weighs what its rows weigh on average.
+
+    Raises BadUnits where there are none, or a unit has several targets or stands in several folds.
+    """
+    if data.unit is None:
+        raise BadUnits(
+            "heads of kind bags are trained on units of several images, and the task has none: "
+            "name their column, task.unit: patient"
+        )
+    names, codes = np.unique(np.asarray(data.unit), return_inverse=True)
+    order = np.argsort(codes, kind="stable").astype(np.int64)
+    sizes = np.bincount(codes)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    first_rows = order[offsets[:-1]]
+    for values, what, advice in (
+        (data.fold, "folds", "keep a unit's images on one side of every split, task.group"),
+        (data.target, "targets", "give all images of a unit one target, or take smaller units"),
+    ):
+        of_unit = values[first_rows][codes]
+        is_other = (values != of_unit).reshape(len(values), -1).any(1)
+        if is_other.any():
+            unit = names[codes[int(is_other.argmax())]]
+            n_mixed = len(np.unique(codes[is_other]))
+            raise BadUnits(
+                f"unit {unit!s} and {n_mixed - 1:,} more of {len(names):,} have images of several "
+                f"{what}: {advice}"
+            )
+    weight = data.sample_weight
+    return Units(
+        order,
+        offsets,
+        replace(
+            data,
+            target=data.target[first_rows],
+            fold=data.fold[first_rows],
+            sample_weight=None if weight is None else np.bincount(codes, weight) / sizes,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class BagBank(Bank[BagsSpec]):
+    """The inputs of a bank whose rows are units of rows."""
+
+    units: Units | None = None
+
+    def data(self, fold: int, *, standardize: bool) -> FoldData:
+        """Made once per fold: its means and deviations are those of its training units' rows."""
+        if (fold, standardize) not in self.prepared:
+            assert self.units is not None
+            train = weighted_training_rows(self.rows, self.weight, fold)
+            n_features = self.stacked.shape[2]
+            mean, scale = np.zeros(n_features), np.ones(n_features)
+            if standardize:
+                mean, scale = moments(self.stacked, np.sort(self.units.rows_of(train)))
+            plain = fold_data(self.features, self.rows, self.weight, fold, mean, scale)
+            shared = {field.name: getattr(plain.rows, field.name) for field in fields(plain.rows)}
+            rows = BagRows(**shared, instances=self.units.order, offsets=self.units.offsets)
+            self.prepared[fold, standardize] = replace(plain, rows=rows)
+        return self.prepared[fold, standardize]
+
+    def fit(self, trace: Trace) -> FitResult:
+        """The outcome of a head, with what each held-out row weighs in its unit's prediction."""
+        fit = super().fit(trace)
+        if fit.fold == REFIT or not fit.arrays or trace.data is None:
+            return fit
+        assert self.units is not None
+        rows = np.sort(self.units.rows_of(trace.data.held))
+        weights = self._predict_rows(self.specs[trace.spec], fit.arrays, rows)[1]
+        return replace(fit, arrays={**fit.arrays, "instance_weight": weights})
+
+    def validation(
+        self, spec: BagsSpec, arrays: Arrays, held: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """(n, C) predictions of the held-out units' rows in order, each that of its unit."""
+        assert self.units is not None
+        return self._predict_rows(spec, arrays, np.sort(self.units.rows_of(held)))[0]
+
+    def _predict_rows(
+        self, spec: BagsSpec, arrays: Arrays, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        assert self.rows.unit is not None
+        (view,) = self.stacked
+        block = _Rows(view, rows)
+        return predict_units(spec, arrays, block, self.rows.unit[rows], self.rows.task_kind)
+
+
+class _Rows:
+    """Rows of a view by their place in a selection, read when they are asked for."""
+
+    def __init__(self, view: Any, rows: npt.NDArray[np.int64]) -> None:
+        self.view, self.rows = view, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Array) -> Array:
+        return np.asarray(self.view[self.rows[index]])
+
+
+def fit_bags_bank(
+    data: TrainingData,
+    specs: Sequence[BagsSpec],
+    *,
+    refit: bool = True,
+    device: str = "cpu",
+    halving: Halving | None = None,
+) -> list[FitResult]:
+    """Train every spec on every fold, and with `refit` on all units; returns the fits spec by spec,
+    REFIT last.
+
+    data: X (N, D), in memory or streamed from shards, with the unit of each row. Each fold's heads
+    stop early on the loss of its held-out units and keep their best epoch; REFIT heads train for
+    the mean best epoch of their spec. `validation` has the prediction of its unit for each row; the
+    array `instance_weight` (n_held_out,) what each row weighs in it. A head that fails has an
+    `error`; the others are unaffected. Raises BadUnits, ValueError for features that are not
+    finite.
+    """
+    check_specs(specs, "BagsSpec()")
+    units = units_of(data)
+    features: torch.Tensor | StreamedTensor
+    if isinstance(data.X, Streamed):
+        features = StreamedTensor(data.X, torch.device(device))
+    else:
+        check_finite(data.X)
+        features = as_tensor(data.X).to(device)
+    n_features, n_outputs = data.X.shape[1], data.n_outputs
+
+    def head_bytes(spec: BagsSpec) -> int:
+        # Parameters, two moments and the remembered ones, float32.
+        widths = (n_features, *spec.hidden)
+        n_layers = sum((i + 1) * o for i, o in zip(widths, (*spec.hidden, n_outputs), strict=True))
+        return 16 * (n_layers + 2 * spec.attention_width * (widths[-1] + 1))
+
+    def make(chunk: list[BagsSpec], fold: FoldData, number: int) -> BagBatch:
+        assert isinstance(fold.rows, BagRows)
+        return BagBatch(chunk, fold.rows, fold=number, device=torch.device(device))
+
+    family = Family(
+        alike=lambda spec: (
+            spec.pooling,
+            spec.hidden,
+            spec.attention_width if spec.pooling == "attention" else 0,
+            spec.batch_size,
+            spec.standardize,
+        ),
+        head_bytes=head_bytes,
+        batch_bytes=CPU_BATCH_BYTES,
+        make=make,
+        arrays=_raw_arrays,
+    )
+    weight = row_weights(units.data.sample_weight, len(units.data.fold))
+    unit_rows = replace(units.data, unit=np.asarray(data.unit))
+    bank = BagBank(stack(data.X, 2), features, unit_rows, weight, specs, family, units=units)
+    return train_networks(bank, refit=refit, halving=halving)
+
+
+def _raw_arrays(parameters: Arrays, data: FoldData) -> Arrays:
+    """The parameters of a head for raw features and targets: their standardisation folded in."""
+    arrays = {name: value.astype(np.float64) for name, value in parameters.items()}
+    n_hidden = max(int(name[6:]) for name in arrays if name.startswith("weight"))
+    # Weights of a unit's rows sum to one and scales are positive, so that pooling standardised
+    # features is standardising pooled ones.
+    readers = (
+        [("weight0", "bias0")]
+        if n_hidden
+        else [
+            (weight, bias)
+            for weight, bias in (
+                ("tanh_weight", "tanh_bias"),
+                ("sigmoid_weight", "sigmoid_bias"),
+                ("weight0", "bias0"),
+            )
+            if weight in arrays
+        ]
+    )
+    for weight, bias in readers:
+        arrays[weight] = arrays[weight] / data.scale
+        arrays[bias] = arrays[bias] - arrays[weight] @ data.mean
+    last = f"weight{n_hidden}", f"bias{n_hidden}"
+    arrays[last[0]] = arrays[last[0]] * data.target_scale[:, None]
+    arrays[last[1]] = arrays[last[1]] * data.target_scale + data.target_mean
+    if "attention" in arrays:
+        arrays["attention"] = arrays["attention"][0]
+    return {name: value.astype(np.float32) for name, value in arrays.items()}

@@ -1,0 +1,116 @@
+"""Heads on bags of images: their settings, and what the rest of headrace has to know of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy.typing as npt
+from annotated_types import Ge, Gt, Lt
+
+from headrace.heads.data.task import TaskKind
+from headrace.heads.data.training_data import TrainingData
+from headrace.heads.kind import CannotPredict, FitOptions, HeadKind
+from headrace.heads.layers import Arrays, Floats
+from headrace.heads.networks.kind import NETWORK_AXES, WEIGHT_DECAY
+from headrace.heads.spec import ClassWeight, FitResult, check_choices
+
+
+@dataclass(frozen=True)
+class BagsSpec:
+    """One prediction for all images of a unit: each image goes through hidden layers, what comes
+    out is pooled over the unit, and a linear layer decides.
+
+    attention: gated attention pooling (ABMIL; Ilse, Tomczak and Welling 2018, equation 9): the mean
+    of an image's hidden values h weighted by the softmax, over the unit, of
+    w' (tanh(V h) * sigmoid(U h)). mean, max: of each hidden value over the unit.
+    Trained by AdamW on standardised features, early-stopped on the units of its validation fold.
+    """
+
+    pooling: Literal["attention", "mean", "max"] = "attention"
+    # widths of the hidden layers that each image goes through before pooling; none: its features
+    hidden: tuple[Annotated[int, Gt(0)], ...] = (64,)
+    # rows of V and of U; of no use to mean and max
+    attention_width: Annotated[int, Gt(0)] = 32
+    # of AdamW
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    weight_decay: Annotated[float, Ge(0)] = WEIGHT_DECAY
+    # share of hidden values that is left out in training
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    # balanced: every class counts the same
+    class_weight: ClassWeight = "none"
+    # units of a step
+    batch_size: Annotated[int, Gt(0)] = 16
+    # at most
+    epochs: Annotated[int, Gt(0)] = 50
+    # epochs without improvement after which a network stops
+    patience: Annotated[int, Gt(0)] = 8
+    # of the first weights and of dropout
+    seed: Annotated[int, Ge(0)] = 0
+    standardize: bool = True
+    kind: Literal["bags"] = "bags"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def fit_bags(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
+    """Train a bank; torch is imported when a bank is trained."""
+    import torch
+
+    from headrace.heads.bags.bank import fit_bags_bank
+
+    if options.n_threads is not None:
+        torch.set_num_threads(options.n_threads)
+    return fit_bags_bank(
+        data, specs, refit=options.refit, device=options.device, halving=options.halving
+    )
+
+
+def predict_rows(
+    spec: BagsSpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
+) -> Floats:
+    """Raise CannotPredict: a row says nothing without the others of its unit."""
+    raise CannotPredict(
+        "a head of kind bags predicts units of several images: give the unit of each row "
+        "(unit=[...])"
+    )
+
+
+def predict_bags(
+    spec: Any,
+    arrays: Arrays,
+    X: Floats,
+    unit: npt.NDArray[Any],
+    task_kind: TaskKind,
+    temperature: float,
+) -> tuple[Floats, Floats]:
+    """Return (n, C) predictions of rows X (n, D) by their units, and (n,) what each row weighs."""
+    from headrace.heads.bags.pooling import predict_units
+
+    return predict_units(spec, arrays, X, unit, task_kind, temperature)
+
+
+def bags_cost(
+    spec: BagsSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
+) -> tuple[float, float]:
+    """Return nothing shared, and the seconds of a network's products."""
+    width = sum(spec.hidden) + 2 * spec.attention_width * (spec.pooling == "attention") + n_outputs
+    return 0.0, n_fits * 5e-11 * n_rows * n_features * spec.epochs * width
+
+
+BAGS = HeadKind(
+    name="bags",
+    summary="One prediction for all images of a unit, by pooling (needs `task.unit`)",
+    spec=BagsSpec,
+    fit=fit_bags,
+    predict=predict_rows,
+    cost=bags_cost,
+    axes=("pooling", "attention_width", *NETWORK_AXES),
+    fixed=("batch_size", "epochs", "patience"),
+    grid={"pooling": ("attention", "mean"), "dropout": (0.0, 0.5)},
+    inputs=("all",),
+    uses_gpu=True,
+    can_halve=True,
+    predict_units=predict_bags,
+)

@@ -1,0 +1,93 @@
+"""Prediction of units from a head's stored arrays, with NumPy alone.
+
+N rows, U units, D features, H hidden values, A attention width, C outputs. Rows of a unit may stand
+anywhere; units differ in size, and nothing is padded: rows are sorted by unit, and sums and maxima
+are taken over runs of them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.bags.kind import BagsSpec
+from headrace.heads.data.task import TaskKind
+from headrace.heads.layers import Arrays, Floats, dense_layers
+from headrace.heads.link import link, sigmoid
+
+Array = npt.NDArray[Any]
+
+ROWS_AT_ONCE = 1 << 15  # of whole units, whose hidden values are in memory together
+
+
+def predict_units(
+    spec: BagsSpec,
+    arrays: Arrays,
+    X: Any,
+    unit: Array,
+    task_kind: TaskKind,
+    temperature: float = 1.0,
+) -> tuple[Floats, Floats]:
+    """Return (N, C) predictions, each row with that of its unit, and (N,) what each row weighs in
+    its unit's: weights that sum to 1 over a unit.
+
+    X: (N, D), an array or what gives rows by their numbers. unit: (N,) any labels. The weight of a
+    maximum is the share of hidden values that are the row's. Empty X gives empty arrays.
+    """
+    n_outputs = len(arrays[f"bias{len(spec.hidden)}"])
+    predicted = np.empty((len(X), n_outputs), np.float32)
+    weights = np.empty(len(X), np.float32)
+    for rows, starts in _blocks(unit):
+        hidden = _hidden(spec, arrays, np.asarray(X[rows], np.float32))
+        sizes = np.diff([*starts, len(rows)])
+        pooled, row_weights = _pooled(spec, arrays, hidden, starts, sizes)
+        weight, bias = dense_layers(arrays, len(spec.hidden))[-1]
+        of_units = link(pooled @ weight.T + bias, task_kind, 1.0, temperature)
+        if of_units.shape[1] != predicted.shape[1]:  # log-odds of the second class
+            predicted = np.empty((len(X), of_units.shape[1]), np.float32)
+        predicted[rows] = np.repeat(of_units, sizes, axis=0)
+        weights[rows] = row_weights
+    return predicted, weights
+
+
+def _blocks(unit: Array) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
+    """Yield row numbers of whole units, sorted by unit, and where in them each unit starts."""
+    codes = np.unique(np.asarray(unit), return_inverse=True)[1]
+    order = np.argsort(codes, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(codes))])
+    first = 0
+    while first < len(offsets) - 1:
+        # Whole units, one at least.
+        last = int(np.searchsorted(offsets, offsets[first] + ROWS_AT_ONCE, side="right")) - 1
+        last = max(last, first + 1)
+        yield order[offsets[first] : offsets[last]], offsets[first:last] - offsets[first]
+        first = last
+
+
+def _hidden(spec: BagsSpec, arrays: Arrays, rows: Floats) -> Floats:
+    values = rows
+    for weight, bias in dense_layers(arrays, len(spec.hidden))[:-1]:
+        values = np.maximum(values @ weight.T + bias, 0)
+    return values
+
+
+def _pooled(
+    spec: BagsSpec, arrays: Arrays, hidden: Floats, starts: Array, sizes: Array
+) -> tuple[Floats, Floats]:
+    """Return (U, H) pooled hidden values (n, H), and what each row weighs in them, (n,)."""
+    if spec.pooling == "max":
+        pooled = np.maximum.reduceat(hidden, starts, axis=0)
+        is_largest = hidden == np.repeat(pooled, sizes, axis=0)
+        # Rows that share a maximum share its weight.
+        shares = is_largest / np.repeat(np.add.reduceat(is_largest, starts, axis=0), sizes, axis=0)
+        return pooled, shares.mean(1).astype(np.float32)
+    if spec.pooling == "mean":
+        weights = np.repeat(1 / sizes, sizes).astype(np.float32)
+    else:
+        gate = np.tanh(hidden @ arrays["tanh_weight"].T + arrays["tanh_bias"])
+        gate *= sigmoid(hidden @ arrays["sigmoid_weight"].T + arrays["sigmoid_bias"])
+        logits = gate @ arrays["attention"]
+        weights = np.exp(logits - np.repeat(np.maximum.reduceat(logits, starts), sizes))
+        weights /= np.repeat(np.add.reduceat(weights, starts), sizes)
+    return np.add.reduceat(hidden * weights[:, None], starts, axis=0), weights
