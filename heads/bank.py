@@ -223,6 +223,7 @@ def fit_bank(
         task.weight,
         tuple(bands),
         side=side_blocks(side, n_features) if side else (),
+        unit=task.units,
     )
     if task.kind not in kind.tasks:
         able = ", ".join(other.name for other in HEAD_KINDS.values() if task.kind in other.tasks)

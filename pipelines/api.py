@@ -129,7 +129,7 @@ def train_heads(
     processes on this machine. Raises HeadraceError.
     """
     recipe = _recipe_of(heads, task, Path(out).absolute())
-    check_kinds(recipe.heads, recipe.task.kind)
+    check_kinds(recipe.heads, recipe.task.kind, has_units=recipe.task.unit is not None)
     state = _state_of(recipe, features, samples)
     write_inputs(state)
     with open_services(

@@ -22,6 +22,11 @@ class RunPaths:
         return self.root / "images.json"
 
     @property
+    def instance_weights(self) -> Path:
+        """What each image weighs in its unit's prediction."""
+        return self.root / "instance-weights.csv"
+
+    @property
     def leaderboard(self) -> Path:
         return self.root / "leaderboard.csv"
 

@@ -123,13 +123,14 @@ def predict_command(
         raise OutputError("--out - and --json both want the standard output: give --out a file")
     from headrace.pipelines.models.model import load_model
     from headrace.pipelines.planning.devices import find_device
-    from headrace.pipelines.predict.bulk import predict_stream, predict_table
+    from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
     from headrace.pipelines.predict.listing import list_images
 
     loaded_model = load_model(model, trust_code=trust_code or ())
     listing = list_images(
         images,
         side_columns=loaded_model.side_columns,
+        unit_column=unit_column(loaded_model),
         path_column=path_column,
         id_column=id_column,
         path_pattern=path_pattern,

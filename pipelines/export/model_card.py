@@ -296,14 +296,7 @@ def _preprocessing_section(exported: ExportResult) -> str:
             f"{_resize_text(preprocessing)} | {preprocessing.interpolation}, antialiased (Pillow) "
             f"| {height} × {width}, centre |"
         )
-    if exported.model.side_columns:
-        lines += [
-            "",
-            "The last input, `side_columns`, is float32 (n, R): tabular columns beside each image, "
-            "as `side_columns` of `preprocess.py` makes them.",
-            "",
-            *(f"- `{column.name}`: {_side_text(column)}" for column in exported.model.side_columns),
-        ]
+    lines += _beside_lines(exported.model)
     pixel_ranges = {
         (preprocessing.pixel_range, preprocessing.pixel_dtype): None
         for preprocessing in (model_input.preprocessing for model_input in exported.inputs)
@@ -333,6 +326,27 @@ def _channels_text(preprocessing: Preprocessing) -> str:
     if preprocessing.bands is None:
         return "RGB"
     return f"bands {', '.join(map(str, preprocessing.bands))}"
+
+
+def _beside_lines(model: Model) -> list[str]:
+    """Return what the card says of inputs behind the pixels."""
+    lines = []
+    if model.side_columns:
+        lines += [
+            "",
+            "The input `side_columns` is float32 (n, R): tabular columns beside each image, as "
+            "`side_columns` of `preprocess.py` makes them.",
+            "",
+            *(f"- `{column.name}`: {_side_text(column)}" for column in model.side_columns),
+        ]
+    if model.takes_units:
+        lines += [
+            "",
+            "The last input, `units`, is int64 (n,): equal numbers, from 0 to n - 1, for images of "
+            "one unit (a patient, a slide, a sequence). They are predicted together, and each has "
+            "its unit's prediction. One unit in a call: zeros.",
+        ]
+    return lines
 
 
 def _side_text(column: SideColumn) -> str:
@@ -365,6 +379,8 @@ def _use_section(exported: ExportResult) -> str:
     side_row = f"{{{cells}}}"
     reads_side = bool(exported.model.side_columns)
     imported = "load, side_columns" if reads_side else "load"
+    headrace_inputs = f", side_columns=[{side_row}]" if reads_side else ""
+    headrace_inputs += ', units=["one"]' if exported.model.takes_units else ""
     if "torch" in exported.differences:
         torch_inputs = ", ".join(
             f'torch.tensor(load("photo.jpg", "{input_name}"))[None]'
@@ -374,6 +390,8 @@ def _use_section(exported: ExportResult) -> str:
         )
         if reads_side:
             torch_inputs += f", torch.tensor([side_columns({side_row})])"
+        if exported.model.takes_units:
+            torch_inputs += ", torch.zeros(1, dtype=torch.int64)"
         lines += [
             "torch alone (`model.pt2`):",
             "",
@@ -393,11 +411,13 @@ def _use_section(exported: ExportResult) -> str:
         )
         if reads_side:
             onnx_feed += f', "side_columns": np.array([side_columns({side_row})], np.float32)'
+        if exported.model.takes_units:
+            onnx_feed += ', "units": np.zeros(1, np.int64)'
         lines += [
             "onnxruntime alone (`model.onnx`):",
             "",
             "```python",
-            *(["import numpy as np"] if reads_side else []),
+            *(["import numpy as np"] if reads_side or exported.model.takes_units else []),
             f"import onnxruntime; from preprocess import {imported}",
             'model = onnxruntime.InferenceSession("model.onnx")',
             f"print(model.run(None, {{{onnx_feed}}})[0])",
@@ -411,11 +431,7 @@ def _use_section(exported: ExportResult) -> str:
             "```python",
             "from headrace import load_model",
             'model = load_model(".")',
-            (
-                f'print(model.predict_proba("photo.jpg", side_columns=[{side_row}]))'
-                if reads_side
-                else 'print(model.classes, model.predict_proba("photo.jpg"))'
-            ),
+            f'print(model.classes, model.predict_proba("photo.jpg"{headrace_inputs}))',
             "```",
             "",
         ]

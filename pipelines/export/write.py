@@ -8,6 +8,7 @@ import glob
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ from headrace.pipelines.export.model_card import ExportResult, model_card
 from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.head import HeadModel
-from headrace.pipelines.models.images import open_engine, predict_batch
+from headrace.pipelines.models.images import Beside, open_engine, predict_batch
 from headrace.pipelines.models.model import EXPORT_MARKER, Model, load_model
 from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.models.torch_graph import GraphInput, ModelGraph, fits_graph, pixels_of
@@ -59,6 +60,8 @@ _MARKER_TEXT = (
     "--force.\n"
 )
 _CHECKED = 8  # images that the comparison uses
+_UNIT_SIZES = (3, 2, 1, 2)  # of the units that they make up, where the model predicts units
+UNITS = "units"  # the name of the graphs' input that takes them
 
 
 class ExportError(HeadraceError, ValueError):
@@ -177,6 +180,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
         if "onnx" in formats:
             names = [model_input.name for model_input in inputs]
             names += [SIDE_COLUMNS] if model.side_columns else []
+            names += [UNITS] if model.takes_units else []
             _write_onnx(program, names, folder / "model.onnx")
             differences["onnx"] = _compare_outputs(
                 check, _onnx_runner(folder / "model.onnx", names), "model.onnx", model
@@ -210,7 +214,8 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
             | {"preprocessing": json.loads(model_input.preprocessing.to_json())}
             for model_input in inputs
         ]
-        + _side_description(model),
+        + _side_description(model)
+        + _units_description(model),
         "output": {"name": "probabilities", "dtype": "float32", "shape": ["n", len(model.classes)]},
         "metrics": model.metrics,
         "tolerance": tolerance,
@@ -230,6 +235,13 @@ def _side_description(model: Model) -> list[dict[str, Any]]:
         {"name": SIDE_COLUMNS, "dtype": "float32", "shape": ["n", len(column_names)]}
         | {"columns": column_names, "made_of": columns_to_json(model.side_columns)}
     ]
+
+
+def _units_description(model: Model) -> list[dict[str, Any]]:
+    """Return what model.json says of the input of units; nothing where there is none."""
+    what = "equal numbers, from 0 to n - 1, for images of one unit, which are predicted together"
+    units = {"name": UNITS, "dtype": "int64", "shape": ["n"], "what": what}
+    return [units] if model.takes_units else []
 
 
 def check_side_columns(columns: Sequence[SideColumn], n_rows: int = _CHECKED) -> SideColumns:
@@ -317,7 +329,11 @@ def _expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputChec
     if model.side_columns:
         side_inputs = check_side_columns(model.side_columns).as_inputs()
         pixel_batches = [*pixel_batches, torch.from_numpy(side_inputs)]
-    predicted = predict_batch(engine, batch, side_inputs)
+    units = None
+    if model.takes_units:
+        units = np.repeat(np.arange(len(_UNIT_SIZES)), _UNIT_SIZES)
+        pixel_batches = [*pixel_batches, torch.from_numpy(units)]
+    predicted = predict_batch(engine, batch, Beside(side_inputs, units))
     if predicted.failed:
         raise ExportError(
             f"the model cannot be compared on test pictures: {predicted.failed[0][1]}"
@@ -332,11 +348,13 @@ def _compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model:
     Raises ExportError where it is more than is allowed.
     """
     batch_difference = check.difference(run_graph(check.pixels))
+    # Single images, or single units.
+    bounds = np.cumsum((0, *_UNIT_SIZES))[:3].tolist() if model.takes_units else [0, 1, 2]
     single_outputs = [
-        run_graph([input_pixels[row : row + 1] for input_pixels in check.pixels])
-        for row in range(2)
+        run_graph([input_pixels[start:stop] for input_pixels in check.pixels])
+        for start, stop in itertools.pairwise(bounds)
     ]
-    single_difference = replace(check, expected=check.expected[:2]).difference(
+    single_difference = replace(check, expected=check.expected[: bounds[-1]]).difference(
         np.concatenate(single_outputs)
     )
     largest_difference = max(batch_difference, single_difference)

@@ -25,6 +25,7 @@ class ImagePredictor:
         images: "ImageLike | Iterable[ImageLike]",
         *,
         side_columns: "SideTable | None" = None,
+        units: Sequence[Any] | None = None,
         device: str = "cpu",
     ) -> npt.NDArray[np.float32]:
         """Return (n, C) float32 probabilities of n images in the order of `classes`; for regression
@@ -39,21 +40,28 @@ class ImagePredictor:
         side_columns: a data frame, lists by name, or a mapping for each image, with the columns
         that the model reads beside it. Raises DataError where they do not fit; a value that no
         training image had is warned of, and counts as none.
+        units: of each image, for a model that predicts the images of a unit together (a head of
+        kind bags); each image has its unit's prediction. Raises CannotPredict without.
         """
         from headrace.pipelines.models.images import predict_images
 
-        return predict_images(cast(Any, self), images, side_table=side_columns, device=device)
+        return predict_images(
+            cast(Any, self), images, side_table=side_columns, units=units, device=device
+        )
 
     def predict(
         self,
         images: "ImageLike | Iterable[ImageLike]",
         *,
         side_columns: "SideTable | None" = None,
+        units: Sequence[Any] | None = None,
         device: str = "cpu",
     ) -> npt.NDArray[Any]:
         """Return single: (n,) class names; multi: (n, C) 0/1; regression: (n, C) values."""
         model = cast(Any, self)
-        probabilities = self.predict_proba(images, side_columns=side_columns, device=device)
+        probabilities = self.predict_proba(
+            images, side_columns=side_columns, units=units, device=device
+        )
         return decide(probabilities, model.task_kind, model.classes)
 
     def to_torch(self) -> "nn.Module":
@@ -108,6 +116,15 @@ class SingleModel(ImagePredictor):
     def side_columns(self) -> tuple[SideColumn, ...]:
         """The tabular columns that it reads beside each image: none, unless it is a head."""
         return ()
+
+    @property
+    def takes_units(self) -> bool:
+        """Whether it predicts the images of a unit together: not, unless it is a head on bags."""
+        return False
+
+    def predict_bags(self, X: npt.NDArray[Any], unit: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return (n, C) predictions of rows X (n, D) of units, where `takes_units`."""
+        raise NotImplementedError
 
     @property
     def weights(self) -> tuple[float, ...]:

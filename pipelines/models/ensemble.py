@@ -145,6 +145,11 @@ class EnsembleModel(ImagePredictor):
         return next((member.side_columns for member in self.members if member.side_columns), ())
 
     @property
+    def takes_units(self) -> bool:
+        """Whether a member predicts the images of a unit together."""
+        return any(member.takes_units for member in self.members)
+
+    @property
     def average_temperature(self) -> float:
         """The temperature of the members' average."""
         return self.temperature

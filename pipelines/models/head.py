@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import (
@@ -175,6 +176,16 @@ class HeadModel(SingleModel):
     def features(self) -> tuple[FeatureSpec, ...]:
         """The feature sets that it reads, in order; views of one stand together."""
         return self.head.features
+
+    @property
+    def takes_units(self) -> bool:
+        """Whether it predicts the images of a unit together."""
+        return HEAD_KINDS[self.head.spec.kind].takes_units
+
+    def predict_bags(self, X: Floats, unit: npt.NDArray[Any]) -> Floats:
+        """Return (n, C) predictions of rows X (n, D), each with that of its unit (n,)."""
+        head = self.head
+        return predict_head(head.spec, head.arrays, X, head.task_kind, head.temperature, unit)
 
     @property
     def side_columns(self) -> tuple[SideColumn, ...]:

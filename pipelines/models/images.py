@@ -144,14 +144,38 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
     )
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a model reads beside N images."""
+
+    side_inputs: Floats | None = None  # (N, R), where the model reads side columns
+    # (N,) labels, where it predicts the images of a unit together: none of them without the others
+    units: npt.NDArray[Any] | None = None
+
+
+_NOTHING_BESIDE = Beside()
+
+
+@dataclass(frozen=True)
+class _BatchFeatures:
+    """What heads read of some of the images, and those that failed. Rows are as in the batch."""
+
+    rows: list[int]
+    features: dict[FeatureSpec, Floats]
+    failed: list[tuple[int, str]]
+    unread: frozenset[int]
+
+
 def predict_batch(
-    engine: PredictionEngine, batch: PixelBatch, side_inputs: Floats | None = None
+    engine: PredictionEngine, batch: PixelBatch, beside: Beside = _NOTHING_BESIDE
 ) -> BatchPrediction:
     """Return probabilities of the images in a batch, and those that failed, here or in decoding,
-    with the reason.
-
-    side_inputs: (N, R) of all images, where the model reads side columns.
+    with the reason. Where units are predicted together, the batch holds whole units.
     """
+    return _predict_features(engine, _batch_features(engine, batch), beside)
+
+
+def _batch_features(engine: PredictionEngine, batch: PixelBatch) -> _BatchFeatures:
     launched_passes = [
         launch_forward(network_pass.forward, pixels, engine.device, batch_limit)
         for network_pass, pixels, batch_limit in zip(
@@ -172,39 +196,56 @@ def predict_batch(
         *batch.unread,
         *((batch.rows[slot], failure_reason) for slot, failure_reason in reason_by_slot.items()),
     ]
-    unread_rows = frozenset(row for row, _ in batch.unread)
-    if not good_slots:
-        return BatchPrediction(
-            [],
-            np.empty((0, len(engine.model.classes)), np.float32),
-            sorted(failed_rows),
-            unread_rows,
-        )
     stored_features = {
         feature_spec: as_stored(pass_output[good_slots], feature_spec.dtype)
         for feature_spec, pass_output in features.items()
+        if good_slots
     }
     good_rows = [batch.rows[slot] for slot in good_slots]
-    side_rows = None if side_inputs is None else side_inputs[good_rows]
+    unread_rows = frozenset(row for row, _ in batch.unread)
+    return _BatchFeatures(good_rows, stored_features, sorted(failed_rows), unread_rows)
+
+
+def _joined(batches: Sequence[_BatchFeatures]) -> _BatchFeatures:
+    """Return all batches as one."""
+    filled = [batch for batch in batches if batch.rows]
+    return _BatchFeatures(
+        [row for batch in filled for row in batch.rows],
+        {
+            feature_spec: np.concatenate([batch.features[feature_spec] for batch in filled])
+            for feature_spec in (filled[0].features if filled else ())
+        },
+        sorted(failure for batch in batches for failure in batch.failed),
+        frozenset[int]().union(*(batch.unread for batch in batches)),
+    )
+
+
+def _predict_features(
+    engine: PredictionEngine, batch: _BatchFeatures, beside: Beside
+) -> BatchPrediction:
+    if not batch.rows:
+        no_predictions = np.empty((0, len(engine.model.classes)), np.float32)
+        return BatchPrediction([], no_predictions, batch.failed, batch.unread)
+    rows_beside = Beside(
+        None if beside.side_inputs is None else beside.side_inputs[batch.rows],
+        None if beside.units is None else beside.units[batch.rows],
+    )
     member_predictions = [
-        predict_member(member, head_function, stored_features, engine.model.task_kind, side_rows)
+        predict_member(member, head_function, batch.features, engine.model.task_kind, rows_beside)
         for member, head_function in zip(engine.model.members, engine.heads, strict=True)
     ]
     n_classes = len(engine.model.classes)
     if wrong_widths := [
         predicted.shape[1]
         for predicted in member_predictions
-        if predicted.shape != (len(good_slots), n_classes)
+        if predicted.shape != (len(batch.rows), n_classes)
     ]:
         raise CannotPredict(
             f"{engine.model.path}: its head has {wrong_widths[0]} outputs for {n_classes} classes: "
             "fetch the model again"
         )
     return BatchPrediction(
-        good_rows,
-        average_members(engine.model, member_predictions),
-        sorted(failed_rows),
-        unread_rows,
+        batch.rows, average_members(engine.model, member_predictions), batch.failed, batch.unread
     )
 
 
@@ -212,11 +253,12 @@ def predict_samples(
     engine: PredictionEngine,
     samples: Sequence[Sample],
     n_threads: int,
-    side_inputs: Floats | None = None,
+    beside: Beside = _NOTHING_BESIDE,
 ) -> Iterator[BatchPrediction]:
     """Yield predictions of the samples, in order, a batch at a time; decoding goes on while the
-    network is busy. side_inputs: as of `predict_batch`.
+    network is busy. Where units are predicted together, all samples come at once, in the end.
     """
+    whole_units: list[_BatchFeatures] = []
     batch_size = max(_BATCH, *(batch_limit.images for batch_limit in engine.limits))
     with ThreadPoolExecutor(n_threads, "decode") as decode_pool, quiet_decoding():
         for batch in decoded_batches(
@@ -226,7 +268,13 @@ def predict_samples(
             batch_size=batch_size,
             pin_memory=torch.device(engine.device).type != "cpu",
         ):
-            yield predict_batch(engine, batch, side_inputs)
+            features = _batch_features(engine, batch)
+            if beside.units is None:
+                yield _predict_features(engine, features, beside)
+            else:
+                whole_units.append(features)
+    if whole_units:
+        yield _predict_features(engine, _joined(whole_units), beside)
 
 
 def predict_images(
@@ -234,12 +282,17 @@ def predict_images(
     images: ImageLike | Iterable[ImageLike],
     *,
     side_table: SideTable | None = None,
+    units: Sequence[Any] | None = None,
     device: str = "cpu",
 ) -> Floats:
     """Return (N, C) predictions; see ImagePredictor.predict_proba."""
     engine = open_engine(model, device)
     image_list = _split_images(images, _most_bands(engine.renderings))
-    side_inputs = _side_inputs(model, side_table, len(image_list))
+    beside = Beside(
+        _side_inputs(model, side_table, len(image_list)),
+        _unit_labels(model, units, len(image_list)),
+    )
+    whole_units: list[_BatchFeatures] = []
     probabilities = np.empty((len(image_list), len(model.classes)), np.float32)
     with ThreadPoolExecutor(available_cores(), "decode") as decode_pool, quiet_decoding():
         for batch_start in range(0, len(image_list), _BATCH):
@@ -256,12 +309,34 @@ def predict_images(
             ]
             for decode_job in decode_jobs:
                 decode_job.result()
-            predicted = predict_batch(engine, PixelBatch(batch_rows, pixels), side_inputs)
-            if predicted.failed:
-                row, failure_reason = predicted.failed[0]
+            features = _batch_features(engine, PixelBatch(batch_rows, pixels))
+            if features.failed:
+                row, failure_reason = features.failed[0]
                 raise ImageUnusable(f"{_image_name(image_list[row], row)}: {failure_reason}")
-            probabilities[predicted.rows] = predicted.probabilities
+            if beside.units is None:
+                predicted = _predict_features(engine, features, beside)
+                probabilities[predicted.rows] = predicted.probabilities
+            else:
+                whole_units.append(features)
+    if whole_units:
+        predicted = _predict_features(engine, _joined(whole_units), beside)
+        probabilities[predicted.rows] = predicted.probabilities
     return probabilities
+
+
+def _unit_labels(
+    model: "Model", units: Sequence[Any] | None, n_images: int
+) -> npt.NDArray[Any] | None:
+    """Return the unit (N,) of each image, where the model predicts them together, else None."""
+    if not model.takes_units:
+        return None
+    if units is None or len(units) != n_images:
+        given = "none" if units is None else f"{len(units):,}"
+        raise CannotPredict(
+            f"{model.path}: the model predicts units of several images (a head of kind bags). Give "
+            f"the unit of each of the {n_images:,} images, units=[...]; found {given}"
+        )
+    return np.asarray([str(unit) for unit in units])
 
 
 def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) -> Floats | None:
@@ -318,17 +393,18 @@ def predict_member(
     head_function: Callable[[Floats], Floats],
     features: dict[FeatureSpec, Floats],
     task_kind: TaskKind,
-    side_rows: Floats | None = None,
+    beside: Beside = _NOTHING_BESIDE,
 ) -> Floats:
     """Return (n, C) predictions of one member at its temperature, the mean over the views that it
     was trained on; its inputs side by side as in `load_rows`. head_function: the member's.
-    side_rows: (n, R), for members that read side columns.
+    beside: of these n images.
     """
     views_of_feature: dict[str, list[Floats]] = {}
     for spec in member.features:
         views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
     spatial = member.spatial
-    beside = [] if side_rows is None or not member.side_columns else [side_rows]
+    side_inputs = beside.side_inputs
+    side_rows = [] if side_inputs is None or not member.side_columns else [side_inputs]
     view_inputs = [
         np.concatenate(
             [
@@ -336,12 +412,17 @@ def predict_member(
                     view_features if spatial else view_features.reshape(len(view_features), -1)
                     for view_features in features_of_view
                 ),
-                *beside,
+                *side_rows,
             ],
             axis=1,
         )
         for features_of_view in zip(*views_of_feature.values(), strict=True)
     ]
+    if member.takes_units:
+        assert beside.units is not None
+        # All views of a unit's images are one bag, as in training.
+        bags = np.tile(beside.units, len(view_inputs))
+        return member.predict_bags(np.concatenate(view_inputs), bags)[: len(beside.units)]
     if len(view_inputs) == 1:
         return head_function(view_inputs[0])
     return tempered(

@@ -118,6 +118,13 @@ class ModelRef:
         X, row_index = load_rows(features, task.content, spatial=kind.spatial, side=side)
         target = task.target[row_index]
         view_features = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w)
+        if kind.takes_units:
+            # All views of a unit's images are one bag, as in training.
+            assert task.units is not None
+            bags = np.tile(task.units[row_index], len(view_features))
+            rows = view_features.reshape(len(bags), -1)
+            predicted = predict_head(spec, head_arrays, rows, task.kind, temperature, bags)
+            return target, predicted[: len(target)]
         if len(view_features) == 1:
             return target, predict_head(spec, head_arrays, view_features[0], task.kind, temperature)
         # The temperature was fitted to the mean over views, and so it is applied to the mean.

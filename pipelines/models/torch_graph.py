@@ -126,8 +126,9 @@ def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
 class ModelGraph(nn.Module):
     """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values.
 
-    Where the model reads side columns, a last input takes them: float32 (n, R), as
-    `SideColumns.as_inputs` makes them. The model has no random views.
+    Where the model reads side columns, an input behind the pixels takes them: float32 (n, R), as
+    `SideColumns.as_inputs` makes them. Where it predicts the images of a unit together, a last one
+    takes their units: int64 (n,), equal numbers from 0 to n - 1. The model has no random views.
     """
 
     def __init__(self, model: "Model") -> None:
@@ -175,6 +176,7 @@ class ModelGraph(nn.Module):
         self.spatial = [member.spatial for member in model.members]
         self.side_columns = model.side_columns
         self.reads_side = [bool(member.side_columns) for member in model.members]
+        self.takes_units = [member.takes_units for member in model.members]
         # Of several views the mean is tempered, else the log-odds within the head.
         self.shares = [
             (weight, member.temperature if member.n_views > 1 else 1.0, member.floor)
@@ -189,7 +191,7 @@ class ModelGraph(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        images = inputs[: len(self.inputs)]
+        images, side_inputs = inputs[: len(self.inputs)], inputs[len(self.inputs) :]
         feature_values: dict[tuple[str, int], Tensor] = {}
         for network, input_index, network_symmetries, feature_keys in zip(
             self.networks, self.sources, self.turns, self.keys, strict=True
@@ -203,8 +205,14 @@ class ModelGraph(nn.Module):
                     )
                 }
         weighted_sum: Tensor | None = None
-        for head, columns, spatial, reads_side, member_share in zip(
-            self.heads, self.columns, self.spatial, self.reads_side, self.shares, strict=True
+        for head, columns, spatial, reads_side, takes_units, member_share in zip(
+            self.heads,
+            self.columns,
+            self.spatial,
+            self.reads_side,
+            self.takes_units,
+            self.shares,
+            strict=True,
         ):
             view_predictions = []
             for view_columns in columns:
@@ -215,14 +223,17 @@ class ModelGraph(nn.Module):
                     for feature_key in view_columns
                 ]
                 if reads_side:
-                    view_features.append(inputs[-1])
-                view_predictions.append(
-                    head(
-                        view_features[0]
-                        if len(view_features) == 1
-                        else torch.cat(view_features, dim=1)
-                    )
+                    view_features.append(side_inputs[0])
+                view_inputs = (
+                    view_features[0] if len(view_features) == 1 else torch.cat(view_features, dim=1)
                 )
+                view_predictions.append(view_inputs if takes_units else head(view_inputs))
+            if takes_units:
+                # All views of a unit's images are one bag, as in training.
+                bags = inputs[-1].repeat(len(view_predictions))
+                together = head(torch.cat(view_predictions), bags)
+                # A length would be a number of the example's; a shape stays a symbol.
+                view_predictions = [together[: inputs[-1].shape[0]]]
             weight, member_temperature, floor = member_share
             member_prediction = tempered(
                 view_predictions[0]

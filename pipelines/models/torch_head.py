@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FARTHEST, FLOOR
 from headrace.heads.kinds import HEAD_KINDS
-from headrace.heads.layers import Arrays
+from headrace.heads.layers import Arrays, dense_layers
 from headrace.heads.neighbors.bank import CENTROID_TEMPERATURE
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import MLPSpec
@@ -322,9 +323,58 @@ class NeighborModule(nn.Module):
         )
 
 
+class BagsModule(nn.Module):
+    """Rows (n, D) of units to probabilities (n, C), each row with that of its unit.
+
+    unit: (n,) int64, the same for rows of one unit, from 0 to n - 1. Sums and maxima over a unit
+    are scattered into n places, of which units take the first: no size depends on a value.
+    """
+
+    attention: Tensor
+
+    def __init__(self, spec: BagsSpec, head: TrainedHead, temperature: float) -> None:
+        super().__init__()
+        self.pooling = spec.pooling
+        arrays = head.arrays
+        self.layers = nn.ModuleList(
+            _linear_layer(_float_tensor(weight), _float_tensor(bias))
+            for weight, bias in dense_layers(arrays, len(spec.hidden))
+        )
+        if spec.pooling == "attention":
+            self.tanh, self.sigmoid = (
+                _linear_layer(
+                    _float_tensor(arrays[f"{name}_weight"]), _float_tensor(arrays[f"{name}_bias"])
+                )
+                for name in ("tanh", "sigmoid")
+            )
+            self.register_buffer("attention", _float_tensor(arrays["attention"]))
+        self.link = ProbabilityLink(head.task_kind, temperature)
+
+    def forward(self, value: Tensor, unit: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            value = F.relu(layer(value))
+        if self.pooling == "max":
+            places = unit.unsqueeze(1).expand(-1, value.shape[1])
+            lowest = torch.full_like(value, -torch.finfo(value.dtype).max)
+            pooled = lowest.scatter_reduce(0, places, value, "amax")
+        else:
+            weight = torch.ones_like(value[:, 0])
+            if self.pooling == "attention":
+                gate = torch.tanh(self.tanh(value)) * torch.sigmoid(self.sigmoid(value))
+                logits = gate @ self.attention
+                lowest = torch.full_like(logits, -torch.finfo(logits.dtype).max)
+                weight = torch.exp(logits - lowest.scatter_reduce(0, unit, logits, "amax")[unit])
+            total = torch.zeros_like(weight).index_add(0, unit, weight)
+            share = (weight / total[unit]).unsqueeze(1)
+            pooled = torch.zeros_like(value).index_add(0, unit, share * value)
+        probabilities: Tensor = self.link(self.layers[-1](pooled[unit]))
+        return probabilities
+
+
 def probability_module(head: TrainedHead, temperature: float = 1.0) -> nn.Module:
     """Return the module from features (n, D), for a convolution head maps (n, D, h, w), to
-    probabilities (n, C) at a temperature, for regression values.
+    probabilities (n, C) at a temperature, for regression values; that of a head on bags takes the
+    units (n,) too.
 
     Raises ModelError for a scikit-learn estimator, which has no such form.
     """
@@ -339,5 +389,7 @@ def probability_module(head: TrainedHead, temperature: float = 1.0) -> nn.Module
         return NeighborModule(spec, head, temperature).eval()
     if isinstance(spec, CentroidSpec):
         return CentroidModule(spec, head, temperature).eval()
+    if isinstance(spec, BagsSpec):
+        return BagsModule(spec, head, temperature).eval()
     logits = head_module(spec, head.arrays, head.task_kind)
     return nn.Sequential(logits, ProbabilityLink(head.task_kind, temperature)).eval()

@@ -72,7 +72,7 @@ def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
     Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
     """
     metric = check_metric(recipe.task)
-    check_kinds(recipe.heads, recipe.task.kind)
+    check_kinds(recipe.heads, recipe.task.kind, has_units=recipe.task.unit is not None)
     find_heads_device(recipe)  # refuses a GPU that is not there
     if recipe.storage.compression != "none":
         require_hdf5plugin("storage.compression needs a library")

@@ -15,13 +15,13 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ from headrace.cache.format.sealed import (
     seal,
     sealed_json,
 )
+from headrace.cache.text import as_text
 from headrace.extract.images.byte_ranges import locator_file
 from headrace.extract.images.file_stamps import FileStamp, file_stamps, wait_until_settled
 from headrace.extract.spec import Sample
@@ -49,8 +50,13 @@ from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.model import Model, load_model
+from headrace.pipelines.models.unit_rule import read_unit_rule
 from headrace.pipelines.predict.tables import TableBlock, is_predictions, table_writer
 from headrace.pipelines.recipe.side_columns import encode_side_columns
+from headrace.pipelines.recipe.targets import DataError, empty_as_missing
+
+if TYPE_CHECKING:
+    from headrace.pipelines.models.images import Beside
 
 # some seconds of a small network on one core: little is lost to a kill
 PART_IMAGES = 256
@@ -84,8 +90,9 @@ class PartJob:
     device: str = "cpu"
     threads: int = 1
     trust_code: tuple[str, ...] = ()  # as the caller's
-    # (n, R) what the model reads beside the images
+    # (n, R) the side columns, and (n,) the units, that the model reads beside the images
     side_inputs: npt.NDArray[np.float32] | None = None
+    units: npt.NDArray[np.str_] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,8 @@ def predict_table(
     parts_folder = table_path.with_name(f"{table_path.name}.parts")
     _require_ours(table_path, record_path, parts_folder)
     image_paths = images["path"].tolist()
-    side_inputs = _side_inputs(model, images, console)
-    file_keys_in_order = file_keys(image_paths, side_inputs)
+    side_inputs, units = _side_inputs(model, images, console), _units(model, images)
+    file_keys_in_order = file_keys(image_paths, side_inputs, units)
     record = {
         "model": str(model.path),
         "model_digest": model.digest,
@@ -147,17 +154,13 @@ def predict_table(
         )
     parts_folder.mkdir(parents=True, exist_ok=True)
     known_parts = _known_parts(parts_folder, model, is_final=False)
-    row_of_key = {key: row for row, key in reversed(list(enumerate(file_keys_in_order)))}
-    missing_keys = list(
-        dict.fromkeys(file_key for file_key in file_keys_in_order if file_key not in known_parts)
-    )
-    missing_side = (
-        None if side_inputs is None else side_inputs[[row_of_key[key] for key in missing_keys]]
-    )
+    rows = _missing_rows(file_keys_in_order, set(known_parts), units)
+    missing_keys = [file_keys_in_order[row] for row in rows]
     _predict_missing(
         model,
         missing_keys,
-        missing_side,
+        None if side_inputs is None else side_inputs[rows],
+        None if units is None else units[rows],
         parts_folder,
         n_workers=n_workers,
         device=device,
@@ -246,6 +249,7 @@ def predict_stream(
 
     file_names = images["file"].tolist()
     side_inputs = _side_inputs(model, images, make_console(stderr=True))
+    beside = _beside(side_inputs, _units(model, images))
     n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
     n_written = 0
     with (
@@ -254,7 +258,7 @@ def predict_stream(
     ):
         n_threads = available_cores()
         for predicted in predict_samples(
-            open_engine(model, device), _path_samples(images["path"]), n_threads, side_inputs
+            open_engine(model, device), _path_samples(images["path"]), n_threads, beside
         ):
             error_of_row = dict(predicted.failed)
             batch_rows = sorted([*predicted.rows, *error_of_row])
@@ -290,7 +294,8 @@ def predict_part(job: PartJob) -> int:
     probabilities = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
     error_texts: list[str | None] = [None] * len(job.samples)
     is_unread = np.zeros(len(job.samples), np.bool_)
-    for predicted in predict_samples(engine, job.samples, job.threads, job.side_inputs):
+    beside = _beside(job.side_inputs, job.units)
+    for predicted in predict_samples(engine, job.samples, job.threads, beside):
         probabilities[predicted.rows] = predicted.probabilities
         for row, reason in predicted.failed:
             error_texts[row] = reason
@@ -336,11 +341,59 @@ def _side_inputs(
     return side.as_inputs()
 
 
+def _units(model: Model, images: pd.DataFrame) -> npt.NDArray[np.str_] | None:
+    """Return the unit (N,) of each image, where the model predicts them together, else None."""
+    column = unit_column(model)
+    if column is None:
+        return None
+    units = as_text(empty_as_missing(images[column]))
+    if units.isna().any():
+        raise DataError(
+            f"column {column!r} is empty for {images.loc[units.isna(), 'file'].iloc[0]!r}: the "
+            "model predicts units of several images, and every image needs its own"
+        )
+    return units.to_numpy(dtype=np.str_)
+
+
+def unit_column(model: Model) -> str | None:
+    """Return the column with the units of images, where the model predicts them together."""
+    rule = read_unit_rule(model.path) if model.takes_units else None
+    return None if rule is None else rule.column
+
+
+def _beside(
+    side_inputs: npt.NDArray[np.float32] | None, units: npt.NDArray[np.str_] | None
+) -> "Beside":
+    from headrace.pipelines.models.images import Beside  # imports torch
+
+    return Beside(side_inputs, units)
+
+
+def _missing_rows(
+    keys: Sequence[_Key], known: Collection[_Key], units: npt.NDArray[np.str_] | None
+) -> list[int]:
+    """Return the rows to predict, each key once; of a unit all or none, next to one another."""
+    first_row: dict[Any, int] = {}
+    for row, key in enumerate(keys):
+        first_row.setdefault(key if units is None else (key, units[row]), row)
+    if units is None:
+        return [row for key, row in first_row.items() if key not in known]
+    missing_units = dict.fromkeys(
+        units[row] for (key, _), row in first_row.items() if key not in known
+    )
+    place = {unit: number for number, unit in enumerate(missing_units)}
+    rows = [row for row in first_row.values() if units[row] in place]
+    return sorted(rows, key=lambda row: place[units[row]])
+
+
 def file_keys(
-    image_paths: Sequence[str], side_inputs: npt.NDArray[np.float32] | None = None
+    image_paths: Sequence[str],
+    side_inputs: npt.NDArray[np.float32] | None = None,
+    units: npt.NDArray[np.str_] | None = None,
 ) -> list[_Key]:
     """Return what tells whether a file is still the one that was predicted: its path, and its stamp
-    (see FileStamp) with a digest of what the model reads beside it.
+    (see FileStamp) with a digest of what the model reads beside it: its side columns, and all
+    images of its unit.
 
     Files written a moment ago are waited for, some seconds at most, so that a change after this
     call has another stamp.
@@ -355,7 +408,20 @@ def file_keys(
         stamp_texts = [
             f"{stamp}|{digest}" for stamp, digest in zip(stamp_texts, digests, strict=True)
         ]
-    return list(zip(image_paths, stamp_texts, strict=True))
+    keys = list(zip(image_paths, stamp_texts, strict=True))
+    if units is None:
+        return keys
+    members: dict[str, list[_Key]] = {}
+    for unit, key in zip(units.tolist(), keys, strict=True):
+        members.setdefault(unit, []).append(key)
+    digest_of_unit = {
+        unit: hashlib.sha256(json.dumps([unit, sorted(unit_keys)]).encode()).hexdigest()[:16]
+        for unit, unit_keys in members.items()
+    }
+    return [
+        (path, f"{stamp}|{digest_of_unit[unit]}")
+        for (path, stamp), unit in zip(keys, units.tolist(), strict=True)
+    ]
 
 
 def _path_bytes(path: str) -> bytes:
@@ -366,6 +432,7 @@ def _predict_missing(
     model: Model,
     missing_keys: Sequence[_Key],
     side_inputs: npt.NDArray[np.float32] | None,
+    units: npt.NDArray[np.str_] | None,
     parts_folder: Path,
     *,
     n_workers: int | None,
@@ -383,8 +450,8 @@ def _predict_missing(
         else PART_IMAGES
     )
     jobs = []
-    for part_start in range(0, len(missing_keys), part_size):
-        keys = tuple(missing_keys[part_start : part_start + part_size])
+    for part in _part_slices(len(missing_keys), part_size, units):
+        keys = tuple(missing_keys[part])
         part_name = hashlib.sha256(json.dumps([model.digest, keys]).encode()).hexdigest()[:24]
         part_path = str((parts_folder / f"{part_name}.parquet").absolute())
         n_threads = 1 if uses_workers else n_cores
@@ -400,7 +467,8 @@ def _predict_missing(
                 device,
                 n_threads,
                 model.trust_code,
-                None if side_inputs is None else side_inputs[part_start : part_start + part_size],
+                None if side_inputs is None else side_inputs[part],
+                None if units is None else units[part],
             )
         )
     with show_progress(console, "predict", len(missing_keys), "images") as advance:
@@ -424,6 +492,21 @@ def _predict_missing(
             f"{len(failure_reasons):,} of {len(jobs):,} parts failed; the others are kept, and the "
             f"same command tries these again. The first reason: {failure_reasons[0]}"
         )
+
+
+def _part_slices(
+    n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None
+) -> Iterator[slice]:
+    """Yield stretches of rows, each a part: of about so many, and no unit in two of them."""
+    ends = np.arange(1, n_rows + 1)
+    if units is not None:
+        ends = np.append(np.flatnonzero(units[1:] != units[:-1]) + 1, n_rows)
+    start = 0
+    while start < n_rows:
+        end = min(int(np.searchsorted(ends, start + part_size)), len(ends) - 1)
+        stop = int(ends[end])
+        yield slice(start, stop)
+        start = stop
 
 
 def _known_parts(

@@ -15,14 +15,19 @@ from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.tabular import is_table
 from headrace.heads.data.side_columns import SideColumn
 from headrace.pipelines.recipe.load import load_recipe
-from headrace.pipelines.recipe.side_columns import require_side_columns
+from headrace.pipelines.recipe.side_columns import require_columns
 
 
 def list_images(
-    sources: Sequence[str | Path], *, side_columns: Sequence[SideColumn] = (), **options: Any
+    sources: Sequence[str | Path],
+    *,
+    side_columns: Sequence[SideColumn] = (),
+    unit_column: str | None = None,
+    **options: Any,
 ) -> Listing:
     """Return one row per image, in the order given: `file`, as a person would name it, `path`, a
-    file or a locator, and the columns that the model reads beside it.
+    file or a locator, and the columns that the model reads beside it: side columns, and the unit
+    where it predicts several images together.
 
     sources: image files, folders, tables, archives, array files, or recipes, whose images are read
     with the recipe's options.
@@ -32,9 +37,11 @@ def list_images(
     give two images one name, behind the folder that the source lies in, or a table's own path.
 
     Raises SourceError for what is not there, RecipeError for a broken recipe, DataError for a
-    source without the model's side columns.
+    source without the columns that the model reads.
     """
-    listings = [_list_source(str(source), side_columns, options) for source in sources]
+    names = [column.name for column in side_columns]
+    names += [] if unit_column is None or unit_column in names else [unit_column]
+    listings = [_list_source(str(source), names, options) for source in sources]
     paths_of_name = (
         pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
     )
@@ -48,9 +55,7 @@ def list_images(
     return join_listings(listings)
 
 
-def _list_source(
-    location: str, side_columns: Sequence[SideColumn], options: dict[str, Any]
-) -> Listing:
+def _list_source(location: str, beside: Sequence[str], options: dict[str, Any]) -> Listing:
     if Path(location).suffix.lower() in (".yaml", ".yml"):
         source = load_recipe(location).images.source()
         location = str(source.location)
@@ -60,7 +65,6 @@ def _list_source(
     file_names = listing.samples["id"].astype(str)
     if source.kind == "folder":
         file_names = f"{printable_name(location).rstrip('/')}/" + file_names
-    require_side_columns(listing.samples, side_columns, f"{location}: ")
-    beside = listing.samples[[column.name for column in side_columns]]
+    require_columns(listing.samples, beside, f"{location}: ")
     named = pd.DataFrame({"file": file_names, "path": listing.samples["path"].astype(str)})
-    return replace(listing, samples=pd.concat([named, beside], axis=1))
+    return replace(listing, samples=pd.concat([named, listing.samples[list(beside)]], axis=1))

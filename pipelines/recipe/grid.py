@@ -53,12 +53,18 @@ def _of_input(specs: Sequence[HeadSpec], columns: Sequence[str]) -> Iterator[Hea
             yield spec
 
 
-def check_kinds(heads: Heads, task_kind: str) -> None:
+def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> None:
     """Raises RecipeError for heads that cannot do such a task, before anything is extracted for
     them.
     """
     for grid in heads.grids():
         kind = grid.head_kind
+        if kind.takes_units and not has_units:
+            raise RecipeError(
+                f"heads.{kind.name}: {kind.name} heads predict units of several images, and the "
+                "task names none: name their column, task.unit: patient, or take "
+                f"heads.{kind.name} out"
+            )
         if task_kind not in kind.tasks:
             able = [other.name for other in HEAD_KINDS.values() if task_kind in other.tasks]
             raise RecipeError(

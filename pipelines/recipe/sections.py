@@ -175,6 +175,7 @@ class TaskSection(Section):
         for key, columns in (
             ("target", targets),
             ("group", [self.group]),
+            ("unit", [self.unit]),
             ("split", [self.split]),
             ("fold", [self.fold]),
         ):

@@ -69,7 +69,7 @@ def encode_side_columns(
     samples: with `id` or `file`, the rows' names. Raises DataError for a column that is not there,
     and for a text where numbers are expected.
     """
-    require_side_columns(samples, columns)
+    require_columns(samples, [column.name for column in columns])
     row_names = samples["file" if "file" in samples else "id"]
     values = np.empty((len(samples), len(columns)), np.float64)
     notes: list[str] = []
@@ -89,17 +89,15 @@ def encode_side_columns(
     return SideColumns(tuple(columns), values), notes
 
 
-def require_side_columns(
-    samples: pd.DataFrame, columns: Sequence[SideColumn], place: str = ""
-) -> None:
-    """Raise DataError, which begins with `place`, where a column is not there."""
-    absent = [column.name for column in columns if column.name not in samples]
+def require_columns(samples: pd.DataFrame, names: Sequence[str], place: str = "") -> None:
+    """Raise DataError, which begins with `place`, where a column that the model reads is absent."""
+    absent = [name for name in names if name not in samples]
     if absent:
         there = [str(name) for name in samples.columns if name not in ("path", "file", "content")]
         raise DataError(
-            f"{place}the model reads {name_some([column.name for column in columns])} beside each "
-            f"image, and there is no column {name_some(absent)}. Give a table with a column of "
-            f"paths and {'this one' if len(absent) == 1 else 'these'} beside it. There are: "
+            f"{place}the model reads {name_some(names)} beside each image, and there is no column "
+            f"{name_some(absent)}. Give a table with a column of paths and "
+            f"{'this one' if len(absent) == 1 else 'these'} beside it. There are: "
             f"{name_some(there) or 'none'}"
         )
 

@@ -21,6 +21,7 @@ from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, ne
 from headrace.pipelines.selection.correction import Selection, assess_selection
 from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble
+from headrace.pipelines.selection.instance_weights import instance_weights
 from headrace.pipelines.selection.predictions import complete_heads, validation_rows
 from headrace.pipelines.selection.winner import NoWinner, choose_winner, save_winner
 from headrace.pipelines.stages.extract import write_failed_images
@@ -61,6 +62,7 @@ def select(state: RunState, services: Services) -> RunState:
         save_winner(
             state.paths.winner, winner_model, task, winner_metrics, winner_temperature, unit_column
         )
+        write_instance_weights(state, leaderboard)
         ensemble = combine_heads(state, leaderboard)
         report_done(f"{len(leaderboard):,} settings ranked")
     return replace(
@@ -92,6 +94,19 @@ def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
     )
     edge_notes = grid_edges(final_heads, state.metric)
     return [*edge_notes, *(note for note in (hidden_note, duplicate_note) if note is not None)]
+
+
+def write_instance_weights(state: RunState, leaderboard: pd.DataFrame) -> None:
+    """Write what each image weighs in its unit, of the best head that predicts units, if any."""
+    task = state.dataset.train
+    units = {} if task.units is None else dict(zip(task.ids, task.units, strict=True))
+    weights = instance_weights(complete_heads(leaderboard), units)
+    if weights is None:
+        withdraw(state.paths.instance_weights)
+        return
+    publish_table(
+        state.paths.instance_weights, weights.to_csv(index=False, float_format="%.6g").encode()
+    )
 
 
 def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selection | None:
