@@ -302,7 +302,7 @@ def test_other_tasks(work: Path, kind: str) -> None:
         )
         np.testing.assert_array_equal(load_head(directory).predict_proba(X), full)
     refused: HeadSpec = CentroidSpec() if kind == "multi" else LogisticSpec(1.0)
-    able = "ridge, mlp, conv, knn"
+    able = "ridge, mlp, conv, bags, knn"
     job = BankJob(path, features, (refused,), str(work / "refused.h5"))
     with pytest.raises(BadBank, match=f"no use for a {kind} task: use .*{able}"):
         train_bank(job)

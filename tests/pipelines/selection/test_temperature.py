@@ -252,7 +252,7 @@ def test_a_head_of_an_earlier_version_has_a_temperature_of_one(run, tmp_path):
         load_head(rewritten(winner, tmp_path / "old", format=1, temperature=None)).temperature == 1
     )
     with pytest.raises(BadHeadFile, match="update headrace"):
-        load_head(rewritten(winner, tmp_path / "new", format=3))
+        load_head(rewritten(winner, tmp_path / "new", format=4))
     for number, value in enumerate((0, -1, "x", [1], 1e999)):
         with pytest.raises(BadHeadFile, match="not a saved head"):
             load_head(rewritten(winner, tmp_path / str(number), temperature=value))
