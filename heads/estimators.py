@@ -134,7 +134,9 @@ class _LinearClassifier(_Classifier):
         """(n,) of two classes, above 0 for the second; (n, C) of more, the largest is predicted."""
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=_DTYPES, reset=False)
-        decisions = rows.astype(np.float64) @ self.coef_.T + self.intercept_
+        decisions: npt.NDArray[np.float64] = (
+            rows.astype(np.float64) @ self.coef_.T + self.intercept_
+        )
         return decisions[:, 0] if len(self.classes_) == 2 else decisions
 
     def _decisions(self, values: Floats) -> npt.NDArray[np.float64]:

@@ -12,6 +12,7 @@ from typing import Any
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.spec import spec_to_json
+from headrace.pipelines.export.hub_metadata import hub_metadata
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.models.network import NetworkModel
@@ -45,6 +46,7 @@ def model_card(exported: ExportResult) -> str:
     model = exported.model
     run = RunPaths(model.path.parent)
     sections = [
+        hub_metadata(model, _test_result(model, run)),
         f"# {_title_line(model)}",
         "Written by `headrace export`.",
         _model_section(model),

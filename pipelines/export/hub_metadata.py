@@ -1,0 +1,72 @@
+"""The front matter of a model card, as the Hugging Face Hub reads it: task, base models, scores.
+
+Keys: https://huggingface.co/docs/hub/model-cards#model-card-metadata
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from headrace.extract.spec import BackboneSpec, is_weights_file
+from headrace.pipelines.models.model import Model
+
+
+def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
+    """Return the block between two `---`, with the score on the test split where there is one.
+
+    The licence and the data set are the user's to say; nothing is made up for them.
+    """
+    values: dict[str, Any] = {
+        "library_name": "headrace",
+        "pipeline_tag": (
+            "image-classification"
+            if model.task_kind != "regression"
+            else "image-feature-extraction"  # the Hub has no task of numbers from images
+        ),
+        "tags": ["transfer-learning", "image-classification", "headrace"],
+    }
+    if base_models := sorted(_base_models(model)):
+        values["base_model"] = base_models
+    if test_result is not None:
+        values["metrics"] = [test_result["metric"]]
+        values["model-index"] = [
+            {
+                "name": model.path.name,
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": "held-out test split", "type": "custom"},
+                        "metrics": [
+                            {
+                                "type": test_result["metric"],
+                                "value": round(float(test_result["value"]), 6),
+                                "name": f"test {test_result['metric']}",
+                            }
+                        ],
+                    }
+                ],
+            }
+        ]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _base_models(model: Model) -> set[str]:
+    """Return the Hub's names of the networks with weights of the Hub; other weights have none."""
+    backbones = [backbone for member in model.members for backbone in member.backbones]
+    return {name for backbone in backbones if (name := _hub_name(backbone))}
+
+
+def _hub_name(backbone: BackboneSpec) -> str | None:
+    kind, _, rest = backbone.name.partition(":")
+    weights = backbone.weights
+    if weights is not None and (weights.startswith("random:") or is_weights_file(weights)):
+        return None
+    if kind == "timm" and ":" not in rest:
+        import timm
+
+        config = timm.get_pretrained_cfg(f"{rest}.{weights}" if weights else rest)
+        return f"timm/{rest}.{config.tag}" if config and config.tag else None
+    if kind == "transformers" and rest.count("/") == 1 and not rest.startswith((".", "/", "~")):
+        return rest
+    return None
