@@ -53,12 +53,12 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 
 $(VENV)/.demo-$(STATE): $(BIN)/uv
-	@echo "Installing headrace and its demo into $(VENV) (about 5 GB, most of it torch)"
+	@echo "Installing headrace and its demo into $(VENV) (about 6.3 GB, most of it torch)"
 	$(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev-$(STATE): $(BIN)/uv
-	@echo "Installing headrace for development into $(VENV) (about 5 GB, most of it torch)"
+	@echo "Installing headrace for development into $(VENV) (about 7.4 GB, most of it torch)"
 	$(INSTALL) -e '.[demo,dev,docs]'
 	@touch $@ $(VENV)/.demo-$(STATE)
 
