@@ -9,7 +9,7 @@ where no such TIFF is read.
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from headrace.extract.images.decoding import (
     PixelRange,
     Samples,
     array_samples,
+    array_shape,
     check_size,
     decode_image,
     decoding_reason,
@@ -36,6 +37,13 @@ _TIFF_ORIENTATION_TAG = 274
 _NODATA_TAG = 42113  # GDAL's text of the value that means none
 _MOST_COMPRESSED = 1032  # deflate's bound
 _PALETTE_MODES = {"P": "RGB", "1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
+# turns that make rows of columns
+_SWAPPING = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_270,
+)
 
 
 @dataclass(frozen=True)
@@ -273,12 +281,6 @@ def _turned(values: npt.NDArray[Any], turn: Image.Transpose | None) -> npt.NDArr
     """(H, W, C) as Pillow's transpose makes it."""
     if turn is None:
         return values
-    swapped = turn in (
-        Image.Transpose.TRANSPOSE,
-        Image.Transpose.TRANSVERSE,
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.ROTATE_270,
-    )
     upside_down = turn in (
         Image.Transpose.FLIP_TOP_BOTTOM,
         Image.Transpose.ROTATE_180,
@@ -291,5 +293,34 @@ def _turned(values: npt.NDArray[Any], turn: Image.Transpose | None) -> npt.NDArr
         Image.Transpose.TRANSVERSE,
         Image.Transpose.ROTATE_270,
     )
-    values = values.swapaxes(0, 1) if swapped else values
+    values = values.swapaxes(0, 1) if turn in _SWAPPING else values
     return values[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+
+
+def upright_size(file: IO[bytes]) -> tuple[int, int]:
+    """(width, height) of an image file, upright, by its header alone. Raises anything."""
+    head = file.read(8192)
+    file.seek(0)
+    if head.startswith(_NUMPY_MAGIC):
+        shape = array_shape(head)
+        # as `array_samples` reads images without bands
+        height, width = shape[1:] if len(shape) == 3 and shape[0] < shape[2] else shape[:2]
+        return width, height
+    try:
+        # of a TIFF the header is read alone
+        image = (
+            Image.open(file, formats=["TIFF"])
+            if head.startswith(_TIFF_MAGIC)
+            else open_image(file.read())
+        )
+        (width, height), turn = image.size, orientation_of(image)
+    except (PIL.UnidentifiedImageError, Image.DecompressionBombError):
+        import tifffile
+
+        file.seek(0)
+        with tifffile.TiffFile(file) as tiff:
+            page = tiff.series[0].keyframe
+            tag = page.tags.get(_TIFF_ORIENTATION_TAG)
+            width, height = page.imagewidth, page.imagelength
+            turn = None if tag is None else ORIENTATIONS.get(tag.value)
+    return (height, width) if turn in _SWAPPING else (width, height)

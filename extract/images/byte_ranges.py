@@ -101,6 +101,11 @@ def locator_file(path: str) -> str:
     return file_text
 
 
+def is_locator(path: str) -> bool:
+    """Return whether a path means an item inside a file."""
+    return _LOCATOR.fullmatch(path) is not None
+
+
 def read_bytes(path: str) -> bytes:
     """The bytes of one sample; those of its whole image where it is a crop.
 

@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.bands import Bands
+from headrace.extract.images.bands import Bands, decode_deep
+from headrace.extract.images.decoding import PixelRange, decode_image
 from headrace.extract.images.preprocessing import DecodedImage
 
 Background = Literal["white", "black", "nodata"]
@@ -26,6 +28,7 @@ _CROP = re.compile(
     rf"(?:;(?P<background>white|black|nodata):(?P<share>{_NUMBER}))?",
     re.DOTALL,
 )
+EMPTY_TILE = "an empty tile"  # begins the reason of a tile that is background
 # Bounds of the channels of background, white being 255: paper and glass slides are above, what
 # JPEG leaves of black is below.
 _WHITE, _BLACK = 220, 8
@@ -124,7 +127,7 @@ def cut_crop(image: DecodedImage, crop: Crop) -> DecodedImage:
         share = float(_is_background(part, crop.background).mean())
         if share > crop.max_background:
             raise ImageError(
-                f"an empty tile: {share:.1%} of its pixels are {crop.background} "
+                f"{EMPTY_TILE}: {share:.1%} of its pixels are {crop.background} "
                 f"(images.tiles.max_background is {crop.max_background:g})"
             )
     return part
@@ -143,3 +146,20 @@ def _is_background(part: DecodedImage, background: Background) -> npt.NDArray[np
     if background == "white":
         return np.asarray((pixels >= _WHITE).all(axis=2))
     return np.asarray((pixels <= (_BLACK if background == "black" else 0)).all(axis=2))
+
+
+def decode_picture(path: str, data: bytes, pixel_range: PixelRange | None) -> Image.Image:
+    """The image of a sample in 8 bits, to be looked at; cropped where its path is that of a crop.
+
+    Of images of many bands the first is taken, as grey. data: the bytes that the path gives. Raises
+    ImageError.
+    """
+    try:
+        image = decode_image(data, pixel_range)
+    except ImageError:
+        bands = decode_deep(data, (1,), pixel_range)
+        assert isinstance(bands, Bands)
+        grey = bands.floats((0.0,))[:, :, 0].clip(0, 255)
+        image = Image.fromarray(np.rint(grey).astype(np.uint8))
+    _, crop = split_crop(path)
+    return image if crop is None else image.crop(pixel_box(crop, *image.size))

@@ -430,7 +430,11 @@ def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
     if channels_last and channels_first and most_bands is not None:
         channels_last = shape[2] <= shape[0]
     if not (len(shape) == 2 or channels_last or channels_first) or min(shape) < 1:
-        needed = "" if most_bands is None else f", with at least {most_bands} bands"
+        needed = (
+            ". Of other bands, the backbone in the recipe says which are meant: bands: [4, 3, 2]"
+            if most_bands is None
+            else f", with at least {most_bands} bands"
+        )
         raise ImageError(
             f"an array of shape {shape} is no image; expected (H, W), (H, W, C) or (C, H, W)"
             f"{needed}"
@@ -457,6 +461,11 @@ def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
         dtype.newbyteorder("<").str
     )
     return Samples(pixel_values, f"{dtype.name} values of an array", own_range)
+
+
+def array_shape(data: bytes) -> tuple[int, ...]:
+    """The shape that the header of an `.npy` file declares. Raises ImageError."""
+    return _array_header(data)[0]
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:

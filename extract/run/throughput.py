@@ -25,6 +25,7 @@ class WorkUnitReport:
     decode_s: float  # waiting for pixels
     forward_s: float  # the network
     publish_s: float  # waiting for the disk
+    clipped: int = 0  # boxes that reach beyond their image, and were clipped
 
 
 @dataclass(frozen=True)

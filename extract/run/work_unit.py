@@ -25,6 +25,7 @@ from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.backbone import Backbone, load_backbone
 from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.errors import SourceError
+from headrace.extract.images.crops import EMPTY_TILE
 from headrace.extract.images.views import parse_view
 from headrace.extract.run.decode_ahead import PixelBatch, Rendering, decoded_batches
 from headrace.extract.run.device import (
@@ -182,6 +183,7 @@ def _extract(started_unit: _Started) -> _Extracted:
     decoded_rows: list[int] = []
     failed_samples: list[FailedSample] = []
     unread_samples: list[tuple[str, str]] = []
+    n_clipped = 0
     decode_s = forward_s = 0.0
     pending_results: list[PendingOutputs] = []
 
@@ -199,12 +201,14 @@ def _extract(started_unit: _Started) -> _Extracted:
         decoded_rows += batch.rows
         failed_samples += [_failure(job.samples[row], reason) for row, reason in batch.undecodable]
         unread_samples += [(job.samples[row].id, reason) for row, reason in batch.unread]
-        if job.strict and (failed_samples or unread_samples):
-            sample_id, reason = (
-                (failed_samples[0].id, failed_samples[0].reason)
-                if failed_samples
-                else unread_samples[0]
-            )
+        n_clipped += len(batch.clipped)
+        refused = [
+            (failed.id, failed.reason)
+            for failed in failed_samples
+            if not failed.reason.startswith(EMPTY_TILE)
+        ]
+        if job.strict and (refused or unread_samples):
+            sample_id, reason = (refused or unread_samples)[0]
             raise SourceError(
                 f"{sample_id}: {reason}. Strict extraction stops here; without it the image is "
                 "recorded."
@@ -235,6 +239,7 @@ def _extract(started_unit: _Started) -> _Extracted:
         decode_s,
         forward_s,
         0.0,
+        n_clipped,
     )
     return _Extracted(specs, features, [job.samples[row] for row in decoded_rows], report)
 

@@ -41,11 +41,12 @@ def read_array(
     are labels.
 
     `images` is a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C)
-    or (N, C, H, W); or a folder of idx files named as MNIST's are, whose labels are found beside
-    them and whose `split` is train or test. `key` names the array in a `.npz` or HDF5 file; it can
-    be left out where only one has such a shape. `labels` is another file of one of these kinds,
-    `labels_key` an array in it, or in the same file. ranged: whether the range of the pixels is
-    given, which floats and integers of other sizes than 8 and 16 bits do not have of themselves.
+    or (N, C, H, W), of any number of channels where the backbone names bands; or a folder of idx
+    files named as MNIST's are, whose labels are found beside them and whose `split` is train or
+    test. `key` names the array in a `.npz` or HDF5 file; it can be left out where only one has such
+    a shape. `labels` is another file of one of these kinds, `labels_key` an array in it, or in the
+    same file. ranged: whether the range of the pixels is given, which floats and integers of other
+    sizes than 8 and 16 bits do not have of themselves.
     Raises SourceError.
     """
     array_path = expand_home(images).absolute()
@@ -61,10 +62,11 @@ def read_array(
     if not _is_images(shape := _shape(array)):
         raise SourceError(
             f"{array_path}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, "
-            "C, H, W) with 1, 3 or 4 channels. One image in a file of its own is named by a table "
+            "C, H, W). One image in a file of its own is named by a table "
             "with a column path"
         )
-    if not ranged and not has_pixel_range(array.dtype):
+    # Of other bands each may have a range of its own, which the backbone says.
+    if not ranged and not has_pixel_range(array.dtype) and _has_usual_channels(shape):
         raise SourceError(
             f"{array_path}: pixels of type {array.dtype} have no range of their own; say which "
             "values are black and white: images.pixel_range: [0, 1] in the recipe (`headrace "
@@ -285,12 +287,18 @@ def _is_images(shape: tuple[int, ...]) -> bool:
         return False
     if len(shape) == 3:  # (H, W, 3) is one colour image, not many grey ones of three columns
         return not (shape[2] in (3, 4) and shape[1] > shape[2])
-    return len(shape) == 4 and (shape[3] in _IMAGE_CHANNELS or shape[1] in _IMAGE_CHANNELS)
+    return len(shape) == 4
+
+
+def _has_usual_channels(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 or shape[3] in _IMAGE_CHANNELS or shape[1] in _IMAGE_CHANNELS
 
 
 def _only_images(array_path: Path, file_kind: str) -> str:
     shapes = _shapes(array_path, file_kind)
     fitting_names = [name for name, shape in shapes.items() if _is_images(shape)]
+    usual_names = [name for name in fitting_names if _has_usual_channels(shapes[name])]
+    fitting_names = usual_names or fitting_names
     if len(fitting_names) != 1:
         listed_arrays = (
             ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no arrays"

@@ -1,4 +1,4 @@
-"""COCO annotations as labels of whole images."""
+"""COCO annotations as labels of whole images, or as rows with a box each."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,3 +49,38 @@ def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame
     return pd.DataFrame({"path": image_paths, "label": pd.Series(label_column, dtype=object)}), (
         note,
     )
+
+
+def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """One row per annotation: `path` (COCO's file_name), `label` (its category), and the columns x,
+    y, width and height of its box, with what was assumed.
+
+    Raises SourceError for annotations of images or categories that are not there.
+    """
+    try:
+        category_names = {
+            category["id"]: str(category["name"]) for category in values.get("categories") or []
+        }
+        image_paths = {image["id"]: str(image["file_name"]) for image in values["images"]}
+        annotations = values.get("annotations") or []
+        # regions of many objects, which COCO leaves out of its evaluation too
+        single = [annotation for annotation in annotations if not annotation.get("iscrowd")]
+        rows = [
+            (
+                image_paths[annotation["image_id"]],
+                category_names.get(annotation.get("category_id")),
+                *annotation["bbox"],
+            )
+            for annotation in single
+        ]
+        frame = pd.DataFrame(rows, columns=["path", "label", "x", "y", "width", "height"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"{table_path}: not COCO as expected: {type(error).__name__} {error}. Expected images "
+            "with id and file_name, and annotations with image_id, category_id and bbox (x, y, "
+            "width, height)"
+        ) from error
+    note = f"{table_path.name}: COCO; each of its {len(single):,} annotations is a row"
+    if len(single) < len(annotations):
+        note += f", less {len(annotations) - len(single):,} of crowds"
+    return frame, (note,)

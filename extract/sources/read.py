@@ -30,6 +30,7 @@ from headrace.extract.sources.formats import (
 )
 from headrace.extract.sources.layout import Layout
 from headrace.extract.sources.listing import Listing
+from headrace.extract.sources.regions import Boxes, Tiles, cut_tiles
 from headrace.extract.sources.tabular import (
     TableOptions,
     is_table,
@@ -60,6 +61,8 @@ class ImageSource:
     labels: Path | None = None
     labels_key: str | None = None
     pixel_range: tuple[float, float] | None = None  # of pixels of more than 8 bits
+    boxes: Boxes | Literal["auto", "none"] = "auto"  # of a table's rows
+    tiles: Tiles | None = None  # that images are cut into
 
 
 class SourceWarning(UserWarning):
@@ -67,7 +70,7 @@ class SourceWarning(UserWarning):
 
 
 def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
-    """List the images.
+    """List the images, or their boxes or tiles.
 
     labelled: labels are wanted, so that folders which could be classes or sides of a split, a class
     that would be missing whole, and pixels without a range are refused. Who predicts has a model
@@ -75,6 +78,18 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
 
     Raises SourceError for what cannot be read as asked.
     """
+    listing = _read_images(source, labelled=labelled)
+    if source.tiles is None:
+        return listing
+    if any("::crop:" in path for path in listing.samples["path"]):
+        raise SourceError(
+            f"{source.location}: tiles are cut from whole images, and its rows are boxes. Leave "
+            "one of images.tiles and images.boxes out"
+        )
+    return cut_tiles(listing, source.tiles)
+
+
+def _read_images(source: ImageSource, *, labelled: bool) -> Listing:
     location = source.location
     match source.kind:
         case "folder":
@@ -88,6 +103,7 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
                 source.root,
                 source.path_pattern,
                 source.exclude,
+                source.boxes,
             )
             return read_tables(location, options, labelled=labelled)
         case "archive":

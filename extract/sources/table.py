@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from headrace.cache.text import as_text, normalize_text
 from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import open_arrow
-from headrace.extract.sources.coco import coco_rows
+from headrace.extract.sources.coco import coco_boxes, coco_rows
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature, unread_format
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -49,8 +49,11 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def read_table_file(table_path: Path) -> Table:
-    """Read a table by what its name says it is. Raises SourceError when it cannot be read so."""
+def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
+    """Read a table by what its name says it is. Raises SourceError when it cannot be read so.
+
+    annotations: of COCO, a row is an annotation with its box, instead of an image.
+    """
     if not table_path.is_file():
         raise SourceError(
             missing_path_message(table_path, "a table: .csv, .tsv, .jsonl, .json or .parquet")
@@ -69,7 +72,7 @@ def read_table_file(table_path: Path) -> Table:
         if suffix in (".jsonl", ".ndjson"):
             return _read_json_lines(_read_text(table_path, compressed), table_path)
         if suffix == ".json":
-            return _read_json(_read_text(table_path, compressed), table_path)
+            return _read_json(_read_text(table_path, compressed), table_path, annotations)
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{table_path}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose "
@@ -274,10 +277,10 @@ def _parse_json(text: str, location: str) -> Any:
     return json.loads(text, object_pairs_hook=build)
 
 
-def _read_json(text: str, table_path: Path) -> Table:
+def _read_json(text: str, table_path: Path, annotations: bool) -> Table:
     values = _parse_json(text, str(table_path))
     if isinstance(values, dict) and isinstance(values.get("images"), list):
-        frame, notes = coco_rows(values, table_path)
+        frame, notes = (coco_boxes if annotations else coco_rows)(values, table_path)
         return Table(_clean(frame), notes=notes)
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
         return Table(_clean(pd.DataFrame(values, dtype=object)))

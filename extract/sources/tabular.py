@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -22,11 +22,13 @@ from headrace.extract.errors import (
     nearest_names,
 )
 from headrace.extract.images.byte_ranges import encode_path, locator_file, printable_name
+from headrace.extract.images.crops import Crop
 from headrace.extract.sources.archive import RESERVED_COLUMNS
 from headrace.extract.sources.folder import EXCLUDED_ENTRIES, image_paths
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, TABLE_SUFFIXES
 from headrace.extract.sources.layout import split_side
 from headrace.extract.sources.listing import Listing, Tally
+from headrace.extract.sources.regions import Boxes, find_boxes
 from headrace.extract.sources.table import Table, read_table_file
 
 # What people call the column that names the image, the likeliest first; `file_name` is Hugging
@@ -63,6 +65,7 @@ class TableOptions:
     root: str | Path | None = None
     path_pattern: str | None = None  # a path with columns in braces: train/{id}.jpg
     exclude: tuple[str, ...] = ()
+    boxes: Boxes | Literal["auto", "none"] = "auto"
 
 
 def read_tables(
@@ -87,7 +90,8 @@ def read_tables(
     has_several = len(table_paths) > 1
     common_folder = os.path.commonpath([table_path.parent for table_path in table_paths])
     for table_path in table_paths:
-        table_contents = read_table_file(table_path)
+        has_boxes = isinstance(options.boxes, Boxes)
+        table_contents = read_table_file(table_path, annotations=has_boxes)
         notes += table_contents.notes
         samples = _samples(table_path, table_contents, options, tally, notes, labelled)
         if split_sides is not None and "split" not in samples:
@@ -350,6 +354,18 @@ def _samples(
         locators = written_names.map(
             lambda value: _find(str(image_root), value), na_action="ignore"
         )
+    found_boxes = find_boxes(frame, options.boxes, table_path)
+    if found_boxes is not None:
+        crops, box_note = found_boxes
+        notes.append(box_note)
+        n_without = sum(crop is None for crop in crops)
+        if n_without and labelled:
+            tally.leave_out("rows without a box", count=n_without)
+        box_rows = pd.Series([crop is not None for crop in crops], index=frame.index)
+        written_names, locators = _crop_names(written_names, locators, crops)
+        if labelled:
+            frame = frame[box_rows]
+            written_names, locators = written_names[box_rows], locators[box_rows]
     id_column = options.id_column
     if id_column is None and "id" in frame.columns and image_column != "id":
         id_and_path = (
@@ -401,6 +417,27 @@ def _samples(
                 f"{table_path.name}: the first folders of the paths are the sides of a split"
             )
     return _leave_out(samples, table_path, tally, repeated=not labelled)
+
+
+def _crop_names(
+    written_names: pd.Series, locators: pd.Series, crops: Sequence[Crop | None]
+) -> tuple[pd.Series, pd.Series]:
+    """The ids and locators of boxes; missing where the image or the box is."""
+    box_names, box_locators = [
+        pd.Series(
+            [
+                None if crop is None or pd.isna(value) else write(str(value), crop)
+                for value, crop in zip(values, crops, strict=True)
+            ],
+            index=values.index,
+            dtype=object,
+        )
+        for values, write in (
+            (written_names, lambda name, crop: f"{name}#{crop}"),
+            (locators, lambda path, crop: crop.locator(path)),
+        )
+    ]
+    return box_names, box_locators
 
 
 def _image_column(

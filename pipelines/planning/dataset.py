@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from headrace.cache.text import as_text
 from headrace.extract.errors import as_yaml_list
+from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import read_source
@@ -36,6 +37,7 @@ from headrace.pipelines.recipe.targets import (
 )
 from headrace.pipelines.recipe.unit_targets import unit_targets
 
+_CROPPED_IMAGE = "image of the box or tile"  # a column of samples that are crops
 _EXCLUDED_NAMED = 20  # images in one message, to be copied from it
 
 
@@ -139,6 +141,11 @@ def make_dataset(
         )
     notes += alike_names(classes, "classes")
     groups = units = None
+    if "path" in labelled_samples and labelled_samples["path"].str.contains("::crop:").any():
+        # Boxes and tiles of one image are as alike as its copies
+        image_names = labelled_samples["path"].map(lambda path: split_crop(path)[0])
+        labelled_samples = labelled_samples.assign(**{_CROPPED_IMAGE: image_names})
+        groups = np.asarray(pd.factorize(image_names)[0], dtype=np.int64)
     for task_key, column_name in (("group", section.group), ("unit", section.unit)):
         if column_name is None:
             continue
@@ -312,7 +319,7 @@ def _copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) -
 
 
 def _group_column(section: TaskSection) -> str:
-    return str(section.group or section.unit)
+    return str(section.group or section.unit or _CROPPED_IMAGE)
 
 
 def _joined_groups(

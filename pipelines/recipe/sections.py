@@ -22,6 +22,35 @@ if TYPE_CHECKING:
     from headrace.extract.sources.read import ImageSource
 
 
+class BoxesSection(Section):
+    """The columns of a table that hold a box for each row."""
+
+    # default: x, y, width and height, or others that say what they are, such as xmin, ymin, xmax,
+    # ymax
+    columns: tuple[str, str, str, str] | None = None
+    # of these columns: left, top, width, height; both corners; or centre, width, height
+    format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"
+    # fraction: of the image's width and height; default: pixels, unless all numbers are from 0 to 1
+    unit: Literal["pixels", "fraction"] | None = None
+
+
+class TilesSection(Section):
+    """The grid that large images are cut into."""
+
+    size: pydantic.PositiveInt  # pixels of an edge
+    overlap: Annotated[int, pydantic.Field(ge=0)] = 0  # pixels that neighbours share
+    # what empty tiles are made of; white: 220 of 255 and more in every channel; black: 8 and less;
+    # nodata: 0, or no value
+    background: Literal["white", "black", "nodata"] | None = None
+    max_background: Share = 0.9  # a tile with a larger share of background is left out as empty
+
+    @pydantic.model_validator(mode="after")
+    def _overlap_is_smaller(self) -> "TilesSection":
+        if self.overlap >= self.size:
+            raise ValueError(f"overlap is {self.overlap}; expected less than size, {self.size}")
+        return self
+
+
 class Images(Section):
     """Where the images are: a folder per class, a table that names or holds them, archives, or an
     array file.
@@ -52,6 +81,10 @@ class Images(Section):
     # black and white of pixels of more than 8 bits, such as [0, 4095]; default: what the file's
     # format says
     pixel_range: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
+    # rows of a table that are boxes of images; auto: where it has the columns x, y, width and
+    # height, or the like; {} for COCO's annotations
+    boxes: BoxesSection | Literal["auto", "none"] = "auto"
+    tiles: TilesSection | None = None  # that each image is cut into
     # float32: images of more than 8 bits keep their depth until they are normalised; those of 8
     # bits are the same in both
     pixel_dtype: Literal["uint8", "float32"] = "uint8"
@@ -101,9 +134,16 @@ class Images(Section):
             )
             if location is not None
         )
-        options = self.model_dump(
-            exclude={"folder", "table", "tar", "zip", "array", "pixel_dtype", "nodata"}
-        )
+        from headrace.extract.sources.regions import Boxes, Tiles
+
+        other = {"folder", "table", "tar", "zip", "array", "pixel_dtype", "nodata"}
+        options = self.model_dump(exclude=other | {"boxes", "tiles"})
+        if isinstance(self.boxes, BoxesSection):
+            options["boxes"] = Boxes(**self.boxes.model_dump())
+        else:
+            options["boxes"] = self.boxes
+        if self.tiles is not None:
+            options["tiles"] = Tiles(**self.tiles.model_dump())
         return ImageSource(kind, location, **options)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.images.decoding import PixelRange, decode_image
+from headrace.extract.images.crops import crop_content, decode_picture, split_crop
+from headrace.extract.images.decoding import PixelRange
 
 SIDE = 144  # pixels
 # An image of no more pixels than this is enlarged, pixel by pixel, and looks like what it is.
@@ -41,10 +42,11 @@ class Thumbnails:
 
     def _make(self, content: str) -> str | None:
         try:
-            data = read_bytes(self.paths[content])
-            if hash_bytes(data) != content:
+            path = self.paths[content]
+            data = read_bytes(path)
+            if crop_content(hash_bytes(data), split_crop(path)[1]) != content:
                 return None
-            image = decode_image(data, self.pixel_range)
+            image = decode_picture(path, data, self.pixel_range)
         except (KeyError, OSError, ImageError):
             return None
         if max(image.size) <= _SMALL:

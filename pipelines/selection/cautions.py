@@ -16,8 +16,10 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
+from headrace.extract.images.crops import crop_content, split_crop
 from headrace.extract.images.decoding import PixelRange
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval
@@ -239,8 +241,8 @@ def _nearest_across(
 
 def _grey(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
     try:
-        return grey_signature(read_bytes(image_path), pixel_range)
-    except (OSError, HeadraceError):  # it has moved since, or is no image any more
+        return grey_signature(image_path, read_bytes(image_path), pixel_range)
+    except (OSError, HeadraceError, ImageError):  # it has moved since, or is no image any more
         return None
 
 
@@ -269,9 +271,9 @@ def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str |
             n_bytes += len(file_bytes)
             if n_bytes > LOOKED_BYTES:
                 break
-            content_hash = hash_bytes(file_bytes)
+            content_hash = crop_content(hash_bytes(file_bytes), split_crop(image_path)[1])
             if content_hash not in grey_by_content:
-                grey_by_content[content_hash] = grey_signature(file_bytes)
+                grey_by_content[content_hash] = grey_signature(image_path, file_bytes)
                 image_names.append(str(image_name))
                 side_of_image.append(
                     str(row_index)

@@ -15,7 +15,8 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
-from headrace.extract.images.decoding import PixelRange, decode_image, open_image
+from headrace.extract.images.crops import decode_picture, split_crop
+from headrace.extract.images.decoding import PixelRange, open_image
 
 SIGNATURE = 16  # pixels
 _THREADS = 4
@@ -67,20 +68,25 @@ def signatures(
 
 def _signature(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
     try:
-        return grey_signature(read_bytes(image_path), pixel_range)
+        return grey_signature(image_path, read_bytes(image_path), pixel_range)
     except (OSError, ImageError):
         return None
 
 
-def grey_signature(data: bytes, pixel_range: PixelRange | None = None) -> npt.NDArray[np.uint8]:
-    """Return a grey copy (256,) of 16 x 16 pixels of an image file. Raises ImageError."""
-    return np.asarray(_small_grey(data, pixel_range), np.uint8).ravel()
+def grey_signature(
+    image_path: str, data: bytes, pixel_range: PixelRange | None = None
+) -> npt.NDArray[np.uint8]:
+    """Return a grey copy (256,) of 16 x 16 pixels of an image. data: the bytes that its path gives.
+
+    Raises ImageError.
+    """
+    return np.asarray(_small_grey(image_path, data, pixel_range), np.uint8).ravel()
 
 
-def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
+def _small_grey(image_path: str, data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     size = (SIGNATURE, SIGNATURE)
     # A JPEG decodes at an eighth of its size in a fraction of the time.
-    if data.startswith(b"\xff\xd8"):
+    if data.startswith(b"\xff\xd8") and split_crop(image_path)[1] is None:
         try:
             with open_image(data) as image:
                 image.draft("L", (8 * SIGNATURE, 8 * SIGNATURE))
@@ -89,7 +95,8 @@ def _small_grey(data: bytes, pixel_range: PixelRange | None) -> Image.Image:
                 )
         except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
             pass
-    return decode_image(data, pixel_range).convert("L").resize(size, Image.Resampling.BOX)
+    picture = decode_picture(image_path, data, pixel_range)
+    return picture.convert("L").resize(size, Image.Resampling.BOX)
 
 
 def _load(

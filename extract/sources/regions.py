@@ -1,0 +1,207 @@
+"""Rows that are parts of images: boxes that a table gives, and tiles of large images."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+
+from headrace.extract.errors import SourceError
+from headrace.extract.images.bands import upright_size
+from headrace.extract.images.byte_ranges import is_locator, locator_file, read_bytes
+from headrace.extract.images.crops import Background, Crop
+from headrace.extract.sources.listing import Listing
+
+BoxFormat = Literal["xywh", "xyxy", "cxcywh"]  # as torchvision's BoundingBoxFormat
+
+# Names of the four columns that say by themselves that they are a box, and its format.
+_KNOWN_COLUMNS: dict[tuple[str, str, str, str], BoxFormat] = {
+    ("x", "y", "width", "height"): "xywh",
+    ("x", "y", "w", "h"): "xywh",
+    ("x1", "y1", "x2", "y2"): "xyxy",
+    ("xmin", "ymin", "xmax", "ymax"): "xyxy",
+    ("x_min", "y_min", "x_max", "y_max"): "xyxy",
+    ("cx", "cy", "width", "height"): "cxcywh",
+}
+BACKGROUNDS = get_args(Background)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The columns of a table that hold a box for each row."""
+
+    # None: x, y, width, height and others that say what they are
+    columns: tuple[str, str, str, str] | None = None
+    format: BoxFormat = "xywh"  # of these columns
+    # fraction: of the image's width and height; None: pixels, unless all numbers are from 0 to 1
+    unit: Literal["pixels", "fraction"] | None = None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The grid that large images are cut into, in pixels of the upright image.
+
+    The last tile of a row ends where the image does, and overlaps its neighbour by more.
+    """
+
+    size: int
+    overlap: int = 0
+    # white: 220 of 255 and more in every channel; black: 8 and less; nodata: 0 or no value
+    background: Background | None = None
+    max_background: float = 0.9  # a tile with a larger share of background is empty
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a grid that cannot be."""
+        if self.size < 1 or not 0 <= self.overlap < self.size:
+            raise ValueError(
+                f"tiles of {self.size} pixels that overlap by {self.overlap}: expected a size of "
+                "at least 1, and an overlap below it"
+            )
+        if self.background is not None and self.background not in BACKGROUNDS:
+            raise ValueError(
+                f"background is {self.background!r}; expected one of {', '.join(BACKGROUNDS)}"
+            )
+
+
+def find_boxes(
+    frame: pd.DataFrame, boxes: Boxes | Literal["auto", "none"], table_path: Path
+) -> tuple[list[Crop | None], str] | None:
+    """The box of each row of a table, None where a row has none, and what was taken for it; None
+    for a table of whole images.
+
+    Raises SourceError for columns that are not there, and for numbers that are no boxes.
+    """
+    if boxes == "none":
+        return None
+    asked = Boxes() if boxes == "auto" else boxes
+    columns, box_format = asked.columns, asked.format
+    if columns is None:
+        known = [names for names in _KNOWN_COLUMNS if set(names) <= set(frame.columns)]
+        if boxes == "auto" and not known:
+            return None
+        columns = known[0] if known else ("x", "y", "width", "height")
+        box_format = _KNOWN_COLUMNS[columns]
+    if absent := [name for name in columns if name not in frame.columns]:
+        raise SourceError(
+            f"{table_path}: no column {', '.join(map(repr, absent))} for the boxes. Name them: "
+            "images.boxes: {columns: [x, y, width, height]}. The columns are: "
+            f"{', '.join(map(str, frame.columns))}."
+        )
+    text = frame[list(columns)]
+    numbers = text.apply(pd.to_numeric, errors="coerce")
+    is_wrong = (numbers.isna() & text.notna()) | np.isinf(numbers)
+    if is_wrong.to_numpy().any():
+        row, column = np.argwhere(is_wrong.to_numpy())[0]
+        raise SourceError(
+            f"{table_path}, row {row + 1}: {columns[column]} is {text.iat[row, column]!r}; "
+            "expected the number of a box. For whole images: images.boxes: none"
+        )
+    values = numbers.to_numpy(np.float64)
+    is_whole = ~np.isnan(values).any(axis=1)
+    known_values = values[is_whole]
+    unit = asked.unit or _unit_of(known_values)
+    left, top, width, height = _left_top_width_height(values, box_format)
+    if (is_negative := is_whole & ((width < 0) | (height < 0))).any():
+        row = int(is_negative.argmax())
+        raise SourceError(
+            f"{table_path}, row {row + 1}: a box with a negative width or height, as {box_format} "
+            f"({', '.join(columns)} = {', '.join(f'{value:g}' for value in values[row])}). Say "
+            f"what the columns are: images.boxes: {{columns: [{', '.join(columns)}], format: "
+            f"{'xywh' if box_format == 'xyxy' else 'xyxy'}}}"
+        )
+    crops = [
+        Crop(box[0], box[1], box[2], box[3], unit) if whole else None
+        for box, whole in zip(
+            np.stack([left, top, width, height], axis=1).tolist(), is_whole, strict=True
+        )
+    ]
+    note = (
+        f"{table_path.name}: each row is the box {', '.join(columns)} of an image ({box_format}, "
+        f"{'shares of its width and height' if unit == 'fraction' else 'pixels'}; images.boxes)"
+    )
+    return crops, note
+
+
+def _unit_of(values: "np.ndarray[Any, np.dtype[np.float64]]") -> Literal["pixels", "fraction"]:
+    """Pixels, but for a table all of whose numbers are from 0 to 1: boxes below one pixel are none.
+
+    Judged over the whole table, for a small box in pixels may be a box in fractions too.
+    """
+    is_fraction = values.size > 0 and bool(((values >= 0) & (values <= 1)).all())
+    return "fraction" if is_fraction else "pixels"
+
+
+def _left_top_width_height(
+    values: "np.ndarray[Any, np.dtype[np.float64]]", box_format: BoxFormat
+) -> tuple[Any, Any, Any, Any]:
+    first, second, third, fourth = values.T
+    if box_format == "xyxy":
+        return first, second, third - first, fourth - second
+    if box_format == "cxcywh":
+        return first - third / 2, second - fourth / 2, third, fourth
+    return first, second, third, fourth
+
+
+def cut_tiles(listing: Listing, tiles: Tiles) -> Listing:
+    """The tiles of each image instead of it, in rows: its columns, the id `ID#x,y`, and a locator.
+
+    An image whose size cannot be read stays one row, and is told of when it is decoded.
+    """
+    rows: list[int] = []
+    names: list[str] = []
+    paths: list[str] = []
+    for row, (name, path) in enumerate(
+        zip(listing.samples["id"], listing.samples["path"], strict=True)
+    ):
+        crops = _tiles_of(str(path), tiles)
+        rows += [row] * max(len(crops), 1)
+        names += [f"{name}#{crop.left:g},{crop.top:g}" for crop in crops] or [str(name)]
+        paths += [crop.locator(str(path)) for crop in crops] or [str(path)]
+    samples = listing.samples.iloc[rows].reset_index(drop=True)
+    samples["id"], samples["path"] = pd.Series(names, dtype=object), pd.Series(paths, dtype=object)
+    n_images = len(listing.samples)
+    overlap = f", {tiles.overlap} of them shared" if tiles.overlap else ""
+    note = (
+        f"{n_images:,} images are cut into {len(samples):,} tiles of {tiles.size} pixels{overlap} "
+        "(images.tiles); the tiles of an image have its label, and stay on one side of every split"
+    )
+    return replace(
+        listing,
+        samples=samples,
+        found=listing.found + len(samples) - n_images,
+        notes=(*listing.notes, note),
+    )
+
+
+def _tiles_of(path: str, tiles: Tiles) -> list[Crop]:
+    try:
+        if is_locator(path):
+            width, height = upright_size(io.BytesIO(read_bytes(path)))
+        else:
+            with open(locator_file(path), "rb") as file:
+                width, height = upright_size(file)
+    except Exception:  # noqa: BLE001 - whatever is wrong with it, its decoder says when it is decoded
+        return []
+    stride = tiles.size - tiles.overlap
+    return [
+        Crop(
+            left,
+            top,
+            min(tiles.size, width),
+            min(tiles.size, height),
+            background=tiles.background,
+            max_background=tiles.max_background if tiles.background else 1.0,
+        )
+        for top in _starts(height, tiles.size, stride)
+        for left in _starts(width, tiles.size, stride)
+    ]
+
+
+def _starts(length: int, size: int, stride: int) -> Sequence[int]:
+    """Where tiles begin on an axis: every `stride`, and once more so that the last ends it."""
+    if length <= size:
+        return (0,)
+    return (*range(0, length - size, stride), length - size)

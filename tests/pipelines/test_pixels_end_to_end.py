@@ -1,0 +1,150 @@
+"""Bands, boxes and tiles from a recipe to predictions, a fine-tuned network and an export."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from PIL import Image
+from rich.console import Console
+from support.models import run_here
+
+from headrace.extract.images.crops import Crop
+from headrace.heads.results import read_bank
+from headrace.pipelines.export.write import export_model
+from headrace.pipelines.models.model import load_model
+from headrace.pipelines.predict.bulk import predict_table
+from headrace.pipelines.predict.listing import list_images
+from headrace.pipelines.recipe.load import load_recipe
+from headrace.pipelines.recipe.text import RecipeError
+
+RNG = np.random.default_rng(0)
+NETWORK = 'name: "timm:test_resnet", weights: "random:0", image_size: 32, crop_fraction: 1.0'
+TASK = "task: {folds: 2, test_fraction: 0.25}\n"
+HEADS = "heads: {logistic: {C: [1], inputs: [each]}}\ncompute: {workers: 1}\n"
+
+
+def scene(path: Path, label: int) -> None:
+    """A picture of five bands of 16 bits, whose second tells its class."""
+    values = RNG.integers(200, 1200, (24, 24, 5), dtype=np.uint16)
+    values[:, :, 1] += 2500 * label
+    tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig")
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on 24 scenes, with a network that is fine-tuned."""
+    folder = tmp_path_factory.mktemp("bands")
+    for number in range(24):
+        target = folder / "scenes" / f"class{number % 2}"
+        target.mkdir(parents=True, exist_ok=True)
+        scene(target / f"{number}.tif", number % 2)
+    (folder / "bands.yaml").write_text(
+        "images: {folder: scenes, pixel_range: [0, 10000]}\n" + TASK + "backbones:\n"
+        f"  - {{{NETWORK}, bands: [2, 1, 3, 5], taps: [layer1.avg]}}\n"
+        + HEADS
+        + "finetune: {epochs: 1, top_k: 1, batch_size: 8}\n"
+    )
+    run_here(folder / "bands.yaml")
+    scene(folder / "new.tif", 1)
+    return folder
+
+
+def test_a_head_on_five_bands_predicts_and_is_exported(bands: Path, tmp_path: Path) -> None:
+    """From a file, an array and an array with its channels first; as ONNX with four channels."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = load_model(bands / "headrace-runs" / "bands")
+    new = bands / "new.tif"
+    values = tifffile.imread(new)
+    expected = model.predict_proba(str(new))
+    assert expected[0].argmax() == 1
+    np.testing.assert_array_equal(
+        model.predict_proba([values, np.moveaxis(values, 2, 0)])[1:], expected
+    )
+    np.testing.assert_array_equal(model.predict_proba(values[None]), expected)
+    export_model(model, tmp_path / "exported", ["onnx", "safetensors"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "exported" / "model.onnx"))
+    (graph_input,) = session.get_inputs()
+    assert (graph_input.shape[1:], graph_input.type) == ([32, 32, 4], "tensor(float)")
+    namespace: dict[str, object] = {"__name__": "preprocess"}
+    exec((tmp_path / "exported" / "preprocess.py").read_text(), namespace)
+    pixels = namespace["load"](new)  # type: ignore[operator]
+    (graph_output,) = session.run(None, {graph_input.name: pixels[None]})
+    np.testing.assert_allclose(graph_output, expected, atol=1e-5)
+    again = load_model(tmp_path / "exported")
+    np.testing.assert_allclose(again.predict_proba(str(new)), expected, atol=1e-6)
+
+
+def test_a_network_of_four_channels_is_fine_tuned(bands: Path, tmp_path: Path) -> None:
+    """Its file says so; it is loaded, predicts and is exported."""
+    (model_folder,) = (bands / "headrace-runs" / "bands" / "finetune" / "models").iterdir()
+    network = load_model(model_folder)
+    assert network.preprocessing.bands == (2, 1, 3, 5)
+    expected = network.predict_proba(str(bands / "new.tif"))
+    export_model(network, tmp_path / "exported", ["onnx", "safetensors"])
+    again = load_model(tmp_path / "exported")
+    np.testing.assert_allclose(again.predict_proba(str(bands / "new.tif")), expected, atol=1e-6)
+
+
+def test_boxes_of_a_table(tmp_path: Path) -> None:
+    """A class per box: rows of one image stay on one side, boxes are predicted with their ids."""
+    rows = []
+    for number in range(16):
+        values = RNG.integers(0, 60, (40, 80, 3), dtype=np.uint8)
+        for column, label in enumerate(("dark", "light")):
+            left = 40 * column
+            values[:, left : left + 40] += np.uint8(150 * column)
+            rows.append((f"{number}.png", left, 0, 45 if column else 40, 40, label))
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    table = pd.DataFrame(rows, columns=["path", "x", "y", "width", "height", "label"])
+    table.to_csv(tmp_path / "boxes.csv", index=False)
+    (tmp_path / "boxes.yaml").write_text(
+        "images: {table: boxes.csv}\n"
+        + TASK
+        + f"backbones: [{{{NETWORK}, taps: [layer1.avg]}}]\n"
+        + HEADS
+    )
+    run_here(tmp_path / "boxes.yaml")
+    run = tmp_path / "headrace-runs" / "boxes"
+    (bank_file,) = (run / "banks").rglob("*.h5")
+    bank = read_bank(bank_file)
+    folds_of_image: dict[str, set[int]] = {}
+    for row_id, fold in zip(bank.ids, bank.fold, strict=True):
+        folds_of_image.setdefault(row_id.split("#")[0], set()).add(int(fold))
+    assert len(folds_of_image) == 12
+    assert all(len(folds) == 1 for folds in folds_of_image.values())
+    model = load_model(run)
+    images = list_images([tmp_path / "boxes.csv"]).samples
+    predict_table(model, images, tmp_path / "p.csv", "csv", console=Console(quiet=True))
+    predicted = pd.read_csv(tmp_path / "p.csv")
+    assert list(predicted["file"])[:2] == ["0.png#0,0,40,40", "0.png#40,0,45,40"]
+    assert (predicted["prediction"] == table["label"]).mean() > 0.9
+    path = str(tmp_path / "3.png")
+    np.testing.assert_allclose(
+        model.predict_proba([Crop(40, 0, 40, 40).locator(path)]),
+        model.predict_proba([Image.open(path).crop((40, 0, 80, 40))]),
+        atol=1e-6,
+    )
+
+
+def test_a_recipe_says_what_goes_together(tmp_path: Path) -> None:
+    for text, said in (
+        ("bands: [1, 2], mean: [0.5]", "mean has 1 values; expected 2, one for each of the bands"),
+        ("mean: [0.5, 0.5]", "mean has 2 values; expected 3"),
+        ("band_ranges: [[0, 1], [0, 1], [0, 1]]", "band_ranges goes with bands"),
+        ("bands: [0]", "greater than 0"),
+    ):
+        (tmp_path / "r.yaml").write_text(
+            "images: {folder: x}\n" + TASK + f"backbones: [{{{NETWORK}, {text}}}]\n" + HEADS
+        )
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text(
+        "images: {folder: x, tiles: {size: 8, overlap: 8}}\n"
+        + TASK
+        + f"backbones: [{{{NETWORK}}}]\n"
+        + HEADS
+    )
+    with pytest.raises(RecipeError, match="overlap is 8; expected less than size, 8"):
+        load_recipe(tmp_path / "r.yaml")
