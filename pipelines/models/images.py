@@ -26,6 +26,7 @@ from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import array_bytes, encode_path, read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
+from headrace.extract.images.crops import crop_content, split_crop
 from headrace.extract.images.decoding import PixelRange, pillow_raw_mode, to_rgb
 from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
 from headrace.extract.images.views import Augmentation
@@ -441,8 +442,10 @@ def _render_into(
     slot: int,
 ) -> None:
     try:
+        crop = split_crop(image)[1] if isinstance(image, str) else None
         decode, content_hash = _image_decoder(image, _most_bands(renderings))
-        render_into_buffers(decode, content_hash, renderings, pixel_buffers, slot)
+        content_hash = crop_content(content_hash, crop)
+        render_into_buffers(decode, content_hash, renderings, pixel_buffers, slot, crop)
     except (ImageError, OSError) as error:
         failure_reason = (
             error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -9,10 +9,14 @@ import tifffile
 from PIL import Image
 from rich.console import Console
 from support.models import run_here
+from support.networks import make_case
 
 from headrace.extract.images.crops import Crop
+from headrace.extract.spec import BackboneSpec
+from headrace.heads.data.task import REFIT
 from headrace.heads.results import read_bank
 from headrace.pipelines.export.write import export_model
+from headrace.pipelines.finetune.task import FoldJob, train_fold
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.predict.bulk import predict_table
 from headrace.pipelines.predict.listing import list_images
@@ -34,7 +38,7 @@ def scene(path: Path, label: int) -> None:
 
 @pytest.fixture(scope="module")
 def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on 24 scenes, with a network that is fine-tuned."""
+    """A run on 24 scenes."""
     folder = tmp_path_factory.mktemp("bands")
     for number in range(24):
         target = folder / "scenes" / f"class{number % 2}"
@@ -42,9 +46,7 @@ def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scene(target / f"{number}.tif", number % 2)
     (folder / "bands.yaml").write_text(
         "images: {folder: scenes, pixel_range: [0, 10000]}\n" + TASK + "backbones:\n"
-        f"  - {{{NETWORK}, bands: [2, 1, 3, 5], taps: [layer1.avg]}}\n"
-        + HEADS
-        + "finetune: {epochs: 1, top_k: 1, batch_size: 8}\n"
+        f"  - {{{NETWORK}, bands: [2, 1, 3, 5], taps: [layer1.avg]}}\n" + HEADS
     )
     run_here(folder / "bands.yaml")
     scene(folder / "new.tif", 1)
@@ -76,15 +78,22 @@ def test_a_head_on_five_bands_predicts_and_is_exported(bands: Path, tmp_path: Pa
     np.testing.assert_allclose(again.predict_proba(str(new)), expected, atol=1e-6)
 
 
-def test_a_network_of_four_channels_is_fine_tuned(bands: Path, tmp_path: Path) -> None:
-    """Its file says so; it is loaded, predicts and is exported."""
-    (model_folder,) = (bands / "headrace-runs" / "bands" / "finetune" / "models").iterdir()
-    network = load_model(model_folder)
-    assert network.preprocessing.bands == (2, 1, 3, 5)
-    expected = network.predict_proba(str(bands / "new.tif"))
-    export_model(network, tmp_path / "exported", ["onnx", "safetensors"])
+@pytest.mark.usefixtures("one_thread")
+def test_a_network_of_two_bands_is_fine_tuned(tmp_path: Path) -> None:
+    """From its pixels, in 32-bit floats: its file is loaded, predicts, and is exported."""
+    backbone = BackboneSpec(
+        "timm:test_resnet", "random:0", image_size=64, crop_fraction=1.0, bands=(3, 1)
+    )
+    case = make_case(tmp_path, backbone=backbone)
+    job = case.job(backbone=backbone, train_above="all", cut=None)
+    train_fold(FoldJob(job, REFIT, epochs=1))
+    network = load_model(job.model)
+    assert network.preprocessing.bands == (3, 1)
+    photos = [str(path) for path in sorted((tmp_path / "photos").rglob("*.png"))[:3]]
+    expected = network.predict_proba(photos)
+    export_model(network, tmp_path / "exported", ["torch", "safetensors"])
     again = load_model(tmp_path / "exported")
-    np.testing.assert_allclose(again.predict_proba(str(bands / "new.tif")), expected, atol=1e-6)
+    np.testing.assert_allclose(again.predict_proba(photos), expected, atol=1e-6)
 
 
 def test_boxes_of_a_table(tmp_path: Path) -> None:
@@ -119,7 +128,7 @@ def test_boxes_of_a_table(tmp_path: Path) -> None:
     predict_table(model, images, tmp_path / "p.csv", "csv", console=Console(quiet=True))
     predicted = pd.read_csv(tmp_path / "p.csv")
     assert list(predicted["file"])[:2] == ["0.png#0,0,40,40", "0.png#40,0,45,40"]
-    assert (predicted["prediction"] == table["label"]).mean() > 0.9
+    assert (predicted["class"] == table["label"]).mean() > 0.9
     path = str(tmp_path / "3.png")
     np.testing.assert_allclose(
         model.predict_proba([Crop(40, 0, 40, 40).locator(path)]),
