@@ -82,6 +82,11 @@ class RunPaths:
         return self.root / "signatures.npz"
 
     @property
+    def map_places(self) -> Path:
+        """Places of the images on the report's map by UMAP: they only save time."""
+        return self.root / "map.npz"
+
+    @property
     def banks(self) -> Path:
         return self.root / "banks"
 

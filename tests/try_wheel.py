@@ -21,7 +21,7 @@ assert importlib.resources.files("headrace.cache").joinpath("FORMAT.md").is_file
 )
 
 for asset in ("page.html.j2", "report.css", "report.js"):
-    assert importlib.resources.files("headrace.pipelines.report").joinpath(asset).is_file(), (
+    assert importlib.resources.files("headrace.pipelines.report.page").joinpath(asset).is_file(), (
         f"the wheel lost {asset}"
     )
 

@@ -12,17 +12,22 @@ from headrace.pipelines.console import make_console
 
 
 def report_command(
-    run: Annotated[
-        Path,
+    runs: Annotated[
+        list[Path],
         typer.Argument(
-            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME.",
+            metavar="RUN [OTHER]",
+            help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME. "
+            "With a second one, the page compares the two.",
             autocompletion=complete_runs,
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="The page to write; default: report.html in the run's directory."
+            "--out",
+            "-o",
+            help="The page to write; default: report.html in the run's directory, "
+            "compare-OTHER.html for two.",
         ),
     ] = None,
     tables: Annotated[
@@ -32,6 +37,10 @@ def report_command(
             help="Also write every table of the page as CSV and Parquet, in a folder beside it.",
         ),
     ] = False,
+    pictures: Annotated[
+        int,
+        typer.Option(help="How many images of the map have a picture; about 2 kB each.", min=0),
+    ] = 3000,
     watts: Annotated[
         float | None,
         typer.Option(
@@ -41,8 +50,8 @@ def report_command(
     trust_code: TrustOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page about a run: leaderboard, mistakes as pictures, leaks,
-    cost, recipe.
+    """Write one self-contained HTML page about a run: leaderboard, a map of the images, mistakes as
+    pictures, leaks, cost, recipe. Or about two: what changed between them.
 
     The page opens from the disk, without a server or a network.
 
@@ -50,8 +59,21 @@ def report_command(
     """
     from headrace.pipelines.number_format import bytes_text
     from headrace.pipelines.report.build import write_report
+    from headrace.pipelines.report.compare import write_comparison
 
-    report = write_report(run, out, tables=tables, watts=watts, trust_code=trust_code or ())
+    if len(runs) > 2:
+        raise typer.BadParameter(
+            f"{len(runs)} runs are given: expected one, or two to compare. Type: headrace report "
+            f"{runs[0]} {runs[1]}"
+        )
+    trusted = trust_code or ()
+    report = (
+        write_comparison(runs[0], runs[1], out, tables=tables, trust_code=trusted)
+        if len(runs) == 2
+        else write_report(
+            runs[0], out, tables=tables, watts=watts, pictures=pictures, trust_code=trusted
+        )
+    )
     if json_output:
         from headrace.pipelines.cli.json_output import ReportOutput, print_json
 

@@ -4,57 +4,49 @@ asked, the tables.
 
 import datetime
 import importlib.metadata
-import io
 import shlex
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from headrace.cache.atomic_io import publish_replace
-from headrace.cache.errors import HeadraceError
-from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun, read_finished_run
 from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
-from headrace.pipelines.report.blocks import Headline, Section, Table, tables_of
 from headrace.pipelines.report.cost import cost_section, seconds_text
 from headrace.pipelines.report.data import data_section
+from headrace.pipelines.report.embedding import map_section
 from headrace.pipelines.report.evaluation import test_section
+from headrace.pipelines.report.image_quality import measured_frame, quality_section
+from headrace.pipelines.report.judged import judged_sides, known_of_images
 from headrace.pipelines.report.leaders import leaderboard_section, metric_title, taps_section
 from headrace.pipelines.report.leakage import leakage_section
 from headrace.pipelines.report.networks import network_sections
 from headrace.pipelines.report.outcome import predictions_section
-from headrace.pipelines.report.page import render_page
+from headrace.pipelines.report.page.blocks import Headline, Note, Section
+from headrace.pipelines.report.page.thumbnails import Thumbnails
 from headrace.pipelines.report.provenance import provenance_section
-from headrace.pipelines.report.selected_model import find_selected
+from headrace.pipelines.report.selected_model import (
+    SelectedModel,
+    TestPredictions,
+    find_selected,
+    test_predictions,
+)
 from headrace.pipelines.report.selection_and_advice import (
     advice_section,
     choice_section,
     ensemble_section,
     expected_text,
 )
+from headrace.pipelines.report.slices import slices_section
+from headrace.pipelines.report.small_copies import SmallCopies, make_small_copies
 from headrace.pipelines.report.suspects import suspects_section
-from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.report.write import Report, require_ours, write_page
 from headrace.pipelines.run_directory import require_writable
 
-_TITLE = "headrace report: "
-
-
-class ReportThere(HeadraceError, FileExistsError):
-    """A file is there that no report wrote; it is not replaced."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was written."""
-
-    page: Path
-    bytes: int
-    tables: tuple[Path, ...]
-    missing_images: int  # thumbnails whose image is gone or has changed
+MAX_PICTURES = 3000  # on the map: about 1.5 kB each
 
 
 def write_report(
@@ -63,12 +55,14 @@ def write_report(
     *,
     tables: bool = False,
     watts: float | None = None,
+    pictures: int = MAX_PICTURES,
     trust_code: Collection[str] = (),
 ) -> Report:
     """Write the page of a finished run to `out`, by default report.html in its directory.
 
     run: its directory, or the recipe that made it. tables: also every table of the page as CSV and
-    Parquet, in a folder beside it. watts: what the machine draws while it works. trust_code:
+    Parquet, in a folder beside it. watts: what the machine draws while it works. pictures: how many
+    images of the map have a picture. trust_code:
     "module:name" of code that may be imported to predict the test images again, beside what the
     recipe names where the run is given by it; otherwise the page says what is missing. A page and
     tables of an earlier report are replaced. Raises NotARun, NoWinner, RunReadOnly, OSError;
@@ -80,40 +74,54 @@ def write_report(
         require_writable(
             finished_run.paths, f"headrace report {shlex.quote(str(run))} --out report.html"
         )
-    _require_ours(page_path)
-    image_paths = {} if isinstance(finished_run.images, str) else finished_run.images.image_paths
-    thumbnails = Thumbnails(image_paths, finished_run.recipe.images.pixel_range)
-    sections = make_sections(finished_run, thumbnails, watts)
-    page_text = render_page(
-        f"{_TITLE}{finished_run.paths.root.name}",
+    require_ours(page_path)
+    thumbnails = run_thumbnails(finished_run)
+    sections = make_sections(finished_run, thumbnails, watts, pictures)
+    return write_page(
+        page_path,
+        finished_run.paths.root.name,
         _made_text(finished_run),
         make_headline(finished_run),
         sections,
+        tables=tables,
+        missing_images=thumbnails.missing,
     )
-    page_path.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(page_path)
-    page_exists = page_path.exists()
-    publish_replace(page_path, page_text.encode("utf-8", "replace"))
-    table_paths = (
-        write_tables(page_path.with_name(f"{page_path.stem}-tables"), sections, replace=page_exists)
-        if tables
-        else ()
-    )
-    return Report(page_path, page_path.stat().st_size, table_paths, thumbnails.missing)
+
+
+def run_thumbnails(run: FinishedRun) -> Thumbnails:
+    """Pictures of the run's images; none where the images are gone."""
+    image_paths = {} if isinstance(run.images, str) else run.images.image_paths
+    return Thumbnails(image_paths, run.recipe.images.pixel_range)
 
 
 def make_sections(
-    run: FinishedRun, thumbnails: Thumbnails, watts: float | None
+    run: FinishedRun, thumbnails: Thumbnails, watts: float | None, max_pictures: int = MAX_PICTURES
 ) -> tuple[Section, ...]:
-    """The page's sections, in its order."""
+    """The page's sections, in its order. max_pictures: of the map."""
+    selected = find_selected(run)
+    tested = test_predictions(run, selected)
+    sides = judged_sides(run, tested)
+    known = known_of_images(run, sides)
+    copies = make_small_copies(
+        thumbnails.paths, _pictured(known, max_pictures), thumbnails.pixel_range
+    )
+    measured = measured_frame(copies)
     return (
         leaderboard_section(run),
         taps_section(run),
         predictions_section(run),
-        test_section(run),
+        map_section(
+            run,
+            known.merge(measured, left_on="content", right_index=True, how="left"),
+            copies.by_content,
+            _map_notes(selected, tested, copies),
+        ),
+        test_section(run, selected, tested),
         choice_section(run),
         suspects_section(run, thumbnails),
+        slices_section(run, sides, measured),
         leakage_section(run, thumbnails),
+        quality_section(run, known, copies, measured, thumbnails),
         data_section(run),
         *network_sections(run),
         ensemble_section(run),
@@ -121,6 +129,39 @@ def make_sections(
         cost_section(run, watts),
         provenance_section(run),
     )
+
+
+def _pictured(known: pd.DataFrame, max_pictures: int) -> list[str]:
+    """The images that get a picture on the map: mistakes, at most half of all; then any, drawn at
+    random.
+    """
+    rng = np.random.default_rng(0)
+    contents = known["content"].to_numpy(str)
+    wrong = np.flatnonzero(known.get("outcome", pd.Series("", index=known.index)) == "wrong")
+    drawn = np.concatenate(
+        [rng.permutation(wrong)[: max_pictures // 2], rng.permutation(len(known))]
+    )
+    return list(dict.fromkeys(contents[drawn].tolist()))[:max_pictures]
+
+
+def _map_notes(
+    selected: SelectedModel, tested: TestPredictions | str, copies: SmallCopies
+) -> list[Note]:
+    notes = []
+    if isinstance(tested, str) and selected.test_evaluation is not None:
+        notes.append(Note(f"Test images are not on the map: {tested}."))
+    if copies.unreadable:
+        notes.append(
+            Note(
+                f"{copies.unreadable:,} images have no picture: they are gone, have changed, or "
+                "cannot be read."
+            )
+        )
+    if copies.not_read:
+        notes.append(
+            Note(f"{copies.not_read:,} more pictures were left out: 2 GB of files were read.")
+        )
+    return notes
 
 
 def make_headline(run: FinishedRun) -> Headline:
@@ -185,74 +226,6 @@ def make_headline(run: FinishedRun) -> Headline:
             ("time", seconds_text(float(stages["seconds"].sum())), "all calls of this run together")
         )
     return Headline(tuple(headline_values))
-
-
-def _require_ours(page_path: Path) -> None:
-    if not page_path.exists():
-        return
-    remedy = (
-        f"Give another name with --out, such as {page_path.with_name('headrace-report.html')}, or "
-        "move it away"
-    )
-    if not page_path.is_file():
-        raise ReportThere(
-            f"{page_path} is a folder, or no file of the disk; expected the name of a page. "
-            f"{remedy}"
-        )
-    with page_path.open("rb") as page_file:
-        if _TITLE.encode() not in page_file.read(4096):
-            raise ReportThere(
-                f"{page_path} is there, and headrace report did not write it: it is not replaced. "
-                f"{remedy}"
-            )
-
-
-def write_tables(
-    folder: Path, sections: Sequence[Section], *, replace: bool = False
-) -> tuple[Path, ...]:
-    """Every table as NAME.csv and NAME.parquet; returns the paths.
-
-    replace: files of these names are known for an earlier report's. Else only both of a pair are;
-    raises ReportThere for one alone.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for table_name in () if replace else tables_of(tuple(sections)):
-        existing_pair = [
-            table_path
-            for suffix in ("csv", "parquet")
-            if (table_path := folder / f"{table_name}.{suffix}").exists()
-        ]
-        if len(existing_pair) == 1:
-            raise ReportThere(
-                f"{existing_pair[0]} is there, and headrace report did not write it: it is not "
-                "replaced. Move it away"
-            )
-    table_paths = []
-    for table_name, table in tables_of(tuple(sections)).items():
-        table_frame = plain_frame(table)
-        parquet_file = io.BytesIO()
-        table_frame.to_parquet(parquet_file, index=False)
-        for suffix, file_content in (
-            ("csv", table_frame.to_csv(index=False).encode("utf-8", "replace")),
-            ("parquet", parquet_file.getvalue()),
-        ):
-            table_path = folder / f"{table_name}.{suffix}"
-            remove_temporaries(table_path)
-            publish_replace(table_path, file_content)
-            table_paths.append(table_path)
-    return tuple(table_paths)
-
-
-def plain_frame(table: Table) -> pd.DataFrame:
-    """The table's columns, in full precision. A confusion matrix has its classes as headings."""
-    column_frame = table.frame[[column.name for column in table.columns]]
-    return (
-        column_frame.set_axis(
-            [column_frame.columns[0], *(column.title for column in table.columns[1:])], axis=1
-        )
-        if table.shade
-        else column_frame
-    )
 
 
 def _made_text(run: FinishedRun) -> str:

@@ -10,7 +10,7 @@ from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import bytes_text
-from headrace.pipelines.report.blocks import Block, Column, Facts, Note, Section, Table
+from headrace.pipelines.report.page.blocks import Block, Column, Facts, Note, Section, Table
 
 # What the Green Algorithms calculator takes where the processor is not known (Lannelongue, Grealey
 # and Inouye 2021, Advanced Science 8:2100707): watts of a busy core, of a GPU, and of a gigabyte of
@@ -66,6 +66,7 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
                 table_columns,
                 by_stage,
                 sortable=False,
+                wide=True,
             ),
             Note(assumption_text),
         ]
@@ -76,7 +77,9 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
             Column("did", "did"),
             Column("seconds", "seconds", "seconds"),
         )
-        cost_blocks.append(Table("calls", "Every stage of every call", table_columns, call_frame))
+        cost_blocks.append(
+            Table("calls", "Every stage of every call", table_columns, call_frame, wide=True)
+        )
     cost_blocks.append(_bytes_table(run))
     return Section(
         "cost", "Cost", "What this run has taken, and what it keeps on disk.", tuple(cost_blocks)
@@ -159,6 +162,7 @@ def _bytes_table(run: FinishedRun) -> Table:
         f"On disk: {bytes_text(total_bytes)} (other runs use the same features)",
         table_columns,
         pd.DataFrame(size_rows),
+        wide=True,
     )
 
 

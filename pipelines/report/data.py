@@ -11,8 +11,8 @@ import pandas as pd
 from headrace.heads.data.task import Task
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import read_table
-from headrace.pipelines.report import figures
-from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
+from headrace.pipelines.report.page import figures
+from headrace.pipelines.report.page.blocks import Block, Column, Facts, Figure, Note, Section, Table
 
 # Where the largest class has this many times the images of the smallest, accuracy says little about
 # the small one.

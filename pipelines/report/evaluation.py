@@ -12,15 +12,19 @@ from headrace.heads.data.task import REFIT
 from headrace.heads.kinds import spec_from_json
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.recipe.settings_text import settings_text
-from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.outcome import outcome_blocks
-from headrace.pipelines.report.selected_model import SelectedModel, find_selected, test_predictions
+from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
+from headrace.pipelines.report.selected_model import SelectedModel, TestPredictions
 
 
-def test_section(run: FinishedRun) -> Section:
-    """The selected model's test score, every evaluation on record, and its confusions there."""
-    selected = find_selected(run)
+def test_section(
+    run: FinishedRun, selected: SelectedModel, tested: TestPredictions | str
+) -> Section:
+    """The selected model's test score, every evaluation on record, and its confusions there.
+
+    tested: as `test_predictions` of the selected model.
+    """
     evaluation = selected.test_evaluation
     frame = _evaluations_table(run)
     if evaluation is None:
@@ -34,13 +38,11 @@ def test_section(run: FinishedRun) -> Section:
     if frame is not None:
         blocks.append(frame)
     blocks.append(_metric_table(run, selected, result["metrics"]))
-    made = test_predictions(run, selected)
-    if isinstance(made, str):
-        blocks.append(Note(f"No confusions of the test split: {made}."))
+    if isinstance(tested, str):
+        blocks.append(Note(f"No confusions of the test split: {tested}."))
     else:
-        target, predicted = made
         blocks += outcome_blocks(
-            run.task_kind, run.classes, target, predicted, "test", selected.name
+            run.task_kind, run.classes, tested.target, tested.predicted, "test", selected.name
         )
     shown = (
         ""

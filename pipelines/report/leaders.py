@@ -7,8 +7,16 @@ from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.planning.leaderboard import inputs_text
-from headrace.pipelines.report import figures
-from headrace.pipelines.report.blocks import Block, Column, Figure, Format, Note, Section, Table
+from headrace.pipelines.report.page import figures
+from headrace.pipelines.report.page.blocks import (
+    Block,
+    Column,
+    Figure,
+    Format,
+    Note,
+    Section,
+    Table,
+)
 
 SHARES = frozenset({"accuracy", "balanced_accuracy", "hamming_accuracy"})
 _FIGURE_INPUTS = 40

@@ -8,8 +8,16 @@ from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
-from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
-from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.report.page.blocks import (
+    Block,
+    Column,
+    Gallery,
+    Note,
+    Picture,
+    Section,
+    Table,
+)
+from headrace.pipelines.report.page.thumbnails import Thumbnails
 from headrace.pipelines.selection.cautions import (
     FEATURES_ALIKE,
     PIXELS_ALIKE,
@@ -230,4 +238,10 @@ def _pair_picture(
     alt_texts = tuple(
         f"{pair[f'{pair_end}_id']}, {pair[f'{pair_end}_side']}" for pair_end in ("first", "second")
     )
-    return Picture(picture_uris, alt_texts, f"{alt_texts[0]} · {alt_texts[1]}", caption_lines)
+    paths = tuple(
+        thumbnails.paths.get(str(content_hashes[int(str(pair[pair_end]))]), "")
+        for pair_end in ("first", "second")
+    )
+    return Picture(
+        picture_uris, alt_texts, f"{alt_texts[0]} · {alt_texts[1]}", caption_lines, paths
+    )

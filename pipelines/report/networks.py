@@ -2,12 +2,18 @@
 was decided.
 """
 
+from typing import Any
+
 import pandas as pd
 
+from headrace.cache.errors import HeadraceError
+from headrace.heads.data.task import REFIT
+from headrace.heads.evaluate.metrics import sign
+from headrace.heads.results import read_bank
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
-from headrace.pipelines.report.blocks import Block, Column, Note, Section, Table
-from headrace.pipelines.report.leaders import metric_title
+from headrace.pipelines.report.leaders import metric_format, metric_title
+from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
 from headrace.pipelines.report.selection_and_advice import read_json
 
 _LEAD = (
@@ -29,7 +35,7 @@ def network_sections(run: FinishedRun) -> tuple[Section, ...]:
         return ()
     try:
         blocks = _network_blocks(
-            run, pd.DataFrame([_record_row(record) for record in found.values()])
+            run, pd.DataFrame([_record_row(run, key, record) for key, record in found.items()])
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = (
@@ -40,21 +46,36 @@ def network_sections(run: FinishedRun) -> tuple[Section, ...]:
     return (Section("networks", "Head against networks", _LEAD, blocks),)
 
 
-def _record_row(record: dict[str, object]) -> dict[str, object]:
+def _record_row(run: FinishedRun, key: str, record: dict[str, Any]) -> dict[str, object]:
     inputs = record.get("inputs")
+    network = _network_score(run, key)
+    gain = record.get("gain")
     return {
         "approach": record.get("label", ""),
         "inputs": " + ".join(map(str, inputs)) if isinstance(inputs, list) else "",
         "settings": record.get("settings", ""),
+        "network": network,
+        # The gain is measured on the same rows, so this is the score of the very head.
+        "head": None if gain is None else network - sign(run.metric) * gain,
         **{name: record.get(name) for name in ("gain", "gain_low", "gain_high", "seconds")},
         "decision": record["decision"],
         "reason": record.get("reason", ""),
     }
 
 
+def _network_score(run: FinishedRun, key: str) -> float:
+    """The network's mean over validation folds; nan where it was not trained, or is gone."""
+    try:
+        table = read_bank(run.paths.finetune_result(key)).table
+    except (HeadraceError, OSError):
+        return float("nan")
+    return float(table.loc[table["fold"] != REFIT, run.metric].mean())
+
+
 def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
-    numbers = ("gain", "gain_low", "gain_high", "seconds")
+    numbers = ("network", "head", "gain", "gain_low", "gain_high", "seconds")
     frame = frame.astype(dict.fromkeys(numbers, float))
+    title, shown = metric_title(run.metric), metric_format(run.metric)
     columns = (
         Column(
             "decision",
@@ -64,14 +85,16 @@ def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
         Column("approach", "approach"),
         Column("inputs", "inputs"),
         Column("settings", "settings"),
+        Column("network", f"network's {title}", shown, "mean over the validation folds"),
+        Column("head", f"its head's {title}", shown, "of the head that it started from"),
         Column(
             "gain",
             "gain over its head",
-            "number",
-            f"in {metric_title(run.metric)}, mean over folds; positive is better",
+            shown,
+            "the difference of the two before it; positive is better",
         ),
-        Column("gain_low", "95 % from", "number"),
-        Column("gain_high", "to", "number"),
+        Column("gain_low", "95 % from", shown, "paired, on the same images"),
+        Column("gain_high", "to", shown),
         Column("seconds", "seconds", "seconds", "of training, all folds together"),
         *((Column("reason", "reason"),) if (frame["reason"] != "").any() else ()),
     )

@@ -12,11 +12,22 @@ import pandas as pd
 
 from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.pipelines.finished import FinishedRun
-from headrace.pipelines.report import figures
-from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
+from headrace.pipelines.report.curves import curve_set
 from headrace.pipelines.report.leaders import metric_format, metric_title
+from headrace.pipelines.report.page import figures
+from headrace.pipelines.report.page.blocks import (
+    Block,
+    Column,
+    Facts,
+    Figure,
+    Matrix,
+    Note,
+    Section,
+    Table,
+)
 
-# A matrix of more classes than this is a picture, with its largest entries as a table.
+# A matrix of more classes than this is a picture to walk over, beside a table of its largest
+# entries.
 MATRIX_CLASSES = 15
 BINS = 15  # as the calibration error's
 
@@ -103,17 +114,15 @@ def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Bloc
                 "warning",
             ),
         ]
-    return [
-        facts,
-        _reliability_figure(
-            run.task_kind,
-            target,
-            calibrated_predictions,
-            "validation",
-            "the winner at its temperature",
-            "calibrated",
-        ),
-    ]
+    figure = _reliability_figure(
+        run.task_kind,
+        target,
+        calibrated_predictions,
+        "validation",
+        "the winner at its temperature",
+        "calibrated",
+    )
+    return [figure, facts]  # the figure stands beside that without the temperature
 
 
 def outcome_blocks(
@@ -133,11 +142,13 @@ def outcome_blocks(
         return [
             *_confusion_blocks(classes, target, predicted, split_name, model_name),
             _class_table(classes, target, predicted, split_name, model_name),
+            *_curve_blocks(task_kind, classes, target, predicted, split_name, model_name),
             _reliability_figure(task_kind, target, predicted, split_name, model_name),
         ]
     if task_kind == "multi":
         return [
             _label_table(classes, target, predicted, split_name),
+            *_curve_blocks(task_kind, classes, target, predicted, split_name, model_name),
             _reliability_figure(task_kind, target, predicted, split_name, model_name),
         ]
     return _regression_blocks(classes, target, predicted, split_name)
@@ -204,22 +215,46 @@ def _confusion_blocks(
         confusion_frame,
         search=True,
     )
-    alt_text = (
-        f"Confusion matrix of {C} classes as a colour map; the confusions are in the table below."
+    recall = _safe_ratio(np.diag(confusion_counts), confusion_counts.sum(1))
+    matrix = Matrix(
+        f"matrix-{split_name}",
+        f"Confusion matrix of {C} classes, {split_name} images: rows are what the label says, "
+        f"columns what {model_name} says",
+        classes,
+        confusion_counts,
+        (
+            ("confused classes side by side", _confused_order(confusion_counts)),
+            ("worst recall first", np.argsort(recall, kind="stable")),
+            ("by name", np.arange(C)),
+            ("most images first", np.argsort(-confusion_counts.sum(1), kind="stable")),
+        ),
     )
-    svg_text = figures.heat_map(
-        confusion_counts / np.maximum(confusion_counts.sum(1, keepdims=True), 1),
-        xlabel="predicted class",
-        ylabel="actual class",
-    )
-    return [
-        Figure(
-            svg_text,
-            alt_text,
-            f"Confusion matrix, {split_name} images; classes in alphabetical order.",
-            confusion_table,
-        )
-    ]
+    return [confusion_table, matrix]
+
+
+def _confused_order(confusion_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """An order of the classes in which those that are taken for each other are neighbours: the
+    leaves of their average linkage, by the share of images that are confused.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    shares = confusion_counts / np.maximum(confusion_counts.sum(1, keepdims=True), 1)
+    distance = 1 - np.minimum(shares + shares.T, 1)
+    np.fill_diagonal(distance, 0)
+    return np.asarray(leaves_list(linkage(squareform(distance, checks=False), "average")), np.int64)
+
+
+def _curve_blocks(
+    task_kind: str,
+    classes: tuple[str, ...],
+    target: npt.NDArray[Any],
+    predicted: npt.NDArray[Any],
+    split_name: str,
+    model_name: str,
+) -> list[Block]:
+    made = curve_set(task_kind, classes, target, predicted, split_name, model_name)
+    return [made] if made.curves else []
 
 
 def _class_table(
@@ -248,6 +283,8 @@ def _class_table(
             "auc": [score("multi", one_hot[:, [i]], predicted[:, [i]], "auc") for i in range(C)],
         }
     )
+    if C > MATRIX_CLASSES:
+        class_frame = class_frame.sort_values(["recall", "class"], ignore_index=True)
     table_columns = (
         Column("class", "class"),
         Column("images", "images", "count"),
@@ -266,7 +303,8 @@ def _class_table(
     )
     return Table(
         f"classes-{split_name}",
-        f"Class by class, {split_name} images",
+        f"Class by class, {split_name} images"
+        + (", the worst recall first" if C > MATRIX_CLASSES else ""),
         table_columns,
         class_frame,
         search=C > MATRIX_CLASSES,

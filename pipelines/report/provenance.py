@@ -9,13 +9,11 @@ import yaml
 
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import bytes_text
-from headrace.pipelines.report.blocks import Block, Code, Column, Facts, Note, Section, Table
+from headrace.pipelines.report.page.blocks import Block, Code, Column, Facts, Note, Section, Table
 
 
 def provenance_section(run: FinishedRun) -> Section:
     """The section."""
-    values = run.recipe.model_dump(mode="json", exclude_none=True)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
     facts = (
         ("run", str(run.paths.root.absolute())),
         ("features", str(run.recipe.cache)),
@@ -25,12 +23,18 @@ def provenance_section(run: FinishedRun) -> Section:
     )
     blocks: list[Block] = [
         Facts(facts),
-        Code("The recipe, with every default", text),
+        Code("The recipe, with every default", recipe_text(run)),
         *_machine_blocks(run),
         *_feature_blocks(run),
     ]
     lead = "With the same recipe, images and versions, headrace run gives these numbers again."
     return Section("provenance", "Recipe, versions, fingerprints", lead, tuple(blocks))
+
+
+def recipe_text(run: FinishedRun) -> str:
+    """The run's recipe as YAML, with every default."""
+    values = run.recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _machine_blocks(run: FinishedRun) -> list[Block]:

@@ -4,13 +4,13 @@ it did on the test split.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.side_columns import taps_of
+from headrace.heads.data.task import Task
 from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.predict import floor_of
@@ -90,11 +90,20 @@ def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
     ]
 
 
-def test_predictions(
-    run: FinishedRun, selected: SelectedModel
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | str:
-    """The targets (n, ...) and the selected model's predictions (n, C) that its evaluation has
-    scored: of the test images, or of their units.
+@dataclass(frozen=True)
+class TestPredictions:
+    """What the selected model predicts of the test split, as its evaluation on record did."""
+
+    test: Task
+    # (n, ...) and (n, C) that the evaluation has scored: of the test images, or of their units
+    target: npt.NDArray[Any]
+    predicted: npt.NDArray[Any]
+    # (N, C) of the test images one by one; of units' images without the temperature
+    of_images: npt.NDArray[Any]
+
+
+def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictions | str:
+    """The selected model's predictions of the test split.
 
     Only for a model whose evaluation is on record, on the very rows of that record: nothing new
     is learned of the test split. Otherwise the reason why not.
@@ -109,24 +118,29 @@ def test_predictions(
         return f"the test images have changed since {selected.name} was shown them"
     shown = evaluation["winner"]
     try:
-        if selected.ensemble is not None:
+        if selected.ensemble is None:
+            model = _recorded_model(run, shown)
+            temperature = evaluation.get("temperature", 1.0)
+            floor = floor_of(shown["spec"], test.kind, len(test.classes))
+        else:
             members = [
                 WeightedModel(
                     member["weight"], member.get("temperature", 1.0), _recorded_model(run, member)
                 )
                 for member in shown["ensemble"]
             ]
-            predict = partial(predict_average, members, test=test, trust_code=run.trust_code)
-            return scored_predictions(test, predict, shown["temperature"], FLOOR)
-        model = _recorded_model(run, shown)
-        floor = floor_of(shown["spec"], test.kind, len(test.classes))
-
-        def predict_alone(temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-            return model.predict_rows(test, temperature=temperature, trust_code=run.trust_code)
-
-        return scored_predictions(test, predict_alone, evaluation.get("temperature", 1.0), floor)
+            temperature, floor = shown["temperature"], FLOOR
+        # Images of units are predicted without it, and the units together given it.
+        of_images = 1.0 if test.units is not None else temperature
+        predictions = (
+            model.predict_rows(test, temperature=of_images, trust_code=run.trust_code)
+            if selected.ensemble is None
+            else predict_average(members, of_images, test=test, trust_code=run.trust_code)
+        )
+        scored = scored_predictions(test, lambda _: predictions, temperature, floor)
     except (HeadraceError, OSError, KeyError) as error:
         return f"the predictions of the test images cannot be made again: {error}"
+    return TestPredictions(test, *scored, predictions[1])
 
 
 def _recorded_model(run: FinishedRun, recorded: Found) -> ModelRef:

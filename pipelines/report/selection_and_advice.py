@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import level_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
-from headrace.pipelines.report import figures
-from headrace.pipelines.report.blocks import Block, Column, Facts, Figure, Note, Section, Table
 from headrace.pipelines.report.leaders import metric_format, metric_title
+from headrace.pipelines.report.page import figures
+from headrace.pipelines.report.page.blocks import Block, Column, Facts, Figure, Note, Section, Table
 
 Found = Mapping[str, Any]
 
@@ -174,6 +175,14 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
     comparison_frame["statistically_tied"] = (
         comparison_frame["statistically_tied"].fillna(False).astype(bool)
     )
+    # The interval is of each pair alone; the verdict, of all pairs together. Where they differ, a
+    # bare "tied" would contradict the interval beside it.
+    alone = comparison_frame.get("low", pd.Series(0.0, index=comparison_frame.index)) > 0
+    comparison_frame["verdict"] = np.select(
+        [~comparison_frame["statistically_tied"], alone],
+        ["behind", "behind by this pair alone, tied among all"],
+        "tied",
+    )
     table_columns = (
         Column("rank", "rank", "count"),
         Column("inputs", "inputs"),
@@ -185,7 +194,7 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
             "number",
             f"in {metric_title(run.metric)}, on the same images",
         ),
-        Column("low", "95 % from", "number"),
+        Column("low", "95 % from", "number", "of this pair alone"),
         Column("high", "to", "number"),
         Column(
             "p_corrected",
@@ -193,7 +202,13 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
             "number",
             "that it is as good as the winner, corrected for the number of comparisons",
         ),
-        Column("statistically_tied", "tied", "yes", "whether it may be the truly best one (95 %)"),
+        Column(
+            "verdict",
+            "verdict",
+            hint="tied: it may be the truly best one (95 %, corrected for the best having been "
+            "picked from all of them); behind by this pair alone: its own interval excludes 0, and "
+            "so many comparisons give such a one by chance",
+        ),
     )
     present_columns = tuple(
         column for column in table_columns if column.name in comparison_frame.columns
@@ -205,7 +220,7 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
             "Every setting against the winner",
             present_columns,
             comparison_frame,
-            filters=("statistically_tied", "kind"),
+            filters=("verdict", "kind"),
             search=True,
         ),
     ]

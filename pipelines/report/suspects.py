@@ -9,9 +9,17 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.pipelines.finished import FinishedRun
-from headrace.pipelines.report.blocks import Block, Column, Gallery, Note, Picture, Section, Table
 from headrace.pipelines.report.label_errors import likely_errors_by_label, likely_label_errors
-from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.report.page.blocks import (
+    Block,
+    Column,
+    Gallery,
+    Note,
+    Picture,
+    Section,
+    Table,
+)
+from headrace.pipelines.report.page.thumbnails import Thumbnails
 
 SHOWN = 24
 
@@ -287,6 +295,7 @@ def _make_pictures(
                 (f"Image {position + 1}: {alt_text}",),
                 str(row_values["id"]),
                 caption_lines,
+                thumbnails.paths_of(str(content_hash)),
             )
         )
     return tuple(pictures)

@@ -46,7 +46,7 @@ from headrace.pipelines.models.torch_graph import GraphInput, pixels_of
 from headrace.pipelines.planning.networks import backbone_spec
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.recipe.load import load_recipe
-from headrace.pipelines.report.thumbnails import Thumbnails
+from headrace.pipelines.report.page.thumbnails import Thumbnails
 from headrace.pipelines.selection.signatures import signatures
 
 CURE = r"no range of their own.*images\.pixel_range: \[0, 1\].*pixel_range=\(0, 1\)"

@@ -27,9 +27,9 @@ from headrace.pipelines.cluster.tls import TLSFolder, require_own_folder, write_
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.predict.tables import TableBlock, table_writer
 from headrace.pipelines.recipe.load import load_recipe
-from headrace.pipelines.report.blocks import Column, Headline, Section, Table
-from headrace.pipelines.report.build import ReportThere, _require_ours, write_tables
-from headrace.pipelines.report.page import render_page
+from headrace.pipelines.report.page.blocks import Column, Headline, Section, Table
+from headrace.pipelines.report.page.render import render_page
+from headrace.pipelines.report.write import ReportThere, require_ours, write_tables
 from headrace.pipelines.trackers import mlflow_uri
 
 
@@ -77,12 +77,12 @@ def test_predict_replaces_its_own_tables_alone(tmp_path, name, recorded):
     if recorded:
         about.write_text('{"model_digest": "x"}')
     if name == "files.csv":  # a table of predictions of no image
-        bulk._require_ours(out, about, parts)
+        bulk.require_ours(out, about, parts)
         return
     with pytest.raises(
         bulk.PredictionsThere, match=r"did not write it.*--out, such as .*predictions\."
     ):
-        bulk._require_ours(out, about, parts)
+        bulk.require_ours(out, about, parts)
     assert out.read_bytes() == TABLES[name]
 
 
@@ -96,36 +96,36 @@ def test_predict_knows_its_own_tables(tmp_path, kind, task):
     with table_writer(out, kind, task, ('a "b"', "c,d", "error", "é")) as write:
         write(TableBlock(["x.png", "y.png"], np.eye(2, 4, dtype=np.float32), [None, "broken"]))
     if task != "regression" or kind == "jsonl":
-        bulk._require_ours(out, about, parts)
+        bulk.require_ours(out, about, parts)
     else:
         with pytest.raises(bulk.PredictionsThere):
-            bulk._require_ours(out, about, parts)
+            bulk.require_ours(out, about, parts)
     about.write_text('{"model_digest": "x"}')
-    bulk._require_ours(out, about, parts)
+    bulk.require_ours(out, about, parts)
 
 
 def test_predict_keeps_what_stands_where_its_record_goes(tmp_path):
     """`labels.csv.json` of somebody else, and what is no file."""
     (tmp_path / "t.csv.json").write_text('{"mine": 1}')
     with pytest.raises(bulk.PredictionsThere, match=r"t\.csv\.json is there"):
-        bulk._require_ours(tmp_path / "t.csv", tmp_path / "t.csv.json", tmp_path / "t.csv.parts")
+        bulk.require_ours(tmp_path / "t.csv", tmp_path / "t.csv.json", tmp_path / "t.csv.parts")
     with pytest.raises(bulk.PredictionsThere, match="neither a table"):
-        bulk._require_ours(Path("/dev/null"), tmp_path / "null.json", tmp_path / "null.parts")
+        bulk.require_ours(Path("/dev/null"), tmp_path / "null.json", tmp_path / "null.parts")
 
 
 def test_a_report_replaces_reports_alone(tmp_path):
     """Its page is known by its title, its tables by standing in pairs."""
     page = tmp_path / "page.html"
-    _require_ours(page)
+    require_ours(page)
     page.write_text(render_page("headrace report: x", "made", Headline(()), ()))
-    _require_ours(page)
+    require_ours(page)
     page.write_text("<!doctype html><title>mine</title>")
     with pytest.raises(
         ReportThere, match=r"did not write it.*--out, such as .*headrace-report\.html"
     ):
-        _require_ours(page)
+        require_ours(page)
     with pytest.raises(ReportThere, match="is a folder"):
-        _require_ours(tmp_path)
+        require_ours(tmp_path)
     table = Table("t", "", (Column("a", "a", "number"),), pd.DataFrame({"a": [1]}))
     sections = (Section("s", "S", "", (table,)),)
     (tmp_path / "t.csv").write_text("mine")

@@ -17,14 +17,14 @@ from support.runs import headrace
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record, write_record
-from headrace.pipelines.report.blocks import Column, Headline, Section, Table, plain_text
 from headrace.pipelines.report.build import write_report
 from headrace.pipelines.report.label_errors import (
     confident_classes,
     likely_errors_by_label,
     likely_label_errors,
 )
-from headrace.pipelines.report.page import format_cell, render_page
+from headrace.pipelines.report.page.blocks import Column, Headline, Section, Table, plain_text
+from headrace.pipelines.report.page.render import format_cell, render_page
 from headrace.pipelines.report.selection_and_advice import (
     advice_section,
     choice_section,
@@ -353,13 +353,10 @@ def test_cells_are_written_for_people():
     assert format_cell(1234567, "count") == "1,234,567"
     assert (
         format_cell(0.5, "number"),
-        format_cell(1e-5, "number"),
+        format_cell(-2.58e-6, "number"),  # among numbers of four digits
+        format_cell(-2.58e-6, "small"),
         format_cell(12345.678, "number"),
-    ) == (
-        "0.5000",
-        "1.00e-5",
-        "12,345.7",
-    )
+    ) == ("0.5000", "0.0000", "-2.58e-6", "12,345.7")
     assert (format_cell(None, "share"), format_cell(True, "yes"), format_cell(1536, "bytes")) == (
         "–",
         "yes",

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 # What neither XML nor a reader can do with: control characters, lone surrogates, and marks that
@@ -15,8 +17,9 @@ import pandas as pd
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]"
 )
-# How a number is written: `page.py` and `report.js` know these, and write them alike.
-Format = Literal["text", "count", "share", "number", "seconds", "bytes", "yes"]
+# How a number is written: `render.py` and `report.js` know these, and write them alike. A "number"
+# has four digits; "small" has an exponent, and is what a column of numbers below 0.001 becomes.
+Format = Literal["text", "count", "share", "number", "small", "seconds", "bytes", "yes"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Picture:
     alt: tuple[str, ...]
     title: str
     lines: tuple[tuple[str, str], ...]  # what, value
+    paths: tuple[str, ...] = ()  # the file of each image, where it is known
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,86 @@ class Code:
     text: str
 
 
-Block = Table | Figure | Gallery | Facts | Headline | Note | Code
+@dataclass(frozen=True)
+class Layout:
+    """A place on the plane for points of a map: x and y, (n, 2) uint16 with y upwards.
+
+    rows: (n,) positions of these points among the map's, None for all of them.
+    """
+
+    title: str
+    places: npt.NDArray[np.uint16]
+    rows: npt.NDArray[np.uint32] | None = None
+
+
+@dataclass(frozen=True)
+class Colouring:
+    """What points can be coloured by: a word, or a number, of each point."""
+
+    title: str
+    # (N,) positions in `words`, or steps from `low` to `high`; NO_VALUE where there is none
+    codes: npt.NDArray[np.uint16]
+    words: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+
+
+NO_VALUE = 65_535  # in the codes of a colouring
+STEPS = 65_534  # the code of a colouring's `high`
+
+
+@dataclass(frozen=True)
+class PointMap:
+    """N images as points, to colour, to hover over and to select."""
+
+    name: str
+    caption: str
+    layouts: tuple[Layout, ...]
+    colourings: tuple[Colouring, ...]
+    ids: tuple[str, ...]
+    pictures: tuple[bytes | None, ...] = ()  # a small WebP file of each point, or nothing at all
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One class against the rest: what each threshold finds, highest threshold first.
+
+    thresholds: (T,) float32; found, false: (T,) images at or above it that are of the class, and
+    that are not.
+    """
+
+    name: str
+    thresholds: npt.NDArray[np.float32]
+    found: npt.NDArray[np.uint32]
+    false: npt.NDArray[np.uint32]
+    positives: int
+    negatives: int
+    auc: float
+    average_precision: float
+
+
+@dataclass(frozen=True)
+class CurveSet:
+    """ROC and precision-recall curves with a threshold to move, a class at a time."""
+
+    name: str
+    caption: str
+    curves: tuple[Curve, ...]
+    chosen: int = 0  # the curve that is shown first
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Counts of C classes against each other, to walk over: rows are what the label says."""
+
+    name: str
+    caption: str
+    classes: tuple[str, ...]
+    counts: npt.NDArray[np.int64]  # (C, C)
+    orders: tuple[tuple[str, npt.NDArray[np.int64]], ...]  # what, and the (C,) classes in it
+
+
+Block = Table | Figure | Gallery | Facts | Headline | Note | Code | PointMap | CurveSet | Matrix
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from headrace.pipelines.report.blocks import plain_text
+from headrace.pipelines.report.page.blocks import plain_text
 
 WIDTH = 360  # CSS pixels
 # Colours that stand in the drawing for the page's variables. Series are Okabe and Ito's, which

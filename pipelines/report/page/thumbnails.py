@@ -13,9 +13,10 @@ from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.crops import crop_content, decode_picture, split_crop
 from headrace.extract.images.decoding import PixelRange
 
-SIDE = 144  # pixels
+SIDE = 384  # pixels: shown small, and enlarged by a click
 # An image of no more pixels than this is enlarged, pixel by pixel, and looks like what it is.
 _SMALL = 48
+_ENLARGED_SIDE = 144  # pixels that such an image is given
 
 
 @dataclass
@@ -40,6 +41,10 @@ class Thumbnails:
             self.missing += self._made[content] is None
         return self._made[content]
 
+    def paths_of(self, content: str) -> tuple[str, ...]:
+        """The file of an image, as one value or none, for `Picture.paths`."""
+        return (self.paths[content],) if content in self.paths else ()
+
     def _make(self, content: str) -> str | None:
         try:
             path = self.paths[content]
@@ -50,7 +55,7 @@ class Thumbnails:
         except (KeyError, OSError, ImageError):
             return None
         if max(image.size) <= _SMALL:
-            scale = SIDE // max(image.size)
+            scale = _ENLARGED_SIDE // max(image.size)
             image = image.resize(
                 (image.width * scale, image.height * scale), Image.Resampling.NEAREST
             )

@@ -7,10 +7,10 @@ script, by its hash.
 
 import base64
 import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from importlib.resources import files
@@ -18,18 +18,22 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from headrace.pipelines.number_format import bytes_text
-from headrace.pipelines.report.blocks import (
+from headrace.pipelines.report.page.blocks import (
     Column,
+    CurveSet,
     Format,
     Headline,
+    Matrix,
     Note,
+    PointMap,
     Section,
     Table,
     plain_text,
 )
+from headrace.pipelines.report.page.packing import packed, script_json
 
 # A table of at most so many columns stands beside another on a wide screen.
 _NARROW = 7
@@ -37,11 +41,13 @@ _NARROW = 7
 # of `--tables`.
 MAX_ROWS = 20_000
 _NONE = "–"
+_SCRIPTS = ("report.js", "pictures.js", "points.js", "curves.js", "matrix.js")
 
 
 def render_page(title: str, made: str, headline: Headline, sections: Sequence[Section]) -> str:
     """The page. made: one line that says when, by what and from what."""
-    style_text, script_text = _read_asset("report.css"), _read_asset("report.js")
+    style_text = _read_asset("report.css")
+    script_text = f'"use strict";\n(() => {{\n{"".join(map(_read_asset, _SCRIPTS))}start();\n}})();'
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -65,6 +71,11 @@ def render_page(title: str, made: str, headline: Headline, sections: Sequence[Se
         script=Markup(script_text),
         script_hash=base64.b64encode(hashlib.sha256(script_text.encode()).digest()).decode(),
         table=_TableView,
+        prose=prose,
+        map_data=_map_data,
+        curve_data=_curve_data,
+        matrix_data=_matrix_data,
+        base64=lambda content: base64.b64encode(content).decode(),
         safe=Markup,
         kind=lambda block: type(block).__name__,
     )
@@ -74,6 +85,11 @@ def _finalize(value: Any) -> Any:
     return value if isinstance(value, Markup) or not isinstance(value, str) else plain_text(value)
 
 
+def prose(text: str) -> Markup:
+    """A sentence, escaped, with what stands between back-quotes set as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(plain_text(text)))))
+
+
 class _TableView:
     """A table as the template and the script see it: values as JSON knows them, written alike by
     both.
@@ -81,9 +97,12 @@ class _TableView:
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.columns = table.columns
         self.total = len(table.frame)
         self.values = [_column_values(table, column) for column in table.columns]
+        self.columns = [
+            _shown_column(column, values)
+            for column, values in zip(table.columns, self.values, strict=True)
+        ]
         self.rows = len(self.values[0]) if self.values else 0
         self.interactive = table.sortable and self.rows > 1
         self.paged = self.interactive and self.rows > table.page
@@ -115,39 +134,103 @@ class _TableView:
     def data(self) -> Markup:
         """The rows for the script, safe inside a <script> element."""
         row_switch = self.table.switch
-        table_content = {
-            "columns": [
-                {"name": column.name, "title": plain_text(column.title), "format": column.format}
-                for column in self.columns
-            ],
-            "values": [_packed_words(values) for values in self.values],
-            "rows": self.rows,
-            "total": self.total,
-            "page": self.table.page,
-            "filters": list(self.table.filters) if self.tools else [],
-            "search": self.table.search and self.tools,
-            "switch": (
+        return script_json(
+            {
+                "name": self.table.name,
+                "columns": [
+                    {
+                        "name": column.name,
+                        "title": plain_text(column.title),
+                        "format": column.format,
+                    }
+                    for column in self.columns
+                ],
+                "values": [_packed_words(values) for values in self.values],
+                "rows": self.rows,
+                "total": self.total,
+                "page": self.table.page,
+                "sortable": self.interactive,
+                "filters": list(self.table.filters) if self.tools else [],
+                "search": self.table.search and self.tools,
+                "switch": (
+                    {
+                        "label": plain_text(row_switch[1]),
+                        "rows": np.flatnonzero(
+                            self.table.frame[row_switch[0]].to_numpy()[: self.rows]
+                        ).tolist(),
+                    }
+                    if row_switch and self.tools
+                    else None
+                ),
+                "marked": sorted(self.table.marked),
+            }
+        )
+
+
+def _map_data(block: PointMap) -> Markup:
+    parts: dict[str, Any] = {"ids": block.ids}
+    for position, layout in enumerate(block.layouts):
+        parts[f"x{position}"] = np.ascontiguousarray(layout.places[:, 0])
+        parts[f"y{position}"] = np.ascontiguousarray(layout.places[:, 1])
+        if layout.rows is not None:
+            parts[f"rows{position}"] = layout.rows
+    for position, colouring in enumerate(block.colourings):
+        parts[f"codes{position}"] = colouring.codes
+    return script_json(
+        {
+            "name": block.name,
+            "points": len(block.ids),
+            "layouts": [plain_text(layout.title) for layout in block.layouts],
+            "colourings": [
                 {
-                    "label": plain_text(row_switch[1]),
-                    "rows": np.flatnonzero(
-                        self.table.frame[row_switch[0]].to_numpy()[: self.rows]
-                    ).tolist(),
+                    "title": plain_text(colouring.title),
+                    "words": list(map(plain_text, colouring.words)),
+                    "low": colouring.low,
+                    "high": colouring.high,
                 }
-                if row_switch and self.tools
-                else None
-            ),
-            "marked": sorted(self.table.marked),
+                for colouring in block.colourings
+            ],
+            "packed": packed(parts),
         }
-        json_text = json.dumps(
-            table_content, ensure_ascii=False, separators=(",", ":"), allow_nan=False
-        )
-        return Markup(
-            json_text.replace("&", "\\u0026")
-            .replace("<", "\\u003c")
-            .replace(">", "\\u003e")
-            .replace("\u2028", "\\u2028")
-            .replace("\u2029", "\\u2029")
-        )
+    )
+
+
+def _curve_data(block: CurveSet) -> Markup:
+    parts: dict[str, Any] = {}
+    for position, curve in enumerate(block.curves):
+        parts[f"thresholds{position}"] = curve.thresholds
+        parts[f"found{position}"], parts[f"false{position}"] = curve.found, curve.false
+    return script_json(
+        {
+            "chosen": block.chosen,
+            "curves": [
+                {
+                    "name": plain_text(curve.name),
+                    "positives": curve.positives,
+                    "negatives": curve.negatives,
+                    "auc": round(curve.auc, 6) if math.isfinite(curve.auc) else None,
+                    "average_precision": round(curve.average_precision, 6)
+                    if math.isfinite(curve.average_precision)
+                    else None,
+                }
+                for curve in block.curves
+            ],
+            "packed": packed(parts),
+        }
+    )
+
+
+def _matrix_data(block: Matrix) -> Markup:
+    parts: dict[str, Any] = {"counts": block.counts.astype(np.uint32).ravel()}
+    for position, (_, order) in enumerate(block.orders):
+        parts[f"order{position}"] = order.astype(np.uint32)
+    return script_json(
+        {
+            "classes": list(map(plain_text, block.classes)),
+            "orders": [plain_text(title) for title, _ in block.orders],
+            "packed": packed(parts),
+        }
+    )
 
 
 def format_cell(cell_value: Any, format: Format) -> str:
@@ -162,11 +245,11 @@ def format_cell(cell_value: Any, format: Format) -> str:
         return _fixed_point(cell_value, 1 if abs(cell_value) >= 100 else 2)
     if format == "bytes":
         return bytes_text(cell_value)
+    if format == "small" or (format == "number" and abs(cell_value) >= 1e9):
+        exponent_text = f"{cell_value:.2e}" if cell_value else "0"
+        return re.sub(r"e([+-])0*(\d)", r"e\1\2", exponent_text)
     if format == "number":
-        magnitude = abs(cell_value)
-        if magnitude and (magnitude < 1e-3 or magnitude >= 1e9):
-            return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{cell_value:.2e}")
-        return _fixed_point(cell_value, 1 if magnitude >= 1000 else 4)
+        return _fixed_point(cell_value, 1 if abs(cell_value) >= 1000 else 4)
     if format == "yes":
         return "yes" if cell_value else "no"
     return str(cell_value)
@@ -178,8 +261,19 @@ def is_numeric(column: Column) -> bool:
 
 
 def _fixed_point(value: float, digits: int) -> str:
-    # As JavaScript's toFixed: the double's exact value, ties away from zero.
-    return f"{Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):,}"
+    # As JavaScript's toFixed: the double's exact value, ties away from zero; and no "-0.0000".
+    rounded = Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
+    return f"{rounded if rounded else abs(rounded):,}"
+
+
+def _shown_column(column: Column, values: list[Any]) -> Column:
+    """The column; numbers that are all below 0.001 have exponents, and no others have."""
+    largest = (
+        max((abs(value) for value in values if value), default=0.0)
+        if (column.format == "number")
+        else 0.0
+    )
+    return replace(column, format="small") if 0 < largest < 1e-3 else column
 
 
 def _column_values(table: Table, column: Column) -> list[Any]:
@@ -214,4 +308,4 @@ def _packed_words(column_values: list[Any]) -> Any:
 
 @cache
 def _read_asset(name: str) -> str:
-    return (files("headrace.pipelines.report") / name).read_text(encoding="utf-8")
+    return (files("headrace.pipelines.report.page") / name).read_text(encoding="utf-8")

@@ -1,0 +1,561 @@
+"""Two runs beside each other: paired differences on the images that both have judged, which images
+changed, class by class, leaderboards and recipes.
+"""
+
+import datetime
+import difflib
+import importlib.metadata
+import shlex
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache.errors import HeadraceError
+from headrace.heads.data.task import REFIT
+from headrace.pipelines.finished import FinishedRun, read_finished_run
+from headrace.pipelines.number_format import number_text
+from headrace.pipelines.planning.leaderboard import inputs_text
+from headrace.pipelines.report.build import run_thumbnails
+from headrace.pipelines.report.cost import seconds_text
+from headrace.pipelines.report.judged import JudgedSide, judged_sides
+from headrace.pipelines.report.leaders import metric_format, metric_title
+from headrace.pipelines.report.page.blocks import (
+    Block,
+    Code,
+    Column,
+    Gallery,
+    Headline,
+    Note,
+    Picture,
+    Section,
+    Table,
+)
+from headrace.pipelines.report.page.thumbnails import Thumbnails
+from headrace.pipelines.report.paired import paired_metrics
+from headrace.pipelines.report.provenance import recipe_text
+from headrace.pipelines.report.selected_model import find_selected, test_predictions
+from headrace.pipelines.report.write import Report, require_ours, write_page
+from headrace.pipelines.run_directory import require_writable
+
+SHOWN = 12  # pictures of each direction
+FIRST, SECOND = "A", "B"
+
+
+class NotComparable(HeadraceError, ValueError):
+    """Two runs that have no task, or no image, in common."""
+
+
+@dataclass(frozen=True)
+class PairedSide:
+    """The n images of one side that both runs have judged, each by models that did not train on
+    them; of copies of an image, the first.
+    """
+
+    name: str  # "validation" or "test"
+    ids: npt.NDArray[np.str_]  # (n,) the first run's
+    content: npt.NDArray[np.str_]
+    target: npt.NDArray[Any]
+    predictions: npt.NDArray[Any]  # (2, n, C)
+    groups: npt.NDArray[np.int64]
+    alone: tuple[int, int]  # images that only the first, and only the second, has judged
+    relabelled: int  # images that are left out, for the two runs label them differently
+
+
+def write_comparison(
+    first: Path,
+    second: Path,
+    out: Path | None = None,
+    *,
+    tables: bool = False,
+    trust_code: Collection[str] = (),
+) -> Report:
+    """Write the page that compares two finished runs to `out`, by default compare-NAME.html in the
+    first one's directory, NAME being the second.
+
+    first, second, tables, trust_code: as of `write_report`. Raises NotComparable for runs of
+    different tasks, or that share no judged image; NotARun, NoWinner, RunReadOnly, ReportThere,
+    OSError.
+    """
+    runs = tuple(read_finished_run(run, trust_code=trust_code) for run in (first, second))
+    page_path = out or runs[0].paths.root / f"compare-{runs[1].paths.root.name}.html"
+    if out is None:
+        command = f"headrace report {shlex.quote(str(first))} {shlex.quote(str(second))}"
+        require_writable(runs[0].paths, f"{command} --out comparison.html")
+    require_ours(page_path)
+    require_same_task(*runs)
+    sides, remarks = paired_sides(*runs)
+    thumbnails = run_thumbnails(runs[0])
+    metrics = {side.name: _paired_metrics(runs[0], side) for side in sides}
+    sections = (
+        _score_section(runs, sides, metrics, remarks),
+        *(_change_section(runs, side, thumbnails) for side in reversed(sides)),
+        *(_class_section(runs, sides) if runs[0].task_kind == "single" else ()),
+        _leaders_section(runs),
+        _recipe_section(runs),
+    )
+    made = (
+        f"A is {runs[0].paths.root}, B is {runs[1].paths.root}; written "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC by headrace "
+        f"{importlib.metadata.version('headrace')}"
+    )
+    return write_page(
+        page_path,
+        f"{runs[0].paths.root.name} and {runs[1].paths.root.name}",
+        made,
+        _headline(runs, sides, metrics),
+        sections,
+        tables=tables,
+        missing_images=thumbnails.missing,
+    )
+
+
+def require_same_task(first: FinishedRun, second: FinishedRun) -> None:
+    """Raise NotComparable unless both predict the same classes, labels or targets."""
+    alone = "Each has a page of its own: headrace report RUN"
+    if first.task_kind != second.task_kind:
+        raise NotComparable(
+            f"{first.paths.root} is a {first.task_kind} task and {second.paths.root} a "
+            f"{second.task_kind} one: their predictions cannot be compared. {alone}"
+        )
+    if differing := sorted(set(first.classes) ^ set(second.classes)):
+        named = ", ".join(repr(name) for name in differing[:5])
+        raise NotComparable(
+            f"{first.paths.root} predicts {len(first.classes)} classes and {second.paths.root} "
+            f"{len(second.classes)}; not in both: {named}"
+            f"{', …' if len(differing) > 5 else ''}. {alone}"
+        )
+
+
+def paired_sides(
+    first: FinishedRun, second: FinishedRun
+) -> tuple[tuple[PairedSide, ...], list[Note]]:
+    """The sides on which both runs have judged an image, and what has to be said of them.
+
+    Raises NotComparable where there is none.
+    """
+    by_run, remarks = [], []
+    for letter, run in ((FIRST, first), (SECOND, second)):
+        tested = test_predictions(run, find_selected(run))
+        if isinstance(tested, str):
+            remarks.append(Note(f"No test images of {letter}: {tested}.", "warning"))
+        by_run.append({side.name: side for side in judged_sides(run, tested)})
+    order = [list(second.classes).index(name) for name in first.classes]
+    sides = []
+    for name in by_run[0]:
+        if name not in by_run[1]:
+            continue
+        side = _pair(first.task_kind, by_run[0][name], by_run[1][name], order)
+        remarks += _side_remarks(side)
+        if len(side.ids):
+            sides.append(side)
+    if not sides:
+        raise NotComparable(
+            f"{first.paths.root} and {second.paths.root} have judged no image in common: their "
+            "scores are of different images, and say nothing of each other. Run both on the same "
+            "images and split (task.split, or the same seed), then compare"
+        )
+    return tuple(sides), remarks
+
+
+def _pair(task_kind: str, first: JudgedSide, second: JudgedSide, order: list[int]) -> PairedSide:
+    """The common images of one side. order: of the first run's classes, their positions in the
+    second's.
+    """
+    # Copies of an image are one image: of its bytes, not of its name.
+    (content_1, rows_1), (content_2, rows_2) = (
+        np.unique(side.content, return_index=True) for side in (first, second)
+    )
+    common, at_1, at_2 = np.intersect1d(
+        content_1, content_2, assume_unique=True, return_indices=True
+    )
+    rows_1, rows_2 = rows_1[at_1], rows_2[at_2]
+    target_1, target_2 = first.target[rows_1], second.target[rows_2]
+    # Of a single label: the first run's number of the class that the second run's number means.
+    target_2 = np.argsort(order)[target_2] if task_kind == "single" else target_2[:, order]
+    same = target_1 == target_2
+    same = same.all(1) if same.ndim > 1 else same
+    predictions = np.stack(
+        [first.predicted[rows_1[same]], second.predicted[rows_2[same]][:, order]]
+    )
+    return PairedSide(
+        first.name,
+        first.ids[rows_1[same]],
+        common[same],
+        target_1[same],
+        predictions,
+        first.groups[rows_1[same]],
+        (len(content_1) - len(common), len(content_2) - len(common)),
+        int((~same).sum()),
+    )
+
+
+def _side_remarks(side: PairedSide) -> list[Note]:
+    remarks = []
+    if any(side.alone):
+        remarks.append(
+            Note(
+                f"The two {side.name} splits are not the same images: {len(side.ids):,} are in "
+                f"both and compared here, {side.alone[0]:,} are in A's alone and "
+                f"{side.alone[1]:,} in B's alone.",
+                "warning",
+            )
+        )
+    if side.relabelled:
+        remarks.append(
+            Note(
+                f"{side.relabelled:,} {side.name} images carry another label in B than in A, and "
+                "are left out.",
+                "warning",
+            )
+        )
+    return remarks
+
+
+def _paired_metrics(run: FinishedRun, side: PairedSide) -> pd.DataFrame:
+    return paired_metrics(
+        run.task_kind,  # type: ignore[arg-type]
+        side.target,
+        side.predictions,
+        side.groups,
+    )
+
+
+def _headline(
+    runs: tuple[FinishedRun, ...], sides: tuple[PairedSide, ...], metrics: dict[str, pd.DataFrame]
+) -> Headline:
+    side = sides[-1]  # the test images, where there are any
+    frame, metric = metrics[side.name], runs[0].metric
+    row = frame[frame["metric"] == metric].to_dict("records")[0]
+    where = f"on {len(side.ids):,} {side.name} images that both have judged"
+    verdict = "no difference beyond chance" if row["low"] <= 0 <= row["high"] else "beyond chance"
+    values = [
+        (
+            f"{letter}: {run.paths.root.name}",
+            number_text(row[column], metric),
+            f"{metric_title(metric)} {where}",
+        )
+        for letter, run, column in zip((FIRST, SECOND), runs, ("first", "second"), strict=True)
+    ]
+    values.append(
+        (
+            "B less A",
+            _signed(row["difference"], metric),
+            f"95 % interval {_signed(row['low'], metric)} to {_signed(row['high'], metric)}: "
+            f"{verdict}",
+        )
+    )
+    if runs[0].task_kind != "regression":
+        hits = _hits(runs[0].task_kind, side)
+        values.append(
+            (
+                "changed",
+                f"{int((hits[0] != hits[1]).sum()):,} images",
+                f"{int((~hits[0] & hits[1]).sum()):,} became right, "
+                f"{int((hits[0] & ~hits[1]).sum()):,} became wrong",
+            )
+        )
+    return Headline(tuple(values))
+
+
+def _signed(value: float, metric: str) -> str:
+    text = number_text(abs(value), metric)
+    return f"{'−' if value < 0 else '+'}{text}"
+
+
+def _score_section(
+    runs: tuple[FinishedRun, ...],
+    sides: tuple[PairedSide, ...],
+    metrics: dict[str, pd.DataFrame],
+    remarks: list[Note],
+) -> Section:
+    frame = pd.concat(
+        [metrics[side.name].assign(side=side.name, images=len(side.ids)) for side in sides[::-1]],
+        ignore_index=True,
+    )
+    frame["metric"] = [metric_title(name) for name in frame["metric"]]
+    table = Table(
+        "paired",
+        "Every metric of both on the same images",
+        (
+            Column("side", "side"),
+            Column("images", "images", "count"),
+            Column("metric", "metric"),
+            Column("first", FIRST, "number"),
+            Column("second", SECOND, "number"),
+            Column("difference", "B less A", "number"),
+            Column(
+                "low",
+                "95 % from",
+                "number",
+                "of the difference, paired: Newcombe 1998 for the accuracy, else a bootstrap over "
+                "groups of images",
+            ),
+            Column("high", "to", "number"),
+        ),
+        frame,
+        filters=("side",),
+        page=25,
+    )
+    selected = [find_selected(run).heads for run in runs]
+    lead = (
+        "Validation images are predicted by each run's winner, without the fold that an image is "
+        "in; both winners were chosen on them, so the test images have the last word. Test images "
+        f"are predicted by what each run answers with: {selected[0]} and {selected[1]}."
+    )
+    return Section("scores", "The same images, twice", lead, (*remarks, table))
+
+
+def _hits(task_kind: str, side: PairedSide) -> npt.NDArray[np.bool_]:
+    """(2, n) whether both are right: of several labels, with all of them."""
+    if task_kind == "single":
+        return np.asarray(side.predictions.argmax(2) == side.target)
+    return np.asarray(((side.predictions >= 0.5) == (side.target > 0)).all(2))
+
+
+def _change_section(
+    runs: tuple[FinishedRun, ...], side: PairedSide, thumbnails: Thumbnails
+) -> Section:
+    """Which images became right and which wrong; of a regression, whose errors changed most."""
+    title = f"What changed, {side.name} images"
+    if runs[0].task_kind == "regression":
+        blocks = _error_blocks(runs[0], side)
+    else:
+        blocks = _right_or_wrong_blocks(runs[0], side, thumbnails)
+    lead = "The images on which A and B differ, the surest first."
+    return Section(f"changed-{side.name}", title, lead, tuple(blocks))
+
+
+def _right_or_wrong_blocks(
+    run: FinishedRun, side: PairedSide, thumbnails: Thumbnails
+) -> list[Block]:
+    hits = _hits(run.task_kind, side)
+    names = np.asarray(run.classes, object)
+
+    def said(values: npt.NDArray[Any], row: np.int64) -> str:
+        if run.task_kind == "single":
+            return str(names[int(values[row].argmax())])
+        return ", ".join(names[values[row] >= 0.5]) or "none"
+
+    def label(row: np.int64) -> str:
+        if run.task_kind == "single":
+            return str(names[int(side.target[row])])
+        return ", ".join(names[side.target[row] > 0]) or "none"
+
+    changed = np.flatnonzero(hits[0] != hits[1])
+    moved = np.abs(side.predictions[1, changed] - side.predictions[0, changed]).max(1)
+    changed = changed[np.argsort(-moved, kind="stable")]
+    frame = pd.DataFrame(
+        {
+            "id": side.ids[changed],
+            "change": np.where(hits[1, changed], "became right", "became wrong"),
+            "label": [label(row) for row in changed],
+            "first": [said(side.predictions[0], row) for row in changed],
+            "second": [said(side.predictions[1], row) for row in changed],
+        }
+    )
+    counts = pd.DataFrame(
+        [
+            ("A right", int((hits[0] & hits[1]).sum()), int((hits[0] & ~hits[1]).sum())),
+            ("A wrong", int((~hits[0] & hits[1]).sum()), int((~hits[0] & ~hits[1]).sum())),
+        ],
+        columns=["first", "right", "wrong"],
+    )
+    blocks: list[Block] = [
+        Table(
+            f"agreement-{side.name}",
+            f"Both on {len(side.ids):,} {side.name} images",
+            (
+                Column("first", ""),
+                Column("right", "B right", "count"),
+                Column("wrong", "B wrong", "count"),
+            ),
+            counts,
+            sortable=False,
+        )
+    ]
+    for change in ("became right", "became wrong"):
+        rows = frame.index[frame["change"] == change]
+        if len(rows):
+            caption = f"The {min(SHOWN, len(rows))} surest that {change} in B, of {len(rows):,}"
+            pictures = tuple(
+                Picture(
+                    (thumbnails.get(str(side.content[changed[row]])),),
+                    (f"{change}: label {frame['label'][row]}",),
+                    str(frame["id"][row]),
+                    (
+                        ("label", str(frame["label"][row])),
+                        (FIRST, str(frame["first"][row])),
+                        (SECOND, str(frame["second"][row])),
+                    ),
+                    thumbnails.paths_of(str(side.content[changed[row]])),
+                )
+                for row in rows[:SHOWN]
+            )
+            blocks.append(Gallery(caption, pictures))
+    columns = (
+        Column("id", "image"),
+        Column("change", "change"),
+        Column("label", "label"),
+        Column("first", "A says"),
+        Column("second", "B says"),
+    )
+    if frame.empty:
+        return [*blocks, Note("Both are right and wrong on the same images.")]
+    return [
+        *blocks,
+        Table(
+            f"changed-{side.name}",
+            f"Every image that changed, {side.name} images",
+            columns,
+            frame,
+            filters=("change", "label"),
+            search=True,
+        ),
+    ]
+
+
+def _error_blocks(run: FinishedRun, side: PairedSide) -> list[Block]:
+    errors = np.abs(side.predictions - side.target).mean(2)
+    order = np.argsort(-np.abs(errors[1] - errors[0]), kind="stable")
+    frame = pd.DataFrame(
+        {
+            "id": side.ids[order],
+            "first": errors[0, order],
+            "second": errors[1, order],
+            "difference": (errors[1] - errors[0])[order],
+        }
+    )
+    columns = (
+        Column("id", "image"),
+        Column("first", "A's error", "number", "absolute, mean over the targets"),
+        Column("second", "B's error", "number"),
+        Column("difference", "B less A", "number"),
+    )
+    return [
+        Table(
+            f"changed-{side.name}",
+            f"Errors of both, {side.name} images, the largest change first",
+            columns,
+            frame,
+            search=True,
+        )
+    ]
+
+
+def _class_section(
+    runs: tuple[FinishedRun, ...], sides: tuple[PairedSide, ...]
+) -> tuple[Section, ...]:
+    frames = []
+    for side in reversed(sides):
+        hits = side.predictions.argmax(2) == side.target
+        counts = np.bincount(side.target, minlength=len(runs[0].classes))
+        recalls = [np.bincount(side.target[hit], minlength=len(counts)) for hit in hits]
+        frame = pd.DataFrame({"side": side.name, "class": runs[0].classes, "images": counts})
+        for name, found in zip(("first", "second"), recalls, strict=True):
+            frame[name] = found / np.maximum(counts, 1)
+        frames.append(frame[frame["images"] > 0])
+    frame = pd.concat(frames, ignore_index=True)
+    frame["difference"] = frame["second"] - frame["first"]
+    table = Table(
+        "recalls",
+        "Recall class by class, the largest loss first",
+        (
+            Column("side", "side"),
+            Column("class", "class"),
+            Column("images", "images", "count"),
+            Column("first", FIRST, "share"),
+            Column("second", SECOND, "share"),
+            Column("difference", "B less A", "share"),
+        ),
+        frame.sort_values("difference", kind="stable", ignore_index=True),
+        filters=("side",),
+        search=True,
+        page=15,
+    )
+    return (Section("classes", "Class by class", "", (table,)),)
+
+
+def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
+    boards = []
+    for letter, run in zip((FIRST, SECOND), runs, strict=True):
+        names = list(run.feature_specs)
+        columns = ["rank", run.metric, "standard_error", "kind", "inputs", "settings"]
+        board = run.board[columns].rename(columns={run.metric: "score"})
+        inputs = [inputs_text(inputs, names) for inputs in board["inputs"]]
+        boards.append(board.assign(run=letter, inputs=inputs, metric=metric_title(run.metric)))
+    frame = pd.concat(boards, ignore_index=True)
+    keys = ["kind", "inputs", "settings"]
+    shared = boards[0].merge(boards[1], on=keys, suffixes=("_first", "_second"))
+    shared["difference"] = shared["score_second"] - shared["score_first"]
+    metric = runs[0].metric
+    shown = metric_format(metric) if runs[0].metric == runs[1].metric else "number"
+    blocks: list[Block] = [
+        Table(
+            "leaderboards",
+            "Both leaderboards, by rank",
+            (
+                Column("run", "run"),
+                Column("rank", "rank", "count"),
+                Column("score", "validation score", shown),
+                Column("metric", "metric"),
+                Column("standard_error", "± s.e.", shown),
+                *(Column(name, name) for name in keys),
+            ),
+            frame.sort_values(["rank", "run"], ignore_index=True),
+            filters=("run", "kind"),
+            search=True,
+            page=20,
+        )
+    ]
+    if len(shared) and runs[0].metric == runs[1].metric:
+        blocks.append(
+            Table(
+                "shared-settings",
+                f"The {len(shared):,} settings that both have tried",
+                (
+                    *(Column(name, name) for name in keys),
+                    Column("score_first", FIRST, shown),
+                    Column("score_second", SECOND, shown),
+                    Column("difference", "B less A", shown),
+                ),
+                shared.sort_values("rank_first", ignore_index=True),
+                search=True,
+            )
+        )
+    costs = pd.DataFrame(
+        [
+            {
+                "run": letter,
+                "heads": int((run.heads["fold"] != REFIT).sum()),
+                "settings": len(run.board),
+                "time": seconds_text(float(run.stages["seconds"].sum()))
+                if not run.stages.empty
+                else "–",
+            }
+            for letter, run in zip((FIRST, SECOND), runs, strict=True)
+        ]
+    )
+    cost_columns = (
+        Column("run", "run"),
+        Column("settings", "settings", "count"),
+        Column("heads", "heads", "count"),
+        Column("time", "time, all calls together"),
+    )
+    blocks.append(Table("costs", "What both have taken", cost_columns, costs, sortable=False))
+    lead = (
+        "Validation scores, each on its run's own folds: they are paired in the first section, and "
+        "only there."
+    )
+    return Section("leaderboards", "Leaderboards", lead, tuple(blocks))
+
+
+def _recipe_section(runs: tuple[FinishedRun, ...]) -> Section:
+    first, second = (recipe_text(run).splitlines() for run in runs)
+    difference = "\n".join(difflib.unified_diff(first, second, FIRST, SECOND, lineterm="", n=2))
+    block = Code("The recipes' differences", difference) if difference else Note("None.")
+    return Section("recipes", "What differs in the recipes", "", (block,))

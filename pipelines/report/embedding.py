@@ -1,0 +1,236 @@
+"""The map of the images: what the winner reads of them, on the plane.
+
+n images, D features.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xxhash
+
+from headrace.cache.atomic_io import publish_replace
+from headrace.cache.errors import HeadraceError
+from headrace.cache.feature_set import FeatureSet
+from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
+from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.records import RUN_AGAIN
+from headrace.pipelines.report.page.blocks import (
+    NO_VALUE,
+    STEPS,
+    Block,
+    Colouring,
+    Layout,
+    Note,
+    PointMap,
+    Section,
+)
+from headrace.pipelines.report.small_copies import SmallCopy
+
+MAX_POINTS = 100_000
+_MAX_BYTES = 1_000_000_000  # of the features that are on the map
+_MAX_UMAP = 20_000  # images: UMAP takes about 4 s for each thousand on one core
+_UMAP_COMPONENTS = 50
+_EXACT = 2048  # features up to which all directions are computed
+_MAX_WORDS = 5000
+_READ_ROWS = 4096
+
+Floats = npt.NDArray[np.float32]
+
+
+def map_section(
+    run: FinishedRun, known: pd.DataFrame, copies: Mapping[str, SmallCopy], remarks: list[Note]
+) -> Section:
+    """The section. known: as `known_of_images`; copies: pictures to show, by content hash."""
+    title, lead = (
+        "Map of the images",
+        "Images that the network sees as alike lie near each other. Draw around some to have them "
+        "as a table; mistakes that lie together have something in common.",
+    )
+    names = _input_names(run)
+    try:
+        features, rows, notes = _read_features(run, names, known["content"].to_numpy(str))
+    except (HeadraceError, OSError) as error:
+        text = f"No map: the features cannot be read: {error}"
+        return Section("map", title, lead, (Note(text, "warning"),))
+    blocks: list[Block] = [*remarks, *notes]
+    if len(rows) < 3:
+        blocks.append(Note(f"No map: {len(rows)} of the images have features."))
+        return Section("map", title, lead, tuple(blocks))
+    shown = known.iloc[rows].reset_index(drop=True)
+    layouts, share = make_layouts(features, run.paths.map_places)
+    pictures = tuple(
+        copies[content].webp if content in copies else None for content in shown["content"]
+    )
+    n_pictures = sum(picture is not None for picture in pictures)
+    caption = (
+        f"{len(shown):,} images by what the winner reads of them, {' + '.join(names)}: PCA of the "
+        f"standardized features; the two directions hold {share:.0%} of the variance"
+        + (f"; {n_pictures:,} have a picture" if 0 < n_pictures < len(shown) else "")
+    )
+    point_map = PointMap(
+        "map",
+        caption,
+        layouts,
+        colourings(shown, {run.recipe.task.group} - {None}),  # type: ignore[arg-type]
+        tuple(shown["id"].astype(str)),
+        pictures if n_pictures else (),
+    )
+    return Section("map", title, lead, (point_map, *blocks))
+
+
+def make_layouts(
+    features: Floats, places_path: Path | None = None, *, seed: int = 0
+) -> tuple[tuple[Layout, ...], float]:
+    """Places of features (n, D) by PCA and, where umap-learn is installed, by UMAP; and the share
+    of the variance that PCA's two directions hold.
+
+    Features are standardized, as heads do. PCA is exact up to 2,048 features or images; beyond
+    that, randomized (Halko, Martinsson and Tropp 2011, doi:10.1137/090771806), as scikit-learn
+    does. UMAP (McInnes, Healy and Melville 2018, arXiv:1802.03426) reads its first 50 components,
+    of up to 20,000 images drawn at random. places_path: keeps UMAP's places, which take half a
+    minute and more, for the next page of the same features.
+    """
+    from sklearn.decomposition import PCA
+
+    X = features - features.mean(0)
+    spread = X.std(0)
+    varies = spread > 1e-6 * spread.max(initial=0)
+    X = X[:, varies] / spread[varies]
+    if not X.shape[1]:
+        return (Layout("PCA", _quantized(np.zeros((len(X), 2)))),), 0.0
+    exact = "covariance_eigh" if len(X) >= X.shape[1] else "full"
+    pca = PCA(
+        min(_UMAP_COMPONENTS, *X.shape),
+        svd_solver=exact if min(X.shape) <= _EXACT else "randomized",
+        random_state=seed,
+    )
+    components = pca.fit_transform(X)
+    plane = np.zeros((len(X), 2))
+    plane[:, : components.shape[1]] = components[:, :2]
+    layouts = [Layout("PCA", _quantized(plane))]
+    if importlib.util.find_spec("umap") is not None and len(X) > 15:
+        chosen = np.arange(len(X))
+        if len(X) > _MAX_UMAP:
+            chosen = np.random.default_rng(seed).choice(chosen, _MAX_UMAP, replace=False)
+            chosen.sort()
+        layouts.append(
+            Layout(
+                "UMAP" if len(chosen) == len(X) else f"UMAP of {len(chosen):,}",
+                _umap_places(components[chosen], places_path, seed),
+                None if len(chosen) == len(X) else chosen.astype(np.uint32),
+            )
+        )
+    return tuple(layouts), float(pca.explained_variance_ratio_[:2].sum())
+
+
+def _umap_places(components: Floats, places_path: Path | None, seed: int) -> npt.NDArray[np.uint16]:
+    """Places (n, 2) of these components, from the file where they are those of the same ones."""
+    state = f"{importlib.metadata.version('umap-learn')} {seed} {components.shape}".encode()
+    key = np.array([xxhash.xxh3_128_hexdigest(state + components.tobytes())], "S32")
+    try:
+        stored = read_sealed_arrays(places_path.read_bytes()) if places_path else {}
+        if np.array_equal(stored["key"], key) and stored["places"].shape == (len(components), 2):
+            return np.asarray(stored["places"], np.uint16)
+    except (OSError, ValueError, KeyError):
+        pass  # absent or damaged: it only saves time
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a seed takes one core, and numba's own
+        from umap import UMAP
+
+        places = _quantized(np.asarray(UMAP(random_state=seed, n_jobs=1).fit_transform(components)))
+    if places_path is not None:
+        with contextlib.suppress(OSError):  # a run that cannot be written to has a map too
+            publish_replace(places_path, sealed_arrays({"key": key, "places": places}))
+    return places
+
+
+def _quantized(plane: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
+    """Places in 16 bits, the same scale both ways."""
+    low, high = plane.min(0), plane.max(0)
+    span = float((high - low).max()) or 1.0
+    centred = (plane - (low + high) / 2) / span + 0.5
+    return np.asarray(np.clip(np.round(centred * 65_535), 0, 65_535), np.uint16)
+
+
+def colourings(shown: pd.DataFrame, always: set[str]) -> tuple[Colouring, ...]:
+    """What the images can be coloured by: every column of `shown` of few words or of numbers.
+
+    always: columns that are words however many there are, as the group.
+    """
+    first = [name for name in ("label", "predicted", "outcome", "split") if name in shown]
+    rest = [name for name in shown.columns if name not in (*first, "id", "content")]
+    made = []
+    for name in (*first, *rest):
+        column = shown[name]
+        is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+        if is_number and name not in always and column.nunique() > 12:
+            numbers = column.to_numpy(np.float64)
+            made.append(_number_colouring(str(name), numbers))
+            continue
+        if pd.api.types.is_float_dtype(column):
+            words = column.map(lambda number: f"{number:.4g}", na_action="ignore").astype(object)
+        else:
+            words = column.map(str, na_action="ignore").astype(object)
+        codes, values = pd.factorize(words)
+        fewest, most = (1, _MAX_WORDS) if name in first or name in always else (2, len(shown) // 2)
+        if fewest <= len(values) <= min(most, _MAX_WORDS):
+            known_codes = np.where(codes < 0, NO_VALUE, codes).astype(np.uint16)
+            made.append(Colouring(str(name), known_codes, tuple(values)))
+    return tuple(made)
+
+
+def _number_colouring(name: str, numbers: npt.NDArray[np.float64]) -> Colouring:
+    finite = np.isfinite(numbers)
+    low, high = (numbers[finite].min(), numbers[finite].max()) if finite.any() else (0.0, 0.0)
+    steps = np.round((numbers[finite] - low) / ((high - low) or 1.0) * STEPS)
+    codes = np.full(len(numbers), NO_VALUE, np.uint16)
+    codes[finite] = steps
+    return Colouring(name, codes, (), float(low), float(high))
+
+
+def _input_names(run: FinishedRun) -> list[str]:
+    """The winner's inputs; of a network, which reads images, the last tap."""
+    own = [name for name in run.winner["inputs"] if name in run.feature_specs]
+    return own or list(run.feature_specs)[-1:]
+
+
+def _read_features(
+    run: FinishedRun, names: list[str], content: npt.NDArray[np.str_]
+) -> tuple[Floats, npt.NDArray[np.int64], list[Note]]:
+    """The features (n, D) of the images that have them, maps averaged over places, and these
+    images' positions in `content`.
+    """
+    notes: list[Note] = []
+    sets = [run.open_features(name)[0] for name in names]
+    stored = np.stack([features.locate(content.tolist()) for features in sets])
+    rows = np.flatnonzero((stored >= 0).all(0))
+    if len(rows) < len(content):
+        notes.append(
+            Note(
+                f"{len(content) - len(rows):,} images are not on the map, for they have no "
+                f"features any more: {RUN_AGAIN}.",
+                "warning",
+            )
+        )
+    width = sum(features.shape[1] for features in sets)
+    most = min(MAX_POINTS, max(1000, _MAX_BYTES // (4 * width)))
+    if len(rows) > most:
+        notes.append(Note(f"Of {len(rows):,} images, {most:,} drawn at random are on the map."))
+        rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
+    parts = [_read_rows(features, of[rows]) for features, of in zip(sets, stored, strict=True)]
+    return np.concatenate(parts, axis=1), rows, notes
+
+
+def _read_rows(features: FeatureSet, rows: npt.NDArray[np.int64]) -> Floats:
+    read = np.empty((len(rows), features.shape[1]), np.float32)
+    for start in range(0, len(rows), _READ_ROWS):
+        block = features.read(rows[start : start + _READ_ROWS], np.float32)
+        read[start : start + len(block)] = block.reshape(len(block), block.shape[1], -1).mean(2)
+    return read

@@ -1,0 +1,119 @@
+"""Image quality: sizes, and the images that are darkest, brightest, flattest and least sharp."""
+
+import numpy as np
+import pandas as pd
+
+from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.report.page.blocks import (
+    Block,
+    Column,
+    Facts,
+    Gallery,
+    Note,
+    Picture,
+    Section,
+    Table,
+)
+from headrace.pipelines.report.page.thumbnails import Thumbnails
+from headrace.pipelines.report.small_copies import MEASURED_SIDE, SmallCopies
+
+SHOWN = 6
+MEASURES = ("brightness", "contrast", "sharpness")
+_EXTREMES = (
+    ("brightness", True, "The darkest"),
+    ("brightness", False, "The brightest"),
+    ("contrast", True, "The flattest, of least contrast"),
+    ("sharpness", True, "The least sharp: blurred, or of smooth things"),
+)
+
+
+def measured_frame(copies: SmallCopies) -> pd.DataFrame:
+    """What was measured of each image, by content hash: width, height, brightness, contrast,
+    sharpness.
+    """
+    names = ("width", "height", *MEASURES)
+    return pd.DataFrame(
+        [[getattr(copy, name) for name in names] for copy in copies.by_content.values()],
+        index=pd.Index(list(copies.by_content), dtype=object),
+        columns=list(names),
+    )
+
+
+def quality_section(
+    run: FinishedRun,
+    known: pd.DataFrame,
+    copies: SmallCopies,
+    measured: pd.DataFrame,
+    thumbnails: Thumbnails,
+) -> Section:
+    """The section, of the images that small copies were made of."""
+    title = "Image quality"
+    lead = (
+        f"Measured on grey copies of {MEASURED_SIDE} pixels. A picture at an end of a scale is "
+        "often an image that should not be there."
+    )
+    if measured.empty:
+        reason = run.images if isinstance(run.images, str) else "no image was read for this page"
+        return Section("quality", title, lead, (Note(f"Not measured: {reason}."),))
+    blocks: list[Block] = [_size_facts(measured, known, copies)]
+    frame = known.drop_duplicates("content").set_index("content")[["id", "split"]]
+    frame = frame.join(measured, how="inner")
+    for name, smallest, caption in _EXTREMES:
+        chosen = frame.sort_values([name, "id"], ascending=[smallest, True]).head(SHOWN)
+        pictures = tuple(
+            Picture(
+                (thumbnails.get(str(content)),),
+                (f"{row['id']}: {name} {row[name]:.3f}",),
+                str(row["id"]),
+                ((name, f"{row[name]:.3f}"), ("size", f"{row['width']} × {row['height']}")),
+                thumbnails.paths_of(str(content)),
+            )
+            for content, row in chosen.iterrows()
+        )
+        blocks.append(Gallery(caption, pictures))
+    columns = (
+        Column("id", "image"),
+        Column("split", "side"),
+        Column("width", "width", "count", "in pixels"),
+        Column("height", "height", "count"),
+        Column("brightness", "brightness", "number", "mean of grey: 0 black, 1 white"),
+        Column("contrast", "contrast", "number", "standard deviation of grey"),
+        Column(
+            "sharpness",
+            "sharpness",
+            "number",
+            "standard deviation of the Laplacian of grey (Pech-Pacheco et al. 2000)",
+        ),
+    )
+    table = Table("image-quality", "Every image that was measured", columns, frame, search=True)
+    return Section("quality", title, lead, (*blocks, table))
+
+
+def _size_facts(measured: pd.DataFrame, known: pd.DataFrame, copies: SmallCopies) -> Facts:
+    sizes = measured[["width", "height"]].value_counts()
+    commonest = sizes.index.tolist()[0]
+    pixels = measured["width"] * measured["height"]
+    ends = [measured.iloc[int(np.asarray(place))] for place in (pixels.argmin(), pixels.argmax())]
+    n_images = known["content"].nunique()
+    left_out = f"; {copies.unreadable:,} could not be read" if copies.unreadable else ""
+    facts = [
+        ("images measured", f"{len(measured):,} of {n_images:,} that differ{left_out}"),
+        (
+            "commonest size",
+            f"{commonest[0]} × {commonest[1]} pixels, {int(sizes.iloc[0]):,} images; "
+            f"{len(sizes):,} size{'s' * (len(sizes) > 1)} in all",
+        ),
+        (
+            "smallest and largest",
+            " and ".join(f"{end['width']:.0f} × {end['height']:.0f}" for end in ends) + " pixels",
+        ),
+    ]
+    facts += [
+        (
+            name,
+            f"median {measured[name].median():.3f}, from {measured[name].min():.3f} to "
+            f"{measured[name].max():.3f}",
+        )
+        for name in MEASURES
+    ]
+    return Facts(tuple(facts))

@@ -1,0 +1,130 @@
+"""Every image of a run with what is known of it: its side of the split, its label, what the winner
+says of it, and the user's own columns. The map and the slices are made of this.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads.evaluate.metrics import row_hits, row_losses
+from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.recipe.targets import target_columns
+from headrace.pipelines.report.selected_model import TestPredictions
+
+VALIDATION, TRAINING, TEST_SIDE = "validation", "training", "test"
+
+
+@dataclass(frozen=True)
+class JudgedSide:
+    """The n images of one side with predictions by models that did not train on them."""
+
+    name: str  # "validation" or "test"
+    ids: npt.NDArray[np.str_]  # (n,)
+    content: npt.NDArray[np.str_]  # (n,) content hashes
+    target: npt.NDArray[Any]  # (n, ...) as in Task.target
+    predicted: npt.NDArray[Any]  # (n, C)
+    groups: npt.NDArray[np.int64]  # (n,) images of one group are not independent of each other
+
+
+def judged_sides(run: FinishedRun, tested: TestPredictions | str) -> tuple[JudgedSide, ...]:
+    """The validation images, and the test images where their evaluation is on record."""
+    rows = run.held_out_rows
+    dataset = None if isinstance(run.images, str) else run.images.dataset
+    content = run.bank.content.astype(str)
+    groups = np.unique(content, return_inverse=True)[1] if dataset is None else dataset.groups
+    validation = JudgedSide(
+        VALIDATION,
+        run.bank.ids[rows],
+        content[rows],
+        run.bank.target[rows],
+        run.out_of_fold[rows],
+        np.asarray(groups, np.int64)[rows],
+    )
+    if isinstance(tested, str) or dataset is None:
+        return (validation,)
+    test = tested.test
+    content = test.content.astype(str)
+    return (
+        validation,
+        JudgedSide(
+            TEST_SIDE, test.ids, content, test.target, tested.of_images, dataset.test_groups
+        ),
+    )
+
+
+def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, npt.NDArray[np.float64]]:
+    """The name of what is averaged over images, and its values: accuracy of 0 and 1 (n,) or, of
+    several labels, (n, L); absolute errors (n,) of a regression.
+    """
+    if run.task_kind == "regression":
+        return "mae", row_losses("regression", side.target, side.predicted, "mae")
+    metric = "accuracy" if run.task_kind == "single" else "hamming_accuracy"
+    return metric, row_hits(run.task_kind, side.target, side.predicted, metric)  # type: ignore[arg-type]
+
+
+def user_columns(run: FinishedRun) -> pd.DataFrame:
+    """The columns of the user's table that are neither target, id nor path, by image id; none where
+    the images are gone.
+    """
+    if isinstance(run.images, str):
+        return pd.DataFrame()
+    left_out = {"path", "content", *target_columns(run.recipe.task)}
+    samples = run.images.samples.drop_duplicates("id").set_index("id")
+    columns = samples[[name for name in samples.columns if name not in left_out]]
+    return columns.apply(_as_numbers)
+
+
+def _as_numbers(column: pd.Series) -> pd.Series:
+    """The column as numbers where every value that it has is one; tables are read as text."""
+    if column.dtype != object and not pd.api.types.is_string_dtype(column):
+        return column
+    numbers = pd.to_numeric(column, errors="coerce")
+    return numbers if numbers.notna().sum() == column.notna().sum() else column
+
+
+def known_of_images(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataFrame:
+    """A row per image that can be shown: id, content, split, what it is labelled, what the winner
+    says, whether that is right, and the user's columns.
+
+    Images that no head judged stand there by their label alone. Test images are shown only where
+    their evaluation is on record.
+    """
+    frames = [_side_frame(run, side) for side in sides]
+    unjudged = np.setdiff1d(np.arange(len(run.bank.ids)), run.held_out_rows)
+    if len(unjudged):
+        training = _labels(run, run.bank.target[unjudged]).assign(
+            id=run.bank.ids[unjudged],
+            content=run.bank.content[unjudged].astype(str),
+            split=TRAINING,
+        )
+        frames.append(training)
+    known = pd.concat(frames, ignore_index=True)
+    columns = user_columns(run)
+    own = columns.rename(columns=lambda name: f"{name} (column)" if name in known else str(name))
+    return known.merge(own, left_on="id", right_index=True, how="left")
+
+
+def _labels(run: FinishedRun, target: npt.NDArray[Any]) -> pd.DataFrame:
+    names = np.asarray(run.classes, object)
+    if run.task_kind == "single":
+        return pd.DataFrame({"label": names[target.astype(np.int64)]})
+    if run.task_kind == "regression":
+        return pd.DataFrame({str(name): target[:, at] for at, name in enumerate(names)})
+    return pd.DataFrame(
+        {str(name): np.where(target[:, at] > 0, "yes", "no") for at, name in enumerate(names)}
+    )
+
+
+def _side_frame(run: FinishedRun, side: JudgedSide) -> pd.DataFrame:
+    frame = _labels(run, side.target).assign(id=side.ids, content=side.content, split=side.name)
+    _, values = side_values(run, side)
+    if run.task_kind == "regression":
+        return frame.assign(error=values)
+    if run.task_kind == "single":
+        frame["predicted"] = np.asarray(run.classes, object)[side.predicted.argmax(1)]
+        frame["probability"] = side.predicted.max(1)
+    right = values.reshape(len(values), -1).all(1)
+    return frame.assign(outcome=np.where(right, "right", "wrong"))

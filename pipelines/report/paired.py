@@ -1,0 +1,144 @@
+"""Two models on the same images: paired differences with intervals.
+
+n images, C outputs.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads.data.task import TaskKind
+from headrace.heads.evaluate.intervals import LEVEL
+from headrace.heads.evaluate.metrics import all_metrics
+from headrace.heads.evaluate.weighted import SORTED_METRICS, weighted_scores
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 1000
+_BLOCK = 50  # resamples at a time
+_SORTED_BUDGET = 2e8  # numbers that are sorted for metrics of areas under curves
+
+
+def paired_metrics(
+    task_kind: TaskKind,
+    target: npt.NDArray[Any],
+    predictions: npt.NDArray[Any],
+    groups: npt.NDArray[np.int64],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every metric of two models' predictions (2, n, C) of the same rows, and the second less the
+    first: columns metric, first, second, difference, low, high.
+
+    Accuracy has `paired_proportion_interval`; other metrics the percentiles of a bootstrap over
+    groups (n,), whose rows are not independent of each other.
+    """
+    scores = [all_metrics(task_kind, target, predicted) for predicted in predictions]
+    rng = np.random.default_rng(seed)
+    group_of_row = np.unique(groups, return_inverse=True)[1]
+    n_groups = int(group_of_row.max()) + 1
+    rows = []
+    for metric in scores[0]:
+        first, second = scores[0][metric], scores[1][metric]
+        if metric == "accuracy" and task_kind == "single":
+            hits = predictions.argmax(2) == target
+            low, high = paired_proportion_interval(hits[0], hits[1], groups)
+        else:
+            resamples = RESAMPLES
+            if metric in SORTED_METRICS:
+                resamples = int(min(RESAMPLES, max(100, _SORTED_BUDGET / predictions.size)))
+            gains = []
+            for start in range(0, resamples, _BLOCK):
+                drawn = rng.multinomial(
+                    n_groups, np.full(n_groups, 1 / n_groups), min(_BLOCK, resamples - start)
+                )
+                resampled = weighted_scores(
+                    task_kind,
+                    target,
+                    predictions,
+                    np.zeros(len(target), np.int64),
+                    metric,
+                    drawn.T[group_of_row].astype(np.float64),
+                )
+                gains.append(resampled[1] - resampled[0])
+            low, high = np.nanquantile(
+                np.concatenate(gains), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+            ).tolist()
+        rows.append((metric, first, second, second - first, low, high))
+    return pd.DataFrame(rows, columns=["metric", "first", "second", "difference", "low", "high"])
+
+
+def paired_proportion_interval(
+    first: npt.NDArray[Any],
+    second: npt.NDArray[Any],
+    groups: npt.NDArray[Any] | None = None,
+    level: float = LEVEL,
+) -> tuple[float, float]:
+    """The interval of the share right in `second` less that in `first`, (n,) of 0 and 1 for the
+    same rows.
+
+    Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions
+    based on paired data", Statistics in Medicine 17:2635-2650, method 10. Where rows come in
+    groups, the counts are divided by the design effect of the difference.
+    """
+    from scipy.special import ndtri  # quantile of the normal distribution
+
+    hits = np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)])
+    n_rows = hits.shape[1]
+    effect = _design_effect(hits[1] - hits[0], np.arange(n_rows) if groups is None else groups)
+    both, only_first, only_second, neither = (
+        float(count) / effect
+        for count in (
+            (hits[0] * hits[1]).sum(),
+            (hits[0] * (1 - hits[1])).sum(),
+            ((1 - hits[0]) * hits[1]).sum(),
+            ((1 - hits[0]) * (1 - hits[1])).sum(),
+        )
+    )
+    n = n_rows / effect
+    z = float(ndtri((1 + level) / 2))
+    shares = (both + only_second) / n, (both + only_first) / n
+    (low_2, high_2), (low_1, high_1) = (_wilson(share, n, z) for share in shares)
+    margins = (
+        (both + only_first)
+        * (only_second + neither)
+        * (both + only_second)
+        * (only_first + neither)
+    )
+    numerator = both * neither - only_first * only_second
+    if numerator > 0:
+        numerator = max(numerator - n / 2, 0.0)
+    phi = numerator / np.sqrt(margins) if margins > 0 else 0.0
+    below = shares[0] - low_2, high_1 - shares[1]
+    above = high_2 - shares[0], shares[1] - low_1
+    difference = shares[0] - shares[1]
+
+    def root(ends: tuple[float, float]) -> float:
+        return float(np.sqrt(max(0.0, ends[0] ** 2 - 2 * phi * ends[0] * ends[1] + ends[1] ** 2)))
+
+    return difference - root(below), difference + root(above)
+
+
+def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
+    """Wilson's interval (1927) of a proportion of `n` rows."""
+    middle = share + z * z / (2 * n)
+    half = z * float(np.sqrt(max(0.0, share * (1 - share)) / n + z * z / (4 * n * n)))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def _design_effect(differences: Floats, groups: npt.NDArray[Any]) -> float:
+    """How many times the variance of a mean of rows in groups is that of independent rows (Kish
+    1965): 1 for groups of one row; at most, and where no row differs, that of equal rows.
+    """
+    group_of_row = np.unique(groups, return_inverse=True)[1]
+    sizes = np.bincount(group_of_row).astype(np.float64)
+    worst = float((sizes**2).sum() / sizes.sum())
+    if worst <= 1:
+        return 1.0
+    deviations = differences - differences.mean()
+    independent = float((deviations**2).sum())
+    if len(sizes) < 2 or independent == 0:
+        return worst
+    grouped = float((np.bincount(group_of_row, deviations) ** 2).sum())
+    return float(np.clip(len(sizes) / (len(sizes) - 1) * grouped / independent, 1.0, worst))

@@ -1,0 +1,160 @@
+"""Slices: how the winner does on the images of each value of each column."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads.evaluate.intervals import LEVEL, mean_loss_interval, proportion_interval
+from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.report.judged import JudgedSide, side_values, user_columns
+from headrace.pipelines.report.leaders import metric_format, metric_title
+from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
+
+MAX_VALUES = 30  # of a column that is sliced by its words; numbers of more are cut at quartiles
+MIN_IMAGES = 10
+SHOWN_WARNINGS = 5
+
+
+def slices_section(
+    run: FinishedRun, sides: tuple[JudgedSide, ...], measured: pd.DataFrame
+) -> Section:
+    """The section. measured: what is known of images beside the user's columns, such as their
+    brightness, by content hash.
+    """
+    title = "Slices"
+    lead = (
+        "The winner on parts of the images: each value of each column of few values, quartiles of "
+        "numbers. A part that is much worse than the rest is where new images or another look at "
+        "the labels help most."
+    )
+    if isinstance(run.images, str):
+        return Section("slices", title, lead, (Note(f"Not looked at: {run.images}."),))
+    columns = user_columns(run)
+    rows = [row for side in sides for row in _slice_rows(run, side, columns, measured)]
+    if not rows:
+        text = (
+            "No column has between 2 and 30 values, or numbers, with ten images and more of each."
+        )
+        return Section("slices", title, lead, (Note(text),))
+    frame = pd.DataFrame(rows)
+    metric = str(frame["metric"].iloc[0])
+    lower_is_better = metric == "mae"
+    # Of many slices some look bad by chance: they are held to an interval of all of them together.
+    corrected = 1 - (1 - LEVEL) / len(frame)
+    ends = [_interval(metric, row["values"], row["groups"], corrected) for row in rows]
+    worse = [
+        low > row["overall"] if lower_is_better else high < row["overall"]
+        for (low, high), row in zip(ends, rows, strict=True)
+    ]
+    frame["verdict"] = np.where(worse, "worse", "")
+    order = frame["value_mean"] if not lower_is_better else -frame["value_mean"]
+    frame = frame.assign(order=order).sort_values(["order"], kind="stable", ignore_index=True)
+    table = Table(
+        "slices",
+        f"{metric_title(metric).capitalize()} of each slice, the worst first",
+        (
+            Column("column", "column"),
+            Column("value", "value"),
+            Column("side", "side"),
+            Column("images", "images", "count"),
+            Column("value_mean", metric_title(metric), metric_format(metric)),
+            Column("low", "95 % from", metric_format(metric)),
+            Column("high", "to", metric_format(metric)),
+            Column("overall", "all of the side", metric_format(metric)),
+            Column(
+                "verdict",
+                "verdict",
+                hint="worse: its interval lies below all of the side even at the level at which "
+                f"{len(frame):,} intervals hold together",
+            ),
+        ),
+        frame.drop(columns=["values", "groups", "order", "metric"]),
+        filters=("column", "side", "verdict"),
+        search=True,
+        page=15,
+    )
+    blocks: list[Block] = [*_verdicts(frame, metric), table]
+    return Section("slices", title, lead, tuple(blocks))
+
+
+def _verdicts(frame: pd.DataFrame, metric: str) -> Iterator[Note]:
+    worse = frame[frame["verdict"] != ""]
+    if worse.empty:
+        yield Note(
+            f"No slice is worse than the others beyond chance ({len(frame):,} were looked at).",
+            "good",
+        )
+        return
+    for row in worse.head(SHOWN_WARNINGS).to_dict("records"):
+        scale, unit = (100, " %") if metric_format(metric) == "share" else (1, "")
+        value, low, high, overall = (
+            f"{scale * float(row[name]):.4g}" for name in ("value_mean", "low", "high", "overall")
+        )
+        yield Note(
+            f"{row['column']} = {row['value']} is worse than the others: {metric_title(metric)} "
+            f"{value}{unit} ({low} to {high}) against {overall}{unit} on all {row['side']} "
+            f"images, {row['images']:,} images.",
+            "warning",
+        )
+    if len(worse) > SHOWN_WARNINGS:
+        yield Note(f"{len(worse) - SHOWN_WARNINGS:,} more slices are worse: see the table.")
+
+
+def _slice_rows(
+    run: FinishedRun, side: JudgedSide, columns: pd.DataFrame, measured: pd.DataFrame
+) -> Iterator[dict[str, Any]]:
+    metric, values = side_values(run, side)
+    overall = float(values.mean())
+    own = columns.reindex(side.ids).reset_index(drop=True)
+    seen = measured.reindex(side.content).reset_index(drop=True)
+    for name, column in (*own.items(), *seen.items()):
+        for word, rows in _parts(column):
+            slice_values = values[rows]
+            low, high = _interval(metric, slice_values, side.groups[rows], LEVEL)
+            yield {
+                "column": str(name),
+                "value": word,
+                "side": side.name,
+                "images": len(rows),
+                "value_mean": float(slice_values.mean()),
+                "low": low,
+                "high": high,
+                "overall": overall,
+                "metric": metric,
+                "values": slice_values,
+                "groups": side.groups[rows],
+            }
+
+
+def _parts(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """The slices of a column that have images enough, each with its rows; none where it is no
+    column to slice by.
+    """
+    is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    words = column.astype(object).where(column.notna(), None)
+    words = words.map(lambda word: "(none)" if word is None else str(word))
+    if is_number and column.nunique() > MAX_VALUES:
+        # Quartiles of what is known; equal numbers stay together.
+        cut = pd.qcut(column, 4, duplicates="drop")
+        words = cut.map(
+            lambda interval: f"{interval.left:.4g} to {interval.right:.4g}", na_action="ignore"
+        ).astype(object)
+        words = words.where(column.notna(), "(none)")
+    elif pd.api.types.is_float_dtype(column):
+        words = column.map(lambda number: f"{number:.4g}", na_action="ignore").fillna("(none)")
+    if not 2 <= words.nunique() <= MAX_VALUES:
+        return
+    for word, rows in words.groupby(words, sort=True).indices.items():
+        if len(rows) >= MIN_IMAGES:
+            yield str(word), np.asarray(rows, np.int64)
+
+
+def _interval(
+    metric: str, values: npt.NDArray[np.float64], groups: npt.NDArray[np.int64], level: float
+) -> tuple[float, float]:
+    if metric == "mae":
+        return mean_loss_interval(values, groups, None, level)
+    return proportion_interval(values, groups, level)

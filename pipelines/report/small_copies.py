@@ -1,0 +1,129 @@
+"""Small copies of images for the map, and what is measured on the way: size, light, contrast,
+sharpness.
+
+Each image is read once, at a small size where its format allows that.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from headrace.extract.errors import ImageError
+from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.content_hashes import hash_bytes
+from headrace.extract.images.decoding import PixelRange, decode_image, open_image
+
+SIDE = 72  # pixels of a small copy
+MEASURED_SIDE = 128  # pixels: sharpness depends on the size that it is measured at
+_MAX_BYTES = 2_000_000_000  # of files that are read for it
+_THREADS = 4
+_CHUNK = 64
+_ORIENTATION_TAG = 0x0112  # 5 to 8: width and height change places
+
+
+@dataclass(frozen=True)
+class SmallCopy:
+    """One image: a small WebP file of it, and what it measures."""
+
+    webp: bytes
+    width: int
+    height: int
+    brightness: float  # mean of grey, 0 to 1
+    contrast: float  # standard deviation of grey, 0 to 0.5
+    sharpness: float  # standard deviation of the Laplacian of grey; small where it is blurred
+
+
+@dataclass(frozen=True)
+class SmallCopies:
+    """Copies by content hash, and how many images were asked for and could not be read."""
+
+    by_content: Mapping[str, SmallCopy]
+    unreadable: int
+    not_read: int  # beyond the bytes that are read for this
+
+
+def make_small_copies(
+    image_paths: Mapping[str, str],
+    content_hashes: Sequence[str],
+    pixel_range: PixelRange | None = None,
+) -> SmallCopies:
+    """Copies of these images, in their order until 2 GB of files have been read.
+
+    An image that is gone, or holds other bytes than the run has seen, is counted and has none.
+    """
+    copies: dict[str, SmallCopy] = {}
+    n_bytes = unreadable = n_read = 0
+    with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the GIL
+        for start in range(0, len(content_hashes), _CHUNK):
+            if n_bytes > _MAX_BYTES:
+                break
+            chunk = content_hashes[start : start + _CHUNK]
+            n_read += len(chunk)
+            for content, (file_bytes, copy) in zip(
+                chunk,
+                pool.map(
+                    lambda content: _read_copy(image_paths.get(content, ""), content, pixel_range),
+                    chunk,
+                ),
+                strict=True,
+            ):
+                n_bytes += file_bytes
+                unreadable += copy is None
+                if copy is not None:
+                    copies[content] = copy
+    return SmallCopies(copies, unreadable, len(content_hashes) - n_read)
+
+
+def _read_copy(
+    path: str, content: str, pixel_range: PixelRange | None
+) -> tuple[int, SmallCopy | None]:
+    try:
+        data = read_bytes(path)
+        if hash_bytes(data) != content:
+            return len(data), None
+        return len(data), measure_image(data, pixel_range)
+    except (OSError, ImageError):
+        return 0, None
+
+
+def measure_image(data: bytes, pixel_range: PixelRange | None = None) -> SmallCopy:
+    """The small copy of an image file. Raises ImageError."""
+    image, (width, height) = _decode_small(data, pixel_range)
+    image.thumbnail((MEASURED_SIDE, MEASURED_SIDE))
+    grey = np.asarray(image.convert("L"), np.float32) / 255
+    padded = np.pad(grey, 1, mode="edge")
+    laplacian = (
+        padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:] - 4 * grey
+    )
+    image.thumbnail((SIDE, SIDE))
+    stored = BytesIO()
+    image.save(stored, "WEBP", quality=55, method=4)
+    return SmallCopy(
+        stored.getvalue(),
+        width,
+        height,
+        float(grey.mean()),
+        float(grey.std()),
+        float(laplacian.std()),
+    )
+
+
+def _decode_small(
+    data: bytes, pixel_range: PixelRange | None
+) -> tuple[Image.Image, tuple[int, int]]:
+    # A JPEG decodes at an eighth of its size in a fraction of the time.
+    if data.startswith(b"\xff\xd8"):
+        try:
+            with open_image(data) as file:
+                turned = file.getexif().get(_ORIENTATION_TAG, 1) >= 5
+                size = file.size[::-1] if turned else file.size
+                file.draft("RGB", (2 * MEASURED_SIDE, 2 * MEASURED_SIDE))
+                return ImageOps.exif_transpose(file).convert("RGB"), size
+        except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
+            pass
+    image = decode_image(data, pixel_range)
+    return image, image.size

@@ -1,0 +1,125 @@
+"""Writing a page, and the tables of it, in the place of an earlier report and of nothing else."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from headrace.cache.atomic_io import publish_replace
+from headrace.cache.errors import HeadraceError
+from headrace.cache.integrity.garbage import remove_temporaries
+from headrace.pipelines.report.page.blocks import Headline, Section, Table, tables_of
+from headrace.pipelines.report.page.render import render_page
+
+_TITLE = "headrace report: "
+
+
+class ReportThere(HeadraceError, FileExistsError):
+    """A file is there that no report wrote; it is not replaced."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    page: Path
+    bytes: int
+    tables: tuple[Path, ...]
+    missing_images: int  # thumbnails whose image is gone or has changed
+
+
+def write_page(
+    page_path: Path,
+    title: str,
+    made: str,
+    headline: Headline,
+    sections: tuple[Section, ...],
+    *,
+    tables: bool,
+    missing_images: int,
+) -> Report:
+    """Publish the page and, if asked, its tables in a folder beside it. `require_ours` has allowed
+    the path. made: one line that says when, by what and from what.
+    """
+    page_text = render_page(f"{_TITLE}{title}", made, headline, sections)
+    page_path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(page_path)
+    page_exists = page_path.exists()
+    publish_replace(page_path, page_text.encode("utf-8", "replace"))
+    table_paths = (
+        write_tables(page_path.with_name(f"{page_path.stem}-tables"), sections, replace=page_exists)
+        if tables
+        else ()
+    )
+    return Report(page_path, page_path.stat().st_size, table_paths, missing_images)
+
+
+def require_ours(page_path: Path) -> None:
+    """Raise ReportThere unless nothing, or an earlier report, is there."""
+    if not page_path.exists():
+        return
+    remedy = (
+        f"Give another name with --out, such as {page_path.with_name('headrace-report.html')}, or "
+        "move it away"
+    )
+    if not page_path.is_file():
+        raise ReportThere(
+            f"{page_path} is a folder, or no file of the disk; expected the name of a page. "
+            f"{remedy}"
+        )
+    with page_path.open("rb") as page_file:
+        if _TITLE.encode() not in page_file.read(4096):
+            raise ReportThere(
+                f"{page_path} is there, and headrace report did not write it: it is not replaced. "
+                f"{remedy}"
+            )
+
+
+def write_tables(
+    folder: Path, sections: Sequence[Section], *, replace: bool = False
+) -> tuple[Path, ...]:
+    """Every table as NAME.csv and NAME.parquet; returns the paths.
+
+    replace: files of these names are known for an earlier report's. Else only both of a pair are;
+    raises ReportThere for one alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for table_name in () if replace else tables_of(tuple(sections)):
+        existing_pair = [
+            table_path
+            for suffix in ("csv", "parquet")
+            if (table_path := folder / f"{table_name}.{suffix}").exists()
+        ]
+        if len(existing_pair) == 1:
+            raise ReportThere(
+                f"{existing_pair[0]} is there, and headrace report did not write it: it is not "
+                "replaced. Move it away"
+            )
+    table_paths = []
+    for table_name, table in tables_of(tuple(sections)).items():
+        table_frame = plain_frame(table)
+        parquet_file = io.BytesIO()
+        table_frame.to_parquet(parquet_file, index=False)
+        for suffix, file_content in (
+            ("csv", table_frame.to_csv(index=False).encode("utf-8", "replace")),
+            ("parquet", parquet_file.getvalue()),
+        ):
+            table_path = folder / f"{table_name}.{suffix}"
+            remove_temporaries(table_path)
+            publish_replace(table_path, file_content)
+            table_paths.append(table_path)
+    return tuple(table_paths)
+
+
+def plain_frame(table: Table) -> pd.DataFrame:
+    """The table's columns, in full precision. A confusion matrix has its classes as headings."""
+    column_frame = table.frame[[column.name for column in table.columns]]
+    return (
+        column_frame.set_axis(
+            [column_frame.columns[0], *(column.title for column in table.columns[1:])], axis=1
+        )
+        if table.shade
+        else column_frame
+    )
