@@ -55,6 +55,13 @@ class InitOutput(JsonOutput):
     notes: tuple[str, ...]
 
 
+class LeftOutCount(JsonOutput):
+    """Entries of the source that are no sample."""
+
+    reason: Text
+    count: int
+
+
 class ImageCounts(JsonOutput):
     """Where every entry of the source went; `found` is the sum of the others."""
 
@@ -65,14 +72,7 @@ class ImageCounts(JsonOutput):
     unreadable: int
     failed: int
     annotations: int
-    left_out: tuple["LeftOutCount", ...]
-
-
-class LeftOutCount(JsonOutput):
-    """Entries of the source that are no sample."""
-
-    reason: Text
-    count: int
+    left_out: tuple[LeftOutCount, ...]
 
 
 class PlannedFeatures(JsonOutput):
