@@ -77,12 +77,12 @@ def test_predict_replaces_its_own_tables_alone(tmp_path, name, recorded):
     if recorded:
         about.write_text('{"model_digest": "x"}')
     if name == "files.csv":  # a table of predictions of no image
-        bulk.require_ours(out, about, parts)
+        bulk._require_ours(out, about, parts)
         return
     with pytest.raises(
         bulk.PredictionsThere, match=r"did not write it.*--out, such as .*predictions\."
     ):
-        bulk.require_ours(out, about, parts)
+        bulk._require_ours(out, about, parts)
     assert out.read_bytes() == TABLES[name]
 
 
@@ -96,21 +96,21 @@ def test_predict_knows_its_own_tables(tmp_path, kind, task):
     with table_writer(out, kind, task, ('a "b"', "c,d", "error", "é")) as write:
         write(TableBlock(["x.png", "y.png"], np.eye(2, 4, dtype=np.float32), [None, "broken"]))
     if task != "regression" or kind == "jsonl":
-        bulk.require_ours(out, about, parts)
+        bulk._require_ours(out, about, parts)
     else:
         with pytest.raises(bulk.PredictionsThere):
-            bulk.require_ours(out, about, parts)
+            bulk._require_ours(out, about, parts)
     about.write_text('{"model_digest": "x"}')
-    bulk.require_ours(out, about, parts)
+    bulk._require_ours(out, about, parts)
 
 
 def test_predict_keeps_what_stands_where_its_record_goes(tmp_path):
     """`labels.csv.json` of somebody else, and what is no file."""
     (tmp_path / "t.csv.json").write_text('{"mine": 1}')
     with pytest.raises(bulk.PredictionsThere, match=r"t\.csv\.json is there"):
-        bulk.require_ours(tmp_path / "t.csv", tmp_path / "t.csv.json", tmp_path / "t.csv.parts")
+        bulk._require_ours(tmp_path / "t.csv", tmp_path / "t.csv.json", tmp_path / "t.csv.parts")
     with pytest.raises(bulk.PredictionsThere, match="neither a table"):
-        bulk.require_ours(Path("/dev/null"), tmp_path / "null.json", tmp_path / "null.parts")
+        bulk._require_ours(Path("/dev/null"), tmp_path / "null.json", tmp_path / "null.parts")
 
 
 def test_a_report_replaces_reports_alone(tmp_path):

@@ -5,11 +5,15 @@ click and key, accessible.
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from support.browser import BROWSER
 from support.reports import HOSTILE, inflate
 
 from headrace.pipelines.report.build import write_report
+from headrace.pipelines.report.page.blocks import Headline, Matrix, Section
+from headrace.pipelines.report.page.render import render_page
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
 SETTINGS = 10_000
@@ -180,7 +184,7 @@ def test_the_keyboard_reaches_everything_and_is_seen(open_page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("width", [360, 1024, 1600])
 def test_accessible_and_readable(open_page, scheme, width):
     """axe-core has no serious finding with every part unfolded, and nothing but tables scrolls
     sideways.
@@ -192,10 +196,207 @@ def test_accessible_and_readable(open_page, scheme, width):
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
     page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert clipped(page) == []
     found = Axe().run(page, options={"resultTypes": ["violations"]}).response
     assert len(found["passes"]) > 20  # it has looked
     serious = [item for item in found["violations"] if item["impact"] in ("serious", "critical")]
     assert [(item["id"], item["nodes"][0]["html"]) for item in serious] == []
+
+
+def clipped(page):
+    """What is cut off: elements that reach beyond the window, but for what scrolls by itself."""
+    return page.evaluate("""() => [...document.querySelectorAll('main *, nav *, header *')]
+        .filter(e => e.getClientRects().length && !e.closest('.scroll, pre, .sr, .skip, svg'))
+        .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+        .map(e => e.outerHTML.slice(0, 80))""")
+
+
+def test_cost_tables_are_whole_on_a_wide_screen(open_page):
+    """Nothing of them is to be scrolled to at 1,600 pixels."""
+    page = open_page(viewport={"width": 1600, "height": 900})
+    for name in ("stages", "calls", "bytes"):
+        widths = page.eval_on_selector(
+            f"#table-{name} .scroll", "e => [e.scrollWidth, e.clientWidth]"
+        )
+        assert widths[0] <= widths[1], name
+
+
+@pytest.fixture
+def image_map(open_page):
+    """The page with its map drawn and in view."""
+    page = open_page(viewport={"width": 1200, "height": 900})
+    page.evaluate("document.querySelector('#map').scrollIntoView({ behavior: 'instant' })")
+    page.wait_for_selector("[data-map][data-drawn=yes]")
+    page.evaluate("document.querySelector('#map canvas').scrollIntoView({ behavior: 'instant' })")
+    return page
+
+
+def test_a_point_is_shown_and_chosen_by_key(image_map):
+    """The arrow keys go from image to image, with its picture; Enter puts it into the table, Esc
+    closes the card.
+    """
+    page = image_map
+    canvas = page.locator("#map canvas")
+    canvas.focus()
+    seen = set()
+    for key in ("ArrowRight", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowDown"):
+        page.keyboard.press(key)
+        seen.add(page.inner_text("#map .card .name"))
+    assert len(seen) > 2
+    assert page.locator("#map .card img[src^='data:image/webp']").count() == 1
+    spoken = page.inner_text("#map .sr")
+    assert "label " in spoken
+    assert "outcome " in spoken
+    page.keyboard.press("Enter")
+    assert page.locator("#map tbody tr").count() == 1
+    assert page.inner_text("#map tbody tr td:nth-child(2)") == page.inner_text("#map .card .name")
+    page.keyboard.press("Enter")
+    assert page.locator("#map tbody tr").count() == 0
+    page.keyboard.press("Escape")
+    assert page.locator("#map .card").is_hidden()
+
+
+def test_points_are_hovered_over_and_drawn_around(image_map):
+    """The pointer shows a card; a line around all of them puts all into the table; hidden words are
+    left out.
+    """
+    page = image_map
+    box = page.locator("#map canvas").bounding_box()
+    for step in range(200):
+        place = box["x"] + box["width"] * (0.2 + 0.003 * step), box["y"] + box["height"] / 2
+        page.mouse.move(*place)
+        if page.locator("#map .card").is_visible():
+            break
+    assert page.locator("#map .card").is_visible()
+    corners = [
+        (2, 2),
+        (box["width"] - 2, 2),
+        (box["width"] - 2, box["height"] - 2),
+        (2, box["height"] - 2),
+    ]
+
+    def draw_around():
+        page.mouse.move(box["x"] + 2, box["y"] + 2)
+        page.mouse.down()
+        for x, y in corners:
+            page.mouse.move(box["x"] + x, box["y"] + y, steps=4)
+        page.mouse.up()
+        return int(page.inner_text("#map .table .caption").split(" ")[0])
+
+    points = page.eval_on_selector("[data-map] > script", "e => JSON.parse(e.textContent).points")
+    assert draw_around() == points
+    first = page.locator("#map .legend button").first
+    hidden = int(first.inner_text().rsplit(" ", 1)[-1])
+    page.evaluate("document.querySelector('#map .legend button').click()")
+    assert first.get_attribute("aria-pressed") == "false"
+    assert draw_around() == points - hidden
+
+
+def test_the_map_takes_no_name_for_html(image_map):
+    """Every colour and every value; the table of all points too."""
+    page = image_map
+    colour = page.get_by_label("Colour", exact=True)
+    for number in range(colour.locator("option").count()):
+        colour.select_option(str(number))
+    colour.select_option("0")
+    assert HOSTILE[0] in page.locator("#map .legend").inner_text()
+    page.get_by_label("Only one value").select_option("0")
+    page.get_by_role("button", name="Put all images that are shown into the table").click()
+    assert "<b>" in page.inner_text("#map tbody")
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("#map b, #map i").count() == 0
+
+
+def test_a_table_is_downloaded(open_page, tmp_path):
+    """The rows of the whole table, not of its page; words that a spreadsheet would run are marked."""
+    page = open_page()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as CSV: Every setting").click()
+    download.value.save_as(tmp_path / "board.csv")
+    assert download.value.suggested_filename == "leaderboard.csv"
+    board = pd.read_csv(tmp_path / "board.csv")
+    assert len(board) == SETTINGS
+    assert board["rank"].tolist() == list(range(1, SETTINGS + 1))
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as CSV: Images that could not be read").click()
+    download.value.save_as(tmp_path / "failed.csv")
+    assert pd.read_csv(tmp_path / "failed.csv")["image"].tolist() == [
+        "broken & <svg onload=window.pwned=3>"
+    ]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as CSV: Confusion matrix, validation").click()
+    download.value.save_as(tmp_path / "confusion.csv")
+    assert pd.read_csv(tmp_path / "confusion.csv").shape == (2, 3)
+
+
+def test_pictures_enlarge(open_page):
+    """By Enter too; the path is there; the arrow keys go on, Esc closes, and the focus is back."""
+    page = open_page()
+    first = page.locator(".gallery button.enlarge").first
+    first.focus()
+    page.keyboard.press("Enter")
+    dialog = page.locator("dialog.enlarged")
+    assert dialog.is_visible()
+    assert dialog.locator(".path").inner_text().endswith(".png")
+    before = dialog.locator("h2").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert dialog.locator("h2").inner_text() != before
+    page.keyboard.press("Escape")
+    assert dialog.is_hidden()
+    assert page.evaluate("document.activeElement.className") == "enlarge"
+    assert page.evaluate("window.pwned") is None
+
+
+def test_sections_fold_and_a_link_unfolds_them(open_page):
+    """All at once, and the one that is linked to."""
+    page = open_page()
+    fold = page.get_by_role("button", name="Fold all", exact=True)
+    fold.click()
+    assert page.locator("details.part[open]").count() == 0
+    page.locator("nav a[href='#cost']").click()
+    page.wait_for_selector("#cost details.part[open]")
+    assert page.locator("details.part[open]").count() == 1
+
+
+def test_the_threshold_is_moved(open_page):
+    """At the far end everything is found; the numbers are those of the counts."""
+    page = open_page()
+    page.evaluate("document.querySelector('.curves').scrollIntoView({ behavior: 'instant' })")
+    page.wait_for_selector("[data-curves][data-drawn=yes]")
+    slider = page.locator(".curves input[type=range]").first
+    slider.focus()
+    page.keyboard.press("End")
+    numbers = page.locator(".curves dl").first.inner_text()
+    assert "recall 100.00 %" in numbers
+    assert "specificity 0.00 %" in numbers
+    page.keyboard.press("Home")
+    assert "recall 100.00 %" not in page.locator(".curves dl").first.inner_text()
+    assert "precision" in slider.get_attribute("aria-valuetext")
+
+
+def test_a_hundred_classes_are_walked_over(browser, tmp_path):
+    """The matrix says what a cell is, in every order; names are text."""
+    names = tuple(f"<b>{number}</b>" for number in range(100))
+    counts = np.diag(np.arange(1, 101))
+    counts[3, 4] = 7
+    orders = (("by name", np.arange(100)), ("turned", np.arange(100)[::-1]))
+    section = Section("s", "S", "", (Matrix("m", "The matrix", names, counts, orders),))
+    path = tmp_path / "page.html"
+    path.write_text(render_page("title", "made", Headline(()), (section,)))
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.wait_for_selector("[data-matrix][data-drawn=yes]")
+    page.locator("canvas").focus()
+    for key in ("ArrowRight", *["ArrowDown"] * 3, *["ArrowRight"] * 4):
+        page.keyboard.press(key)
+    said = page.locator(".walk [role=status]").inner_text()
+    assert said == "<b>3</b> predicted as <b>4</b>: 7 images, 63.64 % of its 11"
+    page.get_by_label("Order of the classes").select_option("1")
+    page.locator("canvas").focus()
+    page.keyboard.press("ArrowRight")
+    said = page.locator(".walk [role=status]").inner_text()
+    assert said == "<b>99</b>, rightly predicted: 100 images, 100.00 % of its 100"
+    page.close()
 
 
 def test_ten_thousand_settings_are_quick(open_page):
