@@ -2,6 +2,7 @@
 before their names.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
@@ -12,6 +13,7 @@ from headrace.extract.errors import BackboneError
 
 # torch.compile, FSDP and activation checkpointing insert these anywhere in a name.
 _INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_CHUNK = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
 # A prefix under which nearly as many tensors fit as under the best one is another copy of the
 # network, such as DINO's teacher and student.
 _RIVAL_SHARE = 0.9
@@ -75,6 +77,19 @@ def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = dict(zip(names, tensors.values(), strict=True))
     kept = renamed if len(renamed) == len(tensors) else dict(tensors)
     return type(tensors)(kept) if isinstance(tensors, dict) else kept
+
+
+def without_chunks(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors under the names of single blocks, where the file's blocks lie in chunks and the
+    network's do not: DINOv2 trains with blocks.2.7 for its eighth block, and timm has blocks.7.
+    """
+    chunked = any(_CHUNK.search(name) for name in tensors)
+    if not chunked or any(_CHUNK.search(name) for name in expected):
+        return dict(tensors)
+    renamed = {_CHUNK.sub(r"\1blocks.\2.", name): tensor for name, tensor in tensors.items()}
+    return renamed if len(renamed) == len(tensors) else dict(tensors)
 
 
 def owner_module(name: str, module_names: Collection[str]) -> str:

@@ -17,6 +17,7 @@ from headrace.extract.backbones.checkpoint_names import (
     is_head_name,
     network_prefix,
     owner_module,
+    without_chunks,
     without_wrappers,
 )
 from headrace.extract.errors import BackboneError
@@ -188,9 +189,10 @@ def own_tensors(
 
     prefix: None finds it, see `network_prefix`. Raises BackboneError.
     """
-    tensors = without_wrappers(tensors)
+    expected = module.state_dict()
+    tensors = without_chunks(without_wrappers(tensors), expected)
     if prefix is None:
-        prefix = network_prefix(tensors, module.state_dict(), network_description)
+        prefix = network_prefix(tensors, expected, network_description)
     own = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()

@@ -22,6 +22,7 @@ _GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et a
 _GEM_FLOOR = 1e-6
 # of the last resolutions; those before are large maps, dear to pool, and brought nothing
 N_MIDDLE_BLOCKS = 2
+N_LAST_BLOCKS = 4  # of a transformer
 _MOST_PREFIX_TOKENS = 16  # that an error message suggests
 MAX_AUTO_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
 
@@ -62,15 +63,9 @@ def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ..
     """
     nodes = backbone_nodes(backbone)
     if taps == "auto":
-        tokens = [node.name for node in nodes.nodes if node.layout == "NTC"]
-        if tokens and backbone.spec.name.startswith("onnx:"):
-            # the values of an ONNX graph are not blocks, and their names follow no rule
-            raise BackboneError(
-                f"{backbone.spec.name}: auto cannot tell the blocks of a transformer in an ONNX "
-                f"file; name the taps, such as {tokens[-1]}.avg. All values: headrace backbones "
-                f"{backbone.spec.name}"
-            )
-        return auto_taps(nodes)
+        if backbone.spec.name.startswith("onnx:"):
+            _require_named_blocks(nodes, backbone.spec.name)
+        return tuple(_check_tap(tap, nodes, backbone.spec.name) for tap in auto_taps(nodes))
     asked = [taps] if isinstance(taps, str) else list(taps)
     if not asked:
         raise BackboneError(
@@ -79,6 +74,18 @@ def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ..
     return tuple(
         dict.fromkeys(_check_tap(parse_tap(text), nodes, backbone.spec.name) for text in asked)
     )
+
+
+def _require_named_blocks(nodes: Nodes, backbone_name: str) -> None:
+    """Raise BackboneError for tokens of an ONNX file whose values are not named by their blocks."""
+    tokens = [node.name for node in nodes.nodes if node.layout == "NTC"]
+    blocks = _token_blocks(nodes)
+    if tokens and not (blocks and all(re.search(r"\d\.", block.name) for block in blocks)):
+        raise BackboneError(
+            f"{backbone_name}: auto cannot tell the blocks of a transformer in this ONNX file; "
+            f"name the taps, such as {tokens[-1]}.avg. All values: headrace backbones "
+            f"{backbone_name}"
+        )
 
 
 def tap_shape(tap: Tap, node: Node) -> tuple[int, ...]:
@@ -127,19 +134,29 @@ def backbone_nodes(backbone: Backbone) -> Nodes:
 
 def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
     """Early to late: the last block at each resolution but the first, and a middle one at the last
-    two, averages and maxima; of a plain transformer the averages of each quarter and the last class
-    token. Then what the classifier is given.
+    two, averages and maxima; of a plain transformer the class tokens and averages of its last
+    blocks. Then what the classifier is given.
 
     Maxima and middles are what far domains gain from (docs/defaults.md). Together the taps of a
     convolution network have at most MAX_AUTO_FEATURES features, or as many as its last blocks have.
     """
-    quarters = _quarter_blocks(nodes)
-    taps = [Tap(node.name, "avg") for node in quarters] or _stage_taps(nodes)
-    if quarters and quarters[-1].has_class_token:
-        taps.append(Tap(quarters[-1].name, "cls"))
+    blocks = _token_blocks(nodes)
+    taps = _token_taps(blocks) if blocks else _stage_taps(nodes)
     if PRE_LOGITS in nodes.names:
         taps.append(Tap(PRE_LOGITS, "vector"))
     return tuple(taps) or (Tap(LOGITS, "vector"),)
+
+
+def _token_taps(blocks: list[Node]) -> list[Tap]:
+    """Class tokens and averages over the patches of the last blocks, in running order, as linear
+    probes of self-supervised networks take them (docs/decisions/018-taps-of-transformers.md).
+    """
+    return [
+        Tap(block.name, pooling)
+        for block in blocks[-N_LAST_BLOCKS:]
+        for pooling in ("cls", "avg")
+        if pooling == "avg" or block.has_class_token
+    ]
 
 
 def _stage_taps(nodes: Nodes) -> list[Tap]:
@@ -249,23 +266,18 @@ def _last_blocks(map_nodes: list[Node]) -> list[Node]:
     return sorted(last_blocks, key=lambda node: node_order[node.name])[-5:]
 
 
-def _quarter_blocks(nodes: Nodes) -> list[Node]:
-    """The blocks at a quarter, half, three quarters and the end of a plain transformer; empty for
-    other networks.
+def _token_blocks(nodes: Nodes) -> list[Node]:
+    """The blocks of a plain transformer in running order, each by its last value, which is its
+    output; empty for other networks.
     """
-    groups: dict[str, list[Node]] = {}
+    blocks_of_family: dict[str, dict[str, Node]] = {}
     for node in nodes.nodes:
-        if node.layout == "NTC" and re.search(r"\d$", node.name):
-            groups.setdefault(re.sub(r"\d+$", "", node.name), []).append(node)
-    if not groups:
-        return []
-    shallowest = min(prefix.count(".") for prefix in groups)
-    blocks = max(
-        (group for prefix, group in groups.items() if prefix.count(".") == shallowest), key=len
-    )
-    if len(blocks) < 4:
-        return []
-    return [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+        # the first number that ends a part of the name: blocks.3.mlp, encoder.encoder_layer_3
+        match = re.match(r"(.*?)(\d+)(?=\.|$)", node.name)
+        if node.layout == "NTC" and match is not None:
+            blocks_of_family.setdefault(match[1], {})[match[2]] = node
+    blocks = max(blocks_of_family.values(), key=len, default={})
+    return list(blocks.values()) if len(blocks) >= 4 else []
 
 
 def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:

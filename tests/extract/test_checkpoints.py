@@ -2,6 +2,7 @@
 several networks. What lies below the taps fits exactly, or is refused with names.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -195,6 +196,24 @@ def test_positions_of_another_size_are_not_taken_for_nothing(tmp_path: Path) -> 
     state["pos_embed"] = state["pos_embed"][:, :26]
     with pytest.raises(BackboneError, match=r"depends on .*pos_embed.*image_size"):
         features(BackboneSpec(VIT, saved(tmp_path / "w.pth", state)), ["blocks.5.cls"])
+
+
+def test_blocks_in_chunks(tmp_path: Path) -> None:
+    """As DINOv2's training saves its teacher: six blocks in chunks of two, with a head beside."""
+    state = state_of(VIT)
+    chunked = {
+        re.sub(
+            r"^blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) // 2}.{match[1]}", key
+        ): value
+        for key, value in state.items()
+        if not key.startswith("head.")
+    }
+    content = under("teacher.backbone.", {**chunked, "mask_token": torch.zeros(1, 64)})
+    content["teacher.dino_head.mlp.0.weight"] = torch.zeros(4, 4)
+    with pytest.warns(WeightsWarning, match=r"mask_token.*dino_head"):
+        found = features(BackboneSpec(VIT, saved(tmp_path / "w.pth", content)), TAPS[VIT])
+    expected = features(BackboneSpec(VIT, "random:1"), TAPS[VIT])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_names_that_wrappers_change_inside(tmp_path: Path) -> None:

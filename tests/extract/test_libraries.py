@@ -18,7 +18,9 @@ from headrace.extract.errors import BackboneError
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import render_crop
 from headrace.extract.spec import BackboneSpec, absolute_name, weights_stamp
+from headrace.extract.taps.describe import feature_specs
 from headrace.extract.taps.forward import make_forward, make_normalizer
+from headrace.extract.taps.left_out import WeightsWarning
 from headrace.extract.taps.resolve import auto_taps, backbone_nodes, resolve_taps
 from headrace.heads.persist import CodeNotTrusted
 from headrace.pipelines.recipe.load import load_recipe
@@ -172,6 +174,36 @@ def test_the_configuration_is_part_of_the_digest(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert weights_stamp(second.spec) != before
     assert load_backbone(second.spec).weights == first.weights
+
+
+def test_what_the_weights_lack_is_not_random(tmp_path):
+    """A classifier's checkpoint has no pooler, which transformers draws anew at every load."""
+    sizes = {**SIZES, "intermediate_size": 64}
+    transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(
+        tmp_path
+    )
+    transformers.ViTImageProcessor(**SQUASH).save_pretrained(tmp_path)
+    backbone = load_backbone(BackboneSpec(f"transformers:{tmp_path}"))
+    with pytest.warns(WeightsWarning, match=r"not in the file \(2\): pooler.*classifier"):
+        feature_specs(backbone, resolve_taps(backbone, ["layers.3.cls", "layernorm.avg"]))
+    with pytest.raises(BackboneError, match=r"pooler.vector depends on .*pooler\.dense"):
+        feature_specs(backbone, resolve_taps(backbone, ["pooler"]))
+
+
+def test_values_of_the_configuration_are_replaced(folders):
+    """By their names, of the images' part where there is text too; the digest follows."""
+    for kind in ("vit", "clip"):
+        name = f"transformers:{folders[kind][0]}"
+        plain, other = (
+            load_backbone(BackboneSpec(name, model=model))
+            for model in (None, {"hidden_act": "relu"})
+        )
+        assert other.weights != plain.weights
+        assert other.module.config.hidden_act == "relu"
+        with pytest.raises(
+            BackboneError, match=r"hidden_actt is not in its .* Nearest: hidden_act"
+        ):
+            load_backbone(BackboneSpec(name, model={"hidden_actt": "relu"}))
 
 
 def test_random_weights_are_seeded(folders):
