@@ -35,6 +35,16 @@ class RunPaths:
         return self.root / "heads.parquet"
 
     @property
+    def predictions(self) -> Path:
+        """Every image of the run, labelled or not, as the selected model predicts it."""
+        return self.root / "predictions.parquet"
+
+    @property
+    def unit_predictions(self) -> Path:
+        """The same of units, where the task has them."""
+        return self.root / "unit-predictions.parquet"
+
+    @property
     def failed_images(self) -> Path:
         return self.root / "failed-images.csv"
 

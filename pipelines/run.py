@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dask.distributed import Client
 from rich.console import Console
 
+from headrace.cache.atomic_io import lease
 from headrace.cache.integrity.garbage import STALE_S
 from headrace.cache.integrity.repair import stale_temporaries
 from headrace.pipelines.cluster.clients import Role, open_client
@@ -23,22 +24,40 @@ from headrace.pipelines.cluster.task_log import task_log
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
 from headrace.pipelines.paths import RunPaths, unit_leases
-from headrace.pipelines.planning.plan import check_space
+from headrace.pipelines.planning.extraction import Extraction, planned, read_extraction
+from headrace.pipelines.planning.plan import Plan, check_space
 from headrace.pipelines.planning.run_state import RunState, read_run_state, write_inputs
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import append_records, write_record
 from headrace.pipelines.result import RunResult, run_result
 from headrace.pipelines.selection.evaluation_record import refuse_old_record
 from headrace.pipelines.stages.evaluate import evaluate
-from headrace.pipelines.stages.extract import extract
+from headrace.pipelines.stages.extract import (
+    extract,
+    extract_units,
+    raise_strict,
+    write_failed_images,
+)
 from headrace.pipelines.stages.finetune import finetune
 from headrace.pipelines.stages.halve_inputs import halve_inputs
+from headrace.pipelines.stages.predict import predict
 from headrace.pipelines.stages.select import select
 from headrace.pipelines.stages.services import Services, StageRecord, open_services, opener_of
 from headrace.pipelines.stages.train import train
 from headrace.pipelines.trackers import log_run, require_log
 
-STAGES = (extract, halve_inputs, train, finetune, select, evaluate)
+
+@dataclass(frozen=True)
+class ExtractionResult:
+    """What `extract_recipe` has done."""
+
+    extraction: Extraction  # as the cache is now
+    new: int  # images that went through a network in this call
+    failed: int  # images without features, listed with their reasons in the run's failed-images.csv
+    seconds: float
+
+
+STAGES = (extract, halve_inputs, train, finetune, select, evaluate, predict)
 
 
 def run_recipe(
@@ -65,7 +84,7 @@ def run_recipe(
     state = read_run_state(recipe, retry_failed=retry_failed)
     check_space(state.plan, recipe.cache, recipe.storage.budget_gb)
     paths, forward_device = state.paths, state.plan.forward_device
-    with _run_services(state, console, workers, client, retry_failed) as services:
+    with _run_services(recipe, state.plan, console, workers, client, retry_failed) as services:
         services.stages.append(_planning_record(state, started_at))
         write_inputs(state)
         write_record(paths.recipe, recipe.model_dump(mode="json"))
@@ -80,20 +99,47 @@ def run_recipe(
     return run_result(state, services.stages)
 
 
+def extract_recipe(
+    recipe: Recipe,
+    *,
+    console: Console | None = None,
+    workers: int | None = None,
+    client: Client | None = None,
+) -> ExtractionResult:
+    """Put into the cache what it lacks of the recipe's images, labelled or not; nothing is trained.
+
+    Arguments, and what an interruption leaves, as of `run_recipe`. Raises HeadraceError.
+    """
+    started_at = time.perf_counter()
+    extraction = read_extraction(recipe)
+    check_space(extraction.plan, recipe.cache, recipe.storage.budget_gb)
+    paths, plan = recipe.paths, extraction.plan
+    with _run_services(recipe, plan, console, workers, client, False) as services:
+        if plan.units:
+            extract_units(plan, recipe, services)
+    remove_leftovers(paths, recipe.cache)
+    with lease(paths.conclusion_lock):
+        n_failed = write_failed_images(extraction)
+    extraction = planned(extraction)  # raises where every image failed
+    if n_failed and recipe.compute.strict:
+        raise_strict(n_failed, paths.failed_images)
+    seconds = time.perf_counter() - started_at
+    return ExtractionResult(extraction, plan.images_new, n_failed, seconds)
+
+
 @contextmanager
 def _run_services(
-    state: RunState,
+    recipe: Recipe,
+    plan: Plan,
     console: Console | None,
     workers: int | None,
     client: Client | None,
     retry_failed: bool,
 ) -> Iterator[Services]:
     """Give the services of one call; what is refused before leaves no folder behind."""
-    recipe, console = state.recipe, console or make_console()
-    module_names = (
-        imports_of(backbone.name for backbone in recipe.backbones) if state.plan.units else []
-    )
-    with task_log(state.paths) as log:
+    console = console or make_console()
+    module_names = imports_of(backbone.name for backbone in recipe.backbones) if plan.units else []
+    with task_log(recipe.paths) as log:
 
         @contextmanager
         def open_logged(role: Role, device: str) -> Iterator[Client]:
@@ -102,7 +148,7 @@ def _run_services(
                 role,
                 workers=workers or recipe.compute.workers,
                 device=device,
-                run_folder=state.paths.root,
+                run_folder=recipe.paths.root,
                 imports=module_names,
             ) as opened:
                 log(

@@ -391,7 +391,7 @@ def _table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
     """
     doubt_text = ""
     if n_unlabelled := int(labels.isna().sum()):
-        doubt_text += f"; {n_unlabelled:,} rows have no label, and a run leaves them out"
+        doubt_text += f"; {n_unlabelled:,} rows have no label: a run predicts them"
     checked_files = [
         locator_file(file_path) for file_path in paths.head(_PATHS_LOOKED_AT).astype(str)
     ]

@@ -22,6 +22,7 @@ from headrace.pipelines.cli.cluster import app as cluster_app
 from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.doctor import doctor_command
 from headrace.pipelines.cli.export import export_command
+from headrace.pipelines.cli.extract import extract_command
 from headrace.pipelines.cli.options import (
     JsonOption,
     ProgressFormat,
@@ -255,6 +256,7 @@ def status(
         show_status(make_console(), run)
 
 
+app.command("extract")(extract_command)
 app.command("report", rich_help_panel=_AFTER)(report_command)
 app.command("advise", rich_help_panel=_AFTER)(advise_command)
 app.command("predict", rich_help_panel=_AFTER)(predict_command)

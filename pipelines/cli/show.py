@@ -18,15 +18,17 @@ from headrace.pipelines.number_format import (
     number_text,
 )
 from headrace.pipelines.planning.accounting import Accounting
+from headrace.pipelines.planning.cost_model import Estimate
 from headrace.pipelines.planning.leaderboard import grouped_board, inputs_text
 from headrace.pipelines.planning.plan import Plan
 from headrace.pipelines.result import RunResult
+from headrace.pipelines.run import ExtractionResult
 
 _LEADERS = 12
 
 
-def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
-    """What would be extracted, what would be trained, what is already there."""
+def show_features(console: Console, plan: Plan, cache: object) -> None:
+    """What would be extracted and what is there; without heads in the plan, the time it takes."""
     table = Table(title="Features", title_justify="left")
     for column, justify in (
         ("tap", "left"),
@@ -51,6 +53,58 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
         soft_wrap=True,
     )
+    if not plan.requested:
+        console.print(
+            f"Tasks: {len(plan.units):,} units; about {_hours(plan.estimate)}. Done already: "
+            f"{plan.images - plan.images_new:,} images",
+            soft_wrap=True,
+        )
+
+
+def show_extraction(console: Console, result: ExtractionResult) -> None:
+    """What `headrace extract` has put into the cache, and where it lies."""
+    extraction = result.extraction
+    show_notes(console, extraction.notes)
+    if result.failed:
+        console.print(
+            f"note: {result.failed:,} images could not be used; each is listed with its reason in "
+            f"{extraction.recipe.paths.failed_images}",
+            style="yellow",
+            soft_wrap=True,
+        )
+    n_found = extraction.listing.found
+    n_left_out = n_found - len(extraction.samples)
+    parts = (
+        (len(extraction.samples) - result.failed, "with features"),
+        (result.failed, "that cannot be used"),
+        (n_left_out, "left out"),
+    )
+    counts = " + ".join(f"{count:,} {use}" for count, use in parts if count)
+    console.print(f"Images: {n_found:,} found = {counts}", soft_wrap=True)
+    console.print(
+        f"{result.new:,} of {extraction.plan.images:,} images went through a network, in "
+        f"{result.seconds:,.1f} s",
+        soft_wrap=True,
+    )
+    console.print("Features", style="italic")
+    for name, view_paths in extraction.feature_paths.items():
+        for view_path in view_paths:
+            console.print(f"  {name:<32} {view_path}", soft_wrap=True)
+
+
+def _hours(estimate: Estimate) -> str:
+    basis = (
+        "measured in earlier calls of this run"
+        if estimate.measured
+        else "assumed until a first call has measured it"
+    )
+    gpu = f" and {hours_text(estimate.gpu_s)} GPU-hours" if estimate.gpu_s else ""
+    return f"{hours_text(estimate.core_s)} core-hours{gpu} ({basis})"
+
+
+def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
+    """What would be extracted, what would be trained, what is already there."""
+    show_features(console, plan, cache)
     everything = [feature.name for feature in plan.features]
     table = Table(title="Heads", title_justify="left")
     table.add_column("inputs")
@@ -79,17 +133,10 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         f"in {len(plan.banks):,} banks; results in {out}",
         soft_wrap=True,
     )
-    estimate = plan.estimate
-    basis = (
-        "measured in earlier calls of this run"
-        if estimate.measured
-        else "assumed until a first call has measured it"
-    )
-    gpu = f" and {hours_text(estimate.gpu_s)} GPU-hours" if estimate.gpu_s else ""
     console.print(
         f"Tasks: {len(plan.units):,} units and {len(plan.banks):,} banks; about "
-        f"{hours_text(estimate.core_s)} core-hours{gpu} ({basis}). Done already: "
-        f"{plan.images - plan.images_new:,} images, {plan.heads_total - plan.heads_new:,} heads",
+        f"{_hours(plan.estimate)}. Done already: {plan.images - plan.images_new:,} images, "
+        f"{plan.heads_total - plan.heads_new:,} heads",
         soft_wrap=True,
     )
 
@@ -98,6 +145,11 @@ def show_images(console: Console, accounting: Accounting | None, notes: Sequence
     """Where every entry of the source went, and what a careful person would want to be told."""
     if accounting is not None:
         console.print(accounting.sentence(), soft_wrap=True)
+    show_notes(console, notes)
+
+
+def show_notes(console: Console, notes: Sequence[str]) -> None:
+    """Sentences for a careful person."""
     for note in notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
 
@@ -318,6 +370,7 @@ def show_files(console: Console, result: RunResult) -> None:
         ("every head, every fold", result.paths.heads),
         ("every setting against the winner", result.paths.comparisons),
         ("winner (safetensors + JSON)", result.paths.winner),
+        ("every image, predicted", result.paths.predictions),
         ("results of the banks (HDF5)", result.paths.banks),
         ("features (HDF5 shards)", next(iter(result.feature_paths.values()))[0].parent),
     )

@@ -15,7 +15,7 @@ class Accounting:
     annotations: int  # entries that hold labels of the images: side files in an archive
     left_out: tuple[LeftOut, ...]  # entries that are no sample
     unreadable: int  # images whose file cannot be read
-    unlabelled: int  # images without a target
+    unlabelled: int  # images without a target, which are predicted in the end
     failed: int  # images that cannot be decoded, or whose features cannot be stored
     train: int  # images that heads are trained and validated on
     test: int
@@ -41,7 +41,7 @@ class Accounting:
         named_counts = (
             (self.train, "to train on"),
             (self.test, "to test on"),
-            (self.unlabelled, "without a target"),
+            (self.unlabelled, "without a label, to predict"),
             (self.unreadable, "that cannot be read"),
             (self.failed, "that cannot be used"),
             (self.annotations, "side files with labels"),
@@ -66,19 +66,17 @@ def count_entries(
     """Return the counts of a run; `kept_dataset` is `dataset` without the images that some feature
     set cannot hold.
     """
-    n_failed = (
-        len(dataset.train.ids)
-        + len(dataset.test.ids)
-        - len(kept_dataset.train.ids)
-        - len(kept_dataset.test.ids)
+    n_before, n_kept = (
+        len(rows.train.ids) + len(rows.test.ids) + len(rows.unlabelled.ids)
+        for rows in (dataset, kept_dataset)
     )
     return Accounting(
         listing.found,
         listing.annotations,
         listing.left_out,
         n_unreadable,
-        dataset.unlabelled,
-        n_failed,
+        len(kept_dataset.unlabelled.ids),
+        n_before - n_kept,
         len(kept_dataset.train.ids),
         len(kept_dataset.test.ids),
     )

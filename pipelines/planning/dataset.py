@@ -6,7 +6,7 @@ A test row never enters the task that banks read: the two are separate values, a
 
 import difflib
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from scipy.sparse.csgraph import connected_components
 
 from headrace.cache.text import as_text
 from headrace.extract.errors import as_yaml_list
+from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.layout import SPLIT_WORDS
-from headrace.extract.sources.listing import Listing
-from headrace.extract.sources.read import read_source
+from headrace.extract.sources.listing import Listing, join_listings
+from headrace.extract.sources.read import detect_source, read_source
 from headrace.heads.data.folds import make_folds, split_test
 from headrace.heads.data.task import TEST, TRAIN_ONLY, Task
 from headrace.heads.evaluate.metrics import DEFAULT_METRIC, METRICS
@@ -50,17 +51,27 @@ class Dataset:
     notes: tuple[str, ...]  # what a careful person would want to be told about the rows
     # of each row of `train`: rows of one group or unit, or copies of one image, share a number
     groups: npt.NDArray[np.int64]
-    unlabelled: int  # images that can be read and have no target
+    # images that can be read and have no target: theirs are -1 or nan, their fold is TEST, and the
+    # unit of one without a unit is its own id
+    unlabelled: Task
     test_groups: npt.NDArray[np.int64]  # as `groups`, of each row of `test`
 
 
-def read_samples(recipe: Recipe) -> Listing:
+def read_samples(recipe: Recipe, *, labelled: bool = True) -> Listing:
     """Read the recipe's images, with the user's columns, and a count of what is left out.
 
-    Raises SourceError for images that cannot be listed, DataError when a column that the task names
-    is absent.
+    labelled: the task's columns are wanted. Raises SourceError for images that cannot be listed,
+    DataError when a column that the task names is absent.
     """
-    listing = read_source(recipe.images.source())
+    listing = read_source(recipe.images.source(), labelled=labelled)
+    if recipe.images.unlabelled is not None:
+        # As objects: beside rows without a value, whole numbers would become decimals.
+        parts = (listing, _unlabelled_listing(recipe))
+        listing = join_listings(
+            replace(part, samples=part.samples.astype(object)) for part in parts
+        )
+    if not labelled:
+        return listing
     task = recipe.task
     for task_key in ("target", "group", "unit", "split", "fold", "side_columns"):
         column_names = getattr(task, task_key)
@@ -78,6 +89,19 @@ def read_samples(recipe: Recipe) -> Listing:
                     )
                 )
     return listing
+
+
+def _unlabelled_listing(recipe: Recipe) -> Listing:
+    """Return the images of `images.unlabelled`, under ids that begin with its name, without what
+    may stand there for a target.
+    """
+    location = recipe.images.unlabelled
+    assert location is not None
+    listing = read_source(detect_source(location), labelled=False)
+    column_names = [name for name in listing.samples if name not in target_columns(recipe.task)]
+    samples = listing.samples[column_names]
+    prefix = printable_name(location.name)
+    return replace(listing, samples=samples.assign(id=f"{prefix}/" + samples["id"].astype(str)))
 
 
 def list_samples(recipe: Recipe) -> pd.DataFrame:
@@ -124,20 +148,17 @@ def make_dataset(
     the table. Raises DataError for targets that cannot be learned (one class only, not a number,
     unknown split words).
     """
-    labelled_samples = samples.assign(
+    readable = samples.assign(
         _content=pd.Series(list(content_hashes), index=samples.index, dtype=object)
     )
-    labelled_samples = labelled_samples[labelled_samples["_content"].notna()].sort_values(
-        "id", ignore_index=True
-    )
+    readable = readable[readable["_content"].notna()].sort_values("id", ignore_index=True)
     notes: list[str] = []
-    n_unlabelled = len(labelled_samples)
-    labelled_samples, classes, target = check_targets(labelled_samples, section)
-    n_unlabelled -= len(labelled_samples)
-    if n_unlabelled:
+    labelled_samples, classes, target = check_targets(readable, section)
+    unlabelled_samples = readable[~readable["id"].isin(labelled_samples["id"])]
+    if len(unlabelled_samples):
         notes.append(
-            f"{n_unlabelled:,} images have no {' / '.join(target_columns(section))} and are left "
-            "out"
+            f"{len(unlabelled_samples):,} images have no {' / '.join(target_columns(section))}: "
+            "they are predicted in the end, and no head is trained or scored on them"
         )
     notes += alike_names(classes, "classes")
     groups = units = None
@@ -189,8 +210,28 @@ def make_dataset(
         task.take(is_test),
         tuple(notes),
         row_groups[~is_test],
-        n_unlabelled,
+        _unlabelled_rows(unlabelled_samples, task, section),
         row_groups[is_test],
+    )
+
+
+def _unlabelled_rows(samples: pd.DataFrame, task: Task, section: TaskSection) -> Task:
+    """Return the rows that have no target, as rows of the task."""
+    ids = samples["id"].to_numpy(dtype=np.str_)
+    units = None
+    if section.unit is not None:
+        names = as_text(empty_as_missing(samples[section.unit]))
+        units = names.fillna(samples["id"].astype(str)).to_numpy(dtype=np.str_)
+    no_target = np.nan if section.kind == "regression" else -1
+    no_target_dtype = np.float64 if section.kind == "regression" else np.int64
+    return replace(
+        task,
+        ids=ids,
+        content=samples["_content"].to_numpy(dtype="S32"),
+        target=np.full((len(samples), *task.target.shape[1:]), no_target, no_target_dtype),
+        fold=np.full(len(samples), TEST, np.int16),
+        weight=np.ones(len(samples)),
+        units=units,
     )
 
 
@@ -536,7 +577,7 @@ def drop_rows(dataset: Dataset, failed_contents: Set[str]) -> Dataset:
         dataset.test.take(is_tested),
         dataset.notes,
         dataset.groups[is_kept],
-        dataset.unlabelled,
+        dataset.unlabelled.take(~np.isin(dataset.unlabelled.content, failed_hashes)),
         dataset.test_groups[is_tested],
     )
 

@@ -33,6 +33,9 @@ from headrace.pipelines.recipe.grid import RequestedHeads, check_kinds, requeste
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.targets import DataError
 
+# each with the feature sets to keep of it, tap by tap and within a tap view by view
+Networks = tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]
+
 
 @dataclass(frozen=True)
 class InputViews:
@@ -53,16 +56,21 @@ class Inventory:
     unreadable: tuple[UnreadableSample, ...]
     dataset: Dataset  # of every readable image, also of those that cannot be decoded
     metric: str
-    networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]  # in the recipe's order
+    networks: Networks  # in the recipe's order
     inputs: Mapping[str, InputViews]  # by the name that the leaderboard gives it
     requested: tuple[RequestedHeads, ...]  # heads
     changes: tuple[str, ...]  # notes on images that came, went or changed since the last call
 
     def needed_images(self) -> pd.DataFrame:
-        """Return the samples that the task has rows of."""
-        dataset = self.dataset
-        contents = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
+        """Return the samples that the task has rows of, labelled or not."""
+        contents = self.labelled_contents | set(self.dataset.unlabelled.content.astype(str))
         return self.samples[self.samples["content"].isin(contents)]
+
+    @property
+    def labelled_contents(self) -> set[str]:
+        """The content hashes of images to train or test on."""
+        dataset = self.dataset
+        return {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
 
 
 def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
@@ -77,22 +85,19 @@ def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
     if recipe.storage.compression != "none":
         require_hdf5plugin("storage.compression needs a library")
     for recipe_key, folder in (("out", recipe.paths.root), ("cache", recipe.cache)):
-        _check_writable(recipe_key, folder)
+        check_writable(recipe_key, folder)
     listing = read_samples(recipe)
     samples = listing.samples
     # Before anything is read or built, as if every image were there and none a copy: targets,
     # groups and folds that cannot work are the commonest mistakes.
     make_dataset(samples, [f"{row:032}" for row in range(len(samples))], recipe.task)
-    networks = tuple(
-        (backbone_spec(backbone, recipe), tap_specs(backbone, recipe, forked=write))
-        for backbone in recipe.backbones
-    )
-    inputs = _head_inputs(recipe, networks)
+    networks = read_networks(recipe, write=write)
+    inputs = head_inputs(recipe, networks)
     requested = requested_heads(
         recipe.heads, list(inputs), side_columns=bool(recipe.task.side_columns)
     )
     _check_views(requested, inputs)
-    content_by_row, unreadable = _read_contents(recipe, samples, write=write)
+    content_by_row, unreadable = read_contents(recipe, samples, write=write)
     samples = samples.assign(content=pd.Series(content_by_row, index=samples.index, dtype=object))
     inventory = Inventory(
         recipe=recipe,
@@ -110,10 +115,17 @@ def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
     return inventory
 
 
-def remember_taps(inventory: Inventory) -> None:
+def read_networks(recipe: Recipe, *, write: bool) -> Networks:
+    """Return the recipe's networks. write: as of `take_inventory`. Raises BackboneError."""
+    return tuple(
+        (backbone_spec(backbone, recipe), tap_specs(backbone, recipe, forked=write))
+        for backbone in recipe.backbones
+    )
+
+
+def remember_taps(recipe: Recipe, networks: Networks) -> None:
     """Keep the taps' specs in the cache, so that the next call builds no network to know them."""
-    recipe = inventory.recipe
-    for backbone, (network, specs) in zip(recipe.backbones, inventory.networks, strict=True):
+    for backbone, (network, specs) in zip(recipe.backbones, networks, strict=True):
         options = storage_options(backbone, recipe)
         save_feature_specs(network, backbone.taps, specs, cache_root=recipe.cache, **options)
 
@@ -124,12 +136,12 @@ def content_listing(samples: pd.DataFrame) -> dict[str, str]:
     return dict(zip(readable["id"].astype(str), readable["content"].astype(str), strict=True))
 
 
-def _read_contents(
+def read_contents(
     recipe: Recipe, samples: pd.DataFrame, *, write: bool
 ) -> tuple[list[str | None], tuple[UnreadableSample, ...]]:
     """Return the content hash of each sample, None where its file cannot be read, and the reasons.
 
-    Raises DataError where no file can be read.
+    write: as of `take_inventory`. Raises DataError where no file can be read.
     """
     with tempfile.TemporaryDirectory() as scratch:
         # A first dry run leaves no cache behind; afterwards the index is worth keeping.
@@ -146,7 +158,8 @@ def _read_contents(
     return list(contents.hashes), contents.unreadable
 
 
-def _check_writable(recipe_key: str, folder: Path) -> None:
+def check_writable(recipe_key: str, folder: Path) -> None:
+    """Raise RecipeError for a folder of the recipe that cannot be made or written to."""
     existing_path = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing_path.is_dir():
         raise RecipeError(
@@ -179,9 +192,7 @@ def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
     return [f"images since the last call: {counts_text}"] if counts_text else []
 
 
-def _head_inputs(
-    recipe: Recipe, networks: Sequence[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]
-) -> dict[str, InputViews]:
+def head_inputs(recipe: Recipe, networks: Networks) -> dict[str, InputViews]:
     """Return every input of heads by the name that the leaderboard gives it."""
     inputs: dict[str, InputViews] = {}
     for input_name, network, spec in _named_taps(recipe, networks):
@@ -203,7 +214,7 @@ def _head_inputs(
 
 
 def _named_taps(
-    recipe: Recipe, networks: Sequence[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]
+    recipe: Recipe, networks: Networks
 ) -> Iterator[tuple[str, BackboneSpec, FeatureSpec]]:
     """Yield the leaderboard's name of each feature set of a backbone, its network, and its spec."""
     for backbone, (network, specs) in zip(recipe.backbones, networks, strict=True):
@@ -229,7 +240,8 @@ def _check_external(inventory: Inventory) -> None:
 
     No network of ours can make up for it.
     """
-    needed = inventory.needed_images()
+    samples = inventory.samples
+    needed = samples[samples["content"].isin(inventory.labelled_contents)]
     for external_name in inventory.recipe.external_features:
         (spec,) = inventory.inputs[external_name].views
         absent = needed[~needed["content"].isin(cached_contents(inventory.recipe.cache, spec))]

@@ -11,7 +11,6 @@ import pandas as pd
 from headrace.cache.publish import feature_set_path
 from headrace.extract.images.changes import write_listing
 from headrace.extract.images.content_hashes import UnreadableSample
-from headrace.extract.run.plan import BackboneFeatures, plan_work_units
 from headrace.heads.data.side_columns import save_side_columns
 from headrace.heads.data.task import save_task
 from headrace.pipelines.feature_input import FeatureInput
@@ -20,7 +19,7 @@ from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, count_entries
 from headrace.pipelines.planning.cost_model import measured_rates
 from headrace.pipelines.planning.dataset import Dataset, drop_rows
-from headrace.pipelines.planning.devices import find_device
+from headrace.pipelines.planning.extraction import missing_units, require_decodable
 from headrace.pipelines.planning.inventory import (
     Inventory,
     content_listing,
@@ -31,7 +30,6 @@ from headrace.pipelines.planning.leaderboard import trained_in
 from headrace.pipelines.planning.networks import cached_contents, failed_contents
 from headrace.pipelines.planning.plan import Plan, feature_plan, plan_run
 from headrace.pipelines.recipe.load import Recipe
-from headrace.pipelines.recipe.targets import DataError
 from headrace.pipelines.records import write_record
 from headrace.pipelines.selection.correction import Selection
 from headrace.pipelines.selection.ensemble import Ensemble
@@ -96,7 +94,7 @@ def read_run_state(recipe: Recipe, *, write: bool = True, retry_failed: bool = F
     inventory = take_inventory(recipe, write=write)
     state = state_of(inventory, retry_failed=retry_failed)
     if write:
-        remember_taps(inventory)
+        remember_taps(recipe, inventory.networks)
     return state
 
 
@@ -107,33 +105,20 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
     """
     recipe, all_rows = inventory.recipe, inventory.dataset
     needed_samples = inventory.needed_images()
-    networks = [
-        BackboneFeatures(network, specs, [cached_contents(recipe.cache, spec) for spec in specs])
-        for network, specs in inventory.networks
-    ]
-    units = plan_work_units(
-        needed_samples,
-        networks,
-        cache_root=recipe.cache,
-        images_per_shard=recipe.compute.images_per_shard,
-        device=find_device(recipe.compute.device),
-        batch_size=recipe.compute.batch_size,
-        compile=recipe.compute.compile,
-        compression=None if recipe.storage.compression == "none" else recipe.storage.compression,
-        strict=recipe.compute.strict,
-    )
+    units = missing_units(recipe, needed_samples, inventory.networks)
     # All heads are compared on the rows that all inputs have; a row that is mended comes back, as
     # another task.
     network_specs = [spec for _, specs in inventory.networks for spec in specs]
     failed_reasons = failed_contents(recipe.cache, network_specs)
-    _require_decodable(needed_samples, failed_reasons)
+    require_decodable(needed_samples, failed_reasons)
     dataset = drop_rows(all_rows, frozenset(failed_reasons))
     needed_contents = set(needed_samples["content"])
     feature_plans = [
         feature_plan(
             input_name,
             feature_input.views,
-            needed_contents,
+            # Nobody can extract external features, which images without a label may lack.
+            needed_contents if feature_input.backbone else inventory.labelled_contents,
             [cached_contents(recipe.cache, spec) for spec in feature_input.views],
         )
         for input_name, feature_input in inventory.inputs.items()
@@ -221,15 +206,3 @@ def write_inputs(state: RunState) -> None:
     write_listing(paths.listing, content_listing(state.samples))
     if state.accounting is not None:
         write_record(paths.accounting, state.accounting.to_json())
-
-
-def _require_decodable(needed_samples: pd.DataFrame, failed_reasons: Mapping[str, str]) -> None:
-    """Raise DataError where every image failed, with the first reason: as a rule it is the same one
-    for all of them.
-    """
-    if len(needed_samples) and needed_samples["content"].isin(list(failed_reasons)).all():
-        first_sample = needed_samples.iloc[0]
-        raise DataError(
-            f"none of the {len(needed_samples):,} images can be used; the first is "
-            f"{first_sample['path']}: {failed_reasons[first_sample['content']]}"
-        )

@@ -53,6 +53,63 @@ class TableBlock:
     errors: list[str | None]
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of a table in memory."""
+
+    name: str
+    values: npt.NDArray[Any]  # None where there is no value
+
+
+def target_columns(
+    targets: Sequence[tuple[npt.NDArray[Any], bool]], task_kind: TaskKind, classes: tuple[str, ...]
+) -> list[Column]:
+    """Return the columns of the true values: `label`, of several labels joined by `;`, and of
+    numbers one for each, `true_NAME`.
+
+    targets: blocks of rows as in Task.target, and whether their targets are known.
+    """
+    if task_kind == "regression":
+        numbers = np.concatenate([target.reshape(-1, len(classes)) for target, _ in targets])
+        return [
+            Column(f"true_{name}", numbers[:, index].astype(np.float64))
+            for index, name in enumerate(classes)
+        ]
+    labels: list[str | None] = []
+    for target, is_known in targets:
+        if not is_known:
+            labels += [None] * len(target)
+        elif task_kind == "single":
+            labels += [classes[index] for index in target]
+        else:
+            labels += [";".join(_chosen_labels(row, classes)) for row in target]
+    return [Column("label", np.array(labels, object))]
+
+
+def outcome_columns(
+    columns: Sequence[Column],
+    probabilities: npt.NDArray[np.float32],
+    task_kind: TaskKind,
+    classes: tuple[str, ...],
+) -> list[Column]:
+    """Return these columns, and behind them those of predictions (n, C), as `table_writer` names
+    them.
+    """
+    decisions = decide(probabilities, task_kind, classes)
+    outcome = list(columns)
+    if task_kind == "single":
+        outcome.append(Column("class", decisions.astype(object)))
+        outcome.append(Column("probability", probabilities.max(1, initial=0)))
+    elif task_kind == "multi":
+        chosen = [";".join(_chosen_labels(row, classes)) for row in decisions]
+        outcome.append(Column("class", np.array(chosen, object)))
+    names = classes if task_kind == "regression" else tuple(f"p_{name}" for name in classes)
+    free_names = _free_names(names, taken_names=[column.name for column in outcome])
+    return outcome + [
+        Column(name, probabilities[:, index]) for index, name in enumerate(free_names)
+    ]
+
+
 class BlockWriter(Protocol):
     """Adds rows to a table."""
 

@@ -28,7 +28,7 @@ from headrace.pipelines.recipe.sections import (
 from headrace.pipelines.recipe.text import MAX_CHARACTERS, RecipeError, explain_all, read_yaml
 from headrace.pipelines.recipe.values import Section
 
-__all__ = ["Recipe", "RecipeError", "load_recipe", "on_cluster", "parse_recipe"]
+__all__ = ["Recipe", "RecipeError", "check_recipe", "load_recipe", "on_cluster", "parse_recipe"]
 
 
 class Recipe(Section):
@@ -139,13 +139,29 @@ def parse_recipe(text: str, recipe_path: Path, *, settings: Iterable[str] = ()) 
     return _absolute(recipe, recipe_path)
 
 
+def check_recipe(values: dict[str, Any], folder: Path) -> Recipe:
+    """Check the values of a recipe that no file holds; relative paths start from `folder`.
+
+    Raises RecipeError.
+    """
+    try:
+        recipe = Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = (
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        )
+        raise RecipeError("; ".join(problems)) from None
+    return _absolute(recipe, folder / "recipe.yaml")
+
+
 def _absolute(recipe: Recipe, recipe_path: Path) -> Recipe:
     recipe_folder = recipe_path.absolute().parent
 
     def resolve(value: Path | None) -> Path | None:
         return None if value is None else (recipe_folder / expand_home(value))
 
-    path_keys = ("folder", "table", "root", "tar", "zip", "array", "labels")
+    path_keys = ("folder", "table", "root", "tar", "zip", "array", "labels", "unlabelled")
     images = recipe.images.model_copy(
         update={name: resolve(getattr(recipe.images, name)) for name in path_keys}
     )

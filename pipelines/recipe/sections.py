@@ -78,6 +78,8 @@ class Images(Section):
     array_key: str | None = None  # the array in a .npz or HDF5 file
     labels: Path | None = None  # the array's labels: another such file
     labels_key: str | None = None  # the array in that file
+    # images without labels, of any of these kinds: never trained or scored on, predicted in the end
+    unlabelled: Path | None = None
     # black and white of pixels of more than 8 bits, such as [0, 4095]; default: what the file's
     # format says
     pixel_range: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None
@@ -136,7 +138,8 @@ class Images(Section):
         )
         from headrace.extract.sources.regions import Boxes, Tiles
 
-        other = {"folder", "table", "tar", "zip", "array", "pixel_dtype", "nodata"}
+        other = {"folder", "table", "tar", "zip", "array"}
+        other |= {"pixel_dtype", "nodata", "unlabelled"}
         options = self.model_dump(exclude=other | {"boxes", "tiles"})
         if isinstance(self.boxes, BoxesSection):
             options["boxes"] = Boxes(**self.boxes.model_dump())

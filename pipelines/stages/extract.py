@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,10 @@ from headrace.pipelines.cluster.submit import (
 )
 from headrace.pipelines.cluster.task_leases import TaskLeases, task_leases
 from headrace.pipelines.paths import unit_leases
+from headrace.pipelines.planning.extraction import Extraction
+from headrace.pipelines.planning.plan import Plan
 from headrace.pipelines.planning.run_state import RunState, after_extraction, write_inputs
+from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import publish_table
 from headrace.pipelines.stages.services import Services
 
@@ -46,43 +50,49 @@ def extract(state: RunState, services: Services) -> RunState:
     with services.timed("extract") as report_done:
         plan, is_strict = state.plan, state.recipe.compute.strict
         if plan.units:
-            with _extraction_client(state, services) as extraction_client:
-                extract_missing(plan.units, extraction_client, services.console, services.options)
+            extract_units(plan, state.recipe, services)
             state = after_extraction(state, retry_failed=services.retry_failed)
             write_inputs(state)
         if is_strict:
             with lease(state.paths.conclusion_lock):
                 n_failed = write_failed_images(state)
             if n_failed:
-                raise RunIncomplete(
-                    f"{n_failed:,} images cannot be decoded, and this run is strict; each is "
-                    f"listed with its reason in {state.paths.failed_images}. Mend or remove them, "
-                    "or run without --strict"
-                )
-        report_done(
-            f"{plan.images_new:,} images forward once, {len(plan.features)} taps kept"
-            if plan.units
-            else "nothing missing"
-        )
+                raise_strict(n_failed, state.paths.failed_images)
+        report_done(extraction_summary(plan))
         return state
 
 
-def _extraction_client(
-    state: RunState, services: Services
-) -> AbstractContextManager[Client | None]:
-    """Return the client whose workers extract; None where this process feeds a GPU itself."""
-    device = state.plan.forward_device
+def extract_units(plan: Plan, recipe: Recipe, services: Services) -> None:
+    """Run the plan's units where the recipe says. Raises RunIncomplete as `extract_missing`."""
+    device = plan.forward_device
+    client: AbstractContextManager[Client | None]
     if device == "cpu":  # the same workers train heads afterwards
-        return nullcontext(services.client())
-    if state.recipe.cluster.where == "local":
-        return nullcontext()
-    return services.open_client("extract", device)
+        client = nullcontext(services.client())
+    elif recipe.cluster.where == "local":
+        client = nullcontext()  # this process feeds a GPU itself
+    else:
+        client = services.open_client("extract", device)
+    with client as extraction_client:
+        extract_missing(plan.units, extraction_client, services.console, services.options)
 
 
-def write_failed_images(state: RunState) -> int:
-    """List every image of this run that has no features, with its reason; return how many there
-    are.
-    """
+def extraction_summary(plan: Plan) -> str:
+    """Return what the extraction of a plan did, for the table of stages."""
+    if not plan.units:
+        return "nothing missing"
+    return f"{plan.images_new:,} images forward once, {len(plan.features)} taps kept"
+
+
+def raise_strict(n_failed: int, failed_images: Path) -> NoReturn:
+    """Raise RunIncomplete for images that failed in a strict run."""
+    raise RunIncomplete(
+        f"{n_failed:,} images cannot be decoded, and this run is strict; each is listed with its "
+        f"reason in {failed_images}. Mend or remove them, or run without --strict"
+    )
+
+
+def write_failed_images(state: RunState | Extraction) -> int:
+    """List every image that has no features, with its reason; return how many there are."""
     failed_rows = [(image.id, image.path, image.reason) for image in state.unreadable]
     reasons = {
         failure.content_hash: failure.reason
@@ -100,7 +110,7 @@ def write_failed_images(state: RunState) -> int:
     ]
     failed_table = pd.DataFrame(sorted(failed_rows), columns=["id", "path", "reason"])
     publish_table(
-        state.paths.failed_images,
+        state.recipe.paths.failed_images,
         failed_table.to_csv(index=False).encode("utf-8", "backslashreplace"),
     )
     return len(failed_rows)

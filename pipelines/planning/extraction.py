@@ -1,0 +1,147 @@
+"""Features without a task: which images of a source lack which taps, whatever their labels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from headrace.cache.format.compression import require_hdf5plugin
+from headrace.cache.publish import feature_set_path
+from headrace.extract.images.content_hashes import UnreadableSample
+from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
+from headrace.extract.sources.listing import Listing
+from headrace.pipelines.planning.cost_model import measured_rates
+from headrace.pipelines.planning.dataset import read_samples
+from headrace.pipelines.planning.devices import find_device
+from headrace.pipelines.planning.inventory import (
+    Networks,
+    check_writable,
+    head_inputs,
+    read_contents,
+    read_networks,
+    remember_taps,
+)
+from headrace.pipelines.planning.networks import cached_contents, failed_contents
+from headrace.pipelines.planning.plan import Plan, feature_plan, plan_run
+from headrace.pipelines.recipe.load import Recipe, RecipeError
+from headrace.pipelines.recipe.targets import DataError
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Images, networks, and what the cache lacks of them."""
+
+    recipe: Recipe  # its sections `task` and `heads` mean nothing here
+    listing: Listing
+    samples: pd.DataFrame  # id, path, content (None where the file cannot be read)
+    unreadable: tuple[UnreadableSample, ...]
+    networks: Networks
+    plan: Plan  # without heads
+
+    @property
+    def feature_paths(self) -> dict[str, tuple[Path, ...]]:
+        """Directories of the feature sets, view by view, by name."""
+        return {
+            feature.name: tuple(feature_set_path(self.recipe.cache, spec) for spec in feature.specs)
+            for feature in self.plan.features
+        }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a careful person would want to be told of the images."""
+        return (*self.listing.notes, *(f"left out: {item}" for item in self.listing.left_out))
+
+
+def read_extraction(recipe: Recipe, *, write: bool = True) -> Extraction:
+    """Read what the recipe's images and backbones name, and plan what is missing.
+
+    write: off for a dry run, which leaves no file behind. Raises HeadraceError, before anything
+    costly, for whatever cannot work.
+    """
+    if recipe.storage.compression != "none":
+        require_hdf5plugin("storage.compression needs a library")
+    if not recipe.backbones:
+        raise RecipeError("there is no network to extract with: name one under `backbones`")
+    check_writable("cache", recipe.cache)
+    listing = read_samples(recipe, labelled=False)
+    networks = read_networks(recipe, write=write)
+    samples = listing.samples[["id", "path"]]
+    contents, unreadable = read_contents(recipe, samples, write=write)
+    samples = samples.assign(content=pd.Series(contents, index=samples.index, dtype=object))
+    if write:
+        remember_taps(recipe, networks)
+    plan = _plan_features(recipe, samples, networks)
+    return Extraction(recipe, listing, samples, unreadable, networks, plan)
+
+
+def planned(extraction: Extraction) -> Extraction:
+    """Return the extraction with what is missing now. Raises DataError where every image failed."""
+    plan = _plan_features(extraction.recipe, extraction.samples, extraction.networks)
+    return replace(extraction, plan=plan)
+
+
+def _plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> Plan:
+    all_specs = [spec for _, specs in networks for spec in specs]
+    require_decodable(samples, failed_contents(recipe.cache, all_specs))
+    units = missing_units(recipe, samples, networks)
+    contents = set(samples["content"].dropna())
+    feature_plans = [
+        feature_plan(
+            input_name,
+            feature_input.views,
+            contents,
+            [cached_contents(recipe.cache, spec) for spec in feature_input.views],
+        )
+        for input_name, feature_input in head_inputs(recipe, networks).items()
+    ]
+    return plan_run(
+        features=feature_plans,
+        units=units,
+        images=len(contents),
+        images_new=len({content for job in units for content in job.contents}),
+        requested=(),
+        task_digest="",
+        n_folds=0,
+        n_rows=0,
+        n_outputs=0,
+        rates=measured_rates(recipe.paths.logs),
+        trained=lambda group: {},
+    )
+
+
+def missing_units(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> list[ExtractJob]:
+    """Return the units of work that the cache lacks of these samples.
+
+    samples: columns `id`, `path`, `content`.
+    """
+    return plan_work_units(
+        samples,
+        [
+            BackboneFeatures(
+                network, specs, [cached_contents(recipe.cache, spec) for spec in specs]
+            )
+            for network, specs in networks
+        ],
+        cache_root=recipe.cache,
+        images_per_shard=recipe.compute.images_per_shard,
+        device=find_device(recipe.compute.device),
+        batch_size=recipe.compute.batch_size,
+        compile=recipe.compute.compile,
+        compression=None if recipe.storage.compression == "none" else recipe.storage.compression,
+        strict=recipe.compute.strict,
+    )
+
+
+def require_decodable(samples: pd.DataFrame, failed_reasons: Mapping[str, str]) -> None:
+    """Raise DataError where every image failed, with the first reason: as a rule it is the same one
+    for all of them.
+
+    failed_reasons: by content hash.
+    """
+    if len(samples) and samples["content"].isin(list(failed_reasons)).all():
+        first_sample = samples.iloc[0]
+        raise DataError(
+            f"none of the {len(samples):,} images can be used; the first is "
+            f"{first_sample['path']}: {failed_reasons[first_sample['content']]}"
+        )

@@ -1,0 +1,197 @@
+"""The stage that predicts: every image of the run, labelled or not, by the selected model."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headrace.cache.atomic_io import lease
+from headrace.cache.feature_set import open_feature_set
+from headrace.heads.data.task import Task
+from headrace.heads.evaluate.temperature import FLOOR
+from headrace.heads.evaluate.units import unit_rows
+from headrace.heads.predict import floor_of
+from headrace.pipelines.models.reference import model_ref
+from headrace.pipelines.models.unit_rule import UnitRule
+from headrace.pipelines.planning.run_state import RunState
+from headrace.pipelines.predict.tables import Column, outcome_columns, target_columns
+from headrace.pipelines.records import RunDamaged, publish_table, read_table
+from headrace.pipelines.selection.evaluation_record import WeightedModel, predict_average
+from headrace.pipelines.stages.services import Services
+
+_KEY = b"headrace"  # in a table's metadata: what its predictions are of
+_BLOCK = 8192  # images whose features are in memory at a time
+
+
+def predict(state: RunState, services: Services) -> RunState:
+    """Return the state once `predictions.parquet` holds every image that has features, and, where
+    the task has units, `unit-predictions.parquet` every unit, with the side of the split that it is
+    on.
+
+    Rows to train on are predicted by a model that has seen them. A table that is of this model and
+    these images already is left as it is.
+    """
+    with services.timed("predict") as report_done, lease(state.paths.conclusion_lock):
+        models, average_temperature, rule = _selected_models(state)
+        unlabelled = _with_features(state.dataset.unlabelled, models)
+        sides = {"train": state.dataset.train, "test": state.dataset.test, "unlabelled": unlabelled}
+        key = _key(models, average_temperature, rule, sides)
+        n_images = sum(len(side.ids) for side in sides.values())
+        tables = [state.paths.predictions]
+        if rule is not None:
+            tables.append(state.paths.unit_predictions)
+        else:
+            state.paths.unit_predictions.unlink(missing_ok=True)
+        if all(_is_of(table, key) for table in tables):
+            report_done("nothing missing")
+        else:
+            predicted = {
+                name: _predict_rows(models, average_temperature, side)
+                for name, side in sides.items()
+            }
+            publish_table(state.paths.predictions, _parquet(_image_columns(sides, predicted), key))
+            if rule is not None:
+                unit_table = _parquet(_unit_columns(sides, predicted, rule), key)
+                publish_table(state.paths.unit_predictions, unit_table)
+            report_done(f"{n_images:,} images, {len(unlabelled.ids):,} of them without a label")
+    n_lacking = len(state.dataset.unlabelled.ids) - len(unlabelled.ids)
+    if not n_lacking:
+        return state
+    note = (
+        f"{n_lacking:,} images without a label have no row in the external features that the "
+        "selected model reads, and no prediction"
+    )
+    return replace(state, notes=(*state.notes, note))
+
+
+def _selected_models(state: RunState) -> tuple[list[WeightedModel], float, UnitRule | None]:
+    """Return the members of the selected model, the temperature of their average for an image, and
+    how its units are predicted, if there are any.
+    """
+    selected, section = state.selected, state.recipe.task
+    assert selected is not None
+    if selected.ensemble is not None and selected.ensemble.chosen:
+        models = [
+            WeightedModel(
+                member.weight,
+                member.temperature,
+                model_ref(member.row, state.paths, state.feature_inputs),
+            )
+            for member in selected.ensemble.members
+        ]
+        temperature, floor = selected.ensemble.temperature, FLOOR
+    else:
+        winner = model_ref(selected.winner, state.paths, state.feature_inputs)
+        task = state.dataset.train
+        floor = floor_of(winner.spec, task.kind, len(task.classes))
+        if section.unit is None:
+            # Its own temperature, where its log-odds are.
+            return [WeightedModel(1.0, selected.temperature, winner)], 1.0, None
+        models, temperature = [WeightedModel(1.0, 1.0, winner)], selected.temperature
+    if section.unit is None:
+        return models, temperature, None
+    return models, 1.0, UnitRule(section.unit, section.unit_aggregation, temperature, floor)
+
+
+def _with_features(task: Task, models: Sequence[WeightedModel]) -> Task:
+    """Return the rows that each model has features of: external ones may lack some."""
+    has_features = np.ones(len(task.ids), np.bool_)
+    for member in models:
+        for feature_path in member.model.feature_paths:
+            has_features &= open_feature_set(feature_path).locate(task.content) >= 0
+    return task.take(has_features)
+
+
+def _predict_rows(
+    models: Sequence[WeightedModel], temperature: float, task: Task
+) -> npt.NDArray[np.float32]:
+    """Return predictions (n, C) of a task's rows, in blocks that memory holds."""
+    blocks = [np.empty((0, len(task.classes)), np.float32)]
+    for start in range(0, len(task.ids), _BLOCK):
+        rows = task.take(np.arange(start, min(start + _BLOCK, len(task.ids))))
+        if len(models) == 1:
+            own_temperature = models[0].temperature
+            blocks.append(models[0].model.predict_rows(rows, temperature=own_temperature)[1])
+        else:
+            blocks.append(predict_average(models, temperature, rows)[1])
+    return np.concatenate(blocks)
+
+
+def _key(
+    models: Sequence[WeightedModel],
+    temperature: float,
+    rule: UnitRule | None,
+    sides: dict[str, Task],
+) -> bytes:
+    """Return what tells these predictions from all others."""
+    identity = [
+        [[member.weight, member.temperature, member.model.identity()] for member in models],
+        temperature,
+        None if rule is None else vars(rule),
+        {name: side.digest for name, side in sides.items()},
+    ]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest().encode()
+
+
+def _is_of(table: Path, key: bytes) -> bool:
+    try:
+        return (pq.read_schema(read_table(table)).metadata or {}).get(_KEY) == key
+    except (OSError, RunDamaged, pa.ArrowException):
+        return False
+
+
+def _image_columns(
+    sides: dict[str, Task], predicted: dict[str, npt.NDArray[np.float32]]
+) -> list[Column]:
+    ids = np.concatenate([side.ids for side in sides.values()])
+    split = np.repeat(list(sides), [len(side.ids) for side in sides.values()])
+    columns = [Column("id", ids.astype(object)), Column("split", split.astype(object))]
+    train = sides["train"]
+    if train.units is not None:
+        units = [side.units for side in sides.values() if side.units is not None]
+        columns.append(Column("unit", np.concatenate(units).astype(object)))
+    targets = [(side.target, name != "unlabelled") for name, side in sides.items()]
+    columns += target_columns(targets, train.kind, train.classes)
+    probabilities = np.concatenate(list(predicted.values()))
+    return outcome_columns(columns, probabilities, train.kind, train.classes)
+
+
+def _unit_columns(
+    sides: dict[str, Task], predicted: dict[str, npt.NDArray[np.float32]], rule: UnitRule
+) -> list[Column]:
+    """Return a row per unit and side: labelled images alone make up the units of training and
+    test.
+    """
+    units, split, n_images, targets, probabilities = [], [], [], [], []
+    train = sides["train"]
+    for name, side in sides.items():
+        assert side.units is not None
+        if not len(side.ids):
+            continue
+        first_rows, unit_of_row = unit_rows(side.units)
+        units.append(side.units[first_rows])
+        split += [name] * len(first_rows)
+        n_images.append(np.bincount(unit_of_row))
+        targets.append((side.target[first_rows], name != "unlabelled"))
+        probabilities.append(rule.predict(train.kind, predicted[name], unit_of_row))
+    columns = [
+        Column("unit", np.concatenate(units).astype(object)),
+        Column("split", np.array(split, object)),
+        Column("images", np.concatenate(n_images)),
+        *target_columns(targets, train.kind, train.classes),
+    ]
+    return outcome_columns(columns, np.concatenate(probabilities), train.kind, train.classes)
+
+
+def _parquet(columns: Sequence[Column], key: bytes) -> bytes:
+    table = pa.table({column.name: pa.array(column.values) for column in columns})
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({_KEY: key}), buffer)
+    return buffer.getvalue()
