@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.atomic_io import lease
 from headrace.cache.integrity.garbage import STALE_S
 from headrace.cache.integrity.repair import stale_temporaries
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.images.content_hashes import content_hashes
+from headrace.extract.spec import BackboneSpec
 from headrace.pipelines.cluster.clients import Role, open_client
 from headrace.pipelines.cluster.fork_server import imports_of
 from headrace.pipelines.cluster.submit import TaskOptions
@@ -23,11 +27,20 @@ from headrace.pipelines.cluster.task_leases import remove_dead
 from headrace.pipelines.cluster.task_log import task_log
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
-from headrace.pipelines.paths import RunPaths, unit_leases
-from headrace.pipelines.planning.extraction import Extraction, planned, read_extraction
+from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.model import Model
+from headrace.pipelines.paths import RunPaths, content_index, unit_leases
+from headrace.pipelines.planning.extraction import (
+    Extraction,
+    plan_features,
+    planned,
+    read_extraction,
+)
 from headrace.pipelines.planning.plan import Plan, check_space
 from headrace.pipelines.planning.run_state import RunState, read_run_state, write_inputs
 from headrace.pipelines.recipe.load import Recipe
+from headrace.pipelines.recipe.sections import Backbone, Compute
+from headrace.pipelines.recipe.targets import DataError
 from headrace.pipelines.records import append_records, write_record
 from headrace.pipelines.result import RunResult, run_result
 from headrace.pipelines.selection.evaluation_record import refuse_old_record
@@ -125,6 +138,49 @@ def extract_recipe(
         raise_strict(n_failed, paths.failed_images)
     seconds = time.perf_counter() - started_at
     return ExtractionResult(extraction, plan.images_new, n_failed, seconds)
+
+
+def cache_images(
+    model: Model,
+    images: pd.DataFrame,
+    cache_root: Path,
+    *,
+    workers: int | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> int:
+    """Put into a cache what it lacks of the features that a model reads of images (columns `file`,
+    `path`); returns how many images went through a network.
+
+    A fine-tuned network reads pixels, and has no features to keep. Raises HeadraceError.
+    """
+    specs_of_backbone: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+    for member in model.members:
+        if isinstance(member, HeadModel):
+            for backbone, spec in zip(member.backbones, member.features, strict=True):
+                specs_of_backbone.setdefault(backbone, {})[spec] = None
+    networks = tuple((backbone, tuple(specs)) for backbone, specs in specs_of_backbone.items())
+    recipe = Recipe.model_construct(
+        backbones=tuple(
+            Backbone(name=backbone.name, alias=str(number))
+            for number, (backbone, _) in enumerate(networks)
+        ),
+        cache=cache_root,
+        out=cache_root / "extraction",
+        compute=Compute.model_validate({"device": device.partition(":")[0]}),
+    )
+    samples = images.rename(columns={"file": "id"})[["id", "path"]]
+    contents = content_hashes(samples, content_index(cache_root)).hashes
+    samples = samples.assign(content=pd.Series(contents, index=samples.index, dtype=object))
+    try:
+        plan = plan_features(recipe, samples, networks)
+    except DataError:  # every image failed before: each row says why
+        return 0
+    if plan.units:
+        check_space(plan, cache_root, None)
+        with _run_services(recipe, plan, console, workers, None, False) as services:
+            extract_units(plan, recipe, services)
+    return plan.images_new
 
 
 @contextmanager

@@ -5,7 +5,7 @@ again.
 import hashlib
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +56,17 @@ def content_hashes(
     index: Path,
     progress: Callable[[int, int], None] | None = None,
     threads: int = 8,
+    *,
+    keep: bool = True,
 ) -> ContentHashes:
     """Content hashes of `samples` (columns `id`, `image_path`), reading only files that `index`
     does not know.
 
     `index` is a Parquet file with one entry per path: the stamp of the file when it was last read,
     and its hash. It is created, updated and replaced atomically, and one that is damaged or of
-    another version is rebuilt. A path may be a locator; its file is asked for once. What a stamp
-    cannot tell is in `FileStamp`. `progress(done, total)` is called from this thread as files are
-    read.
+    another version is rebuilt; with `keep` off, it is only read. A path may be a locator; its file
+    is asked for once. What a stamp cannot tell is in `FileStamp`. `progress(done, total)` is called
+    from this thread as files are read.
     """
     known_files = _read_index(index)
     located = [split_crop(str(path)) for path in samples["path"]]
@@ -111,7 +113,7 @@ def content_hashes(
             and stamp_after.is_settled(started_ns)
         ):
             new_entries[_key(image_paths[row])] = (stamp_after.text, content_hash)
-    if new_entries:
+    if new_entries and keep:
         _write_index(index, known_files | new_entries)
     hash_of_image = dict(zip(image_paths, hashes, strict=True))
     reason_of_image = {image_paths[row]: reason for row, reason in failure_reasons.items()}
@@ -129,6 +131,17 @@ def content_hashes(
         for image_path, crop in located
     ]
     return ContentHashes(tuple(sample_hashes), unreadable, len(unhashed_rows))
+
+
+def indexed_hashes(files: Iterable[tuple[str, str]], index: Path) -> list[str | None]:
+    """Return the content hashes that an index knows of files, (path, text of the stamp) each; None
+    for those that it does not know, or knows otherwise. No file is asked for.
+    """
+    known_files = _read_index(index)
+    entries = ((known_files.get(_key(path)), stamp) for path, stamp in files)
+    return [
+        entry[1] if entry is not None and entry[0] == stamp else None for entry, stamp in entries
+    ]
 
 
 def _hash(path: str) -> str | OSError:

@@ -619,14 +619,17 @@ def metadata_table(folder: Path) -> Path | None:
 
     Where each side of a split has its own, a pattern that names them all; None where there is none.
     """
+    with os.scandir(folder) as entries:  # which a million images would make slow through Path
+        sub_folders = sorted(
+            Path(entry.path)
+            for entry in entries
+            if not entry.name.startswith(".")
+            # a link may lead to itself, which Path knows for no folder
+            and (Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir())
+        )
     for name in HUGGING_FACE_METADATA:
         if _is_metadata(folder / name):
             return folder / name
-        sub_folders = [
-            entry
-            for entry in sorted(folder.iterdir())
-            if entry.is_dir() and not entry.name.startswith(".")
-        ]
         if sub_folders and all(_is_metadata(entry / name) for entry in sub_folders):
             return folder / "*" / name
     return None

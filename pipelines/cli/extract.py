@@ -1,11 +1,23 @@
 """`headrace extract`."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headrace.pipelines.cli.options import (
+    JsonOption,
+    ProgressFormat,
+    ProgressOption,
+    QuietOption,
+    SetOption,
+    VerboseOption,
+    WorkersOption,
+    flag,
+    progress_console,
+)
 from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
@@ -53,16 +65,12 @@ def extract_command(
         FeatureDtype | None, typer.Option(help="How features are kept; default: float16.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written.")
+        bool, flag("--dry-run", help="Print the plan and stop; nothing is written.")
     ] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
-    ] = None,
+    workers: WorkersOption = None,
     strict: Annotated[
         bool,
-        typer.Option(
-            "--strict", help="Fail where an image cannot be decoded, instead of listing it."
-        ),
+        flag("--strict", help="Fail where an image cannot be decoded, instead of listing it."),
     ] = False,
     cluster: Annotated[
         str | None,
@@ -78,6 +86,11 @@ def extract_command(
             "times."
         ),
     ] = None,
+    settings: SetOption = None,
+    progress: ProgressOption = ProgressFormat.auto,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Put features of images into the cache: no task, no labels, nothing trained.
 
@@ -95,12 +108,15 @@ def extract_command(
         "taps": tap or "auto",
         "image_size": image_size,
     }
-    recipe = _recipe(source, None if backbone is None else network, exclude, cache, dtype)
+    changes = _Changes(None if backbone is None else network, exclude, cache, dtype)
+    recipe = _recipe(source, changes, tuple(settings or ()))
     if cluster:
         recipe = on_cluster(recipe, cluster)
     if strict:
         compute = recipe.compute.model_copy(update={"strict": True})
         recipe = recipe.model_copy(update={"compute": compute})
+    from headrace.pipelines.cli.json_output import print_json
+    from headrace.pipelines.cli.run_json import extract_output, plan_output
     from headrace.pipelines.cli.show import show_extraction, show_features, show_notes
     from headrace.pipelines.cluster.survive_hangup import outlive_terminal
     from headrace.pipelines.planning.extraction import read_extraction
@@ -111,12 +127,24 @@ def extract_command(
     try:
         if dry_run:
             extraction = read_extraction(recipe, write=False)
-            show_notes(console, extraction.notes)
-            show_features(console, extraction.plan, recipe.cache)
+            plan, notes, out = extraction.plan, extraction.notes, recipe.paths.root
+            if json_output:
+                print_json(plan_output(plan, None, notes, cache=recipe.cache, out=out))
+            else:
+                show_notes(console, notes)
+                show_features(console, plan, recipe.cache)
             check_space(extraction.plan, recipe.cache, recipe.storage.budget_gb)
         else:
             outlive_terminal(recipe.paths.terminal)
-            show_extraction(console, extract_recipe(recipe, console=console, workers=workers))
+            result = extract_recipe(
+                recipe,
+                console=progress_console(quiet=quiet, verbose=verbose, progress_format=progress),
+                workers=workers,
+            )
+            if json_output:
+                print_json(extract_output(result))
+            else:
+                show_extraction(console, result)
     except KeyboardInterrupt:
         make_console(stderr=True).print(
             "\nInterrupted. What is finished is kept; the same command goes on from here.",
@@ -125,38 +153,47 @@ def extract_command(
         raise typer.Exit(130) from None
 
 
-def _recipe(
-    source: Path,
-    network: dict[str, Any] | None,
-    exclude: list[str] | None,
-    cache: Path | None,
-    dtype: FeatureDtype | None,
-) -> "Recipe":
+@dataclass(frozen=True)
+class _Changes:
+    """What the options say instead of a recipe, or in its place."""
+
+    network: dict[str, Any] | None
+    exclude: list[str] | None
+    cache: Path | None
+    dtype: FeatureDtype | None
+
+
+def _recipe(source: Path, changes: _Changes, settings: tuple[str, ...]) -> "Recipe":
     """Return the recipe that a command line stands for. Raises RecipeError, SourceError."""
     from headrace.extract.sources.read import detect_source
     from headrace.pipelines.recipe.load import RecipeError, check_recipe, load_recipe
 
     if source.suffix.lower() in (".yaml", ".yml"):
-        values = load_recipe(source).model_dump(exclude={"task", "heads"})
+        recipe = load_recipe(source, settings=settings)
+        if changes == _Changes(None, None, None, None):
+            return recipe
+        values = recipe.model_dump(exclude={"task", "heads"})
     else:
+        if settings:
+            raise RecipeError(f"--set changes the keys of a recipe, and {source} is none")
         kind = detect_source(source).kind
         if kind == "image":
             raise RecipeError(f"{source} is one image; expected a folder, table, archive or array")
-        if network is None:
+        if changes.network is None:
             raise RecipeError(
                 "name the network that the features are of, as in --backbone timm:resnet18; "
                 "`headrace backbones` lists them"
             )
-        cache = cache or Path("headrace-cache")
+        cache = changes.cache or Path("headrace-cache")
         # Its log and the list of images that failed lie with the features.
         key = "tar" if kind == "archive" else kind
         values = {"images": {key: source}, "cache": cache, "out": cache / "extraction"}
-    if network is not None:
-        values["backbones"] = [network]
-    if exclude:
-        values["images"]["exclude"] = [*values["images"].get("exclude", ()), *exclude]
-    if cache is not None:
-        values["cache"] = cache
-    if dtype is not None:
-        values["storage"] = {**values.get("storage", {}), "dtype": dtype.value}
+    if changes.network is not None:
+        values["backbones"] = [changes.network]
+    if changes.exclude:
+        values["images"]["exclude"] = [*values["images"].get("exclude", ()), *changes.exclude]
+    if changes.cache is not None:
+        values["cache"] = changes.cache
+    if changes.dtype is not None:
+        values["storage"] = {**values.get("storage", {}), "dtype": changes.dtype.value}
     return check_recipe(values, Path.cwd())

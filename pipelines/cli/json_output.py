@@ -113,6 +113,20 @@ class PlanOutput(JsonOutput):
     device: str
 
 
+class ExtractOutput(JsonOutput):
+    """`headrace extract --json`."""
+
+    cache: Text
+    features: dict[Text, tuple[Text, ...]]  # directories of the feature sets, view by view
+    found: int
+    images: int  # different images that can be read
+    images_new: int  # that went through a network
+    failed: int
+    failed_images: Text  # the table that lists them
+    notes: tuple[str, ...]
+    seconds: float
+
+
 class Setting(JsonOutput):
     """A row of the leaderboard."""
 
@@ -147,6 +161,7 @@ class TestScore(Interval):
     """The selected model's score on the test split."""
 
     images: int
+    units: int | None  # that were scored, each by its images; null: images were
     evaluations: int  # of different winners on this test split, so far
     metrics: Mapping[str, Number]
 
@@ -243,8 +258,10 @@ class PredictOutput(JsonOutput):
     """`headrace predict --json`; the table of predictions is the file `out`."""
 
     out: Text
+    units: Text | None  # the table of units, where the model predicts them
     images: int
     new: int
+    cached: int  # of `new`, those whose features were in the cache
     failed: int
     counts: dict[Text, int]  # images per predicted class or label
     notes: tuple[str, ...]
@@ -460,6 +477,8 @@ OUTPUTS: Mapping[str, type[JsonOutput]] = {
     "init": InitOutput,
     "run": RunOutput,
     "run --dry-run": PlanOutput,
+    "extract": ExtractOutput,
+    "extract --dry-run": PlanOutput,
     "status": StatusOutput,
     "report": ReportOutput,
     "advise": AdviceOutput,

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from headrace.pipelines.cli.options import (
     progress_console,
 )
 from headrace.pipelines.console import make_console, utf8_stdout
+
+if TYPE_CHECKING:
+    from headrace.pipelines.models.model import Model
 
 
 class TableFormat(StrEnum):
@@ -106,6 +109,17 @@ def predict_command(
     ] = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where images may have features, of which no network runs; default: the cache of "
+            "the model's run."
+        ),
+    ] = None,
+    no_cache: Annotated[bool, flag("--no-cache", help="Run the networks on every image.")] = False,
+    update_cache: Annotated[
+        bool, flag("--update-cache", help="Keep the features of images that the cache lacks.")
+    ] = False,
     trust_code: TrustOption = None,
     progress: ProgressOption = ProgressFormat.auto,
     quiet: QuietOption = False,
@@ -113,24 +127,32 @@ def predict_command(
 ) -> None:
     """Predict the class of images, with probabilities: one row per image, in the order given.
 
-    Interrupted at any moment, the same command goes on where it was. An image that cannot be
-    decoded has its reason in its row.
+    Images whose features are in the cache need no network. A model of units (patients, slides)
+    writes a table of them beside that of the images. Interrupted at any moment, the same command
+    goes on where it was. An image that cannot be decoded has its reason in its row.
 
     Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
     """
     table_format = _table_format(out, format_option)
     if out == "-" and json_output:
         raise OutputError("--out - and --json both want the standard output: give --out a file")
+    from headrace.cache.text import as_text
     from headrace.pipelines.models.model import load_model
+    from headrace.pipelines.models.unit_rule import read_unit_rule
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
     from headrace.pipelines.predict.listing import list_images
+    from headrace.pipelines.predict.units import UnitNames, units_path
+    from headrace.pipelines.recipe.targets import empty_as_missing
 
     loaded_model = load_model(model, trust_code=trust_code or ())
+    cache_root = _cache_root(loaded_model, cache, no_cache=no_cache, update_cache=update_cache)
+    rule = read_unit_rule(loaded_model.path)
     listing = list_images(
         images,
         side_columns=loaded_model.side_columns,
         unit_column=unit_column(loaded_model),
+        optional_column=None if rule is None else rule.column,
         path_column=path_column,
         id_column=id_column,
         path_pattern=path_pattern,
@@ -140,11 +162,33 @@ def predict_command(
     )
     samples = listing.samples
     console = make_console(stderr=True)
-    notes = (*listing.notes, *(f"left out: {item}" for item in listing.left_out))
+    unit_names, unit_note = None, []
+    if rule is not None:
+        names = as_text(empty_as_missing(samples[rule.column])).astype(object)
+        unit_names = UnitNames(rule, names.where(names.notna(), None).to_numpy())
+        if names.isna().all():
+            unit_names = None
+            unit_note = [
+                f"the model predicts units of {rule.column!r}, and the images have no such column: "
+                "give a table with it, or the recipe. Images alone are predicted"
+            ]
+    left_out = [f"left out: {item}" for item in listing.left_out]
+    notes = (*listing.notes, *left_out, *unit_note)
     for note in () if json_output else notes:
         console.print(f"note: {note}", soft_wrap=True)
     device_name = find_device(device)
     try:
+        if update_cache and cache_root is not None:
+            from headrace.pipelines.run import cache_images
+
+            cache_images(
+                loaded_model,
+                samples,
+                cache_root,
+                workers=workers,
+                device=device_name,
+                console=progress_console(quiet=quiet or out == "-", progress_format=progress),
+            )
         if out == "-":
             with utf8_stdout() as table:
                 summary = predict_stream(
@@ -153,6 +197,7 @@ def predict_command(
                     table,
                     table_format,
                     device=device_name,
+                    cache_root=cache_root,
                     console=make_console(quiet=True),
                 )
         else:
@@ -164,6 +209,8 @@ def predict_command(
                 force=force,
                 n_workers=workers,
                 device=device_name,
+                cache_root=cache_root,
+                unit_names=unit_names,
                 console=progress_console(quiet=quiet, progress_format=progress),
             )
     except KeyboardInterrupt:
@@ -179,7 +226,9 @@ def predict_command(
             PredictOutput(
                 out=str(Path(out).absolute()),
                 images=summary.images,
+                units=None if unit_names is None else str(units_path(Path(out)).absolute()),
                 new=summary.new,
+                cached=summary.cached,
                 failed=summary.failed,
                 counts=summary.counts,
                 notes=notes,
@@ -189,6 +238,8 @@ def predict_command(
     summary_text = f"{summary.images:,} images"
     if summary.new < summary.images:
         summary_text += f", {summary.new:,} of them predicted now"
+    if summary.cached:
+        summary_text += f", {summary.cached:,} from cached features"
     if any(summary.counts.values()):
         commonest = sorted(summary.counts.items(), key=lambda item: -item[1])
         summary_text += ": " + ", ".join(
@@ -196,9 +247,38 @@ def predict_command(
         )
     if summary.failed:
         summary_text += f". {summary.failed:,} could not be used: the column `error` says why"
-    console.print(summary_text if out == "-" else f"{summary_text}. Wrote {out}", soft_wrap=True)
+    if out != "-":
+        summary_text += f". Wrote {out}"
+        if unit_names is not None:
+            summary_text += f" and, of units, {units_path(Path(out))}"
+    console.print(summary_text, soft_wrap=True)
     if summary.failed == summary.images:
         raise typer.Exit(1)
+
+
+def _cache_root(
+    model: "Model", cache: Path | None, *, no_cache: bool, update_cache: bool
+) -> Path | None:
+    """Return the cache to look in. Raises OutputError for options that cannot all be meant."""
+    from headrace.cache.home import expand_home
+    from headrace.pipelines.paths import RunPaths
+    from headrace.pipelines.run_directory import stored_recipe
+
+    if no_cache:
+        if cache is not None or update_cache:
+            raise OutputError("--no-cache leaves nothing for --cache and --update-cache: drop it")
+        return None
+    if cache is not None:
+        cache_root = expand_home(cache).absolute()
+        if not update_cache and not cache_root.is_dir():
+            raise OutputError(f"--cache {cache}: no such folder. To make one: --update-cache")
+        return cache_root
+    paths = RunPaths(model.path.absolute().parent)
+    if paths.recipe.is_file():
+        return stored_recipe(paths).cache
+    if update_cache:
+        raise OutputError(f"{model.path} is in no run: say which cache, --cache headrace-cache")
+    return None
 
 
 def _table_format(out: str, format_option: TableFormat | None) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 from headrace.pipelines.cli.json_output import (
     EnsembleOutput,
     ExpectedScore,
+    ExtractOutput,
     FinetunedRow,
     ImageCounts,
     LeftOutCount,
@@ -24,6 +25,7 @@ from headrace.pipelines.planning.accounting import Accounting
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.planning.plan import Plan
 from headrace.pipelines.result import RunResult
+from headrace.pipelines.run import ExtractionResult
 
 
 def counts_output(accounting: Accounting | None) -> ImageCounts | None:
@@ -76,6 +78,25 @@ def plan_output(
         gpu_s=plan.estimate.gpu_s,
         is_measured=plan.estimate.measured,
         device=plan.forward_device,
+    )
+
+
+def extract_output(result: ExtractionResult) -> ExtractOutput:
+    """Return what an extraction has done as `extract --json` prints it."""
+    extraction = result.extraction
+    return ExtractOutput(
+        cache=str(extraction.recipe.cache),
+        features={
+            name: tuple(str(path) for path in view_paths)
+            for name, view_paths in extraction.feature_paths.items()
+        },
+        found=extraction.listing.found,
+        images=extraction.plan.images,
+        images_new=result.new,
+        failed=result.failed,
+        failed_images=str(extraction.recipe.paths.failed_images),
+        notes=extraction.notes,
+        seconds=result.seconds,
     )
 
 
@@ -136,6 +157,7 @@ def run_output(result: RunResult) -> RunOutput:
             low=test.low,
             high=test.high,
             images=test.images,
+            units=test.units,
             evaluations=test.n_evaluations,
             metrics=test.metrics,
         ),

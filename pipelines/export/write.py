@@ -41,8 +41,9 @@ from headrace.pipelines.cluster.task_leases import driver_lives, driver_lock, dr
 from headrace.pipelines.export.model_card import ExportResult, model_card
 from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
 from headrace.pipelines.models.ensemble import EnsembleModel
+from headrace.pipelines.models.from_features import Beside
 from headrace.pipelines.models.head import HeadModel
-from headrace.pipelines.models.images import Beside, open_engine, predict_batch
+from headrace.pipelines.models.images import open_engine, predict_batch
 from headrace.pipelines.models.model import EXPORT_MARKER, Model, load_model
 from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.models.torch_graph import GraphInput, ModelGraph, fits_graph, pixels_of

@@ -48,19 +48,20 @@ from headrace.extract.run.work_unit import (
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
-from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.ensemble import average
 from headrace.heads.kind import CannotPredict
-from headrace.heads.link import tempered
 from headrace.pipelines.environment import available_cores
+from headrace.pipelines.models.from_features import (
+    NOTHING_BESIDE,
+    Beside,
+    average_members,
+    predict_member,
+)
 from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError
 
 if TYPE_CHECKING:
     from headrace.extract.backbones.backbone import Backbone
-    from headrace.pipelines.models.head import HeadModel
     from headrace.pipelines.models.model import Model
-    from headrace.pipelines.models.network import NetworkModel
 
 ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
 # One row for each image: a data frame, lists by name, or a mapping for each image.
@@ -146,18 +147,6 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a model reads beside N images."""
-
-    side_inputs: Floats | None = None  # (N, R), where the model reads side columns
-    # (N,) labels, where it predicts the images of a unit together: none of them without the others
-    units: npt.NDArray[Any] | None = None
-
-
-_NOTHING_BESIDE = Beside()
-
-
-@dataclass(frozen=True)
 class _BatchFeatures:
     """What heads read of some of the images, and those that failed. Rows are as in the batch."""
 
@@ -168,7 +157,7 @@ class _BatchFeatures:
 
 
 def predict_batch(
-    engine: PredictionEngine, batch: PixelBatch, beside: Beside = _NOTHING_BESIDE
+    engine: PredictionEngine, batch: PixelBatch, beside: Beside = NOTHING_BESIDE
 ) -> BatchPrediction:
     """Return probabilities of the images in a batch, and those that failed, here or in decoding,
     with the reason. Where units are predicted together, the batch holds whole units.
@@ -227,10 +216,7 @@ def _predict_features(
     if not batch.rows:
         no_predictions = np.empty((0, len(engine.model.classes)), np.float32)
         return BatchPrediction([], no_predictions, batch.failed, batch.unread)
-    rows_beside = Beside(
-        None if beside.side_inputs is None else beside.side_inputs[batch.rows],
-        None if beside.units is None else beside.units[batch.rows],
-    )
+    rows_beside = beside.take(batch.rows)
     member_predictions = [
         predict_member(member, head_function, batch.features, engine.model.task_kind, rows_beside)
         for member, head_function in zip(engine.model.members, engine.heads, strict=True)
@@ -254,7 +240,7 @@ def predict_samples(
     engine: PredictionEngine,
     samples: Sequence[Sample],
     n_threads: int,
-    beside: Beside = _NOTHING_BESIDE,
+    beside: Beside = NOTHING_BESIDE,
 ) -> Iterator[BatchPrediction]:
     """Yield predictions of the samples, in order, a batch at a time; decoding goes on while the
     network is busy. Where units are predicted together, all samples come at once, in the end.
@@ -367,16 +353,6 @@ def _trained_pass(
     return ForwardPass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, features)
 
 
-def average_members(model: "Model", member_predictions: Sequence[Floats]) -> Floats:
-    """Return the (n, C) weighted average of the members' predictions, at the model's
-    temperature.
-    """
-    if len(member_predictions) == 1 and model.average_temperature == 1:
-        return member_predictions[0]
-    mean_prediction = average(np.array(model.weights), np.stack(member_predictions))
-    return tempered(mean_prediction, model.task_kind, model.average_temperature)
-
-
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
     """Return features (n, ...) with the quantization of their storage dtype, which is what heads
     are trained on.
@@ -387,51 +363,6 @@ def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
         return np.asarray(features, np.float32)
     encoded_features = encode_rows(features, [""] * len(features), dtype)
     return np.asarray(decode_rows(encoded_features.stored, dtype), np.float32)
-
-
-def predict_member(
-    member: "HeadModel | NetworkModel",
-    head_function: Callable[[Floats], Floats],
-    features: dict[FeatureSpec, Floats],
-    task_kind: TaskKind,
-    beside: Beside = _NOTHING_BESIDE,
-) -> Floats:
-    """Return (n, C) predictions of one member at its temperature, the mean over the views that it
-    was trained on; its inputs side by side as in `load_rows`. head_function: the member's.
-    beside: of these n images.
-    """
-    views_of_feature: dict[str, list[Floats]] = {}
-    for spec in member.features:
-        views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
-    spatial = member.spatial
-    side_inputs = beside.side_inputs
-    side_rows = [] if side_inputs is None or not member.side_columns else [side_inputs]
-    view_inputs = [
-        np.concatenate(
-            [
-                *(
-                    view_features if spatial else view_features.reshape(len(view_features), -1)
-                    for view_features in features_of_view
-                ),
-                *side_rows,
-            ],
-            axis=1,
-        )
-        for features_of_view in zip(*views_of_feature.values(), strict=True)
-    ]
-    if member.takes_units:
-        assert beside.units is not None
-        # All views of a unit's images are one bag, as in training.
-        bags = np.tile(beside.units, len(view_inputs))
-        return member.predict_bags(np.concatenate(view_inputs), bags)[: len(beside.units)]
-    if len(view_inputs) == 1:
-        return head_function(view_inputs[0])
-    return tempered(
-        np.mean([head_function(view_input) for view_input in view_inputs], axis=0),
-        task_kind,
-        member.temperature,
-        member.floor,
-    )
 
 
 def _render_into(

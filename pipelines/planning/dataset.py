@@ -27,7 +27,7 @@ from headrace.heads.data.task import TEST, TRAIN_ONLY, Task
 from headrace.heads.evaluate.metrics import DEFAULT_METRIC, METRICS
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.sections import TaskSection
-from headrace.pipelines.recipe.side_columns import make_side_columns
+from headrace.pipelines.recipe.side_columns import encode_side_columns, make_side_columns
 from headrace.pipelines.recipe.targets import (
     DataError,
     alike_names,
@@ -232,6 +232,7 @@ def _unlabelled_rows(samples: pd.DataFrame, task: Task, section: TaskSection) ->
         fold=np.full(len(samples), TEST, np.int16),
         weight=np.ones(len(samples)),
         units=units,
+        side=None if task.side is None else encode_side_columns(samples, task.side.columns)[0],
     )
 
 

@@ -71,17 +71,21 @@ def read_extraction(recipe: Recipe, *, write: bool = True) -> Extraction:
     samples = samples.assign(content=pd.Series(contents, index=samples.index, dtype=object))
     if write:
         remember_taps(recipe, networks)
-    plan = _plan_features(recipe, samples, networks)
+    plan = plan_features(recipe, samples, networks)
     return Extraction(recipe, listing, samples, unreadable, networks, plan)
 
 
 def planned(extraction: Extraction) -> Extraction:
     """Return the extraction with what is missing now. Raises DataError where every image failed."""
-    plan = _plan_features(extraction.recipe, extraction.samples, extraction.networks)
+    plan = plan_features(extraction.recipe, extraction.samples, extraction.networks)
     return replace(extraction, plan=plan)
 
 
-def _plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> Plan:
+def plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> Plan:
+    """Return the plan of what the cache lacks of the networks' features of these samples.
+
+    samples: columns `id`, `path`, `content`. Raises DataError where every image failed.
+    """
     all_specs = [spec for _, specs in networks for spec in specs]
     require_decodable(samples, failed_contents(recipe.cache, all_specs))
     units = missing_units(recipe, samples, networks)

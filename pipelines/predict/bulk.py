@@ -17,11 +17,11 @@ import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,19 +44,24 @@ from headrace.cache.text import as_text
 from headrace.extract.images.byte_ranges import locator_file
 from headrace.extract.images.file_stamps import FileStamp, file_stamps, wait_until_settled
 from headrace.extract.spec import Sample
-from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.progress import show_progress
-from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import available_cores
+from headrace.pipelines.models.cached_model import find_cached_model
+from headrace.pipelines.models.from_features import Beside
 from headrace.pipelines.models.model import Model, load_model
 from headrace.pipelines.models.unit_rule import read_unit_rule
+from headrace.pipelines.predict.known import known_contents
 from headrace.pipelines.predict.tables import TableBlock, is_predictions, table_writer
+from headrace.pipelines.predict.units import (
+    UnitNames,
+    is_unit_table,
+    unit_table,
+    units_path,
+    write_unit_table,
+)
 from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError, empty_as_missing
-
-if TYPE_CHECKING:
-    from headrace.pipelines.models.images import Beside
 
 # some seconds of a small network on one core: little is lost to a kill
 PART_IMAGES = 256
@@ -64,6 +69,7 @@ PART_IMAGES = 256
 # process.
 _WORTH_WORKERS = 1024
 _BLOCK = 4096  # rows of the table written at a time
+_CACHED_IMAGES = 8192  # that need no network: features in memory at a time
 
 # path, and the stamp of the file that was predicted; "" where there is no file
 _Key = tuple[str, str]
@@ -104,6 +110,7 @@ class PredictionSummary:
     failed: int
     # images per predicted class; of a multi-label task, per label
     counts: dict[str, int]
+    cached: int = 0  # of `new`, those whose features were in the cache: no network ran
 
 
 def predict_table(
@@ -115,10 +122,15 @@ def predict_table(
     force: bool = False,
     n_workers: int | None = None,
     device: str = "cpu",
+    cache_root: Path | None = None,
+    unit_names: UnitNames | None = None,
     console: Console,
 ) -> PredictionSummary:
     """Predict what is left of `images` (columns `file`, `path`) and write the table `table_path` as
     csv, parquet or jsonl.
+
+    cache_root: a cache in which images may have features; of these no network runs. unit_names: of
+    the images, for a table of units beside that of the images (`units_path`).
 
     Every image has one row, in the order given; one that cannot be decoded has its reason in it.
     Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
@@ -127,6 +139,9 @@ def predict_table(
     record_path = table_path.with_name(f"{table_path.name}.json")
     parts_folder = table_path.with_name(f"{table_path.name}.parts")
     _require_ours(table_path, record_path, parts_folder)
+    unit_table_path = None if unit_names is None else units_path(table_path)
+    if unit_table_path is not None:
+        _require_our_units(unit_table_path)
     image_paths = images["path"].tolist()
     side_inputs, units = _side_inputs(model, images, console), _units(model, images)
     file_keys_in_order = file_keys(image_paths, side_inputs, units)
@@ -140,7 +155,10 @@ def predict_table(
         "format": table_format,
         "headrace": importlib.metadata.version("headrace"),
     }
-    if table_path.exists() and not force and not parts_folder.exists():
+    if unit_names is not None:
+        record["units"] = unit_names.digest
+    units_there = unit_table_path is None or unit_table_path.exists()
+    if table_path.exists() and units_there and not force and not parts_folder.exists():
         if (earlier_record := _read_record(record_path)) is not None and {
             **earlier_record,
             **record,
@@ -155,12 +173,14 @@ def predict_table(
     parts_folder.mkdir(parents=True, exist_ok=True)
     known_parts = _known_parts(parts_folder, model, is_final=False)
     rows = _missing_rows(file_keys_in_order, set(known_parts), units)
-    missing_keys = [file_keys_in_order[row] for row in rows]
+    beside = Beside(side_inputs, units)
+    cached = _predict_cached(model, file_keys_in_order, cache_root, np.array(rows, np.intp), beside)
+    left = [row for row in rows if not cached.is_known[row]]
     _predict_missing(
         model,
-        missing_keys,
-        None if side_inputs is None else side_inputs[rows],
-        None if units is None else units[rows],
+        [file_keys_in_order[row] for row in left],
+        None if side_inputs is None else side_inputs[left],
+        None if units is None else units[left],
         parts_folder,
         n_workers=n_workers,
         device=device,
@@ -173,8 +193,12 @@ def predict_table(
         parts_folder,
         parts_folder / "table.partial",
         table_format,
-        n_new=len(missing_keys),
+        cached,
+        unit_names,
     )
+    summary = replace(summary, new=len(rows), cached=len(rows) - len(left))
+    if unit_table_path is not None:
+        os.replace(parts_folder / "units.partial", unit_table_path)
     os.replace(parts_folder / "table.partial", table_path)
     record |= {"failed": summary.failed, "counts": summary.counts}
     # By way of the folder of parts, with which the temporary of a killed call goes too.
@@ -211,6 +235,16 @@ def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> No
         )
 
 
+def _require_our_units(unit_table_path: Path) -> None:
+    if unit_table_path.exists() and not (
+        unit_table_path.is_file() and is_unit_table(unit_table_path)
+    ):
+        raise PredictionsThere(
+            f"{unit_table_path} is there, where the predictions of units go, and is no such table: "
+            "it is not replaced. Give another name with --out, or move it away"
+        )
+
+
 def _free_name(table_path: Path) -> Path:
     candidate_paths = (
         table_path.with_name(f"predictions{number or ''}{table_path.suffix or '.csv'}")
@@ -225,7 +259,7 @@ def _remove_parts(parts_folder: Path) -> None:
     """
     for part_file in parts_folder.iterdir():
         if re.fullmatch(
-            rf"[0-9a-f]{{24}}\.parquet|(table|record)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",
+            rf"[0-9a-f]{{24}}\.parquet|(table|record|units)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",
             part_file.name,
         ):
             part_file.unlink(missing_ok=True)
@@ -240,49 +274,69 @@ def predict_stream(
     table_format: str,
     *,
     device: str = "cpu",
+    cache_root: Path | None = None,
     console: Console,
 ) -> PredictionSummary:
     """Write predictions as `predict_table` does, to an open text stream, a batch at a time; nothing
     is kept, nothing can be resumed.
     """
-    from headrace.pipelines.models.images import open_engine, predict_samples
-
-    file_names = images["file"].tolist()
+    file_names, image_paths = images["file"].tolist(), images["path"].tolist()
     side_inputs = _side_inputs(model, images, make_console(stderr=True))
-    beside = _beside(side_inputs, _units(model, images))
-    n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
-    n_written = 0
+    beside = Beside(side_inputs, _units(model, images))
+    keys = [(path, "") for path in image_paths] if cache_root is None else file_keys(image_paths)
+    cached = _predict_cached(model, keys, cache_root, np.arange(len(keys)), beside)
+    probabilities, error_texts = cached.probabilities, cached.errors
+    missing = np.flatnonzero(~cached.is_known)
+    n_failed, class_counts, n_written = 0, np.zeros(len(model.classes), np.int64), 0
     with (
         table_writer(stream, table_format, model.task_kind, model.classes) as write,
         show_progress(console, "predict", len(file_names), "images") as advance,
     ):
-        n_threads = available_cores()
-        for predicted in predict_samples(
-            open_engine(model, device), _path_samples(images["path"]), n_threads, beside
+        for n_predicted in _predict_rows(
+            model, image_paths, missing, probabilities, error_texts, beside.take(missing), device
         ):
-            error_of_row = dict(predicted.failed)
-            batch_rows = sorted([*predicted.rows, *error_of_row])
-            block_probabilities = np.full((len(batch_rows), len(model.classes)), np.nan, np.float32)
-            row_in_block = {row: block_row for block_row, row in enumerate(batch_rows)}
-            block_probabilities[[row_in_block[row] for row in predicted.rows]] = (
-                predicted.probabilities
-            )
-            # Batches come in order and whole.
-            assert batch_rows == list(range(n_written, n_written + len(batch_rows)))
-            n_written += len(batch_rows)
-            write(
-                TableBlock(
-                    [file_names[row] for row in batch_rows],
-                    block_probabilities,
-                    [error_of_row.get(row) for row in batch_rows],
-                )
-            )
-            class_counts += _count_classes(predicted.probabilities, model)
-            n_failed += len(error_of_row)
-            advance(len(batch_rows))
-    return PredictionSummary(
-        len(file_names), len(file_names), n_failed, _named_counts(class_counts, model)
-    )
+            # Rows before the first one that is still missing are ready.
+            n_ready = missing[n_predicted] if n_predicted < len(missing) else len(file_names)
+            for start in range(n_written, n_ready, _BLOCK):
+                ready = slice(start, min(start + _BLOCK, n_ready))
+                write(TableBlock(file_names[ready], probabilities[ready], error_texts[ready]))
+                is_good = [error is None for error in error_texts[ready]]
+                class_counts += _count_classes(probabilities[ready][is_good], model)
+                n_failed += is_good.count(False)
+                advance(len(is_good))
+            n_written = int(n_ready)
+    counts = _named_counts(class_counts, model)
+    n_images = len(file_names)
+    return PredictionSummary(n_images, n_images, n_failed, counts, n_images - len(missing))
+
+
+def _predict_rows(
+    model: Model,
+    image_paths: Sequence[str],
+    rows: npt.NDArray[np.intp],
+    probabilities: npt.NDArray[np.float32],
+    error_texts: list[str | None],
+    beside: Beside,
+    device: str,
+) -> Iterator[int]:
+    """Predict images by their rows, and fill these in; yield how many rows are done, batch by
+    batch. beside: of these rows.
+    """
+    if not len(rows):
+        yield 0
+        return
+    from headrace.pipelines.models.images import open_engine, predict_samples
+
+    samples = _path_samples(image_paths[row] for row in rows)
+    n_done = 0
+    engine, n_threads = open_engine(model, device), available_cores()
+    for predicted in predict_samples(engine, samples, n_threads, beside):
+        probabilities[rows[predicted.rows]] = predicted.probabilities
+        for row, reason in predicted.failed:
+            error_texts[rows[row]] = reason
+        # Batches come in order and whole.
+        n_done += len(predicted.rows) + len(predicted.failed)
+        yield n_done
 
 
 def predict_part(job: PartJob) -> int:
@@ -294,7 +348,7 @@ def predict_part(job: PartJob) -> int:
     probabilities = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
     error_texts: list[str | None] = [None] * len(job.samples)
     is_unread = np.zeros(len(job.samples), np.bool_)
-    beside = _beside(job.side_inputs, job.units)
+    beside = Beside(job.side_inputs, job.units)
     for predicted in predict_samples(engine, job.samples, job.threads, beside):
         probabilities[predicted.rows] = predicted.probabilities
         for row, reason in predicted.failed:
@@ -361,14 +415,6 @@ def unit_column(model: Model) -> str | None:
     return None if rule is None else rule.column
 
 
-def _beside(
-    side_inputs: npt.NDArray[np.float32] | None, units: npt.NDArray[np.str_] | None
-) -> "Beside":
-    from headrace.pipelines.models.images import Beside  # imports torch
-
-    return Beside(side_inputs, units)
-
-
 def _missing_rows(
     keys: Sequence[_Key], known: Collection[_Key], units: npt.NDArray[np.str_] | None
 ) -> list[int]:
@@ -428,6 +474,71 @@ def _path_bytes(path: str) -> bytes:
     return path.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
 
 
+@dataclass(frozen=True)
+class _FromCache:
+    """Predictions of N images, of those whose features are cached: cheap enough to make again."""
+
+    probabilities: npt.NDArray[np.float32]  # (N, C), nan elsewhere
+    errors: list[str | None]
+    is_known: npt.NDArray[np.bool_]  # (N,) predicted, or recorded as failed
+
+
+def _predict_cached(
+    model: Model,
+    keys: Sequence[_Key],
+    cache_root: Path | None,
+    rows: npt.NDArray[np.intp],
+    beside: Beside,
+) -> _FromCache:
+    """Predict those of some rows that have features in a cache, or are recorded there as failed; of
+    a unit that is predicted as a whole, all or none. beside: of all rows.
+    """
+    probabilities = np.full((len(keys), len(model.classes)), np.nan, np.float32)
+    error_texts: list[str | None] = [None] * len(keys)
+    is_known = np.zeros(len(keys), np.bool_)
+    predictions = _FromCache(probabilities, error_texts, is_known)
+    if cache_root is None or not len(rows):
+        return predictions
+    cached_model = find_cached_model(model, cache_root)
+    if cached_model is None:
+        return predictions
+    files = [(keys[row][0], keys[row][1].partition("|")[0]) for row in rows]
+    hashes = known_contents(files, cache_root)
+    reasons = [cached_model.failures.get(content_hash) for content_hash in hashes.astype(str)]
+    has_failed = np.array([reason is not None for reason in reasons], np.bool_)
+    has_features = cached_model.has_features(hashes) & ~has_failed
+    is_done = has_features | has_failed
+    units = None if beside.units is None else beside.units[rows]
+    if units is not None:
+        is_done &= ~np.isin(units, units[~is_done])
+    found = np.flatnonzero(has_features & is_done)
+    if units is not None:
+        found = found[np.argsort(units[found], kind="stable")]
+    for block in part_slices(len(found), _CACHED_IMAGES, None if units is None else units[found]):
+        some = found[block]
+        probabilities[rows[some]] = cached_model.predict(hashes[some], beside.take(rows[some]))
+    is_known[rows[is_done]] = True
+    for place in np.flatnonzero(has_failed & is_done):
+        error_texts[rows[place]] = reasons[place]
+    _copy_repeated(keys, rows, predictions)
+    return predictions
+
+
+def _copy_repeated(
+    keys: Sequence[_Key], rows: npt.NDArray[np.intp], predictions: _FromCache
+) -> None:
+    """Give images that are named several times, of which `rows` holds the first, its prediction."""
+    if len(rows) == len(keys):
+        return
+    row_of_key = {keys[row]: row for row in rows if predictions.is_known[row]}
+    for row, key in enumerate(keys):
+        first_row = row_of_key.get(key)
+        if first_row is not None and first_row != row:
+            predictions.probabilities[row] = predictions.probabilities[first_row]
+            predictions.errors[row] = predictions.errors[first_row]
+            predictions.is_known[row] = True
+
+
 def _predict_missing(
     model: Model,
     missing_keys: Sequence[_Key],
@@ -450,7 +561,7 @@ def _predict_missing(
         else PART_IMAGES
     )
     jobs = []
-    for part in _part_slices(len(missing_keys), part_size, units):
+    for part in part_slices(len(missing_keys), part_size, units):
         keys = tuple(missing_keys[part])
         part_name = hashlib.sha256(json.dumps([model.digest, keys]).encode()).hexdigest()[:24]
         part_path = str((parts_folder / f"{part_name}.parquet").absolute())
@@ -477,6 +588,10 @@ def _predict_missing(
                 n_failed = predict_part(job)
                 advance(len(job.samples), {"failed": n_failed})
             return
+        # imports Dask, which predicting from a cache does without
+        from headrace.pipelines.cluster.clients import local_client
+        from headrace.pipelines.cluster.submit import run_tasks
+
         failure_reasons = []
         with ExitStack() as stack:
             client = stack.enter_context(
@@ -494,9 +609,7 @@ def _predict_missing(
         )
 
 
-def _part_slices(
-    n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None
-) -> Iterator[slice]:
+def part_slices(n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None) -> Iterator[slice]:
     """Yield stretches of rows, each a part: of about so many, and no unit in two of them."""
     ends = np.arange(1, n_rows + 1)
     if units is not None:
@@ -542,36 +655,37 @@ def _assemble_table(
     parts_folder: Path,
     table_path: Path,
     table_format: str,
-    *,
-    n_new: int,
+    cached: _FromCache,
+    unit_names: UnitNames | None,
 ) -> PredictionSummary:
+    """Put the table together at `table_path`, and beside it the table of units, `units.partial`."""
+    all_probabilities = []  # for the units alone
     part_of_key = _known_parts(parts_folder, model, is_final=True)
     open_parts: OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]] = OrderedDict()
     n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
     with table_writer(table_path, table_format, model.task_kind, model.classes) as write:
         for block_start in range(0, len(file_names), _BLOCK):
-            probabilities = np.empty(
-                (len(file_names[block_start : block_start + _BLOCK]), len(model.classes)),
-                np.float32,
-            )
-            error_texts: list[str | None] = []
-            for block_row, key in enumerate(file_keys[block_start : block_start + _BLOCK]):
-                part_path, part_row = part_of_key[key]
+            block = slice(block_start, block_start + _BLOCK)
+            probabilities, error_texts = cached.probabilities[block], cached.errors[block]
+            for block_row in np.flatnonzero(~cached.is_known[block]):
+                part_path, part_row = part_of_key[file_keys[block_start + block_row]]
                 part_probabilities, part_errors = _open_part(
                     open_parts, part_path, len(model.classes)
                 )
                 probabilities[block_row] = part_probabilities[part_row]
-                error_texts.append(part_errors[part_row])
-            write(
-                TableBlock(
-                    file_names[block_start : block_start + _BLOCK], probabilities, error_texts
-                )
-            )
+                error_texts[block_row] = part_errors[part_row]
+            write(TableBlock(file_names[block], probabilities, error_texts))
             class_counts += _count_classes(
                 probabilities[[error is None for error in error_texts]], model
             )
             n_failed += sum(error is not None for error in error_texts)
-    return PredictionSummary(len(file_names), n_new, n_failed, _named_counts(class_counts, model))
+            if unit_names is not None:
+                all_probabilities.append(probabilities)
+    if unit_names is not None:
+        joined = np.concatenate([np.empty((0, len(model.classes)), np.float32), *all_probabilities])
+        table = unit_table(unit_names, joined, model.task_kind, model.classes)
+        write_unit_table(table, table_path.with_name("units.partial"), table_format)
+    return PredictionSummary(len(file_names), 0, n_failed, _named_counts(class_counts, model))
 
 
 def _open_part(

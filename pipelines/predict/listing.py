@@ -23,11 +23,13 @@ def list_images(
     *,
     side_columns: Sequence[SideColumn] = (),
     unit_column: str | None = None,
+    optional_column: str | None = None,
     **options: Any,
 ) -> Listing:
     """Return one row per image, in the order given: `file`, as a person would name it, `path`, a
     file or a locator, and the columns that the model reads beside it: side columns, and the unit
-    where it predicts several images together.
+    where it predicts several images together. `optional_column`, with the units that are scored, is
+    None where a source has no such column.
 
     sources: image files, folders, tables, archives, array files, or recipes, whose images are read
     with the recipe's options.
@@ -41,7 +43,9 @@ def list_images(
     """
     names = [column.name for column in side_columns]
     names += [] if unit_column is None or unit_column in names else [unit_column]
-    listings = [_list_source(str(source), names, options) for source in sources]
+    optional = [] if optional_column is None or optional_column in names else [optional_column]
+    sources = [part for source in sources for part in (source, *_unlabelled_source(source))]
+    listings = [_list_source(str(source), names, optional, options) for source in sources]
     paths_of_name = (
         pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
     )
@@ -55,8 +59,22 @@ def list_images(
     return join_listings(listings)
 
 
-def _list_source(location: str, beside: Sequence[str], options: dict[str, Any]) -> Listing:
-    if Path(location).suffix.lower() in (".yaml", ".yml"):
+def _unlabelled_source(source: str | Path) -> list[Path]:
+    """Return the source of images without labels that a recipe names beside its own."""
+    if not _is_recipe(str(source)):
+        return []
+    location = load_recipe(source).images.unlabelled
+    return [] if location is None else [location]
+
+
+def _is_recipe(location: str) -> bool:
+    return Path(location).suffix.lower() in (".yaml", ".yml")
+
+
+def _list_source(
+    location: str, beside: Sequence[str], optional: Sequence[str], options: dict[str, Any]
+) -> Listing:
+    if _is_recipe(location):
         source = load_recipe(location).images.source()
         location = str(source.location)
     else:
@@ -67,4 +85,5 @@ def _list_source(location: str, beside: Sequence[str], options: dict[str, Any]) 
         file_names = f"{printable_name(location).rstrip('/')}/" + file_names
     require_columns(listing.samples, beside, f"{location}: ")
     named = pd.DataFrame({"file": file_names, "path": listing.samples["path"].astype(str)})
-    return replace(listing, samples=pd.concat([named, listing.samples[list(beside)]], axis=1))
+    columns = listing.samples.reindex(columns=[*beside, *optional])
+    return replace(listing, samples=pd.concat([named, columns], axis=1))

@@ -21,6 +21,7 @@ from headrace.heads.predict import floor_of
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.models.unit_rule import UnitRule
 from headrace.pipelines.planning.run_state import RunState
+from headrace.pipelines.predict.bulk import part_slices
 from headrace.pipelines.predict.tables import Column, outcome_columns, target_columns
 from headrace.pipelines.records import RunDamaged, publish_table, read_table
 from headrace.pipelines.selection.evaluation_record import WeightedModel, predict_average
@@ -112,16 +113,24 @@ def _with_features(task: Task, models: Sequence[WeightedModel]) -> Task:
 def _predict_rows(
     models: Sequence[WeightedModel], temperature: float, task: Task
 ) -> npt.NDArray[np.float32]:
-    """Return predictions (n, C) of a task's rows, in blocks that memory holds."""
-    blocks = [np.empty((0, len(task.classes)), np.float32)]
-    for start in range(0, len(task.ids), _BLOCK):
-        rows = task.take(np.arange(start, min(start + _BLOCK, len(task.ids))))
+    """Return predictions (n, C) of a task's rows, made in blocks that memory holds, of whole
+    units.
+    """
+    predicted = np.empty((len(task.ids), len(task.classes)), np.float32)
+    order = np.arange(len(task.ids))
+    if task.units is not None:
+        order = np.argsort(task.units, kind="stable")
+    units = None if task.units is None else task.units[order]
+    for block in part_slices(len(order), _BLOCK, units):
+        rows = task.take(order[block])
         if len(models) == 1:
             own_temperature = models[0].temperature
-            blocks.append(models[0].model.predict_rows(rows, temperature=own_temperature)[1])
+            predicted[order[block]] = models[0].model.predict_rows(
+                rows, temperature=own_temperature
+            )[1]
         else:
-            blocks.append(predict_average(models, temperature, rows)[1])
-    return np.concatenate(blocks)
+            predicted[order[block]] = predict_average(models, temperature, rows)[1]
+    return predicted
 
 
 def _key(

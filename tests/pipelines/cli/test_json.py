@@ -136,7 +136,7 @@ def test_every_command_has_json_and_a_schema():
                 assert full_name in ("demo", "schema")
 
     walk(get_command(app), "")
-    assert commands | {"run --dry-run"} == set(OUTPUTS)
+    assert commands | {"run --dry-run", "extract --dry-run"} == set(OUTPUTS)
     for name in OUTPUTS:
         jsonschema.Draft202012Validator.check_schema(schema(name))
     with pytest.raises(UnknownSchema, match="nearest: status"):

@@ -293,7 +293,10 @@ def test_labels_are_text_as_written():
     words = ["1.10", "1.1", "01", "1", "None", "NA", " é ", "e\u0301"]
     made = dataset(table(80, label=[words[i % 8] for i in range(80)]), folds=2)
     assert sorted(made.train.classes) == sorted({"1.10", "1.1", "01", "1", "None", "NA", "é"})
-    assert dataset(table(80, label=["x", "  "] * 20 + ["y", None] * 20), folds=2).unlabelled == 40
+    assert (
+        dataset(table(80, label=["x", "  "] * 20 + ["y", None] * 20), folds=2).unlabelled.ids.size
+        == 40
+    )
 
 
 def test_classes_and_groups_that_a_person_would_take_for_one_are_told():
@@ -370,7 +373,7 @@ def test_several_labels_in_a_cell():
     frame = table(80, tags=["a; b", "b", "c ;a", None] * 20)
     made = dataset(frame, kind="multi", target="tags", separator=";", folds=2)
     assert made.train.classes == ("a", "b", "c")
-    assert made.unlabelled == 20
+    assert len(made.unlabelled.ids) == 20
     row = (
         made.train.target[made.train.ids == "0000.png"]
         if "0000.png" in made.train.ids
@@ -379,7 +382,7 @@ def test_several_labels_in_a_cell():
     assert row.tolist() == [[1, 1, 0]]
     lists = table(80, tags=[["a", "b"], ["b"], [], ["a"]] * 20)
     made = dataset(lists, kind="multi", target="tags", folds=2)
-    assert made.unlabelled == 0
+    assert len(made.unlabelled.ids) == 0
     assert (made.train.target.sum(1) == 0).any()
     with pytest.raises(DataError, match=r"holds lists.*task.kind: multi"):
         dataset(lists, target="tags")
@@ -395,7 +398,7 @@ def test_numbers_are_numbers_only_where_the_task_says_so():
     """
     frame = table(80, age=[f" {i}.5 " for i in range(79)] + [None])
     made = dataset(frame, kind="regression", target="age")
-    assert made.unlabelled == 1
+    assert len(made.unlabelled.ids) == 1
     assert made.train.target.max() < 80
     with pytest.raises(
         DataError, match=r"found '1,5' for '0000.png' \(80 such rows\). Write decimals with a point"

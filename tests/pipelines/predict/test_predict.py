@@ -172,7 +172,7 @@ def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
 def test_workers_predict_the_same(run, model, tmp_path, monkeypatch):
     """Parts that Dask tasks publish are put together in the order of the images."""
     monkeypatch.setattr(bulk, "_WORTH_WORKERS", 1)
-    monkeypatch.setattr(bulk, "local_client", client_here)
+    monkeypatch.setattr("headrace.pipelines.cluster.clients.local_client", client_here)
     images = list_images([run / "photos"]).samples
     bulk.predict_table(model, images, tmp_path / "p.parquet", "parquet", n_workers=2, console=QUIET)
     table = pd.read_parquet(tmp_path / "p.parquet")

@@ -1,0 +1,96 @@
+"""A model on the feature sets of a cache: it predicts images that are known there, and no network
+runs.
+
+Imports no torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.cache.publish import feature_set_path, is_feature_set
+from headrace.cache.spec import FeatureSpec
+from headrace.pipelines.models.from_features import (
+    NOTHING_BESIDE,
+    Beside,
+    Floats,
+    average_members,
+    predict_member,
+)
+from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.model import Model
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model whose feature sets are all in a cache."""
+
+    model: Model
+    feature_sets: dict[FeatureSpec, FeatureSet]
+
+    @cached_property
+    def heads(self) -> tuple[Callable[[Floats], Floats], ...]:
+        """The heads of the model's members, as functions of features."""
+        return tuple(member.head_function() for member in self.model.members)
+
+    @cached_property
+    def failures(self) -> dict[str, str]:
+        """Reasons, by content hash, of images that some feature set cannot hold."""
+        return {
+            failure.content_hash: failure.reason
+            for feature_set in self.feature_sets.values()
+            for failure in feature_set.failures()
+        }
+
+    def has_features(self, content_hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+        """Return (n,) whether every feature set has a row of the image."""
+        in_all = np.ones(len(content_hashes), np.bool_)
+        for feature_set in self.feature_sets.values():
+            in_all &= feature_set.locate(content_hashes) >= 0
+        return in_all
+
+    def predict(
+        self, content_hashes: npt.NDArray[np.bytes_], beside: Beside = NOTHING_BESIDE
+    ) -> Floats:
+        """Return (n, C) predictions of images that have features. Raises CacheError for others, and
+        for shards that are damaged.
+
+        beside: of these images; where units are predicted together, the images are whole units.
+        """
+        features = {
+            spec: feature_set.load(content_hashes, np.float32)
+            for spec, feature_set in self.feature_sets.items()
+        }
+        return average_members(
+            self.model,
+            [
+                predict_member(member, head_function, features, self.model.task_kind, beside)
+                for member, head_function in zip(self.model.members, self.heads, strict=True)
+            ],
+        )
+
+
+def find_cached_model(model: Model, cache_root: Path) -> CachedModel | None:
+    """Return the model on the feature sets of a cache; None where one of them is not there, or a
+    member is a network that was fine-tuned and reads pixels.
+
+    A feature set is found by its fingerprint: features of other weights, pixels or numbers are
+    another feature set.
+    """
+    feature_sets = {}
+    for member in model.members:
+        if not isinstance(member, HeadModel):
+            return None
+        for spec in member.features:
+            directory = feature_set_path(cache_root, spec)
+            if not is_feature_set(directory):
+                return None
+            feature_sets[spec] = open_feature_set(directory)
+            if feature_sets[spec].spec != spec:
+                return None
+    return CachedModel(model, feature_sets)

@@ -1,0 +1,97 @@
+"""Predictions of a model from the features of images, wherever they come from: no network runs.
+
+Imports no torch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.cache.spec import FeatureSpec
+from headrace.heads.data.task import TaskKind
+from headrace.heads.evaluate.ensemble import average
+from headrace.heads.link import tempered
+
+if TYPE_CHECKING:
+    from headrace.pipelines.models.head import HeadModel
+    from headrace.pipelines.models.model import Model
+    from headrace.pipelines.models.network import NetworkModel
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a model reads beside N images."""
+
+    side_inputs: Floats | None = None  # (N, R), where the model reads side columns
+    # (N,) labels, where it predicts the images of a unit together: none of them without the others
+    units: npt.NDArray[Any] | None = None
+
+    def take(self, rows: Sequence[int] | npt.NDArray[np.intp]) -> "Beside":
+        """Return what is beside some of the images."""
+        return Beside(
+            None if self.side_inputs is None else self.side_inputs[rows],
+            None if self.units is None else self.units[rows],
+        )
+
+
+NOTHING_BESIDE = Beside()
+
+
+def average_members(model: "Model", member_predictions: Sequence[Floats]) -> Floats:
+    """Return the (n, C) weighted average of the members' predictions, at the model's
+    temperature.
+    """
+    if len(member_predictions) == 1 and model.average_temperature == 1:
+        return member_predictions[0]
+    mean_prediction = average(np.array(model.weights), np.stack(member_predictions))
+    return tempered(mean_prediction, model.task_kind, model.average_temperature)
+
+
+def predict_member(
+    member: "HeadModel | NetworkModel",
+    head_function: Callable[[Floats], Floats],
+    features: dict[FeatureSpec, Floats],
+    task_kind: TaskKind,
+    beside: Beside = NOTHING_BESIDE,
+) -> Floats:
+    """Return (n, C) predictions of one member at its temperature, the mean over the views that it
+    was trained on; its inputs side by side as in `load_rows`. head_function: the member's.
+    beside: of these n images.
+    """
+    views_of_feature: dict[str, list[Floats]] = {}
+    for spec in member.features:
+        views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
+    spatial = member.spatial
+    side_inputs = beside.side_inputs
+    side_rows = [] if side_inputs is None or not member.side_columns else [side_inputs]
+    view_inputs = [
+        np.concatenate(
+            [
+                *(
+                    view_features if spatial else view_features.reshape(len(view_features), -1)
+                    for view_features in features_of_view
+                ),
+                *side_rows,
+            ],
+            axis=1,
+        )
+        for features_of_view in zip(*views_of_feature.values(), strict=True)
+    ]
+    if member.takes_units:
+        assert beside.units is not None
+        # All views of a unit's images are one bag, as in training.
+        bags = np.tile(beside.units, len(view_inputs))
+        return member.predict_bags(np.concatenate(view_inputs), bags)[: len(beside.units)]
+    if len(view_inputs) == 1:
+        return head_function(view_inputs[0])
+    return tempered(
+        np.mean([head_function(view_input) for view_input in view_inputs], axis=0),
+        task_kind,
+        member.temperature,
+        member.floor,
+    )

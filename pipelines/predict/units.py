@@ -1,0 +1,91 @@
+"""The table of units beside a table of images: OUT.units.csv, a row per patient, slide or sequence.
+
+unit     as the images' table names it    images, failed   how many of its images were used, and how
+many could not be    class, probability, p_<class> (for regression the values)    as in the table of
+images; empty where none of its images could be used
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads.data.task import TaskKind
+from headrace.pipelines.console import valid_text
+from headrace.pipelines.models.unit_rule import UnitRule
+from headrace.pipelines.predict.tables import Column, outcome_columns
+
+
+@dataclass(frozen=True)
+class UnitNames:
+    """The unit of each image, None where it has none, and how units are predicted."""
+
+    rule: UnitRule
+    names: npt.NDArray[np.object_]  # (N,)
+
+    @property
+    def digest(self) -> str:
+        """24 hex digits of names and rule."""
+        text = json.dumps([vars(self.rule), self.names.tolist()])
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def units_path(table_path: Path) -> Path:
+    """Return where the table of units lies that belongs to a table of images."""
+    return table_path.with_name(f"{table_path.stem}.units{table_path.suffix}")
+
+
+def unit_table(
+    units: UnitNames,
+    probabilities: npt.NDArray[np.float32],
+    task_kind: TaskKind,
+    classes: tuple[str, ...],
+) -> pd.DataFrame:
+    """Return the table of units, in the order in which their first images come.
+
+    probabilities: (N, C) of the images, nan where one could not be used. Images without a unit are
+    left out.
+    """
+    unit_of_row, names = pd.factorize(units.names)
+    has_unit = unit_of_row >= 0
+    is_used = has_unit & ~np.isnan(probabilities).any(1)
+    n_images = np.bincount(unit_of_row[has_unit], minlength=len(names))
+    n_used = np.bincount(unit_of_row[is_used], minlength=len(names))
+    predicted = np.full((len(names), len(classes)), np.nan, np.float32)
+    used_units, unit_of_used = np.unique(unit_of_row[is_used], return_inverse=True)
+    if len(used_units):
+        predicted[used_units] = units.rule.predict(task_kind, probabilities[is_used], unit_of_used)
+    columns = [
+        Column("unit", np.array([valid_text(str(name)) for name in names], object)),
+        Column("images", n_used),
+        Column("failed", n_images - n_used),
+    ]
+    table = pd.DataFrame(
+        {
+            column.name: column.values
+            for column in outcome_columns(columns, predicted, task_kind, classes)
+        }
+    )
+    table.loc[n_used == 0, table.columns[3:]] = None
+    return table
+
+
+def write_unit_table(table: pd.DataFrame, path: Path, table_format: str) -> None:
+    """Write the table as csv, parquet or jsonl."""
+    if table_format == "parquet":
+        table.to_parquet(path, index=False)
+    elif table_format == "jsonl":
+        table.to_json(path, orient="records", lines=True, force_ascii=False)
+    else:
+        table.to_csv(path, index=False)
+
+
+def is_unit_table(path: Path) -> bool:
+    """Tell whether a file begins as `write_unit_table` begins one."""
+    with path.open("rb") as file:
+        beginning = file.read(16)
+    return beginning.startswith((b"unit,images,", b'{"unit":', b"PAR1")) or not beginning
