@@ -134,14 +134,17 @@ def content_hashes(
 
 
 def indexed_hashes(files: Iterable[tuple[str, str]], index: Path) -> list[str | None]:
-    """Return the content hashes that an index knows of files, (path, text of the stamp) each; None
-    for those that it does not know, or knows otherwise. No file is asked for.
+    """Return the content hashes that an index knows of images, (path, text of the stamp of its
+    file) each; None for those that it does not know, or knows otherwise. No file is asked for.
     """
     known_files = _read_index(index)
-    entries = ((known_files.get(_key(path)), stamp) for path, stamp in files)
-    return [
-        entry[1] if entry is not None and entry[0] == stamp else None for entry, stamp in entries
-    ]
+    hashes: list[str | None] = []
+    for path, stamp in files:
+        image_path, crop = split_crop(path)
+        entry = known_files.get(_key(image_path))
+        is_known = entry is not None and entry[0] == stamp
+        hashes.append(crop_content(entry[1], crop) if entry and is_known else None)
+    return hashes
 
 
 def _hash(path: str) -> str | OSError:
