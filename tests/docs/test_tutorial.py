@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
+PROGRESS = re.compile(r"^\d\d:\d\d:\d\d .*\n?", re.M)
 FENCE = re.compile(r"(<!-- not run by the test -->\n)?^```(sh|text)\n(.*?)^```", re.S | re.M)
 
 
@@ -29,7 +30,7 @@ def outline(output, home):
     """
     words = []
     for line in output.replace(str(home), "/home/me").splitlines():
-        if line.startswith(("┏", "┡", "└", "├", "{")) or not line.strip():
+        if line.startswith(("┏", "┡", "└", "├")) or PROGRESS.match(line) or not line.strip():
             continue
         if line.startswith(("│", "┃")):
             if line.startswith("┃"):
@@ -63,9 +64,7 @@ def test_the_tutorial_prints_what_it_shows(tmp_path):
         )
         assert done.returncode == 0, f"{commands}\n{done.stdout}"
         if record:
-            shown = re.sub(
-                r"^\{.*\n", "", done.stdout.replace(str(tmp_path), "/home/me"), flags=re.M
-            )
+            shown = re.sub(PROGRESS, "", done.stdout.replace(str(tmp_path), "/home/me"))
             text = text.replace("@@", f"```text\n{shown.rstrip()}\n```", 1)
         elif shown is not None:
             assert outline(done.stdout, tmp_path) == outline(shown, tmp_path), commands
