@@ -49,7 +49,7 @@ def show_features(console: Console, plan: Plan, cache: object) -> None:
     console.print(table)
     console.print(
         f"{plan.images_new:,} of {plan.images:,} images go through a network, in "
-        f"{len(plan.units):,} units; "
+        f"{len(plan.units):,} work units; "
         f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
         soft_wrap=True,
     )
@@ -134,7 +134,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"Tasks: {len(plan.units):,} units and {len(plan.banks):,} banks; about "
+        f"Tasks: {len(plan.units):,} work units and {len(plan.banks):,} banks; about "
         f"{_hours(plan.estimate)}. Done already: {plan.images - plan.images_new:,} images, "
         f"{plan.heads_total - plan.heads_new:,} heads",
         soft_wrap=True,
