@@ -12,7 +12,12 @@ from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids, missing_path_message
 from headrace.extract.images.byte_ranges import encode_path, locator_file, printable_name
-from headrace.extract.sources.formats import IMAGE_SUFFIXES, describe_suffix, is_image
+from headrace.extract.sources.formats import (
+    IMAGE_SUFFIXES,
+    describe_suffix,
+    is_image,
+    is_image_array,
+)
 from headrace.extract.sources.layout import FolderParts, Layout, read_layout
 from headrace.extract.sources.listing import Listing, Tally
 
@@ -41,10 +46,11 @@ def read_folder(
     where the folders are a split.
 
     The id is the path relative to `folder` with forward slashes. A file is an image by its suffix,
-    else by its first bytes; all others are counted by what they are. Hidden files and folders are
-    left out; links are followed once, after the real folders, so that what is reached on both ways
-    has its real path's name. labelled: refuse a class without images. Raises SourceError when the
-    folder is absent or has no images, saying what was found, and see `read_layout`.
+    else by its first bytes, an array by its shape (`is_image_array`); all others are counted by
+    what they are. Hidden files and folders are left out; links are followed once, after the real
+    folders, so that what is reached on both ways has its real path's name. labelled: refuse a class
+    without images. Raises SourceError when the folder is absent or has no images, saying what was
+    found, and see `read_layout`.
     """
     image_root = expand_home(folder)
     if not image_root.is_dir():
@@ -64,7 +70,7 @@ def read_folder(
         tally.found += 1
         if is_excluded:
             tally.leave_out(EXCLUDED_ENTRIES, printable_name(relative_path))
-        elif not is_image(entry.path):
+        elif not (is_image(entry.path) or is_image_array(entry.path)):
             tally.leave_out(describe_suffix(entry.name), printable_name(relative_path))
             folders_of_others.add(entry.folders)
         else:
@@ -88,7 +94,7 @@ def read_folder(
     unusual_names = [
         image_id
         for image_id, _, _ in image_rows
-        if os.path.splitext(image_id)[1].lower() not in IMAGE_SUFFIXES
+        if os.path.splitext(image_id)[1].lower() not in IMAGE_SUFFIXES | {".npy"}
     ]
     read_labels = read_layout(
         [parent_folders for _, _, parent_folders in image_rows],
@@ -135,7 +141,11 @@ def _tell_apart(
 def image_paths(folder: Path) -> Iterator[str]:
     """The images anywhere below a folder, as paths of samples."""
     entries = _walk(folder.absolute(), Tally())
-    return (encode_path(entry.path) for entry in entries if entry.name and is_image(entry.path))
+    return (
+        encode_path(entry.path)
+        for entry in entries
+        if entry.name and (is_image(entry.path) or is_image_array(entry.path))
+    )
 
 
 def has_images(folder: Path) -> bool:

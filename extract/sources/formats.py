@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from headrace.extract.errors import ImageError
+from headrace.extract.images.decoding import array_shape
 from headrace.extract.images.heif import is_heif, reads_heif
 
 # What Pillow decodes and people keep data sets in.
@@ -32,6 +34,7 @@ TABLE_SUFFIXES = frozenset(
 )
 MAYBE_TABLES = frozenset({".txt", ".json"})  # more often something else
 ARRAY_KINDS = {".npy": "npy", ".npz": "npz", ".h5": "h5", ".hdf5": "h5", ".hdf": "h5"}
+_LONGEST_ARRAY_HEADER = 10_256  # bytes; NumPy reads no longer ones
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 
 # Formats that people keep images in and that are not read here: {suffix: (its name, how to convert
@@ -112,6 +115,22 @@ def is_image(path: str | Path) -> bool:
             return has_image_signature(file.read(32))
     except OSError:
         return False
+
+
+def is_image_array(path: str | Path) -> bool:
+    """Return whether an `.npy` file among images holds one image of several bands, (H, W, C) or
+    (C, H, W): three axes, of which the first or the last is shorter than both others.
+
+    Other arrays there hold many images, labels or features.
+    """
+    if os.path.splitext(path)[1].lower() != ".npy":
+        return False
+    try:
+        with open(path, "rb") as array_file:
+            shape = array_shape(array_file.read(_LONGEST_ARRAY_HEADER))
+    except (ImageError, OSError):
+        return False
+    return len(shape) == 3 and (shape[2] < min(shape[:2]) or shape[0] < min(shape[1:]))
 
 
 def has_image_signature(head: bytes) -> bool:

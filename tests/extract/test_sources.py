@@ -129,6 +129,30 @@ def test_what_is_left_out_says_what_it_is_and_how_to_use_it(tmp_path):
     assert "all.npy" in said
 
 
+def test_arrays_of_one_image_each_are_images_of_a_folder(tmp_path):
+    """Bands last or first; stacks of images, labels, features and damaged files are left out and
+    counted.
+    """
+    arrays = {
+        "water/1.npy": np.zeros((64, 48, 6), np.uint16),
+        "water/2.npy": np.zeros((13, 64, 64), np.float32),
+        "wood/1.npy": np.zeros((64, 64, 3), np.uint8),
+        "labels.npy": np.zeros(100),
+        "wood/features.npy": np.zeros((100, 768), np.float32),
+        "wood/digits.npy": np.zeros((60, 28, 28), np.uint8),
+        "wood/batch.npy": np.zeros((8, 32, 32, 3), np.uint8),
+    }
+    for name, values in arrays.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / name, values)
+    (tmp_path / "wood" / "cut.npy").write_bytes(b"\x93NUMPY")
+    listing = read_folder(tmp_path)
+    assert list(listing.samples["id"]) == ["water/1.npy", "water/2.npy", "wood/1.npy"]
+    assert list(listing.samples["label"]) == ["water", "water", "wood"]
+    assert sum(item.count for item in listing.left_out) == 5
+    assert not listing.notes
+
+
 @pytest.mark.parametrize(
     "odd", ["heron/1.nef", "heron/readme.txt", "heron/deep/x.xyz", "heron/.gitkeep", None]
 )
