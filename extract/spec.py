@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from headrace.cache.home import expand_home
 from headrace.extract.errors import BackboneError, missing_path_message, nearest_names
-from headrace.extract.images.decoding import MAX_PIXELS
+from headrace.extract.images.decoding import MAX_PIXELS, DecodeMode
 from headrace.extract.images.preprocessing import (
     MAX_BANDS,
     Interpolation,
@@ -59,6 +59,7 @@ class BackboneSpec:
     bands: tuple[int, ...] | None = None
     pixel_dtype: PixelDtype | None = None  # float32: more than 8 bits keep their depth
     nodata: Literal["refuse", "mean"] | None = None  # pixels without a value
+    decode: DecodeMode | None = None  # scaled: large JPEGs from their low frequencies, much faster
 
     def __post_init__(self) -> None:
         """Raise BackboneError for arguments that are no JSON."""
@@ -193,6 +194,7 @@ _VALID_FIELD: dict[str, Callable[[object], bool]] = {
     "bands": _is_bands,
     "pixel_dtype": lambda value: value in get_args(PixelDtype),
     "nodata": lambda value: value in ("refuse", "mean"),
+    "decode": lambda value: value in get_args(DecodeMode),
 }
 
 

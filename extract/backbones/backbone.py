@@ -127,6 +127,7 @@ def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> 
             ("pixel_range", spec.pixel_range),
             ("pixel_dtype", spec.pixel_dtype),
             ("nodata", spec.nodata),
+            ("decode", spec.decode),
         )
         if value is not None
     }

@@ -13,7 +13,7 @@ import io
 import math
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000
 # (the value that is black, the value that is white), in the file's own numbers
 PixelRange = tuple[float, float]
 
+# exact: every pixel of the file. scaled: of a JPEG much larger than the network's input, the
+# decoder computes a smaller image from the low frequencies alone.
+DecodeMode = Literal["exact", "scaled"]
+JPEG_REDUCTIONS = (8, 4, 2)  # what libjpeg does quickly
+
 _NUMPY = b"\x93NUMPY"
+_JPEG = b"\xff\xd8\xff"
 # values that are converted at a time: what float64 needs beside the image stays at some MB
 _BLOCK = 2**20
 _SIXTEEN_BITS = (0.0, 65535.0)
@@ -64,6 +70,12 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_FILE_BOX = "headrace_file_box"  # of Image.info
+# The turns that swap height and width, and those that bring the upright image's left or top what
+# stands at the right or below in the file.
+_SIDEWAYS = tuple(ORIENTATIONS[number] for number in (5, 6, 7, 8))
+_RIGHT_IS_LEFT = tuple(ORIENTATIONS[number] for number in (2, 3, 6, 7))
+_BELOW_IS_ABOVE = tuple(ORIENTATIONS[number] for number in (3, 4, 7, 8))
 
 
 class Samples(NamedTuple):
@@ -80,14 +92,18 @@ class Samples(NamedTuple):
     nodata: float | None = None  # the value that a GeoTIFF declares to be none
 
 
-def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Image:
+def decode_image(
+    data: bytes, pixel_range: PixelRange | None = None, reduction: int = 1
+) -> Image.Image:
     """The image in `data`, upright, in mode "RGB", or "L" where its three channels would be equal.
 
     pixel_range: the values that are black and white, for images of more than 8 bits; what lies
     beyond is clipped. Images of 8 bits and fewer have their own. Without it 16-bit images and PGM
     files still have one, by their depth or header; floats, signed and 32-bit integers have none and
     are refused. Keeping grey images in one channel makes their resize three times cheaper; the
-    pixels are the same. Raises ImageError, and only that, with the reason why it cannot be decoded.
+    pixels are the same. reduction: 1, or one of JPEG_REDUCTIONS, by which the decoder of a JPEG
+    divides its edges (rounded up, see `file_box`); other formats are decoded in full. Raises
+    ImageError, and only that, with the reason why it cannot be decoded.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -102,12 +118,73 @@ def decode_image(data: bytes, pixel_range: PixelRange | None = None) -> Image.Im
             samples = file_samples(image, data, pixel_range)
             if samples is not None:
                 return upright(_eight_bits(samples, pixel_range), image)
+            file_size = image.size
+            if reduction > 1:
+                # Does nothing for other formats than JPEG.
+                image.draft(None, (image.width // reduction, image.height // reduction))
             image.load()
-            return to_rgb(upright(image, image), pixel_range)
+            if image.size != file_size:
+                _cover_padding(image, file_size, reduction)
+            upright_image = to_rgb(upright(image, image), pixel_range)
+            if image.size != file_size:
+                upright_image.info[_FILE_BOX] = _file_box(image, file_size, reduction)
+            return upright_image
     except (ImageError, MemoryError):
         raise  # too little memory is no fault of the image, and must not be recorded as one
     except Exception as error:  # decoders raise anything on malformed input, and a run must go on
         raise ImageError(decoding_reason(error, data)) from error
+
+
+def file_box(image: Image.Image) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom): the part of a decoded image that the file's pixels cover, all of
+    it unless a decoder has divided the edges and rounded up.
+    """
+    box: tuple[float, float, float, float] = image.info.get(_FILE_BOX, (0, 0, *image.size))
+    return box
+
+
+def _cover_padding(image: Image.Image, file_size: tuple[int, int], reduction: int) -> None:
+    """Give the last column and the last row, of which the file's pixels cover only a part, the
+    values of those before.
+
+    The rest of them comes from the padding of the file's last blocks, which may hold anything
+    (Pillow's issue 3419 shows a coloured line).
+    """
+    width, height = image.size
+    if file_size[0] % reduction and width > 1:
+        image.paste(image.crop((width - 2, 0, width - 1, height)), (width - 1, 0))
+    if file_size[1] % reduction and height > 1:
+        image.paste(image.crop((0, height - 2, width, height - 1)), (0, height - 1))
+
+
+def _file_box(
+    image: Image.Image, file_size: tuple[int, int], reduction: int
+) -> tuple[float, float, float, float]:
+    """The same for the upright image of `image`, both edges of which were divided."""
+    turn = orientation_of(image)
+    width, height = (edge / reduction for edge in file_size)
+    # What was rounded up stands at the right and below in the file.
+    right, below = image.width - width, image.height - height
+    if turn in _SIDEWAYS:
+        width, height, right, below = height, width, below, right
+    left = right if turn in _RIGHT_IS_LEFT else 0.0
+    above = below if turn in _BELOW_IS_ABOVE else 0.0
+    return left, above, left + width, above + height
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of the upright image of a JPEG, of which only the header is read; None for
+    other formats, and for what is no image.
+    """
+    if not data.startswith(_JPEG):
+        return None
+    try:
+        with open_image(data) as image:
+            width, height = image.size
+            is_sideways = orientation_of(image) in _SIDEWAYS
+    except Exception:  # noqa: BLE001 - decoding it in full says what is wrong
+        return None
+    return (width, height) if is_sideways else (height, width)
 
 
 def has_deep_pixels(data: bytes) -> bool:

@@ -1,5 +1,9 @@
-"""Running a pass on a device: batches that fit, copies that nothing waits for."""
+"""Running a pass on a device: batches that fit, copies that nothing waits for.
 
+Written against `torch.accelerator`, so that CUDA, ROCm, XPU and MPS are one case.
+"""
+
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ from headrace.extract.taps.forward import Forward
 # Measured with EfficientNet-Lite0 at 300 px on one core: 1 image at a time 36/s, 4 40/s, 8 41/s, 16
 # 42/s.
 CPU_BATCH = 8
-_CUDA_BATCHES = (32, 64, 128, 256, 512, 1024)
+_BATCHES = (32, 64, 128, 256, 512, 1024)
 _SMALL_BATCHES = (16, 8, 4, 2)  # where not even the smallest of those fits
 _WORTH_DOUBLING = 1.05  # a larger batch must be this much faster, or its memory is better left free
 
@@ -31,16 +35,46 @@ class BatchLimit:
     images: int
 
 
+def is_cpu(device: str) -> bool:
+    """Return whether the device is the CPU, and no accelerator."""
+    return torch.device(device).type == "cpu"
+
+
 def check_device(device: str) -> None:
     """Raise BackboneError when the device is not there."""
     try:
-        device_type = torch.device(device).type
+        requested = torch.device(device)
     except RuntimeError as error:
-        raise BackboneError(f"device {device!r}: expected cpu, cuda or cuda:N") from error
-    if device_type == "cuda" and not torch.cuda.is_available():
         raise BackboneError(
-            f"device {device!r}: PyTorch {torch.__version__} sees no GPU here. Use device cpu."
+            f"device {device!r}: expected cpu, or an accelerator of PyTorch's: cuda, xpu or mps, "
+            "of several also with its number, cuda:1"
+        ) from error
+    if requested.type == "cpu":
+        return
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type != requested.type:
+        seen = "no GPU" if accelerator is None else f"{accelerator.type} and no {requested.type}"
+        instead = "cpu" if accelerator is None else f"{accelerator.type} or cpu"
+        raise BackboneError(
+            f"device {device!r}: PyTorch {torch.__version__} sees {seen} here. Use device "
+            f"{instead}."
         )
+    count = torch.accelerator.device_count()
+    if requested.index is not None and requested.index >= count:
+        last = f"{requested.type}:{count - 1}"
+        raise BackboneError(f"device {device!r}: the last of {count} here is {last}. Use that one.")
+
+
+def current_device(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Make `device` the current one of its kind within the block.
+
+    What names no device, as pinned memory does, is the current device's, and would otherwise take
+    memory of the first.
+    """
+    index = torch.device(device).index
+    if is_cpu(device) or index is None:
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(index)
 
 
 def launch_forward(
@@ -48,26 +82,31 @@ def launch_forward(
 ) -> PendingOutputs:
     """Start a pass over `pixels` (N, H, W, C) on the host, in parts that fit.
 
-    On CUDA this returns while the device works, and the outputs come back through pinned memory. A
-    part that runs out of memory is halved and tried again, and `batch_limit` remembers; an image
-    that does not fit alone raises OutOfMemoryError.
+    On an accelerator this returns while the device works, and the outputs come back through pinned
+    memory. A part that runs out of memory is halved and tried again, and `batch_limit` remembers;
+    an image that does not fit alone raises what the device raised.
     """
     output_parts: list[list[Tensor]] = []
     part_start = 0
-    while part_start < len(pixels):
-        pixel_part = pixels[part_start : part_start + batch_limit.images]
-        try:
-            output_parts.append(_to_host(forward(pixel_part.to(device, non_blocking=True))))
-            part_start += len(pixel_part)
-            continue
-        except torch.OutOfMemoryError:
-            if len(pixel_part) == 1:
-                raise
-        # Here, for the exception holds on to what the pass had allocated.
-        batch_limit.images = len(pixel_part) // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    done_event = _event(device) if torch.device(device).type == "cuda" else None
+    with current_device(device):
+        while part_start < len(pixels):
+            pixel_part = pixels[part_start : part_start + batch_limit.images]
+            n_images = _batch_shape(len(pixel_part), batch_limit, device)
+            try:
+                outputs = forward(_to_device(pixel_part, n_images, device))
+                output_parts.append(
+                    [_to_host(output[: len(pixel_part)], device) for output in outputs]
+                )
+                part_start += len(pixel_part)
+                continue
+            except RuntimeError as error:
+                if n_images == 1 or not is_out_of_memory(error):
+                    raise
+            # Here, for the exception holds on to what the pass had allocated.
+            outputs = []
+            batch_limit.images = n_images // 2
+            _free_cached_memory(device)
+        done_event = None if is_cpu(device) else _event(device)
 
     def result() -> list[npt.NDArray[Any]]:
         if done_event is not None:
@@ -80,48 +119,88 @@ def launch_forward(
     return result
 
 
-def _event(device: str) -> "torch.cuda.Event":
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device had too little memory.
+
+    Only CUDA's and XPU's own allocators have an exception for it: libraries of CUDA name a status,
+    MPS and pinned memory say so in words.
+    """
+    text = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "ALLOC_FAILED" in text
+        or "out of memory" in text
+    )
+
+
+def _batch_shape(n_images: int, batch_limit: BatchLimit, device: str) -> int:
+    """The number of images that a part is filled up to: as it is on a CPU.
+
+    On an accelerator a power of two: kernels are chosen, and networks compiled, once for each
+    shape, and images that cannot be decoded leave batches of every size.
+    """
+    return (
+        n_images
+        if is_cpu(device)
+        else max(n_images, min(1 << (n_images - 1).bit_length(), batch_limit.images))
+    )
+
+
+def _to_device(pixels: Tensor, n_images: int, device: str) -> Tensor:
+    if len(pixels) == n_images:
+        return pixels.to(device, non_blocking=True)
+    filled = torch.zeros((n_images, *pixels.shape[1:]), dtype=pixels.dtype, device=device)
+    filled[: len(pixels)].copy_(pixels, non_blocking=True)
+    return filled
+
+
+def _event(device: str) -> torch.Event:
     """Record an event that is complete once the device has done all that it was given so far."""
-    done_event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done_event = torch.Event(device)
     # Of this device: without a stream, that of the process's current one is meant, which is the
     # first GPU's.
-    done_event.record(torch.cuda.current_stream(device))
+    done_event.record(torch.accelerator.current_stream(device))
     return done_event
 
 
-def _to_host(outputs: list[Tensor]) -> list[Tensor]:
-    return [
-        _copy(output.float() if output.dtype is torch.bfloat16 else output) for output in outputs
-    ]  # NumPy has none
-
-
-def _copy(output: Tensor) -> Tensor:
-    if output.device.type == "cpu":
+def _to_host(output: Tensor, device: str) -> Tensor:
+    if output.dtype is torch.bfloat16:
+        output = output.float()  # NumPy has none
+    if is_cpu(device):
         return output
     host_tensor = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
     return host_tensor.copy_(output, non_blocking=True)
 
 
+def _free_cached_memory(device: str) -> None:
+    if not is_cpu(device):
+        torch.accelerator.memory.empty_cache()
+
+
 def find_batch_size(forward: Forward, image_shape: tuple[int, ...], device: str) -> int:
-    """The batch size to use: fixed on a CPU; on CUDA the smallest that is as fast as the fastest
-    that fits. image_shape: (H, W, C).
+    """The batch size to use: fixed on a CPU; on an accelerator the smallest that is as fast as the
+    fastest that fits. image_shape: (H, W, C).
     """
-    if torch.device(device).type == "cpu":
+    if is_cpu(device):
         return CPU_BATCH
-    return try_batch_sizes(
-        lambda batch_size: _images_per_s(forward, image_shape, device, batch_size)
-    )
+    with current_device(device):
+        return try_batch_sizes(
+            lambda batch_size: _images_per_s(forward, image_shape, device, batch_size),
+            lambda: _free_cached_memory(device),
+        )
 
 
-def try_batch_sizes(images_per_s: Callable[[int], float]) -> int:
+def try_batch_sizes(
+    images_per_s: Callable[[int], float], free_memory: Callable[[], None] = lambda: None
+) -> int:
     """The last of doubling batch sizes that was worth it; where none fits, the largest below that
     does.
 
-    `images_per_s` may raise OutOfMemoryError.
+    `images_per_s` may run out of memory, after which `free_memory` is called.
     """
     best_size, best_rate = 0, 0.0
-    for batch_size in _CUDA_BATCHES:
-        size_rate = _if_it_fits(images_per_s, batch_size)
+    for batch_size in _BATCHES:
+        size_rate = _if_it_fits(images_per_s, batch_size, free_memory)
         if size_rate is None or size_rate < best_rate * _WORTH_DOUBLING:
             break
         best_size, best_rate = batch_size, size_rate
@@ -129,18 +208,21 @@ def try_batch_sizes(images_per_s: Callable[[int], float]) -> int:
         (
             batch_size
             for batch_size in _SMALL_BATCHES
-            if _if_it_fits(images_per_s, batch_size) is not None
+            if _if_it_fits(images_per_s, batch_size, free_memory) is not None
         ),
         1,
     )
 
 
-def _if_it_fits(images_per_s: Callable[[int], float], batch_size: int) -> float | None:
+def _if_it_fits(
+    images_per_s: Callable[[int], float], batch_size: int, free_memory: Callable[[], None]
+) -> float | None:
     try:
         return images_per_s(batch_size)
-    except torch.OutOfMemoryError:
-        pass
-    torch.cuda.empty_cache()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()
     return None
 
 
@@ -149,9 +231,9 @@ def _images_per_s(
 ) -> float:
     pixels = torch.zeros((batch_size, *image_shape), dtype=torch.uint8, device=device)
     forward(pixels)  # chooses kernels, and compiles
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     start_time = time.perf_counter()
     for _ in range(3):
         forward(pixels)
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     return 3 * batch_size / (time.perf_counter() - start_time)

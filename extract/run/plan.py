@@ -42,7 +42,8 @@ class ExtractJob:
     unit: str  # a hash of the content hashes: the shard's name in every feature set
     networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]
     samples: tuple[Sample, ...]
-    threads: int = 1  # of the forward pass on a CPU, and of decoding
+    # of the forward pass on a CPU, and of decoding; beside an accelerator 1 means all cores
+    threads: int = 1
     device: str = "cpu"
     batch_size: int | None = None  # None: what is fast on the device
     # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs

@@ -2,7 +2,9 @@
 feature set.
 """
 
+import functools
 import os
+import threading
 import time
 import warnings
 import weakref
@@ -27,15 +29,19 @@ from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import EMPTY_TILE
 from headrace.extract.images.views import parse_view
-from headrace.extract.run.decode_ahead import PixelBatch, Rendering, decoded_batches
+from headrace.extract.run.decode_ahead import PixelBatch, decoded_batches
+from headrace.extract.run.decode_processes import DecodeProcesses
 from headrace.extract.run.device import (
     BatchLimit,
     PendingOutputs,
     check_device,
+    current_device,
     find_batch_size,
+    is_cpu,
     launch_forward,
 )
 from headrace.extract.run.plan import ExtractJob
+from headrace.extract.run.rendering import Rendering
 from headrace.extract.run.throughput import WorkUnitReport
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import Forward, make_forward
@@ -46,6 +52,13 @@ _LARGEST = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": float("inf"), "u
 _NETWORKS = 4  # networks that a process keeps at least, whatever is asked for next
 # shards of a unit published at once: each waits for the disk, and the waits overlap
 _PUBLISHERS = 8
+# Cores from which an accelerator is fed by processes: with fewer, threads do not yet wait for each
+# other (Python's lock is held for a fifth of the 3.7 ms that an image of 500 x 375 pixels takes),
+# and are there at once.
+_PROCESSES_FROM = 4
+# A worker with a GPU runs two units at a time, so that one is decoded and published while the other
+# has the network; networks and their hooks are of one thread at a time.
+_NETWORK_LOCK = threading.RLock()
 
 Made = TypeVar("Made")
 
@@ -137,41 +150,56 @@ def _decoders() -> Iterator[dict[int, ThreadPoolExecutor]]:
             pool.shutdown(cancel_futures=True)
 
 
+@functools.cache
+def _decode_processes(count: int) -> DecodeProcesses:
+    """Kept between units: starting them takes about a second."""
+    return DecodeProcesses(count)
+
+
 def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _Started:
     check_device(job.device)
-    _make_room(job)
-    on_cpu = torch.device(job.device).type == "cpu"
-    # Both are of the process; a worker runs one unit at a time.
+    on_cpu = is_cpu(job.device)
+    # Both are of the process.
     torch.set_num_threads(job.threads)
     if on_cpu:
         keep_freed_memory()
-    passes = [
-        feature_pass
-        for backbone, specs in job.networks
-        for feature_pass in make_forward_passes(backbone, specs, job.device, compiled=job.compile)
-    ]
-    batch_limits = [
-        batch_limit_of(
-            feature_pass.forward,
-            feature_pass.rendering.preprocessing.pixel_shape,
-            job.device,
-            job.batch_size,
+    with _NETWORK_LOCK:
+        _make_room(job)
+        passes = [
+            feature_pass
+            for backbone, specs in job.networks
+            for feature_pass in make_forward_passes(
+                backbone, specs, job.device, compiled=job.compile
+            )
+        ]
+        batch_limits = [
+            batch_limit_of(
+                feature_pass.forward,
+                feature_pass.rendering.preprocessing.pixel_shape,
+                job.device,
+                job.batch_size,
+            )
+            for feature_pass in passes
+        ]
+    # With the network elsewhere every core decodes, or as many as are this process's share.
+    n_threads = job.threads if on_cpu or job.threads > 1 else len(os.sched_getaffinity(0))
+    decoder_pool = (
+        _decode_processes(n_threads)
+        if not on_cpu and n_threads >= _PROCESSES_FROM
+        else (
+            decoder_pools.get(n_threads)
+            or decoder_pools.setdefault(n_threads, ThreadPoolExecutor(n_threads, "decode"))
         )
-        for feature_pass in passes
-    ]
-    # With the network elsewhere every core decodes.
-    n_threads = job.threads if on_cpu else max(job.threads, len(os.sched_getaffinity(0)))
-    decoder_pool = decoder_pools.get(n_threads) or decoder_pools.setdefault(
-        n_threads, ThreadPoolExecutor(n_threads, "decode")
     )
     largest_batch = max(limit.images for limit in batch_limits)
-    batches = decoded_batches(
-        decoder_pool,
-        job.samples,
-        [feature_pass.rendering for feature_pass in passes],
-        batch_size=largest_batch,
-        pin_memory=not on_cpu,
-    )
+    with current_device(job.device):
+        batches = decoded_batches(
+            decoder_pool,
+            job.samples,
+            [feature_pass.rendering for feature_pass in passes],
+            batch_size=largest_batch,
+            pin_memory=not on_cpu,
+        )
     return _Started(job, passes, batch_limits, batches)
 
 
@@ -214,12 +242,13 @@ def _extract(started_unit: _Started) -> _Extracted:
                 "recorded."
             )
         if batch.rows:
-            launched_passes = [
-                launch_forward(feature_pass.forward, pixels, job.device, limit)
-                for feature_pass, pixels, limit in zip(
-                    passes, batch.pixels, started_unit.limits, strict=True
-                )
-            ]
+            with _NETWORK_LOCK:
+                launched_passes = [
+                    launch_forward(feature_pass.forward, pixels, job.device, limit)
+                    for feature_pass, pixels, limit in zip(
+                        passes, batch.pixels, started_unit.limits, strict=True
+                    )
+                ]
             collect()  # of the batch before, while the device is busy with this one
             pending_results += launched_passes
         wait_started = time.perf_counter()

@@ -56,15 +56,18 @@ class TapCapture:
 
         Outputs have the shape (N, *tap_shape). A capture without taps runs nothing.
         """
-        self.captured = {}
-        if self.n_taps:
-            try:
+        captured: dict[Tap, Tensor] = {}
+        self.captured = captured
+        try:
+            if self.n_taps:
                 logits = network(inputs)
                 if self._logits is not None:
                     self._pool(*self._logits, logits)
-            except _AllCaptured:
-                pass
-        captured, self.captured = self.captured, {}
+        except _AllCaptured:
+            pass
+        finally:
+            # also where a device had too little memory for the rest: the next try needs it
+            self.captured = {}
         return captured
 
     def _capture_input(

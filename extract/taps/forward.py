@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbones.backbone import Backbone
-from headrace.extract.backbones.fused import can_fuse, fuse_convolutions, outputs_agree
+from headrace.extract.backbones.fused import (
+    can_fuse,
+    cast_weights,
+    fold_batch_norms,
+    fuse_layers,
+    outputs_agree,
+)
 from headrace.extract.backbones.nodes import Node
 from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.resolve import Tap, backbone_nodes
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+_HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # (pixels: uint8 or float32, shape (N, H, W, C), white 255, on the forward's device) -> per tap
 # (N, *tap_shape), on that device
 Forward = Callable[[Tensor], list[Tensor]]
@@ -35,15 +42,17 @@ def make_forward(
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in taps]
     normalise = make_normalizer(backbone, device)
-    module = copy.deepcopy(backbone.module).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    on_cpu = torch.device(device).type == "cpu"
+    network = backbone.module if on_cpu else _for_accelerator(backbone, placed, compute_dtype)
+    module = copy.deepcopy(network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = hook_forward(module, placed, normalise, compute_dtype, compiled=compiled)
-    if device != "cpu" or compute_dtype != "float32" or compiled or not can_fuse():
+    if not on_cpu or compute_dtype != "float32" or compiled or not can_fuse():
         return plain
     pixels = _random_pixels(backbone)
     tapped = {node.module for _, node in placed}
     try:
         faster = hook_forward(
-            fuse_convolutions(backbone.module, tapped, normalise(pixels)),
+            fuse_layers(backbone.module, tapped, normalise(pixels)),
             placed,
             normalise,
             compute_dtype,
@@ -51,6 +60,32 @@ def make_forward(
         return faster if outputs_agree(faster(pixels), plain(pixels)) else plain
     except (RuntimeError, AttributeError, TypeError):  # a network that reads its layers' attributes
         return plain
+
+
+def _for_accelerator(
+    backbone: Backbone, taps: Sequence[tuple[Tap, Node]], compute_dtype: str
+) -> nn.Module:
+    """The network with its batch normalisations folded and its weights in the half type, as far as
+    the CPU finds the outputs of one image to be the same.
+    """
+    normalise, pixels = make_normalizer(backbone, "cpu"), _random_pixels(backbone)
+
+    def outputs(module: nn.Module, dtype: str) -> list[Tensor]:
+        return hook_forward(copy.deepcopy(module), taps, normalise, dtype)(pixels)
+
+    network = backbone.module
+    # networks that read their layers' attributes
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+        folded = fold_batch_norms(network, {node.module for _, node in taps}, normalise(pixels))
+        if outputs_agree(outputs(folded, "float32"), outputs(network, "float32")):
+            network = folded
+    if half := _HALF_TYPES.get(compute_dtype):
+        with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+            cast = cast_weights(copy.deepcopy(network), half)
+            pairs = zip(outputs(cast, compute_dtype), outputs(network, compute_dtype), strict=True)
+            if all(torch.equal(ours, theirs) for ours, theirs in pairs):
+                network = cast
+    return network
 
 
 def _random_pixels(backbone: Backbone) -> Tensor:
@@ -92,7 +127,7 @@ def hook_forward(
     # A compiler sees by itself that nothing behind the deepest tap is used.
     capture = TapCapture(module, taps, stops_early=not compiled)
     run = torch.compile(module) if compiled else module
-    half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(compute_dtype)
+    half = _HALF_TYPES.get(compute_dtype)
 
     def forward(pixels: Tensor) -> list[Tensor]:
         autocast = torch.autocast(pixels.device.type, half, enabled=half is not None)

@@ -33,7 +33,7 @@ from headrace.pipelines.cluster.fork_server import (
 )
 from headrace.pipelines.cluster.slurm import replace_lost_jobs, slurm_client
 from headrace.pipelines.cluster.tls import TLSMissing, folder_security, own_security
-from headrace.pipelines.cluster.worker import GPUS, VARIABLES
+from headrace.pipelines.cluster.worker import CORES, GPUS, UNITS_PER_GPU, VARIABLES
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.recipe.sections import ClusterSection
 
@@ -137,13 +137,14 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
             "cluster.where: cuda gives each GPU of this machine a worker, and PyTorch sees none "
             "here: say `where: local`, or look at what `nvidia-smi` and CUDA_VISIBLE_DEVICES show"
         )
-    with dask.config.set({**SETTINGS, GPUS: 1}), silenced("distributed"):
+    n_workers = min(workers or n_gpus, n_gpus)  # `workers` also says how many processes train heads
+    # dask-cuda lets each worker run on all cores that are near its GPU.
+    settings = {**SETTINGS, GPUS: 1, CORES: max(1, available_cores() // n_workers)}
+    with dask.config.set(settings), silenced("distributed"):
         with sigint_held_back():
             cluster = dask_cuda.LocalCUDACluster(
-                n_workers=min(
-                    workers or n_gpus, n_gpus
-                ),  # `workers` also says how many processes train heads
-                threads_per_worker=1,
+                n_workers=n_workers,
+                threads_per_worker=UNITS_PER_GPU,
                 **_PRIVATE,
                 security=own_security(),
                 preload=[PRELOAD],

@@ -26,7 +26,7 @@ from headrace.pipelines.cluster.dask_client import (
     variables_of,
 )
 from headrace.pipelines.cluster.tls import folder_security, write_tls
-from headrace.pipelines.cluster.worker import GPUS
+from headrace.pipelines.cluster.worker import GPUS, UNITS_PER_GPU
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.sections import ClusterSection, SlurmSection
 
@@ -83,7 +83,7 @@ def slurm_client(
         cluster = jobqueue.SLURMCluster(
             queue=slurm_options.gpu_partition if on_gpu else slurm_options.partition,
             account=slurm_options.account,
-            cores=workers_per_job,
+            cores=workers_per_job * (UNITS_PER_GPU if on_gpu else 1),  # threads, of Dask's workers
             processes=workers_per_job,
             memory=_memory(slurm_options, on_gpu),
             job_cpu=workers_per_job * _CORES_PER_GPU if on_gpu else None,

@@ -17,6 +17,11 @@ from headrace.pipelines.cluster.ends_with_driver import STARTED_WITH, die_with_p
 
 # a setting of Dask's: how many GPUs the workers of this node share; 0 or absent: they use none
 GPUS = "headrace.gpus"
+# and how many cores of the node each of them may decode on; absent: its share of the process's own
+CORES = "headrace.cores-per-gpu"
+# Units of images that a worker with a GPU has at a time: one is decoded and published while the
+# other has the network.
+UNITS_PER_GPU = 2
 # and names of the variables that the driver has: the server of forks may have more
 VARIABLES = "headrace.variables"
 
@@ -68,6 +73,13 @@ def choose_gpu(worker_name: str, n_gpus: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus[
             int(worker_name.rpartition("-")[2]) % len(visible_gpus)
         ]
+
+
+def decoding_cores() -> int:
+    """Return the cores on which this worker decodes for its GPU: several workers share a node."""
+    n_cores = len(os.sched_getaffinity(0))
+    share: int = dask.config.get(CORES, 0) or n_cores // max(dask.config.get(GPUS, 0), 1)
+    return max(1, min(share, n_cores))
 
 
 def limit_memory(limit_bytes: int) -> None:

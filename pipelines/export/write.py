@@ -453,6 +453,7 @@ def _write_directory(model: Model, folder: Path) -> None:
             bands=preprocessing.bands,
             pixel_dtype=preprocessing.pixel_dtype,
             nodata=preprocessing.nodata,
+            decode=preprocessing.decode,
         )
     # From members/NAME the weights files lie two folders up.
     to_root = "../../" if isinstance(model, EnsembleModel) else ""

@@ -20,7 +20,8 @@ from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.extract.errors import SourceError
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Augmentation, Symmetries, mirror_pixels, parse_view
-from headrace.extract.run.decode_ahead import Rendering, decoded_batches
+from headrace.extract.run.decode_ahead import decoded_batches
+from headrace.extract.run.rendering import Rendering
 from headrace.extract.spec import Sample
 
 Rows = npt.NDArray[np.int64]

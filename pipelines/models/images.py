@@ -32,12 +32,11 @@ from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, d
 from headrace.extract.images.views import Augmentation
 from headrace.extract.run.decode_ahead import (
     PixelBatch,
-    Rendering,
     decoded_batches,
     empty_pixels,
-    render_into_buffers,
 )
 from headrace.extract.run.device import BatchLimit, check_device, launch_forward
+from headrace.extract.run.rendering import Rendering, render_into_buffers
 from headrace.extract.run.work_unit import (
     ForwardPass,
     batch_limit_of,
@@ -376,7 +375,8 @@ def _render_into(
         crop = split_crop(image)[1] if isinstance(image, str) else None
         decode, content_hash = _image_decoder(image, _most_bands(renderings))
         content_hash = crop_content(content_hash, crop)
-        render_into_buffers(decode, content_hash, renderings, pixel_buffers, slot, crop)
+        arrays = [buffer.numpy() for buffer in pixel_buffers]
+        render_into_buffers(decode, content_hash, renderings, arrays, slot, crop)
     except (ImageError, OSError) as error:
         failure_reason = (
             error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -441,7 +441,7 @@ def _unread_file(image: Image.Image) -> bytes:
     been read, or made.
 
     Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the
-    low byte of colours.
+    low byte of colours. And a JPEG's decoder makes it smaller only while it decodes.
     """
     if (
         not isinstance(image, ImageFile.ImageFile)
@@ -452,7 +452,8 @@ def _unread_file(image: Image.Image) -> bytes:
         # read or made already, or another page than the first
         return b""
     if not (
-        image.format == "PPM" or (image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image))
+        image.format in ("PPM", "JPEG", "MPO")
+        or (image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image))
     ):
         return b""  # of 8 bits, which Pillow keeps
     file_position = image.fp.tell()

@@ -302,6 +302,7 @@ def pixels_of(preprocessing: Preprocessing) -> tuple[Any, ...]:
         preprocessing.pixel_range,
         preprocessing.bands,
         preprocessing.pixel_dtype,
+        preprocessing.decode,
         # what pixels without a value become
         preprocessing.mean if preprocessing.nodata == "mean" else None,
     )

@@ -1,5 +1,7 @@
 """Devices: of the forward pass, and of the heads."""
 
+import importlib.metadata
+import sys
 from pathlib import Path
 
 from headrace.heads.bank import check_device
@@ -7,15 +9,28 @@ from headrace.pipelines.recipe.load import Recipe
 
 
 def find_device(requested_device: str) -> str:
-    """Return `requested_device`, or for "auto" a GPU where PyTorch sees one."""
+    """Return `requested_device`, or for "auto" the accelerator that PyTorch sees, if any."""
     if requested_device != "auto":
         return requested_device
-    # PyTorch is asked only where there can be a GPU, because asking imports it.
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    # PyTorch is asked only where there can be one, because asking imports it.
+    if not _may_have_accelerator():
         return "cpu"
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _may_have_accelerator() -> bool:
+    devices = Path("/dev")
+    return (
+        any(devices.glob("nvidia[0-9]*"))
+        or (devices / "kfd").exists()  # ROCm
+        or (devices / "dxg").exists()  # Windows' subsystem for Linux
+        or sys.platform == "darwin"
+        # Most machines have a GPU of Intel's, and few a PyTorch that is built for it.
+        or "+xpu" in importlib.metadata.version("torch")
+    )
 
 
 def find_heads_device(recipe: Recipe, workers: int | None = None) -> str:

@@ -27,6 +27,7 @@ def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
         pixel_range=backbone.band_ranges or images.pixel_range,
         pixel_dtype=images.pixel_dtype,
         nodata=images.nodata,
+        decode=images.decode,
     )
 
 

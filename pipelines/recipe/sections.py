@@ -2,6 +2,7 @@
 done.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -93,6 +94,9 @@ class Images(Section):
     # pixels without a value (NaN, or what a GeoTIFF declares), of float32: the image is refused, or
     # they get the mean of their band
     nodata: Literal["refuse", "mean"] = "refuse"
+    # scaled: JPEGs much larger than the network's input are decoded at a smaller size, four times
+    # as fast
+    decode: Literal["exact", "scaled"] = "exact"
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> "Images":
@@ -139,7 +143,7 @@ class Images(Section):
         from headrace.extract.sources.regions import Boxes, Tiles
 
         other = {"folder", "table", "tar", "zip", "array"}
-        other |= {"pixel_dtype", "nodata", "unlabelled"}
+        other |= {"pixel_dtype", "nodata", "decode", "unlabelled"}
         options = self.model_dump(exclude=other | {"boxes", "tiles"})
         if isinstance(self.boxes, BoxesSection):
             options["boxes"] = Boxes(**self.boxes.model_dump())
@@ -359,16 +363,31 @@ class InputHalvingSection(Section):
     min_inputs: pydantic.PositiveInt = 2  # inputs that stay whatever their rank
 
 
+def _check_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu|hpu|mtia)(:\d+)?", name):
+        raise ValueError(
+            "expected auto, cpu or an accelerator of PyTorch's, such as cuda, xpu or mps; of "
+            f"several with its number, cuda:1; found {name!r}"
+        )
+    return name
+
+
+# a device of PyTorch's; the number is of one of several
+Device = Annotated[str, pydantic.AfterValidator(_check_device)]
+
+
 class Compute(Section):
     """How the work is done. Nothing here changes a result beyond floating-point tolerance."""
 
     workers: pydantic.PositiveInt | None = None  # default: one per core
     # per work unit, and so rows per shard; default: 128, on a GPU 1,024
     images_per_shard: pydantic.PositiveInt | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the forward pass
+    # of the forward pass: an accelerator of PyTorch's (cuda is ROCm's name too), of several also
+    # with its number, cuda:1; auto: one where PyTorch sees it
+    device: Device = "auto"
     # of logistic, mlp and conv heads; auto: a GPU where `workers` is 1, so that no other process
     # wants it
-    heads_device: Literal["auto", "cpu", "cuda"] = "auto"
+    heads_device: Device = "auto"
     # images per forward pass; default: found by trying
     batch_size: pydantic.PositiveInt | None = None
     compile: bool = False  # PyTorch's compiler, on a GPU: minutes once per network, for long runs

@@ -30,6 +30,7 @@ from headrace.pipelines.cluster.submit import (
     run_tasks,
 )
 from headrace.pipelines.cluster.task_leases import TaskLeases, task_leases
+from headrace.pipelines.cluster.worker import decoding_cores
 from headrace.pipelines.paths import unit_leases
 from headrace.pipelines.planning.extraction import Extraction
 from headrace.pipelines.planning.plan import Plan
@@ -225,7 +226,7 @@ def extract_unit(job: ExtractJob) -> WorkUnitReport:
 
     if is_published(job):
         return WorkUnitReport(job.unit, len(job.samples), (), (), 0.0, 0.0, 0.0)
-    return run_work_unit(job)
+    return run_work_unit(job if job.device == "cpu" else replace(job, threads=decoding_cores()))
 
 
 def is_published(job: ExtractJob) -> bool:

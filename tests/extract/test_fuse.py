@@ -1,15 +1,23 @@
 """The fast CPU form: used where it is the same network, and not where it would not be."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from headrace.extract.backbones.backbone import load_backbone
-from headrace.extract.backbones.fused import _FusedConv, can_fuse, fuse_convolutions, outputs_agree
+from headrace.extract.backbones.fused import (
+    _FusedConv,
+    _FusedLinear,
+    can_fuse,
+    fuse_layers,
+    outputs_agree,
+)
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.forward import make_forward, make_normalizer
-from headrace.extract.taps.resolve import resolve_taps
+from headrace.extract.taps.forward import hook_forward, make_forward, make_normalizer
+from headrace.extract.taps.resolve import backbone_nodes, resolve_taps
 
 pytestmark = pytest.mark.skipif(not can_fuse(), reason="this PyTorch has no oneDNN")
 
@@ -90,7 +98,7 @@ def test_a_value_that_is_used_twice() -> None:
     backbone = load_backbone(BackboneSpec(f"python:{__name__}:used_twice"))
     x = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
-        wrongly = fuse_convolutions(backbone.module, {"head"}, x)
+        wrongly = fuse_layers(backbone.module, {"head"}, x)
         assert not outputs_agree([wrongly(x)], [backbone.module(x)]), (
             "else this network tests nothing"
         )
@@ -121,10 +129,55 @@ def test_ordinary_networks_are_fused(name: str) -> None:
     quietly unused.
     """
     backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))
-    module = fuse_convolutions(backbone.module, set(), torch.zeros(1, 3, 64, 64))
+    module = fuse_layers(backbone.module, set(), torch.zeros(1, 3, 64, 64))
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
     assert norms == []
     assert sum(isinstance(child, _FusedConv) for child in module.modules()) >= 20
     assert any(isinstance(child, nn.BatchNorm2d) for child in backbone.module.modules()), (
         "the original is untouched"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "taps", "left"),
+    [
+        ("torchvision:resnet18", ["layer2.avg", "layer4.avg"], nn.BatchNorm2d),
+        ("timm:test_vit", ["blocks.1.avg", "norm.avg"], nn.Linear),
+        ("timm:test_resnet", ["layer2.avg", "layer4.avg"], nn.BatchNorm2d),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_whole_networks_are_fused_and_stay_the_same(
+    name: str, taps: list[str], left: type[nn.Module], batch: int
+) -> None:
+    """Shortcuts that are added to the very tensor (torchvision's ResNets), GELU behind linear
+    layers; at the first batch, whose shape the weights are laid out for, and at others.
+    """
+    backbone = load_backbone(BackboneSpec(name, "random:0"))
+    nodes = backbone_nodes(backbone)
+    placed = [(tap, nodes[tap.node]) for tap in resolve_taps(backbone, taps)]
+    normalise = make_normalizer(backbone, "cpu")
+    shape = (batch, *backbone.preprocessing.crop, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    fused = fuse_layers(backbone.module, {node.module for _, node in placed}, normalise(pixels[:1]))
+    assert not any(type(module) is left for module in fused.modules())
+    plain = hook_forward(copy.deepcopy(backbone.module), placed, normalise, "float32")(pixels)
+    faster = hook_forward(fused, placed, normalise, "float32")
+    for count in (batch, 1, batch):
+        ours = faster(pixels[:count])
+        assert outputs_agree(ours, [output[:count] for output in plain])
+    for ours, theirs in zip(
+        make_forward(backbone, [tap for tap, _ in placed])(pixels), faster(pixels), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tapped_linear_layer_is_not_activated() -> None:
+    """Its own output is asked for."""
+    backbone = load_backbone(BackboneSpec("timm:test_vit", "random:0"))
+    image = make_normalizer(backbone, "cpu")(
+        torch.zeros((1, *backbone.preprocessing.crop, 3), dtype=torch.uint8)
+    )
+    fused = fuse_layers(backbone.module, {"blocks.0.mlp.fc1"}, image)
+    assert type(fused.get_submodule("blocks.0.mlp.fc1")) is nn.Linear
+    assert type(fused.get_submodule("blocks.1.mlp.fc1")) is _FusedLinear

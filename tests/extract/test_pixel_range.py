@@ -36,8 +36,9 @@ from headrace.extract.images.preprocessing import (
     render_crop,
 )
 from headrace.extract.images.views import Augmentation
-from headrace.extract.run import decode_ahead as decode_module
-from headrace.extract.run.decode_ahead import Rendering, decoded_batches
+from headrace.extract.run import rendering as decode_module
+from headrace.extract.run.decode_ahead import decoded_batches
+from headrace.extract.run.rendering import Rendering
 from headrace.extract.spec import BackboneSpec, Sample, check_spec
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.models.images import ImageUnusable

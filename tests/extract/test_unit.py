@@ -34,7 +34,7 @@ from headrace.extract.images.views import (
     render_view,
     view_json,
 )
-from headrace.extract.run import decode_ahead as decode_module
+from headrace.extract.run import rendering as decode_module
 from headrace.extract.run.device import BatchLimit, launch_forward, try_batch_sizes
 from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
 from headrace.extract.run.throughput import throughput_statistics
@@ -617,7 +617,7 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     specs = specs_of()
     for device, message in (
         ("cuda", "sees no GPU here. Use device cpu"),
-        ("gpu", "expected cpu, cuda or cuda:N"),
+        ("gpu", "expected cpu, or an accelerator of PyTorch's: cuda, xpu or mps"),
     ):
         (job,) = plan_units(
             samples,

@@ -14,7 +14,7 @@ from headrace.heads.linear.solver.compiled_blocks import aligned_rows, load_comp
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.passes import CompiledPass, NumpyPass, RowWeighting
 from headrace.heads.linear.solver.rotation import Rotation
-from headrace.heads.linear.solver.torch_blocks import TorchKernel
+from headrace.heads.linear.solver.torch_blocks import DeviceBlocks, DevicePass
 
 WAYS = [
     "plain",
@@ -43,15 +43,13 @@ def passed(way, block, classes, u):
         library = load_compiled_kernels()
         assert library is not None
         run = CompiledPass(design, weighting, path_index, heads, {block.folds: path_index}, library)
+    elif way == "torch":
+        blocks = DeviceBlocks(design, classes, "cpu")
+        run = DevicePass(blocks, weighting, path_index, heads, {block.folds: path_index})
     else:
-        device_kernel = (
-            TorchKernel([block], classes, "cpu", keep_values=True) if way == "torch" else None
-        )
-        run = NumpyPass(
-            design, weighting, path_index, heads, {block.folds: path_index}, device_kernel
-        )
-    loss = run.add(block)
-    return float(loss[0]), run.gradient()[0, :, 0]
+        run = NumpyPass(design, weighting, path_index, heads, {block.folds: path_index})
+    run.add(block)
+    return float(run.losses()[0]), run.gradient()[0, :, 0]
 
 
 def row(label, classes):

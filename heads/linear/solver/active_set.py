@@ -8,7 +8,7 @@ sigmoid), R + 1 coordinates (the intercept last), n rows of a block.
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ from headrace.heads.linear.solver.compiled_blocks import load_compiled_kernels
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.passes import (
     CompiledPass,
-    DeviceKernel,
     HeadsByFolds,
     NumpyPass,
     RowWeighting,
@@ -32,6 +31,9 @@ from headrace.heads.linear.solver.preconditioner import (
     make_preconditioner,
 )
 from headrace.heads.linear.solver.regularization_path import RegularizationPath, SolvedHead
+
+if TYPE_CHECKING:
+    from headrace.heads.linear.solver.torch_blocks import DeviceBlocks, DevicePass
 
 Array = npt.NDArray[Any]
 # A head that takes longer goes on with a preconditioner made for where it is then. On a whole path
@@ -69,18 +71,16 @@ class BankProblem:
         self, design: DesignMatrix, paths: list[RegularizationPath], n_outputs: int, device: str
     ) -> None:
         self.design, self.paths, self.n_outputs = design, paths, n_outputs
-        self.device_kernel: DeviceKernel | None = None
+        self.device_blocks: DeviceBlocks | None = None
         uses_kernels = device == "cpu" and design.dtype == np.float32
         self.kernels = load_compiled_kernels() if uses_kernels else None
         self.n_threads = 1 if self.kernels is None else min(n_blas_threads(), MAX_THREADS)
         self.threads = ThreadPoolExecutor(self.n_threads) if self.n_threads > 1 else None
         if device != "cpu":
             # A bank on the CPU does not import torch.
-            from headrace.heads.linear.solver.torch_blocks import TorchKernel
+            from headrace.heads.linear.solver import torch_blocks
 
-            self.device_kernel = TorchKernel(
-                design.row_blocks, n_outputs, device, keep_values=design.streamed_rows is None
-            )
+            self.device_blocks = torch_blocks.DeviceBlocks(design, n_outputs, device)
         self.folds = np.array([path.fold for path in paths])
         class_factors = np.stack([path.class_factors for path in paths]).astype(design.dtype)
         weighted = bool((class_factors != 1).any()) or any(
@@ -177,17 +177,16 @@ class BankProblem:
 
     def start_pass(
         self, path_index: npt.NDArray[np.intp], weights: Array, heads_by_folds: HeadsByFolds
-    ) -> NumpyPass | CompiledPass:
+    ) -> "NumpyPass | CompiledPass | DevicePass":
         """Return a pass of heads with weights (A, c, W) on the given paths (A,)."""
-        if self.kernels is None:
-            return NumpyPass(
-                self.design,
-                self.weighting,
-                path_index,
-                weights,
-                heads_by_folds,
-                self.device_kernel,
+        if self.device_blocks is not None:
+            from headrace.heads.linear.solver import torch_blocks
+
+            return torch_blocks.DevicePass(
+                self.device_blocks, self.weighting, path_index, weights, heads_by_folds
             )
+        if self.kernels is None:
+            return NumpyPass(self.design, self.weighting, path_index, weights, heads_by_folds)
         return CompiledPass(
             self.design,
             self.weighting,
@@ -391,7 +390,8 @@ class ActiveSet:
                         np.concatenate([later.row_index for later in ahead])
                     )
             if block.folds in heads_by_folds:
-                objective[heads_by_folds[block.folds]] += run.add(block)
+                run.add(block)
+        objective += run.losses()
         total = run.gradient()
         gradient = design.from_block_coordinates(total.reshape(-1, total.shape[-1]))
         gradient = gradient.reshape(u.shape)

@@ -3,14 +3,14 @@
 A heads, C classes, n_outputs weight vectors of a head (C for a softmax, 1 for a sigmoid), c = C - 1
 of them free (1 for a sigmoid), n rows of a block, W coordinates of a row as the blocks store them.
 
-A pass holds the weights of its heads for all blocks and sums their gradients: `add(block)` returns
-the losses (A',) float64 of the heads that train on the block, `gradient()` the sums (A, c, W). A
-block is a training block of the heads of some folds only: `heads_by_folds` lists them (A',) by the
-block's folds. The two classes compute the same; `CompiledPass` is the faster one in float32.
+A pass holds the weights of its heads for all blocks and sums their losses and gradients:
+`add(block)` does so for the heads that train on the block, `losses()` returns the sums (A,)
+float64, `gradient()` those of the gradients (A, c, W). A block is a training block of the heads of
+some folds only: `heads_by_folds` lists them (A',) by the block's folds. The two classes, and
+`DevicePass` of `torch_blocks`, compute the same; `CompiledPass` is the faster one in float32.
 """
 
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,6 @@ Array = npt.NDArray[Any]
 # from one 48 rows to the next: 1.02 without, for two 100-class heads of 512 features.
 SECOND_LEVEL_CACHE_BYTES = 1 << 20
 HeadsByFolds = dict[tuple[int, ...], npt.NDArray[np.intp]]
-# (block, its values, weights, labels, row weights) -> losses and gradient, not computed by NumPy
-DeviceKernel = Callable[[RowBlock, Array, Array, Array | None, Array | None], tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class RowWeighting:
 
 
 class NumpyPass:
-    """The pass in NumPy or on a device, in any float type: product, losses, product back."""
+    """The pass in NumPy, in any float type: product, losses, product back."""
 
     def __init__(
         self,
@@ -64,10 +62,9 @@ class NumpyPass:
         path_index: npt.NDArray[np.intp],
         weights: Array,
         heads_by_folds: HeadsByFolds,
-        device_kernel: DeviceKernel | None,
     ) -> None:
         self.design, self.weighting, self.path_index = design, weighting, path_index
-        self.device_kernel, self.heads_by_folds = device_kernel, heads_by_folds
+        self.heads_by_folds = heads_by_folds
         self.shape, self.dtype = weights.shape, weights.dtype
         # Class first, as `loss` has decisions.
         self.weights = {
@@ -77,19 +74,17 @@ class NumpyPass:
             for folds, heads in heads_by_folds.items()
         }
         self.gradients = {folds: np.zeros_like(own) for folds, own in self.weights.items()}
+        self.loss_sums = np.zeros(len(weights))
 
-    def add(self, block: RowBlock) -> Array:
-        """Return the losses (A',) float64 on a block and add its gradients."""
+    def add(self, block: RowBlock) -> None:
+        """Add the losses of the heads that train on a block, and its gradients."""
         n_outputs, n_rows, n_free = self.weighting.n_outputs, len(block.row_index), self.shape[1]
         weights = self.weights[block.folds]
-        path_index = self.path_index[self.heads_by_folds[block.folds]]
+        heads = self.heads_by_folds[block.folds]
+        path_index = self.path_index[heads]
         values = self.design.read(block)
         labels = None if n_outputs > 1 else block.labels[self.weighting.labels[path_index]]
         row_weights = self.weighting.row_weights(block, path_index)
-        if self.device_kernel is not None:
-            loss, gradient = self.device_kernel(block, values, weights, labels, row_weights)
-            self.gradients[block.folds] += gradient
-            return loss
         decisions = np.empty((n_outputs, len(path_index), n_rows), weights.dtype)
         np.matmul(weights, values.T, out=decisions[:n_free].reshape(-1, n_rows))
         loss = (
@@ -98,7 +93,11 @@ class NumpyPass:
             else sigmoid_loss(decisions, labels, row_weights)
         )
         self.gradients[block.folds] += decisions[:n_free].reshape(-1, n_rows) @ values
-        return loss
+        self.loss_sums[heads] += loss
+
+    def losses(self) -> Array:
+        """Return the losses (A,) float64 summed over the blocks so far."""
+        return self.loss_sums
 
     def gradient(self) -> Array:
         """Return the gradients (A, c, W) summed over the blocks so far."""
@@ -160,9 +159,10 @@ class CompiledPass:
         self.class_factors = (
             None if (class_factors == 1).all() else np.ascontiguousarray(class_factors, np.float32)
         )
+        self.loss_sums = np.zeros(len(weights))
 
-    def add(self, block: RowBlock) -> Array:
-        """Return the losses (A',) float64 on a block and add its gradients."""
+    def add(self, block: RowBlock) -> None:
+        """Add the losses of the heads that train on a block, and its gradients."""
         values = self.design.read(block)
         sample_weight = (
             None
@@ -193,7 +193,11 @@ class CompiledPass:
             add_rows(0)
         else:
             list(self.threads.map(add_rows, range(self.n_threads)))
-        return np.asarray(losses[:, self.heads_by_folds[block.folds]].sum(axis=0))
+        self.loss_sums += losses.sum(axis=0)
+
+    def losses(self) -> Array:
+        """Return the losses (A,) float64 summed over the blocks so far."""
+        return self.loss_sums
 
     def _labels(self, block: RowBlock, group: HeadGroup) -> npt.NDArray[np.int32]:
         """Return classes (n,) of a block's rows, or labels (a, n) of 0 and 1 for sigmoids."""

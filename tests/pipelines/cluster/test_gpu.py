@@ -10,7 +10,7 @@ from PIL import Image
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.run import work_unit as unit_module
-from headrace.extract.run.device import BatchLimit, launch_forward, try_batch_sizes
+from headrace.extract.run.device import try_batch_sizes
 from headrace.extract.run.plan import ExtractJob
 from headrace.extract.run.work_unit import run_work_unit
 from headrace.extract.spec import BackboneSpec, Sample
@@ -20,30 +20,6 @@ from headrace.heads import bank
 from headrace.heads.data.task import Task
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.spec import Halving
-
-
-def test_the_event_of_a_pass_is_recorded_on_the_stream_of_its_device(monkeypatch):
-    """On the second GPU, results are waited for where they are copied, not on the first GPU."""
-    recorded = []
-
-    class Event:
-        def record(self, stream=None):
-            recorded.append(stream)
-
-        def synchronize(self):
-            pass
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
-    result = launch_forward(
-        lambda pixels: [pixels.float()],
-        torch.zeros(3, 2, 2, 3, dtype=torch.uint8),
-        "cuda:1",
-        BatchLimit(2),
-    )
-    assert recorded == ["stream of cuda:1"]
-    assert result()[0].shape == (3, 2, 2, 3)
 
 
 @pytest.mark.parametrize(("fits", "found"), [(1, 1), (2, 2), (9, 8), (31, 16), (32, 32), (100, 64)])

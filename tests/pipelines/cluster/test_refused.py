@@ -7,13 +7,15 @@ import sys
 import time
 import types
 
+import dask
 import pytest
 
 from headrace.pipelines.cluster import clients as cluster
 from headrace.pipelines.cluster.clients import open_client
 from headrace.pipelines.cluster.dask_client import ClusterError
 from headrace.pipelines.cluster.submit import run_tasks
-from headrace.pipelines.cluster.worker import choose_gpu
+from headrace.pipelines.cluster.worker import CORES, choose_gpu, decoding_cores
+from headrace.pipelines.cluster.worker import GPUS as GPUS_SETTING
 from headrace.pipelines.recipe.sections import ClusterSection, SlurmSection
 
 GPUS = {"gpu_partition": "gpu", "gpus_per_job": 4}
@@ -81,9 +83,20 @@ def test_a_gpu_job_asks_for_cores_and_memory_of_each_gpu(tmp_path, commands, cha
     cores = [line for line in asked if line.startswith("--cpus-per-task")]
     assert cores[-1] == ("--cpus-per-task=3" if changes else "--cpus-per-task=32")
     assert ("--mem=187G" if changes else "--mem=60G") in asked
-    assert "--nthreads 1" in text
+    assert "--nthreads 2" in text  # two units of images at a time
     assert "--nworkers 4" in text
     assert "export DASK_HEADRACE__GPUS=4" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores"),
+    [({}, 32), ({GPUS_SETTING: 4}, 8), ({GPUS_SETTING: 1, CORES: 5}, 5), ({CORES: 64}, 32)],
+)
+def test_a_worker_with_a_gpu_decodes_on_its_share_of_the_cores(monkeypatch, settings, cores):
+    """Of a job's cores by the number of its GPUs; of a machine's, as its cluster says."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    with dask.config.set(settings):
+        assert decoding_cores() == cores
 
 
 @pytest.mark.parametrize(("shown", "seen"), [(None, ["0", "1", "2"]), ("4,6,7", ["4", "6", "7"])])

@@ -1,0 +1,274 @@
+"""Decoding in processes of their own, for devices that are faster than the threads of one process.
+
+Python's lock is held for 0.75 ms of every image, so that one process decodes 1,300 images a second
+however many cores it has. Each process here is served by one thread, which gives it some samples
+over a pipe and takes their pixels from memory that both have mapped. That memory is a file without
+a name, and the pipe ends with whoever holds it: after a SIGKILL of either side nothing is left. A
+process that dies is replaced, and its samples are decoded again, one by one.
+"""
+
+import contextlib
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from typing import BinaryIO
+
+import numpy as np
+
+from headrace.cache.errors import HeadraceError
+from headrace.extract.run.rendering import (
+    Outcome,
+    PixelBuffer,
+    Rendering,
+    SharedImage,
+    render_samples,
+    runs_of_one_image,
+)
+from headrace.extract.spec import Sample
+
+# Images that a process is given at a time (messages cost 0.1 ms, and what it makes of them waits in
+# memory of its own, 1.2 MB at 224 pixels); or neighbouring crops of one image, decoded once.
+_IMAGES = 8
+_CROPS = 64
+_ALIGNMENT = 64  # bytes, of a rendering's pixels in the shared memory
+# Processes that a sample may end, the last ones alone in them, before it is taken for the reason.
+_MAX_DEATHS = 3
+_READY = b"r"
+_START = "import sys; sys.path[:] = {path}; from {module} import serve; serve({fd})"
+
+
+class DecodeProcesses:
+    """Up to `count` processes that decode; each is started when there is work for it."""
+
+    def __init__(self, count: int) -> None:
+        self._threads = ThreadPoolExecutor(count, "decode-process")
+        self._of_thread = threading.local()
+        self._processes: list[_Process] = []
+
+    def submit(
+        self,
+        samples: Sequence[Sample],
+        renderings: Sequence[Rendering],
+        pixel_buffers: Sequence[PixelBuffer],
+    ) -> "list[Future[list[Outcome]]]":
+        """Start decoding `samples` into the slots of the buffers; the outcomes are in their order.
+
+        A sample that ends its process whenever it is tried has an outcome that says so. The futures
+        raise HeadraceError where processes cannot be started.
+        """
+        return [
+            self._threads.submit(
+                self._decode,
+                samples[start:end],
+                renderings,
+                [buffer[start:end] for buffer in pixel_buffers],
+            )
+            for start, end in _portions(samples)
+        ]
+
+    def shutdown(self, *, cancel_futures: bool = False) -> None:
+        """End the processes, after what they have been given (less what has not begun)."""
+        self._threads.shutdown(cancel_futures=cancel_futures)
+        for process in self._processes:
+            process.end()
+
+    def _decode(
+        self,
+        samples: Sequence[Sample],
+        renderings: Sequence[Rendering],
+        pixel_buffers: Sequence[PixelBuffer],
+        deaths: int = 0,
+    ) -> list[Outcome]:
+        try:
+            return self._process().decode(samples, renderings, pixel_buffers)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            reason = self._process().end()
+        if deaths + 1 == _MAX_DEATHS:
+            text = f"decoding it ends the process that does ({reason})"
+            return [Outcome(text, is_content_fault=True)]
+        return [
+            outcome
+            for slot, sample in enumerate(samples)
+            for outcome in self._decode(
+                [sample],
+                renderings,
+                [buffer[slot : slot + 1] for buffer in pixel_buffers],
+                # Of several it is not known which one it was.
+                deaths + 1,
+            )
+        ]
+
+    def _process(self) -> "_Process":
+        """The process of this thread."""
+        process: _Process | None = getattr(self._of_thread, "process", None)
+        if process is None:
+            process = self._of_thread.process = _Process()
+            self._processes.append(process)
+        return process
+
+
+class _Process:
+    """A process that decodes, as one thread sees it; started when it is first needed, and again
+    after it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._memory_file = _nameless_file()
+        self._memory: mmap.mmap | None = None
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def decode(
+        self,
+        samples: Sequence[Sample],
+        renderings: Sequence[Rendering],
+        pixel_buffers: Sequence[PixelBuffer],
+    ) -> list[Outcome]:
+        """Decode and copy into the buffers. Raises OSError or EOFError where the process died."""
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        memory = self._mapped(_bytes_needed(renderings, len(samples)))
+        pickle.dump((tuple(samples), tuple(renderings), len(memory)), process.stdin, protocol=5)
+        process.stdin.flush()
+        outcomes: list[Outcome] = pickle.load(process.stdout)
+        shared_buffers = _buffers_in(memory, renderings, len(samples))
+        for buffer, shared in zip(pixel_buffers, shared_buffers, strict=True):
+            np.copyto(buffer, shared)
+        return outcomes
+
+    def end(self) -> str:
+        """End the process, if there is one, and return how it ended."""
+        process, self._running = self._running, None
+        if process is None:
+            return "not started"
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # it ends when it has nothing more to read
+        process.stdout.close()
+        try:
+            status = process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        return f"{signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._running is None:
+            start = _START.format(path=sys.path, module=__name__, fd=self._memory_file)
+            self._running = subprocess.Popen(
+                [sys.executable, "-c", start],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(self._memory_file,),
+            )
+            assert self._running.stdout is not None
+            if self._running.stdout.read(len(_READY)) != _READY:
+                # No fault of an image.
+                raise HeadraceError(
+                    f"a process that decodes images does not start ({self.end()}); what it said "
+                    "stands above"
+                )
+        return self._running
+
+    def _mapped(self, needed: int) -> mmap.mmap:
+        if self._memory is None or len(self._memory) < needed:
+            os.ftruncate(self._memory_file, needed)
+            self._memory = mmap.mmap(self._memory_file, needed)
+        return self._memory
+
+    def __del__(self) -> None:
+        os.close(self._memory_file)
+
+
+def serve(memory_file: int) -> None:
+    """The loop of a process: samples from standard input, pixels into the memory that
+    `memory_file` names, outcomes to standard output, until the input ends.
+    """
+    # Ctrl-C reaches the whole group; whoever started this process ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests = sys.stdin.buffer
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no reply
+    warnings.simplefilter("ignore")  # of Pillow, see `quiet_decoding`
+    memory: mmap.mmap | None = None
+    last_image: list[SharedImage] = []
+    replies.write(_READY)
+    replies.flush()
+    while (request := _next_request(requests)) is not None:
+        samples, renderings, n_bytes = request
+        if memory is None or len(memory) != n_bytes:
+            memory = mmap.mmap(memory_file, n_bytes)
+        buffers = _buffers_in(memory, renderings, len(samples))
+        outcomes = [
+            outcome
+            for start, end, image in runs_of_one_image(samples, last_image, _CROPS)
+            for outcome in render_samples(image, samples[start:end], renderings, buffers, start)
+        ]
+        pickle.dump(outcomes, replies, protocol=5)
+        replies.flush()
+
+
+def _next_request(
+    requests: BinaryIO,
+) -> tuple[tuple[Sample, ...], tuple[Rendering, ...], int] | None:
+    try:
+        request: tuple[tuple[Sample, ...], tuple[Rendering, ...], int] = pickle.load(requests)
+    except (EOFError, pickle.UnpicklingError):  # also in the middle of one
+        return None
+    return request
+
+
+def _nameless_file() -> int:
+    """A file descriptor of shared memory that has no name and ends with its users."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("headrace-pixels")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _portions(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
+    """(start, end): crops of one image alone, up to _IMAGES whole ones together."""
+    start = 0
+    for run_start, run_end, _ in runs_of_one_image(samples, [], _CROPS):
+        if run_end - run_start > 1 or run_end - start > _IMAGES:
+            if start < run_start:
+                yield start, run_start
+            start = run_start
+        if run_end - run_start > 1:
+            yield run_start, run_end
+            start = run_end
+    if start < len(samples):
+        yield start, len(samples)
+
+
+def _bytes_needed(renderings: Sequence[Rendering], n_samples: int) -> int:
+    return sum(_aligned_bytes(rendering, n_samples) for rendering in renderings)
+
+
+def _aligned_bytes(rendering: Rendering, n_samples: int) -> int:
+    how = rendering.preprocessing
+    n_bytes = n_samples * prod(how.pixel_shape) * np.dtype(how.pixel_dtype).itemsize
+    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _buffers_in(
+    memory: mmap.mmap, renderings: Sequence[Rendering], n_samples: int
+) -> list[PixelBuffer]:
+    """The buffers of the renderings, one after the other."""
+    buffers, start = [], 0
+    for rendering in renderings:
+        how = rendering.preprocessing
+        shape = (n_samples, *how.pixel_shape)
+        buffers.append(np.frombuffer(memory, how.pixel_dtype, prod(shape), start).reshape(shape))
+        start += _aligned_bytes(rendering, n_samples)
+    return buffers

@@ -1,0 +1,192 @@
+"""From a sample to pixels: read, checked against its content hash, decoded once, rendered in every
+way asked for.
+
+Imports no torch: processes that only decode need none.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any
+
+import numpy.typing as npt
+
+from headrace.extract.errors import ImageError
+from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.content_hashes import hash_bytes
+from headrace.extract.images.crops import (
+    Crop,
+    crop_content,
+    cut_crop,
+    image_size,
+    reaches_outside,
+    split_crop,
+)
+from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
+from headrace.extract.images.views import ViewMethod, render_view
+from headrace.extract.spec import Sample
+
+PixelBuffer = npt.NDArray[Any]  # (slots, H, W, C) of one rendering, in its pixel_dtype
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One way to make pixels of an image: a network's preprocessing and a view."""
+
+    preprocessing: Preprocessing
+    index: int
+    augmentation: ViewMethod
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one sample: a reason where it has no pixels."""
+
+    reason: str | None = None
+    is_content_fault: bool = False
+    is_clipped: bool = False
+
+
+class SharedImage:
+    """One image that several tasks cut crops from: read and decoded by the first that asks."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = Lock()
+        self._data: bytes | OSError | None = None
+        self._content = ""
+        self._decoded: dict[Hashable, DecodedImage | ImageError] = {}
+
+    def content(self) -> str:
+        """The hash of its bytes. Raises OSError where they cannot be read."""
+        with self._lock:
+            if self._data is None:
+                try:
+                    self._data = read_bytes(self.path)
+                    self._content = hash_bytes(self._data)
+                except OSError as error:
+                    self._data = error
+            if isinstance(self._data, OSError):
+                raise self._data
+            return self._content
+
+    def decode(self, how: Preprocessing) -> DecodedImage:
+        """The whole image, after `content` was asked for. Raises ImageError."""
+        assert isinstance(self._data, bytes)
+        with self._lock:
+            key = decoding_key(how)
+            if key not in self._decoded:
+                try:
+                    self._decoded[key] = decode_pixels(self._data, how)
+                except ImageError as error:
+                    self._decoded[key] = error
+        decoded = self._decoded[key]
+        if isinstance(decoded, ImageError):
+            raise decoded
+        return decoded
+
+
+def runs_of_one_image(
+    samples: Sequence[Sample], last_image: list[SharedImage], most: int
+) -> Iterator[tuple[int, int, SharedImage]]:
+    """(start, end, image): neighbouring crops of one image, at most `most` at a time.
+
+    last_image: of the batch before, which the first crops may be of; it is replaced.
+    """
+    start = 0
+    while start < len(samples):
+        path, crop = split_crop(samples[start].path)
+        end = start + 1
+        while (
+            crop is not None
+            and end < len(samples)
+            and end - start < most
+            and split_crop(samples[end].path)[0] == path
+        ):
+            end += 1
+        if crop is None or not last_image or last_image[0].path != path:
+            last_image[:] = [SharedImage(path)]
+        yield start, end, last_image[0]
+        start = end
+    if crop is None:
+        last_image.clear()
+
+
+def render_samples(
+    image: SharedImage,
+    samples: Sequence[Sample],
+    renderings: Sequence[Rendering],
+    pixel_buffers: Sequence[PixelBuffer],
+    first_slot: int,
+) -> list[Outcome]:
+    """Fill the slots of every buffer with samples of one image."""
+    return [
+        _render_one(image, sample, renderings, pixel_buffers, first_slot + offset)
+        for offset, sample in enumerate(samples)
+    ]
+
+
+def _render_one(
+    image: SharedImage,
+    sample: Sample,
+    renderings: Sequence[Rendering],
+    pixel_buffers: Sequence[PixelBuffer],
+    slot: int,
+) -> Outcome:
+    _, crop = split_crop(sample.path)
+    try:
+        content_hash = crop_content(image.content(), crop)
+    except OSError as error:
+        return Outcome(error.strerror or str(error))
+    if sample.content and content_hash != sample.content:
+        # Features stored under this hash would be another image's.
+        return Outcome("the file has changed since it was hashed")
+    try:
+        is_clipped = render_into_buffers(
+            image.decode, content_hash, renderings, pixel_buffers, slot, crop
+        )
+    except ImageError as error:
+        return Outcome(str(error), is_content_fault=True)
+    return Outcome(is_clipped=is_clipped)
+
+
+def decoding_key(how: Preprocessing) -> Hashable:
+    """The fields of a preprocessing that its decoded images depend on."""
+    scaled_for = (how.resize, how.mode) if how.decode == "scaled" else None
+    return how.pixel_range, how.bands, how.pixel_dtype, scaled_for
+
+
+def render_into_buffers(
+    decode: Callable[[Preprocessing], DecodedImage],
+    content_hash: str,
+    renderings: Sequence[Rendering],
+    pixel_buffers: Sequence[PixelBuffer],
+    slot: int,
+    crop: Crop | None = None,
+) -> bool:
+    """Fill a slot of every buffer with its rendering of one image, or of a crop of it, decoded once
+    for each way of decoding. Return whether the crop reaches outside, and was clipped.
+
+    Raises ImageError.
+    """
+    decoded: dict[Hashable, DecodedImage] = {}
+    is_clipped = False
+    for rendering, buffer in zip(renderings, pixel_buffers, strict=True):
+        how = rendering.preprocessing
+        if crop is not None:  # in pixels of the whole image
+            how = replace(how, decode="exact")
+        key = decoding_key(how)
+        if key not in decoded:
+            image = decode(how)
+            if crop is not None:
+                is_clipped = reaches_outside(crop, *image_size(image))
+                image = cut_crop(image, crop)
+            decoded[key] = image
+        buffer[slot] = render_view(
+            decoded[key],
+            content_hash,
+            rendering.index,
+            rendering.augmentation,
+            rendering.preprocessing,
+        )
+    return is_clipped
