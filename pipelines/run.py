@@ -94,7 +94,7 @@ def run_recipe(
         require_log(recipe.log)
     refuse_old_record(recipe.paths.test_evaluations)  # before hours of work, not after them
     started_at = time.perf_counter()
-    state = read_run_state(recipe, retry_failed=retry_failed)
+    state = read_run_state(recipe, retry_failed=retry_failed, console=console)
     check_space(state.plan, recipe.cache, recipe.storage.budget_gb)
     paths, forward_device = state.paths, state.plan.forward_device
     with _run_services(recipe, state.plan, console, workers, client, retry_failed) as services:
@@ -124,7 +124,7 @@ def extract_recipe(
     Arguments, and what an interruption leaves, as of `run_recipe`. Raises HeadraceError.
     """
     started_at = time.perf_counter()
-    extraction = read_extraction(recipe)
+    extraction = read_extraction(recipe, console=console)
     check_space(extraction.plan, recipe.cache, recipe.storage.budget_gb)
     paths, plan = recipe.paths, extraction.plan
     with _run_services(recipe, plan, console, workers, client, False) as services:

@@ -304,7 +304,12 @@ def _run(
     console = make_console()
     try:
         if dry_run:
-            state = read_run_state(recipe, write=False, retry_failed=retry_failed)
+            state = read_run_state(
+                recipe,
+                write=False,
+                retry_failed=retry_failed,
+                console=progress_console(quiet=quiet, progress_format=progress),
+            )
             run_plan = state.plan
             if json_output:
                 print_json(

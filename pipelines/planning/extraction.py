@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
 
 from headrace.cache.format.compression import require_hdf5plugin
 from headrace.cache.publish import feature_set_path
@@ -53,11 +54,13 @@ class Extraction:
         return (*self.listing.notes, *(f"left out: {item}" for item in self.listing.left_out))
 
 
-def read_extraction(recipe: Recipe, *, write: bool = True) -> Extraction:
+def read_extraction(
+    recipe: Recipe, *, write: bool = True, console: Console | None = None
+) -> Extraction:
     """Read what the recipe's images and backbones name, and plan what is missing.
 
-    write: off for a dry run, which leaves no file behind. Raises HeadraceError, before anything
-    costly, for whatever cannot work.
+    write: off for a dry run, which leaves no file behind. console: shows how far the reading of
+    many images is. Raises HeadraceError, before anything costly, for whatever cannot work.
     """
     if recipe.storage.compression != "none":
         require_hdf5plugin("storage.compression needs a library")
@@ -67,7 +70,7 @@ def read_extraction(recipe: Recipe, *, write: bool = True) -> Extraction:
     listing = read_samples(recipe, labelled=False)
     networks = read_networks(recipe, write=write)
     samples = listing.samples[["id", "path"]]
-    contents, unreadable = read_contents(recipe, samples, write=write)
+    contents, unreadable = read_contents(recipe, samples, write=write, console=console)
     samples = samples.assign(content=pd.Series(contents, index=samples.index, dtype=object))
     if write:
         remember_taps(recipe, networks)

@@ -2,6 +2,7 @@
 of the heads.
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
 
 from headrace.cache.exchange.external import external_feature_sets
 from headrace.cache.format.compression import require_hdf5plugin
@@ -20,6 +22,7 @@ from headrace.extract.sources.listing import Listing
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import save_feature_specs
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
+from headrace.pipelines.cluster.progress import Advance, show_progress
 from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.dataset import Dataset, check_metric, make_dataset, read_samples
 from headrace.pipelines.planning.devices import find_heads_device
@@ -32,6 +35,9 @@ from headrace.pipelines.planning.networks import (
 from headrace.pipelines.recipe.grid import RequestedHeads, check_kinds, requested_heads
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.targets import DataError
+
+# from which on the progress of reading them is shown; fewer are read in a moment
+_MANY_FILES = 2000
 
 # each with the feature sets to keep of it, tap by tap and within a tap view by view
 Networks = tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]
@@ -73,9 +79,11 @@ class Inventory:
         return {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
 
 
-def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
+def take_inventory(
+    recipe: Recipe, *, write: bool = True, console: Console | None = None
+) -> Inventory:
     """Read what the recipe names; with `write` off, nothing is written, not even the index of
-    content hashes.
+    content hashes. console: shows how far the reading of many images is.
 
     Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
     """
@@ -97,7 +105,7 @@ def take_inventory(recipe: Recipe, *, write: bool = True) -> Inventory:
         recipe.heads, list(inputs), side_columns=bool(recipe.task.side_columns)
     )
     _check_views(requested, inputs)
-    content_by_row, unreadable = read_contents(recipe, samples, write=write)
+    content_by_row, unreadable = read_contents(recipe, samples, write=write, console=console)
     samples = samples.assign(content=pd.Series(content_by_row, index=samples.index, dtype=object))
     inventory = Inventory(
         recipe=recipe,
@@ -137,17 +145,26 @@ def content_listing(samples: pd.DataFrame) -> dict[str, str]:
 
 
 def read_contents(
-    recipe: Recipe, samples: pd.DataFrame, *, write: bool
+    recipe: Recipe, samples: pd.DataFrame, *, write: bool, console: Console | None = None
 ) -> tuple[list[str | None], tuple[UnreadableSample, ...]]:
     """Return the content hash of each sample, None where its file cannot be read, and the reasons.
 
-    write: as of `take_inventory`. Raises DataError where no file can be read.
+    write, console: as of `take_inventory`. Raises DataError where no file can be read.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        advance: Advance | None = None
+
+        def tell(_n_read: int, n_files: int) -> None:
+            nonlocal advance
+            if advance is None and console is not None and n_files >= _MANY_FILES:
+                advance = stack.enter_context(show_progress(console, "read", n_files, "files"))
+            if advance is not None:
+                advance(1)
+
         # A first dry run leaves no cache behind; afterwards the index is worth keeping.
         kept = write or recipe.cache.exists()
         index = content_index(recipe.cache) if kept else Path(scratch) / "contents.parquet"
-        contents = content_hashes(samples, index)
+        contents = content_hashes(samples, index, tell)
     if len(contents.unreadable) == len(samples):
         first = contents.unreadable[0]
         raise DataError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+from rich.console import Console
 
 from headrace.cache.publish import feature_set_path
 from headrace.extract.images.changes import write_listing
@@ -85,13 +86,20 @@ class RunState:
         return self.recipe.paths
 
 
-def read_run_state(recipe: Recipe, *, write: bool = True, retry_failed: bool = False) -> RunState:
+def read_run_state(
+    recipe: Recipe,
+    *,
+    write: bool = True,
+    retry_failed: bool = False,
+    console: Console | None = None,
+) -> RunState:
     """Read what the recipe names and what is there of it, and plan the rest.
 
     write: off for a dry run, which leaves no file behind. retry_failed: plan the heads that failed
-    once more. Raises HeadraceError, before anything costly, for whatever cannot work.
+    once more. console: shows how far the reading of many images is. Raises HeadraceError, before
+    anything costly, for whatever cannot work.
     """
-    inventory = take_inventory(recipe, write=write)
+    inventory = take_inventory(recipe, write=write, console=console)
     state = state_of(inventory, retry_failed=retry_failed)
     if write:
         remember_taps(recipe, inventory.networks)

@@ -12,6 +12,10 @@ from typer.main import get_command
 from headrace.pipelines.cli.json_output import OUTPUTS
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.cli.schema import UnknownSchema, schema
+from headrace.pipelines.console import make_console
+from headrace.pipelines.planning import inventory
+from headrace.pipelines.planning.run_state import read_run_state
+from headrace.pipelines.recipe.load import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +184,13 @@ def test_progress_goes_to_the_standard_error(folder):
     assert headrace(*arguments, "task.seed=3", "--quiet", cwd=folder).stderr == ""
     verbose = headrace(*arguments, "task.seed=4", "-v", cwd=folder).stderr
     assert re.search(r"^\d\d:\d\d:\d\d finished \S+ · ", verbose, re.MULTILINE)
+
+
+def test_the_reading_of_many_files_is_shown(folder, monkeypatch, capsys):
+    """Before anything is extracted; of few files nothing is said."""
+    recipe = load_recipe(folder / "recipe.yaml", settings=["cache=another"])
+    read_run_state(recipe, write=False, console=make_console(stderr=True))
+    assert "files" not in capsys.readouterr().err
+    monkeypatch.setattr(inventory, "_MANY_FILES", 50)
+    read_run_state(recipe, write=False, console=make_console(stderr=True))
+    assert " read 60/60 files" in capsys.readouterr().err
