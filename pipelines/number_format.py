@@ -6,10 +6,13 @@ def hours_text(seconds: float) -> str:
     return f"{seconds / 3600:.2g}" if seconds < 36000 else f"{seconds / 3600:,.0f}"
 
 
-def images_text(images: int, groups: int | None) -> str:
-    """Return "50 images", or "50 images of 12 groups" where images are not independent of each
-    other.
+def images_text(images: int, groups: int | None, units: int | None = None) -> str:
+    """Return "50 images", "50 images of 12 groups" where images are not independent of each other,
+    or "20 units of 50 images" where units are scored.
     """
+    if units is not None:
+        in_groups = f" in {groups:,} groups" if groups is not None and groups < units else ""
+        return f"{units:,} units of {images:,} images{in_groups}"
     return f"{images:,} images" + (
         f" of {groups:,} groups" if groups is not None and groups < images else ""
     )

@@ -40,6 +40,7 @@ class RunResult:
     accounting: Accounting | None
     failed_images: int
     failed_heads: int
+    scored: str  # what scores are of: "images", or "units (patient)"
     stages: tuple[StageRecord, ...]
 
     @property
@@ -70,6 +71,7 @@ def run_result(state: RunState, stages: Sequence[StageRecord] = ()) -> RunResult
         notes=state.notes,
         accounting=state.accounting,
         failed_images=state.failed_images,
+        scored="images" if (unit := state.recipe.task.unit) is None else f"units ({unit})",
         failed_heads=int((selected.heads["error"].fillna("") != "").sum()),
         stages=tuple(stages),
     )

@@ -195,7 +195,7 @@ def show_result(
         line = Text(
             f"Test {test.metric} {number_text(test.value, test.metric)} (95 % interval "
             f"{number_text(test.low, test.metric)} to {number_text(test.high, test.metric)}, "
-            f"{images_text(test.images, test.groups)} never seen before)",
+            f"{images_text(test.images, test.groups, test.units)} never seen before)",
             style="bold green",
         )
         console.print(line)
@@ -280,7 +280,7 @@ def selection_sentences(result: RunResult) -> list[str]:
     if found.statistically_tied > 1:
         line = (
             f"{found.statistically_tied:,} of {found.tried:,} settings cannot be told apart on "
-            f"these {found.images:,} images"
+            f"these {found.images:,} {result.scored}"
         )
         if found.cheapest > 1:
             cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]

@@ -36,6 +36,10 @@ class UnitRule:
         together = aggregate_units(task_kind, predicted, unit_of_row, self.aggregation)
         return tempered(together, task_kind, self.temperature, self.floor)
 
+    def save(self, model_directory: Path) -> None:
+        """Write the rule into a model's directory."""
+        write_record(model_directory / UNIT_RULE, dataclasses.asdict(self))
+
 
 def save_unit_rule(
     model_directory: Path,
@@ -52,8 +56,7 @@ def save_unit_rule(
         rule_path.unlink(missing_ok=True)
         return temperature
     model_directory.mkdir(parents=True, exist_ok=True)
-    rule = UnitRule(column, task.unit_aggregation, temperature, floor)
-    write_record(rule_path, dataclasses.asdict(rule))
+    UnitRule(column, task.unit_aggregation, temperature, floor).save(model_directory)
     return 1.0
 
 

@@ -51,7 +51,8 @@ def select(state: RunState, services: Services) -> RunState:
             winner = choose_winner(leaderboard, heads)
         except NoWinner:
             # of an earlier call, of which this leaderboard knows nothing
-            withdraw(state.paths.winner, state.paths.ensemble)
+            paths = state.paths
+            withdraw(paths.winner, paths.ensemble, paths.predictions, paths.unit_predictions)
             raise
         selection = correct_for_selection(state, leaderboard)
         notes = (*state.notes, *_cautions(state, leaderboard))
