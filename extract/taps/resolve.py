@@ -105,20 +105,22 @@ def pool_output(output: Tensor, pooling: str, node: Node) -> Tensor:
         return output
     if pooling == "cls":
         return output[:, 0]
-    if pooling == "avg":  # means over axes as they lie, without making a map of tokens first
-        if node.layout == "NTC":
-            return output[:, node.prefix :].float().mean(dim=1)
-        return output.float().mean(dim=(2, 3) if node.layout == "NCHW" else (1, 2))
-    grid = _as_map(output, node)
     if pooling == "map":
-        return grid
+        return _as_map(output, node)
+    if pooling.startswith("grid"):
+        grid = _as_map(output, node).float()
+        return F.adaptive_avg_pool2d(grid, int(pooling.removeprefix("grid")))
+    # over axes as they lie, without making a map of tokens first
+    axes = {"NCHW": (2, 3), "NHWC": (1, 2), "NTC": (1,)}[node.layout]
+    if node.layout == "NTC":
+        assert node.prefix is not None, f"nothing explains the tokens of {node.name}"
+        output = output[:, node.prefix :]
     if pooling == "max":
-        return grid.amax(dim=(2, 3))
+        return output.amax(dim=axes)
     if pooling == "gem":
-        return (
-            grid.float().clamp(min=_GEM_FLOOR).pow(_GEM_POWER).mean(dim=(2, 3)).pow(1 / _GEM_POWER)
-        )
-    return F.adaptive_avg_pool2d(grid.float(), int(pooling.removeprefix("grid")))
+        powers = output.float().clamp(min=_GEM_FLOOR).pow(_GEM_POWER)
+        return powers.mean(dim=axes).pow(1 / _GEM_POWER)
+    return output.float().mean(dim=axes)
 
 
 @functools.lru_cache(maxsize=8)
@@ -134,28 +136,42 @@ def backbone_nodes(backbone: Backbone) -> Nodes:
 
 def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
     """Early to late: the last block at each resolution but the first, and a middle one at the last
-    two, averages and maxima; of a plain transformer the class tokens and averages of its last
-    blocks. Then what the classifier is given.
+    two, averages and maxima; of a plain transformer averages and maxima at each quarter, and the
+    last class tokens. Then what the classifier is given.
 
-    Maxima and middles are what far domains gain from (docs/defaults.md). Together the taps of a
-    convolution network have at most MAX_AUTO_FEATURES features, or as many as its last blocks have.
+    Maxima and middles are what far domains gain from (docs/defaults.md, and for transformers
+    docs/decisions/018-taps-of-transformers.md). Together the taps have at most MAX_AUTO_FEATURES
+    features, or as many as the last blocks have.
     """
     blocks = _token_blocks(nodes)
-    taps = _token_taps(blocks) if blocks else _stage_taps(nodes)
+    taps = _token_taps(nodes, blocks) if blocks else _stage_taps(nodes)
     if PRE_LOGITS in nodes.names:
         taps.append(Tap(PRE_LOGITS, "vector"))
     return tuple(taps) or (Tap(LOGITS, "vector"),)
 
 
-def _token_taps(blocks: list[Node]) -> list[Tap]:
-    """Class tokens and averages over the patches of the last blocks, in running order, as linear
-    probes of self-supervised networks take them (docs/decisions/018-taps-of-transformers.md).
+def _token_taps(nodes: Nodes, blocks: list[Node]) -> list[Tap]:
+    """Class tokens of the last blocks, as linear probes of self-supervised networks take them, and
+    averages and maxima over the patches at each quarter, in running order.
+
+    Within MAX_AUTO_FEATURES; the first quarters are left out before the last.
     """
+    n_classifier_inputs = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
+    with_class_token = [block for block in blocks[-N_LAST_BLOCKS:] if block.has_class_token]
+    features_left = (
+        MAX_AUTO_FEATURES - n_classifier_inputs - sum(block.shape[1] for block in with_class_token)
+    )
+    pooled: list[Node] = []
+    for quarter in (4, 3, 2, 1):
+        block = blocks[math.ceil(len(blocks) * quarter / 4) - 1]
+        if not pooled or 2 * block.shape[1] <= features_left:
+            pooled.append(block)
+            features_left -= 2 * block.shape[1]
     return [
         Tap(block.name, pooling)
-        for block in blocks[-N_LAST_BLOCKS:]
-        for pooling in ("cls", "avg")
-        if pooling == "avg" or block.has_class_token
+        for block in blocks
+        for pooling in ("cls", "avg", "max")
+        if block in (with_class_token if pooling == "cls" else pooled)
     ]
 
 
@@ -315,7 +331,7 @@ def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
         raise BackboneError(_unexplained_tokens_message(tap, node, backbone_name))
     if (
         node.layout == "NTC"
-        and tap.pooling not in ("cls", "avg")
+        and (tap.pooling == "map" or tap.pooling.startswith("grid"))
         and not is_square(node.shape[0] - (node.prefix or 0))
     ):
         raise BackboneError(

@@ -445,6 +445,7 @@ def _write_directory(model: Model, folder: Path) -> None:
             backbone,
             weights=name,
             weights_match="name",
+            weights_prefix=None,
             image_size=preprocessing.crop[0],
             crop_fraction=preprocessing.crop[0] / preprocessing.resize[0],
             mean=preprocessing.mean,

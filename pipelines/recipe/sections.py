@@ -251,7 +251,7 @@ class Backbone(Section):
     prefix_tokens: Annotated[int, pydantic.Field(ge=0)] | None = None
     alias: str | None = None  # how the leaderboard calls it when there are several backbones
     # nodes with their pooling, such as layer4.avg; auto: averages and maxima of the last block at
-    # each resolution, and more
+    # each resolution, or of each quarter of a transformer, and more
     taps: Literal["auto"] | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "auto"
     # pixels; default: what the weights were trained with
     image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None
