@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.images.decoding import PixelRange, decode_image, open_image
+from headrace.extract.images.crops import crop_content, decode_picture, split_crop
+from headrace.extract.images.decoding import PixelRange, open_image
 
 SIDE = 72  # pixels of a small copy
 MEASURED_SIDE = 128  # pixels: sharpness depends on the size that it is measured at
@@ -83,16 +84,16 @@ def _read_copy(
 ) -> tuple[int, SmallCopy | None]:
     try:
         data = read_bytes(path)
-        if hash_bytes(data) != content:
+        if crop_content(hash_bytes(data), split_crop(path)[1]) != content:
             return len(data), None
-        return len(data), measure_image(data, pixel_range)
+        return len(data), measure_image(path, data, pixel_range)
     except (OSError, ImageError):
         return 0, None
 
 
-def measure_image(data: bytes, pixel_range: PixelRange | None = None) -> SmallCopy:
-    """The small copy of an image file. Raises ImageError."""
-    image, (width, height) = _decode_small(data, pixel_range)
+def measure_image(path: str, data: bytes, pixel_range: PixelRange | None = None) -> SmallCopy:
+    """The small copy of an image. data: the bytes that its path gives. Raises ImageError."""
+    image, (width, height) = _decode_small(path, data, pixel_range)
     image.thumbnail((MEASURED_SIDE, MEASURED_SIDE))
     grey = np.asarray(image.convert("L"), np.float32) / 255
     padded = np.pad(grey, 1, mode="edge")
@@ -113,10 +114,10 @@ def measure_image(data: bytes, pixel_range: PixelRange | None = None) -> SmallCo
 
 
 def _decode_small(
-    data: bytes, pixel_range: PixelRange | None
+    path: str, data: bytes, pixel_range: PixelRange | None
 ) -> tuple[Image.Image, tuple[int, int]]:
     # A JPEG decodes at an eighth of its size in a fraction of the time.
-    if data.startswith(b"\xff\xd8"):
+    if data.startswith(b"\xff\xd8") and split_crop(path)[1] is None:
         try:
             with open_image(data) as file:
                 turned = file.getexif().get(_ORIENTATION_TAG, 1) >= 5
@@ -125,5 +126,5 @@ def _decode_small(
                 return ImageOps.exif_transpose(file).convert("RGB"), size
         except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
             pass
-    image = decode_image(data, pixel_range)
+    image = decode_picture(path, data, pixel_range)
     return image, image.size

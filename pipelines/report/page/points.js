@@ -33,7 +33,7 @@ async function drawMap(root) {
   };
   const word = ([r, g, b]) => (255 << 24 | b << 16 | g << 8 | r) >>> 0; // as little-endian pixels have it
   const mix = (a, b, share) => a.map((value, at) => Math.round(value + (b[at] - value) * share));
-  let shades = null;
+  let shades = null, picture = null;
   function paint() {
     const ground = ink("ground"), rest = mix(ink("muted"), ground, 0.45), colouring = state.colouring;
     const own = Array.from({ length: PALETTE }, (_, at) => ink(`series-${at + 1}`));
@@ -91,6 +91,19 @@ async function drawMap(root) {
       stamp(at, row, dim);
     }
     if (dim) for (const row of picked) if (visible(row)) stamp(layout.place(row), row, false);
+    picture = { image, radius };
+    mark();
+    function stamp(at, row, faint) {
+      const x = Math.round((left + layout.x[at] * unit) * ratio), y = Math.round((top - layout.y[at] * unit) * ratio);
+      if (x < radius || y < radius || x >= w - radius || y >= h - radius) return;
+      const code = colouring.codes[row], middle = y * w + x;
+      const colour = code === NO_VALUE ? (faint ? shades.noneDim : shades.none) : (faint ? shades.dim : shades.full)[shades.index(code)];
+      for (const offset of disc) pixels[middle + offset] = colour;
+    }
+  }
+  // The points as they were drawn last, and a ring around the one that is pointed at: all that a hover draws.
+  function mark() {
+    const { left, top } = view(), { layout } = state, { image, radius } = picture;
     brush.putImageData(image, 0, 0);
     if (state.at >= 0 && visible(state.at)) {
       const at = layout.place(state.at);
@@ -100,20 +113,18 @@ async function drawMap(root) {
       brush.arc((left + layout.x[at] * unit) * ratio, (top - layout.y[at] * unit) * ratio, radius + 4 * ratio, 0, 7);
       brush.stroke();
     }
-    function stamp(at, row, faint) {
-      const x = Math.round((left + layout.x[at] * unit) * ratio), y = Math.round((top - layout.y[at] * unit) * ratio);
-      if (x < radius || y < radius || x >= w - radius || y >= h - radius) return;
-      const code = colouring.codes[row], middle = y * w + x;
-      const colour = code === NO_VALUE ? (faint ? shades.noneDim : shades.none) : (faint ? shades.dim : shades.full)[shades.index(code)];
-      for (const offset of disc) pixels[middle + offset] = colour;
-    }
   }
-  let waiting = false;
-  const redraw = () => {
+  let waiting = false, stale = false;
+  const soon = () => {
     if (waiting) return;
     waiting = true;
-    requestAnimationFrame(() => { waiting = false; draw(); });
+    requestAnimationFrame(() => {
+      waiting = false;
+      if (stale) draw(); else mark();
+      stale = false;
+    });
   };
+  const redraw = () => { stale = true; soon(); };
   const measure = () => {
     ratio = Math.min(devicePixelRatio || 1, 2);
     width = board.clientWidth;
@@ -154,7 +165,7 @@ async function drawMap(root) {
       card.style.top = `${beside(y, card.offsetHeight, height)}px`;
       if (speak) spoken.textContent = `${ids[row]}: ${colourings.map((colouring) => `${colouring.title} ${written(colouring, row)}`).join(", ")}${state.chosen.has(row) ? ", in the table" : ""}`;
     }
-    redraw();
+    soon();
   }
 
   // ---- the table of what is chosen

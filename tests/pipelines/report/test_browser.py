@@ -295,7 +295,7 @@ def test_points_are_hovered_over_and_drawn_around(image_map):
 def test_the_map_takes_no_name_for_html(image_map):
     """Every colour and every value; the table of all points too."""
     page = image_map
-    colour = page.get_by_label("Colour", exact=True)
+    colour = page.locator("#map .tools select").nth(-2)
     for number in range(colour.locator("option").count()):
         colour.select_option(str(number))
     colour.select_option("0")
@@ -311,7 +311,7 @@ def test_a_table_is_downloaded(open_page, tmp_path):
     """The rows of the whole table, not of its page; words that a spreadsheet would run are marked."""
     page = open_page()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Download as CSV: Every setting").click()
+        page.get_by_role("button", name="Download as CSV: Every setting, by").click()
     download.value.save_as(tmp_path / "board.csv")
     assert download.value.suggested_filename == "leaderboard.csv"
     board = pd.read_csv(tmp_path / "board.csv")
@@ -338,9 +338,9 @@ def test_pictures_enlarge(open_page):
     dialog = page.locator("dialog.enlarged")
     assert dialog.is_visible()
     assert dialog.locator(".path").inner_text().endswith(".png")
-    before = dialog.locator("h2").inner_text()
+    assert dialog.locator(".tools span").inner_text().startswith("1 of ")
     page.keyboard.press("ArrowRight")
-    assert dialog.locator("h2").inner_text() != before
+    assert dialog.locator(".tools span").inner_text().startswith("2 of ")
     page.keyboard.press("Escape")
     assert dialog.is_hidden()
     assert page.evaluate("document.activeElement.className") == "enlarge"

@@ -165,7 +165,7 @@ def test_a_copy_measures_what_is_there():
     soft = np.tile((128 + 100 * np.sin(np.arange(64) / 10)).astype(np.uint8), (64, 1))
 
     def measured(pixels):
-        return measure_image(png(pixels))
+        return measure_image("image.png", png(pixels))
 
     black, white = (
         measured(np.zeros((64, 64), np.uint8)),
@@ -183,7 +183,7 @@ def test_a_turned_jpeg_has_the_size_that_is_seen(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
-    copy = measure_image((tmp_path / "turned.jpg").read_bytes())
+    copy = measure_image("turned.jpg", (tmp_path / "turned.jpg").read_bytes())
     assert (copy.width, copy.height) == (300, 600)
 
 
