@@ -176,8 +176,8 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
         comparison_frame["statistically_tied"].fillna(False).astype(bool)
     )
     # The interval is of each pair alone; the verdict, of all pairs together. Where they differ, a
-    # bare "tied" would contradict the interval beside it.
-    alone = comparison_frame.get("low", pd.Series(0.0, index=comparison_frame.index)) > 0
+    # bare "tied" would contradict the interval beside it. 5e-5: what is written as 0.0001.
+    alone = comparison_frame.get("low", pd.Series(0.0, index=comparison_frame.index)) >= 5e-5
     comparison_frame["verdict"] = np.select(
         [~comparison_frame["statistically_tied"], alone],
         ["behind", "behind by this pair alone, tied among all"],

@@ -15,7 +15,7 @@ from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, 
 
 MAX_VALUES = 30  # of a column that is sliced by its words; numbers of more are cut at quartiles
 MIN_IMAGES = 10
-SHOWN_WARNINGS = 5
+SHOWN_WARNINGS = 3
 
 
 def slices_section(
