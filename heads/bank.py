@@ -39,7 +39,7 @@ from headrace.heads.data.standardize import Features
 from headrace.heads.data.task import REFIT, Task, load_task
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.units import held_out_metrics
-from headrace.heads.kind import FitOptions, HeadKind
+from headrace.heads.kind import INSTANCE_WEIGHT, FitOptions, HeadKind
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FitResult, Halving, HeadSpec
@@ -355,9 +355,15 @@ def _fitter(kind: HeadKind, data: TrainingData, options: FitOptions) -> Fit:
 
 
 def _average_views(fit: FitResult, data: TrainingData) -> FitResult:
-    """Predictions of the stacked views (V·n, C), averaged to one per row (n, C)."""
+    """Predictions of the stacked views (V·n, C), averaged to one per row (n, C); what a row weighs
+    in its unit is what its views do together.
+    """
     if data.n_views == 1 or fit.validation is None:
         return fit
     n_images = len(fit.validation) // data.n_views
     averaged = fit.validation.reshape(data.n_views, n_images, -1).mean(0, dtype=np.float32)
-    return dataclasses.replace(fit, validation=averaged)
+    arrays = fit.arrays
+    if INSTANCE_WEIGHT in arrays:
+        of_views = arrays[INSTANCE_WEIGHT].reshape(data.n_views, n_images)
+        arrays = {**arrays, INSTANCE_WEIGHT: of_views.sum(0)}
+    return dataclasses.replace(fit, validation=averaged, arrays=arrays)

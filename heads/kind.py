@@ -15,6 +15,9 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.layers import Arrays, Floats, Layers
 from headrace.heads.spec import FitResult, Halving
 
+# Of a fold's head of a kind that takes units: (n_held_out,) what each row weighs in its unit.
+INSTANCE_WEIGHT = "instance_weight"
+
 ALL_TASKS: tuple[TaskKind, ...] = ("single", "multi", "regression")
 
 

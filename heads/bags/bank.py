@@ -22,6 +22,7 @@ from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.kind import INSTANCE_WEIGHT
 from headrace.heads.layers import Arrays
 from headrace.heads.networks.bank import Bank, Family, as_tensor, stack, train_networks
 from headrace.heads.networks.mlp_batch import StreamedTensor
@@ -131,7 +132,7 @@ class BagBank(Bank[BagsSpec]):
         assert self.units is not None
         rows = np.sort(self.units.rows_of(trace.data.held))
         weights = self._predict_rows(self.specs[trace.spec], fit.arrays, rows)[1]
-        return replace(fit, arrays={**fit.arrays, "instance_weight": weights})
+        return replace(fit, arrays={**fit.arrays, INSTANCE_WEIGHT: weights})
 
     def validation(
         self, spec: BagsSpec, arrays: Arrays, held: npt.NDArray[np.int64]

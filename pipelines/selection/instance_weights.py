@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.kind import INSTANCE_WEIGHT
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.results import read_bank
 
@@ -29,7 +30,7 @@ def instance_weights(board: pd.DataFrame, units: Mapping[str, str]) -> pd.DataFr
     bank, spec = read_bank(Path(best["path"])), str(best["spec"])
     weights: npt.NDArray[np.float32] = np.full(len(bank.ids), np.nan, np.float32)
     for fold in np.unique(bank.fold[bank.fold >= 0]).tolist():
-        weights[bank.rows(fold)] = bank.arrays(spec, fold)["instance_weight"]
+        weights[bank.rows(fold)] = bank.arrays(spec, fold)[INSTANCE_WEIGHT]
     table = pd.DataFrame({"id": bank.ids, "weight": weights, "fold": bank.fold})
     table = table[table["fold"] >= 0]
     table.insert(0, "unit", [units[image_id] for image_id in table["id"].tolist()])

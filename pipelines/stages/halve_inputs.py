@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from headrace.heads.bank import BankJob
+from headrace.heads.data.side_columns import taps_of
 from headrace.pipelines.planning.plan import keep_inputs
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.selection.halving import halve_inputs as halve_candidate_inputs
@@ -30,7 +31,7 @@ def halve_inputs(state: RunState, services: Services) -> RunState:
                 )
 
         requested_inputs = list(
-            dict.fromkeys(head_request.inputs for head_request in state.plan.requested)
+            dict.fromkeys(taps_of(head_request.inputs) for head_request in state.plan.requested)
         )
         halving = halve_candidate_inputs(
             requested_inputs,

@@ -8,7 +8,8 @@ from headrace.heads.bags.bank import BadUnits, fit_bags_bank, units_of
 from headrace.heads.bags.batch import initial_parameters
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.bags.pooling import predict_units
-from headrace.heads.data.task import REFIT, TEST, TRAIN_ONLY
+from headrace.heads.bank import fit_bank
+from headrace.heads.data.task import REFIT, TEST, TRAIN_ONLY, Task
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import CannotPredict
 from headrace.heads.predict import predict_head
@@ -260,6 +261,32 @@ def test_prediction_asks_for_units():
     assert predict_units(refit.spec, refit.arrays, data.X[:0], data.unit[:0], "single")[
         0
     ].shape == (0, 3)
+
+
+def test_all_views_of_an_image_are_in_its_unit():
+    """Trained on two views, a unit's prediction is that of all its rows, and so are the weights."""
+    data = made()
+    ids = np.arange(len(data.X)).astype(str)
+    task = Task(
+        "single",
+        ("a", "b", "c"),
+        ids,
+        ids.astype("S32"),
+        data.target,
+        data.fold,
+        np.ones(len(ids)),
+        data.unit,
+    )
+    views = np.stack([data.X, data.X + 0.5])
+    fits = fit_bank(views, task, [BagsSpec(epochs=2, hidden=(6,))])
+    held = data.fold == 0
+    bags = np.tile(data.unit[held], 2)
+    rows = views[:, held].reshape(len(bags), -1)
+    expected, weights = predict_units(fits[0].spec, fits[0].arrays, rows, bags, "single")
+    np.testing.assert_allclose(fits[0].validation, expected[: held.sum()], atol=1e-5)
+    np.testing.assert_allclose(
+        fits[0].arrays["instance_weight"], weights.reshape(2, -1).sum(0), atol=1e-5
+    )
 
 
 def test_test_rows_are_not_trained_on():
