@@ -25,6 +25,7 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import INSTANCE_WEIGHT
 from headrace.heads.layers import Arrays
 from headrace.heads.networks.bank import Bank, Family, as_tensor, stack, train_networks
+from headrace.heads.networks.mlp import Precision, reduced_precision
 from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import (
     FoldData,
@@ -37,7 +38,7 @@ from headrace.heads.spec import FitResult, Halving
 
 Array = npt.NDArray[Any]
 
-# Parameters and moments of the heads that are trained side by side on a CPU.
+# Parameters, moments and remembered parameters of the heads that train side by side on a CPU.
 CPU_BATCH_BYTES = 64 << 20
 
 
@@ -170,6 +171,7 @@ def fit_bags_bank(
     refit: bool = True,
     device: str = "cpu",
     halving: Halving | None = None,
+    precision: Precision = "auto",
 ) -> list[FitResult]:
     """Train every spec on every fold, and with `refit` on all units; returns the fits spec by spec,
     REFIT last.
@@ -177,7 +179,8 @@ def fit_bags_bank(
     data: X (N, D), in memory or streamed from shards, with the unit of each row. Each fold's heads
     stop early on the loss of its held-out units and keep their best epoch; REFIT heads train for
     the mean best epoch of their spec. `validation` has the prediction of its unit for each row; the
-    array `instance_weight` (n_held_out,) what each row weighs in it. A head that fails has an
+    array `instance_weight` (n_held_out,) what each row weighs in it. precision: of the products of
+    features with first weights, as of `fit_mlp_bank`. A head that fails has an
     `error`; the others are unaffected. Raises BadUnits, ValueError for features that are not
     finite.
     """
@@ -192,14 +195,16 @@ def fit_bags_bank(
     n_features, n_outputs = data.X.shape[1], data.n_outputs
 
     def head_bytes(spec: BagsSpec) -> int:
-        # Parameters, two moments and the remembered ones, float32.
         widths = (n_features, *spec.hidden)
         n_layers = sum((i + 1) * o for i, o in zip(widths, (*spec.hidden, n_outputs), strict=True))
         return 16 * (n_layers + 2 * spec.attention_width * (widths[-1] + 1))
 
     def make(chunk: list[BagsSpec], fold: FoldData, number: int) -> BagBatch:
         assert isinstance(fold.rows, BagRows)
-        return BagBatch(chunk, fold.rows, fold=number, device=torch.device(device))
+        where = torch.device(device)
+        reduced = reduced_precision(chunk[0], n_features, data.task_kind, where, precision)
+        dtype = torch.bfloat16 if reduced else torch.float32
+        return BagBatch(chunk, fold.rows, fold=number, device=where, dtype=dtype)
 
     family = Family(
         alike=lambda spec: (

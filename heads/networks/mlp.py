@@ -19,7 +19,7 @@ import torch
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.bank import Family, fit_networks, stack
-from headrace.heads.networks.kind import MLPSpec
+from headrace.heads.networks.kind import MLPSpec, NetworkSpec
 from headrace.heads.networks.mlp_batch import Network, NetworkBatch, padded_width
 from headrace.heads.networks.mlp_data import FoldData, folded_arrays
 from headrace.heads.spec import FitResult, Halving
@@ -108,7 +108,7 @@ def network(spec: MLPSpec) -> Network:
 
 
 def reduced_precision(
-    spec: MLPSpec, features: int, task: TaskKind, device: torch.device, precision: Precision
+    spec: NetworkSpec, features: int, task: TaskKind, device: torch.device, precision: Precision
 ) -> bool:
     """Whether this head's first layer multiplies in bfloat16; depends on the head and the machine
     only.
