@@ -22,6 +22,7 @@ from headrace.extract.backbones.first_convolution import adapt_channels, has_cha
 from headrace.extract.backbones.weights import (
     NOTHING_LEFT_OUT,
     LeftOut,
+    converted_by_timm,
     fit_weights,
     own_tensors,
     read_weights,
@@ -178,6 +179,7 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
             tensors, left_out = own_tensors(
                 module, tensors, spec.weights_prefix, network_description
             )
+            tensors = converted_by_timm(module, tensors)
         if spec.bands is not None and has_channels(module, tensors, len(spec.bands)):
             _adapt_to_bands(module, preprocessing, spec)
         if spec.weights_match == "name":

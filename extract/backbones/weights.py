@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -206,6 +207,23 @@ def own_tensors(
         )
     others = tuple(name for name in tensors if not name.startswith(prefix))
     return own, LeftOut(others=others, prefix=prefix)
+
+
+def converted_by_timm(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under timm's names, where timm knows the file's: those that DINOv2, Swin or DeiT
+    were published with, for example. Unchanged where that gives the network no more of its names.
+    """
+    network_code = sys.modules.get(type(module).__module__)
+    convert = getattr(network_code, "checkpoint_filter_fn", None)
+    if not type(module).__module__.startswith("timm.") or convert is None:
+        return dict(tensors)
+    try:
+        converted: dict[str, Tensor] = convert(dict(tensors), module)
+    except Exception:  # noqa: BLE001 (whatever its code says of a file that it does not know)
+        return dict(tensors)
+    expected = module.state_dict().keys()
+    gained = len(expected & converted.keys()) > len(expected & tensors.keys())
+    return converted if gained else dict(tensors)
 
 
 def mark_absent(module: nn.Module, names: Collection[str]) -> None:

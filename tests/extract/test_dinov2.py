@@ -81,6 +81,37 @@ def test_features_are_timms_and_transformers_own(kind: str, size: int, tmp_path:
         torch.testing.assert_close(found[3], tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
 
 
+def test_a_file_as_dinov2_publishes_it(tmp_path: Path) -> None:
+    """With registers: other names, and a position of the class token that timm adds to it."""
+    own = timm.create_model(NAMES["registers"], img_size=112, **SIZES).eval()
+    state = {key: torch.randn_like(value) for key, value in own.state_dict().items()}
+    first_position = torch.randn(1, 1, 24)
+    published = {
+        **state,
+        "register_tokens": state["reg_token"],
+        "mask_token": torch.zeros(1, 24),
+        "cls_token": state["cls_token"] - first_position,
+        "pos_embed": torch.cat([first_position, state["pos_embed"]], dim=1),
+    }
+    del published["reg_token"]
+    files = {"own": state, "published": published}
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    found, expected = (
+        load_backbone(
+            BackboneSpec(
+                f"timm:{NAMES['registers']}",
+                str(tmp_path / f"{name}.safetensors"),
+                model={"img_size": 112, **SIZES},
+            )
+        )
+        for name in ("published", "own")
+    )
+    assert not found.left_out
+    for key, value in expected.module.state_dict().items():
+        torch.testing.assert_close(found.module.state_dict()[key], value)
+
+
 def tokens_of_transformers(backbone: Backbone, size: int, images: Tensor, folder: Path) -> Tensor:
     """Of the same tensors, with the position embeddings as timm has resampled them."""
     transformers = pytest.importorskip("transformers")
