@@ -28,10 +28,11 @@ from threadpoolctl import threadpool_limits
 
 from headrace.heads.bank import fit_bank
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.task import Task, TaskKind
+from headrace.heads.data.task import Task, TaskKind, UnitAggregation
 from headrace.heads.evaluate.intervals import metric_interval, proportion_interval
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import fit_temperature
+from headrace.heads.evaluate.units import aggregate_units
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.predict import floor_of, predict_head
@@ -135,6 +136,50 @@ def grouped_interval(repeats: float) -> Iterator[Line]:
                     inside += low <= truth <= high
                 figures[f"{truth:g}"] = 100 * inside / count
             yield Line(f"correlation {correlation:g}, {rows:,} images", figures)
+
+
+def unit_interval(repeats: float) -> Iterator[Line]:
+    """Units of one to many images, five on average, whose log-odds have a correlation of .3 within
+    a unit, or within a group of three units; a unit is predicted by the mean or the largest
+    probability of its images. The truth is what 60,000 units score.
+    """
+    rng = np.random.default_rng(4)
+
+    def draw(
+        units: int, distance: float, grouped: bool, how: UnitAggregation
+    ) -> tuple[Floats, Floats, Floats]:
+        unit = np.repeat(np.arange(units), rng.geometric(1 / 5, units))
+        group = np.arange(units) // 3 if grouped else np.arange(units)
+        label = rng.integers(0, 2, units)
+        shared = rng.normal(0, np.sqrt(0.3), units)[group]
+        noise = rng.normal(0, np.sqrt(0.7), len(unit))
+        log_odds = 2 * distance * (distance * (2 * label - 1)[unit] + shared[unit] + noise)
+        second = 1 / (1 + np.exp(-log_odds))
+        images = np.stack([1 - second, second], 1)
+        return label, aggregate_units("single", images, unit, how), group
+
+    count = int(500 * repeats)
+    for how, grouped in itertools.product(("mean", "max"), (False, True)):
+        for units in (37, 100, 250):
+            figures = {}
+            for distance, metric in (
+                (0.4, "accuracy"),
+                (0.8, "accuracy"),
+                (1.2, "accuracy"),
+                (0.8, "balanced_accuracy"),
+                (0.8, "auc"),
+                (0.8, "log_loss"),
+            ):
+                target, predicted, _ = draw(60_000, distance, grouped, how)
+                truth = score("single", target, predicted, metric)
+                inside = 0
+                for _ in range(count):
+                    target, predicted, group = draw(units, distance, grouped, how)
+                    low, high = metric_interval("single", target, predicted, metric, groups=group)
+                    inside += low <= truth <= high
+                figures[f"{metric} {distance:g}"] = 100 * inside / count
+            places = "three in a group" if grouped else "alone"
+            yield Line(f"{how}, {places}, {units:,} units", figures)
 
 
 def other_metrics(repeats: float) -> Iterator[Line]:
@@ -431,6 +476,10 @@ CASES: dict[str, tuple[str, Callable[[float], Iterator[Line]]]] = {
     "groups": (
         "The same with images in groups, by the correlation of mistakes within a group",
         grouped_interval,
+    ),
+    "units": (
+        "Coverage (%) of the 95 % interval of scores of units, by metric and distance of the classes",
+        unit_interval,
     ),
     "metrics": ("Coverage (%) of the 95 % interval of other metrics", other_metrics),
     "expected": (

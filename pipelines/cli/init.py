@@ -28,6 +28,7 @@ task:
 {task}
   # kind: single                 # or multi (0/1 columns, or labels in a cell), regression (numbers: no logistic heads)
   # group: patient               # rows of one group never stand on two sides of a split
+  # unit: patient                # scores per patient, by all of its images
   # split: split                 # a column with train / validation / test; otherwise drawn:
   test_fraction: 0.25            # evaluated once, for the selected model only
   folds: 5                       # the winner is chosen on these
