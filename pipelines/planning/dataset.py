@@ -23,11 +23,16 @@ from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.heads.data.folds import make_folds, split_test
+from headrace.heads.data.side_columns import SideColumns
 from headrace.heads.data.task import TEST, TRAIN_ONLY, Task
 from headrace.heads.evaluate.metrics import DEFAULT_METRIC, METRICS
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.sections import TaskSection
-from headrace.pipelines.recipe.side_columns import encode_side_columns, make_side_columns
+from headrace.pipelines.recipe.side_columns import (
+    encode_side_columns,
+    make_side_columns,
+    require_columns,
+)
 from headrace.pipelines.recipe.targets import (
     DataError,
     alike_names,
@@ -100,6 +105,7 @@ def _unlabelled_listing(recipe: Recipe) -> Listing:
     listing = read_source(detect_source(location), labelled=False)
     column_names = [name for name in listing.samples if name not in target_columns(recipe.task)]
     samples = listing.samples[column_names]
+    require_columns(samples, list(recipe.task.side_columns), f"images.unlabelled, {location}: ")
     prefix = printable_name(location.name)
     return replace(listing, samples=samples.assign(id=f"{prefix}/" + samples["id"].astype(str)))
 
@@ -205,18 +211,22 @@ def make_dataset(
     copy_codes = pd.factorize(labelled_samples["_content"])[0].astype(np.int64)
     row_groups = copy_codes if groups is None else _joined_by(groups, labelled_samples["_content"])
     is_test = fold_of_row == TEST
+    unlabelled_rows, unlabelled_notes = _unlabelled_rows(unlabelled_samples, task, section)
+    notes += unlabelled_notes
     return Dataset(
         task.without_test(),
         task.take(is_test),
         tuple(notes),
         row_groups[~is_test],
-        _unlabelled_rows(unlabelled_samples, task, section),
+        unlabelled_rows,
         row_groups[is_test],
     )
 
 
-def _unlabelled_rows(samples: pd.DataFrame, task: Task, section: TaskSection) -> Task:
-    """Return the rows that have no target, as rows of the task."""
+def _unlabelled_rows(
+    samples: pd.DataFrame, task: Task, section: TaskSection
+) -> tuple[Task, list[str]]:
+    """Return the rows that have no target, as rows of the task, and notes on their columns."""
     ids = samples["id"].to_numpy(dtype=np.str_)
     units = None
     if section.unit is not None:
@@ -224,7 +234,11 @@ def _unlabelled_rows(samples: pd.DataFrame, task: Task, section: TaskSection) ->
         units = names.fillna(samples["id"].astype(str)).to_numpy(dtype=np.str_)
     no_target = np.nan if section.kind == "regression" else -1
     no_target_dtype = np.float64 if section.kind == "regression" else np.int64
-    return replace(
+    side: SideColumns | None = None
+    notes: list[str] = []
+    if task.side is not None:
+        side, notes = encode_side_columns(samples, task.side.columns)
+    rows = replace(
         task,
         ids=ids,
         content=samples["_content"].to_numpy(dtype="S32"),
@@ -232,8 +246,9 @@ def _unlabelled_rows(samples: pd.DataFrame, task: Task, section: TaskSection) ->
         fold=np.full(len(samples), TEST, np.int16),
         weight=np.ones(len(samples)),
         units=units,
-        side=None if task.side is None else encode_side_columns(samples, task.side.columns)[0],
+        side=side,
     )
+    return rows, [f"of those without a label, {note}" for note in notes]
 
 
 def _names_in(labelled_samples: pd.DataFrame, task_key: str, column_name: str) -> pd.Series:

@@ -145,6 +145,8 @@ def _key(
         temperature,
         None if rule is None else vars(rule),
         {name: side.digest for name, side in sides.items()},
+        # the tabular columns beside the images, which are in no digest
+        {name: rows.side.fingerprint for name, rows in sides.items() if rows.side is not None},
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest().encode()
 

@@ -272,3 +272,16 @@ def test_levels_and_means_are_those_of_training_rows():
     assert changed.train.side.columns == plain.train.side.columns
     assert np.isnan(changed.test.side.values).sum() == 1
     assert any("1 images have a x that no training image has" in note for note in changed.notes)
+
+
+def test_images_without_a_label_have_side_columns_and_unknown_values_are_counted():
+    label = np.random.default_rng(0).permutation(np.array(["a", "b"] * 20)).astype(object)
+    label[:4] = ""
+    cells = ["u", "v"] * 20
+    cells[1] = "w"
+    found = dataset(cells, target=label)
+    assert found.unlabelled.side.values[:, 0].tolist()[0] == 0
+    assert np.isnan(found.unlabelled.side.values[1, 0])
+    assert any(
+        note.startswith("of those without a label, 1 images have a x") for note in found.notes
+    )
