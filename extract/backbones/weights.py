@@ -90,18 +90,18 @@ class LeftOut:
         return bool(self.absent or self.surplus or self.others)
 
     def describe(self) -> str:
-        """Return what was left out, in one line."""
-        parts = [f"taken from {self.prefix}*"] if self.prefix else []
-        parts += [
+        """Return what was taken and what was left out, in one line."""
+        parts = [
             f"{label} ({len(names)}): {first_names(names)}"
             for label, names in (
-                ("not in the file", self.absent),
+                ("not in the file, or of another shape there", self.absent),
                 ("not in the network", self.surplus),
                 ("of other networks", self.others),
             )
             if names
         ]
-        return "; ".join(parts)
+        taken = f"taken from {self.prefix}*; " if self.prefix else ""
+        return f"{taken}left out: {'; '.join(parts)}"
 
 
 NOTHING_LEFT_OUT = LeftOut()

@@ -52,7 +52,7 @@ def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> Non
             "taps a network must be that of its weights: check its name, image_size and model: "
             "arguments (such as init_values, reg_tokens), or tap below them"
         )
-    warnings.warn(f"{weights}: left out: {left_out.describe()}", WeightsWarning, stacklevel=3)
+    warnings.warn(f"{weights}: {left_out.describe()}", WeightsWarning, stacklevel=3)
 
 
 def _run_marked(
