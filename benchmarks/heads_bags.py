@@ -12,6 +12,13 @@ needle: units of ten rows of which one carries the label: it is moved by 4 devia
 along one of 16 features, and by 6 along another, which tells it from the others. The mean of a
 unit moves by 0.4 of a deviation while its noise is 1/sqrt(10): no rule on means is right more often
 than Phi(0.4 sqrt(10)) = 0.897. Who reads the marked row alone is right Phi(4) = 0.99997 of the time.
+
+Measured on 2 cores of an AMD EPYC (Zen 4), shared with much other work, 10 epochs, CPU seconds of
+the bank and of the loop: units of 1 to 20 rows 3.0 and 14.9 (5.0 x), of 1 to 80 rows 9.8 and 29.6
+(3.0 x), of 50 to 400 rows 10.1 and 18.0 (1.8 x); mean accuracies 0.610 and 0.601, 0.770 and 0.769,
+0.760 and 0.696 (of 15 units). With many rows to a unit both sides are bound by products and passes
+over hidden values, which the loop makes well. needle, 2,000 units to test on: mean 0.8925,
+attention 1.0000, maximum 1.0000.
 """
 
 import argparse

@@ -23,10 +23,17 @@ from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.heads import results
+from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.bank import BadBank, BankJob, fit_bank, train_bank
 from headrace.heads.data.checks import BadFeatures
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.folds import make_folds
+from headrace.heads.data.side_columns import (
+    BadSideColumns,
+    SideColumn,
+    SideColumns,
+    save_side_columns,
+)
 from headrace.heads.data.task import REFIT, TRAIN_ONLY, Task, load_task, save_task
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.discriminant.kind import LDASpec
@@ -685,3 +692,74 @@ def test_every_bank_refuses_no_heads_and_weights_beyond_its_numbers(kind: str) -
                 dataclasses.replace(data, sample_weight=weights),
                 (SPECS | {"conv": (ConvSpec((4,)),)})[kind][:1],
             )
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_side_columns_of_streamed_rows_and_views(work: Path, missing: bool) -> None:
+    """Read from shards or loaded, of one view or two: the same heads, and stored predictions are
+    those of the arrays on features with the columns behind them.
+    """
+    X, y, _, content = images()
+    path, task = write_task(work, y)
+    generator = np.random.default_rng(0)
+    age = generator.normal(60, 10, ROWS)
+    if missing:
+        age[generator.random(ROWS) < 0.3] = np.nan
+    columns = (SideColumn("age", None, missing, 60.0, 10.0), SideColumn("site", ("a", "b")))
+    side = SideColumns(columns, np.stack([age, y % 2], axis=1))
+    save_side_columns(side, work / "side.npz")
+    views = [store(work, X, content), store(work, X + 0.1, content, view=1)]
+    for features in (views[:1], views):
+        for spec in (LogisticSpec(0.1), RidgeSpec(10.0), MLPSpec((8,), epochs=2)):
+            made = {}
+            for memory in (0, None):
+                result = str(work / f"{spec.kind}-{len(features)}-{memory}.h5")
+                job = BankJob(
+                    path,
+                    tuple(features),
+                    (spec,),
+                    result,
+                    memory_bytes=memory,
+                    side_columns=str(work / "side.npz"),
+                )
+                train_bank(job)
+                made[memory] = read_bank(result)
+                assert made[memory].table["error"].isna().all(), made[memory].table["error"][0]
+            held = task.fold == 0
+            inputs = [
+                np.concatenate([rows, side.as_inputs()], axis=1)[held].astype(np.float32)
+                for rows in ([X, X + 0.1][: len(features)])
+            ]
+            arrays = made[None].arrays(spec, 0)
+            expected = np.mean([predict_head(spec, arrays, rows) for rows in inputs], axis=0)
+            np.testing.assert_allclose(made[None].validation(spec, 0), expected, atol=2e-4)
+            tolerance = 5e-3 if spec.kind == "logistic" else 1e-3
+            np.testing.assert_allclose(
+                made[0].validation(spec, 0), made[None].validation(spec, 0), atol=tolerance
+            )
+
+
+def test_bags_of_streamed_rows_and_damaged_side_columns(work: Path) -> None:
+    """Units of shards that are read again and again are those of loaded rows; a damaged file of
+    side columns is said to be one.
+    """
+    X, y, _, content = images()
+    path, task = write_task(work, y)
+    # Units of rows of one class and fold.
+    units = np.array([f"{label}-{fold}" for label, fold in zip(y, task.fold, strict=True)])
+    save_task(replace(task, units=units), Path(path))
+    features, made = (store(work, X, content),), {}
+    spec = BagsSpec(hidden=(8,), epochs=2)
+    for memory in (0, None):
+        result = str(work / f"bags-{memory}.h5")
+        train_bank(BankJob(path, features, (spec,), result, memory_bytes=memory))
+        made[memory] = read_bank(result)
+    np.testing.assert_allclose(
+        made[0].validation(spec, 0), made[None].validation(spec, 0), atol=1e-4
+    )
+    (work / "side.npz").write_bytes(b"no columns")
+    job = BankJob(
+        path, features, (RidgeSpec(1.0),), str(work / "r.h5"), side_columns=str(work / "side.npz")
+    )
+    with pytest.raises(BadSideColumns, match="`headrace run RECIPE` writes it again"):
+        train_bank(job)
