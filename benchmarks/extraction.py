@@ -41,6 +41,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,15 @@ from PIL import Image
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.images.content_hashes import content_hashes
+from headrace.extract.images.crops import Crop, cut_crop, split_crop
 from headrace.extract.images.decoding import DecodeMode, decode_image
 from headrace.extract.images.preprocessing import Preprocessing, decode_pixels, render_crop
+from headrace.extract.images.views import Augmentation
+from headrace.extract.run.decode_ahead import Rendering, decoded_batches
 from headrace.extract.run.device import CPU_BATCH, BatchLimit, find_batch_size, launch_forward
 from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
 from headrace.extract.run.work_unit import run_work_units
-from headrace.extract.spec import BackboneSpec
+from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.describe import feature_specs
 from headrace.extract.taps.forward import hook_forward, make_forward, make_normalizer
 from headrace.extract.taps.resolve import Tap, backbone_nodes, resolve_taps
@@ -347,7 +351,7 @@ def fed_device(
                 device=device,
                 compute_dtype=compute_dtype,
             )
-            batch = find_batch_size(forward, how.crop, device)
+            batch = find_batch_size(forward, how.pixel_shape, device)
             pixels = torch.randint(0, 256, (batch, *how.crop, 3), dtype=torch.uint8, device=device)
             parts = [(list(samples["path"][place::cores]), how) for place in range(cores)]
 
@@ -645,6 +649,138 @@ def _peak(folder: str, cache: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def boxes(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """Eight boxes of each photograph: decoded once for its rows, against once for each row."""
+    count, size = (4, (1600, 1200)) if quick else (16, (4000, 3000))
+    return _crops("boxes", "jpg", count, size, 8, measures, quick)
+
+
+def tiles(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """The tiles of large images: decoded once for a work unit, against once for each tile."""
+    count, edge = (1, 1536) if quick else (2, 4096)
+    return _crops("tiles", "tiff", count, (edge, edge), (edge // 512) ** 2, measures, quick)
+
+
+def _crops(
+    name: str,
+    kind: str,
+    count: int,
+    size: tuple[int, int],
+    crops_of_image: int,
+    measures: dict[str, float],
+    quick: bool,
+) -> list[Row]:
+    """Crops of 512 x 512 pixels, in the order of their images and in one in which neighbours are of
+    other images, so that nothing is shared. Pixels alone, and with a network.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        images = photographs(Path(scratch) / "images", count, size, kind)
+        columns = size[0] // 512
+        paths = [
+            Crop(512 * (index % columns), 512 * (index // columns), 512, 512).locator(path)
+            for path in images["path"]
+            for index in range(crops_of_image)
+        ]
+        shared = pd.DataFrame({"id": paths, "path": paths})
+        hashed = content_hashes(shared, Path(scratch) / "crops.parquet")
+        shared = shared.assign(content=list(hashed.hashes))
+        made = network(LITE0, LITE0_TAPS[-1:])
+        how = load_backbone(LITE0).preprocessing
+
+        def per_row() -> None:
+            """Each row as a data loader reads it: the file, its crop, the network's size."""
+            for path in paths:
+                image_path, crop = split_crop(path)
+                assert crop is not None
+                image = decode_image(Path(image_path).read_bytes())
+                render_crop(cut_crop(image, crop), how)
+
+        def of_units() -> None:
+            samples = [Sample(path, path, "") for path in paths]
+            with ThreadPoolExecutor(1) as pool:
+                rendering = Rendering(how, 0, Augmentation())
+                for batch in decoded_batches(pool, samples, [rendering], batch_size=8):
+                    assert batch.rows
+
+        best = in_turns(
+            {"row": per_row, "unit": of_units, "all": extraction(shared, [made])},
+            1 if quick else 2,
+        )
+    for side in ("row", "unit"):
+        measures[f"{name}_ms_{side}"] = 1000 * best[side][1] / len(paths)
+    measures[f"{name}_ratio"] = best["row"][1] / best["unit"][1]
+    measures[f"{name}_images_per_s"] = len(paths) / best["all"][0]
+    return [
+        (f"{len(paths)} {name}", "decoded per row", "headrace", "ratio"),
+        (
+            "pixels, CPU",
+            f"{measures[f'{name}_ms_row']:.1f} ms",
+            f"{measures[f'{name}_ms_unit']:.1f} ms",
+            f"{measures[f'{name}_ratio']:.2f}",
+        ),
+        ("extraction", "", f"{measures[f'{name}_images_per_s']:.1f}/s", ""),
+    ]
+
+
+def channels(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """Six bands of 16 bits to the network's input, against tifffile, PyTorch's antialiased resize
+    and a plain normalisation; the largest difference of the two.
+    """
+    import tifffile
+
+    count = 16 if quick else 128
+    spec = BackboneSpec(
+        LITE0.name,
+        "random:0",
+        image_size=224,
+        crop_fraction=1.0,
+        pixel_range=(0, 10000),
+        bands=(4, 3, 2, 5, 6, 1),
+    )
+    backbone = load_backbone(spec)
+    how = backbone.preprocessing
+    random = np.random.default_rng(0)
+    normalise = make_normalizer(backbone, "cpu")
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (how.mean, how.std))
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [Path(scratch) / f"{index}.tif" for index in range(count)]
+        for path in paths:
+            values = random.integers(0, 10000, (512, 512, 6), dtype=np.uint16)
+            tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig")
+
+        def ours() -> torch.Tensor:
+            pixels = [render_crop(decode_pixels(path.read_bytes(), how), how) for path in paths]
+            return normalise(torch.from_numpy(np.stack(pixels)))
+
+        def plain() -> torch.Tensor:
+            images = []
+            for path in paths:
+                bands = tifffile.imread(path)[:, :, [3, 2, 1, 4, 5, 0]].astype(np.float32) / 10000
+                image = torch.from_numpy(bands).permute(2, 0, 1)[None]
+                resized = torch.nn.functional.interpolate(
+                    image, how.crop, mode="bicubic", antialias=True
+                )
+                images.append((resized[0] - mean) / std)
+            return torch.stack(images)
+
+        difference = float((ours() - plain()).abs().max())
+        best = in_turns({"ours": ours, "plain": plain}, 2)
+    measures["channels_ms"] = 1000 * best["ours"][1] / count
+    measures["channels_plain_ms"] = 1000 * best["plain"][1] / count
+    measures["channels_ratio"] = best["plain"][1] / best["ours"][1]
+    measures["channels_difference"] = difference
+    return [
+        ("6 bands of 512 px", "tifffile + PyTorch", "headrace", "ratio"),
+        (
+            "CPU",
+            f"{measures['channels_plain_ms']:.1f} ms",
+            f"{measures['channels_ms']:.1f} ms",
+            f"{measures['channels_ratio']:.2f}",
+        ),
+        ("largest difference", "", f"{difference:.1e}", ""),
+    ]
+
+
 CASES: dict[str, Callable[[bool, dict[str, float]], list[Row]]] = {
     "scaled": scaled,
     "end-to-end": end_to_end,
@@ -654,6 +790,9 @@ CASES: dict[str, Callable[[bool, dict[str, float]], list[Row]]] = {
     "forms": forms,
     "workers": workers,
     "memory": memory,
+    "boxes": boxes,
+    "tiles": tiles,
+    "channels": channels,
 }
 
 if __name__ == "__main__":

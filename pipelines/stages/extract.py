@@ -19,6 +19,7 @@ from headrace.cache.atomic_io import lease
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
+from headrace.extract.images.crops import EMPTY_TILE
 from headrace.extract.run.plan import ExtractJob, work_unit_name
 from headrace.extract.run.throughput import WorkUnitReport, throughput_statistics
 from headrace.pipelines.cluster.progress import show_progress
@@ -179,6 +180,22 @@ def extract_missing(
         unit_failures += _record_failed_images(
             fatal_units, sum(report.rows for report in unit_reports)
         )
+    for count, text in (
+        (
+            sum(report.clipped for report in unit_reports),
+            "boxes reach beyond their image, and are clipped to it",
+        ),
+        (
+            sum(
+                failure.reason.startswith(EMPTY_TILE)
+                for report in unit_reports
+                for failure in report.failed
+            ),
+            "tiles are empty, and left out (failed-images.csv)",
+        ),
+    ):
+        if count:
+            console.print(f"{count:,} {text}")
     unread_images = [image for report in unit_reports for image in report.unread]
     if unit_failures:
         raise RunIncomplete(
