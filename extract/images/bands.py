@@ -8,7 +8,8 @@ where no such TIFF is read.
 """
 
 import io
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
@@ -50,47 +51,72 @@ _SWAPPING = (
 class Bands:
     """The bands of one image, upright, in the file's own numbers."""
 
-    values: npt.NDArray[Any]  # (H, W, C), where possible a view of the file
-    ranges: tuple[PixelRange, ...]  # black and white of each band
+    values: npt.NDArray[Any]  # (H, W, bands of the file), where possible a view of its bytes
+    selection: tuple[int, ...]  # the C bands that are meant, as indices
+    ranges: tuple[PixelRange, ...]  # black and white of each of them
     name: str  # what they are, for a message
     nodata: float | None = None  # the value that the file says to be none; NaN is none in any case
 
     def crop(self, left: int, top: int, right: int, bottom: int) -> "Bands":
         """The bands of a rectangle that lies in the image."""
-        return Bands(self.values[top:bottom, left:right], self.ranges, self.name, self.nodata)
+        return replace(self, values=self.values[top:bottom, left:right])
 
-    def missing(self) -> npt.NDArray[np.bool_]:
-        """Return which values (H, W, C) are none: NaN, infinite, or the file's own word for it."""
-        is_missing = np.zeros(self.values.shape, np.bool_)
-        if self.values.dtype.kind == "f":
-            is_missing = ~np.isfinite(self.values)
-        if self.nodata is not None:
-            is_missing |= self.values == self.nodata
-        return is_missing
-
-    def floats(self, fill: tuple[float, ...] | None = None) -> npt.NDArray[np.float32]:
-        """Return (H, W, C) float32 in which black is 0 and white 255, unrounded and unclipped.
-
-        fill: what each band has where there is no value, in these units; None refuses such images.
-        Raises ImageError.
+    def missing(self, channel: int) -> npt.NDArray[np.bool_] | None:
+        """Return which values (H, W) of a band are none: NaN, infinite, or the file's own word for
+        it; None where all are values.
         """
-        is_missing = self.missing()
-        has_missing = bool(is_missing.any())
-        if has_missing and fill is None:
-            share = is_missing.any(axis=2).mean()
+        plane = self.values[:, :, self.selection[channel]]
+        is_missing = None
+        if plane.dtype.kind == "f":
+            is_missing = ~np.isfinite(plane)
+        if self.nodata is not None:
+            is_nodata = plane == self.nodata
+            is_missing = is_nodata if is_missing is None else is_missing | is_nodata
+        return is_missing if is_missing is not None and is_missing.any() else None
+
+    def plane(self, channel: int, fill: float | None = None) -> npt.NDArray[np.float32]:
+        """Return a band (H, W) as float32 in the file's own numbers; `scaled` scales it, after it
+        has been resized.
+
+        fill: what pixels without a value have, black being 0 and white 1; None refuses them. Raises
+        ImageError.
+        """
+        values = self.values[:, :, self.selection[channel]]
+        is_missing = self.missing(channel)
+        if is_missing is not None and fill is None:
             raise ImageError(
-                f"{self.name}: {share:.1%} of the pixels have no value (NaN, infinity, or the "
-                "file's nodata). images.nodata: mean in the recipe gives them the mean of their "
-                "band"
+                f"{self.name}: {is_missing.mean():.1%} of the pixels of a band have no value (NaN, "
+                "infinity, or the file's nodata). images.nodata: mean in the recipe gives them the "
+                "mean of their band"
             )
-        floats = np.empty(self.values.shape, np.float32)
-        for band, (black, white) in enumerate(self.ranges):
-            # One band at a time, for float64 takes eight times the bytes of a file of 8 bits.
-            scaled = (self.values[:, :, band].astype(np.float64) - black) * (255 / (white - black))
-            if has_missing and fill is not None:
-                scaled[is_missing[:, :, band]] = fill[band]
-            floats[:, :, band] = scaled
-        return floats
+        if self._is_wide:
+            values = values.astype(np.float64) - self.ranges[channel][0]
+        plane = np.ascontiguousarray(values, np.float32)
+        if is_missing is not None and fill is not None:
+            plane = np.where(is_missing, np.float32(self.own_number(channel, fill)), plane)
+        return plane
+
+    def own_number(self, channel: int, value: float) -> float:
+        """Return what `value`, black being 0 and white 1, is in the numbers of `plane`."""
+        black, white = self.ranges[channel]
+        return (0 if self._is_wide else black) + value * (white - black)
+
+    def scaled(self, planes: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        """Return planes of each band as (H, W, C) in which black is 0 and white 255, unclipped."""
+        scaled = np.empty((*planes[0].shape, len(planes)), np.float32)
+        for channel, (plane, (black, white)) in enumerate(zip(planes, self.ranges, strict=True)):
+            own_black = np.float32(self.own_number(channel, 0))
+            scaled[:, :, channel] = (plane - own_black) * np.float32(255 / (white - black))
+        return scaled
+
+    def floats(self, fill: float | None = None) -> npt.NDArray[np.float32]:
+        """Return (H, W, C) float32 in which black is 0 and white 255. Raises ImageError."""
+        return self.scaled([self.plane(channel, fill) for channel in range(len(self.selection))])
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether float32 does not hold the numbers, so that black is subtracted before."""
+        return self.values.dtype.itemsize > 2 and self.values.dtype != np.float32
 
 
 def decode_deep(
@@ -112,12 +138,13 @@ def decode_deep(
         check_size(values.shape[1], values.shape[0])
         if bands is None:
             values, ranges = _colours(samples, values, pixel_range)
+            selection = tuple(range(values.shape[2]))
         else:
             ranges = _ranges(samples, pixel_range, len(bands))
-            values = values[:, :, _selection(bands, values.shape[2], samples.name)]
+            selection = _selection(bands, values.shape[2], samples.name)
             if samples.white_is_zero:
                 ranges = tuple((white, black) for black, white in ranges)
-        return Bands(_turned(values, turn), ranges, samples.name, samples.nodata)
+        return Bands(_turned(values, turn), selection, ranges, samples.name, samples.nodata)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on malformed input, and a run must go on
@@ -237,13 +264,13 @@ def _ranges(
     return value_range if isinstance(value_range[0], tuple) else (value_range,) * count
 
 
-def _selection(bands: tuple[int, ...], count: int, name: str) -> list[int]:
+def _selection(bands: tuple[int, ...], count: int, name: str) -> tuple[int, ...]:
     if max(bands) > count:
         raise ImageError(
             f"{name}: {count} {'band' if count == 1 else 'bands'}, and band {max(bands)} is asked "
             "for (bands, counted from 1)"
         )
-    return [band - 1 for band in bands]
+    return tuple(band - 1 for band in bands)
 
 
 def _colours(
@@ -267,12 +294,13 @@ def _colours(
         ranges = tuple((white, black) for black, white in ranges)
     if count not in (2, 4) and samples.transparent is None:
         return colours, ranges
-    floats: npt.NDArray[Any] = Bands(colours, ranges, samples.name).floats()
+    selection = tuple(range(colours.shape[2]))
+    floats: npt.NDArray[Any] = Bands(colours, selection, ranges, samples.name).floats()
     if samples.transparent is not None:
         floats[(values == np.asarray(samples.transparent)).all(axis=2)] = 255
     if count in (2, 4):
         alpha_range = samples.alpha_range or colour_range
-        alpha = Bands(values[:, :, count - 1 :], (alpha_range,), samples.name).floats() / 255
+        alpha = Bands(values, (count - 1,), (alpha_range,), samples.name).floats() / 255
         floats = floats * alpha + 255 * (1 - alpha)
     return floats, ((0.0, 255.0),) * floats.shape[2]
 

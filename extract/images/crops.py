@@ -133,13 +133,20 @@ def cut_crop(image: DecodedImage, crop: Crop) -> DecodedImage:
     return part
 
 
+def _without_value(part: Bands, channel: int) -> npt.NDArray[np.bool_]:
+    """(H, W): 0 or no value in a band."""
+    is_zero = part.values[:, :, part.selection[channel]] == 0
+    is_missing = part.missing(channel)
+    return np.asarray(is_zero if is_missing is None else is_zero | is_missing)
+
+
 def _is_background(part: DecodedImage, background: Background) -> npt.NDArray[np.bool_]:
     """(H, W): white and black by the channels' values; nodata is 0 or no value in all of them."""
     if isinstance(part, Bands):
-        is_missing = part.missing()
         if background == "nodata":
-            return np.asarray((is_missing | (part.values == 0)).all(axis=2))
-        pixels: npt.NDArray[Any] = part.floats((0.0,) * len(part.ranges))
+            empty = [_without_value(part, channel) for channel in range(len(part.ranges))]
+            return np.asarray(np.all(empty, axis=0))
+        pixels: npt.NDArray[Any] = part.floats(0.0)
     else:
         pixels = np.asarray(part)
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
@@ -159,7 +166,7 @@ def decode_picture(path: str, data: bytes, pixel_range: PixelRange | None) -> Im
     except ImageError:
         bands = decode_deep(data, (1,), pixel_range)
         assert isinstance(bands, Bands)
-        grey = bands.floats((0.0,))[:, :, 0].clip(0, 255)
+        grey = bands.floats(0.0)[:, :, 0].clip(0, 255)
         image = Image.fromarray(np.rint(grey).astype(np.uint8))
     _, crop = split_crop(path)
     return image if crop is None else image.crop(pixel_box(crop, *image.size))

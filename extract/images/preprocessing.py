@@ -6,7 +6,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -183,18 +183,6 @@ def jpeg_reduction(data: bytes, how: Preprocessing) -> int:
     return next((reduction for reduction in JPEG_REDUCTIONS if reduction <= most), 1)
 
 
-def band_floats(bands: Bands, how: Preprocessing) -> npt.NDArray[np.float32]:
-    """(H, W, C) float32, white 255; grey is repeated where the network takes colours."""
-    fill = None
-    if how.nodata == "mean":
-        n_bands = bands.values.shape[2]
-        fill = tuple(255 * mean for mean in how.mean[:n_bands])
-        if n_bands < how.n_channels:  # of grey, repeated below
-            fill = (255 * sum(how.mean) / how.n_channels,)
-    floats = bands.floats(fill)
-    return np.broadcast_to(floats, (*floats.shape[:2], how.n_channels))
-
-
 def render_crop(image: DecodedImage, how: Preprocessing) -> npt.NDArray[Any]:
     """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3); of bands
     float32, shape (*how.crop, how.n_channels), white 255.
@@ -202,25 +190,47 @@ def render_crop(image: DecodedImage, how: Preprocessing) -> npt.NDArray[Any]:
     Raises ImageError for one so long and narrow that resizing it would take hundreds of MB.
     """
     if isinstance(image, Bands):
-        return on_each_channel(
-            band_floats(image, how), lambda plane, channel: _fit(plane, how, channel)
-        )
+        bands = image
+
+        def fit(plane: Image.Image, channel: int) -> Image.Image:
+            shown = how.mean[channel] if how.mode == "border" else 0.0
+            return _fit(plane, how, bands.own_number(channel, shown))
+
+        return render_bands(bands, how, fit)
     return rgb_pixels(_fit(image, how))
 
 
-def on_each_channel(
-    floats: npt.NDArray[np.float32], change: Callable[[Image.Image, int], Image.Image]
+def render_bands(
+    bands: Bands, how: Preprocessing, change: Callable[[Image.Image, int], Image.Image]
 ) -> npt.NDArray[np.float32]:
-    """Pillow's filters, antialiased, on each channel of (H, W, C) as an image of 32-bit floats."""
-    planes = [
-        change(Image.fromarray(np.ascontiguousarray(floats[:, :, channel])), channel)
-        for channel in range(floats.shape[2])
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+    """(h, w, how.n_channels) float32, white 255: each band after `change`, which is given it as an
+    image of 32-bit floats and its channel. Grey is repeated where the network takes colours.
+
+    The numbers are scaled last, when the image is small: resizing is linear. Raises ImageError.
+    """
+    if len(bands.selection) < how.n_channels:
+        n_channels = how.n_channels
+        bands = replace(
+            bands, selection=bands.selection * n_channels, ranges=bands.ranges * n_channels
+        )
+    planes: list[npt.NDArray[np.float32]] = []
+    for channel in range(how.n_channels):
+        fill = how.mean[channel] if how.nodata == "mean" else None
+        if (
+            channel
+            and bands.selection[channel] == bands.selection[0]
+            and bands.ranges[channel] == bands.ranges[0]
+            and (how.mode != "border" and fill is None)
+        ):
+            planes.append(planes[0])
+            continue
+        plane = Image.fromarray(bands.plane(channel, fill))
+        planes.append(np.asarray(change(plane, channel)))
+    return bands.scaled(planes)
 
 
-def _fit(image: Image.Image, how: Preprocessing, channel: int | None = None) -> Image.Image:
-    """Resize and crop an image; or one channel of it, in mode "F"."""
+def _fit(image: Image.Image, how: Preprocessing, border: float | None = None) -> Image.Image:
+    """Resize and crop an image; or one band of it, in mode "F", with what lies around it."""
     box = file_box(image)
     width, height = image.size
     scaled_height, scaled_width = _resized_extent(box[3] - box[1], box[2] - box[0], how)
@@ -236,7 +246,7 @@ def _fit(image: Image.Image, how: Preprocessing, channel: int | None = None) -> 
         )
     if (scaled_height, scaled_width) != (height, width):
         image = image.resize((scaled_width, scaled_height), _RESAMPLING[how.interpolation], box)
-    return _centre_crop(image, how, channel)
+    return _centre_crop(image, how, border)
 
 
 def rgb_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -280,7 +290,9 @@ def _resized_extent(height: float, width: float, how: Preprocessing) -> tuple[in
     return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
 
-def _centre_crop(image: Image.Image, how: Preprocessing, channel: int | None = None) -> Image.Image:
+def _centre_crop(
+    image: Image.Image, how: Preprocessing, border: float | None = None
+) -> Image.Image:
     """torchvision's center_crop, which pads with black where the image is smaller; a border has the
     mean's colour.
     """
@@ -290,14 +302,12 @@ def _centre_crop(image: Image.Image, how: Preprocessing, channel: int | None = N
         return image
     if height < crop_height or width < crop_width:
         above, left = max((crop_height - height) // 2, 0), max((crop_width - width) // 2, 0)
-        colour: tuple[int, ...] | float = (0, 0, 0) if channel is None else 0.0
-        if how.mode == "border":
-            colour = (
-                tuple(round(255 * mean) for mean in how.mean)
-                if channel is None
-                else 255 * how.mean[channel]
-            )
-        mode = "RGB" if channel is None else "F"
+        colour: tuple[int, ...] | float = (0, 0, 0)
+        if border is not None:
+            colour = border
+        elif how.mode == "border":
+            colour = tuple(round(255 * mean) for mean in how.mean)
+        mode = "RGB" if border is None else "F"
         canvas = Image.new(mode, (max(width, crop_width), max(height, crop_height)), colour)
         canvas.paste(image.convert(mode), (left, above))
         image, (width, height) = canvas, canvas.size

@@ -22,8 +22,7 @@ from headrace.extract.images.bands import Bands
 from headrace.extract.images.preprocessing import (
     DecodedImage,
     Preprocessing,
-    band_floats,
-    on_each_channel,
+    render_bands,
     render_crop,
     resampling_filter,
     rgb_pixels,
@@ -130,9 +129,7 @@ def render_view(
         )
 
     if isinstance(image, Bands):
-        floats = on_each_channel(
-            band_floats(image, preprocessing), lambda plane, _channel: resize(plane)
-        )
+        floats = render_bands(image, preprocessing, lambda plane, _channel: resize(plane))
         is_mirrored = random_draw.random() < augmentation.flip
         return _jitter(floats[:, ::-1] if is_mirrored else floats, random_draw, augmentation)
     resized_image = resize(image)

@@ -174,7 +174,9 @@ def test_pixels_without_a_value_are_refused_or_get_the_mean():
         extratags=[(42113, "s", 0, "-9999", True)],
     )
     how = preprocessing(2, bands=(1, 2), pixel_range=(0, 1), mean=(0.25, 0.75))
-    with pytest.raises(ImageError, match=r"0\.8% of the pixels have no value.*nodata: mean"):
+    with pytest.raises(
+        ImageError, match=r"0\.4% of the pixels of a band have no value.*nodata: mean"
+    ):
         render_crop(decode_pixels(data, how), how)
     how = preprocessing(2, bands=(1, 2), pixel_range=(0, 1), mean=(0.25, 0.75), nodata="mean")
     pixels = render_crop(decode_pixels(data, how), how)
