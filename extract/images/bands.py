@@ -19,6 +19,7 @@ from PIL import Image, ImageFile
 
 from headrace.extract.errors import ImageError
 from headrace.extract.images.decoding import (
+    MAX_PIXELS,
     ORIENTATIONS,
     PixelRange,
     Samples,
@@ -31,6 +32,7 @@ from headrace.extract.images.decoding import (
     open_image,
     orientation_of,
 )
+from headrace.extract.images.tiff_windows import TiffWindows
 
 _NUMPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -51,7 +53,9 @@ _SWAPPING = (
 class Bands:
     """The bands of one image, upright, in the file's own numbers."""
 
-    values: npt.NDArray[Any]  # (H, W, bands of the file), where possible a view of its bytes
+    # (H, W, bands of the file), where possible a view of its bytes; before a crop perhaps
+    # TiffWindows
+    values: Any
     selection: tuple[int, ...]  # the C bands that are meant, as indices
     ranges: tuple[PixelRange, ...]  # black and white of each of them
     name: str  # what they are, for a message
@@ -60,6 +64,17 @@ class Bands:
     def crop(self, left: int, top: int, right: int, bottom: int) -> "Bands":
         """The bands of a rectangle that lies in the image."""
         return replace(self, values=self.values[top:bottom, left:right])
+
+    def picture(self) -> Image.Image:
+        """Return the bands, of 8 bits, as an image of grey or colours. Raises ImageError."""
+        values = self.values[:, :, list(self.selection)]
+        if values.dtype != np.uint8:
+            raise ImageError(
+                f"{self.name}, of an image too large to be decoded whole: images.pixel_dtype: "
+                "float32 in the recipe reads its tiles"
+            )
+        pixels = values if values.shape[2] == 3 else values[:, :, 0]
+        return Image.fromarray(np.ascontiguousarray(pixels))
 
     def missing(self, channel: int) -> npt.NDArray[np.bool_] | None:
         """Return which values (H, W) of a band are none: NaN, infinite, or the file's own word for
@@ -116,26 +131,32 @@ class Bands:
     @property
     def _is_wide(self) -> bool:
         """Whether float32 does not hold the numbers, so that black is subtracted before."""
-        return self.values.dtype.itemsize > 2 and self.values.dtype != np.float32
+        return bool(self.values.dtype.itemsize > 2 and self.values.dtype != np.float32)
 
 
 def decode_deep(
     data: bytes,
     bands: tuple[int, ...] | None = None,
     pixel_range: PixelRange | tuple[PixelRange, ...] | None = None,
+    *,
+    in_parts: bool = False,
 ) -> Image.Image | Bands:
     """The image in `data`, upright: these bands of it as they stand; or, without `bands`, its grey
     values or colours where they have more than 8 bits, else the image of `decode_image`.
 
     pixel_range: black and white of pixels of more than 8 bits, or a pair for each band. With
-    `bands`, alpha is a band like others; palettes are colours. Raises ImageError alone.
+    `bands`, alpha is a band like others; palettes are colours. in_parts: crops of it are all that
+    is needed, so that a TIFF may be larger than MAX_PIXELS and is decoded where they are cut.
+    Raises ImageError alone.
     """
     try:
-        samples, turn = _read(data, None if bands is None else max(bands))
+        samples, turn = _read(data, None if bands is None else max(bands), in_parts)
         if samples is None:
             return decode_image(data)
-        values = samples.values[:, :, None] if samples.values.ndim == 2 else samples.values
-        check_size(values.shape[1], values.shape[0])
+        values: Any = samples.values
+        if isinstance(values, np.ndarray):
+            check_size(values.shape[1], values.shape[0])
+            values = values[:, :, None] if values.ndim == 2 else values
         if bands is None:
             values, ranges = _colours(samples, values, pixel_range)
             selection = tuple(range(values.shape[2]))
@@ -151,7 +172,9 @@ def decode_deep(
         raise ImageError(decoding_reason(error, data)) from error
 
 
-def _read(data: bytes, most_bands: int | None) -> tuple[Samples | None, Image.Transpose | None]:
+def _read(
+    data: bytes, most_bands: int | None, in_parts: bool
+) -> tuple[Samples | None, Image.Transpose | None]:
     """The samples of a file and the turn that makes them upright; no samples for an image of at
     most 8 bits of which no single bands are asked.
     """
@@ -165,15 +188,15 @@ def _read(data: bytes, most_bands: int | None) -> tuple[Samples | None, Image.Tr
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with open_image(data) as image:
-            check_size(*image.size)
             if image.format == "TIFF" and most_bands is not None and image.mode not in ("P", "1"):
                 # Pillow drops the second band of two in silence, and knows no pages of channels.
-                return _tifffile_samples(data)
+                return _tifffile_samples(data, in_parts)
+            check_size(*image.size)
             samples = file_samples(image, data, None)
             if samples is not None and image.format == "TIFF":
                 samples = samples._replace(nodata=_as_number(image.tag_v2.get(_NODATA_TAG)))  # type: ignore[attr-defined]
             elif samples is None and image.format == "TIFF" and _has_other_depth(image):
-                return _tifffile_samples(data)
+                return _tifffile_samples(data, False)
             elif samples is None and most_bands is not None:
                 mode = image.mode
                 image.load()
@@ -182,10 +205,10 @@ def _read(data: bytes, most_bands: int | None) -> tuple[Samples | None, Image.Tr
                     np.asarray(plain), f"{mode} values of a {image.format}", (0.0, 255.0)
                 )
             return samples, orientation_of(image)
-    except PIL.UnidentifiedImageError:
+    except (PIL.UnidentifiedImageError, Image.DecompressionBombError):
         if not data.startswith(_TIFF_MAGIC):
             raise
-    return _tifffile_samples(data)
+    return _tifffile_samples(data, in_parts)
 
 
 def _has_other_depth(image: ImageFile.ImageFile) -> bool:
@@ -200,7 +223,7 @@ def _as_number(text: Any) -> float | None:
         return None
 
 
-def _tifffile_samples(data: bytes) -> tuple[Samples, Image.Transpose | None]:
+def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Transpose | None]:
     """The first image of a TIFF by tifffile, and its turn: samples interleaved or in planes, either
     byte order, any type of numbers, or channels that are pages of their own (OME, ImageJ).
 
@@ -222,19 +245,22 @@ def _tifffile_samples(data: bytes) -> tuple[Samples, Image.Transpose | None]:
                 f"a TIFF with the axes {axes}; expected rows (Y), columns (X) and bands (S or C). "
                 "Save one image of it, as .npy for example"
             )
-        check_size(page.imagewidth, page.imagelength)
+        orientation = page.tags.get(_TIFF_ORIENTATION_TAG)
+        turn = None if orientation is None else ORIENTATIONS.get(orientation.value)
+        has_windows = in_parts and "C" not in axes and turn is None
+        if not has_windows:
+            check_size(page.imagewidth, page.imagelength)
         if series.size * series.dtype.itemsize > _MOST_COMPRESSED * len(data):
             raise ImageError(
                 f"a TIFF of {len(data):,} bytes that declares {series.size:,} values: more than "
                 "any compression makes so small"
             )
-        values = series.asarray()
+        values: Any = TiffWindows(page, data) if has_windows else series.asarray()
         nodata_tag = page.tags.get(_NODATA_TAG)
         white_is_zero = page.photometric == 0
         bits = page.bitspersample
-        orientation = page.tags.get(_TIFF_ORIENTATION_TAG)
     band_axis = next((axis for axis, name in enumerate(axes) if name in "CS"), None)
-    if band_axis is not None:
+    if band_axis is not None and not has_windows:
         values = np.moveaxis(values, band_axis, -1)
     if values.dtype.kind not in "buif":
         raise ImageError(f"a TIFF of {values.dtype} values; expected numbers")
@@ -246,7 +272,7 @@ def _tifffile_samples(data: bytes) -> tuple[Samples, Image.Transpose | None]:
         white_is_zero=white_is_zero,
         nodata=_as_number(nodata_tag.value) if nodata_tag is not None else None,
     )
-    return samples, None if orientation is None else ORIENTATIONS.get(orientation.value)
+    return samples, turn
 
 
 def _ranges(
@@ -323,6 +349,24 @@ def _turned(values: npt.NDArray[Any], turn: Image.Transpose | None) -> npt.NDArr
     )
     values = values.swapaxes(0, 1) if turn in _SWAPPING else values
     return values[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+
+
+def decode_large_tiff(data: bytes) -> Bands | None:
+    """The grey values or colours of a TIFF of more than MAX_PIXELS, to be cut in parts; None for
+    other files. Raises ImageError.
+    """
+    if not data.startswith(_TIFF_MAGIC):
+        return None
+    try:
+        width, height = upright_size(io.BytesIO(data))
+    except Exception:  # noqa: BLE001 - whoever decodes it says what is wrong
+        return None
+    if width * height <= MAX_PIXELS:
+        return None
+    bands = decode_deep(data, (1,), (0, 1), in_parts=True)
+    assert isinstance(bands, Bands)
+    n_colours = 3 if bands.values.shape[2] >= 3 else 1
+    return replace(bands, selection=tuple(range(n_colours)), ranges=bands.ranges * n_colours)
 
 
 def upright_size(file: IO[bytes]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.bands import Bands, decode_deep
+from headrace.extract.images.bands import Bands, decode_deep, decode_large_tiff
 from headrace.extract.images.decoding import (
     COLOUR,
     JPEG_REDUCTIONS,
@@ -166,11 +166,17 @@ def plain_pixel_range(pixel_range: Any, bands: tuple[int, ...] | None) -> PixelR
     return tuple((float(black), float(white)) for black, white in pixel_range)
 
 
-def decode_pixels(data: bytes, how: Preprocessing) -> DecodedImage:
-    """The image in `data` as `how` asks for it, upright and whole. Raises ImageError."""
+def decode_pixels(data: bytes, how: Preprocessing, *, in_parts: bool = False) -> DecodedImage:
+    """The image in `data` as `how` asks for it, upright and whole.
+
+    in_parts: crops of it are all that is needed, so that a TIFF is decoded where they are cut.
+    Raises ImageError.
+    """
     if how.pixel_dtype == "uint8":
+        if in_parts and (large_image := decode_large_tiff(data)) is not None:
+            return large_image
         return decode_image(data, how.pixel_range, jpeg_reduction(data, how))  # type: ignore[arg-type]
-    return decode_deep(data, how.bands, how.pixel_range)
+    return decode_deep(data, how.bands, how.pixel_range, in_parts=in_parts)
 
 
 def jpeg_reduction(data: bytes, how: Preprocessing) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from headrace.extract.errors import ImageError
+from headrace.extract.images.bands import Bands
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.crops import (
@@ -50,8 +51,8 @@ class Outcome:
 class SharedImage:
     """One image that several tasks cut crops from: read and decoded by the first that asks."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, *, in_parts: bool) -> None:
+        self.path, self._in_parts = path, in_parts
         self._lock = Lock()
         self._data: bytes | OSError | None = None
         self._content = ""
@@ -77,7 +78,7 @@ class SharedImage:
             key = decoding_key(how)
             if key not in self._decoded:
                 try:
-                    self._decoded[key] = decode_pixels(self._data, how)
+                    self._decoded[key] = decode_pixels(self._data, how, in_parts=self._in_parts)
                 except ImageError as error:
                     self._decoded[key] = error
         decoded = self._decoded[key]
@@ -105,7 +106,7 @@ def runs_of_one_image(
         ):
             end += 1
         if crop is None or not last_image or last_image[0].path != path:
-            last_image[:] = [SharedImage(path)]
+            last_image[:] = [SharedImage(path, in_parts=crop is not None)]
         yield start, end, last_image[0]
         start = end
     if crop is None:
@@ -181,6 +182,8 @@ def render_into_buffers(
             if crop is not None:
                 is_clipped = reaches_outside(crop, *image_size(image))
                 image = cut_crop(image, crop)
+                if isinstance(image, Bands) and how.pixel_dtype == "uint8":
+                    image = image.picture()  # of a TIFF too large to be decoded whole
             decoded[key] = image
         buffer[slot] = render_view(
             decoded[key],

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from headrace.extract.errors import ImageError, SourceError
+from headrace.extract.images.bands import decode_deep
 from headrace.extract.images.content_hashes import content_hashes, hash_bytes
 from headrace.extract.images.crops import Crop, crop_content, pixel_box, split_crop
 from headrace.extract.images.preprocessing import Preprocessing
+from headrace.extract.images.tiff_windows import TiffWindows
 from headrace.extract.images.views import Augmentation
-from headrace.extract.run import decode_ahead
-from headrace.extract.run.decode_ahead import Rendering, decoded_batches
+from headrace.extract.run import rendering as rendering_module
+from headrace.extract.run.decode_ahead import decoded_batches
+from headrace.extract.run.rendering import Rendering
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.regions import Boxes, Tiles
 from headrace.extract.spec import Sample
@@ -185,18 +188,18 @@ def test_an_image_is_read_and_decoded_once_for_its_neighbouring_boxes(tmp_path, 
         photo(tmp_path / name)
         paths += [Crop(left, 0, 10, 10).locator(str(tmp_path / name)) for left in range(21)]
     counts = {"read": 0, "decoded": 0}
-    read, decode = decode_ahead.read_bytes, decode_ahead.decode_pixels
+    read, decode = rendering_module.read_bytes, rendering_module.decode_pixels
 
     def reading(path):
         counts["read"] += 1
         return read(path)
 
-    def decoding(data, how):
+    def decoding(data, how, **options):
         counts["decoded"] += 1
-        return decode(data, how)
+        return decode(data, how, **options)
 
-    monkeypatch.setattr(decode_ahead, "read_bytes", reading)
-    monkeypatch.setattr(decode_ahead, "decode_pixels", decoding)
+    monkeypatch.setattr(rendering_module, "read_bytes", reading)
+    monkeypatch.setattr(rendering_module, "decode_pixels", decoding)
     expected, _, _ = rendered(paths, batch_size=5)
     assert counts == {"read": 3, "decoded": 3}
     again, _, _ = rendered(paths, batch_size=64, threads=4)
@@ -365,6 +368,66 @@ def test_an_array_of_many_bands(tmp_path):
         pixels, reasons, _ = rendered(list(samples["path"]), how)
         assert not reasons
         np.testing.assert_allclose(pixels, 255 * values[..., [12, 3]], rtol=1e-6)
+
+
+WINDOWS = RNG.integers(0, 65536, (70, 90, 3), dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rowsperstrip": 16},
+        {"tile": (16, 32)},
+        {"tile": (16, 32), "compression": "deflate", "predictor": True},
+        {"rowsperstrip": 7, "compression": "lzw", "byteorder": ">"},
+        {"planarconfig": "separate", "tile": (32, 16)},
+        {"planarconfig": "separate", "rowsperstrip": 9},
+    ],
+    ids=str,
+)
+def test_a_window_of_a_tiff_is_that_of_the_whole(options):
+    """Whatever the layout: only the tiles and strips that it touches are decoded."""
+    buffer = io.BytesIO()
+    options = {"planarconfig": "contig", **options}
+    is_planar = options["planarconfig"] == "separate"
+    stored = np.ascontiguousarray(np.moveaxis(WINDOWS, 2, 0)) if is_planar else WINDOWS
+    tifffile.imwrite(buffer, stored, photometric="minisblack", **options)
+    bands = decode_deep(buffer.getvalue(), (3, 1, 2), in_parts=True)
+    assert isinstance(bands.values, TiffWindows)
+    for left, top, right, bottom in (
+        (0, 0, 90, 70),
+        (5, 6, 7, 8),
+        (31, 15, 33, 17),
+        (80, 60, 90, 70),
+    ):
+        part = bands.crop(left, top, right, bottom).floats()
+        expected = WINDOWS[top:bottom, left:right][:, :, [2, 0, 1]] / 257
+        np.testing.assert_allclose(part, expected, rtol=1e-6)
+
+
+def test_tiles_of_a_tiff_that_is_too_large_to_be_decoded_whole(tmp_path, monkeypatch):
+    """Of 8 bits too, in colours; without tiles it is refused."""
+    monkeypatch.setattr("headrace.extract.images.bands.MAX_PIXELS", 1000)
+    values = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", tile=(16, 16))
+    samples = read_source(detect_source(tmp_path / "a.tif", tiles=Tiles(20))).samples
+    pixels, reasons, _ = rendered(list(samples["path"]))
+    assert not reasons
+    np.testing.assert_array_equal(pixels[4], resized(values[20:, 20:40]))
+
+
+def test_a_truncated_tiff_has_the_tiles_that_are_there(tmp_path):
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer, WINDOWS, photometric="minisblack", planarconfig="contig", tile=(16, 16)
+    )
+    (tmp_path / "a.tif").write_bytes(buffer.getvalue()[:-3000])
+    how = Preprocessing((8, 8), (8, 8), "squash", "bilinear", (0.5,), (0.5,), None, (1,))
+    paths = [Crop(0, 0, 16, 16).locator(str(tmp_path / "a.tif"))]
+    paths += [Crop(74, 54, 16, 16).locator(str(tmp_path / "a.tif"))]
+    pixels, reasons, _ = rendered(paths, how)
+    assert list(reasons) == [1]
+    assert pixels[0].any()
 
 
 def test_a_truncated_planar_tiff_is_refused(tmp_path):
