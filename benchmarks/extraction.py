@@ -57,9 +57,9 @@ from headrace.extract.images.decoding import DecodeMode, decode_image
 from headrace.extract.images.preprocessing import Preprocessing, decode_pixels, render_crop
 from headrace.extract.images.views import Augmentation
 from headrace.extract.run.decode_ahead import decoded_batches
-from headrace.extract.run.rendering import Rendering
 from headrace.extract.run.device import CPU_BATCH, BatchLimit, find_batch_size, launch_forward
 from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
+from headrace.extract.run.rendering import Rendering
 from headrace.extract.run.work_unit import run_work_units
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.describe import feature_specs
