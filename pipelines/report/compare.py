@@ -360,8 +360,8 @@ def _right_or_wrong_blocks(
     )
     counts = pd.DataFrame(
         [
-            ("A right", int((hits[0] & hits[1]).sum()), int((hits[0] & ~hits[1]).sum())),
-            ("A wrong", int((~hits[0] & hits[1]).sum()), int((~hits[0] & ~hits[1]).sum())),
+            ("right", int((hits[0] & hits[1]).sum()), int((hits[0] & ~hits[1]).sum())),
+            ("wrong", int((~hits[0] & hits[1]).sum()), int((~hits[0] & ~hits[1]).sum())),
         ],
         columns=["first", "right", "wrong"],
     )
@@ -370,9 +370,9 @@ def _right_or_wrong_blocks(
             f"agreement-{side.name}",
             f"Both on {len(side.ids):,} {side.name} images",
             (
-                Column("first", ""),
-                Column("right", "B right", "count"),
-                Column("wrong", "B wrong", "count"),
+                Column("first", "A ↓ B →"),
+                Column("right", "right", "count"),
+                Column("wrong", "wrong", "count"),
             ),
             counts,
             sortable=False,

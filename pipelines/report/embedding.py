@@ -120,18 +120,20 @@ def make_layouts(
         if len(X) > _MAX_UMAP:
             chosen = np.random.default_rng(seed).choice(chosen, _MAX_UMAP, replace=False)
             chosen.sort()
-        layouts.append(
-            Layout(
-                "UMAP" if len(chosen) == len(X) else f"UMAP of {len(chosen):,}",
-                _umap_places(components[chosen], places_path, seed),
-                None if len(chosen) == len(X) else chosen.astype(np.uint32),
-            )
-        )
+        places = _umap_places(components[chosen], places_path, seed)
+        if places is not None:
+            whole = len(chosen) == len(X)
+            name = "UMAP" if whole else f"UMAP of {len(chosen):,}"
+            layouts.append(Layout(name, places, None if whole else chosen.astype(np.uint32)))
     return tuple(layouts), float(pca.explained_variance_ratio_[:2].sum())
 
 
-def _umap_places(components: Floats, places_path: Path | None, seed: int) -> npt.NDArray[np.uint16]:
-    """Places (n, 2) of these components, from the file where they are those of the same ones."""
+def _umap_places(
+    components: Floats, places_path: Path | None, seed: int
+) -> npt.NDArray[np.uint16] | None:
+    """Places (n, 2) of these components, from the file where they are those of the same ones; None
+    where UMAP finds none, as for images that all are alike.
+    """
     state = f"{importlib.metadata.version('umap-learn')} {seed} {components.shape}".encode()
     key = np.array([xxhash.xxh3_128_hexdigest(state + components.tobytes())], "S32")
     try:
@@ -144,7 +146,10 @@ def _umap_places(components: Floats, places_path: Path | None, seed: int) -> npt
         warnings.simplefilter("ignore")  # that a seed takes one core, and numba's own
         from umap import UMAP
 
-        places = _quantized(np.asarray(UMAP(random_state=seed, n_jobs=1).fit_transform(components)))
+        plane = np.asarray(UMAP(random_state=seed, n_jobs=1).fit_transform(components))
+    if not np.isfinite(plane).all():
+        return None
+    places = _quantized(plane)
     if places_path is not None:
         with contextlib.suppress(OSError):  # a run that cannot be written to has a map too
             publish_replace(places_path, sealed_arrays({"key": key, "places": places}))

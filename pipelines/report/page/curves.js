@@ -38,7 +38,7 @@ async function drawCurves(root) {
     const precision = (place) => curve.found[place] / (curve.found[place] + curve.wrong[place]);
     const [roc, pr] = charts;
     roc.line.setAttribute("points", [[0, 0], ...places.map((place) => [alarms(place), recall(place)])].map(([a, b]) => `${roc.x(a)},${roc.y(b)}`).join(" "));
-    pr.line.setAttribute("points", [[0, 1], ...places.map((place) => [recall(place), precision(place)])].map(([a, b]) => `${pr.x(a)},${pr.y(b)}`).join(" "));
+    pr.line.setAttribute("points", places.map((place) => [recall(place), precision(place)]).map(([a, b]) => `${pr.x(a)},${pr.y(b)}`).join(" "));
     line(roc, 0, 0, 1, 1);
     const rate = curve.positives / (curve.positives + curve.negatives);
     line(pr, 0, rate, 1, rate);

@@ -73,7 +73,7 @@ function download(name, text, type) {
 // A spreadsheet runs a cell that begins like a formula: a word of somebody's data that does so gets an apostrophe.
 const csvCell = (value) => {
   if (value === null || value === undefined) return "";
-  const text = typeof value === "string" && /^[=+@\t\r-]/.test(value) ? `'${value}` : String(value);
+  const text = typeof value === "string" && /^\s*[=+@-]/.test(value) ? `'${value}` : String(value);
   return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 };
 function csv(data) {

@@ -12,6 +12,7 @@ from support.browser import BROWSER
 from support.reports import HOSTILE, inflate
 
 from headrace.pipelines.report.build import write_report
+from headrace.pipelines.report.compare import write_comparison
 from headrace.pipelines.report.page.blocks import Headline, Matrix, Section
 from headrace.pipelines.report.page.render import render_page
 
@@ -201,6 +202,23 @@ def test_accessible_and_readable(open_page, scheme, width):
     assert len(found["passes"]) > 20  # it has looked
     serious = [item for item in found["violations"] if item["impact"] in ("serious", "critical")]
     assert [(item["id"], item["nodes"][0]["html"]) for item in serious] == []
+
+
+def test_a_comparison_is_accessible_and_takes_no_name_for_html(browser, hostile_run, tmp_path):
+    """The page of two runs: no serious finding of axe-core, nothing cut off on a telephone."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    root = hostile_run / "runs" / "single"
+    page = browser.new_page(viewport={"width": 360, "height": 900})
+    page.goto(write_comparison(root, root, tmp_path / "same.html").page.as_uri())
+    page.wait_for_selector("html[data-ready=yes]", state="attached")
+    assert clipped(page) == []
+    found = Axe().run(page, options={"resultTypes": ["violations"]}).response
+    serious = [item for item in found["violations"] if item["impact"] in ("serious", "critical")]
+    assert serious == []
+    assert page.evaluate("window.pwned") is None
+    assert HOSTILE[0] in page.inner_text("#table-recalls")
+    page.close()
 
 
 def clipped(page):

@@ -23,7 +23,16 @@ from headrace.pipelines.report.label_errors import (
     likely_errors_by_label,
     likely_label_errors,
 )
-from headrace.pipelines.report.page.blocks import Column, Headline, Section, Table, plain_text
+from headrace.pipelines.report.page.blocks import (
+    Column,
+    Gallery,
+    Headline,
+    Note,
+    Picture,
+    Section,
+    Table,
+    plain_text,
+)
 from headrace.pipelines.report.page.render import format_cell, render_page
 from headrace.pipelines.report.selection_and_advice import (
     advice_section,
@@ -370,6 +379,18 @@ def test_what_cannot_be_shown_is_marked():
     """
     assert plain_text("a\x07b\u202ec") == "a\ufffdb\ufffdc"
     assert plain_text("Ünïcödé 日本語 🙂") == "Ünïcödé 日本語 🙂"
+
+
+def test_a_picture_s_path_and_a_sentence_s_code_are_text():
+    """A path that would end its attribute; back-quotes, which are set as code, with HTML in them."""
+    path = 'a"><img src=x onerror="window.pwned=4">.png'
+    picture = Picture(("data:,",), ("alt",), "title", (), (path,))
+    note = Note("type `headrace <b>run</b>`, then `report`")
+    section = Section("s", "S", "", (Gallery("pictures", (picture,)), note))
+    text = render_page("title", "made", Headline(()), (section,))
+    assert "<img src=x" not in text
+    assert "a&#34;&gt;&lt;img src=x" in text
+    assert "<code>headrace &lt;b&gt;run&lt;/b&gt;</code>, then <code>report</code>" in text
 
 
 def test_a_table_of_no_rows_is_a_table():
