@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, publish_replace
-from headrace.cache.errors import HeadraceError
+from headrace.cache.errors import CacheError, HeadraceError
 from headrace.cache.format.sealed import (
     SEAL,
     UNSEALED,
@@ -514,9 +514,14 @@ def _predict_cached(
     found = np.flatnonzero(has_features & is_done)
     if units is not None:
         found = found[np.argsort(units[found], kind="stable")]
-    for block in part_slices(len(found), _CACHED_IMAGES, None if units is None else units[found]):
-        some = found[block]
-        probabilities[rows[some]] = cached_model.predict(hashes[some], beside.take(rows[some]))
+    try:
+        for block in part_slices(
+            len(found), _CACHED_IMAGES, None if units is None else units[found]
+        ):
+            some = found[block]
+            probabilities[rows[some]] = cached_model.predict(hashes[some], beside.take(rows[some]))
+    except CacheError as error:
+        raise CacheError(f"{error}. To predict without the cache: --no-cache") from error
     is_known[rows[is_done]] = True
     for place in np.flatnonzero(has_failed & is_done):
         error_texts[rows[place]] = reasons[place]
