@@ -44,8 +44,6 @@ def predict_units(
         pooled, row_weights = _pooled(spec, arrays, hidden, starts, sizes)
         weight, bias = dense_layers(arrays, len(spec.hidden))[-1]
         of_units = link(pooled @ weight.T + bias, task_kind, 1.0, temperature)
-        if of_units.shape[1] != predicted.shape[1]:  # log-odds of the second class
-            predicted = np.empty((len(X), of_units.shape[1]), np.float32)
         predicted[rows] = np.repeat(of_units, sizes, axis=0)
         weights[rows] = row_weights
     return predicted, weights

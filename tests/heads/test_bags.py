@@ -114,9 +114,11 @@ def train_plain(spec, data, fold, n_epochs):
     return (decision * spread + mean).numpy()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("task", "hidden"),
+    [*((task, (6,)) for task in TASKS), ("single", ()), ("regression", ()), ("single", (6, 4))],
+)
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("hidden", [(), (6,), (6, 4)])
 def test_a_bank_is_a_plain_torch_loop(task, pooling, hidden):
     data = made(task)
     specs = [
