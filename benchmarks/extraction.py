@@ -3,17 +3,31 @@
 Run: python benchmarks/extraction.py [--case NAME] [--quick]
 
     scaled       12-megapixel JPEGs decoded exactly and scaled: CPU, and accuracy of a head on each
+                 (PHOTOGRAPHS=FOLDER: of windows of those photographs as well)
+    decoders     decoding by one and two threads and processes
     end-to-end   files on disk -> decoded -> forward -> shards published, over what the cores allow:
-    decode and forward alone gpu          the same on a GPU, over the smaller of the bare forward
-    rate and the decode rate of all cores, and which it was taps         five taps against one
-    backbones    two networks over one decode, against two extractions forms        the bare forward
-    pass in each form that this machine has workers      two processes against one memory       peak
-    memory of 50,000 images against 5,000
+                 decode and forward alone
+    gpu          the same on a GPU, over the smaller of the bare forward rate and the decode rate of
+                 all cores, and which it was
+    taps         five taps against one
+    backbones    two networks over one decode, against two extractions
+    forms        the bare forward pass in each form that this machine has
+    runtimes     the bare forward pass against onnxruntime and OpenVINO, where they are installed
+    workers      two processes against one
+    memory       peak memory of 50,000 images against 5,000
+
+Runtimes, images per CPU second of one such thread, onnxruntime 1.32 and OpenVINO 2026.4 fed the same
+pixels: ResNet-50 12.3, 13.0, 13.0; ViT-S/14 at 224 px 7.6, 7.0, 7.9; EfficientNet-Lite0 at 300 px
+43.1, 52.3, 47.5, whose depthwise convolutions these two do on blocks of channels. Before linear
+layers went to oneDNN and weights were laid out once: ResNet-50 10.7, ViT-S/14 7.0.
+
+Decoders, a photograph of 500 x 375 pixels, both cores shared by other programs: one thread 131/s,
+two 193/s; one process 131/s, two 217/s; 2.85 ms of CPU an image by threads, 2.75 by processes.
 
 Forms, images per CPU second of one thread on an EPYC (Zen 4) whose two cores other programs shared,
 with memory kept: EfficientNet-Lite0 at 300 px as built 24.5, bfloat16 39.4, fused 36.8 (as built
 and without memory kept: 6; channels_last 17); ResNet-50 at 224 px as built 8.7, bfloat16 19.4,
-fused 10.0. float32 is the default because features in bfloat16 differ by about a hundredth;
+fused 12.7. float32 is the default because features in bfloat16 differ by about a hundredth;
 compute_dtype="bfloat16" asks for it. There was no GPU to measure CUDA's forms or the case gpu on.
 
 The same cores, busier still, by CPU seconds: end to end 0.975 of the allowance for
@@ -29,6 +43,7 @@ machine slow down the one and not the other.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import io
@@ -46,6 +61,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from PIL import Image
 
@@ -57,6 +73,7 @@ from headrace.extract.images.decoding import DecodeMode, decode_image
 from headrace.extract.images.preprocessing import Preprocessing, decode_pixels, render_crop
 from headrace.extract.images.views import Augmentation
 from headrace.extract.run.decode_ahead import decoded_batches
+from headrace.extract.run.decode_processes import DecodeProcesses
 from headrace.extract.run.device import CPU_BATCH, BatchLimit, find_batch_size, launch_forward
 from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
 from headrace.extract.run.rendering import Rendering
@@ -319,9 +336,10 @@ def gpu(quick: bool, measures: dict[str, float]) -> list[Row]:
     """One process feeds the GPU: the allowance is the slower of the network on ready tensors and of
     decoding on all cores.
     """
-    if not torch.cuda.is_available():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return [("there is no GPU here", "", "", "")]
-    return fed_device("cuda", "bfloat16", quick, measures)
+    return fed_device(accelerator.type, "bfloat16", quick, measures)
 
 
 def fed_device(
@@ -333,8 +351,14 @@ def fed_device(
     cores = len(os.sched_getaffinity(0))
     rows: list[Row] = [("", "bare forward, decode on all cores", "end to end", "of the allowance")]
     for label, spec, taps, size in (
-        ("EfficientNet-Lite0", LITE0, LITE0_TAPS, (300, 300)),
         ("ResNet-50", RESNET50, RESNET50_TAPS, (400, 300)),
+        ("ConvNeXt-T", BackboneSpec("timm:convnext_tiny", "random:0"), ["pre_logits"], (400, 300)),
+        (
+            "ViT-B/16",
+            BackboneSpec("timm:vit_base_patch16_224", "random:0"),
+            ["norm.cls"],
+            (400, 300),
+        ),
     ):
         with (
             tempfile.TemporaryDirectory() as scratch,
@@ -360,7 +384,7 @@ def fed_device(
                 for _ in range(-(-count // len(pixels))):
                     forward(pixels)
                 if device != "cpu":
-                    torch.cuda.synchronize()
+                    torch.accelerator.synchronize(device)
 
             def decode(parts=parts, pool=pool) -> None:  # type: ignore[no-untyped-def]
                 pool.map(_decode_all, parts, chunksize=1)
@@ -544,6 +568,109 @@ def _rate(
         * count
         / ((time.process_time() if device == "cpu" else time.perf_counter()) - started)
     )
+
+
+def runtimes(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """From uint8 pixels to the last tap on one thread, the network as an ONNX file for the others;
+    images per CPU second, in turns.
+    """
+    rows: list[Row] = [("", "runtime", "images/s", "ours over it")]
+    vit = BackboneSpec("timm:vit_small_patch14_dinov2", "random:0", image_size=224)
+    for label, spec, tap in (
+        ("ResNet-50", RESNET50, "pre_logits"),
+        ("EfficientNet-Lite0", LITE0, "pre_logits"),
+        ("ViT-S/14", vit, "norm.cls"),
+    ):
+        backbone = load_backbone(spec)
+        shape = (CPU_BATCH, *backbone.preprocessing.pixel_shape)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+        forward, normalise = (
+            make_forward(backbone, resolve_taps(backbone, [tap])),
+            make_normalizer(backbone, "cpu"),
+        )
+        sides: dict[str, Callable[[], None]] = {"headrace": lambda f=forward, p=pixels: f(p)}  # type: ignore[misc]
+        with tempfile.TemporaryDirectory() as scratch:
+            path = str(Path(scratch) / "network.onnx")
+            network = copy.deepcopy(backbone.module)
+            torch.onnx.export(
+                network, (normalise(pixels).contiguous(),), path, dynamo=True, verbose=False
+            )
+            for name, load in (("onnxruntime", _onnxruntime), ("OpenVINO", _openvino)):
+                with contextlib.suppress(ImportError):
+                    run = load(path)
+                    sides[name] = lambda r=run, n=normalise, p=pixels: r(n(p).contiguous().numpy())  # type: ignore[misc]
+            best = in_turns(sides, 2 if quick else 6)
+        rates = {name: CPU_BATCH / cpu for name, (_, cpu) in best.items()}
+        others = [rate for name, rate in rates.items() if name != "headrace"]
+        for name, rate in rates.items():
+            rows.append((label, name, f"{rate:.1f}", f"{rates['headrace'] / rate:.3f}"))
+        if others:
+            measures[f"{label}_over_best_runtime"] = rates["headrace"] / max(others)
+    return rows
+
+
+def _onnxruntime(path: str) -> Callable[[np.ndarray], object]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda values: session.run(None, {name: values})
+
+
+def _openvino(path: str) -> Callable[[np.ndarray], object]:
+    import openvino
+
+    core = openvino.Core()
+    settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
+    return lambda values: request.infer({0: values})
+
+
+def decoders(quick: bool, measures: dict[str, float]) -> list[Row]:
+    """Photographs of 500 x 375 pixels to 224, by threads of one process and by processes: images a
+    second, and CPU of an image (of all processes).
+    """
+    rows: list[Row] = [("", "one", "two", "two / one")]
+    grey = (0.5, 0.5, 0.5)
+    how = Preprocessing((256, 256), (224, 224), "shortest", "bilinear", grey, grey)
+    renderings = [Rendering(how, 0, Augmentation())]
+    with tempfile.TemporaryDirectory() as scratch:
+        listed = photographs(Path(scratch) / "images", 64 if quick else 512, (500, 375), "jpg")
+        samples = [
+            Sample(str(row.id), str(row.path), str(row.content)) for row in listed.itertuples()
+        ]
+        best: dict[str, tuple[float, float]] = {}
+        made = {
+            f"{count} {kind}": pool(count)
+            for kind, pool in (("threads", ThreadPoolExecutor), ("processes", DecodeProcesses))
+            for count in (1, 2)
+        }
+        for turn in range(2 if quick else 6):
+            for name, pool in made.items():
+                wall, cpu = time.perf_counter(), _cpu_of_all()
+                for batch in decoded_batches(pool, samples, renderings, batch_size=64):
+                    assert len(batch.rows) == 64
+                wall, cpu = time.perf_counter() - wall, _cpu_of_all() - cpu
+                if turn:
+                    best[name] = min(best.get(name, (np.inf, np.inf)), (wall, cpu))
+        for pool in made.values():
+            pool.shutdown()
+    for kind in ("threads", "processes"):
+        (wall, cpu), (wall_of_two, cpu_of_two) = best[f"1 {kind}"], best[f"2 {kind}"]
+        measures[f"two_{kind}_over_one"] = wall / wall_of_two
+        rates = (f"{len(samples) / seconds:,.0f}/s" for seconds in (wall, wall_of_two))
+        rows.append((kind, *rates, f"{wall / wall_of_two:.2f} times as fast"))
+        costs = (f"{1000 * seconds / len(samples):.2f} ms" for seconds in (cpu, cpu_of_two))
+        rows.append((f"{kind}: CPU an image", *costs, f"{cpu_of_two / cpu:.2f}"))
+    return rows
+
+
+def _cpu_of_all() -> float:
+    """CPU seconds of this process and of its children that are there."""
+    processes = [psutil.Process(), *psutil.Process().children()]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def workers(quick: bool, measures: dict[str, float]) -> list[Row]:
@@ -794,6 +921,8 @@ CASES: dict[str, Callable[[bool, dict[str, float]], list[Row]]] = {
     "boxes": boxes,
     "tiles": tiles,
     "channels": channels,
+    "runtimes": runtimes,
+    "decoders": decoders,
 }
 
 if __name__ == "__main__":
