@@ -266,8 +266,8 @@ def _as_fits(
     import torch
 
     # Here, for the exception holds on to what had been allocated.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
     if not divide or len(specs) == 1:
         return on_cpu(specs)
     middle = len(specs) // 2
@@ -298,7 +298,7 @@ def check_device(device: str) -> None:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise BadBank(
             f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a recipe, "
-            "compute.heads_device: cpu), or run where torch.cuda.is_available()"
+            "compute.heads_device: cpu), or run where PyTorch sees it"
         ) from error
 
 

@@ -189,7 +189,7 @@ class Training:
             started_s = clock(self.plan.device)
             self._optimizer_step(step, *batch)
             if self.plan.device != "cpu":
-                torch.cuda.synchronize()
+                torch.accelerator.synchronize(self.plan.device)
             step_seconds.append(clock(self.plan.device) - started_s)
         return min(step_seconds[1:])
 
@@ -253,7 +253,7 @@ class Training:
                     ) from error
                 self.micro = max(1, min(self.micro, len(row_index)) // 2)
             if self.plan.device != "cpu":
-                torch.cuda.empty_cache()
+                torch.accelerator.memory.empty_cache()
         gradient_norm = nn.utils.clip_grad_norm_(
             [parameter for parameter in self.named.values() if parameter.requires_grad],
             self.plan.spec.grad_clip_norm,

@@ -44,7 +44,8 @@ def find_heads_device(recipe: Recipe, workers: int | None = None) -> str:
     on_this_machine = recipe.cluster.where in ("local", "cuda")
     if requested_device == "auto":
         one_worker = (workers or recipe.compute.workers) == 1
-        return find_device("auto") if on_this_machine and one_worker else "cpu"
+        device = find_device("auto") if on_this_machine and one_worker else "cpu"
+        return "cpu" if device == "mps" else device  # MPS has no float64, in which heads add up
     if on_this_machine:
         check_device(requested_device)
     return requested_device

@@ -14,6 +14,7 @@ from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning import devices
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import parse_recipe
+from headrace.pipelines.recipe.text import RecipeError
 from headrace.pipelines.stages.train import bank_jobs
 
 RECIPE = (
@@ -36,6 +37,11 @@ def test_a_gpu_is_taken_by_the_only_worker_of_this_machine(monkeypatch):
     )
     assert devices.find_heads_device(recipe_of("workers: 1")) == "cuda"
     assert devices.find_heads_device(recipe_of("workers: 8"), workers=1) == "cuda"
+    monkeypatch.setattr(devices, "find_device", lambda wanted: "mps")
+    assert devices.find_heads_device(recipe_of("workers: 1")) == "cpu"
+    monkeypatch.setattr(
+        devices, "find_device", lambda wanted: "cuda" if wanted == "auto" else wanted
+    )
     assert devices.find_heads_device(recipe_of("workers: 1"), workers=8) == "cpu"
     assert devices.find_heads_device(recipe_of()) == "cpu"
     assert devices.find_heads_device(recipe_of("workers: 1, heads_device: cpu")) == "cpu"
@@ -78,3 +84,25 @@ def test_the_device_goes_to_the_banks_that_can_use_it(tmp_path, device):
     assert {kind for kind, where in given.items() if where == device} >= able
     assert {where for kind, where in given.items() if kind not in able} == {"cpu"}
     assert all(job.device == "cpu" for job in bank_jobs(found))
+
+
+@pytest.mark.parametrize(
+    "device", ["auto", "cpu", "cuda", "cuda:1", "xpu", "xpu:3", "mps", "hpu:0", "mtia"]
+)
+def test_a_recipe_takes_any_device_of_torchs(device):
+    assert recipe_of(f"device: '{device}', heads_device: '{device}'").compute.device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuad", "cuda:", "cuda:x", "cpu:0", "mps:1", "", "meta"])
+def test_a_recipe_with_another_device_is_answered_with_those_that_there_are(device):
+    with pytest.raises(RecipeError, match="such as cuda, xpu or mps; of several with its number"):
+        recipe_of(f"device: '{device}'")
+
+
+def test_torch_is_asked_for_a_device_where_there_can_be_one(monkeypatch):
+    """auto: what torch says, under whatever name."""
+    monkeypatch.setattr(devices, "_may_have_accelerator", lambda: True)
+    for seen, device in ((torch.device("xpu"), "xpu"), (None, "cpu")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda seen=seen, **_: seen)
+        assert devices.find_device("auto") == device
+    assert devices.find_device("cuda:1") == "cuda:1"

@@ -3,12 +3,14 @@ data.
 """
 
 import time
+from collections import Counter
 from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
@@ -32,6 +34,7 @@ from headrace.heads.linear.solver.preconditioner import (
 )
 from headrace.heads.linear.solver.regularization_path import SolvedHead
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation
+from headrace.heads.linear.solver.torch_blocks import DeviceBlocks
 
 SLOWLY = settings(
     deadline=None, max_examples=10, suppress_health_check=list(HealthCheck), derandomize=True
@@ -470,6 +473,43 @@ def test_torch_products_give_the_same_heads(labels):
         np.testing.assert_allclose(
             other.arrays["weight"], one.arrays["weight"], rtol=0.02, atol=2e-4
         )
+
+
+@pytest.mark.parametrize("rows_per_block", [8, 64])
+def test_weights_go_to_a_device_and_gradients_come_back_once_an_evaluation(
+    monkeypatch, rows_per_block
+):
+    """However many blocks there are: the weights, where they belong to, the class factors and, of
+    each set of folds, its heads go up; losses and gradients come down.
+    """
+    monkeypatch.setattr(design_module, "ROWS_PER_BLOCK", rows_per_block)
+    moved, evaluations = Counter(), []
+    evaluate, upload, cpu = ActiveSet.evaluate, DeviceBlocks.upload, torch.Tensor.cpu
+
+    def evaluate_counted(self, *args):
+        moved.clear()
+        result = evaluate(self, *args)
+        evaluations.append((dict(moved), len(self.problem.trains_on)))
+        return result
+
+    def upload_counted(*args):
+        moved["up"] += 1
+        return upload(*args)
+
+    def cpu_counted(*args):
+        moved["down"] += 1
+        return cpu(*args)
+
+    monkeypatch.setattr(ActiveSet, "evaluate", evaluate_counted)
+    monkeypatch.setattr(DeviceBlocks, "upload", upload_counted)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu_counted)
+    X, y = blobs(120, 15, 4, seed=9)
+    specs = [LogisticSpec(C, "balanced") for C in (0.01, 1.0)]
+    fit_logistic_bank(TrainingData(X, y, folds(120, 2), 4), specs, device="cpu:0")
+    assert evaluations
+    for counts, n_folds in evaluations:
+        assert counts["down"] == 2
+        assert 4 <= counts["up"] <= 3 + n_folds
 
 
 def test_weights_that_a_sample_of_rows_never_meets():
