@@ -76,7 +76,7 @@ def test_the_device_goes_to_the_banks_that_can_use_it(tmp_path, device):
         paths=RunPaths(tmp_path),
         plan=SimpleNamespace(banks=banks),
         feature_paths={},
-        dataset=SimpleNamespace(train=SimpleNamespace(digest="0" * 24)),
+        dataset=SimpleNamespace(train=SimpleNamespace(digest="0" * 24, side=None)),
     )
     given = dict(zip(HEAD_KINDS, [job.device for job in bank_jobs(found, device)], strict=True))
     able = {name for name, kind in HEAD_KINDS.items() if kind.uses_gpu}

@@ -81,7 +81,7 @@ def test_from_the_cached_map_nothing_below_the_cut_runs(
 ) -> None:
     """No image is decoded and no layer below the cut is called."""
     job = case.job(out="nothing-below")
-    monkeypatch.setattr("headrace.extract.run.decode_ahead.decode_image", None)
+    monkeypatch.setattr("headrace.extract.run.rendering.decode_pixels", None)
     called: list[str] = []
     make = task_module.Network
 
