@@ -80,7 +80,7 @@ def test_the_device_goes_to_the_banks_that_can_use_it(tmp_path, device):
     )
     given = dict(zip(HEAD_KINDS, [job.device for job in bank_jobs(found, device)], strict=True))
     able = {name for name, kind in HEAD_KINDS.items() if kind.uses_gpu}
-    assert able == {"logistic", "mlp", "conv"}
+    assert able == {"logistic", "mlp", "conv", "bags"}
     assert {kind for kind, where in given.items() if where == device} >= able
     assert {where for kind, where in given.items() if kind not in able} == {"cpu"}
     assert all(job.device == "cpu" for job in bank_jobs(found))
