@@ -15,6 +15,9 @@ Run: python benchmarks/extraction.py [--case NAME] [--quick]
     runtimes     the bare forward pass against onnxruntime and OpenVINO, where they are installed
     workers      two processes against one
     memory       peak memory of 50,000 images against 5,000
+    boxes        rows that are boxes of one image, decoded once
+    tiles        tiles of large images
+    channels     images of many channels
 
 Runtimes, images per CPU second of one such thread, onnxruntime 1.32 and OpenVINO 2026.4 fed the same
 pixels: ResNet-50 12.3, 13.0, 13.0; ViT-S/14 at 224 px 7.6, 7.0, 7.9; EfficientNet-Lite0 at 300 px
