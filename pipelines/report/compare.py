@@ -22,7 +22,7 @@ from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.build import run_thumbnails
 from headrace.pipelines.report.cost import seconds_text
-from headrace.pipelines.report.judged import JudgedSide, judged_sides
+from headrace.pipelines.report.judged import JudgedSide, judged_sides, one_by_one
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.page.blocks import (
     Block,
@@ -306,6 +306,7 @@ def _score_section(
         "Validation images are predicted by each run's winner, without the fold that an image is "
         "in; both winners were chosen on them, so the test images have the last word. Test images "
         f"are predicted by what each run answers with: {selected[0]} and {selected[1]}."
+        f"{one_by_one(runs[0])}"
     )
     return Section("scores", "The same images, twice", lead, (*remarks, table))
 

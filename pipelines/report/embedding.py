@@ -21,6 +21,7 @@ from headrace.cache.feature_set import FeatureSet
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
+from headrace.pipelines.report.judged import one_by_one
 from headrace.pipelines.report.page.blocks import (
     NO_VALUE,
     STEPS,
@@ -51,7 +52,7 @@ def map_section(
     title, lead = (
         "Map of the images",
         "Images that the network sees as alike lie near each other. Draw around some to have them "
-        "as a table; mistakes that lie together have something in common.",
+        f"as a table; mistakes that lie together have something in common.{one_by_one(run)}",
     )
     names = _input_names(run)
     try:

@@ -65,6 +65,12 @@ def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, npt.NDArray[np
     return metric, row_hits(run.task_kind, side.target, side.predicted, metric)  # type: ignore[arg-type]
 
 
+def one_by_one(run: FinishedRun) -> str:
+    """A sentence for sections that take the images of units one by one; nothing for other tasks."""
+    unit = run.recipe.task.unit
+    return "" if unit is None else f" Images are taken one by one here, not by their {unit}."
+
+
 def user_columns(run: FinishedRun) -> pd.DataFrame:
     """The columns of the user's table that are neither target, id nor path, by image id; none where
     the images are gone.

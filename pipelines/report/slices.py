@@ -9,7 +9,7 @@ import pandas as pd
 
 from headrace.heads.evaluate.intervals import LEVEL, mean_loss_interval, proportion_interval
 from headrace.pipelines.finished import FinishedRun
-from headrace.pipelines.report.judged import JudgedSide, side_values, user_columns
+from headrace.pipelines.report.judged import JudgedSide, one_by_one, side_values, user_columns
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
 
@@ -28,7 +28,7 @@ def slices_section(
     lead = (
         "The winner on parts of the images: each value of each column of few values, quartiles of "
         "numbers. A part that is much worse than the rest is where new images or another look at "
-        "the labels help most."
+        f"the labels help most.{one_by_one(run)}"
     )
     if isinstance(run.images, str):
         return Section("slices", title, lead, (Note(f"Not looked at: {run.images}."),))

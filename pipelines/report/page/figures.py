@@ -156,16 +156,6 @@ def reliability_chart(
         return _svg_text(figure)
 
 
-def heat_map(shares: npt.NDArray[np.float64], *, xlabel: str, ylabel: str) -> str:
-    """A matrix too large for a table: shares from 0 to 1 as colours."""
-    with rc_context(_STYLE | {"axes.grid": False}):
-        figure, axes = _make_axes(4.2)
-        color_image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-        figure.colorbar(color_image, ax=axes, shrink=0.7, label="share of the row")
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        return _svg_text(figure)
-
-
 def scatter_chart(
     true_values: npt.NDArray[np.float64],
     predicted_values: npt.NDArray[np.float64],

@@ -34,7 +34,8 @@ def made(monkeypatch):
     )
     monkeypatch.setattr(slices, "user_columns", lambda run: columns)
     side = JudgedSide("validation", ids, ids, target, predicted, np.arange(N))
-    run = SimpleNamespace(images=object(), task_kind="single")
+    task = SimpleNamespace(unit=None)
+    run = SimpleNamespace(images=object(), task_kind="single", recipe=SimpleNamespace(task=task))
     section = slices_section(run, (side,), pd.DataFrame(index=ids))
     return section, camera, ~wrong
 
