@@ -87,7 +87,7 @@ def write_map(folder: Path, n: int) -> Path:
     import numpy as np
     import pandas as pd
 
-    from headrace.pipelines.report.embedding import colourings, make_layouts
+    from headrace.pipelines.report.images.embedding import colourings, make_layouts
     from headrace.pipelines.report.page.blocks import Headline, PointMap, Section
     from headrace.pipelines.report.page.render import render_page
 

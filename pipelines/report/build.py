@@ -17,9 +17,11 @@ from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.cost import cost_section, seconds_text
 from headrace.pipelines.report.data import data_section
-from headrace.pipelines.report.embedding import map_section
 from headrace.pipelines.report.evaluation import test_section
-from headrace.pipelines.report.image_quality import measured_frame, quality_section
+from headrace.pipelines.report.images.embedding import map_section
+from headrace.pipelines.report.images.image_quality import measured_frame, quality_section
+from headrace.pipelines.report.images.slices import slices_section
+from headrace.pipelines.report.images.small_copies import SmallCopies, make_small_copies
 from headrace.pipelines.report.judged import judged_sides, known_of_images
 from headrace.pipelines.report.leaders import leaderboard_section, metric_title, taps_section
 from headrace.pipelines.report.leakage import leakage_section
@@ -40,8 +42,6 @@ from headrace.pipelines.report.selection_and_advice import (
     ensemble_section,
     expected_text,
 )
-from headrace.pipelines.report.slices import slices_section
-from headrace.pipelines.report.small_copies import SmallCopies, make_small_copies
 from headrace.pipelines.report.suspects import suspects_section
 from headrace.pipelines.report.write import Report, require_ours, write_page
 from headrace.pipelines.run_directory import require_writable

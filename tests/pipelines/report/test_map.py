@@ -16,14 +16,14 @@ from support.reports import HOSTILE
 
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.records import read_record, write_record
-from headrace.pipelines.report import embedding
 from headrace.pipelines.report.build import write_report
-from headrace.pipelines.report.embedding import colourings, make_layouts, map_section
+from headrace.pipelines.report.images import embedding
+from headrace.pipelines.report.images.embedding import colourings, make_layouts, map_section
+from headrace.pipelines.report.images.small_copies import make_small_copies, measure_image
 from headrace.pipelines.report.judged import judged_sides, known_of_images
 from headrace.pipelines.report.page.blocks import NO_VALUE, STEPS, Note, PointMap
 from headrace.pipelines.report.selected_model import find_selected
 from headrace.pipelines.report.selected_model import test_predictions as predict_test
-from headrace.pipelines.report.small_copies import make_small_copies, measure_image
 
 
 @pytest.fixture(scope="module")

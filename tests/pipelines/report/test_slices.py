@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from headrace.heads.evaluate.intervals import proportion_interval
-from headrace.pipelines.report import slices
+from headrace.pipelines.report.images import slices
+from headrace.pipelines.report.images.slices import slices_section
 from headrace.pipelines.report.judged import JudgedSide
-from headrace.pipelines.report.slices import slices_section
 
 N = 400
 

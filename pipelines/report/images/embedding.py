@@ -21,6 +21,7 @@ from headrace.cache.feature_set import FeatureSet
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
+from headrace.pipelines.report.images.small_copies import SmallCopy
 from headrace.pipelines.report.judged import one_by_one
 from headrace.pipelines.report.page.blocks import (
     NO_VALUE,
@@ -32,7 +33,6 @@ from headrace.pipelines.report.page.blocks import (
     PointMap,
     Section,
 )
-from headrace.pipelines.report.small_copies import SmallCopy
 
 MAX_POINTS = 100_000
 _MAX_BYTES = 1_000_000_000  # of the features that are on the map

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.report.images.small_copies import MEASURED_SIDE, SmallCopies
 from headrace.pipelines.report.page.blocks import (
     Block,
     Column,
@@ -15,7 +16,6 @@ from headrace.pipelines.report.page.blocks import (
     Table,
 )
 from headrace.pipelines.report.page.thumbnails import Thumbnails
-from headrace.pipelines.report.small_copies import MEASURED_SIDE, SmallCopies
 
 SHOWN = 6
 MEASURES = ("brightness", "contrast", "sharpness")
