@@ -16,7 +16,8 @@ _NOT_OF_THE_NETWORK = {
     *("feature_cls", "out_indices", "scriptable", "exportable", "pruned", "kwargs_filter"),
     *("trust_remote_code", "code_revision", "auto_map", "attn_implementation", "model_type"),
     *("experts_implementation", "quantization_config", "torch_dtype", "dtype", "architectures"),
-    *("transformers_version", "name_or_path"),
+    *("transformers_version", "name_or_path", "backbone", "backbone_config", "backbone_kwargs"),
+    *("use_pretrained_backbone", "use_timm_backbone"),
 }
 
 
@@ -29,7 +30,11 @@ def building(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """
     if name.startswith("onnx:") and arguments:
         raise BackboneError(f"{name}: an ONNX file is built already; leave `model` out")
-    refused = sorted(_NOT_OF_THE_NETWORK & set(arguments))
+    refused = sorted(
+        argument
+        for argument in arguments
+        if argument in _NOT_OF_THE_NETWORK or argument.startswith("_")
+    )
     if refused and not name.startswith("python:"):
         raise BackboneError(
             f"{name}: model: {refused[0]} is not an argument of the network. Weights are chosen by "

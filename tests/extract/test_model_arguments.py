@@ -63,6 +63,7 @@ def test_classes_of_timm_are_named() -> None:
         (VIT, {"checkpoint_path": "/etc/passwd"}, "checkpoint_path is not an argument of the"),
         (VIT, {"pretrained_cfg": {"file": "/x"}}, "pretrained_cfg is not an argument"),
         (VIT, {"features_only": True}, "features_only is not an argument"),
+        ("transformers:/", {"_attn_implementation": "a/b"}, "_attn_implementation is not an arg"),
         ("torchvision:resnet18", {"weights": "DEFAULT"}, "weights is not an argument"),
         ("torchvision:resnet18", {"depth": 3}, r"cannot be built with model: \{\"depth\": 3\}"),
         (f"python:{__name__}:own_network", {"size": 3}, "unexpected keyword argument 'size'"),
