@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from headrace.extract.errors import BackboneError, ImageError
+from headrace.extract.images.crops import Crop
 from headrace.extract.images.decoding import decode_image, file_box, jpeg_size
 from headrace.extract.images.preprocessing import (
     Preprocessing,
@@ -19,8 +20,8 @@ from headrace.extract.images.preprocessing import (
     render_crop,
 )
 from headrace.extract.images.views import Augmentation
-from headrace.extract.run.rendering import Rendering
-from headrace.extract.spec import BackboneSpec, backbone_from_fields
+from headrace.extract.run.rendering import Rendering, SharedImage, render_samples
+from headrace.extract.spec import BackboneSpec, Sample, backbone_from_fields
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.models.images import _render_into
 from headrace.pipelines.models.torch_graph import GraphInput
@@ -197,3 +198,18 @@ def test_what_an_encoder_has_written_beyond_the_image_is_not_seen(hidden):
     crop = render_crop(decode_pixels(bytes(data), how(40)), how(40))
     assert jpeg_reduction(bytes(data), how(40)) == 4
     assert np.abs(crop.astype(int) - 90).max() <= 6
+
+
+def test_boxes_are_cut_from_exact_pixels(tmp_path):
+    """Their edges are in pixels of the file, and they are smaller than it."""
+    (tmp_path / "a.jpg").write_bytes(photograph(1203, 901))
+    box = Crop(40, 50, 800, 600)
+    buffers = [np.zeros((1, 96, 96, 3), np.uint8) for _ in range(2)]
+    for decode, buffer in zip(("scaled", "exact"), buffers, strict=True):
+        image = SharedImage(str(tmp_path / "a.jpg"), in_parts=False)
+        sample = Sample("a", box.locator(str(tmp_path / "a.jpg")), "")
+        rendering = Rendering(how(96, decode=decode), 0, Augmentation())
+        (outcome,) = render_samples(image, [sample], [rendering], [buffer], 0)
+        assert outcome.reason is None
+    assert np.array_equal(*buffers)
+    assert buffers[0].any()
