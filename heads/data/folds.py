@@ -217,7 +217,9 @@ def _grouped_test(
 ) -> npt.NDArray[np.bool_]:
     """Greedy: a group goes to the test side where that brings the classes nearer to their share.
 
-    Large groups first, because they are the hard ones to place; equal sizes in random order.
+    Large groups first, because they are the hard ones to place; equal sizes in random order. Where
+    strata are so fine that no group helps any (numbers, few groups), groups that upset them least
+    make up half of the share at least.
     """
     group_of_row = np.unique(groups, return_inverse=True)[1]
     group_table = np.zeros((group_of_row.max(initial=-1) + 1, stratum_of_row.max(initial=-1) + 1))
@@ -233,6 +235,17 @@ def _grouped_test(
         ):
             is_test_group[group] = True
             taken_counts += group_table[group]
+    while 2 * taken_counts.sum() < wanted_counts.sum():
+        free_groups = shuffled_groups[~is_test_group[shuffled_groups]]
+        sizes = group_table[free_groups].sum(1)
+        # none that would take more than it lacks twice over
+        free_groups = free_groups[sizes <= 2 * (wanted_counts.sum() - taken_counts.sum())]
+        if not len(free_groups):
+            break
+        upset = np.abs(taken_counts + group_table[free_groups] - wanted_counts).sum(1)
+        group = free_groups[upset.argmin()]
+        is_test_group[group] = True
+        taken_counts += group_table[group]
     if not is_test_group.any() and len(group_table) > 1:
         is_test_group[shuffled_groups[np.argmin(group_table[shuffled_groups].sum(1))]] = True
     return np.asarray(is_test_group[group_of_row], np.bool_)

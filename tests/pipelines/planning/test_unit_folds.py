@@ -181,3 +181,14 @@ def test_recipes_that_cannot_mean_it(tmp_path, task, message):
     text = f"images: {{folder: x}}\nbackbones: [{{name: 'timm:vit'}}]\ntask: {task}\n"
     with pytest.raises(RecipeError, match=message):
         parse_recipe(text, tmp_path / "recipe.yaml")
+
+
+def test_few_units_with_numbers_have_a_test_split_too():
+    """Deciles of twenty patients hold hardly more rows than one of them has: the share is kept all
+    the same, by half at least.
+    """
+    for seed in range(5):
+        frame = patients(age=[40.0 + (i % 20) % 5 + 10 * (i % 2) for i in range(60)])
+        made = dataset(frame, target="age", kind="regression", unit="patient", seed=seed)
+        assert 8 <= len(made.test.ids) <= 22
+        assert len(set(made.test.units)) >= 3
