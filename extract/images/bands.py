@@ -8,6 +8,7 @@ where no such TIFF is read.
 """
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
@@ -236,6 +237,8 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
             "a TIFF whose bands Pillow does not read (their number, bits or type). The library "
             "tifffile does: pip install 'headrace[tiff]'"
         ) from None
+    # It logs what it finds odd in a file; what matters is raised.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         series = tiff.series[0]
         page = series.keyframe

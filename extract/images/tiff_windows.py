@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.decoding import check_size
+from headrace.extract.images.decoding import check_size, decoding_reason
 
 _KEPT_BYTES = 2**26  # of decoded tiles and strips, which neighbouring rectangles share
 
@@ -79,10 +79,16 @@ class TiffWindows:
         if size == 0:  # sparse: nothing was ever written there
             nodata = self._page.nodata
             return np.full((self._length, self._width, self.shape[2]), nodata, self.dtype)
-        decoded, _, _ = self._page.decode(
-            self._data[start : start + size], index, jpegtables=self._page.jpegtables
-        )
-        segment: npt.NDArray[Any] = decoded[0]
+        try:
+            decoded, _, _ = self._page.decode(
+                self._data[start : start + size], index, jpegtables=self._page.jpegtables
+            )
+            segment: npt.NDArray[Any] = decoded[0]
+        except MemoryError:
+            raise
+        # codecs raise anything on malformed input, and a run must go on
+        except Exception as error:
+            raise ImageError(decoding_reason(error, b"")) from error
         with self._lock:
             self._kept[index] = segment
             while len(self._kept) > 1 and (

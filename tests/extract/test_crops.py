@@ -441,3 +441,19 @@ def test_a_truncated_planar_tiff_is_refused(tmp_path):
     )
     _, reasons, _ = rendered([str(tmp_path / "a.tif")], how)
     assert list(reasons) == [0]
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_damaged_tiff_ends_in_a_reason(in_parts):
+    """Bytes changed anywhere, the codec's number for one: an ImageError or pixels, nothing else."""
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, WINDOWS[:16, :16], photometric="minisblack", planarconfig="contig")
+    random = np.random.default_rng(1)
+    for _ in range(150):
+        data = bytearray(buffer.getvalue())
+        for place in random.integers(0, min(len(data), 300), 3):
+            data[place] = random.integers(256)
+        try:
+            decode_deep(bytes(data), (1, 3), in_parts=in_parts).crop(0, 0, 8, 8).floats(0.0)
+        except ImageError:
+            continue

@@ -507,9 +507,9 @@ def test_an_image_is_decoded_once_for_each_range(
     (tmp_path / "a.png").write_bytes(png(np.full((8, 8), 4095, np.uint16), 16, 0))
     asked: list[Range | None] = []
 
-    def counting(data: bytes, how: Preprocessing) -> DecodedImage:
+    def counting(data: bytes, how: Preprocessing, *, in_parts: bool) -> DecodedImage:
         asked.append(how.pixel_range)
-        return decode_pixels(data, how)
+        return decode_pixels(data, how, in_parts=in_parts)
 
     monkeypatch.setattr(decode_module, "decode_pixels", counting)
     ranges = (None, (0, 4095), None, (0, 4095))

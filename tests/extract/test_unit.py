@@ -272,9 +272,9 @@ def test_several_backbones_decode_once(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     decoded: list[int] = []
 
-    def counting(data: bytes, how: Preprocessing) -> DecodedImage:
+    def counting(data: bytes, how: Preprocessing, *, in_parts: bool) -> DecodedImage:
         decoded.append(len(data))
-        return decode_pixels(data, how)
+        return decode_pixels(data, how, in_parts=in_parts)
 
     monkeypatch.setattr(decode_module, "decode_pixels", counting)
     jobs = plan_work_units(samples, networks, cache_root=tmp_path / "cache")
