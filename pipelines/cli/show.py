@@ -55,7 +55,7 @@ def show_features(console: Console, plan: Plan, cache: object) -> None:
     )
     if not plan.requested:
         console.print(
-            f"Tasks: {len(plan.units):,} units; about {_hours(plan.estimate)}. Done already: "
+            f"Tasks: {len(plan.units):,} work units; about {_hours(plan.estimate)}. Done already: "
             f"{plan.images - plan.images_new:,} images",
             soft_wrap=True,
         )
