@@ -141,7 +141,7 @@ def predict_command(
     from headrace.pipelines.models.unit_rule import read_unit_rule
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
-    from headrace.pipelines.predict.listing import list_images
+    from headrace.pipelines.predict.listing import list_images, whole_images_note
     from headrace.pipelines.predict.units import UnitNames, units_path
     from headrace.pipelines.recipe.targets import empty_as_missing
 
@@ -173,7 +173,8 @@ def predict_command(
                 "give a table with it, or the recipe. Images alone are predicted"
             ]
     left_out = [f"left out: {item}" for item in listing.left_out]
-    notes = (*listing.notes, *left_out, *unit_note)
+    whole_note = whole_images_note(loaded_model.path, samples["path"])
+    notes = (*listing.notes, *left_out, *unit_note, *whole_note)
     for note in () if json_output else notes:
         console.print(f"note: {note}", soft_wrap=True)
     device_name = find_device(device)

@@ -2,7 +2,7 @@
 recipes themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 import pandas as pd
 
 from headrace.extract.images.byte_ranges import printable_name
+from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.tabular import is_table
 from headrace.heads.data.side_columns import SideColumn
+from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.recipe.side_columns import require_columns
+from headrace.pipelines.records import read_record
 
 
 def list_images(
@@ -57,6 +60,23 @@ def list_images(
                 f"{prefix}/" + listing.samples.loc[is_ambiguous, "file"]
             )
     return join_listings(listings)
+
+
+def whole_images_note(model_directory: Path, paths: Iterable[str]) -> list[str]:
+    """Say how many images are whole where the recipe of the model's run names boxes or tiles; of a
+    model in no run, and of boxes that were found by their columns alone, nothing is known.
+    """
+    recipe_path = RunPaths(model_directory.absolute().parent).recipe
+    images = read_record(recipe_path).get("images", {}) if recipe_path.is_file() else {}
+    boxed = isinstance(images.get("boxes"), dict)
+    key = "images.tiles" if images.get("tiles") else "images.boxes" if boxed else None
+    whole = 0 if key is None else sum(split_crop(path)[1] is None for path in paths)
+    if not whole:
+        return []
+    return [
+        f"{whole:,} images are predicted as a whole, but the model was trained on parts of images "
+        f"({key}): give a recipe that names these images and has that key"
+    ]
 
 
 def _unlabelled_source(source: str | Path) -> list[Path]:

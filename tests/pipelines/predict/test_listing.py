@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from headrace.extract.errors import SourceError
-from headrace.pipelines.predict.listing import list_images
+from headrace.extract.images.crops import Crop
+from headrace.pipelines.predict.listing import list_images, whole_images_note
+from headrace.pipelines.records import write_record
 
 
 def write(path: Path, text: str) -> Path:
@@ -44,3 +46,17 @@ def test_what_is_no_source_is_named(tmp_path):
         SourceError, match=r"nothing: no such file or folder. Give a folder of images, a table"
     ):
         list_images([tmp_path / "nothing"])
+
+
+@pytest.mark.parametrize("key", ["tiles", "boxes"])
+def test_whole_images_for_a_model_of_parts_are_told(tmp_path, key):
+    """Their predictions are of what no head was trained on."""
+    write_record(tmp_path / "recipe.json", {"images": {"boxes": "auto", key: {"size": 8}}})
+    part = Crop(0, 0, 8, 8).locator("a.png")
+    (note,) = whole_images_note(tmp_path / "winner", ["a.png", part, "b.png"])
+    assert note.startswith("2 images are predicted as a whole")
+    assert f"(images.{key})" in note
+    assert whole_images_note(tmp_path / "winner", [part]) == []
+    write_record(tmp_path / "recipe.json", {"images": {"boxes": "auto", "tiles": None}})
+    assert whole_images_note(tmp_path / "winner", ["a.png"]) == []
+    assert whole_images_note(tmp_path / "elsewhere" / "model", ["a.png"]) == []
