@@ -47,6 +47,8 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,
+                # a shell's background job ignores Ctrl-C, and so would all that it starts
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         shards = tmp_path / "headrace-demo" / "headrace-cache"
         waiting = time.monotonic()
@@ -56,7 +58,11 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
             os.killpg(process.pid, interrupt)  # as a terminal does: the workers get it too
         else:
             process.send_signal(interrupt)
-        code = process.wait(timeout=60)
+        try:
+            code = process.wait(timeout=60)
+        finally:
+            process.kill()  # or it would be a zombie among the children of later tests
+            process.wait()
         assert code == (130 if interrupt == signal.SIGINT else -signal.SIGKILL)
         assert "Traceback" not in log.read_text()
         waiting = time.monotonic()

@@ -272,7 +272,7 @@ def unit_key(job: ExtractJob) -> str:
 
 
 def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
-    """Return a unit's two split_unit, with their names; nothing for a unit of one image."""
+    """Return a unit's two halves, with their names; nothing for a unit of one image."""
     n_first = len(job.samples) // 2
     sample_halves = [
         half_samples for half_samples in (job.samples[:n_first], job.samples[n_first:]) if n_first
