@@ -84,5 +84,6 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
     assert (heads["kind"] == "mlp").sum() >= 24
     assert [features.n_rows for features in list_feature_sets(shards)] == [2624] * 6
     again = headrace("demo", cwd=tmp_path)
-    assert again.stdout.count("nothing missing") == 2
+    # of extraction, training and prediction
+    assert again.stdout.count("nothing missing") == 3
     assert len((run / "test-evaluations.jsonl").read_text().splitlines()) == 1
