@@ -238,9 +238,11 @@ def explain(
     location = [key_part for key_part in problem["loc"] if not _is_union_tag(key_part)]
     line_number, is_in_file = _line_of(root, location)
     place_text = f"{path}, line {line_number}"
-    for depth in range(1, len(location) + 1):
-        if tuple(location[:depth]) in set_places:
-            place_text, is_in_file = set_places[tuple(location[:depth])], True
+    for keys, set_place in set_places.items():
+        # a wrong section of a key that was set (heads.logisti.C) stands in no file either
+        is_above = not is_in_file and keys[: len(location)] == tuple(location)
+        if is_above or tuple(location[: len(keys)]) == keys:
+            place_text, is_in_file = set_place, True
     dotted_key = ".".join(_short(str(key_part)) for key_part in location)
     if (new_name := renamed_key(problem)) is not None:
         return f"{place_text}: the key {dotted_key!r} is called {new_name!r} now"

@@ -44,6 +44,10 @@ def test_the_last_of_two_wins_and_text_may_hold_equal_signs():
         ("=3", "expected KEY=VALUE"),
         ("task..folds=3", "expected KEY=VALUE"),
         ("task.flods=3", "--set task.flods=3: unknown key 'task.flods': did you mean 'folds'"),
+        (
+            "heads.logisti.C=5",
+            "--set heads.logisti.C=5: unknown key 'heads.logisti': did you mean 'logistic'",
+        ),
         ("task.folds=x", "--set task.folds=x: task.folds: Input should be a valid integer"),
         ("task.folds.deep=1", "--set task.folds.deep=1: task.folds is 3 in the recipe"),
         ("backbones.7.taps=auto", "backbones is a list of 1; expected the number of an item"),
