@@ -123,8 +123,8 @@ def _known(name: str, names: Sequence[str]) -> str:
             "and without them, so that it is left out here"
         )
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
     raise RecipeError(
-        f"heads: inputs names {name!r}, which no backbone gives. {hint[:1].upper()}{hint[1:]}There are: "
+        f"heads: inputs names {name!r}, which no backbone gives. {hint}There are: "
         f"{', '.join(names)}"
     )
