@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.pipelines.cli.options import (
+    ClusterOption,
+    DryRunOption,
+    ExcludeOption,
     JsonOption,
     ProgressFormat,
     ProgressOption,
     QuietOption,
     SetOption,
+    StrictOption,
     VerboseOption,
     WorkersOption,
-    flag,
     progress_console,
 )
 from headrace.pipelines.console import make_console
@@ -64,28 +67,11 @@ def extract_command(
     dtype: Annotated[
         FeatureDtype | None, typer.Option(help="How features are kept; default: float16.")
     ] = None,
-    dry_run: Annotated[
-        bool, flag("--dry-run", help="Print the plan and stop; nothing is written.")
-    ] = False,
+    dry_run: DryRunOption = False,
     workers: WorkersOption = None,
-    strict: Annotated[
-        bool,
-        flag("--strict", help="Fail where an image cannot be decoded, instead of listing it."),
-    ] = False,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            help="Where tasks run: local, cuda, slurm, kubernetes, or tls://HOST:PORT; default: "
-            "local, or as the recipe says."
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Images, or folders of them, to leave out; * and ? match. May be given several "
-            "times."
-        ),
-    ] = None,
+    strict: StrictOption = False,
+    cluster: ClusterOption = None,
+    exclude: ExcludeOption = None,
     settings: SetOption = None,
     progress: ProgressOption = ProgressFormat.auto,
     quiet: QuietOption = False,

@@ -24,11 +24,15 @@ from headrace.pipelines.cli.doctor import doctor_command
 from headrace.pipelines.cli.export import export_command
 from headrace.pipelines.cli.extract import extract_command
 from headrace.pipelines.cli.options import (
+    ClusterOption,
+    DryRunOption,
+    ExcludeOption,
     JsonOption,
     ProgressFormat,
     ProgressOption,
     QuietOption,
     SetOption,
+    StrictOption,
     VerboseOption,
     WorkersOption,
     flag,
@@ -132,13 +136,7 @@ def init(
             "in them."
         ),
     ] = FolderLayout.auto,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Images, or folders of them, to leave out; * and ? match. May be given several "
-            "times."
-        ),
-    ] = None,
+    exclude: ExcludeOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Write a commented recipe for the images that are there.
@@ -176,25 +174,14 @@ def run(
             autocompletion=complete_runs,
         ),
     ],
-    dry_run: Annotated[
-        bool, flag("--dry-run", help="Print the plan and stop; nothing is written.")
-    ] = False,
+    dry_run: DryRunOption = False,
     workers: WorkersOption = None,
-    strict: Annotated[
-        bool,
-        flag("--strict", help="Stop at an image that cannot be decoded, instead of listing it."),
-    ] = False,
+    strict: StrictOption = False,
     retry_failed: Annotated[
         bool,
         flag("--retry-failed", help="Train the heads that failed in an earlier call once more."),
     ] = False,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            help="Where tasks run, instead of the recipe's cluster.where: local, cuda, slurm, "
-            "kubernetes, or tls://HOST:PORT."
-        ),
-    ] = None,
+    cluster: ClusterOption = None,
     settings: SetOption = None,
     progress: ProgressOption = ProgressFormat.auto,
     quiet: QuietOption = False,

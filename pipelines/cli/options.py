@@ -33,6 +33,25 @@ VerboseOption = Annotated[
 WorkersOption = Annotated[
     int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
 ]
+DryRunOption = Annotated[
+    bool, flag("--dry-run", help="Print the plan and stop; nothing is written.")
+]
+StrictOption = Annotated[
+    bool, flag("--strict", help="Stop at an image that cannot be decoded, instead of listing it.")
+]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Where tasks run, instead of the recipe's cluster.where: local, cuda, slurm, "
+        "kubernetes, or tls://HOST:PORT."
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Images, or folders of them, to leave out; * and ? match. May be given several times."
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 from headrace.cache.errors import HeadraceError
 from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import (
+    ExcludeOption,
     JsonOption,
     ProgressFormat,
     ProgressOption,
@@ -100,13 +101,7 @@ def predict_command(
     array_key: Annotated[
         str | None, typer.Option(help="Which array of a .npz or .h5 file holds the images.")
     ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Images, or folders of them, to leave out; * and ? match. May be given several "
-            "times."
-        ),
-    ] = None,
+    exclude: ExcludeOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
     cache: Annotated[
