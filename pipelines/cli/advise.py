@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.pipelines.cli.completion import complete_runs
-from headrace.pipelines.cli.json_output import AdviceOutput, print_json
 from headrace.pipelines.cli.options import JsonOption, QuietOption, progress_console
 from headrace.pipelines.console import make_console
 
@@ -51,6 +50,8 @@ def advise_command(
         run, reference=reference, console=progress_console(quiet=quiet), workers=workers
     )
     if json_output:
+        from headrace.pipelines.cli.json_output import AdviceOutput, print_json
+
         print_json(AdviceOutput(**advice_summary(advice)))
     else:
         show_advice(make_console(), advice)

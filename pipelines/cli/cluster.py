@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from headrace.pipelines.cli.json_output import TlsOutput, print_json
 from headrace.pipelines.cli.options import JsonOption
 from headrace.pipelines.console import make_console
 
@@ -46,6 +45,8 @@ def tls_command(
     )
     settings_path = write_settings(tls_folder)
     if json_output:
+        from headrace.pipelines.cli.json_output import TlsOutput, print_json
+
         print_json(
             TlsOutput(
                 folder=str(tls_folder),

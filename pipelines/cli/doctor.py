@@ -17,7 +17,6 @@ import typer
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home
-from headrace.pipelines.cli.json_output import DoctorOutput, FindingOutput, print_json
 from headrace.pipelines.cli.options import JsonOption
 from headrace.pipelines.console import make_console
 from headrace.pipelines.doctor.disk import check_disk, check_hdf5, check_locking
@@ -94,6 +93,8 @@ def doctor_command(
     findings = examine(_folder(folder, recipe), recipe)
     version = importlib.metadata.version("headrace")
     if json_output:
+        from headrace.pipelines.cli.json_output import DoctorOutput, FindingOutput, print_json
+
         outputs = tuple(FindingOutput(**dataclasses.asdict(finding)) for finding in findings)
         print_json(DoctorOutput(version=version, platform=platform.platform(), findings=outputs))
         raise typer.Exit(any(finding.state == "fail" for finding in outputs))

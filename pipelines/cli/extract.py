@@ -20,6 +20,7 @@ from headrace.pipelines.cli.options import (
     VerboseOption,
     WorkersOption,
     progress_console,
+    resumable,
 )
 from headrace.pipelines.console import make_console
 
@@ -85,7 +86,7 @@ def extract_command(
 
     Example: headrace extract photos/ --backbone timm:resnet18 --dry-run
     """
-    from headrace.pipelines.recipe.load import on_cluster
+    from headrace.pipelines.recipe.load import on_cluster, strictly
 
     network: dict[str, Any] = {
         "name": backbone,
@@ -99,8 +100,7 @@ def extract_command(
     if cluster:
         recipe = on_cluster(recipe, cluster)
     if strict:
-        compute = recipe.compute.model_copy(update={"strict": True})
-        recipe = recipe.model_copy(update={"compute": compute})
+        recipe = strictly(recipe)
     from headrace.pipelines.cli.json_output import print_json
     from headrace.pipelines.cli.run_json import extract_output, plan_output
     from headrace.pipelines.cli.show import show_extraction, show_features, show_notes
@@ -110,7 +110,7 @@ def extract_command(
     from headrace.pipelines.run import extract_recipe
 
     console = make_console()
-    try:
+    with resumable():
         if dry_run:
             extraction = read_extraction(recipe, write=False)
             plan, notes, out = extraction.plan, extraction.notes, recipe.paths.root
@@ -131,12 +131,6 @@ def extract_command(
                 print_json(extract_output(result))
             else:
                 show_extraction(console, result)
-    except KeyboardInterrupt:
-        make_console(stderr=True).print(
-            "\nInterrupted. What is finished is kept; the same command goes on from here.",
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Imports what a command needs when it runs, so that `--help` and bad input answer
 """
 
 import importlib.metadata
+import json
 import shlex
 import sys
 from enum import StrEnum
@@ -37,11 +38,11 @@ from headrace.pipelines.cli.options import (
     WorkersOption,
     flag,
     progress_console,
+    resumable,
 )
 from headrace.pipelines.cli.predict import predict_command
 from headrace.pipelines.cli.report import report_command
-from headrace.pipelines.cli.schema import schema_command
-from headrace.pipelines.console import escape_unencodable, make_console, valid_text
+from headrace.pipelines.console import escape_unencodable, make_console, utf8_stdout, valid_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -252,7 +253,26 @@ app.command("backbones", rich_help_panel=_AROUND)(backbones_command)
 app.add_typer(cache_app, name="cache", rich_help_panel=_AROUND)
 app.add_typer(cluster_app, name="cluster", rich_help_panel=_AROUND)
 app.command("doctor", rich_help_panel=_AROUND)(doctor_command)
-app.command("schema", rich_help_panel=_AROUND)(schema_command)
+
+
+@app.command(rich_help_panel=_AROUND)
+def schema(
+    name: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="recipe, or a command that takes --json: run, status, cache ls, 'run --dry-run' …"
+        ),
+    ] = None,
+) -> None:
+    """Print a JSON Schema: of recipes, for editors, or of what a command prints with --json.
+
+    Example: headrace schema recipe
+    """
+    from headrace.pipelines.cli.schema import RECIPE
+    from headrace.pipelines.cli.schema import schema as make_schema
+
+    with utf8_stdout() as stream:
+        stream.write(json.dumps(make_schema(" ".join(name or [RECIPE])), indent=2) + "\n")
 
 
 def _run(
@@ -270,16 +290,14 @@ def _run(
     verbose: bool = False,
     json_output: bool = False,
 ) -> None:
-    from headrace.pipelines.recipe.load import load_recipe, on_cluster
+    from headrace.pipelines.recipe.load import load_recipe, on_cluster, strictly
 
     recipe = load_recipe(recipe_path, settings=settings)
     _require_utf8(recipe.paths.root)
     if cluster:
         recipe = on_cluster(recipe, cluster)
     if strict:
-        recipe = recipe.model_copy(
-            update={"compute": recipe.compute.model_copy(update={"strict": True})}
-        )
+        recipe = strictly(recipe)
     from headrace.pipelines.cli.json_output import print_json
     from headrace.pipelines.cli.run_json import plan_output, run_output
     from headrace.pipelines.cli.show import show_images, show_plan, show_result
@@ -289,7 +307,7 @@ def _run(
     from headrace.pipelines.run import run_recipe
 
     console = make_console()
-    try:
+    with resumable():
         if dry_run:
             state = read_run_state(
                 recipe,
@@ -324,12 +342,6 @@ def _run(
                 print_json(run_output(result))
             else:
                 show_result(console, result, reference=reference)
-    except KeyboardInterrupt:
-        _say(
-            make_console(stderr=True),
-            "\nInterrupted. What is finished is kept; the same command goes on from here.",
-        )
-        raise typer.Exit(130) from None  # the shell's word for Ctrl-C
 
 
 def _require_utf8(out_folder: Path) -> None:

@@ -1,5 +1,7 @@
-"""Options that several commands take, and the consoles that they ask for."""
+"""Options that several commands take, the consoles that they ask for, and how Ctrl-C ends them."""
 
+import contextlib
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -92,3 +94,16 @@ def progress_console(
         verbose=verbose,
         json_progress=progress_format is ProgressFormat.json,
     )
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Let Ctrl-C end the command with the shell's exit code for it, having said what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        make_console(stderr=True).print(
+            "\nInterrupted. What is finished is kept; the same command goes on from here.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None

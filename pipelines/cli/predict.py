@@ -17,6 +17,7 @@ from headrace.pipelines.cli.options import (
     WorkersOption,
     flag,
     progress_console,
+    resumable,
 )
 from headrace.pipelines.console import make_console, utf8_stdout
 
@@ -173,7 +174,7 @@ def predict_command(
     for note in () if json_output else notes:
         console.print(f"note: {note}", soft_wrap=True)
     device_name = find_device(device)
-    try:
+    with resumable():
         if update_cache and cache_root is not None:
             from headrace.pipelines.run import cache_images
 
@@ -209,12 +210,6 @@ def predict_command(
                 unit_names=unit_names,
                 console=progress_console(quiet=quiet, progress_format=progress),
             )
-    except KeyboardInterrupt:
-        console.print(
-            "\nInterrupted. What is finished is kept; the same command goes on from here.",
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
     if json_output:
         from headrace.pipelines.cli.json_output import PredictOutput, print_json
 

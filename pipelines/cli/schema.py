@@ -1,38 +1,19 @@
-"""`headrace schema`: JSON Schemas of the recipe and of what commands print with `--json`."""
+"""JSON Schemas of the recipe and of what commands print with `--json`."""
 
-import json
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
-import typer
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import ModelSchema
 
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import nearest_names
-from headrace.pipelines.console import utf8_stdout
 
 RECIPE = "recipe"
 
 
 class UnknownSchema(HeadraceError, ValueError):
     """There is no schema of that name."""
-
-
-def schema_command(
-    name: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="recipe, or a command that takes --json: run, status, cache ls, 'run --dry-run' …"
-        ),
-    ] = None,
-) -> None:
-    """Print a JSON Schema: of recipes, for editors, or of what a command prints with --json.
-
-    Example: headrace schema recipe
-    """
-    with utf8_stdout() as stream:
-        stream.write(json.dumps(schema(" ".join(name or [RECIPE])), indent=2) + "\n")
 
 
 def schema(name: str) -> dict[str, Any]:

@@ -121,6 +121,12 @@ def on_cluster(recipe: Recipe, where: str) -> Recipe:
     return recipe.model_copy(update={"cluster": section})
 
 
+def strictly(recipe: Recipe) -> Recipe:
+    """Return the recipe with images that cannot be decoded stopping it."""
+    compute = recipe.compute.model_copy(update={"strict": True})
+    return recipe.model_copy(update={"compute": compute})
+
+
 def parse_recipe(text: str, recipe_path: Path, *, settings: Iterable[str] = ()) -> Recipe:
     """Read and check a recipe's text; `recipe_path` names it in messages and is where relative
     paths start.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,15 +16,11 @@ from headrace.pipelines.cli.cache.find import (
     print_line,
 )
 from headrace.pipelines.cli.completion import complete_feature_sets
-from headrace.pipelines.cli.json_output import (
-    FailureOutput,
-    FeatureSetDetail,
-    FeatureSetOutput,
-    FeatureSetsOutput,
-    print_json,
-)
 from headrace.pipelines.cli.options import JsonOption
 from headrace.pipelines.number_format import bytes_text
+
+if TYPE_CHECKING:
+    from headrace.pipelines.cli.json_output import FeatureSetOutput
 
 _HALF = {
     "float16": "2^-11",
@@ -40,6 +36,8 @@ def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = F
 
     Example: headrace cache ls
     """
+    from headrace.pipelines.cli.json_output import FeatureSetOutput, FeatureSetsOutput, print_json
+
     directories = feature_set_directories(cache)
     outputs = []
     for directory in directories:
@@ -74,7 +72,9 @@ def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = F
         )
 
 
-def _describe(feature_set: FeatureSet) -> FeatureSetOutput:
+def _describe(feature_set: FeatureSet) -> "FeatureSetOutput":
+    from headrace.pipelines.cli.json_output import FeatureSetOutput
+
     spec = feature_set.spec
     return FeatureSetOutput(
         fingerprint=feature_set.path.name,
@@ -114,6 +114,12 @@ def show_command(
     spec_fields = dataclasses.asdict(feature_set.spec)
     shard_rows = [entry.rows for entry in feature_set.entries]
     if json_output:
+        from headrace.pipelines.cli.json_output import (
+            FailureOutput,
+            FeatureSetDetail,
+            print_json,
+        )
+
         print_json(
             FeatureSetDetail(
                 **dict(described),
