@@ -246,7 +246,16 @@ def test_a_logistic_head_needs_neither_torch_nor_torchvision():
 
 def test_help_needs_no_heavy_import():
     """`headrace --help` and bad input answer at once."""
-    heavy = {"torch", "torchvision", "timm", "distributed", "sklearn", "scipy", "pandas", "pydantic"}
+    heavy = {
+        "torch",
+        "torchvision",
+        "timm",
+        "distributed",
+        "sklearn",
+        "scipy",
+        "pandas",
+        "pydantic",
+    }
     assert not heavy & loaded_after("import headrace.pipelines.cli.main")
     assert not {"torch", "sklearn", "scipy"} & loaded_after("import headrace.heads.bank")
     assert not {"torch", "sklearn"} & loaded_after(
