@@ -73,7 +73,7 @@ def test_with_one_feature_set_each_and_all_are_the_same():
 
 def test_an_input_that_is_not_there_names_the_nearest():
     """A typing error in heads.inputs."""
-    with pytest.raises(RecipeError, match=r"did you mean 'early\.avg'"):
+    with pytest.raises(RecipeError, match=r"Did you mean 'early\.avg'"):
         requested_heads(Heads.model_validate({"logistic": {"inputs": [["early.agv"]]}}), NAMES)
 
 
