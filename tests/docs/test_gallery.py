@@ -27,12 +27,9 @@ RESULTS = {
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_an_example_runs_as_it_stands(page, tmp_path):
+def test_an_example_runs_as_it_stands(page, tmp_path, command_path):
     """Images are made, the recipe is written, and every command ends well."""
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "COLUMNS": "100",
-    }
+    environment = os.environ | {"PATH": command_path, "COLUMNS": "100"}
     for skipped, language, block in FENCE.findall(page.read_text()):
         if language == "python":
             subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)

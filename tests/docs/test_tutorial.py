@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,12 +45,9 @@ def outline(output, home):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a busy machine is slow at it, not wrong
-def test_the_tutorial_prints_what_it_shows(tmp_path):
+def test_the_tutorial_prints_what_it_shows(tmp_path, command_path):
     """Every block of commands ends well; what it prints has the words of the page."""
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "COLUMNS": "100",
-    }
+    environment = os.environ | {"PATH": command_path, "COLUMNS": "100"}
     record = os.environ.get("TUTORIAL_RECORD")
     text = PAGE.read_text()
     together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

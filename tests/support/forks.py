@@ -10,6 +10,7 @@ closed.
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -24,8 +25,9 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import connection, forkserver
+from pathlib import Path
 from typing import Any
 
 # Sums are then the same from call to call, whatever else the machine does; and OpenMP, which cannot
@@ -98,6 +100,61 @@ def start(
     return Call(int(pid), answer)
 
 
+@contextlib.contextmanager
+def on_path(folder: Path) -> Iterator[str]:
+    """Give a value of PATH whose `headrace` is such a call: for shells that run a page's commands.
+
+    folder: where to write that program, which hands its arguments, folder, environment and output
+    over and waits.
+    """
+    address = connection.arbitrary_address("AF_UNIX")
+    program = folder / "headrace"
+    program.write_text(f"#!{sys.executable} -IS\n{HAND_OVER.format(address=address)}")
+    program.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        thread = threading.Thread(target=_answer, args=(listener,))
+        thread.start()
+        try:
+            yield os.pathsep.join(
+                (str(folder), str(Path(sys.executable).parent), os.environ["PATH"])
+            )
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+HAND_OVER = """\
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    call = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [call], [1, 2])
+    server.shutdown(socket.SHUT_WR)
+    sys.exit(int(server.recv(16)))
+"""
+
+
+def _answer(listener: socket.socket) -> None:
+    """Start what programs of `on_path` hand over, one after the other, until the listener is
+    shut down.
+    """
+    while True:
+        try:
+            caller, _ = listener.accept()
+        except OSError:
+            return
+        with caller:
+            text, files, _, _ = socket.recv_fds(caller, 1 << 20, 2)
+            while more := caller.recv(1 << 16):
+                text += more
+            arguments, cwd, env = json.loads(text)
+            with os.fdopen(files[0], "wb") as stdout, os.fdopen(files[1], "wb") as stderr:
+                call = start(arguments, cwd=cwd, stdout=stdout, stderr=stderr, env=env)
+            caller.send(str(call.wait()).encode())
+
+
 _lock = threading.Lock()
 
 
@@ -156,6 +213,9 @@ def _fork_once_more(stdout: int, stderr: int, answer: int) -> bool:
         os.dup2(stderr, 2)
         for file in (stdout, stderr, answer):
             os.close(file)
+        # as an interpreter opens them: those of the server may be a file, which has a position
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
         return True
     os.write(answer, f"{os.waitpid(pid, 0)[1]}\n".encode())
     os._exit(0)
@@ -191,6 +251,8 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         for name in modules():
             importlib.import_module(name)
+        # It compiles for 8 s in every process that draws a map; test_map.py has what it does.
+        sys.modules["umap"] = None  # type: ignore[assignment]
         assert threading.active_count() == 1
         gc.freeze()  # or every fork would look through all of this for garbage
         request = serve(requests)
