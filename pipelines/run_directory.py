@@ -12,13 +12,13 @@ import pydantic
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home
+from headrace.pipelines.moved_paths import moved_path
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.load import Recipe, RecipeError, load_recipe
 from headrace.pipelines.recipe.text import renamed_key
-from headrace.pipelines.records import RunDamaged, read_record
+from headrace.pipelines.records import read_record
 
 _RECIPE_BYTES = 1 << 20  # no recipe is larger, and a video that is given by mistake is not read
-_PATTERN = "{*?["  # in the name of a recipe's tar shards
 
 
 class NotARun(HeadraceError, ValueError):
@@ -160,13 +160,13 @@ def stored_recipe(paths: RunPaths) -> Recipe:
     before, now = recipe.out, paths.root.absolute()
 
     def moved(path: Path | None) -> Path | None:
-        return None if path is None else _moved(path, before, now)
+        return None if path is None else moved_path(path, before, now)
 
     images = {name: moved(value) for name, value in recipe.images if isinstance(value, Path)}
     backbones = (
         backbone.model_copy(
             update={
-                "weights": str(_moved(Path(backbone.weights), before, now))
+                "weights": str(moved_path(Path(backbone.weights), before, now))
                 if backbone.weights
                 else None
             }
@@ -182,38 +182,6 @@ def stored_recipe(paths: RunPaths) -> Recipe:
             "cluster": recipe.cluster.model_copy(update={"tls": moved(recipe.cluster.tls)}),
         }
     )
-
-
-def moved_with_run(path: str, inside: Path) -> str:
-    """Return a path that a file of a run names, as it is now if the run was moved with its
-    surroundings.
-
-    inside: the directory of that file, such as RUN/winner. Where that is in no run, the path stays
-    as it is.
-    """
-    for folder in list(inside.absolute().parents)[:4]:
-        try:
-            before = read_record(RunPaths(folder).recipe)["out"]
-        except (OSError, RunDamaged, KeyError):
-            continue
-        return str(_moved(Path(path), Path(before), folder))
-    return path
-
-
-def _moved(path: Path, before: Path, now: Path) -> Path:
-    """The path, or where it is since the run went from `before` to `now`; a copy uses what was
-    copied with it.
-
-    What the two ends share has kept its order: of a project that was moved as a whole, cache,
-    images and weights files stand beside the run as they did.
-    """
-    while before.name and before.name == now.name:
-        before, now = before.parent, now.parent
-    if before == now or not path.is_relative_to(before):
-        return path
-    moved_path = now / path.relative_to(before)
-    existing_part = moved_path.parent if set(_PATTERN) & set(moved_path.name) else moved_path
-    return moved_path if existing_part.exists() else path
 
 
 def results_file(paths: RunPaths, stored: str | Path) -> Path:

@@ -99,7 +99,7 @@ LEVELS = {
     ),
     "pipelines": (
         {"console", "feature_input", "number_format", "paths", "records"},
-        {"environment", "recipe"},
+        {"environment", "moved_paths", "recipe"},
         {"cluster", "run_directory"},
         {"doctor", "models"},
         {"finetune", "selection"},

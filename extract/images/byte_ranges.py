@@ -94,7 +94,7 @@ def _is_utf8(text: str) -> bool:
 
 def locator_file(path: str) -> str:
     """The file that a locator points into, as the system takes it; a plain path is its own."""
-    locator_match = _LOCATOR.fullmatch(path)
+    locator_match = _LOCATOR.fullmatch(path) if "::" in path else None
     file_text = locator_match["file"] if locator_match else path
     if file_text.startswith(_ENCODED):
         return os.fsdecode(urllib.parse.unquote_to_bytes(file_text.removeprefix(_ENCODED)))

@@ -1,10 +1,11 @@
 """Images as files in folders."""
 
+import contextlib
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -26,8 +27,7 @@ LINKED_FOLDERS = "links to folders that are read under their own names"
 HIDDEN_ENTRIES = "hidden entries (names that begin with a dot)"
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A file below the source, or a folder that has none."""
 
     folders: FolderParts
@@ -58,29 +58,21 @@ def read_folder(
     tally = Tally()
     image_rows: list[tuple[str, str, FolderParts]] = []
     folders_of_others: set[FolderParts] = set()
-    for entry in _walk(image_root.absolute(), tally):
-        relative_path = (
-            "/".join((*entry.folders, entry.name)) if entry.name else "/".join(entry.folders)
-        )
-        is_excluded = tally.excludes(exclude, printable_name(relative_path))
-        if not entry.name:
+    for folders, name, path in _walk(image_root.absolute(), tally):
+        shown_name = printable_name("/".join((*folders, name) if name else folders))
+        is_excluded = tally.excludes(exclude, shown_name)
+        if not name:
             if not is_excluded:
-                folders_of_others.add(entry.folders)
+                folders_of_others.add(folders)
             continue
         tally.found += 1
         if is_excluded:
-            tally.leave_out(EXCLUDED_ENTRIES, printable_name(relative_path))
-        elif not (is_image(entry.path) or is_image_array(entry.path)):
-            tally.leave_out(describe_suffix(entry.name), printable_name(relative_path))
-            folders_of_others.add(entry.folders)
+            tally.leave_out(EXCLUDED_ENTRIES, shown_name)
+        elif not (is_image(path) or is_image_array(path)):
+            tally.leave_out(describe_suffix(name), shown_name)
+            folders_of_others.add(folders)
         else:
-            image_rows.append(
-                (
-                    normalize_text(printable_name(relative_path)),
-                    encode_path(entry.path),
-                    entry.folders,
-                )
-            )
+            image_rows.append((normalize_text(shown_name), encode_path(path), folders))
     if not image_rows:
         found_text = "; ".join(map(str, tally.left_out()[:5])) or "no files"
         raise SourceError(
@@ -88,13 +80,15 @@ def read_folder(
             f"holding files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names "
             "images."
         )
-    image_rows.sort(key=lambda row: row[:2])
-    image_rows = _tell_apart(image_rows, image_root.absolute())
-    check_unique_ids((image_id for image_id, _, _ in image_rows), str(image_root))
+    image_rows.sort()
+    if len({image_id for image_id, _, _ in image_rows}) < len(image_rows):
+        image_rows = _tell_apart(image_rows, image_root.absolute())
+        check_unique_ids((image_id for image_id, _, _ in image_rows), str(image_root))
+    usual_endings = {suffix[1:] for suffix in IMAGE_SUFFIXES} | {"npy"}
     unusual_names = [
         image_id
         for image_id, _, _ in image_rows
-        if os.path.splitext(image_id)[1].lower() not in IMAGE_SUFFIXES | {".npy"}
+        if image_id.rpartition(".")[2].lower() not in usual_endings
     ]
     read_labels = read_layout(
         [parent_folders for _, _, parent_folders in image_rows],
@@ -150,6 +144,10 @@ def image_paths(folder: Path) -> Iterator[str]:
 
 def has_images(folder: Path) -> bool:
     """Return whether there is an image anywhere below a folder."""
+    # A folder of 100,000 images is not sorted to find one of them.
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        if any(entry.name[0] != "." and entry.is_file() and is_image(entry) for entry in entries):
+            return True
     return next(image_paths(folder), None) is not None
 
 

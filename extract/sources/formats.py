@@ -89,12 +89,12 @@ OTHER_FORMATS = {
 }
 
 
-def is_archive(path: str | Path) -> bool:
+def is_archive(path: str | os.PathLike[str]) -> bool:
     """Return whether a file, by its name, is a tar, compressed tar or zip archive."""
-    return str(path).lower().endswith((*TAR_ENDINGS, ".zip"))
+    return os.fspath(path).lower().endswith((*TAR_ENDINGS, ".zip"))
 
 
-def is_image(path: str | Path) -> bool:
+def is_image(path: str | os.PathLike[str]) -> bool:
     """Return whether a file is an image: by its suffix, else by its first bytes (`photo.jpg.1`,
     names without a suffix).
     """

@@ -3,6 +3,7 @@
 Imports what a command needs when it runs, so that `--help` and bad input answer at once.
 """
 
+import gc
 import importlib.metadata
 import json
 import shlex
@@ -365,6 +366,9 @@ def main() -> None:
     An error that the user or the machine caused is printed alone, with exit code 2.
     """
     escape_unencodable()
+    # Listings are lists of many small values that stay: looking through them for garbage after
+    # every 700 new ones took a tenth of the time of a command.
+    gc.set_threshold(50_000, 20, 100)
     try:
         app()
     except (HeadraceError, OSError) as error:

@@ -252,8 +252,9 @@ def _cache_root(
 ) -> Path | None:
     """Return the cache to look in. Raises OutputError for options that cannot all be meant."""
     from headrace.cache.home import expand_home
+    from headrace.pipelines.moved_paths import moved_with_run
     from headrace.pipelines.paths import RunPaths
-    from headrace.pipelines.run_directory import stored_recipe
+    from headrace.pipelines.records import read_record
 
     if no_cache:
         if cache is not None or update_cache:
@@ -266,7 +267,7 @@ def _cache_root(
         return cache_root
     paths = RunPaths(model.path.absolute().parent)
     if paths.recipe.is_file():
-        return stored_recipe(paths).cache
+        return Path(moved_with_run(read_record(paths.recipe)["cache"], model.path))
     if update_cache:
         raise OutputError(f"{model.path} is in no run: say which cache, --cache headrace-cache")
     return None

@@ -36,7 +36,7 @@ from headrace.heads.spec import spec_to_json
 from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file
-from headrace.pipelines.run_directory import moved_with_run
+from headrace.pipelines.moved_paths import moved_with_run
 
 if TYPE_CHECKING:
     from torch import nn

@@ -3,9 +3,10 @@
 import importlib.metadata
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from headrace.heads.bank import check_device
-from headrace.pipelines.recipe.load import Recipe
+if TYPE_CHECKING:
+    from headrace.pipelines.recipe.load import Recipe
 
 
 def find_device(requested_device: str) -> str:
@@ -33,7 +34,7 @@ def _may_have_accelerator() -> bool:
     )
 
 
-def find_heads_device(recipe: Recipe, workers: int | None = None) -> str:
+def find_heads_device(recipe: "Recipe", workers: int | None = None) -> str:
     """Return the device on which this run's workers train heads; `workers` overrides the recipe's.
 
     "auto" is a GPU for the one worker of this machine: several would each want its memory, and
@@ -47,5 +48,7 @@ def find_heads_device(recipe: Recipe, workers: int | None = None) -> str:
         device = find_device("auto") if on_this_machine and one_worker else "cpu"
         return "cpu" if device == "mps" else device  # MPS has no float64, in which heads add up
     if on_this_machine:
+        from headrace.heads.bank import check_device
+
         check_device(requested_device)
     return requested_device

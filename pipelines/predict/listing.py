@@ -16,7 +16,6 @@ from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.tabular import is_table
 from headrace.heads.data.side_columns import SideColumn
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.recipe.side_columns import require_columns
 from headrace.pipelines.records import read_record
 
@@ -49,6 +48,8 @@ def list_images(
     optional = [] if optional_column is None or optional_column in names else [optional_column]
     sources = [part for source in sources for part in (source, *_unlabelled_source(source))]
     listings = [_list_source(str(source), names, optional, options) for source in sources]
+    if len(listings) == 1:
+        return listings[0]
     paths_of_name = (
         pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
     )
@@ -83,6 +84,8 @@ def _unlabelled_source(source: str | Path) -> list[Path]:
     """Return the source of images without labels that a recipe names beside its own."""
     if not _is_recipe(str(source)):
         return []
+    from headrace.pipelines.recipe.load import load_recipe
+
     location = load_recipe(source).images.unlabelled
     return [] if location is None else [location]
 
@@ -95,6 +98,8 @@ def _list_source(
     location: str, beside: Sequence[str], optional: Sequence[str], options: dict[str, Any]
 ) -> Listing:
     if _is_recipe(location):
+        from headrace.pipelines.recipe.load import load_recipe
+
         source = load_recipe(location).images.source()
         location = str(source.location)
     else:

@@ -4,7 +4,7 @@ what a person should be told of them.
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,10 @@ import pandas as pd
 
 from headrace.cache.text import as_text
 from headrace.heads.data.side_columns import SideColumn, SideColumns
-from headrace.pipelines.recipe.sections import TaskSection
 from headrace.pipelines.recipe.targets import DataError, empty_as_missing, name_some
+
+if TYPE_CHECKING:
+    from headrace.pipelines.recipe.sections import TaskSection
 
 ColumnKind = Literal["auto", "number", "category"]
 
@@ -23,7 +25,7 @@ _DATE = r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{2}|\d{4})"
 _MANY_LEVELS, _ROWS_PER_LEVEL = 20, 4
 
 
-def side_column_names(section: TaskSection) -> tuple[str, ...]:
+def side_column_names(section: "TaskSection") -> tuple[str, ...]:
     """Return the names of the task's side columns."""
     return tuple(section.side_columns)
 
@@ -32,7 +34,7 @@ def make_side_columns(
     samples: pd.DataFrame,
     target: npt.NDArray[Any],
     is_training: npt.NDArray[np.bool_],
-    section: TaskSection,
+    section: "TaskSection",
 ) -> tuple[SideColumns | None, list[str]]:
     """Return the side columns of all samples as their training rows have them, and notes.
 
@@ -191,7 +193,7 @@ def _cautions(
     texts: pd.Series,
     target: npt.NDArray[Any],
     is_training: npt.NDArray[np.bool_],
-    section: TaskSection,
+    section: "TaskSection",
 ) -> list[str]:
     """Return notes on a column that cannot help, and on one that gives the answer away."""
     values = texts[is_training].fillna("")

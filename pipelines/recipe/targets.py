@@ -5,7 +5,7 @@ task is one of numbers.
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,9 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.text import as_text
-from headrace.pipelines.recipe.sections import TaskSection
+
+if TYPE_CHECKING:
+    from headrace.pipelines.recipe.sections import TaskSection
 
 _NAMED = 10  # names in one note
 
@@ -25,7 +27,7 @@ class DataError(HeadraceError, ValueError):
 
 
 def check_targets(
-    samples: pd.DataFrame, section: TaskSection
+    samples: pd.DataFrame, section: "TaskSection"
 ) -> tuple[pd.DataFrame, tuple[str, ...], npt.NDArray[Any]]:
     """Return the samples that have a target, the classes (or columns), and the targets as in
     `Task.target`.
@@ -60,7 +62,7 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple | set | np.ndarray)
 
 
-def _holds_labels(target_values: pd.DataFrame, section: TaskSection) -> bool:
+def _holds_labels(target_values: pd.DataFrame, section: "TaskSection") -> bool:
     """Tell whether one column holds several labels in each cell: a list, or text with a
     separator.
     """
@@ -70,13 +72,13 @@ def _holds_labels(target_values: pd.DataFrame, section: TaskSection) -> bool:
     )
 
 
-def target_columns(section: TaskSection) -> list[str]:
+def target_columns(section: "TaskSection") -> list[str]:
     """Return the columns that the task predicts."""
     return [section.target] if isinstance(section.target, str) else list(section.target)
 
 
 def _encode(
-    target_values: pd.DataFrame, section: TaskSection
+    target_values: pd.DataFrame, section: "TaskSection"
 ) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
     for column_name in target_values.columns:
         if (
@@ -103,7 +105,7 @@ def _encode(
 
 
 def _encode_classes(
-    target_values: pd.DataFrame, section: TaskSection
+    target_values: pd.DataFrame, section: "TaskSection"
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
     """Return the classes and the class index of each row, (N,).
 
@@ -177,7 +179,7 @@ def _encode_label_sets(
     return classes, target
 
 
-def _numbers(column: pd.Series, ids: pd.Series, section: TaskSection) -> pd.Series:
+def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Series:
     """Return a column as float64; missing stays missing. Raises DataError naming the first value
     that is no number.
     """
