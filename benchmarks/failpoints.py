@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,11 +33,14 @@ from damages import fork_command, import_everything, kind_of
 from support.kills import (
     CACHE,
     EXPORT_CALL,
+    EXTRACT_CALL,
     ONE_THREAD,
     PREDICT_CALL,
     REPORT_CALL,
     RUN,
     RUN_CALL,
+    UNITS_CALL,
+    UPDATE_CALL,
     Bench,
     _difference,
     age_temporaries,
@@ -46,24 +50,30 @@ from support.kills import (
 
 QUICK = 40
 
-# The state of the project before it, and the command. The later stages of a run first: a kind is
-# tried once, where it is cheapest.
-CASES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "conclude": ("finetuned", RUN_CALL),
-    "fine-tune": ("trained", RUN_CALL),
-    "heads": ("extracted", RUN_CALL),
-    "extract": ("empty", RUN_CALL),
-    "report": ("finished", REPORT_CALL),
+# The recipe, the state of the project before it, and the command. The later stages of a run first:
+# a kind is tried once, where it is cheapest.
+CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "conclude": ("photos", "finetuned", RUN_CALL),
+    "fine-tune": ("photos", "trained", RUN_CALL),
+    "heads": ("photos", "extracted", RUN_CALL),
+    "extract": ("photos", "empty", RUN_CALL),
+    "extract alone": ("photos", "empty", EXTRACT_CALL),
+    "report": ("photos", "finished", REPORT_CALL),
     "report elsewhere": (
+        "photos",
         "finished",
         ("report", "recipe.yaml", "--tables", "--out", "made/page.html"),
     ),
-    "predict": ("finished", PREDICT_CALL),
-    "export": ("finished", EXPORT_CALL),
-    "advise": ("finished", ("advise", "recipe.yaml")),
-    "init": ("finished", ("init", "../photos", "--out", "made.yaml", "--force")),
-    "cache rm": ("finished", ("cache", "rm", "fourth.avg", "--yes")),
-    "cache export": ("finished", ("cache", "export", "fourth.avg", "features.npy")),
+    "predict": ("photos", "finished", PREDICT_CALL),
+    "export": ("photos", "finished", EXPORT_CALL),
+    "advise": ("photos", "finished", ("advise", "recipe.yaml")),
+    "init": ("photos", "finished", ("init", "../photos", "--out", "made.yaml", "--force")),
+    "cache rm": ("photos", "finished", ("cache", "rm", "fourth.avg", "--yes")),
+    "cache export": ("photos", "finished", ("cache", "export", "fourth.avg", "features.npy")),
+    "units": ("units", "extracted", RUN_CALL),
+    "predict units": ("units", "finished", UNITS_CALL),
+    "predict --update-cache": ("units", "uncached", UPDATE_CALL),
+    "report of two": ("units", "finished", ("report", RUN, "other", "--out", "two.html")),
 }
 _AUDITED = {
     "os.rename",
@@ -125,14 +135,7 @@ def watch(project: Path, on_call: Callable[[Kind, Callable[[], None]], None]) ->
 
 def in_one_process() -> None:
     """Tasks run in this process, one after the other, and no worker is started."""
-    from headrace.pipelines import run
-    from headrace.pipelines.advice import advise_run
-    from headrace.pipelines.cluster import submit
-    from headrace.pipelines.finetune import stage
-    from headrace.pipelines.predict import bulk
-    from headrace.pipelines.selection import small_banks as train
-    from headrace.pipelines.stages import extract as extraction
-    from headrace.pipelines.stages import train as training
+    from headrace.pipelines.cluster import clients, submit
 
     def run_tasks(
         _client: Any, function: Any, jobs: Any, *, options: Any = None, split: Any = None
@@ -151,10 +154,15 @@ def in_one_process() -> None:
     def opened(*_: Any, **__: Any) -> Iterator[Any]:
         yield SimpleNamespace(dashboard_link=None, nthreads=lambda: {"here": 1})
 
-    for module in (extraction, training, stage, train, bulk):
-        module.run_tasks = run_tasks
-    run._opened = opened
-    advise_run.local_client = bulk.local_client = opened
+    stands_in = {
+        submit.run_tasks: run_tasks,
+        clients.open_client: opened,
+        clients.local_client: opened,
+    }
+    for name, module in list(sys.modules.items()):
+        for function, instead in stands_in.items() if name.startswith("headrace.") else ():
+            if vars(module).get(function.__name__) is function:
+                setattr(module, function.__name__, instead)
 
 
 def call(
@@ -206,7 +214,7 @@ def death(
     """Kill the case's command at the number-th call of the kind, call it again; what is wrong
     then. None: the command ended before, as it should.
     """
-    state, argv = CASES[case]
+    _, state, argv = CASES[case]
     bench.restore(state, 1)
     count = 0
 
@@ -260,14 +268,19 @@ def main() -> int:
 def measure(folder: Path, only: list[str] | None, count: int | None, seed: int) -> int:
     """Every death that was asked for, and the table; 1 after a fault."""
     import_everything()
-    bench, draw = Bench(folder, forked=True), random.Random(seed)
+    benches, draw = {}, random.Random(seed)
+    for recipe in dict.fromkeys(CASES[case][0] for case in only or CASES):
+        benches[recipe] = Bench(folder / recipe, forked=True, recipe=recipe)
     if only is None or "predict" in only:
-        bench.reference(PREDICT_CALL)  # makes its images
+        benches["photos"].reference(PREDICT_CALL)  # makes its images
+    if "units" in benches:
+        finished = benches["units"].folder / "states/finished"
+        shutil.copytree(finished / RUN, finished / "other")
     points: list[tuple[str, Kind, int, bool]] = []
     rights, known = {}, set()
-    for case, (state, argv) in CASES.items():
+    for case, (recipe, state, argv) in CASES.items():
         if only is None or case in only:
-            calls, rights[case] = calls_of(bench, state, argv)
+            calls, rights[case] = calls_of(benches[recipe], state, argv)
             for kind, times in collections.Counter(calls).items():
                 if kind not in known:
                     points += [
@@ -286,7 +299,9 @@ def measure(folder: Path, only: list[str] | None, count: int | None, seed: int) 
                     file=sys.stderr,
                     flush=True,
                 )
-            wrong = death(bench, case, kind, number, half=half, right=rights[case])
+            wrong = death(
+                benches[CASES[case][0]], case, kind, number, half=half, right=rights[case]
+            )
             table[case].update(deaths=wrong is not None, missed=wrong is None, faults=bool(wrong))
             if wrong:
                 faults += 1

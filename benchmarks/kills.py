@@ -1,9 +1,9 @@
-"""SIGKILL at any moment: 200 kills of real calls, and what the next call makes of it.
+"""SIGKILL at any moment: 240 kills of real calls, and what the next call makes of it.
 
     python benchmarks/kills.py [--case NAME] [--quick] [--seed N] [--kills N]
 
 Calls of `headrace run` (extraction, heads, fine-tuning, ensemble, the winner and the test split),
-`report`, `predict` and `export` on made images are killed, the driver alone or with all its
+`extract`, `report`, `predict` and `export` on made images are killed, the driver alone or with all its
 processes, when the k-th file of some kind appears and a random moment later. Killed calls follow
 each other in chains, at whose end the same command is left to end. Then
 
@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-QUICK = 40
+QUICK = 48
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
         "--case", choices=CASES, action="append", help="this one alone; may be given several times"
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} kills instead of {KILLS}")
-    parser.add_argument("--kills", type=int, help="so many kills, over all cases")
+    parser.add_argument("--kills", type=int, help="so many kills, over the cases")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kills = options.kills or (QUICK if options.quick else KILLS)
@@ -52,15 +52,17 @@ def main() -> int:
     leftovers: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/state"
-        bench = Bench(Path(folder))
+        benches: dict[str, Bench] = {}
         columns = ("kills", "all", "driver", "calls", "missed", "faults")
         print(
             f"{'case':24}" + "".join(f"{name:>8}" for name in columns) + f"{'s/kill':>8}",
             flush=True,
         )
-        for name, share in shares(kills):
-            if options.case and name not in options.case:
-                continue
+        for name, share in shares(kills, options.case or tuple(CASES)):
+            recipe = CASES[name].recipe
+            if recipe not in benches:
+                benches[recipe] = Bench(Path(folder, recipe), recipe=recipe)
+            bench = benches[recipe]
             tally = bench.kill(CASES[name], share, options.seed + zlib.crc32(name.encode()))
             row = {
                 "kills": tally.kills,

@@ -207,11 +207,15 @@ class Sample:
     content: str  # hash of the bytes that are expected there; empty: whatever is there
 
 
-def imported_function_path(name: str) -> str | None:
-    """The "module:function" that a backbone of this name has imported and called; None for the
-    libraries' own networks.
+def called_code(backbone: BackboneSpec) -> str | None:
+    """The "module:function" that this backbone has imported and called, with the arguments as JSON
+    after a blank where it has some: who chooses them chooses what the function reads and does. None
+    for the libraries' own networks.
     """
-    return name.removeprefix("python:") if name.startswith("python:") else None
+    if not backbone.name.startswith("python:"):
+        return None
+    function_path = backbone.name.removeprefix("python:")
+    return f"{function_path} {backbone.model}" if backbone.model else function_path
 
 
 _NAMED_PATHS = ("onnx:", "transformers:", "timm:local-dir:", "open_clip:local-dir:")

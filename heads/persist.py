@@ -254,7 +254,7 @@ def require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> 
 
 def code_name(name: str) -> str:
     """ "module:function", also where a class is named by its import path, "module.Class"; a path
-    with slashes as it is.
+    with slashes, and a call with its arguments, as it is.
     """
     if ":" in name or "/" in name or "." not in name:
         return name

@@ -16,7 +16,7 @@ from headrace.extract.spec import (
     BackboneSpec,
     backbone_from_fields,
     backbone_path,
-    imported_function_path,
+    called_code,
     is_weights_file,
 )
 from headrace.heads.data.side_columns import SideColumn, columns_to_json
@@ -78,7 +78,7 @@ class HeadModel(SingleModel):
             head, model_directory, model_root or model_directory, allowed_code
         )
         for backbone in backbones:
-            require_trusted(imported_function_path(backbone.name), model_directory, allowed_code)
+            require_trusted(called_code(backbone), model_directory, allowed_code)
         backbone_fields = tuple(dataclasses.asdict(backbone) for backbone in backbones)
         return cls(model_directory, dataclasses.replace(head, backbones=backbone_fields))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from headrace.cache.format.sealed import SealBroken, read_sealed_json
 from headrace.cache.home import expand_home
-from headrace.extract.spec import imported_function_path, is_weights_file
+from headrace.extract.spec import BackboneSpec, called_code, is_weights_file
 from headrace.heads.persist import WRITE_AGAIN, code_name
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION, EnsembleModel, load_member
 from headrace.pipelines.models.errors import ModelError
@@ -57,7 +57,10 @@ def _code_of_recipe(given_path: Path | str) -> set[str]:
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path)
-    network_code = {imported_function_path(backbone.name) for backbone in recipe.backbones}
+    network_code = {
+        called_code(BackboneSpec(backbone.name, model=backbone.model))
+        for backbone in recipe.backbones
+    }
     estimators = {code_name(section.estimator) for section in recipe.heads.sklearn}
     return {code_text for code_text in network_code if code_text} | estimators
 

@@ -34,8 +34,8 @@ from headrace.extract.spec import (
     BackboneSpec,
     backbone_from_fields,
     backbone_path,
+    called_code,
     check_sizes,
-    imported_function_path,
 )
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FLOOR
@@ -121,7 +121,7 @@ class NetworkModel(SingleModel):
             raise _not_a_network(model_directory, error) from error
         if allowed_code is not None:
             network_name = model.backbone.name
-            require_trusted(imported_function_path(network_name), model_directory, allowed_code)
+            require_trusted(called_code(model.backbone), model_directory, allowed_code)
             if (network_path := backbone_path(network_name)) is not None:
                 require_allowed_file(
                     network_name,
@@ -296,9 +296,7 @@ def load_network(
         )
         if trust_code is not None:
             allowed_code = {code_name(name) for name in trust_code}
-            require_trusted(
-                imported_function_path(model.backbone.name), model_directory, allowed_code
-            )
+            require_trusted(called_code(model.backbone), model_directory, allowed_code)
         return TrainedNetwork(model, _rebuild_network(model, description["head"], load(file_bytes)))
     except _UNREADABLE as error:
         raise _not_a_network(model_directory, error) from error

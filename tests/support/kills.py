@@ -101,6 +101,36 @@ compute:
   workers: %d
   images_per_shard: 4
 """
+# Units of several images, tabular columns beside them, rows without a label.
+UNITS_RECIPE = """\
+images:
+  table: ../units.csv
+task:
+  unit: patient
+  side_columns: [age, site]
+  folds: 2
+  metric: log_loss
+backbones:
+  - name: python:small_network:make
+    taps: [second.avg, fourth.avg]
+heads:
+  logistic:
+    C: [0.01]
+    inputs: [[second.avg], [fourth.avg]]
+  bags:
+    pooling: [attention, mean]
+    hidden: [[4]]
+    dropout: [0]
+    learning_rate: [1.0e-2]
+    epochs: 4
+    inputs: [[second.avg]]
+ensemble:
+  min_gain_per_backbone: 0
+compute:
+  workers: %d
+  images_per_shard: 4
+"""
+RECIPES = {"photos": RECIPE, "units": UNITS_RECIPE}
 CACHE, RUN = "headrace-cache", "headrace-runs/recipe"
 PREDICTED = 600  # images: three parts
 SHARED = 1100  # images: enough for worker processes to be started
@@ -108,9 +138,15 @@ DELAY_S = 0.2
 FORKED_DELAY = 0.25  # of a fresh call's
 CALL_S = 600  # no call takes so long, on whatever machine
 RUN_CALL = ("run", "recipe.yaml")
+EXTRACT_CALL = ("extract", "recipe.yaml")
 REPORT_CALL = ("report", "recipe.yaml", "--tables")
 PREDICT_CALL = ("predict", RUN, "../many", "--out", "predictions.csv", "--workers", "1", *TRUST)
 SHARED_CALL = ("predict", RUN, "../more", "--out", "shared.csv", "--workers", "2", *TRUST)
+UPDATE_CALL = (
+    *("predict", RUN, "../units.csv", "--out", "updated.csv", "--update-cache", "--workers", "1"),
+    *TRUST,
+)
+UNITS_CALL = ("predict", RUN, "../units.csv", "--out", "units.csv", "--no-cache", *TRUST)
 EXPORT_CALL = ("export", RUN, "model", "--format", "safetensors", "--force", *TRUST)
 PROGRAM_CALL = ("export", RUN, "program", "--format", "torch", "--force", *TRUST)
 # What a process holds while it lives; after a call that has ended there is none of them, whoever
@@ -160,9 +196,10 @@ class Case:
     call: tuple[str, ...]
     start: str  # which of the reference's states
     triggers: tuple[Trigger, ...]
-    share: int  # kills, of 200
+    share: int  # kills, of 240
     chain: int  # kills before a call is left to end
     workers: int = 1
+    recipe: str = "photos"
 
 
 @dataclass
@@ -265,6 +302,33 @@ _EXPORT = (
     Trigger("model/model.json", delay_s=0.02),
 )
 _PROGRAM = (Trigger(".program.*.partial", delay_s=6.0), Trigger(".program.*.partial/model.pt2"))
+_UPDATE = (
+    Trigger(f"{CACHE}/contents.parquet"),
+    Trigger(f"{CACHE}/leases/*.lease"),
+    shards(1),
+    Trigger(f"{CACHE}/features/*/shards/.*.partial", delay_s=0.0),
+    shards(8),
+    Trigger("updated.csv", delay_s=0.05),
+    Trigger("updated.units.csv", delay_s=0.0),
+)
+_UNITS = (
+    Trigger(f"{RUN}/tasks/side-*.npz", delay_s=0.02),
+    Trigger(f"{RUN}/tasks/*.npz"),
+    Trigger(f"{RUN}/banks/*.h5", 2),
+    Trigger(f"{RUN}/leaderboard.csv", delay_s=0.05),
+    Trigger(f"{RUN}/instance-weights.csv", delay_s=0.02),
+    Trigger(f"{RUN}/winner/unit.json", delay_s=0.0),
+    Trigger(f"{RUN}/winner/*.safetensors", delay_s=0.0),
+    Trigger(f"{RUN}/predictions.parquet", delay_s=0.0),
+    Trigger(f"{RUN}/unit-predictions.parquet", delay_s=0.0),
+)
+_PREDICT_UNITS = (
+    Trigger("", delay_s=0.5),
+    Trigger("units.csv.parts/*.parquet"),
+    Trigger(".units.*.partial", delay_s=0.0),
+    Trigger("units.csv", delay_s=0.0),
+    Trigger("units.units.csv", delay_s=0.0),
+)
 _ANYWHERE = (Trigger(""),)
 
 CASES = {
@@ -280,6 +344,10 @@ CASES = {
     "predict, two workers": Case(SHARED_CALL, "finished", _SHARED, 5, 5),
     "export": Case(EXPORT_CALL, "finished", _EXPORT, 8, 4),
     "export, torch": Case(PROGRAM_CALL, "finished", _PROGRAM, 2, 2),
+    "extract alone": Case(EXTRACT_CALL, "empty", _EXTRACT[1:8], 10, 5),
+    "units: predict --update-cache": Case(UPDATE_CALL, "uncached", _UPDATE, 10, 5, recipe="units"),
+    "units: heads": Case(RUN_CALL, "extracted", _UNITS, 15, 5, recipe="units"),
+    "units: predict": Case(UNITS_CALL, "finished", _PREDICT_UNITS, 5, 5, recipe="units"),
 }
 KILLS = sum(case.share for case in CASES.values())
 
@@ -288,11 +356,12 @@ class Bench:
     """A folder with the images, the states of an uninterrupted reference, and its results by call.
 
     forked: calls are forks (forks.py) instead of fresh interpreters, and several times as fast, as
-    are the moments of kills.
+    are the moments of kills. recipe: one of RECIPES.
     """
 
-    def __init__(self, folder: Path, *, forked: bool = False) -> None:
-        self.folder, self.forked = folder, forked
+    def __init__(self, folder: Path, *, forked: bool = False, recipe: str = "photos") -> None:
+        self.folder, self.forked, self.recipe = folder, forked, RECIPES[recipe]
+        folder.mkdir(exist_ok=True)
         self.project = (
             folder / "project"
         )  # every chain runs here: tables name their files by absolute paths
@@ -306,12 +375,15 @@ class Bench:
             (folder / "photos" / name / f"{number:03}.png").rename(
                 folder / "photos" / ("fine", "coarse")[number % 2] / f"{number:03}.png"
             )
+        write_units(folder)
         self.project.mkdir()
-        (self.project / "recipe.yaml").write_text(RECIPE % 1)
+        (self.project / "recipe.yaml").write_text(self.recipe % 1)
         (self.project / "small_network.py").write_text(NETWORK)
         self._keep("empty", None)
         self._note(RUN_CALL)
         self._keep("finished", None)
+        shutil.copytree(folder / "states/finished", folder / "states/uncached", symlinks=True)
+        shutil.rmtree(folder / "states/uncached" / CACHE)
         self._keep("extracted", ())
         heads = ("recipe.json", "images.json", "accounting.json", "tasks", "banks")
         self._keep("trained", heads)
@@ -331,15 +403,15 @@ class Bench:
         """Put the project into a state of the reference."""
         shutil.rmtree(self.project)
         shutil.copytree(self.folder / "states" / name, self.project, symlinks=True)
-        (self.project / "recipe.yaml").write_text(RECIPE % workers)
+        (self.project / "recipe.yaml").write_text(self.recipe % workers)
 
-    def reference(self, call: tuple[str, ...]) -> dict[str, Any]:
-        """The result of a call that was not interrupted, on a finished run."""
+    def reference(self, call: tuple[str, ...], start: str = "finished") -> dict[str, Any]:
+        """The result of a call that was not interrupted, from this state."""
         if call not in self.results:
             for name, count in (("many", PREDICTED), ("more", SHARED)):
                 if f"../{name}" in call and not (self.folder / name).exists():
                     make_photos(self.folder / name, n=count, seed=1)
-            self.restore("finished", 1)
+            self.restore(start, 1)
             self._note(call)
         return self.results[call]
 
@@ -379,7 +451,7 @@ class Bench:
         first: the trigger to begin with.
         """
         tally, draw, began = Tally(), random.Random(seed), time.monotonic()
-        expected = self.reference(case.call)
+        expected = self.reference(case.call, case.start)
         order = list(case.triggers[first % len(case.triggers) :])
         while tally.kills < kills and tally.missed < 3 * kills + 20:
             self.restore(case.start, case.workers)
@@ -473,6 +545,25 @@ class Bench:
             elif found[name] != expected[name]:
                 faults.append(f"{name} differs: {_difference(expected[name], found[name])}")
         return faults
+
+
+def write_units(folder: Path) -> None:
+    """Write units.csv: four photos a patient, each with an age or none and a site; the patients of
+    the last sixth have no label.
+    """
+    rows = []
+    for number, path in enumerate(sorted((folder / "photos").rglob("*.png"), key=lambda p: p.name)):
+        patient, kind = number // 8 * 2 + number % 2, ("coarse", "fine")[number % 2]
+        rows.append(
+            {
+                "path": path.relative_to(folder),
+                "label": kind if number < 40 else "",
+                "patient": f"p{patient:02}",
+                "age": "" if number % 5 == 0 else 20 + number,
+                "site": ("north", "south", "")[2 if number % 7 == 0 else number % 2],
+            }
+        )
+    pd.DataFrame(rows).to_csv(folder / "units.csv", index=False)
 
 
 def seen(project: Path, pattern: str) -> set[tuple[str, int, int]]:
@@ -708,12 +799,12 @@ def _difference(expected: Any, found: Any) -> str:
     )
 
 
-def shares(kills: int) -> Iterator[tuple[str, int]]:
-    """So many kills, over the cases; each has one at least."""
-    left = kills
-    for place, (name, case) in enumerate(CASES.items()):
-        more = len(CASES) - place - 1
-        own = max(1, round(case.share * kills / KILLS)) if more else left
+def shares(kills: int, names: Sequence[str] = tuple(CASES)) -> Iterator[tuple[str, int]]:
+    """So many kills, over these cases; each has one at least."""
+    left, total = kills, sum(CASES[name].share for name in names)
+    for place, name in enumerate(names):
+        more = len(names) - place - 1
+        own = max(1, round(CASES[name].share * kills / total)) if more else left
         own = min(own, left - more)
         left -= own
         yield name, own

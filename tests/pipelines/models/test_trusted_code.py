@@ -30,7 +30,7 @@ from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import FineTuneSpec, spec_to_json
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.models.errors import ModelError
-from headrace.pipelines.models.model import load_model
+from headrace.pipelines.models.model import load_model, trusted_code
 
 SENT = """\
 import pathlib
@@ -69,7 +69,7 @@ def flag(tmp_path, monkeypatch):
     sys.modules.pop("sent_module", None)
 
 
-def model(place, *, backbone="timm:test_resnet", spec=None, weights="random:0"):
+def model(place, *, backbone="timm:test_resnet", spec=None, weights="random:0", arguments=None):
     """A model directory as somebody could write it by hand."""
     spec = spec or RidgeSpec(1.0)
     feature = FeatureSpec(
@@ -81,7 +81,7 @@ def model(place, *, backbone="timm:test_resnet", spec=None, weights="random:0"):
         "task_kind": "single",
         "classes": ["a", "b"],
         "features": [json.loads(feature.to_json())],
-        "backbones": [{"name": backbone, "weights": weights}],
+        "backbones": [{"name": backbone, "weights": weights, "model": arguments}],
         "metrics": {},
     }
     arrays = {"weight": np.zeros((1, 4), np.float32), "bias": np.zeros(1, np.float32)}
@@ -141,6 +141,28 @@ def test_code_is_asked_for_and_not_imported(tmp_path, flag, asks, code):
     assert not flag.exists()
     assert load_model(place, trust_code=[code]).trust_code == (code,)
     assert load_model(place, trust_code=[code.replace(":", ".")]).trust_code == (code,)
+
+
+def test_arguments_of_a_trusted_function_are_allowed_with_it(tmp_path, flag):
+    """They may be a path or an address: the sender does not choose them."""
+    place = model(
+        tmp_path / "model",
+        backbone="python:sent_module:network",
+        arguments={"checkpoint": "http://a/b.pth"},
+    )
+    with pytest.raises(CodeNotTrusted, match="asks for code") as refused:
+        load_model(place, trust_code=["sent_module:network"])
+    (option,) = shlex.split(
+        str(refused.value).partition("type: --trust-code ")[2].partition(" (in")[0]
+    )
+    assert load_model(place, trust_code=[option]).trust_code == (option,)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "images: {folder: .}\nheads: {ridge: {alpha: [1]}}\nbackbones:\n- name: python:sent_module:network\n"
+        "  model: {checkpoint: 'http://a/b.pth'}\n  taps: [fc.avg]\n"
+    )
+    assert trusted_code(recipe) == {option}  # the user's own words
+    assert not flag.exists()
 
 
 def test_a_head_alone_asks_in_the_same_words(tmp_path, flag):
