@@ -7,6 +7,7 @@ come to differ.
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import pprint
@@ -98,18 +99,13 @@ def preprocess_file(
     inputs: list[GraphInput], headrace_version: str, side_columns: Sequence[SideColumn] = ()
 ) -> str:
     """Return the text of preprocess.py. side_columns: that the model reads beside each image."""
-    imports: set[str] = set()
-    module_bodies = []
-    for module in _modules_needed(preprocess):
-        module_imports, body = _split_source(module)
-        imports |= module_imports
-        module_bodies.append(body)
+    imports, source = _decoding_source()
     input_fields = {
         model_input.name: dataclasses.asdict(model_input.preprocessing) for model_input in inputs
     }
     placeholders = {
         "version": headrace_version,
-        "imports": "\n".join(sorted(imports)),
+        "imports": imports,
         "inputs": pprint.pformat(input_fields, width=100, sort_dicts=False),
         "first": inputs[0].name,
         "side": _SIDE_TEXT.format(
@@ -117,11 +113,23 @@ def preprocess_file(
         )
         if side_columns
         else "",
-        "source": "\n\n\n".join(module_bodies),
+        "source": source,
     }
     # All at once: what a model says of its preprocessing may read like a placeholder, and is not
     # filled in.
     return re.sub(rf"\{{({'|'.join(placeholders)})\}}", lambda match: placeholders[match[1]], _TEXT)
+
+
+@functools.cache
+def _decoding_source() -> tuple[str, str]:
+    """Return headrace's code for decoding and resizing: imports from elsewhere, and the text."""
+    imports: set[str] = set()
+    module_bodies = []
+    for module in _modules_needed(preprocess):
+        module_imports, body = _split_source(module)
+        imports |= module_imports
+        module_bodies.append(body)
+    return "\n".join(sorted(imports)), "\n\n\n".join(module_bodies)
 
 
 def _modules_needed(module: ModuleType) -> list[ModuleType]:

