@@ -123,10 +123,18 @@ class BagBatch:
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, 1, 1)
 
+        # Heads of one seed and share leave the same values out: each such mask is made once.
         levels = [round(256 * spec.dropout) for spec in self.specs]
+        of_head = [
+            (spec.seed if level else self.specs[0].seed, level)
+            for spec, level in zip(self.specs, levels, strict=True)
+        ]
+        masks = sorted(set(of_head))
         self.drops = any(levels)
-        self.drop_below = torch.tensor(levels, dtype=torch.uint8, device=self.device).view(-1, 1, 1)
-        self.drop_scale = column([256 / (256 - level) for level in levels])
+        self.bits.of_head = [seed for seed, _ in masks]
+        self.mask_of_head = torch.tensor([masks.index(mask) for mask in of_head]).to(self.device)
+        self.drop_below = column([level for _, level in masks]).to(torch.uint8)
+        self.drop_scale = column([256 / (256 - level) for _, level in masks])
         self.smoothing = column([spec.label_smoothing for spec in self.specs])
         self.balanced = torch.tensor(
             [int(spec.class_weight == "balanced") for spec in self.specs], device=self.device
@@ -150,7 +158,6 @@ class BagBatch:
         for tensors in (self.units, self.first, self.second, self.best):
             tensors.update({name: value.index_select(0, index) for name, value in tensors.items()})
         self.specs = [self.specs[head] for head in heads]
-        self.bits.of_head = [self.bits.of_head[head] for head in heads]
         self._read_specs()
 
     def remember(self, heads: Sequence[int]) -> None:
@@ -222,19 +229,20 @@ class BagBatch:
         sizes: list[int],
         parameters: dict[str, Tensor],
         heads: slice,
-        dropped: list[Tensor],
+        masks: list[Tensor],
     ) -> Tensor:
         """(k, C, B) decisions of some heads for units of these sizes, whose rows are `batch`
-        (R, D). dropped: of each hidden layer (K, H, R) bytes that tell what is left out.
+        (R, D). masks: of each hidden layer (M, H, R), 0 for values that are left out.
         """
         n_hidden = len(self.specs[0].hidden)
         hidden = batch.t()  # (D, R): the same for all heads
         for layer in range(n_hidden):
             weight, bias = parameters[f"weight{layer}"], parameters[f"bias{layer}"]
-            hidden = _times(weight, hidden).add_(bias.unsqueeze(2)).relu_()
-            if dropped:
-                kept = dropped[layer][heads] >= self.drop_below[heads]
-                hidden = hidden * (kept * self.drop_scale[heads])
+            # a sum of its own: autograd copies what is changed in place and is a view, as this is
+            hidden = _times(weight, hidden, self.dtype) + bias.unsqueeze(2)
+            if masks:  # before relu, whose result then needs no copy: they are not negative
+                hidden.mul_(masks[layer].index_select(0, self.mask_of_head[heads]))
+            hidden.relu_()
         pooled = self._pool(hidden, torch.tensor(sizes, device=self.device), parameters)
         weight, bias = parameters[f"weight{n_hidden}"], parameters[f"bias{n_hidden}"]
         return torch.bmm(weight, pooled.expand(len(weight), -1, -1)) + bias.unsqueeze(2)
@@ -252,11 +260,12 @@ class BagBatch:
         if self.specs[0].pooling == "mean":
             weights = (1 / sizes).repeat_interleave(sizes).view(1, 1, -1)
         else:
-            gates = torch.cat([parameters["tanh_weight"], parameters["sigmoid_weight"]], 1)
-            biases = torch.cat([parameters["tanh_bias"], parameters["sigmoid_bias"]], 1)
-            values = _times(gates, hidden).add_(biases.unsqueeze(2))
+            # tanh(x) is 2 sigmoid(2 x) - 1; torch's own takes ten times as long on a CPU
+            gates = torch.cat([2 * parameters["tanh_weight"], parameters["sigmoid_weight"]], 1)
+            biases = torch.cat([2 * parameters["tanh_bias"], parameters["sigmoid_bias"]], 1)
+            values = (_times(gates, hidden, self.dtype) + biases.unsqueeze(2)).sigmoid_()
             tanh, sigmoid = values.chunk(2, dim=1)
-            logits = torch.bmm(parameters["attention"], torch.tanh(tanh) * torch.sigmoid(sigmoid))
+            logits = torch.bmm(parameters["attention"], (2 * tanh - 1) * sigmoid)
             places = unit_of_row.expand_as(logits)
             lowest = torch.full((*logits.shape[:2], len(sizes)), -torch.inf, device=self.device)
             largest = lowest.scatter_reduce(2, places, logits.detach(), "amax")
@@ -270,17 +279,17 @@ class BagBatch:
         index = torch.from_numpy(units).to(self.device)
         batch, sizes = self.rows.bags(units)
         batch = batch.to(self.dtype)
-        dropped = (
-            [self.bits.draw(width, len(batch)) for width in self.specs[0].hidden]
+        masks = [
+            (self.bits.draw(width, len(batch)) >= self.drop_below) * self.drop_scale
+            for width in self.specs[0].hidden
             if self.drops
-            else []
-        )
+        ]
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
         losses, gradients = [], []
         for heads in self._groups(len(batch)):
             leaves = [value.detach().requires_grad_() for value in self._share(heads).values()]
             named = dict(zip(self.parameters, leaves, strict=True))
-            decision = self._forward(batch, sizes, named, heads, dropped)
+            decision = self._forward(batch, sizes, named, heads, masks)
             with torch.no_grad():
                 loss, slope = loss_and_slope(
                     self.rows,
@@ -350,11 +359,11 @@ class _SumsOverUnits(torch.autograd.Function):
         return back.view(*slope.shape[:2], -1), None
 
 
-def _times(weight: Tensor, values: Tensor) -> Tensor:
+def _times(weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """(K, out, R) float32 of weights (K, out, in) and values (K, in, R), or of rows (in, R) that
-    all heads share.
+    all heads share; multiplied in `dtype`.
     """
     if values.dim() == 2:
         wide: Tensor = _WideProduct.apply(weight.flatten(0, 1), values)
         return wide.view(*weight.shape[:2], -1)
-    return torch.bmm(weight, values)
+    return torch.bmm(weight.to(dtype), values.to(dtype)).float()

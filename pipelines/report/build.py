@@ -22,6 +22,7 @@ from headrace.pipelines.report.images.embedding import map_section
 from headrace.pipelines.report.images.image_quality import measured_frame, quality_section
 from headrace.pipelines.report.images.slices import slices_section
 from headrace.pipelines.report.images.small_copies import SmallCopies, make_small_copies
+from headrace.pipelines.report.instances import instance_sections
 from headrace.pipelines.report.judged import judged_sides, known_of_images
 from headrace.pipelines.report.leaders import leaderboard_section, metric_title, taps_section
 from headrace.pipelines.report.leakage import leakage_section
@@ -119,6 +120,7 @@ def make_sections(
         test_section(run, selected, tested),
         choice_section(run),
         suspects_section(run, thumbnails),
+        *instance_sections(run, thumbnails),
         slices_section(run, sides, measured),
         leakage_section(run, thumbnails),
         quality_section(run, known, copies, measured, thumbnails),

@@ -15,6 +15,7 @@ from headrace.heads.kind import CannotPredict
 from headrace.pipelines.export.write import TOLERANCE, export_model
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import RecipeError
+from headrace.pipelines.report.build import write_report
 
 RECIPE = """\
 images:
@@ -80,6 +81,22 @@ def test_bags_are_ranked_by_units_and_keep_the_weights_of_images(run):
     assert np.allclose(weights.groupby("unit")["weight"].sum(), 1, atol=1e-4)
     assert set(weights["id"]) < set(table["id"])  # test patients have none
     assert (weights.groupby("id").size() == 1).all()
+
+
+def test_the_report_shows_the_images_that_decide(run):
+    """Every image that was held out stands in its table, with the outcome of its unit."""
+    folder, table, _ = run
+    report = write_report(folder / "headrace-runs" / "recipe", folder / "report.html", tables=True)
+    assert "The images that decide" in report.page.read_text(encoding="utf-8")
+    (shown_path,) = (path for path in report.tables if path.name == "instances.csv")
+    shown = pd.read_csv(shown_path, dtype=str)
+    truth = table.set_index("id")
+    assert set(shown["id"]) < set(table["id"])
+    assert (shown["unit"] == truth.loc[shown["id"], "patient"].to_numpy()).all()
+    assert (shown["label"] == truth.loc[shown["id"], "label"].to_numpy()).all()
+    is_right = shown["label"] == shown["predicted"]
+    assert (shown["outcome"] == np.where(is_right, "right", "wrong")).all()
+    assert is_right.mean() > 0.75
 
 
 def test_predictions_are_those_of_units_wherever_their_images_stand(run):

@@ -1,0 +1,148 @@
+"""What the images of a unit weigh in its prediction: the weightiest of units that are predicted
+rightly, and of those that are not.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.heads.kinds import HEAD_KINDS
+from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.records import RunDamaged, read_table
+from headrace.pipelines.report.page.blocks import (
+    Block,
+    Column,
+    Gallery,
+    Note,
+    Picture,
+    Section,
+    Table,
+)
+from headrace.pipelines.report.page.thumbnails import Thumbnails
+
+_SHOWN_UNITS = 12
+_COLUMNS = (
+    Column("unit", "unit"),
+    Column("id", "image"),
+    Column("weight", "weight", "share", "in the prediction of its unit; they sum to 1"),
+    Column("label", "label of the unit"),
+    Column("predicted", "predicted"),
+    Column("outcome", "outcome"),
+)
+
+
+def instance_sections(run: FinishedRun, thumbnails: Thumbnails) -> tuple[Section, ...]:
+    """The section; none where the winner does not predict units as a whole."""
+    kind = HEAD_KINDS.get(str(run.winner["kind"]))
+    if kind is None or not kind.takes_units:
+        return ()
+    lead = (
+        "What each image weighs in the prediction of its unit, by the head that did not train on "
+        "it. A right answer that rests on the background is right for the wrong reason."
+    )
+    try:
+        blocks = _blocks(run, thumbnails)
+    except (FileNotFoundError, RunDamaged) as error:
+        blocks = [Note(f"The weights cannot be read: {error}", "warning")]
+    return (Section("instances", "The images that decide", lead, tuple(blocks)),)
+
+
+def _blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
+    # The winner is the best head, and so the one whose weights were written.
+    weights = pd.read_csv(read_table(run.paths.instance_weights), dtype={"unit": str, "id": str})
+    row_of_id = {image_id: row for row, image_id in enumerate(run.bank.ids.tolist())}
+    rows = weights["id"].map(row_of_id).to_numpy(np.int64)
+    target, predicted = run.bank.target[rows], run.out_of_fold[rows]
+    is_wrong, surprise = _judged(run.task_kind, target, predicted)
+    frame = weights[["unit", "id", "weight"]].assign(
+        label=_texts(run, target, run.task_kind == "single"),
+        predicted=_texts(run, predicted, run.task_kind == "single"),
+        outcome=np.where(is_wrong, "wrong", "right"),
+        surprise=surprise,
+        content=run.bank.content[rows].astype(str),
+    )
+    regression = run.task_kind == "regression"
+    words = {
+        "wrong": "that are furthest off" if regression else "that are predicted wrongly",
+        "right": "that are closest" if regression else "that are predicted rightly",
+    }
+    galleries: list[Block] = [
+        Gallery(
+            f"The two weightiest images of {len(units):,} of {n_units:,} units {words[outcome]}",
+            _pictures(frame, units, thumbnails),
+        )
+        for outcome in ("wrong", "right")
+        for units, n_units in [_first_units(frame[frame["outcome"] == outcome])]
+        if n_units
+    ]
+    table_frame = frame.drop(columns=["surprise", "content"])
+    caption = "Every image, by unit, the weightiest first"
+    return [
+        *galleries,
+        Table("instances", caption, _COLUMNS, table_frame, filters=("outcome",), search=True),
+    ]
+
+
+def _judged(
+    task_kind: str, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """Return (n,) whether rows are wrong, and what the most telling units have most of: of classes
+    the sureness, of numbers the error. Of numbers the larger half of the errors is wrong.
+    """
+    if task_kind == "single":
+        return predicted.argmax(1) != target, predicted.max(1).astype(np.float64)
+    error = np.abs(predicted - target)
+    if task_kind == "multi":
+        return ((predicted >= 0.5) != (target > 0)).any(1), error.max(1).astype(np.float64)
+    scaled = (error / np.maximum(error.std(0), 1e-12)).max(1).astype(np.float64)
+    is_wrong = scaled > np.median(scaled)
+    return is_wrong, np.where(is_wrong, scaled, -scaled)
+
+
+def _texts(run: FinishedRun, values: npt.NDArray[Any], is_single: bool) -> list[str]:
+    """Return labels or predictions (n,) or (n, C) as text."""
+    if is_single:
+        chosen = values.argmax(1) if values.ndim == 2 else values
+        return [run.classes[int(number)] for number in chosen]
+    if run.task_kind == "multi":
+        return [
+            "; ".join(name for name, is_on in zip(run.classes, row, strict=True) if is_on) or "none"
+            for row in (values >= 0.5).tolist()
+        ]
+    return ["; ".join(f"{value:.4g}" for value in row) for row in values.tolist()]
+
+
+def _first_units(frame: pd.DataFrame) -> tuple[list[str], int]:
+    """Return the most telling units of a frame, and how many there are."""
+    surprise = frame.groupby("unit")["surprise"].first().sort_values(ascending=False, kind="stable")
+    return surprise.index[:_SHOWN_UNITS].tolist(), len(surprise)
+
+
+def _pictures(frame: pd.DataFrame, units: list[str], thumbnails: Thumbnails) -> tuple[Picture, ...]:
+    images_of_unit = dict(list(frame[frame["unit"].isin(units)].groupby("unit")))
+    pictures = []
+    for unit in units:
+        images = images_of_unit[unit]
+        first = images.head(2)
+        weights = ", ".join(f"{weight:.1%}" for weight in first["weight"])
+        label, predicted = str(images["label"].iloc[0]), str(images["predicted"].iloc[0])
+        contents = first["content"].tolist()
+        pictures.append(
+            Picture(
+                tuple(thumbnails.get(content) for content in contents),
+                tuple(
+                    f"Image {image_id} of unit {unit}, label {label}, predicted {predicted}"
+                    for image_id in first["id"]
+                ),
+                unit,
+                (
+                    ("label", label),
+                    ("predicted", predicted),
+                    ("weights", f"{weights} of {len(images):,} images"),
+                ),
+                tuple(path for content in contents for path in thumbnails.paths_of(content)),
+            )
+        )
+    return tuple(pictures)
