@@ -378,6 +378,11 @@ def damaged(data: bytes, draw: random.Random) -> tuple[str, bytes | None]:
     return f"{how} {start}+{length}", bytes(found)
 
 
+def recipe_of(name: str) -> str:
+    """The recipe of the run that a file belongs to."""
+    return "other.yaml" if "-runs/other/" in name else "recipe.yaml"
+
+
 def mending(said: str, name: str) -> list[tuple[str, ...]]:
     """The commands that a message about a file names, the recipe and the paths filled in."""
     found: list[tuple[str, ...]] = []
@@ -388,7 +393,7 @@ def mending(said: str, name: str) -> list[tuple[str, ...]]:
     for text in re.findall(
         r"`((?:headrace|rm) [^`]+)`|(?:[Tt]ype|with): ((?:headrace|rm) [^\n;]+)", said
     ):
-        meant = {"RECIPE": "recipe.yaml", "RUN": run, "FOLDER": folder}
+        meant = {"RECIPE": recipe_of(name), "RUN": run, "FOLDER": folder}
         words = [meant.get(word, word) for word in shlex.split(text[0] or text[1])]
         if words[0] == "rm" or words[1] in (
             "run",
@@ -421,7 +426,7 @@ def judge(
     if base not in done.said and Path(name).parent.name not in done.said.replace("\n", ""):
         return "TRACE", f"the file is not named: {done.said}"
     said = done.said
-    for words in mending(done.said, name) or [("headrace", *setup.commands["run"])]:
+    for words in mending(done.said, name) or [("headrace", "run", recipe_of(name))]:
         if words[0] == "rm":
             for path in words[1:]:
                 (project / path).unlink()

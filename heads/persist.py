@@ -28,6 +28,7 @@ from headrace.cache.format.sealed import (
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.data.side_columns import SideColumn, columns_from_json, columns_to_json
 from headrace.heads.data.task import REFIT, TaskKind
+from headrace.heads.evaluate.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.heads.kind import CannotPredict
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.layers import Arrays
@@ -72,6 +73,7 @@ class TrainedHead:
     temperature: float = 1.0  # its log-odds are divided by it; see heads/evaluate/temperature.py
     # whose inputs (`SideColumns.as_inputs`) stand behind the features
     side_columns: tuple[SideColumn, ...] = ()
+    unit_rule: UnitRule | None = None  # of a model whose images make up units
 
     def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """(n, C) float32 probabilities of features X (n, D) in the order of `classes`, at its
@@ -100,6 +102,7 @@ def save_head(
     backbones: Sequence[Mapping[str, Any] | None] | None = None,
     temperature: float = 1.0,
     side_columns: Sequence[SideColumn] = (),
+    unit_rule: UnitRule | None = None,
 ) -> Path:
     """Write head.safetensors and head.json into `directory`, replacing a head that is there;
     returns the first's path.
@@ -128,6 +131,7 @@ def save_head(
             "metrics": {name: float(value) for name, value in metrics.items()},
             "temperature": float(temperature),
             "side_columns": columns_to_json(side_columns),
+            **rule_fields(unit_rule),
         },
         indent=2,
         sort_keys=True,
@@ -191,6 +195,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
             backbones=backbones,
             temperature=check_temperature(description.get("temperature", 1.0)),
             side_columns=columns_from_json(description.get("side_columns", [])),
+            unit_rule=read_unit_rule(description),
         )
     except SealBroken as error:
         raise BadHeadFile(

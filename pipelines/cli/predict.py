@@ -134,7 +134,6 @@ def predict_command(
         raise OutputError("--out - and --json both want the standard output: give --out a file")
     from headrace.cache.text import as_text
     from headrace.pipelines.models.model import load_model
-    from headrace.pipelines.models.unit_rule import read_unit_rule
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
     from headrace.pipelines.predict.listing import list_images, whole_images_note
@@ -143,7 +142,7 @@ def predict_command(
 
     loaded_model = load_model(model, trust_code=trust_code or ())
     cache_root = _cache_root(loaded_model, cache, no_cache=no_cache, update_cache=update_cache)
-    rule = read_unit_rule(loaded_model.path)
+    rule = loaded_model.unit_rule
     listing = list_images(
         images,
         side_columns=loaded_model.side_columns,

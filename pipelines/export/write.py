@@ -47,7 +47,6 @@ from headrace.pipelines.models.images import open_engine, predict_batch
 from headrace.pipelines.models.model import EXPORT_MARKER, Model, load_model
 from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.models.torch_graph import GraphInput, ModelGraph, fits_graph, pixels_of
-from headrace.pipelines.models.unit_rule import read_unit_rule
 
 FORMATS = ("torch", "onnx", "safetensors")
 # Of probabilities, absolute; of regression values, relative to the largest. Sums in another order
@@ -475,8 +474,6 @@ def _write_directory(model: Model, folder: Path) -> None:
         names = tuple(f"members/{member_index}" for member_index in range(len(model.members)))
         model = replace(model, names=names)
     _map_members(model, with_own_weights).save(folder)
-    if (unit_rule := read_unit_rule(model.path)) is not None:
-        unit_rule.save(folder)
 
 
 def _frozen_backbones(model: Model) -> list[BackboneSpec]:

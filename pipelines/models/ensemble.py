@@ -12,6 +12,7 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.data.task import TaskKind
+from headrace.heads.evaluate.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature
 from headrace.pipelines.models.base import ImagePredictor, model_digest
 from headrace.pipelines.models.errors import ModelError
@@ -39,6 +40,7 @@ class EnsembleModel(ImagePredictor):
     # What ensemble.json tells people of each member, and of how the average was scored.
     member_columns: tuple[Mapping[str, Any], ...] = ()
     nested: Mapping[str, Any] | None = None
+    unit_rule: UnitRule | None = None  # how the average of images becomes that of units
 
     @classmethod
     def load(cls, model_directory: Path, *, allowed_code: Collection[str] = ()) -> "EnsembleModel":
@@ -89,6 +91,7 @@ class EnsembleModel(ImagePredictor):
             weights=weights,
             temperature=description["temperature"],
             names=description["names"],
+            unit_rule=description["unit_rule"],
         )
 
     def save(self, model_directory: Path) -> Path:
@@ -115,6 +118,7 @@ class EnsembleModel(ImagePredictor):
             "task_kind": self.task_kind,
             "classes": list(self.classes),
             "metrics": self.metrics,
+            **rule_fields(self.unit_rule),
         }
         if self.nested is not None:
             description["nested"] = dict(self.nested)
@@ -196,6 +200,7 @@ def _read_description(description_path: Path) -> dict[str, Any]:
                 check_temperature(member.get("temperature", 1.0)) for member in members
             ],
             "temperature": check_temperature(description["temperature"]),
+            "unit_rule": read_unit_rule(description),
         }
     except ModelError:
         raise

@@ -21,6 +21,7 @@ from headrace.extract.spec import (
 )
 from headrace.heads.data.side_columns import SideColumn, columns_to_json
 from headrace.heads.data.task import TaskKind
+from headrace.heads.evaluate.unit_rule import UnitRule
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.layers import Floats
 from headrace.heads.link import tempered
@@ -96,6 +97,7 @@ class HeadModel(SingleModel):
             backbones=head.backbones,
             temperature=head.temperature,
             side_columns=head.side_columns,
+            unit_rule=head.unit_rule,
         )
 
     def describe(self) -> str:
@@ -146,6 +148,15 @@ class HeadModel(SingleModel):
         """Return the model with its log-odds divided by another temperature."""
         head = dataclasses.replace(self.head, temperature=temperature)
         return dataclasses.replace(self, head=head)
+
+    def with_unit_rule(self, rule: UnitRule | None) -> "HeadModel":
+        """Return the model with another rule of units."""
+        return dataclasses.replace(self, head=dataclasses.replace(self.head, unit_rule=rule))
+
+    @property
+    def unit_rule(self) -> UnitRule | None:
+        """How its predictions of images become those of units; None for images alone."""
+        return self.head.unit_rule
 
     @property
     def kind(self) -> str:

@@ -39,6 +39,7 @@ from headrace.extract.spec import (
 )
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FLOOR
+from headrace.heads.evaluate.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.layers import Floats
 from headrace.heads.link import link
@@ -92,6 +93,7 @@ class NetworkModel(SingleModel):
     n_views: int = 1  # of an image that it looks at
     # the smallest probability that its temperature looks at
     floor: float = FLOOR
+    unit_rule: UnitRule | None = None  # how its predictions of images become those of units
 
     @staticmethod
     def is_in(model_directory: Path) -> bool:
@@ -139,7 +141,9 @@ class NetworkModel(SingleModel):
         from safetensors.torch import load
 
         file_bytes, description = _read_file(self.path, self.file_digest)
+        description.pop("unit_rule", None)
         description |= {"metrics": self.metrics, "temperature": self.temperature}
+        description |= rule_fields(self.unit_rule)
         return _publish_network(model_directory, description, load(file_bytes))
 
     def describe(self) -> str:
@@ -199,6 +203,10 @@ class NetworkModel(SingleModel):
     def at_temperature(self, temperature: float) -> "NetworkModel":
         """Return the model with its log-odds divided by another temperature."""
         return dataclasses.replace(self, temperature=temperature)
+
+    def with_unit_rule(self, rule: UnitRule | None) -> "NetworkModel":
+        """Return the model with another rule of units."""
+        return dataclasses.replace(self, unit_rule=rule)
 
     @property
     def backbones(self) -> tuple[BackboneSpec, ...]:
@@ -413,6 +421,7 @@ def _parse_description(
         },
         temperature=check_temperature(description["temperature"]),
         file_digest=file_digest,
+        unit_rule=read_unit_rule(description),
     )
 
 

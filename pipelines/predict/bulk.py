@@ -50,7 +50,6 @@ from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.cached_model import find_cached_model
 from headrace.pipelines.models.from_features import Beside
 from headrace.pipelines.models.model import Model, load_model
-from headrace.pipelines.models.unit_rule import read_unit_rule
 from headrace.pipelines.predict.known import known_contents
 from headrace.pipelines.predict.tables import TableBlock, is_predictions, table_writer
 from headrace.pipelines.predict.units import (
@@ -411,7 +410,7 @@ def _units(model: Model, images: pd.DataFrame) -> npt.NDArray[np.str_] | None:
 
 def unit_column(model: Model) -> str | None:
     """Return the column with the units of images, where the model predicts them together."""
-    rule = read_unit_rule(model.path) if model.takes_units else None
+    rule = model.unit_rule if model.takes_units else None
     return None if rule is None else rule.column
 
 

@@ -548,6 +548,11 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
         Column("time", "time, all calls together"),
     )
     blocks.append(Table("costs", "What both have taken", cost_columns, costs, sortable=False))
+    blocks += [
+        Note(f"{letter}: {damage}", "warning")
+        for letter, run in zip((FIRST, SECOND), runs, strict=True)
+        for damage in run.damaged_records
+    ]
     lead = (
         "Validation scores, each on its run's own folds: they are paired in the first section, and "
         "only there."

@@ -18,7 +18,6 @@ from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
 from headrace.pipelines.models.model import ensemble_is_selected
 from headrace.pipelines.models.reference import ModelRef
-from headrace.pipelines.models.unit_rule import read_unit_rule
 from headrace.pipelines.records import read_record
 from headrace.pipelines.selection.ensemble_store import member_name
 from headrace.pipelines.selection.evaluation_record import (
@@ -63,8 +62,8 @@ def find_selected(run: FinishedRun) -> SelectedModel:
     if not ensemble_is_selected(run.paths):
         return SelectedModel(None, run.winner_evaluation)
     ensemble = read_record(run.paths.ensemble / ENSEMBLE_DESCRIPTION)
-    if (unit_rule := read_unit_rule(run.paths.ensemble)) is not None:
-        ensemble["temperature"] = unit_rule.temperature
+    if "unit_rule" in ensemble:
+        ensemble["temperature"] = ensemble["unit_rule"]["temperature"]
     own = [
         evaluation
         for evaluation in run.test_evaluations

@@ -8,9 +8,9 @@ from typing import Any
 import numpy.typing as npt
 
 from headrace.heads.data.task import Task
+from headrace.heads.evaluate.unit_rule import UnitRule
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.reference import ModelRef
-from headrace.pipelines.models.unit_rule import save_unit_rule
 from headrace.pipelines.selection.ensemble import Ensemble
 from headrace.pipelines.selection.evaluation_record import (
     TestResult,
@@ -30,7 +30,10 @@ def save_ensemble(
 
     unit_column: names the units that its temperature is of.
     """
-    temperature = save_unit_rule(directory, task, unit_column, ensemble.temperature)
+    temperature, rule = ensemble.temperature, None
+    if unit_column is not None:
+        rule = UnitRule(unit_column, task.unit_aggregation, temperature)
+        temperature = 1.0
     members = tuple(
         model.load(
             task,
@@ -61,6 +64,7 @@ def save_ensemble(
         members=members,
         weights=tuple(member.weight for member in ensemble.members),
         temperature=temperature,
+        unit_rule=rule,
         names=tuple(member_name(model.results_path.name, model.spec) for model in models),
         member_columns=columns,
         nested=ensemble.summary(),

@@ -6,11 +6,11 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import Task
+from headrace.heads.evaluate.unit_rule import UnitRule
 from headrace.heads.predict import floor_of
 from headrace.pipelines.models.head import HEAD_FILES
 from headrace.pipelines.models.network import NETWORK_FILES
 from headrace.pipelines.models.reference import ModelRef
-from headrace.pipelines.models.unit_rule import save_unit_rule
 
 
 class NoWinner(HeadraceError):
@@ -51,9 +51,13 @@ def save_winner(
     its run. temperature: what the predictions of its fold models give (`temperature_of`), of units
     where a column names them. Raises ModelError for a network whose file is gone or damaged.
     """
-    floor = floor_of(winner.spec, task.kind, len(task.classes))
-    image_temperature = save_unit_rule(directory, task, unit_column, temperature, floor)
-    weights_path = winner.load(task, metrics, image_temperature).save(directory)
+    if unit_column is None:
+        model = winner.load(task, metrics, temperature)
+    else:
+        floor = floor_of(winner.spec, task.kind, len(task.classes))
+        rule = UnitRule(unit_column, task.unit_aggregation, temperature, floor)
+        model = winner.load(task, metrics, 1.0).with_unit_rule(rule)
+    weights_path = model.save(directory)
     # Files of a winner of the other kind would be taken for this one's.
     for name in HEAD_FILES if winner.kind == "finetune" else NETWORK_FILES:
         (directory / name).unlink(missing_ok=True)

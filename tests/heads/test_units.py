@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.heads.data.task import TEST, Task, load_task, save_task
 from headrace.heads.evaluate.metrics import score
+from headrace.heads.evaluate.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.heads.evaluate.units import aggregate_units, held_out_metrics, scored_rows, unit_rows
 
 KINDS = ("single", "multi", "regression")
@@ -128,3 +129,30 @@ def test_a_task_keeps_its_units(tmp_path):
         task.digest,
     }
     assert len(others) == 4
+
+
+RULE = UnitRule("patient", "max", 1.5)
+
+
+def test_a_description_holds_the_rule_of_units():
+    """Of a model of images alone it says nothing."""
+    assert read_unit_rule(rule_fields(RULE)) == RULE
+    assert rule_fields(None) == {}
+    assert read_unit_rule({"format": 1}) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"column": 3},
+        {"aggregation": "sum"},
+        {"temperature": 0},
+        {"temperature": "1"},
+        {"floor": 1},
+        {"more": 1},
+    ],
+)
+def test_what_is_no_rule_of_units_is_refused(changed):
+    """As a file of a model could say it."""
+    with pytest.raises((ValueError, TypeError)):
+        read_unit_rule({"unit_rule": dataclasses.asdict(RULE) | changed})

@@ -19,7 +19,7 @@ from headrace.cache.feature_set import list_feature_sets
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.heads.evaluate.temperature import with_temperature
 from headrace.pipelines.finished import read_finished_run
-from headrace.pipelines.models.unit_rule import read_unit_rule
+from headrace.pipelines.models.model import load_model
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.run import extract_recipe
@@ -173,7 +173,7 @@ def test_scores_are_those_of_units(project):
     test = run.images.dataset.test
     assert (result["images"], result["units"]) == (len(test.ids), len(set(test.units)))
     assert result["groups"] == result["units"]
-    rule = read_unit_rule(project / "headrace-runs/recipe/winner")
+    rule = load_model(project / "headrace-runs/recipe/winner").unit_rule
     assert (rule.column, rule.aggregation) == ("patient", "mean")
     assert rule.temperature == pytest.approx(selection["calibration"]["temperature"])
 
@@ -197,7 +197,7 @@ def test_units_are_predicted_beside_images(project, tmp_path):
     last = units.iloc[-1]
     assert (last["unit"], last["images"], last["failed"]) == ("77", 0, 1)
     assert last[["class", "probability", "p_fine"]].isna().all()
-    rule = read_unit_rule(project / "headrace-runs/recipe/winner")
+    rule = load_model(project / "headrace-runs/recipe/winner").unit_rule
     means = images.iloc[:60][["p_coarse", "p_fine"]].groupby(table["patient"]).mean().to_numpy()
     expected = with_temperature("single", means, rule.temperature, rule.floor)
     assert np.allclose(units[["p_coarse", "p_fine"]][:20], expected, atol=1e-6)

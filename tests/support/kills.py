@@ -317,7 +317,7 @@ _UNITS = (
     Trigger(f"{RUN}/banks/*.h5", 2),
     Trigger(f"{RUN}/leaderboard.csv", delay_s=0.05),
     Trigger(f"{RUN}/instance-weights.csv", delay_s=0.02),
-    Trigger(f"{RUN}/winner/unit.json", delay_s=0.0),
+    Trigger(f"{RUN}/winner/head.json", delay_s=0.0),
     Trigger(f"{RUN}/winner/*.safetensors", delay_s=0.0),
     Trigger(f"{RUN}/predictions.parquet", delay_s=0.0),
     Trigger(f"{RUN}/unit-predictions.parquet", delay_s=0.0),

@@ -156,6 +156,16 @@ def test_a_run_against_itself_differs_nowhere(runs, tmp_path):
     assert "Both are right and wrong on the same images." in report.page.read_text()
 
 
+def test_damaged_lines_of_either_run_are_told(runs, tmp_path):
+    """Of stages.jsonl, say, whose times are then missing from what the run has taken."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(runs[0], damaged)
+    with (damaged / "stages.jsonl").open("a") as file:
+        file.write("{\n")
+    page = write_comparison(runs[0], damaged, tmp_path / "page.html").page.read_text()
+    assert "B: Damaged lines of stages.jsonl, left out here: 1." in page
+
+
 def test_the_paired_interval_turns_with_its_arguments():
     """Swapped, it is the negative; it holds the difference; equal predictors have one around 0."""
     rng = np.random.default_rng(0)

@@ -1,0 +1,50 @@
+"""How a model's predictions of images become those of units; a part of the model's own file."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy.typing as npt
+
+from headrace.heads.data.task import TaskKind, UnitAggregation
+from headrace.heads.evaluate.temperature import FLOOR
+from headrace.heads.evaluate.units import aggregate_units
+from headrace.heads.link import tempered
+
+
+@dataclass(frozen=True)
+class UnitRule:
+    """The column that names the units, and what their images' predictions go through."""
+
+    column: str
+    aggregation: UnitAggregation
+    # Of a unit's log-odds; its images are predicted without one, for a label belongs to the unit.
+    temperature: float
+    floor: float = FLOOR  # the smallest probability that the temperature looks at
+
+    def predict(
+        self, task_kind: TaskKind, predicted: npt.NDArray[Any], unit_of_row: npt.NDArray[Any]
+    ) -> npt.NDArray[Any]:
+        """Return (U, C) float32 predictions of units from those (n, C) of their images.
+
+        unit_of_row: (n,) integers 0..U-1, each at least once.
+        """
+        together = aggregate_units(task_kind, predicted, unit_of_row, self.aggregation)
+        return tempered(together, task_kind, self.temperature, self.floor)
+
+
+def rule_fields(rule: UnitRule | None) -> dict[str, Any]:
+    """Return what a model's description says of units: nothing where it predicts images alone."""
+    return {} if rule is None else {"unit_rule": dataclasses.asdict(rule)}
+
+
+def read_unit_rule(description: Mapping[str, Any]) -> UnitRule | None:
+    """Inverse of `rule_fields`. Raises ValueError or TypeError for what is no rule."""
+    if "unit_rule" not in description:
+        return None
+    rule = UnitRule(**description["unit_rule"])
+    is_rule = isinstance(rule.column, str) and rule.aggregation in get_args(UnitAggregation)
+    if not (is_rule and 1e-6 <= rule.temperature <= 1e6 and 0 <= rule.floor < 1):
+        raise ValueError(f"it predicts units by {str(description['unit_rule'])[:80]}")
+    return rule
