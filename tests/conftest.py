@@ -1,6 +1,8 @@
 """What every test is given without asking."""
 
+import itertools
 import os
+import sys
 
 import pytest
 from support import forks
@@ -15,10 +17,13 @@ LONGEST = (
     "cluster_faults",
     "tutorial",
     "notebooks",
+    "gallery",
     "docs",
     "readme",
     "run",
 )
+
+STATE_NUMBERS = itertools.count()
 
 os.environ.pop(
     "COLUMNS", None
@@ -34,7 +39,17 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def own_state_directory(tmp_path_factory, monkeypatch):
     """What a test remembers about this machine (verified shards) stays its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("state")))
+    # by number: `mktemp` lists what thousands of tests have left, 2 ms each
+    state = tmp_path_factory.getbasetemp() / f"state-{next(STATE_NUMBERS)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(state))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_umap():
+    """UMAP compiles for 8 s in every process that draws a map; report/test_map.py has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "umap", None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

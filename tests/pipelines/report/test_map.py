@@ -4,6 +4,7 @@ read is said.
 
 import importlib.util
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,14 @@ from headrace.pipelines.report.selected_model import find_selected
 from headrace.pipelines.report.selected_model import test_predictions as predict_test
 
 
+@pytest.fixture(scope="module", autouse=True)
+def umap_itself(no_umap):
+    """Which other files do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "umap")
+        yield
+
+
 @pytest.fixture(scope="module")
 def known(hostile_run):
     """The run, and what is known of its images."""
@@ -39,7 +48,7 @@ def test_places_are_those_of_scikit_learn(n, width, monkeypatch):
     """Of standardized features, to the 16 bits that they are written in; a constant feature has no
     say.
     """
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # without UMAP
+    monkeypatch.setitem(sys.modules, "umap", None)
     rng = np.random.default_rng(0)
     X = (rng.normal(size=(n, 5)) @ rng.normal(size=(5, width))).astype(np.float32) * 7 + 3
     X[:, 0] = 4
