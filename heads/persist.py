@@ -28,12 +28,12 @@ from headrace.cache.format.sealed import (
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.data.side_columns import SideColumn, columns_from_json, columns_to_json
 from headrace.heads.data.task import REFIT, TaskKind
-from headrace.heads.evaluate.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.heads.kind import CannotPredict
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.layers import Arrays
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import HeadSpec, spec_to_json
+from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
 
 FORMAT = 3  # 1 had no temperature, 2 no side columns
 WEIGHTS = "head.safetensors"

@@ -89,7 +89,7 @@ LEVELS = {
         {"data", "spec"},
         {"evaluate"},
         {"link"},
-        {"layers"},
+        {"layers", "unit_rule"},
         {"kind"},
         {"linear", "neighbors", "networks"},
         {"bags", "discriminant", "sklearn"},

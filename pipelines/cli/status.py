@@ -49,8 +49,8 @@ def run_status(run: Path) -> list[DriverStatus]:
     logs = sorted(paths.logs.glob("*.jsonl"))
     if not logs:
         raise NotARun(
-            f"{paths.root} holds no logs: no call of `headrace run` has worked on it, or logs/ was "
-            "removed"
+            f"{paths.root} holds no logs: nothing has worked on it, or logs/ was removed. "
+            "`headrace run RECIPE` writes one"
         )
     found = [_driver_status(read_log(log), log.stem) for log in logs]
     return [

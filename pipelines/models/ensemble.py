@@ -12,8 +12,8 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature
+from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.pipelines.models.base import ImagePredictor, model_digest
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.head import HeadModel

@@ -21,7 +21,6 @@ from headrace.extract.spec import (
 )
 from headrace.heads.data.side_columns import SideColumn, columns_to_json
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.unit_rule import UnitRule
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.layers import Floats
 from headrace.heads.link import tempered
@@ -34,6 +33,7 @@ from headrace.heads.persist import (
 from headrace.heads.predict import floor_of, predict_head
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
+from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file

@@ -39,7 +39,6 @@ from headrace.extract.spec import (
 )
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FLOOR
-from headrace.heads.evaluate.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.layers import Floats
 from headrace.heads.link import link
@@ -51,6 +50,7 @@ from headrace.heads.persist import (
     require_trusted,
 )
 from headrace.heads.spec import FineTuneSpec, spec_to_json
+from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.trust import require_allowed_file

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.unit_rule import UnitRule
+from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.console import valid_text
 from headrace.pipelines.predict.tables import Column, outcome_columns
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from headrace.heads.data.task import Task
-from headrace.heads.evaluate.unit_rule import UnitRule
+from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.selection.ensemble import Ensemble

@@ -6,8 +6,8 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import Task
-from headrace.heads.evaluate.unit_rule import UnitRule
 from headrace.heads.predict import floor_of
+from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.head import HEAD_FILES
 from headrace.pipelines.models.network import NETWORK_FILES
 from headrace.pipelines.models.reference import ModelRef

@@ -16,9 +16,9 @@ from headrace.cache.atomic_io import lease
 from headrace.cache.feature_set import open_feature_set
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.temperature import FLOOR
-from headrace.heads.evaluate.unit_rule import UnitRule
 from headrace.heads.evaluate.units import unit_rows
 from headrace.heads.predict import floor_of
+from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.predict.bulk import part_slices

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from headrace.heads.data.task import TEST, Task, load_task, save_task
 from headrace.heads.evaluate.metrics import score
-from headrace.heads.evaluate.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.heads.evaluate.units import aggregate_units, held_out_metrics, scored_rows, unit_rows
+from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
 
 KINDS = ("single", "multi", "regression")
 
