@@ -18,7 +18,7 @@ from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.forward import make_forward, make_normalizer
 from headrace.extract.taps.resolve import resolve_taps
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from dinov2_weights import transformers_names
 
 # The architectures of DINOv2 ViT-S/14 without and with registers, of three blocks.
