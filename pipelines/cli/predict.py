@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from headrace.pipelines.cli.options import (
 from headrace.pipelines.console import make_console, utf8_stdout
 
 if TYPE_CHECKING:
+    from headrace.pipelines.models.image_parts import ImageParts
     from headrace.pipelines.models.model import Model
 
 
@@ -102,6 +103,17 @@ def predict_command(
     array_key: Annotated[
         str | None, typer.Option(help="Which array of a .npz or .h5 file holds the images.")
     ] = None,
+    box_columns: Annotated[
+        str | None,
+        typer.Option(
+            help="The four columns of a table that hold the boxes, in the order that the model "
+            "knows, such as x,y,width,height; default: those that it was trained on."
+        ),
+    ] = None,
+    whole_images: Annotated[
+        bool,
+        flag("--whole-images", help="Predict whole images, also with a model of boxes or tiles."),
+    ] = False,
     exclude: ExcludeOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
@@ -123,7 +135,8 @@ def predict_command(
 ) -> None:
     """Predict the class of images, with probabilities: one row per image, in the order given.
 
-    Images whose features are in the cache need no network. A model of units (patients, slides)
+    Images whose features are in the cache need no network. Of a model of boxes or tiles each box or
+    tile is a row. A model of units (patients, slides)
     writes a table of them beside that of the images. Interrupted at any moment, the same command
     goes on where it was. An image that cannot be decoded has its reason in its row.
 
@@ -133,6 +146,7 @@ def predict_command(
     if out == "-" and json_output:
         raise OutputError("--out - and --json both want the standard output: give --out a file")
     from headrace.cache.text import as_text
+    from headrace.pipelines.models.image_parts import read_image_parts
     from headrace.pipelines.models.model import load_model
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
@@ -143,6 +157,7 @@ def predict_command(
     loaded_model = load_model(model, trust_code=trust_code or ())
     cache_root = _cache_root(loaded_model, cache, no_cache=no_cache, update_cache=update_cache)
     rule = loaded_model.unit_rule
+    parts = read_image_parts(loaded_model.path)
     listing = list_images(
         images,
         side_columns=loaded_model.side_columns,
@@ -154,6 +169,7 @@ def predict_command(
         root=root,
         array_key=array_key,
         exclude=tuple(exclude or ()),
+        **_parts_options(parts, box_columns, whole_images=whole_images),
     )
     samples = listing.samples
     console = make_console(stderr=True)
@@ -168,7 +184,7 @@ def predict_command(
                 "give a table with it, or the recipe. Images alone are predicted"
             ]
     left_out = [f"left out: {item}" for item in listing.left_out]
-    whole_note = whole_images_note(loaded_model.path, samples["path"])
+    whole_note = [] if whole_images else whole_images_note(parts, samples["path"])
     notes = (*listing.notes, *left_out, *unit_note, *whole_note)
     for note in () if json_output else notes:
         console.print(f"note: {note}", soft_wrap=True)
@@ -244,6 +260,30 @@ def predict_command(
     console.print(summary_text, soft_wrap=True)
     if summary.failed == summary.images:
         raise typer.Exit(1)
+
+
+def _parts_options(
+    parts: "ImageParts | None", box_columns: str | None, *, whole_images: bool
+) -> dict[str, Any]:
+    """Return the options of sources by which images become the parts that the model knows."""
+    from dataclasses import replace
+
+    from headrace.extract.sources.regions import Boxes
+
+    if whole_images:
+        if box_columns is not None:
+            raise OutputError("--whole-images leaves no boxes for --box-columns: drop one of them")
+        return {"boxes": "none"}
+    if box_columns is None:
+        return {} if parts is None else {"boxes": parts.boxes, "tiles": parts.tiles}
+    columns = tuple(name.strip() for name in box_columns.split(","))
+    if len(columns) != 4:
+        raise OutputError(
+            f"--box-columns {box_columns}: expected the names of four columns, such as "
+            "x,y,width,height"
+        )
+    boxes = Boxes() if parts is None or isinstance(parts.boxes, str) else parts.boxes
+    return {"boxes": replace(boxes, columns=columns)}
 
 
 def _cache_root(

@@ -348,6 +348,12 @@ def _beside_lines(model: Model) -> list[str]:
             "one unit (a patient, a slide, a sequence). They are predicted together, and each has "
             "its unit's prediction. One unit in a call: zeros.",
         ]
+    if (rule := model.unit_rule) is not None:
+        lines += [
+            "",
+            f"Units (`{rule.column}`) are predicted by the {rule.aggregation} of their images: "
+            "`predict_unit` of `preprocess.py` takes the outputs for all images of one.",
+        ]
     return lines
 
 

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import pprint
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from headrace.extract import errors
@@ -43,21 +43,30 @@ and NumPy 2, or newer; tifffile for TIFFs whose bands Pillow does not read.
 INPUTS = {inputs}
 
 
-def load(path, name="{first}"):
+def load(path, name="{first}", box=None):
     """Pixels of an image file, or of an .npy file: upright, resized, cropped in the middle.
 
     Shape (height, width, channels) in the input's pixel_dtype: uint8, with alpha over white; or
-    float32 with white at 255, of more than 8 bits or of the input's bands.
+    float32 with white at 255, of more than 8 bits or of the input's bands. box: (left, top, width,
+    height) of the part of the image that is meant, in its pixels: a tile, or a box of an object.
     """
     how = Preprocessing(**INPUTS[name])
     with open(path, "rb") as file:
         data = file.read()
-    return np.array(render_crop(decode_pixels(data, how), how), how.pixel_dtype)
+    image = decode_pixels(data, how if box is None else replace(how, decode="exact"))
+    if box is not None:
+        left, top, width, height = box
+        is_picture = isinstance(image, Image.Image)
+        columns, rows = image.size if is_picture else image.values.shape[1::-1]
+        right, bottom = min(left + width, columns), min(top + height, rows)
+        edges = [int(edge + 0.5) for edge in (max(left, 0), max(top, 0), right, bottom)]
+        image = image.crop(edges) if is_picture else image.crop(*edges)
+    return np.array(render_crop(image, how), how.pixel_dtype)
 
 
 class ImageError(ValueError):
     """The image cannot be decoded; the text is the reason."""
-{side}
+{side}{unit}
 
 {source}
 
@@ -95,10 +104,45 @@ def side_columns(row):
 '''
 
 
+_UNIT_TEXT = '''
+
+# How predictions of a unit's images become the unit's.
+UNIT_RULE = {rule}
+
+
+def predict_unit(predictions):
+    """The prediction (C,) of a unit, of those (n, C) that the model gives for all its images."""
+    values = np.asarray(predictions, np.float64)
+    kind, floor = UNIT_RULE["task_kind"], UNIT_RULE["floor"]
+    power = 1 / UNIT_RULE["temperature"]
+    if UNIT_RULE["aggregation"] == "mean":
+        values = values.mean(0)
+    else:
+        values = values.max(0)
+        if kind == "single":
+            two = len(values) == 2
+            values = np.array([1 - values[1], values[1]]) if two else values / values.sum()
+    if kind == "regression" or power == 1:
+        return values
+    if kind == "multi":
+        values = np.clip(values, floor, 1 - floor)
+        return 1 / (1 + ((1 - values) / values) ** power)
+    values = np.clip(values, floor, None)
+    values = (values / values.max()) ** power
+    return values / values.sum()
+
+'''
+
+
 def preprocess_file(
-    inputs: list[GraphInput], headrace_version: str, side_columns: Sequence[SideColumn] = ()
+    inputs: list[GraphInput],
+    headrace_version: str,
+    side_columns: Sequence[SideColumn] = (),
+    unit_rule: Mapping[str, object] | None = None,
 ) -> str:
-    """Return the text of preprocess.py. side_columns: that the model reads beside each image."""
+    """Return the text of preprocess.py. side_columns: that the model reads beside each image.
+    unit_rule: how units are predicted, with the kind of task.
+    """
     imports, source = _decoding_source()
     input_fields = {
         model_input.name: dataclasses.asdict(model_input.preprocessing) for model_input in inputs
@@ -113,6 +157,7 @@ def preprocess_file(
         )
         if side_columns
         else "",
+        "unit": "" if unit_rule is None else _UNIT_TEXT.format(rule=pprint.pformat(unit_rule)),
         "source": source,
     }
     # All at once: what a model says of its preprocessing may read like a placeholder, and is not

@@ -21,7 +21,7 @@ from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing, join_listings
-from headrace.extract.sources.read import detect_source, read_source
+from headrace.extract.sources.read import read_source
 from headrace.heads.data.folds import make_folds, split_test
 from headrace.heads.data.side_columns import SideColumns
 from headrace.heads.data.task import TEST, TRAIN_ONLY, Task
@@ -100,9 +100,10 @@ def _unlabelled_listing(recipe: Recipe) -> Listing:
     """Return the images of `images.unlabelled`, under ids that begin with its name, without what
     may stand there for a target.
     """
-    location = recipe.images.unlabelled
+    location, source = recipe.images.unlabelled, recipe.images.unlabelled_source()
     assert location is not None
-    listing = read_source(detect_source(location), labelled=False)
+    assert source is not None
+    listing = read_source(source, labelled=False)
     column_names = [name for name in listing.samples if name not in target_columns(recipe.task)]
     samples = listing.samples[column_names]
     require_columns(samples, list(recipe.task.side_columns), f"images.unlabelled, {location}: ")

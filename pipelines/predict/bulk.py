@@ -195,7 +195,7 @@ def predict_table(
         cached,
         unit_names,
     )
-    summary = replace(summary, new=len(rows), cached=len(rows) - len(left))
+    summary = replace(summary, new=len(rows), cached=cached.count(rows))
     if unit_table_path is not None:
         os.replace(parts_folder / "units.partial", unit_table_path)
     os.replace(parts_folder / "table.partial", table_path)
@@ -306,7 +306,8 @@ def predict_stream(
             n_written = int(n_ready)
     counts = _named_counts(class_counts, model)
     n_images = len(file_names)
-    return PredictionSummary(n_images, n_images, n_failed, counts, n_images - len(missing))
+    n_cached = cached.count(np.arange(n_images))
+    return PredictionSummary(n_images, n_images, n_failed, counts, n_cached)
 
 
 def _predict_rows(
@@ -480,6 +481,10 @@ class _FromCache:
     probabilities: npt.NDArray[np.float32]  # (N, C), nan elsewhere
     errors: list[str | None]
     is_known: npt.NDArray[np.bool_]  # (N,) predicted, or recorded as failed
+
+    def count(self, rows: Iterable[int]) -> int:
+        """Return how many of some images had features."""
+        return sum(bool(self.is_known[row]) and self.errors[row] is None for row in rows)
 
 
 def _predict_cached(

@@ -12,12 +12,12 @@ import pandas as pd
 from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.listing import Listing, join_listings
-from headrace.extract.sources.read import detect_source, read_source
+from headrace.extract.sources.read import ImageSource, detect_source, read_source
+from headrace.extract.sources.regions import Boxes
 from headrace.extract.sources.tabular import is_table
 from headrace.heads.data.side_columns import SideColumn
-from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.recipe.side_columns import require_columns
-from headrace.pipelines.records import read_record
 
 
 def list_images(
@@ -46,64 +46,53 @@ def list_images(
     names = [column.name for column in side_columns]
     names += [] if unit_column is None or unit_column in names else [unit_column]
     optional = [] if optional_column is None or optional_column in names else [optional_column]
-    sources = [part for source in sources for part in (source, *_unlabelled_source(source))]
-    listings = [_list_source(str(source), names, optional, options) for source in sources]
+    found = [part for source in sources for part in _sources(str(source), options)]
+    listings = [_list_source(source, names, optional) for source in found]
     if len(listings) == 1:
         return listings[0]
     paths_of_name = (
         pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
     )
     if (paths_of_name > 1).any():
-        for source, listing in zip(sources, listings, strict=True):
+        for location, listing in zip((part.location for part in found), listings, strict=True):
             is_ambiguous = listing.samples["file"].map(paths_of_name) > 1
-            prefix = printable_name(str(source if is_table(source) else Path(source).parent))
+            prefix = printable_name(str(location if is_table(location) else Path(location).parent))
             listing.samples.loc[is_ambiguous, "file"] = (
                 f"{prefix}/" + listing.samples.loc[is_ambiguous, "file"]
             )
     return join_listings(listings)
 
 
-def whole_images_note(model_directory: Path, paths: Iterable[str]) -> list[str]:
-    """Say how many images are whole where the recipe of the model's run names boxes or tiles; of a
-    model in no run, and of boxes that were found by their columns alone, nothing is known.
-    """
-    recipe_path = RunPaths(model_directory.absolute().parent).recipe
-    images = read_record(recipe_path).get("images", {}) if recipe_path.is_file() else {}
-    boxed = isinstance(images.get("boxes"), dict)
-    key = "images.tiles" if images.get("tiles") else "images.boxes" if boxed else None
-    whole = 0 if key is None else sum(split_crop(path)[1] is None for path in paths)
+def whole_images_note(parts: ImageParts | None, paths: Iterable[str]) -> list[str]:
+    """Say how many images are whole where the model was trained on boxes of images."""
+    if parts is None or parts.tiles is not None:
+        return []
+    whole = sum(split_crop(path)[1] is None for path in paths)
     if not whole:
         return []
+    columns = parts.boxes.columns if isinstance(parts.boxes, Boxes) else None
     return [
         f"{whole:,} images are predicted as a whole, but the model was trained on parts of images "
-        f"({key}): give a recipe that names these images and has that key"
+        "(images.boxes): give a table that names these images, with the columns of their boxes, "
+        f"{', '.join(columns or ('x', 'y', 'width', 'height'))}"
     ]
 
 
-def _unlabelled_source(source: str | Path) -> list[Path]:
-    """Return the source of images without labels that a recipe names beside its own."""
-    if not _is_recipe(str(source)):
-        return []
+def _sources(location: str, options: dict[str, Any]) -> list[ImageSource]:
+    """Return what a name on the command line means: of a recipe its images, also those without
+    labels.
+    """
+    if Path(location).suffix.lower() not in (".yaml", ".yml"):
+        return [detect_source(location, **options)]
     from headrace.pipelines.recipe.load import load_recipe
 
-    location = load_recipe(source).images.unlabelled
-    return [] if location is None else [location]
+    images = load_recipe(location).images
+    unlabelled = images.unlabelled_source()
+    return [images.source(), *([] if unlabelled is None else [unlabelled])]
 
 
-def _is_recipe(location: str) -> bool:
-    return Path(location).suffix.lower() in (".yaml", ".yml")
-
-
-def _list_source(
-    location: str, beside: Sequence[str], optional: Sequence[str], options: dict[str, Any]
-) -> Listing:
-    if _is_recipe(location):
-        from headrace.pipelines.recipe.load import load_recipe
-
-        source = load_recipe(location).images.source()
-        location = str(source.location)
-    else:
-        source = detect_source(location, **options)
+def _list_source(source: ImageSource, beside: Sequence[str], optional: Sequence[str]) -> Listing:
+    location = str(source.location)
     listing = read_source(source, labelled=False)
     file_names = listing.samples["id"].astype(str)
     if source.kind == "folder":

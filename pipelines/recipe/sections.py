@@ -153,6 +153,15 @@ class Images(Section):
             options["tiles"] = Tiles(**self.tiles.model_dump())
         return ImageSource(kind, location, **options)  # type: ignore[arg-type]
 
+    def unlabelled_source(self) -> "ImageSource | None":
+        """Return that of the images without labels: boxes and tiles as of those with labels."""
+        if self.unlabelled is None:
+            return None
+        from headrace.extract.sources.read import detect_source
+
+        labelled = self.source()
+        return detect_source(self.unlabelled, boxes=labelled.boxes, tiles=labelled.tiles)
+
 
 class TaskSection(Section):
     """What to predict, and which rows may be seen when."""

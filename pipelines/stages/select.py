@@ -12,6 +12,7 @@ import pandas as pd
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
 from headrace.heads.data.side_columns import taps_of
+from headrace.pipelines.models.image_parts import save_image_parts
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.planning.run_state import RunState, Selected
@@ -63,6 +64,7 @@ def select(state: RunState, services: Services) -> RunState:
         save_winner(
             state.paths.winner, winner_model, task, winner_metrics, winner_temperature, unit_column
         )
+        _save_parts(state, state.paths.winner)
         write_instance_weights(state, leaderboard)
         ensemble = combine_heads(state, leaderboard)
         report_done(f"{len(leaderboard):,} settings ranked")
@@ -152,7 +154,13 @@ def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None
     save_ensemble(
         state.paths.ensemble, ensemble, models, state.dataset.train, state.recipe.task.unit
     )
+    _save_parts(state, state.paths.ensemble)
     return ensemble
+
+
+def _save_parts(state: RunState, model_directory: Path) -> None:
+    paths = state.samples["path"].astype(str)
+    save_image_parts(model_directory, state.recipe.images.source(), paths)
 
 
 def withdraw(*results: Path) -> None:

@@ -4,6 +4,8 @@ images: one run of a table of patients.
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,6 +20,7 @@ from support.runs import RECIPE, headrace, make_photos
 from headrace.cache.feature_set import list_feature_sets
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.heads.evaluate.temperature import with_temperature
+from headrace.pipelines.export.write import export_model
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.planning.run_state import read_run_state
@@ -141,11 +144,12 @@ def test_unknown_images_go_into_the_cache_when_asked(project, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(project / "headrace-cache", cache)
     make_photos(tmp_path / "new", 8, seed=9)
+    (tmp_path / "new" / "bad.png").write_bytes(b"no image")
     command = ["predict", project / "headrace-runs/recipe", "new", "--cache", cache, "--force"]
     for options, said in (
-        ((), "8 images: "),
-        (("--update-cache",), "8 images, 8 from cached features"),
-        ((), "8 images, 8 from cached features"),
+        ((), "9 images: "),
+        (("--update-cache",), "9 images, 8 from cached features"),
+        ((), "9 images, 8 from cached features"),
     ):
         done = headrace(*command, "-o", "p.csv", *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -205,6 +209,28 @@ def test_units_are_predicted_beside_images(project, tmp_path):
     whole = stored[(stored["images"] == 3) & (stored["split"] != "unlabelled")].set_index("unit")
     again = units.set_index("unit").loc[whole.index]
     assert np.allclose(whole["p_fine"], again["p_fine"].astype(float), atol=1e-6)
+
+
+def test_an_export_predicts_units_where_headrace_is_not(project, tmp_path):
+    """By the function of preprocess.py, from the predictions of images, as `predict` does."""
+    export_model(load_model(project / "headrace-runs/recipe"), tmp_path / "out", ["safetensors"])
+    command = ("predict", project / "recipe.yaml", "table.csv", "-o", tmp_path / "p.parquet")
+    done = headrace(*command, cwd=project)
+    assert done.returncode == 0, done.stderr
+    alone = """import sys
+sys.modules["headrace"] = None
+import pandas as pd
+from preprocess import predict_unit
+images = pd.read_parquet("../p.parquet")[["p_coarse", "p_fine"]]
+of = pd.read_csv(sys.argv[1])["patient"].to_numpy()
+for name, unit in pd.read_parquet("../p.units.parquet").set_index("unit").iterrows():
+    found = predict_unit(images[of == int(name)].to_numpy())
+    assert abs(found - unit[["p_coarse", "p_fine"]].to_numpy()).max() < 1e-6, (name, found, unit)
+"""
+    arguments = [sys.executable, "-c", alone, project / "table.csv"]
+    subprocess.run(arguments, cwd=tmp_path / "out", check=True)
+    described = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert described["unit"]["column"] == "patient"
 
 
 def test_features_without_a_task(tmp_path):

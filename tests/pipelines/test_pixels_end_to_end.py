@@ -1,15 +1,19 @@
 """Bands, boxes and tiles from a recipe to predictions, a fine-tuned network and an export."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import torch
 from PIL import Image
 from rich.console import Console
 from support.models import run_here
 from support.networks import make_case
+from support.runs import headrace
 
 from headrace.extract.images.crops import Crop
 from headrace.extract.spec import BackboneSpec
@@ -135,6 +139,50 @@ def test_boxes_of_a_table(tmp_path: Path) -> None:
         model.predict_proba([Image.open(path).crop((40, 0, 80, 40))]),
         atol=1e-6,
     )
+
+
+def test_tiles_from_a_run_to_an_export(tmp_path: Path) -> None:
+    """New images are cut as those of the run were, by the model and by its copy; a graph predicts
+    the same of the same parts.
+    """
+    for number in range(16):
+        values = RNG.integers(0, 60, (32, 64, 3), dtype=np.uint8) + np.uint8(120 * (number % 2))
+        target = tmp_path / "photos" / f"class{number % 2}" / f"{number}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(target)
+    (tmp_path / "tiles.yaml").write_text(
+        "images: {folder: photos, tiles: {size: 32, overlap: 8}}\n"
+        + TASK
+        + f"backbones: [{{{NETWORK}, taps: [layer1.avg]}}]\n"
+        + HEADS
+    )
+    run_here(tmp_path / "tiles.yaml")
+    run = tmp_path / "headrace-runs" / "tiles"
+    stored = pd.read_parquet(run / "predictions.parquet").set_index("id")
+    export_model(load_model(run), tmp_path / "out", ["torch", "safetensors"])
+    for model in (run, tmp_path / "out"):
+        command = ["predict", model, "photos", "--no-cache", "-o", tmp_path / "p.csv", "--force"]
+        done = headrace(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        predicted = pd.read_csv(tmp_path / "p.csv")
+        assert len(predicted) == 3 * 16  # of 64 pixels, at 0, 24 and 32
+        same = stored.loc[[name.removeprefix("photos/") for name in predicted["file"]]]
+        np.testing.assert_allclose(predicted["p_class1"], same["p_class1"], atol=1e-3)
+    done = headrace(*command, "--whole-images", cwd=tmp_path)
+    assert len(pd.read_csv(tmp_path / "p.csv")) == 16
+    described = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert described["parts"]["tiles"]["overlap"] == 8
+    namespace: dict[str, Any] = {"__name__": "preprocess"}
+    exec((tmp_path / "out" / "preprocess.py").read_text(), namespace)
+    names = predicted["file"][:6]
+    pixels = []
+    for name in names:
+        path, _, corner = name.partition("#")
+        box = (*map(int, corner.split(",")), 32, 32)
+        pixels.append(namespace["load"](tmp_path / path, box=box))
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    found = program(torch.tensor(np.stack(pixels))).numpy()
+    np.testing.assert_allclose(found[:, 1], predicted["p_class1"][:6], atol=1e-5)
 
 
 def test_a_recipe_says_what_goes_together(tmp_path: Path) -> None:

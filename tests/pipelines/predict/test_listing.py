@@ -8,8 +8,9 @@ import pytest
 
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import Crop
+from headrace.extract.sources.regions import Boxes, Tiles
+from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.predict.listing import list_images, whole_images_note
-from headrace.pipelines.records import write_record
 
 
 def write(path: Path, text: str) -> Path:
@@ -48,15 +49,16 @@ def test_what_is_no_source_is_named(tmp_path):
         list_images([tmp_path / "nothing"])
 
 
-@pytest.mark.parametrize("key", ["tiles", "boxes"])
-def test_whole_images_for_a_model_of_parts_are_told(tmp_path, key):
-    """Their predictions are of what no head was trained on."""
-    write_record(tmp_path / "recipe.json", {"images": {"boxes": "auto", key: {"size": 8}}})
+def test_whole_images_for_a_model_of_parts_are_told():
+    """Their predictions are of what no head was trained on; tiles are cut by themselves."""
     part = Crop(0, 0, 8, 8).locator("a.png")
-    (note,) = whole_images_note(tmp_path / "winner", ["a.png", part, "b.png"])
-    assert note.startswith("2 images are predicted as a whole")
-    assert f"(images.{key})" in note
-    assert whole_images_note(tmp_path / "winner", [part]) == []
-    write_record(tmp_path / "recipe.json", {"images": {"boxes": "auto", "tiles": None}})
-    assert whole_images_note(tmp_path / "winner", ["a.png"]) == []
-    assert whole_images_note(tmp_path / "elsewhere" / "model", ["a.png"]) == []
+    for boxes, columns in (
+        ("auto", "x, y, width, height"),
+        (Boxes(("l", "t", "r", "b"), "xyxy"), "l, t, r, b"),
+    ):
+        (note,) = whole_images_note(ImageParts(boxes=boxes), ["a.png", part, "b.png"])
+        assert note.startswith("2 images are predicted as a whole")
+        assert note.endswith(columns)
+        assert whole_images_note(ImageParts(boxes=boxes), [part]) == []
+    assert whole_images_note(ImageParts(tiles=Tiles(8)), ["a.png"]) == []
+    assert whole_images_note(None, ["a.png"]) == []

@@ -1,0 +1,67 @@
+"""The parts of images that a model was trained on, boxes or tiles, recorded beside its files."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from headrace.extract.images.crops import split_crop
+from headrace.extract.sources.read import ImageSource
+from headrace.extract.sources.regions import Boxes, Tiles
+from headrace.pipelines.records import RunDamaged, read_record, write_record
+
+IMAGE_PARTS = "parts.json"
+
+
+@dataclass(frozen=True)
+class ImageParts:
+    """Tiles of this grid, or boxes in these columns; auto: in columns known by their names."""
+
+    tiles: Tiles | None = None
+    boxes: Boxes | Literal["auto", "none"] = "none"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the parts as values of JSON."""
+        boxes = self.boxes if isinstance(self.boxes, str) else dataclasses.asdict(self.boxes)
+        return {
+            "tiles": None if self.tiles is None else dataclasses.asdict(self.tiles),
+            "boxes": boxes,
+        }
+
+    def save(self, model_directory: Path) -> None:
+        """Write the record into a model's directory."""
+        write_record(model_directory / IMAGE_PARTS, self.as_json())
+
+
+def save_image_parts(model_directory: Path, source: ImageSource, paths: Iterable[str]) -> None:
+    """Record what a model was trained on, or remove that of an earlier model where it was whole
+    images. paths: of the images.
+    """
+    has_parts = any(split_crop(path)[1] is not None for path in paths)
+    if source.tiles is not None:
+        ImageParts(tiles=source.tiles).save(model_directory)
+    elif has_parts and source.boxes != "none":
+        ImageParts(boxes=source.boxes).save(model_directory)
+    else:
+        (model_directory / IMAGE_PARTS).unlink(missing_ok=True)
+
+
+def read_image_parts(model_directory: Path) -> ImageParts | None:
+    """Return the record of a model; None for one of whole images. Raises RunDamaged."""
+    parts_path = model_directory / IMAGE_PARTS
+    try:
+        fields = read_record(parts_path)
+    except FileNotFoundError:
+        return None
+    try:
+        tiles, boxes = fields["tiles"], fields["boxes"]
+        if isinstance(boxes, dict):
+            columns = boxes["columns"]
+            boxes = Boxes(**boxes | {"columns": None if columns is None else tuple(columns)})
+        return ImageParts(None if tiles is None else Tiles(**tiles), boxes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDamaged(
+            f"{parts_path} is no record of this version: run the recipe again, or fetch the model "
+            "again"
+        ) from error
