@@ -105,13 +105,13 @@ def train_bank(job: BankJob) -> dict[str, Any]:
 def _train(job: BankJob, kind: HeadKind) -> None:
     task = load_task(Path(job.task))
     side = None if job.side_columns is None else load_side_columns(Path(job.side_columns))
-    X, kept, bands = _rows(job, task, kind, side)
-    if not kept.any():
+    X, has_features, bands = _rows(job, task, kind, side)
+    if not has_features.any():
         raise BadBank(
-            f"none of the {len(kept)} images of {job.task} has features: look at the reasons with "
-            "`headrace cache`"
+            f"none of the {len(has_features)} images of {job.task} has features: look at the "
+            "reasons with `headrace cache`"
         )
-    rows = task.take(kept)
+    rows = task.take(has_features)
     fits = fit_bank(
         X,
         rows,
@@ -123,19 +123,23 @@ def _train(job: BankJob, kind: HeadKind) -> None:
         bands=bands,
         side=() if side is None else side.columns,
     )
-    _publish(job, task, kept, rows, fits)
+    _publish(job, task, has_features, rows, fits)
 
 
 def publish_failure(job: BankJob, reason: str) -> None:
     """Publish results for a bank that cannot be trained: every head failed, for this reason."""
     task = load_task(Path(job.task))
-    kept = rows_with_features(job.features, task.content)
+    has_features = rows_with_features(job.features, task.content)
     fits = [failed for spec in job.specs for failed in _failed(spec, task, job.refit, reason)]
-    _publish(job, task, kept, task.take(kept), fits)
+    _publish(job, task, has_features, task.take(has_features), fits)
 
 
 def _publish(
-    job: BankJob, task: Task, kept: npt.NDArray[np.bool_], rows: Task, fits: Sequence[FitResult]
+    job: BankJob,
+    task: Task,
+    has_features: npt.NDArray[np.bool_],
+    rows: Task,
+    fits: Sequence[FitResult],
 ) -> None:
     specs = [open_feature_set(directory).spec for directory in job.features]
     data = results_bytes(
@@ -146,7 +150,7 @@ def _publish(
         features=[
             {"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs
         ],
-        dropped=task.ids[~kept].tolist(),
+        dropped=task.ids[~has_features].tolist(),
     )
     Path(job.result).parent.mkdir(parents=True, exist_ok=True)
     publish_bytes(Path(job.result), data)
@@ -226,7 +230,9 @@ def fit_bank(
         unit=task.units,
     )
     if task.kind not in kind.tasks:
-        able = ", ".join(other.name for other in HEAD_KINDS.values() if task.kind in other.tasks)
+        able = ", ".join(
+            head_kind.name for head_kind in HEAD_KINDS.values() if task.kind in head_kind.tasks
+        )
         raise BadBank(f"{kind.name} heads have no use for a {task.kind} task: use {able}")
     on_device, on_cpu = (
         _fitter(kind, data, FitOptions(refit, where, threads, halving)) for where in (device, "cpu")
@@ -235,7 +241,7 @@ def fit_bank(
     fit = (
         on_device
         if device == "cpu"
-        else lambda some: _as_fits(on_device, on_cpu, some, divide=halving is None)
+        else lambda spec_group: _as_fits(on_device, on_cpu, spec_group, divide=halving is None)
     )
     try:
         fits = fit(specs)
@@ -245,7 +251,7 @@ def fit_bank(
         fits = [
             failed for spec in specs for failed in _alone(fit, spec, task, refit, error, len(specs))
         ]
-    return [_finite(one) for one in fits]
+    return [_finite(fit_result) for fit_result in fits]
 
 
 def _kinds_with_side_columns() -> str:
@@ -273,8 +279,8 @@ def _as_fits(
     middle = len(specs) // 2
     return [
         fit
-        for part in (specs[:middle], specs[middle:])
-        for fit in _as_fits(on_device, on_cpu, part, divide=divide)
+        for half in (specs[:middle], specs[middle:])
+        for fit in _as_fits(on_device, on_cpu, half, divide=divide)
     ]
 
 
@@ -307,15 +313,15 @@ def _alone(
     spec: HeadSpec,
     task: Task,
     refit: bool,
-    first: Exception,
+    bank_error: Exception,
     specs: int,
 ) -> list[FitResult]:
-    error = first
+    error = bank_error
     if specs > 1:
         try:
             return fit([spec])
-        except Exception as own:  # noqa: BLE001
-            error = own
+        except Exception as own_error:  # noqa: BLE001
+            error = own_error
     where = traceback.extract_tb(error.__traceback__)[-1]
     return _failed(
         spec,

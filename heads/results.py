@@ -89,7 +89,8 @@ def results_bytes(
         file["errors"] = np.array([fit.error or "" for fit in fits], dtype=text)
         file["metric_names"] = np.array(names, dtype=text)
         file["metrics"] = np.array(
-            [[own.get(name, np.nan) for name in names] for own in metrics], np.float64
+            [[head_metrics.get(name, np.nan) for name in names] for head_metrics in metrics],
+            np.float64,
         )
         for column in COLUMNS:
             file[column] = np.array(
@@ -98,18 +99,18 @@ def results_bytes(
             )
         file["ids"] = np.array(task.ids.astype(object), dtype=text)
         file["content"], file["row_fold"], file["target"] = task.content, task.fold, task.target
-        written: dict[int, str] = {}
-        for number, fit in enumerate(fits):
-            group = file.create_group(f"head/{number}")
+        path_of_array: dict[int, str] = {}
+        for head_index, fit in enumerate(fits):
+            group = file.create_group(f"head/{head_index}")
             if fit.validation is not None:
                 group["validation"] = fit.validation
             for name, array in fit.arrays.items():
-                place = f"arrays/{name}"
-                if id(array) in written:
-                    group[place] = file[written[id(array)]]  # a hard link
+                array_path = f"arrays/{name}"
+                if id(array) in path_of_array:
+                    group[array_path] = file[path_of_array[id(array)]]  # a hard link
                 else:
-                    group[place] = array
-                    written[id(array)] = f"{group.name}/{place}"
+                    group[array_path] = array
+                    path_of_array[id(array)] = f"{group.name}/{array_path}"
     return sealed(buffer.getbuffer())
 
 
@@ -156,7 +157,7 @@ class BankResult:
         Raises BadResults for no such head.
         """
         with _open(self.path) as file:
-            group = file[f"head/{self.place(spec, fold)}"]
+            group = file[f"head/{self.head_index(spec, fold)}"]
             return (
                 {name: group["arrays"][name][()] for name in group["arrays"]}
                 if "arrays" in group
@@ -168,7 +169,7 @@ class BankResult:
         there are none.
         """
         with _open(self.path) as file:
-            group = file[f"head/{self.place(spec, fold)}"]
+            group = file[f"head/{self.head_index(spec, fold)}"]
             return group["validation"][()] if "validation" in group else None
 
     def rows(self, fold: int) -> npt.NDArray[np.int64]:
@@ -179,59 +180,68 @@ class BankResult:
         """(N, C) each row predicted by the head that did not train on it; nan for rows that are
         never held out and for those of a fold whose head failed.
         """
-        folds = sorted(int(number) for number in np.unique(self.fold[self.fold >= 0]))
-        parts = [(number, self.validation(spec, number)) for number in folds]
-        found = [(number, part) for number, part in parts if part is not None]
-        width = found[0][1].shape[1] if found else len(self.classes)
+        folds = sorted(int(held_out_fold) for held_out_fold in np.unique(self.fold[self.fold >= 0]))
+        predictions_of_folds = [
+            (held_out_fold, self.validation(spec, held_out_fold)) for held_out_fold in folds
+        ]
+        known_predictions = [
+            (held_out_fold, fold_predictions)
+            for held_out_fold, fold_predictions in predictions_of_folds
+            if fold_predictions is not None
+        ]
+        width = known_predictions[0][1].shape[1] if known_predictions else len(self.classes)
         predicted = np.full((len(self.fold), width), np.nan, np.float32)
-        for number, part in found:
-            predicted[self.rows(number)] = part
+        for held_out_fold, fold_predictions in known_predictions:
+            predicted[self.rows(held_out_fold)] = fold_predictions
         return predicted
 
     def out_of_fold_stack(self, specs: Sequence[str]) -> npt.NDArray[np.float32]:
         """(K, N, C) `out_of_fold` of many specs (as JSON) at once: the file is opened once, not
         once per fold.
         """
-        folds = [
-            (number, self.rows(number)) for number in range(int(self.fold.max(initial=-1)) + 1)
+        rows_of_folds = [
+            (held_out_fold, self.rows(held_out_fold))
+            for held_out_fold in range(int(self.fold.max(initial=-1)) + 1)
         ]
         stack: npt.NDArray[np.float32] | None = None
         with _open(self.path) as file:
             heads = file["head"].id
-            for position, spec in enumerate(specs):
-                for number, rows in folds:
+            for spec_index, spec in enumerate(specs):
+                for held_out_fold, rows in rows_of_folds:
                     # HDF5 itself: through h5py's objects ten thousand heads take three times as
                     # long.
-                    group = h5py.h5g.open(heads, str(self.place(spec, number)).encode())
+                    group = h5py.h5g.open(heads, str(self.head_index(spec, held_out_fold)).encode())
                     if not group.links.exists(b"validation"):
                         continue
-                    stored = h5py.h5d.open(group, b"validation")
-                    part = np.empty(stored.shape, np.float32)
-                    stored.read(h5py.h5s.ALL, h5py.h5s.ALL, part)
+                    stored_predictions = h5py.h5d.open(group, b"validation")
+                    fold_predictions = np.empty(stored_predictions.shape, np.float32)
+                    stored_predictions.read(h5py.h5s.ALL, h5py.h5s.ALL, fold_predictions)
                     if stack is None:
                         stack = np.full(
-                            (len(specs), len(self.fold), part.shape[1]), np.nan, np.float32
+                            (len(specs), len(self.fold), fold_predictions.shape[1]),
+                            np.nan,
+                            np.float32,
                         )
-                    stack[position, rows] = part
+                    stack[spec_index, rows] = fold_predictions
         if stack is None:
             return np.full((len(specs), len(self.fold), len(self.classes)), np.nan, np.float32)
         return stack
 
-    def place(self, spec: HeadSpec | str, fold: int) -> int:
+    def head_index(self, spec: HeadSpec | str, fold: int) -> int:
         """The row of the table of a head. Raises BadResults, saying which heads there are."""
         text = spec if isinstance(spec, str) else spec_to_json(spec)
-        if (text, fold) not in self._places:
+        if (text, fold) not in self._head_indices:
             raise BadResults(
                 f"{self.path} has no head {text} of fold {fold}: it has "
                 f"{self.table['spec'].nunique()} specs, folds "
                 f"{sorted(self.table['fold'].unique().tolist())}"
             )
-        return self._places[text, fold]
+        return self._head_indices[text, fold]
 
     @cached_property
-    def _places(self) -> dict[tuple[str, int], int]:
+    def _head_indices(self) -> dict[tuple[str, int], int]:
         keys = zip(self.table["spec"], self.table["fold"], strict=True)
-        return {(text, int(fold)): number for number, (text, fold) in enumerate(keys)}
+        return {(text, int(fold)): head_index for head_index, (text, fold) in enumerate(keys)}
 
 
 def read_bank(path: Path | str) -> BankResult:
@@ -251,8 +261,8 @@ def read_bank(path: Path | str) -> BankResult:
             "fold": file["fold"][()],
         }
         metrics = file["metrics"][()].reshape(len(specs), -1)
-        for number, name in enumerate(file["metric_names"][()]):
-            columns[name.decode()] = metrics[:, number]
+        for metric_index, name in enumerate(file["metric_names"][()]):
+            columns[name.decode()] = metrics[:, metric_index]
         for name in COLUMNS[1:]:
             columns[name] = file[name][()]
         columns["error"] = [text.decode() or None for text in file["errors"][()]]
@@ -303,9 +313,9 @@ def _open(path: Path) -> Iterator[h5py.File]:
         file.close()
     with file:
         try:
-            if (found := int(file.attrs.get("format", 0))) != FORMAT:
+            if (stored_format := int(file.attrs.get("format", 0))) != FORMAT:
                 raise BadResults(
-                    f"{path} has format {found}, this version of headrace reads {FORMAT}: "
+                    f"{path} has format {stored_format}, this version of headrace reads {FORMAT}: "
                     f"{_remove(path)}"
                 )
             if _checked.get(path) != state:
@@ -354,10 +364,10 @@ def _remove(path: Path) -> str:
 
 def _state(path: Path) -> _State:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not there: train the bank first") from error
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _refuse_links(file: h5py.File, path: Path) -> None:

@@ -30,7 +30,7 @@ from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import (
     FoldData,
     fold_data,
-    moments,
+    mean_and_scale,
     weighted_training_rows,
 )
 from headrace.heads.networks.mlp_training import Trace
@@ -118,7 +118,7 @@ class BagBank(Bank[BagsSpec]):
             n_features = self.stacked.shape[2]
             mean, scale = np.zeros(n_features), np.ones(n_features)
             if standardize:
-                mean, scale = moments(self.stacked, np.sort(self.units.rows_of(train)))
+                mean, scale = mean_and_scale(self.stacked, np.sort(self.units.rows_of(train)))
             plain = fold_data(self.features, self.rows, self.weight, fold, mean, scale)
             shared = {field.name: getattr(plain.rows, field.name) for field in fields(plain.rows)}
             rows = BagRows(**shared, instances=self.units.order, offsets=self.units.offsets)
@@ -131,7 +131,7 @@ class BagBank(Bank[BagsSpec]):
         if fit.fold == REFIT or not fit.arrays or trace.data is None:
             return fit
         assert self.units is not None
-        rows = np.sort(self.units.rows_of(trace.data.held))
+        rows = np.sort(self.units.rows_of(trace.data.held_out))
         weights = self._predict_rows(self.specs[trace.spec], fit.arrays, rows)[1]
         return replace(fit, arrays={**fit.arrays, INSTANCE_WEIGHT: weights})
 
@@ -199,12 +199,12 @@ def fit_bags_bank(
         n_layers = sum((i + 1) * o for i, o in zip(widths, (*spec.hidden, n_outputs), strict=True))
         return 16 * (n_layers + 2 * spec.attention_width * (widths[-1] + 1))
 
-    def make(chunk: list[BagsSpec], fold: FoldData, number: int) -> BagBatch:
+    def make(chunk: list[BagsSpec], fold: FoldData, held_out_fold: int) -> BagBatch:
         assert isinstance(fold.rows, BagRows)
         where = torch.device(device)
         reduced = reduced_precision(chunk[0], n_features, data.task_kind, where, precision)
         dtype = torch.bfloat16 if reduced else torch.float32
-        return BagBatch(chunk, fold.rows, fold=number, device=where, dtype=dtype)
+        return BagBatch(chunk, fold.rows, fold=held_out_fold, device=where, dtype=dtype)
 
     family = Family(
         alike=lambda spec: (

@@ -26,6 +26,8 @@ from headrace.heads.spec import FitResult
 
 Metric = Literal["cosine", "euclidean"]
 Floats = npt.NDArray[Any]
+# indices of references and their distances, both (q, k), nearest first
+Neighbours = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 
 METRICS_OF_DISTANCE: tuple[Metric, ...] = ("cosine", "euclidean")
 QUERY_ROWS = 1024  # rows of one block of inner products
@@ -125,51 +127,66 @@ def fit_knn_bank(
     weight = row_weights(data.sample_weight, len(X))
     values = encoded(data.target, data.n_outputs, data.task_kind)
     usable = np.flatnonzero((fold != TEST) & (weight > 0))
-    rows = (
+    all_references = (
         StreamedReferences.of(X)
         if isinstance(X, Streamed)
         else References.of(np.asarray(X, np.float32))
     )
     folds = data.folds
-    found: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
-    error: dict[tuple[int, int], str | None] = {}
-    for number in folds:
-        others = usable[fold[usable] != number]
-        asked = [place for place, spec in enumerate(specs) if knn_error(spec, len(others)) is None]
-        held = np.flatnonzero(fold == number)
+    predictions: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+    errors: dict[tuple[int, int], str | None] = {}
+    for held_out_fold in folds:
+        reference_rows = usable[fold[usable] != held_out_fold]
+        searchable = [
+            spec_index
+            for spec_index, spec in enumerate(specs)
+            if knn_error(spec, len(reference_rows)) is None
+        ]
+        held_out_rows = np.flatnonzero(fold == held_out_fold)
         queries, references = (
-            rows.only(which) if isinstance(rows, StreamedReferences) else rows.take(which)
-            for which in (held, others)
+            all_references.only(row_numbers)
+            if isinstance(all_references, StreamedReferences)
+            else all_references.take(row_numbers)
+            for row_numbers in (held_out_rows, reference_rows)
         )
-        neighbours = search(queries, references, [specs[place] for place in asked])
-        for place, (near, distance) in zip(asked, neighbours, strict=True):
-            found[place, number] = vote(
-                specs[place], distance, values[others[near]], weight[others[near]]
+        neighbours = search(queries, references, [specs[spec_index] for spec_index in searchable])
+        for spec_index, (neighbour_index, distance) in zip(searchable, neighbours, strict=True):
+            predictions[spec_index, held_out_fold] = vote(
+                specs[spec_index],
+                distance,
+                values[reference_rows[neighbour_index]],
+                weight[reference_rows[neighbour_index]],
             )
-        error |= {(place, number): knn_error(spec, len(others)) for place, spec in enumerate(specs)}
-    share = (time.perf_counter() - started) / max(1, len(specs) * len(folds))
-    room = len(usable) * X.shape[1] * 4
+        errors |= {
+            (spec_index, held_out_fold): knn_error(spec, len(reference_rows))
+            for spec_index, spec in enumerate(specs)
+        }
+    seconds_per_head = (time.perf_counter() - started) / max(1, len(specs) * len(folds))
+    stored_bytes = len(usable) * X.shape[1] * 4
     stored = {}
-    if refit and room <= STORED_ROWS_BYTES:
+    if refit and stored_bytes <= STORED_ROWS_BYTES:
         stored = {
             "features": np.ascontiguousarray(X[usable], np.float32),
             "target": values[usable],
             "sample_weight": weight[usable].astype(np.float32),
         }
     fits = []
-    for place, spec in enumerate(specs):
-        for number in folds:
-            key = place, number
-            fits.append(_fit(spec, number, {}, found.get(key), error[key], share))
+    for spec_index, spec in enumerate(specs):
+        for held_out_fold in folds:
+            key = spec_index, held_out_fold
+            fits.append(
+                _fit(spec, held_out_fold, {}, predictions.get(key), errors[key], seconds_per_head)
+            )
         if refit:
-            reason = knn_error(spec, len(usable))
-            if not stored and reason is None:
-                reason = (
-                    f"a neighbour head is its training rows, here {room / 1e9:.1f} GB, more than "
+            refit_error = knn_error(spec, len(usable))
+            if not stored and refit_error is None:
+                refit_error = (
+                    "a neighbour head is its training rows, here "
+                    f"{stored_bytes / 1e9:.1f} GB, more than "
                     f"the {STORED_ROWS_BYTES / 1e9:.1f} GB that are copied into a results file: "
                     "predict with another kind"
                 )
-            fits.append(_fit(spec, REFIT, {} if reason else stored, None, reason, 0.0))
+            fits.append(_fit(spec, REFIT, {} if refit_error else stored, None, refit_error, 0.0))
     return fits
 
 
@@ -179,8 +196,10 @@ def predict_knn(
     """(n, C) the weighted mean of the neighbours' targets. X (n, D)."""
     references = References.of(arrays["features"])
     queries = References.of(np.asarray(X, np.float32), references.center)
-    ((near, distance),) = search(queries, references, [spec])
-    return vote(spec, distance, arrays["target"][near], arrays["sample_weight"][near])
+    ((neighbour_index, distance),) = search(queries, references, [spec])
+    return vote(
+        spec, distance, arrays["target"][neighbour_index], arrays["sample_weight"][neighbour_index]
+    )
 
 
 def knn_error(spec: KNNSpec, available: int) -> str | None:
@@ -197,108 +216,141 @@ def search(
     queries: References | StreamedReferences,
     references: References | StreamedReferences,
     specs: Sequence[KNNSpec],
-) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+) -> list[Neighbours]:
     """For each spec the k nearest references of each query, nearest first, ties by position:
     indices and distances, both (q, k). One product per block of queries and of references serves
     all specs.
     """
-    largest = {
+    largest_k = {
         metric: max((s.k for s in specs if s.metric == metric), default=0)
         for metric in METRICS_OF_DISTANCE
     }
-    parts: dict[Metric, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]] = {
+    neighbours_of_block: dict[Metric, list[Neighbours]] = {
         "cosine": [],
         "euclidean": [],
     }
-    for start in range(0, len(queries), QUERY_ROWS):
-        block = queries.take(slice(start, start + QUERY_ROWS))
-        best: dict[Metric, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]] = {}
-        for first in range(0, len(references), REFERENCE_ROWS):
-            some = references.take(slice(first, first + REFERENCE_ROWS))
-            product = block.rows @ some.rows.T
+    for query_start in range(0, len(queries), QUERY_ROWS):
+        query_block = queries.take(slice(query_start, query_start + QUERY_ROWS))
+        best_so_far: dict[Metric, Neighbours] = {}
+        for reference_start in range(0, len(references), REFERENCE_ROWS):
+            reference_block = references.take(
+                slice(reference_start, reference_start + REFERENCE_ROWS)
+            )
+            product = query_block.rows @ reference_block.rows.T
             for metric in METRICS_OF_DISTANCE:
-                if largest[metric]:
-                    near, distance = nearest(
-                        product, block, some, metric, min(largest[metric], len(some))
+                if largest_k[metric]:
+                    neighbour_index, distance = nearest(
+                        product,
+                        query_block,
+                        reference_block,
+                        metric,
+                        min(largest_k[metric], len(reference_block)),
                     )
-                    found = near + first, distance
-                    best[metric] = _merged(best[metric], found, largest[metric]) if first else found
-        for metric, found in best.items():
-            parts[metric].append(found)
-    joined = {}
+                    block_neighbours = neighbour_index + reference_start, distance
+                    best_so_far[metric] = (
+                        _merged(best_so_far[metric], block_neighbours, largest_k[metric])
+                        if reference_start
+                        else block_neighbours
+                    )
+        for metric, block_neighbours in best_so_far.items():
+            neighbours_of_block[metric].append(block_neighbours)
+    all_neighbours = {}
     for metric in METRICS_OF_DISTANCE:
-        empty = (np.zeros((0, largest[metric]), np.int64), np.zeros((0, largest[metric])))
-        joined[metric] = [
-            np.concatenate(arrays) for arrays in zip(empty, *parts[metric], strict=True)
+        empty = (np.zeros((0, largest_k[metric]), np.int64), np.zeros((0, largest_k[metric])))
+        all_neighbours[metric] = [
+            np.concatenate(arrays)
+            for arrays in zip(empty, *neighbours_of_block[metric], strict=True)
         ]
     return [
-        (joined[spec.metric][0][:, : spec.k], joined[spec.metric][1][:, : spec.k]) for spec in specs
+        (all_neighbours[spec.metric][0][:, : spec.k], all_neighbours[spec.metric][1][:, : spec.k])
+        for spec in specs
     ]
 
 
 def _merged(
-    earlier: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]],
-    later: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]],
-    m: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    earlier: Neighbours,
+    later: Neighbours,
+    n_kept: int,
+) -> Neighbours:
     """The m nearest of both, nearest first; of equal distances the earlier block's come first."""
-    near, distance = (np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True))
-    order = np.argsort(distance, axis=1, kind="stable")[:, :m]
-    return np.take_along_axis(near, order, axis=1), np.take_along_axis(distance, order, axis=1)
+    neighbour_index, distance = (
+        np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True)
+    )
+    nearest_first = np.argsort(distance, axis=1, kind="stable")[:, :n_kept]
+    return np.take_along_axis(neighbour_index, nearest_first, axis=1), np.take_along_axis(
+        distance, nearest_first, axis=1
+    )
 
 
 def nearest(
-    product: Floats, queries: References, references: References, metric: Metric, m: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    product: Floats, queries: References, references: References, metric: Metric, n_nearest: int
+) -> Neighbours:
     """The m nearest references of each query by their inner products (q, n) of centred rows.
 
     Cosine distance is 1 - cosine; a zero row has cosine 0 with everything.
     """
     if metric == "cosine":
-        raw = product + (
+        inner_product = product + (
             queries.offset[:, None] + (references.offset + references.center @ references.center)
         )
         lengths = np.outer(
             np.where(queries.length > 0, queries.length, 1),
             np.where(references.length > 0, references.length, 1),
         )
-        zero = (queries.length == 0)[:, None] | (references.length == 0)
-        distance = np.where(zero, 1.0, 1 - raw / lengths)
+        is_zero = (queries.length == 0)[:, None] | (references.length == 0)
+        distance = np.where(is_zero, 1.0, 1 - inner_product / lengths)
         scale: Floats = np.ones(1)
     else:
         distance = queries.square[:, None] + references.square - 2.0 * product
         scale = queries.square[:, None] + references.square
-    if m < distance.shape[1]:
-        near = np.argpartition(distance, m - 1, axis=1)[:, :m]
+    if n_nearest < distance.shape[1]:
+        neighbour_index = np.argpartition(distance, n_nearest - 1, axis=1)[:, :n_nearest]
     else:
-        near = np.broadcast_to(np.arange(distance.shape[1]), distance.shape).copy()
-    near.sort(axis=1)  # then a stable sort by distance breaks ties by position
-    chosen = np.take_along_axis(distance, near, axis=1)
-    bound = np.take_along_axis(np.broadcast_to(scale, distance.shape), near, axis=1) * EXACT_BELOW
-    row, column = np.nonzero(chosen < bound)
-    for start in range(0, len(row), QUERY_ROWS):
-        r, c = row[start : start + QUERY_ROWS], column[start : start + QUERY_ROWS]
-        chosen[r, c] = _exact(queries, references, r, near[r, c], metric)
-    chosen = np.sqrt(np.maximum(chosen, 0)) if metric == "euclidean" else chosen
-    order = np.argsort(chosen, axis=1, kind="stable")
-    return np.take_along_axis(near, order, axis=1), np.take_along_axis(chosen, order, axis=1)
+        neighbour_index = np.broadcast_to(np.arange(distance.shape[1]), distance.shape).copy()
+    neighbour_index.sort(axis=1)  # then a stable sort by distance breaks ties by position
+    chosen_distance = np.take_along_axis(distance, neighbour_index, axis=1)
+    exact_below = (
+        np.take_along_axis(np.broadcast_to(scale, distance.shape), neighbour_index, axis=1)
+        * EXACT_BELOW
+    )
+    close_row, close_column = np.nonzero(chosen_distance < exact_below)
+    for start in range(0, len(close_row), QUERY_ROWS):
+        pair_rows, pair_columns = (
+            close_row[start : start + QUERY_ROWS],
+            close_column[start : start + QUERY_ROWS],
+        )
+        chosen_distance[pair_rows, pair_columns] = _exact(
+            queries, references, pair_rows, neighbour_index[pair_rows, pair_columns], metric
+        )
+    chosen_distance = (
+        np.sqrt(np.maximum(chosen_distance, 0)) if metric == "euclidean" else chosen_distance
+    )
+    nearest_first = np.argsort(chosen_distance, axis=1, kind="stable")
+    return np.take_along_axis(neighbour_index, nearest_first, axis=1), np.take_along_axis(
+        chosen_distance, nearest_first, axis=1
+    )
 
 
 def _exact(
     queries: References,
     references: References,
-    row: npt.NDArray[Any],
-    near: npt.NDArray[Any],
+    query_index: npt.NDArray[Any],
+    neighbour_index: npt.NDArray[Any],
     metric: Metric,
 ) -> Floats:
     """Distances of single pairs in float64, from differences:
 
     0 for equal rows, where products leave rounding.
     """
-    a, b = queries.rows[row].astype(np.float64), references.rows[near].astype(np.float64)
+    a, b = (
+        queries.rows[query_index].astype(np.float64),
+        references.rows[neighbour_index].astype(np.float64),
+    )
     if metric == "cosine":
-        a = (a + queries.center) / np.maximum(queries.length[row], 1e-300)[:, None]
-        b = (b + references.center) / np.maximum(references.length[near], 1e-300)[:, None]
+        a = (a + queries.center) / np.maximum(queries.length[query_index], 1e-300)[:, None]
+        b = (b + references.center) / np.maximum(references.length[neighbour_index], 1e-300)[
+            :, None
+        ]
         return np.asarray(0.5 * np.square(a - b).sum(1))
     return np.asarray(np.square(a - b).sum(1))
 
@@ -311,12 +363,14 @@ def vote(
 
     As in scikit-learn, neighbours at distance zero then decide alone.
     """
-    share = weight.astype(np.float64)
+    vote_weight = weight.astype(np.float64)
     if spec.weighting == "distance":
-        near = distance[:, : spec.k]
-        zero = near == 0
-        share = share * np.where(zero.any(1, keepdims=True), zero, 1 / np.where(zero, 1, near))
-    mean = np.einsum("qk,qkc->qc", share, values) / share.sum(1, keepdims=True)
+        used_distance = distance[:, : spec.k]
+        at_zero = used_distance == 0
+        vote_weight = vote_weight * np.where(
+            at_zero.any(1, keepdims=True), at_zero, 1 / np.where(at_zero, 1, used_distance)
+        )
+    mean = np.einsum("qk,qkc->qc", vote_weight, values) / vote_weight.sum(1, keepdims=True)
     return np.asarray(mean, np.float32)
 
 
@@ -346,34 +400,44 @@ def fit_centroid_bank(
             f"a class mean needs one class per row, this is a {data.task_kind} task: use knn, "
             "ridge or mlp"
         )
-        return [_fit(spec, number, {}, None, reason, 0.0) for spec in specs for number in folds]
+        return [
+            _fit(spec, held_out_fold, {}, None, reason, 0.0)
+            for spec in specs
+            for held_out_fold in folds
+        ]
     weight = row_weights(data.sample_weight, len(X))
-    usable = np.where(fold != TEST, weight, 0.0)
-    for number in data.folds:
-        if not usable[fold != number].any():
+    usable_weight = np.where(fold != TEST, weight, 0.0)
+    for held_out_fold in data.folds:
+        if not usable_weight[fold != held_out_fold].any():
             raise ValueError(
-                f"fold {number} leaves no row with a weight to train on: use fewer folds, or add "
-                "images"
+                f"fold {held_out_fold} leaves no row with a weight to train on: use fewer folds, "
+                "or add images"
             )
     started = time.perf_counter()
-    parts = _sums(X, data.target, fold, usable, data.n_outputs)
-    total = tuple(np.sum([part[place] for part in parts.values()], axis=0) for place in range(3))
+    sums_of_fold = _sums(X, data.target, fold, usable_weight, data.n_outputs)
+    total = tuple(
+        np.sum([fold_sums[sum_index] for fold_sums in sums_of_fold.values()], axis=0)
+        for sum_index in range(3)
+    )
     fits = []
     for spec in specs:
-        for number in folds:
+        for held_out_fold in folds:
             sums = (
                 total
-                if number == REFIT
-                else tuple(t - p for t, p in zip(total, parts[number], strict=True))
+                if held_out_fold == REFIT
+                else tuple(
+                    total_sum - fold_sum
+                    for total_sum, fold_sum in zip(total, sums_of_fold[held_out_fold], strict=True)
+                )
             )
             arrays = centroid_arrays(spec, *sums)
-            own = (
+            held_out_predictions = (
                 None
-                if number == REFIT
-                else _predict_rows(spec, arrays, X, np.flatnonzero(fold == number))
+                if held_out_fold == REFIT
+                else _predict_rows(spec, arrays, X, np.flatnonzero(fold == held_out_fold))
             )
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            fits.append(_fit(spec, number, arrays, own, None, seconds))
+            fits.append(_fit(spec, held_out_fold, arrays, held_out_predictions, None, seconds))
     return fits
 
 
@@ -443,20 +507,20 @@ def _sums(
     """Class sums (C, D), sums of squares (D,) and class weights (C,) of each group of rows."""
     dim = X.shape[1]
     groups = {
-        int(number): (
+        int(group): (
             np.zeros((outputs, dim)),
             np.zeros(dim),
-            np.bincount(target, np.where(fold == number, weight, 0.0), minlength=outputs).astype(
+            np.bincount(target, np.where(fold == group, weight, 0.0), minlength=outputs).astype(
                 np.float64
             ),
         )
-        for number in np.unique(fold)
+        for group in np.unique(fold)
     }
-    for number, part in sweep(X, fold, SUM_ROWS, weight > 0):
-        rows = X[part].astype(np.float64)
-        weighted = rows * weight[part, None]
-        groups[number][0][...] += np.eye(outputs)[target[part]].T @ weighted
-        groups[number][1][...] += (weighted * rows).sum(0)
+    for group, row_block in sweep(X, fold, SUM_ROWS, weight > 0):
+        block_values = X[row_block].astype(np.float64)
+        weighted_values = block_values * weight[row_block, None]
+        groups[group][0][...] += np.eye(outputs)[target[row_block]].T @ weighted_values
+        groups[group][1][...] += (weighted_values * block_values).sum(0)
     return groups
 
 

@@ -61,7 +61,7 @@ class Bank(Generic[Spec]):
     prepared: dict[tuple[int, bool], FoldData] = field(default_factory=dict)
 
     def data(self, fold: int, *, standardize: bool) -> FoldData:
-        """Made once per fold: its means and deviations are two passes over the features."""
+        """Made once per fold: its means and deviations are a pass over the features."""
         if (fold, standardize) not in self.prepared:
             self.prepared[fold, standardize] = prepare(
                 self.stacked,
@@ -78,21 +78,29 @@ class Bank(Generic[Spec]):
 
         Made one by one, for their parameters take memory.
         """
-        alike: dict[tuple[Any, ...], list[Trace]] = {}
+        traces_by_key: dict[tuple[Any, ...], list[Trace]] = {}
         for trace in traces:
             if trace.error is None:
-                alike.setdefault(self.family.alike(self.specs[trace.spec]), []).append(trace)
+                traces_by_key.setdefault(self.family.alike(self.specs[trace.spec]), []).append(
+                    trace
+                )
         makers: list[Callable[[], Run]] = []
-        for heads in alike.values():
-            size = max(self.family.head_bytes(self.specs[trace.spec]) for trace in heads)
-            share = (
-                max(1, self.family.batch_bytes // size)
-                if self.features.device.type == "cpu"
-                else len(heads)
+        for alike_traces in traces_by_key.values():
+            head_bytes = max(
+                self.family.head_bytes(self.specs[trace.spec]) for trace in alike_traces
             )
-            number = -(-len(heads) // share)
-            for part in range(number):
-                chunk = heads[part * len(heads) // number : (part + 1) * len(heads) // number]
+            heads_per_batch = (
+                max(1, self.family.batch_bytes // head_bytes)
+                if self.features.device.type == "cpu"
+                else len(alike_traces)
+            )
+            n_batches = -(-len(alike_traces) // heads_per_batch)
+            for batch_index in range(n_batches):
+                chunk = alike_traces[
+                    batch_index * len(alike_traces) // n_batches : (batch_index + 1)
+                    * len(alike_traces)
+                    // n_batches
+                ]
                 makers.append(partial(self._run, chunk, ranked))
         return makers
 
@@ -118,7 +126,7 @@ class Bank(Generic[Spec]):
         arrays = self.family.arrays(trace.best, trace.data)
         validation = None
         if trace.fold != REFIT:
-            validation = self.validation(spec, arrays, trace.data.held)
+            validation = self.validation(spec, arrays, trace.data.held_out)
         return FitResult(
             spec,
             trace.fold,
@@ -131,17 +139,17 @@ class Bank(Generic[Spec]):
         )
 
     def validation(
-        self, spec: Spec, arrays: Arrays, held: npt.NDArray[np.int64]
+        self, spec: Spec, arrays: Arrays, held_out: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         """Return (n, C) predictions of held-out rows, the mean over their views."""
-        per_view = [self._predicted(spec, arrays, view, held) for view in self.stacked]
+        per_view = [self._predicted(spec, arrays, view, held_out) for view in self.stacked]
         return np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
 
     def _predicted(
         self, spec: Spec, arrays: Arrays, view: Floats | StreamedView, rows: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
-        starts = range(0, max(1, len(rows)), ROWS_AT_ONCE)
-        blocks = (view[rows[start : start + ROWS_AT_ONCE]] for start in starts)
+        block_starts = range(0, max(1, len(rows)), ROWS_AT_ONCE)
+        blocks = (view[rows[start : start + ROWS_AT_ONCE]] for start in block_starts)
         return np.concatenate(
             [_predict_block(spec, arrays, block, self.rows.task_kind) for block in blocks]
         )
@@ -193,13 +201,13 @@ def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) ->
     data, specs = bank.rows, bank.specs
     traces: list[Trace] = []
     makers: list[Callable[[], Run]] = []
-    for number in data.folds:
-        own = [
-            Trace(place, number, spec.epochs, error=spec_error(spec, data.task_kind))
-            for place, spec in enumerate(specs)
+    for held_out_fold in data.folds:
+        fold_traces = [
+            Trace(spec_index, held_out_fold, spec.epochs, error=spec_error(spec, data.task_kind))
+            for spec_index, spec in enumerate(specs)
         ]
-        traces += own
-        makers += bank.runs(own, ranked=halving is not None)
+        traces += fold_traces
+        makers += bank.runs(fold_traces, ranked=halving is not None)
     alive = set(range(len(specs)))
     if halving is None:
         for maker in makers:
@@ -215,9 +223,12 @@ def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) ->
         for run in runs:
             run.advance(None)
     if refit:
-        own = [_full_trace(place, specs[place], traces, data.task_kind) for place in sorted(alive)]
-        traces += own
-        for maker in bank.runs(own, ranked=False):
+        fold_traces = [
+            _full_trace(spec_index, specs[spec_index], traces, data.task_kind)
+            for spec_index in sorted(alive)
+        ]
+        traces += fold_traces
+        for maker in bank.runs(fold_traces, ranked=False):
             maker().advance(None)
     return [
         bank.fit(trace)
@@ -263,22 +274,29 @@ def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int
     """The best share `keep` of the specs alive, at least one, by the mean over folds; a spec that
     failed is out.
     """
-    own = {place: [trace for trace in traces if trace.spec == place] for place in alive}
-    mean = {
-        place: float(np.mean([trace.best_rank for trace in heads]))
-        for place, heads in own.items()
-        if all(trace.error is None for trace in heads)
+    traces_of_spec = {
+        spec_index: [trace for trace in traces if trace.spec == spec_index] for spec_index in alive
     }
-    ranked = sorted(mean, key=lambda place: (-mean[place], place))
-    return set(ranked[: max(1, round(keep * len(ranked)))])
+    mean_rank = {
+        spec_index: float(np.mean([trace.best_rank for trace in spec_traces]))
+        for spec_index, spec_traces in traces_of_spec.items()
+        if all(trace.error is None for trace in spec_traces)
+    }
+    best_first = sorted(mean_rank, key=lambda spec_index: (-mean_rank[spec_index], spec_index))
+    return set(best_first[: max(1, round(keep * len(best_first)))])
 
 
-def _full_trace(place: int, spec: NetworkSpec, traces: Sequence[Trace], task: TaskKind) -> Trace:
-    own = [trace for trace in traces if trace.spec == place]
-    best = [trace.best_epoch for trace in own if trace.error is None]
+def _full_trace(
+    spec_index: int, spec: NetworkSpec, traces: Sequence[Trace], task: TaskKind
+) -> Trace:
+    fold_traces = [trace for trace in traces if trace.spec == spec_index]
+    best_epochs = [trace.best_epoch for trace in fold_traces if trace.error is None]
     error = spec_error(spec, task)
-    if own and not best and error is None:
-        error = f"not trained on all rows, because it failed in every fold: {own[0].error}"
+    if fold_traces and not best_epochs and error is None:
+        error = f"not trained on all rows, because it failed in every fold: {fold_traces[0].error}"
     return Trace(
-        place, REFIT, max(1, round(float(np.mean(best)))) if best else spec.epochs, error=error
+        spec_index,
+        REFIT,
+        max(1, round(float(np.mean(best_epochs)))) if best_epochs else spec.epochs,
+        error=error,
     )

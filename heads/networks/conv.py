@@ -58,11 +58,15 @@ def fit_conv_bank(
         # Each layer's product, its normalised value and the gradients of both.
         return 16 * spec.batch_size * positions * sum(spec.channels)
 
-    def make(chunk: list[ConvSpec], fold_data: FoldData, number: int) -> ConvBatch:
+    def make(chunk: list[ConvSpec], fold_data: FoldData, held_out_fold: int) -> ConvBatch:
         networks = [conv_network(spec) for spec in chunk]
         pairs = zip(chunk, networks, strict=True)
-        starts = [random_start(spec.channels, own, channels, n_classes) for spec, own in pairs]
-        return ConvBatch(networks, starts, fold_data.rows, fold=number, device=torch.device(device))
+        starts = [
+            random_start(spec.channels, network, channels, n_classes) for spec, network in pairs
+        ]
+        return ConvBatch(
+            networks, starts, fold_data.rows, fold=held_out_fold, device=torch.device(device)
+        )
 
     family = Family(
         alike=lambda spec: (spec.channels, spec.hidden, spec.batch_size, True),

@@ -150,21 +150,21 @@ class ConvBatch:
         """kernel0 (E, D, 3, 3), shift0 (E,), …, weight0, bias0, … float32 of the remembered
         parameters, with batch normalisation folded into kernels and shifts; inputs standardised.
         """
-        found = [tensor[head].double().cpu().numpy() for tensor in self.best]
+        best_arrays = [tensor[head].double().cpu().numpy() for tensor in self.best]
         d, n = self.depth, self.layers
-        kernels, gains, shifts = found[:d], found[d : 2 * d], found[2 * d : 3 * d]
-        weights, biases = found[3 * d : 3 * d + n], found[3 * d + n : 3 * d + 2 * n]
-        means, variances = found[-2 * d : -d], found[-d:]
+        kernels, gains, shifts = best_arrays[:d], best_arrays[d : 2 * d], best_arrays[2 * d : 3 * d]
+        weights, biases = best_arrays[3 * d : 3 * d + n], best_arrays[3 * d + n : 3 * d + 2 * n]
+        means, variances = best_arrays[-2 * d : -d], best_arrays[-d:]
         arrays = {}
-        for place in range(d):
-            gain = gains[place] / np.sqrt(variances[place] + EPSILON)
-            arrays[f"kernel{place}"] = (kernels[place] * gain[:, None, None, None]).astype(
+        for layer in range(d):
+            gain = gains[layer] / np.sqrt(variances[layer] + EPSILON)
+            arrays[f"kernel{layer}"] = (kernels[layer] * gain[:, None, None, None]).astype(
                 np.float32
             )
-            arrays[f"shift{place}"] = (shifts[place] - gain * means[place]).astype(np.float32)
-        for place in range(n):
-            arrays[f"weight{place}"] = weights[place].astype(np.float32)
-            arrays[f"bias{place}"] = biases[place].astype(np.float32)
+            arrays[f"shift{layer}"] = (shifts[layer] - gain * means[layer]).astype(np.float32)
+        for layer in range(n):
+            arrays[f"weight{layer}"] = weights[layer].astype(np.float32)
+            arrays[f"bias{layer}"] = biases[layer].astype(np.float32)
         return arrays
 
     def train_epoch(
@@ -186,10 +186,10 @@ class ConvBatch:
         without dropout.
         """
         with torch.no_grad():
-            parts = torch.split(torch.from_numpy(index).to(self.device), EVALUATION_ROWS)
+            row_blocks = torch.split(torch.from_numpy(index).to(self.device), EVALUATION_ROWS)
             blocks = [
-                self._forward(self.rows.minibatch(part), self.parameters, train=False)
-                for part in parts
+                self._forward(self.rows.minibatch(row_block), self.parameters, train=False)
+                for row_block in row_blocks
             ]
         return torch.cat(blocks, dim=2)
 
@@ -205,22 +205,22 @@ class ConvBatch:
     def _forward(self, maps: Tensor, parameters: Sequence[Tensor], *, train: bool) -> Tensor:
         """(K, C, B) decisions for standardised maps (B, D, h, w)."""
         heads, d, n = len(self), self.depth, self.layers
-        for place in range(d):
-            kernel = parameters[place]
+        for layer in range(d):
+            kernel = parameters[layer]
             maps = F.conv2d(
-                maps, kernel.flatten(0, 1), padding=1, groups=1 if place == 0 else heads
+                maps, kernel.flatten(0, 1), padding=1, groups=1 if layer == 0 else heads
             )
-            gain, shift = parameters[d + place].view(-1), parameters[2 * d + place].view(-1)
-            mean, variance = self.running[place].view(-1), self.running[d + place].view(-1)
+            gain, shift = parameters[d + layer].view(-1), parameters[2 * d + layer].view(-1)
+            mean, variance = self.running[layer].view(-1), self.running[d + layer].view(-1)
             maps = F.relu(F.batch_norm(maps, mean, variance, gain, shift, train, MOMENTUM, EPSILON))
         value = maps.mean((2, 3)).view(len(maps), heads, -1).permute(1, 2, 0)
-        for place in range(n):
+        for layer in range(n):
             if train and self.drops:
-                kept = self.bits.draw(value.shape[1], value.shape[2]) >= self.drop_below
-                value = value * kept * self.drop_scale
-            weight, bias = parameters[3 * d + place], parameters[3 * d + n + place]
+                is_kept = self.bits.draw(value.shape[1], value.shape[2]) >= self.drop_below
+                value = value * is_kept * self.drop_scale
+            weight, bias = parameters[3 * d + layer], parameters[3 * d + n + layer]
             value = torch.baddbmm(bias.unsqueeze(2), weight, value)
-            if place < n - 1:
+            if layer < n - 1:
                 value = F.relu(value)
         return value
 
@@ -235,12 +235,12 @@ class ConvBatch:
             )
             gradients = torch.autograd.grad(decision, leaves, slope / len(index))
             self.step += 1
-            for place, gradient in enumerate(gradients):
+            for parameter_index, gradient in enumerate(gradients):
                 adamw_broadcast(
-                    self.parameters[place],
+                    self.parameters[parameter_index],
                     gradient,
-                    self.first[place],
-                    self.second[place],
+                    self.first[parameter_index],
+                    self.second[parameter_index],
                     self.rates,
                     self.shrink,
                     self.step,

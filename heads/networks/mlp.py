@@ -72,12 +72,12 @@ def fit_mlp_bank(
             sum((i + 1) * o for i, o in itertools.pairwise((width, *widths(spec), n_classes)))
         )
 
-    def make(chunk: list[MLPSpec], fold_data: FoldData, number: int) -> NetworkBatch:
+    def make(chunk: list[MLPSpec], fold_data: FoldData, held_out_fold: int) -> NetworkBatch:
         reduced = reduced_precision(chunk[0], width, task, torch.device(device), precision)
         return NetworkBatch(
             [network(spec) for spec in chunk],
             fold_data.rows,
-            fold=number,
+            fold=held_out_fold,
             device=torch.device(device),
             dtype=torch.bfloat16 if reduced else torch.float32,
         )

@@ -271,8 +271,8 @@ class NetworkBatch:
         blocks = []
         with torch.no_grad(), np.errstate(all="ignore"):
             for start in range(0, len(index), EVALUATION_ROWS):
-                part = torch.from_numpy(index[start : start + EVALUATION_ROWS]).to(self.device)
-                batch = self.rows.minibatch(part).to(self.dtype)
+                row_block = torch.from_numpy(index[start : start + EVALUATION_ROWS]).to(self.device)
+                batch = self.rows.minibatch(row_block).to(self.dtype)
                 blocks.append(self._forward(batch.t().contiguous(), train=False)[-1])
         return torch.cat(blocks, dim=2)
 
@@ -289,7 +289,7 @@ class NetworkBatch:
         """Activations of every layer, the decisions (K, C, B) last; hidden ones after dropout.
         columns (D, B).
         """
-        heads, last = len(self), len(self.weights) - 1
+        heads, last_layer = len(self), len(self.weights) - 1
         values: list[Tensor] = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if layer == 0:
@@ -303,7 +303,7 @@ class NetworkBatch:
                 )
             else:
                 value = torch.baddbmm(bias.unsqueeze(2), weight, values[-1])
-            if layer < last:
+            if layer < last_layer:
                 value.relu_()
                 if train and self.drops:
                     value.mul_(
@@ -338,12 +338,12 @@ class NetworkBatch:
 
     def _update(self, gradients: list[tuple[int, Tensor]], slope: Tensor, batch: Tensor) -> None:
         parameters = (*self.weights, *self.biases)
-        for place, gradient in gradients:
+        for parameter_index, gradient in gradients:
             adamw_broadcast(
-                parameters[place],
+                parameters[parameter_index],
                 gradient,
-                self.first[place],
-                self.second[place],
+                self.first[parameter_index],
+                self.second[parameter_index],
                 self.rates,
                 self.shrink,
                 self.step,
@@ -351,7 +351,7 @@ class NetworkBatch:
         # A few heads at a time: their gradient is used while it is in the cache, and one fused pass
         # reads it, the parameters and the moments, where broadcast operations make six passes
         # through memory.
-        step = [torch.tensor(float(self.step), device=self.device)]
+        step_count = [torch.tensor(float(self.step), device=self.device)]
         tensors = (
             slope,
             self.weights[0],
@@ -361,18 +361,28 @@ class NetworkBatch:
             self.rates,
             self.cast,
         )
-        for own, units, first, second, shrink, rates, cast in zip(
-            *(torch.split(tensor, self.heads_at_once) for tensor in tensors), strict=True
-        ):
-            wide = product(own.view(-1, own.shape[2]), batch).float().view_as(units)
-            units.mul_(shrink)
+        for (
+            slope_part,
+            weight_part,
+            first_moment,
+            second_moment,
+            shrink_part,
+            rates_part,
+            scaled_copy,
+        ) in zip(*(torch.split(tensor, self.heads_at_once) for tensor in tensors), strict=True):
+            weight_gradient = (
+                product(slope_part.view(-1, slope_part.shape[2]), batch)
+                .float()
+                .view_as(weight_part)
+            )
+            weight_part.mul_(shrink_part)
             torch._fused_adamw_(
-                [units],
-                [wide],
-                [first],
-                [second],
+                [weight_part],
+                [weight_gradient],
+                [first_moment],
+                [second_moment],
                 [],
-                step,
+                step_count,
                 lr=1.0,
                 beta1=BETA1,
                 beta2=BETA2,
@@ -381,7 +391,7 @@ class NetworkBatch:
                 amsgrad=False,
                 maximize=False,
             )
-            torch.mul(units, rates, out=cast)
+            torch.mul(weight_part, rates_part, out=scaled_copy)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -399,8 +409,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def adamw_broadcast(
     parameter: Tensor,
     gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
     rates: Tensor,
     shrink: Tensor,
     step: int,
@@ -410,10 +420,10 @@ def adamw_broadcast(
     """
     shape = (-1,) + (1,) * (parameter.dim() - 1)
     parameter.mul_(shrink.view(shape))
-    first.lerp_(gradient, 1 - BETA1)
-    second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    denominator = second.sqrt().div_(math.sqrt(1 - BETA2**step)).add_(EPSILON)
-    parameter.addcdiv_(first * rates.view(shape), denominator, value=-1 / (1 - BETA1**step))
+    first_moment.lerp_(gradient, 1 - BETA1)
+    second_moment.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+    denominator = second_moment.sqrt().div_(math.sqrt(1 - BETA2**step)).add_(EPSILON)
+    parameter.addcdiv_(first_moment * rates.view(shape), denominator, value=-1 / (1 - BETA1**step))
 
 
 def loss_and_slope(
@@ -434,36 +444,38 @@ def loss_and_slope(
     if rows.task == "single":
         log_p = torch.log_softmax(decision, 1)
         target = rows.target.index_select(0, index)
-        place = target.view(1, 1, -1).expand(len(decision), 1, -1)
-        loss = -log_p.gather(1, place).squeeze(1)
+        target_index = target.view(1, 1, -1).expand(len(decision), 1, -1)
+        loss = -log_p.gather(1, target_index).squeeze(1)
         slope = log_p.exp()
         if smoothing is None:
-            slope.scatter_add_(1, place, torch.full_like(loss, -1).unsqueeze(1))
+            slope.scatter_add_(1, target_index, torch.full_like(loss, -1).unsqueeze(1))
         else:
             flat = smoothing.view(-1, 1)
             loss = (1 - flat) * loss - flat * log_p.mean(1)
             slope.scatter_add_(
-                1, place, (smoothing - 1).expand(-1, 1, len(index)).contiguous()
+                1, target_index, (smoothing - 1).expand(-1, 1, len(index)).contiguous()
             ).sub_(smoothing / outputs)
     else:
-        wanted = rows.target.index_select(1, index)
+        target = rows.target.index_select(1, index)
         scale = 1 / outputs
         if rows.task == "multi":
-            per_label = torch.ones_like(wanted).unsqueeze(0)
+            per_label = torch.ones_like(target).unsqueeze(0)
             if rows.label_weight is not None and balanced is not None:
-                heavy = (
-                    rows.label_weight[0].view(-1, 1) * (1 - wanted)
-                    + rows.label_weight[1].view(-1, 1) * wanted
+                balanced_weight = (
+                    rows.label_weight[0].view(-1, 1) * (1 - target)
+                    + rows.label_weight[1].view(-1, 1) * target
                 )
-                per_label = torch.stack([torch.ones_like(wanted), heavy]).index_select(0, balanced)
-            soft = wanted if smoothing is None else wanted * (1 - smoothing) + smoothing / 2
+                per_label = torch.stack([torch.ones_like(target), balanced_weight]).index_select(
+                    0, balanced
+                )
+            soft = target if smoothing is None else target * (1 - smoothing) + smoothing / 2
             loss = (
                 torch.nn.functional.softplus(decision).sub_(soft * decision).mul_(per_label).sum(1)
                 * scale
             )
             slope = (torch.sigmoid(decision) - soft).mul_(per_label).mul_(scale)
         else:
-            slope = decision - wanted
+            slope = decision - target
             loss = slope.square().sum(1) * (0.5 * scale)
             slope = slope * scale
     return (loss * weight).double(), slope.mul_(weight.unsqueeze(1))

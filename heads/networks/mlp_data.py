@@ -3,7 +3,7 @@
 N rows, V views, D features, C outputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.heads.data.side_columns import fold_fills, fold_into_weight, imputed_numbers
+from headrace.heads.data.standardize import Moments, merge, moments
 from headrace.heads.data.streamed import StreamedStack
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.mlp_batch import Rows, StreamedTensor
@@ -32,8 +33,8 @@ class Imputed:
 
     def fill(self, rows: Floats) -> None:
         """Put them into rows (n, D, …), in place."""
-        for number, fill in zip(self.numbers, self.fills, strict=True):
-            rows[:, number] += rows[:, number + 1] * np.float32(fill)
+        for column, fill in zip(self.numbers, self.fills, strict=True):
+            rows[:, column] += rows[:, column + 1] * np.float32(fill)
 
 
 @dataclass
@@ -42,7 +43,7 @@ class FoldData:
 
     rows: Rows
     train: npt.NDArray[np.int64]
-    held: npt.NDArray[np.int64]
+    held_out: npt.NDArray[np.int64]
     mean: Floats  # float64, of the features
     scale: Floats
     target_mean: Floats  # (C,) float64; 0 and 1 unless regression
@@ -55,23 +56,30 @@ def prepare(
     features: torch.Tensor | StreamedTensor,
     data: TrainingData,
     weight: npt.NDArray[np.float64],
-    number: int,
+    held_out_fold: int,
     *,
     standardize: bool,
 ) -> FoldData:
-    train = weighted_training_rows(data, weight, number)
+    train = weighted_training_rows(data, weight, held_out_fold)
     imputed = _imputed(stacked, data, train)
     mean, scale = (
-        moments(stacked, train, imputed)
+        mean_and_scale(stacked, train, imputed)
         if standardize
         else (np.zeros(stacked.shape[2]), np.ones(stacked.shape[2]))
     )
     if data.side and standardize:
         # Of a level that no training row has, so that held-out rows do not meet its first weights.
-        first = data.side[0].start
-        scale[first:][_constant(stacked, data, train)] = np.inf
+        first_side_column = data.side[0].start
+        scale[first_side_column:][_constant(stacked, data, train)] = np.inf
     return fold_data(
-        features, data, weight, number, mean, scale, n_positions=stacked.ndim - 3, imputed=imputed
+        features,
+        data,
+        weight,
+        held_out_fold,
+        mean,
+        scale,
+        n_positions=stacked.ndim - 3,
+        imputed=imputed,
     )
 
 
@@ -79,7 +87,7 @@ def fold_data(
     features: torch.Tensor | StreamedTensor,
     data: TrainingData,
     weight: npt.NDArray[np.float64],
-    number: int,
+    held_out_fold: int,
     mean: Floats,
     scale: Floats,
     *,
@@ -91,7 +99,10 @@ def fold_data(
     n_positions: axes of a map's positions.
     """
     n, target, outputs, task = len(data.fold), data.target, data.n_outputs, data.task_kind
-    held, train = data.held_out_rows(number), weighted_training_rows(data, weight, number)
+    held_out, train = (
+        data.held_out_rows(held_out_fold),
+        weighted_training_rows(data, weight, held_out_fold),
+    )
     shape = (-1,) + (1,) * n_positions  # of maps, (D, 1, 1)
     target_mean, target_scale = np.zeros(outputs), np.ones(outputs)
     plain = weight / weight[train].mean()
@@ -133,17 +144,19 @@ def fold_data(
             torch.from_numpy(imputed.fills.astype(np.float32)).to(device),
         ),
     )
-    return FoldData(rows, train, held, mean, scale, target_mean, target_scale, imputed)
+    return FoldData(rows, train, held_out, mean, scale, target_mean, target_scale, imputed)
 
 
 def weighted_training_rows(
-    data: TrainingData, weight: npt.NDArray[np.float64], number: int
+    data: TrainingData, weight: npt.NDArray[np.float64], held_out_fold: int
 ) -> npt.NDArray[np.intp]:
     """Return the training rows of a fold that count. Raises ValueError where there are none."""
-    train = data.training_rows(number)
+    train = data.training_rows(held_out_fold)
     train = train[weight[train] > 0]
     if len(train) == 0:
-        raise ValueError(f"fold {number} leaves no row to train on: use fewer folds, or add images")
+        raise ValueError(
+            f"fold {held_out_fold} leaves no row to train on: use fewer folds, or add images"
+        )
     return train
 
 
@@ -172,36 +185,32 @@ def _imputed(
     return Imputed(numbers, fold_fills(inputs, data.side[0].start, numbers))
 
 
-def moments(
+def mean_and_scale(
     stacked: Floats | StreamedStack,
     train: npt.NDArray[np.int64],
     imputed: Imputed | None = None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mean and deviation (D,) float64 of the training rows over views and positions; deviation 1
-    for a constant.
+    """Mean and scale (D,) float64 of the training rows over views and positions.
 
-    Two passes in blocks: a difference of sums of squares loses a feature whose mean is large beside
-    its deviation.
+    The scale is the standard deviation, or 1 for a feature that varies by less than float32 can
+    tell from its mean. Raises NotFinite.
     """
     positions = int(np.prod(stacked.shape[3:], dtype=np.int64))
     step = max(1, 4096 // positions)
-    parts = [train[start : start + step] for start in range(0, len(train), step)]
-
-    def blocks() -> Iterator[Floats]:
-        for view in stacked:
-            for rows in parts:
-                block = view[rows].reshape(len(rows), stacked.shape[2], positions)
-                if imputed is not None:
-                    imputed.fill(block)
-                yield block.transpose(0, 2, 1).reshape(-1, stacked.shape[2])
-
-    count = len(train) * len(stacked) * positions
-    mean = np.sum([block.sum(0, dtype=np.float64) for block in blocks()], axis=0) / count
-    square = np.sum([np.square(block - mean).sum(0) for block in blocks()], axis=0) / count
-    scale = np.sqrt(square)
-    constant = scale <= 10 * np.finfo(np.float32).eps * np.abs(mean)
-    scale[constant | (scale == 0)] = 1
-    return mean, scale
+    parts: list[Moments] = []
+    for view in stacked:
+        for start in range(0, len(train), step):
+            row_block = train[start : start + step]
+            values = view[row_block].reshape(len(row_block), stacked.shape[2], positions)
+            if imputed is not None:
+                imputed.fill(values)
+            parts.append(moments(values.transpose(0, 2, 1).reshape(-1, stacked.shape[2])))
+    whole = merge(parts)
+    deviation = np.sqrt(whole.squares / whole.count)
+    # Wider than `Moments.constant`, of float64: networks standardize in float32, whose rounding of
+    # (value - mean) would be all that such a feature has.
+    is_constant = deviation <= 10 * np.finfo(np.float32).eps * np.abs(whole.mean)
+    return whole.mean, np.where(is_constant, 1.0, deviation)
 
 
 def folded_arrays(

@@ -99,12 +99,12 @@ class Run:
                         f"diverged: the loss of epoch {self.epoch} is not finite (learning rate "
                         f"{rate:g})"
                     )
-                elif len(self.data.held) == 0 or loss[head] < trace.best_loss:
+                elif len(self.data.held_out) == 0 or loss[head] < trace.best_loss:
                     better.append(head)
                     trace.best_loss, trace.best_epoch = float(loss[head]), self.epoch
                     trace.training_loss = float(train_loss[head])
                 trace.best_rank = max(trace.best_rank, float(rank[head]))
-            if len(self.data.held):
+            if len(self.data.held_out):
                 self.batch.remember(better)
             self._share(started)
             pairs = zip(self.traces, self.specs, strict=True)
@@ -116,7 +116,7 @@ class Run:
             return
         gone = [id(trace) for trace in leaving]
         places = [head for head, trace in enumerate(self.traces) if id(trace) in gone]
-        if len(self.data.held) == 0:
+        if len(self.data.held_out) == 0:
             self.batch.remember(places)
         for head in places:
             if self.traces[head].error is None:
@@ -138,7 +138,7 @@ class Run:
     def _done(self, trace: Trace, patience: int) -> bool:
         if trace.error is not None or trace.epochs >= trace.limit:
             return True
-        return len(self.data.held) > 0 and trace.epochs - trace.best_epoch >= patience
+        return len(self.data.held_out) > 0 and trace.epochs - trace.best_epoch >= patience
 
     def _share(self, started: float) -> None:
         for trace in self.traces:
@@ -159,15 +159,17 @@ class Run:
 
     def _validate(self) -> tuple[Floats, Floats]:
         """Loss (K,) on the held-out rows, and what halving ranks by (K,), higher better."""
-        held = self.data.held
-        if len(held) == 0:
+        held_out = self.data.held_out
+        if len(held_out) == 0:
             return np.full(len(self.traces), np.nan), np.full(len(self.traces), np.nan)
-        decision = self.batch.outputs(held)
+        decision = self.batch.outputs(held_out)
         for view in range(1, self.views):
-            decision += self.batch.outputs(held + view * self.data.rows.n)
+            decision += self.batch.outputs(held_out + view * self.data.rows.n)
         decision /= self.views
-        loss = self.batch.losses(decision, held)
+        loss = self.batch.losses(decision, held_out)
         if self.data.rows.task != "single" or not self.ranked:
             return loss, -loss
-        wanted = self.data.rows.target.index_select(0, torch.from_numpy(held).to(decision.device))
+        wanted = self.data.rows.target.index_select(
+            0, torch.from_numpy(held_out).to(decision.device)
+        )
         return loss, (decision.argmax(1) == wanted).double().mean(1).cpu().numpy()

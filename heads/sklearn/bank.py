@@ -192,26 +192,40 @@ def fit_sklearn_bank(
             stored["side"] = np.array(data.side, np.int64)
     fits = []
     for spec in specs:
-        for number in data.folds_to_fit(refit=refit):
+        for held_out_fold in data.folds_to_fit(refit=refit):
             started = time.perf_counter()
-            train = everything[fold[everything] != number] if number != REFIT else everything
-            held = X[fold == number]
+            train = (
+                everything[fold[everything] != held_out_fold]
+                if held_out_fold != REFIT
+                else everything
+            )
+            held_out_features = X[fold == held_out_fold]
             validation, error = None, None
             try:
-                if number == REFIT:
+                if held_out_fold == REFIT:
                     make_estimator(spec, data.side)  # fitted when it predicts
                 else:
                     estimator = _fitted(
                         spec, X[train], target[train], weight[train], task, data.side
                     )
-                    validation = _probabilities(estimator, held, n_classes, task, data.side)
+                    validation = _probabilities(
+                        estimator, held_out_features, n_classes, task, data.side
+                    )
             except Exception as caught:  # noqa: BLE001 (any estimator may raise anything: a failed row, the others go on)
                 error = f"{type(caught).__name__}: {caught}"
-            arrays = stored if number == REFIT and error is None else {}
+            arrays = stored if held_out_fold == REFIT and error is None else {}
             seconds = time.perf_counter() - started
             fits.append(
                 FitResult(
-                    spec, number, arrays, float("nan"), float("nan"), 0, seconds, validation, error
+                    spec,
+                    held_out_fold,
+                    arrays,
+                    float("nan"),
+                    float("nan"),
+                    0,
+                    seconds,
+                    validation,
+                    error,
                 )
             )
     return fits
@@ -269,27 +283,27 @@ def _fitted(
     side: Sequence[SideBlock],
 ) -> Any:
     estimator = make_estimator(spec, side)
-    wanted = (
+    fit_target = (
         target[:, 0]
         if task == "regression" and target.ndim == 2 and target.shape[1] == 1
         else target
     )
-    options: dict[str, Any] = {}
+    fit_options: dict[str, Any] = {}
     if not np.all(weight == weight[:1]):
         is_pipeline = isinstance(estimator, Pipeline)
-        last = estimator.steps[-1][1] if is_pipeline else estimator
-        if "sample_weight" not in inspect.signature(last.fit).parameters:
+        estimator_step = estimator.steps[-1][1] if is_pipeline else estimator
+        if "sample_weight" not in inspect.signature(estimator_step.fit).parameters:
             raise BadEstimator(
                 f"{spec.estimator} takes no sample weights: leave the weight column out, or use "
                 "another estimator"
             )
-        options = {
+        fit_options = {
             f"{estimator.steps[-1][0]}__sample_weight" if is_pipeline else "sample_weight": weight
         }
     with warnings.catch_warnings():
         # of convergence and the like: the score says what they are worth
         warnings.simplefilter("ignore")
-        return estimator.fit(_cells(X, side), wanted, **options)
+        return estimator.fit(_cells(X, side), fit_target, **fit_options)
 
 
 def _probabilities(
@@ -301,27 +315,30 @@ def _probabilities(
     if task == "multi":
         if not hasattr(estimator, "predict_proba"):
             return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)
-        found = estimator.predict_proba(X)
+        probabilities = estimator.predict_proba(X)
         # one (n, 2) per label; (n, 1) where a label was constant in training
-        if isinstance(found, list):
+        if isinstance(probabilities, list):
             constant = np.asarray(estimator.predict(X), np.float32)
             columns = [
-                p[:, 1] if p.shape[1] == 2 else constant[:, label] for label, p in enumerate(found)
+                p[:, 1] if p.shape[1] == 2 else constant[:, label]
+                for label, p in enumerate(probabilities)
             ]
             return np.stack(columns, axis=1).astype(np.float32)
-        return np.asarray(found, np.float32).reshape(len(X), outputs)
+        return np.asarray(probabilities, np.float32).reshape(len(X), outputs)
     if hasattr(estimator, "predict_proba"):
-        found = estimator.predict_proba(X)
+        probabilities = estimator.predict_proba(X)
     elif hasattr(estimator, "decision_function"):
         decision = np.asarray(estimator.decision_function(X), np.float64)
-        found = (
+        probabilities = (
             softmax(decision)
             if decision.ndim == 2
             else np.stack([1 - (p := sigmoid(decision)), p], axis=1)
         )
     else:
-        found = (np.asarray(estimator.predict(X))[:, None] == estimator.classes_).astype(np.float32)
+        probabilities = (np.asarray(estimator.predict(X))[:, None] == estimator.classes_).astype(
+            np.float32
+        )
     predicted = np.zeros((len(X), outputs), np.float32)
     # a class without training rows has probability 0
-    predicted[:, np.asarray(estimator.classes_, np.int64)] = found
+    predicted[:, np.asarray(estimator.classes_, np.int64)] = probabilities
     return predicted

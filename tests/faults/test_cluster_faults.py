@@ -106,12 +106,12 @@ def test_heads_that_misbehave_fail_alone(tmp_path, monkeypatch):
         misbehaving("Frozen", mark=str(tmp_path / "frozen")),
         *slow(tmp_path, 10),
     ]
-    result = train(tmp_path, heads, options=TaskOptions(task_timeout_s=25))
+    result = train(tmp_path, heads, options=TaskOptions(task_timeout_s=15))
     failed = failures(result)
     assert set(failed) == {"Segfault", "Hog", "Endless"}
     assert "its worker died" in failed["Segfault"]
     assert "MemoryError" in failed["Hog"] or "worker died" in failed["Hog"]
-    assert "more than 25 s" in failed["Endless"]
+    assert "more than 15 s" in failed["Endless"]
     assert (tmp_path / "frozen").exists()
     good = result.board[result.board["failed"] == 0]["spec"]
     assert sum(number_of(spec) is not None for spec in good) == 10

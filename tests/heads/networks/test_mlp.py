@@ -25,7 +25,7 @@ from headrace.heads.networks.mlp_batch import (
     initial_layers,
     padded_width,
 )
-from headrace.heads.networks.mlp_data import moments
+from headrace.heads.networks.mlp_data import mean_and_scale
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import FitResult, Halving
 
@@ -430,7 +430,7 @@ def test_rows_without_weight_are_as_absent() -> None:
     fold = np.full(350, TRAIN_ONLY, np.int16)
     (fit,) = fit_mlp_bank(TrainingData(spoilt, labels, fold, 10, sample_weight=weight), [spec])
     assert (predict_head(spec, fit.arrays, X).argmax(1) == y).mean() > 0.5
-    mean, scale = moments(X[None], np.arange(300))
+    mean, scale = mean_and_scale(X[None], np.arange(300))
     np.testing.assert_allclose(mean, X.mean(0, dtype=np.float64))
     np.testing.assert_allclose(scale[X.std(0) > 0], X.std(0, dtype=np.float64)[X.std(0) > 0])
 
