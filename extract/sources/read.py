@@ -13,6 +13,7 @@ from headrace.extract.errors import SourceError
 from headrace.extract.images.byte_ranges import encode_path, printable_name
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
+from headrace.extract.sources.detections import MIN_CONFIDENCE, cut_detections
 from headrace.extract.sources.folder import (
     EXCLUDED_ENTRIES,
     HIDDEN_ENTRIES,
@@ -63,6 +64,8 @@ class ImageSource:
     pixel_range: tuple[float, float] | None = None  # of pixels of more than 8 bits
     boxes: Boxes | Literal["auto", "none"] = "auto"  # of a table's rows
     tiles: Tiles | None = None  # that images are cut into
+    detections: Path | None = None  # MegaDetector's results, whose boxes are the rows
+    min_confidence: float = MIN_CONFIDENCE
 
 
 class SourceWarning(UserWarning):
@@ -79,13 +82,19 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
     Raises SourceError for what cannot be read as asked.
     """
     listing = _read_images(source, labelled=labelled)
-    if source.tiles is None:
+    if source.tiles is None and source.detections is None:
         return listing
+    what = "tiles" if source.detections is None else "detections"
     if any("::crop:" in path for path in listing.samples["path"]):
         raise SourceError(
-            f"{source.location}: tiles are cut from whole images, and its rows are boxes. Leave "
-            "one of images.tiles and images.boxes out"
+            f"{source.location}: {what} are cut from whole images, and its rows are boxes. Leave "
+            f"one of images.{what} and images.boxes out"
         )
+    if source.detections is not None:
+        if source.tiles is not None:
+            raise SourceError("leave one of images.tiles and images.detections out")
+        return cut_detections(listing, source.detections, source.min_confidence)
+    assert source.tiles is not None
     return cut_tiles(listing, source.tiles)
 
 

@@ -110,6 +110,12 @@ def predict_command(
             "knows, such as x,y,width,height; default: those that it was trained on."
         ),
     ] = None,
+    detections: Annotated[
+        Path | None,
+        typer.Option(
+            help="MegaDetector's results for these images (JSON): the animals in it are predicted."
+        ),
+    ] = None,
     whole_images: Annotated[
         bool,
         flag("--whole-images", help="Predict whole images, also with a model of boxes or tiles."),
@@ -169,7 +175,7 @@ def predict_command(
         root=root,
         array_key=array_key,
         exclude=tuple(exclude or ()),
-        **_parts_options(parts, box_columns, whole_images=whole_images),
+        **_parts_options(parts, box_columns, detections, whole_images=whole_images),
     )
     samples = listing.samples
     console = make_console(stderr=True)
@@ -263,17 +269,25 @@ def predict_command(
 
 
 def _parts_options(
-    parts: "ImageParts | None", box_columns: str | None, *, whole_images: bool
+    parts: "ImageParts | None",
+    box_columns: str | None,
+    detections: Path | None,
+    *,
+    whole_images: bool,
 ) -> dict[str, Any]:
     """Return the options of sources by which images become the parts that the model knows."""
     from dataclasses import replace
 
     from headrace.extract.sources.regions import Boxes
 
+    if whole_images + (box_columns is not None) + (detections is not None) > 1:
+        raise OutputError("give one of --whole-images, --box-columns and --detections")
     if whole_images:
-        if box_columns is not None:
-            raise OutputError("--whole-images leaves no boxes for --box-columns: drop one of them")
         return {"boxes": "none"}
+    if detections is not None:
+        confidence = None if parts is None else parts.min_confidence
+        known = {} if confidence is None else {"min_confidence": confidence}
+        return {"boxes": "none", "detections": detections.absolute(), **known}
     if box_columns is None:
         return {} if parts is None else {"boxes": parts.boxes, "tiles": parts.tiles}
     columns = tuple(name.strip() for name in box_columns.split(","))

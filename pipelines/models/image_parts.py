@@ -16,10 +16,13 @@ IMAGE_PARTS = "parts.json"
 
 @dataclass(frozen=True)
 class ImageParts:
-    """Tiles of this grid, or boxes in these columns; auto: in columns known by their names."""
+    """Tiles of this grid, or boxes in these columns; auto: in columns known by their names.
+    min_confidence: of what a detector has found, where that are the parts.
+    """
 
     tiles: Tiles | None = None
     boxes: Boxes | Literal["auto", "none"] = "none"
+    min_confidence: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the parts as values of JSON."""
@@ -27,6 +30,7 @@ class ImageParts:
         return {
             "tiles": None if self.tiles is None else dataclasses.asdict(self.tiles),
             "boxes": boxes,
+            "min_confidence": self.min_confidence,
         }
 
     def save(self, model_directory: Path) -> None:
@@ -41,6 +45,8 @@ def save_image_parts(model_directory: Path, source: ImageSource, paths: Iterable
     has_parts = any(split_crop(path)[1] is not None for path in paths)
     if source.tiles is not None:
         ImageParts(tiles=source.tiles).save(model_directory)
+    elif source.detections is not None:
+        ImageParts(min_confidence=source.min_confidence).save(model_directory)
     elif has_parts and source.boxes != "none":
         ImageParts(boxes=source.boxes).save(model_directory)
     else:
@@ -59,7 +65,8 @@ def read_image_parts(model_directory: Path) -> ImageParts | None:
         if isinstance(boxes, dict):
             columns = boxes["columns"]
             boxes = Boxes(**boxes | {"columns": None if columns is None else tuple(columns)})
-        return ImageParts(None if tiles is None else Tiles(**tiles), boxes)
+        grid = None if tiles is None else Tiles(**tiles)
+        return ImageParts(grid, boxes, fields["min_confidence"])
     except (KeyError, TypeError, ValueError) as error:
         raise RunDamaged(
             f"{parts_path} is no record of this version: run the recipe again, or fetch the model "

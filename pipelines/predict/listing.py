@@ -71,10 +71,15 @@ def whole_images_note(parts: ImageParts | None, paths: Iterable[str]) -> list[st
     if not whole:
         return []
     columns = parts.boxes.columns if isinstance(parts.boxes, Boxes) else None
-    return [
-        f"{whole:,} images are predicted as a whole, but the model was trained on parts of images "
+    advice = (
         "(images.boxes): give a table that names these images, with the columns of their boxes, "
         f"{', '.join(columns or ('x', 'y', 'width', 'height'))}"
+        if parts.min_confidence is None
+        else "(images.detections): name the detector's results for these images, --detections"
+    )
+    return [
+        f"{whole:,} images are predicted as a whole, but the model was trained on parts of images "
+        f"{advice}"
     ]
 
 

@@ -167,7 +167,8 @@ def _absolute(recipe: Recipe, recipe_path: Path) -> Recipe:
     def resolve(value: Path | None) -> Path | None:
         return None if value is None else (recipe_folder / expand_home(value))
 
-    path_keys = ("folder", "table", "root", "tar", "zip", "array", "labels", "unlabelled")
+    sources = ("folder", "table", "tar", "zip", "array", "labels", "unlabelled", "detections")
+    path_keys = (*sources, "root")
     images = recipe.images.model_copy(
         update={name: resolve(getattr(recipe.images, name)) for name in path_keys}
     )

@@ -88,6 +88,9 @@ class Images(Section):
     # height, or the like; {} for COCO's annotations
     boxes: BoxesSection | Literal["auto", "none"] = "auto"
     tiles: TilesSection | None = None  # that each image is cut into
+    # MegaDetector's results (JSON): the animals in it are the rows, instead of whole images
+    detections: Path | None = None
+    min_confidence: Share = 0.2  # of detections
     # float32: images of more than 8 bits keep their depth until they are normalised; those of 8
     # bits are the same in both
     pixel_dtype: Literal["uint8", "float32"] = "uint8"
@@ -160,7 +163,13 @@ class Images(Section):
         from headrace.extract.sources.read import detect_source
 
         labelled = self.source()
-        return detect_source(self.unlabelled, boxes=labelled.boxes, tiles=labelled.tiles)
+        return detect_source(
+            self.unlabelled,
+            boxes=labelled.boxes,
+            tiles=labelled.tiles,
+            detections=labelled.detections,
+            min_confidence=labelled.min_confidence,
+        )
 
 
 class TaskSection(Section):

@@ -1,0 +1,84 @@
+"""MegaDetector's results as boxes of the images that they are of."""
+
+import json
+
+import pytest
+
+from headrace.extract.errors import SourceError
+from headrace.extract.images.crops import Crop
+from headrace.extract.sources.read import detect_source, read_source
+
+
+def results(path, images, **other):
+    """A file of results; images: {file: [(category, confidence, box)]}, None where one failed."""
+    entries = [
+        {
+            "file": file,
+            "detections": found
+            and [
+                {"category": category, "conf": confidence, "bbox": box}
+                for category, confidence, box in found
+            ],
+        }
+        for file, found in images.items()
+    ]
+    names = {"1": "animal", "2": "person", "3": "vehicle"}
+    path.write_text(json.dumps({"images": entries, "detection_categories": names} | other))
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Photos that were sorted into classes after detection, of cameras that reuse names."""
+    for name in ("fox/1.jpg", "fox/2.jpg", "lynx/cam1/3.jpg", "lynx/cam2/3.jpg", "lynx/9.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"\xff\xd8\xff")
+    return tmp_path / "photos"
+
+
+def listed(photos, path, **options):
+    return read_source(detect_source(photos, detections=path, layout="classes", **options))
+
+
+def test_animals_are_rows_and_everything_is_counted(photos, tmp_path):
+    """Wherever the images were when they were detected, also under Windows."""
+    path = results(
+        tmp_path / "md.json",
+        {
+            "C:\\trap\\1.jpg": [("1", 0.5, [0.1, 0.2, 0.3, 0.4]), ("1", 0.9, [0.5, 0, 0.5, 0.5])],
+            "C:\\trap\\2.jpg": [("1", 0.1, [0, 0, 1, 1]), ("2", 0.9, [0, 0, 1, 1])],
+            "old/cam1/3.jpg": [("1", 0.8, [0, 0, 0.1, 0.1])],
+            "old/cam2/3.jpg": None,
+        },
+    )
+    listing = listed(photos, path)
+    assert listing.samples["id"].tolist() == [
+        "fox/1.jpg#0.5,0,0.5,0.5;fraction",
+        "fox/1.jpg#0.1,0.2,0.3,0.4;fraction",
+        "lynx/cam1/3.jpg#0,0,0.1,0.1;fraction",
+    ]
+    assert listing.samples["label"].tolist() == ["fox", "fox", "lynx"]
+    assert listing.samples["detection_confidence"].tolist() == [0.9, 0.5, 0.8]
+    crop = Crop(0.5, 0, 0.5, 0.5, "fraction")
+    assert listing.samples["path"][0] == crop.locator(str(photos / "fox/1.jpg"))
+    reasons = {reason.reason: reason.count for reason in listing.left_out}
+    assert reasons == {
+        "images without a detection of 0.2 and more": 2,
+        "images that md.json does not name": 1,
+    }
+    assert listing.found == len(listing.samples) + sum(reasons.values())
+    assert len(listed(photos, path, min_confidence=0.05).samples) == 4
+
+
+def test_what_is_no_such_file_is_said(photos, tmp_path):
+    other = results(tmp_path / "other.json", {"x/77.jpg": [("1", 0.9, [0, 0, 1, 1])]})
+    with pytest.raises(SourceError, match=r"no image has a box .*The file names x/77.jpg"):
+        listed(photos, other)
+    pixels = results(tmp_path / "pixels.json", {"1.jpg": [("1", 0.9, [10, 20, 300, 400])]})
+    with pytest.raises(SourceError, match="boxes in pixels; expected MegaDetector's results"):
+        listed(photos, pixels)
+    (tmp_path / "list.json").write_text('[{"file": "1.jpg", "detections": []}]')
+    with pytest.raises(SourceError, match=r"list.json: AttributeError.*expected MegaDetector"):
+        listed(photos, tmp_path / "list.json")
+    with pytest.raises(SourceError, match="No such file"):
+        listed(photos, tmp_path / "gone.json")
