@@ -20,11 +20,10 @@ from torch import Tensor
 
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.networks.mlp_batch import (
-    BETA1,
-    BETA2,
-    EPSILON,
     DropoutBits,
     Rows,
+    fused_adamw,
+    head_columns,
     loss_and_slope,
     product,
 )
@@ -135,12 +134,9 @@ class BagBatch:
         self.mask_of_head = torch.tensor([masks.index(mask) for mask in of_head]).to(self.device)
         self.drop_below = column([level for _, level in masks]).to(torch.uint8)
         self.drop_scale = column([256 / (256 - level) for _, level in masks])
-        self.smoothing = column([spec.label_smoothing for spec in self.specs])
-        self.balanced = torch.tensor(
-            [int(spec.class_weight == "balanced") for spec in self.specs], device=self.device
+        self.rates, self.shrink, self.smoothing, self.balanced = head_columns(
+            self.specs, self.device
         )
-        self.rates = column([spec.learning_rate for spec in self.specs])
-        self.shrink = column([1 - spec.learning_rate * spec.weight_decay for spec in self.specs])
         self._multiply_rates()
 
     def _multiply_rates(self) -> None:
@@ -203,15 +199,6 @@ class BagBatch:
 
     def _share(self, heads: slice) -> dict[str, Tensor]:
         return {name: value[heads] for name, value in self.parameters.items()}
-
-    def losses(self, decision: Tensor, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(K,) float64 mean loss of the decisions (K, C, n) on units (n,), without label smoothing
-        or class weights.
-        """
-        units = torch.from_numpy(index).to(self.device)
-        weight = self.rows.weight[:1].index_select(1, units)
-        loss, _ = loss_and_slope(self.rows, decision, units, weight, None, None)
-        return np.asarray((loss.sum(1) / weight.sum()).cpu().numpy())
 
     def _groups(self, n_rows: int) -> Iterator[slice]:
         """Yield the heads that go through a step of so many rows together."""
@@ -303,24 +290,11 @@ class BagBatch:
             gradients.append(torch.autograd.grad(decision, leaves, slope / len(units)))
         with torch.no_grad():
             self.step += 1
+            step = torch.tensor(float(self.step), device=self.device)
             for name, parts in zip(self.units, zip(*gradients, strict=True), strict=True):
                 value = self.units[name]
                 value.mul_(self.shrink.view((-1,) + (1,) * (value.dim() - 1)))
-                torch._fused_adamw_(
-                    [value],
-                    [torch.cat(parts)],
-                    [self.first[name]],
-                    [self.second[name]],
-                    [],
-                    [torch.tensor(float(self.step), device=self.device)],
-                    lr=1.0,
-                    beta1=BETA1,
-                    beta2=BETA2,
-                    weight_decay=0.0,
-                    eps=EPSILON,
-                    amsgrad=False,
-                    maximize=False,
-                )
+                fused_adamw(value, torch.cat(parts), self.first[name], self.second[name], step)
             self._multiply_rates()
         return torch.cat(losses)
 

@@ -21,7 +21,6 @@ from headrace.heads.layers import Arrays, Layers, predict_dense
 from headrace.heads.networks.bank import Family, fit_networks, stack
 from headrace.heads.networks.conv_batch import ConvBatch, random_start
 from headrace.heads.networks.kind import ConvSpec
-from headrace.heads.networks.mlp_batch import Network
 from headrace.heads.networks.mlp_data import FoldData
 from headrace.heads.spec import FitResult, Halving
 
@@ -59,13 +58,9 @@ def fit_conv_bank(
         return 16 * spec.batch_size * positions * sum(spec.channels)
 
     def make(chunk: list[ConvSpec], fold_data: FoldData, held_out_fold: int) -> ConvBatch:
-        networks = [conv_network(spec) for spec in chunk]
-        pairs = zip(chunk, networks, strict=True)
-        starts = [
-            random_start(spec.channels, network, channels, n_classes) for spec, network in pairs
-        ]
+        starts = [random_start(spec, channels, n_classes) for spec in chunk]
         return ConvBatch(
-            networks, starts, fold_data.rows, fold=held_out_fold, device=torch.device(device)
+            chunk, starts, fold_data.rows, fold=held_out_fold, device=torch.device(device)
         )
 
     family = Family(
@@ -76,19 +71,6 @@ def fit_conv_bank(
         arrays=_with_scaling,
     )
     return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)
-
-
-def conv_network(spec: ConvSpec) -> Network:
-    """What the batch needs to know of a spec."""
-    return Network(
-        spec.hidden,
-        spec.learning_rate,
-        spec.weight_decay,
-        spec.dropout,
-        spec.label_smoothing,
-        spec.class_weight == "balanced",
-        spec.seed,
-    )
 
 
 def predict_maps(

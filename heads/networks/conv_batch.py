@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.heads.networks.kind import ConvSpec
 from headrace.heads.networks.mlp_batch import (
     DropoutBits,
-    Network,
     Rows,
     adamw_broadcast,
+    dropout_columns,
+    head_columns,
     loss_and_slope,
 )
 
@@ -47,19 +49,17 @@ class ConvStart:
     layers: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 
 
-def random_start(
-    channels: tuple[int, ...], network: Network, inputs: int, outputs: int
-) -> ConvStart:
+def random_start(spec: ConvSpec, inputs: int, outputs: int) -> ConvStart:
     """He's normal distribution for the convolutions, which ReLU follows; torch.nn.Linear's for the
     rest.
     """
-    generator = np.random.default_rng([network.seed, 2])
+    generator = np.random.default_rng([spec.seed, 2])
     kernels = [
         (generator.standard_normal((o, i, 3, 3), np.float32) * np.float32(math.sqrt(2 / (9 * i))))
-        for i, o in itertools.pairwise((inputs, *channels))
+        for i, o in itertools.pairwise((inputs, *spec.channels))
     ]
     layers = []
-    for i, o in itertools.pairwise((channels[-1], *network.hidden, outputs)):
+    for i, o in itertools.pairwise((spec.channels[-1], *spec.hidden, outputs)):
         bound = np.float32(1 / math.sqrt(i))
         weight = (generator.random((o, i), np.float32) * 2 - 1) * bound
         layers.append((weight, (generator.random(o, np.float32) * 2 - 1) * bound))
@@ -71,7 +71,7 @@ class ConvBatch:
 
     def __init__(
         self,
-        networks: Sequence[Network],
+        specs: Sequence[ConvSpec],
         starts: Sequence[ConvStart],
         rows: Rows,
         *,
@@ -79,7 +79,7 @@ class ConvBatch:
         device: torch.device,
     ) -> None:
         self.rows, self.device = rows, device
-        self.networks = list(networks)
+        self.specs = list(specs)
         self.step = 0
         self.depth, self.layers = len(starts[0].kernels), len(starts[0].layers)
 
@@ -104,41 +104,26 @@ class ConvBatch:
         self.running = [torch.zeros(len(starts), width, device=device) for width in widths]
         self.running += [torch.ones(len(starts), width, device=device) for width in widths]
         self.best = [tensor.clone() for tensor in (*self.parameters, *self.running)]
-        self.bits = DropoutBits([network.seed for network in networks], fold, device)
-        self._read_networks()
+        self.bits = DropoutBits([spec.seed for spec in specs], fold, device)
+        self._read_specs()
 
-    def _read_networks(self) -> None:
-        levels = [round(256 * net.dropout) for net in self.networks]
-        self.drops = any(levels)
-        self.drop_below = torch.tensor(levels, dtype=torch.uint8, device=self.device).view(-1, 1, 1)
-        self.drop_scale = torch.tensor(
-            [256 / (256 - level) for level in levels], device=self.device
-        ).view(-1, 1, 1)
-        rates = [net.learning_rate for net in self.networks]
-        decays = [net.weight_decay for net in self.networks]
-        self.rates = torch.tensor(rates, dtype=torch.float32, device=self.device).view(-1, 1, 1)
-        self.shrink = 1 - self.rates * torch.tensor(
-            decays, dtype=torch.float32, device=self.device
-        ).view(-1, 1, 1)
-        smoothing = [net.label_smoothing for net in self.networks]
-        self.smoothing = torch.tensor(smoothing, dtype=torch.float32, device=self.device).view(
-            -1, 1, 1
-        )
-        self.balanced = torch.tensor(
-            [int(net.balanced) for net in self.networks], device=self.device
+    def _read_specs(self) -> None:
+        self.drops, self.drop_below, self.drop_scale = dropout_columns(self.specs, self.device)
+        self.rates, self.shrink, self.smoothing, self.balanced = head_columns(
+            self.specs, self.device
         )
 
     def __len__(self) -> int:
-        return len(self.networks)
+        return len(self.specs)
 
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
         for tensors in (self.parameters, self.first, self.second, self.running, self.best):
             tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
-        self.networks = [self.networks[head] for head in heads]
+        self.specs = [self.specs[head] for head in heads]
         self.bits.of_head = [self.bits.of_head[head] for head in heads]
-        self._read_networks()
+        self._read_specs()
 
     def remember(self, heads: Sequence[int]) -> None:
         """Make the present parameters and running statistics of these heads their best ones."""
@@ -192,15 +177,6 @@ class ConvBatch:
                 for row_block in row_blocks
             ]
         return torch.cat(blocks, dim=2)
-
-    def losses(self, decision: Tensor, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(K,) float64 mean loss of the decisions (K, C, n) on rows (n,), without smoothing or
-        class weights.
-        """
-        rows = torch.from_numpy(index).to(self.device)
-        weight = self.rows.weight[:1].index_select(1, rows)
-        loss, _ = loss_and_slope(self.rows, decision, rows, weight, None, None)
-        return (loss.sum(1) / weight.sum()).cpu().numpy()
 
     def _forward(self, maps: Tensor, parameters: Sequence[Tensor], *, train: bool) -> Tensor:
         """(K, C, B) decisions for standardised maps (B, D, h, w)."""

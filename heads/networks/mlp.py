@@ -20,7 +20,7 @@ from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.bank import Family, fit_networks, stack
 from headrace.heads.networks.kind import MLPSpec, NetworkSpec
-from headrace.heads.networks.mlp_batch import Network, NetworkBatch, padded_width
+from headrace.heads.networks.mlp_batch import NetworkBatch, padded_width
 from headrace.heads.networks.mlp_data import FoldData, folded_arrays
 from headrace.heads.spec import FitResult, Halving
 
@@ -75,7 +75,7 @@ def fit_mlp_bank(
     def make(chunk: list[MLPSpec], fold_data: FoldData, held_out_fold: int) -> NetworkBatch:
         reduced = reduced_precision(chunk[0], width, task, torch.device(device), precision)
         return NetworkBatch(
-            [network(spec) for spec in chunk],
+            chunk,
             fold_data.rows,
             fold=held_out_fold,
             device=torch.device(device),
@@ -92,19 +92,6 @@ def fit_mlp_bank(
         ),
     )
     return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)
-
-
-def network(spec: MLPSpec) -> Network:
-    """What the batch needs to know of a spec."""
-    return Network(
-        spec.hidden,
-        spec.learning_rate,
-        spec.weight_decay,
-        spec.dropout,
-        spec.label_smoothing,
-        spec.class_weight == "balanced",
-        spec.seed,
-    )
 
 
 def reduced_precision(

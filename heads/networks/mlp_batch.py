@@ -24,25 +24,13 @@ from torch import Tensor
 
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import TaskKind, seed_of_fold
+from headrace.heads.networks.kind import NetworkSpec
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
 EVALUATION_ROWS = 2048  # rows of one block when no gradient is needed
 # Rows of one product for the first layer's gradients: enough for the full rate (64 rows: 0.8 of
 # it), few enough that a head's gradient is still in the cache when the optimiser reads it.
 GRADIENT_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Network:
-    """One head of the batch: what differs between heads that share minibatches."""
-
-    hidden: tuple[int, ...]
-    learning_rate: float
-    weight_decay: float
-    dropout: float
-    label_smoothing: float
-    balanced: bool
-    seed: int
 
 
 class StreamedTensor:
@@ -101,14 +89,14 @@ def padded_width(width: int) -> int:
 
 
 def initial_layers(
-    network: Network, inputs: int, outputs: int
+    spec: NetworkSpec, inputs: int, outputs: int
 ) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     """[(weight (out, in), bias (out,))] float32 for the head's true widths: torch.nn.Linear's
     distribution, uniform within ±1/sqrt(in), from a generator that depends on the seed alone.
     """
-    generator = np.random.default_rng([network.seed, 0])
+    generator = np.random.default_rng([spec.seed, 0])
     layers = []
-    for fan_in, fan_out in zip((inputs, *network.hidden), (*network.hidden, outputs), strict=True):
+    for fan_in, fan_out in zip((inputs, *spec.hidden), (*spec.hidden, outputs), strict=True):
         bound = np.float32(1 / math.sqrt(fan_in))
         weight = (generator.random((fan_out, fan_in), np.float32) * 2 - 1) * bound
         bias = (generator.random(fan_out, np.float32) * 2 - 1) * bound
@@ -165,7 +153,7 @@ class NetworkBatch:
 
     def __init__(
         self,
-        networks: Sequence[Network],
+        specs: Sequence[NetworkSpec],
         rows: Rows,
         *,
         fold: int,
@@ -173,15 +161,15 @@ class NetworkBatch:
         dtype: torch.dtype,
     ) -> None:
         self.rows, self.device, self.dtype = rows, device, dtype
-        self.networks = list(networks)
-        self.padded = tuple(padded_width(width) for width in networks[0].hidden)
+        self.specs = list(specs)
+        self.padded = tuple(padded_width(width) for width in specs[0].hidden)
         self.step = 0
         inputs = int(rows.features.shape[1])
         sizes = [inputs, *self.padded, rows.outputs]
-        self.weights = [torch.zeros(len(networks), o, i) for i, o in itertools.pairwise(sizes)]
-        self.biases = [torch.zeros(len(networks), o) for o in sizes[1:]]
-        for head, network in enumerate(networks):
-            for layer, (weight, bias) in enumerate(initial_layers(network, inputs, rows.outputs)):
+        self.weights = [torch.zeros(len(specs), o, i) for i, o in itertools.pairwise(sizes)]
+        self.biases = [torch.zeros(len(specs), o) for o in sizes[1:]]
+        for head, spec in enumerate(specs):
+            for layer, (weight, bias) in enumerate(initial_layers(spec, inputs, rows.outputs)):
                 self.weights[layer][head, : weight.shape[0], : weight.shape[1]] = torch.from_numpy(
                     weight
                 )
@@ -189,44 +177,36 @@ class NetworkBatch:
         # The first layer's weights are kept in units of their head's learning rate: an AdamW step
         # is then the same for every rate, and one fused call does it for many heads. `cast` holds
         # the weights as they are, to multiply with.
-        self.weights[0] /= torch.tensor([net.learning_rate for net in networks]).view(-1, 1, 1)
+        self.weights[0] /= torch.tensor([spec.learning_rate for spec in specs]).view(-1, 1, 1)
         self.weights = [w.to(device) for w in self.weights]
         self.biases = [b.to(device) for b in self.biases]
         self.first = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
         self.second = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
         self.best = [p.clone() for p in (*self.weights, *self.biases)]
-        self.bits = DropoutBits([network.seed for network in networks], fold, device)
-        self._read_networks()
+        self.bits = DropoutBits([spec.seed for spec in specs], fold, device)
+        self._read_specs()
 
-    def _read_networks(self) -> None:
-        nets = self.networks
-
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, 1, 1)
-
-        levels = [round(256 * net.dropout) for net in nets]
-        self.drops = any(levels)
-        self.drop_below = torch.tensor(levels, dtype=torch.uint8, device=self.device).view(-1, 1, 1)
-        self.drop_scale = column([256 / (256 - level) for level in levels])
-        self.smoothing = column([net.label_smoothing for net in nets])
-        self.balanced = torch.tensor([int(net.balanced) for net in nets], device=self.device)
-        self.rates = column([net.learning_rate for net in nets])
-        self.shrink = column([1 - net.learning_rate * net.weight_decay for net in nets])
+    def _read_specs(self) -> None:
+        self.drops, self.drop_below, self.drop_scale = dropout_columns(self.specs, self.device)
+        self.rates, self.shrink, self.smoothing, self.balanced = head_columns(
+            self.specs, self.device
+        )
         self.cast = (self.weights[0] * self.rates).to(self.dtype)
-        rows = GRADIENT_ROWS if self.device.type == "cpu" else len(nets) * self.weights[0].shape[1]
-        self.heads_at_once = max(1, rows // max(1, self.weights[0].shape[1]))
+        n_units = self.weights[0].shape[1]
+        rows = GRADIENT_ROWS if self.device.type == "cpu" else len(self) * n_units
+        self.heads_at_once = max(1, rows // max(1, n_units))
 
     def __len__(self) -> int:
-        return len(self.networks)
+        return len(self.specs)
 
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed: its share of all further work is gone."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
         for tensors in (self.weights, self.biases, self.first, self.second, self.best):
             tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
-        self.networks = [self.networks[head] for head in heads]
+        self.specs = [self.specs[head] for head in heads]
         self.bits.of_head = [self.bits.of_head[head] for head in heads]
-        self._read_networks()
+        self._read_specs()
 
     def remember(self, heads: Sequence[int]) -> None:
         """Make the present parameters of these heads their best ones."""
@@ -239,14 +219,14 @@ class NetworkBatch:
         coordinates.
         """
         inputs = int(self.weights[0].shape[2])
-        hidden = self.networks[head].hidden
+        hidden = self.specs[head].hidden
         layers = []
         for layer, (i, o) in enumerate(
             zip((inputs, *hidden), (*hidden, self.rows.outputs), strict=True)
         ):
             weight = self.best[layer][head, :o, :i].cpu().numpy().copy()
             if layer == 0:
-                weight *= np.float32(self.networks[head].learning_rate)
+                weight *= np.float32(self.specs[head].learning_rate)
             bias = self.best[len(self.weights) + layer][head, :o].cpu().numpy().copy()
             layers.append((weight, bias))
         return layers
@@ -275,15 +255,6 @@ class NetworkBatch:
                 batch = self.rows.minibatch(row_block).to(self.dtype)
                 blocks.append(self._forward(batch.t().contiguous(), train=False)[-1])
         return torch.cat(blocks, dim=2)
-
-    def losses(self, decision: Tensor, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(K,) float64 mean loss of the decisions (K, C, n) on rows (n,), without label smoothing
-        or class weights.
-        """
-        rows = torch.from_numpy(index).to(self.device)
-        weight = self.rows.weight[:1].index_select(1, rows)
-        loss, _ = loss_and_slope(self.rows, decision, rows, weight, None, None)
-        return (loss.sum(1) / weight.sum()).cpu().numpy()
 
     def _forward(self, columns: Tensor, *, train: bool) -> list[Tensor]:
         """Activations of every layer, the decisions (K, C, B) last; hidden ones after dropout.
@@ -351,7 +322,7 @@ class NetworkBatch:
         # A few heads at a time: their gradient is used while it is in the cache, and one fused pass
         # reads it, the parameters and the moments, where broadcast operations make six passes
         # through memory.
-        step_count = [torch.tensor(float(self.step), device=self.device)]
+        step_count = torch.tensor(float(self.step), device=self.device)
         tensors = (
             slope,
             self.weights[0],
@@ -376,21 +347,7 @@ class NetworkBatch:
                 .view_as(weight_part)
             )
             weight_part.mul_(shrink_part)
-            torch._fused_adamw_(
-                [weight_part],
-                [weight_gradient],
-                [first_moment],
-                [second_moment],
-                [],
-                step_count,
-                lr=1.0,
-                beta1=BETA1,
-                beta2=BETA2,
-                weight_decay=0.0,
-                eps=EPSILON,
-                amsgrad=False,
-                maximize=False,
-            )
+            fused_adamw(weight_part, weight_gradient, first_moment, second_moment, step_count)
             torch.mul(weight_part, rates_part, out=scaled_copy)
 
 
@@ -404,6 +361,58 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         np.matmul(a.numpy(), b.numpy(), out=out.numpy())
         return out
     return torch.mm(a, b)
+
+
+def head_columns(
+    specs: Sequence[NetworkSpec], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What heads that share minibatches differ in: learning rates, what a step of weight decay
+    leaves of a weight, and label smoothing, (K, 1, 1) each; and (K,) 1 where classes are balanced.
+    """
+    return (
+        _column([spec.learning_rate for spec in specs], device),
+        _column([1 - spec.learning_rate * spec.weight_decay for spec in specs], device),
+        _column([spec.label_smoothing for spec in specs], device),
+        torch.tensor([int(spec.class_weight == "balanced") for spec in specs], device=device),
+    )
+
+
+def dropout_columns(
+    specs: Sequence[NetworkSpec], device: torch.device
+) -> tuple[bool, Tensor, Tensor]:
+    """Whether any head leaves values out; the bytes below which it does, uint8, and what the others
+    are multiplied with, (K, 1, 1) each.
+    """
+    levels = [round(256 * spec.dropout) for spec in specs]
+    scale = _column([256 / (256 - level) for level in levels], device)
+    return any(levels), _column(levels, device).to(torch.uint8), scale
+
+
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def fused_adamw(
+    parameter: Tensor, gradient: Tensor, first_moment: Tensor, second_moment: Tensor, step: Tensor
+) -> None:
+    """One AdamW step in place at a learning rate of 1 without weight decay: of parameters in units
+    of their head's rate.
+    """
+    torch._fused_adamw_(
+        [parameter],
+        [gradient],
+        [first_moment],
+        [second_moment],
+        [],
+        [step],
+        lr=1.0,
+        beta1=BETA1,
+        beta2=BETA2,
+        weight_decay=0.0,
+        eps=EPSILON,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def adamw_broadcast(
@@ -424,6 +433,18 @@ def adamw_broadcast(
     second_moment.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
     denominator = second_moment.sqrt().div_(math.sqrt(1 - BETA2**step)).add_(EPSILON)
     parameter.addcdiv_(first_moment * rates.view(shape), denominator, value=-1 / (1 - BETA1**step))
+
+
+def mean_losses(
+    rows: Rows, decision: Tensor, index: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """(K,) mean loss of the decisions (K, C, n) on rows (n,), without label smoothing or class
+    weights.
+    """
+    places = torch.from_numpy(index).to(decision.device)
+    weight = rows.weight[:1].index_select(1, places)
+    loss, _ = loss_and_slope(rows, decision, places, weight, None, None)
+    return np.asarray((loss.sum(1) / weight.sum()).cpu().numpy())
 
 
 def loss_and_slope(

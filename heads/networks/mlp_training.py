@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.heads.networks.kind import NetworkSpec
+from headrace.heads.networks.mlp_batch import mean_losses
 from headrace.heads.networks.mlp_data import FoldData
 
 Floats = npt.NDArray[Any]
@@ -31,9 +32,6 @@ class Batch(Protocol):
 
     def outputs(self, index: npt.NDArray[np.int64]) -> torch.Tensor:
         """(K, C, n) decisions for rows of the stacked features."""
-
-    def losses(self, decision: torch.Tensor, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(K,) mean loss of decisions (K, C, n) for rows (n,)."""
 
     def remember(self, heads: Sequence[int]) -> None:
         """Make the present parameters of these heads their best ones."""
@@ -166,7 +164,7 @@ class Run:
         for view in range(1, self.views):
             decision += self.batch.outputs(held_out + view * self.data.rows.n)
         decision /= self.views
-        loss = self.batch.losses(decision, held_out)
+        loss = mean_losses(self.data.rows, decision, held_out)
         if self.data.rows.task != "single" or not self.ranked:
             return loss, -loss
         wanted = self.data.rows.target.index_select(

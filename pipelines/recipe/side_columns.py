@@ -25,11 +25,6 @@ _DATE = r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{2}|\d{4})"
 _MANY_LEVELS, _ROWS_PER_LEVEL = 20, 4
 
 
-def side_column_names(section: "TaskSection") -> tuple[str, ...]:
-    """Return the names of the task's side columns."""
-    return tuple(section.side_columns)
-
-
 def make_side_columns(
     samples: pd.DataFrame,
     target: npt.NDArray[Any],

@@ -13,7 +13,7 @@ from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.kind import CannotPredict
-from headrace.heads.networks.conv import conv_network, fit_conv_bank
+from headrace.heads.networks.conv import fit_conv_bank
 from headrace.heads.networks.conv_batch import random_start
 from headrace.heads.networks.kind import ConvSpec
 from headrace.heads.predict import predict_head
@@ -47,7 +47,7 @@ def one_at_a_time(X: Arrays, y: Arrays, fold: Arrays, number: int, spec: ConvSpe
     train, held = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
     mean, scale = X[train].mean((0, 2, 3)), X[train].std((0, 2, 3))
     rows = torch.from_numpy((X - mean[:, None, None]) / scale[:, None, None])
-    start = random_start(spec.channels, conv_network(spec), X.shape[1], 10)
+    start = random_start(spec, X.shape[1], 10)
     modules: list[torch.nn.Module] = []
     for kernel in start.kernels:
         conv = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1, bias=False)

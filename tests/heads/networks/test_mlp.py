@@ -17,7 +17,7 @@ from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.networks.kind import MLPSpec
-from headrace.heads.networks.mlp import fit_mlp_bank, network
+from headrace.heads.networks.mlp import fit_mlp_bank
 from headrace.heads.networks.mlp_batch import (
     DropoutBits,
     NetworkBatch,
@@ -72,7 +72,7 @@ def one_at_a_time(
     else:
         goal = torch.from_numpy(target).float() if task == "multi" else torch.from_numpy(target)
     layers: list[torch.nn.Linear] = []
-    for weight, bias in initial_layers(network(spec), X.shape[1], outputs):
+    for weight, bias in initial_layers(spec, X.shape[1], outputs):
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
         layer.weight.data, layer.bias.data = torch.from_numpy(weight), torch.from_numpy(bias)
         layers.append(layer)
@@ -494,7 +494,7 @@ def _batch(X: Arrays, y: Arrays, fold: Arrays, specs: list[MLPSpec]) -> NetworkB
         standardize=True,
     )
     return NetworkBatch(
-        [network(spec) for spec in specs],
+        specs,
         data.rows,
         fold=0,
         device=torch.device("cpu"),
