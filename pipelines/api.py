@@ -47,8 +47,6 @@ from headrace.pipelines.stages.select import select
 from headrace.pipelines.stages.services import ClientOpener, open_services, opener_of
 from headrace.pipelines.stages.train import train
 
-_QUIET = make_console(quiet=True)
-
 
 class MissingFeatures(HeadraceError, ValueError):
     """Rows that are to be trained on have no features yet."""
@@ -73,7 +71,8 @@ def extract_features(
     images: a folder, a table, an archive, an array file, or a DataFrame with the columns `id` and
     `path`. Only images that the cache lacks go through the network. Images that cannot be decoded
     have no row; each FeatureSet lists them with their reasons in `failures()`. device: "auto" is a
-    GPU where there is one. client: a Dask client to work on; default: a cluster of `workers`
+    GPU where there is one. console: where progress is told; default: in a notebook, below the cell,
+    in a script nowhere. client: a Dask client to work on; default: a cluster of `workers`
     processes on this machine. Raises HeadraceError.
 
     A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker
@@ -101,7 +100,7 @@ def extract_features(
             else nullcontext()
         )
         with opened as workers_client:
-            extract_missing(units, workers_client, console or _QUIET)
+            extract_missing(units, workers_client, console or _progress_console())
     return {spec.name: open_feature_set(feature_set_path(cache, spec)) for spec in specs}
 
 
@@ -124,7 +123,8 @@ def train_heads(
     default).
     heads, task: as in a recipe: {"logistic": {"C": [0.01, 1]}}, {"target": "label", "folds": 5}.
     The result's `board` is the leaderboard and `heads` every single head, both as DataFrames;
-    calling again with more heads trains only the new ones. options: how tasks are watched over,
+    calling again with more heads trains only the new ones. console: as for `extract_features`.
+    options: how tasks are watched over,
     such as their timeout. client: a Dask client to work on; default: a cluster of `workers`
     processes on this machine. Raises HeadraceError.
     """
@@ -133,7 +133,10 @@ def train_heads(
     state = _state_of(recipe, features, samples)
     write_inputs(state)
     with open_services(
-        console or _QUIET, options or TaskOptions(), _opener(workers, client), workers=workers
+        console or _progress_console(),
+        options or TaskOptions(),
+        _opener(workers, client),
+        workers=workers,
     ) as services:
         for stage in (train, select, evaluate):
             state = stage(state, services)
@@ -210,6 +213,13 @@ def _state_of(
             trained=lambda group: trained_in(paths.banks, group),
         ),
     )
+
+
+def _progress_console() -> Console:
+    """Return a console that tells progress in a notebook, and nothing in a script."""
+    console = make_console(stderr=True)
+    console.quiet = not console.is_jupyter
+    return console
 
 
 def _opener(

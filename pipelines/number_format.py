@@ -1,21 +1,32 @@
-"""Numbers as text for the terminal and the report: scores, levels, bytes, hours."""
+"""Numbers as text for the terminal and the report: scores, levels, bytes, work."""
 
 
-def hours_text(seconds: float) -> str:
-    """Return hours with two digits that mean something."""
-    return f"{seconds / 3600:.2g}" if seconds < 36000 else f"{seconds / 3600:,.0f}"
+def work_text(seconds: float, device: str) -> str:
+    """Return "12 core-seconds", "3.4 core-minutes" or "28 core-hours"; device: core or GPU."""
+    unit, size = next(
+        (unit, size)
+        for unit, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
+        if seconds >= size or size == 1
+    )
+    number = seconds / size
+    return f"{number:.1f} {device}-{unit}" if number < 10 else f"{number:,.0f} {device}-{unit}"
 
 
-def images_text(images: int, groups: int | None, units: int | None = None) -> str:
-    """Return "50 images", "50 images of 12 groups" where images are not independent of each other,
-    or "20 units of 50 images" where units are scored.
+def images_text(
+    images: int, groups: int | None, units: int | None = None, *, group_column: str | None = None
+) -> str:
+    """Return "50 images", or "50 images of 12 groups (patient)", "20 units of 50 images".
+
+    group_column: None where images are groups because they are copies or crops of one image.
     """
     if units is not None:
         in_groups = f" in {groups:,} groups" if groups is not None and groups < units else ""
         return f"{units:,} units of {images:,} images{in_groups}"
-    return f"{images:,} images" + (
-        f" of {groups:,} groups" if groups is not None and groups < images else ""
-    )
+    if groups is None or groups >= images:
+        return f"{images:,} images"
+    if group_column is None:
+        return f"{images:,} images ({groups:,} where copies and crops of one count once)"
+    return f"{images:,} images of {groups:,} groups ({group_column})"
 
 
 def level_text(level: float) -> str:

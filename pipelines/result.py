@@ -41,6 +41,7 @@ class RunResult:
     failed_images: int
     failed_heads: int
     scored: str  # what scores are of: "images", or "units (patient)"
+    group_column: str | None  # whose images are not independent of each other
     stages: tuple[StageRecord, ...]
 
     @property
@@ -71,6 +72,7 @@ def run_result(state: RunState, stages: Sequence[StageRecord] = ()) -> RunResult
         notes=state.notes,
         accounting=state.accounting,
         failed_images=state.failed_images,
+        group_column=state.recipe.task.group,
         scored="images" if (unit := state.recipe.task.unit) is None else f"units ({unit})",
         failed_heads=int((selected.heads["error"].fillna("") != "").sum()),
         stages=tuple(stages),

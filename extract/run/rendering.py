@@ -4,7 +4,9 @@ way asked for.
 Imports no torch: processes that only decode need none.
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
@@ -193,3 +195,13 @@ def render_into_buffers(
             rendering.preprocessing,
         )
     return is_clipped
+
+
+@contextmanager
+def quiet_decoding() -> Iterator[None]:
+    """Pillow warns of large images and damaged metadata from inside the decoding threads; what
+    matters is recorded.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield

@@ -6,7 +6,6 @@ import functools
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +40,7 @@ from headrace.extract.run.device import (
     launch_forward,
 )
 from headrace.extract.run.plan import ExtractJob
-from headrace.extract.run.rendering import Rendering
+from headrace.extract.run.rendering import Rendering, quiet_decoding
 from headrace.extract.run.throughput import WorkUnitReport
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import Forward, make_forward
@@ -128,16 +127,6 @@ def run_work_units(jobs: Iterable[ExtractJob]) -> Iterator[WorkUnitReport]:
             current_unit = next_unit
         if pending_report is not None:
             yield pending_report.result()
-
-
-@contextmanager
-def quiet_decoding() -> Iterator[None]:
-    """Pillow warns of large images and damaged metadata from inside the decoding threads; what
-    matters is recorded.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
 
 
 @contextmanager

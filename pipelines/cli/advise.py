@@ -36,8 +36,7 @@ def advise_command(
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Say what would help most: a head, training deeper, from scratch, or more images, with the
-    evidence for it.
+    """Say what would help most: a head, deeper training or more images, with the evidence.
 
     Trains small heads on subsets of the cached features, once; no image is read.
 

@@ -35,8 +35,7 @@ def export_command(
     trust_code: TrustOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Take the model away: a torch.export program, ONNX, or safetensors, with a model card and its
-    preprocessing.
+    """Take the model away as torch.export, ONNX or safetensors, with its preprocessing and a card.
 
     Each is loaded again and compared with headrace's own predictions before the folder appears.
 

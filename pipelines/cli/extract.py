@@ -112,7 +112,11 @@ def extract_command(
     console = make_console()
     with resumable():
         if dry_run:
-            extraction = read_extraction(recipe, write=False)
+            extraction = read_extraction(
+                recipe,
+                write=False,
+                console=progress_console(quiet=quiet, progress_format=progress),
+            )
             plan, notes, out = extraction.plan, extraction.notes, recipe.paths.root
             if json_output:
                 print_json(plan_output(plan, None, notes, cache=recipe.cache, out=out))

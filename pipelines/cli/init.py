@@ -8,6 +8,7 @@ from pathlib import Path
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.integrity.garbage import remove_temporaries
+from headrace.extract.run.rendering import quiet_decoding
 from headrace.extract.sources.layout import Layout
 from headrace.pipelines.cli.detect_source import Finding, InitError, detect_recipe
 from headrace.pipelines.cli.schema import RECIPE, schema
@@ -86,7 +87,8 @@ def write_recipe(
     or it exists and `force` is not set; SourceError for a file that cannot be read.
     """
     _check_out(out, force=force)
-    finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)
+    with quiet_decoding():
+        finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)
     recipe_text = _RECIPE.format(
         schema=_SCHEMA_FILE,
         name=shlex.quote(str(out)),

@@ -190,8 +190,7 @@ def run(
     verbose: VerboseOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Extract what is missing, train what is missing, rank, and show the winner the test split
-    once.
+    """Extract and train what is missing, rank, and score the winner on the test split.
 
     Interrupted at any moment, the same command goes on where it was. --dry-run shows first what it
     would do.
@@ -330,6 +329,7 @@ def _run(
             else:
                 show_images(console, state.accounting, state.notes)
                 show_plan(console, run_plan, recipe.cache, recipe.out)
+                _say(console, f"Next: headrace run {shlex.quote(str(recipe_path))}")
             check_space(run_plan, recipe.cache, recipe.storage.budget_gb)
         else:
             outlive_terminal(recipe.paths.terminal)

@@ -254,8 +254,9 @@ def predict_command(
         summary_text += f", {summary.cached:,} from cached features"
     if any(summary.counts.values()):
         commonest = sorted(summary.counts.items(), key=lambda item: -item[1])
-        summary_text += ": " + ", ".join(
-            f"{count:,} {class_name}" for class_name, count in commonest[:10] if count
+        # the name first: classes may be numbers
+        summary_text += "; " + ", ".join(
+            f"{class_name}: {count:,}" for class_name, count in commonest[:10] if count
         )
     if summary.failed:
         summary_text += f". {summary.failed:,} could not be used: the column `error` says why"

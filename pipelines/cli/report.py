@@ -50,8 +50,7 @@ def report_command(
     trust_code: TrustOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page about a run: leaderboard, a map of the images, mistakes as
-    pictures, leaks, cost, recipe. Or about two: what changed between them.
+    """Write one page to look at: leaderboard, map, mistakes as pictures, leaks. Or compare two.
 
     The page opens from the disk, without a server or a network.
 

@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from headrace.heads.evaluate.metrics import METRICS
+from headrace.heads.evaluate.metrics import METRICS, sign
 from headrace.pipelines.number_format import (
     bytes_text,
-    hours_text,
     images_text,
     is_share,
     level_text,
     number_text,
+    work_text,
 )
 from headrace.pipelines.planning.accounting import Accounting
 from headrace.pipelines.planning.cost_model import Estimate
@@ -25,6 +25,7 @@ from headrace.pipelines.result import RunResult
 from headrace.pipelines.run import ExtractionResult
 
 _LEADERS = 12
+_WIDE_COLUMNS = 100  # what a table of eight columns with lines between them needs
 
 
 def show_features(console: Console, plan: Plan, cache: object) -> None:
@@ -55,7 +56,7 @@ def show_features(console: Console, plan: Plan, cache: object) -> None:
     )
     if not plan.requested:
         console.print(
-            f"Tasks: {len(plan.units):,} work units; about {_hours(plan.estimate)}. Done already: "
+            f"Tasks: {len(plan.units):,} work units; about {_work(plan.estimate)}. Done already: "
             f"{plan.images - plan.images_new:,} images",
             soft_wrap=True,
         )
@@ -92,14 +93,14 @@ def show_extraction(console: Console, result: ExtractionResult) -> None:
             console.print(f"  {name:<32} {view_path}", soft_wrap=True)
 
 
-def _hours(estimate: Estimate) -> str:
+def _work(estimate: Estimate) -> str:
     basis = (
         "measured in earlier calls of this run"
         if estimate.measured
         else "assumed until a first call has measured it"
     )
-    gpu = f" and {hours_text(estimate.gpu_s)} GPU-hours" if estimate.gpu_s else ""
-    return f"{hours_text(estimate.core_s)} core-hours{gpu} ({basis})"
+    gpu = f" and {work_text(estimate.gpu_s, 'GPU')}" if estimate.gpu_s else ""
+    return f"{work_text(estimate.core_s, 'core')}{gpu} ({basis})"
 
 
 def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
@@ -135,7 +136,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     )
     console.print(
         f"Tasks: {len(plan.units):,} work units and {len(plan.banks):,} banks; about "
-        f"{_hours(plan.estimate)}. Done already: {plan.images - plan.images_new:,} images, "
+        f"{_work(plan.estimate)}. Done already: {plan.images - plan.images_new:,} images, "
         f"{plan.heads_total - plan.heads_new:,} heads",
         soft_wrap=True,
     )
@@ -160,7 +161,7 @@ def show_result(
     """The leaderboard by inputs and kind, the winner, its test score, where every file lies, how
     long it took.
     """
-    console.print(leaderboard_table(result.board, result.metric, result.names))
+    console.print(leaderboard_table(console, result.board, result.metric, result.names))
     show_images(console, result.accounting, result.notes)
     if result.failed_images:
         console.print(
@@ -177,7 +178,7 @@ def show_result(
             soft_wrap=True,
         )
     if result.finetuned is not None and len(result.finetuned.compared) > 1:
-        console.print(finetune_table(result))
+        console.print(finetune_table(console, result))
     winner = result.winner
     console.print()
     console.print(
@@ -194,8 +195,9 @@ def show_result(
         test = result.test
         line = Text(
             f"Test {test.metric} {number_text(test.value, test.metric)} (95 % interval "
-            f"{number_text(test.low, test.metric)} to {number_text(test.high, test.metric)}, "
-            f"{images_text(test.images, test.groups, test.units)} never seen before)",
+            f"{number_text(test.low, test.metric)} to {number_text(test.high, test.metric)}), on "
+            f"{images_text(test.images, test.groups, test.units, group_column=result.group_column)}"
+            " never seen before",
             style="bold green",
         )
         console.print(line)
@@ -213,21 +215,22 @@ def show_result(
         show_files(console, result)
 
 
-def finetune_table(result: RunResult) -> Table:
+def finetune_table(console: Console, result: RunResult) -> Table:
     """Head, partial reuse, fine-tuned and the ensemble side by side, on the same
     validation rows.
     """
     metric = result.metric
-    table = Table(
-        title=f"Head against networks: validation {metric}, same rows, 95 % intervals",
-        title_justify="left",
+    table = _wide_table(
+        console, f"Head against networks: validation {metric}, same rows, 95 % intervals"
     )
     for column in ("approach", "what"):
-        table.add_column(column)
-    for column in (metric, "interval", "gain over its head", "minutes", "decision"):
-        table.add_column(column, justify="right")
+        table.add_column(column, overflow="fold")
+    for column in (metric, "interval", "its head", "gain over its head", "minutes", "decision"):
+        table.add_column(column, justify="right", overflow="fold")
     assert result.finetuned is not None
     for _, row in result.finetuned.compared.iterrows():
+        # The gain is measured on the same rows, so this is the score of the very head.
+        head = row[metric] - sign(metric) * row["gain"]
         ends = [number_text(row[name], metric) for name in ("gain_low", "gain_high")]
         gain = (
             f"{number_text(row['gain'], metric)} ({ends[0]} to {ends[1]})"
@@ -239,6 +242,7 @@ def finetune_table(result: RunResult) -> Table:
             f"{row['settings']} on {inputs_text(row['inputs'], result.names)}",
             number_text(row[metric], metric),
             f"{number_text(row['low'], metric)} to {number_text(row['high'], metric)}",
+            number_text(head, metric),
             gain,
             f"{row['minutes']:.1f}" if row["minutes"] == row["minutes"] else "–",
             row["decision"],
@@ -250,6 +254,7 @@ def finetune_table(result: RunResult) -> Table:
             f"{len(found.members)} members",
             number_text(found.value, metric),
             f"{number_text(found.low, metric)} to {number_text(found.high, metric)}",
+            "–",
             f"{number_text(found.gain, metric)} ({number_text(found.gain_low, metric)} to "
             f"{number_text(found.gain_high, metric)})",
             "–",
@@ -305,31 +310,49 @@ def ensemble_sentences(result: RunResult) -> list[str]:
         f"{number * 100:+.2f} points" if is_share(found.metric) else f"{number:+.4f}"
         for number in (found.gain, found.gain_low, found.gain_high)
     )
+    if len(found.members) == 1:
+        return ["Ensemble: no second head makes the best single one better"]
     level = level_text(found.level)
     verdict = (
-        "all of it above 0: it is selected"
+        "the interval is above 0, so the ensemble is selected"
         if found.chosen
-        else "it reaches 0: the winner stays selected"
+        else "the interval reaches 0, so the winner stays selected"
     )
+    members = _count_text(len(found.members), "member")
     return [
-        f"Ensemble of {len(found.members)} model(s), {len(found.networks)} network(s): "
-        f"{found.metric} {value} (95 % interval {low} to {high}, on images that did not pick it), "
+        f"Ensemble of {members} on {_count_text(len(found.networks), 'network')}: "
+        f"{found.metric} {value} (95 % interval {low} to {high}, on images that did not pick it); "
         f"against the best single head, picked the same way, {gain} ({level} interval {least} to "
         f"{most}): {verdict}"
     ]
 
 
-def leaderboard_table(board: pd.DataFrame, metric: str, names: Sequence[str]) -> Table:
+def _count_text(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _wide_table(console: Console, title: str) -> Table:
+    """A table of many columns: on a narrow screen without lines between them, and nothing cut."""
+    if console.width < _WIDE_COLUMNS:
+        return Table(title=title, title_justify="left", box=None, pad_edge=False)
+    return Table(title=title, title_justify="left")
+
+
+def leaderboard_table(
+    console: Console, board: pd.DataFrame, metric: str, names: Sequence[str]
+) -> Table:
     """The best head of each (inputs, kind)."""
     grouped = grouped_board(board, metric)
     arrow = "higher" if METRICS[metric].higher_is_better else "lower"
-    table = Table(
-        title=f"Leaderboard: best of each tap and kind by mean validation {metric} ({arrow} is "
-        f"better), of {len(board):,} settings",
-        title_justify="left",
+    table = _wide_table(
+        console,
+        f"Leaderboard: best of each tap and kind by mean validation {metric} ({arrow} is better), "
+        f"of {len(board):,} settings",
     )
-    for column in ("rank", "inputs", "kind", "best setting", "of"):
-        table.add_column(column, justify="right" if column in ("rank", "of") else "left")
+    table.add_column("rank", justify="right")
+    table.add_column("inputs", overflow="fold")
+    table.add_column("best setting", overflow="fold")  # folded at its blanks first
+    table.add_column("of", justify="right")
     table.add_column(metric, justify="right")
     table.add_column("± s.e.", justify="right")
     table.add_column("features", justify="right")
@@ -337,8 +360,7 @@ def leaderboard_table(board: pd.DataFrame, metric: str, names: Sequence[str]) ->
         table.add_row(
             str(row["rank"]),
             inputs_text(row["inputs"], names),
-            row["kind"],
-            row["settings"],
+            f"{row['kind']} {row['settings']}",
             str(row["tried"]),
             number_text(row[metric], metric),
             number_text(row["standard_error"], metric),

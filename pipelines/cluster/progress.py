@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +14,16 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from headrace.pipelines.console import PlainConsole
 
+# Below it the bar is short, and shares of the work and the time that went by are left out.
+_NARROW_COLUMNS = 110
 # Without a terminal: a line at most this often, so that a log stays short.
 _LOG_INTERVAL_S = 5.0
+_NOTEBOOK_INTERVAL_S = 0.25
 # After the first things were done: what follows within it says nothing about the rate.
 _SETTLED_S = 3.0
 
@@ -89,16 +94,21 @@ class _RateMeter:
 def show_progress(console: Console, stage_name: str, n_total: int, unit: str) -> Iterator[Advance]:
     """Show how far a stage is: a bar on a terminal and in a notebook, otherwise lines."""
     as_json = isinstance(console, PlainConsole) and console.json_progress
-    if as_json or not (console.is_terminal or console.is_jupyter):
+    if console.is_jupyter and not (console.quiet or as_json):
+        yield _notebook_line(stage_name, n_total, unit)
+        sys.stderr.write("\n")
+        return
+    if as_json or not console.is_terminal:
         yield _log_lines(console, stage_name, n_total, unit, as_json=as_json)
         return
+    is_narrow = console.width < _NARROW_COLUMNS
     columns = (
-        TextColumn("{task.description:<8}", markup=False),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:>7,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
-        TimeElapsedColumn(),
-        _RateColumn(),
-        TextColumn("{task.fields[details]}", style="dim", markup=False),
+        _text_column("{task.description:<8}"),
+        BarColumn(bar_width=8 if is_narrow else 20),
+        _text_column("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+        *(() if is_narrow else (TimeElapsedColumn(),)),
+        _RateColumn(Column(no_wrap=True)),
+        _text_column("{task.fields[details]}", style="dim"),
     )
     meter = _RateMeter(n_total)
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
@@ -108,9 +118,18 @@ def show_progress(console: Console, stage_name: str, n_total: int, unit: str) ->
 
         def advance(count: int, details: Mapping[str, float] | None = None) -> None:
             meter.add(count)
-            progress.update(progress_bar, advance=count, details=_details_text(details or {}))
+            shown = {
+                name: value
+                for name, value in (details or {}).items()
+                if not (is_narrow and name.endswith("_share"))
+            }
+            progress.update(progress_bar, advance=count, details=_details_text(shown))
 
         yield advance
+
+
+def _text_column(text: str, style: str = "none") -> TextColumn:
+    return TextColumn(text, style=style, markup=False, table_column=Column(no_wrap=True))
 
 
 def _details_text(details: Mapping[str, float]) -> str:
@@ -126,6 +145,40 @@ def _details_text(details: Mapping[str, float]) -> str:
     return " · ".join(detail_texts)
 
 
+def _notebook_line(stage_name: str, n_total: int, unit: str) -> Advance:
+    """One line of the cell's standard error that is written over, for rich's own bar needs
+    ipywidgets.
+    """
+    meter = _RateMeter(n_total)
+    written_at = -math.inf
+
+    def advance(count: int, details: Mapping[str, float] | None = None) -> None:
+        nonlocal written_at
+        meter.add(count)
+        now = time.monotonic()
+        if now - written_at < _NOTEBOOK_INTERVAL_S and meter.n_done < n_total:
+            return
+        written_at = now
+        filled = "█" * (20 * meter.n_done // max(n_total, 1))
+        line = _progress_text(meter, stage_name, unit, details)
+        sys.stderr.write(f"\r|{filled:<20}| {line:<100}")
+        sys.stderr.flush()
+
+    return advance
+
+
+def _progress_text(
+    meter: _RateMeter, stage_name: str, unit: str, details: Mapping[str, float] | None
+) -> str:
+    """Return "extract 10/80 images · 12.3 images/s, 0:18 left · 2 failed"."""
+    texts = (
+        f"{stage_name} {meter.n_done:,}/{meter.n_total:,} {unit}",
+        rate_text(*meter.rate_and_left(), unit=unit),
+        _details_text(details or {}),
+    )
+    return " · ".join(filter(None, texts))
+
+
 def _log_lines(
     console: Console, stage_name: str, n_total: int, unit: str, *, as_json: bool
 ) -> Advance:
@@ -139,8 +192,8 @@ def _log_lines(
         if now - logged_at < _LOG_INTERVAL_S and meter.n_done < n_total:
             return
         logged_at = now
-        rate_per_s, left_s = meter.rate_and_left()
         if as_json:
+            rate_per_s, left_s = meter.rate_and_left()
             line = _json_line(
                 {
                     "stage": stage_name,
@@ -153,12 +206,8 @@ def _log_lines(
                 | dict(details or {})
             )
         else:
-            texts = [
-                f"{stage_name} {meter.n_done:,}/{n_total:,} {unit}",
-                rate_text(rate_per_s, left_s, unit=unit),
-                _details_text(details or {}),
-            ]
-            line = f"{datetime.datetime.now():%H:%M:%S} {' · '.join(filter(None, texts))}"
+            text = _progress_text(meter, stage_name, unit, details)
+            line = f"{datetime.datetime.now():%H:%M:%S} {text}"
         console.print(line, soft_wrap=True)
 
     return advance

@@ -36,13 +36,12 @@ from headrace.extract.run.decode_ahead import (
     empty_pixels,
 )
 from headrace.extract.run.device import BatchLimit, check_device, launch_forward
-from headrace.extract.run.rendering import Rendering, render_into_buffers
+from headrace.extract.run.rendering import Rendering, quiet_decoding, render_into_buffers
 from headrace.extract.run.work_unit import (
     ForwardPass,
     batch_limit_of,
     find_unstorable_rows,
     make_forward_passes,
-    quiet_decoding,
 )
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import make_forward

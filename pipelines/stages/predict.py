@@ -61,7 +61,11 @@ def predict(state: RunState, services: Services) -> RunState:
             if rule is not None:
                 unit_table = _parquet(_unit_columns(sides, predicted, rule), key)
                 publish_table(state.paths.unit_predictions, unit_table)
-            report_done(f"{n_images:,} images, {len(unlabelled.ids):,} of them without a label")
+            n_unlabelled = len(unlabelled.ids)
+            report_done(
+                f"{n_images:,} images"
+                + (f", {n_unlabelled:,} of them without a label" if n_unlabelled else "")
+            )
     n_lacking = len(state.dataset.unlabelled.ids) - len(unlabelled.ids)
     if not n_lacking:
         return state

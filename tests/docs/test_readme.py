@@ -7,12 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
-from support.runs import headrace, make_photos
+from support import runs
 from typer.main import get_command
 
+import headrace
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.recipe.load import load_recipe
 
@@ -26,16 +28,16 @@ PAGES = [
 ]
 
 
-def blocks(language):
+def blocks(language, text=README):
     """The fenced code blocks of one language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of photos, as a reader of the README has one."""
     folder = tmp_path_factory.mktemp("readme")
-    make_photos(folder / "photos", n=40)
+    runs.make_photos(folder / "photos", n=40)
     return folder
 
 
@@ -48,7 +50,7 @@ def test_the_two_commands_are_words_of_the_makefile():
 
 @pytest.mark.slow
 def test_its_commands_run_as_written(folder):
-    """init, a dry run that writes nothing, and the run; then the recipe that the README shows."""
+    """init, and the recipe that the README shows; test_newcomer.py runs the others on its folder."""
     commands = [
         line
         for block in blocks("sh")
@@ -56,14 +58,12 @@ def test_its_commands_run_as_written(folder):
         if line.startswith("headrace ")
     ]
     assert [command.split()[1] for command in commands] == ["init", "run", "run", "report"]
-    for command in commands:
-        done = headrace(*shlex.split(command, comments=True)[1:], cwd=folder)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    assert "Wrote" in done.stdout
+    done = runs.headrace(*shlex.split(commands[0], comments=True)[1:], cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
     (recipe,) = blocks("yaml")
     (folder / "readme.yaml").write_text(recipe)
     assert load_recipe(folder / "readme.yaml").images.folder == folder / "photos"
-    done = headrace("run", "readme.yaml", cwd=folder)
+    done = runs.headrace("run", "readme.yaml", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -78,6 +78,44 @@ def test_its_python_runs_as_written(folder):
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
         assert done.stdout
+
+
+EXAMPLES = blocks("python", (ROOT / "docs/reference/python/examples.md").read_text())
+
+
+@pytest.mark.slow
+def test_the_examples_of_public_names_run(folder, monkeypatch):
+    """In order, as one program."""
+    monkeypatch.chdir(folder)
+    names = {"__name__": "examples"}
+    for block in EXAMPLES:
+        exec(block, names)
+
+
+def test_every_public_name_and_method_has_an_example():
+    """Of classes, the methods that headrace defines; of models, those that all of them have."""
+    text = "\n".join(EXAMPLES)
+    public = {name: getattr(headrace, name) for name in headrace.__all__}
+    assert not [name for name in public if not re.search(rf"\b{name}\b", text)]
+    methods = {
+        method
+        for thing in public.values()
+        if isinstance(thing, type)
+        for method in methods_of(thing)
+    }
+    methods |= set.intersection(*(methods_of(kind) for kind in typing.get_args(headrace.Model)))
+    assert len(methods) > 15
+    assert not [name for name in methods if not re.search(rf"\.{name}\(", text)]
+
+
+def methods_of(kind):
+    """Public methods of a class that are not a library's."""
+    return {
+        name
+        for name in dir(kind)
+        if not name.startswith("_")
+        and getattr(getattr(kind, name), "__module__", "").startswith("headrace")
+    }
 
 
 def test_its_tree_is_the_tree():

@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from rich.console import Console
 from rich.table import Table
 from support.models import run_here
 from support.runs import headrace, make_photos
 
 from headrace.pipelines.cli.main import main
 from headrace.pipelines.cli.status import show_status
+from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.task_log import task_log
 from headrace.pipelines.console import escape_unencodable, make_console, valid_text
 from headrace.pipelines.finished import read_finished_run
@@ -273,3 +275,16 @@ def test_tables_name_files_whose_names_are_no_utf8(tmp_path, kind):
     assert list(table.columns) == ["file", "caf\\xe9.png", "error"]
     assert table["file"].tolist() == ["caf\\xe9.png", "é\n[x].png"]
     assert table["error"].tolist()[1] == "caf\\xe9.png: gone"
+
+
+def test_a_notebook_shows_progress_in_one_line_without_widgets(capsys):
+    """Written over as work is done; a quiet console shows none."""
+    console = Console(force_jupyter=True)
+    for console.quiet in (False, True):
+        with show_progress(console, "extract", 4, "images") as advance:
+            advance(1)
+            advance(3, {"decode_share": 0.5, "failed": 2})
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.split("\r")[-1].startswith(f"|{'█' * 20}| extract 4/4 images · ")
+    assert line.rstrip().endswith("decode 50% · 2 failed")

@@ -247,7 +247,7 @@ def test_features_without_a_task(tmp_path):
     dry = headrace(*command, "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "200 of 200 images go through a network, in 2 work units" in dry.stdout
-    assert "core-hours" in dry.stdout
+    assert "core-seconds" in dry.stdout
     assert not (tmp_path / "headrace-cache").exists()
     shards = tmp_path / "headrace-cache" / "features"
     with (tmp_path / "said.txt").open("w") as said:

@@ -27,8 +27,7 @@ def gc_command(
     yes: Annotated[bool, flag("--yes", help="Remove; otherwise only say what would go.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Remove what killed processes left behind and, given recipes, the feature sets that none of
-    them uses.
+    """Remove what killed processes left and, given recipes, feature sets that none of them uses.
 
     Example: headrace cache gc recipe.yaml other.yaml --yes
     """

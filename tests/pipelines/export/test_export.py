@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -33,6 +34,7 @@ from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import FineTuneSpec, spec_to_json
 from headrace.pipelines.api import extract_features
 from headrace.pipelines.export import write as export
+from headrace.pipelines.export.mlflow_model import save_mlflow_model
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.export.write import ExportError, export_model
 from headrace.pipelines.models.errors import ModelError
@@ -141,6 +143,21 @@ def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
         "headrace",
     ):
         assert said in card
+
+
+def test_an_mlflow_model_predicts_the_same(photos, features, tmp_path):
+    """From paths in a list or in a table; nothing but safetensors and text is in it."""
+    pyfunc = pytest.importorskip("mlflow.pyfunc")
+    place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
+    model = load_model(place)
+    save_mlflow_model(model, tmp_path / "out")
+    paths = [str(path) for path in sorted(photos.rglob("*.png"))[:4]]
+    loaded = pyfunc.load_model(str(tmp_path / "out"))
+    table = loaded.predict(paths)
+    assert list(table) == ["p_coarse", "p_fine"]
+    np.testing.assert_array_equal(table.to_numpy(), model.predict_proba(paths))
+    assert loaded.predict(pd.DataFrame({"path": paths})).equals(table)
+    assert not list((tmp_path / "out").rglob("*.pkl"))
 
 
 @pytest.mark.slow

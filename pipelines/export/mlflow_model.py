@@ -1,0 +1,61 @@
+"""A model as MLflow keeps them: `mlflow.pyfunc.load_model(folder).predict(images)`."""
+
+import importlib.metadata
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from headrace.pipelines.export.write import ExportError, export_model
+from headrace.pipelines.models.model import Model, load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def save_mlflow_model(model: Model, out: Path, **options: Any) -> None:
+    """Write `out`, which must not exist: an MLflow model of the flavor `python_function`.
+
+    It holds all weights as safetensors and no pickled code; who loads it needs headrace and
+    mlflow-skinny. options: of `mlflow.pyfunc.save_model`, such as `metadata`. Raises ExportError.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        raise ExportError("an MLflow model needs mlflow. Try: pip install 'headrace[mlflow]'")
+    import mlflow.pyfunc
+
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder) / "model"
+        export_model(model, exported, ["safetensors"])
+        mlflow.pyfunc.save_model(
+            out,
+            loader_module=__name__,
+            data_path=exported,
+            pip_requirements=[f"headrace=={importlib.metadata.version('headrace')}"],
+            **options,
+        )
+
+
+class _ImagePredictor:
+    """What MLflow asks for predictions."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def predict(self, images: Any, params: "Mapping[str, Any] | None" = None) -> pd.DataFrame:
+        """Return a row for each image: the probabilities of the classes, or the numbers.
+
+        images: n paths, as a list or as the first column of a DataFrame.
+        """
+        paths = images.iloc[:, 0] if isinstance(images, pd.DataFrame) else images
+        paths = np.asarray(paths, dtype=object).ravel().tolist()
+        prefix = "" if self.model.task_kind == "regression" else "p_"
+        columns = [f"{prefix}{name}" for name in self.model.classes]
+        return pd.DataFrame(self.model.predict_proba(paths), columns=columns)
+
+
+def _load_pyfunc(exported: str) -> _ImagePredictor:
+    """Called by MLflow, by this name, with the folder that was exported."""
+    return _ImagePredictor(load_model(exported))
