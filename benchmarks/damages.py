@@ -544,7 +544,7 @@ def measure(
             if verdict.isupper():
                 faults.append(kind)
                 print(f"{number}: {verdict}: {name}: {how}: {command}\n{why[-show:]}\n", flush=True)
-            if number % 100 == 99:
+            if number % 20 == 19:
                 print(f"{number + 1:,} damages, {len(faults)} faults", file=sys.stderr, flush=True)
     shutil.rmtree(project)
     verdicts = ("same", "told", "refused", "SILENT", "TRACE", "BLOCKED")

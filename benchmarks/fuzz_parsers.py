@@ -81,6 +81,37 @@ def parse_members(listing: Any) -> None:
             decode_image(read_bytes(path))
 
 
+def parse_bands(path: Path) -> None:
+    from headrace.extract.images.bands import decode_deep
+
+    decode_deep(path.read_bytes(), (1, 2), (0.0, 1.0)).floats(0.0)
+
+
+def parse_regions(path: Path) -> None:
+    """A folder's images in tiles, a table's rows by their boxes; two of them are decoded."""
+    from headrace.extract.errors import ImageError
+    from headrace.extract.images.byte_ranges import read_bytes
+    from headrace.extract.images.crops import cut_crop, split_crop
+    from headrace.extract.images.decoding import decode_image
+    from headrace.extract.sources.read import ImageSource, read_source
+    from headrace.extract.sources.regions import Boxes, Tiles
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        moved, whole = Path(folder, path.name), Path(folder, "0.png")
+        moved.write_bytes(path.read_bytes())
+        if path.suffix in (".csv", ".json"):
+            whole.write_bytes(image("PNG")()[0])
+            asked = Boxes() if path.suffix == ".json" else "auto"
+            source = ImageSource("table", moved, boxes=asked)
+        else:
+            source = ImageSource("folder", Path(folder), tiles=Tiles(16, 4, "white"))
+        for locator in read_source(source, labelled=False).samples["path"].head(2):
+            image_path, crop = split_crop(str(locator))
+            with contextlib.suppress(OSError, ImageError):
+                decoded = decode_image(read_bytes(image_path))
+                crop and cut_crop(decoded, crop)
+
+
 def parse_archive(path: Path) -> None:
     from headrace.extract.sources.archive import read_archives
 
@@ -229,6 +260,62 @@ def parse_exported_text(path: Path) -> None:
         "backbone_0.safetensors": exported_weights(),
     }
     in_directory(path, files, predict_pixels)
+
+
+def parse_sent_run(path: Path) -> None:
+    """What `headrace predict` looks up of a model that lies in a run's directory."""
+    from headrace.pipelines.models.model import load_model
+    from headrace.pipelines.predict.listing import whole_images_note
+    from headrace.pipelines.run_directory import stored_recipe
+
+    def read(folder: Path) -> None:
+        from headrace.cache.errors import HeadraceError
+        from headrace.pipelines.paths import RunPaths
+
+        for look in (
+            lambda: stored_recipe(RunPaths(folder)),
+            lambda: load_model(folder),
+            lambda: whole_images_note(folder / "winner", ["a.png"]),
+        ):
+            with contextlib.suppress(HeadraceError, OSError):
+                look()
+
+    files = {
+        "recipe.json": path.read_bytes(),
+        "winner/head.safetensors": exported_heads("")[0],
+        "winner/head.json": b"{}",
+        "winner/backbone_0.safetensors": exported_weights(),
+        "ensemble/ensemble.json": ensemble_text()[0],
+    }
+    in_directory(path, files, read)
+
+
+def predict_beside(place: Path) -> None:
+    """What `headrace predict` does with a head on units and side columns."""
+    from headrace.pipelines.models.model import load_model
+
+    model = load_model(place)
+    rule = model.unit_rule
+    assert rule is None or rule.column
+    beside = {"age": [1.0, None], "site": ["north", ""]}
+    units = ["a", "a"] if model.takes_units else None
+    predicted = model.predict_proba([pixels(), pixels()], side_columns=beside, units=units)
+    if rule is not None:
+        rule.predict(model.task_kind, predicted, np.array([0, 0]))
+
+
+def parse_beside_text(path: Path) -> None:
+    """A description of a head on bags where it says so, else on side columns."""
+    from safetensors.numpy import load, save
+
+    text = path.read_text(errors="replace")
+    arrays = load(beside_heads()["bags" if '"bags"' in text else "ridge"])
+    files = {
+        "head.safetensors": save(arrays, metadata={"headrace": text}),
+        "head.json": b"{}",
+        "backbone_0.safetensors": exported_weights(),
+    }
+    in_directory(path, files, predict_beside)
 
 
 def parse_exported_weights(path: Path) -> None:
@@ -612,6 +699,121 @@ def exported_text() -> list[bytes]:
     return [json.dumps(about).encode()]
 
 
+@functools.cache
+def beside_heads() -> dict[str, bytes]:
+    """A head on bags, and one on side columns, both with a rule of units, as they are saved."""
+
+    from headrace.cache.spec import FeatureSpec
+    from headrace.heads.bags.kind import BagsSpec
+    from headrace.heads.data.side_columns import SideColumn
+    from headrace.heads.linear.kind import RidgeSpec
+    from headrace.heads.persist import save_head
+    from headrace.heads.unit_rule import UnitRule
+
+    about = json.loads(exported_text()[0])
+    about["backbones"][0]["weights"] = "backbone_0.safetensors"
+    feature = FeatureSpec.from_json(json.dumps(about["features"][0]))
+    width = feature.shape[0]
+    bags = BagsSpec(hidden=(4,), attention_width=3)
+    side = (SideColumn("age", None, True, 30.0, 5.0), SideColumn("site", ("", "north")))
+    values = np.random.default_rng(0).normal(size=(1, width + 4)).astype(np.float32)
+    shapes = {"weight0": (4, width), "bias0": (4,), "weight1": (2, 4), "bias1": (2,)}
+    shapes |= {"attention": (3,)}
+    for name in ("tanh", "sigmoid"):
+        shapes |= {f"{name}_weight": (3, 4), f"{name}_bias": (3,)}
+    pooled = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    kinds = {
+        "bags": (bags, pooled, ()),
+        "ridge": (RidgeSpec(1.0), {"weight": values, "bias": values[0, :1]}, side),
+    }
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (spec, arrays, columns) in kinds.items():
+            path = save_head(
+                Path(folder, name),
+                spec=spec,
+                arrays=arrays,
+                classes=("a", "b"),
+                features=(feature,),
+                metrics={},
+                backbones=about["backbones"],
+                side_columns=columns,
+                unit_rule=UnitRule("patient", "mean", 1.2),
+            )
+            found[name] = path.read_bytes()
+    return found
+
+
+def beside_text() -> list[bytes]:
+    from headrace.cache.format.sealed import tensor_metadata
+
+    return [tensor_metadata(data)["headrace"].encode() for data in beside_heads().values()]
+
+
+def recipe_json() -> list[bytes]:
+    """A recipe as a run keeps it, without its digest."""
+    from headrace.pipelines.recipe.load import load_recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "recipe.yaml").write_bytes(RECIPE)
+        recipe = load_recipe(Path(folder, "recipe.yaml")).model_dump(mode="json")
+    recipe["images"]["tiles"] = {"size": 16, "overlap": 0}
+    recipe["ensemble"] = {}
+    return [json.dumps(recipe).encode()]
+
+
+def boxes_csv() -> list[bytes]:
+    rows = "".join(f"0.png,{'ab'[n % 2]},{n},{n},9,8\n" for n in range(6))
+    shares = "".join(f"0.png,{'ab'[n % 2]},.1,.2,.5,.6\n" for n in range(6))
+    return [
+        f"path,label,x,y,width,height\n{rows}".encode(),
+        f"path,label,xmin,ymin,xmax,ymax\n{shares}".encode(),
+    ]
+
+
+def boxes_json() -> list[bytes]:
+    coco = {
+        "images": [{"id": 1, "file_name": "0.png", "width": 20, "height": 24}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": 1, "bbox": [n, 2, 5, 6], "iscrowd": n % 2}
+            for n in range(4)
+        ],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    detector = {"images": [{"file": "0.png", "detections": [{"bbox": [0.1, 0.2, 0.3, 0.4]}]}]}
+    return [json.dumps(coco).encode(), json.dumps(detector).encode()]
+
+
+def bands_tiff() -> list[bytes]:
+    import tifffile
+
+    values = np.random.default_rng(0).normal(size=(4, 48, 32)).astype(np.float32)
+    found = []
+    for options in (
+        {"planarconfig": "separate"},
+        {"planarconfig": "separate", "tile": (16, 16), "compression": "zlib"},
+        {"photometric": "minisblack", "byteorder": ">", "metadata": {"axes": "CYX"}},
+        {"planarconfig": "separate", "compression": "lzw", "predictor": True},
+    ):
+        stored = io.BytesIO()
+        tifffile.imwrite(stored, values, **options)
+        found.append(stored.getvalue())
+    return found
+
+
+def tiff_bombs() -> list[bytes]:
+    """Two hundred bytes that declare more pixels than a file of their size can hold."""
+
+    def tiff(width: int, height: int) -> bytes:
+        tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1)]
+        tags += [(278, height), (279, 10)]
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        start = b"II*\0" + struct.pack("<IH", 8, len(tags))
+        return start + entries + bytes(104)
+
+    return [tiff(200_000, 200_000), tiff(2**31 - 1, 2**31 - 1), tiff(2**32 - 1, 1)]
+
+
 def ensemble_text() -> list[bytes]:
     about = {
         "format": 2,
@@ -859,6 +1061,17 @@ CASES = {
         lambda: [b"P6 999999999 9 255\n", b"P3 2 2 65535 " + b"9" * 10**6],
     ),
     "npy-image": Case(".npy", lambda: [array_file(pixels())], parse_image, npy_bombs),
+    "npy-bands": Case(
+        ".npy",
+        lambda: [array_file(np.random.default_rng(0).normal(size=(5, 24, 20)).astype("f4"))],
+        parse_bands,
+        npy_bombs,
+    ),
+    "tiff-bands": Case(".tif", bands_tiff, parse_bands, tiff_bombs),
+    "tiles": Case(".tif", image("TIFF", ("RGB", "L"), tile=(16, 16)), parse_regions, tiff_bombs),
+    "tiles-npy": Case(".npy", lambda: [array_file(pixels())], parse_regions, npy_bombs),
+    "boxes-csv": Case(".csv", boxes_csv, parse_regions, text_bombs),
+    "boxes-json": Case(".json", boxes_json, parse_regions, text_bombs),
     "csv": Case(".csv", csv_file, parse_table, text_bombs),
     "csv.gz": Case(".csv.gz", lambda: [gzip.compress(csv_file()[0])], parse_table, gzip_bombs),
     "jsonl": Case(".jsonl", json_file(lines=True), parse_table, text_bombs),
@@ -893,6 +1106,8 @@ CASES = {
     "exported-weights": Case(
         ".safetensors", lambda: [exported_weights()], parse_exported_weights, weights_bombs
     ),
+    "beside-text": Case(".json", beside_text, parse_beside_text, text_bombs),
+    "sent-run": Case(".json", recipe_json, parse_sent_run, text_bombs),
     "ensemble": Case(".json", ensemble_text, parse_ensemble, text_bombs),
     "side-json": Case(".json", side_json, parse_side_file, text_bombs),
     "side-cls": Case(".cls", lambda: [b"3\n"], parse_side_file, text_bombs),

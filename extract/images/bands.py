@@ -158,6 +158,8 @@ def decode_deep(
         if isinstance(values, np.ndarray):
             check_size(values.shape[1], values.shape[0])
             values = values[:, :, None] if values.ndim == 2 else values
+            if values.ndim != 3:  # a damaged TIFF, whose axes are not those of its values
+                raise ImageError(f"{samples.name} of shape {values.shape}, expected (H, W, bands)")
         if bands is None:
             values, ranges = _colours(samples, values, pixel_range)
             selection = tuple(range(values.shape[2]))
@@ -373,7 +375,17 @@ def decode_large_tiff(data: bytes) -> Bands | None:
 
 
 def upright_size(file: IO[bytes]) -> tuple[int, int]:
-    """(width, height) of an image file, upright, by its header alone. Raises anything."""
+    """(width, height) of an image file, upright, by its header alone. Raises anything, also for a
+    header that declares more pixels than a file of this size can hold.
+    """
+    width, height = _declared_size(file)
+    most_pixels = max(MAX_PIXELS, _MOST_COMPRESSED * file.seek(0, io.SEEK_END))
+    if width * height > most_pixels:
+        raise ImageError(f"it declares {width} x {height} pixels: more than it can hold")
+    return width, height
+
+
+def _declared_size(file: IO[bytes]) -> tuple[int, int]:
     head = file.read(8192)
     file.seek(0)
     if head.startswith(_NUMPY_MAGIC):

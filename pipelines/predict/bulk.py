@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from headrace.cache.atomic_io import PARTIAL_SUFFIX, publish_replace
+from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, publish_replace
 from headrace.cache.errors import CacheError, HeadraceError
 from headrace.cache.format.sealed import (
     SEAL,
@@ -156,55 +156,83 @@ def predict_table(
     }
     if unit_names is not None:
         record["units"] = unit_names.digest
-    units_there = unit_table_path is None or unit_table_path.exists()
-    if table_path.exists() and units_there and not force and not parts_folder.exists():
-        if (earlier_record := _read_record(record_path)) is not None and {
-            **earlier_record,
-            **record,
-        } == earlier_record:
-            return PredictionSummary(
-                len(images), 0, earlier_record["failed"], earlier_record["counts"]
-            )
-        raise PredictionsThere(
-            f"{table_path} is there, and of other images, another model or another version. Give "
-            "another name with --out, or --force to replace it"
+    is_whole = unit_table_path is None or unit_table_path.exists()
+    if is_whole and not force and (done := _finished(table_path, record)) is not None:
+        return done
+    with _only_writer(table_path, console):
+        # Another call may have written it meanwhile.
+        is_whole = unit_table_path is None or unit_table_path.exists()
+        if is_whole and not force and (done := _finished(table_path, record)) is not None:
+            return done
+        parts_folder.mkdir(parents=True, exist_ok=True)
+        known_parts = _known_parts(parts_folder, model, is_final=False)
+        rows = _missing_rows(file_keys_in_order, set(known_parts), units)
+        beside = Beside(side_inputs, units)
+        cached = _predict_cached(
+            model, file_keys_in_order, cache_root, np.array(rows, np.intp), beside
         )
-    parts_folder.mkdir(parents=True, exist_ok=True)
-    known_parts = _known_parts(parts_folder, model, is_final=False)
-    rows = _missing_rows(file_keys_in_order, set(known_parts), units)
-    beside = Beside(side_inputs, units)
-    cached = _predict_cached(model, file_keys_in_order, cache_root, np.array(rows, np.intp), beside)
-    left = [row for row in rows if not cached.is_known[row]]
-    _predict_missing(
-        model,
-        [file_keys_in_order[row] for row in left],
-        None if side_inputs is None else side_inputs[left],
-        None if units is None else units[left],
-        parts_folder,
-        n_workers=n_workers,
-        device=device,
-        console=console,
+        left = [row for row in rows if not cached.is_known[row]]
+        _predict_missing(
+            model,
+            [file_keys_in_order[row] for row in left],
+            None if side_inputs is None else side_inputs[left],
+            None if units is None else units[left],
+            parts_folder,
+            n_workers=n_workers,
+            device=device,
+            console=console,
+        )
+        summary = _assemble_table(
+            model,
+            images["file"].tolist(),
+            file_keys_in_order,
+            parts_folder,
+            parts_folder / "table.partial",
+            table_format,
+            cached,
+            unit_names,
+        )
+        summary = replace(summary, new=len(rows), cached=cached.count(rows))
+        if unit_table_path is not None:
+            os.replace(parts_folder / "units.partial", unit_table_path)
+        os.replace(parts_folder / "table.partial", table_path)
+        record |= {"failed": summary.failed, "counts": summary.counts}
+        # By way of the folder of parts, with which the temporary of a killed call goes too.
+        publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
+        os.replace(parts_folder / "record.partial", record_path)
+        _remove_parts(parts_folder)
+        return summary
+
+
+def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary | None:
+    """Return the counts of a table that an earlier call has finished, None where there is none.
+
+    Raises PredictionsThere for one of other images or another model.
+    """
+    parts_folder = table_path.with_name(f"{table_path.name}.parts")
+    if not table_path.exists() or parts_folder.exists():
+        return None
+    earlier_record = _read_record(table_path.with_name(f"{table_path.name}.json"))
+    if earlier_record is not None and {**earlier_record, **record} == earlier_record:
+        return PredictionSummary(
+            record["images"], 0, earlier_record["failed"], earlier_record["counts"]
+        )
+    raise PredictionsThere(
+        f"{table_path} is there, and of other images, another model or another version. Give "
+        "another name with --out, or --force to replace it"
     )
-    summary = _assemble_table(
-        model,
-        images["file"].tolist(),
-        file_keys_in_order,
-        parts_folder,
-        parts_folder / "table.partial",
-        table_format,
-        cached,
-        unit_names,
-    )
-    summary = replace(summary, new=len(rows), cached=cached.count(rows))
-    if unit_table_path is not None:
-        os.replace(parts_folder / "units.partial", unit_table_path)
-    os.replace(parts_folder / "table.partial", table_path)
-    record |= {"failed": summary.failed, "counts": summary.counts}
-    # By way of the folder of parts, with which the temporary of a killed call goes too.
-    publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
-    os.replace(parts_folder / "record.partial", record_path)
-    _remove_parts(parts_folder)
-    return summary
+
+
+@contextlib.contextmanager
+def _only_writer(table_path: Path, console: Console) -> Iterator[None]:
+    """Keep other calls from a table for a while: two would write it over each other."""
+    table_path.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = table_path.with_name(f".{table_path.name}.lock")
+    if lock_path.exists():
+        text = f"note: waiting for the call that writes {table_path}, unless it was killed"
+        console.print(text, soft_wrap=True)
+    with lease(lock_path):
+        yield
 
 
 def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> None:

@@ -26,7 +26,10 @@ sys.modules["fuzz_parsers"] = fuzz_parsers
 _SPEC.loader.exec_module(fuzz_parsers)
 SHARE = 12
 FEW = 4  # of those that build a network for each
-SLOW = ("network", "network-text", "exported-head", "exported-text", "exported-weights", "ensemble")
+SLOW = (
+    *("network", "network-text", "exported-head", "exported-text", "exported-weights", "ensemble"),
+    *("beside-text", "sent-run"),
+)
 
 
 @pytest.mark.parametrize("name", fuzz_parsers.CASES)
@@ -69,6 +72,9 @@ def test_damage_is_refused_or_harmless(tmp_path, name):
             "features-parquet",
             "ids-npy",
             "side-json",
+            "tiff-bands",
+            "tiles",
+            "tiles-npy",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import os
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -128,6 +129,19 @@ def test_a_second_call_does_nothing_and_other_images_are_refused(run, model, tmp
         bulk.predict_table(model, images[:5], out, "csv", console=QUIET)
     assert bulk.predict_table(model, images[:5], out, "csv", force=True, console=QUIET).new == 5
     assert len(pd.read_csv(out)) == 5
+
+
+def test_two_calls_for_one_table_follow_each_other(run, model, tmp_path):
+    """The second finds the table finished; side by side they would write it over each other."""
+    images = list_images([run / "new"]).samples
+    with ThreadPoolExecutor(2) as pool:
+        table = tmp_path / "p.csv"
+        calls = [
+            pool.submit(bulk.predict_table, model, images, table, "csv", console=QUIET)
+            for _ in range(2)
+        ]
+        assert sorted(call.result().new for call in calls) == [0, 13]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.csv", "p.csv.json"]
 
 
 def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
