@@ -10,15 +10,11 @@ OUT.json says what made it, and the parts go.
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
-import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -26,31 +22,31 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
-from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, publish_replace
-from headrace.cache.errors import CacheError, HeadraceError
+from headrace.cache.atomic_io import lease, publish_replace
+from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import (
-    SEAL,
-    UNSEALED,
-    check_seal,
     read_sealed_json,
-    seal,
     sealed_json,
 )
 from headrace.cache.text import as_text
-from headrace.extract.images.byte_ranges import locator_file
-from headrace.extract.images.file_stamps import FileStamp, file_stamps, wait_until_settled
-from headrace.extract.spec import Sample
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import available_cores
-from headrace.pipelines.models.cached_model import find_cached_model
 from headrace.pipelines.models.from_features import Beside
-from headrace.pipelines.models.model import Model, load_model
-from headrace.pipelines.predict.known import known_contents
+from headrace.pipelines.models.model import Model
+from headrace.pipelines.predict.cached import CachedPredictions, predict_cached
+from headrace.pipelines.predict.parts import (
+    FileKey,
+    file_keys,
+    known_parts,
+    missing_rows,
+    open_part,
+    path_samples,
+    predict_missing,
+    remove_parts,
+)
 from headrace.pipelines.predict.tables import TableBlock, is_predictions, table_writer
 from headrace.pipelines.predict.units import (
     UnitNames,
@@ -62,42 +58,11 @@ from headrace.pipelines.predict.units import (
 from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError, empty_as_missing
 
-# some seconds of a small network on one core: little is lost to a kill
-PART_IMAGES = 256
-# Starting worker processes takes some seconds each; fewer images than this are done sooner in this
-# process.
-_WORTH_WORKERS = 1024
 _BLOCK = 4096  # rows of the table written at a time
-_CACHED_IMAGES = 8192  # that need no network: features in memory at a time
-
-# path, and the stamp of the file that was predicted; "" where there is no file
-_Key = tuple[str, str]
 
 
 class PredictionsThere(HeadraceError, FileExistsError):
     """The table is there already, and of something else."""
-
-
-class PredictIncomplete(HeadraceError):
-    """Some parts failed; the others are kept."""
-
-
-@dataclass(frozen=True)
-class PartJob:
-    """Predict these images and publish one part."""
-
-    model: str
-    # The model's digest, so that no worker uses another one.
-    digest: str
-    samples: tuple[Sample, ...]
-    keys: tuple[_Key, ...]
-    part: str
-    device: str = "cpu"
-    threads: int = 1
-    trust_code: tuple[str, ...] = ()  # as the caller's
-    # (n, R) the side columns, and (n,) the units, that the model reads beside the images
-    side_inputs: npt.NDArray[np.float32] | None = None
-    units: npt.NDArray[np.str_] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,14 +130,14 @@ def predict_table(
         if is_whole and not force and (done := _finished(table_path, record)) is not None:
             return done
         parts_folder.mkdir(parents=True, exist_ok=True)
-        known_parts = _known_parts(parts_folder, model, is_final=False)
-        rows = _missing_rows(file_keys_in_order, set(known_parts), units)
+        known_keys = known_parts(parts_folder, model, is_final=False).keys()
+        rows = missing_rows(file_keys_in_order, known_keys, units)
         beside = Beside(side_inputs, units)
-        cached = _predict_cached(
+        cached = predict_cached(
             model, file_keys_in_order, cache_root, np.array(rows, np.intp), beside
         )
         left = [row for row in rows if not cached.is_known[row]]
-        _predict_missing(
+        predict_missing(
             model,
             [file_keys_in_order[row] for row in left],
             None if side_inputs is None else side_inputs[left],
@@ -200,7 +165,7 @@ def predict_table(
         # By way of the folder of parts, with which the temporary of a killed call goes too.
         publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
         os.replace(parts_folder / "record.partial", record_path)
-        _remove_parts(parts_folder)
+        remove_parts(parts_folder)
         return summary
 
 
@@ -280,20 +245,6 @@ def _free_name(table_path: Path) -> Path:
     return next(candidate_path for candidate_path in candidate_paths if not candidate_path.exists())
 
 
-def _remove_parts(parts_folder: Path) -> None:
-    """Remove what calls of predict have written there, and the folder if nothing of anybody else is
-    in it.
-    """
-    for part_file in parts_folder.iterdir():
-        if re.fullmatch(
-            rf"[0-9a-f]{{24}}\.parquet|(table|record|units)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",
-            part_file.name,
-        ):
-            part_file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty
-        parts_folder.rmdir()
-
-
 def predict_stream(
     model: Model,
     images: pd.DataFrame,
@@ -311,7 +262,7 @@ def predict_stream(
     side_inputs = _side_inputs(model, images, make_console(stderr=True))
     beside = Beside(side_inputs, _units(model, images))
     keys = [(path, "") for path in image_paths] if cache_root is None else file_keys(image_paths)
-    cached = _predict_cached(model, keys, cache_root, np.arange(len(keys)), beside)
+    cached = predict_cached(model, keys, cache_root, np.arange(len(keys)), beside)
     probabilities, error_texts = cached.probabilities, cached.errors
     missing = np.flatnonzero(~cached.is_known)
     n_failed, class_counts, n_written = 0, np.zeros(len(model.classes), np.int64), 0
@@ -355,7 +306,7 @@ def _predict_rows(
         return
     from headrace.pipelines.models.images import open_engine, predict_samples
 
-    samples = _path_samples(image_paths[row] for row in rows)
+    samples = path_samples(image_paths[row] for row in rows)
     n_done = 0
     engine, n_threads = open_engine(model, device), available_cores()
     for predicted in predict_samples(engine, samples, n_threads, beside):
@@ -365,50 +316,6 @@ def _predict_rows(
         # Batches come in order and whole.
         n_done += len(predicted.rows) + len(predicted.failed)
         yield n_done
-
-
-def predict_part(job: PartJob) -> int:
-    """Predict the images of a part and publish it; returns how many failed. What a worker runs."""
-    from headrace.pipelines.models.images import predict_samples
-
-    _set_threads(job.threads)
-    engine = _open_model_engine(job.model, job.digest, job.device, job.trust_code)
-    probabilities = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
-    error_texts: list[str | None] = [None] * len(job.samples)
-    is_unread = np.zeros(len(job.samples), np.bool_)
-    beside = Beside(job.side_inputs, job.units)
-    for predicted in predict_samples(engine, job.samples, job.threads, beside):
-        probabilities[predicted.rows] = predicted.probabilities
-        for row, reason in predicted.failed:
-            error_texts[row] = reason
-        is_unread[list(predicted.unread)] = True
-    publish_replace(Path(job.part), _part_bytes(job, probabilities, error_texts, is_unread))
-    return sum(error is not None for error in error_texts)
-
-
-def _part_bytes(
-    job: PartJob,
-    probabilities: npt.NDArray[np.float32],
-    error_texts: list[str | None],
-    is_unread: npt.NDArray[np.bool_],
-) -> bytes:
-    """Return a part as a Parquet file with a seal: Parquet's pages have no checksum, and one digit
-    would be believed.
-    """
-    table = pa.table(
-        {
-            "path": pa.array([_path_bytes(path) for path, _ in job.keys], pa.binary()),
-            "stamp": [stamp for _, stamp in job.keys],
-            "error": pa.array(error_texts, pa.string()),
-            "unread": is_unread,
-            "probabilities": pa.FixedSizeListArray.from_arrays(
-                pa.array(probabilities.reshape(-1)), probabilities.shape[1]
-            ),
-        }
-    ).replace_schema_metadata({"headrace": job.digest, SEAL: UNSEALED})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return seal(buffer.getvalue())
 
 
 def _side_inputs(
@@ -443,261 +350,19 @@ def unit_column(model: Model) -> str | None:
     return None if rule is None else rule.column
 
 
-def _missing_rows(
-    keys: Sequence[_Key], known: Collection[_Key], units: npt.NDArray[np.str_] | None
-) -> list[int]:
-    """Return the rows to predict, each key once; of a unit all or none, next to one another."""
-    first_row: dict[Any, int] = {}
-    for row, key in enumerate(keys):
-        first_row.setdefault(key if units is None else (key, units[row]), row)
-    if units is None:
-        return [row for key, row in first_row.items() if key not in known]
-    missing_units = dict.fromkeys(
-        units[row] for (key, _), row in first_row.items() if key not in known
-    )
-    place = {unit: number for number, unit in enumerate(missing_units)}
-    rows = [row for row in first_row.values() if units[row] in place]
-    return sorted(rows, key=lambda row: place[units[row]])
-
-
-def file_keys(
-    image_paths: Sequence[str],
-    side_inputs: npt.NDArray[np.float32] | None = None,
-    units: npt.NDArray[np.str_] | None = None,
-) -> list[_Key]:
-    """Return what tells whether a file is still the one that was predicted: its path, and its stamp
-    (see FileStamp) with a digest of what the model reads beside it: its side columns, and all
-    images of its unit.
-
-    Files written a moment ago are waited for, some seconds at most, so that a change after this
-    call has another stamp.
-    """
-    # Not the content hash: it would read every image of a finished part again, a stamp costs a
-    # stat.
-    stamps_of_files = file_stamps(map(locator_file, image_paths))
-    wait_until_settled(stamp for stamp in stamps_of_files if isinstance(stamp, FileStamp))
-    stamp_texts = [stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps_of_files]
-    if side_inputs is not None:
-        digests = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in side_inputs]
-        stamp_texts = [
-            f"{stamp}|{digest}" for stamp, digest in zip(stamp_texts, digests, strict=True)
-        ]
-    keys = list(zip(image_paths, stamp_texts, strict=True))
-    if units is None:
-        return keys
-    members: dict[str, list[_Key]] = {}
-    for unit, key in zip(units.tolist(), keys, strict=True):
-        members.setdefault(unit, []).append(key)
-    digest_of_unit = {
-        unit: hashlib.sha256(json.dumps([unit, sorted(unit_keys)]).encode()).hexdigest()[:16]
-        for unit, unit_keys in members.items()
-    }
-    return [
-        (path, f"{stamp}|{digest_of_unit[unit]}")
-        for (path, stamp), unit in zip(keys, units.tolist(), strict=True)
-    ]
-
-
-def _path_bytes(path: str) -> bytes:
-    return path.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
-
-
-@dataclass(frozen=True)
-class _FromCache:
-    """Predictions of N images, of those whose features are cached: cheap enough to make again."""
-
-    probabilities: npt.NDArray[np.float32]  # (N, C), nan elsewhere
-    errors: list[str | None]
-    is_known: npt.NDArray[np.bool_]  # (N,) predicted, or recorded as failed
-
-    def count(self, rows: Iterable[int]) -> int:
-        """Return how many of some images had features."""
-        return sum(bool(self.is_known[row]) and self.errors[row] is None for row in rows)
-
-
-def _predict_cached(
-    model: Model,
-    keys: Sequence[_Key],
-    cache_root: Path | None,
-    rows: npt.NDArray[np.intp],
-    beside: Beside,
-) -> _FromCache:
-    """Predict those of some rows that have features in a cache, or are recorded there as failed; of
-    a unit that is predicted as a whole, all or none. beside: of all rows.
-    """
-    probabilities = np.full((len(keys), len(model.classes)), np.nan, np.float32)
-    error_texts: list[str | None] = [None] * len(keys)
-    is_known = np.zeros(len(keys), np.bool_)
-    predictions = _FromCache(probabilities, error_texts, is_known)
-    if cache_root is None or not len(rows):
-        return predictions
-    cached_model = find_cached_model(model, cache_root)
-    if cached_model is None:
-        return predictions
-    files = [(keys[row][0], keys[row][1].partition("|")[0]) for row in rows]
-    hashes = known_contents(files, cache_root)
-    reasons = [cached_model.failures.get(content_hash) for content_hash in hashes.astype(str)]
-    has_failed = np.array([reason is not None for reason in reasons], np.bool_)
-    has_features = cached_model.has_features(hashes) & ~has_failed
-    is_done = has_features | has_failed
-    units = None if beside.units is None else beside.units[rows]
-    if units is not None:
-        is_done &= ~np.isin(units, units[~is_done])
-    found = np.flatnonzero(has_features & is_done)
-    if units is not None:
-        found = found[np.argsort(units[found], kind="stable")]
-    try:
-        for block in part_slices(
-            len(found), _CACHED_IMAGES, None if units is None else units[found]
-        ):
-            some = found[block]
-            probabilities[rows[some]] = cached_model.predict(hashes[some], beside.take(rows[some]))
-    except CacheError as error:
-        raise CacheError(f"{error}. To predict without the cache: --no-cache") from error
-    is_known[rows[is_done]] = True
-    for place in np.flatnonzero(has_failed & is_done):
-        error_texts[rows[place]] = reasons[place]
-    _copy_repeated(keys, rows, predictions)
-    return predictions
-
-
-def _copy_repeated(
-    keys: Sequence[_Key], rows: npt.NDArray[np.intp], predictions: _FromCache
-) -> None:
-    """Give images that are named several times, of which `rows` holds the first, its prediction."""
-    if len(rows) == len(keys):
-        return
-    row_of_key = {keys[row]: row for row in rows if predictions.is_known[row]}
-    for row, key in enumerate(keys):
-        first_row = row_of_key.get(key)
-        if first_row is not None and first_row != row:
-            predictions.probabilities[row] = predictions.probabilities[first_row]
-            predictions.errors[row] = predictions.errors[first_row]
-            predictions.is_known[row] = True
-
-
-def _predict_missing(
-    model: Model,
-    missing_keys: Sequence[_Key],
-    side_inputs: npt.NDArray[np.float32] | None,
-    units: npt.NDArray[np.str_] | None,
-    parts_folder: Path,
-    *,
-    n_workers: int | None,
-    device: str,
-    console: Console,
-) -> None:
-    if not missing_keys:
-        return
-    n_cores = n_workers or available_cores()
-    uses_workers = device == "cpu" and n_cores > 1 and len(missing_keys) >= _WORTH_WORKERS
-    # Every worker has something to do, and the last part is not waited for long.
-    part_size = (
-        min(PART_IMAGES, max(16, -(-len(missing_keys) // (2 * n_cores))))
-        if uses_workers
-        else PART_IMAGES
-    )
-    jobs = []
-    for part in part_slices(len(missing_keys), part_size, units):
-        keys = tuple(missing_keys[part])
-        part_name = hashlib.sha256(json.dumps([model.digest, keys]).encode()).hexdigest()[:24]
-        part_path = str((parts_folder / f"{part_name}.parquet").absolute())
-        n_threads = 1 if uses_workers else n_cores
-        model_path = str(model.path.absolute())
-        samples = tuple(_path_samples(key[0] for key in keys))
-        jobs.append(
-            PartJob(
-                model_path,
-                model.digest,
-                samples,
-                keys,
-                part_path,
-                device,
-                n_threads,
-                model.trust_code,
-                None if side_inputs is None else side_inputs[part],
-                None if units is None else units[part],
-            )
-        )
-    with show_progress(console, "predict", len(missing_keys), "images") as advance:
-        if not uses_workers:
-            for job in jobs:
-                n_failed = predict_part(job)
-                advance(len(job.samples), {"failed": n_failed})
-            return
-        # imports Dask, which predicting from a cache does without
-        from headrace.pipelines.cluster.clients import local_client
-        from headrace.pipelines.cluster.submit import run_tasks
-
-        failure_reasons = []
-        with ExitStack() as stack:
-            client = stack.enter_context(
-                local_client(min(n_cores, len(jobs)), module_names=[__name__])
-            )
-            keyed_jobs = ((f"predict-{Path(job.part).stem}", job) for job in jobs)
-            outcomes = stack.enter_context(closing(run_tasks(client, predict_part, keyed_jobs)))
-            for outcome in outcomes:
-                failure_reasons += [outcome.error] if outcome.error else []
-                advance(len(outcome.job.samples), {"failed": outcome.result or 0})
-    if failure_reasons:
-        raise PredictIncomplete(
-            f"{len(failure_reasons):,} of {len(jobs):,} parts failed; the others are kept, and the "
-            f"same command tries these again. The first reason: {failure_reasons[0]}"
-        )
-
-
-def part_slices(n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None) -> Iterator[slice]:
-    """Yield stretches of rows, each a part: of about so many, and no unit in two of them."""
-    ends = np.arange(1, n_rows + 1)
-    if units is not None:
-        ends = np.append(np.flatnonzero(units[1:] != units[:-1]) + 1, n_rows)
-    start = 0
-    while start < n_rows:
-        end = min(int(np.searchsorted(ends, start + part_size)), len(ends) - 1)
-        stop = int(ends[end])
-        yield slice(start, stop)
-        start = stop
-
-
-def _known_parts(
-    parts_folder: Path, model: Model, *, is_final: bool
-) -> dict[_Key, tuple[Path, int]]:
-    """Return the part and the row that hold the prediction of each file.
-
-    A file that could not be read is tried again, unless `is_final`.
-    """
-    part_of_key: dict[_Key, tuple[Path, int]] = {}
-    for part_path in sorted(parts_folder.glob("*.parquet")):
-        try:
-            data = part_path.read_bytes()
-            check_seal(data)
-            parquet_file = pq.ParquetFile(io.BytesIO(data))
-            if (parquet_file.schema_arrow.metadata or {}).get(b"headrace") != model.digest.encode():
-                continue  # of another model
-            table = parquet_file.read(["path", "stamp", "unread"])
-        except (pa.ArrowException, OSError, KeyError, ValueError):
-            continue  # damaged: its images are predicted again
-        table_columns = (table[name].to_pylist() for name in table.column_names)
-        for row, (path, stamp, unread) in enumerate(zip(*table_columns, strict=True)):
-            key = (path.decode("utf-8", "surrogatepass"), stamp)
-            if not unread or (is_final and key not in part_of_key):
-                part_of_key[key] = (part_path, row)
-    return part_of_key
-
-
 def _assemble_table(
     model: Model,
     file_names: list[str],
-    file_keys: list[_Key],
+    keys: list[FileKey],
     parts_folder: Path,
     table_path: Path,
     table_format: str,
-    cached: _FromCache,
+    cached: CachedPredictions,
     unit_names: UnitNames | None,
 ) -> PredictionSummary:
     """Put the table together at `table_path`, and beside it the table of units, `units.partial`."""
     all_probabilities = []  # for the units alone
-    part_of_key = _known_parts(parts_folder, model, is_final=True)
+    part_of_key = known_parts(parts_folder, model, is_final=True)
     open_parts: OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]] = OrderedDict()
     n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
     with table_writer(table_path, table_format, model.task_kind, model.classes) as write:
@@ -705,8 +370,8 @@ def _assemble_table(
             block = slice(block_start, block_start + _BLOCK)
             probabilities, error_texts = cached.probabilities[block], cached.errors[block]
             for block_row in np.flatnonzero(~cached.is_known[block]):
-                part_path, part_row = part_of_key[file_keys[block_start + block_row]]
-                part_probabilities, part_errors = _open_part(
+                part_path, part_row = part_of_key[keys[block_start + block_row]]
+                part_probabilities, part_errors = open_part(
                     open_parts, part_path, len(model.classes)
                 )
                 probabilities[block_row] = part_probabilities[part_row]
@@ -725,23 +390,6 @@ def _assemble_table(
     return PredictionSummary(len(file_names), 0, n_failed, _named_counts(class_counts, model))
 
 
-def _open_part(
-    open_parts: "OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]]",
-    part_path: Path,
-    n_outputs: int,
-) -> tuple[npt.NDArray[np.float32], list[str | None]]:
-    if part_path not in open_parts:
-        table = pq.read_table(part_path, columns=["probabilities", "error"])
-        flat_values = (
-            table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        )
-        open_parts[part_path] = (flat_values.reshape(-1, n_outputs), table["error"].to_pylist())
-        # Images come in the order in which they were predicted, or nearly so.
-        if len(open_parts) > 64:
-            open_parts.popitem(last=False)
-    return open_parts[part_path]
-
-
 def _count_classes(probabilities: npt.NDArray[np.float32], model: Model) -> npt.NDArray[np.int64]:
     if model.task_kind == "single":
         return np.bincount(probabilities.argmax(1), minlength=len(model.classes))
@@ -754,26 +402,6 @@ def _named_counts(class_counts: npt.NDArray[np.int64], model: Model) -> dict[str
     if model.task_kind == "regression":
         return {}
     return dict(zip(model.classes, class_counts.tolist(), strict=True))
-
-
-def _path_samples(paths: Iterable[str]) -> list[Sample]:
-    return [Sample(path, path, "") for path in paths]
-
-
-@lru_cache(maxsize=1)
-def _open_model_engine(path: str, digest: str, device: str, trust_code: tuple[str, ...]) -> Any:
-    from headrace.pipelines.models.images import open_engine
-
-    model = load_model(path, trust_code=trust_code)
-    if model.digest != digest:
-        raise PredictIncomplete(f"{path} has changed since this call began: call again")
-    return open_engine(model, device)
-
-
-def _set_threads(n_threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(n_threads)
 
 
 def _read_record(record_path: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from headrace.heads.predict import floor_of
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import RunState
-from headrace.pipelines.predict.bulk import part_slices
+from headrace.pipelines.predict.parts import part_slices
 from headrace.pipelines.predict.tables import Column, outcome_columns, target_columns
 from headrace.pipelines.records import RunDamaged, publish_table, read_table
 from headrace.pipelines.selection.evaluation_record import WeightedModel, predict_average

@@ -25,7 +25,7 @@ from headrace.extract.images.file_stamps import (
     file_stamps,
     wait_until_settled,
 )
-from headrace.pipelines.predict.bulk import file_keys
+from headrace.pipelines.predict.parts import file_keys
 
 LONG_AGO = 1_600_000_000  # the time in an archive
 

@@ -12,7 +12,7 @@ from headrace.pipelines.cli.init import InitError, _check_out
 from headrace.pipelines.cluster import task_leases
 from headrace.pipelines.export import write as export
 from headrace.pipelines.export.write import ExportError, export_model
-from headrace.pipelines.predict import bulk
+from headrace.pipelines.predict.parts import remove_parts
 
 
 def asked(out, *, force=True):
@@ -153,10 +153,10 @@ def test_predict_removes_its_own_parts_alone(photos):
     for name in ("table.partial", "record.partial", f".record.partial.{'0a' * 16}.partial"):
         (parts / name).touch()
     (parts / "mine.parquet").touch()
-    bulk._remove_parts(parts)
+    remove_parts(parts)
     assert [file.name for file in parts.iterdir()] == ["mine.parquet"]
     (parts / "mine.parquet").unlink()
-    bulk._remove_parts(parts)
+    remove_parts(parts)
     assert not parts.exists()
 
 

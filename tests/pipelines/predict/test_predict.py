@@ -22,7 +22,7 @@ from support.runs import RECIPE, headrace, make_photos
 from headrace.extract.errors import SourceError
 from headrace.pipelines.cli.main import main
 from headrace.pipelines.models.model import load_model
-from headrace.pipelines.predict import bulk
+from headrace.pipelines.predict import bulk, parts
 from headrace.pipelines.predict.listing import list_images
 from headrace.pipelines.predict.tables import TableBlock, csv_text, json_lines
 
@@ -148,20 +148,20 @@ def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
     """After a stop in the middle: finished parts stay, a changed, a new and an unreadable file are
     predicted, no other is.
     """
-    monkeypatch.setattr(bulk, "PART_IMAGES", 4)
+    monkeypatch.setattr(parts, "PART_IMAGES", 4)
     photos = tmp_path / "photos"
     make_photos(photos, n=12, seed=2)
     paths = sorted(photos.rglob("*.png"))
     images = list_images([*map(str, paths[:4]), *map(str, paths)]).samples  # some twice
     images.loc[len(images)] = ["gone", str(photos / "gone.png")]
-    whole, stop = bulk.predict_part, iter([False, False, True])
+    whole, stop = parts.predict_part, iter([False, False, True])
 
     def stopping(job):
         if next(stop):
             raise KeyboardInterrupt
         return whole(job)
 
-    monkeypatch.setattr(bulk, "predict_part", stopping)
+    monkeypatch.setattr(parts, "predict_part", stopping)
     with pytest.raises(KeyboardInterrupt):
         bulk.predict_table(model, images, tmp_path / "p.csv", "csv", console=QUIET)
     assert not (tmp_path / "p.csv").exists()
@@ -170,7 +170,7 @@ def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
     Image.new("RGB", (40, 40), "red").save(paths[7])
     os.utime(paths[7], ns=(1, 1))
     seen = []
-    monkeypatch.setattr(bulk, "predict_part", lambda job: seen.extend(job.samples) or whole(job))
+    monkeypatch.setattr(parts, "predict_part", lambda job: seen.extend(job.samples) or whole(job))
     summary = bulk.predict_table(model, images, tmp_path / "p.csv", "csv", console=QUIET)
     kept = 12 + 1 - len(seen)
     assert kept in (3, 4)  # the part that was whole, less the file that was changed if it was in it
@@ -185,7 +185,7 @@ def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
 
 def test_workers_predict_the_same(run, model, tmp_path, monkeypatch):
     """Parts that Dask tasks publish are put together in the order of the images."""
-    monkeypatch.setattr(bulk, "_WORTH_WORKERS", 1)
+    monkeypatch.setattr(parts, "WORTH_WORKERS", 1)
     monkeypatch.setattr("headrace.pipelines.cluster.clients.local_client", client_here)
     images = list_images([run / "photos"]).samples
     bulk.predict_table(model, images, tmp_path / "p.parquet", "parquet", n_workers=2, console=QUIET)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from headrace.pipelines.predict.bulk import PartJob, _known_parts, _open_part, _part_bytes
+from headrace.pipelines.predict.parts import PartJob, _part_bytes, known_parts, open_part
 
 
 def test_a_damaged_part_is_predicted_again(tmp_path):
@@ -19,19 +19,19 @@ def test_a_damaged_part_is_predicted_again(tmp_path):
     good = _part_bytes(job, numbers, [None] * 20, np.zeros(20, np.bool_))
     model, draw, damaged = SimpleNamespace(digest="digest"), random.Random(0), 0
     part.write_bytes(good)
-    assert _known_parts(tmp_path, model, is_final=False) == {
+    assert known_parts(tmp_path, model, is_final=False) == {
         key: (part, row) for row, key in enumerate(keys)
     }
     for bit in [draw.randrange(8 * len(good)) for _ in range(200)]:
         data = bytearray(good)
         data[bit // 8] ^= 1 << bit % 8
         part.write_bytes(data)
-        if known := _known_parts(tmp_path, model, is_final=False):
+        if known := known_parts(tmp_path, model, is_final=False):
             assert set(known) == set(keys)
-            assert (_open_part({}, part, 2)[0] == numbers).all()
+            assert (open_part({}, part, 2)[0] == numbers).all()
         else:
             damaged += 1
     assert damaged > 190
     for data in (b"", good[:-1], good[: len(good) // 2]):
         part.write_bytes(data)
-        assert _known_parts(tmp_path, model, is_final=False) == {}
+        assert known_parts(tmp_path, model, is_final=False) == {}

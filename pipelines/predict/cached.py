@@ -1,0 +1,112 @@
+"""Predictions of images whose features are in a cache: no network runs."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from headrace.cache.errors import CacheError
+from headrace.extract.images.content_hashes import content_hashes, indexed_hashes
+from headrace.pipelines.models.cached_model import find_cached_model
+from headrace.pipelines.models.from_features import Beside
+from headrace.pipelines.models.model import Model
+from headrace.pipelines.paths import content_index
+from headrace.pipelines.predict.parts import FileKey, part_slices
+
+_CACHED_IMAGES = 8192  # features in memory at a time
+
+
+@dataclass(frozen=True)
+class CachedPredictions:
+    """Predictions of N images, of those whose features are cached: cheap enough to make again."""
+
+    probabilities: npt.NDArray[np.float32]  # (N, C), nan elsewhere
+    errors: list[str | None]
+    is_known: npt.NDArray[np.bool_]  # (N,) predicted, or recorded as failed
+
+    def count(self, rows: Iterable[int]) -> int:
+        """Return how many of some images had features."""
+        return sum(bool(self.is_known[row]) and self.errors[row] is None for row in rows)
+
+
+def predict_cached(
+    model: Model,
+    keys: Sequence[FileKey],
+    cache_root: Path | None,
+    rows: npt.NDArray[np.intp],
+    beside: Beside,
+) -> CachedPredictions:
+    """Predict those of some rows that have features in a cache, or are recorded there as failed; of
+    a unit that is predicted as a whole, all or none. beside: of all rows.
+    """
+    probabilities = np.full((len(keys), len(model.classes)), np.nan, np.float32)
+    error_texts: list[str | None] = [None] * len(keys)
+    is_known = np.zeros(len(keys), np.bool_)
+    predictions = CachedPredictions(probabilities, error_texts, is_known)
+    if cache_root is None or not len(rows):
+        return predictions
+    cached_model = find_cached_model(model, cache_root)
+    if cached_model is None:
+        return predictions
+    files = [(keys[row][0], keys[row][1].partition("|")[0]) for row in rows]
+    hashes = known_contents(files, cache_root)
+    reasons = [cached_model.failures.get(content_hash) for content_hash in hashes.astype(str)]
+    has_failed = np.array([reason is not None for reason in reasons], np.bool_)
+    has_features = cached_model.has_features(hashes) & ~has_failed
+    is_done = has_features | has_failed
+    units = None if beside.units is None else beside.units[rows]
+    if units is not None:
+        is_done &= ~np.isin(units, units[~is_done])
+    found = np.flatnonzero(has_features & is_done)
+    if units is not None:
+        found = found[np.argsort(units[found], kind="stable")]
+    try:
+        for block in part_slices(
+            len(found), _CACHED_IMAGES, None if units is None else units[found]
+        ):
+            some = found[block]
+            probabilities[rows[some]] = cached_model.predict(hashes[some], beside.take(rows[some]))
+    except CacheError as error:
+        raise CacheError(f"{error}. To predict without the cache: --no-cache") from error
+    is_known[rows[is_done]] = True
+    for place in np.flatnonzero(has_failed & is_done):
+        error_texts[rows[place]] = reasons[place]
+    _copy_repeated(keys, rows, predictions)
+    return predictions
+
+
+def _copy_repeated(
+    keys: Sequence[FileKey], rows: npt.NDArray[np.intp], predictions: CachedPredictions
+) -> None:
+    """Give images that are named several times, of which `rows` holds the first, its prediction."""
+    if len(rows) == len(keys):
+        return
+    row_of_key = {keys[row]: row for row in rows if predictions.is_known[row]}
+    for row, key in enumerate(keys):
+        first_row = row_of_key.get(key)
+        if first_row is not None and first_row != row:
+            predictions.probabilities[row] = predictions.probabilities[first_row]
+            predictions.errors[row] = predictions.errors[first_row]
+            predictions.is_known[row] = True
+
+
+def known_contents(files: Sequence[tuple[str, str]], cache_root: Path) -> npt.NDArray[np.bytes_]:
+    """Return the content hash (n,) S32 of each image, empty where its file cannot be read.
+
+    files: path and text of the stamp of each. A file that the index knows by both is not opened.
+    The others are read and hashed, and remembered where the cache can be written to.
+    """
+    index = content_index(cache_root)
+    hashes = indexed_hashes(files, index)
+    unknown_rows = [row for row, content_hash in enumerate(hashes) if content_hash is None]
+    if unknown_rows:
+        paths = [files[row][0] for row in unknown_rows]
+        samples = pd.DataFrame({"id": paths, "path": paths})
+        found = content_hashes(samples, index, keep=os.access(cache_root, os.W_OK)).hashes
+        for row, content_hash in zip(unknown_rows, found, strict=True):
+            hashes[row] = content_hash
+    return np.array([content_hash or "" for content_hash in hashes], "S32")

@@ -1,0 +1,330 @@
+"""Parts of a bulk prediction: what is left to predict, in files that are whole or not there.
+
+A worker predicts the images of one part and publishes it; the next call reads which images have
+their prediction and are still the same files.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from headrace.cache.atomic_io import PARTIAL_SUFFIX, publish_replace
+from headrace.cache.errors import HeadraceError
+from headrace.cache.format.sealed import SEAL, UNSEALED, check_seal, seal
+from headrace.extract.images.byte_ranges import locator_file
+from headrace.extract.images.file_stamps import FileStamp, file_stamps, wait_until_settled
+from headrace.extract.spec import Sample
+from headrace.pipelines.cluster.progress import show_progress
+from headrace.pipelines.environment import available_cores
+from headrace.pipelines.models.from_features import Beside
+from headrace.pipelines.models.model import Model, load_model
+
+# some seconds of a small network on one core: little is lost to a kill
+PART_IMAGES = 256
+# Starting worker processes takes some seconds each; fewer images than this are done sooner in this
+# process.
+WORTH_WORKERS = 1024
+_OPEN_PARTS = 64  # read parts that are kept in memory
+
+# path, and the stamp of the file that was predicted; "" where there is no file
+FileKey = tuple[str, str]
+
+
+class PredictIncomplete(HeadraceError):
+    """Some parts failed; the others are kept."""
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """Predict these images and publish one part."""
+
+    model: str
+    # The model's digest, so that no worker uses another one.
+    digest: str
+    samples: tuple[Sample, ...]
+    keys: tuple[FileKey, ...]
+    part: str
+    device: str = "cpu"
+    threads: int = 1
+    trust_code: tuple[str, ...] = ()  # as the caller's
+    # (n, R) the side columns, and (n,) the units, that the model reads beside the images
+    side_inputs: npt.NDArray[np.float32] | None = None
+    units: npt.NDArray[np.str_] | None = None
+
+
+def file_keys(
+    image_paths: Sequence[str],
+    side_inputs: npt.NDArray[np.float32] | None = None,
+    units: npt.NDArray[np.str_] | None = None,
+) -> list[FileKey]:
+    """Return what tells whether a file is still the one that was predicted: its path, and its stamp
+    (see FileStamp) with a digest of what the model reads beside it: its side columns, and all
+    images of its unit.
+
+    Files written a moment ago are waited for, some seconds at most, so that a change after this
+    call has another stamp.
+    """
+    # Not the content hash: it would read every image of a finished part again, a stamp costs a
+    # stat.
+    stamps_of_files = file_stamps(map(locator_file, image_paths))
+    wait_until_settled(stamp for stamp in stamps_of_files if isinstance(stamp, FileStamp))
+    stamp_texts = [stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps_of_files]
+    if side_inputs is not None:
+        digests = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in side_inputs]
+        stamp_texts = [
+            f"{stamp}|{digest}" for stamp, digest in zip(stamp_texts, digests, strict=True)
+        ]
+    keys = list(zip(image_paths, stamp_texts, strict=True))
+    if units is None:
+        return keys
+    members: dict[str, list[FileKey]] = {}
+    for unit, key in zip(units.tolist(), keys, strict=True):
+        members.setdefault(unit, []).append(key)
+    digest_of_unit = {
+        unit: hashlib.sha256(json.dumps([unit, sorted(unit_keys)]).encode()).hexdigest()[:16]
+        for unit, unit_keys in members.items()
+    }
+    return [
+        (path, f"{stamp}|{digest_of_unit[unit]}")
+        for (path, stamp), unit in zip(keys, units.tolist(), strict=True)
+    ]
+
+
+def missing_rows(
+    keys: Sequence[FileKey], known: Collection[FileKey], units: npt.NDArray[np.str_] | None
+) -> list[int]:
+    """Return the rows to predict, each key once; of a unit all or none, next to one another."""
+    first_row: dict[Any, int] = {}
+    for row, key in enumerate(keys):
+        first_row.setdefault(key if units is None else (key, units[row]), row)
+    if units is None:
+        return [row for key, row in first_row.items() if key not in known]
+    missing_units = dict.fromkeys(
+        units[row] for (key, _), row in first_row.items() if key not in known
+    )
+    place = {unit: number for number, unit in enumerate(missing_units)}
+    rows = [row for row in first_row.values() if units[row] in place]
+    return sorted(rows, key=lambda row: place[units[row]])
+
+
+def predict_missing(
+    model: Model,
+    missing_keys: Sequence[FileKey],
+    side_inputs: npt.NDArray[np.float32] | None,
+    units: npt.NDArray[np.str_] | None,
+    parts_folder: Path,
+    *,
+    n_workers: int | None,
+    device: str,
+    console: Console,
+) -> None:
+    if not missing_keys:
+        return
+    n_cores = n_workers or available_cores()
+    uses_workers = device == "cpu" and n_cores > 1 and len(missing_keys) >= WORTH_WORKERS
+    # Every worker has something to do, and the last part is not waited for long.
+    part_size = (
+        min(PART_IMAGES, max(16, -(-len(missing_keys) // (2 * n_cores))))
+        if uses_workers
+        else PART_IMAGES
+    )
+    jobs = []
+    for part in part_slices(len(missing_keys), part_size, units):
+        keys = tuple(missing_keys[part])
+        part_name = hashlib.sha256(json.dumps([model.digest, keys]).encode()).hexdigest()[:24]
+        part_path = str((parts_folder / f"{part_name}.parquet").absolute())
+        n_threads = 1 if uses_workers else n_cores
+        model_path = str(model.path.absolute())
+        samples = tuple(path_samples(key[0] for key in keys))
+        jobs.append(
+            PartJob(
+                model_path,
+                model.digest,
+                samples,
+                keys,
+                part_path,
+                device,
+                n_threads,
+                model.trust_code,
+                None if side_inputs is None else side_inputs[part],
+                None if units is None else units[part],
+            )
+        )
+    with show_progress(console, "predict", len(missing_keys), "images") as advance:
+        if not uses_workers:
+            for job in jobs:
+                n_failed = predict_part(job)
+                advance(len(job.samples), {"failed": n_failed})
+            return
+        # imports Dask, which predicting from a cache does without
+        from headrace.pipelines.cluster.clients import local_client
+        from headrace.pipelines.cluster.submit import run_tasks
+
+        failure_reasons = []
+        with ExitStack() as stack:
+            client = stack.enter_context(
+                local_client(min(n_cores, len(jobs)), module_names=[__name__])
+            )
+            keyed_jobs = ((f"predict-{Path(job.part).stem}", job) for job in jobs)
+            outcomes = stack.enter_context(closing(run_tasks(client, predict_part, keyed_jobs)))
+            for outcome in outcomes:
+                failure_reasons += [outcome.error] if outcome.error else []
+                advance(len(outcome.job.samples), {"failed": outcome.result or 0})
+    if failure_reasons:
+        raise PredictIncomplete(
+            f"{len(failure_reasons):,} of {len(jobs):,} parts failed; the others are kept, and the "
+            f"same command tries these again. The first reason: {failure_reasons[0]}"
+        )
+
+
+def part_slices(n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None) -> Iterator[slice]:
+    """Yield stretches of rows, each a part: of about so many, and no unit in two of them."""
+    ends = np.arange(1, n_rows + 1)
+    if units is not None:
+        ends = np.append(np.flatnonzero(units[1:] != units[:-1]) + 1, n_rows)
+    start = 0
+    while start < n_rows:
+        end = min(int(np.searchsorted(ends, start + part_size)), len(ends) - 1)
+        stop = int(ends[end])
+        yield slice(start, stop)
+        start = stop
+
+
+def predict_part(job: PartJob) -> int:
+    """Predict the images of a part and publish it; returns how many failed. What a worker runs."""
+    from headrace.pipelines.models.images import predict_samples
+
+    _set_threads(job.threads)
+    engine = _open_model_engine(job.model, job.digest, job.device, job.trust_code)
+    probabilities = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
+    error_texts: list[str | None] = [None] * len(job.samples)
+    is_unread = np.zeros(len(job.samples), np.bool_)
+    beside = Beside(job.side_inputs, job.units)
+    for predicted in predict_samples(engine, job.samples, job.threads, beside):
+        probabilities[predicted.rows] = predicted.probabilities
+        for row, reason in predicted.failed:
+            error_texts[row] = reason
+        is_unread[list(predicted.unread)] = True
+    publish_replace(Path(job.part), _part_bytes(job, probabilities, error_texts, is_unread))
+    return sum(error is not None for error in error_texts)
+
+
+def _part_bytes(
+    job: PartJob,
+    probabilities: npt.NDArray[np.float32],
+    error_texts: list[str | None],
+    is_unread: npt.NDArray[np.bool_],
+) -> bytes:
+    """Return a part as a Parquet file with a seal: Parquet's pages have no checksum, and one digit
+    would be believed.
+    """
+    table = pa.table(
+        {
+            "path": pa.array([_path_bytes(path) for path, _ in job.keys], pa.binary()),
+            "stamp": [stamp for _, stamp in job.keys],
+            "error": pa.array(error_texts, pa.string()),
+            "unread": is_unread,
+            "probabilities": pa.FixedSizeListArray.from_arrays(
+                pa.array(probabilities.reshape(-1)), probabilities.shape[1]
+            ),
+        }
+    ).replace_schema_metadata({"headrace": job.digest, SEAL: UNSEALED})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return seal(buffer.getvalue())
+
+
+def known_parts(
+    parts_folder: Path, model: Model, *, is_final: bool
+) -> dict[FileKey, tuple[Path, int]]:
+    """Return the part and the row that hold the prediction of each file.
+
+    A file that could not be read is tried again, unless `is_final`.
+    """
+    part_of_key: dict[FileKey, tuple[Path, int]] = {}
+    for part_path in sorted(parts_folder.glob("*.parquet")):
+        try:
+            data = part_path.read_bytes()
+            check_seal(data)
+            parquet_file = pq.ParquetFile(io.BytesIO(data))
+            if (parquet_file.schema_arrow.metadata or {}).get(b"headrace") != model.digest.encode():
+                continue  # of another model
+            table = parquet_file.read(["path", "stamp", "unread"])
+        except (pa.ArrowException, OSError, KeyError, ValueError):
+            continue  # damaged: its images are predicted again
+        table_columns = (table[name].to_pylist() for name in table.column_names)
+        for row, (path, stamp, unread) in enumerate(zip(*table_columns, strict=True)):
+            key = (path.decode("utf-8", "surrogatepass"), stamp)
+            if not unread or (is_final and key not in part_of_key):
+                part_of_key[key] = (part_path, row)
+    return part_of_key
+
+
+def open_part(
+    open_parts: "OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]]",
+    part_path: Path,
+    n_outputs: int,
+) -> tuple[npt.NDArray[np.float32], list[str | None]]:
+    if part_path not in open_parts:
+        table = pq.read_table(part_path, columns=["probabilities", "error"])
+        flat_values = (
+            table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        )
+        open_parts[part_path] = (flat_values.reshape(-1, n_outputs), table["error"].to_pylist())
+        # Images come in the order in which they were predicted, or nearly so.
+        if len(open_parts) > _OPEN_PARTS:
+            open_parts.popitem(last=False)
+    return open_parts[part_path]
+
+
+def remove_parts(parts_folder: Path) -> None:
+    """Remove what calls of predict have written there, and the folder if nothing of anybody else is
+    in it.
+    """
+    for part_file in parts_folder.iterdir():
+        if re.fullmatch(
+            rf"[0-9a-f]{{24}}\.parquet|(table|record|units)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",
+            part_file.name,
+        ):
+            part_file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty
+        parts_folder.rmdir()
+
+
+def path_samples(paths: Iterable[str]) -> list[Sample]:
+    return [Sample(path, path, "") for path in paths]
+
+
+def _path_bytes(path: str) -> bytes:
+    return path.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
+
+
+@lru_cache(maxsize=1)
+def _open_model_engine(path: str, digest: str, device: str, trust_code: tuple[str, ...]) -> Any:
+    from headrace.pipelines.models.images import open_engine
+
+    model = load_model(path, trust_code=trust_code)
+    if model.digest != digest:
+        raise PredictIncomplete(f"{path} has changed since this call began: call again")
+    return open_engine(model, device)
+
+
+def _set_threads(n_threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(n_threads)
