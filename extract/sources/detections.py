@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pandas as pd
-
 from headrace.extract.errors import SourceError
 from headrace.extract.images.byte_ranges import locator_file
 from headrace.extract.images.crops import Crop
 from headrace.extract.sources.listing import Listing, Tally
+from headrace.extract.sources.regions import part_rows
 
 MIN_CONFIDENCE = 0.2  # what MegaDetector 5 recommends
 _ANIMAL = "animal"
@@ -61,8 +60,7 @@ def cut_detections(listing: Listing, detections_path: Path, min_confidence: floa
         raise SourceError(
             f"{detections_path}: no image has a box ({counts}). The file names {example}"
         )
-    samples = listing.samples.iloc[rows].reset_index(drop=True)
-    samples["id"], samples["path"] = pd.Series(names, dtype=object), pd.Series(paths, dtype=object)
+    samples = part_rows(listing.samples, rows, names, paths)
     samples["detection_confidence"] = confidences
     left_out = tally.left_out()
     n_images, n_left_out = len(listing.samples), sum(reason.count for reason in left_out)

@@ -17,14 +17,20 @@ from headrace.extract.sources.listing import Listing
 
 BoxFormat = Literal["xywh", "xyxy", "cxcywh"]  # as torchvision's BoundingBoxFormat
 
-# Names of the four columns that say by themselves that they are a box, and its format.
+# Names of the four columns that say by themselves that they are a box, and its format; upper and
+# lower case are the same.
 _KNOWN_COLUMNS: dict[tuple[str, str, str, str], BoxFormat] = {
     ("x", "y", "width", "height"): "xywh",
     ("x", "y", "w", "h"): "xywh",
     ("x1", "y1", "x2", "y2"): "xyxy",
     ("xmin", "ymin", "xmax", "ymax"): "xyxy",
     ("x_min", "y_min", "x_max", "y_max"): "xyxy",
+    ("left", "top", "width", "height"): "xywh",
+    ("left", "top", "right", "bottom"): "xyxy",
+    ("bbox_x", "bbox_y", "bbox_w", "bbox_h"): "xywh",
+    ("bbox_x", "bbox_y", "bbox_width", "bbox_height"): "xywh",
     ("cx", "cy", "width", "height"): "cxcywh",
+    ("x_center", "y_center", "width", "height"): "cxcywh",
 }
 BACKGROUNDS = get_args(Background)
 
@@ -79,11 +85,14 @@ def find_boxes(
     asked = Boxes() if boxes == "auto" else boxes
     columns, box_format = asked.columns, asked.format
     if columns is None:
-        known = [names for names in _KNOWN_COLUMNS if set(names) <= set(frame.columns)]
+        own_name = {str(name).lower(): str(name) for name in reversed(frame.columns)}
+        known = [names for names in _KNOWN_COLUMNS if set(names) <= set(own_name)]
         if boxes == "auto" and not known:
             return None
-        columns = known[0] if known else ("x", "y", "width", "height")
-        box_format = _KNOWN_COLUMNS[columns]
+        names = known[0] if known else ("x", "y", "width", "height")
+        box_format = _KNOWN_COLUMNS[names]
+        first, second, third, fourth = (own_name.get(name, name) for name in names)
+        columns = first, second, third, fourth
     if absent := [name for name in columns if name not in frame.columns]:
         raise SourceError(
             f"{table_path}: no column {', '.join(map(repr, absent))} for the boxes. Name them: "
@@ -111,6 +120,16 @@ def find_boxes(
             f"({', '.join(columns)} = {', '.join(f'{value:g}' for value in values[row])}). Say "
             f"what the columns are: images.boxes: {{columns: [{', '.join(columns)}], format: "
             f"{'xywh' if box_format == 'xyxy' else 'xyxy'}}}"
+        )
+    # "pixels" may be a guess, and of shares an edge of 0.5 rounds to one pixel.
+    is_point = is_whole & (width > 0) & (height > 0) & (width <= 1) & (height <= 1)
+    if asked.unit is None and unit == "pixels" and is_point.sum() > 0.1 * len(known_values):
+        row = int(is_point.argmax())
+        raise SourceError(
+            f"{table_path}, row {row + 1}: a box of at most one pixel ({', '.join(columns)} = "
+            f"{', '.join(f'{value:g}' for value in values[row])}), one of {int(is_point.sum()):,}. "
+            "Say whether they are shares of the image: images.boxes: {unit: fraction}, or pixels: "
+            "images.boxes: {unit: pixels}"
         )
     crops = [
         Crop(box[0], box[1], box[2], box[3], unit) if whole else None
@@ -160,8 +179,7 @@ def cut_tiles(listing: Listing, tiles: Tiles) -> Listing:
         rows += [row] * max(len(crops), 1)
         names += [f"{name}#{crop.left:g},{crop.top:g}" for crop in crops] or [str(name)]
         paths += [crop.locator(str(path)) for crop in crops] or [str(path)]
-    samples = listing.samples.iloc[rows].reset_index(drop=True)
-    samples["id"], samples["path"] = pd.Series(names, dtype=object), pd.Series(paths, dtype=object)
+    samples = part_rows(listing.samples, rows, names, paths)
     n_images = len(listing.samples)
     overlap = f", {tiles.overlap} of them shared" if tiles.overlap else ""
     note = (
@@ -174,6 +192,19 @@ def cut_tiles(listing: Listing, tiles: Tiles) -> Listing:
         found=listing.found + len(samples) - n_images,
         notes=(*listing.notes, note),
     )
+
+
+def part_rows(
+    samples: pd.DataFrame, rows: Sequence[int], names: Sequence[str], paths: Sequence[str]
+) -> pd.DataFrame:
+    """Return a row for each part of images, by the image's row, the part's id and its locator.
+
+    The column `image` has the image's own id, where there is none of that name: it can be a unit.
+    """
+    parts = samples.iloc[list(rows)].reset_index(drop=True)
+    if "image" not in parts:
+        parts["image"] = parts["id"]
+    return parts.assign(id=pd.Series(names, dtype=object), path=pd.Series(paths, dtype=object))
 
 
 def _tiles_of(path: str, tiles: Tiles) -> list[Crop]:

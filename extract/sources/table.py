@@ -111,7 +111,9 @@ def _read_text(table_path: Path, is_compressed: bool) -> str:
         data = table_path.read_bytes()
     # Spreadsheets write UTF-16 with its mark; without one it cannot be told from other bytes.
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    return data.decode(encoding)
+    text = data.decode(encoding)
+    # lines end so in what old spreadsheets of a Mac have written
+    return text if "\n" in text else text.replace("\r", "\n")
 
 
 def _read_csv(text: str, suffix: str, table_path: Path) -> Table:

@@ -45,6 +45,7 @@ PATH_NAMES = (
     "img",
     "img_path",
 )
+_BOX_NAMES = frozenset({"bbox", "box", "boxes", "bboxes", "bounding_box", "bounding_boxes"})
 HUGGING_FACE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict.fromkeys(
     ("content", "_content"), "the hash of an image's bytes"
@@ -355,12 +356,21 @@ def _samples(
             lambda value: _find(str(image_root), value), na_action="ignore"
         )
     found_boxes = find_boxes(frame, options.boxes, table_path)
+    if found_boxes is None and options.boxes == "auto":
+        notes += [
+            f"{table_path.name}: the column {name!r} may hold boxes, and is not read: whole images "
+            "are. For boxes: four columns of numbers (images.boxes)"
+            for name in frame.columns
+            if str(name).lower() in _BOX_NAMES
+        ]
     if found_boxes is not None:
         crops, box_note = found_boxes
         notes.append(box_note)
         n_without = sum(crop is None for crop in crops)
         if n_without and labelled:
             tally.leave_out("rows without a box", count=n_without)
+        if "image" not in frame:
+            frame = frame.assign(image=written_names)
         box_rows = pd.Series([crop is not None for crop in crops], index=frame.index)
         written_names, locators = _crop_names(written_names, locators, crops)
         if labelled:

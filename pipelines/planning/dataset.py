@@ -44,6 +44,7 @@ from headrace.pipelines.recipe.targets import (
 from headrace.pipelines.recipe.unit_targets import unit_targets
 
 _CROPPED_IMAGE = "image of the box or tile"  # a column of samples that are crops
+_MISSING_WORDS = ("nan", "none", "null", "na", "n/a", "unlabelled", "unlabeled")
 _EXCLUDED_NAMED = 20  # images in one message, to be copied from it
 
 
@@ -663,6 +664,11 @@ def _check_classes(
         f"{classes[class_index]} ({class_counts[class_index]})"
         for class_index in np.flatnonzero((class_counts > 0) & (class_counts < 5))
     ]
+    if missing_words := [name for name in classes if name.lower() in _MISSING_WORDS]:
+        notes.append(
+            f"class {name_some(missing_words)}: where that stands for a missing label, empty these "
+            "cells"
+        )
     if unseen_classes:
         notes.append(
             f"no training image of class {name_some(unseen_classes)}: it can never be predicted"

@@ -237,6 +237,12 @@ class TaskSection(Section):
     @pydantic.model_validator(mode="after")
     def _side_columns_are_inputs(self) -> "TaskSection":
         targets = [self.target] if isinstance(self.target, str) else list(self.target)
+        for key, column in (("unit", self.unit), ("group", self.group)):
+            if column in targets:
+                raise ValueError(
+                    f"{key} and target name one column, {column!r}: all images of a class would "
+                    f"be one {key}"
+                )
         for key, columns in (
             ("target", targets),
             ("group", [self.group]),

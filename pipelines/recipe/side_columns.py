@@ -12,7 +12,7 @@ import pandas as pd
 
 from headrace.cache.text import as_text
 from headrace.heads.data.side_columns import SideColumn, SideColumns
-from headrace.pipelines.recipe.targets import DataError, empty_as_missing, name_some
+from headrace.pipelines.recipe.targets import DataError, alike_names, empty_as_missing, name_some
 
 if TYPE_CHECKING:
     from headrace.pipelines.recipe.sections import TaskSection
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 ColumnKind = Literal["auto", "number", "category"]
 
 _DECIMAL_COMMA = r"[+-]?\d+,\d+"
-_DATE = r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{2}|\d{4})"
+_DATE = r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{2}|\d{4})|\d{1,2}:\d{2}(:\d{2})?"
+_NUMBER_AND_WORD = r"[<>~]?[+-]?\d+(\.\d+)?\s*[^\d\s,.:/_-]{1,5}"
+_LARGEST = 1e30  # heads read numbers as float32
+# What stands for a missing number in many tables, where it is far below or above all others.
+_MISSING_CODES = (-9, -99, -999, -9999, -99999, 99, 999, 9999, 99999)
 # A column with more levels than these, and more than a share of its rows, names rows.
 _MANY_LEVELS, _ROWS_PER_LEVEL = 20, 4
+_FEW_AMOUNTS = 8  # such as "2 mm" and "3 mm": settings, and no measurements
 
 
 def make_side_columns(
@@ -125,9 +130,14 @@ def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Seri
         _numbers(name, texts, row_names)  # which says what is wrong
     if words.str.fullmatch(_DATE).mean() > 0.9:
         raise DataError(
-            f"task.side_columns: {name!r} holds dates, such as {words.iloc[0]!r}. Give a number, "
-            "such as the days since the first one or the month; or, for a few dates that come "
-            f"again, side_columns: {{{name}: category}}"
+            f"task.side_columns: {name!r} holds dates or times, such as {words.iloc[0]!r}. Give a "
+            "number, such as the days since the first one, the month or the hour; or, for a few "
+            f"that come again, side_columns: {{{name}: category}}"
+        )
+    if words.nunique() > _FEW_AMOUNTS and words.str.fullmatch(_NUMBER_AND_WORD).mean() > 0.9:
+        raise DataError(
+            f"task.side_columns: {name!r} holds numbers with words, such as {words.iloc[0]!r}. "
+            f"Write the numbers alone; or, for names, side_columns: {{{name}: category}}"
         )
     return False
 
@@ -135,12 +145,12 @@ def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Seri
 def _numbers(name: str, texts: pd.Series, row_names: pd.Series) -> npt.NDArray[np.float64]:
     """Return (N,) numbers, nan where missing. Raises DataError naming the first that is none."""
     numbers = _parsed(texts)
-    is_wrong = (numbers.isna() & ~_is_missing(texts)) | np.isinf(numbers)
+    is_wrong = (numbers.isna() & ~_is_missing(texts)) | (numbers.abs() > _LARGEST)
     if is_wrong.any():
         row = int(is_wrong.to_numpy().argmax())
         found = str(texts.iloc[row])
         advice = (
-            "write decimals with a point"
+            "write decimals with a point, and thousands without a comma"
             if re.fullmatch(_DECIMAL_COMMA, found)
             else "empty the cell where the number is not known; for names that are not numbers, "
             f"side_columns: {{{name}: category}}"
@@ -197,6 +207,7 @@ def _cautions(
         return [
             f"side column {column.name!r} has one value in all training images: it says nothing"
         ]
+    notes = _written_in_two_ways(column, _parsed(texts[is_training]))
     answers = target[is_training].reshape(len(values), -1)
     if column.levels is None and section.kind == "regression":
         numbers = _parsed(texts)[is_training].to_numpy()
@@ -213,8 +224,32 @@ def _cautions(
             (answers_of_value <= 1).all(axis=0).any()
         )
     if not gives_away:
-        return []
+        return notes
     return [
+        *notes,
         f"side column {column.name!r} gives the target away: each of its values comes with one "
-        "answer. Is it known when a new image is predicted? If not, leave it out"
+        "answer. Is it known when a new image is predicted? If not, leave it out",
     ]
+
+
+def _written_in_two_ways(column: SideColumn, numbers: pd.Series) -> list[str]:
+    """Return notes on levels that a person takes for one, and on numbers that stand for missing
+    ones.
+
+    numbers: of the training rows, nan where a cell holds none.
+    """
+    if column.levels is not None:
+        return alike_names(column.levels, f"values of {column.name!r}")
+    notes = []
+    for code in _MISSING_CODES:
+        others = numbers[numbers != code].dropna()
+        n_codes = int((numbers == code).sum())
+        if n_codes < 2 or len(others) < 2:
+            continue
+        low, high = others.min(), others.max()
+        if min(abs(code - low), abs(code - high)) > 2 * (high - low) and not low <= code <= high:
+            notes.append(
+                f"side column {column.name!r} is {code} for {n_codes:,} images, far from all other "
+                "numbers: if that stands for a missing number, empty these cells"
+            )
+    return notes

@@ -237,8 +237,11 @@ def test_what_a_column_holds_is_seen_from_its_values(cells, kind, levels):
         (["3,5", "4,25"], "'3,5' for '00' .40 such rows.: write decimals with a point"),
         (["3", "unknown"], "'unknown' for '01' .20 such rows.: empty the cell"),
         (["3", "inf"], "holds numbers, and 'inf'"),
-        (["2024-01-02", "2024-03-04"], "'x' holds dates, such as '2024-01-02'. Give a number"),
+        (["2024-01-02", "2024-03-04"], "'x' holds dates or times, such as '2024-01-02'. Give a number"),
         (["12.03.2024", "1.4.2024"], "holds dates"),
+        (["07:30", "19:05"], "the month or the hour"),
+        ([f"{i} cm" for i in range(40)], "numbers with words, such as '0 cm'. Write the numbers"),
+        (["3", "1e300"], "holds numbers, and '1e300'"),
         (["", None], "'x' is empty for every training image: leave it out"),
         ([f"p{i}" for i in range(40)], "it names images rather than describing them"),
     ],
@@ -261,6 +264,18 @@ def test_a_column_that_is_the_label_is_warned_of():
     numbers = [str(number) for number in np.random.default_rng(1).normal(size=40)]
     assert not any(leak in note for note in dataset(numbers).notes)
     assert any("has one value in all training images" in note for note in dataset(["u"]).notes)
+
+
+def test_one_value_that_is_written_in_two_ways_is_told():
+    """Levels that differ in case, and a number that stands for a missing one; not a level that
+    says how much, nor a number that may be one.
+    """
+    assert any("'North' and 'north'" in note for note in dataset(["North", "north", "s"]).notes)
+    told = "'x' is -999 for"
+    numbers = [-999 if i % 5 == 0 else i for i in range(40)]
+    assert any(told in note for note in dataset(numbers).notes)
+    assert not any("stands for" in note for note in dataset([99 + i for i in range(40)]).notes)
+    assert dataset(["2 mm", "3 mm"]).train.side.columns[0].levels == ("2 mm", "3 mm")
 
 
 def test_levels_and_means_are_those_of_training_rows():

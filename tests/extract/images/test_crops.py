@@ -99,6 +99,8 @@ def test_a_table_of_boxes(tmp_path):
         ("x1,y1,x2,y2", "10,6,30,18", "auto"),
         ("x,y,width,height", "0.25,0.2,0.5,0.4", "auto"),
         ("cx,cy,width,height", "0.5,0.4,0.5,0.4", "auto"),
+        ("Left,Top,Width,Height", "10,6,20,12", "auto"),
+        ("x_center,y_center,width,height", "0.5,0.4,0.5,0.4", "auto"),
         ("a,b,c,d", "20,12,20,12", Boxes(("a", "b", "c", "d"), "cxcywh")),
         ("a,b,c,d", "10,6,30,18", Boxes(("a", "b", "c", "d"), "xyxy", "pixels")),
     ],
@@ -127,6 +129,12 @@ def test_boxes_that_cannot_be_are_told(tmp_path):
     table.write_text("path,x1,y1,x2,y2\na.png,30,10,20,40\n")
     with pytest.raises(SourceError, match=r"negative width or height, as xyxy.*format: xywh"):
         read_source(detect_source(table))
+    table.write_text("path,x,y,width,height\na.png,0,0,0.5,1\nb.png,1,2,3,4\n")
+    with pytest.raises(SourceError, match=r"at most one pixel .*shares of the image"):
+        read_source(detect_source(table))
+    assert len(read_source(detect_source(table, boxes=Boxes(unit="pixels"))).samples) == 2
+    table.write_text('path,bbox\na.png,"[1, 2, 3, 4]"\n')
+    assert any("'bbox' may hold boxes" in note for note in read_source(detect_source(table)).notes)
     table.write_text("path,l\na.png,1\n")
     with pytest.raises(SourceError, match="no column 'x', 'y', 'width', 'height' for the boxes"):
         read_source(detect_source(table, boxes=Boxes()))
