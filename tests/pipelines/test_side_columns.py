@@ -237,7 +237,10 @@ def test_what_a_column_holds_is_seen_from_its_values(cells, kind, levels):
         (["3,5", "4,25"], "'3,5' for '00' .40 such rows.: write decimals with a point"),
         (["3", "unknown"], "'unknown' for '01' .20 such rows.: empty the cell"),
         (["3", "inf"], "holds numbers, and 'inf'"),
-        (["2024-01-02", "2024-03-04"], "'x' holds dates or times, such as '2024-01-02'. Give a number"),
+        (
+            ["2024-01-02", "2024-03-04"],
+            "'x' holds dates or times, such as '2024-01-02'. Give a number",
+        ),
         (["12.03.2024", "1.4.2024"], "holds dates"),
         (["07:30", "19:05"], "the month or the hour"),
         ([f"{i} cm" for i in range(40)], "numbers with words, such as '0 cm'. Write the numbers"),
