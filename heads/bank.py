@@ -271,7 +271,7 @@ def _as_fits(
             raise
     import torch
 
-    # Here, for the exception holds on to what had been allocated.
+    # Outside of `except`, in which the exception keeps what had been allocated.
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
     if not divide or len(specs) == 1:

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -182,16 +182,24 @@ def _shapes_only(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+class _Captured(NamedTuple):
+    """A value that a pass has made: a possible node."""
+
+    name: str
+    module: str  # that it is the output of, or, of PRE_LOGITS, the input
+    shape: tuple[int, ...]  # with N
+    flops: int  # of the pass until then
+
+
 def _run_with_hooks(
     module: nn.Module,
     image_shape: tuple[int, int, int],
     device: torch.device,
     tokens: "PrefixTokens",
 ) -> Nodes:
-    # (name, module, shape with N, flops so far)
-    captured_outputs: list[tuple[str, str, tuple[int, ...], int]] = []
+    captured_outputs: list[_Captured] = []
+    linear_inputs: list[_Captured] = []
     call_counts: dict[str, int] = {}
-    linear_inputs: list[tuple[str, tuple[int, ...], int]] = []  # of linear layers
     handles = []
     # An ONNX graph gives its last value in one pass with the others where that one has a hook.
     output_module = getattr(module, "output_module", "")
@@ -203,7 +211,12 @@ def _run_with_hooks(
                 call_counts[name] = call_counts.get(name, 0) + 1
                 if isinstance(tensor := output_tensor(output), Tensor):
                     captured_outputs.append(
-                        (name or LOGITS, name or output_module, tuple(tensor.shape), counter.flops)
+                        _Captured(
+                            name or LOGITS,
+                            name or output_module,
+                            tuple(tensor.shape),
+                            counter.flops,
+                        )
                     )
 
             return hook
@@ -211,7 +224,9 @@ def _run_with_hooks(
         def before(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: Any) -> None:
                 if args and isinstance(args[0], Tensor):
-                    linear_inputs.append((name, tuple(args[0].shape), counter.flops))
+                    linear_inputs.append(
+                        _Captured(PRE_LOGITS, name, tuple(args[0].shape), counter.flops)
+                    )
 
             return hook
 
@@ -227,20 +242,17 @@ def _run_with_hooks(
                 handle.remove()
     last_linear = next(
         (
-            entry
-            for entry in reversed(linear_inputs)
-            if len(entry[1]) == 2
-            and call_counts.get(entry[0]) == 1
-            and _gives_the_logits(entry, captured_outputs)
+            linear_input
+            for linear_input in reversed(linear_inputs)
+            if len(linear_input.shape) == 2
+            and call_counts.get(linear_input.module) == 1
+            and _gives_the_logits(linear_input.module, captured_outputs)
         ),
         None,
     )
     if last_linear is not None:
-        name, shape, flops_so_far = last_linear
-        logits_index = next(
-            logits_index for logits_index, entry in enumerate(captured_outputs) if entry[0] == name
-        )
-        captured_outputs.insert(logits_index, (PRE_LOGITS, name, shape, flops_so_far))
+        logits_index = [output.name for output in captured_outputs].index(last_linear.module)
+        captured_outputs.insert(logits_index, last_linear)
     total_flops = max(counter.flops, 1)
     repeated = frozenset(name for name, count in call_counts.items() if count > 1)
     nodes = []
@@ -264,14 +276,12 @@ def _run_with_hooks(
     return Nodes(tuple(nodes), repeated, counter.flops // 2 // _BATCH)
 
 
-def _gives_the_logits(
-    entry: tuple[str, tuple[int, ...], int], fired: list[tuple[str, str, tuple[int, ...], int]]
-) -> bool:
-    """Return whether this linear layer's output is the network's: the same shape, so nothing but
-    its bias came after.
+def _gives_the_logits(linear_name: str, captured_outputs: list[_Captured]) -> bool:
+    """Return whether a linear layer's output is the network's: the same shape, so nothing but its
+    bias came after.
     """
-    output = next(shape for name, _, shape, _ in fired if name == entry[0])
-    return output == fired[-1][2]
+    shape_of_name = {output.name: output.shape for output in reversed(captured_outputs)}
+    return shape_of_name[linear_name] == captured_outputs[-1].shape
 
 
 def _tensor_layout(shape: tuple[int, ...]) -> Layout | None:

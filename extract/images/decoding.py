@@ -53,8 +53,7 @@ PixelRange = tuple[float, float]
 DecodeMode = Literal["exact", "scaled"]
 JPEG_REDUCTIONS = (8, 4, 2)  # what libjpeg does quickly
 
-_NUMPY = b"\x93NUMPY"
-_JPEG = b"\xff\xd8\xff"
+_NUMPY, _JPEG = b"\x93NUMPY", b"\xff\xd8\xff"  # what files of these formats begin with
 # values that are converted at a time: what float64 needs beside the image stays at some MB
 _BLOCK = 2**20
 _SIXTEEN_BITS = (0.0, 65535.0)
@@ -160,7 +159,9 @@ def _cover_padding(image: Image.Image, file_size: tuple[int, int], reduction: in
 def _file_box(
     image: Image.Image, file_size: tuple[int, int], reduction: int
 ) -> tuple[float, float, float, float]:
-    """The same for the upright image of `image`, both edges of which were divided."""
+    """(left, top, right, bottom): what the file's pixels cover of the upright image of `image`,
+    both edges of which were divided and rounded up.
+    """
     turn = orientation_of(image)
     width, height = (edge / reduction for edge in file_size)
     # What was rounded up stands at the right and below in the file.

@@ -25,19 +25,21 @@ class TiffWindows:
         self.dtype = page.dtype
         self._page, self._data = page, data
         is_tiled = page.is_tiled
+        # A segment is a tile or a strip. They are numbered plane by plane (planarconfig 2: a plane
+        # for each channel), each from left to right and then down.
         self._length = page.tilelength if is_tiled else min(page.rowsperstrip, page.imagelength)
         self._width = page.tilewidth if is_tiled else page.imagewidth
-        self._planes = page.samplesperpixel if page.planarconfig == 2 else 1
-        self._down = math.ceil(page.imagelength / self._length)
-        self._across = math.ceil(page.imagewidth / self._width)
-        n_segments = self._planes * self._down * self._across
+        self._n_planes = page.samplesperpixel if page.planarconfig == 2 else 1
+        self._n_down = math.ceil(page.imagelength / self._length)
+        self._n_across = math.ceil(page.imagewidth / self._width)
+        n_segments = self._n_planes * self._n_down * self._n_across
         if min(len(page.dataoffsets), len(page.databytecounts)) < n_segments:
             raise ImageError(
                 f"truncated: a TIFF of {n_segments} tiles or strips that lists "
                 f"{len(page.dataoffsets)}"
             )
         self._lock = threading.Lock()
-        self._kept: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
+        self._decoded: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
 
     def __getitem__(self, window: tuple[slice, slice]) -> npt.NDArray[Any]:
         rows, columns = window
@@ -45,11 +47,11 @@ class TiffWindows:
         left, right, _ = columns.indices(self.shape[1])
         check_size(right - left, bottom - top)
         values = np.empty((bottom - top, right - left, self.shape[2]), self.dtype)
-        for plane in range(self._planes):
-            channels = slice(plane, plane + 1) if self._planes > 1 else slice(None)
+        for plane in range(self._n_planes):
+            channels = slice(plane, plane + 1) if self._n_planes > 1 else slice(None)
             for row in range(top // self._length, math.ceil(bottom / self._length)):
                 for column in range(left // self._width, math.ceil(right / self._width)):
-                    segment = self._segment((plane * self._down + row) * self._across + column)
+                    segment = self._segment((plane * self._n_down + row) * self._n_across + column)
                     first_row, first_column = row * self._length, column * self._width
                     start_y, start_x = max(top, first_row), max(left, first_column)
                     end_y = min(bottom, first_row + self._length)
@@ -67,9 +69,9 @@ class TiffWindows:
         image.
         """
         with self._lock:
-            if index in self._kept:
-                self._kept.move_to_end(index)
-                return self._kept[index]
+            if index in self._decoded:
+                self._decoded.move_to_end(index)
+                return self._decoded[index]
         start, size = self._page.dataoffsets[index], self._page.databytecounts[index]
         if start + size > len(self._data):
             raise ImageError(
@@ -90,9 +92,9 @@ class TiffWindows:
         except Exception as error:
             raise ImageError(decoding_reason(error, b"")) from error
         with self._lock:
-            self._kept[index] = segment
-            while len(self._kept) > 1 and (
-                sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES
+            self._decoded[index] = segment
+            while len(self._decoded) > 1 and (
+                sum(array.nbytes for array in self._decoded.values()) > _KEPT_BYTES
             ):
-                self._kept.popitem(last=False)
+                self._decoded.popitem(last=False)
         return segment

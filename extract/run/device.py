@@ -20,8 +20,10 @@ from headrace.extract.taps.forward import Forward
 # Measured with EfficientNet-Lite0 at 300 px on one core: 1 image at a time 36/s, 4 40/s, 8 41/s, 16
 # 42/s.
 CPU_BATCH = 8
+# Batch sizes that are tried on an accelerator: rising while each is worth it; falling where not
+# even the smallest of those fits.
 _BATCHES = (32, 64, 128, 256, 512, 1024)
-_SMALL_BATCHES = (16, 8, 4, 2)  # where not even the smallest of those fits
+_SMALL_BATCHES = (16, 8, 4, 2)
 _WORTH_DOUBLING = 1.05  # a larger batch must be this much faster, or its memory is better left free
 
 # Waits for a batch's outputs and returns them, per tap, (N, ...) float16 or float32
@@ -102,7 +104,7 @@ def launch_forward(
             except RuntimeError as error:
                 if n_images == 1 or not is_out_of_memory(error):
                     raise
-            # Here, for the exception holds on to what the pass had allocated.
+            # Outside of `except`, in which the exception keeps what the pass had allocated.
             outputs = []
             batch_limit.images = n_images // 2
             _free_cached_memory(device)
@@ -134,11 +136,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _batch_shape(n_images: int, batch_limit: BatchLimit, device: str) -> int:
-    """The number of images that a part is filled up to: as it is on a CPU.
-
-    On an accelerator a power of two: kernels are chosen, and networks compiled, once for each
-    shape, and images that cannot be decoded leave batches of every size.
+    """Return how many images a part of `n_images` is filled up to: none more on a CPU, a power of
+    two on an accelerator.
     """
+    # Kernels are chosen, and networks compiled, once for each shape; and images that cannot be
+    # decoded leave batches of every size.
     return (
         n_images
         if is_cpu(device)

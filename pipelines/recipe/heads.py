@@ -45,7 +45,9 @@ class HeadGrid(Section):
     inputs: tuple[HeadInput, ...] = ("each",)
 
     def spec_banks(self) -> Iterator[list[HeadSpec]]:
-        """Yield the specs that the lists ask for, those together that share their work best."""
+        """Yield banks of the specs that the lists ask for: a regularization path in one bank, where
+        the kind has one, else all of them.
+        """
         kind = self.head_kind
         fixed = {name: getattr(self, name) for name in kind.fixed}
         values = {axis: tuple(dict.fromkeys(getattr(self, axis))) for axis in kind.axes}
@@ -95,6 +97,7 @@ def grid_section(kind: HeadKind) -> type[HeadGrid]:
     defaults = {field.name: field.default for field in dataclasses.fields(kind.spec)}
     fields: dict[str, Any] = {}
     for axis in kind.axes:
+        # `tuple[hints[axis], ...]`, which type checkers refuse for a type that is computed
         values: Any = tuple.__class_getitem__((hints[axis], ...))
         default = kind.grid.get(axis, (defaults[axis],))
         fields[axis] = Annotated[values, pydantic.Field(min_length=1)], default

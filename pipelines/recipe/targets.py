@@ -17,7 +17,7 @@ from headrace.cache.text import as_text
 if TYPE_CHECKING:
     from headrace.pipelines.recipe.sections import TaskSection
 
-_NAMED = 10  # names in one note
+_NAMES_IN_NOTE = 10
 
 
 class DataError(HeadraceError, ValueError):
@@ -191,10 +191,7 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
     )
     is_wrong = cell_text.notna() & numbers.isna() & (cell_text.str.lower() != "nan")
     if is_wrong.any():
-        first_row, first_id = (
-            int(is_wrong.to_numpy().argmax()),
-            ids.iloc[int(is_wrong.to_numpy().argmax())],
-        )
+        first_row = int(is_wrong.to_numpy().argmax())
         advice = ""
         if section.kind == "multi":
             advice = (
@@ -204,8 +201,8 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
             advice = ". Write decimals with a point"
         raise DataError(
             f"task.kind {section.kind} needs numbers in {column.name}; found "
-            f"{cell_text.iloc[first_row]!r} for {first_id!r} ({int(is_wrong.sum()):,} such "
-            f"rows){advice}"
+            f"{cell_text.iloc[first_row]!r} for {ids.iloc[first_row]!r} "
+            f"({int(is_wrong.sum()):,} such rows){advice}"
         )
     return numbers
 
@@ -233,6 +230,7 @@ def alike_names(names: Iterable[str], names_of: str) -> list[str]:
 
 
 def _folded(name: str) -> str:
+    """Return a name without what a person overlooks: case, blanks, hyphens and accents."""
     if any(letter.isdigit() for letter in name) and not any(letter.isalpha() for letter in name):
         return name  # -1 is not 1
     letters = (
@@ -247,5 +245,5 @@ def _folded(name: str) -> str:
 
 def name_some(names: Sequence[str]) -> str:
     """Return the first names of many, and how many more there are."""
-    more_text = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more_text
+    more_text = f" and {len(names) - _NAMES_IN_NOTE:,} more" if len(names) > _NAMES_IN_NOTE else ""
+    return ", ".join(names[:_NAMES_IN_NOTE]) + more_text

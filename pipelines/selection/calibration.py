@@ -73,21 +73,17 @@ def calibrate(
     if task_kind == "regression":
         return None
     at_temperature = calibrated(validation, predicted, floor)
-    scores_before, scores_after = (
-        [
-            score(task_kind, validation.target, values, name)
-            for name in ("calibration_error", "log_loss")
-        ]
+    error_before, error_after = (
+        score(task_kind, validation.target, values, "calibration_error")
+        for values in (predicted, at_temperature)
+    )
+    loss_before, loss_after = (
+        score(task_kind, validation.target, values, "log_loss")
         for values in (predicted, at_temperature)
     )
     temperature = fit_temperature(task_kind, validation.target, predicted, validation.weight, floor)
     return Calibration(
-        temperature,
-        len(validation),
-        scores_before[0],
-        scores_after[0],
-        scores_before[1],
-        scores_after[1],
+        temperature, len(validation), error_before, error_after, loss_before, loss_after
     )
 
 
