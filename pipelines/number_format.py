@@ -1,5 +1,7 @@
 """Numbers as text for the terminal and the report: scores, levels, bytes, work."""
 
+import re
+
 
 def work_text(seconds: float, device: str) -> str:
     """Return "12 core-seconds", "3.4 core-minutes" or "28 core-hours"; device: core or GPU."""
@@ -27,6 +29,11 @@ def images_text(
     if group_column is None:
         return f"{images:,} images ({groups:,} where copies and crops of one count once)"
     return f"{images:,} images of {groups:,} groups ({group_column})"
+
+
+def utc_text(iso_time: str) -> str:
+    """Return "2026-11-30 18:11:25 UTC" of a time in ISO 8601; other text as it is."""
+    return re.sub(r"^(\S+)T(\d\d:\d\d:\d\d)\S*\+00:00$", r"\1 \2 UTC", str(iso_time))
 
 
 def level_text(level: float) -> str:

@@ -87,8 +87,8 @@ def require_finished(paths: RunPaths, *files: Path) -> None:
                 "one, and type: headrace run RECIPE"
             )
         raise NotARun(
-            f"{paths.root} has no {file.name}: the run has not come to its end. Go on with: "
-            "headrace run RECIPE"
+            f"{paths.root} has no {file.name}: the run has not come to its end, or failed "
+            f"(headrace status {shlex.quote(str(paths.root))}). Go on with: headrace run RECIPE"
         )
 
 

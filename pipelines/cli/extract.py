@@ -57,7 +57,10 @@ def extract_command(
     ] = "name",
     tap: Annotated[
         list[str] | None,
-        typer.Option(help="A tap to keep, such as layer4.avg; default: auto. May be given often."),
+        typer.Option(
+            metavar="TAP",
+            help="A tap to keep, such as layer4.avg; default: auto. May be given often.",
+        ),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Pixels; default: what the weights were trained with.")

@@ -33,7 +33,7 @@ VerboseOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(help="Worker processes; default: one per core.", min=1)
+    int | None, typer.Option(help="Worker processes; default: one per core.", min=1, metavar="N")
 ]
 DryRunOption = Annotated[
     bool, flag("--dry-run", help="Print the plan and stop; nothing is written.")
@@ -51,7 +51,8 @@ ClusterOption = Annotated[
 ExcludeOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Images, or folders of them, to leave out; * and ? match. May be given several times."
+        metavar="PATTERN",
+        help="Images, or folders of them, to leave out; * and ? match. May be given several times.",
     ),
 ]
 SetOption = Annotated[

@@ -204,6 +204,17 @@ def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
     ]
 
 
+# pydantic's words for some mistakes, in those of a person who writes a recipe.
+_PLAIN_MESSAGES = {
+    "bool_parsing": "true or false is expected",
+    "float_parsing": "a number is expected",
+    "int_from_float": "a whole number is expected",
+    "int_parsing": "a whole number is expected",
+    "path_type": "one path is expected",
+    "string_type": "a text is expected",
+}
+
+
 def explain_all(
     problems: typing.Sequence[typing.Any],
     root: yaml.MappingNode,
@@ -259,12 +270,18 @@ def explain(
         )
     if problem["type"] == "missing":
         return f"{place_text}: the key {dotted_key!r} is missing"
-    if problem["type"] == "tuple_type" and is_in_file and not isinstance(problem["input"], dict):
-        return (
-            f"{place_text}: {dotted_key}: a list is expected, found "
-            f"{_short(str(problem['input']))}: write [{_short(str(problem['input']))}]"
-        )
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "tuple_type" and isinstance(problem["input"], dict):
+        return f"{place_text}: {dotted_key}: a list is expected: write '- ' before its first key"
+    if problem["type"] == "tuple_type" and is_in_file:
+        found = _short(str(problem["input"]))
+        item = f"{{name: {found}}}" if location == ["backbones"] else found
+        return f"{place_text}: {dotted_key}: a list is expected, found {found}: write [{item}]"
+    if problem["type"] == "model_type":
+        hint = _section_hint(problem["input"], _keys_at(model, location))
+        return f"{place_text}: {dotted_key}: {hint}"
+    message = _PLAIN_MESSAGES.get(
+        problem["type"], str(problem["msg"]).removeprefix("Value error, ")
+    )
     found_text = (
         ""
         if not is_in_file or isinstance(problem["input"], dict | list)
@@ -275,6 +292,19 @@ def explain(
         if dotted_key
         else f"{place_text}: {message}"
     )
+
+
+def _section_hint(found: object, keys: typing.Sequence[str]) -> str:
+    """Return what to write for a word, a list or a switch that stands where a section does."""
+    found_text = "" if isinstance(found, list) else f", found {_short(repr(found))}"
+    if isinstance(found, bool):
+        found_text, example = f", found {str(found).lower()}", "{}"
+    elif isinstance(found, str) and found not in keys:
+        example = f"{{{keys[0]}: {_short(found)}}}"
+    else:
+        word = found if isinstance(found, str) else keys[0]
+        example = f"{{{word}: …}}"
+    return f"a section with keys is expected{found_text}: write {example}. Keys: {', '.join(keys)}"
 
 
 def renamed_key(problem: typing.Any) -> str | None:

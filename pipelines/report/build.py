@@ -13,7 +13,7 @@ import pandas as pd
 
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun, read_finished_run
-from headrace.pipelines.number_format import number_text
+from headrace.pipelines.number_format import images_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.cost import cost_section, seconds_text
 from headrace.pipelines.report.data import data_section
@@ -202,6 +202,7 @@ def make_headline(run: FinishedRun) -> Headline:
         )
     else:
         test_result = selected.test_evaluation["result"]
+        units = test_result.get("units")
         interval_text = (
             f"{number_text(test_result['low'], test_result['metric'])} to "
             f"{number_text(test_result['high'], test_result['metric'])}"
@@ -211,7 +212,8 @@ def make_headline(run: FinishedRun) -> Headline:
                 f"test {metric_title(test_result['metric'])}",
                 number_text(test_result["value"], test_result["metric"]),
                 f"{'of the ensemble; ' if selected.ensemble is not None else ''}95 % interval "
-                f"{interval_text}, {test_result['images']:,} images never seen before",
+                f"{interval_text}, {images_text(test_result['images'], None, units)} never seen "
+                "before",
             )
         )
     stages = run.stages
@@ -234,6 +236,8 @@ def _made_text(run: FinishedRun) -> str:
     written_at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     task_word = {"single": "single-label", "multi": "multi-label"}.get(run.task_kind, run.task_kind)
     column_word = "classes" if run.task_kind == "single" else "columns"
+    if len(run.classes) == 1:
+        column_word = "column"
     version = importlib.metadata.version("headrace")
     return (
         f"{task_word} task, {len(run.classes)} {column_word}; written {written_at} by headrace "

@@ -9,7 +9,7 @@ import pandas as pd
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun
-from headrace.pipelines.number_format import bytes_text
+from headrace.pipelines.number_format import bytes_text, utc_text
 from headrace.pipelines.report.page.blocks import Block, Column, Facts, Note, Section, Table
 
 # What the Green Algorithms calculator takes where the processor is not known (Lannelongue, Grealey
@@ -71,6 +71,7 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
             Note(assumption_text),
         ]
         call_frame = stages[["ended", "name", "did", "seconds"]]
+        call_frame = call_frame.assign(ended=call_frame["ended"].map(utc_text))
         table_columns = (
             Column("ended", "ended"),
             Column("name", "stage"),

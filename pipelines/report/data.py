@@ -28,7 +28,7 @@ def data_section(run: FinishedRun) -> Section:
         blocks.append(Note(f"Counts are of the validation images only: {rows}."))
         train: Task | None = None
     else:
-        blocks += [Note(f"{note}.") for note in rows.dataset.notes]
+        blocks += [Note(f"{note[0].upper()}{note[1:]}.") for note in rows.dataset.notes]
         train = rows.dataset.train
         folds = train.n_folds
         content = np.concatenate([train.content, rows.dataset.test.content])

@@ -11,6 +11,7 @@ import pandas as pd
 from headrace.heads.data.task import REFIT
 from headrace.heads.kinds import spec_from_json
 from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.number_format import utc_text
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.outcome import outcome_blocks
@@ -135,7 +136,7 @@ def _evaluations_table(run: FinishedRun) -> Table | None:
         return None
     rows = [
         {
-            "evaluated": evaluation.get("evaluated", ""),
+            "evaluated": utc_text(evaluation.get("evaluated", "")),
             "shown": _shown_text(evaluation["winner"]),
             "metric": metric_title(evaluation["result"]["metric"]),
             "value": evaluation["result"]["value"],

@@ -174,7 +174,7 @@ def _confusion_blocks(
             *(Column(f"c{i}", name, "count") for i, name in enumerate(classes)),
         )
         caption = (
-            f"Confusion matrix, {split_name} images: rows are what the label says, columns what "
+            f"Confusion matrix, {split_name}: rows are what the label says, columns what "
             f"{model_name} says"
         )
         return [
@@ -205,7 +205,7 @@ def _confusion_blocks(
     table_columns = (
         Column("actual", "actual"),
         Column("predicted", "predicted"),
-        Column("images", "images", "count"),
+        Column("images", "count", "count"),
         Column("share", "of the class", "share"),
     )
     confusion_table = Table(
@@ -218,7 +218,7 @@ def _confusion_blocks(
     recall = _safe_ratio(np.diag(confusion_counts), confusion_counts.sum(1))
     matrix = Matrix(
         f"matrix-{split_name}",
-        f"Confusion matrix of {C} classes, {split_name} images: rows are what the label says, "
+        f"Confusion matrix of {C} classes, {split_name}: rows are what the label says, "
         f"columns what {model_name} says",
         classes,
         confusion_counts,
@@ -226,7 +226,7 @@ def _confusion_blocks(
             ("confused classes side by side", _confused_order(confusion_counts)),
             ("worst recall first", np.argsort(recall, kind="stable")),
             ("by name", np.arange(C)),
-            ("most images first", np.argsort(-confusion_counts.sum(1), kind="stable")),
+            ("largest first", np.argsort(-confusion_counts.sum(1), kind="stable")),
         ),
     )
     return [confusion_table, matrix]
@@ -287,7 +287,7 @@ def _class_table(
         class_frame = class_frame.sort_values(["recall", "class"], ignore_index=True)
     table_columns = (
         Column("class", "class"),
-        Column("images", "images", "count"),
+        Column("images", "count", "count"),
         Column(
             "predicted", "predicted", "count", f"images that {model_name} says are of this class"
         ),
@@ -303,7 +303,7 @@ def _class_table(
     )
     return Table(
         f"classes-{split_name}",
-        f"Class by class, {split_name} images"
+        f"Class by class, {split_name}"
         + (", the worst recall first" if C > MATRIX_CLASSES else ""),
         table_columns,
         class_frame,
@@ -337,7 +337,7 @@ def _label_table(
     )
     table_columns = (
         Column("label", "label"),
-        Column("images", "images with it", "count"),
+        Column("images", "with it", "count"),
         Column("predicted", "predicted", "count", "at a probability of one half or more"),
         Column("recall", "recall", "share"),
         Column("precision", "precision", "share"),
@@ -347,7 +347,7 @@ def _label_table(
     )
     return Table(
         f"labels-{split_name}",
-        f"Label by label, {split_name} images",
+        f"Label by label, {split_name}",
         table_columns,
         label_frame,
         search=len(classes) > MATRIX_CLASSES,
@@ -411,7 +411,7 @@ def _reliability_figure(
         f"Reliability diagram: share of right predictions against predicted probability in {BINS} "
         f"bins. {model_name.capitalize()} is {tendency_text}; the expected calibration error is "
         f"{calibration_error:.3f}.",
-        f"Reliability, {split_name} images: on the dashed line, 80 % sure is right 80 % of the "
+        f"Reliability, {split_name}: on the dashed line, 80 % sure is right 80 % of the "
         f"time. {model_name.capitalize()} is {tendency_text} (expected calibration error "
         f"{calibration_error:.3f}).",
         Table(

@@ -8,7 +8,7 @@ import pandas as pd
 import yaml
 
 from headrace.pipelines.finished import FinishedRun
-from headrace.pipelines.number_format import bytes_text
+from headrace.pipelines.number_format import bytes_text, utc_text
 from headrace.pipelines.report.page.blocks import Block, Code, Column, Facts, Note, Section, Table
 
 
@@ -46,7 +46,7 @@ def _machine_blocks(run: FinishedRun) -> list[Block]:
         versions = {"python": record.get("python"), **dict(record.get("versions") or {})}
         rows.append(
             {
-                "since": record.get("since", ""),
+                "since": utc_text(record.get("since", "")),
                 "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
                 "machine": f"{record.get('processor', '')}, {record.get('system', '')}, "
                 f"{record.get('cores', '?')} cores, "

@@ -155,8 +155,9 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
             (
                 "as good as the winner",
                 (
-                    f"{selection_record['statistically_tied']:,} of {selection_record['tried']:,} "
-                    "settings cannot be told apart from it (95 %)"
+                    f"{selection_record['statistically_tied'] - 1:,} of "
+                    f"{selection_record['tried'] - 1:,} other settings cannot be told apart from "
+                    "it (95 %)"
                 ),
             ),
         )

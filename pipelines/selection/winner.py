@@ -20,17 +20,17 @@ class NoWinner(HeadraceError):
 def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
     """Return the first row of the leaderboard.
 
-    Raises NoWinner, with the commonest reason, when no head is whole.
+    Raises NoWinner, with the commonest reason, when no head was trained and scored in every fold.
     """
     if board.empty or board.iloc[0]["failed"] or not board.iloc[0]["final"]:
         reasons = heads["error"].dropna().value_counts()
         reason = (
-            f"The commonest reason: {reasons.index[0]}"
+            f"The commonest reason: {reasons.index[0].rstrip('.')}"
             if len(reasons)
             else "The metric is undefined in some fold"
         )
         raise NoWinner(
-            f"no head is whole, with the metric defined in every fold. {reason}. Every head is in "
+            f"no head was trained and scored in every fold. {reason}. Every head is in "
             "heads.parquet and leaderboard.csv"
         )
     return board.iloc[0]

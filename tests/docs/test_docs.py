@@ -6,6 +6,7 @@ import ast
 import html.parser
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
+from sphinx.search.en import SearchEnglish
 from sphinx.util.inventory import InventoryFile
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -107,6 +109,30 @@ def test_every_link_of_the_site_leads_somewhere_and_nothing_is_loaded_from_elsew
                 assert place in pages[page].places, f"{file.name} links to {link}"
     for style in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text()), style
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("query", "page"),
+    [
+        ("hugging face", "extraction"),
+        ("windows", "install"),
+        ("multi-label", "multi-label"),
+        ("patients", "gallery/patients"),
+    ],
+)
+def test_the_search_of_the_site_finds(site, query, page):
+    """A page that has every word of the query, by the site's own index."""
+    script = (site / "searchindex.js").read_text()
+    index = json.loads(script.removeprefix("Search.setIndex(").rstrip(")\n; "))
+    stem = SearchEnglish({}).stem
+
+    def pages_with(word):
+        found = [index[table].get(stem(word), []) for table in ("terms", "titleterms")]
+        return {number for each in found for number in (each if isinstance(each, list) else [each])}
+
+    found = set.intersection(*map(pages_with, re.findall(r"\w+", query)))
+    assert page in {index["docnames"][number] for number in found}
 
 
 def documented_names(site):

@@ -9,6 +9,7 @@ import pandas as pd
 
 from headrace.heads.evaluate.intervals import LEVEL, mean_loss_interval, proportion_interval
 from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.number_format import number_text
 from headrace.pipelines.report.judged import JudgedSide, one_by_one, side_values, user_columns
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
@@ -54,7 +55,7 @@ def slices_section(
     frame = frame.assign(order=order).sort_values(["order"], kind="stable", ignore_index=True)
     table = Table(
         "slices",
-        f"{metric_title(metric).capitalize()} of each slice, the worst first",
+        f"Each slice by {metric_title(metric)}, the worst first",
         (
             Column("column", "column"),
             Column("value", "value"),
@@ -89,13 +90,13 @@ def _verdicts(frame: pd.DataFrame, metric: str) -> Iterator[Note]:
         )
         return
     for row in worse.head(SHOWN_WARNINGS).to_dict("records"):
-        scale, unit = (100, " %") if metric_format(metric) == "share" else (1, "")
         value, low, high, overall = (
-            f"{scale * float(row[name]):.4g}" for name in ("value_mean", "low", "high", "overall")
+            number_text(float(row[name]), metric)
+            for name in ("value_mean", "low", "high", "overall")
         )
         yield Note(
             f"{row['column']} = {row['value']} is worse than the others: {metric_title(metric)} "
-            f"{value}{unit} ({low} to {high}) against {overall}{unit} on all {row['side']} "
+            f"{value} ({low} to {high}) against {overall} on all {row['side']} "
             f"images, {row['images']:,} images.",
             "warning",
         )

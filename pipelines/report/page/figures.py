@@ -23,6 +23,7 @@ WIDTH = 360  # CSS pixels
 # Colours that stand in the drawing for the page's variables. Series are Okabe and Ito's, which
 # colour-blind people tell apart; kinds differ by their mark as well.
 _INK, _MUTED, _RULE = "#010101", "#020202", "#030303"
+_BOTH_SCHEMES = "#3b8ec4"
 _SERIES = ("#040401", "#040402", "#040403", "#040404", "#040405", "#040406")
 _VARIABLES = {
     _INK: "var(--ink)",
@@ -185,11 +186,12 @@ def scatter_chart(
                 true_values,
                 predicted_values,
                 "o",
-                color=series_color(0),
+                # pixels keep their colour, which both schemes have to show
+                color=_BOTH_SCHEMES if (is_raster := len(true_values) > 500) else series_color(0),
                 markersize=2.5,
                 alpha=0.5,
                 markeredgewidth=0,
-                rasterized=len(true_values) > 500,
+                rasterized=is_raster,
             )
         axes.plot(
             [lowest, highest], [lowest, highest], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1

@@ -137,7 +137,8 @@ def test_a_run_that_has_not_ended_says_so(project, tmp_path, gone, commands):
     for command in commands:
         said = said_of(READERS[command], run)
         assert said == (
-            f"{run} has no {gone}: the run has not come to its end. Go on with: headrace run RECIPE"
+            f"{run} has no {gone}: the run has not come to its end, or failed (headrace status "
+            f"{run}). Go on with: headrace run RECIPE"
         )
     assert run_status(run)[-1].state == "finished"
 

@@ -300,3 +300,25 @@ def test_one_default_of_weight_decay_wherever_a_network_is_asked_for():
     assert MLPSpec().weight_decay == ConvSpec().weight_decay == WEIGHT_DECAY
     assert MLPHead().weight_decay == MLPRegressionHead().weight_decay == WEIGHT_DECAY
     assert f"weight_decay: [{WEIGHT_DECAY}]" in _RECIPE
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "written"),
+    [
+        ("images", "photos", "{folder: photos}"),
+        ("task", "label", "{target: label}"),
+        ("backbones", "timm:resnet18", "[{name: timm:resnet18}]"),
+        ("backbones", ["timm:resnet18"], "{name: timm:resnet18}"),
+        ("heads", "logistic", "{logistic: …}"),
+        ("heads", {"sklearn": {"estimator": "sklearn.svm.SVC"}}, "'- ' before its first key"),
+        ("ensemble", True, "{}"),
+    ],
+)
+def test_a_word_where_a_section_stands_is_answered_with_what_to_write(
+    tmp_path, key, value, written
+):
+    """In YAML that can be copied."""
+    recipe = yaml.safe_load(GOOD) | {key: value}
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(write(tmp_path, yaml.safe_dump(recipe)))
+    assert f"write {written}" in str(refusal.value)
