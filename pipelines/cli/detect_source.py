@@ -24,6 +24,7 @@ from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import find_image_column, is_table, table_files
+from headrace.pipelines.cli.detect_pixels import detect_pixels
 from headrace.pipelines.selection.cautions import near_copies
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
@@ -32,6 +33,7 @@ _SPLIT_NAMES = ("split", "set", "subset", "partition")
 _PATHS_LOOKED_AT = 100
 _CLASSES_NAMED = 8
 _IMAGES_OPENED = 60
+_IMAGES_DECODED = 8
 _PREDICTION_COLUMNS = {"file", "class", "error"}  # of the tables that `headrace predict` writes
 _SEPARATORS = (";", "|", ",", " ")
 
@@ -50,6 +52,8 @@ class Finding:
     task: str
     sentence: str
     notes: tuple[str, ...] = ()  # what was assumed, and what is left out
+    backbone: str = ""  # lines for a backbone
+    examples: tuple[str, ...] = ()  # paths of some images, to look at their pixels
 
 
 def detect_recipe(
@@ -63,7 +67,12 @@ def detect_recipe(
     """
     source = detect_source(location, layout=layout, exclude=exclude)
     finding = _detect(location, source, recipe_folder)
-    option_lines = f"  layout: {layout}\n" if layout != "auto" else ""
+    pixels = detect_pixels(finding.examples)
+    finding = replace(
+        finding, backbone=pixels.backbone, notes=(*finding.notes, *pixels.notes), examples=()
+    )
+    option_lines = pixels.images
+    option_lines += f"  layout: {layout}\n" if layout != "auto" else ""
     option_lines += f"  exclude: {as_yaml_list(exclude)}\n" if exclude else ""
     return replace(finding, images=finding.images + option_lines)
 
@@ -197,6 +206,7 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
         )
         + (f"; {_split_sizes(samples['split'])}" if has_split else ""),
         notes=_listing_notes(listing),
+        examples=_examples(samples),
     )
 
 
@@ -213,6 +223,7 @@ def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -
         task=task_lines,
         sentence=f"{len(samples):,} images in archives, {n_classes:,} classes in {target_column!r}",
         notes=(*task_notes, *_listing_notes(listing)),
+        examples=_examples(samples),
     )
 
 
@@ -329,7 +340,13 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         )
         + _table_doubts(samples["path"], samples[target_column]),
         notes=(*pattern_notes, *task_notes, *_listing_notes(listing)),
+        examples=_examples(samples),
     )
+
+
+def _examples(samples: pd.DataFrame) -> tuple[str, ...]:
+    step = max(1, len(samples) // _IMAGES_DECODED)
+    return tuple(samples["path"].astype(str)[::step][:_IMAGES_DECODED])
 
 
 def _listing_notes(listing: Listing) -> tuple[str, ...]:

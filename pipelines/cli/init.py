@@ -40,7 +40,7 @@ backbones:
   - name: timm:tf_efficientnet_lite0     # `headrace backbones` lists and searches them
 {weights}
     taps: auto                           # or a list, such as [blocks.4.avg, blocks.6.max]
-    # image_size: 300                    # default: what the weights were trained with
+{pixels}    # image_size: 300                    # default: what the weights were trained with
   # - name: torchvision:resnet50         # several backbones share one decoding of each image, and `inputs` below then
   #   alias: resnet                      # names whose tap it means: [resnet:pre_logits.vector]
 
@@ -96,6 +96,7 @@ def write_recipe(
         images=finding.images,
         task=finding.task,
         weights=_weights_lines(),
+        pixels=finding.backbone,
     )
     remove_temporaries(out)
     publish_replace(out, recipe_text.encode())

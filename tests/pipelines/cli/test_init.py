@@ -12,6 +12,7 @@ import tarfile
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from PIL import Image
 
 from headrace.cache.errors import HeadraceError
@@ -344,3 +345,28 @@ def test_a_second_backbone_of_the_comments_is_trained_on_as_the_comment_says(tmp
         ("resnet:pre_logits.vector",),
         tuple(names),
     }
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "highest", "bands", "pixel_range"),
+    [
+        ((8, 9, 5), np.uint16, 9000, (1, 2, 3, 4, 5), (0, 16383)),
+        ((8, 9, 3), np.uint16, 4000, None, (0, 4095)),
+        ((8, 9, 4), np.uint8, 200, (1, 2, 3, 4), None),
+        ((8, 9, 3), np.uint8, 200, None, None),
+    ],
+)
+def test_bands_and_depth_are_proposed(tmp_path, shape, dtype, highest, bands, pixel_range):
+    """Of 8-bit colours nothing; what is proposed is a recipe that is read."""
+    for number in range(4):
+        path = tmp_path / "scenes" / "ab"[number % 2] / f"{number}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.full(shape, highest, dtype)
+        photometric = "rgb" if shape[2] == 3 else "minisblack"
+        tifffile.imwrite(path, values, photometric=photometric, planarconfig="contig")
+    notes = write_recipe(tmp_path / "scenes", tmp_path / "r.yaml").notes
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.backbones[0].bands == bands
+    assert recipe.images.pixel_range == pixel_range
+    assert recipe.images.pixel_dtype == ("float32" if pixel_range else "uint8")
+    assert any("bands" in note for note in notes) == (bands is not None)

@@ -1,0 +1,93 @@
+"""What the pixels of some images ask of a recipe: bands, their depth, black and white."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from headrace.extract.errors import ImageError
+from headrace.extract.images.bands import Bands, decode_deep
+from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.decoding import has_deep_pixels
+
+_MOST_BANDS = 16  # that are proposed; a file of hundreds is one of a spectrometer
+_PROPOSED_FOR = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x93NUMPY")  # TIFF and .npy
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """Lines of a recipe's sections `images` and `backbones`, and what they rest on."""
+
+    images: str = ""
+    backbone: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def detect_pixels(paths: Sequence[str]) -> PixelSettings:
+    """Propose settings for images whose first few are these; nothing for 8 bits of grey or colours,
+    and where the images differ.
+    """
+    counts: set[int] = set()
+    lows: list[float] = []
+    highs: list[float] = []
+    dtypes: set[np.dtype[np.generic]] = set()
+    for path in paths:
+        try:
+            data = read_bytes(path)
+            if not (data.startswith(_PROPOSED_FOR) or has_deep_pixels(data)):
+                return PixelSettings()
+            image = decode_deep(data, (1,))
+        except (ImageError, OSError) as error:
+            if "pixel_range" not in str(error):
+                return PixelSettings()  # the run tells of it
+            image = decode_deep(data, (1,), (0.0, 1.0))
+        if not isinstance(image, Bands):
+            return PixelSettings()
+        values = np.asarray(image.values[:, :, :])
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            lows.append(float(finite.min()))
+            highs.append(float(finite.max()))
+        counts.add(values.shape[2])
+        dtypes.add(values.dtype)
+    if len(counts) != 1 or len(dtypes) != 1 or not lows:
+        return PixelSettings()
+    (count,), (dtype,) = counts, dtypes
+    images, notes = "", []
+    if dtype != np.uint8:
+        black, white = _black_and_white(dtype, min(lows), max(highs))
+        images = (
+            f"  pixel_range: [{black:.6g}, {white:.6g}]      # black and white, by "
+            f"{len(paths)} images: set what the sensor has\n"
+            "  pixel_dtype: float32      # pixels keep their depth until they are normalised\n"
+        )
+        notes.append(
+            f"the pixels are {dtype}, {min(lows):g} to {max(highs):g} in {len(paths)} images; "
+            f"{black:.6g} and {white:.6g} are taken for black and white (images.pixel_range)"
+        )
+    backbone = ""
+    if count not in (1, 3):
+        bands = list(range(1, min(count, _MOST_BANDS) + 1))
+        backbone = (
+            f"    bands: {bands}      # of the files, counted from 1; red, green and blue first, "
+            "where there are\n"
+        )
+        notes.append(
+            f"the images have {count} bands; bands: {bands} reads "
+            f"{'all' if count <= _MOST_BANDS else 'the first'} of them. Put red, green and blue "
+            "first, where there are"
+        )
+    return PixelSettings(images, backbone, tuple(notes))
+
+
+def _black_and_white(
+    dtype: np.dtype[np.generic], lowest: float, highest: float
+) -> tuple[float, float]:
+    """Return 0 and the largest number of as many bits as unsigned pixels need; of other types what
+    they reach.
+    """
+    if dtype.kind == "u":
+        return 0.0, float(2 ** max(int(highest).bit_length(), 8) - 1)
+    if lowest >= 0 and highest <= 1:
+        return 0.0, 1.0
+    return lowest, highest if highest > lowest else lowest + 1
