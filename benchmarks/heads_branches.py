@@ -114,7 +114,6 @@ def branches() -> Iterator[Branch]:
         "pairs in chunks, 100 classes", many, ((lbfgs, "PAIR_COLUMNS_PER_CHUNK", 1 << 40),)
     )
     yield Branch("leading directions", dual, ((dual_form, "_leading_directions", no_directions),))
-    yield Branch("float32 products", dual, ((dual_form, "THINNEST_FLOAT32_DIRECTION", np.inf),))
     groups_off = ((passes, "SECOND_LEVEL_CACHE_BYTES", 1 << 40),)
     yield Branch("groups of heads, 20 labels", labels, groups_off)
     many_alphas = [RidgeSpec(float(alpha)) for alpha in np.logspace(-1, 3, 60)]

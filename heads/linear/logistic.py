@@ -45,7 +45,7 @@ from headrace.heads.linear.solver.design import (
     scales_are_similar,
     should_copy_per_fold,
 )
-from headrace.heads.linear.solver.dual_form import copies_fit, make_dual_design
+from headrace.heads.linear.solver.dual_form import DualForm, copies_fit, make_dual_form
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 from headrace.heads.linear.solver.path_solver import HeadSolution, solve_paths
 from headrace.heads.linear.solver.regularization_path import RegularizationPath
@@ -218,6 +218,11 @@ def _fit_problem(
             and standardize
             and should_copy_per_fold(scaling, folds, problem.n_outputs - 1, n_heads)
         )
+        dual_form = functools.cache(
+            functools.partial(
+                _make_dual_form, bank, problem, folds, design_scaling, standardize=standardize
+            )
+        )
         make_designs = [
             functools.partial(
                 _make_design,
@@ -225,6 +230,7 @@ def _fit_problem(
                 problem,
                 folds,
                 design_scaling,
+                dual_form,
                 standardize=standardize,
                 copy_per_fold=copy,
                 dtype=dtype,
@@ -372,11 +378,34 @@ def _regularization_paths(
     return paths, specs_by_strength
 
 
+def _make_dual_form(
+    bank: _Bank,
+    problem: _ClassProblem,
+    folds: tuple[int, ...],
+    scaling: dict[int, Moments],
+    *,
+    standardize: bool,
+) -> DualForm:
+    """Return the dual form of each fold's training rows, sorted by class."""
+    training_rows = [
+        ((fold,), _sort_by_class(problem, np.flatnonzero(problem.has_class & (bank.fold != fold))))
+        for fold in folds
+    ]
+    return make_dual_form(bank.X, training_rows, scaling, standardize=standardize)
+
+
+def _sort_by_class(problem: _ClassProblem, row_index: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    if problem.n_outputs == 1:
+        return row_index
+    return row_index[np.argsort(problem.target[row_index], kind="stable")]
+
+
 def _make_design(
     bank: _Bank,
     problem: _ClassProblem,
     folds: tuple[int, ...],
     scaling: dict[int, Moments],
+    dual_form: Callable[[], DualForm],
     *,
     standardize: bool,
     copy_per_fold: bool,
@@ -384,15 +413,9 @@ def _make_design(
 ) -> DesignMatrix:
     """Return the design with labels, the rows of a block sorted by class.
 
-    Rows without a class in the problem are left out.
+    Rows without a class in the problem are left out. dual_form: of the same rows and folds.
     """
     X, n_outputs = bank.X, problem.n_outputs
-
-    def sort_by_class(row_index: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-        if n_outputs == 1:
-            return row_index
-        return row_index[np.argsort(problem.target[row_index], kind="stable")]
-
     needed = problem.has_class
     if len(folds) == 1:
         needed &= bank.fold != folds[0]  # a design of one fold needs no held-out rows
@@ -401,21 +424,18 @@ def _make_design(
         return tuple(fold for fold in folds if fold != group)
 
     if X.shape[1] > int(needed.sum()):
-        training_rows = [
-            ((fold,), sort_by_class(np.flatnonzero(needed & (bank.fold != fold)))) for fold in folds
-        ]
-        design = make_dual_design(X, training_rows, scaling, standardize=standardize, dtype=dtype)
+        design = dual_form().design(dtype)
     elif isinstance(X, Streamed):
         # By class within a block only: blocks are read in the order in which their rows lie on
         # disk.
         block_rows = [
-            (folds_that_train_on(group), sort_by_class(row_index))
+            (folds_that_train_on(group), _sort_by_class(problem, row_index))
             for group, row_index in sweep(X, bank.fold, ROWS_PER_STREAMED_BLOCK, needed)
         ]
         design = make_streamed_design(X, block_rows, scaling, standardize=standardize, dtype=dtype)
     else:
         groups = [
-            (folds_that_train_on(group), sort_by_class(row_index))
+            (folds_that_train_on(group), _sort_by_class(problem, row_index))
             for group in np.unique(bank.fold).tolist()
             if (row_index := np.flatnonzero(needed & (bank.fold == group))).size
         ]

@@ -16,6 +16,7 @@ solved by itself.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,6 @@ from headrace.heads.linear.solver.rotation import FoldRowSpace, RowSpace, multip
 
 Array = npt.NDArray[Any]
 MAX_COPIED_BYTES = 1 << 29  # of the folds' copies of the rows, float32
-# The thinnest direction of the rows, relative to the thickest, that float32 weights can be divided
-# by: three of its seven digits. Beyond, twin rows that differ in their last digits lose their own.
-# float64 for all takes 1.04 of the CPU time and twice the memory.
-THINNEST_FLOAT32_DIRECTION = 1e-3
 # Leading directions, and how many subspace iterations look for them. Without, 1,000 x 2,048 rows
 # take 938 iterations instead of 491, 1.34 of the CPU time.
 LEADING_DIRECTIONS, SUBSPACE_ITERATIONS = 64, 2
@@ -49,52 +46,86 @@ def copies_fit(scaling: dict[int, Moments], folds: Sequence[int], n_rows: int) -
     return sum(scaling[fold].count for fold in folds) * n_rows * 4 <= MAX_COPIED_BYTES
 
 
-def make_dual_design(
-    X: Features,
-    groups: Sequence[FoldRows],
-    scaling: dict[int, Moments],
-    *,
-    standardize: bool,
-    dtype: Any,
-) -> DesignMatrix:
-    """Return the design of rows of X (N, D) for the folds in `scaling`.
+@dataclass(frozen=True)
+class _FoldFactor:
+    """Training rows of a fold and the pivoted Cholesky factor of their products."""
 
-    groups: for each fold its own training rows. scaling: fold -> moments of its training rows. The
-    row blocks come without labels, which the caller adds.
+    folds: tuple[int, ...]
+    rows: npt.NDArray[np.intp]  # (n,) of the task
+    order: npt.NDArray[np.intp]  # (n,) the rows in the order of their pivots
+    lower: Array  # (n, R) float64, in that order
+
+
+@dataclass(frozen=True)
+class DualForm:
+    """Rows in the coordinates of each fold, factored once for the designs of either dtype: that is
+    most of what a design costs (1,968 x 2,816 rows, 6 folds: .55 of .66 s each).
+    """
+
+    row_space: RowSpace
+    fold_factors: list[_FoldFactor]
+    common: Moments
+    inverse_scale: Array  # (D,)
+    feature_unit: float
+
+    def design(self, dtype: Any) -> DesignMatrix:
+        """Return the design; its row blocks come without labels, which the caller adds."""
+        row_blocks = []
+        for factor in self.fold_factors:
+            space = self.row_space.fold_spaces[factor.folds[0]]
+            coordinates = np.zeros((len(factor.rows), self.row_space.rank), dtype)
+            coordinates[factor.order, : factor.lower.shape[1]] = multiply_by_q(
+                space.reflectors.astype(dtype),
+                space.reflector_scales.astype(dtype),
+                factor.lower.astype(dtype),
+                side="R",
+            )
+            row_blocks += make_row_blocks(
+                factor.folds, factor.rows, coordinates.__getitem__, self.row_space.rank, dtype
+            )
+        return DesignMatrix(
+            row_blocks,
+            np.dtype(dtype),
+            self.row_space,
+            self.common.mean,
+            self.inverse_scale,
+            {},
+            {},
+            self.feature_unit,
+        )
+
+
+def make_dual_form(
+    X: Features, groups: Sequence[FoldRows], scaling: dict[int, Moments], *, standardize: bool
+) -> DualForm:
+    """Return the dual form of rows of X (N, D) for the folds in `scaling`.
+
+    groups: for each fold its own training rows. scaling: fold -> moments of its training rows.
     """
     common, inverse_scale, scale_ratios, feature_unit = common_coordinates(
-        scaling, standardize=standardize, dtype=dtype
+        scaling, standardize=standardize, dtype=np.float64
     )
     row_index = np.unique(np.concatenate([rows for _, rows in groups]))
-    Z = standardize_rows(X, row_index, common.mean, inverse_scale, dtype)
+    # float64: twin rows that differ in their last digits keep them.
+    Z = standardize_rows(X, row_index, common.mean, inverse_scale, np.float64)
     fold_spaces: dict[int, FoldRowSpace] = {}
-    rotated_rows = []
-    thinnest = 1.0
-    for (fold,), rows in groups:
-        rotated, fold_spaces[fold], thickness = _fold_row_space(
-            Z, np.searchsorted(row_index, rows), scale_ratios.get(fold)
+    fold_factors = []
+    for folds, rows in groups:
+        order, lower, fold_spaces[folds[0]] = _fold_row_space(
+            Z, np.searchsorted(row_index, rows), scale_ratios.get(folds[0])
         )
-        rotated_rows.append(rotated)
-        thinnest = min(thinnest, thickness)
-    product_dtype = dtype if thinnest > THINNEST_FLOAT32_DIRECTION else np.float64
-    row_space = RowSpace(Z, fold_spaces, np.dtype(product_dtype))
-    row_blocks = []
-    for (folds, rows), rotated in zip(groups, rotated_rows, strict=True):
-        padded = np.pad(rotated, ((0, 0), (0, row_space.rank - rotated.shape[1])))
-        row_blocks += make_row_blocks(folds, rows, padded.__getitem__, row_space.rank, dtype)
-    return DesignMatrix(
-        row_blocks, np.dtype(dtype), row_space, common.mean, inverse_scale, {}, {}, feature_unit
-    )
+        fold_factors.append(_FoldFactor(folds, rows, order, lower))
+    return DualForm(RowSpace(Z, fold_spaces), fold_factors, common, inverse_scale, feature_unit)
 
 
 def _fold_row_space(
     Z: Array, rows: npt.NDArray[np.intp], scale_ratio: Array | None
-) -> tuple[Array, FoldRowSpace, float]:
-    """Return coordinates (n, R) of Z[rows] in Z's dtype, their row space, and its thickness.
+) -> tuple[npt.NDArray[np.intp], Array, FoldRowSpace]:
+    """Return the pivoted Cholesky factor of the products of Z[rows] and the row space.
 
-    The thickness is that of the last pivot over the first.
+    The factor is the order (n,) of the pivots and the rows (n, R) float64 in that order.
     """
-    mean = Z[rows].mean(axis=0, dtype=np.float64)
+    mean = Z[rows].mean(axis=0)
     gram = np.zeros((len(rows), len(rows)), order="F")
     for start in range(0, Z.shape[1], COLUMNS_PER_CHUNK):
         columns = slice(start, start + COLUMNS_PER_CHUNK)
@@ -108,21 +139,12 @@ def _fold_row_space(
     floor = len(rows) * np.finfo(np.float64).eps * gram.diagonal().max(initial=0.0)
     factor, order, rank, _ = scipy.linalg.lapack.dpstrf(gram, tol=floor, lower=1, overwrite_a=1)
     order, lower = order - 1, np.tril(factor[:, :rank])
-    pivots, narrow = lower.diagonal(), lower.astype(Z.dtype)
-    reflectors, reflector_scales = _leading_directions(narrow)
-    values = np.empty((len(rows), rank), Z.dtype)
-    values[order] = multiply_by_q(
-        reflectors.astype(Z.dtype), reflector_scales.astype(Z.dtype), narrow, side="R"
-    )
+    # float32: any orthogonal basis will do
+    reflectors, reflector_scales = _leading_directions(lower.astype(np.float32))
     fold_space = FoldRowSpace(
-        rows[order[:rank]],
-        lower[:rank],
-        reflectors,
-        reflector_scales,
-        mean,
-        None if scale_ratio is None else scale_ratio.astype(np.float64),
+        rows[order[:rank]], lower[:rank], reflectors, reflector_scales, mean, scale_ratio
     )
-    return values, fold_space, float(pivots[-1] / pivots[0]) if rank else 1.0
+    return order, lower, fold_space
 
 
 def _leading_directions(lower: Array) -> tuple[Array, Array]:

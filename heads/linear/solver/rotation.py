@@ -121,10 +121,9 @@ class FoldRowSpace:
 class RowSpace:
     """Coordinates in the row space of n < D rows Z (n, D), different ones for every fold."""
 
-    rows: Array  # Z, in the design's dtype
+    # Z, float64: weights that are divided by thin directions cancel in products
+    rows: Array
     fold_spaces: dict[int, FoldRowSpace]
-    # float64 where directions are so thin that weights divided by them cancel in products.
-    product_dtype: np.dtype[Any]
 
     @property
     def rank(self) -> int:
@@ -138,8 +137,7 @@ class RowSpace:
             combination[np.ix_(heads, space.pivot_rows)] = space.row_combination(
                 u[heads, : len(space.pivot_rows)]
             )
-        rows = self.rows.astype(self.product_dtype, copy=False)
-        v = (combination.astype(self.product_dtype, copy=False) @ rows).astype(np.float64)
+        v = combination @ self.rows
         for heads, space in self._heads_by_space(folds):
             v[heads] -= np.outer(combination[heads].sum(axis=1), space.mean)
             if space.scale_ratio is not None:
@@ -148,7 +146,7 @@ class RowSpace:
 
     def from_features(self, v: Array, folds: Array) -> Array:
         """Return u (k, R) float64 of v (k, D), as far as v lies in the row space."""
-        decisions = (v.astype(self.product_dtype) @ self.rows.T).astype(np.float64)
+        decisions = v @ self.rows.T
         u = np.zeros((len(v), self.rank))
         for heads, space in self._heads_by_space(folds):
             mean_decisions = v[heads] @ space.mean[:, None]

@@ -13,7 +13,7 @@ from headrace.heads.linear import logistic
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver.design import scales_are_similar
-from headrace.heads.linear.solver.dual_form import make_dual_design
+from headrace.heads.linear.solver.dual_form import make_dual_form
 
 SLOWLY = settings(
     deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True
@@ -36,10 +36,10 @@ def both_ways(data, specs, **options):
 
     def counted(*args, **more):
         calls.append(len(args[2]))
-        return make_dual_design(*args, **more)
+        return make_dual_form(*args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logistic, "make_dual_design", counted)
+        patch.setattr(logistic, "make_dual_form", counted)
         together = fit_logistic_bank(data, specs, **options)
         shared, calls[:] = max(calls), []
         patch.setattr(logistic, "copies_fit", lambda *_: False)
@@ -212,7 +212,7 @@ def test_the_least_penalised_weights_are_the_ones_that_come_back():
     moments = moments_of(X, fold)
     rows = [((f,), np.flatnonzero(fold != f)) for f in range(4)]
     scaling = {f: moments[f] for f in (0, 1, 2, 3, REFIT)}
-    design = make_dual_design(X, rows, scaling, standardize=True, dtype=np.float64)
+    design = make_dual_form(X, rows, scaling, standardize=True).design(np.float64)
     rng = np.random.default_rng(0)
     for block in design.row_blocks:
         (f,) = block.folds
