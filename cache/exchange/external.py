@@ -142,8 +142,9 @@ def _external_spec(
     kept_rows: npt.NDArray[np.int64],
     dtype: str,
 ) -> FeatureSpec:
+    """Return the spec of features whose "weights" are the digest of the rows themselves."""
     hasher = hashlib.sha256()
-    # Whole rows, whatever order they came in
+    # `kept_rows` are in the order of their hashes: a file in another order is the same feature set.
     for row in kept_rows:
         hasher.update(f"{row_hashes[row]}|".encode())
         hasher.update(np.ascontiguousarray(external.features[row], np.float32).tobytes())

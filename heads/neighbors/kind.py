@@ -16,6 +16,10 @@ from headrace.heads.layers import Arrays, Floats
 from headrace.heads.link import tempered
 from headrace.heads.spec import FitResult, check_choices
 
+# Seconds of one core for each multiply-add: of a product of all rows with all rows, which fills the
+# cache, and of one with a few class means, which waits for memory.
+_SECONDS_WIDE_PRODUCT, _SECONDS_NARROW_PRODUCT = 1e-11, 2e-10
+
 
 @dataclass(frozen=True)
 class KNNSpec:
@@ -79,14 +83,14 @@ def knn_cost(
     spec: KNNSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
     """Return nothing shared, and the seconds of the inner products of all rows."""
-    return 0.0, n_fits * 1e-11 * n_rows * n_features * n_rows
+    return 0.0, n_fits * _SECONDS_WIDE_PRODUCT * n_rows * n_features * n_rows
 
 
 def centroid_cost(
     spec: CentroidSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
     """Return nothing shared, and the seconds of the products with the class means."""
-    return 0.0, n_fits * 2e-10 * n_rows * n_features * n_outputs
+    return 0.0, n_fits * _SECONDS_NARROW_PRODUCT * n_rows * n_features * n_outputs
 
 
 KNN = HeadKind(

@@ -111,6 +111,7 @@ def advise_on(
     losses = _row_losses(validation, predicted)
     error = _error_estimate(validation, losses, draws)
     scores = transferability_scores(task, feature_paths, results_folder)
+    # fields of `Evidence` that a learning curve and a single-label task add to
     evidence: dict[str, Any] = {"gain": {}, "ahead": {}, "curve": {}, "surest": None}
     if len(task.ids) >= THIN_ROWS:
         curve = _measured_curve(

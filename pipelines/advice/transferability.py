@@ -67,16 +67,16 @@ def transferability_scores(
     feature_paths: views by name; the first view is measured. results_folder: where scores stay;
     each is computed once.
     """
-    sampled_rows = _drawn(task)
+    sampled_rows = _sample_rows(task)
     all_scores = []
     for name, view_paths in feature_paths.items():
         cache_key = hashlib.sha256(
             repr([_VERSION, task.digest, ROWS, view_paths[0].name, name]).encode()
         ).hexdigest()[:16]
         scores_path = results_folder / f"transferability-{cache_key}.json"
-        scores = _read(scores_path)
+        scores = _stored_scores(scores_path)
         if scores is None:
-            scores = _measure(name, task, sampled_rows, view_paths[0])
+            scores = _measure_scores(name, task, sampled_rows, view_paths[0])
             with suppress(OSError):  # it only saves time
                 results_folder.mkdir(parents=True, exist_ok=True)
                 publish_replace(scores_path, sealed_json(asdict(scores)))
@@ -84,7 +84,7 @@ def transferability_scores(
     return all_scores
 
 
-def _measure(
+def _measure_scores(
     name: str, task: Task, sampled_rows: npt.NDArray[np.int64], feature_path: Path
 ) -> TransferabilityScores:
     X, has_features = load_rows([feature_path], task.content[sampled_rows])
@@ -94,9 +94,8 @@ def _measure(
         if task.kind == "single"
         else np.asarray(target, np.float64)
     )
-    target_columns = target_columns.reshape(len(target), -1)[
-        :, np.ptp(target_columns.reshape(len(target), -1), axis=0) > 0
-    ]
+    target_columns = target_columns.reshape(len(target), -1)
+    target_columns = target_columns[:, np.ptp(target_columns, axis=0) > 0]  # not constant
     is_single_label = task.kind == "single"
     are_logits = open_feature_set(feature_path).spec.tap == "logits"
     fold_of_row = make_folds(target, n_folds=min(_FOLDS, len(target)), seed=0)
@@ -139,14 +138,14 @@ def _measure(
     )
 
 
-def _drawn(task: Task) -> npt.NDArray[np.int64]:
+def _sample_rows(task: Task) -> npt.NDArray[np.int64]:
     """Return positions of at most ROWS rows, the same for every feature set."""
     if len(task.ids) <= ROWS:
         return np.arange(len(task.ids))
     return np.sort(np.random.default_rng(0).choice(len(task.ids), ROWS, replace=False))
 
 
-def _read(scores_path: Path) -> TransferabilityScores | None:
+def _stored_scores(scores_path: Path) -> TransferabilityScores | None:
     """Return stored scores; None where there are none, or none that can be read: the file only
     saves time.
     """

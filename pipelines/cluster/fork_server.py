@@ -39,11 +39,10 @@ _FIRST_IMPORT = "headrace.pipelines.cluster.ends_with_driver"
 
 
 def start_server(module_names: Sequence[str] = ()) -> str:
-    """Start the server, unless there is one; returns Dask's word for how to start workers. imports:
-    more modules.
+    """Start the server, unless there is one; returns Dask's word for how to start workers.
 
-    A module that is missing or fails is passed over, and one that a server which is there already
-    lacks is imported by the workers.
+    module_names: more of what the server imports. One that is missing or fails is passed over, and
+    one that a server which is there already lacks is imported by the workers.
     """
     if sys.platform != "linux":
         return "spawn"
@@ -61,8 +60,8 @@ def start_server(module_names: Sequence[str] = ()) -> str:
     # The first time Dask chooses modules; ours are for the server after a killed one too.
     with dask.config.set({METHOD: "forkserver"}):
         context = get_mp_context()
-    # For its modules the server begins with ours; a name that is no module's tells that one what to
-    # do.
+    # The server imports these in order. The first is ours; the second is no module: in its name it
+    # tells ours what to import, and whether to end with this process (`preload_name`).
     context.set_forkserver_preload(
         [_FIRST_IMPORT, preload_name([*end_names, *_IMPORTS, *command_modules, *module_names])]
     )

@@ -141,7 +141,9 @@ def check_torch(load_pair: Callable[[], tuple[str, str]] = _load_pair) -> Findin
 
 
 def _gpus() -> tuple[int, bool, str]:
-    """Return how many GPUs the system has, whether torch can use one, and what it calls it."""
+    """Return how many GPUs the system has, whether torch can use one, and that one's name, or
+    torch's version where it can use none.
+    """
     import torch
 
     n_devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -156,7 +158,7 @@ def _gpus() -> tuple[int, bool, str]:
 def check_cuda(find_gpus: Callable[[], tuple[int, bool, str]] = _gpus) -> Finding:
     """Check that a GPU that the system has can be used."""
     try:
-        n_devices, is_usable, gpu_name = find_gpus()
+        n_devices, is_usable, name = find_gpus()
     except Exception as error:  # noqa: BLE001 - torch is broken, which its own line says
         return Finding(
             "GPU",
@@ -165,12 +167,12 @@ def check_cuda(find_gpus: Callable[[], tuple[int, bool, str]] = _gpus) -> Findin
             "see the line `torch`",
         )
     if is_usable:
-        return Finding("GPU", "ok", gpu_name)
+        return Finding("GPU", "ok", name)
     if n_devices:
         return Finding(
             "GPU",
             "fail",
-            f"{n_devices} there, but torch {gpu_name} sees none",
+            f"{n_devices} there, but torch {name} sees none",
             "install a torch with CUDA in place of a +cpu build, or a driver that is new enough "
             "for it (nvidia-smi says which)",
         )

@@ -26,15 +26,15 @@ from headrace.pipelines.selection.evaluation_record import (
     scored_predictions,
 )
 
-Found = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class SelectedModel:
     """The selected model, and the record of its being shown the test split."""
 
-    ensemble: Found | None  # what ensemble.json says, where the ensemble is the selected model
-    test_evaluation: Found | None  # None: it has not been shown the test split
+    ensemble: JsonObject | None  # what ensemble.json says, where the ensemble is the selected model
+    test_evaluation: JsonObject | None  # None: it has not been shown the test split
 
     @property
     def name(self) -> str:
@@ -64,24 +64,25 @@ def find_selected(run: FinishedRun) -> SelectedModel:
     ensemble = read_record(run.paths.ensemble / ENSEMBLE_DESCRIPTION)
     if "unit_rule" in ensemble:
         ensemble["temperature"] = ensemble["unit_rule"]["temperature"]
-    own = [
+    evaluations = [
         evaluation
         for evaluation in run.test_evaluations
         if _is_ensemble(evaluation["winner"], ensemble, run.bank.task)
     ]
-    return SelectedModel(ensemble, own[-1] if own else None)
+    return SelectedModel(ensemble, evaluations[-1] if evaluations else None)
 
 
-def _is_ensemble(shown: Found, ensemble: Found, task: str) -> bool:
+def _is_ensemble(identity: JsonObject, ensemble: JsonObject, task: str) -> bool:
+    """Return whether an evaluation's record, whose model has this identity, is of this ensemble."""
     if (
-        "ensemble" not in shown
-        or shown["train"] != task
-        or shown["temperature"] != ensemble["temperature"]
+        "ensemble" not in identity
+        or identity["train"] != task
+        or identity["temperature"] != ensemble["temperature"]
     ):
         return False
     recorded = [
         (member_name(member["bank"], member["spec"]), member["weight"], member["temperature"])
-        for member in shown["ensemble"]
+        for member in identity["ensemble"]
     ]
     return recorded == [
         (member["model"], member["weight"], member.get("temperature", 1.0))
@@ -113,22 +114,22 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
     if isinstance(run.images, str):
         return run.images
     test = run.images.dataset.test
-    if evaluation["winner"]["test"] != test.digest:
+    identity = evaluation["winner"]
+    if identity["test"] != test.digest:
         return f"the test images have changed since {selected.name} was shown them"
-    shown = evaluation["winner"]
     try:
         if selected.ensemble is None:
-            model = _recorded_model(run, shown)
+            model = _recorded_model(run, identity)
             temperature = evaluation.get("temperature", 1.0)
-            floor = floor_of(shown["spec"], test.kind, len(test.classes))
+            floor = floor_of(identity["spec"], test.kind, len(test.classes))
         else:
             members = [
                 WeightedModel(
                     member["weight"], member.get("temperature", 1.0), _recorded_model(run, member)
                 )
-                for member in shown["ensemble"]
+                for member in identity["ensemble"]
             ]
-            temperature, floor = shown["temperature"], FLOOR
+            temperature, floor = identity["temperature"], FLOOR
         # Images of units are predicted without it, and the units together given it.
         of_images = 1.0 if test.units is not None else temperature
         predictions = (
@@ -142,14 +143,16 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
     return TestPredictions(test, *scored, predictions[1])
 
 
-def _recorded_model(run: FinishedRun, recorded: Found) -> ModelRef:
+def _recorded_model(run: FinishedRun, recorded: JsonObject) -> ModelRef:
     """Return the head or network that an evaluation's record names."""
     kind = spec_from_json(recorded["spec"]).kind
-    network = kind == "finetune"  # reads the images, no features
-    folder = run.paths.finetune if network else run.paths.banks
+    reads_images = kind == "finetune"  # and no features
+    folder = run.paths.finetune if reads_images else run.paths.banks
     inputs = tuple(recorded["inputs"])
     features = (
-        [] if network else [view for name in taps_of(inputs) for view in run.open_features(name)]
+        []
+        if reads_images
+        else [view for name in taps_of(inputs) for view in run.open_features(name)]
     )
     return ModelRef(
         kind=kind,
