@@ -28,7 +28,7 @@ from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids
 from headrace.extract.images.byte_ranges import encode_path, open_compressed, printable_name
 from headrace.extract.images.heif import reads_heif
-from headrace.extract.sources.folder import EXCLUDED_ENTRIES, HIDDEN_ENTRIES
+from headrace.extract.sources.folder import EXCLUDED_ENTRIES, HIDDEN_ENTRIES, is_hidden
 from headrace.extract.sources.formats import (
     HEIF_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -479,7 +479,7 @@ def _left_out(
     """
     shown = printable_name(member)
     excluded = tally.excludes(exclude, shown, f"{archive}/{shown}")
-    hidden = [part.startswith((".", "__MACOSX")) for part in member.split("/")]
+    hidden = [is_hidden(part) for part in member.split("/")]
     if any(hidden):
         # `owl/.keep` keeps a class's folder that has no images yet
         if not excluded and not any(hidden[:-1]):

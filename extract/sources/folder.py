@@ -24,7 +24,9 @@ from headrace.extract.sources.listing import Listing, Tally
 
 EXCLUDED_ENTRIES = "entries that images.exclude names"
 LINKED_FOLDERS = "links to folders that are read under their own names"
-HIDDEN_ENTRIES = "hidden entries (names that begin with a dot)"
+HIDDEN_ENTRIES = "hidden entries (names that begin with a dot, folders that tools leave)"
+# Of macOS's archives, Python and Synology's file servers: no classes.
+_TOOL_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")
 
 
 class _Entry(NamedTuple):
@@ -146,7 +148,8 @@ def has_images(folder: Path) -> bool:
     """Return whether there is an image anywhere below a folder."""
     # A folder of 100,000 images is not sorted to find one of them.
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        if any(entry.name[0] != "." and entry.is_file() and is_image(entry) for entry in entries):
+        visible = (entry for entry in entries if not is_hidden(entry.name))
+        if any(entry.is_file() and is_image(entry) for entry in visible):
             return True
     return next(image_paths(folder), None) is not None
 
@@ -178,11 +181,11 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
                 f"folders that cannot be read ({error.strerror})", folder_name or str(image_root)
             )
             continue
-        if parent_folders and all(entry.name.startswith(".") for entry in entries):
+        if parent_folders and all(is_hidden(entry.name) for entry in entries):
             # empty, but for what tools leave in folders
             yield _Entry(parent_folders, "", directory)
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 tally.found += 1
                 tally.leave_out(
                     HIDDEN_ENTRIES, printable_name("/".join((*parent_folders, entry.name)))
@@ -200,6 +203,11 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
                     "entries that are no files (pipes, devices)",
                     printable_name("/".join((*parent_folders, entry.name))),
                 )
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name belongs to a tool, and not to the images."""
+    return name.startswith((".", *_TOOL_FOLDERS))
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -236,6 +236,11 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
             f"{'each be' if len(possible_columns) > 1 else 'be'} the images; name one: "
             f"images.path_column: {possible_columns[0]}. The columns are: {column_list}."
         )
+    if len(frame.columns) == 1 and frame.iloc[:, 0].astype(str).str.contains(r"\S\s+\S").all():
+        raise SourceError(
+            f"{table_path}: one column only, {column_list!r}: the columns seem to be separated by "
+            "blanks. Save it as CSV, with names in its first line: path,label"
+        )
     example = frame.columns[0] if len(frame.columns) else "id"
     raise SourceError(
         f"{table_path}: no column names image files. Name it: images.path_column; or, for ids "

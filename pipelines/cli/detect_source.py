@@ -197,13 +197,12 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
         "\n  split: split                  # the names of the outer folders" if has_split else ""
     )
     class_source = "inner folder" if has_split else "sub-folder"
+    smallest, largest = class_counts.min(), class_counts.max()
+    sizes_text = f"{largest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
     return Finding(
         images=f"  folder: {_path_text(folder, recipe_folder)}      # {layout_text}\n",
         task=f"  target: label                  # the name of the {class_source}{split_line}",
-        sentence=(
-            f"{len(samples):,} images in {_named_classes(class_counts)}, {class_counts.min():,} to "
-            f"{class_counts.max():,} each"
-        )
+        sentence=f"{len(samples):,} images in {_named_classes(class_counts)}, {sizes_text} each"
         + (f"; {_split_sizes(samples['split'])}" if has_split else ""),
         notes=_listing_notes(listing),
         examples=_examples(samples),

@@ -209,8 +209,9 @@ def show_result(
             )
     if reference:
         console.print(reference)
-    console.print()
-    console.print(stages_table(result))
+    if result.stages:
+        console.print()
+        console.print(stages_table(result))
     if files:
         show_files(console, result)
 

@@ -507,6 +507,7 @@ def test_other_separators_and_encodings(tmp_path, data, note):
             "number,label\n1,x\n2,y\n",
             r"no column names image files.*images.path_pattern: folder/\{number\}.jpg",
         ),
+        ("cat/a.png 1\ndog/b.png 0\n", r"seem to be separated by blanks. Save it as CSV"),
         ("before,after\na.png,b.png\nc.png,d.png\n", r"before, after could each be the images"),
         ("path,label\n,x\n,y\n", r"no rows that can be used \(2 rows that name no image"),
     ],

@@ -23,7 +23,7 @@ from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import read_array
 from headrace.extract.sources.listing import Listing
-from headrace.extract.sources.read import detect_source
+from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import read_tables
 
@@ -204,6 +204,15 @@ def test_images_without_the_side_label_that_others_have_are_told(tmp_path):
     flat = [(name.rpartition("/")[2], data) for name, data in members]
     assert not read_archives(pack_tar(tmp_path / "flat.tar", flat)).notes
     assert not read_archives(tmp_path / "t.tar", labelled=False).notes
+
+
+def test_folders_that_tools_leave_are_no_classes(tmp_path):
+    for name in ("cat/1.png", "dog/2.png", "__MACOSX/cat/._1.png", "@eaDir/1.png", "__pycache__/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    listing = read_source(detect_source(tmp_path))
+    assert set(listing.samples["label"]) == {"cat", "dog"}
+    assert listing.found == counted(listing) == 5
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
