@@ -356,18 +356,20 @@ class BagsModule(nn.Module):
         if self.pooling == "max":
             places = unit.unsqueeze(1).expand(-1, value.shape[1])
             lowest = torch.full_like(value, -torch.finfo(value.dtype).max)
-            pooled = lowest.scatter_reduce(0, places, value, "amax")
+            pooled = lowest.scatter_reduce(0, places, value, "amax")[unit]
         else:
-            weight = torch.ones_like(value[:, 0])
+            # (n, 1) and not (n,): ONNX's converter warns of the empty list that an axis alone has
+            weight = torch.ones_like(value[:, :1])
             if self.pooling == "attention":
                 gate = torch.tanh(self.tanh(value)) * torch.sigmoid(self.sigmoid(value))
-                logits = gate @ self.attention
+                logits = (gate @ self.attention).unsqueeze(1)
                 lowest = torch.full_like(logits, -torch.finfo(logits.dtype).max)
-                weight = torch.exp(logits - lowest.scatter_reduce(0, unit, logits, "amax")[unit])
-            total = torch.zeros_like(weight).index_add(0, unit, weight)
-            share = (weight / total[unit]).unsqueeze(1)
-            pooled = torch.zeros_like(value).index_add(0, unit, share * value)
-        probabilities: Tensor = self.link(self.layers[-1](pooled[unit]))
+                largest = lowest.scatter_reduce(0, unit.unsqueeze(1), logits, "amax")
+                weight = torch.exp(logits - largest[unit])
+            weighted = torch.cat([weight, weight * value], 1)
+            sums = torch.zeros_like(weighted).index_add(0, unit, weighted)[unit]
+            pooled = sums[:, 1:] / sums[:, :1]
+        probabilities: Tensor = self.link(self.layers[-1](pooled))
         return probabilities
 
 
