@@ -14,7 +14,7 @@ from headrace.heads.neighbors.kind import KNNSpec
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.cli.detect_source import detect_recipe
+from headrace.pipelines.cli.detect.source import detect_recipe
 from headrace.pipelines.selection.cautions import (
     grid_edges,
     hidden_classes,

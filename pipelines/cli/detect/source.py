@@ -24,7 +24,7 @@ from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import find_image_column, is_table, table_files
-from headrace.pipelines.cli.detect_pixels import detect_pixels
+from headrace.pipelines.cli.detect.pixels import detect_pixels
 from headrace.pipelines.selection.cautions import near_copies
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
