@@ -239,7 +239,7 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
             "a TIFF whose bands Pillow does not read (their number, bits or type). The library "
             "tifffile does: pip install 'headrace[tiff]'"
         ) from None
-    # It logs what it finds odd in a file; what matters is raised. Setting a level empties the caches
+    # It logs what it finds odd; what matters is raised. Setting a level empties the caches
     # of all loggers: 1 ms of an image's 6.
     logger = logging.getLogger("tifffile")
     if logger.level != logging.CRITICAL:
