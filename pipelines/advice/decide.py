@@ -347,10 +347,16 @@ def _round(count: float) -> int:
     return int(float(f"{count:.1e}")) if count > 0 else 0
 
 
-def points(estimate: Estimate) -> str:
+def points(difference: Estimate, unit: str = "points") -> str:
     """Return "1.2 points (95 % interval 0.4 to 2.1)"."""
-    low, value, high = (100 * number for number in (estimate.low, estimate.value, estimate.high))
-    return f"{value:.1f} points (95 % interval {low:.1f} to {high:.1f})"
+    ends = (difference.low, difference.value, difference.high)
+    low, value, high = (100 * number for number in ends)
+    return f"{value:.1f} {unit} (95 % interval {low:.1f} to {high:.1f})"
+
+
+def percent(error: Estimate) -> str:
+    """Return "12.6 % (95 % interval 10.5 to 14.4)"."""
+    return points(error, "%")
 
 
 def _above(tap: str | None) -> str:
@@ -358,7 +364,7 @@ def _above(tap: str | None) -> str:
 
 
 def _error_text(evidence: Evidence) -> str:
-    return f"The best head errs on {points(evidence.error)} of {evidence.images:,} images."
+    return f"The best head errs on {percent(evidence.error)} of {evidence.images:,} images."
 
 
 def _thin(evidence: Evidence) -> list[str]:
@@ -373,14 +379,13 @@ def _thin(evidence: Evidence) -> list[str]:
 
 
 def _curve_text(evidence: Evidence) -> str:
-    gain_texts = " and ".join(
-        f"{points(gain)} with {times} times" for times, gain in sorted(evidence.gain.items())
+    words = {2: "twice", 4: "four times"}
+    gain_texts = " and by ".join(
+        f"{points(gain)} with {words.get(times, f'{times} times')} as many images"
+        for times, gain in sorted(evidence.gain.items())
     )
-    error_texts = " and ".join(f"{points(error)}" for _, error in sorted(evidence.ahead.items()))
-    return (
-        f"By its learning curve the error would fall by {gain_texts} as many images, to "
-        f"{error_texts}."
-    )
+    error_texts = " and ".join(percent(error) for _, error in sorted(evidence.ahead.items()))
+    return f"By its learning curve the error would fall by {gain_texts}, to {error_texts}."
 
 
 def _unclear(evidence: Evidence) -> str:
@@ -394,7 +399,7 @@ def _unclear(evidence: Evidence) -> str:
 def _noise_text(evidence: Evidence) -> str:
     assert evidence.surest is not None
     return (
-        f"On the half of the images of which it is surest it errs on {points(evidence.surest)}: "
+        f"On the half of the images of which it is surest it errs on {percent(evidence.surest)}: "
         "errors that stay there are labels that disagree with what can be seen, the others may be "
         "the features' fault."
     )
@@ -405,9 +410,7 @@ def _depth_text(evidence: Evidence) -> list[str]:
         return []
     tap_errors = ", ".join(f"{tap.name} {100 * tap.error.value:.1f}" for tap in evidence.taps)
     verdict = _last_tap_text(evidence.taps[-1], images_are_far=is_far(evidence))
-    return [
-        f"Errors in points of the best head on each tap, early to late: {tap_errors}; {verdict}."
-    ]
+    return [f"Errors in % of the best head on each tap, early to late: {tap_errors}; {verdict}."]
 
 
 def _last_tap_text(last_tap: TapEvidence, *, images_are_far: bool) -> str:
@@ -428,7 +431,8 @@ def _last_tap_text(last_tap: TapEvidence, *, images_are_far: bool) -> str:
 def _starved_text(class_evidence: ClassEvidence) -> list[str]:
     lag_text = (
         f"Class {class_evidence.name} has {class_evidence.images:,} images and is missed in "
-        f"{points(class_evidence.error)}, {points(class_evidence.gap)} more than the middle class."
+        f"{percent(class_evidence.error)} of them, {points(class_evidence.gap)} more than the "
+        "middle class."
     )
     if class_evidence.unseen:
         needed_text = (

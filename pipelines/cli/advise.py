@@ -87,14 +87,14 @@ def _scores_table(scores: tuple[dict[str, Any], ...]) -> Table:
     table = Table(
         title=f"Feature sets, scored on {scores[0]['images']:,} images", title_justify="left"
     )
-    table.add_column("features")
-    for column in ("width", "LogME", "H-score", "NCE", "neighbours", "Bayes error between"):
+    table.add_column("features", no_wrap=True)
+    for column in ("width", "LogME", "H-score", "NCE", "neighbours", "Bayes error"):
         table.add_column(column, justify="right")
     for each in scores:
         bounds = (
             "–"
             if each["bayes_low"] is None
-            else f"{each['bayes_low']:.3f} and {each['bayes_high']:.3f}"
+            else f"{each['bayes_low']:.3f}–{each['bayes_high']:.3f}"
         )
         numbers = [
             "–" if each[key] is None else f"{each[key]:.3f}"

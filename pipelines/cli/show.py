@@ -179,6 +179,8 @@ def show_result(
         )
     if result.finetuned is not None and len(result.finetuned.compared) > 1:
         console.print(finetune_table(console, result))
+        for line in finetune_lines(result):
+            console.print(line, soft_wrap=True)
     winner = result.winner
     console.print()
     console.print(
@@ -217,34 +219,24 @@ def show_result(
 
 
 def finetune_table(console: Console, result: RunResult) -> Table:
-    """Head, partial reuse, fine-tuned and the ensemble side by side, on the same
-    validation rows.
+    """Head, partial reuse, fine-tuned and the ensemble side by side, on the same validation rows,
+    each with its 95 % interval. What each approach is stands in `finetune_lines`.
     """
     metric = result.metric
     table = _wide_table(
         console, f"Head against networks: validation {metric}, same rows, 95 % intervals"
     )
-    for column in ("approach", "what"):
-        table.add_column(column, overflow="fold")
-    for column in (metric, "interval", "its head", "gain over its head", "minutes", "decision"):
+    table.add_column("approach", overflow="fold")
+    for column in (metric, "its head", "gain over its head", "minutes", "decision"):
         table.add_column(column, justify="right", overflow="fold")
     assert result.finetuned is not None
     for _, row in result.finetuned.compared.iterrows():
-        # The gain is measured on the same rows, so this is the score of the very head.
-        head = row[metric] - sign(metric) * row["gain"]
-        ends = [number_text(row[name], metric) for name in ("gain_low", "gain_high")]
-        gain = (
-            f"{number_text(row['gain'], metric)} ({ends[0]} to {ends[1]})"
-            if row["gain"] == row["gain"]
-            else "–"
-        )
         table.add_row(
             row["approach"],
-            f"{row['settings']} on {inputs_text(row['inputs'], result.names)}",
-            number_text(row[metric], metric),
-            f"{number_text(row['low'], metric)} to {number_text(row['high'], metric)}",
-            number_text(head, metric),
-            gain,
+            _interval_text(row[metric], row["low"], row["high"], metric),
+            # The gain is measured on the same rows, so this is the score of the very head.
+            number_text(row[metric] - sign(metric) * row["gain"], metric),
+            _interval_text(row["gain"], row["gain_low"], row["gain_high"], metric),
             f"{row['minutes']:.1f}" if row["minutes"] == row["minutes"] else "–",
             row["decision"],
         )
@@ -252,16 +244,30 @@ def finetune_table(console: Console, result: RunResult) -> Table:
         found = result.ensemble
         table.add_row(
             "ensemble",
-            f"{len(found.members)} members",
-            number_text(found.value, metric),
-            f"{number_text(found.low, metric)} to {number_text(found.high, metric)}",
+            _interval_text(found.value, found.low, found.high, metric),
             "–",
-            f"{number_text(found.gain, metric)} ({number_text(found.gain_low, metric)} to "
-            f"{number_text(found.gain_high, metric)})",
+            _interval_text(found.gain, found.gain_low, found.gain_high, metric),
             "–",
             "selected" if found.chosen else f"not better at {level_text(found.level)}",
         )
     return table
+
+
+def finetune_lines(result: RunResult) -> list[str]:
+    """What each row of `finetune_table` is: its settings and inputs."""
+    assert result.finetuned is not None
+    return [
+        f"  {row['approach']}: {row['settings']} on {inputs_text(row['inputs'], result.names)}"
+        for _, row in result.finetuned.compared.iterrows()
+    ]
+
+
+def _interval_text(value: float, low: float, high: float, metric: str) -> str:
+    """Return "85.01 % (82.00 to 88.00)"."""
+    if value != value:
+        return "–"
+    ends = [number_text(end, metric).removesuffix(" %") for end in (low, high)]
+    return f"{number_text(value, metric)} ({ends[0]} to {ends[1]})"
 
 
 def selection_sentences(result: RunResult) -> list[str]:

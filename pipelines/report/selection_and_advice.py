@@ -369,7 +369,7 @@ def _curve_figure(evidence: Found) -> Figure:
         band_by_series,
         dashed=("extrapolated",),
         xlabel="images trained on",
-        ylabel="error (points)",
+        ylabel="error (%)",
     )
     curve_frame = pd.DataFrame(
         {

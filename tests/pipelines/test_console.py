@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from support.models import run_here
 from support.runs import headrace, make_photos
 
 from headrace.pipelines.cli.main import main
+from headrace.pipelines.cli.show import finetune_table
 from headrace.pipelines.cli.status import show_status
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.task_log import task_log
@@ -288,3 +290,19 @@ def test_a_notebook_shows_progress_in_one_line_without_widgets(capsys):
     assert line.count("\n") == 1
     assert line.split("\r")[-1].startswith(f"|{'█' * 20}| extract 4/4 images · ")
     assert line.rstrip().endswith("decode 50% · 2 failed")
+
+
+@pytest.mark.parametrize("width", [80, 132])
+def test_the_gain_of_a_network_is_the_difference_of_the_scores_beside_it(width):
+    """And nothing is cut on a narrow screen."""
+    row = {"approach": "fine-tuned above blocks.4", "inputs": ("tap",), "settings": "epochs=4"}
+    row |= {"accuracy": 0.85, "low": 0.82, "high": 0.88, "minutes": 3.2, "decision": "kept"}
+    row |= {"gain": 0.0175, "gain_low": 0.004, "gain_high": 0.03}
+    compared = SimpleNamespace(compared=pd.DataFrame([row]))
+    result = SimpleNamespace(metric="accuracy", names=("tap",), finetuned=compared, ensemble=None)
+    console = Console(width=width, file=io.StringIO())
+    console.print(finetune_table(console, result))
+    text = " ".join(console.file.getvalue().split())
+    assert "…" not in text
+    for shown in ("85.00 %", "83.25 %", "1.75 %", "3.2", "kept"):
+        assert shown in text
