@@ -179,8 +179,8 @@ def show_result(
         )
     if result.finetuned is not None and len(result.finetuned.compared) > 1:
         console.print(finetune_table(console, result))
-        for line in finetune_lines(result):
-            console.print(line, soft_wrap=True)
+        for approach_text in finetune_lines(result):
+            console.print(approach_text, soft_wrap=True)
     winner = result.winner
     console.print()
     console.print(
