@@ -259,6 +259,7 @@ class PredictOutput(JsonOutput):
 
     out: Text
     units: Text | None  # the table of units, where the model predicts them
+    weights: Text | None  # the table of what images weigh in their units, where there is one
     images: int
     new: int
     cached: int  # of `new`, those whose features were in the cache

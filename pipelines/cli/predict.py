@@ -158,6 +158,7 @@ def predict_command(
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
     from headrace.pipelines.predict.listing import list_images, whole_images_note
     from headrace.pipelines.predict.units import UnitNames, units_path
+    from headrace.pipelines.predict.weights import weights_path
     from headrace.pipelines.recipe.targets import empty_as_missing
 
     loaded_model = load_model(model, trust_code=trust_code or ())
@@ -239,6 +240,9 @@ def predict_command(
                 out=str(Path(out).absolute()),
                 images=summary.images,
                 units=None if unit_names is None else str(units_path(Path(out)).absolute()),
+                weights=None
+                if summary.units_without_weights is None
+                else str(weights_path(Path(out)).absolute()),
                 new=summary.new,
                 cached=summary.cached,
                 failed=summary.failed,
@@ -264,6 +268,13 @@ def predict_command(
         summary_text += f". Wrote {out}"
         if unit_names is not None:
             summary_text += f" and, of units, {units_path(Path(out))}"
+        if summary.units_without_weights is not None:
+            summary_text += f". What each image weighs: {weights_path(Path(out))}"
+        if summary.units_without_weights:
+            summary_text += (
+                f", less {summary.units_without_weights:,} units without cached features: "
+                "--update-cache"
+            )
     console.print(summary_text, soft_wrap=True)
     if summary.failed == summary.images:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from headrace.pipelines.models.from_features import (
     Beside,
     Floats,
     average_members,
+    instance_weights,
     predict_member,
 )
 from headrace.pipelines.models.head import HeadModel
@@ -73,6 +75,20 @@ class CachedModel:
                 for member, head_function in zip(self.model.members, self.heads, strict=True)
             ],
         )
+
+    def instance_weights(
+        self, content_hashes: npt.NDArray[np.bytes_], units: npt.NDArray[Any]
+    ) -> Floats:
+        """Return (n,) what images weigh in the predictions of their whole units, by a head that
+        predicts units.
+        """
+        (member,) = self.model.members
+        assert isinstance(member, HeadModel)
+        features = {
+            spec: feature_set.load(content_hashes, np.float32)
+            for spec, feature_set in self.feature_sets.items()
+        }
+        return instance_weights(member, features, units)
 
 
 def find_cached_model(model: Model, cache_root: Path) -> CachedModel | None:

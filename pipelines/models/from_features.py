@@ -60,28 +60,10 @@ def predict_member(
     beside: Beside = NOTHING_BESIDE,
 ) -> Floats:
     """Return (n, C) predictions of one member at its temperature, the mean over the views that it
-    was trained on; its inputs side by side as in `load_rows`. head_function: the member's.
+    was trained on. head_function: the member's.
     beside: of these n images.
     """
-    views_of_feature: dict[str, list[Floats]] = {}
-    for spec in member.features:
-        views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
-    spatial = member.spatial
-    side_inputs = beside.side_inputs
-    side_rows = [] if side_inputs is None or not member.side_columns else [side_inputs]
-    view_inputs = [
-        np.concatenate(
-            [
-                *(
-                    view_features if spatial else view_features.reshape(len(view_features), -1)
-                    for view_features in features_of_view
-                ),
-                *side_rows,
-            ],
-            axis=1,
-        )
-        for features_of_view in zip(*views_of_feature.values(), strict=True)
-    ]
+    view_inputs = _view_inputs(member, features, beside)
     if member.takes_units:
         assert beside.units is not None
         # All views of a unit's images are one bag, as in training.
@@ -95,3 +77,37 @@ def predict_member(
         member.temperature,
         member.floor,
     )
+
+
+def instance_weights(
+    member: "HeadModel", features: dict[FeatureSpec, Floats], units: npt.NDArray[Any]
+) -> Floats:
+    """Return (n,) what each image weighs in the prediction of its unit, all its views together."""
+    view_inputs = _view_inputs(member, features, Beside(units=units))
+    weights = member.bag_weights(np.concatenate(view_inputs), np.tile(units, len(view_inputs)))
+    return np.asarray(weights.reshape(len(view_inputs), -1).sum(0))
+
+
+def _view_inputs(
+    member: "HeadModel | NetworkModel", features: dict[FeatureSpec, Floats], beside: Beside
+) -> list[Floats]:
+    """Return what the member reads of each view, its inputs side by side as in `load_rows`."""
+    views_of_feature: dict[str, list[Floats]] = {}
+    for spec in member.features:
+        views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
+    spatial = member.spatial
+    side_inputs = beside.side_inputs
+    side_rows = [] if side_inputs is None or not member.side_columns else [side_inputs]
+    return [
+        np.concatenate(
+            [
+                *(
+                    view_features if spatial else view_features.reshape(len(view_features), -1)
+                    for view_features in features_of_view
+                ),
+                *side_rows,
+            ],
+            axis=1,
+        )
+        for features_of_view in zip(*views_of_feature.values(), strict=True)
+    ]

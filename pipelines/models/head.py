@@ -198,6 +198,13 @@ class HeadModel(SingleModel):
         head = self.head
         return predict_head(head.spec, head.arrays, X, head.task_kind, head.temperature, unit)
 
+    def bag_weights(self, X: Floats, unit: npt.NDArray[Any]) -> Floats:
+        """Return (n,) what each row of X (n, D) weighs in the prediction of its unit (n,)."""
+        head = self.head
+        predict_units = HEAD_KINDS[head.spec.kind].predict_units
+        assert predict_units is not None
+        return predict_units(head.spec, head.arrays, X, unit, head.task_kind, 1.0)[1]
+
     @property
     def side_columns(self) -> tuple[SideColumn, ...]:
         """The tabular columns that it reads beside each image."""

@@ -55,6 +55,7 @@ from headrace.pipelines.predict.units import (
     units_path,
     write_unit_table,
 )
+from headrace.pipelines.predict.weights import weights_path, write_weights
 from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError, empty_as_missing
 
@@ -75,6 +76,8 @@ class PredictionSummary:
     # images per predicted class; of a multi-label task, per label
     counts: dict[str, int]
     cached: int = 0  # of `new`, those whose features were in the cache: no network ran
+    # units whose images' weights are not known, where there is a table of weights
+    units_without_weights: int | None = None
 
 
 def predict_table(
@@ -94,7 +97,8 @@ def predict_table(
     csv, parquet or jsonl.
 
     cache_root: a cache in which images may have features; of these no network runs. unit_names: of
-    the images, for a table of units beside that of the images (`units_path`).
+    the images, for a table of units beside that of the images (`units_path`); of a model that pools
+    units there is one of their images' weights, too (`weights_path`), by the cache.
 
     Every image has one row, in the order given; one that cannot be decoded has its reason in it.
     Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
@@ -106,6 +110,9 @@ def predict_table(
     unit_table_path = None if unit_names is None else units_path(table_path)
     if unit_table_path is not None:
         _require_our_units(unit_table_path)
+    has_weights = model.takes_units and cache_root is not None and len(model.members) == 1
+    if has_weights:
+        _require_our_units(weights_path(table_path))
     image_paths = images["path"].tolist()
     side_inputs, units = _side_inputs(model, images, console), _units(model, images)
     file_keys_in_order = file_keys(image_paths, side_inputs, units)
@@ -160,6 +167,13 @@ def predict_table(
         summary = replace(summary, new=len(rows), cached=cached.count(rows))
         if unit_table_path is not None:
             os.replace(parts_folder / "units.partial", unit_table_path)
+        if has_weights:
+            assert units is not None
+            assert cache_root is not None
+            weights_part = parts_folder / "weights.partial"
+            n_lacking = write_weights(model, images, units, cache_root, weights_part, table_format)
+            os.replace(weights_part, weights_path(table_path))
+            summary = replace(summary, units_without_weights=n_lacking)
         os.replace(parts_folder / "table.partial", table_path)
         record |= {"failed": summary.failed, "counts": summary.counts}
         # By way of the folder of parts, with which the temporary of a killed call goes too.
@@ -228,6 +242,7 @@ def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> No
 
 
 def _require_our_units(unit_table_path: Path) -> None:
+    """Raise PredictionsThere for a file that is no table of units, or of their images' weights."""
     if unit_table_path.exists() and not (
         unit_table_path.is_file() and is_unit_table(unit_table_path)
     ):

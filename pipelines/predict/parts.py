@@ -298,7 +298,7 @@ def remove_parts(parts_folder: Path) -> None:
     """
     for part_file in parts_folder.iterdir():
         if re.fullmatch(
-            rf"[0-9a-f]{{24}}\.parquet|(table|record|units)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",
+            rf"[0-9a-f]{{24}}\.parquet|(table|record|units|weights)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",
             part_file.name,
         ):
             part_file.unlink(missing_ok=True)

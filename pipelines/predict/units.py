@@ -88,4 +88,7 @@ def is_unit_table(path: Path) -> bool:
     """Tell whether a file begins as `write_unit_table` begins one."""
     with path.open("rb") as file:
         beginning = file.read(16)
-    return beginning.startswith((b"unit,images,", b'{"unit":', b"PAR1")) or not beginning
+    return (
+        beginning.startswith((b"unit,images,", b"unit,file,", b'{"unit":', b"PAR1"))
+        or not beginning
+    )

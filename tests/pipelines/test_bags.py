@@ -105,6 +105,10 @@ def test_predictions_are_those_of_units_wherever_their_images_stand(run):
     done = headrace(*arguments, "out.csv", cwd=folder)
     assert done.returncode == 0, done.stderr
     predicted = pd.read_csv(folder / "out.csv")
+    weights = pd.read_csv(folder / "out.weights.csv")
+    assert sorted(weights["file"]) == sorted(table["id"])
+    assert (weights["unit"] == table.set_index("id").loc[weights["file"], "patient"].array).all()
+    assert np.allclose(weights.groupby("unit")["weight"].sum(), 1, atol=1e-4)
     model = load_model(folder / "headrace-runs" / "recipe")
     assert model.takes_units
     probabilities = model.predict_proba(table["path"].tolist(), units=table["patient"])
