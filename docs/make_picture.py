@@ -8,6 +8,7 @@ import dataclasses
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
@@ -39,10 +40,18 @@ FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http
 </svg>
 """
 
+
+class WrappingConsole(Console):
+    """A picture has no lines longer than it is wide."""
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        super().print(*objects, **options)
+
+
 if __name__ == "__main__":
     recipe = load_recipe(write_demo(Path(sys.argv[1])))
     result = run_recipe(recipe, console=make_console(stderr=True))
-    console = Console(
+    console = WrappingConsole(
         record=True,
         width=112,
         file=io.StringIO(),
