@@ -38,12 +38,16 @@ class ImageParts:
         write_record(model_directory / IMAGE_PARTS, self.as_json())
 
 
-def save_image_parts(model_directory: Path, source: ImageSource, paths: Iterable[str]) -> None:
+def save_image_parts(
+    model_directory: Path, source: ImageSource | None, paths: Iterable[str]
+) -> None:
     """Record what a model was trained on, or remove that of an earlier model where it was whole
-    images. paths: of the images.
+    images, or features that a program gave (source None). paths: of the images.
     """
     has_parts = any(split_crop(path)[1] is not None for path in paths)
-    if source.tiles is not None:
+    if source is None:
+        (model_directory / IMAGE_PARTS).unlink(missing_ok=True)
+    elif source.tiles is not None:
         ImageParts(tiles=source.tiles).save(model_directory)
     elif source.detections is not None:
         ImageParts(min_confidence=source.min_confidence).save(model_directory)

@@ -128,6 +128,12 @@ class Images(Section):
             )
         return values
 
+    @property
+    def has_source(self) -> bool:
+        """Whether the section names images; for features that a program gives, it names none."""
+        locations = (self.folder, self.table, self.tar, self.zip, self.array)
+        return any(location is not None for location in locations)
+
     def source(self) -> "ImageSource":
         """Return the section as `headrace.extract` takes it."""
         # imports pandas, which checking a recipe does without

@@ -159,8 +159,9 @@ def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None
 
 
 def _save_parts(state: RunState, model_directory: Path) -> None:
-    paths = state.samples["path"].astype(str)
-    save_image_parts(model_directory, state.recipe.images.source(), paths)
+    images = state.recipe.images
+    source = images.source() if images.has_source else None
+    save_image_parts(model_directory, source, state.samples["path"].astype(str))
 
 
 def withdraw(*results: Path) -> None:

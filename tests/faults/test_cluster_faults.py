@@ -3,8 +3,7 @@
 import contextlib
 import os
 import random
-import subprocess
-import sys
+import re
 import threading
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 from rich.console import Console
+from support import forks
 from support.caches import make_spec
 from support.faults import FITS, fits, misbehaving, number_of, slow, train
 from support.runs import make_photos
@@ -45,11 +45,13 @@ def importable(monkeypatch):
 
 
 def workers_of(process):
-    """The worker processes below a process: children of the server that they are forked from."""
+    """The worker processes below a process: children of the server that they are forked from, which
+    support/forks.py forks from itself.
+    """
     found = []
     for child in process.children():
         with contextlib.suppress(psutil.Error):
-            if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+            if re.search(r"multiprocessing\.forkserver|forks\.py", " ".join(child.cmdline())):
                 found += child.children()
     return found
 
@@ -198,27 +200,23 @@ def test_a_network_that_kills_its_workers_fails_no_image(tmp_path):
 
 
 def drive(folder, banks=40, workers=2, seconds=0.03):
-    """A driver in a process of its own."""
-    command = [
-        sys.executable,
-        str(HERE / "support" / "faults.py"),
-        *map(str, (folder, banks, workers, seconds)),
-    ]
-    environment = os.environ | {"HEADRACE_TEST_RUN": str(folder)}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    """A driver in a process of its own, which works in the folder."""
+    with (folder / "stderr.txt").open("a") as stderr, open(os.devnull, "w") as stdout:
+        return forks.start(
+            (folder, banks, workers, seconds),
+            cwd=folder,
+            stdout=stdout,
+            stderr=stderr,
+            script=HERE / "support" / "faults.py",
+        )
 
 
 def left_over(folder):
-    """Processes that belong to a driver, by what they inherited from it."""
+    """Processes that belong to a driver, by the folder that they inherited from it."""
     found = []
     for process in psutil.process_iter():
         try:
-            if (
-                process.environ().get("HEADRACE_TEST_RUN") == str(folder)
-                and process.status() != "zombie"
-            ):
+            if process.cwd() == str(folder) and process.status() != "zombie":
                 found.append(process)
         except psutil.Error:
             continue
@@ -255,7 +253,7 @@ def test_a_driver_killed_at_any_moment_leaves_no_orphan_and_repeats_nothing(tmp_
             delay *= 5
         time.sleep(delay)
         driver.kill()
-        driver.communicate()
+        driver.wait()
         now = published(tmp_path)
         assert done.items() <= now.items()
         done = now
@@ -266,9 +264,7 @@ def test_a_driver_killed_at_any_moment_leaves_no_orphan_and_repeats_nothing(tmp_
     while left_over(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left_over(tmp_path) == []
-    driver = drive(tmp_path, banks, seconds=0.1)
-    _, error = driver.communicate(timeout=300)
-    assert driver.returncode == 0, error.decode()
+    assert drive(tmp_path, banks, seconds=0.1).wait(300) == 0, (tmp_path / "stderr.txt").read_text()
     order = fits(tmp_path)[:-1]  # the last is the winner's, for the test split
     for position, heads in began:
         # Fits that were under way when the driver died may have been written a moment later.
@@ -289,7 +285,7 @@ def test_a_stopped_worker_dies_with_its_driver(tmp_path):
     for worker in workers_of(psutil.Process(driver.pid)):
         worker.suspend()
     driver.kill()
-    driver.communicate()
+    driver.wait()
     deadline = time.monotonic() + 30
     while left_over(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -302,8 +298,7 @@ def test_two_drivers_share_a_run(tmp_path):
     """
     drivers = [drive(tmp_path, banks=60) for _ in range(2)]
     for driver in drivers:
-        _, error = driver.communicate(timeout=300)
-        assert driver.returncode == 0, error.decode()
+        assert driver.wait(300) == 0, (tmp_path / "stderr.txt").read_text()
     counts = Counter(fits(tmp_path))
     assert set(counts) == set(range(60))
     assert (

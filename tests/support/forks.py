@@ -76,16 +76,29 @@ class Call:
 
 
 def start(
-    arguments: Any, *, cwd: Any, stdout: Any, stderr: Any, env: Any = None, first: str = ""
+    arguments: Any,
+    *,
+    cwd: Any,
+    stdout: Any,
+    stderr: Any,
+    env: Any = None,
+    first: str = "",
+    script: Any = "",
 ) -> Call:
     """Start `headrace` with these arguments, as the first process of a session of its own.
 
     stdout, stderr: open files. first: Python that is run in it before, as `sitecustomize` would be;
-    for its workers too.
+    for its workers too. script: a Python file that is run instead.
     """
     reader, writer = os.pipe()
     words = [str(word) for word in arguments]
-    request = {"arguments": words, "cwd": str(cwd), "env": dict(env or os.environ), "first": first}
+    request = {
+        "arguments": words,
+        "cwd": str(cwd),
+        "env": dict(env or os.environ),
+        "first": first,
+        "script": str(script),
+    }
     with _lock:
         socket.send_fds(
             _server(),
@@ -266,11 +279,10 @@ def main() -> None:
     sys.argv = ["headrace", *request["arguments"]]
     exec(request["first"], {})
     fork_workers()
-    _end(
-        _status_of(
-            functools.partial(runpy.run_module, PROGRAM, run_name="__main__", alter_sys=True)
-        )
-    )
+    program = functools.partial(runpy.run_module, PROGRAM, alter_sys=True)
+    if request["script"]:
+        program = functools.partial(runpy.run_path, request["script"])
+    _end(_status_of(functools.partial(program, run_name="__main__")))
 
 
 def fork_workers() -> None:

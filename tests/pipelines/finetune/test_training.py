@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import forks
 from support.networks import LOGISTIC, Case, make_case
 
 from headrace.cache.errors import PublishFailed
@@ -24,6 +25,7 @@ from headrace.heads.kinds import spec_from_json
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank
 from headrace.heads.spec import FineTuneSpec, spec_to_json
+from headrace.pipelines.cluster.fork_server import start_server
 from headrace.pipelines.finetune import checkpoint as checkpoint_module
 from headrace.pipelines.finetune import task as task_module
 from headrace.pipelines.finetune import train as train_module
@@ -258,7 +260,8 @@ def test_a_killed_training_ends_on_the_same_curve(case: Case) -> None:
     whole = train_fold(FoldJob(case.job(out="whole", **settings), 0))
     job = case.job(out="killed", **settings)
     job = dataclasses.replace(job, task=case.job(out="whole", **settings).task)
-    random, kills, context = np.random.default_rng(0), 0, multiprocessing.get_context("spawn")
+    random, kills = np.random.default_rng(0), 0
+    context = multiprocessing.get_context(start_server(forks.modules()))  # imports cost 4 s each
     checkpoint = Path(job.folder) / "checkpoint-0.safetensors"
     for _ in range(8):
         process = context.Process(target=train_fold, args=(FoldJob(job, 0),))
