@@ -39,16 +39,13 @@ def write_weights(
     images, units = images[is_first], units[is_first]
     cached_model = find_cached_model(model, cache_root)
     hashes = known_contents(file_keys(images["path"].tolist()), cache_root)
-    is_cached = (
-        np.zeros(len(images), np.bool_)
-        if cached_model is None
-        else cached_model.has_features(hashes)
-        | np.array([text in cached_model.failures for text in hashes.astype(str)], np.bool_)
-    )
-    lacking = np.unique(units[~is_cached])
-    rows = np.flatnonzero(~np.isin(units, lacking))
-    if cached_model is not None and len(rows):
-        rows = rows[cached_model.has_features(hashes[rows])]
+    has_features = np.zeros(len(images), np.bool_)
+    has_failed = hashes == b""  # a file that cannot be read
+    if cached_model is not None:
+        has_features = cached_model.has_features(hashes)
+        has_failed |= np.isin(hashes, np.array(sorted(cached_model.failures), "S32"))
+    lacking = np.unique(units[~(has_features | has_failed)])
+    rows = np.flatnonzero(~np.isin(units, lacking) & has_features)
     rows = rows[np.argsort(units[rows], kind="stable")]
     weights = np.empty(len(rows), np.float32)
     for block in part_slices(len(rows), _IMAGES, units[rows]):
