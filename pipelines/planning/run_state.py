@@ -30,6 +30,7 @@ from headrace.pipelines.planning.inventory import (
 from headrace.pipelines.planning.leaderboard import trained_in
 from headrace.pipelines.planning.networks import cached_contents, failed_contents
 from headrace.pipelines.planning.plan import Plan, feature_plan, plan_run
+from headrace.pipelines.recipe.grid import side_columns_note
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import write_record
 from headrace.pipelines.selection.correction import Selection
@@ -156,6 +157,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
             *inventory.listing.notes,
             *accounting.lines(),
             *dataset.notes,
+            *(side_columns_note(recipe.heads) if recipe.task.side_columns else ()),
         ),
         accounting=accounting,
         metric=inventory.metric,

@@ -75,6 +75,19 @@ def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> Non
             )
 
 
+def side_columns_note(heads: Heads) -> list[str]:
+    """Return a note on the kinds of heads in the recipe that read no side columns, if any."""
+    kinds = {grid.head_kind.name: grid.head_kind for grid in heads.grids()}
+    unable = [name for name, kind in kinds.items() if not kind.takes_side_columns]
+    if not unable:
+        return []
+    able = [kind.name for kind in HEAD_KINDS.values() if kind.takes_side_columns]
+    return [
+        f"side columns are no input of {', '.join(unable)} heads; those that read them: "
+        f"{', '.join(able)}"
+    ]
+
+
 def _halving(grid: HeadGrid) -> Halving | None:
     section = grid.halving if isinstance(grid, HalvingGrid) else None
     return None if section is None else Halving(after=section.after, keep=section.keep)

@@ -70,7 +70,8 @@ def run(tmp_path_factory):
 def test_bags_are_ranked_by_units_and_keep_the_weights_of_images(run):
     folder, table, result = run
     assert result.failed_heads == 0, result.heads["error"].dropna().unique()
-    assert set(result.board["inputs"]) == {("layer1.avg",)}  # bags take no side columns
+    assert set(result.board["inputs"]) == {("layer1.avg",)}
+    assert any(note.startswith("side columns are no input of bags") for note in result.notes)
     best = {
         json.loads(spec)["pooling"]: value
         for spec, value in result.board[["spec", "accuracy"]].values
