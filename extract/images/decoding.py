@@ -403,7 +403,7 @@ def _byte_raw_modes(
     """The raw modes that read the high and the low bytes of a TIFF's 16-bit colours; None where
     Pillow has none.
 
-    byte_order: the file's bytes, L or B. planes: whether the colours lie one after the other.
+    byte_order: the file's bytes, L or B. in_planes: whether the colours lie one after the other.
     Pillow keeps the high byte of a sample; told that the bytes are in the other order it keeps the
     low one.
     """

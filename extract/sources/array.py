@@ -167,8 +167,8 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
     go without saying.
 
     In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value per
-    image; for an idx
-    array_path: the file of labels beside it. Raises SourceError when several arrays could be
+    image; for an idx file: the
+    file of labels beside it. Raises SourceError when several arrays could be
     images.
     """
     array_path = expand_home(images).absolute()

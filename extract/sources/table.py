@@ -413,8 +413,8 @@ def _from_arrow(
     """The columns that are no images; what `datasets` stores as the path of one is the column
     `NAME.path`.
 
-    image_columns: the columns of images; None where they are to be found. empty: those without
-    bytes. They name files, and the column `NAME` has their paths.
+    image_columns: the columns of images; None where they are to be found. empty_columns:
+    those without bytes. They name files, and the column `NAME` has their paths.
     """
     if image_columns is None:
         image_columns = tuple(

@@ -63,7 +63,7 @@ def fit_temperature(
     """The temperature that makes out-of-fold predictions (N, C) most likely; 1 for regression and
     for no rows.
 
-    target: as in `Task`. weight: (N,) of the rows, >= 0, by default all alike. floor: the smallest
+    target: as in `Task`. sample_weight: (N,) >= 0, by default all alike. floor: the smallest
     probability that counts, `vote_floor` where heads count votes. Between LOWEST and HIGHEST,
     shrunk towards 1.
     """

@@ -32,9 +32,10 @@ def weighted_scores(
     """(K, B) the mean over folds of `metric` within each fold, every row counting as often as its
     weight says.
 
-    target: as in `Task`, N rows; predicted: (K, N, C); fold: (N,) integers >= 0; weights: (N, B) >=
-    0. With weights of one it is what the leaderboard ranks by. A fold in which the metric is
-    undefined is left out of the mean; nan where it is undefined in all. Raises UnknownMetric.
+    target: as in `Task`, N rows; predicted: (K, N, C); fold_of_row: (N,) integers >= 0;
+    weights: (N, B) >= 0. With weights of one it is what the leaderboard ranks by. A fold in which
+    the metric is undefined is left out of the mean; nan where it is undefined in all. Raises
+    UnknownMetric.
     """
     if metric not in METRICS or task_kind not in METRICS[metric].tasks:
         raise UnknownMetric(

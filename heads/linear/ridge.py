@@ -330,7 +330,7 @@ def _validation(scores: Array, task_kind: TaskKind) -> Array:
 
 
 def _code_targets(target: Array, n_outputs: int, task_kind: TaskKind) -> Array:
-    """Return (N, T) targets: float64, or classes and labels as -1/+1 in a byte each."""
+    """Return targets (N, T): float64, or classes and labels as -1/+1 in a byte each."""
     if task_kind == "regression":
         return np.asarray(target.reshape(len(target), -1), np.float64)
     one_hot = target if task_kind == "multi" else target[:, None] == np.arange(n_outputs)

@@ -52,31 +52,31 @@ def run_status(run: Path) -> list[DriverStatus]:
             f"{paths.root} holds no logs: nothing has worked on it, or logs/ was removed. "
             "`headrace run RECIPE` writes one"
         )
-    found = [_driver_status(read_log(log), log.stem) for log in logs]
+    statuses = [_driver_status(read_log(log), log.stem) for log in logs]
     return [
         status
         if status.state != "running" or driver_lives(paths.leases, status.driver)
         else _gone(status)
-        for status in found
+        for status in statuses
     ]
 
 
 def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverStatus:
-    now = datetime.datetime.now(datetime.UTC)
-    started = heard = since = now
+    read_at = datetime.datetime.now(datetime.UTC)
+    first_event_at = last_event_at = stage_began = read_at
     stage: Mapping[str, Any] = {}
     progress: Mapping[str, Any] = {}
     running: dict[str, str] = {}
-    seen: Counter[str] = Counter()
+    event_counts: Counter[str] = Counter()
     dashboard: str | None = None
     error: str | None = None
     for event in events:
-        kind, heard = event["event"], datetime.datetime.fromisoformat(event["time"])
-        if not seen:
-            started = heard
-        seen[kind] += 1
+        kind, last_event_at = event["event"], datetime.datetime.fromisoformat(event["time"])
+        if not event_counts:
+            first_event_at = last_event_at
+        event_counts[kind] += 1
         if kind == "stage":
-            stage, progress, since = event, {}, heard
+            stage, progress, stage_began = event, {}, last_event_at
             running.clear()
         elif kind == "cluster":
             dashboard = event.get("dashboard")
@@ -89,22 +89,22 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
         elif kind == "end":
             error = event.get("error")
     done, total = int(progress.get("done", 0)), int(stage.get("total", 0))
-    state = "running" if not seen["end"] else "failed" if error else "finished"
+    state = "running" if not event_counts["end"] else "failed" if error else "finished"
     return DriverStatus(
         driver=driver,
         state=state,
-        started=started,
-        heard=heard,
+        started=first_event_at,
+        heard=last_event_at,
         stage=str(stage.get("stage", "plan")),
         done=done,
         total=total,
         unit=str(stage.get("unit", "")),
         failed=int(progress.get("failed", 0)),
         running=running if state == "running" else {},
-        deaths=seen["died"],
+        deaths=event_counts["died"],
         dashboard=dashboard if state == "running" else None,
         error=error,
-        left_s=rate_and_left(done, total, (now - since).total_seconds())[1],
+        left_s=rate_and_left(done, total, (read_at - stage_began).total_seconds())[1],
     )
 
 

@@ -60,8 +60,8 @@ def versions() -> dict[str, str]:
 
 
 def choose_gpu(worker_name: str, n_gpus: int) -> None:
-    """Show this process only its own of a job's GPUs, before it uses one. name: of the worker,
-    which ends in its number.
+    """Show this process only its own of a job's GPUs, before it uses one. worker_name: ends in
+    the worker's number.
 
     A job's workers all see all of its GPUs, and each would use the first.
     """

@@ -36,7 +36,7 @@ class TrainingProgress:
 def save_checkpoint(
     checkpoint_path: Path, training_key: str, progress: TrainingProgress, tensors: dict[str, Tensor]
 ) -> None:
-    """Replace the checkpoint. key: names the training, so that no other one goes on from it.
+    """Replace the checkpoint. training_key: of the training, so that no other one goes on from it.
 
     Raises PublishFailed.
     """

@@ -62,12 +62,13 @@ def check_parity(
     """Compare the features and predictions of `network`, in the mode that it is in, with the stored
     ones.
 
-    head_of_fold: the head of each fold, which take the place of the network's own. inputs: one
+    head_of_fold: the head of each fold, which take the place of the network's own. view_inputs: one
     tensor (n, …) per view of the same rows (predictions are averaged over views), with its
     `features_below`.
     fold_of_row: (n,) in which each row was held out.
-    expected_predictions: (n, C) out-of-fold predictions. cached: per view the features (n, …) that
-    they were made from. Raises FinetuneRefused, with both figures and what usually is the reason.
+    expected_predictions: (n, C) out-of-fold predictions. cached_features: per view the features
+    (n, …) that they were made from. Raises FinetuneRefused, with both figures and what usually is
+    the reason.
     """
     features = [
         _network_features(network, view_features, other_features)

@@ -110,9 +110,9 @@ class NetworkModel(SingleModel):
     ) -> "NetworkModel":
         """Read what the file says, no tensor.
 
-        model_root: the model directory that the caller gave, in which this one is. trusted: None
-        allows whatever the file names. Raises ModelError for what is no network of this version;
-        CodeNotTrusted.
+        model_root: the model directory that the caller gave, in which this one is. allowed_code:
+        None allows whatever the file names. Raises ModelError for what is no network of this
+        version; CodeNotTrusted.
         """
         file_bytes, description = _read_file(model_directory)
         try:
@@ -289,10 +289,10 @@ def load_network(
     The description inside the safetensors file counts, the .json is for people.
 
     trust_code: the "module:function" of a network of its own ("python:module:function") that may be
-    imported; None: whatever the file asks for. digest: the SHA-256 of the file that is meant.
-    Raises CodeNotTrusted, before anything is imported; ModelError, also where one byte is not the
-    one that was written, or the file is another one; BackboneError where the backbone's library
-    does not know its name.
+    imported; None: whatever the file asks for. expected_digest: the SHA-256 of the file that is
+    meant. Raises CodeNotTrusted, before anything is imported; ModelError, also where one byte is
+    not the one that was written, or the file is another one; BackboneError where the backbone's
+    library does not know its name.
     """
     from safetensors.torch import load
 
@@ -312,8 +312,8 @@ def load_network(
 
 @functools.lru_cache(maxsize=4)
 def open_network(model_directory: Path, file_digest: str) -> TrainedNetwork:
-    """Return the network, in evaluation mode; one object per file within a process. digest: of the
-    file that `NetworkModel.load` has read.
+    """Return the network, in evaluation mode; one object per file within a process. file_digest: of
+    the file that `NetworkModel.load` has read.
 
     What that file asks to be imported was allowed when it was read, or the model would not be
     there. Raises ModelError, also for any other file.

@@ -2,7 +2,7 @@
 round-off, heads, average.
 
 What is not in it is what makes pixels of a file: decoding, resizing and cropping
-(`Input.preprocessing`).
+(`GraphInput.preprocessing`).
 """
 
 import copy

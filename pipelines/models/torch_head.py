@@ -142,9 +142,9 @@ def standardise_head(
     """Put a head's first layer into standardised coordinates; convolution heads are in them from
     the start.
 
-    feature_mean, deviation: (D,) of the features over some training rows; a constant feature counts
-    with deviation 1. A trained head stays the same function; a new one is taken to have been drawn
-    in these coordinates.
+    feature_mean, feature_deviation: (D,) of the features over some training rows; a constant
+    feature counts with deviation 1. A trained head stays the same function; a new one is taken to
+    have been drawn in these coordinates.
     """
     if head.spatial:
         return
