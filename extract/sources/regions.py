@@ -96,7 +96,8 @@ def find_boxes(
     if absent := [name for name in columns if name not in frame.columns]:
         raise SourceError(
             f"{table_path}: no column {', '.join(map(repr, absent))} for the boxes. Name them: "
-            "images.boxes: {columns: [x, y, width, height]}. The columns are: "
+            "images.boxes: {columns: [x, y, width, height]} (headrace predict: --box-columns "
+            "x,y,width,height). The columns are: "
             f"{', '.join(map(str, frame.columns))}."
         )
     text = frame[list(columns)]
