@@ -50,13 +50,15 @@ def environment(workers: int | None, device: str) -> dict[str, Any]:
     }
 
 
-def note_environment(path: Path, found: dict[str, Any]) -> None:
+def note_environment(path: Path, current: dict[str, Any]) -> None:
     """Append a line of JSON to `path` unless the last line says the same."""
     records, _ = read_records(path)
-    last = {key: value for key, value in records[-1].items() if key != "since"} if records else {}
-    if last != json.loads(json.dumps(found)):
+    previous = (
+        {key: value for key, value in records[-1].items() if key != "since"} if records else {}
+    )
+    if previous != json.loads(json.dumps(current)):
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        append_records(path, [{"since": since, **found}])
+        append_records(path, [{"since": since, **current}])
 
 
 def _version(name: str) -> str | None:

@@ -29,14 +29,14 @@ class RunReadOnly(HeadraceError, PermissionError):
     """A result would go into a run's directory, which cannot be written to."""
 
 
-def find_run(given: str | Path, *, or_model: bool = False) -> RunPaths:
-    """The run that is meant, by its recipe or by its directory; a run that has not ended is one
-    too.
+def find_run(run: str | Path, *, or_model: bool = False) -> RunPaths:
+    """Return the run that is meant, by its recipe or by its directory; one that has not ended is a
+    run too.
 
     or_model: the caller takes a model directory as well, which the message then says. Raises
     NotARun, saying what to type; RecipeError for a recipe with a mistake in it.
     """
-    place = expand_home(given)
+    path = expand_home(run)
     expected = (
         "Expected a recipe (recipe.yaml) or the directory of its run (headrace-runs/NAME)"
         + (
@@ -48,22 +48,23 @@ def find_run(given: str | Path, *, or_model: bool = False) -> RunPaths:
             else ""
         )
     )
-    if place.is_dir():
-        if is_run(RunPaths(place)):
-            return RunPaths(place)
+    if path.is_dir():
+        if is_run(RunPaths(path)):
+            return RunPaths(path)
         raise NotARun(
-            f"{given} is not a run's directory: it has no recipe.json. {_meant(place) or expected}"
+            f"{run} is not a run's directory: it has no recipe.json. "
+            f"{_did_you_mean(path) or expected}"
         )
-    if not place.is_file():
-        wrong = "it is neither a file nor a folder" if place.exists() else "no such file or folder"
-        raise NotARun(f"{given}: {wrong}. {_meant(place) or expected}")
+    if not path.is_file():
+        wrong = "it is neither a file nor a folder" if path.exists() else "no such file or folder"
+        raise NotARun(f"{run}: {wrong}. {_did_you_mean(path) or expected}")
     paths = RunPaths(
-        _recipe_out(place, f"{given} is neither a recipe nor a run. {_meant(place) or expected}")
+        _recipe_out(path, f"{run} is neither a recipe nor a run. {_did_you_mean(path) or expected}")
     )
     if not is_run(paths):
         raise NotARun(
-            f"{given} has not been run yet: {paths.root} holds no run. Type: headrace run "
-            f"{shlex.quote(str(given))}"
+            f"{run} has not been run yet: {paths.root} holds no run. Type: headrace run "
+            f"{shlex.quote(str(run))}"
         )
     return paths
 
@@ -100,41 +101,42 @@ def require_writable(paths: RunPaths, instead: str) -> None:
         raise RunReadOnly(f"{paths.root} cannot be written to. Type: {instead}")
 
 
-def _recipe_out(file: Path, neither: str) -> Path:
-    """Where the run of a recipe is.
-
-    A recipe may have any name; what has the name of one is told its mistakes.
+def _recipe_out(path: Path, otherwise: str) -> Path:
+    """Return where the run of a recipe is. A recipe may have any name; a file that is named as one
+    is told its mistakes, any other one gets `otherwise`.
     """
-    named = file.suffix in (".yaml", ".yml")
+    has_recipe_name = path.suffix in (".yaml", ".yml")
     # recipe.json of a run is no recipe to go by: it says where the run was made, and the run may
     # have been moved.
-    if not named and (is_run(RunPaths(file.parent)) or file.stat().st_size > _RECIPE_BYTES):
-        raise NotARun(neither)
+    if not has_recipe_name and (
+        is_run(RunPaths(path.parent)) or path.stat().st_size > _RECIPE_BYTES
+    ):
+        raise NotARun(otherwise)
     try:
-        out = load_recipe(file).out
+        out = load_recipe(path).out
     except RecipeError:
-        if named:
+        if has_recipe_name:
             raise
-        raise NotARun(neither) from None
+        raise NotARun(otherwise) from None
     assert out is not None  # load_recipe gives it a default
     return out
 
 
-def _meant(place: Path) -> str:
-    """A question that names the run that was perhaps meant: around the place, in it, or called like
-    it.
+def _did_you_mean(path: Path) -> str:
+    """Return a question that names the runs that were perhaps meant: around the path, below it, or
+    called like it.
     """
-    around = (above for above in list(place.parents)[:3] if above.name)
-    runs = (
-        path
-        for path in (*around, *_below(place), Path("headrace-runs") / place.stem)
-        if is_run(RunPaths(path))
+    parents = (above for above in list(path.parents)[:3] if above.name)
+    existing_runs = (
+        candidate
+        for candidate in (*parents, *_runs_below(path), Path("headrace-runs") / path.stem)
+        if is_run(RunPaths(candidate))
     )
-    found = list(dict.fromkeys(islice(runs, 3)))
-    return f"Did you mean {' or '.join(map(str, found))}?" if found else ""
+    candidate_runs = list(dict.fromkeys(islice(existing_runs, 3)))
+    return f"Did you mean {' or '.join(map(str, candidate_runs))}?" if candidate_runs else ""
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _runs_below(folder: Path) -> Iterator[Path]:
     for pattern in ("*/recipe.json", "*/*/recipe.json"):
         yield from (path.parent for path in sorted(folder.glob(pattern)))
 

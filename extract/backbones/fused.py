@@ -61,7 +61,7 @@ def fuse_layers(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn
             epilogue = _epilogue(activation)
         else:
             epilogue, activation = _NO_EPILOGUE, None
-        assert epilogue is not None  # _chains keeps only activations that have one
+        assert epilogue is not None  # `_find_chains` keeps activations that have one
         fused = (
             _FusedLinear(conv, epilogue, activation)
             if isinstance(conv, nn.Linear)

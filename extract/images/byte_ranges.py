@@ -2,14 +2,17 @@
 
 A plain path is a file; `FILE::KIND:DETAILS` is one item inside a file.
 
-    shard-000.tar::tar:OFFSET:SIZE:NAME                     a member of a tar archive
-    shard-000.tar.gz::tgz:OFFSET:SIZE:NAME                  of a compressed one; the offset is in
-    what it decompresses to photos.zip::zip:HEADER:COMPRESSED:SIZE:METHOD:CRC:NAME  a member of a
-    zip archive images.npy::npy:INDEX                                   one image of an array
-    images.npz::npz:KEY:INDEX images.h5::h5:DATASET:INDEX train-images-idx3-ubyte.gz::idx:INDEX
-    train-00000.parquet::parquet:COLUMN:ROW                 an encoded image in a cell of a table
+    shard-000.tar::tar:OFFSET:SIZE:NAME             a member of a tar archive
+    shard-000.tar.gz::tgz:OFFSET:SIZE:NAME          of a compressed one; OFFSET counts what it
+                                                    decompresses to
+    photos.zip::zip:HEADER:COMPRESSED:SIZE:METHOD:CRC:NAME      a member of a zip archive
+    images.npy::npy:INDEX                           one image of an array
+    images.npz::npz:KEY:INDEX
+    images.h5::h5:DATASET:INDEX
+    train-images-idx3-ubyte.gz::idx:INDEX
+    train-00000.parquet::parquet:COLUMN:ROW         an encoded image in a cell of a table
     data-00000.arrow::arrow:COLUMN:ROW
-    IMAGE::crop:LEFT,TOP,WIDTH,HEIGHT                       a rectangle of any of these (crops.py)
+    IMAGE::crop:LEFT,TOP,WIDTH,HEIGHT               a rectangle of any of these (crops.py)
 
 The bytes of an array's item are those of an `.npy` file that holds it alone, so that it has a
 content hash as any file has. A path that is no UTF-8, or that reads like a locator, is written as
