@@ -3,6 +3,11 @@
 import re
 
 
+def count_text(count: int, noun: str) -> str:
+    """Return "1 image" or "1,200 images"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def work_text(seconds: float, device: str) -> str:
     """Return "12 core-seconds", "3.4 core-minutes" or "28 core-hours"; device: core or GPU."""
     unit, size = next(

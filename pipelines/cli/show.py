@@ -11,6 +11,7 @@ from rich.text import Text
 from headrace.heads.evaluate.metrics import METRICS, sign
 from headrace.pipelines.number_format import (
     bytes_text,
+    count_text,
     images_text,
     is_share,
     level_text,
@@ -325,17 +326,13 @@ def ensemble_sentences(result: RunResult) -> list[str]:
         if found.chosen
         else "the interval reaches 0, so the winner stays selected"
     )
-    members = _count_text(len(found.members), "member")
+    members = count_text(len(found.members), "member")
     return [
-        f"Ensemble of {members} on {_count_text(len(found.networks), 'network')}: "
+        f"Ensemble of {members} on {count_text(len(found.networks), 'network')}: "
         f"{found.metric} {value} (95 % interval {low} to {high}, on images that did not pick it); "
         f"against the best single head, picked the same way, {gain} ({level} interval {least} to "
         f"{most}): {verdict}"
     ]
-
-
-def _count_text(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _wide_table(console: Console, title: str) -> Table:

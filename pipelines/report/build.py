@@ -13,7 +13,7 @@ import pandas as pd
 
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun, read_finished_run
-from headrace.pipelines.number_format import images_text, number_text
+from headrace.pipelines.number_format import count_text, images_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.cost import cost_section, seconds_text
 from headrace.pipelines.report.data import data_section
@@ -221,8 +221,9 @@ def make_headline(run: FinishedRun) -> Headline:
     headline_values.append(
         (
             "compared",
-            f"{n_heads:,} heads",
-            f"{len(run.board):,} settings on {run.board['inputs'].nunique():,} inputs",
+            count_text(n_heads, "head"),
+            f"{count_text(len(run.board), 'setting')} on "
+            f"{count_text(run.board['inputs'].nunique(), 'input')}",
         )
     )
     if not stages.empty:

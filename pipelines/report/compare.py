@@ -18,7 +18,7 @@ import pandas as pd
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun, read_finished_run
-from headrace.pipelines.number_format import number_text
+from headrace.pipelines.number_format import count_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.build import run_thumbnails
 from headrace.pipelines.report.cost import seconds_text
@@ -254,7 +254,7 @@ def _headline(
         values.append(
             (
                 "changed",
-                f"{int((hits[0] != hits[1]).sum()):,} images",
+                count_text(int((hits[0] != hits[1]).sum()), "image"),
                 f"{int((~hits[0] & hits[1]).sum()):,} became right, "
                 f"{int((hits[0] & ~hits[1]).sum()):,} became wrong",
             )
@@ -263,7 +263,7 @@ def _headline(
 
 
 def _signed(value: float, metric: str) -> str:
-    text = number_text(abs(value), metric)
+    text = number_text(abs(value), metric).replace(" %", " points")
     return f"{'−' if value < 0 else '+'}{text}"
 
 
@@ -301,11 +301,12 @@ def _score_section(
         filters=("side",),
         page=25,
     )
-    selected = [find_selected(run).heads for run in runs]
+    first, second = (find_selected(run).heads for run in runs)
+    answers = f"{first} of A and {second} of B"
     lead = (
         "Validation images are predicted by each run's winner, without the fold that an image is "
         "in; both winners were chosen on them, so the test images have the last word. Test images "
-        f"are predicted by what each run answers with: {selected[0]} and {selected[1]}."
+        f"are predicted by what each run answers with: {answers}."
         f"{one_by_one(runs[0])}"
     )
     return Section("scores", "The same images, twice", lead, (*remarks, table))
@@ -382,7 +383,7 @@ def _right_or_wrong_blocks(
     for change in ("became right", "became wrong"):
         rows = frame.index[frame["change"] == change]
         if len(rows):
-            caption = f"The {min(SHOWN, len(rows))} surest that {change} in B, of {len(rows):,}"
+            caption = f"{count_text(len(rows), 'image')} {change} in B, the surest first"
             pictures = tuple(
                 Picture(
                     (thumbnails.get(str(side.content[changed[row]])),),
@@ -517,7 +518,7 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
         blocks.append(
             Table(
                 "shared-settings",
-                f"The {len(shared):,} settings that both have tried",
+                f"{count_text(len(shared), 'setting')} that both have tried",
                 (
                     *(Column(name, name) for name in keys),
                     Column("score_first", FIRST, shown),

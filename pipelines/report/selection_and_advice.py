@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from headrace.pipelines.finished import FinishedRun
-from headrace.pipelines.number_format import level_text, number_text
+from headrace.pipelines.number_format import count_text, level_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
 from headrace.pipelines.report.leaders import metric_format, metric_title
@@ -88,8 +88,12 @@ def expected_text(run: FinishedRun) -> tuple[str, str] | None:
         (
             expected_value,
             (
-                f"95 % interval {lower_end} to {upper_end}, corrected for being the best of "
-                f"{selection_record['tried']:,}"
+                f"95 % interval {lower_end} to {upper_end}, "
+                + (
+                    f"corrected for being the best of {selection_record['tried']:,}"
+                    if selection_record["tried"] > 1
+                    else "the only setting"
+                )
             ),
         )
         if selection_record and expected_value
@@ -143,7 +147,8 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
             (
                 "as chosen",
                 (
-                    f"{validation_score}, the best of {selection_record['tried']:,} settings on "
+                    f"{validation_score}, the best of "
+                    f"{count_text(selection_record['tried'], 'setting')} on "
                     f"{selection_record['images']:,} validation images"
                 )
                 + (

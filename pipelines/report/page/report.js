@@ -150,7 +150,7 @@ function enhance(root, data) {
           continue;
         }
         const text = say(column.values[row], column.format), right = !["text", "yes"].includes(column.format);
-        line.append(make("td", { className: right ? "number" : text.length <= 44 ? "short" : "" }, column.format === "text" ? make("bdi", {}, text) : text));
+        line.append(make("td", { className: right ? "number" : text.length <= 28 ? "short" : "" }, column.format === "text" ? make("bdi", {}, text) : text));
       }
       return line;
     }));
