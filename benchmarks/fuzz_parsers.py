@@ -104,7 +104,7 @@ def parse_regions(path: Path) -> None:
             asked = Boxes() if path.suffix == ".json" else "auto"
             source = ImageSource("table", moved, boxes=asked)
         else:
-            source = ImageSource("folder", Path(folder), tiles=Tiles(16, 4, "white"))
+            source = ImageSource("folder", Path(folder), tiles=Tiles(64, 4, "white"))
         for locator in read_source(source, labelled=False).samples["path"].head(2):
             image_path, crop = split_crop(str(locator))
             with contextlib.suppress(OSError, ImageError):

@@ -3,6 +3,7 @@ at the end.
 """
 
 import datetime
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.atomic_io import lease
+from headrace.cache.errors import CacheError
 from headrace.cache.integrity.garbage import STALE_S
 from headrace.cache.integrity.repair import stale_temporaries
 from headrace.cache.spec import FeatureSpec
@@ -170,13 +172,19 @@ def cache_images(
         compute=Compute.model_validate({"device": device.partition(":")[0]}),
     )
     samples = images.rename(columns={"file": "id"})[["id", "path"]]
-    contents = content_hashes(samples, content_index(cache_root)).hashes
+    is_writable = not cache_root.exists() or os.access(cache_root, os.W_OK)
+    contents = content_hashes(samples, content_index(cache_root), keep=is_writable).hashes
     samples = samples.assign(content=pd.Series(contents, index=samples.index, dtype=object))
     try:
         plan = plan_features(recipe, samples, networks)
     except DataError:  # every image failed before: each row says why
         return 0
     if plan.units:
+        if not is_writable:
+            raise CacheError(
+                f"{cache_root} cannot be written to. Leave out --update-cache, or name another "
+                "cache: --cache FOLDER"
+            )
         check_space(plan, cache_root, None)
         with _run_services(recipe, plan, console, workers, None, False) as services:
             extract_units(plan, recipe, services)

@@ -360,6 +360,13 @@ def _say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
+_NO_MEMORY = (
+    "The system gave this process no more memory: a limit (ulimit -v, a container's), or other "
+    "processes hold it. Make room, or take fewer workers, and run the same command again; finished "
+    "work is kept"
+)
+
+
 def main() -> None:
     """Run the command line.
 
@@ -373,7 +380,11 @@ def main() -> None:
         app()
     except (HeadraceError, OSError) as error:
         _end_with(str(error))
+    except MemoryError:
+        _end_with(_NO_MEMORY)
     except RuntimeError as error:
+        if str(error) == "can't start new thread":  # what threading makes of a lack of memory
+            _end_with(_NO_MEMORY)
         # What pathlib says, without the path, of a `~` that only a library or a rare option meets.
         if str(error) != "Could not determine home directory.":
             raise

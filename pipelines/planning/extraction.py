@@ -66,7 +66,8 @@ def read_extraction(
         require_hdf5plugin("storage.compression needs a library")
     if not recipe.backbones:
         raise RecipeError("there is no network to extract with: name one under `backbones`")
-    check_writable("cache", recipe.cache)
+    for recipe_key, folder in (("cache", recipe.cache), ("out", recipe.paths.root)):
+        check_writable(recipe_key, folder)
     listing = read_samples(recipe, labelled=False)
     networks = read_networks(recipe, write=write)
     samples = listing.samples[["id", "path"]]

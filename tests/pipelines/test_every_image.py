@@ -154,6 +154,15 @@ def test_unknown_images_go_into_the_cache_when_asked(project, tmp_path):
         done = headrace(*command, "-o", "p.csv", *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert said in done.stderr
+    readonly = "import os; os.access = lambda *_: False"  # the superuser may write to any folder
+    for images, status in (("new", 0), ("more", 2)):
+        shutil.copytree(project / "more", tmp_path / "more", dirs_exist_ok=True)
+        for number, photo in enumerate((tmp_path / "more").rglob("*.png")):
+            photo.write_bytes(photo.read_bytes() + bytes([number]))  # other bytes than are known
+        arguments = [*command[:2], images, *command[3:], "-o", "q.csv", "--update-cache"]
+        done = headrace(*arguments, cwd=tmp_path, first=readonly)
+        assert done.returncode == status, done.stderr
+    assert "cannot be written to. Leave out --update-cache, or name another" in done.stderr
     # of the taps that the model reads, and no other
     assert sorted({features.n_rows for features in list_feature_sets(cache)}) in ([90, 98], [98])
 

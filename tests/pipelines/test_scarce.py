@@ -8,6 +8,7 @@ import subprocess
 import pytest
 from support.kills import (
     EXPORT_CALL,
+    EXTRACT_CALL,
     PREDICT_CALL,
     REPORT_CALL,
     RUN,
@@ -43,11 +44,12 @@ def mounted(folder, *options):
     ("call", "state", "first_kib", "step_kib"),
     [
         (RUN_CALL, "empty", 300, 300),
+        (EXTRACT_CALL, "empty", 300, 300),
         (PREDICT_CALL, "finished", 16, 40),
         (REPORT_CALL, "finished", 64, 300),
         (EXPORT_CALL, "finished", 16, 40),
     ],
-    ids=["run", "predict", "report", "export"],
+    ids=["run", "extract", "predict", "report", "export"],
 )
 def test_a_disk_that_is_full_again_and_again(whole_run, call, state, first_kib, step_kib, tmp_path):
     """Each call says so in one sentence and loses nothing; with a little more room the same command
@@ -55,7 +57,7 @@ def test_a_disk_that_is_full_again_and_again(whole_run, call, state, first_kib, 
     """
     if not _can_mount(tmp_path):
         pytest.skip("only root may mount a small disk")
-    expected, project = whole_run.reference(call), whole_run.project
+    expected, project = whole_run.reference(call, state), whole_run.project
     source = whole_run.folder / "states" / state
     with mounted(project, "-t", "tmpfs", "-o", "size=100m", "tmpfs"):
         shutil.copytree(source, project, symlinks=True, dirs_exist_ok=True)
@@ -86,6 +88,7 @@ def test_a_finished_run_that_nobody_may_write_to(whole_run, tmp_path):
     """
     if not _can_mount(tmp_path):
         pytest.skip("only root may mount read-only")
+    whole_run.reference(PREDICT_CALL)  # makes its images
     whole_run.restore("finished", 1)
     project = whole_run.project
     run = project / RUN
@@ -103,9 +106,10 @@ def test_a_finished_run_that_nobody_may_write_to(whole_run, tmp_path):
         done = whole_run.call(("advise", RUN))
         assert done.returncode == 2
         assert "cannot be written to. Type: cp -r" in done.stderr
-        done = whole_run.call(RUN_CALL)
-        assert done.returncode == 2
-        assert "cannot be written to" in done.stderr
+        for call in (RUN_CALL, EXTRACT_CALL, ("report", RUN, RUN)):
+            done = whole_run.call(call)
+            assert done.returncode == 2
+            assert "cannot be written to" in done.stderr
 
 
 NO_LINKS = """\
