@@ -147,14 +147,15 @@ def test_unknown_images_go_into_the_cache_when_asked(project, tmp_path):
     (tmp_path / "new" / "bad.png").write_bytes(b"no image")
     command = ["predict", project / "headrace-runs/recipe", "new", "--cache", cache, "--force"]
     for options, said in (
-        ((), "9 images: "),
+        ((), "9 images; "),
         (("--update-cache",), "9 images, 8 from cached features"),
         ((), "9 images, 8 from cached features"),
     ):
         done = headrace(*command, "-o", "p.csv", *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert said in done.stderr
-    readonly = "import os; os.access = lambda *_: False"  # the superuser may write to any folder
+    # the superuser may write to any folder
+    readonly = "import os; os.access = lambda path, mode, **_: mode != os.W_OK"
     for images, status in (("new", 0), ("more", 2)):
         shutil.copytree(project / "more", tmp_path / "more", dirs_exist_ok=True)
         for number, photo in enumerate((tmp_path / "more").rglob("*.png")):
