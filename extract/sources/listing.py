@@ -23,7 +23,8 @@ class LeftOut:
 
     def __str__(self) -> str:
         more = ", …" if self.count > len(self.examples) else ""
-        return f"{self.count:,} {self.reason}: {', '.join(self.examples)}{more}"
+        examples = f": {', '.join(self.examples)}{more}" if self.examples else ""
+        return f"{self.count:,} {self.reason}{examples}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from headrace.extract.sources.coco import coco_boxes, coco_rows
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature, unread_format
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")  # by which spreadsheets are told the separator
 _LINES_LOOKED_AT = 20
 _CELLS_LOOKED_AT = 100
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
@@ -112,6 +114,7 @@ def _read_text(table_path: Path, is_compressed: bool) -> str:
     # Spreadsheets write UTF-16 with its mark; without one it cannot be told from other bytes.
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     text = data.decode(encoding)
+    text = _SEPARATOR_LINE.sub("", text, count=1)
     # lines end so in what old spreadsheets of a Mac have written
     return text if "\n" in text else text.replace("\r", "\n")
 

@@ -373,7 +373,10 @@ def _samples(
         notes.append(box_note)
         n_without = sum(crop is None for crop in crops)
         if n_without and labelled:
-            tally.leave_out("rows without a box", count=n_without)
+            boxless = [
+                str(name) for name, crop in zip(written_names, crops, strict=True) if not crop
+            ]
+            tally.leave_out("rows without a box", *boxless[:3], count=n_without)
         if "image" not in frame:
             frame = frame.assign(image=written_names)
         box_rows = pd.Series([crop is not None for crop in crops], index=frame.index)

@@ -123,7 +123,7 @@ class BagBatch:
             return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, 1, 1)
 
         # Heads of one seed and share leave the same values out: each such mask is made once.
-        levels = [round(256 * spec.dropout) for spec in self.specs]
+        levels = [min(255, round(256 * spec.dropout)) for spec in self.specs]
         of_head = [
             (spec.seed if level else self.specs[0].seed, level)
             for spec, level in zip(self.specs, levels, strict=True)

@@ -383,7 +383,7 @@ def dropout_columns(
     """Whether any head leaves values out; the bytes below which it does, uint8, and what the others
     are multiplied with, (K, 1, 1) each.
     """
-    levels = [round(256 * spec.dropout) for spec in specs]
+    levels = [min(255, round(256 * spec.dropout)) for spec in specs]
     scale = _column([256 / (256 - level) for level in levels], device)
     return any(levels), _column(levels, device).to(torch.uint8), scale
 

@@ -21,7 +21,7 @@ ColumnKind = Literal["auto", "number", "category"]
 
 _DECIMAL_COMMA = r"[+-]?\d+,\d+"
 _DATE = r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{2}|\d{4})|\d{1,2}:\d{2}(:\d{2})?"
-_NUMBER_AND_WORD = r"[<>~]?[+-]?\d+(\.\d+)?\s*[^\d\s,.:/_-]{1,5}"
+_NUMBER_AND_WORD = r"[<>~$€£]?[+-]?\d+(\.\d+)?\s*[^\d\s,.:/_-]{0,5}"
 _LARGEST = 1e30  # heads read numbers as float32
 # What stands for a missing number in many tables, where it is far below or above all others.
 _MISSING_CODES = (-9, -99, -999, -9999, -99999, 99, 999, 9999, 99999)
@@ -110,7 +110,9 @@ def _texts(column: pd.Series) -> pd.Series:
 
 def _parsed(texts: pd.Series) -> pd.Series:
     """Return texts as float64, nan where one is no number or missing."""
-    return pd.to_numeric(texts, errors="coerce").astype(np.float64)
+    # a minus sign as typesetters write it
+    plain = texts.str.replace("\u2212", "-", regex=False)
+    return pd.to_numeric(plain, errors="coerce").astype(np.float64)
 
 
 def _is_missing(texts: pd.Series) -> npt.NDArray[np.bool_]:

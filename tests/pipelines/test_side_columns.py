@@ -218,6 +218,7 @@ def dataset(cells, *, kind="auto", target=None, n=40):
     ("cells", "kind", "levels"),
     [
         (["1", "2.5", "-3e2"], "auto", None),
+        (["1", "\u22122.5"], "auto", None),
         ([1, 2, 3], "auto", None),
         ([1, 2, 3], "category", ("1", "2", "3")),
         ([True, False, True], "auto", ("False", "True")),

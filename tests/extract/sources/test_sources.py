@@ -484,6 +484,8 @@ def test_text_stays_as_written(tmp_path):
         (b"path\tlabel\na.png\tx, y\nb.png\tz\n", "tabs"),
         (b"path|label\na.png|x, y\nb.png|z\n", "vertical bars"),
         ("\ufeffpath;label\r\na.png;x, y\r\nb.png;z\r\n".encode(), "semicolons"),
+        (b"sep=;\r\npath;label\r\na.png;x, y\r\nb.png;z\r\n", "semicolons"),
+        (b"path;label\ra.png;x, y\rb.png;z\r", "semicolons"),
         ("path\tlabel\na.png\tx, y\nb.png\tz\n".encode("utf-16"), "tabs"),
         (b'path, label\n"a.png", "x, y"\n"b.png", "z"\n', None),
     ],
