@@ -26,8 +26,11 @@ _DIGEST = "headrace.digest"
 
 def require_log(section: LogSection) -> None:
     """Raise HeadraceError for a library that is not installed: before the run, not after it."""
-    for wanted, library in ((section.mlflow, "mlflow"), (section.tensorboard, "tensorboard")):
-        if wanted is not None and importlib.util.find_spec(library) is None:
+    for tracker_location, library in (
+        (section.mlflow, "mlflow"),
+        (section.tensorboard, "tensorboard"),
+    ):
+        if tracker_location is not None and importlib.util.find_spec(library) is None:
             raise HeadraceError(
                 f"log: {library} needs the library {library}, which is not installed: pip install "
                 f"'headrace[{library}]', or leave it out of the recipe"
@@ -39,19 +42,19 @@ def log_run(section: LogSection, result: "RunResult") -> str:
 
     The same results are reported once, whatever the number of calls.
     """
-    told = []
+    reports = []
     if section.mlflow is not None:
-        told.append(f"MLflow {'told' if _to_mlflow(section, result) else 'knows it'}")
+        reports.append(f"MLflow {'told' if _to_mlflow(section, result) else 'knows it'}")
     if section.tensorboard is not None:
-        told.append(f"TensorBoard {'told' if _to_tensorboard(section, result) else 'knows it'}")
-    return ", ".join(told) or "nobody to tell"
+        reports.append(f"TensorBoard {'told' if _to_tensorboard(section, result) else 'knows it'}")
+    return ", ".join(reports) or "nobody to tell"
 
 
-def mlflow_uri(place: str) -> str:
+def mlflow_uri(location: str) -> str:
     """Return a tracking URI as it is; for a path, that of a SQLite file in that folder."""
-    if "://" in place:
-        return place
-    return f"sqlite:///{expand_home(place).absolute() / 'mlflow.db'}"
+    if "://" in location:
+        return location
+    return f"sqlite:///{expand_home(location).absolute() / 'mlflow.db'}"
 
 
 def run_digest(result: "RunResult") -> str:
@@ -72,29 +75,36 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     from mlflow import MlflowClient
 
     assert section.mlflow is not None
-    uri = mlflow_uri(section.mlflow)
+    tracking_uri = mlflow_uri(section.mlflow)
     folder = None if "://" in section.mlflow else expand_home(section.mlflow).absolute()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=tracking_uri)
     experiment = client.get_experiment_by_name(section.experiment)
     if experiment is None:
-        location = None if folder is None else (folder / "artifacts" / section.experiment).as_uri()
-        number = client.create_experiment(section.experiment, artifact_location=location)
+        artifact_location = (
+            None if folder is None else (folder / "artifacts" / section.experiment).as_uri()
+        )
+        experiment_id = client.create_experiment(
+            section.experiment, artifact_location=artifact_location
+        )
     else:
-        number = experiment.experiment_id
+        experiment_id = experiment.experiment_id
     digest = run_digest(result)
-    if client.search_runs([number], f"tags.`{_DIGEST}` = '{digest}'", max_results=1):
+    if client.search_runs([experiment_id], f"tags.`{_DIGEST}` = '{digest}'", max_results=1):
         return False
-    name = result.paths.root.name
-    whole = client.create_run(number, tags={"mlflow.runName": name})
-    _tell(client, whole.info.run_id, _parameters(result), _metrics(result))
+    run_name = result.paths.root.name
+    parent_run = client.create_run(experiment_id, tags={"mlflow.runName": run_name})
+    _tell(client, parent_run.info.run_id, _parameters(result), _metrics(result))
     for path in (result.paths.leaderboard, result.paths.recipe):
         if path.exists():
-            client.log_artifact(whole.info.run_id, str(path))
+            client.log_artifact(parent_run.info.run_id, str(path))
     for _, row in result.board.head(section.settings).iterrows():
-        tags = {"mlflow.parentRunId": whole.info.run_id, "mlflow.runName": f"{name} #{row['rank']}"}
-        child = client.create_run(number, tags=tags)
+        tags = {
+            "mlflow.parentRunId": parent_run.info.run_id,
+            "mlflow.runName": f"{run_name} #{row['rank']}",
+        }
+        child = client.create_run(experiment_id, tags=tags)
         _tell(
             client,
             child.info.run_id,
@@ -103,8 +113,8 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
         )
         client.set_terminated(child.info.run_id)
     # Last: a call that is killed before this is told again, whole.
-    client.set_tag(whole.info.run_id, _DIGEST, digest)
-    client.set_terminated(whole.info.run_id)
+    client.set_tag(parent_run.info.run_id, _DIGEST, digest)
+    client.set_terminated(parent_run.info.run_id)
     return True
 
 
@@ -126,12 +136,12 @@ def _to_tensorboard(section: LogSection, result: "RunResult") -> bool:
     from torch.utils.tensorboard.summary import hparams
 
     assert section.tensorboard is not None
-    place = (
+    log_folder = (
         section.tensorboard / section.experiment / f"{result.paths.root.name}-{run_digest(result)}"
     )
-    if place.exists():
+    if log_folder.exists():
         return False
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.partial")
+    temporary = log_folder.with_name(f".{log_folder.name}.{uuid.uuid4().hex}.partial")
     with SummaryWriter(str(temporary)) as writer:
         for name, value in _metrics(result).items():
             writer.add_scalar(name, value)
@@ -147,7 +157,7 @@ def _to_tensorboard(section: LogSection, result: "RunResult") -> bool:
             for part in hparams(_row_parameters(row), {result.metric: score}):  # type: ignore[no-untyped-call]
                 writer.file_writer.add_summary(part)
             writer.add_scalar(result.metric, score)
-    temporary.rename(place)
+    temporary.rename(log_folder)
     return True
 
 

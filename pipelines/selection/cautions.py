@@ -117,13 +117,14 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
             if _is_number(settings_of_row.get(setting_name))
             and {**settings_of_row, setting_name: value} == settings
         ]
-        grid_values = sorted({each for each, _ in grid_line})
+        grid_values = sorted({grid_value for grid_value, _ in grid_line})
         if len(grid_values) < 2 or value not in (grid_values[0], grid_values[-1]):
             continue
         at_largest = value == grid_values[-1]
         neighbour = grid_values[-2] if at_largest else grid_values[1]
         scores = {
-            each: float(same_head_type[metric].iloc[row_index]) for each, row_index in grid_line
+            grid_value: float(same_head_type[metric].iloc[row_index])
+            for grid_value, row_index in grid_line
         }
         next_value = _beyond(value, neighbour)
         if next_value is None or scores[value] == scores[neighbour]:
@@ -136,7 +137,7 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
             f"the winner lies on the edge of its grid: {setting_name}={value:g} is the "
             f"{'largest' if at_largest else 'smallest'} of {len(grid_values)} that were tried, and "
             f"a better one may lie beyond. In the recipe: {recipe_key}: "
-            f"[{', '.join(f'{each:g}' for each in suggested_values)}]"
+            f"[{', '.join(f'{grid_value:g}' for grid_value in suggested_values)}]"
         )
     return notes
 
