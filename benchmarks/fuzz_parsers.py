@@ -265,7 +265,6 @@ def parse_exported_text(path: Path) -> None:
 def parse_sent_run(path: Path) -> None:
     """What `headrace predict` looks up of a model that lies in a run's directory."""
     from headrace.pipelines.models.model import load_model
-    from headrace.pipelines.predict.listing import whole_images_note
     from headrace.pipelines.run_directory import stored_recipe
 
     def read(folder: Path) -> None:
@@ -275,7 +274,6 @@ def parse_sent_run(path: Path) -> None:
         for look in (
             lambda: stored_recipe(RunPaths(folder)),
             lambda: load_model(folder),
-            lambda: whole_images_note(folder / "winner", ["a.png"]),
         ):
             with contextlib.suppress(HeadraceError, OSError):
                 look()
@@ -288,6 +286,25 @@ def parse_sent_run(path: Path) -> None:
         "ensemble/ensemble.json": ensemble_text()[0],
     }
     in_directory(path, files, read)
+
+
+def parse_parts(path: Path) -> None:
+    """The record of boxes or tiles beside a model, and a listing by it."""
+    from headrace.extract.sources.read import ImageSource, read_source
+    from headrace.pipelines.models.image_parts import read_image_parts
+
+    def read(folder: Path) -> None:
+        parts = read_image_parts(folder)
+        assert parts is not None
+        for source in (
+            ImageSource("folder", folder / "photos", tiles=parts.tiles),
+            ImageSource("table", folder / "boxes.csv", boxes=parts.boxes),
+        ):
+            read_source(source, labelled=False)
+
+    photo = image("PNG")()[0]
+    files = {"parts.json": path.read_bytes(), "boxes.csv": boxes_csv()[0], "0.png": photo}
+    in_directory(path, files | {"photos/1.png": photo}, read)
 
 
 def predict_beside(place: Path) -> None:
@@ -762,6 +779,18 @@ def recipe_json() -> list[bytes]:
     return [json.dumps(recipe).encode()]
 
 
+def parts_json() -> list[bytes]:
+    from headrace.extract.sources.regions import Boxes, Tiles
+    from headrace.pipelines.models.image_parts import ImageParts
+
+    kinds = (
+        ImageParts(tiles=Tiles(16, 4, "white")),
+        ImageParts(boxes=Boxes(("x", "y", "width", "height"), "xyxy", "pixels")),
+        ImageParts(boxes="auto", min_confidence=0.2),
+    )
+    return [json.dumps(parts.as_json()).encode() for parts in kinds]
+
+
 def boxes_csv() -> list[bytes]:
     rows = "".join(f"0.png,{'ab'[n % 2]},{n},{n},9,8\n" for n in range(6))
     shares = "".join(f"0.png,{'ab'[n % 2]},.1,.2,.5,.6\n" for n in range(6))
@@ -1107,6 +1136,7 @@ CASES = {
         ".safetensors", lambda: [exported_weights()], parse_exported_weights, weights_bombs
     ),
     "beside-text": Case(".json", beside_text, parse_beside_text, text_bombs),
+    "parts": Case(".json", parts_json, parse_parts, text_bombs),
     "sent-run": Case(".json", recipe_json, parse_sent_run, text_bombs),
     "ensemble": Case(".json", ensemble_text, parse_ensemble, text_bombs),
     "side-json": Case(".json", side_json, parse_side_file, text_bombs),

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.read import ImageSource
-from headrace.extract.sources.regions import Boxes, Tiles
+from headrace.extract.sources.regions import Boxes, BoxFormat, Tiles
 from headrace.pipelines.records import RunDamaged, read_record, write_record
 
 IMAGE_PARTS = "parts.json"
@@ -70,9 +70,32 @@ def read_image_parts(model_directory: Path) -> ImageParts | None:
             columns = boxes["columns"]
             boxes = Boxes(**boxes | {"columns": None if columns is None else tuple(columns)})
         grid = None if tiles is None else Tiles(**tiles)
-        return ImageParts(grid, boxes, fields["min_confidence"])
+        parts = ImageParts(grid, boxes, fields["min_confidence"])
+        if not _can_be(parts):
+            raise ValueError(fields)
+        return parts
     except (KeyError, TypeError, ValueError) as error:
         raise RunDamaged(
             f"{parts_path} is no record of this version: run the recipe again, or fetch the model "
             "again"
         ) from error
+
+
+def _can_be(parts: ImageParts) -> bool:
+    """Tell whether the values are as in a recipe: the file may be a stranger's."""
+    tiles, boxes, confidence = parts.tiles, parts.boxes, parts.min_confidence
+    if tiles is not None and not (
+        type(tiles.size) is int and type(tiles.overlap) is int and 0 <= tiles.max_background <= 1
+    ):
+        return False
+    if confidence is not None and not 0 <= confidence <= 1:
+        return False
+    if not isinstance(boxes, Boxes):
+        return boxes in ("auto", "none")
+    columns = boxes.columns or ()
+    return (
+        boxes.format in get_args(BoxFormat)
+        and boxes.unit in (None, "pixels", "fraction")
+        and len(columns) in (0, 4)
+        and all(isinstance(name, str) for name in columns)
+    )
