@@ -7,10 +7,9 @@ python examples/features_in_python.py
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import cross_val_score
 
+from headrace import load_recipe, run_recipe
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.sources.samples import read_table
-from headrace.pipelines.recipe.load import load_recipe
-from headrace.pipelines.run import run_recipe
 
 if __name__ == "__main__":
     recipe = load_recipe("headrace-demo/recipe.yaml")

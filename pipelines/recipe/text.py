@@ -260,10 +260,15 @@ def explain(
     if problem["type"] == "extra_forbidden":
         valid_keys = _keys_at(model, location[:-1])
         keys_by_lower = {name.lower(): name for name in valid_keys}
-        close_matches = difflib.get_close_matches(
-            str(location[-1]).lower()[:80], keys_by_lower, n=1, cutoff=0.4
+        word = str(location[-1]).lower()[:80]
+        misspelt, alike = (
+            [
+                keys_by_lower[name]
+                for name in difflib.get_close_matches(word, keys_by_lower, 1, cutoff)
+            ]
+            for cutoff in (0.8, 0.4)
         )
-        nearest_keys = [keys_by_lower[name] for name in close_matches]
+        nearest_keys = [*misspelt, *_sections_that_have(model, location[-1]), *alike]
         hint = f"did you mean {nearest_keys[0]!r}? " if nearest_keys else ""
         return (
             f"{place_text}: unknown key {dotted_key!r}: {hint}Valid here: {', '.join(valid_keys)}"
@@ -357,6 +362,15 @@ def _keys_at(model: type[pydantic.BaseModel], location: typing.Sequence[str | in
             inner_model for inner_model in _models_in(model.model_fields[key_part].annotation)
         )
     return list(model.model_fields)
+
+
+def _sections_that_have(model: type[pydantic.BaseModel], key: object) -> typing.Iterator[str]:
+    """Yield the keys of that very name in other sections, with their sections: task.folds."""
+    for section_name, field in model.model_fields.items():
+        for section in _models_in(field.annotation):
+            if key in section.model_fields:
+                yield f"{section_name}.{key}"
+            yield from (f"{section_name}.{inner}" for inner in _sections_that_have(section, key))
 
 
 def _models_in(annotation: Any) -> typing.Iterator[type[pydantic.BaseModel]]:

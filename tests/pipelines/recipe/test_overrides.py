@@ -48,6 +48,7 @@ def test_the_last_of_two_wins_and_text_may_hold_equal_signs():
             "heads.logisti.C=5",
             "--set heads.logisti.C=5: unknown key 'heads.logisti': did you mean 'logistic'",
         ),
+        ("folds=3", "--set folds=3: unknown key 'folds': did you mean 'task.folds'?"),
         ("task.folds=x", "--set task.folds=x: task.folds: a whole number is expected"),
         ("task.folds.deep=1", "--set task.folds.deep=1: task.folds is 3 in the recipe"),
         ("backbones.7.taps=auto", "backbones is a list of 1; expected the number of an item"),
