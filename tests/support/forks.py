@@ -227,8 +227,10 @@ def _fork_once_more(stdout: int, stderr: int, answer: int) -> bool:
         for file in (stdout, stderr, answer):
             os.close(file)
         # as an interpreter opens them: those of the server may be a file, which has a position
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", buffering, stream.encoding, stream.errors, closefd=False)
+            for number, buffering, stream in ((1, -1, sys.stdout), (2, 1, sys.stderr))
+        )
         return True
     os.write(answer, f"{os.waitpid(pid, 0)[1]}\n".encode())
     os._exit(0)
