@@ -107,9 +107,9 @@ class OnnxNetwork(nn.Module):
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             options.log_severity_level = 3
-            part = _part_up_to(self._graph, names)
+            subgraph = _subgraph_up_to(self._graph, names)
             self._sessions[*names, str(threads)] = onnxruntime.InferenceSession(
-                part.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                subgraph.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         return self._sessions[*names, str(threads)]
 
@@ -175,13 +175,13 @@ def _image_input(
     shapes = [_shape(value) for value in inputs]
     for value, shape in zip(inputs, shapes, strict=True):
         if len(inputs) == 1 and len(shape) == 4 and 3 in (shape[1], shape[3]):
-            last = shape[1] != 3
-            height, width = shape[1:3] if last else shape[2:]
-            return value.name, (shape[0], height, width), last
-    described = ", ".join(f"{v.name} {s}" for v, s in zip(inputs, shapes, strict=True))
+            is_channels_last = shape[1] != 3
+            height, width = shape[1:3] if is_channels_last else shape[2:]
+            return value.name, (shape[0], height, width), is_channels_last
+    inputs_text = ", ".join(f"{v.name} {s}" for v, s in zip(inputs, shapes, strict=True))
     raise BackboneError(
-        f"onnx:{file} takes {described or 'nothing'}: expected one input of shape (N, 3, H, W) or "
-        "(N, H, W, 3)"
+        f"onnx:{file} takes {inputs_text or 'nothing'}: expected one input of shape (N, 3, H, W) "
+        "or (N, H, W, 3)"
     )
 
 
@@ -196,15 +196,15 @@ def _shape(value: Any) -> tuple[int | None, ...]:
 
 def _inner_values(graph: Any) -> Iterator[str]:
     """Names of the float values with 2 to 4 axes that a graph computes, in running order."""
-    known = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
-    floats = (1, 10)  # onnx.TensorProto.FLOAT, FLOAT16
+    value_of_name = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
+    float_types = (1, 10)  # onnx.TensorProto.FLOAT, FLOAT16
     for node in graph.graph.node:
         for name in node.output[:1]:
-            value = known.get(name)
+            value = value_of_name.get(name)
             if node.op_type == "Constant" or value is None:
                 continue
             tensor = value.type.tensor_type
-            if tensor.elem_type in floats and 2 <= len(tensor.shape.dim) <= 4:
+            if tensor.elem_type in float_types and 2 <= len(tensor.shape.dim) <= 4:
                 yield name
 
 
@@ -212,16 +212,19 @@ def _module_path(value: str, taken: dict[str, str]) -> str | None:
     """A dotted module path for a value, "/layer1/layer1.0/relu/Relu_output_0" to
     "layer1.layer1.0.relu.Relu"; None where another value has it.
     """
-    text = value
+    name = value
     for ending in _NAMES_OF_OUTPUT:
-        text = text.removesuffix(ending)
-    path = ".".join(part for part in text.replace("/", ".").split(".") if part)
+        name = name.removesuffix(ending)
+    path = ".".join(word for word in name.replace("/", ".").split(".") if word)
     # modules may not be called as an attribute of nn.Module is, nor lie inside a value's own module
-    clash = any(hasattr(nn.Module, part) or part in ("digest",) for part in path.split("."))
-    if not path or clash:
+    is_reserved = any(hasattr(nn.Module, word) or word == "digest" for word in path.split("."))
+    if not path or is_reserved:
         path = f"value_{len(taken)}"
-    inside = any(path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in taken)
-    return f"value_{len(taken)}" if inside or path in taken else path
+    is_nested = any(
+        path.startswith(f"{taken_path}.") or taken_path.startswith(f"{path}.")
+        for taken_path in taken
+    )
+    return f"value_{len(taken)}" if is_nested or path in taken else path
 
 
 def _add_leaf(root: nn.Module, path: str) -> None:
@@ -234,7 +237,7 @@ def _add_leaf(root: nn.Module, path: str) -> None:
     module.add_module(leaf, _Value())
 
 
-def _part_up_to(graph: Any, names: Sequence[str]) -> Any:
+def _subgraph_up_to(graph: Any, names: Sequence[str]) -> Any:
     """The graph cut down to what the named values depend on, with them as its outputs."""
     import onnx
 
