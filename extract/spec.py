@@ -332,10 +332,14 @@ def require_weights_file(path: Path) -> None:
 
 def unknown_prefix_message(name: str) -> str:
     """The message for a backbone whose library is not said."""
+    bare_name = name.split(":")[-1]
+    if "/" in bare_name:  # as models of the Hugging Face hub are called
+        advice = f"For a model of the Hugging Face hub: transformers:{bare_name[:80]}"
+    else:
+        advice = f"Search with: headrace backbones {bare_name[:12] or 'resnet'}"
     return (
         f"backbone {name!r}: expected torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER, "
-        "open_clip:NAME, onnx:FILE or python:MODULE:FUNCTION. Search with: headrace backbones "
-        f"{name.split(':')[-1][:12] or 'resnet'}"
+        f"open_clip:NAME, onnx:FILE or python:MODULE:FUNCTION. {advice}"
     )
 
 

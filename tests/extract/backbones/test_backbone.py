@@ -290,6 +290,7 @@ def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
         ("torchvision:resnet50", "IMAGENET1K_V3", "It has: IMAGENET1K_V1, IMAGENET1K_V2"),
         ("timm:resnet50", "a9_in1k", "It has: .*a1_in1k"),
         ("resnet50", None, "expected torchvision:NAME, timm:NAME, transformers:ID_OR_FOLDER"),
+        ("facebook/dinov2-base", None, "hub: transformers:facebook/dinov2-base"),
         ("python:no_such_module:f", None, "cannot import 'no_such_module'"),
         (f"python:{__name__}:absent", None, "has no function 'absent'"),
         (f"python:{__name__}:pictures", None, "returned list; expected .torch.nn.Module"),
