@@ -13,6 +13,7 @@ import ctypes
 import errno
 import functools
 import os
+import stat
 import sys
 import time
 import uuid
@@ -111,6 +112,17 @@ def _watch_blank(lock_path: Path, previous_blank: _Blank | None) -> _Blank | Non
                 os.link(broken_path, lock_path)
         os.unlink(broken_path)
     return None
+
+
+def read_regular(file_path: Path | str) -> bytes:
+    """Return the bytes of a file, or of the one that a link leads to.
+
+    Raises OSError also for what may have no end: the file may be a stranger's link to a device, or
+    a pipe.
+    """
+    if not stat.S_ISREG(mode := os.stat(file_path).st_mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "neither a file nor a link to one", str(file_path))
+    return Path(file_path).read_bytes()
 
 
 def publish_bytes(target_path: Path, data: bytes) -> bool:

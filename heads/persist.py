@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from headrace.cache.atomic_io import publish_replace
+from headrace.cache.atomic_io import publish_replace, read_regular
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import (
     SEAL,
@@ -160,7 +160,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
             f"{path} is not there: give the directory that save_head wrote. {WRITE_AGAIN}"
         )
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         check_seal(data)
         description = json.loads(tensor_metadata(data)["headrace"])
         arrays = load(data)

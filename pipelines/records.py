@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from headrace.cache.atomic_io import publish_replace
+from headrace.cache.atomic_io import publish_replace, read_regular
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_json
 
@@ -39,7 +39,7 @@ def read_record(path: Path, mended_by: str = RUN_AGAIN) -> dict[str, Any]:
     Raises RunDamaged, with what mends it; FileNotFoundError where there is no file.
     """
     try:
-        return read_sealed_json(path.read_bytes())
+        return read_sealed_json(read_regular(path))
     except SealBroken as error:
         raise RunDamaged(
             f"{path} has changed since it was written: {error}. {mended_by}"

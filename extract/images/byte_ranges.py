@@ -40,6 +40,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from headrace.cache.atomic_io import read_regular
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import split_crop
 from headrace.extract.images.decoding import MAX_PIXELS
@@ -119,7 +120,7 @@ def read_bytes(path: str) -> bytes:
     file_path = locator_file(path)
     try:
         if locator_match is None:
-            return Path(file_path).read_bytes()
+            return read_regular(file_path)
         container_kind, details = locator_match["kind"], locator_match["details"]
         if container_kind == "tar":
             return _read_tar_member(file_path, details)

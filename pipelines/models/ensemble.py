@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.cache.atomic_io import publish_replace
+from headrace.cache.atomic_io import publish_replace, read_regular
 from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.data.task import TaskKind
@@ -176,7 +176,7 @@ def load_member(
 def _read_description(description_path: Path) -> dict[str, Any]:
     """Return the fields of ensemble.json, checked. Raises ModelError."""
     try:
-        description = read_sealed_json(description_path.read_bytes())
+        description = read_sealed_json(read_regular(description_path))
         if description["format"] not in (1, FORMAT) or description["kind"] != "ensemble":
             raise ModelError(
                 f"{description_path}: format {description['format']}, this version reads {FORMAT}: "

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 
-from headrace.cache.atomic_io import publish_replace
+from headrace.cache.atomic_io import publish_replace, read_regular
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import (
     SEAL,
@@ -361,7 +361,7 @@ def _read_file(
     """Return the bytes of network.safetensors, and the description in it. Raises ModelError."""
     weights_path = model_directory / WEIGHTS
     try:
-        file_bytes = weights_path.read_bytes()
+        file_bytes = read_regular(weights_path)
         if (
             expected_digest is not None
             and hashlib.sha256(file_bytes).hexdigest() != expected_digest
