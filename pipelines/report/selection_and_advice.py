@@ -149,7 +149,8 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
                 (
                     f"{validation_score}, the best of "
                     f"{count_text(selection_record['tried'], 'setting')} on "
-                    f"{selection_record['images']:,} validation images"
+                    f"{selection_record['images']:,} validation "
+                    f"{'images' if run.recipe.task.unit is None else 'units'}"
                 )
                 + (
                     ""

@@ -86,11 +86,12 @@ def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str)
     recall = np.bincount(validation.target, is_right, len(class_counts)) / np.maximum(
         class_counts, 1
     )
+    things = "images" if validation.task.units is None else "units"
     worst_class = int(np.where(class_counts > 0, recall, np.inf).argmin())
     return (
         f"balanced accuracy is much lower than accuracy: {balanced:.1%} against {accuracy:.1%}; "
         f"class {validation.task.classes[worst_class]} is found in {recall[worst_class]:.0%} of "
-        f"its {class_counts[worst_class]:,} images. To choose by all classes alike, task.metric: "
+        f"its {class_counts[worst_class]:,} {things}. To choose by all classes alike, task.metric: "
         "balanced_accuracy; to train for them, class_weight: [none, balanced] under heads"
     )
 
