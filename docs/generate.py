@@ -64,7 +64,8 @@ def json_page() -> str:
         ),
         "Every command but `demo` takes `--json`: the standard output is one JSON object then, "
         "progress and errors go to the standard error, and the exit code is the same as without "
-        "it. `headrace schema 'cache ls'` prints an object's JSON Schema, `headrace schema recipe` "
+        "it. A call that ends with 2 or 130 says why in one message on the standard error. "
+        "`headrace schema 'cache ls'` prints an object's JSON Schema, `headrace schema recipe` "
         "that of recipes. Times are seconds and sizes bytes; a number that was not measured is "
         "null.\n",
     ]

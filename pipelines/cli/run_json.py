@@ -192,6 +192,7 @@ def run_output(result: RunResult) -> RunOutput:
             "heads": str(result.paths.heads),
             "comparisons": str(result.paths.comparisons),
             "winner": str(result.paths.winner),
+            "predictions": str(result.paths.predictions),
             "banks": str(result.paths.banks),
             "failed_images": str(result.paths.failed_images),
         },
