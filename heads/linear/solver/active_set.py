@@ -50,6 +50,8 @@ MAX_GRADIENT, GRADIENT_CLASSES = 8e-6, 10
 MAX_THREADS = 8
 # Values of the heads whose bounds are computed together: 32 MB for each of a few arrays.
 BOUND_VALUES_PER_CHUNK = 1 << 22
+# Weights of a head from which on what is done to its curvature pairs shows beside the passes.
+MANY_WEIGHTS = 1 << 16
 MAX_CURVATURE_RATIO = 1e6  # that curvature pairs are corrected by
 PREFETCHED_BLOCKS = 8  # of streamed rows, asked for while as many are multiplied
 
@@ -315,6 +317,11 @@ class ActiveSet:
         l2_before, l2_now = other.l2_strength, float(self.l2_strength[slot])
         if ours is theirs and l2_now == l2_before:
             return other.curvature_pairs
+        if ours is not theirs and math.prod(self.shape) >= MANY_WEIGHTS:
+            # In scaled coordinates all Hessians are near the identity. Corrected pairs take 1.05 of
+            # the CPU time with 100 classes; with ten these take 4 % more iterations.
+            scaled_pairs = other.curvature_pairs.reshape(2 * m, *self.shape)
+            return ours.from_class_basis_of(theirs, scaled_pairs).reshape(2 * m, -1)
         steps = theirs.from_scaled(other.curvature_pairs[:m].reshape(m, *self.shape))
         changes = theirs.gradient_from_scaled(other.curvature_pairs[m:].reshape(m, *self.shape))
         if l2_now != l2_before:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from headrace.heads.linear.solver.active_set import (
     ITERATIONS_PER_PRECONDITIONER,
+    MANY_WEIGHTS,
     ActiveSet,
     BankProblem,
 )
@@ -33,9 +34,10 @@ from headrace.heads.linear.solver.regularization_path import (
 )
 
 Array = npt.NDArray[Any]
-# With six, float32 stalls more often before a gap of 3e-7; the time is the same (1.00 at 10 and 100
-# classes).
 CURVATURE_PAIRS = 8
+# With 100 classes eight take 1.1 of the CPU time, which is that of reading them (gaps of 1e-5 and
+# 3e-7); with ten as much as six, and float32 stalls less often before a gap of 3e-7.
+CURVATURE_PAIRS_OF_MANY_WEIGHTS = 6
 MAX_ITERATIONS = 600
 # Free weight vectors of the heads in the active set. Bounds their memory (42 MB of curvature pairs
 # at 1,280 features); without it, a bank takes as long (0.99).
@@ -152,13 +154,14 @@ def solve_paths(
             solved[path_index][l2_strength] = result
             schedule.complete(path_index, l2_strength)
 
+    n_weights = math.prod(active_set.shape)
     minimise(
         active_set.evaluate,
         load_problem,
         on_stopped,
         n_slots=n_slots,
-        n_parameters=math.prod(active_set.shape),
-        n_pairs=CURVATURE_PAIRS,
+        n_parameters=n_weights,
+        n_pairs=CURVATURE_PAIRS if n_weights < MANY_WEIGHTS else CURVATURE_PAIRS_OF_MANY_WEIGHTS,
         dtype=design.dtype,
         gap=gap,
         max_iterations=ITERATIONS_PER_PRECONDITIONER,

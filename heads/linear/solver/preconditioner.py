@@ -80,6 +80,12 @@ class Preconditioner:
         v = self._rescale(x, np.divide, self.inverse_factor)
         return np.asarray(self.class_basis[:n_free] @ v)
 
+    def from_class_basis_of(self, other: "Preconditioner", x: Array) -> Array:
+        """Return x (..., c, R + 1), scaled by another preconditioner, along this one's directions
+        of the classes and still scaled as it was.
+        """
+        return np.asarray((self.class_basis.T @ other.class_basis) @ x)
+
     def gradient_to_scaled(self, gradient: Array) -> Array:
         """Return gradients with respect to x, of gradients with respect to u (..., C, R + 1).
 
