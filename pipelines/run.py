@@ -188,6 +188,8 @@ def cache_images(
         check_space(plan, cache_root, None)
         with _run_services(recipe, plan, console, workers, None, False) as services:
             extract_units(plan, recipe, services)
+    if is_writable and recipe.paths.root.exists():  # of calls that were killed
+        remove_leftovers(recipe.paths, cache_root)
     return plan.images_new
 
 

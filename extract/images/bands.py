@@ -409,7 +409,7 @@ def _declared_size(file: IO[bytes]) -> tuple[int, int]:
 
         file.seek(0)
         with tifffile.TiffFile(file) as tiff:
-            page = tiff.series[0].keyframe
+            page: Any = tiff.pages[0]  # series are looked for through all pages of a damaged file
             tag = page.tags.get(_TIFF_ORIENTATION_TAG)
             width, height = page.imagewidth, page.imagelength
             turn = None if tag is None else ORIENTATIONS.get(tag.value)
