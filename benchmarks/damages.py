@@ -17,7 +17,8 @@ mend it. Counted, by kind of file:
     TRACE     a traceback, or an error that does not name the file
     BLOCKED   the command that was named does not help
 
-The commands run in forks of one process, so that a damage takes a second. The last line is one JSON
+The commands run in forks of one process, so that a damage takes a second or two. Leave the tree as
+it is meanwhile: pages and exports hold some of its source. The last line is one JSON
 object with the counts; the exit status is 1 after a fault.
 """
 
