@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IG
 _SPLIT_IN_NAME = re.compile(
     rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
 )
+_LABELS_WORDS = (("x", "y"), ("x", "Y"), ("images", "labels"), ("data", "labels"))
 _IMAGES_AT_ONCE = 64
 
 
@@ -44,7 +45,9 @@ def read_array(
     or (N, C, H, W), of any number of channels where the backbone names bands; or a folder of idx
     files named as MNIST's are, whose labels are found beside them and whose `split` is train or
     test. `key` names the array in a `.npz` or HDF5 file; it can be left out where only one has such
-    a shape. `labels` is another file of one of these kinds, `labels_key` an array in it, or in the
+    a shape, or where there is one for each side of a split, named as MedMNIST's `train_images` and
+    `train_labels` or Keras's `x_train` and `y_train`: `split` is then train, validation or test.
+    `labels` is another file of one of these kinds, `labels_key` an array in it, or in the
     same file. ranged: whether the range of the pixels is given, which floats and integers of other
     sizes than 8 and 16 bits do not have of themselves.
     Raises SourceError.
@@ -53,12 +56,43 @@ def read_array(
     if array_path.is_dir():
         return _read_idx_family(array_path, exclude)
     file_kind = _kind(array_path)
-    key = (
-        key
-        if key is not None or file_kind not in ("npz", "h5")
-        else _only_images(array_path, file_kind)
-    )
-    array = _open(array_path, file_kind, key or "")
+    if file_kind not in ("npz", "h5"):
+        return _read_one(array_path, file_kind, "", labels, labels_key, exclude, ranged)
+    if key is None and labels is None and labels_key is None:
+        sides = _split_arrays(_shapes(array_path, file_kind))
+        if sides:
+            return _join_sides(
+                [
+                    _read_one(
+                        array_path,
+                        file_kind,
+                        images_key,
+                        None,
+                        labels_key,
+                        exclude,
+                        ranged,
+                        id_prefix=f"{array_path.name}/{images_key}",
+                    )
+                    for images_key, labels_key, _ in sides
+                ],
+                [side for _, _, side in sides],
+            )
+    key = _only_images(array_path, file_kind) if key is None else key
+    return _read_one(array_path, file_kind, key, labels, labels_key, exclude, ranged)
+
+
+def _read_one(
+    array_path: Path,
+    file_kind: str,
+    key: str,
+    labels: str | Path | None,
+    labels_key: str | None,
+    exclude: Sequence[str],
+    ranged: bool,
+    id_prefix: str | None = None,
+) -> Listing:
+    """The images of one array; `id_prefix` is by default the name of its file."""
+    array = _open(array_path, file_kind, key)
     if not _is_images(shape := _shape(array)):
         raise SourceError(
             f"{array_path}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, "
@@ -75,9 +109,10 @@ def read_array(
     key_prefix = f"{key}:" if file_kind in ("npz", "h5") else ""
     n_images = len(array)
     n_digits = len(str(n_images - 1))
+    prefix = array_path.name if id_prefix is None else id_prefix
     frame = pd.DataFrame(
         {
-            "id": [f"{array_path.name}/{index:0{n_digits}d}" for index in range(n_images)],
+            "id": [f"{prefix}/{index:0{n_digits}d}" for index in range(n_images)],
             "path": [
                 f"{encode_path(array_path)}::{file_kind}:{key_prefix}{index}"
                 for index in range(n_images)
@@ -92,6 +127,34 @@ def read_array(
             EXCLUDED_ENTRIES, *frame["id"][is_excluded].head(3), count=int(is_excluded.sum())
         )
     return tally.listing(frame[~is_excluded].reset_index(drop=True))
+
+
+def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str | None, str]]:
+    """(array of images, array of its labels, side) of each side of a split, where the names of all
+    arrays of images differ in the word of a side alone; else nothing.
+    """
+    images = [
+        name for name, shape in shapes.items() if _is_images(shape) and _has_usual_channels(shape)
+    ]
+    sides = [side for name in images if (side := _side(name)) is not None]
+    stems = {_SPLIT_IN_NAME.sub("", name) for name in images}
+    if len(images) < 2 or len(set(sides)) < len(images) or len(stems) > 1:
+        return []
+    labels_by_stem = [
+        {
+            _SPLIT_IN_NAME.sub("", name): name
+            for name, shape in shapes.items()
+            if shape in ((shapes[images_key][0],), (shapes[images_key][0], 1))
+            and _side(name) == side
+        }
+        for images_key, side in zip(images, sides, strict=True)
+    ]
+    common_stems = set.intersection(*map(set, labels_by_stem))
+    labels_stem = common_stems.pop() if len(common_stems) == 1 else ""
+    return [
+        (images_key, names.get(labels_stem), side)
+        for images_key, names, side in zip(images, labels_by_stem, sides, strict=True)
+    ]
 
 
 def has_pixel_range(dtype: "np.dtype[Any]") -> bool:
@@ -112,22 +175,22 @@ def measure_pixel_range(images: str | Path, key: str | None = None) -> tuple[flo
     if array_path.is_dir():
         return None
     file_kind = _kind(array_path)
-    array = _open(
-        array_path,
-        file_kind,
-        key or (_only_images(array_path, file_kind) if file_kind in ("npz", "h5") else ""),
-    )
-    if has_pixel_range(array.dtype):
-        return None
+    keys = [key or ""]
+    if key is None and file_kind in ("npz", "h5"):
+        sides = _split_arrays(_shapes(array_path, file_kind))
+        keys = [name for name, _, _ in sides] or [_only_images(array_path, file_kind)]
     lowest, highest = np.inf, -np.inf
-    for start in range(0, len(array), _IMAGES_AT_ONCE):
-        image_block = np.asarray(array[start : start + _IMAGES_AT_ONCE])
-        finite_values = image_block[np.isfinite(image_block)]
-        if finite_values.size:
-            lowest, highest = (
-                min(lowest, float(finite_values.min())),
-                max(highest, float(finite_values.max())),
-            )
+    for array in (_open(array_path, file_kind, array_key) for array_key in keys):
+        if has_pixel_range(array.dtype):
+            return None
+        for start in range(0, len(array), _IMAGES_AT_ONCE):
+            image_block = np.asarray(array[start : start + _IMAGES_AT_ONCE])
+            finite_values = image_block[np.isfinite(image_block)]
+            if finite_values.size:
+                lowest, highest = (
+                    min(lowest, float(finite_values.min())),
+                    max(highest, float(finite_values.max())),
+                )
     for standard_range in ((0.0, 1.0), (0.0, 255.0)):
         if standard_range[0] <= lowest and highest <= standard_range[1]:
             return standard_range
@@ -167,8 +230,8 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
     go without saying.
 
     In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value per
-    image; for an idx file: the
-    file of labels beside it. Raises SourceError when several arrays could be
+    image, or nothing where `read_array` finds the sides of a split by their names; for an idx or
+    `.npy` file: the file of labels beside it. Raises SourceError when several arrays could be
     images.
     """
     array_path = expand_home(images).absolute()
@@ -176,8 +239,10 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
     if file_kind == "idx":
         return None, dict(idx_pairs(array_path.parent)).get(array_path), None
     if file_kind == "npy":
-        return None, None, None
+        return None, _labels_beside(array_path), None
     shapes = _shapes(array_path, file_kind)
+    if _split_arrays(shapes):
+        return None, None, None
     images_key = _only_images(array_path, file_kind)
     fitting_names = [
         name
@@ -187,6 +252,17 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
     return images_key, None, fitting_names[0] if len(fitting_names) == 1 else None
 
 
+def _labels_beside(array_path: Path) -> Path | None:
+    """The file of labels whose name is that of the images but for a word, `X.npy` and `y.npy`."""
+    for images_word, labels_word in _LABELS_WORDS:
+        name = re.sub(
+            rf"(?<![a-z]){images_word}(?![a-z])", labels_word, array_path.name, flags=re.IGNORECASE
+        )
+        if name != array_path.name and array_path.with_name(name).is_file():
+            return array_path.with_name(name)
+    return None
+
+
 def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
     pairs = idx_pairs(folder)
     if not pairs:
@@ -194,11 +270,11 @@ def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
             f"{folder}: a folder without idx files of images (…-images-idx3-ubyte, .gz or not). "
             "Name an array: a .npy, .npz, HDF5 or idx file"
         )
-    part_listings = [read_array(images, labels=labels, exclude=exclude) for images, labels in pairs]
     split_sides = [_side(images.name) for images, _ in pairs]
-    for part_listing, side in zip(part_listings, split_sides, strict=True):
-        part_listing.samples["split"] = side
-    listing = join_listings(part_listings)
+    listing = _join_sides(
+        [read_array(images, labels=labels, exclude=exclude) for images, labels in pairs],
+        split_sides,
+    )
     if None not in split_sides and len(set(split_sides)) > 1:
         return listing
     listing = replace(listing, samples=listing.samples.drop(columns="split"))
@@ -214,10 +290,16 @@ def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
     return replace(listing, notes=(*listing.notes, note))
 
 
-def _side(name: str) -> str | None:
-    """The side of a split that an idx file's name says, anywhere in it:
+def _join_sides(listings: Sequence[Listing], sides: Sequence[str | None]) -> Listing:
+    for listing, side in zip(listings, sides, strict=True):
+        listing.samples["split"] = side
+    return join_listings(listings)
 
-    `emnist-letters-train-images-idx3-ubyte`.
+
+def _side(name: str) -> str | None:
+    """The side of a split that the name of a file or an array says, anywhere in it:
+
+    `emnist-letters-train-images-idx3-ubyte`, `x_train`.
     """
     match = _SPLIT_IN_NAME.search(name)
     if match is not None:

@@ -23,6 +23,7 @@ from headrace.extract.images.changes import compare_listings, read_listing, writ
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.sources.archive import read_archives
+from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
 from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.read import SourceWarning, detect_source, read_source
 from headrace.extract.sources.samples import list_array, list_folder, list_tar, read_table
@@ -475,3 +476,54 @@ def test_changes_are_told_apart(tmp_path: Path) -> None:
     write_listing(tmp_path / "listing.json", before)
     assert read_listing(tmp_path / "listing.json") == before
     assert read_listing(tmp_path / "absent.json") == {}
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [("{}_images", "{}_labels"), ("x_{}", "y_{}"), ("data/{}/img", "data/{}/target")],
+)
+def test_arrays_of_the_sides_of_a_split_are_one_source(tmp_path, images, labels):
+    """MedMNIST's names, Keras's, and groups of HDF5; every image with its own label."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
+    numbers = np.arange(9)
+    sides = {"train": slice(0, 5), "val": slice(5, 7), "test": slice(7, 9)}
+    arrays = {images.format(side): pixels[rows] for side, rows in sides.items()}
+    arrays |= {labels.format(side): numbers[rows, None] for side, rows in sides.items()}
+    if "/" in images:
+        path = tmp_path / "all.h5"
+        with h5py.File(path, "w") as file:
+            for name, values in arrays.items():
+                file[name] = values
+    else:
+        path = tmp_path / "all.npz"
+        np.savez(path, **arrays)
+    samples = list_array(path)
+    assert detect_array_labels(path) == (None, None, None)
+    assert measure_pixel_range(path) is None
+    assert samples["id"].is_unique
+    assert samples.groupby("split").size().to_dict() == {"train": 5, "validation": 2, "test": 2}
+    for _, row in samples.iterrows():
+        image = np.asarray(decode_image(read_bytes(row["path"])))
+        assert (image == pixels[int(row["label"])]).all()
+    one = list_array(path, key=images.format("val"), labels_key=labels.format("val"))
+    assert one["label"].tolist() == ["5", "6"]
+
+
+def test_names_that_say_no_side_of_a_split_are_not_guessed(tmp_path):
+    """A word of a side twice, or arrays that differ in more than that."""
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    for number, names in enumerate(
+        [("train_a", "test_b"), ("train", "other"), ("train1", "train2")]
+    ):
+        path = tmp_path / f"{number}.npz"
+        np.savez(path, **dict.fromkeys(names, pixels))
+        with pytest.raises(SourceError, match="2 arrays could be images"):
+            list_array(path)
+
+
+def test_labels_beside_an_array_are_found_by_their_name(tmp_path):
+    np.save(tmp_path / "X_train.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    np.save(tmp_path / "y_train.npy", np.arange(2))
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    assert detect_array_labels(tmp_path / "X_train.npy")[1] == tmp_path / "y_train.npy"
+    assert detect_array_labels(tmp_path / "images.npy") == (None, None, None)
