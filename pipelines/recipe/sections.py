@@ -181,7 +181,8 @@ class Images(Section):
 class TaskSection(Section):
     """What to predict, and which rows may be seen when."""
 
-    # the column to predict; several columns for several labels or numbers
+    # the column to predict; several columns for several labels or numbers, or for one class where
+    # exactly one of them holds a 1
     target: str | tuple[str, ...] = "label"
     # one class for each image; 0/1 columns; numbers
     kind: Literal["single", "multi", "regression"] = "single"

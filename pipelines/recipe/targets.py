@@ -36,9 +36,10 @@ def check_targets(
     """
     column_names = target_columns(section)
     target_values = samples[column_names].apply(empty_as_missing)
-    if section.kind != "single" and not (
+    holds_names = (section.kind == "single" and len(column_names) == 1) or (
         section.kind == "multi" and _holds_labels(target_values, section)
-    ):
+    )
+    if not holds_names:
         target_values = target_values.apply(lambda column: _numbers(column, samples["id"], section))
     has_target = target_values.notna().all(axis=1)
     labelled_samples = samples[has_target].reset_index(drop=True)
@@ -112,9 +113,7 @@ def _encode_classes(
     Labels are text as written: `01` is not `1`, and `None` is a class like others.
     """
     if target_values.shape[1] != 1:
-        raise DataError(
-            "task.target names several columns: set task.kind to multi or regression, or name one"
-        )
+        return _encode_one_hot(target_values)
     column_name = target_values.columns[0]
     if target_values.iloc[:, 0].map(lambda value: _is_list(value) or isinstance(value, dict)).any():
         raise DataError(
@@ -136,6 +135,24 @@ def _encode_classes(
         )
     class_index = {label: index for index, label in enumerate(classes)}
     return classes, labels.map(class_index).to_numpy(dtype=np.int64)
+
+
+def _encode_one_hot(target_values: pd.DataFrame) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """Return the columns that hold a 1 as classes, and the class index of each row, (N,)."""
+    numbers = target_values.to_numpy(np.float64)
+    is_one_hot = np.isin(numbers, (0, 1)).all(axis=1) & (numbers.sum(axis=1) == 1)
+    if not is_one_hot.all():
+        raise DataError(
+            f"task.target names several columns, and {int((~is_one_hot).sum()):,} of "
+            f"{len(numbers):,} images have not exactly one 1 among zeros in them, which "
+            "task.kind: single needs. Set task.kind to multi (several labels) or regression, or "
+            "name one column"
+        )
+    used = np.flatnonzero(numbers.any(axis=0)).tolist()
+    if len(used) < 2:
+        raise DataError("task.target: all images have their 1 in the same column")
+    classes = tuple(str(target_values.columns[index]) for index in used)
+    return classes, numbers[:, used].argmax(axis=1).astype(np.int64)
 
 
 def _class_order(labels: Iterable[str]) -> Any:

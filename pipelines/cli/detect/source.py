@@ -25,6 +25,7 @@ from headrace.extract.sources.read import ImageSource, detect_source, read_sourc
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import find_image_column, is_table, table_files
 from headrace.pipelines.cli.detect.pixels import detect_pixels
+from headrace.pipelines.recipe.targets import name_some
 from headrace.pipelines.selection.cautions import near_copies
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
@@ -35,6 +36,7 @@ _CLASSES_NAMED = 8
 _IMAGES_OPENED = 60
 _IMAGES_DECODED = 8
 _PREDICTION_COLUMNS = {"file", "class", "error"}  # of the tables that `headrace predict` writes
+_ZEROS, _ONES = ("0", "0.0", "False"), ("1", "1.0", "True")
 _SEPARATORS = (";", "|", ",", " ")
 
 
@@ -213,14 +215,13 @@ def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -
     listing = read_source(source)
     samples = listing.samples
     column_names = [str(column) for column in samples.columns if column not in ("id", "path")]
-    task_lines, target_column, task_notes = _task_section(samples, column_names, location)
+    task_lines, targets, task_notes = _task_section(samples, column_names, location)
     archive_key = "zip" if _holds_zip(location) else "tar"
-    n_classes = samples[target_column].nunique()
     return Finding(
         images=f"  {archive_key}: {_path_text(location, recipe_folder)}      # archives; or a "
         "pattern: train-{000..031}.tar\n",
         task=task_lines,
-        sentence=f"{len(samples):,} images in archives, {n_classes:,} classes in {target_column!r}",
+        sentence=f"{len(samples):,} images in archives, {_targets_text(samples, targets)}",
         notes=(*task_notes, *_listing_notes(listing)),
         examples=_examples(samples),
     )
@@ -271,21 +272,24 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
             )
     listing = read_source(source)
     samples = listing.samples
-    if samples["label"].isna().all():
+    label_columns = [
+        str(column) for column in samples if column not in ("id", "path", "split", "label")
+    ] or ["label"]
+    if samples[label_columns].isna().all(axis=None):
         raise InitError(
             f"{location}: {len(samples):,} images, and no labels beside them. Write the recipe by "
             "hand, with\n"
             f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per "
             "image"
         )
-    task_lines, _, task_notes = _task_section(
-        samples, ["label", *(["split"] if "split" in samples else [])], location
+    task_lines, targets, task_notes = _task_section(
+        samples, [*label_columns, *(["split"] if "split" in samples else [])], location
     )
     split_text = f"; {_split_sizes(samples['split'])}" if "split" in samples else ""
     return Finding(
         image_lines,
         task_lines,
-        f"{len(samples):,} images in {samples['label'].nunique():,} classes{split_text}",
+        f"{len(samples):,} images, {_targets_text(samples, targets)}{split_text}",
         (*range_notes, *task_notes, *_listing_notes(listing)),
     )
 
@@ -329,15 +333,14 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         and not column.endswith(".path")
         and _n_distinct(samples[column]) is not None
     ]
-    task_lines, target_column, task_notes = _task_section(samples, other_columns, table)
+    task_lines, targets, task_notes = _task_section(samples, other_columns, table)
     return Finding(
         images=f"{image_lines}  # root: images      # what relative paths start from\n",
         task=task_lines,
         sentence=(
-            f"{len(samples):,} images in {table.name}, {_classes_text(samples[target_column])} in "
-            f"column {target_column!r}"
-        )
-        + _table_doubts(samples["path"], samples[target_column]),
+            f"{len(samples):,} images in {table.name}, {_targets_text(samples, targets)}"
+            + _table_doubts(samples["path"], samples[targets[0]])
+        ),
         notes=(*pattern_notes, *task_notes, *_listing_notes(listing)),
         examples=_examples(samples),
     )
@@ -396,9 +399,12 @@ def _mixed_depths(samples: pd.DataFrame) -> list[str]:
     ]
 
 
-def _classes_text(column: "pd.Series[Any]") -> str:
-    n_classes = _n_distinct(column)
-    return "lists of classes" if n_classes is None else f"{n_classes:,} classes"
+def _targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
+    if len(targets) > 1:
+        return f"targets in {len(targets)} columns"
+    n_classes = _n_distinct(samples[targets[0]])
+    classes_text = "lists of classes" if n_classes is None else f"{n_classes:,} classes"
+    return f"{classes_text} in column {targets[0]!r}"
 
 
 def _table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
@@ -423,8 +429,8 @@ def _table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
 
 def _task_section(
     samples: pd.DataFrame, column_names: Sequence[str], location: Path
-) -> tuple[str, str, list[str]]:
-    """Return the lines of the recipe's task section, the target's column, and notes on what was
+) -> tuple[str, list[str], list[str]]:
+    """Return the lines of the recipe's task section, the target's columns, and notes on what was
     assumed.
     """
     task_notes: list[str] = []
@@ -437,17 +443,35 @@ def _task_section(
         for column_name in ("label", "labels")
         if column_name in samples and _n_distinct(samples[column_name]) is None
     ]
+    free_columns = [name for name in column_names if name not in named_columns]
     target_column = _first_named(_TARGET_NAMES, [*column_names, *list_columns]) or _few_valued(
-        samples, [column_name for column_name in column_names if column_name not in named_columns]
+        samples, free_columns
     )
+    indicators = _indicator_columns(samples, free_columns)
+    ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
+    is_one_hot = bool(indicators) and bool((ones.sum(axis=1) == 1).all())
+    if target_column not in indicators or not (is_one_hot or len(indicators) > 2):
+        indicators = []
     if target_column is None:
         raise InitError(
             f"{location}: no column looks like a label (2 to 1,000 different values). It has: "
             f"{', '.join(map(str, samples.columns))}. To predict a number, write the recipe by "
             "hand: task: {target: COLUMN, kind: regression}"
         )
+    targets = indicators or [target_column]
     task_lines = f"  target: {_yaml_text(target_column)}"
-    if target_column in list_columns:
+    if indicators:
+        task_lines = f"  target: [{', '.join(map(_yaml_text, indicators))}]"
+        if is_one_hot:
+            meaning = "one class for each image, named by the column that holds a 1"
+        else:
+            task_lines += "\n  kind: multi                    # 0/1 columns"
+            meaning = "several labels for an image (task.kind: multi)"
+        task_notes.append(
+            f"{len(indicators)} columns hold 0 and 1 alone ({name_some(indicators)}) and are taken "
+            f"for {meaning}; for one of them: task.target"
+        )
+    elif target_column in list_columns:
         task_lines += "\n  kind: multi                    # several labels in a cell"
     elif (separator := _label_separator(samples[target_column])) is not None:
         task_lines += (
@@ -494,7 +518,13 @@ def _task_section(
             f"column {named_columns[1]!r} is empty for some images, and is not taken for groups: "
             f"fill it, and set task.group: {_yaml_text(str(named_columns[1]))}"
         )
-    return task_lines, target_column, task_notes
+    return task_lines, targets, task_notes
+
+
+def _indicator_columns(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
+    """Return the columns whose cells are 0 and 1 alone, where there are two or more."""
+    columns = [name for name in column_names if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
+    return columns if len(columns) > 1 else []
 
 
 def _holds_sides(column: "pd.Series[Any]") -> bool:

@@ -527,3 +527,27 @@ def test_labels_beside_an_array_are_found_by_their_name(tmp_path):
     np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.uint8))
     assert detect_array_labels(tmp_path / "X_train.npy")[1] == tmp_path / "y_train.npy"
     assert detect_array_labels(tmp_path / "images.npy") == (None, None, None)
+
+
+def test_a_row_of_labels_for_each_image_is_columns(tmp_path):
+    """As ChestMNIST has them; rows of features are no labels."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (4, 3))
+    np.savez(
+        tmp_path / "chest.npz",
+        images=np.zeros((4, 8, 8), np.uint8),
+        labels=labels,
+        features=rng.random((4, 2000)),
+    )
+    images_key, _, labels_key = detect_array_labels(tmp_path / "chest.npz")
+    samples = list_array(tmp_path / "chest.npz", key=images_key, labels_key=labels_key)
+    named = samples[["label_0", "label_1", "label_2"]]
+    assert (named.astype(int).to_numpy() == labels).all()
+    with h5py.File(tmp_path / "split_train_x.h5", "w") as file:
+        file["x"] = np.zeros((4, 8, 8), np.uint8)
+    with h5py.File(tmp_path / "split_train_y.h5", "w") as file:
+        file["y"] = np.arange(4).reshape(4, 1, 1, 1)  # PatchCamelyon's shape
+    beside = detect_array_labels(tmp_path / "split_train_x.h5")
+    assert beside == ("x", tmp_path / "split_train_y.h5", "y")
+    pcam = list_array(tmp_path / "split_train_x.h5", labels=beside[1], labels_key="y")
+    assert pcam["label"].tolist() == ["0", "1", "2", "3"]

@@ -237,3 +237,29 @@ def test_several_labels_in_a_cell_are_found(tmp_path):
             "single" if separator is None else "multi",
             separator,
         )
+
+
+def test_columns_of_zeros_and_ones_are_targets_together(tmp_path):
+    """One class where each image has one 1, else several labels; not where a column is named for
+    the task, or two columns are no more than that.
+    """
+    make_photos(tmp_path / "photos", n=12)
+    paths = [str(file) for file in sorted((tmp_path / "photos").rglob("*.png"))]
+    bits = np.unpackbits(np.arange(12, dtype=np.uint8)[:, None], axis=1)[:, 5:]
+    one_hot = np.eye(3, dtype=int)[np.arange(12) % 3]
+    for columns, target, kind, metric in (
+        (dict(zip("abc", bits.T, strict=True)), ("a", "b", "c"), "multi", "average_precision"),
+        (dict(zip("abc", one_hot.T, strict=True)), ("a", "b", "c"), "single", "accuracy"),
+        (dict(zip("ab", bits.T, strict=False)), "a", "single", "accuracy"),
+        (
+            {**dict(zip("abc", bits.T, strict=True)), "label": ["x", "y"] * 6},
+            "label",
+            "single",
+            "accuracy",
+        ),
+    ):
+        pd.DataFrame({"path": paths, **columns}).to_csv(tmp_path / "t.csv", index=False)
+        said = command("init", tmp_path / "t.csv", "--out", tmp_path / "r.yaml", "--force")
+        task = load_recipe(shorten(tmp_path / "r.yaml")).task
+        assert (task.target, task.kind, task.metric) == (target, kind, metric)
+        assert ("hold 0 and 1 alone (a, b, c)" in " ".join(said.split())) == (len(target) == 3)

@@ -392,6 +392,20 @@ def test_several_labels_in_a_cell():
         dataset(frame, kind="multi", target="tags")
 
 
+def test_columns_of_which_one_holds_a_one_are_classes():
+    """As ISIC's tables have them: the same task as one column of names, and nothing guessed."""
+    names = np.array(["cat", "dog", "emu"])[np.random.default_rng(0).integers(0, 3, 60)]
+    one_hot = {name: (names == name).astype(float) for name in ("cat", "dog", "emu", "fox")}
+    by_columns = dataset(table(60, **one_hot), target=[*one_hot], folds=3).train
+    by_name = dataset(table(60, label=names), target="label", folds=3).train
+    assert by_columns.classes == by_name.classes == ("cat", "dog", "emu")
+    assert (by_columns.target == by_name.target).all()
+    assert (by_columns.fold == by_name.fold).all()
+    one_hot["fox"] = np.where(np.arange(60) < 2, 1.0, 0.0)
+    with pytest.raises(DataError, match="2 of 60 images have not exactly one 1 among zeros"):
+        dataset(table(60, **one_hot), target=[*one_hot])
+
+
 def test_numbers_are_numbers_only_where_the_task_says_so():
     """A table's text is read as numbers for regression and 0/1 columns; what is none is named with
     its row.
