@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from headrace.extract.sources.layout import FolderParts, Layout, read_layout
 from headrace.extract.sources.listing import Listing, Tally
 
 EXCLUDED_ENTRIES = "entries that images.exclude names"
+UNMATCHED_NAMES = "names that images.name_pattern does not match"
 LINKED_FOLDERS = "links to folders that are read under their own names"
 HIDDEN_ENTRIES = "hidden entries (names that begin with a dot, folders that tools leave)"
 # Of macOS's archives, Python and Synology's file servers: no classes.
@@ -42,6 +44,7 @@ def read_folder(
     *,
     layout: Layout = "auto",
     exclude: Sequence[str] = (),
+    name_pattern: str | None = None,
     labelled: bool = True,
 ) -> Listing:
     """The images below a folder, sorted by id: columns `id`, `image_path`, `label`, and `split`
@@ -73,6 +76,8 @@ def read_folder(
         elif not (is_image(path) or is_image_array(path)):
             tally.leave_out(describe_suffix(name), shown_name)
             folders_of_others.add(folders)
+        elif name_pattern is not None and not re.search(name_pattern, normalize_text(shown_name)):
+            tally.leave_out(UNMATCHED_NAMES, shown_name)
         else:
             image_rows.append((normalize_text(shown_name), encode_path(path), folders))
     if not image_rows:
@@ -97,7 +102,7 @@ def read_folder(
         folders_of_others,
         layout,
         str(image_root),
-        labelled=labelled,
+        labelled=labelled and "(?P<label>" not in (name_pattern or ""),
     )
     columns: dict[str, Sequence[str | None]] = {
         "id": [image_id for image_id, _, _ in image_rows],
@@ -106,6 +111,8 @@ def read_folder(
     }
     if read_labels.splits is not None:
         columns["split"] = read_labels.splits
+    if name_pattern is not None:
+        columns |= _columns_of_names(name_pattern, columns["id"])
     notes = list(read_labels.notes)
     if unusual_names:
         notes.append(
@@ -113,6 +120,15 @@ def read_folder(
             f"such as {unusual_names[0]}"
         )
     return tally.listing(pd.DataFrame(columns), notes)
+
+
+def _columns_of_names(name_pattern: str, ids: Sequence[str | None]) -> dict[str, list[str | None]]:
+    """The named groups of the pattern in each id; None where one matches nothing."""
+    matches = [re.search(name_pattern, image_id or "") for image_id in ids]
+    return {
+        name: [None if match is None else match[name] for match in matches]
+        for name in re.compile(name_pattern).groupindex
+    }
 
 
 def _tell_apart(

@@ -54,6 +54,7 @@ class ImageSource:
     location: str | Path
     layout: Layout = "auto"  # of folders, on disk or in archives
     exclude: tuple[str, ...] = ()  # shell patterns of ids, or of folders that they lie in
+    name_pattern: str | None = None  # of a folder: named groups of ids are columns
     path_column: str | None = None  # of a table
     id_column: str | None = None
     root: Path | None = None
@@ -103,7 +104,11 @@ def _read_images(source: ImageSource, *, labelled: bool) -> Listing:
     match source.kind:
         case "folder":
             return read_folder(
-                location, layout=source.layout, exclude=source.exclude, labelled=labelled
+                location,
+                layout=source.layout,
+                exclude=source.exclude,
+                name_pattern=source.name_pattern,
+                labelled=labelled,
             )
         case "table":
             options = TableOptions(

@@ -69,6 +69,9 @@ class Images(Section):
     # what the outer folders are; auto: as their names say
     layout: Literal["auto", "classes", "split"] = "auto"
     exclude: tuple[str, ...] = ()  # ids, or folders that they lie in, to leave out; * and ? match
+    # of a folder: a regular expression, searched for in the paths below it, whose named groups are
+    # columns, such as '(?P<patient>P[0-9]+)_(?P<label>[a-z]+)'
+    name_pattern: str | None = None
     # the table's column with the paths, or the images; default: found by what it holds
     path_column: str | None = None
     # default: `id` where there is such a column, else the path as written in the table
@@ -113,6 +116,30 @@ class Images(Section):
             raise ValueError(
                 "give exactly one of `folder` (one sub-folder per class), `table` (CSV, JSON lines "
                 "or Parquet), `tar`, `zip` and `array` (npy, npz, HDF5, idx)"
+            )
+        return self
+
+    @pydantic.field_validator("name_pattern")
+    @classmethod
+    def _names_columns(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            names = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        if not names or {"id", "path"} & set(names):
+            raise ValueError(
+                "expected named groups, which become columns (not id or path), such as "
+                f"'(?P<label>[a-z]+)_[0-9]+'; found {', '.join(names) or 'none'}"
+            )
+        return pattern
+
+    @pydantic.model_validator(mode="after")
+    def _names_are_files(self) -> "Images":
+        if self.name_pattern is not None and self.folder is None:
+            raise ValueError(
+                "name_pattern is for images of a `folder`; a table has columns of its own"
             )
         return self
 

@@ -17,7 +17,7 @@ from headrace.extract.errors import SourceError, as_yaml_list
 from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
-from headrace.extract.sources.folder import has_images
+from headrace.extract.sources.folder import UNMATCHED_NAMES, has_images
 from headrace.extract.sources.formats import ARRAY_KINDS, MAYBE_TABLES, is_archive
 from headrace.extract.sources.layout import SPLIT_WORDS, Layout
 from headrace.extract.sources.listing import Listing
@@ -31,6 +31,7 @@ from headrace.pipelines.selection.cautions import near_copies
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
 _GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
+_CLASS_AND_NUMBER = r"(?P<label>[^/]*[^-/_. \d])[-_. ]*\d+\.\w+$"
 _PATHS_LOOKED_AT = 100
 _CLASSES_NAMED = 8
 _IMAGES_OPENED = 60
@@ -165,6 +166,8 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
     listing = read_source(source)
     samples = listing.samples
     class_counts = samples["label"].value_counts()
+    if len(class_counts) < 2 and (by_names := _classes_by_names(folder, source, recipe_folder)):
+        return by_names
     if len(class_counts) < 2:
         found_text = (
             f"one class only, {class_counts.index[0]!r}"
@@ -208,6 +211,32 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
         + (f"; {_split_sizes(samples['split'])}" if has_split else ""),
         notes=_listing_notes(listing),
         examples=_examples(samples),
+    )
+
+
+def _classes_by_names(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding | None:
+    """Return the reading in which the names of all images begin with a class and end in a number,
+    `cat.12.jpg`, if there are two classes or more of two images each.
+    """
+    try:
+        listing = read_source(replace(source, name_pattern=_CLASS_AND_NUMBER))
+    except SourceError:  # no name is like that
+        return None
+    class_counts = listing.samples["label"].value_counts()
+    is_read = not any(left_out.reason == UNMATCHED_NAMES for left_out in listing.left_out)
+    if not is_read or len(class_counts) < 2 or class_counts.min() < 2:
+        return None
+    return Finding(
+        images=f"  folder: {_path_text(folder, recipe_folder)}\n"
+        f"  name_pattern: '{_CLASS_AND_NUMBER}'      # named groups are columns\n",
+        task="  target: label",
+        sentence=f"{len(listing.samples):,} images in {_named_classes(class_counts)}",
+        notes=(
+            "no sub-folders for classes; the words that file names begin with are taken for them "
+            "(images.name_pattern)",
+            *_listing_notes(listing),
+        ),
+        examples=_examples(listing.samples),
     )
 
 

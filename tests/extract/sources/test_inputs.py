@@ -24,8 +24,13 @@ from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
-from headrace.extract.sources.folder import read_folder
-from headrace.extract.sources.read import SourceWarning, detect_source, read_source
+from headrace.extract.sources.folder import UNMATCHED_NAMES, read_folder
+from headrace.extract.sources.read import (
+    ImageSource,
+    SourceWarning,
+    detect_source,
+    read_source,
+)
 from headrace.extract.sources.samples import list_array, list_folder, list_tar, read_table
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.spec import BackboneSpec
@@ -551,3 +556,23 @@ def test_a_row_of_labels_for_each_image_is_columns(tmp_path):
     assert beside == ("x", tmp_path / "split_train_y.h5", "y")
     pcam = list_array(tmp_path / "split_train_x.h5", labels=beside[1], labels_key="y")
     assert pcam["label"].tolist() == ["0", "1", "2", "3"]
+
+
+def test_named_groups_of_file_names_are_columns(tmp_path):
+    """Label, patient and side of a split in names; what does not match is counted."""
+    for name in ("P1_cat_1.png", "P2_dog_1.png", "sub/P2_cat_7.png", "IMG_9.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture(1)).save(path)
+    pattern = r"(?P<patient>P\d+)_(?P<label>[a-z]+)_(?P<split>7)?"
+    listing = read_source(ImageSource("folder", tmp_path, name_pattern=pattern))
+    columns = listing.samples.set_index("id")[["patient", "label", "split"]]
+    assert columns.fillna("").to_dict("index") == {
+        "P1_cat_1.png": {"patient": "P1", "label": "cat", "split": ""},
+        "P2_dog_1.png": {"patient": "P2", "label": "dog", "split": ""},
+        "sub/P2_cat_7.png": {"patient": "P2", "label": "cat", "split": "7"},
+    }
+    (left_out,) = listing.left_out
+    assert (left_out.reason, left_out.count) == (UNMATCHED_NAMES, 1)
+    with pytest.raises(SourceError, match="name_pattern does not match"):
+        read_source(ImageSource("folder", tmp_path, name_pattern="(?P<label>zebra)"))

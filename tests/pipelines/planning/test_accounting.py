@@ -15,6 +15,9 @@ from PIL import Image
 from support.runs import make_photos
 from typer.testing import CliRunner
 
+from headrace.extract.sources.read import read_source
+from headrace.pipelines.cli.detect.source import InitError
+from headrace.pipelines.cli.init import write_recipe
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, accounting_from_json
@@ -263,3 +266,27 @@ def test_columns_of_zeros_and_ones_are_targets_together(tmp_path):
         task = load_recipe(shorten(tmp_path / "r.yaml")).task
         assert (task.target, task.kind, task.metric) == (target, kind, metric)
         assert ("hold 0 and 1 alone (a, b, c)" in " ".join(said.split())) == (len(target) == 3)
+
+
+def test_classes_in_file_names_are_found(tmp_path):
+    """cat.0.jpg, as Kaggle's cats and dogs; not numbers alone, nor words that stand once."""
+    for names, classes in (
+        (["train/cat.0", "train/cat.1", "train/dog.10", "train/dog.11"], {"cat", "dog"}),
+        (["Great_Pyrenees_1", "Great_Pyrenees_2", "pug_1", "pug_2"], {"Great_Pyrenees", "pug"}),
+        (["001", "002", "003", "004"], None),
+        (["IMG_1", "IMG_2", "cover", "DSC_4"], None),
+    ):
+        folder = tmp_path / names[0].replace("/", "-")
+        for name in names:
+            path = folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 9, np.uint8)).save(path)
+        recipe = tmp_path / "r.yaml"
+        if classes is None:
+            with pytest.raises(InitError, match="no sub-folder for a class"):
+                write_recipe(folder, recipe, force=True)
+            continue
+        said = command("init", folder, "--out", recipe, "--force")
+        assert "images.name_pattern" in " ".join(said.split())
+        samples = read_source(load_recipe(recipe).images.source()).samples
+        assert set(samples["label"]) == classes
