@@ -2,8 +2,11 @@
 the images that they lie in.
 """
 
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,24 +31,23 @@ def cut_detections(listing: Listing, detections_path: Path, min_confidence: floa
     `ID#x,y,width,height`, a locator, and `detection_confidence`.
 
     Where the file knows animals, detections of people and vehicles are no rows. An image is found
-    in the file by its path from the end on, so that images may have been moved into folders since.
-    Raises SourceError for another file, and where it names none of the images.
+    in the file by its path from the end on, so that images may have been moved into folders since;
+    of images of one name only the one whose path fits best has its boxes. Raises SourceError for
+    another file, and where it names none of the images.
     """
     boxes_of_file = _read_detections(detections_path, min_confidence)
-    files_of_name: dict[str, list[str]] = {}
-    for file in boxes_of_file:
-        files_of_name.setdefault(PurePosixPath(file).name, []).append(file)
     rows: list[int] = []
     names: list[str] = []
     paths: list[str] = []
     confidences: list[float] = []
     tally = Tally()
     id_column, path_column = listing.samples["id"].tolist(), listing.samples["path"].tolist()
-    for row, (name, path) in enumerate(zip(id_column, path_column, strict=True)):
-        candidates = files_of_name.get(PurePosixPath(locator_file(path)).name, [])
-        detected_file = _nearest(locator_file(path), candidates)
-        if detected_file is None:
-            tally.leave_out(f"images that {detections_path.name} does not name", name)
+    detected_files = _match(map(locator_file, path_column), boxes_of_file)
+    images = zip(id_column, path_column, detected_files, strict=True)
+    for row, (name, path, detected_file) in enumerate(images):
+        if not detected_file:
+            how = "does not name" if detected_file is None else "names ambiguously"
+            tally.leave_out(f"images that {detections_path.name} {how}", name)
             continue
         if not boxes_of_file[detected_file]:
             tally.leave_out(f"images without a detection of {min_confidence:g} and more", name)
@@ -78,24 +80,48 @@ def cut_detections(listing: Listing, detections_path: Path, min_confidence: floa
     )
 
 
-def _nearest(image_file: str, candidates: Sequence[str]) -> str | None:
-    """Return the one of some files that shares most of its path with an image, from the end on;
-    None where two share the same.
+def _match(image_files: Iterable[str], detected_files: Iterable[str]) -> list[str | None]:
+    """Return for each image the detected file that shares most of its path, from the end on; None
+    where there is none, or another image shares more with it, "" where two share the same.
+    """
+    files_of_name: dict[str, list[str]] = {}
+    for file in detected_files:
+        files_of_name.setdefault(PurePosixPath(file).name, []).append(file)
+    nearest = [
+        _nearest(image_file, files_of_name.get(PurePosixPath(image_file).name, []))
+        for image_file in image_files
+    ]
+    claims = Counter((file, n_shared) for n_shared, files in nearest for file in files)
+    most_shared: dict[str, int] = {}
+    for file, n_shared in claims:
+        most_shared[file] = max(n_shared, most_shared.get(file, 0))
+    matched: list[str | None] = []
+    for n_shared, files in nearest:
+        best = [file for file in files if most_shared[file] == n_shared]
+        is_certain = len(best) == 1 and claims[best[0], n_shared] == 1
+        matched.append(best[0] if is_certain else "" if best else None)
+    return matched
+
+
+def _nearest(image_file: str, candidates: Sequence[str]) -> tuple[int, list[str]]:
+    """Return how many parts of its path, from the end on, an image shares with those of some files
+    that share most, and these.
     """
     parts = PurePosixPath(image_file).parts[::-1]
 
     def shared(file: str) -> int:
         pairs = zip(parts, PurePosixPath(file).parts[::-1], strict=False)
-        return next((number for number, (a, b) in enumerate(pairs) if a != b), len(parts))
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    ranked = sorted(candidates, key=shared, reverse=True)
-    if len(ranked) > 1 and shared(ranked[0]) == shared(ranked[1]):
-        return None
-    return ranked[0] if ranked else None
+    n_shared = [shared(file) for file in candidates]
+    most = max(n_shared, default=0)
+    return most, [file for file, n in zip(candidates, n_shared, strict=True) if n == most]
 
 
 def _crop(bbox: Any) -> Crop:
     left, top, width, height = map(float, bbox)
+    if not all(map(math.isfinite, (left, top, width, height))):
+        raise ValueError(f"the bbox {bbox}")
     return Crop(left, top, width, height, "fraction")
 
 
@@ -112,7 +138,7 @@ def _read_detections(path: Path, min_confidence: float) -> dict[str, list[tuple[
                 (_crop(detection["bbox"]), float(detection["conf"]))
                 for detection in image.get("detections") or []
                 if detection["conf"] >= min_confidence
-                and (not animals or detection["category"] in animals)
+                and (not animals or str(detection["category"]) in animals)
             ]
             file = str(image["file"]).replace("\\", "/")
             boxes_of_file[file] = sorted(found, key=lambda box: -box[1])

@@ -267,12 +267,8 @@ def search(
     ]
 
 
-def _merged(
-    earlier: Neighbours,
-    later: Neighbours,
-    n_kept: int,
-) -> Neighbours:
-    """The m nearest of both, nearest first; of equal distances the earlier block's come first."""
+def _merged(earlier: Neighbours, later: Neighbours, n_kept: int) -> Neighbours:
+    """The `n_kept` nearest of both, nearest first; of equal distances the earlier come first."""
     neighbour_index, distance = (
         np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True)
     )
@@ -285,7 +281,7 @@ def _merged(
 def nearest(
     product: Floats, queries: References, references: References, metric: Metric, n_nearest: int
 ) -> Neighbours:
-    """The m nearest references of each query by their inner products (q, n) of centred rows.
+    """The `n_nearest` references of each query by their inner products (q, n) of centred rows.
 
     Cosine distance is 1 - cosine; a zero row has cosine 0 with everything.
     """

@@ -229,6 +229,7 @@ def predict_command(
                 n_workers=workers,
                 device=device_name,
                 cache_root=cache_root,
+                fills_cache=update_cache,
                 unit_names=unit_names,
                 console=progress_console(quiet=quiet, progress_format=progress),
             )

@@ -60,6 +60,8 @@ def load(path, name="{first}", box=None):
         columns, rows = image.size if is_picture else image.values.shape[1::-1]
         right, bottom = min(left + width, columns), min(top + height, rows)
         edges = [int(edge + 0.5) for edge in (max(left, 0), max(top, 0), right, bottom)]
+        if edges[0] >= edges[2] or edges[1] >= edges[3]:
+            raise ImageError("the box holds no pixel of the image")
         image = image.crop(edges) if is_picture else image.crop(*edges)
     return np.array(render_crop(image, how), how.pixel_dtype)
 

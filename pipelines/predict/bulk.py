@@ -90,15 +90,18 @@ def predict_table(
     n_workers: int | None = None,
     device: str = "cpu",
     cache_root: Path | None = None,
+    fills_cache: bool = False,
     unit_names: UnitNames | None = None,
     console: Console,
 ) -> PredictionSummary:
     """Predict what is left of `images` (columns `file`, `path`) and write the table `table_path` as
     csv, parquet or jsonl.
 
-    cache_root: a cache in which images may have features; of these no network runs. unit_names: of
-    the images, for a table of units beside that of the images (`units_path`); of a model that pools
-    units there is one of their images' weights, too (`weights_path`), by the cache.
+    cache_root: a cache in which images may have features; of these no network runs. fills_cache:
+    the caller has put there what was lacking: weights that a finished table lacks are written.
+    unit_names: of the images, for a table of units beside that of the images (`units_path`); of a
+    model that pools units there is one of their images' weights, too (`weights_path`), by the
+    cache.
 
     Every image has one row, in the order given; one that cannot be decoded has its reason in it.
     Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
@@ -128,13 +131,20 @@ def predict_table(
     }
     if unit_names is not None:
         record["units"] = unit_names.digest
-    is_whole = unit_table_path is None or unit_table_path.exists()
-    if is_whole and not force and (done := _finished(table_path, record)) is not None:
+    tables_beside = [] if unit_table_path is None else [unit_table_path]
+    tables_beside += [weights_path(table_path)] if has_weights else []
+
+    def finished() -> PredictionSummary | None:
+        if force or not all(path.exists() for path in tables_beside):
+            return None
+        done = _finished(table_path, record)
+        return None if done and done.units_without_weights and fills_cache else done
+
+    if (done := finished()) is not None:
         return done
     with _only_writer(table_path, console):
         # Another call may have written it meanwhile.
-        is_whole = unit_table_path is None or unit_table_path.exists()
-        if is_whole and not force and (done := _finished(table_path, record)) is not None:
+        if (done := finished()) is not None:
             return done
         parts_folder.mkdir(parents=True, exist_ok=True)
         known_keys = known_parts(parts_folder, model, is_final=False).keys()
@@ -175,7 +185,11 @@ def predict_table(
             os.replace(weights_part, weights_path(table_path))
             summary = replace(summary, units_without_weights=n_lacking)
         os.replace(parts_folder / "table.partial", table_path)
-        record |= {"failed": summary.failed, "counts": summary.counts}
+        record |= {
+            "failed": summary.failed,
+            "counts": summary.counts,
+            "units_without_weights": summary.units_without_weights,
+        }
         # By way of the folder of parts, with which the temporary of a killed call goes too.
         publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
         os.replace(parts_folder / "record.partial", record_path)
@@ -194,7 +208,11 @@ def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary 
     earlier_record = _read_record(table_path.with_name(f"{table_path.name}.json"))
     if earlier_record is not None and {**earlier_record, **record} == earlier_record:
         return PredictionSummary(
-            record["images"], 0, earlier_record["failed"], earlier_record["counts"]
+            record["images"],
+            0,
+            earlier_record["failed"],
+            earlier_record["counts"],
+            units_without_weights=earlier_record.get("units_without_weights"),
         )
     raise PredictionsThere(
         f"{table_path} is there, and of other images, another model or another version. Give "

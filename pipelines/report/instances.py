@@ -51,7 +51,9 @@ def instance_sections(run: FinishedRun, thumbnails: Thumbnails) -> tuple[Section
 
 def _blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     # The winner is the best head, and so the one whose weights were written.
-    weights = pd.read_csv(read_table(run.paths.instance_weights), dtype={"unit": str, "id": str})
+    table = read_table(run.paths.instance_weights)
+    # "None" is a unit as others are
+    weights = pd.read_csv(table, dtype={"unit": str, "id": str}, keep_default_na=False)
     row_of_id = {image_id: row for row, image_id in enumerate(run.bank.ids.tolist())}
     rows = weights["id"].map(row_of_id).to_numpy(np.int64)
     target, predicted = run.bank.target[rows], run.out_of_fold[rows]

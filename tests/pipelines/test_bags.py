@@ -110,6 +110,9 @@ def test_predictions_are_those_of_units_wherever_their_images_stand(run):
     assert sorted(weights["file"]) == sorted(table["id"])
     assert (weights["unit"] == table.set_index("id").loc[weights["file"], "patient"].array).all()
     assert np.allclose(weights.groupby("unit")["weight"].sum(), 1, atol=1e-4)
+    (folder / "out.weights.csv").unlink()
+    assert headrace(*arguments, "out.csv", cwd=folder).returncode == 0
+    assert weights.equals(pd.read_csv(folder / "out.weights.csv"))
     model = load_model(folder / "headrace-runs" / "recipe")
     assert model.takes_units
     probabilities = model.predict_proba(table["path"].tolist(), units=table["patient"])

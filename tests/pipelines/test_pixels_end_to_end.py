@@ -180,6 +180,8 @@ def test_tiles_from_a_run_to_an_export(tmp_path: Path) -> None:
         path, _, corner = name.partition("#")
         box = (*map(int, corner.split(",")), 32, 32)
         pixels.append(namespace["load"](tmp_path / path, box=box))
+    with pytest.raises(ValueError, match="the box holds no pixel"):
+        namespace["load"](tmp_path / path, box=(99, 0, 9, 9))
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     found = program(torch.tensor(np.stack(pixels))).numpy()
     np.testing.assert_allclose(found[:, 1], predicted["p_class1"][:6], atol=1e-5)

@@ -82,3 +82,22 @@ def test_what_is_no_such_file_is_said(photos, tmp_path):
         listed(photos, tmp_path / "list.json")
     with pytest.raises(SourceError, match="No such file"):
         listed(photos, tmp_path / "gone.json")
+
+
+def test_cameras_reuse_names(photos, tmp_path):
+    """Photos of a camera that the results do not have are given no boxes of another's."""
+    box = [("1", 0.9, [0, 0, 0.5, 0.5])]
+    one_camera = results(tmp_path / "md.json", {"cam1/3.jpg": box, "9.jpg": box})
+    listing = listed(photos, one_camera)
+    assert listing.samples["image"].tolist() == ["lynx/9.jpg", "lynx/cam1/3.jpg"]
+    elsewhere = listed(photos, results(tmp_path / "md.json", {"cam7/3.jpg": box, "9.jpg": box}))
+    assert elsewhere.samples["image"].tolist() == ["lynx/9.jpg"]
+    assert "2 images that md.json names ambiguously" in "; ".join(map(str, elsewhere.left_out))
+
+
+def test_numbers_that_no_detector_writes(photos, tmp_path):
+    nan = results(tmp_path / "nan.json", {"1.jpg": [("1", 0.9, [float("nan"), 0, 1, 1])]})
+    with pytest.raises(SourceError, match=r"nan.json: ValueError: the bbox \[nan, 0, 1, 1\]"):
+        listed(photos, nan)
+    numbered = results(tmp_path / "numbered.json", {"1.jpg": [(1, 0.9, [0, 0, 1, 1])]})
+    assert listed(photos, numbered).samples["image"].tolist() == ["fox/1.jpg"]
