@@ -440,11 +440,13 @@ def _samples(
 def _crop_names(
     written_names: pd.Series, locators: pd.Series, crops: Sequence[Crop | None]
 ) -> tuple[pd.Series, pd.Series]:
-    """The ids and locators of boxes; missing where the image or the box is."""
+    """The ids and locators of boxes; of whole images where the box is missing, missing where the
+    image is.
+    """
     box_names, box_locators = [
         pd.Series(
             [
-                None if crop is None or pd.isna(value) else write(str(value), crop)
+                value if crop is None or pd.isna(value) else write(str(value), crop)
                 for value, crop in zip(values, crops, strict=True)
             ],
             index=values.index,

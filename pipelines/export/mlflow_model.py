@@ -24,6 +24,13 @@ def save_mlflow_model(model: Model, out: Path, **options: Any) -> None:
     """
     if importlib.util.find_spec("mlflow") is None:
         raise ExportError("an MLflow model needs mlflow. Try: pip install 'headrace[mlflow]'")
+    if out.exists():
+        raise ExportError(f"{out} is there already: give another name, or move it away")
+    if model.takes_units or model.side_columns:
+        raise ExportError(
+            "an MLflow model is given images alone, and this model reads their units or side "
+            "columns beside them: use headrace export"
+        )
     import mlflow.pyfunc
 
     with tempfile.TemporaryDirectory() as folder:

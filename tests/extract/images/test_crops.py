@@ -142,6 +142,9 @@ def test_boxes_that_cannot_be_are_told(tmp_path):
     listing = read_source(detect_source(table))
     assert [(left.reason, left.count) for left in listing.left_out] == [("rows without a box", 1)]
     assert listing.found == 2
+    to_predict = read_source(detect_source(table), labelled=False)
+    assert to_predict.samples["id"].tolist() == ["a.png#1,2,3,4", "a.png"]
+    assert to_predict.samples["path"][1] == str(tmp_path / "a.png")
 
 
 def test_boxes_beyond_the_image_are_clipped_and_empty_ones_are_failures(tmp_path):

@@ -151,6 +151,8 @@ def test_an_mlflow_model_predicts_the_same(photos, features, tmp_path):
     place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
     model = load_model(place)
     save_mlflow_model(model, tmp_path / "out")
+    with pytest.raises(ExportError, match="is there already"):
+        save_mlflow_model(model, tmp_path / "out")
     paths = [str(path) for path in sorted(photos.rglob("*.png"))[:4]]
     loaded = pyfunc.load_model(str(tmp_path / "out"))
     table = loaded.predict(paths)
