@@ -17,14 +17,11 @@ from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import encode_path, open_array
 from headrace.extract.sources.folder import EXCLUDED_ENTRIES
 from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
-from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.extract.sources.layout import SPLIT_IN_NAME, split_side_in
 from headrace.extract.sources.listing import Listing, Tally, join_listings
 
 _IMAGE_CHANNELS = (1, 3, 4)
 _IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
-_SPLIT_IN_NAME = re.compile(
-    rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
-)
 _LABELS_WORDS = (("x", "y"), ("x", "Y"), ("images", "labels"), ("data", "labels"))
 _IMAGES_AT_ONCE = 64
 _MAX_LABELS = 1000  # of an image; a longer row is features
@@ -138,12 +135,12 @@ def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str 
         name for name, shape in shapes.items() if _is_images(shape) and _has_usual_channels(shape)
     ]
     sides = [side for name in images if (side := _side(name)) is not None]
-    stems = {_SPLIT_IN_NAME.sub("", name) for name in images}
+    stems = {SPLIT_IN_NAME.sub("", name) for name in images}
     if len(images) < 2 or len(set(sides)) < len(images) or len(stems) > 1:
         return []
     labels_by_stem = [
         {
-            _SPLIT_IN_NAME.sub("", name): name
+            SPLIT_IN_NAME.sub("", name): name
             for name, shape in shapes.items()
             if shape[:1] == shapes[images_key][:1] and _are_labels(shape) and _side(name) == side
         }
@@ -304,14 +301,8 @@ def _join_sides(listings: Sequence[Listing], sides: Sequence[str | None]) -> Lis
 
 
 def _side(name: str) -> str | None:
-    """The side of a split that the name of a file or an array says, anywhere in it:
-
-    `emnist-letters-train-images-idx3-ubyte`, `x_train`.
-    """
-    match = _SPLIT_IN_NAME.search(name)
-    if match is not None:
-        return SPLIT_WORDS[match[0].lower()]
-    return "test" if "t10k" in name.lower() else None  # MNIST's test images are called t10k
+    """As `split_side_in`; MNIST's test images are called t10k."""
+    return split_side_in(name) or ("test" if "t10k" in name.lower() else None)
 
 
 def _label_columns(

@@ -43,6 +43,20 @@ def split_side(file_name: str) -> str | None:
     return name_match[1] if name_match else None
 
 
+SPLIT_IN_NAME = re.compile(
+    rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
+)
+
+
+def split_side_in(name: str) -> str | None:
+    """The side of a split that the name of a file, a folder or an array says anywhere in it:
+
+    `emnist-letters-train-images-idx3-ubyte`, `x_train`.
+    """
+    match = SPLIT_IN_NAME.search(name)
+    return SPLIT_WORDS[match[0].lower()] if match else None
+
+
 @dataclass(frozen=True)
 class FolderLabels:
     """Labels and sides of a split that the folders of N images give."""

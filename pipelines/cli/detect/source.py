@@ -17,9 +17,9 @@ from headrace.extract.errors import SourceError, as_yaml_list
 from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
-from headrace.extract.sources.folder import UNMATCHED_NAMES, has_images
+from headrace.extract.sources.folder import UNMATCHED_NAMES, has_images, is_hidden
 from headrace.extract.sources.formats import ARRAY_KINDS, MAYBE_TABLES, is_archive
-from headrace.extract.sources.layout import SPLIT_WORDS, Layout
+from headrace.extract.sources.layout import SPLIT_WORDS, Layout, split_side_in
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.table import read_table_file
@@ -145,6 +145,13 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
         if not refusal_texts:
             raise
         raise InitError("\n".join([str(error), *refusal_texts])) from None
+    if len(finding_of_table) == 1 and _are_sides(folder):
+        # train_images and test_images beside train.csv, as Kaggle has them
+        ((table, reading),) = finding_of_table.items()
+        table_note = (
+            f"{table.name} names the images and their labels; the sub-folders are sides of a split"
+        )
+        return replace(reading, notes=(*reading.notes, table_note, *prediction_notes))
     if finding_of_table:
         reading_names = ", ".join(path.name for path in finding_of_table)
         prediction_notes.append(
@@ -152,6 +159,14 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
             f"their labels, too: for that, {_init_command(next(iter(finding_of_table)))}"
         )
     return replace(finding, notes=(*finding.notes, *prediction_notes))
+
+
+def _are_sides(folder: Path) -> bool:
+    """Tell whether the names of all sub-folders hold a word of a split and are more than that:
+    plain `train` and `test` are a layout of classes.
+    """
+    names = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+    return all(split_side_in(name) and name.lower() not in SPLIT_WORDS for name in names)
 
 
 def _is_predictions(table: Path) -> bool:

@@ -290,3 +290,19 @@ def test_classes_in_file_names_are_found(tmp_path):
         assert "images.name_pattern" in " ".join(said.split())
         samples = read_source(load_recipe(recipe).images.source()).samples
         assert set(samples["label"]) == classes
+
+
+def test_folders_named_for_a_split_are_no_classes_where_a_table_says_them(tmp_path):
+    """train_images and test_images beside train.csv, as Kaggle has them."""
+    for number in range(12):
+        path = tmp_path / f"{'test' if number > 9 else 'train'}_images/{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(path)
+    pd.DataFrame({"id": range(10), "grade": ["mild", "severe"] * 5}).to_csv(
+        tmp_path / "train.csv", index=False
+    )
+    pd.DataFrame({"id": [10, 11]}).to_csv(tmp_path / "test.csv", index=False)
+    said = " ".join(command("init", tmp_path, "--out", tmp_path / "r.yaml").split())
+    assert "the sub-folders are sides of a split" in said
+    samples = read_source(load_recipe(tmp_path / "r.yaml").images.source()).samples
+    assert samples["grade"].tolist() == ["mild", "severe"] * 5
