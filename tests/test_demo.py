@@ -5,11 +5,12 @@ the published SVM.
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pandas as pd
 import pytest
-from support import forks
 from support.runs import headrace
 
 from headrace.cache.feature_set import list_feature_sets
@@ -36,13 +37,18 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
     """SIGKILL in the middle of extraction, Ctrl-C later, then to the end; a further call does
     nothing again.
     """
-    # a shell's background job ignores Ctrl-C, and so would all that it starts
-    hears_ctrl_c = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-m", "headrace.pipelines", "demo"]
     for interrupt, after in ((signal.SIGKILL, 1), (signal.SIGINT, 6)):
         log = tmp_path / "stderr.txt"
-        with log.open("w") as stderr, open(os.devnull, "w") as stdout:
-            process = forks.start(
-                ["demo"], cwd=tmp_path, stdout=stdout, stderr=stderr, first=hears_ctrl_c
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+                # a shell's background job ignores Ctrl-C, and so would all that it starts
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         shards = tmp_path / "headrace-demo" / "headrace-cache"
         waiting = time.monotonic()
@@ -55,7 +61,8 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
         try:
             code = process.wait(timeout=60)
         finally:
-            process.kill()
+            process.kill()  # or it would be a zombie among the children of later tests
+            process.wait()
         assert code == (130 if interrupt == signal.SIGINT else -signal.SIGKILL)
         assert "Traceback" not in log.read_text()
         waiting = time.monotonic()

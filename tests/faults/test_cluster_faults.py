@@ -234,7 +234,7 @@ def test_a_driver_killed_at_any_moment_leaves_no_orphan_and_repeats_nothing(tmp_
     trained again.
     """
     rng = random.Random(0)
-    banks, kills = 80, 7
+    banks, kills = 200, 7
     done = {}
     # how many fits had begun, and which heads were published, at each kill
     began: list[tuple[int, set[int]]] = []

@@ -253,7 +253,7 @@ def test_an_archive_named_with_brackets_is_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values", [np.zeros(0), np.array(3), np.zeros((0, 1)), np.zeros((2, 2)), np.zeros(3)]
+    "values", [np.zeros(0), np.array(3), np.zeros((0, 1)), np.zeros((2, 2, 2)), np.zeros(3)]
 )
 def test_labels_of_another_shape_are_refused_in_words(tmp_path, values):
     np.save(tmp_path / "x.npy", np.zeros((2, 4, 4), np.uint8))
