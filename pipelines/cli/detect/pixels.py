@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,18 +33,9 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
     highs: list[float] = []
     dtypes: set[np.dtype[np.generic]] = set()
     for path in paths:
-        try:
-            data = read_bytes(path)
-            if not (data.startswith(_PROPOSED_FOR) or has_deep_pixels(data)):
-                return PixelSettings()
-            image = decode_deep(data, (1,))
-        except (ImageError, OSError) as error:
-            if "pixel_range" not in str(error):
-                return PixelSettings()  # the run tells of it
-            image = decode_deep(data, (1,), (0.0, 1.0))
-        if not isinstance(image, Bands):
+        values = _deep_values(path)
+        if values is None:
             return PixelSettings()
-        values = np.asarray(image.values[:, :, :])
         finite = values[np.isfinite(values)]
         if finite.size:
             lows.append(float(finite.min()))
@@ -78,6 +70,25 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
             "first, where there are"
         )
     return PixelSettings(images, backbone, tuple(notes))
+
+
+def _deep_values(path: str) -> np.ndarray[Any, Any] | None:
+    """Return (H, W, bands) of an image; None for 8 bits of grey or colours, and for one that cannot
+    be read, of which the run tells.
+    """
+    try:
+        data = read_bytes(path)
+        if not (data.startswith(_PROPOSED_FOR) or has_deep_pixels(data)):
+            return None
+        try:
+            image = decode_deep(data, (1,))
+        except ImageError as error:
+            if "pixel_range" not in str(error):
+                return None
+            image = decode_deep(data, (1,), (0.0, 1.0))
+        return np.asarray(image.values[:, :, :]) if isinstance(image, Bands) else None
+    except (ImageError, OSError, MemoryError):
+        return None
 
 
 def _black_and_white(
