@@ -50,7 +50,8 @@ def save_image_parts(
     elif source.tiles is not None:
         ImageParts(tiles=source.tiles).save(model_directory)
     elif source.detections is not None:
-        ImageParts(min_confidence=source.min_confidence).save(model_directory)
+        # a table of boxes is as good as a detector's results
+        ImageParts(boxes="auto", min_confidence=source.min_confidence).save(model_directory)
     elif has_parts and source.boxes != "none":
         ImageParts(boxes=source.boxes).save(model_directory)
     else:
