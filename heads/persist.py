@@ -74,6 +74,8 @@ class TrainedHead:
     # whose inputs (`SideColumns.as_inputs`) stand behind the features
     side_columns: tuple[SideColumn, ...] = ()
     unit_rule: UnitRule | None = None  # of a model whose images make up units
+    # Boxes or tiles that it was trained on, as fields of pipelines' ImageParts.
+    image_parts: Mapping[str, Any] | None = None
 
     def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """(n, C) float32 probabilities of features X (n, D) in the order of `classes`, at its
@@ -103,6 +105,7 @@ def save_head(
     temperature: float = 1.0,
     side_columns: Sequence[SideColumn] = (),
     unit_rule: UnitRule | None = None,
+    image_parts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write head.safetensors and head.json into `directory`, replacing a head that is there;
     returns the first's path.
@@ -132,6 +135,7 @@ def save_head(
             "temperature": float(temperature),
             "side_columns": columns_to_json(side_columns),
             **rule_fields(unit_rule),
+            **({} if image_parts is None else {"image_parts": dict(image_parts)}),
         },
         indent=2,
         sort_keys=True,
@@ -196,6 +200,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
             temperature=check_temperature(description.get("temperature", 1.0)),
             side_columns=columns_from_json(description.get("side_columns", [])),
             unit_rule=read_unit_rule(description),
+            image_parts=description.get("image_parts"),
         )
     except SealBroken as error:
         raise BadHeadFile(

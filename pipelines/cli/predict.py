@@ -152,11 +152,10 @@ def predict_command(
     if out == "-" and json_output:
         raise OutputError("--out - and --json both want the standard output: give --out a file")
     from headrace.cache.text import as_text
-    from headrace.pipelines.models.image_parts import read_image_parts
     from headrace.pipelines.models.model import load_model
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
-    from headrace.pipelines.predict.listing import list_images, whole_images_note
+    from headrace.pipelines.predict.listing import list_images, unsaid_parts_note, whole_images_note
     from headrace.pipelines.predict.units import UnitNames, units_path
     from headrace.pipelines.predict.weights import weights_path
     from headrace.pipelines.recipe.targets import empty_as_missing
@@ -164,7 +163,7 @@ def predict_command(
     loaded_model = load_model(model, trust_code=trust_code or ())
     cache_root = _cache_root(loaded_model, cache, no_cache=no_cache, update_cache=update_cache)
     rule = loaded_model.unit_rule
-    parts = read_image_parts(loaded_model.path)
+    parts = loaded_model.image_parts
     listing = list_images(
         images,
         side_columns=loaded_model.side_columns,
@@ -192,6 +191,8 @@ def predict_command(
             ]
     left_out = [f"left out: {item}" for item in listing.left_out]
     whole_note = [] if whole_images else whole_images_note(parts, samples["path"])
+    if parts is None and not (whole_images or box_columns or detections):
+        whole_note = unsaid_parts_note(loaded_model.path)
     notes = (*listing.notes, *left_out, *unit_note, *whole_note)
     for note in () if json_output else notes:
         console.print(f"note: {note}", soft_wrap=True)

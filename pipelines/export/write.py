@@ -43,7 +43,6 @@ from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.from_features import Beside
 from headrace.pipelines.models.head import HeadModel
-from headrace.pipelines.models.image_parts import read_image_parts
 from headrace.pipelines.models.images import open_engine, predict_batch
 from headrace.pipelines.models.model import EXPORT_MARKER, Model, load_model
 from headrace.pipelines.models.network import NetworkModel
@@ -225,8 +224,8 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
         "tolerance": tolerance,
         "differences": differences,
     } | ({} if unit_rule is None else {"unit": unit_rule})
-    if (parts := read_image_parts(model.path)) is not None:
-        description["parts"] = parts.as_json()
+    if model.image_parts is not None:
+        description["parts"] = dataclasses.asdict(model.image_parts)
     (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text(model_card(exported), encoding="utf-8")
     return exported
@@ -479,8 +478,6 @@ def _write_directory(model: Model, folder: Path) -> None:
         names = tuple(f"members/{member_index}" for member_index in range(len(model.members)))
         model = replace(model, names=names)
     _map_members(model, with_own_weights).save(folder)
-    if (parts := read_image_parts(model.path)) is not None:
-        parts.save(folder)
 
 
 def _frozen_backbones(model: Model) -> list[BackboneSpec]:

@@ -17,6 +17,7 @@ from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.pipelines.models.base import ImagePredictor, model_digest
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.image_parts import ImageParts, parts_fields, read_image_parts
 from headrace.pipelines.models.network import NetworkModel
 
 ENSEMBLE_DESCRIPTION = "ensemble.json"
@@ -41,6 +42,7 @@ class EnsembleModel(ImagePredictor):
     member_columns: tuple[Mapping[str, Any], ...] = ()
     nested: Mapping[str, Any] | None = None
     unit_rule: UnitRule | None = None  # how the average of images becomes that of units
+    image_parts: ImageParts | None = None  # boxes or tiles that its members were trained on
 
     @classmethod
     def load(cls, model_directory: Path, *, allowed_code: Collection[str] = ()) -> "EnsembleModel":
@@ -92,6 +94,7 @@ class EnsembleModel(ImagePredictor):
             temperature=description["temperature"],
             names=description["names"],
             unit_rule=description["unit_rule"],
+            image_parts=description["image_parts"],
         )
 
     def save(self, model_directory: Path) -> Path:
@@ -119,6 +122,7 @@ class EnsembleModel(ImagePredictor):
             "classes": list(self.classes),
             "metrics": self.metrics,
             **rule_fields(self.unit_rule),
+            **parts_fields(self.image_parts),
         }
         if self.nested is not None:
             description["nested"] = dict(self.nested)
@@ -201,6 +205,7 @@ def _read_description(description_path: Path) -> dict[str, Any]:
             ],
             "temperature": check_temperature(description["temperature"]),
             "unit_rule": read_unit_rule(description),
+            "image_parts": read_image_parts(description.get("image_parts"), description_path),
         }
     except ModelError:
         raise

@@ -36,6 +36,7 @@ from headrace.heads.spec import spec_to_json
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.image_parts import ImageParts, read_image_parts
 from headrace.pipelines.models.trust import require_allowed_file
 from headrace.pipelines.moved_paths import moved_with_run
 
@@ -98,6 +99,7 @@ class HeadModel(SingleModel):
             temperature=head.temperature,
             side_columns=head.side_columns,
             unit_rule=head.unit_rule,
+            image_parts=head.image_parts,
         )
 
     def describe(self) -> str:
@@ -149,14 +151,15 @@ class HeadModel(SingleModel):
         head = dataclasses.replace(self.head, temperature=temperature)
         return dataclasses.replace(self, head=head)
 
-    def with_unit_rule(self, rule: UnitRule | None) -> "HeadModel":
-        """Return the model with another rule of units."""
-        return dataclasses.replace(self, head=dataclasses.replace(self.head, unit_rule=rule))
-
     @property
     def unit_rule(self) -> UnitRule | None:
         """How its predictions of images become those of units; None for images alone."""
         return self.head.unit_rule
+
+    @property
+    def image_parts(self) -> ImageParts | None:
+        """The boxes or tiles that it was trained on; None for whole images. Raises ModelError."""
+        return read_image_parts(self.head.image_parts, self.path)
 
     @property
     def kind(self) -> str:

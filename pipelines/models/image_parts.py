@@ -1,4 +1,4 @@
-"""The parts of images that a model was trained on, boxes or tiles, recorded beside its files."""
+"""The parts of images that a model was trained on, boxes or tiles, a part of its own file."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,9 +9,8 @@ from typing import Any, Literal, get_args
 from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.read import ImageSource
 from headrace.extract.sources.regions import Boxes, BoxFormat, Tiles
-from headrace.pipelines.records import RunDamaged, read_record, write_record
-
-IMAGE_PARTS = "parts.json"
+from headrace.heads.persist import WRITE_AGAIN
+from headrace.pipelines.models.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -24,46 +23,30 @@ class ImageParts:
     boxes: Boxes | Literal["auto", "none"] = "none"
     min_confidence: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the parts as values of JSON."""
-        boxes = self.boxes if isinstance(self.boxes, str) else dataclasses.asdict(self.boxes)
-        return {
-            "tiles": None if self.tiles is None else dataclasses.asdict(self.tiles),
-            "boxes": boxes,
-            "min_confidence": self.min_confidence,
-        }
 
-    def save(self, model_directory: Path) -> None:
-        """Write the record into a model's directory."""
-        write_record(model_directory / IMAGE_PARTS, self.as_json())
-
-
-def save_image_parts(
-    model_directory: Path, source: ImageSource | None, paths: Iterable[str]
-) -> None:
-    """Record what a model was trained on, or remove that of an earlier model where it was whole
-    images, or features that a program gave (source None). paths: of the images.
+def trained_parts(source: ImageSource | None, paths: Iterable[str]) -> ImageParts | None:
+    """Return what a model is trained on; None for whole images, and for features that a program
+    gave (source None). paths: of the images.
     """
-    has_parts = any(split_crop(path)[1] is not None for path in paths)
     if source is None:
-        (model_directory / IMAGE_PARTS).unlink(missing_ok=True)
-    elif source.tiles is not None:
-        ImageParts(tiles=source.tiles).save(model_directory)
-    elif source.detections is not None:
+        return None
+    if source.tiles is not None:
+        return ImageParts(tiles=source.tiles)
+    if source.detections is not None:
         # a table of boxes is as good as a detector's results
-        ImageParts(boxes="auto", min_confidence=source.min_confidence).save(model_directory)
-    elif has_parts and source.boxes != "none":
-        ImageParts(boxes=source.boxes).save(model_directory)
-    else:
-        (model_directory / IMAGE_PARTS).unlink(missing_ok=True)
+        return ImageParts(boxes="auto", min_confidence=source.min_confidence)
+    has_boxes = source.boxes != "none" and any(split_crop(path)[1] is not None for path in paths)
+    return ImageParts(boxes=source.boxes) if has_boxes else None
 
 
-def read_image_parts(model_directory: Path) -> ImageParts | None:
-    """Return the record of a model; None for one of whole images. Raises RunDamaged."""
-    parts_path = model_directory / IMAGE_PARTS
-    try:
-        fields = read_record(parts_path)
-    except FileNotFoundError:
+def parts_fields(parts: ImageParts | None) -> dict[str, Any]:
+    """Return what a model's description says of parts: nothing where it knows whole images."""
+    return {} if parts is None else {"image_parts": dataclasses.asdict(parts)}
+
+
+def read_image_parts(fields: Any, model_path: Path) -> ImageParts | None:
+    """Return the parts whose fields a model's description has, None for none. Raises ModelError."""
+    if fields is None:
         return None
     try:
         tiles, boxes = fields["tiles"], fields["boxes"]
@@ -76,9 +59,9 @@ def read_image_parts(model_directory: Path) -> ImageParts | None:
             raise ValueError(fields)
         return parts
     except (KeyError, TypeError, ValueError) as error:
-        raise RunDamaged(
-            f"{parts_path} is no record of this version: run the recipe again, or fetch the model "
-            "again"
+        raise ModelError(
+            f"{model_path}: the boxes or tiles that it was trained on are none of this version: "
+            f"{str(fields)[:80]}. {WRITE_AGAIN}"
         ) from error
 
 

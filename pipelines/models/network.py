@@ -53,6 +53,7 @@ from headrace.heads.spec import FineTuneSpec, spec_to_json
 from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.image_parts import ImageParts, parts_fields, read_image_parts
 from headrace.pipelines.models.trust import require_allowed_file
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class NetworkModel(SingleModel):
     # the smallest probability that its temperature looks at
     floor: float = FLOOR
     unit_rule: UnitRule | None = None  # how its predictions of images become those of units
+    image_parts: ImageParts | None = None  # boxes or tiles that it was trained on
 
     @staticmethod
     def is_in(model_directory: Path) -> bool:
@@ -141,9 +143,10 @@ class NetworkModel(SingleModel):
         from safetensors.torch import load
 
         file_bytes, description = _read_file(self.path, self.file_digest)
-        description.pop("unit_rule", None)
+        for name in ("unit_rule", "image_parts"):
+            description.pop(name, None)
         description |= {"metrics": self.metrics, "temperature": self.temperature}
-        description |= rule_fields(self.unit_rule)
+        description |= rule_fields(self.unit_rule) | parts_fields(self.image_parts)
         return _publish_network(model_directory, description, load(file_bytes))
 
     def describe(self) -> str:
@@ -203,10 +206,6 @@ class NetworkModel(SingleModel):
     def at_temperature(self, temperature: float) -> "NetworkModel":
         """Return the model with its log-odds divided by another temperature."""
         return dataclasses.replace(self, temperature=temperature)
-
-    def with_unit_rule(self, rule: UnitRule | None) -> "NetworkModel":
-        """Return the model with another rule of units."""
-        return dataclasses.replace(self, unit_rule=rule)
 
     @property
     def backbones(self) -> tuple[BackboneSpec, ...]:
@@ -422,6 +421,7 @@ def _parse_description(
         temperature=check_temperature(description["temperature"]),
         file_digest=file_digest,
         unit_rule=read_unit_rule(description),
+        image_parts=read_image_parts(description.get("image_parts"), model_directory),
     )
 
 

@@ -21,8 +21,10 @@ from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, require_trusted
 from headrace.heads.predict import floor_of, predict_head
 from headrace.heads.results import read_bank
+from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.models.head import HeadModel
+from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record
@@ -65,7 +67,12 @@ class ModelRef:
         }
 
     def load(
-        self, task: Task, metrics: dict[str, float], temperature: float
+        self,
+        task: Task,
+        metrics: dict[str, float],
+        temperature: float,
+        unit_rule: UnitRule | None = None,
+        image_parts: ImageParts | None = None,
     ) -> HeadModel | NetworkModel:
         """Return the model as it was trained on every training row, ready to be saved.
 
@@ -73,7 +80,13 @@ class ModelRef:
         """
         if self.kind == "finetune":
             network = NetworkModel.load(self.network_directory, allowed_code=None)
-            return dataclasses.replace(network, metrics=metrics, temperature=temperature)
+            return dataclasses.replace(
+                network,
+                metrics=metrics,
+                temperature=temperature,
+                unit_rule=unit_rule,
+                image_parts=image_parts,
+            )
         head = TrainedHead(
             spec=spec_from_json(self.spec),
             task_kind=task.kind,
@@ -89,6 +102,8 @@ class ModelRef:
             ),
             temperature=temperature,
             side_columns=task.side.columns if self.reads_side_columns and task.side else (),
+            unit_rule=unit_rule,
+            image_parts=None if image_parts is None else dataclasses.asdict(image_parts),
         )
         return HeadModel(self.results_path.parent, head)
 

@@ -17,7 +17,9 @@ from headrace.extract.sources.regions import Boxes
 from headrace.extract.sources.tabular import is_table
 from headrace.heads.data.side_columns import SideColumn
 from headrace.pipelines.models.image_parts import ImageParts
+from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.side_columns import require_columns
+from headrace.pipelines.records import RUN_AGAIN, read_record
 
 
 def list_images(
@@ -80,6 +82,22 @@ def whole_images_note(parts: ImageParts | None, paths: Iterable[str]) -> list[st
     return [
         f"{whole:,} images are predicted as a whole, but the model was trained on parts of images "
         f"{advice}"
+    ]
+
+
+def unsaid_parts_note(model_path: Path) -> list[str]:
+    """Say that the recipe of a model's run names parts of images, and the model's file, as one of
+    an earlier version, does not. Raises RunDamaged.
+    """
+    recipe_path = RunPaths(model_path.absolute().parent).recipe
+    if not recipe_path.is_file():
+        return []
+    images = read_record(recipe_path).get("images") or {}
+    return [
+        f"{model_path} does not say that it was trained on parts of images, but its run's recipe "
+        f"has images.{name}. {RUN_AGAIN}"
+        for name in ("tiles", "boxes", "detections")
+        if images.get(name) not in (None, "auto", "none")
     ]
 
 

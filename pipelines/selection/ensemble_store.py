@@ -10,6 +10,7 @@ import numpy.typing as npt
 from headrace.heads.data.task import Task
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.ensemble import EnsembleModel
+from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.selection.ensemble import Ensemble
 from headrace.pipelines.selection.evaluation_record import (
@@ -25,6 +26,7 @@ def save_ensemble(
     models: Sequence[ModelRef],
     task: Task,
     unit_column: str | None = None,
+    image_parts: ImageParts | None = None,
 ) -> Path:
     """Write the ensemble; returns the path of ensemble.json. models: of its members, in order.
 
@@ -65,6 +67,7 @@ def save_ensemble(
         weights=tuple(member.weight for member in ensemble.members),
         temperature=temperature,
         unit_rule=rule,
+        image_parts=image_parts,
         names=tuple(member_name(model.results_path.name, model.spec) for model in models),
         member_columns=columns,
         nested=ensemble.summary(),

@@ -9,6 +9,7 @@ from headrace.heads.data.task import Task
 from headrace.heads.predict import floor_of
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.head import HEAD_FILES
+from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.models.network import NETWORK_FILES
 from headrace.pipelines.models.reference import ModelRef
 
@@ -43,6 +44,7 @@ def save_winner(
     metrics: dict[str, float],
     temperature: float,
     unit_column: str | None = None,
+    image_parts: ImageParts | None = None,
 ) -> Path:
     """Write the winner, trained on every training row, in place of an earlier winner: head.* of a
     head, network.* of a network. Returns the path of its arrays.
@@ -51,13 +53,12 @@ def save_winner(
     its run. temperature: what the predictions of its fold models give (`temperature_of`), of units
     where a column names them. Raises ModelError for a network whose file is gone or damaged.
     """
-    if unit_column is None:
-        model = winner.load(task, metrics, temperature)
-    else:
+    rule = None
+    if unit_column is not None:
         floor = floor_of(winner.spec, task.kind, len(task.classes))
         rule = UnitRule(unit_column, task.unit_aggregation, temperature, floor)
-        model = winner.load(task, metrics, 1.0).with_unit_rule(rule)
-    weights_path = model.save(directory)
+        temperature = 1.0
+    weights_path = winner.load(task, metrics, temperature, rule, image_parts).save(directory)
     # Files of a winner of the other kind would be taken for this one's.
     for name in HEAD_FILES if winner.kind == "finetune" else NETWORK_FILES:
         (directory / name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
 from headrace.heads.data.side_columns import taps_of
-from headrace.pipelines.models.image_parts import save_image_parts
+from headrace.pipelines.models.image_parts import ImageParts, trained_parts
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.planning.run_state import RunState, Selected
@@ -62,9 +62,14 @@ def select(state: RunState, services: Services) -> RunState:
         winner_metrics = {f"validation_{metric}": float(winner[metric])}
         unit_column = state.recipe.task.unit
         save_winner(
-            state.paths.winner, winner_model, task, winner_metrics, winner_temperature, unit_column
+            state.paths.winner,
+            winner_model,
+            task,
+            winner_metrics,
+            winner_temperature,
+            unit_column,
+            _image_parts(state),
         )
-        _save_parts(state, state.paths.winner)
         write_instance_weights(state, leaderboard)
         ensemble = combine_heads(state, leaderboard)
         report_done(f"{len(leaderboard):,} settings ranked")
@@ -151,17 +156,15 @@ def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None
     models = [
         model_ref(member.row, state.paths, state.feature_inputs) for member in ensemble.members
     ]
-    save_ensemble(
-        state.paths.ensemble, ensemble, models, state.dataset.train, state.recipe.task.unit
-    )
-    _save_parts(state, state.paths.ensemble)
+    unit_column, parts, train = state.recipe.task.unit, _image_parts(state), state.dataset.train
+    save_ensemble(state.paths.ensemble, ensemble, models, train, unit_column, parts)
     return ensemble
 
 
-def _save_parts(state: RunState, model_directory: Path) -> None:
+def _image_parts(state: RunState) -> ImageParts | None:
     images = state.recipe.images
     source = images.source() if images.has_source else None
-    save_image_parts(model_directory, source, state.samples["path"].astype(str))
+    return trained_parts(source, state.samples["path"].astype(str))
 
 
 def withdraw(*results: Path) -> None:

@@ -22,7 +22,6 @@ from headrace.extract.sources.table import read_table_file
 from headrace.heads.persist import load_head
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.errors import ModelError
-from headrace.pipelines.models.image_parts import read_image_parts
 from headrace.pipelines.models.network import NetworkModel
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "fuzz_parsers.py"
@@ -215,14 +214,13 @@ def test_the_whole_share_runs_in_processes_of_its_own(capsys, monkeypatch):
 
 def test_devices_are_not_read(tmp_path):
     """A stranger's folder may hold links to /dev/zero, which has no end; here to one that has."""
-    names = ("0.png", "head.safetensors", "network.safetensors", "parts.json", "ensemble.json")
+    names = ("0.png", "head.safetensors", "network.safetensors", "ensemble.json")
     for name in names:
         (tmp_path / name).symlink_to(os.devnull)
     readers = (
         lambda: read_bytes(str(tmp_path / "0.png")),
         lambda: load_head(tmp_path),
         lambda: NetworkModel.load(tmp_path),
-        lambda: read_image_parts(tmp_path),
         lambda: EnsembleModel.load(tmp_path),
     )
     for read in readers:

@@ -1,6 +1,8 @@
 """Bands, boxes and tiles from a recipe to predictions, a fine-tuned network and an export."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,19 @@ from support.networks import make_case
 from support.runs import headrace
 
 from headrace.extract.images.crops import Crop
+from headrace.extract.sources.regions import Boxes
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.task import REFIT
+from headrace.heads.persist import BadHeadFile
 from headrace.heads.results import read_bank
+from headrace.pipelines.cli.main import main
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.finetune.task import FoldJob, train_fold
+from headrace.pipelines.models.head import HEAD_FILES
+from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.predict.bulk import predict_table
-from headrace.pipelines.predict.listing import list_images
+from headrace.pipelines.predict.listing import list_images, unsaid_parts_note
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.recipe.text import RecipeError
 
@@ -91,12 +98,15 @@ def test_a_network_of_two_bands_is_fine_tuned(tmp_path: Path) -> None:
     case = make_case(tmp_path, backbone=backbone)
     job = case.job(backbone=backbone, train_above="all", cut=None)
     train_fold(FoldJob(job, REFIT, epochs=1))
-    network = load_model(job.model)
+    boxes = ImageParts(boxes=Boxes(("l", "t", "r", "b"), "xyxy"))
+    dataclasses.replace(load_model(job.model), image_parts=boxes).save(tmp_path / "winner")
+    network = load_model(tmp_path / "winner")
     assert network.preprocessing.bands == (3, 1)
     photos = [str(path) for path in sorted((tmp_path / "photos").rglob("*.png"))[:3]]
     expected = network.predict_proba(photos)
     export_model(network, tmp_path / "exported", ["torch", "safetensors"])
     again = load_model(tmp_path / "exported")
+    assert again.image_parts == boxes
     np.testing.assert_allclose(again.predict_proba(photos), expected, atol=1e-6)
 
 
@@ -141,9 +151,12 @@ def test_boxes_of_a_table(tmp_path: Path) -> None:
     )
 
 
-def test_tiles_from_a_run_to_an_export(tmp_path: Path) -> None:
-    """New images are cut as those of the run were, by the model and by its copy; a graph predicts
-    the same of the same parts.
+def test_tiles_from_a_run_to_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """New images are cut as those of the run were, by a copy of the model's own two files and by an
+    export; a graph predicts the same of the same parts. Of a file that does not say it, and of one
+    that was changed there, the user hears.
     """
     for number in range(16):
         values = RNG.integers(0, 60, (32, 64, 3), dtype=np.uint8) + np.uint8(120 * (number % 2))
@@ -160,7 +173,12 @@ def test_tiles_from_a_run_to_an_export(tmp_path: Path) -> None:
     run = tmp_path / "headrace-runs" / "tiles"
     stored = pd.read_parquet(run / "predictions.parquet").set_index("id")
     export_model(load_model(run), tmp_path / "out", ["torch", "safetensors"])
-    for model in (run, tmp_path / "out"):
+    winner, copied = run / "winner", tmp_path / "copied"
+    copied.mkdir()
+    for name in HEAD_FILES:
+        shutil.copy(winner / name, copied)
+    assert {path.name for path in winner.iterdir()} == set(HEAD_FILES)
+    for model in (copied, tmp_path / "out"):
         command = ["predict", model, "photos", "--no-cache", "-o", tmp_path / "p.csv", "--force"]
         done = headrace(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -185,6 +203,25 @@ def test_tiles_from_a_run_to_an_export(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     found = program(torch.tensor(np.stack(pixels))).numpy()
     np.testing.assert_allclose(found[:, 1], predicted["p_class1"][:6], atol=1e-5)
+
+    assert unsaid_parts_note(copied) == []  # lies in no run
+    silent = load_model(run)
+    dataclasses.replace(silent, head=dataclasses.replace(silent.head, image_parts=None)).save(
+        winner
+    )
+    photos, table = tmp_path / "photos", tmp_path / "old.csv"
+    monkeypatch.setattr(
+        "sys.argv", ["headrace", "predict", str(run), str(photos), "--no-cache", "-o", str(table)]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "its run's recipe has images.tiles" in capsys.readouterr().err
+    weights = copied / "head.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data.replace(b'\\"overlap\\": 8', b'\\"overlap\\": 9'))
+    assert weights.read_bytes() != data
+    with pytest.raises(BadHeadFile, match="has changed since it was written"):
+        load_model(copied)
 
 
 def test_a_recipe_says_what_goes_together(tmp_path: Path) -> None:

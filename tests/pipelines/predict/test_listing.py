@@ -2,6 +2,7 @@
 sources use one name.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import Crop
 from headrace.extract.sources.regions import Boxes, Tiles
-from headrace.pipelines.models.image_parts import ImageParts
+from headrace.pipelines.models.errors import ModelError
+from headrace.pipelines.models.image_parts import ImageParts, parts_fields, read_image_parts
 from headrace.pipelines.predict.listing import list_images, whole_images_note
 
 
@@ -62,3 +64,23 @@ def test_whole_images_for_a_model_of_parts_are_told():
         assert whole_images_note(ImageParts(boxes=boxes), [part]) == []
     assert whole_images_note(ImageParts(tiles=Tiles(8)), ["a.png"]) == []
     assert whole_images_note(None, ["a.png"]) == []
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ImageParts(tiles=Tiles(16, 4, "white", 0.5)),
+        ImageParts(boxes=Boxes(("l", "t", "r", "b"), "xyxy", "pixels")),
+        ImageParts(boxes="auto"),
+        ImageParts(min_confidence=0.2),
+    ],
+)
+def test_a_description_holds_the_parts_of_images(parts):
+    """As JSON; what a stranger's file has there instead is refused."""
+    fields = json.loads(json.dumps(parts_fields(parts)))["image_parts"]
+    assert read_image_parts(fields, Path("model")) == parts
+    for wrong in ({"tiles": {"size": 8.5}}, {"boxes": {"columns": "x"}}, {"min_confidence": 2}):
+        with pytest.raises(ModelError, match=r"model: the boxes or tiles .* are none of this"):
+            read_image_parts(fields | wrong, Path("model"))
+    assert read_image_parts(None, Path("model")) is None
+    assert parts_fields(None) == {}

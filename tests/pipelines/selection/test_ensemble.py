@@ -18,6 +18,8 @@ from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.persist import load_head
 from headrace.heads.results import read_bank
 from headrace.heads.spec import spec_to_json
+from headrace.pipelines.models.image_parts import ImageParts
+from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.sections import EnsembleSection
@@ -256,7 +258,9 @@ def test_the_stored_ensemble_predicts_what_was_tested(trained):
     backbone = BackboneSpec("torchvision:resnet18", weights="random:0")
     ensemble = combined(board, (0.25, 0.75))
     models = models_of(ensemble, folder, directories, backbone)
-    path = save_ensemble(folder / "ensemble", ensemble, models, train)
+    parts = ImageParts(min_confidence=0.3)
+    path = save_ensemble(folder / "ensemble", ensemble, models, train, image_parts=parts)
+    assert load_model(path.parent).image_parts == parts
     described = json.loads(path.read_text())
     assert (described["format"], described["kind"], described["task_kind"]) == (
         2,
