@@ -335,10 +335,10 @@ def _label_columns(
     values = np.asarray(label_array[:]).reshape(n_images, -1)
     n_columns = values.shape[1]
     names = ["label"] if n_columns == 1 else [f"label_{index}" for index in range(n_columns)]
+    texts = {name: as_text(pd.Series(column)) for name, column in zip(names, values.T, strict=True)}
     return {
-        name: texts.where(texts.notna() & (texts != ""), None)
-        for name, column in zip(names, values.T, strict=True)
-        if (texts := as_text(pd.Series(column)).astype(object)) is not None
+        name: text.astype(object).where(text.notna() & (text != ""), None)
+        for name, text in texts.items()
     }
 
 

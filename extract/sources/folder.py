@@ -53,9 +53,12 @@ def read_folder(
     The id is the path relative to `folder` with forward slashes. A file is an image by its suffix,
     else by its first bytes, an array by its shape (`is_image_array`); all others are counted by
     what they are. Hidden files and folders are left out; links are followed once, after the real
-    folders, so that what is reached on both ways has its real path's name. labelled: refuse a class
-    without images. Raises SourceError when the folder is absent or has no images, saying what was
-    found, and see `read_layout`.
+    folders, so that what is reached on both ways has its real path's name.
+
+    name_pattern: a regular expression, searched for in ids, whose named groups are columns; images
+    whose ids it does not match are left out. labelled: refuse a class without images. Raises
+    SourceError when the folder is absent or has no images, saying what was found, and see
+    `read_layout`.
     """
     image_root = expand_home(folder)
     if not image_root.is_dir():
