@@ -141,8 +141,8 @@ def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str 
     labels_by_stem = [
         {
             SPLIT_IN_NAME.sub("", name): name
-            for name, shape in shapes.items()
-            if shape[:1] == shapes[images_key][:1] and _are_labels(shape) and _side(name) == side
+            for name in _labels_of(shapes[images_key], shapes)
+            if _side(name) == side
         }
         for images_key, side in zip(images, sides, strict=True)
     ]
@@ -241,17 +241,9 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
     if _split_arrays(shapes):
         return None, None, None
     images_key = _only_images(array_path, file_kind)
-    fitting_names = [
-        name
-        for name, shape in shapes.items()
-        if shape[:1] == shapes[images_key][:1] and _are_labels(shape)
-    ]
+    fitting_names = _labels_of(shapes[images_key], shapes)
     if not fitting_names and (labels_file := _labels_beside(array_path)) is not None:
-        names = [
-            name
-            for name, shape in _shapes(labels_file, file_kind).items()
-            if shape[:1] == shapes[images_key][:1] and _are_labels(shape)
-        ]
+        names = _labels_of(shapes[images_key], _shapes(labels_file, file_kind))
         return images_key, labels_file, names[0] if len(names) == 1 else None
     return images_key, None, fitting_names[0] if len(fitting_names) == 1 else None
 
@@ -340,6 +332,15 @@ def _label_columns(
         name: text.astype(object).where(text.notna() & (text != ""), None)
         for name, text in texts.items()
     }
+
+
+def _labels_of(images_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The arrays of these shapes that can be labels of the images."""
+    return [
+        name
+        for name, shape in shapes.items()
+        if shape[:1] == images_shape[:1] and _are_labels(shape)
+    ]
 
 
 def _are_labels(shape: tuple[int, ...]) -> bool:
