@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -145,36 +145,51 @@ def _details_text(details: Mapping[str, float]) -> str:
     return " · ".join(detail_texts)
 
 
+def _at_intervals(
+    meter: _RateMeter,
+    interval_s: float,
+    shown_at: float,
+    show: Callable[[Mapping[str, float]], None],
+) -> Advance:
+    """Return an advance that counts, and shows what is done every so often, and at the end.
+
+    shown_at: when, by the monotonic clock, it counts as shown for the first time.
+    """
+
+    def advance(count: int, details: Mapping[str, float] | None = None) -> None:
+        nonlocal shown_at
+        meter.add(count)
+        now = time.monotonic()
+        if now - shown_at >= interval_s or meter.n_done >= meter.n_total:
+            shown_at = now
+            show(details or {})
+
+    return advance
+
+
 def _notebook_line(stage_name: str, n_total: int, unit: str) -> Advance:
     """One line of the cell's standard error that is written over, for rich's own bar needs
     ipywidgets.
     """
     meter = _RateMeter(n_total)
-    written_at = -math.inf
 
-    def advance(count: int, details: Mapping[str, float] | None = None) -> None:
-        nonlocal written_at
-        meter.add(count)
-        now = time.monotonic()
-        if now - written_at < _NOTEBOOK_INTERVAL_S and meter.n_done < n_total:
-            return
-        written_at = now
+    def show(details: Mapping[str, float]) -> None:
         filled = "█" * (20 * meter.n_done // max(n_total, 1))
         line = _progress_text(meter, stage_name, unit, details)
         sys.stderr.write(f"\r|{filled:<20}| {line:<100}")
         sys.stderr.flush()
 
-    return advance
+    return _at_intervals(meter, _NOTEBOOK_INTERVAL_S, -math.inf, show)
 
 
 def _progress_text(
-    meter: _RateMeter, stage_name: str, unit: str, details: Mapping[str, float] | None
+    meter: _RateMeter, stage_name: str, unit: str, details: Mapping[str, float]
 ) -> str:
     """Return "extract 10/80 images · 12.3 images/s, 0:18 left · 2 failed"."""
     texts = (
         f"{stage_name} {meter.n_done:,}/{meter.n_total:,} {unit}",
         rate_text(*meter.rate_and_left(), unit=unit),
-        _details_text(details or {}),
+        _details_text(details),
     )
     return " · ".join(filter(None, texts))
 
@@ -183,15 +198,8 @@ def _log_lines(
     console: Console, stage_name: str, n_total: int, unit: str, *, as_json: bool
 ) -> Advance:
     meter = _RateMeter(n_total)
-    logged_at = meter.started_s
 
-    def advance(count: int, details: Mapping[str, float] | None = None) -> None:
-        nonlocal logged_at
-        meter.add(count)
-        now = time.monotonic()
-        if now - logged_at < _LOG_INTERVAL_S and meter.n_done < n_total:
-            return
-        logged_at = now
+    def show(details: Mapping[str, float]) -> None:
         if as_json:
             rate_per_s, left_s = meter.rate_and_left()
             line = _json_line(
@@ -203,14 +211,14 @@ def _log_lines(
                     "per_s": rate_per_s,
                     "left_s": left_s,
                 }
-                | dict(details or {})
+                | dict(details)
             )
         else:
             text = _progress_text(meter, stage_name, unit, details)
             line = f"{datetime.datetime.now():%H:%M:%S} {text}"
         console.print(line, soft_wrap=True)
 
-    return advance
+    return _at_intervals(meter, _LOG_INTERVAL_S, meter.started_s, show)
 
 
 def _json_line(values: Mapping[str, object]) -> str:
