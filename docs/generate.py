@@ -17,7 +17,7 @@ from typing import Any
 import pydantic
 from typer.main import get_command
 
-from headrace.pipelines.cli.json_output import OUTPUTS
+from headrace.pipelines.cli.json_output import ERROR, OUTPUTS
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.recipe.field_comments import field_comments
 from headrace.pipelines.recipe.load import Recipe
@@ -63,14 +63,17 @@ def json_page() -> str:
             "docs`. -->\n\n# JSON output\n"
         ),
         "Every command but `demo` takes `--json`: the standard output is one JSON object then, "
-        "progress and errors go to the standard error, and the exit code is the same as without "
-        "it. A call that ends with 2 or 130 says why in one message on the standard error. "
+        "progress goes to the standard error, and the exit code is the same as without it. A call "
+        "that ends without its result prints an object with the one key `error`, and the message "
+        "on the standard error too; one that ends with 1 and an object of its own (a problem that "
+        "`doctor` or `cache verify` found, predictions that all failed) says in it what is wrong. "
         "`headrace schema 'cache ls'` prints an object's JSON Schema, `headrace schema recipe` "
         "that of recipes. Times are seconds and sizes bytes; a number that was not measured is "
         "null.\n",
     ]
     for command, model in OUTPUTS.items():
-        text += [f"## headrace {command} --json\n", *object_rows(model)]
+        title = "Errors" if command == ERROR else f"headrace {command} --json"
+        text += [f"## {title}\n", *object_rows(model)]
     parts = dict.fromkeys(part for model in OUTPUTS.values() for part in parts_of(model))
     for part in parts:
         text += [f"## {part.__name__}\n", *object_rows(part)]

@@ -27,8 +27,9 @@ def tls_command(
     ],
     json_output: JsonOption = False,
 ) -> None:
-    """Make the certificate that scheduler, workers and runs of one cluster show each other; what is
-    there is kept.
+    """Make the certificate that scheduler, workers and runs of one cluster show each other.
+
+    A certificate that is there is kept.
 
     Example: headrace cluster tls ~/headrace-tls
     """

@@ -122,11 +122,12 @@ def extract_command(
             )
             plan, notes, out = extraction.plan, extraction.notes, recipe.paths.root
             if json_output:
+                check_space(plan, recipe.cache, recipe.storage.budget_gb)  # or two objects
                 print_json(plan_output(plan, None, notes, cache=recipe.cache, out=out))
             else:
                 show_notes(console, notes)
                 show_features(console, plan, recipe.cache)
-            check_space(extraction.plan, recipe.cache, recipe.storage.budget_gb)
+            check_space(plan, recipe.cache, recipe.storage.budget_gb)
         else:
             outlive_terminal(recipe.paths.terminal)
             result = extract_recipe(

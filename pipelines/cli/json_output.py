@@ -39,6 +39,21 @@ def print_json(output: JsonOutput) -> None:
         stream.write(output.model_dump_json(indent=2) + "\n")
 
 
+class ErrorDetail(JsonOutput):
+    """Why a command ended without its result."""
+
+    kind: str  # the exception's class: RecipeError, SourceError, NoSuchOption, FileNotFoundError …
+    message: Text  # as on the standard error
+    next: tuple[Text, ...]  # the commands that the message tells to type
+    exit_status: int  # 2: the call, its files or the machine; 130: interrupted; 1: a fault of ours
+
+
+class ErrorOutput(JsonOutput):
+    """What any command prints instead of its object when it ends without one."""
+
+    error: ErrorDetail
+
+
 class Interval(JsonOutput):
     """A score with its 95 % interval."""
 
@@ -474,6 +489,7 @@ class DoctorOutput(JsonOutput):
     findings: tuple[FindingOutput, ...]
 
 
+ERROR = "error"
 OUTPUTS: Mapping[str, type[JsonOutput]] = {
     "init": InitOutput,
     "run": RunOutput,
@@ -496,4 +512,5 @@ OUTPUTS: Mapping[str, type[JsonOutput]] = {
     "cache export": CacheExportOutput,
     "cache import": CacheImportOutput,
     "cluster tls": TlsOutput,
+    ERROR: ErrorOutput,
 }

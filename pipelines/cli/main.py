@@ -5,12 +5,13 @@ Imports what a command needs when it runs, so that `--help` and bad input answer
 
 import gc
 import importlib.metadata
+import itertools
 import json
 import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -317,6 +318,7 @@ def _run(
             )
             run_plan = state.plan
             if json_output:
+                check_space(run_plan, recipe.cache, recipe.storage.budget_gb)  # or two objects
                 print_json(
                     plan_output(
                         run_plan,
@@ -370,31 +372,48 @@ _NO_MEMORY = (
 def main() -> None:
     """Run the command line.
 
-    An error that the user or the machine caused is printed alone, with exit code 2.
+    An error that the user or the machine caused is printed alone, with exit code 2. With --json
+    any error is one object on the standard output too.
     """
     escape_unencodable()
     # Listings are lists of many small values that stay: looking through them for garbage after
     # every 700 new ones took a tenth of the time of a command.
     gc.set_threshold(50_000, 20, 100)
+    arguments = itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
+    json_output = "--json" in arguments  # also where the arguments are wrong
     try:
         app()
-    except (HeadraceError, OSError) as error:
-        _end_with(str(error))
-    except MemoryError:
-        _end_with(_NO_MEMORY)
-    except RuntimeError as error:
-        if str(error) == "can't start new thread":  # what threading makes of a lack of memory
-            _end_with(_NO_MEMORY)
-        # What pathlib says, without the path, of a `~` that only a library or a rare option meets.
-        if str(error) != "Could not determine home directory.":
-            raise
-        _end_with(unknown_home_message())
+    except SystemExit as end:
+        if json_output and end.code:
+            from headrace.pipelines.cli.json_error import print_exit
+
+            print_exit(end)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)  # before anything was started
+    except Exception as error:
+        message = _message(error)
+        if json_output:
+            from headrace.pipelines.cli.json_error import print_error
+
+            kind = type(error).__name__
+            print_error(kind, message or str(error), 1 if message is None else 2)
+        if message is None:
+            raise
+        error_console = make_console(stderr=True)
+        error_console.print("Error: ", style="bold red", end="")
+        error_console.print(message, soft_wrap=True)
+        sys.exit(2)
 
 
-def _end_with(message: str) -> NoReturn:
-    error_console = make_console(stderr=True)
-    error_console.print("Error: ", style="bold red", end="")
-    error_console.print(message, soft_wrap=True)
-    sys.exit(2)
+def _message(error: Exception) -> str | None:
+    """Return what to say of an error that the user or the machine caused; None for a fault."""
+    if isinstance(error, HeadraceError | OSError):
+        return str(error)
+    # The second is what threading makes of a lack of memory.
+    if isinstance(error, MemoryError) or str(error) == "can't start new thread":
+        return _NO_MEMORY
+    # What pathlib says, without the path, of a `~` that only a library or a rare option meets.
+    if str(error) == "Could not determine home directory.":
+        return unknown_home_message()
+    return None

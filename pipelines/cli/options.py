@@ -7,8 +7,35 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperArgument, TyperOption
 
 from headrace.pipelines.console import make_console
+
+_VALUE_NAMES = {
+    "<bool>": "",
+    "<str>": "TEXT",
+    "<path>": "PATH",
+    "<int>": "NUMBER",
+    "<int range>": "NUMBER",
+    "<float range>": "NUMBER",
+    "<list[Path]>": "PATH ...",
+    "<list[str]>": "TEXT ...",
+}
+# Earlier versions of typer have no such method, and do not call ours.
+_typer_value_name: Any = getattr(TyperArgument, "display_type_rich", None)
+
+
+def _value_name(parameter: Any, ctx: Any) -> str | None:
+    """Return what help writes for a value: its metavar, or a word instead of Python's type."""
+    if parameter.metavar is not None and isinstance(parameter, TyperOption):
+        return str(parameter.metavar)
+    name: str | None = _typer_value_name(parameter, ctx)
+    return name and _VALUE_NAMES.get(name, name)
+
+
+# typer makes the option --help of each command itself, so that no class of ours could name it.
+for _parameter_class in (TyperArgument, TyperOption):
+    _parameter_class.display_type_rich = _value_name  # type: ignore[assignment, method-assign]
 
 
 def flag(*names: str, help: str, **options: Any) -> Any:

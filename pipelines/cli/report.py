@@ -15,7 +15,7 @@ def report_command(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN [OTHER]",
+            metavar="RUN",
             help="A finished run: the recipe that made it, or its directory, headrace-runs/NAME. "
             "With a second one, the page compares the two.",
             autocompletion=complete_runs,

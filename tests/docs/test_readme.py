@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support import runs
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import headrace
 from headrace.pipelines.cli.main import app
@@ -159,6 +160,14 @@ def test_every_command_and_option_has_help():
             walk(sub, f"{name} {child}")
 
     walk(get_command(app), "headrace")
+
+
+def test_help_names_values_by_words():
+    """PATH and NUMBER, where typer would write Python's types: <list[Path]>, <bool> of --help."""
+    for command in (["cache", "gc"], ["report"], ["cache", "import"], []):
+        shown = CliRunner().invoke(app, [*command, "--help"]).output
+        assert not re.search(r"<(list|bool|str|int|float|path)", shown)
+    assert "PATH ..." in CliRunner().invoke(app, ["cache", "gc", "--help"]).output
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import yaml
 from support.runs import HEADS, RECIPE, headrace, make_photos
 from typer.main import get_command
 
-from headrace.pipelines.cli.json_output import OUTPUTS
+from headrace.pipelines.cli.json_error import commands_in
+from headrace.pipelines.cli.json_output import ERROR, OUTPUTS
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.cli.schema import UnknownSchema, schema
 from headrace.pipelines.console import make_console
@@ -79,7 +80,7 @@ def test_what_follows_a_run(run_call, folder):
     assert set(exported["differences"]) == {"torch", "safetensors"}
     refused = headrace("predict", "recipe.yaml", "photos", "-o", "-", "--json", cwd=folder)
     assert refused.returncode == 2
-    assert "give --out a file" in refused.stderr
+    assert "give --out a file" in json.loads(refused.stdout)["error"]["message"]
 
 
 @pytest.mark.slow
@@ -125,6 +126,88 @@ def test_what_there_is(folder):
     assert call("init", "photos", "-o", "new.yaml", cwd=folder)["found"].startswith("60 images")
 
 
+WITHOUT_RESULT = {  # the arguments, and the words of what went wrong
+    "init": (["nowhere", "-o", "new.yaml"], "nowhere"),
+    "run": (["broken.yaml"], "flods"),
+    "run --dry-run": (["broken.yaml"], "flods"),
+    "extract": (["photos"], "--backbone timm:resnet18"),
+    "extract --dry-run": (["broken.yaml"], "flods"),
+    "status": (["recipe.yaml"], "headrace run"),
+    "report": (["recipe.yaml"], "headrace run"),
+    "advise": (["recipe.yaml"], "headrace run"),
+    "predict": (["recipe.yaml", "photos"], "headrace run"),
+    "export": (["recipe.yaml", "model"], "headrace run"),
+    "backbones": (["timm:nosuch"], "nosuch"),
+    "doctor": (["--fast"], "--fast"),
+    "cache ls": (["--all"], "--all"),
+    "cache show": (["layer1.avg"], "layer1.avg"),
+    "cache verify": (["--sources"], "--recipe recipe.yaml"),
+    "cache repair": (["layer9.avg"], "layer9.avg"),
+    "cache gc": (["--cache", "nowhere"], "nowhere"),
+    "cache rm": (["layer1.avg"], "layer1.avg"),
+    "cache export": (["layer1.avg"], "Missing argument"),
+    "cache import": (["rows.npy", "--name", "mine", "--recipe", "broken.yaml"], "flods"),
+    "cluster tls": ([], "Missing argument"),
+}
+
+
+@pytest.mark.parametrize("command", [name for name in OUTPUTS if name != ERROR])
+def test_a_call_without_result_prints_one_error(command, tmp_path):
+    """An object on the standard output and nothing else; the same words on the standard error."""
+    make_photos(tmp_path / "photos", 2)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "broken.yaml").write_text(RECIPE.replace("folds", "flods"))
+    arguments, words = WITHOUT_RESULT[command]
+    done = headrace(*command.split(), *arguments, "--json", cwd=tmp_path)
+    output = json.loads(done.stdout)
+    jsonschema.validate(output, schema(ERROR))
+    error = output["error"]
+    assert error["exit_status"] == done.returncode == 2
+    assert words in error["message"]
+    assert error["message"].split()[-1].strip("'") in done.stderr
+    assert all(command in error["message"] for command in error["next"])
+    assert (words != "headrace run") or "headrace run recipe.yaml" in error["next"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "kind", "words"),
+    [
+        ("KeyboardInterrupt", 130, "KeyboardInterrupt", "Interrupted"),
+        ("MemoryError", 2, "MemoryError", "no more memory"),
+        ("OSError(28, 'No space left on device')", 2, "OSError", "No space left"),
+        ("ZeroDivisionError('a fault')", 1, "ZeroDivisionError", "a fault"),
+    ],
+)
+def test_what_ends_a_command_from_outside_is_an_error(raised, status, kind, words, folder):
+    """Ctrl-C, the machine and faults of headrace, of which the standard error has the traceback."""
+    first = (
+        "from headrace.pipelines.planning import run_state\n"
+        f"def fail(*_, **__): raise {raised}\n"
+        "run_state.read_run_state = fail"
+    )
+    done = headrace("run", "recipe.yaml", "--dry-run", "--json", cwd=folder, first=first)
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["exit_status"], error["kind"]) == (status, status, kind)
+    assert words in error["message"]
+    assert ("Traceback" in done.stderr) == (status == 1)
+
+
+def test_commands_in_messages():
+    """Between back-quotes, or after a colon up to the end of the sentence."""
+    assert commands_in("no library. Try: pip install 'headrace[onnx]'") == (
+        "pip install 'headrace[onnx]'",
+    )
+    assert commands_in("`headrace run A` and `headrace cache rm` (or: headrace doctor)") == (
+        "headrace run A",
+        "headrace cache rm",
+        "headrace doctor",
+    )
+    assert commands_in("Go on with: headrace run a.yaml. Nothing is lost") == (
+        "headrace run a.yaml",
+    )
+    assert commands_in("headrace: no such file") == ()
+
+
 def test_every_command_has_json_and_a_schema():
     """No command is left out, and none of the schemas is of a command that is gone."""
     commands = set()
@@ -140,7 +223,7 @@ def test_every_command_has_json_and_a_schema():
                 assert full_name in ("demo", "schema")
 
     walk(get_command(app), "")
-    assert commands | {"run --dry-run", "extract --dry-run"} == set(OUTPUTS)
+    assert commands | {"run --dry-run", "extract --dry-run", ERROR} == set(OUTPUTS)
     for name in OUTPUTS:
         jsonschema.Draft202012Validator.check_schema(schema(name))
     with pytest.raises(UnknownSchema, match="nearest: status"):

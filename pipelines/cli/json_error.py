@@ -1,0 +1,46 @@
+"""The object that a command prints with `--json` when it ends without its result."""
+
+import contextlib
+import re
+
+import typer
+
+from headrace.pipelines.cli.json_output import ErrorDetail, ErrorOutput, print_json
+
+_PROGRAMS = "headrace|pip install|rm|cp|mv|export|tar|unzip|python"
+# Between back-quotes, or after a colon up to the end of its sentence or brackets.
+_COMMAND = re.compile(
+    rf"`((?:{_PROGRAMS}) [^`]+)`|: ((?:{_PROGRAMS}) .+?)(?=[,;)]|\.?(?:\s[A-Z(]|\s*$))"
+)
+
+
+def commands_in(message: str) -> tuple[str, ...]:
+    """Return the commands that a message tells people to type, in its order."""
+    matches = _COMMAND.finditer(message)
+    return tuple(dict.fromkeys((match[1] or match[2]).strip() for match in matches))
+
+
+def print_error(kind: str, message: str, exit_status: int) -> None:
+    """Print the error as one object; where the standard output cannot be written to, nothing, for
+    the standard error says it too.
+    """
+    detail = ErrorDetail(
+        kind=kind, message=message, next=commands_in(message), exit_status=exit_status
+    )
+    with contextlib.suppress(OSError):
+        print_json(ErrorOutput(error=detail))
+
+
+def print_exit(end: SystemExit) -> None:
+    """Print why click ended the command: arguments that are none of its own, a question that was
+    not answered with yes, or Ctrl-C. Print nothing where the command ended itself: it has printed
+    its object.
+    """
+    cause = end.__context__
+    exit_status = end.code if isinstance(end.code, int) else 0
+    if exit_status == 130:
+        print_error("KeyboardInterrupt", "Interrupted. What is finished is kept", exit_status)
+    elif isinstance(cause, typer.Abort):
+        print_error("Abort", "Not confirmed, so that nothing was done; --yes confirms", exit_status)
+    elif cause is not None and hasattr(cause, "format_message"):  # click's errors, wherever from
+        print_error(type(cause).__name__, cause.format_message(), exit_status)
