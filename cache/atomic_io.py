@@ -151,9 +151,7 @@ def publish_replace(target_path: Path, data: bytes) -> None:
 
 
 def publish_parts(target_path: Path, byte_parts: Sequence[bytes | memoryview]) -> bool:
-    """Publish the concatenation of `byte_parts` as `publish_bytes` does, without joining them in
-    memory.
-    """
+    """Publish the concatenation of `byte_parts` like `publish_bytes`, never joined in memory."""
     if target_path.exists():
         return False
     with explain_os_errors(target_path):
@@ -186,9 +184,7 @@ def write_all(file_descriptor: int, data: bytes | memoryview) -> None:
 
 
 def _begin_writing_out(file_descriptor: int) -> None:
-    """Ask Linux to start writing dirty pages now instead of at fsync. No guarantee is given or
-    needed.
-    """
+    """Ask Linux to write dirty pages from now on, before fsync. No guarantee is given or needed."""
     if sys.platform == "linux":
         _load_libc().sync_file_range(
             file_descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE

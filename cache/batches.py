@@ -60,9 +60,7 @@ def shuffled_buffers(
     block_rows: int,
     buffer_rows: int,
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the positions as buffers, each a shuffle of several blocks; every position is in one
-    buffer.
-    """
+    """Yield buffers of positions, each a shuffle of several blocks; every position once."""
     random_generator = np.random.default_rng(seed)
     block_order = random_generator.permutation(-(-len(row_positions) // block_rows))
     blocks_per_buffer = buffer_rows // block_rows

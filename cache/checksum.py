@@ -91,9 +91,7 @@ def _require_counts(shard_path: Path, layout: ShardLayout, entry: ShardEntry) ->
 
 
 def shard_checksum(shard_path: Path) -> tuple[int, str, bytes]:
-    """Return the size in bytes, the XXH3-128 of all bytes behind the user block, and the user
-    block.
-    """
+    """Return a shard's size in bytes, XXH3-128 of what follows the user block, and that block."""
     hasher, file_bytes = xxhash.xxh3_128(), 0
     read_buffer = memoryview(bytearray(_BLOCK_BYTES))
     try:
@@ -111,9 +109,7 @@ def shard_checksum(shard_path: Path) -> tuple[int, str, bytes]:
 
 
 def shard_unreadable(shard_path: Path, error: OSError) -> ShardUnreadable:
-    """Return the error for a shard that the operating system cannot read; the shard itself may be
-    intact.
-    """
+    """Return the error for a shard that cannot be read; the shard itself may be intact."""
     errno_name = errno.errorcode.get(error.errno or 0, "unknown errno")
     return ShardUnreadable(
         error.errno,

@@ -5,9 +5,7 @@ A message states the value, what was expected, where it is, and what to type nex
 
 
 class HeadraceError(Exception):
-    """Base of every error that the user's input or the machine caused. The command line prints it
-    and exits with 2.
-    """
+    """Base of errors that input or machine caused; the command line prints it and exits with 2."""
 
 
 class CacheError(HeadraceError):
@@ -25,15 +23,11 @@ class ShardMissing(CacheError, FileNotFoundError):
 
 
 class ShardCorrupt(CacheError, ValueError):
-    """The bytes of a shard are not those that were published, or its structure is not that of the
-    format.
-    """
+    """The bytes of a shard are not those published, or its structure is not the format's."""
 
 
 class ShardUnreadable(CacheError, OSError):
-    """The operating system refused to read a shard; the message names the errno. The shard may be
-    intact.
-    """
+    """The system refused to read a shard, which may be intact; the message names the errno."""
 
 
 class ManifestCorrupt(CacheError, ValueError):

@@ -46,9 +46,7 @@ def open_feature_set(directory: Path | str) -> "FeatureSet":
 
 
 def list_feature_sets(cache_root: Path | str) -> list["FeatureSet"]:
-    """Open every feature set of a cache, ordered by fingerprint; an empty list where there is no
-    cache.
-    """
+    """Open every feature set of a cache, ordered by fingerprint; [] where there is no cache."""
     return [open_feature_set(path) for path in feature_set_directories(cache_root)]
 
 
@@ -58,9 +56,7 @@ def feature_set_directories(cache_root: Path | str) -> list[Path]:
 
 
 def unfinished_directories(cache_root: Path | str) -> list[Path]:
-    """Return directories that killed writers of earlier versions left without content; no reader
-    sees them.
-    """
+    """Return directories without content that killed writers left; no reader sees them."""
     candidate_paths = (path for path in (Path(cache_root) / FEATURES).glob("*") if path.is_dir())
     return sorted(
         path
@@ -108,9 +104,7 @@ class FeatureSet:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Dtype of decoded rows unless another one is requested: float16 if stored so, float32
-        otherwise.
-        """
+        """Dtype of decoded rows by default: float16 if stored so, float32 otherwise."""
         return np.dtype(np.float16 if self.spec.dtype == "float16" else np.float32)
 
     @property
@@ -150,9 +144,7 @@ class FeatureSet:
         return failed_samples
 
     def cached_hashes(self) -> frozenset[str]:
-        """Return the content hashes with a row or a recorded failure; these need not be extracted
-        again.
-        """
+        """Return hashes with a row or a recorded failure: these are not extracted again."""
         return frozenset(self.content_hashes().astype("U32").tolist()) | {
             failure.content_hash for failure in self.failures()
         }
@@ -224,9 +216,7 @@ class FeatureSet:
         self._reader.prefetch(self._checked_positions(rows))
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
-        """Return rows by position, slice, list or boolean mask, in `dtype`; a tuple indexes into
-        the rows.
-        """
+        """Return rows by position, slice, list or boolean mask; a tuple indexes into rows."""
         key, *rest = key if isinstance(key, tuple) else (key,)
         if isinstance(key, int | np.integer):
             row = self.read([int(key)], None)[0]
@@ -274,9 +264,7 @@ class FeatureSet:
         )
 
     def to_dask_array(self, dtype: npt.DTypeLike | None = None) -> "dask.array.Array":
-        """Return a dask array (N, *shape) with one chunk per shard; a task carries only a path and
-        an entry.
-        """
+        """Return a dask array (N, *shape), a chunk per shard; tasks carry a path and an entry."""
         import dask.array
         from dask.delayed import delayed
 
@@ -303,9 +291,7 @@ class FeatureSet:
     def to_torch_dataset(
         self, dtype: npt.DTypeLike | None = np.float32
     ) -> "torch.utils.data.Dataset[tuple[torch.Tensor, int]]":
-        """Return a torch Dataset of (feature (*shape), row position); a DataLoader reads a batch in
-        one call.
-        """
+        """Return a torch Dataset of (feature (*shape), row position) that reads by batches."""
         from headrace.cache.torch_dataset import FeatureDataset
 
         return FeatureDataset(

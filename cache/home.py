@@ -1,6 +1,4 @@
-"""The user's home directory, if there is one: a container's user id may have no account, a service
-no HOME.
-"""
+"""The user's home directory, if any: a container's user may have no account, a service no HOME."""
 
 import os
 from pathlib import Path

@@ -129,9 +129,7 @@ def manifest_bytes(entries: Iterable[ShardEntry]) -> bytes:
 
 
 def _cut_torn_end(file_descriptor: int) -> int:
-    """Cut off an unfinished last line, or end a complete one that lacks its newline; return the
-    file size after that.
-    """
+    """Cut off an unfinished last line, or add a lacking newline; return the file's size then."""
     file_bytes = os.fstat(file_descriptor).st_size
     # No line is longer than this; the file itself may be megabytes.
     tail_start = max(0, file_bytes - (1 << 16))

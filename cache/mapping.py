@@ -103,9 +103,7 @@ class MappedRows:
         self.is_mapped = np.zeros(len(rows_per_file), np.bool_)
 
     def map(self, file_index: int, file_path: Path, data_offset: int, n_rows: int) -> None:
-        """Map a file's `n_rows` rows, which start at byte `data_offset` (a multiple of the item
-        size).
-        """
+        """Map `n_rows` rows from byte `data_offset` (a multiple of the item size) of a file."""
         data_bytes = n_rows * self._values_per_row * self._stored_dtype.itemsize
         if data_bytes:
             page_lead = data_offset % _PAGE
@@ -153,9 +151,7 @@ class MappedRows:
     def gather(
         self, first_items: npt.NDArray[np.int64], output_rows: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any]:
-        """Copy the rows that start at these items to a new array (n, values_per_row), or to
-        `output_rows`.
-        """
+        """Copy the rows that start at these items into (n, values_per_row), or `output_rows`."""
         if output_rows is None:
             output_rows = np.empty((len(first_items), self._values_per_row), self._stored_dtype)
         if self._is_table:
@@ -186,9 +182,7 @@ class MappedRows:
         )
 
     def rows(self, file_index: int, start_row: int, stop_row: int) -> npt.NDArray[Any]:
-        """Return a view (stop_row - start_row, values_per_row) of consecutive rows of one file, not
-        a copy.
-        """
+        """Return consecutive rows of one file (stop_row - start_row, values_per_row), a view."""
         first_item = int(self.first_item[file_index]) + start_row * self._values_per_row
         return np.asarray(
             self._row_windows[first_item :: self._values_per_row][: stop_row - start_row]

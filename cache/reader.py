@@ -127,9 +127,7 @@ class ShardReader:
         return output_rows
 
     def read_range(self, start_row: int, stop_row: int, output_rows: npt.NDArray[Any]) -> None:
-        """Decode consecutive rows into `output_rows` (stop_row - start_row, *shape), copying each
-        row once.
-        """
+        """Decode consecutive rows into `output_rows` (stop_row - start_row, *shape), one copy."""
         shard_index = int(np.searchsorted(self.first_row, start_row, side="right")) - 1
         next_row = start_row
         while next_row < stop_row:
@@ -186,9 +184,7 @@ class ShardReader:
                 shard_index += 1
 
     def read_texts(self, shard_index: int, list_name: str) -> npt.NDArray[np.bytes_]:
-        """Return a text column of a shard ("id", "content", "failed_id", ...) as fixed-length
-        bytes.
-        """
+        """Return a text column of a shard ("id", "content", "failed_id", ...) as fixed bytes."""
         layout = self.touch(shard_index)
         n_texts = layout.n_failed if list_name.startswith("failed_") else layout.n_rows
         text_bytes = 32 if list_name.endswith("content") else getattr(layout, f"{list_name}_bytes")

@@ -71,9 +71,7 @@ class RowIndex:
 
 
 def _hash_keys(content_hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint64]:
-    """Return (n,) uint64 keys spread over the whole range; sorting integers is ten times faster
-    than sorting texts.
-    """
+    """Return (n,) uint64 keys spread over the range: integers sort ten times as fast as texts."""
     hash_words = np.ascontiguousarray(content_hashes).view(np.uint64).reshape(-1, 4)
     keys = hash_words[:, 0] * _MIX_CONSTANTS[0]
     for column in range(1, 4):

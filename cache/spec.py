@@ -55,9 +55,7 @@ class FeatureSpec:
 
     @property
     def fingerprint(self) -> str:
-        """First 24 hex digits of the SHA-256 of the canonical JSON; the name of the feature set's
-        directory.
-        """
+        """Name of the directory: 24 hex digits of the canonical JSON's SHA-256."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:24]
 
     def to_json(self) -> str:
@@ -91,9 +89,7 @@ class FeatureSpec:
 
 
 def spec_difference(stored_spec: FeatureSpec, expected_spec: FeatureSpec) -> str | None:
-    """Describe the first field in which two specs differ, with both values; None when they are
-    equal.
-    """
+    """Describe the first field in which two specs differ, with both values; None if equal."""
     for field in dataclasses.fields(FeatureSpec):
         expected_value, stored_value = (
             getattr(expected_spec, field.name),

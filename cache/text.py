@@ -1,6 +1,4 @@
-"""One normal form for the ids and labels that tables, arrays and other programs give, so that they
-can be compared.
-"""
+"""One form of ids and labels from tables, arrays and other programs, so that they compare."""
 
 import unicodedata
 

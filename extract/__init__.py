@@ -1,3 +1,1 @@
-"""Images to features: sources of images, backbones, their taps, and the work units that
-run them.
-"""
+"""Images to features: sources of images, backbones, taps, and the work units that run them."""

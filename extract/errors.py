@@ -27,18 +27,14 @@ class ImageError(Exception):
 
 
 def nearest_names(word: str, options: Iterable[str], count: int = 4) -> str:
-    """ "a, b, c": the options most like `word`, for the end of an error message; "(none)" when
-    there are no options.
-    """
+    """Return "a, b, c", the options most like `word`, for an error message; or "(none)"."""
     choices = list(dict.fromkeys(options))
     close = difflib.get_close_matches(word, choices, n=count, cutoff=0.5)
     return ", ".join(close or choices[:count]) or "(none)"
 
 
 def missing_path_message(path: Path, expected: str) -> str:
-    """The message for a path that does not exist or is of the other kind, with the nearest name in
-    its parent.
-    """
+    """Return the message for a path that is absent or of the other kind, with a near name."""
     if path.exists():
         return f"{path} is {'a folder' if path.is_dir() else 'a file'}; expected {expected}."
     parent = path.absolute().parent

@@ -124,9 +124,7 @@ def _as_tuples(value: Any) -> Any:
 
 
 def check_sizes(value_name: str, *sizes: object) -> None:
-    """Raise BackboneError for (height, width) that are no sizes of images, or of more pixels than
-    an image may have.
-    """
+    """Raise BackboneError for (height, width) that are no sizes, or have too many pixels."""
     for size in sizes:
         if not (
             isinstance(size, tuple)

@@ -174,9 +174,7 @@ def _rows(
 
 
 def worker_memory() -> int:
-    """Bytes that one worker may fill with features: half of its share of the machine, or of its
-    container.
-    """
+    """Return the bytes that a worker may fill with features: half its share of the memory."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

@@ -22,9 +22,7 @@ ALL_TASKS: tuple[TaskKind, ...] = ("single", "multi", "regression")
 
 
 class CannotPredict(HeadraceError, ValueError):
-    """The head has no arrays to predict from, or the features are not the ones that it was trained
-    on.
-    """
+    """The head has no arrays to predict from, or was trained on other features."""
 
 
 @dataclass(frozen=True)

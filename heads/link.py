@@ -52,27 +52,21 @@ def link(
 
 
 def within_floor(decision: npt.NDArray[Any], task: TaskKind) -> npt.NDArray[Any]:
-    """Log-odds (n, C) no farther apart than the probabilities that a temperature is fitted to can
-    say.
-    """
+    """Log-odds (n, C), as far apart as probabilities above a temperature's floor can be."""
     if task == "multi" or decision.shape[1] == 1:
         return np.asarray(np.clip(decision, -FARTHEST, FARTHEST))
     return np.asarray(np.maximum(decision - decision.max(1, keepdims=True), -FARTHEST))
 
 
 def ridge_link(decision: npt.NDArray[Any], task: TaskKind, temperature: float = 1.0) -> Floats:
-    """Ridge fits -1/+1, not log-odds: the softmax of twice the decision, so that a perfect fit is a
-    sure prediction.
-    """
+    """Softmax of twice the decision: ridge fits -1/+1, and a perfect fit should be sure."""
     return link(decision, task, scale=2.0, temperature=temperature)
 
 
 def tempered(
     probabilities: npt.NDArray[Any], task: TaskKind, temperature: float, floor: float = FLOOR
 ) -> Floats:
-    """(n, C) float32 probabilities at a temperature, for what has no log-odds to divide; the
-    decisions are kept.
-    """
+    """(n, C) float32 at a temperature, where there are no log-odds; decisions are kept."""
     if temperature == 1 or task == "regression":
         return np.asarray(probabilities, np.float32)
     return keep_decisions(

@@ -51,9 +51,7 @@ class BadHeadFile(HeadraceError, ValueError):
 
 
 class CodeNotTrusted(HeadraceError, ValueError):
-    """A file asks for code, or a file, that its reader has not allowed: says what, and the option
-    to type.
-    """
+    """A file asks for code, or a file, that its reader has not allowed; names the option."""
 
 
 @dataclass(frozen=True)
@@ -237,9 +235,7 @@ def check_temperature(value: object) -> float:
 
 
 def check_outputs(task_kind: object, classes: object) -> None:
-    """Raise ValueError unless they are a kind of task and a list of names, as a file of a model
-    should have them.
-    """
+    """Raise ValueError unless these are a kind of task and names, as in a file of a model."""
     if task_kind not in get_args(TaskKind):
         raise ValueError(
             f"its task is {task_kind!r}, expected one of {', '.join(get_args(TaskKind))}"

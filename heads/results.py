@@ -115,9 +115,7 @@ def results_bytes(
 
 
 def sealed(file: bytes | memoryview) -> bytes:
-    """An HDF5 file with a user block of 4096 bytes, the block now naming the digest of what is
-    behind it.
-    """
+    """Return an HDF5 file whose user block of 4096 bytes names the digest of the rest."""
     body = memoryview(file)[USER_BLOCK_BYTES:]
     return b"".join((_user_block(xxhash.xxh3_128_hexdigest(body)), body))
 
@@ -165,9 +163,7 @@ class BankResult:
             )
 
     def validation(self, spec: HeadSpec | str, fold: int) -> npt.NDArray[np.float32] | None:
-        """(n_held_out, C) predictions of the rows of that fold, in the order of `ids`; None where
-        there are none.
-        """
+        """Predictions (n_held_out, C) of that fold's rows, in the order of `ids`, or None."""
         with _open(self.path) as file:
             group = file[f"head/{self.head_index(spec, fold)}"]
             return group["validation"][()] if "validation" in group else None
@@ -196,9 +192,7 @@ class BankResult:
         return predicted
 
     def out_of_fold_stack(self, specs: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(K, N, C) `out_of_fold` of many specs (as JSON) at once: the file is opened once, not
-        once per fold.
-        """
+        """(K, N, C) `out_of_fold` of many specs (as JSON), from a file opened once."""
         rows_of_folds = [
             (held_out_fold, self.rows(held_out_fold))
             for held_out_fold in range(int(self.fold.max(initial=-1)) + 1)
@@ -299,9 +293,7 @@ def remove_damaged(path: Path | str) -> bool:
 
 @contextmanager
 def _open(path: Path) -> Iterator[h5py.File]:
-    """The file, whole and self-contained; whatever else keeps it from being read is a
-    BadResults.
-    """
+    """Open the file, whole and self-contained; anything that prevents it is a BadResults."""
     while True:
         state = _check(path)
         try:

@@ -1,6 +1,4 @@
-"""Where a run was computed: versions and machine, one line per change, so that a report can say it
-later.
-"""
+"""Where a run was computed: versions and machine, a line per change, for the report."""
 
 import datetime
 import importlib.metadata

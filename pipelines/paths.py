@@ -16,9 +16,7 @@ class RunPaths:
 
     @property
     def listing(self) -> Path:
-        """The images of the last call, {id: content hash}: tells new, changed, renamed and removed
-        ones apart.
-        """
+        """Images of the last call, {id: content hash}: new, changed, renamed, removed."""
         return self.root / "images.json"
 
     @property
@@ -50,9 +48,7 @@ class RunPaths:
 
     @property
     def accounting(self) -> Path:
-        """The counts of the source's entries: how many are used, and how many are not,
-        by reason.
-        """
+        """Counts of the source's entries: how many are used, and how many not, by reason."""
         return self.root / "accounting.json"
 
     @property
@@ -86,9 +82,7 @@ class RunPaths:
 
     @property
     def signatures(self) -> Path:
-        """Grey copies of the images, 16 x 16 pixels, that the report has compared: they only save
-        time.
-        """
+        """Grey copies of the images, 16 x 16 pixels, which the report compares; a cache."""
         return self.root / "signatures.npz"
 
     @property
@@ -148,9 +142,7 @@ class RunPaths:
 
     @property
     def finetune_decisions(self) -> Path:
-        """Each candidate: parity, measured cost, predicted and measured gain, and what
-        was decided.
-        """
+        """Each candidate: parity, measured cost, predicted and measured gain, decision."""
         return self.finetune / "candidates.json"
 
     def finetune_result(self, candidate_key: str) -> Path:
@@ -181,9 +173,7 @@ class RunPaths:
         return self.advice_folder / "advice.json"
 
     def task(self, task_digest: str) -> Path:
-        """The rows that heads are trained on, and beside them `groups`: of each, the number of its
-        group.
-        """
+        """Rows that heads are trained on; beside them `groups`, each row's group number."""
         return self.root / "tasks" / f"{task_digest}.npz"
 
     def side_columns(self, fingerprint: str) -> Path:
@@ -201,7 +191,5 @@ def unit_leases(cache_root: Path) -> Path:
 
 
 def content_index(cache_root: Path) -> Path:
-    """Return the index of content hashes by path, size and time, shared by all runs on
-    one cache.
-    """
+    """Index of content hashes by path, size and time, shared by all runs on a cache."""
     return cache_root / "contents.parquet"

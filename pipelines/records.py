@@ -23,9 +23,7 @@ RUN_AGAIN = "`headrace run RECIPE` writes it again"
 
 
 class RunDamaged(HeadraceError, ValueError):
-    """A file of a run is not as it was written: names the file, and the command that writes it
-    again.
-    """
+    """A file of a run was altered: names it, and the command that writes it again."""
 
 
 def write_record(path: Path, values: Mapping[str, Any]) -> None:
@@ -89,9 +87,7 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records in a file of `append_records`, oldest first, and how many of its lines are
-    damaged and left out.
-    """
+    """Return the records of `append_records`, oldest first, and how many damaged lines."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:

@@ -1,6 +1,4 @@
-"""The run, top to bottom: plan, then stage by stage what is missing; the test split is opened once,
-at the end.
-"""
+"""The run: plan, then stage by stage what is missing; the test split is used once, last."""
 
 import datetime
 import os

@@ -1,6 +1,4 @@
-"""A run's directory: which run is meant, the recipe that it was made with, and where its files are
-now.
-"""
+"""A run's directory: which run is meant, its recipe, and where its files are now."""
 
 import os
 import shlex
@@ -75,9 +73,7 @@ def is_run(paths: RunPaths) -> bool:
 
 
 def require_finished(paths: RunPaths, *files: Path) -> None:
-    """Raise NotARun, naming what is missing and what to type, unless the run has left these files
-    of its end.
-    """
+    """Raise NotARun, with what to type, unless the run has left these files of its end."""
     for file in files:
         if file.exists():
             continue
@@ -94,9 +90,7 @@ def require_finished(paths: RunPaths, *files: Path) -> None:
 
 
 def require_writable(paths: RunPaths, instead: str) -> None:
-    """Raise RunReadOnly, with what to type instead, where nothing can be written into the run's
-    directory.
-    """
+    """Raise RunReadOnly, with what to type, where nothing can be written into the run."""
     if not os.access(paths.root, os.W_OK):
         raise RunReadOnly(f"{paths.root} cannot be written to. Type: {instead}")
 
@@ -123,9 +117,7 @@ def _recipe_out(path: Path, otherwise: str) -> Path:
 
 
 def _did_you_mean(path: Path) -> str:
-    """Return a question that names the runs that were perhaps meant: around the path, below it, or
-    called like it.
-    """
+    """Return a question naming runs perhaps meant: around the path, below it, or like it."""
     parents = (above for above in list(path.parents)[:3] if above.name)
     existing_runs = (
         candidate

@@ -58,9 +58,7 @@ def mlflow_uri(location: str) -> str:
 
 
 def run_digest(result: "RunResult") -> str:
-    """Return a digest of the leaderboard and the test score: equal for a run with the
-    same results.
-    """
+    """Return a digest of leaderboard and test score: equal for runs with equal results."""
     board = result.board.drop(columns=["path", "seconds"], errors="ignore")
     text = board.to_csv(index=False) + repr(result.test)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,9 +18,7 @@ _MAX_SHOWN = 12
 
 @dataclass(frozen=True)
 class FeatureColumns:
-    """Names of the values of a row where they come from columns of a table; empty for arrays and
-    lists.
-    """
+    """Names of a row's values that come from columns of a table; empty for arrays and lists."""
 
     chosen: tuple[str, ...] = ()
     # All columns of the table, in its order.
@@ -35,9 +33,7 @@ class FeatureColumns:
         )
 
     def leave_out(self, column_indices: Collection[int]) -> str:
-        """Advise how to leave out values that are not features, with the option for the remaining
-        columns.
-        """
+        """Advise to leave out values that are no features, with the option for the others."""
         kept_columns = [
             column
             for column_index, column in enumerate(self.chosen)
@@ -101,9 +97,7 @@ def refuse_columns(
 def suggest_columns(
     column_names: Sequence[str], kept_columns: Sequence[str], option_name: str = "--columns"
 ) -> str:
-    """Return the sentence that names the remaining columns as an option, empty where there are
-    none.
-    """
+    """Return the sentence that names the remaining columns as an option; "" for none."""
     if not kept_columns or option_name != "--columns":
         return ""
     return f" What is left: {columns_option(column_names, kept_columns)}"

@@ -65,9 +65,7 @@ def select_rows(
 
 
 def find_ambiguous_ids(feature_set: FeatureSet) -> list[str]:
-    """Return the ids that stand for several images of a feature set; only content hashes tell these
-    apart.
-    """
+    """Return the ids that several images of a feature set share: content hashes differ."""
     return [
         sample_id
         for sample_id, content_hashes in content_hashes_by_id(

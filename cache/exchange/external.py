@@ -221,9 +221,7 @@ def _refuse_target_columns(
 
 
 def _deduplicate_rows(row_hashes: Sequence[str | None]) -> tuple[npt.NDArray[np.int64], int]:
-    """Return the first row of each content hash, in the order of the hashes, and the number of
-    copies dropped.
-    """
+    """Return each content hash's first row, in order of the hashes, and the count of copies."""
     row_of_hash: dict[str, int] = {}
     n_copies = 0
     for row, content_hash in enumerate(row_hashes):

@@ -169,9 +169,7 @@ def _load_id_array(ids_path: Path) -> npt.NDArray[Any]:
 
 
 def _restore_row_order(id_table: pd.DataFrame, table_path: Path) -> pd.DataFrame:
-    """Sort a table that `export_npy` wrote by its column `row`, in case another program has
-    reordered it.
-    """
+    """Sort a table of `export_npy` by its column `row`, in case a program has reordered it."""
     if not {"row", "id", "content"} <= set(id_table.columns):
         return id_table
     row_numbers = pd.to_numeric(id_table["row"], errors="coerce")

@@ -1,6 +1,4 @@
-"""CSV, TSV and Parquet tables that other programs made: ids exactly as written, features as
-numbers.
-"""
+"""CSV, TSV and Parquet tables of other programs: ids exactly as written, features as numbers."""
 
 import csv
 from collections import Counter
@@ -26,9 +24,7 @@ _VALUE_BYTES = 4
 
 
 def require_plausible_size(declared_bytes: int, source_path: Path) -> None:
-    """Raise ExternalFeaturesInvalid if a file of this size cannot hold that many bytes, however
-    well compressed.
-    """
+    """Raise ExternalFeaturesInvalid if a file cannot hold that many bytes, even compressed."""
     file_bytes = source_path.stat().st_size
     if declared_bytes > _MAX_COMPRESSION_RATIO * file_bytes:
         raise ExternalFeaturesInvalid(
@@ -87,9 +83,7 @@ def read_columns(
     text_columns: Sequence[str],
     column_names: Sequence[str],
 ) -> pd.DataFrame:
-    """Read the feature columns and those of `text_columns` that exist; a CSV's text columns stay
-    exactly as written.
-    """
+    """Read feature columns and existing `text_columns`, a CSV's texts exactly as written."""
     selected_columns = [
         column for column in column_names if column in feature_columns or column in text_columns
     ]

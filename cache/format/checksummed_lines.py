@@ -1,6 +1,4 @@
-"""Checksummed JSON lines: one flat JSON object per line, with its own checksum under the last key,
-`check`.
-"""
+"""Checksummed JSON lines: a flat object per line, its checksum under the last key, `check`."""
 
 import json
 from typing import Any

@@ -23,9 +23,7 @@ def read_compressed_rows(shard_path: Path, row_selection: Any) -> npt.NDArray[An
 
 
 def require_hdf5plugin(why: str) -> Any:
-    """Import and return hdf5plugin, which registers its filters with HDF5. Raises HeadraceError
-    without it.
-    """
+    """Return hdf5plugin, whose import registers HDF5 filters. Raises HeadraceError without it."""
     try:
         import hdf5plugin
     except ImportError as error:

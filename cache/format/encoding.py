@@ -30,9 +30,7 @@ _BLOCK_BYTES = 1 << 19
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """Difference between stored values and the values before storing, over all values of a set of
-    rows.
-    """
+    """Difference between stored values and those before storing, over a set of rows."""
 
     # Largest absolute error
     largest: float = 0.0
@@ -212,9 +210,7 @@ def _channel_range(
 
 
 def _all_finite(values: npt.NDArray[Any], storage_dtype: str) -> bool:
-    """Return True if float16 or float32 values contain no NaN and no infinity, without locating
-    them.
-    """
+    """Return whether float16 or float32 values have neither NaN nor infinity, not where."""
     if storage_dtype == "float32":
         return bool(np.isfinite(values).all())
     # Halves of one sign are in the order of their bits, infinity and NaN last. Two maxima take half

@@ -70,9 +70,7 @@ def tensor_metadata(data: bytes) -> dict[str, str]:
 
 
 def is_sealed_file(file_path: Path) -> bool:
-    """Return True for an intact safetensors file; one of an earlier version, without a seal, is
-    judged by its size.
-    """
+    """Return whether a safetensors file is intact; an old one without a seal, by its size."""
     try:
         data = file_path.read_bytes()
         check_seal(data)
@@ -116,9 +114,7 @@ def read_sealed_json(data: bytes | str) -> dict[str, Any]:
 
 
 def sealed_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """Return the arrays as an uncompressed .npz without pickles, its seal in the comment of the zip
-    file.
-    """
+    """Return the arrays as an uncompressed .npz, its seal in the comment of the zip file."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     with zipfile.ZipFile(buffer, "a") as archive:

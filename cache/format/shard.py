@@ -141,9 +141,7 @@ def build_shard(
 
 
 def user_block(checksum: str) -> bytes:
-    """Return the first 4096 bytes of a shard whose remaining bytes have this XXH3-128 (32 hex
-    digits).
-    """
+    """Return a shard's first 4096 bytes, whose other bytes have this XXH3-128 (32 hex digits)."""
     header_text = (
         f"{FORMAT} {VERSION}\nxxh3_128 {checksum}\nof all bytes from {USER_BLOCK_BYTES} on; the "
         "rest is HDF5\n"

@@ -174,9 +174,7 @@ def _contiguous_start(
     expected_dtype: np.dtype[Any],
     file_bytes: int,
 ) -> int:
-    """Return the offset of a data set in the file, 0 for an empty one; all of its bytes must be
-    inside the file.
-    """
+    """Return a data set's offset in the file, 0 for an empty one; it must lie inside the file."""
     properties = data_set.get_create_plist()
     if properties.get_layout() != h5py.h5d.CONTIGUOUS:
         raise ShardCorrupt(f"{data_set_name!r} is not stored contiguously")

@@ -121,9 +121,7 @@ def remove_feature_set(directory: Path) -> None:
 
 
 def interrupted_removals(cache_root: Path) -> dict[Path, str]:
-    """Return what killed processes left of feature sets that they removed, with the fingerprints
-    of these.
-    """
+    """Return what killed processes left of feature sets being removed, with fingerprints."""
     found = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
     return {path: path.name.removeprefix(_TRASH).rpartition("-")[0] for path in found}
 

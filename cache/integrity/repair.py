@@ -1,6 +1,4 @@
-"""Repair: delete broken shards and list intact ones, so that the next extraction redoes only the
-difference.
-"""
+"""Repair: delete broken shards and list intact ones; the next extraction redoes the rest."""
 
 import contextlib
 from collections.abc import Iterable

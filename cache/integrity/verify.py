@@ -42,9 +42,7 @@ class FeatureSetProblem:
 
 
 def verify_bytes(directory: Path) -> list[FeatureSetProblem]:
-    """Read every byte of a feature set, whatever this machine has verified before; an empty list
-    means no problem.
-    """
+    """Read every byte of a feature set, verified before or not; return no problems as []."""
     try:
         spec = read_spec(directory)
     except (ManifestCorrupt, SpecMismatch) as error:
@@ -81,9 +79,7 @@ def _find_shard_problem(
 
 
 def _find_leftovers(directory: Path, listed_units: set[str] | None) -> Iterator[FeatureSetProblem]:
-    """Yield temporary files, and shards that no line lists (listed_units None: the manifest is
-    unreadable).
-    """
+    """Yield temporary files, and shards on no line (listed_units None: unreadable manifest)."""
     for path in sorted(directory.rglob(f".*{PARTIAL_SUFFIX}")):
         yield FeatureSetProblem(
             "temporary", path, f"{path}: left by a writer that died, or still being written"

@@ -1,6 +1,4 @@
-"""Backbones: a frozen pretrained network with its own preprocessing, from torchvision, timm, or any
-Python function.
-"""
+"""Backbones: frozen pretrained networks with their preprocessing, of a library or a function."""
 
 import contextlib
 import dataclasses
@@ -42,9 +40,7 @@ from headrace.extract.spec import (
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network in evaluation mode whose parameters need no gradient, exactly as its library built
-    it.
-    """
+    """A network in evaluation mode, without gradients, exactly as its library built it."""
 
     spec: BackboneSpec
     module: nn.Module
@@ -65,9 +61,7 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
 
 
 def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
-    """The same network without its weights, in evaluation mode: shapes alone where the network can
-    be built so.
-    """
+    """Return the network without its weights, in evaluation mode; shapes alone where possible."""
     tag = spec.weights if _is_tag(spec) else None
     try:
         with torch.device("meta"):
@@ -147,9 +141,7 @@ def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> 
 
 
 def _for_channels(values: tuple[float, ...], n_channels: int) -> tuple[float, ...]:
-    """Values of a normalisation for as many channels: their mean where there are others, as timm
-    does for `in_chans`.
-    """
+    """Return a normalisation for so many channels: its mean where they differ, as timm does."""
     if len(values) == n_channels:
         return values
     return (sum(values) / len(values),) * n_channels
@@ -243,9 +235,7 @@ def _fits_unchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _configuration(module: nn.Module) -> str:
-    """The configuration of a network of transformers, or of one of timm from the hub or a folder;
-    empty for others.
-    """
+    """Return the configuration of a network of transformers, or of timm's from a hub; else {}."""
     if type(module).__module__.startswith("timm."):
         saved: dict[str, Any] = getattr(module, "pretrained_cfg", {})
         if saved.get("source") not in ("hf-hub", "local-dir"):
@@ -262,9 +252,7 @@ def _configuration(module: nn.Module) -> str:
 
 
 def _module_source(name: str) -> str:
-    """The text of the module that a "python:module:function" backbone comes from; empty where it
-    has none.
-    """
+    """Return the text of the module of a "python:module:function" backbone; "" for others."""
     try:
         return inspect.getsource(sys.modules[name.split(":")[1]])
     except (KeyError, OSError, TypeError):

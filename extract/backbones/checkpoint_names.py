@@ -93,9 +93,7 @@ def without_chunks(
 
 
 def owner_module(name: str, module_names: Collection[str]) -> str:
-    """The innermost module of a network that a tensor of this name would lie in; "" is the network
-    itself.
-    """
+    """Return the innermost module that a tensor of this name lies in; "" is the network."""
     owner = name.rpartition(".")[0]
     while owner and owner not in module_names:
         owner = owner.rpartition(".")[0]
@@ -103,9 +101,7 @@ def owner_module(name: str, module_names: Collection[str]) -> str:
 
 
 def is_head_name(name: str) -> bool:
-    """Return whether a tensor of the network's own level is called as heads and what serves
-    training alone are.
-    """
+    """Return whether a tensor of the network's own level is named like a head, or for training."""
     first_part = name.partition(".")[0].lower()
     return not _HEAD_WORDS.isdisjoint(word.rstrip("0123456789") for word in first_part.split("_"))
 

@@ -197,9 +197,7 @@ def _epilogue(activation: nn.Module | None) -> _Epilogue | None:
 
 
 class _FusedConv(nn.Module):
-    """One convolution with its normalisation folded into the weights and its activation applied by
-    the same kernel.
-    """
+    """A convolution with its normalisation folded in and its activation in the same kernel."""
 
     def __init__(
         self,

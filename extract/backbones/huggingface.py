@@ -108,9 +108,7 @@ def interpolate_positions(module: nn.Module) -> None:
 
 
 def takes_other_sizes(module: nn.Module) -> bool:
-    """Return whether a network of transformers cuts images into patches and resamples its
-    positions.
-    """
+    """Return whether a transformers network cuts patches and resamples its positions."""
     if not type(module).__module__.startswith("transformers."):
         return False
     embeddings = getattr(module, "embeddings", None)

@@ -277,9 +277,7 @@ def _run_with_hooks(
 
 
 def _gives_the_logits(linear_name: str, captured_outputs: list[_Captured]) -> bool:
-    """Return whether a linear layer's output is the network's: the same shape, so nothing but its
-    bias came after.
-    """
+    """Return whether a linear layer gives the logits: after it came at most its own bias."""
     shape_of_name = {output.name: output.shape for output in reversed(captured_outputs)}
     return shape_of_name[linear_name] == captured_outputs[-1].shape
 
@@ -296,9 +294,7 @@ def _tensor_layout(shape: tuple[int, ...]) -> Layout | None:
 
 
 def output_tensor(output: Any) -> Any:
-    """What a module gives: its output, or the first of several, as transformers' layers give them
-    in a tuple.
-    """
+    """Return a module's output, or its first: layers of transformers give a tuple."""
     return output[0] if type(output) is tuple and output else output
 
 

@@ -43,9 +43,7 @@ _HOW_TO_SAVE = "torch.save(network.state_dict(), 'weights.pth') where the networ
 
 
 class UnorderedTensors(dict[str, Tensor]):
-    """Tensors of a format that keeps their names alone: the order of this dictionary
-    means nothing.
-    """
+    """Tensors of a format that keeps names alone: this dictionary's order means nothing."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -241,9 +239,7 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 (hex) over every tensor of the state dict, sorted by name: name, dtype,
-    shape, bytes.
-    """
+    """SHA-256 (hex) of a state dict: each tensor's name, dtype, shape and bytes, by name."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

@@ -312,9 +312,7 @@ def _colours(
     values: npt.NDArray[Any],
     pixel_range: PixelRange | tuple[PixelRange, ...] | None,
 ) -> tuple[npt.NDArray[Any], tuple[PixelRange, ...]]:
-    """Grey (H, W, 1) or colours (H, W, 3) of deep samples; over white where they are
-    transparent.
-    """
+    """Grey (H, W, 1) or colours (H, W, 3) of deep samples; over white where transparent."""
     count = values.shape[2]
     if count > 4:
         raise ImageError(

@@ -66,9 +66,7 @@ _ZIP_STORED, _ZIP_DEFLATED = 0, 8
 
 
 def encode_path(path: str | Path) -> str:
-    """A file's path as text that UTF-8 can hold and that is no locator; `locator_file` gives the
-    path back.
-    """
+    """Return a path as UTF-8 text that is no locator; `locator_file` is the inverse."""
     path_string = str(path)
     if path_string.isascii() and "::" not in path_string and not path_string.startswith(_ENCODED):
         return path_string  # nearly all, and a listing has millions
@@ -148,9 +146,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def array_bytes(image_array: npt.NDArray[Any]) -> bytes:
-    """An array as the bytes of an `.npy` file, the same bytes for the same values, type
-    and shape.
-    """
+    """Return an array as an `.npy` file: the same bytes for the same values, type and shape."""
     buffer = io.BytesIO()
     np.lib.format.write_array(
         buffer, np.ascontiguousarray(image_array), version=(1, 0), allow_pickle=False
@@ -224,9 +220,7 @@ def _own_dataset(hdf5_file: h5py.File, file_path: str, array_key: str) -> h5py.D
 
 
 def _require_held(declared_bytes: int, file_bytes: int, file_path: str) -> None:
-    """Raise SourceError for values that a file of that size cannot hold, however well they are
-    compressed.
-    """
+    """Raise SourceError for more values than a file of that size can hold, compressed or not."""
     if declared_bytes > _MOST_COMPRESSED * file_bytes:
         raise SourceError(
             f"{file_path}: it has {file_bytes:,} bytes, and declares {declared_bytes:,} bytes of "
@@ -248,9 +242,7 @@ def _read_tar_member(file_path: str, details: str) -> bytes:
 
 
 def _read_compressed_tar_member(file_path: str, details: str) -> bytes:
-    """Members are read in about the order of the archive, so that its stream mostly
-    goes forward.
-    """
+    """Members are read in about the archive's order, so that its stream mostly goes forward."""
     offset, member_bytes, _ = details.split(":", 2)
     with _LOCK:
         stream = _open_compressed(file_path, file_stamp(file_path))
@@ -303,9 +295,7 @@ def _read_zip_member(file_path: str, details: str) -> bytes:
 
 
 def _read_cell(file_path: str, container_kind: str, column_name: str, row_index: int) -> bytes:
-    """The encoded image in a cell: bytes, or a struct with a field `bytes` as Hugging Face writes
-    them.
-    """
+    """Return a cell's encoded image: bytes, or the field `bytes` of Hugging Face's struct."""
     with _LOCK:
         image_cells, first_row = _image_cells(file_path, container_kind, column_name, row_index)
     cell_value = image_cells[row_index - first_row].as_py()

@@ -1,6 +1,4 @@
-"""Changes of a set of images since its last listing: new, changed,
-renamed, removed.
-"""
+"""Changes of a set of images since its last listing: new, changed, renamed, removed."""
 
 from collections import defaultdict
 from collections.abc import Mapping

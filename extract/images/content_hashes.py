@@ -1,6 +1,4 @@
-"""Content hashes of image files, with an index so that files that have not changed are not read
-again.
-"""
+"""Content hashes of image files, with an index so that unchanged files are not read again."""
 
 import hashlib
 import io
@@ -159,9 +157,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _read_index(index: Path) -> _Index:
-    """The entries of an index file; none where it is absent, damaged or of another version: it only
-    saves time.
-    """
+    """Return an index's entries; {} for an absent, damaged or older one: it only saves time."""
     try:
         table = pq.read_table(io.BytesIO(index.read_bytes()))
         if table.column_names != list(_COLUMNS) or any(

@@ -431,9 +431,7 @@ def _byte_raw_modes(
 def _both_bytes(
     image: ImageFile.ImageFile, data: bytes, high_mode: str, low_mode: str
 ) -> npt.NDArray[Any]:
-    """(H, W, C) uint16 of an image of several 16-bit channels, for which Pillow has no mode:
-    decoded twice.
-    """
+    """Return 16-bit channels (H, W, C) uint16, decoded twice: Pillow has no mode for them."""
     with open_image(data) as second_image:
         low_bytes = _load_raw(second_image, low_mode)
     return _join_bytes(_load_raw(image, high_mode), low_bytes)
@@ -471,9 +469,7 @@ def pillow_raw_mode(image: ImageFile.ImageFile) -> str:
 
 
 def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Return whether the file has samples of more than 8 bits that Pillow has scaled, or whose low
-    byte it drops.
-    """
+    """Return whether Pillow scaled samples of more than 8 bits, or dropped their low byte."""
     if image.format == "JPEG2000":
         # the codestream; the depth of its first component stands 42 bytes on
         codestream_start = data.find(b"\xff\x4f\xff\x51")
@@ -573,9 +569,7 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
 
 
 def check_pixel_range(pixel_range: Any) -> None:
-    """Raise ValueError for what is no (black, white): two finite numbers, the first the smaller
-    one.
-    """
+    """Raise ValueError for what is no (black, white): two finite numbers, the smaller first."""
     is_pair = isinstance(pixel_range, (tuple, list)) and len(pixel_range) == 2
     if not is_pair or not all(isinstance(end, (int, float)) for end in pixel_range):
         raise ValueError(

@@ -1,6 +1,4 @@
-"""HEIF images (`.heic`, what phones take), which Pillow reads where the plug-in pillow-heif is
-installed.
-"""
+"""HEIF images (`.heic`, of phones), which Pillow reads with the plug-in pillow-heif."""
 
 import functools
 import importlib.util

@@ -299,9 +299,7 @@ def _resized_extent(height: float, width: float, how: Preprocessing) -> tuple[in
 def _centre_crop(
     image: Image.Image, how: Preprocessing, border: float | None = None
 ) -> Image.Image:
-    """torchvision's center_crop, which pads with black where the image is smaller; a border has the
-    mean's colour.
-    """
+    """torchvision's center_crop, which pads smaller images with black; here with the mean."""
     width, height = image.size
     crop_height, crop_width = how.crop
     if (height, width) == how.crop:

@@ -65,9 +65,7 @@ class TiffWindows:
         return values
 
     def _segment(self, index: int) -> npt.NDArray[Any]:
-        """A decoded tile or strip (h, w, channels), at least as large as what of it lies in the
-        image.
-        """
+        """Return a decoded tile or strip (h, w, channels), at least what of it is in the image."""
         with self._lock:
             if index in self._decoded:
                 self._decoded.move_to_end(index)

@@ -182,9 +182,7 @@ def mirror_pixels(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
 def _crop(
     width: int, height: int, random_draw: random.Random, augmentation: Augmentation
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom): ten draws of area and ratio, as torchvision does, then the
-    largest crop that fits.
-    """
+    """(left, top, right, bottom): ten random draws as in torchvision, then the largest crop."""
     low_log, high_log = (math.log(bound) for bound in augmentation.ratio)
     for _ in range(10):
         crop_area = (

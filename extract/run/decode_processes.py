@@ -117,9 +117,7 @@ class DecodeProcesses:
 
 
 class _Process:
-    """A process that decodes, as one thread sees it; started when it is first needed, and again
-    after it has ended.
-    """
+    """A decoding process, as one thread sees it; started at first use and after it ended."""
 
     def __init__(self) -> None:
         self._memory_file = _nameless_file()

@@ -23,9 +23,7 @@ GPU_IMAGES_PER_SHARD = 1024
 
 @dataclass(frozen=True)
 class BackboneFeatures:
-    """The feature sets that one backbone makes, each with the content hashes that it has or has
-    recorded as failed.
-    """
+    """One backbone's feature sets, each with the content hashes that it has, or has failed."""
 
     backbone: BackboneSpec
     specs: Sequence[FeatureSpec]
@@ -34,9 +32,7 @@ class BackboneFeatures:
 
 @dataclass(frozen=True)
 class ExtractJob:
-    """One unit of work: decode these samples once, and publish one shard of each of these feature
-    sets.
-    """
+    """A work unit: decode these samples once, publish one shard of each of these feature sets."""
 
     cache_root: str
     unit: str  # a hash of the content hashes: the shard's name in every feature set
@@ -57,9 +53,7 @@ class ExtractJob:
 
 
 class JobOptions(TypedDict, total=False):
-    """Options of a work unit, which change none of its bytes beyond rounding; the fields of
-    ExtractJob.
-    """
+    """Options of a work unit, which change no byte beyond rounding; fields of ExtractJob."""
 
     threads: int
     device: str

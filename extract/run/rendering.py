@@ -199,9 +199,7 @@ def render_into_buffers(
 
 @contextmanager
 def quiet_decoding() -> Iterator[None]:
-    """Pillow warns of large images and damaged metadata from inside the decoding threads; what
-    matters is recorded.
-    """
+    """Silence Pillow's warnings of large images and damaged metadata; what matters is recorded."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield

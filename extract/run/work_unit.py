@@ -1,6 +1,4 @@
-"""Units of work: decode each image once, one forward pass per network and view, one shard per
-feature set.
-"""
+"""Work units: decode each image once, one pass per network and view, one shard per feature set."""
 
 import functools
 import os
@@ -64,9 +62,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One forward pass per batch: a network on one rendering, and the feature sets that its taps
-    fill.
-    """
+    """A pass per batch: a network on one rendering, and the feature sets that its taps fill."""
 
     rendering: Rendering
     forward: Forward
@@ -386,9 +382,7 @@ _limits: "weakref.WeakKeyDictionary[Forward, dict[Hashable, BatchLimit]]" = (
 
 
 def _make_room(job: ExtractJob) -> None:
-    """Have the networks of a job kept for the next one, however many they are, and as many others
-    of the same run.
-    """
+    """Let this worker keep the networks of a job, and as many others of the same run."""
     pass_keys = {
         (network, spec.view, spec.compute_dtype)
         for network, specs in job.networks
@@ -432,9 +426,7 @@ def _checked(backbone: Backbone, feature: FeatureSpec) -> Backbone:
 
 
 def check_backbone_identity(backbone: Backbone, feature: FeatureSpec) -> None:
-    """Raise SpecMismatch when the feature set is made by other weights or preprocessing than those
-    here.
-    """
+    """Raise SpecMismatch for a feature set of other weights or preprocessing than these."""
     for field_name, local_value, expected_value in (
         ("weights", backbone.weights, feature.weights),
         ("preprocessing", backbone.preprocessing.to_json(), feature.preprocessing),

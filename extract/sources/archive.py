@@ -178,9 +178,7 @@ def read_archives(
 
 
 def _names(archive_paths: Sequence[Path]) -> list[str]:
-    """Return the archives' names in ids: their file names, or where two are alike their paths below
-    what they share.
-    """
+    """Return the archives' names in ids: their file names, or paths where these are equal."""
     archive_names = [file.name for file in archive_paths]
     if len(set(archive_names)) == len(archive_names):
         return archive_names

@@ -137,9 +137,7 @@ def _columns_of_names(name_pattern: str, ids: Sequence[str | None]) -> dict[str,
 def _tell_apart(
     image_rows: list[tuple[str, str, FolderParts]], image_root: Path
 ) -> list[tuple[str, str, FolderParts]]:
-    """The rows, those whose names are one in NFC under the names that the disk has: as two systems
-    write an accent.
-    """
+    """Return the rows; names that are equal in NFC (é written in two ways) stay as on disk."""
     id_counts = Counter(image_id for image_id, _, _ in image_rows)
     return [
         (

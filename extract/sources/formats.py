@@ -156,9 +156,7 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def unread_format(path: str | Path) -> str | None:
-    """Say what a file of a format in OTHER_FORMATS is and how to convert it; None for
-    another file.
-    """
+    """Say what a file in OTHER_FORMATS is and how to convert it; None for others."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in OTHER_FORMATS:
         return None

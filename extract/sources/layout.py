@@ -1,6 +1,4 @@
-"""The meaning of the folders that images lie in: classes, or sides of a split with the classes in
-them.
-"""
+"""The meaning of the folders that hold images: classes, or sides of a split with classes."""
 
 import re
 import shlex

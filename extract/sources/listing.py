@@ -1,6 +1,4 @@
-"""The listing of a source: the samples that can be used, and a count of everything
-that cannot.
-"""
+"""The listing of a source: the samples that can be used, and a count of everything that cannot."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -54,16 +52,12 @@ class Tally:
     patterns: dict[str, bool] = field(default_factory=dict)
 
     def leave_out(self, reason: str, *names: str, count: int = 1) -> None:
-        """Count entries under a reason, which reads well after a number: "files without
-        a suffix".
-        """
+        """Count entries under a reason that reads well after a number: "files without a suffix"."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples[reason] = [*self.examples.get(reason, []), *names][:_EXAMPLES]
 
     def excludes(self, patterns: Collection[str], *names: str) -> bool:
-        """Return whether one of an entry's names, or a folder that it lies in, matches a pattern of
-        `images.exclude`.
-        """
+        """Return whether a name of an entry, or of a folder above it, matches `images.exclude`."""
         if not patterns:
             return False
         self.patterns = dict.fromkeys(patterns, False) | self.patterns

@@ -1,6 +1,4 @@
-"""The samples of a source alone, for notebooks and scripts; what is left out is a warning
-(SourceWarning).
-"""
+"""A source's samples alone, for notebooks; what is left out is a warning (SourceWarning)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +16,7 @@ from headrace.extract.sources.tabular import TableOptions, read_tables
 def list_folder(
     folder: str | Path, *, layout: Layout = "auto", exclude: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """The samples of `read_folder`: columns `id`, `path`, `label`, and `split` where the outer
-    folders are its sides.
-    """
+    """`read_folder`'s samples: columns `id`, `path`, `label`, and `split` for outer folders."""
     listing = read_folder(folder, layout=layout, exclude=exclude)
     warn_about_left_out(listing, folder)
     return listing.samples
@@ -29,9 +25,7 @@ def list_folder(
 def list_tar(
     archives: str | Path | Sequence[str | Path], *, layout: Layout = "auto"
 ) -> pd.DataFrame:
-    """The samples of `read_archives`, tar or zip: columns `id`, `path` (a locator), `label`, and
-    those of side files.
-    """
+    """`read_archives`' samples: columns `id`, `path` (a locator), `label`, and of side files."""
     listing = read_archives(archives, layout=layout)
     warn_about_left_out(listing, str(archives))
     return listing.samples

@@ -190,9 +190,7 @@ def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:
 
 
 def _delimiter(text: str, default_delimiter: str) -> str:
-    """Find what separates the columns: the default where the header has it, else what divides the
-    first lines alike.
-    """
+    """Return the delimiter: the default if the header has it, else what divides all first lines."""
     first_lines = list(itertools.islice(io.StringIO(text), _LINES_LOOKED_AT))
     if not first_lines:
         return default_delimiter
@@ -211,9 +209,7 @@ def _delimiter(text: str, default_delimiter: str) -> str:
 
 
 def _check_header(column_names: list[str], table_path: Path) -> None:
-    """Raise SourceError where the first line is no line of names, or gives two columns
-    one name.
-    """
+    """Raise SourceError where the first line is no line of names, or gives two columns one name."""
     image_like_names = [
         name for name in column_names if Path(name).suffix.lower() in IMAGE_SUFFIXES
     ]
@@ -322,9 +318,7 @@ def _read_parquet(table_path: Path) -> Table:
 
 
 def _parquet_values(table_path: Path, column_name: str) -> Iterator[Any]:
-    """The values of a column, without what is missing; no more of the file is read than is asked
-    for.
-    """
+    """Return a column's values without the missing ones, reading no more of the file."""
     # else a whole row group of images would be in memory
     with pq.ParquetFile(table_path, buffer_size=_BUFFER_BYTES) as parquet_file:
         for row_group in range(parquet_file.metadata.num_row_groups):
@@ -360,9 +354,7 @@ def _are_images(values: Iterable[bytes]) -> bool:
 
 
 def _is_empty(table_path: Path, column_name: str) -> bool:
-    """Return whether a Parquet column holds nothing but missing values, by the file's own
-    statistics.
-    """
+    """Return whether all of a Parquet column is missing, by the file's own statistics."""
     n_missing = 0
     with pq.ParquetFile(table_path, buffer_size=_BUFFER_BYTES) as parquet_file:
         for row_group in range(parquet_file.metadata.num_row_groups):
@@ -478,9 +470,7 @@ def _is_class(value: Any, class_labels: list[str]) -> bool:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of the classes of integer columns, from what `datasets` writes into a file's
-    metadata.
-    """
+    """Return the class names of integer columns, from the metadata that `datasets` writes."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"][
             "features"

@@ -135,9 +135,7 @@ def read_tables(
 
 
 def _count_unnamed(table_paths: Sequence[Path], samples: pd.DataFrame, tally: Tally) -> None:
-    """Count the images beside a metadata.csv, which speaks for its whole folder, that it does not
-    name.
-    """
+    """Count the images beside a metadata.csv, which speaks for its whole folder, unnamed by it."""
     metadata_folders = [file.parent for file in table_paths if file.name in HUGGING_FACE_METADATA]
     named_paths = set(samples["path"]) if metadata_folders else set()
     for folder in metadata_folders:
@@ -174,9 +172,7 @@ def table_files(table: Path) -> list[Path]:
 
 
 def saved_dataset_files(folder: Path) -> list[Path]:
-    """The Arrow files of a folder that `datasets` saved (save_to_disk), in their order; empty for
-    any other folder.
-    """
+    """Return the Arrow files of a folder made by `datasets`' save_to_disk, in order; else []."""
     try:
         if (folder / "dataset_dict.json").is_file():
             split_names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))[
@@ -296,9 +292,7 @@ def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | 
 
 
 def _names_images(column: pd.Series, enough: Callable[[Iterable[bool]], bool]) -> bool:
-    """Return whether values of a column (any of them, or all) end as images do, also those that are
-    not read here.
-    """
+    """Return whether values of a column (any, or all) end as image files do, readable or not."""
     values = column.dropna().head(_PATHS_LOOKED_AT)
     suffixes = [Path(value).suffix.lower() if isinstance(value, str) else "" for value in values]
     return bool(suffixes) and enough(
@@ -440,9 +434,7 @@ def _samples(
 def _crop_names(
     written_names: pd.Series, locators: pd.Series, crops: Sequence[Crop | None]
 ) -> tuple[pd.Series, pd.Series]:
-    """The ids and locators of boxes; of whole images where the box is missing, missing where the
-    image is.
-    """
+    """Return boxes' ids and locators: of whole images without a box, missing without an image."""
     box_names, box_locators = [
         pd.Series(
             [
@@ -522,9 +514,7 @@ def _exclude(samples: pd.DataFrame, patterns: Sequence[str], tally: Tally) -> pd
 
 
 def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Series:
-    """The pattern with each row's values in the place of `{column}`; missing where one
-    of them is.
-    """
+    """Return the pattern with each row's values for `{column}`; missing where one of them is."""
     column_names = list(dict.fromkeys(_PLACE.findall(pattern)))
     absent_names = [name for name in column_names if name not in frame.columns]
     if absent_names or not column_names:
@@ -546,9 +536,7 @@ def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Ser
 
 
 def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
-    """Ids and locators of images that are cells: called by the paths that they came from where
-    those tell them apart.
-    """
+    """Return ids and locators of images in cells: named by their own paths where these differ."""
     kind = "arrow" if table_path.suffix.lower() == ".arrow" else "parquet"
     locators = pd.Series(
         [f"{encode_path(table_path)}::{kind}:{column}:{row}" for row in range(len(frame))],
@@ -607,9 +595,7 @@ def _find(image_root: str, written_path: str) -> str:
 def _refuse_reserved(
     frame: pd.DataFrame, table_path: Path, path_column: str | None, id_column: str | None
 ) -> None:
-    """Columns that headrace's own would replace: a task that names one would get other values than
-    the table's.
-    """
+    """Refuse columns that headrace's own replace: a task would get the wrong values."""
     used_columns = {"id"} if "id" in (id_column, path_column) else set()
     used_columns |= {"path"} if "path" in (path_column, id_column) else set()
     for column_name in frame.columns:

@@ -1,6 +1,4 @@
-"""One forward pass for many taps: hooks pool each output as it appears, and the pass ends at the
-deepest of them.
-"""
+"""One pass for many taps: hooks pool outputs as they appear; it ends at the deepest tap."""
 
 import contextlib
 import copy
@@ -36,9 +34,7 @@ def make_forward(
     compute_dtype: str = "float32",
     compiled: bool = False,
 ) -> Forward:
-    """The pass from pixels to the pooled outputs of `taps`, in their order, on a copy of the
-    backbone's network.
-    """
+    """Return the pass from pixels to the pooled outputs of `taps`, on a copy of the network."""
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in taps]
     normalise = make_normalizer(backbone, device)
@@ -139,9 +135,7 @@ def hook_forward(
 
 
 def _without_tf32(device: str) -> contextlib.AbstractContextManager[None]:
-    """Choose cuDNN's fastest kernels on CUDA, but not its 10-bit TF32, which float32 would
-    silently mean.
-    """
+    """Let cuDNN choose its fastest kernels, but not TF32: its 10 bits are not float32."""
     if device != "cuda":
         return contextlib.nullcontext()
     return torch.backends.cudnn.flags(

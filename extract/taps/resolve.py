@@ -40,9 +40,7 @@ class Tap:
 
 
 def parse_tap(text: str) -> Tap:
-    """ "blocks.4.avg": node "blocks.4", pooling "avg", which is also what no pooling and "mean"
-    mean.
-    """
+    """Parse "blocks.4.avg": node "blocks.4", pooling "avg"; "mean" and no pooling mean "avg"."""
     node, _, pooling = text.strip().rpartition(".")
     if not text.strip():
         raise BackboneError("a tap is empty; expected a node and a pooling, such as layer4.avg")
@@ -238,9 +236,7 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
 
 
 def _trunk_block_names(maps: list[Node]) -> frozenset[str]:
-    """The names of the blocks that the network is a row of: numbered alike, at most resolutions,
-    nested least.
-    """
+    """Return the network's row of blocks: numbered names, most resolutions, nested least."""
     families: dict[str, list[Node]] = {}
     for node in maps:
         if (family := re.sub(r"\d+[a-z]?$", "", node.name)) != node.name:

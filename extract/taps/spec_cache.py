@@ -108,9 +108,7 @@ def save_feature_specs(
 
 
 def find_backbone_spec(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
-    """The backbone that is remembered to make this feature set; None where the cache has forgotten,
-    or never knew.
-    """
+    """Return the backbone that is recorded to make this feature set; None where none is."""
     for cache_path in sorted((cache_root / _FOLDER).glob("*.json")):
         if feature in (_read_feature_specs(cache_path) or ()):
             with contextlib.suppress(BackboneError):  # of another version

@@ -18,9 +18,7 @@ class BadFeatures(HeadraceError, ValueError):
 
 
 def check_finite(X: npt.NDArray[Any]) -> None:
-    """Raises BadFeatures naming the first row of X (…, N, D) with a feature that is NaN or
-    infinite.
-    """
+    """Raise BadFeatures naming the first row of X (…, N, D) that is NaN or infinite."""
     flat_rows = X.reshape(-1, X.shape[-1])
     for first_row in range(0, len(flat_rows), 8192):
         is_bad = ~np.isfinite(flat_rows[first_row : first_row + 8192]).all(1)

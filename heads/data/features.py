@@ -54,9 +54,7 @@ def stream_rows(
     spatial: bool = False,
     side: SideColumns | None = None,
 ) -> tuple[Streamed, npt.NDArray[np.bool_]]:
-    """As `load_rows`, and nothing is loaded: the rows are read from the shards whenever a bank
-    needs them.
-    """
+    """As `load_rows`, but nothing is loaded: banks read rows from the shards when needed."""
     view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
     streamed_rows = Streamed(view_groups, content_hashes[is_kept], spatial=spatial)
     streamed_rows.check_finite()
@@ -79,9 +77,7 @@ def _opened(
     *,
     spatial: bool,
 ) -> tuple[list[list[FeatureSet]], npt.NDArray[np.bool_]]:
-    """The feature sets, those that differ only in the view together; and which rows have features
-    in all of them.
-    """
+    """Return the feature sets, views of one tap together, and which rows all of them have."""
     feature_sets = [
         feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
         for feature in features
@@ -130,9 +126,7 @@ def rows_with_features(
 
 
 def tap_widths(feature_sets: Sequence[FeatureSet]) -> list[int]:
-    """Features of each tap that stands side by side with the others, in order; views of a tap are
-    one.
-    """
+    """Return the features of each tap, in the order of the columns; views of a tap are one."""
     return [math.prod(views[0].spec.shape) for views in _by_columns(feature_sets)]
 
 

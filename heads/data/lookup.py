@@ -1,6 +1,4 @@
-"""Features of a feature set as the first step of a scikit-learn pipeline: ids go in,
-rows come out.
-"""
+"""A feature set as the first step of a scikit-learn pipeline: ids go in, rows come out."""
 
 from collections.abc import Sequence
 from pathlib import Path

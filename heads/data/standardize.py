@@ -38,9 +38,7 @@ class Moments:
 
     @property
     def constant(self) -> Array:
-        """(D,) bool: features whose variation is rounding of their mean (scikit-learn's
-        StandardScaler's rule).
-        """
+        """Return which features (D,) vary by rounding alone, as StandardScaler has it."""
         eps, count = np.finfo(np.float64).eps, max(self.count, 1)
         variance = self.squares / count
         bound: Array = variance <= count * eps * variance + (count * self.mean * eps) ** 2
@@ -75,9 +73,7 @@ def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
 
 
 def scaled(rows: Array, center: Array, factor: Array) -> Array:
-    """(rows - centre) * factor of rows (n, D) of any float type, float64: widened once, not element
-    by element twice.
-    """
+    """Return (rows - centre) * factor, float64, of rows (n, D) of any float type."""
     wide_rows = rows.astype(np.float64)
     wide_rows -= center
     wide_rows *= factor

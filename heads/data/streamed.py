@@ -133,9 +133,7 @@ class Streamed:
                 )
 
     def check_finite(self) -> None:
-        """Raises BadFeatures naming the feature set and the first image with a feature that is NaN
-        or infinite.
-        """
+        """Raise BadFeatures naming feature set and image of the first NaN or infinity."""
         for column_part in self._parts:
             for feature, positions in column_part:
                 if feature.spec.dtype == "uint8":
@@ -183,9 +181,7 @@ class StreamedStack:
 
 
 def not_finite(feature: FeatureSet, content_hash: bytes, n_rows: int) -> BadFeatures:
-    """The error for rows that hold NaN or infinity, the first being that of the image
-    `content_hash`.
-    """
+    """Return the error for NaN or infinity, first in the image of this `content_hash`."""
     return BadFeatures(
         f"{feature.path} ({feature.spec.name}): the row of image {content_hash.decode()} and "
         f"{n_rows - 1} more hold NaN or infinite features: extract them again"

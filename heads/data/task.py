@@ -79,9 +79,7 @@ class Task:
         return [self.kind, self.classes, *how]
 
     def without_test(self) -> "Task":
-        """The same task with the test rows left out: what banks are given, so that no bank can see
-        a test row.
-        """
+        """Return the task without test rows: what banks get, so that none can see one."""
         return self.take(self.fold != TEST)
 
     def take(self, rows: npt.NDArray[Any]) -> "Task":

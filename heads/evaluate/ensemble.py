@@ -62,9 +62,7 @@ def loss_elements(task_kind: TaskKind, target: Array, predicted: Array) -> npt.N
 
 
 def element_loss(task_kind: TaskKind, elements: Array) -> Array:
-    """The loss over the last axis: mean of -log of probabilities (nats), of squares of residuals
-    for regression.
-    """
+    """Return the loss over the last axis: mean -log of probabilities (nats), or of squares."""
     if task_kind == "regression":
         return np.asarray(np.square(elements).mean(-1, dtype=np.float64))
     return np.asarray(-np.log(np.clip(elements, _SMALLEST, 1)).mean(-1, dtype=np.float64))

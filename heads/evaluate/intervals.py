@@ -147,9 +147,7 @@ def exact_interval(
 def _known(
     holds_mistakes: npt.NDArray[np.bool_], holds_hits: npt.NDArray[np.bool_], prior: int
 ) -> float:
-    """How far the groups' own variance is believed: by the number of groups that hold what is
-    rarer.
-    """
+    """How far the groups' own variance counts: by the number that hold the rarer class."""
     n_rarer = min(int(holds_mistakes.sum()), int(holds_hits.sum()))
     return n_rarer / (n_rarer + prior)
 
@@ -162,9 +160,7 @@ def _jackknife(
     group_of_row: npt.NDArray[np.int64],
     metric_value: float,
 ) -> tuple[float, int]:
-    """The standard error of a metric by leaving out block after block of groups, and the number of
-    blocks.
-    """
+    """Return a metric's standard error, by leaving out blocks of groups, and their number."""
     n_groups = int(group_of_row.max()) + 1
     n_blocks = int(min(n_groups, _BLOCKS, max(20, _ELEMENTS / len(group_of_row))))
     if n_blocks < 2:
@@ -251,9 +247,7 @@ def _share_interval(
     standard_error: float,
     level: float,
 ) -> tuple[float, float]:
-    """Of a metric between 0 and 1 that is no plain proportion: balanced accuracy, macro F1, areas
-    under curves.
-    """
+    """Interval of a metric in [0, 1] that is no proportion: balanced accuracy, macro F1, AUC."""
     n_rows = len(group_of_row)
     if task_kind == "single":
         class_table = np.asarray(target).astype(np.int64)[:, None] == np.arange(

@@ -99,9 +99,7 @@ def fit_temperatures(
 def with_temperature(
     task_kind: TaskKind, predicted: Array, temperature: float, floor: float = FLOOR
 ) -> Floats:
-    """(N, C) probabilities with their log-odds divided by the temperature; values of a regression
-    as they are.
-    """
+    """(N, C) probabilities, log-odds divided by the temperature; regression as it is."""
     raw_values = np.asarray(predicted, np.float64)
     if task_kind == "regression" or temperature == 1:
         return raw_values

@@ -92,9 +92,7 @@ def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
 
 
 def _spectrum(X: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """The nonzero eigenvalues of X'X, and the coordinates (k, C) of y (N, C) along the left
-    singular vectors of X.
-    """
+    """The nonzero eigenvalues of X'X, and y (N, C) in the left singular vectors of X (k, C)."""
     if X.shape[1] <= X.shape[0]:
         eigenvalues, eigenvectors = np.linalg.eigh(X.T @ X)
         is_nonzero = eigenvalues > _RELATIVE * max(eigenvalues[-1], 1e-300)

@@ -243,9 +243,7 @@ def _precisions(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Fl
 def _by_value(
     values: Array, true_label: npt.NDArray[np.bool_], weights: Floats, *, rising: bool
 ) -> tuple[Floats, Floats]:
-    """(V, B) twice: the weight of positives and of negatives at each of the V distinct values, in
-    order.
-    """
+    """(V, B) weights of the positives and of the negatives at each distinct value, in order."""
     value_order = np.argsort(values if rising else -values, kind="stable")
     ordered_values = values[value_order]
     value_starts = np.flatnonzero(np.append(True, ordered_values[1:] != ordered_values[:-1]))

@@ -38,9 +38,7 @@ class LogisticSpec:
 
 @dataclass(frozen=True)
 class RidgeSpec:
-    """Ridge regression: minimise |XW - Y|^2 + alpha |W|^2, on real targets or classes coded -1/+1
-    (RidgeClassifier).
-    """
+    """Ridge regression, |XW - Y|^2 + alpha |W|^2, on real targets or classes coded -1/+1."""
 
     # strength of the L2 penalty, as in scikit-learn
     alpha: Annotated[float, Gt(0)]

@@ -440,9 +440,7 @@ def fit_centroid_bank(
 def centroid_arrays(
     spec: CentroidSpec, sums: Floats, squares: Floats, counts: Floats
 ) -> dict[str, npt.NDArray[Any]]:
-    """means (C, D), center (D,), inverse_scale (D,), present (C,) of class sums (C, D), squares
-    (D,), counts (C,).
-    """
+    """Return means (C, D), center and inverse_scale (D,), present (C,) from weighted class sums."""
     weight = counts.sum()
     center = sums.sum(0) / weight
     variance = np.maximum(squares / weight - center**2, 0)
@@ -464,9 +462,7 @@ def centroid_arrays(
 def predict_centroid(
     spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, temperature: float = 1.0
 ) -> npt.NDArray[np.float32]:
-    """(n, C) softmax over classes of the scaled similarity; a class without training rows has
-    probability 0.
-    """
+    """(n, C) softmax of the scaled similarity; 0 for a class without training rows."""
     means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
     rows = (X.astype(np.float32, copy=False) - arrays["center"]) * arrays["inverse_scale"]
     if spec.metric == "cosine":

@@ -1,6 +1,4 @@
-"""Nearest neighbours and nearest class means: their settings, and what the rest of headrace has to
-know of them.
-"""
+"""Nearest neighbours and nearest class means: their settings, and what banks ask of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

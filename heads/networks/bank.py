@@ -164,9 +164,7 @@ def _predict_block(
 
 
 def stack(X: Floats | Streamed, dimensions: int) -> Stacked:
-    """Features with a view axis in front, added where X is one view; a view has so many
-    dimensions.
-    """
+    """Return features with a view axis in front, added where X is one view of `view_ndim` axes."""
     if isinstance(X, Streamed):
         return StreamedStack(X)
     return X if X.ndim == dimensions + 1 else X[None]
@@ -262,18 +260,14 @@ def spec_error(spec: NetworkSpec, task: TaskKind) -> str | None:
 
 
 def as_tensor(array: Floats) -> torch.Tensor:
-    """The same memory as a tensor, also of a read-only array such as a memory map; nothing here
-    writes to features.
-    """
+    """Return the same memory as a tensor, also of a read-only array: nothing here writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(array)
 
 
 def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int]:
-    """The best share `keep` of the specs alive, at least one, by the mean over folds; a spec that
-    failed is out.
-    """
+    """Return the best share `keep` of the living specs, by the mean over folds; at least one."""
     traces_of_spec = {
         spec_index: [trace for trace in traces if trace.spec == spec_index] for spec_index in alive
     }

@@ -102,9 +102,7 @@ def _pooled(layers: Layers, X: Floats) -> npt.NDArray[np.float32]:
 
 
 def _with_scaling(layers: Arrays, data: FoldData) -> Arrays:
-    """The layers of a head with the scaling of its inputs beside them, and of its targets folded
-    into the last layer.
-    """
+    """Return a head's layers with its input scaling, the targets' folded into the last layer."""
     arrays = dict(layers)
     last = max(int(name[6:]) for name in arrays if name.startswith("weight"))
     weight, bias = (

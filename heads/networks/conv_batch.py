@@ -50,9 +50,7 @@ class ConvStart:
 
 
 def random_start(spec: ConvSpec, inputs: int, outputs: int) -> ConvStart:
-    """He's normal distribution for the convolutions, which ReLU follows; torch.nn.Linear's for the
-    rest.
-    """
+    """Draw convolutions by He's normal distribution (for ReLU), layers as torch.nn.Linear does."""
     generator = np.random.default_rng([spec.seed, 2])
     kernels = [
         (generator.standard_normal((o, i, 3, 3), np.float32) * np.float32(math.sqrt(2 / (9 * i))))
@@ -167,9 +165,7 @@ class ConvBatch:
         return (total / len(order)).cpu().numpy()
 
     def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
-        """(K, C, n) decisions for rows of `features`, with running statistics and
-        without dropout.
-        """
+        """Return decisions (K, C, n) of feature rows, by running statistics, without dropout."""
         with torch.no_grad():
             row_blocks = torch.split(torch.from_numpy(index).to(self.device), EVALUATION_ROWS)
             blocks = [

@@ -1,6 +1,4 @@
-"""Perceptron and convolution heads: their settings, and what the rest of headrace has to know of
-them.
-"""
+"""Perceptron and convolution heads: their settings, and what banks ask of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,9 +56,7 @@ class NetworkSpec(HeadSpec, Protocol):
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """Multi-layer perceptron trained by AdamW on standardised features, early-stopped on its
-    validation fold.
-    """
+    """Multi-layer perceptron, by AdamW on standardised features, stopped by validation."""
 
     # widths of the hidden layers
     hidden: tuple[Annotated[int, Gt(0)], ...] = (256,)

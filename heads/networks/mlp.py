@@ -97,9 +97,7 @@ def fit_mlp_bank(
 def reduced_precision(
     spec: NetworkSpec, features: int, task: TaskKind, device: torch.device, precision: Precision
 ) -> bool:
-    """Whether this head's first layer multiplies in bfloat16; depends on the head and the machine
-    only.
-    """
+    """Return whether a head's first layer is bfloat16, by the head and the machine alone."""
     if precision != "auto":
         return precision == "bfloat16"
     if (

@@ -77,9 +77,7 @@ class Rows:
 
 
 def padded_width(width: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, 64, …: heads of nearly equal width share a batch at most a
-    third wider.
-    """
+    """Next of 8, 12, 16, 24, 32, 48, 64, …: heads share a batch at most a third too wide."""
     power = 8
     while power < width:
         if power * 3 // 2 >= width:
@@ -147,9 +145,7 @@ class DropoutBits:
 
 
 class NetworkBatch:
-    """The state of K networks of equal depth and padded width; heads leave it when they
-    are done.
-    """
+    """K networks of equal depth and padded width; heads leave when they are done."""
 
     def __init__(
         self,
@@ -215,9 +211,7 @@ class NetworkBatch:
                 best[head].copy_(now[head])
 
     def best_layers(self, head: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-        """[(weight, bias)] float32 of the remembered parameters, padding cut off, in standardised
-        coordinates.
-        """
+        """[(weight, bias)] float32 of the best parameters, for standardised inputs."""
         inputs = int(self.weights[0].shape[2])
         hidden = self.specs[head].hidden
         layers = []
@@ -257,9 +251,7 @@ class NetworkBatch:
         return torch.cat(blocks, dim=2)
 
     def _forward(self, columns: Tensor, *, train: bool) -> list[Tensor]:
-        """Activations of every layer, the decisions (K, C, B) last; hidden ones after dropout.
-        columns (D, B).
-        """
+        """Return each layer's activations, after dropout, and the decisions (K, C, B) last."""
         heads, last_layer = len(self), len(self.weights) - 1
         values: list[Tensor] = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -438,9 +430,7 @@ def adamw_broadcast(
 def mean_losses(
     rows: Rows, decision: Tensor, index: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """(K,) mean loss of the decisions (K, C, n) on rows (n,), without label smoothing or class
-    weights.
-    """
+    """Return mean losses (K,) of decisions (K, C, n), without smoothing or class weights."""
     places = torch.from_numpy(index).to(decision.device)
     weight = rows.weight[:1].index_select(1, places)
     loss, _ = loss_and_slope(rows, decision, places, weight, None, None)

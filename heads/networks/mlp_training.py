@@ -26,9 +26,7 @@ class Batch(Protocol):
     def train_epoch(
         self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
     ) -> npt.NDArray[Any]:
-        """Mean training loss (K,) of one pass over rows `order` (n,), each in the given
-        view (n,).
-        """
+        """Train on rows `order` (n,), each in the given view (n,); return mean losses (K,)."""
 
     def outputs(self, index: npt.NDArray[np.int64]) -> torch.Tensor:
         """(K, C, n) decisions for rows of the stacked features."""
@@ -143,9 +141,7 @@ class Run:
             trace.seconds += (time.perf_counter() - started) / len(self.traces)
 
     def _order(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The training rows in this epoch's order and the view of each: all folds share one
-        permutation.
-        """
+        """Return this epoch's rows and views: all folds share one permutation."""
         n = self.data.rows.n
         generator = np.random.default_rng([self.epoch, n])
         order = generator.permutation(n)

@@ -241,9 +241,7 @@ def predict_sklearn(
 def fitted_sklearn(
     spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], task: TaskKind
 ) -> Callable[[Floats], npt.NDArray[np.float32]]:
-    """The estimator, fitted again on the stored rows, as a function from features (n, D) to
-    predictions (n, C).
-    """
+    """Return the estimator fitted on the stored rows: features (n, D) to predictions (n, C)."""
     if "features" not in arrays:
         raise CannotPredict(
             f"{spec.estimator}: its training rows were not stored: train it again on them"

@@ -1,6 +1,4 @@
-"""Estimators of scikit-learn as heads: their settings, and what the rest of headrace has to know of
-them.
-"""
+"""Estimators of scikit-learn as heads: their settings, and what banks ask of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -306,9 +306,7 @@ def _noise(evidence: Evidence) -> Estimate:
 
 
 def is_far(evidence: Evidence) -> bool:
-    """Return whether an earlier tap is clearly better than the last: the late layers were made for
-    other images.
-    """
+    """Return whether an earlier tap is clearly better: late layers serve other images."""
     return bool(evidence.taps) and evidence.taps[-1].lag.above(FAR_LAG) >= SURE_PROBABILITY
 
 

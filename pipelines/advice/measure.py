@@ -197,9 +197,7 @@ def _backbone_key(spec: FeatureSpec) -> tuple[str, ...]:
 
 
 def curve_specs(task: Task, winner: pd.Series) -> list[HeadSpec]:
-    """Return the heads of the learning curve: linear ones from strong to weak regularization, and
-    the winner's own.
-    """
+    """Return the learning curve's heads: linear ones, strong to weak, and the winner's own."""
     winner_spec = spec_from_json(winner["spec"])
     specs = linear_specs(task, getattr(winner_spec, "class_weight", "none"))
     if winner_spec.kind in _CURVE_KINDS:

@@ -146,9 +146,7 @@ def _sample_rows(task: Task) -> npt.NDArray[np.int64]:
 
 
 def _stored_scores(scores_path: Path) -> TransferabilityScores | None:
-    """Return stored scores; None where there are none, or none that can be read: the file only
-    saves time.
-    """
+    """Return stored scores; {} for absent or unreadable ones: the file only saves time."""
     try:
         return TransferabilityScores(**read_sealed_json(scores_path.read_bytes()))
     except (OSError, ValueError, TypeError):

@@ -141,9 +141,7 @@ def _check_out(out: Path, *, force: bool) -> None:
 
 
 def _is_recipe(recipe_path: Path) -> bool:
-    """Tell whether a file is a recipe, if one with a mistake in it; an empty one is
-    nobody's loss.
-    """
+    """Tell whether a file is a recipe, maybe with a mistake; an empty one is nobody's loss."""
     with recipe_path.open("rb") as open_file:
         start_bytes = open_file.read(_RECIPE_BYTES)
     return (

@@ -159,9 +159,7 @@ def show_notes(console: Console, notes: Sequence[str]) -> None:
 def show_result(
     console: Console, result: RunResult, *, reference: str | None = None, files: bool = True
 ) -> None:
-    """The leaderboard by inputs and kind, the winner, its test score, where every file lies, how
-    long it took.
-    """
+    """Print the leaderboard, the winner, its test score, where files lie, how long it took."""
     console.print(leaderboard_table(console, result.board, result.metric, result.names))
     show_images(console, result.accounting, result.notes)
     if result.failed_images:
@@ -272,9 +270,7 @@ def _interval_text(value: float, low: float, high: float, metric: str) -> str:
 
 
 def selection_sentences(result: RunResult) -> list[str]:
-    """What the validation score is worth once it is known to be the best of many, and who is as
-    good.
-    """
+    """Say what the winner's score is worth, chosen as the best of many, and who is as good."""
     found = result.selection
     if found is None:
         return []

@@ -1,6 +1,4 @@
-"""`headrace status RUN`: how far a run is, read from its logs, from any shell or node that sees its
-directory.
-"""
+"""`headrace status RUN`: how far a run is, by its logs, from any node that sees them."""
 
 import dataclasses
 import datetime

@@ -231,9 +231,7 @@ def _refuse_while_importing() -> None:
 
 
 def top_up(client: Client) -> None:
-    """Start again the workers that were given up for lost, where the client's cluster is ours to do
-    so.
-    """
+    """Start lost workers again, where this process started the cluster."""
     cluster: Any = client.cluster
     if hasattr(cluster, "job_cls"):
         replace_lost_jobs(cluster)
@@ -252,9 +250,7 @@ def _on_this_machine(address: str) -> bool:
 
 
 def _mount(cluster_spec: dict[str, Any], volume_claim: str, section: ClusterSection) -> None:
-    """Give every pod the volume that holds the cache and the run, at the path where it
-    lies here.
-    """
+    """Give every pod the volume of the cache and the run, at the path where it lies here."""
     volume = {"name": "headrace", "persistentVolumeClaim": {"claimName": volume_claim}}
     for role_name in ("worker", "scheduler"):
         pod = cluster_spec["spec"][role_name]["spec"]

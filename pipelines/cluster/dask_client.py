@@ -71,9 +71,7 @@ def client_of(cluster: Any) -> Iterator[Client]:
 
 
 def close_pages(cluster: Any) -> None:
-    """Close the port that a scheduler in this process has for its pages; nothing is
-    served there.
-    """
+    """Close the port for pages of a scheduler in this process; nothing is served there."""
     scheduler: Any = getattr(cluster, "scheduler", None)
     if not hasattr(scheduler, "http_server"):  # it runs elsewhere
         return
@@ -119,9 +117,7 @@ def variables_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write_settings(folder: Path) -> Path:
-    """Write our settings into a folder, as a file for DASK_CONFIG: for schedulers and workers that
-    others start.
-    """
+    """Write our settings into a folder, as DASK_CONFIG for schedulers and workers of others."""
     nested_settings: dict[str, Any] = {}
     dask.config.set(SETTINGS, config=nested_settings)
     settings_path = folder / "dask.yaml"

@@ -40,9 +40,7 @@ def die_with_parent() -> None:
 
 
 def _read_start_call() -> tuple[list[str], list[str]]:
-    """Return the driver's module path and the names to import, from the call that started this
-    process.
-    """
+    """Return the driver's module path and the imports, from the call that began this process."""
     module_path: list[str] = []
     module_names: list[str] = []
     for node in ast.walk(ast.parse(sys.orig_argv[-1])):

@@ -100,9 +100,7 @@ def is_importing_main() -> bool:
 
 
 def imports_of(backbone_names: Iterable[str]) -> list[str]:
-    """Return modules that networks need and that take seconds to import. backbone_names: such as
-    "timm:resnet18".
-    """
+    """Return the slow imports of networks, by names such as "timm:resnet18"."""
     libraries = {name.partition(":")[0] for name in backbone_names} & {
         "timm",
         "torchvision",

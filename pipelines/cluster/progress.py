@@ -29,9 +29,7 @@ _SETTLED_S = 3.0
 
 
 class Advance(Protocol):
-    """What a stage's block calls: how many things were just done, and what else is
-    worth showing.
-    """
+    """Called by a stage's block: how many things were just done, and what else to show."""
 
     def __call__(self, count: int, details: Mapping[str, float] | None = None) -> None: ...
 
@@ -133,9 +131,7 @@ def _text_column(text: str, style: str = "none") -> TextColumn:
 
 
 def _details_text(details: Mapping[str, float]) -> str:
-    """Return "decode 3 % · network 95 % · 2 failed": shares as per cent, counts as they are, zeros
-    left out.
-    """
+    """Return "decode 3 % · network 95 % · 2 failed": shares, then counts; no zeros."""
     detail_texts = []
     for name, value in details.items():
         if name.endswith("_share"):
@@ -168,9 +164,7 @@ def _at_intervals(
 
 
 def _notebook_line(stage_name: str, n_total: int, unit: str) -> Advance:
-    """One line of the cell's standard error that is written over, for rich's own bar needs
-    ipywidgets.
-    """
+    """Overwrite one line of the cell's standard error, for rich's bar needs ipywidgets."""
     meter = _RateMeter(n_total)
 
     def show(details: Mapping[str, float]) -> None:

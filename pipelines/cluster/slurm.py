@@ -1,6 +1,4 @@
-"""A Dask cluster of SLURM jobs, over TLS, that outlives its jobs: one that ended is replaced while
-there is work.
-"""
+"""A Dask cluster of SLURM jobs, over TLS; ended jobs are replaced while there is work."""
 
 import contextlib
 import os
@@ -114,9 +112,7 @@ def slurm_client(
 
 
 def _memory(slurm_options: SlurmSection, on_gpu: bool) -> str:
-    """Return the memory of a job: what the recipe says, and for GPUs at least what decoding for
-    each of them takes.
-    """
+    """Return a job's memory: the recipe's, and with GPUs at least what decoding takes."""
     if on_gpu and "memory_per_job" not in slurm_options.model_fields_set:
         return str(slurm_options.gpus_per_job * parse_bytes(_MEMORY_PER_GPU))
     return slurm_options.memory_per_job
@@ -194,9 +190,7 @@ async def _replace(cluster: Any, worker_names: list[str]) -> None:
 
 
 def _end_if_refused(cluster: Any) -> None:
-    """Raises ClusterError, with SLURM's words, where it takes no job and will not take the same one
-    later.
-    """
+    """Raise ClusterError, in SLURM's words, where it takes no job, now or later."""
     error = cluster.job_cls.refusals[-1]
     slurm_text = str(error).partition("stderr:")[2].strip() or str(error)
     _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1

@@ -314,9 +314,7 @@ def _accepted_workers(
 
 
 def _version_difference(window: _SchedulerWindow[Job, Result], answer: Any) -> str | None:
-    """Return how a worker's versions differ: "" where they do not, None where it has not answered
-    yet.
-    """
+    """Return how a worker's versions differ: "" if they do not, None without an answer yet."""
     try:
         if answer.status == "finished":
             worker_versions = answer.result(timeout=_FETCH_S)

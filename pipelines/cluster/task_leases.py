@@ -86,9 +86,7 @@ def task_leases(directory: Path) -> Iterator[TaskLeases]:
 
 
 def remove_dead(directory: Path) -> int:
-    """Remove the leases and the locks of drivers that are not alive; return how many files that
-    were.
-    """
+    """Remove the leases and locks of drivers that are not alive; return how many files."""
     drivers, n_removed = [path.stem for path in sorted(directory.glob("*.driver"))], 0
     dead_drivers = [driver for driver in drivers if not driver_lives(directory, driver)]
     living_drivers = set(drivers) - set(dead_drivers)
@@ -116,9 +114,7 @@ def _remove_abandoned(lease_path: Path, owner: str | None) -> None:
 
 
 def driver_name() -> str:
-    """Return a name that no other driver has, with its start and host:
-    "20261124T181500Z-node7-4321-9f3a".
-    """
+    """Return a name that no other driver has: "20261124T181500Z-node7-4321-9f3a"."""
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%SZ}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
 
@@ -136,9 +132,7 @@ def driver_lock(directory: Path, driver: str) -> Iterator[None]:
 
 
 def driver_lives(directory: Path, driver: str) -> bool:
-    """Tell whether a driver holds its lock: its process is there, or, on another node, its
-    heartbeat is recent.
-    """
+    """Tell whether a driver holds its lock: a living process, or a recent heartbeat elsewhere."""
     lock_path = directory / f"{driver}.driver"
     try:
         age_s = time.time() - lock_path.stat().st_mtime

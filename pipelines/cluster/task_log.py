@@ -70,9 +70,7 @@ def task_log(paths: RunPaths) -> Iterator[TaskLog]:
 
 
 def read_log(log_path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the events of a file in their order; a line that is being written, or was cut off by a
-    kill, is left out.
-    """
+    """Yield a file's events in order, but for a line half written or cut off by a kill."""
     for line in log_path.read_bytes().split(b"\n"):
         try:
             event = read_sealed_json(line)

@@ -25,9 +25,7 @@ class TLSMissing(HeadraceError, ValueError):
 
 
 def make_certificate() -> tuple[str, str]:
-    """Return a new private key and a certificate that it has signed itself, both as PEM text; takes
-    milliseconds.
-    """
+    """Return a new private key and its self-signed certificate, PEM texts, in milliseconds."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -62,9 +62,7 @@ def check_locking(
     make_link: Callable[[Any, Any], None] = os.link,
     read_clock: Callable[[], float] = time.time,
 ) -> Finding:
-    """Check that two writers cannot hold one lock, names appear whole, and the file system's clock
-    is this machine's.
-    """
+    """Check that locks exclude, names appear whole, and the file system's clock is ours."""
     from headrace.cache.atomic_io import lease
 
     try:
@@ -180,9 +178,7 @@ def _hold(lock_path: Path, is_held: threading.Event) -> None:
 
 
 def _speed(folder: Path) -> tuple[float, float]:
-    """Return bytes per second of writing with a flush, and of reading what the system may still
-    remember.
-    """
+    """Return bytes per second of flushed writing, and of reading (perhaps from memory)."""
     random_block = os.urandom(1 << 20)
     with _scratch(folder) as scratch_folder:
         probe_path = scratch_folder / uuid.uuid4().hex

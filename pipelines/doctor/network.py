@@ -17,9 +17,7 @@ _ASK_S = 3.0  # how long a server may take to answer
 
 
 def check_ports(try_ports: Callable[[], None] | None = None) -> Finding:
-    """Check that Dask's scheduler and workers can talk over ports of this machine that the system
-    picks.
-    """
+    """Check that Dask's scheduler and workers can talk over ports that the system picks."""
     try:
         (try_ports or _talk)()
     except OSError as error:
@@ -37,9 +35,7 @@ def check_weights(
     ask_server: Callable[[str], None] | None = None,
     list_servers: Callable[[], Sequence[str]] | None = None,
 ) -> Finding:
-    """Check that the libraries' own pretrained weights can be downloaded; a machine without a
-    network can do without.
-    """
+    """Check that libraries' weights can be downloaded; no network is a note, not a failure."""
     try:
         addresses = (list_servers or _servers)()
     except Exception as error:  # noqa: BLE001 - torchvision is broken, which its own line says

@@ -1,6 +1,4 @@
-"""MODEL_CARD.md: what a model is, what it was trained on, what it is worth, how to use it, and
-where it ends.
-"""
+"""MODEL_CARD.md: what a model is, was trained on, is worth, how to use it, where it ends."""
 
 import importlib.metadata
 import json

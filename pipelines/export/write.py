@@ -80,9 +80,7 @@ class _OutputCheck:
     tolerance: float
 
     def difference(self, outputs: npt.NDArray[Any]) -> float:
-        """Return the largest difference from the expected outputs; relative for values beyond
-        one.
-        """
+        """Return the largest difference from the expected outputs; relative above one."""
         value_scale = max(1.0, float(np.abs(self.expected).max()))
         return float(np.abs(np.asarray(outputs, np.float64) - self.expected).max()) / value_scale
 
@@ -538,9 +536,7 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Tell whether an export wrote the folder. Those of earlier versions have no marker, but their
-    own two files.
-    """
+    """Tell whether an export wrote the folder: by its marker, or earlier versions' two files."""
     try:
         if (folder / MARKER).read_text(encoding="utf-8") == _MARKER_TEXT:
             return True

@@ -34,9 +34,7 @@ PRIOR_WEIGHT = 2.0  # the prior counts as so many finished candidates
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that could be trained, and the row of the leaderboard that it has to be better
-    than.
-    """
+    """A network that could be trained, and the leaderboard's row that it has to beat."""
 
     # "fine-tuned", "partial reuse" or "from scratch"
     label: str

@@ -1,6 +1,4 @@
-"""Checkpoints: everything that the next epoch depends on, in one file that appears whole or not at
-all. No pickle.
-"""
+"""Checkpoints: all that the next epoch depends on, in one file, whole or absent. No pickle."""
 
 import json
 from dataclasses import dataclass
@@ -52,9 +50,7 @@ def save_checkpoint(
 def load_checkpoint(
     checkpoint_path: Path, training_key: str
 ) -> tuple[TrainingProgress, dict[str, Tensor]] | None:
-    """Read what `save_checkpoint` wrote; None for no checkpoint, a damaged one, or one of another
-    training.
-    """
+    """Read what `save_checkpoint` wrote; None for none, a damaged one, or another training's."""
     try:
         data = checkpoint_path.read_bytes()
         check_seal(data)

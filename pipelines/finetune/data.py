@@ -92,9 +92,7 @@ class MapSource:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The images themselves, decoded ahead by threads; a random view is one that nobody
-    has cached.
-    """
+    """Images, decoded ahead by threads, for random views that no cache can hold."""
 
     content: npt.NDArray[np.bytes_]  # (N,)
     paths: Sequence[str]  # (N,)

@@ -4,9 +4,7 @@ from headrace.cache.errors import HeadraceError
 
 
 class FinetuneRefused(HeadraceError, ValueError):
-    """The head and the backbone at hand do not make a network that predicts as the cached head
-    does, or none at all.
-    """
+    """Head and backbone make no network, or none that predicts as the cached head does."""
 
 
 class TrainingFailed(HeadraceError, RuntimeError):

@@ -31,9 +31,7 @@ FEATURES = 0.005
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Differences of the assembled network's predictions from the cached head's, over some of the
-    run's own images.
-    """
+    """How far the network's predictions are from the cached head's, on some images."""
 
     rows: int
     # difference of a probability (regression: in deviations of the stored predictions)

@@ -84,9 +84,7 @@ def pending_candidates(
     *,
     retry_failed: bool = False,
 ) -> list[Candidate]:
-    """Return the candidates about which nothing has been decided yet; with `retry_failed`, those
-    that failed too.
-    """
+    """Return the undecided candidates; with `retry_failed`, those that failed too."""
     decisions = _read_record(inputs.paths.finetune_decisions)
     candidates, _ = list_candidates(board, section, inputs.feature_inputs)
     return [
@@ -323,9 +321,7 @@ def _record_decision(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[
 
 
 def _require_machine(outcome: Outcome[Any, Any]) -> None:
-    """Raise RunIncomplete where a full disk or the like ended a task: that decides nothing about
-    the network.
-    """
+    """Raise RunIncomplete where a full disk or the like ended a task: it decides nothing."""
     if outcome.machine_fault:
         raise RunIncomplete(
             f"a network could not be trained here: {outcome.error}. Nothing was decided about it; "
@@ -498,9 +494,7 @@ def _comparison_table(
 def _scored_folds(
     task: Task, predicted: npt.NDArray[Any]
 ) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Return the targets and predictions, of units where the task has them, that each fold is
-    scored by.
-    """
+    """Return targets and predictions, of units if any, that each fold is scored by."""
     rows_of_folds = (np.flatnonzero(task.fold == number) for number in range(task.n_folds))
     return [scored_rows(task, rows, predicted[rows]) for rows in rows_of_folds]
 

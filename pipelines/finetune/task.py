@@ -195,9 +195,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
 
 
 def _fold_temperature(job: FinetuneJob, task: Task) -> float:
-    """Return the temperature that the predictions of the trained folds give to the network on all
-    rows.
-    """
+    """Return the temperature of the network on all rows, by the trained folds' predictions."""
     row_blocks, predictions = [np.empty(0, np.int64)], []
     for fold in range(task.n_folds):
         part_file = part_path(job, fold)
@@ -214,9 +212,7 @@ def _fold_temperature(job: FinetuneJob, task: Task) -> float:
 
 
 def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
-    """Join the parts into the candidate's results file. failures: reasons of the folds (REFIT too)
-    that have no part.
-    """
+    """Join the parts into a results file. failures: reasons of folds (or REFIT) without a part."""
     opened = _open_job(job, without_backbone=True)
     fold_results = []
     for fold in [*range(opened.task.n_folds), REFIT]:
@@ -248,9 +244,7 @@ def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
 
 
 def _read_curve(path: Path) -> dict[str, Any] | None:
-    """Return what `train_fold` returned when it trained this fold; None where that is gone or
-    damaged.
-    """
+    """Return what `train_fold` returned for this fold; None where it is gone or damaged."""
     try:
         return read_sealed_json(path.read_bytes())
     except (OSError, SealBroken):
@@ -301,9 +295,7 @@ def _open_job(job: FinetuneJob, *, without_backbone: bool = False) -> _OpenedJob
 def _no_split_reason(
     backbone: Backbone, taps: list[Tap], map_of_view: dict[str, FeatureSet]
 ) -> str | None:
-    """Return why the network cannot be run from these maps on; None where it can, or without
-    maps.
-    """
+    """Return why the network cannot run from these maps; None where it can, or without maps."""
     if not map_of_view:
         return None
     nodes = backbone_nodes(backbone)
@@ -418,9 +410,7 @@ def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
 
 
 def _calibrate_head(training: Training, *, new: bool) -> None:
-    """Give the head's first layer the scale of its features, as they are now, over some training
-    rows.
-    """
+    """Scale the head's first layer to its features' present size, over some training rows."""
     row_index = training.train_rows
     row_index = row_index[
         np.unique(
@@ -449,9 +439,7 @@ def _calibrate_head(training: Training, *, new: bool) -> None:
 
 
 def _draw_anew(network: Network, spec: BackboneSpec, module_names: list[str], seed: int) -> None:
-    """Give these modules of the backbone the parameters and statistics of a network with random
-    weights.
-    """
+    """Give these modules of the backbone the parameters of a network with random weights."""
     if spec.name.startswith("python:"):
         raise BackboneError(
             f"{spec.name}: how a network of your own starts at random is not known: use start "

@@ -194,9 +194,7 @@ class Training:
         return min(step_seconds[1:])
 
     def _train_epoch(self, epoch: int) -> float:
-        """Pass once over the rows, in an order that the epoch's seed gives; returns the mean
-        training loss.
-        """
+        """Pass once over the rows, in the epoch's random order; return the mean training loss."""
         spec, plan = self.plan.spec, self.plan
         seed_parts = [spec.seed, seed_of_fold(plan.fold) + 1, epoch]
         generator = np.random.default_rng(seed_parts)
@@ -298,9 +296,7 @@ class Training:
         return loss if math.isfinite(loss) else math.inf
 
     def mode(self) -> None:
-        """Put the head into training mode, and batch normalisation where its statistics are to be
-        trained.
-        """
+        """Put the head into training mode, and batch normalisation where it is trained."""
         self.network.eval()
         self.network.head.train()
         if self.plan.spec.batch_norm == "trainable" or self.plan.spec.start == "random":

@@ -79,9 +79,7 @@ class CachedModel:
     def instance_weights(
         self, content_hashes: npt.NDArray[np.bytes_], units: npt.NDArray[Any]
     ) -> Floats:
-        """Return (n,) what images weigh in the predictions of their whole units, by a head that
-        predicts units.
-        """
+        """Return (n,) weights of images in their units' predictions, by a head on units."""
         (member,) = self.model.members
         assert isinstance(member, HeadModel)
         features = {

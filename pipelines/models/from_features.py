@@ -43,9 +43,7 @@ NOTHING_BESIDE = Beside()
 
 
 def average_members(model: "Model", member_predictions: Sequence[Floats]) -> Floats:
-    """Return the (n, C) weighted average of the members' predictions, at the model's
-    temperature.
-    """
+    """Return the members' weighted average (n, C), at the model's temperature."""
     if len(member_predictions) == 1 and model.average_temperature == 1:
         return member_predictions[0]
     mean_prediction = average(np.array(model.weights), np.stack(member_predictions))

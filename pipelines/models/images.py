@@ -75,9 +75,7 @@ _HALF_STEP = 0.5 / 255
 
 
 class ImageUnusable(HeadraceError, ValueError):
-    """An image cannot be decoded or read in one way only, or the network's output for it cannot be
-    used.
-    """
+    """An image cannot be decoded or read in one way only, or its output cannot be used."""
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ class GraphInput:
 
 
 class _Taps(nn.Module):
-    """Pixels (n, H, W, C) to the features of some taps of one network, with the round-off of
-    storing them.
-    """
+    """Pixels (n, H, W, C) to the features of one network's taps, rounded as stored."""
 
     scale: Tensor
     shift: Tensor

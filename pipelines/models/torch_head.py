@@ -121,9 +121,7 @@ def _float_tensor(array: npt.NDArray[Any]) -> Tensor:
 
 
 def new_head(spec: MLPSpec, n_features: int, n_outputs: int) -> Head:
-    """Return a head with random parameters, torch.nn.Linear's distribution, drawn from the spec's
-    seed.
-    """
+    """Return a head with random parameters, as torch.nn.Linear's, drawn from the spec's seed."""
     generator = torch.Generator().manual_seed(spec.seed)
     layers = []
     widths = (n_features, *spec.hidden, n_outputs)
@@ -257,9 +255,7 @@ class CentroidModule(nn.Module):
 
 
 class NeighborModule(nn.Module):
-    """Neighbours by float32 products; among references at distances equal to seven digits, others
-    may be taken.
-    """
+    """Neighbours by float32 products: ties within seven digits may break differently."""
 
     references: Tensor
     center: Tensor

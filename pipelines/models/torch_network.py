@@ -95,9 +95,7 @@ class Network(nn.Module):
         return self._untouched[0]
 
     def round_to(self, dtypes: Sequence[str]) -> "Network":
-        """Round each tap's features from now on to what they are stored in, as the cached head has
-        seen them.
-        """
+        """Round each tap's features to their stored type, as the cached head saw them."""
         self._dtypes = {
             tap: _HALVES[dtype]
             for (tap, _), dtype in zip(self._placed, dtypes, strict=True)

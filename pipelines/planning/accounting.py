@@ -35,9 +35,7 @@ class Accounting:
         )
 
     def sentence(self) -> str:
-        """Return all counts that are not zero: "Images: 52 found = 30 to train on + 10 to test on +
-        12 left out".
-        """
+        """Return counts as "Images: 52 found = 30 to train on + 10 to test on + 12 left out"."""
         named_counts = (
             (self.train, "to train on"),
             (self.test, "to test on"),
@@ -63,9 +61,7 @@ class Accounting:
 def count_entries(
     listing: Listing, n_unreadable: int, dataset: Dataset, kept_dataset: Dataset
 ) -> Accounting:
-    """Return the counts of a run; `kept_dataset` is `dataset` without the images that some feature
-    set cannot hold.
-    """
+    """Return a run's counts; `kept_dataset`: the images that all feature sets can hold."""
     n_before, n_kept = (
         len(rows.train.ids) + len(rows.test.ids) + len(rows.unlabelled.ids)
         for rows in (dataset, kept_dataset)

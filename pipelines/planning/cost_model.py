@@ -74,9 +74,7 @@ def bank_seconds(
     n_folds: int,
     rates: Rates,
 ) -> float:
-    """Return the core-seconds that a bank will take: a fit of each spec per fold, and one on all
-    rows.
-    """
+    """Return a bank's core-seconds: a fit of each spec per fold, and one on all rows."""
     cost = HEAD_KINDS[specs[0].kind].cost
     shared_s, spec_s = cost(specs[0], n_rows, n_features, n_outputs, n_folds + 1)
     return (_BANK_S + shared_s + len(specs) * spec_s) * rates.kinds.get(specs[0].kind, 1.0)

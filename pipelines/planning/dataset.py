@@ -113,9 +113,7 @@ def _unlabelled_listing(recipe: Recipe) -> Listing:
 
 
 def list_samples(recipe: Recipe) -> pd.DataFrame:
-    """Return the samples of `read_samples`: columns `id`, `path` and the user's own, one row per
-    image.
-    """
+    """Return `read_samples`' samples: columns `id`, `path` and the user's own, one per image."""
     return read_samples(recipe).samples
 
 

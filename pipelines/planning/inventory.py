@@ -1,6 +1,4 @@
-"""What a run is made of, read once at its start: images and their content hashes, networks, inputs
-of the heads.
-"""
+"""What a run is made of: images, content hashes, networks, inputs; read once at its start."""
 
 import contextlib
 import os
@@ -271,9 +269,7 @@ def _check_external(inventory: Inventory) -> None:
 
 
 def _check_views(requested: Sequence[RequestedHeads], inputs: Mapping[str, InputViews]) -> None:
-    """Raise RecipeError for a head on taps of different views: their rows cannot stand side by
-    side.
-    """
+    """Raise RecipeError for a head on taps of different views: their rows differ."""
     for heads in requested:
         taps = taps_of(heads.inputs)
         view_sets = {tuple(spec.view for spec in inputs[name].views) for name in taps}

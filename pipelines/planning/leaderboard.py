@@ -1,6 +1,4 @@
-"""From results files to a ranking: one row per (inputs, spec), its metric averaged over validation
-folds.
-"""
+"""Results files to a ranking: a row per (inputs, spec), its metric averaged over folds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -144,9 +142,7 @@ def rank_heads(
 
 
 def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the best head of each (inputs, kind), best first, with the number of settings that it
-    was chosen from.
-    """
+    """Return the best head of each (inputs, kind), and how many settings it was chosen from."""
     by_kind = board.groupby(["inputs", "kind"], sort=False)
     best_rows = by_kind.head(1).copy()
     n_settings = by_kind.size()

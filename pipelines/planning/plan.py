@@ -262,9 +262,7 @@ def _missing_banks(
     trained: Callable[[str], Trained],
     bank_size: Callable[[RequestedHeads], int],
 ) -> Iterator[BankPlan]:
-    """Yield banks in the order of their inputs, so that workers read one feature set after the
-    other.
-    """
+    """Yield banks in the order of their inputs: workers read one feature set at a time."""
     trained_by_group: dict[str, Trained] = {}
     for heads in sorted(requested, key=lambda heads: heads.inputs):
         group = bank_group(task_digest, heads, fingerprints)

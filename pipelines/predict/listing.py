@@ -1,6 +1,4 @@
-"""The images that are named on the command line: whatever a recipe can name, single files, and
-recipes themselves.
-"""
+"""The images named on the command line: what a recipe can name, files, and recipes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -102,9 +100,7 @@ def unsaid_parts_note(model_path: Path) -> list[str]:
 
 
 def _sources(location: str, options: dict[str, Any]) -> list[ImageSource]:
-    """Return what a name on the command line means: of a recipe its images, also those without
-    labels.
-    """
+    """Return what a command-line name means: of a recipe its images, labelled or not."""
     if Path(location).suffix.lower() not in (".yaml", ".yml"):
         return [detect_source(location, **options)]
     from headrace.pipelines.recipe.load import load_recipe

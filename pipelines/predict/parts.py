@@ -230,9 +230,7 @@ def _part_bytes(
     error_texts: list[str | None],
     is_unread: npt.NDArray[np.bool_],
 ) -> bytes:
-    """Return a part as a Parquet file with a seal: Parquet's pages have no checksum, and one digit
-    would be believed.
-    """
+    """Return a part as sealed Parquet: its pages have no checksum, and any digit is believed."""
     table = pa.table(
         {
             "path": pa.array([_path_bytes(path) for path, _ in job.keys], pa.binary()),
@@ -293,9 +291,7 @@ def open_part(
 
 
 def remove_parts(parts_folder: Path) -> None:
-    """Remove what calls of predict have written there, and the folder if nothing of anybody else is
-    in it.
-    """
+    """Remove what calls of predict wrote there, and the folder if nothing else is in it."""
     for part_file in parts_folder.iterdir():
         if re.fullmatch(
             rf"[0-9a-f]{{24}}\.parquet|(table|record|units|weights)\.partial|\..*{re.escape(PARTIAL_SUFFIX)}",

@@ -92,9 +92,7 @@ def outcome_columns(
     task_kind: TaskKind,
     classes: tuple[str, ...],
 ) -> list[Column]:
-    """Return these columns, and behind them those of predictions (n, C), as `table_writer` names
-    them.
-    """
+    """Return these columns, then those of predictions (n, C), as `table_writer` names them."""
     decisions = decide(probabilities, task_kind, classes)
     outcome = list(columns)
     if task_kind == "single":
@@ -120,9 +118,7 @@ class BlockWriter(Protocol):
 def table_writer(
     destination: Path | IO[str], table_format: str, task_kind: TaskKind, classes: tuple[str, ...]
 ) -> Iterator[BlockWriter]:
-    """Write blocks of rows as `table_format` (csv, parquet, jsonl); text formats also to an open
-    stream.
-    """
+    """Write blocks of rows as csv, parquet or jsonl; text formats also to an open stream."""
     classes = tuple(_free_names([valid_text(name) for name in classes]))
     if table_format == "parquet":
         assert isinstance(destination, Path)

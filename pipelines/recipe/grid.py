@@ -54,9 +54,7 @@ def _of_input(specs: Sequence[HeadSpec], columns: Sequence[str]) -> Iterator[Hea
 
 
 def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> None:
-    """Raises RecipeError for heads that cannot do such a task, before anything is extracted for
-    them.
-    """
+    """Raise RecipeError for heads that cannot do such a task, before anything is extracted."""
     for grid in heads.grids():
         kind = grid.head_kind
         if kind.takes_units and not has_units:

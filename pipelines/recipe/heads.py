@@ -25,9 +25,7 @@ HeadInput = Literal["each", "all"] | tuple[str, ...]
 
 
 class HalvingSection(Section):
-    """Successive halving inside a bank: after these epochs only the best share of the settings goes
-    on.
-    """
+    """Successive halving in a bank: after these epochs the best share of settings goes on."""
 
     # epochs after which settings are dropped
     after: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (3,)

@@ -1,6 +1,4 @@
-"""The recipe: the file that describes a run, and the lesson it gives when a key or a value is
-wrong.
-"""
+"""The recipe: the file that describes a run, and what it answers to a wrong key or value."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,9 +52,7 @@ class Recipe(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _heads_of_the_task(cls, values: Any) -> Any:
-        """Take ridge heads for numbers where no heads are named, for logistic ones cannot predict
-        them.
-        """
+        """Default to ridge heads for numbers, which logistic ones cannot predict."""
         task = values.get("task") if isinstance(values, dict) else None
         if isinstance(task, dict) and task.get("kind") == "regression" and "heads" not in values:
             return {**values, "heads": {"ridge": {}, "mlp": {}}}
@@ -109,9 +105,7 @@ def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
 
 
 def on_cluster(recipe: Recipe, where: str) -> Recipe:
-    """Return the recipe with its tasks run on another cluster. Raises RecipeError for a word that
-    names none.
-    """
+    """Return the recipe for another cluster. Raises RecipeError for a word that names none."""
     try:
         section = ClusterSection.model_validate(recipe.cluster.model_dump() | {"where": where})
     except pydantic.ValidationError as error:

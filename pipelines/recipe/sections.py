@@ -1,6 +1,4 @@
-"""The recipe's sections but for `heads`: images, task, backbones, and how and where the work is
-done.
-"""
+"""The recipe's sections but for `heads`: images, task, backbones, how and where to work."""
 
 import re
 from pathlib import Path
@@ -53,9 +51,7 @@ class TilesSection(Section):
 
 
 class Images(Section):
-    """Where the images are: a folder per class, a table that names or holds them, archives, or an
-    array file.
-    """
+    """The images: a folder per class, a table that names or holds them, archives, or arrays."""
 
     # one sub-folder per class; or train/, val/ and test/ with the classes below them
     folder: Path | None = None
@@ -365,9 +361,7 @@ class EnsembleSection(Section):
 
 
 class ReuseSection(Section):
-    """Partial reuse: a new head on the blocks above a node, which start pretrained or anew; the two
-    are compared.
-    """
+    """Partial reuse: a new head on pretrained or new blocks above a node; the two are compared."""
 
     # everything above this node trains, as `blocks.4`; from its cached map (`blocks.4.map`) where
     # the backbone has that tap
@@ -382,9 +376,7 @@ class ReuseSection(Section):
 
 
 class FinetuneSection(Section):
-    """Which heads become networks that are trained by gradients, how deep, and what
-    that may cost.
-    """
+    """Which heads become networks trained by gradients, how deep, and at what cost."""
 
     # so many heads, best first, one of each inputs and kind
     top_k: Annotated[int, pydantic.Field(ge=0)] = 1
@@ -454,9 +446,7 @@ class Compute(Section):
 
 
 class SlurmSection(Section):
-    """What a SLURM job is asked for. One job is one node's share: several workers of
-    one core each.
-    """
+    """What a SLURM job asks for. A job is one node's share: several one-core workers."""
 
     partition: str | None = None  # of the heads, and of extraction on CPUs
     gpu_partition: str | None = None  # of extraction with device: cuda

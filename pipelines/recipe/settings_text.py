@@ -7,9 +7,7 @@ from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_to_json
 
 
 def settings_text(spec: HeadSpec) -> str:
-    """Return a spec as a person would say it: settings that differ from the kind's defaults, or
-    have none.
-    """
+    """Return a spec as a person would say it: what differs from the kind's defaults."""
     if isinstance(spec, FineTuneSpec):
         return _network_text(spec)
     values = json.loads(spec_to_json(spec))

@@ -21,9 +21,7 @@ _NAMES_IN_NOTE = 10
 
 
 class DataError(HeadraceError, ValueError):
-    """The images or their columns cannot serve the task: says what was found and what
-    was expected.
-    """
+    """The images or their columns cannot serve the task: what was found and expected."""
 
 
 def check_targets(
@@ -64,9 +62,7 @@ def _is_list(value: object) -> bool:
 
 
 def _holds_labels(target_values: pd.DataFrame, section: "TaskSection") -> bool:
-    """Tell whether one column holds several labels in each cell: a list, or text with a
-    separator.
-    """
+    """Tell whether a column has several labels in a cell: lists, or text with a separator."""
     column = target_values.iloc[:, 0]
     return target_values.shape[1] == 1 and (
         section.separator is not None or bool(column.map(_is_list).any())
@@ -156,9 +152,7 @@ def _encode_one_hot(target_values: pd.DataFrame) -> tuple[tuple[str, ...], npt.N
 
 
 def _class_order(labels: Iterable[str]) -> Any:
-    """Return a sort key: labels sort as numbers where all are numbers, so that class "10" comes
-    after class "9".
-    """
+    """Return a sort key: numbers sort as numbers, so that class "10" comes after class "9"."""
     try:
         label_values = {label: float(label) for label in labels}
     except ValueError:
@@ -197,9 +191,7 @@ def _encode_label_sets(
 
 
 def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Series:
-    """Return a column as float64; missing stays missing. Raises DataError naming the first value
-    that is no number.
-    """
+    """Return a column as float64, missing as nan. Raises DataError naming the first non-number."""
     if column.dtype.kind in "biuf":
         return column.astype(np.float64)
     cell_text = as_text(column)
@@ -225,9 +217,7 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
 
 
 def alike_names(names: Iterable[str], names_of: str) -> list[str]:
-    """Return a note on names that a person would take for one: they differ in case, blanks, hyphens
-    or accents alone.
-    """
+    """Return a note on names that differ in case, blanks, hyphens or accents alone."""
     names_by_folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
         names_by_folded[_folded(name)].append(name)

@@ -1,6 +1,4 @@
-"""The text of a recipe: nodes that know their lines, and the lesson that a wrong key or value is
-answered with.
-"""
+"""The text of a recipe: nodes that know their lines, and answers to wrong keys and values."""
 
 import difflib
 import typing
@@ -243,9 +241,7 @@ def explain(
     model: type[pydantic.BaseModel],
     set_places: typing.Mapping[tuple[str | int, ...], str],
 ) -> str:
-    """Return one line for one pydantic error: file, line, key, what is wrong, the nearest valid
-    key.
-    """
+    """Return a line for a pydantic error: file, line, key, what is wrong, the nearest key."""
     location = [key_part for key_part in problem["loc"] if not _is_union_tag(key_part)]
     line_number, is_in_file = _line_of(root, location)
     place_text = f"{path}, line {line_number}"

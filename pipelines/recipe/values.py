@@ -1,6 +1,4 @@
-"""What the values of a recipe are made of: numbers in their ranges, and sections that refuse
-unknown keys.
-"""
+"""Types of the recipe's values: numbers in ranges, and sections that refuse unknown keys."""
 
 from typing import Annotated
 
@@ -15,9 +13,7 @@ NonEmptyFloats = Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
 
 
 def check_views(value: object) -> object:
-    """Return a backbone's views as they are. Raises ValueError for what is no number of views and
-    no word for them.
-    """
+    """Return a backbone's views. Raises ValueError for no number of views and no word for them."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
     if is_count or value in ("flips", "dihedral"):
         return value

@@ -1,6 +1,4 @@
-"""The report of a run, top to bottom: read what it left, make the sections, write one page and, if
-asked, the tables.
-"""
+"""The report of a run: read what it left, make sections, write one page, and tables if asked."""
 
 import datetime
 import importlib.metadata
@@ -134,9 +132,7 @@ def make_sections(
 
 
 def _pictured(known: pd.DataFrame, max_pictures: int) -> list[str]:
-    """The images that get a picture on the map: mistakes, at most half of all; then any, drawn at
-    random.
-    """
+    """The images pictured on the map: mistakes, at most half of all; the rest at random."""
     rng = np.random.default_rng(0)
     contents = known["content"].to_numpy(str)
     wrong = np.flatnonzero(known.get("outcome", pd.Series("", index=known.index)) == "wrong")

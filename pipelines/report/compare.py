@@ -163,9 +163,7 @@ def paired_sides(
 
 
 def _pair(task_kind: str, first: JudgedSide, second: JudgedSide, order: list[int]) -> PairedSide:
-    """The common images of one side. order: of the first run's classes, their positions in the
-    second's.
-    """
+    """Return one side's common images. order: positions of the first's classes in the second."""
     # Copies of an image are one image: of its bytes, not of its name.
     (content_1, rows_1), (content_2, rows_2) = (
         np.unique(side.content, return_index=True) for side in (first, second)

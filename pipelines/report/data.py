@@ -1,6 +1,4 @@
-"""What is wrong with the data, or lopsided: failed images, rare classes, notes about the rows,
-sizes of the sides.
-"""
+"""What is wrong or lopsided in the data: failed images, rare classes, notes, sides' sizes."""
 
 from typing import Any
 

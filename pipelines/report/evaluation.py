@@ -1,6 +1,4 @@
-"""The test split: what the selected model scores there, every evaluation on record, and its
-confusions.
-"""
+"""The test split: the selected model's score, every evaluation on record, its confusions."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -32,9 +32,7 @@ SHOWN = 18
 
 
 def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
-    """The section: how many pairs stand on two sides, the likest as pictures, all of them as a
-    table.
-    """
+    """How many pairs stand on two sides: the likest as pictures, all of them as a table."""
     section_title = "Near-duplicates across splits"
     if isinstance(run.images, str):
         return Section("leakage", section_title, "", (Note(f"Not looked for: {run.images}."),))
@@ -109,9 +107,7 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
 def _near_duplicates(
     run: FinishedRun, content_hashes: npt.NDArray[np.str_], split_side: npt.NDArray[np.str_]
 ) -> tuple[pd.DataFrame, list[Block]]:
-    """first, second (positions), pixels, features (likeness, nan where not known); and what could
-    not be compared.
-    """
+    """Return positions of pairs, their likeness (nan: not known), and what was not compared."""
     remarks: list[Block] = []
     pair_lists: list[tuple[str, LikePairs, npt.NDArray[np.int64]]] = []
     vectors_by_name: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
@@ -212,9 +208,7 @@ def _pair_likeness(
 
 
 def _deepest_features(run: FinishedRun) -> FeatureSet:
-    """Of the last pooled tap, which is the deepest in most recipes: it knows most about what is in
-    the picture.
-    """
+    """Return the last pooled tap, mostly the deepest: it knows most of what is pictured."""
     pooled_names = [
         feature_name
         for feature_name, views in run.feature_specs.items()

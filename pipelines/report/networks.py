@@ -1,6 +1,4 @@
-"""Heads that were trained on as networks: what each gained over its head, what it took, and what
-was decided.
-"""
+"""Heads trained on as networks: what each gained, what it took, and what was decided."""
 
 from typing import Any
 

@@ -33,9 +33,7 @@ BINS = 15  # as the calibration error's
 
 
 def predictions_section(run: FinishedRun) -> Section:
-    """The winner on its validation folds: each row predicted by the head that did not
-    train on it.
-    """
+    """The winner on validation folds: each row by the head that did not train on it."""
     target, predicted = run.scored_predictions
     section_blocks = [
         *outcome_blocks(run.task_kind, run.classes, target, predicted, "validation"),

@@ -1,6 +1,4 @@
-"""How the numbers came about, exactly: the recipe with every default, versions, machines,
-fingerprints.
-"""
+"""How the numbers came about: the recipe with defaults, versions, machines, fingerprints."""
 
 import json
 

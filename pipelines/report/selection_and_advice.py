@@ -21,9 +21,7 @@ Found = Mapping[str, Any]
 
 
 def choice_section(run: FinishedRun) -> Section:
-    """What the winner's score is worth once it is known to be the best of many, and who
-    is as good.
-    """
+    """What the winner's score is worth, chosen as the best of many, and who is as good."""
     choice_blocks = _blocks_of_record(
         run.paths.selection,
         "`headrace run RECIPE` with this version measures it",

@@ -1,6 +1,4 @@
-"""Pictures to look at: the mistakes that the winner is surest of, and the labels that are likely
-wrong.
-"""
+"""Pictures to look at: mistakes that the winner is surest of, and labels likely wrong."""
 
 from collections.abc import Sequence
 

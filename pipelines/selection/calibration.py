@@ -90,9 +90,7 @@ def calibrate(
 def calibrated(
     validation: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
 ) -> npt.NDArray[np.float64]:
-    """Return out-of-fold predictions (N, C), those of each fold at the temperature that the other
-    folds give.
-    """
+    """Return out-of-fold predictions (N, C), each fold's at the other folds' temperature."""
     return cross_fitted(
         validation.task.kind,
         validation.target,

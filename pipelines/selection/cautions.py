@@ -363,9 +363,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _beyond(value: float, neighbour: float) -> float | None:
-    """Return the next value of a grid beyond its end, in its own steps; None where
-    there is none.
-    """
+    """Return the next value of a grid beyond its end, in its own steps; None if none."""
     if value <= 0:
         return None
     ratio = value / neighbour if neighbour > 0 else 10.0

@@ -66,9 +66,7 @@ class Selection:
 
     @property
     def optimism(self) -> float:
-        """By how much the validation score is too good, >= 0 apart from resampling noise, whatever
-        the metric.
-        """
+        """How much too good the validation score is, >= 0 but for resampling noise."""
         sign = 1 if METRICS[self.metric].higher_is_better else -1
         return (self.calibrated - self.expected) * sign
 

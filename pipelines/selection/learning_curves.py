@@ -66,9 +66,7 @@ class PowerLaw:
         return np.asarray(self.floor + self.scale * np.asarray(n, np.float64) ** -self.exponent)
 
     def images_for(self, error: npt.ArrayLike) -> Floats:
-        """Return the number of images (B,) at which the error is reached; infinite where it never
-        is.
-        """
+        """Return how many images (B,) reach the error; infinite where none do."""
         excess = np.asarray(error, np.float64) - self.floor
         with np.errstate(divide="ignore", over="ignore"):
             n_images = (self.scale / np.where(excess > 0, excess, np.nan)) ** (1 / self.exponent)
@@ -230,9 +228,7 @@ def subset(
 
 
 def row_errors(task: Task, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]) -> Floats:
-    """Return errors (K, n) of predictions (K, n, C) of some rows of the task; nan where there is no
-    prediction.
-    """
+    """Return errors (K, n) of predictions (K, n, C) of rows; nan without a prediction."""
     if task.kind == "single":
         is_missing = np.isnan(predicted).any(2)
         return np.where(is_missing, np.nan, np.nan_to_num(predicted).argmax(2) != target)

@@ -127,9 +127,7 @@ def read_predictions(
 def stacked_predictions(
     board: pd.DataFrame, validation: ValidationRows
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return positions in the board, rising, and predictions (K, N, C), of as many heads as memory
-    holds.
-    """
+    """Return board positions, rising, and predictions (K, N, C) of heads that fit in memory."""
     blocks = list(read_predictions(board, validation))
     if not blocks:
         return np.zeros(0, np.int64), np.zeros(

@@ -1,6 +1,4 @@
-"""Grey copies of images, 16 x 16 pixels, by which re-encoded or resized copies of an image are
-recognized.
-"""
+"""Grey copies, 16 x 16 pixels, by which re-encoded or resized images are recognized."""
 
 import contextlib
 from collections.abc import Mapping, Sequence

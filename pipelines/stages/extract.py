@@ -1,6 +1,4 @@
-"""The stage that extracts: units of images as tasks, each published by the worker that
-computed it.
-"""
+"""The stage that extracts: work units as tasks, published by the worker that computed them."""
 
 import hashlib
 import time
@@ -247,9 +245,7 @@ def extract_unit(job: ExtractJob) -> WorkUnitReport:
 
 
 def is_published(job: ExtractJob) -> bool:
-    """Tell whether every feature set of the unit has all its images, as rows or as recorded
-    failures.
-    """
+    """Tell whether all the unit's feature sets have all its images, as rows or failures."""
     feature_directories = [
         feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs
     ]
@@ -264,9 +260,7 @@ def is_published(job: ExtractJob) -> bool:
 
 
 def unit_key(job: ExtractJob) -> str:
-    """Return the name of the unit's work: its images, and the feature sets that they are extracted
-    to.
-    """
+    """Return the unit's name, of its images and the feature sets that they go to."""
     fingerprints = [spec.fingerprint for _, specs in job.networks for spec in specs]
     return f"extract-{job.unit}-{hashlib.sha256(''.join(fingerprints).encode()).hexdigest()[:8]}"
 

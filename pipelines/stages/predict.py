@@ -117,9 +117,7 @@ def _with_features(task: Task, models: Sequence[WeightedModel]) -> Task:
 def _predict_rows(
     models: Sequence[WeightedModel], temperature: float, task: Task
 ) -> npt.NDArray[np.float32]:
-    """Return predictions (n, C) of a task's rows, made in blocks that memory holds, of whole
-    units.
-    """
+    """Return predictions (n, C) of a task's rows, in blocks that fit in memory, units whole."""
     predicted = np.empty((len(task.ids), len(task.classes)), np.float32)
     order = np.arange(len(task.ids))
     if task.units is not None:
@@ -181,9 +179,7 @@ def _image_columns(
 def _unit_columns(
     sides: dict[str, Task], predicted: dict[str, npt.NDArray[np.float32]], rule: UnitRule
 ) -> list[Column]:
-    """Return a row per unit and side: labelled images alone make up the units of training and
-    test.
-    """
+    """Return a row per unit and side; training and test have labelled images alone."""
     units, split, n_images, targets, probabilities = [], [], [], [], []
     train = sides["train"]
     for name, side in sides.items():

@@ -168,9 +168,7 @@ def _image_parts(state: RunState) -> ImageParts | None:
 
 
 def withdraw(*results: Path) -> None:
-    """Remove results of an earlier call that are true no more; a directory disappears at once, by a
-    rename.
-    """
+    """Remove results of an earlier call; a directory disappears at once, by a rename."""
     for result_path in results:
         if result_path.is_dir():
             hidden_name = f".{result_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"

@@ -1,6 +1,4 @@
-"""What the stages of a run share: console, log, task options, and a Dask client that is opened at
-first use.
-"""
+"""What stages share: console, log, task options, and a Dask client opened at first use."""
 
 import time
 from collections.abc import Callable, Iterator

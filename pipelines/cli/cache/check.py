@@ -220,9 +220,7 @@ def _extract_again(
     _row_ids: list[str],
     row_contents: list[str],
 ) -> Rows:
-    """Return (n, *shape) features of n images, by the same units of work as in a run, from a cache
-    of their own.
-    """
+    """Return features (n, *shape) of n images, extracted as in a run into a cache of their own."""
     from headrace.extract.run.plan import plan_work_units
     from headrace.extract.run.work_unit import run_work_unit
 

@@ -27,9 +27,7 @@ DEFAULT_CACHE = Path("headrace-cache")
 
 
 def require_cache(cache_root: Path) -> None:
-    """Raise CacheError for a mistyped path: it must not read as a cache with nothing
-    wrong in it.
-    """
+    """Raise CacheError for a mistyped path, which must not pass for a cache without faults."""
     if not cache_root.is_dir():
         reason = "it is a file" if cache_root.exists() else "there is no such folder"
         raise CacheError(
@@ -105,9 +103,7 @@ def networks_of_recipe(
 
 
 def samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | None]]":
-    """Return the recipe's images in its order, and the content hash of each; None where it cannot
-    be read.
-    """
+    """Return the recipe's images in order, and each content hash; None for an unreadable one."""
     from headrace.extract.images.content_hashes import content_hashes
     from headrace.pipelines.paths import content_index
     from headrace.pipelines.planning.dataset import list_samples

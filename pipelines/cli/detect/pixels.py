@@ -94,9 +94,7 @@ def _deep_values(path: str) -> np.ndarray[Any, Any] | None:
 def _black_and_white(
     dtype: np.dtype[np.generic], lowest: float, highest: float
 ) -> tuple[float, float]:
-    """Return 0 and the largest number of as many bits as unsigned pixels need; of other types what
-    they reach.
-    """
+    """Return 0 and the largest number of unsigned pixels' bits; of other types, the range."""
     if dtype.kind == "u":
         return 0.0, float(2 ** max(int(highest).bit_length(), 8) - 1)
     if lowest >= 0 and highest <= 1:

@@ -47,9 +47,7 @@ class InitError(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """What `init` found: the lines of the recipe's images and task sections, and sentences for the
-    user.
-    """
+    """The lines of the recipe's images and task sections, and sentences for the user."""
 
     images: str
     task: str
@@ -96,9 +94,7 @@ def _detect(location: Path, source: ImageSource, recipe_folder: Path) -> Finding
 
 
 def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
-    """Read class folders, unless there are none and a table beside the images says more; both
-    readings are named.
-    """
+    """Read class folders, or a table beside the images that says more; name both readings."""
     tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
     prediction_tables = [path for path in tables if _is_predictions(path)]
     finding_of_table: dict[Path, Finding] = {}
@@ -474,9 +470,7 @@ def _table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
 def _task_section(
     samples: pd.DataFrame, column_names: Sequence[str], location: Path
 ) -> tuple[str, list[str], list[str]]:
-    """Return the lines of the recipe's task section, the target's columns, and notes on what was
-    assumed.
-    """
+    """Return the recipe's task section, the target's columns, and notes on what was assumed."""
     task_notes: list[str] = []
     named_columns = (
         _first_named(_SPLIT_NAMES, column_names),
@@ -637,9 +631,7 @@ def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
 
 
 def _n_distinct(column: "pd.Series[Any]") -> int | None:
-    """Return how many different values a column has; None where it holds lists or the like, as
-    Parquet can.
-    """
+    """Return a column's number of values; None for lists and the like, as Parquet has them."""
     try:
         return column.nunique()
     except TypeError:

@@ -28,9 +28,7 @@ _EXTREMES = (
 
 
 def measured_frame(copies: SmallCopies) -> pd.DataFrame:
-    """What was measured of each image, by content hash: width, height, brightness, contrast,
-    sharpness.
-    """
+    """What was measured, by content hash: width, height, brightness, contrast, sharpness."""
     names = ("width", "height", *MEASURES)
     return pd.DataFrame(
         [[getattr(copy, name) for name in names] for copy in copies.by_content.values()],

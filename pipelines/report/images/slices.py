@@ -131,9 +131,7 @@ def _slice_rows(
 
 
 def _parts(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
-    """The slices of a column that have images enough, each with its rows; none where it is no
-    column to slice by.
-    """
+    """The slices of a column with images enough, each with its rows; none if unfit."""
     is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     words = column.astype(object).where(column.notna(), None)
     words = words.map(lambda word: "(none)" if word is None else str(word))

@@ -68,9 +68,7 @@ def dot_chart(
     *,
     xlabel: str,
 ) -> str:
-    """One line per label, one mark per series on it, with a bar of ± its error; nan where a series
-    has none.
-    """
+    """A line per label, a mark per series with a bar of ± its error; nan: no mark."""
     with rc_context(_STYLE):
         figure, axes = _make_axes(
             0.21 * len(labels) + 0.85 + 0.16 * ((len(values_by_series) + 2) // 3)
@@ -210,9 +208,7 @@ def line_chart(
     ylabel: str,
     log_x: bool = True,
 ) -> str:
-    """Lines over x, each with a band (low, high) where one is given; the `dashed` ones are
-    extrapolated.
-    """
+    """Lines over x, with bands (low, high) where given; the `dashed` are extrapolated."""
     with rc_context(_STYLE):
         figure, axes = _make_axes(3.4)
         for series_index, (series_name, (x, y)) in enumerate(points_by_series.items()):
@@ -260,9 +256,7 @@ def _make_axes(height_inches: float) -> tuple[Figure, Axes]:
 
 
 def _svg_text(figure: Figure) -> str:
-    """The figure as an `<svg>` element for a page: no ids that another figure has, no fixed size,
-    the page's colours.
-    """
+    """The figure as an `<svg>` element: unique ids, no fixed size, the page's colours."""
     svg_file = io.StringIO()
     with warnings.catch_warnings():
         # The letters are the browser's own: matplotlib's font measures them, and need not have them

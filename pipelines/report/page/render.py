@@ -91,9 +91,7 @@ def prose(text: str) -> Markup:
 
 
 class _TableView:
-    """A table as the template and the script see it: values as JSON knows them, written alike by
-    both.
-    """
+    """A table as the template and the script see it: JSON values, written alike by both."""
 
     def __init__(self, table: Table) -> None:
         self.table = table

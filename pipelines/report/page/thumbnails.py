@@ -33,9 +33,7 @@ class Thumbnails:
     _made: dict[str, str | None] = field(default_factory=dict)
 
     def get(self, content: str) -> str | None:
-        """A data URI; None where the file is gone, or holds other bytes than those that the run has
-        seen.
-        """
+        """A data URI; None where the file is gone, or its bytes are not the run's."""
         if content not in self._made:
             self._made[content] = self._make(content)
             self.missing += self._made[content] is None
