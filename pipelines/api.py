@@ -2,6 +2,7 @@
 features to a leaderboard.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,8 +82,13 @@ def extract_features(
     cache = Path(cache).absolute()
     samples = _with_content(_listed(images, labelled=False), cache)
     network = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
-    specs = load_feature_specs(network, taps, cache_root=cache, dtype=dtype)
-    save_feature_specs(network, taps, specs, dtype=dtype, cache_root=cache)
+    features = load_feature_specs(network, taps, cache_root=cache, dtype=dtype)
+    if features.weights_note:
+        from headrace.extract.taps.left_out import WeightsWarning  # imports PyTorch
+
+        warnings.warn(features.weights_note, WeightsWarning, stacklevel=2)
+    save_feature_specs(network, taps, features, dtype=dtype, cache_root=cache)
+    specs = features.specs
     cached = [cached_contents(cache, spec) for spec in specs]
     device = find_device(device)
     units = plan_work_units(

@@ -20,6 +20,7 @@ from headrace.cache.integrity.repair import stale_temporaries
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps.spec_cache import TapFeatures
 from headrace.pipelines.cluster.clients import Role, open_client
 from headrace.pipelines.cluster.fork_server import imports_of
 from headrace.pipelines.cluster.submit import TaskOptions
@@ -159,7 +160,10 @@ def cache_images(
         if isinstance(member, HeadModel):
             for backbone, spec in zip(member.backbones, member.features, strict=True):
                 specs_of_backbone.setdefault(backbone, {})[spec] = None
-    networks = tuple((backbone, tuple(specs)) for backbone, specs in specs_of_backbone.items())
+    networks = tuple(
+        (backbone, TapFeatures(tuple(specs), weights_note=""))
+        for backbone, specs in specs_of_backbone.items()
+    )
     recipe = Recipe.model_construct(
         backbones=tuple(
             Backbone(name=backbone.name, alias=str(number))

@@ -31,7 +31,6 @@ def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> Non
     left_out = backbone.left_out
     if not left_out:
         return
-    weights = f"{backbone.spec.name} with weights {backbone.spec.weights or '(default)'}"
     placed = [(tap, nodes[tap.node]) for tap in taps]
     values, _ = _run_marked(backbone, placed)
     for tap, node in placed:
@@ -48,11 +47,21 @@ def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> Non
             if (below := [name for name in names if owner_module(name, module_names) in called])
         )
         raise BackboneError(
-            f"{weights}: {tap} depends on tensors in which the two differ: {listed}. Below its "
-            "taps a network must be that of its weights: check its name, image_size and model: "
-            "arguments (such as init_values, reg_tokens), or tap below them"
+            f"{_weights_text(backbone)}: {tap} depends on tensors in which the two differ: "
+            f"{listed}. Below its taps a network must be that of its weights: check its name, "
+            "image_size and model: arguments (such as init_values, reg_tokens), or tap below them"
         )
-    warnings.warn(f"{weights}: {left_out.describe()}", WeightsWarning, stacklevel=3)
+    warnings.warn(left_out_note(backbone), WeightsWarning, stacklevel=3)
+
+
+def left_out_note(backbone: Backbone) -> str:
+    """Return what was left out when the weights were loaded, in one line; "" for nothing."""
+    left_out = backbone.left_out
+    return f"{_weights_text(backbone)}: {left_out.describe()}" if left_out else ""
+
+
+def _weights_text(backbone: Backbone) -> str:
+    return f"{backbone.spec.name} with weights {backbone.spec.weights or '(default)'}"
 
 
 def _run_marked(

@@ -11,7 +11,9 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -42,19 +44,32 @@ class FeatureOptions(TypedDict, total=False):
     symmetric: bool
 
 
+@dataclass(frozen=True)
+class TapFeatures:
+    """What the taps of a backbone make."""
+
+    specs: tuple[FeatureSpec, ...]  # tap by tap and within a tap view by view
+    weights_note: str  # what the weights and the network do not have in common; "" for nothing
+
+
 def build_feature_specs(
     spec: BackboneSpec, taps: str | Sequence[str], storing: FeatureOptions
-) -> tuple[FeatureSpec, ...]:
+) -> TapFeatures:
     """The feature sets that these taps of a backbone make, from the network itself.
 
     Raises BackboneError.
     """
     from headrace.extract.backbones.backbone import load_backbone
     from headrace.extract.taps.describe import feature_specs
+    from headrace.extract.taps.left_out import WeightsWarning, left_out_note
     from headrace.extract.taps.resolve import resolve_taps
 
     backbone = load_backbone(spec)
-    return feature_specs(backbone, resolve_taps(backbone, taps), **storing)
+    with warnings.catch_warnings():
+        # The note says it, to the callers of forked processes and of the next call too.
+        warnings.simplefilter("ignore", WeightsWarning)
+        specs = feature_specs(backbone, resolve_taps(backbone, taps), **storing)
+    return TapFeatures(specs, left_out_note(backbone))
 
 
 def load_feature_specs(
@@ -62,11 +77,10 @@ def load_feature_specs(
     taps: str | Sequence[str],
     *,
     cache_root: Path,
-    build: Callable[..., tuple[FeatureSpec, ...]] = build_feature_specs,
+    build: Callable[..., TapFeatures] = build_feature_specs,
     **storing: Unpack[FeatureOptions],
-) -> tuple[FeatureSpec, ...]:
-    """The feature sets that these taps of a backbone make, tap by tap and within a tap view by
-    view; see `feature_specs`.
+) -> TapFeatures:
+    """The feature sets that these taps of a backbone make; see `feature_specs`.
 
     Read from what the cache remembers; otherwise the network is built, by `build`, which does what
     `build_feature_specs` does. A backbone from the user's own Python function is always built:
@@ -76,16 +90,16 @@ def load_feature_specs(
     cache_path = _spec_cache_path(spec, taps, storing, cache_root)
     if (
         not spec.name.startswith("python:")
-        and (cached_specs := _read_feature_specs(cache_path)) is not None
+        and (cached_features := _read_tap_features(cache_path)) is not None
     ):
-        return cached_specs
+        return cached_features
     return build(spec, taps, storing)
 
 
 def save_feature_specs(
     spec: BackboneSpec,
     taps: str | Sequence[str],
-    features: Sequence[FeatureSpec],
+    features: TapFeatures,
     *,
     cache_root: Path,
     **storing: Unpack[FeatureOptions],
@@ -97,10 +111,11 @@ def save_feature_specs(
     A memo that is damaged is written anew; one that cannot be written stops nobody.
     """
     cache_path = _spec_cache_path(spec, taps, storing, cache_root)
-    if _read_feature_specs(cache_path) != tuple(features):
+    if _read_tap_features(cache_path) != features:
         cached_fields = {
             "backbone": dataclasses.asdict(with_absolute_weights(spec)),
-            "features": [feature.to_json() for feature in features],
+            "features": [feature.to_json() for feature in features.specs],
+            "weights_note": features.weights_note,
         }
         with contextlib.suppress(OSError):  # it only saves time
             cache_path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +125,8 @@ def save_feature_specs(
 def find_backbone_spec(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
     """Return the backbone that is recorded to make this feature set; None where none is."""
     for cache_path in sorted((cache_root / _FOLDER).glob("*.json")):
-        if feature in (_read_feature_specs(cache_path) or ()):
+        cached_features = _read_tap_features(cache_path)
+        if cached_features is not None and feature in cached_features.specs:
             with contextlib.suppress(BackboneError):  # of another version
                 return backbone_from_fields(read_sealed_json(cache_path.read_bytes())["backbone"])
     return None
@@ -135,10 +151,11 @@ def _version_or_nothing(library: str) -> str:
         return ""
 
 
-def _read_feature_specs(cache_path: Path) -> tuple[FeatureSpec, ...] | None:
+def _read_tap_features(cache_path: Path) -> TapFeatures | None:
     try:
         cached_fields = read_sealed_json(cache_path.read_bytes())
-        return tuple(FeatureSpec.from_json(text) for text in cached_fields["features"]) or None
+        specs = tuple(FeatureSpec.from_json(text) for text in cached_fields["features"])
+        return TapFeatures(specs, cached_fields["weights_note"]) if specs else None
     # ValueError: no UTF-8, no JSON, or the fields of another version.
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None  # absent or damaged: it only saves time

@@ -22,6 +22,7 @@ from headrace.pipelines.planning.inventory import (
     read_contents,
     read_networks,
     remember_taps,
+    weights_notes,
 )
 from headrace.pipelines.planning.networks import cached_contents, failed_contents
 from headrace.pipelines.planning.plan import Plan, feature_plan, plan_run
@@ -50,8 +51,12 @@ class Extraction:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a careful person would want to be told of the images."""
-        return (*self.listing.notes, *(f"left out: {item}" for item in self.listing.left_out))
+        """What a careful person would want to be told of the images and networks."""
+        return (
+            *self.listing.notes,
+            *(f"left out: {item}" for item in self.listing.left_out),
+            *weights_notes(self.networks),
+        )
 
 
 def read_extraction(
@@ -90,7 +95,7 @@ def plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
 
     samples: columns `id`, `path`, `content`. Raises DataError where every image failed.
     """
-    all_specs = [spec for _, specs in networks for spec in specs]
+    all_specs = [spec for _, features in networks for spec in features.specs]
     require_decodable(samples, failed_contents(recipe.cache, all_specs))
     units = missing_units(recipe, samples, networks)
     contents = set(samples["content"].dropna())
@@ -127,9 +132,11 @@ def missing_units(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
         samples,
         [
             BackboneFeatures(
-                network, specs, [cached_contents(recipe.cache, spec) for spec in specs]
+                network,
+                features.specs,
+                [cached_contents(recipe.cache, spec) for spec in features.specs],
             )
-            for network, specs in networks
+            for network, features in networks
         ],
         cache_root=recipe.cache,
         images_per_shard=recipe.compute.images_per_shard,

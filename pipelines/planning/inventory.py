@@ -18,7 +18,7 @@ from headrace.extract.images.changes import compare_listings, read_listing
 from headrace.extract.images.content_hashes import UnreadableSample, content_hashes
 from headrace.extract.sources.listing import Listing
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.spec_cache import save_feature_specs
+from headrace.extract.taps.spec_cache import TapFeatures, save_feature_specs
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.pipelines.cluster.progress import Advance, show_progress
 from headrace.pipelines.paths import content_index
@@ -28,7 +28,7 @@ from headrace.pipelines.planning.networks import (
     backbone_spec,
     cached_contents,
     storage_options,
-    tap_specs,
+    tap_features,
 )
 from headrace.pipelines.recipe.grid import RequestedHeads, check_kinds, requested_heads
 from headrace.pipelines.recipe.load import Recipe, RecipeError
@@ -37,8 +37,8 @@ from headrace.pipelines.recipe.targets import DataError
 # from which on the progress of reading them is shown; fewer are read in a moment
 _MANY_FILES = 2000
 
-# each with the feature sets to keep of it, tap by tap and within a tap view by view
-Networks = tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]
+# each with the feature sets to keep of it
+Networks = tuple[tuple[BackboneSpec, TapFeatures], ...]
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,21 @@ def take_inventory(
 def read_networks(recipe: Recipe, *, write: bool) -> Networks:
     """Return the recipe's networks. write: as of `take_inventory`. Raises BackboneError."""
     return tuple(
-        (backbone_spec(backbone, recipe), tap_specs(backbone, recipe, forked=write))
+        (backbone_spec(backbone, recipe), tap_features(backbone, recipe, forked=write))
         for backbone in recipe.backbones
     )
 
 
 def remember_taps(recipe: Recipe, networks: Networks) -> None:
     """Keep the taps' specs in the cache, so that the next call builds no network to know them."""
-    for backbone, (network, specs) in zip(recipe.backbones, networks, strict=True):
+    for backbone, (network, features) in zip(recipe.backbones, networks, strict=True):
         options = storage_options(backbone, recipe)
-        save_feature_specs(network, backbone.taps, specs, cache_root=recipe.cache, **options)
+        save_feature_specs(network, backbone.taps, features, cache_root=recipe.cache, **options)
+
+
+def weights_notes(networks: Networks) -> tuple[str, ...]:
+    """Return what weights and networks do not have in common, a sentence for each that differs."""
+    return tuple(features.weights_note for _, features in networks if features.weights_note)
 
 
 def content_listing(samples: pd.DataFrame) -> dict[str, str]:
@@ -232,9 +237,9 @@ def _named_taps(
     recipe: Recipe, networks: Networks
 ) -> Iterator[tuple[str, BackboneSpec, FeatureSpec]]:
     """Yield the leaderboard's name of each feature set of a backbone, its network, and its spec."""
-    for backbone, (network, specs) in zip(recipe.backbones, networks, strict=True):
+    for backbone, (network, features) in zip(recipe.backbones, networks, strict=True):
         prefix = f"{backbone.alias or backbone.name}:" if len(networks) > 1 else ""
-        for spec in specs:
+        for spec in features.specs:
             yield prefix + spec.name, network, spec
 
 

@@ -9,7 +9,12 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.cache.publish import feature_set_path, is_feature_set
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.spec_cache import FeatureOptions, build_feature_specs, load_feature_specs
+from headrace.extract.taps.spec_cache import (
+    FeatureOptions,
+    TapFeatures,
+    build_feature_specs,
+    load_feature_specs,
+)
 from headrace.pipelines.cluster.fork_server import call_forked, imports_of
 from headrace.pipelines.planning.devices import find_device
 from headrace.pipelines.recipe.load import Recipe
@@ -45,8 +50,8 @@ def storage_options(backbone: Backbone, recipe: Recipe) -> FeatureOptions:
     )
 
 
-def tap_specs(backbone: Backbone, recipe: Recipe, *, forked: bool) -> tuple[FeatureSpec, ...]:
-    """Return the feature sets of a backbone, tap by tap and within a tap view by view.
+def tap_features(backbone: Backbone, recipe: Recipe, *, forked: bool) -> TapFeatures:
+    """Return the feature sets of a backbone.
 
     forked: build a network that the cache does not remember in a process forked from the workers'
     server, where that spares this one importing PyTorch. Raises BackboneError.
@@ -67,7 +72,7 @@ def _can_fork(backbone: Backbone, recipe: Recipe) -> bool:
     return local_cpu and "torch" not in sys.modules and not backbone.name.startswith("python:")
 
 
-def _build_forked(recipe: Recipe) -> Callable[..., tuple[FeatureSpec, ...]]:
+def _build_forked(recipe: Recipe) -> Callable[..., TapFeatures]:
     imports = imports_of(backbone.name for backbone in recipe.backbones)
     return functools.partial(call_forked, imports, build_feature_specs)
 

@@ -26,6 +26,7 @@ from headrace.pipelines.planning.inventory import (
     content_listing,
     remember_taps,
     take_inventory,
+    weights_notes,
 )
 from headrace.pipelines.planning.leaderboard import trained_in
 from headrace.pipelines.planning.networks import cached_contents, failed_contents
@@ -117,7 +118,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
     units = missing_units(recipe, needed_samples, inventory.networks)
     # All heads are compared on the rows that all inputs have; a row that is mended comes back, as
     # another task.
-    network_specs = [spec for _, specs in inventory.networks for spec in specs]
+    network_specs = [spec for _, features in inventory.networks for spec in features.specs]
     failed_reasons = failed_contents(recipe.cache, network_specs)
     require_decodable(needed_samples, failed_reasons)
     dataset = drop_rows(all_rows, frozenset(failed_reasons))
@@ -157,6 +158,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
             *inventory.listing.notes,
             *accounting.lines(),
             *dataset.notes,
+            *weights_notes(inventory.networks),
             *(side_columns_note(recipe.heads) if recipe.task.side_columns else ()),
         ),
         accounting=accounting,

@@ -19,7 +19,11 @@ from headrace.cache.format.sealed import (
     sealed_json,
 )
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.spec_cache import _read_feature_specs, save_feature_specs
+from headrace.extract.taps.spec_cache import (
+    TapFeatures,
+    _read_tap_features,
+    save_feature_specs,
+)
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.persist import BadHeadFile, load_head, save_head
 from headrace.pipelines.finetune.checkpoint import (
@@ -150,12 +154,12 @@ def test_what_is_remembered_of_a_backbone_is_what_was_found(tmp_path):
     under another name.
     """
     spec = BackboneSpec("torchvision:resnet18", weights="random:0")
-    features = [make_spec()]
+    features = TapFeatures((make_spec(),), "left out: fc.weight")
     save_feature_specs(spec, "auto", features, cache_root=tmp_path)
     (memory,) = (tmp_path / "backbones").iterdir()
     good = memory.read_bytes()
     for bad in damages(good):
         memory.write_bytes(bad)
-        assert _read_feature_specs(memory) in (None, tuple(features))
+        assert _read_tap_features(memory) in (None, features)
     memory.write_bytes(good)
-    assert _read_feature_specs(memory) == tuple(features)
+    assert _read_tap_features(memory) == features

@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from support.runs import make_photos
 
+from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.sources.samples import list_folder
 from headrace.extract.spec import BackboneSpec
 from headrace.pipelines.api import extract_features, train_heads
+from headrace.pipelines.planning.extraction import read_extraction
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.run import run_recipe
@@ -202,3 +205,24 @@ def test_inputs_of_different_views_are_refused_before_anything_is_extracted(tmp_
     (tmp_path / "recipe.yaml").write_text(text.replace("INPUTS", "each"))
     assert read_run_state(load_recipe(tmp_path / "recipe.yaml")).plan.heads_total > 0
     assert not (tmp_path / "headrace-cache" / "features").exists()
+
+
+def test_what_a_checkpoint_lacks_is_noted_in_every_run(tmp_path):
+    """Also where the cache remembers the taps, and no network is built that could say it."""
+    make_photos(tmp_path / "photos", n=12)
+    network = load_backbone(BackboneSpec("torchvision:resnet18", "random:0"))
+    tensors = {
+        name: tensor
+        for name, tensor in network.module.state_dict().items()
+        if not name.startswith("fc.")
+    }
+    torch.save(tensors, tmp_path / "headless.pth")
+    (tmp_path / "recipe.yaml").write_text(
+        "images:\n  folder: photos\ntask:\n  folds: 2\n"
+        + BACKBONE.format(taps="layer2.avg").replace("random:0", "headless.pth")
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    for _ in range(2):
+        for notes in (read_run_state(recipe).notes, read_extraction(recipe).notes):
+            (note,) = (note for note in notes if "headless.pth" in note)
+            assert "not in the file, or of another shape there (2): fc.weight, fc.bias" in note

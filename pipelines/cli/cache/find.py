@@ -95,10 +95,10 @@ def networks_of_recipe(
     networks = []
     for backbone in recipe.backbones:
         network = backbone_spec(backbone, recipe)
-        feature_specs = load_feature_specs(
+        features = load_feature_specs(
             network, backbone.taps, cache_root=recipe.cache, **storage_options(backbone, recipe)
         )
-        networks.append((network, feature_specs))
+        networks.append((network, features.specs))
     return networks
 
 

@@ -254,7 +254,8 @@ def test_what_a_damaged_memo_says_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Damage of any kind means that the network is built, and that the memo is written anew."""
-    feature = FeatureSpec("b", "w", "t", "avg", "p", "v", "pillow", "float32", "float16", (3,))
+    spec_of_tap = FeatureSpec("b", "w", "t", "avg", "p", "v", "pillow", "float32", "float16", (3,))
+    features = spec_cache.TapFeatures((spec_of_tap,), weights_note="")
     path = tmp_path / "cache/backbones/memo.json"
     monkeypatch.setattr(spec_cache, "_spec_cache_path", lambda *args: path)
     spec = BackboneSpec("torchvision:resnet18", weights="random:0")
@@ -268,20 +269,20 @@ def test_what_a_damaged_memo_says_is_not_remembered(
         b"null",
         b"[" * 100_000,
     ):
-        assert spec_cache._read_feature_specs(write(path, damage)) is None, damage[:20]
-        spec_cache.save_feature_specs(spec, "auto", [feature], cache_root=tmp_path)
-        assert spec_cache.load_feature_specs(spec, "auto", cache_root=tmp_path) == (feature,)
+        assert spec_cache._read_tap_features(write(path, damage)) is None, damage[:20]
+        spec_cache.save_feature_specs(spec, "auto", features, cache_root=tmp_path)
+        assert spec_cache.load_feature_specs(spec, "auto", cache_root=tmp_path) == features
     path.unlink()
     path.mkdir()
-    assert spec_cache._read_feature_specs(path) is None
+    assert spec_cache._read_tap_features(path) is None
     spec_cache.save_feature_specs(
-        spec, "auto", [feature], cache_root=tmp_path
+        spec, "auto", features, cache_root=tmp_path
     )  # cannot be written, and stops nobody
     path.rmdir()
     path.parent.rmdir()
     path.parent.write_bytes(b"a file")
-    assert spec_cache._read_feature_specs(path) is None
-    spec_cache.save_feature_specs(spec, "auto", [feature], cache_root=tmp_path)
+    assert spec_cache._read_tap_features(path) is None
+    spec_cache.save_feature_specs(spec, "auto", features, cache_root=tmp_path)
 
 
 def test_hashes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
