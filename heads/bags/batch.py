@@ -290,7 +290,7 @@ class BagBatch:
             gradients.append(torch.autograd.grad(decision, leaves, slope / len(units)))
         with torch.no_grad():
             self.step += 1
-            step = torch.tensor(float(self.step), device=self.device)
+            step = torch.full((), float(self.step), device=self.device)
             for name, parts in zip(self.units, zip(*gradients, strict=True), strict=True):
                 value = self.units[name]
                 value.mul_(self.shrink.view((-1,) + (1,) * (value.dim() - 1)))

@@ -321,7 +321,7 @@ def _solve(
             gap=bank.gap,
             deadline=bank.deadline,
             starts=starts,
-            device=bank.device,
+            device=_device_for(bank.device, design.dtype),
         )
         folds = np.repeat([pending_paths[i].fold for i, _ in solutions], n_outputs)
         weight, bias = design.to_raw_weights(
@@ -376,6 +376,11 @@ def _regularization_paths(
                 )
                 specs_by_strength.append(by_strength)
     return paths, specs_by_strength
+
+
+def _device_for(device: str, dtype: npt.DTypeLike) -> str:
+    """Return the device, or the CPU for float64 where it has none (MPS)."""
+    return "cpu" if device.startswith("mps") and np.dtype(dtype) == np.float64 else device
 
 
 def _make_dual_form(
@@ -440,7 +445,13 @@ def _make_design(
             if (row_index := np.flatnonzero(needed & (bank.fold == group))).size
         ]
         design = make_design(
-            X, groups, scaling, standardize=standardize, dtype=dtype, copy_per_fold=copy_per_fold
+            X,
+            groups,
+            scaling,
+            standardize=standardize,
+            dtype=dtype,
+            copy_per_fold=copy_per_fold,
+            device=_device_for(bank.device, dtype),
         )
     labelled_blocks = []
     for block in design.row_blocks:

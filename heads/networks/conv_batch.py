@@ -156,12 +156,14 @@ class ConvBatch:
         """Mean training loss (K,) float64 of one pass over rows `order`, each in the given view."""
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         positions = math.prod(self.rows.features.shape[2:])
+        # On a device once an epoch: a copy from the host stops it at every minibatch.
+        indices = torch.from_numpy(order).to(self.device)
+        feature_indices = indices + torch.from_numpy(view).to(self.device) * self.rows.n
         for start in range(0, len(order), batch_size):
-            index = torch.from_numpy(order[start : start + batch_size]).to(self.device)
-            if len(index) * positions == 1 and start:
+            batch = slice(start, start + batch_size)
+            if len(indices[batch]) * positions == 1 and start:
                 continue  # one value has no variance to normalise by
-            views = torch.from_numpy(view[start : start + batch_size]).to(self.device)
-            total += self._step(index, index + views * self.rows.n)
+            total += self._step(indices[batch], feature_indices[batch])
         return (total / len(order)).cpu().numpy()
 
     def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:

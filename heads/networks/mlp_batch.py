@@ -234,10 +234,12 @@ class NetworkBatch:
         """
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         with torch.no_grad(), np.errstate(all="ignore"):
+            # On a device once an epoch: a copy from the host stops it at every minibatch.
+            indices = torch.from_numpy(order).to(self.device)
+            feature_indices = indices + torch.from_numpy(view).to(self.device) * self.rows.n
             for start in range(0, len(order), batch_size):
-                index = torch.from_numpy(order[start : start + batch_size]).to(self.device)
-                views = torch.from_numpy(view[start : start + batch_size]).to(self.device)
-                total += self._step(index, index + views * self.rows.n)
+                batch = slice(start, start + batch_size)
+                total += self._step(indices[batch], feature_indices[batch])
         return (total / len(order)).cpu().numpy()
 
     def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
@@ -314,7 +316,7 @@ class NetworkBatch:
         # A few heads at a time: their gradient is used while it is in the cache, and one fused pass
         # reads it, the parameters and the moments, where broadcast operations make six passes
         # through memory.
-        step_count = torch.tensor(float(self.step), device=self.device)
+        step_count = torch.full((), float(self.step), device=self.device)
         tensors = (
             slope,
             self.weights[0],

@@ -37,6 +37,7 @@ from headrace.heads.linear.solver.compiled_blocks import (
     aligned_rows,
     load_compiled_kernels,
 )
+from headrace.heads.linear.solver.device_products import MatrixProduct, matrix_product
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation, RowSpace
 
 Array = npt.NDArray[Any]
@@ -257,13 +258,17 @@ def make_design(
     standardize: bool,
     dtype: Any,
     copy_per_fold: bool = False,
+    device: str = "cpu",
 ) -> DesignMatrix:
     """Return the design of the given groups of rows of X (N, D), for the folds in `scaling`.
 
     scaling: fold -> moments of its training rows. The row blocks come without labels, which the
     caller adds. For one fold P is the identity, and the groups are its training rows; so it is with
-    `copy_per_fold`, where each fold has a copy of its rows in its own scales.
+    `copy_per_fold`, where each fold has a copy of its rows in its own scales. device: where the
+    Gram matrix and the rotated rows are computed, which for many rows takes longer than all heads
+    do.
     """
+    multiply = matrix_product(device)
     common, inverse_scale, scale_ratios, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=dtype
     )
@@ -271,7 +276,9 @@ def make_design(
         standardize_rows(X, rows, common.mean, inverse_scale, dtype) for _, rows in groups
     ]
     n_features = X.shape[1]
-    gram = sum((rows.T @ rows for rows in standardized), np.zeros((n_features, n_features), dtype))
+    gram = np.zeros((n_features, n_features), dtype)
+    for rows in standardized:
+        gram += multiply(rows.T, rows)
     _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     rotation = _rotation(vectors)
     row_blocks = []
@@ -284,7 +291,7 @@ def make_design(
             row_blocks += make_row_blocks(
                 block_folds,
                 row_index,
-                functools.partial(_rotate_rows, rotation, rows, ratio),
+                functools.partial(_rotate_rows, multiply, rotation, rows, ratio),
                 n_features,
                 dtype,
             )
@@ -314,10 +321,14 @@ def kernels_for(dtype: Any) -> CompiledKernels | None:
 
 
 def _rotate_rows(
-    rotation: Rotation, standardized: Array, ratio: Array | None, rows: slice
+    multiply: MatrixProduct,
+    rotation: Rotation,
+    standardized: Array,
+    ratio: Array | None,
+    rows: slice,
 ) -> Array:
     values = standardized[rows]
-    return rotation.from_features(values if ratio is None else values / ratio)
+    return multiply(values if ratio is None else values / ratio, rotation.matrix)
 
 
 def make_row_blocks(
