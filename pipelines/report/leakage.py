@@ -6,6 +6,7 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
+from headrace.cache.manifest import MANIFEST
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.page.blocks import (
@@ -138,7 +139,7 @@ def _near_duplicates(
         if len(feature_rows) < len(content_hashes):
             remark_text = (
                 f"{len(content_hashes) - len(feature_rows):,} images have no features in "
-                f"{features.path} any more: {RUN_AGAIN}."
+                f"{features.path / MANIFEST} any more: {RUN_AGAIN}."
             )
             remarks.append(Note(remark_text, "warning"))
         if len(feature_rows):

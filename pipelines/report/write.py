@@ -57,7 +57,7 @@ def write_page(
 
 
 def require_ours(page_path: Path) -> None:
-    """Raise ReportThere unless nothing, or an earlier report, is there."""
+    """Raise ReportThere unless nothing, an empty file or an earlier report is there."""
     if not page_path.exists():
         return
     remedy = (
@@ -70,7 +70,8 @@ def require_ours(page_path: Path) -> None:
             f"{remedy}"
         )
     with page_path.open("rb") as page_file:
-        if _TITLE.encode() not in page_file.read(4096):
+        page_start = page_file.read(4096)
+        if page_start and _TITLE.encode() not in page_start:
             raise ReportThere(
                 f"{page_path} is there, and headrace report did not write it: it is not replaced. "
                 f"{remedy}"

@@ -19,6 +19,7 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
+from headrace.cache.manifest import MANIFEST
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.images.small_copies import SmallCopy
@@ -218,10 +219,12 @@ def _read_features(
     stored = np.stack([features.locate(content.tolist()) for features in sets])
     rows = np.flatnonzero((stored >= 0).all(0))
     if len(rows) < len(content):
+        lacking = zip(sets, stored, strict=True)
+        lists = [str(features.path / MANIFEST) for features, of in lacking if (of < 0).any()]
         notes.append(
             Note(
                 f"{len(content) - len(rows):,} images are not on the map, for they have no "
-                f"features any more: {RUN_AGAIN}.",
+                f"features in {', '.join(lists)} any more: {RUN_AGAIN}.",
                 "warning",
             )
         )

@@ -119,6 +119,8 @@ def test_a_report_replaces_reports_alone(tmp_path):
     require_ours(page)
     page.write_text(render_page("headrace report: x", "made", Headline(()), ()))
     require_ours(page)
+    page.write_bytes(b"")  # holds nothing of anybody's
+    require_ours(page)
     page.write_text("<!doctype html><title>mine</title>")
     with pytest.raises(
         ReportThere, match=r"did not write it.*--out, such as .*headrace-report\.html"

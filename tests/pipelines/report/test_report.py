@@ -216,12 +216,16 @@ def test_features_that_are_gone_are_counted(folder, tmp_path):
     stored = copy / "runs" / "single" / "recipe.json"
     write_record(stored, read_record(stored) | {"cache": str(copy / "headrace-cache")})
     run = read_finished_run(copy / "runs" / "single")
-    (run.open_features(list(run.feature_specs)[-1])[0].path / "manifest.jsonl").unlink()
-    text = write_report(copy / "runs" / "single").page.read_text()
-    assert re.search(
-        r"\d+ images have no features in \S+/features/[0-9a-f]+ any more: .*headrace run RECIPE",
-        text,
-    )
+    for name, left_out in (
+        (list(run.feature_specs)[-1], "have no features"),
+        (run.winner["inputs"][0], "are not on the map, for they have no features"),
+    ):
+        manifest = run.open_features(name)[0].path / "manifest.jsonl"
+        rows = manifest.read_bytes()
+        manifest.unlink()
+        text = write_report(copy / "runs" / "single").page.read_text()
+        assert re.search(rf"\d+ images {left_out} in {manifest} any more: .*headrace run", text)
+        manifest.write_bytes(rows)
 
 
 def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tmp_path):
