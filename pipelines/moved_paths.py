@@ -27,14 +27,22 @@ def moved_with_run(path: str, inside: Path) -> str:
 def moved_path(path: Path, before: Path, now: Path) -> Path:
     """Return the path, or where it is since its run went from `before` to `now`; a copy uses what
     was copied with it.
+    """
+    before, now = moved_project(before, now)
+    if before == now or not path.is_relative_to(before):
+        return path
+    new_path = now / path.relative_to(before)
+    existing_part = new_path.parent if set(_PATTERN) & set(new_path.name) else new_path
+    return new_path if existing_part.exists() else path
+
+
+def moved_project(before: Path, now: Path) -> tuple[Path, Path]:
+    """Return where the folder was that was moved or copied as a whole, and where it is; the root of
+    all paths for a run that is where it was.
 
     What the two ends share has kept its order: of a project that was moved as a whole, cache,
     images and weights files stand beside the run as they did.
     """
     while before.name and before.name == now.name:
         before, now = before.parent, now.parent
-    if before == now or not path.is_relative_to(before):
-        return path
-    new_path = now / path.relative_to(before)
-    existing_part = new_path.parent if set(_PATTERN) & set(new_path.name) else new_path
-    return new_path if existing_part.exists() else path
+    return before, now

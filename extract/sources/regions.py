@@ -33,6 +33,9 @@ _KNOWN_COLUMNS: dict[tuple[str, str, str, str], BoxFormat] = {
     ("x_center", "y_center", "width", "height"): "cxcywh",
 }
 BACKGROUNDS = get_args(Background)
+# Pixels between the beginnings of two tiles. Each tile goes through the network: one per pixel is a
+# million of them for a small photo, and the grid of a model may be a stranger's.
+_LEAST_STRIDE = 8
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,11 @@ class Tiles:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a grid that cannot be."""
-        if self.size < 1 or not 0 <= self.overlap < self.size:
+        most = min(self.size - _LEAST_STRIDE, self.size * 7 // 8)
+        if not 0 <= self.overlap <= most:
+            expected = f"an overlap from 0 to {most}" if most >= 0 else f"{_LEAST_STRIDE} and more"
             raise ValueError(
-                f"tiles of {self.size} pixels that overlap by {self.overlap}: expected a size of "
-                "at least 1, and an overlap below it"
+                f"tiles of {self.size} pixels that overlap by {self.overlap}: expected {expected}"
             )
         if self.background is not None and self.background not in BACKGROUNDS:
             raise ValueError(

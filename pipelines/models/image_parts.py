@@ -56,12 +56,12 @@ def read_image_parts(fields: Any, model_path: Path) -> ImageParts | None:
         grid = None if tiles is None else Tiles(**tiles)
         parts = ImageParts(grid, boxes, fields["min_confidence"])
         if not _can_be(parts):
-            raise ValueError(fields)
+            raise ValueError("a recipe cannot have them")
         return parts
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{model_path}: the boxes or tiles that it was trained on are none of this version: "
-            f"{str(fields)[:80]}. {WRITE_AGAIN}"
+            f"{str(fields)[:80]} ({str(error)[:120]}). {WRITE_AGAIN}"
         ) from error
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from headrace.cache.format.sealed import SealBroken, read_sealed_json
 from headrace.cache.home import expand_home
-from headrace.extract.spec import BackboneSpec, called_code, is_weights_file
+from headrace.extract.spec import BackboneSpec, backbone_path, called_code, is_weights_file
 from headrace.heads.persist import WRITE_AGAIN, code_name
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION, EnsembleModel, load_member
 from headrace.pipelines.models.errors import ModelError
@@ -50,7 +50,9 @@ def trusted_code(given_path: Path | str, trust_code: Collection[str] = ()) -> se
 
 
 def _code_of_recipe(given_path: Path | str) -> set[str]:
-    """Return the code that a recipe asks for: the user has named it. A directory names nothing."""
+    """Return the code and files that a recipe asks for: the user has named them. A directory names
+    nothing.
+    """
     recipe_path = expand_home(given_path)
     if not recipe_path.is_file():
         return set()
@@ -62,7 +64,13 @@ def _code_of_recipe(given_path: Path | str) -> set[str]:
         for backbone in recipe.backbones
     }
     estimators = {code_name(section.estimator) for section in recipe.heads.sklearn}
-    return {code_text for code_text in network_code if code_text} | estimators
+    files = {
+        name
+        for backbone in recipe.backbones
+        for name in (backbone.name, backbone.weights)
+        if name and (is_weights_file(name) or backbone_path(name) is not None)
+    }
+    return {code_text for code_text in network_code if code_text} | estimators | files
 
 
 # By which a folder is known that `headrace export` wrote.

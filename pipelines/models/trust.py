@@ -6,6 +6,7 @@ from pathlib import Path
 
 from headrace.cache.home import expand_home
 from headrace.heads.persist import CodeNotTrusted
+from headrace.pipelines.moved_paths import moved_project
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import RunDamaged, read_record
 
@@ -18,10 +19,13 @@ def require_allowed_file(
     allowed_code: Collection[str],
 ) -> None:
     """Raise CodeNotTrusted for a network's file or folder that is neither in the model's directory
-    nor named by its run's recipe.
+    nor named by the recipe of its run: of a run that is where it was made, a copy of one that still
+    is there, or part of a project that was moved and holds the file. A recipe that came with a run
+    would else permit any file.
     """
     asked_path = expand_home(asked_path).absolute()
-    if asked_path.resolve().is_relative_to(model_root.resolve()):
+    resolved_path = asked_path.resolve()
+    if resolved_path.is_relative_to(model_root.resolve()):
         return
     if not {recorded_name, str(asked_path)}.isdisjoint(allowed_code):
         return
@@ -34,7 +38,12 @@ def require_allowed_file(
                 for backbone in run_recipe["backbones"]
                 for recipe_key in ("weights", "name")
             ]
-            if recorded_name in recipe_names:
+            made = Path(run_recipe["out"])
+            _, project = moved_project(made, parent_folder)
+            if recorded_name in recipe_names and (
+                resolved_path.is_relative_to(project.resolve())
+                or read_record(RunPaths(made).recipe) == run_recipe
+            ):
                 return
         except (OSError, RunDamaged, KeyError, TypeError, AttributeError):
             continue

@@ -36,17 +36,19 @@ class BoxesSection(Section):
 class TilesSection(Section):
     """The grid that large images are cut into."""
 
-    size: pydantic.PositiveInt  # pixels of an edge
-    overlap: Annotated[int, pydantic.Field(ge=0)] = 0  # pixels that neighbours share
+    size: Annotated[int, pydantic.Field(ge=8)]  # pixels of an edge
+    # pixels that neighbours share: at most 7/8 of size, and 8 less than it
+    overlap: Annotated[int, pydantic.Field(ge=0)] = 0
     # what empty tiles are made of; white: 220 of 255 and more in every channel; black: 8 and less;
     # nodata: 0, or no value
     background: Literal["white", "black", "nodata"] | None = None
     max_background: Share = 0.9  # a tile with a larger share of background is left out as empty
 
     @pydantic.model_validator(mode="after")
-    def _overlap_is_smaller(self) -> "TilesSection":
-        if self.overlap >= self.size:
-            raise ValueError(f"overlap is {self.overlap}; expected less than size, {self.size}")
+    def _is_a_grid(self) -> "TilesSection":
+        from headrace.extract.sources.regions import Tiles  # imports pandas
+
+        Tiles(**self.model_dump())
         return self
 
 

@@ -242,5 +242,7 @@ def test_a_recipe_says_what_goes_together(tmp_path: Path) -> None:
         + f"backbones: [{{{NETWORK}}}]\n"
         + HEADS
     )
-    with pytest.raises(RecipeError, match="overlap is 8; expected less than size, 8"):
+    with pytest.raises(
+        RecipeError, match="8 pixels that overlap by 8: expected an overlap from 0 to 0"
+    ):
         load_recipe(tmp_path / "r.yaml")

@@ -484,7 +484,7 @@ def test_estimators_that_can_hold_other_code_ask(name, parameters):
 
 def test_a_weights_file_outside_of_the_model_is_asked_for(tmp_path, monkeypatch):
     """By path, by `..`, by a link, by the home directory, until the message's own words are typed;
-    inside the directory, and where the run's recipe names it, it is not.
+    inside the directory it is not.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -505,11 +505,39 @@ def test_a_weights_file_outside_of_the_model_is_asked_for(tmp_path, monkeypatch)
     (place / "net.pth").write_bytes(b"x")
     model(place, weights="net.pth")
     assert load_model(place)
-    model(tmp_path / "run" / "winner", weights=absolute)
-    (tmp_path / "run" / "recipe.json").write_text(
-        json.dumps({"backbones": [{"weights": absolute}]})
+
+
+@pytest.mark.parametrize(
+    ("made", "weights", "allowed"),
+    [
+        ("{here}/new/project/runs/r", "{here}/net.pth", True),  # it is where it was made
+        ("/old/project/runs/r", "/old/project/net.pth", True),  # with the project
+        ("/old/project/runs/r", "{here}/net.pth", False),
+        ("/old/project/runs/r", "/old/../net.pth", False),
+        ("/old/project/runs/r", "/old/project/link.pth", False),
+    ],
+)
+def test_a_run_permits_the_files_of_its_project(tmp_path, made, weights, allowed):
+    """Its recipe.json may be a stranger's, and names what it likes; a recipe that is typed may."""
+    project = tmp_path / "new" / "project"
+    weights = weights.format(here=tmp_path)
+    model(project / "runs" / "r" / "winner", weights=weights)
+    for path in (tmp_path / "net.pth", project / "net.pth"):
+        path.write_bytes(b"x")
+    (project / "link.pth").symlink_to(tmp_path / "net.pth")
+    record = {"out": made.format(here=tmp_path), "backbones": [{"weights": weights}]}
+    (project / "runs" / "r" / "recipe.json").write_text(json.dumps(record))
+    if allowed:
+        assert load_model(project / "runs" / "r")
+        return
+    with pytest.raises(CodeNotTrusted, match="outside of the model's directory"):
+        load_model(project / "runs" / "r")
+    (project / "recipe.yaml").write_text(
+        "images: {folder: photos}\nout: runs/r\nheads: {logistic: {}}\n"
+        f'backbones: [{{name: "torchvision:resnet18", weights: "{weights}", taps: [fc.avg]}}]\n'
     )
-    assert load_model(tmp_path / "run" / "winner")
+    if weights == str(tmp_path / "net.pth"):
+        assert load_model(project / "recipe.yaml")
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc", "members/link"])

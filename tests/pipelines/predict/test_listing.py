@@ -79,7 +79,13 @@ def test_a_description_holds_the_parts_of_images(parts):
     """As JSON; what a stranger's file has there instead is refused."""
     fields = json.loads(json.dumps(parts_fields(parts)))["image_parts"]
     assert read_image_parts(fields, Path("model")) == parts
-    for wrong in ({"tiles": {"size": 8.5}}, {"boxes": {"columns": "x"}}, {"min_confidence": 2}):
+    for wrong in (
+        {"tiles": {"size": 8.5}},
+        {"tiles": {"size": 1}},  # a row for each pixel
+        {"tiles": {"size": 512, "overlap": 511}},
+        {"boxes": {"columns": "x"}},
+        {"min_confidence": 2},
+    ):
         with pytest.raises(ModelError, match=r"model: the boxes or tiles .* are none of this"):
             read_image_parts(fields | wrong, Path("model"))
     assert read_image_parts(None, Path("model")) is None
