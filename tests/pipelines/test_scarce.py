@@ -13,10 +13,24 @@ from support.kills import (
     REPORT_CALL,
     RUN,
     RUN_CALL,
+    TRUST,
     result,
 )
 
 pytestmark = pytest.mark.slow
+
+
+GROW_CALL = (
+    "predict",
+    RUN,
+    "../more",
+    "--out",
+    "more.csv",
+    "--update-cache",
+    "--workers",
+    "1",
+    *TRUST,
+)
 
 
 def _can_mount(folder):
@@ -46,10 +60,12 @@ def mounted(folder, *options):
         (RUN_CALL, "empty", 300, 300),
         (EXTRACT_CALL, "empty", 300, 300),
         (PREDICT_CALL, "finished", 16, 40),
+        (GROW_CALL, "finished", 16, 100),
         (REPORT_CALL, "finished", 64, 300),
+        (("report", RUN, RUN), "finished", 16, 100),
         (EXPORT_CALL, "finished", 16, 40),
     ],
-    ids=["run", "extract", "predict", "report", "export"],
+    ids=["run", "extract", "predict", "predict-into-cache", "report", "comparison", "export"],
 )
 def test_a_disk_that_is_full_again_and_again(whole_run, call, state, first_kib, step_kib, tmp_path):
     """Each call says so in one sentence and loses nothing; with a little more room the same command
