@@ -19,6 +19,7 @@ from headrace.extract.sources.formats import (
     describe_suffix,
     is_image,
     is_image_array,
+    unread_format,
 )
 from headrace.extract.sources.layout import FolderParts, Layout, read_layout
 from headrace.extract.sources.listing import Listing, Tally
@@ -66,6 +67,7 @@ def read_folder(
     tally = Tally()
     image_rows: list[tuple[str, str, FolderParts]] = []
     folders_of_others: set[FolderParts] = set()
+    first_other: str | None = None
     for folders, name, path in _walk(image_root.absolute(), tally):
         shown_name = printable_name("/".join((*folders, name) if name else folders))
         is_excluded = tally.excludes(exclude, shown_name)
@@ -79,17 +81,18 @@ def read_folder(
         elif not (is_image(path) or is_image_array(path)):
             tally.leave_out(describe_suffix(name), shown_name)
             folders_of_others.add(folders)
+            first_other = first_other or path
         elif name_pattern is not None and not re.search(name_pattern, normalize_text(shown_name)):
             tally.leave_out(UNMATCHED_NAMES, shown_name)
         else:
             image_rows.append((normalize_text(shown_name), encode_path(path), folders))
     if not image_rows:
         found_text = "; ".join(map(str, tally.left_out()[:5])) or "no files"
-        raise SourceError(
-            f"{image_root}: no images found (found: {found_text}). Expected one folder per class "
-            f"holding files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names "
-            "images."
+        advice = (unread_format(first_other) if first_other else None) or (
+            "Expected one folder per class holding files that end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
         )
+        raise SourceError(f"{image_root}: no images found (found: {found_text}). {advice}")
     image_rows.sort()
     if len({image_id for image_id, _, _ in image_rows}) < len(image_rows):
         image_rows = _tell_apart(image_rows, image_root.absolute())

@@ -1,5 +1,6 @@
 """Recognition of images, by suffix or by their first bytes, and names of other formats."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -41,27 +42,32 @@ TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz"
 # it)}.
 _CONVERT_VIDEO = "write its frames as images, for example: ffmpeg -i FILE frames/%05d.png"
 _CONVERT_RAW = "develop it to TIFF or JPEG, for example: dcraw -T FILE"
+_DICOM = ("DICOM", "write its pixels beside it")
+_JPEG_XL = ("JPEG XL image", "convert it, for example: djxl FILE FILE.png")
+_PICKLE = (
+    "Python pickle, which could run any code",
+    "save its arrays: numpy.savez(FILE, images=..., labels=...)",
+)
 OTHER_FORMATS = {
     **dict.fromkeys(
         (".heic", ".heif", ".hif"),
         ("HEIF image", "pip install pillow-heif, and headrace reads it; or convert to JPEG"),
     ),
+    ".jxl": _JPEG_XL,
     **dict.fromkeys(
         (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"),
         ("camera raw", _CONVERT_RAW),
     ),
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"), ("video", _CONVERT_VIDEO)),
+    **dict.fromkeys((".dcm", ".dicom"), _DICOM),
+    **dict.fromkeys((".nii", ".nii.gz", ".mgz"), ("medical volume", "write its slices beside it")),
     **dict.fromkeys(
-        (".dcm", ".dicom"),
-        ("DICOM", "write PNG or .npy, for example with pydicom: dcmread(FILE).pixel_array"),
-    ),
-    **dict.fromkeys(
-        (".nii", ".mha", ".nrrd"),
-        ("medical volume", "write its slices as .npy, for example with nibabel"),
+        (".mha", ".mhd", ".nrrd"),
+        ("volume of ITK", "write its slices as .npy, for example with SimpleITK"),
     ),
     **dict.fromkeys(
         (".svs", ".ndpi", ".mrxs", ".scn"),
-        ("whole-slide image", "write tiles, for example with openslide: read_region"),
+        ("whole-slide image", "write a level of it as TIFF, and cut that with images.tiles"),
     ),
     **dict.fromkeys(
         (".tfrecord", ".tfrecords"), ("TFRecord", "write the images as files or tar shards")
@@ -70,10 +76,7 @@ OTHER_FORMATS = {
     **dict.fromkeys(
         (".rec", ".beton"), ("RecordIO or FFCV file", "write the images as files or tar shards")
     ),
-    **dict.fromkeys(
-        (".pkl", ".pickle", ".pt", ".pth"),
-        ("Python pickle", "save its arrays: numpy.savez(FILE, images=..., labels=...)"),
-    ),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth"), _PICKLE),
     ".mat": (
         "MATLAB file",
         "save its arrays: scipy.io.loadmat, then numpy.savez(FILE, images=..., labels=...)",
@@ -81,11 +84,38 @@ OTHER_FORMATS = {
     **dict.fromkeys((".xls", ".xlsx", ".ods"), ("spreadsheet", "save it as CSV (UTF-8)")),
     **dict.fromkeys((".svg", ".eps", ".ps", ".pdf"), ("vector graphic", "render it as PNG")),
     ".psd": ("Photoshop document", "export it as PNG or TIFF"),
-    ".xml": ("XML annotation", "write a CSV with the columns path and label"),
+    ".xml": (
+        "XML annotation",
+        "export it as COCO (for boxes), from CVAT also as ImageNet (a folder for each class); or "
+        "write a CSV with the columns path and label",
+    ),
     **dict.fromkeys(
         (".7z", ".rar"), ("compressed archive", "unpack it, or pack it as .zip or .tar")
     ),
     **dict.fromkeys((".zst", ".lz4"), ("compressed file", "decompress it first")),
+}
+# What to type, by the name of a format; tried with the libraries that it needs.
+_COMMANDS = {
+    "DICOM": 'Type `pip install pydicom`, then `python -c "import sys, numpy, pydicom; [numpy.save('
+    "f + '.npy', numpy.atleast_3d(pydicom.dcmread(f).pixel_array)) for f in sys.argv[1:]]\" FILES`",
+    "medical volume": 'Type `pip install nibabel`, then `python -c "import sys, numpy, nibabel; '
+    "[numpy.save(f'{f}.{z}.npy', s[..., None]) for f in sys.argv[1:] for z, s in "
+    "enumerate(nibabel.load(f).get_fdata().astype('float32').T)]\" FILES`",
+    "whole-slide image": "Type `pip install openslide-python openslide-bin`, then `python -c "
+    "\"import sys, openslide; [s.read_region((0, 0), n, s.level_dimensions[n]).convert('RGB').save("
+    "f + '.tif') for f in sys.argv[1:] for s in [openslide.OpenSlide(f)] for n in "
+    '[s.get_best_level_for_downsample(4)]]" FILES`',
+    _PICKLE[0]: 'For CIFAR, in the folder above it, `python -c "import numpy, torchvision; a, b = '
+    "(torchvision.datasets.CIFAR10('.', train=t) for t in (True, False)); "
+    "numpy.savez('cifar10.npz', train_images=a.data, train_labels=numpy.take(a.classes, a.targets),"
+    ' test_images=b.data, test_labels=numpy.take(b.classes, b.targets))"`',
+}
+# What these begin with, as (offset, bytes): they are kept without a suffix as well.
+_SIGNATURES = {
+    (128, b"DICM"): _DICOM,
+    (0, b"\xff\x0a"): _JPEG_XL,
+    (0, b"\0\0\0\x0cJXL "): _JPEG_XL,
+    **{(0, bytes((0x80, protocol))): _PICKLE for protocol in range(2, 6)},
 }
 
 
@@ -156,12 +186,34 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def unread_format(path: str | Path) -> str | None:
-    """Say what a file in OTHER_FORMATS is and how to convert it; None for others."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix not in OTHER_FORMATS:
+    """Say what a file in OTHER_FORMATS is, by its suffix or first bytes, and how to convert it."""
+    kind, cure = OTHER_FORMATS.get(_suffix(path)) or _format_of_content(path) or (None, None)
+    if kind is None:
         return None
-    kind, cure = OTHER_FORMATS[suffix]
-    return f"{path} is a {kind}, which is not read here: {cure}"
+    command = _COMMANDS.get(kind)
+    return f"{path} is not read here ({kind}): {cure}{f'. {command}' if command else ''}"
+
+
+def _suffix(path: str | Path) -> str:
+    name, suffix = os.path.splitext(os.fspath(path).lower())
+    return ".nii.gz" if suffix == ".gz" and name.endswith(".nii") else suffix
+
+
+def _format_of_content(path: str | Path) -> tuple[str, str] | None:
+    head = b""
+    # a pipe would be waited for
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                head = file.read(132)
+    return next(
+        (
+            other_format
+            for (offset, signature), other_format in _SIGNATURES.items()
+            if head[offset:].startswith(signature)
+        ),
+        None,
+    )
 
 
 def describe_suffix(name: str) -> str:
@@ -169,7 +221,7 @@ def describe_suffix(name: str) -> str:
 
     ".heic (HEIF image: pip install …)".
     """
-    suffix = Path(name).suffix.lower()
+    suffix = _suffix(name)
     if suffix in OTHER_FORMATS:
         kind, cure = OTHER_FORMATS[suffix]
         return f"{suffix} files ({kind}: {cure})"

@@ -186,10 +186,17 @@ def _refuse_vanished(
         if vanished_names := sorted(existing_names - used_names):
             vanished_text = ", ".join(printable_name(name) for name in vanished_names[:5])
             folder_role = "class" if level == class_depth else "side of the split"
+            only_name = used_names.pop() if level == 0 and len(used_names) == 1 else None
+            alone_text = (
+                f". If {only_name} holds all images, name it: headrace init "
+                f"{shlex.quote(f'{source_text}/{only_name}')}"
+                if only_name
+                else ""
+            )
             raise SourceError(
                 f"{source_text}: no file in the folder {vanished_text} can be used as an image, so "
                 f"that this {folder_role} would be missing. Add images that can be read, or leave "
                 f"it out: images.exclude: {as_yaml_list(map(printable_name, vanished_names[:5]))} "
                 "in the recipe (headrace init: --exclude "
-                f"{shlex.quote(printable_name(vanished_names[0]))})"
+                f"{shlex.quote(printable_name(vanished_names[0]))}){alone_text}"
             )

@@ -23,8 +23,10 @@ import pyarrow.parquet as pq
 from headrace.cache.text import as_text, normalize_text
 from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import open_arrow
+from headrace.extract.sources.birds import bird_rows, is_list_of_birds
 from headrace.extract.sources.coco import coco_boxes, coco_rows
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature, unread_format
+from headrace.extract.sources.label_studio import holds_tasks, task_rows
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")  # by which spreadsheets are told the separator
@@ -69,6 +71,9 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
         if suffix == ".arrow":
             arrow_table = open_arrow(table_path)
             return _from_arrow(arrow_table, arrow_table.num_rows)
+        if is_list_of_birds(table_path):
+            frame, notes = bird_rows(table_path)
+            return Table(_clean(frame), notes=notes)
         if suffix in _TEXT_SUFFIXES:
             return _read_csv(_read_text(table_path, compressed), suffix, table_path)
         if suffix in (".jsonl", ".ndjson"):
@@ -282,6 +287,9 @@ def _read_json(text: str, table_path: Path, annotations: bool) -> Table:
     values = _parse_json(text, str(table_path))
     if isinstance(values, dict) and isinstance(values.get("images"), list):
         frame, notes = (coco_boxes if annotations else coco_rows)(values, table_path)
+        return Table(_clean(frame), notes=notes)
+    if holds_tasks(values):
+        frame, notes = task_rows(values, table_path)
         return Table(_clean(frame), notes=notes)
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
         return Table(_clean(pd.DataFrame(values, dtype=object)))

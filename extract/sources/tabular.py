@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +25,10 @@ from headrace.extract.errors import (
 from headrace.extract.images.byte_ranges import encode_path, locator_file, printable_name
 from headrace.extract.images.crops import Crop
 from headrace.extract.sources.archive import RESERVED_COLUMNS
+from headrace.extract.sources.birds import IMAGES, is_list_of_birds
 from headrace.extract.sources.folder import EXCLUDED_ENTRIES, image_paths
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, TABLE_SUFFIXES
+from headrace.extract.sources.label_studio import local_names
 from headrace.extract.sources.layout import split_side
 from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.regions import Boxes, find_boxes
@@ -47,6 +50,7 @@ PATH_NAMES = (
 )
 _BOX_NAMES = frozenset({"bbox", "box", "boxes", "bboxes", "bounding_box", "bounding_boxes"})
 HUGGING_FACE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_ROBOFLOW_TABLES = ("_annotations.coco.json", "_classes.csv")
 _MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict.fromkeys(
     ("content", "_content"), "the hash of an image's bytes"
 )
@@ -235,7 +239,7 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
     if len(frame.columns) == 1 and frame.iloc[:, 0].astype(str).str.contains(r"\S\s+\S").all():
         raise SourceError(
             f"{table_path}: one column only, {column_list!r}: the columns seem to be separated by "
-            "blanks. Save it as CSV, with names in its first line: path,label"
+            f"blanks. Save it as CSV, with names in its first line: {_with_commas(table_path)}"
         )
     example = frame.columns[0] if len(frame.columns) else "id"
     raise SourceError(
@@ -243,6 +247,11 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
         "without an ending, say where their images are: images.path_pattern: "
         f"folder/{{{example}}}.jpg. The columns are: {column_list}."
     )
+
+
+def _with_commas(table_path: Path) -> str:
+    old_name, new_name = map(shlex.quote, map(str, (table_path, table_path.with_suffix(".csv"))))
+    return f"(echo path,label; tr -s ' ' , < {old_name}) > {new_name}"
 
 
 def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | None:
@@ -349,7 +358,7 @@ def _samples(
         written_names = (
             _fill_pattern(frame, image_column, table_path)
             if is_pattern
-            else as_text(frame[image_column])
+            else local_names(as_text(frame[image_column]), image_root)
         )
         locators = written_names.map(
             lambda value: _find(str(image_root), value), na_action="ignore"
@@ -620,11 +629,13 @@ def is_table(path: str | Path) -> bool:
 
 
 def metadata_table(folder: Path) -> Path | None:
-    """The table of an `imagefolder` as Hugging Face has it: metadata.csv or .jsonl with a column
-    file_name, beside the images.
+    """The table that speaks for a folder of images: metadata.csv or .jsonl with a column file_name,
+    as Hugging Face has it, the tables that Roboflow exports, or the lists of CUB-200.
 
     Where each side of a split has its own, a pattern that names them all; None where there is none.
     """
+    if is_list_of_birds(folder / IMAGES):
+        return folder / IMAGES
     with os.scandir(folder) as entries:  # which a million images would make slow through Path
         sub_folders = sorted(
             Path(entry.path)
@@ -633,17 +644,17 @@ def metadata_table(folder: Path) -> Path | None:
             # a link may lead to itself, which Path knows for no folder
             and (Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir())
         )
-    for name in HUGGING_FACE_METADATA:
-        if _is_metadata(folder / name):
+    for name in (*HUGGING_FACE_METADATA, *_ROBOFLOW_TABLES):
+        if _speaks_for_folder(folder / name):
             return folder / name
-        if sub_folders and all(_is_metadata(entry / name) for entry in sub_folders):
+        if sub_folders and all(_speaks_for_folder(entry / name) for entry in sub_folders):
             return folder / "*" / name
     return None
 
 
-def _is_metadata(file: Path) -> bool:
-    if not file.is_file():
-        return False
+def _speaks_for_folder(file: Path) -> bool:
+    if not file.is_file() or file.name in _ROBOFLOW_TABLES:
+        return file.is_file()
     try:
         return "file_name" in read_table_file(file).frame.columns
     except SourceError:

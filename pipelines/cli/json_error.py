@@ -7,7 +7,7 @@ import typer
 
 from headrace.pipelines.cli.json_output import ErrorDetail, ErrorOutput, print_json
 
-_PROGRAMS = "headrace|pip install|rm|cp|mv|export|tar|unzip|python"
+_PROGRAMS = "headrace|pip install|rm|cp|mv|export|tar|unzip|python|gunzip|djxl|ffmpeg"
 # Between back-quotes, or after a colon up to the end of its sentence or brackets.
 _COMMAND = re.compile(
     rf"`((?:{_PROGRAMS}) [^`]+)`|: ((?:{_PROGRAMS}) .+?)(?=[,;)]|\.?(?:\s[A-Z(]|\s*$))"

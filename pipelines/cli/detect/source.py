@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,12 @@ from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
 from headrace.extract.sources.folder import UNMATCHED_NAMES, has_images, is_hidden
-from headrace.extract.sources.formats import ARRAY_KINDS, MAYBE_TABLES, is_archive
+from headrace.extract.sources.formats import (
+    ARRAY_KINDS,
+    IMAGE_SUFFIXES,
+    MAYBE_TABLES,
+    is_archive,
+)
 from headrace.extract.sources.layout import SPLIT_WORDS, Layout, split_side_in
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
@@ -107,7 +113,7 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
                 )
             except HeadraceError as refusal:
                 # a table of something else, unless the folder is no use either
-                if table.suffix.lower() not in MAYBE_TABLES:
+                if table.suffix.lower() not in MAYBE_TABLES or _lists_images(table):
                     refusal_texts.append(str(refusal))
     prediction_notes = [
         f"{path.name} is a table of predictions and was not read" for path in prediction_tables
@@ -157,6 +163,13 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
     return replace(finding, notes=(*finding.notes, *prediction_notes))
 
 
+def _lists_images(text_file: Path) -> bool:
+    """Tell whether the first line of a text begins with the name of an image."""
+    with open(text_file, encoding="utf-8", errors="replace") as lines:
+        words = re.split(r"[\s,;]+", lines.readline(1000))
+    return Path(words[0]).suffix.lower() in IMAGE_SUFFIXES
+
+
 def _are_sides(folder: Path) -> bool:
     """Tell whether the names of all sub-folders hold a word of a split and are more than that:
     plain `train` and `test` are a layout of classes.
@@ -202,6 +215,7 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
             f"{folder}: found {found_text} ({len(samples):,} images). A classifier needs two "
             "classes or more: one sub-folder each, or a CSV with the columns path and "
             f"label{hint_text}"
+            + "".join(f". Left out: {left_out}" for left_out in listing.left_out[:3])
         )
     has_split = "split" in samples
     layout_text = (

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import socket
 import tarfile
 import unicodedata
@@ -509,7 +510,7 @@ def test_other_separators_and_encodings(tmp_path, data, note):
             "number,label\n1,x\n2,y\n",
             r"no column names image files.*images.path_pattern: folder/\{number\}.jpg",
         ),
-        ("cat/a.png 1\ndog/b.png 0\n", r"seem to be separated by blanks. Save it as CSV"),
+        ("cat/a.png 1\ndog/b.png 0\n", r"by blanks. Save it as CSV.*\(echo path,label; tr -s"),
         ("before,after\na.png,b.png\nc.png,d.png\n", r"before, after could each be the images"),
         ("path,label\n,x\n,y\n", r"no rows that can be used \(2 rows that name no image"),
     ],
@@ -852,7 +853,11 @@ def test_an_imagefolder_with_metadata(tmp_path, name):
         ("t.tfrecord", "TFRecord.*files or tar shards"),
         ("t.pkl", "Python pickle.*numpy.savez"),
         ("t.rar", "compressed archive.*pack it as .zip or .tar"),
-        ("t.dcm", "DICOM.*pydicom"),
+        ("t.dcm", "DICOM.*`pip install pydicom`"),
+        ("t.nii.gz", "medical volume.*`pip install nibabel`"),
+        ("t.svs", "whole-slide image.*`pip install openslide-python openslide-bin`"),
+        ("t.jxl", "JPEG XL.*djxl"),
+        ("t.xml", "XML annotation.*COCO"),
         ("t.mp4", "video.*ffmpeg"),
         ("t.what", "neither an image nor anything that holds images"),
     ],
@@ -861,3 +866,22 @@ def test_a_format_that_is_not_read_is_named(tmp_path, name, said):
     """As what it is, with how to convert it."""
     with pytest.raises(SourceError, match=said):
         read_source(detect_source(write(tmp_path / name, b"0123")))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            pickle.dumps({"data": [1]}, protocol=2),
+            "could run any code.*torchvision.datasets.CIFAR10",
+        ),
+        (bytes(128) + b"DICM", "IM0001 is not read here .DICOM.: write its pixels beside it"),
+        (b"\xff\x0a1234", "JPEG XL image"),
+    ],
+)
+def test_a_format_without_a_suffix_is_known_by_its_first_bytes(tmp_path, data, said):
+    """As the only files of a folder, and when it is named; nothing is unpickled."""
+    image = write(tmp_path / "photos/a/IM0001", data)
+    for location in (tmp_path / "photos", image):
+        with pytest.raises(SourceError, match=said):
+            read_source(detect_source(location))

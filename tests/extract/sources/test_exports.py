@@ -1,0 +1,126 @@
+"""What labelling tools export, and known data sets as they come, are read as they are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.pixels import png
+
+from headrace.extract.errors import SourceError
+from headrace.extract.images.byte_ranges import locator_file
+from headrace.extract.sources.read import detect_source, read_source
+
+
+def put(path: Path, text: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if text is None:
+        path.write_bytes(png(np.zeros((4, 4), np.uint8), 8, 0))
+    else:
+        path.write_text(text)
+
+
+def task(image, *annotations, **data):
+    """A task of Label Studio; an annotation is a dict of controls and values, None if skipped."""
+    return {
+        "id": 1,
+        "data": {"image": image, **data},
+        "annotations": [
+            {
+                "was_cancelled": values is None,
+                "result": [
+                    {"from_name": name, "type": kind, "value": {kind: value}}
+                    for name, (kind, value) in (values or {}).items()
+                ],
+            }
+            for values in annotations
+        ],
+    }
+
+
+def files(samples, folder):
+    return [str(Path(locator_file(path)).relative_to(folder)) for path in samples["path"]]
+
+
+def test_tasks_of_label_studio(tmp_path):
+    """The answers are columns; addresses of uploads and of local files are the images below the
+    table, under the names that they had or have; a skipped annotation is none.
+    """
+    for name in ("images/a.jpg", "images/b c.jpg", "one/d.jpg", "two/d.jpg"):
+        put(tmp_path / name)
+    choice = {"choice": ("choices", ["cat"]), "stars": ("rating", 4)}
+    tasks = [
+        task("/data/upload/3/0a1b2c3d-a.jpg", choice, camera="k1"),
+        task("/data/local-files/?d=images/b%20c.jpg", None, choice),
+        task("/data/local-files/?d=media/two/d.jpg", choice, choice),
+        task("/data/upload/3/00000000-e.jpg", None),
+    ]
+    put(tmp_path / "export.json", json.dumps(tasks))
+    listing = read_source(detect_source(tmp_path / "export.json"))
+    samples = listing.samples
+    assert files(samples[:3], tmp_path) == ["images/a.jpg", "images/b c.jpg", "two/d.jpg"]
+    assert samples["id"][3] == "/data/upload/3/00000000-e.jpg"  # which is not there
+    assert samples["choice"].tolist()[:3] == ["cat"] * 3
+    assert samples["stars"].tolist()[:3] == [4] * 3
+    assert samples["camera"][0] == "k1"
+    assert samples[["choice", "stars"]].isna().all(axis=1).tolist() == [False] * 3 + [True]
+    assert any("1 tasks have several annotations" in note for note in listing.notes)
+
+
+def test_several_choices_of_label_studio_are_lists(tmp_path):
+    """For task.kind: multi; boxes alone are refused, with the export that has them."""
+    tasks = [task(f"{n}.jpg", {"c": ("choices", ["a", "b"][: n + 1])}) for n in range(2)]
+    put(tmp_path / "t.json", json.dumps(tasks))
+    samples = read_source(detect_source(tmp_path / "t.json")).samples
+    assert samples["c"].tolist() == [["a"], ["a", "b"]]
+    tasks[0]["annotations"][0]["result"][0]["value"] = {"x": 1, "choices": ["a"]}
+    put(tmp_path / "t.json", json.dumps(tasks[:1]))
+    with pytest.raises(SourceError, match="export the project as COCO"):
+        read_source(detect_source(tmp_path / "t.json"))
+
+
+def test_the_short_exports_of_label_studio(tmp_path):
+    """CSV and JSON-MIN have the same addresses; paths of others stay."""
+    put(tmp_path / "images/a.jpg")
+    put(tmp_path / "t.csv", "image,choice\n/data/upload/1/01234567-a.jpg,x\nimages/b.jpg,y\n")
+    samples = read_source(detect_source(tmp_path / "t.csv")).samples
+    assert files(samples, tmp_path) == ["images/a.jpg", "images/b.jpg"]
+
+
+def test_the_lists_of_cub(tmp_path):
+    """Labels are the names of classes, the split is that of the lists; folders of other lists are
+    no classes. A list with a number twice is refused.
+    """
+    put(tmp_path / "images.txt", "1 001.Auk/a 1.jpg\n3 002.Rail/b.jpg\n2 001.Auk/c.jpg\n")
+    put(tmp_path / "image_class_labels.txt", "1 1\n2 1\n3 2\n")
+    put(tmp_path / "classes.txt", "1 001.Auk\n2 002.Rail\n")
+    put(tmp_path / "train_test_split.txt", "1 1\n2 0\n3 1\n")
+    put(tmp_path / "parts/parts.txt", "1 back\n")
+    for name in ("001.Auk/a 1.jpg", "002.Rail/b.jpg", "001.Auk/c.jpg"):
+        put(tmp_path / "images" / name)
+    samples = read_source(detect_source(tmp_path)).samples
+    assert samples["id"].tolist() == ["1", "3", "2"]
+    assert samples["label"].tolist() == ["001.Auk", "002.Rail", "001.Auk"]
+    assert samples["split"].tolist() == ["train", "train", "test"]
+    assert all(Path(locator_file(path)).is_file() for path in samples["path"])
+    put(tmp_path / "image_class_labels.txt", "1 1\n1 2\n")
+    with pytest.raises(SourceError, match="expected lines of a number, each once"):
+        read_source(detect_source(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["_annotations.coco.json", "_classes.csv"])
+def test_what_roboflow_exports(tmp_path, name):
+    """Each side's own table, COCO or columns of 0 and 1."""
+    for side in ("train", "valid", "test"):
+        put(tmp_path / side / "1.jpg")
+        coco = {
+            "images": [{"id": 0, "file_name": "1.jpg"}],
+            "categories": [{"id": 1, "name": "cat"}],
+            "annotations": [{"id": 0, "image_id": 0, "category_id": 1}],
+        }
+        text = json.dumps(coco) if name.endswith("json") else "filename, cat, dog\n1.jpg, 1, 0\n"
+        put(tmp_path / side / name, text)
+    samples = read_source(detect_source(tmp_path)).samples
+    assert samples["split"].tolist() == ["test", "train", "valid"]
+    assert samples["label" if name.endswith("json") else "cat"].tolist() in (["cat"] * 3, ["1"] * 3)
+    assert all(Path(locator_file(path)).is_file() for path in samples["path"])
