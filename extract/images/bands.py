@@ -8,6 +8,7 @@ where no such TIFF is read.
 """
 
 import io
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_ORIENTATION_TAG = 274
 _NODATA_TAG = 42113  # GDAL's text of the value that means none
 _MOST_COMPRESSED = 1032  # deflate's bound
+_MOST_PAGES = 1000  # of a TIFF: channels may be pages of their own
 _PALETTE_MODES = {"P": "RGB", "1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 # turns that make rows of columns
 _SWAPPING = (
@@ -245,6 +247,14 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
     if logger.level != logging.CRITICAL:
         logger.setLevel(logging.CRITICAL)
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        # Before its pages are sorted, which takes time with their square, and has no end where the
+        # last one points back to an earlier one.
+        pages = itertools.islice(tiff.pages, _MOST_PAGES + 1)
+        if sum(1 + len(page.subifds or ()) for page in pages) > _MOST_PAGES:
+            raise ImageError(
+                f"a TIFF of more than {_MOST_PAGES:,} pages; expected one image. Save one image of "
+                "it, as .npy for example"
+            )
         series = tiff.series[0]
         page = series.keyframe
         axes = series.axes

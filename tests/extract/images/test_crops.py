@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -452,6 +453,22 @@ def test_a_truncated_planar_tiff_is_refused(tmp_path):
     )
     _, reasons, _ = rendered([str(tmp_path / "a.tif")], how)
     assert list(reasons) == [0]
+
+
+@pytest.mark.parametrize("distance", [0, 18])
+def test_a_tiff_whose_pages_have_no_end_is_refused(distance):
+    """The second page is followed by itself, or by a long row of others."""
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, WINDOWS[:16, :16], photometric="minisblack", planarconfig="contig")
+    data = buffer.getvalue()
+    next_page = 10 + 12 * int.from_bytes(data[8:10], "little")
+    pages = b"".join(
+        struct.pack("<HHHIII", 1, 256, 3, 1, 7, len(data) + number * distance)
+        for number in range(1, 2000)
+    )
+    data = data[:next_page] + struct.pack("<I", len(data)) + data[next_page + 4 :] + pages
+    with pytest.raises(ImageError, match="more than 1,000 pages"):
+        decode_deep(data, (1, 3))
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
