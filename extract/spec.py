@@ -330,7 +330,7 @@ def require_weights_file(path: Path) -> None:
 
 def unknown_prefix_message(name: str) -> str:
     """The message for a backbone whose library is not said."""
-    bare_name = name.split(":")[-1]
+    bare_name = name.split(":")[-1].removeprefix("//huggingface.co/").strip("/")
     if "/" in bare_name:  # as models of the Hugging Face hub are called
         advice = f"For a model of the Hugging Face hub: transformers:{bare_name[:80]}"
     else:

@@ -129,6 +129,11 @@ def split_test(
         found_text = f"{len(stratum_of_row)} rows" + (
             f" in {len(np.unique(groups))} groups" if groups is not None else ""
         )
+        if groups is None and len(stratum_of_row) == len(np.unique(stratum_of_row)) > 1:
+            raise BadSplit(
+                f"{found_text}, and each has a class of its own: is task.target the right column? "
+                "Numbers are predicted with task.kind: regression"
+            )
         raise BadSplit(
             f"{found_text} leave one side of a {fraction:.0%} test split empty: add images, or "
             "change the fraction."

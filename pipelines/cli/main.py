@@ -292,6 +292,7 @@ def _run(
     json_output: bool = False,
 ) -> None:
     from headrace.pipelines.recipe.load import load_recipe, on_cluster, strictly
+    from headrace.pipelines.recipe.text import naming_lines
 
     recipe = load_recipe(recipe_path, settings=settings)
     _require_utf8(recipe.paths.root)
@@ -308,7 +309,7 @@ def _run(
     from headrace.pipelines.run import run_recipe
 
     console = make_console()
-    with resumable():
+    with resumable(), naming_lines(recipe_path):
         if dry_run:
             state = read_run_state(
                 recipe,

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
+from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import Halving, HeadSpec
-from headrace.pipelines.recipe.heads import HalvingGrid, HeadGrid, HeadInput, Heads
+from headrace.pipelines.recipe.heads import HalvingGrid, HeadGrid, HeadInput, Heads, SklearnGrid
 from headrace.pipelines.recipe.load import RecipeError
 
 _DOES = {"single": "one class per image", "multi": "several labels", "regression": "numbers"}
@@ -71,6 +72,16 @@ def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> Non
                 f"Take {kind.name} out of the recipe; heads that can do this task: "
                 f"{', '.join(able)}"
             )
+        if isinstance(grid, SklearnGrid) and grid.estimator.partition(".")[0] in (
+            "sklearn",  # other code is imported by the run alone
+            grid.estimator,
+        ):
+            from headrace.heads.sklearn.bank import make_estimator
+
+            for specs in grid.spec_banks():
+                for spec in specs:
+                    assert isinstance(spec, SklearnSpec)
+                    make_estimator(spec)
 
 
 def side_columns_note(heads: Heads) -> list[str]:

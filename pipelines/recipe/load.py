@@ -93,7 +93,10 @@ def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
     path = Path(path)
     try:
         with path.open("rb") as recipe_file:  # no more of it than a recipe can have
-            text = recipe_file.read(4 * MAX_CHARACTERS + 4).decode("utf-8")
+            data = recipe_file.read(4 * MAX_CHARACTERS + 4)
+        # as Windows' shells write text, with its mark
+        is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = data.decode("utf-16" if is_utf16 else "utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(f"{path}: no such recipe. Write one with: headrace init FOLDER") from None
     except (IsADirectoryError, UnicodeDecodeError):

@@ -1,6 +1,8 @@
 """The text of a recipe: nodes that know their lines, and answers to wrong keys and values."""
 
+import contextlib
 import difflib
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,64 @@ RENAMED_KEYS = {
     "input_halving.keep": "keep_fraction",
     "input_halving.least": "min_inputs",
 }
+# Keys of other tools, and what they are called here.
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "n_neighbors": "k",
+    "model": "backbones",
+    "models": "backbones",
+    "data": "images",
+    "dataset": "images",
+    "num_workers": "workers",
+    "cv": "folds",
+    "test_size": "test_fraction",
+    "random_state": "seed",
+    "img_size": "image_size",
+}
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+
+
+# What is wrong with the text, by words of PyYAML's complaint.
+_YAML_HINTS = {
+    "'\\t'": "Indent with blanks, not tabs",
+    "mapping values": "Here or in the line above, a key lacks its colon and blank (key: value), or "
+    "the keys of a section begin in different columns",
+    "escape": "In double quotes a backslash begins an escape: write paths in single quotes, or "
+    "with /",
+}
 
 
 class RecipeError(HeadraceError, ValueError):
     """The recipe cannot be used: names the file, the line, and the nearest valid key or value."""
+
+
+_QUOTED = re.compile(r"(?<!\w)'([^'\s]+)'")
+
+
+@contextlib.contextmanager
+def naming_lines(path: Path) -> typing.Iterator[None]:
+    """Begin a refusal that quotes a network, a tap or a column with the line of the recipe that
+    names it, where one line alone does.
+    """
+    try:
+        yield
+    except HeadraceError as error:
+        message = str(error)
+        quoted = _QUOTED.search(message)
+        if quoted and str(path) not in message and len(error.args) == 1:
+            word = re.compile(rf"(?<![\w-]){re.escape(quoted[1])}(?![\w-])")
+            text = path.read_text(encoding="utf-8", errors="replace")
+            numbers = [
+                number
+                for number, line in enumerate(text.splitlines(), 1)
+                if word.search(line.partition(" #")[0])
+            ]
+            if len(numbers) == 1:
+                error.args = (f"{path}, line {numbers[0]}: {message}",)
+        raise
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,8 +156,10 @@ def read_yaml(
     except yaml.YAMLError as error:
         problem_mark = getattr(error, "problem_mark", None)
         line_text = f", line {problem_mark.line + 1}" if problem_mark else ""
+        problem_text = str(getattr(error, "problem", None) or error)
+        hints = [hint for words, hint in _YAML_HINTS.items() if words in problem_text]
         raise RecipeError(
-            f"{path}{line_text}: this is not YAML: {getattr(error, 'problem', None) or error}"
+            f"{path}{line_text}: this is not YAML: {'. '.join([problem_text, *hints])}"
         ) from None
     except RecursionError:
         line_number = loader.line + 1 if loader else 1
@@ -195,19 +252,40 @@ def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
     inner_locations = {
         problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))
     }
-    return [
+    problems = [
         problem
         for problem in problems
         if problem["type"] != "too_short" or problem["loc"] not in inner_locations
     ]
+    # Of a value that may be a word or a list, what fits that which was written.
+    by_keys: dict[tuple[typing.Any, ...], dict[str, typing.Any]] = {}
+    for problem in problems:
+        by_keys.setdefault(_keys(problem), {})[problem["type"]] = problem
+    kept = []
+    for problem in problems:
+        others = by_keys[_keys(problem)]
+        if problem["type"] == "literal_error" and "tuple_type" in others:
+            continue
+        if problem["type"] == "tuple_type" and "string_type" in others:
+            continue
+        if problem["type"] == "tuple_type" and "literal_error" in others:
+            problem = {**problem, "words": others["literal_error"]["ctx"]["expected"]}
+        kept.append(problem)
+    return kept
+
+
+def _keys(problem: typing.Any) -> tuple[typing.Any, ...]:
+    return tuple(key_part for key_part in problem["loc"] if not _is_union_tag(key_part))
 
 
 # pydantic's words for some mistakes, in those of a person who writes a recipe.
 _PLAIN_MESSAGES = {
     "bool_parsing": "true or false is expected",
     "float_parsing": "a number is expected",
+    "float_type": "a number is expected",
     "int_from_float": "a whole number is expected",
     "int_parsing": "a whole number is expected",
+    "int_type": "a whole number is expected",
     "path_type": "one path is expected",
     "string_type": "a text is expected",
 }
@@ -242,7 +320,7 @@ def explain(
     set_places: typing.Mapping[tuple[str | int, ...], str],
 ) -> str:
     """Return a line for a pydantic error: file, line, key, what is wrong, the nearest key."""
-    location = [key_part for key_part in problem["loc"] if not _is_union_tag(key_part)]
+    location = list(_keys(problem))
     line_number, is_in_file = _line_of(root, location)
     place_text = f"{path}, line {line_number}"
     for keys, set_place in set_places.items():
@@ -254,21 +332,7 @@ def explain(
     if (new_name := renamed_key(problem)) is not None:
         return f"{place_text}: the key {dotted_key!r} is called {new_name!r} now"
     if problem["type"] == "extra_forbidden":
-        valid_keys = _keys_at(model, location[:-1])
-        keys_by_lower = {name.lower(): name for name in valid_keys}
-        word = str(location[-1]).lower()[:80]
-        misspelt, alike = (
-            [
-                keys_by_lower[name]
-                for name in difflib.get_close_matches(word, keys_by_lower, 1, cutoff)
-            ]
-            for cutoff in (0.8, 0.4)
-        )
-        nearest_keys = [*misspelt, *_sections_that_have(model, location[-1]), *alike]
-        hint = f"did you mean {nearest_keys[0]!r}? " if nearest_keys else ""
-        return (
-            f"{place_text}: unknown key {dotted_key!r}: {hint}Valid here: {', '.join(valid_keys)}"
-        )
+        return f"{place_text}: unknown key {dotted_key!r}: {_key_hint(model, location)}"
     if problem["type"] == "missing":
         return f"{place_text}: the key {dotted_key!r} is missing"
     if problem["type"] == "tuple_type" and isinstance(problem["input"], dict):
@@ -276,17 +340,21 @@ def explain(
     if problem["type"] == "tuple_type" and is_in_file:
         found = _short(str(problem["input"]))
         item = f"{{name: {found}}}" if location == ["backbones"] else found
-        return f"{place_text}: {dotted_key}: a list is expected, found {found}: write [{item}]"
+        words = f"{problem['words']} or " if "words" in problem else ""
+        return (
+            f"{place_text}: {dotted_key}: {words}a list is expected, found {found}: write [{item}]"
+        )
     if problem["type"] == "model_type":
         hint = _section_hint(problem["input"], _keys_at(model, location))
         return f"{place_text}: {dotted_key}: {hint}"
-    message = _PLAIN_MESSAGES.get(
-        problem["type"], str(problem["msg"]).removeprefix("Value error, ")
-    )
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = re.sub("Input should be (?=greater|less)", "expected a number ", message)
+    message = message.replace("Input should be", "expected")
+    message = _PLAIN_MESSAGES.get(problem["type"], message)
     found_text = (
         ""
-        if not is_in_file or isinstance(problem["input"], dict | list)
-        else f" (found {_short(repr(problem['input']))})"
+        if not is_in_file or isinstance(problem["input"], dict)
+        else f" (found {_short(repr(problem['input']))}{_value_hint(problem)})"
     )
     return (
         f"{place_text}: {dotted_key}: {message}{found_text}"
@@ -295,11 +363,49 @@ def explain(
     )
 
 
+def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str:
+    """Return what an unknown key may mean, and the keys that its section has."""
+    valid_keys = _keys_at(model, location[:-1])
+    keys_by_lower = {name.lower(): name for name in valid_keys}
+    word = str(location[-1]).lower().replace("-", "_")[:80]
+    word = _OTHER_NAMES.get(word, word)
+    misspelt, alike = (
+        [keys_by_lower[name] for name in difflib.get_close_matches(word, keys_by_lower, 1, cutoff)]
+        for cutoff in (0.8, 0.6)
+    )
+    longer = [name for name in valid_keys if name.startswith(f"{word}_")]
+    nearest_keys = [*misspelt, *longer, *_sections_that_have(model, word), *alike]
+    hint = f"did you mean {nearest_keys[0]!r}? " if nearest_keys else ""
+    others = ""
+    if location[:-1] == ["heads"] and not misspelt:
+        others = ". For others of scikit-learn, sklearn: [{estimator: sklearn.svm.SVC}]"
+    return f"{hint}Valid here: {', '.join(valid_keys)}{others}"
+
+
+def _value_hint(problem: typing.Any) -> str:
+    """Return what to write for a value in another spelling: 25 %, 0,25, [30], a bare yes."""
+    value, expected = problem["input"], problem["type"]
+    if isinstance(value, list):
+        return f"; write {value[0]}" if len(value) == 1 else "; expected one value, no list"
+    if expected == "string_type" and not isinstance(value, (type(None), dict)):
+        return "; YAML reads it so: put what you wrote in quotes"
+    if expected == "less_than" and problem["ctx"]["lt"] == 1 and 1 < value <= 100:
+        return f"; write {value / 100:g}"
+    if expected == "float_parsing" and re.fullmatch(r"\d+([.,]\d+)? ?%?", value):
+        number = float(value.rstrip(" %").replace(",", "."))
+        return f"; write {number / 100 if value.endswith('%') else number:g}"
+    return ""
+
+
 def _section_hint(found: object, keys: typing.Sequence[str]) -> str:
     """Return what to write for a word, a list or a switch that stands where a section does."""
     found_text = "" if isinstance(found, list) else f", found {_short(repr(found))}"
-    if isinstance(found, bool):
+    if isinstance(found, list) and found and all(word in keys for word in found):
+        example = f"{{{', '.join(f'{word}: {{}}' for word in found)}}}"
+    elif isinstance(found, bool):
         found_text, example = f", found {str(found).lower()}", "{}"
+    elif found is None:
+        found_text, example = ", found nothing", f"{{{keys[0]}: …}}"
     elif isinstance(found, str) and found not in keys:
         example = f"{{{keys[0]}: {_short(found)}}}"
     else:

@@ -1,13 +1,18 @@
 """The recipe: what it accepts, and the lesson it gives when it refuses."""
 
+import contextlib
+import re
 import time
 
 import pytest
 import yaml
 
+from headrace.extract.errors import BackboneError
+from headrace.heads.sklearn.bank import BadEstimator
 from headrace.pipelines.paths import RunPaths
+from headrace.pipelines.recipe.grid import check_kinds
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
-from headrace.pipelines.recipe.text import RENAMED_KEYS
+from headrace.pipelines.recipe.text import RENAMED_KEYS, naming_lines
 from headrace.pipelines.records import write_record
 from headrace.pipelines.run_directory import NotARun, stored_recipe
 
@@ -28,6 +33,76 @@ def write(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("[1e-3, 1]", "[1e-3, 1]\n    max_iter: 9", "Valid here: inputs, C, class_weight"),
+        ("  logistic:", "  svm: {}\n  logistic:", "sklearn: [{estimator: sklearn.svm.SVC}]"),
+        ("[1e-3, 1]", "[1]\n  mlp: {lr: [1]}", "did you mean 'learning_rate'?"),
+        (
+            "[1e-3, 1]",
+            "[1]\n  mlp: {epochs: [30]}",
+            "a whole number is expected (found [30]; write 30)",
+        ),
+        ("images:", "batch-size: 3\nimages:", "did you mean 'heads.mlp.batch_size'?"),
+        ("images:", "trainer: {}\nimages:", "unknown key 'trainer': Valid here"),
+        ("[1e-3, 1]", "[1]\ntask: {test_fraction: 25%}", "(found '25%'; write 0.25)"),
+        ("[1e-3, 1]", "[1]\ntask: {test_fraction: 25}", "(found 25; write 0.25)"),
+        ("[1e-3, 1]", "[1]\ntask: {target: yes}", "put what you wrote in quotes"),
+        (
+            "[layer1.avg, layer4.avg]",
+            "last",
+            "'auto' or a list is expected, found last: write [last]",
+        ),
+        ("  folder", "\tfolder", "Indent with blanks, not tabs"),
+        ("folder: photos", "folder photos\n  layout: auto", "a key lacks its colon"),
+        ("photos", '"C:\\Users\\me"', "write paths in single quotes"),
+        ("heads:", "heads: [logistic, mlp]\nx:", "write {logistic: {}, mlp: {}}"),
+        (
+            "heads:",
+            "cluster: {where: slurm, slurm: {memory: 3}}\nheads:",
+            "did you mean 'memory_per_job'",
+        ),
+    ],
+)
+def test_mistakes_that_people_bring_from_elsewhere(tmp_path, old, new, said):
+    """Other tools' keys, lists and scalars, percent, YAML's own words: one line, and what to type."""
+    assert old in GOOD
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(write(tmp_path, GOOD.replace(old, new, 1)))
+    assert said in str(refusal.value)
+    assert re.search(r"recipe.yaml, line \d+: ", str(refusal.value))
+    assert "Input should" not in str(refusal.value)
+
+
+def test_a_recipe_as_windows_shells_write_it(tmp_path):
+    """UTF-16 with its mark."""
+    (tmp_path / "recipe.yaml").write_bytes(GOOD.encode("utf-16"))
+    assert load_recipe(tmp_path / "recipe.yaml").images.folder == tmp_path / "photos"
+
+
+def test_a_refusal_after_reading_has_its_line_too(tmp_path):
+    """Where one line names what is wrong; a word that stands nowhere has none."""
+    path = write(tmp_path, GOOD)
+    for quoted, place in (("layer4.avg", f"{path}, line 6: "), ("layer9", "")):
+        with pytest.raises(BackboneError) as refusal, naming_lines(path):
+            raise BackboneError(f"no node {quoted!r}")
+        assert str(refusal.value) == f"{place}no node {quoted!r}"
+
+
+def test_estimators_of_scikit_learn_are_looked_up_before_anything_is_extracted(tmp_path):
+    """A short or misspelt name, a parameter that is none; code of others is left to the run."""
+    for entry, said in (
+        ("{estimator: SVC}", "give the full path"),
+        ("{estimator: sklearn.svm.SVCC}", "cannot be imported"),
+        ("{estimator: sklearn.svm.SVC, parameters: {c: [1]}}", "it takes C, kernel"),
+        ("{estimator: mine.Model}", None),
+    ):
+        recipe = load_recipe(write(tmp_path, GOOD + f"  sklearn: [{entry}]\n"))
+        with pytest.raises(BadEstimator, match=said) if said else contextlib.nullcontext():
+            check_kinds(recipe.heads, "single")
 
 
 def test_relative_paths_start_from_the_recipe(tmp_path):
