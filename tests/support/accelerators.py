@@ -47,6 +47,8 @@ def fake_cuda(count: int = 2) -> Iterator[Noted]:
     with (
         _accelerators(noted, count),
         FakeTensorMode(),
+        # PyTorch 2.11 asks the driver for a context where a GPU is available
+        mock.patch("torch._subclasses.fake_tensor.init_gpu_context"),
         # or autocast warns; without a GPU it casts nothing
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True),
