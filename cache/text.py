@@ -1,6 +1,9 @@
 """One form of ids and labels from tables, arrays and other programs, so that they compare."""
 
+import json
+import re
 import unicodedata
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,20 @@ def normalize_text(text: str) -> str:
     text = text.strip()
     # An ASCII text is its own normal form; asking is ten times cheaper than normalising.
     return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON; two of them are a character
+
+
+def load_json(text: str, *, errors: str = "strict", **options: Any) -> Any:
+    r"""Do as `json.loads`; raise ValueError also for text that no file can hold: a lone `\ud800`.
+
+    errors: surrogateescape lets through what stands for a byte of a file's name.
+    """
+    value = json.loads(text, **options)
+    if _HALF_CHARACTER.search(text):
+        json.dumps(value, ensure_ascii=False).encode(errors=errors)
+    return value
 
 
 # Type inference would merge the labels `1.10` and `1.1` and lose `None`, so ids, labels and groups

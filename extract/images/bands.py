@@ -387,12 +387,12 @@ def decode_large_tiff(data: bytes) -> Bands | None:
 
 def upright_size(file: IO[bytes]) -> tuple[int, int]:
     """(width, height) of an image file, upright, by its header alone. Raises anything, also for a
-    header that declares more pixels than a file of this size can hold.
+    header that declares no pixels, or more than a file of this size can hold.
     """
     width, height = _declared_size(file)
     most_pixels = max(MAX_PIXELS, _MOST_COMPRESSED * file.seek(0, io.SEEK_END))
-    if width * height > most_pixels:
-        raise ImageError(f"it declares {width} x {height} pixels: more than it can hold")
+    if not 0 < width * height <= most_pixels:
+        raise ImageError(f"it declares {width} x {height} pixels: none, or more than it can hold")
     return width, height
 
 

@@ -8,7 +8,6 @@ name the last counts, as `tar -x` has it.
 
 import glob
 import itertools
-import json
 import os
 import posixpath
 import re
@@ -24,7 +23,7 @@ from typing import Any
 import pandas as pd
 
 from headrace.cache.home import expand_home
-from headrace.cache.text import normalize_text
+from headrace.cache.text import load_json, normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids
 from headrace.extract.images.byte_ranges import encode_path, open_compressed, printable_name
 from headrace.extract.images.heif import reads_heif
@@ -309,7 +308,7 @@ def _side_columns(extension: str, data: bytes) -> dict[str, Any] | None:
     if extension != "json":
         return {"label": side_text or None}
     try:
-        side_values = json.loads(side_text)
+        side_values = load_json(side_text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(side_values, dict):

@@ -422,6 +422,8 @@ def _shapes(array_path: Path, file_kind: str) -> dict[str, tuple[int, ...]]:
                     {name: _shape(item)} if isinstance(item, h5py.Dataset) else {}
                 )
             )
+        if unnamed := [name for name in array_shapes if not isinstance(name, str)]:
+            raise ValueError(f"the name {unnamed[0]!r} is no UTF-8")
         return array_shapes
     except Exception as error:
         # zipfile, NumPy and h5py raise anything on bytes that are not theirs

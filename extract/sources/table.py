@@ -7,7 +7,6 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from headrace.cache.text import as_text, normalize_text
+from headrace.cache.text import as_text, load_json, normalize_text
 from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import open_arrow
 from headrace.extract.sources.birds import bird_rows, is_list_of_birds
@@ -280,7 +279,7 @@ def _parse_json(text: str, location: str) -> Any:
             )
         return values
 
-    return json.loads(text, object_pairs_hook=build)
+    return load_json(text, errors="surrogateescape", object_pairs_hook=build)
 
 
 def _read_json(text: str, table_path: Path, annotations: bool) -> Table:
@@ -480,9 +479,8 @@ def _is_class(value: Any, class_labels: list[str]) -> bool:
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Return the class names of integer columns, from the metadata that `datasets` writes."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"][
-            "features"
-        ]
+        described = (schema.metadata or {}).get(b"huggingface", b"{}").decode()
+        features = load_json(described)["info"]["features"]
         return {
             name: [str(label) for label in feature["names"]]
             for name, feature in features.items()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.cache.text import as_text, normalize_text
+from headrace.cache.text import as_text, load_json, normalize_text
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -136,3 +136,14 @@ def test_a_million_rows_take_seconds_at_most(make):
     started = time.perf_counter()
     as_text(column)
     assert time.perf_counter() - started < 8  # about one on a quiet machine
+
+
+def test_half_a_character_in_json_is_no_text():
+    """No file can hold it; two halves are a character, and what stands for a byte may be let in."""
+    assert load_json(r'{"label": "\ud83d\ude00 \\u00fc"}') == {"label": "\U0001f600 \\u00fc"}
+    for text in (r'["\ud800"]', r'{"\uDFFF": 1}', r'"\udcff"'):
+        with pytest.raises(ValueError, match="surrogates"):
+            load_json(text)
+    assert load_json(r'"\udcff"', errors="surrogateescape") == os.fsdecode(b"\xff")
+    with pytest.raises(ValueError, match="surrogates"):
+        load_json(r'"\ud800"', errors="surrogateescape")

@@ -23,7 +23,7 @@ from headrace.extract.images.views import Augmentation
 from headrace.extract.run import rendering as rendering_module
 from headrace.extract.run.decode_ahead import decoded_batches
 from headrace.extract.run.rendering import Rendering
-from headrace.extract.sources.read import detect_source, read_source
+from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.regions import Boxes, Tiles
 from headrace.extract.spec import Sample
 
@@ -426,6 +426,14 @@ def test_tiles_of_a_tiff_that_is_too_large_to_be_decoded_whole(tmp_path, monkeyp
     pixels, reasons, _ = rendered(list(samples["path"]))
     assert not reasons
     np.testing.assert_array_equal(pixels[4], resized(values[20:, 20:40]))
+
+
+def test_an_image_without_pixels_has_no_tiles(tmp_path):
+    """However high it says it is: it stays one row, whose decoder says what is wrong."""
+    with (tmp_path / "a.png").open("wb") as file:
+        np.save(file, np.empty((2**40, 0, 3), np.uint8))
+    samples = read_source(ImageSource("folder", tmp_path, tiles=Tiles(20)), labelled=False).samples
+    assert list(samples["id"]) == ["a.png"]
 
 
 def test_a_truncated_tiff_has_the_tiles_that_are_there(tmp_path):

@@ -391,6 +391,14 @@ def test_tar_shards_that_cannot_be(tmp_path: Path) -> None:
         read_bytes(samples["path"].iloc[1])
 
 
+def test_a_data_set_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for name in (b"images", b"images\xe4"):
+            file[name] = np.stack([picture(10), picture(20)])
+    with pytest.raises(SourceError, match=r"x\.h5: cannot be read as h5: the name .* is no UTF-8"):
+        list_array(tmp_path / "x.h5")
+
+
 def test_arrays(tmp_path: Path) -> None:
     """The same pictures in five containers: the same pixels, the same content hashes, labels beside
     or inside.

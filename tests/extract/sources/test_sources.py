@@ -36,6 +36,7 @@ from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.samples import list_folder
+from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import TableOptions, read_tables
 
 
@@ -340,6 +341,18 @@ def test_archives_of_class_folders(tmp_path, name, wrapper):
     assert listing.found == counted(listing) == 8
     backwards = [read_bytes(path) for path in reversed(listing.samples["path"].tolist())]
     assert backwards == [data for _, data in reversed(CLASS_FOLDERS)]
+
+
+def test_a_label_that_is_no_text_is_told(tmp_path):
+    """Half a character, in a side file and in a table."""
+    pack_tar(tmp_path / "s.tar", [("a.png", png(1)), ("a.json", rb'{"label": "\ud800"}')])
+    listing = read_archives(tmp_path / "s.tar")
+    assert [str(item) for item in listing.left_out] == [
+        "1 side files that are no JSON object: s.tar/a.json"
+    ]
+    (tmp_path / "t.jsonl").write_text(r'{"path": "a.png", "label": "\ud800"}')
+    with pytest.raises(SourceError, match=r"line 1: no JSON .*surrogates not allowed"):
+        read_table_file(tmp_path / "t.jsonl")
 
 
 def test_names_with_dots_and_several_images_of_one_key(tmp_path):
