@@ -1,11 +1,13 @@
-"""Draws docs/demo.svg: what the terminal shows at the end of the demo, without the times of the
-machine that draws it.
+"""Draws docs/demo.svg, what the terminal shows at the end of the demo without the times of the
+machine that draws it, and photographs its report: docs/report-*.png. Needs Chromium.
 
 python docs/make_picture.py headrace-demo
 """
 
 import dataclasses
 import io
+import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from headrace.pipelines.cli.demo import REFERENCE, write_demo
 from headrace.pipelines.cli.show import show_result
 from headrace.pipelines.console import make_console
 from headrace.pipelines.recipe.load import load_recipe
+from headrace.pipelines.report.build import write_report
 from headrace.pipelines.run import run_recipe
 
 # rich's own frame, without the web font that it would load: the picture must open offline.
@@ -48,6 +51,45 @@ class WrappingConsole(Console):
         super().print(*objects, **options)
 
 
+def photograph(report: Path, folder: Path) -> None:
+    """The page's beginning at 1,600 pixels, light, and at 360, dark; the map, with images around a
+    point drawn into the table and one of them pointed at.
+    """
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=shutil.which("chromium"))
+        for name, width, height, scheme in (
+            ("wide", 1600, 1150, "light"),
+            ("narrow", 360, 1150, "dark"),
+            ("map", 1000, 1100, "light"),
+        ):
+            page = browser.new_page(
+                viewport={"width": width, "height": height}, color_scheme=scheme
+            )
+            page.goto(report.absolute().as_uri())
+            page.wait_for_selector("html[data-ready=yes]", state="attached")
+            if name == "map":
+                page.locator("#map").scroll_into_view_if_needed()
+                page.evaluate("document.querySelector('#map').scrollIntoView()")
+                canvas = page.locator("#map canvas").first.bounding_box()
+                centre_x = canvas["x"] + 0.66 * canvas["width"]
+                centre_y = canvas["y"] + 0.6 * canvas["height"]
+                page.mouse.move(centre_x + 90, centre_y)
+                page.mouse.down()
+                for step in range(1, 33):
+                    angle = step / 32 * 2 * math.pi
+                    page.mouse.move(
+                        centre_x + 90 * math.cos(angle), centre_y + 90 * math.sin(angle)
+                    )
+                page.mouse.up()
+                page.mouse.move(centre_x, centre_y)
+                page.wait_for_timeout(500)
+            page.screenshot(path=folder / f"report-{name}.png")
+            page.close()
+        browser.close()
+
+
 if __name__ == "__main__":
     recipe = load_recipe(write_demo(Path(sys.argv[1])))
     result = run_recipe(recipe, console=make_console(stderr=True))
@@ -65,4 +107,6 @@ if __name__ == "__main__":
         title="make demo", theme=MONOKAI, code_format=FRAME, unique_id="demo"
     )
     lines = (line.rstrip() for line in picture.splitlines())
-    Path(__file__).with_name("demo.svg").write_text("\n".join(lines) + "\n")
+    folder = Path(__file__).parent
+    (folder / "demo.svg").write_text("\n".join(lines) + "\n")
+    photograph(write_report(recipe.paths.root).page, folder)

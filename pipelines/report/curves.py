@@ -43,7 +43,7 @@ def curve_set(
         curves = worst_first[:MAX_CLASSES]
     chosen = curves.index(worst_first[0]) if curves else 0
     caption = (
-        f"ROC and precision-recall curves of {model_name}, {split_name} images"
+        f"ROC and precision-recall curves of {model_name}, {split_name}"
         + ("" if len(shown) == 1 else ": one class against the rest, the hardest one first")
         + ". Move the threshold to see what it finds and what it costs"
     )

@@ -286,15 +286,13 @@ def _class_table(
     table_columns = (
         Column("class", "class"),
         Column("images", "count", "count"),
-        Column(
-            "predicted", "predicted", "count", f"images that {model_name} says are of this class"
-        ),
-        Column("recall", "recall", "share", "share of the class's images that are found"),
+        Column("predicted", "predicted", "count", f"what {model_name} says is of this class"),
+        Column("recall", "recall", "share", "share of the class that is found"),
         Column(
             "precision",
             "precision",
             "share",
-            "share of the images said to be of the class that are",
+            "share of what is said to be of the class that is",
         ),
         Column("f1", "F1", "number", "harmonic mean of recall and precision"),
         Column("auc", "AUC", "number", "this class against the rest"),
@@ -450,7 +448,7 @@ def _regression_blocks(
     blocks: list[Block] = [
         Table(
             f"targets-{split_name}",
-            f"Target by target, {split_name} images",
+            f"Target by target, {split_name}",
             table_columns,
             target_frame,
         )
@@ -467,14 +465,14 @@ def _regression_blocks(
             ylabel=f"predicted {target_name}",
         )
         alt_text = (
-            f"Predicted against true {target_name}, {len(true_values):,} images; R² "
+            f"Predicted against true {target_name}, {len(true_values):,} rows; R² "
             f"{target_frame['r2'][target_index]:.3f}."
         )
         blocks.append(
             Figure(
                 svg_text,
                 alt_text,
-                f"{target_name}: predicted against true, {split_name} images; on the dashed line "
+                f"{target_name}: predicted against true, {split_name}; on the dashed line "
                 "they are equal.",
             )
         )

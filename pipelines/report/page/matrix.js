@@ -44,7 +44,7 @@ async function drawMatrix(root) {
     state.column = Math.min(n - 1, Math.max(0, column));
     const actual = state.order[state.row], said = state.order[state.column], count = counts[actual * n + said];
     const share = sums[actual] ? `, ${fixed(100 * count / sums[actual], 2)} % of its ${fixed(sums[actual], 0)}` : "";
-    card.replaceChildren(make("bdi", {}, data.classes[actual]), actual === said ? ", rightly predicted: " : " predicted as ", ...(actual === said ? [] : [make("bdi", {}, data.classes[said]), ": "]), `${fixed(count, 0)} images${share}`);
+    card.replaceChildren(make("bdi", {}, data.classes[actual]), actual === said ? ", rightly predicted: " : " predicted as ", ...(actual === said ? [] : [make("bdi", {}, data.classes[said]), ": "]), `${fixed(count, 0)}${share}`);
     draw();
   }
   canvas.addEventListener("pointermove", (event) => {
