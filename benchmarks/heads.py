@@ -20,6 +20,7 @@ CASES = {
         "logistic-wide",
         "ridge",
         "ridge-1000",
+        "side-columns",
     ),
     "heads_stream.py": ("stream", "stream-linear", "stream-million"),
     "heads_mlp.py": ("mlp", "mlp-wide", "halving", "knn"),

@@ -1,12 +1,14 @@
 """Logistic and ridge banks against scikit-learn, one head at a time and by its own path search.
 
     python benchmarks/heads_linear.py --case
-    logistic-5k|logistic-20k|logistic-100|logistic-wide|ridge|ridge-1000 [--quick]
+    logistic-5k|logistic-20k|logistic-100|logistic-wide|ridge|ridge-1000|side-columns [--quick]
 
 Features: the handwritten digits of scikit-learn (public, in the package), rotated, scaled, shifted
 and with noise, through fixed random convolutions, rounded to float16; `logistic-100` puts two
 digits side by side, 100 classes. Grid: 20 inverse strengths from 1e-4 to 1e2, 5 stratified folds,
 features standardised on each fold's training rows.
+
+`side-columns` puts four numbers beside them, and compares banks with and without missing values.
 
 Everything is counted on both sides: standardising, training, predicting the held-out rows. One
 thread, sides in turn, CPU and wall seconds. Every head's objective is recomputed in float64 from
@@ -37,7 +39,10 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from headrace.heads.data.side_columns import SideColumn, SideColumns, side_blocks
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.discriminant.bank import fit_discriminant_bank
+from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
@@ -51,6 +56,7 @@ CASES = {  # rows, features, classes
     "logistic-wide": (1_000, 2_048, 10),
     "ridge": (20_000, 1_280, 10),
     "ridge-1000": (20_000, 1_280, 10),
+    "side-columns": (20_000, 1_280, 10),
 }
 GAPS = {"logistic-100": (4e-5, 1e-5, 1e-7)}  # that the bank is asked for, where not 1e-5 and 3e-7
 STRENGTHS = np.logspace(-4, 2, 20)
@@ -313,6 +319,39 @@ def ridge_case(name: str, quick: bool) -> dict[str, float]:
     return figures
 
 
+def side_columns_case(name: str, quick: bool) -> dict[str, float]:
+    """Print what missing numbers, which each fold imputes by its own mean, cost a bank."""
+    n_rows, n_features, n_classes = (5_000, 512, 10) if quick else CASES[name]
+    X, y = digit_features(n_rows, n_features, n_classes)
+    fold = stratified_folds(X, y)
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal((n_rows, 4)) + 0.3 * y[:, None]
+    is_missing = rng.random(numbers.shape) < 0.15
+    data = {}
+    for side, values in (("none", numbers), ("15 %", np.where(is_missing, np.nan, numbers))):
+        columns = tuple(SideColumn(f"number {k}", None, side != "none") for k in range(4))
+        inputs = SideColumns(columns, values).as_inputs()
+        rows = np.concatenate([X, inputs], axis=1, dtype=np.float32)
+        blocks = side_blocks(columns, n_features)
+        data[side] = TrainingData(rows, y, fold, n_classes, side=blocks)
+    banks: dict[str, Callable[[TrainingData], Any]] = {
+        "logistic": lambda rows: fit_logistic_bank(rows, [LogisticSpec(C) for C in STRENGTHS]),
+        "ridge": lambda rows: fit_ridge_bank(rows, [RidgeSpec(alpha) for alpha in STRENGTHS]),
+        "lda": lambda rows: fit_discriminant_bank(rows, [LDASpec(s) for s in (0.01, 0.1, 0.5)]),
+    }
+    figures = {}
+    print(f"{name}: {n_rows:,} × {n_features:,} and 4 numbers; CPU s with none and 15 % missing")
+    for kind, fit in banks.items():
+        runs: dict[str, list[CpuAndWall]] = {side: [] for side in data}
+        for _ in range(2 if quick else 5):
+            for side, rows in data.items():
+                runs[side].append(timed(lambda fit=fit, rows=rows: fit(rows))[1])
+        none, some = (median_seconds(runs[side])[0] for side in data)
+        figures[f"{kind} missing / none"] = some / none
+        print(f"{kind:10}{none:8.2f}{some:8.2f}{some / none:8.2f} times")
+    return figures
+
+
 def stratified_folds(X: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return (N,) int16 folds."""
     fold = np.zeros(len(y), np.int16)
@@ -338,7 +377,11 @@ def main() -> None:
     options = parser.parse_args()
     # Defaults stop at 100 iterations: that is what is compared.
     warnings.simplefilter("ignore", ConvergenceWarning)
-    run_case = ridge_case if options.case.startswith("ridge") else logistic_case
+    run_case = logistic_case
+    if options.case == "side-columns":
+        run_case = side_columns_case
+    elif options.case.startswith("ridge"):
+        run_case = ridge_case
     figures = run_case(options.case, options.quick)
     print(json.dumps({name: float(f"{value:.4g}") for name, value in figures.items()}))
 

@@ -6,8 +6,8 @@ A fold's training rows are all groups but its own, so its moments are a merge of
 sums of squares loses all digits at large offsets).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,16 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean (D,) and sum of squared deviations (D,), float64, of some rows; and what each
-    feature counts beside the others.
+    """Count, mean (D,) and sum of squared deviations (D,), float64, of some rows; what each feature
+    counts beside the others; and what stands for missing numbers.
     """
 
     count: int
     mean: Array
     squares: Array
     emphasis: Array | None = None  # (D,): features are standardised, then multiplied by it
+    # Feature -> what stands where the next feature is 1; the rows, and `mean`, have 0 there.
+    fills: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def constant(self) -> Array:
@@ -147,7 +149,8 @@ def group_moments(X: Features, fold_of_row: Array) -> dict[int, Moments]:
 
 def training_moments(groups: dict[int, Moments]) -> dict[int, Moments]:
     """Moments of each fold's training rows, and of all rows under REFIT."""
-    no_moments = Moments(0, *(np.zeros_like(next(iter(groups.values())).mean) for _ in range(2)))
+    zeros = np.zeros_like(next(iter(groups.values())).mean)
+    no_moments = Moments(0, zeros, zeros)
     moments_of_fold = {
         fold: merge(
             [group_part for group, group_part in groups.items() if group != fold] or [no_moments]

@@ -21,8 +21,9 @@ import numpy.typing as npt
 import scipy.linalg
 
 from headrace.heads.data.checks import check_specs
+from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
 from headrace.heads.data.inputs import check_rows
-from headrace.heads.data.standardize import Moments, group_moments, scaled, training_moments
+from headrace.heads.data.standardize import Moments, scaled
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.discriminant.kind import LDASpec
@@ -79,11 +80,12 @@ def fit_discriminant_bank(
 class ClassScatter:
     """Class means and the decomposed covariance of a fold's training rows.
 
-    Coordinates z of a raw row x are (x - center) * factor.
+    Coordinates z of a raw row x are (x - center) * inverse_scale in the units of the fold.
     """
 
     center: Array  # (D,) raw
-    factor: Array  # (D,)
+    inverse_scale: Array  # (D,)
+    units: FoldUnits
     class_means: Array  # (C, D) in z; 0 where the class has no rows
     priors: Array  # (C,)
     eigenvalues: Array  # (r,), at least 0
@@ -108,7 +110,7 @@ class ClassScatter:
         present = self.priors > 0
         bias = np.log(np.where(present, self.priors, 1.0))
         bias -= 0.5 * np.einsum("kd,kd->k", weight, self.class_means)
-        raw_weight = weight * self.factor
+        raw_weight = self.units.common_weights(weight) * self.inverse_scale
         return raw_weight, np.where(present, bias - raw_weight @ self.center, NEVER)
 
 
@@ -123,7 +125,7 @@ class DiscriminantProblem:
     @classmethod
     def of(cls, data: TrainingData) -> "DiscriminantProblem":
         """Take the moments of every fold's training rows. Raises NotFinite."""
-        return cls(data, training_moments(group_moments(data.X, data.fold)), {})
+        return cls(data, fold_moments(data), {})
 
     def scatter(self, fold: int, *, standardize: bool) -> ClassScatter:
         """Return the class means and the decomposed covariance of a fold."""
@@ -140,8 +142,13 @@ class DiscriminantProblem:
             )
         products = sum_products(part for group, part in self.products.items() if group != fold)
         # From the coordinates that all folds share to the fold's own.
-        fold_scale = fold_moments.scale if standardize else 1.0
-        ratio = np.where(fold_moments.constant, 0.0, common.scale / fold_scale)
+        units = fold_units(
+            fold_moments,
+            common,
+            fold_moments.scale if standardize else 1.0,
+            common.scale,
+            constant_ratio=np.inf,
+        )
         mean = products.feature_sum / products.total_weight
         counts = np.maximum(products.target_sum, np.finfo(np.float64).tiny)
         class_means = np.where(
@@ -150,13 +157,14 @@ class DiscriminantProblem:
         between = (class_means * products.target_sum[:, None]).T @ class_means
         covariance = (products.centred().gram - between) / products.total_weight
         values, vectors = scipy.linalg.eigh(
-            covariance * np.outer(ratio, ratio), driver="evd", check_finite=False
+            units.rows(units.rows(covariance).T), driver="evd", check_finite=False
         )
         center = common.mean + mean * common.scale
         return ClassScatter(
             center,
-            inverse_scale * ratio,
-            class_means * ratio,
+            inverse_scale,
+            units,
+            units.rows(class_means),
             products.target_sum / products.total_weight,
             np.maximum(values, 0.0),
             vectors,
@@ -168,14 +176,15 @@ class DiscriminantProblem:
         """Return the same with fewer rows than features, from the products of rows with rows."""
         data = self.data
         rows = data.training_rows(fold)
-        fold_scale = fold_moments.scale if standardize else 1.0
-        factor = np.where(fold_moments.constant, 0.0, 1.0 / fold_scale)
+        scale = fold_moments.scale if standardize else np.ones(len(fold_moments.mean))
+        inverse_scale = np.where(fold_moments.constant, 0.0, 1.0 / scale)
+        units = fold_units(fold_moments, fold_moments, scale, scale)
         weight = np.ones(len(rows)) if data.sample_weight is None else data.sample_weight[rows]
-        Z = scaled(data.X[rows], fold_moments.mean, factor)
+        Z = scaled(data.X[rows], fold_moments.mean, inverse_scale)
         one_hot = (data.target[rows, None] == np.arange(data.n_outputs)) * weight[:, None]
         class_weights, total_weight = one_hot.sum(0), float(weight.sum())
         mean = weight @ Z / total_weight
-        Z -= mean
+        Z = units.rows(Z - mean)
         counts = np.maximum(class_weights, np.finfo(np.float64).tiny)
         class_means = (one_hot.T @ Z) / counts[:, None]
         Z -= class_means[data.target[rows]]
@@ -184,10 +193,9 @@ class DiscriminantProblem:
         spans = values > values.max(initial=0.0) * len(Z) * np.finfo(np.float64).eps
         values, vectors = values[spans], vectors[:, spans]
         return ClassScatter(
-            fold_moments.mean + mean * fold_moments.scale
-            if standardize
-            else fold_moments.mean + mean,
-            factor,
+            fold_moments.mean + mean * scale,
+            inverse_scale,
+            units,
             class_means,
             class_weights / total_weight,
             values,

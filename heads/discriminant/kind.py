@@ -33,13 +33,8 @@ class LDASpec:
 def fit_lda(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
     """Train a bank; modules are imported when a bank is trained."""
     from headrace.heads.discriminant.bank import fit_discriminant_bank
-    from headrace.heads.linear.imputed import fit_imputed
 
-    return fit_imputed(
-        lambda rows, refit: fit_discriminant_bank(rows, specs, refit=refit),
-        data,
-        refit=options.refit,
-    )
+    return fit_discriminant_bank(data, specs, refit=options.refit)
 
 
 def lda_layers(spec: LDASpec, arrays: Arrays) -> Layers:

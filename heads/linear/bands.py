@@ -21,6 +21,7 @@ import numpy.typing as npt
 import scipy.linalg
 import scipy.optimize
 
+from headrace.heads.data.fold_units import fold_units
 from headrace.heads.data.standardize import Features, Moments, scaled
 
 Array = npt.NDArray[np.float64]
@@ -95,6 +96,7 @@ def _with_emphasis(
             for block_images in np.array_split(images, min(DRAWN_FOLDS, len(images)))
         ]
     Z = scaled(X[rows], moments.mean, np.where(moments.constant, 0.0, 1.0 / moments.scale))
+    Z = fold_units(moments, moments, moments.scale, moments.scale).rows(Z)
     Y = _target_columns(target[rows])
     Y -= Y.mean(axis=0)
     if len(rows) < 2 or not Y.any():  # a constant target

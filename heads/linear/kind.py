@@ -56,24 +56,16 @@ class RidgeSpec:
 
 def fit_logistic(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
     """Train a bank of logistic heads; modules are imported when a bank is trained."""
-    from headrace.heads.linear.imputed import fit_imputed
     from headrace.heads.linear.logistic import fit_logistic_bank
 
-    return fit_imputed(
-        lambda rows, refit: fit_logistic_bank(rows, specs, refit=refit, device=options.device),
-        data,
-        refit=options.refit,
-    )
+    return fit_logistic_bank(data, specs, refit=options.refit, device=options.device)
 
 
 def fit_ridge(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
     """Train a bank of ridge heads."""
-    from headrace.heads.linear.imputed import fit_imputed
     from headrace.heads.linear.ridge import fit_ridge_bank
 
-    return fit_imputed(
-        lambda rows, refit: fit_ridge_bank(rows, specs, refit=refit), data, refit=options.refit
-    )
+    return fit_ridge_bank(data, specs, refit=options.refit)
 
 
 def logistic_layers(spec: LogisticSpec, arrays: Arrays) -> Layers:

@@ -23,14 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.data.checks import check_specs
+from headrace.heads.data.fold_units import fold_moments
 from headrace.heads.data.inputs import check_rows
 from headrace.heads.data.standardize import (
     Features,
     Moments,
     chunks,
-    group_moments,
     sweep,
-    training_moments,
 )
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
@@ -149,7 +148,7 @@ def fit_logistic_bank(
         deadline,
     )
     folds = data.folds_to_fit(refit=refit)
-    scaling = training_moments(group_moments(bank.X, bank.fold))
+    scaling = fold_moments(data)
     for standardize, banded in sorted({(spec.standardize, spec.banded) for spec in specs}):
         spec_indices = [
             i

@@ -24,14 +24,13 @@ import numpy.typing as npt
 import scipy.linalg
 
 from headrace.heads.data.checks import check_specs
+from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
 from headrace.heads.data.inputs import check_rows
 from headrace.heads.data.standardize import (
     Features,
     Moments,
     chunks,
-    group_moments,
     scaled,
-    training_moments,
 )
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
@@ -70,7 +69,7 @@ def fit_ridge_bank(
     fold, sample_weight = np.asarray(data.fold, np.int64), data.sample_weight
     if sample_weight is not None and (sample_weight == 1).all():
         sample_weight = None
-    plain_scaling = training_moments(group_moments(X, fold))
+    plain_scaling = fold_moments(data)
     scalings = {False: plain_scaling}  # by RidgeSpec.banded
     if any(spec.banded for spec in specs):
         scalings[True] = with_bands(
@@ -163,14 +162,14 @@ class _RidgeProblem:
 
     def solve(self, held_out: int, alphas: Array, *, standardize: bool) -> _RidgeSolution:
         """Return the solutions of a fold for every strength."""
-        common, fold_moments = self.scaling[REFIT], self.scaling[held_out]
+        common, moments = self.scaling[REFIT], self.scaling[held_out]
         inverse_scale = np.where(common.constant, 0.0, 1.0 / common.scale)
         # From the common coordinates to those that are penalised; a feature that is constant in the
         # fold's training rows gets no weight.
-        fold_scale = fold_moments.scale if standardize else 1.0
-        scale_ratio = np.where(fold_moments.constant, 0.0, common.scale / fold_scale)
-        if fold_moments.count < self.X.shape[1]:
-            return self._solve_dual(held_out, alphas, inverse_scale, scale_ratio)
+        scale = moments.scale if standardize else 1.0
+        units = fold_units(moments, common, scale, common.scale, constant_ratio=np.inf)
+        if moments.count < self.X.shape[1]:
+            return self._solve_dual(held_out, alphas, inverse_scale, units)
         if not self.products:
             self.products.update(
                 group_products(
@@ -179,8 +178,8 @@ class _RidgeProblem:
             )
         products = sum_products(part for group, part in self.products.items() if group != held_out)
         centred = products.centred()
-        gram = centred.gram * np.outer(scale_ratio, scale_ratio)
-        cross = centred.cross * scale_ratio[:, None]
+        gram = units.rows(units.rows(centred.gram).T)
+        cross = units.rows(centred.cross.T).T
         W = _solve_shifted(gram, cross, alphas)  # (D, A, T)
         gram_W = (gram @ W.reshape(len(W), -1)).reshape(W.shape)
         residual = gram_W + alphas[:, None] * W - cross[:, None]
@@ -190,13 +189,13 @@ class _RidgeProblem:
             + np.einsum("dat,dat->a", residual, W)
         )
         gap_bound = np.einsum("dat,dat->a", residual, residual) / _strong_convexity(gram, alphas)
-        weight = np.ascontiguousarray((W * scale_ratio[:, None, None]).transpose(1, 2, 0))
+        weight = units.common_weights(np.ascontiguousarray(W.transpose(1, 2, 0)))
         total_weight = products.total_weight or 1.0
         bias = products.target_sum / total_weight - weight @ (products.feature_sum / total_weight)
         return _RidgeSolution(weight, bias, objective, gap_bound)
 
     def _solve_dual(
-        self, held_out: int, alphas: Array, inverse_scale: Array, scale_ratio: Array
+        self, held_out: int, alphas: Array, inverse_scale: Array, units: FoldUnits
     ) -> _RidgeSolution:
         """Return the solutions with fewer rows than features.
 
@@ -207,9 +206,9 @@ class _RidgeProblem:
         if self.sample_weight is not None:
             weight_root = np.sqrt(self.sample_weight[rows])
         total_weight = float(weight_root @ weight_root) or 1.0
-        Z = scaled(self.X[rows], self.scaling[REFIT].mean, inverse_scale * scale_ratio)
+        Z = scaled(self.X[rows], self.scaling[REFIT].mean, inverse_scale)
         mean, target_mean = (weight_root**2 @ part / total_weight for part in (Z, self.Y[rows]))
-        Z = (Z - mean) * weight_root[:, None]
+        Z = units.rows((Z - mean) * weight_root[:, None])
         y = (self.Y[rows] - target_mean) * weight_root[:, None]
         kernel = Z @ Z.T
         a = _solve_shifted(kernel, y, alphas)  # (n, A, T)
@@ -230,8 +229,8 @@ class _RidgeProblem:
             gap_bound / _strong_convexity(kernel, alphas),
             np.einsum("nat,nat->a", residual, residual),
         )
-        weight = np.ascontiguousarray((W * scale_ratio[:, None, None]).transpose(1, 2, 0))
-        bias = target_mean - weight @ (mean / np.where(scale_ratio > 0, scale_ratio, 1.0))
+        weight = units.common_weights(np.ascontiguousarray(W.transpose(1, 2, 0)))
+        bias = target_mean - weight @ mean
         return _RidgeSolution(weight, bias, objective, gap_bound)
 
 

@@ -369,7 +369,7 @@ class ActiveSet:
         for preconditioner, rows in groups:
             u[rows] = preconditioner.free_from_scaled(x[rows].reshape(-1, *self.shape))
         weights = u[..., :-1]
-        if design.scale_ratios:
+        if design.units:
             weights = np.ascontiguousarray(weights)
             penalty_gradient = design.multiply_by_penalty(weights, problem.folds[path_index])
             penalty_gradient *= l2[:, None, None]

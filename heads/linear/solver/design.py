@@ -4,12 +4,12 @@ N rows, D features, R rotated coordinates, C classes, F folds, A heads.
 
 Coordinates. Let s be the scale of every feature over all rows and Q (D, R) an orthonormal basis of
 eigenvectors of the Gram matrix of the scaled rows. The raw weights of a head are W = (Q u) / s, its
-decision u . Q'((x - m)/s) + b. The standardization of a fold changes neither the rows nor the
-decision, only the penalty: with the standard deviations s_f of the fold's training rows it is
-|W s_f|^2 = u' P u, P = Q' diag(s_f/s)^2 Q (the intercept is free and absorbs every mean). So all
-folds share one copy of the rows and differ in P, which is near the identity. Many-class heads do
-not gain by sharing: where it pays (`should_copy_per_fold`), each fold has a copy of its rows in its
-own scales, rotated by the same Q, and P is the identity.
+decision u . Q'((x - m)/s) + b. The standardization of a fold, and what stands for missing numbers
+in it, change neither the rows nor the decision, only the penalty: it is u' P u, P = Q' R'R Q with
+the fold's units R, of standard deviations s_f alone diag(s_f/s) (the intercept is free and absorbs
+every mean). So all folds share one copy of the rows and differ in P, which is near the identity.
+Many-class heads do not gain by sharing: where it pays (`should_copy_per_fold`), each fold has a
+copy of its rows in its own units, rotated by the same Q, and P is the identity.
 
 Rows that do not fit into memory are read from their shards on every pass instead, and centred
 there; the weights are scaled and rotated, and the gradients back, which costs as much as a few rows
@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.data.fold_units import FoldUnits, fold_units
 from headrace.heads.data.standardize import Features, Moments, chunks, scaled
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
@@ -89,8 +90,8 @@ class DesignMatrix:
     rotation: Rotation | PerFoldRotation | RowSpace
     mean: Array  # (D,) float64
     inverse_scale: Array  # (D,) float64, 0 for constant features
-    # fold -> (D,) s_f / s; empty where P is the identity: per-fold copies, unstandardized, one fold
-    scale_ratios: dict[int, Array]
+    # fold -> R, where it is not the identity; empty with per-fold copies
+    units: dict[int, FoldUnits]
     penalty_matrices: dict[int, Array]  # fold -> P (R, R), computed when first needed
     # Unstandardized features are divided by this one number; 1 for standardized ones.
     feature_unit: float
@@ -149,12 +150,12 @@ class DesignMatrix:
     def multiply_by_penalty(self, u: Array, folds: Array) -> Array:
         """Return u P (A, C, R) for heads u (A, C, R) of the given folds (A,).
 
-        Few-class heads apply P through the features, Q' (s_f/s)^2 Q: twice the flops of a stored P,
+        Few-class heads apply P through the features, Q' R'R Q: twice the flops of a stored P,
         but one product for the heads of all folds, as wide as there are heads. At 1,280 features,
         five folds and ten classes that is twice as fast; with a hundred classes a stored P is (1.08
         of the CPU time without, 2,000 x 768).
         """
-        if not self.scale_ratios:
+        if not self.units:
             return u
         assert isinstance(self.rotation, Rotation)
         matrix = self.rotation.matrix
@@ -165,42 +166,45 @@ class DesignMatrix:
                 out[:] = head if penalty is None else head @ penalty
             return product
         in_features = (u.reshape(-1, u.shape[-1]) @ matrix.T).reshape(*u.shape[:2], -1)
-        for fold, ratio in self.scale_ratios.items():
-            in_features[folds == fold] *= ratio**2
+        for fold, units in self.units.items():
+            in_fold = folds == fold
+            in_features[in_fold] = units.penalty_gradient(in_features[in_fold])
         return np.asarray((in_features.reshape(-1, len(matrix)) @ matrix).reshape(u.shape))
 
     def _penalty_matrix(self, fold: int) -> Array | None:
         """Return P (R, R) of a fold, or None where it is the identity."""
-        if fold in self.scale_ratios and fold not in self.penalty_matrices:
+        if fold in self.units and fold not in self.penalty_matrices:
             assert isinstance(self.rotation, Rotation)
-            rescaled = self.rotation.matrix * self.scale_ratios[fold][:, None]
-            self.penalty_matrices[fold] = rescaled.T @ rescaled
+            root = self.units[fold].weights(self.rotation.matrix.T)
+            self.penalty_matrices[fold] = root @ root.T
         return self.penalty_matrices.get(fold)
 
     def penalty_root(self, u: Array, folds: Array) -> Array:
-        """Return r Q u (A, C, D) float64 of heads u (A, C, R), with P = (r Q)' r Q.
+        """Return R Q u (A, C, D) float64 of heads u (A, C, R), with P = (R Q)' R Q.
 
         Where P is the identity, u itself (A, C, R).
         """
-        return self._through_features(u, folds, np.multiply)
+        return self._through_features(u, folds, FoldUnits.weights)
 
     def inverse_penalty_root(self, gradients: Array, folds: Array) -> Array:
-        """Return Q g / r (A, C, D) float64 of gradients g (A, C, R), with products those of P^-1.
+        """Return R'^-1 Q g (A, C, D) float64 of gradients g (A, C, R), with products those of P^-1.
 
         Where P is the identity, g itself (A, C, R).
         """
-        return self._through_features(gradients, folds, np.divide)
+        return self._through_features(gradients, folds, FoldUnits.rows)
 
-    def _through_features(self, u: Array, folds: Array, multiply_or_divide: np.ufunc) -> Array:
-        if not self.scale_ratios:
+    def _through_features(
+        self, u: Array, folds: Array, change: Callable[[FoldUnits, Array], Array]
+    ) -> Array:
+        if not self.units:
             return u.astype(np.float64)
         assert isinstance(self.rotation, Rotation)
         flat = u.reshape(-1, u.shape[-1]).astype(self.dtype, copy=False)
         in_features = self.rotation.to_features(flat).astype(np.float64)
         in_features = in_features.reshape(*u.shape[:2], -1)
-        for fold, ratio in self.scale_ratios.items():
+        for fold, units in self.units.items():
             in_fold = folds == fold
-            in_features[in_fold] = multiply_or_divide(in_features[in_fold], ratio)
+            in_features[in_fold] = change(units, in_features[in_fold])
         return in_features
 
     def to_raw_weights(self, u: Array, folds: Array) -> tuple[Array, Array]:
@@ -263,13 +267,13 @@ def make_design(
     """Return the design of the given groups of rows of X (N, D), for the folds in `scaling`.
 
     scaling: fold -> moments of its training rows. The row blocks come without labels, which the
-    caller adds. For one fold P is the identity, and the groups are its training rows; so it is with
-    `copy_per_fold`, where each fold has a copy of its rows in its own scales. device: where the
+    caller adds. For one fold the groups are its training rows. P is the identity with
+    `copy_per_fold`, where each fold has a copy of its rows in its own units. device: where the
     Gram matrix and the rotated rows are computed, which for many rows takes longer than all heads
     do.
     """
     multiply = matrix_product(device)
-    common, inverse_scale, scale_ratios, feature_unit = common_coordinates(
+    common, inverse_scale, units, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=dtype
     )
     standardized = [
@@ -287,21 +291,21 @@ def make_design(
         # Standardized rows are freed while the rotated ones are made.
         standardized[group_index] = np.empty((0, 0), dtype)
         for block_folds in [(fold,) for fold in folds] if copy_per_fold else [folds]:
-            ratio = scale_ratios.get(block_folds[0]) if copy_per_fold else None
+            block_units = units.get(block_folds[0]) if copy_per_fold else None
             row_blocks += make_row_blocks(
                 block_folds,
                 row_index,
-                functools.partial(_rotate_rows, multiply, rotation, rows, ratio),
+                functools.partial(_rotate_rows, multiply, rotation, rows, block_units),
                 n_features,
                 dtype,
             )
     return DesignMatrix(
         row_blocks,
         np.dtype(dtype),
-        PerFoldRotation(rotation, scale_ratios) if copy_per_fold else rotation,
+        PerFoldRotation(rotation, units) if copy_per_fold else rotation,
         common.mean,
         inverse_scale,
-        {} if copy_per_fold else scale_ratios,
+        {} if copy_per_fold else units,
         {},
         feature_unit,
     )
@@ -324,11 +328,11 @@ def _rotate_rows(
     multiply: MatrixProduct,
     rotation: Rotation,
     standardized: Array,
-    ratio: Array | None,
+    units: FoldUnits | None,
     rows: slice,
 ) -> Array:
     values = standardized[rows]
-    return multiply(values if ratio is None else values / ratio, rotation.matrix)
+    return multiply(values if units is None else units.rows(values), rotation.matrix)
 
 
 def make_row_blocks(
@@ -369,7 +373,7 @@ def make_streamed_design(
 
     block_rows: the row blocks, in the order of reading. The rest is as for `make_design`.
     """
-    common, inverse_scale, scale_ratios, feature_unit = common_coordinates(
+    common, inverse_scale, units, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=dtype
     )
     # As the blocks subtract it: the intercepts then stand for the very numbers that were
@@ -384,7 +388,7 @@ def make_streamed_design(
         Rotation(np.eye(n_features, dtype=dtype)),
         mean,
         inverse_scale,
-        scale_ratios,
+        units,
         {},
         feature_unit,
         X,
@@ -403,8 +407,8 @@ def make_streamed_design(
 
 def common_coordinates(
     scaling: dict[int, Moments], *, standardize: bool, dtype: Any
-) -> tuple[Moments, Array, dict[int, Array], float]:
-    """Return the common moments, the inverse scale (D,), each fold's scale ratio and the unit.
+) -> tuple[Moments, Array, dict[int, FoldUnits], float]:
+    """Return the common moments, the inverse scale (D,), each fold's units and the feature unit.
 
     The fields of `DesignMatrix`. scaling: fold -> moments of its training rows.
     """
@@ -414,23 +418,19 @@ def common_coordinates(
     # float32's range.
     feature_unit = 1.0 if standardize else largest_scale(common)
     scale = common.scale if standardize else np.full(len(common.mean), feature_unit)
-    scale_ratios = {}
-    if shared and standardize:
-        for fold, moments in scaling.items():
-            if fold != REFIT:
-                scale_ratios[fold] = scale_ratio(moments, common).astype(dtype)
-    return common, np.where(common.constant, 0.0, 1.0 / scale), scale_ratios, feature_unit
+    units = {
+        fold: fold_units(
+            moments, common, moments.scale if standardize else scale, scale, dtype=dtype
+        )
+        for fold, moments in scaling.items()
+        if moments.fills or (standardize and moments is not common)
+    }
+    return common, np.where(common.constant, 0.0, 1.0 / scale), units, feature_unit
 
 
 def largest_scale(moments: Moments) -> float:
     """Return the largest scale of the features that vary; 1 where none does."""
     return float(moments.scale[~moments.constant].max(initial=0.0)) or 1.0
-
-
-def scale_ratio(fold_moments: Moments, common: Moments) -> Array:
-    """Return a fold's scales over the common ones (D,), 1 where a feature is constant in either."""
-    constant = fold_moments.constant | common.constant
-    return np.where(constant, 1.0, fold_moments.scale / common.scale)
 
 
 def scales_are_similar(
@@ -446,7 +446,7 @@ def scales_are_similar(
     it.
     """
     ratio = (
-        scale_ratio(fold_moments, common)
+        fold_units(fold_moments, common, fold_moments.scale, common.scale).ratio
         if standardize
         else np.array([largest_scale(fold_moments) / largest_scale(common)])
     )

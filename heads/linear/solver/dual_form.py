@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.data.fold_units import FoldUnits
 from headrace.heads.data.standardize import Features, Moments
 from headrace.heads.linear.solver.design import (
     DesignMatrix,
@@ -102,7 +103,7 @@ def make_dual_form(
 
     groups: for each fold its own training rows. scaling: fold -> moments of its training rows.
     """
-    common, inverse_scale, scale_ratios, feature_unit = common_coordinates(
+    common, inverse_scale, units, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=np.float64
     )
     row_index = np.unique(np.concatenate([rows for _, rows in groups]))
@@ -112,14 +113,14 @@ def make_dual_form(
     fold_factors = []
     for folds, rows in groups:
         order, lower, fold_spaces[folds[0]] = _fold_row_space(
-            Z, np.searchsorted(row_index, rows), scale_ratios.get(folds[0])
+            Z, np.searchsorted(row_index, rows), units.get(folds[0])
         )
         fold_factors.append(_FoldFactor(folds, rows, order, lower))
     return DualForm(RowSpace(Z, fold_spaces), fold_factors, common, inverse_scale, feature_unit)
 
 
 def _fold_row_space(
-    Z: Array, rows: npt.NDArray[np.intp], scale_ratio: Array | None
+    Z: Array, rows: npt.NDArray[np.intp], units: FoldUnits | None
 ) -> tuple[npt.NDArray[np.intp], Array, FoldRowSpace]:
     """Return the pivoted Cholesky factor of the products of Z[rows] and the row space.
 
@@ -128,10 +129,12 @@ def _fold_row_space(
     mean = Z[rows].mean(axis=0)
     gram = np.zeros((len(rows), len(rows)), order="F")
     for start in range(0, Z.shape[1], COLUMNS_PER_CHUNK):
-        columns = slice(start, start + COLUMNS_PER_CHUNK)
-        centred = Z[rows, columns] - mean[columns]
-        if scale_ratio is not None:
-            centred /= scale_ratio[columns]
+        stop = start + COLUMNS_PER_CHUNK
+        # One column more, in case the last is a number that some rows lack.
+        centred = Z[rows, start : stop + 1] - mean[start : stop + 1]
+        if units is not None:
+            centred = units.columns(start, stop + 1).rows(centred)
+        centred = centred[:, :COLUMNS_PER_CHUNK]
         gram = scipy.linalg.blas.dsyrk(
             1.0, centred.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1
         )
@@ -142,7 +145,7 @@ def _fold_row_space(
     # float32: any orthogonal basis will do
     reflectors, reflector_scales = _leading_directions(lower.astype(np.float32))
     fold_space = FoldRowSpace(
-        rows[order[:rank]], lower[:rank], reflectors, reflector_scales, mean, scale_ratio
+        rows[order[:rank]], lower[:rank], reflectors, reflector_scales, mean, units
     )
     return order, lower, fold_space
 

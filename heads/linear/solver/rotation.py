@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.data.fold_units import FoldUnits
+
 Array = npt.NDArray[Any]
 
 
@@ -43,12 +45,12 @@ class Rotation:
 class PerFoldRotation:
     """A rotation after the standardization of each fold.
 
-    With r (D,) the fold's scales over the common ones, v = r^-1 Q u: the penalty |r v| is |u|. The
-    rows of a fold are z r^-1 Q, a copy for each fold.
+    With the fold's units R, v = R^-1 Q u: the penalty |R v| is |u|. The rows of a fold are
+    z R^-1 Q, a copy for each fold.
     """
 
     rotation: Rotation
-    scale_ratios: dict[int, Array]  # fold -> r
+    units: dict[int, FoldUnits]
 
     @property
     def rank(self) -> int:
@@ -57,16 +59,17 @@ class PerFoldRotation:
     def to_features(self, u: Array, folds: Array) -> Array:
         """Return v (k, D) of u (k, R), heads of the given folds (k,)."""
         v = self.rotation.to_features(u)
-        for fold, ratio in self.scale_ratios.items():
+        for fold, units in self.units.items():
             in_fold = folds == fold
-            v[in_fold] = v[in_fold] / ratio
+            v[in_fold] = units.common_weights(v[in_fold])
         return v
 
     def from_features(self, v: Array, folds: Array) -> Array:
         """Return u (k, R) of v (k, D), heads of the given folds (k,)."""
         rescaled = v.copy()
-        for fold, ratio in self.scale_ratios.items():
-            rescaled[folds == fold] *= ratio
+        for fold, units in self.units.items():
+            in_fold = folds == fold
+            rescaled[in_fold] = units.weights(v[in_fold])
         return self.rotation.from_features(rescaled)
 
     def mean_decisions(self, v: Array, folds: Array) -> Array:
@@ -76,15 +79,15 @@ class PerFoldRotation:
 
 @dataclass(frozen=True)
 class FoldRowSpace:
-    """Coordinates in the row space of a fold's training rows S = (Z - c) r^-1.
+    """Coordinates in the row space of a fold's training rows S = (Z - c) R^-1.
 
-    c (D,) is the rows' mean and r (D,) the fold's scales over the common ones. Rows that are not
+    c (D,) is the rows' mean and R the fold's units. Rows that are not
     centred on their own mean would have a direction along which all decisions move alike and the
     intercept moves them back: along it the objective hardly curves, and no diagonal shows that.
 
     S S' = L L' with L (n, R) lower triangular in the order of its pivots; the rows' coordinates are
     Y = L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalised, with
-    |r v| = |u|, is r^-1 S' a with a on the R pivot rows: L' a = V u there.
+    |R v| = |u|, is R^-1 S' a with a on the pivot rows: L' a = V u there.
     """
 
     pivot_rows: npt.NDArray[np.intp]  # (R,) rows of the row space
@@ -92,7 +95,7 @@ class FoldRowSpace:
     reflectors: Array  # (R, K) float64 and
     reflector_scales: Array  # (K,): V as LAPACK's geqrf stores it
     mean: Array  # c, float64
-    scale_ratio: Array | None  # r; None: all one
+    units: FoldUnits | None  # R; None: the identity
 
     def row_combination(self, u: Array) -> Array:
         """Return a (k, R) float64 of u (k, R)."""
@@ -140,8 +143,8 @@ class RowSpace:
         v = combination @ self.rows
         for heads, space in self._heads_by_space(folds):
             v[heads] -= np.outer(combination[heads].sum(axis=1), space.mean)
-            if space.scale_ratio is not None:
-                v[heads] /= space.scale_ratio**2
+            if space.units is not None:
+                v[heads] = space.units.common_weights(space.units.rows(v[heads]))
         return np.asarray(v)
 
     def from_features(self, v: Array, folds: Array) -> Array:

@@ -1,0 +1,128 @@
+"""The units of a fold beside those that all folds share: scales, and what stands for a missing
+number.
+
+D features, K numbers that some rows lack.
+
+Folds share one copy of the rows, z (D,) in common units. A head of fold f is penalised for its
+weights in the units of its own training rows: features over their deviation there, and missing
+numbers at the mean of the values there. Both are linear: a number's column v is 0 where the number
+is missing, and the next column m is 1 there, so that v + fill m is the imputed number. In common
+units, with c = fill s_m / s_v and the ratio r (D,) of the fold's scales to the common ones, the row
+is z R^-1, (z_v + c z_m) / r_v and z / r elsewhere; weights w for z are R w in the fold's units,
+r_m (w_m - c w_v) and r w elsewhere. So folds differ in the penalty |R w|^2 and in nothing else.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.heads.data.side_columns import fold_fills, imputed_numbers
+from headrace.heads.data.standardize import Moments, group_moments, training_moments
+from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.task import REFIT
+from headrace.heads.data.training_data import TrainingData
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class FoldUnits:
+    """R of a fold. Methods take and return (…, D)."""
+
+    ratio: Array  # r (D,); infinite for a feature that is left out
+    numbers: npt.NDArray[np.intp]  # (K,) the columns v
+    fills: Array  # c (K,)
+
+    def rows(self, common: Array) -> Array:
+        """Return rows z R^-1, and gradients of weights R w from those of w."""
+        rows = common / self.ratio
+        rows[..., self.numbers] += common[..., self.numbers + 1] * (
+            self.fills / self.ratio[self.numbers]
+        )
+        return np.asarray(rows)
+
+    def weights(self, common: Array) -> Array:
+        """Return R w: whose square is penalised."""
+        weights = common * self.ratio
+        weights[..., self.numbers + 1] -= common[..., self.numbers] * (
+            self.fills * self.ratio[self.numbers + 1]
+        )
+        return np.asarray(weights)
+
+    def common_weights(self, weights: Array) -> Array:
+        """Invert `weights`."""
+        common = weights / self.ratio
+        common[..., self.numbers + 1] += common[..., self.numbers] * self.fills
+        return np.asarray(common)
+
+    def penalty_gradient(self, common: Array) -> Array:
+        """Return R'R w, half the gradient of |R w|^2."""
+        gradient = common * self.ratio**2
+        gradient[..., self.numbers + 1] -= common[..., self.numbers] * (
+            self.fills * self.ratio[self.numbers + 1] ** 2
+        )
+        gradient[..., self.numbers] -= gradient[..., self.numbers + 1] * self.fills
+        return np.asarray(gradient)
+
+    def columns(self, start: int, stop: int) -> "FoldUnits":
+        """Return the units of some columns; a number without its next column is not imputed."""
+        inside = (start <= self.numbers) & (self.numbers + 1 < stop)
+        return FoldUnits(self.ratio[start:stop], self.numbers[inside] - start, self.fills[inside])
+
+
+def fold_units(
+    fold: Moments,
+    common: Moments,
+    fold_scale: Array | float,
+    common_scale: Array | float,
+    *,
+    constant_ratio: float = 1.0,
+    dtype: Any = np.float64,
+) -> FoldUnits:
+    """Return the units of a fold with the given scales (D,) of features beside the common ones.
+
+    constant_ratio: of features that are constant in either's rows.
+    """
+    is_constant = fold.constant | common.constant
+    ratio = np.where(is_constant, constant_ratio, fold_scale / common_scale)
+    numbers = np.array(list(fold.fills), np.intp)
+    scale = np.broadcast_to(common_scale, is_constant.shape)
+    fills = np.array(list(fold.fills.values())) * scale[numbers + 1] / scale[numbers]
+    # Those have no weight: they are 0 in common units.
+    fills[common.constant[numbers] | common.constant[numbers + 1]] = 0
+    return FoldUnits(ratio.astype(dtype), numbers, fills.astype(dtype))
+
+
+def fold_moments(data: TrainingData) -> dict[int, Moments]:
+    """Return the moments of each fold's training rows, and of all rows under REFIT.
+
+    The deviations of numbers that some rows lack are those of the imputed values. Raises NotFinite.
+    """
+    scaling = training_moments(group_moments(data.X, np.asarray(data.fold, np.int64)))
+    numbers = imputed_numbers(data.side)
+    if not numbers:
+        return scaling
+    n_features = data.side[0].start
+    side = data.X.side if isinstance(data.X, Streamed) else data.X[:, n_features:]
+    is_missing = np.asarray(numbers) + 1
+    variance = scaling[REFIT].squares[is_missing] / scaling[REFIT].count
+    variance[variance == 0] = 1
+    for fold, moments in scaling.items():
+        inputs = side[data.training_rows(fold) % len(side)]
+        fills = fold_fills(inputs, n_features, numbers)
+        squares = moments.squares.copy()
+        # Without a missing number in the training rows the column is no constant to be left out:
+        # its weight for other rows is fill times the number's.
+        squares[is_missing] = np.where(
+            squares[is_missing] == 0, variance * moments.count, squares[is_missing]
+        )
+        for number, fill in zip(numbers, fills, strict=True):
+            values = inputs[inputs[:, number + 1 - n_features] == 0, number - n_features]
+            squares[number] = np.square(values - fill).sum()
+        scaling[fold] = dataclasses.replace(
+            moments, squares=squares, fills=dict(zip(numbers, fills.tolist(), strict=True))
+        )
+    return scaling
