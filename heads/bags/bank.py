@@ -20,7 +20,6 @@ from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.bags.pooling import predict_units
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.streamed import Streamed
-from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import INSTANCE_WEIGHT
 from headrace.heads.layers import Arrays
@@ -33,7 +32,6 @@ from headrace.heads.networks.mlp_data import (
     mean_and_scale,
     weighted_training_rows,
 )
-from headrace.heads.networks.mlp_training import Trace
 from headrace.heads.spec import FitResult, Halving
 
 Array = npt.NDArray[Any]
@@ -125,30 +123,20 @@ class BagBank(Bank[BagsSpec]):
             self.prepared[fold, standardize] = replace(plain, rows=rows)
         return self.prepared[fold, standardize]
 
-    def fit(self, trace: Trace) -> FitResult:
-        """The outcome of a head, with what each held-out row weighs in its unit's prediction."""
-        fit = super().fit(trace)
-        if fit.fold == REFIT or not fit.arrays or trace.data is None:
-            return fit
+    def predict_held_out(
+        self, spec: BagsSpec, arrays: Arrays, held_out: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], Arrays]:
+        """(n, C) predictions of the held-out units' rows in order, each that of its unit; and what
+        each row weighs in it.
+        """
         assert self.units is not None
-        rows = np.sort(self.units.rows_of(trace.data.held_out))
-        weights = self._predict_rows(self.specs[trace.spec], fit.arrays, rows)[1]
-        return replace(fit, arrays={**fit.arrays, INSTANCE_WEIGHT: weights})
-
-    def validation(
-        self, spec: BagsSpec, arrays: Arrays, held: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """(n, C) predictions of the held-out units' rows in order, each that of its unit."""
-        assert self.units is not None
-        return self._predict_rows(spec, arrays, np.sort(self.units.rows_of(held)))[0]
-
-    def _predict_rows(
-        self, spec: BagsSpec, arrays: Arrays, rows: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         assert self.rows.unit is not None
         (view,) = self.stacked
-        block = _Rows(view, rows)
-        return predict_units(spec, arrays, block, self.rows.unit[rows], self.rows.task_kind)
+        rows = np.sort(self.units.rows_of(held_out))
+        predicted, weights = predict_units(
+            spec, arrays, _Rows(view, rows), self.rows.unit[rows], self.rows.task_kind
+        )
+        return predicted, {INSTANCE_WEIGHT: weights}
 
 
 class _Rows:

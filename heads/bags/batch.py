@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,9 @@ from headrace.heads.networks.mlp_batch import (
 # Rows of whole units that are evaluated together, one unit at least.
 EVALUATION_ROWS = 4096
 # Heads whose hidden values of a minibatch take so much go through a step together on a CPU, one at
-# least. Measured with 32 heads, units of 40 and of 225 rows: 0.5 MB takes 1.9 and 1.2 times as
-# long, 100 MB 1.06 and 1.17 times.
-CACHED_BYTES = 8 << 20
+# least. Measured with 32 heads, units of 40 and of 225 rows: 2 MB takes 1.3 and 1.4 times as long,
+# 64 MB 1.03 and 1.06 times.
+CACHED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,26 @@ class BagRows(Rows):
     instances: npt.NDArray[np.int64] | None = None
     offsets: npt.NDArray[np.int64] | None = None
 
-    def bags(self, units: npt.NDArray[np.int64]) -> tuple[Tensor, list[int]]:
-        """Return (R, D) float32 standardised features of the units' rows, and each one's number."""
+    def bags(self, units: npt.NDArray[np.int64]) -> tuple[Tensor, "Membership"]:
+        """Return (R, D) float32 standardised features of the units' rows, and whose they are."""
         assert self.instances is not None
         assert self.offsets is not None
         bounds = zip(self.offsets[units], self.offsets[units + 1], strict=True)
         rows = np.concatenate([self.instances[start:stop] for start, stop in bounds])
-        sizes = (self.offsets[units + 1] - self.offsets[units]).tolist()
-        return self.minibatch(torch.from_numpy(rows).to(self.features.device)), sizes
+        device = self.features.device
+        sizes = torch.from_numpy(self.offsets[units + 1] - self.offsets[units]).to(device)
+        unit_of_row = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+        one_hot = torch.nn.functional.one_hot(unit_of_row, len(sizes)).float()
+        rows_of_units = self.minibatch(torch.from_numpy(rows).to(device))
+        return rows_of_units, Membership(sizes, unit_of_row, one_hot)
+
+
+class Membership(NamedTuple):
+    """Whose the R rows of a minibatch of B units are, which stand unit after unit."""
+
+    sizes: Tensor  # (B,) int64
+    unit_of_row: Tensor  # (R,) int64
+    one_hot: Tensor  # (R, B) float32
 
 
 def initial_parameters(
@@ -131,9 +143,10 @@ class BagBatch:
         masks = sorted(set(of_head))
         self.drops = any(levels)
         self.bits.of_head = [seed for seed, _ in masks]
-        self.mask_of_head = torch.tensor([masks.index(mask) for mask in of_head]).to(self.device)
+        self.mask_of_head = [masks.index(mask) for mask in of_head]
         self.drop_below = column([level for _, level in masks]).to(torch.uint8)
         self.drop_scale = column([256 / (256 - level) for _, level in masks])
+        self.kept_scale = column([256 / (256 - level) for level in levels])
         self.rates, self.shrink, self.smoothing, self.balanced = head_columns(
             self.specs, self.device
         )
@@ -188,11 +201,11 @@ class BagBatch:
             return torch.cat([self._evaluate(part) for part in parts], dim=2)
 
     def _evaluate(self, units: npt.NDArray[np.int64]) -> Tensor:
-        batch, sizes = self.rows.bags(units)
+        batch, members = self.rows.bags(units)
         batch = batch.to(self.dtype)
         return torch.cat(
             [
-                self._forward(batch, sizes, self._share(heads), heads, [])
+                self._forward(batch, members, self._share(heads), heads, [])
                 for heads in self._groups(len(batch))
             ]
         )
@@ -213,58 +226,57 @@ class BagBatch:
     def _forward(
         self,
         batch: Tensor,
-        sizes: list[int],
+        members: Membership,
         parameters: dict[str, Tensor],
         heads: slice,
         masks: list[Tensor],
     ) -> Tensor:
-        """(k, C, B) decisions of some heads for units of these sizes, whose rows are `batch`
-        (R, D). masks: of each hidden layer (M, H, R), 0 for values that are left out.
+        """(k, C, B) decisions of some heads for units whose rows are `batch` (R, D).
+
+        masks: of each hidden layer (M, H, R), 0 for values that are left out.
         """
         n_hidden = len(self.specs[0].hidden)
         hidden = batch.t()  # (D, R): the same for all heads
         for layer in range(n_hidden):
-            weight, bias = parameters[f"weight{layer}"], parameters[f"bias{layer}"]
-            # a sum of its own: autograd copies what is changed in place and is a view, as this is
-            hidden = _times(weight, hidden, self.dtype) + bias.unsqueeze(2)
-            if masks:  # before relu, whose result then needs no copy: they are not negative
-                hidden.mul_(masks[layer].index_select(0, self.mask_of_head[heads]))
-            hidden.relu_()
-        pooled = self._pool(hidden, torch.tensor(sizes, device=self.device), parameters)
+            hidden = _HiddenLayer.apply(
+                parameters[f"weight{layer}"],
+                parameters[f"bias{layer}"],
+                hidden,
+                self.dtype,
+                [masks[layer][mask] for mask in self.mask_of_head[heads]] if masks else [],
+                self.kept_scale[heads] if masks else None,
+            )
+        pooled = self._pool(hidden, members, parameters)
         weight, bias = parameters[f"weight{n_hidden}"], parameters[f"bias{n_hidden}"]
         return torch.bmm(weight, pooled.expand(len(weight), -1, -1)) + bias.unsqueeze(2)
 
-    def _pool(self, hidden: Tensor, sizes: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    def _pool(self, hidden: Tensor, members: Membership, parameters: dict[str, Tensor]) -> Tensor:
         """(K or 1, H, B) of hidden values (K, H, R), or of features (H, R) that all heads share."""
         by_head = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
         if self.specs[0].pooling == "max":
-            bags = torch.split_with_sizes(by_head, sizes.tolist(), 2)
+            bags = torch.split_with_sizes(by_head, members.sizes.tolist(), 2)
             return torch.stack([bag.amax(2) for bag in bags], dim=2)
-        # A sum over each unit is a product with its rows' 0/1 columns: as few flops beside the
-        # layers' as a minibatch has units beside features, and one call for all units.
-        unit_of_row = torch.repeat_interleave(torch.arange(len(sizes), device=self.device), sizes)
-        members = torch.nn.functional.one_hot(unit_of_row, len(sizes)).float()  # (R, B)
         if self.specs[0].pooling == "mean":
-            weights = (1 / sizes).repeat_interleave(sizes).view(1, 1, -1)
+            weights = (1 / members.sizes)[members.unit_of_row].view(1, 1, -1)
         else:
-            # tanh(x) is 2 sigmoid(2 x) - 1; torch's own takes ten times as long on a CPU
-            gates = torch.cat([2 * parameters["tanh_weight"], parameters["sigmoid_weight"]], 1)
-            biases = torch.cat([2 * parameters["tanh_bias"], parameters["sigmoid_bias"]], 1)
-            values = (_times(gates, hidden, self.dtype) + biases.unsqueeze(2)).sigmoid_()
-            tanh, sigmoid = values.chunk(2, dim=1)
-            logits = torch.bmm(parameters["attention"], (2 * tanh - 1) * sigmoid)
-            places = unit_of_row.expand_as(logits)
-            lowest = torch.full((*logits.shape[:2], len(sizes)), -torch.inf, device=self.device)
+            names = "tanh_weight", "tanh_bias", "sigmoid_weight", "sigmoid_bias", "attention"
+            logits = _GatedLogits.apply(*(parameters[name] for name in names), hidden, self.dtype)
+            places = members.unit_of_row.expand_as(logits)
+            n_units = len(members.sizes)
+            lowest = torch.full((*logits.shape[:2], n_units), -torch.inf, device=self.device)
             largest = lowest.scatter_reduce(2, places, logits.detach(), "amax")
             weights = torch.exp(logits - largest.gather(2, places))
-            weights = weights / (weights @ members).gather(2, places)
-        pooled: Tensor = _SumsOverUnits.apply(by_head * weights, members)
-        return pooled
+            weights = weights / (weights @ members.one_hot).gather(2, places)
+        # A product with rows' weights in their units' columns: as few flops beside the layers' as a
+        # minibatch has units beside features, and one call for all units.
+        columns = weights.transpose(1, 2) * members.one_hot  # (K or 1, R, B)
+        n_heads = max(len(by_head), len(columns))
+        return torch.bmm(by_head.expand(n_heads, -1, -1), columns.expand(n_heads, -1, -1))
 
     def _step(self, units: npt.NDArray[np.int64]) -> Tensor:
         """One AdamW step of every head; returns the summed loss (K,) float64 of this minibatch."""
         index = torch.from_numpy(units).to(self.device)
-        batch, sizes = self.rows.bags(units)
+        batch, members = self.rows.bags(units)
         batch = batch.to(self.dtype)
         masks = [
             (self.bits.draw(width, len(batch)) >= self.drop_below) * self.drop_scale
@@ -276,7 +288,7 @@ class BagBatch:
         for heads in self._groups(len(batch)):
             leaves = [value.detach().requires_grad_() for value in self._share(heads).values()]
             named = dict(zip(self.parameters, leaves, strict=True))
-            decision = self._forward(batch, sizes, named, heads, masks)
+            decision = self._forward(batch, members, named, heads, masks)
             with torch.no_grad():
                 loss, slope = loss_and_slope(
                     self.rows,
@@ -299,45 +311,102 @@ class BagBatch:
         return torch.cat(losses)
 
 
-class _WideProduct(torch.autograd.Function):
-    """The product of all heads' weights (K·H, D) with rows (D, R) that need no gradient, in the
-    rows' dtype; float32 else.
+class _HiddenLayer(torch.autograd.Function):
+    """relu(weight values + bias) of weights (K, out, in) and values (K, in, R), or rows (in, R)
+    that all heads share and that need no gradient; float32, multiplied in `dtype`.
+
+    masks: (out, R) of each head, or none, 0 for values that are left out and else what the others
+    are multiplied with, which is `scale` (K, 1, 1). Its slope needs no mask: a value that is left
+    out is 0. Autograd's own takes twice as many passes over the values.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(columns)
-        return product(weight.to(columns.dtype), columns).float()
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor,
+        values: Tensor,
+        dtype: torch.dtype,
+        masks: list[Tensor],
+        scale: Tensor | None,
+    ) -> Tensor:
+        values = values.to(dtype)
+        hidden = _multiply(weight.to(dtype), values).float().add_(bias.unsqueeze(2))
+        for head, mask in zip(hidden, masks, strict=False):
+            head.mul_(mask)
+        hidden.relu_()
+        ctx.save_for_backward(weight, values, hidden)
+        ctx.scale = scale
+        return hidden
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        (columns,) = ctx.saved_tensors
-        return product(slope.contiguous().to(columns.dtype), columns.t()).float(), None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        weight, values, hidden = ctx.saved_tensors
+        slope = torch.ops.aten.threshold_backward(slope, hidden, 0.0)
+        if ctx.scale is not None:
+            slope.mul_(ctx.scale)
+        bias_slope, slope = slope.sum(2), slope.to(values.dtype)
+        weight_slope = _multiply(slope, values.transpose(-1, -2)).float()
+        if values.dim() == 2:
+            return weight_slope, bias_slope, None, None, None, None
+        values_slope = torch.bmm(weight.to(values.dtype).transpose(1, 2), slope).float()
+        return weight_slope, bias_slope, values_slope, None, None, None
 
 
-class _SumsOverUnits(torch.autograd.Function):
-    """Sums (K, H, B) over units of values (K, H, R); members (R, B) is 1 where a row is a unit's.
-
-    One product for all heads, by the faster library of the two.
+class _GatedLogits(torch.autograd.Function):
+    """Logits (K, 1, R) a' (tanh(V h + b) * sigmoid(U h + c)) of hidden values (K, H, R), or rows
+    (H, R) that all heads share and that need no gradient. Autograd's own takes three times as many
+    passes over the values.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, members: Tensor) -> Tensor:
-        ctx.save_for_backward(members)
-        return product(values.flatten(0, 1), members).view(*values.shape[:2], -1)
+    def forward(
+        ctx: Any,
+        tanh_weight: Tensor,
+        tanh_bias: Tensor,
+        sigmoid_weight: Tensor,
+        sigmoid_bias: Tensor,
+        attention: Tensor,
+        hidden: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        hidden = hidden.to(dtype)
+        # tanh(x) is 2 sigmoid(2 x) - 1; torch's own takes ten times as long on a CPU
+        weight = torch.cat([2 * tanh_weight, sigmoid_weight], 1).to(dtype)
+        bias = torch.cat([2 * tanh_bias, sigmoid_bias], 1)
+        values = _multiply(weight, hidden).float().add_(bias.unsqueeze(2)).sigmoid_()
+        tanh, sigmoid = values.chunk(2, dim=1)
+        gated = tanh.mul_(2).sub_(1) * sigmoid
+        ctx.save_for_backward(tanh_weight, sigmoid_weight, attention, hidden, values, gated)
+        return torch.bmm(attention, gated)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        (members,) = ctx.saved_tensors
-        back = product(slope.flatten(0, 1).contiguous(), members.t())
-        return back.view(*slope.shape[:2], -1), None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        tanh_weight, sigmoid_weight, attention, hidden, values, gated = ctx.saved_tensors
+        attention_slope = torch.bmm(slope, gated.transpose(1, 2))
+        gated_slope = attention.transpose(1, 2) * slope
+        tanh, sigmoid = values.chunk(2, dim=1)
+        slopes = torch.cat(
+            [
+                torch.addcmul(sigmoid, tanh, gated, value=-1).mul_(gated_slope),  # s (1 - t^2)
+                torch.addcmul(gated, gated, sigmoid, value=-1).mul_(gated_slope),  # t s (1 - s)
+            ],
+            1,
+        )
+        biases = slopes.sum(2).chunk(2, dim=1)
+        slopes = slopes.to(hidden.dtype)
+        weights = _multiply(slopes, hidden.transpose(-1, -2)).float().chunk(2, dim=1)
+        hidden_slope = None
+        if hidden.dim() == 3:
+            weight = torch.cat([tanh_weight, sigmoid_weight], 1).to(hidden.dtype)
+            hidden_slope = torch.bmm(weight.transpose(1, 2), slopes).float()
+        return weights[0], biases[0], weights[1], biases[1], attention_slope, hidden_slope, None
 
 
-def _times(weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """(K, out, R) float32 of weights (K, out, in) and values (K, in, R), or of rows (in, R) that
-    all heads share; multiplied in `dtype`.
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """(K, n, m) of (K, n, R) and (K, R, m), or (R, m) for all heads: one product, by the faster
+    library of the two.
     """
-    if values.dim() == 2:
-        wide: Tensor = _WideProduct.apply(weight.flatten(0, 1), values)
-        return wide.view(*weight.shape[:2], -1)
-    return torch.bmm(weight.to(dtype), values.to(dtype)).float()
+    if right.dim() == 3:
+        return torch.bmm(left, right)
+    return product(left.flatten(0, 1), right).view(*left.shape[:2], -1)

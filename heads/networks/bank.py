@@ -125,12 +125,13 @@ class Bank(Generic[Spec]):
             )
         arrays = self.family.arrays(trace.best, trace.data)
         validation = None
+        extra_arrays: Arrays = {}
         if trace.fold != REFIT:
-            validation = self.validation(spec, arrays, trace.data.held_out)
+            validation, extra_arrays = self.predict_held_out(spec, arrays, trace.data.held_out)
         return FitResult(
             spec,
             trace.fold,
-            arrays,
+            {**arrays, **extra_arrays},
             trace.training_loss,
             nan,
             trace.epochs,
@@ -138,12 +139,15 @@ class Bank(Generic[Spec]):
             validation,
         )
 
-    def validation(
+    def predict_held_out(
         self, spec: Spec, arrays: Arrays, held_out: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Return (n, C) predictions of held-out rows, the mean over their views."""
+    ) -> tuple[npt.NDArray[np.float32], Arrays]:
+        """Return (n, C) predictions of held-out rows, the mean over their views; and arrays of the
+        head that come of them.
+        """
         per_view = [self._predicted(spec, arrays, view, held_out) for view in self.stacked]
-        return np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
+        mean = np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
+        return mean, {}
 
     def _predicted(
         self, spec: Spec, arrays: Arrays, view: Floats | StreamedView, rows: npt.NDArray[np.int64]
