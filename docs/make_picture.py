@@ -51,6 +51,15 @@ class WrappingConsole(Console):
         super().print(*objects, **options)
 
 
+# The summary's card and the leaderboard's last column.
+_WITHOUT_TIMES = """() => {
+  for (const card of document.querySelectorAll("main section:first-of-type *"))
+    if (card.children.length > 1 && card.children[0].textContent.trim() === "time") card.remove();
+  for (const row of document.querySelectorAll("#table-leaderboard tr"))
+    if (/^seconds|^[\\d.,]+$/.test(row.lastElementChild.textContent)) row.lastElementChild.remove();
+}"""
+
+
 def photograph(report: Path, folder: Path) -> None:
     """The page's beginning at 1,600 pixels, light, and at 360, dark; the map, with images around a
     point drawn into the table and one of them pointed at.
@@ -69,6 +78,7 @@ def photograph(report: Path, folder: Path) -> None:
             )
             page.goto(report.absolute().as_uri())
             page.wait_for_selector("html[data-ready=yes]", state="attached")
+            page.evaluate(_WITHOUT_TIMES)
             if name == "map":
                 page.locator("#map").scroll_into_view_if_needed()
                 page.evaluate("document.querySelector('#map').scrollIntoView()")

@@ -365,7 +365,7 @@ def _reliability_figure(
         confidence, is_correct, count_unit = (
             predicted.max(1),
             predicted.argmax(1) == target,
-            "images",
+            "count",  # images or units
         )
     bin_index = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
     bin_counts = np.bincount(bin_index, minlength=BINS)

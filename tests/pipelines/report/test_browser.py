@@ -408,7 +408,7 @@ def test_a_hundred_classes_are_walked_over(browser, tmp_path):
     for key in ("ArrowRight", *["ArrowDown"] * 3, *["ArrowRight"] * 4):
         page.keyboard.press(key)
     said = page.locator(".walk [role=status]").inner_text()
-    assert said == "<b>3</b> predicted as <b>4</b>: 7 images, 63.64 % of its 11"
+    assert said == "<b>3</b> predicted as <b>4</b>: 7, 63.64 % of its 11"
     page.get_by_label("Order of the classes").select_option("1")
     page.locator("canvas").focus()
     page.keyboard.press("ArrowRight")
