@@ -413,7 +413,7 @@ def test_a_hundred_classes_are_walked_over(browser, tmp_path):
     page.locator("canvas").focus()
     page.keyboard.press("ArrowRight")
     said = page.locator(".walk [role=status]").inner_text()
-    assert said == "<b>99</b>, rightly predicted: 100 images, 100.00 % of its 100"
+    assert said == "<b>99</b>, rightly predicted: 100, 100.00 % of its 100"
     page.close()
 
 
