@@ -107,9 +107,10 @@ def write_recipe(
         weights=_weights_lines(),
         pixels=finding.backbone,
     )
-    remove_temporaries(out)
+    schema_path = out.absolute().parent / _SCHEMA_FILE
+    remove_temporaries(out, schema_path)
     publish_replace(out, recipe_text.encode())
-    publish_replace(out.absolute().parent / _SCHEMA_FILE, json.dumps(schema(RECIPE)).encode())
+    publish_replace(schema_path, json.dumps(schema(RECIPE)).encode())
     return finding
 
 

@@ -140,7 +140,8 @@ def predict_table(
         done = _finished(table_path, record)
         return None if done and done.units_without_weights and fills_cache else done
 
-    if (done := finished()) is not None:
+    # A lock beside a finished table is of a killed call: the writer waits for it, and removes it.
+    if (done := finished()) is not None and not _lock_path(table_path).exists():
         return done
     with _only_writer(table_path, console):
         # Another call may have written it meanwhile.
@@ -220,11 +221,15 @@ def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary 
     )
 
 
+def _lock_path(table_path: Path) -> Path:
+    return table_path.with_name(f".{table_path.name}.lock")
+
+
 @contextlib.contextmanager
 def _only_writer(table_path: Path, console: Console) -> Iterator[None]:
     """Keep other calls from a table for a while: two would write it over each other."""
     table_path.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = table_path.with_name(f".{table_path.name}.lock")
+    lock_path = _lock_path(table_path)
     if lock_path.exists():
         text = f"note: waiting for the call that writes {table_path}, unless it was killed"
         console.print(text, soft_wrap=True)

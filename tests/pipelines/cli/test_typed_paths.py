@@ -187,6 +187,9 @@ def test_what_killed_writers_left_beside_a_typed_path_goes_with_the_next_call(tm
     writers = {
         "tables/t.csv": lambda path: write_tables(path.parent, (Section("s", "S", "", (table,)),)),
         "recipe.yaml": lambda path: write_recipe(tmp_path / "photos", path),
+        ".headrace-recipe-schema.json": lambda path: write_recipe(
+            tmp_path / "photos", path.with_name("second.yaml")
+        ),
         "dask.yaml": lambda path: write_settings(path.parent),
         "f.npy": lambda path: export_npy(features, path),
         "g.rows.csv": lambda path: export_npy(features, path.with_name("g.npy")),

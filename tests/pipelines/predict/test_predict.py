@@ -5,6 +5,7 @@ kill.
 import io
 import json
 import os
+import socket
 import sys
 import tarfile
 import time
@@ -122,7 +123,10 @@ def test_a_second_call_does_nothing_and_other_images_are_refused(run, model, tmp
     out = tmp_path / "p.csv"
     bulk.predict_table(model, images, out, "csv", console=QUIET)
     stamp = out.stat().st_mtime_ns
+    lock = tmp_path / f".{out.name}.lock"  # of a call that was killed as it removed it
+    lock.write_text(f"{2**22 + 1}\n{socket.gethostname()}\n")
     again = bulk.predict_table(model, images, out, "csv", console=QUIET)
+    assert not lock.exists()
     assert (again.new, again.failed) == (0, 1)
     assert out.stat().st_mtime_ns == stamp
     with pytest.raises(bulk.PredictionsThere, match="--force"):
