@@ -98,7 +98,7 @@ LEVELS = {
         {"bank", "estimators", "persist"},
     ),
     "pipelines": (
-        {"console", "feature_input", "number_format", "paths", "records"},
+        {"console", "feature_input", "number_format", "paths", "records", "thread_memory"},
         {"environment", "moved_paths", "recipe"},
         {"cluster", "run_directory"},
         {"doctor", "models"},

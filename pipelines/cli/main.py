@@ -45,6 +45,7 @@ from headrace.pipelines.cli.options import (
 from headrace.pipelines.cli.predict import predict_command
 from headrace.pipelines.cli.report import report_command
 from headrace.pipelines.console import escape_unencodable, make_console, utf8_stdout, valid_text
+from headrace.pipelines.thread_memory import end_where_no_thread_begins
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -377,6 +378,7 @@ def main() -> None:
     any error is one object on the standard output too.
     """
     escape_unencodable()
+    end_where_no_thread_begins(_NO_MEMORY)
     # Listings are lists of many small values that stay: looking through them for garbage after
     # every 700 new ones took a tenth of the time of a command.
     gc.set_threshold(50_000, 20, 100)

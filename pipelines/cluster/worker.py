@@ -14,6 +14,7 @@ from typing import Any
 import dask
 
 from headrace.pipelines.cluster.ends_with_driver import STARTED_WITH, die_with_parent
+from headrace.pipelines.thread_memory import end_where_no_thread_begins
 
 # a setting of Dask's: how many GPUs the workers of this node share; 0 or absent: they use none
 GPUS = "headrace.gpus"
@@ -34,6 +35,7 @@ def dask_setup(worker: Any) -> None:
     worker.services.pop("dashboard", None)
     importlib.import_module("headrace.heads.bank")  # now, so that no task's time is spent on it
     die_with_parent()
+    end_where_no_thread_begins(f"a thread of worker {worker.name} found no memory")
     n_gpus = dask.config.get(GPUS, 0)
     limit_bytes = worker.memory_manager.memory_limit
     if n_gpus:
