@@ -96,10 +96,14 @@ def _find_leftovers(directory: Path, listed_units: set[str] | None) -> Iterator[
 
 @dataclass(frozen=True)
 class SourceProblem:
-    """Image that differs from the one whose features are stored."""
+    """Image that differs from the one whose features are stored.
+
+    is_harmless: it is none of the data set's, as where data sets share a cache.
+    """
 
     id: str
     message: str
+    is_harmless: bool = False
 
 
 def verify_sources(
@@ -141,7 +145,8 @@ def verify_sources(
                 "the image is no longer in the data set, or in another one of this cache; "
                 f"features are stored under {stored_text}"
             )
-        problems.append(SourceProblem(sample_id, f"{sample_id}: {message}"))
+        is_absent = current_hash == ""
+        problems.append(SourceProblem(sample_id, f"{sample_id}: {message}", is_absent))
     return problems
 
 

@@ -193,6 +193,7 @@ def test_verify_sources(tmp_path):
     assert f"its hash is {hashes(60, 1)[0]}, was {content[1]}" in source_problems[0].message
     assert "can no longer be read" in source_problems[1].message
     assert "no longer in the data set" in source_problems[2].message
+    assert [problem.is_harmless for problem in source_problems] == [False, False, True, False]
     publish_shard(
         directory,
         "b",

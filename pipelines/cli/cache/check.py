@@ -82,7 +82,8 @@ def verify_command(
             changed_sources = _verify_sources(recipe, directories, say)
         if recompute:
             recomputed = _verify_recompute(recipe, directories, recompute, say)
-        n_problems = len(changed_sources) + sum(not each.is_equal for each in recomputed)
+        n_problems = sum(not each.is_harmless for each in changed_sources)
+        n_problems += sum(not each.is_equal for each in recomputed)
     if json_output:
         print_json(
             VerifyOutput(
@@ -140,16 +141,21 @@ def _verify_sources(recipe_path: Path, directories: list[Path], say: Say) -> "li
     # ids of one recipe are unique
     hash_by_id = dict(zip(samples["id"].astype(str), contents.hashes, strict=True))
     problems = [
-        ProblemOutput(kind="source", message=problem.message, is_harmless=False)
+        ProblemOutput(kind="source", message=problem.message, is_harmless=problem.is_harmless)
         for directory in directories
         for problem in verify_sources(open_feature_set(directory), hash_by_id)
     ]
+    absent_messages = [problem.message for problem in problems if problem.is_harmless]
+    if absent_messages:
+        say(
+            f"note: {len(absent_messages):,} rows are of images that the recipe does not have (new "
+            f"ones that were predicted, other data sets', or removed): {absent_messages[0]}"
+        )
     for problem in problems:
-        say(f"source: {problem.message}")
-    say(
-        f"{len(hash_by_id):,} source images hashed, {len(problems)} "
-        f"problem{'s' * (len(problems) != 1)}"
-    )
+        if not problem.is_harmless:
+            say(f"source: {problem.message}")
+    n_changed = len(problems) - len(absent_messages)
+    say(f"{len(hash_by_id):,} source images hashed, {n_changed} problem{'s' * (n_changed != 1)}")
     return problems
 
 

@@ -104,6 +104,13 @@ def test_caches(run_call, folder):
     )
     assert imported["rows"] == 60
     assert call("cache gc", cwd=folder)["paths"] == []
+    make_photos(folder / "others", 2, seed=9)  # of no recipe, predicted into the same cache
+    call(*("predict", "recipe.yaml", "others", "-q", "-o", "o.csv", "--update-cache"), cwd=folder)
+    verified = call("cache verify", "--recipe", "recipe.yaml", "--sources", cwd=folder)
+    assert (verified["problems"], {each["is_harmless"] for each in verified["sources"]}) == (
+        0,
+        {True},
+    )
     shard = next((folder / "headrace-cache/features" / shown["fingerprint"] / "shards").iterdir())
     shard.write_bytes(shard.read_bytes()[:-9])
     damaged = call("cache verify", "layer1.avg", cwd=folder, code=1)
