@@ -172,7 +172,7 @@ class BankResult:
         """Positions in `ids` of the rows that are held out in a fold."""
         return np.flatnonzero(self.fold == fold)
 
-    def out_of_fold(self, spec: HeadSpec | str) -> npt.NDArray[np.float32]:
+    def out_of_fold_predictions(self, spec: HeadSpec | str) -> npt.NDArray[np.float32]:
         """(N, C) each row predicted by the head that did not train on it; nan for rows that are
         never held out and for those of a fold whose head failed.
         """
@@ -191,8 +191,8 @@ class BankResult:
             predicted[self.rows(held_out_fold)] = fold_predictions
         return predicted
 
-    def out_of_fold_stack(self, specs: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(K, N, C) `out_of_fold` of many specs (as JSON), from a file opened once."""
+    def out_of_fold_predictions_of(self, specs: Sequence[str]) -> npt.NDArray[np.float32]:
+        """(K, N, C) `out_of_fold_predictions` of many specs (as JSON), from a file opened once."""
         rows_of_folds = [
             (held_out_fold, self.rows(held_out_fold))
             for held_out_fold in range(int(self.fold.max(initial=-1)) + 1)

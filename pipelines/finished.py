@@ -110,16 +110,16 @@ class FinishedRun:
         return self._stored_task[1].get("groups")
 
     @cached_property
-    def out_of_fold(self) -> npt.NDArray[np.float32]:
+    def out_of_fold_predictions(self) -> npt.NDArray[np.float32]:
         """(N, C) predictions of the winner's fold heads, each row by the head that did not train on
         it; nan for rows that are never held out.
         """
-        return self.bank.out_of_fold(str(self.winner["spec"]))
+        return self.bank.out_of_fold_predictions(str(self.winner["spec"]))
 
     @cached_property
     def held_out_rows(self) -> npt.NDArray[np.int64]:
         """(n,) positions of the bank's rows that have an out-of-fold prediction."""
-        return np.flatnonzero(np.isfinite(self.out_of_fold).all(1))
+        return np.flatnonzero(np.isfinite(self.out_of_fold_predictions).all(1))
 
     @cached_property
     def scored_predictions(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -128,9 +128,9 @@ class FinishedRun:
         """
         rows = self.held_out_rows
         if self.recipe.task.unit is None:
-            return self.bank.target[rows], self.out_of_fold[rows]
+            return self.bank.target[rows], self.out_of_fold_predictions[rows]
         try:
-            target, predicted = scored_rows(self.task, rows, self.out_of_fold[rows])
+            target, predicted = scored_rows(self.task, rows, self.out_of_fold_predictions[rows])
         except FileNotFoundError as error:
             raise RunDamaged(f"{error.filename} is not there: {RUN_AGAIN}") from error
         return target, predicted
@@ -164,7 +164,9 @@ class FinishedRun:
         if not np.array_equal(self.task.ids[validation.images], self.bank.ids[self.held_out_rows]):
             return f"{task_path} is not what the winner was trained on: {RUN_AGAIN}"
         floor = floor_of(str(self.winner["spec"]), self.task.kind, len(self.task.classes))
-        held_out_predictions = validation.aggregate(self.out_of_fold[self.held_out_rows])
+        held_out_predictions = validation.aggregate(
+            self.out_of_fold_predictions[self.held_out_rows]
+        )
         return calibrated(validation, held_out_predictions, floor)
 
     @cached_property

@@ -115,7 +115,7 @@ class BagBatch:
         ]
         # Parameters are kept in units of their head's learning rate: a step of AdamW is then the
         # same for every rate, and one fused call does it for all heads.
-        self.units = {
+        self.parameters_over_rate = {
             name: torch.from_numpy(
                 np.stack([start[name] for start in starts])
                 / np.array([spec.learning_rate for spec in specs], np.float32).reshape(
@@ -124,8 +124,12 @@ class BagBatch:
             ).to(device)
             for name in starts[0]
         }
-        self.first = {name: torch.zeros_like(value) for name, value in self.units.items()}
-        self.second = {name: torch.zeros_like(value) for name, value in self.units.items()}
+        self.first = {
+            name: torch.zeros_like(value) for name, value in self.parameters_over_rate.items()
+        }
+        self.second = {
+            name: torch.zeros_like(value) for name, value in self.parameters_over_rate.items()
+        }
         self.bits = DropoutBits([spec.seed for spec in specs], fold, device)
         self._read_specs()
         self.best = {name: value.clone() for name, value in self.parameters.items()}
@@ -136,14 +140,14 @@ class BagBatch:
 
         # Heads of one seed and share leave the same values out: each such mask is made once.
         levels = [min(255, round(256 * spec.dropout)) for spec in self.specs]
-        of_head = [
+        mask_keys = [
             (spec.seed if level else self.specs[0].seed, level)
             for spec, level in zip(self.specs, levels, strict=True)
         ]
-        masks = sorted(set(of_head))
+        masks = sorted(set(mask_keys))
         self.drops = any(levels)
-        self.bits.of_head = [seed for seed, _ in masks]
-        self.mask_of_head = [masks.index(mask) for mask in of_head]
+        self.bits.seed_of_head = [seed for seed, _ in masks]
+        self.mask_index = [masks.index(mask) for mask in mask_keys]
         self.drop_below = column([level for _, level in masks]).to(torch.uint8)
         self.drop_scale = column([256 / (256 - level) for _, level in masks])
         self.kept_scale = column([256 / (256 - level) for level in levels])
@@ -155,7 +159,7 @@ class BagBatch:
     def _multiply_rates(self) -> None:
         self.parameters = {
             name: value * self.rates.view((-1,) + (1,) * (value.dim() - 1))
-            for name, value in self.units.items()
+            for name, value in self.parameters_over_rate.items()
         }
 
     def __len__(self) -> int:
@@ -164,7 +168,7 @@ class BagBatch:
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed: its share of all further work is gone."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
-        for tensors in (self.units, self.first, self.second, self.best):
+        for tensors in (self.parameters_over_rate, self.first, self.second, self.best):
             tensors.update({name: value.index_select(0, index) for name, value in tensors.items()})
         self.specs = [self.specs[head] for head in heads]
         self._read_specs()
@@ -243,7 +247,7 @@ class BagBatch:
                 parameters[f"bias{layer}"],
                 hidden,
                 self.dtype,
-                [masks[layer][mask] for mask in self.mask_of_head[heads]] if masks else [],
+                [masks[layer][mask] for mask in self.mask_index[heads]] if masks else [],
                 self.kept_scale[heads] if masks else None,
             )
         pooled = self._pool(hidden, members, parameters)
@@ -303,8 +307,10 @@ class BagBatch:
         with torch.no_grad():
             self.step += 1
             step = torch.full((), float(self.step), device=self.device)
-            for name, parts in zip(self.units, zip(*gradients, strict=True), strict=True):
-                value = self.units[name]
+            for name, parts in zip(
+                self.parameters_over_rate, zip(*gradients, strict=True), strict=True
+            ):
+                value = self.parameters_over_rate[name]
                 value.mul_(self.shrink.view((-1,) + (1,) * (value.dim() - 1)))
                 fused_adamw(value, torch.cat(parts), self.first[name], self.second[name], step)
             self._multiply_rates()

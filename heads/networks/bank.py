@@ -73,8 +73,8 @@ class Bank(Generic[Spec]):
             )
         return self.prepared[fold, standardize]
 
-    def runs(self, traces: Sequence[Trace], *, ranked: bool) -> "list[Callable[[], Run]]":
-        """What makes the batches of these heads, all of one fold.
+    def run_makers(self, traces: Sequence[Trace], *, ranked: bool) -> "list[Callable[[], Run]]":
+        """Return functions that make the batches of these heads, all of one fold.
 
         Made one by one, for their parameters take memory.
         """
@@ -209,7 +209,7 @@ def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) ->
             for spec_index, spec in enumerate(specs)
         ]
         traces += fold_traces
-        makers += bank.runs(fold_traces, ranked=halving is not None)
+        makers += bank.run_makers(fold_traces, ranked=halving is not None)
     alive = set(range(len(specs)))
     if halving is None:
         for maker in makers:
@@ -225,12 +225,12 @@ def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) ->
         for run in runs:
             run.advance(None)
     if refit:
-        fold_traces = [
+        refit_traces = [
             _full_trace(spec_index, specs[spec_index], traces, data.task_kind)
             for spec_index in sorted(alive)
         ]
-        traces += fold_traces
-        for maker in bank.runs(fold_traces, ranked=False):
+        traces += refit_traces
+        for maker in bank.run_makers(refit_traces, ranked=False):
             maker().advance(None)
     return [
         bank.fit(trace)
@@ -287,11 +287,11 @@ def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int
 def _full_trace(
     spec_index: int, spec: NetworkSpec, traces: Sequence[Trace], task: TaskKind
 ) -> Trace:
-    fold_traces = [trace for trace in traces if trace.spec == spec_index]
-    best_epochs = [trace.best_epoch for trace in fold_traces if trace.error is None]
+    spec_traces = [trace for trace in traces if trace.spec == spec_index]
+    best_epochs = [trace.best_epoch for trace in spec_traces if trace.error is None]
     error = spec_error(spec, task)
-    if fold_traces and not best_epochs and error is None:
-        error = f"not trained on all rows, because it failed in every fold: {fold_traces[0].error}"
+    if spec_traces and not best_epochs and error is None:
+        error = f"not trained on all rows, because it failed in every fold: {spec_traces[0].error}"
     return Trace(
         spec_index,
         REFIT,

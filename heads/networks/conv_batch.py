@@ -120,7 +120,7 @@ class ConvBatch:
         for tensors in (self.parameters, self.first, self.second, self.running, self.best):
             tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
         self.specs = [self.specs[head] for head in heads]
-        self.bits.of_head = [self.bits.of_head[head] for head in heads]
+        self.bits.seed_of_head = [self.bits.seed_of_head[head] for head in heads]
         self._read_specs()
 
     def remember(self, heads: Sequence[int]) -> None:

@@ -112,7 +112,7 @@ class DropoutBits:
 
     def __init__(self, seeds: Sequence[int], fold: int, device: torch.device) -> None:
         self.device = device
-        self.of_head = list(seeds)
+        self.seed_of_head = list(seeds)
         entropy = {seed: [seed, 1, seed_of_fold(fold) + 1] for seed in sorted(set(seeds))}
         if device.type == "cpu":  # four times faster than torch's own generator on a CPU
             self.numpy = {
@@ -128,7 +128,7 @@ class DropoutBits:
     def draw(self, units: int, batch: int) -> Tensor:
         """(K, units, batch) uint8."""
         drawn = {}
-        for seed in sorted(set(self.of_head)):
+        for seed in sorted(set(self.seed_of_head)):
             if self.device.type == "cpu":
                 raw = bytearray(self.numpy[seed].bytes(units * batch))
                 drawn[seed] = torch.frombuffer(raw, dtype=torch.uint8).view(units, batch)
@@ -141,7 +141,7 @@ class DropoutBits:
                     device=self.device,
                     generator=self.torch[seed],
                 )
-        return torch.stack([drawn[seed] for seed in self.of_head])
+        return torch.stack([drawn[seed] for seed in self.seed_of_head])
 
 
 class NetworkBatch:
@@ -201,7 +201,7 @@ class NetworkBatch:
         for tensors in (self.weights, self.biases, self.first, self.second, self.best):
             tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
         self.specs = [self.specs[head] for head in heads]
-        self.bits.of_head = [self.bits.of_head[head] for head in heads]
+        self.bits.seed_of_head = [self.bits.seed_of_head[head] for head in heads]
         self._read_specs()
 
     def remember(self, heads: Sequence[int]) -> None:

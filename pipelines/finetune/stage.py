@@ -389,10 +389,12 @@ def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str,
     where the task has them), drawn within folds.
     """
     task, metric = inputs.task, inputs.metric
-    network_predictions = read_bank(inputs.paths.finetune_result(candidate.key)).out_of_fold(
-        candidate.spec
+    network_predictions = read_bank(
+        inputs.paths.finetune_result(candidate.key)
+    ).out_of_fold_predictions(candidate.spec)
+    head_predictions = read_bank(candidate.head["path"]).out_of_fold_predictions(
+        candidate.head["spec"]
     )
-    head_predictions = read_bank(candidate.head["path"]).out_of_fold(candidate.head["spec"])
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0
     network_folds, head_folds = (
         _scored_folds(task, predicted) for predicted in (network_predictions, head_predictions)
@@ -511,7 +513,7 @@ def _comparison_row(
     task, metric, nan = inputs.task, inputs.metric, float("nan")
     value = low = high = nan
     if results_path is not None:
-        folds = _scored_folds(task, read_bank(results_path).out_of_fold(spec))
+        folds = _scored_folds(task, read_bank(results_path).out_of_fold_predictions(spec))
         value = float(
             np.mean([score(task.kind, target, predicted, metric) for target, predicted in folds])
         )

@@ -321,7 +321,7 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
             f"{job.head_result} was trained on other rows or folds than {job.task} has: run the "
             "recipe again"
         )
-    out_of_fold = bank.out_of_fold(head_spec)
+    out_of_fold = bank.out_of_fold_predictions(head_spec)
     row_index = np.flatnonzero((task.fold >= 0) & np.isfinite(out_of_fold).all(1))
     row_index = row_index[
         np.unique(

@@ -56,7 +56,7 @@ def _blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     weights = pd.read_csv(table, dtype={"unit": str, "id": str}, keep_default_na=False)
     row_of_id = {image_id: row for row, image_id in enumerate(run.bank.ids.tolist())}
     rows = weights["id"].map(row_of_id).to_numpy(np.int64)
-    target, predicted = run.bank.target[rows], run.out_of_fold[rows]
+    target, predicted = run.bank.target[rows], run.out_of_fold_predictions[rows]
     is_wrong, surprise = _judged(run.task_kind, target, predicted)
     frame = weights[["unit", "id", "weight"]].assign(
         label=_texts(run, target, run.task_kind == "single"),

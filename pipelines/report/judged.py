@@ -40,7 +40,7 @@ def judged_sides(run: FinishedRun, tested: TestPredictions | str) -> tuple[Judge
         run.bank.ids[rows],
         content[rows],
         run.bank.target[rows],
-        run.out_of_fold[rows],
+        run.out_of_fold_predictions[rows],
         np.asarray(groups, np.int64)[rows],
     )
     if isinstance(tested, str) or dataset is None:

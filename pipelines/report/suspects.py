@@ -39,7 +39,7 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     held_out_rows, class_names = run.held_out_rows, np.asarray(run.classes, object)
     target, predicted = (
         run.bank.target[held_out_rows].astype(np.int64),
-        run.out_of_fold[held_out_rows],
+        run.out_of_fold_predictions[held_out_rows],
     )
     predicted_class = predicted.argmax(1)
     confidence = predicted.max(1)
@@ -134,7 +134,7 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
 
 def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     held_out_rows, label_names = run.held_out_rows, np.asarray(run.classes, object)
-    target, predicted = run.bank.target[held_out_rows], run.out_of_fold[held_out_rows]
+    target, predicted = run.bank.target[held_out_rows], run.out_of_fold_predictions[held_out_rows]
     table_columns = (
         *_ID,
         Column("label", "label"),
@@ -217,7 +217,7 @@ def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
 
 def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     held_out_rows, target_names = run.held_out_rows, np.asarray(run.classes, object)
-    target, predicted = run.bank.target[held_out_rows], run.out_of_fold[held_out_rows]
+    target, predicted = run.bank.target[held_out_rows], run.out_of_fold_predictions[held_out_rows]
     residual = predicted - target
     # In units of each target's usual error, so that targets of different scales can be compared;
     # 1.4826 makes the median absolute deviation the standard deviation of a normal distribution.

@@ -150,7 +150,7 @@ def learning_curve(
                 spec_positions = [
                     position for position, spec in enumerate(specs) if spec.kind == kind
                 ]
-                predictions = bank.out_of_fold_stack(
+                predictions = bank.out_of_fold_predictions_of(
                     [spec_to_json(specs[position]) for position in spec_positions]
                 )
                 held_out_in_subset = subset_task.fold == 0

@@ -115,7 +115,7 @@ def read_predictions(
         for start in range(0, len(positions), heads_per_block):
             block_slice = slice(start, start + heads_per_block)
             block = validation.aggregate(
-                bank.out_of_fold_stack([str(spec) for spec in spec_texts[block_slice]])[
+                bank.out_of_fold_predictions_of([str(spec) for spec in spec_texts[block_slice]])[
                     :, row_order
                 ]
             )

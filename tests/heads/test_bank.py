@@ -167,7 +167,7 @@ def test_a_bank_of_every_kind(work: Path, kind: str) -> None:
     for spec in SPECS[kind]:
         own = bank.table[bank.table["spec"] == spec_to_json(spec)]
         assert own["fold"].tolist() == [0, 1, 2, REFIT]
-        predicted = bank.out_of_fold(spec)
+        predicted = bank.out_of_fold_predictions(spec)
         if own["error"].notna().any():
             assert own["error"].notna().all()
             assert np.isnan(predicted).all()
@@ -483,7 +483,7 @@ def test_a_file_is_checked_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> 
     train_bank(job)
     bank = read_bank(result)
     bank.arrays(CentroidSpec())
-    bank.out_of_fold(CentroidSpec())
+    bank.out_of_fold_predictions(CentroidSpec())
     assert seen == [result]
     result.unlink()
     train_bank(job)

@@ -173,7 +173,7 @@ def test_scores_are_those_of_units(project):
     run = read_finished_run(project / "headrace-runs/recipe")
     task, bank = run.task, run.bank
     accuracies = []
-    predicted = bank.out_of_fold(run.winner["spec"])
+    predicted = bank.out_of_fold_predictions(run.winner["spec"])
     for fold in range(3):
         rows = np.flatnonzero(task.fold == fold)
         units = sorted(set(task.units[rows]))

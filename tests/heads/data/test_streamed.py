@@ -166,8 +166,8 @@ def test_streamed_heads_are_those_of_memory(
         # leaves that much open.
         atol = 2e-2 if kind == "logistic" else 1e-3
         near = np.isclose(
-            streamed_bank.out_of_fold(spec),
-            memory_bank.out_of_fold(spec),
+            streamed_bank.out_of_fold_predictions(spec),
+            memory_bank.out_of_fold_predictions(spec),
             2e-2,
             atol,
             equal_nan=True,

@@ -79,7 +79,7 @@ def parity(
         np.arange(48), 48
     )
     cached, _ = load_rows(case.features("layer4.avg"), case.task.content)
-    expected = bank.out_of_fold(LOGISTIC)
+    expected = bank.out_of_fold_predictions(LOGISTIC)
     return check_parity(
         network, heads, [batch.inputs], case.task.fold, expected, [cached], "single"
     )

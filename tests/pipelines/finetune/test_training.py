@@ -200,8 +200,8 @@ def test_results_are_bank_results(case: Case) -> None:
     done = [train_fold(FoldJob(job, fold)) for fold in range(2)]
     train_fold(FoldJob(job, REFIT, epochs=2))
     bank = read_bank(publish_result(job, {}))
-    assert bank.out_of_fold(job.spec).shape == (48, 2)
-    assert np.isfinite(bank.out_of_fold(job.spec)).all()
+    assert bank.out_of_fold_predictions(job.spec).shape == (48, 2)
+    assert np.isfinite(bank.out_of_fold_predictions(job.spec)).all()
     assert bank.ids.tolist() == case.task.ids.tolist()
     assert bank.table["kind"].unique().tolist() == ["finetune"]
     assert bank.table["accuracy"][:2].notna().all()

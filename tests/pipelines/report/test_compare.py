@@ -64,7 +64,9 @@ def test_only_common_images_are_compared_and_that_is_said(runs, compared):
         _, of_image = np.unique(run.bank.content[run.held_out_rows], return_index=True)
         kept = run.held_out_rows[of_image]
         kept = kept[[content in common for content in run.bank.content[kept]]]
-        expected = score("single", run.bank.target[kept], run.out_of_fold[kept], "accuracy")
+        expected = score(
+            "single", run.bank.target[kept], run.out_of_fold_predictions[kept], "accuracy"
+        )
         assert rows[column]["accuracy"] == pytest.approx(expected)
     assert rows["difference"].tolist() == pytest.approx((rows["second"] - rows["first"]).tolist())
     text = compared.page.read_text()

@@ -140,7 +140,7 @@ def test_the_map_shows_every_image_with_its_outcome(known):
     outcome = next(c for c in point_map.colourings if c.title == "outcome")
     by_id = dict(zip(point_map.ids, [outcome.words[code] for code in outcome.codes], strict=True))
     rows = run.held_out_rows
-    right = run.out_of_fold[rows].argmax(1) == run.bank.target[rows]
+    right = run.out_of_fold_predictions[rows].argmax(1) == run.bank.target[rows]
     assert {by_id[i] for i in run.bank.ids[rows][right]} == {"right"}
     assert {by_id[i] for i in run.bank.ids[rows][~right]} == {"wrong"}
     label = next(c for c in point_map.colourings if c.title == "label")

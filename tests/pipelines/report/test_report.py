@@ -103,7 +103,8 @@ def test_the_confusion_matrix_counts_every_held_out_row(folder):
     counts = table(folder, "confusion-validation").iloc[:, 1:].to_numpy()
     assert counts.sum() == len(run.held_out_rows)
     right = (
-        run.out_of_fold[run.held_out_rows].argmax(1) == run.bank.target[run.held_out_rows]
+        run.out_of_fold_predictions[run.held_out_rows].argmax(1)
+        == run.bank.target[run.held_out_rows]
     ).sum()
     assert np.trace(counts) == right
     assert counts.sum() - right == len(table(folder, "mistakes"))

@@ -72,7 +72,7 @@ def test_it_is_fitted_on_what_the_folds_heads_said(run):
     """
     _, result = run
     bank = read_bank(result.winner["path"])
-    told = bank.out_of_fold(result.winner["spec"])
+    told = bank.out_of_fold_predictions(result.winner["spec"])
     expected = fit_temperature("single", bank.target, told)
     head = load_head(result.paths.winner)
     assert head.temperature == expected > 1.5
