@@ -525,7 +525,7 @@ def solar_features(folder: Path, tap: str, limit: int | None) -> tuple[np.ndarra
         samples = samples.sample(limit, random_state=0)
     samples = samples.assign(content=content_hashes(samples, folder / "contents.parquet").hashes)
     backbone = backbone_spec(recipe.backbones[0], recipe)
-    specs = load_feature_specs(backbone, [tap], dtype="float32", cache_root=folder)
+    specs = load_feature_specs(backbone, [tap], dtype="float32", cache_root=folder).specs
     for job in plan_work_units(
         samples, [BackboneFeatures(backbone, specs, [()])], cache_root=folder
     ):

@@ -708,7 +708,7 @@ def exported_text() -> list[bytes]:
 
     spec = BackboneSpec("timm:test_resnet", "random:0", image_size=32, crop_fraction=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        feature = load_feature_specs(spec, ["layer4.avg"], cache_root=Path(folder))[0]
+        feature = load_feature_specs(spec, ["layer4.avg"], cache_root=Path(folder)).specs[0]
     about = {
         "format": 1,
         "spec": json.loads(spec_to_json(RidgeSpec(1.0))),

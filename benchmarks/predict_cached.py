@@ -78,7 +78,7 @@ def make(folder: Path, n_images: int) -> None:
     files = [png(number) for number in range(n_images)]
     for number, data in enumerate(files):
         (photos / f"{number:06}.png").write_bytes(data)
-    (spec,) = load_feature_specs(BACKBONE, ["layer4.avg"], cache_root=cache)
+    (spec,) = load_feature_specs(BACKBONE, ["layer4.avg"], cache_root=cache).specs
     rng = np.random.default_rng(0)
     features = rng.normal(size=(n_images, *spec.shape)).astype(np.float16)
     directory = create_feature_set(cache, spec)
