@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import shutil
+import subprocess
 import tarfile
 
 import numpy as np
@@ -180,6 +181,30 @@ def test_where_no_recipe_can_be_written(tmp_path, photos):
     with pytest.raises(InitError, match="--force"):
         write_recipe(photos, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_data_sets_whose_labels_lie_beside_the_images_are_told_how(tmp_path, photos):
+    """A list without names and with blanks: the line that makes a table of it, which works;
+    annotations: the export that is read; one folder of images among others: its command.
+    """
+    photos.rename(tmp_path / "images")
+    (tmp_path / "train.txt").write_text("".join(f"images/a/{n}.png {n % 2}\n" for n in range(3)))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/split.txt").write_text("1 1\n")
+    recipe = tmp_path / "out.yaml"
+    with pytest.raises(HeadraceError, match=r"name it: headrace init .*/images") as refusal:
+        write_recipe(tmp_path, recipe)
+    command = re.search(r"\(echo path.*$", str(refusal.value), re.MULTILINE)[0]
+    subprocess.run(command, shell=True, check=True)
+    assert write_recipe(tmp_path / "train.csv", recipe).sentence.startswith("3 images in train.csv")
+    shutil.rmtree(tmp_path / "images/b")
+    for name in ("lists", "train.txt", "train.csv"):
+        shutil.move(tmp_path / name, tmp_path.parent / f"{tmp_path.name}-{name}")
+    (tmp_path / "annotations.xml").write_text("<annotations/>")
+    with pytest.raises(
+        InitError, match=r"one class only.*Left out: 1 .xml files.*export it as COCO"
+    ):
+        write_recipe(tmp_path, recipe, force=True)
 
 
 def test_the_demo_in_a_files_place(tmp_path, monkeypatch):
