@@ -105,8 +105,8 @@ def read_archives(
         found_text = "; ".join(map(str, tally.left_out()[:5])) or "nothing"
         raise SourceError(
             f"{source_text}: no images (found: {found_text}). Expected members that end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}. Where its files are of another format, unpack it "
-            "and name the folder: the answer says how to convert them"
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}. Where its files are of other formats, unpack "
+            "it and name the folder: the answer says how to convert them"
         )
     rows = [
         {
