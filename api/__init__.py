@@ -10,57 +10,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headrace.cache.feature_set import (
         FeatureSet as FeatureSet,
-    )
-    from headrace.cache.feature_set import (
         list_feature_sets as list_feature_sets,
-    )
-    from headrace.cache.feature_set import (
         open_feature_set as open_feature_set,
     )
     from headrace.extract.backbones.backbone import load_backbone as load_backbone
     from headrace.extract.images.preprocessing import Preprocessing as Preprocessing
     from headrace.extract.sources.read import (
         ImageSource as ImageSource,
-    )
-    from headrace.extract.sources.read import (
         detect_source as detect_source,
-    )
-    from headrace.extract.sources.read import (
         read_source as read_source,
     )
     from headrace.extract.spec import BackboneSpec as BackboneSpec
     from headrace.heads.data.lookup import FeatureLookup as FeatureLookup
     from headrace.heads.estimators import (
         CentroidHead as CentroidHead,
-    )
-    from headrace.heads.estimators import (
         KNNHead as KNNHead,
-    )
-    from headrace.heads.estimators import (
         LogisticHead as LogisticHead,
-    )
-    from headrace.heads.estimators import (
         MLPHead as MLPHead,
-    )
-    from headrace.heads.estimators import (
         MLPRegressionHead as MLPRegressionHead,
-    )
-    from headrace.heads.estimators import (
         RidgeHead as RidgeHead,
-    )
-    from headrace.heads.estimators import (
         RidgeRegressionHead as RidgeRegressionHead,
     )
     from headrace.heads.persist import load_head as load_head
     from headrace.pipelines.advice.advise_run import advise_run as advise_run
     from headrace.pipelines.api import (
         extract_features as extract_features,
-    )
-    from headrace.pipelines.api import (
         train_heads as train_heads,
     )
-    from headrace.pipelines.models.model import Model as Model
-    from headrace.pipelines.models.model import load_model as load_model
+    from headrace.pipelines.models.model import Model as Model, load_model as load_model
     from headrace.pipelines.recipe.load import load_recipe as load_recipe
     from headrace.pipelines.report.build import write_report as write_report
     from headrace.pipelines.run import run_recipe as run_recipe

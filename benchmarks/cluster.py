@@ -3,12 +3,14 @@
     python benchmarks/cluster.py [--case overhead|memory|planning|repeat|model] [--quick]
 
 overhead   1,000 heads in banks on two workers: the share of the workers' wall time that is not
-spent inside tasks (target
-           <= 5 %), and two workers' throughput over one's (target >= 1.8 on two free cores) memory
-resident memory of the driver, which holds the scheduler, after as many tasks as a run of so many
-heads has planning   seconds to plan 100,000 heads (target <= 10 s) repeat     a second call of a
-finished run of 10,000 heads (target <= 5 s) model      the cost model of
-pipelines/planning/cost_model.py, with rates measured at one size, against banks at three sizes
+           spent inside tasks (target <= 5 %), and two workers' throughput over one's (target >= 1.8
+           on two free cores)
+memory     resident memory of the driver, which holds the scheduler, after as many tasks as a run of
+           so many heads has
+planning   seconds to plan 100,000 heads (target <= 10 s)
+repeat     a second call of a finished run of 10,000 heads (target <= 5 s)
+model      the cost model of pipelines/planning/cost_model.py, with rates measured at one size,
+           against banks at three sizes
 
 Features are random numbers with a signal. Starting workers is counted apart: it is paid once per
 run. The last line is JSON: {measure: figure}.

@@ -56,12 +56,13 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.linear.ridge import fit_ridge_bank
 from headrace.heads.networks.kind import MLPSpec
-from headrace.heads.spec import FineTuneSpec, spec_to_json
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.finetune.data import TrainingBatch
 from headrace.pipelines.finetune.train import Training, TrainingPlan
 from headrace.pipelines.finetune.train_above import trainable_blocks
 from headrace.pipelines.models.torch_head import head_module, new_head, standardise_head
 from headrace.pipelines.models.torch_network import Network
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
 TAP = Tap("stage3", "avg")
 HOW = Preprocessing(

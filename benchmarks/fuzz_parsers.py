@@ -644,7 +644,8 @@ def network_text() -> list[bytes]:
     from headrace.extract.backbones.backbone import load_backbone
     from headrace.extract.spec import BackboneSpec
     from headrace.heads.linear.kind import LogisticSpec
-    from headrace.heads.spec import FineTuneSpec, spec_to_json
+    from headrace.heads.spec import spec_to_json
+    from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
     loaded = load_backbone(BackboneSpec("timm:test_resnet", "random:0"))
     width = len(network_tensors()["head.centre"])

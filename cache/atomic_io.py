@@ -117,8 +117,7 @@ def _watch_blank(lock_path: Path, previous_blank: _Blank | None) -> _Blank | Non
 def read_regular(file_path: Path | str) -> bytes:
     """Return the bytes of a file, or of the one that a link leads to.
 
-    Raises OSError also for what may have no end: the file may be a stranger's link to a device, or
-    a pipe.
+    Raises OSError also for what may have no end: a stranger's link to a device, or a pipe.
     """
     if not stat.S_ISREG(mode := os.stat(file_path).st_mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "neither a file nor a link to one", str(file_path))
@@ -135,8 +134,7 @@ def publish_bytes(target_path: Path, data: bytes) -> bool:
 
 
 def publish_replace(target_path: Path, data: bytes) -> None:
-    """Publish a file that may be replaced: readers see the old bytes or the new ones, never a
-    mixture.
+    """Publish a file that may be replaced: readers see old bytes or new ones, no mixture.
 
     Raises PublishFailed.
     """

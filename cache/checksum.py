@@ -32,7 +32,7 @@ from headrace.cache.home import state_directory
 from headrace.cache.manifest import ShardEntry
 from headrace.cache.spec import FeatureSpec
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20  # read and hashed at a time
 # A file that changed this recently may change again within the same tick of the file system's
 # clock, and look as before.
 _SETTLED_NS = 2_000_000_000

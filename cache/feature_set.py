@@ -246,8 +246,7 @@ class FeatureSet:
         block_rows: int = 1024,
         buffer_rows: int = 16384,
     ) -> Iterator[FeatureBatch]:
-        """Yield batches (rows (b,), features (b, *shape)) that cover `rows` (None: all) exactly
-        once.
+        """Yield batches (rows (b,), features (b, *shape)) that cover `rows` (None: all) once.
 
         With seed None in the given order; otherwise shuffled by blocks and within a buffer. For
         another order in each epoch pass `seed=(7, epoch)`.

@@ -12,8 +12,7 @@ from headrace.cache.text import as_text
 def content_hashes_by_id(
     sample_ids: Sequence[str], content_hashes: npt.NDArray[np.bytes_]
 ) -> dict[str, tuple[str, ...]]:
-    """Return {id: its different content hashes, in the order of the rows} for N ids and (N,) S32
-    hashes.
+    """Return {id: its content hashes, in the order of the rows} for N ids and (N,) S32 hashes.
 
     An id need not be unique: a cache serves several folders, whose images may have the same names,
     and keeps the rows of an image that has been edited. Ids are compared as text, in the form of

@@ -28,7 +28,7 @@ _PROT_NONE = 0
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 _RESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PAGE = mmap.PAGESIZE
-_HUGE_PAGE = 1 << 21
+_HUGE_PAGE = 1 << 21  # bytes, Linux's on x86; see `map`
 # A quarter of the 1 << 47 bytes of addresses that a process has on most machines.
 _LARGEST_RESERVATION = 1 << 45
 

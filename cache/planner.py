@@ -69,10 +69,8 @@ def require_disk_space(
         path for path in (cache_root, *cache_root.absolute().parents) if path.exists()
     )
     available_bytes = shutil.disk_usage(existing_path).free if free_bytes is None else free_bytes
-    needed_bytes, usable_bytes = (
-        sum(cost.n_bytes for cost in costs),
-        int(available_bytes * (1 - RESERVE)),
-    )
+    needed_bytes = sum(cost.n_bytes for cost in costs)
+    usable_bytes = int(available_bytes * (1 - RESERVE))
     if needed_bytes > usable_bytes:
         largest_tap = max(costs, key=lambda cost: cost.n_bytes)
         raise CacheError(

@@ -47,6 +47,7 @@ _UNIT = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
 _HEX = b"0123456789abcdef"
 _WRITTEN_BY = f"headrace {version('headrace')}"
 _COMPRESSIONS = (None, "bitshuffle-lz4")
+_SPEC_ADVICE = "`headrace cache repair` writes it again from a shard"
 
 
 def feature_set_path(cache_root: Path, spec: FeatureSpec) -> Path:
@@ -60,8 +61,7 @@ def shard_path(directory: Path, unit: str) -> Path:
 
 
 def is_feature_set(directory: Path) -> bool:
-    """Return True if a directory can be opened or repaired: it has a spec.json, or shards that have
-    outlived theirs.
+    """Return True if a directory can be opened or repaired: it has a spec.json, or shards without.
 
     The mere existence of the directory does not tell.
     """
@@ -151,9 +151,6 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     return spec
 
 
-_SPEC_ADVICE = "`headrace cache repair` writes it again from a shard"
-
-
 def publish_shard(
     directory: Path,
     unit: str,
@@ -174,8 +171,7 @@ def publish_shard(
 
     Return the manifest entry of the shard that exists then, which may be another writer's. Nothing
     in the shard depends on time, host or writer. Raises CacheError for NaN, infinity and overflow,
-    naming the sample; ValueError for arguments that do not fit together; PublishFailed, which names
-    the errno.
+    naming the sample; ValueError for arguments that do not fit together; PublishFailed.
     """
     spec = read_spec(directory)
     _validate_arguments(spec, unit, features, ids, content_hashes, failures, compression)

@@ -44,7 +44,7 @@ class ShardReader:
         self._row_zero = np.zeros(len(entries), np.int64)
         self._shard_of_row = (
             np.repeat(np.arange(len(entries), dtype=np.int32), rows_per_shard)
-            if self._is_indexable()
+            if self.first_row[-1] <= 1 << 24  # rows: 64 MB of shard numbers
             else None
         )
         # A set that fits into half the memory is read ahead completely, once; of a larger one
@@ -131,10 +131,8 @@ class ShardReader:
         shard_index = int(np.searchsorted(self.first_row, start_row, side="right")) - 1
         next_row = start_row
         while next_row < stop_row:
-            shard_start, shard_stop = (
-                int(self.first_row[shard_index]),
-                min(stop_row, int(self.first_row[shard_index + 1])),
-            )
+            shard_start = int(self.first_row[shard_index])
+            shard_stop = min(stop_row, int(self.first_row[shard_index + 1]))
             if next_row < shard_stop:
                 if self.touch(shard_index).is_compressed:
                     stored_rows = read_compressed_rows(
@@ -165,17 +163,13 @@ class ShardReader:
         # One call per run of neighbours in a shard; a hole of a few rows is cheaper to read than to
         # leave out.
         run_breaks = np.flatnonzero(np.diff(sorted_rows) > 64)
-        run_starts, run_stops = (
-            sorted_rows[np.r_[0, run_breaks + 1]],
-            sorted_rows[np.r_[run_breaks, len(sorted_rows) - 1]] + 1,
-        )
+        run_starts = sorted_rows[np.r_[0, run_breaks + 1]]
+        run_stops = sorted_rows[np.r_[run_breaks, len(sorted_rows) - 1]] + 1
         for run_start, run_stop in zip(run_starts.tolist(), run_stops.tolist(), strict=True):
             shard_index = int(np.searchsorted(self.first_row, run_start, side="right")) - 1
             while run_start < run_stop:
-                shard_start, shard_stop = (
-                    int(self.first_row[shard_index]),
-                    min(run_stop, int(self.first_row[shard_index + 1])),
-                )
+                shard_start = int(self.first_row[shard_index])
+                shard_stop = min(run_stop, int(self.first_row[shard_index + 1]))
                 if run_start < shard_stop:
                     self._mapped_rows().will_need(
                         shard_index, run_start - shard_start, shard_stop - shard_start
@@ -194,10 +188,6 @@ class ShardReader:
             n_texts,
             np.dtype(f"S{text_bytes}"),
         )
-
-    def _is_indexable(self) -> bool:
-        # 64 MB of shard numbers
-        return bool(self.first_row[-1] <= 1 << 24)
 
     def _shards_of(self, row_positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Return the shard of each position, (n,), after making all of them readable."""

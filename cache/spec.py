@@ -91,10 +91,8 @@ class FeatureSpec:
 def spec_difference(stored_spec: FeatureSpec, expected_spec: FeatureSpec) -> str | None:
     """Describe the first field in which two specs differ, with both values; None if equal."""
     for field in dataclasses.fields(FeatureSpec):
-        expected_value, stored_value = (
-            getattr(expected_spec, field.name),
-            getattr(stored_spec, field.name),
-        )
+        expected_value = getattr(expected_spec, field.name)
+        stored_value = getattr(stored_spec, field.name)
         if expected_value != stored_value:
             return f"{field.name}: found {stored_value!r}, expected {expected_value!r}"
     return None

@@ -50,10 +50,7 @@ def missing_path_message(path: Path, expected: str) -> str:
 
 
 def as_yaml_list(names: Iterable[str]) -> str:
-    """Names as a list in a recipe, quoted where YAML needs it, for the end of an error message:
-
-    `[a.png, "2020"]`.
-    """
+    """Return names as a recipe's list, quoted where YAML needs it: `[a.png, "2020"]`."""
     return f"[{', '.join(map(_quote_for_yaml, names))}]"
 
 

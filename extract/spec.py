@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 
 from headrace.cache.home import expand_home
 from headrace.extract.errors import BackboneError, missing_path_message, nearest_names
-from headrace.extract.images.decoding import MAX_PIXELS, DecodeMode
+from headrace.extract.images.decoding import DecodeMode
+from headrace.extract.images.opening import MAX_PIXELS
 from headrace.extract.images.preprocessing import (
     MAX_BANDS,
     Interpolation,

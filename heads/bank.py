@@ -29,12 +29,7 @@ from headrace.heads.data.features import (
     stream_rows,
     tap_widths,
 )
-from headrace.heads.data.side_columns import (
-    SideColumn,
-    SideColumns,
-    load_side_columns,
-    side_blocks,
-)
+from headrace.heads.data.side_columns import SideColumn, SideColumns, load_side_columns, side_blocks
 from headrace.heads.data.standardize import Features
 from headrace.heads.data.task import REFIT, Task, load_task
 from headrace.heads.data.training_data import TrainingData
@@ -72,8 +67,7 @@ class BankJob:
 
 
 def train_bank(job: BankJob) -> dict[str, Any]:
-    """Train the job's heads and publish their results; nothing is done when the results are there
-    already.
+    """Train the job's heads and publish their results; do nothing where results are there already.
 
     Returns {"result": path, "heads": how many, "failed": how many of them, "seconds": wall time,
     "skipped": bool}. A head that fails is a row with its error. Raises BadBank, and what opening
@@ -214,7 +208,8 @@ def fit_bank(
     check_device(device)
     kind = HEAD_KINDS[specs[0].kind]
     if side and not kind.takes_side_columns:
-        raise BadBank(f"{kind.name} heads take no side columns: {_kinds_with_side_columns()} do")
+        able_kinds = ", ".join(kind.name for kind in HEAD_KINDS.values() if kind.takes_side_columns)
+        raise BadBank(f"{kind.name} heads take no side columns: {able_kinds} do")
     n_features = X.shape[-1] - sum(column.width for column in side)
     data = TrainingData(
         X,
@@ -250,10 +245,6 @@ def fit_bank(
             failed for spec in specs for failed in _alone(fit, spec, task, refit, error, len(specs))
         ]
     return [_finite(fit_result) for fit_result in fits]
-
-
-def _kinds_with_side_columns() -> str:
-    return ", ".join(kind.name for kind in HEAD_KINDS.values() if kind.takes_side_columns)
 
 
 def _as_fits(
@@ -307,12 +298,7 @@ def check_device(device: str) -> None:
 
 
 def _alone(
-    fit: Fit,
-    spec: HeadSpec,
-    task: Task,
-    refit: bool,
-    bank_error: Exception,
-    specs: int,
+    fit: Fit, spec: HeadSpec, task: Task, refit: bool, bank_error: Exception, specs: int
 ) -> list[FitResult]:
     error = bank_error
     if specs > 1:

@@ -330,10 +330,7 @@ class RidgeRegressionHead(_Regressor):
 
 
 class MLPRegressionHead(_Perceptron, _Regressor):
-    """A multi-layer perceptron for one number or several:
-
-    `MLPSpec`, on the mean squared error of standardised targets.
-    """
+    """A perceptron for numbers: `MLPSpec`, on the mean squared error of standardised targets."""
 
     def __init__(
         self,
@@ -367,19 +364,19 @@ def _checked_weights(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | No
     """(n,) weights of which one at least is not 0; None where none are given."""
     if sample_weight is None:
         return None
-    counts = np.asarray(sample_weight, np.float64)
-    if counts.shape != (n,):
+    weights = np.asarray(sample_weight, np.float64)
+    if weights.shape != (n,):
         raise ValueError(
-            f"sample_weight has the shape {counts.shape}, expected ({n},): one weight for each row "
-            "of X"
+            f"sample_weight has the shape {weights.shape}, expected ({n},): one weight for each "
+            "row of X"
         )
-    counts = row_weights(counts, n)
-    if not counts.any():
+    weights = row_weights(weights, n)
+    if not weights.any():
         raise ValueError(
             "every sample weight is zero, so that no row is left to train on: give some rows a "
             "weight"
         )
-    return counts
+    return weights
 
 
 def _spec_weight(class_weight: ClassWeights) -> ClassWeight:

@@ -10,7 +10,7 @@ from headrace.heads.linear.kind import LOGISTIC, RIDGE
 from headrace.heads.neighbors.kind import CENTROID, KNN
 from headrace.heads.networks.kind import CONV, MLP
 from headrace.heads.sklearn.kind import SKLEARN
-from headrace.heads.spec import FineTuneSpec, HeadSpec
+from headrace.heads.spec import HeadSpec
 
 # In the order of a recipe's documentation.
 HEAD_KINDS: dict[str, HeadKind] = {
@@ -19,14 +19,10 @@ HEAD_KINDS: dict[str, HeadKind] = {
 
 
 def spec_from_json(text: str) -> HeadSpec:
-    """Inverse of `spec_to_json`; also of a fine-tuned network's. Raises KeyError for no such kind
-    of head, TypeError for other fields.
-    """
+    """Inverse of `spec_to_json`. Raises KeyError for no such kind, TypeError for other fields."""
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in json.loads(text).items()
     }
-    if values["kind"] == "finetune":
-        return FineTuneSpec(**values)
     spec: HeadSpec = HEAD_KINDS[values["kind"]].spec(**values)
     return spec

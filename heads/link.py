@@ -9,12 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.temperature import (
-    FARTHEST,
-    FLOOR,
-    keep_decisions,
-    with_temperature,
-)
+from headrace.heads.evaluate.temperature import FARTHEST, FLOOR, keep_decisions, with_temperature
 
 Floats = npt.NDArray[np.float32]
 

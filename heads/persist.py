@@ -119,8 +119,8 @@ def save_head(
             f"this {spec.kind} head has no arrays to save: save the head trained on all rows (fold "
             f"{REFIT})"
         )
-    made_by = list(backbones) if backbones is not None else [None] * len(features)
-    assert len(made_by) == len(features)
+    backbone_fields = list(backbones) if backbones is not None else [None] * len(features)
+    assert len(backbone_fields) == len(features)
     text = json.dumps(
         {
             "format": FORMAT,
@@ -128,7 +128,7 @@ def save_head(
             "task_kind": task_kind,
             "classes": list(classes),
             "features": [json.loads(feature.to_json()) for feature in features],
-            "backbones": [None if fields is None else dict(fields) for fields in made_by],
+            "backbones": [None if fields is None else dict(fields) for fields in backbone_fields],
             "metrics": {name: float(value) for name, value in metrics.items()},
             "temperature": float(temperature),
             "side_columns": columns_to_json(side_columns),
@@ -140,8 +140,10 @@ def save_head(
     )
     weights = Path(directory) / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    publish_replace(weights, seal(save(plain, metadata={"headrace": text, SEAL: UNSEALED})))
+    contiguous_arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    publish_replace(
+        weights, seal(save(contiguous_arrays, metadata={"headrace": text, SEAL: UNSEALED}))
+    )
     publish_replace(weights.parent / DESCRIPTION, text.encode())
     return weights
 
@@ -264,5 +266,5 @@ def code_name(name: str) -> str:
     """
     if ":" in name or "/" in name or "." not in name:
         return name
-    module, _, last = name.rpartition(".")
-    return f"{module}:{last}"
+    module, _, object_name = name.rpartition(".")
+    return f"{module}:{object_name}"

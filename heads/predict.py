@@ -1,10 +1,10 @@
-"""Prediction from a head's stored arrays, with NumPy alone: no estimator object, no torch, except
-for convolutions.
+"""Prediction from a head's stored arrays, with NumPy alone, but for convolutions.
 
 n rows, D features, C classes. Every kind's arrays are in raw feature coordinates: standardisation
 is folded into them.
 """
 
+import json
 from typing import Any
 
 import numpy.typing as npt
@@ -76,7 +76,10 @@ def features_expected(arrays: Arrays) -> int:
 
 def floor_of(spec: HeadSpec | str, task_kind: TaskKind, n_outputs: int) -> float:
     """Return the smallest probability that counts of a head of this spec (or its JSON)."""
-    head = spec_from_json(spec) if isinstance(spec, str) else spec
-    kind = HEAD_KINDS.get(head.kind)
-    votes = kind is not None and kind.counts_votes(head)
+    if isinstance(spec, str):
+        if json.loads(spec)["kind"] not in HEAD_KINDS:
+            return FLOOR  # a network trained by gradients counts no votes
+        spec = spec_from_json(spec)
+    kind = HEAD_KINDS.get(spec.kind)
+    votes = kind is not None and kind.counts_votes(spec)
     return vote_floor(task_kind, n_outputs) if votes else FLOOR

@@ -238,6 +238,12 @@ class BankResult:
         return {(text, int(fold)): head_index for head_index, (text, fold) in enumerate(keys)}
 
 
+def _kind_of(spec_json: str) -> str:
+    # Results of networks are in the same form; their settings are those of pipelines/finetune.
+    kind = str(json.loads(spec_json)["kind"])
+    return kind if kind == "finetune" else spec_from_json(spec_json).kind
+
+
 def read_bank(path: Path | str) -> BankResult:
     """Open a bank's results: the table and the rows now, arrays and predictions when asked for.
 
@@ -248,7 +254,7 @@ def read_bank(path: Path | str) -> BankResult:
         about = json.loads(file.attrs["headrace"])
         specs = [text.decode() for text in file["specs"][()]]
         # each spec is there once per fold
-        kinds = {text: spec_from_json(text).kind for text in set(specs)}
+        kinds = {text: _kind_of(text) for text in set(specs)}
         columns: dict[str, Any] = {
             "kind": [kinds[text] for text in specs],
             "spec": specs,

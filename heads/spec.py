@@ -48,43 +48,6 @@ class HeadSpec(Protocol):
 
 
 @dataclass(frozen=True)
-class FineTuneSpec:
-    """A network trained by gradients: a head together with as much of its backbone as `train_above`
-    says.
-
-    start "head" is fine-tuning: the trained head on the pretrained backbone. "pretrained" and
-    "random" are partial reuse: a new head on what lies above the cut, which keeps its pretrained
-    parameters or is drawn anew; random with train_above "all" is training from scratch. Rates: the
-    head and the top block learn at `learning_rate`, each block below at `layer_decay` times the one
-    above; linear warm-up, then a half cosine to zero (AdamW, Loshchilov and Hutter 2019).
-    """
-
-    head: str  # canonical JSON of the spec of the head on top
-    train_above: str  # "head", "all", or a node of the network: everything above it trains
-    start: Literal["head", "pretrained", "random"] = "head"
-    learning_rate: float = 3e-4
-    layer_decay: float = 0.7
-    weight_decay: float = 1e-2
-    warmup_fraction: float = 0.1  # share of all steps
-    epochs: int = 10
-    patience: int = 4  # epochs without a better validation loss
-    batch_size: int = 32
-    label_smoothing: float = 0.0
-    class_weight: ClassWeight = "none"
-    dropout: float = 0.0  # before the head
-    grad_clip_norm: float = 1.0  # the largest norm of the gradient
-    batch_norm: Literal["frozen", "trainable"] = "frozen"  # the running statistics of the backbone
-    # left-right; also upside-down; random renderings
-    augment: Literal["none", "flip", "flips", "views"] = "none"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    kind: Literal["finetune"] = "finetune"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-
-
-@dataclass(frozen=True)
 class Halving:
     """Successive halving: after each of the epochs `after` only the best share `keep` of the specs
     goes on.

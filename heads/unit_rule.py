@@ -30,8 +30,8 @@ class UnitRule:
 
         unit_of_row: (n,) integers 0..U-1, each at least once.
         """
-        together = aggregate_units(task_kind, predicted, unit_of_row, self.aggregation)
-        return tempered(together, task_kind, self.temperature, self.floor)
+        of_units = aggregate_units(task_kind, predicted, unit_of_row, self.aggregation)
+        return tempered(of_units, task_kind, self.temperature, self.floor)
 
 
 def rule_fields(rule: UnitRule | None) -> dict[str, Any]:

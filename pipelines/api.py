@@ -76,8 +76,7 @@ def extract_features(
     in a script nowhere. client: a Dask client to work on; default: a cluster of `workers`
     processes on this machine. Raises HeadraceError.
 
-    A script that calls this needs the usual `if __name__ == "__main__":`, for it starts worker
-    processes.
+    A script needs the usual `if __name__ == "__main__":`, because worker processes import it.
     """
     cache = Path(cache).absolute()
     samples = _with_content(_listed(images, labelled=False), cache)
@@ -130,9 +129,8 @@ def train_heads(
     heads, task: as in a recipe: {"logistic": {"C": [0.01, 1]}}, {"target": "label", "folds": 5}.
     The result's `board` is the leaderboard and `heads` every single head, both as DataFrames;
     calling again with more heads trains only the new ones. console: as for `extract_features`.
-    options: how tasks are watched over,
-    such as their timeout. client: a Dask client to work on; default: a cluster of `workers`
-    processes on this machine. Raises HeadraceError.
+    options: how tasks are watched over, such as their timeout. client: a Dask client to work on;
+    default: a cluster of `workers` processes on this machine. Raises HeadraceError.
     """
     recipe = _recipe_of(heads, task, Path(out).absolute())
     check_kinds(recipe.heads, recipe.task.kind, has_units=recipe.task.unit is not None)
@@ -171,15 +169,17 @@ def _state_of(
 ) -> RunState:
     """Return the run state for these feature sets. Raises MissingFeatures where a row is absent."""
     paths = recipe.paths
-    listed = _with_content(_listed(samples, labelled=True), paths.root)
-    dataset = make_dataset(listed, listed["content"].tolist(), recipe.task)
+    samples_with_content = _with_content(_listed(samples, labelled=True), paths.root)
+    dataset = make_dataset(
+        samples_with_content, samples_with_content["content"].tolist(), recipe.task
+    )
     failed = frozenset(
         failure.content_hash for feature in features.values() for failure in feature.failures()
     )
     dataset = drop_rows(dataset, failed)
-    needed = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
+    needed_contents = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
     feature_plans = [
-        feature_plan(name, [feature.spec], needed, [feature.cached_hashes()])
+        feature_plan(name, [feature.spec], needed_contents, [feature.cached_hashes()])
         for name, feature in features.items()
     ]
     for plan in feature_plans:
@@ -190,7 +190,7 @@ def _state_of(
             )
     return RunState(
         recipe=recipe,
-        samples=listed,
+        samples=samples_with_content,
         unreadable=(),
         dataset=dataset,
         notes=dataset.notes,
@@ -198,14 +198,14 @@ def _state_of(
         metric=check_metric(recipe.task),
         feature_inputs={
             name: FeatureInput(
-                name, (feature.path,), find_backbone_spec(_cache_of(feature), feature.spec)
+                name, (feature.path,), find_backbone_spec(feature.path.parent.parent, feature.spec)
             )
             for name, feature in features.items()
         },
         plan=plan_run(
             features=feature_plans,
             units=[],
-            images=len(needed),
+            images=len(needed_contents),
             images_new=0,
             requested=requested_heads(
                 recipe.heads, list(features), side_columns=bool(recipe.task.side_columns)
@@ -234,10 +234,6 @@ def _opener(
     if client is not None:
         return opener_of(client)
     return lambda role, device: local_client(workers, module_names=imports)
-
-
-def _cache_of(feature: FeatureSet) -> Path:
-    return feature.path.parent.parent
 
 
 def _listed(images: pd.DataFrame | str | Path, *, labelled: bool) -> pd.DataFrame:

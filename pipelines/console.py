@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-_PIPE_COLUMNS = 132
+_PIPE_COLUMNS = 132  # of tables that no terminal limits
 # What a terminal obeys instead of showing it (all but line ends and tabs), and what reverses the
 # text after it.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -84,8 +84,7 @@ def valid_text(text: str) -> str:
 
 
 def escape_unencodable() -> None:
-    """Let the standard output and error write what their encoding lacks as an escape (`\\xe9`), and
-    never raise for it.
+    """Let the standard output and error write what their encoding lacks as escapes (`\\xe9`).
 
     Their encoding is ASCII in many a pipe, container and cron job, and a file name that is no UTF-8
     fits no encoding.
@@ -97,10 +96,7 @@ def escape_unencodable() -> None:
 
 @contextlib.contextmanager
 def utf8_stdout() -> Iterator[TextIO]:
-    """The standard output for data:
-
-    UTF-8 whatever the locale is, with the line ends that are written.
-    """
+    """Give the standard output for data: UTF-8 in any locale, line ends as they are written."""
     sys.stdout.flush()
     stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="")
     try:

@@ -31,9 +31,7 @@ def available_cores() -> int:
 
 
 def environment(workers: int | None, device: str) -> dict[str, Any]:
-    """Versions, processor, cores, memory; `workers` processes and the `device` of the forward pass
-    as the run had them.
-    """
+    """Versions, processor, cores, memory; the run's `workers` processes and `device`."""
     return {
         "python": platform.python_version(),
         "versions": {

@@ -34,12 +34,7 @@ from headrace.pipelines.planning.dataset import (
 )
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_records, read_table
-from headrace.pipelines.run_directory import (
-    find_run,
-    require_finished,
-    results_file,
-    stored_recipe,
-)
+from headrace.pipelines.run_directory import find_run, require_finished, results_file, stored_recipe
 from headrace.pipelines.selection.calibration import calibrated
 from headrace.pipelines.selection.evaluation_record import read_test_evaluations
 from headrace.pipelines.selection.predictions import ValidationRows, validation_rows

@@ -9,13 +9,12 @@ _PATTERN = "{*?["  # in the name of a recipe's tar shards
 
 
 def moved_with_run(path: str, inside: Path) -> str:
-    """Return a path that a file of a run names, as it is now if the run was moved with its
-    surroundings.
+    """Return a path that a file of a run names, as it is now if both were moved.
 
     inside: the directory of that file, such as RUN/winner. Where that is in no run, the path stays
     as it is.
     """
-    for folder in list(inside.absolute().parents)[:4]:
+    for folder in list(inside.absolute().parents)[:4]:  # RUN/ensemble/MEMBER is the deepest
         try:
             before = read_record(RunPaths(folder).recipe)["out"]
         except (OSError, RunDamaged, KeyError):
@@ -25,9 +24,7 @@ def moved_with_run(path: str, inside: Path) -> str:
 
 
 def moved_path(path: Path, before: Path, now: Path) -> Path:
-    """Return the path, or where it is since its run went from `before` to `now`; a copy uses what
-    was copied with it.
-    """
+    """Return the path, or its place since the run went from `before` to `now`, if it exists."""
     before, now = moved_project(before, now)
     if before == now or not path.is_relative_to(before):
         return path

@@ -1,10 +1,9 @@
 """The files of a run that its readers believe: every one has a digest, which is compared before a
 number of it is used.
 
-JSON and arrays carry theirs inside (`headrace.cache.format.sealed`). Tables that people open
-have none of ours in them: the digests of all are in tables.json, each entry written after its
-table. So a call that was killed in between leaves a table that is refused, and the next call writes
-both.
+JSON and arrays carry theirs inside (`headrace.cache.format.sealed`). Tables that people open carry
+none: the digests of all are in tables.json, each entry written after its table. So a call that was
+killed in between leaves a table that is refused, and the next call writes both.
 """
 
 import io
@@ -52,10 +51,10 @@ def publish_table(path: Path, data: bytes) -> None:
     publish_replace(path, data)
     digests = path.with_name(_DIGESTS)
     try:
-        known = read_record(digests)
+        recorded_digests = read_record(digests)
     except (FileNotFoundError, RunDamaged):
-        known = {}
-    write_record(digests, {**known, path.name: xxhash.xxh3_128_hexdigest(data)})
+        recorded_digests = {}
+    write_record(digests, {**recorded_digests, path.name: xxhash.xxh3_128_hexdigest(data)})
 
 
 def read_table(path: Path) -> io.BytesIO:
@@ -67,10 +66,10 @@ def read_table(path: Path) -> io.BytesIO:
     """
     data = path.read_bytes()
     try:
-        written = read_record(path.with_name(_DIGESTS)).get(path.name)
+        recorded_digest = read_record(path.with_name(_DIGESTS)).get(path.name)
     except FileNotFoundError:
-        written = None
-    if written is not None and written != xxhash.xxh3_128_hexdigest(data):
+        recorded_digest = None
+    if recorded_digest is not None and recorded_digest != xxhash.xxh3_128_hexdigest(data):
         raise RunDamaged(
             f"{path} is not as the run wrote it: it was changed, or a call was killed between it "
             f"and {_DIGESTS}. {RUN_AGAIN}"
@@ -80,10 +79,10 @@ def read_table(path: Path) -> io.BytesIO:
 
 def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Add lines of JSON, each with its own digest, to a file. Raises PublishFailed."""
-    before = path.read_bytes() if path.exists() else b""
-    if before and not before.endswith(b"\n"):
-        before += b"\n"
-    publish_replace(path, before + b"".join(sealed_json(record) + b"\n" for record in records))
+    existing = path.read_bytes() if path.exists() else b""
+    if existing and not existing.endswith(b"\n"):
+        existing += b"\n"
+    publish_replace(path, existing + b"".join(sealed_json(record) + b"\n" for record in records))
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -92,10 +91,10 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return [], 0
-    found, damaged = [], int(lines == [b""])  # an empty file is never written
+    records, n_damaged = [], int(lines == [b""])  # an empty file is never written
     for line in lines:
         try:
-            found += [read_sealed_json(line)] if line else []
+            records += [read_sealed_json(line)] if line else []
         except SealBroken:
-            damaged += 1
-    return found, damaged
+            n_damaged += 1
+    return records, n_damaged

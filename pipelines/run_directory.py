@@ -28,8 +28,7 @@ class RunReadOnly(HeadraceError, PermissionError):
 
 
 def find_run(run: str | Path, *, or_model: bool = False) -> RunPaths:
-    """Return the run that is meant, by its recipe or by its directory; one that has not ended is a
-    run too.
+    """Return the run that is meant, ended or not, by its recipe or its directory.
 
     or_model: the caller takes a model directory as well, which the message then says. Raises
     NotARun, saying what to type; RecipeError for a recipe with a mistake in it.
@@ -134,11 +133,9 @@ def _runs_below(folder: Path) -> Iterator[Path]:
 
 
 def stored_recipe(paths: RunPaths) -> Recipe:
-    """The recipe that a run was made with, its paths where they are now if the run was moved with
-    its surroundings.
+    """The recipe that a run was made with, its paths as they are now if both were moved.
 
-    Raises NotARun for one of another version of headrace, RunDamaged for one that has changed since
-    it was written.
+    Raises NotARun for one of another version of headrace, RunDamaged for a changed one.
     """
     try:
         recipe = Recipe.model_validate(read_record(paths.recipe))

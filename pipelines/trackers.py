@@ -152,8 +152,8 @@ def _to_tensorboard(section: LogSection, result: "RunResult") -> bool:
         if score != score:
             continue
         with SummaryWriter(str(temporary / f"{int(row['rank']):04d}")) as writer:
-            for part in hparams(_row_parameters(row), {result.metric: score}):  # type: ignore[no-untyped-call]
-                writer.file_writer.add_summary(part)
+            for summary in hparams(_row_parameters(row), {result.metric: score}):  # type: ignore[no-untyped-call]
+                writer.file_writer.add_summary(summary)
             writer.add_scalar(result.metric, score)
     temporary.rename(log_folder)
     return True

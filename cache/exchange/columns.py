@@ -13,7 +13,7 @@ from headrace.cache.errors import ExternalFeaturesInvalid
 # What pandas calls the column of its index when it reads it back, from CSV ("" in the file) and
 # from Parquet.
 _UNNAMED_INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__|)\Z")
-_MAX_SHOWN = 12
+_MAX_SHOWN = 12  # names of columns in one message
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,8 @@ def _match_columns(column_names: Sequence[str], term: str, source_name: object) 
     for colon_position in (match.start() for match in re.finditer(":", term)):
         first_column, last_column = term[:colon_position], term[colon_position + 1 :]
         if first_column in column_names and last_column in column_names:
-            start_index, stop_index = (
-                column_names.index(first_column),
-                column_names.index(last_column),
-            )
+            start_index = column_names.index(first_column)
+            stop_index = column_names.index(last_column)
             if start_index > stop_index:
                 raise ExternalFeaturesInvalid(
                     f"{source_name}: --columns {term}: {first_column} stands after {last_column} "

@@ -122,8 +122,7 @@ def export_npy(
 def export_parquet(
     feature_set: FeatureSet, target_path: Path, selection: RowSelection | None = None
 ) -> list[Path]:
-    """Write one Parquet file with id, content and `features` as fixed-size lists, a row group per
-    shard.
+    """Write one Parquet file with id, content and `features` as lists, a row group per shard.
 
     The shape of a row and the spec are in the file's metadata under `headrace`. Rows follow
     `selection`, by default all of them. Raises CacheError when the file exists.

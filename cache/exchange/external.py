@@ -35,7 +35,7 @@ __all__ = [
 
 # Prefix of `FeatureSpec.backbone`: no network of ours made these features.
 BACKBONE_PREFIX = "imported:"
-_SHARD_ROWS = 4096
+_SHARD_ROWS = 4096  # rows of an imported shard
 
 
 @dataclass(frozen=True)

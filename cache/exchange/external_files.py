@@ -37,7 +37,7 @@ from headrace.cache.text import as_text
 
 _TEXT_KINDS = "OSU"
 _CONTENT_HASH = re.compile(r"[0-9a-f]{32}")
-_EXACT_INTEGERS = 2.0**53
+_EXACT_INTEGERS = 2.0**53  # float64 holds every integer up to here
 _NO_COLUMNS = FeatureColumns()
 # Rows checked together for NaN and infinity.
 _BLOCK_ROWS = 1 << 14
@@ -77,8 +77,7 @@ def read_external_features(
     single one needs no naming. HDF5: a data set of features (`feature_key`) and one of ids
     (`id_key`), or `ids_path`.
 
-    forbidden_names: {column: reason}, columns that are no features even when they are named, such
-    as the target.
+    forbidden_names: {column: reason}, columns that are no features even when named, as the target.
 
     Raises ExternalFeaturesInvalid, stating what the file holds and what to type: several columns
     and none named, columns that are no features (see `refuse_columns`, `find_row_counters`), values
@@ -419,8 +418,7 @@ def _read_hdf5(
 def _read_data_set(data_set: h5py.Dataset, source_path: Path) -> npt.NDArray[Any]:
     """Return all values of a data set.
 
-    Raises ExternalFeaturesInvalid for values stored in other files, and for more than this file can
-    hold.
+    Raises ExternalFeaturesInvalid for values stored in other files, and for more than it can hold.
     """
     if data_set.external or data_set.is_virtual:
         raise ExternalFeaturesInvalid(

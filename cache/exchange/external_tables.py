@@ -145,14 +145,14 @@ def _read_csv(
 def _read_parquet(table_path: Path, column_names: Sequence[str] | None) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
-    # Without pandas' metadata, which would hide a column of ids that has been the index. Integers
-    # with a gap would lose digits as floats.
     require_plausible_size(
         _VALUE_BYTES * _count_declared_values(table_path, column_names), table_path
     )
     arrow_table = pq.read_table(
         table_path, columns=None if column_names is None else list(column_names)
     )
+    # Without pandas' metadata, which would hide a column of ids that has been the index. Integers
+    # with a gap would lose digits as floats.
     data_frame: pd.DataFrame = arrow_table.to_pandas(
         ignore_metadata=True, integer_object_nulls=True
     )
@@ -166,10 +166,8 @@ def _count_declared_values(table_path: Path, column_names: Sequence[str] | None)
     requested_columns = None if column_names is None else set(column_names)
     n_values = 0
     with pq.ParquetFile(table_path) as parquet_file:
-        metadata, column_paths = (
-            parquet_file.metadata,
-            [column.path for column in parquet_file.schema],
-        )
+        metadata = parquet_file.metadata
+        column_paths = [column.path for column in parquet_file.schema]
         column_indices = [
             column_index
             for column_index, column_path in enumerate(column_paths)

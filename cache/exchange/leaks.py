@@ -62,8 +62,7 @@ def find_row_counters(features: FeatureArray) -> list[int]:
 
 
 def find_target_columns(features: FeatureArray, target: pd.Series) -> list[int]:
-    """Return the columns of features (N, D) that repeat the target. target: N values, missing where
-    unknown.
+    """Return the columns of features (N, D) that repeat the target. target: N values, or missing.
 
     Three kinds are recognised: columns with one distinct value per class; columns of fewer values
     that are constant within each class (an indicator of one class, a mean of the target), where

@@ -124,8 +124,7 @@ def decode_rows(
     channel_scale: npt.NDArray[np.float32] | None = None,
     channel_offset: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[Any]:
-    """Convert stored rows (n, *shape) to numbers: float16 and float32 unchanged, other dtypes as
-    float32.
+    """Convert stored rows (n, *shape) to numbers: float16 and float32 unchanged, others as float32.
 
     channel_scale and channel_offset: (C,), or (n, C) for rows of several shards; C is the first
     axis of a row.
@@ -200,10 +199,8 @@ def _channel_range(
     reduced_axes = (0, *range(2, features.ndim))
     if not len(features):
         return np.zeros(features.shape[1:2], np.float32), np.zeros(features.shape[1:2], np.float32)
-    lowest_values, highest_values = (
-        features.min(axis=reduced_axes).astype(np.float64),
-        features.max(axis=reduced_axes).astype(np.float64),
-    )
+    lowest_values = features.min(axis=reduced_axes).astype(np.float64)
+    highest_values = features.max(axis=reduced_axes).astype(np.float64)
     return ((highest_values - lowest_values) / 255).astype(np.float32), lowest_values.astype(
         np.float32
     )
@@ -215,10 +212,8 @@ def _all_finite(values: npt.NDArray[Any], storage_dtype: str) -> bool:
         return bool(np.isfinite(values).all())
     # Halves of one sign are in the order of their bits, infinity and NaN last. Two maxima take half
     # of `_not_finite`'s time.
-    largest_positive, largest_negative = (
-        values.view(np.int16).max(initial=0),
-        values.view(np.uint16).max(initial=0),
-    )
+    largest_positive = values.view(np.int16).max(initial=0)
+    largest_negative = values.view(np.uint16).max(initial=0)
     return bool(largest_positive < 0x7C00 and largest_negative < 0xFC00)
 
 

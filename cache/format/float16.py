@@ -19,8 +19,7 @@ _BLOCK = 1 << 16
 def float16_to_float32(
     float16_values: npt.NDArray[Any], float32_values: npt.NDArray[np.float32]
 ) -> None:
-    """Write finite float16 values (any shape, C order) into `float32_values` (same shape, C order),
-    exactly.
+    """Write finite float16 values (any shape, C order) into `float32_values` (same shape, C order).
 
     Infinity and NaN, which no shard holds, would come out as large numbers.
     """

@@ -1,5 +1,4 @@
-"""Sealed files: a file that contains its own checksum, whatever its format (JSON, safetensors,
-.npz).
+"""Sealed files: a file that contains its own checksum, in any format (JSON, safetensors, .npz).
 
 The writer puts UNSEALED as a text somewhere into the file; `seal` replaces its zeros by the
 XXH3-128 of all bytes as they were before. So no bit of the file can change unnoticed, except one of

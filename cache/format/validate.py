@@ -1,9 +1,7 @@
-"""Validation of an untrusted shard: every object must be exactly as FORMAT.md describes it, or
-nothing is read.
+"""Validation of an untrusted shard: all objects are exactly as in FORMAT.md, or nothing is read.
 
 HDF5 can point out of the file (external links, external storage, virtual data sets), run filters
-that load code, and declare terabytes that do not exist. All of that is refused from the metadata
-alone.
+that load code, and declare terabytes that do not exist. All is refused from the metadata alone.
 """
 
 import os
@@ -25,7 +23,7 @@ _ADVICE = (
 )
 # LZ4 cannot shrink more than this, so a larger declared size is a lie.
 _LZ4_RATIO = 255
-_LARGEST_ATTRIBUTE = 1 << 20
+_LARGEST_ATTRIBUTE = 1 << 20  # bytes of a text in the metadata; a larger one is not ours
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,7 @@ def find_garbage(
     stale_s: float = STALE_S,
     now_s: float | None = None,
 ) -> Garbage:
-    """Find stale temporary files and, given `used_fingerprints`, the feature sets that are not
-    among them.
+    """Find stale temporary files and, given `used_fingerprints`, feature sets not among them.
 
     stale_s: age in seconds from which a temporary file counts as abandoned.
     now_s: current time, seconds since the epoch.
@@ -85,17 +84,19 @@ def remove_temporaries(*paths: Path) -> None:
     For paths that a user types, of whose folder nothing else is ours.
     """
     for path in paths:
-        ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL_SUFFIX)}")
-        for left in path.parent.glob(f".*{PARTIAL_SUFFIX}"):
-            if ours.fullmatch(left.name) and _is_stale(left):
+        temporary_name = re.compile(
+            rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL_SUFFIX)}"
+        )
+        for temporary in path.parent.glob(f".*{PARTIAL_SUFFIX}"):
+            if temporary_name.fullmatch(temporary.name) and _is_stale(temporary):
                 # its folder is not ours to write in: then it stays
                 with contextlib.suppress(OSError):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
 def _is_stale(path: Path) -> bool:
     try:
-        latest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+        latest = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
     # Its writer has finished
     except FileNotFoundError:
         return False
@@ -122,8 +123,8 @@ def remove_feature_set(directory: Path) -> None:
 
 def interrupted_removals(cache_root: Path) -> dict[Path, str]:
     """Return what killed processes left of feature sets being removed, with fingerprints."""
-    found = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
-    return {path: path.name.removeprefix(_TRASH).rpartition("-")[0] for path in found}
+    trash_paths = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
+    return {path: path.name.removeprefix(_TRASH).rpartition("-")[0] for path in trash_paths}
 
 
 def remove_trash(trash_path: Path) -> None:

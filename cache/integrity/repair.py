@@ -1,7 +1,6 @@
 """Repair: delete broken shards and list intact ones; the next extraction redoes the rest."""
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,16 +128,12 @@ def _same_bytes(listed_entry: ShardEntry | None, actual_entry: ShardEntry) -> bo
         listed_entry.xxh3,
         listed_entry.rows,
         listed_entry.failed,
-    ) == (
-        actual_entry.xxh3,
-        actual_entry.rows,
-        actual_entry.failed,
-    )
+    ) == (actual_entry.xxh3, actual_entry.rows, actual_entry.failed)
 
 
 def _spec_from_shards(directory: Path) -> FeatureSpec:
     """Return the spec stored in an intact shard, if it is the one that names the directory."""
-    for shard_file in _candidates(directory):
+    for shard_file in sorted((directory / SHARDS).glob("*.h5")):
         with contextlib.suppress(CacheError, OSError, ValueError, KeyError, TypeError):
             _, actual_checksum, header_block = shard_checksum(shard_file)
             if header_block == user_block(actual_checksum):
@@ -153,7 +148,3 @@ def _spec_from_shards(directory: Path) -> FeatureSpec:
         f"{directory}: {SPEC} is broken or gone, and no whole shard is left to write it again "
         "from. Remove the feature set with `headrace cache rm` and extract it again"
     )
-
-
-def _candidates(directory: Path) -> Iterable[Path]:
-    return sorted((directory / SHARDS).glob("*.h5"))

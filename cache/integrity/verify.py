@@ -126,10 +126,8 @@ def verify_sources(
         stored_hashes.setdefault(failure.id, set()).add(failure.content_hash)
     problems = []
     for sample_id, known_hashes in stored_hashes.items():
-        current_hash, stored_text = (
-            current_hashes.get(sample_id, ""),
-            ", ".join(sorted(known_hashes)),
-        )
+        current_hash = current_hashes.get(sample_id, "")
+        stored_text = ", ".join(sorted(known_hashes))
         if current_hash in known_hashes:
             continue
         if current_hash:
@@ -155,10 +153,8 @@ class RecomputeResult:
     """Difference between stored rows and the same rows computed again."""
 
     n_rows: int
-    # Largest difference, over the root mean square of the stored values
-    largest_difference: float
-    # The same unit: what storing and another machine explain
-    tolerance: float
+    largest_difference: float  # over the root mean square of the stored values
+    tolerance: float  # in the same unit: what storing and another machine explain
     worst_id: str
 
     @property
@@ -180,9 +176,8 @@ def verify_recompute(
     recompute: function of ids and content hashes that returns features (n, *shape).
     candidate_rows: rows whose images still exist; None: all.
 
-    The tolerance is half a unit in the last place of the largest stored value (uint8: the largest
-    error measured when it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the
-    rows.
+    The tolerance is half a unit in the last place of the largest value (uint8: the largest error
+    measured when it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the rows.
     """
     possible_rows = np.arange(feature_set.n_rows) if candidate_rows is None else candidate_rows
     row_positions = np.sort(

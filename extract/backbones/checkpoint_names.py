@@ -1,6 +1,4 @@
-"""Names in checkpoints: which of a file's tensors are the network's, whatever training scripts put
-before their names.
-"""
+"""Names in checkpoints: which tensors of a file are the network's, whatever stands before."""
 
 import re
 from collections import Counter
@@ -26,9 +24,7 @@ _HEAD_WORDS = {
 
 
 def network_prefix(
-    tensors: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    network_description: str,
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], network_description: str
 ) -> str:
     """The prefix that the network's names follow in a file, such as "module.backbone."; "" where
     they stand alone, and where nothing fits.

@@ -1,6 +1,4 @@
-"""The first convolution of a network, and its weights for another number of channels, as timm has
-them for `in_chans`.
-"""
+"""The first convolution of a network, its weights for other numbers of channels as timm's."""
 
 from collections.abc import Mapping
 from typing import Any

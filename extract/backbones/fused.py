@@ -171,10 +171,7 @@ def _n_changes(tensor: Tensor) -> int:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Return whether the layer computes what its attributes say:
-
-    PyTorch's own, or timm's convolution of TensorFlow.
-    """
+    """Return whether it is PyTorch's own layer, or timm's Conv2dSame: both can be rebuilt."""
     return type(layer) in (nn.Conv2d, nn.Linear) or type(layer).__name__ == "Conv2dSame"
 
 
@@ -256,14 +253,7 @@ class _FusedConv(nn.Module):
 
     def _convolve(self, x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x,
-            weight,
-            self.bias,
-            padding,
-            self.stride,
-            self.dilation,
-            self.groups,
-            *self.epilogue,
+            x, weight, self.bias, padding, self.stride, self.dilation, self.groups, *self.epilogue
         )
         if self.applied is not None:
             y.headrace_applied = self.applied  # type: ignore[attr-defined]

@@ -43,20 +43,25 @@ def build_transformers(
             f"transformers:{model_id} needs the library transformers. Try: pip install "
             "'headrace[transformers]'"
         ) from error
-    before = transformers.logging.get_verbosity()
+    previous_verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": False}
     if revision is not None:
         options["revision"] = revision
-    loading: dict[str, Any] = {}
+    loading_report: dict[str, Any] = {}
     try:
         config = transformers.AutoConfig.from_pretrained(model_id, **options)
         _replace_values(config, arguments, model_id)
         processor = transformers.AutoImageProcessor.from_pretrained(model_id, **options)
         if pretrained:
-            model, loading = transformers.AutoModel.from_pretrained(
-                model_id, config=config, dtype="float32", output_loading_info=True, **options
+            model, loading_report = transformers.AutoModel.from_pretrained(
+                # else the file's own, often a half, in which a CPU is slow
+                model_id,
+                config=config,
+                dtype="float32",
+                output_loading_info=True,
+                **options,
             )
         else:
             model = transformers.AutoModel.from_config(config, trust_remote_code=False)
@@ -65,9 +70,9 @@ def build_transformers(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BackboneError(_reason(model_id, error)) from error
     finally:
-        transformers.logging.set_verbosity(before)
+        transformers.logging.set_verbosity(previous_verbosity)
     tower = _image_tower(model, model_id)
-    left_out = _left_out(tower, model, loading)
+    left_out = _left_out(tower, model, loading_report)
     mark_absent(tower, left_out.absent)
     return tower, _preprocessing_of(processor, model_id), left_out
 
@@ -85,16 +90,22 @@ def _replace_values(config: Any, arguments: Mapping[str, Any], model_id: str) ->
         setattr(config, name, value)
 
 
-def _left_out(tower: nn.Module, model: nn.Module, loading: Mapping[str, Any]) -> LeftOut:
+def _left_out(tower: nn.Module, model: nn.Module, loading_report: Mapping[str, Any]) -> LeftOut:
     """What the weights and the tower do not have in common, as transformers found it while loading:
     it gives random values to what the weights lack.
     """
-    start = next((f"{name}." for name, child in model.named_children() if child is tower), "")
-    absent = sorted(map(str, loading.get("missing_keys", ())))
-    surplus = sorted(map(str, loading.get("unexpected_keys", ())))
+    tower_prefix = next(
+        (f"{name}." for name, child in model.named_children() if child is tower), ""
+    )
+    absent = sorted(map(str, loading_report.get("missing_keys", ())))
+    surplus = sorted(map(str, loading_report.get("unexpected_keys", ())))
     return LeftOut(
-        absent=tuple(name.removeprefix(start) for name in absent if name.startswith(start)),
-        surplus=tuple(name.removeprefix(start) for name in surplus if name.startswith(start)),
+        absent=tuple(
+            name.removeprefix(tower_prefix) for name in absent if name.startswith(tower_prefix)
+        ),
+        surplus=tuple(
+            name.removeprefix(tower_prefix) for name in surplus if name.startswith(tower_prefix)
+        ),
     )
 
 
@@ -141,45 +152,46 @@ def _image_tower(model: nn.Module, model_id: str) -> nn.Module:
 
 def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
     """The preprocessing that an image processor of transformers describes."""
-    what = f"transformers:{model_id}: its image processor"
+    subject = f"transformers:{model_id}: its image processor"
     fields = processor.to_dict()
     size = _edges(fields.get("size"))
-    crop = _edges(fields.get("crop_size"))
+    processor_crop = _edges(fields.get("crop_size"))
     resample = fields.get("resample", 2)
     if not (isinstance(resample, int) and 0 <= resample < len(_INTERPOLATIONS)):
-        raise BackboneError(f"{what} has resample {resample!r}, which is none of Pillow's")
+        raise BackboneError(f"{subject} has resample {resample!r}, which is none of Pillow's")
     if "height" in size:
         resize, mode = (size["height"], size["width"]), "squash"
-        kept = resize
+        crop_size = resize
     elif set(size) == {"shortest_edge"}:
         edge = size["shortest_edge"]
-        kept = (edge, edge)
+        crop_size = (edge, edge)
         fraction = fields.get("crop_pct")
         # ConvNeXT's: below 384 pixels a centre crop, from there on the whole image
         if fraction and edge < 384:
             resize, mode = (int(edge / fraction),) * 2, "shortest"
         elif fraction:
-            resize, mode = kept, "squash"
+            resize, mode = crop_size, "squash"
         else:
-            resize, mode = kept, "shortest"
+            resize, mode = crop_size, "shortest"
     else:
         raise BackboneError(
-            f"{what} resizes to {fields.get('size')}, which gives images of several sizes: "
+            f"{subject} resizes to {fields.get('size')}, which gives images of several sizes: "
             "expected height and width, or shortest_edge. Write a python: backbone for it"
         )
-    if fields.get("do_center_crop") and "height" in crop:
-        kept = (crop["height"], crop["width"])
+    if fields.get("do_center_crop") and "height" in processor_crop:
+        crop_size = (processor_crop["height"], processor_crop["width"])
+    # Of its inputs to ours, which are from 0 to 1: other factors go into mean and deviation.
     scale = 255 * (fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1)
-    normalized = fields.get("do_normalize", True)
-    mean = fields["image_mean"] if normalized else (0.0, 0.0, 0.0)
-    std = fields["image_std"] if normalized else (1.0, 1.0, 1.0)
+    is_normalized = fields.get("do_normalize", True)
+    mean = fields["image_mean"] if is_normalized else (0.0, 0.0, 0.0)
+    std = fields["image_std"] if is_normalized else (1.0, 1.0, 1.0)
     if len(mean) != 3:
-        raise BackboneError(f"{what} normalizes {len(mean)} channels; images here have 3")
+        raise BackboneError(f"{subject} normalizes {len(mean)} channels; images here have 3")
     if abs(scale - 1) > 1e-6:
         mean, std = [value / scale for value in mean], [value / scale for value in std]
     return Preprocessing(
         resize=resize,
-        crop=kept,
+        crop=crop_size,
         mode=mode,  # type: ignore[arg-type]
         interpolation=_INTERPOLATIONS[resample],  # type: ignore[arg-type]
         mean=tuple(float(value) for value in mean),

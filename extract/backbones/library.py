@@ -51,7 +51,7 @@ def build_network(
         if kind == "torchvision":
             return _build_torchvision(rest, tag, arguments)
         if kind == "timm":
-            return _build_timm(rest, tag, arguments)
+            return _create_timm(_timm_name(rest, tag), rest, arguments, pretrained=False)
         if kind == "python" and ":" in rest:
             return _build_python(rest, arguments)
         if kind == "transformers":
@@ -246,13 +246,6 @@ def _preprocessing_of_torchvision(transforms: Any) -> Preprocessing:
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
     )
-
-
-def _build_timm(
-    name: str, tag: str | None, arguments: Mapping[str, Any]
-) -> tuple[nn.Module, Preprocessing]:
-    full = _timm_name(name, tag)
-    return _create_timm(full, name, arguments, pretrained=False)
 
 
 def _create_timm(

@@ -1,5 +1,4 @@
-"""The nodes of a network: every module whose output could be a tap, in running order, with shape
-and cost.
+"""The nodes of a network: all modules that could be tapped, in running order, with shape and cost.
 
 Found by running the network once on shapes alone (PyTorch's meta device), not by tracing its code,
 so that any module works.
@@ -93,8 +92,8 @@ class PrefixTokens:
         explain them: neither they nor those beyond it are the positions of a map.
         """
         for n_before in (self.count, 0):
-            rest = n_tokens - n_before
-            if rest > 0 and (rest == self.n_patches or is_square(rest)):
+            n_others = n_tokens - n_before
+            if n_others > 0 and (n_others == self.n_patches or is_square(n_others)):
                 return n_before
         return None
 

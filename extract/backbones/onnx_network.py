@@ -75,11 +75,11 @@ class OnnxNetwork(nn.Module):
 
     def require_size(self, size: int, name: str) -> None:
         """Raise BackboneError where the graph takes images of another size only."""
-        fixed = [edge for edge in self.input_shape[1:] if edge not in (None, size)]
-        if fixed:
+        fixed_edges = [edge for edge in self.input_shape[1:] if edge not in (None, size)]
+        if fixed_edges:
             raise BackboneError(
-                f"{name}: image_size is {size}, and the file takes images of {fixed[0]} pixels "
-                "only: leave image_size out, or export it with open sizes"
+                f"{name}: image_size is {size}, and the file takes images of {fixed_edges[0]} "
+                "pixels only: leave image_size out, or export it with open sizes"
             )
 
     def _run(self, names: Sequence[str], pixels: Tensor) -> list[Tensor]:
@@ -87,8 +87,8 @@ class OnnxNetwork(nn.Module):
         images = pixels.detach().to("cpu", torch.float32)
         images = images.permute(0, 2, 3, 1) if self.channels_last else images
         array = np.ascontiguousarray(images.numpy())
-        fixed = self.input_shape[0]  # many exports take one image, or another fixed number
-        batches = [array] if fixed is None else _padded_batches(array, fixed)
+        batch_size = self.input_shape[0]  # many exports take one image, or another fixed number
+        batches = [array] if batch_size is None else _padded_batches(array, batch_size)
         if session.get_inputs()[0].type == "tensor(float16)":
             batches = [batch.astype(np.float16) for batch in batches]
         try:
@@ -102,11 +102,11 @@ class OnnxNetwork(nn.Module):
         """The session of the part of the graph that these values depend on."""
         import onnxruntime
 
-        threads = torch.get_num_threads()
+        threads = torch.get_num_threads()  # a session keeps the number it was made with
         if (*names, str(threads)) not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
-            options.log_severity_level = 3
+            options.log_severity_level = 3  # errors; its warnings are of unused initializers
             subgraph = _subgraph_up_to(self._graph, names)
             self._sessions[*names, str(threads)] = onnxruntime.InferenceSession(
                 subgraph.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -115,12 +115,12 @@ class OnnxNetwork(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxNetwork":
         # Sessions cannot be copied, and the graph is never changed: a copy shares it.
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
         shared = {"_graph": self._graph, "_sessions": {}}
-        rest = {name: value for name, value in self.__dict__.items() if name not in shared}
-        twin.__dict__.update(copy.deepcopy(rest, memo), **shared)
-        return twin
+        copied = {name: value for name, value in self.__dict__.items() if name not in shared}
+        duplicate.__dict__.update(copy.deepcopy(copied, memo), **shared)
+        return duplicate
 
 
 class _Value(nn.Module):
@@ -243,32 +243,32 @@ def _subgraph_up_to(graph: Any, names: Sequence[str]) -> Any:
 
     producer = {output: node for node in graph.graph.node for output in node.output}
     needed: set[int] = set()
-    waiting = list(names)
-    while waiting:
-        node = producer.get(waiting.pop())
+    pending_names = list(names)
+    while pending_names:
+        node = producer.get(pending_names.pop())
         if node is None or id(node) in needed:
             continue
         needed.add(id(node))
-        waiting += [name for name in node.input if name]
+        pending_names += [name for name in node.input if name]
         # bodies of If and Loop read values of the graph around them
-        waiting += [
+        pending_names += [
             name
             for attribute in node.attribute
             for inner in attribute.g.node
             for name in inner.input
         ]
     nodes = [node for node in graph.graph.node if id(node) in needed]
-    read = {name for node in nodes for name in node.input}
-    known = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
-    part = onnx.helper.make_graph(
+    names_read = {name for node in nodes for name in node.input}
+    value_of_name = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
+    subgraph = onnx.helper.make_graph(
         nodes,
         graph.graph.name or "part",
         list(graph.graph.input),
-        [known[name] for name in names],
-        [tensor for tensor in graph.graph.initializer if tensor.name in read],
+        [value_of_name[name] for name in names],
+        [tensor for tensor in graph.graph.initializer if tensor.name in names_read],
     )
     model = onnx.helper.make_model(
-        part, opset_imports=graph.opset_import, functions=graph.functions
+        subgraph, opset_imports=graph.opset_import, functions=graph.functions
     )
     model.ir_version = graph.ir_version
     return model

@@ -26,8 +26,7 @@ def build_open_clip(
     arguments: of open_clip.create_model, those that begin with `force_`.
     pretrained: with weights; otherwise with random ones.
 
-    Raises BackboneError where open_clip is not installed, and for names, tags and folders that
-    there are not.
+    Raises BackboneError where open_clip is not installed, and for unknown names, tags and folders.
     """
     try:
         import open_clip
@@ -127,9 +126,9 @@ def _preprocessing_of(config: dict[str, Any], name: str) -> Preprocessing:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep open_clip from logging on the root logger that weights are random or absent."""
-    before = logging.root.manager.disable
+    previous_level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(previous_level)

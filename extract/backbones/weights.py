@@ -47,8 +47,7 @@ class UnorderedTensors(dict[str, Tensor]):
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or PyTorch file, on the CPU; those of a PyTorch file are in
-    its order.
+    """The tensors of a `.safetensors` or PyTorch file, on the CPU; of PyTorch's, in its order.
 
     Never unpickles anything but tensors and plain containers. Raises BackboneError.
     """
@@ -178,10 +177,7 @@ def fit_weights(
 
 
 def own_tensors(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    prefix: str | None,
-    network_description: str,
+    module: nn.Module, tensors: Mapping[str, Tensor], prefix: str | None, network_description: str
 ) -> tuple[dict[str, Tensor], LeftOut]:
     """The tensors of a file that stand under a prefix of the network's names, without it, and what
     stands outside of it.
@@ -339,7 +335,7 @@ def _require_order(
             f"{network_description}: weights_match 'order' needs a file that keeps the order of "
             f"its tensors; a .safetensors file sorts them by name. {cure}"
         )
-    for sort_key in (str, str.casefold, _name_parts):
+    for sort_key in (str, str.casefold, re.compile(r"[./]").split):
         if (
             len(file_names) > 1
             and _is_sorted(file_names, sort_key)
@@ -378,10 +374,6 @@ def _require_role(
 def _role(name: str) -> str | None:
     match = _ENDING.fullmatch(name)
     return _ROLE_OF[match[1].lower()] if match else None
-
-
-def _name_parts(name: str) -> list[str]:
-    return re.split(r"[./]", name)
 
 
 def _is_sorted(names: Sequence[str], key: Callable[[str], Any]) -> bool:

@@ -20,25 +20,20 @@ import PIL
 from PIL import Image, ImageFile
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.decoding import (
-    MAX_PIXELS,
-    ORIENTATIONS,
+from headrace.extract.images.decoding import ORIENTATIONS, decode_image, orientation_of
+from headrace.extract.images.opening import MAX_PIXELS, check_size, decoding_reason, open_image
+from headrace.extract.images.samples import (
     PixelRange,
     Samples,
     array_samples,
     array_shape,
-    check_size,
-    decode_image,
-    decoding_reason,
     file_samples,
-    open_image,
-    orientation_of,
 )
 from headrace.extract.images.tiff_windows import TiffWindows
 
 _NUMPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_TIFF_ORIENTATION_TAG = 274
+_TIFF_ORIENTATION_TAG = 274  # the same number as EXIF's
 _NODATA_TAG = 42113  # GDAL's text of the value that means none
 _MOST_COMPRESSED = 1032  # deflate's bound
 _MOST_PAGES = 1000  # of a TIFF: channels may be pages of their own
@@ -96,8 +91,7 @@ class Bands:
         """Return a band (H, W) as float32 in the file's own numbers; `scaled` scales it, after it
         has been resized.
 
-        fill: what pixels without a value have, black being 0 and white 1; None refuses them. Raises
-        ImageError.
+        fill: what pixels without a value have, black being 0 and white 1; None raises ImageError.
         """
         values = self.values[:, :, self.selection[channel]]
         is_missing = self.missing(channel)

@@ -43,8 +43,8 @@ import pyarrow.parquet as pq
 from headrace.cache.atomic_io import read_regular
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import split_crop
-from headrace.extract.images.decoding import MAX_PIXELS
 from headrace.extract.images.file_stamps import file_stamp
+from headrace.extract.images.opening import MAX_PIXELS
 
 _LOCATOR = re.compile(
     r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow|crop):(?P<details>.*)",
@@ -62,7 +62,7 @@ _H5_CURE = (
 _MOST_COMPRESSED = 1032  # deflate's bound; no other filter of HDF5's own does better on images
 # signature, …, lengths of the name and of the extra field
 _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
-_ZIP_STORED, _ZIP_DEFLATED = 0, 8
+_ZIP_STORED, _ZIP_DEFLATED = 0, 8  # methods of the zip format
 
 
 def encode_path(path: str | Path) -> str:
@@ -198,7 +198,7 @@ def _own_dataset(hdf5_file: h5py.File, file_path: str, array_key: str) -> h5py.D
     its bytes would be images.
     """
     hdf5_object: Any = hdf5_file
-    for key_part in [key_part for key_part in array_key.split("/") if key_part]:
+    for key_part in filter(None, array_key.split("/")):
         link = (
             hdf5_object.get(key_part, getlink=True) if isinstance(hdf5_object, h5py.Group) else None
         )

@@ -17,7 +17,7 @@ from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.crops import crop_content, split_crop
 from headrace.extract.images.file_stamps import FileStamp, file_stamps
 
-HASH_DIGITS = 32
+HASH_DIGITS = 32  # hex digits, 128 bits: no two images of any cache collide by chance
 _COLUMNS = ("path", "stamp", "content")
 _DIGEST = b"headrace-digest"  # in the index file's metadata
 
@@ -57,8 +57,8 @@ def content_hashes(
     *,
     keep: bool = True,
 ) -> ContentHashes:
-    """Content hashes of `samples` (columns `id`, `image_path`), reading only files that `index`
-    does not know.
+    """Return the content hashes of `samples` (columns `id`, `path`), reading only files that
+    `index` does not know.
 
     `index` is a Parquet file with one entry per path: the stamp of the file when it was last read,
     and its hash. It is created, updated and replaced atomically, and one that is damaged or of

@@ -17,8 +17,9 @@ from PIL import Image
 
 from headrace.extract.errors import ImageError
 from headrace.extract.images.bands import Bands, decode_deep
-from headrace.extract.images.decoding import PixelRange, decode_image
+from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import DecodedImage
+from headrace.extract.images.samples import PixelRange
 
 Background = Literal["white", "black", "nodata"]
 

@@ -1,6 +1,4 @@
-"""File stamps: whatever the file system tells of a file without reading it, to notice that the file
-has been replaced.
-"""
+"""File stamps: what the file system tells of an unread file, to notice that it was replaced."""
 
 import os
 import time
@@ -47,8 +45,7 @@ class FileStamp(NamedTuple):
         """Return whether a write at `now_ns` (ns since 1970) or later would change this stamp,
         which was taken before.
 
-        The later of both times counts: a copy that keeps its modification time is as young as its
-        ctime.
+        The later of both times counts: a copy that keeps its mtime is as young as its ctime.
         """
         return self._changed_ns < now_ns - _CLOCK_TICK_NS
 
@@ -58,8 +55,7 @@ class FileStamp(NamedTuple):
 
 
 def file_stamp(file: str | os.PathLike[str]) -> FileStamp:
-    """The stamp of a file, or of the file that a link leads to, at the cost of one `stat`; see
-    FileStamp.
+    """The stamp of a file, or of a link's file, at the cost of one `stat`; see FileStamp.
 
     Raises OSError where there is none, ValueError for a name that no file can have.
     """

@@ -18,14 +18,14 @@ from headrace.extract.images.bands import Bands, decode_deep, decode_large_tiff
 from headrace.extract.images.decoding import (
     COLOUR,
     JPEG_REDUCTIONS,
-    MAX_PIXELS,
     DecodeMode,
-    PixelRange,
     check_pixel_range,
     decode_image,
     file_box,
     jpeg_size,
 )
+from headrace.extract.images.opening import MAX_PIXELS
+from headrace.extract.images.samples import PixelRange
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 PixelDtype = Literal["uint8", "float32"]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.decoding import check_size, decoding_reason
+from headrace.extract.images.opening import check_size, decoding_reason
 
 _KEPT_BYTES = 2**26  # of decoded tiles and strips, which neighbouring rectangles share
 

@@ -200,8 +200,6 @@ def _crop(
     else:
         crop_ratio = min(max(width / height, augmentation.ratio[0]), augmentation.ratio[1])
         box_width, box_height = min(width, height * crop_ratio), min(height, width / crop_ratio)
-    left, top = (
-        (width - box_width) * random_draw.random(),
-        (height - box_height) * random_draw.random(),
-    )
+    left = (width - box_width) * random_draw.random()
+    top = (height - box_height) * random_draw.random()
     return left, top, min(left + box_width, width), min(top + box_height, height)

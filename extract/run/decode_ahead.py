@@ -22,7 +22,7 @@ from headrace.extract.run.rendering import (
 )
 from headrace.extract.spec import Sample
 
-# batches decoded or being decoded beyond the one in use: bounds the memory, however many images
+# Batches decoded or being decoded beyond the one in use: bounds the memory, however many images
 # there are
 BATCHES_AHEAD = 2
 # Crops of one image that one task renders; other threads share the decoded image.
@@ -51,13 +51,12 @@ def decoded_batches(
     batch_size: int,
     pin_memory: bool = False,
 ) -> Iterator[PixelBatch]:
-    """Batches of at most `batch_size` samples, in order, decoded by the pool at most AHEAD batches
-    ahead.
+    """Batches of at most `batch_size` samples, in order, decoded by the pool ahead of their use.
 
     The first ones are under way when this returns, before anything is asked for.
     """
     batch_starts = deque(range(0, len(samples), batch_size))
-    pending_batches: deque[_Pending] = deque()
+    pending_batches: deque[_PendingBatch] = deque()
     last_image: list[SharedImage] = []
 
     def submit() -> None:
@@ -74,7 +73,7 @@ def decoded_batches(
                 if isinstance(pool, DecodeProcesses)
                 else _by_threads(pool, batch_samples, renderings, arrays, last_image)
             )
-            pending_batches.append(_Pending(batch_start, pixel_buffers, outcomes))
+            pending_batches.append(_PendingBatch(batch_start, pixel_buffers, outcomes))
 
     def batches() -> Iterator[PixelBatch]:
         while pending_batches:
@@ -99,27 +98,32 @@ def _by_threads(
     ]
 
 
-def empty_pixels(count: int, how: Preprocessing, *, pin_memory: bool = False) -> Tensor:
+def empty_pixels(count: int, preprocessing: Preprocessing, *, pin_memory: bool = False) -> Tensor:
     """A buffer for renderings of `count` images: uint8 or float32, (count, H, W, C)."""
     return torch.empty(
-        (count, *how.pixel_shape), dtype=getattr(torch, how.pixel_dtype), pin_memory=pin_memory
+        (count, *preprocessing.pixel_shape),
+        dtype=getattr(torch, preprocessing.pixel_dtype),
+        pin_memory=pin_memory,
     )
 
 
 @dataclass(frozen=True)
-class _Pending:
-    start: int
+class _PendingBatch:
+    """A batch whose samples are decoded or wait for it."""
+
+    start: int  # position of its first sample
     pixels: list[Tensor]
     outcomes: list[Future[list[Outcome]]]
 
 
-def _finish(pending_batch: _Pending) -> PixelBatch:
+def _finish(pending_batch: _PendingBatch) -> PixelBatch:
     outcomes = [outcome for future in pending_batch.outcomes for outcome in future.result()]
     decoded_slots = [slot for slot, outcome in enumerate(outcomes) if outcome.reason is None]
     for buffer in pending_batch.pixels:
-        for place, slot in enumerate(decoded_slots):
-            if place < slot:
-                buffer[place] = buffer[slot]  # where they are, for copies are not pinned
+        for target_slot, slot in enumerate(decoded_slots):
+            if target_slot < slot:
+                # within the buffer, for a copy of it would not be pinned
+                buffer[target_slot] = buffer[slot]
     pixels = [buffer[: len(decoded_slots)] for buffer in pending_batch.pixels]
     rows = range(pending_batch.start, pending_batch.start + len(outcomes))
     failed = [

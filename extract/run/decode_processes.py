@@ -38,7 +38,7 @@ from headrace.extract.spec import Sample
 # Images that a process is given at a time (messages cost 0.1 ms, and what it makes of them waits in
 # memory of its own, 1.2 MB at 224 pixels); or neighbouring crops of one image, decoded once.
 _IMAGES = 8
-_CROPS = 64
+_CROPS = 64  # of one image, given together
 _ALIGNMENT = 64  # bytes, of a rendering's pixels in the shared memory
 # Processes that a sample may end, the last ones alone in them, before it is taken for the reason.
 _MAX_DEATHS = 3
@@ -102,7 +102,7 @@ class DecodeProcesses:
                 [sample],
                 renderings,
                 [buffer[slot : slot + 1] for buffer in pixel_buffers],
-                # Of several it is not known which one it was.
+                # One by one: of several samples it is not known which ended the process.
                 deaths + 1,
             )
         ]
@@ -134,7 +134,8 @@ class _Process:
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
-        memory = self._mapped(_bytes_needed(renderings, len(samples)))
+        n_bytes = sum(_aligned_bytes(rendering, len(samples)) for rendering in renderings)
+        memory = self._mapped(n_bytes)
         pickle.dump((tuple(samples), tuple(renderings), len(memory)), process.stdin, protocol=5)
         process.stdin.flush()
         outcomes: list[Outcome] = pickle.load(process.stdout)
@@ -178,10 +179,10 @@ class _Process:
                 )
         return self._running
 
-    def _mapped(self, needed: int) -> mmap.mmap:
-        if self._memory is None or len(self._memory) < needed:
-            os.ftruncate(self._memory_file, needed)
-            self._memory = mmap.mmap(self._memory_file, needed)
+    def _mapped(self, n_bytes: int) -> mmap.mmap:
+        if self._memory is None or len(self._memory) < n_bytes:
+            os.ftruncate(self._memory_file, n_bytes)
+            self._memory = mmap.mmap(self._memory_file, n_bytes)
         return self._memory
 
     def __del__(self) -> None:
@@ -249,13 +250,11 @@ def _portions(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
         yield start, len(samples)
 
 
-def _bytes_needed(renderings: Sequence[Rendering], n_samples: int) -> int:
-    return sum(_aligned_bytes(rendering, n_samples) for rendering in renderings)
-
-
 def _aligned_bytes(rendering: Rendering, n_samples: int) -> int:
-    how = rendering.preprocessing
-    n_bytes = n_samples * prod(how.pixel_shape) * np.dtype(how.pixel_dtype).itemsize
+    preprocessing = rendering.preprocessing
+    n_bytes = (
+        n_samples * prod(preprocessing.pixel_shape) * np.dtype(preprocessing.pixel_dtype).itemsize
+    )
     return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -265,8 +264,10 @@ def _buffers_in(
     """The buffers of the renderings, one after the other."""
     buffers, start = [], 0
     for rendering in renderings:
-        how = rendering.preprocessing
-        shape = (n_samples, *how.pixel_shape)
-        buffers.append(np.frombuffer(memory, how.pixel_dtype, prod(shape), start).reshape(shape))
+        preprocessing = rendering.preprocessing
+        shape = (n_samples, *preprocessing.pixel_shape)
+        buffers.append(
+            np.frombuffer(memory, preprocessing.pixel_dtype, prod(shape), start).reshape(shape)
+        )
         start += _aligned_bytes(rendering, n_samples)
     return buffers

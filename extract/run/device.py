@@ -23,7 +23,7 @@ CPU_BATCH = 8
 # Batch sizes that are tried on an accelerator: rising while each is worth it; falling where not
 # even the smallest of those fits.
 _BATCHES = (32, 64, 128, 256, 512, 1024)
-_SMALL_BATCHES = (16, 8, 4, 2)
+_SMALL_BATCHES = (16, 8, 4, 2)  # tried where the smallest of `_BATCHES` does not fit
 _WORTH_DOUBLING = 1.05  # a larger batch must be this much faster, or its memory is better left free
 
 # Waits for a batch's outputs and returns them, per tap, (N, ...) float16 or float32
@@ -195,8 +195,7 @@ def find_batch_size(forward: Forward, image_shape: tuple[int, ...], device: str)
 def try_batch_sizes(
     images_per_s: Callable[[int], float], free_memory: Callable[[], None] = lambda: None
 ) -> int:
-    """The last of doubling batch sizes that was worth it; where none fits, the largest below that
-    does.
+    """The last of doubling batch sizes that was worth it; else the largest below that fits.
 
     `images_per_s` may run out of memory, after which `free_memory` is called.
     """

@@ -129,9 +129,8 @@ def plan_work_units(
 
 
 def default_images_per_shard(specs: Sequence[FeatureSpec], device: str = "cpu") -> int:
-    """CPU_IMAGES_PER_SHARD (on a GPU:
-
-    GPU_IMAGES_PER_SHARD), or fewer where a shard of the largest tap would exceed MAX_SHARD_BYTES.
+    """Return CPU_IMAGES_PER_SHARD or GPU_IMAGES_PER_SHARD, or fewer where a shard of the largest
+    tap would exceed MAX_SHARD_BYTES.
     """
     largest = max(
         (prod(spec.shape) * {"float32": 4, "uint8": 1}.get(spec.dtype, 2) for spec in specs),

@@ -1,5 +1,4 @@
-"""From a sample to pixels: read, checked against its content hash, decoded once, rendered in every
-way asked for.
+"""From a sample to pixels: read, checked against its content hash, decoded once, rendered as asked.
 
 Imports no torch: processes that only decode need none.
 """

@@ -44,7 +44,7 @@ from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import Forward, make_forward
 from headrace.extract.taps.resolve import Tap
 
-# Beyond these a value becomes infinite in the storage dtype.
+# From these on a value becomes infinite in the storage dtype.
 _LARGEST = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": float("inf"), "uint8": float("inf")}
 _NETWORKS = 4  # networks that a process keeps at least, whatever is asked for next
 # shards of a unit published at once: each waits for the disk, and the waits overlap
@@ -144,7 +144,7 @@ def _decode_processes(count: int) -> DecodeProcesses:
 def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _Started:
     check_device(job.device)
     on_cpu = is_cpu(job.device)
-    # Both are of the process.
+    # Settings of the whole process, like the memory that it keeps.
     torch.set_num_threads(job.threads)
     if on_cpu:
         keep_freed_memory()
@@ -332,8 +332,7 @@ def make_forward_passes(
     """One pass for each view (and dtype of the network) that these feature sets of one backbone are
     made of.
 
-    Raises SpecMismatch when the weights or the preprocessing here are not those that they were made
-    with.
+    Raises SpecMismatch when the weights or preprocessing here are not those they were made with.
     """
     # The feature sets name the weights that are asked for, so those of a file that has changed
     # since are not mistaken for them.

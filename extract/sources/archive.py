@@ -1,5 +1,4 @@
-"""Images as members of archives: tar (WebDataset shards, or class folders), compressed tar, and
-zip.
+"""Images as members of archives: tar (WebDataset shards, or class folders), and zip.
 
 Side files are matched to images by name: first the image's name without its suffix (`a.b.jpg`:
 `a.b.cls`), then, as WebDataset has it, the name up to the first dot (`a.cls`). Of members of one
@@ -40,8 +39,8 @@ from headrace.extract.sources.layout import FolderParts, Layout, read_layout, sp
 from headrace.extract.sources.listing import Listing, Tally
 
 _SIDE_FILES = frozenset({"cls", "txt", "json"})
-_MAX_SIDE_FILE_BYTES = 2**20
-_MAX_MEMBER_BYTES = 2**31
+_MAX_SIDE_FILE_BYTES = 2**20  # a larger text or JSON file holds no label
+_MAX_MEMBER_BYTES = 2**31  # no image is so large, and it would be read into memory whole
 RESERVED_COLUMNS = frozenset({"id", "path", "content", "_content"})
 
 
@@ -259,8 +258,7 @@ def _read_archive(
 def _follow(
     entries: Sequence[_Member | _Link], positions: Mapping[str, Sequence[int]], position: int
 ) -> _Member | None:
-    """The member at a place of the archive, or the one that links there lead to; None where they
-    lead nowhere.
+    """The member at a place of the archive, or that links there lead to; None for none.
 
     A symbolic link means the last member of a name; a hard link the one before it, which `tar -x`
     has unpacked by then.

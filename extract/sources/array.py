@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.home import expand_home
@@ -20,11 +21,21 @@ from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_IN_NAME, split_side_in
 from headrace.extract.sources.listing import Listing, Tally, join_listings
 
-_IMAGE_CHANNELS = (1, 3, 4)
+_IMAGE_CHANNELS = (1, 3, 4)  # grey, colours, colours and alpha
 _IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
 _LABELS_WORDS = (("x", "y"), ("x", "Y"), ("images", "labels"), ("data", "labels"))
-_IMAGES_AT_ONCE = 64
+_IMAGES_AT_ONCE = 64  # read to find the range of the pixels
 _MAX_LABELS = 1000  # of an image; a longer row is features
+
+
+@dataclass(frozen=True)
+class _ArrayOptions:
+    """How an array of images is read; see `read_array`."""
+
+    labels: str | Path | None
+    labels_key: str | None
+    exclude: Sequence[str]
+    ranged: bool
 
 
 def read_array(
@@ -36,8 +47,7 @@ def read_array(
     exclude: Sequence[str] = (),
     ranged: bool = True,
 ) -> Listing:
-    """One row per image of an array: `id` (its index), `path` (a locator) and `label` where there
-    are labels.
+    """One row per image of an array: `id` (its index), `path` (a locator) and `label`, if any.
 
     `images` is a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C)
     or (N, C, H, W), of any number of channels where the backbone names bands; or a folder of idx
@@ -54,8 +64,9 @@ def read_array(
     if array_path.is_dir():
         return _read_idx_family(array_path, exclude)
     file_kind = _kind(array_path)
+    options = _ArrayOptions(labels, labels_key, exclude, ranged)
     if file_kind not in ("npz", "h5"):
-        return _read_one(array_path, file_kind, "", labels, labels_key, exclude, ranged)
+        return _read_one(array_path, file_kind, "", options)
     if key is None and labels is None and labels_key is None:
         sides = _split_arrays(_shapes(array_path, file_kind))
         if sides:
@@ -65,29 +76,19 @@ def read_array(
                         array_path,
                         file_kind,
                         images_key,
-                        None,
-                        labels_key,
-                        exclude,
-                        ranged,
+                        replace(options, labels_key=side_labels_key),
                         id_prefix=f"{array_path.name}/{images_key}",
                     )
-                    for images_key, labels_key, _ in sides
+                    for images_key, side_labels_key, _ in sides
                 ],
                 [side for _, _, side in sides],
             )
     key = _only_images(array_path, file_kind) if key is None else key
-    return _read_one(array_path, file_kind, key, labels, labels_key, exclude, ranged)
+    return _read_one(array_path, file_kind, key, options)
 
 
 def _read_one(
-    array_path: Path,
-    file_kind: str,
-    key: str,
-    labels: str | Path | None,
-    labels_key: str | None,
-    exclude: Sequence[str],
-    ranged: bool,
-    id_prefix: str | None = None,
+    array_path: Path, file_kind: str, key: str, options: _ArrayOptions, id_prefix: str | None = None
 ) -> Listing:
     """The images of one array; `id_prefix` is by default the name of its file."""
     array = _open(array_path, file_kind, key)
@@ -98,7 +99,7 @@ def _read_one(
             "with a column path"
         )
     # Of other bands each may have a range of its own, which the backbone says.
-    if not ranged and not has_pixel_range(array.dtype) and _has_usual_channels(shape):
+    if not (options.ranged or has_pixel_range(array.dtype)) and _has_usual_channels(shape):
         raise SourceError(
             f"{array_path}: pixels of type {array.dtype} have no range of their own; say which "
             "values are black and white: images.pixel_range: [0, 1] in the recipe (`headrace "
@@ -115,11 +116,11 @@ def _read_one(
                 f"{encode_path(array_path)}::{file_kind}:{key_prefix}{index}"
                 for index in range(n_images)
             ],
-            **_label_columns(array_path, file_kind, labels, labels_key, n_images),
+            **_label_columns(array_path, file_kind, options, n_images),
         }
     )
     tally = Tally(found=n_images)
-    is_excluded = np.array([tally.excludes(exclude, name) for name in frame["id"]], bool)
+    is_excluded = np.array([tally.excludes(options.exclude, name) for name in frame["id"]], bool)
     if is_excluded.any():
         tally.leave_out(
             EXCLUDED_ENTRIES, *frame["id"][is_excluded].head(3), count=int(is_excluded.sum())
@@ -155,18 +156,14 @@ def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str 
 
 
 def has_pixel_range(dtype: "np.dtype[Any]") -> bool:
-    """Return whether the type of pixels says which values are black and white:
-
-    8 and 16 bits, and booleans.
-    """
+    """Return whether the type says which values are black and white: 8 and 16 bits, booleans."""
     return dtype in (np.uint8, np.uint16, np.bool_)
 
 
 def measure_pixel_range(images: str | Path, key: str | None = None) -> tuple[float, float] | None:
     """The range of an array's values, for `images.pixel_range`; None where the type says it.
 
-    [0, 1] or [0, 255] where all values lie in it, else the least and the greatest. Reads every
-    image once.
+    [0, 1] or [0, 255] where all values lie in it, else the extremes. Reads every image once.
     """
     array_path = expand_home(images).absolute()
     if array_path.is_dir():
@@ -184,10 +181,8 @@ def measure_pixel_range(images: str | Path, key: str | None = None) -> tuple[flo
             image_block = np.asarray(array[start : start + _IMAGES_AT_ONCE])
             finite_values = image_block[np.isfinite(image_block)]
             if finite_values.size:
-                lowest, highest = (
-                    min(lowest, float(finite_values.min())),
-                    max(highest, float(finite_values.max())),
-                )
+                lowest = min(lowest, float(finite_values.min()))
+                highest = max(highest, float(finite_values.max()))
     for standard_range in ((0.0, 1.0), (0.0, 255.0)):
         if standard_range[0] <= lowest and highest <= standard_range[1]:
             return standard_range
@@ -195,36 +190,24 @@ def measure_pixel_range(images: str | Path, key: str | None = None) -> tuple[flo
 
 
 def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
-    """The idx files of images in a folder, each with that of its labels:
-
-    `train-images-idx3-ubyte.gz`, `train-labels-idx1-…`.
+    """Return a folder's idx files of images (`train-images-idx3-ubyte.gz`), each with that of its
+    labels (`train-labels-idx1-ubyte.gz`).
     """
-    pairs = []
-    for file in sorted(folder.iterdir()):
+    pairs: list[tuple[Path, Path | None]] = []
+    files = sorted(folder.iterdir())
+    for file in files:
         match = _IDX_IMAGES.fullmatch(file.name)
         if match is not None and file.is_file():
             labels_pattern = re.compile(
                 rf"{re.escape(match['prefix'])}labels[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE
             )
-            pairs.append(
-                (
-                    file,
-                    next(
-                        (
-                            neighbor
-                            for neighbor in sorted(folder.iterdir())
-                            if labels_pattern.fullmatch(neighbor.name)
-                        ),
-                        None,
-                    ),
-                )
-            )
+            labels = (path for path in files if labels_pattern.fullmatch(path.name))
+            pairs.append((file, next(labels, None)))
     return pairs
 
 
 def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
-    """(key of the images, file of the labels, key of the labels) of an array file, as far as they
-    go without saying.
+    """(images' key, labels' file, labels' key) of an array file, as far as they go without saying.
 
     In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value or
     row per image, or that of a file beside it (`split_train_x.h5`, `split_train_y.h5`); nothing
@@ -298,23 +281,20 @@ def _side(name: str) -> str | None:
 
 
 def _label_columns(
-    array_path: Path,
-    file_kind: str,
-    labels: str | Path | None,
-    labels_key: str | None,
-    n_images: int,
-) -> dict[str, pd.Series]:
+    array_path: Path, file_kind: str, options: _ArrayOptions, n_images: int
+) -> dict[str, npt.NDArray[np.object_]]:
     """The column `label`, empty where there are no labels; of an array (N, L) of several labels or
     numbers the columns `label_0`, `label_1` and so on.
     """
+    labels, labels_key = options.labels, options.labels_key
     if labels is None and labels_key is None:
-        return {"label": pd.Series([None] * n_images, dtype=object)}
+        return {"label": np.full(n_images, None, object)}
     labels_path = expand_home(labels).absolute() if labels is not None else array_path
     labels_kind = _kind(labels_path) if labels is not None else file_kind
     if labels_kind in ("npz", "h5") and labels_key is None:
         raise SourceError(
             f"{labels_path}: name the array of labels in it with labels_key; it has "
-            f"{_names(labels_path, labels_kind)}"
+            f"{', '.join(_shapes(labels_path, labels_kind))}"
         )
     label_array = _open(labels_path, labels_kind, labels_key or "")
     shape = _shape(label_array)
@@ -329,7 +309,7 @@ def _label_columns(
     names = ["label"] if n_columns == 1 else [f"label_{index}" for index in range(n_columns)]
     texts = {name: as_text(pd.Series(column)) for name, column in zip(names, values.T, strict=True)}
     return {
-        name: text.astype(object).where(text.notna() & (text != ""), None)
+        name: text.astype(object).where(text.notna() & (text != ""), None).to_numpy()
         for name, text in texts.items()
     }
 
@@ -404,10 +384,6 @@ def _only_images(array_path: Path, file_kind: str) -> str:
             f"has: {listed_arrays}. In the recipe: images.array_key: {example} (in Python: key=)"
         )
     return fitting_names[0]
-
-
-def _names(array_path: Path, file_kind: str) -> str:
-    return ", ".join(_shapes(array_path, file_kind))
 
 
 def _shapes(array_path: Path, file_kind: str) -> dict[str, tuple[int, ...]]:

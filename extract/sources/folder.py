@@ -48,7 +48,7 @@ def read_folder(
     name_pattern: str | None = None,
     labelled: bool = True,
 ) -> Listing:
-    """The images below a folder, sorted by id: columns `id`, `image_path`, `label`, and `split`
+    """List the images below a folder, sorted by id: columns `id`, `path`, `label`, and `split`
     where the folders are a split.
 
     The id is the path relative to `folder` with forward slashes. A file is an image by its suffix,
@@ -68,6 +68,8 @@ def read_folder(
     image_rows: list[tuple[str, str, FolderParts]] = []
     folders_of_others: set[FolderParts] = set()
     first_other: str | None = None
+    pattern = None if name_pattern is None else re.compile(name_pattern)
+    groups_of_id: dict[str, dict[str, str | None]] = {}  # named groups of the pattern
     for folders, name, path in _walk(image_root.absolute(), tally):
         shown_name = printable_name("/".join((*folders, name) if name else folders))
         is_excluded = tally.excludes(exclude, shown_name)
@@ -78,14 +80,20 @@ def read_folder(
         tally.found += 1
         if is_excluded:
             tally.leave_out(EXCLUDED_ENTRIES, shown_name)
-        elif not (is_image(path) or is_image_array(path)):
+            continue
+        if not (is_image(path) or is_image_array(path)):
             tally.leave_out(describe_suffix(name), shown_name)
             folders_of_others.add(folders)
             first_other = first_other or path
-        elif name_pattern is not None and not re.search(name_pattern, normalize_text(shown_name)):
+            continue
+        image_id = normalize_text(shown_name)
+        match = None if pattern is None else pattern.search(image_id)
+        if pattern is not None and match is None:
             tally.leave_out(UNMATCHED_NAMES, shown_name)
-        else:
-            image_rows.append((normalize_text(shown_name), encode_path(path), folders))
+            continue
+        if match is not None:
+            groups_of_id[image_id] = match.groupdict()
+        image_rows.append((image_id, encode_path(path), folders))
     if not image_rows:
         found_text = "; ".join(map(str, tally.left_out()[:5])) or "no files"
         advice = (unread_format(first_other) if first_other else None) or (
@@ -117,8 +125,9 @@ def read_folder(
     }
     if read_labels.splits is not None:
         columns["split"] = read_labels.splits
-    if name_pattern is not None:
-        columns |= _columns_of_names(name_pattern, columns["id"])
+    if pattern is not None:
+        groups = [groups_of_id[normalize_text(image_id)] for image_id, _, _ in image_rows]
+        columns |= {name: [group[name] for group in groups] for name in pattern.groupindex}
     notes = list(read_labels.notes)
     if unusual_names:
         notes.append(
@@ -126,15 +135,6 @@ def read_folder(
             f"such as {unusual_names[0]}"
         )
     return tally.listing(pd.DataFrame(columns), notes)
-
-
-def _columns_of_names(name_pattern: str, ids: Sequence[str | None]) -> dict[str, list[str | None]]:
-    """The named groups of the pattern in each id; None where one matches nothing."""
-    matches = [re.search(name_pattern, image_id or "") for image_id in ids]
-    return {
-        name: [None if match is None else match[name] for match in matches]
-        for name in re.compile(name_pattern).groupindex
-    }
 
 
 def _tell_apart(
@@ -175,9 +175,7 @@ def has_images(folder: Path) -> bool:
 
 
 def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
-    """Every file below the root, and every folder with nothing in it; hidden entries and unreadable
-    folders are counted.
-    """
+    """Yield files below the root and empty folders; count hidden entries and unreadable folders."""
     # devices and inodes, so that a link to a parent does not run for ever
     visited_folders: set[tuple[int, int]] = set()
     pending: list[tuple[str, FolderParts]] = [(str(image_root), ())]

@@ -5,28 +5,13 @@ import os
 from pathlib import Path
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.decoding import array_shape
 from headrace.extract.images.heif import is_heif, reads_heif
+from headrace.extract.images.samples import array_shape
 
 # What Pillow decodes and people keep data sets in.
 IMAGE_SUFFIXES = frozenset(
-    {
-        *(
-            ".jpg",
-            ".jpeg",
-            ".jpe",
-            ".jfif",
-            ".jif",
-            ".png",
-            ".apng",
-            ".webp",
-            ".tif",
-            ".tiff",
-            ".bmp",
-            ".dib",
-        ),
-        *(".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm"),
-    }
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".tif", ".tiff"}
+    | {".bmp", ".dib", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 
@@ -217,10 +202,7 @@ def _format_of_content(path: str | Path) -> tuple[str, str] | None:
 
 
 def describe_suffix(name: str) -> str:
-    """Describe a file that is left out, by its name, with how to use it:
-
-    ".heic (HEIF image: pip install …)".
-    """
+    """Describe a file that is left out and how to use it: ".heic (HEIF image: pip install …)"."""
     suffix = _suffix(name)
     if suffix in OTHER_FORMATS:
         kind, cure = OTHER_FORMATS[suffix]

@@ -27,30 +27,20 @@ SPLIT_WORDS = {
     "testing": "test",
     "holdout": "test",
 }
-_SPLIT_NAME = re.compile(
-    rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
-)
+# the longest first, or `training` would be read as `train`
+_ANY_SPLIT_WORD = "|".join(sorted(SPLIT_WORDS, key=len, reverse=True))
+_SPLIT_NAME = re.compile(rf"({_ANY_SPLIT_WORD})(?![a-z])", re.IGNORECASE)
+SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({_ANY_SPLIT_WORD})(?![a-z])", re.IGNORECASE)
 
 
 def split_side(file_name: str) -> str | None:
-    """The side of a split that a file's name begins with:
-
-    `train-00000-of-00002.parquet`; None where there is none.
-    """
+    """Return the side of a split that a name begins with (`train-00000-of-00002.parquet`)."""
     name_match = _SPLIT_NAME.match(file_name)
     return name_match[1] if name_match else None
 
 
-SPLIT_IN_NAME = re.compile(
-    rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
-)
-
-
 def split_side_in(name: str) -> str | None:
-    """The side of a split that the name of a file, a folder or an array says anywhere in it:
-
-    `emnist-letters-train-images-idx3-ubyte`, `x_train`.
-    """
+    """Return the side of a split that a name has anywhere (`emnist-train-images`), or None."""
     match = SPLIT_IN_NAME.search(name)
     return SPLIT_WORDS[match[0].lower()] if match else None
 

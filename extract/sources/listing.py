@@ -8,7 +8,7 @@ import pandas as pd
 
 from headrace.cache.text import normalize_text
 
-_EXAMPLES = 3
+_EXAMPLES = 3  # names kept of the entries left out for one reason
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Rows that are parts of images: boxes that a table gives, and tiles of large images."""
 
 import io
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,14 @@ class Boxes:
     # fraction: of the image's width and height; None: pixels, unless all numbers are from 0 to 1
     unit: Literal["pixels", "fraction"] | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for values of another kind."""
+        if self.format not in get_args(BoxFormat) or self.unit not in (None, "pixels", "fraction"):
+            raise ValueError(f"boxes of format {self.format!r} in the unit {self.unit!r}")
+        names = self.columns
+        if names is not None and (len(names) != 4 or not all(isinstance(n, str) for n in names)):
+            raise ValueError(f"boxes of the columns {names}: expected the names of four")
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -63,9 +72,12 @@ class Tiles:
     max_background: float = 0.9  # a tile with a larger share of background is empty
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a grid that cannot be."""
-        most = min(self.size - _LEAST_STRIDE, self.size * 7 // 8)
-        if not 0 <= self.overlap <= most:
+        """Raise ValueError or TypeError for a grid that cannot be."""
+        if not 0 <= self.max_background <= 1:
+            raise ValueError(f"max_background is {self.max_background}: expected a share, 0 to 1")
+        size, overlap = operator.index(self.size), operator.index(self.overlap)
+        most = min(size - _LEAST_STRIDE, size * 7 // 8)
+        if not 0 <= overlap <= most:
             expected = f"an overlap from 0 to {most}" if most >= 0 else f"{_LEAST_STRIDE} and more"
             raise ValueError(
                 f"tiles of {self.size} pixels that overlap by {self.overlap}: expected {expected}"

@@ -1,7 +1,4 @@
-"""Tables:
-
-CSV, TSV, JSON lines, JSON, Parquet and Arrow files as data frames whose text is as written.
-"""
+"""CSV, TSV, JSON lines, JSON, Parquet and Arrow files as data frames whose text is as written."""
 
 import csv
 import gzip
@@ -29,8 +26,8 @@ from headrace.extract.sources.label_studio import holds_tasks, task_rows
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")  # by which spreadsheets are told the separator
-_LINES_LOOKED_AT = 20
-_CELLS_LOOKED_AT = 100
+_LINES_LOOKED_AT = 20  # of a text, to find its delimiter
+_CELLS_LOOKED_AT = 100  # that tell what a column holds
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 _EXPECTED = "a table ends in .csv, .tsv, .jsonl, .json, .parquet or .arrow"
 
@@ -412,8 +409,7 @@ def _from_arrow(
     image_columns: tuple[str, ...] | None = None,
     empty_columns: Sequence[str] = (),
 ) -> Table:
-    """The columns that are no images; what `datasets` stores as the path of one is the column
-    `NAME.path`.
+    """The columns that are no images; what `datasets` stores as an image's path is `NAME.path`.
 
     image_columns: the columns of images; None where they are to be found. empty_columns:
     those without bytes. They name files, and the column `NAME` has their paths.

@@ -4,10 +4,8 @@ import glob
 import json
 import os
 import re
-import shlex
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,27 +25,14 @@ from headrace.extract.images.crops import Crop
 from headrace.extract.sources.archive import RESERVED_COLUMNS
 from headrace.extract.sources.birds import IMAGES, is_list_of_birds
 from headrace.extract.sources.folder import EXCLUDED_ENTRIES, image_paths
-from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, TABLE_SUFFIXES
+from headrace.extract.sources.formats import TABLE_SUFFIXES
+from headrace.extract.sources.image_column import find_image_column
 from headrace.extract.sources.label_studio import local_names
 from headrace.extract.sources.layout import split_side
 from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.regions import Boxes, find_boxes
 from headrace.extract.sources.table import Table, read_table_file
 
-# What people call the column that names the image, the likeliest first; `file_name` is Hugging
-# Face's and COCO's.
-PATH_NAMES = (
-    "path",
-    "file_name",
-    "filename",
-    "filepath",
-    "file_path",
-    "image_path",
-    "image",
-    "file",
-    "img",
-    "img_path",
-)
 _BOX_NAMES = frozenset({"bbox", "box", "boxes", "bboxes", "bounding_box", "bounding_boxes"})
 HUGGING_FACE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ROBOFLOW_TABLES = ("_annotations.coco.json", "_classes.csv")
@@ -55,8 +40,6 @@ _MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict
     ("content", "_content"), "the hash of an image's bytes"
 )
 _PLACE = re.compile(r"\{([^{}]*)\}")
-_PATHS_LOOKED_AT = 100
-_DEEPEST_FOLDER = 3  # below a table, of images that ids name
 
 
 @dataclass(frozen=True)
@@ -198,115 +181,6 @@ def saved_dataset_files(folder: Path) -> list[Path]:
             "it again"
         ) from error
     return []
-
-
-def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple[str, bool]:
-    """Find what names, or holds, the images: (a column, False), or (a pattern of paths such as
-    `train/{id}.jpg`, True).
-
-    A column counts by its name and what it holds, then by what it holds alone; ids without an
-    ending are looked for among the images below `image_root`. Raises SourceError where nothing
-    fits, or several columns could be the images.
-    """
-    frame, image_columns = table.frame, table.image_columns
-    named_columns = [
-        str(column_name)
-        for path_name in PATH_NAMES
-        for column_name in (*frame.columns, *image_columns)
-        if str(column_name).lower() == path_name
-    ]
-    for column_name in named_columns:
-        if column_name in image_columns or _names_images(frame[column_name], any):
-            return column_name, False
-    path_columns = [
-        str(column_name) for column_name in frame.columns if _names_images(frame[column_name], all)
-    ]
-    candidates = [*image_columns, *path_columns]
-    if len(candidates) == 1 and not named_columns:
-        return candidates[0], False
-    if (pattern := _find_pattern(frame, table_path, image_root)) is not None:
-        return pattern, True
-    if len(named_columns) == 1 and not candidates:
-        return named_columns[0], False
-    column_list = ", ".join([*frame.columns, *image_columns])
-    if named_columns or candidates:
-        possible_columns = list(dict.fromkeys([*named_columns, *candidates]))
-        raise SourceError(
-            f"{table_path}: {', '.join(possible_columns)} could "
-            f"{'each be' if len(possible_columns) > 1 else 'be'} the images; name one: "
-            f"images.path_column: {possible_columns[0]}. The columns are: {column_list}."
-        )
-    if len(frame.columns) == 1 and frame.iloc[:, 0].astype(str).str.contains(r"\S\s+\S").all():
-        raise SourceError(
-            f"{table_path}: one column only, {column_list!r}: the columns seem to be separated by "
-            f"blanks. Save it as CSV, with names in its first line: {_with_commas(table_path)}"
-        )
-    example = frame.columns[0] if len(frame.columns) else "id"
-    raise SourceError(
-        f"{table_path}: no column names image files. Name it: images.path_column; or, for ids "
-        "without an ending, say where their images are: images.path_pattern: "
-        f"folder/{{{example}}}.jpg. The columns are: {column_list}."
-    )
-
-
-def _with_commas(table_path: Path) -> str:
-    old_name, new_name = map(shlex.quote, map(str, (table_path, table_path.with_suffix(".csv"))))
-    return f"(echo path,label; tr -s ' ' , < {old_name}) > {new_name}"
-
-
-def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | None:
-    """The pattern by which a column of ids names images below a folder, as in Kaggle's tables; None
-    where none does.
-
-    Raises SourceError where several do: `images/{id}.jpg` and `masks/{id}.png`.
-    """
-    # patterns by the stems of the images that they could name
-    patterns_by_stem: dict[str, list[str]] = {}
-    for parent_folder, folders, file_names in os.walk(folder):
-        parent_parts = Path(parent_folder).relative_to(folder).parts
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and len(parent_parts) < _DEEPEST_FOLDER
-        )
-        for name in sorted(file_names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES:
-                patterns_by_stem.setdefault(stem, []).append(
-                    "/".join((*parent_parts, "{}" + suffix))
-                )
-    # Each row names an image of its own: a column of classes, whose values repeat, cannot.
-    for column_name in sorted(frame.columns, key=lambda name: name != "id"):
-        ids = as_text(frame[column_name]).dropna()
-        if ids.duplicated().any() or any(letter in str(column_name) for letter in "{}"):
-            continue
-        ids = ids.head(_PATHS_LOOKED_AT)
-        pattern_counts = Counter(
-            pattern for value in ids for pattern in patterns_by_stem.get(value, ())
-        )
-        fitting_patterns = [
-            pattern.replace("{}", f"{{{column_name}}}")
-            for pattern, count in pattern_counts.items()
-            if 2 * count >= len(ids)
-        ]
-        if len(fitting_patterns) > 1:
-            raise SourceError(
-                f"{table_path}: the column {column_name!r} could name the images "
-                f"{' or '.join(fitting_patterns)}. Say which: images.path_pattern: "
-                f"{fitting_patterns[0]}"
-            )
-        if fitting_patterns:
-            return fitting_patterns[0]
-    return None
-
-
-def _names_images(column: pd.Series, enough: Callable[[Iterable[bool]], bool]) -> bool:
-    """Return whether values of a column (any, or all) end as image files do, readable or not."""
-    values = column.dropna().head(_PATHS_LOOKED_AT)
-    suffixes = [Path(value).suffix.lower() if isinstance(value, str) else "" for value in values]
-    return bool(suffixes) and enough(
-        suffix in IMAGE_SUFFIXES or suffix in OTHER_FORMATS for suffix in suffixes
-    )
 
 
 def _sides(table_paths: Sequence[Path]) -> dict[Path, str] | None:

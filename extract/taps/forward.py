@@ -91,9 +91,8 @@ def _random_pixels(backbone: Backbone) -> Tensor:
 
 
 def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
-    """uint8 or float32 (N, H, W, C), white 255, to the network's input:
-
-    (x / 255 - mean) / std, float32 (N, C, H, W) in channels_last.
+    """Return the function from pixels (N, H, W, C), uint8 or float32, white 255, to the network's
+    input (x / 255 - mean) / std, float32 (N, C, H, W) in channels_last.
     """
     how = backbone.preprocessing
     mean, std = (

@@ -31,24 +31,26 @@ def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> Non
     left_out = backbone.left_out
     if not left_out:
         return
-    placed = [(tap, nodes[tap.node]) for tap in taps]
-    values, _ = _run_marked(backbone, placed)
-    for tap, node in placed:
+    tap_nodes = [(tap, nodes[tap.node]) for tap in taps]
+    values, _ = _run_marked(backbone, tap_nodes)
+    for tap, node in tap_nodes:
         if not values[tap].isnan().any():
             continue
-        _, called = _run_marked(backbone, [(tap, node)])
+        _, modules_run = _run_marked(backbone, [(tap, node)])
         module_names = {name for name, _ in backbone.module.named_modules()}
-        listed = "; ".join(
+        differences = "; ".join(
             f"{label} ({len(below)}): {first_names(below)}"
             for label, names in (
                 ("not in the file, or of another shape there", left_out.absent),
                 ("in the file, and not in the network", left_out.surplus),
             )
-            if (below := [name for name in names if owner_module(name, module_names) in called])
+            if (
+                below := [name for name in names if owner_module(name, module_names) in modules_run]
+            )
         )
         raise BackboneError(
             f"{_weights_text(backbone)}: {tap} depends on tensors in which the two differ: "
-            f"{listed}. Below its taps a network must be that of its weights: check its name, "
+            f"{differences}. Below its taps a network must be that of its weights: check its name, "
             "image_size and model: arguments (such as init_values, reg_tokens), or tap below them"
         )
     warnings.warn(left_out_note(backbone), WeightsWarning, stacklevel=3)
@@ -65,24 +67,24 @@ def _weights_text(backbone: Backbone) -> str:
 
 
 def _run_marked(
-    backbone: Backbone, placed: Sequence[tuple[Tap, Node]]
+    backbone: Backbone, tap_nodes: Sequence[tuple[Tap, Node]]
 ) -> tuple[dict[Tap, Tensor], set[str]]:
     """The values of taps on a random image, NaN where they depend on what was left out, and the
     names of the modules that ran for them.
     """
     module = _sharing_tensors(backbone.module)
     module_names = {name for name, _ in module.named_modules()}
-    called: set[str] = set()
+    modules_run: set[str] = set()
     for name, child in module.named_modules():
-        child.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        child.register_forward_pre_hook(lambda *_, name=name: modules_run.add(name))
     owners = {owner_module(name, module_names) for name in backbone.left_out.surplus}
     for owner in owners - {""}:  # on the network's own level there are heads alone
         module.get_submodule(owner).register_forward_hook(_as_nan)
     generator = torch.Generator().manual_seed(0)
-    how = backbone.preprocessing
-    image = torch.randn(1, how.n_channels, *how.crop, generator=generator)
+    preprocessing = backbone.preprocessing
+    image = torch.randn(1, preprocessing.n_channels, *preprocessing.crop, generator=generator)
     with torch.inference_mode():
-        return TapCapture(module, placed).run(module, image), called
+        return TapCapture(module, tap_nodes).run(module, image), modules_run
 
 
 def _sharing_tensors(module: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap, auto_taps, backbone_nodes
 
-_BATCH_IMAGES = 16
+_BATCH_IMAGES = 16  # in one pass
 
 
 def measure_rate(spec: BackboneSpec, *, device: str = "cpu", seconds: float = 3.0) -> float:

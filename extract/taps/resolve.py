@@ -54,8 +54,7 @@ def parse_tap(text: str) -> Tap:
 
 
 def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ...]:
-    """The taps that a user asked for, checked against the network, each once; "auto" picks early to
-    late ones.
+    """The taps that a user asked for, checked against the network; "auto" picks early to late.
 
     Raises BackboneError naming the nearest nodes.
     """
@@ -64,13 +63,13 @@ def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ..
         if backbone.spec.name.startswith("onnx:"):
             _require_named_blocks(nodes, backbone.spec.name)
         return tuple(_check_tap(tap, nodes, backbone.spec.name) for tap in auto_taps(nodes))
-    asked = [taps] if isinstance(taps, str) else list(taps)
-    if not asked:
+    tap_texts = [taps] if isinstance(taps, str) else list(taps)
+    if not tap_texts:
         raise BackboneError(
             f"{backbone.spec.name}: no taps are asked for; name at least one, or auto"
         )
     return tuple(
-        dict.fromkeys(_check_tap(parse_tap(text), nodes, backbone.spec.name) for text in asked)
+        dict.fromkeys(_check_tap(parse_tap(text), nodes, backbone.spec.name) for text in tap_texts)
     )
 
 

@@ -113,8 +113,8 @@ class BagBatch:
         starts = [
             initial_parameters(spec, int(rows.features.shape[1]), rows.outputs) for spec in specs
         ]
-        # Parameters are kept in units of their head's learning rate: a step of AdamW is then the
-        # same for every rate, and one fused call does it for all heads.
+        # Parameters divided by their head's learning rate: a step of AdamW is then the same for
+        # every rate, and one fused call does it for all heads.
         self.parameters_over_rate = {
             name: torch.from_numpy(
                 np.stack([start[name] for start in starts])
@@ -124,10 +124,10 @@ class BagBatch:
             ).to(device)
             for name in starts[0]
         }
-        self.first = {
+        self.first_moments = {
             name: torch.zeros_like(value) for name, value in self.parameters_over_rate.items()
         }
-        self.second = {
+        self.second_moments = {
             name: torch.zeros_like(value) for name, value in self.parameters_over_rate.items()
         }
         self.bits = DropoutBits([spec.seed for spec in specs], fold, device)
@@ -168,7 +168,12 @@ class BagBatch:
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed: its share of all further work is gone."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
-        for tensors in (self.parameters_over_rate, self.first, self.second, self.best):
+        for tensors in (
+            self.parameters_over_rate,
+            self.first_moments,
+            self.second_moments,
+            self.best,
+        ):
             tensors.update({name: value.index_select(0, index) for name, value in tensors.items()})
         self.specs = [self.specs[head] for head in heads]
         self._read_specs()
@@ -312,7 +317,13 @@ class BagBatch:
             ):
                 value = self.parameters_over_rate[name]
                 value.mul_(self.shrink.view((-1,) + (1,) * (value.dim() - 1)))
-                fused_adamw(value, torch.cat(parts), self.first[name], self.second[name], step)
+                fused_adamw(
+                    value,
+                    torch.cat(parts),
+                    self.first_moments[name],
+                    self.second_moments[name],
+                    step,
+                )
             self._multiply_rates()
         return torch.cat(losses)
 

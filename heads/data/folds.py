@@ -1,5 +1,4 @@
-"""Which rows a head trains on: folds and the test split, stratified, grouped, or as the user gave
-them.
+"""Which rows a head trains on: folds and the test split, stratified, grouped, or as given.
 
 Everything is deterministic in the seed. A stratum is a class; for multi-label targets the row's
 rarest label, for regression a quantile of the target.
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import TEST, TRAIN_ONLY
 
-REGRESSION_STRATA = 10
+REGRESSION_STRATA = 10  # quantiles of the target that folds have in equal shares
 
 GIVEN_NAMES = {
     "train": TRAIN_ONLY,

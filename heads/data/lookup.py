@@ -105,8 +105,7 @@ def _names_and_content(X: Any) -> tuple[list[str], list[str] | None]:
 
 
 def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> list[str]:
-    """The content hash of each id, by any of the feature sets that knows it; a name that is no id,
-    as it is.
+    """The content hash of each id, by any feature set that knows it; another name, as it is.
 
     Raises CacheError.
     """

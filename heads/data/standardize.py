@@ -113,8 +113,8 @@ def chunks(
 def sweep(
     X: Features, fold_of_row: Array, chunk_size: int = ROWS_AT_ONCE, row_mask: Array | None = None
 ) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-    """(group, row numbers) in runs of at most `chunk_size` rows of one group, every row (or those
-    `row_mask`, a mask) once.
+    """Yield (group, row numbers) in runs of at most `chunk_size` rows of one group, every row (or
+    every one in `row_mask`) once.
 
     Runs and the rows in them come in the order in which X lies on disk, so that all groups together
     read it once.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from headrace.cache.feature_set import FeatureSet
 from headrace.heads.data.checks import BadFeatures
 
-ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 8192  # read in the order of the disk
 _EXPONENT = np.uint16(0x7C00)  # of a float16: all ones in infinity and NaN
 
 

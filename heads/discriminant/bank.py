@@ -60,17 +60,17 @@ def fit_discriminant_bank(
     for fold in data.folds_to_fit(refit=refit):
         for standardize in sorted({spec.standardize for spec in specs}):
             started = time.perf_counter()
-            chosen = [i for i, spec in enumerate(specs) if spec.standardize == standardize]
+            spec_indices = [i for i, spec in enumerate(specs) if spec.standardize == standardize]
             scatter = problem.scatter(fold, standardize=standardize)
-            for i in chosen:
+            for i in spec_indices:
                 weight, bias = scatter.coefficients(specs[i].shrinkage)
                 arrays = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
                 validation = None if fold == REFIT else _predict_held_out(data, fold, arrays)
                 results[i, fold] = FitResult(
                     specs[i], fold, arrays, float("nan"), float("nan"), 1, 0.0, validation
                 )
-            seconds = (time.perf_counter() - started) / len(chosen)
-            for i in chosen:
+            seconds = (time.perf_counter() - started) / len(spec_indices)
+            for i in spec_indices:
                 results[i, fold] = dataclasses.replace(results[i, fold], seconds=seconds)
     folds = data.folds_to_fit(refit=refit)
     return [results[i, fold] for i in range(len(specs)) for fold in folds]
@@ -190,8 +190,8 @@ class DiscriminantProblem:
         Z -= class_means[data.target[rows]]
         Z *= np.sqrt(weight / total_weight)[:, None]
         values, vectors = scipy.linalg.eigh(Z @ Z.T, driver="evd", check_finite=False)
-        spans = values > values.max(initial=0.0) * len(Z) * np.finfo(np.float64).eps
-        values, vectors = values[spans], vectors[:, spans]
+        in_span = values > values.max(initial=0.0) * len(Z) * np.finfo(np.float64).eps
+        values, vectors = values[in_span], vectors[:, in_span]
         return ClassScatter(
             fold_moments.mean + mean * scale,
             inverse_scale,

@@ -13,8 +13,7 @@ class, or of the true value of a label, or the residual. Elements average as pre
 heads are tried as one (K, E) array.
 """
 
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence, Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +40,7 @@ class EnsembleLimits:
 
 
 def loss_elements(task_kind: TaskKind, target: Array, predicted: Array) -> npt.NDArray[np.float32]:
-    """(K, E) elements of predictions (K, N, C):
-
-    E = N for one label per row, else N × C, row by row.
-    """
+    """Return (K, E) elements of predictions (K, N, C): E is N for single labels, else N × C."""
     if task_kind == "single":
         true_class_probability = np.take_along_axis(
             predicted, np.asarray(target, np.int64)[None, :, None], 2
@@ -74,11 +70,9 @@ def greedy_weights(
     networks: Sequence[AbstractSet[str]],
     limits: EnsembleLimits,
 ) -> npt.NDArray[np.float64]:
-    """(K,) weights that sum to one, zero for most heads. networks: the forward passes that each
-    head needs.
+    """(K,) weights that sum to one, zero for most heads. networks: passes that each needs.
 
-    Ties go to the first, so order the heads from cheap to dear. The best average of all rounds is
-    taken.
+    Ties go to the first, so order the heads from cheap to dear. The best of all rounds is taken.
     """
     n_heads = len(elements)
     element_sum, pick_counts = np.zeros(elements.shape[1], np.float32), np.zeros(n_heads)

@@ -34,7 +34,7 @@ from headrace.heads.evaluate.weighted import weighted_scores
 
 Floats = npt.NDArray[np.float64]
 
-LEVEL = 0.95
+LEVEL = 0.95  # confidence of every interval that is printed
 # stands beside stored intervals, so that those of an earlier method are told
 METHOD = "exact-groups-1"
 # 3: the least with which no simulated case (2 to 20 images in a group, correlations 0 to .3, 37 to
@@ -100,8 +100,7 @@ def metric_interval(
 def proportion_interval(
     hits: npt.NDArray[Any], groups: npt.NDArray[Any] | None = None, level: float = LEVEL
 ) -> tuple[float, float]:
-    """The interval of a proportion, of hits (N,) or (N, L) of 0 and 1, the L of a row belonging to
-    its group.
+    """The interval of a proportion, hits (N,) or (N, L) of 0 and 1; the L of a row share its group.
 
     groups: (N,) any labels, by default each row its own.
     """

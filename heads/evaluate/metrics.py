@@ -77,10 +77,8 @@ def score(
     if task_kind == "single":
         return _single(metric, np.asarray(target).astype(np.int64), predicted)
     true_values = np.asarray(target, np.float64)
-    true_values, predicted = (
-        true_values.reshape(len(true_values), -1),
-        predicted.reshape(len(predicted), -1),
-    )
+    true_values = true_values.reshape(len(true_values), -1)
+    predicted = predicted.reshape(len(predicted), -1)
     return (
         _multi(metric, true_values, predicted)
         if task_kind == "multi"
@@ -225,11 +223,9 @@ def _area(true_labels: npt.NDArray[np.bool_], predicted: Floats) -> float:
     has_both_sides = (positives > 0) & (positives < len(true_labels))
     if not has_both_sides.any() or not np.isfinite(predicted).all():
         return float("nan")
-    true_labels, predicted, positives = (
-        true_labels[:, has_both_sides],
-        predicted[:, has_both_sides],
-        positives[has_both_sides],
-    )
+    true_labels = true_labels[:, has_both_sides]
+    predicted = predicted[:, has_both_sides]
+    positives = positives[has_both_sides]
     column_ranks = np.stack([_ranks(column) for column in predicted.T], axis=1)
     n_wins = (column_ranks * true_labels).sum(0) - positives * (positives + 1) / 2
     return float((n_wins / (positives * (len(true_labels) - positives))).mean())

@@ -36,16 +36,17 @@ FLOOR = 1e-12
 # least calibration error; that of five neighbours on 150 digits is 5.6 points with it, 6.4 as they
 # are, 14.5 with 1e-12.
 VOTE_FLOOR = 0.01
-FARTHEST = -math.log(FLOOR)  # and log-odds, and what a class lies behind the first one, for this
+# The same limit on log-odds, and on how far a class's logit lies behind the largest one.
+FARTHEST = -math.log(FLOOR)
 LOWEST, HIGHEST = 0.02, 50.0  # a ridge head of a thousand classes needs 0.05
 # Standard deviation of log T before anything was seen. Simulated with heads whose log-odds are 0.4,
 # 1 and 2.5 times what they should be: with 150 rows and more every value from 0.3 up gives the same
 # loss on new rows. With 20 and 50 rows 0.5 has the least loss on the whole; without it a pair of
 # rows makes the twentieth worst head of two classes twice as bad as it was.
 SPREAD = 0.5
-_NUMBERS = 5_000_000  # of a head's predictions that are looked at: a second or so
-_NUMBERS_OF_MANY = 200_000  # the same where many heads are fitted, one after the other
-_FEWEST = 2_000  # rows, however many classes there are
+_MAX_NUMBERS = 5_000_000  # of a head's predictions that are looked at: a second or so
+_MAX_NUMBERS_OF_MANY = 200_000  # the same where many heads are fitted, one after the other
+_MIN_ROWS = 2_000  # rows, however many classes there are
 
 
 def vote_floor(task_kind: TaskKind, n_outputs: int) -> float:
@@ -60,8 +61,7 @@ def fit_temperature(
     sample_weight: Array | None = None,
     floor: float = FLOOR,
 ) -> float:
-    """The temperature that makes out-of-fold predictions (N, C) most likely; 1 for regression and
-    for no rows.
+    """The temperature that makes out-of-fold predictions (N, C) most likely; 1 for regression.
 
     target: as in `Task`. sample_weight: (N,) >= 0, by default all alike. floor: the smallest
     probability that counts, `vote_floor` where heads count votes. Between LOWEST and HIGHEST,
@@ -69,7 +69,7 @@ def fit_temperature(
     """
     if task_kind == "regression" or len(predicted) == 0:
         return 1.0
-    return _fitted(task_kind, target, predicted, sample_weight, floor, _NUMBERS)
+    return _fitted(task_kind, target, predicted, sample_weight, floor, _MAX_NUMBERS)
 
 
 def fit_temperatures(
@@ -89,7 +89,7 @@ def fit_temperatures(
     return np.array(
         [
             _fitted(
-                task_kind, target, head_predictions, sample_weight, head_floor, _NUMBERS_OF_MANY
+                task_kind, target, head_predictions, sample_weight, head_floor, _MAX_NUMBERS_OF_MANY
             )
             for head_predictions, head_floor in predictions_and_floors
         ]
@@ -176,7 +176,7 @@ def _fitted(
     max_numbers: int,
 ) -> float:
     n_rows, n_outputs = predicted.shape
-    row_step = max(1, min(n_rows * n_outputs // max_numbers, n_rows // _FEWEST))
+    row_step = max(1, min(n_rows * n_outputs // max_numbers, n_rows // _MIN_ROWS))
     log_odds, true_column = _log_odds(
         task_kind, np.asarray(target)[::row_step], predicted[::row_step], floor
     )

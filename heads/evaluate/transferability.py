@@ -1,5 +1,4 @@
-"""How well features suit a task, without training a head: LogME, H-score, NCE, and bounds on the
-Bayes error.
+"""How well features suit a task, without training a head: LogME, H-score, NCE, Bayes error.
 
 N rows, D features, C classes (or labels, or regression targets), k = min(N, D). One
 eigendecomposition of the smaller of the two Gram matrices serves all classes.
@@ -13,7 +12,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
-_ITERATIONS = 100
+_ITERATIONS = 100  # at most, of LogME's fixed point
 _RELATIVE = 1e-10  # eigenvalues below this share of the largest are rounding
 
 
@@ -53,13 +52,10 @@ def log_me(X: Array, targets: Array) -> float:
 
 
 def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
-    """H-score: tr(cov(f)^-1 cov(E[f | class])) (Bao et al.
+    """H-score (Bao et al. 2019), tr(cov(f)^-1 cov(E[f | class])).
 
-    2019), with Ledoit and Wolf's shrinkage of the covariance (Ibrahim et al. 2022) unless told
-    otherwise.
-
-    X: (N, D); target: (N,) classes. Between 0 and C - 1; higher is better. The plain score is
-    meaningless for D near N.
+    X: (N, D); target: (N,) classes. shrink: the covariance by Ledoit and Wolf, as Ibrahim et al.
+    2022 do; the plain score is meaningless for D near N. Between 0 and C - 1; higher is better.
     """
     X = np.asarray(X, np.float64)
     X = X - X.mean(0)
@@ -122,8 +118,7 @@ def negative_conditional_entropy(source: Array, target: Array) -> float:
 
 
 def bayes_bounds(neighbor_error: float, n_classes: int) -> tuple[float, float]:
-    """Bounds on the Bayes error of these features from the error of one nearest neighbour (Cover
-    and Hart 1967).
+    """Bounds on the Bayes error from the error of one nearest neighbour (Cover and Hart 1967).
 
     They hold for infinitely many rows. With few rows in many dimensions the neighbour is far away,
     its error is too large, and so is the lower bound: a head below it shows that.

@@ -1,5 +1,4 @@
-"""Metrics of many heads under many weightings of the same rows, for resampling: matrix products
-instead of loops.
+"""Metrics of many heads under many weightings of the same rows, by matrix products, for resampling.
 
 K heads, N rows, C classes (labels, targets), B weightings. A metric that is a mean over rows is one
 product of a (K, N) table of row values with an (N, B) table of weights; those that are not are made
@@ -29,8 +28,7 @@ def weighted_scores(
     metric: str,
     weights: Array,
 ) -> Floats:
-    """(K, B) the mean over folds of `metric` within each fold, every row counting as often as its
-    weight says.
+    """(K, B) the mean over folds of `metric` within each fold, rows counted by their weights.
 
     target: as in `Task`, N rows; predicted: (K, N, C); fold_of_row: (N,) integers >= 0;
     weights: (N, B) >= 0. With weights of one it is what the leaderboard ranks by. A fold in which
@@ -42,10 +40,8 @@ def weighted_scores(
             f"metric {metric!r} is not one of a {task_kind} task: choose from "
             f"{', '.join(metric_names(task_kind))}"
         )
-    score_sum, n_defined = (
-        np.zeros((len(predicted), weights.shape[1])),
-        np.zeros((len(predicted), weights.shape[1])),
-    )
+    score_sum = np.zeros((len(predicted), weights.shape[1]))
+    n_defined = np.zeros((len(predicted), weights.shape[1]))
     for fold_number in np.unique(fold_of_row):
         fold_rows = np.flatnonzero(fold_of_row == fold_number)
         fold_weights = weights[fold_rows].astype(np.float64)

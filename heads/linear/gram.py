@@ -1,9 +1,9 @@
-"""Weighted products of features and targets, group by group: all that ridge regression needs of the
-rows.
+"""Weighted products of features and targets, group by group: all that ridge regression needs.
 
-N rows, D features, T target columns. Rows are centred and scaled once with the moments of all rows,
-so that the sums of squares keep their digits. A fold's products are the sum of the other groups'
-(added, not subtracted: a difference of Gram matrices can lose positive definiteness).
+N rows, D features, T target columns, x' is x transposed. Rows are centred and scaled once with the
+moments of all rows, so that the sums of squares keep their digits. A fold's products are the sum of
+the other groups' (added, not subtracted: a difference of Gram matrices can lose positive
+definiteness).
 """
 
 from collections.abc import Iterable
@@ -66,8 +66,7 @@ def group_products(
 ) -> dict[int, Products]:
     """Return the products of each group of rows, by its value in `fold`.
 
-    X: (N, D), taken as (x - mean) * inverse_scale. Y: (N, T). sample_weight: (N,) or None for all
-    one.
+    X: (N, D), taken as (x - mean) * inverse_scale. Y: (N, T). sample_weight: (N,) or None.
     """
     n_features, n_targets = X.shape[1], Y.shape[1]
 

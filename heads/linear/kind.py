@@ -15,8 +15,7 @@ from headrace.heads.spec import ClassWeight, FitResult, check_choices
 
 @dataclass(frozen=True)
 class LogisticSpec:
-    """L2-regularised (multinomial) logistic regression; scikit-learn's objective, intercept
-    unpenalised.
+    """L2-regularised (multinomial) logistic regression; scikit-learn's objective.
 
     C is scikit-learn's inverse strength: minimise sum_i w_i loss_i + |W|^2 / (2 C), on features
     standardised with the mean and standard deviation of the head's own training rows.
@@ -76,8 +75,7 @@ def logistic_layers(spec: LogisticSpec, arrays: Arrays) -> Layers:
 def ridge_layers(spec: RidgeSpec, arrays: Arrays) -> Layers:
     """Return the layer of a ridge head.
 
-    Ridge fits -1/+1, not log-odds: the softmax of twice the decision makes a perfect fit a sure
-    prediction.
+    Ridge fits -1/+1, not log-odds: the softmax of twice the decision makes a perfect fit sure.
     """
     return linear_layers(arrays, decision_scale=2.0)
 

@@ -1,5 +1,4 @@
-"""Banks of logistic heads: every C, fold, class weight and label at once, to scikit-learn's
-optimum.
+"""Banks of logistic heads: every C, fold, class weight and label at once, to the optimum.
 
 N rows, D features, C classes, L labels, F folds, n_outputs weight vectors of a head (C for a
 softmax, 1 for a sigmoid).
@@ -328,10 +327,12 @@ def _solve(
         )
         for position, (design_head, solution) in enumerate(solutions.items()):
             head = raw_head[design_head]
-            spent = heads[head][2].n_iterations if head in heads else 0
+            earlier_iterations = heads[head][2].n_iterations if head in heads else 0
             rows = slice(position * n_outputs, (position + 1) * n_outputs)
-            total = dataclasses.replace(solution, n_iterations=solution.n_iterations + spent)
-            heads[head] = weight[rows], bias[rows], total
+            whole_solution = dataclasses.replace(
+                solution, n_iterations=solution.n_iterations + earlier_iterations
+            )
+            heads[head] = weight[rows], bias[rows], whole_solution
     return heads
 
 

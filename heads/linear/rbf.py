@@ -1,5 +1,4 @@
-"""A support vector machine with a Gaussian kernel for many features: the kernel is one matrix
-product.
+"""A support vector machine with a Gaussian kernel for many features: one matrix product.
 
 scikit-learn's `SVC(kernel="rbf")` takes one dot product per pair of rows; on 1,500 rows of 12,000
 features the product of all pairs at once is many times faster, and the machine is the same.

@@ -218,17 +218,13 @@ def search(
     specs: Sequence[KNNSpec],
 ) -> list[Neighbours]:
     """For each spec the k nearest references of each query, nearest first, ties by position:
-    indices and distances, both (q, k). One product per block of queries and of references serves
-    all specs.
+    indices and distances, both (q, k). One product per block of queries and references serves all.
     """
     largest_k = {
         metric: max((s.k for s in specs if s.metric == metric), default=0)
         for metric in METRICS_OF_DISTANCE
     }
-    neighbours_of_block: dict[Metric, list[Neighbours]] = {
-        "cosine": [],
-        "euclidean": [],
-    }
+    neighbours_of_block: dict[Metric, list[Neighbours]] = {"cosine": [], "euclidean": []}
     for query_start in range(0, len(queries), QUERY_ROWS):
         query_block = queries.take(slice(query_start, query_start + QUERY_ROWS))
         best_so_far: dict[Metric, Neighbours] = {}
@@ -311,10 +307,8 @@ def nearest(
     )
     close_row, close_column = np.nonzero(chosen_distance < exact_below)
     for start in range(0, len(close_row), QUERY_ROWS):
-        pair_rows, pair_columns = (
-            close_row[start : start + QUERY_ROWS],
-            close_column[start : start + QUERY_ROWS],
-        )
+        pair_rows = close_row[start : start + QUERY_ROWS]
+        pair_columns = close_column[start : start + QUERY_ROWS]
         chosen_distance[pair_rows, pair_columns] = _exact(
             queries, references, pair_rows, neighbour_index[pair_rows, pair_columns], metric
         )
@@ -334,14 +328,9 @@ def _exact(
     neighbour_index: npt.NDArray[Any],
     metric: Metric,
 ) -> Floats:
-    """Distances of single pairs in float64, from differences:
-
-    0 for equal rows, where products leave rounding.
-    """
-    a, b = (
-        queries.rows[query_index].astype(np.float64),
-        references.rows[neighbour_index].astype(np.float64),
-    )
+    """Return pairs' distances, float64, by differences: 0 for equal rows, not rounding."""
+    a = queries.rows[query_index].astype(np.float64)
+    b = references.rows[neighbour_index].astype(np.float64)
     if metric == "cosine":
         a = (a + queries.center) / np.maximum(queries.length[query_index], 1e-300)[:, None]
         b = (b + references.center) / np.maximum(references.length[neighbour_index], 1e-300)[

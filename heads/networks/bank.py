@@ -1,8 +1,6 @@
-"""Banks of networks of any kind: specs × folds, halving, early stopping, and the heads trained on
-all rows.
+"""Banks of networks of any kind: specs × folds, halving, early stopping, refits.
 
-N rows, V views, C outputs, K heads. What a kind of network brings is its `Family`; everything else
-is here.
+N rows, V views, C outputs, K heads. What a kind brings is its `Family`; the rest is here.
 """
 
 import warnings
@@ -64,12 +62,7 @@ class Bank(Generic[Spec]):
         """Made once per fold: its means and deviations are a pass over the features."""
         if (fold, standardize) not in self.prepared:
             self.prepared[fold, standardize] = prepare(
-                self.stacked,
-                self.features,
-                self.rows,
-                self.weight,
-                fold,
-                standardize=standardize,
+                self.stacked, self.features, self.rows, self.weight, fold, standardize=standardize
             )
         return self.prepared[fold, standardize]
 

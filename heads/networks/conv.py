@@ -1,5 +1,4 @@
-"""Banks of convolutional heads on spatial taps (`layer4.map`): new 3 × 3 layers, a mean over
-positions, an MLP.
+"""Banks of convolutional heads on spatial taps (`layer4.map`): 3 × 3 layers, a mean, an MLP.
 
 N rows, V views, D channels, h × w positions, C outputs.
 """
@@ -28,7 +27,7 @@ Floats = npt.NDArray[Any]
 
 # Activations and their gradients of the heads that are trained side by side on a CPU.
 CPU_BATCH_BYTES = 256 << 20
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 256  # maps that are predicted at once
 
 
 def fit_conv_bank(
@@ -105,10 +104,8 @@ def _with_scaling(layers: Arrays, data: FoldData) -> Arrays:
     """Return a head's layers with its input scaling, the targets' folded into the last layer."""
     arrays = dict(layers)
     last = max(int(name[6:]) for name in arrays if name.startswith("weight"))
-    weight, bias = (
-        arrays[f"weight{last}"].astype(np.float64),
-        arrays[f"bias{last}"].astype(np.float64),
-    )
+    weight = arrays[f"weight{last}"].astype(np.float64)
+    bias = arrays[f"bias{last}"].astype(np.float64)
     arrays[f"weight{last}"] = (weight * data.target_scale[:, None]).astype(np.float32)
     arrays[f"bias{last}"] = (bias * data.target_scale + data.target_mean).astype(np.float32)
     arrays["mean"] = data.mean.astype(np.float32)

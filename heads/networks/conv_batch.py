@@ -32,7 +32,7 @@ from headrace.heads.networks.mlp_batch import (
 )
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # of batch normalisation, torch's defaults
-EVALUATION_ROWS = 512
+EVALUATION_ROWS = 512  # rows of one block when no gradient is needed
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class ConvStart:
     layers: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 
 
-def random_start(spec: ConvSpec, inputs: int, outputs: int) -> ConvStart:
+def random_start(spec: ConvSpec, n_inputs: int, n_outputs: int) -> ConvStart:
     """Draw convolutions by He's normal distribution (for ReLU), layers as torch.nn.Linear does."""
     generator = np.random.default_rng([spec.seed, 2])
     kernels = [
         (generator.standard_normal((o, i, 3, 3), np.float32) * np.float32(math.sqrt(2 / (9 * i))))
-        for i, o in itertools.pairwise((inputs, *spec.channels))
+        for i, o in itertools.pairwise((n_inputs, *spec.channels))
     ]
     layers = []
-    for i, o in itertools.pairwise((spec.channels[-1], *spec.hidden, outputs)):
+    for i, o in itertools.pairwise((spec.channels[-1], *spec.hidden, n_outputs)):
         bound = np.float32(1 / math.sqrt(i))
         weight = (generator.random((o, i), np.float32) * 2 - 1) * bound
         layers.append((weight, (generator.random(o, np.float32) * 2 - 1) * bound))
@@ -96,8 +96,8 @@ class ConvBatch:
         self.parameters += [
             stack([start.layers[n][1] for start in starts]) for n in range(self.layers)
         ]
-        self.first = [torch.zeros_like(p) for p in self.parameters]
-        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.first_moments = [torch.zeros_like(p) for p in self.parameters]
+        self.second_moments = [torch.zeros_like(p) for p in self.parameters]
         # Running means, then running variances.
         self.running = [torch.zeros(len(starts), width, device=device) for width in widths]
         self.running += [torch.ones(len(starts), width, device=device) for width in widths]
@@ -117,7 +117,13 @@ class ConvBatch:
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
-        for tensors in (self.parameters, self.first, self.second, self.running, self.best):
+        for tensors in (
+            self.parameters,
+            self.first_moments,
+            self.second_moments,
+            self.running,
+            self.best,
+        ):
             tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
         self.specs = [self.specs[head] for head in heads]
         self.bits.seed_of_head = [self.bits.seed_of_head[head] for head in heads]
@@ -213,8 +219,8 @@ class ConvBatch:
                 adamw_broadcast(
                     self.parameters[parameter_index],
                     gradient,
-                    self.first[parameter_index],
-                    self.second[parameter_index],
+                    self.first_moments[parameter_index],
+                    self.second_moments[parameter_index],
                     self.rates,
                     self.shrink,
                     self.step,

@@ -84,8 +84,7 @@ class MLPSpec:
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """New convolution layers and an MLP on a spatial tap (D, h, w), from a random start; otherwise
-    as MLPSpec.
+    """New convolution layers and an MLP on a spatial tap (D, h, w), from random; else as MLPSpec.
 
     Each convolution is 3 × 3, stride 1, with batch normalisation and ReLU; then the mean over
     positions, then the MLP.

@@ -87,14 +87,14 @@ def padded_width(width: int) -> int:
 
 
 def initial_layers(
-    spec: NetworkSpec, inputs: int, outputs: int
+    spec: NetworkSpec, n_inputs: int, n_outputs: int
 ) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     """[(weight (out, in), bias (out,))] float32 for the head's true widths: torch.nn.Linear's
     distribution, uniform within ±1/sqrt(in), from a generator that depends on the seed alone.
     """
     generator = np.random.default_rng([spec.seed, 0])
     layers = []
-    for fan_in, fan_out in zip((inputs, *spec.hidden), (*spec.hidden, outputs), strict=True):
+    for fan_in, fan_out in zip((n_inputs, *spec.hidden), (*spec.hidden, n_outputs), strict=True):
         bound = np.float32(1 / math.sqrt(fan_in))
         weight = (generator.random((fan_out, fan_in), np.float32) * 2 - 1) * bound
         bias = (generator.random(fan_out, np.float32) * 2 - 1) * bound
@@ -103,8 +103,7 @@ def initial_layers(
 
 
 class DropoutBits:
-    """Random bytes, one stream per seed: heads of one seed see the same noise, whatever else is in
-    the batch.
+    """Random bytes, one stream per seed: heads of one seed see the same noise in any batch.
 
     A unit is dropped where its byte is below round(256 · dropout); the kept ones are scaled by
     exactly what that keeps.
@@ -116,14 +115,16 @@ class DropoutBits:
         entropy = {seed: [seed, 1, seed_of_fold(fold) + 1] for seed in sorted(set(seeds))}
         if device.type == "cpu":  # four times faster than torch's own generator on a CPU
             self.numpy = {
-                s: np.random.Generator(np.random.SFC64(np.random.SeedSequence(e)))
-                for s, e in entropy.items()
+                seed: np.random.Generator(np.random.SFC64(np.random.SeedSequence(numbers)))
+                for seed, numbers in entropy.items()
             }
         else:
-            words = {
-                s: int(np.random.SeedSequence(e).generate_state(1)[0]) for s, e in entropy.items()
+            self.torch = {
+                seed: torch.Generator(device).manual_seed(
+                    int(np.random.SeedSequence(numbers).generate_state(1)[0])
+                )
+                for seed, numbers in entropy.items()
             }
-            self.torch = {s: torch.Generator(device).manual_seed(word) for s, word in words.items()}
 
     def draw(self, units: int, batch: int) -> Tensor:
         """(K, units, batch) uint8."""
@@ -170,14 +171,14 @@ class NetworkBatch:
                     weight
                 )
                 self.biases[layer][head, : len(bias)] = torch.from_numpy(bias)
-        # The first layer's weights are kept in units of their head's learning rate: an AdamW step
-        # is then the same for every rate, and one fused call does it for many heads. `cast` holds
-        # the weights as they are, to multiply with.
+        # The first layer's weights are divided by their head's learning rate: an AdamW step is then
+        # the same for every rate, and one fused call does it for many heads.
+        # `weights_to_multiply` are the weights as they are.
         self.weights[0] /= torch.tensor([spec.learning_rate for spec in specs]).view(-1, 1, 1)
         self.weights = [w.to(device) for w in self.weights]
         self.biases = [b.to(device) for b in self.biases]
-        self.first = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
-        self.second = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
+        self.first_moments = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
+        self.second_moments = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
         self.best = [p.clone() for p in (*self.weights, *self.biases)]
         self.bits = DropoutBits([spec.seed for spec in specs], fold, device)
         self._read_specs()
@@ -187,7 +188,7 @@ class NetworkBatch:
         self.rates, self.shrink, self.smoothing, self.balanced = head_columns(
             self.specs, self.device
         )
-        self.cast = (self.weights[0] * self.rates).to(self.dtype)
+        self.weights_to_multiply = (self.weights[0] * self.rates).to(self.dtype)
         n_units = self.weights[0].shape[1]
         rows = GRADIENT_ROWS if self.device.type == "cpu" else len(self) * n_units
         self.heads_at_once = max(1, rows // max(1, n_units))
@@ -198,7 +199,13 @@ class NetworkBatch:
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed: its share of all further work is gone."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
-        for tensors in (self.weights, self.biases, self.first, self.second, self.best):
+        for tensors in (
+            self.weights,
+            self.biases,
+            self.first_moments,
+            self.second_moments,
+            self.best,
+        ):
             tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
         self.specs = [self.specs[head] for head in heads]
         self.bits.seed_of_head = [self.bits.seed_of_head[head] for head in heads]
@@ -258,7 +265,7 @@ class NetworkBatch:
         values: list[Tensor] = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if layer == 0:
-                wide = product(self.cast.view(-1, columns.shape[0]), columns).view(
+                wide = product(self.weights_to_multiply.view(-1, columns.shape[0]), columns).view(
                     heads, -1, columns.shape[1]
                 )
                 value = (
@@ -307,8 +314,8 @@ class NetworkBatch:
             adamw_broadcast(
                 parameters[parameter_index],
                 gradient,
-                self.first[parameter_index],
-                self.second[parameter_index],
+                self.first_moments[parameter_index],
+                self.second_moments[parameter_index],
                 self.rates,
                 self.shrink,
                 self.step,
@@ -320,11 +327,11 @@ class NetworkBatch:
         tensors = (
             slope,
             self.weights[0],
-            self.first[0],
-            self.second[0],
+            self.first_moments[0],
+            self.second_moments[0],
             self.shrink,
             self.rates,
-            self.cast,
+            self.weights_to_multiply,
         )
         for (
             slope_part,
@@ -346,9 +353,9 @@ class NetworkBatch:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 on a CPU by OpenBLAS:
+    """Return a @ b, in float32 on a CPU by NumPy's OpenBLAS.
 
-    95-104 GF/s a core on AMD Zen 4, where torch's MKL reached 66-95.
+    Measured on AMD Zen 4: 95-104 GF/s a core, where torch's MKL reached 66-95.
     """
     if a.device.type == "cpu" and a.dtype == torch.float32:
         out = torch.empty(a.shape[0], b.shape[1])
@@ -453,7 +460,7 @@ def loss_and_slope(
     squared error.
     weight: (K or 1, B).
     """
-    outputs = decision.shape[1]
+    n_outputs = decision.shape[1]
     if rows.task == "single":
         log_p = torch.log_softmax(decision, 1)
         target = rows.target.index_select(0, index)
@@ -463,14 +470,14 @@ def loss_and_slope(
         if smoothing is None:
             slope.scatter_add_(1, target_index, torch.full_like(loss, -1).unsqueeze(1))
         else:
-            flat = smoothing.view(-1, 1)
-            loss = (1 - flat) * loss - flat * log_p.mean(1)
+            head_smoothing = smoothing.view(-1, 1)
+            loss = (1 - head_smoothing) * loss - head_smoothing * log_p.mean(1)
             slope.scatter_add_(
                 1, target_index, (smoothing - 1).expand(-1, 1, len(index)).contiguous()
-            ).sub_(smoothing / outputs)
+            ).sub_(smoothing / n_outputs)
     else:
         target = rows.target.index_select(1, index)
-        scale = 1 / outputs
+        scale = 1 / n_outputs
         if rows.task == "multi":
             per_label = torch.ones_like(target).unsqueeze(0)
             if rows.label_weight is not None and balanced is not None:
@@ -481,12 +488,17 @@ def loss_and_slope(
                 per_label = torch.stack([torch.ones_like(target), balanced_weight]).index_select(
                     0, balanced
                 )
-            soft = target if smoothing is None else target * (1 - smoothing) + smoothing / 2
+            smoothed_target = (
+                target if smoothing is None else target * (1 - smoothing) + smoothing / 2
+            )
             loss = (
-                torch.nn.functional.softplus(decision).sub_(soft * decision).mul_(per_label).sum(1)
+                torch.nn.functional.softplus(decision)
+                .sub_(smoothed_target * decision)
+                .mul_(per_label)
+                .sum(1)
                 * scale
             )
-            slope = (torch.sigmoid(decision) - soft).mul_(per_label).mul_(scale)
+            slope = (torch.sigmoid(decision) - smoothed_target).mul_(per_label).mul_(scale)
         else:
             slope = decision - target
             loss = slope.square().sum(1) * (0.5 * scale)

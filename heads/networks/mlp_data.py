@@ -99,10 +99,8 @@ def fold_data(
     n_positions: axes of a map's positions.
     """
     n, target, outputs, task = len(data.fold), data.target, data.n_outputs, data.task_kind
-    held_out, train = (
-        data.held_out_rows(held_out_fold),
-        weighted_training_rows(data, weight, held_out_fold),
-    )
+    held_out = data.held_out_rows(held_out_fold)
+    train = weighted_training_rows(data, weight, held_out_fold)
     shape = (-1,) + (1,) * n_positions  # of maps, (D, 1, 1)
     target_mean, target_scale = np.zeros(outputs), np.ones(outputs)
     plain = weight / weight[train].mean()
@@ -186,9 +184,7 @@ def _imputed(
 
 
 def mean_and_scale(
-    stacked: Floats | StreamedStack,
-    train: npt.NDArray[np.int64],
-    imputed: Imputed | None = None,
+    stacked: Floats | StreamedStack, train: npt.NDArray[np.int64], imputed: Imputed | None = None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and scale (D,) float64 of the training rows over views and positions.
 

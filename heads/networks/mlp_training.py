@@ -1,5 +1,4 @@
-"""The epochs of one batch of networks: train, validate, remember the best, let the finished ones
-go.
+"""The epochs of one batch of networks: train, validate, remember the best, let finished ones go.
 
 K heads, N rows, V views.
 """

@@ -38,37 +38,19 @@ Floats = npt.NDArray[Any]
 
 # The public modules whose classes are estimators and nothing else: importing them runs
 # scikit-learn's own code alone.
-_MODULES = {
-    *(
-        "calibration",
-        "cross_decomposition",
-        "discriminant_analysis",
-        "dummy",
-        "ensemble",
-        "gaussian_process",
-        "isotonic",
-    ),
-    *("kernel_ridge", "linear_model", "naive_bayes", "neighbors", "neural_network", "svm", "tree"),
+_SAFE_MODULES = {
+    *("calibration", "cross_decomposition", "discriminant_analysis", "dummy", "ensemble"),
+    *("gaussian_process", "isotonic", "kernel_ridge", "linear_model", "naive_bayes"),
+    *("neighbors", "neural_network", "svm", "tree"),
 }
+_PREDICTORS = (ClassifierMixin, RegressorMixin)
 # Parameters that stand for other code or for files: nested estimators, functions, joblib's cache of
 # pickles.
-_PREDICTORS = (ClassifierMixin, RegressorMixin)
 _CODE_PARAMETERS = {
-    *(
-        "estimator",
-        "estimators",
-        "base_estimator",
-        "final_estimator",
-        "regressor",
-        "transformer",
-        "steps",
-        "kernel_params",
-    ),
-    *("func", "inverse_func", "memory", "metric_params"),
+    *("estimator", "estimators", "base_estimator", "final_estimator", "regressor", "transformer"),
+    *("steps", "kernel_params", "func", "inverse_func", "memory", "metric_params"),
 }
-
-
-_MOST_OUTPUTS = 1_000_000
+_MAX_OUTPUTS = 1_000_000  # of a file that may be damaged: an array of as many columns is made
 
 
 class BadEstimator(HeadraceError, ValueError):
@@ -143,27 +125,28 @@ def estimator_code(spec: SklearnSpec) -> str | None:
     parameters are values. Nothing is imported but those modules.
     """
     module, _, name = spec.estimator.rpartition(".")
-    asked = f"{module}:{name}"
-    package, _, rest = module.partition(".")
-    if package != "sklearn" or rest not in _MODULES or name.startswith("_"):
-        return asked
+    named_code = f"{module}:{name}"
+    package, _, submodule = module.partition(".")
+    if package != "sklearn" or submodule not in _SAFE_MODULES or name.startswith("_"):
+        return named_code
     kind = getattr(importlib.import_module(module), name, None)
     if not (
         inspect.isclass(kind) and issubclass(kind, BaseEstimator) and issubclass(kind, _PREDICTORS)
     ):
-        return asked
+        return named_code
     # a name that the module has imported from elsewhere
     if not f"{kind.__module__}.".startswith(f"{module}."):
-        return asked
+        return named_code
     try:
         parameters = json.loads(spec.parameters)
     except ValueError:
-        return asked
+        return named_code
     if not isinstance(parameters, dict) or not _CODE_PARAMETERS.isdisjoint(parameters):
-        return asked
-    jobs = parameters.get("n_jobs")  # each may be a process
-    few = jobs is None or (isinstance(jobs, int) and abs(jobs) <= (os.cpu_count() or 1))
-    return None if few else asked
+        return named_code
+    # Each job may be a process: a model's file must not start a thousand of them.
+    jobs = parameters.get("n_jobs")
+    is_affordable = jobs is None or (isinstance(jobs, int) and abs(jobs) <= (os.cpu_count() or 1))
+    return None if is_affordable else named_code
 
 
 def fit_sklearn_bank(
@@ -179,13 +162,13 @@ def fit_sklearn_bank(
     task, n_classes = data.task_kind, data.n_outputs
     check_finite(X)
     weight = row_weights(data.sample_weight, len(X))
-    everything = np.flatnonzero((fold != TEST) & (weight > 0))
+    usable_rows = np.flatnonzero((fold != TEST) & (weight > 0))
     stored: dict[str, npt.NDArray[Any]] = {}
-    if refit and len(everything) * X.shape[1] * 4 <= STORED_ROWS_BYTES:
+    if refit and len(usable_rows) * X.shape[1] * 4 <= STORED_ROWS_BYTES:
         stored = {
-            "features": np.ascontiguousarray(X[everything], np.float32),
-            "target": np.ascontiguousarray(target[everything]),
-            "sample_weight": weight[everything],
+            "features": np.ascontiguousarray(X[usable_rows], np.float32),
+            "target": np.ascontiguousarray(target[usable_rows]),
+            "sample_weight": weight[usable_rows],
             "outputs": np.array([n_classes]),
         }
         if data.side:
@@ -194,10 +177,10 @@ def fit_sklearn_bank(
     for spec in specs:
         for held_out_fold in data.folds_to_fit(refit=refit):
             started = time.perf_counter()
-            train = (
-                everything[fold[everything] != held_out_fold]
+            training_rows = (
+                usable_rows[fold[usable_rows] != held_out_fold]
                 if held_out_fold != REFIT
-                else everything
+                else usable_rows
             )
             held_out_features = X[fold == held_out_fold]
             validation, error = None, None
@@ -206,7 +189,12 @@ def fit_sklearn_bank(
                     make_estimator(spec, data.side)  # fitted when it predicts
                 else:
                     estimator = _fitted(
-                        spec, X[train], target[train], weight[train], task, data.side
+                        spec,
+                        X[training_rows],
+                        target[training_rows],
+                        weight[training_rows],
+                        task,
+                        data.side,
                     )
                     validation = _probabilities(
                         estimator, held_out_features, n_classes, task, data.side
@@ -250,7 +238,7 @@ def fitted_sklearn(
         outputs = int(arrays["outputs"].item())
         if (
             task == "single"
-            and not 0 <= arrays["target"].min() <= arrays["target"].max() < outputs <= _MOST_OUTPUTS
+            and not 0 <= arrays["target"].min() <= arrays["target"].max() < outputs <= _MAX_OUTPUTS
         ):
             raise CannotPredict(f"its rows are of other classes than its {outputs} outputs")
         side = [

@@ -73,7 +73,7 @@ def external_code(spec: Any) -> str | None:
 def estimator_cost(
     spec: SklearnSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return nothing shared, and the seconds of a forest, whatever the estimator is."""
+    """Return no shared seconds, and those of a forest, for want of a rule for all estimators."""
     return 0.0, n_fits * 1e-7 * n_rows * n_features
 
 

@@ -34,11 +34,10 @@ def advise_run(
 
     A second call trains nothing.
 
-    Args:
-        run: its directory, or its recipe.
-        reference: another run, given likewise. How far the images of `run` lie from its images is
-            then part of the advice.
-        workers: worker processes, by default one per core.
+    run: its directory, or its recipe.
+    reference: another run, given likewise. How far the images of `run` lie from its images is then
+    part of the advice.
+    workers: worker processes, by default one per core.
 
     Raises NotARun; RunReadOnly, as the heads that are trained for the advice stay in the run;
     NoReference; HeadraceError where features are missing.

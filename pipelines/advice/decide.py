@@ -140,7 +140,7 @@ def decide(evidence: Evidence) -> Advice:
     curve that still falls; a flat one, with errors that are not label noise, on enough images to
     train deeper; a flat one otherwise.
     """
-    reasons = [_error_text(evidence)]
+    reasons = [f"The best head errs on {percent(evidence.error)} of {evidence.images:,} images."]
     if evidence.images < THIN_ROWS or not evidence.gain:
         return _advice(
             "abstain",
@@ -198,9 +198,7 @@ def decide(evidence: Evidence) -> Advice:
 
 
 def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
-    """Return the advice where more images would not help: the rest of the error is label noise, or
-    the features' fault.
-    """
+    """Advise where more images would not help: the error is label noise, or the features'."""
     if evidence.error.above(2 * MATERIAL_GAIN) < 1 - SURE_PROBABILITY:
         return _advice("head", "Train a head; little is left to gain.", evidence, reasons)
     if evidence.surest is None:
@@ -359,10 +357,6 @@ def percent(error: Estimate) -> str:
 
 def _above(tap: str | None) -> str:
     return "everything" if tap is None else f"what lies above {tap}"
-
-
-def _error_text(evidence: Evidence) -> str:
-    return f"The best head errs on {percent(evidence.error)} of {evidence.images:,} images."
 
 
 def _thin(evidence: Evidence) -> list[str]:

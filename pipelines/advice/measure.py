@@ -20,7 +20,6 @@ from headrace.heads.bank import BankJob
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import mean_loss_interval, proportion_interval
-from headrace.heads.kinds import spec_from_json
 from headrace.heads.spec import HeadSpec
 from headrace.pipelines.advice.decide import (
     STARVED_SHARE,
@@ -34,6 +33,7 @@ from headrace.pipelines.advice.decide import (
 )
 from headrace.pipelines.advice.reference import ReferenceEvidence, reference_evidence
 from headrace.pipelines.advice.transferability import transferability_scores
+from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.selection.estimate import Estimate
 from headrace.pipelines.selection.learning_curves import (
     LearningCurve,
@@ -55,7 +55,7 @@ from headrace.pipelines.selection.predictions import (
 
 Floats = npt.NDArray[np.float64]
 
-RESAMPLES = 400
+RESAMPLES = 400  # of the validation rows
 IMAGE_FACTORS = (2, 4)  # times as many images
 # kinds whose winner has a learning curve of its own, beside the linear heads
 _CURVE_KINDS = ("logistic", "ridge", "mlp")
@@ -82,15 +82,14 @@ def advise_on(
 ) -> Advice:
     """Return the advice for a ranked leaderboard of a task.
 
-    Args:
-        board: best first; `inputs` are tuples of names of feature sets.
-        feature_paths: directories of the feature sets, by these names.
-        results_folder: where measurements stay; a second call trains nothing.
-        train_all: trains the bank jobs of the learning curve.
-        groups: (rows of the task,) rows of one group are resampled together.
-        sort_by_depth: sorts names of feature sets of one backbone, early to late; by default they
-            are in that order.
-        reference: feature sets and image contents of another run to measure the distance to.
+    board: best first; `inputs` are tuples of names of feature sets.
+    feature_paths: directories of the feature sets, by these names.
+    results_folder: where measurements stay; a second call trains nothing.
+    train_all: trains the bank jobs of the learning curve.
+    groups: (rows of the task,) rows of one group are resampled together.
+    sort_by_depth: sorts names of feature sets of one backbone, early to late; by default they are
+    in that order.
+    reference: feature sets and image contents of another run to measure the distance to.
 
     Raises NoCompleteHead, NoReference, HeadraceError where features are missing.
     """
@@ -198,7 +197,7 @@ def _backbone_key(spec: FeatureSpec) -> tuple[str, ...]:
 
 def curve_specs(task: Task, winner: pd.Series) -> list[HeadSpec]:
     """Return the learning curve's heads: linear ones, strong to weak, and the winner's own."""
-    winner_spec = spec_from_json(winner["spec"])
+    winner_spec = model_spec(winner["spec"])
     specs = linear_specs(task, getattr(winner_spec, "class_weight", "none"))
     if winner_spec.kind in _CURVE_KINDS:
         specs = [*specs, winner_spec]

@@ -22,7 +22,7 @@ Content = npt.NDArray[np.bytes_]
 
 MAX_IMAGES = 1000  # of either run, drawn at random
 MIN_IMAGES = 20  # of fewer, the nearest image says little
-RESAMPLES = 400
+RESAMPLES = 400  # of the distances
 
 
 class NoReference(HeadraceError, ValueError):
@@ -53,11 +53,10 @@ def reference_evidence(
 
     Maps are left out, and of the reference the images that both runs have.
 
-    Args:
-        feature_paths: directories of the run's feature sets, by name.
-        content: content hashes of the run's images.
-        reference_paths, reference_content: those of the reference. Feature sets with the same
-            fingerprint are the same.
+    feature_paths: directories of the run's feature sets, by name.
+    content: content hashes of the run's images.
+    reference_paths, reference_content: those of the reference. Feature sets with the same
+    fingerprint are the same.
 
     Raises NoReference, saying what is missing.
     """

@@ -30,9 +30,9 @@ from headrace.heads.evaluate.transferability import (
 from headrace.heads.neighbors.bank import fit_knn_bank
 from headrace.heads.neighbors.kind import KNNSpec
 
-ROWS = 1000
-NEIGHBOURS = (1, 5, 20)
-_VERSION = 1
+ROWS = 1000  # at most, drawn at random
+NEIGHBOURS = (1, 5, 20)  # the best of these counts
+_VERSION = 1  # of the stored scores
 _FOLDS = 5
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # dots in a node's name that are shown without --all: stages and blocks, not the layers inside them
 _DEPTH = 1
-_MANY = 40
+_MANY = 40  # names that are described, unless all are asked for
 
 NameArgument = Annotated[
     str | None,

@@ -270,8 +270,7 @@ def schema(
 
     Example: headrace schema recipe
     """
-    from headrace.pipelines.cli.schema import RECIPE
-    from headrace.pipelines.cli.schema import schema as make_schema
+    from headrace.pipelines.cli.schema import RECIPE, schema as make_schema
 
     with utf8_stdout() as stream:
         stream.write(json.dumps(make_schema(" ".join(name or [RECIPE])), indent=2) + "\n")

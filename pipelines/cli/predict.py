@@ -1,5 +1,6 @@
 """`headrace predict`."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +23,13 @@ from headrace.pipelines.cli.options import (
 from headrace.pipelines.console import make_console, utf8_stdout
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from headrace.heads.unit_rule import UnitRule
     from headrace.pipelines.models.image_parts import ImageParts
     from headrace.pipelines.models.model import Model
+    from headrace.pipelines.predict.bulk import PredictionSummary
+    from headrace.pipelines.predict.units import UnitNames
 
 
 class TableFormat(StrEnum):
@@ -42,9 +48,7 @@ ModelArgument = Annotated[
     Path,
     typer.Argument(
         help="A run, by its recipe or its directory (the selected model is used: winner or "
-        "ensemble); a "
-        "model directory; what "
-        "headrace export wrote.",
+        "ensemble); a model directory; what headrace export wrote.",
         autocompletion=complete_runs,
     ),
 ]
@@ -54,8 +58,7 @@ TrustOption = Annotated[
         "--trust-code",
         metavar="MODULE:FUNCTION",
         help="Import this code, which a model or run asks for by its directory; nothing else is "
-        "imported. May be given several "
-        "times.",
+        "imported. May be given several times.",
     ),
 ]
 DeviceOption = Annotated[
@@ -142,23 +145,19 @@ def predict_command(
     """Predict the class of images, with probabilities: one row per image, in the order given.
 
     Images whose features are in the cache need no network. Of a model of boxes or tiles each box or
-    tile is a row. A model of units (patients, slides)
-    writes a table of them beside that of the images. Interrupted at any moment, the same command
-    goes on where it was. An image that cannot be decoded has its reason in its row.
+    tile is a row. A model of units (patients, slides) writes a table of them beside that of the
+    images. Interrupted at any moment, the same command goes on where it was. An image that cannot
+    be decoded has its reason in its row.
 
     Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
     """
     table_format = _table_format(out, format_option)
     if out == "-" and json_output:
         raise OutputError("--out - and --json both want the standard output: give --out a file")
-    from headrace.cache.text import as_text
     from headrace.pipelines.models.model import load_model
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
     from headrace.pipelines.predict.listing import list_images, unsaid_parts_note, whole_images_note
-    from headrace.pipelines.predict.units import UnitNames, units_path
-    from headrace.pipelines.predict.weights import weights_path
-    from headrace.pipelines.recipe.targets import empty_as_missing
 
     loaded_model = load_model(model, trust_code=trust_code or ())
     cache_root = _cache_root(loaded_model, cache, no_cache=no_cache, update_cache=update_cache)
@@ -179,16 +178,13 @@ def predict_command(
     )
     samples = listing.samples
     console = make_console(stderr=True)
-    unit_names, unit_note = None, []
-    if rule is not None:
-        names = as_text(empty_as_missing(samples[rule.column])).astype(object)
-        unit_names = UnitNames(rule, names.where(names.notna(), None).to_numpy())
-        if names.isna().all():
-            unit_names = None
-            unit_note = [
-                f"the model predicts units of {rule.column!r}, and the images have no such column: "
-                "give a table with it, or the recipe. Images alone are predicted"
-            ]
+    unit_names = _unit_names(rule, samples)
+    unit_note = []
+    if rule is not None and unit_names is None:
+        unit_note = [
+            f"the model predicts units of {rule.column!r}, and the images have no such column: "
+            "give a table with it, or the recipe. Images alone are predicted"
+        ]
     left_out = [f"left out: {item}" for item in listing.left_out]
     whole_note = [] if whole_images else whole_images_note(parts, samples["path"])
     if parts is None and not (whole_images or box_columns or detections):
@@ -235,24 +231,56 @@ def predict_command(
                 console=progress_console(quiet=quiet, progress_format=progress),
             )
     if json_output:
-        from headrace.pipelines.cli.json_output import PredictOutput, print_json
+        _print_json(summary, Path(out), notes, has_units=unit_names is not None)
+    else:
+        text = _summary_text(summary, out, has_units=unit_names is not None)
+        console.print(text, soft_wrap=True)
+    if summary.failed == summary.images:
+        raise typer.Exit(1)
 
-        print_json(
-            PredictOutput(
-                out=str(Path(out).absolute()),
-                images=summary.images,
-                units=None if unit_names is None else str(units_path(Path(out)).absolute()),
-                weights=None
-                if summary.units_without_weights is None
-                else str(weights_path(Path(out)).absolute()),
-                new=summary.new,
-                cached=summary.cached,
-                failed=summary.failed,
-                counts=summary.counts,
-                notes=notes,
-            )
+
+def _unit_names(rule: "UnitRule | None", samples: "pd.DataFrame") -> "UnitNames | None":
+    """Return the unit of each image; None for a model or images without units."""
+    from headrace.cache.text import as_text
+    from headrace.pipelines.predict.units import UnitNames
+    from headrace.pipelines.recipe.targets import empty_as_missing
+
+    if rule is None:
+        return None
+    names = as_text(empty_as_missing(samples[rule.column])).astype(object)
+    if names.isna().all():
+        return None
+    return UnitNames(rule, names.where(names.notna(), None).to_numpy())
+
+
+def _print_json(
+    summary: "PredictionSummary", out: Path, notes: Sequence[str], *, has_units: bool
+) -> None:
+    from headrace.pipelines.cli.json_output import PredictOutput, print_json
+    from headrace.pipelines.predict.units import units_path
+    from headrace.pipelines.predict.weights import weights_path
+
+    has_weights = summary.units_without_weights is not None
+    print_json(
+        PredictOutput(
+            out=str(out.absolute()),
+            images=summary.images,
+            units=str(units_path(out).absolute()) if has_units else None,
+            weights=str(weights_path(out).absolute()) if has_weights else None,
+            new=summary.new,
+            cached=summary.cached,
+            failed=summary.failed,
+            counts=summary.counts,
+            notes=tuple(notes),
         )
-        raise typer.Exit(summary.failed == summary.images)
+    )
+
+
+def _summary_text(summary: "PredictionSummary", out: str, *, has_units: bool) -> str:
+    """Return "12 images, 10 of them predicted now; a: 7, b: 5. Wrote predictions.csv"."""
+    from headrace.pipelines.predict.units import units_path
+    from headrace.pipelines.predict.weights import weights_path
+
     summary_text = f"{summary.images:,} images"
     if summary.new < summary.images:
         summary_text += f", {summary.new:,} of them predicted now"
@@ -268,7 +296,7 @@ def predict_command(
         summary_text += f". {summary.failed:,} could not be used: the column `error` says why"
     if out != "-":
         summary_text += f". Wrote {out}"
-        if unit_names is not None:
+        if has_units:
             summary_text += f" and, of units, {units_path(Path(out))}"
         if summary.units_without_weights is not None:
             summary_text += f". What each image weighs: {weights_path(Path(out))}"
@@ -277,9 +305,7 @@ def predict_command(
                 f", less {summary.units_without_weights:,} units without cached features: "
                 "--update-cache"
             )
-    console.print(summary_text, soft_wrap=True)
-    if summary.failed == summary.images:
-        raise typer.Exit(1)
+    return summary_text
 
 
 def _parts_options(

@@ -100,7 +100,7 @@ def extract_output(result: ExtractionResult) -> ExtractOutput:
     )
 
 
-_LEADERS = 100
+_LEADERS = 100  # rows of the leaderboard in the object
 
 
 def _setting(row: "pd.Series[Any]", metric: str, names: Iterable[str]) -> Setting:

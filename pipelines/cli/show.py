@@ -25,7 +25,7 @@ from headrace.pipelines.planning.plan import Plan
 from headrace.pipelines.result import RunResult
 from headrace.pipelines.run import ExtractionResult
 
-_LEADERS = 12
+_LEADERS = 12  # rows of the leaderboard on the terminal
 _WIDE_COLUMNS = 100  # what a table of eight columns with lines between them needs
 
 

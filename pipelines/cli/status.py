@@ -54,7 +54,7 @@ def run_status(run: Path) -> list[DriverStatus]:
     return [
         status
         if status.state != "running" or driver_lives(paths.leases, status.driver)
-        else _gone(status)
+        else dataclasses.replace(status, state="gone", running={}, dashboard=None)
         for status in statuses
     ]
 
@@ -104,10 +104,6 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
         error=error,
         left_s=rate_and_left(done, total, (read_at - stage_began).total_seconds())[1],
     )
-
-
-def _gone(status: DriverStatus) -> DriverStatus:
-    return dataclasses.replace(status, state="gone", running={}, dashboard=None)
 
 
 def print_status_json(run: Path) -> None:

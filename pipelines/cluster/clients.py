@@ -1,6 +1,4 @@
-"""Where tasks run: one small function per kind of cluster, each giving a Dask client, started only
-when there is work.
-"""
+"""Where tasks run: a function per kind of cluster gives a Dask client, once there is work."""
 
 import contextlib
 import ipaddress
@@ -40,8 +38,8 @@ from headrace.pipelines.recipe.sections import ClusterSection
 Role = Literal["extract", "train"]
 
 
-# Of a cluster on this machine. Its scheduler's pages get any free port (a fixed one would let only
-# one run start on a machine) until `close_pages` takes it away.
+# Settings of a cluster on this machine: nobody on the network reaches it. Its scheduler's pages get
+# any free port (a fixed one would let only one run start on a machine) until `close_pages`.
 _PRIVATE: Mapping[str, Any] = {
     "host": "127.0.0.1",
     "protocol": "tls://",
@@ -67,6 +65,7 @@ def open_client(
     extraction. run_folder: for logs and certificates. imports: modules of the tasks, see
     `local_client`. Raises HeadraceError.
     """
+    # Heads train on the CPU, one process per core, whatever the networks run on.
     on_gpu = role == "extract" and device != "cpu"
     if section.where == "local" or (section.where == "cuda" and not on_gpu):
         client_context = local_client(workers, section.memory, imports)
@@ -95,7 +94,7 @@ def local_client(
     """
     _refuse_while_importing()
     n_workers = workers or available_cores()
-    # a server that is there already has those of an earlier moment
+    # Workers forked by a server that was started earlier would have that moment's variables.
     worker_variables = dict(os.environ)
     local_settings = {
         METHOD: start_server(module_names),
@@ -230,7 +229,7 @@ def _refuse_while_importing() -> None:
         )
 
 
-def top_up(client: Client) -> None:
+def restart_lost_workers(client: Client) -> None:
     """Start lost workers again, where this process started the cluster."""
     cluster: Any = client.cluster
     if hasattr(cluster, "job_cls"):

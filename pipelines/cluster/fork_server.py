@@ -1,5 +1,4 @@
-"""The process that the workers of this machine are forked from: what they import is imported once,
-by this process.
+"""The process that the workers of this machine are forked from: imports happen once, here.
 
 It is multiprocessing's fork server. It has one thread and opens nothing, so that what is forked
 from it starts as clean as what is spawned, without the seconds of CPU that PyTorch takes to import.

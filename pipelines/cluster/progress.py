@@ -23,7 +23,7 @@ from headrace.pipelines.console import PlainConsole
 _NARROW_COLUMNS = 110
 # Without a terminal: a line at most this often, so that a log stays short.
 _LOG_INTERVAL_S = 5.0
-_NOTEBOOK_INTERVAL_S = 0.25
+_NOTEBOOK_INTERVAL_S = 0.25  # the line is written over, so that no log grows
 # After the first things were done: what follows within it says nothing about the rate.
 _SETTLED_S = 3.0
 

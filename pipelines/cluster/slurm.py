@@ -33,7 +33,7 @@ _ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED"
 # Workers end by themselves this long before SLURM would kill them, or a tenth of the wall time if
 # that is less.
 _MARGIN_S = 120
-_PATIENCE = 5
+_PATIENCE = 5  # jobs in a row that may end before their worker comes
 # Of a job of the GPU partition. Decoding limits: one core decodes some 300 images a second. Other
 # numbers go into `directives`, which come later in the job's script and so are what counts.
 _CORES_PER_GPU = 8
@@ -60,8 +60,7 @@ _looked: dict[str, float] = {}
 def slurm_client(
     section: ClusterSection, workers: int | None = None, *, on_gpu: bool = False, run_folder: Path
 ) -> Iterator[Client]:
-    """Give a client of a cluster whose workers are SLURM jobs; the scheduler runs here. Needs the
-    extra `slurm`.
+    """Give a client of a cluster of SLURM jobs, its scheduler here. Needs the extra `slurm`.
 
     Each job is one node's share, `workers_per_job` processes of one core. on_gpu: jobs of the GPU
     partition, a worker per GPU, with several cores to decode on. run_folder: where certificates

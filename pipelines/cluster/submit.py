@@ -1,5 +1,4 @@
-"""Run many small tasks on a Dask client: one in flight per worker thread, each outcome handed back
-as it comes.
+"""Run many small tasks on a Dask client: one per worker thread, each outcome handed back at once.
 
 Every task is pinned to one worker, and a worker is given its next task when the outcome of the last
 one has come. So a worker that dies takes down only what it was running, and it is known which tasks
@@ -29,7 +28,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.errors import HeadraceError
-from headrace.pipelines.cluster.clients import top_up
+from headrace.pipelines.cluster.clients import restart_lost_workers
 from headrace.pipelines.cluster.dask_client import ClusterError
 from headrace.pipelines.cluster.task_leases import TaskLeases
 from headrace.pipelines.cluster.worker import versions
@@ -138,7 +137,7 @@ class _SchedulerWindow(Generic[Job, Result]):
     # by Dask's key: the task's, and which attempt it is
     in_flight: dict[str, _InFlight[Job]] = field(default_factory=dict)
     # Dask's keys of tasks that are over; "" for an answer of a worker about its versions
-    over: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    ended_keys: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     # workers that are being stopped, by the reason
     stopped_workers: dict[str, str] = field(default_factory=dict)
     own_versions: dict[str, str] = field(default_factory=versions)  # which workers have to have too
@@ -164,9 +163,7 @@ _DEFAULT = TaskOptions()
 
 
 def announced(options: TaskOptions, console: Console) -> TaskOptions:
-    """Return the options with events of workers and hosts printed on the console too, and of tasks
-    where it is verbose.
-    """
+    """Return options that print events of workers and hosts too, and of tasks if verbose."""
     is_verbose = isinstance(console, PlainConsole) and console.verbose
 
     def announce(event: str, **details: Any) -> None:
@@ -288,7 +285,7 @@ def _accepted_workers(
             allow_other_workers=False,
         )
         window.version_futures[worker] = future
-        future.add_done_callback(lambda _: window.over.put(""))
+        future.add_done_callback(lambda _: window.ended_keys.put(""))
     for worker in window.version_futures.keys() - workers.keys():
         del window.version_futures[worker]
     for worker in workers.keys() - window.accepted_workers - window.refused_workers.keys():
@@ -377,19 +374,19 @@ def _submit(window: _SchedulerWindow[Job, Result], task: _Task[Job], worker: str
     )
     window.in_flight[dask_key] = _InFlight(task, worker, future, time.monotonic())
     window.options.on_event("started", task=task.key, worker=worker, attempt=task.n_attempts)
-    future.add_done_callback(lambda _: window.over.put(dask_key))
+    future.add_done_callback(lambda _: window.ended_keys.put(dask_key))
 
 
 def _wait_for_ends(window: _SchedulerWindow[Job, Result]) -> list[str]:
     """Return Dask's keys of tasks in flight that are over; wait for the first, but not for long."""
     dask_keys: list[str] = []
     with contextlib.suppress(queue.Empty):
-        dask_keys.append(window.over.get(timeout=_LOOK_S))
+        dask_keys.append(window.ended_keys.get(timeout=_LOOK_S))
         while not dask_keys[-1]:  # answers about versions: any number of them is one reason to look
-            dask_keys.append(window.over.get_nowait())
+            dask_keys.append(window.ended_keys.get_nowait())
     if dask_keys:
         return dask_keys
-    top_up(window.client)
+    restart_lost_workers(window.client)
     now, task_timeout_s = time.monotonic(), window.options.task_timeout_s
     late_workers = {
         flight.worker

@@ -17,8 +17,7 @@ from typing import Any
 
 
 def outlive_terminal(log_path: Path) -> None:
-    """Let nothing of this process end with its terminal, from now on; do nothing where there is
-    none.
+    """Let nothing of this process end with its terminal, from now on, if it has one.
 
     log_path: what is written to the terminal after it is gone is appended here.
     """

@@ -87,9 +87,10 @@ def task_leases(directory: Path) -> Iterator[TaskLeases]:
 
 def remove_dead(directory: Path) -> int:
     """Remove the leases and locks of drivers that are not alive; return how many files."""
-    drivers, n_removed = [path.stem for path in sorted(directory.glob("*.driver"))], 0
+    drivers = [path.stem for path in sorted(directory.glob("*.driver"))]
     dead_drivers = [driver for driver in drivers if not driver_lives(directory, driver)]
     living_drivers = set(drivers) - set(dead_drivers)
+    n_removed = len(dead_drivers)
     # Drivers lock before they take leases: a lease whose driver has no lock is a dead driver's.
     # Looked at again, for a driver may have begun since.
     for lease_path in (*directory.glob("*.lease"), *directory.glob("*.lease.*")):
@@ -97,7 +98,7 @@ def remove_dead(directory: Path) -> int:
         if owner is not None and owner not in living_drivers and not driver_lives(directory, owner):
             n_removed += 1
             _remove_abandoned(lease_path, owner)
-    return n_removed + len(dead_drivers)
+    return n_removed
 
 
 def _remove_abandoned(lease_path: Path, owner: str | None) -> None:

@@ -51,8 +51,7 @@ def make_certificate() -> tuple[str, str]:
 
 
 def own_security() -> Security:
-    """Return Dask's security for a cluster that one process starts and ends: a certificate of its
-    own, in no file.
+    """Return Dask's security for a cluster that one process starts and ends: its own certificate.
 
     Loopback is not private: every user of a machine can connect to it, and whoever a scheduler lets
     in can run code as its user. Worker processes are handed the key when they are started.
@@ -62,8 +61,7 @@ def own_security() -> Security:
 
 
 def write_tls(folder: Path) -> Path:
-    """Make a key and a self-signed certificate in a folder that only its owner can read; what is
-    there is kept.
+    """Make a key and a self-signed certificate in a folder for its owner alone, unless there.
 
     Whoever holds the key is let in: scheduler, workers and clients show the same certificate, and
     accept no other. Valid for a year.

@@ -62,8 +62,7 @@ def versions() -> dict[str, str]:
 
 
 def choose_gpu(worker_name: str, n_gpus: int) -> None:
-    """Show this process only its own of a job's GPUs, before it uses one. worker_name: ends in
-    the worker's number.
+    """Show this process only its own of a job's GPUs. worker_name: ends in the worker's number.
 
     A job's workers all see all of its GPUs, and each would use the first.
     """

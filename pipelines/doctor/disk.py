@@ -14,9 +14,9 @@ from typing import Any
 
 from headrace.pipelines.doctor.finding import Finding
 
-_LEAST_FREE_BYTES = 2e9
+_LEAST_FREE_BYTES = 2e9  # below it not even a small run has room
 _SLOW_BYTES_PER_S = 20e6  # a disk below this holds up a GPU, and a dozen cores
-_PROBE_BYTES = 32 << 20
+_PROBE_BYTES = 32 << 20  # written to measure the speed, or what two seconds allow
 # between this clock and the file system's: more, and files seem to come from the future
 _SKEW_S = 2.0
 

@@ -63,8 +63,7 @@ def check_libraries(find_version: Callable[[str], str] = importlib.metadata.vers
 
 
 def _load_pair() -> tuple[str, str]:
-    """Return the versions of torch and torchvision, after one compiled operator of the latter has
-    run.
+    """Return the versions of torch and torchvision, after a compiled operator of it has run.
 
     The operators' library is loaded by itself, and torchvision's own word on its torch is read from
     its metadata: importing torchvision brings in torch's compilers, which takes as long as

@@ -26,8 +26,10 @@ def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
         ),
         "tags": ["transfer-learning", "image-classification", "headrace"],
     }
-    if base_models := sorted(_base_models(model)):
-        values["base_model"] = base_models
+    backbones = [backbone for member in model.members for backbone in member.backbones]
+    hub_names = {name for backbone in backbones if (name := _hub_name(backbone))}
+    if hub_names:  # weights of other origin have no name there
+        values["base_model"] = sorted(hub_names)
     if test_result is not None:
         values["metrics"] = [test_result["metric"]]
         values["model-index"] = [
@@ -49,12 +51,6 @@ def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
             }
         ]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
-
-
-def _base_models(model: Model) -> set[str]:
-    """Return the Hub's names of the networks with weights of the Hub; other weights have none."""
-    backbones = [backbone for member in model.members for backbone in member.backbones]
-    return {name for backbone in backbones if (name := _hub_name(backbone))}
 
 
 def _hub_name(backbone: BackboneSpec) -> str | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from headrace.pipelines.export.write import ExportError, export_model
+from headrace.pipelines.export.output_check import ExportError
+from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.model import Model, load_model
 
 if TYPE_CHECKING:

@@ -308,10 +308,7 @@ def _preprocessing_section(exported: ExportResult) -> str:
         range_text = "; ".join(
             f"{black:g} is black and {white:g} is white" for black, white in pairs
         )
-        lines += [
-            "",
-            f"Of images of more than 8 bits, {range_text}; what lies beyond is {beyond}.",
-        ]
+        lines += ["", f"Of images of more than 8 bits, {range_text}; what lies beyond is {beyond}."]
     if not pixel_ranges:
         lines += [
             "",

@@ -1,5 +1,4 @@
-"""The part of the preprocessing that lies outside an exported model, as a file that needs Pillow
-and NumPy alone.
+"""The part of the preprocessing that lies outside an exported model, in a file of its own.
 
 The file holds headrace's own source text for decoding and resizing: a second version of it would
 come to differ.

@@ -8,81 +8,49 @@ import glob
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import os
 import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX
 from headrace.cache.errors import HeadraceError
 from headrace.extract.backbones.backbone import load_backbone
-from headrace.extract.images.views import Symmetries, is_exact_view, mirror_pixels
-from headrace.extract.run.decode_ahead import PixelBatch
+from headrace.extract.images.views import is_exact_view
 from headrace.extract.spec import BackboneSpec
-from headrace.heads.data.side_columns import (
-    SIDE_COLUMNS,
-    SideColumn,
-    SideColumns,
-    columns_to_json,
-)
+from headrace.heads.data.side_columns import SIDE_COLUMNS, columns_to_json
 from headrace.pipelines.cluster.task_leases import driver_lives, driver_lock, driver_name
 from headrace.pipelines.export.model_card import ExportResult, model_card
+from headrace.pipelines.export.output_check import (
+    ExportError,
+    allowed_difference,
+    compare_outputs,
+    expected_outputs,
+)
 from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
 from headrace.pipelines.models.ensemble import EnsembleModel
-from headrace.pipelines.models.from_features import Beside
 from headrace.pipelines.models.head import HeadModel
-from headrace.pipelines.models.images import open_engine, predict_batch
 from headrace.pipelines.models.model import EXPORT_MARKER, Model, load_model
 from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.models.torch_graph import GraphInput, ModelGraph, fits_graph, pixels_of
 
 FORMATS = ("torch", "onnx", "safetensors")
-# Of probabilities, absolute; of regression values, relative to the largest. Sums in another order
-# move a feature by some 1e-7 of its size, and now and then over the edge of its float16, by 5e-4.
-TOLERANCE = 2e-3
-# of networks that were run in half precision: an exported graph runs in float32
-HALF_TOLERANCE = 3e-2
 # A folder with this file was written by an export, and --force may replace it.
 MARKER = EXPORT_MARKER
 _MARKER_TEXT = (
     "This folder was written by `headrace export`, which replaces it as a whole when it is told "
     "--force.\n"
 )
-_CHECKED = 8  # images that the comparison uses
-_UNIT_SIZES = (3, 2, 1, 2)  # of the units that they make up, where the model predicts units
 UNITS = "units"  # the name of the graphs' input that takes them
-
-
-class ExportError(HeadraceError, ValueError):
-    """The model cannot be exported as asked; nothing was written."""
-
-
-@dataclass(frozen=True)
-class _OutputCheck:
-    """Pixels for every input of the graph, behind them side columns where it reads some, and what
-    headrace predicts from them.
-    """
-
-    pixels: list[Tensor]
-    expected: npt.NDArray[np.float32]
-    tolerance: float
-
-    def difference(self, outputs: npt.NDArray[Any]) -> float:
-        """Return the largest difference from the expected outputs; relative above one."""
-        value_scale = max(1.0, float(np.abs(self.expected).max()))
-        return float(np.abs(np.asarray(outputs, np.float64) - self.expected).max()) / value_scale
 
 
 def export_model(
@@ -154,7 +122,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
             graph = evaluation_model.to_torch()
             assert isinstance(graph, ModelGraph)
             inputs = graph.inputs
-            check = _expected_outputs(evaluation_model, inputs)
+            check = expected_outputs(evaluation_model, inputs)
             with _tracing_errors():
                 program = torch.export.export(
                     graph,
@@ -170,7 +138,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
             torch.export.save(program, packed_program)
             (folder / "model.pt2").write_bytes(packed_program.getbuffer())
             loaded_program = torch.export.load(folder / "model.pt2").module()
-            differences["torch"] = _compare_outputs(
+            differences["torch"] = compare_outputs(
                 check,
                 lambda pixels: np.asarray(loaded_program(*pixels).numpy()),
                 "model.pt2",
@@ -181,13 +149,13 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
             names += [SIDE_COLUMNS] if model.side_columns else []
             names += [UNITS] if model.takes_units else []
             _write_onnx(program, names, folder / "model.onnx")
-            differences["onnx"] = _compare_outputs(
+            differences["onnx"] = compare_outputs(
                 check, _onnx_runner(folder / "model.onnx", names), "model.onnx", model
             )
         if "safetensors" in formats:
             _write_directory(model, folder)
-            own_check = _expected_outputs(model, inputs)
-            copy_check = _expected_outputs(load_model(folder, trust_code=model.trust_code), inputs)
+            own_check = expected_outputs(model, inputs)
+            copy_check = expected_outputs(load_model(folder, trust_code=model.trust_code), inputs)
             differences["safetensors"] = own_check.difference(copy_check.expected)
             if differences["safetensors"] > own_check.tolerance:
                 raise ExportError(
@@ -199,7 +167,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
     unit_rule = None if rule is None else vars(rule) | {"task_kind": model.task_kind}
     preprocess_text = preprocess_file(inputs, headrace_version, model.side_columns, unit_rule)
     (folder / NAME).write_text(preprocess_text, encoding="utf-8")
-    tolerance = _allowed_difference(model)
+    tolerance = allowed_difference(model)
     exported = ExportResult(model, tuple(inputs), differences, tolerance, fits_graph(model))
     description = {
         "headrace": headrace_version,
@@ -247,27 +215,6 @@ def _units_description(model: Model) -> list[dict[str, Any]]:
     return [units] if model.takes_units else []
 
 
-def check_side_columns(columns: Sequence[SideColumn], n_rows: int = _CHECKED) -> SideColumns:
-    """Return side columns of rows: levels in turn and a value that is none of them, numbers around
-    their mean, some of them missing.
-    """
-    generator = np.random.default_rng(0)
-    values = [
-        generator.normal(column.center, column.spread, n_rows)
-        if column.levels is None
-        else np.arange(n_rows) % (len(column.levels) + 1.0)
-        for column in columns
-    ]
-    for column, column_values in zip(columns, values, strict=True):
-        is_unknown = (
-            np.arange(n_rows) % 3 == 0
-            if column.levels is None
-            else column_values == len(column.levels)
-        )
-        column_values[is_unknown] = np.nan
-    return SideColumns(tuple(columns), np.stack(values, axis=1))
-
-
 def evaluation_only(model: Model) -> Model:
     """Return the model on the evaluation crop (and its symmetries) alone, without the random views
     that it may average over.
@@ -289,95 +236,6 @@ def _map_members(
     model: Model, change: Callable[[HeadModel | NetworkModel], HeadModel | NetworkModel]
 ) -> Model:
     return model.map_members(change) if isinstance(model, EnsembleModel) else change(model)
-
-
-def check_pixels(inputs: Sequence[GraphInput], n_images: int = _CHECKED) -> list[Tensor]:
-    """Return pixels (n_images, H, W, C) per input, in its dtype: smooth random pictures with noise,
-    the same ones at every size.
-    """
-    pixel_batches = []
-    for model_input in inputs:
-        generator = torch.Generator().manual_seed(0)
-        how = model_input.preprocessing
-        coarse = torch.rand(n_images, how.n_channels, 5, 5, generator=generator)
-        smooth = torch.nn.functional.interpolate(coarse, how.crop, mode="bilinear")
-        noise = 0.1 * torch.rand(smooth.shape, generator=generator)
-        pixel_dtype = getattr(torch, how.pixel_dtype)
-        pixel_batches.append(
-            (255 * (0.9 * smooth + noise)).to(pixel_dtype).permute(0, 2, 3, 1).contiguous()
-        )
-    return pixel_batches
-
-
-def _expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck:
-    """Return pixels and what the passes of `headrace predict` make of them. Random views all see
-    the same pixels here.
-    """
-    pixel_batches = check_pixels(inputs)
-    engine = open_engine(model)
-    by_pixels = {
-        pixels_of(rendering.preprocessing): input_pixels
-        for rendering, input_pixels in zip(inputs, pixel_batches, strict=True)
-    }
-    pass_pixels = []
-    for rendering in engine.renderings:
-        input_pixels = by_pixels[pixels_of(rendering.preprocessing)]
-        if isinstance(rendering.augmentation, Symmetries):
-            input_pixels = torch.from_numpy(
-                np.stack([mirror_pixels(image, rendering.index) for image in input_pixels.numpy()])
-            )
-        pass_pixels.append(input_pixels)
-    batch = PixelBatch(list(range(_CHECKED)), pass_pixels)
-    side_inputs = None
-    if model.side_columns:
-        side_inputs = check_side_columns(model.side_columns).as_inputs()
-        pixel_batches = [*pixel_batches, torch.from_numpy(side_inputs)]
-    units = None
-    if model.takes_units:
-        units = np.repeat(np.arange(len(_UNIT_SIZES)), _UNIT_SIZES)
-        pixel_batches = [*pixel_batches, torch.from_numpy(units)]
-    predicted = predict_batch(engine, batch, Beside(side_inputs, units))
-    if predicted.failed:
-        raise ExportError(
-            f"the model cannot be compared on test pictures: {predicted.failed[0][1]}"
-        )
-    return _OutputCheck(pixel_batches, predicted.probabilities, _allowed_difference(model))
-
-
-def _compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model: Model) -> float:
-    """Return the largest difference of a graph's outputs, of a batch and of single images: a batch
-    size that is baked in shows here.
-
-    Raises ExportError where it is more than is allowed.
-    """
-    batch_difference = check.difference(run_graph(check.pixels))
-    # Single images, or single units.
-    bounds = np.cumsum((0, *_UNIT_SIZES))[:3].tolist() if model.takes_units else [0, 1, 2]
-    single_outputs = [
-        run_graph([input_pixels[start:stop] for input_pixels in check.pixels])
-        for start, stop in itertools.pairwise(bounds)
-    ]
-    single_difference = replace(check, expected=check.expected[: bounds[-1]]).difference(
-        np.concatenate(single_outputs)
-    )
-    largest_difference = max(batch_difference, single_difference)
-    if not largest_difference <= check.tolerance:  # also NaN
-        raise ExportError(
-            f"{file_name} predicts otherwise than headrace, by {largest_difference:.2g} at most "
-            f"where {check.tolerance:g} is allowed; nothing was written. The heads: "
-            f"{', '.join(sorted({member.kind for member in model.members}))}. headrace predict and "
-            "--format safetensors are exact"
-        )
-    return largest_difference
-
-
-def _allowed_difference(model: Model) -> float:
-    half_precision = any(
-        feature.compute_dtype != "float32"
-        for member in model.members
-        for feature in member.features
-    )
-    return HALF_TOLERANCE if half_precision else TOLERANCE
 
 
 @contextlib.contextmanager

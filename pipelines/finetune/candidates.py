@@ -17,9 +17,10 @@ from headrace.heads.data.side_columns import SIDE_COLUMNS
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.networks.kind import MLPSpec
-from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_to_json
+from headrace.heads.spec import HeadSpec, spec_to_json
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.errors import FinetuneRefused
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.recipe.sections import FinetuneSection
 
@@ -79,9 +80,7 @@ def require_differentiable(spec: HeadSpec) -> None:
 
 
 def list_candidates(
-    board: pd.DataFrame,
-    section: FinetuneSection,
-    feature_inputs: Mapping[str, FeatureInput],
+    board: pd.DataFrame, section: FinetuneSection, feature_inputs: Mapping[str, FeatureInput]
 ) -> tuple[list[Candidate], list[str]]:
     """Return every network that the recipe asks for, and notes on heads that cannot be fine-tuned.
 
@@ -135,9 +134,7 @@ def list_candidates(
 
 
 def _candidates_of_head(
-    row: pd.Series,
-    section: FinetuneSection,
-    feature_inputs: Mapping[str, FeatureInput],
+    row: pd.Series, section: FinetuneSection, feature_inputs: Mapping[str, FeatureInput]
 ) -> Iterator[Candidate]:
     for train_above in section.train_above:
         if train_above == "scratch":
@@ -146,15 +143,11 @@ def _candidates_of_head(
             head_json = spec_to_json(
                 MLPSpec(hidden=hidden, dropout=section.dropout, seed=section.seed)
             )
-            finetune_specs, label = (
-                _finetune_specs(section, head_json, "all", "random"),
-                "from scratch",
-            )
+            finetune_specs = _finetune_specs(section, head_json, "all", "random")
+            label = "from scratch"
         else:
-            finetune_specs, label = (
-                _finetune_specs(section, row["spec"], train_above, "head"),
-                "fine-tuned",
-            )
+            finetune_specs = _finetune_specs(section, row["spec"], train_above, "head")
+            label = "fine-tuned"
         for spec in finetune_specs:
             yield _make_candidate(label, row["inputs"], spec, row, feature_inputs)
 
@@ -235,8 +228,7 @@ def headroom(candidate: Candidate, metric: str) -> float:
 def predicted_gain(
     candidate: Candidate, metric: str, measured: Mapping[str, Sequence[float]]
 ) -> float:
-    """Return by how much the candidate is expected to better its head's metric: a share of its
-    headroom.
+    """Return the expected gain of the candidate over its head's metric: a share of its headroom.
 
     measured: shares that finished candidates have removed, by their start. The prior counts as
     PRIOR_WEIGHT of them.

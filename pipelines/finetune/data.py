@@ -1,5 +1,4 @@
-"""Batches that a network trains on: cached maps of a split point, or images, tied to rows by
-content hash.
+"""Batches that a network trains on: cached maps of a split point, or images, by content hash.
 
 N rows of a task, n of a batch.
 """

@@ -1,5 +1,4 @@
-"""The parity check: before anything is trained, the network has to predict what the cached head
-predicted.
+"""The parity check: before training, the network has to predict what the cached head predicted.
 
 n rows, C outputs.
 """
@@ -57,8 +56,7 @@ def check_parity(
     *,
     features_below: Sequence[Tensor | None] = (None,),
 ) -> ParityResult:
-    """Compare the features and predictions of `network`, in the mode that it is in, with the stored
-    ones.
+    """Compare features and predictions of `network`, in its present mode, with the stored ones.
 
     head_of_fold: the head of each fold, which take the place of the network's own. view_inputs: one
     tensor (n, …) per view of the same rows (predictions are averaged over views), with its
@@ -142,9 +140,7 @@ def _fold_predictions(
 
 
 def _feature_error(features: Tensor, stored_features: npt.NDArray[np.float32]) -> float:
-    network_features, cached_features = (
-        features.flatten(1).double().cpu().numpy(),
-        stored_features.reshape(len(stored_features), -1).astype(np.float64),
-    )
+    network_features = features.flatten(1).double().cpu().numpy()
+    cached_features = stored_features.reshape(len(stored_features), -1).astype(np.float64)
     spread = np.sqrt(((cached_features - cached_features.mean(0)) ** 2).mean())
     return float(np.sqrt(((network_features - cached_features) ** 2).mean()) / max(spread, 1e-12))

@@ -1,5 +1,4 @@
-"""The stage that turns promising heads into networks: pilots, the order by gain per hour, the
-budget, rollback.
+"""The stage that turns promising heads into networks: pilots, gain per hour, budget, rollback.
 
 The head stays the selected model unless a network is better on the same validation rows. Everything
 that is decided is written to `finetune/candidates.json`, and nothing that is decided there is done
@@ -42,7 +41,7 @@ from headrace.pipelines.recipe.sections import FinetuneSection
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.records import RunDamaged, read_record, write_record
 
-RESAMPLES = 1000
+RESAMPLES = 1000  # of the rows, for the interval of a gain
 # A fold that takes so many times as long as its pilot predicted, and longer than any task may, is
 # taken for hung.
 HUNG = 4
@@ -150,8 +149,7 @@ def _is_settled(
     section: FinetuneSection,
     retry_failed: bool,
 ) -> bool:
-    """Tell whether a candidate is done, failed or refused; what did not fit may fit a larger
-    budget.
+    """Tell whether a candidate is done, failed or refused; a larger budget may fit it.
 
     A decision whose network or results are gone or damaged leaves `decisions`: what is left of the
     training is used, the rest is trained again.
@@ -474,10 +472,8 @@ def _comparison_table(
         )
     ]
     for candidate in candidates:
-        record, results_path = (
-            decisions.get(candidate.key, {}),
-            inputs.paths.finetune_result(candidate.key),
-        )
+        record = decisions.get(candidate.key, {})
+        results_path = inputs.paths.finetune_result(candidate.key)
         is_complete = results_path.exists() and record.get("decision") in ("kept", "rolled back")
         comparison_rows.append(
             _comparison_row(
@@ -497,7 +493,7 @@ def _scored_folds(
     task: Task, predicted: npt.NDArray[Any]
 ) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     """Return targets and predictions, of units if any, that each fold is scored by."""
-    rows_of_folds = (np.flatnonzero(task.fold == number) for number in range(task.n_folds))
+    rows_of_folds = (np.flatnonzero(task.fold == fold) for fold in range(task.n_folds))
     return [scored_rows(task, rows, predicted[rows]) for rows in rows_of_folds]
 
 

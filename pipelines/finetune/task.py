@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from headrace.cache.atomic_io import publish_bytes, publish_replace
-from headrace.cache.errors import HeadraceError, SpecMismatch
+from headrace.cache.errors import SpecMismatch
 from headrace.cache.feature_set import FeatureSet
-from headrace.cache.format.sealed import (
-    SealBroken,
-    is_sealed_file,
-    read_sealed_json,
-    sealed_json,
-)
+from headrace.cache.format.sealed import SealBroken, is_sealed_file, read_sealed_json, sealed_json
 from headrace.extract.backbones.backbone import Backbone, load_backbone
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec
@@ -34,7 +30,7 @@ from headrace.heads.evaluate.units import held_out_metrics
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank, remove_damaged, results_bytes
-from headrace.heads.spec import FineTuneSpec, FitResult
+from headrace.heads.spec import FitResult
 from headrace.pipelines.finetune.candidates import require_differentiable
 from headrace.pipelines.finetune.data import (
     BatchSource,
@@ -53,8 +49,9 @@ from headrace.pipelines.models.network import WEIGHTS, save_network
 from headrace.pipelines.models.reference import paths_of_content
 from headrace.pipelines.models.torch_head import head_module, new_head, standardise_head
 from headrace.pipelines.models.torch_network import Network
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
-PARITY_ROWS = 48
+PARITY_ROWS = 48  # images that the network and the cached head are compared on
 # Training rows whose features give a head's first layer its scale.
 CALIBRATION_ROWS = 256
 
@@ -103,6 +100,15 @@ class _OpenedJob:
     features_of_view: dict[str, list[FeatureSet]]  # of the head's inputs, by view
     map_of_view: dict[str, FeatureSet]  # of the cut, by view; none: from the images
     no_split_reason: str | None = None  # why the job's maps are not used
+
+    @property
+    def crop_features(self) -> list[FeatureSet]:
+        """The head's inputs in their first view, the evaluation crop."""
+        return next(iter(self.features_of_view.values()))
+
+    @property
+    def split_node(self) -> str:
+        return next(iter(self.map_of_view.values())).spec.tap
 
 
 def pilot(job: FinetuneJob) -> dict[str, Any]:
@@ -323,11 +329,7 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
         )
     out_of_fold = bank.out_of_fold_predictions(head_spec)
     row_index = np.flatnonzero((task.fold >= 0) & np.isfinite(out_of_fold).all(1))
-    row_index = row_index[
-        np.unique(
-            np.linspace(0, len(row_index) - 1, min(PARITY_ROWS, len(row_index))).astype(np.int64)
-        )
-    ]
+    row_index = _spread(row_index, PARITY_ROWS)
     folds = sorted(set(task.fold[row_index].tolist()))
     heads = {
         fold: head_module(head_spec, bank.arrays(head_spec, fold), task.kind) for fold in folds
@@ -336,11 +338,9 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
         opened.backbone,
         opened.taps,
         heads[folds[0]],
-        split_node=_split_node(opened) if from_maps else None,
+        split_node=opened.split_node if from_maps else None,
     )
-    network.round_to(
-        [feature.spec.dtype for feature in next(iter(opened.features_of_view.values()))]
-    )
+    network.round_to([feature.spec.dtype for feature in opened.crop_features])
     network.eval().to(job.device)
     heads = {fold: head.eval().to(job.device) for fold, head in heads.items()}
     batch_source = _batch_source(job, opened, network)
@@ -380,7 +380,7 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
 
 def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
     job, fold, task, spec = fold_job.job, fold_job.fold, opened.task, fold_job.job.spec
-    split_node = _split_node(opened) if opened.map_of_view else None
+    split_node = opened.split_node if opened.map_of_view else None
     n_outputs = 1 if task.kind == "single" and len(task.classes) == 2 else len(task.classes)
     head_spec = spec_from_json(spec.head)
     if spec.start == "head":
@@ -390,10 +390,10 @@ def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
         if not isinstance(head_spec, MLPSpec):
             require_differentiable(head_spec)
             raise FinetuneRefused(f"a new head is an mlp, and this one is of kind {head_spec.kind}")
-        n_features = _n_features(opened)
         head = new_head(
+            # another start for each fold, as far from other seeds as nobody counts up to
             dataclasses.replace(head_spec, seed=spec.seed + 1000 * seed_of_fold(fold)),
-            n_features,
+            sum(math.prod(feature.spec.shape) for feature in opened.crop_features),
             n_outputs,
         )
     head.dropout = max(head.dropout, spec.dropout)
@@ -411,14 +411,7 @@ def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
 
 def _calibrate_head(training: Training, *, new: bool) -> None:
     """Scale the head's first layer to its features' present size, over some training rows."""
-    row_index = training.train_rows
-    row_index = row_index[
-        np.unique(
-            np.linspace(0, len(row_index) - 1, min(CALIBRATION_ROWS, len(row_index))).astype(
-                np.int64
-            )
-        )
-    ]
+    row_index = _spread(training.train_rows, CALIBRATION_ROWS)
     network, device = training.network, training.plan.device
     # Batch normalisation drawn anew has no statistics yet but the batch's own.
     training.mode()
@@ -479,14 +472,10 @@ def _batch_source(job: FinetuneJob, opened: _OpenedJob, network: Network) -> Bat
     return MapSource(task.content, list(opened.map_of_view.values()), features_below)
 
 
-def _split_node(opened: _OpenedJob) -> str:
-    return next(iter(opened.map_of_view.values())).spec.tap
-
-
-def _n_features(opened: _OpenedJob) -> int:
-    return sum(
-        int(np.prod(feature.spec.shape)) for feature in next(iter(opened.features_of_view.values()))
-    )
+def _spread(rows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Return `count` of the rows, or all, at equal distances from the first to the last."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)
+    return rows[np.unique(places)]
 
 
 def _fold_result(spec: FineTuneSpec, fold: int, trained: TrainedFold) -> FitResult:
@@ -526,19 +515,3 @@ def _results_bytes(job: FinetuneJob, opened: _OpenedJob, fold_results: list[FitR
         ],
         dropped=[],
     )
-
-
-def failure(error: BaseException) -> str:
-    """The reason of a failed row, in one line."""
-    return str(error) if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
-
-
-__all__ = [
-    "FinetuneJob",
-    "FoldJob",
-    "failure",
-    "part_path",
-    "pilot",
-    "publish_result",
-    "train_fold",
-]

@@ -1,5 +1,4 @@
-"""Training one network on one fold: rates by layer, warm-up and cosine, clipping, early stopping,
-checkpoints.
+"""Training one network on one fold: rates by layer, warm-up, clipping, early stopping, checkpoints.
 
 N rows of the task, C outputs.
 """
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from headrace.heads.data.task import REFIT, Task, seed_of_fold
 from headrace.heads.link import link
-from headrace.heads.spec import FineTuneSpec
 from headrace.pipelines.finetune.checkpoint import (
     TrainingProgress,
     load_checkpoint,
@@ -31,8 +29,9 @@ from headrace.pipelines.finetune.checkpoint import (
 from headrace.pipelines.finetune.data import BatchSource, Rows, random_flips
 from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.models.torch_network import Network
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
-EVALUATION_ROWS = 64
+EVALUATION_ROWS = 64  # images of a batch without gradients
 # A step of Adam moves every weight by the rate, and so the output of a layer by as much more as the
 # layer is wider: from this many inputs on, the head's rate falls with their number (Yang et al.
 # 2021), or a wide head forgets in a few steps what it was.

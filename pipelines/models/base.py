@@ -14,7 +14,8 @@ from headrace.heads.data.task import TaskKind
 if TYPE_CHECKING:
     from torch import nn
 
-    from headrace.pipelines.models.images import ImageLike, SideTable
+    from headrace.pipelines.models.image_input import ImageLike
+    from headrace.pipelines.models.images import SideTable
 
 
 class ImagePredictor:
@@ -28,8 +29,7 @@ class ImagePredictor:
         units: Sequence[Any] | None = None,
         device: str = "cpu",
     ) -> npt.NDArray[np.float32]:
-        """Return (n, C) float32 probabilities of n images in the order of `classes`; for regression
-        the values.
+        """Return (n, C) float32 probabilities of n images in the order of `classes`, or values.
 
         images: a path, a Pillow image, a NumPy array or a torch tensor, or several of these. An
         array or tensor (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4 is one image; (n, H, W,
@@ -65,8 +65,7 @@ class ImagePredictor:
         return decide(probabilities, model.task_kind, model.classes)
 
     def to_torch(self) -> "nn.Module":
-        """Return one torch module, from uint8 pixels (n, H, W, 3) to probabilities (n, C) or
-        values.
+        """Return a torch module, uint8 pixels (n, H, W, 3) to probabilities (n, C) or values.
 
         Raises ModelError for a scikit-learn estimator, which has no such form.
         """

@@ -1,5 +1,4 @@
-"""A model on the feature sets of a cache: it predicts images that are known there, and no network
-runs.
+"""A model on the feature sets of a cache: it predicts images known there, without a network.
 
 Imports no torch.
 """

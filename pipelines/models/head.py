@@ -24,12 +24,7 @@ from headrace.heads.data.task import TaskKind
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.layers import Floats
 from headrace.heads.link import tempered
-from headrace.heads.persist import (
-    TrainedHead,
-    load_head,
-    require_trusted,
-    save_head,
-)
+from headrace.heads.persist import TrainedHead, load_head, require_trusted, save_head
 from headrace.heads.predict import floor_of, predict_head
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.read import ImageSource
-from headrace.extract.sources.regions import Boxes, BoxFormat, Tiles
+from headrace.extract.sources.regions import Boxes, Tiles
 from headrace.heads.persist import WRITE_AGAIN
 from headrace.pipelines.models.errors import ModelError
 
@@ -54,32 +54,13 @@ def read_image_parts(fields: Any, model_path: Path) -> ImageParts | None:
             columns = boxes["columns"]
             boxes = Boxes(**boxes | {"columns": None if columns is None else tuple(columns)})
         grid = None if tiles is None else Tiles(**tiles)
-        parts = ImageParts(grid, boxes, fields["min_confidence"])
-        if not _can_be(parts):
+        confidence = fields["min_confidence"]
+        is_usual = isinstance(boxes, Boxes) or boxes in ("auto", "none")
+        if not is_usual or not (confidence is None or 0 <= confidence <= 1):
             raise ValueError("a recipe cannot have them")
-        return parts
+        return ImageParts(grid, boxes, confidence)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{model_path}: the boxes or tiles that it was trained on are none of this version: "
             f"{str(fields)[:80]} ({str(error)[:120]}). {WRITE_AGAIN}"
         ) from error
-
-
-def _can_be(parts: ImageParts) -> bool:
-    """Tell whether the values are as in a recipe: the file may be a stranger's."""
-    tiles, boxes, confidence = parts.tiles, parts.boxes, parts.min_confidence
-    if tiles is not None and not (
-        type(tiles.size) is int and type(tiles.overlap) is int and 0 <= tiles.max_background <= 1
-    ):
-        return False
-    if confidence is not None and not 0 <= confidence <= 1:
-        return False
-    if not isinstance(boxes, Boxes):
-        return boxes in ("auto", "none")
-    columns = boxes.columns or ()
-    return (
-        boxes.format in get_args(BoxFormat)
-        and boxes.unit in (None, "pixels", "fraction")
-        and len(columns) in (0, 4)
-        and all(isinstance(name, str) for name in columns)
-    )

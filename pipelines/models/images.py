@@ -1,5 +1,4 @@
-"""Prediction from images: each decoded once, one pass per network, every member's prediction from
-what came out.
+"""Prediction from images: each decoded once, one pass per network, and every member's prediction.
 
 Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
 """
@@ -7,34 +6,21 @@ Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from PIL import Image, ImageFile, ImageOps
 
-from headrace.cache.errors import HeadraceError
 from headrace.cache.format.encoding import decode_rows, encode_rows
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.errors import ImageError
-from headrace.extract.images.byte_ranges import array_bytes, encode_path, read_bytes
-from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.crops import crop_content, split_crop
-from headrace.extract.images.decoding import PixelRange, pillow_raw_mode, to_rgb
-from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
 from headrace.extract.images.views import Augmentation
-from headrace.extract.run.decode_ahead import (
-    PixelBatch,
-    decoded_batches,
-    empty_pixels,
-)
+from headrace.extract.run.decode_ahead import PixelBatch, decoded_batches, empty_pixels
 from headrace.extract.run.device import BatchLimit, check_device, launch_forward
 from headrace.extract.run.rendering import Rendering, quiet_decoding, render_into_buffers
 from headrace.extract.run.work_unit import (
@@ -54,6 +40,14 @@ from headrace.pipelines.models.from_features import (
     average_members,
     predict_member,
 )
+from headrace.pipelines.models.image_input import (
+    ImageLike,
+    ImageUnusable,
+    highest_band,
+    image_decoder,
+    image_name,
+    split_images,
+)
 from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError
 
@@ -61,21 +55,11 @@ if TYPE_CHECKING:
     from headrace.extract.backbones.backbone import Backbone
     from headrace.pipelines.models.model import Model
 
-ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
 # One row for each image: a data frame, lists by name, or a mapping for each image.
 SideTable = pd.DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 Floats = npt.NDArray[np.float32]
 # images decoded together; passes take as many at a time as is fast on their device
 _BATCH = 32
-_CHANNELS = (1, 3, 4)
-# Black and white of floats in memory, as torchvision and scikit-image have them.
-_UNIT: PixelRange = (0.0, 1.0)
-# A float this far beyond them is rounded to black or white in any case.
-_HALF_STEP = 0.5 / 255
-
-
-class ImageUnusable(HeadraceError, ValueError):
-    """An image cannot be decoded or read in one way only, or its output cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +254,7 @@ def predict_images(
 ) -> Floats:
     """Return (N, C) predictions; see ImagePredictor.predict_proba."""
     engine = open_engine(model, device)
-    image_list = _split_images(images, _most_bands(engine.renderings))
+    image_list = split_images(images, highest_band(engine.renderings))
     beside = Beside(
         _side_inputs(model, side_table, len(image_list)),
         _unit_labels(model, units, len(image_list)),
@@ -295,7 +279,7 @@ def predict_images(
             features = _batch_features(engine, PixelBatch(batch_rows, pixels))
             if features.failed:
                 row, failure_reason = features.failed[0]
-                raise ImageUnusable(f"{_image_name(image_list[row], row)}: {failure_reason}")
+                raise ImageUnusable(f"{image_name(image_list[row], row)}: {failure_reason}")
             if beside.units is None:
                 predicted = _predict_features(engine, features, beside)
                 probabilities[predicted.rows] = predicted.probabilities
@@ -350,8 +334,7 @@ def _trained_pass(
 
 
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
-    """Return features (n, ...) with the quantization of their storage dtype, which is what heads
-    are trained on.
+    """Return features (n, ...) quantized as stored, which is what heads are trained on.
 
     uint8 is left out: its scale depends on the rows that happen to be stored together.
     """
@@ -370,7 +353,7 @@ def _render_into(
 ) -> None:
     try:
         crop = split_crop(image)[1] if isinstance(image, str) else None
-        decode, content_hash = _image_decoder(image, _most_bands(renderings))
+        decode, content_hash = image_decoder(image, highest_band(renderings))
         content_hash = crop_content(content_hash, crop)
         arrays = [buffer.numpy() for buffer in pixel_buffers]
         render_into_buffers(decode, content_hash, renderings, arrays, slot, crop)
@@ -378,203 +361,4 @@ def _render_into(
         failure_reason = (
             error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         )
-        raise ImageUnusable(f"{_image_name(image, image_index)}: {failure_reason}") from error
-
-
-def _image_decoder(
-    image: ImageLike, most_bands: int | None
-) -> tuple[Callable[[Preprocessing], DecodedImage], str]:
-    """Return what decodes the image as a preprocessing asks for it, and its content hash.
-
-    most_bands: the highest number of a band that some preprocessing asks for. Raises ImageError and
-    OSError.
-    """
-    if isinstance(image, Image.Image) and not (image_bytes := _unread_file(image)):
-        upright_image = ImageOps.exif_transpose(image)
-        if most_bands is None:
-            return partial(_of_pillow, upright_image), hash_bytes(upright_image.tobytes())
-        image = np.asarray(upright_image)
-    if isinstance(image, str | PathLike):
-        image_bytes = read_bytes(image if isinstance(image, str) else encode_path(Path(image)))
-    elif not isinstance(image, Image.Image):
-        pixel_array = _as_array(image) if most_bands else _one_image(_as_array(image))
-        image_bytes = array_bytes(pixel_array)
-        if pixel_array.dtype.kind == "f":
-            return partial(_decode_floats, pixel_array, image_bytes), hash_bytes(image_bytes)
-    return partial(decode_pixels, image_bytes), hash_bytes(image_bytes)
-
-
-def _of_pillow(image: Image.Image, how: Preprocessing) -> DecodedImage:
-    if how.pixel_dtype == "float32" and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
-        dtype = np.uint16 if image.mode.startswith("I;16") else None
-        return decode_pixels(array_bytes(np.asarray(image).astype(dtype)), how)
-    return to_rgb(image, how.pixel_range)  # type: ignore[arg-type]
-
-
-def _decode_floats(
-    pixel_array: npt.NDArray[Any], image_bytes: bytes, how: Preprocessing
-) -> DecodedImage:
-    """Decode floats in memory, which are from 0 to 1 unless the model has a pixel_range.
-
-    Raises ImageError for others.
-    """
-    if how.pixel_range is not None:
-        return decode_pixels(image_bytes, how)
-    lowest, highest = (
-        (float(pixel_array.min()), float(pixel_array.max())) if pixel_array.size else _UNIT
-    )
-    if lowest < -_HALF_STEP or highest > 1 + _HALF_STEP:
-        raise ImageError(
-            f"{pixel_array.dtype} values from {lowest:g} to {highest:g}; expected 0 to 1, as "
-            "torchvision and scikit-image have it. Divide them by the value that is white, "
-            "leave a normalisation out, or give uint8. A model whose recipe says "
-            "images.pixel_range: [0, 255] takes floats from 0 to 255"
-        )
-    return decode_pixels(image_bytes, replace(how, pixel_range=_UNIT))
-
-
-def _unread_file(image: Image.Image) -> bytes:
-    """Return the bytes of the file of an image that is opened and not read yet; empty where it has
-    been read, or made.
-
-    Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the
-    low byte of colours. And a JPEG's decoder makes it smaller only while it decodes.
-    """
-    if (
-        not isinstance(image, ImageFile.ImageFile)
-        or not image.tile
-        or image.fp is None
-        or image.tell() != 0
-    ):
-        # read or made already, or another page than the first
-        return b""
-    if not (
-        image.format in ("PPM", "JPEG", "MPO")
-        or (image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image))
-    ):
-        return b""  # of 8 bits, which Pillow keeps
-    file_position = image.fp.tell()
-    image.fp.seek(0)
-    file_bytes = image.fp.read()
-    image.fp.seek(file_position)
-    # This closes the file, as every other use of the image does.
-    image.load()
-    return file_bytes
-
-
-def _most_bands(renderings: Sequence[Rendering]) -> int | None:
-    """Return the highest number of a band that is asked for; None where none is."""
-    bands = [band for rendering in renderings for band in rendering.preprocessing.bands or ()]
-    return max(bands, default=None)
-
-
-def _split_images(
-    images: ImageLike | Iterable[ImageLike], most_bands: int | None = None
-) -> list[ImageLike]:
-    """Return the images one by one: the first axis of an array or tensor is split where it counts
-    images. most_bands: of a model that reads bands, whose images have three axes.
-
-    Raises ImageUnusable.
-    """
-    if isinstance(images, str | PathLike | Image.Image):
-        return [images]
-    if not isinstance(images, np.ndarray | torch.Tensor):
-        return list(images)
-    if isinstance(images, np.ndarray) and images.ndim == 1:
-        return cast(list[ImageLike], images.tolist())  # of paths, as a column of a table gives them
-    try:
-        pixel_array = _as_array(images)
-        if most_bands is not None:
-            return list(pixel_array) if pixel_array.ndim == 4 else [pixel_array]
-        if pixel_array.ndim == 4:
-            _channels_first(pixel_array.shape, "a batch")
-        elif (
-            pixel_array.ndim != 3
-            or isinstance(images, torch.Tensor)
-            or not _is_grey_batch(pixel_array.shape)
-        ):
-            # torch has no images without channels: a tensor of three axes is (C, H, W)
-            return [pixel_array]
-        return list(pixel_array)
-    except ImageError as error:
-        raise ImageUnusable(str(error)) from None
-
-
-def _is_grey_batch(array_shape: tuple[int, ...]) -> bool:
-    """Tell whether an array is (N, H, W), N grey images, and not (H, W, C).
-
-    Raises ImageError where it could be (C, H, W) too.
-    """
-    n_images, height, width = array_shape
-    if width in _CHANNELS or n_images == 1:
-        return False
-    if n_images in _CHANNELS:
-        raise ImageError(
-            f"an array of shape {array_shape} is one image of {n_images} channels and {height} x "
-            f"{width} pixels, (C, H, W), or {n_images} grey images of {height} x {width} pixels, "
-            "(N, H, W). Give [array] for the one image, and list(array) for the many"
-        )
-    return True
-
-
-def _as_array(image: object) -> npt.NDArray[Any]:
-    if isinstance(image, torch.Tensor):
-        pixel_tensor = image.detach().cpu()
-        # NumPy has no bfloat16
-        return np.asarray(
-            (pixel_tensor.float() if pixel_tensor.dtype == torch.bfloat16 else pixel_tensor).numpy()
-        )
-    if isinstance(image, np.ndarray):
-        if image.dtype.kind in "OV":
-            raise ImageError(f"pixels of type {image.dtype}; expected numbers")
-        return image
-    raise ImageError(
-        f"an image is given as {type(image).__name__}; expected a path, a Pillow image, a NumPy "
-        "array or a torch tensor"
-    )
-
-
-def _one_image(pixel_array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the array as (H, W) or (H, W, C).
-
-    Raises ImageError where it is neither it nor (C, H, W), or could be both.
-    """
-    if pixel_array.ndim == 2:
-        return pixel_array
-    if pixel_array.ndim != 3:
-        raise ImageError(
-            f"an array of shape {pixel_array.shape} is no image; expected (H, W), (H, W, C) or (C, "
-            "H, W)"
-        )
-    return (
-        np.moveaxis(pixel_array, 0, 2)
-        if _channels_first(pixel_array.shape, "an image")
-        else pixel_array
-    )
-
-
-def _channels_first(array_shape: tuple[int, ...], subject: str) -> bool:
-    """Tell whether an image's channels stand before its rows.
-
-    Raises ImageError where both readings are possible, or none.
-    """
-    first_fits, last_fits = array_shape[-3] in _CHANNELS, array_shape[-1] in _CHANNELS
-    if first_fits and last_fits:
-        last_layout, first_layout = array_shape[-3:-1], array_shape[-2:]
-        raise ImageError(
-            f"{subject} of shape {array_shape} has {array_shape[-1]} channels and {last_layout[0]} "
-            f"x {last_layout[1]} pixels, if the channels come last, or {array_shape[-3]} channels "
-            f"and {first_layout[0]} x {first_layout[1]} pixels, if they come first. Put them where "
-            "they cannot be mistaken: np.moveaxis(array, -1, -3) where they are last now, "
-            "np.moveaxis(array, -3, -1) where they are first"
-        )
-    if not (first_fits or last_fits):
-        raise ImageError(
-            f"{subject} of shape {array_shape} has no axis of 1, 3 or 4 channels; expected (H, W, "
-            "C) or (C, H, W) for an image, (N, H, W, C) or (N, C, H, W) for many"
-        )
-    return first_fits
-
-
-def _image_name(image: ImageLike, image_index: int) -> str:
-    return str(image) if isinstance(image, str | PathLike) else f"image {image_index}"
+        raise ImageUnusable(f"{image_name(image, image_index)}: {failure_reason}") from error

@@ -39,7 +39,6 @@ from headrace.extract.spec import (
 )
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FLOOR
-from headrace.heads.kinds import spec_from_json
 from headrace.heads.layers import Floats
 from headrace.heads.link import link
 from headrace.heads.persist import (
@@ -49,12 +48,13 @@ from headrace.heads.persist import (
     code_name,
     require_trusted,
 )
-from headrace.heads.spec import FineTuneSpec, spec_to_json
+from headrace.heads.spec import spec_to_json
 from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.image_parts import ImageParts, parts_fields, read_image_parts
 from headrace.pipelines.models.trust import require_allowed_file
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec, model_spec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -155,10 +155,8 @@ class NetworkModel(SingleModel):
         """
         training_settings = json.loads(spec_to_json(self.spec))
         head_settings = json.loads(training_settings.pop("head"))
-        train_above, started_from = (
-            training_settings.pop("train_above"),
-            training_settings.pop("start"),
-        )
+        train_above = training_settings.pop("train_above")
+        started_from = training_settings.pop("start")
         training_settings.pop("kind")
         trained_part = {
             "head": "its head alone",
@@ -250,8 +248,7 @@ def save_network(
     """Write network.safetensors and network.json into `model_directory`, replacing what is there;
     returns the first's path.
 
-    Every parameter of the backbone is in it, so that it needs neither the run nor the weights that
-    it started from.
+    Every parameter of the backbone is in it, so that it needs no run and no other weights.
     """
     head = network.head
     description = {
@@ -400,7 +397,7 @@ def _parse_description(
     preprocessing = Preprocessing(**preprocessing_fields)
     check_sizes(str(model_directory / WEIGHTS), preprocessing.resize, preprocessing.crop)
     np.array([preprocessing.mean, preprocessing.std], np.float32)  # raises for what are no numbers
-    spec = spec_from_json(json.dumps(description["spec"]))
+    spec = model_spec(json.dumps(description["spec"]))
     if not isinstance(spec, FineTuneSpec):
         raise ValueError(f"its settings are those of a {spec.kind} head")
     check_outputs(description["task_kind"], description["classes"])

@@ -108,11 +108,7 @@ class ModelRef:
         return HeadModel(self.results_path.parent, head)
 
     def predict_rows(
-        self,
-        task: Task,
-        *,
-        temperature: float = 1.0,
-        trust_code: Collection[str] | None = None,
+        self, task: Task, *, temperature: float = 1.0, trust_code: Collection[str] | None = None
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
         """Return the targets (n, ...) and predictions (n, C) of a task's rows, at a temperature: a
         head from the cached features, a network from the images.
@@ -179,9 +175,7 @@ class ModelRef:
 
 
 def model_ref(
-    board_row: "pd.Series[Any]",
-    run: RunPaths,
-    feature_inputs: Mapping[str, FeatureInput],
+    board_row: "pd.Series[Any]", run: RunPaths, feature_inputs: Mapping[str, FeatureInput]
 ) -> ModelRef:
     """Return the model that a row of the run's leaderboard stands for.
 

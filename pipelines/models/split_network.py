@@ -71,8 +71,8 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
         if graph_node.users:
             raise CannotSplit(
                 f"what lies above {node.name} also reads what lies below it "
-                f"({_reader_name(graph_node)}): split where the whole network passes through one "
-                "output, such as the end of a stage"
+                f"({next(iter(graph_node.users))}): split where the whole network passes through "
+                "one output, such as the end of a stage"
             )
         graph.erase_node(graph_node)
     module_above = fx.GraphModule(_Shell(module), graph)
@@ -96,7 +96,3 @@ class _Shell(nn.Module):
 def _ancestor_names(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
-
-
-def _reader_name(item: fx.Node) -> str:
-    return str(next(iter(item.users)))

@@ -79,8 +79,7 @@ class _Taps(nn.Module):
 
 
 def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
-    """Return the taps without what lies behind the deepest one, whose parameters a program file
-    would carry along.
+    """Return the taps without what lies behind the deepest one, which an export would carry along.
 
     Modules that do not run before every tap has its output are replaced by the identity. Where the
     rest of the network cannot run on that, the taps stay as they are: the values are the same.

@@ -137,8 +137,7 @@ def new_head(spec: MLPSpec, n_features: int, n_outputs: int) -> Head:
 def standardise_head(
     head: Head, feature_mean: Tensor, feature_deviation: Tensor, *, is_new: bool
 ) -> None:
-    """Put a head's first layer into standardised coordinates; convolution heads are in them from
-    the start.
+    """Put a head's first layer into standardised coordinates; convolution heads are in them.
 
     feature_mean, feature_deviation: (D,) of the features over some training rows; a constant
     feature counts with deviation 1. A trained head stays the same function; a new one is taken to
@@ -154,10 +153,8 @@ def standardise_head(
     if not is_new:
         with torch.no_grad():
             # In float64: weights in raw coordinates can be large and of opposite signs.
-            weight, mean_shift = (
-                first_layer.weight.double() / head.scale,
-                feature_mean.double() - head.centre,
-            )
+            weight = first_layer.weight.double() / head.scale
+            mean_shift = feature_mean.double() - head.centre
             first_layer.bias.copy_(first_layer.bias.double() + weight @ mean_shift)
             first_layer.weight.copy_(weight * feature_deviation)
     head.centre, head.scale = feature_mean.float(), feature_deviation.float()
@@ -269,10 +266,8 @@ class NeighborModule(nn.Module):
         center = reference_rows.mean(0)
         if spec.metric == "cosine":
             lengths = np.linalg.norm(reference_rows, axis=1, keepdims=True)
-            reference_rows, center = (
-                reference_rows / np.where(lengths > 0, lengths, 1),
-                np.zeros_like(center),
-            )
+            reference_rows = reference_rows / np.where(lengths > 0, lengths, 1)
+            center = np.zeros_like(center)
         centred_rows = reference_rows - center
         for name, array in (
             ("references", centred_rows),

@@ -20,12 +20,11 @@ from headrace.pipelines.models.errors import CannotSplit
 from headrace.pipelines.models.split_network import part_above
 from headrace.pipelines.models.torch_head import Head
 
-_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Network(nn.Module):
-    """A copy of a backbone with a head on its taps: pixels, or maps of the split point, to logits
-    (n, C).
+    """A copy of a backbone with a head on its taps: pixels, or split-point maps, to logits (n, C).
 
     taps: in the order in which the head's features stand side by side. split_node: the node that
     inputs are maps of; None: inputs are pixels. Features of taps below it (`taps_below`) cannot be
@@ -41,11 +40,11 @@ class Network(nn.Module):
         self.backbone = copy.deepcopy(backbone.module).eval().requires_grad_(False)
         self.backbone.to(memory_format=torch.channels_last)
         self.head = head
-        # in a tuple, so that it is no part of this module
+        # In a tuple: an attribute that is a module would be a child, moved and saved with this one.
         self._untouched = (backbone.module,)
         self.split_node, self.taps = split_node, tuple(taps)
         nodes = backbone_nodes(backbone)
-        self._placed = [(tap, nodes[tap.node]) for tap in taps]
+        self._tap_nodes = [(tap, nodes[tap.node]) for tap in taps]
         self._make_normalizer = functools.partial(make_normalizer, backbone)
         self._normalize: Callable[[Tensor], Tensor] = self._make_normalizer("cpu")
         self.input_shape = (
@@ -58,22 +57,23 @@ class Network(nn.Module):
         if split_node is not None:
             self._body = part_above(self.backbone, nodes[split_node])
         self.taps_below = tuple(
-            tap for tap, node in self._placed if node_names.index(node.name) < split_index
+            tap for tap, node in self._tap_nodes if node_names.index(node.name) < split_index
         )
         self.n_features_below = sum(
-            math.prod(tap_shape(tap, node)) for tap, node in self._placed if tap in self.taps_below
+            math.prod(tap_shape(tap, node))
+            for tap, node in self._tap_nodes
+            if tap in self.taps_below
         )
         if self.taps_below and head.spatial:
             raise CannotSplit(
                 f"a convolution head on maps below the split {split_node} has nothing that could "
                 "be trained there"
             )
-        self._live = [tap for tap in taps if tap not in self.taps_below]
-        self._at_split = [(tap, node) for tap, node in self._placed if node.name == split_node]
+        self._at_split = [(tap, node) for tap, node in self._tap_nodes if node.name == split_node]
         taps_above = [
             (tap, node)
-            for tap, node in self._placed
-            if tap in self._live and node.name != split_node
+            for tap, node in self._tap_nodes
+            if tap not in self.taps_below and node.name != split_node
         ]
         if split_node is not None and (
             enclosing_taps := [
@@ -97,9 +97,9 @@ class Network(nn.Module):
     def round_to(self, dtypes: Sequence[str]) -> "Network":
         """Round each tap's features to their stored type, as the cached head saw them."""
         self._dtypes = {
-            tap: _HALVES[dtype]
-            for (tap, _), dtype in zip(self._placed, dtypes, strict=True)
-            if dtype in _HALVES
+            tap: _HALF_DTYPES[dtype]
+            for (tap, _), dtype in zip(self._tap_nodes, dtypes, strict=True)
+            if dtype in _HALF_DTYPES
         }
         return self
 
@@ -131,7 +131,7 @@ class Network(nn.Module):
                 outputs_of_tap[tap] = pool_output(inputs, tap.pooling, node)
         outputs_of_tap |= self._capture.run(traced_body, inputs)
         feature_blocks, first_column = [], 0
-        for tap, node in self._placed:
+        for tap, node in self._tap_nodes:
             if tap in outputs_of_tap:
                 tap_features = outputs_of_tap[tap]
             else:

@@ -1,5 +1,4 @@
-"""What work will cost: assumed at first, measured as soon as anything like it has been done in the
-run.
+"""What work will cost: assumed at first, measured as soon as its like was done in the run.
 
 The assumptions are for one core of 2020s hardware (docs/scale.md says where they were measured). N
 rows, D features, C outputs. A run that is large by them begins with a small bank of each kind, and

@@ -9,10 +9,10 @@ import pandas as pd
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
-from headrace.heads.kinds import spec_from_json
 from headrace.heads.results import read_bank
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.planning.plan import Trained, bank_group
+from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.recipe.grid import RequestedHeads
 from headrace.pipelines.recipe.settings_text import settings_text
 
@@ -26,7 +26,7 @@ def trained_in(banks_folder: Path, group: str, *, retry_failed: bool = False) ->
         table = read_bank(results_path).table
         failed_specs = set(table.loc[table["error"].notna(), "spec"]) if retry_failed else set()
         specs_of_file[str(results_path)] = frozenset(
-            spec_from_json(text) for text in set(table["spec"]) - failed_specs
+            model_spec(text) for text in set(table["spec"]) - failed_specs
         )
     return specs_of_file
 
@@ -88,8 +88,7 @@ def _group_table(banks_folder: Path, group: str) -> pd.DataFrame:
 def rank_heads(
     heads: pd.DataFrame, metric: str, input_widths: Mapping[str, int], n_folds: int
 ) -> pd.DataFrame:
-    """The leaderboard, best first: by the mean of `metric` over validation folds, ties by fewer
-    features.
+    """The leaderboard, best first: by mean `metric` over validation folds, ties by fewer features.
 
     Columns: rank, inputs, kind, settings, the metric's mean (its name), standard_error (of that
     mean over folds), folds, features (how many numbers the head reads), train_seconds, failed
@@ -120,7 +119,7 @@ def rank_heads(
     leaderboard["features"] = [
         sum(input_widths[name] for name in inputs) for inputs in leaderboard["inputs"]
     ]
-    leaderboard["settings"] = [settings_text(spec_from_json(spec)) for spec in leaderboard["spec"]]
+    leaderboard["settings"] = [settings_text(model_spec(spec)) for spec in leaderboard["spec"]]
     leaderboard = leaderboard.sort_values(
         ["failed", "final", metric, "features", "spec"],
         ascending=[True, False, not METRICS[metric].higher_is_better, True, True],

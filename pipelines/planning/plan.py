@@ -1,11 +1,7 @@
-"""What a run has to do, computed and not done:
-
-`--dry-run` prints it, `run` does it, resuming is planning again.
-"""
+"""What a run has to do: `--dry-run` prints it, `run` does it, resuming is planning again."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set as AbstractSet
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -123,8 +119,7 @@ class Plan:
 def bank_group(
     task_digest: str, requested: RequestedHeads, fingerprints: Mapping[str, Sequence[str]]
 ) -> str:
-    """Return the name of what the heads of a bank share: equal specs in equal groups are the same
-    heads.
+    """Return the name of what the heads of a bank share: equal specs and groups are the same heads.
 
     fingerprints: of each input's feature sets, view by view.
     """

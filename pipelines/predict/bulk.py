@@ -1,5 +1,4 @@
-"""Predictions of many images, published part by part: a call that was killed is continued by the
-next one.
+"""Predictions of many images, published part by part: the next call continues a killed one.
 
 Beside the table OUT stands OUT.parts/ while work is under way: one Parquet file per part, each
 whole or not there, with the predictions of some images and what tells whether they are still the
@@ -26,10 +25,7 @@ from rich.console import Console
 
 from headrace.cache.atomic_io import lease, publish_replace
 from headrace.cache.errors import HeadraceError
-from headrace.cache.format.sealed import (
-    read_sealed_json,
-    sealed_json,
-)
+from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.cache.text import as_text
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.console import make_console
@@ -98,10 +94,9 @@ def predict_table(
     csv, parquet or jsonl.
 
     cache_root: a cache in which images may have features; of these no network runs. fills_cache:
-    the caller has put there what was lacking: weights that a finished table lacks are written.
-    unit_names: of the images, for a table of units beside that of the images (`units_path`); of a
-    model that pools units there is one of their images' weights, too (`weights_path`), by the
-    cache.
+    the caller has added the missing features, so a finished table whose weights are incomplete is
+    done again. unit_names: each image's unit; a table of units is written beside (`units_path`),
+    and by a model that pools units, from the cache, one of its images' weights (`weights_path`).
 
     Every image has one row, in the order given; one that cannot be decoded has its reason in it.
     Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
@@ -137,16 +132,20 @@ def predict_table(
     def finished() -> PredictionSummary | None:
         if force or not all(path.exists() for path in tables_beside):
             return None
-        done = _finished(table_path, record)
-        return None if done and done.units_without_weights and fills_cache else done
+        finished_summary = _finished(table_path, record)
+        return (
+            None
+            if finished_summary and finished_summary.units_without_weights and fills_cache
+            else finished_summary
+        )
 
     # A lock beside a finished table is of a killed call: the writer waits for it, and removes it.
-    if (done := finished()) is not None and not _lock_path(table_path).exists():
-        return done
+    if (finished_summary := finished()) is not None and not _lock_path(table_path).exists():
+        return finished_summary
     with _only_writer(table_path, console):
         # Another call may have written it meanwhile.
-        if (done := finished()) is not None:
-            return done
+        if (finished_summary := finished()) is not None:
+            return finished_summary
         parts_folder.mkdir(parents=True, exist_ok=True)
         known_keys = known_parts(parts_folder, model, is_final=False).keys()
         rows = missing_rows(file_keys_in_order, known_keys, units)
@@ -154,12 +153,12 @@ def predict_table(
         cached = predict_cached(
             model, file_keys_in_order, cache_root, np.array(rows, np.intp), beside
         )
-        left = [row for row in rows if not cached.is_known[row]]
+        uncached_rows = [row for row in rows if not cached.is_known[row]]
         predict_missing(
             model,
-            [file_keys_in_order[row] for row in left],
-            None if side_inputs is None else side_inputs[left],
-            None if units is None else units[left],
+            [file_keys_in_order[row] for row in uncached_rows],
+            None if side_inputs is None else side_inputs[uncached_rows],
+            None if units is None else units[uncached_rows],
             parts_folder,
             n_workers=n_workers,
             device=device,

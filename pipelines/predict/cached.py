@@ -61,20 +61,22 @@ def predict_cached(
     units = None if beside.units is None else beside.units[rows]
     if units is not None:
         is_done &= ~np.isin(units, units[~is_done])
-    found = np.flatnonzero(has_features & is_done)
+    cached_rows = np.flatnonzero(has_features & is_done)
     if units is not None:
-        found = found[np.argsort(units[found], kind="stable")]
+        cached_rows = cached_rows[np.argsort(units[cached_rows], kind="stable")]
     try:
         for block in part_slices(
-            len(found), _CACHED_IMAGES, None if units is None else units[found]
+            len(cached_rows), _CACHED_IMAGES, None if units is None else units[cached_rows]
         ):
-            some = found[block]
-            probabilities[rows[some]] = cached_model.predict(hashes[some], beside.take(rows[some]))
+            block_rows = cached_rows[block]
+            probabilities[rows[block_rows]] = cached_model.predict(
+                hashes[block_rows], beside.take(rows[block_rows])
+            )
     except CacheError as error:
         raise CacheError(f"{error}. To predict without the cache: --no-cache") from error
     is_known[rows[is_done]] = True
-    for place in np.flatnonzero(has_failed & is_done):
-        error_texts[rows[place]] = reasons[place]
+    for failed_row in np.flatnonzero(has_failed & is_done):
+        error_texts[rows[failed_row]] = reasons[failed_row]
     _copy_repeated(keys, rows, predictions)
     return predictions
 
@@ -106,7 +108,7 @@ def known_contents(files: Sequence[tuple[str, str]], cache_root: Path) -> npt.ND
     if unknown_rows:
         paths = [files[row][0] for row in unknown_rows]
         samples = pd.DataFrame({"id": paths, "path": paths})
-        found = content_hashes(samples, index, keep=os.access(cache_root, os.W_OK)).hashes
-        for row, content_hash in zip(unknown_rows, found, strict=True):
+        new_hashes = content_hashes(samples, index, keep=os.access(cache_root, os.W_OK)).hashes
+        for row, content_hash in zip(unknown_rows, new_hashes, strict=True):
             hashes[row] = content_hash
     return np.array([content_hash or "" for content_hash in hashes], "S32")

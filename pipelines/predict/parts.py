@@ -207,9 +207,11 @@ def part_slices(n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None)
 
 def predict_part(job: PartJob) -> int:
     """Predict the images of a part and publish it; returns how many failed. What a worker runs."""
+    import torch
+
     from headrace.pipelines.models.images import predict_samples
 
-    _set_threads(job.threads)
+    torch.set_num_threads(job.threads)
     engine = _open_model_engine(job.model, job.digest, job.device, job.trust_code)
     probabilities = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
     error_texts: list[str | None] = [None] * len(job.samples)
@@ -233,7 +235,10 @@ def _part_bytes(
     """Return a part as sealed Parquet: its pages have no checksum, and any digit is believed."""
     table = pa.table(
         {
-            "path": pa.array([_path_bytes(path) for path, _ in job.keys], pa.binary()),
+            # as bytes: names of files need not be UTF-8
+            "path": pa.array(
+                [path.encode("utf-8", "surrogatepass") for path, _ in job.keys], pa.binary()
+            ),
             "stamp": [stamp for _, stamp in job.keys],
             "error": pa.array(error_texts, pa.string()),
             "unread": is_unread,
@@ -306,10 +311,6 @@ def path_samples(paths: Iterable[str]) -> list[Sample]:
     return [Sample(path, path, "") for path in paths]
 
 
-def _path_bytes(path: str) -> bytes:
-    return path.encode("utf-8", "surrogatepass")  # names of files need not be UTF-8
-
-
 @lru_cache(maxsize=1)
 def _open_model_engine(path: str, digest: str, device: str, trust_code: tuple[str, ...]) -> Any:
     from headrace.pipelines.models.images import open_engine
@@ -318,9 +319,3 @@ def _open_model_engine(path: str, digest: str, device: str, trust_code: tuple[st
     if model.digest != digest:
         raise PredictIncomplete(f"{path} has changed since this call began: call again")
     return open_engine(model, device)
-
-
-def _set_threads(n_threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(n_threads)

@@ -1,10 +1,11 @@
-"""Predictions as a table: one row per image, in the order of the images, also for those that
-failed.
+"""Predictions as a table: one row per image, in their order, also those that failed.
 
-file         as the user named it class        the most probable class; multi-label: those of at
-least 0.5, joined by `;`. Empty where there is an error probability  of that class (single-label
-only) p_<class>    one column per class; for regression the predicted values, under the targets' own
-names error        why there is no prediction; empty where there is one
+file         as the user named it
+class        the most probable class; multi-label: those of at least 0.5, joined by `;`. Empty
+             where there is an error
+probability  of that class (single-label only)
+p_<class>    one column per class; for regression the predicted values, under the targets' own names
+error        why there is no prediction; empty where there is one
 
 No two columns have one name: where the name of a class or target is taken, as by a target called
 `file` or `error`, `_` is added to it until it is free (`file_`). JSON lines need none of that:
@@ -193,14 +194,9 @@ def is_predictions(table_path: Path, *, allow_values: bool) -> bool:
 def _has_our_columns(column_names: Sequence[str], allow_values: bool) -> bool:
     if len(column_names) < 3 or column_names[0] != "file" or column_names[-1] != "error":
         return False
-    return allow_values or (column_names[1] == "class" and _all_probabilities(column_names))
-
-
-def _all_probabilities(column_names: Sequence[str]) -> bool:
-    return all(
-        name.startswith("p_")
-        for name in column_names[3 if column_names[2] == "probability" else 2 : -1]
-    )
+    first_class = 3 if column_names[2] == "probability" else 2
+    has_probabilities = all(name.startswith("p_") for name in column_names[first_class:-1])
+    return allow_values or (column_names[1] == "class" and has_probabilities)
 
 
 def csv_text(
@@ -218,7 +214,7 @@ def csv_text(
             *(
                 _float_cells(values, is_failed)
                 if isinstance(values, np.ndarray)
-                else [_csv_cell(value) for value in values]
+                else ["" if value is None else value for value in values]
                 for _, _, values in columns
             ),
             strict=True,
@@ -322,10 +318,6 @@ def _float_cells(values: npt.NDArray[np.float32], is_failed: list[bool]) -> list
 
 def _shortest_float(value: np.float32) -> float:
     return float(str(value))  # the shortest text that is this float32
-
-
-def _csv_cell(value: Any) -> Any:
-    return "" if value is None else value
 
 
 def _chosen_labels(decision: npt.NDArray[np.uint8], classes: tuple[str, ...]) -> list[str]:

@@ -1,8 +1,10 @@
 """The table of units beside a table of images: OUT.units.csv, a row per patient, slide or sequence.
 
-unit     as the images' table names it    images, failed   how many of its images were used, and how
-many could not be    class, probability, p_<class> (for regression the values)    as in the table of
-images; empty where none of its images could be used
+unit            as the images' table names it
+images, failed  how many of its images were used, and how many could not be
+
+Then class, probability and p_<class>, for regression the values, as in the table of images; empty
+where none of its images could be used.
 """
 
 import hashlib
@@ -47,8 +49,7 @@ def unit_table(
 ) -> pd.DataFrame:
     """Return the table of units, in the order in which their first images come.
 
-    probabilities: (N, C) of the images, nan where one could not be used. Images without a unit are
-    left out.
+    probabilities: (N, C) of the images, nan where unused. Images without a unit are left out.
     """
     unit_of_row, names = pd.factorize(units.names)
     has_unit = unit_of_row >= 0

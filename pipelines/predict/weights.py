@@ -50,8 +50,8 @@ def write_weights(
     weights = np.empty(len(rows), np.float32)
     for block in part_slices(len(rows), _IMAGES, units[rows]):
         assert cached_model is not None
-        some = rows[block]
-        weights[block] = cached_model.instance_weights(hashes[some], units[some])
+        block_rows = rows[block]
+        weights[block] = cached_model.instance_weights(hashes[block_rows], units[block_rows])
     table = pd.DataFrame(
         {"unit": units[rows], "file": images["file"].to_numpy()[rows], "weight": weights}
     ).sort_values(["unit", "weight"], ascending=[True, False], kind="stable", ignore_index=True)

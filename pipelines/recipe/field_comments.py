@@ -27,7 +27,7 @@ def _source_comments(model: type) -> dict[str, str]:
     lines = textwrap.dedent(inspect.getsource(model)).splitlines()
     tree = ast.parse("\n".join(lines)).body[0]
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    comments = {}
     for node in tree.body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
@@ -35,9 +35,9 @@ def _source_comments(model: type) -> dict[str, str]:
         last = lines[node.end_lineno - 1]
         beside = last[node.end_col_offset :].partition("#")[2].strip()
         above: list[str] = []
-        at = node.lineno - 2
-        while at >= 0 and lines[at].strip().startswith("#"):
-            above.insert(0, lines[at].strip().lstrip("# "))
-            at -= 1
-        found[node.target.id] = beside or " ".join(above)
-    return found
+        line_index = node.lineno - 2
+        while line_index >= 0 and lines[line_index].strip().startswith("#"):
+            above.insert(0, lines[line_index].strip().lstrip("# "))
+            line_index -= 1
+        comments[node.target.id] = beside or " ".join(above)
+    return comments

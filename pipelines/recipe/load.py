@@ -125,8 +125,7 @@ def strictly(recipe: Recipe) -> Recipe:
 
 
 def parse_recipe(text: str, recipe_path: Path, *, settings: Iterable[str] = ()) -> Recipe:
-    """Read and check a recipe's text; `recipe_path` names it in messages and is where relative
-    paths start.
+    """Read and check a recipe's text; `recipe_path` names it, and relative paths start there.
 
     Raises RecipeError, as `load_recipe` does.
     """

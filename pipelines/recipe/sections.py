@@ -405,9 +405,7 @@ class FinetuneSection(Section):
 
 
 class InputHalvingSection(Section):
-    """Successive halving of the inputs: all start on few images, the promising ones go on, and only
-    they get all heads.
-    """
+    """Successive halving of the inputs: all start on few images; only the best get all heads."""
 
     # of the training images, round by round
     sample_fractions: Annotated[tuple[Share, ...], pydantic.Field(min_length=1)] = (0.1, 0.3)

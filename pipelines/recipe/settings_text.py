@@ -3,39 +3,48 @@
 import json
 
 from headrace.heads.kinds import spec_from_json
-from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_to_json
+from headrace.heads.spec import HeadSpec, spec_to_json
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
+
+# Values that say nothing new, of settings that most heads have.
+_UNSAID = {
+    "class_weight": "none",
+    "standardize": True,
+    "banded": False,
+    "label_smoothing": 0.0,
+    "seed": 0,
+}
+_SHORT_NAMES = {"learning_rate": "lr", "weight_decay": "wd"}
 
 
 def settings_text(spec: HeadSpec) -> str:
     """Return a spec as a person would say it: what differs from the kind's defaults."""
     if isinstance(spec, FineTuneSpec):
         return _network_text(spec)
-    values = json.loads(spec_to_json(spec))
-    usual = {
-        "class_weight": "none",
-        "standardize": True,
-        "banded": False,
-        "label_smoothing": 0.0,
-        "seed": 0,
+    # The kind has its own column; the others bound the training and are rarely searched.
+    hidden_keys = {"kind", "batch_size", "epochs", "patience"}
+    settings = {
+        key: value
+        for key, value in json.loads(spec_to_json(spec)).items()
+        if key not in hidden_keys and _UNSAID.get(key) != value
     }
-    hidden = {"kind", "batch_size", "epochs", "patience"}
-    shown = {
-        key: value for key, value in values.items() if key not in hidden and usual.get(key) != value
-    }
-    short = {"learning_rate": "lr", "weight_decay": "wd"}
-    return " ".join(f"{short.get(key, key)}={_value_text(value)}" for key, value in shown.items())
+    return " ".join(
+        f"{_SHORT_NAMES.get(key, key)}={_value_text(value)}" for key, value in settings.items()
+    )
 
 
 def _network_text(spec: FineTuneSpec) -> str:
     """Return what of a network trains, from which start, under which head."""
     head = spec_from_json(spec.head)
-    under = f"{head.kind} {settings_text(head)}".strip()
-    where = spec.train_above if spec.train_above in ("all", "head") else f"above {spec.train_above}"
+    head_text = f"{head.kind} {settings_text(head)}".strip()
+    trained = spec.train_above
+    trained_text = trained if trained in ("all", "head") else f"above {trained}"
+    rate_text = f"lr={spec.learning_rate:g}"
     if spec.start == "head":
-        return f"fine-tuned {where} lr={spec.learning_rate:g} from {under}"
-    if spec.start == "random" and spec.train_above == "all":
-        return f"from scratch lr={spec.learning_rate:g} under {under}"
-    return f"reused {where} {spec.start} lr={spec.learning_rate:g} under new {under}"
+        return f"fine-tuned {trained_text} {rate_text} from {head_text}"
+    if spec.start == "random" and trained == "all":
+        return f"from scratch {rate_text} under {head_text}"
+    return f"reused {trained_text} {spec.start} {rate_text} under new {head_text}"
 
 
 def _value_text(value: object) -> str:

@@ -235,8 +235,7 @@ def _cautions(
 
 
 def _written_in_two_ways(column: SideColumn, numbers: pd.Series) -> list[str]:
-    """Return notes on levels that a person takes for one, and on numbers that stand for missing
-    ones.
+    """Return notes on levels that a person takes for one, and numbers that mean missing.
 
     numbers: of the training rows, nan where a cell holds none.
     """

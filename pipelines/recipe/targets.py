@@ -17,7 +17,7 @@ from headrace.cache.text import as_text
 if TYPE_CHECKING:
     from headrace.pipelines.recipe.sections import TaskSection
 
-_NAMES_IN_NOTE = 10
+_NAMES_IN_NOTE = 10  # the others are counted
 
 
 class DataError(HeadraceError, ValueError):
@@ -27,8 +27,7 @@ class DataError(HeadraceError, ValueError):
 def check_targets(
     samples: pd.DataFrame, section: "TaskSection"
 ) -> tuple[pd.DataFrame, tuple[str, ...], npt.NDArray[Any]]:
-    """Return the samples that have a target, the classes (or columns), and the targets as in
-    `Task.target`.
+    """Return the samples that have a target, the classes (or columns), and `Task.target`.
 
     Raises DataError for targets that cannot be learned.
     """

@@ -117,8 +117,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(
     text: str, path: Path, valid_keys: typing.Iterable[str]
 ) -> tuple[yaml.MappingNode, Any]:
-    """Return the root node, which knows its lines, and the values. valid_keys: the keys of a
-    recipe.
+    """Return the root node, with its lines, and the values. valid_keys: the keys of a recipe.
 
     Raises RecipeError.
     """
@@ -175,8 +174,7 @@ def read_yaml(
 def _refuse_odd_nodes(
     node: yaml.Node, path: Path, *, node_ids_above: set[int], known_sizes: dict[int, int]
 ) -> int:
-    """Refuse repeated keys, keys that are no words, merge keys, overlong numbers, and anchors
-    inside themselves.
+    """Refuse repeated keys, odd keys, merge keys, overlong numbers, and anchors in themselves.
 
     node_ids_above: of the nodes that this one stands in. known_sizes: by id, of nodes that are
     known to be good, as an anchor's may be. Returns how many keys and values the node stands for,

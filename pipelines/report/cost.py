@@ -1,7 +1,6 @@
 """What the run has cost: time of each stage, an estimate of the energy, bytes on disk."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -150,7 +149,13 @@ def _bytes_table(run: FinishedRun) -> Table:
         ("winner", "one head, ready to use", run.paths.winner),
     ):
         size_rows.append(
-            {"what": item_name, "detail": item_detail, "bytes": _folder_bytes(item_path)}
+            {
+                "what": item_name,
+                "detail": item_detail,
+                "bytes": sum(
+                    path.stat().st_size for path in item_path.rglob("*") if path.is_file()
+                ),
+            }
         )
     total_bytes = sum(int(row["bytes"]) for row in size_rows)
     table_columns = (
@@ -165,7 +170,3 @@ def _bytes_table(run: FinishedRun) -> Table:
         pd.DataFrame(size_rows),
         wide=True,
     )
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from headrace.heads.evaluate.metrics import score
 from headrace.pipelines.report.page.blocks import Curve, CurveSet
 
-MAX_CLASSES = 200
+MAX_CLASSES = 200  # whose curves are shown, those of the least area
 _MOST_POINTS, _FEW_POINTS = 256, 96  # of each curve; the latter where there are many classes
 _MANY_CLASSES = 20
 

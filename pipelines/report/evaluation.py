@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from headrace.heads.data.task import REFIT
-from headrace.heads.kinds import spec_from_json
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import utc_text
+from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.outcome import outcome_blocks
@@ -104,7 +104,7 @@ def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, 
 def _shown_text(winner: Mapping[str, Any]) -> str:
     if "ensemble" in winner:
         return f"an ensemble of {len(winner['ensemble'])} members"
-    spec = spec_from_json(winner["spec"])
+    spec = model_spec(winner["spec"])
     return f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
 
 

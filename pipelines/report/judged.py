@@ -72,9 +72,7 @@ def one_by_one(run: FinishedRun) -> str:
 
 
 def user_columns(run: FinishedRun) -> pd.DataFrame:
-    """The columns of the user's table that are neither target, id nor path, by image id; none where
-    the images are gone.
-    """
+    """The user's columns but for target, id and path, by image id; none without images."""
     if isinstance(run.images, str):
         return pd.DataFrame()
     left_out = {"path", "content", *target_columns(run.recipe.task)}
@@ -109,8 +107,10 @@ def known_of_images(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataF
         frames.append(training)
     known = pd.concat(frames, ignore_index=True)
     columns = user_columns(run)
-    own = columns.rename(columns=lambda name: f"{name} (column)" if name in known else str(name))
-    return known.merge(own, left_on="id", right_index=True, how="left")
+    user_table = columns.rename(
+        columns=lambda name: f"{name} (column)" if name in known else str(name)
+    )
+    return known.merge(user_table, left_on="id", right_index=True, how="left")
 
 
 def _labels(run: FinishedRun, target: npt.NDArray[Any]) -> pd.DataFrame:
@@ -118,9 +118,12 @@ def _labels(run: FinishedRun, target: npt.NDArray[Any]) -> pd.DataFrame:
     if run.task_kind == "single":
         return pd.DataFrame({"label": names[target.astype(np.int64)]})
     if run.task_kind == "regression":
-        return pd.DataFrame({str(name): target[:, at] for at, name in enumerate(names)})
+        return pd.DataFrame({str(name): target[:, column] for column, name in enumerate(names)})
     return pd.DataFrame(
-        {str(name): np.where(target[:, at] > 0, "yes", "no") for at, name in enumerate(names)}
+        {
+            str(name): np.where(target[:, column] > 0, "yes", "no")
+            for column, name in enumerate(names)
+        }
     )
 
 

@@ -18,16 +18,15 @@ def confident_classes(
 ) -> npt.NDArray[np.int64]:
     """(N,) the class that each row confidently belongs to, -1 where it passes no class's threshold.
 
-    label: (N,) class index; probabilities: (N, C), each row predicted by a head that did not train
-    on it.
+    label: (N,) class index; probabilities: (N, C), by heads that did not train on the row.
     """
     predicted = np.asarray(probabilities, np.float64)
     counts = np.bincount(label, minlength=predicted.shape[1])
-    own = np.bincount(
+    label_sums = np.bincount(
         label, weights=predicted[np.arange(len(label)), label], minlength=predicted.shape[1]
     )
     # A class that no row carries has no threshold to pass.
-    threshold = np.where(counts > 0, own / np.maximum(counts, 1), np.inf)
+    threshold = np.where(counts > 0, label_sums / np.maximum(counts, 1), np.inf)
     passes = predicted >= threshold
     best = np.where(passes, predicted, -1.0).argmax(1)
     return np.where(passes.any(1), best, -1)
@@ -36,19 +35,17 @@ def confident_classes(
 def likely_label_errors(
     label: npt.NDArray[Any], probabilities: npt.NDArray[Any]
 ) -> npt.NDArray[np.int64]:
-    """Positions of the rows that confidently belong to another class than their label's, the surest
-    first.
+    """Rows that confidently belong to another class than their label's, the surest first.
 
-    Sorted by the normalised margin: the probability of the label less the largest probability of
-    another class.
+    Sorted by the normalised margin: the label's probability less the largest of another class.
     """
     confident = confident_classes(label, probabilities)
     rows = np.flatnonzero((confident >= 0) & (confident != label))
     predicted = np.asarray(probabilities, np.float64)[rows]
-    given = predicted[np.arange(len(rows)), label[rows]]
-    others = predicted.copy()
-    others[np.arange(len(rows)), label[rows]] = -1.0
-    margin = given - others.max(1, initial=-1.0)
+    of_label = predicted[np.arange(len(rows)), label[rows]]
+    of_others = predicted.copy()
+    of_others[np.arange(len(rows)), label[rows]] = -1.0
+    margin = of_label - of_others.max(1, initial=-1.0)
     return np.asarray(rows[np.argsort(margin, kind="stable")], np.int64)
 
 
@@ -62,12 +59,14 @@ def likely_errors_by_label(
     """
     rows, labels, margins = [], [], []
     for column in range(target.shape[1]):
-        yes = np.asarray(probabilities[:, column], np.float64)
-        given = np.asarray(target[:, column], np.int64)
-        found = likely_label_errors(given, np.stack([1 - yes, yes], 1))
-        rows.append(found)
-        labels.append(np.full(len(found), column))
-        margins.append(-np.abs(yes[found] - given[found]))
+        label_probability = np.asarray(probabilities[:, column], np.float64)
+        labels_given = np.asarray(target[:, column], np.int64)
+        error_rows = likely_label_errors(
+            labels_given, np.stack([1 - label_probability, label_probability], 1)
+        )
+        rows.append(error_rows)
+        labels.append(np.full(len(error_rows), column))
+        margins.append(-np.abs(label_probability[error_rows] - labels_given[error_rows]))
     if not rows:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     order = np.argsort(np.concatenate(margins), kind="stable")

@@ -19,7 +19,7 @@ from headrace.pipelines.report.page.blocks import (
 )
 
 SHARES = frozenset({"accuracy", "balanced_accuracy", "hamming_accuracy"})
-_FIGURE_INPUTS = 40
+_FIGURE_INPUTS = 40  # lines of the dot plot, which a page can still show
 
 
 def metric_format(metric: str) -> Format:

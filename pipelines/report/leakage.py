@@ -44,11 +44,9 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     # exact copies are on one side already
     _, first_rows = np.unique(content_hashes, return_index=True)
     first_rows = np.sort(first_rows)
-    content_hashes, image_ids, split_side = (
-        content_hashes[first_rows],
-        image_ids[first_rows],
-        split_side[first_rows],
-    )
+    content_hashes = content_hashes[first_rows]
+    image_ids = image_ids[first_rows]
+    split_side = split_side[first_rows]
     pair_frame, remarks = _near_duplicates(run, content_hashes, split_side)
     lead_text = (
         "An image that is nearly the same in training and in test is recognised, not understood, "

@@ -1,5 +1,4 @@
-"""What predictions get right and wrong: confusions, classes, calibration; and the winner's on its
-validation folds.
+"""What predictions get right and wrong: confusions, classes, calibration; on validation folds too.
 
 N rows, C classes (or label columns, or regression targets).
 """
@@ -57,9 +56,7 @@ def predictions_section(run: FinishedRun) -> Section:
 
 
 def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
-    """The reliability diagram again at the temperature that the winner is handed out with, and both
-    calibration errors.
-    """
+    """The reliability diagram at the winner's temperature, and both calibration errors."""
     if run.task_kind == "regression":
         return []
     stored_calibration = run.calibration
@@ -264,10 +261,8 @@ def _class_table(
 ) -> Table:
     C = len(classes)
     predicted_class = predicted.argmax(1)
-    class_counts, predicted_counts = (
-        np.bincount(target, minlength=C),
-        np.bincount(predicted_class, minlength=C),
-    )
+    class_counts = np.bincount(target, minlength=C)
+    predicted_counts = np.bincount(predicted_class, minlength=C)
     hit_counts = np.bincount(target[predicted_class == target], minlength=C)
     one_hot = target[:, None] == np.arange(C)
     class_frame = pd.DataFrame(
@@ -311,11 +306,9 @@ def _label_table(
     classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], split_name: str
 ) -> Table:
     true_labels, predicted_labels = target > 0, predicted >= 0.5
-    hit_counts, label_counts, predicted_counts = (
-        (true_labels & predicted_labels).sum(0),
-        true_labels.sum(0),
-        predicted_labels.sum(0),
-    )
+    hit_counts = (true_labels & predicted_labels).sum(0)
+    label_counts = true_labels.sum(0)
+    predicted_counts = predicted_labels.sum(0)
     label_columns = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
     label_frame = pd.DataFrame(
         {
@@ -362,11 +355,9 @@ def _reliability_figure(
     if task_kind == "multi":
         confidence, is_correct, count_unit = predicted.ravel(), target.ravel() > 0, "labels"
     else:
-        confidence, is_correct, count_unit = (
-            predicted.max(1),
-            predicted.argmax(1) == target,
-            "count",  # images or units
-        )
+        confidence = predicted.max(1)
+        is_correct = predicted.argmax(1) == target
+        count_unit = "count"  # images or units
     bin_index = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
     bin_counts = np.bincount(bin_index, minlength=BINS)
     is_filled = bin_counts > 0
@@ -454,10 +445,8 @@ def _regression_blocks(
         )
     ]
     for target_index, target_name in enumerate(classes[:4]):
-        true_values, predicted_values = (
-            np.asarray(target[:, target_index], float),
-            np.asarray(predicted[:, target_index], float),
-        )
+        true_values = np.asarray(target[:, target_index], float)
+        predicted_values = np.asarray(predicted[:, target_index], float)
         svg_text = figures.scatter_chart(
             true_values,
             predicted_values,

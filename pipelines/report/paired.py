@@ -16,7 +16,7 @@ from headrace.heads.evaluate.weighted import SORTED_METRICS, weighted_scores
 
 Floats = npt.NDArray[np.float64]
 
-RESAMPLES = 1000
+RESAMPLES = 1000  # of the groups, for an interval
 _BLOCK = 50  # resamples at a time
 _SORTED_BUDGET = 2e8  # numbers that are sorted for metrics of areas under curves
 
@@ -75,8 +75,7 @@ def paired_proportion_interval(
     groups: npt.NDArray[Any] | None = None,
     level: float = LEVEL,
 ) -> tuple[float, float]:
-    """The interval of the share right in `second` less that in `first`, (n,) of 0 and 1 for the
-    same rows.
+    """The interval of the share right in `second` less that in `first`, (n,) of 0 and 1.
 
     Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions
     based on paired data", Statistics in Medicine 17:2635-2650, method 10. Where rows come in

@@ -12,12 +12,12 @@ from headrace.cache.errors import HeadraceError
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.temperature import FLOOR
-from headrace.heads.kinds import spec_from_json
 from headrace.heads.predict import floor_of
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
 from headrace.pipelines.models.model import ensemble_is_selected
 from headrace.pipelines.models.reference import ModelRef
+from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.records import read_record
 from headrace.pipelines.selection.ensemble_store import member_name
 from headrace.pipelines.selection.evaluation_record import (
@@ -145,7 +145,7 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
 
 def _recorded_model(run: FinishedRun, recorded: JsonObject) -> ModelRef:
     """Return the head or network that an evaluation's record names."""
-    kind = spec_from_json(recorded["spec"]).kind
+    kind = model_spec(recorded["spec"]).kind
     reads_images = kind == "finetune"  # and no features
     folder = run.paths.finetune if reads_images else run.paths.banks
     inputs = tuple(recorded["inputs"])

@@ -343,10 +343,8 @@ def _advice_blocks(run: FinishedRun, advice_record: Found) -> list[Block]:
 
 
 def _curve_figure(evidence: Found) -> Figure:
-    image_counts, errors = (
-        list(map(float, evidence["curve"]["images"])),
-        list(map(float, evidence["curve"]["error"])),
-    )
+    image_counts = list(map(float, evidence["curve"]["images"]))
+    errors = list(map(float, evidence["curve"]["error"]))
     last_count, last_error = image_counts[-1], errors[-1]
     extrapolated_points = [
         (

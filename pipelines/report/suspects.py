@@ -37,10 +37,8 @@ def suspects_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
 
 def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     held_out_rows, class_names = run.held_out_rows, np.asarray(run.classes, object)
-    target, predicted = (
-        run.bank.target[held_out_rows].astype(np.int64),
-        run.out_of_fold_predictions[held_out_rows],
-    )
+    target = run.bank.target[held_out_rows].astype(np.int64)
+    predicted = run.out_of_fold_predictions[held_out_rows]
     predicted_class = predicted.argmax(1)
     confidence = predicted.max(1)
     wrong_rows = np.flatnonzero(predicted_class != target)

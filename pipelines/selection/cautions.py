@@ -14,19 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache.errors import HeadraceError
-from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.extract.errors import ImageError
+from headrace.cache.feature_set import open_feature_set
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.crops import crop_content, split_crop
-from headrace.extract.images.decoding import PixelRange
+from headrace.extract.images.samples import PixelRange
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval
 from headrace.heads.evaluate.metrics import score
 from headrace.pipelines.selection.duplicates import like_pairs, standardised
 from headrace.pipelines.selection.predictions import ValidationRows, read_predictions
-from headrace.pipelines.selection.signatures import grey_signature
+from headrace.pipelines.selection.signatures import grey_of_file, grey_signature
 
 # A balanced accuracy that lies so much below the accuracy, and surely below it, is told.
 HIDDEN = 0.10
@@ -172,12 +170,13 @@ def near_duplicates(
     if len(content) > COMPARED:
         sampled = np.sort(np.random.default_rng(0).choice(len(content), COMPARED, replace=False))
         content, side_of_image = content[sampled], side_of_image[sampled]
+    features = opened_sets[pooled_names[-1]]
     pairs, pair_cosines = _nearest_across(
-        _read(opened_sets[pooled_names[-1]], content), side_of_image
+        features.read(features.locate(content.tolist()), np.float32), side_of_image
     )
     likest_pairs = pairs[: LOOKED_AT // 2]
     grey_images = {
-        image_index: _grey(image_paths.get(str(content[image_index]), ""), pixel_range)
+        image_index: grey_of_file(image_paths.get(str(content[image_index]), ""), pixel_range)
         for image_index in np.unique(likest_pairs).tolist()
     }
     readable_grey = {
@@ -200,10 +199,8 @@ def near_duplicates(
                     >= PIXELS_ALIKE
                 )
     alike_pairs = pairs[is_alike]
-    leaked_tests, n_tests = (
-        leaked_images(alike_pairs[:, 0], alike_pairs[:, 1], side_of_image),
-        int((side_of_image == "test").sum()),
-    )
+    leaked_tests = leaked_images(alike_pairs[:, 0], alike_pairs[:, 1], side_of_image)
+    n_tests = int((side_of_image == "test").sum())
     affected_share = (
         len(leaked_tests) / n_tests if n_tests else len(np.unique(alike_pairs)) / len(content)
     )
@@ -215,9 +212,7 @@ def near_duplicates(
 def _nearest_across(
     vectors: npt.NDArray[np.float32], side_of_image: npt.NDArray[np.str_]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return each row's nearest row of another side, (P, 2), each pair once, the likest first; and
-    their cosines (P,).
-    """
+    """Return rows' nearest rows of another side (P, 2), the likest first, and cosines (P,)."""
     X = standardised(vectors)
     projected = X
     # a random projection keeps distances well enough to find the nearest
@@ -239,13 +234,6 @@ def _nearest_across(
     cosines = (X[pairs[:, 0]] * X[pairs[:, 1]]).sum(1)
     likest_first = np.argsort(-cosines, kind="stable")
     return pairs[likest_first], cosines[likest_first]
-
-
-def _grey(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
-    try:
-        return grey_signature(image_path, read_bytes(image_path), pixel_range)
-    except (OSError, HeadraceError, ImageError):  # it has moved since, or is no image any more
-        return None
 
 
 def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str | None:
@@ -316,10 +304,8 @@ def near_duplicates_text(
 
     side_of_image: (N,) as `sides` has them, of the images compared. least: there may be more pairs.
     """
-    leaked_tests, n_tests = (
-        leaked_images(first, second, side_of_image),
-        int((side_of_image == "test").sum()),
-    )
+    leaked_tests = leaked_images(first, second, side_of_image)
+    n_tests = int((side_of_image == "test").sum())
     share = (
         f"; {len(leaked_tests):,} of {n_tests:,} test images "
         f"({len(leaked_tests) / max(n_tests, 1):.1%}) have such a partner among the images that "
@@ -342,20 +328,13 @@ def leaked_images(
     return np.unique(np.where(is_test[first], first, second)[across_test]).astype(np.int64)
 
 
-def _read(features: FeatureSet, content: npt.NDArray[np.str_]) -> npt.NDArray[np.float32]:
-    return features.read(features.locate(content.tolist()), np.float32)
-
-
 def _settings(spec: dict[str, Any]) -> dict[str, Any]:
     """Return a spec's settings by name, an estimator's parameters among them."""
     parameters = json.loads(spec["parameters"]) if isinstance(spec.get("parameters"), str) else {}
     return {
         name: json.dumps(value) if isinstance(value, list) else value
         for name, value in spec.items()
-    } | {
-        "parameters": None,
-        **parameters,
-    }
+    } | {"parameters": None, **parameters}
 
 
 def _is_number(value: Any) -> bool:

@@ -35,8 +35,8 @@ from headrace.pipelines.selection.predictions import (
 
 Floats = npt.NDArray[np.float64]
 
-RESAMPLES = 500
-LEVEL = 0.95
+RESAMPLES = 500  # of the validation rows
+LEVEL = 0.95  # confidence of intervals, and of the set of tied heads
 # numbers of a head's predictions that the drawn shares may look at: a second
 _SHARE_BUDGET = 2e8
 # Metrics made of sorted rows cost K × N × C × B without a matrix product: fewer heads and
@@ -87,17 +87,15 @@ def assess_selection(
     blocks: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] | None = None,
     halving_luck: tuple[float, Floats] | None = None,
 ) -> Selection | None:
-    """Assess the selection among the complete heads of a leaderboard; None where fewer than two
-    rows are held out.
+    """Assess the selection among the complete heads of a leaderboard; None below two held-out rows.
 
     Deterministic in the seed.
 
-    Args:
-        board: best first.
-        blocks: (positions in the board, predictions (k, N, C)), by default the stored ones.
-        halving_luck: after a successive halving of inputs on the same rows, the luck of its choice
-            and the errors (N,) of the winner's input in it. So much of that luck is in the winner's
-            score as its own errors are those.
+    board: best first.
+    blocks: (positions in the board, predictions (k, N, C)), by default the stored ones.
+    halving_luck: after a successive halving of inputs on the same rows, the luck of its choice and
+    the errors (N,) of the winner's input in it. So much of that luck is in the winner's score as
+    its own errors are those.
     """
     task_kind, n_outputs = validation.task.kind, max(1, len(validation.task.classes))
     n_resamples = RESAMPLES

@@ -18,7 +18,7 @@ MAX_PAIRS = 100_000
 # Directions in which pairs are compared first: distances only shrink in a projection, so no close
 # pair is missed.
 _DIRECTIONS = 48
-_BLOCK = 2048
+_BLOCK = 2048  # rows of one block of cosines
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from headrace.pipelines.selection.predictions import (
 )
 
 BUDGET = 4e8  # elements that all rounds may look at together: a few seconds
-RESAMPLES = 1000
+RESAMPLES = 1000  # of the validation rows, for the gain's interval
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ def build_ensemble(
     *,
     seed: int = 0,
 ) -> Ensemble | None:
-    """Pick an ensemble from the complete heads of a leaderboard (best first); None where there are
-    fewer than two.
+    """Pick an ensemble from the complete heads of a leaderboard (best first); None below two.
 
     Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is
     better than choosing the best head: the interval of the gain, of the level `section.confidence`,
@@ -130,10 +129,8 @@ def build_ensemble(
     nested_ensemble = nested_average.copy()
     part_of_row = selection_parts(validation, seed)
     for part_number in np.unique(part_of_row):
-        inside, outside = (
-            np.flatnonzero(part_of_row != part_number),
-            np.flatnonzero(part_of_row == part_number),
-        )
+        inside = np.flatnonzero(part_of_row != part_number)
+        outside = np.flatnonzero(part_of_row == part_number)
         part_temperatures = _member_temperatures(validation, inside, predicted, floors)
         at_temperature = _calibrated(task_kind, predicted, part_temperatures, floors)
         losses = loss_elements(task_kind, validation.target[inside], at_temperature[:, inside])

@@ -183,7 +183,12 @@ def _evaluate_once(
     """
     with lease(_lock_path(record_path)):  # two runs that end at once both count
         recorded = read_test_evaluations(record_path)
-        overlapping = [evaluation for evaluation in recorded if _shares_images(evaluation, test)]
+        sketch = _image_sketch(test)
+        overlapping = [
+            evaluation
+            for evaluation in recorded
+            if not set(evaluation["images"]).isdisjoint(sketch)
+        ]
         same_model = [evaluation for evaluation in overlapping if evaluation["winner"] == identity]
         other_models = {
             json.dumps(evaluation["winner"], sort_keys=True) for evaluation in overlapping
@@ -281,13 +286,8 @@ def _image_sketch(test: Task) -> list[str]:
     return sorted(test.content.astype(str).tolist())[:SKETCH]
 
 
-def _shares_images(evaluation: Mapping[str, Any], test: Task) -> bool:
-    return not set(evaluation["images"]).isdisjoint(_image_sketch(test))
-
-
 def read_test_evaluations(record_path: Path) -> list[Mapping[str, Any]]:
-    """Return the record of evaluations, oldest first, from its copy where it is damaged, emptied or
-    gone.
+    """Return the record of evaluations, oldest first, from its copy where it is damaged or gone.
 
     Raises EvaluationsDamaged.
     """

@@ -51,12 +51,11 @@ def halve_inputs(
     """Train linear heads on a share of the images for each input, round by round, and drop the
     worst inputs after each round.
 
-    Args:
-        candidate_inputs: names of feature sets that a head reads side by side. Inputs with a map
-            take no part: they are always selected.
-        results_folder: where the trained banks stay; a second call trains nothing.
-        train_all: trains bank jobs, for example on a cluster.
-        groups: (rows of the task,) as in `learning_curve`.
+    candidate_inputs: names of feature sets that a head reads side by side. Inputs with a map take
+    no part: they are always selected.
+    results_folder: where the trained banks stay; a second call trains nothing.
+    train_all: trains bank jobs, for example on a cluster.
+    groups: (rows of the task,) as in `learning_curve`.
     """
     # An input beside side columns goes on where it goes on without them.
     unique_inputs = list(dict.fromkeys(taps_of(inputs) for inputs in candidate_inputs))

@@ -27,8 +27,9 @@ from headrace.pipelines.selection.estimate import Estimate
 
 Floats = npt.NDArray[np.float64]
 
+# Of the training rows, evenly spaced in the logarithm.
 FRACTIONS = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
-MOST_FOLDS = 5
+MOST_FOLDS = 5  # more would train longer and tell no more
 # Of the linear heads, from strong to weak.
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
 ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)
@@ -87,15 +88,13 @@ def learning_curve(
     """Train the specs (of one or more kinds) on nested subsets, and return the errors of the best
     of them at each size.
 
-    Shares that leave the same rows (a subset has at least two images of a class) are one size of
-    the curve.
+    Shares that leave the same rows (two images of a class at least) are one size of the curve.
 
-    Args:
-        groups: (rows of the task,), by default the images' content. A subset has a group as a whole
-            or not at all.
-        results_folder: where trained banks stay, under a digest of everything they depend on; a
-            second call trains nothing.
-        train_all: trains bank jobs, for example on a cluster.
+    groups: (rows of the task,), by default the images' content. A subset has a group as a whole or
+    not at all.
+    results_folder: where trained banks stay, under a digest of everything they depend on; a second
+    call trains nothing.
+    train_all: trains bank jobs, for example on a cluster.
     """
     folds = list(range(min(task.n_folds, MOST_FOLDS)))
     kinds = sorted({spec.kind for spec in specs})
@@ -177,8 +176,7 @@ def nested_subsets(
 ) -> tuple[list[float], list[list[Task]]]:
     """Return the shares that differ, and for each of them the subset of each fold.
 
-    Several small shares of few images are one and the same subset, which would weigh several times
-    in a fit.
+    Several small shares of few images are one subset, which would weigh several times in a fit.
 
     groups: (rows of the task,).
     """

@@ -17,7 +17,7 @@ from headrace.heads.data.task import Task
 from headrace.heads.evaluate.units import aggregate_units, unit_rows
 from headrace.heads.results import BankResult, read_bank
 
-BLOCK_BYTES = 256 * 2**20
+BLOCK_BYTES = 256 * 2**20  # of predictions in memory at once
 PARTS = 5  # of the rows, where the run has fewer than three folds of its own
 
 
@@ -47,8 +47,10 @@ class ValidationRows:
         """Return predictions (..., N, C) of the rows from those (..., n, C) of their images."""
         if self.task.units is None:
             return predicted
-        how = self.task.unit_aggregation
-        return np.asarray(aggregate_units(self.task.kind, predicted, self.row_of_image, how))
+        aggregation = self.task.unit_aggregation
+        return np.asarray(
+            aggregate_units(self.task.kind, predicted, self.row_of_image, aggregation)
+        )
 
 
 def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> ValidationRows:
@@ -61,15 +63,15 @@ def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> Valid
         first_images = row_of_image = np.arange(len(images))
     else:
         first_images, row_of_image = unit_rows(task.units[images])
-    shown = images[first_images]
-    group_labels = (task.content if groups is None else np.asarray(groups))[shown]
+    scored_images = images[first_images]
+    group_labels = (task.content if groups is None else np.asarray(groups))[scored_images]
     return ValidationRows(
         task,
         images,
         row_of_image,
         first_images,
-        task.target[shown],
-        task.fold[shown],
+        task.target[scored_images],
+        task.fold[scored_images],
         np.unique(group_labels, return_inverse=True)[1],
     )
 
@@ -77,8 +79,7 @@ def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> Valid
 def selection_parts(validation: ValidationRows, seed: int = 0) -> npt.NDArray[np.int64]:
     """Return the part (N,) of each row; each part is left out once, while the others decide.
 
-    Parts are the run's own folds where there are three, else PARTS random ones that no group is
-    split by.
+    Parts are the run's own folds where there are three, else PARTS random ones that split no group.
     """
     if len(np.unique(validation.fold)) >= 3:
         return validation.fold.astype(np.int64)

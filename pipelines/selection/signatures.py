@@ -10,14 +10,16 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from headrace.cache.atomic_io import publish_replace
+from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.crops import decode_picture, split_crop
-from headrace.extract.images.decoding import PixelRange, open_image
+from headrace.extract.images.opening import open_image
+from headrace.extract.images.samples import PixelRange
 
 SIGNATURE = 16  # pixels
-_THREADS = 4
+_THREADS = 4  # decoders release Python's lock
 
 
 def signatures(
@@ -39,7 +41,8 @@ def signatures(
     ]
     with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the GIL
         new_signatures = pool.map(
-            lambda content_hash: _signature(image_paths.get(content_hash, ""), pixel_range), missing
+            lambda content_hash: grey_of_file(image_paths.get(content_hash, ""), pixel_range),
+            missing,
         )
         for content_hash, grey in zip(missing, new_signatures, strict=True):
             if grey is not None:
@@ -64,10 +67,11 @@ def signatures(
     ) if positions else empty, positions
 
 
-def _signature(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
+def grey_of_file(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
+    """Return `grey_signature` of a file; None where it has moved since, or is no image any more."""
     try:
         return grey_signature(image_path, read_bytes(image_path), pixel_range)
-    except (OSError, ImageError):
+    except (OSError, HeadraceError, ImageError):
         return None
 
 

@@ -38,7 +38,7 @@ from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import publish_table
 from headrace.pipelines.stages.services import Services
 
-_ASK_S = 1.0
+_ASK_S = 1.0  # how often a unit that another driver has is tried for again
 
 
 def extract(state: RunState, services: Services) -> RunState:
@@ -154,7 +154,10 @@ def extract_missing(
                 fatal_units.append((outcome.job, outcome.error or ""))
                 advance(len(outcome.job.samples))
             elif outcome.result is None:
-                unit_failures.append(_failure_text(outcome))
+                error = outcome.error or ""
+                unit_failures.append(
+                    _image_failure_text(outcome.job, error) if outcome.fatal else error
+                )
                 advance(len(outcome.job.samples))
                 if outcome.job.strict:
                     break
@@ -212,8 +215,7 @@ def extract_missing(
 def _record_failed_images(
     fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int
 ) -> list[str]:
-    """Record images that end their workers as failed, each with its reason; return why that was not
-    done, if so.
+    """Record images that end their workers as failed, with its reason; return why not, if so.
 
     Where most images do, it is the network or the machine, and a record in the cache would outlast
     what is wrong with them.
@@ -316,14 +318,6 @@ def _in_this_process(
             time.sleep(_ASK_S)
         yield Outcome(job, extract_unit(job), None)
         leases.release(unit_key(job))
-
-
-def _failure_text(outcome: Outcome[ExtractJob, WorkUnitReport]) -> str:
-    return (
-        _image_failure_text(outcome.job, outcome.error or "")
-        if outcome.fatal
-        else outcome.error or ""
-    )
 
 
 def _image_failure_text(job: ExtractJob, error: str) -> str:

@@ -84,10 +84,8 @@ def select(state: RunState, services: Services) -> RunState:
 def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
     """Return notes on this result, from stored predictions, features and a few images."""
     task = state.dataset.train
-    validation, final_heads = (
-        validation_rows(task, state.dataset.groups),
-        complete_heads(board),
-    )
+    validation = validation_rows(task, state.dataset.groups)
+    final_heads = complete_heads(board)
     hidden_note = hidden_classes(final_heads, validation, state.metric)
     readable = state.samples.dropna(subset=["content"])
     content_hashes, image_paths = (
@@ -119,10 +117,8 @@ def write_instance_weights(state: RunState, leaderboard: pd.DataFrame) -> None:
 
 def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selection | None:
     """Write what the choice of the best is worth, from stored predictions; return it too."""
-    held, input_halving = (
-        validation_rows(state.dataset.train, state.dataset.groups),
-        state.input_halving,
-    )
+    held = validation_rows(state.dataset.train, state.dataset.groups)
+    input_halving = state.input_halving
     halving_luck = None
     best_taps = taps_of(leaderboard.iloc[0]["inputs"])
     if input_halving is not None and best_taps in input_halving.row_errors:

@@ -10,8 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.runs import RECIPE, headrace, make_photos
 
 from headrace.cache.exchange.columns import choose_columns, columns_option

@@ -9,9 +9,7 @@ import threading
 import dask.array
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import given as property_of
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given as property_of, settings, strategies as st
 from support.caches import given, hashes, make_feature_set, make_spec, unit_arguments, unit_name
 
 from headrace.cache.errors import CacheError, FeatureSetMissing, SpecMismatch

@@ -47,7 +47,8 @@ from headrace.heads.persist import BadHeadFile, load_head, save_head
 from headrace.heads.predict import predict_head
 from headrace.heads.results import BadResults, read_bank, sealed
 from headrace.heads.sklearn.kind import SklearnSpec
-from headrace.heads.spec import FineTuneSpec, Halving, HeadSpec, spec_to_json
+from headrace.heads.spec import Halving, HeadSpec, spec_to_json
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
 Arrays = np.ndarray[Any, Any]
 ROWS = 240

@@ -12,7 +12,8 @@ from support.models import run_here
 from support.runs import headrace
 
 from headrace.heads.kind import CannotPredict
-from headrace.pipelines.export.write import TOLERANCE, export_model
+from headrace.pipelines.export.output_check import TOLERANCE
+from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.report.build import write_report

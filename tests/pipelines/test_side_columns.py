@@ -14,7 +14,8 @@ from support.runs import headrace, make_photos
 
 from headrace.extract.sources.samples import list_folder
 from headrace.heads.data.side_columns import SIDE_COLUMNS
-from headrace.pipelines.export.write import TOLERANCE, export_model
+from headrace.pipelines.export.output_check import TOLERANCE
+from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.planning.dataset import make_dataset
 from headrace.pipelines.recipe.load import RecipeError, load_recipe

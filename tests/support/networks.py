@@ -24,9 +24,10 @@ from headrace.heads.bank import BankJob, train_bank
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import Task, save_task
 from headrace.heads.linear.kind import LogisticSpec
-from headrace.heads.spec import FineTuneSpec, HeadSpec, spec_to_json
+from headrace.heads.spec import HeadSpec, spec_to_json
 from headrace.pipelines.finetune.candidates import training_key
 from headrace.pipelines.finetune.task import FinetuneJob
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 from headrace.pipelines.records import write_record
 
 SMALL = BackboneSpec("timm:test_resnet", "random:0", image_size=64, crop_fraction=1.0)

@@ -1,5 +1,4 @@
-"""The active set: heads that are solved together, so that one evaluation of all of them is one pass
-over the rows.
+"""The active set: heads that are solved together, so that one pass over the rows evaluates all.
 
 A heads in the active set, C classes, n_outputs weight vectors of a head (C for a softmax, 1 for a
 sigmoid), R + 1 coordinates (the intercept last), n rows of a block.

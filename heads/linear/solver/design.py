@@ -15,8 +15,7 @@ Rows that do not fit into memory are read from their shards on every pass instea
 there; the weights are scaled and rotated, and the gradients back, which costs as much as a few rows
 do.
 
-With fewer rows than features the coordinates are those of the row space, fewer and exact:
-`dual_form.py`.
+With fewer rows than features the coordinates are the row space's, exact: `dual_form.py`.
 """
 
 import dataclasses
@@ -47,7 +46,7 @@ FoldRows = tuple[tuple[int, ...], npt.NDArray[np.intp]]
 # Largest ratio of a fold's scales to the common ones, either way. Beyond, float32 rows in common
 # units lose the fold's digits, and in the dual form its square is the condition number of a factor.
 MAX_SCALE_RATIO = 30.0
-ROWS_PER_BLOCK = 8192
+ROWS_PER_BLOCK = 8192  # of rows in memory
 ROWS_PER_STREAMED_BLOCK = 1024  # of streamed rows, so that a block stays in the caches
 STREAMED_BASIS_ROWS = 1 << 15
 MANY_CLASSES = 64  # free classes from which a head gains nothing by sharing a pass with others
@@ -434,16 +433,11 @@ def largest_scale(moments: Moments) -> float:
 
 
 def scales_are_similar(
-    fold_moments: Moments,
-    common: Moments,
-    *,
-    standardize: bool,
-    max_ratio: float = MAX_SCALE_RATIO,
+    fold_moments: Moments, common: Moments, *, standardize: bool, max_ratio: float = MAX_SCALE_RATIO
 ) -> bool:
     """Return whether a fold's training rows keep their digits in the units of all rows.
 
-    One row may forbid it, so far out that the fold which holds it out sees next to nothing beside
-    it.
+    One row may forbid it, so far out that the fold that holds it out sees little beside it.
     """
     ratio = (
         fold_units(fold_moments, common, fold_moments.scale, common.scale).ratio

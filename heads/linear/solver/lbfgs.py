@@ -29,7 +29,7 @@ LoadProblem = Callable[[int], tuple[Array, Array | None] | None]
 # (slot, gradient (P,)) -> whether a problem whose gap is small enough may end
 GradientCheck = Callable[[int, Array], bool]
 
-ARMIJO = 1e-4
+ARMIJO = 1e-4  # share of the predicted decrease that a step has to reach (Nocedal and Wright)
 # A decrease counts as visible in the values when it is this many times their possible rounding.
 VISIBLE_DECREASE = 8.0
 # Accepted or refused steps without a visible decrease that do not halve the squared gradient
@@ -60,8 +60,7 @@ class StoppedProblem:
 class PairMemory:
     """Curvature pairs of K slots: `pairs[k, :m]` the steps s, `pairs[k, m:]` the changes y.
 
-    All slots write their next pair at the same position; a slot without a new pair leaves that
-    position unusable.
+    All slots write their next pair at the same position; without a new pair it is unusable.
     """
 
     pairs: Array  # (K, 2m, P)

@@ -73,7 +73,7 @@ class NumpyPass:
             )
             for folds, heads in heads_by_folds.items()
         }
-        self.gradients = {folds: np.zeros_like(own) for folds, own in self.weights.items()}
+        self.gradients = {folds: np.zeros_like(weight) for folds, weight in self.weights.items()}
         self.loss_sums = np.zeros(len(weights))
 
     def add(self, block: RowBlock) -> None:
@@ -211,8 +211,8 @@ class CompiledPass:
         total = np.zeros(self.shape, np.float32)
         for group in itertools.chain.from_iterable(self.groups.values()):
             packed = group.packed_gradients[0]
-            for of_thread in group.packed_gradients[1:]:
-                packed = packed + of_thread
+            for thread_gradients in group.packed_gradients[1:]:
+                packed = packed + thread_gradients
             gradients = np.empty((len(group.heads), n_free, width), np.float32)
             self.kernels.unpack(packed, gradients.reshape(-1, width))
             total[group.heads] += gradients

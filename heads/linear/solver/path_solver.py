@@ -38,7 +38,7 @@ CURVATURE_PAIRS = 8
 # With 100 classes eight take 1.1 of the CPU time, which is that of reading them (gaps of 1e-5 and
 # 3e-7); with ten as much as six, and float32 stalls less often before a gap of 3e-7.
 CURVATURE_PAIRS_OF_MANY_WEIGHTS = 6
-MAX_ITERATIONS = 600
+MAX_ITERATIONS = 600  # of a head
 # Free weight vectors of the heads in the active set. Bounds their memory (42 MB of curvature pairs
 # at 1,280 features); without it, a bank takes as long (0.99).
 MAX_COLUMNS = 512

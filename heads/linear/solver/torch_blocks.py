@@ -46,6 +46,7 @@ class DeviceBlocks:
         }
 
     def upload(self, array: Array) -> Tensor:
+        """Return a copy on the device; on the CPU it may share the array's memory."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def values(self, block: RowBlock) -> Tensor:
@@ -73,7 +74,7 @@ class DevicePass:
             folds: all_weights[heads].transpose(0, 1).reshape(-1, weights.shape[-1])
             for folds, heads in self.heads.items()
         }
-        self.gradients = {folds: torch.zeros_like(own) for folds, own in self.weights.items()}
+        self.gradients = {folds: torch.zeros_like(weight) for folds, weight in self.weights.items()}
         # MPS has no float64.
         loss_dtype = torch.float32 if blocks.device.type == "mps" else torch.float64
         self.loss_sums = torch.zeros(len(weights), dtype=loss_dtype, device=blocks.device)

@@ -28,7 +28,7 @@ _HALF = {
     "float32": "2^-24",
     "uint8": "half a step of 1/255 of a channel's range",
 }
-_SHOWN_FAILURES = 20
+_SHOWN_FAILURES = 20  # the others are counted
 
 
 def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = False) -> None:

@@ -85,7 +85,7 @@ def _deep_values(path: str) -> np.ndarray[Any, Any] | None:
         except ImageError as error:
             if "pixel_range" not in str(error):
                 return None
-            image = decode_deep(data, (1,), (0.0, 1.0))
+            image = decode_deep(data, (1,), (0.0, 1.0))  # any range: the values are not scaled here
         return np.asarray(image.values[:, :, :]) if isinstance(image, Bands) else None
     except (ImageError, OSError, MemoryError):
         return None

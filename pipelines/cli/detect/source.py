@@ -4,51 +4,49 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from headrace.cache.errors import HeadraceError
-from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, as_yaml_list
-from headrace.extract.images.byte_ranges import locator_file, read_bytes
+from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
-from headrace.extract.sources.folder import UNMATCHED_NAMES, has_images, is_hidden
+from headrace.extract.sources.folder import has_images, is_hidden
 from headrace.extract.sources.formats import (
     ARRAY_KINDS,
     IMAGE_SUFFIXES,
     MAYBE_TABLES,
     is_archive,
 )
+from headrace.extract.sources.image_column import find_image_column
 from headrace.extract.sources.layout import SPLIT_WORDS, Layout, split_side_in
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.table import read_table_file
-from headrace.extract.sources.tabular import find_image_column, is_table, table_files
+from headrace.extract.sources.tabular import is_table, table_files
+from headrace.pipelines.cli.detect.columns import (
+    GROUP_NAMES,
+    InitError,
+    first_named,
+    is_full,
+    n_distinct,
+    table_doubts,
+    targets_text,
+    task_section,
+    yaml_text,
+)
 from headrace.pipelines.cli.detect.pixels import detect_pixels
-from headrace.pipelines.recipe.targets import name_some
 from headrace.pipelines.selection.cautions import near_copies
 
-_TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
-_GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
-_SPLIT_NAMES = ("split", "set", "subset", "partition")
 _CLASS_AND_NUMBER = r"(?P<label>[^/]*[^-/_. \d])[-_. ]*\d+\.\w+$"
-_PATHS_LOOKED_AT = 100
-_CLASSES_NAMED = 8
-_IMAGES_OPENED = 60
-_IMAGES_DECODED = 8
+_CLASSES_NAMED = 8  # in the sentence about them
+_IMAGES_OPENED = 60  # spread over the listing, to see whether some have more than 8 bits
+_IMAGES_DECODED = 8  # spread over the listing, to find what their pixels need
 _PREDICTION_COLUMNS = {"file", "class", "error"}  # of the tables that `headrace predict` writes
-_ZEROS, _ONES = ("0", "0.0", "False"), ("1", "1.0", "True")
-_SEPARATORS = (";", "|", ",", " ")
-
-
-class InitError(HeadraceError, ValueError):
-    """No recipe can be written for what was found."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,7 @@ class Finding:
 def detect_recipe(
     location: Path, recipe_folder: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()
 ) -> Finding:
-    """Return the recipe's lines for what `location` holds; paths in them start from
-    `recipe_folder`.
+    """Return the recipe's lines for what `location` holds; paths from `recipe_folder`.
 
     layout, exclude: as in the recipe's section `images`, into which they are written. Raises
     InitError when there is nothing to train on, SourceError for a file that cannot be read.
@@ -190,7 +187,7 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
     listing = read_source(source)
     samples = listing.samples
     class_counts = samples["label"].value_counts()
-    if len(class_counts) < 2 and (by_names := _classes_by_names(folder, source, recipe_folder)):
+    if len(class_counts) < 2 and (by_names := _classes_by_names(folder, listing, recipe_folder)):
         return by_names
     if len(class_counts) < 2:
         found_text = (
@@ -239,18 +236,16 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
     )
 
 
-def _classes_by_names(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding | None:
+def _classes_by_names(folder: Path, listing: Listing, recipe_folder: Path) -> Finding | None:
     """Return the reading in which the names of all images begin with a class and end in a number,
     `cat.12.jpg`, if there are two classes or more of two images each.
     """
-    try:
-        listing = read_source(replace(source, name_pattern=_CLASS_AND_NUMBER))
-    except SourceError:  # no name is like that
+    matches = [re.search(_CLASS_AND_NUMBER, image_id) for image_id in listing.samples["id"]]
+    labels = [match["label"] for match in matches if match is not None]
+    class_counts = pd.Series(labels).value_counts()
+    if len(labels) < len(matches) or len(class_counts) < 2 or class_counts.min() < 2:
         return None
-    class_counts = listing.samples["label"].value_counts()
-    is_read = not any(left_out.reason == UNMATCHED_NAMES for left_out in listing.left_out)
-    if not is_read or len(class_counts) < 2 or class_counts.min() < 2:
-        return None
+    listing = replace(listing, samples=listing.samples.assign(label=labels))
     return Finding(
         images=f"  folder: {_path_text(folder, recipe_folder)}\n"
         f"  name_pattern: '{_CLASS_AND_NUMBER}'      # named groups are columns\n",
@@ -269,13 +264,13 @@ def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -
     listing = read_source(source)
     samples = listing.samples
     column_names = [str(column) for column in samples.columns if column not in ("id", "path")]
-    task_lines, targets, task_notes = _task_section(samples, column_names, location)
+    task_lines, targets, task_notes = task_section(samples, column_names, location)
     archive_key = "zip" if _holds_zip(location) else "tar"
     return Finding(
         images=f"  {archive_key}: {_path_text(location, recipe_folder)}      # archives; or a "
         "pattern: train-{000..031}.tar\n",
         task=task_lines,
-        sentence=f"{len(samples):,} images in archives, {_targets_text(samples, targets)}",
+        sentence=f"{len(samples):,} images in archives, {targets_text(samples, targets)}",
         notes=(*task_notes, *_listing_notes(listing)),
         examples=_examples(samples),
     )
@@ -310,11 +305,11 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
             labels_key=labels_key,
             pixel_range=pixel_range,
         )
-        image_lines += "" if array_key is None else f"  array_key: {_yaml_text(array_key)}\n"
+        image_lines += "" if array_key is None else f"  array_key: {yaml_text(array_key)}\n"
         image_lines += (
             "" if labels_file is None else f"  labels: {_path_text(labels_file, recipe_folder)}\n"
         )
-        image_lines += "" if labels_key is None else f"  labels_key: {_yaml_text(labels_key)}\n"
+        image_lines += "" if labels_key is None else f"  labels_key: {yaml_text(labels_key)}\n"
         if pixel_range is not None:
             image_lines += (
                 f"  pixel_range: [{pixel_range[0]:g}, {pixel_range[1]:g}]      # black and white, "
@@ -336,14 +331,14 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
             f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per "
             "image"
         )
-    task_lines, targets, task_notes = _task_section(
+    task_lines, targets, task_notes = task_section(
         samples, [*label_columns, *(["split"] if "split" in samples else [])], location
     )
     split_text = f"; {_split_sizes(samples['split'])}" if "split" in samples else ""
     return Finding(
         image_lines,
         task_lines,
-        f"{len(samples):,} images, {_targets_text(samples, targets)}{split_text}",
+        f"{len(samples):,} images, {targets_text(samples, targets)}{split_text}",
         (*range_notes, *task_notes, *_listing_notes(listing)),
     )
 
@@ -366,12 +361,12 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
             "(images.path_pattern)"
         )
         image_lines += (
-            f"  path_pattern: {_yaml_text(path_source)}      # where the images are, by the column "
+            f"  path_pattern: {yaml_text(path_source)}      # where the images are, by the column "
             "in braces\n"
         )
         source = replace(source, path_pattern=path_source)
     else:
-        image_lines += f"  path_column: {_yaml_text(path_source)}\n"
+        image_lines += f"  path_column: {yaml_text(path_source)}\n"
         source = replace(source, path_column=path_source)
     used_columns = [path_source]
     if "id" in table_data.frame.columns and "id" not in used_columns:
@@ -385,15 +380,15 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         for column in samples.columns
         if column not in (*used_columns, "id", "path")
         and not column.endswith(".path")
-        and _n_distinct(samples[column]) is not None
+        and n_distinct(samples[column]) is not None
     ]
-    task_lines, targets, task_notes = _task_section(samples, other_columns, table)
+    task_lines, targets, task_notes = task_section(samples, other_columns, table)
     return Finding(
         images=f"{image_lines}  # root: images      # what relative paths start from\n",
         task=task_lines,
         sentence=(
-            f"{len(samples):,} images in {table.name}, {_targets_text(samples, targets)}"
-            + _table_doubts(samples["path"], samples[targets[0]])
+            f"{len(samples):,} images in {table.name}, {targets_text(samples, targets)}"
+            + table_doubts(samples["path"], samples[targets[0]])
         ),
         notes=(*pattern_notes, *task_notes, *_listing_notes(listing)),
         examples=_examples(samples),
@@ -418,12 +413,12 @@ def _near_copies(samples: pd.DataFrame) -> list[str]:
     """Return a note where neighbours in the listing are nearly the same image, and no column that
     is taken for groups keeps them together.
     """
-    group_column = _first_named(
-        _GROUP_NAMES,
+    group_column = first_named(
+        GROUP_NAMES,
         [
             str(column_name)
             for column_name in samples
-            if str(column_name).lower() in _GROUP_NAMES and _is_full(samples[column_name])
+            if str(column_name).lower() in GROUP_NAMES and is_full(samples[column_name])
         ],
     )
     copies_note = near_copies(samples, group_column)
@@ -453,205 +448,6 @@ def _mixed_depths(samples: pd.DataFrame) -> list[str]:
     ]
 
 
-def _targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
-    if len(targets) > 1:
-        return f"targets in {len(targets)} columns"
-    n_classes = _n_distinct(samples[targets[0]])
-    classes_text = "lists of classes" if n_classes is None else f"{n_classes:,} classes"
-    return f"{classes_text} in column {targets[0]!r}"
-
-
-def _table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
-    """Return what a person should know of a table before the first run: rows without a label, and
-    paths that lead nowhere.
-    """
-    doubt_text = ""
-    if n_unlabelled := int(labels.isna().sum()):
-        doubt_text += f"; {n_unlabelled:,} rows have no label: a run predicts them"
-    checked_files = [
-        locator_file(file_path) for file_path in paths.head(_PATHS_LOOKED_AT).astype(str)
-    ]
-    missing_files = [file_path for file_path in checked_files if not Path(file_path).is_file()]
-    if missing_files:
-        doubt_text += (
-            f"; {len(missing_files):,} of the first {len(checked_files):,} files are not there, "
-            f"such as {missing_files[0]} (relative paths start from images.root, by default the "
-            "table's folder)"
-        )
-    return doubt_text
-
-
-def _task_section(
-    samples: pd.DataFrame, column_names: Sequence[str], location: Path
-) -> tuple[str, list[str], list[str]]:
-    """Return the recipe's task section, the target's columns, and notes on what was assumed."""
-    task_notes: list[str] = []
-    named_columns = (
-        _first_named(_SPLIT_NAMES, column_names),
-        _first_named(_GROUP_NAMES, column_names),
-    )
-    list_columns = [
-        column_name
-        for column_name in ("label", "labels")
-        if column_name in samples and _n_distinct(samples[column_name]) is None
-    ]
-    free_columns = [name for name in column_names if name not in named_columns]
-    target_column = _first_named(_TARGET_NAMES, [*column_names, *list_columns]) or _few_valued(
-        samples, free_columns
-    )
-    indicators = _indicator_columns(samples, free_columns)
-    ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
-    is_one_hot = bool(indicators) and bool((ones.sum(axis=1) == 1).all())
-    if target_column not in indicators or not (is_one_hot or len(indicators) > 2):
-        indicators = []
-    if target_column is None:
-        raise InitError(
-            f"{location}: no column looks like a label (2 to 1,000 different values). It has: "
-            f"{', '.join(map(str, samples.columns))}. To predict a number, write the recipe by "
-            "hand: task: {target: COLUMN, kind: regression}"
-        )
-    targets = indicators or [target_column]
-    task_lines = f"  target: {_yaml_text(target_column)}"
-    if indicators:
-        task_lines = f"  target: [{', '.join(map(_yaml_text, indicators))}]"
-        if is_one_hot:
-            meaning = "one class for each image, named by the column that holds a 1"
-        else:
-            task_lines += "\n  kind: multi                    # 0/1 columns"
-            meaning = "several labels for an image (task.kind: multi)"
-        task_notes.append(
-            f"{len(indicators)} columns hold 0 and 1 alone ({name_some(indicators)}) and are taken "
-            f"for {meaning}; for one of them: task.target"
-        )
-    elif target_column in list_columns:
-        task_lines += "\n  kind: multi                    # several labels in a cell"
-    elif (separator := _label_separator(samples[target_column])) is not None:
-        task_lines += (
-            "\n  kind: multi                    # several labels in a cell\n  separator: "
-            f"{_yaml_text(separator)}"
-        )
-        task_notes.append(
-            f"the cells of {target_column!r} are taken for several labels each, separated by "
-            f"{separator!r} (task.separator); for one label each: task.kind: single"
-        )
-    else:
-        class_values = samples[target_column].dropna().unique()
-        if len(class_values) < 2:
-            found_text = f"one class only, {class_values[0]!r}" if len(class_values) else "no value"
-            raise InitError(
-                f"{location}: column {target_column!r} holds {found_text}. A classifier needs two "
-                "classes or more"
-            )
-    # a run leaves the others out, whatever else they hold
-    labelled_samples = samples[samples[target_column].notna()]
-    split_column = _first_named(
-        _SPLIT_NAMES,
-        [
-            column_name
-            for column_name in column_names
-            if _holds_sides(labelled_samples[column_name])
-        ],
-    )
-    group_column = _first_named(
-        _GROUP_NAMES,
-        [column_name for column_name in column_names if _is_full(labelled_samples[column_name])],
-    )
-    if split_column:
-        task_lines += f"\n  split: {_yaml_text(split_column)}"
-    if named_columns[0] != split_column:
-        task_notes.append(
-            f"column {named_columns[0]!r} holds other values than train, validation and test, or "
-            "none, and is not taken for a split"
-        )
-    if group_column:
-        task_lines += f"\n  group: {_yaml_text(group_column)}"
-    if named_columns[1] != group_column:
-        task_notes.append(
-            f"column {named_columns[1]!r} is empty for some images, and is not taken for groups: "
-            f"fill it, and set task.group: {_yaml_text(str(named_columns[1]))}"
-        )
-    return task_lines, targets, task_notes
-
-
-def _indicator_columns(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
-    """Return the columns whose cells are 0 and 1 alone, where there are two or more."""
-    columns = [name for name in column_names if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
-    return columns if len(columns) > 1 else []
-
-
-def _holds_sides(column: "pd.Series[Any]") -> bool:
-    """Tell whether every cell of a column is a word for a side of a split."""
-    return _is_full(column) and set(as_text(column).str.lower()) <= set(SPLIT_WORDS)
-
-
-def _is_full(column: "pd.Series[Any]") -> bool:
-    """Tell whether no cell of a column is empty."""
-    cell_texts = as_text(column)
-    return bool(cell_texts.notna().all() and (cell_texts != "").all())
-
-
-def _label_separator(column: "pd.Series[Any]") -> str | None:
-    """Return what stands between several labels in the cells of a column: parts recur, and stand
-    alone in some cells. None for single labels.
-    """
-    cell_texts = as_text(column).dropna().unique().tolist()
-    for separator in _SEPARATORS:
-        combinations = [
-            {label_part.strip() for label_part in cell_text.split(separator)}
-            for cell_text in cell_texts
-            if separator in cell_text
-        ]
-        label_parts = {label_part for combination in combinations for label_part in combination}
-        single_labels = {cell_text for cell_text in cell_texts if separator not in cell_text}
-        if (
-            label_parts
-            and len(label_parts | single_labels) < len(cell_texts)
-            and len(label_parts & single_labels) * 2 >= len(label_parts)
-            and (separator != " " or _are_labels(combinations, label_parts, single_labels))
-        ):
-            return separator
-    return None
-
-
-def _are_labels(
-    combinations: list[set[str]], label_parts: set[str], single_labels: set[str]
-) -> bool:
-    """Tell whether words that stand together are labels, and not the words of one name, such as
-    `wild cat` beside `cat`.
-
-    Each of them is a label by itself, and they are all the labels that there are, or three of them
-    recur in combinations.
-    """
-    recurring_parts = [
-        label_part
-        for label_part in label_parts
-        if sum(label_part in combination for combination in combinations) > 1
-    ]
-    return label_parts <= single_labels and (
-        label_parts == single_labels or len(recurring_parts) >= 3
-    )
-
-
-def _first_named(names: tuple[str, ...], column_names: Sequence[str]) -> str | None:
-    columns_by_lower = {str(column).lower(): str(column) for column in column_names}
-    return next((columns_by_lower[name] for name in names if name in columns_by_lower), None)
-
-
-def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
-    for column_name in column_names:
-        if 2 <= (_n_distinct(samples[column_name]) or 0) <= min(1000, max(2, len(samples) // 3)):
-            return str(column_name)
-    return None
-
-
-def _n_distinct(column: "pd.Series[Any]") -> int | None:
-    """Return a column's number of values; None for lists and the like, as Parquet has them."""
-    try:
-        return column.nunique()
-    except TypeError:
-        return None
-
-
 def _init_command(path: Path) -> str:
     """Return what to type for another reading, fit to be pasted."""
     return f"headrace init {shlex.quote(str(path))}"
@@ -660,9 +456,4 @@ def _init_command(path: Path) -> str:
 def _path_text(path: Path, recipe_folder: Path) -> str:
     """Return a path as a person would write it: relative where that is short."""
     relative_path = os.path.relpath(path.absolute(), recipe_folder)
-    return _yaml_text(str(path.absolute()) if relative_path.startswith("../..") else relative_path)
-
-
-def _yaml_text(text: str) -> str:
-    """Return text as a YAML value, quoted where it must be ("2020", "a: b")."""
-    return yaml.safe_dump([text], width=10_000, allow_unicode=True).removeprefix("- ").strip()
+    return yaml_text(str(path.absolute()) if relative_path.startswith("../..") else relative_path)

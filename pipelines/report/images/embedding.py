@@ -7,7 +7,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +35,13 @@ from headrace.pipelines.report.page.blocks import (
     Section,
 )
 
-MAX_POINTS = 100_000
+MAX_POINTS = 100_000  # that a browser draws at once
 _MAX_BYTES = 1_000_000_000  # of the features that are on the map
 _MAX_UMAP = 20_000  # images: UMAP takes about 4 s for each thousand on one core
-_UMAP_COMPONENTS = 50
+_UMAP_COMPONENTS = 50  # of PCA, that UMAP reads
 _EXACT = 2048  # features up to which all directions are computed
-_MAX_WORDS = 5000
-_READ_ROWS = 4096
+_MAX_WORDS = 5000  # of a column that images can be coloured by
+_READ_ROWS = 4096  # of maps in memory at once, to be averaged
 
 Floats = npt.NDArray[np.float32]
 
@@ -50,10 +50,10 @@ def map_section(
     run: FinishedRun, known: pd.DataFrame, copies: Mapping[str, SmallCopy], remarks: list[Note]
 ) -> Section:
     """The section. known: as `known_of_images`; copies: pictures to show, by content hash."""
-    title, lead = (
-        "Map of the images",
+    title = "Map of the images"
+    lead = (
         "Images that the network sees as alike lie near each other. Draw around some to have them "
-        f"as a table; mistakes that lie together have something in common.{one_by_one(run)}",
+        f"as a table; mistakes that lie together have something in common.{one_by_one(run)}"
     )
     names = _input_names(run)
     try:
@@ -80,7 +80,7 @@ def map_section(
         "map",
         caption,
         layouts,
-        colourings(shown, {run.recipe.task.group} - {None}),  # type: ignore[arg-type]
+        colourings(shown, () if run.recipe.task.group is None else (run.recipe.task.group,)),
         tuple(shown["id"].astype(str)),
         pictures if n_pictures else (),
     )
@@ -118,15 +118,19 @@ def make_layouts(
     plane[:, : components.shape[1]] = components[:, :2]
     layouts = [Layout("PCA", _quantized(plane))]
     if importlib.util.find_spec("umap") is not None and len(X) > 15:
-        chosen = np.arange(len(X))
+        embedded_rows = np.arange(len(X))
         if len(X) > _MAX_UMAP:
-            chosen = np.random.default_rng(seed).choice(chosen, _MAX_UMAP, replace=False)
-            chosen.sort()
-        places = _umap_places(components[chosen], places_path, seed)
+            embedded_rows = np.random.default_rng(seed).choice(
+                embedded_rows, _MAX_UMAP, replace=False
+            )
+            embedded_rows.sort()
+        places = _umap_places(components[embedded_rows], places_path, seed)
         if places is not None:
-            whole = len(chosen) == len(X)
-            name = "UMAP" if whole else f"UMAP of {len(chosen):,}"
-            layouts.append(Layout(name, places, None if whole else chosen.astype(np.uint32)))
+            has_all = len(embedded_rows) == len(X)
+            name = "UMAP" if has_all else f"UMAP of {len(embedded_rows):,}"
+            layouts.append(
+                Layout(name, places, None if has_all else embedded_rows.astype(np.uint32))
+            )
     return tuple(layouts), float(pca.explained_variance_ratio_[:2].sum())
 
 
@@ -166,31 +170,33 @@ def _quantized(plane: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
     return np.asarray(np.clip(np.round(centred * 65_535), 0, 65_535), np.uint16)
 
 
-def colourings(shown: pd.DataFrame, always: set[str]) -> tuple[Colouring, ...]:
+def colourings(shown: pd.DataFrame, always: Collection[str]) -> tuple[Colouring, ...]:
     """What the images can be coloured by: every column of `shown` of few words or of numbers.
 
     always: columns that are words however many there are, as the group.
     """
-    first = [name for name in ("label", "predicted", "outcome", "split") if name in shown]
-    rest = [name for name in shown.columns if name not in (*first, "id", "content")]
-    made = []
-    for name in (*first, *rest):
+    first_names = [name for name in ("label", "predicted", "outcome", "split") if name in shown]
+    other_names = [name for name in shown.columns if name not in (*first_names, "id", "content")]
+    colouring_list = []
+    for name in (*first_names, *other_names):
         column = shown[name]
         is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
         if is_number and name not in always and column.nunique() > 12:
             numbers = column.to_numpy(np.float64)
-            made.append(_number_colouring(str(name), numbers))
+            colouring_list.append(_number_colouring(str(name), numbers))
             continue
         if pd.api.types.is_float_dtype(column):
             words = column.map(lambda number: f"{number:.4g}", na_action="ignore").astype(object)
         else:
             words = column.map(str, na_action="ignore").astype(object)
         codes, values = pd.factorize(words)
-        fewest, most = (1, _MAX_WORDS) if name in first or name in always else (2, len(shown) // 2)
+        fewest, most = (
+            (1, _MAX_WORDS) if name in first_names or name in always else (2, len(shown) // 2)
+        )
         if fewest <= len(values) <= min(most, _MAX_WORDS):
             known_codes = np.where(codes < 0, NO_VALUE, codes).astype(np.uint16)
-            made.append(Colouring(str(name), known_codes, tuple(values)))
-    return tuple(made)
+            colouring_list.append(Colouring(str(name), known_codes, tuple(values)))
+    return tuple(colouring_list)
 
 
 def _number_colouring(name: str, numbers: npt.NDArray[np.float64]) -> Colouring:
@@ -204,8 +210,8 @@ def _number_colouring(name: str, numbers: npt.NDArray[np.float64]) -> Colouring:
 
 def _input_names(run: FinishedRun) -> list[str]:
     """The winner's inputs; of a network, which reads images, the last tap."""
-    own = [name for name in run.winner["inputs"] if name in run.feature_specs]
-    return own or list(run.feature_specs)[-1:]
+    cached_inputs = [name for name in run.winner["inputs"] if name in run.feature_specs]
+    return cached_inputs or list(run.feature_specs)[-1:]
 
 
 def _read_features(
@@ -215,11 +221,11 @@ def _read_features(
     images' positions in `content`.
     """
     notes: list[Note] = []
-    sets = [run.open_features(name)[0] for name in names]
-    stored = np.stack([features.locate(content.tolist()) for features in sets])
-    rows = np.flatnonzero((stored >= 0).all(0))
+    feature_sets = [run.open_features(name)[0] for name in names]
+    stored_rows = np.stack([features.locate(content.tolist()) for features in feature_sets])
+    rows = np.flatnonzero((stored_rows >= 0).all(0))
     if len(rows) < len(content):
-        lacking = zip(sets, stored, strict=True)
+        lacking = zip(feature_sets, stored_rows, strict=True)
         lists = [str(features.path / MANIFEST) for features, of in lacking if (of < 0).any()]
         notes.append(
             Note(
@@ -228,18 +234,21 @@ def _read_features(
                 "warning",
             )
         )
-    width = sum(features.shape[1] for features in sets)
-    most = min(MAX_POINTS, max(1000, _MAX_BYTES // (4 * width)))
-    if len(rows) > most:
-        notes.append(Note(f"Of {len(rows):,} images, {most:,} drawn at random are on the map."))
-        rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
-    parts = [_read_rows(features, of[rows]) for features, of in zip(sets, stored, strict=True)]
-    return np.concatenate(parts, axis=1), rows, notes
+    width = sum(features.shape[1] for features in feature_sets)
+    n_most = min(MAX_POINTS, max(1000, _MAX_BYTES // (4 * width)))
+    if len(rows) > n_most:
+        notes.append(Note(f"Of {len(rows):,} images, {n_most:,} drawn at random are on the map."))
+        rows = np.sort(np.random.default_rng(0).choice(rows, n_most, replace=False))
+    blocks = [
+        _read_rows(features, of[rows])
+        for features, of in zip(feature_sets, stored_rows, strict=True)
+    ]
+    return np.concatenate(blocks, axis=1), rows, notes
 
 
 def _read_rows(features: FeatureSet, rows: npt.NDArray[np.int64]) -> Floats:
-    read = np.empty((len(rows), features.shape[1]), np.float32)
+    averaged = np.empty((len(rows), features.shape[1]), np.float32)
     for start in range(0, len(rows), _READ_ROWS):
         block = features.read(rows[start : start + _READ_ROWS], np.float32)
-        read[start : start + len(block)] = block.reshape(len(block), block.shape[1], -1).mean(2)
-    return read
+        averaged[start : start + len(block)] = block.reshape(len(block), block.shape[1], -1).mean(2)
+    return averaged

@@ -57,7 +57,7 @@ def quality_section(
     frame = known.drop_duplicates("content").set_index("content")[["id", "split"]]
     frame = frame.join(measured, how="inner")
     for name, smallest, caption in _EXTREMES:
-        chosen = frame.sort_values([name, "id"], ascending=[smallest, True]).head(SHOWN)
+        extremes = frame.sort_values([name, "id"], ascending=[smallest, True]).head(SHOWN)
         pictures = tuple(
             Picture(
                 (thumbnails.get(str(content)),),
@@ -66,7 +66,7 @@ def quality_section(
                 ((name, f"{row[name]:.3f}"), ("size", f"{row['width']} × {row['height']}")),
                 thumbnails.paths_of(str(content)),
             )
-            for content, row in chosen.iterrows()
+            for content, row in extremes.iterrows()
         )
         blocks.append(Gallery(caption, pictures))
     columns = (
@@ -91,7 +91,8 @@ def _size_facts(measured: pd.DataFrame, known: pd.DataFrame, copies: SmallCopies
     sizes = measured[["width", "height"]].value_counts()
     commonest = sizes.index.tolist()[0]
     pixels = measured["width"] * measured["height"]
-    ends = [measured.iloc[int(np.asarray(place))] for place in (pixels.argmin(), pixels.argmax())]
+    smallest_and_largest = (pixels.argmin(), pixels.argmax())
+    ends = [measured.iloc[int(np.asarray(row))] for row in smallest_and_largest]
     n_images = known["content"].nunique()
     left_out = f"; {copies.unreadable:,} could not be read" if copies.unreadable else ""
     facts = [

@@ -15,7 +15,7 @@ from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
 
 MAX_VALUES = 30  # of a column that is sliced by its words; numbers of more are cut at quartiles
-MIN_IMAGES = 10
+MIN_IMAGES = 10  # a score of fewer says nothing
 SHOWN_WARNINGS = 3
 
 

@@ -1,5 +1,4 @@
-"""Small copies of images for the map, and what is measured on the way: size, light, contrast,
-sharpness.
+"""Small copies of images for the map, and their size, light, contrast, sharpness.
 
 Each image is read once, at a small size where its format allows that.
 """
@@ -16,7 +15,8 @@ from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.crops import crop_content, decode_picture, split_crop
-from headrace.extract.images.decoding import PixelRange, open_image
+from headrace.extract.images.opening import open_image
+from headrace.extract.images.samples import PixelRange
 
 SIDE = 72  # pixels of a small copy
 MEASURED_SIDE = 128  # pixels: sharpness depends on the size that it is measured at
@@ -101,10 +101,10 @@ def measure_image(path: str, data: bytes, pixel_range: PixelRange | None = None)
         padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:] - 4 * grey
     )
     image.thumbnail((SIDE, SIDE))
-    stored = BytesIO()
-    image.save(stored, "WEBP", quality=55, method=4)
+    webp_file = BytesIO()
+    image.save(webp_file, "WEBP", quality=55, method=4)
     return SmallCopy(
-        stored.getvalue(),
+        webp_file.getvalue(),
         width,
         height,
         float(grey.mean()),
@@ -120,8 +120,8 @@ def _decode_small(
     if data.startswith(b"\xff\xd8") and split_crop(path)[1] is None:
         try:
             with open_image(data) as file:
-                turned = file.getexif().get(_ORIENTATION_TAG, 1) >= 5
-                size = file.size[::-1] if turned else file.size
+                is_sideways = file.getexif().get(_ORIENTATION_TAG, 1) >= 5
+                size = file.size[::-1] if is_sideways else file.size
                 file.draft("RGB", (2 * MEASURED_SIDE, 2 * MEASURED_SIDE))
                 return ImageOps.exif_transpose(file).convert("RGB"), size
         except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word

@@ -156,8 +156,7 @@ class PointMap:
 class Curve:
     """One class against the rest: what each threshold finds, highest threshold first.
 
-    thresholds: (T,) float32; found, false: (T,) images at or above it that are of the class, and
-    that are not.
+    thresholds: (T,) float32; found, false: (T,) images at or above it of the class, and others.
     """
 
     name: str

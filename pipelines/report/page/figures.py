@@ -1,5 +1,4 @@
-"""The charts, drawn by matplotlib as SVG whose colours are the page's own, so that they follow
-light and dark.
+"""The charts, matplotlib's SVG in the page's own colours, so that they follow light and dark.
 
 Each is drawn for 360 pixels of width, which a telephone has, and scales up from there.
 """
@@ -165,10 +164,8 @@ def scatter_chart(
     """Predicted against true values; beyond a few thousand points, how many fall in each cell."""
     with rc_context(_STYLE):
         figure, axes = _make_axes(4.0)
-        lowest, highest = (
-            float(min(true_values.min(), predicted_values.min())),
-            float(max(true_values.max(), predicted_values.max())),
-        )
+        lowest = float(min(true_values.min(), predicted_values.min()))
+        highest = float(max(true_values.max(), predicted_values.max()))
         if len(true_values) > 3000:
             axes.hexbin(
                 true_values,

@@ -1,5 +1,4 @@
-"""From sections to one HTML file that needs nothing else: no server, no network, no script but its
-own.
+"""From sections to one HTML file that needs nothing else: no server, no other script.
 
 Everything that comes from users' data is escaped by Jinja or by JSON; the page's policy allows one
 script, by its hash.

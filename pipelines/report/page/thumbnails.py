@@ -11,7 +11,7 @@ from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.crops import crop_content, decode_picture, split_crop
-from headrace.extract.images.decoding import PixelRange
+from headrace.extract.images.samples import PixelRange
 
 SIDE = 384  # pixels: shown small, and enlarged by a click
 # An image of no more pixels than this is enlarged, pixel by pixel, and looks like what it is.

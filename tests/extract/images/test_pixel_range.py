@@ -20,8 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 from rich.console import Console
 from support.models import run_here
@@ -31,7 +30,8 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.errors import BackboneError, ImageError
 from headrace.extract.images.byte_ranges import array_bytes
 from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.images.decoding import MAX_EDGE, MAX_PIXELS, decode_image
+from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.opening import MAX_EDGE, MAX_PIXELS
 from headrace.extract.images.preprocessing import (
     DecodedImage,
     Preprocessing,
@@ -44,7 +44,7 @@ from headrace.extract.run.decode_ahead import decoded_batches
 from headrace.extract.run.rendering import Rendering
 from headrace.extract.spec import BackboneSpec, Sample, check_spec
 from headrace.pipelines.export.preprocessing_file import preprocess_file
-from headrace.pipelines.models.images import ImageUnusable
+from headrace.pipelines.models.image_input import ImageUnusable
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.torch_graph import GraphInput, pixels_of
 from headrace.pipelines.planning.networks import backbone_spec

@@ -20,8 +20,7 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.backbones.fused import cast_weights, fold_batch_norms
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.run import device as device_module
-from headrace.extract.run import work_unit as unit_module
+from headrace.extract.run import device as device_module, work_unit as unit_module
 from headrace.extract.run.device import BatchLimit, check_device, find_batch_size, launch_forward
 from headrace.extract.run.plan import ExtractJob
 from headrace.extract.run.work_unit import run_work_unit

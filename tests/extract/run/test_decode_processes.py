@@ -22,8 +22,7 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Augmentation
-from headrace.extract.run import decode_processes as processes_module
-from headrace.extract.run import work_unit as unit_module
+from headrace.extract.run import decode_processes as processes_module, work_unit as unit_module
 from headrace.extract.run.decode_ahead import PixelBatch, decoded_batches
 from headrace.extract.run.decode_processes import DecodeProcesses
 from headrace.extract.run.plan import ExtractJob

@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from headrace.heads.data.task import TEST, Task, load_task, save_task
 from headrace.heads.evaluate.metrics import score

@@ -8,15 +8,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
-from headrace.heads.linear.solver import active_set as active_set_module
-from headrace.heads.linear.solver import design as design_module
-from headrace.heads.linear.solver import passes
+from headrace.heads.linear.solver import (
+    active_set as active_set_module,
+    design as design_module,
+    passes,
+)
 from headrace.heads.linear.solver.compiled_blocks import aligned_rows, load_compiled_kernels
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.passes import CompiledPass, NumpyPass, RowWeighting

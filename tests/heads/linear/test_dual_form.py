@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from support.linear import blobs, folds, relative_gap
 
 from headrace.heads.data.standardize import group_moments, training_moments

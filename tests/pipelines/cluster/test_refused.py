@@ -14,8 +14,12 @@ from headrace.pipelines.cluster import clients as cluster
 from headrace.pipelines.cluster.clients import open_client
 from headrace.pipelines.cluster.dask_client import ClusterError
 from headrace.pipelines.cluster.submit import run_tasks
-from headrace.pipelines.cluster.worker import CORES, choose_gpu, decoding_cores
-from headrace.pipelines.cluster.worker import GPUS as GPUS_SETTING
+from headrace.pipelines.cluster.worker import (
+    CORES,
+    GPUS as GPUS_SETTING,
+    choose_gpu,
+    decoding_cores,
+)
 from headrace.pipelines.recipe.sections import ClusterSection, SlurmSection
 
 GPUS = {"gpu_partition": "gpu", "gpus_per_job": 4}

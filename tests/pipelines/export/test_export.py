@@ -31,18 +31,20 @@ from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.persist import save_head
 from headrace.heads.sklearn.kind import SklearnSpec
-from headrace.heads.spec import FineTuneSpec, spec_to_json
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.api import extract_features
 from headrace.pipelines.export import write as export
 from headrace.pipelines.export.mlflow_model import save_mlflow_model
+from headrace.pipelines.export.output_check import TOLERANCE, ExportError
 from headrace.pipelines.export.preprocessing_file import preprocess_file
-from headrace.pipelines.export.write import ExportError, export_model
+from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.network import load_network, save_network
 from headrace.pipelines.models.torch_graph import GraphInput
 from headrace.pipelines.models.torch_head import head_module, probability_module
 from headrace.pipelines.models.torch_network import Network
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
 NETWORK = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
 OTHER = BackboneSpec("torchvision:squeezenet1_1", weights="random:0", image_size=48)
@@ -119,12 +121,12 @@ def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
     place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
     model = load_model(place)
     exported = export_model(model, tmp_path / "out", ["torch", "onnx", "safetensors"])
-    assert max(exported.differences.values()) <= export.TOLERANCE
+    assert max(exported.differences.values()) <= TOLERANCE
     paths = sorted(photos.rglob("*.png"))[::5]
     expected = model.predict_proba(paths)
     for what in ("torch", "onnx"):
         np.testing.assert_allclose(
-            run_alone(tmp_path / "out", paths, what), expected, atol=export.TOLERANCE
+            run_alone(tmp_path / "out", paths, what), expected, atol=TOLERANCE
         )
     np.testing.assert_allclose(
         load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-6
@@ -190,7 +192,7 @@ def test_an_ensemble_is_the_same_where_headrace_is_not(photos, features, tmp_pat
     np.testing.assert_allclose(expected.sum(1), 1, atol=1e-5)
     for what in ("torch", "onnx"):
         np.testing.assert_allclose(
-            run_alone(tmp_path / "out", paths, what), expected, atol=export.TOLERANCE
+            run_alone(tmp_path / "out", paths, what), expected, atol=TOLERANCE
         )
     np.testing.assert_allclose(
         load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-6
@@ -344,13 +346,13 @@ def test_a_fine_tuned_network_is_the_same_everywhere(photos, tmp_path, kind):
     assert np.ptp(expected, axis=0).max() > 1e-3
     np.testing.assert_allclose(model.predict_proba(paths), expected, atol=1e-4)
     exported = export_model(model, tmp_path / "out", ["torch", "safetensors"])
-    assert max(exported.differences.values()) < export.TOLERANCE
+    assert max(exported.differences.values()) < TOLERANCE
     np.testing.assert_allclose(
         load_model(tmp_path / "out").predict_proba(paths), expected, atol=1e-4
     )
     if kind == "logistic":
         np.testing.assert_allclose(
-            run_alone(tmp_path / "out", paths, "torch"), expected, atol=export.TOLERANCE
+            run_alone(tmp_path / "out", paths, "torch"), expected, atol=TOLERANCE
         )
 
 
@@ -372,9 +374,7 @@ def test_a_network_in_an_ensemble_is_the_same_in_onnx(photos, tmp_path):
     expected = with_temperature("single", 0.75 * parts[0] + 0.25 * parts[1], 1.2)
     np.testing.assert_allclose(model.predict_proba(paths), expected, atol=1e-5)
     export_model(model, tmp_path / "out", ["onnx"])
-    np.testing.assert_allclose(
-        run_alone(tmp_path / "out", paths, "onnx"), expected, atol=export.TOLERANCE
-    )
+    np.testing.assert_allclose(run_alone(tmp_path / "out", paths, "onnx"), expected, atol=TOLERANCE)
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from support.file_system_faults import die, in_child
 from headrace.pipelines.cli.init import InitError, _check_out
 from headrace.pipelines.cluster import task_leases
 from headrace.pipelines.export import write as export
-from headrace.pipelines.export.write import ExportError, export_model
+from headrace.pipelines.export.output_check import ExportError
+from headrace.pipelines.export.write import export_model
 from headrace.pipelines.predict.parts import remove_parts
 
 

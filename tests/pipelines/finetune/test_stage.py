@@ -28,8 +28,7 @@ from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank
 from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, is_machine_fault
 from headrace.pipelines.cluster.task_log import read_log
-from headrace.pipelines.finetune import stage as stage_module
-from headrace.pipelines.finetune import task as task_module
+from headrace.pipelines.finetune import stage as stage_module, task as task_module
 from headrace.pipelines.finetune.candidates import list_candidates, predicted_gain, training_seconds
 from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.finetune.stage import (

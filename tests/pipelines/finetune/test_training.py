@@ -21,14 +21,15 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import render_crop
 from headrace.heads.data.task import REFIT
-from headrace.heads.kinds import spec_from_json
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank
-from headrace.heads.spec import FineTuneSpec, spec_to_json
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.fork_server import start_server
-from headrace.pipelines.finetune import checkpoint as checkpoint_module
-from headrace.pipelines.finetune import task as task_module
-from headrace.pipelines.finetune import train as train_module
+from headrace.pipelines.finetune import (
+    checkpoint as checkpoint_module,
+    task as task_module,
+    train as train_module,
+)
 from headrace.pipelines.finetune.checkpoint import load_checkpoint
 from headrace.pipelines.finetune.data import random_flips
 from headrace.pipelines.finetune.errors import TrainingFailed
@@ -36,6 +37,7 @@ from headrace.pipelines.finetune.task import FoldJob, part_path, pilot, publish_
 from headrace.pipelines.finetune.train import _rate_schedule
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.network import load_network
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec, model_spec
 
 # relative: a training that was killed against one that was not, on one machine with as many threads
 SAME_CURVE = 1e-6
@@ -57,7 +59,7 @@ def losses(result: dict[str, object]) -> list[float]:
 def test_a_spec_survives_json() -> None:
     """As every other spec does; equal specs give equal text."""
     spec = FineTuneSpec(head=spec_to_json(LOGISTIC), train_above="layer3", augment="flips")
-    assert spec_from_json(spec_to_json(spec)) == spec
+    assert model_spec(spec_to_json(spec)) == spec
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from headrace.heads.persist import load_head
 from headrace.heads.predict import predict_head
 from headrace.pipelines.api import extract_features, train_heads
 from headrace.pipelines.export.write import export_model
-from headrace.pipelines.models.images import ImageUnusable
+from headrace.pipelines.models.image_input import ImageUnusable
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.run_directory import NotARun
 

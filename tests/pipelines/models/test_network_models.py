@@ -19,7 +19,7 @@ from support.models import run_here
 from support.networks import WEAK_HEAD_RECIPE
 from support.runs import make_photos
 
-from headrace.pipelines.export import write as export
+from headrace.pipelines.export.output_check import TOLERANCE
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.network import NetworkModel
@@ -106,7 +106,7 @@ def test_the_answer_predicts_alike_everywhere(run, exported, root):
     paths = sorted((root / "photos").rglob("*.png"))[::9]
     expected = model.predict_proba(paths)
     assert np.ptp(expected[:, 0]) > 0.01
-    np.testing.assert_allclose(run_alone(exported, paths, "onnx"), expected, atol=export.TOLERANCE)
+    np.testing.assert_allclose(run_alone(exported, paths, "onnx"), expected, atol=TOLERANCE)
     np.testing.assert_allclose(load_model(exported).predict_proba(paths), expected, atol=1e-6)
     predict_table(
         model,

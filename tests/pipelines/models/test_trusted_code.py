@@ -27,10 +27,11 @@ from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.persist import CodeNotTrusted, load_head
 from headrace.heads.sklearn.bank import estimator_code, fitted_sklearn, make_estimator
 from headrace.heads.sklearn.kind import SklearnSpec
-from headrace.heads.spec import FineTuneSpec, spec_to_json
+from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.model import load_model, trusted_code
+from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
 SENT = """\
 import pathlib

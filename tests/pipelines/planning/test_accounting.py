@@ -16,7 +16,7 @@ from support.runs import make_photos
 from typer.testing import CliRunner
 
 from headrace.extract.sources.read import read_source
-from headrace.pipelines.cli.detect.source import InitError
+from headrace.pipelines.cli.detect.columns import InitError
 from headrace.pipelines.cli.init import write_recipe
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.paths import RunPaths

@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import as_yaml_list

@@ -5,8 +5,7 @@ import hashlib
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from headrace.pipelines.planning.dataset import make_dataset
 from headrace.pipelines.recipe.load import RecipeError, parse_recipe

@@ -23,8 +23,7 @@ from headrace.pipelines.report.images.embedding import colourings, make_layouts,
 from headrace.pipelines.report.images.small_copies import make_small_copies, measure_image
 from headrace.pipelines.report.judged import judged_sides, known_of_images
 from headrace.pipelines.report.page.blocks import NO_VALUE, STEPS, Note, PointMap
-from headrace.pipelines.report.selected_model import find_selected
-from headrace.pipelines.report.selected_model import test_predictions as predict_test
+from headrace.pipelines.report.selected_model import find_selected, test_predictions as predict_test
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,75 @@
+"""Opening an image file: the formats that Pillow is asked for, limits of size, reasons why not."""
+
+import functools
+import io
+import re
+
+import PIL
+from PIL import Image, ImageFile
+
+from headrace.extract.errors import ImageError
+from headrace.extract.images.heif import is_heif, register_heif
+
+# Pillow's own limit on what it opens without a warning: 1 GiB of pixels / 4 / 3. Above it lie
+# decompression bombs.
+MAX_PIXELS = 1024**3 // 4 // 3
+# Pillow's resize keeps a table of 16 to 48 bytes per pixel of the edge that it shortens: 50 MB at
+# this length, 4 GB for the 90 million pixels in one line that MAX_PIXELS would allow. Cameras and
+# scanners end below 100,000 pixels.
+MAX_EDGE = 2**20
+
+# What Pillow is asked for: the formats that listings know (IMAGE_SUFFIXES), and none of its others.
+# Nobody keeps data sets in those, and some hand the bytes to other programs (EPS to Ghostscript).
+# HEIF's plug-in is asked for HEIF alone.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM")
+
+
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """The image in `data`, its pixels not yet decoded, where it is in one of FORMATS; raises
+    whatever its decoder does.
+    """
+    if is_heif(data[:12]):
+        register_heif()
+        return Image.open(io.BytesIO(data), formats=_available("HEIF"))
+    return Image.open(io.BytesIO(data), formats=_available(*FORMATS))
+
+
+@functools.cache
+def _available(*formats: str) -> tuple[str, ...]:
+    """Select the formats that this build of Pillow, with its plug-ins, can open.
+
+    Pillow makes a KeyError of any other name.
+    """
+    Image.init()
+    return tuple(name for name in formats if name in Image.OPEN)
+
+
+def check_size(width: int, height: int) -> None:
+    if width * height == 0:
+        raise ImageError("the image has no pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels: more than the limit of {MAX_PIXELS}")
+    if max(width, height) > MAX_EDGE:
+        raise ImageError(
+            f"{width} x {height} pixels: an edge is longer than the limit of {MAX_EDGE}; cut it "
+            "into pieces"
+        )
+
+
+def decoding_reason(error: Exception, data: bytes) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        if data.startswith((b"II*\0", b"MM\0*")):
+            return (
+                "a TIFF whose layout Pillow does not know (bits, type or number of samples). Save "
+                "it as PNG or .npy"
+            )
+        return (
+            f"not an image in a format that is read here ({', '.join(FORMATS)}). Save it as PNG, "
+            "or as .npy"
+        )
+    if isinstance(error, Image.DecompressionBombError):
+        return f"decompression bomb: more than {2 * MAX_PIXELS} pixels declared"
+    # Where an object lies in memory is another place each time, and reasons are part of what a
+    # shard holds.
+    reason_text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip() or "no details"
+    return f"{type(error).__name__}: {reason_text}"[:300]

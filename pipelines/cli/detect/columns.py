@@ -1,0 +1,230 @@
+"""The columns of a table that are target, groups and split: the recipe's task section."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from headrace.cache.errors import HeadraceError
+from headrace.cache.text import as_text
+from headrace.extract.images.byte_ranges import locator_file
+from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.pipelines.recipe.targets import name_some
+
+_TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
+GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
+_SPLIT_NAMES = ("split", "set", "subset", "partition")
+_PATHS_LOOKED_AT = 100  # to count those that lead nowhere
+_ZEROS, _ONES = ("0", "0.0", "False"), ("1", "1.0", "True")
+_SEPARATORS = (";", "|", ",", " ")
+
+
+class InitError(HeadraceError, ValueError):
+    """No recipe can be written for what was found."""
+
+
+def targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
+    """Return "3 classes in column 'label'", or how many columns of targets there are."""
+    if len(targets) > 1:
+        return f"targets in {len(targets)} columns"
+    n_classes = n_distinct(samples[targets[0]])
+    classes_text = "lists of classes" if n_classes is None else f"{n_classes:,} classes"
+    return f"{classes_text} in column {targets[0]!r}"
+
+
+def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
+    """Return what a person should know of a table before the first run: rows without a label, and
+    paths that lead nowhere.
+    """
+    doubt_text = ""
+    if n_unlabelled := int(labels.isna().sum()):
+        doubt_text += f"; {n_unlabelled:,} rows have no label: a run predicts them"
+    checked_files = [
+        locator_file(file_path) for file_path in paths.head(_PATHS_LOOKED_AT).astype(str)
+    ]
+    missing_files = [file_path for file_path in checked_files if not Path(file_path).is_file()]
+    if missing_files:
+        doubt_text += (
+            f"; {len(missing_files):,} of the first {len(checked_files):,} files are not there, "
+            f"such as {missing_files[0]} (relative paths start from images.root, by default the "
+            "table's folder)"
+        )
+    return doubt_text
+
+
+def task_section(
+    samples: pd.DataFrame, column_names: Sequence[str], location: Path
+) -> tuple[str, list[str], list[str]]:
+    """Return the recipe's task section, the target's columns, and notes on what was assumed."""
+    task_notes: list[str] = []
+    named_columns = (
+        first_named(_SPLIT_NAMES, column_names),
+        first_named(GROUP_NAMES, column_names),
+    )
+    list_columns = [
+        column_name
+        for column_name in ("label", "labels")
+        if column_name in samples and n_distinct(samples[column_name]) is None
+    ]
+    free_columns = [name for name in column_names if name not in named_columns]
+    target_column = first_named(_TARGET_NAMES, [*column_names, *list_columns]) or _few_valued(
+        samples, free_columns
+    )
+    indicators = _indicator_columns(samples, free_columns)
+    ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
+    is_one_hot = bool(indicators) and bool((ones.sum(axis=1) == 1).all())
+    if target_column not in indicators or not (is_one_hot or len(indicators) > 2):
+        indicators = []
+    if target_column is None:
+        raise InitError(
+            f"{location}: no column looks like a label (2 to 1,000 different values). It has: "
+            f"{', '.join(map(str, samples.columns))}. To predict a number, write the recipe by "
+            "hand: task: {target: COLUMN, kind: regression}"
+        )
+    targets = indicators or [target_column]
+    task_lines = f"  target: {yaml_text(target_column)}"
+    if indicators:
+        task_lines = f"  target: [{', '.join(map(yaml_text, indicators))}]"
+        if is_one_hot:
+            meaning = "one class for each image, named by the column that holds a 1"
+        else:
+            task_lines += "\n  kind: multi                    # 0/1 columns"
+            meaning = "several labels for an image (task.kind: multi)"
+        task_notes.append(
+            f"{len(indicators)} columns hold 0 and 1 alone ({name_some(indicators)}) and are taken "
+            f"for {meaning}; for one of them: task.target"
+        )
+    elif target_column in list_columns:
+        task_lines += "\n  kind: multi                    # several labels in a cell"
+    elif (separator := _label_separator(samples[target_column])) is not None:
+        task_lines += (
+            "\n  kind: multi                    # several labels in a cell\n  separator: "
+            f"{yaml_text(separator)}"
+        )
+        task_notes.append(
+            f"the cells of {target_column!r} are taken for several labels each, separated by "
+            f"{separator!r} (task.separator); for one label each: task.kind: single"
+        )
+    else:
+        class_values = samples[target_column].dropna().unique()
+        if len(class_values) < 2:
+            found_text = f"one class only, {class_values[0]!r}" if len(class_values) else "no value"
+            raise InitError(
+                f"{location}: column {target_column!r} holds {found_text}. A classifier needs two "
+                "classes or more"
+            )
+    # a run leaves the others out, whatever else they hold
+    labelled_samples = samples[samples[target_column].notna()]
+    split_column = first_named(
+        _SPLIT_NAMES,
+        [
+            column_name
+            for column_name in column_names
+            if _holds_sides(labelled_samples[column_name])
+        ],
+    )
+    group_column = first_named(
+        GROUP_NAMES,
+        [column_name for column_name in column_names if is_full(labelled_samples[column_name])],
+    )
+    if split_column:
+        task_lines += f"\n  split: {yaml_text(split_column)}"
+    if named_columns[0] != split_column:
+        task_notes.append(
+            f"column {named_columns[0]!r} holds other values than train, validation and test, or "
+            "none, and is not taken for a split"
+        )
+    if group_column:
+        task_lines += f"\n  group: {yaml_text(group_column)}"
+    if named_columns[1] != group_column:
+        task_notes.append(
+            f"column {named_columns[1]!r} is empty for some images, and is not taken for groups: "
+            f"fill it, and set task.group: {yaml_text(str(named_columns[1]))}"
+        )
+    return task_lines, targets, task_notes
+
+
+def _indicator_columns(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
+    """Return the columns whose cells are 0 and 1 alone, where there are two or more."""
+    columns = [name for name in column_names if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
+    return columns if len(columns) > 1 else []
+
+
+def _holds_sides(column: "pd.Series[Any]") -> bool:
+    """Tell whether every cell of a column is a word for a side of a split."""
+    return is_full(column) and set(as_text(column).str.lower()) <= set(SPLIT_WORDS)
+
+
+def is_full(column: "pd.Series[Any]") -> bool:
+    """Tell whether no cell of a column is empty."""
+    cell_texts = as_text(column)
+    return bool(cell_texts.notna().all() and (cell_texts != "").all())
+
+
+def _label_separator(column: "pd.Series[Any]") -> str | None:
+    """Return what stands between several labels in the cells of a column: parts recur, and stand
+    alone in some cells. None for single labels.
+    """
+    cell_texts = as_text(column).dropna().unique().tolist()
+    for separator in _SEPARATORS:
+        combinations = [
+            {label_part.strip() for label_part in cell_text.split(separator)}
+            for cell_text in cell_texts
+            if separator in cell_text
+        ]
+        label_parts = {label_part for combination in combinations for label_part in combination}
+        single_labels = {cell_text for cell_text in cell_texts if separator not in cell_text}
+        if (
+            label_parts
+            and len(label_parts | single_labels) < len(cell_texts)
+            and len(label_parts & single_labels) * 2 >= len(label_parts)
+            and (separator != " " or _are_labels(combinations, label_parts, single_labels))
+        ):
+            return separator
+    return None
+
+
+def _are_labels(
+    combinations: list[set[str]], label_parts: set[str], single_labels: set[str]
+) -> bool:
+    """Tell whether words that stand together are labels, and not the words of one name, such as
+    `wild cat` beside `cat`.
+
+    Each of them is a label by itself, and they are all the labels that there are, or three of them
+    recur in combinations.
+    """
+    recurring_parts = [
+        label_part
+        for label_part in label_parts
+        if sum(label_part in combination for combination in combinations) > 1
+    ]
+    return label_parts <= single_labels and (
+        label_parts == single_labels or len(recurring_parts) >= 3
+    )
+
+
+def first_named(names: tuple[str, ...], column_names: Sequence[str]) -> str | None:
+    columns_by_lower = {str(column).lower(): str(column) for column in column_names}
+    return next((columns_by_lower[name] for name in names if name in columns_by_lower), None)
+
+
+def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
+    for column_name in column_names:
+        if 2 <= (n_distinct(samples[column_name]) or 0) <= min(1000, max(2, len(samples) // 3)):
+            return str(column_name)
+    return None
+
+
+def n_distinct(column: "pd.Series[Any]") -> int | None:
+    """Return a column's number of values; None for lists and the like, as Parquet has them."""
+    try:
+        return column.nunique()
+    except TypeError:
+        return None
+
+
+def yaml_text(text: str) -> str:
+    """Return text as a YAML value, quoted where it must be ("2020", "a: b")."""
+    return yaml.safe_dump([text], width=10_000, allow_unicode=True).removeprefix("- ").strip()

@@ -1,0 +1,234 @@
+"""Images as callers give them: paths, Pillow images, arrays and tensors, told apart and decoded.
+
+Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageFile, ImageOps
+
+from headrace.cache.errors import HeadraceError
+from headrace.extract.errors import ImageError
+from headrace.extract.images.byte_ranges import array_bytes, encode_path, read_bytes
+from headrace.extract.images.content_hashes import hash_bytes
+from headrace.extract.images.decoding import to_rgb
+from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
+from headrace.extract.images.samples import PixelRange, pillow_raw_mode
+from headrace.extract.run.rendering import Rendering
+
+ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
+_CHANNELS = (1, 3, 4)  # grey, colours, colours and alpha
+# Black and white of floats in memory, as torchvision and scikit-image have them.
+_UNIT: PixelRange = (0.0, 1.0)
+# A float this far beyond them is rounded to black or white in any case.
+_HALF_STEP = 0.5 / 255
+
+
+class ImageUnusable(HeadraceError, ValueError):
+    """An image cannot be decoded or read in one way only, or its output cannot be used."""
+
+
+def split_images(
+    images: ImageLike | Iterable[ImageLike], most_bands: int | None = None
+) -> list[ImageLike]:
+    """Return the images one by one: the first axis of an array or tensor is split where it counts
+    images. most_bands: of a model that reads bands, whose images have three axes.
+
+    Raises ImageUnusable.
+    """
+    if isinstance(images, str | PathLike | Image.Image):
+        return [images]
+    if not isinstance(images, np.ndarray | torch.Tensor):
+        return list(images)
+    if isinstance(images, np.ndarray) and images.ndim == 1:
+        return cast(list[ImageLike], images.tolist())  # of paths, as a column of a table gives them
+    try:
+        pixel_array = _as_array(images)
+        if most_bands is not None:
+            return list(pixel_array) if pixel_array.ndim == 4 else [pixel_array]
+        if pixel_array.ndim == 4:
+            _channels_first(pixel_array.shape, "a batch")
+        elif (
+            pixel_array.ndim != 3
+            or isinstance(images, torch.Tensor)
+            or not _is_grey_batch(pixel_array.shape)
+        ):
+            # torch has no images without channels: a tensor of three axes is (C, H, W)
+            return [pixel_array]
+        return list(pixel_array)
+    except ImageError as error:
+        raise ImageUnusable(str(error)) from None
+
+
+def _is_grey_batch(array_shape: tuple[int, ...]) -> bool:
+    """Tell whether an array is (N, H, W), N grey images, and not (H, W, C).
+
+    Raises ImageError where it could be (C, H, W) too.
+    """
+    n_images, height, width = array_shape
+    if width in _CHANNELS or n_images == 1:
+        return False
+    if n_images in _CHANNELS:
+        raise ImageError(
+            f"an array of shape {array_shape} is one image of {n_images} channels and {height} x "
+            f"{width} pixels, (C, H, W), or {n_images} grey images of {height} x {width} pixels, "
+            "(N, H, W). Give [array] for the one image, and list(array) for the many"
+        )
+    return True
+
+
+def image_decoder(
+    image: ImageLike, most_bands: int | None
+) -> tuple[Callable[[Preprocessing], DecodedImage], str]:
+    """Return what decodes the image as a preprocessing asks for it, and its content hash.
+
+    most_bands: the highest number of a band that some preprocessing asks for. Raises ImageError and
+    OSError.
+    """
+    if isinstance(image, Image.Image) and not (image_bytes := _unread_file(image)):
+        upright_image = ImageOps.exif_transpose(image)
+        if most_bands is None:
+            return partial(_decode_pillow, upright_image), hash_bytes(upright_image.tobytes())
+        image = np.asarray(upright_image)
+    if isinstance(image, str | PathLike):
+        image_bytes = read_bytes(image if isinstance(image, str) else encode_path(Path(image)))
+    elif not isinstance(image, Image.Image):
+        pixel_array = _as_array(image) if most_bands else _one_image(_as_array(image))
+        image_bytes = array_bytes(pixel_array)
+        if pixel_array.dtype.kind == "f":
+            return partial(_decode_floats, pixel_array, image_bytes), hash_bytes(image_bytes)
+    return partial(decode_pixels, image_bytes), hash_bytes(image_bytes)
+
+
+def _decode_pillow(image: Image.Image, how: Preprocessing) -> DecodedImage:
+    if how.pixel_dtype == "float32" and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        dtype = np.uint16 if image.mode.startswith("I;16") else None
+        return decode_pixels(array_bytes(np.asarray(image).astype(dtype)), how)
+    return to_rgb(image, how.pixel_range)  # type: ignore[arg-type]
+
+
+def _decode_floats(
+    pixel_array: npt.NDArray[Any], image_bytes: bytes, how: Preprocessing
+) -> DecodedImage:
+    """Decode floats in memory, which are from 0 to 1 unless the model has a pixel_range.
+
+    Raises ImageError for others.
+    """
+    if how.pixel_range is not None:
+        return decode_pixels(image_bytes, how)
+    lowest, highest = (
+        (float(pixel_array.min()), float(pixel_array.max())) if pixel_array.size else _UNIT
+    )
+    if lowest < -_HALF_STEP or highest > 1 + _HALF_STEP:
+        raise ImageError(
+            f"{pixel_array.dtype} values from {lowest:g} to {highest:g}; expected 0 to 1, as "
+            "torchvision and scikit-image have it. Divide them by the value that is white, "
+            "leave a normalisation out, or give uint8. A model whose recipe says "
+            "images.pixel_range: [0, 255] takes floats from 0 to 255"
+        )
+    return decode_pixels(image_bytes, replace(how, pixel_range=_UNIT))
+
+
+def _unread_file(image: Image.Image) -> bytes:
+    """Return the bytes of an image's file that is opened and not read yet; else b"".
+
+    Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the
+    low byte of colours. And a JPEG's decoder makes it smaller only while it decodes.
+    """
+    if (
+        not isinstance(image, ImageFile.ImageFile)
+        or not image.tile
+        or image.fp is None
+        or image.tell() != 0
+    ):
+        # read or made already, or another page than the first
+        return b""
+    if not (
+        image.format in ("PPM", "JPEG", "MPO")
+        or (image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image))
+    ):
+        return b""  # of 8 bits, which Pillow keeps
+    file_position = image.fp.tell()
+    image.fp.seek(0)
+    file_bytes = image.fp.read()
+    image.fp.seek(file_position)
+    # This closes the file, as every other use of the image does.
+    image.load()
+    return file_bytes
+
+
+def _as_array(image: object) -> npt.NDArray[Any]:
+    if isinstance(image, torch.Tensor):
+        pixel_tensor = image.detach().cpu()
+        # NumPy has no bfloat16
+        return np.asarray(
+            (pixel_tensor.float() if pixel_tensor.dtype == torch.bfloat16 else pixel_tensor).numpy()
+        )
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind in "OV":
+            raise ImageError(f"pixels of type {image.dtype}; expected numbers")
+        return image
+    raise ImageError(
+        f"an image is given as {type(image).__name__}; expected a path, a Pillow image, a NumPy "
+        "array or a torch tensor"
+    )
+
+
+def _one_image(pixel_array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array as (H, W) or (H, W, C).
+
+    Raises ImageError where it is neither it nor (C, H, W), or could be both.
+    """
+    if pixel_array.ndim == 2:
+        return pixel_array
+    if pixel_array.ndim != 3:
+        raise ImageError(
+            f"an array of shape {pixel_array.shape} is no image; expected (H, W), (H, W, C) or (C, "
+            "H, W)"
+        )
+    return (
+        np.moveaxis(pixel_array, 0, 2)
+        if _channels_first(pixel_array.shape, "an image")
+        else pixel_array
+    )
+
+
+def _channels_first(array_shape: tuple[int, ...], subject: str) -> bool:
+    """Tell whether an image's channels stand before its rows.
+
+    Raises ImageError where both readings are possible, or none.
+    """
+    first_fits, last_fits = array_shape[-3] in _CHANNELS, array_shape[-1] in _CHANNELS
+    if first_fits and last_fits:
+        last_layout, first_layout = array_shape[-3:-1], array_shape[-2:]
+        raise ImageError(
+            f"{subject} of shape {array_shape} has {array_shape[-1]} channels and {last_layout[0]} "
+            f"x {last_layout[1]} pixels, if the channels come last, or {array_shape[-3]} channels "
+            f"and {first_layout[0]} x {first_layout[1]} pixels, if they come first. Put them where "
+            "they cannot be mistaken: np.moveaxis(array, -1, -3) where they are last now, "
+            "np.moveaxis(array, -3, -1) where they are first"
+        )
+    if not (first_fits or last_fits):
+        raise ImageError(
+            f"{subject} of shape {array_shape} has no axis of 1, 3 or 4 channels; expected (H, W, "
+            "C) or (C, H, W) for an image, (N, H, W, C) or (N, C, H, W) for many"
+        )
+    return first_fits
+
+
+def highest_band(renderings: Sequence[Rendering]) -> int | None:
+    """Return the highest number of a band that is asked for; None where none is."""
+    bands = [band for rendering in renderings for band in rendering.preprocessing.bands or ()]
+    return max(bands, default=None)
+
+
+def image_name(image: ImageLike, image_index: int) -> str:
+    return str(image) if isinstance(image, str | PathLike) else f"image {image_index}"

@@ -1,0 +1,369 @@
+"""The sides and folds of a run's rows: the user's own, or drawn so that no group is split."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from headrace.cache.text import as_text
+from headrace.extract.errors import as_yaml_list
+from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.heads.data.folds import make_folds, split_test
+from headrace.heads.data.task import TEST, TRAIN_ONLY
+from headrace.pipelines.recipe.sections import TaskSection
+from headrace.pipelines.recipe.targets import (
+    DataError,
+    empty_as_missing,
+    name_some,
+)
+
+CROPPED_IMAGE = "image of the box or tile"  # a column of samples that are crops
+_MISSING_WORDS = ("nan", "none", "null", "na", "n/a", "unlabelled", "unlabeled")
+_EXCLUDED_NAMED = 20  # images in one message, to be copied from it
+
+
+def assign_folds(
+    labelled_samples: pd.DataFrame,
+    target: npt.NDArray[Any],
+    groups: npt.NDArray[np.int64] | None,
+    section: TaskSection,
+    notes: list[str],
+    *,
+    across_sides: bool,
+) -> npt.NDArray[np.int16]:
+    """Return the fold of each row, (N,) int16. Copies of one image are split as one row, and groups
+    that share a copy as one group.
+
+    across_sides: the user's column has copies on several sides, and stays as it is; what it leaves
+    to be drawn keeps them together.
+    """
+    if across_sides:
+        row_groups = np.arange(len(labelled_samples), dtype=np.int64) if groups is None else groups
+        return _draw_folds(
+            labelled_samples,
+            target,
+            groups,
+            section,
+            notes,
+            kept_together=joined_by(row_groups, labelled_samples["_content"]),
+        )
+    if groups is None:
+        first_rows, copy_of = _first_copies(labelled_samples["_content"])
+        return _draw_folds(
+            labelled_samples.iloc[first_rows], target[first_rows], None, section, notes
+        )[copy_of]
+    joined_groups = joined_by(groups, labelled_samples["_content"])
+    notes += _joined_groups(labelled_samples, groups, joined_groups, section)
+    return _draw_folds(labelled_samples, target, joined_groups, section, notes)
+
+
+def copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) -> list[str]:
+    """Return a note where the split or fold column has copies of an image on different sides and is
+    followed all the same.
+
+    Raises DataError, naming the rows, unless task.copies says so.
+    """
+    column_name = section.split or section.fold
+    if column_name is None:
+        return []
+    side_of_row = pd.Series(
+        _read_split(labelled_samples, column_name)
+        if section.split
+        else _read_folds(labelled_samples, column_name),
+        index=labelled_samples.index,
+    )
+    is_mixed = side_of_row.groupby(labelled_samples["_content"].to_numpy()).transform("nunique") > 1
+    if not is_mixed.any():
+        return []
+    first_content = labelled_samples.loc[is_mixed, "_content"].iloc[0]
+    copy_ids = labelled_samples.loc[labelled_samples["_content"] == first_content, "id"].tolist()
+    copies_text = (
+        f"column {column_name!r} puts exact copies of an image on different sides: "
+        f"{int(is_mixed.sum()):,} images, first {' and '.join(map(repr, copy_ids[:2]))}"
+    )
+    if section.copies == "keep":
+        return [
+            (
+                f"{copies_text}. The column is followed (task.copies: keep); what is tested was "
+                "trained on there"
+            )
+        ]
+    raise DataError(
+        f"{copies_text}. Mend the column, leave one of them out (images.exclude: "
+        f"{as_yaml_list(copy_ids[:1])}), or follow the column as it is: task.copies: keep"
+    )
+
+
+def _group_column(section: TaskSection) -> str:
+    return str(section.group or section.unit or CROPPED_IMAGE)
+
+
+def _joined_groups(
+    labelled_samples: pd.DataFrame,
+    groups: npt.NDArray[np.int64],
+    joined_groups: npt.NDArray[np.int64],
+    section: TaskSection,
+) -> list[str]:
+    """Return a note on groups that copies of images join.
+
+    Raises DataError where they make most of the images one group.
+    """
+    group_table = pd.DataFrame(
+        {
+            "group": groups,
+            "joined": joined_groups,
+            "content": labelled_samples["_content"].to_numpy(),
+        }
+    )
+    joined_sizes = group_table.groupby("joined")["group"].nunique()
+    if joined_sizes.max() < 2:
+        return []
+    groups_per_image = group_table.groupby("content")["group"].nunique()
+    most_shared = groups_per_image.idxmax()
+    copy_ids = labelled_samples.loc[labelled_samples["_content"] == most_shared, "id"].tolist()
+    n_joined_rows = int((joined_groups == joined_sizes.idxmax()).sum())
+    n_groups = group_table["group"].nunique()
+    groups_text = (
+        "copies of one image are in several groups, which are joined, for else one would be "
+        f"tested on what it was trained on: {copy_ids[0]!r} and its copies are in "
+        f"{int(groups_per_image.max()):,} of the {n_groups:,} groups of "
+        f"{_group_column(section)!r}, and the largest joined group has "
+        f"{int(joined_sizes.max()):,} of them, {n_joined_rows:,} of {len(labelled_samples):,} "
+        "images"
+    )
+    if n_joined_rows > len(labelled_samples) / 2:
+        more_text = (
+            f" and {len(copy_ids) - _EXCLUDED_NAMED:,} more"
+            if len(copy_ids) > _EXCLUDED_NAMED
+            else ""
+        )
+        raise DataError(
+            f"{groups_text}. No fair split is left. Leave these copies out (a placeholder shows "
+            "nothing of its patient): images.exclude: "
+            f"{as_yaml_list(copy_ids[:_EXCLUDED_NAMED])}{more_text}, or mend "
+            f"{_group_column(section)!r}"
+        )
+    return [groups_text]
+
+
+def _draw_folds(
+    labelled_samples: pd.DataFrame,
+    target: npt.NDArray[Any],
+    groups: npt.NDArray[np.int64] | None,
+    section: TaskSection,
+    notes: list[str],
+    *,
+    kept_together: npt.NDArray[np.int64] | None = None,
+) -> npt.NDArray[np.int16]:
+    """Return the fold of each row, (N,) int16: the user's column where it says them, and what is
+    drawn where it does not.
+
+    groups: no side of the user's column may split one. kept_together: what a draw keeps whole, by
+    default the groups.
+    """
+    if kept_together is None:
+        kept_together = groups
+    fold_of_row = np.full(len(labelled_samples), TRAIN_ONLY, np.int16)
+    is_validation = np.zeros(len(labelled_samples), np.bool_)
+    if section.split is not None:
+        split_of_row = _read_split(labelled_samples, section.split)
+        fold_of_row[split_of_row == "test"] = TEST
+        is_validation = split_of_row == "validation"
+    elif section.fold is not None:
+        fold_of_row = make_folds(
+            target,
+            n_folds=section.folds,
+            seed=section.seed,
+            given=_read_folds(labelled_samples, section.fold),
+        )
+        is_validation = fold_of_row >= 0
+    column_name = section.split or section.fold
+    if groups is not None and column_name is not None:
+        side_of_row = np.where(
+            is_validation,
+            fold_of_row if section.fold else 0,
+            np.where(fold_of_row == TEST, TEST, TRAIN_ONLY),
+        )
+        _refuse_split_groups(
+            labelled_samples, groups, side_of_row, column_name, _group_column(section)
+        )
+    if section.test_fraction > 0 and not (fold_of_row == TEST).any():
+        # Rows that the user validates on stay what they are, and with them their groups; folds give
+        # up their share.
+        is_kept = (
+            is_validation
+            if section.split is not None
+            else np.zeros(len(labelled_samples), np.bool_)
+        )
+        is_free = (
+            ~is_kept if kept_together is None else ~np.isin(kept_together, kept_together[is_kept])
+        )
+        if not is_free.any():
+            raise DataError(
+                f"column {column_name!r} has no test rows, and none can be drawn: every image is "
+                "validated on, or shares a group or a copy with one that is. Mark test rows in "
+                "it, or do without a test split: task.test_fraction: 0"
+            )
+        is_drawn = split_test(
+            target[is_free],
+            fraction=section.test_fraction,
+            seed=section.seed,
+            groups=None if kept_together is None else kept_together[is_free],
+        )
+        fold_of_row[np.flatnonzero(is_free)[is_drawn]] = TEST
+        if column_name is not None:
+            notes.append(
+                f"column {column_name!r} has no test rows: {int(is_drawn.sum()):,} were drawn, at "
+                "random, from the others"
+            )
+    if section.split is not None and is_validation.any():
+        fold_of_row[is_validation] = 0
+    elif section.fold is None:
+        is_remaining = fold_of_row != TEST
+        fold_of_row[is_remaining] = make_folds(
+            target[is_remaining],
+            n_folds=section.folds,
+            seed=section.seed,
+            groups=None if kept_together is None else kept_together[is_remaining],
+        )
+    if not (fold_of_row >= 0).any():
+        raise DataError("no row is left for validation: a head cannot be chosen")
+    return fold_of_row
+
+
+def joined_by(groups: npt.NDArray[np.int64], shared: pd.Series) -> npt.NDArray[np.int64]:
+    """Return (N,) groups, those that share a value (a content hash: copies of one image; a unit)
+    made one: the components of the graph of rows.
+    """
+    shared_codes = pd.factorize(shared)[0]
+    n_groups = int(groups.max()) + 1
+    graph_edges = (np.ones(len(groups)), (groups, shared_codes + n_groups))
+    n_nodes = n_groups + int(shared_codes.max()) + 1
+    components = connected_components(
+        coo_array(graph_edges, shape=(n_nodes, n_nodes)), directed=False
+    )[1]
+    return np.asarray(components[groups], np.int64)
+
+
+def _refuse_split_groups(
+    labelled_samples: pd.DataFrame,
+    groups: npt.NDArray[np.int64],
+    side_of_row: npt.NDArray[Any],
+    column_name: str,
+    group_column: str,
+) -> None:
+    is_mixed = pd.Series(side_of_row).groupby(groups).transform("nunique").to_numpy() > 1
+    if is_mixed.any():
+        first_group = labelled_samples[group_column].iloc[int(is_mixed.argmax())]
+        raise DataError(
+            f"column {column_name!r} puts images of the same {group_column!r} (or copies of them) "
+            f"on different sides, first {first_group!r}, {int(is_mixed.sum()):,} images in all. "
+            "Mend the column, or leave one of the two out of the recipe"
+        )
+
+
+def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray[Any]:
+    fold_values = empty_as_missing(labelled_samples[column_name])
+    if fold_values.isna().any():
+        raise DataError(
+            f"task.fold {column_name!r} is empty for "
+            f"{labelled_samples.loc[fold_values.isna(), 'id'].iloc[0]!r}: every image needs one"
+        )
+    fold_texts = as_text(fold_values)
+    if (
+        fold_texts.str.fullmatch(r"-?\d{1,18}").all()
+        and (fold_numbers := fold_texts.astype("int64")).min() <= 0
+    ):  # 18 digits fit int64
+        return fold_numbers.to_numpy()
+    if (
+        fold_texts.str.fullmatch(r"-?\d+").all()
+        and (negative_texts := fold_texts[fold_texts.str.startswith("-")]).any()
+    ):
+        # As a name, the -1 of a test row would be a fold to train on.
+        raise DataError(
+            f"task.fold {column_name!r} holds {negative_texts.iloc[0]} beside "
+            f"{max(fold_texts, key=len)}: number the folds 0, 1, … without gaps, with -1 for test "
+            "rows"
+        )
+    return fold_texts.to_numpy(dtype=np.str_)  # names; folds that are counted from 1 are such
+
+
+def _first_copies(content_hashes: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return the rows of the first copy of each content, and for every row the position of its
+    first copy among those.
+    """
+    copy_of, _ = pd.factorize(content_hashes)
+    return np.flatnonzero(~content_hashes.duplicated().to_numpy()), copy_of
+
+
+def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray[np.str_]:
+    split_texts = as_text(empty_as_missing(labelled_samples[column_name]))
+    if split_texts.isna().any():
+        raise DataError(
+            f"task.split {column_name!r} is empty in {int(split_texts.isna().sum()):,} rows, first "
+            f"{labelled_samples.loc[split_texts.isna(), 'id'].iloc[0]!r}; expected train, "
+            "validation or test"
+        )
+    split_words = split_texts.str.lower()
+    unknown_words = sorted(set(split_words) - set(SPLIT_WORDS))
+    if unknown_words:
+        raise DataError(
+            f"task.split {column_name!r} holds {', '.join(map(repr, unknown_words[:5]))}; expected "
+            "train, validation or test"
+        )
+    return split_words.map(SPLIT_WORDS).to_numpy(dtype=np.str_)
+
+
+def check_folds(fold_of_row: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | None) -> None:
+    """Raise DataError for a fold that leaves nothing to learn from."""
+    for fold_number in range(int(fold_of_row.max()) + 1):
+        is_trained = (fold_of_row != fold_number) & (fold_of_row != TEST)
+        if not is_trained.any():
+            raise DataError(
+                f"validation fold {fold_number} leaves no image to train on: mark some rows as "
+                "train in task.split, or use more folds"
+            )
+        if target is not None and len(np.unique(target[is_trained])) < 2:
+            raise DataError(
+                f"without validation fold {fold_number}, the {int(is_trained.sum()):,} images to "
+                "train on are all of one class: a classifier needs two. Look at the split, fold "
+                "or group column"
+            )
+
+
+def check_classes(
+    classes: tuple[str, ...],
+    target: npt.NDArray[Any],
+    fold_of_row: npt.NDArray[np.int16],
+    metric: str | None,
+) -> list[str]:
+    class_counts = np.bincount(target[fold_of_row != TEST], minlength=len(classes))
+    notes = []
+    largest_class = int(class_counts.argmax())
+    largest_share = class_counts[largest_class] / class_counts.sum()
+    if largest_share >= 0.9 and metric in (None, "accuracy"):
+        notes.append(
+            f"{largest_share:.1%} of the images are {classes[largest_class]}, so always saying "
+            f"that has an accuracy of {largest_share:.1%}; task.metric: balanced_accuracy or "
+            "macro_f1 weighs all classes the same"
+        )
+    unseen_classes = [classes[class_index] for class_index in np.flatnonzero(class_counts == 0)]
+    rare_classes = [
+        f"{classes[class_index]} ({class_counts[class_index]})"
+        for class_index in np.flatnonzero((class_counts > 0) & (class_counts < 5))
+    ]
+    if missing_words := [name for name in classes if name.lower() in _MISSING_WORDS]:
+        notes.append(
+            f"class {name_some(missing_words)}: where that stands for a missing label, empty these "
+            "cells"
+        )
+    if unseen_classes:
+        notes.append(
+            f"no training image of class {name_some(unseen_classes)}: it can never be predicted"
+        )
+    if rare_classes:
+        notes.append(f"few training images of class {name_some(rare_classes)}: expect noise there")
+    return notes
