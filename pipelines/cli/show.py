@@ -51,14 +51,14 @@ def show_features(console: Console, plan: Plan, cache: object) -> None:
     console.print(table)
     console.print(
         f"{plan.images_new:,} of {plan.images:,} images go through a network, in "
-        f"{len(plan.units):,} work units; "
+        f"{count_text(len(plan.units), 'work unit')}; "
         f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
         soft_wrap=True,
     )
     if not plan.requested:
         console.print(
-            f"Tasks: {len(plan.units):,} work units; about {_work(plan.estimate)}. Done already: "
-            f"{plan.images - plan.images_new:,} images",
+            f"Tasks: {count_text(len(plan.units), 'work unit')}; about {_work(plan.estimate)}. "
+            f"Done already: {count_text(plan.images - plan.images_new, 'image')}",
             soft_wrap=True,
         )
 
@@ -132,13 +132,14 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     console.print(table)
     console.print(
         f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.n_folds} folds each), "
-        f"in {len(plan.banks):,} banks; results in {out}",
+        f"in {count_text(len(plan.banks), 'bank')}; results in {out}",
         soft_wrap=True,
     )
     console.print(
-        f"Tasks: {len(plan.units):,} work units and {len(plan.banks):,} banks; about "
-        f"{_work(plan.estimate)}. Done already: {plan.images - plan.images_new:,} images, "
-        f"{plan.heads_total - plan.heads_new:,} heads",
+        f"Tasks: {count_text(len(plan.units), 'work unit')} and "
+        f"{count_text(len(plan.banks), 'bank')}; about {_work(plan.estimate)}. Done already: "
+        f"{count_text(plan.images - plan.images_new, 'image')}, "
+        f"{count_text(plan.heads_total - plan.heads_new, 'head')}",
         soft_wrap=True,
     )
 
