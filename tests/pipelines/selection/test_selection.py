@@ -14,6 +14,7 @@ from headrace.pipelines.selection.correction import (
     chosen_scores,
     compare_with_best,
     corrected,
+    left_out_rows,
     mcnemar,
     resampled_rows,
 )
@@ -44,11 +45,13 @@ def test_the_corrected_score_is_unbiased_where_the_raw_one_is_optimistic(kind):
     for seed in range(WORLDS):
         truth, right = world(kind, np.random.default_rng(seed))
         drawn = resampled_rows(fold, np.arange(ROWS), RESAMPLES, seed)
-        left = drawn == 0
+        left = left_out_rows(fold, np.arange(ROWS), RESAMPLES, seed)
         observed, drawn_scores = right.mean(1), right @ (drawn / drawn.sum(0))
-        values = chosen_scores(drawn_scores, right @ (left / left.sum(0)), np.zeros(HEADS))
-        expected, low, high = corrected(values, share=left.mean())
+        kept_scores = right @ ((1 - left) / (1 - left).sum(0))
+        left_scores = right @ (left / left.sum(0))
+        values = chosen_scores(kept_scores, left_scores, np.zeros(HEADS))
         winner = observed.argmax()
+        expected, low, high = corrected(values, left.mean(), left_scores[winner])
         raw.append(observed[winner] - truth[winner])
         new.append(expected - truth[winner])
         inside.append(low <= truth[winner] <= high)
@@ -93,6 +96,17 @@ def test_rows_of_one_group_are_drawn_together():
     drawn = resampled_rows(fold, groups, 50, 0)
     assert (drawn.reshape(20, 3, 50) == drawn[::3][:, None]).all()
     assert (drawn[:30].sum(0) == 30).all()
+
+
+def test_a_fifth_of_each_folds_groups_is_left_out():
+    """One at least, and never all of a fold."""
+    groups = np.concatenate([np.repeat(np.arange(20), 3), [20, 20, 21, 22]])
+    fold = np.concatenate([np.repeat([0, 1], 30), [2, 2, 2, 3]])
+    left = left_out_rows(fold, groups, 50, 0)
+    assert (left[:60].reshape(20, 3, 50) == left[:60:3][:, None]).all()
+    assert (left[:30].sum(0) == 6).all()
+    assert np.isin(left[60:63].sum(0), (1, 2)).all()
+    assert not left[63].any()
 
 
 def test_the_luck_of_a_choice_is_what_the_best_of_equals_seems_better_by():
