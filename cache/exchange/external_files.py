@@ -33,6 +33,7 @@ from headrace.cache.exchange.external_tables import (
     require_plausible_size,
 )
 from headrace.cache.exchange.leaks import find_row_counters
+from headrace.cache.format.hdf5_values import read_values
 from headrace.cache.text import as_text
 
 _TEXT_KINDS = "OSU"
@@ -426,8 +427,7 @@ def _read_data_set(data_set: h5py.Dataset, source_path: Path) -> npt.NDArray[Any
             f"{_STORED_ELSEWHERE}"
         )
     require_plausible_size(data_set.nbytes, source_path)
-    values: npt.NDArray[Any] = data_set[()]
-    return values
+    return read_values(source_path, data_set)
 
 
 def _validate_features(

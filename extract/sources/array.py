@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.format.hdf5_values import read_values
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, missing_path_message
@@ -304,7 +305,7 @@ def _label_columns(
             f"each: ({n_images},), or a row for each. Name another file or array: images.labels, "
             "images.labels_key (in Python: labels=, labels_key=)"
         )
-    values = np.asarray(label_array[:]).reshape(n_images, -1)
+    values = _label_values(label_array, labels_path).reshape(n_images, -1)
     n_columns = values.shape[1]
     names = ["label"] if n_columns == 1 else [f"label_{index}" for index in range(n_columns)]
     texts = {name: as_text(pd.Series(column)) for name, column in zip(names, values.T, strict=True)}
@@ -312,6 +313,15 @@ def _label_columns(
         name: text.astype(object).where(text.notna() & (text != ""), None).to_numpy()
         for name, text in texts.items()
     }
+
+
+def _label_values(label_array: Any, labels_path: Path) -> npt.NDArray[Any]:
+    if not isinstance(label_array, h5py.Dataset):
+        return np.asarray(label_array[:])
+    try:
+        return read_values(labels_path, label_array)
+    except ValueError as error:
+        raise SourceError(f"{labels_path}: {error}") from error
 
 
 def _labels_of(images_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -1,0 +1,45 @@
+"""Values of HDF5 files that others have made."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+# Prints the values as Latin-1, one character for each byte, so that JSON keeps all of them.
+_PROGRAM = """\
+import json, sys, h5py
+with h5py.File(sys.argv[1], "r") as file:
+    data_set = file[sys.argv[2]]
+    values = data_set[()].reshape(-1).tolist()
+json.dump([value.decode("latin-1") for value in values], sys.stdout)
+"""
+
+
+def read_values(path: str | Path, data_set: h5py.Dataset) -> npt.NDArray[Any]:
+    """Return all values of a data set; text of any length as bytes objects.
+
+    Such text lies elsewhere in the file, and another process reads it: where a damaged file's
+    references lead nowhere, the HDF5 library crashes, and takes its process along. Raises
+    ValueError then, and for values of any length that are no text.
+    """
+    if not data_set.dtype.hasobject:
+        values: npt.NDArray[Any] = data_set[()]
+        return values
+    if h5py.check_string_dtype(data_set.dtype) is None:
+        raise ValueError(f"{data_set.name!r} has values of any length that are no text")
+    # -P: modules of this folder, where the file may lie, are not imported
+    program = [sys.executable, "-P", "-c", _PROGRAM, str(path), data_set.name]
+    done = subprocess.run(program, capture_output=True, check=False)
+    if done.returncode < 0:
+        raise ValueError(f"the HDF5 library crashed at the text of {data_set.name!r}")
+    if done.returncode:
+        last_line = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise ValueError(f"the text of {data_set.name!r} cannot be read ({last_line})")
+    texts = np.empty(data_set.size, object)
+    texts[:] = [value.encode("latin-1") for value in json.loads(done.stdout)]
+    return texts.reshape(data_set.shape)
