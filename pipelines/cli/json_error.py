@@ -9,15 +9,30 @@ from headrace.pipelines.cli.json_output import ErrorDetail, ErrorOutput, print_j
 
 _PROGRAMS = "headrace|pip install|rm|cp|mv|export|tar|unzip|python|gunzip|djxl|ffmpeg"
 # Between back-quotes, or after a colon up to the end of its sentence or brackets.
-_COMMAND = re.compile(
-    rf"`((?:{_PROGRAMS}) [^`]+)`|: ((?:{_PROGRAMS}) .+?)(?=[,;)]|\.?(?:\s[A-Z(]|\s*$))"
-)
+_COMMAND = re.compile(rf"`((?:{_PROGRAMS}) [^`]+)`|: (?=(?:{_PROGRAMS}) )")
+# As shells have it: within quotes a path may hold blanks, commas and brackets.
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"`,;()])+""")
 
 
 def commands_in(message: str) -> tuple[str, ...]:
     """Return the commands that a message tells people to type, in its order."""
     matches = _COMMAND.finditer(message)
-    return tuple(dict.fromkeys((match[1] or match[2]).strip() for match in matches))
+    return tuple(dict.fromkeys(match[1] or _command_at(message, match.end()) for match in matches))
+
+
+def _command_at(message: str, place: int) -> str:
+    """Return the words from a place on, up to one with a full stop behind it or something between
+    words that is no blank.
+    """
+    words: list[str] = []
+    while word := _WORD.match(message, place):
+        # but `.` and `..` are folders
+        is_last = word[0].endswith(".") and word[0].strip(".") != ""
+        words.append(word[0][:-1] if is_last else word[0])
+        place = word.end() + 1
+        if is_last or message[word.end() : place] != " ":
+            break
+    return " ".join(words)
 
 
 def print_error(kind: str, message: str, exit_status: int) -> None:

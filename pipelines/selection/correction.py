@@ -170,6 +170,8 @@ def assess_selection(
     expected, low, high = (
         sign * value - optimism + temperature_gain for value in (expected, low, high)
     )
+    # Of very few rows, the optimism may be more than the whole score.
+    expected = float(np.clip(expected, *_metric_range(metric)))
     low, high = no_narrower(
         validation, at_temperature, metric, expected, (min(low, high), max(low, high))
     )
@@ -435,8 +437,8 @@ def share_optimism(
             "single", target, moved[None], one_fold, metric, weights
         )[0]
         gaps.append(as_trained - as_new)
-    mean_gap = float(np.nanmean(gaps))
-    return mean_gap if np.isfinite(mean_gap) else 0.0
+    defined_gaps = [gap for gap in gaps if np.isfinite(gap)]
+    return float(np.mean(defined_gaps)) if defined_gaps else 0.0
 
 
 def no_narrower(
@@ -459,13 +461,16 @@ def no_narrower(
     pooled = score(task_kind, target, predicted, metric)
     if not np.isfinite([low, high, pooled, value]).all():
         return ends
-    # losses have no upper end; R² has no lower one
-    metric_max = 1.0 if METRICS[metric].higher_is_better else np.inf
-    metric_min = -np.inf if metric == "r2" else 0.0
+    metric_min, metric_max = _metric_range(metric)
     return (
         max(min(ends[0], value - (pooled - low)), metric_min),
         min(max(ends[1], value + (high - pooled)), metric_max),
     )
+
+
+def _metric_range(metric: str) -> tuple[float, float]:
+    # losses have no upper end; R² has no lower one
+    return -np.inf if metric == "r2" else 0.0, 1.0 if METRICS[metric].higher_is_better else np.inf
 
 
 def compare_with_best(

@@ -67,6 +67,26 @@ def test_tasks_of_label_studio(tmp_path):
     assert any("1 tasks have several annotations" in note for note in listing.notes)
 
 
+def test_an_address_is_never_another_file_of_its_name(tmp_path):
+    """Of two sides of a split, of folders whose names end alike, of a file further down."""
+    for name in ("train/a.jpg", "t/b.jpg", "c.jpg", "x/c.jpg", "x/y/d.jpg"):
+        put(tmp_path / name)
+    ends = ["train/a.jpg", "test/a.jpg", "cat/b.jpg", "m/x/c.jpg", "y\\d.jpg"]
+    tasks = [
+        task(f"/data/local-files/?d={end}", {"c": ("choices", ["z"])}, age=0.5) for end in ends
+    ]
+    put(tmp_path / "t.json", json.dumps(tasks))
+    samples = read_source(detect_source(tmp_path / "t.json")).samples
+    assert samples["id"].tolist() == [
+        "train/a.jpg",
+        "/data/local-files/?d=test/a.jpg",
+        "/data/local-files/?d=cat/b.jpg",
+        "x/c.jpg",
+        "x/y/d.jpg",
+    ]
+    assert samples["age"].tolist() == [0.5] * 5
+
+
 def test_several_choices_of_label_studio_are_lists(tmp_path):
     """For task.kind: multi; boxes alone are refused, with the export that has them."""
     tasks = [task(f"{n}.jpg", {"c": ("choices", ["a", "b"][: n + 1])}) for n in range(2)]
@@ -91,7 +111,7 @@ def test_the_lists_of_cub(tmp_path):
     """Labels are the names of classes, the split is that of the lists; folders of other lists are
     no classes. A list with a number twice is refused.
     """
-    put(tmp_path / "images.txt", "1 001.Auk/a 1.jpg\n3 002.Rail/b.jpg\n2 001.Auk/c.jpg\n")
+    put(tmp_path / "images.txt", "\ufeff1 001.Auk/a 1.jpg\n3 002.Rail/b.jpg\n2 001.Auk/c.jpg\n")
     put(tmp_path / "image_class_labels.txt", "1 1\n2 1\n3 2\n")
     put(tmp_path / "classes.txt", "1 001.Auk\n2 002.Rail\n")
     put(tmp_path / "train_test_split.txt", "1 1\n2 0\n3 1\n")

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import socket
+import subprocess
 import tarfile
 import unicodedata
 import zipfile
@@ -530,6 +531,22 @@ def test_other_separators_and_encodings(tmp_path, data, note):
 def test_tables_that_could_be_misread_are_refused(tmp_path, text, said):
     with pytest.raises(SourceError, match=said):
         read_text(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.csv.gz"])
+@pytest.mark.parametrize("header", ["", "path  label\n"])
+def test_the_command_for_blanks_leaves_the_table_and_writes_a_csv(tmp_path, name, header):
+    """`>` would empty a table of the same name before it is read."""
+    data = f"{header}cat/a.png 1\ndog/b.png 0\n".encode()
+    table = tmp_path / name
+    table.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(SourceError, match="separated by blanks") as error:
+        read_tables(table)
+    kept = table.read_bytes()
+    subprocess.run(str(error.value).split("first line: ")[1], shell=True, check=True)
+    assert table.read_bytes() == kept
+    (written,) = (path for path in tmp_path.iterdir() if path != table)
+    assert read_tables(written).samples["label"].tolist() == ["1", "0"]
 
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path):

@@ -213,6 +213,16 @@ def test_commands_in_messages():
         "headrace run a.yaml",
     )
     assert commands_in("headrace: no such file") == ()
+    # names of files with blanks, capitals and stops, as shells quote them
+    assert commands_in("Type: headrace run 'My, Run. B.yaml'. Nothing is lost") == (
+        "headrace run 'My, Run. B.yaml'",
+    )
+    assert commands_in("Type: rm /Data/Old.json (in Python: nothing)") == ("rm /Data/Old.json",)
+    assert commands_in("write one with: headrace init .") == ("headrace init .",)
+    assert commands_in("type: headrace run ../A.yaml\nand: rm b.") == (
+        "headrace run ../A.yaml",
+        "rm b",
+    )
 
 
 def test_every_command_has_json_and_a_schema():

@@ -3,6 +3,7 @@ not told apart.
 """
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binomtest
 from support.evidence import stored
@@ -192,3 +193,19 @@ def test_results_of_other_rows_are_matched_by_id_or_left_out(tmp_path):
         mixed.weight,
     )
     assert list(read_predictions(board, validation_rows(stranger))) == []
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "macro_f1"])
+def test_the_expected_score_of_a_few_wrong_rows_is_no_less_than_nothing(metric):
+    """What the shares of the classes are worth may be more than the whole score."""
+    target, rows = np.array([0, 0, 1, 1]), np.arange(4)
+    names = rows.astype("U1")
+    task = Task(
+        "single", ("a", "b"), names, names.astype("S1"), target, rows.astype(np.int16) % 2,
+        np.ones(4),
+    )  # fmt: skip
+    wrong = (np.eye(2)[1 - target] * 0.1 + 0.45).astype(np.float32)
+    board = pd.DataFrame({"rank": [1, 2], "features": [1, 2], metric: [0.0, 0.0]})
+    blocks = [(np.arange(2), np.stack([wrong, wrong]))]
+    found = assess_selection(board, validation_rows(task), metric, blocks=blocks)
+    assert 0 <= found.low <= found.expected <= found.high <= 1
