@@ -81,7 +81,7 @@ heads:
     epochs: 2
     inputs: [[features.12.avg]]
   sklearn:
-    - estimator: sklearn.naive_bayes:GaussianNB
+    - estimator: sklearn.naive_bayes.GaussianNB
       inputs: [[features.12.avg]]
 finetune:
   train_above: [features.10]
