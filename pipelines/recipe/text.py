@@ -14,7 +14,10 @@ from headrace.cache.errors import HeadraceError
 
 # pydantic keeps its own messages for what a union was tried as; these parts of an error's location
 # are no keys of the file.
-_UNION_TAGS = ("literal", "tuple", "function", "constrained", "str", "float", "int", "bool", "list")
+_UNION_TAGS = (
+    *("literal", "tuple", "function", "constrained", "str", "float", "int", "bool", "list"),
+    "BoxesSection",  # the section of a key that may be a word as well
+)
 
 # Far above any recipe (the longest of ours has 4 kB), and what PyYAML reads in some seconds.
 MAX_CHARACTERS = 256 * 1024
@@ -273,7 +276,13 @@ def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
 
 
 def _keys(problem: typing.Any) -> tuple[typing.Any, ...]:
-    return tuple(key_part for key_part in problem["loc"] if not _is_union_tag(key_part))
+    location = problem["loc"]
+    # An unknown key is the recipe's own word, even where it is `list`.
+    n_above = len(location) - (problem["type"] == "extra_forbidden")
+    return (
+        *(key_part for key_part in location[:n_above] if not _is_union_tag(key_part)),
+        *location[n_above:],
+    )
 
 
 # pydantic's words for some mistakes, in those of a person who writes a recipe.
@@ -387,8 +396,8 @@ def _value_hint(problem: typing.Any) -> str:
         return f"; write {value[0]}" if len(value) == 1 else "; expected one value, no list"
     if expected == "string_type" and not isinstance(value, (type(None), dict)):
         return "; YAML reads it so: put what you wrote in quotes"
-    if expected == "less_than" and problem["ctx"]["lt"] == 1 and 1 < value <= 100:
-        return f"; write {value / 100:g}"
+    if expected == "less_than" and problem["ctx"]["lt"] == 1 and 1 < float(value) <= 100:
+        return f"; write {float(value) / 100:g}"  # of a number in quotes, too
     if expected == "float_parsing" and re.fullmatch(r"\d+([.,]\d+)? ?%?", value):
         number = float(value.rstrip(" %").replace(",", "."))
         return f"; write {number / 100 if value.endswith('%') else number:g}"

@@ -50,7 +50,11 @@ def write(tmp_path, text):
         ("images:", "trainer: {}\nimages:", "unknown key 'trainer': Valid here"),
         ("[1e-3, 1]", "[1]\ntask: {test_fraction: 25%}", "(found '25%'; write 0.25)"),
         ("[1e-3, 1]", "[1]\ntask: {test_fraction: 25}", "(found 25; write 0.25)"),
+        ("[1e-3, 1]", "[1]\ntask: {test_fraction: '25'}", "(found '25'; write 0.25)"),
         ("[1e-3, 1]", "[1]\ntask: {target: yes}", "put what you wrote in quotes"),
+        ("images:", "list: 3\nimages:", "unknown key 'list': Valid here"),
+        ("photos", "photos\n  boxes: {fromat: xyxy}", "did you mean 'format'?"),
+        ("photos", "photos\n  boxes:", "images.boxes: a section with keys is expected"),
         (
             "[layer1.avg, layer4.avg]",
             "last",
