@@ -202,6 +202,8 @@ class FinishedRun:
         try:
             samples = list_samples(self.recipe)
             content_by_id = read_listing(self.paths.listing)
+            if not content_by_id:
+                return f"{self.paths.listing} is not there: {RUN_AGAIN}"
             content = [content_by_id.get(str(sample_id)) for sample_id in samples["id"]]
             dataset = make_dataset(samples, content, self.recipe.task)
             dataset = drop_rows(dataset, self._undecodable_content())

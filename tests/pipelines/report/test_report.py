@@ -239,6 +239,7 @@ def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tm
     )  # what a network asked for would have left is not there
     (root / "stages.jsonl").unlink()
     (root / "comparisons.csv").unlink()
+    (root / "images.json").unlink()
     tasks = list((root / "tasks").glob("*.npz"))
     for task in tasks:
         task.write_bytes(task.read_bytes()[:-100])
@@ -246,6 +247,7 @@ def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tm
     assert "candidates.json is not there" in text
     assert "stages.jsonl is not there" in text
     assert "comparisons.csv is not there" in text
+    assert "images.json is not there" in text
     assert any(f"{task.name} has changed since it was written" in text for task in tasks)
 
 
