@@ -35,15 +35,19 @@ def _command_at(message: str, place: int) -> str:
     return " ".join(words)
 
 
+def error_output(kind: str, message: str, exit_status: int) -> ErrorOutput:
+    """Return the error as one object."""
+    next_commands = commands_in(message)
+    detail = ErrorDetail(kind=kind, message=message, next=next_commands, exit_status=exit_status)
+    return ErrorOutput(error=detail)
+
+
 def print_error(kind: str, message: str, exit_status: int) -> None:
     """Print the error as one object; where the standard output cannot be written to, nothing, for
     the standard error says it too.
     """
-    detail = ErrorDetail(
-        kind=kind, message=message, next=commands_in(message), exit_status=exit_status
-    )
     with contextlib.suppress(OSError):
-        print_json(ErrorOutput(error=detail))
+        print_json(error_output(kind, message, exit_status))
 
 
 def print_exit(end: SystemExit) -> None:

@@ -36,7 +36,12 @@ class JsonOutput(pydantic.BaseModel):
 def print_json(output: JsonOutput) -> None:
     """Print the object on the standard output, which holds nothing else then."""
     with utf8_stdout() as stream:
-        stream.write(output.model_dump_json(indent=2) + "\n")
+        stream.write(json_text(output))
+
+
+def json_text(output: JsonOutput) -> str:
+    """Return the object as it is printed."""
+    return output.model_dump_json(indent=2) + "\n"
 
 
 class ErrorDetail(JsonOutput):

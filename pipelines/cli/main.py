@@ -377,12 +377,18 @@ def main() -> None:
     any error is one object on the standard output too.
     """
     escape_unencodable()
-    end_where_no_thread_begins(_NO_MEMORY)
     # Listings are lists of many small values that stay: looking through them for garbage after
     # every 700 new ones took a tenth of the time of a command.
     gc.set_threshold(50_000, 20, 100)
     arguments = itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
     json_output = "--json" in arguments  # also where the arguments are wrong
+    no_memory_output = ""
+    if json_output:
+        from headrace.pipelines.cli.json_error import error_output
+        from headrace.pipelines.cli.json_output import json_text
+
+        no_memory_output = json_text(error_output("MemoryError", _NO_MEMORY, 2))
+    end_where_no_thread_begins(_NO_MEMORY, no_memory_output)
     try:
         app()
     except SystemExit as end:

@@ -13,7 +13,7 @@ class Poor(threading.Thread):
         raise MemoryError
 
 
-end_where_no_thread_begins("no memory")
+end_where_no_thread_begins("no memory", "{}")
 Poor(daemon=True).start()
 """
 
@@ -27,4 +27,4 @@ def test_a_process_ends_where_a_thread_finds_no_memory():
         check=False,
         timeout=60,
     )
-    assert (done.returncode, done.stderr) == (2, "Error: no memory\n")
+    assert (done.returncode, done.stderr, done.stdout) == (2, "Error: no memory\n", "{}")
