@@ -38,26 +38,29 @@ def task_rows(
     """One row per task: its data, and a column for each control (`choice`, say) with the answer of
     its first annotation that was not skipped; lists where some task has several choices.
 
-    Raises SourceError where no task has an answer for the whole image.
+    Raises SourceError where no task has an answer for the whole image, and for annotations of
+    another form.
     """
     rows = []
     n_several = 0
     controls: dict[str, None] = {}
-    for task in tasks:
+    for place, task in enumerate(tasks, start=1):
         row = {
             key: value
             for key, value in task["data"].items()
             if isinstance(value, str | int | float)
         }
-        annotations = [each for each in task["annotations"] if not each.get("was_cancelled")]
+        try:
+            annotations = [each for each in task["annotations"] if not each.get("was_cancelled")]
+            answers = _answers(annotations[0]) if annotations else {}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise SourceError(
+                f"{table_path}: the annotations of task {place:,} are not as Label Studio exports "
+                f"them ({type(error).__name__}: {error}). Export the project as JSON once more"
+            ) from error
         n_several += len(annotations) > 1
-        for result in annotations[0].get("result", []) if annotations else []:
-            value = result.get("value", {})
-            # what has a place in the image is a region's answer
-            if result.get("type") in value and not {"x", "points", "rle"} & set(value):
-                row[result["from_name"]] = value[result["type"]]
-                controls[result["from_name"]] = None
-        rows.append(row)
+        controls |= dict.fromkeys(answers)
+        rows.append(row | answers)
     if not controls:
         raise SourceError(
             f"{table_path}: tasks of Label Studio without an answer for a whole image (<Choices>). "
@@ -76,6 +79,19 @@ def task_rows(
             f"{table_path.name}: {n_several:,} tasks have several annotations: the first counts"
         )
     return frame, tuple(notes)
+
+
+def _answers(annotation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the answers for the whole image by their controls. Raises AttributeError, KeyError and
+    TypeError for an annotation of another form.
+    """
+    answers = {}
+    for result in annotation.get("result", []):
+        value = result.get("value", {})
+        # what has a place in the image is a region's answer
+        if result.get("type") in value and not {"x", "points", "rle"} & set(value):
+            answers[result["from_name"]] = value[result["type"]]
+    return answers
 
 
 def local_names(addresses: "pd.Series[Any]", image_root: Path) -> "pd.Series[Any]":

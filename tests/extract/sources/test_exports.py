@@ -99,6 +99,26 @@ def test_several_choices_of_label_studio_are_lists(tmp_path):
         read_source(detect_source(tmp_path / "t.json"))
 
 
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        5,
+        {"result": [5]},
+        {"result": None},
+        {"result": [{"type": [], "value": {}}]},
+        {"result": [{"type": "choices", "value": {"choices": ["a"]}}]},
+    ],
+)
+def test_damaged_annotations_of_label_studio_are_named(tmp_path, annotation):
+    tasks = [
+        task("a.jpg", {"c": ("choices", ["x"])}),
+        task("b.jpg") | {"annotations": [annotation]},
+    ]
+    put(tmp_path / "t.json", json.dumps(tasks))
+    with pytest.raises(SourceError, match="annotations of task 2 are not as Label Studio exports"):
+        read_source(detect_source(tmp_path / "t.json"))
+
+
 def test_the_short_exports_of_label_studio(tmp_path):
     """CSV and JSON-MIN have the same addresses; paths of others stay."""
     put(tmp_path / "images/a.jpg")
