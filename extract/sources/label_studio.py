@@ -52,15 +52,15 @@ def task_rows(
         }
         try:
             annotations = [each for each in task["annotations"] if not each.get("was_cancelled")]
-            answers = _answers(annotations[0]) if annotations else {}
+            own_answers = _answers(annotations[0]) if annotations else {}
         except (AttributeError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{table_path}: the annotations of task {place:,} are not as Label Studio exports "
                 f"them ({type(error).__name__}: {error}). Export the project as JSON once more"
             ) from error
         n_several += len(annotations) > 1
-        controls |= dict.fromkeys(answers)
-        rows.append(row | answers)
+        controls |= dict.fromkeys(own_answers)
+        rows.append(row | own_answers)
     if not controls:
         raise SourceError(
             f"{table_path}: tasks of Label Studio without an answer for a whole image (<Choices>). "
