@@ -16,7 +16,7 @@ rows have the very shares that their heads were trained on. New rows have them o
 `share_optimism` is subtracted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -219,10 +219,7 @@ def resampled_rows(
     """
     rng = np.random.default_rng(seed)
     drawn = np.zeros((len(fold), resamples))
-    for fold_number in np.unique(fold):
-        fold_rows = np.flatnonzero(fold == fold_number)
-        group_codes = np.unique(groups[fold_rows], return_inverse=True)[1]
-        n_groups = int(group_codes.max()) + 1
+    for fold_rows, group_codes, n_groups in _groups_of_folds(fold, groups):
         group_counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), resamples).T
         drawn[fold_rows] = group_counts[group_codes]
     return drawn
@@ -236,14 +233,21 @@ def left_out_rows(
     """
     rng = np.random.default_rng(seed)
     left_out = np.zeros((len(fold), resamples))
-    for fold_number in np.unique(fold):
-        fold_rows = np.flatnonzero(fold == fold_number)
-        group_codes = np.unique(groups[fold_rows], return_inverse=True)[1]
-        n_groups = int(group_codes.max()) + 1
+    for fold_rows, group_codes, n_groups in _groups_of_folds(fold, groups):
         n_left_out = min(max(1, round(LEFT_OUT_SHARE * n_groups)), n_groups - 1)
         ranks = rng.random((n_groups, resamples)).argsort(0).argsort(0)
         left_out[fold_rows] = (ranks < n_left_out)[group_codes]
     return left_out
+
+
+def _groups_of_folds(
+    fold: npt.NDArray[Any], groups: npt.NDArray[Any]
+) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], int]]:
+    """Yield the rows (n,) of each fold, each one's group (n,) counted from 0, and their number."""
+    for fold_number in np.unique(fold):
+        fold_rows = np.flatnonzero(fold == fold_number)
+        group_codes = np.unique(groups[fold_rows], return_inverse=True)[1]
+        yield fold_rows, group_codes, int(group_codes.max()) + 1
 
 
 def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Floats:
