@@ -137,7 +137,7 @@ def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
     last class tokens. Then what the classifier is given.
 
     Maxima and middles are what far domains gain from (docs/defaults.md, and for transformers
-    docs/decisions/018-taps-of-transformers.md). Together the taps have at most MAX_AUTO_FEATURES
+    docs/decisions/019-taps-of-transformers.md). Together the taps have at most MAX_AUTO_FEATURES
     features, or as many as the last blocks have.
     """
     blocks = _token_blocks(nodes)
