@@ -150,9 +150,13 @@ def assess_selection(
     chosen = chosen_scores(kept_scores, outside, cost)
     left_out_share = float(left_out.mean())
     expected, low, high = corrected(chosen, left_out_share, outside[0])
-    optimism = (
-        share_optimism(validation, winner_predictions, metric) if is_stratified(validation) else 0.0
+    optimism, optimism_spread = (
+        share_optimism(validation, winner_predictions, metric)
+        if is_stratified(validation)
+        else (0.0, 0.0)
     )
+    # The mean over training sets is subtracted; what this one owes to its shares is not known.
+    low, high = widened(expected, low, high, optimism_spread)
     if halving_luck is not None and metric in ("accuracy", "hamming_accuracy"):
         luck, halving_errors = halving_luck
         winner_errors = 1 - row_hits(task_kind, validation.target, winner_predictions, metric)
@@ -359,13 +363,19 @@ def corrected(
     mean = float(scores.mean())
     shrinkage = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
     below, above = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2]) - mean
-    margin = NormalDist().inv_cdf((1 + level) / 2) * float(
-        np.nanstd(of_winner[is_defined] - scores)
-    )
+    low, high = mean + shrinkage * min(0.0, below), mean + shrinkage * max(0.0, above)
+    choice_error = shrinkage * float(np.nanstd(of_winner[is_defined] - scores))
+    return mean, *widened(mean, low, high, choice_error, level)
+
+
+def widened(
+    value: float, low: float, high: float, standard_error: float, level: float = LEVEL
+) -> tuple[float, float]:
+    """Return the ends of an interval around `value` that counts another, independent error too."""
+    margin = NormalDist().inv_cdf((1 + level) / 2) * standard_error
     return (
-        mean,
-        mean - shrinkage * float(np.hypot(min(0.0, below), margin)),
-        mean + shrinkage * float(np.hypot(max(0.0, above), margin)),
+        value - float(np.hypot(value - low, margin)),
+        value + float(np.hypot(high - value, margin)),
     )
 
 
@@ -400,10 +410,10 @@ def share_optimism(
     *,
     resamples: int = 200,
     seed: int = 0,
-) -> float:
+) -> tuple[float, float]:
     """Return by how much predictions (N, C) score more on rows with the class shares that their
-    head was trained on, than on new rows with those of the population; in the metric's own
-    direction.
+    head was trained on, than on new rows with those of the population, in the metric's own
+    direction; and the standard deviation of that over training sets.
 
     A parametric bootstrap: from shares for the population's, training shares are drawn; the head is
     taken there by Bayes' rule (its probabilities × the ratio of the shares; Saerens, Latinne and
@@ -442,7 +452,9 @@ def share_optimism(
         )[0]
         gaps.append(as_trained - as_new)
     defined_gaps = [gap for gap in gaps if np.isfinite(gap)]
-    return float(np.mean(defined_gaps)) if defined_gaps else 0.0
+    if not defined_gaps:
+        return 0.0, 0.0
+    return float(np.mean(defined_gaps)), float(np.std(defined_gaps))
 
 
 def no_narrower(
