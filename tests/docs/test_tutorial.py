@@ -39,7 +39,7 @@ def outline(output, home):
                 words.append(line)
             continue
         words.append(line)
-    text = re.sub(r"\d[\d,.]*(?:e[+-]\d+)?", "0", " ".join(" ".join(words).split()))
+    text = re.sub(r"\d[\d,.]*(?:e[+-]\d+,?)?", "0", " ".join(" ".join(words).split()))
     text = re.sub(r"(?<=Winner: ).*?(?= chosen on)", "…", text)
     text = re.sub(r"cannot be told apart on these 0 images(; the one .*?\))?", "…", text)
     text = re.sub(r"Ensemble.*?(?= Test)", "…", text)

@@ -47,32 +47,44 @@ def emphases(X, y, fold):
     }
 
 
-def test_the_error_is_that_of_kernel_ridge_regression_without_each_block_and_so_is_its_gradient() -> (
-    None
-):
+def held_out_residuals(d, kernels, Y, blocks):
+    """Kernel ridge regression without each block, block by block."""
+    M, residuals = np.einsum("b,bij->ij", np.exp(d), kernels) + 1.0, np.zeros_like(Y)
+    for held in blocks:
+        rest = np.setdiff1d(np.arange(len(Y)), held)
+        told = M[np.ix_(held, rest)] @ np.linalg.solve(
+            M[np.ix_(rest, rest)] + np.eye(len(rest)), Y[rest]
+        )
+        residuals[held] = Y[held] - told
+    return residuals
+
+
+def differences(function, d):
+    """Central differences by each of d, side by side in the first axis."""
+    return np.stack([(function(d + step) - function(d - step)) / 2e-5 for step in 1e-5 * np.eye(3)])
+
+
+def test_the_error_is_that_of_kernel_ridge_regression_without_each_block_and_so_are_its_derivatives():
     rng = np.random.default_rng(0)
     Z = [rng.standard_normal((60, width)) for width in WIDTHS]
     kernels = np.stack([z @ z.T / z.shape[1] for z in Z])
     Y = Z[0][:, :2] + rng.standard_normal((60, 2))
     blocks, d = np.array_split(rng.permutation(60), DRAWN_FOLDS), np.array([0.4, -0.7, 0.3])
-    M, wanted = np.einsum("b,bij->ij", np.exp(d), kernels) + 1.0, 0.0
-    for held in blocks:
-        rest = np.setdiff1d(np.arange(60), held)
-        told = M[np.ix_(held, rest)] @ np.linalg.solve(
-            M[np.ix_(rest, rest)] + np.eye(len(rest)), Y[rest]
-        )
-        wanted += float(((Y[held] - told) ** 2).sum())
-    found, gradient = held_out_error(d, kernels, Y, blocks)
-    assert found == pytest.approx(wanted, rel=1e-4)  # and the pull towards equality
-    by_hand = [
-        (
-            held_out_error(d + step, kernels, Y, blocks)[0]
-            - held_out_error(d - step, kernels, Y, blocks)[0]
-        )
-        / 2e-5
-        for step in 1e-5 * np.eye(3)
-    ]
+    whole, half = np.eye(2), np.eye(2)[:, :1]
+
+    error, gradient, curvature = held_out_error(d, kernels, Y, blocks, whole)
+    # relative tolerances: and the pull towards equality
+    assert error == pytest.approx((held_out_residuals(d, kernels, Y, blocks) ** 2).sum(), rel=1e-4)
+    by_hand = differences(lambda d: held_out_error(d, kernels, Y, blocks, whole)[0], d)
     np.testing.assert_allclose(gradient, by_hand, rtol=1e-5)
+    slopes = differences(lambda d: held_out_residuals(d, kernels, Y, blocks), d)
+    np.testing.assert_allclose(curvature, 2 * np.einsum("ijk,ljk->il", slopes, slopes), rtol=1e-3)
+
+    same_error, same_gradient, sketched = held_out_error(d, kernels, Y, blocks, half)
+    assert same_error == error
+    np.testing.assert_array_equal(same_gradient, gradient)
+    first = slopes[..., 0]
+    np.testing.assert_allclose(sketched, 2 * first @ first.T, rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["single", "multi", "regression"])
