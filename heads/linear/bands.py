@@ -110,12 +110,9 @@ def _with_emphasis(
     # Standardized numbers: float32 is enough, and the products take half the time.
     Z32 = Z.astype(np.float32)
     band_offsets = np.cumsum([0, *band_widths])
-    kernels = np.stack(
-        [
-            Z32[:, start:end] @ Z32[:, start:end].T / (end - start)
-            for start, end in itertools.pairwise(band_offsets)
-        ]
-    ).astype(np.float64)
+    kernels = np.empty((len(band_widths), len(rows), len(rows)))
+    for kernel, (start, end) in zip(kernels, itertools.pairwise(band_offsets), strict=True):
+        kernel[:] = Z32[:, start:end] @ Z32[:, start:end].T / (end - start)
     variances = np.exp(_best_log_variances(kernels, Y, blocks)) / np.asarray(band_widths)
     emphasis = np.repeat(np.sqrt(variances), band_widths)
     return dataclasses.replace(moments, emphasis=emphasis / np.sqrt((emphasis**2).mean()))
@@ -190,20 +187,23 @@ def held_out_error(
     M.flat[:: n + 1] += 1.0
     H = scipy.linalg.inv(M, overwrite_a=True, check_finite=False)
     HY = H @ Y
+    factors = [scipy.linalg.cho_factor(H[np.ix_(rows, rows)], check_finite=False) for rows in blocks]
     r = np.zeros_like(Y)
     error_slope = np.zeros_like(M)  # of half the error, by the elements of M
-    jacobian = np.empty((n_bands, n, sketch.shape[1]))
-    for rows in blocks:
-        factor = scipy.linalg.cho_factor(H[np.ix_(rows, rows)], check_finite=False)
+    missed = np.empty((n, len(blocks), sketch.shape[1]))  # H_:F r_F - H Y, sketched
+    for block, (rows, factor) in enumerate(zip(blocks, factors, strict=True)):
         r[rows] = scipy.linalg.cho_solve(factor, HY[rows], check_finite=False)
         g = scipy.linalg.cho_solve(factor, r[rows], check_finite=False)
-        missed = H[:, rows] @ r[rows] - HY
-        error_slope += (H[:, rows] @ g) @ missed.T
-        in_bands = (kernels.reshape(-1, n) @ (missed @ sketch)).reshape(n_bands, n, -1)
-        for band, in_band in enumerate(in_bands):
-            jacobian[band, rows] = scipy.linalg.cho_solve(
-                factor, H[rows] @ in_band, check_finite=False
-            )
+        missed_by_block = H[:, rows] @ r[rows] - HY
+        error_slope += (H[:, rows] @ g) @ missed_by_block.T
+        missed[:, block] = missed_by_block @ sketch
+    # One product for all bands and blocks: the kernels are read once.
+    in_bands = (kernels.reshape(-1, n) @ missed.reshape(n, -1)).reshape(n_bands, *missed.shape)
+    jacobian = np.empty((n_bands, n, sketch.shape[1]))
+    for block, (rows, factor) in enumerate(zip(blocks, factors, strict=True)):
+        in_block = np.concatenate(list(H[rows] @ in_bands[:, :, block]), axis=1)
+        change = scipy.linalg.cho_solve(factor, in_block, check_finite=False)
+        jacobian[:, rows] = change.reshape(len(rows), n_bands, -1).transpose(1, 0, 2)
     jacobian = variances[:, None] * jacobian.reshape(n_bands, -1)
     distance = log_variances - log_variances.mean()
     penalty = EQUAL_BANDS_PENALTY / n_bands
