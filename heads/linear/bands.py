@@ -187,7 +187,8 @@ def held_out_error(
     M.flat[:: n + 1] += 1.0
     H = scipy.linalg.inv(M, overwrite_a=True, check_finite=False)
     HY = H @ Y
-    factors = [scipy.linalg.cho_factor(H[np.ix_(rows, rows)], check_finite=False) for rows in blocks]
+    own_blocks = [H[np.ix_(rows, rows)] for rows in blocks]
+    factors = [scipy.linalg.cho_factor(block, check_finite=False) for block in own_blocks]
     r = np.zeros_like(Y)
     error_slope = np.zeros_like(M)  # of half the error, by the elements of M
     missed = np.empty((n, len(blocks), sketch.shape[1]))  # H_:F r_F - H Y, sketched
