@@ -74,5 +74,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Names for tab completion, those that are not imported yet too."""
+    """Return the names for tab completion, also those that are not imported yet."""
     return __all__

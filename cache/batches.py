@@ -1,9 +1,9 @@
 """Batches in shuffled order, read from disk in long runs.
 
-Rows are cut into blocks of neighbours, the blocks are shuffled, and the rows of `buffer_rows` rows'
-worth of blocks are shuffled among themselves. A batch thus mixes rows of many blocks, while the
-disk reads one block after the other. Rows are not copied into a buffer: the operating system's page
-cache is the buffer, told in advance which rows come next.
+Neighbouring rows form blocks of `block_rows`. The blocks are shuffled and joined to buffers of
+`buffer_rows` rows, and the rows of a buffer are shuffled among themselves. A batch thus mixes rows
+of many blocks, while the disk reads one block after the other. No rows are copied into a buffer:
+the operating system's page cache is the buffer, told in advance which rows come next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,8 @@ from headrace.cache.reader import ShardReader
 class FeatureBatch(NamedTuple):
     """One batch of rows of a feature set."""
 
-    # (b,) positions in the feature set
-    rows: npt.NDArray[np.int64]
-    # (b, *shape), a copy, free to be changed
-    features: npt.NDArray[Any]
+    rows: npt.NDArray[np.int64]  # (b,) positions in the feature set
+    features: npt.NDArray[Any]  # (b, *shape), a copy that may be changed
 
 
 def iter_batches(
@@ -90,17 +88,19 @@ def _batches(
     while len(pending_rows):
         next_buffer = next(row_buffers, np.empty(0, np.int64))
         reader.prefetch(next_buffer)
+        # Whole batches; only after the last buffer a smaller one. The remaining rows go before
+        # those of the next buffer.
         n_ready = (
             len(pending_rows) // batch_size * batch_size if len(next_buffer) else len(pending_rows)
         )
-        # Compressed rows are decompressed a buffer at a time, because each batch of it would touch
-        # all the same chunks.
+        # Compressed rows are decompressed a buffer at a time: the rows of a batch lie in nearly all
+        # chunks of the buffer, and each batch would decompress those again.
         buffer_features: npt.NDArray[Any] | None = None
         if reader.is_compressed(pending_rows[:n_ready]):
             buffer_features = reader.gather(pending_rows[:n_ready], dtype)
         for batch_start in range(0, n_ready, batch_size):
             batch_rows = pending_rows[batch_start : min(batch_start + batch_size, n_ready)]
-            # The copy frees the rest of the buffer of a batch that is kept.
+            # A copy, because a view that the caller keeps would keep the whole buffer in memory.
             batch_features = (
                 reader.gather(batch_rows, dtype)
                 if buffer_features is None

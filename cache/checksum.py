@@ -131,13 +131,11 @@ class VerifiedShards:
 
     def __init__(self, directory: Path) -> None:
         state_path = state_directory()
-        # Inode numbers mean something on one machine only. A path that is no UTF-8 has lone
-        # surrogates.
-        machine_key = f"{socket.gethostname()}\0{directory.resolve()}".encode(
-            "utf-8", "surrogatepass"
-        )
+        # The host's name, because inode numbers mean something on one machine only. os.fsencode,
+        # because a path that is no UTF-8 has lone surrogates, which `encode` refuses.
+        machine_key = os.fsencode(f"{socket.gethostname()}\0{directory.resolve()}")
         file_name = f"{hashlib.sha256(machine_key).hexdigest()[:24]}.jsonl"
-        # None: each process checks again
+        # None (no state directory): each process verifies again.
         self._path = None if state_path is None else state_path / "verified" / file_name
         self._records: dict[str, dict[str, Any]] | None = None
 
@@ -152,7 +150,7 @@ class VerifiedShards:
             self._records = self._read_records()
         stored_record = self._records.get(entry.unit)
         if stored_record is not None and stored_record.items() >= file_identity.items():
-            # A record of another version
+            # KeyError: a record of another version, whose layout has other fields.
             with contextlib.suppress(KeyError):
                 layout = ShardLayout(
                     **{
@@ -178,7 +176,7 @@ class VerifiedShards:
     def _append_record(self, record: dict[str, Any]) -> None:
         if self._path is None:
             return
-        # Failing to note it is no error: it only costs time.
+        # A record that cannot be written is no error: the shard is only hashed once more.
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file_descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -207,7 +205,7 @@ def _file_identity(shard_path: Path, entry: ShardEntry) -> dict[str, Any]:
         file_status = shard_path.stat()
     except FileNotFoundError as error:
         raise shard_missing(shard_path) from error
-    # The change time too: unlike the modification time, no program can set it back.
+    # The change time (ctime) too: programs can set the modification time back, but not this one.
     return {
         "unit": entry.unit,
         "xxh3": entry.xxh3,

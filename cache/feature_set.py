@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch.utils.data
 
 RowPositions = Sequence[int] | npt.NDArray[Any]
-# texts of 32 hex digits, or an array of them as text or bytes
+# Texts of 32 hex digits, or an array of them as text or bytes.
 ContentHashes = Sequence[str] | npt.NDArray[Any]
 
 
@@ -40,8 +40,8 @@ def open_feature_set(directory: Path | str) -> "FeatureSet":
     directory = Path(directory)
     spec = read_spec(directory)
     shard_entries = read_manifest(directory)
-    # By unit name, not in the order of publication: an interrupted extraction and an uninterrupted
-    # one read alike.
+    # By unit name, not in the order of publication, so that an interrupted extraction gives the
+    # same rows in the same order as an uninterrupted one.
     return FeatureSet(directory, spec, tuple(shard_entries[unit] for unit in sorted(shard_entries)))
 
 
@@ -56,7 +56,7 @@ def feature_set_directories(cache_root: Path | str) -> list[Path]:
 
 
 def unfinished_directories(cache_root: Path | str) -> list[Path]:
-    """Return directories without content that killed writers left; no reader sees them."""
+    """Return the directories that killed writers left without a spec; no reader sees them."""
     candidate_paths = (path for path in (Path(cache_root) / FEATURES).glob("*") if path.is_dir())
     return sorted(
         path
@@ -82,7 +82,8 @@ class FeatureSet:
         self._index: RowIndex | None = None
         self._lock = threading.Lock()
 
-    # A Dask task carries three small values; the worker opens the shards again.
+    # Maps, locks and the index stay here: a Dask task carries three small values, and the worker
+    # opens the shards again.
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureSet, (self.path, self.spec, self.entries)
 
@@ -263,13 +264,13 @@ class FeatureSet:
         )
 
     def to_dask_array(self, dtype: npt.DTypeLike | None = None) -> "dask.array.Array":
-        """Return a dask array (N, *shape), a chunk per shard; tasks carry a path and an entry."""
+        """Return a dask array (N, *shape) with a chunk per shard, which the workers read."""
         import dask.array
         from dask.delayed import delayed
 
         row_dtype = self.dtype if dtype is None else np.dtype(dtype)
         read_delayed = delayed(read_shard_rows, pure=True)
-        # Dask.array has annotations, but not on these functions.
+        # Any, because these functions of dask.array have no annotations.
         dask_array: Any = dask.array
         shard_arrays = [
             dask_array.from_delayed(

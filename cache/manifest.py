@@ -30,13 +30,11 @@ LOCK = ".manifest.lock"
 class ShardEntry:
     """Manifest line of one published shard."""
 
-    unit: str
+    unit: str  # name of the work unit, and of its shard
     rows: int
-    # Samples of the unit that have no row
-    failed: int
+    failed: int  # samples of the unit that have no row
     bytes: int  # of the file
-    # XXH3-128 of the bytes behind the user block: what reading and `cache verify` check
-    xxh3: str
+    xxh3: str  # XXH3-128 of the bytes behind the user block: readers and `cache verify` compare it
     quantization_error: QuantizationError
     written_by: str  # "headrace 0.1.0"
 
@@ -83,6 +81,8 @@ def read_manifest(directory: Path) -> dict[str, ShardEntry]:
     except FileNotFoundError:
         return {}
     lines = manifest_text.split(b"\n")
+    # The text after the last newline: empty, the line of a writer that died or is still writing, or
+    # a whole line whose newline is lacking.
     last_line = lines.pop()
     if last_line and not is_torn_line(last_line):
         lines.append(last_line)
@@ -115,6 +115,7 @@ def append_entry(directory: Path, entry: ShardEntry) -> None:
                 write_all(file_descriptor, to_checksummed_line(entry.to_dict()))
                 os.fsync(file_descriptor)
             except OSError:
+                # On a full disk half a line may have been written.
                 os.ftruncate(file_descriptor, end_position)
                 raise
         finally:
@@ -129,9 +130,9 @@ def manifest_bytes(entries: Iterable[ShardEntry]) -> bytes:
 
 
 def _cut_torn_end(file_descriptor: int) -> int:
-    """Cut off an unfinished last line, or add a lacking newline; return the file's size then."""
+    """Cut off an unfinished last line, or add a lacking newline; return the new file size."""
     file_bytes = os.fstat(file_descriptor).st_size
-    # No line is longer than this; the file itself may be megabytes.
+    # No line is longer than 64 KiB, and the file may have megabytes.
     tail_start = max(0, file_bytes - (1 << 16))
     tail_bytes = os.pread(file_descriptor, file_bytes - tail_start, tail_start)
     last_line = tail_bytes[tail_bytes.rfind(b"\n") + 1 :]

@@ -1,10 +1,10 @@
-"""Memory-mapped rows of many shards in one range of addresses, so that a random batch is one
-indexing operation.
+"""Memory-mapped rows of many shards in one range of addresses.
 
 A range of addresses is reserved, which takes no memory, and each shard's features are mapped to
-their place in it when first needed. numpy then sees one array, and a batch that touches forty
-shards costs as much as one that touches a single shard. Python's own `mmap` cannot do this, and it
-holds a file descriptor per mapping: 2,000 shards would exceed the usual limit of 1,024.
+their slot in it when first needed. numpy then sees one array, and a random batch is one indexing
+operation: with rows of forty shards it costs as much as with rows of one. Python's own `mmap`
+cannot do this, and it holds a file descriptor per mapping: 2,000 shards would exceed the usual
+limit of 1,024.
 
 Shards of this version start their features on a page, and then a batch is one `numpy.take`, which
 is faster than indexing a plain `numpy.memmap` of one file (benchmarks/cache.py).
@@ -59,13 +59,13 @@ class MappedRows:
     ) -> None:
         self._values_per_row, self._stored_dtype = values_per_row, stored_dtype
         row_bytes = values_per_row * stored_dtype.itemsize
-        # Slots that are multiples of a row make one table of rows of everything, holes included; of
-        # a huge page, see `map`.
+        # Slots whose size is a multiple of a row make one table of rows of the whole range, gaps
+        # included. A multiple of a huge page too: see `_slot_shift`.
         self._slot_step = math.lcm(_HUGE_PAGE, row_bytes)
         if self._slot_step * len(rows_per_file) > _LARGEST_RESERVATION:
             self._slot_step = _HUGE_PAGE
-        # Room for data that start in the middle of a page, and for being shifted by less than a
-        # step.
+        # A page more, for data that start in the middle of one, and a step more, because
+        # `_slot_shift` moves the data by less than a step.
         slot_bytes = [
             (-(-(n_rows * row_bytes + _PAGE) // self._slot_step) + 1) * self._slot_step
             for n_rows in rows_per_file
@@ -77,16 +77,17 @@ class MappedRows:
         reserved_address = _memory_map(None, total_bytes + _HUGE_PAGE, _PROT_NONE, _RESERVE, -1, 0)
         self._base_address = -(-reserved_address // _HUGE_PAGE) * _HUGE_PAGE
         mapped_memory = (ctypes.c_uint8 * total_bytes).from_address(self._base_address)
-        # Numpy arrays keep `memory` alive, so the range is given back when the last array into it
-        # is gone.
+        # numpy arrays keep `mapped_memory` alive, so the range is given back when the last array
+        # into it is gone. Not at exit: other threads may still read, and the system frees it
+        # anyway.
         weakref.finalize(
             mapped_memory, _libc.munmap, reserved_address, total_bytes + _HUGE_PAGE
         ).atexit = False
         memory_items = np.ctypeslib.as_array(mapped_memory)[
             : total_bytes // stored_dtype.itemsize * stored_dtype.itemsize
         ].view(stored_dtype)
-        # Row k starts at any item: a window of `values` items at every position, all over the same
-        # memory.
+        # For files whose rows do not start at a multiple of a row: one window of `values_per_row`
+        # items starts at each item, all of them views of the same memory.
         self._row_windows = np.lib.stride_tricks.as_strided(
             memory_items,
             (max(0, len(memory_items) - values_per_row + 1), values_per_row),
@@ -96,10 +97,9 @@ class MappedRows:
         self._row_table = memory_items[
             : len(memory_items) // values_per_row * values_per_row
         ].reshape(-1, values_per_row)
-        # until a file is mapped whose rows start elsewhere
+        # Until a file is mapped whose rows start elsewhere.
         self._is_table = self._slot_step % row_bytes == 0
-        # Position of each file's row 0, in items.
-        self.first_item = np.zeros(len(rows_per_file), np.int64)
+        self.first_item = np.zeros(len(rows_per_file), np.int64)  # of each file's row 0
         self.is_mapped = np.zeros(len(rows_per_file), np.bool_)
 
     def map(self, file_index: int, file_path: Path, data_offset: int, n_rows: int) -> None:
@@ -137,6 +137,9 @@ class MappedRows:
         common_divisor = math.gcd(row_bytes, _HUGE_PAGE)
         if not self._is_table:
             return file_offset % _HUGE_PAGE
+        # Wanted: a number of rows m with m * row_bytes = file_offset modulo a huge page. There is
+        # one if the common divisor of both sizes divides the offset: then a modular inverse gives
+        # it.
         if file_offset % common_divisor:
             return 0
         modulus = _HUGE_PAGE // common_divisor
@@ -155,7 +158,8 @@ class MappedRows:
         if output_rows is None:
             output_rows = np.empty((len(first_items), self._values_per_row), self._stored_dtype)
         if self._is_table:
-            # "clip" never clips here; with the default, numpy would write into a buffer first.
+            # No index is out of range, so "clip" clips none; with the default mode, numpy would
+            # write into a buffer first.
             np.take(
                 self._row_table,
                 first_items // self._values_per_row,
@@ -174,7 +178,7 @@ class MappedRows:
             int(self.first_item[file_index]) + start_row * self._values_per_row
         ) * item_bytes
         page_lead = first_byte % _PAGE
-        # Advice only: whatever it answers, the rows are read when they are touched.
+        # The result is not checked: if the system declines, the rows are read when they are used.
         _libc.madvise(
             self._base_address + first_byte - page_lead,
             page_lead + (stop_row - start_row) * self._values_per_row * item_bytes,

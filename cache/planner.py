@@ -13,10 +13,10 @@ from headrace.cache.spec import FeatureSpec
 
 # Measured: superblock, object headers, attributes and the spec's text, beyond the user block.
 _HEADER_BYTES = 8192
-# A path relative to the data set, rarely longer
-_ID_BYTES = 64
+_ID_BYTES = 64  # an id is a path relative to the data set, rarely longer
 
-# A file system that is filled to the last byte becomes slow, and others use it too.
+# Share of the free space that is left: a file system that is filled to the last byte becomes slow,
+# and others use it too.
 RESERVE = 0.02
 
 
@@ -27,8 +27,7 @@ class TapCost:
     spec: FeatureSpec
     n_rows: int
     n_bytes: int
-    # Together with all that come before it
-    fits_budget: bool
+    fits_budget: bool  # together with the taps before it that fit
 
 
 def stored_bytes(spec: FeatureSpec, n_rows: int, rows_per_shard: int = 1024) -> int:
@@ -41,9 +40,9 @@ def stored_bytes(spec: FeatureSpec, n_rows: int, rows_per_shard: int = 1024) -> 
 def plan_taps(
     requested_taps: Iterable[tuple[FeatureSpec, int]], budget_bytes: int | None
 ) -> list[TapCost]:
-    """Return the cost of each (spec, rows still to be extracted), in the order of preference.
+    """Return the cost of each (spec, rows still to be extracted), in the given order.
 
-    budget_bytes: None for no budget.
+    budget_bytes: disk space for all, given to the first ones first; None for no budget.
     """
     costs, remaining_bytes = [], budget_bytes
     for spec, n_rows in requested_taps:
@@ -58,13 +57,13 @@ def plan_taps(
 def require_disk_space(
     cache_root: Path, costs: Sequence[TapCost], free_bytes: int | None = None
 ) -> None:
-    """Raise CacheError, naming what to leave out, unless all of it fits on the disk of `cache_root`
-    with a reserve.
+    """Raise CacheError, naming the largest tap, unless all fit on the disk of `cache_root`.
 
     free_bytes: to plan for another machine's disk.
     """
     if not costs:
         return
+    # The cache need not exist yet: the nearest parent that does is on the same disk.
     existing_path = next(
         path for path in (cache_root, *cache_root.absolute().parents) if path.exists()
     )

@@ -1,8 +1,11 @@
 """Writing: create a feature set, publish a shard into it.
 
-A writer that dies before the link leaves nothing; between the link and the manifest's line, a shard
-that is not listed and so does not exist for readers (the next writer of the unit verifies and lists
-it); after the line, the shard.
+What a writer that dies leaves behind:
+
+    before the link            nothing
+    before the manifest's line a shard that is not listed, so it does not exist for readers; the
+                               next writer of the unit verifies and lists it
+    after that line            the shard
 
 A feature set's directory gets its name when its spec.json is in it. A directory without spec.json
 and without shards, as killed writers of earlier versions left them, is absent for every reader, and
@@ -61,12 +64,8 @@ def shard_path(directory: Path, unit: str) -> Path:
 
 
 def is_feature_set(directory: Path) -> bool:
-    """Return True if a directory can be opened or repaired: it has a spec.json, or shards without.
-
-    The mere existence of the directory does not tell.
-    """
-    # Being made, or being removed
-    if directory.name.startswith("."):
+    """Return True if a directory can be opened or repaired: it has a spec, a manifest or shards."""
+    if directory.name.startswith("."):  # being created, or being removed
         return False
     if (directory / SPEC).exists() or (directory / MANIFEST).exists():
         return True
@@ -95,9 +94,8 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
 
 
 def _create_with_spec(directory: Path, spec: FeatureSpec) -> None:
-    """Create the directory together with its spec.json, atomically for readers; do nothing if
-    another writer was faster.
-    """
+    """Create the directory with its spec.json in it, unless another writer was faster."""
+    # Under another name first: a reader finds the directory with its spec, or not at all.
     temporary_path = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         (temporary_path / SHARDS).mkdir(parents=True)
@@ -178,14 +176,14 @@ def publish_shard(
     shard_file = shard_path(directory, unit)
     if shard_file.exists() and (entry := _existing_entry(directory, unit, spec)):
         return entry
-    # Encoded before the directory is touched: a value that cannot be stored leaves no trace.
+    # Before anything is written: a value that cannot be stored leaves no trace.
     encoded_rows = encode_rows(features, ids, spec.dtype)
     file_parts, checksum = build_shard(
         spec, unit, encoded_rows, ids, content_hashes, failures, compression
     )
     while not publish_parts(shard_file, file_parts):
-        # Another writer was faster. Its shard may differ in last bits (another machine): the entry
-        # describes that one.
+        # Another writer was faster. The entry must describe its shard, whose last bits may differ
+        # (another machine). None: that shard was broken and is deleted, so try again.
         if entry := _existing_entry(directory, unit, spec):
             return entry
     entry = ShardEntry(
@@ -203,7 +201,7 @@ def publish_shard(
 
 
 def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
-    """Return the manifest entry of a shard from the shard alone, which is verified.
+    """Verify a shard and return its manifest entry, made from the shard alone.
 
     Raises ShardCorrupt, ShardMissing.
     """
@@ -230,8 +228,8 @@ def _existing_entry(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry
     try:
         entry = describe_shard(directory, unit, spec)
     except ShardCorrupt:
-        # Never acknowledged, so nobody has read it: a power cut can leave a name whose bytes did
-        # not reach the disk.
+        # A power cut can leave a name whose bytes did not reach the disk. No line lists the shard,
+        # so nobody has read it.
         shard_path(directory, unit).unlink(missing_ok=True)
         return None
     append_entry(directory, entry)
@@ -272,7 +270,8 @@ def _validate_arguments(
         *(failure.reason for failure in failures),
     ]
     hash_texts = [*content_hashes, *(failure.content_hash for failure in failures)]
-    # All at once: one by one, a large shard's would take as long as its bytes take to the disk.
+    # All hashes as one text: checked one by one, those of a large shard would take as long as
+    # writing its bytes to the disk.
     if set(map(len, hash_texts)) - {32} or not _is_hex("".join(hash_texts)):
         invalid_text = next(text for text in hash_texts if len(text) != 32 or not _is_hex(text))
         raise ValueError(

@@ -5,7 +5,7 @@ N rows in S shards, n rows requested, V values per row, *shape the shape of one 
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,16 @@ class ShardReader:
         # (S,) each: arrays, so that a batch looks up all of its shards in one operation.
         self._is_ready = np.zeros(len(entries), np.bool_)
         self._is_compressed = np.zeros(len(entries), np.bool_)
-        # the item where row 0 of the set would be, were it in this shard
+        # Position in the map, in items, where row 0 of the whole set would be if it were in this
+        # shard: row r of the set, in shard i, starts at _row_zero[i] + r * V.
         self._row_zero = np.zeros(len(entries), np.int64)
         self._shard_of_row = (
             np.repeat(np.arange(len(entries), dtype=np.int32), rows_per_shard)
-            if self.first_row[-1] <= 1 << 24  # rows: 64 MB of shard numbers
+            if self.first_row[-1] <= 1 << 24  # rows: 64 MB of shard numbers; beyond, a search
             else None
         )
-        # A set that fits into half the memory is read ahead completely, once; of a larger one
-        # only the rows of the next batches.
+        # A set of less than half the memory is read ahead completely, once; of a larger one only
+        # the rows of the next batches.
         stored_bytes = (
             int(self.first_row[-1]) * self._values_per_row * STORED_DTYPES[spec.dtype].itemsize
         )
@@ -88,7 +89,7 @@ class ShardReader:
                 )
             self._layouts[shard_index] = layout
             self._is_compressed[shard_index] = layout.is_compressed
-            # Last: another thread may be looking
+            # Last, because other threads look at it without the lock.
             self._is_ready[shard_index] = True
             return layout
 
@@ -104,7 +105,8 @@ class ShardReader:
         """
         shard_of_row = self._shards_of(row_positions)
         output_shape = (len(row_positions), *self._spec.shape)
-        # float16 and float32 that stay what they are go straight to their place.
+        # Stored values that need no conversion are gathered into the output, without a copy
+        # between.
         is_plain = self._spec.dtype in ("float16", "float32") and self._spec.dtype == (
             output_dtype if output_rows is None else output_rows.dtype
         )
@@ -128,57 +130,62 @@ class ShardReader:
 
     def read_range(self, start_row: int, stop_row: int, output_rows: npt.NDArray[Any]) -> None:
         """Decode consecutive rows into `output_rows` (stop_row - start_row, *shape), one copy."""
-        shard_index = int(np.searchsorted(self.first_row, start_row, side="right")) - 1
-        next_row = start_row
-        while next_row < stop_row:
-            shard_start = int(self.first_row[shard_index])
-            shard_stop = min(stop_row, int(self.first_row[shard_index + 1]))
-            if next_row < shard_stop:
-                if self.touch(shard_index).is_compressed:
-                    stored_rows = read_compressed_rows(
-                        self._shard_path(shard_index),
-                        slice(next_row - shard_start, shard_stop - shard_start),
-                    )
-                else:
-                    stored_rows = self._mapped_rows().rows(
-                        shard_index, next_row - shard_start, shard_stop - shard_start
-                    )
-                self._decode_into(
-                    stored_rows.reshape(shard_stop - next_row, *self._spec.shape),
-                    shard_index,
-                    output_rows[next_row - start_row : shard_stop - start_row],
+        output_start = 0
+        for shard_index, first, stop in self._shard_ranges(start_row, stop_row):
+            if self.touch(shard_index).is_compressed:
+                stored_rows = read_compressed_rows(
+                    self._shard_path(shard_index), slice(first, stop)
                 )
-                next_row = shard_stop
-            shard_index += 1
+            else:
+                stored_rows = self._mapped_rows().rows(shard_index, first, stop)
+            output_stop = output_start + stop - first
+            self._decode_into(
+                stored_rows.reshape(stop - first, *self._spec.shape),
+                shard_index,
+                output_rows[output_start:output_stop],
+            )
+            output_start = output_stop
+
+    def _shard_ranges(self, start_row: int, stop_row: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (shard index, first row, stop row within the shard) of consecutive rows."""
+        first_shard = int(np.searchsorted(self.first_row, start_row, side="right")) - 1
+        for shard_index in range(first_shard, len(self._entries)):
+            shard_start, shard_stop = self.first_row[shard_index : shard_index + 2].tolist()
+            if shard_start >= stop_row:
+                return
+            if shard_start < shard_stop:
+                yield (
+                    shard_index,
+                    max(start_row, shard_start) - shard_start,
+                    min(stop_row, shard_stop) - shard_start,
+                )
 
     def is_compressed(self, row_positions: npt.NDArray[np.int64]) -> bool:
         """Return True if reading these rows decompresses something."""
         return bool(self._is_compressed[self._shards_of(row_positions)].any())
 
     def prefetch(self, row_positions: npt.NDArray[np.int64]) -> None:
-        """Tell the operating system that these rows come next."""
+        """Tell the operating system that these rows are read next.
+
+        Does nothing for compressed rows, nor for a set that stays in memory.
+        """
         if not len(row_positions) or self.is_compressed(row_positions) or self._stays_in_memory:
             return
         sorted_rows = np.sort(row_positions)
-        # One call per run of neighbours in a shard; a hole of a few rows is cheaper to read than to
-        # leave out.
+        # One call per run of neighbouring rows in a shard; reading a gap of up to 64 rows is
+        # cheaper than another call.
         run_breaks = np.flatnonzero(np.diff(sorted_rows) > 64)
         run_starts = sorted_rows[np.r_[0, run_breaks + 1]]
         run_stops = sorted_rows[np.r_[run_breaks, len(sorted_rows) - 1]] + 1
         for run_start, run_stop in zip(run_starts.tolist(), run_stops.tolist(), strict=True):
-            shard_index = int(np.searchsorted(self.first_row, run_start, side="right")) - 1
-            while run_start < run_stop:
-                shard_start = int(self.first_row[shard_index])
-                shard_stop = min(run_stop, int(self.first_row[shard_index + 1]))
-                if run_start < shard_stop:
-                    self._mapped_rows().will_need(
-                        shard_index, run_start - shard_start, shard_stop - shard_start
-                    )
-                    run_start = shard_stop
-                shard_index += 1
+            for shard_index, first, stop in self._shard_ranges(run_start, run_stop):
+                self._mapped_rows().will_need(shard_index, first, stop)
 
     def read_texts(self, shard_index: int, list_name: str) -> npt.NDArray[np.bytes_]:
-        """Return a text column of a shard ("id", "content", "failed_id", ...) as fixed bytes."""
+        """Return a text column of a shard as fixed-length bytes.
+
+        list_name: "id", "content", "failed_id", "failed_content" or "failed_reason".
+        """
         layout = self.touch(shard_index)
         n_texts = layout.n_failed if list_name.startswith("failed_") else layout.n_rows
         text_bytes = 32 if list_name.endswith("content") else getattr(layout, f"{list_name}_bytes")
@@ -267,9 +274,8 @@ class ShardReader:
 def _read_items(
     shard_file: Path, byte_offset: int, n_items: int, dtype: np.dtype[Any]
 ) -> npt.NDArray[Any]:
-    """Read `n_items` items at a byte offset, as a copy: a mapping would count the file's pages as
-    memory of this process.
-    """
+    """Read `n_items` items at a byte offset of a file, (n_items,)."""
+    # Not mapped: the file's pages would count as memory of this process.
     if not n_items:
         return np.empty(0, dtype)
     try:

@@ -47,16 +47,14 @@ class RowIndex:
         row_positions = np.full(len(content_hashes), -1, np.int64)
         if not len(self._content) or not len(content_hashes):
             return row_positions
-        insert_positions = np.searchsorted(
-            self._sorted_keys, _hash_keys(content_hashes), side="left"
-        )
+        hash_keys = _hash_keys(content_hashes)
+        insert_positions = np.searchsorted(self._sorted_keys, hash_keys, side="left")
         is_inside = insert_positions < len(self._sorted_keys)
         candidate_rows = self._row_order[np.where(is_inside, insert_positions, 0)]
         is_match = is_inside & (self._content[candidate_rows] == content_hashes)
         row_positions[is_match] = candidate_rows[is_match]
-        # Two hashes with one 64-bit key hide each other: one pair is expected in 6 billion rows.
-        # Look at those one by one.
-        hash_keys = _hash_keys(content_hashes)
+        # The key of another hash may be the same (one pair is expected in 6 billion rows), so
+        # hashes without a match are compared with every row of their key.
         for query_row in np.flatnonzero(is_inside & ~is_match):
             sorted_position = int(insert_positions[query_row])
             while (
@@ -71,7 +69,7 @@ class RowIndex:
 
 
 def _hash_keys(content_hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint64]:
-    """Return (n,) uint64 keys spread over the range: integers sort ten times as fast as texts."""
+    """Return (n,) uint64 keys, spread over the range: integers sort ten times as fast as texts."""
     hash_words = np.ascontiguousarray(content_hashes).view(np.uint64).reshape(-1, 4)
     keys = hash_words[:, 0] * _MIX_CONSTANTS[0]
     for column in range(1, 4):

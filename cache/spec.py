@@ -26,20 +26,16 @@ class FeatureSpec:
     backbone: str
     # SHA-256 (hex) over every tensor of the state dict: name, dtype, shape, bytes
     weights: str
-    # Node of the network, "blocks.4"
-    tap: str
-    # "avg", "max", "gem", "grid2", "map", "cls", ...
-    pooling: str
+    tap: str  # node of the network, "blocks.4"
+    pooling: str  # "avg", "max", "gem", "grid2", "map", "cls", ...
     # Canonical JSON: resize, interpolation, antialias, crop, colour, mean, std
     preprocessing: str
     # Canonical JSON: {"index": 0} is the evaluation crop, otherwise an augmentation, or a symmetry
     # of it
     view: str
     decoder: str  # "pillow 13.0.0"
-    # Dtype of the forward pass, "float32"
-    compute_dtype: str
-    # Storage dtype, one of STORAGE_DTYPES
-    dtype: str
+    compute_dtype: str  # dtype of the forward pass, "float32"
+    dtype: str  # storage dtype, one of STORAGE_DTYPES
     shape: tuple[int, ...]  # of one row
 
     def __post_init__(self) -> None:
@@ -64,9 +60,9 @@ class FeatureSpec:
 
     @classmethod
     def from_json(cls, spec_json: str) -> Self:
-        """Return the spec of such a text.
+        """Return the spec that `to_json` wrote.
 
-        Raises SpecMismatch when the fields are not those of this version.
+        Raises SpecMismatch for other fields than this version's, ValueError for no JSON.
         """
         values: dict[str, Any] = json.loads(spec_json)
         field_names = {field.name for field in dataclasses.fields(cls)}

@@ -9,32 +9,36 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-# Pandas' default holds text as UTF-8, which has no room for file names that are no UTF-8 (Python's
-# lone surrogates).
+# pandas' default holds text as UTF-8, which cannot hold file names that are not UTF-8 (Python
+# writes their bytes as lone surrogates).
 _ANY_TEXT = pd.StringDtype(storage="python", na_value=np.nan)
 
 
 def normalize_text(text: str) -> str:
     """Strip white space and convert to the Unicode normal form NFC.
 
-    One name written by two programs differs in just these: macOS decomposes accents (NFD), and
+    Two programs that write one name differ in just these: macOS decomposes accents (NFD), and
     tables pad cells.
     """
     text = text.strip()
-    # An ASCII text is its own normal form; asking is ten times cheaper than normalising.
+    # ASCII text is its own normal form, and the question costs a tenth of normalising.
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON; two of them are a character
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # a JSON escape; a pair of them is a character
 
 
 def load_json(text: str, *, errors: str = "strict", **options: Any) -> Any:
-    r"""Do as `json.loads`; raise ValueError also for text that no file can hold: a lone `\ud800`.
+    r"""Parse JSON as `json.loads` does, and refuse text that UTF-8 cannot hold: a lone `\ud800`.
 
-    errors: surrogateescape lets through what stands for a byte of a file's name.
+    errors: "strict", or "surrogateescape" to allow the surrogates that stand for a byte of a file's
+    name.
+
+    Raises ValueError.
     """
     value = json.loads(text, **options)
-    if _HALF_CHARACTER.search(text):
+    # Encoding takes as long as parsing, so only texts with such an escape are encoded.
+    if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode(errors=errors)
     return value
 
@@ -42,8 +46,7 @@ def load_json(text: str, *, errors: str = "strict", **options: Any) -> Any:
 # Type inference would merge the labels `1.10` and `1.1` and lose `None`, so ids, labels and groups
 # are compared as text; they become numbers only where the task is a regression.
 def as_text(column: pd.Series) -> pd.Series:
-    """Convert a column of any dtype to text, keeping its index and name; missing values (None, NaN,
-    NaT, NA) stay missing.
+    """Convert a column of any dtype to text, keeping its index, name and missing values.
 
     Text is normalised by `normalize_text`; `007`, `None`, `NA` and an empty cell are texts like
     others. Bytes are decoded as UTF-8. Integers are written with all their digits, floats that are
@@ -55,7 +58,7 @@ def as_text(column: pd.Series) -> pd.Series:
         category_texts = as_text(pd.Series(column.cat.categories)).astype(object).to_numpy()
         category_codes = column.cat.codes.to_numpy()
         texts = np.empty(len(column), object)
-        # code -1: missing
+        # Code -1: missing.
         texts[category_codes >= 0] = category_texts[category_codes[category_codes >= 0]]
     elif isinstance(column.dtype, np.dtype) and column.dtype.kind in "iu":
         texts = column.to_numpy().astype(str).astype(object)
@@ -65,7 +68,7 @@ def as_text(column: pd.Series) -> pd.Series:
         texts = np.empty(len(column), object)
         values = column.astype(object)
         is_present = values.notna().to_numpy()
-        # Strings are by far the most frequent, and the call is worth a branch at a million rows.
+        # Most values are strings; the branch saves a call for each of a million rows.
         texts[is_present] = [
             normalize_text(value) if type(value) is str else _value_text(value)
             for value in values.to_numpy()[is_present].tolist()
@@ -78,7 +81,7 @@ def _value_text(value: object) -> str:
         return normalize_text(str(value))
     if isinstance(value, bytes):
         return normalize_text(value.decode("utf-8", "surrogateescape"))
-    # np.float64 is a float; the others write themselves shortest
+    # `str` writes np.float64 (a float), float and np.float32 in the fewest digits of each.
     if isinstance(value, float | np.floating):
         return str(int(value)) if value.is_integer() else str(value)
     return normalize_text(str(value))
@@ -94,7 +97,7 @@ def _float_texts(values: npt.NDArray[np.floating]) -> npt.NDArray[np.object_]:
         str(int(value)) for value in values[is_integer & ~fits_int64]
     ]
     is_fraction = ~is_integer & ~np.isnan(values)
-    # the shortest in their own precision: a float32 0.1 is 0.1
+    # In the array's own precision: a float32 0.1 is written 0.1.
     texts[is_fraction] = values[is_fraction].astype(str)
     return texts
 

@@ -28,6 +28,6 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         return torch.from_numpy(self._read([row], self._dtype)[0]), row % self._n_rows
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Return the items of a batch with one read; called by DataLoader."""
+        """Return the items of a batch with one read; DataLoader prefers it to `__getitem__`."""
         values = torch.from_numpy(self._read(rows, self._dtype))
         return list(zip(values.unbind(0), rows, strict=True))

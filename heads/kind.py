@@ -1,6 +1,6 @@
-"""What a kind of head is: its settings, the tasks that it serves, how it is trained and predicts.
+"""`HeadKind`, the description of a kind of head: its settings, tasks, training and prediction.
 
-Every kind is one value of `HeadKind` in a folder of its own; `heads/kinds.py` lists them.
+Every kind is one value of it in a folder of its own; `heads/kinds.py` lists them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.layers import Arrays, Floats, Layers
 from headrace.heads.spec import FitResult, Halving
 
-# Of a fold's head of a kind that takes units: (n_held_out,) what each row weighs in its unit.
+# Name of an array of heads that predict units: the weight of each held-out row in its unit, (n,).
 INSTANCE_WEIGHT = "instance_weight"
 
 ALL_TASKS: tuple[TaskKind, ...] = ("single", "multi", "regression")
@@ -31,12 +31,12 @@ class FitOptions:
 
     refit: bool = True  # also train each spec on all rows
     device: str = "cpu"
-    n_threads: int | None = 1  # None: as torch has it
+    n_threads: int | None = 1  # None: torch's current number
     halving: Halving | None = None
 
 
 class FitBank(Protocol):
-    """Train specs of one kind on every fold; heads come spec by spec, REFIT last."""
+    """Train specs of one kind on every fold; heads are ordered by spec, then fold, REFIT last."""
 
     def __call__(
         self, data: TrainingData, specs: Sequence[Any], options: FitOptions
@@ -44,9 +44,9 @@ class FitBank(Protocol):
 
 
 class Predict(Protocol):
-    """(n, C) float32 probabilities, for regression values, at a temperature.
+    """Return probabilities, or values of a regression, (n, C) float32, at a temperature.
 
-    X: (n, D), or maps (n, channels, h, w) where the kind is spatial.
+    X: (n, D), or maps (n, channels, h, w) for a spatial kind.
     """
 
     def __call__(
@@ -55,9 +55,9 @@ class Predict(Protocol):
 
 
 class Cost(Protocol):
-    """Assumed core-seconds that a bank takes whatever its specs, and that each spec adds.
+    """Return estimated core-seconds: (of a bank for any number of specs, added by this spec).
 
-    n_fits: folds, and one more for the heads trained on all rows.
+    n_fits: count of folds, plus one for the heads trained on all rows.
     """
 
     def __call__(
@@ -66,8 +66,9 @@ class Cost(Protocol):
 
 
 class PredictUnits(Protocol):
-    """(n, C) float32 predictions of rows X (n, D), each with that of its unit, and (n,) what each
-    row weighs in it. unit: (n,) labels.
+    """Return the prediction of each row's unit, (n, C) float32, and the row's weight in it, (n,).
+
+    X: (n, D). unit: (n,) labels.
     """
 
     def __call__(
@@ -93,48 +94,48 @@ def _no_code(spec: Any) -> str | None:
 class HeadKind:
     """One kind of head.
 
-    Its section of a recipe is derived from the fields of `spec`: a list for each of `axes`, one
-    value for each of `fixed`. A default is the spec's own, unless `grid` has a list for the field.
+    Its section of a recipe is derived from the fields of `spec`: a list of values for each of
+    `axes`, one value for each of `fixed`. The default is the spec's, unless `grid` has a list.
     """
 
     name: str  # in recipes, results and on leaderboards; also the spec's `kind`
-    summary: str  # of a recipe's section, without a full stop
+    summary: str  # title of its section of a recipe, without a full stop
     spec: type[Any]  # a frozen dataclass, see `HeadSpec`
     fit: FitBank
     predict: Predict
     cost: Cost
-    axes: tuple[str, ...]  # outermost first
+    axes: tuple[str, ...]  # fields of the spec that a recipe's grid varies, outermost first
     fixed: tuple[str, ...] = ()
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    # Heads that differ in this axis alone share their work: a bank holds all its values, ascending,
-    # and each combination of the others has banks of its own.
+    # Heads that differ only in this axis share work: a bank has all of its values, ascending, and
+    # each combination of the other axes has banks of its own.
     path_axis: str | None = None
-    # A recipe's default for `inputs`: every tap alone, all taps side by side, or both.
+    # A recipe's default for `inputs`: every tap alone ("each"), all taps side by side ("all").
     inputs: tuple[str, ...] = ("each",)
     tasks: tuple[TaskKind, ...] = ALL_TASKS
-    # The head as layers that gradients pass through; None where none do.
+    # The head as layers through which gradients pass; None for other heads.
     layers: Callable[[Any, Arrays], Layers] | None = None
     copies_of_features: int = 1  # memory that a bank takes, as a multiple of its features
-    uses_gpu: bool = False  # its products run on the job's device
+    uses_gpu: bool = False  # trains on the job's device
     spatial: bool = False  # takes maps, not vectors
     streams: bool = True  # takes rows that stay on disk
     # Takes (V, N, D) views as they are; other kinds train on each view as a row of its own.
     takes_views: bool = False
-    takes_side_columns: bool = False  # scales and imputes side columns by each fold's training rows
-    # Prediction of kinds that take the rows of a unit together.
+    takes_side_columns: bool = False  # scales and imputes them by each fold's training rows
+    # For kinds that predict the rows of a unit together.
     predict_units: PredictUnits | None = None
     can_halve: bool = False  # a recipe may ask for successive halving of its specs
-    # Whether probabilities of this spec's heads are counts of votes, in which 0 means little.
+    # Whether the probabilities of this spec's heads are shares of votes, of which 0 says little.
     counts_votes: Callable[[Any], bool] = _never
-    # The "module:class" that a head of this spec imports and calls; None for code of ours alone.
+    # The "module:class" that a head of this spec imports and calls; None for headrace's own code.
     external_code: Callable[[Any], str | None] = _no_code
 
     @property
     def takes_units(self) -> bool:
-        """Whether it predicts the rows of a unit together."""
+        """Whether this kind predicts the rows of a unit together."""
         return self.predict_units is not None
 
     @property
     def differentiable(self) -> bool:
-        """Whether gradients pass through its heads."""
+        """Whether gradients pass through heads of this kind."""
         return self.layers is not None

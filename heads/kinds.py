@@ -19,7 +19,10 @@ HEAD_KINDS: dict[str, HeadKind] = {
 
 
 def spec_from_json(text: str) -> HeadSpec:
-    """Inverse of `spec_to_json`. Raises KeyError for no such kind, TypeError for other fields."""
+    """Return the spec of `spec_to_json`'s text.
+
+    Raises KeyError for an unknown kind, TypeError for unknown fields.
+    """
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in json.loads(text).items()

@@ -1,4 +1,4 @@
-"""Heads that are layers: linear heads, perceptrons and convolution heads in one form.
+"""One form for heads that consist of layers: linear heads, perceptrons and convolution heads.
 
 n rows, D features, C outputs.
 """
@@ -21,16 +21,16 @@ ROWS_AT_ONCE = 4096  # bounds the memory of hidden activations; larger blocks we
 
 @dataclass(frozen=True)
 class Layers:
-    """Convolutions on standardised maps and a mean over positions, where there are any; then dense
-    layers with ReLU between them.
+    """Layers of a head: for maps, standardization, convolutions and a mean over positions; then
+    dense layers with ReLU between them.
     """
 
     dense: tuple[Layer, ...]  # weight (outputs, inputs) and bias (outputs,)
     convolutions: tuple[Layer, ...] = ()  # kernel (outputs, inputs, 3, 3) and shift (outputs,)
     mean: npt.NDArray[Any] | None = None  # (channels,) of the maps
-    inverse_scale: npt.NDArray[Any] | None = None
-    decision_scale: float = 1.0  # makes log-odds of decisions; values of a regression stay
-    dropout: float = 0.0  # that training applies before each dense layer
+    inverse_scale: npt.NDArray[Any] | None = None  # (channels,) of the maps
+    decision_scale: float = 1.0  # factor from decisions to log-odds; not for a regression
+    dropout: float = 0.0  # before each dense layer, in training
 
 
 def linear_layers(arrays: Arrays, decision_scale: float = 1.0) -> Layers:
@@ -39,14 +39,14 @@ def linear_layers(arrays: Arrays, decision_scale: float = 1.0) -> Layers:
 
 
 def dense_layers(arrays: Arrays, n_hidden: int) -> tuple[Layer, ...]:
-    """Return weight0, bias0, weight1, … of `n_hidden` hidden layers and the last one."""
-    return tuple((arrays[f"weight{at}"], arrays[f"bias{at}"]) for at in range(n_hidden + 1))
+    """Return the `n_hidden` hidden layers and the last one: weight0, bias0, weight1, …"""
+    return tuple((arrays[f"weight{i}"], arrays[f"bias{i}"]) for i in range(n_hidden + 1))
 
 
 def predict_dense(
     layers: Layers, X: npt.NDArray[Any], task_kind: TaskKind, temperature: float
 ) -> Floats:
-    """Return (n, C) predictions of rows X (n, D) by the dense layers."""
+    """Return the predictions (n, C) of the dense layers for rows X (n, D)."""
     blocks = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
     return np.concatenate([_predict_block(layers, rows, task_kind, temperature) for rows in blocks])
 

@@ -1,4 +1,4 @@
-"""From decisions of a head to probabilities, and to probabilities at a temperature.
+"""Probabilities of a head's decisions, and probabilities at a temperature.
 
 n rows, C outputs.
 """
@@ -15,22 +15,23 @@ Floats = npt.NDArray[np.float32]
 
 
 def softmax(decision: npt.NDArray[Any]) -> Floats:
-    """Softmax over the last axis, float32, of finite or infinite decisions."""
+    """Return the softmax over the last axis, float32, of finite or infinite decisions."""
     shifted = np.exp(decision - decision.max(-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(-1, keepdims=True), np.float32)
 
 
 def sigmoid(decision: npt.NDArray[Any]) -> Floats:
-    """Logistic function without overflow, float32."""
+    """Return the logistic function, float32, without overflow."""
     return np.asarray(0.5 * (1 + np.tanh(0.5 * decision)), np.float32)
 
 
 def link(
     decision: npt.NDArray[Any], task: TaskKind, scale: float = 1.0, temperature: float = 1.0
 ) -> Floats:
-    """Probabilities (regression: the values themselves) of a decision (n, C); one column of a
-    single-label task is the log-odds of the second class. scale: multiplies it, temperature:
-    divides it, and keeps what it decides.
+    """Return probabilities of decisions (n, C); for regression the decisions themselves.
+
+    A single column of a single-label task is the log-odds of the second class. Decisions are
+    multiplied by `scale` and divided by `temperature`, which keeps the class they decide for.
     """
     if task == "regression":
         return np.asarray(decision, np.float32)
@@ -47,21 +48,27 @@ def link(
 
 
 def within_floor(decision: npt.NDArray[Any], task: TaskKind) -> npt.NDArray[Any]:
-    """Log-odds (n, C), as far apart as probabilities above a temperature's floor can be."""
+    """Return log-odds (n, C) no further apart than those of probabilities above the floor.
+
+    The floor is the least probability that `evaluate.temperature` works with.
+    """
     if task == "multi" or decision.shape[1] == 1:
         return np.asarray(np.clip(decision, -FARTHEST, FARTHEST))
     return np.asarray(np.maximum(decision - decision.max(1, keepdims=True), -FARTHEST))
 
 
 def ridge_link(decision: npt.NDArray[Any], task: TaskKind, temperature: float = 1.0) -> Floats:
-    """Softmax of twice the decision: ridge fits -1/+1, and a perfect fit should be sure."""
+    """Return the `link` of twice the decision: ridge fits -1/+1; a perfect fit should be sure."""
     return link(decision, task, scale=2.0, temperature=temperature)
 
 
 def tempered(
     probabilities: npt.NDArray[Any], task: TaskKind, temperature: float, floor: float = FLOOR
 ) -> Floats:
-    """(n, C) float32 at a temperature, where there are no log-odds; decisions are kept."""
+    """Return probabilities (n, C) float32 at a temperature, of heads that have no log-odds.
+
+    The class that they decide for is kept.
+    """
     if temperature == 1 or task == "regression":
         return np.asarray(probabilities, np.float32)
     return keep_decisions(

@@ -1,6 +1,6 @@
 """One trained head as a directory: head.safetensors with its arrays, head.json with what they mean.
 
-No pickle.
+Neither holds a pickle, which could run code.
 """
 
 import json
@@ -61,7 +61,7 @@ class TrainedHead:
     spec: HeadSpec
     task_kind: TaskKind
     classes: tuple[str, ...]
-    # the feature sets whose rows are concatenated, in order; views of one stand together
+    # The feature sets whose rows are concatenated, in order; views of one stand together.
     features: tuple[FeatureSpec, ...]
     metrics: dict[str, float]
     arrays: Arrays
@@ -69,21 +69,23 @@ class TrainedHead:
     # not known.
     backbones: tuple[Mapping[str, Any] | None, ...] = ()
     temperature: float = 1.0  # its log-odds are divided by it; see heads/evaluate/temperature.py
-    # whose inputs (`SideColumns.as_inputs`) stand behind the features
+    # Their inputs (`SideColumns.as_inputs`) stand behind the features.
     side_columns: tuple[SideColumn, ...] = ()
     unit_rule: UnitRule | None = None  # of a model whose images make up units
-    # Boxes or tiles that it was trained on, as fields of pipelines' ImageParts.
+    # The boxes or tiles that it was trained on, as fields of pipelines' ImageParts.
     image_parts: Mapping[str, Any] | None = None
 
     def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(n, C) float32 probabilities of features X (n, D) in the order of `classes`, at its
-        temperature; for regression the values. Side columns stand behind the features. Of a head
-        trained on several views, the temperature is meant for the mean of predictions at 1.
+        """Return probabilities (n, C) float32 of features X (n, D), at the head's temperature.
+
+        They are in the order of `classes`; for regression they are the values. Side columns stand
+        behind the features. Of a head trained on several views, the temperature is meant for the
+        mean of predictions at temperature 1.
         """
         return predict_head(self.spec, self.arrays, X, self.task_kind, self.temperature)
 
     def predict(self, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """single: (n,) class names; multi: (n, C) 0/1; regression: (n, C) values."""
+        """Return class names (n,); of multi-label heads (n, C) of 0 and 1, of regression values."""
         predicted = self.predict_proba(X)
         if self.task_kind == "single":
             return np.asarray(np.asarray(self.classes)[predicted.argmax(1)])
@@ -105,14 +107,14 @@ def save_head(
     unit_rule: UnitRule | None = None,
     image_parts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write head.safetensors and head.json into `directory`, replacing a head that is there;
-    returns the first's path.
+    """Write head.safetensors and head.json into `directory`, replacing a head that is there.
 
     backbones: as `TrainedHead.backbones`, one for each of `features`; without them the head
-    predicts from features only.
-    temperature: what `fit_temperature` makes of its out-of-fold predictions. The arrays come first
-    and hold the description too, so that a kill in between leaves a whole head. Raises
-    CannotPredict for a head without arrays.
+    predicts from features only. temperature: what `fit_temperature` returns for the head's
+    out-of-fold predictions.
+
+    Returns the path of head.safetensors. That is written first and holds the description too, so
+    that a kill in between leaves a whole head. Raises CannotPredict for a head without arrays.
     """
     if not arrays:
         raise CannotPredict(
@@ -151,12 +153,12 @@ def save_head(
 def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> TrainedHead:
     """Read what `save_head` wrote.
 
-    The description inside the safetensors file counts, the .json is for people.
+    The description inside the safetensors file counts; the .json is for people.
 
     A scikit-learn head names its estimator by import path, and is fitted again when it predicts.
-    Those of scikit-learn itself with values for parameters need no asking; any other is only loaded
-    where `trust_code` names it ("module:Class"). Raises BadHeadFile, also where one byte is not the
-    one that was written; CodeNotTrusted, before anything is imported.
+    Estimators of scikit-learn itself whose parameters are values are loaded unasked; any other only
+    if `trust_code` names it ("module:Class"). Raises BadHeadFile, also if a byte is not the one
+    that was written; CodeNotTrusted, before anything is imported.
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
@@ -164,49 +166,12 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
             f"{path} is not there: give the directory that save_head wrote. {WRITE_AGAIN}"
         )
     try:
-        data = read_regular(path)
-        check_seal(data)
-        description = json.loads(tensor_metadata(data)["headrace"])
-        arrays = load(data)
-        if description["format"] not in (1, 2, FORMAT):
-            raise BadHeadFile(
-                f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: "
-                "update headrace"
-            )
-        spec = spec_from_json(json.dumps(description["spec"]))
-        check_outputs(description["task_kind"], description["classes"])
-        require_trusted(
-            HEAD_KINDS[spec.kind].external_code(spec),
-            path.parent,
-            {code_name(name) for name in trust_code},
-        )
-        # Heads of earlier versions have none.
-        backbones = tuple(description.get("backbones") or [None] * len(description["features"]))
-        if len(backbones) != len(description["features"]):
-            raise ValueError(
-                f"it names {len(backbones)} networks for {len(description['features'])} feature "
-                "sets"
-            )
-        return TrainedHead(
-            spec=spec,
-            task_kind=cast(TaskKind, description["task_kind"]),
-            classes=tuple(description["classes"]),
-            features=tuple(
-                FeatureSpec.from_json(json.dumps(feature)) for feature in description["features"]
-            ),
-            metrics={name: float(value) for name, value in description["metrics"].items()},
-            arrays=arrays,
-            backbones=backbones,
-            temperature=check_temperature(description.get("temperature", 1.0)),
-            side_columns=columns_from_json(description.get("side_columns", [])),
-            unit_rule=read_unit_rule(description),
-            image_parts=description.get("image_parts"),
-        )
+        return _read_head(path, trust_code)
     except SealBroken as error:
         raise BadHeadFile(
             f"{path} has changed since it was written: {error}. {WRITE_AGAIN}"
         ) from error
-    # ValueError: also no JSON and no UTF-8
+    # ValueError: also what is no JSON or no UTF-8.
     except (
         SafetensorError,
         KeyError,
@@ -223,8 +188,42 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
         ) from error
 
 
+def _read_head(path: Path, trust_code: Collection[str]) -> TrainedHead:
+    data = read_regular(path)
+    check_seal(data)
+    description = json.loads(tensor_metadata(data)["headrace"])
+    arrays = load(data)
+    if description["format"] not in (1, 2, FORMAT):
+        raise BadHeadFile(
+            f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: "
+            "update headrace"
+        )
+    spec = spec_from_json(json.dumps(description["spec"]))
+    check_outputs(description["task_kind"], description["classes"])
+    trusted = {code_name(name) for name in trust_code}
+    require_trusted(HEAD_KINDS[spec.kind].external_code(spec), path.parent, trusted)
+    features = description["features"]
+    # Heads of earlier versions name no networks.
+    backbones = tuple(description.get("backbones") or [None] * len(features))
+    if len(backbones) != len(features):
+        raise ValueError(f"it names {len(backbones)} networks for {len(features)} feature sets")
+    return TrainedHead(
+        spec=spec,
+        task_kind=cast(TaskKind, description["task_kind"]),
+        classes=tuple(description["classes"]),
+        features=tuple(FeatureSpec.from_json(json.dumps(feature)) for feature in features),
+        metrics={name: float(value) for name, value in description["metrics"].items()},
+        arrays=arrays,
+        backbones=backbones,
+        temperature=check_temperature(description.get("temperature", 1.0)),
+        side_columns=columns_from_json(description.get("side_columns", [])),
+        unit_rule=read_unit_rule(description),
+        image_parts=description.get("image_parts"),
+    )
+
+
 def check_temperature(value: object) -> float:
-    """The number that a file of a model has for its temperature.
+    """Return the temperature that a model's file names.
 
     Raises ValueError unless float32 log-odds can be divided by it.
     """
@@ -237,7 +236,7 @@ def check_temperature(value: object) -> float:
 
 
 def check_outputs(task_kind: object, classes: object) -> None:
-    """Raise ValueError unless these are a kind of task and names, as in a file of a model."""
+    """Raise ValueError unless a model's file names a kind of task, and a list of classes."""
     if task_kind not in get_args(TaskKind):
         raise ValueError(
             f"its task is {task_kind!r}, expected one of {', '.join(get_args(TaskKind))}"
@@ -247,8 +246,9 @@ def check_outputs(task_kind: object, classes: object) -> None:
 
 
 def require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> None:
-    """Raise CodeNotTrusted unless `code`, as `code_name` writes it, is trusted or None. place: the
-    model that asks for it.
+    """Raise CodeNotTrusted unless `code`, as `code_name` writes it, is trusted or None.
+
+    place: the model that asks for it.
     """
     if code is None or code in trusted:
         return
@@ -261,8 +261,10 @@ def require_trusted(code: str | None, place: Path, trusted: Collection[str]) -> 
 
 
 def code_name(name: str) -> str:
-    """ "module:function", also where a class is named by its import path, "module.Class"; a path
-    with slashes, and a call with its arguments, as it is.
+    """Return the "module:Class" of an import path "module.Class".
+
+    Other names are returned as they are: one that has the colon, a path with slashes, a call with
+    its arguments.
     """
     if ":" in name or "/" in name or "." not in name:
         return name

@@ -1,4 +1,4 @@
-"""Prediction from a head's stored arrays, with NumPy alone, but for convolutions.
+"""Prediction from a head's stored arrays; most kinds need NumPy alone for it.
 
 n rows, D features, C classes. Every kind's arrays are in raw feature coordinates: standardisation
 is folded into them.
@@ -25,14 +25,15 @@ def predict_head(
     temperature: float = 1.0,
     unit: npt.NDArray[Any] | None = None,
 ) -> Floats:
-    """(n, C) float32 probabilities, for regression values, of features X (n, D); convolution heads
-    take (n, D, h, w).
+    """Return probabilities (n, C) float32, or values of regression, of features X (n, D).
 
-    temperature: divides the log-odds, and changes no decision. Where there are log-odds it divides
-    these: of a float32 probability near one they could not be told. unit: (n,) labels, for kinds
-    that predict the rows of a unit together, each row with its unit's. Raises CannotPredict for a
-    head without arrays (it failed, or it is a fold's neighbour search, which is only stored for the
-    head trained on every row) and for features of another width.
+    Convolution heads take maps (n, D, h, w). temperature: divides the log-odds, and changes no
+    decision. The kinds divide the log-odds that they compute, because those of a float32
+    probability near one are lost. unit: (n,) unit of each row, for kinds that predict the rows of a
+    unit together.
+
+    Raises CannotPredict for a head without arrays (it failed, or it is a neighbour search of a
+    fold: only that on all rows is stored) and for features of another width.
     """
     if not arrays:
         raise CannotPredict(
@@ -65,7 +66,7 @@ def predict_head(
 
 
 def features_expected(arrays: Arrays) -> int:
-    """The number of features per row that a head's arrays were made for."""
+    """Return the number of features per row that a head's arrays were made for."""
     for name in ("weight", "weight0", "features", "means"):
         if name in arrays:
             return int(arrays[name].shape[1])
@@ -75,7 +76,7 @@ def features_expected(arrays: Arrays) -> int:
 
 
 def floor_of(spec: HeadSpec | str, task_kind: TaskKind, n_outputs: int) -> float:
-    """Return the smallest probability that counts of a head of this spec (or its JSON)."""
+    """Return the least probability that a temperature looks at, for heads of a spec or its JSON."""
     if isinstance(spec, str):
         if json.loads(spec)["kind"] not in HEAD_KINDS:
             return FLOOR  # a network trained by gradients counts no votes

@@ -1,14 +1,13 @@
 """A bank's results: one HDF5 file, published whole, read by what ranks, predicts and combines.
 
-No pickle.
-
 K heads (spec × fold), N rows, C outputs.
 
 Layout: the root's attributes hold the format's number and one JSON text that is true of the whole
 bank; `specs`, `errors` and `metric_names` are UTF-8 texts; one array (K,) or (K, M) per column of
 the table; `ids`, `content`, `fold`, `target` describe the N rows; `head/<k>/arrays/<name>` and
 `head/<k>/validation` (n_held_out, C) float32. Heads that share an array (a neighbour search is its
-training rows) share one data set by hard link. Soft and external links are refused.
+training rows) share one data set by hard link. Soft and external links are refused. Nothing in it
+is a pickle, which could run code.
 
 The HDF5 user block, the first 4096 bytes, holds the XXH3-128 of all bytes behind it, as a shard's
 does: a process checks it once per file, so that no flipped bit is ever read as a number.
@@ -54,7 +53,7 @@ class BadResults(HeadraceError, ValueError):
 
 
 class _Unreadable(BadResults):
-    """The operating system does not let it be read; it may be whole."""
+    """The operating system does not let the file be read; it may be whole."""
 
 
 def results_bytes(
@@ -66,10 +65,10 @@ def results_bytes(
     features: Sequence[Mapping[str, Any]],
     dropped: Sequence[str],
 ) -> bytes:
-    """The results file of a bank.
+    """Return the contents of a bank's results file.
 
     task: the rows that were trained on, in order. task_digest: of the task as it was given.
-    metrics: one mapping per fit, empty where it has no held-out rows. features: {"fingerprint",
+    metrics: one mapping per fit, empty if it has no held-out rows. features: {"fingerprint",
     "spec"} per feature set. dropped: ids of rows without features.
     """
     names = metric_names(task.kind)
@@ -145,65 +144,52 @@ class BankResult:
     content: npt.NDArray[np.bytes_]  # (N,)
     fold: npt.NDArray[np.int16]  # (N,) as in Task.fold
     target: npt.NDArray[Any]  # as in Task.target
-    # one row per head: kind, spec (JSON), fold, the metrics, objective, gap, iterations, seconds,
-    # error
+    # One row per head: kind, spec (JSON), fold, the metrics, objective, gap, iterations, seconds,
+    # error.
     table: pd.DataFrame
 
     def arrays(self, spec: HeadSpec | str, fold: int = REFIT) -> Arrays:
-        """The arrays that `predict_head` needs; empty where a head stores none.
+        """Return the arrays that `predict_head` needs; empty if a head stores none.
 
-        Raises BadResults for no such head.
+        Raises BadResults if there is no such head.
         """
         with _open(self.path) as file:
             group = file[f"head/{self.head_index(spec, fold)}"]
-            return (
-                {name: group["arrays"][name][()] for name in group["arrays"]}
-                if "arrays" in group
-                else {}
-            )
+            return {name: array[()] for name, array in group.get("arrays", {}).items()}
 
     def validation(self, spec: HeadSpec | str, fold: int) -> npt.NDArray[np.float32] | None:
-        """Predictions (n_held_out, C) of that fold's rows, in the order of `ids`, or None."""
+        """Return predictions (n_held_out, C) of a fold's rows, in the order of `ids`, or None."""
         with _open(self.path) as file:
             group = file[f"head/{self.head_index(spec, fold)}"]
             return group["validation"][()] if "validation" in group else None
 
     def rows(self, fold: int) -> npt.NDArray[np.int64]:
-        """Positions in `ids` of the rows that are held out in a fold."""
+        """Return the positions in `ids` of the rows that are held out in a fold."""
         return np.flatnonzero(self.fold == fold)
 
     def out_of_fold_predictions(self, spec: HeadSpec | str) -> npt.NDArray[np.float32]:
-        """(N, C) each row predicted by the head that did not train on it; nan for rows that are
-        never held out and for those of a fold whose head failed.
-        """
-        folds = sorted(int(held_out_fold) for held_out_fold in np.unique(self.fold[self.fold >= 0]))
-        predictions_of_folds = [
-            (held_out_fold, self.validation(spec, held_out_fold)) for held_out_fold in folds
-        ]
-        known_predictions = [
-            (held_out_fold, fold_predictions)
-            for held_out_fold, fold_predictions in predictions_of_folds
-            if fold_predictions is not None
-        ]
-        width = known_predictions[0][1].shape[1] if known_predictions else len(self.classes)
-        predicted = np.full((len(self.fold), width), np.nan, np.float32)
-        for held_out_fold, fold_predictions in known_predictions:
-            predicted[self.rows(held_out_fold)] = fold_predictions
-        return predicted
+        """Return predictions (N, C), each row by the head that did not train on it.
 
-    def out_of_fold_predictions_of(self, specs: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(K, N, C) `out_of_fold_predictions` of many specs (as JSON), from a file opened once."""
+        They are nan for rows that are never held out, and for those of a fold whose head failed.
+        """
+        (predictions,) = self.out_of_fold_predictions_of([spec])
+        return np.asarray(predictions)
+
+    def out_of_fold_predictions_of(
+        self, specs: Sequence[HeadSpec | str]
+    ) -> npt.NDArray[np.float32]:
+        """Return `out_of_fold_predictions` (K, N, C) of many specs, from a file opened once."""
         rows_of_folds = [
-            (held_out_fold, self.rows(held_out_fold))
-            for held_out_fold in range(int(self.fold.max(initial=-1)) + 1)
+            (int(held_out_fold), self.rows(held_out_fold))
+            for held_out_fold in np.unique(self.fold[self.fold >= 0])
         ]
         stack: npt.NDArray[np.float32] | None = None
         with _open(self.path) as file:
             heads = file["head"].id
             for spec_index, spec in enumerate(specs):
                 for held_out_fold, rows in rows_of_folds:
-                    # HDF5 itself: through h5py's objects ten thousand heads take three times as
-                    # long.
+                    # By h5py's low-level interface: through its objects ten thousand heads take
+                    # three times as long.
                     group = h5py.h5g.open(heads, str(self.head_index(spec, held_out_fold)).encode())
                     if not group.links.exists(b"validation"):
                         continue
@@ -222,7 +208,7 @@ class BankResult:
         return stack
 
     def head_index(self, spec: HeadSpec | str, fold: int) -> int:
-        """The row of the table of a head. Raises BadResults, saying which heads there are."""
+        """Return a head's row of the table. Raises BadResults, saying which heads there are."""
         text = spec if isinstance(spec, str) else spec_to_json(spec)
         if (text, fold) not in self._head_indices:
             raise BadResults(
@@ -245,15 +231,15 @@ def _kind_of(spec_json: str) -> str:
 
 
 def read_bank(path: Path | str) -> BankResult:
-    """Open a bank's results: the table and the rows now, arrays and predictions when asked for.
+    """Open a bank's results: reads the table and the rows now, arrays and predictions on demand.
 
-    Raises BadResults for a file that is not one, FileNotFoundError for none.
+    Raises BadResults for a file that holds no results, FileNotFoundError if there is none.
     """
     path = Path(path)
     with _open(path) as file:
         about = json.loads(file.attrs["headrace"])
         specs = [text.decode() for text in file["specs"][()]]
-        # each spec is there once per fold
+        # Parsed once for each spec, which occurs once per fold.
         kinds = {text: _kind_of(text) for text in set(specs)}
         columns: dict[str, Any] = {
             "kind": [kinds[text] for text in specs],
@@ -282,8 +268,9 @@ def read_bank(path: Path | str) -> BankResult:
 
 
 def remove_damaged(path: Path | str) -> bool:
-    """Remove a results file whose bytes are not those that were written, where it only saves time;
-    whether one was removed.
+    """Remove a results file whose bytes are not those that were written; return whether it was one.
+
+    For where the file only saves time.
     """
     try:
         _check(Path(path))
@@ -299,7 +286,7 @@ def remove_damaged(path: Path | str) -> bool:
 
 @contextmanager
 def _open(path: Path) -> Iterator[h5py.File]:
-    """Open the file, whole and self-contained; anything that prevents it is a BadResults."""
+    """Open the file, checked to be whole and self-contained; raises BadResults for any other."""
     while True:
         state = _check(path)
         try:
@@ -329,9 +316,9 @@ def _open(path: Path) -> Iterator[h5py.File]:
 
 
 def _check(path: Path) -> _State:
-    """What the file is now, its bytes being those that were written.
+    """Return the file's state, after checking that its bytes are those that were written.
 
-    Read whole unless this process has done so.
+    Reads it whole unless this process has done so for this state.
     """
     state = _state(path)
     if _checked.get(path) == state:
@@ -369,8 +356,10 @@ def _state(path: Path) -> _State:
 
 
 def _refuse_links(file: h5py.File, path: Path) -> None:
-    # HDF5 walks through the file by itself, along hard links: h5py's objects take ten times as long
-    # for ten thousand heads.
+    """Raise BadResults for links out of the file, and for data that is stored in another file."""
+
+    # HDF5's own walk along hard links: through h5py's objects ten thousand heads take ten times as
+    # long.
     def is_odd(name: bytes, info: Any) -> str | None:
         return None if info.type == h5py.h5l.TYPE_HARD else name.decode(errors="replace")
 

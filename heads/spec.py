@@ -1,6 +1,6 @@
-"""What every kind of head shares: the form of its settings, and what training makes of them.
+"""What every kind of head shares: the form of its settings, and the result of training.
 
-The settings of a kind stand in its own folder: `LogisticSpec` in heads/linear/kind.py.
+The settings of a kind are in its own folder: `LogisticSpec` in heads/linear/kind.py.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ ClassWeight = Literal["none", "balanced"]
 
 
 def check_choices(spec: Any) -> None:
-    """Raises ValueError naming a field of a spec whose value is none of those that it may have: a
-    misspelt class weight would otherwise be none.
+    """Raise ValueError, naming the field, if a field of a spec has none of its Literal's values.
+
+    A misspelt class weight would be no class weight otherwise.
     """
     for name, choices in _choices(type(spec)).items():  # type: ignore[arg-type]  # classes are hashable
         found = getattr(spec, name)
@@ -29,6 +30,7 @@ def check_choices(spec: Any) -> None:
 
 @functools.cache
 def _choices(kind: type) -> dict[str, tuple[object, ...]]:
+    """Return the values that each Literal field of a spec may have."""
     hints = typing.get_type_hints(kind)
     return {
         name: typing.get_args(hint)
@@ -49,11 +51,10 @@ class HeadSpec(Protocol):
 
 @dataclass(frozen=True)
 class Halving:
-    """Successive halving: after each of the epochs `after` only the best share `keep` of the specs
-    goes on.
+    """Successive halving: after each epoch of `after` only the best share `keep` of specs goes on.
 
-    Specs are ranked by the mean over folds of their best validation accuracy (multi-label,
-    regression: loss) so far.
+    Specs are ranked by the mean over folds of their best validation accuracy so far; in multi-label
+    tasks and regression by their loss.
     """
 
     after: tuple[int, ...] = (3,)
@@ -72,7 +73,7 @@ class Halving:
 
 
 def spec_to_json(spec: HeadSpec) -> str:
-    """Canonical JSON: sorted keys, no white space. Equal specs give equal text."""
+    """Return canonical JSON: sorted keys, no white space. Equal specs give equal text."""
     return json.dumps(dataclasses.asdict(spec), sort_keys=True, separators=(",", ":"))
 
 
@@ -85,7 +86,7 @@ class FitResult:
 
     spec: HeadSpec
     fold: int  # the fold held out of its training; REFIT: none
-    # linear: weight (C, D) and bias (C,), float32, in raw feature coordinates
+    # of linear heads weight (C, D) and bias (C,), float32, for raw features
     arrays: dict[str, npt.NDArray[Any]]
     objective: float  # of the training rows, in the spec's own terms, float64
     gap: float  # a bound on (objective - optimum) / optimum; nan where no bound is known (mlp)

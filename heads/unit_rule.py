@@ -1,4 +1,4 @@
-"""How a model's predictions of images become those of units; a part of the model's own file."""
+"""How a model's predictions of images become those of units; a model's file holds the rule."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from headrace.heads.link import tempered
 
 @dataclass(frozen=True)
 class UnitRule:
-    """The column that names the units, and what their images' predictions go through."""
+    """The column that names the units, and how predictions of their images become theirs."""
 
     column: str
     aggregation: UnitAggregation
-    # Of a unit's log-odds; its images are predicted without one, for a label belongs to the unit.
+    # Divides a unit's log-odds. Images are predicted at temperature 1: labels belong to units.
     temperature: float
     floor: float = FLOOR  # the smallest probability that the temperature looks at
 
@@ -40,7 +40,10 @@ def rule_fields(rule: UnitRule | None) -> dict[str, Any]:
 
 
 def read_unit_rule(description: Mapping[str, Any]) -> UnitRule | None:
-    """Inverse of `rule_fields`. Raises ValueError or TypeError for what is no rule."""
+    """Return the rule of a description (see `rule_fields`), or None.
+
+    Raises ValueError or TypeError for fields that make no rule.
+    """
     if "unit_rule" not in description:
         return None
     rule = UnitRule(**description["unit_rule"])

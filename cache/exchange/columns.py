@@ -21,11 +21,10 @@ class FeatureColumns:
     """Names of a row's values that come from columns of a table; empty for arrays and lists."""
 
     chosen: tuple[str, ...] = ()
-    # All columns of the table, in its order.
-    table: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()  # all columns of the table, in its order
 
     def describe(self, column_index: int) -> str:
-        """Name the value at `column_index` of each row, to begin a sentence of a message with."""
+        """Return the words that name the value at `column_index` in a message."""
         return (
             f"the column {self.chosen[column_index]!r}"
             if self.chosen
@@ -33,7 +32,7 @@ class FeatureColumns:
         )
 
     def leave_out(self, column_indices: Collection[int]) -> str:
-        """Advise to leave out values that are no features, with the option for the others."""
+        """Return the advice to leave out these values, with the option that keeps the others."""
         kept_columns = [
             column
             for column_index, column in enumerate(self.chosen)
@@ -107,7 +106,8 @@ def columns_option(column_names: Sequence[str], chosen_columns: Sequence[str]) -
     """Return the shell options that select just `chosen_columns`, such as `--columns f0:f5,f9`."""
     chosen_set = set(chosen_columns)
     option_terms: list[str] = []
-    # names that another column or the syntax would take for something else
+    # Names with a comma, colon or pattern letter: each gets an option of its own, which
+    # `choose_columns` compares literally first.
     verbatim_names: list[str] = []
     for is_chosen, run in groupby(column_names, key=chosen_set.__contains__):
         names = list(run)
@@ -145,6 +145,7 @@ def abbreviate_columns(column_names: Sequence[str]) -> str:
 def _match_columns(column_names: Sequence[str], term: str, source_name: object) -> list[str]:
     if term in column_names:
         return [term]
+    # Each colon is tried as that of a range, because the columns' names may have colons too.
     for colon_position in (match.start() for match in re.finditer(":", term)):
         first_column, last_column = term[:colon_position], term[colon_position + 1 :]
         if first_column in column_names and last_column in column_names:

@@ -9,7 +9,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ _CHUNK_ROWS = 4096
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows of a feature set in the order of a list of images, under the ids of that list. Copies of
-    an image share a row, which then occurs twice.
+    """Rows of a feature set in the order of a list of images, with the ids of that list.
+
+    Copies of an image share a row, which then occurs twice.
     """
 
     rows: npt.NDArray[np.int64]  # (n,) positions
     ids: list[str]  # n
-    # Ids of images that have no row
-    missing: list[str]
+    missing: list[str]  # ids of images that have no row
 
 
 def select_rows(
@@ -51,21 +51,13 @@ def select_rows(
     has_row = row_positions >= 0
     return RowSelection(
         row_positions[has_row],
-        [
-            sample_id
-            for sample_id, is_present in zip(sample_ids, has_row.tolist(), strict=True)
-            if is_present
-        ],
-        [
-            sample_id
-            for sample_id, is_present in zip(sample_ids, has_row.tolist(), strict=True)
-            if not is_present
-        ],
+        list(compress(sample_ids, has_row)),
+        list(compress(sample_ids, ~has_row)),
     )
 
 
 def find_ambiguous_ids(feature_set: FeatureSet) -> list[str]:
-    """Return the ids that several images of a feature set share: content hashes differ."""
+    """Return the ids under which a feature set has several images (several content hashes)."""
     return [
         sample_id
         for sample_id, content_hashes in content_hashes_by_id(
@@ -94,8 +86,8 @@ def export_npy(
         )
     ]
     rows_text = "".join(["row,id,content\n", *csv_lines]).encode()
-    # First, so that a call that is killed before the array exists can be repeated: it finds the
-    # very same table.
+    # The table before the array: a call that is killed in between can be repeated, because it finds
+    # the very same table.
     target_path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(rows_path)
     is_new_table = publish_bytes(rows_path, rows_text)
@@ -180,6 +172,7 @@ def export_zarr(
         ) from error
     _refuse_existing(target_path)
     sample_ids, content_hashes = _ids_and_content(feature_set, selection)
+    # As many rows as the largest shard has: rows are read in pieces as large as they were stored.
     chunk_rows = max(
         [stop_row - start_row for start_row, stop_row in _shard_row_ranges(feature_set)], default=1
     )
@@ -200,7 +193,7 @@ def export_zarr(
                 if selection is None
                 else feature_set.read(selection.rows[row_slice], None)
             )
-        # As bytes: fixed-length text is outside the Zarr 3 specification.
+        # Text as bytes, because fixed-length text is outside the Zarr 3 specification.
         for array_name, encoded_texts in (
             ("id", [text.encode() for text in sample_ids]),
             ("content", [text.encode() for text in content_hashes]),
@@ -265,6 +258,7 @@ def _shard_row_ranges(feature_set: FeatureSet) -> list[tuple[int, int]]:
 
 def _write_then_rename(target_path: Path, write_file: Callable[[Path], Any]) -> None:
     target_path.parent.mkdir(parents=True, exist_ok=True)
+    # Those of killed exports, which may be as large as the whole feature set.
     remove_temporaries(target_path)
     temporary_path = target_path.with_name(
         f".{target_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"

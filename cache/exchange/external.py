@@ -44,10 +44,8 @@ class ImportResult:
 
     features: FeatureSet
     n_rows: int  # kept
-    # Rows whose id belongs to no image
-    n_unknown: int
-    # Rows of images that are copies of one another: one row is kept
-    n_copies: int
+    n_unknown: int  # rows whose id belongs to no image
+    n_copies: int  # rows left out because another row has the same content hash
 
 
 def import_features(
@@ -59,7 +57,7 @@ def import_features(
     dtype: str = "float32",
     target_table: pd.DataFrame | None = None,
 ) -> ImportResult:
-    """Store external features in the cache under `set_name`. Doing it twice changes nothing.
+    """Store external features in the cache under `set_name`; a second call changes nothing.
 
     image_hashes: {id: content hash} of the images, for a file without hashes.
     dtype: storage dtype, not uint8.
@@ -87,16 +85,11 @@ def import_features(
     kept_rows, n_copies = _deduplicate_rows(row_hashes)
     n_unknown = sum(value is None for value in row_hashes)
     if not len(kept_rows):
+        image_id = next(iter(image_hashes or ()), None)
         raise ExternalFeaturesInvalid(
-            (
-                f"none of the {len(external.sample_ids):,} ids is that of an image, the first is "
-                f"{external.sample_ids[0]!r}"
-            )
-            + (
-                f"; those of the images look like {next(iter(image_hashes))!r}"
-                if image_hashes
-                else ""
-            )
+            f"none of the {len(external.sample_ids):,} ids is that of an image, the first is "
+            f"{external.sample_ids[0]!r}"
+            + (f"; those of the images look like {image_id!r}" if image_hashes else "")
         )
     if target_table is not None:
         _refuse_target_columns(external, row_hashes, target_table)
@@ -124,7 +117,7 @@ def import_features(
 
 
 def external_feature_sets(cache_root: Path, set_name: str | None = None) -> list[FeatureSet]:
-    """Return the feature sets of a cache that were imported, under this name or under any."""
+    """Return the imported feature sets of a cache: those of one name, or all."""
     feature_sets = [open_feature_set(path) for path in feature_set_directories(cache_root)]
     backbone_name = BACKBONE_PREFIX + (set_name or "")
     return [
@@ -142,7 +135,10 @@ def _external_spec(
     kept_rows: npt.NDArray[np.int64],
     dtype: str,
 ) -> FeatureSpec:
-    """Return the spec of features whose "weights" are the digest of the rows themselves."""
+    """Return the spec of external features.
+
+    Nothing is known of the network that made them, so `weights` is the digest of the rows.
+    """
     hasher = hashlib.sha256()
     # `kept_rows` are in the order of their hashes: a file in another order is the same feature set.
     for row in kept_rows:
@@ -221,7 +217,7 @@ def _refuse_target_columns(
 
 
 def _deduplicate_rows(row_hashes: Sequence[str | None]) -> tuple[npt.NDArray[np.int64], int]:
-    """Return each content hash's first row, in order of the hashes, and the count of copies."""
+    """Return each hash's first row, in the order of the hashes, and the count of other rows."""
     row_of_hash: dict[str, int] = {}
     n_copies = 0
     for row, content_hash in enumerate(row_hashes):

@@ -52,11 +52,9 @@ _STORED_ELSEWHERE = (
 class ExternalFeatures:
     """Features and ids as another program left them."""
 
-    # N; unique where there are no content hashes
-    sample_ids: list[str]
+    sample_ids: list[str]  # N; unique if there are no content hashes
     features: npt.NDArray[Any]  # (N, *shape), finite
-    # N content hashes, where the file has them
-    content_hashes: list[str] | None
+    content_hashes: list[str] | None  # N, or None for a file without them
     feature_columns: FeatureColumns = _NO_COLUMNS
     source_name: str = "the file"
 
@@ -148,7 +146,7 @@ def _read_id_table(source_path: Path, ids_path: Path | None, id_key: str | None)
     if suffix == ".npy":
         return pd.DataFrame({id_key or "id": _values_per_row(_load_id_array(table_path))})
     if suffix == ".txt":
-        # Not splitlines: a name may hold one of its rarer line ends.
+        # Not splitlines, which also divides at rarer characters that a name may hold, as U+2028.
         id_lines = table_path.read_text(encoding="utf-8-sig").split("\n")
         return pd.DataFrame(
             {id_key or "id": id_lines[:-1] if not id_lines[-1].strip() else id_lines}, dtype=object
@@ -220,8 +218,9 @@ def _read_numpy(
 
 
 def _require_complete_arrays(zip_archive: zipfile.ZipFile, source_path: Path) -> None:
-    """Raise ExternalFeaturesInvalid for arrays that declare more bytes than the archive holds,
-    before allocating memory.
+    """Raise ExternalFeaturesInvalid for an array that declares more bytes than the archive holds.
+
+    NumPy would allocate the declared bytes first, and a few bytes of header can declare terabytes.
     """
     for member in zip_archive.infolist():
         require_plausible_size(member.file_size, source_path)
@@ -292,14 +291,9 @@ def _read_table(
         elif len(numeric_columns) == 1 and not list_columns:
             chosen_columns = numeric_columns
         else:
-            candidate_columns = [
-                column
-                for column in numeric_columns
-                if column not in forbidden_or_unnamed(numeric_columns, forbidden_names)
-            ]
             raise ExternalFeaturesInvalid(
                 _unnamed_features_message(
-                    source_path, column_names, list_columns, numeric_columns, candidate_columns
+                    source_path, column_names, list_columns, numeric_columns, forbidden_names
                 )
             )
         refuse_columns(chosen_columns, forbidden_names, column_names, "--columns", source_path)
@@ -324,9 +318,11 @@ def _unnamed_features_message(
     column_names: Sequence[str],
     list_columns: Sequence[str],
     numeric_columns: Sequence[str],
-    candidate_columns: Sequence[str],
+    forbidden_names: Mapping[str, str],
 ) -> str:
     """Return the message for a table whose feature columns nobody has named."""
+    unfit_columns = forbidden_or_unnamed(numeric_columns, forbidden_names)
+    candidate_columns = [column for column in numeric_columns if column not in unfit_columns]
     if list_columns:
         return (
             f"{source_path}: name the column of features with --key; it has "
@@ -390,36 +386,31 @@ def _read_hdf5(
             return _join_id_table(
                 features, _read_id_table(source_path, ids_path, id_key), source_path, id_key
             )
-        text_names = [
-            name
+        text_columns = {
+            name: data_set
             for name, data_set in data_sets.items()
             if data_set.ndim == 1 and data_set.dtype.kind in _TEXT_KINDS
-        ]
-        id_name = id_key or (
-            "id" if "id" in text_names else text_names[0] if len(text_names) == 1 else None
-        )
+        }
+        id_name = id_key or ("id" if "id" in text_columns else None)
+        if id_name is None and len(text_columns) == 1:
+            id_name = next(iter(text_columns))
         if id_name not in data_sets:
             raise ExternalFeaturesInvalid(
                 f"{source_path}: name the data set of ids with --id-key, or a table with --ids; it "
                 f"has {data_set_list}"
             )
-        content_hashes = (
-            _values_per_row(_read_data_set(data_sets["content"], source_path))
-            if "content" in text_names
-            else None
-        )
-        return _validate_features(
-            source_path,
-            _values_per_row(_read_data_set(data_sets[id_name], source_path)),
-            features,
-            content_hashes,
-        )
+        sample_ids = _values_per_row(_read_data_set(data_sets[id_name], source_path))
+        content_hashes = None
+        if "content" in text_columns:
+            content_hashes = _values_per_row(_read_data_set(text_columns["content"], source_path))
+        return _validate_features(source_path, sample_ids, features, content_hashes)
 
 
 def _read_data_set(data_set: h5py.Dataset, source_path: Path) -> npt.NDArray[Any]:
     """Return all values of a data set.
 
-    Raises ExternalFeaturesInvalid for values stored in other files, and for more than it can hold.
+    Raises ExternalFeaturesInvalid for values stored in other files, and for an array that declares
+    more bytes than a file of this size can hold.
     """
     if data_set.external or data_set.is_virtual:
         raise ExternalFeaturesInvalid(
@@ -467,8 +458,7 @@ def _validate_features(
     if content_hashes is not None and not all(
         isinstance(value, str) and _CONTENT_HASH.fullmatch(value) for value in content_hashes
     ):
-        # Some other column of this name
-        content_hashes = None
+        content_hashes = None  # a column of this name that holds something else
     is_duplicate = sample_ids.duplicated()
     # Content hashes tell rows apart where ids do not: one cache may hold two folders with the same
     # names.
@@ -502,7 +492,8 @@ def _refuse_non_finite(
         value_block = features[start_row : start_row + _BLOCK_ROWS].reshape(
             min(_BLOCK_ROWS, len(features) - start_row), -1
         )
-        # Rows are kept as float32 at most
+        # As float32, the widest storage dtype: a float64 beyond its range would be stored as
+        # infinity.
         with np.errstate(over="ignore"):
             is_finite = np.isfinite(value_block.astype(np.float32, copy=False))
         if not is_finite.all():

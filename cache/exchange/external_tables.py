@@ -15,12 +15,10 @@ from headrace.cache.spec import FeatureSpec
 
 _TEXT_TABLES = (".csv", ".tsv")
 TABLES = (".parquet", ".pq", *_TEXT_TABLES)
-# Rows of a CSV that tell which columns are numbers.
-_SNIFFED_ROWS = 1000
+_SNIFFED_ROWS = 1000  # rows of a CSV that tell which columns are numbers
 _MAX_COLUMNS = 100_000  # of a CSV
-_MAX_COMPRESSION_RATIO = 1032  # deflate's bound
-# Bytes of a number, or of a short text.
-_VALUE_BYTES = 4
+_MAX_COMPRESSION_RATIO = 1032  # of deflate, the most that it can reach
+_VALUE_BYTES = 4  # of a number, or of a short text
 
 
 def require_plausible_size(declared_bytes: int, source_path: Path) -> None:
@@ -34,12 +32,14 @@ def require_plausible_size(declared_bytes: int, source_path: Path) -> None:
 
 
 def classify_columns(source_path: Path, id_name: str) -> tuple[list[str], list[str], list[str]]:
-    """Return all columns of a table, its list columns, and its numeric columns, judged by the
-    schema or by the first rows of a CSV.
+    """Return the names of a table's columns: all, those of lists, and those of numbers.
+
+    Parquet states the types; those of a CSV are judged by its first rows.
     """
     if source_path.suffix.lower() in _TEXT_TABLES:
         sampled_rows = _read_csv(source_path, None, _SNIFFED_ROWS, None)
-        # With gaps too: nobody would miss a column that a suggestion leaves out in silence.
+        # More than half is enough: a column with gaps is then refused with its row, while one that
+        # the suggestion leaves out would not be missed.
         is_mostly_numbers = sampled_rows.apply(pd.to_numeric, errors="coerce").notna().mean() > 0.5
         column_names = [str(column) for column in sampled_rows.columns]
         numeric_columns = [
@@ -52,29 +52,18 @@ def classify_columns(source_path: Path, id_name: str) -> tuple[list[str], list[s
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(source_path)
-    is_list = [
-        pa.types.is_list(arrow_type)
-        or pa.types.is_large_list(arrow_type)
-        or pa.types.is_fixed_size_list(arrow_type)
-        for arrow_type in schema.types
-    ]
-    is_number = [
-        pa.types.is_integer(arrow_type)
-        or pa.types.is_floating(arrow_type)
-        or pa.types.is_boolean(arrow_type)
-        or pa.types.is_decimal(arrow_type)
-        for arrow_type in schema.types
-    ]
-    column_names = list(schema.names)
+    types = pa.types
+    is_list_type = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    is_number_type = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
     list_columns = [
-        column for column, is_kind in zip(column_names, is_list, strict=True) if is_kind
+        field.name for field in schema if any(is_type(field.type) for is_type in is_list_type)
     ]
     numeric_columns = [
-        column
-        for column, is_kind in zip(column_names, is_number, strict=True)
-        if is_kind and column != id_name
+        field.name
+        for field in schema
+        if field.name != id_name and any(is_type(field.type) for is_type in is_number_type)
     ]
-    return column_names, list_columns, numeric_columns
+    return list(schema.names), list_columns, numeric_columns
 
 
 def read_columns(
@@ -83,7 +72,10 @@ def read_columns(
     text_columns: Sequence[str],
     column_names: Sequence[str],
 ) -> pd.DataFrame:
-    """Read feature columns and existing `text_columns`, a CSV's texts exactly as written."""
+    """Read the feature columns and those of `text_columns` that exist.
+
+    A CSV's texts are not converted: `007` stays text.
+    """
     selected_columns = [
         column for column in column_names if column in feature_columns or column in text_columns
     ]
@@ -93,7 +85,7 @@ def read_columns(
 
 
 def read_text_table(table_path: Path) -> pd.DataFrame:
-    """Read a small table with every column exactly as written: the ids beside an array."""
+    """Read the small table of ids beside an array; a CSV's values are not converted."""
     return (
         _read_csv(table_path, None, None, str)
         if table_path.suffix.lower() not in (".parquet", ".pq")
@@ -115,7 +107,7 @@ def _read_csv(
     duplicate_names = sorted(
         name for name, times in Counter(header_names).items() if name and times > 1
     )
-    # Pandas would rename the second one, and nobody would know which is which
+    # pandas would rename the second one, and its user would not know which is which.
     if duplicate_names:
         raise ExternalFeaturesInvalid(
             f"{table_path}: the first line has several columns {duplicate_names[0]!r}: give each "
@@ -128,12 +120,12 @@ def _read_csv(
         usecols=None if column_names is None else list(column_names),
         nrows=max_rows,
         encoding="utf-8-sig",
-        # An id may be None or NA, and an empty value is no number
+        # Otherwise the ids None and NA would be missing values, and an empty value a number (NaN).
         keep_default_na=False,
         na_filter=False,
         low_memory=False,
     )
-    # pandas takes the first values for the rows' names
+    # Where rows have more values than the header, pandas takes the first ones for row names.
     if not isinstance(data_frame.index, pd.RangeIndex):
         raise ExternalFeaturesInvalid(
             f"{table_path}: the rows have more values than the first line has names "
@@ -151,8 +143,8 @@ def _read_parquet(table_path: Path, column_names: Sequence[str] | None) -> pd.Da
     arrow_table = pq.read_table(
         table_path, columns=None if column_names is None else list(column_names)
     )
-    # Without pandas' metadata, which would hide a column of ids that has been the index. Integers
-    # with a gap would lose digits as floats.
+    # ignore_metadata: pandas' own would hide a column of ids that has been the index.
+    # integer_object_nulls: integers with a gap would otherwise become floats and lose digits.
     data_frame: pd.DataFrame = arrow_table.to_pandas(
         ignore_metadata=True, integer_object_nulls=True
     )
@@ -160,7 +152,7 @@ def _read_parquet(table_path: Path, column_names: Sequence[str] | None) -> pd.Da
 
 
 def _count_declared_values(table_path: Path, column_names: Sequence[str] | None) -> int:
-    """Count the values of these columns that a Parquet file declares, those in lists one by one."""
+    """Return how many values a Parquet file declares for these columns; each of a list counts."""
     import pyarrow.parquet as pq
 
     requested_columns = None if column_names is None else set(column_names)
@@ -177,8 +169,8 @@ def _count_declared_values(table_path: Path, column_names: Sequence[str] | None)
             or any(column_path.startswith(f"{column_name}.") for column_name in requested_columns)
         ]
         for row_group in range(metadata.num_row_groups):
-            # A chunk whose description is damaged ends the process where it is asked for; where it
-            # is read, that is an error.
+            # One row is read first, because `metadata.row_group(i).column(j)` ends the process
+            # where the description of a column chunk is damaged; reading it raises an error.
             next(
                 parquet_file.iter_batches(
                     batch_size=1,
@@ -205,7 +197,8 @@ def read_numeric_columns(
     for column_index, column_name in enumerate(column_names):
         column = data_frame[column_name]
         if column.dtype.kind not in "fiub":
-            # Text and decimals; pandas would make numbers of dates too.
+            # Objects are texts or decimals. Other types, such as dates, go through text, because
+            # pandas would make numbers of them.
             numeric_values = pd.to_numeric(
                 column if column.dtype.kind == "O" else column.astype(str), errors="coerce"
             )
@@ -217,7 +210,8 @@ def read_numeric_columns(
                     "out"
                 )
             column = numeric_values
-        # An infinity is reported with its row by `_refuse_non_finite`.
+        # A value beyond float32 becomes infinity, which the caller reports with its row
+        # (`_refuse_non_finite` in external_files.py).
         with np.errstate(over="ignore"):
             features[:, column_index] = column.to_numpy(np.float64)
     return features
@@ -260,7 +254,8 @@ def read_list_column(
 
 def exported_shape(source_path: Path) -> tuple[int, ...] | None:
     """Return the shape of one row of a file that `export_parquet` wrote, None for other files.
-    Parquet lists are flat.
+
+    The lists of such a file are flat; its metadata have the shape.
     """
     if source_path.suffix.lower() in _TEXT_TABLES:
         return None

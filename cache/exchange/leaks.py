@@ -12,28 +12,27 @@ import pandas as pd
 from headrace.cache.text import as_text
 
 FeatureArray = npt.NDArray[np.generic]
-# Fewer rows or values could agree by chance: 0, 1 and 2 with three numbered rows, six numbers that
-# happen to rise.
-_LEAST_ROWS = 3
-_LEAST_STEPS = 8
-_LEAST_VALUES = 12
-_LEAST_PER_VALUE = 5
-# Rule out nearly every column before all rows are read
+# With fewer rows or values a feature could have the pattern by chance: six numbers may happen to
+# rise.
+_LEAST_ROWS = 3  # to be a counter at all, from 0 or 1 in steps of 1
+_LEAST_STEPS = 8  # rows, to be a counter with another start or step
+_LEAST_VALUES = 12  # distinct values of a target and of a column that rises with it
+_LEAST_PER_VALUE = 5  # rows of each distinct value of a column that is constant within classes
+# Rows of the first block, which rule out nearly every column before all rows are read.
 _FIRST_ROWS = 1024
 
 
 def find_row_counters(features: FeatureArray) -> list[int]:
-    """Return the columns of features (N, D) that count the rows: 0, 1, 2, …, or any other constant
-    step.
+    """Return the columns of features (N, D) that count the rows, in any constant step.
 
-    The mean of a time series' own index is such a column, as is the time of frames.
+    A table's index is such a column, as is the time of a film's frames.
     """
     if len(features) < _LEAST_ROWS:
         return []
     first_row, last_row = np.asarray(features[0], np.float64), np.asarray(features[-1], np.float64)
     step_of_column = (last_row - first_row) / (len(features) - 1)
-    # float32 has seven digits: of the largest number, and so of the difference of two. Less than
-    # that is no step.
+    # float32 has seven digits of the larger number, so the difference of two numbers is uncertain
+    # by that much. A column that changes by less over all rows is constant.
     rounding_error = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(first_row), np.abs(last_row))
     is_rising = np.abs(last_row - first_row) > 16 * rounding_error
     column_indices = np.flatnonzero(
@@ -58,7 +57,7 @@ def find_row_counters(features: FeatureArray) -> list[int]:
                 <= rounding_error[column_indices] + 1e-3 * np.abs(step_of_column[column_indices])
             ).all(axis=0)
         ]
-    return [int(column) for column in column_indices]
+    return [int(column_index) for column_index in column_indices]
 
 
 def find_target_columns(features: FeatureArray, target: pd.Series) -> list[int]:
@@ -73,6 +72,7 @@ def find_target_columns(features: FeatureArray, target: pd.Series) -> list[int]:
     class_codes, classes = pd.factorize(as_text(target.iloc[labelled_rows]))
     if len(classes) < 2:
         return []
+    # Two rows per distinct value on average: classes. Fewer: a quantity.
     if 2 * len(classes) <= len(labelled_rows):
         return _class_constant_columns(features, labelled_rows, class_codes, len(classes))
     target_numbers = pd.to_numeric(target.iloc[labelled_rows], errors="coerce").to_numpy(np.float64)
@@ -89,6 +89,7 @@ def _class_constant_columns(
 ) -> list[int]:
     """Return the columns that are constant within each class but not over all rows."""
     first_row_of_class = np.zeros(n_classes, np.int64)
+    # Backwards, because the last assignment to an index counts.
     first_row_of_class[class_codes[::-1]] = np.arange(len(labelled_rows))[::-1]
     class_values = features[labelled_rows[first_row_of_class]]  # (K, D)
     column_indices = np.flatnonzero((class_values != class_values[0]).any(axis=0))

@@ -37,10 +37,10 @@ def from_checksummed_line(line: bytes) -> dict[str, Any]:
 
 
 def is_torn_line(tail: bytes) -> bool:
-    """Return True if the text after the last newline is an unfinished line, whose writer died or is
-    still writing.
+    """Return True if the text after the last newline is an unfinished line.
 
-    The object is flat, so a closing brace can only be the last character of a complete line. (A
-    brace inside a string would make a torn line look corrupt, which is the safe side.)
+    Its writer died, or is still writing.
     """
+    # The object is flat, so a closing brace can only be the last character of a complete line. (A
+    # brace inside a string would make a torn line look corrupt, which is the safe side.)
     return b"}" not in tail

@@ -18,8 +18,9 @@ def read_compressed_rows(shard_path: Path, row_selection: Any) -> npt.NDArray[An
     Raises HeadraceError without hdf5plugin.
     """
     require_hdf5plugin(f"{shard_path} is compressed")
-    with shard_path.open("rb") as bytes_of_it, h5py.File(bytes_of_it, "r") as file:
-        return np.asarray(file["features"][row_selection])
+    # Through a Python file, as in `validate_shard`: HDF5 locks a file that it opens by name.
+    with shard_path.open("rb") as shard_file, h5py.File(shard_file, "r") as hdf5_file:
+        return np.asarray(hdf5_file["features"][row_selection])
 
 
 def require_hdf5plugin(why: str) -> Any:

@@ -32,11 +32,9 @@ _BLOCK_BYTES = 1 << 19
 class QuantizationError:
     """Difference between stored values and those before storing, over a set of rows."""
 
-    # Largest absolute error
-    largest: float = 0.0
+    largest: float = 0.0  # largest absolute error
     squared_error: float = 0.0  # sum of squared errors
-    # Sum of squared values as given
-    squared: float = 0.0
+    squared: float = 0.0  # sum of the squared values before storing
 
     @property
     def relative_rms(self) -> float:
@@ -55,8 +53,7 @@ class QuantizationError:
 class EncodedRows:
     """Rows in their storage dtype."""
 
-    # (n, *shape), one of STORED_DTYPES
-    stored: npt.NDArray[Any]
+    stored: npt.NDArray[Any]  # (n, *shape), one of STORED_DTYPES
     scale: npt.NDArray[np.float32] | None  # (C,), uint8 only
     offset: npt.NDArray[np.float32] | None  # (C,), uint8 only
     quantization_error: QuantizationError
@@ -72,8 +69,8 @@ def encode_rows(
     Raises CacheError on NaN and infinity, in the features or by overflow of the storage dtype.
     """
     if features.dtype == STORED_DTYPES[storage_dtype] and storage_dtype in ("float16", "float32"):
-        # Nothing is converted, so nothing is lost; the squares are left out too, as no ratio needs
-        # them.
+        # Nothing is converted, so the error is 0. The sum of squares, the denominator of
+        # `relative_rms`, is not needed then either.
         features = np.ascontiguousarray(features)
         for row_block in _row_blocks(features):
             if not _all_finite(features[row_block], storage_dtype):
@@ -94,7 +91,8 @@ def encode_rows(
         block_values = features[row_block].astype(
             np.float32 if features.dtype != np.float64 else np.float64
         )
-        # uint8 was checked when its range was measured.
+        # Values that are not finite, or overflow, are found by the result of the conversion; those
+        # for uint8 were found when `_channel_range` measured them.
         stored_rows[row_block] = _encode_block(
             block_values, storage_dtype, channel_scale, channel_offset
         )
@@ -163,7 +161,8 @@ def _encode_block(
 ) -> npt.NDArray[Any]:
     if storage_dtype == "bfloat16":
         float_bits = block_values.astype(np.float32).view(np.uint32)
-        # Round to nearest, ties to even. A NaN could wrap around to zero here: let it stay one.
+        # Round to nearest, ties to even. The sum may wrap the bits of a NaN around to zero, so it
+        # is replaced by the bits of a NaN (0x7FC0), which `_not_finite` finds.
         rounded_bits = (float_bits + (((float_bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
         return np.where(np.isfinite(block_values), rounded_bits, np.uint32(0x7FC0)).astype(
             np.uint16
@@ -172,6 +171,7 @@ def _encode_block(
         assert channel_scale is not None
         assert channel_offset is not None
         trailing_axes = (1,) * (block_values.ndim - 2)
+        # A constant channel has scale 0; any divisor stores its values as 0.
         step_sizes = np.where(channel_scale > 0, channel_scale, np.float32(1)).reshape(
             channel_scale.shape + trailing_axes
         )
@@ -193,7 +193,7 @@ def _channel_range(
     """Return scale and offset, (C,) each, that spread each channel's range over 0..255."""
     for row_block in _row_blocks(features):
         block_values = features[row_block]
-        with np.errstate(over="ignore"):  # found by its result
+        with np.errstate(over="ignore"):  # an overflow gives infinity, which is refused below
             is_bad = ~np.isfinite(block_values.astype(np.float32))
         _refuse_values(is_bad, block_values, sample_ids, row_block.start, "uint8")
     reduced_axes = (0, *range(2, features.ndim))
@@ -207,11 +207,11 @@ def _channel_range(
 
 
 def _all_finite(values: npt.NDArray[Any], storage_dtype: str) -> bool:
-    """Return whether float16 or float32 values have neither NaN nor infinity, not where."""
+    """Return whether float16 or float32 values have neither NaN nor infinity."""
     if storage_dtype == "float32":
         return bool(np.isfinite(values).all())
-    # Halves of one sign are in the order of their bits, infinity and NaN last. Two maxima take half
-    # of `_not_finite`'s time.
+    # float16 numbers of one sign are in the order of their bits, infinity and NaN last, so the
+    # largest bits of each sign decide. These two maxima take half the time of `_not_finite`.
     largest_positive = values.view(np.int16).max(initial=0)
     largest_negative = values.view(np.uint16).max(initial=0)
     return bool(largest_positive < 0x7C00 and largest_negative < 0xFC00)
@@ -267,6 +267,6 @@ def _row_blocks(features: npt.NDArray[Any]) -> list[slice]:
 
 def _sum_of_squares(values: npt.NDArray[Any]) -> float:
     # Not a dot product: BLAS adds up in an order that depends on the processor, and the sum is
-    # stored in the shard. In the block's own precision, which numpy's pairwise sum keeps to six
-    # digits.
+    # stored in the shard, whose bytes must not. float32 blocks are summed in float32: numpy's
+    # pairwise sum keeps six digits.
     return float(np.square(values).sum())

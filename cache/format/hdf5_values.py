@@ -1,4 +1,4 @@
-"""Values of HDF5 files that others have made."""
+"""Values of HDF5 files that other programs have written."""
 
 import json
 import subprocess
@@ -21,18 +21,18 @@ json.dump([value.decode("latin-1") for value in values], sys.stdout)
 
 
 def read_values(path: str | Path, data_set: h5py.Dataset) -> npt.NDArray[Any]:
-    """Return all values of a data set; text of any length as bytes objects.
+    """Return all values of a data set, in its shape; variable-length text as bytes objects.
 
-    Such text lies elsewhere in the file, and another process reads it: where a damaged file's
-    references lead nowhere, the HDF5 library crashes, and takes its process along. Raises
-    ValueError then, and for values of any length that are no text.
+    Raises ValueError for variable-length values that are no text, and for text that cannot be read.
     """
     if not data_set.dtype.hasobject:
         values: npt.NDArray[Any] = data_set[()]
         return values
     if h5py.check_string_dtype(data_set.dtype) is None:
         raise ValueError(f"{data_set.name!r} has values of any length that are no text")
-    # -P: modules of this folder, where the file may lie, are not imported
+    # Variable-length text is stored as references into a heap of the file. Where those of a damaged
+    # file lead nowhere, the HDF5 library crashes with its process: so another process reads it.
+    # -P: modules of the current folder, which may be a stranger's, are not imported.
     program = [sys.executable, "-P", "-c", _PROGRAM, str(path), data_set.name]
     done = subprocess.run(program, capture_output=True, check=False)
     if done.returncode < 0:

@@ -1,9 +1,9 @@
 """Sealed files: a file that contains its own checksum, in any format (JSON, safetensors, .npz).
 
-The writer puts UNSEALED as a text somewhere into the file; `seal` replaces its zeros by the
-XXH3-128 of all bytes as they were before. So no bit of the file can change unnoticed, except one of
-the mark itself, which no number depends on: a file without the mark is taken for one of an earlier
-version.
+The writer puts the text UNSEALED somewhere into the file; `seal` replaces its zeros by the XXH3-128
+of all bytes as they were before. So no bit of the file can change unnoticed, except those of the
+mark itself, on which no number depends: a file without the mark is taken for one of an earlier
+version, which had none.
 """
 
 import io
@@ -20,8 +20,7 @@ import xxhash
 
 _MARK = "headrace-seal:"
 UNSEALED = f"{_MARK}{'0' * 32}"
-# Key of the seal in a JSON object or in a file's metadata.
-SEAL = "seal"
+SEAL = "seal"  # key of the seal in a JSON object or in a file's metadata
 
 _DIGEST = re.compile(re.escape(_MARK.encode()) + rb"([0-9a-f]{32})")
 
@@ -64,21 +63,31 @@ def tensor_metadata(data: bytes) -> dict[str, str]:
 
     Raises ValueError or KeyError for other bytes.
     """
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(header["__metadata__"])
+    return dict(_tensor_header(data)["__metadata__"])
+
+
+def _tensor_header(data: bytes) -> dict[str, Any]:
+    # A safetensors file begins with the size of its JSON header in bytes, a uint64.
+    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header
 
 
 def is_sealed_file(file_path: Path) -> bool:
-    """Return whether a safetensors file is intact; an old one without a seal, by its size."""
+    """Return whether a safetensors file is intact: its seal is right, or an old one without a seal
+    has as many bytes as its header says.
+    """
     try:
         data = file_path.read_bytes()
         check_seal(data)
-        tensors = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         tensor_ends = [
-            tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"
+            tensor["data_offsets"][1]
+            for name, tensor in _tensor_header(data).items()
+            if name != "__metadata__"
         ]
         return 8 + int.from_bytes(data[:8], "little") + max(tensor_ends, default=0) == len(data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, LookupError):
+    # ValueError includes SealBroken; the others are what a header that is no table of tensors
+    # gives.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
@@ -103,7 +112,7 @@ def read_sealed_json(data: bytes | str) -> dict[str, Any]:
     check_seal(data)
     try:
         values = json.loads(data)
-    # ValueError: no JSON, no UTF-8
+    # ValueError: not JSON, or not UTF-8. RecursionError: brackets in many thousand levels.
     except (ValueError, RecursionError) as error:
         raise SealBroken(f"it is no JSON ({error})") from error
     if not isinstance(values, dict):

@@ -4,6 +4,7 @@
 of a row.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,7 @@ USER_BLOCK_BYTES = 4096
 _PAGE_BYTES = 4096
 _ALIGNMENT_BYTES = 64  # a cache line
 
-# Registered filter of hdf5plugin.Bitshuffle
-BITSHUFFLE_LZ4 = 32008
+BITSHUFFLE_LZ4 = 32008  # registered number of the filter hdf5plugin.Bitshuffle
 # Small enough to decompress for one row, large enough for LZ4 to find repetitions.
 _CHUNK_BYTES = 1 << 17
 
@@ -81,7 +81,7 @@ def build_shard(
             _set_text_attribute(hdf5_file, attribute_name, attribute_text)
         _set_number_attribute(hdf5_file, "version", np.int64(VERSION))
         _set_text_attribute(hdf5_file, "spec", spec.to_json())
-        # Everything else comes first: what follows the features in the file is then nothing.
+        # The features come last, so that nothing but headers can follow them in the file.
         _write_array(hdf5_file, "content", np.frombuffer("".join(content_hashes).encode(), "S32"))
         _write_texts(hdf5_file, "id", sample_ids)
         _write_texts(hdf5_file, "failed_id", [failure.id for failure in failures])
@@ -91,35 +91,7 @@ def build_shard(
             np.array([failure.content_hash.encode() for failure in failures], "S32"),
         )
         _write_texts(hdf5_file, "failed_reason", [failure.reason for failure in failures])
-        if encoded.scale is not None and encoded.offset is not None:
-            _write_array(hdf5_file, "scale", encoded.scale)
-            _write_array(hdf5_file, "offset", encoded.offset)
-        if compression is None:
-            features_data_set = _create_contiguous(
-                hdf5_file, "features", stored_rows.shape, h5py.h5t.py_create(stored_rows.dtype)
-            )
-        else:
-            features_data_set = _create_compressed(hdf5_file, stored_rows)
-        _set_text_attribute(features_data_set, "encoding", ENCODINGS[spec.dtype])
-        _set_text_attribute(
-            features_data_set,
-            "axes",
-            ", ".join(["sample", "channel", "y", "x"][: stored_rows.ndim]),
-        )
-        _set_text_attribute(
-            features_data_set, "units", "activation of the network, no physical unit"
-        )
-        _set_number_attribute(
-            features_data_set, "round_off_largest", np.float64(encoded.quantization_error.largest)
-        )
-        _set_number_attribute(
-            features_data_set,
-            "round_off_squared_error",
-            np.float64(encoded.quantization_error.squared_error),
-        )
-        _set_number_attribute(
-            features_data_set, "round_off_squared", np.float64(encoded.quantization_error.squared)
-        )
+        features_data_set = _create_features(hdf5_file, spec, encoded, stored_rows, compression)
         features_start = (
             features_data_set.id.get_offset()
             if compression is None and stored_rows.nbytes
@@ -140,6 +112,32 @@ def build_shard(
     return [user_block(checksum_state.hexdigest()), *body_parts], checksum_state.hexdigest()
 
 
+def _create_features(
+    hdf5_file: h5py.File,
+    spec: FeatureSpec,
+    encoded: EncodedRows,
+    stored_rows: npt.NDArray[Any],
+    compression: str | None,
+) -> h5py.Dataset:
+    """Create the data set of the features and its attributes; compressed, also write the rows."""
+    if encoded.scale is not None and encoded.offset is not None:
+        _write_array(hdf5_file, "scale", encoded.scale)
+        _write_array(hdf5_file, "offset", encoded.offset)
+    if compression is None:
+        features = _create_contiguous(
+            hdf5_file, "features", stored_rows.shape, h5py.h5t.py_create(stored_rows.dtype)
+        )
+    else:
+        features = _create_compressed(hdf5_file, stored_rows)
+    axes = ", ".join(["sample", "channel", "y", "x"][: stored_rows.ndim])
+    _set_text_attribute(features, "encoding", ENCODINGS[spec.dtype])
+    _set_text_attribute(features, "axes", axes)
+    _set_text_attribute(features, "units", "activation of the network, no physical unit")
+    for field_name, value in dataclasses.asdict(encoded.quantization_error).items():
+        _set_number_attribute(features, f"round_off_{field_name}", np.float64(value))
+    return features
+
+
 def user_block(checksum: str) -> bytes:
     """Return a shard's first 4096 bytes, whose other bytes have this XXH3-128 (32 hex digits)."""
     header_text = (
@@ -149,8 +147,9 @@ def user_block(checksum: str) -> bytes:
     return header_text.encode().ljust(USER_BLOCK_BYTES - 1, b" ") + b"\n"
 
 
-# What follows speaks to HDF5 itself: h5py's own attributes and assignments make the same bytes and
-# take three times as long, which a shard of some megabytes feels.
+# The functions below call HDF5's C interface (h5py.h5d and others). h5py's own attributes and
+# assignments make the same bytes and take three times as long, which shows at shards of some
+# megabytes.
 
 
 def _create_contiguous(
@@ -186,8 +185,8 @@ def _write_texts(parent: h5py.Group, data_set_name: str, texts: Sequence[str]) -
 
 
 def _set_text_attribute(hdf5_object: h5py.HLObject, attribute_name: str, text: str) -> None:
-    # Fixed length: variable-length strings live in a heap that the structure check would have to
-    # follow.
+    # Fixed length, because variable-length text lies in a heap, which `validate_shard` would have
+    # to follow.
     data = text.encode()
     _set_attribute(
         hdf5_object, attribute_name, np.array(data, h5py.string_dtype("utf-8", len(data)))

@@ -1,7 +1,7 @@
 """A file in memory that stores only the bytes that were written to it.
 
-HDF5 lays out a shard in it and writes the headers, some kilobytes. The range of the features stays
-a hole, which costs nothing, and their bytes go from the caller's array to the disk without a copy.
+HDF5 lays out a shard in it and writes the headers, some kilobytes. It never writes the range of the
+features, whose bytes go from the caller's array to the disk without a copy.
 """
 
 import io
@@ -23,6 +23,7 @@ class SparseFile(io.RawIOBase):
     def read_range(self, start: int, stop: int) -> bytes:
         """Return the bytes from start to stop."""
         range_bytes = bytearray(stop - start)
+        # In the order of the writes: later ones overwrite earlier ones.
         for offset, data in self._writes:
             overlap_start, overlap_stop = max(start, offset), min(stop, offset + len(data))
             if overlap_start < overlap_stop:

@@ -1,7 +1,8 @@
 """Validation of an untrusted shard: all objects are exactly as in FORMAT.md, or nothing is read.
 
-HDF5 can point out of the file (external links, external storage, virtual data sets), run filters
-that load code, and declare terabytes that do not exist. All is refused from the metadata alone.
+An HDF5 file can point to other files (external links, external storage, virtual data sets), name
+filters that load code, and declare terabytes that do not exist. All of that is refused from the
+metadata alone.
 """
 
 import os
@@ -21,7 +22,7 @@ _ADVICE = (
     "Nothing was read from it. `headrace cache repair` removes it, and the next run extracts its "
     "samples again"
 )
-# LZ4 cannot shrink more than this, so a larger declared size is a lie.
+# LZ4 cannot shrink data more than this, so a larger declared size is wrong.
 _LZ4_RATIO = 255
 _LARGEST_ATTRIBUTE = 1 << 20  # bytes of a text in the metadata; a larger one is not ours
 
@@ -57,9 +58,9 @@ def validate_shard(
 
     Raises ShardCorrupt at the first deviation from the format.
     """
-    # Through a Python file, not by name: HDF5 would lock it, which works on no cluster file system
-    # and is not needed for what never changes, or would refuse it because somebody else in this
-    # process has opened it otherwise.
+    # Through a Python file. By name HDF5 would lock the shard, which fails on some cluster file
+    # systems and is not needed for a file that never changes; and it would refuse a shard that
+    # other code of this process has opened with other settings.
     with shard_path.open("rb") as shard_file:
         try:
             with h5py.File(shard_file, "r") as hdf5_file:
@@ -90,6 +91,7 @@ def _validate_objects(
     if spec.dtype == "uint8":
         expected_names |= {"scale", "offset"}
     n_objects = hdf5_file.id.get_num_objs()
+    # 16 names at most, because a forged file may declare any number of objects.
     object_names = {
         hdf5_file.id.get_objname_by_idx(index).decode() for index in range(min(n_objects, 16))
     }
@@ -148,6 +150,8 @@ def _require_equal(attribute_name: str, stored_value: object, expected_value: ob
 
 
 def _open_data_set(hdf5_file: h5py.File, data_set_name: str) -> Any:
+    # Links are looked at before they are followed: opening a soft or external one would open what
+    # it points to.
     link_type = hdf5_file.id.links.get_info(data_set_name.encode()).type
     if link_type != h5py.h5l.TYPE_HARD:
         raise ShardCorrupt(
@@ -194,6 +198,8 @@ def _contiguous_start(
             f"{data_set_name!r} lies at bytes {data_offset} to {data_offset + expected_bytes} of a "
             f"file of {file_bytes} (truncated, or forged)"
         )
+    # The features are mapped as an array of their dtype, which must be aligned; texts may lie
+    # anywhere.
     if data_offset % min(expected_dtype.itemsize, 8) and data_set_name == "features":
         raise ShardCorrupt(
             f"{data_set_name!r} starts at byte {data_offset}, which is no multiple of its item size"
@@ -256,6 +262,7 @@ def _validate_compressed(
         if tuple(chunk_shape[1:]) == expected_shape[1:]
         else -1
     )
+    # HDF5 reads a chunk that is not stored as zeros, without an error.
     if data_set.get_num_chunks() != expected_chunks:
         raise ShardCorrupt(
             f"'features' has {data_set.get_num_chunks()} stored chunks, expected {expected_chunks}"
@@ -273,11 +280,8 @@ def _text_attribute(parent: h5py.HLObject, attribute_name: str) -> str:
     stored_type = _open_attribute(parent, attribute_name).get_type()
     if stored_type.get_class() != h5py.h5t.STRING or stored_type.is_variable_str():
         raise ShardCorrupt(f"attribute {attribute_name!r} is not fixed-length text")
-    return str(
-        parent.attrs[attribute_name].decode()
-        if isinstance(parent.attrs[attribute_name], bytes)
-        else parent.attrs[attribute_name]
-    )
+    value = parent.attrs[attribute_name]
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _number_attribute(parent: h5py.HLObject, attribute_name: str) -> Any:

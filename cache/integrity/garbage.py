@@ -26,12 +26,11 @@ class Garbage:
 
     feature_sets: tuple[Path, ...]
     temporaries: tuple[Path, ...]
-    # Feature sets whose removal, or whose making, was interrupted
-    trash: tuple[Path, ...]
+    trash: tuple[Path, ...]  # feature sets whose removal or creation was interrupted
     bytes: int
 
     def remove(self) -> None:
-        """Remove all of it."""
+        """Remove all of these files and directories."""
         for path in self.temporaries:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -78,10 +77,10 @@ def find_garbage(
 
 
 def remove_temporaries(*paths: Path) -> None:
-    """Remove what killed writers of these very files (or directories) left beside them: nobody has
-    written to it for an hour.
+    """Remove the temporary files of killed writers of just these files or directories.
 
-    For paths that a user types, of whose folder nothing else is ours.
+    A temporary file counts as abandoned when nobody has written to it for STALE_S. Used for paths
+    that a user gives: other files of the same folder are the user's, and not looked at.
     """
     for path in paths:
         temporary_name = re.compile(
@@ -89,7 +88,7 @@ def remove_temporaries(*paths: Path) -> None:
         )
         for temporary in path.parent.glob(f".*{PARTIAL_SUFFIX}"):
             if temporary_name.fullmatch(temporary.name) and _is_stale(temporary):
-                # its folder is not ours to write in: then it stays
+                # Without permission to write in the folder it stays.
                 with contextlib.suppress(OSError):
                     shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
@@ -97,14 +96,13 @@ def remove_temporaries(*paths: Path) -> None:
 def _is_stale(path: Path) -> bool:
     try:
         latest = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
-    # Its writer has finished
-    except FileNotFoundError:
+    except FileNotFoundError:  # its writer has finished
         return False
     return time.time() - latest >= STALE_S
 
 
 def remove_feature_set(directory: Path) -> None:
-    """Remove a feature set: first by a rename, so that it disappears at once, then file by file.
+    """Remove a feature set.
 
     Raises CacheError when the directory is neither a feature set nor an unfinished one; nothing
     else is ever deleted.
@@ -114,32 +112,32 @@ def remove_feature_set(directory: Path) -> None:
             f"{directory} is not a feature set; nothing was removed. `headrace cache ls --cache "
             "CACHE` lists those of a cache"
         )
-    # Renamed first: readers that open the set meanwhile find it complete or not at all, and a
-    # removal that is killed leaves only files that the next garbage collection takes away.
+    # Renamed before its files are removed: readers that open the set meanwhile find it complete or
+    # not at all, and a removal that is killed leaves only what the next garbage collection removes.
     trash_path = directory.with_name(f"{_TRASH}{directory.name}-{uuid.uuid4().hex[:8]}")
     directory.rename(trash_path)
     remove_trash(trash_path)
 
 
 def interrupted_removals(cache_root: Path) -> dict[Path, str]:
-    """Return what killed processes left of feature sets being removed, with fingerprints."""
+    """Return {directory: fingerprint} of the feature sets whose removal was killed."""
     trash_paths = sorted((cache_root / FEATURES).glob(f"{_TRASH}*"))
     return {path: path.name.removeprefix(_TRASH).rpartition("-")[0] for path in trash_paths}
 
 
 def remove_trash(trash_path: Path) -> None:
-    """Remove a feature set that has been renamed to go; its spec goes last, so that the tap is
-    known for as long as there is anything.
-    """
+    """Remove a feature set that `remove_feature_set` has renamed."""
     with contextlib.suppress(FileNotFoundError):  # another process removes it too
+        # The spec last: it says which tap the remaining files are of, should this be killed.
         for path in sorted(trash_path.iterdir(), key=lambda path: path.name == SPEC):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         trash_path.rmdir()
 
 
 def _is_unfinished(directory: Path) -> bool:
-    """Return True if a directory holds only what a writer makes before the spec: its temporary file
-    and an empty folder for shards.
+    """Return True if a directory holds only what writers make before the spec.
+
+    That is a temporary file and an empty folder for shards.
     """
     if directory.parent.name != FEATURES or not directory.is_dir():
         return False

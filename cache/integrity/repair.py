@@ -26,16 +26,12 @@ from headrace.cache.spec import FeatureSpec
 class RepairResult:
     """Outcome of a repair, by unit."""
 
-    # Units whose shards are whole and listed
-    intact_units: tuple[str, ...]
+    intact_units: tuple[str, ...]  # their shards are whole, and listed now
     # Those of the intact units that the manifest did not list, or listed with other bytes
     listed_units: tuple[str, ...]
-    # Units whose shards were broken; their samples are extracted by the next run
-    removed_units: tuple[str, ...]
-    # Units that were listed and whose shards are gone
-    missing_units: tuple[str, ...]
-    # Files written again: spec.json, manifest.jsonl
-    rewritten_files: tuple[str, ...]
+    removed_units: tuple[str, ...]  # their shards were broken; the next run extracts them again
+    missing_units: tuple[str, ...]  # listed before, and their shards are gone
+    rewritten_files: tuple[str, ...]  # of spec.json and manifest.jsonl
 
     @property
     def is_nothing(self) -> bool:
@@ -49,9 +45,10 @@ def repair(directory: Path) -> RepairResult:
     """Make a feature set consistent again, with fewer rows if some are broken.
 
     Every shard is read completely. Broken ones are deleted; the manifest and spec.json are written
-    again when they do not agree with the shards. Safe while others read, extract or repair. Raises
-    CacheError when no shard is left that knows the spec; ShardUnreadable, having deleted nothing
-    that might be intact, when the operating system cannot read a shard.
+    again when they do not agree with the shards. Safe while others read, extract or repair.
+
+    Raises CacheError when spec.json is broken and no shard is left that holds its text;
+    ShardUnreadable when the operating system cannot read a shard, which may be intact and stays.
     """
     rewritten_files = []
     try:
@@ -109,14 +106,14 @@ def stale_temporaries(directory: Path, older_than_s: float, now_s: float) -> lis
     """Return temporary files under a directory that nobody has written to for that long."""
     stale_paths = []
     for path in sorted(directory.rglob(f".*{PARTIAL_SUFFIX}")):
-        # Its writer has finished
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # its writer has finished
             if now_s - path.stat().st_mtime >= older_than_s:
                 stale_paths.append(path)
     return stale_paths
 
 
 def _readable_entries(directory: Path) -> tuple[dict[str, ShardEntry], bool]:
+    """Return the entries of the manifest ({} if it is corrupt), and whether it could be read."""
     try:
         return read_manifest(directory), True
     except ManifestCorrupt:
@@ -134,6 +131,7 @@ def _same_bytes(listed_entry: ShardEntry | None, actual_entry: ShardEntry) -> bo
 def _spec_from_shards(directory: Path) -> FeatureSpec:
     """Return the spec stored in an intact shard, if it is the one that names the directory."""
     for shard_file in sorted((directory / SHARDS).glob("*.h5")):
+        # A shard that cannot be read, or is not as it was written, is passed over for the next one.
         with contextlib.suppress(CacheError, OSError, ValueError, KeyError, TypeError):
             _, actual_checksum, header_block = shard_checksum(shard_file)
             if header_block == user_block(actual_checksum):

@@ -42,7 +42,7 @@ class FeatureSetProblem:
 
 
 def verify_bytes(directory: Path) -> list[FeatureSetProblem]:
-    """Read every byte of a feature set, verified before or not; return no problems as []."""
+    """Read every byte of a feature set, also of shards verified before, and return its problems."""
     try:
         spec = read_spec(directory)
     except (ManifestCorrupt, SpecMismatch) as error:
@@ -54,7 +54,7 @@ def verify_bytes(directory: Path) -> list[FeatureSetProblem]:
             FeatureSetProblem("manifest", directory / "manifest.jsonl", str(error)),
             *_find_leftovers(directory, None),
         ]
-    # reading and hashing release the interpreter
+    # Threads, because reading and hashing release the interpreter lock.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         shard_problems = pool.map(
             lambda entry: _find_shard_problem(directory, spec, entry), entries.values()
@@ -79,7 +79,10 @@ def _find_shard_problem(
 
 
 def _find_leftovers(directory: Path, listed_units: set[str] | None) -> Iterator[FeatureSetProblem]:
-    """Yield temporary files, and shards on no line (listed_units None: unreadable manifest)."""
+    """Yield temporary files and shards that the manifest does not list.
+
+    listed_units: None if the manifest is unreadable; then only temporary files.
+    """
     for path in sorted(directory.rglob(f".*{PARTIAL_SUFFIX}")):
         yield FeatureSetProblem(
             "temporary", path, f"{path}: left by a writer that died, or still being written"
@@ -96,22 +99,20 @@ def _find_leftovers(directory: Path, listed_units: set[str] | None) -> Iterator[
 
 @dataclass(frozen=True)
 class SourceProblem:
-    """Image that differs from the one whose features are stored.
-
-    is_harmless: it is none of the data set's, as where data sets share a cache.
-    """
+    """Image that differs from the one whose features are stored."""
 
     id: str
     message: str
+    # True if the data set has no image of this id: another data set may share the cache
     is_harmless: bool = False
 
 
 def verify_sources(
     feature_set: FeatureSet, current_hashes: Mapping[str, str | None]
 ) -> list[SourceProblem]:
-    """Compare the images of today with those whose features (or failures) are stored, by sample id.
+    """Compare today's images with those whose features (or failures) are stored, by sample id.
 
-    current_hashes: {sample id: content hash that its image has now, None where it cannot be read}.
+    current_hashes: {sample id: content hash of its image now, None if it cannot be read}.
 
     In the feature set an id may stand for several images: one that was extracted, changed and
     extracted again is stored under both hashes and is no problem; nor is a new image. Images of
@@ -173,8 +174,8 @@ def verify_recompute(
 ) -> RecomputeResult:
     """Compute n_rows random rows again and compare them with the stored ones.
 
-    recompute: function of ids and content hashes that returns features (n, *shape).
-    candidate_rows: rows whose images still exist; None: all.
+    recompute: function of n ids and n content hashes that returns features (n, *shape).
+    candidate_rows: positions of rows whose images still exist; None: all.
 
     The tolerance is half a unit in the last place of the largest value (uint8: the largest error
     measured when it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the rows.
@@ -191,12 +192,13 @@ def verify_recompute(
     recomputed_rows = recompute(
         sample_ids, [value.decode() for value in content_hashes[row_positions].tolist()]
     )
-    # A NaN is further off than any number.
+    # A NaN counts as an infinite difference; in a comparison it would be smaller than any
+    # tolerance.
     row_differences = np.nan_to_num(
         np.abs(recomputed_rows.reshape(stored_rows.shape) - stored_rows), nan=np.inf
     ).max(axis=1, initial=0)
     root_mean_square = float(np.sqrt(np.mean(stored_rows**2))) if stored_rows.size else 0.0
-    root_mean_square = root_mean_square or 1.0
+    root_mean_square = root_mean_square or 1.0  # no rows, or zeros: differences stay absolute
     quantization_error = max(
         _HALF_ULP[feature_set.spec.dtype] * float(np.abs(stored_rows).max(initial=0)),
         feature_set.quantization_error.largest,

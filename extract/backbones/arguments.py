@@ -1,4 +1,4 @@
-"""Arguments of a library's builder of networks, the mapping `model` of a recipe's backbone."""
+"""Arguments with which a library builds a network: `model` of a recipe's backbone."""
 
 import contextlib
 import json
@@ -7,9 +7,9 @@ from typing import Any
 
 from headrace.extract.errors import BackboneError
 
-# They choose weights, files, code or another output, which `weights`, `taps` and the name do; a
-# model that was sent must not choose any of them by an argument.
-_NOT_OF_THE_NETWORK = {
+# Arguments that choose weights, files, code or another output. `weights`, `taps` and the name
+# choose those, and an argument in a stranger's model file must not.
+_FORBIDDEN_ARGUMENTS = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
     *("pretrained_model_args", "pretrained_image", "pretrained_image_path", "checkpoint_path"),
     *("weights", "weights_backbone", "cache_dir", "progress", "features_only", "feature_cfg"),
@@ -23,17 +23,17 @@ _NOT_OF_THE_NETWORK = {
 
 @contextlib.contextmanager
 def building(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Within it a library builds the network `name` with these arguments.
+    """Explain errors of the code within it, which builds the network `name` with these arguments.
 
-    Raises BackboneError for arguments that are not the network's, and where the builder does not
-    take them.
+    Raises BackboneError for arguments that choose anything but the network, and for those that its
+    builder does not take.
     """
     if name.startswith("onnx:") and arguments:
         raise BackboneError(f"{name}: an ONNX file is built already; leave `model` out")
     refused = sorted(
         argument
         for argument in arguments
-        if argument in _NOT_OF_THE_NETWORK or argument.startswith("_")
+        if argument in _FORBIDDEN_ARGUMENTS or argument.startswith("_")
     )
     if refused and not name.startswith("python:"):
         raise BackboneError(
@@ -52,8 +52,10 @@ def building(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
 
 
 def with_layers_of_timm(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with the class of timm.layers where one names its MLP, as in
-    mlp_layer: SwiGLUPacked. Raises BackboneError.
+    """Return the arguments of a network of timm with `mlp_layer` as a class: a recipe names it
+    (`mlp_layer: SwiGLUPacked`).
+
+    Raises BackboneError for a name that is no layer of timm.layers.
     """
     resolved = dict(arguments)
     if isinstance(layer_name := resolved.get("mlp_layer"), str):

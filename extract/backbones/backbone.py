@@ -1,4 +1,4 @@
-"""Backbones: frozen pretrained networks with their preprocessing, of a library or a function."""
+"""Backbones: frozen pretrained networks with their preprocessing, from a library or a function."""
 
 import contextlib
 import dataclasses
@@ -45,29 +45,33 @@ class Backbone:
     spec: BackboneSpec
     module: nn.Module
     preprocessing: Preprocessing
-    weights: str  # digest, as FeatureSpec.weights
-    left_out: LeftOut = NOTHING_LEFT_OUT  # of the weights file and the network
+    weights: str  # digest, as in FeatureSpec.weights
+    left_out: LeftOut = NOTHING_LEFT_OUT  # tensors of the weights file and the network
 
 
 def load_backbone(spec: BackboneSpec) -> Backbone:
-    """Build the network, load its weights and freeze it; the same object for the same spec and file
-    within a process.
+    """Build the network, load its weights and freeze it.
 
-    Raises BackboneError: unknown names with the nearest ones, weights that do not fit, a tag that
-    cannot be downloaded.
+    Within a process, the same spec and weights file give the same object.
+
+    Raises BackboneError for unknown names, naming the nearest ones, for weights that do not fit,
+    and for a tag that cannot be downloaded.
     """
     check_spec(spec)
     return _load_cached(spec, weights_stamp(spec))
 
 
 def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
-    """Return the network without its weights, in evaluation mode; shapes alone where possible."""
+    """Return the network without its weights, in evaluation mode, and its preprocessing.
+
+    Its tensors are on the meta device, without values, if it can be built so.
+    """
     tag = spec.weights if _is_tag(spec) else None
     try:
         with torch.device("meta"):
             module, preprocessing = library.build_network(spec.name, tag, spec.model_arguments)
     except (NotImplementedError, RuntimeError):
-        # some networks compute with numbers while they are built
+        # Some networks compute with values while they are built.
         module, preprocessing = library.build_network(spec.name, tag, spec.model_arguments)
     _adapt_to_bands(module, preprocessing, spec)
     _apply_image_size(module, preprocessing, spec)
@@ -81,8 +85,9 @@ def _adapt_to_bands(module: nn.Module, preprocessing: Preprocessing, spec: Backb
 
 
 def build_at_size(spec: BackboneSpec) -> nn.Module:
-    """The network at the spec's input size, with its arguments and any weights: what a state dict
-    of a network that was made from this spec fits.
+    """Return the network of a spec, at its input size, into which a state dict of it can be loaded.
+
+    Its weights are arbitrary.
     """
     module, preprocessing = library.build_network(spec.name, None, spec.model_arguments)
     _adapt_to_bands(module, preprocessing, spec)
@@ -91,13 +96,13 @@ def build_at_size(spec: BackboneSpec) -> nn.Module:
 
 
 def _apply_image_size(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
-    """Give the network the spec's input size where that is not the weights' own."""
+    """Give the network the spec's input size if its weights have another."""
     if spec.image_size is not None and spec.image_size != preprocessing.crop[0]:
         library.set_input_size(module, spec.name, spec.image_size)
 
 
 def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
-    """The weights' own preprocessing with the spec's values in place of its own."""
+    """Return the preprocessing of the weights with the values that the spec gives instead."""
     resize, crop = preprocessing.resize, preprocessing.crop
     if spec.image_size is not None or spec.crop_fraction is not None:
         fraction = spec.crop_fraction if spec.crop_fraction is not None else crop[0] / resize[0]
@@ -109,7 +114,7 @@ def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> 
         if size < 1:
             raise BackboneError(f"{spec.name}: image_size is {size}; expected at least 1")
         crop = (size, size)
-        # timm floors; the small addition keeps 224 / (224 / 256) at 256 instead of 255.99999
+        # timm rounds down; 1e-6 keeps 224 / (224 / 256), computed as 255.99999, at 256.
         edge = int(size / fraction + 1e-6)
         resize = (edge, edge)
         check_sizes(spec.name, crop, resize)
@@ -141,7 +146,9 @@ def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> 
 
 
 def _for_channels(values: tuple[float, ...], n_channels: int) -> tuple[float, ...]:
-    """Return a normalisation for so many channels: its mean where they differ, as timm does."""
+    """Return a mean or std for n_channels: for another number of channels its average, as timm
+    does it.
+    """
     if len(values) == n_channels:
         return values
     return (sum(values) / len(values),) * n_channels
@@ -163,7 +170,7 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         with _in_memory(spec.name):
             module, preprocessing = _build_seeded(spec)
     elif spec.weights is not None and is_weights_file(spec.weights):
-        # The file is read first: a wrong path should not wait for the network to be built.
+        # Before the network is built, which takes seconds: a wrong path fails at once.
         tensors = read_weights(weights_path(spec.weights))
         with library.limit_parameters_to_file(tensors, spec.name):
             module, preprocessing = library.build_network(spec.name, None, arguments)
@@ -187,14 +194,14 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
                 spec.name, spec.weights, arguments
             )
     _adapt_to_bands(module, preprocessing, spec)
-    # Before anything is resampled, which other machines may round otherwise; the size is in the
-    # preprocessing's fingerprint.
+    # The digest before position embeddings are resampled to another image size, which other
+    # machines may round differently; the size is in the preprocessing.
     digest = weights_digest(module)
     _apply_image_size(module, preprocessing, spec)
     module.eval().requires_grad_(False)
-    # Of a library's network the weights and the name say everything; of the user's own, its code
-    # may have changed, and of one from a hub or a folder, its configuration. Arguments and prefix
-    # tokens can change what the same tensors give.
+    # Name and weights identify a library's network. The code of the user's own may have changed, or
+    # the configuration of one from a hub or a folder; arguments and prefix tokens can change the
+    # output for the same tensors. All of these enter the digest.
     configuration_text = (
         _module_source(spec.name) if spec.name.startswith("python:") else _configuration(module)
     )
@@ -207,15 +214,13 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
 
 
 def _describe(spec: BackboneSpec) -> str:
-    """The network and its weights, as messages name them."""
+    """Return the network and its weights as messages name them."""
     arguments = f", model {spec.model}" if spec.model else ""
     return f"{spec.name}{arguments} with weights {spec.weights or '(default)'}"
 
 
 def _in_memory(name: str) -> contextlib.AbstractContextManager[None]:
-    """Raise BackboneError for a network, of whose size no file says anything, that no process on
-    this machine can hold.
-    """
+    """Limit the parameters of a network without a weights file to what this machine can hold."""
     room = _memory_bytes() // 4  # parameters are float32
     why = f"and the memory of this machine holds {room:,}. Take a smaller network"
     return library.limit_parameters(room, name, why)
@@ -235,7 +240,9 @@ def _fits_unchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _configuration(module: nn.Module) -> str:
-    """Return the configuration of a network of transformers, or of timm's from a hub; else {}."""
+    """Return the configuration of a network of transformers, or of timm from a hub or a folder, as
+    JSON; "" for others.
+    """
     if type(module).__module__.startswith("timm."):
         saved: dict[str, Any] = getattr(module, "pretrained_cfg", {})
         if saved.get("source") not in ("hf-hub", "local-dir"):
@@ -245,9 +252,9 @@ def _configuration(module: nn.Module) -> str:
     if not type(module).__module__.startswith("transformers."):
         return ""
     fields: dict[str, Any] = module.config.to_dict()  # type: ignore[operator, union-attr]
-    # where it was read from, and by which version, is no part of it
-    elsewhere = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    kept = {name: value for name, value in fields.items() if name not in elsewhere}
+    # Fields that say where it was read from, by which version and in which dtype.
+    incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    kept = {name: value for name, value in fields.items() if name not in incidental}
     return json.dumps(kept, sort_keys=True, default=str)
 
 

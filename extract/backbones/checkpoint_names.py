@@ -1,4 +1,4 @@
-"""Names in checkpoints: which tensors of a file are the network's, whatever stands before."""
+"""Names in checkpoints: which tensors of a file are the network's, under whatever prefix."""
 
 import re
 from collections import Counter
@@ -11,11 +11,12 @@ from headrace.extract.errors import BackboneError
 
 # torch.compile, FSDP and activation checkpointing insert these anywhere in a name.
 _INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# blocks.CHUNK.BLOCK, see `without_chunks`.
 _CHUNK = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
 # A prefix under which nearly as many tensors fit as under the best one is another copy of the
 # network, such as DINO's teacher and student.
 _RIVAL_SHARE = 0.9
-# Words of the parts that stand on top of a network while it is trained: nothing below a tap.
+# Words in the names of heads and of other parts that a network has only while it is trained.
 _HEAD_WORDS = {
     *("head", "heads", "fc", "classifier", "proj", "projector", "projection", "predictor"),
     *("decoder", "mask", "logit", "logits", "loss", "criterion", "queue", "prototypes"),
@@ -26,12 +27,15 @@ _HEAD_WORDS = {
 def network_prefix(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], network_description: str
 ) -> str:
-    """The prefix that the network's names follow in a file, such as "module.backbone."; "" where
-    they stand alone, and where nothing fits.
+    """Return the prefix of the network's names in a file, such as "module.backbone.".
 
-    Found by names and shapes. Of a student and its teacher the teacher is taken, which DINO
-    evaluates; copies of equal values are one. Raises BackboneError where other copies fit equally.
+    expected: the network's state dict, with which names and shapes are compared. "" if the names
+    have no prefix, or if no tensor fits. Of a student and its teacher the teacher is taken, which
+    DINO evaluates; copies with equal values count as one.
+
+    Raises BackboneError if several other copies fit.
     """
+    # How many tensors fit after a prefix is removed, for each part of a name as prefix.
     counts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         start = 0
@@ -64,22 +68,28 @@ def network_prefix(
 
 
 def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, in the mapping's own type, without what wrappers put into every name."""
+    """Return the tensors without the parts of names that wrappers of a network insert.
+
+    The wrappers are torch.compile, FSDP, activation checkpointing and DistributedDataParallel.
+    """
     names = list(tensors)
     for inserted in _INSERTED:
         names = [name.replace(inserted, "") for name in names]
     if all(name.startswith("module.") for name in names):  # of DistributedDataParallel
         names = [name.removeprefix("module.") for name in names]
     renamed = dict(zip(names, tensors.values(), strict=True))
+    # If two names became one, the names stay.
     kept = renamed if len(renamed) == len(tensors) else dict(tensors)
+    # In the mapping's own type: a state dict is an OrderedDict.
     return type(tensors)(kept) if isinstance(tensors, dict) else kept
 
 
 def without_chunks(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors under the names of single blocks, where the file's blocks lie in chunks and the
-    network's do not: DINOv2 trains with blocks.2.7 for its eighth block, and timm has blocks.7.
+    """Return the tensors with chunks of blocks removed from their names, if the network has none.
+
+    DINOv2 is trained with blocks.2.7 as its eighth block, which timm calls blocks.7.
     """
     chunked = any(_CHUNK.search(name) for name in tensors)
     if not chunked or any(_CHUNK.search(name) for name in expected):
@@ -89,7 +99,7 @@ def without_chunks(
 
 
 def owner_module(name: str, module_names: Collection[str]) -> str:
-    """Return the innermost module that a tensor of this name lies in; "" is the network."""
+    """Return the name of the innermost module that holds a tensor; "" is the network itself."""
     owner = name.rpartition(".")[0]
     while owner and owner not in module_names:
         owner = owner.rpartition(".")[0]
@@ -97,7 +107,7 @@ def owner_module(name: str, module_names: Collection[str]) -> str:
 
 
 def is_head_name(name: str) -> bool:
-    """Return whether a tensor of the network's own level is named like a head, or for training."""
+    """Return whether the first part of a tensor's name has a word for a head, or for training."""
     first_part = name.partition(".")[0].lower()
     return not _HEAD_WORDS.isdisjoint(word.rstrip("0123456789") for word in first_part.split("_"))
 

@@ -1,4 +1,4 @@
-"""The first convolution of a network, its weights for other numbers of channels as timm's."""
+"""The first convolution of a network, adapted to another number of channels as timm does it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,13 @@ from headrace.extract.errors import BackboneError
 
 
 def adapt_channels(module: nn.Module, name: str, n_channels: int) -> None:
-    """Have the network take images of `n_channels` instead of three.
+    """Change the network so that it takes images of `n_channels` instead of three.
 
-    One channel is given the sum of the weights of red, green and blue; more are given those of red,
-    green, blue, red, … times 3 / n_channels. So the order of the bands matters: the first three
-    should be those that come closest to red, green and blue. Nothing is changed in a network that
-    has as many channels itself. Raises BackboneError for a network that cannot.
+    One channel gets the sum of the weights of red, green and blue; more get those of red, green,
+    blue, red, … times 3 / n_channels. So the order of the bands matters: the first three should be
+    those closest to red, green and blue. A network that takes n_channels already is not changed.
+
+    Raises BackboneError for a network that cannot be adapted.
     """
     convolutions = _first_convolutions(module)
     own_counts = {convolution.in_channels for convolution in convolutions.values()}
@@ -37,7 +38,7 @@ def adapt_channels(module: nn.Module, name: str, n_channels: int) -> None:
         weight = adapt_input_conv(n_channels, convolution.weight.detach())
         convolution.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
         convolution.in_channels = n_channels
-    # models of transformers compare their images with this number
+    # Models of transformers compare the channels of their images with this number.
     for part in (*module.modules(), getattr(module, "config", None)):
         if getattr(part, "num_channels", None) == 3:
             part.num_channels = n_channels  # type: ignore[union-attr]
@@ -51,12 +52,12 @@ def has_channels(module: nn.Module, tensors: Mapping[str, Tensor], n_channels: i
 
 
 def _first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
-    """By name: those that timm declares, else the first that the network has."""
+    """Return {name: convolution} of those that timm declares, else of the network's first one."""
     config: Any = getattr(module, "pretrained_cfg", None)
     declared = config.get("first_conv") if isinstance(config, Mapping) else None
     names = (declared,) if isinstance(declared, str) else tuple(declared or ())
     convolutions = {
         name: part for name, part in module.named_modules() if isinstance(part, nn.Conv2d)
     }
-    found = {name: convolutions[name] for name in names if name in convolutions}
-    return found or dict(list(convolutions.items())[:1])
+    declared_convolutions = {name: convolutions[name] for name in names if name in convolutions}
+    return declared_convolutions or dict(list(convolutions.items())[:1])

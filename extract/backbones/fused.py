@@ -1,5 +1,5 @@
-"""The fast form of a network on a CPU: convolution, batch normalisation and activation in one
-kernel, linear layer and activation in one, and weights laid out as these kernels read them.
+"""The fast form of a network on a CPU: convolution, batch normalization and activation in one
+oneDNN kernel, linear layer and activation in one, with weights in the layout of these kernels.
 
 Measured with EfficientNet-Lite0 at 300 px on one core of an EPYC (Zen 4), images/s in batches of
 16: as the library builds it 6, in channels_last 17, with `keep_freed_memory` 33, fused as well 42.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-# What oneDNN applies to a convolution's output before it leaves the registers: (name, scalars,
+# An operation that oneDNN applies to an output before it leaves the registers: (name, scalars,
 # algorithm).
 _Epilogue = tuple[str, list[float], str]
 _NO_EPILOGUE: _Epilogue = ("none", [], "")
@@ -24,12 +24,12 @@ _NO_EPILOGUE: _Epilogue = ("none", [], "")
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let this process keep freed memory, on glibc.
+    """Let this process keep freed memory instead of giving it back to the system, on glibc.
 
-    By default every large tensor is mapped from the kernel and unmapped after use, and the page
-    faults cost as much as the arithmetic. Memory stays bounded by the largest batch; above 2 GiB it
-    is given back.
+    Memory stays bounded by the largest batch; beyond 2 GiB it is given back.
     """
+    # By default every large tensor is mapped from the kernel and unmapped after use, and the page
+    # faults cost as much as the arithmetic.
     if platform.libc_ver()[0] != "glibc":
         return
     trim_threshold, mmap_max = -1, -4  # from malloc.h
@@ -39,12 +39,12 @@ def keep_freed_memory() -> None:
 
 
 def fuse_layers(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn.Module:
-    """A copy of `module` (evaluation mode, float32, CPU) with the same outputs at the modules named
-    in `tapped`.
+    """Return a fused copy of `module` (evaluation mode, float32, CPU) with the same outputs.
 
-    `image` (1, 3, H, W) is run once to see which layer feeds which normalisation and activation.
-    What was seen can miss a second use of a value, so the caller compares the results
-    and keeps the original if they differ.
+    tapped: names of the modules whose outputs must stay; other outputs may disappear.
+    image: (1, C, H, W), run once to see which layer feeds which normalization and activation. One
+    pass can miss a second use of a value, so the caller must compare the outputs (`outputs_agree`)
+    and keep the original if they differ.
     """
     module = copy.deepcopy(module).to(memory_format=torch.channels_last)
     chains = _find_chains(module, image)
@@ -52,16 +52,16 @@ def fuse_layers(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn
     for conv, norm, activation in chains:
         if names[conv] in tapped:
             continue
-        inner = getattr(norm, "act", None)  # timm's normalisation layers carry their activation
+        inner = getattr(norm, "act", None)  # timm's normalization layers contain their activation
         if inner is not None and not isinstance(inner, nn.Identity):
             epilogue, activation = _epilogue(inner), None
             if epilogue is None:
-                continue  # an activation that the kernel does not have
+                continue  # the kernel does not have this activation
         elif activation is not None and not (norm is not None and names[norm] in tapped):
             epilogue = _epilogue(activation)
         else:
             epilogue, activation = _NO_EPILOGUE, None
-        assert epilogue is not None  # `_find_chains` keeps activations that have one
+        assert epilogue is not None  # `_find_chains` returns only activations that have one
         fused = (
             _FusedLinear(conv, epilogue, activation)
             if isinstance(conv, nn.Linear)
@@ -74,10 +74,11 @@ def fuse_layers(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn
 
 
 def fold_batch_norms(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn.Module:
-    """A copy of `module` (evaluation mode, float32, CPU) whose batch normalisations lie in the
-    weights of the convolutions before them, for any device; `module` itself where there are none.
+    """Return a copy of `module` (evaluation mode, float32, CPU) with batch normalizations folded
+    into the convolutions before them; `module` itself if there are none.
 
-    The arguments are those of `fuse_layers`, and so is the caller's duty to compare.
+    For any device, unlike `fuse_layers`, whose arguments these are; here too the caller must
+    compare the outputs.
     """
     folded = copy.deepcopy(module)
     names = {child: name for name, child in folded.named_modules()}
@@ -98,18 +99,19 @@ def fold_batch_norms(module: nn.Module, tapped: Collection[str], image: Tensor) 
             norm.weight,
             norm.bias,
         )
-        # timm's normalisation layers carry their activation
+        # timm's normalization layers contain their activation, which stays.
         _replace(folded, names[norm], getattr(norm, "act", nn.Identity()))
     return folded.requires_grad_(False) if norms else module
 
 
-# The layers whose weights autocast casts in every pass, and which use them for nothing else.
+# Layers whose weights autocast casts in every pass, and that use them in no other way.
 _CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module`, the weights of its convolutions and linear layers cast once as autocast casts them
-    in every pass: the outputs under autocast are the same, and half of the bytes are read.
+    """Cast the weights of convolutions and linear layers to `dtype`, in place; return the module.
+
+    autocast casts them so in every pass: its outputs stay the same, and half of the bytes are read.
     """
     for child in module.modules():
         if type(child) in _CAST_LAYERS:
@@ -120,25 +122,26 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _find_chains(
     module: nn.Module, image: Tensor
 ) -> list[tuple[nn.Conv2d | nn.Linear, nn.BatchNorm2d | None, nn.Module | None]]:
-    """Each convolution or linear layer that runs once, with the normalisation and the activation
-    that are given its very output.
+    """Return each convolution or linear layer that runs once, with the normalization and the
+    activation, or None, that its output goes through next.
     """
     calls: dict[nn.Module, int] = {}
-    # id of an output tensor -> the module that made it, and how often it had been changed then
+    # {id of an output tensor: (the module that returned it, its count of changes then)}
     made_by: dict[int, tuple[nn.Module, int]] = {}
-    alive: list[Tensor] = []  # so that no id is used twice
-    follower: dict[nn.Module, nn.Module] = {}
+    alive: list[Tensor] = []  # outputs, so that no id is used twice
+    follower: dict[nn.Module, nn.Module] = {}  # {module: the one that takes its output}
 
     def before(child: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and id(args[0]) in made_by:
             maker, version = made_by[id(args[0])]
-            # Networks add the shortcut to the very tensor, as torchvision's ResNets do.
+            # A changed tensor is no longer the output: torchvision's ResNets add the shortcut to it
+            # in place.
             if _n_changes(args[0]) == version:
                 follower.setdefault(maker, child)
 
     def after(child: nn.Module, _args: Any, output: Any) -> None:
         calls[child] = calls.get(child, 0) + 1
-        # an in-place activation returns what it was given
+        # An in-place activation returns its input, which stays that of the layer before.
         if isinstance(output, Tensor) and id(output) not in made_by:
             made_by[id(output)] = child, _n_changes(output)
             alive.append(output)
@@ -148,7 +151,7 @@ def _find_chains(
         if not any(True for _ in child.children()) or isinstance(child, nn.BatchNorm2d):
             handles += [child.register_forward_pre_hook(before), child.register_forward_hook(after)]
     try:
-        with torch.no_grad():  # inference mode counts no changes of a tensor
+        with torch.no_grad():  # not inference mode, in which tensors do not count their changes
             module(image)
     finally:
         for handle in handles:
@@ -166,17 +169,19 @@ def _find_chains(
 
 
 def _n_changes(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place; those of inference mode do not know."""
+    """Return how often a tensor has been changed in place; 0 for tensors of inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Return whether it is PyTorch's own layer, or timm's Conv2dSame: both can be rebuilt."""
+    """Return whether it is PyTorch's own layer, or timm's Conv2dSame: no other class is known to
+    compute just the convolution.
+    """
     return type(layer) in (nn.Conv2d, nn.Linear) or type(layer).__name__ == "Conv2dSame"
 
 
 def _epilogue(activation: nn.Module | None) -> _Epilogue | None:
-    """oneDNN's name of an activation; None when it has none."""
+    """Return oneDNN's operation for an activation; None if it has none."""
     match activation:
         case nn.ReLU6():
             return "hardtanh", [0.0, 6.0], ""
@@ -194,7 +199,7 @@ def _epilogue(activation: nn.Module | None) -> _Epilogue | None:
 
 
 class _FusedConv(nn.Module):
-    """A convolution with its normalisation folded in and its activation in the same kernel."""
+    """A convolution with its normalization folded in and its activation in the same kernel."""
 
     def __init__(
         self,
@@ -213,7 +218,7 @@ class _FusedConv(nn.Module):
             )
         if bias is None:
             bias = torch.zeros(weight.shape[0])
-        # No parameters: the layout of packed ones has no meaning elsewhere.
+        # Tensors, not parameters: once packed, their layout means nothing to other code.
         self.weight = weight.detach().contiguous(memory_format=torch.channels_last)
         self.is_packed = False
         self.bias = bias.detach().contiguous()
@@ -225,8 +230,9 @@ class _FusedConv(nn.Module):
         self.groups = conv.groups
         self.same = type(conv).__name__ == "Conv2dSame" or conv.padding == "same"
         self.padding = [0, 0] if isinstance(conv.padding, str) else list(conv.padding)
-        # Of a depthwise kernel whose padding is odd: zeros before it, so that the padding is the
-        # same on both sides and nothing is copied. The sums are the same, 1.6 times as fast.
+        # A depthwise kernel with a row and column of zeros before it, for odd padding: then the
+        # padding is the same on both sides, and the image is not copied into a padded one. The sums
+        # are the same, 1.6 times as fast.
         self.wider = None
         if self.same and self.groups > 1 and list(conv.dilation) == [1, 1]:
             self.wider = nn.functional.pad(self.weight, (1, 0, 1, 0)).contiguous(
@@ -244,7 +250,8 @@ class _FusedConv(nn.Module):
                 return self._convolve(x, self.wider, padding)
             x, padding = _pad_same(x, total)
         if not self.is_packed and len(x) > 1:
-            # At the first batch, whose shape the layout is chosen for; else every call does it.
+            # Once, at the first batch, for whose shape the layout is chosen; unpacked weights would
+            # be reordered in every call.
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, padding, self.stride, self.dilation, self.groups, list(x.shape)
             )
@@ -261,8 +268,9 @@ class _FusedConv(nn.Module):
 
 
 class _FusedLinear(nn.Module):
-    """A linear layer by oneDNN, its activation applied by the same kernel: on a Zen 4 core 1.13 to
-    1.2 times as fast as PyTorch's own (MKL).
+    """A linear layer of oneDNN with its activation in the same kernel.
+
+    On a Zen 4 core 1.13 to 1.2 times as fast as PyTorch's own (MKL).
     """
 
     def __init__(
@@ -289,7 +297,7 @@ class _FusedLinear(nn.Module):
 
 
 def _same_padding(x: Tensor, kernel: Any, stride: list[int], dilation: list[int]) -> list[int]:
-    """TensorFlow's padding of height and width, both sides together."""
+    """Return TensorFlow's "same" padding of height and width, both sides together, in pixels."""
     return [
         max((-(-size // step) - 1) * step + (edge - 1) * gap + 1 - size, 0)
         for size, edge, step, gap in zip(x.shape[-2:], kernel, stride, dilation, strict=True)
@@ -297,9 +305,8 @@ def _same_padding(x: Tensor, kernel: Any, stride: list[int], dilation: list[int]
 
 
 def _pad_same(x: Tensor, total: list[int]) -> tuple[Tensor, list[int]]:
-    """TensorFlow's padding: the odd pixel comes after.
-
-    Returns (padded, padding left to the kernel).
+    """Return (x, padding for the kernel), x padded here if `total` is odd: TensorFlow puts the odd
+    pixel after the image, which no kernel's padding can do.
     """
     height, width = x.shape[-2:]
     if total[0] % 2 == 0 and total[1] % 2 == 0:
@@ -310,7 +317,7 @@ def _pad_same(x: Tensor, total: list[int]) -> tuple[Tensor, list[int]]:
         dtype=x.dtype,
         memory_format=torch.channels_last,
     )
-    # Only the borders are set to zero; F.pad writes the whole of it twice
+    # Zeros only at the borders; F.pad would fill the whole tensor before it copies the image.
     padded[:, :, :top] = 0
     padded[:, :, top + height :] = 0
     padded[:, :, top : top + height, :left] = 0
@@ -320,9 +327,10 @@ def _pad_same(x: Tensor, total: list[int]) -> tuple[Tensor, list[int]]:
 
 
 class _SkippableActivation(nn.Module):
-    """An activation that is passed over for tensors to which a kernel has already applied it.
+    """An activation that returns tensors to which a kernel has already applied it as they are.
 
-    Networks share one activation module among many places, of which only some follow a convolution.
+    It cannot be replaced by nn.Identity: networks use one activation module at many places, and
+    only some of them follow a fused layer.
     """
 
     def __init__(self, activation: nn.Module) -> None:
@@ -352,7 +360,7 @@ def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def outputs_agree(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    """Return whether two passes agree to floating-point tolerance, each output on its own scale."""
+    """Return whether two lists of outputs agree to 1e-4 of each output's largest value."""
     return all(
         bool((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-6))
         for a, b in zip(ours, theirs, strict=True)
@@ -360,7 +368,7 @@ def outputs_agree(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 def can_fuse() -> bool:
-    """Return whether this PyTorch and machine have the kernel."""
+    """Return whether this PyTorch and machine have the oneDNN kernels."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and all(
         hasattr(torch.ops.mkldnn, name)

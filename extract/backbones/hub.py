@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: one sentence where one cannot be had."""
+"""Models of the Hugging Face hub: messages for those that cannot be downloaded."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,13 @@ from headrace.extract.errors import BackboneError
 
 
 def hub_message(name: str, model_id: str, error: BaseException) -> str | None:
-    """The sentence for a model of the hub that is gated, absent or out of reach; None where `error`
-    says nothing of the kind.
+    """Return the message for a model of the hub that is gated, absent or out of reach.
 
-    Libraries wrap the hub's own exceptions: what they were raised from is looked at too.
+    name: as the user gave it. None if `error` has another cause.
     """
     from huggingface_hub import errors
 
+    # Libraries wrap the hub's own exceptions.
     causes = list(_causes(error))
 
     def is_any(*kinds: type[BaseException]) -> bool:
@@ -48,8 +48,8 @@ def hub_message(name: str, model_id: str, error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and those that it was raised from, or while they were handled."""
-    seen: set[int] = set()
+    """Yield an exception and those from which, or while handling which, it was raised."""
+    seen: set[int] = set()  # ids: a chain of causes may be a circle
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
@@ -58,7 +58,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def require_hub_name(name: str, model_id: str) -> None:
-    """Raise BackboneError for what is no name of the hub."""
+    """Raise BackboneError unless it has the form of a name of the hub, ORG/NAME."""
     from huggingface_hub import errors, try_to_load_from_cache
 
     try:

@@ -1,7 +1,7 @@
 """Image towers of the library `transformers`, from the Hugging Face hub or from a folder.
 
-`transformers:ORG/NAME` is a model of the hub, `transformers:FOLDER` what `save_pretrained` wrote.
-No code that comes with a model is run.
+`transformers:ORG/NAME` is a model of the hub, `transformers:FOLDER` one that `save_pretrained`
+wrote. Code that comes with a model is not run.
 """
 
 import importlib
@@ -29,12 +29,13 @@ def build_transformers(
 
     model_id: a folder that `save_pretrained` wrote, or a model of the hub.
     revision: branch, tag or commit of the hub; None: the newest.
-    arguments: values of its configuration to replace; of a model with text, those of its images.
-    pretrained: with the model's weights; otherwise with random ones.
+    arguments: values that replace those of its configuration (the vision part, if it has one).
+    pretrained: True for the model's weights, False for random ones.
 
-    Returns what weights and network do not have in common too. Raises BackboneError where
-    transformers is not installed, the model cannot be read or downloaded, it has no image tower, or
-    its image processor does what headrace has no word for.
+    The third value lists tensors that only the weights, or only the network, have.
+
+    Raises BackboneError if transformers is not installed, if the model cannot be read or
+    downloaded, if it has no image tower, or if its image processor does what Preprocessing cannot.
     """
     try:
         transformers: Any = importlib.import_module("transformers")
@@ -55,17 +56,13 @@ def build_transformers(
         _replace_values(config, arguments, model_id)
         processor = transformers.AutoImageProcessor.from_pretrained(model_id, **options)
         if pretrained:
+            # float32, because the file's own dtype is often float16, in which a CPU is slow.
             model, loading_report = transformers.AutoModel.from_pretrained(
-                # else the file's own, often a half, in which a CPU is slow
-                model_id,
-                config=config,
-                dtype="float32",
-                output_loading_info=True,
-                **options,
+                model_id, config=config, dtype="float32", output_loading_info=True, **options
             )
         else:
             model = transformers.AutoModel.from_config(config, trust_remote_code=False)
-    except BackboneError:  # it is too large to be built
+    except BackboneError:  # of `limit_parameters`: too large to be built
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BackboneError(_reason(model_id, error)) from error
@@ -78,7 +75,7 @@ def build_transformers(
 
 
 def _replace_values(config: Any, arguments: Mapping[str, Any], model_id: str) -> None:
-    """Replace values of a configuration, or of the one of its images. Raises BackboneError."""
+    """Replace values of a configuration, or of its vision part. Raises BackboneError."""
     config = getattr(config, "vision_config", config)
     fields = config.to_dict()
     for name, value in arguments.items():
@@ -91,8 +88,9 @@ def _replace_values(config: Any, arguments: Mapping[str, Any], model_id: str) ->
 
 
 def _left_out(tower: nn.Module, model: nn.Module, loading_report: Mapping[str, Any]) -> LeftOut:
-    """What the weights and the tower do not have in common, as transformers found it while loading:
-    it gives random values to what the weights lack.
+    """Return the tensors that only the weights or only the tower have, from transformers' report.
+
+    transformers gives random values to tensors that the weights lack.
     """
     tower_prefix = next(
         (f"{name}." for name, child in model.named_children() if child is tower), ""
@@ -110,16 +108,16 @@ def _left_out(tower: nn.Module, model: nn.Module, loading_report: Mapping[str, A
 
 
 def interpolate_positions(module: nn.Module) -> None:
-    """Let the network take images of other sizes than its own: position embeddings are resampled in
-    every forward pass, as transformers does it.
+    """Let the network take images of any size: transformers then resamples its position embeddings
+    in every forward pass.
     """
     if "interpolate_pos_encoding" in inspect.signature(type(module).forward).parameters:
-        # bound to the module, so that a deep copy of the module is bound to the copy
+        # A bound method, which a deep copy of the module binds to the copy; a closure would not be.
         module.forward = types.MethodType(_forward_interpolated, module)
 
 
 def takes_other_sizes(module: nn.Module) -> bool:
-    """Return whether a transformers network cuts patches and resamples its positions."""
+    """Return whether a network of transformers can resample its position embeddings."""
     if not type(module).__module__.startswith("transformers."):
         return False
     embeddings = getattr(module, "embeddings", None)
@@ -131,7 +129,7 @@ def _forward_interpolated(self: nn.Module, pixel_values: Tensor) -> Any:
 
 
 def _image_tower(model: nn.Module, model_id: str) -> nn.Module:
-    """The part of a model that takes pixels, with its prefix tokens declared as timm does it."""
+    """Return the part of a model that takes pixels, with timm's attributes for prefix tokens."""
     tower = getattr(model, "vision_model", None)
     if not isinstance(tower, nn.Module):
         tower = model
@@ -151,7 +149,7 @@ def _image_tower(model: nn.Module, model_id: str) -> nn.Module:
 
 
 def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
-    """The preprocessing that an image processor of transformers describes."""
+    """Return the preprocessing of an image processor of transformers."""
     subject = f"transformers:{model_id}: its image processor"
     fields = processor.to_dict()
     size = _edges(fields.get("size"))
@@ -166,7 +164,7 @@ def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
         edge = size["shortest_edge"]
         crop_size = (edge, edge)
         fraction = fields.get("crop_pct")
-        # ConvNeXT's: below 384 pixels a centre crop, from there on the whole image
+        # ConvNeXT's processor: below 384 pixels a centre crop, from 384 on the whole image.
         if fraction and edge < 384:
             resize, mode = (int(edge / fraction),) * 2, "shortest"
         elif fraction:
@@ -180,7 +178,8 @@ def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
         )
     if fields.get("do_center_crop") and "height" in processor_crop:
         crop_size = (processor_crop["height"], processor_crop["width"])
-    # Of its inputs to ours, which are from 0 to 1: other factors go into mean and deviation.
+    # Its pixels after rescaling, relative to ours, which are from 0 to 1. Factors other than 1 go
+    # into mean and std.
     scale = 255 * (fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1)
     is_normalized = fields.get("do_normalize", True)
     mean = fields["image_mean"] if is_normalized else (0.0, 0.0, 0.0)
@@ -200,14 +199,14 @@ def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
 
 
 def _edges(size: Any) -> dict[str, int]:
-    """A size as an image processor says it: a number, or a mapping of edges."""
+    """Return {edge: pixels} of an image processor's size, which is a number or such a mapping."""
     if isinstance(size, int):
         return {"height": size, "width": size}
     return {str(edge): int(length) for edge, length in dict(size or {}).items() if length}
 
 
 def _reason(model_id: str, error: Exception) -> str:
-    """Return the advice for a model that could not be read."""
+    """Return the message for a model that could not be read."""
     text = " ".join(str(error).split())
     if model_id.startswith(("/", "./", "../", "~")) and not Path(model_id).is_dir():
         return f"transformers:{model_id}: no such folder"

@@ -1,7 +1,4 @@
-"""Builders of networks: torchvision, timm, or a Python function.
-
-Each gives a module and its own preprocessing.
-"""
+"""Networks of the libraries, ONNX files and Python functions, built with their preprocessing."""
 
 import contextlib
 import dataclasses
@@ -32,7 +29,7 @@ from headrace.extract.errors import BackboneError, nearest_names
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import backbone_path, unknown_prefix_message
 
-# libraries retry for most of a minute before they say that there is no network; we ask once
+# For one request: without a network, the libraries retry for most of a minute before they say so.
 _NETWORK_TIMEOUT_S = 4
 _TIMM_SOURCES = ("hf-hub:", "local-dir:")
 
@@ -40,10 +37,12 @@ _TIMM_SOURCES = ("hf-hub:", "local-dir:")
 def build_network(
     name: str, tag: str | None, arguments: Mapping[str, Any] | None = None
 ) -> tuple[nn.Module, Preprocessing]:
-    """The network `name` without pretrained weights, with the preprocessing of `tag` (None: the
-    default tag).
+    """Build the network `name` with random weights, and the preprocessing of a tag's weights.
 
-    arguments: of the library's builder, as BackboneSpec.model_arguments. Raises BackboneError.
+    tag: None for the default one.
+    arguments: of the library's builder, BackboneSpec.model_arguments.
+
+    Raises BackboneError.
     """
     kind, _, rest = name.partition(":")
     arguments = arguments or {}
@@ -66,10 +65,11 @@ def build_network(
 def build_pretrained(
     name: str, tag: str | None, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, Preprocessing, LeftOut]:
-    """The network with the library's weights of that tag, None for the default, and what weights
-    and network do not have in common.
+    """Build the network `name` with the library's weights of a tag (None: the default one).
 
-    Raises BackboneError when offline.
+    The third value lists tensors that only the weights, or only the network, have.
+
+    Raises BackboneError, also if the weights are not on this machine and cannot be downloaded.
     """
     kind, _, rest = name.partition(":")
     if kind in ("onnx", "python"):
@@ -98,12 +98,13 @@ def build_pretrained(
 
 @contextlib.contextmanager
 def limit_parameters(parameters: int, name: str, why: str) -> Iterator[None]:
-    """Within it, building a network ends with BackboneError once it has more parameters than that,
-    before they take memory.
+    """Raise BackboneError when a network built within has more than so many parameters.
 
-    A model that was sent may name any network of a library, and the largest have billions of
-    parameters. A Python function is the caller's own code, or code that the caller has allowed, and
-    may build more than it gives: it is not counted.
+    A stranger's model file may name any network of a library, and the largest have billions of
+    parameters; it is raised before they take memory. Python functions are not limited: they are
+    code that the caller has allowed, and may build more than they return.
+
+    why: the end of the message.
     """
     thread, total = threading.get_ident(), 0
 
@@ -134,18 +135,16 @@ def limit_parameters(parameters: int, name: str, why: str) -> Iterator[None]:
 def limit_parameters_to_file(
     tensors: Mapping[str, Tensor], name: str
 ) -> contextlib.AbstractContextManager[None]:
-    """`limit_parameters` for a network whose tensors these are to be.
-
-    Loosely, for a file of another one has a better message when its names are compared, and
-    position embeddings may be of another image size.
-    """
+    """Limit the parameters of a network to about the size of its weights file."""
+    # Four times as many and 2^24 more: position embeddings may be of another image size, and a file
+    # of another network gets a better message when its names are compared.
     n_values = sum(tensor.numel() for tensor in tensors.values())
     why = f"and its weights file holds {n_values:,} numbers: they are another one's"
     return limit_parameters(4 * n_values + (1 << 24), name, why)
 
 
 def backbone_names() -> list[str]:
-    """Every torchvision classification model and every timm model, sorted, with its prefix."""
+    """Return all classification models of torchvision and models of timm, sorted, with prefixes."""
     import timm
     import torchvision.models
 
@@ -159,7 +158,7 @@ def backbone_names() -> list[str]:
 
 
 def backbone_tags(name: str) -> list[str]:
-    """The pretrained tags of a model, the default one first; empty for Python functions."""
+    """Return the pretrained tags of a torchvision or timm model, the default first; else []."""
     kind, _, rest = name.partition(":")
     if kind == "torchvision":
         enum = _torchvision_weights(rest)
@@ -206,12 +205,12 @@ def _build_torchvision(
     entry = _torchvision_entry(name, tag)
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        # What their pretrained weights were trained with; without `init_weights` torchvision warns
-        # and draws slowly.
+        # transform_input and aux_logits as for their pretrained weights; init_weights, because
+        # torchvision otherwise warns, and draws random weights slowly.
         options = {"init_weights": False, "transform_input": True, "aux_logits": True}
     preprocessing = _preprocessing_of_torchvision(entry.transforms())
     if name.startswith("vit_"):
-        # their position embedding has the size of the weights' input
+        # Their position embedding is built for one image size: that of the weights.
         options["image_size"] = preprocessing.crop[0]
     options |= arguments
     module = torchvision.models.get_model(name, weights=None, **options)
@@ -251,9 +250,9 @@ def _preprocessing_of_torchvision(transforms: Any) -> Preprocessing:
 def _create_timm(
     full: str, name: str, arguments: Mapping[str, Any], *, pretrained: bool
 ) -> tuple[nn.Module, Preprocessing]:
-    """Build a network of timm, of the hub, or of a folder, at the input size of its arguments.
+    """Build a network of timm, of the hub or of a folder, at the input size of its arguments.
 
-    Raises BackboneError.
+    full: timm's name, with tag or source. name: as the user gave it. Raises BackboneError.
     """
     import timm
 
@@ -275,7 +274,7 @@ def _create_timm(
 
 
 def _resized(preprocessing: Preprocessing, size: object) -> Preprocessing:
-    """The preprocessing at the input size that the network was built with, where it was given."""
+    """Return the preprocessing at the input size that an argument gives, with the same crop."""
     if not isinstance(size, int):
         return preprocessing
     edge = math.floor(size * preprocessing.resize[0] / preprocessing.crop[0] + 1e-6)
@@ -320,7 +319,7 @@ def _timm_pretrained(
     from huggingface_hub import constants, errors, try_to_load_from_cache
 
     if "num_classes" in arguments:
-        # timm would load the rest without comparing names, and leave out in silence what differs
+        # timm would then load weights without comparing names, and leave out others unnoticed.
         raise BackboneError(
             f"timm:{name}: model: num_classes changes the head alone, and taps lie below it; leave "
             "it out"
@@ -354,9 +353,11 @@ def _timm_pretrained(
 
 
 def set_input_size(module: nn.Module, name: str, size: int) -> None:
-    """Give a network whose input has a fixed size, as most transformers' has, another one: its
-    position embeddings, or relative position tables, are resampled as timm or torchvision does it.
-    Other networks are left as they are. Raises BackboneError.
+    """Give a network a new input size, in place, by resampling its position embeddings or tables.
+
+    Each library's own function does it. Networks that take any size are not changed.
+
+    size: pixels of each edge. Raises BackboneError for a size that the network cannot take.
     """
     if isinstance(module, OnnxNetwork):
         module.require_size(size, name)
@@ -379,7 +380,7 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
         )
     try:
         if resample is not None:  # timm's vision transformers, Swin, BEiT, MaxViT and others
-            with warnings.catch_warnings():  # of timm's, on the memory layout of its own tables
+            with warnings.catch_warnings():  # timm's, about the memory layout of its own tables
                 warnings.simplefilter("ignore", UserWarning)
                 resample(img_size=(size, size))
         elif type(module).__module__ == "torchvision.models.vision_transformer":
@@ -453,7 +454,7 @@ def _build_python(path: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, P
 
 
 def import_network_function(path: str) -> Callable[..., Any]:
-    """The object that "module:function" names. Raises BackboneError saying which half is wrong."""
+    """Import the function "module:function". Raises BackboneError saying which half is wrong."""
     module_name, _, function_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -469,7 +470,7 @@ def import_network_function(path: str) -> Callable[..., Any]:
 
 
 def _require_hub(name: str, model_id: str) -> None:
-    """Raise BackboneError at once for a model of the hub that is neither here nor to be had."""
+    """Raise BackboneError for a model of the hub that is not on this machine without a network."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if backbone_path(name) is not None:
@@ -485,7 +486,7 @@ def _require_hub(name: str, model_id: str) -> None:
 
 
 def _require_network(name: str, tag: str, url: str, target: str) -> None:
-    """Raise BackboneError at once where the library would retry for most of a minute."""
+    """Raise BackboneError if `target`, the downloaded file, is absent and `url` is out of reach."""
     from pathlib import Path
 
     if target and Path(target).is_file():
@@ -496,7 +497,7 @@ def _require_network(name: str, tag: str, url: str, target: str) -> None:
         ):
             return
     except urllib.error.HTTPError:
-        return  # a server answered, so there is a network; the library will say what is wrong
+        return  # a server answered, so there is a network; the library says what is wrong
     except (OSError, ValueError) as error:
         raise BackboneError(_offline_message(name, tag, url, target, str(error))) from error
 

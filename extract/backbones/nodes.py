@@ -1,8 +1,8 @@
 """The nodes of a network: all modules that could be tapped, in running order, with shape and cost.
 
-Found by running the network once on shapes alone (PyTorch's meta device), not by tracing its code,
-so that any module works.
-Legend: N images, C channels, H x W positions, T tokens.
+They are found by running the network once on PyTorch's meta device, which computes only shapes, not
+by tracing its code, so any module works.
+N images, C channels, H x W positions, T tokens.
 """
 
 import copy
@@ -20,13 +20,13 @@ from headrace.extract.errors import BackboneError, nearest_names
 
 Layout = Literal["NCHW", "NHWC", "NTC", "NC"]
 
-# Names for two values that are no module's output everywhere: what the last linear layer is given,
-# and what comes out.
+# Names of two nodes that every network has, whatever its modules are called: the input of the last
+# linear layer, and the network's output.
 PRE_LOGITS = "pre_logits"
 LOGITS = "logits"
 
-# Parameters of tokens that stand before the patches, as timm, torchvision, transformers, open_clip,
-# DINO, DINOv2 and DINOv3 call them
+# {parameter: kind of token before the patches}, with the names of timm, torchvision, transformers,
+# open_clip, DINO, DINOv2 and DINOv3.
 _TOKEN_KINDS = {
     "cls_token": "class",
     "class_token": "class",
@@ -49,11 +49,10 @@ class Node:
     module: str  # the module to hook; "" is the network itself
     layout: Layout
     shape: tuple[int, ...]  # of one image, without N
-    # NTC: class and register tokens before the patch tokens; None: nothing explains their count
+    # NTC: count of class and register tokens before the patch tokens; None if it is not known.
     prefix: int | None
-    has_class_token: bool  # NTC: the first of them is a class token
-    # share of the whole forward's multiply-adds that is spent once this output exists, 0 to 1
-    cost: float
+    has_class_token: bool  # NTC: whether the first of them is a class token
+    cost: float  # share of the forward pass's multiply-adds up to this output, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,11 @@ class Nodes:
     """All nodes of a network at one input size, in running order."""
 
     nodes: tuple[Node, ...]
-    # modules that run more than once per forward, and so name no single output
-    repeated: frozenset[str]
-    multiply_adds: int  # of one image's whole forward
+    repeated: frozenset[str]  # modules that run several times in a pass, so have no single output
+    multiply_adds: int  # of one image's whole forward pass
 
     def __getitem__(self, name: str) -> Node:
-        """The node of that name. Raises BackboneError, with the nearest ones."""
+        """Return the node of that name. Raises BackboneError naming the nearest ones."""
         for node in self.nodes:
             if node.name == name:
                 return node
@@ -84,12 +82,13 @@ class PrefixTokens:
     """The tokens that a network puts before those of its patches."""
 
     count: int
-    has_class_token: bool = True  # the first of them, where there is any
-    n_patches: int | None = None  # where the network says it
+    has_class_token: bool = True  # the first of them, if there are any
+    n_patches: int | None = None  # None if the network does not say it
 
     def before_patches(self, n_tokens: int) -> int | None:
-        """Return how many of `n_tokens` stand before the patches; None where `count` does not
-        explain them: neither they nor those beyond it are the positions of a map.
+        """Return how many of `n_tokens` are prefix tokens: `count`, or 0 for a node without them.
+
+        None if the rest is neither `n_patches` nor the positions of a square map.
         """
         for n_before in (self.count, 0):
             n_others = n_tokens - n_before
@@ -99,13 +98,14 @@ class PrefixTokens:
 
 
 def declared_tokens(module: nn.Module) -> PrefixTokens:
-    """The tokens before the patches that a network declares: timm says num_prefix_tokens, others
-    have a parameter for each kind of token.
+    """Return the prefix tokens that a network declares: timm's have num_prefix_tokens, others a
+    parameter for each kind of token.
     """
     sizes: dict[str, int] = {}
     for name, parameter in module.named_parameters():
         kind = _TOKEN_KINDS.get(name.rpartition(".")[2])
-        # (1, tokens, C), (tokens, C) or (C,); a decoder's own, deeper inside, come later
+        # (1, tokens, C), (tokens, C) or (C,). The first of each kind: those of a decoder come
+        # later.
         if kind is not None and kind not in sizes:
             sizes[kind] = parameter.shape[-2] if parameter.ndim > 1 else 1
     has_class_token = getattr(module, "has_class_token", None)
@@ -129,15 +129,17 @@ def find_nodes(
     network_name: str,
     prefix_tokens: int | None = None,
 ) -> Nodes:
-    """Run `module` on the shapes of two images (H, W, C).
+    """Return the nodes of a network for images of `image_shape` (H, W, C).
 
-    prefix_tokens: class, register and distillation tokens before the patches; None: as many as the
-    network declares. Raises BackboneError when the network does not take that image size.
+    prefix_tokens: count of class, register and distillation tokens before the patches; None: as
+    many as the network declares.
+
+    Raises BackboneError when the network does not take that image size.
     """
     tokens = declared_tokens(module) if prefix_tokens is None else PrefixTokens(prefix_tokens)
     try:
         return _run_with_hooks(_shapes_only(module), image_shape, torch.device("meta"), tokens)
-    except Exception:  # noqa: BLE001 - some networks compute with values of their own; what is wrong shows on real numbers
+    except Exception:  # noqa: BLE001 - networks that compute with values need real ones: see below
         pass
     device = next(module.parameters(), torch.empty(0)).device
     try:
@@ -152,7 +154,7 @@ def find_nodes(
 
 
 class _CountMultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up PyTorch's own formulas for matrix products, convolutions and attention."""
+    """Sums the operations of matrix products, convolutions and attention, by PyTorch's formulas."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -167,11 +169,11 @@ class _CountMultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _shapes_only(module: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers have shapes and no values.
+    """Return a copy whose parameters and buffers have shapes and no values (meta device).
 
-    A copy, as networks may keep what they compute.
+    A copy, because networks may keep values that they compute in a pass.
     """
-    memo: dict[int, Any] = {}  # what deepcopy takes for a tensor instead of copying it
+    memo: dict[int, Any] = {}  # {id of a tensor: its copy}, which deepcopy takes instead of copying
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(
             torch.empty_like(parameter, device="meta"), requires_grad=False
@@ -182,12 +184,12 @@ def _shapes_only(module: nn.Module) -> nn.Module:
 
 
 class _Captured(NamedTuple):
-    """A value that a pass has made: a possible node."""
+    """A value of a forward pass that may become a node."""
 
     name: str
-    module: str  # that it is the output of, or, of PRE_LOGITS, the input
+    module: str  # whose output it is, or, for PRE_LOGITS, its input
     shape: tuple[int, ...]  # with N
-    flops: int  # of the pass until then
+    flops: int  # of the pass up to here
 
 
 def _run_with_hooks(
@@ -196,13 +198,52 @@ def _run_with_hooks(
     device: torch.device,
     tokens: "PrefixTokens",
 ) -> Nodes:
+    captured_outputs, linear_inputs, call_counts, total_flops = _capture(
+        module, image_shape, device
+    )
+    shape_of_name = {output.name: output.shape for output in reversed(captured_outputs)}
+    logits_shape = captured_outputs[-1].shape
+    for linear_input in reversed(linear_inputs):
+        linear_name = linear_input.module
+        # The last linear layer gives the logits: after it comes at most its own bias.
+        if (
+            len(linear_input.shape) == 2
+            and call_counts.get(linear_name) == 1
+            and shape_of_name[linear_name] == logits_shape
+        ):
+            logits_index = [output.name for output in captured_outputs].index(linear_name)
+            captured_outputs.insert(logits_index, linear_input)
+            break
+    repeated = frozenset(name for name, count in call_counts.items() if count > 1)
+    nodes = []
+    for name, module_name, shape, flops_so_far in captured_outputs:
+        layout = _tensor_layout(shape)
+        if module_name in repeated or layout is None:
+            continue
+        n_prefix_tokens = tokens.before_patches(shape[1]) if layout == "NTC" else 0
+        has_class_token = layout == "NTC" and bool(n_prefix_tokens) and tokens.has_class_token
+        cost = flops_so_far / max(total_flops, 1)
+        nodes.append(
+            Node(name, module_name, layout, shape[1:], n_prefix_tokens, has_class_token, cost)
+        )
+    # A multiply-add is two operations.
+    return Nodes(tuple(nodes), repeated, total_flops // 2 // _BATCH)
+
+
+def _capture(
+    module: nn.Module, image_shape: tuple[int, int, int], device: torch.device
+) -> tuple[list[_Captured], list[_Captured], dict[str, int], int]:
+    """Run a batch of zeros; return the outputs of modules, the inputs of linear layers, the calls
+    of each module, and the operations of the whole pass.
+    """
     captured_outputs: list[_Captured] = []
     linear_inputs: list[_Captured] = []
     call_counts: dict[str, int] = {}
     handles = []
-    # An ONNX graph gives its last value in one pass with the others where that one has a hook.
+    # The module to hook for the network's output: that of an ONNX graph has one of its own, so that
+    # one pass gives it together with other nodes.
     output_module = getattr(module, "output_module", "")
-    # Not inference_mode: there convolutions arrive whole, under names that have no formula
+    # Not inference_mode, in which convolutions are dispatched under names that have no formula.
     with torch.no_grad(), _CountMultiplyAdds() as counter:
 
         def after(name: str) -> Callable[..., None]:
@@ -239,61 +280,22 @@ def _run_with_hooks(
         finally:
             for handle in handles:
                 handle.remove()
-    last_linear = next(
-        (
-            linear_input
-            for linear_input in reversed(linear_inputs)
-            if len(linear_input.shape) == 2
-            and call_counts.get(linear_input.module) == 1
-            and _gives_the_logits(linear_input.module, captured_outputs)
-        ),
-        None,
-    )
-    if last_linear is not None:
-        logits_index = [output.name for output in captured_outputs].index(last_linear.module)
-        captured_outputs.insert(logits_index, last_linear)
-    total_flops = max(counter.flops, 1)
-    repeated = frozenset(name for name, count in call_counts.items() if count > 1)
-    nodes = []
-    for name, module_name, shape, flops_so_far in captured_outputs:
-        layout = _tensor_layout(shape)
-        if module_name in repeated or layout is None:
-            continue
-        n_prefix_tokens = tokens.before_patches(shape[1]) if layout == "NTC" else 0
-        has_class_token = layout == "NTC" and bool(n_prefix_tokens) and tokens.has_class_token
-        nodes.append(
-            Node(
-                name,
-                module_name,
-                layout,
-                shape[1:],
-                n_prefix_tokens,
-                has_class_token,
-                flops_so_far / total_flops,
-            )
-        )
-    return Nodes(tuple(nodes), repeated, counter.flops // 2 // _BATCH)
-
-
-def _gives_the_logits(linear_name: str, captured_outputs: list[_Captured]) -> bool:
-    """Return whether a linear layer gives the logits: after it came at most its own bias."""
-    shape_of_name = {output.name: output.shape for output in reversed(captured_outputs)}
-    return shape_of_name[linear_name] == captured_outputs[-1].shape
+    return captured_outputs, linear_inputs, call_counts, counter.flops
 
 
 def _tensor_layout(shape: tuple[int, ...]) -> Layout | None:
     if not shape or shape[0] != _BATCH or 0 in shape:
         return None
     if len(shape) == 4:
-        # Inputs are near square, so the two positions are the pair of axes that agree; channels
-        # first when in doubt.
+        # Images are nearly square, so height and width are the two axes that are equal; channels
+        # first if that does not decide.
         _, a, b, c = shape
         return "NHWC" if a == b and b != c else "NCHW"
     return {3: "NTC", 2: "NC"}.get(len(shape))  # type: ignore[return-value]
 
 
 def output_tensor(output: Any) -> Any:
-    """Return a module's output, or its first: layers of transformers give a tuple."""
+    """Return a module's output, or the first of a tuple: layers of transformers return tuples."""
     return output[0] if type(output) is tuple and output else output
 
 

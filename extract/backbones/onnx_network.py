@@ -1,7 +1,6 @@
 """ONNX files as backbones: `onnx:FILE`, run by onnxruntime, with its inner values as taps.
 
-A file holds no Python code and no way back for gradients: such a backbone is frozen for ever, and
-fine-tuning it is refused.
+onnxruntime computes no gradients here, so fine-tuning such a backbone is refused.
 """
 
 import copy
@@ -18,50 +17,49 @@ from headrace.extract.errors import BackboneError
 from headrace.extract.images.preprocessing import Preprocessing
 
 _FLOAT_TYPES = ("tensor(float)", "tensor(float16)")
-_NAMES_OF_OUTPUT = ("_output_0", ":0")
+_OUTPUT_SUFFIXES = ("_output_0", ":0")  # of the names of values, in exports of PyTorch and Keras
 
 
 class OnnxNetwork(nn.Module):
-    """A graph of ONNX as a module: one submodule per inner value, which hands that value on.
+    """An ONNX graph as a module with one submodule per inner value, which returns that value.
 
     Hooks on the submodules see the values, as they see the layers of any network. A forward pass
-    computes only what the values with hooks depend on.
+    computes only the part of the graph on which the values with hooks depend.
     """
 
     def __init__(self, file: Path) -> None:
         import onnx
 
         super().__init__()
-        # With weights that lie in files beside it; onnx refuses those outside the file's folder.
+        # Loads weights from files beside it too; onnx refuses those outside the file's folder.
         model = onnx.load(str(file))
         content = model.SerializeToString(deterministic=True)
         self._graph = onnx.shape_inference.infer_shapes(model)
-        self.register_buffer(  # the weights' digest covers the buffers, and so the whole file
-            "digest",
-            torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8),
-        )
+        # A buffer, because `weights_digest` covers the buffers: so it covers the whole file.
+        content_digest = bytearray(hashlib.sha256(content).digest())
+        self.register_buffer("digest", torch.frombuffer(content_digest, dtype=torch.uint8))
         self.input_name, self.input_shape, self.channels_last = _image_input(self._graph, file)
-        self._value_of: dict[str, str] = {}  # module path -> name of the value in the graph
+        self._value_of: dict[str, str] = {}  # {module path: name of the value in the graph}
         self._sessions: dict[tuple[str, ...], Any] = {}
         for value in _inner_values(self._graph):
             path = _module_path(value, taken=self._value_of)
-            if path is not None:
-                self._value_of[path] = value
-                _add_leaf(self, path)
+            self._value_of[path] = value
+            _add_leaf(self, path)
         if not self._value_of:
             raise BackboneError(f"onnx:{file} computes no value of 2 to 4 axes: nothing to tap")
         self.output_module = next(reversed(self._value_of))  # whose value the network returns
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Run the graph on (N, 3, H, W) float32; return its last value."""
-        if torch.is_grad_enabled():  # as in training: every frozen pass is without
+        if torch.is_grad_enabled():  # a training pass; those of frozen networks disable gradients
             raise BackboneError(
                 "an onnx: backbone has no gradients: take its features, and fine-tune a network of "
                 "timm, torchvision or transformers"
             )
         leaves = {path: self.get_submodule(path) for path in self._value_of}
         hooked_paths = [path for path, leaf in leaves.items() if leaf._forward_hooks]
-        # The network's own value comes with the others where it is asked for: the graph runs once.
+        # If the network's output has a hook too, the graph runs once; otherwise the hooked values
+        # come first, because TapCapture ends the pass when it has them all.
         passes = (
             [hooked_paths]
             if self.output_module in hooked_paths
@@ -70,11 +68,11 @@ class OnnxNetwork(nn.Module):
         for paths in filter(None, passes):
             values = self._run([self._value_of[path] for path in paths], pixels)
             for path, value in zip(paths, values, strict=True):
-                output = leaves[path](value)  # a capture of taps ends the pass once it has them all
+                output = leaves[path](value)
         return torch.as_tensor(output)
 
     def require_size(self, size: int, name: str) -> None:
-        """Raise BackboneError where the graph takes images of another size only."""
+        """Raise BackboneError if the graph takes only images of another size."""
         fixed_edges = [edge for edge in self.input_shape[1:] if edge not in (None, size)]
         if fixed_edges:
             raise BackboneError(
@@ -99,10 +97,11 @@ class OnnxNetwork(nn.Module):
         return [torch.from_numpy(column).to(pixels.device) for column in columns]
 
     def _session(self, names: tuple[str, ...]) -> Any:
-        """The session of the part of the graph that these values depend on."""
+        """Return the session for the part of the graph on which these values depend."""
         import onnxruntime
 
-        threads = torch.get_num_threads()  # a session keeps the number it was made with
+        # Part of the key, because a session keeps the number of threads with which it was made.
+        threads = torch.get_num_threads()
         if (*names, str(threads)) not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
@@ -124,7 +123,7 @@ class OnnxNetwork(nn.Module):
 
 
 class _Value(nn.Module):
-    """One inner value of the graph, handed on as it is."""
+    """One inner value of the graph, returned as it is."""
 
     def forward(self, value: Tensor) -> Tensor:
         return value
@@ -133,11 +132,11 @@ class _Value(nn.Module):
 def build_onnx(file: Path) -> tuple[nn.Module, Preprocessing]:
     """Load an ONNX file as a network.
 
-    The file says nothing of preprocessing but its input's size: mean and std are ImageNet's unless
-    the recipe says `mean` and `std`, the resize is bicubic with a crop fraction of 1.
+    The file holds nothing about preprocessing except its input's size. Mean and std are ImageNet's
+    unless the recipe gives others; the resize is bicubic with a crop fraction of 1.
 
-    Raises BackboneError where onnx or onnxruntime is not installed, the file is no ONNX, or its
-    first input is no image.
+    Raises BackboneError if onnx or onnxruntime is not installed, the file is not ONNX, or its only
+    input is no image.
     """
     try:
         import onnx  # noqa: F401
@@ -169,7 +168,10 @@ def build_onnx(file: Path) -> tuple[nn.Module, Preprocessing]:
 def _image_input(
     graph: Any, file: Path
 ) -> tuple[str, tuple[int | None, int | None, int | None], bool]:
-    """(name, (batch, height, width), channels last) of a graph's image input."""
+    """Return (name, (batch, height, width), whether channels are last) of a graph's image input.
+
+    Sizes are None if the graph leaves them open.
+    """
     weights = {tensor.name for tensor in graph.graph.initializer}
     inputs = [value for value in graph.graph.input if value.name not in weights]
     shapes = [_shape(value) for value in inputs]
@@ -186,7 +188,7 @@ def _image_input(
 
 
 def _shape(value: Any) -> tuple[int | None, ...]:
-    """Sizes of a value; None where the graph leaves one open."""
+    """Return the sizes of a value, None for one that the graph leaves open."""
     sizes = value.type.tensor_type.shape.dim
     return tuple(
         size.dim_value if size.HasField("dim_value") and size.dim_value > 0 else None
@@ -195,7 +197,7 @@ def _shape(value: Any) -> tuple[int | None, ...]:
 
 
 def _inner_values(graph: Any) -> Iterator[str]:
-    """Names of the float values with 2 to 4 axes that a graph computes, in running order."""
+    """Yield the names of the float values with 2 to 4 axes that a graph computes, in order."""
     value_of_name = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}
     float_types = (1, 10)  # onnx.TensorProto.FLOAT, FLOAT16
     for node in graph.graph.node:
@@ -208,15 +210,15 @@ def _inner_values(graph: Any) -> Iterator[str]:
                 yield name
 
 
-def _module_path(value: str, taken: dict[str, str]) -> str | None:
-    """A dotted module path for a value, "/layer1/layer1.0/relu/Relu_output_0" to
-    "layer1.layer1.0.relu.Relu"; None where another value has it.
+def _module_path(value: str, taken: dict[str, str]) -> str:
+    """Return a dotted module path for a value: "layer1.layer1.0.relu.Relu" for
+    "/layer1/layer1.0/relu/Relu_output_0", or "value_N" if that path cannot be used.
     """
     name = value
-    for ending in _NAMES_OF_OUTPUT:
-        name = name.removesuffix(ending)
+    for suffix in _OUTPUT_SUFFIXES:
+        name = name.removesuffix(suffix)
     path = ".".join(word for word in name.replace("/", ".").split(".") if word)
-    # modules may not be called as an attribute of nn.Module is, nor lie inside a value's own module
+    # A module must not have the name of an attribute of nn.Module, nor lie inside another value's.
     is_reserved = any(hasattr(nn.Module, word) or word == "digest" for word in path.split("."))
     if not path or is_reserved:
         path = f"value_{len(taken)}"
@@ -238,7 +240,7 @@ def _add_leaf(root: nn.Module, path: str) -> None:
 
 
 def _subgraph_up_to(graph: Any, names: Sequence[str]) -> Any:
-    """The graph cut down to what the named values depend on, with them as its outputs."""
+    """Return the part of a graph on which the named values depend, with them as its outputs."""
     import onnx
 
     producer = {output: node for node in graph.graph.node for output in node.output}
@@ -250,7 +252,7 @@ def _subgraph_up_to(graph: Any, names: Sequence[str]) -> Any:
             continue
         needed.add(id(node))
         pending_names += [name for name in node.input if name]
-        # bodies of If and Loop read values of the graph around them
+        # The bodies of If and Loop read values of the graph around them.
         pending_names += [
             name
             for attribute in node.attribute
@@ -275,6 +277,6 @@ def _subgraph_up_to(graph: Any, names: Sequence[str]) -> Any:
 
 
 def _padded_batches(images: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
-    """Batches of exactly `size` images, the last filled up with zeros."""
+    """Return batches of exactly `size` images, the last one filled up with zeros."""
     padding = np.zeros((-len(images) % size, *images.shape[1:]), images.dtype)
     return list(np.split(np.concatenate([images, padding]), (len(images) + len(padding)) // size))

@@ -24,9 +24,9 @@ def build_open_clip(
     name: an architecture of open_clip, or a model of the hub or of a folder.
     tag: the pretrained weights of an architecture; None: its first ones.
     arguments: of open_clip.create_model, those that begin with `force_`.
-    pretrained: with weights; otherwise with random ones.
+    pretrained: True for the tag's weights, False for random ones.
 
-    Raises BackboneError where open_clip is not installed, and for unknown names, tags and folders.
+    Raises BackboneError if open_clip is not installed, and for unknown names, tags and folders.
     """
     try:
         import open_clip
@@ -47,10 +47,11 @@ def build_open_clip(
                 name,
                 pretrained=weights,
                 load_weights=pretrained,
-                require_pretrained=pretrained,  # or a folder without weights is a random network
+                # Otherwise a folder without weights would give a random network.
+                require_pretrained=pretrained,
                 **arguments,
             )
-    except BackboneError:  # it is too large to be built
+    except BackboneError:  # of `limit_parameters`: too large to be built
         raise
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -72,9 +73,10 @@ def build_open_clip(
 
 
 def resample_positions(tower: Any, size: int) -> None:
-    """Give a transformer of open_clip another image size, as its own `resize_pos_embed` does."""
+    """Resample the position embeddings of an open_clip transformer for images of `size` pixels."""
     from open_clip.model import resize_pos_embed
 
+    # `resize_pos_embed` changes a state dict to fit a whole model, whose image tower is `visual`.
     positions = {"visual.positional_embedding": tower.positional_embedding.detach()}
     grid = (size // tower.patch_size[0], size // tower.patch_size[1])
     tower.grid_size, tower.image_size = grid, (size, size)
@@ -125,7 +127,7 @@ def _preprocessing_of(config: dict[str, Any], name: str) -> Preprocessing:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip from logging on the root logger that weights are random or absent."""
+    """Suppress open_clip's warnings that weights are random or absent, on the root logger."""
     previous_level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,6 +1,6 @@
-"""What libraries publish about their pretrained weights: input size, licence, accuracy.
+"""Published facts about pretrained weights: input size, licence, accuracy.
 
-Read from their tables: no network is built, nothing is downloaded.
+They come from tables of the libraries: no network is built, nothing is downloaded.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from headrace.extract.backbones.library import backbone_tags
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Weights of a library, by their tag. None: the library does not say."""
+    """Weights of a library. None: the library does not say."""
 
     tag: str
-    image_size: int | None  # pixels, of the shorter side of the crop
-    classes: int | None  # that they were trained on; 0: without labels
+    image_size: int | None  # shorter edge of the crop, pixels
+    classes: int | None  # count of classes that they were trained on; 0: without labels
     licence: str | None
-    imagenet_accuracy: float | None  # top 1 on ImageNet-1k, as a share
+    imagenet_accuracy: float | None  # top 1 on ImageNet-1k, 0 to 1
 
 
 def published_weights(name: str) -> list[PublishedWeights]:
-    """Return a network's pretrained weights, the default ones first; none for other sources than
-    torchvision and timm.
+    """Return the pretrained weights of a torchvision or timm network, the default ones first.
+
+    [] for other networks.
     """
     kind, _, rest = name.partition(":")
     describe = {"torchvision": _of_torchvision, "timm": _of_timm}.get(kind)
@@ -33,7 +34,7 @@ def _of_torchvision(name: str, tag: str) -> PublishedWeights:
     import torchvision.models
 
     weights: Any = torchvision.models.get_model_weights(name)[tag]
-    categories = weights.meta["categories"]  # None of weights that lack the last layer
+    categories = weights.meta["categories"]  # None for weights without the last layer
     accuracy = weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
     return PublishedWeights(
         tag=tag,

@@ -27,9 +27,8 @@ from headrace.extract.spec import WeightsMatch, require_weights_file
 # Training scripts wrap the state dict in a dictionary with the optimiser and the epoch.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 
-# What the end of a tensor's name says about its part in a layer, in PyTorch, TensorFlow, Keras,
-# Flax, MXNet and Paddle. The tensors of a normalisation are all of one shape, so that shapes cannot
-# tell them apart.
+# {role of a tensor in a layer: ends of its name in PyTorch, TensorFlow, Keras, Flax, MXNet and
+# Paddle}. The tensors of a normalization all have one shape, so only their names tell them apart.
 _ROLES = {
     "weight": ("weight", "weights", "kernel", "gamma", "scale"),
     "bias": ("bias", "biases", "beta"),
@@ -43,18 +42,19 @@ _HOW_TO_SAVE = "torch.save(network.state_dict(), 'weights.pth') where the networ
 
 
 class UnorderedTensors(dict[str, Tensor]):
-    """Tensors of a format that keeps names alone: this dictionary's order means nothing."""
+    """Tensors of a format that does not keep their order: the order of this dictionary is none."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or PyTorch file, on the CPU; of PyTorch's, in its order.
+    """Return the tensors of a `.safetensors` or PyTorch file, on the CPU.
 
-    Never unpickles anything but tensors and plain containers. Raises BackboneError.
+    Those of a PyTorch file are in its order. Nothing but tensors and plain containers is unpickled.
+    Raises BackboneError.
     """
     require_weights_file(path)
     try:
         if path.suffix.lower() == ".safetensors":
-            # the writer sorts them by dtype and name
+            # Its writer sorts tensors by dtype and name.
             loaded: object = UnorderedTensors(load_file(path))
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -64,8 +64,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "code from the file. Where it was made, save the tensors alone: "
             "torch.save(model.state_dict(), ...), or use safetensors."
         ) from error
+    # torch's unpickler, its zip reader and safetensors raise anything on damaged files.
     except Exception as error:
-        # torch's unpickler, zip reader and safetensors raise anything on damaged files
         raise BackboneError(
             f"{path}: not a readable weights file ({type(error).__name__}: {str(error)[:200]})"
         ) from error
@@ -74,20 +74,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a checkpoint and the network that it was loaded into do not have in common."""
+    """Tensors that only a checkpoint, or only the network that it was loaded into, has."""
 
-    # of the network: not in the file, or of another shape there. They are NaN, so that nothing
-    # that depends on them is taken for a number
+    # Of the network: not in the file, or of another shape there. They are set to NaN, so that an
+    # output that depends on them is NaN too.
     absent: tuple[str, ...] = ()
-    surplus: tuple[str, ...] = ()  # of the file: the network has no place for them
-    others: tuple[str, ...] = ()  # of the file, outside of `prefix`: other networks
-    prefix: str = ""  # what the network's names follow in the file
+    surplus: tuple[str, ...] = ()  # of the file: not in the network
+    others: tuple[str, ...] = ()  # of the file, outside of `prefix`: other networks'
+    prefix: str = ""  # before the network's names in the file
 
     def __bool__(self) -> bool:
         return bool(self.absent or self.surplus or self.others)
 
     def describe(self) -> str:
-        """Return what was taken and what was left out, in one line."""
+        """Return one line about the prefix and the tensors left out."""
         parts = [
             f"{label} ({len(names)}): {first_names(names)}"
             for label, names in (
@@ -110,19 +110,19 @@ def fit_weights(
     weights_match: WeightsMatch,
     network_description: str,
 ) -> LeftOut:
-    """Load `tensors` into `module`; what the two do not have in common is left out, and returned.
+    """Load `tensors` into `module`, and return the names that only one of them has.
 
-    "name": tensors are the network's by their names (see `own_tensors`). Those that the file lacks
-    or has in another shape become NaN: a head that is not there, or has other classes, lies above
-    every tap, and `require_loaded` refuses the taps above the rest. "order": the n-th tensor of the
-    file belongs to the n-th of the network, whatever they are called, for files from another
-    implementation of the same network. Every shape is checked, and what names say of a tensor's
-    role (weight, bias, mean, variance); a file without an order, or whose order is that of the
-    alphabet, is refused, unless its names are the network's own. Two tensors of one shape and role
-    that the other implementation registers in another order are beyond what a file can tell.
+    weights_match "name": tensors are matched by their names (see `own_tensors`). Those that the
+    file lacks, or has in another shape, become NaN: usually a head, which lies above every tap;
+    `require_loaded` refuses taps that depend on others.
+    weights_match "order": the n-th tensor of the file belongs to the n-th of the network, for files
+    from another implementation of the same network. Every shape is compared, and the role (weight,
+    bias, mean, variance) that a name states. A file without an order, or in alphabetical order, is
+    refused, unless its names are the network's own. Not detected: two tensors of one shape and role
+    that the other implementation registers in another order.
 
-    Raises BackboneError listing missing and unexpected names where less than half of the network
-    fits, or the file has tensors at the network's own level that are no head; or the first pair
+    Raises BackboneError listing missing and unexpected names if less than half of the network fits,
+    or if the file has tensors at the network's top level that are no head; or naming the first pair
     that does not fit in order.
     """
     expected = module.state_dict()
@@ -179,10 +179,9 @@ def fit_weights(
 def own_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], prefix: str | None, network_description: str
 ) -> tuple[dict[str, Tensor], LeftOut]:
-    """The tensors of a file that stand under a prefix of the network's names, without it, and what
-    stands outside of it.
+    """Return the tensors of a file under a prefix, with the prefix removed, and the other names.
 
-    prefix: None finds it, see `network_prefix`. Raises BackboneError.
+    prefix: None to find it, see `network_prefix`. Raises BackboneError.
     """
     expected = module.state_dict()
     tensors = without_chunks(without_wrappers(tensors), expected)
@@ -204,8 +203,10 @@ def own_tensors(
 
 
 def converted_by_timm(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under timm's names, where timm knows the file's: those that DINOv2, Swin or DeiT
-    were published with, for example. Unchanged where that gives the network no more of its names.
+    """Return tensors under timm's names, if timm's code converts those of the file.
+
+    It does for files as DINOv2, Swin or DeiT were published. The tensors are unchanged if the
+    conversion gives the network no more of its names.
     """
     network_code = sys.modules.get(type(module).__module__)
     convert = getattr(network_code, "checkpoint_filter_fn", None)
@@ -213,7 +214,7 @@ def converted_by_timm(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[
         return dict(tensors)
     try:
         converted: dict[str, Tensor] = convert(dict(tensors), module)
-    except Exception:  # noqa: BLE001 (whatever its code says of a file that it does not know)
+    except Exception:  # noqa: BLE001 - its code raises anything on files that it does not know
         return dict(tensors)
     expected = module.state_dict().keys()
     gained = len(expected & converted.keys()) > len(expected & tensors.keys())
@@ -221,26 +222,27 @@ def converted_by_timm(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def mark_absent(module: nn.Module, names: Collection[str]) -> None:
-    """Fill tensors that no file has given with NaN; whole numbers, which code computes, stay."""
+    """Fill floating-point tensors, which no file has given, with NaN."""
     state = module.state_dict()
     for name in names:
+        # Integers, such as tables of positions, are computed by the network's code and right.
         if state[name].is_floating_point():
             state[name].fill_(torch.nan)
 
 
 def first_names(names: Sequence[str]) -> str:
-    """ "a, b, c, d, and 7 more": the beginning of a list, for messages."""
+    """Return the beginning of a list for a message: "a, b, c, d, and 7 more"."""
     rest = f", and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + rest
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 (hex) of a state dict: each tensor's name, dtype, shape and bytes, by name."""
+    """Return the SHA-256 (hex) of name, dtype, shape and bytes of all tensors, sorted by name."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        # memoryview of the bytes: bfloat16 has no NumPy dtype
+        # As bytes, because bfloat16 has no NumPy dtype.
         hasher.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return hasher.hexdigest()
 
@@ -253,7 +255,7 @@ def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
     if isinstance(file_value, Mapping) and not any(
         isinstance(value, Tensor) for value in file_value.values()
     ):
-        # several networks, such as DINO's {"student": …, "teacher": …, "epoch": 99}
+        # Several networks, such as DINO's {"student": …, "teacher": …, "epoch": 99}.
         networks = {
             f"{key}.": value
             for key, value in file_value.items()
@@ -293,7 +295,7 @@ def _by_order(
     if set(file_names) == set(network_names) and all(
         tensors[name].shape == expected[name].shape for name in network_names
     ):
-        return dict(tensors)  # under its own names each tensor is sure of its place
+        return dict(tensors)  # the names are the network's own, so no order is needed
     if len(file_names) != len(network_names):
         raise BackboneError(
             f"{network_description}: weights_match 'order' needs as many tensors as the network "
@@ -323,8 +325,8 @@ def _require_order(
     unordered: bool,
     network_description: str,
 ) -> None:
-    """Raise BackboneError for tensors that lie in no order, or in that of the alphabet where the
-    network's is another.
+    """Raise BackboneError for tensors without an order, or in alphabetical order, which is not the
+    network's.
     """
     cure = (
         f"Make a .pth file in the network's order: {_HOW_TO_SAVE}; or rename the tensors and leave "
@@ -335,6 +337,7 @@ def _require_order(
             f"{network_description}: weights_match 'order' needs a file that keeps the order of "
             f"its tensors; a .safetensors file sorts them by name. {cure}"
         )
+    # Sorted as text, without regard to case, or part by part of the names.
     for sort_key in (str, str.casefold, re.compile(r"[./]").split):
         if (
             len(file_names) > 1
@@ -353,7 +356,7 @@ def _require_order(
 def _require_role(
     file_name: str, tensor: Tensor, network_name: str, network_description: str
 ) -> None:
-    """Raise BackboneError where two tensors of one shape do not mean the same."""
+    """Raise BackboneError if two tensors of one shape have different roles."""
     roles = (_role(file_name), _role(network_name))
     if None not in roles and roles[0] != roles[1]:
         raise BackboneError(
@@ -362,7 +365,7 @@ def _require_role(
             f"The file's order is not the network's: {_HOW_TO_SAVE} makes one that is; or rename "
             "the tensors and leave weights_match out."
         )
-    # Names that say nothing (w_1, b_2, 0017) leave the values: no variance is below zero.
+    # Names without a role (w_1, b_2, 0017): at least no variance is below zero.
     if roles[1] == "variance" and bool((tensor < 0).any()):
         raise BackboneError(
             f"{network_description}: in order, the file's {file_name} meets the network's "
@@ -381,8 +384,9 @@ def _is_sorted(names: Sequence[str], key: Callable[[str], Any]) -> bool:
 
 
 def _is_numbered(names: Sequence[str]) -> bool:
-    """Return whether every name begins with one word and a number that counts the tensors: an order
-    that the alphabet keeps.
+    """Return whether all names begin with the same word and an increasing number.
+
+    Such names, `w_001`, are in the order of the tensors, though it is alphabetical too.
     """
     matches = [re.match(r"(\D*)(\d+)", name) for name in names]
     numbers = [int(match[2]) for match in matches if match is not None]
@@ -399,10 +403,8 @@ def _mismatch_message(
     n_file_tensors: int,
 ) -> str:
     lines = [
-        (
-            f"{network_description}: the file does not fit the network ({n_file_tensors} tensors "
-            f"in the file, {n_network_tensors} in the network)."
-        )
+        f"{network_description}: the file does not fit the network ({n_file_tensors} tensors in "
+        f"the file, {n_network_tensors} in the network)."
     ]
     for label, names in (
         ("missing from the file", missing_names),

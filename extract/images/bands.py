@@ -1,10 +1,10 @@
-"""Images at their own depth: the bands of a file as 32-bit floats, neither rounded nor clipped.
+"""Images at full depth: the bands of a file as 32-bit floats, neither rounded nor clipped.
 
 Bands are counted from 1, as GDAL and rasterio count them. TIFFs that Pillow does not read at their
 full depth are read by tifffile (the extra `tiff`).
 
-`headrace export` copies this module into `preprocess.py`, so that it needs Pillow and NumPy alone
-where no such TIFF is read.
+`headrace export` copies this module into `preprocess.py`, so it imports only Pillow and NumPy, and
+tifffile where such a TIFF is read.
 """
 
 import io
@@ -34,11 +34,13 @@ from headrace.extract.images.tiff_windows import TiffWindows
 _NUMPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_ORIENTATION_TAG = 274  # the same number as EXIF's
-_NODATA_TAG = 42113  # GDAL's text of the value that means none
-_MOST_COMPRESSED = 1032  # deflate's bound
-_MOST_PAGES = 1000  # of a TIFF: channels may be pages of their own
+_BITS_PER_SAMPLE_TAG = 258
+_NODATA_TAG = 42113  # GDAL's: the value, as text, of pixels without one
+_MOST_COMPRESSED = 1032  # compression ratio of deflate at most
+_MOST_PAGES = 1000  # of a TIFF, whose channels may be pages of their own
+# Modes of Pillow without plain channels, and those that they are converted to.
 _PALETTE_MODES = {"P": "RGB", "1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
-# turns that make rows of columns
+# Turns that exchange rows and columns.
 _SWAPPING = (
     Image.Transpose.TRANSPOSE,
     Image.Transpose.TRANSVERSE,
@@ -51,20 +53,20 @@ _SWAPPING = (
 class Bands:
     """The bands of one image, upright, in the file's own numbers."""
 
-    # (H, W, bands of the file), where possible a view of its bytes; before a crop perhaps
-    # TiffWindows
+    # (H, W, bands of the file), if possible a view of its bytes; TiffWindows for a large TIFF until
+    # it is cropped
     values: Any
-    selection: tuple[int, ...]  # the C bands that are meant, as indices
-    ranges: tuple[PixelRange, ...]  # black and white of each of them
-    name: str  # what they are, for a message
-    nodata: float | None = None  # the value that the file says to be none; NaN is none in any case
+    selection: tuple[int, ...]  # indices of the C bands that are used
+    ranges: tuple[PixelRange, ...]  # (black, white) of each of them
+    name: str  # their type and format, for messages
+    nodata: float | None = None  # the file's value of pixels without one, besides NaN
 
     def crop(self, left: int, top: int, right: int, bottom: int) -> "Bands":
-        """The bands of a rectangle that lies in the image."""
+        """Return the bands of a rectangle, which must lie in the image."""
         return replace(self, values=self.values[top:bottom, left:right])
 
     def picture(self) -> Image.Image:
-        """Return the bands, of 8 bits, as an image of grey or colours. Raises ImageError."""
+        """Return 8-bit bands as an image of grey or colours. Raises ImageError for other depths."""
         values = self.values[:, :, list(self.selection)]
         if values.dtype != np.uint8:
             raise ImageError(
@@ -75,8 +77,9 @@ class Bands:
         return Image.fromarray(np.ascontiguousarray(pixels))
 
     def missing(self, channel: int) -> npt.NDArray[np.bool_] | None:
-        """Return which values (H, W) of a band are none: NaN, infinite, or the file's own word for
-        it; None where all are values.
+        """Return which pixels (H, W) of a band have no value: NaN, infinity or the file's nodata.
+
+        channel: index into `selection`. None if all have one.
         """
         plane = self.values[:, :, self.selection[channel]]
         is_missing = None
@@ -88,10 +91,12 @@ class Bands:
         return is_missing if is_missing is not None and is_missing.any() else None
 
     def plane(self, channel: int, fill: float | None = None) -> npt.NDArray[np.float32]:
-        """Return a band (H, W) as float32 in the file's own numbers; `scaled` scales it, after it
-        has been resized.
+        """Return a band (H, W) as float32 in the file's own numbers, less black if `_is_wide`.
 
-        fill: what pixels without a value have, black being 0 and white 1; None raises ImageError.
+        It is resized before `scaled` scales it.
+
+        fill: the value of pixels without one, black being 0 and white 1; None: such pixels raise
+        ImageError.
         """
         values = self.values[:, :, self.selection[channel]]
         is_missing = self.missing(channel)
@@ -109,12 +114,12 @@ class Bands:
         return plane
 
     def own_number(self, channel: int, value: float) -> float:
-        """Return what `value`, black being 0 and white 1, is in the numbers of `plane`."""
+        """Return a value, given with black as 0 and white as 1, in the numbers of `plane`."""
         black, white = self.ranges[channel]
         return (0 if self._is_wide else black) + value * (white - black)
 
     def scaled(self, planes: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-        """Return planes of each band as (H, W, C) in which black is 0 and white 255, unclipped."""
+        """Return C planes (H, W) as (H, W, C) in which black is 0 and white 255, unclipped."""
         scaled = np.empty((*planes[0].shape, len(planes)), np.float32)
         for channel, (plane, (black, white)) in enumerate(zip(planes, self.ranges, strict=True)):
             own_black = np.float32(self.own_number(channel, 0))
@@ -127,7 +132,7 @@ class Bands:
 
     @property
     def _is_wide(self) -> bool:
-        """Whether float32 does not hold the numbers, so that black is subtracted before."""
+        """Whether float32 may round the numbers, so that black is subtracted in float64 before."""
         return bool(self.values.dtype.itemsize > 2 and self.values.dtype != np.float32)
 
 
@@ -138,13 +143,16 @@ def decode_deep(
     *,
     in_parts: bool = False,
 ) -> Image.Image | Bands:
-    """The image in `data`, upright: these bands of it as they stand; or, without `bands`, its grey
-    values or colours where they have more than 8 bits, else the image of `decode_image`.
+    """Decode an image, upright, without loss of depth.
 
-    pixel_range: black and white of pixels of more than 8 bits, or a pair for each band. With
-    `bands`, alpha is a band like others; palettes are colours. in_parts: crops of it are all that
-    is needed, so that a TIFF may be larger than MAX_PIXELS and is decoded where they are cut.
-    Raises ImageError alone.
+    bands: numbers of the bands to return, counted from 1; alpha is a band like others, and palettes
+    are colours. None: grey values or colours as Bands if they have more than 8 bits, else the image
+    of `decode_image`.
+    pixel_range: black and white of pixels of more than 8 bits, or a pair for each band.
+    in_parts: only crops are needed, so a TIFF may have more than MAX_PIXELS pixels and is decoded
+    where they are cut.
+
+    Raises ImageError for whatever is wrong with the bytes.
     """
     try:
         samples, turn = _read(data, None if bands is None else max(bands), in_parts)
@@ -174,8 +182,10 @@ def decode_deep(
 def _read(
     data: bytes, most_bands: int | None, in_parts: bool
 ) -> tuple[Samples | None, Image.Transpose | None]:
-    """The samples of a file and the turn that makes them upright; no samples for an image of at
-    most 8 bits of which no single bands are asked.
+    """Return the samples of a file, and the turn that makes them upright.
+
+    most_bands: the highest band that is asked for, None for all colours. Without it, the samples of
+    an image of at most 8 bits are None: `decode_image` reads it.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -183,12 +193,13 @@ def _read(
         array = array_samples(data, most_bands)
         is_deep = array.values.dtype not in (np.uint8, np.bool_)
         return (array if most_bands is not None or is_deep else None), None
-    # As in `decode_image`: else truncated files decode to grey bars in silence.
+    # As in `decode_image`: with True, truncated files decode to grey bars without an error.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with open_image(data) as image:
             if image.format == "TIFF" and most_bands is not None and image.mode not in ("P", "1"):
-                # Pillow drops the second band of two in silence, and knows no pages of channels.
+                # Pillow drops the second of two bands without an error, and reads one page only,
+                # where each channel may be a page.
                 return _tifffile_samples(data, in_parts)
             check_size(*image.size)
             samples = file_samples(image, data, None)
@@ -212,7 +223,7 @@ def _read(
 
 def _has_other_depth(image: ImageFile.ImageFile) -> bool:
     """Return whether Pillow scales the samples of a TIFF to 8 bits, or drops their low bytes."""
-    return bool(max(image.tag_v2.get(258, (1,))) > 8)  # type: ignore[attr-defined]
+    return bool(max(image.tag_v2.get(_BITS_PER_SAMPLE_TAG, (1,))) > 8)  # type: ignore[attr-defined]
 
 
 def _as_number(text: Any) -> float | None:
@@ -223,10 +234,10 @@ def _as_number(text: Any) -> float | None:
 
 
 def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Transpose | None]:
-    """The first image of a TIFF by tifffile, and its turn: samples interleaved or in planes, either
-    byte order, any type of numbers, or channels that are pages of their own (OME, ImageJ).
+    """Return the first image of a TIFF, read by tifffile, and the turn that makes it upright.
 
-    Raises ImageError.
+    Samples may be interleaved or in planes, in either byte order, of any type of numbers; channels
+    may be pages of their own (OME, ImageJ). Raises ImageError.
     """
     try:
         import tifffile
@@ -235,14 +246,15 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
             "a TIFF whose bands Pillow does not read (their number, bits or type). The library "
             "tifffile does: pip install 'headrace[tiff]'"
         ) from None
-    # It logs what it finds odd; what matters is raised. Setting a level empties the caches
-    # of all loggers: 1 ms of an image's 6.
+    # tifffile logs oddities; errors are raised. The level is set once only, because that empties
+    # the caches of all loggers: 1 ms of an image's 6.
     logger = logging.getLogger("tifffile")
     if logger.level != logging.CRITICAL:
         logger.setLevel(logging.CRITICAL)
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        # Before its pages are sorted, which takes time with their square, and has no end where the
-        # last one points back to an earlier one.
+        # Counted before `tiff.series` sorts the pages, which takes time with the square of their
+        # number, and never ends where the last page of a damaged file points back to an earlier
+        # one.
         pages = itertools.islice(tiff.pages, _MOST_PAGES + 1)
         if sum(1 + len(page.subifds or ()) for page in pages) > _MOST_PAGES:
             raise ImageError(
@@ -290,7 +302,10 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
 def _ranges(
     samples: Samples, pixel_range: PixelRange | tuple[PixelRange, ...] | None, count: int
 ) -> tuple[PixelRange, ...]:
-    """Black and white of each of `count` bands."""
+    """Return (black, white) of each of `count` bands.
+
+    Those of 8 bits keep their own range. Raises ImageError for others without a `pixel_range`.
+    """
     has_eight_bits = samples.values.dtype in (np.uint8, np.bool_)
     value_range = samples.own_range if has_eight_bits or pixel_range is None else pixel_range
     if value_range is None:
@@ -316,7 +331,10 @@ def _colours(
     values: npt.NDArray[Any],
     pixel_range: PixelRange | tuple[PixelRange, ...] | None,
 ) -> tuple[npt.NDArray[Any], tuple[PixelRange, ...]]:
-    """Grey (H, W, 1) or colours (H, W, 3) of deep samples; over white where transparent."""
+    """Return grey (H, W, 1) or colours (H, W, 3) of deep samples, and their ranges.
+
+    Transparent pixels are blended with white, as `decode_image` does it.
+    """
     count = values.shape[2]
     if count > 4:
         raise ImageError(
@@ -342,9 +360,10 @@ def _colours(
 
 
 def _turned(values: npt.NDArray[Any], turn: Image.Transpose | None) -> npt.NDArray[Any]:
-    """(H, W, C) as Pillow's transpose makes it."""
+    """Return values (H, W, C) turned as Pillow's `transpose` turns an image, a view."""
     if turn is None:
         return values
+    # Each turn is an exchange of the axes followed by reversals of rows, columns or both.
     upside_down = turn in (
         Image.Transpose.FLIP_TOP_BOTTOM,
         Image.Transpose.ROTATE_180,
@@ -362,14 +381,15 @@ def _turned(values: npt.NDArray[Any], turn: Image.Transpose | None) -> npt.NDArr
 
 
 def decode_large_tiff(data: bytes) -> Bands | None:
-    """The grey values or colours of a TIFF of more than MAX_PIXELS, to be cut in parts; None for
-    other files. Raises ImageError.
+    """Return the bands of a TIFF of more than MAX_PIXELS pixels, from which crops can be cut.
+
+    None for other files. Raises ImageError.
     """
     if not data.startswith(_TIFF_MAGIC):
         return None
     try:
         width, height = upright_size(io.BytesIO(data))
-    except Exception:  # noqa: BLE001 - whoever decodes it says what is wrong
+    except Exception:  # noqa: BLE001 - its decoder, called next, says what is wrong
         return None
     if width * height <= MAX_PIXELS:
         return None
@@ -380,8 +400,10 @@ def decode_large_tiff(data: bytes) -> Bands | None:
 
 
 def upright_size(file: IO[bytes]) -> tuple[int, int]:
-    """(width, height) of an image file, upright, by its header alone. Raises anything, also for a
-    header that declares no pixels, or more than a file of this size can hold.
+    """Return (width, height) of an image file, upright, read from its header.
+
+    Raises whatever Pillow or tifffile raise, and ImageError for a header that declares no pixels,
+    or more than a file of this size can hold.
     """
     width, height = _declared_size(file)
     most_pixels = max(MAX_PIXELS, _MOST_COMPRESSED * file.seek(0, io.SEEK_END))
@@ -395,11 +417,11 @@ def _declared_size(file: IO[bytes]) -> tuple[int, int]:
     file.seek(0)
     if head.startswith(_NUMPY_MAGIC):
         shape = array_shape(head)
-        # as `array_samples` reads images without bands
+        # Bands first if the first axis is the shortest, as in `array_samples`.
         height, width = shape[1:] if len(shape) == 3 and shape[0] < shape[2] else shape[:2]
         return width, height
     try:
-        # of a TIFF the header is read alone
+        # Pillow reads only the header of a TIFF, which may have gigabytes.
         image = (
             Image.open(file, formats=["TIFF"])
             if head.startswith(_TIFF_MAGIC)
@@ -411,7 +433,7 @@ def _declared_size(file: IO[bytes]) -> tuple[int, int]:
 
         file.seek(0)
         with tifffile.TiffFile(file) as tiff:
-            page: Any = tiff.pages[0]  # series are looked for through all pages of a damaged file
+            page: Any = tiff.pages[0]  # not `tiff.series`, which reads all pages of the file
             tag = page.tags.get(_TIFF_ORIENTATION_TAG)
             width, height = page.imagewidth, page.imagelength
             turn = None if tag is None else ORIENTATIONS.get(tag.value)

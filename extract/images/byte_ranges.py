@@ -1,10 +1,10 @@
-"""Locators: where a sample's bytes are, as text.
+"""Locators: texts that say where the bytes of a sample are.
 
 A plain path is a file; `FILE::KIND:DETAILS` is one item inside a file.
 
     shard-000.tar::tar:OFFSET:SIZE:NAME             a member of a tar archive
-    shard-000.tar.gz::tgz:OFFSET:SIZE:NAME          of a compressed one; OFFSET counts what it
-                                                    decompresses to
+    shard-000.tar.gz::tgz:OFFSET:SIZE:NAME          of a compressed one; OFFSET in its
+                                                    decompressed bytes
     photos.zip::zip:HEADER:COMPRESSED:SIZE:METHOD:CRC:NAME      a member of a zip archive
     images.npy::npy:INDEX                           one image of an array
     images.npz::npz:KEY:INDEX
@@ -50,17 +50,18 @@ _LOCATOR = re.compile(
     r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow|crop):(?P<details>.*)",
     re.DOTALL,
 )
-_ENCODED = "bytes:"
-# HDF5 allows one caller at a time, and an archive that must be decompressed whole should be so
-# once.
+_ENCODED = "bytes:"  # begins a path that is percent-encoded
+# HDF5 allows one caller at a time, and an array or archive that several threads need is
+# decompressed once, by the first of them.
 _LOCK = threading.Lock()
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 _H5_CURE = (
     "Links, external storage and virtual data sets are not followed, for they can name any file. "
     "Copy the values into one file: h5repack, or h5py: new['images'] = old['images'][:]"
 )
-_MOST_COMPRESSED = 1032  # deflate's bound; no other filter of HDF5's own does better on images
-# signature, …, lengths of the name and of the extra field
+# Compression ratio of deflate at most; no other filter of HDF5's own does better on images.
+_MOST_COMPRESSED = 1032
+# Signature, other fields, lengths of the name and of the extra field.
 _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ZIP_STORED, _ZIP_DEFLATED = 0, 8  # methods of the zip format
 
@@ -68,8 +69,9 @@ _ZIP_STORED, _ZIP_DEFLATED = 0, 8  # methods of the zip format
 def encode_path(path: str | Path) -> str:
     """Return a path as UTF-8 text that is no locator; `locator_file` is the inverse."""
     path_string = str(path)
+    # Nearly all paths, and a listing has millions.
     if path_string.isascii() and "::" not in path_string and not path_string.startswith(_ENCODED):
-        return path_string  # nearly all, and a listing has millions
+        return path_string
     if (
         path_string.startswith(_ENCODED)
         or _LOCATOR.fullmatch(path_string)
@@ -95,7 +97,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def locator_file(path: str) -> str:
-    """The file that a locator points into, as the system takes it; a plain path is its own."""
+    """Return the file that a locator points into, or the file of a plain path, to be opened."""
     locator_match = _LOCATOR.fullmatch(path) if "::" in path else None
     file_text = locator_match["file"] if locator_match else path
     if file_text.startswith(_ENCODED):
@@ -109,9 +111,9 @@ def is_locator(path: str) -> bool:
 
 
 def read_bytes(path: str) -> bytes:
-    """The bytes of one sample; those of its whole image where it is a crop.
+    """Return the bytes of one sample; for a crop those of its whole image.
 
-    Raises OSError when they are not there, whatever is wrong with the file around them.
+    Raises OSError when they cannot be read, also for a damaged file around them.
     """
     path, _ = split_crop(path)
     locator_match = _LOCATOR.fullmatch(path)
@@ -139,8 +141,7 @@ def read_bytes(path: str) -> bytes:
             return array_bytes(np.asarray(image_array[int(image_index)]))
     except (OSError, MemoryError):
         raise
-    # Damaged containers make their libraries raise anything; for the caller the bytes are not
-    # there.
+    # Libraries raise anything on damaged containers; callers handle one kind of error.
     except Exception as error:
         raise OSError(str(error)) from error
 
@@ -185,18 +186,18 @@ def _open_array(file_path: str, container_kind: str, array_key: str, stamp: obje
         return _read_idx(Path(file_path))
     except (SourceError, OSError):
         raise
-    # Damaged headers, arrays of Python objects, and whatever else NumPy, zipfile and h5py make of
-    # bytes that are not theirs.
+    # NumPy, zipfile and h5py raise anything on damaged headers and arrays of Python objects.
     except Exception as error:
         raise SourceError(f"{file_path}: cannot be read as {container_kind}: {error}") from error
 
 
 def _own_dataset(hdf5_file: h5py.File, file_path: str, array_key: str) -> h5py.Dataset:
-    """The data set of that name, whose values are in this very file. Raises SourceError.
+    """Return the data set of that name, whose values must be in this very file.
 
-    Links, external storage and virtual data sets can name any file of whoever opens this one, and
-    its bytes would be images.
+    Raises SourceError.
     """
+    # Links, external storage and virtual data sets can name any file of the user who opens a
+    # stranger's file, and its bytes would become images.
     hdf5_object: Any = hdf5_file
     for key_part in filter(None, array_key.split("/")):
         link = (
@@ -231,7 +232,7 @@ def _require_held(declared_bytes: int, file_bytes: int, file_path: str) -> None:
 def _read_tar_member(file_path: str, details: str) -> bytes:
     offset, member_bytes, _ = details.split(":", 2)
     with open(file_path, "rb") as archive:
-        # A declared size beyond the file's end must not ask for memory.
+        # Compared before reading: a declared size beyond the file's end would allocate memory.
         if int(offset) + int(member_bytes) > (archive_bytes := os.fstat(archive.fileno()).st_size):
             raise OSError(
                 f"the archive ends after {max(0, archive_bytes - int(offset))} of the member's "
@@ -242,9 +243,10 @@ def _read_tar_member(file_path: str, details: str) -> bytes:
 
 
 def _read_compressed_tar_member(file_path: str, details: str) -> bytes:
-    """Members are read in about the archive's order, so that its stream mostly goes forward."""
     offset, member_bytes, _ = details.split(":", 2)
     with _LOCK:
+        # The stream stays open between calls: members are read in about the archive's order, and a
+        # step back decompresses everything from the start again.
         stream = _open_compressed(file_path, file_stamp(file_path))
         stream.seek(int(offset))
         data = stream.read(int(member_bytes))
@@ -259,9 +261,9 @@ def _open_compressed(file: str, stamp: object) -> IO[bytes]:
 
 
 def open_compressed(file_path: str | Path) -> IO[bytes]:
-    """A gzip, bzip2 or xz file as the stream that it decompresses to.
+    """Open a gzip, bzip2 or xz file as a stream of its decompressed bytes.
 
-    Raises SourceError for another one.
+    Raises SourceError for other files.
     """
     with open(file_path, "rb") as compressed_file:
         magic_bytes = compressed_file.read(2)
@@ -280,14 +282,14 @@ def _read_zip_member(file_path: str, details: str) -> bytes:
         if signature != b"PK\3\4":
             raise OSError("the archive has changed: there is no member where there was one")
         data_start = archive.seek(name_length + extra_length, io.SEEK_CUR)
-        # A declared size beyond the file's end must not ask for memory.
+        # Up to the file's end: a declared size beyond it would allocate memory.
         data = archive.read(
             min(int(compressed_size), max(0, os.fstat(archive.fileno()).st_size - data_start))
         )
     if len(data) != int(compressed_size):
         raise OSError(f"the archive ends after {len(data)} of the member's {compressed_size} bytes")
     if int(method) == _ZIP_DEFLATED:
-        # No more than the archive says, so that a few bytes cannot become gigabytes
+        # One byte more than declared shows a wrong size, and a few bytes cannot become gigabytes.
         data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(member_bytes) + 1)
     if zlib.crc32(data) != int(crc):
         raise OSError("the member's bytes do not have its checksum (CRC-32)")
@@ -308,7 +310,10 @@ def _read_cell(file_path: str, container_kind: str, column_name: str, row_index:
 def _image_cells(
     file_path: str, container_kind: str, column_name: str, row_index: int
 ) -> tuple[Any, int]:
-    """The cells of the row group that holds the row, and its first row."""
+    """Return the cells of a column around a row, and the row of the first of them.
+
+    Of a Parquet file the cells of one row group, of an Arrow file, which is mapped, all.
+    """
     if container_kind == "arrow":
         return _arrow_column(file_path, column_name, file_stamp(file_path)), 0
     group_starts = _row_group_starts(file_path, file_stamp(file_path))
@@ -342,7 +347,7 @@ def _arrow_column(file_path: str, column_name: str, stamp: object) -> Any:
 
 
 def open_arrow(file_path: str | Path) -> pa.Table:
-    """An Arrow file, stream (as `datasets` writes) or IPC file, mapped into memory and not read.
+    """Map an Arrow file into memory: a stream, as `datasets` writes it, or an IPC file.
 
     Raises SourceError.
     """
@@ -352,7 +357,7 @@ def open_arrow(file_path: str | Path) -> pa.Table:
             arrow_table = pa.ipc.open_stream(mapped_file).read_all()
         except pa.ArrowInvalid:
             arrow_table = pa.ipc.open_file(mapped_file).read_all()
-        # Arrow believes lengths and offsets otherwise, and reads where there is no memory
+        # Without validation Arrow trusts lengths and offsets, and reads beyond the mapped memory.
         arrow_table.validate(full=True)
         return arrow_table
     except Exception as error:
@@ -363,36 +368,23 @@ _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0
 
 
 def _read_idx(file_path: Path) -> npt.NDArray[Any]:
-    """The array of an idx file (the format of MNIST), gzipped or not. Raises ValueError."""
+    """Return the array of an idx file (the format of MNIST), gzipped or not. Raises ValueError.
+
+    Its header: two zeros, a type, the number of axes, the length of each as a big-endian uint32.
+    """
     try:
         with gzip.open(file_path) if file_path.suffix == ".gz" else file_path.open("rb") as stream:
-            data = stream.read(4 + 4 * 255)
-            # no more than the header says, and one byte that is too much
-            if len(data) > 4 and data[2] in _IDX_TYPES:
-                item_bytes = np.dtype(_IDX_TYPES[data[2]]).itemsize
-                axis_lengths = [
-                    int.from_bytes(data[length_offset : length_offset + 4], "big")
-                    for length_offset in range(4, 4 + 4 * data[3], 4)
-                ]
-                _require_held(
-                    math.prod(axis_lengths) * item_bytes,
-                    max(1, file_path.stat().st_size),
-                    str(file_path),
-                )
-                n_missing = 4 + 4 * data[3] + math.prod(axis_lengths) * item_bytes - len(data) + 1
-                data += stream.read(max(1, n_missing))
+            header = stream.read(4)
+            if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in _IDX_TYPES:
+                raise ValueError("the first four bytes are not those of an idx file")
+            dtype, n_axes = np.dtype(_IDX_TYPES[header[2]]), header[3]
+            shape = tuple(int.from_bytes(stream.read(4), "big") for _ in range(n_axes))
+            expected_bytes = math.prod(shape) * dtype.itemsize
+            _require_held(expected_bytes, max(1, file_path.stat().st_size), str(file_path))
+            # One byte more, which shows a file that is longer than its header says.
+            data = stream.read(expected_bytes + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"not a whole gzip file ({error})") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
-        raise ValueError("the first four bytes are not those of an idx file")
-    dtype, dimensions = np.dtype(_IDX_TYPES[data[2]]), data[3]
-    shape = tuple(
-        int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(dimensions)
-    )
-    data_start = 4 + 4 * dimensions
-    expected_bytes = math.prod(shape) * dtype.itemsize
-    if len(data) - data_start != expected_bytes:
-        raise ValueError(
-            f"its header says {shape}, {expected_bytes} bytes, but {len(data) - data_start} follow"
-        )
-    return np.frombuffer(data, dtype, offset=data_start).reshape(shape)
+    if len(data) != expected_bytes:
+        raise ValueError(f"its header says {shape}, {expected_bytes} bytes, but {len(data)} follow")
+    return np.frombuffer(data, dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Changes of a set of images since its last listing: new, changed, renamed, removed."""
+"""Changes of a source since its last listing: images that are new, changed, renamed or removed."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,14 +11,17 @@ from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_js
 
 @dataclass(frozen=True)
 class ListingChanges:
-    """Every id of the new listing is in one of new, changed, renamed and unchanged."""
+    """Difference of two listings, by ids.
 
-    new: tuple[str, ...]  # content and id were not there
+    Every id of the new listing counts once: as new, changed, renamed or unchanged.
+    """
+
+    new: tuple[str, ...]  # neither the id nor, under an id that is gone, the content was there
     changed: tuple[str, ...]  # the id was there, with other content
     # (old id, new id): the content was there, under an id that is gone
     renamed: tuple[tuple[str, str], ...]
     removed: tuple[str, ...]  # ids that are gone and were not renamed
-    unchanged: int
+    unchanged: int  # count of ids with the same content
 
 
 def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> ListingChanges:
@@ -26,7 +29,8 @@ def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Lis
 
     A copy of an image that is still there counts as new.
     """
-    removed_ids: dict[str, list[str]] = defaultdict(list)  # content -> ids that had it and are gone
+    # {content hash: ids that had it and are gone}, in reverse order for `pop`
+    removed_ids: dict[str, list[str]] = defaultdict(list)
     for image_id in sorted(before.keys() - after.keys(), reverse=True):
         removed_ids[before[image_id]].append(image_id)
     new_ids, changed_ids, renamed_ids = [], [], []
@@ -49,9 +53,9 @@ def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Lis
 
 
 def read_listing(path: Path) -> dict[str, str]:
-    """The listing that `write_listing` left; empty where there is none.
+    """Return the listing that `write_listing` wrote; {} if there is none.
 
-    Raises SealBroken where it is damaged.
+    Raises SealBroken if it is damaged.
     """
     try:
         listing: dict[str, str] = read_sealed_json(path.read_bytes())["images"]
@@ -63,5 +67,5 @@ def read_listing(path: Path) -> dict[str, str]:
 
 
 def write_listing(path: Path, listing: Mapping[str, str]) -> None:
-    """Replace the listing at `path`."""
+    """Write a listing {id: content hash}, replacing the one at `path`."""
     publish_replace(path, sealed_json({"images": dict(listing)}, indent=0))

@@ -17,11 +17,11 @@ from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.crops import crop_content, split_crop
 from headrace.extract.images.file_stamps import FileStamp, file_stamps
 
-HASH_DIGITS = 32  # hex digits, 128 bits: no two images of any cache collide by chance
+HASH_DIGITS = 32  # hex digits, 128 bits: no two images of a cache collide by chance
 _COLUMNS = ("path", "stamp", "content")
 _DIGEST = b"headrace-digest"  # in the index file's metadata
 
-# path as bytes -> (stamp as text, content hash) of the file when it was last read
+# {path as bytes: (stamp as text, content hash) of the file when it was last read}
 _Index = dict[bytes, tuple[str, str]]
 
 
@@ -38,14 +38,13 @@ class UnreadableSample:
 class ContentHashes:
     """Content hashes of N samples, in their order."""
 
-    # first 32 hex digits of the SHA-256 of the file's bytes; None where unreadable
-    hashes: tuple[str | None, ...]
+    hashes: tuple[str | None, ...]  # N, see `hash_bytes`; None for an unreadable file
     unreadable: tuple[UnreadableSample, ...]
     read: int  # files read in this call; the others were in the index
 
 
 def hash_bytes(data: bytes | memoryview) -> str:
-    """The content hash of one image's bytes: the first 32 hex digits of their SHA-256."""
+    """Return the content hash of an image's bytes: the first 32 hex digits of their SHA-256."""
     return hashlib.sha256(data).hexdigest()[:HASH_DIGITS]
 
 
@@ -57,18 +56,18 @@ def content_hashes(
     *,
     keep: bool = True,
 ) -> ContentHashes:
-    """Return the content hashes of `samples` (columns `id`, `path`), reading only files that
-    `index` does not know.
+    """Return the content hashes of `samples`, reading only files that `index` does not know.
 
-    `index` is a Parquet file with one entry per path: the stamp of the file when it was last read,
-    and its hash. It is created, updated and replaced atomically, and one that is damaged or of
-    another version is rebuilt; with `keep` off, it is only read. A path may be a locator; its file
-    is asked for once. What a stamp cannot tell is in `FileStamp`. `progress(done, total)` is called
-    from this thread as files are read.
+    samples: N rows with columns `id` and `path` (a file or a locator).
+    index: a Parquet file with an entry per path: the stamp of the file when it was last read, and
+    its hash. It is created and replaced atomically, and rebuilt if it is damaged or of another
+    version. Changes of a file that its stamp does not show are described in `FileStamp`.
+    progress: called in this thread with (files read, files to read).
+    keep: False to read the index only.
     """
     known_files = _read_index(index)
     located = [split_crop(str(path)) for path in samples["path"]]
-    # crops of one image are hashed with one reading of it
+    # Each image once, however many crops of it there are.
     image_paths = list(dict.fromkeys(image_path for image_path, _ in located))
     started_ns = time.time_ns()
     file_stamps_before = file_stamps(map(locator_file, image_paths))
@@ -84,33 +83,22 @@ def content_hashes(
             hashes[row] = index_entry[1]
         else:
             unhashed_rows.append(row)
-    with ThreadPoolExecutor(threads) as pool:  # hashing releases the GIL
-        for n_done, (row, hash_or_error) in enumerate(
-            zip(
-                unhashed_rows,
-                pool.map(_hash, (image_paths[row] for row in unhashed_rows)),
-                strict=True,
-            )
-        ):
-            if isinstance(hash_or_error, str):
-                hashes[row] = hash_or_error
-            else:
-                failure_reasons[row] = _reason(hash_or_error)
-            if progress is not None:
-                progress(n_done + 1, len(unhashed_rows))
-    # A file that was replaced between its stamp and its reading would be known under the stamp of
-    # the earlier one.
+    hash_results = _hash_images([image_paths[row] for row in unhashed_rows], threads, progress)
+    # A second stamp: a file that was replaced after its first one and before it was read would get
+    # the new hash under the old stamp.
     stamps_after = file_stamps(locator_file(image_paths[row]) for row in unhashed_rows)
     new_entries: _Index = {}
-    for row, stamp_after in zip(unhashed_rows, stamps_after, strict=True):
-        content_hash = hashes[row]
+    for row, result, stamp_after in zip(unhashed_rows, hash_results, stamps_after, strict=True):
+        if not isinstance(result, str):
+            failure_reasons[row] = _reason(result)
+            continue
+        hashes[row] = result
         if (
-            content_hash is not None
-            and isinstance(stamp_after, FileStamp)
+            isinstance(stamp_after, FileStamp)
             and stamp_after == file_stamps_before[row]
             and stamp_after.is_settled(started_ns)
         ):
-            new_entries[_key(image_paths[row])] = (stamp_after.text, content_hash)
+            new_entries[_key(image_paths[row])] = (stamp_after.text, result)
     if new_entries and keep:
         _write_index(index, known_files | new_entries)
     hash_of_image = dict(zip(image_paths, hashes, strict=True))
@@ -132,8 +120,10 @@ def content_hashes(
 
 
 def indexed_hashes(files: Iterable[tuple[str, str]], index: Path) -> list[str | None]:
-    """Return the content hashes that an index knows of images, (path, text of the stamp of its
-    file) each; None for those that it does not know, or knows otherwise. No file is asked for.
+    """Return the content hashes that an index has of images, without looking at their files.
+
+    files: (path, text of its file's stamp) of each. None for one that is not in the index, or has
+    another stamp there.
     """
     known_files = _read_index(index)
     hashes: list[str | None] = []
@@ -143,6 +133,19 @@ def indexed_hashes(files: Iterable[tuple[str, str]], index: Path) -> list[str | 
         is_known = entry is not None and entry[0] == stamp
         hashes.append(crop_content(entry[1], crop) if entry and is_known else None)
     return hashes
+
+
+def _hash_images(
+    paths: list[str], threads: int, progress: Callable[[int, int], None] | None
+) -> list[str | OSError]:
+    """Return the content hash of each path, or the error of reading it."""
+    results: list[str | OSError] = []
+    with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter lock
+        for result in pool.map(_hash, paths):
+            results.append(result)
+            if progress is not None:
+                progress(len(results), len(paths))
+    return results
 
 
 def _hash(path: str) -> str | OSError:
@@ -157,7 +160,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _read_index(index: Path) -> _Index:
-    """Return an index's entries; {} for an absent, damaged or older one: it only saves time."""
+    """Return an index's entries; {} if it is absent, damaged or of another version."""
     try:
         table = pq.read_table(io.BytesIO(index.read_bytes()))
         if table.column_names != list(_COLUMNS) or any(
@@ -169,11 +172,11 @@ def _read_index(index: Path) -> _Index:
             path: (stamp, content_hash)
             for path, stamp, content_hash in zip(*index_columns, strict=True)
         }
-        # Parquet has no checksum of its own here: one changed digit of a hash would be believed for
-        # ever.
+        # Parquet files have no checksum by default, and one changed digit of a hash would be
+        # believed for ever.
         return entries if (table.schema.metadata or {}).get(_DIGEST) == _digest(entries) else {}
+    # Damaged bytes, types and schemas raise any of these; without the index, files are read again.
     except (OSError, ValueError, TypeError, AttributeError, pa.ArrowException):
-        # of damaged bytes, types and schemas
         return {}
 
 
@@ -193,7 +196,7 @@ def _write_index(index: Path, entries: _Index) -> None:
 
 
 def _key(path: str) -> bytes:
-    # names of files, and of members of archives, need not be UTF-8
+    # Names of files, and of members of archives, need not be UTF-8.
     return path.encode("utf-8", "surrogatepass")
 
 

@@ -1,8 +1,9 @@
 """Crops: rows that are a rectangle of an image, a box of an object or a tile of a large image.
 
-A crop is the end of a locator, `IMAGE::crop:LEFT,TOP,WIDTH,HEIGHT` in pixels of the upright image.
-`;fraction` after it: in shares of its width and height; `;white:0.9`: the crop is refused where
-more than that share of it is background. IMAGE is a file, or a locator itself.
+A crop is the end of a locator, `IMAGE::crop:LEFT,TOP,WIDTH,HEIGHT` in pixels of the upright image;
+IMAGE is a file, or a locator itself. With `;fraction` behind it the numbers are shares of the
+image's width and height. With `;white:0.9` the crop is refused if a larger share of it is white
+background.
 """
 
 import hashlib
@@ -29,9 +30,9 @@ _CROP = re.compile(
     rf"(?:;(?P<background>white|black|nodata):(?P<share>{_NUMBER}))?",
     re.DOTALL,
 )
-EMPTY_TILE = "an empty tile"  # begins the reason of a tile that is background
-# Bounds of the channels of background, white being 255: paper and glass slides are above, what
-# JPEG leaves of black is below.
+EMPTY_TILE = "an empty tile"  # begins the reason for which a tile is refused
+# Of 255, in every channel: paper and glass slides are at least _WHITE, and black after JPEG
+# compression at most _BLACK.
 _WHITE, _BLACK = 220, 8
 
 
@@ -44,8 +45,8 @@ class Crop:
     width: float
     height: float
     unit: Literal["pixels", "fraction"] = "pixels"
-    background: Background | None = None  # of tiles: what an empty one is made of
-    max_background: float = 1.0  # refused where more of it is background
+    background: Background | None = None  # kind of background that makes a tile empty
+    max_background: float = 1.0  # the crop is refused if a larger share of it is background
 
     def __str__(self) -> str:
         numbers = (self.left, self.top, self.width, self.height)
@@ -54,12 +55,12 @@ class Crop:
         return ",".join(f"{number:.10g}" for number in numbers) + unit + background
 
     def locator(self, image_path: str) -> str:
-        """The locator of this crop of an image."""
+        """Return the locator of this crop of an image."""
         return f"{image_path}::crop:{self}"
 
 
 def split_crop(path: str) -> tuple[str, Crop | None]:
-    """The image of a locator, and the crop of it that the locator means; None for the whole."""
+    """Return the image that a path or locator names, and the crop of it; None for all of it."""
     match = _CROP.fullmatch(path) if "::crop:" in path else None
     if match is None:
         return path, None
@@ -72,16 +73,16 @@ def split_crop(path: str) -> tuple[str, Crop | None]:
 
 
 def crop_content(image_content: str, crop: Crop | None) -> str:
-    """The content hash of a crop, from that of its image: as long, and another for each crop."""
+    """Return the content hash of a crop, derived from that of its image."""
     if crop is None:
         return image_content
     return hashlib.sha256(f"{image_content} {crop}".encode()).hexdigest()[: len(image_content)]
 
 
 def pixel_box(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in whole pixels, each edge rounded, and clipped to the image.
+    """Return (left, top, right, bottom) in whole pixels, each edge rounded, clipped to the image.
 
-    Raises ImageError where nothing of it lies in the image.
+    Raises ImageError if the crop and the image share no pixel.
     """
     scale_x, scale_y = (width, height) if crop.unit == "fraction" else (1, 1)
     edges = (
@@ -111,16 +112,16 @@ def reaches_outside(crop: Crop, width: int, height: int) -> bool:
 
 
 def image_size(image: DecodedImage) -> tuple[int, int]:
-    """(width, height)."""
+    """Return (width, height)."""
     if isinstance(image, Bands):
         return int(image.values.shape[1]), int(image.values.shape[0])
     return image.size
 
 
 def cut_crop(image: DecodedImage, crop: Crop) -> DecodedImage:
-    """The crop of an upright image.
+    """Cut a crop out of an upright image.
 
-    Raises ImageError where it holds nothing of the image, or too much background.
+    Raises ImageError if it shares no pixel with the image, or has too much background.
     """
     box = pixel_box(crop, *image_size(image))
     part = image.crop(*box) if isinstance(image, Bands) else image.crop(box)
@@ -135,14 +136,14 @@ def cut_crop(image: DecodedImage, crop: Crop) -> DecodedImage:
 
 
 def _without_value(part: Bands, channel: int) -> npt.NDArray[np.bool_]:
-    """(H, W): 0 or no value in a band."""
+    """Return which pixels (H, W) of a band are 0 or have no value."""
     is_zero = part.values[:, :, part.selection[channel]] == 0
     is_missing = part.missing(channel)
     return np.asarray(is_zero if is_missing is None else is_zero | is_missing)
 
 
 def _is_background(part: DecodedImage, background: Background) -> npt.NDArray[np.bool_]:
-    """(H, W): white and black by the channels' values; nodata is 0 or no value in all of them."""
+    """Return which pixels (H, W) are background in all channels; "nodata": 0 or without a value."""
     if isinstance(part, Bands):
         if background == "nodata":
             empty = [_without_value(part, channel) for channel in range(len(part.ranges))]
@@ -157,10 +158,10 @@ def _is_background(part: DecodedImage, background: Background) -> npt.NDArray[np
 
 
 def decode_picture(path: str, data: bytes, pixel_range: PixelRange | None) -> Image.Image:
-    """The image of a sample in 8 bits, to be looked at; cropped where its path is that of a crop.
+    """Return the image, or crop, of a sample in 8 bits, for people to look at.
 
-    Of images of many bands the first is taken, as grey. data: the bytes that the path gives. Raises
-    ImageError.
+    data: the bytes of the path (`read_bytes`). Of images of many bands the first is shown, as grey.
+    Raises ImageError.
     """
     try:
         image = decode_image(data, pixel_range)

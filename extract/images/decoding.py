@@ -1,10 +1,10 @@
-"""Decoding: the bytes of an image file to 8-bit pixels, the same every time, or why not.
+"""Decoding: the bytes of an image file to 8-bit pixels, or the reason why they cannot be decoded.
 
 Which value is black and which is white comes from the file's format, its bit depth, or the caller's
 `pixel_range`; never from the values of one image, which would make a dark frame as bright as a
 bright one.
 
-`headrace export` copies this module into `preprocess.py`, so that it needs Pillow and NumPy alone.
+`headrace export` copies this module into `preprocess.py`, so it imports only Pillow and NumPy.
 """
 
 import functools
@@ -29,21 +29,20 @@ from headrace.extract.images.samples import (
 
 # Part of every fingerprint: another Pillow can round a resize or a JPEG differently.
 DECODER = f"pillow {PIL.__version__}"
-# Every conversion that is not the file's own pixels is named here, and this text is part of every
-# fingerprint.
+# Every conversion of the file's pixels. The text is part of every fingerprint, so that a new way of
+# decoding gives new feature sets.
 COLOUR = (
     "rgb; exif orientation applied; alpha over white; first frame; black and white by bit depth, "
     "header or pixel_range"
 )
 
-# exact: every pixel of the file. scaled: of a JPEG much larger than the network's input, the
-# decoder computes a smaller image from the low frequencies alone.
+# exact: every pixel of the file. scaled: for a JPEG much larger than the network's input, the
+# decoder computes a smaller image from the low frequencies only.
 DecodeMode = Literal["exact", "scaled"]
-JPEG_REDUCTIONS = (8, 4, 2)  # what libjpeg does quickly
+JPEG_REDUCTIONS = (8, 4, 2)  # divisors of the edges that libjpeg has fast code for
 
-_NUMPY, _JPEG = b"\x93NUMPY", b"\xff\xd8\xff"  # what files of these formats begin with
-# values that are converted at a time: what float64 needs beside the image stays at some MB
-_BLOCK = 2**20
+_NUMPY, _JPEG = b"\x93NUMPY", b"\xff\xd8\xff"  # first bytes of these formats
+_BLOCK_VALUES = 2**20  # converted together, so that their float64 copy takes only 8 MB
 _ORIENTATION_TAG = 0x0112  # of EXIF
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,9 +53,9 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_FILE_BOX = "headrace_file_box"  # of Image.info
-# The turns that swap height and width, and those that bring the upright image's left or top what
-# stands at the right or below in the file.
+_FILE_BOX = "headrace_file_box"  # key in Image.info
+# The turns that exchange height and width, and those after which the file's right edge is on the
+# left, or its lower edge on top, of the upright image.
 _SIDEWAYS = tuple(ORIENTATIONS[number] for number in (5, 6, 7, 8))
 _RIGHT_IS_LEFT = tuple(ORIENTATIONS[number] for number in (2, 3, 6, 7))
 _BELOW_IS_ABOVE = tuple(ORIENTATIONS[number] for number in (3, 4, 7, 8))
@@ -65,22 +64,23 @@ _BELOW_IS_ABOVE = tuple(ORIENTATIONS[number] for number in (3, 4, 7, 8))
 def decode_image(
     data: bytes, pixel_range: PixelRange | None = None, reduction: int = 1
 ) -> Image.Image:
-    """The image in `data`, upright, in mode "RGB", or "L" where its three channels would be equal.
+    """Decode an image to 8 bits, upright, in mode "RGB", or "L" if its three channels are equal.
 
-    pixel_range: the values that are black and white, for images of more than 8 bits; what lies
-    beyond is clipped. Images of 8 bits and fewer have their own. Without it 16-bit images and PGM
-    files still have one, by their depth or header; floats, signed and 32-bit integers have none and
-    are refused. Keeping grey images in one channel makes their resize three times cheaper; the
-    pixels are the same. reduction: 1, or one of JPEG_REDUCTIONS, by which the decoder of a JPEG
-    divides its edges (rounded up, see `file_box`); other formats are decoded in full. Raises
-    ImageError, and only that, with the reason why it cannot be decoded.
+    pixel_range: the values that are black and white, for images of more than 8 bits; values beyond
+    are clipped. Images of at most 8 bits have their own range. Without it 16-bit images and PGM
+    files have one too, by their depth or header; floats, signed and 32-bit integers have none and
+    are refused.
+    reduction: 1, or one of JPEG_REDUCTIONS, by which the decoder of a JPEG divides its edges
+    (rounded up, see `file_box`); other formats are decoded in full.
+
+    Raises ImageError, and only that, with the reason why it cannot be decoded.
     """
     if not data:
         raise ImageError("the file is empty")
     if data.startswith(_NUMPY):
         return _eight_bits(array_samples(data), pixel_range)
-    # Some libraries switch this on for the whole process, and truncated files then decode to grey
-    # bars in silence.
+    # Some libraries switch this on for the whole process; truncated files would then decode to grey
+    # bars without an error.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with open_image(data) as image:
@@ -90,7 +90,6 @@ def decode_image(
                 return upright(_eight_bits(samples, pixel_range), image)
             file_size = image.size
             if reduction > 1:
-                # Does nothing for other formats than JPEG.
                 image.draft(None, (image.width // reduction, image.height // reduction))
             image.load()
             if image.size != file_size:
@@ -99,27 +98,27 @@ def decode_image(
             if image.size != file_size:
                 upright_image.info[_FILE_BOX] = _file_box(image, file_size, reduction)
             return upright_image
+    # MemoryError passes: too little memory is no fault of the image, and must not be recorded as a
+    # failure of it.
     except (ImageError, MemoryError):
-        raise  # too little memory is no fault of the image, and must not be recorded as one
+        raise
     except Exception as error:  # decoders raise anything on malformed input, and a run must go on
         raise ImageError(decoding_reason(error, data)) from error
 
 
 def file_box(image: Image.Image) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom): the part of a decoded image that the file's pixels cover, all of
-    it unless a decoder has divided the edges and rounded up.
+    """Return (left, top, right, bottom) of a decoded image that the file's pixels cover.
+
+    That is all of it, unless a JPEG's edges were divided and rounded up.
     """
     box: tuple[float, float, float, float] = image.info.get(_FILE_BOX, (0, 0, *image.size))
     return box
 
 
 def _cover_padding(image: Image.Image, file_size: tuple[int, int], reduction: int) -> None:
-    """Give the last column and the last row, of which the file's pixels cover only a part, the
-    values of those before.
-
-    The rest of them comes from the padding of the file's last blocks, which may hold anything
-    (Pillow's issue 3419 shows a coloured line).
-    """
+    """Overwrite the last column and row, which the file's pixels cover in part, by those before."""
+    # The rest of them comes from the padding of the file's last blocks, which may hold anything
+    # (Pillow's issue 3419 shows a coloured line).
     width, height = image.size
     if file_size[0] % reduction and width > 1:
         image.paste(image.crop((width - 2, 0, width - 1, height)), (width - 1, 0))
@@ -130,12 +129,12 @@ def _cover_padding(image: Image.Image, file_size: tuple[int, int], reduction: in
 def _file_box(
     image: Image.Image, file_size: tuple[int, int], reduction: int
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom): what the file's pixels cover of the upright image of `image`,
-    both edges of which were divided and rounded up.
+    """Return what `file_box` returns for the upright image of `image`, whose edges were divided by
+    `reduction` and rounded up.
     """
     turn = orientation_of(image)
     width, height = (edge / reduction for edge in file_size)
-    # What was rounded up stands at the right and below in the file.
+    # The part of a pixel that was rounded up is at the right and lower edge in the file.
     right, below = image.width - width, image.height - height
     if turn in _SIDEWAYS:
         width, height, right, below = height, width, below, right
@@ -145,8 +144,9 @@ def _file_box(
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of the upright image of a JPEG, of which only the header is read; None for
-    other formats, and for what is no image.
+    """Return (height, width) of the upright image of a JPEG, read from its header.
+
+    None for other formats, and for damaged files.
     """
     if not data.startswith(_JPEG):
         return None
@@ -171,7 +171,7 @@ def has_deep_pixels(data: bytes) -> bool:
 
 
 def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.Image:
-    """`image` in mode "RGB" or "L": see COLOUR and `decode_image`.
+    """Convert an image of Pillow to mode "RGB" or "L", as `decode_image` does.
 
     Raises ImageError for modes whose range is not known.
     """
@@ -181,8 +181,8 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
         plain_image = image.convert("L") if mode == "1" else image
         if "transparency" not in image.info:
             return plain_image
+        # A colour may be transparent without an alpha channel (PNG tRNS); `convert` makes it one.
         plain_image.info["transparency"] = image.info["transparency"]
-        # A transparent colour without an alpha channel (PNG tRNS) is still transparency.
         return _over_white(plain_image.convert("RGBA"))
     if mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
@@ -204,7 +204,7 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
 
 
 def check_pixel_range(pixel_range: Any) -> None:
-    """Raise ValueError for what is no (black, white): two finite numbers, the smaller first."""
+    """Raise ValueError unless it is (black, white): two finite numbers, the smaller first."""
     is_pair = isinstance(pixel_range, (tuple, list)) and len(pixel_range) == 2
     if not is_pair or not all(isinstance(end, (int, float)) for end in pixel_range):
         raise ValueError(
@@ -218,9 +218,9 @@ def check_pixel_range(pixel_range: Any) -> None:
 
 
 def _eight_bits(samples: Samples, pixel_range: PixelRange | None) -> Image.Image:
-    """The samples as an image in mode "RGB" or "L".
+    """Return samples as an image in mode "RGB" or "L".
 
-    Raises ImageError where their range is not known.
+    Raises ImageError if their range is not known.
     """
     values = samples.values
     has_eight_bits = values.dtype in (np.uint8, np.bool_)
@@ -238,7 +238,7 @@ def _eight_bits(samples: Samples, pixel_range: PixelRange | None) -> Image.Image
         grey_or_rgb = 255 - grey_or_rgb
     if samples.transparent is not None:
         is_transparent = values == np.asarray(samples.transparent)
-        # nothing of it is left over white
+        # Blended with white, a transparent pixel is white.
         grey_or_rgb[is_transparent.all(axis=2) if n_channels > 1 else is_transparent] = 255
     if n_channels in (2, 4):
         alpha_pixels = _scale(
@@ -254,14 +254,15 @@ def _eight_bits(samples: Samples, pixel_range: PixelRange | None) -> Image.Image
 def _scale(
     values: npt.NDArray[Any], black_value: float, white_value: float
 ) -> npt.NDArray[np.uint8]:
-    """Return uint8 of the same shape: black is 0, white 255, what lies beyond is clipped.
+    """Return uint8 of the same shape: black is 0, white 255, values beyond are clipped.
 
-    Raises ImageError for NaN.
+    Raises ImageError for NaN and infinity.
     """
     if values.dtype == np.uint8 and (black_value, white_value) == (0, 255):
         return values
     flat_values = np.ascontiguousarray(values).reshape(-1)
     flat_values = flat_values.view(np.uint8) if flat_values.dtype == np.bool_ else flat_values
+    # Of 8 and 16 bits there are so few values that a table of all is faster than the arithmetic.
     has_few_values = flat_values.dtype.kind == "u" and flat_values.dtype.itemsize <= 2
     value_table = (
         _scale_table(black_value, white_value, 8 * flat_values.dtype.itemsize)
@@ -269,9 +270,9 @@ def _scale(
         else None
     )
     scaled = np.empty(flat_values.shape, np.uint8)
-    for start in range(0, len(flat_values), _BLOCK):
-        value_block = flat_values[start : start + _BLOCK]
-        scaled[start : start + _BLOCK] = (
+    for start in range(0, len(flat_values), _BLOCK_VALUES):
+        value_block = flat_values[start : start + _BLOCK_VALUES]
+        scaled[start : start + _BLOCK_VALUES] = (
             _scale_block(value_block, black_value, white_value)
             if value_table is None
             else value_table[value_block]
@@ -302,7 +303,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image, file_image: Image.Image) -> Image.Image:
-    """`image`, the pixels of `file_image`, as the file's EXIF orientation says."""
+    """Turn `image`, the pixels of `file_image`, as the file's EXIF orientation says."""
     transpose_method = orientation_of(file_image)
     if transpose_method is None:
         return image
@@ -312,8 +313,8 @@ def upright(image: Image.Image, file_image: Image.Image) -> Image.Image:
 
 
 def orientation_of(file_image: Image.Image) -> Image.Transpose | None:
-    """The turn that makes a file's pixels upright, by its EXIF orientation; None for none."""
+    """Return the turn that makes a file's pixels upright, by its EXIF orientation, or None."""
     try:
         return ORIENTATIONS.get(file_image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation, and the pixels are there
+    except Exception:  # noqa: BLE001 - with a damaged EXIF block the pixels are used as they are
         return None

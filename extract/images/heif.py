@@ -1,4 +1,4 @@
-"""HEIF images (`.heic`, of phones), which Pillow reads with the plug-in pillow-heif."""
+"""HEIF images (`.heic`, from phones), which Pillow reads with the plug-in pillow-heif."""
 
 import functools
 import importlib.util
@@ -14,12 +14,12 @@ def is_heif(head: bytes) -> bool:
 
 @functools.cache
 def reads_heif() -> bool:
-    """Return whether the plug-in is installed; asking does not import it."""
+    """Return whether the plug-in is installed, without importing it."""
     return importlib.util.find_spec(_PLUGIN) is not None
 
 
 @functools.cache
 def register_heif() -> None:
-    """Make the format known to Pillow, once per process, where the plug-in is installed."""
+    """Make the format known to Pillow if the plug-in is installed."""
     if reads_heif():
         importlib.import_module(_PLUGIN).register_heif_opener()

@@ -1,4 +1,4 @@
-"""Opening an image file: the formats that Pillow is asked for, limits of size, reasons why not."""
+"""Opening an image file: the formats that Pillow may use, limits of size, reasons for failures."""
 
 import functools
 import io
@@ -10,23 +10,22 @@ from PIL import Image, ImageFile
 from headrace.extract.errors import ImageError
 from headrace.extract.images.heif import is_heif, register_heif
 
-# Pillow's own limit on what it opens without a warning: 1 GiB of pixels / 4 / 3. Above it lie
-# decompression bombs.
+# Pillow's own limit, above which it warns of decompression bombs: 1 GiB / 4 / 3.
 MAX_PIXELS = 1024**3 // 4 // 3
 # Pillow's resize keeps a table of 16 to 48 bytes per pixel of the edge that it shortens: 50 MB at
 # this length, 4 GB for the 90 million pixels in one line that MAX_PIXELS would allow. Cameras and
 # scanners end below 100,000 pixels.
 MAX_EDGE = 2**20
 
-# What Pillow is asked for: the formats that listings know (IMAGE_SUFFIXES), and none of its others.
-# Nobody keeps data sets in those, and some hand the bytes to other programs (EPS to Ghostscript).
-# HEIF's plug-in is asked for HEIF alone.
+# The formats of IMAGE_SUFFIXES, and none of Pillow's others: nobody keeps data sets in those, and
+# some hand the bytes to other programs (EPS to Ghostscript). HEIF is read by its plug-in.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM")
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
-    """The image in `data`, its pixels not yet decoded, where it is in one of FORMATS; raises
-    whatever its decoder does.
+    """Open an image in one of FORMATS or HEIF; its pixels are not decoded yet.
+
+    Raises whatever its decoder raises.
     """
     if is_heif(data[:12]):
         register_heif()
@@ -36,15 +35,13 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
 
 @functools.cache
 def _available(*formats: str) -> tuple[str, ...]:
-    """Select the formats that this build of Pillow, with its plug-ins, can open.
-
-    Pillow makes a KeyError of any other name.
-    """
     Image.init()
+    # For a format that this build of Pillow does not have, `Image.open` raises KeyError.
     return tuple(name for name in formats if name in Image.OPEN)
 
 
 def check_size(width: int, height: int) -> None:
+    """Raise ImageError for an image without pixels, or beyond MAX_PIXELS or MAX_EDGE."""
     if width * height == 0:
         raise ImageError("the image has no pixels")
     if width * height > MAX_PIXELS:
@@ -57,6 +54,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def decoding_reason(error: Exception, data: bytes) -> str:
+    """Return the text for an error that a decoder raised on these bytes, the same at every call."""
     if isinstance(error, PIL.UnidentifiedImageError):
         if data.startswith((b"II*\0", b"MM\0*")):
             return (
@@ -69,7 +67,7 @@ def decoding_reason(error: Exception, data: bytes) -> str:
         )
     if isinstance(error, Image.DecompressionBombError):
         return f"decompression bomb: more than {2 * MAX_PIXELS} pixels declared"
-    # Where an object lies in memory is another place each time, and reasons are part of what a
-    # shard holds.
+    # Without addresses of objects, which differ at each call: reasons are stored in shards, whose
+    # bytes must be the same.
     reason_text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip() or "no details"
     return f"{type(error).__name__}: {reason_text}"[:300]

@@ -1,6 +1,6 @@
 """Preprocessing: pixels of any size and depth to the square that a network was trained on.
 
-`headrace export` copies this module into `preprocess.py`, so that it needs Pillow and NumPy alone.
+`headrace export` copies this module into `preprocess.py`, so it imports only Pillow and NumPy.
 """
 
 import dataclasses
@@ -29,12 +29,13 @@ from headrace.extract.images.samples import PixelRange
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 PixelDtype = Literal["uint8", "float32"]
-# one black and white, or a pair for each band
+# One (black, white), or a pair for each band.
 PixelRanges = PixelRange | tuple[PixelRange, ...]
-# An image as it is decoded: of 8 bits, or its bands at their own depth.
+# A decoded image: of 8 bits, or its bands at their own depth.
 DecodedImage = Image.Image | Bands
 
-MAX_BANDS = 1024  # of the widest imaging spectrometers; a file that was sent may say any number
+# More than any imaging spectrometer has. The number may come from a stranger's model file.
+MAX_BANDS = 1024
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -43,35 +44,37 @@ _RESAMPLING = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
-# A scaled JPEG has at least so many times the pixels of the resized image on each edge. The resize
-# then differs from the exact one by 0.2 of 255 levels on average; with 1 it is 0.6, and a
-# 12-megapixel photo costs 22 ms instead of 27 (exact 102; a Zen 4 core).
+# Each edge of a scaled JPEG has at least twice the pixels of the resized image. The resized pixels
+# then differ from exact ones by 0.2 of 255 levels on average. With 1 instead of 2 it would be 0.6,
+# and a 12-megapixel photo would take 22 ms instead of 27 (exact: 102; a Zen 4 core).
 _SCALED_EDGES = 2
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The way from an image to a network's input.
+    """How an image becomes a network's input: decoded, resized, cropped, normalized.
 
     Sizes are (height, width); Pillow's resize always antialiases.
 
-    Raises ValueError for fields that no image can be read with.
+    Raises ValueError for fields with which no image can be read.
     """
 
     resize: tuple[int, int]
     crop: tuple[int, int]
-    # which edge meets `resize`: the shorter, both, or the longer
+    # The edge that is resized to `resize`: the shorter one ("shortest"), both ("squash"), or the
+    # longer one, the rest being filled with the mean ("border").
     mode: Literal["shortest", "squash", "border"]
     interpolation: Interpolation
     mean: tuple[float, ...]  # of each channel of the network's input; white is 1
     std: tuple[float, ...]
-    pixel_range: PixelRanges | None = None  # black and white of more than 8 bits
-    # of the file, counted from 1, in the order of the network's channels; None: grey or colours
+    pixel_range: PixelRanges | None = None  # black and white of pixels of more than 8 bits
+    # Bands of the file, counted from 1, in the order of the network's channels; None: grey or
+    # colours.
     bands: tuple[int, ...] | None = None
-    # float32: images of more than 8 bits keep their depth until they are normalised, and those of
-    # 8 bits are as ever
+    # float32: images of more than 8 bits keep their depth until they are normalized. uint8: they
+    # are rounded to 8 bits when they are decoded.
     pixel_dtype: PixelDtype = "uint8"
-    nodata: Literal["refuse", "mean"] = "refuse"  # pixels without a value, of floats and bands
+    nodata: Literal["refuse", "mean"] = "refuse"  # for pixels without a value, in floats and bands
     decode: DecodeMode = "exact"
 
     def __post_init__(self) -> None:
@@ -120,10 +123,10 @@ class Preprocessing:
         return (*self.crop, self.n_channels)
 
     def to_json(self) -> str:
-        """Canonical JSON of everything between the decoded file and the network's input."""
+        """Return canonical JSON of everything between the decoded file and the network's input."""
         fields = {**dataclasses.asdict(self), "antialias": True, "colour": COLOUR}
-        # Fields of images of other depths and of other decoding are said of those alone, so that
-        # the others keep their feature sets.
+        # Fields that were added later are left out at their defaults, so that the fingerprints of
+        # older feature sets stay.
         for name in ("bands", "pixel_dtype", "nodata", "decode"):
             if fields[name] == Preprocessing.__dataclass_fields__[name].default:
                 del fields[name]
@@ -131,7 +134,7 @@ class Preprocessing:
 
 
 def check_bands(bands: Any) -> None:
-    """Raise ValueError for what are no bands: whole numbers from 1 on, at least one of them."""
+    """Raise ValueError unless it is a list of at least one whole number from 1 to MAX_BANDS."""
     if not (
         isinstance(bands, (tuple, list))
         and bands
@@ -147,9 +150,9 @@ def check_bands(bands: Any) -> None:
 
 
 def plain_pixel_range(pixel_range: Any, bands: tuple[int, ...] | None) -> PixelRanges:
-    """The range, or the range of each band, as floats.
+    """Return (black, white), or a pair for each band, as floats.
 
-    Raises ValueError for what is none, and for other than a pair for each of the bands.
+    Raises ValueError for anything else, and unless there are as many pairs as bands.
     """
     is_list = isinstance(pixel_range, (tuple, list)) and bool(pixel_range)
     if not is_list or not isinstance(pixel_range[0], (tuple, list)):
@@ -167,9 +170,9 @@ def plain_pixel_range(pixel_range: Any, bands: tuple[int, ...] | None) -> PixelR
 
 
 def decode_pixels(data: bytes, how: Preprocessing, *, in_parts: bool = False) -> DecodedImage:
-    """The image in `data` as `how` asks for it, upright and whole.
+    """Decode an image to the depth and bands of `how`, upright, not yet resized.
 
-    in_parts: crops of it are all that is needed, so that a TIFF is decoded where they are cut.
+    in_parts: only crops are needed, so a large TIFF is decoded where they are cut.
     Raises ImageError.
     """
     if how.pixel_dtype == "uint8":
@@ -180,7 +183,7 @@ def decode_pixels(data: bytes, how: Preprocessing, *, in_parts: bool = False) ->
 
 
 def jpeg_reduction(data: bytes, how: Preprocessing) -> int:
-    """The `reduction` of `decode_image`: 1 where every pixel is decoded, and of other formats."""
+    """Return the `reduction` for `decode_image`: 1 for exact decoding and for other formats."""
     if how.decode == "exact" or (size := jpeg_size(data)) is None:
         return 1
     height, width = size
@@ -190,17 +193,19 @@ def jpeg_reduction(data: bytes, how: Preprocessing) -> int:
 
 
 def render_crop(image: DecodedImage, how: Preprocessing) -> npt.NDArray[Any]:
-    """The evaluation crop of an upright "RGB" or "L" image: uint8, shape (*how.crop, 3); of bands
-    float32, shape (*how.crop, how.n_channels), white 255.
+    """Return the evaluation crop of an upright image.
 
-    Raises ImageError for one so long and narrow that resizing it would take hundreds of MB.
+    uint8 of shape (*how.crop, 3) for an "RGB" or "L" image; float32 of shape (*how.crop,
+    how.n_channels), white being 255, for Bands.
+
+    Raises ImageError for an image so long and narrow that resizing it would take hundreds of MB.
     """
     if isinstance(image, Bands):
         bands = image
 
         def fit(plane: Image.Image, channel: int) -> Image.Image:
-            shown = how.mean[channel] if how.mode == "border" else 0.0
-            return _fit(plane, how, bands.own_number(channel, shown))
+            border = how.mean[channel] if how.mode == "border" else 0.0
+            return _fit(plane, how, bands.own_number(channel, border))
 
         return render_bands(bands, how, fit)
     return rgb_pixels(_fit(image, how))
@@ -209,11 +214,13 @@ def render_crop(image: DecodedImage, how: Preprocessing) -> npt.NDArray[Any]:
 def render_bands(
     bands: Bands, how: Preprocessing, change: Callable[[Image.Image, int], Image.Image]
 ) -> npt.NDArray[np.float32]:
-    """(h, w, how.n_channels) float32, white 255: each band after `change`, which is given it as an
-    image of 32-bit floats and its channel. Grey is repeated where the network takes colours.
+    """Return the bands after `change`: (h, w, how.n_channels) float32, white being 255.
 
-    The numbers are scaled last, when the image is small: resizing is linear. Raises ImageError.
+    change: function of a band, as an image of 32-bit floats, and its channel; it resizes the band.
+
+    Raises ImageError.
     """
+    # Grey is repeated for a network that takes colours.
     if len(bands.selection) < how.n_channels:
         n_channels = how.n_channels
         bands = replace(
@@ -228,21 +235,23 @@ def render_bands(
             and bands.ranges[channel] == bands.ranges[0]
             and (how.mode != "border" and fill is None)
         ):
-            planes.append(planes[0])
+            planes.append(planes[0])  # grey: the first plane once more
             continue
         plane = Image.fromarray(bands.plane(channel, fill))
         planes.append(np.asarray(change(plane, channel)))
+    # Scaled after the resize, when there are fewer pixels; the result is the same, as both are
+    # linear.
     return bands.scaled(planes)
 
 
 def _fit(image: Image.Image, how: Preprocessing, border: float | None = None) -> Image.Image:
-    """Resize and crop an image; or one band of it, in mode "F", with what lies around it."""
+    """Resize and crop an image, or one band in mode "F", whose padding is `border`."""
     box = file_box(image)
     width, height = image.size
     scaled_height, scaled_width = _resized_extent(box[3] - box[1], box[2] - box[0], how)
-    # The shorter edge of a line of pixels is enlarged a hundredfold, and in mode "shortest" the
-    # longer one with it: gigabytes from some kB. Pillow changes the width first, so that a tall
-    # line is wide for a moment in every mode.
+    # For an image of a few pixels' width, mode "shortest" enlarges both edges a hundredfold:
+    # gigabytes from some kB. Pillow resizes the width first, so a tall image is as wide as the
+    # result, and still as tall as before, for a moment in every mode.
     limit = _max_resize_pixels(height, width, how)
     if scaled_width * max(scaled_height, height) > limit:
         raise ImageError(
@@ -256,38 +265,33 @@ def _fit(image: Image.Image, how: Preprocessing, border: float | None = None) ->
 
 
 def rgb_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """uint8, shape (height, width, 3); a grey image is repeated in a view that costs nothing."""
+    """Return the pixels of an "RGB" or "L" image, uint8 (height, width, 3)."""
     values = np.asarray(image)
+    # Grey is repeated in a view, which takes no memory.
     return np.broadcast_to(values[:, :, None], (*values.shape, 3)) if values.ndim == 2 else values
 
 
 def resampling_filter(how: Preprocessing) -> Image.Resampling:
-    """Pillow's name of the interpolation."""
+    """Return Pillow's filter for the interpolation."""
     return _RESAMPLING[how.interpolation]
 
 
 def _max_resize_pixels(height: int, width: int, how: Preprocessing) -> int:
-    """Return the most pixels that an image may have while it is resized: never more than
-    MAX_PIXELS, and no fewer than it has itself.
-
-    Beyond that 64 times the network's input, and 2^24 (64 MB) in any case: panoramas of 64 : 1, of
-    256 : 1 at 256 pixels. A batch is resized by one thread per core, and twice MAX_PIXELS with the
-    network took 1.8 GB on two.
-    """
+    """Return the most pixels that an image may have while it is resized, at most MAX_PIXELS."""
+    # No fewer than the image itself; 64 times the network's input, which is enough for panoramas of
+    # 64 : 1; and 2^24 (64 MB), for 256 : 1 at 256 pixels. No more, because a batch is resized by
+    # one thread per core: twice MAX_PIXELS with the network took 1.8 GB on two cores.
     rows, columns = how.resize
     return min(MAX_PIXELS, max(height * width, 64 * rows * columns, 2**24))
 
 
 def _resized_extent(height: float, width: float, how: Preprocessing) -> tuple[int, int]:
-    """(height, width) after the resize.
-
-    The roundings are those of torchvision's and timm's transforms.
-    """
+    """Return (height, width) after the resize, rounded as torchvision and timm round."""
     target_height, target_width = how.resize
     if how.mode == "squash":
         return how.resize
     if how.mode == "shortest" and target_height == target_width:
-        # torchvision.transforms.Resize(int): the longer edge is truncated
+        # torchvision.transforms.Resize(int) truncates the longer edge.
         if width <= height:
             return max(int(target_width * height / width), 1), target_width
         return target_height, max(int(target_height * width / height), 1)
@@ -299,7 +303,10 @@ def _resized_extent(height: float, width: float, how: Preprocessing) -> tuple[in
 def _centre_crop(
     image: Image.Image, how: Preprocessing, border: float | None = None
 ) -> Image.Image:
-    """torchvision's center_crop, which pads smaller images with black; here with the mean."""
+    """Crop as torchvision's center_crop, which pads smaller images with black.
+
+    border: padding of a band, in its own numbers. Mode "border" pads with the mean.
+    """
     width, height = image.size
     crop_height, crop_width = how.crop
     if (height, width) == how.crop:
@@ -315,6 +322,6 @@ def _centre_crop(
         canvas = Image.new(mode, (max(width, crop_width), max(height, crop_height)), colour)
         canvas.paste(image.convert(mode), (left, above))
         image, (width, height) = canvas, canvas.size
-    # Python's round is to even, as in torchvision
+    # Python's round, to even at .5, as in torchvision.
     top, start = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)
     return image.crop((start, top, start + crop_width, top + crop_height))

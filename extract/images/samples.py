@@ -1,6 +1,6 @@
-"""Samples: values of more than 8 bits as they stand in PNM, PNG, TIFF and .npy files.
+"""Samples: values of more than 8 bits as PNM, PNG, TIFF and .npy files hold them.
 
-Pillow's own pixels keep 8 bits of most of them. H rows, W columns, C channels.
+Pillow's pixels keep only 8 bits of most of them. H rows, W columns, C channels.
 """
 
 import io
@@ -16,33 +16,34 @@ from PIL import Image, ImageFile
 from headrace.extract.errors import ImageError
 from headrace.extract.images.opening import check_size, decoding_reason, open_image
 
-# (the value that is black, the value that is white), in the file's own numbers
+# (value that is black, value that is white), in the file's own numbers.
 PixelRange = tuple[float, float]
 
 SIXTEEN_BITS = (0.0, 65535.0)  # black and white of unsigned 16-bit values
+MAX_ARRAY_HEADER_BYTES = 10_256  # of an .npy file; NumPy refuses longer headers
 _BITS_TAG, _PHOTOMETRIC_TAG, _PLANES_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 284, 339  # of a TIFF
 _UNSIGNED, _SIGNED = 1, 2  # TIFF sample formats
 
 
 class Samples(NamedTuple):
-    """Values as they stand in a file, before they become pixels."""
+    """Values as a file holds them, before they are scaled to pixels."""
 
     # (H, W), or (H, W, C): C = 2 grey and alpha, 3 colours, 4 colours and alpha
     values: npt.NDArray[Any]
-    name: str  # what they are, for a message: "float32 values of a TIFF"
-    # black and white by the file's format; None where that says nothing
-    own_range: PixelRange | None
-    alpha_range: PixelRange | None = None  # None: as the colours
+    name: str  # type and format, for messages: "float32 values of a TIFF"
+    own_range: PixelRange | None  # by the file's format; None if the format has none
+    alpha_range: PixelRange | None = None  # None: that of the colours
     white_is_zero: bool = False
-    transparent: Any = None  # the value, or the three, that a PNG declares to be transparent
-    nodata: float | None = None  # the value that a GeoTIFF declares to be none
+    transparent: Any = None  # value, or three values, of transparent pixels of a PNG (tRNS)
+    nodata: float | None = None  # value of pixels without one in a GeoTIFF
 
 
 def file_samples(
     image: ImageFile.ImageFile, data: bytes, pixel_range: PixelRange | None
 ) -> Samples | None:
-    """The samples of a file whose depth Pillow's own pixels do not keep, or keep without their
-    meaning; otherwise None.
+    """Return the samples of a file whose depth or range Pillow's pixels do not keep, else None.
+
+    Raises ImageError if there is a `pixel_range` and the full depth cannot be read.
     """
     samples = None
     if image.format == "PPM":
@@ -60,24 +61,24 @@ def file_samples(
 
 
 def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
-    """PGM and PPM: the header's greatest value is white.
+    """Return the samples of a PGM or PPM file; the largest value that the header declares is white.
 
-    Pillow scales it to 255 or 65535, colours always to 255.
+    None where Pillow, which scales it to 255 or 65535 (colours to 255), does so correctly.
     """
     codec, _, offset, codec_args = image.tile[0]
     if image.mode not in ("L", "I", "RGB") or codec_args in ("L", "RGB"):
-        return None  # bits and floats; and 255 is white, as everywhere
+        return None  # bits and floats, or 8 bits whose white is 255
     white_value = codec_args[1] if isinstance(codec_args, tuple) else 65535
-    is_plain = codec == "ppm_plain"
+    is_plain = codec == "ppm_plain"  # values in decimal digits
     if is_plain and white_value < 256:
-        return None  # Pillow reads numbers in decimal digits rightly, and scales them to 255
+        return None
     width, height = image.size
     pixel_values: npt.NDArray[Any]
     n_channels = 3 if image.mode == "RGB" else 1
     n_values = width * height * n_channels
     if is_plain:
-        # As a grey image Pillow keeps all digits of the three colours, scaled to 65535, and that is
-        # undone exactly.
+        # Read as a grey image three times as wide: of grey, Pillow keeps 16 bits, scaled to 65535,
+        # which is undone exactly.
         grey_file = b"P2 %d %d %d\n" % (width * n_channels, height, white_value) + data[offset:]
         with Image.open(io.BytesIO(grey_file), formats=["PPM"]) as scaled_image:
             pixel_values = np.rint(np.asarray(scaled_image) * (white_value / 65535)).astype(
@@ -101,13 +102,12 @@ def _png_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
     raw_name = pillow_raw_mode(image)
     transparent_value = image.info.get("transparency")
     if raw_name in ("L;2", "L;4") and isinstance(transparent_value, int):
-        # Pillow scales the pixels to 0..255, and leaves the transparent value (PNG tRNS) as it is
-        # in the file.
+        # Pillow scales the pixels of 2 and 4 bits to 0..255, but not the transparent value (tRNS).
         image.info["transparency"] = transparent_value * (85 if raw_name == "L;2" else 17)
     if not raw_name.endswith(";16B"):
         return None
     if raw_name == "LA;16B":
-        # high and low byte of grey, high and low byte of alpha
+        # Read as RGBA: high and low byte of grey, high and low byte of alpha.
         stored_bytes = _load_raw(image, "RGBA")
         pixel_values = _join_bytes(stored_bytes[:, :, 0::2], stored_bytes[:, :, 1::2])
     elif raw_name == "I;16B":
@@ -145,8 +145,8 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
     if image.tile[0].codec_name == "libtiff" and (
         raw_match := re.fullmatch(r"(I;16|I;32|F;32)B?([SF])", raw_name)
     ):
-        # libtiff gives numbers in this machine's byte order; Pillow takes them for the file's, and
-        # turns them round.
+        # libtiff returns numbers in this machine's byte order; Pillow takes it for the file's, and
+        # would swap the bytes.
         raw_name = f"{raw_match[1]}{'' if sys.byteorder == 'little' else 'B'}{raw_match[2]}"
     pixel_values = _load_raw(image, raw_name)
     if bits_per_sample == 8:
@@ -159,7 +159,7 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
         else None
     )
     number_kind = {_UNSIGNED: "unsigned", _SIGNED: "signed"}.get(sample_format, "floating-point")
-    # Pillow inverts such images up to 8 bits, and no others
+    # Pillow inverts such images only up to 8 bits.
     white_is_zero = tags.get(_PHOTOMETRIC_TAG, 0) == 0
     return Samples(
         pixel_values,
@@ -172,17 +172,19 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
 def _byte_raw_modes(
     image: ImageFile.ImageFile, byte_order: str, *, in_planes: bool
 ) -> tuple[str, str] | None:
-    """The raw modes for high and low bytes of a TIFF's 16-bit colours, if Pillow has them.
+    """Return Pillow's raw modes for the high and low bytes of a TIFF's 16-bit colours, or None.
 
-    byte_order: the file's bytes, L or B. in_planes: whether the colours lie one after the other.
-    Pillow keeps the high byte of a sample; told the other order of bytes, it keeps the low one.
+    byte_order: of the file, "L" (little) or "B" (big).
+    in_planes: whether the file has one plane per colour, not interleaved samples.
+
+    Raises ImageError for planes of other colours.
     """
+    # Pillow keeps the high byte of a sample. With the other byte order it keeps the low one.
     raw_name, by_libtiff = pillow_raw_mode(image), image.tile[0].codec_name == "libtiff"
     colour_match = re.fullmatch(r"(RGB[AX]?);16[LBN]", raw_name)
     if by_libtiff:
+        # None: inks, or colours multiplied with alpha. Of planes, libtiff keeps only the high byte.
         if colour_match is None or in_planes:
-            # inks, colours that are multiplied with alpha; and of planes libtiff keeps the high
-            # byte
             return None
         byte_order = "L" if sys.byteorder == "little" else "B"
     elif in_planes:
@@ -193,7 +195,8 @@ def _byte_raw_modes(
             )
     elif colour_match is None:
         return None
-    # Pillow reads uncompressed planes, whose raw modes are R, G, B and A, as if they had 8 bits.
+    # R stands for each plane's own mode (R, G, B or A), which `_load_raw` puts in: Pillow reads
+    # uncompressed planes as if they had 8 bits.
     base_mode = "R" if in_planes else colour_match[1] if colour_match else ""
     return f"{base_mode};16{byte_order}", f"{base_mode};16{'B' if byte_order == 'L' else 'L'}"
 
@@ -201,7 +204,8 @@ def _byte_raw_modes(
 def _both_bytes(
     image: ImageFile.ImageFile, data: bytes, high_mode: str, low_mode: str
 ) -> npt.NDArray[Any]:
-    """Return 16-bit channels (H, W, C) uint16, decoded twice: Pillow has no mode for them."""
+    """Return 16-bit channels (H, W, C) uint16."""
+    # Decoded twice, for each byte, because Pillow has no mode for several 16-bit channels.
     with open_image(data) as second_image:
         low_bytes = _load_raw(second_image, low_mode)
     return _join_bytes(_load_raw(image, high_mode), low_bytes)
@@ -213,14 +217,14 @@ def _join_bytes(high_bytes: npt.NDArray[Any], low_bytes: npt.NDArray[Any]) -> np
 
 
 def _load_raw(image: ImageFile.ImageFile, raw_name: str) -> npt.NDArray[Any]:
-    """The pixels, unpacked as `raw_name` says instead of as Pillow chose."""
+    """Return the pixels, unpacked with the raw mode `raw_name` instead of the one Pillow chose."""
     raw_tiles = []
     for tile in image.tile:
         tile_args = tile.args
         own_mode, other_args = (
             (tile_args[0], tile_args[1:]) if isinstance(tile_args, tuple) else (tile_args, None)
         )
-        # Planes have a raw mode each: R, G, B, A.
+        # Each plane has a raw mode of its own: R, G, B or A.
         chosen_mode = (
             raw_name.replace("R", own_mode, 1) if own_mode in ("R", "G", "B", "A") else raw_name
         )
@@ -233,7 +237,7 @@ def _load_raw(image: ImageFile.ImageFile, raw_name: str) -> npt.NDArray[Any]:
 
 
 def pillow_raw_mode(image: ImageFile.ImageFile) -> str:
-    """Return how Pillow unpacks the pixels ("RGB;16B"); empty for formats with other means."""
+    """Return the raw mode with which Pillow unpacks the pixels ("RGB;16B"), "" if it has none."""
     tile_args = image.tile[0].args if image.tile else ""
     return str(tile_args[0] if isinstance(tile_args, tuple) and tile_args else tile_args)
 
@@ -241,7 +245,7 @@ def pillow_raw_mode(image: ImageFile.ImageFile) -> str:
 def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
     """Return whether Pillow scaled samples of more than 8 bits, or dropped their low byte."""
     if image.format == "JPEG2000":
-        # the codestream; the depth of its first component stands 42 bytes on
+        # The marker at which the codestream starts; byte 42 has its first component's depth less 1.
         codestream_start = data.find(b"\xff\x4f\xff\x51")
         return (
             codestream_start < 0
@@ -252,10 +256,12 @@ def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
 
 
 def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
-    """The values of an `.npy` file that holds one image: (H, W), or (H, W, C) or (C, H, W).
+    """Return the values of an `.npy` file that holds one image: (H, W), (H, W, C) or (C, H, W).
 
-    C is 1, 3 or 4; last where both fit. most_bands: C may be any number from this one on, and is
-    the shorter of the two axes where both fit. Raises ImageError.
+    most_bands: None for C = 1, 3 or 4, the last axis if both fit. A number: C may be that or any
+    larger one, the shorter axis if both fit.
+
+    Raises ImageError.
     """
     shape, in_fortran_order, dtype, offset = _array_header(data)
     channels_last, channels_first = (
@@ -300,17 +306,17 @@ def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
 
 
 def array_shape(data: bytes) -> tuple[int, ...]:
-    """The shape that the header of an `.npy` file declares. Raises ImageError."""
+    """Return the shape that the header of an `.npy` file declares. Raises ImageError."""
     return _array_header(data)[0]
 
 
 def array_dtype(data: bytes) -> np.dtype[Any]:
-    """The type that the header of an `.npy` file declares. Raises ImageError."""
+    """Return the dtype that the header of an `.npy` file declares. Raises ImageError."""
     return _array_header(data)[2]
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """(shape, whether in Fortran's order, type, where the values begin) of an `.npy` file."""
+    """Return (shape, whether in Fortran order, dtype, byte offset of the values)."""
     stream = io.BytesIO(data)
     try:
         npy_version = np.lib.format.read_magic(stream)
@@ -326,8 +332,8 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
         shape = tuple(int(length) for length in shape)
     except ImageError:
         raise
-    # The header is a Python literal of at most 10,000 characters. A malformed one can exhaust the
-    # parser's stack, which is a MemoryError and yet the file's fault.
+    # Also MemoryError: the header is a Python literal of at most 10,000 characters, and a malformed
+    # one can exhaust the parser's stack.
     except Exception as error:
         raise ImageError(f"not a whole .npy file ({decoding_reason(error, b'')})") from error
     return shape, bool(in_fortran_order), dtype, stream.tell()

@@ -1,4 +1,4 @@
-"""Rectangles of a TIFF, of which only the tiles and strips that they touch are decoded."""
+"""Rectangles of a large TIFF: only the tiles and strips that they touch are decoded."""
 
 import math
 import threading
@@ -11,13 +11,14 @@ import numpy.typing as npt
 from headrace.extract.errors import ImageError
 from headrace.extract.images.opening import check_size, decoding_reason
 
-_KEPT_BYTES = 2**26  # of decoded tiles and strips, which neighbouring rectangles share
+_KEPT_BYTES = 2**26  # of decoded tiles and strips, because neighbouring rectangles share them
 
 
 class TiffWindows:
-    """The samples (H, W, C) of a page of a TIFF, as an array that gives `[top:bottom, left:right]`.
+    """The samples (H, W, C) of a page of a TIFF, like an array that is indexed by
+    `[top:bottom, left:right]` only.
 
-    It may be used by several threads.
+    page: tifffile's. data: the bytes of the file. Safe to use from several threads.
     """
 
     def __init__(self, page: Any, data: bytes) -> None:
@@ -65,7 +66,7 @@ class TiffWindows:
         return values
 
     def _segment(self, index: int) -> npt.NDArray[Any]:
-        """Return a decoded tile or strip (h, w, channels), at least what of it is in the image."""
+        """Return a decoded tile or strip (h, w, channels), at least its part inside the image."""
         with self._lock:
             if index in self._decoded:
                 self._decoded.move_to_end(index)
@@ -86,7 +87,7 @@ class TiffWindows:
             segment: npt.NDArray[Any] = decoded[0]
         except MemoryError:
             raise
-        # codecs raise anything on malformed input, and a run must go on
+        # Codecs raise anything on malformed input, and a run must go on.
         except Exception as error:
             raise ImageError(decoding_reason(error, b"")) from error
         with self._lock:

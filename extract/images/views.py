@@ -1,8 +1,9 @@
-"""Views: view 0 is the evaluation crop; views 1, 2, … are random augmentations that are the same
-every time, or the crop mirrored and turned.
+"""Views of an image: view 0 is the evaluation crop; views 1, 2, … are augmentations of the image,
+or the crop mirrored and turned.
 
-Augmentations are drawn from the image's content hash and the view's number, not from its id or its
-place: a renamed image keeps its features, and no order of work, worker or batch changes a pixel.
+Augmentations are random but reproducible: they are drawn from the image's content hash and the
+view's number, not from its id or position. A renamed image keeps its features, and no order of
+work, worker or batch changes a pixel.
 """
 
 import dataclasses
@@ -44,30 +45,33 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Symmetries:
-    """Views 1 to 7 are the evaluation crop's other symmetries, for images without an up or a left:
-    cells, tissue, land.
+    """Views 1 to 7 are the evaluation crop's other symmetries.
 
-    With the view's number in binary, 1 mirrors left-right, 2 upside-down, and 4, first of all,
-    swaps rows and columns, which takes a square crop. Four views are the mirrored ones (3 is half a
-    turn), eight all symmetries of the square.
+    They are for images without an up or a left: cells, tissue, land. The bits of the view's number
+    say which: bit 4, first, exchanges rows and columns, which needs a square crop; bit 1 mirrors
+    left-right, and bit 2 upside-down. Four views are all mirror images (3 is half a turn), eight
+    all symmetries of the square.
     """
 
 
 ViewMethod = Augmentation | Symmetries  # how views 1, 2, … are made
 
 
-def view_json(view_index: int, drawing: ViewMethod) -> str:
-    """FeatureSpec.view: canonical JSON of everything that makes the view."""
+def view_json(view_index: int, method: ViewMethod) -> str:
+    """Return FeatureSpec.view: canonical JSON of everything that makes the view."""
     view_fields: dict[str, Any] = {}
-    if view_index and isinstance(drawing, Symmetries):
+    if view_index and isinstance(method, Symmetries):
         view_fields = {"symmetry": True}
     elif view_index:
-        view_fields = {"augmentation": dataclasses.asdict(drawing)}
+        view_fields = {"augmentation": dataclasses.asdict(method)}
     return json.dumps({"index": view_index, **view_fields}, sort_keys=True, separators=(",", ":"))
 
 
 def parse_view(text: str) -> tuple[int, ViewMethod]:
-    """Inverse of `view_json`. Raises SpecMismatch for a text that is none of its."""
+    """Return the number and method of a view from its `view_json`.
+
+    Raises SpecMismatch for another text.
+    """
     try:
         view_values = json.loads(text)
         view_index = view_values["index"]
@@ -109,15 +113,13 @@ def render_view(
     augmentation: ViewMethod,
     preprocessing: Preprocessing,
 ) -> npt.NDArray[Any]:
-    """View `index` of an upright "RGB" or "L" image with that content hash: uint8, shape
-    (*how.crop, 3); of bands float32, shape (*how.crop, how.n_channels), white 255.
-    """
+    """Return view `index` of an upright image with this content hash, as `render_crop` does."""
     if index == 0:
         return render_crop(image, preprocessing)
     if isinstance(augmentation, Symmetries):
         return mirror_pixels(render_crop(image, preprocessing), index)
     digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
-    # its random() is the same in every version of Python
+    # Python's generator, because its random() is the same in every version of Python.
     random_draw = random.Random(int.from_bytes(digest, "big"))
     width, height = image.values.shape[1::-1] if isinstance(image, Bands) else image.size
     crop_box = _crop(width, height, random_draw, augmentation)
@@ -149,8 +151,9 @@ def render_view(
 def _jitter(
     floats: npt.NDArray[np.float32], random_draw: random.Random, augmentation: Augmentation
 ) -> npt.NDArray[np.float32]:
-    """Brightness and contrast of each band of (H, W, C), not clipped; of three bands also the
-    distance to their mean, as saturation.
+    """Vary brightness and contrast of each band of (H, W, C), not clipped.
+
+    Of three bands also the saturation, the distance to their mean.
     """
     brightness, contrast, saturation = (
         np.float32(1 + strength * (2 * random_draw.random() - 1))
@@ -166,15 +169,13 @@ def _jitter(
 
 
 def is_exact_view(text: str) -> bool:
-    """Return whether a view (FeatureSpec.view) is made of the evaluation crop's pixels alone: that
-    crop, or a symmetry of it.
-    """
-    view_index, drawing = parse_view(text)
-    return view_index == 0 or isinstance(drawing, Symmetries)
+    """Return whether a view (FeatureSpec.view) is the evaluation crop or a symmetry of it."""
+    view_index, method = parse_view(text)
+    return view_index == 0 or isinstance(method, Symmetries)
 
 
 def mirror_pixels(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
-    """A symmetry (see `Symmetries`) of an image (H, W, ...)."""
+    """Return symmetry `index` (see `Symmetries`) of an image (H, W, ...), a view."""
     swapped_image = image.swapaxes(0, 1) if index & 4 else image
     return swapped_image[:: -1 if index & 2 else 1, :: -1 if index & 1 else 1]
 
@@ -182,17 +183,14 @@ def mirror_pixels(image: npt.NDArray[Any], index: int) -> npt.NDArray[Any]:
 def _crop(
     width: int, height: int, random_draw: random.Random, augmentation: Augmentation
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom): ten random draws as in torchvision, then the largest crop."""
+    """Return (left, top, right, bottom) of a random crop, drawn as torchvision draws it.
+
+    If ten draws do not fit into the image, the largest crop of a ratio within the limits.
+    """
+    low_area, high_area = augmentation.area
     low_log, high_log = (math.log(bound) for bound in augmentation.ratio)
     for _ in range(10):
-        crop_area = (
-            width
-            * height
-            * (
-                augmentation.area[0]
-                + (augmentation.area[1] - augmentation.area[0]) * random_draw.random()
-            )
-        )
+        crop_area = width * height * (low_area + (high_area - low_area) * random_draw.random())
         crop_ratio = math.exp(low_log + (high_log - low_log) * random_draw.random())
         box_width, box_height = math.sqrt(crop_area * crop_ratio), math.sqrt(crop_area / crop_ratio)
         if box_width <= width and box_height <= height:

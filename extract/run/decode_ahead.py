@@ -1,6 +1,4 @@
-"""Decoding ahead: batches of pixels, made by threads or processes while the network is busy, in the
-order of the samples.
-"""
+"""Decoding ahead: threads or processes make the next batches of pixels while the network runs."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,25 +20,23 @@ from headrace.extract.run.rendering import (
 )
 from headrace.extract.spec import Sample
 
-# Batches decoded or being decoded beyond the one in use: bounds the memory, however many images
-# there are
+# Batches decoded, or being decoded, besides the one in use: they bound the memory, however many
+# images there are.
 BATCHES_AHEAD = 2
-# Crops of one image that one task renders; other threads share the decoded image.
-_CROPS_PER_TASK = 8
+_CROPS_PER_TASK = 8  # of one image; several threads then render from one decoded image
 
 
 @dataclass(frozen=True)
 class PixelBatch:
-    """Some consecutive samples, decoded once and rendered in every way asked for."""
+    """Consecutive samples, decoded once and rendered for each preprocessing and view."""
 
     rows: list[int]  # positions of the decoded samples, increasing
-    # per rendering: its pixel_dtype, shape (len(rows), H, W, C)
-    pixels: list[Tensor]
-    # (position, reason): the content is no image
+    pixels: list[Tensor]  # of each rendering, in its pixel_dtype: (len(rows), H, W, C)
+    # (position, reason) of samples whose bytes are no image
     undecodable: list[tuple[int, str]] = field(default_factory=list)
-    # (position, reason): not what was hashed, or not there
+    # (position, reason) of samples that cannot be read, or have changed since they were hashed
     unread: list[tuple[int, str]] = field(default_factory=list)
-    clipped: list[int] = field(default_factory=list)  # positions of crops that reach outside
+    clipped: list[int] = field(default_factory=list)  # positions of crops beyond the image's edge
 
 
 def decoded_batches(
@@ -51,9 +47,9 @@ def decoded_batches(
     batch_size: int,
     pin_memory: bool = False,
 ) -> Iterator[PixelBatch]:
-    """Batches of at most `batch_size` samples, in order, decoded by the pool ahead of their use.
+    """Yield batches of at most `batch_size` samples, in order, decoded by the pool ahead of use.
 
-    The first ones are under way when this returns, before anything is asked for.
+    Decoding begins at the call, not at the first `next`.
     """
     batch_starts = deque(range(0, len(samples), batch_size))
     pending_batches: deque[_PendingBatch] = deque()
@@ -99,7 +95,7 @@ def _by_threads(
 
 
 def empty_pixels(count: int, preprocessing: Preprocessing, *, pin_memory: bool = False) -> Tensor:
-    """A buffer for renderings of `count` images: uint8 or float32, (count, H, W, C)."""
+    """Return a buffer for the pixels of `count` images: uint8 or float32, (count, H, W, C)."""
     return torch.empty(
         (count, *preprocessing.pixel_shape),
         dtype=getattr(torch, preprocessing.pixel_dtype),
@@ -109,7 +105,7 @@ def empty_pixels(count: int, preprocessing: Preprocessing, *, pin_memory: bool =
 
 @dataclass(frozen=True)
 class _PendingBatch:
-    """A batch whose samples are decoded or wait for it."""
+    """A batch whose samples are being decoded, or wait for it."""
 
     start: int  # position of its first sample
     pixels: list[Tensor]
@@ -121,8 +117,8 @@ def _finish(pending_batch: _PendingBatch) -> PixelBatch:
     decoded_slots = [slot for slot, outcome in enumerate(outcomes) if outcome.reason is None]
     for buffer in pending_batch.pixels:
         for target_slot, slot in enumerate(decoded_slots):
+            # Moved within the buffer, because a new tensor would not be pinned.
             if target_slot < slot:
-                # within the buffer, for a copy of it would not be pinned
                 buffer[target_slot] = buffer[slot]
     pixels = [buffer[: len(decoded_slots)] for buffer in pending_batch.pixels]
     rows = range(pending_batch.start, pending_batch.start + len(outcomes))

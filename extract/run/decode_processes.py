@@ -1,10 +1,10 @@
-"""Decoding in processes of their own, for devices that are faster than the threads of one process.
+"""Decoding in processes, for devices that are faster than the threads of one process can decode.
 
-Python's lock is held for 0.75 ms of every image, so that one process decodes 1,300 images a second
-however many cores it has. Each process here is served by one thread, which gives it some samples
-over a pipe and takes their pixels from memory that both have mapped. That memory is a file without
-a name, and the pipe ends with whoever holds it: after a SIGKILL of either side nothing is left. A
-process that dies is replaced, and its samples are decoded again, one by one.
+Python's interpreter lock is held for 0.75 ms of every image, so one process decodes at most 1,300
+images a second on any number of cores. Each decoding process is served by one thread, which sends
+it samples over a pipe and takes their pixels from shared memory. That memory is a file without a
+name, and a pipe closes with its process: after a SIGKILL of either side nothing is left. A process
+that dies is replaced, and its samples are decoded again, one by one.
 """
 
 import contextlib
@@ -35,12 +35,13 @@ from headrace.extract.run.rendering import (
 )
 from headrace.extract.spec import Sample
 
-# Images that a process is given at a time (messages cost 0.1 ms, and what it makes of them waits in
-# memory of its own, 1.2 MB at 224 pixels); or neighbouring crops of one image, decoded once.
+# Images that a process gets together. Enough that a message of 0.1 ms does not matter, and few,
+# because their pixels take shared memory: 1.2 MB at 224 pixels.
 _IMAGES = 8
-_CROPS = 64  # of one image, given together
-_ALIGNMENT = 64  # bytes, of a rendering's pixels in the shared memory
-# Processes that a sample may end, the last ones alone in them, before it is taken for the reason.
+_CROPS = 64  # neighbouring crops of one image that a process gets together, to decode it once
+_ALIGNMENT = 64  # bytes, of each rendering's pixels in the shared memory
+# A sample is recorded as a failure when it has ended so many processes: the first perhaps because
+# of other samples that were decoded with it, the last ones alone.
 _MAX_DEATHS = 3
 _READY = b"r"
 _START = "import sys; sys.path[:] = {path}; from {module} import serve; serve({fd})"
@@ -60,10 +61,11 @@ class DecodeProcesses:
         renderings: Sequence[Rendering],
         pixel_buffers: Sequence[PixelBuffer],
     ) -> "list[Future[list[Outcome]]]":
-        """Start decoding `samples` into the slots of the buffers; the outcomes are in their order.
+        """Start decoding `samples` into the buffers, (len(samples), H, W, C) per rendering.
 
-        A sample that ends its process whenever it is tried has an outcome that says so. The futures
-        raise HeadraceError where processes cannot be started.
+        The outcomes of the futures are in the order of the samples. A sample that ends its process
+        at every try has an outcome that says so. The futures raise HeadraceError if processes
+        cannot be started.
         """
         return [
             self._threads.submit(
@@ -76,7 +78,10 @@ class DecodeProcesses:
         ]
 
     def shutdown(self, *, cancel_futures: bool = False) -> None:
-        """End the processes, after what they have been given (less what has not begun)."""
+        """End the processes when their work is done.
+
+        cancel_futures: drop work that has not begun.
+        """
         self._threads.shutdown(cancel_futures=cancel_futures)
         for process in self._processes:
             process.end()
@@ -95,6 +100,7 @@ class DecodeProcesses:
         if deaths + 1 == _MAX_DEATHS:
             text = f"decoding it ends the process that does ({reason})"
             return [Outcome(text, is_content_fault=True)]
+        # One by one, because it is not known which of the samples ended the process.
         return [
             outcome
             for slot, sample in enumerate(samples)
@@ -102,13 +108,12 @@ class DecodeProcesses:
                 [sample],
                 renderings,
                 [buffer[slot : slot + 1] for buffer in pixel_buffers],
-                # One by one: of several samples it is not known which ended the process.
                 deaths + 1,
             )
         ]
 
     def _process(self) -> "_Process":
-        """The process of this thread."""
+        """Return the process of this thread."""
         process: _Process | None = getattr(self._of_thread, "process", None)
         if process is None:
             process = self._of_thread.process = _Process()
@@ -117,7 +122,7 @@ class DecodeProcesses:
 
 
 class _Process:
-    """A decoding process, as one thread sees it; started at first use and after it ended."""
+    """A decoding process of one thread, started at first use and again after it has died."""
 
     def __init__(self) -> None:
         self._memory_file = _nameless_file()
@@ -130,7 +135,10 @@ class _Process:
         renderings: Sequence[Rendering],
         pixel_buffers: Sequence[PixelBuffer],
     ) -> list[Outcome]:
-        """Decode and copy into the buffers. Raises OSError or EOFError where the process died."""
+        """Decode samples into the buffers.
+
+        Raises OSError, EOFError or pickle.UnpicklingError if the process has died.
+        """
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -152,7 +160,7 @@ class _Process:
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(OSError):
-            process.stdin.close()  # it ends when it has nothing more to read
+            process.stdin.close()  # at the end of its input the process ends
         process.stdout.close()
         try:
             status = process.wait(1.0)
@@ -172,7 +180,7 @@ class _Process:
             )
             assert self._running.stdout is not None
             if self._running.stdout.read(len(_READY)) != _READY:
-                # No fault of an image.
+                # HeadraceError, which `_decode` does not catch: this is no fault of an image.
                 raise HeadraceError(
                     f"a process that decodes images does not start ({self.end()}); what it said "
                     "stands above"
@@ -190,15 +198,18 @@ class _Process:
 
 
 def serve(memory_file: int) -> None:
-    """The loop of a process: samples from standard input, pixels into the memory that
-    `memory_file` names, outcomes to standard output, until the input ends.
+    """Run the loop of a decoding process until its input ends.
+
+    Samples come from standard input, pixels go to the shared memory of the descriptor
+    `memory_file`, outcomes to standard output.
     """
-    # Ctrl-C reaches the whole group; whoever started this process ends it.
+    # Ctrl-C reaches all processes of the terminal; the parent ends this one by closing its input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no reply
-    warnings.simplefilter("ignore")  # of Pillow, see `quiet_decoding`
+    # Output that a library prints must not be taken for a reply.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    warnings.simplefilter("ignore")  # Pillow's, see `quiet_decoding`
     memory: mmap.mmap | None = None
     last_image: list[SharedImage] = []
     replies.write(_READY)
@@ -222,13 +233,13 @@ def _next_request(
 ) -> tuple[tuple[Sample, ...], tuple[Rendering, ...], int] | None:
     try:
         request: tuple[tuple[Sample, ...], tuple[Rendering, ...], int] = pickle.load(requests)
-    except (EOFError, pickle.UnpicklingError):  # also in the middle of one
+    except (EOFError, pickle.UnpicklingError):  # the parent has died, perhaps amid a request
         return None
     return request
 
 
 def _nameless_file() -> int:
-    """A file descriptor of shared memory that has no name and ends with its users."""
+    """Return the descriptor of shared memory without a name, which is freed with its last user."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("headrace-pixels")
     with tempfile.TemporaryFile() as file:
@@ -236,7 +247,7 @@ def _nameless_file() -> int:
 
 
 def _portions(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
-    """(start, end): crops of one image alone, up to _IMAGES whole ones together."""
+    """Yield (start, end) of each request: up to _CROPS crops of one image, or _IMAGES images."""
     start = 0
     for run_start, run_end, _ in runs_of_one_image(samples, [], _CROPS):
         if run_end - run_start > 1 or run_end - start > _IMAGES:
@@ -261,7 +272,7 @@ def _aligned_bytes(rendering: Rendering, n_samples: int) -> int:
 def _buffers_in(
     memory: mmap.mmap, renderings: Sequence[Rendering], n_samples: int
 ) -> list[PixelBuffer]:
-    """The buffers of the renderings, one after the other."""
+    """Return the buffers of the renderings, which follow one another in the shared memory."""
     buffers, start = [], 0
     for rendering in renderings:
         preprocessing = rendering.preprocessing

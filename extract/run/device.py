@@ -1,6 +1,6 @@
-"""Running a pass on a device: batches that fit, copies that nothing waits for.
+"""Forward passes on a device: batches that fit its memory, and asynchronous copies.
 
-Written against `torch.accelerator`, so that CUDA, ROCm, XPU and MPS are one case.
+`torch.accelerator` makes CUDA, ROCm, XPU and MPS one case.
 """
 
 import contextlib
@@ -17,16 +17,15 @@ from torch import Tensor
 from headrace.extract.errors import BackboneError
 from headrace.extract.taps.forward import Forward
 
-# Measured with EfficientNet-Lite0 at 300 px on one core: 1 image at a time 36/s, 4 40/s, 8 41/s, 16
-# 42/s.
+# Images/s of EfficientNet-Lite0 at 300 px on one core: 36 in batches of 1, 40 of 4, 41 of 8, 42 of
+# 16.
 CPU_BATCH = 8
-# Batch sizes that are tried on an accelerator: rising while each is worth it; falling where not
-# even the smallest of those fits.
+# Batch sizes that are tried on an accelerator, as long as each is worth its memory.
 _BATCHES = (32, 64, 128, 256, 512, 1024)
-_SMALL_BATCHES = (16, 8, 4, 2)  # tried where the smallest of `_BATCHES` does not fit
-_WORTH_DOUBLING = 1.05  # a larger batch must be this much faster, or its memory is better left free
+_SMALL_BATCHES = (16, 8, 4, 2)  # tried if the smallest of `_BATCHES` does not fit
+_WORTH_DOUBLING = 1.05  # a larger batch must be this much faster; else its memory stays free
 
-# Waits for a batch's outputs and returns them, per tap, (N, ...) float16 or float32
+# Waits for a batch's outputs and returns them, per tap, (N, ...) float16 or float32.
 PendingOutputs = Callable[[], list[npt.NDArray[Any]]]
 
 
@@ -38,12 +37,12 @@ class BatchLimit:
 
 
 def is_cpu(device: str) -> bool:
-    """Return whether the device is the CPU, and no accelerator."""
+    """Return whether the device is the CPU."""
     return torch.device(device).type == "cpu"
 
 
 def check_device(device: str) -> None:
-    """Raise BackboneError when the device is not there."""
+    """Raise BackboneError when PyTorch cannot use the device on this machine."""
     try:
         requested = torch.device(device)
     except RuntimeError as error:
@@ -68,11 +67,9 @@ def check_device(device: str) -> None:
 
 
 def current_device(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Make `device` the current one of its kind within the block.
-
-    What names no device, as pinned memory does, is the current device's, and would otherwise take
-    memory of the first.
-    """
+    """Make `device` the current one of its kind within the block."""
+    # Operations that name no device, such as pinning memory, use the current one; by default that
+    # is the first, and they would take memory of it.
     index = torch.device(device).index
     if is_cpu(device) or index is None:
         return contextlib.nullcontext()
@@ -82,11 +79,13 @@ def current_device(device: str) -> contextlib.AbstractContextManager[Any]:
 def launch_forward(
     forward: Forward, pixels: Tensor, device: str, batch_limit: BatchLimit
 ) -> PendingOutputs:
-    """Start a pass over `pixels` (N, H, W, C) on the host, in parts that fit.
+    """Start a pass over `pixels` (N, H, W, C) in host memory, in parts that fit the device.
 
     On an accelerator this returns while the device works, and the outputs come back through pinned
-    memory. A part that runs out of memory is halved and tried again, and `batch_limit` remembers;
-    an image that does not fit alone raises what the device raised.
+    memory. A part that runs out of memory is halved and tried again, and `batch_limit` is lowered
+    for later batches.
+
+    Raises the device's RuntimeError if a single image does not fit.
     """
     output_parts: list[list[Tensor]] = []
     part_start = 0
@@ -104,7 +103,7 @@ def launch_forward(
             except RuntimeError as error:
                 if n_images == 1 or not is_out_of_memory(error):
                     raise
-            # Outside of `except`, in which the exception keeps what the pass had allocated.
+            # Outside of `except`, where the exception's frames keep tensors of the pass alive.
             outputs = []
             batch_limit.images = n_images // 2
             _free_cached_memory(device)
@@ -122,11 +121,9 @@ def launch_forward(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a device had too little memory.
-
-    Only CUDA's and XPU's own allocators have an exception for it: libraries of CUDA name a status,
-    MPS and pinned memory say so in words.
-    """
+    """Return whether an error says that a device has too little memory."""
+    # Only the allocators of CUDA and XPU have an exception for it: libraries of CUDA name a status,
+    # MPS and pinned memory have only a text.
     text = str(error)
     return (
         isinstance(error, torch.OutOfMemoryError)
@@ -136,11 +133,12 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _batch_shape(n_images: int, batch_limit: BatchLimit, device: str) -> int:
-    """Return how many images a part of `n_images` is filled up to: none more on a CPU, a power of
-    two on an accelerator.
+    """Return the size to which a part of `n_images` is filled up with zeros.
+
+    On an accelerator a power of two, within the limit; on a CPU n_images.
     """
-    # Kernels are chosen, and networks compiled, once for each shape; and images that cannot be
-    # decoded leave batches of every size.
+    # Kernels are chosen, and networks compiled, once per shape, and undecodable images would
+    # otherwise leave batches of any size.
     return (
         n_images
         if is_cpu(device)
@@ -157,17 +155,16 @@ def _to_device(pixels: Tensor, n_images: int, device: str) -> Tensor:
 
 
 def _event(device: str) -> torch.Event:
-    """Record an event that is complete once the device has done all that it was given so far."""
+    """Record an event that completes when the device has done all its work up to now."""
     done_event = torch.Event(device)
-    # Of this device: without a stream, that of the process's current one is meant, which is the
-    # first GPU's.
+    # The stream of this device, because the default is that of the current one, the first GPU.
     done_event.record(torch.accelerator.current_stream(device))
     return done_event
 
 
 def _to_host(output: Tensor, device: str) -> Tensor:
     if output.dtype is torch.bfloat16:
-        output = output.float()  # NumPy has none
+        output = output.float()  # NumPy has no bfloat16
     if is_cpu(device):
         return output
     host_tensor = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
@@ -180,8 +177,9 @@ def _free_cached_memory(device: str) -> None:
 
 
 def find_batch_size(forward: Forward, image_shape: tuple[int, ...], device: str) -> int:
-    """The batch size to use: fixed on a CPU; on an accelerator the smallest that is as fast as the
-    fastest that fits. image_shape: (H, W, C).
+    """Return the batch size: CPU_BATCH on a CPU, measured on an accelerator (`try_batch_sizes`).
+
+    image_shape: (H, W, C).
     """
     if is_cpu(device):
         return CPU_BATCH
@@ -195,9 +193,11 @@ def find_batch_size(forward: Forward, image_shape: tuple[int, ...], device: str)
 def try_batch_sizes(
     images_per_s: Callable[[int], float], free_memory: Callable[[], None] = lambda: None
 ) -> int:
-    """The last of doubling batch sizes that was worth it; else the largest below that fits.
+    """Return the largest batch size that is worth doubling to: _WORTH_DOUBLING times as fast.
 
-    `images_per_s` may run out of memory, after which `free_memory` is called.
+    If none of _BATCHES fits, the largest of _SMALL_BATCHES that fits, or 1.
+
+    images_per_s: measures a batch size; when it runs out of memory, `free_memory` is called.
     """
     best_size, best_rate = 0, 0.0
     for batch_size in _BATCHES:

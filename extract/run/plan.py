@@ -1,4 +1,4 @@
-"""The plan of missing work units. Pure: cached content hashes go in, jobs come out."""
+"""The plan of missing work units, a pure function of samples and cached content hashes."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -12,37 +12,37 @@ import pandas as pd
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import BackboneSpec, Sample
 
-MAX_SHARD_BYTES = 256 * 2**20  # of the largest tap, at most
-# about 5 s of a small network on one core: little is lost to a kill, and little waited for at the
-# end
+MAX_SHARD_BYTES = 256 * 2**20  # of the largest tap
+# About 5 s of a small network on one core: a kill loses little, and at the end of a run no worker
+# waits long for the last one.
 CPU_IMAGES_PER_SHARD = 128
-# a GPU does them in a second or less; its batches are no larger than a unit, and each shard is
-# flushed
+# A GPU takes a second or less for them. No fewer, because batches are no larger than a unit, and
+# each shard is flushed to the disk.
 GPU_IMAGES_PER_SHARD = 1024
 
 
 @dataclass(frozen=True)
 class BackboneFeatures:
-    """One backbone's feature sets, each with the content hashes that it has, or has failed."""
+    """One backbone's feature sets, with the content hashes that need no extraction."""
 
     backbone: BackboneSpec
     specs: Sequence[FeatureSpec]
-    cached: Sequence[Collection[str]]  # as `specs`
+    cached: Sequence[Collection[str]]  # of each spec: hashes with a row or a recorded failure
 
 
 @dataclass(frozen=True)
 class ExtractJob:
-    """A work unit: decode these samples once, publish one shard of each of these feature sets."""
+    """A work unit: decode these samples once, publish a shard for each of these feature sets."""
 
     cache_root: str
-    unit: str  # a hash of the content hashes: the shard's name in every feature set
+    unit: str  # name of the shard in every feature set, see `work_unit_name`
     networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]
     samples: tuple[Sample, ...]
-    # of the forward pass on a CPU, and of decoding; beside an accelerator 1 means all cores
+    # For decoding, and on a CPU for the forward pass; with an accelerator 1 means all cores.
     threads: int = 1
     device: str = "cpu"
-    batch_size: int | None = None  # None: what is fast on the device
-    # PyTorch's compiler, on CUDA: minutes once per network and process, for long runs
+    batch_size: int | None = None  # None: see `find_batch_size`
+    # Use PyTorch's compiler, on CUDA: it takes minutes per network and process, so for long runs.
     compile: bool = False
     compression: str | None = None  # of the shards: None or "bitshuffle-lz4"
     strict: bool = False  # stop at the first image that cannot be decoded
@@ -53,7 +53,7 @@ class ExtractJob:
 
 
 class JobOptions(TypedDict, total=False):
-    """Options of a work unit, which change no byte beyond rounding; fields of ExtractJob."""
+    """Options of a work unit, fields of ExtractJob; they change no byte beyond rounding."""
 
     threads: int
     device: str
@@ -71,12 +71,14 @@ def plan_work_units(
     images_per_shard: int | None = None,
     **options: Unpack[JobOptions],
 ) -> list[ExtractJob]:
-    """The units of all backbones that are missing, each image decoded once for all that lack it.
+    """Return the missing work units, in which each image is decoded once for all backbones.
 
-    samples: columns `id`, `path`, `content`; rows whose content is missing are left out, equal
-    contents are taken once. Images that lack the same feature sets go together, in the order of the
-    samples, `images_per_shard` at a time; so a run that was interrupted plans the same units again,
-    and a tap that is new is computed alone.
+    samples: columns `id`, `path`, `content`; rows without content are left out, and of equal
+    contents the first is taken.
+
+    Images that lack the same feature sets go together, `images_per_shard` at a time, in the order
+    of the samples. So an interrupted run plans the same units again, and for a new tap only that
+    tap is computed.
     """
     requested_specs = [
         (backbone_index, spec)
@@ -87,6 +89,7 @@ def plan_work_units(
     n_images = images_per_shard or default_images_per_shard(
         [spec for _, spec in requested_specs], options.get("device", "cpu")
     )
+    # {indices of the specs that are missing: {content hash: sample}}
     samples_by_lacking: dict[tuple[int, ...], dict[str, Sample]] = {}
     for name, path, content in zip(samples["id"], samples["path"], samples["content"], strict=True):
         if not isinstance(content, str):
@@ -129,9 +132,7 @@ def plan_work_units(
 
 
 def default_images_per_shard(specs: Sequence[FeatureSpec], device: str = "cpu") -> int:
-    """Return CPU_IMAGES_PER_SHARD or GPU_IMAGES_PER_SHARD, or fewer where a shard of the largest
-    tap would exceed MAX_SHARD_BYTES.
-    """
+    """Return the device's number of images per shard, fewer if a shard exceeded MAX_SHARD_BYTES."""
     largest = max(
         (prod(spec.shape) * {"float32": 4, "uint8": 1}.get(spec.dtype, 2) for spec in specs),
         default=1,
@@ -146,5 +147,5 @@ def default_images_per_shard(specs: Sequence[FeatureSpec], device: str = "cpu") 
 
 
 def work_unit_name(contents: Sequence[str]) -> str:
-    """First 16 hex digits of the SHA-256 of the content hashes in their order."""
+    """Return the first 16 hex digits of the SHA-256 of the content hashes, in their order."""
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""From a sample to pixels: read, checked against its content hash, decoded once, rendered as asked.
+"""From a sample to pixels: read, compare the content hash, decode once, render each view.
 
-Imports no torch: processes that only decode need none.
+It does not import torch, which processes that only decode do not need.
 """
 
 import warnings
@@ -36,21 +36,21 @@ class Rendering:
     """One way to make pixels of an image: a network's preprocessing and a view."""
 
     preprocessing: Preprocessing
-    index: int
+    index: int  # of the view
     augmentation: ViewMethod
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one sample: a reason where it has no pixels."""
+    """Outcome of rendering one sample."""
 
-    reason: str | None = None
-    is_content_fault: bool = False
-    is_clipped: bool = False
+    reason: str | None = None  # why it has no pixels; None if it has
+    is_content_fault: bool = False  # its bytes are no image; otherwise they could not be read
+    is_clipped: bool = False  # a crop that reached beyond the image
 
 
 class SharedImage:
-    """One image that several tasks cut crops from: read and decoded by the first that asks."""
+    """One image for several tasks that cut crops from it: the first reads and decodes it."""
 
     def __init__(self, path: str, *, in_parts: bool) -> None:
         self.path, self._in_parts = path, in_parts
@@ -60,7 +60,7 @@ class SharedImage:
         self._decoded: dict[Hashable, DecodedImage | ImageError] = {}
 
     def content(self) -> str:
-        """The hash of its bytes. Raises OSError where they cannot be read."""
+        """Return the hash of its bytes. Raises OSError if they cannot be read."""
         with self._lock:
             if self._data is None:
                 try:
@@ -73,7 +73,7 @@ class SharedImage:
             return self._content
 
     def decode(self, how: Preprocessing) -> DecodedImage:
-        """The whole image, after `content` was asked for. Raises ImageError."""
+        """Return the whole image; `content` must have been called before. Raises ImageError."""
         assert isinstance(self._data, bytes)
         with self._lock:
             key = decoding_key(how)
@@ -91,9 +91,12 @@ class SharedImage:
 def runs_of_one_image(
     samples: Sequence[Sample], last_image: list[SharedImage], most: int
 ) -> Iterator[tuple[int, int, SharedImage]]:
-    """(start, end, image): neighbouring crops of one image, at most `most` at a time.
+    """Yield (start, end, image) for samples start to end, neighbouring crops of one image.
 
-    last_image: of the batch before, which the first crops may be of; it is replaced.
+    At most `most` crops at a time; a whole image is alone.
+
+    last_image: list of at most one image, that of the last crops, to which the first samples may
+    belong too; it is replaced.
     """
     start = 0
     while start < len(samples):
@@ -121,7 +124,7 @@ def render_samples(
     pixel_buffers: Sequence[PixelBuffer],
     first_slot: int,
 ) -> list[Outcome]:
-    """Fill the slots of every buffer with samples of one image."""
+    """Render samples of one image into the slots from `first_slot` on of every buffer."""
     return [
         _render_one(image, sample, renderings, pixel_buffers, first_slot + offset)
         for offset, sample in enumerate(samples)
@@ -153,7 +156,7 @@ def _render_one(
 
 
 def decoding_key(how: Preprocessing) -> Hashable:
-    """The fields of a preprocessing that its decoded images depend on."""
+    """Return the fields of a preprocessing on which the decoded image depends."""
     scaled_for = (how.resize, how.mode) if how.decode == "scaled" else None
     return how.pixel_range, how.bands, how.pixel_dtype, scaled_for
 
@@ -166,16 +169,16 @@ def render_into_buffers(
     slot: int,
     crop: Crop | None = None,
 ) -> bool:
-    """Fill a slot of every buffer with its rendering of one image, or of a crop of it, decoded once
-    for each way of decoding. Return whether the crop reaches outside, and was clipped.
+    """Render one image, or a crop of it, into a slot of every buffer; return whether the crop was
+    clipped at the image's edge.
 
-    Raises ImageError.
+    decode: returns the whole image; called once for each `decoding_key`. Raises ImageError.
     """
     decoded: dict[Hashable, DecodedImage] = {}
     is_clipped = False
     for rendering, buffer in zip(renderings, pixel_buffers, strict=True):
         how = rendering.preprocessing
-        if crop is not None:  # in pixels of the whole image
+        if crop is not None:  # its numbers are pixels of the image in full size
             how = replace(how, decode="exact")
         key = decoding_key(how)
         if key not in decoded:
@@ -198,7 +201,7 @@ def render_into_buffers(
 
 @contextmanager
 def quiet_decoding() -> Iterator[None]:
-    """Silence Pillow's warnings of large images and damaged metadata; what matters is recorded."""
+    """Suppress Pillow's warnings of large images and damaged metadata; failures are recorded."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield

@@ -1,6 +1,6 @@
 """Throughput statistics of an extraction while it runs.
 
-Without torch: the process that gives the work out needs none.
+It does not import torch, which the process that distributes the work does not need.
 """
 
 import json
@@ -14,38 +14,38 @@ from headrace.cache.format.shard import FailedSample
 class WorkUnitReport:
     """The outcome of a work unit.
 
-    Seconds are wall time of the thread that feeds the network, and add up to the unit's.
+    The three times are wall time of the thread that feeds the network, and add up to the unit's.
     """
 
     unit: str
-    rows: int  # images that have features now
-    failed: tuple[FailedSample, ...]  # images whose content is no image; recorded in every shard
-    # (id, reason): gone or changed since they were hashed; recorded nowhere
+    rows: int  # images with features
+    failed: tuple[FailedSample, ...]  # images that cannot be decoded; recorded in every shard
+    # (id, reason) of images that are gone or have changed since they were hashed; not recorded.
     unread: tuple[tuple[str, str], ...]
     decode_s: float  # waiting for pixels
-    forward_s: float  # the network
+    forward_s: float  # running the network
     publish_s: float  # waiting for the disk
-    clipped: int = 0  # boxes that reach beyond their image, and were clipped
+    clipped: int = 0  # boxes that reached beyond their image, and were clipped
 
 
 @dataclass(frozen=True)
 class ThroughputStatistics:
-    """Progress so far.
+    """Progress of an extraction.
 
-    The shares say what the processes that feed networks were doing; they add up to 1.
+    The shares are of the time of the threads that feed networks; they add up to 1.
     """
 
     images: int  # done, failed ones included
     total: int
     failed: int
     images_per_s: float
-    eta_s: float
+    eta_s: float  # estimated seconds until the end
     decode_share: float  # waiting for pixels: more decoding threads or smaller files would help
-    device_share: float  # the network: this is where the time should go
+    device_share: float  # running the network: most time should go here
     disk_share: float  # waiting for shards to be on disk
 
     def to_json(self) -> str:
-        """One line for a log that is read by machines."""
+        """Return one line of JSON for a log that programs read."""
         return json.dumps({name: round(value, 4) for name, value in asdict(self).items()})
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class ThroughputStatistics:
 def throughput_statistics(
     reports: Sequence[WorkUnitReport], elapsed_s: float, total: int
 ) -> ThroughputStatistics:
-    """The figures of an extraction of `total` images after `elapsed_s` seconds."""
+    """Return the statistics of an extraction of `total` images after `elapsed_s` seconds."""
     failed = sum(len(report.failed) + len(report.unread) for report in reports)
     images = sum(report.rows for report in reports) + failed
     images_per_s = images / elapsed_s if elapsed_s > 0 else 0.0

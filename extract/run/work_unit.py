@@ -44,25 +44,24 @@ from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import Forward, make_forward
 from headrace.extract.taps.resolve import Tap
 
-# From these on a value becomes infinite in the storage dtype.
+# Values from these on become infinite in the storage dtype.
 _LARGEST = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": float("inf"), "uint8": float("inf")}
-_NETWORKS = 4  # networks that a process keeps at least, whatever is asked for next
-# shards of a unit published at once: each waits for the disk, and the waits overlap
-_PUBLISHERS = 8
-# Cores from which an accelerator is fed by processes: with fewer, threads do not yet wait for each
-# other (Python's lock is held for a fifth of the 3.7 ms that an image of 500 x 375 pixels takes),
-# and are there at once.
+_NETWORKS = 4  # least number of networks that a process keeps for later units
+_PUBLISHERS = 8  # shards published at once: each waits for the disk, and the waits overlap
+# Number of cores from which processes, not threads, decode for an accelerator. With fewer, threads
+# do not yet wait for each other (the interpreter lock is held for a fifth of the 3.7 ms that an
+# image of 500 x 375 pixels takes), and they need no start-up time.
 _PROCESSES_FROM = 4
-# A worker with a GPU runs two units at a time, so that one is decoded and published while the other
-# has the network; networks and their hooks are of one thread at a time.
+# A worker with a GPU runs two units at a time: one is decoded and published while the other uses
+# the network. Networks and their hooks can be used by one thread at a time.
 _NETWORK_LOCK = threading.RLock()
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A pass per batch: a network on one rendering, and the feature sets that its taps fill."""
+    """One forward pass per batch: a network on one rendering, and the feature sets of its taps."""
 
     rendering: Rendering
     forward: Forward
@@ -70,7 +69,7 @@ class ForwardPass:
 
 
 @dataclass(frozen=True)
-class _Started:
+class _StartedUnit:
     """A unit whose first batches are being decoded."""
 
     job: ExtractJob
@@ -80,11 +79,11 @@ class _Started:
 
 
 @dataclass(frozen=True)
-class _Extracted:
-    """A unit in memory: per feature set, the rows' features."""
+class _ExtractedUnit:
+    """The features of a unit in memory."""
 
     specs: list[FeatureSpec]
-    features: list[npt.NDArray[Any]]
+    features: list[npt.NDArray[Any]]  # of each spec: (rows, *spec.shape)
     samples: list[Sample]  # of the rows
     report: WorkUnitReport
 
@@ -92,19 +91,20 @@ class _Extracted:
 def run_work_unit(job: ExtractJob) -> WorkUnitReport:
     """Extract one unit and publish it; the shards are on disk when this returns.
 
-    Doing it twice changes nothing.
+    A second call changes nothing.
 
-    Raises SpecMismatch when the weights here are not those the feature sets are made of,
-    SourceError at an image that cannot be decoded where the job is strict, and PublishFailed.
+    Raises SpecMismatch when the weights here are not those of the feature sets, SourceError for an
+    image that cannot be decoded if the job is strict, and PublishFailed.
     """
     (report,) = run_work_units([job])
     return report
 
 
 def run_work_units(jobs: Iterable[ExtractJob]) -> Iterator[WorkUnitReport]:
-    """Extract units one after the other without a pause between them: while the network runs one,
-    the next is decoded and the last is written. A report comes out when its shards are on disk. For
-    one process that has a device to itself.
+    """Extract units one after the other without a pause between them, and yield their reports.
+
+    While the network runs one unit, the next is decoded and the last is written; a report is
+    yielded when the unit's shards are on disk. For a process that has a device of its own.
     """
     waiting_jobs = iter(jobs)
     with (
@@ -127,6 +127,7 @@ def run_work_units(jobs: Iterable[ExtractJob]) -> Iterator[WorkUnitReport]:
 
 @contextmanager
 def _decoders() -> Iterator[dict[int, ThreadPoolExecutor]]:
+    """Yield {number of threads: pool}, to which `_start` adds; all pools end with the context."""
     decoder_pools: dict[int, ThreadPoolExecutor] = {}
     try:
         yield decoder_pools
@@ -137,14 +138,15 @@ def _decoders() -> Iterator[dict[int, ThreadPoolExecutor]]:
 
 @functools.cache
 def _decode_processes(count: int) -> DecodeProcesses:
-    """Kept between units: starting them takes about a second."""
+    """Return the decoding processes, kept between units: starting them takes about a second."""
     return DecodeProcesses(count)
 
 
-def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _Started:
+def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _StartedUnit:
+    """Build the passes of a unit and begin to decode its samples."""
     check_device(job.device)
     on_cpu = is_cpu(job.device)
-    # Settings of the whole process, like the memory that it keeps.
+    # Both are settings of the whole process.
     torch.set_num_threads(job.threads)
     if on_cpu:
         keep_freed_memory()
@@ -166,7 +168,8 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
             )
             for feature_pass in passes
         ]
-    # With the network elsewhere every core decodes, or as many as are this process's share.
+    # With the network on an accelerator all cores of this process decode, unless the job says how
+    # many.
     n_threads = job.threads if on_cpu or job.threads > 1 else len(os.sched_getaffinity(0))
     decoder_pool = (
         _decode_processes(n_threads)
@@ -185,10 +188,11 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
             batch_size=largest_batch,
             pin_memory=not on_cpu,
         )
-    return _Started(job, passes, batch_limits, batches)
+    return _StartedUnit(job, passes, batch_limits, batches)
 
 
-def _extract(started_unit: _Started) -> _Extracted:
+def _extract(started_unit: _StartedUnit) -> _ExtractedUnit:
+    """Run the passes of a unit batch by batch, and keep the features in memory."""
     job, passes = started_unit.job, started_unit.passes
     feature_parts: list[list[npt.NDArray[Any]]] = [
         [] for feature_pass in passes for _ in feature_pass.specs
@@ -202,7 +206,7 @@ def _extract(started_unit: _Started) -> _Extracted:
 
     def collect() -> None:
         outputs = [output for result in pending_results for output in result()]
-        # no outputs before the first batch
+        # strict=False: before the first batch there are no outputs.
         for feature_part, output in zip(feature_parts, outputs, strict=False):
             feature_part.append(output)
         pending_results.clear()
@@ -215,17 +219,8 @@ def _extract(started_unit: _Started) -> _Extracted:
         failed_samples += [_failure(job.samples[row], reason) for row, reason in batch.undecodable]
         unread_samples += [(job.samples[row].id, reason) for row, reason in batch.unread]
         n_clipped += len(batch.clipped)
-        refused = [
-            (failed.id, failed.reason)
-            for failed in failed_samples
-            if not failed.reason.startswith(EMPTY_TILE)
-        ]
-        if job.strict and (refused or unread_samples):
-            sample_id, reason = (refused or unread_samples)[0]
-            raise SourceError(
-                f"{sample_id}: {reason}. Strict extraction stops here; without it the image is "
-                "recorded."
-            )
+        if job.strict:
+            _refuse_failures(failed_samples, unread_samples)
         if batch.rows:
             with _NETWORK_LOCK:
                 launched_passes = [
@@ -234,7 +229,8 @@ def _extract(started_unit: _Started) -> _Extracted:
                         passes, batch.pixels, started_unit.limits, strict=True
                     )
                 ]
-            collect()  # of the batch before, while the device is busy with this one
+            # The outputs of the batch before, while the device works on this one.
+            collect()
             pending_results += launched_passes
         wait_started = time.perf_counter()
         forward_s += wait_started - batch_ready
@@ -255,13 +251,29 @@ def _extract(started_unit: _Started) -> _Extracted:
         0.0,
         n_clipped,
     )
-    return _Extracted(specs, features, [job.samples[row] for row in decoded_rows], report)
+    return _ExtractedUnit(specs, features, [job.samples[row] for row in decoded_rows], report)
 
 
-def _publish(job: ExtractJob, extracted_unit: _Extracted) -> WorkUnitReport:
+def _refuse_failures(
+    failed_samples: Sequence[FailedSample], unread_samples: Sequence[tuple[str, str]]
+) -> None:
+    """Raise SourceError for the first failure; empty tiles are none."""
+    failures = [
+        (failed.id, failed.reason)
+        for failed in failed_samples
+        if not failed.reason.startswith(EMPTY_TILE)
+    ]
+    for sample_id, reason in (*failures, *unread_samples):
+        raise SourceError(
+            f"{sample_id}: {reason}. Strict extraction stops here; without it the image is "
+            "recorded."
+        )
+
+
+def _publish(job: ExtractJob, extracted_unit: _ExtractedUnit) -> WorkUnitReport:
+    # Nothing could be read, perhaps because a disk is not mounted. A shard without rows would be
+    # taken for the whole unit's by the next run.
     if not extracted_unit.samples and not extracted_unit.report.failed:
-        # Nothing could be read (a disk that is away): a shard without content would be taken for
-        # the unit's next time.
         return extracted_unit.report
     publish_started = time.perf_counter()
     with ThreadPoolExecutor(min(_PUBLISHERS, len(extracted_unit.specs)), "shard") as publisher_pool:
@@ -288,7 +300,7 @@ def _publish_set(
     samples: Sequence[Sample],
     failed_samples: Sequence[FailedSample],
 ) -> None:
-    """Publish the rows that can be stored; the others are failures of this feature set alone."""
+    """Publish the rows that can be stored; the others become failures of this feature set only."""
     reason_of_row = find_unstorable_rows(features, spec)
     failures = [
         *failed_samples,
@@ -310,8 +322,8 @@ def _publish_set(
 
 
 def find_unstorable_rows(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[int, str]:
-    """{row: reason} of the rows of features (n, *spec.shape) that the storage dtype cannot hold."""
-    # -1 is no number of columns where no image decodes
+    """Return {row: reason} of features (n, *spec.shape) that the storage dtype cannot hold."""
+    # Not reshape(n, -1), which fails for n = 0.
     flat_features = features.reshape(len(features), prod(features.shape[1:]))
     row_peaks = np.maximum(
         flat_features.max(axis=1, initial=0), -flat_features.min(axis=1, initial=0)
@@ -329,13 +341,12 @@ def find_unstorable_rows(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[
 def make_forward_passes(
     spec: BackboneSpec, features: Sequence[FeatureSpec], device: str, *, compiled: bool = False
 ) -> list[ForwardPass]:
-    """One pass for each view (and dtype of the network) that these feature sets of one backbone are
-    made of.
+    """Return a pass for each pair of view and compute dtype among one backbone's feature sets.
 
-    Raises SpecMismatch when the weights or preprocessing here are not those they were made with.
+    Raises SpecMismatch when the weights or preprocessing here are not those of the feature sets.
     """
-    # The feature sets name the weights that are asked for, so those of a file that has changed
-    # since are not mistaken for them.
+    # The weights that the feature sets name are part of the key, so that a network loaded from a
+    # file that has been replaced since is not used.
     backbone = _backbones.get(
         (spec, features[0].weights), lambda: _checked(load_backbone(spec), features[0])
     )
@@ -357,44 +368,45 @@ def make_forward_passes(
     return view_passes
 
 
-class _Latest(Generic[Made]):
-    """The most recently built values by key; `room` holds all that one work unit needs."""
+class _RecentValues(Generic[Value]):
+    """The `max_size` most recently used values, by key."""
 
     def __init__(self) -> None:
-        self.room = _NETWORKS
-        self._made: dict[Hashable, Made] = {}
+        # Not functools.lru_cache, whose size is fixed: this one grows with what a unit needs.
+        self.max_size = _NETWORKS
+        self._values: dict[Hashable, Value] = {}
 
-    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        cached_value = self._made.pop(key) if key in self._made else make()
-        self._made[key] = cached_value  # as the last
-        for stale_key in list(self._made)[: -self.room]:
-            del self._made[stale_key]
-        return cached_value
+    def get(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        value = self._values.pop(key) if key in self._values else build()
+        self._values[key] = value  # as the last one
+        for stale_key in list(self._values)[: -self.max_size]:
+            del self._values[stale_key]
+        return value
 
 
-_backbones: _Latest[Backbone] = _Latest()
-_forwards: _Latest[Forward] = _Latest()
-# Forgotten with their passes, which hold (a GPU's) memory.
+_backbones: _RecentValues[Backbone] = _RecentValues()
+_forwards: _RecentValues[Forward] = _RecentValues()
+# Weak keys: a limit must not keep its pass, and the device's memory, alive.
 _limits: "weakref.WeakKeyDictionary[Forward, dict[Hashable, BatchLimit]]" = (
     weakref.WeakKeyDictionary()
 )
 
 
 def _make_room(job: ExtractJob) -> None:
-    """Let this worker keep the networks of a job, and as many others of the same run."""
+    """Let this worker keep the networks of a job, and as many others."""
     pass_keys = {
         (network, spec.view, spec.compute_dtype)
         for network, specs in job.networks
         for spec in specs
     }
-    _backbones.room = max(_NETWORKS, 2 * len(job.networks))
-    _forwards.room = max(_NETWORKS, 2 * len(pass_keys))
+    _backbones.max_size = max(_NETWORKS, 2 * len(job.networks))
+    _forwards.max_size = max(_NETWORKS, 2 * len(pass_keys))
 
 
 def _forward(
     backbone: Backbone, taps: tuple[Tap, ...], device: str, compute_dtype: str, compiled: bool
 ) -> Forward:
-    """Kept between the units of a process: copying a network costs as much as dozens of images."""
+    """Return a pass, kept between units: copying a network costs as much as dozens of images."""
     return _forwards.get(
         (backbone, taps, device, compute_dtype, compiled),
         lambda: make_forward(
@@ -406,9 +418,9 @@ def _forward(
 def batch_limit_of(
     forward: Forward, image_shape: tuple[int, ...], device: str, batch_size: int | None
 ) -> BatchLimit:
-    """The batch size of a pass.
+    """Return the batch limit of a pass.
 
-    Kept as long as it, so that a size that was too large is not tried again in the next unit.
+    It is kept as long as the pass, so that a size that was too large is not tried again.
     """
     known_limits = _limits.setdefault(forward, {})
     limit_key = (image_shape, device, batch_size)
@@ -439,5 +451,5 @@ def check_backbone_identity(backbone: Backbone, feature: FeatureSpec) -> None:
 
 
 def _failure(sample: Sample, reason: str) -> FailedSample:
-    # A NUL has no place in fixed-length text, and decoders quote the bytes that they stumbled over.
+    # Fixed-length text cannot hold a NUL, and decoders quote the bytes at which they failed.
     return FailedSample(sample.id, sample.content, reason.replace("\0", "\\0"))

@@ -1,8 +1,8 @@
 """Images as members of archives: tar (WebDataset shards, or class folders), and zip.
 
-Side files are matched to images by name: first the image's name without its suffix (`a.b.jpg`:
-`a.b.cls`), then, as WebDataset has it, the name up to the first dot (`a.cls`). Of members of one
-name the last counts, as `tar -x` has it.
+A side file (`.cls`, `.txt`, `.json`) holds the label or other columns of the image of its name,
+without the suffix (`a.b.jpg`: `a.b.cls`) or, as in WebDataset, up to the first dot (`a.cls`). Of
+several members of one name the last counts, as for `tar -x`.
 """
 
 import glob
@@ -49,10 +49,10 @@ class _Member:
     """A file in an archive."""
 
     name: str
-    locator: str
-    size: int
-    head: bytes  # its first bytes, where its suffix does not tell what it is
-    side_file: bytes | None  # what it holds, where it is the side file of a sample
+    locator: str  # archive, byte range and name: the path of a sample, see images/byte_ranges.py
+    size: int  # bytes
+    head: bytes  # its first 32 bytes, if its suffix is not that of an image
+    side_file: bytes | None  # its content, if it is a side file
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Link:
     """A link in a tar archive."""
 
     name: str
-    target: str  # the name of what it links to
+    target: str  # name of the member that it links to
     hard: bool
 
 
@@ -80,14 +80,19 @@ def read_archives(
     exclude: Sequence[str] = (),
     labelled: bool = True,
 ) -> Listing:
-    """One row per image: `id`, `path` (a locator), `label`, and what `.json` side files hold:
-    scalars, and lists of them.
+    """List the images in archives: `id`, `path` (a locator), `label`, and the keys of `.json` side
+    files whose values are scalars or lists of them.
 
     archives: a tar or zip file, a folder of such, a pattern (`train-*.tar`, `train-{000..031}.tar`)
-    or a list of these. The label is what `.cls`, `.txt` or the key `label` of `.json` says; where
-    no image has such a side file, that of the folders in the archive, as for folders on disk. Only
-    headers and side files are read. Raises SourceError for damaged archives, and when there are no
-    images.
+    or a list of these.
+    exclude: patterns of names of members, or of the archive and the member, that are left out.
+    labelled: whether labels are needed; then a class's folder without images is refused.
+
+    The label is that of `.cls`, `.txt` or the key `label` of `.json`; if no image has such a side
+    file, that of the folders in the archive, as for folders on disk. Only headers and side files
+    are read.
+
+    Raises SourceError for damaged archives, and when there are no images.
     """
     archive_paths = _expand([archives] if isinstance(archives, (str, Path)) else list(archives))
     tally = Tally()
@@ -118,27 +123,9 @@ def read_archives(
     check_unique_ids((row["id"] for row in rows), source_text)
     frame = pd.DataFrame(rows)
     notes: list[str] = []
+    member_folders = [_folders(image.member.name) for image in images]
     if "label" not in frame:
-        member_folders = [_folders(image.member.name) for image in images]
-        wrapper = member_folders[0]
-        while any(folder_parts[: len(wrapper)] != wrapper for folder_parts in member_folders):
-            wrapper = wrapper[:-1]
-        if (
-            len(
-                {
-                    folder_parts[len(wrapper)]
-                    for folder_parts in member_folders
-                    if len(folder_parts) > len(wrapper)
-                }
-            )
-            > 1
-        ):  # `tar -c photos`
-            member_folders = [folder_parts[len(wrapper) :] for folder_parts in member_folders]
-            folders_of_others = {
-                folder_parts[len(wrapper) :]
-                for folder_parts in folders_of_others
-                if folder_parts[: len(wrapper)] == wrapper
-            }
+        member_folders, folders_of_others = _strip_common_folders(member_folders, folders_of_others)
         read_labels = read_layout(
             member_folders, folders_of_others, layout, source_text, labelled=labelled
         )
@@ -149,22 +136,15 @@ def read_archives(
     elif (
         labelled
         and (n_unlabelled := int(frame["label"].isna().sum()))
-        and len({_folders(image.member.name) for image in images})
-        > 1  # the folders could be meant as classes
+        # Several folders: they could be meant as classes.
+        and len(set(member_folders)) > 1
     ):
         notes.append(
             f"{n_unlabelled:,} of {len(frame):,} images have no label: the side files say the "
             "labels, not the folders, and these have none, or one without a label"
         )
-    split_sides = {
-        archive_path.name: split_side(archive_path.name) for archive_path in archive_paths
-    }
-    if (
-        "split" not in frame
-        and None not in split_sides.values()
-        and len(set(split_sides.values())) > 1
-    ):
-        frame["split"] = [split_sides[Path(image.archive).name] for image in images]
+    if "split" not in frame and (side_of_archive := _sides_of_archives(archive_paths)):
+        frame["split"] = [side_of_archive[Path(image.archive).name] for image in images]
         notes.append("the archives' names are those of the sides of a split")
     sample_keys = Counter(f"{image.archive}/{_sample_key(image.member.name)}" for image in images)
     if n_several := sum(count > 1 for count in sample_keys.values()):
@@ -174,6 +154,32 @@ def read_archives(
             f"{printable_name(sample_key)}: each image is a row"
         )
     return tally.listing(frame, notes)
+
+
+def _sides_of_archives(archive_paths: Sequence[Path]) -> dict[str, str | None]:
+    """Return {archive's name: its side of a split} if all names begin with one, else {}."""
+    sides = {archive_path.name: split_side(archive_path.name) for archive_path in archive_paths}
+    return sides if None not in sides.values() and len(set(sides.values())) > 1 else {}
+
+
+def _strip_common_folders(
+    member_folders: list[FolderParts], folders_of_others: set[FolderParts]
+) -> tuple[list[FolderParts], set[FolderParts]]:
+    """Remove the folders that all images share, if several folders remain below them.
+
+    `tar -c photos` puts every member into `photos`, which is no class. If all images are in one
+    folder, it stays: it may be their class.
+    """
+    common = member_folders[0]
+    while any(parts[: len(common)] != common for parts in member_folders):
+        common = common[:-1]
+    depth = len(common)
+    if len({parts[depth] for parts in member_folders if len(parts) > depth}) < 2:
+        return member_folders, folders_of_others
+    return (
+        [parts[depth:] for parts in member_folders],
+        {parts[depth:] for parts in folders_of_others if parts[:depth] == common},
+    )
 
 
 def _names(archive_paths: Sequence[Path]) -> list[str]:
@@ -196,7 +202,10 @@ def _read_archive(
     tally: Tally,
     folders_of_others: set[FolderParts],
 ) -> list[_Image]:
-    """The archive's images, in its order; the last member of a name counts."""
+    """Return the images of an archive in its order, and count in `tally` what is left out.
+
+    Folders of members that are no images are added to `folders_of_others`.
+    """
     read_members = _zip_members if archive_path.suffix.lower() == ".zip" else _tar_members
     entries = list(read_members(archive_path, archive_name, exclude, tally, folders_of_others))
     positions: dict[str, list[int]] = defaultdict(list)  # where in the archive each name stands
@@ -227,17 +236,18 @@ def _read_archive(
     archive_images = []
     for member in images:
         columns: dict[str, Any] = {}
-        for sample_key in dict.fromkeys(
-            (_sample_key(member.name), posixpath.splitext(member.name)[0])
+        # Side files are named by WebDataset's key, or by the whole name of the image.
+        sample_keys = (_sample_key(member.name), posixpath.splitext(member.name)[0])
+        for sample_key, side_extension in itertools.product(
+            # In this order, because the last side file with a column counts.
+            dict.fromkeys(sample_keys),
+            ("json", "txt", "cls"),
         ):
-            # the last one that speaks of a column counts
-            for side_extension in ("json", "txt", "cls"):
-                if (data := side_files.get(f"{sample_key}.{side_extension}")) is not None:
-                    values = _side_columns(side_extension, data)
-                    (damaged_side_files if values is None else used_side_files).add(
-                        f"{sample_key}.{side_extension}"
-                    )
-                    columns |= values or {}
+            side_name = f"{sample_key}.{side_extension}"
+            if (data := side_files.get(side_name)) is not None:
+                values = _side_columns(side_extension, data)
+                (damaged_side_files if values is None else used_side_files).add(side_name)
+                columns |= values or {}
         archive_images.append(_Image(archive_name, member, columns))
     tally.annotations += len(used_side_files)
     for member in members.values():
@@ -258,10 +268,10 @@ def _read_archive(
 def _follow(
     entries: Sequence[_Member | _Link], positions: Mapping[str, Sequence[int]], position: int
 ) -> _Member | None:
-    """The member at a place of the archive, or that links there lead to; None for none.
+    """Return the member at a position of the archive, or the one that links there lead to.
 
-    A symbolic link means the last member of a name; a hard link the one before it, which `tar -x`
-    has unpacked by then.
+    None if the archive does not have it. A symbolic link means the last member of a name; a hard
+    link the last one before the link, which `tar -x` has unpacked by then.
     """
     visited_positions: set[int] = set()  # links can lead back to themselves
     while position not in visited_positions:
@@ -273,12 +283,12 @@ def _follow(
         if not target_positions:
             return None
         n_before = bisect_left(target_positions, position) if entry.hard else 0
-        position = target_positions[n_before - 1]  # the last one where there is none before
+        position = target_positions[n_before - 1]  # for n_before 0 the last one
     return None
 
 
 def _sample_key(member_name: str) -> str:
-    """WebDataset's key: up to the first dot of the last part of the name."""
+    """Return WebDataset's key of a sample: the name up to the first dot of its last part."""
     parent_folder, _, base_name = member_name.rpartition("/")
     stem = base_name.partition(".")[0]
     return f"{parent_folder}/{stem}" if parent_folder else stem
@@ -390,7 +400,8 @@ def _unreadable_tar_member(entry: tarfile.TarInfo) -> str | None:
 def _read_at(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
     stream = archive.fileobj
     assert stream is not None  # an archive that is open for reading
-    # tarfile finds its own place again, and a compressed stream should never go back
+    # Not `archive.extractfile`, which would seek again: a compressed stream is read from its start
+    # to go back. tarfile seeks to the next header by itself.
     stream.seek(offset)
     data: bytes = stream.read(size)
     return data
@@ -443,14 +454,10 @@ def _zip_members(
 
 
 def _zip_name(entry: zipfile.ZipInfo) -> str:
-    """The member's name.
-
-    Without the flag for UTF-8 it is in any encoding; most programs write UTF-8 all the same.
-    """
-    if entry.flag_bits & 0x800:
+    if entry.flag_bits & 0x800:  # the name is UTF-8
         return entry.filename
-    raw = entry.filename.encode("cp437")
-    return os.fsdecode(raw)
+    # Any encoding, which zipfile takes for cp437. Most programs write UTF-8 without the flag too.
+    return os.fsdecode(entry.filename.encode("cp437"))
 
 
 def _unreadable_zip_member(entry: zipfile.ZipInfo) -> str | None:
@@ -462,7 +469,7 @@ def _unreadable_zip_member(entry: zipfile.ZipInfo) -> str | None:
 
 
 def _member_name(name: str) -> str:
-    """One spelling of `./a/b.png`, `/a/b.png` and `a//b.png`, which unpack to one file."""
+    """Return `a/b.png` for `./a/b.png`, `/a/b.png` and `a//b.png`, which unpack to one file."""
     return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
 
 
@@ -477,7 +484,7 @@ def _left_out(
     excluded = tally.excludes(exclude, shown, f"{archive}/{shown}")
     hidden = [is_hidden(part) for part in member.split("/")]
     if any(hidden):
-        # `owl/.keep` keeps a class's folder that has no images yet
+        # A hidden file such as `owl/.keep` stands for the folder of a class without images.
         if not excluded and not any(hidden[:-1]):
             others.add(_folders(member))
         return HIDDEN_ENTRIES
@@ -506,7 +513,7 @@ def _expand(archives: Sequence[str | Path]) -> list[Path]:
     archive_paths: list[Path] = []
     for archive_name in archives:
         archive_path = expand_home(archive_name)
-        if archive_path.is_file():  # before any pattern: `a[1].zip` is its own name
+        if archive_path.is_file():  # not a pattern, though `a[1].zip` looks like one
             matching_paths = [archive_path]
         elif archive_path.is_dir():
             matching_paths = sorted(
@@ -535,7 +542,7 @@ def _expand(archives: Sequence[str | Path]) -> list[Path]:
 
 
 def _braces(text: str) -> list[str]:
-    """Expand "a-{000..003}.tar" to the four shards that it names, as WebDataset writes them."""
+    """Expand WebDataset's notation "a-{000..003}.tar" to the four names that it stands for."""
     text_parts: list[list[str]] = []
     last_end = 0
     for match in re.finditer(r"\{(\d+)\.\.(\d+)\}", text):

@@ -17,6 +17,7 @@ from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import encode_path, open_array
+from headrace.extract.images.samples import MAX_ARRAY_HEADER_BYTES, array_shape
 from headrace.extract.sources.folder import EXCLUDED_ENTRIES
 from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_IN_NAME, split_side_in
@@ -24,14 +25,15 @@ from headrace.extract.sources.listing import Listing, Tally, join_listings
 
 _IMAGE_CHANNELS = (1, 3, 4)  # grey, colours, colours and alpha
 _IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
+# Words of a file's name by which the file of images and that of their labels differ.
 _LABELS_WORDS = (("x", "y"), ("x", "Y"), ("images", "labels"), ("data", "labels"))
-_IMAGES_AT_ONCE = 64  # read to find the range of the pixels
+_IMAGES_AT_ONCE = 64  # read together to measure the range of the pixels
 _MAX_LABELS = 1000  # of an image; a longer row is features
 
 
 @dataclass(frozen=True)
 class _ArrayOptions:
-    """How an array of images is read; see `read_array`."""
+    """Arguments of `read_array` that hold for each of its arrays."""
 
     labels: str | Path | None
     labels_key: str | None
@@ -48,17 +50,19 @@ def read_array(
     exclude: Sequence[str] = (),
     ranged: bool = True,
 ) -> Listing:
-    """One row per image of an array: `id` (its index), `path` (a locator) and `label`, if any.
+    """List the images of an array: `id` (file and index), `path` (a locator) and `label`.
 
-    `images` is a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C)
-    or (N, C, H, W), of any number of channels where the backbone names bands; or a folder of idx
-    files named as MNIST's are, whose labels are found beside them and whose `split` is train or
-    test. `key` names the array in a `.npz` or HDF5 file; it can be left out where only one has such
-    a shape, or where there is one for each side of a split, named as MedMNIST's `train_images` and
-    `train_labels` or Keras's `x_train` and `y_train`: `split` is then train, validation or test.
-    `labels` is another file of one of these kinds, `labels_key` an array in it, or in the
-    same file. ranged: whether the range of the pixels is given, which floats and integers of other
-    sizes than 8 and 16 bits do not have of themselves.
+    images: a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C) or
+    (N, C, H, W), of any number of channels if the backbone names bands; or a folder of idx files
+    with MNIST's names, whose labels are found beside them and whose `split` is train or test.
+    key: the array in a `.npz` or HDF5 file. Not needed if only one has such a shape, or if there is
+    one for each side of a split, with names as MedMNIST's `train_images` and `train_labels` or
+    Keras's `x_train` and `y_train`: `split` is then train, validation or test.
+    labels: another file of one of these kinds, with one label or a row of labels for each image.
+    labels_key: the array of labels in that file, or in the same file.
+    ranged: whether the caller knows which values are black and white. Integers of 8 and 16 bits
+    need no range; arrays of other types are refused without one.
+
     Raises SourceError.
     """
     array_path = expand_home(images).absolute()
@@ -91,7 +95,7 @@ def read_array(
 def _read_one(
     array_path: Path, file_kind: str, key: str, options: _ArrayOptions, id_prefix: str | None = None
 ) -> Listing:
-    """The images of one array; `id_prefix` is by default the name of its file."""
+    """List the images of one array; `id_prefix` is by default the name of its file."""
     array = _open(array_path, file_kind, key)
     if not _is_images(shape := _shape(array)):
         raise SourceError(
@@ -99,7 +103,7 @@ def _read_one(
             "C, H, W). One image in a file of its own is named by a table "
             "with a column path"
         )
-    # Of other bands each may have a range of its own, which the backbone says.
+    # Arrays of other numbers of channels are bands, whose ranges the backbone's `bands` say.
     if not (options.ranged or has_pixel_range(array.dtype)) and _has_usual_channels(shape):
         raise SourceError(
             f"{array_path}: pixels of type {array.dtype} have no range of their own; say which "
@@ -130,8 +134,10 @@ def _read_one(
 
 
 def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str | None, str]]:
-    """(array of images, array of its labels, side) of each side of a split, where the names of all
-    arrays of images differ in the word of a side alone; else nothing.
+    """Return (array of images, array of its labels or None, side) for each side of a split.
+
+    shapes: {array's name: shape}. The names of all arrays of images must differ only in the word
+    for the side (`train_images`, `test_images`); otherwise [].
     """
     images = [
         name for name, shape in shapes.items() if _is_images(shape) and _has_usual_channels(shape)
@@ -157,14 +163,14 @@ def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str 
 
 
 def has_pixel_range(dtype: "np.dtype[Any]") -> bool:
-    """Return whether the type says which values are black and white: 8 and 16 bits, booleans."""
+    """Return whether a type has a range of its own: unsigned 8 and 16 bits, and booleans."""
     return dtype in (np.uint8, np.uint16, np.bool_)
 
 
 def measure_pixel_range(images: str | Path, key: str | None = None) -> tuple[float, float] | None:
-    """The range of an array's values, for `images.pixel_range`; None where the type says it.
+    """Return the range of an array's values, for `images.pixel_range`; None if its type has one.
 
-    [0, 1] or [0, 255] where all values lie in it, else the extremes. Reads every image once.
+    (0, 1) or (0, 255) if all values lie in it, else the extremes. Reads every image once.
     """
     array_path = expand_home(images).absolute()
     if array_path.is_dir():
@@ -191,8 +197,9 @@ def measure_pixel_range(images: str | Path, key: str | None = None) -> tuple[flo
 
 
 def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
-    """Return a folder's idx files of images (`train-images-idx3-ubyte.gz`), each with that of its
-    labels (`train-labels-idx1-ubyte.gz`).
+    """Return a folder's idx files of images, each with the file of its labels or None.
+
+    Their names are as `train-images-idx3-ubyte.gz` and `train-labels-idx1-ubyte.gz`.
     """
     pairs: list[tuple[Path, Path | None]] = []
     files = sorted(folder.iterdir())
@@ -208,12 +215,14 @@ def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
 
 
 def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | None]:
-    """(images' key, labels' file, labels' key) of an array file, as far as they go without saying.
+    """Return (key of the images, file of the labels, key of the labels) of an array file.
 
-    In a `.npz` or HDF5 file: the one array of images, and the one array in it that has a value or
-    row per image, or that of a file beside it (`split_train_x.h5`, `split_train_y.h5`); nothing
-    where `read_array` finds the sides of a split by their names. For an idx or `.npy` file: the
-    file of labels beside it. Raises SourceError when several arrays could be images.
+    Each is None if it is not needed or not certain. In a `.npz` or HDF5 file: the only array of
+    images, and the only array with a value or row per image, in the same file or in one beside it
+    (`split_train_x.h5`, `split_train_y.h5`); all None if `read_array` finds the sides of a split by
+    their names. For an idx or `.npy` file: the file of labels beside it.
+
+    Raises SourceError when several arrays could be images.
     """
     array_path = expand_home(images).absolute()
     file_kind = _kind(array_path)
@@ -233,7 +242,7 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
 
 
 def _labels_beside(array_path: Path) -> Path | None:
-    """The file of labels whose name is that of the images but for a word, `X.npy` and `y.npy`."""
+    """Return the file whose name differs only in the word for labels: `y.npy` for `X.npy`."""
     for images_word, labels_word in _LABELS_WORDS:
         name = re.sub(
             rf"(?<![a-z]){images_word}(?![a-z])", labels_word, array_path.name, flags=re.IGNORECASE
@@ -277,16 +286,14 @@ def _join_sides(listings: Sequence[Listing], sides: Sequence[str | None]) -> Lis
 
 
 def _side(name: str) -> str | None:
-    """As `split_side_in`; MNIST's test images are called t10k."""
+    """Return the side of a split that a name has a word for; MNIST calls its test images t10k."""
     return split_side_in(name) or ("test" if "t10k" in name.lower() else None)
 
 
 def _label_columns(
     array_path: Path, file_kind: str, options: _ArrayOptions, n_images: int
 ) -> dict[str, npt.NDArray[np.object_]]:
-    """The column `label`, empty where there are no labels; of an array (N, L) of several labels or
-    numbers the columns `label_0`, `label_1` and so on.
-    """
+    """Return {column: N texts or None}: `label`, or `label_0`, `label_1`, … for labels (N, L)."""
     labels, labels_key = options.labels, options.labels_key
     if labels is None and labels_key is None:
         return {"label": np.full(n_images, None, object)}
@@ -325,7 +332,7 @@ def _label_values(label_array: Any, labels_path: Path) -> npt.NDArray[Any]:
 
 
 def _labels_of(images_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The arrays of these shapes that can be labels of the images."""
+    """Return the names of the arrays that can be labels of images of this shape."""
     return [
         name
         for name, shape in shapes.items()
@@ -346,8 +353,7 @@ def _open(array_path: Path, file_kind: str, array_key: str) -> Any:
 
 
 def _shape(array: Any) -> tuple[int, ...]:
-    """The shape; that of a data set of HDF5 which was made without one (`h5py.Empty`) is ()."""
-    return tuple(array.shape or ())
+    return tuple(array.shape or ())  # None for a data set of HDF5 without values (`h5py.Empty`)
 
 
 def _kind(array_path: Path) -> str:
@@ -368,7 +374,8 @@ def _kind(array_path: Path) -> str:
 
 
 def _is_images(shape: tuple[int, ...]) -> bool:
-    if min(shape, default=0) < 1:  # no bytes would stand for any number of them
+    # An axis of 0 takes no bytes, so a file of a few bytes could declare any number of images.
+    if min(shape, default=0) < 1:
         return False
     if len(shape) == 3:  # (H, W, 3) is one colour image, not many grey ones of three columns
         return not (shape[2] in (3, 4) and shape[1] > shape[2])
@@ -417,12 +424,5 @@ def _shapes(array_path: Path, file_kind: str) -> dict[str, tuple[int, ...]]:
 
 
 def _npz_shape(npz_archive: Any, array_name: str) -> tuple[int, ...]:
-    with npz_archive.zip.open(f"{array_name}.npy") as member:  # the header alone
-        npy_version = np.lib.format.read_magic(member)
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if npy_version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape: tuple[int, ...] = read_header(member)[0]
-        return shape
+    with npz_archive.zip.open(f"{array_name}.npy") as member:
+        return array_shape(member.read(MAX_ARRAY_HEADER_BYTES))

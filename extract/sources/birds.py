@@ -16,8 +16,10 @@ def is_list_of_birds(table_path: Path) -> bool:
 
 
 def bird_rows(table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """One row per image: `id`, `path`, `label` (the name of the class) and, where the files have
-    it, `split`. Raises SourceError for a list whose lines are not a number and a value.
+    """Return the images' columns `id`, `path`, `label` (the class's name) and, if the data set has
+    one, `split`; and a note on what was assumed.
+
+    Raises SourceError for a list whose lines are not a number and a value.
     """
     folder = table_path.parent
     paths, labels = _read_list(table_path), _read_list(folder / LABELS)
@@ -35,7 +37,8 @@ def bird_rows(table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
 
 def _read_list(path: Path) -> "pd.Series[str]":
     """Return the values of a list by the number that each line begins with."""
-    text = path.read_text(encoding="utf-8-sig")  # a mark would be part of the first number
+    # utf-8-sig: a byte order mark would be part of the first number.
+    text = path.read_text(encoding="utf-8-sig")
     lines = [line.strip().split(maxsplit=1) for line in text.splitlines()]
     pairs = [line for line in lines if line]
     if any(len(pair) < 2 for pair in pairs) or len({pair[0] for pair in pairs}) < len(pairs):

@@ -10,17 +10,17 @@ from headrace.extract.errors import SourceError
 
 
 def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """One row per image: `path` (COCO's file_name) and `label`, with what was assumed.
+    """Return a row per image, `path` (COCO's file_name) and `label`, and notes on what was assumed.
 
-    The label is the name of the category of the image's annotations; where some image has several,
-    it is the list of their names, for task.kind: multi. Raises SourceError for annotations of
-    images or categories that are not there.
+    values: the parsed JSON file. The label is the name of the category of the image's annotations;
+    if some image has several, all labels are lists of names, for `task.kind: multi`.
+
+    Raises SourceError for annotations of images or categories that are not there.
     """
     images, annotations = values["images"], values.get("annotations")
     try:
-        category_names = {
-            category["id"]: str(category["name"]) for category in values.get("categories") or []
-        }
+        category_names = _category_names(values)
+        # {image: its categories}, a dict as an ordered set
         labels_by_image: dict[Any, dict[str, None]] = {image["id"]: {} for image in images}
         if len(labels_by_image) < len(images):
             raise SourceError(
@@ -52,18 +52,18 @@ def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame
 
 
 def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """One row per annotation: `path` (COCO's file_name), `label` (its category), and the columns x,
-    y, width and height of its box, with what was assumed.
+    """Return a row per annotation, and notes on what was assumed.
 
-    Raises SourceError for annotations of images or categories that are not there.
+    Columns: `path` (COCO's file_name), `label` (its category), and x, y, width and height of its
+    box in pixels.
+
+    Raises SourceError for annotations of images that are not there.
     """
     try:
-        category_names = {
-            category["id"]: str(category["name"]) for category in values.get("categories") or []
-        }
+        category_names = _category_names(values)
         image_paths = {image["id"]: str(image["file_name"]) for image in values["images"]}
         annotations = values.get("annotations") or []
-        # regions of many objects, which COCO leaves out of its evaluation too
+        # Without regions of many objects, which COCO leaves out of its evaluation too.
         single = [annotation for annotation in annotations if not annotation.get("iscrowd")]
         rows = [
             (
@@ -84,3 +84,7 @@ def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFram
     if len(single) < len(annotations):
         note += f", less {len(annotations) - len(single):,} of crowds"
     return frame, (note,)
+
+
+def _category_names(values: Mapping[str, Any]) -> dict[Any, str]:
+    return {category["id"]: str(category["name"]) for category in values.get("categories") or []}

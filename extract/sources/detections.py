@@ -1,6 +1,4 @@
-"""Boxes that a detector of animals has found: MegaDetector's results, whose boxes take the place of
-the images that they lie in.
-"""
+"""Boxes that a detector of animals has found (MegaDetector), as rows in the place of the images."""
 
 import itertools
 import json
@@ -27,13 +25,17 @@ _EXPECTED = (
 
 
 def cut_detections(listing: Listing, detections_path: Path, min_confidence: float) -> Listing:
-    """Return the detected boxes instead of the images: rows with the columns of their image, the id
-    `ID#x,y,width,height`, a locator, and `detection_confidence`.
+    """Return a listing of the detected boxes instead of their images.
 
-    Where the file knows animals, detections of people and vehicles are no rows. An image is found
-    in the file by its path from the end on, so that images may have been moved into folders since;
-    of images of one name only the one whose path fits best has its boxes. Raises SourceError for
-    another file, and where it names none of the images.
+    A row has the columns of its image, the id `ID#x,y,width,height`, a locator, and
+    `detection_confidence`. If the file has the category animal, other detections (people, vehicles)
+    are left out. An image is found in the file by the last parts of its path, so images may have
+    been moved into folders since; of several images that fit a file only the one that fits best
+    gets its boxes.
+
+    min_confidence: 0 to 1; detections of less are left out.
+
+    Raises SourceError for a file that is not MegaDetector's, or names none of the images.
     """
     boxes_of_file = _read_detections(detections_path, min_confidence)
     rows: list[int] = []
@@ -81,8 +83,10 @@ def cut_detections(listing: Listing, detections_path: Path, min_confidence: floa
 
 
 def _match(image_files: Iterable[str], detected_files: Iterable[str]) -> list[str | None]:
-    """Return for each image the detected file that shares most of its path, from the end on; None
-    where there is none, or another image shares more with it, "" where two share the same.
+    """Return for each image the file of the results whose last path parts agree most with its own.
+
+    None if no file has its name, or if another image agrees more with that file; "" if several
+    files, or several images, agree equally.
     """
     files_of_name: dict[str, list[str]] = {}
     for file in detected_files:
@@ -104,8 +108,8 @@ def _match(image_files: Iterable[str], detected_files: Iterable[str]) -> list[st
 
 
 def _nearest(image_file: str, candidates: Sequence[str]) -> tuple[int, list[str]]:
-    """Return how many parts of its path, from the end on, an image shares with those of some files
-    that share most, and these.
+    """Return the largest number of last path parts that an image shares with a candidate, and the
+    candidates that share as many.
     """
     parts = PurePosixPath(image_file).parts[::-1]
 
@@ -133,7 +137,7 @@ def _read_detections(path: Path, min_confidence: float) -> dict[str, list[tuple[
         animals = {key for key, name in categories.items() if str(name).lower() == _ANIMAL}
         boxes_of_file: dict[str, list[tuple[Crop, float]]] = {}
         for image in results["images"]:
-            # null where the detector could not read the image
+            # `detections` is null for an image that the detector could not read.
             found = [
                 (_crop(detection["bbox"]), float(detection["conf"]))
                 for detection in image.get("detections") or []
@@ -148,7 +152,7 @@ def _read_detections(path: Path, min_confidence: float) -> dict[str, list[tuple[
         text = f"{path}: {type(error).__name__}: {error}; {_EXPECTED}"
         raise SourceError(text) from error
     crops = [crop for boxes in boxes_of_file.values() for crop, _ in boxes]
-    # a share may round to a little more than the image
+    # Shares of an image are 1 at most, but for rounding; larger numbers are pixels.
     if any(max(crop.left, crop.top, crop.width, crop.height) > 1.01 for crop in crops):
         raise SourceError(f"{path}: boxes in pixels; {_EXPECTED}")
     return boxes_of_file

@@ -28,12 +28,12 @@ EXCLUDED_ENTRIES = "entries that images.exclude names"
 UNMATCHED_NAMES = "names that images.name_pattern does not match"
 LINKED_FOLDERS = "links to folders that are read under their own names"
 HIDDEN_ENTRIES = "hidden entries (names that begin with a dot, folders that tools leave)"
-# Of macOS's archives, Python and Synology's file servers: no classes.
+# Folders that macOS's archives, Python and Synology's file servers leave: no classes.
 _TOOL_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")
 
 
 class _Entry(NamedTuple):
-    """A file below the source, or a folder that has none."""
+    """A file below the source's folder, or an empty folder."""
 
     folders: FolderParts
     name: str  # empty for an empty folder
@@ -48,18 +48,22 @@ def read_folder(
     name_pattern: str | None = None,
     labelled: bool = True,
 ) -> Listing:
-    """List the images below a folder, sorted by id: columns `id`, `path`, `label`, and `split`
-    where the folders are a split.
+    """List the images below a folder, sorted by id: columns `id`, `path`, `label`, and `split` if
+    the folders are those of a split.
 
     The id is the path relative to `folder` with forward slashes. A file is an image by its suffix,
     else by its first bytes, an array by its shape (`is_image_array`); all others are counted by
-    what they are. Hidden files and folders are left out; links are followed once, after the real
-    folders, so that what is reached on both ways has its real path's name.
+    what they are. Hidden files and folders are left out. Links are followed once, after the real
+    folders.
 
-    name_pattern: a regular expression, searched for in ids, whose named groups are columns; images
-    whose ids it does not match are left out. labelled: refuse a class without images. Raises
-    SourceError when the folder is absent or has no images, saying what was found, and see
-    `read_layout`.
+    layout: which folders are labels and splits, see `read_layout`.
+    exclude: patterns of ids that are left out.
+    name_pattern: a regular expression, searched for in ids, whose named groups become columns;
+    images whose ids it does not match are left out.
+    labelled: whether labels are needed; then a class's folder without images is refused.
+
+    Raises SourceError when the folder is absent or has no images, saying what it has, and for
+    folders that `read_layout` refuses.
     """
     image_root = expand_home(folder)
     if not image_root.is_dir():
@@ -95,12 +99,7 @@ def read_folder(
             groups_of_id[image_id] = match.groupdict()
         image_rows.append((image_id, encode_path(path), folders))
     if not image_rows:
-        found_text = "; ".join(map(str, tally.left_out()[:5])) or "no files"
-        advice = (unread_format(first_other) if first_other else None) or (
-            "Expected one folder per class holding files that end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
-        )
-        raise SourceError(f"{image_root}: no images found (found: {found_text}). {advice}")
+        raise SourceError(_no_images_message(image_root, tally, first_other))
     image_rows.sort()
     if len({image_id for image_id, _, _ in image_rows}) < len(image_rows):
         image_rows = _tell_apart(image_rows, image_root.absolute())
@@ -137,10 +136,19 @@ def read_folder(
     return tally.listing(pd.DataFrame(columns), notes)
 
 
+def _no_images_message(image_root: Path, tally: Tally, first_other: str | None) -> str:
+    found_text = "; ".join(map(str, tally.left_out()[:5])) or "no files"
+    advice = (unread_format(first_other) if first_other else None) or (
+        "Expected one folder per class holding files that end in "
+        f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
+    )
+    return f"{image_root}: no images found (found: {found_text}). {advice}"
+
+
 def _tell_apart(
     image_rows: list[tuple[str, str, FolderParts]], image_root: Path
 ) -> list[tuple[str, str, FolderParts]]:
-    """Return the rows; names that are equal in NFC (é written in two ways) stay as on disk."""
+    """Return the rows; ids that are equal only in NFC (é written in two ways) stay as on disk."""
     id_counts = Counter(image_id for image_id, _, _ in image_rows)
     return [
         (
@@ -155,7 +163,7 @@ def _tell_apart(
 
 
 def image_paths(folder: Path) -> Iterator[str]:
-    """The images anywhere below a folder, as paths of samples."""
+    """Yield the images anywhere below a folder, as paths of samples (`encode_path`)."""
     entries = _walk(folder.absolute(), Tally())
     return (
         encode_path(entry.path)
@@ -166,7 +174,8 @@ def image_paths(folder: Path) -> Iterator[str]:
 
 def has_images(folder: Path) -> bool:
     """Return whether there is an image anywhere below a folder."""
-    # A folder of 100,000 images is not sorted to find one of them.
+    # The folder itself is looked at first, because `_walk` sorts the names of a folder: all 100,000
+    # to find one image.
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         visible = (entry for entry in entries if not is_hidden(entry.name))
         if any(entry.is_file() and is_image(entry) for entry in visible):
@@ -176,10 +185,10 @@ def has_images(folder: Path) -> bool:
 
 def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
     """Yield files below the root and empty folders; count hidden entries and unreadable folders."""
-    # devices and inodes, so that a link to a parent does not run for ever
+    # Devices and inodes: a link to a parent folder would otherwise be followed for ever.
     visited_folders: set[tuple[int, int]] = set()
     pending: list[tuple[str, FolderParts]] = [(str(image_root), ())]
-    # last, so that a link to a class's folder does not rename the class
+    # After all real folders, so that a class's folder is read under its own name, not a link's.
     linked_folders: deque[tuple[str, FolderParts]] = deque()
     while pending or linked_folders:
         directory, parent_folders = pending.pop() if pending else linked_folders.popleft()
@@ -200,7 +209,7 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
             )
             continue
         if parent_folders and all(is_hidden(entry.name) for entry in entries):
-            # empty, but for what tools leave in folders
+            # Empty, apart from files that tools leave in folders.
             yield _Entry(parent_folders, "", directory)
         for entry in entries:
             if is_hidden(entry.name):
@@ -213,7 +222,7 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
                     (entry.path, (*parent_folders, entry.name))
                 )
             elif entry.is_symlink() or entry.is_file():
-                # a broken link too: its image becomes a recorded failure
+                # Broken links too: such an image becomes a recorded failure.
                 yield _Entry(parent_folders, entry.name, entry.path)
             else:  # reading a pipe or a device could wait for ever
                 tally.found += 1

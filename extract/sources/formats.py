@@ -6,9 +6,9 @@ from pathlib import Path
 
 from headrace.extract.errors import ImageError
 from headrace.extract.images.heif import is_heif, reads_heif
-from headrace.extract.images.samples import array_shape
+from headrace.extract.images.samples import MAX_ARRAY_HEADER_BYTES, array_shape
 
-# What Pillow decodes and people keep data sets in.
+# Formats that Pillow decodes and data sets are kept in.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".tif", ".tiff"}
     | {".bmp", ".dib", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -20,11 +20,9 @@ TABLE_SUFFIXES = frozenset(
 )
 MAYBE_TABLES = frozenset({".txt", ".json"})  # more often something else
 ARRAY_KINDS = {".npy": "npy", ".npz": "npz", ".h5": "h5", ".hdf5": "h5", ".hdf": "h5"}
-_LONGEST_ARRAY_HEADER = 10_256  # bytes; NumPy reads no longer ones
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 
-# Formats that people keep images in and that are not read here: {suffix: (its name, how to convert
-# it)}.
+# The cures in OTHER_FORMATS below that several suffixes share.
 _CONVERT_VIDEO = "write its frames as images, for example: ffmpeg -i FILE frames/%05d.png"
 _CONVERT_RAW = "develop it to TIFF or JPEG, for example: dcraw -T FILE"
 _DICOM = ("DICOM", "write its pixels beside it")
@@ -33,6 +31,7 @@ _PICKLE = (
     "Python pickle, which could run any code",
     "save its arrays: numpy.savez(FILE, images=..., labels=...)",
 )
+# Formats that images are kept in and that are not read here: {suffix: (name, how to convert it)}.
 OTHER_FORMATS = {
     **dict.fromkeys(
         (".heic", ".heif", ".hif"),
@@ -79,7 +78,7 @@ OTHER_FORMATS = {
     ),
     **dict.fromkeys((".zst", ".lz4"), ("compressed file", "decompress it first")),
 }
-# What to type, by the name of a format; tried with the libraries that it needs.
+# {name of a format: commands that convert it}, each tried with the libraries that it needs.
 _COMMANDS = {
     "DICOM": 'Type `pip install pydicom`, then `python -c "import sys, numpy, pydicom; [numpy.save('
     "f + '.npy', numpy.atleast_3d(pydicom.dcmread(f).pixel_array)) for f in sys.argv[1:]]\" FILES`",
@@ -95,7 +94,7 @@ _COMMANDS = {
     "numpy.savez('cifar10.npz', train_images=a.data, train_labels=numpy.take(a.classes, a.targets),"
     ' test_images=b.data, test_labels=numpy.take(b.classes, b.targets))"`',
 }
-# What these begin with, as (offset, bytes): they are kept without a suffix as well.
+# {(offset, bytes at it): format}, for formats whose files often have no suffix.
 _SIGNATURES = {
     (128, b"DICM"): _DICOM,
     (0, b"\xff\x0a"): _JPEG_XL,
@@ -110,10 +109,11 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file is an image: by its suffix, else by its first bytes (`photo.jpg.1`,
-    names without a suffix).
+    """Return whether a file is an image, by its suffix.
+
+    Files with an unknown suffix or none (`photo.jpg.1`) are judged by their first bytes.
     """
-    suffix = os.path.splitext(path)[1].lower()  # as Path has it, without parsing the rest
+    suffix = os.path.splitext(path)[1].lower()  # not Path.suffix, which parses the whole path
     if suffix in IMAGE_SUFFIXES:
         return True
     if suffix in HEIF_SUFFIXES:
@@ -133,25 +133,23 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 
 def is_image_array(path: str | Path) -> bool:
-    """Return whether an `.npy` file among images holds one image of several bands, (H, W, C) or
-    (C, H, W): three axes, of which the first or the last is shorter than both others.
+    """Return whether an `.npy` file among images holds one image of several bands.
 
-    Other arrays there hold many images, labels or features.
+    It does if it has three axes, (H, W, C) or (C, H, W), of which the first or the last is shorter
+    than both others. Other arrays hold many images, labels or features.
     """
     if os.path.splitext(path)[1].lower() != ".npy":
         return False
     try:
         with open(path, "rb") as array_file:
-            shape = array_shape(array_file.read(_LONGEST_ARRAY_HEADER))
+            shape = array_shape(array_file.read(MAX_ARRAY_HEADER_BYTES))
     except (ImageError, OSError):
         return False
     return len(shape) == 3 and (shape[2] < min(shape[:2]) or shape[0] < min(shape[1:]))
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Return whether a file's first 32 bytes are those of a format in IMAGE_SUFFIXES, or of HEIF
-    where it can be read.
-    """
+    """Return whether 32 bytes are the beginning of an image, HEIF only if it can be read here."""
     if head.startswith(
         (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0")
     ):
@@ -160,7 +158,7 @@ def has_image_signature(head: bytes) -> bool:
         return head[:4] != b"RIFF" or head[8:12] == b"WEBP"
     if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in b"\n\r\t ":
         return len(head) > 3
-    # two letters are too few: the size of the next header must be one that there is
+    # Many texts begin with BM, so the size of the header that follows must be one of a BMP file.
     if head[:2] == b"BM":
         return head[14:18] in {
             size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)
@@ -171,7 +169,9 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def unread_format(path: str | Path) -> str | None:
-    """Say what a file in OTHER_FORMATS is, by its suffix or first bytes, and how to convert it."""
+    """Return the message for a file in one of OTHER_FORMATS, with how to convert it; None for
+    other files.
+    """
     kind, cure = OTHER_FORMATS.get(_suffix(path)) or _format_of_content(path) or (None, None)
     if kind is None:
         return None
@@ -186,9 +186,8 @@ def _suffix(path: str | Path) -> str:
 
 def _format_of_content(path: str | Path) -> tuple[str, str] | None:
     head = b""
-    # a pipe would be waited for
     with contextlib.suppress(OSError):
-        if os.path.isfile(path):
+        if os.path.isfile(path):  # reading a pipe would wait
             with open(path, "rb") as file:
                 head = file.read(132)
     return next(

@@ -14,31 +14,24 @@ from headrace.extract.errors import SourceError
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS
 from headrace.extract.sources.table import Table
 
-# What people call the column that names the image, the likeliest first; `file_name` is Hugging
-# Face's and COCO's.
+# Usual names of the column that names the image, the likeliest first; `file_name` is Hugging Face's
+# and COCO's.
 PATH_NAMES = (
-    "path",
-    "file_name",
-    "filename",
-    "filepath",
-    "file_path",
-    "image_path",
-    "image",
-    "file",
-    "img",
-    "img_path",
+    *("path", "file_name", "filename", "filepath", "file_path", "image_path"),
+    *("image", "file", "img", "img_path"),
 )
-_PATHS_LOOKED_AT = 100  # cells of a column that tell what it holds
-_DEEPEST_FOLDER = 3  # below a table, of images that ids name
+_CELLS_LOOKED_AT = 100  # of a column, to tell what it holds
+_DEEPEST_FOLDER = 3  # levels below the folder in which images that ids name are looked for
 
 
 def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple[str, bool]:
-    """Find what names, or holds, the images: (a column, False), or (a pattern of paths such as
-    `train/{id}.jpg`, True).
+    """Find the column of a table that names or holds its images.
 
-    A column counts by its name and what it holds, then by what it holds alone; ids without an
-    ending are looked for among the images below `image_root`. Raises SourceError where nothing
-    fits, or several columns could be the images.
+    Return (the column, False), or (a pattern of paths such as `train/{id}.jpg`, True) for ids
+    without a suffix, which are looked for among the images below `image_root`. A column with one of
+    PATH_NAMES and paths in it comes first, then one with paths or images in it.
+
+    Raises SourceError when no column fits, or several could be the images.
     """
     frame, image_columns = table.frame, table.image_columns
     named_columns = [
@@ -83,10 +76,10 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
 
 
 def _with_commas(table_path: Path, first_line: str) -> str:
-    """Return what to type for a CSV of a table with blanks: beside it, for `>` empties a file that
-    is there before anything is read.
-    """
+    """Return the shell command that writes a table with blanks as CSV."""
     is_compressed = table_path.suffix.lower() == ".gz"
+    # Under a name that is free: the shell empties an existing file, the table itself included,
+    # before the command reads anything.
     stem = (table_path.with_suffix("") if is_compressed else table_path).stem
     new_names = itertools.chain([f"{stem}.csv"], (f"{stem}-{n}.csv" for n in itertools.count(2)))
     new_paths = (table_path.with_name(name) for name in new_names)
@@ -95,19 +88,19 @@ def _with_commas(table_path: Path, first_line: str) -> str:
     commas = f"tr -s ' ' , < {old_text}"
     if is_compressed:
         commas = f"gzip -dc {old_text} | tr -s ' ' ,"
-    # a first line with an image's name in it is no line of names
+    # A first line that names an image is a row, so the line of column names is added.
     if any(Path(word).suffix.lower() in IMAGE_SUFFIXES for word in first_line.split()):
         commas = f"(echo path,label; {commas})"
     return f"{commas} > {new_text}"
 
 
 def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | None:
-    """The pattern by which a column of ids names images below a folder, as in Kaggle's tables; None
-    where none does.
+    """Return the pattern by which a column of ids names images below a folder, or None.
 
-    Raises SourceError where several do: `images/{id}.jpg` and `masks/{id}.png`.
+    Tables of Kaggle's contests have such ids. Raises SourceError when several patterns fit:
+    `images/{id}.jpg` and `masks/{id}.png`.
     """
-    # patterns by the stems of the images that they could name
+    # {stem of an image: patterns that would name it}
     patterns_by_stem: dict[str, list[str]] = {}
     for parent_folder, folders, file_names in os.walk(folder):
         parent_parts = Path(parent_folder).relative_to(folder).parts
@@ -127,13 +120,14 @@ def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | 
         ids = as_text(frame[column_name]).dropna()
         if ids.duplicated().any() or any(letter in str(column_name) for letter in "{}"):
             continue
-        ids = ids.head(_PATHS_LOOKED_AT)
+        ids = ids.head(_CELLS_LOOKED_AT)
         pattern_counts = Counter(
             pattern for value in ids for pattern in patterns_by_stem.get(value, ())
         )
         fitting_patterns = [
             pattern.replace("{}", f"{{{column_name}}}")
             for pattern, count in pattern_counts.items()
+            # Half of the ids are enough: images may be missing, or lie in several folders.
             if 2 * count >= len(ids)
         ]
         if len(fitting_patterns) > 1:
@@ -148,8 +142,11 @@ def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | 
 
 
 def _names_images(column: pd.Series, enough: Callable[[Iterable[bool]], bool]) -> bool:
-    """Return whether values of a column (any, or all) end as image files do, readable or not."""
-    values = column.dropna().head(_PATHS_LOOKED_AT)
+    """Return whether a column names image files, also of formats that are not read here.
+
+    enough: `any` or `all`, of its values.
+    """
+    values = column.dropna().head(_CELLS_LOOKED_AT)
     suffixes = [Path(value).suffix.lower() if isinstance(value, str) else "" for value in values]
     return bool(suffixes) and enough(
         suffix in IMAGE_SUFFIXES or suffix in OTHER_FORMATS for suffix in suffixes

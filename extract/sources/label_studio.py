@@ -1,4 +1,4 @@
-"""Exports of Label Studio: tasks as rows, and the files that its addresses of images stand for."""
+"""Exports of Label Studio: tasks as rows, and its addresses of images as paths of local files."""
 
 import os
 import re
@@ -35,32 +35,39 @@ def holds_tasks(values: Any) -> bool:
 def task_rows(
     tasks: Sequence[Mapping[str, Any]], table_path: Path
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """One row per task: its data, and a column for each control (`choice`, say) with the answer of
-    its first annotation that was not skipped; lists where some task has several choices.
+    """Return a row per task, and notes on what was assumed.
 
-    Raises SourceError where no task has an answer for the whole image, and for annotations of
+    Columns: the task's data, and one for each control of the labelling form (`choice`, say) with
+    the answer of the first annotation that was not skipped; lists if some task has several choices.
+
+    Raises SourceError when no task has an answer for the whole image, and for annotations of
     another form.
     """
     rows = []
     n_several = 0
     controls: dict[str, None] = {}
-    for place, task in enumerate(tasks, start=1):
+    for task_number, task in enumerate(tasks, start=1):
         row = {
             key: value
             for key, value in task["data"].items()
             if isinstance(value, str | int | float)
         }
         try:
-            annotations = [each for each in task["annotations"] if not each.get("was_cancelled")]
-            own_answers = _answers(annotations[0]) if annotations else {}
+            annotations = [
+                annotation
+                for annotation in task["annotations"]
+                if not annotation.get("was_cancelled")
+            ]
+            task_answers = _answers(annotations[0]) if annotations else {}
         except (AttributeError, KeyError, TypeError) as error:
             raise SourceError(
-                f"{table_path}: the annotations of task {place:,} are not as Label Studio exports "
-                f"them ({type(error).__name__}: {error}). Export the project as JSON once more"
+                f"{table_path}: the annotations of task {task_number:,} are not as Label Studio "
+                f"exports them ({type(error).__name__}: {error}). Export the project as JSON once "
+                "more"
             ) from error
         n_several += len(annotations) > 1
-        controls |= dict.fromkeys(own_answers)
-        rows.append(row | own_answers)
+        controls |= dict.fromkeys(task_answers)
+        rows.append(row | task_answers)
     if not controls:
         raise SourceError(
             f"{table_path}: tasks of Label Studio without an answer for a whole image (<Choices>). "
@@ -82,24 +89,25 @@ def task_rows(
 
 
 def _answers(annotation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the answers for the whole image by their controls. Raises AttributeError, KeyError and
-    TypeError for an annotation of another form.
+    """Return {control: answer for the whole image}.
+
+    Raises AttributeError, KeyError or TypeError for an annotation of another form.
     """
     answers = {}
     for result in annotation.get("result", []):
         value = result.get("value", {})
-        # what has a place in the image is a region's answer
+        # An answer with a position in the image is that of a region.
         if result.get("type") in value and not {"x", "points", "rle"} & set(value):
             answers[result["from_name"]] = value[result["type"]]
     return answers
 
 
 def local_names(addresses: "pd.Series[Any]", image_root: Path) -> "pd.Series[Any]":
-    """Return the addresses of images on Label Studio's server as paths below `image_root`: of an
-    upload the file with its name, or with the one that it had before it was uploaded; of another
-    the file whose path is the address's end, or ends as the whole address.
+    """Return the addresses of images on Label Studio's server as paths below `image_root`.
 
-    Other texts, and addresses of files that are not there or stand for several, stay.
+    An upload is the file of its name, or of its name before it was uploaded. A local file is the
+    one whose path is the end of the address, or ends with the whole address. Other texts stay, as
+    do addresses that fit no file, or several.
     """
     is_address = addresses.astype(str).str.startswith(("/data/upload/", "/data/local-files/"))
     if not is_address.any():
@@ -128,8 +136,7 @@ def local_names(addresses: "pd.Series[Any]", image_root: Path) -> "pd.Series[Any
 
 
 def _common_end(path: Sequence[str], other_path: Sequence[str]) -> int:
-    """Return the parts of the shorter path where the longer one ends with it, else 0: test/a.jpg is
-    not train/a.jpg.
-    """
+    """Return the number of parts of the shorter path if the longer one ends with it, else 0."""
+    # All parts of the shorter one must agree: test/a.jpg is not train/a.jpg.
     length = min(len(path), len(other_path))
     return length if list(path[-length:]) == list(other_path[-length:]) else 0

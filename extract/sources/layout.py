@@ -12,10 +12,10 @@ from headrace.extract.errors import SourceError, as_yaml_list
 from headrace.extract.images.byte_ranges import printable_name
 
 Layout = Literal["auto", "classes", "split"]
-# the folders that a file lies in, from the outermost below the source
+# Names of the folders that a file lies in, from the outermost below the source.
 FolderParts = tuple[str, ...]
 
-# What people call the sides of a split, in columns, as folders, and before the number of a shard.
+# {usual name of a side of a split: the side}, in columns, as folders, and in names of shards.
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -27,7 +27,7 @@ SPLIT_WORDS = {
     "testing": "test",
     "holdout": "test",
 }
-# the longest first, or `training` would be read as `train`
+# The longest first; otherwise `training` would be read as `train`.
 _ANY_SPLIT_WORD = "|".join(sorted(SPLIT_WORDS, key=len, reverse=True))
 _SPLIT_NAME = re.compile(rf"({_ANY_SPLIT_WORD})(?![a-z])", re.IGNORECASE)
 SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({_ANY_SPLIT_WORD})(?![a-z])", re.IGNORECASE)
@@ -49,9 +49,9 @@ def split_side_in(name: str) -> str | None:
 class FolderLabels:
     """Labels and sides of a split that the folders of N images give."""
 
-    labels: list[str | None]  # None for an image that lies in no class's folder
-    splits: list[str | None] | None  # the outer folders; None where they are the classes
-    notes: tuple[str, ...]
+    labels: list[str | None]  # N; None for an image that lies in no class's folder
+    splits: list[str | None] | None  # N names of outer folders; None if those are the classes
+    notes: tuple[str, ...]  # what was assumed
 
 
 def read_layout(
@@ -62,11 +62,17 @@ def read_layout(
     *,
     labelled: bool = True,
 ) -> FolderLabels:
-    """Labels, and sides of a split, from the folders of the images.
+    """Return labels, and sides of a split, from the folders of the images.
 
-    other_folders: the folders in which other files lie, and empty folders. labelled: labels are
-    wanted; else nothing is refused. Raises SourceError for a class or a side none of whose files is
-    an image, and where `auto` could mean both layouts, with how to say which.
+    image_folders: for each of N images the folders that it lies in.
+    other_folders: the folders of other files, and empty folders.
+    layout: "classes" if the outermost folders are the classes, "split" if they are the sides of a
+    split with the classes in them, "auto" to decide by their names.
+    source_text: the source, to begin a message with.
+    labelled: False if no labels are needed; then nothing is refused.
+
+    Raises SourceError for a class or a side whose folder has no image, and for "auto" where both
+    layouts are possible, with how to say which.
     """
     if not labelled:
         return FolderLabels([None] * len(image_folders), None, ())
@@ -106,7 +112,7 @@ def read_layout(
 
 
 def _split_depth(image_folders: Sequence[FolderParts], layout: Layout, source_text: str) -> int:
-    """0 where the outermost folders are the classes, 1 where they are the sides of a split."""
+    """Return the level of the classes' folders: 0 the outermost, 1 below the sides of a split."""
     if layout != "auto":
         return int(layout == "split")
     outer_names = sorted({parent_folders[0] for parent_folders in image_folders if parent_folders})
@@ -132,7 +138,7 @@ def _split_depth(image_folders: Sequence[FolderParts], layout: Layout, source_te
             )
         )
     if len(outer_names) == 1 and len(train_classes) < 2:
-        return 0  # one folder that happens to have this name; a class too few is told elsewhere
+        return 0  # one folder that happens to have this name; callers refuse a single class
     if not train_classes:
         raise SourceError(
             _ambiguous(
@@ -159,8 +165,9 @@ def _refuse_vanished(
     class_depth: int,
     source_text: str,
 ) -> None:
-    """Raise SourceError for classes, and sides of a split, that would be gone whole."""
+    """Raise SourceError for classes and sides of a split whose folders have no image."""
     if class_depth:
+        # Folders beside the sides of the split hold neither sides nor classes.
         other_folders = [
             parent_folders
             for parent_folders in other_folders

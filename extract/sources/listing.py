@@ -29,10 +29,10 @@ class LeftOut:
 class Listing:
     """The images of a source.
 
-    `found` is counted as entries are met: found = len(samples) + annotations + left out.
+    found = len(samples) + annotations + the sum of left_out.
     """
 
-    # one row per image: `id`, `path` (a file or a locator), then the user's columns
+    # One row per image: `id`, `path` (a file or a locator), then the user's columns.
     samples: pd.DataFrame
     found: int  # files of a folder, rows of a table, members of an archive, images of an array
     left_out: tuple[LeftOut, ...] = ()
@@ -42,17 +42,17 @@ class Listing:
 
 @dataclass
 class Tally:
-    """Counts entries and, by reason, those that are left out, as a reader meets them."""
+    """Counts of the entries that a reader meets, and of those that are left out, by reason."""
 
     found: int = 0
     annotations: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    # of `images.exclude`: whether each has matched
+    # {pattern of `images.exclude`: whether it has matched an entry}
     patterns: dict[str, bool] = field(default_factory=dict)
 
     def leave_out(self, reason: str, *names: str, count: int = 1) -> None:
-        """Count entries under a reason that reads well after a number: "files without a suffix"."""
+        """Count entries under a reason, words that follow a number: "files without a suffix"."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples[reason] = [*self.examples.get(reason, []), *names][:_EXAMPLES]
 
@@ -68,7 +68,7 @@ class Tally:
         return bool(matching_patterns)
 
     def left_out(self) -> tuple[LeftOut, ...]:
-        """The reasons, the commonest first."""
+        """Return the reasons with their counts, the most frequent first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return tuple(
             LeftOut(reason, count, tuple(self.examples[reason])) for reason, count in ordered
@@ -90,10 +90,7 @@ class Tally:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Return whether a name, or a folder that it lies in, matches a shell pattern.
-
-    A name is its own pattern, also with brackets.
-    """
+    """Return whether a name, or a folder that it lies in, is or matches a shell pattern."""
     plain_pattern = normalize_text(pattern).removeprefix("./").rstrip("/")
     name_parts = normalize_text(name).split("/")
     prefixes = ("/".join(name_parts[: count + 1]) for count in range(len(name_parts)))
@@ -101,7 +98,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def join_listings(listings: Iterable[Listing]) -> Listing:
-    """Several sources as one, in their order."""
+    """Return several listings as one, in their order."""
     part_listings = list(listings)
     tally = Tally(
         sum(part_listing.found for part_listing in part_listings),

@@ -1,4 +1,4 @@
-"""One reader for all commands: what holds images, as a value, and the listing that it gives."""
+"""One reader for all kinds of sources: `detect_source` finds the kind, `read_source` the images."""
 
 import re
 import warnings
@@ -45,9 +45,9 @@ SourceKind = Literal["folder", "table", "archive", "array", "image"]
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A place of images and the way to read them; the recipe's section `images`.
+    """Where images are and how to read them; the recipe's section `images`.
 
-    None means the reader's own choice.
+    None means that the reader decides.
     """
 
     kind: SourceKind
@@ -55,14 +55,14 @@ class ImageSource:
     layout: Layout = "auto"  # of folders, on disk or in archives
     exclude: tuple[str, ...] = ()  # shell patterns of ids, or of folders that they lie in
     name_pattern: str | None = None  # of a folder: named groups of ids are columns
-    path_column: str | None = None  # of a table
+    path_column: str | None = None  # of a table, as are the next three; see TableOptions
     id_column: str | None = None
     root: Path | None = None
     path_pattern: str | None = None
-    array_key: str | None = None  # of an array file
+    array_key: str | None = None  # of an array file, as are the next two; see `read_array`
     labels: Path | None = None
     labels_key: str | None = None
-    pixel_range: tuple[float, float] | None = None  # of pixels of more than 8 bits
+    pixel_range: tuple[float, float] | None = None  # black and white, if pixels are not 8 bits
     boxes: Boxes | Literal["auto", "none"] = "auto"  # of a table's rows
     tiles: Tiles | None = None  # that images are cut into
     detections: Path | None = None  # MegaDetector's results, whose boxes are the rows
@@ -74,13 +74,13 @@ class SourceWarning(UserWarning):
 
 
 def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
-    """List the images, or their boxes or tiles.
+    """List the images of a source, or their boxes or tiles.
 
-    labelled: labels are wanted, so that folders which could be classes or sides of a split, a class
-    that would be missing whole, and pixels without a range are refused. Who predicts has a model
-    that knows, and a reason for each image.
+    labelled: True to train, when labels are needed: folders that could be classes or sides of a
+    split, a class without images, and pixels without a range are refused. False to predict, when
+    the model knows classes and range.
 
-    Raises SourceError for what cannot be read as asked.
+    Raises SourceError for a source that cannot be read as the options say.
     """
     listing = _read_images(source, labelled=labelled)
     if source.tiles is None and source.detections is None:
@@ -146,12 +146,13 @@ def _read_images(source: ImageSource, *, labelled: bool) -> Listing:
 
 
 def detect_source(location: str | Path, **options: Any) -> ImageSource:
-    """A path as a source, by its name and, for a folder, by what lies in it; options: fields of
-    ImageSource.
+    """Return the source at a path, judged by its name and, for a folder, by its files.
 
-    A folder is one of images where it has any, however deep, unless `datasets` saved it or Hugging
-    Face's metadata lies beside them; else one of archives, tables of images, or an array. Raises
-    SourceError for what is not there and what is not read.
+    A folder is one of images if it has any at any depth, unless Hugging Face's `datasets` saved it
+    or its metadata file is beside them; otherwise one of archives, tables of images, or an array.
+    options: fields of ImageSource.
+
+    Raises SourceError for a path that does not exist, and for formats that are not read.
     """
     source_path = expand_home(location)
     if source_path.is_dir():
@@ -208,9 +209,11 @@ def _detect_in_folder(folder: Path) -> SourceKind:
 
 
 def warn_about_left_out(listing: Listing, source: str | Path) -> None:
-    """Tell a program, which has no terminal, what of a source is not used, but for what is nobody's
-    image or used all the same.
+    """Warn (SourceWarning) about entries of a source that are not used.
+
+    For calls from Python; commands print the whole listing.
     """
+    # Hidden and excluded entries are no images that anybody misses, and linked ones are used.
     left_out_texts = [
         str(left_out)
         for left_out in listing.left_out

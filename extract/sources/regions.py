@@ -18,8 +18,7 @@ from headrace.extract.sources.listing import Listing
 
 BoxFormat = Literal["xywh", "xyxy", "cxcywh"]  # as torchvision's BoundingBoxFormat
 
-# Names of the four columns that say by themselves that they are a box, and its format; upper and
-# lower case are the same.
+# {names of four columns that are taken for a box: its format}, compared without regard to case.
 _KNOWN_COLUMNS: dict[tuple[str, str, str, str], BoxFormat] = {
     ("x", "y", "width", "height"): "xywh",
     ("x", "y", "w", "h"): "xywh",
@@ -34,8 +33,8 @@ _KNOWN_COLUMNS: dict[tuple[str, str, str, str], BoxFormat] = {
     ("x_center", "y_center", "width", "height"): "cxcywh",
 }
 BACKGROUNDS = get_args(Background)
-# Pixels between the beginnings of two tiles. Each tile goes through the network: one per pixel is a
-# million of them for a small photo, and the grid of a model may be a stranger's.
+# Pixels between the starts of two tiles. Each tile goes through the network: one tile per pixel
+# would be a million for a small photo, and the grid may come from a stranger's model file.
 _LEAST_STRIDE = 8
 
 
@@ -43,7 +42,7 @@ _LEAST_STRIDE = 8
 class Boxes:
     """The columns of a table that hold a box for each row."""
 
-    # None: x, y, width, height and others that say what they are
+    # None: four columns with names of _KNOWN_COLUMNS
     columns: tuple[str, str, str, str] | None = None
     format: BoxFormat = "xywh"  # of these columns
     # fraction: of the image's width and height; None: pixels, unless all numbers are from 0 to 1
@@ -91,24 +90,20 @@ class Tiles:
 def find_boxes(
     frame: pd.DataFrame, boxes: Boxes | Literal["auto", "none"], table_path: Path
 ) -> tuple[list[Crop | None], str] | None:
-    """The box of each row of a table, None where a row has none, and what was taken for it; None
-    for a table of whole images.
+    """Return the box of each row of a table (None for a row without one) and a note on the columns
+    that were taken for it; None for a table of whole images.
 
-    Raises SourceError for columns that are not there, and for numbers that are no boxes.
+    Raises SourceError for columns that do not exist, and for numbers that are no boxes.
     """
     if boxes == "none":
         return None
-    asked = Boxes() if boxes == "auto" else boxes
-    columns, box_format = asked.columns, asked.format
+    options = Boxes() if boxes == "auto" else boxes
+    columns, box_format = options.columns, options.format
     if columns is None:
-        own_name = {str(name).lower(): str(name) for name in reversed(frame.columns)}
-        known = [names for names in _KNOWN_COLUMNS if set(names) <= set(own_name)]
-        if boxes == "auto" and not known:
+        detected = _detect_box_columns(frame)
+        if boxes == "auto" and detected is None:
             return None
-        names = known[0] if known else ("x", "y", "width", "height")
-        box_format = _KNOWN_COLUMNS[names]
-        first, second, third, fourth = (own_name.get(name, name) for name in names)
-        columns = first, second, third, fourth
+        columns, box_format = detected or (("x", "y", "width", "height"), "xywh")
     if absent := [name for name in columns if name not in frame.columns]:
         raise SourceError(
             f"{table_path}: no column {', '.join(map(repr, absent))} for the boxes. Name them: "
@@ -126,11 +121,10 @@ def find_boxes(
             "expected the number of a box. For whole images: images.boxes: none"
         )
     values = numbers.to_numpy(np.float64)
-    is_whole = ~np.isnan(values).any(axis=1)
-    known_values = values[is_whole]
-    unit = asked.unit or _unit_of(known_values)
+    has_box = ~np.isnan(values).any(axis=1)
+    unit = options.unit or _unit_of(values[has_box])
     left, top, width, height = _left_top_width_height(values, box_format)
-    if (is_negative := is_whole & ((width < 0) | (height < 0))).any():
+    if (is_negative := has_box & ((width < 0) | (height < 0))).any():
         row = int(is_negative.argmax())
         raise SourceError(
             f"{table_path}, row {row + 1}: a box with a negative width or height, as {box_format} "
@@ -138,9 +132,10 @@ def find_boxes(
             f"what the columns are: images.boxes: {{columns: [{', '.join(columns)}], format: "
             f"{'xywh' if box_format == 'xyxy' else 'xyxy'}}}"
         )
-    # "pixels" may be a guess, and of shares an edge of 0.5 rounds to one pixel.
-    is_point = is_whole & (width > 0) & (height > 0) & (width <= 1) & (height <= 1)
-    if asked.unit is None and unit == "pixels" and is_point.sum() > 0.1 * len(known_values):
+    # Unless the user says so, "pixels" is a guess. Many boxes of a pixel or less are rather shares
+    # of an image, and would be cropped to one pixel each.
+    is_point = has_box & (width > 0) & (height > 0) & (width <= 1) & (height <= 1)
+    if options.unit is None and unit == "pixels" and is_point.sum() > 0.1 * has_box.sum():
         row = int(is_point.argmax())
         raise SourceError(
             f"{table_path}, row {row + 1}: a box of at most one pixel ({', '.join(columns)} = "
@@ -149,9 +144,9 @@ def find_boxes(
             "images.boxes: {unit: pixels}"
         )
     crops = [
-        Crop(box[0], box[1], box[2], box[3], unit) if whole else None
-        for box, whole in zip(
-            np.stack([left, top, width, height], axis=1).tolist(), is_whole, strict=True
+        Crop(box[0], box[1], box[2], box[3], unit) if is_present else None
+        for box, is_present in zip(
+            np.stack([left, top, width, height], axis=1).tolist(), has_box, strict=True
         )
     ]
     note = (
@@ -161,10 +156,21 @@ def find_boxes(
     return crops, note
 
 
-def _unit_of(values: "np.ndarray[Any, np.dtype[np.float64]]") -> Literal["pixels", "fraction"]:
-    """Pixels, but for a table all of whose numbers are from 0 to 1: boxes below one pixel are none.
+def _detect_box_columns(
+    frame: pd.DataFrame,
+) -> tuple[tuple[str, str, str, str], BoxFormat] | None:
+    """Return the columns with the names of a box, as the table writes them, and their format."""
+    name_of = {str(name).lower(): str(name) for name in reversed(frame.columns)}
+    for (first, second, third, fourth), box_format in _KNOWN_COLUMNS.items():
+        if {first, second, third, fourth} <= set(name_of):
+            return (name_of[first], name_of[second], name_of[third], name_of[fourth]), box_format
+    return None
 
-    Judged over the whole table, for a small box in pixels may be a box in fractions too.
+
+def _unit_of(values: "np.ndarray[Any, np.dtype[np.float64]]") -> Literal["pixels", "fraction"]:
+    """Return the unit of boxes (n, 4): "fraction" if all numbers of the table are from 0 to 1.
+
+    The whole table decides, because a single row, such as 0, 0, 1, 1, may be a box in either unit.
     """
     is_fraction = values.size > 0 and bool(((values >= 0) & (values <= 1)).all())
     return "fraction" if is_fraction else "pixels"
@@ -182,9 +188,10 @@ def _left_top_width_height(
 
 
 def cut_tiles(listing: Listing, tiles: Tiles) -> Listing:
-    """The tiles of each image instead of it, in rows: its columns, the id `ID#x,y`, and a locator.
+    """Return a listing of the tiles instead of their images.
 
-    An image whose size cannot be read stays one row, and is told of when it is decoded.
+    A row has the columns of its image, the id `ID#x,y`, and a locator. An image whose size cannot
+    be read stays one row, and is recorded as a failure when it is decoded.
     """
     rows: list[int] = []
     names: list[str] = []
@@ -214,9 +221,11 @@ def cut_tiles(listing: Listing, tiles: Tiles) -> Listing:
 def part_rows(
     samples: pd.DataFrame, rows: Sequence[int], names: Sequence[str], paths: Sequence[str]
 ) -> pd.DataFrame:
-    """Return a row for each part of images, by the image's row, the part's id and its locator.
+    """Return a row for each part of an image.
 
-    The column `image` has the image's own id, where there is none of that name: it can be a unit.
+    rows: for each part the position of its image in `samples`; names, paths: its id and locator.
+    The column `image` has the image's id, unless the user has a column of that name: it can be the
+    unit that is predicted.
     """
     parts = samples.iloc[list(rows)].reset_index(drop=True)
     if "image" not in parts:
@@ -249,7 +258,9 @@ def _tiles_of(path: str, tiles: Tiles) -> list[Crop]:
 
 
 def _starts(length: int, size: int, stride: int) -> Sequence[int]:
-    """Where tiles begin on an axis: every `stride`, and once more so that the last ends it."""
+    """Return where tiles start on an axis: every `stride`, and the last one where it ends at
+    `length`.
+    """
     if length <= size:
         return (0,)
     return (*range(0, length - size, stride), length - size)

@@ -1,4 +1,4 @@
-"""A source's samples alone, for notebooks; what is left out is a warning (SourceWarning)."""
+"""Sources as data frames of samples, for notebooks; entries left out become a SourceWarning."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from headrace.extract.sources.tabular import TableOptions, read_tables
 def list_folder(
     folder: str | Path, *, layout: Layout = "auto", exclude: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """`read_folder`'s samples: columns `id`, `path`, `label`, and `split` for outer folders."""
+    """Return `read_folder`'s samples: columns `id`, `path`, `label`, and perhaps `split`."""
     listing = read_folder(folder, layout=layout, exclude=exclude)
     warn_about_left_out(listing, folder)
     return listing.samples
@@ -25,7 +25,7 @@ def list_folder(
 def list_tar(
     archives: str | Path | Sequence[str | Path], *, layout: Layout = "auto"
 ) -> pd.DataFrame:
-    """`read_archives`' samples: columns `id`, `path` (a locator), `label`, and of side files."""
+    """Return `read_archives`' samples: columns `id`, `path` (a locator), `label`, then others."""
     listing = read_archives(archives, layout=layout)
     warn_about_left_out(listing, str(archives))
     return listing.samples
@@ -38,7 +38,7 @@ def list_array(
     labels: str | Path | None = None,
     labels_key: str | None = None,
 ) -> pd.DataFrame:
-    """The samples of `read_array`: columns `id`, `path` (a locator) and `label`."""
+    """Return `read_array`'s samples: columns `id`, `path` (a locator) and `label`."""
     return read_array(images, key=key, labels=labels, labels_key=labels_key).samples
 
 
@@ -50,7 +50,7 @@ def read_table(
     root: str | Path | None = None,
     path_pattern: str | None = None,
 ) -> pd.DataFrame:
-    """The samples of `read_tables`: columns `id`, `path`, then those of the table."""
+    """Return `read_tables`' samples: columns `id`, `path`, then those of the table."""
     listing = read_tables(table, TableOptions(path_column, id_column, root, path_pattern))
     warn_about_left_out(listing, table)
     return listing.samples

@@ -25,23 +25,26 @@ from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature
 from headrace.extract.sources.label_studio import holds_tasks, task_rows
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-_SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")  # by which spreadsheets are told the separator
+_SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")  # Excel's first line that names the separator
 _LINES_LOOKED_AT = 20  # of a text, to find its delimiter
-_CELLS_LOOKED_AT = 100  # that tell what a column holds
+_CELLS_LOOKED_AT = 100  # of a column, to tell what it holds
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 _EXPECTED = "a table ends in .csv, .tsv, .jsonl, .json, .parquet or .arrow"
 
-# What a compressed table may become: repeated rows reach some fifty times, and deflate a thousand.
+# How many times its size a compressed table may become, beyond 64 MiB. Tables of repeated rows
+# reach some fifty times; a file made to fill the memory reaches a thousand.
 _GZIP_RATIO, _GZIP_FLOOR_BYTES = 200, 1 << 26
 _BUFFER_BYTES = 1 << 16
 _SIGNATURE_BYTES = 32
-_MOST_COLUMNS = 20_000  # each takes a millisecond or so
+_MOST_COLUMNS = 20_000  # reading each takes about a millisecond
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it is: text trimmed and in one Unicode form, empty cells missing, numbers only
-    where the file has types.
+    """A table as a data frame.
+
+    Text is trimmed and in one Unicode form, empty cells are missing, and columns are numbers only
+    if the file has types.
     """
 
     frame: pd.DataFrame
@@ -50,9 +53,11 @@ class Table:
 
 
 def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
-    """Read a table by what its name says it is. Raises SourceError when it cannot be read so.
+    """Read a table in the format that its suffix says.
 
-    annotations: of COCO, a row is an annotation with its box, instead of an image.
+    annotations: for COCO: a row per annotation, with its box, instead of a row per image.
+
+    Raises SourceError when it cannot be read.
     """
     if not table_path.is_file():
         raise SourceError(
@@ -84,7 +89,7 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
         ) from error
     except SourceError:
         raise
-    # Parsers of foreign files raise anything, zlib's errors and RecursionError among it.
+    # Parsers raise anything on damaged files, zlib.error and RecursionError among others.
     except Exception as error:
         expected_content = (
             "a Parquet file"
@@ -112,11 +117,11 @@ def _read_text(table_path: Path, is_compressed: bool) -> str:
             )
     else:
         data = table_path.read_bytes()
-    # Spreadsheets write UTF-16 with its mark; without one it cannot be told from other bytes.
+    # Spreadsheets write UTF-16 with a byte order mark; without one it is no known encoding.
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     text = data.decode(encoding)
     text = _SEPARATOR_LINE.sub("", text, count=1)
-    # lines end so in what old spreadsheets of a Mac have written
+    # Old spreadsheets for Mac OS end lines with a carriage return alone.
     return text if "\n" in text else text.replace("\r", "\n")
 
 
@@ -135,7 +140,7 @@ def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
         skipinitialspace=delimiter != "\t",
         low_memory=False,
     )
-    # pandas would take the first values for the rows' names
+    # Where rows have more values than the header, pandas takes the first ones for row names.
     if not isinstance(frame.index, pd.RangeIndex):
         raise SourceError(
             f"{table_path}: the rows have more values than the header has names "
@@ -153,12 +158,12 @@ def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
 
 
 def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:
-    """A note on cells with line breaks.
+    """Return a note if cells have line breaks, which an unpaired quote causes.
 
-    Raises SourceError where they are what names the rows, or paths of images.
-
-    A quote without its pair takes all up to the next one, however many rows later, for one cell.
+    Raises SourceError if they are in the first column, or in one of images' paths.
     """
+    # From an unpaired quote to the next one, many rows later, the parser reads a single cell: rows
+    # are missing without an error.
     broken_rows: list[int] = []
     is_refused = False
     for column_index, column_name in enumerate(frame.columns):
@@ -176,22 +181,21 @@ def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:
         return []
     line_break_text = (
         f"{len(broken_rows):,} cells hold line breaks, first in row {min(broken_rows):,}: an "
-        "unpaired quote "
-        '(") joins lines'
+        'unpaired quote (") joins lines'
     )
     if is_refused:
         raise SourceError(
-            f"{table_path}: {line_break_text}, and these cells are in a column that tells the "
-            "rows apart. "
-            "Delete the quote or write its pair; a "
-            'quote within a cell is written twice (""). Where the line breaks are meant, put a '
-            "column of paths first"
+            f"{table_path}: {line_break_text}, and these cells are in a column that tells the rows "
+            "apart. Delete the quote or write its pair; a quote within a cell is written twice "
+            '(""). Where the line breaks are meant, put a column of paths first'
         )
     return [f"{table_path.name}: {line_break_text}"]
 
 
 def _delimiter(text: str, default_delimiter: str) -> str:
-    """Return the delimiter: the default if the header has it, else what divides all first lines."""
+    """Return the default delimiter if the header has it, otherwise the first of _DELIMITERS that
+    gives all of the first lines the same number of cells.
+    """
     first_lines = list(itertools.islice(io.StringIO(text), _LINES_LOOKED_AT))
     if not first_lines:
         return default_delimiter
@@ -210,7 +214,7 @@ def _delimiter(text: str, default_delimiter: str) -> str:
 
 
 def _check_header(column_names: list[str], table_path: Path) -> None:
-    """Raise SourceError where the first line is no line of names, or gives two columns one name."""
+    """Raise SourceError if the first line is no line of names, or gives two columns one name."""
     image_like_names = [
         name for name in column_names if Path(name).suffix.lower() in IMAGE_SUFFIXES
     ]
@@ -237,7 +241,7 @@ def _check_header(column_names: list[str], table_path: Path) -> None:
 
 def _read_json_lines(text: str, table_path: Path) -> Table:
     records = []
-    # JSON may hold other line breaks as they are, such as U+2028
+    # Not splitlines: text in JSON may hold other line breaks unescaped, such as U+2028.
     for line_number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -253,17 +257,17 @@ def _read_json_lines(text: str, table_path: Path) -> Table:
         if not isinstance(record, dict):
             raise SourceError(
                 f'{table_path}, line {line_number}: expected an object such as {{"path": …}}; '
-                "found "
-                f"{line[:40]}"
+                f"found {line[:40]}"
             )
         records.append(record)
     return Table(_clean(pd.DataFrame(records, dtype=object)))
 
 
 def _parse_json(text: str, location: str) -> Any:
-    """The value that a JSON text holds.
+    """Return the value of a JSON text.
 
-    Raises SourceError where an object has a key twice, ValueError for other text.
+    location: file and line, for messages. Raises SourceError for an object that has a key twice,
+    ValueError for text that is not JSON.
     """
 
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -310,7 +314,7 @@ def _read_parquet(table_path: Path) -> Table:
         if not _is_binary(schema.field(name).type) or _are_images(_parquet_values(table_path, name))
     )
     column_names = [field.name for field in schema if field.name not in image_columns]
-    # Of a struct of bytes and path, the path alone: the images stay on disk.
+    # Of structs of bytes and path only the paths are read: images are read one by one later.
     column_names += [f"{name}.path" for name in image_columns if _has_path(schema.field(name).type)]
     table = parquet_file.read(columns=column_names).replace_schema_metadata(schema.metadata)
     empty_columns = [
@@ -322,8 +326,8 @@ def _read_parquet(table_path: Path) -> Table:
 
 
 def _parquet_values(table_path: Path, column_name: str) -> Iterator[Any]:
-    """Return a column's values without the missing ones, reading no more of the file."""
-    # else a whole row group of images would be in memory
+    """Yield a column's values without the missing ones, reading the file as far as needed."""
+    # With a buffer, because without one a whole row group of images would be read into memory.
     with pq.ParquetFile(table_path, buffer_size=_BUFFER_BYTES) as parquet_file:
         for row_group in range(parquet_file.metadata.num_row_groups):
             for batch in parquet_file.iter_batches(
@@ -333,7 +337,7 @@ def _parquet_values(table_path: Path, column_name: str) -> Iterator[Any]:
 
 
 def _arrow_values(cells: pa.ChunkedArray) -> Iterator[Any]:
-    """The values of a column, without what is missing."""
+    """Yield a column's values without the missing ones."""
     return (
         cell.as_py()
         for chunk in cells.chunks
@@ -344,10 +348,10 @@ def _arrow_values(cells: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def _are_images(values: Iterable[bytes]) -> bool:
-    """Return whether a column of bytes holds images, by its first value; else it is text, as
-    TensorFlow's exports store it.
+    """Return whether a column of bytes holds images, judged by its first value.
 
-    A value with a NUL is no text: an image all the same, damaged or of a format that is not read.
+    Otherwise it holds text, which TensorFlow's exports store as bytes. A value with a NUL is no
+    text but an image, damaged or of a format that is not read.
     """
     first_value = next((value for value in values if value), None)
     return (
@@ -362,8 +366,8 @@ def _is_empty(table_path: Path, column_name: str) -> bool:
     n_missing = 0
     with pq.ParquetFile(table_path, buffer_size=_BUFFER_BYTES) as parquet_file:
         for row_group in range(parquet_file.metadata.num_row_groups):
-            # A chunk whose description is damaged ends the process where it is asked for; where it
-            # is read, that is an error.
+            # One row is read first, because `row_group(i).column(j)` ends the process where the
+            # description of a column chunk is damaged; reading it raises an error.
             next(
                 parquet_file.iter_batches(
                     batch_size=1, row_groups=[row_group], columns=[column_name]
@@ -384,8 +388,8 @@ def _has_path(arrow_type: pa.DataType) -> bool:
 
 
 def _image_columns(schema: pa.Schema) -> tuple[str, ...]:
-    """Name the columns that can hold images: of bytes, or of structs with a field `bytes`, as
-    Hugging Face's Image feature is stored.
+    """Return the columns that can hold images: bytes, or structs with a field `bytes`, in which
+    Hugging Face stores its Image feature.
     """
     return tuple(
         field.name for field in schema if _is_binary(field.type) or _holds_bytes(field.type)
@@ -409,10 +413,15 @@ def _from_arrow(
     image_columns: tuple[str, ...] | None = None,
     empty_columns: Sequence[str] = (),
 ) -> Table:
-    """The columns that are no images; what `datasets` stores as an image's path is `NAME.path`.
+    """Return the columns that are no images as a Table.
 
-    image_columns: the columns of images; None where they are to be found. empty_columns:
-    those without bytes. They name files, and the column `NAME` has their paths.
+    `datasets` stores an image with its path; of a column `NAME` of images the paths become the
+    column `NAME.path`.
+
+    n_rows: needed if all columns are images and are left out.
+    image_columns: the columns of images; None to find them here.
+    empty_columns: those of them that have paths and no bytes. They name files, so their paths
+    become the column `NAME` itself.
     """
     if image_columns is None:
         image_columns = tuple(
@@ -444,9 +453,9 @@ def _from_arrow(
     image_columns = tuple(
         column_name for column_name in image_columns if column_name not in empty_columns
     )
-    # Python's integers where there are gaps: as floats, large ones would become others.
+    # Integers with a gap stay Python integers; as floats, large ones would lose digits.
     frame = table.to_pandas(integer_object_nulls=True)
-    if not table.column_names:  # of nothing but images; the rows are counted all the same
+    if not table.column_names:  # all columns are images
         frame = pd.DataFrame(index=pd.RangeIndex(n_rows))
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index(drop=frame.index.name is None)
@@ -468,7 +477,7 @@ def _from_arrow(
 
 
 def _is_class(value: Any, class_labels: list[str]) -> bool:
-    # ClassLabel has -1 for none
+    # `datasets` writes -1 for no label. value == value: not NaN.
     return value is not None and value == value and 0 <= int(value) < len(class_labels)
 
 
@@ -487,7 +496,7 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def _clean(frame: pd.DataFrame) -> pd.DataFrame:
-    """Names of columns and text in one form, empty text missing. Typed columns and lists stay."""
+    """Normalize the names of columns and text, and make empty text missing; other columns stay."""
     frame = frame.rename(
         columns={column_name: normalize_text(str(column_name)) for column_name in frame.columns}
     )

@@ -36,21 +36,20 @@ from headrace.extract.sources.table import Table, read_table_file
 _BOX_NAMES = frozenset({"bbox", "box", "boxes", "bboxes", "bounding_box", "bounding_boxes"})
 HUGGING_FACE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ROBOFLOW_TABLES = ("_annotations.coco.json", "_classes.csv")
+# What headrace keeps in the columns of RESERVED_COLUMNS.
 _MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict.fromkeys(
     ("content", "_content"), "the hash of an image's bytes"
 )
-_PLACE = re.compile(r"\{([^{}]*)\}")
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")  # a column's name in a path pattern
 
 
 @dataclass(frozen=True)
 class TableOptions:
     """The way a table names its images; see the recipe's section `images`."""
 
-    path_column: str | None = None  # default: found, see `find_image_column`
-    # default: `id` where there is such a column, else the path as written
-    id_column: str | None = None
-    # what relative paths start from; default: the table's own folder
-    root: str | Path | None = None
+    path_column: str | None = None  # None: see `find_image_column`
+    id_column: str | None = None  # None: `id` if there is such a column, else the path as written
+    root: str | Path | None = None  # folder of relative paths; None: the table's own
     path_pattern: str | None = None  # a path with columns in braces: train/{id}.jpg
     exclude: tuple[str, ...] = ()
     boxes: Boxes | Literal["auto", "none"] = "auto"
@@ -59,15 +58,19 @@ class TableOptions:
 def read_tables(
     table: str | Path, options: TableOptions | None = None, *, labelled: bool = True
 ) -> Listing:
-    """The rows of tables, in their order: `id`, `path`, then every column that the tables have.
+    """List the rows of tables, in their order: `id`, `path`, then every column of the tables.
 
     table: a CSV, TSV, JSON lines, JSON (COCO too), Parquet or Arrow file, a pattern
     (`data/train-*.parquet`), a folder of Parquet files, or one that `datasets` saved. Parquet and
-    Arrow may hold the images themselves. Where the tables' or their folders' names are the sides of
-    a split and no column says so, a column `split` has them. Files are not looked for here: a
-    missing one becomes a recorded failure of its sample. labelled: rows are to be learned from, so
-    that each needs an id of its own; else every row stays in its place, also one that stands twice
-    or names no image. Raises SourceError.
+    Arrow may hold the images themselves.
+    labelled: True to train, when each row needs an id of its own. False to predict: then every row
+    stays in its place, also one that is repeated or names no image.
+
+    If the names of the tables or of their folders are the sides of a split, and no column `split`
+    says otherwise, such a column has them. Whether an image's file exists is not checked here: a
+    missing one becomes a recorded failure of its sample.
+
+    Raises SourceError.
     """
     options = options or TableOptions()
     table_paths = table_files(expand_home(table))
@@ -95,7 +98,7 @@ def read_tables(
         and has_several
         and pd.concat([sample_frame["id"] for sample_frame in sample_frames]).duplicated().any()
     ):
-        # names that are unique in one table only
+        # Ids that are unique only within a table get the table's name in front.
         for table_path, sample_frame in zip(table_paths, sample_frames, strict=True):
             sample_frame["id"] = (
                 f"{table_path.relative_to(common_folder).as_posix()}/"
@@ -122,7 +125,7 @@ def read_tables(
 
 
 def _count_unnamed(table_paths: Sequence[Path], samples: pd.DataFrame, tally: Tally) -> None:
-    """Count the images beside a metadata.csv, which speaks for its whole folder, unnamed by it."""
+    """Count the images in the folder of a Hugging Face metadata file that it does not name."""
     metadata_folders = [file.parent for file in table_paths if file.name in HUGGING_FACE_METADATA]
     named_paths = set(samples["path"]) if metadata_folders else set()
     for folder in metadata_folders:
@@ -136,7 +139,11 @@ def _count_unnamed(table_paths: Sequence[Path], samples: pd.DataFrame, tally: Ta
 
 
 def table_files(table: Path) -> list[Path]:
-    """The files that a table's name means, absolute. Raises SourceError where there are none."""
+    """Return the absolute paths of the files of a table: itself, those in a folder, or those that
+    match a pattern.
+
+    Raises SourceError when there are none.
+    """
     if table.is_file():
         return [table.absolute()]
     if table.is_dir():
@@ -159,7 +166,9 @@ def table_files(table: Path) -> list[Path]:
 
 
 def saved_dataset_files(folder: Path) -> list[Path]:
-    """Return the Arrow files of a folder made by `datasets`' save_to_disk, in order; else []."""
+    """Return the Arrow files of a folder that `datasets` saved (save_to_disk), in order; [] for
+    other folders.
+    """
     try:
         if (folder / "dataset_dict.json").is_file():
             split_names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))[
@@ -184,8 +193,9 @@ def saved_dataset_files(folder: Path) -> list[Path]:
 
 
 def _sides(table_paths: Sequence[Path]) -> dict[Path, str] | None:
-    """The side of a split that each table's name, or else its folder's, says; None where some say
-    none, or all the same.
+    """Return {table: side of a split} by the tables' names, or by those of their folders.
+
+    None if some names are no side of a split, or all are the same one.
     """
     for table_names in (
         [file.name for file in table_paths],
@@ -208,20 +218,12 @@ def _samples(
     notes: list[str],
     labelled: bool,
 ) -> pd.DataFrame:
+    """Return the usable rows of one table; counts and notes are added to `tally` and `notes`."""
     frame = table.frame
     if frame.empty and not table.image_columns:
         return pd.DataFrame(columns=["id", "path"], dtype=object)
     tally.found += len(frame)
-    for column_name, setting in (
-        (options.path_column, "path_column"),
-        (options.id_column, "id_column"),
-    ):
-        if column_name is not None and column_name not in (*frame.columns, *table.image_columns):
-            columns = [*frame.columns, *table.image_columns]
-            raise SourceError(
-                f"{table_path}: there is no column {column_name!r} ({setting}). Nearest: "
-                f"{nearest_names(column_name, columns, 1)}. The columns are: {', '.join(columns)}."
-            )
+    _require_columns(table_path, [*frame.columns, *table.image_columns], options)
     image_root = (
         expand_home(options.root) if options.root is not None else table_path.parent
     ).absolute()
@@ -237,37 +239,31 @@ def _samples(
         locators = written_names.map(
             lambda value: _find(str(image_root), value), na_action="ignore"
         )
-    found_boxes = find_boxes(frame, options.boxes, table_path)
-    if found_boxes is None and options.boxes == "auto":
+    boxes = find_boxes(frame, options.boxes, table_path)
+    if boxes is not None:
+        crops, box_note = boxes
+        notes.append(box_note)
+        if "image" not in frame:
+            frame = frame.assign(image=written_names)
+        has_box = pd.Series([crop is not None for crop in crops], index=frame.index)
+        if labelled and not has_box.all():
+            boxless = written_names[~has_box]
+            tally.leave_out("rows without a box", *map(str, boxless[:3]), count=len(boxless))
+        written_names, locators = _crop_names(written_names, locators, crops)
+        if labelled:
+            frame = frame[has_box]
+            written_names, locators = written_names[has_box], locators[has_box]
+    elif options.boxes == "auto":
         notes += [
             f"{table_path.name}: the column {name!r} may hold boxes, and is not read: whole images "
             "are. For boxes: four columns of numbers (images.boxes)"
             for name in frame.columns
             if str(name).lower() in _BOX_NAMES
         ]
-    if found_boxes is not None:
-        crops, box_note = found_boxes
-        notes.append(box_note)
-        n_without = sum(crop is None for crop in crops)
-        if n_without and labelled:
-            boxless = [
-                str(name) for name, crop in zip(written_names, crops, strict=True) if not crop
-            ]
-            tally.leave_out("rows without a box", *boxless[:3], count=n_without)
-        if "image" not in frame:
-            frame = frame.assign(image=written_names)
-        box_rows = pd.Series([crop is not None for crop in crops], index=frame.index)
-        written_names, locators = _crop_names(written_names, locators, crops)
-        if labelled:
-            frame = frame[box_rows]
-            written_names, locators = written_names[box_rows], locators[box_rows]
     id_column = options.id_column
     if id_column is None and "id" in frame.columns and image_column != "id":
-        id_and_path = (
-            pd.DataFrame({"id": as_text(frame["id"]), "path": locators}).dropna().drop_duplicates()
-        )
-        if labelled and id_and_path["id"].duplicated().any():
-            # headrace's own `id` tells rows apart, and this one does not
+        if labelled and _ids_repeat(frame["id"], locators):
+            # The samples' own column `id` must be unique, and this one is not.
             frame = frame.rename(columns={"id": "image_id"})
             notes.append(
                 f"{table_path.name}: the column 'id' repeats, so that the paths tell the rows "
@@ -288,36 +284,55 @@ def _samples(
         ]
     )
     if not labelled:
-        placeholder_names = pd.Series(
+        # Rows without an image keep their place, under a path that does not exist: a failure.
+        placeholders = pd.Series(
             [f"row {row + 1} names no image" for row in range(len(frame))], index=frame.index
         )
-        sample_ids = sample_ids.where(sample_ids.notna(), written_names).where(
-            written_names.notna() | sample_ids.notna(), placeholder_names
-        )
-        locators = locators.where(locators.notna(), f"{image_root}/" + placeholder_names)
+        sample_ids = sample_ids.fillna(written_names).fillna(placeholders)
+        locators = locators.fillna(f"{image_root}/" + placeholders)
     samples = pd.DataFrame({"id": sample_ids, "path": locators}, dtype=object)
     samples[list(kept_columns.columns)] = kept_columns
-    if (
-        table_path.name in HUGGING_FACE_METADATA
-        and "split" not in samples
-        and written_names.notna().all()
-    ):
-        split_sides = [
-            split_side(path.split("/")[0]) if "/" in path else None for path in written_names
-        ]
-        # as Hugging Face has it, for a table above the folders of a split
-        if None not in split_sides and len(set(split_sides)) > 1:
-            samples["split"] = split_sides
-            notes.append(
-                f"{table_path.name}: the first folders of the paths are the sides of a split"
-            )
+    has_metadata_split = table_path.name in HUGGING_FACE_METADATA and "split" not in samples
+    if has_metadata_split and (split_sides := _sides_of_paths(written_names)):
+        samples["split"] = split_sides
+        notes.append(f"{table_path.name}: the first folders of the paths are the sides of a split")
     return _leave_out(samples, table_path, tally, repeated=not labelled)
+
+
+def _ids_repeat(ids: pd.Series, locators: pd.Series) -> bool:
+    """Return whether rows of different images have the same id."""
+    id_and_path = pd.DataFrame({"id": as_text(ids), "path": locators}).dropna().drop_duplicates()
+    return bool(id_and_path["id"].duplicated().any())
+
+
+def _require_columns(table_path: Path, columns: Sequence[str], options: TableOptions) -> None:
+    """Raise SourceError for a column of the options that the table does not have."""
+    for column_name, setting in (
+        (options.path_column, "path_column"),
+        (options.id_column, "id_column"),
+    ):
+        if column_name is not None and column_name not in columns:
+            raise SourceError(
+                f"{table_path}: there is no column {column_name!r} ({setting}). Nearest: "
+                f"{nearest_names(column_name, columns, 1)}. The columns are: {', '.join(columns)}."
+            )
+
+
+def _sides_of_paths(image_paths: pd.Series) -> list[str | None]:
+    """Return the sides of a split that the first folders of the paths are, [] if they are none.
+
+    Hugging Face puts one metadata file above the folders of a split.
+    """
+    if image_paths.isna().any():
+        return []
+    sides = [split_side(path.split("/")[0]) if "/" in path else None for path in image_paths]
+    return sides if None not in sides and len(set(sides)) > 1 else []
 
 
 def _crop_names(
     written_names: pd.Series, locators: pd.Series, crops: Sequence[Crop | None]
 ) -> tuple[pd.Series, pd.Series]:
-    """Return boxes' ids and locators: of whole images without a box, missing without an image."""
+    """Return the ids and locators of boxes; those of rows without a box, or an image, stay."""
     box_names, box_locators = [
         pd.Series(
             [
@@ -338,7 +353,7 @@ def _crop_names(
 def _image_column(
     table: Table, table_path: Path, image_root: Path, options: TableOptions, notes: list[str]
 ) -> tuple[str, bool]:
-    """Return the image column of the options, or that of `find_image_column`."""
+    """Return (path pattern, True) or (image column, False), of the options or found."""
     if options.path_pattern is not None:
         return options.path_pattern, True
     if options.path_column is not None:
@@ -360,7 +375,10 @@ def _image_column(
 def _leave_out(
     samples: pd.DataFrame, table_path: Path, tally: Tally, *, repeated: bool
 ) -> pd.DataFrame:
-    """The rows that can be used; the others are counted. repeated: also rows that stand twice."""
+    """Return the rows with an image and an id, and count the others.
+
+    repeated: whether a row that is equal to an earlier one stays.
+    """
     for reason, column in (("rows that name no image", "path"), ("rows without an id", "id")):
         is_missing = samples[column].isna()
         if is_missing.any():
@@ -397,8 +415,8 @@ def _exclude(samples: pd.DataFrame, patterns: Sequence[str], tally: Tally) -> pd
 
 
 def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Series:
-    """Return the pattern with each row's values for `{column}`; missing where one of them is."""
-    column_names = list(dict.fromkeys(_PLACE.findall(pattern)))
+    """Return the pattern filled with each row's values; missing where one of them is missing."""
+    column_names = list(dict.fromkeys(_PLACEHOLDER.findall(pattern)))
     absent_names = [name for name in column_names if name not in frame.columns]
     if absent_names or not column_names:
         raise SourceError(
@@ -410,7 +428,7 @@ def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Ser
     column_texts = pd.DataFrame({name: as_text(frame[name]) for name in column_names})
 
     def fill(values: Mapping[Any, Any]) -> str:
-        return _PLACE.sub(lambda place: str(values[place[1]]), pattern)
+        return _PLACEHOLDER.sub(lambda match: str(values[match[1]]), pattern)
 
     filled_paths = pd.Series(
         [fill(row) for row in column_texts.to_dict("records")], index=frame.index, dtype=object
@@ -419,7 +437,10 @@ def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Ser
 
 
 def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
-    """Return ids and locators of images in cells: named by their own paths where these differ."""
+    """Return ids and locators of the images in a column of a Parquet or Arrow file.
+
+    The ids are the paths stored beside the images if these are unique, else the rows' numbers.
+    """
     kind = "arrow" if table_path.suffix.lower() == ".arrow" else "parquet"
     locators = pd.Series(
         [f"{encode_path(table_path)}::{kind}:{column}:{row}" for row in range(len(frame))],
@@ -443,8 +464,10 @@ def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Serie
 
 
 def _find(image_root: str, written_path: str) -> str:
-    """The path that a table's text means: an absolute path stays; on disk it may be in another
-    Unicode form or of Windows.
+    """Return the path of a sample (`encode_path`) for a path as a table writes it.
+
+    An absolute path stays. A name with accents or backslashes is looked for in both Unicode forms
+    and with slashes, because another system may have written it.
     """
     if "://" in written_path[:12]:
         if not written_path.startswith("file://"):
@@ -453,17 +476,12 @@ def _find(image_root: str, written_path: str) -> str:
                 "the table"
             )
         written_path = written_path.removeprefix("file://")
-    if (
-        written_path.isascii()
-        and "\\" not in written_path
-        and "/." not in written_path
-        and "//" not in written_path
-        and written_path[:1] != "."
-    ):
-        # nearly all, and a table has millions
+    has_one_form = written_path.isascii() and "\\" not in written_path
+    # Nearly all paths are so plain that Path would not change them, and a table has millions.
+    if has_one_form and written_path[:1] != "." and not re.search(r"/[./]", written_path):
         return encode_path(os.path.join(image_root, written_path))
     path = Path(image_root, written_path)
-    if written_path.isascii() and "\\" not in written_path:
+    if has_one_form:
         return encode_path(path)
     unicode_forms = [
         written_path,
@@ -478,7 +496,7 @@ def _find(image_root: str, written_path: str) -> str:
 def _refuse_reserved(
     frame: pd.DataFrame, table_path: Path, path_column: str | None, id_column: str | None
 ) -> None:
-    """Refuse columns that headrace's own replace: a task would get the wrong values."""
+    """Raise SourceError for columns named as those of the samples, which would replace them."""
     used_columns = {"id"} if "id" in (id_column, path_column) else set()
     used_columns |= {"path"} if "path" in (path_column, id_column) else set()
     for column_name in frame.columns:
@@ -503,19 +521,21 @@ def is_table(path: str | Path) -> bool:
 
 
 def metadata_table(folder: Path) -> Path | None:
-    """The table that speaks for a folder of images: metadata.csv or .jsonl with a column file_name,
-    as Hugging Face has it, the tables that Roboflow exports, or the lists of CUB-200.
+    """Return the table that lists the images of its folder: Hugging Face's metadata.csv, .jsonl or
+    .parquet with a column file_name, the tables that Roboflow exports, or the lists of CUB-200.
 
-    Where each side of a split has its own, a pattern that names them all; None where there is none.
+    If each sub-folder (the sides of a split) has its own, a pattern that matches them all; None if
+    there is no such table.
     """
     if is_list_of_birds(folder / IMAGES):
         return folder / IMAGES
-    with os.scandir(folder) as entries:  # which a million images would make slow through Path
+    # Not Path.iterdir, which is slow for a folder of a million images.
+    with os.scandir(folder) as entries:
         sub_folders = sorted(
             Path(entry.path)
             for entry in entries
             if not entry.name.startswith(".")
-            # a link may lead to itself, which Path knows for no folder
+            # Path, because `entry.is_dir` raises an error for a link that leads to itself.
             and (Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir())
         )
     for name in (*HUGGING_FACE_METADATA, *_ROBOFLOW_TABLES):

@@ -1,4 +1,4 @@
-"""Capture of taps: hooks pool the outputs of a network's nodes while it runs."""
+"""Capture of taps: hooks pool the outputs of a network's nodes while the network runs."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -26,8 +26,6 @@ class TapCapture:
     taps: each with its node of the network. stops_early: whether a pass ends at the deepest tap.
     """
 
-    # The hooks are methods and not closures: in a deep copy of a module that holds a TapCapture
-    # they belong to the copy, and two copies never see each other's outputs.
     def __init__(
         self, module: nn.Module, taps: Sequence[tuple[Tap, Node]], *, stops_early: bool = True
     ) -> None:
@@ -39,6 +37,8 @@ class TapCapture:
         # Logits are what the network returns, also where only its upper part runs.
         returned = LOGITS in taps_of_node and not taps_of_node[LOGITS][0].module
         self._logits = taps_of_node.pop(LOGITS) if returned else None
+        # The hooks are methods and not closures: in a deep copy of a module that holds a TapCapture
+        # they belong to the copy, and two copies never see each other's outputs.
         for node, node_taps in taps_of_node.values():
             tapped = module.get_submodule(node.module)
             if node.name == PRE_LOGITS:
@@ -66,7 +66,7 @@ class TapCapture:
         except _AllCaptured:
             pass
         finally:
-            # also where a device had too little memory for the rest: the next try needs it
+            # Also after a device ran out of memory: the next try needs what the outputs take.
             self.captured = {}
         return captured
 

@@ -1,4 +1,4 @@
-"""Descriptions of backbones before they are used, and the feature sets that their taps make."""
+"""Descriptions of backbones before they are used, and the feature sets of their taps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,12 +84,12 @@ def feature_specs(
     augmentation: Augmentation | None = None,
     symmetric: bool = False,
 ) -> tuple[FeatureSpec, ...]:
-    """The feature sets of these taps, tap by tap, and within a tap view by view; `views` counts the
-    evaluation crop.
+    """Return the feature sets of these taps, tap by tap, and within a tap view by view.
 
-    symmetric: the others are not drawn at random but are the crop mirrored (up to 4 views) and
-    turned (up to 8). Raises BackboneError, also where a tap depends on weights that a checkpoint
-    lacks; what it lacks above them is a warning.
+    views: how many, the evaluation crop included. symmetric: the other views are not drawn at
+    random but are the crop mirrored (up to 4 views) and turned (up to 8). Raises BackboneError,
+    also if a tap depends on weights that a checkpoint lacks; warns of those that it lacks above the
+    taps.
     """
     for name, dtype_value, valid_values in (
         ("dtype", dtype, STORAGE_DTYPES),

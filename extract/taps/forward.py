@@ -1,4 +1,4 @@
-"""One pass for many taps: hooks pool outputs as they appear; it ends at the deepest tap."""
+"""The pass from pixels to the pooled outputs of many taps; it ends at the deepest one."""
 
 import contextlib
 import copy
@@ -21,8 +21,8 @@ from headrace.extract.taps.resolve import Tap, backbone_nodes
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 _HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# (pixels: uint8 or float32, shape (N, H, W, C), white 255, on the forward's device) -> per tap
-# (N, *tap_shape), on that device
+# From pixels (N, H, W, C), uint8 or float32, white 255, to (N, *tap_shape) of each tap, both on the
+# forward's device.
 Forward = Callable[[Tensor], list[Tensor]]
 
 
@@ -61,8 +61,9 @@ def make_forward(
 def _for_accelerator(
     backbone: Backbone, taps: Sequence[tuple[Tap, Node]], compute_dtype: str
 ) -> nn.Module:
-    """The network with its batch normalisations folded and its weights in the half type, as far as
-    the CPU finds the outputs of one image to be the same.
+    """Return the network with batch normalisations folded, and with weights of the half type.
+
+    Both only if, on the CPU, they leave the outputs of one image the same.
     """
     normalise, pixels = make_normalizer(backbone, "cpu"), _random_pixels(backbone)
 
@@ -70,7 +71,7 @@ def _for_accelerator(
         return hook_forward(copy.deepcopy(module), taps, normalise, dtype)(pixels)
 
     network = backbone.module
-    # networks that read their layers' attributes
+    # Raised by networks that read attributes of their layers.
     with contextlib.suppress(RuntimeError, AttributeError, TypeError):
         folded = fold_batch_norms(network, {node.module for _, node in taps}, normalise(pixels))
         if outputs_agree(outputs(folded, "float32"), outputs(network, "float32")):
@@ -91,8 +92,9 @@ def _random_pixels(backbone: Backbone) -> Tensor:
 
 
 def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
-    """Return the function from pixels (N, H, W, C), uint8 or float32, white 255, to the network's
-    input (x / 255 - mean) / std, float32 (N, C, H, W) in channels_last.
+    """Return the function from pixels, as a `Forward` takes them, to the network's input.
+
+    This is (x / 255 - mean) / std, float32 (N, C, H, W) in channels_last.
     """
     how = backbone.preprocessing
     mean, std = (
@@ -102,7 +104,7 @@ def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tenso
     scale, shift = (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
     def normalise(pixels: Tensor) -> Tensor:
-        # A permuted (N, H, W, C) is channels_last as it lies, so nothing is transposed
+        # A permuted (N, H, W, C) is channels_last in memory already, so that nothing is transposed.
         return torch.addcmul(shift, pixels.permute(0, 3, 1, 2).float(), scale).contiguous(
             memory_format=torch.channels_last
         )
@@ -119,7 +121,7 @@ def hook_forward(
     compiled: bool = False,
 ) -> Forward:
     """Attach hooks for the taps to `module` for good, and return the pass through it."""
-    # A compiler sees by itself that nothing behind the deepest tap is used.
+    # A compiler finds out by itself that nothing after the deepest tap is used.
     capture = TapCapture(module, taps, stops_early=not compiled)
     run = torch.compile(module) if compiled else module
     half = _HALF_TYPES.get(compute_dtype)

@@ -1,4 +1,4 @@
-"""What a checkpoint lacks, or has too much: harmless above the taps, and refused below them."""
+"""What a checkpoint lacks or has too much: a warning above the taps, an error below them."""
 
 import copy
 import warnings
@@ -22,11 +22,11 @@ class WeightsWarning(UserWarning):
 
 
 def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> None:
-    """Warn of what was left out when the weights were loaded, once; raise BackboneError where a tap
-    depends on it.
+    """Warn of what was left out when the weights were loaded, once.
 
-    One pass finds out: tensors that the weights lack are NaN, a module for which they have more
-    tensors than it takes gives NaN, and what is NaN at a tap depends on one of them.
+    Raises BackboneError if a tap depends on it, which one pass shows: tensors that the weights lack
+    are NaN, a module for which they have more tensors than it takes outputs NaN, and a tap that is
+    NaN depends on one of them.
     """
     left_out = backbone.left_out
     if not left_out:
@@ -69,8 +69,9 @@ def _weights_text(backbone: Backbone) -> str:
 def _run_marked(
     backbone: Backbone, tap_nodes: Sequence[tuple[Tap, Node]]
 ) -> tuple[dict[Tap, Tensor], set[str]]:
-    """The values of taps on a random image, NaN where they depend on what was left out, and the
-    names of the modules that ran for them.
+    """Return the values of taps on a random image, and the names of the modules that ran for them.
+
+    Values are NaN if they depend on what was left out.
     """
     module = _sharing_tensors(backbone.module)
     module_names = {name for name, _ in module.named_modules()}
@@ -78,7 +79,7 @@ def _run_marked(
     for name, child in module.named_modules():
         child.register_forward_pre_hook(lambda *_, name=name: modules_run.add(name))
     owners = {owner_module(name, module_names) for name in backbone.left_out.surplus}
-    for owner in owners - {""}:  # on the network's own level there are heads alone
+    for owner in owners - {""}:  # what belongs to the network itself, "", is part of its head
         module.get_submodule(owner).register_forward_hook(_as_nan)
     generator = torch.Generator().manual_seed(0)
     preprocessing = backbone.preprocessing
@@ -88,7 +89,7 @@ def _run_marked(
 
 
 def _sharing_tensors(module: nn.Module) -> nn.Module:
-    """A copy of a network with the same parameters and buffers, for hooks of its own."""
+    """Return a copy of a network, for hooks of its own, that shares parameters and buffers."""
     tensors = (*module.parameters(), *module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 

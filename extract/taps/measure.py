@@ -13,10 +13,10 @@ _BATCH_IMAGES = 16  # in one pass
 
 
 def measure_rate(spec: BackboneSpec, *, device: str = "cpu", seconds: float = 3.0) -> float:
-    """Return images per second of the pass to the taps that `auto` picks, decoding not counted,
-    with all of this process's threads.
+    """Return images per second of the pass to the taps that `auto` picks, without decoding.
 
-    spec: weights may be random, for they do not change the rate. Raises BackboneError.
+    Uses all threads of this process. spec: weights may be random, for they do not change the rate.
+    Raises BackboneError.
     """
     backbone = load_backbone(spec)
     taps: tuple[Tap, ...] = auto_taps(backbone_nodes(backbone))

@@ -20,11 +20,12 @@ _POOLING = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
 POOLINGS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
 _GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
 _GEM_FLOOR = 1e-6
-# of the last resolutions; those before are large maps, dear to pool, and brought nothing
+# Automatic taps have a middle block of so many last resolutions. Those before are large maps, which
+# take long to pool, and did not help.
 N_MIDDLE_BLOCKS = 2
-N_LAST_BLOCKS = 4  # of a transformer
+N_LAST_BLOCKS = 4  # of a transformer: automatic taps have their class tokens
 _MOST_PREFIX_TOKENS = 16  # that an error message suggests
-MAX_AUTO_FEATURES = 8192  # of all automatic taps side by side: 16 KB an image
+MAX_AUTO_FEATURES = 8192  # of all automatic taps together: 16 KB an image
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def parse_tap(text: str) -> Tap:
 
 
 def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ...]:
-    """The taps that a user asked for, checked against the network; "auto" picks early to late.
+    """Return the taps that a user asked for, checked against the network; "auto" picks them.
 
-    Raises BackboneError naming the nearest nodes.
+    Raises BackboneError, naming the nearest nodes.
     """
     nodes = backbone_nodes(backbone)
     if taps == "auto":
@@ -74,7 +75,7 @@ def resolve_taps(backbone: Backbone, taps: str | Sequence[str]) -> tuple[Tap, ..
 
 
 def _require_named_blocks(nodes: Nodes, backbone_name: str) -> None:
-    """Raise BackboneError for tokens of an ONNX file whose values are not named by their blocks."""
+    """Raise BackboneError for an ONNX file with tokens whose names do not tell the blocks."""
     tokens = [node.name for node in nodes.nodes if node.layout == "NTC"]
     blocks = _token_blocks(nodes)
     if tokens and not (blocks and all(re.search(r"\d\.", block.name) for block in blocks)):
@@ -86,7 +87,7 @@ def _require_named_blocks(nodes: Nodes, backbone_name: str) -> None:
 
 
 def tap_shape(tap: Tap, node: Node) -> tuple[int, ...]:
-    """Shape of one image's pooled output."""
+    """Return the shape of one image's pooled output."""
     height, width, channels = _map_extent(node)
     if tap.pooling == "map":
         return (channels, height, width)
@@ -97,7 +98,7 @@ def tap_shape(tap: Tap, node: Node) -> tuple[int, ...]:
 
 
 def pool_output(output: Tensor, pooling: str, node: Node) -> Tensor:
-    """A node's output (N, ...) to (N, *tap_shape), in float32 for everything that averages."""
+    """Pool a node's output (N, ...) to (N, *tap_shape); averages are computed in float32."""
     if pooling == "vector":
         return output
     if pooling == "cls":
@@ -107,7 +108,7 @@ def pool_output(output: Tensor, pooling: str, node: Node) -> Tensor:
     if pooling.startswith("grid"):
         grid = _as_map(output, node).float()
         return F.adaptive_avg_pool2d(grid, int(pooling.removeprefix("grid")))
-    # over axes as they lie, without making a map of tokens first
+    # Over the axes in their own order: no map is made of tokens first.
     axes = {"NCHW": (2, 3), "NHWC": (1, 2), "NTC": (1,)}[node.layout]
     if node.layout == "NTC":
         assert node.prefix is not None, f"nothing explains the tokens of {node.name}"
@@ -122,7 +123,7 @@ def pool_output(output: Tensor, pooling: str, node: Node) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def backbone_nodes(backbone: Backbone) -> Nodes:
-    """The nodes of a loaded backbone at its own input size; found once per process."""
+    """Return the nodes of a loaded backbone at its own input size, found once a process."""
     return find_nodes(
         backbone.module,
         backbone.preprocessing.pixel_shape,
@@ -132,9 +133,11 @@ def backbone_nodes(backbone: Backbone) -> Nodes:
 
 
 def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
-    """Early to late: the last block at each resolution but the first, and a middle one at the last
-    two, averages and maxima; of a plain transformer averages and maxima at each quarter, and the
-    last class tokens. Then what the classifier is given.
+    """Return the automatic taps in running order, the input of the classifier last.
+
+    These are averages and maxima of the last block at each resolution but the first, and of a
+    middle block at the last two. Of a plain transformer they are averages and maxima of the block
+    at each quarter, and class tokens of the last blocks.
 
     Maxima and middles are what far domains gain from (docs/defaults.md, and for transformers
     docs/decisions/019-taps-of-transformers.md). Together the taps have at most MAX_AUTO_FEATURES
@@ -148,10 +151,10 @@ def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
 
 
 def _token_taps(nodes: Nodes, blocks: list[Node]) -> list[Tap]:
-    """Class tokens of the last blocks, as linear probes of self-supervised networks take them, and
-    averages and maxima over the patches at each quarter, in running order.
+    """Return the automatic taps of a transformer but for the classifier's input, in running order.
 
-    Within MAX_AUTO_FEATURES; the first quarters are left out before the last.
+    Class tokens of the last blocks are those that linear probes of self-supervised networks take.
+    The first quarters are left out if all have more than MAX_AUTO_FEATURES.
     """
     n_classifier_inputs = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
     with_class_token = [block for block in blocks[-N_LAST_BLOCKS:] if block.has_class_token]
@@ -173,11 +176,10 @@ def _token_taps(nodes: Nodes, blocks: list[Node]) -> list[Tap]:
 
 
 def _stage_taps(nodes: Nodes) -> list[Tap]:
-    """Averages and maxima of the last block at each resolution and a middle one of the last two, in
-    running order.
+    """Return the automatic taps of maps, in running order.
 
-    What the classifier is given is not taken twice: the average of the last map, at most normalised
-    once more, is left out where it has as many values.
+    A last map of as many channels as the classifier has inputs is left out: its average, normalised
+    at most, is the classifier's input, which would be taken twice.
     """
     map_nodes = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
     n_classifier_inputs = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
@@ -196,12 +198,12 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
             if re.fullmatch(re.escape(blocks[-1].name) + r"(\.blocks)?\.\d+", node.name)
         ]
         last_block = blocks[-1]
-        # pooled or resized, no more: its maxima are those of the one before
+        # Only pooled or resized: its maxima are those of the block before.
         if last_blocks and last_block.cost <= last_blocks[-1].cost:
             continue
         last_blocks.append(last_block)
-        # Without a product between the two a middle is the block itself, before its activation, or
-        # the pooled one before it.
+        # A middle block must be separated by products from both ends: else it is the last block
+        # before its activation, or the block before, pooled.
         previous_cost = max(
             (node.cost for node in map_nodes[: map_nodes.index(resolution_nodes[0])]), default=0.0
         )
@@ -211,7 +213,7 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
             if previous_cost < node.cost < last_block.cost
         ]:
             middle_blocks.append(middle_candidates[len(middle_candidates) // 2])
-    # a convolution behind the last block
+    # A convolution follows the last block.
     if stage_ends and _map_extent(stage_ends[-1])[2] != _map_extent(last_blocks[-1])[2]:
         last_blocks.append(stage_ends[-1])
     if last_blocks and _map_extent(last_blocks[-1])[2] == n_classifier_inputs:
@@ -235,7 +237,11 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
 
 
 def _trunk_block_names(maps: list[Node]) -> frozenset[str]:
-    """Return the network's row of blocks: numbered names, most resolutions, nested least."""
+    """Return the names of the network's row of blocks.
+
+    Of the families of names that differ in a number at their end, it is the one of most
+    resolutions, then the least nested.
+    """
     families: dict[str, list[Node]] = {}
     for node in maps:
         if (family := re.sub(r"\d+[a-z]?$", "", node.name)) != node.name:
@@ -253,19 +259,19 @@ def _trunk_block_names(maps: list[Node]) -> frozenset[str]:
 
 
 def _last_blocks(map_nodes: list[Node]) -> list[Node]:
-    """The last block at each resolution, at most five of them, in running order."""
+    """Return the last block at each resolution, at most five of them, in running order."""
     resolutions = list(dict.fromkeys(_map_extent(node)[:2] for node in map_nodes))
     largest = max((height * width for height, width in resolutions), default=0)
     last_blocks = []
     for height, width in resolutions:
-        # The first resolution is edges and colours; a single position is the pooled output, which
-        # pre_logits has.
+        # The first resolution shows edges and colours; a single position is the pooled output,
+        # which is also that of pre_logits.
         if height * width in (largest, 1):
             continue
         resolution_nodes = [node for node in map_nodes if _map_extent(node)[:2] == (height, width)]
         shallowest = min(node.name.count(".") for node in resolution_nodes)
-        # Inside a stage come the first convolutions of the next at the old resolution; whole stages
-        # have shorter names.
+        # A stage begins with convolutions at the resolution of the one before, which must not be
+        # taken for that one's last block. Whole stages have shorter names.
         last_blocks.append(
             [node for node in resolution_nodes if node.name.count(".") == shallowest][-1]
         )
@@ -278,12 +284,13 @@ def _last_blocks(map_nodes: list[Node]) -> list[Node]:
 
 
 def _token_blocks(nodes: Nodes) -> list[Node]:
-    """The blocks of a plain transformer in running order, each by its last value, which is its
-    output; empty for other networks.
+    """Return the outputs of a plain transformer's blocks in running order; none for other networks.
+
+    A block's output is its last node.
     """
     blocks_of_family: dict[str, dict[str, Node]] = {}
     for node in nodes.nodes:
-        # the first number that ends a part of the name: blocks.3.mlp, encoder.encoder_layer_3
+        # The first number that ends a part of the name: blocks.3.mlp, encoder.encoder_layer_3.
         match = re.match(r"(.*?)(\d+)(?=\.|$)", node.name)
         if node.layout == "NTC" and match is not None:
             blocks_of_family.setdefault(match[1], {})[match[2]] = node
@@ -292,6 +299,7 @@ def _token_blocks(nodes: Nodes) -> list[Node]:
 
 
 def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
+    """Return the tap, pooling "vector" if its node is one. Raises BackboneError if it has none."""
     if tap.node in nodes.repeated:
         raise BackboneError(
             f"{backbone_name}: {tap.node} runs more than once in one forward, so it names no "
@@ -337,7 +345,7 @@ def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
 
 
 def _unexplained_tokens_message(tap: Tap, node: Node, backbone_name: str) -> str:
-    """The message for tokens of which nothing says how many are no patches."""
+    """Return the message for tokens of which nothing says how many are not patches."""
     n_tokens = node.shape[0]
     counts = [count for count in range(_MOST_PREFIX_TOKENS + 1) if is_square(n_tokens - count)]
     if counts:
@@ -359,7 +367,7 @@ def _unexplained_tokens_message(tap: Tap, node: Node, backbone_name: str) -> str
 
 
 def _map_extent(node: Node) -> tuple[int, int, int]:
-    """(H, W, C) of a node's output; vectors have one position."""
+    """Return (H, W, C) of a node's output; vectors have one position."""
     if node.layout == "NCHW":
         return node.shape[1], node.shape[2], node.shape[0]
     if node.layout == "NHWC":
@@ -371,7 +379,7 @@ def _map_extent(node: Node) -> tuple[int, int, int]:
 
 
 def _as_map(output: Tensor, node: Node) -> Tensor:
-    """(N, C, H, W), a view."""
+    """Return a view (N, C, H, W) of a node's output."""
     if node.layout == "NHWC":
         return output.permute(0, 3, 1, 2)
     if node.layout == "NTC":

@@ -1,9 +1,8 @@
-"""A cache of the feature sets of backbones, so that a run with nothing to extract need not build
-the network.
+"""A cache of backbones' feature sets: a run with nothing to extract need not build the network.
 
-An entry holds only what would be computed again: the key holds the backbone's spec, its weights
-file's size and time, and the versions of the libraries that build and decode. A unit of work checks
-its network against the specs anyway.
+An entry is found by a key of all that decides it: the backbone's spec, the size and time of its
+weights file, and the versions of the libraries that build and decode. A unit of work checks its
+network against the specs anyway.
 """
 
 import contextlib
@@ -31,12 +30,11 @@ from headrace.extract.spec import (
 
 _FOLDER = "backbones"
 _LIBRARIES = ("torch", "torchvision", "timm", "pillow", "headrace")
-# those that may be absent
-_EXTRA_LIBRARIES = ("transformers", "open_clip_torch", "onnxruntime")
+_EXTRA_LIBRARIES = ("transformers", "open_clip_torch", "onnxruntime")  # which may be absent
 
 
 class FeatureOptions(TypedDict, total=False):
-    """The way features are computed and stored, as `feature_specs` takes it."""
+    """How features are computed and stored, as `feature_specs` takes it."""
 
     dtype: str
     compute_dtype: str
@@ -46,19 +44,18 @@ class FeatureOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TapFeatures:
-    """What the taps of a backbone make."""
+    """The feature sets of a backbone's taps."""
 
     specs: tuple[FeatureSpec, ...]  # tap by tap and within a tap view by view
-    weights_note: str  # what the weights and the network do not have in common; "" for nothing
+    weights_note: (
+        str  # tensors that only the weights or only the network have; "" if there are none
+    )
 
 
 def build_feature_specs(
     spec: BackboneSpec, taps: str | Sequence[str], storing: FeatureOptions
 ) -> TapFeatures:
-    """The feature sets that these taps of a backbone make, from the network itself.
-
-    Raises BackboneError.
-    """
+    """Build the network, and return the feature sets of its taps. Raises BackboneError."""
     from headrace.extract.backbones.backbone import load_backbone
     from headrace.extract.taps.describe import feature_specs
     from headrace.extract.taps.left_out import WeightsWarning, left_out_note
@@ -66,7 +63,7 @@ def build_feature_specs(
 
     backbone = load_backbone(spec)
     with warnings.catch_warnings():
-        # The note says it, to the callers of forked processes and of the next call too.
+        # The note is shown instead: forked processes and the next call can return it too.
         warnings.simplefilter("ignore", WeightsWarning)
         specs = feature_specs(backbone, resolve_taps(backbone, taps), **storing)
     return TapFeatures(specs, left_out_note(backbone))
@@ -80,11 +77,11 @@ def load_feature_specs(
     build: Callable[..., TapFeatures] = build_feature_specs,
     **storing: Unpack[FeatureOptions],
 ) -> TapFeatures:
-    """The feature sets that these taps of a backbone make; see `feature_specs`.
+    """Return the feature sets of a backbone's taps (see `feature_specs`), from the cache if there.
 
-    Read from what the cache remembers; otherwise the network is built, by `build`, which does what
-    `build_feature_specs` does. A backbone from the user's own Python function is always built:
-    nothing says whether its code has changed. Raises BackboneError.
+    Otherwise `build`, which does what `build_feature_specs` does, builds the network. One of the
+    user's own Python function is always built: nothing tells whether its code has changed. Raises
+    BackboneError.
     """
     check_spec(spec)
     cache_path = _spec_cache_path(spec, taps, storing, cache_root)
@@ -104,11 +101,10 @@ def save_feature_specs(
     cache_root: Path,
     **storing: Unpack[FeatureOptions],
 ) -> None:
-    """Keep what `load_feature_specs` found, for the next call.
+    """Write what `load_feature_specs` returned into the cache, if it is not there.
 
-    Apart from it, because a dry run writes nothing.
-
-    A memo that is damaged is written anew; one that cannot be written stops nobody.
+    A function of its own because a dry run writes nothing. A damaged entry is replaced; that one
+    cannot be written is no error.
     """
     cache_path = _spec_cache_path(spec, taps, storing, cache_root)
     if _read_tap_features(cache_path) != features:
@@ -123,11 +119,11 @@ def save_feature_specs(
 
 
 def find_backbone_spec(cache_root: Path, feature: FeatureSpec) -> BackboneSpec | None:
-    """Return the backbone that is recorded to make this feature set; None where none is."""
+    """Return the backbone that the cache names for a feature set, or None."""
     for cache_path in sorted((cache_root / _FOLDER).glob("*.json")):
         cached_features = _read_tap_features(cache_path)
         if cached_features is not None and feature in cached_features.specs:
-            with contextlib.suppress(BackboneError):  # of another version
+            with contextlib.suppress(BackboneError):  # written by another version
                 return backbone_from_fields(read_sealed_json(cache_path.read_bytes())["backbone"])
     return None
 

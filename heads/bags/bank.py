@@ -46,13 +46,10 @@ class BadUnits(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class Units:
-    """Units of some rows: which rows each has, and what it is trained on.
+    """Units of some rows: which rows each has, and what it is trained on."""
 
-    order: (N,) row numbers, unit after unit. offsets: (U + 1,) where in them each unit begins.
-    """
-
-    order: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
+    order: npt.NDArray[np.int64]  # (N,) row numbers, unit after unit
+    offsets: npt.NDArray[np.int64]  # (U + 1,) where each unit begins in `order`, and its length
     data: TrainingData  # target, fold and weight of each unit; X is that of the rows
 
     def rows_of(self, units: Array) -> npt.NDArray[np.int64]:
@@ -62,9 +59,9 @@ class Units:
 
 
 def units_of(data: TrainingData) -> Units:
-    """Return the units of rows. A unit weighs what its rows weigh on average.
+    """Return the units of rows. A unit's weight is the mean weight of its rows.
 
-    Raises BadUnits where there are none, or a unit has several targets or stands in several folds.
+    Raises BadUnits if there are none, or a unit has several targets or rows in several folds.
     """
     if data.unit is None:
         raise BadUnits(
@@ -109,7 +106,7 @@ class BagBank(Bank[BagsSpec]):
     units: Units | None = None
 
     def data(self, fold: int, *, standardize: bool) -> FoldData:
-        """Made once per fold: its means and deviations are those of its training units' rows."""
+        """Return a fold's data, prepared once, scaled by the rows of its training units."""
         if (fold, standardize) not in self.prepared:
             assert self.units is not None
             train = weighted_training_rows(self.rows, self.weight, fold)
@@ -126,8 +123,9 @@ class BagBank(Bank[BagsSpec]):
     def predict_held_out(
         self, spec: BagsSpec, arrays: Arrays, held_out: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.float32], Arrays]:
-        """(n, C) predictions of the held-out units' rows in order, each that of its unit; and what
-        each row weighs in it.
+        """Return predictions (n, C) of the held-out units' rows in order, each that of its unit.
+
+        Also returns the weight of each row in its unit's prediction.
         """
         assert self.units is not None
         assert self.rows.unit is not None
@@ -140,7 +138,7 @@ class BagBank(Bank[BagsSpec]):
 
 
 class _Rows:
-    """Rows of a view by their place in a selection, read when they are asked for."""
+    """Rows of a view by their position in a selection, read when they are indexed."""
 
     def __init__(self, view: Any, rows: npt.NDArray[np.int64]) -> None:
         self.view, self.rows = view, rows
@@ -161,16 +159,14 @@ def fit_bags_bank(
     halving: Halving | None = None,
     precision: Precision = "auto",
 ) -> list[FitResult]:
-    """Train every spec on every fold, and with `refit` on all units; returns the fits spec by spec,
-    REFIT last.
+    """Train every spec on every fold, and with `refit` on all units, as `fit_mlp_bank` does.
 
-    data: X (N, D), in memory or streamed from shards, with the unit of each row. Each fold's heads
-    stop early on the loss of its held-out units and keep their best epoch; REFIT heads train for
-    the mean best epoch of their spec. `validation` has the prediction of its unit for each row; the
-    array `instance_weight` (n_held_out,) what each row weighs in it. precision: of the products of
-    features with first weights, as of `fit_mlp_bank`. A head that fails has an
-    `error`; the others are unaffected. Raises BadUnits, ValueError for features that are not
-    finite.
+    data: X (N, D), in memory or streamed from shards, with the unit of each row. Early stopping is
+    by the loss of the held-out units. `validation` has for each row the prediction of its unit; the
+    array `instance_weight` (n_held_out,) is the weight of each row in it. precision: of products of
+    features with the first weights.
+
+    Raises BadUnits, ValueError for features that are not finite.
     """
     check_specs(specs, "BagsSpec()")
     units = units_of(data)
@@ -214,11 +210,12 @@ def fit_bags_bank(
 
 
 def _raw_arrays(parameters: Arrays, data: FoldData) -> Arrays:
-    """The parameters of a head for raw features and targets: their standardisation folded in."""
+    """Return a head's parameters for raw features and targets: standardisation is folded in."""
     arrays = {name: value.astype(np.float64) for name, value in parameters.items()}
     n_hidden = max(int(name[6:]) for name in arrays if name.startswith("weight"))
-    # Weights of a unit's rows sum to one and scales are positive, so that pooling standardised
-    # features is standardising pooled ones.
+    # The layers that read features. Without hidden layers the last one does so too, of pooled
+    # features: weights of a unit's rows sum to one and scales are positive, so that pooling
+    # standardised features is standardising pooled ones.
     readers = (
         [("weight0", "bias0")]
         if n_hidden

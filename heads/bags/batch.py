@@ -2,9 +2,8 @@
 
 K heads, D features, H hidden values, A attention width, C outputs, B units of a minibatch, R rows
 in them. Rows come last: hidden values are (K, H, R), weights (K, out, in). The first layer of all
-heads is one product of (K·H, D) by (D, R), the others are batched products. Rows of a unit stand
-next to one another, and units of one row and of 20,000 cost what their rows cost: nothing is
-padded.
+heads is one product of (K·H, D) by (D, R), the others are batched products. The rows of a unit are
+next to each other, and nothing is padded: a unit costs what its rows cost, be it one or 20,000.
 """
 
 import itertools
@@ -28,27 +27,23 @@ from headrace.heads.networks.mlp_batch import (
     product,
 )
 
-# Rows of whole units that are evaluated together, one unit at least.
+# Whole units of so many rows are evaluated together, one unit at least.
 EVALUATION_ROWS = 4096
-# Heads whose hidden values of a minibatch take so much go through a step together on a CPU, one at
-# least. Measured with 32 heads, units of 40 and of 225 rows: 2 MB takes 1.3 and 1.4 times as long,
-# 64 MB 1.03 and 1.06 times.
+# On a CPU, so many heads make a step together that their hidden values of a minibatch take this
+# much, one at least. Measured with 32 heads, units of 40 and of 225 rows: with 2 MB steps take 1.3
+# and 1.4 times as long, with 64 MB 1.03 and 1.06 times.
 CACHED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class BagRows(Rows):
-    """What the heads see of the data: targets and weights are those of `n` units.
+    """What the heads see of the data: targets and weights are those of `n` units."""
 
-    instances: (N,) row numbers of `features`, unit after unit. offsets: (n + 1,) where in them each
-    unit begins, and the end.
-    """
-
-    instances: npt.NDArray[np.int64] | None = None
-    offsets: npt.NDArray[np.int64] | None = None
+    instances: npt.NDArray[np.int64] | None = None  # (N,) rows of `features`, unit after unit
+    offsets: npt.NDArray[np.int64] | None = None  # (n + 1,) where units begin in it, and its length
 
     def bags(self, units: npt.NDArray[np.int64]) -> tuple[Tensor, "Membership"]:
-        """Return (R, D) float32 standardised features of the units' rows, and whose they are."""
+        """Return standardised rows (R, D) float32 of some units, and the unit of each row."""
         assert self.instances is not None
         assert self.offsets is not None
         bounds = zip(self.offsets[units], self.offsets[units + 1], strict=True)
@@ -62,7 +57,7 @@ class BagRows(Rows):
 
 
 class Membership(NamedTuple):
-    """Whose the R rows of a minibatch of B units are, which stand unit after unit."""
+    """The unit of each of the R rows of a minibatch of B units; they come unit after unit."""
 
     sizes: Tensor  # (B,) int64
     unit_of_row: Tensor  # (R,) int64
@@ -72,8 +67,9 @@ class Membership(NamedTuple):
 def initial_parameters(
     spec: BagsSpec, n_features: int, n_outputs: int
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Return a head's first parameters by name: torch.nn.Linear's distribution, uniform within
-    ±1/sqrt(in), from a generator that depends on the seed alone.
+    """Return a head's first parameters by name, from a generator of the seed alone.
+
+    As torch.nn.Linear does: uniform within ±1/sqrt(in).
     """
     generator = np.random.default_rng([spec.seed, 0])
     parameters: dict[str, npt.NDArray[np.float32]] = {}
@@ -90,7 +86,7 @@ def initial_parameters(
     if spec.pooling == "attention":
         draw("tanh_weight", "tanh_bias", widths[-1], spec.attention_width)
         draw("sigmoid_weight", "sigmoid_bias", widths[-1], spec.attention_width)
-        # Its bias would move all logits of a unit alike.
+        # Without a bias, which would move all logits of a unit alike.
         draw("attention", None, spec.attention_width, 1)
     draw(f"weight{len(spec.hidden)}", f"bias{len(spec.hidden)}", widths[-1], n_outputs)
     return parameters
@@ -113,8 +109,8 @@ class BagBatch:
         starts = [
             initial_parameters(spec, int(rows.features.shape[1]), rows.outputs) for spec in specs
         ]
-        # Parameters divided by their head's learning rate: a step of AdamW is then the same for
-        # every rate, and one fused call does it for all heads.
+        # Parameters divided by their head's learning rate: an AdamW step is then the same for every
+        # rate, and one fused call makes it for all heads.
         self.parameters_over_rate = {
             name: torch.from_numpy(
                 np.stack([start[name] for start in starts])
@@ -138,7 +134,7 @@ class BagBatch:
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, 1, 1)
 
-        # Heads of one seed and share leave the same values out: each such mask is made once.
+        # Heads of equal seed and dropout leave the same values out: their mask is made once.
         levels = [min(255, round(256 * spec.dropout)) for spec in self.specs]
         mask_keys = [
             (spec.seed if level else self.specs[0].seed, level)
@@ -166,7 +162,7 @@ class BagBatch:
         return len(self.specs)
 
     def keep(self, heads: Sequence[int]) -> None:
-        """Drop every head that is not listed: its share of all further work is gone."""
+        """Drop every head that is not listed, and its share of all further work."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
         for tensors in (
             self.parameters_over_rate,
@@ -191,8 +187,9 @@ class BagBatch:
     def train_epoch(
         self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
     ) -> npt.NDArray[Any]:
-        """One pass over the training units `order` (n,); returns the mean training loss of each
-        head (K,) float64, taken before each step. Not finite for a head that diverged.
+        """Train on the units `order` (n,) once; return mean losses (K,) float64.
+
+        Losses are taken before each step; that of a head that diverged is not finite.
         """
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         for start in range(0, len(order), batch_size):
@@ -240,7 +237,7 @@ class BagBatch:
         heads: slice,
         masks: list[Tensor],
     ) -> Tensor:
-        """(k, C, B) decisions of some heads for units whose rows are `batch` (R, D).
+        """Return decisions (k, C, B) of some heads for units whose rows are `batch` (R, D).
 
         masks: of each hidden layer (M, H, R), 0 for values that are left out.
         """
@@ -260,7 +257,7 @@ class BagBatch:
         return torch.bmm(weight, pooled.expand(len(weight), -1, -1)) + bias.unsqueeze(2)
 
     def _pool(self, hidden: Tensor, members: Membership, parameters: dict[str, Tensor]) -> Tensor:
-        """(K or 1, H, B) of hidden values (K, H, R), or of features (H, R) that all heads share."""
+        """Pool hidden values (K, H, R), or features (H, R) of all heads, to (K or 1, H, B)."""
         by_head = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
         if self.specs[0].pooling == "max":
             bags = torch.split_with_sizes(by_head, members.sizes.tolist(), 2)
@@ -276,14 +273,14 @@ class BagBatch:
             largest = lowest.scatter_reduce(2, places, logits.detach(), "amax")
             weights = torch.exp(logits - largest.gather(2, places))
             weights = weights / (weights @ members.one_hot).gather(2, places)
-        # A product with rows' weights in their units' columns: as few flops beside the layers' as a
-        # minibatch has units beside features, and one call for all units.
+        # One product for all units, with each row's weight in its unit's column. Beside the layers
+        # it costs as little as a minibatch has units beside features.
         columns = weights.transpose(1, 2) * members.one_hot  # (K or 1, R, B)
         n_heads = max(len(by_head), len(columns))
         return torch.bmm(by_head.expand(n_heads, -1, -1), columns.expand(n_heads, -1, -1))
 
     def _step(self, units: npt.NDArray[np.int64]) -> Tensor:
-        """One AdamW step of every head; returns the summed loss (K,) float64 of this minibatch."""
+        """Make one AdamW step of every head; return this minibatch's summed losses (K,) float64."""
         index = torch.from_numpy(units).to(self.device)
         batch, members = self.rows.bags(units)
         batch = batch.to(self.dtype)
@@ -329,12 +326,12 @@ class BagBatch:
 
 
 class _HiddenLayer(torch.autograd.Function):
-    """relu(weight values + bias) of weights (K, out, in) and values (K, in, R), or rows (in, R)
-    that all heads share and that need no gradient; float32, multiplied in `dtype`.
+    """relu(weight values + bias) of weights (K, out, in) and values (K, in, R).
 
-    masks: (out, R) of each head, or none, 0 for values that are left out and else what the others
-    are multiplied with, which is `scale` (K, 1, 1). Its slope needs no mask: a value that is left
-    out is 0. Autograd's own takes twice as many passes over the values.
+    Values may be rows (in, R) that all heads share and that need no gradient. The result is
+    float32, multiplied in `dtype`. masks: (out, R) of each head, or none: 0 for values that are
+    left out, for the others their factor `scale` (K, 1, 1). The derivative needs no mask, because a
+    value that is left out is 0. Autograd's own takes twice as many passes over the values.
     """
 
     @staticmethod
@@ -371,9 +368,10 @@ class _HiddenLayer(torch.autograd.Function):
 
 
 class _GatedLogits(torch.autograd.Function):
-    """Logits (K, 1, R) a' (tanh(V h + b) * sigmoid(U h + c)) of hidden values (K, H, R), or rows
-    (H, R) that all heads share and that need no gradient. Autograd's own takes three times as many
-    passes over the values.
+    """Logits (K, 1, R) a' (tanh(V h + b) * sigmoid(U h + c)) of hidden values h (K, H, R).
+
+    These may be rows (H, R) that all heads share and that need no gradient. Autograd's own takes
+    three times as many passes over the values.
     """
 
     @staticmethod
@@ -388,7 +386,7 @@ class _GatedLogits(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         hidden = hidden.to(dtype)
-        # tanh(x) is 2 sigmoid(2 x) - 1; torch's own takes ten times as long on a CPU
+        # tanh(x) is 2 sigmoid(2 x) - 1; torch's own tanh takes ten times as long on a CPU.
         weight = torch.cat([2 * tanh_weight, sigmoid_weight], 1).to(dtype)
         bias = torch.cat([2 * tanh_bias, sigmoid_bias], 1)
         values = _multiply(weight, hidden).float().add_(bias.unsqueeze(2)).sigmoid_()
@@ -421,8 +419,9 @@ class _GatedLogits(torch.autograd.Function):
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """(K, n, m) of (K, n, R) and (K, R, m), or (R, m) for all heads: one product, by the faster
-    library of the two.
+    """Multiply (K, n, R) by (K, R, m), or by (R, m) for all heads, to (K, n, m).
+
+    The latter is one product, by `product`, which takes the faster library.
     """
     if right.dim() == 3:
         return torch.bmm(left, right)

@@ -1,4 +1,4 @@
-"""Heads on bags of images: their settings, and what the rest of headrace has to know of them."""
+"""Heads on bags of images: their settings, and what banks ask of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class BagsSpec:
 
 
 def fit_bags(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
-    """Train a bank; torch is imported when a bank is trained."""
+    """Train a bank. Torch is imported here, when a bank is trained."""
     import torch
 
     from headrace.heads.bags.bank import fit_bags_bank
@@ -85,7 +85,7 @@ def predict_bags(
     task_kind: TaskKind,
     temperature: float,
 ) -> tuple[Floats, Floats]:
-    """Return (n, C) predictions of rows X (n, D) by their units, and (n,) what each row weighs."""
+    """Return predictions (n, C) of the units of rows X (n, D), and the weights (n,) of rows."""
     from headrace.heads.bags.pooling import predict_units
 
     return predict_units(spec, arrays, X, unit, task_kind, temperature)

@@ -1,7 +1,7 @@
 """Prediction of units from a head's stored arrays, with NumPy alone.
 
-N rows, U units, D features, H hidden values, A attention width, C outputs. Rows of a unit may stand
-anywhere; units differ in size, and nothing is padded: rows are sorted by unit, and sums and maxima
+N rows, U units, D features, H hidden values, A attention width, C outputs. Rows of a unit may be
+anywhere. Units differ in size, and nothing is padded: rows are sorted by unit, and sums and maxima
 are taken over runs of them.
 """
 
@@ -29,11 +29,11 @@ def predict_units(
     task_kind: TaskKind,
     temperature: float = 1.0,
 ) -> tuple[Floats, Floats]:
-    """Return (N, C) predictions, each row with that of its unit, and (N,) what each row weighs in
-    its unit's: weights that sum to 1 over a unit.
+    """Return predictions (N, C), of each row that of its unit, and the rows' weights (N,) in them.
 
-    X: (N, D), an array or what gives rows by their numbers. unit: (N,) any labels. The weight of a
-    maximum is the share of hidden values that are the row's. Empty X gives empty arrays.
+    Weights sum to 1 over a unit; with pooling max, that of a row is the share of hidden values that
+    are its own. X: (N, D), an array or an object that is indexed by row numbers. unit: (N,) any
+    labels. Empty X gives empty arrays.
     """
     n_outputs = len(arrays[f"bias{len(spec.hidden)}"])
     predicted = np.empty((len(X), n_outputs), np.float32)
@@ -50,13 +50,13 @@ def predict_units(
 
 
 def _blocks(unit: Array) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
-    """Yield row numbers of whole units, sorted by unit, and where in them each unit starts."""
+    """Yield row numbers of whole units, sorted by unit, and the place where each unit starts."""
     codes = np.unique(np.asarray(unit), return_inverse=True)[1]
     order = np.argsort(codes, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(codes))])
     first = 0
     while first < len(offsets) - 1:
-        # Whole units, one at least.
+        # At most ROWS_AT_ONCE rows, but one unit at least.
         last = int(np.searchsorted(offsets, offsets[first] + ROWS_AT_ONCE, side="right")) - 1
         last = max(last, first + 1)
         yield order[offsets[first] : offsets[last]], offsets[first:last] - offsets[first]
@@ -73,7 +73,7 @@ def _hidden(spec: BagsSpec, arrays: Arrays, rows: Floats) -> Floats:
 def _pooled(
     spec: BagsSpec, arrays: Arrays, hidden: Floats, starts: Array, sizes: Array
 ) -> tuple[Floats, Floats]:
-    """Return (U, H) pooled hidden values (n, H), and what each row weighs in them, (n,)."""
+    """Return pooled hidden values (U, H) of `hidden` (n, H), and the weights (n,) of rows."""
     if spec.pooling == "max":
         pooled = np.maximum.reduceat(hidden, starts, axis=0)
         is_largest = hidden == np.repeat(pooled, sizes, axis=0)

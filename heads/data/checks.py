@@ -1,4 +1,4 @@
-"""What every bank asks of its features before it starts."""
+"""Checks of features, specs and weights that every bank makes before it starts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +8,17 @@ import numpy.typing as npt
 
 from headrace.cache.errors import HeadraceError
 
-# Weights that a bank can tell from nothing and from everything: below, products with features
-# vanish in float32; above, no digit is left for the penalty and the other rows.
+# Smaller weights vanish in products with float32 features; larger ones leave no digit for the
+# penalty and the other rows.
 LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e15
 
 
 class BadFeatures(HeadraceError, ValueError):
-    """The features cannot be one head's input."""
+    """The features cannot be the input of a head."""
 
 
 def check_finite(X: npt.NDArray[Any]) -> None:
-    """Raise BadFeatures naming the first row of X (…, N, D) that is NaN or infinite."""
+    """Raise BadFeatures naming the first row of X (…, N, D) with NaN or infinity."""
     flat_rows = X.reshape(-1, X.shape[-1])
     for first_row in range(0, len(flat_rows), 8192):
         is_bad = ~np.isfinite(flat_rows[first_row : first_row + 8192]).all(1)
@@ -31,7 +31,7 @@ def check_finite(X: npt.NDArray[Any]) -> None:
 
 
 def check_specs(specs: Sequence[object], example: str) -> None:
-    """Raises ValueError where there is no head to train; `example` is what one is written like."""
+    """Raise ValueError if there are no specs; `example` is the code of one, for the message."""
     if not len(specs):
         raise ValueError(
             "specs is empty, so that there is no head to train: give at least one, such as "
@@ -40,10 +40,10 @@ def check_specs(specs: Sequence[object], example: str) -> None:
 
 
 def row_weights(sample_weight: npt.NDArray[Any] | None, n_rows: int) -> npt.NDArray[np.float64]:
-    """(n,) float64 weights, ones where none are given.
+    """Return the weights as (n,) float64, ones for None.
 
-    Raises ValueError naming the first weight that is not finite, is negative, or is too small or
-    too large to count.
+    Raises ValueError for weights that are negative or not finite, and naming the first one beyond
+    LEAST_WEIGHT..MOST_WEIGHT.
     """
     weight_of_row = (
         np.ones(n_rows) if sample_weight is None else np.asarray(sample_weight, np.float64)

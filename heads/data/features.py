@@ -26,13 +26,16 @@ def load_rows(
     spatial: bool = False,
     side: SideColumns | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Features of the rows that have them, and which those are.
+    """Load the features of N rows; return X, and which rows have features, (N,) bool with n true.
 
-    Returns X (n, D) float32, or (V, n, D) where there are several views, and kept (N,) bool with n
-    true: a row whose image could not be decoded has no features in any set. spatial: keep the
-    positions, (n, channels, h, w). side: of the N rows, to stand behind the features. Raises
-    BadFeatures for a feature that is NaN or infinite, naming the feature set and the row; for parts
-    with other views or positions; CacheError (from the cache) for a row that was never extracted.
+    X is float32 (n, D), or (V, n, D) with several views. Rows whose images could not be decoded
+    have no features.
+
+    spatial: keep the positions: (n, channels, h, w).
+    side: side columns of the N rows, appended to the features.
+
+    Raises BadFeatures for NaN and infinity, naming the feature set and the row, and for feature
+    sets with different views or positions; CacheError for a row that was never extracted.
     """
     view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
     column_parts = [
@@ -54,7 +57,7 @@ def stream_rows(
     spatial: bool = False,
     side: SideColumns | None = None,
 ) -> tuple[Streamed, npt.NDArray[np.bool_]]:
-    """As `load_rows`, but nothing is loaded: banks read rows from the shards when needed."""
+    """Do as `load_rows` without loading: banks read rows from the shards when they need them."""
     view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
     streamed_rows = Streamed(view_groups, content_hashes[is_kept], spatial=spatial)
     streamed_rows.check_finite()
@@ -64,7 +67,7 @@ def stream_rows(
 
 
 def loaded_bytes(features: Sequence[FeatureSet], n_rows: int) -> int:
-    """What `load_rows` of so many rows would take in memory."""
+    """Return the bytes of memory that `load_rows` needs for so many rows."""
     return sum(
         n_rows * math.prod(feature.spec.shape) * np.dtype(np.float32).itemsize
         for feature in features
@@ -77,7 +80,7 @@ def _opened(
     *,
     spatial: bool,
 ) -> tuple[list[list[FeatureSet]], npt.NDArray[np.bool_]]:
-    """Return the feature sets, views of one tap together, and which rows all of them have."""
+    """Return the feature sets, grouped by tap, and which rows have features in all of them."""
     feature_sets = [
         feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
         for feature in features
@@ -114,7 +117,7 @@ def _opened(
 def rows_with_features(
     features: Sequence[FeatureSet | Path | str], content_hashes: npt.NDArray[np.bytes_]
 ) -> npt.NDArray[np.bool_]:
-    """(N,) false for rows that some feature set has recorded as failed."""
+    """Return (N,) bool, False for rows that some feature set has recorded as failed."""
     has_features = np.ones(len(content_hashes), np.bool_)
     for feature in features:
         feature_set = feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
@@ -126,12 +129,12 @@ def rows_with_features(
 
 
 def tap_widths(feature_sets: Sequence[FeatureSet]) -> list[int]:
-    """Return the features of each tap, in the order of the columns; views of a tap are one."""
+    """Return the number of features of each tap, in the order of the columns."""
     return [math.prod(views[0].spec.shape) for views in _by_columns(feature_sets)]
 
 
 def _by_columns(feature_sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:
-    """Feature sets grouped by everything but the view, each group in the order of its views."""
+    """Return the feature sets grouped by everything but the view, each group a tap's views."""
     view_groups: dict[str, list[FeatureSet]] = {}
     for feature in feature_sets:
         column_key = dataclasses.replace(feature.spec, view="").to_json()
@@ -142,13 +145,13 @@ def _by_columns(feature_sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:
 def _columns(
     views: list[FeatureSet], content_hashes: npt.NDArray[np.bytes_], *, spatial: bool
 ) -> npt.NDArray[np.float32]:
-    """(V, n, D) or (V, n, channels, h, w)."""
+    """Return the rows of one tap, (V, n, D) or (V, n, channels, h, w)."""
     view_rows: list[npt.NDArray[Any]] = []
     for feature in views:
         feature_rows = feature.load(content_hashes, np.float32)
         flat_rows = feature_rows.reshape(len(feature_rows), math.prod(feature_rows.shape[1:]))
-        # A sum is finite only if every value is, or close to it: one pass without a temporary of
-        # the whole matrix.
+        # If the sum is finite, every value is: one pass, without a temporary array as large as the
+        # matrix.
         with np.errstate(over="ignore", invalid="ignore"):
             is_suspicious = not np.isfinite(flat_rows.sum(dtype=np.float64))
         if is_suspicious:

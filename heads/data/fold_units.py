@@ -1,15 +1,15 @@
-"""The units of a fold beside those that all folds share: scales, and what stands for a missing
-number.
+"""The units of each fold, its feature scales and imputed values, relative to common units.
 
 D features, K numbers that some rows lack.
 
-Folds share one copy of the rows, z (D,) in common units. A head of fold f is penalised for its
-weights in the units of its own training rows: features over their deviation there, and missing
-numbers at the mean of the values there. Both are linear: a number's column v is 0 where the number
-is missing, and the next column m is 1 there, so that v + fill m is the imputed number. In common
-units, with c = fill s_m / s_v and the ratio r (D,) of the fold's scales to the common ones, the row
-is z R^-1, (z_v + c z_m) / r_v and z / r elsewhere; weights w for z are R w in the fold's units,
-r_m (w_m - c w_v) and r w elsewhere. So folds differ in the penalty |R w|^2 and in nothing else.
+All folds share one copy of the rows, z (D,) in common units. A head of fold f is penalized for its
+weights in the units of its own training rows: features are divided by their deviation there, and
+missing numbers are imputed by the mean there. Both are linear: a number's column v is 0 where the
+number is missing, and the next column m is 1 there, so v + fill m is the imputed number. With the
+scales s of the common units, c = fill s_m / s_v, and the ratio r (D,) of the fold's scales to the
+common ones, a row in the fold's units is z R^-1: (z_v + c z_m) / r_v for an imputed number, z / r
+otherwise. Weights w for z are R w in the fold's units: r_m (w_m - c w_v), and r w otherwise. So
+folds differ only in the penalty |R w|^2.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class FoldUnits:
-    """R of a fold. Methods take and return (…, D)."""
+    """The matrix R of a fold. Methods take and return (…, D)."""
 
     ratio: Array  # r (D,); infinite for a feature that is left out
-    numbers: npt.NDArray[np.intp]  # (K,) the columns v
+    numbers: npt.NDArray[np.intp]  # (K,) the columns v of the numbers that some rows lack
     fills: Array  # c (K,)
 
     def rows(self, common: Array) -> Array:
-        """Return rows z R^-1, and gradients of weights R w from those of w."""
+        """Return rows z R^-1. The same product converts gradients for w to those for R w."""
         rows = common / self.ratio
         rows[..., self.numbers] += common[..., self.numbers + 1] * (
             self.fills / self.ratio[self.numbers]
@@ -45,7 +45,7 @@ class FoldUnits:
         return np.asarray(rows)
 
     def weights(self, common: Array) -> Array:
-        """Return R w: whose square is penalised."""
+        """Return R w, whose square is penalized."""
         weights = common * self.ratio
         weights[..., self.numbers + 1] -= common[..., self.numbers] * (
             self.fills * self.ratio[self.numbers + 1]
@@ -53,7 +53,7 @@ class FoldUnits:
         return np.asarray(weights)
 
     def common_weights(self, weights: Array) -> Array:
-        """Invert `weights`."""
+        """Return w from R w."""
         common = weights / self.ratio
         common[..., self.numbers + 1] += common[..., self.numbers] * self.fills
         return np.asarray(common)
@@ -68,7 +68,10 @@ class FoldUnits:
         return np.asarray(gradient)
 
     def columns(self, start: int, stop: int) -> "FoldUnits":
-        """Return the units of some columns; a number without its next column is not imputed."""
+        """Return the units of the columns from start to stop.
+
+        A number whose next column is not among them is not imputed.
+        """
         inside = (start <= self.numbers) & (self.numbers + 1 < stop)
         return FoldUnits(self.ratio[start:stop], self.numbers[inside] - start, self.fills[inside])
 
@@ -82,16 +85,18 @@ def fold_units(
     constant_ratio: float = 1.0,
     dtype: Any = np.float64,
 ) -> FoldUnits:
-    """Return the units of a fold with the given scales (D,) of features beside the common ones.
+    """Return the units of a fold.
 
-    constant_ratio: of features that are constant in either's rows.
+    fold, common: moments of the fold's training rows and of the rows of the common units.
+    fold_scale, common_scale: their scales (D,).
+    constant_ratio: the ratio of features that are constant in the rows of either.
     """
     is_constant = fold.constant | common.constant
     ratio = np.where(is_constant, constant_ratio, fold_scale / common_scale)
     numbers = np.array(list(fold.fills), np.intp)
     scale = np.broadcast_to(common_scale, is_constant.shape)
     fills = np.array(list(fold.fills.values())) * scale[numbers + 1] / scale[numbers]
-    # Those have no weight: they are 0 in common units.
+    # A constant column is 0 in common units and has no weight, so there is nothing to impute.
     fills[common.constant[numbers] | common.constant[numbers + 1]] = 0
     return FoldUnits(ratio.astype(dtype), numbers, fills.astype(dtype))
 
@@ -99,7 +104,9 @@ def fold_units(
 def fold_moments(data: TrainingData) -> dict[int, Moments]:
     """Return the moments of each fold's training rows, and of all rows under REFIT.
 
-    The deviations of numbers that some rows lack are those of the imputed values. Raises NotFinite.
+    The deviations of numbers that some rows lack are those of the imputed values.
+
+    Raises NotFinite.
     """
     scaling = training_moments(group_moments(data.X, np.asarray(data.fold, np.int64)))
     numbers = imputed_numbers(data.side)
@@ -114,8 +121,8 @@ def fold_moments(data: TrainingData) -> dict[int, Moments]:
         inputs = side[data.training_rows(fold) % len(side)]
         fills = fold_fills(inputs, n_features, numbers)
         squares = moments.squares.copy()
-        # Without a missing number in the training rows the column is no constant to be left out:
-        # its weight for other rows is fill times the number's.
+        # A column m that is 0 in all training rows of the fold is not left out as a constant: in
+        # other rows its weight is fill times that of the number. It gets the deviation of all rows.
         squares[is_missing] = np.where(
             squares[is_missing] == 0, variance * moments.count, squares[is_missing]
         )

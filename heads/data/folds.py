@@ -1,4 +1,4 @@
-"""Which rows a head trains on: folds and the test split, stratified, grouped, or as given.
+"""Folds and the test split: stratified, grouped, or as given.
 
 Everything is deterministic in the seed. A stratum is a class; for multi-label targets the row's
 rarest label, for regression a quantile of the target.
@@ -13,8 +13,9 @@ import numpy.typing as npt
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import TEST, TRAIN_ONLY
 
-REGRESSION_STRATA = 10  # quantiles of the target that folds have in equal shares
+REGRESSION_STRATA = 10  # quantiles of the target, from which folds get equal shares of rows
 
+# {usual name of a side of a split: value of `Task.fold`}
 GIVEN_NAMES = {
     "train": TRAIN_ONLY,
     "training": TRAIN_ONLY,
@@ -27,16 +28,19 @@ GIVEN_NAMES = {
 
 
 class BadSplit(HeadraceError, ValueError):
-    """The rows cannot be split as asked."""
+    """The rows cannot be split as the options say."""
 
 
 def strata(target: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """(N,) the stratum of each row. target: (N,) integers or text: its class; (N, L) integers: the
-    rarest label that the row has; floating point, (N,) or (N, L): the decile of the first column.
+    """Return the stratum of each row, (N,) int64.
+
+    target: (N,) integers or text: the stratum is the class; (N, L) integers: the rarest label that
+    the row has; floating point, (N,) or (N, L): the decile of the first column.
     """
     target_values = np.asarray(target)
     if np.issubdtype(target_values.dtype, np.floating):
         first_column = target_values.reshape(len(target_values), -1)[:, 0]
+        # Ranks, not values, so that equal values and outliers leave the strata equally large.
         value_ranks = np.argsort(np.argsort(first_column, kind="stable"), kind="stable")
         return np.asarray(
             value_ranks
@@ -61,14 +65,18 @@ def make_folds(
     groups: npt.NDArray[Any] | None = None,
     given: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[np.int16]:
-    """(N,) int16: the fold in which each row is held out.
+    """Return the fold in which each row is held out, (N,) int16.
 
-    given: used as it is: integers 0…F-1 (with TEST and TRAIN_ONLY), or names, where train/val/test
-    and their usual spellings mean what they say and any other names are folds in sorted order.
-    groups: no group is in two folds. A class with fewer rows (or groups) than folds is missing from
-    the validation part of some folds; every row is still held out exactly once, and it trains in
-    all the other folds. Raises BadSplit when fewer than two rows or groups per fold structure make
-    that impossible.
+    given: a column of folds to use as it is: integers 0…F-1 (with TEST and TRAIN_ONLY), or names,
+    of which train/val/test and their usual spellings are sides of a split, and all others folds in
+    sorted order.
+    groups: (N,); no group is in two folds.
+
+    A class with fewer rows (or groups) than folds is missing from the held-out rows of some folds;
+    every row is still held out exactly once, and trains in all other folds.
+
+    Raises BadSplit for fewer rows or groups than folds, and for names or numbers in `given` that do
+    not go together.
     """
     if given is not None:
         return _given_folds(np.asarray(given))
@@ -85,8 +93,9 @@ def make_folds(
             f"{len(stratum_of_row)} rows cannot make {n_folds} folds: use at most "
             f"{len(stratum_of_row)} folds, or add images."
         )
-    # Deal the shuffled rows like cards, class after class without starting over, so that both the
-    # folds and the classes within them differ by at most one row.
+    # The shuffled rows are dealt to the folds in turn, class after class. The next class goes on
+    # with the fold after the last one, so both the folds and their classes differ by at most one
+    # row.
     shuffled_rows = np.random.default_rng(seed).permutation(len(stratum_of_row))
     dealt_rows = shuffled_rows[np.argsort(stratum_of_row[shuffled_rows], kind="stable")]
     fold_of_row = np.empty(len(stratum_of_row), np.int16)
@@ -97,10 +106,11 @@ def make_folds(
 def split_test(
     target: npt.NDArray[Any], *, fraction: float, seed: int, groups: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[np.bool_]:
-    """(N,) bool: the rows of the test split, about `fraction` of every class (at least one row of
-    each class trains).
+    """Return which rows are test rows, (N,) bool: about `fraction` of every class.
 
-    groups: whole groups go to one side. Raises BadSplit when a side would be empty.
+    At least one row of each class trains. groups: (N,); all rows of a group go to one side.
+
+    Raises BadSplit when a side would be empty.
     """
     if not 0 < fraction < 1:
         raise BadSplit(f"test fraction {fraction}: give a number between 0 and 1, such as 0.25")
@@ -113,8 +123,8 @@ def split_test(
         stratum_counts = np.bincount(stratum_of_row)
         wanted_counts = stratum_counts * fraction
         taken_counts = np.floor(wanted_counts).astype(np.int64)
-        # Largest remainders make up the total, so that 25 % of 40 classes of 3 is 30 rows and not
-        # 0.
+        # Method of largest remainders: the classes with the largest rounding errors get the rows
+        # that are missing from the total. 25 % of 40 classes of 3 rows are then 30 rows, not 0.
         n_missing = round(wanted_counts.sum()) - taken_counts.sum()
         taken_counts[np.argsort(taken_counts - wanted_counts, kind="stable")[:n_missing]] += 1
         taken_counts = np.minimum(taken_counts, np.maximum(stratum_counts - 1, 0))
@@ -183,9 +193,8 @@ def _grouped_folds(
             f"{n_groups} groups cannot make {n_folds} folds: use at most {n_groups} folds, or a "
             "finer group column."
         )
-    # scikit-learn refuses when every class has fewer rows than folds, and warns when one has; a
-    # class that is missing from a fold is fine here, so it is shown one stratum for all the small
-    # classes together.
+    # scikit-learn raises an error if every class has fewer rows than folds, and warns if one has. A
+    # class may be missing from a fold here, so it gets all small classes as one stratum.
     stratum_counts = np.bincount(stratum_of_row)
     shown_stratum = np.where(stratum_counts[stratum_of_row] >= n_folds, stratum_of_row + 1, 0)
     if (shown_stratum == 0).sum() < n_folds:
@@ -202,7 +211,8 @@ def _grouped_folds(
             splitter.split(np.zeros(len(stratum_of_row)), shown_stratum, groups)
         ):
             fold_of_row[held_out] = fold_number
-    # its greedy balance left a fold empty: deal the groups instead
+    # Its greedy balance may leave a fold empty. Then the groups are dealt to the folds in turn, the
+    # largest first.
     if len(np.unique(fold_of_row)) < n_folds:
         group_of_row = np.unique(groups, return_inverse=True)[1]
         group_sizes = np.bincount(group_of_row)
@@ -219,19 +229,19 @@ def _grouped_test(
     fraction: float,
     random_generator: np.random.Generator,
 ) -> npt.NDArray[np.bool_]:
-    """Greedy: a group goes to the test side where that brings the classes nearer to their share.
+    """Return which rows are test rows, chosen greedily by group.
 
-    Large groups first, because they are the hard ones to place; equal sizes in random order. Where
-    strata are so fine that no group helps any (numbers, few groups), groups that upset them least
-    make up half of the share at least.
+    A group becomes a test group if that brings the counts of the strata nearer to their share.
     """
     group_of_row = np.unique(groups, return_inverse=True)[1]
+    # Rows of each group in each stratum.
     group_table = np.zeros((group_of_row.max(initial=-1) + 1, stratum_of_row.max(initial=-1) + 1))
     np.add.at(group_table, (group_of_row, stratum_of_row), 1)
     wanted_counts = group_table.sum(0) * fraction
     taken_counts = np.zeros_like(wanted_counts)
     is_test_group = np.zeros(len(group_table), np.bool_)
     shuffled_groups = random_generator.permutation(len(group_table))
+    # Large groups first, because they are harder to place; equal sizes in random order.
     for group in shuffled_groups[np.argsort(-group_table[shuffled_groups].sum(1), kind="stable")]:
         if (
             np.abs(taken_counts + group_table[group] - wanted_counts).sum()
@@ -239,15 +249,17 @@ def _grouped_test(
         ):
             is_test_group[group] = True
             taken_counts += group_table[group]
+    # With few groups and fine strata (deciles of a number) perhaps no group brings them nearer.
+    # Then those that change the counts least are taken, up to half of the share.
     while 2 * taken_counts.sum() < wanted_counts.sum():
         free_groups = shuffled_groups[~is_test_group[shuffled_groups]]
         sizes = group_table[free_groups].sum(1)
-        # none that would take more than it lacks twice over
+        # None that is larger than twice the missing rows.
         free_groups = free_groups[sizes <= 2 * (wanted_counts.sum() - taken_counts.sum())]
         if not len(free_groups):
             break
-        upset = np.abs(taken_counts + group_table[free_groups] - wanted_counts).sum(1)
-        group = free_groups[upset.argmin()]
+        deviation = np.abs(taken_counts + group_table[free_groups] - wanted_counts).sum(1)
+        group = free_groups[deviation.argmin()]
         is_test_group[group] = True
         taken_counts += group_table[group]
     if not is_test_group.any() and len(group_table) > 1:

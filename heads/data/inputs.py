@@ -1,4 +1,4 @@
-"""What the linear banks ask of their arguments."""
+"""Checks of the training data of linear banks."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from headrace.heads.data.training_data import TrainingData
 
 
 def check_rows(data: TrainingData) -> None:
-    """Raise ValueError where shapes, labels or weights do not fit (not for bad features)."""
+    """Raise ValueError if shapes, labels or weights do not fit; features may still be NaN."""
     X, target, n_classes, fold_of_row = data.X, data.target, data.n_outputs, data.fold
     task_kind, sample_weight = data.task_kind, data.sample_weight
     if X.ndim != 2 or not np.issubdtype(X.dtype, np.floating):

@@ -1,4 +1,4 @@
-"""A feature set as the first step of a scikit-learn pipeline: ids go in, rows come out."""
+"""A feature set as the first step of a scikit-learn pipeline: ids in, features out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,14 @@ _WHICH = (
 
 
 class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """From sample ids, or content hashes, to their features, side by side for several feature sets.
+    """Transformer from sample ids, or content hashes, to features.
 
-    features: a FeatureSet, its directory, or several of either. Ids are those under which the rows
-    were extracted; of exact copies only the first has an id, and the content hash finds it for all.
-    An id that stands for several images (two folders in one cache, an image before and after it was
-    edited) is refused; a DataFrame with the columns `id` and `content` tells them apart. Nothing is
-    learned in `fit`.
+    features: a FeatureSet, its directory, or several of either, whose features are concatenated.
+
+    Ids are those under which the rows were extracted. Of exact copies of an image only the first
+    has an id; its content hash finds the row for all of them. An id that stands for several images
+    (two folders in one cache, an image before and after it was edited) is refused; a DataFrame with
+    the columns `id` and `content` tells them apart. `fit` learns nothing.
 
         make_pipeline(FeatureLookup(features["blocks.4.avg"]), StandardScaler(), SVC()).fit(ids,
         labels)
@@ -40,17 +41,17 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.features = features
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Nothing is learned; the ids are looked up, so that a missing one is found at once."""
+        """Look the ids up, so that a missing one is found before the pipeline trains."""
         self.n_features_in_ = 1
         self._positions(X)
         return self
 
     def transform(self, X: Any) -> npt.NDArray[np.float32]:
-        """(n, D) float32 features of X: n ids or content hashes, (n,) or (n, 1), or a DataFrame
-        with `id` and `content`.
+        """Return the features of X, (n, D) float32.
 
-        Raises CacheError, naming the first ids that have no row, or one that
-        stands for several images.
+        X: n ids or content hashes, (n,) or (n, 1), or a DataFrame with `id` and `content`.
+
+        Raises CacheError naming the first ids without a row, or one that stands for several images.
         """
         feature_rows = [
             feature.read(positions).reshape(len(positions), int(np.prod(feature.spec.shape)))
@@ -85,7 +86,7 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
 
 def _names_and_content(X: Any) -> tuple[list[str], list[str] | None]:
-    """The ids of X as text; and the content hashes beside them, where X has such a column."""
+    """Return the ids of X as text, and its content hashes if it has such a column."""
     if isinstance(X, pd.DataFrame) and "content" in X.columns:
         content_hashes = as_text(X["content"])
         sample_ids = as_text(X["id"]) if "id" in X.columns else content_hashes
@@ -105,9 +106,9 @@ def _names_and_content(X: Any) -> tuple[list[str], list[str] | None]:
 
 
 def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> list[str]:
-    """The content hash of each id, by any feature set that knows it; another name, as it is.
+    """Return the content hash of each id, from any of the feature sets; unknown texts stay.
 
-    Raises CacheError.
+    Raises CacheError for an id that stands for several images.
     """
     content_hashes = list(sample_ids)
     for feature in feature_sets:
@@ -139,7 +140,8 @@ def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> 
 def _rows(
     feature: FeatureSet, sample_ids: list[str], content_hashes: list[str]
 ) -> npt.NDArray[np.int64]:
-    """(n,) positions of content hashes. Raises CacheError, by their names."""
+    """Return the positions of n content hashes. Raises CacheError naming ids without a row."""
+    # Texts that are no content hash become "", which no row has.
     hash_array = np.array(
         [
             hash_text if len(hash_text) == 32 and hash_text.isascii() else ""

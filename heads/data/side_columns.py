@@ -1,13 +1,13 @@
-"""Tabular columns beside the features of an image: numbers and categories as a head's input.
+"""Side columns: tabular columns of an image, numbers and categories, as inputs of a head.
 
-N rows, K side columns, R columns that stand for them in a head's input, behind its features.
+N rows, K side columns, R input columns that encode them, after the features.
 
-A number is one column, in units of its training rows' mean and deviation; where training rows lack
-it, a column that is 1 for a missing value stands behind it. A category is one column for each of
-its levels. So far nothing depends on a fold: units are a change of scale that every fold's own
-standardisation undoes, and levels that a fold has not seen are columns of zeros to it. What does
-depend on the fold, the mean that stands for a missing number, is left to training (`fold_fills`)
-and folded into a head's weights, so that prediction and exports need these R columns and no more.
+A number is one input column, standardized by all training rows; if some training rows lack it,
+another column follows that is 1 for a missing value. A category is one column for each of its
+levels. This encoding does not depend on a fold: every fold's own standardization undoes the common
+scale, and levels that a fold has not seen are columns of zeros. The mean that is imputed for a
+missing number does depend on the fold: training computes it (`fold_fills`) and folds it into the
+head's weights, so prediction and exports need only these R columns.
 """
 
 import hashlib
@@ -26,24 +26,23 @@ from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 
 Array = npt.NDArray[Any]
 
-# The name of the input that they are, on leaderboards and in a recipe's lists of inputs.
+# Name of this input on leaderboards and in a recipe's lists of inputs.
 SIDE_COLUMNS = "side_columns"
 
 
 def taps_of(inputs: Sequence[str]) -> tuple[str, ...]:
-    """Return the feature sets among the names of a head's inputs."""
+    """Return the names of a head's inputs that are feature sets: all but the side columns."""
     return tuple(name for name in inputs if name != SIDE_COLUMNS)
 
 
 class BadSideColumns(HeadraceError, ValueError):
-    """The file holds no side columns, or others than were written."""
+    """The file holds no side columns, or has changed since it was written."""
 
 
 class SideBlock(NamedTuple):
-    """The columns of a head's input that stand for one side column.
+    """The input columns, start to stop, that encode one side column.
 
-    start, stop: columns of the input; of a number its values, and behind them, where training rows
-    lack some, what is 1 for a missing one.
+    For a number: its values, and a second column if some training rows lack it.
     """
 
     is_category: bool
@@ -53,25 +52,23 @@ class SideBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class SideColumn:
-    """One column, as its training rows have it.
-
-    levels: of a category, its values as text, an empty one for a missing value; None: a number.
-    """
+    """One side column with the statistics of its training rows."""
 
     name: str
+    # Values of a category as text, "" for a missing one; None: a number.
     levels: tuple[str, ...] | None = None
     has_missing: bool = False  # a number that some training rows lack
-    center: float = 0.0  # of a number: mean and
-    spread: float = 1.0  # standard deviation of the training rows
+    center: float = 0.0  # mean of a number
+    spread: float = 1.0  # standard deviation of a number
 
     @property
     def width(self) -> int:
-        """Columns of a head's input that stand for it."""
+        """Number of input columns that encode it."""
         return 1 + self.has_missing if self.levels is None else len(self.levels)
 
     @property
     def input_names(self) -> list[str]:
-        """Names of these columns."""
+        """Names of the input columns."""
         if self.levels is not None:
             return [f"{self.name}={level}" for level in self.levels]
         return [self.name, f"{self.name} missing"][: self.width]
@@ -79,22 +76,19 @@ class SideColumn:
 
 @dataclass(frozen=True, eq=False)
 class SideColumns:
-    """Side columns of some rows.
-
-    values: (N, K) float64. Of a number, nan where it is missing; of a category, the position in its
-    levels, nan for none of them.
-    """
+    """Side columns of N rows."""
 
     columns: tuple[SideColumn, ...]
+    # (N, K) float64: a number; or the index of a category's level. nan: missing, or no level.
     values: Array
 
     def take(self, rows: Array) -> "SideColumns":
-        """Return those of some rows: a mask (N,), or row numbers."""
+        """Return the side columns of some rows: a mask (N,), or row numbers."""
         return SideColumns(self.columns, self.values[rows])
 
     @property
     def n_inputs(self) -> int:
-        """R, columns of a head's input."""
+        """Number of input columns, R."""
         return sum(column.width for column in self.columns)
 
     @property
@@ -105,7 +99,7 @@ class SideColumns:
         return hasher.hexdigest()[:24]
 
     def as_inputs(self) -> npt.NDArray[np.float32]:
-        """Return (N, R) float32, the columns of a head's input."""
+        """Return the input columns of a head, (N, R) float32."""
         parts = []
         for column, values in zip(self.columns, self.values.T, strict=True):
             is_missing = np.isnan(values)
@@ -119,7 +113,7 @@ class SideColumns:
 
 
 def side_blocks(columns: Sequence[SideColumn], n_features: int) -> tuple[SideBlock, ...]:
-    """Return where each column stands in an input of `n_features` features and the columns."""
+    """Return the input columns of each side column, which follow `n_features` features."""
     stops = n_features + np.cumsum([column.width for column in columns])
     return tuple(
         SideBlock(column.levels is not None, int(stop) - column.width, int(stop))
@@ -128,16 +122,20 @@ def side_blocks(columns: Sequence[SideColumn], n_features: int) -> tuple[SideBlo
 
 
 def imputed_numbers(blocks: Sequence[SideBlock]) -> list[int]:
-    """Return the input columns of numbers that training rows lack; the next one says where."""
+    """Return the input columns of numbers that some training rows lack.
+
+    The column after each of them is 1 where the number is missing.
+    """
     return [
         block.start for block in blocks if not block.is_category and block.stop - block.start == 2
     ]
 
 
 def fold_fills(inputs: Array, n_features: int, numbers: Sequence[int]) -> Array:
-    """Return what stands for a missing value of each number: the mean of the values that there are.
+    """Return the value to impute for each number: the mean of its values in a fold's training rows.
 
-    inputs: (n, R), the side columns of a fold's training rows. A number that none of them has is 0.
+    inputs: (n, R), the side columns of those rows. numbers: columns from `imputed_numbers`. 0 for a
+    number that none of the rows has.
     """
     fills = []
     for number in numbers:
@@ -148,9 +146,11 @@ def fold_fills(inputs: Array, n_features: int, numbers: Sequence[int]) -> Array:
 
 
 def fold_into_weight(weight: Array, numbers: Sequence[int], fills: Array) -> Array:
-    """Return a first layer's weight (…, D + R) for inputs where missing numbers are 0, from one for
-    inputs where they are `fills`.
+    """Return a first layer's weight (…, D + R) for inputs in which missing numbers are 0, from the
+    weight for inputs in which they are `fills`.
     """
+    # weight * fill is a constant for rows that lack the number: it goes to the column that is 1
+    # there.
     folded = weight.astype(np.float64)
     for number, fill in zip(numbers, fills, strict=True):
         folded[..., number + 1] += fill * folded[..., number]
@@ -158,29 +158,31 @@ def fold_into_weight(weight: Array, numbers: Sequence[int], fills: Array) -> Arr
 
 
 def as_cells(inputs: Array, blocks: Sequence[SideBlock]) -> Array:
-    """Return (n, K) cells as scikit-learn's transformers take them: numbers, nan where missing, and
-    positions of levels, nan for none.
+    """Return the side columns as table cells for scikit-learn's transformers, (n, K) float32.
 
-    inputs: (n, D + R) of heads.
+    Numbers, nan if missing, and indices of levels, nan for none. inputs: (n, D + R) of heads.
     """
     cells = np.empty((len(inputs), len(blocks)), np.float32)
-    for place, (is_category, start, stop) in enumerate(blocks):
+    for column, (is_category, start, stop) in enumerate(blocks):
         part = inputs[:, start:stop]
         if is_category:
-            cells[:, place] = np.where(part.any(1), part.argmax(1), np.nan)
+            cells[:, column] = np.where(part.any(1), part.argmax(1), np.nan)
         else:
             is_missing = part[:, 1] > 0 if stop - start == 2 else np.zeros(len(part), np.bool_)
-            cells[:, place] = np.where(is_missing, np.nan, part[:, 0])
+            cells[:, column] = np.where(is_missing, np.nan, part[:, 0])
     return cells
 
 
 def columns_to_json(columns: Sequence[SideColumn]) -> list[dict[str, Any]]:
-    """Return what a model's description says of its side columns."""
+    """Return the columns as values of JSON, for the description of a model."""
     return [asdict(column) for column in columns]
 
 
 def columns_from_json(described: Sequence[dict[str, Any]]) -> tuple[SideColumn, ...]:
-    """Inverse of `columns_to_json`. Raises TypeError, KeyError and ValueError for other values."""
+    """Return the columns from `columns_to_json`.
+
+    Raises TypeError, KeyError or ValueError for other values.
+    """
     return tuple(
         SideColumn(
             str(fields["name"]),
@@ -198,13 +200,13 @@ def _columns_text(columns: Sequence[SideColumn]) -> str:
 
 
 def save_side_columns(side: SideColumns, path: Path) -> None:
-    """Publish the columns of a task's rows as a sealed `.npz`. Raises PublishFailed."""
+    """Write the side columns of a task's rows as a sealed `.npz`. Raises PublishFailed."""
     header = np.frombuffer(_columns_text(side.columns).encode(), np.uint8)
     publish_replace(path, sealed_arrays({"header": header, "values": side.values}))
 
 
 def load_side_columns(path: Path) -> SideColumns:
-    """Inverse of `save_side_columns`. Raises BadSideColumns."""
+    """Read the side columns that `save_side_columns` wrote. Raises BadSideColumns."""
     try:
         stored = read_sealed_arrays(path.read_bytes())
         columns = columns_from_json(json.loads(stored["header"].tobytes()))

@@ -1,9 +1,9 @@
-"""Means and scales of every fold's training rows, from one look at each row.
+"""Means and scales of every fold's training rows, from one pass over the rows.
 
-N rows, D features, F folds. Rows fall into F + 1 groups: one per fold, and those that always train.
-A fold's training rows are all groups but its own, so its moments are a merge of F groups' moments
-(Chan, Golub & LeVeque 1983, eq. 2.1: sums are merged, never subtracted, because a difference of
-sums of squares loses all digits at large offsets).
+N rows, D features, F folds. Rows belong to F + 1 groups: one per fold, and those that always train.
+A fold's training rows are all groups except its own, so its moments are merged from those of F
+groups (Chan, Golub & LeVeque 1983, eq. 2.1). They are merged, never subtracted, because a
+difference of sums of squares loses all digits at large offsets.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from headrace.heads.data.task import REFIT, TRAIN_ONLY
 
 Array = npt.NDArray[Any]
 Features = Array | Streamed  # (N, D), in memory or read from shards
-ROWS_AT_ONCE = 2048  # float64 copies of this many rows stay in the caches
+ROWS_AT_ONCE = 2048  # so few that their float64 copies stay in the processor's caches
 
 
 class NotFinite(ValueError):
@@ -27,20 +27,20 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean (D,) and sum of squared deviations (D,), float64, of some rows; what each feature
-    counts beside the others; and what stands for missing numbers.
-    """
+    """Count, mean and squared deviations of some rows, and how they are standardized."""
 
     count: int
-    mean: Array
-    squares: Array
-    emphasis: Array | None = None  # (D,): features are standardised, then multiplied by it
-    # Feature -> what stands where the next feature is 1; the rows, and `mean`, have 0 there.
+    mean: Array  # (D,) float64
+    squares: Array  # (D,) float64, sums of squared deviations
+    emphasis: Array | None = None  # (D,): features are standardized, then multiplied by it
+    # {feature: value to impute where the next feature is 1}; the rows, and `mean`, have 0 there.
     fills: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def constant(self) -> Array:
-        """Return which features (D,) vary by rounding alone, as StandardScaler has it."""
+        """Which features (D,) vary only by rounding, as in StandardScaler."""
+        # The error bound of a variance computed in two passes, as in scikit-learn's
+        # `_is_constant_feature`.
         eps, count = np.finfo(np.float64).eps, max(self.count, 1)
         variance = self.squares / count
         bound: Array = variance <= count * eps * variance + (count * self.mean * eps) ** 2
@@ -48,7 +48,7 @@ class Moments:
 
     @property
     def scale(self) -> Array:
-        """(D,) standard deviations over the emphasis, 1 where the feature is constant."""
+        """Standard deviations (D,) divided by the emphasis; 1 for constant features."""
         deviation = np.sqrt(self.squares / max(self.count, 1))
         return np.where(
             self.constant, 1.0, deviation if self.emphasis is None else deviation / self.emphasis
@@ -56,9 +56,11 @@ class Moments:
 
 
 def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
-    """Moments of rows (n, D).
+    """Return the moments of rows (n, D).
 
-    Raises NotFinite, naming the first bad row (counted from `first_row`) and column.
+    first_row: number of the first row, or the n row numbers, for messages.
+
+    Raises NotFinite, naming the first row and column that is NaN or infinite.
     """
     wide_rows = rows.astype(np.float64)
     row_mean = wide_rows.mean(axis=0)
@@ -83,7 +85,7 @@ def scaled(rows: Array, center: Array, factor: Array) -> Array:
 
 
 def merge(moments_of_parts: list[Moments]) -> Moments:
-    """Moments of the union of disjoint groups of rows."""
+    """Return the moments of the union of disjoint groups of rows."""
     n_rows = sum(part_moments.count for part_moments in moments_of_parts)
     merged_mean = sum(
         (
@@ -105,7 +107,7 @@ def merge(moments_of_parts: list[Moments]) -> Moments:
 def chunks(
     row_numbers: npt.NDArray[np.intp], chunk_size: int = ROWS_AT_ONCE
 ) -> Iterator[npt.NDArray[np.intp]]:
-    """Row numbers in runs of at most `chunk_size`."""
+    """Yield row numbers in chunks of at most `chunk_size`."""
     for chunk_start in range(0, len(row_numbers), chunk_size):
         yield row_numbers[chunk_start : chunk_start + chunk_size]
 
@@ -113,29 +115,28 @@ def chunks(
 def sweep(
     X: Features, fold_of_row: Array, chunk_size: int = ROWS_AT_ONCE, row_mask: Array | None = None
 ) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-    """Yield (group, row numbers) in runs of at most `chunk_size` rows of one group, every row (or
-    every one in `row_mask`) once.
+    """Yield (group, row numbers) in chunks of at most `chunk_size` rows of one group.
 
-    Runs and the rows in them come in the order in which X lies on disk, so that all groups together
-    read it once.
+    Every row, or every row of `row_mask` (N,), comes once. Chunks, and the rows in them, are in the
+    order in which X lies on disk, so all groups together read it once.
     """
     row_order = X.order if isinstance(X, Streamed) else np.arange(len(X))
     if row_mask is not None:
         row_order = row_order[row_mask[row_order]]
     group_of_row = fold_of_row[row_order]
-    runs = []
+    group_chunks = []
     for group in np.unique(group_of_row).tolist():
-        group_places = np.flatnonzero(group_of_row == group)
-        runs += [
-            (int(place_chunk[0]), group, row_order[place_chunk])
-            for place_chunk in chunks(group_places, chunk_size)
+        group_positions = np.flatnonzero(group_of_row == group)
+        group_chunks += [
+            (int(positions[0]), group, row_order[positions])
+            for positions in chunks(group_positions, chunk_size)
         ]
-    for _, group, row_numbers in sorted(runs, key=lambda run: run[0]):
+    for _, group, row_numbers in sorted(group_chunks, key=lambda chunk: chunk[0]):
         yield int(group), row_numbers
 
 
 def group_moments(X: Features, fold_of_row: Array) -> dict[int, Moments]:
-    """Moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY.
+    """Return the moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY.
 
     Raises NotFinite.
     """
@@ -148,7 +149,7 @@ def group_moments(X: Features, fold_of_row: Array) -> dict[int, Moments]:
 
 
 def training_moments(groups: dict[int, Moments]) -> dict[int, Moments]:
-    """Moments of each fold's training rows, and of all rows under REFIT."""
+    """Return the moments of each fold's training rows, and of all rows under REFIT."""
     zeros = np.zeros_like(next(iter(groups.values())).mean)
     no_moments = Moments(0, zeros, zeros)
     moments_of_fold = {

@@ -1,4 +1,4 @@
-"""Features that stay on disk: rows of feature sets, indexed as the matrix that they do not become.
+"""Features that stay on disk: rows of feature sets, indexed like a matrix in memory.
 
 N rows, V views, D features. Row r of view v is row v * N + r, as in a stack of the views.
 """
@@ -14,17 +14,19 @@ import numpy.typing as npt
 from headrace.cache.feature_set import FeatureSet
 from headrace.heads.data.checks import BadFeatures
 
-ROWS_AT_ONCE = 8192  # read in the order of the disk
-_EXPONENT = np.uint16(0x7C00)  # of a float16: all ones in infinity and NaN
+ROWS_AT_ONCE = 8192  # rows read together, in the order of the disk
+_EXPONENT = np.uint16(0x7C00)  # exponent bits of a float16: all ones in infinity and NaN
 
 
 class Streamed:
-    """Rows of several feature sets side by side, read when they are asked for, always float32.
+    """Rows of several feature sets, concatenated, read when they are indexed, always float32.
 
-    `parts` are columns, each the views of one feature set; `positions` the rows that are meant, in
-    their order; `side` (N, R) are columns in memory that stand behind them, the same in every view.
-    What a bank computes from it is what it computes from the array, for it reads the same numbers
+    A bank computes the same from it as from the array in memory, because it gets the same numbers
     in the same order.
+
+    parts: the feature sets of the columns, each a list of the views of one tap.
+    content: (N,) S32 content hashes of the rows, in their order.
+    spatial: keep the positions, (n, channels, h, w).
     """
 
     dtype = np.dtype(np.float32)
@@ -59,7 +61,7 @@ class Streamed:
         return self.shape[0]
 
     def __getitem__(self, key: slice | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(n, D) or (n, channels, h, w): rows by slice, row numbers or mask, as a copy."""
+        """Return rows by slice, row numbers or mask, (n, D) or (n, channels, h, w), as a copy."""
         row_numbers = (
             np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
         )
@@ -70,7 +72,7 @@ class Streamed:
     def read(
         self, row_numbers: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None
     ) -> npt.NDArray[np.float32]:
-        """Rows by number, as a copy or written into `out` (n, D)."""
+        """Return rows by number, as a copy or written into `out` (n, D)."""
         output_rows = (
             np.empty((len(row_numbers), *self.shape[1:]), np.float32) if out is None else out
         )
@@ -100,12 +102,13 @@ class Streamed:
 
     @property
     def _is_one_block(self) -> bool:
-        """Whether a row is a row of one feature set and nothing else."""
+        """Whether a row is just a row of one feature set."""
         return len(self._parts) == 1 and self.views == 1 and not self.side.shape[1]
 
     def stored(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(n, D) rows by number, as a copy: of the type in which they are stored where all columns
-        come from one feature set, else float32.
+        """Return rows by number, (n, D), as a copy.
+
+        They have their storage dtype if all columns come from one feature set, else float32.
         """
         if not self._is_one_block:
             return self.read(rows)
@@ -113,19 +116,19 @@ class Streamed:
         return feature.read(positions[rows], None).reshape(len(rows), -1)
 
     def view(self, view_number: int) -> "StreamedView":
-        """The rows of one view."""
+        """Return the rows of one view."""
         return StreamedView(self, view_number)
 
     @property
     def order(self) -> npt.NDArray[np.intp]:
-        """(V * N,) row numbers as the rows of the first columns lie on disk."""
+        """Row numbers (V * N,) in the order in which the first feature set has the rows on disk."""
         first_part = self._parts[0]
         return np.concatenate(
             [view * self._rows + np.argsort(first_part[view][1]) for view in range(self.views)]
         )
 
     def prefetch(self, row_numbers: npt.NDArray[np.intp]) -> None:
-        """Have the operating system read these rows, without waiting."""
+        """Have the operating system read these rows from disk, without waiting for them."""
         for column_part in self._parts:
             for view, (feature, positions) in enumerate(column_part):
                 feature.prefetch(
@@ -133,16 +136,17 @@ class Streamed:
                 )
 
     def check_finite(self) -> None:
-        """Raise BadFeatures naming feature set and image of the first NaN or infinity."""
+        """Raise BadFeatures naming the feature set and the image of the first NaN or infinity."""
         for column_part in self._parts:
             for feature, positions in column_part:
                 if feature.spec.dtype == "uint8":
-                    continue  # a number between two finite ones
+                    continue  # decoded with finite scales, so always finite
                 for start in range(0, len(positions), ROWS_AT_ONCE):
                     sorted_positions = np.sort(positions[start : start + ROWS_AT_ONCE])
                     stored_rows = feature.read(sorted_positions, None).reshape(
                         len(sorted_positions), -1
                     )
+                    # numpy's isfinite is ten times slower on float16 than comparing the bits.
                     if stored_rows.dtype == np.float16:
                         is_bad = ((stored_rows.view(np.uint16) & _EXPONENT) == _EXPONENT).any(1)
                     else:
@@ -156,7 +160,7 @@ class Streamed:
 
 
 class StreamedView:
-    """One view of streamed rows: what `X[view]` is for a stack of arrays."""
+    """One view of streamed rows, indexed like `X[view]` of a stack of arrays."""
 
     def __init__(self, rows: Streamed, number: int) -> None:
         self._all, self._first = rows, number * (len(rows) // rows.views)
@@ -166,7 +170,7 @@ class StreamedView:
 
 
 class StreamedStack:
-    """Streamed rows as networks see them: shape (V, N, D, ...), iterated view by view."""
+    """Streamed rows in the shape that networks take, (V, N, D, ...), iterated view by view."""
 
     def __init__(self, rows: Streamed) -> None:
         self.rows = rows
@@ -181,7 +185,7 @@ class StreamedStack:
 
 
 def not_finite(feature: FeatureSet, content_hash: bytes, n_rows: int) -> BadFeatures:
-    """Return the error for NaN or infinity, first in the image of this `content_hash`."""
+    """Return the error for n_rows rows with NaN or infinity, the first of image `content_hash`."""
     return BadFeatures(
         f"{feature.path} ({feature.spec.name}): the row of image {content_hash.decode()} and "
         f"{n_rows - 1} more hold NaN or infinite features: extract them again"
@@ -193,6 +197,6 @@ def _positions(
 ) -> npt.NDArray[np.int64]:
     row_positions = feature.locate(content_hashes)
     if (row_positions < 0).any():
-        # raises CacheError, which says what is wrong
+        # Called for its CacheError, which names the missing images.
         feature.load(content_hashes[row_positions < 0][:3])
     return row_positions

@@ -1,4 +1,4 @@
-"""The task of a run: which rows, which targets, which folds. Written once, read by every bank."""
+"""The task of a run: rows, targets and folds, written once and read by every bank."""
 
 import dataclasses
 import hashlib
@@ -24,38 +24,35 @@ TRAIN_ONLY = -2  # trains in every fold, held out in none (a given training/vali
 REFIT = -3
 
 
-# How the predictions of a unit's images become the unit's; `heads/evaluate/units.py` does it.
+# How the predictions of a unit's images become the unit's, see `heads/evaluate/units.py`.
 UnitAggregation = Literal["mean", "max"]
 
 _ROW_FIELDS = ("ids", "content", "target", "fold", "weight")  # of Task, with a row axis in front
 
 
 class BadTaskFile(HeadraceError, ValueError):
-    """The file holds no task, or another one than was written."""
+    """The file holds no task, or has changed since it was written."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to predict, row by row.
-
-    N rows, in the order that every bank and every stored prediction uses.
-    """
+    """The targets and folds of N rows, in the order of every bank and every stored prediction."""
 
     kind: TaskKind
-    # single: class names; multi: label columns; regression: target columns
+    # single: class names; multi: label columns; regression: target columns.
     classes: tuple[str, ...]
     ids: npt.NDArray[np.str_]  # (N,) sample ids
-    content: npt.NDArray[np.bytes_]  # (N,) content hashes, the key into every feature set
-    # single: (N,) int64 class index; multi: (N, L) uint8; regression: (N, L) float64
+    content: npt.NDArray[np.bytes_]  # (N,) content hashes, by which feature sets are joined
+    # single: (N,) int64 class index; multi: (N, L) uint8; regression: (N, L) float64.
     target: npt.NDArray[Any]
     fold: npt.NDArray[np.int16]  # (N,) 0..F-1: held out in that fold; TEST; TRAIN_ONLY
     weight: npt.NDArray[np.float64]  # (N,) sample weights, 1.0 by default
-    # (N,) what each image belongs to and is scored as a part of: a patient, a slide, a sequence.
+    # (N,) the unit of each image, such as a patient, a slide or a sequence, that is scored as one.
     # Rows of one unit have one target and one fold. None: each image is scored by itself.
     units: npt.NDArray[np.str_] | None = None
     unit_aggregation: UnitAggregation = "mean"
-    # tabular columns beside the features. They are not in the digest: a head without them has
-    # nothing to do with them, and `save_task` leaves them out (`save_side_columns`)
+    # Tabular columns. They are not in the digest, because heads without them do not depend on them,
+    # and `save_task` leaves them out (see `save_side_columns`).
     side: SideColumns | None = None
 
     @property
@@ -64,7 +61,7 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """First 24 hex digits of the SHA-256 over every field: part of every head's identity."""
+        """First 24 hex digits of the SHA-256 of all fields; part of every head's identity."""
         hasher = hashlib.sha256(json.dumps(self._header).encode())
         units = () if self.units is None else (self.units.astype(np.str_),)
         rows = (self.ids.astype(np.str_), self.content, self.target, self.fold, self.weight)
@@ -75,15 +72,16 @@ class Task:
 
     @property
     def _header(self) -> list[Any]:
-        how = [] if self.units is None else [self.unit_aggregation]
-        return [self.kind, self.classes, *how]
+        # Without units the header has no aggregation, so older tasks keep their digests.
+        aggregation = [] if self.units is None else [self.unit_aggregation]
+        return [self.kind, self.classes, *aggregation]
 
     def without_test(self) -> "Task":
-        """Return the task without test rows: what banks get, so that none can see one."""
+        """Return the task without test rows, which is what banks get."""
         return self.take(self.fold != TEST)
 
     def take(self, rows: npt.NDArray[Any]) -> "Task":
-        """Return the task of some rows: a mask (N,), or row numbers (n,) in the order wanted."""
+        """Return the task of some rows: a mask (N,), or row numbers (n,) in the new order."""
         units = None if self.units is None else self.units[rows]
         side = None if self.side is None else self.side.take(rows)
         row_fields = {name: getattr(self, name)[rows] for name in _ROW_FIELDS}
@@ -91,12 +89,12 @@ class Task:
 
 
 def seed_of_fold(fold: int) -> int:
-    """Return a number for the seed of a fold's random stream: 1, 2, … for folds, 0 for REFIT."""
+    """Return the number of a fold's random stream: 1, 2, … for folds, 0 for REFIT."""
     return 0 if fold == REFIT else fold + 1
 
 
-def save_task(task: Task, path: Path, **beside: npt.NDArray[Any]) -> None:
-    """Publish the task, and arrays beside it, as an `.npz` without pickles that carries its digest.
+def save_task(task: Task, path: Path, **more_arrays: npt.NDArray[Any]) -> None:
+    """Write the task, with more arrays, as a sealed `.npz` without pickles.
 
     Raises PublishFailed.
     """
@@ -107,24 +105,24 @@ def save_task(task: Task, path: Path, **beside: npt.NDArray[Any]) -> None:
     publish_replace(
         path,
         sealed_arrays(
-            {"header": task_header, **row_fields, "ids": task.ids.astype(np.str_), **beside}
+            {"header": task_header, **row_fields, "ids": task.ids.astype(np.str_), **more_arrays}
         ),
     )
 
 
 def load_task(path: Path) -> Task:
-    """Inverse of `save_task`. Raises BadTaskFile."""
+    """Read the task that `save_task` wrote. Raises BadTaskFile."""
     return read_task(path)[0]
 
 
 def read_task(path: Path) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
-    """Inverse of `save_task`, with the arrays beside it by name. Raises BadTaskFile."""
+    """Read the task that `save_task` wrote, and the other arrays by name. Raises BadTaskFile."""
     try:
         stored_arrays = read_sealed_arrays(path.read_bytes())
-        task_kind, classes, *how = json.loads(stored_arrays.pop("header").tobytes())
+        task_kind, classes, *aggregation = json.loads(stored_arrays.pop("header").tobytes())
         fields: dict[str, Any] = {name: stored_arrays.pop(name) for name in _ROW_FIELDS}
-        if how:
-            fields |= {"units": stored_arrays.pop("units"), "unit_aggregation": how[0]}
+        if aggregation:
+            fields |= {"units": stored_arrays.pop("units"), "unit_aggregation": aggregation[0]}
         return Task(task_kind, tuple(classes), **fields), stored_arrays
     except (ValueError, KeyError, TypeError) as error:
         raise BadTaskFile(

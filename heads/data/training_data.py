@@ -1,4 +1,4 @@
-"""The rows that a bank of heads learns from, in one value.
+"""The training rows of a bank of heads, in one value.
 
 N rows, V views, D features, C outputs (classes, labels or targets).
 """
@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Features with what every bank has to know of their rows.
+    """Features, targets, folds and weights: the argument of every `fit`.
 
     X: (N, D) float; (V, N, D) with V views of each row; maps (N, channels, h, w) or (V, N,
     channels, h, w); or such rows streamed from shards.
@@ -29,10 +29,10 @@ class TrainingData:
     fold: (N,) int, the fold that holds the row out, TRAIN_ONLY or TEST.
     n_outputs: C.
     sample_weight: (N,), at least 0; None is 1 for every row.
-    band_widths: features of each tap in X, in order, for specs that are `banded`; none are one tap.
-    n_views: of each image, where the rows of X are N // n_views images, one view after another.
-    side: the side columns, which stand behind the features as the last columns of X.
-    unit: (N,) labels, the same for rows that are one bag, for kinds that take units.
+    band_widths: number of features of each tap in X, for specs that are `banded`; () for one tap.
+    n_views: more than 1 if the rows of X are N // n_views images, all of one view after another.
+    side: the side columns, the last columns of X.
+    unit: (N,) labels, equal for the rows of one bag, for kinds that take units.
     """
 
     X: Features
@@ -60,15 +60,11 @@ class TrainingData:
         return np.flatnonzero(self.fold == fold)
 
     def training_rows(self, fold: int) -> npt.NDArray[np.intp]:
-        """Return the row numbers that a fold's head may learn from: all others but test rows."""
+        """Return the row numbers that a fold's head may learn from: all others except test rows."""
         return np.flatnonzero((self.fold != fold) & (self.fold != TEST))
 
     def one_row_per_view(self) -> "TrainingData":
-        """Return the same data with each view of an image as a row of its own.
-
-        Each view counts as a share of its row, so that a strength of regularization means the same
-        whatever the number of views.
-        """
+        """Return the data with each view of an image as a row of its own, of weight 1 / n_views."""
         rows: Features
         if isinstance(self.X, Streamed):
             n_views, rows = self.X.views, self.X
@@ -84,6 +80,7 @@ class TrainingData:
             X=rows,
             target=self.target[row_of_view],
             fold=self.fold[row_of_view],
+            # Shares of one row, so that a regularization strength means the same for any n_views.
             sample_weight=weight[row_of_view] / n_views,
             n_views=n_views,
             unit=None if self.unit is None else self.unit[row_of_view],

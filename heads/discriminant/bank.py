@@ -2,12 +2,12 @@
 
 N rows, D features, C classes, A shrinkages, r eigenvectors, n training rows of a fold.
 
-A class k with weighted share p_k and mean m_k has the decision x' V m_k - m_k' V m_k / 2 + log p_k,
-V the inverse of the covariance (1 - s) S + s tr(S) / D I; S is the covariance of the training rows
-around the means of their classes (Hastie, Tibshirani and Friedman 2009, sections 4.3.1 and 4.3.2).
-With S = Q diag(e) Q' that covariance has the eigenvalues (1 - s) e + s mean(e) and the same
-eigenvectors, so that each shrinkage costs 2 D r C flops. Fewer rows than features have the
-eigenvectors of their n x n matrix of products; all directions beside them have the eigenvalue 0.
+A class k with prior p_k and mean m_k has the decision function x' V m_k - m_k' V m_k / 2 + log p_k.
+V is the inverse of the shrunk covariance (1 - s) S + s tr(S) / D I; S is the covariance of the
+training rows around the means of their classes (Hastie, Tibshirani and Friedman 2009, sections
+4.3.1 and 4.3.2). With S = Q diag(e) Q' the shrunk covariance has the eigenvalues (1 - s) e +
+s mean(e) and the same eigenvectors, so each shrinkage costs only 2 D r C flops. With fewer rows
+than features the eigenvectors come from the n x n products of rows; S is 0 in all other directions.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from headrace.heads.spec import FitResult
 
 Array = npt.NDArray[Any]
 
-# Bias of a class without training rows: its probability is exactly 0, and nothing overflows.
+# Bias of a class without training rows. Its probability becomes exactly 0; -inf could give NaN.
 NEVER = -1e30
 
 
@@ -43,12 +43,13 @@ def fit_discriminant_bank(
     """Fit every shrinkage on the training rows of every fold, and on all rows when `refit`.
 
     data: X (N, D) float, no test rows, in memory or streamed; single-label target (N,). Sample
-    weights count in priors, means and covariance, not in the standardisation.
+    weights count in priors, means and covariance, not in the standardization.
 
-    Arrays are weight (C, D) and bias (C,), float32, in raw coordinates; a class without training
-    rows has probability 0. Heads come spec by spec, for each its folds in order, then REFIT. Raises
-    NotFinite (a ValueError) for NaN or infinite features, ValueError for shapes that do not fit and
-    for a shrinkage outside 0..1.
+    The arrays of a head are weight (C, D) and bias (C,), float32, for raw features; a class without
+    training rows has probability 0. Heads are ordered by spec, then by fold, REFIT last.
+
+    Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for shapes that do not
+    fit and for a shrinkage outside 0..1.
     """
     check_specs(specs, "LDASpec(shrinkage=0.1)")
     check_rows(data)
@@ -80,26 +81,26 @@ def fit_discriminant_bank(
 class ClassScatter:
     """Class means and the decomposed covariance of a fold's training rows.
 
-    Coordinates z of a raw row x are (x - center) * inverse_scale in the units of the fold.
+    They are in coordinates z: a raw row x is (x - center) * inverse_scale, then `units.rows`.
     """
 
     center: Array  # (D,) raw
     inverse_scale: Array  # (D,)
     units: FoldUnits
-    class_means: Array  # (C, D) in z; 0 where the class has no rows
+    class_means: Array  # (C, D) in z; 0 for a class without rows
     priors: Array  # (C,)
     eigenvalues: Array  # (r,), at least 0
     eigenvectors: Array  # (D, r)
 
     def coefficients(self, shrinkage: float) -> tuple[Array, Array]:
-        """Return weight (C, D) and bias (C,) float64 of a head, in raw coordinates."""
+        """Return weight (C, D) and bias (C,) float64 of a head, for raw features."""
         n_features = len(self.center)
         mean_eigenvalue = float(self.eigenvalues.sum()) / n_features
         shrunk = (1 - shrinkage) * self.eigenvalues + shrinkage * mean_eigenvalue
-        # A covariance without an inverse is inverted where it is not 0, up to rounding.
+        # Pseudo-inverse of a singular covariance: eigenvalues that are 0 up to rounding stay 0.
         floor = shrunk.max(initial=0.0) * n_features * np.finfo(np.float64).eps
         inverse = np.where(shrunk > floor, 1.0 / np.where(shrunk > floor, shrunk, 1.0), 0.0)
-        outside = shrinkage * mean_eigenvalue  # the eigenvalue beside the eigenvectors
+        outside = shrinkage * mean_eigenvalue  # eigenvalue of all directions not in `eigenvectors`
         inverse_outside = 1.0 / outside if outside > floor else 0.0
         if self.eigenvectors.shape[1] == n_features:
             inverse_outside = 0.0
@@ -116,15 +117,15 @@ class ClassScatter:
 
 @dataclass(frozen=True)
 class DiscriminantProblem:
-    """The rows of a bank, and the products of their groups once they are needed."""
+    """The rows of a bank, their moments, and the products of their groups."""
 
     data: TrainingData
-    scaling: dict[int, Moments]  # fold -> moments of its training rows
-    products: dict[int, Products]  # by group of rows
+    scaling: dict[int, Moments]  # {fold: moments of its training rows}
+    products: dict[int, Products]  # {group of rows: products}, filled when first needed
 
     @classmethod
     def of(cls, data: TrainingData) -> "DiscriminantProblem":
-        """Take the moments of every fold's training rows. Raises NotFinite."""
+        """Compute the moments of every fold's training rows. Raises NotFinite."""
         return cls(data, fold_moments(data), {})
 
     def scatter(self, fold: int, *, standardize: bool) -> ClassScatter:
@@ -141,7 +142,7 @@ class DiscriminantProblem:
                 )
             )
         products = sum_products(part for group, part in self.products.items() if group != fold)
-        # From the coordinates that all folds share to the fold's own.
+        # These convert from the coordinates that all folds share to the fold's own.
         units = fold_units(
             fold_moments,
             common,
@@ -173,7 +174,7 @@ class DiscriminantProblem:
     def _scatter_of_few_rows(
         self, fold: int, fold_moments: Moments, *, standardize: bool
     ) -> ClassScatter:
-        """Return the same with fewer rows than features, from the products of rows with rows."""
+        """Do as `scatter` for fewer rows than features, from products of rows with rows."""
         data = self.data
         rows = data.training_rows(fold)
         scale = fold_moments.scale if standardize else np.ones(len(fold_moments.mean))
@@ -204,7 +205,7 @@ class DiscriminantProblem:
 
 
 def _predict_held_out(data: TrainingData, fold: int, arrays: dict[str, Array]) -> Array:
-    """(n, C) float32 probabilities of a fold's held-out rows."""
+    """Return the probabilities of a fold's held-out rows, (n, C) float32."""
     rows, layers = data.held_out_rows(fold), linear_layers(arrays)
     blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
     return np.concatenate(

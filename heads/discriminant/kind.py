@@ -1,4 +1,4 @@
-"""Linear discriminant analysis: its settings, and what the rest of headrace has to know of it."""
+"""The kind of head "lda": linear discriminant analysis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from headrace.heads.spec import FitResult, check_choices
 
 @dataclass(frozen=True)
 class LDASpec:
-    """Linear discriminant analysis: scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr",
-    shrinkage=shrinkage)` after a StandardScaler, with the classes' shares as priors.
+    """Linear discriminant analysis with shrinkage of the covariance.
 
-    shrinkage: s of the pooled covariance (1 - s) S + s tr(S) / D I.
+    As scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)` after a
+    StandardScaler, with the classes' shares as priors. The shrinkage s makes the pooled covariance
+    (1 - s) S + s tr(S) / D I.
     """
 
     # share of the covariance that is replaced by one variance for all features; 0: none
@@ -31,14 +32,14 @@ class LDASpec:
 
 
 def fit_lda(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
-    """Train a bank; modules are imported when a bank is trained."""
+    """Train a bank of specs."""
     from headrace.heads.discriminant.bank import fit_discriminant_bank
 
     return fit_discriminant_bank(data, specs, refit=options.refit)
 
 
 def lda_layers(spec: LDASpec, arrays: Arrays) -> Layers:
-    """Return the layer of a head; its decisions are log-odds."""
+    """Return the layer of a head, whose outputs are log-odds."""
     return linear_layers(arrays)
 
 
@@ -52,7 +53,9 @@ def predict_lda(
 def lda_cost(
     spec: LDASpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return the seconds of the Gram matrices and decompositions, and of a spec's products."""
+    """Return (seconds that all specs share, seconds per spec): Gram matrices and decompositions,
+    and products.
+    """
     rank = min(n_rows, n_features)
     shared = 1.1e-10 * n_rows * n_features * rank + n_fits * 1e-9 * rank**3
     return shared, n_fits * 2e-10 * n_features * rank * n_outputs

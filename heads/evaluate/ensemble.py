@@ -1,16 +1,14 @@
-"""Averages of heads: which heads, and how often.
-
-Nothing is trained; only stored predictions are read.
+"""Ensembles: weights of an average of heads, chosen from stored predictions without training.
 
 K heads, N rows, C outputs, E elements. Heads are picked greedily with replacement (Caruana,
 Niculescu-Mizil, Crew and Ksikes 2004, "Ensemble selection from libraries of models"): each round
 adds the head that lowers the loss of the average most. The loss is log loss (regression: squared
-error) whatever the metric: accuracy moves in steps of one row, and its best average on the rows at
-hand is mostly luck.
+error) for any metric: accuracy changes in steps of one row, and the average that is best by it on
+few rows is mostly luck.
 
 The loss of an average needs one number per row and head, its element: the probability of the true
-class, or of the true value of a label, or the residual. Elements average as predictions do, so K
-heads are tried as one (K, E) array.
+class or of the true value of a label, or the residual. The elements of an average are the averages
+of the elements, so all K heads are tried at once with a (K, E) array.
 """
 
 from collections.abc import Sequence, Set as AbstractSet
@@ -24,19 +22,19 @@ from headrace.heads.data.task import TaskKind
 
 Array = npt.NDArray[Any]
 
-# probabilities are clipped there, as in the metric log_loss
+# Probabilities are clipped here, as in the metric log_loss.
 _SMALLEST = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
 class EnsembleLimits:
-    """What an ensemble may cost."""
+    """Limits of the cost of an ensemble."""
 
     members: int = 8  # different heads
     networks: int | None = None  # forward passes per image
-    # each network beyond the first must lower the loss by this share
+    # Share by which each network beyond the first must lower the loss.
     min_gain_per_backbone: float = 0.01
-    rounds: int = 30  # picks, the same head more than once being its weight
+    rounds: int = 30  # picks; the weight of a head is its share of the picks
 
 
 def loss_elements(task_kind: TaskKind, target: Array, predicted: Array) -> npt.NDArray[np.float32]:
@@ -58,7 +56,7 @@ def loss_elements(task_kind: TaskKind, target: Array, predicted: Array) -> npt.N
 
 
 def element_loss(task_kind: TaskKind, elements: Array) -> Array:
-    """Return the loss over the last axis: mean -log of probabilities (nats), or of squares."""
+    """Return the loss over the last axis: mean of -log p (nats), or of squared residuals."""
     if task_kind == "regression":
         return np.asarray(np.square(elements).mean(-1, dtype=np.float64))
     return np.asarray(-np.log(np.clip(elements, _SMALLEST, 1)).mean(-1, dtype=np.float64))
@@ -70,9 +68,13 @@ def greedy_weights(
     networks: Sequence[AbstractSet[str]],
     limits: EnsembleLimits,
 ) -> npt.NDArray[np.float64]:
-    """(K,) weights that sum to one, zero for most heads. networks: passes that each needs.
+    """Return the weights of the heads, (K,), which sum to one and are zero for most heads.
 
-    Ties go to the first, so order the heads from cheap to dear. The best of all rounds is taken.
+    elements: (K, E), see `loss_elements`.
+    networks: names of the networks that each head needs.
+
+    Of equally good heads the first is picked, so order them from cheap to expensive. The average of
+    the best round is returned.
     """
     n_heads = len(elements)
     element_sum, pick_counts = np.zeros(elements.shape[1], np.float32), np.zeros(n_heads)
@@ -104,5 +106,5 @@ def greedy_weights(
 
 
 def average(weights: Array, predicted: Array) -> npt.NDArray[np.float64]:
-    """(N, C) the weighted mean of predictions (K, N, C)."""
+    """Return the weighted mean (N, C) of predictions (K, N, C)."""
     return np.asarray(np.tensordot(weights, predicted.astype(np.float64), 1))

@@ -1,24 +1,25 @@
-"""Confidence intervals of a head's metrics on held-out rows that hold where a percentile bootstrap
-does not: few rows, few mistakes, rows that come in groups.
+"""Confidence intervals of metrics on held-out rows.
 
-N rows, G groups (rows of one patient, copies of one image), C classes. Nothing is drawn at random.
+They hold where a percentile bootstrap does not: for few rows, few mistakes, and grouped rows.
+N rows, G groups (rows of one patient, copies of one image), C classes. Nothing is random.
 
 - A proportion has the exact interval of Clopper and Pearson (1934). Wilson's is narrower by a
   tenth, and covers 89.5 % at 55 images and an accuracy of .99, 92.1 % at 100.
 - With groups it is that of Korn and Graubard (1998, "Confidence intervals for proportions with
   small expected number of positive counts estimated from survey data", Survey Methodology
-  24:193-201): the same of the effective sample size, N / design effect. The design effect is 1 + (m
-  - 1) × correlation, m the size of the group that an average row is in (Kish 1965). Where few
-  groups hold a mistake, the correlation of mistakes cannot be seen: it is drawn together with one,
-  the worst, as if PRIOR_GROUPS groups had said so. With the groups' t quantiles instead, as Korn
-  and Graubard have it, intervals of 15 groups covered 73 % (correlation .3, accuracy .95), for
-  without mistakes they know of no correlation.
-- Other metrics between 0 and 1 are taken for a proportion of as many rows as would vary as they do
-  by the jackknife over groups, again drawn towards the least that it can be.
+  24:193-201): the exact interval of the effective sample size, N / design effect. The design effect
+  is 1 + (m - 1) × correlation, m the size of the group of an average row (Kish 1965). If few groups
+  have a mistake, the correlation of mistakes cannot be estimated: it is shrunk towards 1, the worst
+  case, with the weight of PRIOR_GROUPS groups. With the t quantiles of Korn and Graubard instead,
+  intervals of 15 groups covered 73 % (correlation .3, accuracy .95), because without mistakes they
+  assume no correlation.
+- Other metrics between 0 and 1 are treated as a proportion of as many rows as give the variance of
+  the jackknife over groups, again shrunk towards the worst case.
 - Losses have Student's interval of their logarithm, with the jackknife's standard error over groups
   and G - 1 degrees of freedom (Efron and Tibshirani 1993, chapter 11; with few groups: MacKinnon,
-  Nielsen and Webb 2023, "Leverage, influence, and the jackknife in clustered regression models"). A
-  log loss that has met no mistake yet is given one row more, of twice the loss of a guess.
+  Nielsen and Webb 2023, "Leverage, influence, and the jackknife in clustered regression models").
+  The upper end of a log loss includes one more row, with twice the loss of a guess, because few
+  rows may not have shown a mistake yet.
 
 benchmarks/honesty.py measures the coverage.
 """
@@ -35,15 +36,15 @@ from headrace.heads.evaluate.weighted import weighted_scores
 Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.95  # confidence of every interval that is printed
-# stands beside stored intervals, so that those of an earlier method are told
+# Stored with intervals, to recognize those of an earlier method.
 METHOD = "exact-groups-1"
-# 3: the least with which no simulated case (2 to 20 images in a group, correlations 0 to .3, 37 to
-# 1,000 images, accuracies .6 to .99) covered less than 93 %; 2 left .92, no drawing .73.
+# 3 is the least with which no simulated case (2 to 20 images in a group, correlations 0 to .3, 37
+# to 1,000 images, accuracies .6 to .99) covered less than 93 %; with 2 it was 92 %, without
+# shrinkage 73 %.
 PRIOR_GROUPS = 3
-PRIOR_GROUPS_RANKED = 1  # of areas under curves, whose worst variance is far above the usual one
-# that the jackknife leaves out one by one: groups, dealt to so many where there are more
-_BLOCKS = 200
-_ELEMENTS = 1e7  # of its table of weights
+PRIOR_GROUPS_RANKED = 1  # for areas under curves, whose worst variance is far above the usual one
+_BLOCKS = 200  # of groups, at most, that the jackknife leaves out one after the other
+_ELEMENTS = 1e7  # of the jackknife's table of weights, rows × blocks
 
 
 def metric_interval(
@@ -55,11 +56,13 @@ def metric_interval(
     groups: npt.NDArray[Any] | None = None,
     level: float = LEVEL,
 ) -> tuple[float, float]:
-    """The confidence interval of a metric of one head on rows that it did not see.
+    """Return the confidence interval of a metric of one head on rows that it has not seen.
 
-    target, probabilities, metric: as in `score`. groups: (N,) any labels; rows of one group are not
-    independent of each other. By default each row is its own. Deterministic. nan where the metric
-    is undefined. Raises UnknownMetric; ValueError for no rows or a level outside (0, 1).
+    target, probabilities, metric: as in `score`.
+    groups: (N,) any labels; rows of one group are not independent. None: each row is a group.
+
+    (nan, nan) if the metric is undefined. Raises UnknownMetric, and ValueError for no rows or a
+    level outside (0, 1).
     """
     n_rows = len(probabilities)
     if n_rows == 0 or not 0 < level < 1:
@@ -89,7 +92,7 @@ def metric_interval(
     )
     if metric in ("rmse", "calibration_error"):
         return _positive_interval(metric_value, standard_error, n_blocks, level)
-    if metric == "r2":  # what is missing to 1 is positive
+    if metric == "r2":  # 1 - r2 is positive
         low, high = _positive_interval(1 - metric_value, standard_error, n_blocks, level)
         return 1 - high, 1 - low
     return _share_interval(
@@ -100,9 +103,9 @@ def metric_interval(
 def proportion_interval(
     hits: npt.NDArray[Any], groups: npt.NDArray[Any] | None = None, level: float = LEVEL
 ) -> tuple[float, float]:
-    """The interval of a proportion, hits (N,) or (N, L) of 0 and 1; the L of a row share its group.
+    """Return the interval of the mean of hits, 0 or 1, (N,) or (N, L).
 
-    groups: (N,) any labels, by default each row its own.
+    groups: (N,) any labels; None: each row is a group. The L hits of a row are in its group.
     """
     table = np.asarray(hits, np.float64)
     rows = len(table)
@@ -111,27 +114,29 @@ def proportion_interval(
         np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     )
     sizes = np.bincount(group) * float(table.shape[1])
-    right = np.bincount(group, table.sum(1))
-    total, value = sizes.sum(), right.sum() / sizes.sum()
-    # the design effect where all of a group are right or wrong together
-    worst = float((sizes**2).sum() / total)
+    group_hits = np.bincount(group, table.sum(1))
+    total, value = sizes.sum(), group_hits.sum() / sizes.sum()
+    # The design effect if all rows of a group were right or wrong together.
+    worst_effect = float((sizes**2).sum() / total)
     correlation = 1.0
-    if 0 < value < 1 and len(sizes) > 1 and worst > 1:
-        deviation = right - value * sizes
+    if 0 < value < 1 and len(sizes) > 1 and worst_effect > 1:
+        deviation = group_hits - value * sizes
         variance = len(sizes) / (len(sizes) - 1) * (deviation**2).sum() / total**2
-        seen = float(np.clip((variance / (value * (1 - value) / total) - 1) / (worst - 1), 0, 1))
-        known = _known(right < sizes, right > 0, PRIOR_GROUPS)
-        correlation = known * seen + (1 - known)
-    return exact_interval(value, total / (1 + (worst - 1) * correlation), level)
+        design_effect = variance / (value * (1 - value) / total)
+        estimate = float(np.clip((design_effect - 1) / (worst_effect - 1), 0, 1))
+        weight = _weight_of_estimate(group_hits < sizes, group_hits > 0, PRIOR_GROUPS)
+        correlation = weight * estimate + (1 - weight)
+    return exact_interval(value, total / (1 + (worst_effect - 1) * correlation), level)
 
 
 def exact_interval(
     proportion: float, n_effective: float, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a proportion `proportion` of `n_effective` independent
-    rows, which need not be a whole number.
+    """Return Clopper and Pearson's interval of a proportion of `n_effective` independent rows.
+
+    n_effective need not be a whole number.
     """
-    # quantiles of the beta distribution; scipy.stats takes a second to import
+    # Quantiles of the beta distribution; scipy.stats takes a second to import.
     from scipy.special import betaincinv
 
     n_hits, n_misses = proportion * n_effective, (1 - proportion) * n_effective
@@ -143,11 +148,14 @@ def exact_interval(
     return lower, upper
 
 
-def _known(
-    holds_mistakes: npt.NDArray[np.bool_], holds_hits: npt.NDArray[np.bool_], prior: int
+def _weight_of_estimate(
+    has_mistakes: npt.NDArray[np.bool_], has_hits: npt.NDArray[np.bool_], prior: int
 ) -> float:
-    """How far the groups' own variance counts: by the number that hold the rarer class."""
-    n_rarer = min(int(holds_mistakes.sum()), int(holds_hits.sum()))
+    """Return the weight, 0 to 1, of the estimated variance against the worst case.
+
+    It grows with the number of groups that have the rarer outcome. has_mistakes, has_hits: (G,).
+    """
+    n_rarer = min(int(has_mistakes.sum()), int(has_hits.sum()))
     return n_rarer / (n_rarer + prior)
 
 
@@ -159,7 +167,7 @@ def _jackknife(
     group_of_row: npt.NDArray[np.int64],
     metric_value: float,
 ) -> tuple[float, int]:
-    """Return a metric's standard error, by leaving out blocks of groups, and their number."""
+    """Return a metric's standard error from leaving out blocks of groups, and how many blocks."""
     n_groups = int(group_of_row.max()) + 1
     n_blocks = int(min(n_groups, _BLOCKS, max(20, _ELEMENTS / len(group_of_row))))
     if n_blocks < 2:
@@ -176,7 +184,7 @@ def _jackknife(
     left_out_values = left_out_values[np.isfinite(left_out_values)]
     if len(left_out_values) < 2:
         return float("nan"), 1
-    # About the value itself, not about their mean: never smaller.
+    # Deviations from the metric's value, not from their mean, which would give a smaller error.
     return float(
         np.sqrt(
             (len(left_out_values) - 1)
@@ -207,9 +215,9 @@ def mean_loss_interval(
     unseen_loss: float | None = None,
     level: float = LEVEL,
 ) -> tuple[float, float]:
-    """The interval of the mean of losses (N,) >= 0, in groups (N,) of any labels.
+    """Return the interval of the mean of losses (N,) >= 0, in groups (N,) of any labels.
 
-    unseen_loss: the loss of a group that has not been met yet, in the upper end.
+    unseen_loss: loss of one more group, which the upper end includes.
     """
     group_of_row = np.unique(groups, return_inverse=True)[1]
 
@@ -246,7 +254,9 @@ def _share_interval(
     standard_error: float,
     level: float,
 ) -> tuple[float, float]:
-    """Interval of a metric in [0, 1] that is no proportion: balanced accuracy, macro F1, AUC."""
+    """Return the interval of a metric in [0, 1] that is no proportion of rows: balanced accuracy,
+    macro F1, areas under curves.
+    """
     n_rows = len(group_of_row)
     if task_kind == "single":
         class_table = np.asarray(target).astype(np.int64)[:, None] == np.arange(
@@ -258,18 +268,19 @@ def _share_interval(
     smaller_side = np.minimum(positives, n_rows - positives)
     is_ranked = metric in ("auc", "average_precision")
     if is_ranked or task_kind == "multi":
-        # No area under a ROC curve varies more than this: value × (1 - value) / the smaller side
-        # (Birnbaum and Klose 1957).
+        # The largest variance of an area under a ROC curve is value × (1 - value) / n, n the
+        # smaller of the counts of positives and negatives (Birnbaum and Klose 1957).
         column_variances = 1 / smaller_side[smaller_side > 0]
         largest_variance = float(column_variances.mean()) if len(column_variances) else 1.0
-    else:  # a mean of the shares of the classes
+    else:  # the mean over classes of proportions of their rows
         largest_variance = (
             float((1 / positives[positives > 0]).sum()) / int((positives > 0).sum()) ** 2
         )
     group_sizes = np.bincount(group_of_row)
     largest_variance = max(largest_variance, 1 / n_rows) * float((group_sizes**2).sum() / n_rows)
     value_spread = metric_value * (1 - metric_value)
-    seen_variance = (
+    # Variances are in units of value × (1 - value): the variance of one row of a proportion.
+    estimated_variance = (
         max(standard_error**2 / value_spread, 1 / n_rows)
         if value_spread > 1e-12 and np.isfinite(standard_error)
         else largest_variance
@@ -279,10 +290,11 @@ def _share_interval(
         np.isin(np.arange(len(group_sizes)), group_of_row[row_mask])
         for row_mask in (~is_right, is_right)
     ]
-    seen_share = _known(
+    weight = _weight_of_estimate(
         groups_by_outcome[0],
         groups_by_outcome[1],
         PRIOR_GROUPS_RANKED if is_ranked else PRIOR_GROUPS,
     )
-    variance = seen_share * seen_variance + (1 - seen_share) * max(largest_variance, seen_variance)
+    worst_variance = max(largest_variance, estimated_variance)
+    variance = weight * estimated_variance + (1 - weight) * worst_variance
     return exact_interval(metric_value, max(1 / variance, 1.0), level)

@@ -1,8 +1,7 @@
-"""What a head's predictions are worth: every metric of a task, computed with array operations only.
+"""Metrics of predictions, with scikit-learn's definitions.
 
-N rows, C classes (or label columns, or regression targets). scikit-learn's definitions; the tests
-compare with it. Written out here because a run scores thousands of heads and scikit-learn validates
-its input anew for each metric.
+N rows, C classes (or label columns, or regression targets). Not scikit-learn's own functions,
+because a run scores thousands of heads, and those validate their input anew for each metric.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ class UnknownMetric(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class Metric:
-    """One number about a head: which way is better, and which kinds of task have it."""
+    """Properties of a metric."""
 
     higher_is_better: bool
     tasks: tuple[TaskKind, ...]
@@ -35,9 +34,8 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(True, ("single", "multi")),  # multi: every label of the row right
     "balanced_accuracy": Metric(True, ("single", "multi")),  # multi: mean over labels
     "log_loss": Metric(False, ("single", "multi")),  # nats; multi: mean over labels
-    "auc": Metric(
-        True, ("single", "multi")
-    ),  # one against the rest, mean over classes that have both
+    # One against the rest, mean over classes with both positives and negatives.
+    "auc": Metric(True, ("single", "multi")),
     "macro_f1": Metric(True, ("single", "multi")),
     "average_precision": Metric(True, ("multi",)),  # mean over labels that occur ("mAP")
     "hamming_accuracy": Metric(True, ("multi",)),  # share of single labels right
@@ -55,18 +53,19 @@ DEFAULT_METRIC: dict[TaskKind, str] = {
 
 
 def metric_names(task_kind: TaskKind) -> tuple[str, ...]:
-    """The metrics that this kind of task has."""
+    """Return the metrics of a kind of task."""
     return tuple(name for name, metric in METRICS.items() if task_kind in metric.tasks)
 
 
 def score(
     task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str
 ) -> float:
-    """One metric of one head. target: single (N,) class index; multi (N, L) 0/1; regression (N, L)
-    or (N,).
+    """Return one metric of one head; nan if it is undefined (AUC with one class).
 
-    probabilities: (N, C), for regression the predicted values. nan where the metric is undefined
-    (AUC with one class). Raises UnknownMetric, naming the metrics of this kind of task.
+    target: single (N,) class index; multi (N, L) 0/1; regression (N, L) or (N,).
+    probabilities: (N, C), for regression the predicted values.
+
+    Raises UnknownMetric, naming the metrics of this kind of task.
     """
     if metric not in METRICS or task_kind not in METRICS[metric].tasks:
         raise UnknownMetric(
@@ -89,12 +88,12 @@ def score(
 def all_metrics(
     task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any]
 ) -> dict[str, float]:
-    """Every metric of the task, by name."""
+    """Return {name: value} of all metrics of the task."""
     return {name: score(task_kind, target, probabilities, name) for name in metric_names(task_kind)}
 
 
 def sign(metric: str) -> int:
-    """+1 where higher is better, -1 where lower is: multiply by it to sort the best head last."""
+    """Return +1 if higher is better, else -1: multiplied by it, values sort the best head last."""
     return 1 if METRICS[metric].higher_is_better else -1
 
 
@@ -104,7 +103,7 @@ def row_hits(
     probabilities: npt.NDArray[Any],
     metric: str = "accuracy",
 ) -> Floats:
-    """0 and 1 whose mean is the metric: accuracy (N,), hamming_accuracy (N, L)."""
+    """Return hits, 0 or 1, whose mean is the metric: accuracy (N,), hamming_accuracy (N, L)."""
     predicted = np.asarray(probabilities, np.float64)
     if task_kind == "single":
         return np.asarray(predicted.argmax(1) == target, np.float64)
@@ -116,7 +115,7 @@ def row_hits(
 def row_losses(
     task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str
 ) -> Floats:
-    """(N,) losses whose mean is the metric: log_loss (nats) or mae."""
+    """Return the losses (N,) whose mean is the metric: log_loss (nats) or mae."""
     predicted = np.asarray(probabilities, np.float64)
     smallest_probability = np.finfo(np.float32).eps
     if task_kind == "single":
@@ -143,11 +142,10 @@ def _single(metric: str, true_class: npt.NDArray[np.int64], predicted: Floats) -
     if metric == "accuracy":
         return float((predicted_class == true_class).mean())
     if metric == "log_loss":
-        true_class_probability = predicted[np.arange(n_rows), true_class] / predicted.sum(1)
-        return float(-np.log(np.clip(true_class_probability, np.finfo(np.float32).eps, 1)).mean())
+        return float(row_losses("single", true_class, predicted, metric).mean())
     if metric == "auc":
         one_hot = true_class[:, None] == np.arange(n_classes)
-        # Two classes: the two one-against-rest areas are equal, so the second says it all.
+        # Of two classes the areas of both are equal, so one is computed.
         return (
             _area(one_hot[:, 1:], predicted[:, 1:]) if n_classes == 2 else _area(one_hot, predicted)
         )
@@ -158,7 +156,7 @@ def _single(metric: str, true_class: npt.NDArray[np.int64], predicted: Floats) -
     class_hits = np.bincount(true_class[predicted_class == true_class], minlength=n_classes)
     if metric == "balanced_accuracy":
         return float((class_hits[class_counts > 0] / class_counts[class_counts > 0]).mean())
-    # macro_f1: classes that occur in target or prediction
+    # macro_f1, over classes that occur in target or prediction.
     f1_denominator = class_counts + np.bincount(predicted_class, minlength=n_classes)
     return float((2 * class_hits[f1_denominator > 0] / f1_denominator[f1_denominator > 0]).mean())
 
@@ -216,8 +214,9 @@ def _regression(metric: str, target: Floats, predicted: Floats) -> float:
 
 
 def _area(true_labels: npt.NDArray[np.bool_], predicted: Floats) -> float:
-    """Mean over columns of the area under the ROC curve, by ranks (Mann-Whitney), ties counted
-    half; nan without a column that has both positives and negatives.
+    """Return the mean over columns of the area under the ROC curve, by ranks (Mann-Whitney).
+
+    Ties count half. nan if no column has both positives and negatives.
     """
     positives = true_labels.sum(0)
     has_both_sides = (positives > 0) & (positives < len(true_labels))
@@ -232,10 +231,8 @@ def _area(true_labels: npt.NDArray[np.bool_], predicted: Floats) -> float:
 
 
 def _ranks(values: Floats) -> npt.NDArray[np.float64]:
-    """Ranks from 1, those of equal values their mean.
-
-    (scipy.stats has a function for it, and takes a second to import.)
-    """
+    """Return ranks from 1; equal values have their mean rank."""
+    # Not scipy.stats.rankdata, which takes a second to import.
     _, value_index, value_counts = np.unique(values, return_inverse=True, return_counts=True)
     mean_ranks: npt.NDArray[np.float64] = (np.cumsum(value_counts) - (value_counts - 1) / 2)[
         value_index
@@ -251,7 +248,7 @@ def _average_precision(true_labels: npt.NDArray[np.bool_], predicted: Floats) ->
     for column in np.flatnonzero(has_positives):
         order = np.argsort(-predicted[:, column], kind="stable")
         sorted_values, is_hit = predicted[order, column], true_labels[order, column]
-        # one threshold per distinct value
+        # One threshold per distinct value.
         is_threshold = np.append(sorted_values[1:] != sorted_values[:-1], True)
         n_found = np.cumsum(is_hit)[is_threshold]
         precision = n_found / (np.flatnonzero(is_threshold) + 1)

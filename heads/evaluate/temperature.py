@@ -1,20 +1,19 @@
-"""The temperature of a classifier: one number that its log-odds are divided by, so that it is right
-as often as it is sure.
+"""The temperature T of a classifier: its log-odds are divided by T to calibrate its probabilities.
 
-N rows, C outputs, K heads. Above 1 the head was too sure, below 1 not sure enough (Guo, Pleiss, Sun
-and Weinberger 2017, "On calibration of modern neural networks"). A positive number keeps every
-decision: the largest probability stays the largest, a label at one half or more stays there.
+N rows, C outputs, K heads. T > 1 if the head was overconfident, T < 1 if it was underconfident
+(Guo, Pleiss, Sun and Weinberger 2017, "On calibration of modern neural networks"). It changes no
+decision: the largest probability stays the largest, and a label at one half or more stays there.
 
-It is fitted on out-of-fold predictions, by their log loss: the expected calibration error has bins,
-jumps, and a least value that says nothing (the same share of each class for all rows). The loss is
-convex in 1 / T. A head whose folds are all right would have T = 0, one that knows nothing T = ∞,
-and gradient steps run away towards both; a few rows decide nothing at all. So log T has a normal
+T is fitted to the log loss of out-of-fold predictions. The expected calibration error would not do:
+it has bins and jumps, and is least for predictions that say nothing (the classes' shares for every
+row). The loss is convex in 1 / T. A head without mistakes would have T = 0, one that knows nothing
+T = ∞, and gradient steps diverge towards both; a few rows decide nothing. So log T has a normal
 prior around 0 (`SPREAD`), and the root is found between fixed ends.
 
-Heads that tell log-odds divide those (`predict_head`). Others tell probabilities alone: p becomes
-p^(1/T), scaled to sum to one. A class that none of five neighbours has is at exactly 0, which no
-power changes, and one such row that is of that class would drive T to any height: zeros of votes
-are taken for about one vote in a hundred (`vote_floor`), others for `FLOOR`.
+For heads with log-odds these are divided (`predict_head`). For heads with only probabilities p
+becomes p^(1/T), scaled to sum to one. A class that none of five neighbours has gets exactly 0,
+which no power changes, and a single row of that class would make T arbitrarily large: zeros of
+votes count as about one vote in a hundred (`vote_floor`), others as `FLOOR`.
 """
 
 import math
@@ -29,28 +28,29 @@ from headrace.heads.data.task import TaskKind
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
-# smaller probabilities are taken for it, by the fit and wherever a temperature is applied
+# Smaller probabilities count as this one, in the fit and wherever a temperature is applied.
 FLOOR = 1e-12
-# The same of votes. On digits, wine and breast_cancer, 60 to 900 images, 1, 5 and 15 neighbours and
-# forests of 50 trees, 0.01 has the least log loss of all from 1e-12 to 0.01, and nearly always the
-# least calibration error; that of five neighbours on 150 digits is 5.6 points with it, 6.4 as they
-# are, 14.5 with 1e-12.
+# The same for votes. On digits, wine and breast_cancer, 60 to 900 images, 1, 5 and 15 neighbours
+# and forests of 50 trees, 0.01 has the least log loss of all values from 1e-12 to 0.01, and nearly
+# always the least calibration error: of five neighbours on 150 digits 5.6 points, without a
+# temperature 6.4, with 1e-12 14.5.
 VOTE_FLOOR = 0.01
-# The same limit on log-odds, and on how far a class's logit lies behind the largest one.
+# The same limit for log-odds, and for the distance of a class's logit from the largest one.
 FARTHEST = -math.log(FLOOR)
 LOWEST, HIGHEST = 0.02, 50.0  # a ridge head of a thousand classes needs 0.05
-# Standard deviation of log T before anything was seen. Simulated with heads whose log-odds are 0.4,
-# 1 and 2.5 times what they should be: with 150 rows and more every value from 0.3 up gives the same
-# loss on new rows. With 20 and 50 rows 0.5 has the least loss on the whole; without it a pair of
-# rows makes the twentieth worst head of two classes twice as bad as it was.
+# Standard deviation of the prior of log T. Simulated with heads whose log-odds are 0.4, 1 and 2.5
+# times too large: from 150 rows on every value of at least 0.3 gives the same loss on new rows.
+# With 20 and 50 rows 0.5 has the least loss overall; without a prior, one head of two classes in
+# twenty gets at least twice the loss that it had.
 SPREAD = 0.5
-_MAX_NUMBERS = 5_000_000  # of a head's predictions that are looked at: a second or so
-_MAX_NUMBERS_OF_MANY = 200_000  # the same where many heads are fitted, one after the other
-_MIN_ROWS = 2_000  # rows, however many classes there are
+_MAX_NUMBERS = 5_000_000  # of a head's predictions that are used: about a second
+_MAX_NUMBERS_OF_MANY = 200_000  # the same if many heads are fitted one after the other
+_MIN_ROWS = 2_000  # that are used for any number of classes
 
 
 def vote_floor(task_kind: TaskKind, n_outputs: int) -> float:
-    """Return the smallest share of votes that counts: of all classes, a tenth at most."""
+    """Return the share of votes as which smaller ones count."""
+    # All classes at the floor have at most a tenth of the votes together.
     return VOTE_FLOOR if task_kind == "multi" else min(VOTE_FLOOR, 0.1 / max(n_outputs, 1))
 
 
@@ -61,11 +61,13 @@ def fit_temperature(
     sample_weight: Array | None = None,
     floor: float = FLOOR,
 ) -> float:
-    """The temperature that makes out-of-fold predictions (N, C) most likely; 1 for regression.
+    """Return the temperature of the largest posterior for out-of-fold predictions (N, C).
 
-    target: as in `Task`. sample_weight: (N,) >= 0, by default all alike. floor: the smallest
-    probability that counts, `vote_floor` where heads count votes. Between LOWEST and HIGHEST,
-    shrunk towards 1.
+    target: as in `Task`.
+    sample_weight: (N,) >= 0; None: all equal.
+    floor: smaller probabilities count as this one; `vote_floor` for heads that count votes.
+
+    It lies between LOWEST and HIGHEST, shrunk towards 1; it is 1 for regression.
     """
     if task_kind == "regression" or len(predicted) == 0:
         return 1.0
@@ -79,8 +81,8 @@ def fit_temperatures(
     sample_weight: Array | None = None,
     floors: Sequence[float] | None = None,
 ) -> Floats:
-    """(K,) `fit_temperature` of each of the predictions (K, N, C), on fewer rows where there are
-    many; ones for regression.
+    """Return `fit_temperature` of each head's predictions (K, N, C), (K,), on fewer rows of large
+    tasks.
     """
     if task_kind == "regression" or predicted.shape[1] == 0:
         return np.ones(len(predicted))
@@ -99,7 +101,10 @@ def fit_temperatures(
 def with_temperature(
     task_kind: TaskKind, predicted: Array, temperature: float, floor: float = FLOOR
 ) -> Floats:
-    """(N, C) probabilities, log-odds divided by the temperature; regression as it is."""
+    """Return the probabilities (N, C) with log-odds divided by the temperature.
+
+    Predictions of a regression stay as they are.
+    """
     raw_values = np.asarray(predicted, np.float64)
     if task_kind == "regression" or temperature == 1:
         return raw_values
@@ -110,7 +115,7 @@ def with_temperature(
                 1 / (1 + ((1 - clipped_values) / clipped_values) ** (1 / temperature))
             )
     clipped_values = np.clip(raw_values, floor, None)
-    # the largest is 1, and not all can vanish
+    # Relative to the largest, whose power is 1, so that not all of them underflow.
     powers = (clipped_values / clipped_values.max(1, keepdims=True)) ** (1 / temperature)
     return np.asarray(powers / powers.sum(1, keepdims=True))
 
@@ -123,11 +128,11 @@ def cross_fitted(
     sample_weight: Array | None = None,
     floor: float = FLOOR,
 ) -> Floats:
-    """(N, C) predictions, each part of the rows at the temperature that the other parts give: what
-    a score may be computed of.
+    """Return the predictions (N, C), each part of the rows at the temperature of the other parts.
 
-    part_of_row: (N,) integers, such as the folds. A temperature that has seen the rows that score
-    it flatters itself a little.
+    Scores are computed from these: a temperature fitted on the same rows is slightly optimistic.
+
+    part_of_row: (N,) integers, such as the folds.
     """
     calibrated = np.asarray(predicted, np.float64).copy()
     for part_number in np.unique(part_of_row):
@@ -143,9 +148,10 @@ def cross_fitted(
 def keep_decisions(
     task_kind: TaskKind, predicted_before: Array, predicted_after: Array
 ) -> npt.NDArray[np.float32]:
-    """Probabilities `predicted_after` (n, C) as float32 that decide as `predicted_before` does,
-    where rounding alone has made two classes equal or has put a label to one half. A temperature is
-    monotone, float32 is not.
+    """Return `predicted_after` (n, C) as float32 with the decisions of `predicted_before` (n, C).
+
+    A temperature changes no decision, but rounding to float32 may make two classes equal, or put a
+    label on one half.
     """
     corrected = np.asarray(predicted_after, np.float32)
     if task_kind == "single":
@@ -194,8 +200,9 @@ def _fitted(
 def _log_odds(
     task_kind: TaskKind, target: Array, predicted: Array, floor: float
 ) -> tuple[Array, Array]:
-    """Logits (n, C) and the true column (n,) of one head's predictions (N, C); of several labels
-    each is a row of two.
+    """Return logits (n, C) and true columns (n,) of one head's predictions (N, C).
+
+    For a multi-label task, n = N C: each label is a row of two classes.
     """
     clipped_values = np.clip(np.asarray(predicted, np.float64), floor, 1)
     if task_kind == "single":
@@ -210,11 +217,10 @@ def _log_odds(
 def _log_sharpness(
     logits: Array, true_column: Array, sample_weight: Floats, prior_spread: float = SPREAD
 ) -> float:
-    """log(1 / T): where the slope of the weighted log loss, and of the prior, is zero. logits (n,
-    C), truth and weight (n,).
+    """Return log(1 / T) at which the slope of the weighted log loss and the prior is zero.
 
-    The slope changes its sign between 0 and the best value of the loss alone, and is followed by
-    Newton's method within what is left between two signs: it cannot run away.
+    logits: (n, C); true_column, sample_weight: (n,). Newton's method within a bracket of two signs
+    of the slope, so it cannot diverge.
     """
     total_weight = sample_weight.sum()
     if not total_weight > 0:
@@ -222,7 +228,7 @@ def _log_sharpness(
     sample_weight = sample_weight / total_weight * len(true_column)
     logits = logits - logits.max(1, keepdims=True)
     mean_true_logit = float(sample_weight @ logits[np.arange(len(true_column)), true_column])
-    if not np.isfinite(mean_true_logit):  # a row that nothing is predicted for has no slope
+    if not np.isfinite(mean_true_logit):  # a row without a finite prediction
         return 0.0
     lower, upper = -np.log(HIGHEST), -np.log(LOWEST)
     log_sharpness = 0.0
@@ -231,7 +237,7 @@ def _log_sharpness(
         probabilities = np.exp(sharpness * logits)
         probabilities /= probabilities.sum(1, keepdims=True)
         mean_logit = (probabilities * logits).sum(1)
-        slope_excess = float(sample_weight @ mean_logit) - mean_true_logit  # the slope by 1 / T
+        slope_excess = float(sample_weight @ mean_logit) - mean_true_logit  # derivative by 1 / T
         slope = sharpness * slope_excess + log_sharpness / prior_spread**2
         if slope == 0:
             break

@@ -1,7 +1,8 @@
-"""How well features suit a task, without training a head: LogME, H-score, NCE, Bayes error.
+"""Transferability: how well features suit a task, without training: LogME, H-score, NCE, Bayes
+error.
 
 N rows, D features, C classes (or labels, or regression targets), k = min(N, D). One
-eigendecomposition of the smaller of the two Gram matrices serves all classes.
+eigendecomposition of the smaller of X'X and XX' serves all classes.
 """
 
 from typing import Any
@@ -12,26 +13,25 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
-_ITERATIONS = 100  # at most, of LogME's fixed point
-_RELATIVE = 1e-10  # eigenvalues below this share of the largest are rounding
+_MAX_ITERATIONS = 100  # of LogME's fixed point
+_SMALLEST_EIGENVALUE = 1e-10  # relative to the largest one; smaller ones are rounding errors
 
 
 def log_me(X: Array, targets: Array) -> float:
-    """LogME: the largest log evidence per row of a Bayesian linear model, mean over targets (You et
-    al. 2021, Algorithm 3).
+    """Return LogME: the maximum log evidence per row of a Bayesian linear model, mean over targets
+    (You et al. 2021, Algorithm 3).
 
-    X: (N, D). targets: (N, C) one column per class (0/1), label or regression target. Higher is
-    better; comparable between features of the same rows and targets. The evidence counts all D
-    weights, the N - k that the rows cannot see included.
+    X: (N, D). targets: (N, C), one column per class (0/1), label or regression target. Higher is
+    better; values are comparable between features of the same rows and targets.
     """
     X, y = np.asarray(X, np.float64), np.asarray(targets, np.float64).reshape(len(X), -1)
     eigenvalues, projected_targets = _spectrum(X, y)
     n_rows = len(X)
-    explained = projected_targets**2  # (k, C) squares of the target's coordinates
+    explained = projected_targets**2  # (k, C) squared coordinates of the targets
     unexplained = np.maximum((y**2).sum(0) - explained.sum(0), 0)
     alpha_by_beta = np.ones(y.shape[1])  # alpha / beta, for each target
     alpha = beta = weight_squares = residual = alpha_by_beta
-    for _ in range(_ITERATIONS):
+    for _ in range(_MAX_ITERATIONS):
         shrinkage = eigenvalues[:, None] / (eigenvalues[:, None] + alpha_by_beta)
         gamma = shrinkage.sum(0)
         weight_squares = (shrinkage**2 * explained / eigenvalues[:, None]).sum(0)
@@ -52,10 +52,10 @@ def log_me(X: Array, targets: Array) -> float:
 
 
 def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
-    """H-score (Bao et al. 2019), tr(cov(f)^-1 cov(E[f | class])).
+    """Return the H-score (Bao et al. 2019), tr(cov(f)^-1 cov(E[f | class])), between 0 and C - 1.
 
-    X: (N, D); target: (N,) classes. shrink: the covariance by Ledoit and Wolf, as Ibrahim et al.
-    2022 do; the plain score is meaningless for D near N. Between 0 and C - 1; higher is better.
+    X: (N, D); target: (N,) classes. shrink: shrink the covariance by Ledoit and Wolf's method, as
+    Ibrahim et al. 2022 do; without it the score is meaningless for D near N. Higher is better.
     """
     X = np.asarray(X, np.float64)
     X = X - X.mean(0)
@@ -66,8 +66,8 @@ def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
         / np.sqrt(n_rows * class_counts[class_counts > 0])[:, None]
     )
     eigenvalues, projected_indicators = _spectrum(X, class_indicators.T)
-    # Class means, weighted by the root of their share, along the eigenvectors: U S V' a = (U' a) s
-    # for the rows a.
+    # Class means along the eigenvectors, weighted by the root of the class's share. With X = U S
+    # V', X' a along V is (U' a) s for each column a of indicators.
     class_means = projected_indicators * np.sqrt(eigenvalues)[:, None]
     eigenvalues = eigenvalues / n_rows
     shrinkage, mean_eigenvalue = 0.0, eigenvalues.sum() / n_features
@@ -88,22 +88,24 @@ def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
 
 
 def _spectrum(X: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """The nonzero eigenvalues of X'X, and y (N, C) in the left singular vectors of X (k, C)."""
-    if X.shape[1] <= X.shape[0]:
-        eigenvalues, eigenvectors = np.linalg.eigh(X.T @ X)
-        is_nonzero = eigenvalues > _RELATIVE * max(eigenvalues[-1], 1e-300)
-        return eigenvalues[is_nonzero], (eigenvectors[:, is_nonzero].T @ (X.T @ y)) / np.sqrt(
-            eigenvalues[is_nonzero]
-        )[:, None]
-    eigenvalues, eigenvectors = np.linalg.eigh(X @ X.T)
-    is_nonzero = eigenvalues > _RELATIVE * max(eigenvalues[-1], 1e-300)
-    return eigenvalues[is_nonzero], eigenvectors[:, is_nonzero].T @ y
+    """Return the nonzero eigenvalues of X'X, (k,), and the coordinates (k, C) of y (N, C) in the
+    left singular vectors of X.
+    """
+    is_tall = X.shape[1] <= X.shape[0]
+    eigenvalues, eigenvectors = np.linalg.eigh(X.T @ X if is_tall else X @ X.T)
+    is_nonzero = eigenvalues > _SMALLEST_EIGENVALUE * max(eigenvalues[-1], 1e-300)
+    eigenvalues, eigenvectors = eigenvalues[is_nonzero], eigenvectors[:, is_nonzero]
+    if is_tall:  # U = X V / s
+        return eigenvalues, (eigenvectors.T @ (X.T @ y)) / np.sqrt(eigenvalues)[:, None]
+    return eigenvalues, eigenvectors.T @ y
 
 
 def negative_conditional_entropy(source: Array, target: Array) -> float:
-    """NCE: minus the entropy, in nats, of the target's class given the class that the pretrained
-    network sees (Tran et al. 2019). source, target: (N,) integers. 0 is best; minus the target's
-    own entropy where the source says nothing.
+    """Return NCE: minus the entropy, in nats, of the target's class given the class that the
+    pretrained network predicts (Tran et al. 2019).
+
+    source, target: (N,) integers, the predicted and the true classes. At best 0; minus the entropy
+    of the target if the source says nothing about it.
     """
     _, source = np.unique(source, return_inverse=True)
     _, target = np.unique(target, return_inverse=True)
@@ -118,10 +120,11 @@ def negative_conditional_entropy(source: Array, target: Array) -> float:
 
 
 def bayes_bounds(neighbor_error: float, n_classes: int) -> tuple[float, float]:
-    """Bounds on the Bayes error from the error of one nearest neighbour (Cover and Hart 1967).
+    """Return (lower, upper) bounds on the Bayes error from the error of the nearest neighbour
+    (Cover and Hart 1967).
 
-    They hold for infinitely many rows. With few rows in many dimensions the neighbour is far away,
-    its error is too large, and so is the lower bound: a head below it shows that.
+    They hold for infinitely many rows. With few rows in many dimensions the nearest neighbour is
+    far away and its error too large, so the lower bound is too high: a head may be better.
     """
     guess_error = (n_classes - 1) / n_classes
     bounded_error = min(max(neighbor_error, 0.0), guess_error)

@@ -1,7 +1,7 @@
-"""Scores per unit: a patient, a slide or a sequence is predicted by all of its images together.
+"""Scores per unit (patient, slide, sequence), which is predicted from all of its images.
 
-N images, U units, C outputs. Units are in the order of their names. A head that predicts a unit as
-a whole gives each of its images the unit's prediction, which aggregation leaves as it is.
+N images, U units, C outputs. Units are in the order of their names. A head that predicts whole
+units gives each image the prediction of its unit, which aggregation does not change.
 """
 
 from typing import Any
@@ -18,12 +18,15 @@ Array = npt.NDArray[Any]
 def aggregate_units(
     task_kind: TaskKind, predicted: Array, unit_of_row: Array, how: UnitAggregation
 ) -> Array:
-    """Return (…, U, C) predictions of units from those (…, N, C) of their images; the dtype stays.
+    """Return the predictions of units, (…, U, C), from those of their images, (…, N, C).
 
-    unit_of_row: (N,) integers 0..U-1, each at least once. mean: the average of the images, each
-    counting the same. max: the largest value of each label or number; of two classes the image with
-    the largest probability of the second one, which is scikit-learn's positive class; of more
-    classes the largest probability of each, scaled to sum to one. nan where an image has nan.
+    unit_of_row: (N,) integers 0..U-1, each at least once.
+    how: "mean": the unweighted average of the images. "max": the largest value of each label or
+    number; with two classes the prediction of the image with the largest probability of the second
+    one, scikit-learn's positive class; with more classes the largest probability of each, scaled to
+    sum to one.
+
+    The dtype stays. nan if an image has nan.
     """
     row_order = np.argsort(unit_of_row, kind="stable")
     ordered = np.asarray(predicted)[..., row_order, :]
@@ -47,10 +50,10 @@ def unit_rows(units: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
 
 
 def scored_rows(task: Task, rows: Array, predicted: Array) -> tuple[Array, Array]:
-    """Return the targets (U, …) and predictions (U, C) that some rows of a task are scored by:
-    those of their units, or of the images themselves where the task has no units.
+    """Return the targets (U, …) and predictions (U, C) of the units of some rows of a task.
 
-    rows: (n,) positions in the task, of whole units; predicted: (n, C) of these rows.
+    rows: (n,) positions in the task, of whole units; predicted: (n, C) of these rows. Without units
+    those of the images themselves are returned.
     """
     if task.units is None:
         return task.target[rows], predicted
@@ -61,9 +64,7 @@ def scored_rows(task: Task, rows: Array, predicted: Array) -> tuple[Array, Array
 
 
 def held_out_metrics(task: Task, fold: int, predicted: Array | None) -> dict[str, float]:
-    """Return every metric, by name, of the predictions (n, C) of the rows that a fold holds out;
-    none where there are no predictions.
-    """
+    """Return {metric: value} for the predictions (n, C) of a fold's held-out rows; {} for None."""
     if predicted is None:
         return {}
     return all_metrics(task.kind, *scored_rows(task, np.flatnonzero(task.fold == fold), predicted))

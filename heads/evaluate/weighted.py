@@ -1,8 +1,8 @@
-"""Metrics of many heads under many weightings of the same rows, by matrix products, for resampling.
+"""Metrics of many heads under many weightings of the rows, for resampling.
 
 K heads, N rows, C classes (labels, targets), B weightings. A metric that is a mean over rows is one
-product of a (K, N) table of row values with an (N, B) table of weights; those that are not are made
-of a few such products, or, for areas under curves, of sums along rows that are sorted once.
+product of a (K, N) table of row values with an (N, B) table of weights. Others are computed from a
+few such products, or, for areas under curves, from sums along rows that are sorted once.
 """
 
 from typing import Any
@@ -16,8 +16,9 @@ from headrace.heads.evaluate.metrics import CALIBRATION_BINS, METRICS, UnknownMe
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
 
-SORTED_METRICS = ("auc", "average_precision")  # cost K × N × B × C without a matrix product
-_SMALLEST = float(np.finfo(np.float32).eps)  # probabilities are clipped there, as in `score`
+# These sort rows, and cost K × N × B × C operations that are no matrix product.
+SORTED_METRICS = ("auc", "average_precision")
+_SMALLEST = float(np.finfo(np.float32).eps)  # probabilities are clipped here, as in `score`
 
 
 def weighted_scores(
@@ -28,12 +29,13 @@ def weighted_scores(
     metric: str,
     weights: Array,
 ) -> Floats:
-    """(K, B) the mean over folds of `metric` within each fold, rows counted by their weights.
+    """Return the mean over folds of a metric within each fold, (K, B), with weighted rows.
 
     target: as in `Task`, N rows; predicted: (K, N, C); fold_of_row: (N,) integers >= 0;
-    weights: (N, B) >= 0. With weights of one it is what the leaderboard ranks by. A fold in which
-    the metric is undefined is left out of the mean; nan where it is undefined in all. Raises
-    UnknownMetric.
+    weights: (N, B) >= 0. With weights of one it is the score of the leaderboard.
+
+    Folds in which the metric is undefined are left out of the mean; nan if it is undefined in all.
+    Raises UnknownMetric.
     """
     if metric not in METRICS or task_kind not in METRICS[metric].tasks:
         raise UnknownMetric(
@@ -66,10 +68,10 @@ def weighted_scores(
 
 
 def _mean(row_values: Array, weights: Floats) -> Floats:
-    """(K, B) weighted means of row values (K, n) under weights (n, B)."""
+    """Return the weighted means (K, B) of row values (K, n) under weights (n, B)."""
     total_weight = weights.sum(0)
-    # Sums before division: whole weights of right and wrong give exact counts, so that equal heads
-    # are exactly equal.
+    # Divided after the sum: with integer weights and hits of 0 and 1 the sums are exact, so equal
+    # heads have exactly equal scores.
     weighted_sums = row_values.astype(np.float64, copy=False) @ weights
     return np.where(
         total_weight > 0, weighted_sums / np.where(total_weight > 0, total_weight, 1), np.nan
@@ -81,7 +83,7 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 
 def _mean_over(column_scores: list[Floats]) -> Floats:
-    """The mean over classes of what is defined."""
+    """Return the mean over classes, (K, B), of the scores that are defined."""
     stacked_scores = np.stack(column_scores)
     is_finite = np.isfinite(stacked_scores)
     n_finite = is_finite.sum(0)
@@ -162,7 +164,7 @@ def _label(
     predicted_label: npt.NDArray[np.bool_],
     weights: Floats,
 ) -> Floats:
-    """(K, B) balanced accuracy or F1 of one label."""
+    """Return the balanced accuracy or F1 of one label, (K, B)."""
     positive_hits = predicted_label[:, true_label].astype(np.float64) @ weights[true_label]
     positive_weight = np.broadcast_to(weights[true_label].sum(0), positive_hits.shape)
     if metric == "macro_f1":
@@ -203,7 +205,7 @@ def _regression(metric: str, target: Floats, predicted: Array, weights: Floats) 
 
 
 def _areas(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
-    """(K, B) weighted areas under the ROC curve of one class, ties counted half."""
+    """Return the weighted areas under the ROC curve of one class, (K, B); ties count half."""
     head_areas = np.full((len(predicted), weights.shape[1]), np.nan)
     positive_weight, negative_weight = weights[true_label].sum(0), weights[~true_label].sum(0)
     if not true_label.any() or true_label.all():
@@ -221,7 +223,7 @@ def _areas(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats)
 
 
 def _precisions(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
-    """(K, B) weighted average precisions of one label; one threshold per distinct value."""
+    """Return the weighted average precisions of one label, (K, B)."""
     head_areas = np.full((len(predicted), weights.shape[1]), np.nan)
     if not true_label.any():
         return head_areas
@@ -239,7 +241,7 @@ def _precisions(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Fl
 def _by_value(
     values: Array, true_label: npt.NDArray[np.bool_], weights: Floats, *, rising: bool
 ) -> tuple[Floats, Floats]:
-    """(V, B) weights of the positives and of the negatives at each distinct value, in order."""
+    """Return the weights of positives and negatives at each of V distinct values, (V, B) each."""
     value_order = np.argsort(values if rising else -values, kind="stable")
     ordered_values = values[value_order]
     value_starts = np.flatnonzero(np.append(True, ordered_values[1:] != ordered_values[:-1]))

@@ -1,12 +1,13 @@
-"""Banded heads: one penalty for each tap, found on a head's training rows.
+"""Banded heads: one penalty for each tap, chosen on a head's training rows.
 
-Taps that stand side by side in one input are bands of features. Ridge regression with one penalty
+The taps that are concatenated in one input are bands of features. Ridge regression with one penalty
 for each band (Nunez-Elizalde, Huth & Gallant 2019; Dupré la Tour, Eickenberg, Nunez-Elizalde &
 Gallant 2022) is ridge regression with one penalty on features that are scaled band by band. The
-scales are those of least squared error on held-out folds of the training rows, found by the method
-of Levenberg (1944) and Marquardt (1963). With the kernel M = sum_b e^d_b K_b + I + 1 1', K_b the
-products of rows of band b, and H = M^-1, the errors of all held-out rows come from one inverse: the
-errors of a fold's rows F are (H_FF)^-1 (H Y)_F. So no head is trained while the scales are sought.
+scales minimize the squared error on held-out folds of the training rows, by the method of Levenberg
+(1944) and Marquardt (1963). With the kernel M = sum_b e^d_b K_b + I + 1 1', K_b the products of
+rows in band b, d_b its log variance, and H = M^-1, the errors of a fold's rows F, predicted from
+all others, are (H_FF)^-1 (H Y)_F. So one inverse gives the errors of all folds, and no head is
+trained to choose the scales.
 
 n sampled rows, D features, B bands, T target columns.
 """
@@ -25,19 +26,20 @@ from headrace.heads.data.standardize import Features, Moments, scaled
 
 Array = npt.NDArray[np.float64]
 
-# Training rows of a head that are sampled: half a second. With 1,200 the scales differ by a tenth,
-# or twofold where taps are alike.
+# Of a head's training rows, which takes half a second. With 1,200 the scales differ by a tenth, or
+# twofold between taps that are alike.
 SAMPLED_ROWS = 800
-# Folds that are drawn where the head's own training rows have fewer than three folds.
+# Random folds of the sampled rows, if these are in fewer than three of the task's folds.
 DRAWN_FOLDS = 5
-MAX_EVALUATIONS = 25  # 3 or 4 from 300 rows on, up to 12 below; L-BFGS took 7 to 25
+MAX_EVALUATIONS = 25  # 3 or 4 are needed from 300 rows on, up to 12 below
 MIN_DECREASE = 1e-3  # the smallest relative decrease of the error that a step is taken for
 START_DAMPING = 1e-2
 MAX_LOG_STEP = 4.0  # of a log variance; further away the curvature says nothing
-# Largest distance of a log variance from the one where all bands count the same.
+# Largest distance of a log variance from its start, at which all bands have the same variance.
 MAX_LOG_DISTANCE = 8.0
-SKETCH_COLUMNS = 8  # of target columns that the curvature is computed from
-# Penalty on the distance from equal bands, in units of the share of the variance that is missed.
+SKETCH_COLUMNS = 8  # combinations of the target columns that the curvature is computed from
+# Factor of the mean squared distance of log variances from their mean, which is added to the share
+# of the target's variance that is not explained.
 EQUAL_BANDS_PENALTY = 1e-3
 START_SIGNAL_TO_NOISE = 10.0  # variance of all bands together over that of the noise
 
@@ -52,14 +54,16 @@ def with_bands(
 ) -> dict[int, Moments]:
     """Return `scaling` with an emphasis (D,) that gives every band its own penalty.
 
-    X: (N, D). target: (N,) int classes, (N, T) labels or real values. fold: (N,) the fold that
-    holds a row out, or TRAIN_ONLY. scaling: fold or REFIT -> moments of its training rows.
-    band_widths: (B,) features of each band, in order; none are one band. n_views: of each image;
-    the rows come one view after another.
+    X: (N, D). target: (N,) int classes, (N, T) labels or real values.
+    fold: (N,) the fold that holds a row out, or TRAIN_ONLY.
+    scaling: {fold or REFIT: moments of its training rows}.
+    band_widths: number of features of each band, in order; () for one band.
+    n_views: views of each image; the rows are all of one view after another.
 
-    The mean square of an emphasis is 1, so that strengths mean what they mean without bands. The
-    scales of a fold's head are found without the rows that it is judged by. Raises ValueError where
-    the widths do not add up to D.
+    The mean square of an emphasis is 1, so that a regularization strength means about the same as
+    without bands. The scales of a fold's head do not depend on its held-out rows.
+
+    Raises ValueError if the widths do not add up to D.
     """
     if band_widths and sum(band_widths) != X.shape[1]:
         raise ValueError(
@@ -90,8 +94,9 @@ def _with_emphasis(
     rows = np.sort(rng.choice(training_rows, n_sampled, replace=False))
     row_fold = fold[rows]
     blocks = [np.flatnonzero(row_fold == group) for group in np.unique(row_fold) if group >= 0]
-    if len(blocks) < 3:  # a split of the user's own, or two folds, one of which is held out
-        # An image's views are never on two sides: one would give the others away.
+    if len(blocks) < 3:  # a given split, or two folds of which one is held out
+        # The views of an image are in one block: they are so similar that a model would recognize
+        # one from the others.
         image_of_row = rows % (len(fold) // n_views)
         images = rng.permutation(np.unique(image_of_row))
         blocks = [
@@ -104,10 +109,10 @@ def _with_emphasis(
     Y -= Y.mean(axis=0)
     if len(rows) < 2 or not Y.any():  # a constant target
         return moments
-    if target.dtype.kind == "f":  # values in units of their own
+    if target.dtype.kind == "f":  # several targets count the same whatever their units
         Y /= np.where(Y.any(axis=0), np.sqrt((Y**2).sum(axis=0)), 1.0)
     Y /= np.sqrt((Y**2).sum())
-    # Standardized numbers: float32 is enough, and the products take half the time.
+    # float32 is enough for standardized numbers, and the products take half the time.
     Z32 = Z.astype(np.float32)
     band_offsets = np.cumsum([0, *band_widths])
     kernels = np.empty((len(band_widths), len(rows), len(rows)))
@@ -126,16 +131,16 @@ def _target_columns(target: npt.NDArray[Any]) -> Array:
 
 
 def _best_log_variances(kernels: Array, Y: Array, blocks: Sequence[npt.NDArray[np.intp]]) -> Array:
-    """Return the log variances (B,) of least squared error on held-out blocks.
+    """Return the log variances (B,) that minimize `held_out_error`.
 
-    kernels: (B, n, n), each of a band's average over its features. Y: (n, T).
+    kernels: (B, n, n), products of rows in each band divided by its width. Y: (n, T).
     """
     start = np.full(len(kernels), np.log(START_SIGNAL_TO_NOISE / len(kernels)))
     sketch = _sketch(Y.shape[1])
     log_variances, damping = start, START_DAMPING
     error, gradient, curvature = held_out_error(start, kernels, Y, blocks, sketch)
     for _ in range(MAX_EVALUATIONS - 1):
-        # Bands that hardly matter have hardly a curvature, and would be moved without end.
+        # Bands that hardly matter have hardly any curvature, and would move too far otherwise.
         scale = np.diag(curvature) + 1e-3 * np.diag(curvature).max()
         step = -np.linalg.solve(curvature + damping * np.diag(scale), gradient)
         step *= min(1.0, MAX_LOG_STEP / max(np.abs(step).max(), 1e-12))
@@ -172,17 +177,18 @@ def held_out_error(
     blocks: Sequence[npt.NDArray[np.intp]],
     sketch: Array,
 ) -> tuple[float, Array, Array]:
-    """Return the squared error of every block, predicted from all others, its gradient (B,), and
-    its curvature (B, B) by Gauss and Newton.
+    """Return the squared error of all blocks, each predicted from all others, and its derivatives.
 
-    log_variances: (B,). kernels: (B, n, n). Y: (n, T). blocks: row numbers. sketch: (T, S); the
-    curvature is that of the errors times the sketch, the gradient is exact.
+    These are the gradient (B,), which is exact, and the curvature (B, B) by Gauss and Newton, of
+    the errors times the sketch.
+
+    log_variances: (B,). kernels: (B, n, n). Y: (n, T). blocks: row numbers. sketch: (T, S).
 
     Along dM the errors of block F change by dr_F = (H_FF)^-1 [H dM (H_:F r_F - H Y)]_F.
     """
     n_bands, n = len(kernels), len(Y)
     variances = np.exp(log_variances)
-    # The ones are the intercept's kernel, with a variance that costs next to nothing.
+    # The kernel 1 1' of the intercept, whose variance of 1 penalizes it hardly at all.
     M = (variances @ kernels.reshape(n_bands, -1)).reshape(n, n) + 1.0
     M.flat[:: n + 1] += 1.0
     H = scipy.linalg.inv(M, overwrite_a=True, check_finite=False)
@@ -190,7 +196,7 @@ def held_out_error(
     own_blocks = [H[np.ix_(rows, rows)] for rows in blocks]
     factors = [scipy.linalg.cho_factor(block, check_finite=False) for block in own_blocks]
     r = np.zeros_like(Y)
-    error_slope = np.zeros_like(M)  # of half the error, by the elements of M
+    error_slope = np.zeros_like(M)  # derivative of half the error by the elements of M
     missed = np.empty((n, len(blocks), sketch.shape[1]))  # H_:F r_F - H Y, sketched
     for block, (rows, factor) in enumerate(zip(blocks, factors, strict=True)):
         r[rows] = scipy.linalg.cho_solve(factor, HY[rows], check_finite=False)

@@ -1,9 +1,9 @@
-"""Weighted products of features and targets, group by group: all that ridge regression needs.
+"""Weighted products of features and targets by group of rows, from which ridge heads are solved.
 
 N rows, D features, T target columns, x' is x transposed. Rows are centred and scaled once with the
-moments of all rows, so that the sums of squares keep their digits. A fold's products are the sum of
-the other groups' (added, not subtracted: a difference of Gram matrices can lose positive
-definiteness).
+moments of all rows, so the sums of squares keep their digits. A fold's products are the sum of the
+other groups' products. They are added, not subtracted from the total, because a difference of Gram
+matrices may not be positive definite.
 """
 
 from collections.abc import Iterable
@@ -87,7 +87,7 @@ def group_products(
         products.cross[...] += z.T @ (w[:, None] * y)
         if sample_weight is not None:
             z *= np.sqrt(w)[:, None]
-        # One array and its own transpose: BLAS computes half of it (syrk).
+        # numpy recognizes an array times its own transpose, and computes half of it (BLAS syrk).
         products.gram[...] += z.T @ z
         total_weight = products.total_weight + float(w.sum())
         groups[group] = replace(products, total_weight=total_weight)
@@ -95,5 +95,5 @@ def group_products(
 
 
 def sum_products(parts: Iterable[Products]) -> Products:
-    """Return the products of all parts' rows together."""
+    """Return the products of the rows of all parts."""
     return reduce(Products.__add__, parts)

@@ -1,4 +1,4 @@
-"""Logistic and ridge heads: their settings, and what the rest of headrace has to know of them."""
+"""The kinds of heads "logistic" and "ridge"."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from headrace.heads.spec import ClassWeight, FitResult, check_choices
 
 @dataclass(frozen=True)
 class LogisticSpec:
-    """L2-regularised (multinomial) logistic regression; scikit-learn's objective.
+    """L2-regularized (multinomial) logistic regression with scikit-learn's objective.
 
-    C is scikit-learn's inverse strength: minimise sum_i w_i loss_i + |W|^2 / (2 C), on features
-    standardised with the mean and standard deviation of the head's own training rows.
+    It minimizes sum_i w_i loss_i + |W|^2 / (2 C) on features standardized with the mean and
+    standard deviation of the head's own training rows.
     """
 
     # inverse strength of the L2 penalty, as in scikit-learn
@@ -54,7 +54,7 @@ class RidgeSpec:
 
 
 def fit_logistic(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
-    """Train a bank of logistic heads; modules are imported when a bank is trained."""
+    """Train a bank of logistic heads."""
     from headrace.heads.linear.logistic import fit_logistic_bank
 
     return fit_logistic_bank(data, specs, refit=options.refit, device=options.device)
@@ -68,15 +68,14 @@ def fit_ridge(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> 
 
 
 def logistic_layers(spec: LogisticSpec, arrays: Arrays) -> Layers:
-    """Return the layer of a logistic head; its decisions are log-odds."""
+    """Return the layer of a logistic head, whose outputs are log-odds."""
     return linear_layers(arrays)
 
 
 def ridge_layers(spec: RidgeSpec, arrays: Arrays) -> Layers:
-    """Return the layer of a ridge head.
-
-    Ridge fits -1/+1, not log-odds: the softmax of twice the decision makes a perfect fit sure.
-    """
+    """Return the layer of a ridge head."""
+    # Ridge fits -1/+1, not log-odds. With twice the decision as log-odds, as in `ridge_link`, a
+    # perfect fit of two classes has the probability sigmoid(4).
     return linear_layers(arrays, decision_scale=2.0)
 
 
@@ -97,7 +96,7 @@ def predict_ridge(
 def logistic_cost(
     spec: LogisticSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return the seconds of the Gram matrix, and of a spec's work on D × C matrices."""
+    """Return (seconds of the Gram matrix, seconds of a spec's D × C matrices)."""
     gram = 2e-10 * n_rows * n_features * min(n_features, n_rows)
     return gram, n_fits * 1.5e-6 * n_features * n_outputs
 
@@ -105,7 +104,7 @@ def logistic_cost(
 def ridge_cost(
     spec: RidgeSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return the seconds of the Gram matrix, and of a spec's work on D × C matrices."""
+    """Return (seconds of the Gram matrix, seconds of a spec's D × C matrices)."""
     gram = 1.1e-10 * n_rows * n_features * min(n_features, n_rows)
     return gram, n_fits * 3.4e-7 * n_features * n_outputs
 
@@ -123,8 +122,9 @@ LOGISTIC = HeadKind(
     inputs=("each", "all"),
     tasks=("single", "multi"),
     layers=logistic_layers,
-    # A rotated copy and, while it is made, a scaled one. Copies for each fold, 512 MB at most and
-    # made by few rows or many-class heads only, come out of the half that `worker_memory` leaves.
+    # The features, a rotated copy and, while that is made, a scaled one. Copies for each fold, at
+    # most 512 MB for few rows or many-class heads, are taken from the half of the memory that
+    # `worker_memory` leaves.
     copies_of_features=3,
     uses_gpu=True,
     takes_side_columns=True,

@@ -3,11 +3,11 @@
 N rows, D features, C classes, L labels, F folds, n_outputs weight vectors of a head (C for a
 softmax, 1 for a sigmoid).
 
-The objective of a head is scikit-learn's `LogisticRegression` after a `StandardScaler` fitted on
-the head's training rows: sum_i w_i loss_i + |W|^2 / (2 C), the intercept free. For two classes the
-loss is the sigmoid's with one weight vector, as in scikit-learn (a two-class softmax with a penalty
-on both would be a different strength); the two classes are stored as -w/2 and +w/2, whose softmax
-is that sigmoid. `solver/README.md` explains how the heads are solved.
+The objective of a head is that of scikit-learn's `LogisticRegression` after a `StandardScaler`
+fitted on the head's training rows: sum_i w_i loss_i + |W|^2 / (2 C), the intercept unpenalized. For
+two classes the loss is that of a sigmoid with one weight vector, as in scikit-learn (in a two-class
+softmax with a penalty on both vectors, C would mean another strength). The two classes are stored
+as -w/2 and +w/2, whose softmax is that sigmoid. `solver/README.md` explains the solver.
 """
 
 import dataclasses
@@ -50,14 +50,14 @@ from headrace.heads.linear.solver.regularization_path import RegularizationPath
 from headrace.heads.spec import FitResult
 
 Array = npt.NDArray[Any]
-# The decision of an absent class is minus this: its probability is exactly zero, and no arithmetic
-# overflows.
+# Minus this is the decision of a class without training rows: its probability is exactly zero, and
+# no arithmetic overflows.
 ABSENT_CLASS_DECISION = 1e30
 
 
 @dataclass(frozen=True)
 class _HeadPart:
-    """A head of one spec and fold, for the classes of a problem or for one label."""
+    """A solved head of one spec and fold, for all classes of a problem or for one label."""
 
     weight: Array  # (n_outputs, D) float64, for raw features
     bias: Array  # (n_outputs,)
@@ -79,7 +79,7 @@ class _Bank:
     gap: float
     device: str
     deadline: float | None
-    # (spec index, fold, label or 0) -> head
+    # {(spec index, fold, label or 0): head}
     parts: dict[tuple[int, int, int], _HeadPart] = field(default_factory=dict)
 
     def class_mass(self, fold: int, n_classes: int) -> Array:
@@ -91,11 +91,11 @@ class _Bank:
 
 @dataclass(frozen=True)
 class _ClassProblem:
-    """The folds whose training rows hold exactly `classes`."""
+    """The folds whose training rows have exactly `classes`."""
 
     folds: tuple[int, ...]
     classes: npt.NDArray[np.intp]  # single label: the classes present; multi-label: empty
-    target: Array  # (N,) position in `classes`, -1 where absent; or (N, L)
+    target: Array  # (N,) index into `classes`, -1 for rows of other classes; or (N, L)
     labels: Array | None  # (N, L) 0/1 of binary and multi-label problems; None: a softmax
 
     @property
@@ -104,7 +104,7 @@ class _ClassProblem:
 
     @property
     def has_class(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether a row has a class of the problem."""
+        """Which rows have a class of the problem, (N,)."""
         return self.target >= 0 if self.target.ndim == 1 else np.ones(len(self.target), bool)
 
 
@@ -126,10 +126,11 @@ def fit_logistic_bank(
     device: "cpu" (NumPy), or torch's name of a device ("cuda"), where the products then run.
     deadline: time.monotonic() seconds at which to stop early.
 
-    Returns the heads spec by spec, for each its folds in order, then REFIT. Raises NotFinite (a
-    ValueError) for NaN or infinite features, ValueError for shapes that do not fit, labels out of
-    range, no spec at all, strengths that are not positive, and sample weights that are negative or
-    beyond 1e-30..1e15.
+    Returns the heads ordered by spec, then by fold, REFIT last.
+
+    Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for shapes that do not
+    fit, labels out of range, no specs, a C that is not positive, and sample weights that are
+    negative or beyond 1e-30..1e15.
     """
     _check(data, specs)
     sample_weight = data.sample_weight
@@ -165,11 +166,9 @@ def fit_logistic_bank(
 
 
 def _class_problems(bank: _Bank, folds: list[int], n_classes: int) -> list[_ClassProblem]:
-    """Group the folds by the classes that their training rows hold.
-
-    A class without training rows has no optimum: its intercept would run to minus infinity. It is
-    left out, as scikit-learn leaves it out, and predicted with 0.
-    """
+    """Group the folds by the classes that their training rows have."""
+    # A class without training rows has no optimum, because its intercept would go to minus
+    # infinity. It is left out, as in scikit-learn, and predicted with probability 0.
     if bank.target.ndim == 2:
         return [_ClassProblem(tuple(folds), np.zeros(0, np.intp), bank.target, bank.target)]
     folds_by_classes: dict[tuple[int, ...], list[int]] = {}
@@ -233,34 +232,34 @@ def _fit_problem(
                 copy_per_fold=copy,
                 dtype=dtype,
             )
-            # What is left for float64 is a few heads: not worth copies of the rows.
+            # Only a few heads are left for float64, which are not worth copies of the rows.
             for dtype, copy in ((np.float32, copy_per_fold), (np.float64, False))
         ]
         heads = _solve(bank, make_designs, paths, problem.n_outputs)
         seconds = (time.perf_counter() - began) / max(len(heads), 1)
         began = time.perf_counter()
-        is_multi_label = problem.target.ndim == 2
-        for path_index, path in enumerate(paths):
-            for l2_strength, head_specs in specs_by_strength[path_index].items():
-                weight, bias, solution = heads[path_index, l2_strength]
-                for i in head_specs:
-                    bank.parts[i, path.fold, path.label if is_multi_label else 0] = _HeadPart(
-                        weight,
-                        bias,
-                        solution.objective,
-                        solution.gap_bound,
-                        solution.n_iterations,
-                        seconds,
-                    )
+        for (path_index, l2_strength), (weight, bias, solution) in heads.items():
+            path = paths[path_index]
+            part = _HeadPart(
+                weight,
+                bias,
+                solution.objective,
+                solution.gap_bound,
+                solution.n_iterations,
+                seconds,
+            )
+            label = path.label if problem.target.ndim == 2 else 0
+            for i in specs_by_strength[path_index][l2_strength]:
+                bank.parts[i, path.fold, label] = part
 
 
 def _folds_by_design(
     bank: _Bank, problem: _ClassProblem, scaling: dict[int, Moments], *, standardize: bool
 ) -> list[tuple[int, ...]]:
-    """Return the problem's folds, those that can share a design in one tuple."""
+    """Return the problem's folds, in one tuple those that can share a design."""
     n_rows = int(problem.has_class.sum())
-    # In common units float32 would lose the digits of a fold whose scales are far from the others':
-    # one row far out that it holds out is enough.
+    # In common units float32 loses the digits of a fold whose scales are far from the others'; a
+    # single outlier among its held-out rows is enough for that.
     similar = tuple(
         fold
         for fold in problem.folds
@@ -278,10 +277,10 @@ def _solve(
     paths: list[RegularizationPath],
     n_outputs: int,
 ) -> dict[tuple[int, float], tuple[Array, Array, HeadSolution]]:
-    """Return raw weights, biases and solution of every head by (path index, L2 strength).
+    """Return {(path index, L2 strength): (raw weights, biases, solution)} of every head.
 
-    Heads are solved on the first design (float32), and those whose descent rounding ended before
-    the gap was reached go on from there on the second (float64).
+    Heads are solved on the first design (float32). Those whose descent was ended by rounding errors
+    before they reached the gap are continued on the second (float64).
     """
     heads: dict[tuple[int, float], tuple[Array, Array, HeadSolution]] = {}
     for make_design_of_dtype in make_designs:
@@ -298,7 +297,7 @@ def _solve(
         if not pending or (heads and out_of_time):
             break
         design = make_design_of_dtype()
-        # The penalty of weights for features in the design's unit.
+        # Converts L2 strengths to those for weights of features in the design's unit.
         to_design_unit = design.feature_unit**-2
         pending_paths: list[RegularizationPath] = []
         raw_head, starts = {}, {}
@@ -339,9 +338,10 @@ def _solve(
 def _regularization_paths(
     bank: _Bank, problem: _ClassProblem, folds: tuple[int, ...], spec_indices: list[int]
 ) -> tuple[list[RegularizationPath], list[dict[float, list[int]]]]:
-    """Return a path for each fold, class weighting and label, with its specs by L2 strength.
+    """Return a path for each fold, class weighting and label, and for each path {L2 strength: spec
+    indices}.
 
-    Heads of a label that is constant over their training rows go into `bank.parts` at once.
+    Heads for a label that is constant over their training rows are stored in `bank.parts` at once.
     """
     paths, specs_by_strength = [], []
     n_features = bank.X.shape[1]
@@ -359,7 +359,7 @@ def _regularization_paths(
                     target = problem.labels[:, label].astype(np.int64)
                 n_classes = max(problem.n_outputs, 2)
                 class_mass = np.bincount(target[train], weights[train], minlength=n_classes)
-                if (class_mass == 0).any():  # a label that is constant over the training rows
+                if (class_mass == 0).any():
                     is_always_one = class_mass[1] > 0
                     decision = ABSENT_CLASS_DECISION if is_always_one else -ABSENT_CLASS_DECISION
                     constant = _HeadPart(np.zeros((1, n_features)), np.full(1, decision))
@@ -416,14 +416,16 @@ def _make_design(
     copy_per_fold: bool,
     dtype: Any,
 ) -> DesignMatrix:
-    """Return the design with labels, the rows of a block sorted by class.
+    """Return the design matrix with labels, the rows of each block sorted by class.
 
-    Rows without a class in the problem are left out. dual_form: of the same rows and folds.
+    Rows of classes outside the problem are left out.
+
+    dual_form: makes the dual form of the same rows and folds, for fewer rows than features.
     """
     X, n_outputs = bank.X, problem.n_outputs
     needed = problem.has_class
     if len(folds) == 1:
-        needed &= bank.fold != folds[0]  # a design of one fold needs no held-out rows
+        needed &= bank.fold != folds[0]  # a design for one fold needs no held-out rows
 
     def folds_that_train_on(group: int) -> tuple[int, ...]:
         return tuple(fold for fold in folds if fold != group)
@@ -431,8 +433,7 @@ def _make_design(
     if X.shape[1] > int(needed.sum()):
         design = dual_form().design(dtype)
     elif isinstance(X, Streamed):
-        # By class within a block only: blocks are read in the order in which their rows lie on
-        # disk.
+        # Sorted by class only within blocks, because the blocks are read in the order of the disk.
         block_rows = [
             (folds_that_train_on(group), _sort_by_class(problem, row_index))
             for group, row_index in sweep(X, bank.fold, ROWS_PER_STREAMED_BLOCK, needed)
@@ -472,7 +473,7 @@ def _make_design(
 
 
 def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResult]:
-    """Return the heads in order, their weights by class, with held-out probabilities."""
+    """Return all heads of `bank.parts` in order, with weights of all classes and predictions."""
     results = []
     is_multi_label = bank.target.ndim == 2
     present_classes = {}
@@ -526,7 +527,7 @@ def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResul
 
 
 def _predict_held_out(bank: _Bank, fold_results: list[FitResult]) -> Array:
-    """Return (K, n, C) float32 probabilities of a fold's held-out rows, for its K heads at once."""
+    """Return the probabilities of a fold's held-out rows by its K heads, (K, n, C) float32."""
     held_out = np.flatnonzero(bank.fold == fold_results[0].fold)
     weight = np.concatenate([result.arrays["weight"] for result in fold_results])
     bias = np.concatenate([result.arrays["bias"] for result in fold_results])

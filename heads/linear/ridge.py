@@ -3,16 +3,17 @@
 N rows, D features, T target columns (classes, labels or values), F folds, n training rows of a
 fold, A strengths.
 
-A head minimises  sum_i w_i |y_i - W z_i - b|^2 + alpha |W|^2  on features z standardized by its
-training rows, the intercept free; classes are coded -1/+1, as scikit-learn's RidgeClassifier does.
-With the products of the centred rows G = sum w z z' and B = sum w z y' the solution is
-(G + alpha I) W = B. Standardization only scales G and B.
+A head minimizes  sum_i w_i |y_i - W z_i - b|^2 + alpha |W|^2  on features z standardized by its
+training rows, the intercept unpenalized; classes are coded -1/+1, as in scikit-learn's
+RidgeClassifier. With the products of the centred rows G = sum w z z' and B = sum w z y' the
+solution is (G + alpha I) W = B. Standardization only scales G and B.
 
-Many strengths share one eigendecomposition G = Q diag(e) Q', so that each costs 2 D^2 T flops; a
-few are solved by a Cholesky factorization each. With n < D the same is done in the n x n matrix
+Many strengths share one eigendecomposition G = Q diag(e) Q', so each costs only 2 D^2 T flops; for
+few strengths each has a Cholesky factorization. With n < D the same is done with the n x n matrix
 K = Z Z' (W = Z' a, (K + alpha I) a = y).
 """
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
@@ -44,10 +45,11 @@ from headrace.heads.spec import FitResult
 Array = npt.NDArray[Any]
 
 # An eigendecomposition costs about as much as this many Cholesky factorizations (float64: 17 at D =
-# 512, 20 at 1,280). At 5,000 x 512, 60 strengths take 2.6 times as long by Cholesky alone, 5
-# strengths 1.7 times as long by eigenvalues.
+# 512, 20 at 1,280). At 5,000 x 512, 60 strengths take 2.6 times as long by Cholesky, 5 strengths
+# 1.7 times as long by eigenvalues.
 MIN_STRENGTHS_FOR_EIGENVALUES = 16
-# Means of so many scales lose two of float32's seven digits, and the order of sums a third.
+# Means of 100 standard deviations lose two of float32's seven digits, and another order of
+# summation a third one.
 MAX_OFFSET = 100.0
 
 
@@ -59,10 +61,12 @@ def fit_ridge_bank(
     data: X (N, D) float, no test rows, in memory or streamed. Multi-label targets (N, L) are L
     independent problems.
 
-    Arrays are weight (T, D) and bias (T,), float32, for raw features; `validation` is probabilities
-    by `ridge_link`, for regression the values. Heads come spec by spec, for each its folds in
-    order, then REFIT. Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for
-    shapes that do not fit and for negative strengths.
+    The arrays of a head are weight (T, D) and bias (T,), float32, for raw features; `validation`
+    has probabilities by `ridge_link`, or the values of a regression. Heads are ordered by spec,
+    then by fold, REFIT last.
+
+    Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for shapes that do not
+    fit and for negative strengths.
     """
     _check(data, specs)
     X, task_kind, n_outputs = data.X, data.task_kind, data.n_outputs
@@ -70,7 +74,7 @@ def fit_ridge_bank(
     if sample_weight is not None and (sample_weight == 1).all():
         sample_weight = None
     plain_scaling = fold_moments(data)
-    scalings = {False: plain_scaling}  # by RidgeSpec.banded
+    scalings = {False: plain_scaling}  # {RidgeSpec.banded: moments}
     if any(spec.banded for spec in specs):
         scalings[True] = with_bands(
             X, data.target, fold, plain_scaling, data.band_widths, data.n_views
@@ -80,14 +84,14 @@ def fit_ridge_bank(
     results: dict[tuple[int, int], FitResult] = {}
     for class_weight in sorted({spec.class_weight for spec in specs}):
         balanced = class_weight == "balanced" and task_kind != "regression"
-        # Balanced labels are weighted label by label: each is a problem of its own.
+        # Balanced weights differ from label to label, so each label is a problem of its own.
         problems = (
             [[column] for column in range(n_outputs)]
             if balanced and task_kind == "multi"
             else [list(range(n_outputs))]
         )
-        # Products of each group in units of either scaling, where every fold weights its rows
-        # alike.
+        # {banded: {group of rows: products}}. All folds share them, unless balanced weights make
+        # the weight of a row depend on the fold.
         shared_products: dict[bool, dict[int, Products]] = {False: {}, True: {}}
         for held_out, standardize, banded in itertools.product(folds, (False, True), (False, True)):
             options = (class_weight, standardize, banded)
@@ -115,33 +119,50 @@ def fit_ridge_bank(
                     {} if balanced else shared_products[banded],
                 )
                 solutions.append(problem.solve(held_out, alphas, standardize=standardize))
-            solution = _join_columns(solutions)
-            raw_weight, raw_bias = _to_raw_weights(solution, scaling[REFIT])
-            scores = None
-            if held_out != REFIT:
-                rows = np.flatnonzero(fold == held_out)
-                scores = _scores(X, rows, raw_weight, raw_bias, scaling[REFIT])
+            heads = _fit_results(
+                data,
+                [specs[i] for i in spec_indices],
+                held_out,
+                _join_columns(solutions),
+                scaling[REFIT],
+            )
             seconds = (time.perf_counter() - began) / len(spec_indices)
-            for position, i in enumerate(spec_indices):
-                results[i, held_out] = FitResult(
-                    specs[i],
-                    held_out,
-                    {"weight": raw_weight[position], "bias": raw_bias[position]},
-                    float(solution.objective[position]),
-                    _relative_gap(solution, position),
-                    1,
-                    seconds,
-                    None if scores is None else _validation(scores[position], task_kind),
-                )
+            for i, head in zip(spec_indices, heads, strict=True):
+                results[i, held_out] = dataclasses.replace(head, seconds=seconds)
     return [results[i, held_out] for i in range(len(specs)) for held_out in folds]
+
+
+def _fit_results(
+    data: TrainingData,
+    specs: Sequence[RidgeSpec],
+    held_out: int,
+    solution: "_RidgeSolution",
+    common: Moments,
+) -> list[FitResult]:
+    """Return the heads of a fold for the specs of a solution, with held-out predictions."""
+    raw_weight, raw_bias = _to_raw_weights(solution, common)
+    validations: list[Array | None] = [None] * len(specs)
+    if held_out != REFIT:
+        scores = _scores(data.X, data.held_out_rows(held_out), raw_weight, raw_bias, common)
+        validations = [_validation(head_scores, data.task_kind) for head_scores in scores]
+    return [
+        FitResult(
+            spec,
+            held_out,
+            {"weight": raw_weight[i], "bias": raw_bias[i]},
+            float(solution.objective[i]),
+            _relative_gap(solution, i),
+            1,
+            0.0,
+            validations[i],
+        )
+        for i, spec in enumerate(specs)
+    ]
 
 
 @dataclass(frozen=True)
 class _RidgeSolution:
-    """Solutions for A strengths, float64.
-
-    Coordinates are (x - mean of all rows) / (scale of all rows).
-    """
+    """Solutions for A strengths, float64, for features (x - mean of all rows) / (their scale)."""
 
     weight: Array  # (A, T, D)
     bias: Array  # (A, T)
@@ -157,14 +178,14 @@ class _RidgeProblem:
     Y: Array  # (N, T)
     sample_weight: Array | None  # (N,)
     fold: Array  # (N,)
-    scaling: dict[int, Moments]  # fold -> moments of its training rows
-    products: dict[int, Products]  # by group of rows, computed when first needed
+    scaling: dict[int, Moments]  # {fold: moments of its training rows}
+    products: dict[int, Products]  # {group of rows: products}, filled when first needed
 
     def solve(self, held_out: int, alphas: Array, *, standardize: bool) -> _RidgeSolution:
         """Return the solutions of a fold for every strength."""
         common, moments = self.scaling[REFIT], self.scaling[held_out]
         inverse_scale = np.where(common.constant, 0.0, 1.0 / common.scale)
-        # From the common coordinates to those that are penalised; a feature that is constant in the
+        # Units in which weights are penalized. constant_ratio: a feature that is constant in the
         # fold's training rows gets no weight.
         scale = moments.scale if standardize else 1.0
         units = fold_units(moments, common, scale, common.scale, constant_ratio=np.inf)
@@ -197,9 +218,9 @@ class _RidgeProblem:
     def _solve_dual(
         self, held_out: int, alphas: Array, inverse_scale: Array, units: FoldUnits
     ) -> _RidgeSolution:
-        """Return the solutions with fewer rows than features.
+        """Do as `solve` for fewer rows than features: W = Z' a, (Z Z' + alpha I) a = y.
 
-        W = Z' a, (Z Z' + alpha I) a = y, rows times the root of their weight.
+        Rows are multiplied by the root of their weight.
         """
         rows = np.flatnonzero(self.fold != held_out)
         weight_root = np.ones(len(rows))
@@ -214,16 +235,16 @@ class _RidgeProblem:
         a = _solve_shifted(kernel, y, alphas)  # (n, A, T)
         kernel_a = (kernel @ a.reshape(len(a), -1)).reshape(a.shape)
         errors = y[:, None] - kernel_a
-        # Residual r of the dual equation; Z' r is that of the primal one.
+        # The residual r of the dual equation; Z' r is the residual of the primal one.
         residual = errors - alphas[:, None] * a
         W = (Z.T @ a.reshape(len(a), -1)).reshape(-1, *a.shape[1:])
         objective = np.einsum("nat,nat->a", errors, errors) + alphas * np.einsum(
             "nat,nat->a", a, kernel_a
         )
         kernel_residual = (kernel @ residual.reshape(len(a), -1)).reshape(a.shape)
-        # Objective - optimum is r' K (K + alpha I)^-1 r, and K (K + alpha I)^-1 is below both
-        # K / alpha and I. Where rows are nearly interpolated the first alone is larger by the
-        # condition of K + alpha I.
+        # Objective - optimum is r' K (K + alpha I)^-1 r, and K (K + alpha I)^-1 is at most K /
+        # alpha and at most I, so the smaller of two bounds is taken. If the rows are nearly
+        # interpolated, the first one is too large by the condition number of K + alpha I.
         gap_bound = np.maximum(np.einsum("nat,nat->a", residual, kernel_residual), 0.0)
         gap_bound = np.minimum(
             gap_bound / _strong_convexity(kernel, alphas),
@@ -249,7 +270,8 @@ def _solve_shifted(matrix: Array, right_side: Array, alphas: Array) -> Array:
                 factor = scipy.linalg.cho_factor(
                     shifted, lower=True, overwrite_a=True, check_finite=False
                 )
-            except np.linalg.LinAlgError:  # alpha is lost in the rounding of the diagonal
+            # alpha is smaller than the rounding errors of the diagonal.
+            except np.linalg.LinAlgError:
                 break
             solutions.append(scipy.linalg.cho_solve(factor, right_side, check_finite=False))
         if len(solutions) == len(alphas):
@@ -263,16 +285,14 @@ def _solve_shifted(matrix: Array, right_side: Array, alphas: Array) -> Array:
 
 
 def _strong_convexity(matrix: Array, alphas: Array) -> Array:
-    """Return divisors d (A,) with objective - optimum <= |residual|^2 / d.
-
-    alpha, or for alpha = 0 what rounding leaves of it.
-    """
+    """Return divisors d (A,) with objective - optimum <= |residual|^2 / d."""
+    # alpha, but at least the rounding error of the matrix, for alpha = 0.
     trace = float(np.trace(matrix)) or 1.0
     return np.asarray(np.maximum(alphas, trace * np.finfo(np.float64).eps))
 
 
 def _join_columns(parts: list[_RidgeSolution]) -> _RidgeSolution:
-    """Return problems of different target columns as one."""
+    """Return the solutions of several target columns as one."""
     return _RidgeSolution(
         np.concatenate([part.weight for part in parts], axis=1),
         np.concatenate([part.bias for part in parts], axis=1),
@@ -282,7 +302,7 @@ def _join_columns(parts: list[_RidgeSolution]) -> _RidgeSolution:
 
 
 def _to_raw_weights(solution: _RidgeSolution, common: Moments) -> tuple[Array, Array]:
-    """Return weights (A, T, D) and biases (A, T) for raw features, float32: what is stored."""
+    """Return weights (A, T, D) and biases (A, T) for raw features, float32."""
     weight = solution.weight * np.where(common.constant, 0.0, 1.0 / common.scale)
     return weight.astype(np.float32), (solution.bias - weight @ common.mean).astype(np.float32)
 
@@ -290,12 +310,10 @@ def _to_raw_weights(solution: _RidgeSolution, common: Moments) -> tuple[Array, A
 def _scores(
     X: Features, row_index: npt.NDArray[np.intp], weight: Array, bias: Array, common: Moments
 ) -> Array:
-    """Return (A, n, T) float32 scores of the given rows by the stored arrays.
-
-    In the chunks of `predict_head`. Where means are far larger than their features' scales, head by
-    head: that takes 1.14 of a bank's CPU time (60 strengths, 5,000 x 512), but the sums of one
-    product for all heads are in another order, and there the order shows in the fourth digit.
-    """
+    """Return scores of the given rows by all heads, (A, n, T) float32, as `predict_head` does."""
+    # In the chunks of `predict_head`. If means are far larger than the features' scales, also head
+    # by head: a product for all heads sums in another order, which then shows in the fourth digit.
+    # Head by head takes 1.14 times the CPU time of a bank (60 strengths, 5,000 x 512).
     n_heads, n_targets, _ = weight.shape
     scores = np.empty((n_heads, len(row_index), n_targets), np.float32)
     offsets_are_small = bool((np.abs(common.mean) <= MAX_OFFSET * common.scale).all())
@@ -313,7 +331,7 @@ def _scores(
 
 
 def _relative_gap(solution: _RidgeSolution, position: int) -> float:
-    """Return the bound of (objective - optimum) / optimum of the strength at a position."""
+    """Return an upper bound of (objective - optimum) / optimum of the strength at a position."""
     objective = float(solution.objective[position])
     gap_bound = float(solution.gap_bound[position])
     if objective > gap_bound:
@@ -322,14 +340,14 @@ def _relative_gap(solution: _RidgeSolution, position: int) -> float:
 
 
 def _validation(scores: Array, task_kind: TaskKind) -> Array:
-    """Return float32 probabilities of scores (n, T), or the values of a regression."""
+    """Return the probabilities of scores (n, T), float32, or the values of a regression."""
     if task_kind == "regression":
         return scores
     return np.asarray(ridge_link(scores, task_kind), np.float32)
 
 
 def _code_targets(target: Array, n_outputs: int, task_kind: TaskKind) -> Array:
-    """Return targets (N, T): float64, or classes and labels as -1/+1 in a byte each."""
+    """Return the targets (N, T): float64 values, or classes and labels as int8 -1/+1."""
     if task_kind == "regression":
         return np.asarray(target.reshape(len(target), -1), np.float64)
     one_hot = target if task_kind == "multi" else target[:, None] == np.arange(n_outputs)
@@ -339,10 +357,8 @@ def _code_targets(target: Array, n_outputs: int, task_kind: TaskKind) -> Array:
 def _balanced_weights(
     data: TrainingData, columns: list[int], is_training: Array, sample_weight: Array | None
 ) -> Array:
-    """Return weights (N,) that balance the classes of the training rows.
-
-    Counts are of rows, as RidgeClassifier's are.
-    """
+    """Return weights (N,) that balance the classes of the training rows."""
+    # Classes are counted in rows, not in sample weights, as in RidgeClassifier.
     target = data.target
     classes = target if data.task_kind == "single" else target[:, columns[0]].astype(np.int64)
     counts = np.bincount(classes[is_training])

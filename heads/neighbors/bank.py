@@ -20,20 +20,21 @@ from headrace.heads.data.standardize import Features, sweep
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.evaluate.temperature import FARTHEST, keep_decisions
+from headrace.heads.evaluate.temperature import keep_decisions
+from headrace.heads.link import softmax, within_floor
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.spec import FitResult
 
 Metric = Literal["cosine", "euclidean"]
 Floats = npt.NDArray[Any]
-# indices of references and their distances, both (q, k), nearest first
+# Indices of references and their distances, both (q, k), nearest first.
 Neighbours = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 
 METRICS_OF_DISTANCE: tuple[Metric, ...] = ("cosine", "euclidean")
 QUERY_ROWS = 1024  # rows of one block of inner products
-REFERENCE_ROWS = 1 << 14  # its columns: the block and what is made of it take half a gigabyte
+REFERENCE_ROWS = 1 << 14  # columns of it: the block and what is made of it take half a gigabyte
 STORED_ROWS_BYTES = 1 << 30  # more training rows than this are not copied into a results file
-# distances this small beside the norms are computed again: float32 products err by about 1e-6
+# Distances this small beside the norms are computed again: float32 products err by about 1e-6.
 EXACT_BELOW = 1e-4
 SUM_ROWS = 4096  # rows of one sum of a class mean
 CENTROID_TEMPERATURE = {"cosine": 10.0, "euclidean": 1.0}
@@ -69,7 +70,7 @@ class References:
         return len(self.rows)
 
     def take(self, chosen: npt.NDArray[Any] | slice) -> "References":
-        """Some of the rows."""
+        """Return some of the rows."""
         return References(
             self.rows[chosen],
             self.center,
@@ -78,10 +79,14 @@ class References:
             self.length[chosen],
         )
 
+    def only(self, chosen: npt.NDArray[Any]) -> "References":
+        """Return some of the rows, as `StreamedReferences.only` does."""
+        return self.take(chosen)
+
 
 @dataclass(frozen=True)
 class StreamedReferences:
-    """The same for rows that stay on disk: a slice of them is read when it is taken."""
+    """Rows that may be neighbours and stay on disk: `take` reads a slice of them."""
 
     source: Streamed
     chosen: npt.NDArray[np.intp]
@@ -89,7 +94,7 @@ class StreamedReferences:
 
     @classmethod
     def of(cls, source: Streamed) -> "StreamedReferences":
-        """All rows."""
+        """Return all rows of a source."""
         total = np.zeros(source.shape[1])
         for _, rows in sweep(source, np.zeros(len(source), np.int64)):
             total += source[rows].sum(0, dtype=np.float64)
@@ -99,25 +104,24 @@ class StreamedReferences:
         return len(self.chosen)
 
     def only(self, chosen: npt.NDArray[Any]) -> "StreamedReferences":
-        """Some of the rows, not read yet."""
+        """Return some of the rows, not read yet."""
         return StreamedReferences(self.source, self.chosen[chosen], self.center)
 
     def take(self, chosen: slice) -> References:
-        """A slice of the rows, read."""
+        """Read and return a slice of the rows."""
         return References.of(self.source[self.chosen[chosen]], self.center)
 
 
 def fit_knn_bank(
     data: TrainingData, specs: Sequence[KNNSpec], *, refit: bool = True
 ) -> list[FitResult]:
-    """Every k, metric and weighting on every fold from one pass over the inner products.
+    """Fit every k, metric and weighting on every fold in one pass over the inner products.
 
-    data: X (N, D), in memory or streamed. Fold heads have predictions and
-    no arrays; the REFIT head's arrays are the training rows themselves, the same objects for all
-    specs (a results file stores them once), and it has an error where they are more than a results
-    file is meant for. A neighbour votes with its sample weight. A spec whose k exceeds the training
-    rows of a fold has an error there. Raises BadFeatures (a ValueError) for features that are not
-    finite.
+    data: X (N, D), in memory or streamed. A fold's heads have predictions and no arrays. The arrays
+    of the REFIT head are the training rows themselves, the same objects for all specs (a results
+    file stores them once); it has an error if they are more than STORED_ROWS_BYTES. A neighbour
+    votes with its sample weight. A spec whose k exceeds the training rows of a fold has an error
+    there. Raises BadFeatures (a ValueError) for features that are not finite.
     """
     check_specs(specs, "KNNSpec(5)")
     X, fold = data.X, data.fold
@@ -132,39 +136,33 @@ def fit_knn_bank(
         if isinstance(X, Streamed)
         else References.of(np.asarray(X, np.float32))
     )
-    folds = data.folds
     predictions: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
     errors: dict[tuple[int, int], str | None] = {}
-    for held_out_fold in folds:
+    for held_out_fold in data.folds:
         reference_rows = usable[fold[usable] != held_out_fold]
-        searchable = [
-            spec_index
-            for spec_index, spec in enumerate(specs)
-            if knn_error(spec, len(reference_rows)) is None
-        ]
-        held_out_rows = np.flatnonzero(fold == held_out_fold)
-        queries, references = (
-            all_references.only(row_numbers)
-            if isinstance(all_references, StreamedReferences)
-            else all_references.take(row_numbers)
-            for row_numbers in (held_out_rows, reference_rows)
+        for spec_index, spec in enumerate(specs):
+            errors[spec_index, held_out_fold] = knn_error(spec, len(reference_rows))
+        searchable = [i for i in range(len(specs)) if errors[i, held_out_fold] is None]
+        neighbours = search(
+            all_references.only(np.flatnonzero(fold == held_out_fold)),
+            all_references.only(reference_rows),
+            [specs[spec_index] for spec_index in searchable],
         )
-        neighbours = search(queries, references, [specs[spec_index] for spec_index in searchable])
         for spec_index, (neighbour_index, distance) in zip(searchable, neighbours, strict=True):
+            rows = reference_rows[neighbour_index]
             predictions[spec_index, held_out_fold] = vote(
-                specs[spec_index],
-                distance,
-                values[reference_rows[neighbour_index]],
-                weight[reference_rows[neighbour_index]],
+                specs[spec_index], distance, values[rows], weight[rows]
             )
-        errors |= {
-            (spec_index, held_out_fold): knn_error(spec, len(reference_rows))
-            for spec_index, spec in enumerate(specs)
-        }
-    seconds_per_head = (time.perf_counter() - started) / max(1, len(specs) * len(folds))
+    seconds_per_head = (time.perf_counter() - started) / max(1, len(errors))
     stored_bytes = len(usable) * X.shape[1] * 4
-    stored = {}
-    if refit and stored_bytes <= STORED_ROWS_BYTES:
+    stored, too_large = {}, None
+    if stored_bytes > STORED_ROWS_BYTES:
+        too_large = (
+            f"a neighbour head is its training rows, here {stored_bytes / 1e9:.1f} GB, more than "
+            f"the {STORED_ROWS_BYTES / 1e9:.1f} GB that are copied into a results file: predict "
+            "with another kind"
+        )
+    elif refit:
         stored = {
             "features": np.ascontiguousarray(X[usable], np.float32),
             "target": values[usable],
@@ -172,28 +170,21 @@ def fit_knn_bank(
         }
     fits = []
     for spec_index, spec in enumerate(specs):
-        for held_out_fold in folds:
+        for held_out_fold in data.folds:
             key = spec_index, held_out_fold
             fits.append(
                 _fit(spec, held_out_fold, {}, predictions.get(key), errors[key], seconds_per_head)
             )
         if refit:
-            refit_error = knn_error(spec, len(usable))
-            if not stored and refit_error is None:
-                refit_error = (
-                    "a neighbour head is its training rows, here "
-                    f"{stored_bytes / 1e9:.1f} GB, more than "
-                    f"the {STORED_ROWS_BYTES / 1e9:.1f} GB that are copied into a results file: "
-                    "predict with another kind"
-                )
-            fits.append(_fit(spec, REFIT, {} if refit_error else stored, None, refit_error, 0.0))
+            error = knn_error(spec, len(usable)) or too_large
+            fits.append(_fit(spec, REFIT, {} if error else stored, None, error, 0.0))
     return fits
 
 
 def predict_knn(
     spec: KNNSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats
 ) -> npt.NDArray[np.float32]:
-    """(n, C) the weighted mean of the neighbours' targets. X (n, D)."""
+    """Return the weighted mean (n, C) of the neighbours' targets. X (n, D)."""
     references = References.of(arrays["features"])
     queries = References.of(np.asarray(X, np.float32), references.center)
     ((neighbour_index, distance),) = search(queries, references, [spec])
@@ -203,7 +194,7 @@ def predict_knn(
 
 
 def knn_error(spec: KNNSpec, available: int) -> str | None:
-    """Why a search among so many rows cannot be done, or None."""
+    """Return why the neighbours cannot be searched among `available` rows, or None."""
     if not 1 <= spec.k <= available:
         return (
             f"k = {spec.k} neighbours, but there are {available} training rows: k must be between "
@@ -217,8 +208,9 @@ def search(
     references: References | StreamedReferences,
     specs: Sequence[KNNSpec],
 ) -> list[Neighbours]:
-    """For each spec the k nearest references of each query, nearest first, ties by position:
-    indices and distances, both (q, k). One product per block of queries and references serves all.
+    """Return for each spec the k nearest references of each query, nearest first, ties by position.
+
+    One product per block of queries and references serves all specs.
     """
     largest_k = {
         metric: max((s.k for s in specs if s.metric == metric), default=0)
@@ -264,7 +256,7 @@ def search(
 
 
 def _merged(earlier: Neighbours, later: Neighbours, n_kept: int) -> Neighbours:
-    """The `n_kept` nearest of both, nearest first; of equal distances the earlier come first."""
+    """Return the `n_kept` nearest of both, nearest first; of equal distances the earlier first."""
     neighbour_index, distance = (
         np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True)
     )
@@ -277,9 +269,10 @@ def _merged(earlier: Neighbours, later: Neighbours, n_kept: int) -> Neighbours:
 def nearest(
     product: Floats, queries: References, references: References, metric: Metric, n_nearest: int
 ) -> Neighbours:
-    """The `n_nearest` references of each query by their inner products (q, n) of centred rows.
+    """Return the `n_nearest` references of each query.
 
-    Cosine distance is 1 - cosine; a zero row has cosine 0 with everything.
+    product: (q, n) inner products of the centred rows. Cosine distance is 1 - cosine; a row of
+    zeros has cosine 0 with everything.
     """
     if metric == "cosine":
         inner_product = product + (
@@ -299,7 +292,7 @@ def nearest(
         neighbour_index = np.argpartition(distance, n_nearest - 1, axis=1)[:, :n_nearest]
     else:
         neighbour_index = np.broadcast_to(np.arange(distance.shape[1]), distance.shape).copy()
-    neighbour_index.sort(axis=1)  # then a stable sort by distance breaks ties by position
+    neighbour_index.sort(axis=1)  # so that a stable sort by distance breaks ties by position
     chosen_distance = np.take_along_axis(distance, neighbour_index, axis=1)
     exact_below = (
         np.take_along_axis(np.broadcast_to(scale, distance.shape), neighbour_index, axis=1)
@@ -312,9 +305,8 @@ def nearest(
         chosen_distance[pair_rows, pair_columns] = _exact(
             queries, references, pair_rows, neighbour_index[pair_rows, pair_columns], metric
         )
-    chosen_distance = (
-        np.sqrt(np.maximum(chosen_distance, 0)) if metric == "euclidean" else chosen_distance
-    )
+    if metric == "euclidean":
+        chosen_distance = np.sqrt(np.maximum(chosen_distance, 0))
     nearest_first = np.argsort(chosen_distance, axis=1, kind="stable")
     return np.take_along_axis(neighbour_index, nearest_first, axis=1), np.take_along_axis(
         chosen_distance, nearest_first, axis=1
@@ -328,7 +320,7 @@ def _exact(
     neighbour_index: npt.NDArray[Any],
     metric: Metric,
 ) -> Floats:
-    """Return pairs' distances, float64, by differences: 0 for equal rows, not rounding."""
+    """Return distances of pairs, float64, from differences, which are exactly 0 for equal rows."""
     a = queries.rows[query_index].astype(np.float64)
     b = references.rows[neighbour_index].astype(np.float64)
     if metric == "cosine":
@@ -343,10 +335,10 @@ def _exact(
 def vote(
     spec: KNNSpec, distance: Floats, values: Floats, weight: Floats
 ) -> npt.NDArray[np.float32]:
-    """(q, C) mean of the neighbours' values (q, k, C) by sample weight (q, k), over distance where
-    the spec says so.
+    """Return the mean (q, C) of the neighbours' values (q, k, C), by sample weight (q, k).
 
-    As in scikit-learn, neighbours at distance zero then decide alone.
+    The weight is divided by the distance if the spec says so; as in scikit-learn, neighbours at
+    distance zero then decide alone.
     """
     vote_weight = weight.astype(np.float64)
     if spec.weighting == "distance":
@@ -360,7 +352,7 @@ def vote(
 
 
 def encoded(target: npt.NDArray[Any], outputs: int, task: TaskKind) -> npt.NDArray[np.float32]:
-    """(N, C) what neighbours vote with: indicator of the class, labels, or target values."""
+    """Return what neighbours vote with (N, C): an indicator of the class, labels, or targets."""
     if task == "single":
         return np.asarray(np.eye(outputs, dtype=np.float32)[target])
     return np.asarray(target, np.float32).reshape(len(target), outputs)
@@ -369,11 +361,11 @@ def encoded(target: npt.NDArray[Any], outputs: int, task: TaskKind) -> npt.NDArr
 def fit_centroid_bank(
     data: TrainingData, specs: Sequence[CentroidSpec], *, refit: bool = True
 ) -> list[FitResult]:
-    """Class means of every fold as differences of one sum: the total minus the fold's own share.
+    """Fit the class means of every fold: the sums of all rows less those of the fold's own rows.
 
-    data: X (N, D), in memory or streamed, single-label target (N,). Euclidean heads
-    work on standardised features, as a nearest mean under one diagonal covariance; cosine heads on
-    features centred on the mean of the training rows.
+    data: X (N, D), in memory or streamed, single-label target (N,). Euclidean heads work on
+    standardized features, which makes them nearest means under one diagonal covariance; cosine
+    heads on features centred on the mean of the training rows.
     """
     check_specs(specs, "CentroidSpec()")
     X, fold = data.X, data.fold
@@ -451,28 +443,23 @@ def centroid_arrays(
 def predict_centroid(
     spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, temperature: float = 1.0
 ) -> npt.NDArray[np.float32]:
-    """(n, C) softmax of the scaled similarity; 0 for a class without training rows."""
+    """Return the softmax (n, C) of scaled similarities; 0 for a class without training rows."""
     means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
     rows = (X.astype(np.float32, copy=False) - arrays["center"]) * arrays["inverse_scale"]
     if spec.metric == "cosine":
         lengths = np.linalg.norm(rows, axis=1, keepdims=True) * np.linalg.norm(means, axis=1)
-        similar = rows @ means.T / np.where(lengths > 0, lengths, 1)
+        similarity = rows @ means.T / np.where(lengths > 0, lengths, 1)
     else:
-        # Minus half the mean squared distance over features; the row's own norm is the same for
-        # every class.
-        similar = (rows @ means.T - 0.5 * (means**2).sum(1)) / np.sqrt(rows.shape[1])
-    decision = CENTROID_TEMPERATURE[spec.metric] * similar.astype(np.float64)
+        # Minus half the squared distance, over the root of the number of features. The row's own
+        # norm is left out: it is the same for every class.
+        similarity = (rows @ means.T - 0.5 * (means**2).sum(1)) / np.sqrt(rows.shape[1])
+    decision = CENTROID_TEMPERATURE[spec.metric] * similarity.astype(np.float64)
     decision[:, arrays["present"] == 0] = -np.inf
-    told = _softmax(decision)
+    probabilities = softmax(decision)
     if temperature == 1:
-        return told
-    behind = np.maximum(decision - decision.max(1, keepdims=True), -FARTHEST)
-    return keep_decisions("single", told, _softmax(behind / temperature))
-
-
-def _softmax(decision: Floats) -> npt.NDArray[np.float32]:
-    shifted = np.exp(decision - decision.max(1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(1, keepdims=True), np.float32)
+        return probabilities
+    log_odds = within_floor(decision, "single")
+    return keep_decisions("single", probabilities, softmax(log_odds / temperature))
 
 
 def _predict_rows(
@@ -485,7 +472,7 @@ def _predict_rows(
 def _sums(
     X: Features, target: npt.NDArray[Any], fold: npt.NDArray[Any], weight: Floats, outputs: int
 ) -> dict[int, tuple[Floats, Floats, Floats]]:
-    """Class sums (C, D), sums of squares (D,) and class weights (C,) of each group of rows."""
+    """Return class sums (C, D), sums of squares (D,) and class weights (C,) of each fold's rows."""
     dim = X.shape[1]
     groups = {
         int(group): (

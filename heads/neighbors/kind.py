@@ -14,8 +14,8 @@ from headrace.heads.layers import Arrays, Floats
 from headrace.heads.link import tempered
 from headrace.heads.spec import FitResult, check_choices
 
-# Seconds of one core for each multiply-add: of a product of all rows with all rows, which fills the
-# cache, and of one with a few class means, which waits for memory.
+# Seconds of one core for a multiply-add: in a product of all rows with all rows, which works in the
+# cache, and in one with a few class means, which waits for memory.
 _SECONDS_WIDE_PRODUCT, _SECONDS_NARROW_PRODUCT = 1e-11, 2e-10
 
 

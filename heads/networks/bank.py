@@ -1,8 +1,9 @@
 """Banks of networks of any kind: specs × folds, halving, early stopping, refits.
 
-N rows, V views, C outputs, K heads. What a kind brings is its `Family`; the rest is here.
+N rows, V views, C outputs, K heads. What is special to a kind of network is in its `Family`.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,21 +29,21 @@ Floats = npt.NDArray[Any]
 Stacked = Floats | StreamedStack  # (V, N, D, …)
 Spec = TypeVar("Spec", bound=NetworkSpec)
 
-# of held-out rows that are read from shards to be predicted at once
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 4096  # held-out rows that are read from shards and predicted at once
 
 
 @dataclass(frozen=True)
 class Family(Generic[Spec]):
     """What tells one kind of network from another."""
 
-    # heads of equal keys can train side by side; standardisation comes last
+    # Key of a spec; heads of equal keys can train side by side. Its last item: whether the features
+    # are standardised.
     alike: Callable[[Spec], tuple[Any, ...]]
-    head_bytes: Callable[[Spec], int]  # that one head of a batch takes
-    batch_bytes: int  # heads side by side on a CPU take at most so much
-    # of the specs of a batch, their data and their fold
+    head_bytes: Callable[[Spec], int]  # memory that one head of a batch takes
+    batch_bytes: int  # on a CPU, heads side by side take at most so much
+    # Makes the batch of some specs from their data and their fold.
     make: Callable[[list[Spec], FoldData, int], Batch]
-    # what the batch remembers of a head, in raw coordinates
+    # Turns what the batch remembers of a head into arrays for raw features.
     arrays: Callable[[Any, FoldData], Arrays]
 
 
@@ -59,7 +60,7 @@ class Bank(Generic[Spec]):
     prepared: dict[tuple[int, bool], FoldData] = field(default_factory=dict)
 
     def data(self, fold: int, *, standardize: bool) -> FoldData:
-        """Made once per fold: its means and deviations are a pass over the features."""
+        """Return a fold's data, prepared once: its means and deviations read all features."""
         if (fold, standardize) not in self.prepared:
             self.prepared[fold, standardize] = prepare(
                 self.stacked, self.features, self.rows, self.weight, fold, standardize=standardize
@@ -69,7 +70,7 @@ class Bank(Generic[Spec]):
     def run_makers(self, traces: Sequence[Trace], *, ranked: bool) -> "list[Callable[[], Run]]":
         """Return functions that make the batches of these heads, all of one fold.
 
-        Made one by one, for their parameters take memory.
+        They are called one by one, because the parameters of a batch take memory.
         """
         traces_by_key: dict[tuple[Any, ...], list[Trace]] = {}
         for trace in traces:
@@ -88,13 +89,11 @@ class Bank(Generic[Spec]):
                 else len(alike_traces)
             )
             n_batches = -(-len(alike_traces) // heads_per_batch)
-            for batch_index in range(n_batches):
-                chunk = alike_traces[
-                    batch_index * len(alike_traces) // n_batches : (batch_index + 1)
-                    * len(alike_traces)
-                    // n_batches
-                ]
-                makers.append(partial(self._run, chunk, ranked))
+            bounds = [i * len(alike_traces) // n_batches for i in range(n_batches + 1)]
+            makers += [
+                partial(self._run, alike_traces[start:stop], ranked)
+                for start, stop in itertools.pairwise(bounds)
+            ]
         return makers
 
     def _run(self, chunk: list[Trace], ranked: bool) -> Run:
@@ -110,7 +109,7 @@ class Bank(Generic[Spec]):
         )
 
     def fit(self, trace: Trace) -> FitResult:
-        """The outcome of a head that has left its batch."""
+        """Return the fit of a head that has left its batch."""
         spec, nan = self.specs[trace.spec], float("nan")
         if trace.error is not None or trace.data is None:
             return FitResult(
@@ -135,8 +134,9 @@ class Bank(Generic[Spec]):
     def predict_held_out(
         self, spec: Spec, arrays: Arrays, held_out: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.float32], Arrays]:
-        """Return (n, C) predictions of held-out rows, the mean over their views; and arrays of the
-        head that come of them.
+        """Return predictions (n, C) of held-out rows, the mean over their views.
+
+        Also returns arrays of the head that a kind learns from them: none here.
         """
         per_view = [self._predicted(spec, arrays, view, held_out) for view in self.stacked]
         mean = np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
@@ -161,7 +161,7 @@ def _predict_block(
 
 
 def stack(X: Floats | Streamed, dimensions: int) -> Stacked:
-    """Return features with a view axis in front, added where X is one view of `view_ndim` axes."""
+    """Return features with a view axis in front, added if X has `dimensions` axes only."""
     if isinstance(X, Streamed):
         return StreamedStack(X)
     return X if X.ndim == dimensions + 1 else X[None]
@@ -177,7 +177,7 @@ def fit_networks(
     device: str,
     halving: Halving | None,
 ) -> list[FitResult]:
-    """As `fit_mlp_bank`; stacked is (V, N, D, …)."""
+    """Fit a bank as `fit_mlp_bank` does, for any family. stacked: (V, N, D, …)."""
     views, n = stacked.shape[:2]
     check_specs(specs, "MLPSpec((64,))")
     weight = row_weights(data.sample_weight, n)
@@ -232,7 +232,7 @@ def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) ->
 
 
 def spec_error(spec: NetworkSpec, task: TaskKind) -> str | None:
-    """Why this spec cannot be trained at all, or None."""
+    """Return why this spec cannot be trained at all, or None."""
     if any(width < 1 for width in spec.hidden):
         return f"hidden widths {spec.hidden} must be at least 1"
     if isinstance(spec, ConvSpec) and min(spec.channels, default=0) < 1:
@@ -257,14 +257,14 @@ def spec_error(spec: NetworkSpec, task: TaskKind) -> str | None:
 
 
 def as_tensor(array: Floats) -> torch.Tensor:
-    """Return the same memory as a tensor, also of a read-only array: nothing here writes to it."""
+    """Return a tensor of the same memory; it may be read-only, for nothing here writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(array)
 
 
 def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int]:
-    """Return the best share `keep` of the living specs, by the mean over folds; at least one."""
+    """Return the best share `keep` of the specs alive, by mean rank over folds; at least one."""
     traces_of_spec = {
         spec_index: [trace for trace in traces if trace.spec == spec_index] for spec_index in alive
     }
@@ -280,6 +280,7 @@ def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int
 def _full_trace(
     spec_index: int, spec: NetworkSpec, traces: Sequence[Trace], task: TaskKind
 ) -> Trace:
+    """Return the trace of a head for all rows, of as many epochs as its folds' best ones took."""
     spec_traces = [trace for trace in traces if trace.spec == spec_index]
     best_epochs = [trace.best_epoch for trace in spec_traces if trace.error is None]
     error = spec_error(spec, task)

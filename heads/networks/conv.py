@@ -25,7 +25,7 @@ from headrace.heads.spec import FitResult, Halving
 
 Floats = npt.NDArray[Any]
 
-# Activations and their gradients of the heads that are trained side by side on a CPU.
+# Memory for activations and gradients of the heads that are trained side by side on a CPU.
 CPU_BATCH_BYTES = 256 << 20
 ROWS_AT_ONCE = 256  # maps that are predicted at once
 
@@ -38,7 +38,7 @@ def fit_conv_bank(
     device: str = "cpu",
     halving: Halving | None = None,
 ) -> list[FitResult]:
-    """As `fit_mlp_bank`, for maps X (N, D, h, w), or (V, N, D, h, w) for V views of each row.
+    """Fit as `fit_mlp_bank` does, for maps X (N, D, h, w) or (V, N, D, h, w): V views of each row.
 
     Maps are standardised channel by channel. Heads of equal channels, hidden widths and batch size
     train side by side. Raises BadFeatures for features that are no maps or not finite.
@@ -53,7 +53,7 @@ def fit_conv_bank(
     channels, positions = stacked.shape[2], math.prod(stacked.shape[3:])
 
     def head_bytes(spec: ConvSpec) -> int:
-        # Each layer's product, its normalised value and the gradients of both.
+        # float32: each layer's product, its normalised value and the gradients of both.
         return 16 * spec.batch_size * positions * sum(spec.channels)
 
     def make(chunk: list[ConvSpec], fold_data: FoldData, held_out_fold: int) -> ConvBatch:
@@ -87,7 +87,7 @@ def predict_maps(
 
 
 def _pooled(layers: Layers, X: Floats) -> npt.NDArray[np.float32]:
-    """(n, channels) means over positions after the convolutions."""
+    """Return the means (n, channels) over positions after the convolutions."""
     assert layers.mean is not None
     assert layers.inverse_scale is not None
     # The mean is not folded into the first kernel: at the border the padding stands for

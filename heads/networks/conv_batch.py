@@ -4,8 +4,8 @@ K heads, D channels of the tap, h × w positions, E channels of a new layer, C o
 minibatch.
 
 The first layer of all heads is one convolution with K·E output channels, for they see the same
-maps; the later ones are grouped convolutions with K groups. Batch normalisation is per channel, and
-so per head, as it stands. After the mean over positions the heads are the networks of
+maps; the later ones are grouped convolutions with K groups. Batch normalisation treats channels
+apart, and so it treats heads apart too. After the mean over positions the heads are networks as in
 `mlp_batch.py`: samples last, batched products.
 """
 
@@ -26,6 +26,7 @@ from headrace.heads.networks.mlp_batch import (
     DropoutBits,
     Rows,
     adamw_broadcast,
+    draw_layers,
     dropout_columns,
     head_columns,
     loss_and_slope,
@@ -37,16 +38,14 @@ EVALUATION_ROWS = 512  # rows of one block when no gradient is needed
 
 @dataclass(frozen=True)
 class ConvStart:
-    """First parameters of one head: convolution weights (E, D or E before, 3, 3), and (weight (o,
-    i), bias (o,)) pairs.
+    """First parameters of one head, as `random_start` draws them.
 
-    `random_start` draws them. Parameters of other origin, such as the backbone's own next blocks,
-    come in here: a Family's `make` builds the starts, and nothing else in this module asks where
-    they are from.
+    Parameters of other origin, such as the backbone's own next blocks, come in here: a Family's
+    `make` builds the starts, and nothing else in this module asks where they are from.
     """
 
-    kernels: list[npt.NDArray[np.float32]]
-    layers: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+    kernels: list[npt.NDArray[np.float32]]  # (E, channels below, 3, 3)
+    layers: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]  # (o, i), (o,)
 
 
 def random_start(spec: ConvSpec, n_inputs: int, n_outputs: int) -> ConvStart:
@@ -56,11 +55,7 @@ def random_start(spec: ConvSpec, n_inputs: int, n_outputs: int) -> ConvStart:
         (generator.standard_normal((o, i, 3, 3), np.float32) * np.float32(math.sqrt(2 / (9 * i))))
         for i, o in itertools.pairwise((n_inputs, *spec.channels))
     ]
-    layers = []
-    for i, o in itertools.pairwise((spec.channels[-1], *spec.hidden, n_outputs)):
-        bound = np.float32(1 / math.sqrt(i))
-        weight = (generator.random((o, i), np.float32) * 2 - 1) * bound
-        layers.append((weight, (generator.random(o, np.float32) * 2 - 1) * bound))
+    layers = draw_layers(generator, (spec.channels[-1], *spec.hidden, n_outputs))
     return ConvStart(kernels, layers)
 
 
@@ -136,8 +131,9 @@ class ConvBatch:
                 best[head].copy_(now[head])
 
     def best_layers(self, head: int) -> dict[str, npt.NDArray[Any]]:
-        """kernel0 (E, D, 3, 3), shift0 (E,), …, weight0, bias0, … float32 of the remembered
-        parameters, with batch normalisation folded into kernels and shifts; inputs standardised.
+        """Return the best kernel0 (E, D, 3, 3), shift0 (E,), …, weight0, bias0, …, float32.
+
+        They are for standardised inputs, with batch normalisation folded into kernels and shifts.
         """
         best_arrays = [tensor[head].double().cpu().numpy() for tensor in self.best]
         d, n = self.depth, self.layers
@@ -159,10 +155,10 @@ class ConvBatch:
     def train_epoch(
         self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
     ) -> npt.NDArray[Any]:
-        """Mean training loss (K,) float64 of one pass over rows `order`, each in the given view."""
+        """Train on rows `order` once, each in the given view; return mean losses (K,) float64."""
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         positions = math.prod(self.rows.features.shape[2:])
-        # On a device once an epoch: a copy from the host stops it at every minibatch.
+        # Copied to a device once an epoch: a copy at every minibatch would make the device wait.
         indices = torch.from_numpy(order).to(self.device)
         feature_indices = indices + torch.from_numpy(view).to(self.device) * self.rows.n
         for start in range(0, len(order), batch_size):
@@ -183,7 +179,7 @@ class ConvBatch:
         return torch.cat(blocks, dim=2)
 
     def _forward(self, maps: Tensor, parameters: Sequence[Tensor], *, train: bool) -> Tensor:
-        """(K, C, B) decisions for standardised maps (B, D, h, w)."""
+        """Return decisions (K, C, B) for standardised maps (B, D, h, w)."""
         heads, d, n = len(self), self.depth, self.layers
         for layer in range(d):
             kernel = parameters[layer]
@@ -205,7 +201,7 @@ class ConvBatch:
         return value
 
     def _step(self, index: Tensor, feature_index: Tensor) -> Tensor:
-        """One AdamW step of every head; returns the summed loss (K,) float64 of this minibatch."""
+        """Make one AdamW step of every head; return this minibatch's summed losses (K,) float64."""
         leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
         decision = self._forward(self.rows.minibatch(feature_index), leaves, train=True)
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)

@@ -16,6 +16,8 @@ from headrace.heads.spec import ClassWeight, FitResult, HeadSpec, check_choices
 # breast_cancer and two made sets, 10 draws of each, hidden 64 and 256, dropout 0 and 0.5: from 0 to
 # 1e-2 accuracies differ by 0.01 points; 1e-1 and 1 lose up to 0.1 points and 0.03 nats.
 WEIGHT_DECAY = 1e-2
+# Seconds of one core for each weight, row and epoch of training.
+_SECONDS_PER_WEIGHT = 3.6e-11
 
 # The axes of a recipe's section that every kind of network has.
 NETWORK_AXES = (
@@ -30,7 +32,7 @@ NETWORK_AXES = (
 
 
 class NetworkSpec(HeadSpec, Protocol):
-    """What the settings of every kind of network have, as `MLPSpec` explains them."""
+    """The settings that every kind of network has; `MLPSpec` explains them."""
 
     @property
     def hidden(self) -> tuple[int, ...]: ...
@@ -116,7 +118,7 @@ class ConvSpec:
 
 
 def fit_mlp(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> list[FitResult]:
-    """Train a bank of perceptrons; torch is imported when a bank is trained."""
+    """Train a bank of perceptrons. Torch is imported here, when a bank is trained."""
     import torch
 
     from headrace.heads.networks.mlp import fit_mlp_bank
@@ -150,7 +152,7 @@ def conv_layers(spec: ConvSpec, arrays: Arrays) -> Layers:
     """Return the layers of a convolution head."""
     return Layers(
         dense_layers(arrays, len(spec.hidden)),
-        tuple((arrays[f"kernel{at}"], arrays[f"shift{at}"]) for at in range(len(spec.channels))),
+        tuple((arrays[f"kernel{i}"], arrays[f"shift{i}"]) for i in range(len(spec.channels))),
         arrays["mean"],
         arrays["inverse_scale"],
         dropout=spec.dropout,
@@ -179,9 +181,9 @@ def network_cost(
     """Return nothing shared, and the seconds of a network's products."""
     width = sum(spec.hidden) + n_outputs
     if isinstance(spec, ConvSpec):
-        # A 3 × 3 convolution meets each feature nine times for each of its channels.
+        # A 3 × 3 convolution multiplies each feature nine times for each of its channels.
         width += 9 * spec.channels[0]
-    return 0.0, n_fits * 3.6e-11 * n_rows * n_features * spec.epochs * width
+    return 0.0, n_fits * _SECONDS_PER_WEIGHT * n_rows * n_features * spec.epochs * width
 
 
 MLP = HeadKind(

@@ -27,9 +27,9 @@ from headrace.heads.spec import FitResult, Halving
 Floats = npt.NDArray[Any]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# Parameters and moments of the heads that are trained side by side on a CPU. Measured with 64 heads
-# of 512 × 64: 1 MB takes 2.1 times as long as 48 MB, 8 MB 1.15 times; beyond, nothing is gained and
-# memory grows.
+# Memory for parameters and moments of the heads that are trained side by side on a CPU. Measured
+# with 64 heads of 512 × 64: with 1 MB they take 2.1 times as long as with 48 MB, with 8 MB 1.15
+# times; more gains nothing.
 CPU_BATCH_BYTES = 64 << 20
 # Below this many weights per head the products are too small for reduced precision to pay.
 REDUCED_PRECISION_WEIGHTS = 1 << 14
@@ -44,21 +44,23 @@ def fit_mlp_bank(
     halving: Halving | None = None,
     precision: Precision = "auto",
 ) -> list[FitResult]:
-    """Train every spec on every fold, and with `refit` on all rows; returns the fits spec by spec,
-    REFIT last.
+    """Train every spec on every fold, and with `refit` on all rows.
+
+    Returns the fits spec by spec, of each spec the folds and then REFIT.
 
     data: X (N, D), or (V, N, D) for V views of each row, or such rows streamed from shards:
     training picks one view per row and epoch, prediction averages.
 
-    Each fold's heads stop early on the loss of its held-out rows and keep their best epoch; REFIT
-    heads train for the mean best epoch of their spec. With `halving` the losers have fits of fewer
-    epochs and no REFIT one.
+    Each fold's heads stop early by the loss of its held-out rows and keep their best epoch; REFIT
+    heads train for the mean best epoch of their spec. With `halving` the specs that drop out have
+    fits of fewer epochs and none for REFIT.
 
     precision: "bfloat16" multiplies the first layer's inputs and weights in bfloat16 and adds in
     float32 (master weights, optimiser and every other layer are float32); "auto" does so where the
-    processor is faster at it. A head that fails (a bad spec, a loss that is not finite) has an
-    `error`; the others are unaffected. Raises ValueError for features that are not finite, naming
-    the row.
+    processor is faster at it.
+
+    A head that fails (a bad spec, a loss that is not finite) has an `error`; the others are
+    unaffected. Raises ValueError for features that are not finite, naming the row.
     """
     stacked, n_classes, task = stack(data.X, 2), data.n_outputs, data.task_kind
     width = stacked.shape[2]
@@ -110,9 +112,9 @@ def reduced_precision(
         return bool(torch.cuda.is_bf16_supported())
     if not hasattr(torch.cpu, "get_capabilities"):
         return False
-    able = torch.cpu.get_capabilities()
-    # AMD's Zen 4 multiplies bfloat16 at twice the rate of float32 (measured here: 200 against 97
-    # GF/s); Intel does only with AMX, its AVX-512 instruction alone was slower than float32.
-    return bool(able.get("amx_bf16")) or (
-        bool(able.get("avx512_bf16")) and "AMD" in str(able.get("cpu_name"))
+    capabilities = torch.cpu.get_capabilities()
+    # AMD's Zen 4 multiplies bfloat16 at twice the rate of float32 (measured: 200 against 97 GF/s).
+    # Intel's processors do so with AMX only: their AVX-512 instruction is slower than float32.
+    return bool(capabilities.get("amx_bf16")) or (
+        bool(capabilities.get("avx512_bf16")) and "AMD" in str(capabilities.get("cpu_name"))
     )

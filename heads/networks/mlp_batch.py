@@ -28,21 +28,22 @@ from headrace.heads.networks.kind import NetworkSpec
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
 EVALUATION_ROWS = 2048  # rows of one block when no gradient is needed
-# Rows of one product for the first layer's gradients: enough for the full rate (64 rows: 0.8 of
-# it), few enough that a head's gradient is still in the cache when the optimiser reads it.
+# Rows of one product for the first layer's gradients: enough for the full rate (64 rows reach 0.8
+# of it), few enough that a head's gradient is still in the cache when the optimiser reads it.
 GRADIENT_ROWS = 512
 
 
 class StreamedTensor:
-    """Rows of a feature set (V·n, D, …) that are read when a minibatch needs them: as much of a
-    tensor as `Rows` uses.
+    """Rows of a feature set (V·n, D, …), read when a minibatch needs them.
+
+    Has the part of a tensor's interface that `Rows` uses.
     """
 
     def __init__(self, rows: Streamed, device: torch.device) -> None:
         self.rows, self.device, self.shape = rows, device, rows.shape
 
     def index_select(self, _: int, index: Tensor) -> Tensor:
-        """(B, D, …) float32 on the device."""
+        """Read rows (B, D, …) as float32 onto the device."""
         return torch.from_numpy(self.rows.read(index.cpu().numpy())).to(self.device)
 
 
@@ -56,19 +57,20 @@ class Rows:
     features: "Tensor | StreamedTensor"  # (V·n, D), any floating dtype, not standardised
     n: int
     target: Tensor  # single: (n,) int64; multi and regression: (L, n) float32
-    # (2, n) float32 sample weight, plain and class-balanced (single), mean 1 over the training rows
+    # (2, n) float32 sample weights, plain ones and, of a single-label task, class-balanced ones;
+    # their mean over the training rows is 1
     weight: Tensor
-    label_weight: Tensor | None  # multi: (2, L), balanced weight of absent and of present labels
+    label_weight: Tensor | None  # multi: (2, L) balanced weights of absent and of present labels
     mean: Tensor  # (D,) float32, of the training rows
     inverse_scale: Tensor  # (D,) float32
     task: TaskKind
     outputs: int  # C
-    # (M,) int64 columns of numbers that may be missing, in front of the columns that are 1 where
-    # they are, and (M,) float32 what stands for them
+    # (M,) int64 columns of numbers that may be missing, each followed by the column that is 1 where
+    # its number is; and (M,) float32, the numbers that are filled in
     imputed: "tuple[Tensor, Tensor] | None" = None
 
     def minibatch(self, index: Tensor) -> Tensor:
-        """(B, D) float32 standardised features of rows of `features`."""
+        """Return standardised rows (B, D) float32 of `features`."""
         rows = self.features.index_select(0, index).float()
         if self.imputed is not None:
             numbers, fills = self.imputed
@@ -77,7 +79,7 @@ class Rows:
 
 
 def padded_width(width: int) -> int:
-    """Next of 8, 12, 16, 24, 32, 48, 64, …: heads share a batch at most a third too wide."""
+    """Return the next of 8, 12, 16, 24, 32, 48, 64, …: of a batch at most a third is padding."""
     power = 8
     while power < width:
         if power * 3 // 2 >= width:
@@ -89,12 +91,20 @@ def padded_width(width: int) -> int:
 def initial_layers(
     spec: NetworkSpec, n_inputs: int, n_outputs: int
 ) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """[(weight (out, in), bias (out,))] float32 for the head's true widths: torch.nn.Linear's
-    distribution, uniform within ±1/sqrt(in), from a generator that depends on the seed alone.
-    """
+    """Return first layers for the head's true widths, from a generator of the seed alone."""
     generator = np.random.default_rng([spec.seed, 0])
+    return draw_layers(generator, (n_inputs, *spec.hidden, n_outputs))
+
+
+def draw_layers(
+    generator: np.random.Generator, sizes: Sequence[int]
+) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Draw layers [(weight (out, in), bias (out,))] float32 between layers of the given sizes.
+
+    As torch.nn.Linear does: uniform within ±1/sqrt(in).
+    """
     layers = []
-    for fan_in, fan_out in zip((n_inputs, *spec.hidden), (*spec.hidden, n_outputs), strict=True):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         bound = np.float32(1 / math.sqrt(fan_in))
         weight = (generator.random((fan_out, fan_in), np.float32) * 2 - 1) * bound
         bias = (generator.random(fan_out, np.float32) * 2 - 1) * bound
@@ -105,15 +115,15 @@ def initial_layers(
 class DropoutBits:
     """Random bytes, one stream per seed: heads of one seed see the same noise in any batch.
 
-    A unit is dropped where its byte is below round(256 · dropout); the kept ones are scaled by
-    exactly what that keeps.
+    A unit is dropped where its byte is below round(256 · dropout); the kept ones are divided by the
+    share that this keeps.
     """
 
     def __init__(self, seeds: Sequence[int], fold: int, device: torch.device) -> None:
         self.device = device
         self.seed_of_head = list(seeds)
         entropy = {seed: [seed, 1, seed_of_fold(fold) + 1] for seed in sorted(set(seeds))}
-        if device.type == "cpu":  # four times faster than torch's own generator on a CPU
+        if device.type == "cpu":  # NumPy's SFC64 is four times faster than torch's generator there
             self.numpy = {
                 seed: np.random.Generator(np.random.SFC64(np.random.SeedSequence(numbers)))
                 for seed, numbers in entropy.items()
@@ -127,7 +137,7 @@ class DropoutBits:
             }
 
     def draw(self, units: int, batch: int) -> Tensor:
-        """(K, units, batch) uint8."""
+        """Return random bytes (K, units, batch) uint8."""
         drawn = {}
         for seed in sorted(set(self.seed_of_head)):
             if self.device.type == "cpu":
@@ -171,9 +181,9 @@ class NetworkBatch:
                     weight
                 )
                 self.biases[layer][head, : len(bias)] = torch.from_numpy(bias)
-        # The first layer's weights are divided by their head's learning rate: an AdamW step is then
-        # the same for every rate, and one fused call does it for many heads.
-        # `weights_to_multiply` are the weights as they are.
+        # The first layer's weights are stored divided by their head's learning rate: an AdamW step
+        # is then the same for every rate, and one fused call makes it for many heads.
+        # `weights_to_multiply` are the weights themselves.
         self.weights[0] /= torch.tensor([spec.learning_rate for spec in specs]).view(-1, 1, 1)
         self.weights = [w.to(device) for w in self.weights]
         self.biases = [b.to(device) for b in self.biases]
@@ -184,6 +194,7 @@ class NetworkBatch:
         self._read_specs()
 
     def _read_specs(self) -> None:
+        """Make tensors of the settings of the heads that are in the batch now."""
         self.drops, self.drop_below, self.drop_scale = dropout_columns(self.specs, self.device)
         self.rates, self.shrink, self.smoothing, self.balanced = head_columns(
             self.specs, self.device
@@ -197,7 +208,7 @@ class NetworkBatch:
         return len(self.specs)
 
     def keep(self, heads: Sequence[int]) -> None:
-        """Drop every head that is not listed: its share of all further work is gone."""
+        """Drop every head that is not listed, and its share of all further work."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
         for tensors in (
             self.weights,
@@ -218,7 +229,7 @@ class NetworkBatch:
                 best[head].copy_(now[head])
 
     def best_layers(self, head: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-        """[(weight, bias)] float32 of the best parameters, for standardised inputs."""
+        """Return the best layers [(weight, bias)] float32, for standardised inputs."""
         inputs = int(self.weights[0].shape[2])
         hidden = self.specs[head].hidden
         layers = []
@@ -235,13 +246,13 @@ class NetworkBatch:
     def train_epoch(
         self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
     ) -> npt.NDArray[Any]:
-        """One pass over the training rows `order` (n,), each in the given view (n,); returns the
-        mean training loss of each head (K,) float64, taken before each step. Not finite for a head
-        that diverged.
+        """Train on rows `order` (n,) once, each in the given view (n,); return mean losses (K,).
+
+        Losses are taken before each step; that of a head that diverged is not finite.
         """
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         with torch.no_grad(), np.errstate(all="ignore"):
-            # On a device once an epoch: a copy from the host stops it at every minibatch.
+            # Copied to a device once an epoch: a copy at every minibatch would make it wait.
             indices = torch.from_numpy(order).to(self.device)
             feature_indices = indices + torch.from_numpy(view).to(self.device) * self.rows.n
             for start in range(0, len(order), batch_size):
@@ -250,7 +261,7 @@ class NetworkBatch:
         return (total / len(order)).cpu().numpy()
 
     def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
-        """(K, C, n) decisions for rows of `features`, without dropout."""
+        """Return decisions (K, C, n) for rows of `features`, without dropout."""
         blocks = []
         with torch.no_grad(), np.errstate(all="ignore"):
             for start in range(0, len(index), EVALUATION_ROWS):
@@ -285,7 +296,7 @@ class NetworkBatch:
         return values
 
     def _step(self, index: Tensor, feature_index: Tensor) -> Tensor:
-        """One AdamW step of every head; returns the summed loss (K,) float64 of this minibatch."""
+        """Make one AdamW step of every head; return this minibatch's summed losses (K,) float64."""
         batch = self.rows.minibatch(feature_index).to(self.dtype)
         values = self._forward(batch.t().contiguous(), train=True)
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
@@ -309,6 +320,7 @@ class NetworkBatch:
         return loss.sum(1)
 
     def _update(self, gradients: list[tuple[int, Tensor]], slope: Tensor, batch: Tensor) -> None:
+        """Step the parameters of given gradients, and the first layer's weights from its slope."""
         parameters = (*self.weights, *self.biases)
         for parameter_index, gradient in gradients:
             adamw_broadcast(
@@ -320,8 +332,8 @@ class NetworkBatch:
                 self.shrink,
                 self.step,
             )
-        # A few heads at a time: their gradient is used while it is in the cache, and one fused pass
-        # reads it, the parameters and the moments, where broadcast operations make six passes
+        # A few heads at a time: their gradient is used while it is in the cache. One fused pass
+        # reads it, the parameters and the moments; broadcast operations would make six passes
         # through memory.
         step_count = torch.full((), float(self.step), device=self.device)
         tensors = (
@@ -367,8 +379,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def head_columns(
     specs: Sequence[NetworkSpec], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What heads that share minibatches differ in: learning rates, what a step of weight decay
-    leaves of a weight, and label smoothing, (K, 1, 1) each; and (K,) 1 where classes are balanced.
+    """Return what heads that share minibatches differ in.
+
+    Learning rates, the share of a weight that a step of weight decay leaves, and label smoothing,
+    (K, 1, 1) each; and (K,) 1 where classes are balanced.
     """
     return (
         _column([spec.learning_rate for spec in specs], device),
@@ -381,8 +395,9 @@ def head_columns(
 def dropout_columns(
     specs: Sequence[NetworkSpec], device: torch.device
 ) -> tuple[bool, Tensor, Tensor]:
-    """Whether any head leaves values out; the bytes below which it does, uint8, and what the others
-    are multiplied with, (K, 1, 1) each.
+    """Return whether any head leaves values out, below which bytes, and the factors of the others.
+
+    Bytes and factors are (K, 1, 1).
     """
     levels = [min(255, round(256 * spec.dropout)) for spec in specs]
     scale = _column([256 / (256 - level) for level in levels], device)
@@ -396,8 +411,9 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
 def fused_adamw(
     parameter: Tensor, gradient: Tensor, first_moment: Tensor, second_moment: Tensor, step: Tensor
 ) -> None:
-    """One AdamW step in place at a learning rate of 1 without weight decay: of parameters in units
-    of their head's rate.
+    """Make one AdamW step in place, at a learning rate of 1 and without weight decay.
+
+    For parameters in units of their head's learning rate.
     """
     torch._fused_adamw_(
         [parameter],
@@ -425,8 +441,9 @@ def adamw_broadcast(
     shrink: Tensor,
     step: int,
 ) -> None:
-    """One AdamW step on (K, …) in place, each head with its own learning rate `rates` (K, 1, 1) and
-    with its weights shrunk by 1 - rate · decay, `shrink` (K, 1, 1).
+    """Make one AdamW step in place on a parameter (K, …) of every head.
+
+    rates: (K, 1, 1) learning rates. shrink: (K, 1, 1) factors 1 - rate · decay of the weights.
     """
     shape = (-1,) + (1,) * (parameter.dim() - 1)
     parameter.mul_(shrink.view(shape))
@@ -454,11 +471,10 @@ def loss_and_slope(
     smoothing: Tensor | None,
     balanced: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss (K, B) float64 and its derivative by the decisions (K, C, B) float32.
+    """Return weighted losses (K, B) float64 and their derivatives (K, C, B) by the decisions.
 
     single: cross-entropy; multi: mean binary cross-entropy over labels; regression: half the mean
-    squared error.
-    weight: (K or 1, B).
+    squared error. weight: (K or 1, B).
     """
     n_outputs = decision.shape[1]
     if rows.task == "single":

@@ -22,17 +22,15 @@ Floats = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Imputed:
-    """What stands for missing numbers of side columns in a fold.
+    """What stands for missing numbers of side columns in a fold."""
 
-    numbers: columns of the input, each in front of the one that is 1 where the number is missing.
-    fills: (M,) float64, the mean of each over the fold's training rows.
-    """
-
-    numbers: list[int]
-    fills: Floats
+    numbers: list[
+        int
+    ]  # columns of the input, each followed by that which is 1 for a missing number
+    fills: Floats  # (M,) float64, the mean of each over the fold's training rows
 
     def fill(self, rows: Floats) -> None:
-        """Put them into rows (n, D, …), in place."""
+        """Fill missing numbers of rows (n, D, …), in place."""
         for column, fill in zip(self.numbers, self.fills, strict=True):
             rows[:, column] += rows[:, column + 1] * np.float32(fill)
 
@@ -60,6 +58,7 @@ def prepare(
     *,
     standardize: bool,
 ) -> FoldData:
+    """Return the data of a fold, scaled and filled in by its training rows."""
     train = weighted_training_rows(data, weight, held_out_fold)
     imputed = _imputed(stacked, data, train)
     mean, scale = (
@@ -68,7 +67,8 @@ def prepare(
         else (np.zeros(stacked.shape[2]), np.ones(stacked.shape[2]))
     )
     if data.side and standardize:
-        # Of a level that no training row has, so that held-out rows do not meet its first weights.
+        # A column of one value learns nothing, such as that of a level which no training row has.
+        # Divided by infinity, it never meets its first weights in held-out rows either.
         first_side_column = data.side[0].start
         scale[first_side_column:][_constant(stacked, data, train)] = np.inf
     return fold_data(
@@ -104,13 +104,13 @@ def fold_data(
     shape = (-1,) + (1,) * n_positions  # of maps, (D, 1, 1)
     target_mean, target_scale = np.zeros(outputs), np.ones(outputs)
     plain = weight / weight[train].mean()
-    heavy, label_weight = plain, None
+    balanced, label_weight = plain, None
     if task == "single":
         encoded = torch.from_numpy(np.ascontiguousarray(target, np.int64))
         count = np.bincount(target[train], weights=weight[train], minlength=outputs)
         balance = weight[train].sum() / (np.count_nonzero(count) * np.maximum(count, 1e-300))
-        heavy = weight * np.where(count > 0, balance, 0)[target]
-        heavy = heavy / heavy[train].mean()
+        balanced = weight * np.where(count > 0, balance, 0)[target]
+        balanced = balanced / balanced[train].mean()
     else:
         values = np.asarray(target, np.float64).reshape(n, outputs)
         if task == "regression":
@@ -129,7 +129,7 @@ def fold_data(
         features,
         n,
         encoded.to(device),
-        torch.from_numpy(np.stack([plain, heavy]).astype(np.float32)).to(device),
+        torch.from_numpy(np.stack([plain, balanced]).astype(np.float32)).to(device),
         None if label_weight is None else label_weight.to(device),
         torch.from_numpy(mean.astype(np.float32)).view(shape).to(device),
         torch.from_numpy((1 / scale).astype(np.float32)).view(shape).to(device),
@@ -148,7 +148,7 @@ def fold_data(
 def weighted_training_rows(
     data: TrainingData, weight: npt.NDArray[np.float64], held_out_fold: int
 ) -> npt.NDArray[np.intp]:
-    """Return the training rows of a fold that count. Raises ValueError where there are none."""
+    """Return the training rows of a fold that have a weight. Raises ValueError if none has."""
     train = data.training_rows(held_out_fold)
     train = train[weight[train] > 0]
     if len(train) == 0:
@@ -159,7 +159,7 @@ def weighted_training_rows(
 
 
 def _side_inputs(stacked: Floats | StreamedStack, data: TrainingData) -> Floats:
-    """(N, R) the side columns."""
+    """Return the side columns (N, R)."""
     if isinstance(stacked, StreamedStack):
         return stacked.rows.side
     return np.asarray(stacked[0][:, data.side[0].start :])
@@ -168,7 +168,7 @@ def _side_inputs(stacked: Floats | StreamedStack, data: TrainingData) -> Floats:
 def _constant(
     stacked: Floats | StreamedStack, data: TrainingData, train: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """(R,) whether a side column has one value in all training rows."""
+    """Return whether side columns (R,) have one value in all training rows."""
     inputs = _side_inputs(stacked, data)[train]
     return np.asarray((inputs == inputs[:1]).all(0))
 
@@ -186,7 +186,7 @@ def _imputed(
 def mean_and_scale(
     stacked: Floats | StreamedStack, train: npt.NDArray[np.int64], imputed: Imputed | None = None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mean and scale (D,) float64 of the training rows over views and positions.
+    """Return mean and scale (D,) float64 of the training rows, over views and positions.
 
     The scale is the standard deviation, or 1 for a feature that varies by less than float32 can
     tell from its mean. Raises NotFinite.
@@ -203,8 +203,8 @@ def mean_and_scale(
             parts.append(moments(values.transpose(0, 2, 1).reshape(-1, stacked.shape[2])))
     whole = merge(parts)
     deviation = np.sqrt(whole.squares / whole.count)
-    # Wider than `Moments.constant`, of float64: networks standardize in float32, whose rounding of
-    # (value - mean) would be all that such a feature has.
+    # More than `Moments.constant` finds, which is for float64: networks standardize in float32, and
+    # of such a feature they would see the rounding of (value - mean) only.
     is_constant = deviation <= 10 * np.finfo(np.float32).eps * np.abs(whole.mean)
     return whole.mean, np.where(is_constant, 1.0, deviation)
 
@@ -217,8 +217,9 @@ def folded_arrays(
     target_scale: Floats,
     imputed: Imputed | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """weight0, bias0, weight1, … float32 in raw coordinates: the standardisation of inputs and
-    targets, and what stands for missing numbers, folded in.
+    """Return weight0, bias0, weight1, … float32 of layers, for raw inputs and targets.
+
+    Standardisation, and what stands for missing numbers, are folded into the layers.
     """
     exact = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in layers]
     first, shift = exact[0]

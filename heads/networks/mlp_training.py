@@ -20,7 +20,7 @@ Floats = npt.NDArray[Any]
 
 
 class Batch(Protocol):
-    """K networks that train side by side. Positions of heads count those still in the batch."""
+    """K networks that train side by side. Heads are positions among those still in the batch."""
 
     def train_epoch(
         self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
@@ -28,13 +28,13 @@ class Batch(Protocol):
         """Train on rows `order` (n,), each in the given view (n,); return mean losses (K,)."""
 
     def outputs(self, index: npt.NDArray[np.int64]) -> torch.Tensor:
-        """(K, C, n) decisions for rows of the stacked features."""
+        """Return decisions (K, C, n) for rows of the stacked features."""
 
     def remember(self, heads: Sequence[int]) -> None:
         """Make the present parameters of these heads their best ones."""
 
     def best_layers(self, head: int) -> Any:
-        """The remembered parameters of a head, as its family's `arrays` takes them."""
+        """Return the best parameters of a head, as its family's `arrays` takes them."""
 
     def keep(self, heads: Sequence[int]) -> None:
         """Drop all other heads."""
@@ -44,7 +44,7 @@ class Batch(Protocol):
 class Trace:
     """What is known of one head while it trains and after."""
 
-    spec: int
+    spec: int  # its index
     fold: int
     limit: int  # epochs at most
     epochs: int = 0
@@ -54,7 +54,7 @@ class Trace:
     training_loss: float = float("nan")
     seconds: float = 0.0
     error: str | None = None
-    best: Any = None  # what the batch remembers of it, once it has left
+    best: Any = None  # once it has left the batch: its best parameters
     data: FoldData | None = None
 
 
@@ -79,7 +79,7 @@ class Run:
         self.epoch = 0
 
     def advance(self, until: int | None) -> None:
-        """Train up to `until` epochs in all, or until every head is done."""
+        """Train until `until` epochs are done in all, or until every head is done."""
         while self.traces and (until is None or self.epoch < until):
             started = time.perf_counter()
             train_loss = self.batch.train_epoch(*self._order(), self.batch_size)
@@ -114,15 +114,11 @@ class Run:
         if len(self.data.held_out) == 0:
             self.batch.remember(places)
         for head in places:
-            if self.traces[head].error is None:
-                self.traces[head].best, self.traces[head].data = (
-                    self.batch.best_layers(head),
-                    self.data,
-                )
-                if self.traces[head].best_epoch == 0:
-                    self.traces[
-                        head
-                    ].error = (
+            trace = self.traces[head]
+            if trace.error is None:
+                trace.best, trace.data = self.batch.best_layers(head), self.data
+                if trace.best_epoch == 0:
+                    trace.error = (
                         "the loss of the held-out rows was never finite: lower the learning rate"
                     )
         stay = [head for head in range(len(self.traces)) if head not in places]
@@ -136,6 +132,7 @@ class Run:
         return len(self.data.held_out) > 0 and trace.epochs - trace.best_epoch >= patience
 
     def _share(self, started: float) -> None:
+        """Add the seconds since `started` to the heads in equal shares."""
         for trace in self.traces:
             trace.seconds += (time.perf_counter() - started) / len(self.traces)
 
@@ -151,7 +148,7 @@ class Run:
         return order, view[order]
 
     def _validate(self) -> tuple[Floats, Floats]:
-        """Loss (K,) on the held-out rows, and what halving ranks by (K,), higher better."""
+        """Return losses (K,) on the held-out rows, and what halving ranks by, higher better."""
         held_out = self.data.held_out
         if len(held_out) == 0:
             return np.full(len(self.traces), np.nan), np.full(len(self.traces), np.nan)

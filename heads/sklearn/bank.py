@@ -44,13 +44,13 @@ _SAFE_MODULES = {
     *("neighbors", "neural_network", "svm", "tree"),
 }
 _PREDICTORS = (ClassifierMixin, RegressorMixin)
-# Parameters that stand for other code or for files: nested estimators, functions, joblib's cache of
-# pickles.
+# Parameters that name other code or files: nested estimators, functions, joblib's cache of pickles.
 _CODE_PARAMETERS = {
     *("estimator", "estimators", "base_estimator", "final_estimator", "regressor", "transformer"),
     *("steps", "kernel_params", "func", "inverse_func", "memory", "metric_params"),
 }
-_MAX_OUTPUTS = 1_000_000  # of a file that may be damaged: an array of as many columns is made
+# Predictions are an array of as many columns, and the number may come from a damaged file.
+_MAX_OUTPUTS = 1_000_000
 
 
 class BadEstimator(HeadraceError, ValueError):
@@ -58,10 +58,10 @@ class BadEstimator(HeadraceError, ValueError):
 
 
 def make_estimator(spec: SklearnSpec, side: Sequence[SideBlock] = ()) -> Any:
-    """A fresh, unfitted estimator with random_state 0 where it has one and the spec gives none.
+    """Return an unfitted estimator, with random_state 0 if it has one and the spec gives none.
 
-    side: of rows with side columns, which `_cells` puts behind the features. Raises BadEstimator,
-    saying what was wrong with the path or the parameters.
+    side: side columns, which `_cells` puts behind the features. Raises BadEstimator, saying what is
+    wrong with the path or the parameters.
     """
     module, _, name = spec.estimator.rpartition(".")
     try:
@@ -93,13 +93,15 @@ def make_estimator(spec: SklearnSpec, side: Sequence[SideBlock] = ()) -> Any:
 
 
 def side_transformer(side: Sequence[SideBlock]) -> ColumnTransformer:
-    """What scikit-learn makes of features with K cells of side columns behind them: numbers at the
-    mean where they are missing, marked and scaled; a column for each level of a category.
+    """Return scikit-learn's transformer of features with K cells of side columns behind them.
+
+    A missing number becomes the mean, and is marked in a column of its own; numbers are scaled. A
+    category becomes a column for each of its levels.
     """
     n_features = side[0].start
     numbers = [n_features + k for k, block in enumerate(side) if not block.is_category]
     categories = [n_features + k for k, block in enumerate(side) if block.is_category]
-    # A number that a fold's training rows lack wholly is 0, and not left out.
+    # A column of numbers that all training rows of a fold lack is kept, as zeros.
     imputer = SimpleImputer(add_indicator=True, keep_empty_features=True)
     return ColumnTransformer(
         [
@@ -111,18 +113,17 @@ def side_transformer(side: Sequence[SideBlock]) -> ColumnTransformer:
 
 
 def _cells(X: Floats, side: Sequence[SideBlock]) -> Floats:
-    """Rows (n, D + R) of a head's input as `side_transformer` takes them, (n, D + K)."""
+    """Return a head's input (n, D + R) as `side_transformer` takes it, (n, D + K)."""
     if not side:
         return X
     return np.concatenate([X[:, : side[0].start], as_cells(X, side)], axis=1)
 
 
 def estimator_code(spec: SklearnSpec) -> str | None:
-    """The "module:class" that the spec has imported and called; None for what only scikit-learn's
-    own code can come of.
+    """Return the "module:class" that the spec imports and calls, None if only scikit-learn's code.
 
     That is a classifier or regressor in a public module of the installed scikit-learn, whose
-    parameters are values. Nothing is imported but those modules.
+    parameters are values. Nothing but those modules is imported to find out.
     """
     module, _, name = spec.estimator.rpartition(".")
     named_code = f"{module}:{name}"
@@ -134,7 +135,7 @@ def estimator_code(spec: SklearnSpec) -> str | None:
         inspect.isclass(kind) and issubclass(kind, BaseEstimator) and issubclass(kind, _PREDICTORS)
     ):
         return named_code
-    # a name that the module has imported from elsewhere
+    # A name that the module has imported from elsewhere.
     if not f"{kind.__module__}.".startswith(f"{module}."):
         return named_code
     try:
@@ -152,69 +153,50 @@ def estimator_code(spec: SklearnSpec) -> str | None:
 def fit_sklearn_bank(
     data: TrainingData, specs: Sequence[SklearnSpec], *, refit: bool = True
 ) -> list[FitResult]:
-    """One fit per spec and fold.
+    """Fit every spec on every fold, one by one.
 
     data: X (N, D), in memory. What an estimator raises is its head's error.
     """
     check_specs(specs, 'SklearnSpec("sklearn.svm.SVC")')
-    X, target, fold = data.X, data.target, data.fold
+    X = data.X
     assert not isinstance(X, Streamed)  # an estimator of scikit-learn takes an array
-    task, n_classes = data.task_kind, data.n_outputs
     check_finite(X)
     weight = row_weights(data.sample_weight, len(X))
-    usable_rows = np.flatnonzero((fold != TEST) & (weight > 0))
+    usable_rows = np.flatnonzero((data.fold != TEST) & (weight > 0))
     stored: dict[str, npt.NDArray[Any]] = {}
     if refit and len(usable_rows) * X.shape[1] * 4 <= STORED_ROWS_BYTES:
         stored = {
             "features": np.ascontiguousarray(X[usable_rows], np.float32),
-            "target": np.ascontiguousarray(target[usable_rows]),
+            "target": np.ascontiguousarray(data.target[usable_rows]),
             "sample_weight": weight[usable_rows],
-            "outputs": np.array([n_classes]),
+            "outputs": np.array([data.n_outputs]),
         }
         if data.side:
             stored["side"] = np.array(data.side, np.int64)
+    nan = float("nan")
     fits = []
     for spec in specs:
         for held_out_fold in data.folds_to_fit(refit=refit):
             started = time.perf_counter()
-            training_rows = (
-                usable_rows[fold[usable_rows] != held_out_fold]
-                if held_out_fold != REFIT
-                else usable_rows
-            )
-            held_out_features = X[fold == held_out_fold]
             validation, error = None, None
             try:
                 if held_out_fold == REFIT:
                     make_estimator(spec, data.side)  # fitted when it predicts
                 else:
+                    rows = usable_rows[data.fold[usable_rows] != held_out_fold]
                     estimator = _fitted(
-                        spec,
-                        X[training_rows],
-                        target[training_rows],
-                        weight[training_rows],
-                        task,
-                        data.side,
+                        spec, X[rows], data.target[rows], weight[rows], data.task_kind, data.side
                     )
+                    held_out_features = X[data.fold == held_out_fold]
                     validation = _probabilities(
-                        estimator, held_out_features, n_classes, task, data.side
+                        estimator, held_out_features, data.n_outputs, data.task_kind, data.side
                     )
             except Exception as caught:  # noqa: BLE001 (any estimator may raise anything: a failed row, the others go on)
                 error = f"{type(caught).__name__}: {caught}"
             arrays = stored if held_out_fold == REFIT and error is None else {}
             seconds = time.perf_counter() - started
             fits.append(
-                FitResult(
-                    spec,
-                    held_out_fold,
-                    arrays,
-                    float("nan"),
-                    float("nan"),
-                    0,
-                    seconds,
-                    validation,
-                    error,
-                )
+                FitResult(spec, held_out_fold, arrays, nan, nan, 0, seconds, validation, error)
             )
     return fits
 
@@ -222,14 +204,14 @@ def fit_sklearn_bank(
 def predict_sklearn(
     spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, task: TaskKind
 ) -> npt.NDArray[np.float32]:
-    """(n, C) predictions after fitting the estimator again on the stored rows."""
+    """Return predictions (n, C) of X, after fitting the estimator again on the stored rows."""
     return fitted_sklearn(spec, arrays, task)(X)
 
 
 def fitted_sklearn(
     spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], task: TaskKind
 ) -> Callable[[Floats], npt.NDArray[np.float32]]:
-    """Return the estimator fitted on the stored rows: features (n, D) to predictions (n, C)."""
+    """Fit the estimator on the stored rows; return its function of features (n, D)."""
     if "features" not in arrays:
         raise CannotPredict(
             f"{spec.estimator}: its training rows were not stored: train it again on them"
@@ -251,7 +233,7 @@ def fitted_sklearn(
     except BadEstimator:
         raise
     except Exception as error:
-        # the rows may be of a damaged file, on which an estimator raises anything
+        # On the rows of a damaged file an estimator may raise anything.
         raise CannotPredict(
             f"{spec.estimator}: it cannot be fitted again on its stored rows "
             f"({type(error).__name__}: {str(error)[:200]}): train it again, or fetch the model "
@@ -287,7 +269,7 @@ def _fitted(
             f"{estimator.steps[-1][0]}__sample_weight" if is_pipeline else "sample_weight": weight
         }
     with warnings.catch_warnings():
-        # of convergence and the like: the score says what they are worth
+        # Of convergence and the like: scores show what they mean for this head.
         warnings.simplefilter("ignore")
         return estimator.fit(_cells(X, side), fit_target, **fit_options)
 
@@ -302,7 +284,7 @@ def _probabilities(
         if not hasattr(estimator, "predict_proba"):
             return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)
         probabilities = estimator.predict_proba(X)
-        # one (n, 2) per label; (n, 1) where a label was constant in training
+        # One array (n, 2) per label; (n, 1) if a label was constant in training.
         if isinstance(probabilities, list):
             constant = np.asarray(estimator.predict(X), np.float32)
             columns = [
@@ -325,6 +307,6 @@ def _probabilities(
             np.float32
         )
     predicted = np.zeros((len(X), outputs), np.float32)
-    # a class without training rows has probability 0
+    # A class without training rows has probability 0.
     predicted[:, np.asarray(estimator.classes_, np.int64)] = probabilities
     return predicted

@@ -12,7 +12,7 @@ from headrace.heads.layers import Arrays, Floats
 from headrace.heads.link import tempered
 from headrace.heads.spec import FitResult, check_choices
 
-# Their probabilities are shares of votes.
+# Estimators whose probabilities are shares of votes.
 _VOTERS = frozenset(
     f"sklearn.{name}Classifier"
     for name in (
@@ -73,7 +73,7 @@ def external_code(spec: Any) -> str | None:
 def estimator_cost(
     spec: SklearnSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return no shared seconds, and those of a forest, for want of a rule for all estimators."""
+    """Return no shared seconds, and those that a forest takes: no rule fits all estimators."""
     return 0.0, n_fits * 1e-7 * n_rows * n_features
 
 

@@ -1,7 +1,8 @@
-"""The active set: heads that are solved together, so that one pass over the rows evaluates all.
+"""The active set: heads that are solved together, all evaluated by one pass over the rows.
 
 A heads in the active set, C classes, n_outputs weight vectors of a head (C for a softmax, 1 for a
-sigmoid), R + 1 coordinates (the intercept last), n rows of a block.
+sigmoid), c = C - 1 free weight vectors (1 for a sigmoid), P = c (R + 1) parameters of a head, R + 1
+coordinates (the intercept last), n rows of a block, m curvature pairs.
 """
 
 import math
@@ -35,38 +36,38 @@ if TYPE_CHECKING:
     from headrace.heads.linear.solver.torch_blocks import DeviceBlocks, DevicePass
 
 Array = npt.NDArray[Any]
-# A head that takes longer goes on with a preconditioner made for where it is then. On a whole path
-# that is rare (0.99 of the CPU time without), but one strength alone, started from zero, takes 1.5
-# times as long without at C = 1, 3.7 times at C = 100.
+# After so many iterations a head gets a new preconditioner, made at its current point. On a whole
+# path that is rare (0.99 of the CPU time without), but a single strength, started from zero, takes
+# 1.5 times as long without it at C = 1, 3.7 times at C = 100.
 ITERATIONS_PER_PRECONDITIONER = 20
-# Gradient of a head's mean loss at which it may end, root mean square over its weights for
-# standardized features, at ten classes; at others it goes with the root of their number, as
-# gradients do. scikit-learn's default is 1e-4 for the largest entry, some 1e-5 by this measure. By
-# the gap alone, heads at strong regularization ended a little above scikit-learn's; with this, two
-# iterations more, they end far below (a gap below 1e-6).
+# Gradient of a head's mean loss at which it may end: root mean square over its weights, for
+# standardized features and ten classes; beyond ten it shrinks with the root of their number, as
+# gradients do. scikit-learn's default is 1e-4 for the largest entry, about 1e-5 by this measure. By
+# the gap alone, heads at strong regularization ended with objectives a little above scikit-learn's;
+# with this condition, two iterations more, they end far below (a gap below 1e-6).
 MAX_GRADIENT, GRADIENT_CLASSES = 8e-6, 10
-# Threads share a block: fewer than a hundred rows each are not worth waking a thread for.
+# Threads share a row block; fewer than a hundred rows each are not worth waking a thread.
 MAX_THREADS = 8
-# Values of the heads whose bounds are computed together: 32 MB for each of a few arrays.
+# Values of the heads whose gap bounds are computed together: 32 MB for each of a few arrays.
 BOUND_VALUES_PER_CHUNK = 1 << 22
-# Weights of a head from which on what is done to its curvature pairs shows beside the passes.
+# Number of a head's weights from which operations on its curvature pairs take a noticeable time.
 MANY_WEIGHTS = 1 << 16
-MAX_CURVATURE_RATIO = 1e6  # that curvature pairs are corrected by
-PREFETCHED_BLOCKS = 8  # of streamed rows, asked for while as many are multiplied
+MAX_CURVATURE_RATIO = 1e6  # largest factor by which curvature pairs are corrected
+PREFETCHED_BLOCKS = 8  # of streamed rows, read from disk while as many are multiplied
 
 
 @dataclass(frozen=True)
 class RowSample:
     """Sampled rows, from which preconditioners are made."""
 
-    parts: list[tuple[RowBlock, slice]]  # where the rows come from
+    parts: list[tuple[RowBlock, slice]]  # blocks, and the sampled rows in each
     values: Array  # (n, R + 1)
     squared_values: Array
     pair_products: Array  # `preconditioner.dense_pair_products`
 
 
 class BankProblem:
-    """What all strengths share: rows, class weights, and the class sums that the bounds need."""
+    """Data that all heads share: rows, class weights, row samples and class sums for the bounds."""
 
     def __init__(
         self, design: DesignMatrix, paths: list[RegularizationPath], n_outputs: int, device: str
@@ -78,7 +79,7 @@ class BankProblem:
         self.n_threads = 1 if self.kernels is None else min(n_blas_threads(), MAX_THREADS)
         self.threads = ThreadPoolExecutor(self.n_threads) if self.n_threads > 1 else None
         if device != "cpu":
-            # A bank on the CPU does not import torch.
+            # Imported here, because a bank on the CPU does not import torch.
             from headrace.heads.linear.solver import torch_blocks
 
             self.device_blocks = torch_blocks.DeviceBlocks(design, n_outputs, device)
@@ -89,30 +90,31 @@ class BankProblem:
         )
         labels = np.array([path.label for path in paths])
         self.weighting = RowWeighting(n_outputs, class_factors, labels, weighted)
-        # folds of a block -> paths (bool) that train on its rows
+        # {folds of a block: which paths train on its rows, (paths,) bool}
         self.trains_on = {
             folds: np.isin(self.folds, folds)
             for folds in dict.fromkeys(block.folds for block in design.row_blocks)
         }
         class_sums: list[Array | float] = [0.0] * len(paths)
-        # One sample of all rows or, where coordinates are per fold, one of each fold's: so few rows
-        # are nearly orthogonal, and a fold's rows show nothing of the directions that it holds out.
+        # One sample of all rows; or, if coordinates are per fold, one of each fold's rows. These
+        # are fewer than features, so nearly orthogonal: rows of one fold say nothing about
+        # directions of another's.
         self.samples: dict[int | None, RowSample] = {}
         sample_folds = np.unique(self.folds).tolist() if design.has_per_fold_coordinates else [None]
         for fold in sample_folds:
             self.samples[fold] = self._read_blocks(fold, class_sums)
-        # Weighted class sums of the rows, (paths, C or 2, R + 1) float64; the last column holds the
+        # Weighted class sums of the rows, (paths, C or 2, R + 1) float64; the last column has the
         # sums of the weights.
         self.class_sums = np.stack(
             [design.from_block_coordinates(np.asarray(sums)) for sums in class_sums]
         )
 
     def _read_blocks(self, fold: int | None, class_sums: list[Array | float]) -> RowSample:
-        """Return a sample of the rows of a fold (None: of all) and add up the paths' class sums."""
+        """Return a sample of the rows of a fold (None: all), and add to the paths' class sums."""
         design = self.design
         blocks = [block for block in design.row_blocks if fold is None or fold in block.folds]
-        # Of rows that several folds have copies of, the last copy is sampled: where heads train on
-        # all rows, theirs.
+        # If several folds have copies of the rows, the last copy is sampled: REFIT's, if there is
+        # one.
         last_copy = {int(block.row_index[0]): block for block in blocks}
         sample_size = max(SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS * self.n_outputs)
         n_rows = sum(len(block.row_index) for block in last_copy.values())
@@ -122,7 +124,8 @@ class BankProblem:
         for block in blocks:
             block_values = design.read(block)
             if last_copy[int(block.row_index[0])] is block:
-                # Every step-th row of all, wherever blocks begin: a block may hold fewer than that.
+                # Every step-th row of all rows, not of each block, which may have fewer than
+                # `step`.
                 rows = slice(-n_passed % step, None, step)
                 n_passed += len(block.row_index)
                 parts.append((block, rows))
@@ -152,13 +155,13 @@ class BankProblem:
         return np.asarray(sums * self.weighting.class_factors[path_index][:, None])
 
     def preconditioner_key(self, path_index: int) -> tuple[int, str, int | None]:
-        """Return a key that paths which share their preconditioners have in common."""
+        """Return the key of a path; paths with equal keys share preconditioners."""
         path = self.paths[path_index]
         fold = path.fold if self.design.has_per_fold_coordinates else None
         return path.label, path.class_weight, fold
 
     def make_preconditioner(self, u: Array, path_index: int, l2_strength: float) -> Preconditioner:
-        """Return the preconditioner at u (n_outputs, R + 1) for a path and those of its key."""
+        """Return a preconditioner made at u (n_outputs, R + 1), for all paths of this one's key."""
         sample = self.samples[self.preconditioner_key(path_index)[-1]]
         weight_parts = []
         for block, rows in sample.parts:
@@ -169,7 +172,7 @@ class BankProblem:
                 else block_weights[0, rows]
             )
         row_weights = np.concatenate(weight_parts)
-        if not row_weights.any():  # the sample met none of the rows that have a weight
+        if not row_weights.any():  # no sampled row has a weight
             row_weights += 1
         row_weights *= self.class_sums[path_index][:, -1].sum() / row_weights.sum()
         return make_preconditioner(
@@ -179,7 +182,10 @@ class BankProblem:
     def start_pass(
         self, path_index: npt.NDArray[np.intp], weights: Array, heads_by_folds: HeadsByFolds
     ) -> "NumpyPass | CompiledPass | DevicePass":
-        """Return a pass of heads with weights (A, c, W) on the given paths (A,)."""
+        """Return a pass for heads with weights (A, c, W) on the given paths (A,).
+
+        W: columns of the blocks' values, see `DesignMatrix.read`.
+        """
         if self.device_blocks is not None:
             from headrace.heads.linear.solver import torch_blocks
 
@@ -202,12 +208,12 @@ class BankProblem:
     def gap_bounds(self, heads: list[tuple[int, SolvedHead]]) -> list[float]:
         """Return upper bounds of objective - optimum for heads (path index, head).
 
-        Fenchel duality gaps at feasible dual points near the heads' residuals. With the residuals
-        w(p - y) as dual point the gap is |g|^2 / (2 l2), but the free intercept makes that point
-        feasible only where the intercept's gradient g_b is zero. So p is mixed with a constant q,
-        p' = (1 - e) p + e q, e just large enough that the masses of the classes are right and
-        q >= 0; the concavity of the entropy then gives, with G the gradient of the loss and
-        d = -e (G + sum_i w_i (y_i - q) z_i):
+        These are Fenchel duality gaps at feasible dual points near the heads' residuals. With the
+        residuals w(p - y) as dual point the gap is |g|^2 / (2 l2), but with an unpenalized
+        intercept that point is feasible only if the intercept's gradient g_b is zero. So p is mixed
+        with a constant q, p' = (1 - e) p + e q, with the smallest e for which the class masses are
+        right and q >= 0. The concavity of the entropy then gives, with G the gradient of the loss
+        and d = -e (G + sum_i w_i (y_i - q) z_i):
             gap <= |g|^2/(2 l2) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / l2,
         norms and products over features being those of P^-1.
         """
@@ -238,10 +244,10 @@ class BankProblem:
     def _gap_bound(
         self, head: SolvedHead, class_mass: Array, class_sums: Array, V: Array, g: Array
     ) -> float:
-        """Return a head's bound.
+        """Return a head's bound, see `gap_bounds`.
 
-        class_mass: (C or 2,) sums of the weights of each class's rows. V: `penalty_root` of its
-        weights; class_sums and g: `inverse_penalty_root` of its path's class sums and its gradient.
+        class_mass: (C or 2,) sum of the weights of each class's rows. V: `penalty_root` of the
+        weights; class_sums and g: `inverse_penalty_root` of the path's class sums and the gradient.
         """
         l2 = head.l2_strength
         b, g_b = head.u[:, -1].astype(np.float64), head.gradient[:, -1].astype(np.float64)
@@ -257,23 +263,24 @@ class BankProblem:
             loss = head.objective - 0.5 * l2 * float(np.vdot(V, V))
             terms += [e * loss, -e * float(np.vdot(V, G)), *(-e * b * g_b).tolist()]
             terms += [float(np.vdot(G, d)) / l2, float(np.vdot(d, d)) / (2 * l2)]
-        # What cancels between terms is known to their rounding only, which may be more than is
-        # left.
+        # Terms cancel, and their rounding errors may be larger than their sum; so the bound
+        # includes those errors.
         rounding = float(np.finfo(self.design.dtype).eps) * sum(map(abs, terms))
         bound = sum(terms) + rounding
         return max(bound, 0.0) if math.isfinite(bound) else math.inf
 
 
 class ActiveSet:
-    """Heads that are solved together: a path, an L2 strength and a preconditioner in each slot."""
+    """Heads that are solved together: each slot has a path, an L2 strength and a preconditioner."""
 
     def __init__(self, problem: BankProblem, n_slots: int) -> None:
         self.problem = problem
         self.path_index = np.zeros(n_slots, np.intp)
         self.l2_strength = np.zeros(n_slots)
-        self.preconditioners: dict[int, Preconditioner] = {}  # by slot
+        self.preconditioners: dict[int, Preconditioner] = {}  # {slot: preconditioner}
+        # {(*preconditioner key, L2 strength, renewals): preconditioner}
         self.shared: dict[tuple[int, str, int | None, float, int], Preconditioner] = {}
-        # (c, R + 1), of scaled coordinates
+        # Of a head in scaled coordinates, (c, R + 1).
         self.shape = (max(problem.n_outputs - 1, 1), problem.design.n_coordinates)
 
     def load(
@@ -285,31 +292,33 @@ class ActiveSet:
         n_iterations: int,
         preconditioner: Preconditioner | None = None,
     ) -> None:
-        """Put a path's head at a strength, with so many iterations behind it, into the slot.
+        """Put the head of a path at an L2 strength into a slot.
 
-        Without a preconditioner, the one made for the first head of the same key, strength and age
-        is shared.
+        start: (n_outputs, R + 1). n_iterations: iterations that the head has had before.
+        preconditioner: None to share the one of the first head with the same key, strength and
+        number of renewals.
         """
         if preconditioner is None:
             renewals = n_iterations // ITERATIONS_PER_PRECONDITIONER
             key = (*self.problem.preconditioner_key(path_index), l2_strength, renewals)
             if key not in self.shared:
-                # One of its own for every fold takes 1.14 of the CPU time.
+                # Shared, because one for every fold takes 1.14 times the CPU time.
                 self.shared[key] = self.problem.make_preconditioner(start, path_index, l2_strength)
             preconditioner = self.shared[key]
         self.path_index[slot], self.l2_strength[slot] = path_index, l2_strength
         self.preconditioners[slot] = preconditioner
 
     def transfer_pairs(self, slot: int, other: SolvedHead) -> Array:
-        """Return another head's curvature pairs (2m, P), corrected for this slot.
+        """Return another head's curvature pairs (2m, P), corrected for the head of this slot.
 
-        A head that goes on with a new preconditioner has the same Hessian: its pairs are taken to u
-        and back. Along a path the Hessian's two parts change each by a factor: the penalty's by
-        that of the strengths, the loss's, towards weak regularization, by nearly as much. In u,
-        pairs become s and y' = r (y - l2 s) + l2' s, r the ratio of the preconditioners' loss
-        curvatures. P is taken for the identity: with 100 classes the product would cost a pass.
+        A head that gets a new preconditioner keeps its Hessian: its pairs are converted to u and
+        back. Along a path the two parts of the Hessian change by one factor each: the penalty's by
+        the ratio of the strengths, the loss's, towards weak regularization, by nearly as much. In
+        u, pairs become s and y' = r (y - l2 s) + l2' s, with r the ratio of the preconditioners'
+        loss curvatures.
         """
-        # Without any pairs a bank takes 1.09 of the CPU time (5,000 x 512, 10 classes), with
+        # P is taken for the identity, because with 100 classes its product costs as much as a pass.
+        # Without any pairs a bank takes 1.09 times the CPU time (5,000 x 512, 10 classes), with
         # uncorrected ones 1.02.
         m = len(other.curvature_pairs) // 2
         ours, theirs = self.preconditioners[slot], other.preconditioner
@@ -317,8 +326,9 @@ class ActiveSet:
         if ours is theirs and l2_now == l2_before:
             return other.curvature_pairs
         if ours is not theirs and math.prod(self.shape) >= MANY_WEIGHTS:
-            # In scaled coordinates all Hessians are near the identity. Corrected pairs take 1.05 of
-            # the CPU time with 100 classes; with ten these take 4 % more iterations.
+            # Not corrected, only converted to the other basis: in scaled coordinates all Hessians
+            # are near the identity. With 100 classes corrected pairs take 1.05 times the CPU time;
+            # with ten, these take 4 % more iterations.
             scaled_pairs = other.curvature_pairs.reshape(2 * m, *self.shape)
             return ours.from_class_basis_of(theirs, scaled_pairs).reshape(2 * m, -1)
         steps = theirs.from_scaled(other.curvature_pairs[:m].reshape(m, *self.shape))
@@ -333,7 +343,7 @@ class ActiveSet:
         return pairs.reshape(2 * m, -1)
 
     def gradient_is_small(self, slot: int, scaled_gradient: Array) -> bool:
-        """Return whether a head's gradient is as small as those that scikit-learn ends with."""
+        """Return whether a head's gradient is as small as scikit-learn's when it ends."""
         gradient = self.preconditioners[slot].gradient_from_scaled(
             scaled_gradient.reshape(self.shape)
         )
@@ -346,7 +356,7 @@ class ActiveSet:
     def evaluate(self, slots: npt.NDArray[np.intp], x: Array) -> tuple[Array, Array]:
         """Return the objectives (A,) float64 and gradients (A, P) of the heads in slots (A,).
 
-        x: (A, P), points in scaled coordinates; gradients are with respect to these.
+        x: (A, P), points in scaled coordinates, in which the gradients are too.
         """
         problem, design = self.problem, self.problem.design
         path_index = self.path_index[slots]
@@ -354,7 +364,8 @@ class ActiveSet:
         rows_by_preconditioner: dict[int, list[int]] = {}
         for row, slot in enumerate(slots.tolist()):
             rows_by_preconditioner.setdefault(id(self.preconditioners[slot]), []).append(row)
-        # Heads with one preconditioner go through it together.
+        # Heads with the same preconditioner are converted together. A single row is a slice, which
+        # gives a view instead of a copy.
         groups = [
             (
                 self.preconditioners[int(slots[rows[0]])],
@@ -362,8 +373,7 @@ class ActiveSet:
             )
             for rows in rows_by_preconditioner.values()
         ]
-        # In all that follows the last class's weights are left out: they are minus the sum of the
-        # others'.
+        # From here on the last class has no weights: they are minus the sum of the others.
         u = np.empty((len(slots), *self.shape), design.dtype)
         for preconditioner, rows in groups:
             u[rows] = preconditioner.free_from_scaled(x[rows].reshape(-1, *self.shape))

@@ -1,5 +1,4 @@
-"""The compiled pass over a row block (logistic_blocks.c), where it was built and the processor has
-the instructions for it.
+"""The compiled pass over a row block, logistic_blocks.c, called by ctypes.
 
 A heads, C classes (1: a sigmoid), c = C - 1 free weight vectors of a head (1 for a sigmoid), n
 rows, k coordinates of a row, P = A c columns.
@@ -16,13 +15,13 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
-CACHE_LINE = 64  # bytes: a vector that lies across two is loaded at half the speed
+CACHE_LINE = 64  # bytes; a vector across two of them is loaded at half the speed
 
 
 def aligned_rows(n: int, k: int, dtype: Any) -> Array:
-    """Return zeros (n, k), every row at the beginning of a cache line.
+    """Return zeros (n, k) of which every row starts at a cache line.
 
-    The padding between rows is zero and has to stay so.
+    The padding between rows is zero and must stay zero.
     """
     item_size = np.dtype(dtype).itemsize
     stride = _row_stride(k, item_size)
@@ -32,13 +31,13 @@ def aligned_rows(n: int, k: int, dtype: Any) -> Array:
 
 
 def _row_stride(k: int, item_size: int = 4) -> int:
-    """Return the numbers of `item_size` bytes from one row of k to the next."""
+    """Return the distance between rows of k numbers, counted in numbers of `item_size` bytes."""
     per_line = CACHE_LINE // item_size
     return -(-k // per_line) * per_line
 
 
 def _checked_stride(rows: Array) -> int:
-    """Return the floats from one of the rows (n, k), made by `aligned_rows`, to the next."""
+    """Return the distance, in floats, between the rows of an `aligned_rows` array (n, k)."""
     stride = _row_stride(rows.shape[1])
     assert rows.dtype == np.float32
     assert rows.strides == (4 * stride, 4)
@@ -49,8 +48,8 @@ def _checked_stride(rows: Array) -> int:
 class CompiledKernels:
     """The functions of logistic_blocks.c for this processor.
 
-    They release Python's lock while they run. The file includes no header of Python's and is called
-    with ctypes, so that a C compiler is all that building it asks for.
+    They release the interpreter lock while they run. The file includes no header of Python and is
+    called by ctypes, so building it needs only a C compiler.
     """
 
     library: Any
@@ -70,7 +69,7 @@ class CompiledKernels:
         return packed
 
     def allocate_packed(self, n_columns: int, k: int) -> Array:
-        """Return zero gradients of `n_columns` columns of k coordinates, in the packed layout."""
+        """Return zeros for the gradients of `n_columns` columns of k, in the packed layout."""
         size: int = self.library.logistic_packed(self.vector_length, n_columns, _row_stride(k))
         return np.asarray(aligned_rows(1, size, np.float32)[0])
 
@@ -98,11 +97,15 @@ class CompiledKernels:
         losses: Array,
         packed_gradients: Array,
     ) -> None:
-        """Add the losses and gradients of heads on rows (n, k), made by `aligned_rows`.
+        """Add losses and gradients of A heads on rows (n, k), which `aligned_rows` made.
 
-        labels: int32, the class of each row (n,), or for sigmoids (n_outputs = 1) 0 or 1 (A, n),
-        whose rows may be apart. sample_weight: (n,) float32; class_factors: (A, C), or (A, 2) for
-        sigmoids, float32; None: all one. losses: (A,) float64. Raises MemoryError.
+        labels: int32, the class of each row, (n,); for sigmoids (n_outputs = 1) 0 or 1, (A, n),
+        whose rows need not be adjacent.
+        sample_weight: (n,) float32, or None for ones.
+        class_factors: (A, C), or (A, 2) for sigmoids, float32, or None for ones.
+        losses: (A,) float64, added to; packed_gradients: from `allocate_packed`, added to.
+
+        Raises MemoryError.
         """
         stride = _checked_stride(rows)
         assert labels.dtype == np.int32
@@ -128,7 +131,7 @@ class CompiledKernels:
     def subtract_mean_from_float16(self, rows: Array, mean: Array, out: Array) -> None:
         """Write rows (n, k) float16 - mean (k,) float32 into out (n, k) float32.
 
-        Widened and centred in one step: 10,000 streamed rows of 1,280 features took 9 ms, not 21.
+        In one step: 10,000 streamed rows of 1,280 features take 9 ms, in two steps 21.
         """
         assert rows.dtype == np.float16
         assert mean.dtype == out.dtype == np.float32
@@ -148,7 +151,7 @@ class CompiledKernels:
 
 @functools.cache
 def load_compiled_kernels() -> CompiledKernels | None:
-    """Return the compiled pass, or None where it was not built or the processor is too old."""
+    """Return the compiled kernels, or None if they were not built or the processor is too old."""
     spec = importlib.util.find_spec("headrace.heads.linear.solver._logistic_blocks")
     if spec is None or spec.origin is None:
         return None

@@ -1,21 +1,21 @@
-"""The design matrix of a logistic bank: rows centred, scaled, rotated and cut into row blocks.
+"""The design matrix of a logistic bank: rows centred, scaled, rotated and divided into row blocks.
 
 N rows, D features, R rotated coordinates, C classes, F folds, A heads.
 
 Coordinates. Let s be the scale of every feature over all rows and Q (D, R) an orthonormal basis of
 eigenvectors of the Gram matrix of the scaled rows. The raw weights of a head are W = (Q u) / s, its
-decision u . Q'((x - m)/s) + b. The standardization of a fold, and what stands for missing numbers
-in it, change neither the rows nor the decision, only the penalty: it is u' P u, P = Q' R'R Q with
-the fold's units R, of standard deviations s_f alone diag(s_f/s) (the intercept is free and absorbs
-every mean). So all folds share one copy of the rows and differ in P, which is near the identity.
-Many-class heads do not gain by sharing: where it pays (`should_copy_per_fold`), each fold has a
-copy of its rows in its own units, rotated by the same Q, and P is the identity.
+decision u . Q'((x - m)/s) + b. The standardization of a fold, and the values imputed in it, change
+neither the rows nor the decision, only the penalty: it is u' P u, P = Q' R'R Q with the units R of
+the fold; without missing numbers R = diag(s_f/s), s_f its standard deviations (the unpenalized
+intercept absorbs every mean). So all folds share one copy of the rows and differ in P, which is
+near the identity. Many-class heads do not gain by sharing: where it is faster
+(`should_copy_per_fold`), each fold has a copy of its rows in its own units, rotated by the same Q,
+and P is the identity.
 
-Rows that do not fit into memory are read from their shards on every pass instead, and centred
-there; the weights are scaled and rotated, and the gradients back, which costs as much as a few rows
-do.
+Rows that do not fit into memory are read from their shards on every pass, and only centred. The
+weights are scaled and rotated instead, and the gradients back, which costs as much as a few rows.
 
-With fewer rows than features the coordinates are the row space's, exact: `dual_form.py`.
+With fewer rows than features the coordinates are those of the row space: `dual_form.py`.
 """
 
 import dataclasses
@@ -41,78 +41,79 @@ from headrace.heads.linear.solver.device_products import MatrixProduct, matrix_p
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation, RowSpace
 
 Array = npt.NDArray[Any]
-# The folds that train on some rows, and the row numbers.
+# (folds that train on some rows, numbers of these rows).
 FoldRows = tuple[tuple[int, ...], npt.NDArray[np.intp]]
-# Largest ratio of a fold's scales to the common ones, either way. Beyond, float32 rows in common
-# units lose the fold's digits, and in the dual form its square is the condition number of a factor.
+# Largest ratio of a fold's scales to the common ones, or the reverse. Beyond it, float32 rows in
+# common units lose digits of the fold; in the dual form its square is the condition number of a
+# factor.
 MAX_SCALE_RATIO = 30.0
 ROWS_PER_BLOCK = 8192  # of rows in memory
 ROWS_PER_STREAMED_BLOCK = 1024  # of streamed rows, so that a block stays in the caches
-STREAMED_BASIS_ROWS = 1 << 15
+STREAMED_BASIS_ROWS = 1 << 15  # of streamed rows, from which the rotation is computed
 MANY_CLASSES = 64  # free classes from which a head gains nothing by sharing a pass with others
-# Evaluations of a head, as far as its penalty is concerned: some five, and two products for its
-# bound.
+# Products with P per head: about five evaluations, and two for its gap bound.
 EVALUATIONS_PER_HEAD = 7
 MAX_COPIED_BYTES = 1 << 28  # of per-fold copies, 256 MB
-# Scale ratio beyond which folds share their rows: the preconditioner sees rows in one fold's scales
-# only, and with one row 400 times as far out as the others heads took twice the iterations.
+# Scale ratio beyond which folds have no copies: the preconditioner sees rows in one fold's scales
+# only, and with one outlier 400 times as far away as other rows heads took twice the iterations.
 MAX_COPIED_SCALE_RATIO = 3.0
+# See `multiply_by_penalty`.
 MIN_CLASSES_FOR_STORED_PENALTY = 48
 
 
 @dataclass(frozen=True, eq=False)
 class RowBlock:
-    """Rows that the same folds train on, sorted by class."""
+    """Rows on which the same folds train, sorted by class."""
 
     folds: tuple[int, ...]
-    row_index: npt.NDArray[np.intp]  # (n,) rows of the task
-    # (n, R + 1), the last column 1 for the intercept; empty where rows are streamed
+    row_index: npt.NDArray[np.intp]  # (n,) row numbers of the task
+    # (n, R + 1), the last column 1 for the intercept; empty for streamed rows.
     values: Array
-    # (C + 1,) single label: class k is rows class_offsets[k]:class_offsets[k + 1]
+    # (C + 1,), single label: class k has the rows class_offsets[k]:class_offsets[k + 1].
     class_offsets: npt.NDArray[np.intp]
     labels: Array  # (L, n) 0/1: binary and multi-label
     sample_weight: Array | None  # (n,); None: all one
 
     @functools.cached_property
     def classes(self) -> npt.NDArray[np.int32]:
-        """(n,) single label: the class of each row."""
+        """The class of each row, (n,), of a single-label task."""
         n_classes = len(self.class_offsets) - 1
         return np.repeat(np.arange(n_classes, dtype=np.int32), np.diff(self.class_offsets))
 
 
 @dataclass(frozen=True)
 class DesignMatrix:
-    """Rotated rows and the way back to raw coordinates."""
+    """Rotated rows, and their relation to raw features."""
 
     row_blocks: list[RowBlock]
     dtype: np.dtype[Any]
     rotation: Rotation | PerFoldRotation | RowSpace
     mean: Array  # (D,) float64
     inverse_scale: Array  # (D,) float64, 0 for constant features
-    # fold -> R, where it is not the identity; empty with per-fold copies
+    # {fold: R} for folds of which it is not the identity; {} with per-fold copies.
     units: dict[int, FoldUnits]
-    penalty_matrices: dict[int, Array]  # fold -> P (R, R), computed when first needed
+    penalty_matrices: dict[int, Array]  # {fold: P (R, R)}, computed when first needed
     # Unstandardized features are divided by this one number; 1 for standardized ones.
     feature_unit: float
-    streamed_rows: Streamed | None = None  # what blocks read their rows from on every pass
-    # number of rows in a block -> room for their values
+    streamed_rows: Streamed | None = None  # from which blocks read their rows on every pass
+    # {number of rows of a block: buffer for their values}
     read_buffers: dict[int, Array] = field(default_factory=dict)
 
     @property
     def n_coordinates(self) -> int:
-        """R + 1: rotated coordinates and the intercept."""
+        """R + 1, the number of rotated coordinates and the intercept."""
         return self.rotation.rank + 1
 
     @property
     def has_per_fold_coordinates(self) -> bool:
-        """Whether folds have coordinates that have nothing to do with one another."""
+        """Whether each fold has coordinates of its own (the dual form)."""
         return isinstance(self.rotation, RowSpace)
 
     def read(self, block: RowBlock) -> Array:
         """Return a block's values (n, W), the intercept's 1 last.
 
-        W is R + 1; of a streamed block it is D + 1, rows are centred and no more, and the array is
-        overwritten by the next call.
+        W is R + 1. For a streamed block it is D + 1, the rows are only centred, and the next call
+        overwrites the array.
         """
         if self.streamed_rows is None:
             return block.values
@@ -129,7 +130,7 @@ class DesignMatrix:
         return values
 
     def to_block_coordinates(self, weights: Array) -> Array:
-        """Return weights (k, R + 1) as the blocks' values are multiplied by them, (k, W)."""
+        """Return weights (k, R + 1) in the coordinates of the blocks' values, (k, W)."""
         if self.streamed_rows is None:
             return weights
         assert isinstance(self.rotation, Rotation)
@@ -139,7 +140,7 @@ class DesignMatrix:
         )
 
     def from_block_coordinates(self, gradients: Array) -> Array:
-        """Return gradients or rows (k, W) of the blocks in the R + 1 coordinates."""
+        """Return gradients or rows (k, W) of the blocks in rotated coordinates, (k, R + 1)."""
         if self.streamed_rows is None:
             return gradients
         assert isinstance(self.rotation, Rotation)
@@ -147,17 +148,15 @@ class DesignMatrix:
         return np.concatenate([self.rotation.from_features(rescaled), gradients[:, -1:]], axis=1)
 
     def multiply_by_penalty(self, u: Array, folds: Array) -> Array:
-        """Return u P (A, C, R) for heads u (A, C, R) of the given folds (A,).
-
-        Few-class heads apply P through the features, Q' R'R Q: twice the flops of a stored P,
-        but one product for the heads of all folds, as wide as there are heads. At 1,280 features,
-        five folds and ten classes that is twice as fast; with a hundred classes a stored P is (1.08
-        of the CPU time without, 2,000 x 768).
-        """
+        """Return u P (A, C, R) for heads u (A, C, R) of the given folds (A,)."""
         if not self.units:
             return u
         assert isinstance(self.rotation, Rotation)
         matrix = self.rotation.matrix
+        # For few classes P is applied as Q' R'R Q: twice the flops of a stored P, but one product
+        # for the heads of all folds. With 1,280 features, five folds and ten classes that is twice
+        # as fast; with 100 classes a stored P is faster (1.08 of the CPU time without, 2,000 x
+        # 768).
         if u.shape[1] >= MIN_CLASSES_FOR_STORED_PENALTY:
             product = np.empty_like(u)
             for head, out, fold in zip(u, product, folds.tolist(), strict=True):
@@ -171,7 +170,7 @@ class DesignMatrix:
         return np.asarray((in_features.reshape(-1, len(matrix)) @ matrix).reshape(u.shape))
 
     def _penalty_matrix(self, fold: int) -> Array | None:
-        """Return P (R, R) of a fold, or None where it is the identity."""
+        """Return P (R, R) of a fold, or None if it is the identity."""
         if fold in self.units and fold not in self.penalty_matrices:
             assert isinstance(self.rotation, Rotation)
             root = self.units[fold].weights(self.rotation.matrix.T)
@@ -181,14 +180,15 @@ class DesignMatrix:
     def penalty_root(self, u: Array, folds: Array) -> Array:
         """Return R Q u (A, C, D) float64 of heads u (A, C, R), with P = (R Q)' R Q.
 
-        Where P is the identity, u itself (A, C, R).
+        If P is the identity for all folds, u (A, C, R) itself.
         """
         return self._through_features(u, folds, FoldUnits.weights)
 
     def inverse_penalty_root(self, gradients: Array, folds: Array) -> Array:
-        """Return R'^-1 Q g (A, C, D) float64 of gradients g (A, C, R), with products those of P^-1.
+        """Return R'^-1 Q g (A, C, D) float64 of gradients g (A, C, R): its dot products are those
+        of g with P^-1.
 
-        Where P is the identity, g itself (A, C, R).
+        If P is the identity for all folds, g (A, C, R) itself.
         """
         return self._through_features(gradients, folds, FoldUnits.rows)
 
@@ -207,9 +207,9 @@ class DesignMatrix:
         return in_features
 
     def to_raw_weights(self, u: Array, folds: Array) -> tuple[Array, Array]:
-        """Return weights (k, D) and biases (k,) for raw features, float64, of u (k, R + 1).
+        """Return weights (k, D) and biases (k,) for raw features, float64, from u (k, R + 1).
 
-        folds: (k,), of each row of u.
+        folds: (k,) the fold of each row of u.
         """
         weight = self.rotation.to_features(u[:, :-1], folds).astype(np.float64, copy=False)
         bias = u[:, -1] - self.rotation.mean_decisions(weight, folds)
@@ -217,7 +217,7 @@ class DesignMatrix:
         return weight, bias - weight @ self.mean
 
     def from_raw_weights(self, weight: Array, bias: Array, folds: Array) -> Array:
-        """Invert `to_raw_weights`, as far as the weights lie in the design's row space."""
+        """Return u (k, R + 1) from raw weights and biases, exact in the design's row space."""
         rescaled = weight / np.where(self.inverse_scale > 0, self.inverse_scale, 1.0)
         intercept = bias + weight @ self.mean + self.rotation.mean_decisions(rescaled, folds)
         return np.concatenate(
@@ -228,17 +228,16 @@ class DesignMatrix:
 def should_copy_per_fold(
     scaling: dict[int, Moments], folds: Sequence[int], n_free: int, n_heads: int
 ) -> bool:
-    """Return whether per-fold standardized float32 copies of the rows pay for so many heads.
+    """Return whether per-fold standardized float32 copies of the rows are faster.
 
-    n_free: free classes of a head.
-
-    P is the identity then. That spares every evaluation a product of D x D, a sixth of what 4,000
-    rows of 1,280 features cost at 100 classes, and the bounds two of them; and no preconditioner
-    has to take P for the identity: at a gap of 1e-7 heads of 100 classes take 1,479 iterations
-    instead of 2,188. Without copies, 2,000 x 768 rows of 100 classes take 1.15 of the CPU time at a
-    gap of 1e-5, 1.34 at 1e-7. But the rows of every fold are rotated, and no two folds' heads share
-    a pass, which only many-class heads do not miss.
+    n_free: free classes of a head. n_heads: heads that use the copies.
     """
+    # With copies P is the identity. Every evaluation is spared a product with D x D, a sixth of the
+    # cost of 4,000 rows of 1,280 features at 100 classes, and every gap bound two of them. And no
+    # preconditioner has to take P for the identity: at a gap of 1e-7 heads of 100 classes take
+    # 1,479 iterations instead of 2,188. Without copies, 2,000 x 768 rows of 100 classes take 1.15
+    # times the CPU time at a gap of 1e-5, 1.34 at 1e-7. On the other hand the rows of every fold
+    # must be rotated, and heads of different folds share no pass, which matters for few classes.
     if len(folds) < 2 or n_free < MANY_CLASSES or kernels_for(np.float32) is None:
         return False
     common = scaling[REFIT]
@@ -263,13 +262,13 @@ def make_design(
     copy_per_fold: bool = False,
     device: str = "cpu",
 ) -> DesignMatrix:
-    """Return the design of the given groups of rows of X (N, D), for the folds in `scaling`.
+    """Return the design matrix of groups of rows of X (N, D), without labels.
 
-    scaling: fold -> moments of its training rows. The row blocks come without labels, which the
-    caller adds. For one fold the groups are its training rows. P is the identity with
-    `copy_per_fold`, where each fold has a copy of its rows in its own units. device: where the
-    Gram matrix and the rotated rows are computed, which for many rows takes longer than all heads
-    do.
+    groups: rows by the folds that train on them; for a single fold its training rows.
+    scaling: {fold: moments of its training rows}.
+    copy_per_fold: give each fold a copy of its rows in its own units, so that P is the identity.
+    device: on which the Gram matrix and the rotated rows are computed; for many rows that takes
+    longer than solving all heads.
     """
     multiply = matrix_product(device)
     common, inverse_scale, units, feature_unit = common_coordinates(
@@ -287,7 +286,7 @@ def make_design(
     row_blocks = []
     for group_index, (folds, row_index) in enumerate(groups):
         rows = standardized[group_index]
-        # Standardized rows are freed while the rotated ones are made.
+        # Freed here, so that standardized and rotated rows are not in memory together.
         standardized[group_index] = np.empty((0, 0), dtype)
         for block_folds in [(fold,) for fold in folds] if copy_per_fold else [folds]:
             block_units = units.get(block_folds[0]) if copy_per_fold else None
@@ -311,15 +310,13 @@ def make_design(
 
 
 def _rotation(vectors: Array) -> Rotation:
-    """Return the rotation into eigenvectors (D, R), given in the order of growing eigenvalues.
-
-    The coordinate of the largest eigenvalue comes first.
-    """
+    """Return the rotation into eigenvectors (D, R), given in the order of growing eigenvalues."""
+    # Reversed: the coordinate of the largest eigenvalue comes first.
     return Rotation(np.ascontiguousarray(vectors[:, ::-1]))
 
 
 def kernels_for(dtype: Any) -> CompiledKernels | None:
-    """Return the compiled pass, if there is one and it takes numbers of this type."""
+    """Return the compiled kernels, if there are any and they take numbers of this dtype."""
     return load_compiled_kernels() if np.dtype(dtype) == np.float32 else None
 
 
@@ -343,7 +340,7 @@ def make_row_blocks(
 ) -> list[RowBlock]:
     """Return the blocks of a group of rows, without labels.
 
-    rotate: gives the rotated values (n, R) of a slice of the rows.
+    rotate: returns the rotated values (n, R) of a slice of the rows.
     """
     row_blocks = []
     for start in range(0, len(row_index), ROWS_PER_BLOCK):
@@ -368,15 +365,14 @@ def make_streamed_design(
     standardize: bool,
     dtype: Any,
 ) -> DesignMatrix:
-    """Return the design of rows X (N, D) that are read again on every pass.
+    """Return the design matrix of rows X (N, D) that are read again on every pass.
 
-    block_rows: the row blocks, in the order of reading. The rest is as for `make_design`.
+    block_rows: the row blocks, in the order of reading. Other arguments as in `make_design`.
     """
     common, inverse_scale, units, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=dtype
     )
-    # As the blocks subtract it: the intercepts then stand for the very numbers that were
-    # subtracted.
+    # Rounded to float32, as `read` subtracts it, so that intercepts correct for just that mean.
     mean = common.mean.astype(np.float32).astype(np.float64)
     empty = np.empty((0, 0), dtype)
     row_blocks = [_unlabelled(folds, rows, empty) for folds, rows in block_rows]
@@ -392,8 +388,8 @@ def make_streamed_design(
         feature_unit,
         X,
     )
-    # The basis is only a preconditioner here, and a sample of the rows shows it as well as all of
-    # them do.
+    # Streamed rows are not rotated, so the basis only serves the preconditioner, and a sample of
+    # the rows is enough for it.
     n_rows = sum(len(rows) for _, rows in block_rows)
     step = max(n_rows // max(STREAMED_BASIS_ROWS, 16 * n_features), 1)
     gram = np.zeros((n_features, n_features), dtype)
@@ -407,14 +403,13 @@ def make_streamed_design(
 def common_coordinates(
     scaling: dict[int, Moments], *, standardize: bool, dtype: Any
 ) -> tuple[Moments, Array, dict[int, FoldUnits], float]:
-    """Return the common moments, the inverse scale (D,), each fold's units and the feature unit.
+    """Return the common moments, and `inverse_scale`, `units` and `feature_unit` of a DesignMatrix.
 
-    The fields of `DesignMatrix`. scaling: fold -> moments of its training rows.
+    scaling: {fold: moments of its training rows}.
     """
     shared = len(scaling) > 1
     common = scaling[REFIT] if shared else next(iter(scaling.values()))
-    # Unstandardized features still need a unit: one number for all of them keeps squares inside
-    # float32's range.
+    # Unstandardized features are divided by one number, so that squares stay in float32's range.
     feature_unit = 1.0 if standardize else largest_scale(common)
     scale = common.scale if standardize else np.full(len(common.mean), feature_unit)
     units = {
@@ -428,7 +423,7 @@ def common_coordinates(
 
 
 def largest_scale(moments: Moments) -> float:
-    """Return the largest scale of the features that vary; 1 where none does."""
+    """Return the largest scale of the features that vary; 1 if none varies."""
     return float(moments.scale[~moments.constant].max(initial=0.0)) or 1.0
 
 
@@ -437,7 +432,7 @@ def scales_are_similar(
 ) -> bool:
     """Return whether a fold's training rows keep their digits in the units of all rows.
 
-    One row may forbid it, so far out that the fold that holds it out sees little beside it.
+    A single outlier may prevent it: the fold that holds it out has much smaller scales.
     """
     ratio = (
         fold_units(fold_moments, common, fold_moments.scale, common.scale).ratio
@@ -450,7 +445,7 @@ def scales_are_similar(
 def standardize_rows(
     X: Features, row_index: npt.NDArray[np.intp], mean: Array, inverse_scale: Array, dtype: Any
 ) -> Array:
-    """Return rows of X centred and scaled in float64 a few at a time, stored as `dtype`."""
+    """Return rows of X centred and scaled, computed in float64 and stored as `dtype`."""
     standardized = np.empty((len(row_index), X.shape[1]), dtype)
     start = 0
     for rows in chunks(row_index):

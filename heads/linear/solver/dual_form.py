@@ -2,15 +2,15 @@
 
 n rows, D features, R <= n coordinates, F folds.
 
-By the representer theorem the weights of a head lie in the row space of its training rows, exactly.
-The coordinates of a fold are a pivoted Cholesky factor of its own rows' products, in float64,
-rotated so that the rows' leading directions come first: the preconditioner looks at these and at
-the diagonal of the rest. One eigendecomposition of all rows with a factor for each fold took twice
-as long, and all eigenvectors save no iterations (464 with all, 444 to 503 with 32 to 128 leading
+By the representer theorem the weights of a head lie exactly in the row space of its training rows.
+The coordinates of a fold are a pivoted Cholesky factor of the products of its own rows, in float64,
+rotated so that the rows' leading directions come first: the preconditioner uses these, and the
+diagonal of the rest. One eigendecomposition of all rows with a factor for each fold took twice as
+long, and all eigenvectors save no iterations (464 with all, 444 to 503 with 32 to 128 leading
 directions; on noise 277, and 313 to 338).
 
-Folds have coordinates of their own, of their own training rows, centre and scales, and all their
-heads can be in the active set together. Where the scales of folds differ too much for float32
+Each fold has coordinates, centre and scales of its own training rows, and heads of all folds can be
+in the active set together. If the scales of folds differ too much for float32
 (`design.scales_are_similar`), or their copies of the rows do not fit (`copies_fit`), each fold is
 solved by itself.
 """
@@ -36,14 +36,14 @@ from headrace.heads.linear.solver.rotation import FoldRowSpace, RowSpace, multip
 
 Array = npt.NDArray[Any]
 MAX_COPIED_BYTES = 1 << 29  # of the folds' copies of the rows, float32
-# Leading directions, and how many subspace iterations look for them. Without, 1,000 x 2,048 rows
-# take 938 iterations instead of 491, 1.34 of the CPU time.
+# Number of leading directions, and of subspace iterations to find them. Without them 1,000 x 2,048
+# rows take 938 iterations instead of 491, 1.34 times the CPU time.
 LEADING_DIRECTIONS, SUBSPACE_ITERATIONS = 64, 2
-COLUMNS_PER_CHUNK = 4096  # of rows in float64
+COLUMNS_PER_CHUNK = 4096  # that are copied in float64 together
 
 
 def copies_fit(scaling: dict[int, Moments], folds: Sequence[int], n_rows: int) -> bool:
-    """Return whether the copies that these folds keep in a design of `n_rows` rows fit."""
+    """Return whether the copies of these folds, in at most `n_rows` coordinates, fit in memory."""
     return sum(scaling[fold].count for fold in folds) * n_rows * 4 <= MAX_COPIED_BYTES
 
 
@@ -59,8 +59,9 @@ class _FoldFactor:
 
 @dataclass(frozen=True)
 class DualForm:
-    """Rows in the coordinates of each fold, factored once for the designs of either dtype: that is
-    most of what a design costs (1,968 x 2,816 rows, 6 folds: .55 of .66 s each).
+    """Rows in the coordinates of each fold, from which designs of either dtype are made.
+
+    The factorization is most of the time of a design (1,968 x 2,816 rows, 6 folds: 0.55 of 0.66 s).
     """
 
     row_space: RowSpace
@@ -70,7 +71,7 @@ class DualForm:
     feature_unit: float
 
     def design(self, dtype: Any) -> DesignMatrix:
-        """Return the design; its row blocks come without labels, which the caller adds."""
+        """Return the design matrix, without labels."""
         row_blocks = []
         for factor in self.fold_factors:
             space = self.row_space.fold_spaces[factor.folds[0]]
@@ -101,13 +102,13 @@ def make_dual_form(
 ) -> DualForm:
     """Return the dual form of rows of X (N, D) for the folds in `scaling`.
 
-    groups: for each fold its own training rows. scaling: fold -> moments of its training rows.
+    groups: for each fold its own training rows. scaling: {fold: moments of its training rows}.
     """
     common, inverse_scale, units, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=np.float64
     )
     row_index = np.unique(np.concatenate([rows for _, rows in groups]))
-    # float64: twin rows that differ in their last digits keep them.
+    # float64, so that rows that differ only in their last digits stay different.
     Z = standardize_rows(X, row_index, common.mean, inverse_scale, np.float64)
     fold_spaces: dict[int, FoldRowSpace] = {}
     fold_factors = []
@@ -130,7 +131,8 @@ def _fold_row_space(
     gram = np.zeros((len(rows), len(rows)), order="F")
     for start in range(0, Z.shape[1], COLUMNS_PER_CHUNK):
         stop = start + COLUMNS_PER_CHUNK
-        # One column more, in case the last is a number that some rows lack.
+        # One column more: the last one may be a number that some rows lack, which the next column
+        # imputes.
         centred = Z[rows, start : stop + 1] - mean[start : stop + 1]
         if units is not None:
             centred = units.columns(start, stop + 1).rows(centred)
@@ -138,11 +140,11 @@ def _fold_row_space(
         gram = scipy.linalg.blas.dsyrk(
             1.0, centred.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1
         )
-    # Ends where only rounding is left.
+    # The factorization ends at pivots that are only rounding errors.
     floor = len(rows) * np.finfo(np.float64).eps * gram.diagonal().max(initial=0.0)
     factor, order, rank, _ = scipy.linalg.lapack.dpstrf(gram, tol=floor, lower=1, overwrite_a=1)
     order, lower = order - 1, np.tril(factor[:, :rank])
-    # float32: any orthogonal basis will do
+    # In float32, because results are exact in any orthogonal basis; a good one saves iterations.
     reflectors, reflector_scales = _leading_directions(lower.astype(np.float32))
     fold_space = FoldRowSpace(
         rows[order[:rank]], lower[:rank], reflectors, reflector_scales, mean, units
@@ -151,12 +153,12 @@ def _fold_row_space(
 
 
 def _leading_directions(lower: Array) -> tuple[Array, Array]:
-    """Return orthogonal V (R, R), as LAPACK's geqrf stores it, float64.
+    """Return an orthogonal matrix (R, R) as LAPACK's geqrf stores it, float64.
 
-    Its first columns are the leading directions of the rows `lower` (n, R), the longest first: a
-    subspace iteration (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4) that starts from
-    the first pivots, rows that are long and point apart.
+    Its first columns are the leading directions of the rows `lower` (n, R), the largest first, by
+    subspace iteration (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4).
     """
+    # It starts from the rows of the first pivots, which are long and far from parallel.
     subspace = lower.T @ lower[:, : min(LEADING_DIRECTIONS, lower.shape[1])]
     for _ in range(SUBSPACE_ITERATIONS):
         subspace = lower.T @ (lower @ np.linalg.qr(subspace)[0])

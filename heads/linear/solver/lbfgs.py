@@ -2,15 +2,14 @@
 
 K slots for problems, P parameters each, m curvature pairs (step s, gradient change y) each.
 
-One call of `evaluate` serves every running problem: that is where the work is, and where a bank
-turns many slivers into one wide matrix product. What is left per problem is two matrix-vector
-products with its own (2m, P) pairs, by the "vector-free" form of the two-loop recursion (Chen, Wang
-& Zhou, NIPS 2014): the recursion needs only inner products among the pairs and the gradient, so it
-runs on 2m + 1 coefficients and touches the long vectors once to read their products and once to
-form the step.
+One call of `evaluate` serves all running problems: nearly all work is there, in matrix products
+that are wide because of the many problems. Each problem adds two matrix-vector products with its
+own (2m, P) pairs, by the "vector-free" form of the two-loop recursion (Chen, Wang & Zhou, NIPS
+2014): the recursion needs only inner products among the pairs and the gradient, so it works on
+2m + 1 coefficients, and reads the long vectors once for their products and once to form the step.
 
-The caller scales its coordinates so that the identity majorises the Hessian; a first step of length
-one is then safe.
+The caller scales its coordinates so that the identity is an upper bound of the Hessian; a first
+step of length one is then safe.
 """
 
 from collections.abc import Callable
@@ -21,51 +20,53 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-# (slots of the running problems, their points (A, P)) -> (values (A,) float64, gradients (A, P))
+# (slots of the A running problems, their points (A, P)) -> (values (A,) float64, gradients (A, P)).
 EvaluateProblems = Callable[[npt.NDArray[np.intp], Array], tuple[Array, Array]]
-# slot -> start (P,) and curvature pairs (2m, P), oldest first, or None for no pairs, of the problem
-# that occupies the slot now; None: no problem is left
+# Puts the next problem into a slot: slot -> (start (P,), curvature pairs (2m, P), oldest first, or
+# None for no pairs); None if no problem is left.
 LoadProblem = Callable[[int], tuple[Array, Array | None] | None]
-# (slot, gradient (P,)) -> whether a problem whose gap is small enough may end
+# (slot, gradient (P,)) -> whether a problem whose gap is small enough may end.
 GradientCheck = Callable[[int, Array], bool]
 
-ARMIJO = 1e-4  # share of the predicted decrease that a step has to reach (Nocedal and Wright)
-# A decrease counts as visible in the values when it is this many times their possible rounding.
+ARMIJO = 1e-4  # least share of the predicted decrease for an accepted step (Nocedal and Wright)
+# A decrease is visible in the values if it is this many times their possible rounding error.
 VISIBLE_DECREASE = 8.0
-# Accepted or refused steps without a visible decrease that do not halve the squared gradient
-# either, after which a problem is stopped. Gradients do not fall steadily: with fewer steps 20,000
-# x 1,280 rows at a gap of 3e-7 took 21 CPU seconds instead of 11.
+# A problem is stopped after so many steps that neither decrease the value visibly nor halve the
+# squared gradient. Gradients do not fall steadily: with fewer steps 20,000 x 1,280 rows at a gap of
+# 3e-7 took 21 CPU seconds instead of 11, because many heads went on in float64.
 MAX_STALLED_STEPS = 14
 # A problem ends at this fraction of the gap, whatever its gradient is (1.01 of the CPU time
 # without).
 FAR_BELOW_GAP = 3e-3
-# Columns of all pairs that are multiplied while a new pair is still in the nearer caches.
+# Columns of pairs that are multiplied together, so that a new pair is still in the nearer caches.
 PAIR_COLUMNS_PER_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
 class StoppedProblem:
-    """The state in which the iterations of a problem ended."""
+    """The state of a problem at the end of its iterations."""
 
     point: Array  # (P,)
     value: float
     gradient: Array  # (P,), at `point`
     curvature_pairs: Array  # (2m, P), oldest first, zero for missing pairs
     n_iterations: int  # one evaluation each
-    gap_reached: bool  # the estimated gap is small enough
-    finished: bool  # ended by gap and gradient, not for want of iterations or of progress
+    gap_reached: bool  # whether the estimated gap is small enough
+    # whether gap and gradient ended it, not a limit of iterations or lack of progress
+    finished: bool
 
 
 @dataclass
 class PairMemory:
-    """Curvature pairs of K slots: `pairs[k, :m]` the steps s, `pairs[k, m:]` the changes y.
+    """Curvature pairs of K slots: `pairs[k, :m]` are the steps s, `pairs[k, m:]` the changes y.
 
-    All slots write their next pair at the same position; without a new pair it is unusable.
+    All slots write their next pair at the same position. A slot without a new pair marks it as
+    unusable, by s.y <= 0 in `gram`.
     """
 
     pairs: Array  # (K, 2m, P)
     gram: Array  # (K, 2m, 2m) float64, inner products of the rows of `pairs`
-    newest: int = -1
+    newest: int = -1  # position of the newest pair
 
     @property
     def n_pairs(self) -> int:
@@ -77,7 +78,7 @@ class PairMemory:
         return np.concatenate([positions, m + positions])
 
     def load(self, slot: int, pairs: Array | None) -> None:
-        """Start a slot with pairs (2m, P), oldest first, or with none."""
+        """Start a slot with pairs (2m, P), oldest first, or without any."""
         if pairs is None:
             self.gram[slot] = 0.0
             return
@@ -120,13 +121,14 @@ class PairMemory:
 
 
 def _direction_coefficients(gram: Array, gradient_products: Array, newest: int) -> Array:
-    """Return (A, 2m + 1): the quasi-Newton step as a combination of [steps, changes, gradient].
+    """Return the quasi-Newton step as coefficients (A, 2m + 1) of [steps, changes, gradient].
 
-    The compact form of the inverse Hessian (Byrd, Nocedal & Schnabel 1994, eq. 2.6) with H0 = h I:
-    with R the upper triangle of S'Y (pairs from old to new), D its diagonal and p = R^-1 S'g,
+    gram: (A, 2m, 2m), inner products of the pairs; gradient_products: (A, 2m), with the gradient.
+
+    It is the compact form of the inverse Hessian (Byrd, Nocedal & Schnabel 1994, eq. 2.6) with
+    H0 = h I: with R the upper triangle of S'Y (pairs from old to new), D its diagonal and
+    p = R^-1 S'g,
         H g = h g + S R^-T ((D + h Y'Y) p - h Y'g) - h Y p.
-    gram (A, 2m, 2m) and gradient_products (A, 2m) are inner products. A position without a usable
-    pair has s.y <= 0.
     """
     n_problems, n_vectors = gradient_products.shape
     m = n_vectors // 2
@@ -172,16 +174,16 @@ def minimise(
     out_of_time: Callable[[], bool] = lambda: False,
     gradient_is_small: GradientCheck = lambda slot, gradient: True,
 ) -> None:
-    """Minimise every problem that `load_problem` gives, at most `n_slots` at a time.
+    """Minimise every problem of `load_problem`, at most `n_slots` at a time.
 
-    A slot that falls free is loaded again at once, so that the products in `evaluate` stay wide.
+    A slot that becomes free is loaded again at once, so that the products in `evaluate` stay wide.
 
     A problem has finished when its estimated relative gap is below `gap` and its gradient is small
-    enough, or when the gap is far below. The estimate steers the effort only: the caller reports a
-    proven bound. Where a decrease drowns in the rounding of the values, the slopes at both ends of
-    the step show it (as in Hager & Zhang's approximate Wolfe conditions, SIAM J. Optim. 2005), so
-    that float32 goes on to gaps far below its rounding. A problem whose gradients no longer shrink
-    there is stopped, as not converged unless its gap was small enough.
+    enough, or when the gap is far below. The estimate decides only when to stop: the caller reports
+    a proven bound. If a decrease is smaller than the rounding errors of the values, it is computed
+    from the slopes at both ends of the step (as in Hager & Zhang's approximate Wolfe conditions,
+    SIAM J. Optim. 2005), so float32 reaches gaps far below its rounding errors. A problem whose
+    gradients no longer shrink there is stopped, as not converged unless its gap was small enough.
     """
     eps = float(np.finfo(dtype).eps)
     point, gradient, direction = (np.zeros((n_slots, n_parameters), dtype) for _ in range(3))
@@ -218,7 +220,7 @@ def minimise(
             trial[row] += point[k]
         trial_value, trial_gradient = evaluate(running, trial)
         n_iterations[running] += 1
-        # Rounding of a sum of N terms in the narrow type: below it, "no decrease" says nothing.
+        # Rounding error of a sum of N terms in `dtype`; smaller differences of values say nothing.
         rounding = 4 * eps * np.maximum(np.abs(value[running]), np.abs(trial_value))
         armijo_bound = value[running] + ARMIJO * step_length[running] * slope[running]
         accepted = trial_value <= armijo_bound + rounding
@@ -243,7 +245,7 @@ def minimise(
                 )
                 decrease = value[k] - trial_value[row]
                 visible = decrease > VISIBLE_DECREASE * rounding[row]
-                if not visible:  # gradients still show it, by the trapezoid rule
+                if not visible:  # computed from the slopes, by the trapezoidal rule
                     trial_slope = float(trial_gradient[row] @ direction[k])
                     decrease = -0.5 * step_length[k] * (slope[k] + trial_slope)
                 decreases[k] = decrease, *decreases[k, :-1]
@@ -301,12 +303,13 @@ def minimise(
 
 
 def _estimate_gap(model_decrease: Array, decreases: Array) -> Array:
-    """Return the estimated distance to the optimum (A,).
+    """Return the estimated distance to the optimum, (A,).
 
-    The larger of what the quadratic model still promises (A,) and what a geometric series of the
-    latest decreases (A, 4) adds up to. The model alone is optimistic where it has not yet seen the
-    flat directions: up to 20 x in the tests' hardest cases.
+    model_decrease: (A,), predicted by the quadratic model. decreases: (A, 4), the latest ones.
     """
+    # The larger of two estimates: the model's, and the sum of a geometric series that continues the
+    # latest decreases. The model alone is too small, up to 20 times in the tests' hardest cases,
+    # before its pairs include the flat directions.
     newest = np.maximum(np.nan_to_num(decreases[:, 0], nan=0.0), 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         rate = np.cbrt(newest / np.maximum(decreases[:, 3], np.finfo(np.float64).tiny))
@@ -317,7 +320,8 @@ def _estimate_gap(model_decrease: Array, decreases: Array) -> Array:
 def _shorten_step(length: float, f0: float, slope0: float, f1: float, slope1: float) -> float:
     """Return a shorter step than the refused one of this length.
 
-    The minimiser of the cubic through values f and slopes at both ends, kept away from both.
+    It is the minimizer of the cubic through the values f and the slopes at both ends (Nocedal &
+    Wright, eq. 3.59), limited to 0.1 to 0.8 of the length.
     """
     if not np.isfinite(f1) or not np.isfinite(slope1):
         return 0.1 * length

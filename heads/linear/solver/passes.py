@@ -24,8 +24,9 @@ from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.loss import sigmoid_loss, softmax_loss
 
 Array = npt.NDArray[Any]
-# Weights and gradients of the heads that pass over a block together stay in the second-level cache
-# from one 48 rows to the next: 1.02 without, for two 100-class heads of 512 features.
+# The weights and gradients of heads that pass over a block together shall stay in the second-level
+# cache from one strip of 48 rows to the next. Without this limit, two 100-class heads of 512
+# features take 1.02 of the time.
 SECOND_LEVEL_CACHE_BYTES = 1 << 20
 HeadsByFolds = dict[tuple[int, ...], npt.NDArray[np.intp]]
 
@@ -36,7 +37,9 @@ class RowWeighting:
 
     n_outputs: int  # C, or 1 for sigmoids
     class_factors: Array  # (paths, C), or (paths, 2) for sigmoids
-    labels: npt.NDArray[np.intp]  # (paths,) row of a block's labels; -1: its classes
+    labels: npt.NDArray[
+        np.intp
+    ]  # (paths,) row of `RowBlock.labels`; -1: a softmax over the classes
     weighted: bool  # some class factor or sample weight is not one
 
     def row_weights(self, block: RowBlock, path_index: npt.NDArray[np.intp]) -> Array | None:
@@ -66,7 +69,7 @@ class NumpyPass:
         self.design, self.weighting, self.path_index = design, weighting, path_index
         self.heads_by_folds = heads_by_folds
         self.shape, self.dtype = weights.shape, weights.dtype
-        # Class first, as `loss` has decisions.
+        # The class axis first, as in the decisions of `loss`.
         self.weights = {
             folds: np.ascontiguousarray(weights[heads].transpose(1, 0, 2)).reshape(
                 -1, weights.shape[-1]
@@ -113,7 +116,7 @@ class NumpyPass:
 class HeadGroup:
     """Heads that pass over a block together, packed for the compiled pass."""
 
-    heads: npt.NDArray[np.intp]  # (a,) of all heads of the pass
+    heads: npt.NDArray[np.intp]  # (a,) positions among the heads of the pass
     packed_weights: Array
     packed_gradients: list[Array]  # one for each thread
 
@@ -121,7 +124,8 @@ class HeadGroup:
 class CompiledPass:
     """The pass in compiled float32: a row is read once, and decisions stay in the nearer caches.
 
-    Threads share a block by rows; each has its own sums, which are added in order.
+    Threads divide a block's rows among them; each has its own sums, which are added in the order of
+    the threads, so that the result does not depend on which is done first.
     """
 
     def __init__(

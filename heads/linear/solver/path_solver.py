@@ -35,14 +35,16 @@ from headrace.heads.linear.solver.regularization_path import (
 
 Array = npt.NDArray[Any]
 CURVATURE_PAIRS = 8
-# With 100 classes eight take 1.1 of the CPU time, which is that of reading them (gaps of 1e-5 and
-# 3e-7); with ten as much as six, and float32 stalls less often before a gap of 3e-7.
+# With 100 classes, eight pairs take 1.1 of the CPU time of six, all of it for reading them (gaps of
+# 1e-5 and 3e-7). With ten classes they take as much as six, and float32 stalls less often before a
+# gap of 3e-7.
 CURVATURE_PAIRS_OF_MANY_WEIGHTS = 6
 MAX_ITERATIONS = 600  # of a head
 # Free weight vectors of the heads in the active set. Bounds their memory (42 MB of curvature pairs
-# at 1,280 features); without it, a bank takes as long (0.99).
+# at 1,280 features); without the bound, a bank takes as long (0.99).
 MAX_COLUMNS = 512
-# Streamed rows are worth more columns a pass than one head of each path has, even for more passes.
+# A pass over streamed rows costs their reading: it should serve more columns than one head of each
+# path has, even if that makes more passes.
 COLUMNS_WORTH_A_PASS, MAX_CHAINS = 24, 4
 
 
@@ -78,62 +80,120 @@ def solve_paths(
     began = time.perf_counter()
     problem = BankProblem(design, paths, n_outputs, device)
     n_free = max(n_outputs - 1, 1)
-    n_heads = sum(len(path.l2_strengths) for path in paths)
-    n_slots = min(n_heads, max(MAX_COLUMNS // n_free, 1))
-    active_set = ActiveSet(problem, n_slots)
+    heads = [(i, l2) for i, path in enumerate(paths) for l2 in path.l2_strengths]
+    n_slots = min(len(heads), max(MAX_COLUMNS // n_free, 1))
     n_chains = 1
     if design.streamed_rows is not None:
         n_chains = max(1, min(COLUMNS_WORTH_A_PASS // (len(paths) * n_free), MAX_CHAINS))
-    schedule = PathSchedule(paths, n_chains)
-    solved: list[dict[float, SolvedHead]] = [{} for _ in paths]
-    paused: dict[tuple[int, float], SolvedHead] = {}
+    active_set = ActiveSet(problem, n_slots)
+    progress = _Progress(active_set, PathSchedule(paths, n_chains), starts or {}, deadline)
+    n_weights = math.prod(active_set.shape)
+    minimise(
+        active_set.evaluate,
+        progress.load_next,
+        progress.store_stopped,
+        n_slots=n_slots,
+        n_parameters=n_weights,
+        n_pairs=CURVATURE_PAIRS if n_weights < MANY_WEIGHTS else CURVATURE_PAIRS_OF_MANY_WEIGHTS,
+        dtype=design.dtype,
+        gap=gap,
+        max_iterations=ITERATIONS_PER_PRECONDITIONER,
+        out_of_time=progress.out_of_time,
+        gradient_is_small=active_set.gradient_is_small,
+    )
+    solved = [progress.solved[i][l2] for i, l2 in heads]
+    gap_bounds = problem.gap_bounds([(i, head) for (i, _), head in zip(heads, solved, strict=True)])
+    if problem.threads is not None:
+        problem.threads.shutdown()
+    total_iterations = sum(head.n_iterations for head in solved)
+    seconds_per_iteration = (time.perf_counter() - began) / max(total_iterations, 1)
+    return {
+        key: HeadSolution(
+            head.u,
+            head.objective,
+            gap_bound,
+            head.n_iterations,
+            seconds_per_iteration * head.n_iterations,
+            head.converged,
+        )
+        for key, head, gap_bound in zip(heads, solved, gap_bounds, strict=True)
+    }
 
-    def out_of_time() -> bool:
-        return deadline is not None and time.monotonic() > deadline
 
-    def load_problem(slot: int) -> tuple[Array, Array | None] | None:
-        head = schedule.next_head()
+class _Progress:
+    """What `solve_paths` has solved so far: it gives the next head a start, and keeps the result.
+
+    Heads are (path index, L2 strength). A paused one gets a new preconditioner where it stands.
+    """
+
+    def __init__(
+        self,
+        active_set: ActiveSet,
+        schedule: PathSchedule,
+        starts: dict[tuple[int, float], Array],
+        deadline: float | None,
+    ) -> None:
+        self.active_set, self.problem = active_set, active_set.problem
+        self.schedule, self.starts, self.deadline = schedule, starts, deadline
+        self.solved: list[dict[float, SolvedHead]] = [{} for _ in self.problem.paths]
+        self.paused: dict[tuple[int, float], SolvedHead] = {}
+
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def load_next(self, slot: int) -> tuple[Array, Array | None] | None:
+        """Load the next head into a slot of the active set; return its start and curvature pairs.
+
+        Returns None if no head is ready, and pairs None for the first head of a path.
+        """
+        head = self.schedule.next_head()
         if head is None:
             return None
         path_index, l2_strength = head
-        neighbour = paused.get(head)
-        if neighbour is None and solved[path_index]:
-            nearest = sort_by_distance(list(solved[path_index]), l2_strength)[0]
-            neighbour = solved[path_index][nearest]
-        if head in paused:
-            start = paused[head].u
-        elif starts and head in starts:
-            start = starts[head]
-        else:
-            start = predict_start(
-                solved[path_index], l2_strength, (n_outputs, design.n_coordinates), design.dtype
-            )
-        # Between two solved heads a few iterations are left: fewer than a preconditioner of its own
-        # would cost (1.05 of the CPU time).
+        solved = self.solved[path_index]
         shared_preconditioner = None
-        if neighbour is not None and head not in paused:
-            lies_between = min(solved[path_index]) < l2_strength < max(solved[path_index])
-            shared_preconditioner = neighbour.preconditioner if lies_between else None
-        n_iterations = paused[head].n_iterations if head in paused else 0
-        active_set.load(slot, path_index, l2_strength, start, n_iterations, shared_preconditioner)
-        x = active_set.preconditioners[slot].to_scaled(start).ravel()
-        return x, None if neighbour is None else active_set.transfer_pairs(slot, neighbour)
+        neighbour = self.paused.get(head)
+        if neighbour is not None:
+            start, n_iterations = neighbour.u, neighbour.n_iterations
+        else:
+            start, n_iterations = self._start(path_index, l2_strength), 0
+            if solved:
+                neighbour = solved[sort_by_distance(list(solved), l2_strength)[0]]
+                # Between two solved heads a few iterations are left: fewer than a preconditioner of
+                # its own would cost (1.05 of the CPU time).
+                if min(solved) < l2_strength < max(solved):
+                    shared_preconditioner = neighbour.preconditioner
+        self.active_set.load(
+            slot, path_index, l2_strength, start, n_iterations, shared_preconditioner
+        )
+        x = self.active_set.preconditioners[slot].to_scaled(start).ravel()
+        return x, None if neighbour is None else self.active_set.transfer_pairs(slot, neighbour)
 
-    def on_stopped(slot: int, stopped: StoppedProblem) -> None:
-        path_index = int(active_set.path_index[slot])
-        l2_strength = float(active_set.l2_strength[slot])
+    def _start(self, path_index: int, l2_strength: float) -> Array:
+        given = self.starts.get((path_index, l2_strength))
+        if given is not None:
+            return given
+        design = self.problem.design
+        shape = self.problem.n_outputs, design.n_coordinates
+        return predict_start(self.solved[path_index], l2_strength, shape, design.dtype)
+
+    def store_stopped(self, slot: int, stopped: StoppedProblem) -> None:
+        """Keep the head of a slot as solved, or pause it if iterations are left for it."""
+        path_index = int(self.active_set.path_index[slot])
+        l2_strength = float(self.active_set.l2_strength[slot])
         head = path_index, l2_strength
-        preconditioner = active_set.preconditioners[slot]
+        preconditioner = self.active_set.preconditioners[slot]
+        shape = self.active_set.shape
         n_iterations = stopped.n_iterations
-        if head in paused:
-            n_iterations += paused[head].n_iterations
+        if head in self.paused:
+            n_iterations += self.paused[head].n_iterations
         # A mean loss near the rounding of one row's loss (which is of the order of 1) says nothing
         # about convergence.
-        total_weight = float(problem.class_sums[path_index][:, -1].sum())
-        rounding = 1e3 * float(np.finfo(design.dtype).eps) * total_weight
+        total_weight = float(self.problem.class_sums[path_index][:, -1].sum())
+        rounding = 1e3 * float(np.finfo(self.problem.design.dtype).eps) * total_weight
         result = SolvedHead(
-            preconditioner.from_scaled(stopped.point.reshape(active_set.shape)),
-            preconditioner.gradient_from_scaled(stopped.gradient.reshape(active_set.shape)),
+            preconditioner.from_scaled(stopped.point.reshape(shape)),
+            preconditioner.gradient_from_scaled(stopped.gradient.reshape(shape)),
             stopped.value,
             stopped.curvature_pairs,
             preconditioner,
@@ -145,44 +205,10 @@ def solve_paths(
             stopped.n_iterations >= ITERATIONS_PER_PRECONDITIONER
             and not stopped.finished
             and n_iterations < MAX_ITERATIONS
-            and not out_of_time()
+            and not self.out_of_time()
         ):
-            # It goes on with a preconditioner made for where it is now.
-            paused[head] = result
-            schedule.resume(path_index, l2_strength)
+            self.paused[head] = result
+            self.schedule.resume(path_index, l2_strength)
         else:
-            solved[path_index][l2_strength] = result
-            schedule.complete(path_index, l2_strength)
-
-    n_weights = math.prod(active_set.shape)
-    minimise(
-        active_set.evaluate,
-        load_problem,
-        on_stopped,
-        n_slots=n_slots,
-        n_parameters=n_weights,
-        n_pairs=CURVATURE_PAIRS if n_weights < MANY_WEIGHTS else CURVATURE_PAIRS_OF_MANY_WEIGHTS,
-        dtype=design.dtype,
-        gap=gap,
-        max_iterations=ITERATIONS_PER_PRECONDITIONER,
-        out_of_time=out_of_time,
-        gradient_is_small=active_set.gradient_is_small,
-    )
-    heads = [(i, l2) for i, path in enumerate(paths) for l2 in path.l2_strengths]
-    gap_bounds = problem.gap_bounds([(i, solved[i][l2]) for i, l2 in heads])
-    if problem.threads is not None:
-        problem.threads.shutdown()
-    total_iterations = sum(solved[i][l2].n_iterations for i, l2 in heads)
-    seconds_per_iteration = (time.perf_counter() - began) / max(total_iterations, 1)
-    return {
-        (i, l2): HeadSolution(
-            head.u,
-            head.objective,
-            gap_bound,
-            head.n_iterations,
-            seconds_per_iteration * head.n_iterations,
-            head.converged,
-        )
-        for (i, l2), gap_bound in zip(heads, gap_bounds, strict=True)
-        for head in [solved[i][l2]]
-    }
+            self.solved[path_index][l2_strength] = result
+            self.schedule.complete(path_index, l2_strength)

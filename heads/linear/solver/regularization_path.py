@@ -1,5 +1,4 @@
-"""Regularization paths: the order in which heads that differ in L2 strength only are solved, and
-where each of them starts.
+"""Regularization paths: the order of heads that differ only in L2 strength, and their starts.
 
 C classes, n_outputs weight vectors of a head (C for a softmax, 1 for a sigmoid), R + 1 coordinates
 (the intercept last).
@@ -68,8 +67,8 @@ class PathSchedule:
                 for chain in chains
                 for anchor, following in itertools.pairwise(chain)
             ]
-            # The others wait for both neighbours and one anchor beyond: two nodes on either side
-            # make a cubic.
+            # The others wait for both neighbours and one anchor beyond: a cubic needs two nodes on
+            # either side.
             interpolated = [k for k in range(n_heads) if k not in anchors]
             waiting += [(strengths[k], {strengths[min(k + 3, n_heads - 1)]}) for k in interpolated]
             self.waiting[path_index] = waiting

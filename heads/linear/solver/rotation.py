@@ -81,9 +81,9 @@ class PerFoldRotation:
 class FoldRowSpace:
     """Coordinates in the row space of a fold's training rows S = (Z - c) R^-1.
 
-    c (D,) is the rows' mean and R the fold's units. Rows that are not
-    centred on their own mean would have a direction along which all decisions move alike and the
-    intercept moves them back: along it the objective hardly curves, and no diagonal shows that.
+    c (D,) is the rows' mean and R the fold's units. Rows that are not centred on their own mean
+    would have a direction along which all decisions move alike and the intercept moves them back:
+    along it the objective hardly curves, and no diagonal shows that.
 
     S S' = L L' with L (n, R) lower triangular in the order of its pivots; the rows' coordinates are
     Y = L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalised, with
@@ -124,7 +124,7 @@ class FoldRowSpace:
 class RowSpace:
     """Coordinates in the row space of n < D rows Z (n, D), different ones for every fold."""
 
-    # Z, float64: weights that are divided by thin directions cancel in products
+    # Z; float64, because weights divided by the lengths of thin directions cancel in products
     rows: Array
     fold_spaces: dict[int, FoldRowSpace]
 
@@ -165,6 +165,7 @@ class RowSpace:
         return decisions
 
     def _heads_by_space(self, folds: Array) -> Iterator[tuple[npt.NDArray[np.intp], FoldRowSpace]]:
+        """Yield the positions of the heads of each fold, and its space."""
         for fold, space in self.fold_spaces.items():
             heads = np.flatnonzero(folds == fold)
             if heads.size:

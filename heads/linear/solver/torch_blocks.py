@@ -2,8 +2,8 @@
 
 A heads, C classes, c = C - 1 free weight vectors of a head (1 for a sigmoid), n rows, W coordinates
 of a row as the blocks store them. Blocks, their labels and their sample weights are copied to the
-device once, streamed ones on every pass. Weights go up once in an evaluation, losses and gradients,
-which are summed there, come down once.
+device once, streamed blocks on every pass. An evaluation uploads the weights once, sums losses and
+gradients on the device, and downloads the sums once.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ class DeviceBlocks:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def values(self, block: RowBlock) -> Tensor:
-        """(n, W)."""
+        """Return the rows (n, W) of a block."""
         values = self._values.get(id(block))
         return self.upload(self.design.read(block)) if values is None else values
 
@@ -69,7 +69,7 @@ class DevicePass:
         self.blocks, self.weighting, self.shape = blocks, weighting, weights.shape
         all_weights = blocks.upload(weights)
         self.heads = {folds: blocks.upload(heads) for folds, heads in heads_by_folds.items()}
-        # Class first, as decisions are.
+        # The class axis first, as in decisions.
         self.weights = {
             folds: all_weights[heads].transpose(0, 1).reshape(-1, weights.shape[-1])
             for folds, heads in self.heads.items()
@@ -112,7 +112,7 @@ class DevicePass:
         self.loss_sums.index_add_(0, heads, loss.sum(1, dtype=self.loss_sums.dtype))
 
     def _row_weights(self, block: RowBlock, heads: Tensor, label: Tensor) -> Tensor | None:
-        """(A', n) weights of a block's rows; None where all are one. As RowWeighting has them."""
+        """Return weights (A', n) of a block's rows as `RowWeighting` does; None: all are one."""
         if self.class_factors is None:
             return None
         factors = self.class_factors[heads]
@@ -125,11 +125,11 @@ class DevicePass:
         return weights if sample_weight is None else weights * sample_weight
 
     def losses(self) -> Array:
-        """(A,) float64, summed over the blocks so far."""
+        """Return the losses (A,) float64 summed over the blocks so far."""
         return np.asarray(self.loss_sums.cpu().numpy(), np.float64)
 
     def gradient(self) -> Array:
-        """(A, c, W), summed over the blocks so far."""
+        """Return the gradients (A, c, W) summed over the blocks so far."""
         _, n_free, width = self.shape
         total = torch.zeros(
             self.shape, dtype=next(iter(self.gradients.values())).dtype, device=self.blocks.device

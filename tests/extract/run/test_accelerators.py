@@ -42,7 +42,7 @@ TAPS = {
 def _new_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept of a test's networks for the next one."""
     for name in ("_backbones", "_forwards"):
-        monkeypatch.setattr(unit_module, name, unit_module._Latest())
+        monkeypatch.setattr(unit_module, name, unit_module._RecentValues())
 
 
 def images(folder: Path, count: int) -> list[Sample]:

@@ -65,7 +65,7 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
 
     monkeypatch.setattr(unit_module, "make_forward", counting)
     for name in ("_backbones", "_forwards"):
-        monkeypatch.setattr(unit_module, name, unit_module._Latest())
+        monkeypatch.setattr(unit_module, name, unit_module._RecentValues())
     loaded = Counter()
     monkeypatch.setattr(
         unit_module,
