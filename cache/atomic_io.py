@@ -60,6 +60,7 @@ def lease(lock_path: Path) -> Iterator[None]:
         try:
             file_lock.acquire(timeout=LEASE_S / 4)
         except Timeout:
+            # A lock without its owner's name is waited for by filelock for ever, not by us.
             blank_lock = _watch_blank(lock_path, blank_lock)
     try:
         yield
@@ -96,7 +97,7 @@ def _watch_blank(lock_path: Path, previous_blank: _Blank | None) -> _Blank | Non
     try:
         lock_status = lock_path.stat()
     except FileNotFoundError:
-        return None
+        return None  # its holder has released it since
     if names_owner(lock_path):
         return None
     if previous_blank is None or (previous_blank.inode, previous_blank.changed_ns) != (
@@ -147,6 +148,7 @@ def publish_replace(target_path: Path, data: bytes) -> None:
         temporary_path = _write_temporary(target_path, [data])
         try:
             os.replace(temporary_path, target_path)
+        # Also at Ctrl-C, which is no Exception: no temporary file stays.
         except BaseException:
             _remove_temporary(temporary_path)
             raise
@@ -202,6 +204,7 @@ def _load_libc() -> ctypes.CDLL:
 
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory durable, where the file system can."""
+    # A name that was made or renamed is only in memory until its directory is synced.
     directory_descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(directory_descriptor)
@@ -217,6 +220,7 @@ def explain_os_errors(target_path: Path) -> Iterator[None]:
     """Turn an OSError into PublishFailed, which names the file and the errno."""
     try:
         yield
+    # Is an OSError itself, and says already which file could not be published.
     except PublishFailed:
         raise
     except OSError as error:

@@ -190,6 +190,7 @@ class VerifiedShards:
             return {}
         try:
             lines = self._path.read_bytes().splitlines()
+        # The record only saves time: without it all shards are read again.
         except OSError:
             return {}
         records = {}

@@ -14,6 +14,7 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     try:
         return path.expanduser()
+    # What pathlib raises for a user without a home directory.
     except RuntimeError:
         raise HeadraceError(unknown_home_message(path.parts[0], f"{path}: ")) from None
 

@@ -41,6 +41,7 @@ class ShardEntry:
     def to_dict(self) -> dict[str, Any]:
         """Return a flat dictionary of plain values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        # Flattened into three numbers, as a line of the manifest is a list of plain values.
         del values["quantization_error"]
         error_values = {
             f"round_off_{name}": value

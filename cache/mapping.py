@@ -25,6 +25,7 @@ import numpy.typing as npt
 # The same on Linux, macOS and the BSDs; Python does not name them.
 _MAP_FIXED = 0x10
 _PROT_NONE = 0
+# Reserves addresses without counting them as memory that may be needed.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 _RESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PAGE = mmap.PAGESIZE

@@ -103,6 +103,7 @@ def _create_with_spec(directory: Path, spec: FeatureSpec) -> None:
         os.rename(temporary_path, directory)
         sync_directory(directory.parent)
     except OSError as error:
+        # Another writer has created the directory: a rename does not replace one with files in it.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     finally:

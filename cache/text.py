@@ -105,5 +105,6 @@ def _float_texts(values: npt.NDArray[np.floating]) -> npt.NDArray[np.object_]:
 def _text_series(texts: npt.NDArray[np.object_], column: pd.Series) -> pd.Series:
     try:
         return pd.Series(texts, index=column.index, name=column.name, dtype="str")
+    # Names of files that are not UTF-8 hold surrogates, which Arrow's text cannot.
     except UnicodeEncodeError:
         return pd.Series(texts, index=column.index, name=column.name, dtype=_ANY_TEXT)

@@ -30,6 +30,7 @@ from headrace.heads.spec import ClassWeight, FitResult, HeadSpec
 
 Floats = npt.NDArray[Any]
 ClassWeights = Literal["balanced"] | dict[Any, float] | None  # as in scikit-learn
+# float32 stays float32, in which heads are trained: a copy in float64 would take twice the memory.
 _DTYPES = (np.float32, np.float64)
 
 

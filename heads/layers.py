@@ -56,6 +56,8 @@ def _predict_block(
 ) -> Floats:
     values = rows.astype(np.float32, copy=False)
     *hidden, (weight, bias) = layers.dense
+    # Large features may overflow to infinity, and products of that with 0 are NaN: predictions are
+    # what the arithmetic gives, and no warnings.
     with np.errstate(over="ignore", invalid="ignore"):
         for hidden_weight, hidden_bias in hidden:
             values = values @ hidden_weight.T

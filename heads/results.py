@@ -276,6 +276,7 @@ def remove_damaged(path: Path | str) -> bool:
         _check(Path(path))
     except FileNotFoundError:
         return False
+    # Perhaps whole, on a disk that cannot be read now: not removed.
     except _Unreadable:
         raise
     except BadResults:

@@ -105,6 +105,7 @@ def export_npy(
     try:
         _write_then_rename(target_path, write)
     except BaseException:
+        # An array that is not there must not leave the table of its rows behind.
         if is_new_table:
             rows_path.unlink(missing_ok=True)
         raise

@@ -248,6 +248,7 @@ def read_list_column(
                 f"{source_path}: column {list_column.name!r} holds lists of {list_length:,} values "
                 f"and, in row {row + 1:,}, one of {len(value):,}"
             )
+    # A number too large for float32 becomes infinite, and is refused with the other values.
     with np.errstate(over="ignore"):
         return np.stack([np.asarray(value, np.float32) for value in list_column])
 

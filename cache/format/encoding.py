@@ -183,6 +183,7 @@ def _encode_block(
             0,
             255,
         ).astype(np.uint8)
+    # A value too large for the dtype becomes infinite, which the caller refuses.
     with np.errstate(over="ignore"):
         return block_values.astype(STORED_DTYPES[storage_dtype])
 
@@ -199,6 +200,7 @@ def _channel_range(
     reduced_axes = (0, *range(2, features.ndim))
     if not len(features):
         return np.zeros(features.shape[1:2], np.float32), np.zeros(features.shape[1:2], np.float32)
+    # float64, in which the difference of two float32 extremes does not overflow.
     lowest_values = features.min(axis=reduced_axes).astype(np.float64)
     highest_values = features.max(axis=reduced_axes).astype(np.float64)
     return ((highest_values - lowest_values) / 255).astype(np.float32), lowest_values.astype(

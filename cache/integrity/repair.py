@@ -54,6 +54,7 @@ def repair(directory: Path) -> RepairResult:
     try:
         spec = read_spec(directory)
     except (FeatureSetMissing, ManifestCorrupt, SpecMismatch):
+        # Every shard holds the text of the spec too.
         spec = _spec_from_shards(directory)
         publish_replace(directory / SPEC, f"{spec.to_json()}\n".encode())
         rewritten_files.append(SPEC)

@@ -262,6 +262,7 @@ def _module_source(name: str) -> str:
     """Return the text of the module of a "python:module:function" backbone; "" for others."""
     try:
         return inspect.getsource(sys.modules[name.split(":")[1]])
+    # Not imported, without a source file, or built into Python.
     except (KeyError, OSError, TypeError):
         return ""
 

@@ -186,6 +186,8 @@ def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
     std = fields["image_std"] if is_normalized else (1.0, 1.0, 1.0)
     if len(mean) != 3:
         raise BackboneError(f"{subject} normalizes {len(mean)} channels; images here have 3")
+    # 255 * (1 / 255) differs from 1 by rounding only, and would change mean and std in their last
+    # digits, and with them the fingerprint.
     if abs(scale - 1) > 1e-6:
         mean, std = [value / scale for value in mean], [value / scale for value in std]
     return Preprocessing(

@@ -260,6 +260,8 @@ def _create_timm(
     try:
         module = timm.create_model(full, pretrained=pretrained, **options)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        # Files of a user or of the hub may hold anything; an error for timm's own networks is one
+        # of the arguments, which callers explain.
         if not full.startswith(_TIMM_SOURCES) or isinstance(error, BackboneError):
             raise
         model_id = full.partition(":")[2]
@@ -277,6 +279,7 @@ def _resized(preprocessing: Preprocessing, size: object) -> Preprocessing:
     """Return the preprocessing at the input size that an argument gives, with the same crop."""
     if not isinstance(size, int):
         return preprocessing
+    # A quotient that is a whole number may be rounded to a little less.
     edge = math.floor(size * preprocessing.resize[0] / preprocessing.crop[0] + 1e-6)
     return dataclasses.replace(preprocessing, crop=(size, size), resize=(edge, edge))
 

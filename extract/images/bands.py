@@ -107,6 +107,7 @@ class Bands:
                 "mean of their band"
             )
         if self._is_wide:
+            # Subtracted before the values are rounded to float32, which has 24 bits only.
             values = values.astype(np.float64) - self.ranges[channel][0]
         plane = np.ascontiguousarray(values, np.float32)
         if is_missing is not None and fill is not None:
@@ -216,6 +217,7 @@ def _read(
                 )
             return samples, orientation_of(image)
     except (PIL.UnidentifiedImageError, Image.DecompressionBombError):
+        # Pillow knows few kinds of TIFF, and refuses large images whole; tifffile reads parts.
         if not data.startswith(_TIFF_MAGIC):
             raise
     return _tifffile_samples(data, in_parts)

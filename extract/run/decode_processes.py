@@ -96,6 +96,8 @@ class DecodeProcesses:
         try:
             return self._process().decode(samples, renderings, pixel_buffers)
         except (OSError, EOFError, pickle.UnpicklingError):
+            # The process has died, as by a decoder's crash: its pipe is closed, or ends within an
+            # answer.
             reason = self._process().end()
         if deaths + 1 == _MAX_DEATHS:
             text = f"decoding it ends the process that does ({reason})"
@@ -165,6 +167,7 @@ class _Process:
         try:
             status = process.wait(1.0)
         except subprocess.TimeoutExpired:
+            # It is still decoding, and does not look at its input meanwhile.
             process.kill()
             status = process.wait()
         return f"{signal.Signals(-status).name}" if status < 0 else f"exit code {status}"

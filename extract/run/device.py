@@ -101,6 +101,7 @@ def launch_forward(
                 part_start += len(pixel_part)
                 continue
             except RuntimeError as error:
+                # A single image that does not fit cannot be divided further.
                 if n_images == 1 or not is_out_of_memory(error):
                     raise
             # Outside of `except`, where the exception's frames keep tensors of the pass alive.

@@ -67,6 +67,7 @@ class SharedImage:
                     self._data = read_bytes(self.path)
                     self._content = hash_bytes(self._data)
                 except OSError as error:
+                    # Kept like bytes: other renderings of the file must not try to read it again.
                     self._data = error
             if isinstance(self._data, OSError):
                 raise self._data

@@ -318,6 +318,7 @@ def _side_columns(extension: str, data: bytes) -> dict[str, Any] | None:
         return {"label": side_text or None}
     try:
         side_values = load_json(side_text)
+    # RecursionError: brackets nested a thousand deep.
     except (ValueError, RecursionError):
         return None
     if not isinstance(side_values, dict):

@@ -203,6 +203,7 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
             with os.scandir(directory) as folder_scan:
                 entries = sorted(folder_scan, key=lambda entry: entry.name)
         except OSError as error:
+            # Counted, not raised: one folder without permission must not hide all others.
             tally.found += 1
             tally.leave_out(
                 f"folders that cannot be read ({error.strerror})", folder_name or str(image_root)

@@ -247,7 +247,7 @@ def _read_json_lines(text: str, table_path: Path) -> Table:
             continue
         try:
             record = _parse_json(line, f"{table_path}, line {line_number}")
-        except SourceError:
+        except SourceError:  # is a ValueError too, and names the line already
             raise
         except (ValueError, RecursionError) as error:
             raise SourceError(

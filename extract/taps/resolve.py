@@ -19,7 +19,7 @@ from headrace.extract.errors import BackboneError, nearest_names
 _POOLING = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
 POOLINGS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
 _GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
-_GEM_FLOOR = 1e-6
+_GEM_FLOOR = 1e-6  # activations below it count as it: powers of negative numbers are not defined
 # Automatic taps have a middle block of so many last resolutions. Those before are large maps, which
 # take long to pool, and did not help.
 N_MIDDLE_BLOCKS = 2

@@ -64,6 +64,7 @@ def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
     """
     wide_rows = rows.astype(np.float64)
     row_mean = wide_rows.mean(axis=0)
+    # One value that is not finite makes its column's mean so: the rows are looked at only then.
     if not np.isfinite(row_mean).all() and not np.isfinite(rows).all():
         bad_row, column_index = np.argwhere(~np.isfinite(rows))[0]
         row_number = first_row + bad_row if isinstance(first_row, int) else first_row[bad_row]
@@ -72,6 +73,7 @@ def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
             "features must be finite. Find out which image it is (the task's ids, in order) and "
             "extract it again, or leave it out of the task."
         )
+    # Centred first: sums of squares less the squared mean would cancel for a large common offset.
     wide_rows -= row_mean
     return Moments(len(rows), row_mean, np.einsum("nd,nd->d", wide_rows, wide_rows))
 

@@ -100,6 +100,7 @@ def greedy_weights(
         element_sum, pick_counts = element_sum + elements[picked_head], pick_counts.copy()
         pick_counts[picked_head] += 1
         used_backbones |= networks[picked_head]
+        # More than rounding, so that equal heads do not make the ensemble longer.
         if priced_loss[best_candidate] < best_loss * (1 - 1e-6):
             best_loss, best_counts = float(priced_loss[best_candidate]), pick_counts
     return np.asarray(best_counts / max(best_counts.sum(), 1))

@@ -141,6 +141,8 @@ def exact_interval(
 
     n_hits, n_misses = proportion * n_effective, (1 - proportion) * n_effective
     tail_probability = (1 - level) / 2
+    # Without hits, or misses, the beta distribution is not defined, and the bound is the end of the
+    # range. Weighted counts of zero come with rounding errors.
     lower = float(betaincinv(n_hits, n_misses + 1, tail_probability)) if n_hits > 1e-9 else 0.0
     upper = (
         float(betaincinv(n_hits + 1, n_misses, 1 - tail_probability)) if n_misses > 1e-9 else 1.0

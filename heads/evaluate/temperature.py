@@ -110,6 +110,7 @@ def with_temperature(
         return raw_values
     if task_kind == "multi":
         clipped_values = np.clip(raw_values, floor, 1 - floor)
+        # At a low temperature a power may be infinite; its reciprocal is 0, which is right.
         with np.errstate(over="ignore"):
             return np.asarray(
                 1 / (1 + ((1 - clipped_values) / clipped_values) ** (1 / temperature))
@@ -244,6 +245,7 @@ def _log_sharpness(
         lower, upper = (lower, log_sharpness) if slope > 0 else (log_sharpness, upper)
         logit_variance = float(sample_weight @ ((probabilities * logits**2).sum(1) - mean_logit**2))
         curvature = sharpness * slope_excess + sharpness**2 * logit_variance + 1 / prior_spread**2
+        # A Newton step, and bisection where that leaves the bracket.
         next_value = log_sharpness - slope / curvature if curvature > 0 else (lower + upper) / 2
         if not lower < next_value < upper:
             next_value = (lower + upper) / 2

@@ -1,5 +1,4 @@
-"""Transferability: how well features suit a task, without training: LogME, H-score, NCE, Bayes
-error.
+"""How well features suit a task, without training: LogME, H-score, NCE, Bayes error.
 
 N rows, D features, C classes (or labels, or regression targets), k = min(N, D). One
 eigendecomposition of the smaller of X'X and XX' serves all classes.
@@ -18,8 +17,9 @@ _SMALLEST_EIGENVALUE = 1e-10  # relative to the largest one; smaller ones are ro
 
 
 def log_me(X: Array, targets: Array) -> float:
-    """Return LogME: the maximum log evidence per row of a Bayesian linear model, mean over targets
-    (You et al. 2021, Algorithm 3).
+    """Return LogME (You et al. 2021, Algorithm 3), the mean over targets.
+
+    It is the maximum log evidence per row of a Bayesian linear model.
 
     X: (N, D). targets: (N, C), one column per class (0/1), label or regression target. Higher is
     better; values are comparable between features of the same rows and targets.
@@ -36,6 +36,7 @@ def log_me(X: Array, targets: Array) -> float:
         gamma = shrinkage.sum(0)
         weight_squares = (shrinkage**2 * explained / eigenvalues[:, None]).sum(0)
         residual = ((1 - shrinkage) ** 2 * explained).sum(0) + unexplained
+        # 1e-5 as in the authors' code: a target that is fitted exactly would divide by zero.
         alpha, beta = gamma / (weight_squares + 1e-5), (n_rows - gamma) / (residual + 1e-5)
         previous_ratio, alpha_by_beta = alpha_by_beta, alpha / beta
         if np.all(np.abs(alpha_by_beta - previous_ratio) <= 1e-3 * previous_ratio):

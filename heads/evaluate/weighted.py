@@ -193,6 +193,7 @@ def _regression(metric: str, target: Floats, predicted: Array, weights: Floats) 
             total_variance = (
                 _mean(centered_target**2, weights) - _mean(centered_target, weights) ** 2
             )
+            # A resample of equal values has a variance of rounding errors only.
             total_variance = np.where(
                 total_variance > 1e-12 * centered_target.var(), total_variance, 0
             )

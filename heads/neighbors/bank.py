@@ -37,6 +37,8 @@ STORED_ROWS_BYTES = 1 << 30  # more training rows than this are not copied into 
 # Distances this small beside the norms are computed again: float32 products err by about 1e-6.
 EXACT_BELOW = 1e-4
 SUM_ROWS = 4096  # rows of one sum of a class mean
+# Factors of the similarity in the softmax. Cosines differ by at most 2, and would make all classes
+# about equally probable otherwise.
 CENTROID_TEMPERATURE = {"cosine": 10.0, "euclidean": 1.0}
 
 
@@ -425,6 +427,7 @@ def centroid_arrays(
     weight = counts.sum()
     center = sums.sum(0) / weight
     variance = np.maximum(squares / weight - center**2, 0)
+    # A variance that small beside the mean is what the subtraction above leaves of a constant.
     deviation = np.sqrt(np.where(variance > 1e-12 * center**2, variance, 0))
     scale = (
         np.where(deviation > 0, deviation, 1.0)

@@ -221,6 +221,7 @@ def folded_arrays(
 
     Standardisation, and what stands for missing numbers, are folded into the layers.
     """
+    # float64: weights divided by small deviations, times large means, cancel in the bias.
     exact = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in layers]
     first, shift = exact[0]
     first = first / scale

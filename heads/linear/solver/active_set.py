@@ -129,6 +129,7 @@ class BankProblem:
                 rows = slice(-n_passed % step, None, step)
                 n_passed += len(block.row_index)
                 parts.append((block, rows))
+                # A copy: of streamed rows a view would keep every block in memory.
                 sampled.append(block_values[rows].copy())
             for path_index in np.flatnonzero(self.trains_on[block.folds]).tolist():
                 class_sums[path_index] = class_sums[path_index] + self._block_class_sums(
@@ -379,6 +380,7 @@ class ActiveSet:
             u[rows] = preconditioner.free_from_scaled(x[rows].reshape(-1, *self.shape))
         weights = u[..., :-1]
         if design.units:
+            # A view without the intercept's column, copied once and not in every product.
             weights = np.ascontiguousarray(weights)
             penalty_gradient = design.multiply_by_penalty(weights, problem.folds[path_index])
             penalty_gradient *= l2[:, None, None]

@@ -237,6 +237,7 @@ def minimise(
                     trial_value[row],
                     trial_gradient[row] @ direction[k],
                 )
+                # Shortened that far, a step shows no decrease beyond rounding errors.
                 n_stalled[k] += int(step_length[k] < 1e-10)
                 continue
             else:
@@ -289,6 +290,7 @@ def minimise(
             | out_of_time()
         )
         for k in running[stop].tolist():
+            # Copies, because the slot's arrays are used for the next problem.
             stopped = StoppedProblem(
                 point[k].copy(),
                 float(value[k]),

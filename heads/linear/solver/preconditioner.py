@@ -31,6 +31,7 @@ from headrace.heads.linear.solver.loss import sigmoid, softmax
 Array = npt.NDArray[Any]
 # Curvature of the intercept that is always assumed, as a share of the rows' total weight.
 INTERCEPT_FLOOR = 1e-4
+# Rows that the Hessian is computed from: at least so many, and so many for each class.
 SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 20
 # Coordinates that are taken together, counted over all free class directions; more where classes
 # are many. Without any, a bank of ten classes takes 1.24 (5,000 x 512) to 1.33 (10,000 x 1,280) of
