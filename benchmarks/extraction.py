@@ -22,7 +22,8 @@ Run: python benchmarks/extraction.py [--case NAME] [--quick]
 Runtimes, images per CPU second of one such thread, onnxruntime 1.32 and OpenVINO 2026.4 fed the same
 pixels: ResNet-50 12.3, 13.0, 13.0; ViT-S/14 at 224 px 7.6, 7.0, 7.9; EfficientNet-Lite0 at 300 px
 43.1, 52.3, 47.5, whose depthwise convolutions these two do on blocks of channels. Before linear
-layers went to oneDNN and weights were laid out once: ResNet-50 10.7, ViT-S/14 7.0.
+layers went to oneDNN and weights were laid out once: ResNet-50 10.7, ViT-S/14 7.0. On Zen 5, each
+at its best batch of 1 to 16: docs/decisions/020-forward-pass-by-onednn.md.
 
 Decoders, a photograph of 500 x 375 pixels, both cores shared by other programs: one thread 131/s,
 two 193/s; one process 131/s, two 217/s; 2.85 ms of CPU an image by threads, 2.75 by processes.

@@ -62,12 +62,7 @@ def fuse_layers(module: nn.Module, tapped: Collection[str], image: Tensor) -> nn
         else:
             epilogue, activation = _NO_EPILOGUE, None
         assert epilogue is not None  # `_find_chains` returns only activations that have one
-        fused = (
-            _FusedLinear(conv, epilogue, activation)
-            if isinstance(conv, nn.Linear)
-            else _FusedConv(conv, norm, epilogue, activation)
-        )
-        _replace(module, names[conv], fused)
+        _replace(module, names[conv], _fused(conv, norm, epilogue, activation))
         if norm is not None:
             _replace(module, names[norm], nn.Identity())
     return _skip_applied_activations(module)
@@ -88,17 +83,7 @@ def fold_batch_norms(module: nn.Module, tapped: Collection[str], image: Tensor) 
         if norm is not None and isinstance(conv, nn.Conv2d) and names[conv] not in tapped
     ]
     for conv, norm in norms:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight,
-            conv.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
+        conv.weight, conv.bias = _fold(conv, norm)
         # timm's normalization layers contain their activation, which stays.
         _replace(folded, names[norm], getattr(norm, "act", nn.Identity()))
     return folded.requires_grad_(False) if norms else module
@@ -198,30 +183,72 @@ def _epilogue(activation: nn.Module | None) -> _Epilogue | None:
     return None
 
 
+def _fused(
+    layer: nn.Conv2d | nn.Linear,
+    norm: nn.BatchNorm2d | None,
+    epilogue: _Epilogue,
+    activation: nn.Module | None,
+) -> nn.Module:
+    """Return the layer with its normalization folded in and its activation in the same kernel."""
+    parameters = (
+        (layer.weight, layer.bias)
+        if norm is None or isinstance(layer, nn.Linear)
+        else _fold(layer, norm)
+    )
+    weight, bias = (None if each is None else each.detach() for each in parameters)
+    assert weight is not None
+    if isinstance(layer, nn.Linear):
+        return _FusedLinear(weight, bias, epilogue, activation)
+    if _is_of_pixels(layer):
+        return _FusedPixels(weight.flatten(1), bias, epilogue, activation)
+    if bias is None:
+        bias = torch.zeros(len(weight))
+    return _FusedConv(layer, weight, bias, epilogue, activation)
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the weight and bias of a convolution with its normalization folded in."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return fuse_conv_bn_weights(
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+
+
+def _is_of_pixels(conv: nn.Conv2d) -> bool:
+    """Return whether each output pixel is made of the one input pixel at its place."""
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.groups == 1
+        and conv.padding in ((0, 0), "same", "valid")
+    )
+
+
 class _FusedConv(nn.Module):
-    """A convolution with its normalization folded in and its activation in the same kernel."""
+    """A convolution with its activation in the same kernel.
+
+    weight, bias: with its normalization folded in.
+    """
 
     def __init__(
         self,
         conv: nn.Conv2d,
-        norm: nn.BatchNorm2d | None,
+        weight: Tensor,
+        bias: Tensor,
         epilogue: _Epilogue,
         activation: nn.Module | None,
     ) -> None:
         super().__init__()
-        weight, bias = conv.weight, conv.bias
-        if norm is not None:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            weight, bias = fuse_conv_bn_weights(
-                weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-        if bias is None:
-            bias = torch.zeros(weight.shape[0])
         # Tensors, not parameters: once packed, their layout means nothing to other code.
-        self.weight = weight.detach().contiguous(memory_format=torch.channels_last)
-        self.is_packed = False
-        self.bias = bias.detach().contiguous()
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = bias.contiguous()
         self.kernel, self.stride, self.dilation = (
             conv.kernel_size,
             list(conv.stride),
@@ -234,33 +261,38 @@ class _FusedConv(nn.Module):
         # padding is the same on both sides, and the image is not copied into a padded one. The sums
         # are the same, 1.6 times as fast.
         self.wider = None
-        if self.same and self.groups > 1 and list(conv.dilation) == [1, 1]:
+        if self.same and self.groups > 1 and self.dilation == [1, 1]:
             self.wider = nn.functional.pad(self.weight, (1, 0, 1, 0)).contiguous(
                 memory_format=torch.channels_last
             )
+        self.packed: dict[bool, Tensor] = {}  # whether it is the wider kernel -> its weights
         self.epilogue = epilogue
         self.applied = type(activation) if activation is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        padding = self.padding
+        padding, weight = self.padding, self.weight
         if self.same:
             total = _same_padding(x, self.kernel, self.stride, self.dilation)
             if self.wider is not None and total[0] % 2 == 1 and total[1] % 2 == 1:
-                padding = [(length + 1) // 2 for length in total]
-                return self._convolve(x, self.wider, padding)
-            x, padding = _pad_same(x, total)
-        if not self.is_packed and len(x) > 1:
+                padding, weight = [(length + 1) // 2 for length in total], self.wider
+            else:
+                x, padding = _pad_same(x, total)
+        is_wider = weight is self.wider
+        if is_wider not in self.packed and len(x) > 1:
             # Once, at the first batch, for whose shape the layout is chosen; unpacked weights would
             # be reordered in every call.
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, padding, self.stride, self.dilation, self.groups, list(x.shape)
+            self.packed[is_wider] = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, padding, self.stride, self.dilation, self.groups, list(x.shape)
             )
-            self.is_packed = True
-        return self._convolve(x, self.weight, padding)
-
-    def _convolve(self, x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, self.bias, padding, self.stride, self.dilation, self.groups, *self.epilogue
+            x,
+            self.packed.get(is_wider, weight),
+            self.bias,
+            padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            *self.epilogue,
         )
         if self.applied is not None:
             y.headrace_applied = self.applied  # type: ignore[attr-defined]
@@ -270,16 +302,19 @@ class _FusedConv(nn.Module):
 class _FusedLinear(nn.Module):
     """A linear layer of oneDNN with its activation in the same kernel.
 
-    On a Zen 4 core 1.13 to 1.2 times as fast as PyTorch's own (MKL).
+    On a Zen 4 core 1.13 to 1.2 times as fast as PyTorch's own (MKL), on Zen 5 twice as fast.
     """
 
     def __init__(
-        self, linear: nn.Linear, epilogue: _Epilogue, activation: nn.Module | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        epilogue: _Epilogue,
+        activation: nn.Module | None,
     ) -> None:
         super().__init__()
-        self.packed, self.n_outputs = linear.weight.detach(), linear.out_features
+        self.packed, self.bias, self.n_outputs = weight, bias, len(weight)
         self.is_packed = False
-        self.added = None if linear.bias is None else linear.bias.detach()
         self.epilogue = epilogue
         self.applied = type(activation) if activation is not None else None
 
@@ -289,8 +324,22 @@ class _FusedLinear(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, len(rows))
             self.is_packed = True
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self.packed, self.added, *self.epilogue
+            rows, self.packed, self.bias, *self.epilogue
         ).reshape(*x.shape[:-1], self.n_outputs)
+        if self.applied is not None:
+            y.headrace_applied = self.applied  # type: ignore[attr-defined]
+        return y
+
+
+class _FusedPixels(_FusedLinear):
+    """A convolution of single pixels, computed as the linear layer that it is.
+
+    Up to a tenth faster than oneDNN's convolution, and its call costs 15 microseconds instead of
+    24.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.applied is not None:
             y.headrace_applied = self.applied  # type: ignore[attr-defined]
         return y

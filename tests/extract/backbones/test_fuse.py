@@ -10,6 +10,7 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.backbones.fused import (
     _FusedConv,
     _FusedLinear,
+    _FusedPixels,
     can_fuse,
     fuse_layers,
     outputs_agree,
@@ -132,7 +133,7 @@ def test_ordinary_networks_are_fused(name: str) -> None:
     module = fuse_layers(backbone.module, set(), torch.zeros(1, 3, 64, 64))
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
     assert norms == []
-    assert sum(isinstance(child, _FusedConv) for child in module.modules()) >= 20
+    assert sum(isinstance(child, _FusedConv | _FusedPixels) for child in module.modules()) >= 20
     assert any(isinstance(child, nn.BatchNorm2d) for child in backbone.module.modules()), (
         "the original is untouched"
     )
