@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headrace.extract.errors import BackboneError
+from headrace.extract.run.cuda_graph import GraphedForward
 from headrace.extract.taps.forward import Forward
 
 # Images/s of EfficientNet-Lite0 at 300 px on one core: 36 in batches of 1, 40 of 4, 41 of 8, 42 of
@@ -39,6 +40,11 @@ class BatchLimit:
 def is_cpu(device: str) -> bool:
     """Return whether the device is the CPU."""
     return torch.device(device).type == "cpu"
+
+
+def is_cuda(device: str) -> bool:
+    """Return whether the device is one of CUDA or ROCm."""
+    return torch.device(device).type == "cuda"
 
 
 def check_device(device: str) -> None:
@@ -83,18 +89,25 @@ def launch_forward(
 
     On an accelerator this returns while the device works, and the outputs come back through pinned
     memory. A part that runs out of memory is halved and tried again, and `batch_limit` is lowered
-    for later batches.
+    for later batches. A pass that has a CUDA graph is given full batches only, the last one filled
+    up.
 
     Raises the device's RuntimeError if a single image does not fit.
     """
+    graphed = forward if isinstance(forward, GraphedForward) else None
+    run = forward if graphed is None else graphed.replay
     output_parts: list[list[Tensor]] = []
     part_start = 0
     with current_device(device):
         while part_start < len(pixels):
             pixel_part = pixels[part_start : part_start + batch_limit.images]
-            n_images = _batch_shape(len(pixel_part), batch_limit, device)
+            n_images = (
+                batch_limit.images
+                if graphed is not None
+                else _batch_shape(len(pixel_part), batch_limit, device)
+            )
             try:
-                outputs = forward(_to_device(pixel_part, n_images, device))
+                outputs = run(_to_device(pixel_part, n_images, device))
                 output_parts.append(
                     [_to_host(output[: len(pixel_part)], device) for output in outputs]
                 )
@@ -106,6 +119,8 @@ def launch_forward(
                     raise
             # Outside of `except`, where the exception's frames keep tensors of the pass alive.
             outputs = []
+            if graphed is not None:
+                graphed.release()
             batch_limit.images = n_images // 2
             _free_cached_memory(device)
         done_event = None if is_cpu(device) else _event(device)

@@ -44,6 +44,7 @@ class ExtractJob:
     batch_size: int | None = None  # None: see `find_batch_size`
     # Use PyTorch's compiler, on CUDA: it takes minutes per network and process, so for long runs.
     compile: bool = False
+    cuda_graphs: bool = False  # on CUDA; not yet tried on a GPU
     compression: str | None = None  # of the shards: None or "bitshuffle-lz4"
     strict: bool = False  # stop at the first image that cannot be decoded
 
@@ -59,6 +60,7 @@ class JobOptions(TypedDict, total=False):
     device: str
     batch_size: int | None
     compile: bool
+    cuda_graphs: bool
     compression: str | None
     strict: bool
 

@@ -26,6 +26,7 @@ from headrace.extract.backbones.fused import keep_freed_memory
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import EMPTY_TILE
 from headrace.extract.images.views import parse_view
+from headrace.extract.run.cuda_graph import GraphedForward
 from headrace.extract.run.decode_ahead import PixelBatch, decoded_batches
 from headrace.extract.run.decode_processes import DecodeProcesses
 from headrace.extract.run.device import (
@@ -35,6 +36,7 @@ from headrace.extract.run.device import (
     current_device,
     find_batch_size,
     is_cpu,
+    is_cuda,
     launch_forward,
 )
 from headrace.extract.run.plan import ExtractJob
@@ -156,7 +158,7 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
             feature_pass
             for backbone, specs in job.networks
             for feature_pass in make_forward_passes(
-                backbone, specs, job.device, compiled=job.compile
+                backbone, specs, job.device, compiled=job.compile, graphed=job.cuda_graphs
             )
         ]
         batch_limits = [
@@ -339,7 +341,12 @@ def find_unstorable_rows(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[
 
 
 def make_forward_passes(
-    spec: BackboneSpec, features: Sequence[FeatureSpec], device: str, *, compiled: bool = False
+    spec: BackboneSpec,
+    features: Sequence[FeatureSpec],
+    device: str,
+    *,
+    compiled: bool = False,
+    graphed: bool = False,
 ) -> list[ForwardPass]:
     """Return a pass for each pair of view and compute dtype among one backbone's feature sets.
 
@@ -361,7 +368,7 @@ def make_forward_passes(
         view_passes.append(
             ForwardPass(
                 rendering,
-                _forward(backbone, taps, device, compute_dtype, compiled),
+                _forward(backbone, taps, device, compute_dtype, compiled, graphed),
                 tuple(view_features),
             )
         )
@@ -404,15 +411,22 @@ def _make_room(job: ExtractJob) -> None:
 
 
 def _forward(
-    backbone: Backbone, taps: tuple[Tap, ...], device: str, compute_dtype: str, compiled: bool
+    backbone: Backbone,
+    taps: tuple[Tap, ...],
+    device: str,
+    compute_dtype: str,
+    compiled: bool,
+    graphed: bool,
 ) -> Forward:
     """Return a pass, kept between units: copying a network costs as much as dozens of images."""
-    return _forwards.get(
-        (backbone, taps, device, compute_dtype, compiled),
-        lambda: make_forward(
+
+    def make() -> Forward:
+        forward = make_forward(
             backbone, taps, device=device, compute_dtype=compute_dtype, compiled=compiled
-        ),
-    )
+        )
+        return GraphedForward(forward) if graphed and is_cuda(device) else forward
+
+    return _forwards.get((backbone, taps, device, compute_dtype, compiled, graphed), make)
 
 
 def batch_limit_of(

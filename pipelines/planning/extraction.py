@@ -143,6 +143,7 @@ def missing_units(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
         device=find_device(recipe.compute.device),
         batch_size=recipe.compute.batch_size,
         compile=recipe.compute.compile,
+        cuda_graphs=recipe.compute.cuda_graphs,
         compression=None if recipe.storage.compression == "none" else recipe.storage.compression,
         strict=recipe.compute.strict,
     )

@@ -441,6 +441,9 @@ class Compute(Section):
     # images per forward pass; default: found by trying
     batch_size: pydantic.PositiveInt | None = None
     compile: bool = False  # PyTorch's compiler, on a GPU: minutes once per network, for long runs
+    # kernels of a pass launched as one CUDA graph, every batch filled up to the same size; not yet
+    # tried on a GPU
+    cuda_graphs: bool = False
     # stop at an image that cannot be decoded, instead of listing it and going on
     strict: bool = False
 

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass
@@ -65,6 +66,71 @@ def simulate(module: torch.nn.Module, device: str) -> None:
             for name, value in tensors.items():
                 if value is not None:
                     tensors[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
+
+
+@contextlib.contextmanager
+def cuda_graphs(noted: Noted, refusal: str | None = None) -> Iterator[None]:
+    """Have `torch.cuda.graph` record operators on the CPU, and a replay run them again on the very
+    tensors; streams are names.
+
+    refusal: what recording raises in the middle of the pass.
+    """
+
+    @contextlib.contextmanager
+    def record(graph: Any, *, stream: object, capture_error_mode: str) -> Iterator[None]:
+        noted.events.append(f"recording on {stream}, {capture_error_mode}")
+        with stream_of(stream), graph:
+            yield
+            if refusal is not None:
+                raise RuntimeError(refusal)
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            noted.events.append(f"{self} waits for {other}")
+
+        def __str__(self) -> str:
+            return "the default stream" if self is default else "the side stream"
+
+    @contextlib.contextmanager
+    def stream_of(stream: object) -> Iterator[None]:
+        streams.append(stream)
+        try:
+            yield
+        finally:
+            streams.pop()
+
+    class Recording(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.calls.append((func, args, kwargs or {}, result))
+            return result
+
+        def replay(self) -> None:
+            noted.events.append(f"replayed on {streams[-1]}")
+            with torch.inference_mode():
+                for func, args, kwargs, result in self.calls:
+                    again = func(*args, **kwargs)
+                    if isinstance(result, torch.Tensor) and again is not result:
+                        result.copy_(again)
+
+    default = Stream()
+    streams: list[object] = [default]
+    with contextlib.ExitStack() as stack:
+        for name, value in (
+            ("CUDAGraph", Recording),
+            ("graph", record),
+            ("Stream", Stream),
+            ("stream", stream_of),
+            ("current_stream", lambda: streams[-1]),
+        ):
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        yield
 
 
 class _SentToCpu(TorchFunctionMode):

@@ -1,6 +1,7 @@
 """Extraction on accelerators, tried without one: see `support.accelerators`."""
 
 import copy
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.accelerators import cuda_on_cpu, fake_cuda, simulate
+from support.accelerators import Noted, cuda_graphs, cuda_on_cpu, fake_cuda, simulate
 
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.publish import feature_set_path
@@ -21,6 +22,7 @@ from headrace.extract.backbones.fused import cast_weights, fold_batch_norms
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.run import device as device_module, work_unit as unit_module
+from headrace.extract.run.cuda_graph import GraphedForward
 from headrace.extract.run.device import BatchLimit, check_device, find_batch_size, launch_forward
 from headrace.extract.run.plan import ExtractJob
 from headrace.extract.run.work_unit import run_work_unit
@@ -142,6 +144,90 @@ def test_batches_have_few_shapes(count: int, limit: int, shapes: set[int]) -> No
         (output,) = launch_forward(forward, pixels, "cuda", BatchLimit(limit))()
     assert seen == shapes
     np.testing.assert_array_equal(output, pixels.float().mean((1, 2)))
+
+
+def graphed_resnet() -> GraphedForward:
+    backbone = load_backbone(RESNET)
+    return GraphedForward(make_forward(backbone, resolve_taps(backbone, TAPS[RESNET.name])))
+
+
+def pixels_of(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+def test_one_graph_serves_every_batch_of_a_unit(tmp_path: Path) -> None:
+    """The ragged one at the end too, filled up to the same size; features are those of the CPU."""
+    samples = images(tmp_path, 23)
+    on_cpu = job_on("cpu", tmp_path, samples)
+    on_device = job_on("cuda:1", tmp_path, samples, batch_size=8, cuda_graphs=True)
+    run_work_unit(on_cpu)
+    with cuda_on_cpu() as noted, cuda_graphs(noted):
+        run_work_unit(on_device)
+    for ours, theirs in zip(features(on_device), features(on_cpu), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
+    assert noted.batches == {1, 8}  # one image compares the folded network on the CPU
+    assert [event for event in noted.events if "of cuda:1" not in event and event != "waited"] == [
+        "the side stream waits for the default stream",
+        "the default stream waits for the side stream",
+        "recording on the side stream, thread_local",
+        *["replayed on the default stream"] * 3,  # the first is compared with the pass
+    ]
+
+
+def test_a_graph_reads_each_batch_anew() -> None:
+    forward, noted = graphed_resnet(), Noted()
+    with cuda_graphs(noted):
+        for pixels in (pixels_of(4), pixels_of(4).flip(0), pixels_of(4)):
+            found = [output.clone() for output in forward.replay(pixels)]
+            for ours, theirs in zip(found, forward(pixels), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert noted.events.count("recording on the side stream, thread_local") == 1
+
+
+def test_after_a_lack_of_memory_a_smaller_batch_is_recorded_anew() -> None:
+    """And nothing holds the graph of the larger one."""
+    backbone = load_backbone(RESNET)
+    taps = resolve_taps(backbone, TAPS[RESNET.name])
+    pixels, limit = pixels_of(23), BatchLimit(16)
+    expected = make_forward(backbone, taps)(pixels)
+    with cuda_on_cpu(room=5) as noted, cuda_graphs(noted):
+        forward = GraphedForward(make_forward(backbone, taps, device="cuda"))
+        found = launch_forward(forward, pixels, "cuda", limit)()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert limit.images == 4
+    assert set(noted.alive_when_emptied) == {0}
+    assert noted.events.count("recording on the side stream, thread_local") == 1
+
+
+def test_a_pass_that_cannot_be_recorded_runs_without_a_graph() -> None:
+    """One warning, and one attempt."""
+    forward, noted = graphed_resnet(), Noted()
+    refusal = "operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA"
+    with cuda_graphs(noted, refusal), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for pixels in (pixels_of(4), pixels_of(2)):
+            for ours, theirs in zip(forward.replay(pixels), forward(pixels), strict=True):
+                assert torch.equal(ours, theirs)
+    assert [str(warning.message) for warning in warned] == [
+        "the pass runs without a CUDA graph: operation not permitted when stream is capturing"
+    ]
+    assert noted.events.count("recording on the side stream, thread_local") == 1
+
+
+def test_a_graph_with_other_outputs_than_the_pass_is_done_without() -> None:
+    """Here the pass takes a value of its first batch for a constant, as `item` would."""
+
+    def brightness(pixels: torch.Tensor) -> list[torch.Tensor]:
+        return [pixels.float().mean((1, 2)) * float(np.asarray(pixels).max())]
+
+    forward, noted, pixels = GraphedForward(brightness), Noted(), pixels_of(4)
+    with (
+        cuda_graphs(noted),
+        pytest.warns(RuntimeWarning, match="without a CUDA graph: its outputs are others"),
+    ):
+        assert torch.equal(forward.replay(pixels)[0], brightness(pixels)[0])
 
 
 @pytest.mark.parametrize(
