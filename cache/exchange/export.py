@@ -149,6 +149,7 @@ def export_parquet(
                     ],
                     schema=schema,
                 )
+                # Not in groups of a million rows, pyarrow's own size: a group is a shard's rows.
                 writer.write_table(row_group, row_group_size=max(1, stop_row - start_row))
 
     _write_then_rename(target_path, write)

@@ -93,6 +93,7 @@ def import_features(
         )
     if target_table is not None:
         _refuse_target_columns(external, row_hashes, target_table)
+    # The spec has a digest of the rows: the same import again has the same spec, any other one not.
     spec = _external_spec(set_name, external, row_hashes, kept_rows, dtype)
     for existing_set in external_feature_sets(cache_root, set_name):
         if existing_set.spec != spec:
@@ -107,6 +108,7 @@ def import_features(
         shard_hashes = [str(row_hashes[row]) for row in shard_rows]
         publish_shard(
             directory,
+            # Named by its rows: a second call finds the shards that a killed one has published.
             hashlib.sha256("\n".join(shard_hashes).encode()).hexdigest()[:16],
             features=np.asarray(features[shard_rows], np.float32),
             ids=[external.sample_ids[row] for row in shard_rows],
@@ -191,6 +193,7 @@ def _hashes_of_rows(
             "of the recipe, whose names differ in blanks or in the form of their accents alone. "
             "Rename one of them"
         )
+    # Ids that are ambiguous, but not in the file, may have any of their hashes here.
     hash_of_id = dict(zip(image_table["id"], image_table["content"], strict=True))
     return [hash_of_id.get(sample_id) for sample_id in external.sample_ids]
 

@@ -251,21 +251,20 @@ def _read_table(
 ) -> ExternalFeatures:
     id_name = id_key or "id"
     column_names, list_columns, numeric_columns = classify_columns(source_path, id_name)
-    if ids_path is None and id_name not in column_names:
-        raise ExternalFeaturesInvalid(
-            f"{source_path} has no column {id_name!r} of ids (--id-key); it has "
-            f"{abbreviate_columns(column_names)}"
-        )
     if feature_key is not None and column_options:
         raise ExternalFeaturesInvalid(
             f"{source_path}: --key names a column of lists, --columns numeric columns: give one of "
             "them"
         )
-    if feature_key is not None and feature_key not in column_names:
-        raise ExternalFeaturesInvalid(
-            f"{source_path} has no column {feature_key!r} (--key); it has "
-            f"{abbreviate_columns(column_names)}"
-        )
+    for column_name, description in (
+        (id_name if ids_path is None else None, "of ids (--id-key)"),
+        (feature_key, "(--key)"),
+    ):
+        if column_name is not None and column_name not in column_names:
+            raise ExternalFeaturesInvalid(
+                f"{source_path} has no column {column_name!r} {description}; it has "
+                f"{abbreviate_columns(column_names)}"
+            )
     id_columns = {
         "content": "the column of content hashes",
         "id": "the column of ids",
@@ -301,13 +300,8 @@ def _read_table(
         features = read_numeric_columns(data_frame, chosen_columns, source_path)
         feature_columns = FeatureColumns(tuple(chosen_columns), tuple(column_names))
     if ids_path is not None:
-        return _join_id_table(
-            features,
-            _read_id_table(source_path, ids_path, id_key),
-            source_path,
-            id_key,
-            feature_columns,
-        )
+        id_table = _read_id_table(source_path, ids_path, id_key)
+        return _join_id_table(features, id_table, source_path, id_key, feature_columns)
     return _validate_features(
         source_path, data_frame[id_name], features, data_frame.get("content"), feature_columns
     )

@@ -76,9 +76,8 @@ def validate_shard(
             ) from error
 
 
-def _validate_objects(
-    hdf5_file: h5py.File, file_bytes: int, spec: FeatureSpec, unit_name: str
-) -> tuple[ShardLayout, QuantizationError]:
+def _open_data_sets(hdf5_file: h5py.File, spec: FeatureSpec, unit_name: str) -> dict[str, Any]:
+    """Return the data sets by name, after checking the root's attributes and list of objects."""
     if hdf5_file.userblock_size != USER_BLOCK_BYTES:
         raise ShardCorrupt(
             f"its user block has {hdf5_file.userblock_size} bytes, expected {USER_BLOCK_BYTES}"
@@ -100,8 +99,13 @@ def _validate_objects(
             f"it holds {n_objects} objects, {sorted(object_names)}; expected exactly "
             f"{sorted(expected_names)}"
         )
-    data_sets = {name: _open_data_set(hdf5_file, name) for name in expected_names}
+    return {name: _open_data_set(hdf5_file, name) for name in expected_names}
 
+
+def _validate_objects(
+    hdf5_file: h5py.File, file_bytes: int, spec: FeatureSpec, unit_name: str
+) -> tuple[ShardLayout, QuantizationError]:
+    data_sets = _open_data_sets(hdf5_file, spec, unit_name)
     features = data_sets["features"]
     n_rows, n_failed = _count_rows(data_sets["content"]), _count_rows(data_sets["failed_content"])
     is_contiguous = features.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS

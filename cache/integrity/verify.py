@@ -127,6 +127,7 @@ def verify_sources(
         stored_hashes.setdefault(failure.id, set()).add(failure.content_hash)
     problems = []
     for sample_id, known_hashes in stored_hashes.items():
+        # "": no image has the id; None: it has an image, which cannot be read.
         current_hash = current_hashes.get(sample_id, "")
         stored_text = ", ".join(sorted(known_hashes))
         if current_hash in known_hashes:

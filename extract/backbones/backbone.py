@@ -46,7 +46,7 @@ class Backbone:
     module: nn.Module
     preprocessing: Preprocessing
     weights: str  # digest, as in FeatureSpec.weights
-    left_out: LeftOut = NOTHING_LEFT_OUT  # tensors of the weights file and the network
+    left_out: LeftOut = NOTHING_LEFT_OUT  # tensors that only the weights file or the network has
 
 
 def load_backbone(spec: BackboneSpec) -> Backbone:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,6 +111,7 @@ def limit_parameters(parameters: int, name: str, why: str) -> Iterator[None]:
 
     def count(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
         nonlocal total
+        # The hook is the whole process's: other threads may build networks of their own.
         if (
             parameter is None
             or threading.get_ident() != thread
@@ -341,9 +343,8 @@ def _timm_pretrained(
     if hub:
         files = ("model.safetensors", "pytorch_model.bin")
         cached = any(isinstance(try_to_load_from_cache(hub, file), str) for file in files)
-        url, where = f"{constants.ENDPOINT}/{hub}", "" if cached else None
-        if where is None:
-            _require_network(f"timm:{full}", full, url, "")
+        if not cached:
+            _require_network(f"timm:{full}", full, f"{constants.ENDPOINT}/{hub}", "")
     try:
         return _create_timm(full, name, arguments, pretrained=True)
     except (OSError, RuntimeError, ValueError, errors.HfHubHTTPError) as error:
@@ -490,8 +491,6 @@ def _require_hub(name: str, model_id: str) -> None:
 
 def _require_network(name: str, tag: str, url: str, target: str) -> None:
     """Raise BackboneError if `target`, the downloaded file, is absent and `url` is out of reach."""
-    from pathlib import Path
-
     if target and Path(target).is_file():
         return
     try:
@@ -509,8 +508,7 @@ def _offline_message(name: str, tag: str, url: str, target: str, error: str) -> 
     keep = f" and save it as {target}" if target else ""
     return (
         f"{name}: the pretrained weights {tag} are not on this machine and cannot be downloaded "
-        f"({error[:200]}).\n"
-        f"Either fetch {url} where there is a network{keep},\n"
+        f"({error[:200]}).\nEither fetch {url} where there is a network{keep},\n"
         "or name a local file: weights: PATH.pth or PATH.safetensors (a state dict of this "
         "network; weights_match: order if a PATH.pth has other names),\nor try without: weights: "
         "random:0."

@@ -95,6 +95,7 @@ class Preprocessing:
                     "expected one for each band"
                 )
             object.__setattr__(self, "bands", tuple(self.bands))
+            # Chosen bands are read by `decode_deep` only, whatever their depth.
             object.__setattr__(self, "pixel_dtype", "float32")
         elif len(self.mean) != 3:
             raise ValueError(

@@ -74,7 +74,7 @@ def decoded_batches(
     def batches() -> Iterator[PixelBatch]:
         while pending_batches:
             batch = _finish(pending_batches.popleft())
-            submit()
+            submit()  # before the yield: the pool decodes while the caller works on this batch
             yield batch
 
     submit()

@@ -183,6 +183,7 @@ def _to_host(output: Tensor, device: str) -> Tensor:
         output = output.float()  # NumPy has no bfloat16
     if is_cpu(device):
         return output
+    # Into pinned memory: a copy into other memory waits for the device.
     host_tensor = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
     return host_tensor.copy_(output, non_blocking=True)
 

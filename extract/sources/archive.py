@@ -251,17 +251,17 @@ def _read_archive(
         archive_images.append(_Image(archive_name, member, columns))
     tally.annotations += len(used_side_files)
     for member in members.values():
-        if member.name not in used_side_files and (
-            member.side_file is not None or not _is_image(member)
-        ):
-            if member.name in damaged_side_files:
-                left_out_reason = "side files that are no JSON object"
-            elif member.side_file is not None:
-                left_out_reason = "side files of no image"
-            else:
-                left_out_reason = describe_suffix(member.name)
-            tally.leave_out(left_out_reason, printable_name(f"{archive_name}/{member.name}"))
-            folders_of_others.add(_folders(member.name))
+        is_image = member.side_file is None and _is_image(member)
+        if is_image or member.name in used_side_files:
+            continue
+        if member.name in damaged_side_files:
+            left_out_reason = "side files that are no JSON object"
+        elif member.side_file is not None:
+            left_out_reason = "side files of no image"
+        else:
+            left_out_reason = describe_suffix(member.name)
+        tally.leave_out(left_out_reason, printable_name(f"{archive_name}/{member.name}"))
+        folders_of_others.add(_folders(member.name))
     return archive_images
 
 

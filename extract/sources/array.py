@@ -100,8 +100,7 @@ def _read_one(
     if not _is_images(shape := _shape(array)):
         raise SourceError(
             f"{array_path}: the array has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, "
-            "C, H, W). One image in a file of its own is named by a table "
-            "with a column path"
+            "C, H, W). One image in a file of its own is named by a table with a column path"
         )
     # Arrays of other numbers of channels are bands, whose ranges the backbone's `bands` say.
     if not (options.ranged or has_pixel_range(array.dtype)) and _has_usual_channels(shape):

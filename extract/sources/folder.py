@@ -104,12 +104,7 @@ def read_folder(
     if len({image_id for image_id, _, _ in image_rows}) < len(image_rows):
         image_rows = _tell_apart(image_rows, image_root.absolute())
         check_unique_ids((image_id for image_id, _, _ in image_rows), str(image_root))
-    usual_endings = {suffix[1:] for suffix in IMAGE_SUFFIXES} | {"npy"}
-    unusual_names = [
-        image_id
-        for image_id, _, _ in image_rows
-        if image_id.rpartition(".")[2].lower() not in usual_endings
-    ]
+    image_ids = [image_id for image_id, _, _ in image_rows]
     read_labels = read_layout(
         [parent_folders for _, _, parent_folders in image_rows],
         folders_of_others,
@@ -118,22 +113,33 @@ def read_folder(
         labelled=labelled and "(?P<label>" not in (name_pattern or ""),
     )
     columns: dict[str, Sequence[str | None]] = {
-        "id": [image_id for image_id, _, _ in image_rows],
+        "id": image_ids,
         "path": [image_path for _, image_path, _ in image_rows],
         "label": read_labels.labels,
     }
     if read_labels.splits is not None:
         columns["split"] = read_labels.splits
     if pattern is not None:
-        groups = [groups_of_id[normalize_text(image_id)] for image_id, _, _ in image_rows]
+        groups = [groups_of_id[normalize_text(image_id)] for image_id in image_ids]
         columns |= {name: [group[name] for group in groups] for name in pattern.groupindex}
-    notes = list(read_labels.notes)
-    if unusual_names:
-        notes.append(
-            f"{len(unusual_names):,} files are images by their content and not by their names, "
-            f"such as {unusual_names[0]}"
-        )
+    notes = [*read_labels.notes, *_notes_on_names(image_ids)]
     return tally.listing(pd.DataFrame(columns), notes)
+
+
+def _notes_on_names(image_ids: Sequence[str]) -> list[str]:
+    """Return a note on images whose names do not end as those of images; [] if all do."""
+    usual_endings = {suffix[1:] for suffix in IMAGE_SUFFIXES} | {"npy"}
+    unusual_names = [
+        image_id
+        for image_id in image_ids
+        if image_id.rpartition(".")[2].lower() not in usual_endings
+    ]
+    if not unusual_names:
+        return []
+    return [
+        f"{len(unusual_names):,} files are images by their content and not by their names, such as "
+        f"{unusual_names[0]}"
+    ]
 
 
 def _no_images_message(image_root: Path, tally: Tally, first_other: str | None) -> str:

@@ -40,6 +40,7 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
         for column_name in (*frame.columns, *image_columns)
         if str(column_name).lower() == path_name
     ]
+    # A usual name needs one path among its values; other columns must hold nothing but paths.
     for column_name in named_columns:
         if column_name in image_columns or _names_images(frame[column_name], any):
             return column_name, False

@@ -108,8 +108,7 @@ def find_boxes(
         raise SourceError(
             f"{table_path}: no column {', '.join(map(repr, absent))} for the boxes. Name them: "
             "images.boxes: {columns: [x, y, width, height]} (headrace predict: --box-columns "
-            "x,y,width,height). The columns are: "
-            f"{', '.join(map(str, frame.columns))}."
+            f"x,y,width,height). The columns are: {', '.join(map(str, frame.columns))}."
         )
     text = frame[list(columns)]
     numbers = text.apply(pd.to_numeric, errors="coerce")
@@ -143,11 +142,10 @@ def find_boxes(
             "Say whether they are shares of the image: images.boxes: {unit: fraction}, or pixels: "
             "images.boxes: {unit: pixels}"
         )
+    edges = np.stack([left, top, width, height], axis=1).tolist()
     crops = [
         Crop(box[0], box[1], box[2], box[3], unit) if is_present else None
-        for box, is_present in zip(
-            np.stack([left, top, width, height], axis=1).tolist(), has_box, strict=True
-        )
+        for box, is_present in zip(edges, has_box, strict=True)
     ]
     note = (
         f"{table_path.name}: each row is the box {', '.join(columns)} of an image ({box_format}, "

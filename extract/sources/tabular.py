@@ -276,13 +276,6 @@ def _samples(
             )
     _refuse_reserved(frame, table_path, image_column, id_column)
     sample_ids = written_names if id_column is None else as_text(frame[id_column])
-    kept_columns = frame.drop(
-        columns=[
-            name
-            for name in frame.columns
-            if name in ("id", "path") or name == f"{image_column}.path"
-        ]
-    )
     if not labelled:
         # Rows without an image keep their place, under a path that does not exist: a failure.
         placeholders = pd.Series(
@@ -291,7 +284,9 @@ def _samples(
         sample_ids = sample_ids.fillna(written_names).fillna(placeholders)
         locators = locators.fillna(f"{image_root}/" + placeholders)
     samples = pd.DataFrame({"id": sample_ids, "path": locators}, dtype=object)
-    samples[list(kept_columns.columns)] = kept_columns
+    replaced_columns = ("id", "path", f"{image_column}.path")
+    kept_columns = [name for name in frame.columns if name not in replaced_columns]
+    samples[kept_columns] = frame[kept_columns]
     has_metadata_split = table_path.name in HUGGING_FACE_METADATA and "split" not in samples
     if has_metadata_split and (split_sides := _sides_of_paths(written_names)):
         samples["split"] = split_sides
@@ -539,14 +534,15 @@ def metadata_table(folder: Path) -> Path | None:
             and (Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir())
         )
     for name in (*HUGGING_FACE_METADATA, *_ROBOFLOW_TABLES):
-        if _speaks_for_folder(folder / name):
+        if _lists_its_folder(folder / name):
             return folder / name
-        if sub_folders and all(_speaks_for_folder(entry / name) for entry in sub_folders):
+        if sub_folders and all(_lists_its_folder(entry / name) for entry in sub_folders):
             return folder / "*" / name
     return None
 
 
-def _speaks_for_folder(file: Path) -> bool:
+def _lists_its_folder(file: Path) -> bool:
+    """Return whether a file is a table of the images in its folder."""
     if not file.is_file() or file.name in _ROBOFLOW_TABLES:
         return file.is_file()
     try:

@@ -305,6 +305,7 @@ class BagBatch:
                     self.balanced[heads],
                 )
             losses.append(loss.sum(1))
+            # Autograd starts from the decisions: the derivative by them is known in closed form.
             gradients.append(torch.autograd.grad(decision, leaves, slope / len(units)))
         with torch.no_grad():
             self.step += 1

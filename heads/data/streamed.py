@@ -86,6 +86,7 @@ class Streamed:
             ):
                 feature, positions = column_part[view]
                 if self._is_one_block:
+                    # Into the result itself, without a copy of the part.
                     feature.read(
                         positions[local_rows],
                         np.float32,

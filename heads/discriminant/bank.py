@@ -190,7 +190,9 @@ class DiscriminantProblem:
         class_means = (one_hot.T @ Z) / counts[:, None]
         Z -= class_means[data.target[rows]]
         Z *= np.sqrt(weight / total_weight)[:, None]
+        # The scatter Z'Z (D, D) has the eigenvalues of Z Z' (n, n), and its eigenvectors are Z'v.
         values, vectors = scipy.linalg.eigh(Z @ Z.T, driver="evd", check_finite=False)
+        # Smaller eigenvalues are rounding errors of the largest.
         in_span = values > values.max(initial=0.0) * len(Z) * np.finfo(np.float64).eps
         values, vectors = values[in_span], vectors[:, in_span]
         return ClassScatter(

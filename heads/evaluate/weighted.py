@@ -104,6 +104,7 @@ def _single(
         ] / predicted.sum(2)
         return _mean(-np.log(np.clip(true_class_probability, _SMALLEST, 1)), weights)
     if metric == "auc":
+        # Of two classes both columns have the same area.
         scored_columns = [1] if n_classes == 2 else range(n_classes)
         return _mean_over(
             [_areas(true_class == c, predicted[:, :, c], weights) for c in scored_columns]

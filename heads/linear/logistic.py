@@ -240,14 +240,8 @@ def _fit_problem(
         began = time.perf_counter()
         for (path_index, l2_strength), (weight, bias, solution) in heads.items():
             path = paths[path_index]
-            part = _HeadPart(
-                weight,
-                bias,
-                solution.objective,
-                solution.gap_bound,
-                solution.n_iterations,
-                seconds,
-            )
+            objective, gap_bound = solution.objective, solution.gap_bound
+            part = _HeadPart(weight, bias, objective, gap_bound, solution.n_iterations, seconds)
             label = path.label if problem.target.ndim == 2 else 0
             for i in specs_by_strength[path_index][l2_strength]:
                 bank.parts[i, path.fold, label] = part
@@ -489,16 +483,20 @@ def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResul
                 bias = np.concatenate([part.bias for part in parts])
             else:
                 parts = [bank.parts[i, fold, 0]]
+                # Classes without training rows are not solved for: they get weights of zero and an
+                # intercept that rules them out.
                 present = present_classes[fold]
                 weight = np.zeros((n_outputs, bank.X.shape[1]))
                 bias = np.full(n_outputs, -ABSENT_CLASS_DECISION)
                 if len(present) == 2:
+                    # One sigmoid, divided evenly between the two classes as in a softmax.
                     weight[present] = np.outer([-0.5, 0.5], parts[0].weight[0])
                     bias[present] = np.array([-0.5, 0.5]) * parts[0].bias[0]
                 else:
                     weight[present], bias[present] = parts[0].weight, parts[0].bias
             objective = float(sum(part.objective for part in parts))
             gap_bound = float(sum(part.gap_bound for part in parts))
+            # Relative to a lower bound of the optimum, so that the bound stays one.
             optimum = objective - gap_bound
             gap = gap_bound / optimum if optimum > 0 else (0.0 if gap_bound == 0 else float("inf"))
             results.append(

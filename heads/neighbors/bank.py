@@ -277,6 +277,7 @@ def nearest(
     zeros has cosine 0 with everything.
     """
     if metric == "cosine":
+        # Of the rows as they are: (a + c)'(b + c) = a'b + a'c + b'c + c'c for centred a and b.
         inner_product = product + (
             queries.offset[:, None] + (references.offset + references.center @ references.center)
         )
@@ -301,6 +302,7 @@ def nearest(
         * EXACT_BELOW
     )
     close_row, close_column = np.nonzero(chosen_distance < exact_below)
+    # In parts, because equal rows can make all pairs close ones.
     for start in range(0, len(close_row), QUERY_ROWS):
         pair_rows = close_row[start : start + QUERY_ROWS]
         pair_columns = close_column[start : start + QUERY_ROWS]

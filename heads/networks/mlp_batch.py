@@ -482,11 +482,13 @@ def loss_and_slope(
         target = rows.target.index_select(0, index)
         target_index = target.view(1, 1, -1).expand(len(decision), 1, -1)
         loss = -log_p.gather(1, target_index).squeeze(1)
+        # The derivative of cross-entropy is p less the target distribution.
         slope = log_p.exp()
         if smoothing is None:
             slope.scatter_add_(1, target_index, torch.full_like(loss, -1).unsqueeze(1))
         else:
             head_smoothing = smoothing.view(-1, 1)
+            # The target distribution is 1 - smoothing at the class, and smoothing / C everywhere.
             loss = (1 - head_smoothing) * loss - head_smoothing * log_p.mean(1)
             slope.scatter_add_(
                 1, target_index, (smoothing - 1).expand(-1, 1, len(index)).contiguous()
@@ -507,6 +509,7 @@ def loss_and_slope(
             smoothed_target = (
                 target if smoothing is None else target * (1 - smoothing) + smoothing / 2
             )
+            # Cross-entropy of the decision z and the target t is softplus(z) - t z.
             loss = (
                 torch.nn.functional.softplus(decision)
                 .sub_(smoothed_target * decision)
@@ -519,4 +522,5 @@ def loss_and_slope(
             slope = decision - target
             loss = slope.square().sum(1) * (0.5 * scale)
             slope = slope * scale
+    # Losses are summed over an epoch's minibatches, which float32 would round.
     return (loss * weight).double(), slope.mul_(weight.unsqueeze(1))

@@ -6,6 +6,7 @@ coordinates (the intercept last), n rows of a block, m curvature pairs.
 """
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -400,13 +401,7 @@ class ActiveSet:
         run = problem.start_pass(
             path_index, block_weights.reshape(*u.shape[:2], -1), heads_by_folds
         )
-        for i, block in enumerate(design.row_blocks):
-            if design.streamed_rows is not None and i % PREFETCHED_BLOCKS == 0:
-                ahead = design.row_blocks[i + PREFETCHED_BLOCKS : i + 2 * PREFETCHED_BLOCKS]
-                if ahead:
-                    design.streamed_rows.prefetch(
-                        np.concatenate([later.row_index for later in ahead])
-                    )
+        for block in _prefetched_blocks(design):
             if block.folds in heads_by_folds:
                 run.add(block)
         objective += run.losses()
@@ -420,3 +415,13 @@ class ActiveSet:
                 -1, x.shape[1]
             )
         return objective, scaled_gradient
+
+
+def _prefetched_blocks(design: DesignMatrix) -> Iterator[RowBlock]:
+    """Yield the row blocks; the rows of later ones are read ahead if they are streamed."""
+    for i, block in enumerate(design.row_blocks):
+        if design.streamed_rows is not None and i % PREFETCHED_BLOCKS == 0:
+            ahead = design.row_blocks[i + PREFETCHED_BLOCKS : i + 2 * PREFETCHED_BLOCKS]
+            if ahead:
+                design.streamed_rows.prefetch(np.concatenate([later.row_index for later in ahead]))
+        yield block

@@ -160,6 +160,116 @@ def _direction_coefficients(gram: Array, gradient_products: Array, newest: int) 
     return -coefficients
 
 
+class _Slots:
+    """The problems in K slots: points, quasi-Newton steps and progress of each."""
+
+    def __init__(self, n_slots: int, n_parameters: int, n_pairs: int, dtype: Any) -> None:
+        self.dtype = dtype
+        self.point, self.gradient, self.direction = (
+            np.zeros((n_slots, n_parameters), dtype) for _ in range(3)
+        )
+        self.memory = PairMemory(
+            np.zeros((n_slots, 2 * n_pairs, n_parameters), dtype),
+            np.zeros((n_slots, 2 * n_pairs, 2 * n_pairs)),
+        )
+        self.value, self.slope, self.step_length, self.squared_gradient = (
+            np.zeros(n_slots) for _ in range(4)
+        )
+        self.gradient_products = np.zeros((n_slots, 2 * n_pairs))
+        self.decreases = np.zeros((n_slots, 4))  # of the latest accepted steps, newest first
+        # squared gradient when the problem last made progress
+        self.progress_mark = np.zeros(n_slots)
+        self.n_iterations, self.n_stalled = (np.zeros(n_slots, np.int64) for _ in range(2))
+        self.occupied, self.at_start, self.gap_reached = (np.zeros(n_slots, bool) for _ in range(3))
+
+    def load(self, k: int, start: Array, pairs: Array | None) -> None:
+        """Put a problem into a slot."""
+        self.point[k] = start
+        self.memory.load(k, pairs)
+        self.occupied[k] = self.at_start[k] = True
+        self.gap_reached[k] = False
+        self.direction[k], self.step_length[k] = 0, 0.0
+        self.n_iterations[k] = self.n_stalled[k] = 0
+        self.decreases[k] = np.nan
+
+    def unload(self, k: int, *, finished: bool) -> StoppedProblem:
+        """Return the state of a problem, and free its slot."""
+        self.occupied[k] = False
+        # Copies, because the slot's arrays are used for the next problem.
+        return StoppedProblem(
+            self.point[k].copy(),
+            float(self.value[k]),
+            self.gradient[k].copy(),
+            self.memory.unload(k),
+            int(self.n_iterations[k]),
+            bool(self.gap_reached[k]),
+            finished,
+        )
+
+    def trial_points(self, running: npt.NDArray[np.intp]) -> Array:
+        """Return the points (A, P) at the ends of the steps of some slots."""
+        trial = np.empty((len(running), self.point.shape[1]), self.dtype)
+        lengths = self.step_length[running].astype(self.dtype)
+        for row, (k, length) in enumerate(zip(running.tolist(), lengths, strict=True)):
+            np.multiply(self.direction[k], length, out=trial[row])
+            trial[row] += self.point[k]
+        return trial
+
+    def shorten(self, k: int, value: float, gradient: Array) -> None:
+        """Shorten the step of a slot, whose end has a value that is too large."""
+        self.memory.skip(k)
+        self.step_length[k] = _shorten_step(
+            self.step_length[k], self.value[k], self.slope[k], value, gradient @ self.direction[k]
+        )
+        # Shortened that far, a step shows no decrease beyond rounding errors.
+        self.n_stalled[k] += int(self.step_length[k] < 1e-10)
+
+    def move(self, k: int, point: Array, value: float, gradient: Array, rounding: float) -> None:
+        """Move a slot to the end of an accepted step, or take the values at its start."""
+        visible = True
+        if self.at_start[k]:
+            self.memory.skip(k)
+        else:
+            self.gradient_products[k] = self.memory.add(
+                k, (self.point[k], point), (self.gradient[k], gradient)
+            )
+            decrease = self.value[k] - value
+            visible = decrease > VISIBLE_DECREASE * rounding
+            if not visible:  # computed from the slopes, by the trapezoidal rule
+                slope = float(gradient @ self.direction[k])
+                decrease = -0.5 * self.step_length[k] * (self.slope[k] + slope)
+            self.decreases[k] = decrease, *self.decreases[k, :-1]
+        self.point[k], self.value[k], self.gradient[k] = point, value, gradient
+        self.squared_gradient[k] = self.gradient[k] @ self.gradient[k]
+        if self.at_start[k]:
+            self.gradient_products[k] = self.memory.pairs[k] @ self.gradient[k]
+            self.at_start[k] = False
+        if visible or self.squared_gradient[k] < 0.5 * self.progress_mark[k]:
+            self.progress_mark[k], self.n_stalled[k] = self.squared_gradient[k], 0
+        else:
+            self.n_stalled[k] += 1
+
+    def choose_directions(self, moved: npt.NDArray[np.intp]) -> Array:
+        """Choose the next steps of slots that have moved; return their estimated relative gaps."""
+        coefficients = _direction_coefficients(
+            self.memory.gram[moved], self.gradient_products[moved], self.memory.newest
+        )
+        self.slope[moved] = (
+            np.einsum("ar,ar->a", coefficients[:, :-1], self.gradient_products[moved])
+            + coefficients[:, -1] * self.squared_gradient[moved]
+        )
+        for k, combination in zip(moved.tolist(), coefficients.astype(self.dtype), strict=True):
+            np.dot(combination[:-1], self.memory.pairs[k], out=self.direction[k])
+            self.direction[k] += combination[-1] * self.gradient[k]
+        # Rounding errors of old pairs can turn a step uphill: the gradient never is.
+        uphill = moved[~(self.slope[moved] < 0)]
+        self.direction[uphill] = -self.gradient[uphill]
+        self.slope[uphill] = -self.squared_gradient[uphill]
+        self.step_length[moved] = 1.0
+        scale = np.maximum(np.abs(self.value[moved]), np.finfo(np.float64).tiny)
+        return _estimate_gap(-0.5 * self.slope[moved], self.decreases[moved]) / scale
+
+
 def minimise(
     evaluate: EvaluateProblems,
     load_problem: LoadProblem,
@@ -186,122 +296,49 @@ def minimise(
     gradients no longer shrink there is stopped, as not converged unless its gap was small enough.
     """
     eps = float(np.finfo(dtype).eps)
-    point, gradient, direction = (np.zeros((n_slots, n_parameters), dtype) for _ in range(3))
-    memory = PairMemory(
-        np.zeros((n_slots, 2 * n_pairs, n_parameters), dtype),
-        np.zeros((n_slots, 2 * n_pairs, 2 * n_pairs)),
-    )
-    value, slope, step_length, squared_gradient = (np.zeros(n_slots) for _ in range(4))
-    gradient_products = np.zeros((n_slots, 2 * n_pairs))
-    decreases = np.zeros((n_slots, 4))  # of the latest accepted steps, newest first
-    progress_mark = np.zeros(n_slots)  # squared gradient when the problem last made progress
-    n_iterations, n_stalled = np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
-    occupied, at_start, has_moved, gap_reached = (np.zeros(n_slots, bool) for _ in range(4))
-
+    slots = _Slots(n_slots, n_parameters, n_pairs, dtype)
     while True:
-        for k in np.flatnonzero(~occupied).tolist():
+        for k in np.flatnonzero(~slots.occupied).tolist():
             problem = load_problem(k)
             if problem is None:
                 break
-            point[k] = problem[0]
-            memory.load(k, problem[1])
-            occupied[k] = at_start[k] = True
-            gap_reached[k] = False
-            direction[k], step_length[k], n_iterations[k], n_stalled[k] = 0, 0.0, 0, 0
-            decreases[k] = np.nan
-        running = np.flatnonzero(occupied)
+            slots.load(k, *problem)
+        running = np.flatnonzero(slots.occupied)
         if not running.size:
             return
-        trial = np.empty((len(running), n_parameters), dtype)
-        for row, (k, length) in enumerate(
-            zip(running.tolist(), step_length[running].astype(dtype), strict=True)
-        ):
-            np.multiply(direction[k], length, out=trial[row])
-            trial[row] += point[k]
+        trial = slots.trial_points(running)
         trial_value, trial_gradient = evaluate(running, trial)
-        n_iterations[running] += 1
+        slots.n_iterations[running] += 1
         # Rounding error of a sum of N terms in `dtype`; smaller differences of values say nothing.
-        rounding = 4 * eps * np.maximum(np.abs(value[running]), np.abs(trial_value))
-        armijo_bound = value[running] + ARMIJO * step_length[running] * slope[running]
-        accepted = trial_value <= armijo_bound + rounding
-        memory.newest = (memory.newest + 1) % n_pairs
+        rounding = 4 * eps * np.maximum(np.abs(slots.value[running]), np.abs(trial_value))
+        armijo_bound = (
+            slots.value[running] + ARMIJO * slots.step_length[running] * slots.slope[running]
+        )
+        accepted = (trial_value <= armijo_bound + rounding) | slots.at_start[running]
+        slots.memory.newest = (slots.memory.newest + 1) % n_pairs
         for row, k in enumerate(running.tolist()):
-            if at_start[k]:
-                memory.skip(k)
-            elif not accepted[row]:
-                memory.skip(k)
-                step_length[k] = _shorten_step(
-                    step_length[k],
-                    value[k],
-                    slope[k],
-                    trial_value[row],
-                    trial_gradient[row] @ direction[k],
-                )
-                # Shortened that far, a step shows no decrease beyond rounding errors.
-                n_stalled[k] += int(step_length[k] < 1e-10)
-                continue
+            if accepted[row]:
+                slots.move(k, trial[row], trial_value[row], trial_gradient[row], rounding[row])
             else:
-                gradient_products[k] = memory.add(
-                    k, (point[k], trial[row]), (gradient[k], trial_gradient[row])
-                )
-                decrease = value[k] - trial_value[row]
-                visible = decrease > VISIBLE_DECREASE * rounding[row]
-                if not visible:  # computed from the slopes, by the trapezoidal rule
-                    trial_slope = float(trial_gradient[row] @ direction[k])
-                    decrease = -0.5 * step_length[k] * (slope[k] + trial_slope)
-                decreases[k] = decrease, *decreases[k, :-1]
-            point[k], value[k], gradient[k] = trial[row], trial_value[row], trial_gradient[row]
-            squared_gradient[k] = gradient[k] @ gradient[k]
-            if at_start[k]:
-                gradient_products[k] = memory.pairs[k] @ gradient[k]
-            if at_start[k] or visible or squared_gradient[k] < 0.5 * progress_mark[k]:
-                progress_mark[k], n_stalled[k] = squared_gradient[k], 0
-            else:
-                n_stalled[k] += 1
-            at_start[k], has_moved[k] = False, True
+                slots.shorten(k, trial_value[row], trial_gradient[row])
         finished = np.zeros(n_slots, bool)
-        moved = np.flatnonzero(has_moved)
+        moved = running[accepted]
         if moved.size:
-            coefficients = _direction_coefficients(
-                memory.gram[moved], gradient_products[moved], memory.newest
-            )
-            slope[moved] = (
-                np.einsum("ar,ar->a", coefficients[:, :-1], gradient_products[moved])
-                + coefficients[:, -1] * squared_gradient[moved]
-            )
-            for k, combination in zip(moved.tolist(), coefficients.astype(dtype), strict=True):
-                np.dot(combination[:-1], memory.pairs[k], out=direction[k])
-                direction[k] += combination[-1] * gradient[k]
-            uphill = moved[~(slope[moved] < 0)]
-            direction[uphill], slope[uphill] = -gradient[uphill], -squared_gradient[uphill]
-            step_length[moved], has_moved[moved] = 1.0, False
-            scale = np.maximum(np.abs(value[moved]), np.finfo(np.float64).tiny)
-            relative_gap = _estimate_gap(-0.5 * slope[moved], decreases[moved]) / scale
-            gap_reached[moved] = relative_gap <= gap
+            relative_gap = slots.choose_directions(moved)
+            slots.gap_reached[moved] = relative_gap <= gap
             for k, slot_gap in zip(moved.tolist(), relative_gap.tolist(), strict=True):
-                if gap_reached[k]:
+                if slots.gap_reached[k]:
                     finished[k] = slot_gap <= FAR_BELOW_GAP * gap or gradient_is_small(
-                        k, gradient[k]
+                        k, slots.gradient[k]
                     )
         stop = (
             finished[running]
-            | (n_stalled[running] >= MAX_STALLED_STEPS)
-            | (n_iterations[running] >= max_iterations)
+            | (slots.n_stalled[running] >= MAX_STALLED_STEPS)
+            | (slots.n_iterations[running] >= max_iterations)
             | out_of_time()
         )
         for k in running[stop].tolist():
-            # Copies, because the slot's arrays are used for the next problem.
-            stopped = StoppedProblem(
-                point[k].copy(),
-                float(value[k]),
-                gradient[k].copy(),
-                memory.unload(k),
-                int(n_iterations[k]),
-                bool(gap_reached[k]),
-                bool(finished[k]),
-            )
-            occupied[k] = False
-            on_stopped(k, stopped)
+            on_stopped(k, slots.unload(k, finished=bool(finished[k])))
 
 
 def _estimate_gap(model_decrease: Array, decreases: Array) -> Array:
