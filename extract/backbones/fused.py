@@ -294,6 +294,7 @@ class _FusedConv(nn.Module):
             self.groups,
             *self.epilogue,
         )
+        # The mark by which `_SkippableActivation` knows that it has nothing left to do.
         if self.applied is not None:
             y.headrace_applied = self.applied  # type: ignore[attr-defined]
         return y
@@ -340,6 +341,7 @@ class _FusedPixels(_FusedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # A permuted tensor is a new one, without the mark.
         if self.applied is not None:
             y.headrace_applied = self.applied  # type: ignore[attr-defined]
         return y
