@@ -80,6 +80,7 @@ from headrace.extract.images.crops import Crop, cut_crop, split_crop
 from headrace.extract.images.decoding import DecodeMode, decode_image
 from headrace.extract.images.preprocessing import Preprocessing, decode_pixels, render_crop
 from headrace.extract.images.views import Augmentation
+from headrace.extract.run.cuda_graph import GraphedForward
 from headrace.extract.run.decode_ahead import decoded_batches
 from headrace.extract.run.decode_processes import DecodeProcesses
 from headrace.extract.run.device import CPU_BATCH, BatchLimit, find_batch_size, launch_forward
@@ -538,6 +539,10 @@ def forms(quick: bool, measures: dict[str, float]) -> list[Row]:
                     backbone, wanted, device="cuda", compute_dtype=dtype, compiled=True
                 )
                 made[f"cuda {dtype} compiled"] = (compiled, "cuda")
+                graphed = GraphedForward(
+                    make_forward(backbone, wanted, device="cuda", compute_dtype=dtype)
+                )
+                made[f"cuda {dtype} graph"] = (graphed, "cuda")
         rates: dict[str, float] = {}
         for _ in range(1 if quick else 3):
             for name, (forward, device) in made.items():
