@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from headrace.extract.backbones.attention import with_fast_attention
 from headrace.extract.backbones.backbone import Backbone
 from headrace.extract.backbones.fused import (
     can_fuse,
@@ -53,7 +54,9 @@ def make_forward(
             normalise,
             compute_dtype,
         )
-        return faster if outputs_agree(faster(pixels), plain(pixels)) else plain
+        if not outputs_agree(faster(pixels), plain(pixels)):
+            return plain
+        return with_fast_attention(faster, pixels)
     except (RuntimeError, AttributeError, TypeError):  # a network that reads its layers' attributes
         return plain
 
