@@ -8,8 +8,8 @@ from torch import Tensor
 from headrace.extract.backbones.fused import outputs_agree
 from headrace.extract.taps.forward import Forward
 
-# passes before recording: the first chooses cuDNN's kernels and compiles
-_WARM_UPS = 3
+# passes before the one that is compared: the first chooses cuDNN's kernels and compiles
+_WARM_UPS = 2
 
 
 class GraphedForward:
@@ -58,8 +58,9 @@ class GraphedForward:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 self._forward(static_pixels)
+            # Here too, for memory that was allocated for one stream is of no use to another.
+            expected = self._forward(pixels)
         torch.cuda.current_stream().wait_stream(stream)
-        expected = self._forward(pixels)
         graph = torch.cuda.CUDAGraph()
         try:
             # Of this thread alone: others pin memory for the batches to come.

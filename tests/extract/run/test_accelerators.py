@@ -1,6 +1,7 @@
 """Extraction on accelerators, tried without one: see `support.accelerators`."""
 
 import copy
+import inspect
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -173,6 +174,12 @@ def test_one_graph_serves_every_batch_of_a_unit(tmp_path: Path) -> None:
         "recording on the side stream, thread_local",
         *["replayed on the default stream"] * 3,  # the first is compared with the pass
     ]
+
+
+def test_this_pytorch_takes_what_the_stand_in_takes() -> None:
+    assert {"stream", "capture_error_mode"} <= set(inspect.signature(torch.cuda.graph).parameters)
+    assert callable(torch.cuda.CUDAGraph.replay)
+    assert callable(torch.cuda.Stream.wait_stream)
 
 
 def test_a_graph_reads_each_batch_anew() -> None:
