@@ -4,6 +4,7 @@ K heads, D features, H hidden values, A attention width, C outputs, B units of a
 in them. Rows come last: hidden values are (K, H, R), weights (K, out, in). The first layer of all
 heads is one product of (K·H, D) by (D, R), the others are batched products. The rows of a unit are
 next to each other, and nothing is padded: a unit costs what its rows cost, be it one or 20,000.
+Rows, hidden values and their gradients are float32 or bfloat16, parameters and decisions float32.
 """
 
 import itertools
@@ -27,11 +28,13 @@ from headrace.heads.networks.mlp_batch import (
     product,
 )
 
-# Whole units of so many rows are evaluated together, one unit at least.
-EVALUATION_ROWS = 4096
+# Whole units of so many rows are evaluated together, one unit at least, and no more units than
+# this: the products of rows' weights and hidden values grow with rows times units.
+EVALUATION_ROWS, EVALUATION_UNITS = 4096, 64
 # On a CPU, so many heads make a step together that their hidden values of a minibatch take this
-# much, one at least. Measured with 32 heads, units of 40 and of 225 rows: with 2 MB steps take 1.3
-# and 1.4 times as long, with 64 MB 1.03 and 1.06 times.
+# much, one at least. Measured with 32 heads in bfloat16, units of 40 and of 225 rows: with 2 MB,
+# which stays in a core's own cache, steps take 1.2 and 1.7 times as long, because there are more
+# calls; with 32 MB 1.06 times.
 CACHED_BYTES = 16 << 20
 
 
@@ -51,17 +54,17 @@ class BagRows(Rows):
         device = self.features.device
         sizes = torch.from_numpy(self.offsets[units + 1] - self.offsets[units]).to(device)
         unit_of_row = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-        one_hot = torch.nn.functional.one_hot(unit_of_row, len(sizes)).float()
+        others = unit_of_row != torch.arange(len(sizes), device=device).unsqueeze(1)
         rows_of_units = self.minibatch(torch.from_numpy(rows).to(device))
-        return rows_of_units, Membership(sizes, unit_of_row, one_hot)
+        logits = torch.zeros(others.shape, device=device).masked_fill_(others, -torch.inf)
+        return rows_of_units, Membership(sizes, logits)
 
 
 class Membership(NamedTuple):
     """The unit of each of the R rows of a minibatch of B units; they come unit after unit."""
 
     sizes: Tensor  # (B,) int64
-    unit_of_row: Tensor  # (R,) int64
-    one_hot: Tensor  # (R, B) float32
+    logits: Tensor  # (B, R) float32, 0 for rows of the unit and -inf for those of others
 
 
 def initial_parameters(
@@ -136,16 +139,11 @@ class BagBatch:
 
         # Heads of equal seed and dropout leave the same values out: their mask is made once.
         levels = [min(255, round(256 * spec.dropout)) for spec in self.specs]
-        mask_keys = [
-            (spec.seed if level else self.specs[0].seed, level)
-            for spec, level in zip(self.specs, levels, strict=True)
-        ]
-        masks = sorted(set(mask_keys))
-        self.drops = any(levels)
+        keys = [(spec.seed, level) for spec, level in zip(self.specs, levels, strict=True)]
+        masks = sorted({key for key in keys if key[1]})
         self.bits.seed_of_head = [seed for seed, _ in masks]
-        self.mask_index = [masks.index(mask) for mask in mask_keys]
+        self.mask_index = [masks.index(key) if key[1] else None for key in keys]
         self.drop_below = column([level for _, level in masks]).to(torch.uint8)
-        self.drop_scale = column([256 / (256 - level) for _, level in masks])
         self.kept_scale = column([256 / (256 - level) for level in levels])
         self.rates, self.shrink, self.smoothing, self.balanced = head_columns(
             self.specs, self.device
@@ -202,7 +200,8 @@ class BagBatch:
         sizes = self.rows.offsets[index + 1] - self.rows.offsets[index]
         # Units whose rows begin in the same stretch of rows are evaluated together.
         stretch = (np.cumsum(sizes) - sizes) // EVALUATION_ROWS
-        parts = np.split(index, np.flatnonzero(np.diff(stretch)) + 1)
+        is_next = np.diff(stretch) + np.diff(np.arange(len(index)) // EVALUATION_UNITS)
+        parts = np.split(index, np.flatnonzero(is_next) + 1)
         with torch.no_grad():
             return torch.cat([self._evaluate(part) for part in parts], dim=2)
 
@@ -225,7 +224,8 @@ class BagBatch:
         values = sum(spec.hidden) + 3 * spec.attention_width * (spec.pooling == "attention")
         size = len(self)
         if self.device.type == "cpu":
-            size = max(1, min(size, CACHED_BYTES // max(1, 4 * values * n_rows)))
+            n_bytes = self.dtype.itemsize * values * n_rows
+            size = max(1, min(size, CACHED_BYTES // max(1, n_bytes)))
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
@@ -239,45 +239,56 @@ class BagBatch:
     ) -> Tensor:
         """Return decisions (k, C, B) of some heads for units whose rows are `batch` (R, D).
 
-        masks: of each hidden layer (M, H, R), 0 for values that are left out.
+        masks: of each hidden layer (M, H, R): 0 for values that are left out, else 1.
         """
         n_hidden = len(self.specs[0].hidden)
         hidden = batch.t()  # (D, R): the same for all heads
+        # What reads the values that dropout keeps has their scale: they are many, weights few.
+        scale = self.kept_scale[heads] if masks else 1.0
         for layer in range(n_hidden):
+            weight = parameters[f"weight{layer}"]
             hidden = _HiddenLayer.apply(
-                parameters[f"weight{layer}"],
+                weight * scale if layer else weight,
                 parameters[f"bias{layer}"],
                 hidden,
-                self.dtype,
-                [masks[layer][mask] for mask in self.mask_index[heads]] if masks else [],
-                self.kept_scale[heads] if masks else None,
+                [None if mask is None else masks[layer][mask] for mask in self.mask_index[heads]]
+                if masks
+                else [],
             )
-        pooled = self._pool(hidden, members, parameters)
+        pooled = self._pool(hidden, members, parameters, scale) * scale
         weight, bias = parameters[f"weight{n_hidden}"], parameters[f"bias{n_hidden}"]
         return torch.bmm(weight, pooled.expand(len(weight), -1, -1)) + bias.unsqueeze(2)
 
-    def _pool(self, hidden: Tensor, members: Membership, parameters: dict[str, Tensor]) -> Tensor:
-        """Pool hidden values (K, H, R), or features (H, R) of all heads, to (K or 1, H, B)."""
+    def _pool(
+        self,
+        hidden: Tensor,
+        members: Membership,
+        parameters: dict[str, Tensor],
+        scale: Tensor | float,
+    ) -> Tensor:
+        """Pool hidden values (K, H, R), or features (H, R) of all heads, to (K or 1, H, B).
+
+        scale: (K, 1, 1), the factor with which attention reads hidden values.
+        """
         by_head = hidden if hidden.dim() == 3 else hidden.unsqueeze(0)
         if self.specs[0].pooling == "max":
             bags = torch.split_with_sizes(by_head, members.sizes.tolist(), 2)
-            return torch.stack([bag.amax(2) for bag in bags], dim=2)
+            return torch.stack([bag.amax(2) for bag in bags], dim=2).float()
+        logits = members.logits.to(self.dtype)
         if self.specs[0].pooling == "mean":
-            weights = (1 / members.sizes)[members.unit_of_row].view(1, 1, -1)
-        else:
-            names = "tanh_weight", "tanh_bias", "sigmoid_weight", "sigmoid_bias", "attention"
-            logits = _GatedLogits.apply(*(parameters[name] for name in names), hidden, self.dtype)
-            places = members.unit_of_row.expand_as(logits)
-            n_units = len(members.sizes)
-            lowest = torch.full((*logits.shape[:2], n_units), -torch.inf, device=self.device)
-            largest = lowest.scatter_reduce(2, places, logits.detach(), "amax")
-            weights = torch.exp(logits - largest.gather(2, places))
-            weights = weights / (weights @ members.one_hot).gather(2, places)
-        # One product for all units, with each row's weight in its unit's column. Beside the layers
-        # it costs as little as a minibatch has units beside features.
-        columns = weights.transpose(1, 2) * members.one_hot  # (K or 1, R, B)
-        n_heads = max(len(by_head), len(columns))
-        return torch.bmm(by_head.expand(n_heads, -1, -1), columns.expand(n_heads, -1, -1))
+            weights = torch.softmax(logits, 1).t().unsqueeze(0)
+            return torch.bmm(by_head, weights.expand(len(by_head), -1, -1)).float()
+        # Autograd's types know nothing of what a Function returns.
+        pooled: Tensor = _AttentionPool.apply(
+            parameters["tanh_weight"] * scale,
+            parameters["tanh_bias"],
+            parameters["sigmoid_weight"] * scale,
+            parameters["sigmoid_bias"],
+            parameters["attention"],
+            by_head,
+            logits,
+        )
+        return pooled
 
     def _step(self, units: npt.NDArray[np.int64]) -> Tensor:
         """Make one AdamW step of every head; return this minibatch's summed losses (K,) float64."""
@@ -285,9 +296,9 @@ class BagBatch:
         batch, members = self.rows.bags(units)
         batch = batch.to(self.dtype)
         masks = [
-            (self.bits.draw(width, len(batch)) >= self.drop_below) * self.drop_scale
+            (self.bits.draw(width, len(batch)) >= self.drop_below).to(self.dtype)
             for width in self.specs[0].hidden
-            if self.drops
+            if self.bits.seed_of_head
         ]
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
         losses, gradients = [], []
@@ -327,52 +338,45 @@ class BagBatch:
 
 
 class _HiddenLayer(torch.autograd.Function):
-    """relu(weight values + bias) of weights (K, out, in) and values (K, in, R).
+    """relu(weight values + bias) of weights (K, out, in) and values (K, in, R), in their dtype.
 
-    Values may be rows (in, R) that all heads share and that need no gradient. The result is
-    float32, multiplied in `dtype`. masks: (out, R) of each head, or none: 0 for values that are
-    left out, for the others their factor `scale` (K, 1, 1). The derivative needs no mask, because a
-    value that is left out is 0. Autograd's own takes twice as many passes over the values.
+    Values may be rows (in, R) that all heads share and that need no gradient. masks: (out, R) of
+    each head that leaves values out, 0 for those and else 1; empty if none does. The derivative
+    needs no mask, because a value that is left out is 0. Autograd's own takes twice as many passes
+    over the values.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        bias: Tensor,
-        values: Tensor,
-        dtype: torch.dtype,
-        masks: list[Tensor],
-        scale: Tensor | None,
+        ctx: Any, weight: Tensor, bias: Tensor, values: Tensor, masks: list[Tensor | None]
     ) -> Tensor:
-        values = values.to(dtype)
-        hidden = _multiply(weight.to(dtype), values).float().add_(bias.unsqueeze(2))
-        for head, mask in zip(hidden, masks, strict=False):
-            head.mul_(mask)
+        hidden = _multiply(weight.to(values.dtype), values)
+        hidden.add_(bias.to(values.dtype).unsqueeze(2))
         hidden.relu_()
+        for head, mask in zip(hidden, masks, strict=False):
+            if mask is not None:
+                head.mul_(mask)
         ctx.save_for_backward(weight, values, hidden)
-        ctx.scale = scale
         return hidden
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
         weight, values, hidden = ctx.saved_tensors
         slope = torch.ops.aten.threshold_backward(slope, hidden, 0.0)
-        if ctx.scale is not None:
-            slope.mul_(ctx.scale)
-        bias_slope, slope = slope.sum(2), slope.to(values.dtype)
+        bias_slope = slope.sum(2).float()
         weight_slope = _multiply(slope, values.transpose(-1, -2)).float()
         if values.dim() == 2:
-            return weight_slope, bias_slope, None, None, None, None
-        values_slope = torch.bmm(weight.to(values.dtype).transpose(1, 2), slope).float()
-        return weight_slope, bias_slope, values_slope, None, None, None
+            return weight_slope, bias_slope, None, None
+        return weight_slope, bias_slope, _multiply(weight.to(values.dtype).mT, slope), None
 
 
-class _GatedLogits(torch.autograd.Function):
-    """Logits (K, 1, R) a' (tanh(V h + b) * sigmoid(U h + c)) of hidden values h (K, H, R).
+class _AttentionPool(torch.autograd.Function):
+    """Means (K, H, B) float32 of hidden values h (K, H, R) of units' rows, weighted by attention.
 
-    These may be rows (H, R) that all heads share and that need no gradient. Autograd's own takes
-    three times as many passes over the values.
+    A row's weight is the softmax, over its unit, of a' (tanh(V h + b) * sigmoid(U h + c)). Hidden
+    values may be rows (1, H, R) that all heads share and that need no gradient. unit_logits:
+    (B, R), -inf for rows of other units. Whatever has rows is of the hidden values' dtype.
+    Autograd's own takes three times as many passes over the values.
     """
 
     @staticmethod
@@ -384,38 +388,48 @@ class _GatedLogits(torch.autograd.Function):
         sigmoid_bias: Tensor,
         attention: Tensor,
         hidden: Tensor,
-        dtype: torch.dtype,
+        unit_logits: Tensor,
     ) -> Tensor:
-        hidden = hidden.to(dtype)
+        dtype = hidden.dtype
         # tanh(x) is 2 sigmoid(2 x) - 1; torch's own tanh takes ten times as long on a CPU.
         weight = torch.cat([2 * tanh_weight, sigmoid_weight], 1).to(dtype)
-        bias = torch.cat([2 * tanh_bias, sigmoid_bias], 1)
-        values = _multiply(weight, hidden).float().add_(bias.unsqueeze(2)).sigmoid_()
-        tanh, sigmoid = values.chunk(2, dim=1)
-        gated = tanh.mul_(2).sub_(1) * sigmoid
-        ctx.save_for_backward(tanh_weight, sigmoid_weight, attention, hidden, values, gated)
-        return torch.bmm(attention, gated)
+        bias = torch.cat([2 * tanh_bias, sigmoid_bias], 1).to(dtype)
+        hidden = hidden.expand(len(weight), -1, -1)
+        values = torch.bmm(weight, hidden).add_(bias.unsqueeze(2)).sigmoid_()
+        half_tanh, sigmoid = values.chunk(2, dim=1)
+        half_gated = half_tanh.sub_(0.5) * sigmoid
+        logits = torch.bmm((2 * attention).to(dtype), half_gated)
+        shares = torch.softmax(logits + unit_logits, 2)  # (K, B, R)
+        ctx.save_for_backward(
+            tanh_weight, sigmoid_weight, attention, hidden, values, half_gated, shares
+        )
+        return torch.bmm(hidden, shares.mT).float()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
-        tanh_weight, sigmoid_weight, attention, hidden, values, gated = ctx.saved_tensors
-        attention_slope = torch.bmm(slope, gated.transpose(1, 2))
-        gated_slope = attention.transpose(1, 2) * slope
-        tanh, sigmoid = values.chunk(2, dim=1)
-        slopes = torch.cat(
-            [
-                torch.addcmul(sigmoid, tanh, gated, value=-1).mul_(gated_slope),  # s (1 - t^2)
-                torch.addcmul(gated, gated, sigmoid, value=-1).mul_(gated_slope),  # t s (1 - s)
-            ],
-            1,
+        tanh_weight, sigmoid_weight, attention, hidden, values, half_gated, shares = (
+            ctx.saved_tensors
         )
-        biases = slopes.sum(2).chunk(2, dim=1)
-        slopes = slopes.to(hidden.dtype)
-        weights = _multiply(slopes, hidden.transpose(-1, -2)).float().chunk(2, dim=1)
+        slope = slope.to(hidden.dtype)
+        pulls = torch.bmm(slope.mT, hidden).mul_(shares)
+        pulls.addcmul_(shares, pulls.sum(2, keepdim=True), value=-1)
+        logit_slope = pulls.sum(1, keepdim=True)  # (K, 1, R)
+        attention_slope = 2 * torch.bmm(logit_slope, half_gated.mT).float()
+        half_tanh, sigmoid = values.chunk(2, dim=1)
+        # Slopes of the logits by what is inside tanh and sigmoid, over the attention's weight and
+        # over twice it: s (1 - t^2) and t s (1 - s) / 2.
+        slopes = torch.empty_like(values)
+        tanh_slope, sigmoid_slope = slopes.chunk(2, dim=1)
+        torch.addcmul(sigmoid, half_tanh, half_gated, value=-4, out=tanh_slope)
+        torch.addcmul(half_gated, half_gated, sigmoid, value=-1, out=sigmoid_slope)
+        slopes.mul_(logit_slope)
+        scale = torch.cat([attention, 2 * attention], 2).mT  # (K, 2 A, 1)
+        biases = (scale.squeeze(2) * slopes.sum(2)).chunk(2, dim=1)
+        weights = (scale * torch.bmm(slopes, hidden.mT)).chunk(2, dim=1)
         hidden_slope = None
-        if hidden.dim() == 3:
-            weight = torch.cat([tanh_weight, sigmoid_weight], 1).to(hidden.dtype)
-            hidden_slope = torch.bmm(weight.transpose(1, 2), slopes).float()
+        if ctx.needs_input_grad[5]:
+            weight = (scale * torch.cat([tanh_weight, sigmoid_weight], 1)).to(hidden.dtype)
+            hidden_slope = torch.bmm(slope, shares).baddbmm_(weight.mT, slopes)
         return weights[0], biases[0], weights[1], biases[1], attention_slope, hidden_slope, None
 
 

@@ -149,6 +149,24 @@ def test_a_bank_is_a_plain_torch_loop(task, pooling, hidden):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
+def test_hidden_values_in_bfloat16_are_those_in_float32_up_to_their_rounding(pooling):
+    """Eight bits of a number are kept: after two epochs predictions and weights have two digits."""
+    data = made(n_features=40)
+    specs = [
+        BagsSpec(pooling, (16, 8), 8, dropout=dropout, batch_size=7, epochs=2, patience=2)
+        for dropout in (0.0, 0.25)
+    ]
+    exact, rounded = (
+        fit_bags_bank(data, specs, precision=precision) for precision in ("float32", "bfloat16")
+    )
+    for one, other in zip(exact, rounded, strict=True):
+        if one.fold != REFIT:
+            np.testing.assert_allclose(one.validation, other.validation, atol=0.01)
+            weights = one.arrays["instance_weight"]
+            np.testing.assert_allclose(weights, other.arrays["instance_weight"], atol=0.02)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_rows_of_a_unit_have_one_prediction_and_weights_that_sum_to_one(pooling):
     data = made()
     (first, second, refit) = fit_bags_bank(data, [BagsSpec(pooling, (6,), epochs=2)])
