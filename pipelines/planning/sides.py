@@ -51,12 +51,25 @@ def assign_folds(
             kept_together=joined_by(row_groups, labelled_samples["_content"]),
         )
     if groups is None:
-        first_rows, copy_of = _first_copies(labelled_samples["_content"])
+        first_rows, copy_of = _first_of_each(labelled_samples["_content"])
         return _draw_folds(
             labelled_samples.iloc[first_rows], target[first_rows], None, section, notes
         )[copy_of]
     joined_groups = joined_by(groups, labelled_samples["_content"])
     notes += _joined_groups(labelled_samples, groups, joined_groups, section)
+    if section.unit is not None and section.split is None and section.fold is None:
+        first_rows, unit_of_row = _first_of_each(as_text(labelled_samples[section.unit]))
+        side_share = min(section.test_fraction or 1, 1 / section.folds)
+        if np.bincount(unit_of_row).max() > side_share * len(unit_of_row):
+            # One unit has more images than a side should have, which leaves the others to one side:
+            # each unit counts once.
+            return _draw_folds(
+                labelled_samples.iloc[first_rows],
+                target[first_rows],
+                joined_groups[first_rows],
+                section,
+                notes,
+            )[unit_of_row]
     return _draw_folds(labelled_samples, target, joined_groups, section, notes)
 
 
@@ -291,12 +304,12 @@ def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray
     return fold_texts.to_numpy(dtype=np.str_)  # names; folds that are counted from 1 are such
 
 
-def _first_copies(content_hashes: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Return the rows of the first copy of each content, and for every row the position of its
-    first copy among those.
+def _first_of_each(names: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return the first row of each name (a content hash, a unit), and for every row the position of
+    its name's among those.
     """
-    copy_of, _ = pd.factorize(content_hashes)
-    return np.flatnonzero(~content_hashes.duplicated().to_numpy()), copy_of
+    position_of_row, _ = pd.factorize(names)
+    return np.flatnonzero(~names.duplicated().to_numpy()), position_of_row
 
 
 def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray[np.str_]:

@@ -2,6 +2,7 @@
 task is one of numbers.
 """
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -216,7 +217,7 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
 
 
 def alike_names(names: Iterable[str], names_of: str) -> list[str]:
-    """Return a note on names that differ in case, blanks, hyphens or accents alone."""
+    """Return a note on names that differ in case, blanks, hyphens, accents or zeros alone."""
     names_by_folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
         names_by_folded[_folded(name)].append(name)
@@ -229,16 +230,20 @@ def alike_names(names: Iterable[str], names_of: str) -> list[str]:
         return []
     return [
         (
-            f"{names_of} that differ in case, blanks, hyphens or accents alone, and count as "
-            f"different: {name_some(pair_texts)}"
+            f"{names_of} that differ in case, blanks, hyphens, accents or zeros alone, and count "
+            f"as different: {name_some(pair_texts)}"
         )
     ]
 
 
 def _folded(name: str) -> str:
-    """Return a name without what a person overlooks: case, blanks, hyphens and accents."""
+    """Return a name without what a person overlooks: case, blanks, hyphens and accents, and how a
+    number is written.
+    """
     if any(letter.isdigit() for letter in name) and not any(letter.isalpha() for letter in name):
-        return name  # -1 is not 1
+        number = re.fullmatch(r"(-?)0*(\d+)(\.0+)?", name)
+        # 07 and 7.0 are 7, but -1 is not 1, nor version 1.10 version 1.1
+        return name if number is None else number[1] + number[2]
     letters = (
         letter
         for letter in unicodedata.normalize("NFKD", name)

@@ -77,6 +77,35 @@ def test_units_of_one_group_stay_together():
     assert len(set(made.groups)) == len(sides[0]) < len(set(made.train.units))
 
 
+def test_a_unit_with_most_of_the_images_leaves_sides_to_the_others():
+    """One slide has 2,000 tiles, and 39 have 3: sides and folds have about equal shares of slides."""
+    many = pd.DataFrame({"patient": "p0", "label": "well"}, index=range(2000))
+    few = pd.DataFrame({"patient": [f"p{1 + row // 3}" for row in range(117)]})
+    few["label"] = np.where(few["patient"].str[1:].astype(int) % 2, "ill", "well")
+    frame = pd.concat([many, few], ignore_index=True)
+    frame["id"] = [f"{row:04}.png" for row in range(len(frame))]
+    made = dataset(frame, unit="patient")
+    assert len(set(made.test.units)) == 10
+    sizes = [len(set(made.train.units[made.train.fold == fold])) for fold in range(5)]
+    assert sizes == [6] * 5
+    for fold in range(5):
+        assert set(made.train.target[made.train.fold == fold]) == {0, 1}
+
+
+def test_units_written_as_numbers_in_two_ways_are_told():
+    """A spreadsheet has made 7 of one patient's number and 7.0 or 07 of another cell's."""
+    frame = patients()
+    frame["patient"] = frame["patient"].str[1:]
+    frame.loc[7, "patient"] = "7.0"
+    frame.loc[8, "patient"] = "08"
+    (note,) = (note for note in dataset(frame, unit="patient").notes if "count as" in note)
+    assert "accents or zeros alone" in note
+    assert note.endswith("'7' and '7.0', '08' and '8'")
+    frame["patient"] = "1" + "0" * 20 + frame["patient"].str.zfill(8)
+    frame.loc[[7, 8], "patient"] = frame["patient"][[27, 28]].array
+    assert not any("count as" in note for note in dataset(frame, unit="patient").notes)
+
+
 def test_units_that_lie_in_several_groups_join_them():
     """A patient who was seen at two sites is on one side with both."""
     frame = patients(n_images=80, n_patients=40)
