@@ -53,6 +53,14 @@ def predict_head(
                 "the same taps"
             )
         return kind.predict(spec, arrays, X, task, temperature)
+    rows = flat_rows(arrays, X)
+    if kind.predict_units is not None and unit is not None:
+        return kind.predict_units(spec, arrays, rows, unit, task, temperature)[0]
+    return kind.predict(spec, arrays, rows, task, temperature)
+
+
+def flat_rows(arrays: Arrays, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return X as (n, D). Raises CannotPredict where the head was trained on another D."""
     rows = X.reshape(len(X), -1)
     expected = features_expected(arrays)
     if rows.shape[1] != expected:
@@ -60,9 +68,7 @@ def predict_head(
             f"the head was trained on {expected} features per row, found {rows.shape[1]}: "
             "concatenate the same taps"
         )
-    if kind.predict_units is not None and unit is not None:
-        return kind.predict_units(spec, arrays, rows, unit, task, temperature)[0]
-    return kind.predict(spec, arrays, rows, task, temperature)
+    return rows
 
 
 def features_expected(arrays: Arrays) -> int:

@@ -395,7 +395,7 @@ class _AttentionPool(torch.autograd.Function):
         weight = torch.cat([2 * tanh_weight, sigmoid_weight], 1).to(dtype)
         bias = torch.cat([2 * tanh_bias, sigmoid_bias], 1).to(dtype)
         hidden = hidden.expand(len(weight), -1, -1)
-        values = torch.bmm(weight, hidden).add_(bias.unsqueeze(2)).sigmoid_()
+        values = torch.baddbmm(bias.unsqueeze(2), weight, hidden).sigmoid_()
         half_tanh, sigmoid = values.chunk(2, dim=1)
         half_gated = half_tanh.sub_(0.5) * sigmoid
         logits = torch.bmm((2 * attention).to(dtype), half_gated)

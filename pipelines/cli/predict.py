@@ -226,14 +226,24 @@ def predict_command(
                 n_workers=workers,
                 device=device_name,
                 cache_root=cache_root,
-                fills_cache=update_cache,
                 unit_names=unit_names,
                 console=progress_console(quiet=quiet, progress_format=progress),
             )
     if json_output:
-        _print_json(summary, Path(out), notes, has_units=unit_names is not None)
+        _print_json(
+            summary,
+            Path(out),
+            notes,
+            has_units=unit_names is not None,
+            has_weights=loaded_model.takes_units,
+        )
     else:
-        text = _summary_text(summary, out, has_units=unit_names is not None)
+        text = _summary_text(
+            summary,
+            out,
+            has_units=unit_names is not None,
+            has_weights=loaded_model.takes_units,
+        )
         console.print(text, soft_wrap=True)
     if summary.failed == summary.images:
         raise typer.Exit(1)
@@ -254,13 +264,17 @@ def _unit_names(rule: "UnitRule | None", samples: "pd.DataFrame") -> "UnitNames 
 
 
 def _print_json(
-    summary: "PredictionSummary", out: Path, notes: Sequence[str], *, has_units: bool
+    summary: "PredictionSummary",
+    out: Path,
+    notes: Sequence[str],
+    *,
+    has_units: bool,
+    has_weights: bool,
 ) -> None:
     from headrace.pipelines.cli.json_output import PredictOutput, print_json
     from headrace.pipelines.predict.units import units_path
     from headrace.pipelines.predict.weights import weights_path
 
-    has_weights = summary.units_without_weights is not None
     print_json(
         PredictOutput(
             out=str(out.absolute()),
@@ -276,7 +290,9 @@ def _print_json(
     )
 
 
-def _summary_text(summary: "PredictionSummary", out: str, *, has_units: bool) -> str:
+def _summary_text(
+    summary: "PredictionSummary", out: str, *, has_units: bool, has_weights: bool
+) -> str:
     """Return "12 images, 10 of them predicted now; a: 7, b: 5. Wrote predictions.csv"."""
     from headrace.pipelines.predict.units import units_path
     from headrace.pipelines.predict.weights import weights_path
@@ -298,13 +314,8 @@ def _summary_text(summary: "PredictionSummary", out: str, *, has_units: bool) ->
         summary_text += f". Wrote {out}"
         if has_units:
             summary_text += f" and, of units, {units_path(Path(out))}"
-        if summary.units_without_weights is not None:
+        if has_weights:
             summary_text += f". What each image weighs: {weights_path(Path(out))}"
-        if summary.units_without_weights:
-            summary_text += (
-                f", less {summary.units_without_weights:,} units without cached features: "
-                "--update-cache"
-            )
     return summary_text
 
 

@@ -121,8 +121,12 @@ class SingleModel(ImagePredictor):
         """Whether it predicts the images of a unit together: not, unless it is a head on bags."""
         return False
 
-    def predict_bags(self, X: npt.NDArray[Any], unit: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Return (n, C) predictions of rows X (n, D) of units, where `takes_units`."""
+    def predict_bags(
+        self, X: npt.NDArray[Any], unit: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return (n, C) predictions of rows X (n, D) of units, where `takes_units`, and (n,) what
+        each row weighs in its unit's.
+        """
         raise NotImplementedError
 
     @property

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from headrace.pipelines.models.from_features import (
     Beside,
     Floats,
     average_members,
-    instance_weights,
+    average_weights,
     predict_member,
 )
 from headrace.pipelines.models.head import HeadModel
@@ -57,8 +56,9 @@ class CachedModel:
 
     def predict(
         self, content_hashes: npt.NDArray[np.bytes_], beside: Beside = NOTHING_BESIDE
-    ) -> Floats:
-        """Return (n, C) predictions of images that have features. Raises CacheError for others, and
+    ) -> tuple[Floats, Floats | None]:
+        """Return (n, C) predictions of images that have features, and, where units are predicted
+        together, (n,) what each image weighs in its unit's. Raises CacheError for other images, and
         for shards that are damaged.
 
         beside: of these images; where units are predicted together, the images are whole units.
@@ -67,25 +67,17 @@ class CachedModel:
             spec: feature_set.load(content_hashes, np.float32)
             for spec, feature_set in self.feature_sets.items()
         }
-        return average_members(
-            self.model,
-            [
+        predicted, weights = zip(
+            *(
                 predict_member(member, head_function, features, self.model.task_kind, beside)
                 for member, head_function in zip(self.model.members, self.heads, strict=True)
-            ],
+            ),
+            strict=True,
         )
-
-    def instance_weights(
-        self, content_hashes: npt.NDArray[np.bytes_], units: npt.NDArray[Any]
-    ) -> Floats:
-        """Return (n,) weights of images in their units' predictions, by a head on units."""
-        (member,) = self.model.members
-        assert isinstance(member, HeadModel)
-        features = {
-            spec: feature_set.load(content_hashes, np.float32)
-            for spec, feature_set in self.feature_sets.items()
-        }
-        return instance_weights(member, features, units)
+        return (
+            average_members(self.model, predicted),
+            average_weights(self.model.weights, weights, beside.units),
+        )
 
 
 def find_cached_model(model: Model, cache_root: Path) -> CachedModel | None:

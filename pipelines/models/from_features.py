@@ -50,40 +50,50 @@ def average_members(model: "Model", member_predictions: Sequence[Floats]) -> Flo
     return tempered(mean_prediction, model.task_kind, model.average_temperature)
 
 
+def average_weights(
+    model_weights: Sequence[float],
+    member_weights: Sequence[Floats | None],
+    units: npt.NDArray[Any] | None,
+) -> Floats | None:
+    """Return (n,) what each image weighs in the prediction of its unit: its weights of the members,
+    averaged with the members' own. None without units.
+
+    member_weights: (n,) of each member; None where it predicts images one by one, all of which
+    weigh the same.
+    """
+    if units is None:
+        return None
+    _, unit_of_row, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    alike = 1 / sizes[unit_of_row]
+    of_members = [alike if weights is None else weights for weights in member_weights]
+    return np.asarray(np.tensordot(model_weights, np.stack(of_members), 1), np.float32)
+
+
 def predict_member(
     member: "HeadModel | NetworkModel",
     head_function: Callable[[Floats], Floats],
     features: dict[FeatureSpec, Floats],
     task_kind: TaskKind,
     beside: Beside = NOTHING_BESIDE,
-) -> Floats:
+) -> tuple[Floats, Floats | None]:
     """Return (n, C) predictions of one member at its temperature, the mean over the views that it
-    was trained on. head_function: the member's.
-    beside: of these n images.
+    was trained on; and (n,) what each image weighs in its unit's prediction, all its views
+    together, None of a member that predicts images one by one.
+
+    head_function: the member's. beside: of these n images.
     """
     view_inputs = _view_inputs(member, features, beside)
     if member.takes_units:
         assert beside.units is not None
         # All views of a unit's images are one bag, as in training.
         bags = np.tile(beside.units, len(view_inputs))
-        return member.predict_bags(np.concatenate(view_inputs), bags)[: len(beside.units)]
+        predicted, weights = member.predict_bags(np.concatenate(view_inputs), bags)
+        n_images = len(beside.units)
+        return predicted[:n_images], weights.reshape(-1, n_images).sum(0)
     if len(view_inputs) == 1:
-        return head_function(view_inputs[0])
-    return tempered(
-        np.mean([head_function(view_input) for view_input in view_inputs], axis=0),
-        task_kind,
-        member.temperature,
-        member.floor,
-    )
-
-
-def instance_weights(
-    member: "HeadModel", features: dict[FeatureSpec, Floats], units: npt.NDArray[Any]
-) -> Floats:
-    """Return (n,) what each image weighs in the prediction of its unit, all its views together."""
-    view_inputs = _view_inputs(member, features, Beside(units=units))
-    weights = member.bag_weights(np.concatenate(view_inputs), np.tile(units, len(view_inputs)))
-    return np.asarray(weights.reshape(len(view_inputs), -1).sum(0))
+        return head_function(view_inputs[0]), None
+    mean_of_views = np.mean([head_function(view_input) for view_input in view_inputs], axis=0)
+    return tempered(mean_of_views, task_kind, member.temperature, member.floor), None
 
 
 def _view_inputs(

@@ -25,7 +25,7 @@ from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.layers import Floats
 from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, load_head, require_trusted, save_head
-from headrace.heads.predict import floor_of, predict_head
+from headrace.heads.predict import flat_rows, floor_of, predict_head
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
 from headrace.heads.unit_rule import UnitRule
@@ -191,17 +191,15 @@ class HeadModel(SingleModel):
         """Whether it predicts the images of a unit together."""
         return HEAD_KINDS[self.head.spec.kind].takes_units
 
-    def predict_bags(self, X: Floats, unit: npt.NDArray[Any]) -> Floats:
-        """Return (n, C) predictions of rows X (n, D), each with that of its unit (n,)."""
-        head = self.head
-        return predict_head(head.spec, head.arrays, X, head.task_kind, head.temperature, unit)
-
-    def bag_weights(self, X: Floats, unit: npt.NDArray[Any]) -> Floats:
-        """Return (n,) what each row of X (n, D) weighs in the prediction of its unit (n,)."""
+    def predict_bags(self, X: Floats, unit: npt.NDArray[Any]) -> tuple[Floats, Floats]:
+        """Return (n, C) predictions of rows X (n, D), each with that of its unit (n,), and the
+        weights (n,) of rows in them.
+        """
         head = self.head
         predict_units = HEAD_KINDS[head.spec.kind].predict_units
         assert predict_units is not None
-        return predict_units(head.spec, head.arrays, X, unit, head.task_kind, 1.0)[1]
+        rows = flat_rows(head.arrays, X)
+        return predict_units(head.spec, head.arrays, rows, unit, head.task_kind, head.temperature)
 
     @property
     def side_columns(self) -> tuple[SideColumn, ...]:

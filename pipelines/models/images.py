@@ -38,6 +38,7 @@ from headrace.pipelines.models.from_features import (
     NOTHING_BESIDE,
     Beside,
     average_members,
+    average_weights,
     predict_member,
 )
 from headrace.pipelines.models.image_input import (
@@ -71,6 +72,8 @@ class BatchPrediction:
     failed: list[tuple[int, str]]  # (row, reason)
     # Rows among the failed whose file could not be read, and may be another time.
     unread: frozenset[int] = frozenset()
+    # (len(rows),) what each image weighs in its unit's prediction, where units are predicted whole
+    weights: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -197,10 +200,15 @@ def _predict_features(
         no_predictions = np.empty((0, len(engine.model.classes)), np.float32)
         return BatchPrediction([], no_predictions, batch.failed, batch.unread)
     rows_beside = beside.take(batch.rows)
-    member_predictions = [
-        predict_member(member, head_function, batch.features, engine.model.task_kind, rows_beside)
-        for member, head_function in zip(engine.model.members, engine.heads, strict=True)
-    ]
+    member_predictions, member_weights = zip(
+        *(
+            predict_member(
+                member, head_function, batch.features, engine.model.task_kind, rows_beside
+            )
+            for member, head_function in zip(engine.model.members, engine.heads, strict=True)
+        ),
+        strict=True,
+    )
     n_classes = len(engine.model.classes)
     if wrong_widths := [
         predicted.shape[1]
@@ -212,7 +220,11 @@ def _predict_features(
             "fetch the model again"
         )
     return BatchPrediction(
-        batch.rows, average_members(engine.model, member_predictions), batch.failed, batch.unread
+        batch.rows,
+        average_members(engine.model, member_predictions),
+        batch.failed,
+        batch.unread,
+        average_weights(engine.model.weights, member_weights, rows_beside.units),
     )
 
 

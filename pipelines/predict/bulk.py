@@ -35,6 +35,7 @@ from headrace.pipelines.models.model import Model
 from headrace.pipelines.predict.cached import CachedPredictions, predict_cached
 from headrace.pipelines.predict.parts import (
     FileKey,
+    OpenPart,
     file_keys,
     known_parts,
     missing_rows,
@@ -51,7 +52,7 @@ from headrace.pipelines.predict.units import (
     units_path,
     write_unit_table,
 )
-from headrace.pipelines.predict.weights import weights_path, write_weights
+from headrace.pipelines.predict.weights import weight_table, weights_path
 from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError, empty_as_missing
 
@@ -72,8 +73,6 @@ class PredictionSummary:
     # images per predicted class; of a multi-label task, per label
     counts: dict[str, int]
     cached: int = 0  # of `new`, those whose features were in the cache: no network ran
-    # units whose images' weights are not known, where there is a table of weights
-    units_without_weights: int | None = None
 
 
 def predict_table(
@@ -86,17 +85,15 @@ def predict_table(
     n_workers: int | None = None,
     device: str = "cpu",
     cache_root: Path | None = None,
-    fills_cache: bool = False,
     unit_names: UnitNames | None = None,
     console: Console,
 ) -> PredictionSummary:
     """Predict what is left of `images` (columns `file`, `path`) and write the table `table_path` as
     csv, parquet or jsonl.
 
-    cache_root: a cache in which images may have features; of these no network runs. fills_cache:
-    the caller has added the missing features, so a finished table whose weights are incomplete is
-    done again. unit_names: each image's unit; a table of units is written beside (`units_path`),
-    and by a model that pools units, from the cache, one of its images' weights (`weights_path`).
+    cache_root: a cache in which images may have features; of these no network runs. unit_names:
+    each image's unit; a table of units is written beside (`units_path`), and by a model that pools
+    units one of its images' weights (`weights_path`).
 
     Every image has one row, in the order given; one that cannot be decoded has its reason in it.
     Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
@@ -108,8 +105,7 @@ def predict_table(
     unit_table_path = None if unit_names is None else units_path(table_path)
     if unit_table_path is not None:
         _require_our_units(unit_table_path)
-    has_weights = model.takes_units and cache_root is not None and len(model.members) == 1
-    if has_weights:
+    if model.takes_units:
         _require_our_units(weights_path(table_path))
     image_paths = images["path"].tolist()
     side_inputs, units = _side_inputs(model, images, console), _units(model, images)
@@ -127,17 +123,12 @@ def predict_table(
     if unit_names is not None:
         record["units"] = unit_names.digest
     tables_beside = [] if unit_table_path is None else [unit_table_path]
-    tables_beside += [weights_path(table_path)] if has_weights else []
+    tables_beside += [weights_path(table_path)] if model.takes_units else []
 
     def finished() -> PredictionSummary | None:
         if force or not all(path.exists() for path in tables_beside):
             return None
-        finished_summary = _finished(table_path, record)
-        return (
-            None
-            if finished_summary and finished_summary.units_without_weights and fills_cache
-            else finished_summary
-        )
+        return _finished(table_path, record)
 
     # A lock beside a finished table is of a killed call: the writer waits for it, and removes it.
     if (finished_summary := finished()) is not None and not _lock_path(table_path).exists():
@@ -166,7 +157,8 @@ def predict_table(
         )
         summary = _assemble_table(
             model,
-            images["file"].tolist(),
+            images,
+            units,
             file_keys_in_order,
             parts_folder,
             parts_folder / "table.partial",
@@ -177,19 +169,10 @@ def predict_table(
         summary = replace(summary, new=len(rows), cached=cached.count(rows))
         if unit_table_path is not None:
             os.replace(parts_folder / "units.partial", unit_table_path)
-        if has_weights:
-            assert units is not None
-            assert cache_root is not None
-            weights_part = parts_folder / "weights.partial"
-            n_lacking = write_weights(model, images, units, cache_root, weights_part, table_format)
-            os.replace(weights_part, weights_path(table_path))
-            summary = replace(summary, units_without_weights=n_lacking)
+        if model.takes_units:
+            os.replace(parts_folder / "weights.partial", weights_path(table_path))
         os.replace(parts_folder / "table.partial", table_path)
-        record |= {
-            "failed": summary.failed,
-            "counts": summary.counts,
-            "units_without_weights": summary.units_without_weights,
-        }
+        record |= {"failed": summary.failed, "counts": summary.counts}
         # By way of the folder of parts, with which the temporary of a killed call goes too.
         publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
         os.replace(parts_folder / "record.partial", record_path)
@@ -208,11 +191,7 @@ def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary 
     earlier_record = _read_record(table_path.with_name(f"{table_path.name}.json"))
     if earlier_record is not None and {**earlier_record, **record} == earlier_record:
         return PredictionSummary(
-            record["images"],
-            0,
-            earlier_record["failed"],
-            earlier_record["counts"],
-            units_without_weights=earlier_record.get("units_without_weights"),
+            record["images"], 0, earlier_record["failed"], earlier_record["counts"]
         )
     raise PredictionsThere(
         f"{table_path} is there, and of other images, another model or another version. Give "
@@ -389,7 +368,8 @@ def unit_column(model: Model) -> str | None:
 
 def _assemble_table(
     model: Model,
-    file_names: list[str],
+    images: pd.DataFrame,
+    units: npt.NDArray[np.str_] | None,
     keys: list[FileKey],
     parts_folder: Path,
     table_path: Path,
@@ -397,10 +377,15 @@ def _assemble_table(
     cached: CachedPredictions,
     unit_names: UnitNames | None,
 ) -> PredictionSummary:
-    """Put the table together at `table_path`, and beside it the table of units, `units.partial`."""
+    """Put the table together at `table_path`, and beside it those of units, `units.partial`, and of
+    images' weights in them, `weights.partial`.
+
+    units: of each image, where the model predicts them together, else None.
+    """
+    file_names = images["file"].tolist()
     all_probabilities = []  # for the units alone
     part_of_key = known_parts(parts_folder, model, is_final=True)
-    open_parts: OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]] = OrderedDict()
+    open_parts: OrderedDict[Path, OpenPart] = OrderedDict()
     n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
     with table_writer(table_path, table_format, model.task_kind, model.classes) as write:
         for block_start in range(0, len(file_names), _BLOCK):
@@ -408,11 +393,10 @@ def _assemble_table(
             probabilities, error_texts = cached.probabilities[block], cached.errors[block]
             for block_row in np.flatnonzero(~cached.is_known[block]):
                 part_path, part_row = part_of_key[keys[block_start + block_row]]
-                part_probabilities, part_errors = open_part(
-                    open_parts, part_path, len(model.classes)
-                )
-                probabilities[block_row] = part_probabilities[part_row]
-                error_texts[block_row] = part_errors[part_row]
+                part = open_part(open_parts, part_path, len(model.classes))
+                probabilities[block_row] = part.probabilities[part_row]
+                error_texts[block_row] = part.errors[part_row]
+                cached.weights[block_start + block_row] = part.weights[part_row]
             write(TableBlock(file_names[block], probabilities, error_texts))
             class_counts += _count_classes(
                 probabilities[[error is None for error in error_texts]], model
@@ -424,6 +408,9 @@ def _assemble_table(
         joined = np.concatenate([np.empty((0, len(model.classes)), np.float32), *all_probabilities])
         table = unit_table(unit_names, joined, model.task_kind, model.classes)
         write_unit_table(table, table_path.with_name("units.partial"), table_format)
+    if units is not None:
+        table = weight_table(images, units, cached.weights)
+        write_unit_table(table, table_path.with_name("weights.partial"), table_format)
     return PredictionSummary(len(file_names), 0, n_failed, _named_counts(class_counts, model))
 
 

@@ -27,6 +27,8 @@ class CachedPredictions:
     probabilities: npt.NDArray[np.float32]  # (N, C), nan elsewhere
     errors: list[str | None]
     is_known: npt.NDArray[np.bool_]  # (N,) predicted, or recorded as failed
+    # (N,) what each image weighs in its unit's prediction, nan where units are not predicted whole
+    weights: npt.NDArray[np.float32]
 
     def count(self, rows: Iterable[int]) -> int:
         """Return how many of some images had features."""
@@ -46,7 +48,8 @@ def predict_cached(
     probabilities = np.full((len(keys), len(model.classes)), np.nan, np.float32)
     error_texts: list[str | None] = [None] * len(keys)
     is_known = np.zeros(len(keys), np.bool_)
-    predictions = CachedPredictions(probabilities, error_texts, is_known)
+    weights = np.full(len(keys), np.nan, np.float32)
+    predictions = CachedPredictions(probabilities, error_texts, is_known, weights)
     if cache_root is None or not len(rows):
         return predictions
     cached_model = find_cached_model(model, cache_root)
@@ -69,9 +72,12 @@ def predict_cached(
             len(cached_rows), _CACHED_IMAGES, None if units is None else units[cached_rows]
         ):
             block_rows = cached_rows[block]
-            probabilities[rows[block_rows]] = cached_model.predict(
+            predicted, block_weights = cached_model.predict(
                 hashes[block_rows], beside.take(rows[block_rows])
             )
+            probabilities[rows[block_rows]] = predicted
+            if block_weights is not None:
+                weights[rows[block_rows]] = block_weights
     except CacheError as error:
         raise CacheError(f"{error}. To predict without the cache: --no-cache") from error
     is_known[rows[is_done]] = True
@@ -93,6 +99,7 @@ def _copy_repeated(
         if first_row is not None and first_row != row:
             predictions.probabilities[row] = predictions.probabilities[first_row]
             predictions.errors[row] = predictions.errors[first_row]
+            predictions.weights[row] = predictions.weights[first_row]
             predictions.is_known[row] = True
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,14 @@ class PartJob:
     # (n, R) the side columns, and (n,) the units, that the model reads beside the images
     side_inputs: npt.NDArray[np.float32] | None = None
     units: npt.NDArray[np.str_] | None = None
+
+
+class OpenPart(NamedTuple):
+    """What a part says of its n images."""
+
+    probabilities: npt.NDArray[np.float32]  # (n, C)
+    errors: list[str | None]
+    weights: npt.NDArray[np.float32]  # (n,) in the predictions of units, nan where there are none
 
 
 def file_keys(
@@ -216,19 +224,25 @@ def predict_part(job: PartJob) -> int:
     probabilities = np.full((len(job.samples), len(engine.model.classes)), np.nan, np.float32)
     error_texts: list[str | None] = [None] * len(job.samples)
     is_unread = np.zeros(len(job.samples), np.bool_)
+    weights = np.full(len(job.samples), np.nan, np.float32)
     beside = Beside(job.side_inputs, job.units)
     for predicted in predict_samples(engine, job.samples, job.threads, beside):
         probabilities[predicted.rows] = predicted.probabilities
+        if predicted.weights is not None:
+            weights[predicted.rows] = predicted.weights
         for row, reason in predicted.failed:
             error_texts[row] = reason
         is_unread[list(predicted.unread)] = True
-    publish_replace(Path(job.part), _part_bytes(job, probabilities, error_texts, is_unread))
+    publish_replace(
+        Path(job.part), _part_bytes(job, probabilities, weights, error_texts, is_unread)
+    )
     return sum(error is not None for error in error_texts)
 
 
 def _part_bytes(
     job: PartJob,
     probabilities: npt.NDArray[np.float32],
+    weights: npt.NDArray[np.float32],
     error_texts: list[str | None],
     is_unread: npt.NDArray[np.bool_],
 ) -> bytes:
@@ -242,6 +256,7 @@ def _part_bytes(
             "stamp": [stamp for _, stamp in job.keys],
             "error": pa.array(error_texts, pa.string()),
             "unread": is_unread,
+            "weight": weights,
             "probabilities": pa.FixedSizeListArray.from_arrays(
                 pa.array(probabilities.reshape(-1)), probabilities.shape[1]
             ),
@@ -267,6 +282,8 @@ def known_parts(
             parquet_file = pq.ParquetFile(io.BytesIO(data))
             if (parquet_file.schema_arrow.metadata or {}).get(b"headrace") != model.digest.encode():
                 continue  # of another model
+            if "weight" not in parquet_file.schema_arrow.names:
+                continue  # of an earlier version
             table = parquet_file.read(["path", "stamp", "unread"])
         except (pa.ArrowException, OSError, KeyError, ValueError):
             continue  # damaged: its images are predicted again
@@ -279,16 +296,19 @@ def known_parts(
 
 
 def open_part(
-    open_parts: "OrderedDict[Path, tuple[npt.NDArray[np.float32], list[str | None]]]",
-    part_path: Path,
-    n_outputs: int,
-) -> tuple[npt.NDArray[np.float32], list[str | None]]:
+    open_parts: "OrderedDict[Path, OpenPart]", part_path: Path, n_outputs: int
+) -> OpenPart:
+    """Return the part of a file; parts that were asked for lately are kept in `open_parts`."""
     if part_path not in open_parts:
-        table = pq.read_table(part_path, columns=["probabilities", "error"])
+        table = pq.read_table(part_path, columns=["probabilities", "error", "weight"])
         flat_values = (
             table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         )
-        open_parts[part_path] = (flat_values.reshape(-1, n_outputs), table["error"].to_pylist())
+        open_parts[part_path] = OpenPart(
+            flat_values.reshape(-1, n_outputs),
+            table["error"].to_pylist(),
+            table["weight"].to_numpy(),
+        )
         # Images come in the order in which they were predicted, or nearly so.
         if len(open_parts) > _OPEN_PARTS:
             open_parts.popitem(last=False)

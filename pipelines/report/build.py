@@ -118,7 +118,7 @@ def make_sections(
         test_section(run, selected, tested),
         choice_section(run),
         suspects_section(run, thumbnails),
-        *instance_sections(run, thumbnails),
+        *instance_sections(run, selected, thumbnails),
         slices_section(run, sides, measured),
         leakage_section(run, thumbnails),
         quality_section(run, known, copies, measured, thumbnails),

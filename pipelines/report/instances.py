@@ -2,13 +2,16 @@
 rightly, and of those that are not.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.heads.kinds import HEAD_KINDS
+from headrace.heads.evaluate.ensemble import average
+from headrace.heads.evaluate.units import aggregate_units
+from headrace.heads.results import read_bank
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RunDamaged, read_table
 from headrace.pipelines.report.page.blocks import (
@@ -21,6 +24,8 @@ from headrace.pipelines.report.page.blocks import (
     Table,
 )
 from headrace.pipelines.report.page.thumbnails import Thumbnails
+from headrace.pipelines.report.selected_model import SelectedModel
+from headrace.pipelines.selection.instance_weights import takes_units
 
 _SHOWN_UNITS = 12
 _COLUMNS = (
@@ -33,30 +38,53 @@ _COLUMNS = (
 )
 
 
-def instance_sections(run: FinishedRun, thumbnails: Thumbnails) -> tuple[Section, ...]:
-    """The section; none where the winner does not predict units as a whole."""
-    kind = HEAD_KINDS.get(str(run.winner["kind"]))
-    if kind is None or not kind.takes_units:
+def instance_sections(
+    run: FinishedRun, selected: SelectedModel, thumbnails: Thumbnails
+) -> tuple[Section, ...]:
+    """The section; none where no head of the selected model predicts units as a whole."""
+    heads = _selected_heads(run, selected)
+    if not any(takes_units(row) for _, row in heads):
         return ()
     lead = (
         "What each image weighs in the prediction of its unit, by the head that did not train on "
         "it. A right answer that rests on the background is right for the wrong reason."
     )
+    if len(heads) > 1:
+        lead += (
+            " The selected model is an ensemble: an image's weights of its members are averaged as "
+            "their predictions are, and in a member that predicts images one by one all images of "
+            "a unit weigh the same."
+        )
     try:
-        blocks = _blocks(run, thumbnails)
+        blocks = _blocks(run, heads, thumbnails)
     except (FileNotFoundError, RunDamaged) as error:
         blocks = [Note(f"The weights cannot be read: {error}", "warning")]
     return (Section("instances", "The images that decide", lead, tuple(blocks)),)
 
 
-def _blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
-    # The winner is the best head, and so the one whose weights were written.
+def _selected_heads(run: FinishedRun, selected: SelectedModel) -> Sequence[tuple[float, pd.Series]]:
+    """Return weights and rows of the leaderboard of the heads that the selected model consists of,
+    whose weights the run has written.
+    """
+    if selected.ensemble is None:
+        return [(1.0, run.winner)]
+    row_of_rank = run.board.set_index("rank", drop=False)
+    return [
+        (member["weight"], row_of_rank.loc[member["rank"]])
+        for member in selected.ensemble["members"]
+    ]
+
+
+def _blocks(
+    run: FinishedRun, heads: Sequence[tuple[float, pd.Series]], thumbnails: Thumbnails
+) -> list[Block]:
     table = read_table(run.paths.instance_weights)
     # "None" is a unit as others are
     weights = pd.read_csv(table, dtype={"unit": str, "id": str}, keep_default_na=False)
     row_of_id = {image_id: row for row, image_id in enumerate(run.bank.ids.tolist())}
     rows = weights["id"].map(row_of_id).to_numpy(np.int64)
-    target, predicted = run.bank.target[rows], run.out_of_fold_predictions[rows]
+    target = run.bank.target[rows]
+    predicted = _out_of_fold_units(run, heads, weights)
     is_wrong, surprise = _judged(run.task_kind, target, predicted)
     frame = weights[["unit", "id", "weight"]].assign(
         label=_texts(run, target, run.task_kind == "single"),
@@ -85,6 +113,25 @@ def _blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         *galleries,
         Table("instances", caption, _COLUMNS, table_frame, filters=("outcome",), search=True),
     ]
+
+
+def _out_of_fold_units(
+    run: FinishedRun, heads: Sequence[tuple[float, pd.Series]], images: pd.DataFrame
+) -> npt.NDArray[np.float32]:
+    """Return (n, C) predictions of images, columns `id` and `unit`, each with that of its unit, by
+    the average of heads that did not train on it.
+    """
+    of_heads = []
+    for _, row in heads:
+        bank = read_bank(row["path"])
+        row_of_id = {image_id: number for number, image_id in enumerate(bank.ids.tolist())}
+        rows = images["id"].map(row_of_id).to_numpy(np.int64)
+        of_heads.append(bank.out_of_fold_predictions(str(row["spec"]))[rows])
+    of_images = average(np.array([weight for weight, _ in heads]), np.stack(of_heads))
+    unit_of_row = pd.factorize(images["unit"])[0]
+    aggregation = run.recipe.task.unit_aggregation
+    of_units = aggregate_units(run.bank.task_kind, of_images, unit_of_row, aggregation)
+    return np.asarray(of_units[unit_of_row], np.float32)
 
 
 def _judged(

@@ -1,7 +1,8 @@
-"""What each image weighs in the prediction of its unit, of the best head that predicts units."""
+"""What each image weighs in the prediction of its unit, by heads that have not seen the unit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,29 +10,59 @@ import pandas as pd
 
 from headrace.heads.kind import INSTANCE_WEIGHT
 from headrace.heads.kinds import HEAD_KINDS
-from headrace.heads.results import read_bank
+from headrace.heads.results import BankResult, read_bank
+from headrace.pipelines.models.from_features import average_weights
 
 
-def instance_weights(board: pd.DataFrame, units: Mapping[str, str]) -> pd.DataFrame | None:
-    """Return the images by unit, the weightiest first: columns unit, id, weight, fold.
+def takes_units(head: Mapping[str, Any] | pd.Series) -> bool:
+    """Tell whether a head of the leaderboard, or of an ensemble's record, predicts units whole."""
+    kind = HEAD_KINDS.get(str(head["kind"]))
+    return kind is not None and kind.takes_units
+
+
+def weighted_heads(
+    board: pd.DataFrame, ensemble: Sequence[tuple[float, pd.Series]]
+) -> Sequence[tuple[float, pd.Series]]:
+    """Return the weights and rows of the heads whose images' weights a run shows: the ensemble's,
+    where one of its members predicts units whole; else the best head that does; none where no head
+    does.
+
+    board: complete heads, best first. ensemble: of the selected model; empty where it is a head.
+    """
+    if any(takes_units(row) for _, row in ensemble):
+        return ensemble
+    return [(1.0, row) for _, row in board.iterrows() if takes_units(row)][:1]
+
+
+def instance_weights(
+    heads: Sequence[tuple[float, pd.Series]], units: Mapping[str, str]
+) -> pd.DataFrame:
+    """Return the held-out images by unit, the weightiest first: columns unit, id, weight, fold.
 
     A weight is that of the fold's head that has not seen the unit, as the head pools: of attention
     and mean they sum to 1 over a unit, of a maximum it is the share of hidden values that are the
-    image's. None where no complete head on the board predicts units.
+    image's; of several heads it is the average (`average_weights`).
 
-    board: complete heads, best first. units: the unit of each id.
+    heads: weights, and rows of the leaderboard. units: the unit of each id.
     """
-    takes_units = [
-        name in HEAD_KINDS and HEAD_KINDS[name].takes_units for name in board["kind"].tolist()
+    banks = [read_bank(Path(row["path"])) for _, row in heads]
+    bank = next(bank for bank, (_, row) in zip(banks, heads, strict=True) if takes_units(row))
+    held_out = np.flatnonzero(bank.fold >= 0)
+    ids = bank.ids[held_out]
+    unit_names = [units[image_id] for image_id in ids.tolist()]
+    of_heads = [
+        _out_of_fold_weights(head_bank, str(row["spec"]))[held_out] if takes_units(row) else None
+        for head_bank, (_, row) in zip(banks, heads, strict=True)
     ]
-    if not any(takes_units):
-        return None
-    best = board[takes_units].iloc[0]
-    bank, spec = read_bank(Path(best["path"])), str(best["spec"])
+    weights = average_weights([share for share, _ in heads], of_heads, np.array(unit_names))
+    table = pd.DataFrame(
+        {"unit": unit_names, "id": ids, "weight": weights, "fold": bank.fold[held_out]}
+    )
+    return table.sort_values(["unit", "weight"], ascending=[True, False], ignore_index=True)
+
+
+def _out_of_fold_weights(bank: BankResult, spec: str) -> npt.NDArray[np.float32]:
     weights: npt.NDArray[np.float32] = np.full(len(bank.ids), np.nan, np.float32)
     for fold in np.unique(bank.fold[bank.fold >= 0]).tolist():
         weights[bank.rows(fold)] = bank.arrays(spec, fold)[INSTANCE_WEIGHT]
-    table = pd.DataFrame({"id": bank.ids, "weight": weights, "fold": bank.fold})
-    table = table[table["fold"] >= 0]
-    table.insert(0, "unit", [units[image_id] for image_id in table["id"].tolist()])
-    return table.sort_values(["unit", "weight"], ascending=[True, False], ignore_index=True)
+    return weights

@@ -22,7 +22,7 @@ from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, ne
 from headrace.pipelines.selection.correction import Selection, assess_selection
 from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble
-from headrace.pipelines.selection.instance_weights import instance_weights
+from headrace.pipelines.selection.instance_weights import instance_weights, weighted_heads
 from headrace.pipelines.selection.predictions import complete_heads, validation_rows
 from headrace.pipelines.selection.winner import NoWinner, choose_winner, save_winner
 from headrace.pipelines.stages.extract import write_failed_images
@@ -70,8 +70,8 @@ def select(state: RunState, services: Services) -> RunState:
             unit_column,
             _image_parts(state),
         )
-        write_instance_weights(state, leaderboard)
         ensemble = combine_heads(state, leaderboard)
+        write_instance_weights(state, leaderboard, ensemble)
         report_done(f"{len(leaderboard):,} settings ranked")
     return replace(
         state,
@@ -102,14 +102,21 @@ def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
     return [*edge_notes, *(note for note in (hidden_note, duplicate_note) if note is not None)]
 
 
-def write_instance_weights(state: RunState, leaderboard: pd.DataFrame) -> None:
-    """Write what each image weighs in its unit, of the best head that predicts units, if any."""
+def write_instance_weights(
+    state: RunState, leaderboard: pd.DataFrame, ensemble: Ensemble | None
+) -> None:
+    """Write what each image weighs in its unit, of the selected ensemble or of the best head that
+    predicts units, if any.
+    """
     task = state.dataset.train
-    units = {} if task.units is None else dict(zip(task.ids, task.units, strict=True))
-    weights = instance_weights(complete_heads(leaderboard), units)
-    if weights is None:
+    members = ensemble.members if ensemble is not None and ensemble.chosen else ()
+    heads = weighted_heads(
+        complete_heads(leaderboard), [(member.weight, member.row) for member in members]
+    )
+    if task.units is None or not heads:
         withdraw(state.paths.instance_weights)
         return
+    weights = instance_weights(heads, dict(zip(task.ids, task.units, strict=True)))
     publish_table(
         state.paths.instance_weights, weights.to_csv(index=False, float_format="%.6g").encode()
     )

@@ -1,8 +1,10 @@
 """Heads on bags through a whole run: leaderboard, weights of images, predictions, exports."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -12,11 +14,13 @@ from support.models import run_here
 from support.runs import headrace
 
 from headrace.heads.kind import CannotPredict
+from headrace.heads.results import read_bank
 from headrace.pipelines.export.output_check import TOLERANCE
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.report.build import write_report
+from headrace.pipelines.selection.ensemble import Member, build_ensemble
 
 RECIPE = """\
 images:
@@ -44,9 +48,17 @@ compute:
 def run(tmp_path_factory):
     """Patients of 1 to 7 images; of the ill ones a third of the images has fine stripes."""
     folder = tmp_path_factory.mktemp("bags")
-    generator = np.random.default_rng(0)
+    table = made_patients(folder / "photos", range(48))
+    table.to_csv(folder / "labels.csv", index=False)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder, table, run_here(folder / "recipe.yaml")
+
+
+def made_patients(photos, patients):
+    """Write their images; returns the table, units mixed up."""
+    generator = np.random.default_rng(min(patients))
     rows = []
-    for patient in range(48):
+    for patient in patients:
         ill = patient % 2
         size = int(generator.integers(1, 8))
         fine = set(generator.permutation(size)[: max(1, size // 3)].tolist()) if ill else set()
@@ -54,7 +66,7 @@ def run(tmp_path_factory):
             period = 4 if number in fine else 16
             wave = np.sin(np.arange(40) * 2 * np.pi / period + generator.uniform(0, 6))
             pixels = 128 + 80 * np.sign(wave)[None, :, None] + generator.normal(0, 20, (40, 40, 3))
-            path = folder / "photos" / f"{patient:02}-{number}.png"
+            path = photos / f"{patient:02}-{number}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
             rows.append(
@@ -62,10 +74,26 @@ def run(tmp_path_factory):
             )
     table = pd.DataFrame(rows, columns=["id", "path", "label", "patient", "fine"])
     table["age"] = 50
-    table = table.sample(frac=1, random_state=0, ignore_index=True)  # units are mixed up
-    table.to_csv(folder / "labels.csv", index=False)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder, table, run_here(folder / "recipe.yaml")
+    return table.sample(frac=1, random_state=0, ignore_index=True)
+
+
+def attention_and_a_plain_head(board, held, metric, section, **rest):
+    """The run's ensemble with its members given."""
+    found = build_ensemble(board, held, metric, section, **rest)
+    bags = board[board["spec"].str.contains("attention", regex=False)].iloc[0]
+    plain = board[board["kind"] == "logistic"].iloc[0]
+    members = Member(0.75, 1.0, bags, ("a",)), Member(0.25, 1.0, plain, ("a",))
+    return dataclasses.replace(found, members=members, chosen=True)
+
+
+@pytest.fixture(scope="module")
+def ensemble_run(run):
+    """On the same images and features, of attention (3/4) and a head that reads images alone."""
+    folder, table, _ = run
+    recipe = RECIPE.replace("heads:\n", "heads:\n  logistic: {C: [1]}\n") + "ensemble: {}\n"
+    (folder / "ensemble.yaml").write_text(recipe)
+    with mock.patch("headrace.pipelines.stages.select.build_ensemble", attention_and_a_plain_head):
+        return folder, table, run_here(folder / "ensemble.yaml")
 
 
 def test_bags_are_ranked_by_units_and_keep_the_weights_of_images(run):
@@ -101,6 +129,57 @@ def test_the_report_shows_the_images_that_decide(run):
     assert is_right.mean() > 0.75
 
 
+def test_an_ensembles_weights_are_its_members_averaged(ensemble_run):
+    """Of attention what its fold's head says, of the other member the same for all images of a
+    unit; the report shows these, and the units as the ensemble predicts them.
+    """
+    folder, _, result = ensemble_run
+    root = folder / "headrace-runs" / "ensemble"
+    weights = pd.read_csv(root / "instance-weights.csv").set_index("id")
+    attention, plain = result.ensemble.members
+    banks = [read_bank(member.row["path"]) for member in (attention, plain)]
+    sizes = weights.groupby("unit")["weight"].transform("size")
+    for fold in range(3):
+        ids = banks[0].ids[banks[0].rows(fold)]
+        of_attention = banks[0].arrays(attention.row["spec"], fold)["instance_weight"]
+        expected = 0.75 * of_attention + 0.25 / sizes[ids]
+        np.testing.assert_allclose(weights["weight"][ids], expected, atol=1e-5)
+    report = write_report(root, folder / "ensemble.html", tables=True)
+    assert "The selected model is an ensemble" in report.page.read_text(encoding="utf-8")
+    (shown_path,) = (path for path in report.tables if path.name == "instances.csv")
+    shown = pd.read_csv(shown_path, dtype=str).set_index("id")
+    np.testing.assert_allclose(
+        shown["weight"].astype(float), weights["weight"][shown.index], atol=1e-3
+    )
+    predicted = sum(
+        member.weight * bank.out_of_fold_predictions(member.row["spec"])
+        for member, bank in zip((attention, plain), banks, strict=True)
+    )
+    ill = pd.Series(predicted[:, banks[0].classes.index("ill")], banks[0].ids)[shown.index]
+    of_units = ill.groupby(shown["unit"]).transform("mean")
+    assert (shown["predicted"] == np.where(of_units > 0.5, "ill", "well")).all()
+
+
+def test_new_images_that_decide_are_found_without_a_cache(ensemble_run):
+    """Patients whose striped image is known, in no cache: it is the weightiest of its patient."""
+    folder, *_ = ensemble_run
+    table = made_patients(folder / "new", range(101, 125, 2))
+    table.to_csv(folder / "new.csv", index=False)
+    arguments = ("predict", "ensemble.yaml", "new.csv", "--path-column", "path", "--out")
+    done = headrace(*arguments, "new-out.csv", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "What each image weighs: new-out.weights.csv" in " ".join(done.stderr.split())
+    weights = pd.read_csv(folder / "new-out.weights.csv").set_index("file")
+    assert sorted(weights.index) == sorted(table["id"])
+    assert np.allclose(weights.groupby("unit")["weight"].sum(), 1, atol=1e-4)
+    assert weights["weight"].min() >= 0.25 / 7 - 1e-4  # the plain member's share of seven images
+    n_fine = table.groupby("patient")["fine"].transform("sum")
+    n_images = table.groupby("patient")["fine"].transform("size")
+    is_told = table[(n_images > 1) & (n_fine == 1)].set_index("id")
+    heaviest = weights.loc[is_told.index].groupby("unit")["weight"].idxmax()
+    assert is_told["fine"][heaviest].mean() > 0.8
+
+
 def test_predictions_are_those_of_units_wherever_their_images_stand(run):
     folder, table, _ = run
     arguments = ("predict", "recipe.yaml", "labels.csv", "--path-column", "path", "--out")
@@ -111,6 +190,10 @@ def test_predictions_are_those_of_units_wherever_their_images_stand(run):
     assert sorted(weights["file"]) == sorted(table["id"])
     assert (weights["unit"] == table.set_index("id").loc[weights["file"], "patient"].array).all()
     assert np.allclose(weights.groupby("unit")["weight"].sum(), 1, atol=1e-4)
+    done = headrace(*arguments, "pixels.csv", "--no-cache", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    from_pixels = pd.read_csv(folder / "pixels.weights.csv").set_index("file")
+    np.testing.assert_allclose(from_pixels["weight"][weights["file"]], weights["weight"], atol=2e-3)
     (folder / "out.weights.csv").unlink()
     assert headrace(*arguments, "out.csv", cwd=folder).returncode == 0
     assert weights.equals(pd.read_csv(folder / "out.weights.csv"))

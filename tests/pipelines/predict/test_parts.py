@@ -1,6 +1,7 @@
 """Parts of a prediction are used only as they were written."""
 
 import random
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ def test_a_damaged_part_is_predicted_again(tmp_path):
     part = tmp_path / "part.parquet"
     job = PartJob("model", "digest", (), keys, str(part))
     numbers = np.random.default_rng(0).random((20, 2), np.float32)
-    good = _part_bytes(job, numbers, [None] * 20, np.zeros(20, np.bool_))
+    good = _part_bytes(job, numbers, numbers[:, 0], [None] * 20, np.zeros(20, np.bool_))
     model, draw, damaged = SimpleNamespace(digest="digest"), random.Random(0), 0
     part.write_bytes(good)
     assert known_parts(tmp_path, model, is_final=False) == {
@@ -28,7 +29,9 @@ def test_a_damaged_part_is_predicted_again(tmp_path):
         part.write_bytes(data)
         if known := known_parts(tmp_path, model, is_final=False):
             assert set(known) == set(keys)
-            assert (open_part({}, part, 2)[0] == numbers).all()
+            opened = open_part(OrderedDict(), part, 2)
+            assert (opened.probabilities == numbers).all()
+            assert (opened.weights == numbers[:, 0]).all()
         else:
             damaged += 1
     assert damaged > 190
