@@ -1,6 +1,6 @@
 """Writing: create a feature set, publish a shard into it.
 
-What a writer that dies leaves behind:
+What a writer that dies leaves behind::
 
     before the link            nothing
     before the manifest's line a shard that is not listed, so it does not exist for readers; the
