@@ -158,7 +158,12 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
             feature_pass
             for backbone, specs in job.networks
             for feature_pass in make_forward_passes(
-                backbone, specs, job.device, compiled=job.compile, graphed=job.cuda_graphs
+                backbone,
+                specs,
+                job.device,
+                compiled=job.compile,
+                graphed=job.cuda_graphs,
+                runtime=job.runtime,
             )
         ]
         batch_limits = [
@@ -347,6 +352,7 @@ def make_forward_passes(
     *,
     compiled: bool = False,
     graphed: bool = False,
+    runtime: str = "torch",
 ) -> list[ForwardPass]:
     """Return a pass for each pair of view and compute dtype among one backbone's feature sets.
 
@@ -368,7 +374,7 @@ def make_forward_passes(
         view_passes.append(
             ForwardPass(
                 rendering,
-                _forward(backbone, taps, device, compute_dtype, compiled, graphed),
+                _forward(backbone, taps, device, compute_dtype, compiled, graphed, runtime),
                 tuple(view_features),
             )
         )
@@ -417,16 +423,22 @@ def _forward(
     compute_dtype: str,
     compiled: bool,
     graphed: bool,
+    runtime: str,
 ) -> Forward:
     """Return a pass, kept between units: copying a network costs as much as dozens of images."""
 
     def make() -> Forward:
         forward = make_forward(
-            backbone, taps, device=device, compute_dtype=compute_dtype, compiled=compiled
+            backbone,
+            taps,
+            device=device,
+            compute_dtype=compute_dtype,
+            compiled=compiled,
+            runtime=runtime,
         )
         return GraphedForward(forward) if graphed and is_cuda(device) else forward
 
-    return _forwards.get((backbone, taps, device, compute_dtype, compiled, graphed), make)
+    return _forwards.get((backbone, taps, device, compute_dtype, compiled, graphed, runtime), make)
 
 
 def batch_limit_of(

@@ -18,8 +18,10 @@ from headrace.extract.backbones.fused import (
 )
 from headrace.extract.backbones.nodes import Node
 from headrace.extract.taps.capture import TapCapture
+from headrace.extract.taps.openvino_forward import openvino_forward
 from headrace.extract.taps.resolve import Tap, backbone_nodes
 
+RUNTIMES = ("torch", "openvino")  # of the pass on a CPU
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 _HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # From pixels (N, H, W, C), uint8 or float32, white 255, to (N, *tap_shape) of each tap, both on the
@@ -34,6 +36,7 @@ def make_forward(
     device: str = "cpu",
     compute_dtype: str = "float32",
     compiled: bool = False,
+    runtime: str = "torch",
 ) -> Forward:
     """Return the pass from pixels to the pooled outputs of `taps`, on a copy of the network."""
     nodes = backbone_nodes(backbone)
@@ -43,9 +46,13 @@ def make_forward(
     network = backbone.module if on_cpu else _for_accelerator(backbone, placed, compute_dtype)
     module = copy.deepcopy(network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = hook_forward(module, placed, normalise, compute_dtype, compiled=compiled)
-    if not on_cpu or compute_dtype != "float32" or compiled or not can_fuse():
+    if not on_cpu or compute_dtype != "float32" or compiled:
         return plain
     pixels = _random_pixels(backbone)
+    if runtime == "openvino":
+        return openvino_forward(module, plain, pixels)
+    if not can_fuse():
+        return plain
     tapped = {node.module for _, node in placed}
     try:
         faster = hook_forward(

@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from headrace.cache.format.compression import require_hdf5plugin
 from headrace.cache.publish import feature_set_path
 from headrace.extract.images.content_hashes import UnreadableSample
 from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
@@ -22,6 +21,7 @@ from headrace.pipelines.planning.inventory import (
     read_contents,
     read_networks,
     remember_taps,
+    require_libraries,
     weights_notes,
 )
 from headrace.pipelines.planning.networks import cached_contents, failed_contents
@@ -67,8 +67,7 @@ def read_extraction(
     write: off for a dry run, which leaves no file behind. console: shows how far the reading of
     many images is. Raises HeadraceError, before anything costly, for whatever cannot work.
     """
-    if recipe.storage.compression != "none":
-        require_hdf5plugin("storage.compression needs a library")
+    require_libraries(recipe)
     if not recipe.backbones:
         raise RecipeError("there is no network to extract with: name one under `backbones`")
     for recipe_key, folder in (("cache", recipe.cache), ("out", recipe.paths.root)):
@@ -144,6 +143,7 @@ def missing_units(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
         batch_size=recipe.compute.batch_size,
         compile=recipe.compute.compile,
         cuda_graphs=recipe.compute.cuda_graphs,
+        runtime=recipe.compute.runtime,
         compression=None if recipe.storage.compression == "none" else recipe.storage.compression,
         strict=recipe.compute.strict,
     )

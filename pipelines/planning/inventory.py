@@ -77,6 +77,17 @@ class Inventory:
         return {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
 
 
+def require_libraries(recipe: Recipe) -> None:
+    """Raise HeadraceError if a library that the recipe's storage or compute asks for is missing."""
+    if recipe.storage.compression != "none":
+        require_hdf5plugin("storage.compression needs a library")
+    if recipe.compute.runtime == "openvino":
+        # Imports torch, which a run with all features in the cache does without.
+        from headrace.extract.taps.openvino_forward import require_openvino
+
+        require_openvino()
+
+
 def take_inventory(
     recipe: Recipe, *, write: bool = True, console: Console | None = None
 ) -> Inventory:
@@ -88,8 +99,7 @@ def take_inventory(
     metric = check_metric(recipe.task)
     check_kinds(recipe.heads, recipe.task.kind, has_units=recipe.task.unit is not None)
     find_heads_device(recipe)  # refuses a GPU that is not there
-    if recipe.storage.compression != "none":
-        require_hdf5plugin("storage.compression needs a library")
+    require_libraries(recipe)
     for recipe_key, folder in (("out", recipe.paths.root), ("cache", recipe.cache)):
         check_writable(recipe_key, folder)
     listing = read_samples(recipe)

@@ -440,6 +440,9 @@ class Compute(Section):
     heads_device: Device = "auto"
     # images per forward pass; default: found by trying
     batch_size: pydantic.PositiveInt | None = None
+    # of the pass on a CPU in float32: openvino is faster for many images, and needs
+    # headrace[openvino]
+    runtime: Literal["torch", "openvino"] = "torch"
     compile: bool = False  # PyTorch's compiler, on a GPU: minutes once per network, for long runs
     # kernels of a pass launched as one CUDA graph, every batch filled up to the same size; not yet
     # tried on a GPU

@@ -74,6 +74,16 @@ def features(job: ExtractJob) -> list[np.ndarray]:
     return [open_feature_set(path).read(slice(None)) for path in paths]
 
 
+def test_features_by_openvino_are_those_of_pytorch(tmp_path: Path) -> None:
+    samples = images(tmp_path, 11)
+    by_torch = job_on("cpu", tmp_path / "torch", samples)
+    by_openvino = job_on("cpu", tmp_path / "openvino", samples, runtime="openvino")
+    run_work_unit(by_torch)
+    assert run_work_unit(by_openvino).rows == 10
+    for ours, theirs in zip(features(by_openvino), features(by_torch), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
 def test_features_of_an_accelerator_are_those_of_the_cpu(tmp_path: Path, device: str) -> None:
     """A whole unit: batches found by trying, results waited for on the device's own stream."""

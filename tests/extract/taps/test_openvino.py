@@ -1,0 +1,103 @@
+"""The pass by OpenVINO beside PyTorch's."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from headrace.extract.backbones.backbone import load_backbone
+from headrace.extract.errors import BackboneError
+from headrace.extract.spec import BackboneSpec
+from headrace.extract.taps import openvino_forward
+from headrace.extract.taps.forward import make_forward
+from headrace.extract.taps.resolve import resolve_taps
+
+
+def pixels_for(backbone, count):
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, *backbone.preprocessing.pixel_shape)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("timm:tf_efficientnet_lite0", 64),
+        ("timm:resnet18", 64),
+        ("timm:convnext_atto", 64),
+        ("timm:vit_tiny_patch16_224", 64),
+        ("torchvision:vgg11", 64),
+    ],
+)
+def test_features_are_those_of_pytorch_whatever_the_size_of_the_batch(name, size):
+    backbone = load_backbone(BackboneSpec(name, "random:0", image_size=size))
+    taps = resolve_taps(backbone, "auto")
+    ours, theirs = (make_forward(backbone, taps, runtime=each) for each in ("openvino", "torch"))
+    assert ours.__module__ == openvino_forward.__name__
+    for count in (1, 2, 5):
+        pixels = pixels_for(backbone, count)
+        for output, expected in zip(ours(pixels), theirs(pixels), strict=True):
+            assert output.shape == expected.shape
+            assert output.dtype == torch.float32
+            scale = float(expected.abs().max())
+            np.testing.assert_allclose(output, expected, rtol=0, atol=2e-5 * scale)
+
+
+def test_outputs_stay_when_the_next_batch_is_computed():
+    backbone = load_backbone(BackboneSpec("timm:resnet18", "random:0", image_size=64))
+    forward = make_forward(backbone, resolve_taps(backbone, ["pre_logits"]), runtime="openvino")
+    first, second = pixels_for(backbone, 4).split(2)
+    kept = forward(first)[0]
+    copied = kept.clone()
+    forward(second)
+    assert torch.equal(kept, copied)
+
+
+def test_a_pass_with_other_outputs_stays_pytorchs_and_says_so(monkeypatch):
+    monkeypatch.setattr(openvino_forward, "outputs_agree", lambda ours, theirs: False)
+
+    def plain(pixels):
+        return [pixels.float()]
+
+    with pytest.warns(RuntimeWarning, match="by PyTorch, not by OpenVINO: its outputs are others"):
+        found = openvino_forward.openvino_forward(
+            nn.Identity(), plain, torch.zeros(1, 8, 8, 3).byte()
+        )
+    assert found is plain
+
+
+def test_a_network_that_openvino_cannot_read_stays_pytorchs_and_says_why():
+    def plain(pixels):
+        raise RuntimeError("no such operator")
+
+    with pytest.warns(RuntimeWarning, match="not by OpenVINO: .*no such operator"):
+        found = openvino_forward.openvino_forward(
+            nn.Identity(), plain, torch.zeros(1, 8, 8, 3).byte()
+        )
+    assert found is plain
+
+
+def test_the_missing_library_is_named_with_what_to_type(monkeypatch):
+    monkeypatch.setattr(openvino_forward.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        BackboneError, match=r"pip install 'headrace\[openvino\]', or write runtime"
+    ):
+        openvino_forward.require_openvino()
+
+
+def test_openvino_reports_nothing_to_anyone(tmp_path):
+    """Its own import leaves a number in the home directory by which its user is counted."""
+    code = """
+import torch
+from headrace.extract.taps.openvino_forward import openvino_forward
+pixels = torch.ones(1, 8, 8, 3).byte()
+found = openvino_forward(torch.nn.Identity(), lambda pixels: [pixels.float() * 2], pixels)
+assert "openvino_forward" in found.__module__
+"""
+    environment = os.environ | {"HOME": str(tmp_path), "CI": ""}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(tmp_path.iterdir())
