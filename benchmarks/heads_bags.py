@@ -14,8 +14,8 @@ unit moves by 0.4 of a deviation while its noise is 1/sqrt(10): no rule on means
 than Phi(0.4 sqrt(10)) = 0.897. Who reads the marked row alone is right Phi(4) = 0.99997 of the time.
 
 Measured on 2 cores of an AMD EPYC, shared with much other work, 10 epochs, CPU seconds of the bank
-and of the loop, and their ratios in four runs: units of 1 to 20 rows 1.7 and 9.0 (5.0 to 7.0 x), of
-1 to 80 rows 4.9 and 23.4 (4.3 to 4.9 x), of 50 to 400 rows 3.7 and 15.0 (3.8 to 4.4 x).
+and of the loop, and their ratios in seven runs: units of 1 to 20 rows 1.7 and 9.0 (5.0 to 7.0 x),
+of 1 to 80 rows 4.9 and 23.4 (4.3 to 5.2 x), of 50 to 400 rows 3.6 and 15.2 (3.8 to 5.0 x).
 
 What the ratio can be: a row costs a head 156,000 operations where it is trained on (131,000 of them
 the first layer's) and 74,000 where it is validated, 590 GFLOP in all for the units of 50 to 400
