@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 from headrace.cache.text import as_text
 from headrace.extract.errors import as_yaml_list
 from headrace.extract.sources.layout import SPLIT_WORDS
-from headrace.heads.data.folds import make_folds, split_test
+from headrace.heads.data.folds import BadSplit, make_folds, split_test
 from headrace.heads.data.task import TEST, TRAIN_ONLY
 from headrace.pipelines.recipe.sections import TaskSection
 from headrace.pipelines.recipe.targets import (
@@ -236,12 +236,20 @@ def _draw_folds(
         fold_of_row[is_validation] = 0
     elif section.fold is None:
         is_remaining = fold_of_row != TEST
-        fold_of_row[is_remaining] = make_folds(
-            target[is_remaining],
-            n_folds=section.folds,
-            seed=section.seed,
-            groups=None if kept_together is None else kept_together[is_remaining],
-        )
+        try:
+            fold_of_row[is_remaining] = make_folds(
+                target[is_remaining],
+                n_folds=section.folds,
+                seed=section.seed,
+                groups=None if kept_together is None else kept_together[is_remaining],
+            )
+        except BadSplit as error:
+            if is_remaining.all():
+                raise
+            # Who counts the groups of a table finds more than the message does.
+            raise BadSplit(
+                f"{error} The others are in the test split: task.test_fraction"
+            ) from error
     if not (fold_of_row >= 0).any():
         raise DataError("no row is left for validation: a head cannot be chosen")
     return fold_of_row

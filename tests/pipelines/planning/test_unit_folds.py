@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from headrace.heads.data.folds import BadSplit
 from headrace.pipelines.planning.dataset import make_dataset
 from headrace.pipelines.recipe.load import RecipeError, parse_recipe
 from headrace.pipelines.recipe.sections import TaskSection
@@ -90,6 +91,13 @@ def test_a_unit_with_most_of_the_images_leaves_sides_to_the_others():
     assert sizes == [6] * 5
     for fold in range(5):
         assert set(made.train.target[made.train.fold == fold]) == {0, 1}
+
+
+def test_too_few_units_for_the_folds_are_told_where_the_others_are():
+    with pytest.raises(BadSplit) as refusal:
+        dataset(patients(n_patients=5), unit="patient")
+    assert "4 groups cannot make 5 folds: use at most 4 folds" in str(refusal.value)
+    assert str(refusal.value).endswith("The others are in the test split: task.test_fraction")
 
 
 def test_units_written_as_numbers_in_two_ways_are_told():
