@@ -51,7 +51,10 @@ def openvino_forward(
     try:
         with warnings.catch_warnings(action="ignore"):  # the tracer warns of each branch in Python
             by_openvino = _compile(_Traced(network, forward), pixels)
-        if outputs_agree(by_openvino(pixels), forward(pixels)):
+        # Other images than the traced one, and two of them: what a trace takes for a constant, such
+        # as the outputs of another runtime, would not be seen otherwise.
+        others = torch.cat([255 - pixels, pixels])
+        if outputs_agree(by_openvino(others), forward(others)):
             return by_openvino
         reason = "its outputs are others"
     except Exception as error:  # noqa: BLE001 - whatever tracing or compilation raise

@@ -70,6 +70,19 @@ def test_a_pass_with_other_outputs_stays_pytorchs_and_says_so(monkeypatch):
     assert found is plain
 
 
+def test_outputs_that_a_trace_takes_for_constants_are_noticed():
+    """As those of an ONNX file's network, which another library computes."""
+
+    def plain(pixels):
+        return [torch.from_numpy(pixels.float().numpy() + 1)]
+
+    with pytest.warns(RuntimeWarning, match="by PyTorch, not by OpenVINO"):
+        found = openvino_forward.openvino_forward(
+            nn.Identity(), plain, torch.zeros(1, 8, 8, 3).byte()
+        )
+    assert found is plain
+
+
 def test_a_network_that_openvino_cannot_read_stays_pytorchs_and_says_why():
     def plain(pixels):
         raise RuntimeError("no such operator")
