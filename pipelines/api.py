@@ -1,6 +1,4 @@
-"""The stages as functions over plain values, for notebooks and scripts: images to features,
-features to a leaderboard.
-"""
+"""Functions for notebooks and scripts: images to features, and features to a leaderboard."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -50,7 +48,7 @@ from headrace.pipelines.stages.train import train
 
 
 class MissingFeatures(HeadraceError, ValueError):
-    """Rows that are to be trained on have no features yet."""
+    """Images of the samples that lack features."""
 
 
 def extract_features(
@@ -66,15 +64,15 @@ def extract_features(
     console: Console | None = None,
     client: Client | None = None,
 ) -> dict[str, FeatureSet]:
-    """Run a frozen network over images once, keep the taps in the cache, and open them:
-    {"blocks.4.avg": FeatureSet, ...}.
+    """Return features of images, {"blocks.4.avg": FeatureSet, ...}, from the cache, into which a
+    network first puts those that are missing.
 
     images: a folder, a table, an archive, an array file, or a DataFrame with the columns `id` and
     `path`. Only images that the cache lacks go through the network. Images that cannot be decoded
     have no row; each FeatureSet lists them with their reasons in `failures()`. device: "auto" is a
-    GPU where there is one. console: where progress is told; default: in a notebook, below the cell,
-    in a script nowhere. client: a Dask client to work on; default: a cluster of `workers`
-    processes on this machine. Raises HeadraceError.
+    GPU if there is one. console: for progress; default: below the cell in a notebook, silent in a
+    script. client: a Dask client to work on; default: a cluster of `workers` processes on this
+    machine. Raises HeadraceError.
 
     A script needs the usual `if __name__ == "__main__":`, because worker processes import it.
     """
@@ -98,7 +96,7 @@ def extract_features(
         device=device,
     )
     if units:
-        # A GPU is fed by this process; on a CPU one process per core is faster.
+        # For a CPU one process per core is fastest. A GPU is fed from this process.
         opened = (
             _opener(workers, client, imports_of([network.name]))("extract", device)
             if device == "cpu"
@@ -121,8 +119,8 @@ def train_heads(
     options: TaskOptions | None = None,
     client: Client | None = None,
 ) -> RunResult:
-    """Train a grid of heads on features that are there, rank them on validation folds, and score
-    the winner on the test split.
+    """Train a grid of heads on features, rank them on validation folds, and score the winner on the
+    test split.
 
     samples: as `images` of `extract_features`, with the columns that the task names (`label` by
     default).
@@ -150,7 +148,7 @@ def train_heads(
 def _recipe_of(
     heads: Heads | Mapping[str, Any], task: TaskSection | Mapping[str, Any] | None, out: Path
 ) -> Recipe:
-    """Return a recipe without images and backbones, for features that a program gives."""
+    """Return a recipe without images and backbones: the features are given."""
     section = (
         TaskSection.model_validate(dict(task or {})) if not isinstance(task, TaskSection) else task
     )
@@ -167,7 +165,7 @@ def _recipe_of(
 def _state_of(
     recipe: Recipe, features: Mapping[str, FeatureSet], samples: pd.DataFrame | str | Path
 ) -> RunState:
-    """Return the run state for these feature sets. Raises MissingFeatures where a row is absent."""
+    """Return the state of a run before training. Raises MissingFeatures if an image has no row."""
     paths = recipe.paths
     samples_with_content = _with_content(_listed(samples, labelled=True), paths.root)
     dataset = make_dataset(
@@ -222,7 +220,7 @@ def _state_of(
 
 
 def _progress_console() -> Console:
-    """Return a console that tells progress in a notebook, and nothing in a script."""
+    """Return a console that shows progress in a notebook, and nothing in a script."""
     console = make_console(stderr=True)
     console.quiet = not console.is_jupyter
     return console

@@ -1,8 +1,8 @@
-"""The terminal, as everything of headrace writes to it: the only place where a console is made.
+"""Consoles that print names of files, classes and columns as they are.
 
-Names of folders, classes, columns and settings are the user's, and stand in most sentences. They
-appear as they are: `[draft]` is no colour, `:dog:` is no picture, a name with control characters
-moves no cursor, and what the output cannot encode is written as an escape.
+All of headrace prints through `make_console`. A plain rich console would take a folder named
+`[draft]` for a style and `:dog:` for a picture, would send control characters in a name to the
+terminal, and would raise an error for a name that the output cannot encode.
 """
 
 import contextlib
@@ -16,9 +16,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-_PIPE_COLUMNS = 132  # of tables that no terminal limits
-# What a terminal obeys instead of showing it (all but line ends and tabs), and what reverses the
-# text after it.
+_PIPE_COLUMNS = 132  # characters; the width of tables in a file or pipe, which has none of its own
+# Control characters but line ends and tabs, and those that change the direction of the text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -30,11 +29,10 @@ def make_console(
     verbose: bool = False,
     pipe_columns: int = _PIPE_COLUMNS,
 ) -> Console:
-    """A console of the standard output, or of the standard error, for which all text is plain text.
+    """Return a console of the standard output, or of the standard error, without markup in texts.
 
-    What is to stand out is given a `style`. json_progress: whether progress is told as lines of
-    JSON. verbose: whether every task that begins and ends has a line. pipe_columns: the width of
-    tables in a file or a pipe, which have none of their own; wide enough to show whole words.
+    json_progress: whether progress is printed as lines of JSON. verbose: whether a line is printed
+    when a task begins or ends. pipe_columns: the width of tables in a file or a pipe.
     """
     has_width = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     return PlainConsole(
@@ -67,27 +65,26 @@ class PlainConsole(Console):
 
 
 def valid_text(text: str) -> str:
-    """The text as any UTF-8 output can hold it: a byte of a file name that is no UTF-8 becomes an
+    """Return text that can be encoded as UTF-8: a byte of a file name that is not UTF-8 becomes an
     escape (`caf\\xe9.png`).
 
-    Python holds such bytes as lone surrogates; under an ASCII locale those of every name, which are
-    whole UTF-8 here again.
+    Python gives such bytes as lone surrogates. Under an ASCII locale it does so with all bytes
+    beyond ASCII, which are decoded as UTF-8 here.
     """
     if text.isascii():
         return text
     try:
         named = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        # surrogates that stand for no byte, which only a program can have made
+        # Other surrogates stand for no byte, and come from no file name but from a program.
         named = text.encode("utf-8", "backslashreplace")
     return named.decode("utf-8", "backslashreplace")
 
 
 def escape_unencodable() -> None:
-    """Let the standard output and error write what their encoding lacks as escapes (`\\xe9`).
+    """Make the standard output and error print characters that they cannot encode as escapes.
 
-    Their encoding is ASCII in many a pipe, container and cron job, and a file name that is no UTF-8
-    fits no encoding.
+    In a container or a cron job their encoding is often ASCII.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -96,11 +93,11 @@ def escape_unencodable() -> None:
 
 @contextlib.contextmanager
 def utf8_stdout() -> Iterator[TextIO]:
-    """Give the standard output for data: UTF-8 in any locale, line ends as they are written."""
+    """Open the standard output for data: UTF-8 in any locale, line ends as written."""
     sys.stdout.flush()
     stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="")
     try:
         yield stream
         stream.flush()
     finally:
-        stream.detach()  # or the standard output would be closed with it
+        stream.detach()  # else the standard output would be closed when `stream` is deleted

@@ -1,4 +1,4 @@
-"""Where a run was computed: versions and machine, a line per change, for the report."""
+"""The record, for the report, of the versions and machines that computed a run."""
 
 import datetime
 import importlib.metadata
@@ -26,12 +26,12 @@ _LIBRARIES = (
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use: its affinity, not the machine's count."""
+    """Return how many cores this process may use, which a container or job may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(workers: int | None, device: str) -> dict[str, Any]:
-    """Versions, processor, cores, memory; the run's `workers` processes and `device`."""
+    """Return versions, processor, cores and memory, with the run's `workers` and `device`."""
     return {
         "python": platform.python_version(),
         "versions": {
@@ -47,12 +47,12 @@ def environment(workers: int | None, device: str) -> dict[str, Any]:
 
 
 def note_environment(path: Path, current: dict[str, Any]) -> None:
-    """Append a line of JSON to `path` unless the last line says the same."""
+    """Append the environment to `path`, unless it is the same as in the last line."""
     records, _ = read_records(path)
     previous = (
         {key: value for key, value in records[-1].items() if key != "since"} if records else {}
     )
-    if previous != json.loads(json.dumps(current)):
+    if previous != json.loads(json.dumps(current)):  # through JSON, as `previous` went: no tuples
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         append_records(path, [{"since": since, **current}])
 

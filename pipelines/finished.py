@@ -1,4 +1,4 @@
-"""A finished run, read from its directory: the one reader for report, advice and notebooks."""
+"""Reading of a finished run from its directory, for the report, advice and notebooks."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -45,7 +45,7 @@ _TEXT_COLUMNS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path
 
 @dataclass(frozen=True)
 class RunImages:
-    """The images of a run: the file of each, and the side of the split that it is on."""
+    """The images of a run: their files, and how they are split."""
 
     image_paths: Mapping[str, str]  # by content hash; of copies, the first
     dataset: Dataset
@@ -54,29 +54,29 @@ class RunImages:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run. Whatever is not in the two tables is read when it is first asked for.
+    """A finished run. Everything but its two tables is read when it is first used.
 
-    Images and features may be gone since the run ended. Properties that need them give the reason
-    as text then, and raise nothing.
+    Images and features may have been removed since the run ended. `images` and
+    `calibrated_predictions` are then a text with the reason, for the report to show.
     """
 
     paths: RunPaths
-    recipe: Recipe  # its paths where they are now, if the run was moved
+    recipe: Recipe  # with paths as they are now, if the run was moved
     metric: str
-    # leaderboard.csv: a row per setting, best first; `inputs` are tuples of names, as in memory
+    # leaderboard.csv: a row per setting, best first; `inputs` are tuples of names
     board: pd.DataFrame
     heads: pd.DataFrame  # heads.parquet: a row per head and fold; `inputs` as above
-    # code that may be imported to predict the test images again; nothing else is
+    # the user's code that may be imported to predict the test images again
     trust_code: Collection[str] = ()
 
     @cached_property
     def winner(self) -> pd.Series:
-        """The first row of the board. Raises NoWinner where no head is whole."""
+        """The board's best row. Raises NoWinner if every setting failed in some fold."""
         return choose_winner(self.board, self.heads)
 
     @cached_property
     def bank(self) -> BankResult:
-        """The results file that the winner is in."""
+        """The results file with the winner in it."""
         return read_bank(self.board["path"].iloc[0])
 
     @property
@@ -101,13 +101,14 @@ class FinishedRun:
 
     @property
     def groups(self) -> npt.NDArray[Any] | None:
-        """(rows of the task,) the group of each row, where the recipe names a group column."""
+        """(rows of the task,) the group of each row; None if the recipe names no group column."""
         return self._stored_task[1].get("groups")
 
     @cached_property
     def out_of_fold_predictions(self) -> npt.NDArray[np.float32]:
-        """(N, C) predictions of the winner's fold heads, each row by the head that did not train on
-        it; nan for rows that are never held out.
+        """(N, C) the winner's predictions, each row by the fold's head that did not train on it.
+
+        Rows that every head trained on are nan.
         """
         return self.bank.out_of_fold_predictions(str(self.winner["spec"]))
 
@@ -118,8 +119,10 @@ class FinishedRun:
 
     @cached_property
     def scored_predictions(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Targets (n, ...) and predictions (n, C) that the winner is scored by: of `held_out_rows`,
-        or of the units that they make up. Raises RunDamaged where the task that says so is gone.
+        """Targets (n, ...) and predictions (n, C) by which the winner is scored: of
+        `held_out_rows`, or of the units (patients, slides) to which they belong.
+
+        Raises RunDamaged if the file with the units is gone.
         """
         rows = self.held_out_rows
         if self.recipe.task.unit is None:
@@ -132,22 +135,21 @@ class FinishedRun:
 
     @cached_property
     def calibration(self) -> Mapping[str, Any] | None:
-        """The winner's temperature with the errors before and after it; None for regression and
-        runs of earlier versions.
+        """The temperature of the winner's probabilities, with the calibration errors before and
+        after it; None for regression and for runs of earlier versions.
         """
         try:
             selection = read_record(self.paths.selection)
-        except (FileNotFoundError, RunDamaged):  # the report's section on selection tells of it
+        except (FileNotFoundError, RunDamaged):  # the report's section on selection reports it
             return None
         calibration: Mapping[str, Any] | None = selection.get("calibration")
         return calibration
 
     @cached_property
     def calibrated_predictions(self) -> npt.NDArray[np.float64] | str:
-        """(n, C) as the predictions of `scored_predictions`, each fold at the temperature of the
-        others.
+        """(n, C) the predictions of `scored_predictions`, calibrated; or the reason why not.
 
-        Text, the reason, where they cannot be computed.
+        Each fold has the temperature that fits the other folds, so that none is fitted to itself.
         """
         task_path = self.paths.task(self.bank.task)
         try:
@@ -166,11 +168,11 @@ class FinishedRun:
 
     @cached_property
     def feature_specs(self) -> Mapping[str, tuple[FeatureSpec, ...]]:
-        """Specs of the feature sets, view by view, by name; in the recipe's order."""
-        heads = self.heads[self.heads["kind"] != "finetune"]  # networks read images
+        """The feature sets' specs by name, one for each view; in the recipe's order."""
+        heads = self.heads[self.heads["kind"] != "finetune"]  # a network has images as inputs
         results = heads.drop_duplicates("inputs")[["inputs", "path"]].to_numpy().tolist()
         specs_by_name: dict[str, tuple[FeatureSpec, ...]] = {}
-        # The inputs of the widest head are in the recipe's order; the others' follow.
+        # Each head's inputs are in the recipe's order, and most runs have a head on all of them.
         for inputs, path in sorted(results, key=lambda result: -len(result[0])):
             specs = [
                 FeatureSpec.from_json(json.dumps(feature["spec"]))
@@ -186,19 +188,19 @@ class FinishedRun:
 
     @cached_property
     def feature_paths(self) -> Mapping[str, tuple[Path, ...]]:
-        """Directories of the feature sets in the cache, view by view, by name; they may be gone."""
+        """The feature sets' directories by name, one for each view; they may be gone."""
         return {
             name: tuple(feature_set_path(self.recipe.cache, spec) for spec in views)
             for name, views in self.feature_specs.items()
         }
 
     def open_features(self, name: str) -> tuple[FeatureSet, ...]:
-        """Open the views of a feature set. Raises FeatureSetMissing when the cache lacks one."""
+        """Open a feature set, one for each view. Raises FeatureSetMissing."""
         return tuple(open_feature_set(path) for path in self.feature_paths[name])
 
     @cached_property
     def images(self) -> RunImages | str:
-        """The images and how they were split, or the reason why that cannot be reconstructed."""
+        """The images and their split, read again; or the reason why they are not as in the run."""
         try:
             samples = list_samples(self.recipe)
             content_by_id = read_listing(self.paths.listing)
@@ -227,7 +229,7 @@ class FinishedRun:
 
     @cached_property
     def accounting(self) -> Accounting | None:
-        """Where every entry of the source went; None where the run did not record it.
+        """Counts of the source's entries by what became of them; None if the run recorded none.
 
         Raises RunDamaged.
         """
@@ -243,7 +245,7 @@ class FinishedRun:
 
     @cached_property
     def winner_evaluation(self) -> Mapping[str, Any] | None:
-        """The record of the winner's own test-set evaluation; None where it has none."""
+        """The record of the winner on the test split; None if it was not evaluated there."""
         winner_key = (self.bank.task, self.bank.path.name, self.winner["spec"])
         for evaluation in self.test_evaluations:
             model = evaluation["winner"]
@@ -263,7 +265,7 @@ class FinishedRun:
 
     @property
     def damaged_records(self) -> Sequence[str]:
-        """Sentences on what `stages` and `environments` leave out."""
+        """Sentences about damaged or missing lines of `stages` and `environments`."""
         record_paths = (self.paths.stages, self.paths.environments)
         n_damaged = {path.name: read_records(path)[1] for path in record_paths}
         return [
@@ -283,8 +285,8 @@ class FinishedRun:
 def read_finished_run(run: Path, *, trust_code: Collection[str] = ()) -> FinishedRun:
     """Read a finished run, given by its directory or its recipe.
 
-    trust_code: code that may be imported, beside what the recipe names where it is given. Raises
-    NotARun for anything else, RunDamaged for tables that are not as the run wrote them.
+    trust_code: code that may be imported; also what the recipe names, if `run` is a recipe. Raises
+    NotARun for anything but a finished run, RunDamaged for tables that were altered.
     """
     paths = find_run(run)
     require_finished(paths, paths.recipe, paths.leaderboard, paths.heads)
@@ -304,7 +306,7 @@ def read_finished_run(run: Path, *, trust_code: Collection[str] = ()) -> Finishe
 
 
 def _as_in_memory(table: pd.DataFrame, paths: RunPaths) -> pd.DataFrame:
-    """Return the table with tuples of names as inputs, and its results files where they are now."""
+    """Return the table with inputs as tuples of names, and paths as they are now."""
     located = {
         stored_path: str(results_file(paths, stored_path))
         for stored_path in table["path"].dropna().unique()

@@ -1,18 +1,20 @@
-"""Paths that a run's files name, after the run was moved with what lies around it."""
+"""Paths in a run's files, after the run was moved together with its cache and images."""
 
 from pathlib import Path
 
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import RunDamaged, read_record
 
-_PATTERN = "{*?["  # in the name of a recipe's tar shards
+_PATTERN_CHARACTERS = frozenset(
+    "{*?["
+)  # of a pattern for tar files, which exists under no such name
 
 
 def moved_with_run(path: str, inside: Path) -> str:
-    """Return a path that a file of a run names, as it is now if both were moved.
+    """Return a path from a file of a run, as it is now if both were moved.
 
-    inside: the directory of that file, such as RUN/winner. Where that is in no run, the path stays
-    as it is.
+    inside: the directory of that file, such as RUN/winner. If it is in no run, the path is returned
+    unchanged.
     """
     for folder in list(inside.absolute().parents)[:4]:  # RUN/ensemble/MEMBER is the deepest
         try:
@@ -24,21 +26,24 @@ def moved_with_run(path: str, inside: Path) -> str:
 
 
 def moved_path(path: Path, before: Path, now: Path) -> Path:
-    """Return the path, or its place since the run went from `before` to `now`, if it exists."""
+    """Return the path as it is now that the run is not at `before` but at `now`.
+
+    It stays as it is if nothing exists at the new path: then only the run was moved.
+    """
     before, now = moved_project(before, now)
     if before == now or not path.is_relative_to(before):
         return path
     new_path = now / path.relative_to(before)
-    existing_part = new_path.parent if set(_PATTERN) & set(new_path.name) else new_path
+    existing_part = new_path.parent if _PATTERN_CHARACTERS & set(new_path.name) else new_path
     return new_path if existing_part.exists() else path
 
 
 def moved_project(before: Path, now: Path) -> tuple[Path, Path]:
-    """Return where the folder was that was moved or copied as a whole, and where it is; the root of
-    all paths for a run that is where it was.
+    """Return the old and the new path of the folder that was moved with the run in it.
 
-    What the two ends share has kept its order: of a project that was moved as a whole, cache,
-    images and weights files stand beside the run as they did.
+    Folders in which both paths end are taken to have moved along, with the cache and the images
+    in them: if the run /a/project/runs/x is now /b/project/runs/x, then /a is now /b. For a run
+    that was not moved, both are the root.
     """
     while before.name and before.name == now.name:
         before, now = before.parent, now.parent

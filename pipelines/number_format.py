@@ -1,4 +1,4 @@
-"""Numbers as text for the terminal and the report: scores, levels, bytes, work."""
+"""Numbers as text for the terminal and the report."""
 
 import re
 
@@ -22,9 +22,9 @@ def work_text(seconds: float, device: str) -> str:
 def images_text(
     images: int, groups: int | None, units: int | None = None, *, group_column: str | None = None
 ) -> str:
-    """Return "50 images", or "50 images of 12 groups (patient)", "20 units of 50 images".
+    """Return "50 images", "50 images of 12 groups (patient)" or "20 units of 50 images".
 
-    group_column: None where images are groups because they are copies or crops of one image.
+    group_column: None if the groups are not the user's, but copies and crops of one image.
     """
     if units is not None:
         in_groups = f" in {groups:,} groups" if groups is not None and groups < units else ""
@@ -37,7 +37,7 @@ def images_text(
 
 
 def utc_text(iso_time: str) -> str:
-    """Return "2026-11-30 18:11:25 UTC" of a time in ISO 8601; other text as it is."""
+    """Return a time in ISO 8601 as "2026-11-30 18:11:25 UTC"; other text as it is."""
     return re.sub(r"^(\S+)T(\d\d:\d\d:\d\d)\S*\+00:00$", r"\1 \2 UTC", str(iso_time))
 
 
@@ -47,14 +47,14 @@ def level_text(level: float) -> str:
 
 
 def number_text(value: float, metric: str) -> str:
-    """Return shares as per cent, everything else with four digits."""
-    if value != value:  # nan: nothing to compare, as the spread over one fold
+    """Return a score: per cent of shares such as accuracy, or four decimals."""
+    if value != value:  # nan, such as the spread over a single fold
         return "–"
     return f"{value * 100:.2f} %" if is_share(metric) else f"{value:.4f}"
 
 
 def is_share(metric: str) -> bool:
-    """Tell whether a metric is said in per cent."""
+    """Return whether a metric is given in per cent."""
     return metric in ("accuracy", "balanced_accuracy", "hamming_accuracy")
 
 

@@ -1,4 +1,4 @@
-"""Where everything of a run lies. No other module joins strings into a path."""
+"""The paths of a run's files. Other modules take them from here and build none themselves."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class RunPaths:
 
     @property
     def instance_weights(self) -> Path:
-        """What each image weighs in its unit's prediction."""
+        """The weight of each image in its unit's prediction."""
         return self.root / "instance-weights.csv"
 
     @property
@@ -34,12 +34,12 @@ class RunPaths:
 
     @property
     def predictions(self) -> Path:
-        """Every image of the run, labelled or not, as the selected model predicts it."""
+        """The selected model's predictions of every image, labelled or not."""
         return self.root / "predictions.parquet"
 
     @property
     def unit_predictions(self) -> Path:
-        """The same of units, where the task has them."""
+        """The selected model's predictions of units, if the task has them."""
         return self.root / "unit-predictions.parquet"
 
     @property
@@ -73,7 +73,7 @@ class RunPaths:
 
     @property
     def environments(self) -> Path:
-        """One line of JSON for each change of versions or machine: what ran the calls."""
+        """One line of JSON for each change of the versions or the machine between calls."""
         return self.root / "environments.jsonl"
 
     @property
@@ -82,12 +82,14 @@ class RunPaths:
 
     @property
     def signatures(self) -> Path:
-        """Grey copies of the images, 16 x 16 pixels, which the report compares; a cache."""
+        """Grey copies of the images, 16 x 16 pixels, by which the report finds near-duplicates; may
+        be removed, and is computed again.
+        """
         return self.root / "signatures.npz"
 
     @property
     def map_places(self) -> Path:
-        """Places of the images on the report's map by UMAP: they only save time."""
+        """Positions of the images on the report's map; may be removed, and is computed again."""
         return self.root / "map.npz"
 
     @property
@@ -105,17 +107,17 @@ class RunPaths:
 
     @property
     def conclusion_lock(self) -> Path:
-        """The lock under which one of several drivers at a time writes tables."""
+        """The lock that a driver holds while it writes tables: several may work on one run."""
         return self.root / "conclude.lock"
 
     @property
     def leases(self) -> Path:
-        """Task leases: which driver does which bank, while drivers are at work."""
+        """Task leases, by which each bank is trained by one of several drivers."""
         return self.root / "leases"
 
     @property
     def terminal(self) -> Path:
-        """The output of calls whose terminal was gone."""
+        """The output of calls after their terminal was closed."""
         return self.logs / "terminal.txt"
 
     @property
@@ -125,24 +127,22 @@ class RunPaths:
 
     @property
     def tls(self) -> Path:
-        """The certificate of this run's own cluster, where the recipe names none."""
+        """The certificate of this run's own cluster, if the recipe names none."""
         return self.root / "tls"
 
     @property
     def finetune(self) -> Path:
-        """Networks trained by gradients: results files as banks have, and beside them folds,
-        checkpoints and decisions.
-        """
+        """Fine-tuned networks: results files like those of banks, folds, checkpoints, decisions."""
         return self.root / "finetune"
 
     @property
     def finetune_images(self) -> Path:
-        """Paths of the run's images by content hash, for what trains from images."""
+        """Paths of the run's images by content hash, for fine-tuning."""
         return self.finetune / "images.json"
 
     @property
     def finetune_decisions(self) -> Path:
-        """Each candidate: parity, measured cost, predicted and measured gain, decision."""
+        """The decision about each candidate, with its cost and its predicted and measured gain."""
         return self.finetune / "candidates.json"
 
     def finetune_result(self, candidate_key: str) -> Path:
@@ -152,7 +152,7 @@ class RunPaths:
         return self.finetune / "parts" / candidate_key
 
     def finetune_model(self, candidate_key: str) -> Path:
-        """The directory of the network that was trained on all rows."""
+        """The model directory of the network that was trained on all rows."""
         return self.finetune / "models" / candidate_key
 
     @property
@@ -165,7 +165,7 @@ class RunPaths:
 
     @property
     def input_halving(self) -> Path:
-        """Small banks of the successive halving of inputs; they only save time."""
+        """Banks on samples, by which inputs are halved; may be removed, and is computed again."""
         return self.root / "input-halving"
 
     @property
@@ -173,7 +173,7 @@ class RunPaths:
         return self.advice_folder / "advice.json"
 
     def task(self, task_digest: str) -> Path:
-        """Rows that heads are trained on; beside them `groups`, each row's group number."""
+        """The rows that heads are trained on, with the array `groups`: each row's group number."""
         return self.root / "tasks" / f"{task_digest}.npz"
 
     def side_columns(self, fingerprint: str) -> Path:
@@ -181,15 +181,15 @@ class RunPaths:
         return self.root / "tasks" / f"side-{fingerprint}.npz"
 
     def bank(self, bank_group: str, specs_key: str) -> Path:
-        """A bank's results file: its group (task, features, kind) and a hash of the specs in it."""
+        """A bank's results file, by its group (task, features, kind) and a hash of its specs."""
         return self.banks / f"{bank_group}-{specs_key}.h5"
 
 
 def unit_leases(cache_root: Path) -> Path:
-    """Return the folder of task leases on units, for all runs on one cache."""
+    """Return the folder of task leases by which runs that share a cache share its work."""
     return cache_root / "leases"
 
 
 def content_index(cache_root: Path) -> Path:
-    """Index of content hashes by path, size and time, shared by all runs on a cache."""
+    """Return the index of content hashes by path, size and time, for all runs on a cache."""
     return cache_root / "contents.parquet"

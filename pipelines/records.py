@@ -1,9 +1,8 @@
-"""The files of a run that its readers believe: every one has a digest, which is compared before a
-number of it is used.
+"""Files of a run with digests, so that a damaged or edited file is refused and not believed.
 
-JSON and arrays carry theirs inside (`headrace.cache.format.sealed`). Tables that people open carry
-none: the digests of all are in tables.json, each entry written after its table. So a call that was
-killed in between leaves a table that is refused, and the next call writes both.
+JSON files and arrays contain their own (`headrace.cache.format.sealed`). Tables are for people to
+open, and contain none: their digests are in tables.json, where each is written after its table. If
+a call is killed in between, the table is refused until the next call writes both.
 """
 
 import io
@@ -22,7 +21,7 @@ RUN_AGAIN = "`headrace run RECIPE` writes it again"
 
 
 class RunDamaged(HeadraceError, ValueError):
-    """A file of a run was altered: names it, and the command that writes it again."""
+    """A file of a run was altered; the message names the command that writes it again."""
 
 
 def write_record(path: Path, values: Mapping[str, Any]) -> None:
@@ -31,9 +30,9 @@ def write_record(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path, mended_by: str = RUN_AGAIN) -> dict[str, Any]:
-    """Inverse of `write_record`.
+    """Read an object that `write_record` wrote.
 
-    Raises RunDamaged, with what mends it; FileNotFoundError where there is no file.
+    mended_by: the end of the message for a damaged file. Raises RunDamaged, FileNotFoundError.
     """
     try:
         return read_sealed_json(read_regular(path))
@@ -44,9 +43,9 @@ def read_record(path: Path, mended_by: str = RUN_AGAIN) -> dict[str, Any]:
 
 
 def publish_table(path: Path, data: bytes) -> None:
-    """Publish a table and the digest of its bytes.
+    """Publish a table and the digest of its bytes. Raises PublishFailed.
 
-    Two processes must not do so in one run at once. Raises PublishFailed.
+    Two processes must not do so in one run at once: one would lose the digest of the other.
     """
     publish_replace(path, data)
     digests = path.with_name(_DIGESTS)
@@ -58,11 +57,10 @@ def publish_table(path: Path, data: bytes) -> None:
 
 
 def read_table(path: Path) -> io.BytesIO:
-    """The bytes that `publish_table` was given.
+    """Return the bytes of a table that `publish_table` wrote.
 
-    Raises RunDamaged for other ones, FileNotFoundError for none.
-
-    A run of an earlier version has no digests, and is read without.
+    Raises RunDamaged if they were altered, FileNotFoundError. Runs of earlier versions have no
+    digests, and are read unchecked.
     """
     data = path.read_bytes()
     try:
@@ -86,12 +84,13 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records of `append_records`, oldest first, and how many damaged lines."""
+    """Return the records of a file, oldest first, and the number of damaged lines."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return [], 0
-    records, n_damaged = [], int(lines == [b""])  # an empty file is never written
+    # No file is ever written empty: one that is has been cut off.
+    records, n_damaged = [], int(lines == [b""])
     for line in lines:
         try:
             records += [read_sealed_json(line)] if line else []

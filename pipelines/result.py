@@ -1,4 +1,4 @@
-"""The result of a run, in memory; everything in it is on disk too."""
+"""The result of a run in memory, for the terminal and for programs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,29 +19,28 @@ from headrace.pipelines.stages.services import StageRecord
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a run: leaderboard, selected model, its score on the test split."""
+    """The result of a run. All of it is also in the run's files."""
 
     paths: RunPaths
     metric: str
-    # of the feature sets, view by view, by the names that the leaderboard gives them
+    # feature sets by their names in the leaderboard, one for each view
     feature_paths: Mapping[str, tuple[Path, ...]]
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series  # the first row of the board
     test: TestResult | None  # of the selected model; None without a test split
-    # where the recipe asks for one; the selected model, and what was tested, if it is `chosen`
+    # None if the recipe asks for none; if it is `chosen`, it is the selected model
     ensemble: Ensemble | None
     # the winner's expected score, and the settings that are statistically tied with it
     selection: Selection | None
-    # networks trained by gradients, beside their heads; where the recipe asks for them
-    finetuned: FinetuneOutcome | None
-    notes: tuple[str, ...]  # for a careful person
-    # where every entry of the source went; None for samples that a program gave
+    finetuned: FinetuneOutcome | None  # None if the recipe asks for none
+    notes: tuple[str, ...]  # cautions about the data or the settings
+    # counts of the source's entries by what became of them; None if a program gave the samples
     accounting: Accounting | None
     failed_images: int
     failed_heads: int
-    scored: str  # what scores are of: "images", or "units (patient)"
-    group_column: str | None  # whose images are not independent of each other
+    scored: str  # what is scored, in words: "images" or "units (patient)"
+    group_column: str | None
     stages: tuple[StageRecord, ...]
 
     @property
@@ -55,7 +54,7 @@ class RunResult:
 
 
 def run_result(state: RunState, stages: Sequence[StageRecord] = ()) -> RunResult:
-    """Return the result of a run whose stages are through."""
+    """Return the result of a run, after its last stage."""
     selected = state.selected
     assert selected is not None
     return RunResult(

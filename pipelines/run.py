@@ -1,4 +1,4 @@
-"""The run: plan, then stage by stage what is missing; the test split is used once, last."""
+"""The run of a recipe: a plan, then stage by stage what is missing."""
 
 import datetime
 import os
@@ -63,7 +63,7 @@ from headrace.pipelines.trackers import log_run, require_log
 
 @dataclass(frozen=True)
 class ExtractionResult:
-    """What `extract_recipe` has done."""
+    """The result of `extract_recipe`."""
 
     extraction: Extraction  # as the cache is now
     new: int  # images that went through a network in this call
@@ -71,6 +71,7 @@ class ExtractionResult:
     seconds: float
 
 
+# The test split is used in `evaluate` alone, after the selection.
 STAGES = (extract, halve_inputs, train, finetune, select, evaluate, predict)
 
 
@@ -82,14 +83,14 @@ def run_recipe(
     retry_failed: bool = False,
     client: Client | None = None,
 ) -> RunResult:
-    """Do what the recipe asks and is not done yet.
+    """Do everything that the recipe asks for and that earlier calls have not done.
 
-    workers: processes, instead of the recipe's number. retry_failed: train the heads that failed
-    once more. client: a Dask client to work on, which stays open; default: what the recipe's
-    section `cluster` says, started when there is work.
+    workers: processes, instead of the recipe's number. retry_failed: whether to train the heads
+    that failed in earlier calls again. client: a Dask client to work on, which stays open; default:
+    a cluster by the recipe's section `cluster`, started when there is work.
 
-    Interrupted at any moment, the next call goes on where it was: finished units and banks are on
-    disk. Raises HeadraceError for what the user can mend; finished work stays.
+    If it is interrupted, the next call goes on from there: finished units and banks are on disk.
+    Raises HeadraceError for errors that the user can mend.
     """
     if recipe.log is not None:
         require_log(recipe.log)
@@ -120,9 +121,9 @@ def extract_recipe(
     workers: int | None = None,
     client: Client | None = None,
 ) -> ExtractionResult:
-    """Put into the cache what it lacks of the recipe's images, labelled or not; nothing is trained.
+    """Extract the features of the recipe's images, labelled or not, that the cache lacks.
 
-    Arguments, and what an interruption leaves, as of `run_recipe`. Raises HeadraceError.
+    Arguments and interruptions as in `run_recipe`. Raises HeadraceError.
     """
     started_at = time.perf_counter()
     extraction = read_extraction(recipe, console=console)
@@ -134,7 +135,7 @@ def extract_recipe(
     remove_leftovers(paths, recipe.cache)
     with lease(paths.conclusion_lock):
         n_failed = write_failed_images(extraction)
-    extraction = planned(extraction)  # raises where every image failed
+    extraction = planned(extraction)  # planned again from the cache; raises if every image failed
     if n_failed and recipe.compute.strict:
         raise_strict(n_failed, paths.failed_images)
     seconds = time.perf_counter() - started_at
@@ -150,10 +151,10 @@ def cache_images(
     device: str = "auto",
     console: Console | None = None,
 ) -> int:
-    """Put into a cache what it lacks of the features that a model reads of images (columns `file`,
-    `path`); returns how many images went through a network.
+    """Extract the features of images (columns `file`, `path`) that a model needs and a cache lacks.
 
-    A fine-tuned network reads pixels, and has no features to keep. Raises HeadraceError.
+    Returns how many images went through a network. A fine-tuned network needs no features, for it
+    predicts from pixels. Raises HeadraceError.
     """
     specs_of_backbone: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
     for member in model.members:
@@ -166,6 +167,7 @@ def cache_images(
     )
     recipe = Recipe.model_construct(
         backbones=tuple(
+            # Aliases, for one network with two preprocessings would have one name twice.
             Backbone(name=backbone.name, alias=str(number))
             for number, (backbone, _) in enumerate(networks)
         ),
@@ -179,7 +181,7 @@ def cache_images(
     samples = samples.assign(content=pd.Series(contents, index=samples.index, dtype=object))
     try:
         plan = plan_features(recipe, samples, networks)
-    except DataError:  # every image failed before: each row says why
+    except DataError:  # every image failed in earlier calls; its row of the predictions says why
         return 0
     if plan.units:
         if not is_writable:
@@ -190,7 +192,7 @@ def cache_images(
         check_space(plan, cache_root, None)
         with _run_services(recipe, plan, console, workers, None, False) as services:
             extract_units(plan, recipe, services)
-    if is_writable and recipe.paths.root.exists():  # of calls that were killed
+    if is_writable and recipe.paths.root.exists():
         remove_leftovers(recipe.paths, cache_root)
     return plan.images_new
 
@@ -204,7 +206,10 @@ def _run_services(
     client: Client | None,
     retry_failed: bool,
 ) -> Iterator[Services]:
-    """Give the services of one call; what is refused before leaves no folder behind."""
+    """Open the services of one call: log, console and, when there is work, a cluster.
+
+    The log makes the run's folder, so that this follows all checks that may refuse the recipe.
+    """
     console = console or make_console()
     module_names = imports_of(backbone.name for backbone in recipe.backbones) if plan.units else []
     with task_log(recipe.paths) as log:
@@ -236,9 +241,7 @@ def _run_services(
 
 
 def remove_leftovers(paths: RunPaths, cache_root: Path) -> None:
-    """Remove what calls that were killed left behind: task leases and locks of dead drivers,
-    temporaries that nobody writes to.
-    """
+    """Remove what killed calls left: task leases of dead drivers, and old temporary files."""
     for folder in (paths.leases, unit_leases(cache_root)):
         remove_dead(folder)
     for temporary in stale_temporaries(paths.root, STALE_S, time.time()):

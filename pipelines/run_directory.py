@@ -1,4 +1,4 @@
-"""A run's directory: which run is meant, its recipe, and where its files are now."""
+"""Finding of a run by its recipe or directory, and of its files after it was moved."""
 
 import os
 import shlex
@@ -16,22 +16,22 @@ from headrace.pipelines.recipe.load import Recipe, RecipeError, load_recipe
 from headrace.pipelines.recipe.text import renamed_key
 from headrace.pipelines.records import read_record
 
-_RECIPE_BYTES = 1 << 20  # no recipe is larger, and a video that is given by mistake is not read
+_MAX_RECIPE_BYTES = 1 << 20  # so that a video, given by mistake, is not read to the end
 
 
 class NotARun(HeadraceError, ValueError):
-    """What was given is no run, or no finished one: says what is missing and what to type."""
+    """A path that leads to no run, or to an unfinished one."""
 
 
 class RunReadOnly(HeadraceError, PermissionError):
-    """A result would go into a run's directory, which cannot be written to."""
+    """A run's directory that cannot be written to."""
 
 
 def find_run(run: str | Path, *, or_model: bool = False) -> RunPaths:
-    """Return the run that is meant, ended or not, by its recipe or its directory.
+    """Return the run, finished or not, of a recipe or a directory.
 
-    or_model: the caller takes a model directory as well, which the message then says. Raises
-    NotARun, saying what to type; RecipeError for a recipe with a mistake in it.
+    or_model: whether the caller also takes a model directory; only the message depends on it.
+    Raises NotARun, with what to type instead; RecipeError for a recipe with a mistake in it.
     """
     path = expand_home(run)
     expected = (
@@ -67,12 +67,12 @@ def find_run(run: str | Path, *, or_model: bool = False) -> RunPaths:
 
 
 def is_run(paths: RunPaths) -> bool:
-    """Whether a call of `headrace run` or `train_heads` has begun to write there."""
+    """Return whether `headrace run` or `train_heads` has begun to write there."""
     return paths.recipe.is_file() or paths.heads.is_file() or any(paths.logs.glob("*.jsonl"))
 
 
 def require_finished(paths: RunPaths, *files: Path) -> None:
-    """Raise NotARun, with what to type, unless the run has left these files of its end."""
+    """Raise NotARun, with what to type, unless these files, which a run writes last, are there."""
     for file in files:
         if file.exists():
             continue
@@ -89,20 +89,21 @@ def require_finished(paths: RunPaths, *files: Path) -> None:
 
 
 def require_writable(paths: RunPaths, instead: str) -> None:
-    """Raise RunReadOnly, with what to type, where nothing can be written into the run."""
+    """Raise RunReadOnly, with what to type, if nothing can be written into the run."""
     if not os.access(paths.root, os.W_OK):
         raise RunReadOnly(f"{paths.root} cannot be written to. Type: {instead}")
 
 
 def _recipe_out(path: Path, otherwise: str) -> Path:
-    """Return where the run of a recipe is. A recipe may have any name; a file that is named as one
-    is told its mistakes, any other one gets `otherwise`.
+    """Return the run directory of a recipe.
+
+    A recipe may have any name. A mistake in a .yaml file is reported as such; a file with another
+    name may be no recipe at all, for which `otherwise` is the message.
     """
     has_recipe_name = path.suffix in (".yaml", ".yml")
-    # recipe.json of a run is no recipe to go by: it says where the run was made, and the run may
-    # have been moved.
+    # Not from a run's own recipe.json: its `out` may be where the run was before it was moved.
     if not has_recipe_name and (
-        is_run(RunPaths(path.parent)) or path.stat().st_size > _RECIPE_BYTES
+        is_run(RunPaths(path.parent)) or path.stat().st_size > _MAX_RECIPE_BYTES
     ):
         raise NotARun(otherwise)
     try:
@@ -116,7 +117,7 @@ def _recipe_out(path: Path, otherwise: str) -> Path:
 
 
 def _did_you_mean(path: Path) -> str:
-    """Return a question naming runs perhaps meant: around the path, below it, or like it."""
+    """Return a question that names runs above, below or with the name of a path; "" for none."""
     parents = (above for above in list(path.parents)[:3] if above.name)
     existing_runs = (
         candidate
@@ -133,7 +134,7 @@ def _runs_below(folder: Path) -> Iterator[Path]:
 
 
 def stored_recipe(paths: RunPaths) -> Recipe:
-    """The recipe that a run was made with, its paths as they are now if both were moved.
+    """Return the recipe that a run was made with; if the run was moved, with paths as they are now.
 
     Raises NotARun for one of another version of headrace, RunDamaged for a changed one.
     """
@@ -176,10 +177,10 @@ def stored_recipe(paths: RunPaths) -> Recipe:
 
 
 def results_file(paths: RunPaths, stored: str | Path) -> Path:
-    """Return where a results file is now, from the path that the leaderboard has of it.
+    """Return the path of a results file as it is now, from its path in the leaderboard.
 
-    The run's own directory counts first: of a run that was moved it holds the file, and of one that
-    was copied the original may have changed since.
+    The file in the run's own directory comes first: the run may be a copy, and the original, to
+    which the stored path still leads, may have changed since.
     """
     stored = Path(stored)
     folder = paths.finetune if stored.parent.name == paths.finetune.name else paths.banks

@@ -1,4 +1,4 @@
-"""What a process does when a new thread finds no memory to begin with."""
+"""The end of a process in which a new thread finds no memory."""
 
 import contextlib
 import os
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def end_where_no_thread_begins(message: str, output: str = "") -> None:
-    """End this process, with the message and exit code 2, once a new thread finds no memory.
+    """From now on, end this process with exit code 2 when a new thread finds no memory to start.
 
-    Whoever started the thread would wait for it for ever (CPython's issue 140746). output: what is
-    written on the standard output then.
+    Otherwise `Thread.start` would wait for the thread for ever (CPython's issue 140746). message,
+    output: for the standard error and the standard output.
     """
     report_others = sys.unraisablehook
-    # while there is memory
+    # Encoded now, for then there may be no memory for it.
     last_words, last_output = f"Error: {message}\n".encode(), output.encode()
 
     def end_or_report(unraisable: Any) -> None:

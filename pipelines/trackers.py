@@ -1,7 +1,4 @@
-"""Reports of a finished run to MLflow and TensorBoard.
-
-Nothing is read back; a run is reported once.
-"""
+"""Reports of a finished run to MLflow and TensorBoard."""
 
 import hashlib
 import importlib.util
@@ -25,7 +22,7 @@ _DIGEST = "headrace.digest"
 
 
 def require_log(section: LogSection) -> None:
-    """Raise HeadraceError for a library that is not installed: before the run, not after it."""
+    """Raise HeadraceError for a library that is not installed, before hours of work."""
     for tracker_location, library in (
         (section.mlflow, "mlflow"),
         (section.tensorboard, "tensorboard"),
@@ -38,9 +35,9 @@ def require_log(section: LogSection) -> None:
 
 
 def log_run(section: LogSection, result: "RunResult") -> str:
-    """Report a finished run to the trackers; returns a text on what was done.
+    """Report a finished run to the trackers, and return in words what was done.
 
-    The same results are reported once, whatever the number of calls.
+    Equal results are reported once, however often the run is called.
     """
     reports = []
     if section.mlflow is not None:
@@ -51,7 +48,7 @@ def log_run(section: LogSection, result: "RunResult") -> str:
 
 
 def mlflow_uri(location: str) -> str:
-    """Return a tracking URI as it is; for a path, that of a SQLite file in that folder."""
+    """Return the tracking URI of a location: of a SQLite file in it, if it is a folder."""
     if "://" in location:
         return location
     return f"sqlite:///{expand_home(location).absolute() / 'mlflow.db'}"
@@ -65,10 +62,12 @@ def run_digest(result: "RunResult") -> str:
 
 
 def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for it
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault(
+        "MLFLOW_DISABLE_TELEMETRY", "true"
+    )  # else MLflow sends statistics of its use
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or a warning where git is missing
     if home_directory() is None:
-        # MLflow is not imported without one; it keeps nothing there
+        # MLflow's import fails without a home directory, though nothing is written into it.
         os.environ["HOME"] = str(result.paths.root)
     from mlflow import MlflowClient
 
@@ -110,7 +109,7 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
             {result.metric: float(row[result.metric])},
         )
         client.set_terminated(child.info.run_id)
-    # Last: a call that is killed before this is told again, whole.
+    # Last, so that a report that was killed halfway is not taken for a finished one.
     client.set_tag(parent_run.info.run_id, _DIGEST, digest)
     client.set_terminated(parent_run.info.run_id)
     return True

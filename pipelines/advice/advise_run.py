@@ -1,4 +1,4 @@
-"""Advice on a run directory: what is missing is measured once, and stays in the directory."""
+"""Advice on a run: measurements are made once, and are kept in the run's directory."""
 
 import contextlib
 import shlex
@@ -35,15 +35,15 @@ def advise_run(
     A second call trains nothing.
 
     run: its directory, or its recipe.
-    reference: another run, given likewise. How far the images of `run` lie from its images is then
-    part of the advice.
+    reference: another run, given likewise; the advice then says how far the images of `run` are
+    from its images.
     workers: worker processes, by default one per core.
 
-    Raises NotARun; RunReadOnly, as the heads that are trained for the advice stay in the run;
-    NoReference; HeadraceError where features are missing.
+    Raises NotARun; RunReadOnly, because the heads that are trained for the advice are kept in the
+    run; NoReference; HeadraceError if features are missing.
     """
     finished = read_finished_run(run)
-    # absolute, for workers have a working directory of their own
+    # Absolute, because workers have a working directory of their own.
     paths = RunPaths(finished.paths.root.absolute())
     copy = shlex.quote(f"{paths.root.name}-copy")
     require_writable(
@@ -77,8 +77,8 @@ def advise_run(
 
 
 def _early_to_late(names: Sequence[str], run: FinishedRun) -> list[str]:
-    """Return feature sets of one backbone in the order in which it computes them; as they are where
-    the backbone cannot be built here.
+    """Return feature sets of one backbone in the order in which it computes them; unchanged if the
+    backbone cannot be built here.
     """
     specs = {name: open_feature_set(run.feature_paths[name][0]).spec for name in names}
     order_path = run.paths.advice_folder / "running-order.json"

@@ -1,7 +1,7 @@
-"""Rules from evidence to advice: train a head, fine-tune more layers, train from scratch, collect
-more images, or abstain.
+"""Rules that turn evidence into advice: train a head, fine-tune more layers, train from scratch,
+collect more images, or abstain.
 
-Every threshold is here, and every error is a share of images: 0.01 is one point.
+All thresholds are here. Errors are shares of images: 0.01 is one point.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -16,18 +16,22 @@ Action = Literal["head", "fine-tune", "scratch", "collect", "abstain"]
 
 MATERIAL_GAIN = 0.01  # gains below one point are not worth an effort
 SURE_PROBABILITY = 0.8  # share of the resamples in which something must hold to be acted on
-# enough for more images where nothing else can help: few of them, far from what the network was
-# made for
+# The share that suffices to advise more images where nothing else can help: few images, far from
+# those that the network was trained on.
 LIKELY_PROBABILITY = 0.5
-THIN_ROWS = 40  # fewer images than this, and every interval is wider than what it is to decide
+THIN_ROWS = 40  # with fewer images every interval is wider than the differences to decide on
 FINE_TUNE_ROWS = 100  # images per class from which training deeper has been found to pay
-SCRATCH_ROWS = 500  # and from which a random start can compete
-# an earlier tap that is better than the last by this is a domain that the network was not made for
+SCRATCH_ROWS = 500  # images per class from which training from scratch can compete
+# If an earlier tap is better than the last by this, the images are far from those that the network
+# was trained on.
 FAR_LAG = 0.02
-ROOM_SHARE = 1 / 3  # of the error, that must not be label noise before deeper training is advised
-STARVED_GAP = 0.10  # a class that errs this much more than the middle class
-STARVED_SHARE = 0.5  # and has fewer images than this share of the middle class
-# so few images of a class may show no curve at all: where most are missed, it has not begun to fall
+ROOM_SHARE = 1 / 3  # share of the error that must not be label noise to advise training deeper
+# A class lacks images if it errs by STARVED_GAP more than the median class, and has fewer images
+# than STARVED_SHARE of those of the median class.
+STARVED_GAP = 0.10
+STARVED_SHARE = 0.5
+# With fewer images than this, of which most are missed, a class's learning curve has not begun to
+# fall.
 UNSEEN_IMAGES = 30
 UNSEEN_ERROR = 0.5
 
@@ -47,12 +51,11 @@ class ClassEvidence:
 
     name: str
     images: int
-    error: Estimate  # share of its images that are missed
-    gap: Estimate  # by how much that is more than of the middle class
+    error: Estimate  # share of its images that are predicted wrongly
+    gap: Estimate  # by how much that is more than the median class's
     gain: Estimate  # by how much it falls with twice as many of its images
-    # Further images of it until it errs as the middle class does, at most three times what there
-    # is; of a class whose curve cannot be seen yet, until it has half as many images as the middle
-    # class.
+    # Further images until it errs like the median class, at most three times what there is. If its
+    # curve cannot be seen yet: until it has half as many images as the median class.
     needed: Estimate
 
     @property
@@ -66,9 +69,9 @@ class PilotEvidence:
     """Gain of a fine-tuned network over the best head."""
 
     name: str
-    tap: str | None  # training started above this tap; None: everything
-    scratch: bool
-    gain: Estimate  # by how much its error is less than the head's
+    tap: str | None  # what is above this tap was trained; None: everything
+    scratch: bool  # from a random start
+    gain: Estimate  # the best head's error less the network's
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Evidence:
     images: int
     classes: int  # 0: not a single-label task
     error: Estimate  # of the best head
-    # error on the half of the images of which it is surest: about what label noise leaves
+    # error on the half of the images with the highest confidence: about that of label noise
     surest: Estimate | None
     gain: dict[int, Estimate]  # by how much the error falls with 2 and 4 times as many images
     # the error itself with 2 and 4 times as many images, by the same curve
@@ -88,8 +91,7 @@ class Evidence:
     per_class: tuple[ClassEvidence, ...] = ()
     pilots: tuple[PilotEvidence, ...] = ()
     scores: tuple[dict[str, Any], ...] = ()  # transfer scores by feature set
-    # distances to the images of another run, where one is given
-    reference: tuple[ReferenceEvidence, ...] = ()
+    reference: tuple[ReferenceEvidence, ...] = ()  # distances to the images of another run
 
     @property
     def per_class_images(self) -> float:
@@ -104,9 +106,9 @@ class Advice:
     action: Action
     sentence: str
     reasons: tuple[str, ...]
-    tap: str | None = None  # fine-tune: what lies above it should train
-    class_name: str | None = None  # collect: of this class; None: of all
-    more: Estimate | None = None  # collect: images
+    tap: str | None = None  # fine-tune: train what is above this tap
+    class_name: str | None = None  # collect: images of this class; None: of all
+    more: Estimate | None = None  # collect: how many images
     evidence: Evidence | None = field(default=None, repr=False)
 
 
@@ -118,27 +120,20 @@ def advice_summary(advice: Advice) -> dict[str, Any]:
             return value.summary()
         if is_dataclass(value) and not isinstance(value, type):
             return {
-                field_or_item.name: plain(getattr(value, field_or_item.name))
-                for field_or_item in fields(value)
+                attribute.name: plain(getattr(value, attribute.name)) for attribute in fields(value)
             }
         if isinstance(value, dict):
-            return {str(name): plain(field_or_item) for name, field_or_item in value.items()}
-        return (
-            [plain(field_or_item) for field_or_item in value]
-            if isinstance(value, tuple | list)
-            else value
-        )
+            return {str(name): plain(item) for name, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
     summary: dict[str, Any] = plain(advice)
     return summary
 
 
 def decide(evidence: Evidence) -> Advice:
-    """Return the advice, by the first of these rules that the evidence supports.
-
-    Too few images to say anything; a pilot that is better; a class that lacks images; a learning
-    curve that still falls; a flat one, with errors that are not label noise, on enough images to
-    train deeper; a flat one otherwise.
+    """Return the advice by the first of these cases that applies: too few images to say anything; a
+    fine-tuned network that is better; a class that lacks images; a learning curve that still falls;
+    a flat curve (see `_flat`).
     """
     reasons = [f"The best head errs on {percent(evidence.error)} of {evidence.images:,} images."]
     if evidence.images < THIN_ROWS or not evidence.gain:
@@ -198,7 +193,7 @@ def decide(evidence: Evidence) -> Advice:
 
 
 def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
-    """Advise where more images would not help: the error is label noise, or the features'."""
+    """Return the advice for a flat curve: labels are noisy, or the features are at fault."""
     if evidence.error.above(2 * MATERIAL_GAIN) < 1 - SURE_PROBABILITY:
         return _advice("head", "Train a head; little is left to gain.", evidence, reasons)
     if evidence.surest is None:
@@ -251,8 +246,8 @@ def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
 
 
 def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
-    """Return the node above which to train, where there are enough images, a head that cannot use
-    more of them, and errors that are not noise.
+    """Return the advice how deep to train, when there are enough images, a flat curve, and errors
+    that are not label noise.
     """
     if len(evidence.taps) < 2:
         reason = (
@@ -294,8 +289,8 @@ def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
 
 
 def _noise(evidence: Evidence) -> Estimate:
-    """Return by how much the errors that need not be label noise exceed ROOM_SHARE of all; below 0
-    most look like noise.
+    """Return the share of errors that need not be label noise, less ROOM_SHARE of the error; below
+    0 most errors look like label noise.
     """
     if evidence.surest is None:
         return Estimate(float("nan"), np.full(1, np.nan))
@@ -304,11 +299,14 @@ def _noise(evidence: Evidence) -> Estimate:
 
 
 def is_far(evidence: Evidence) -> bool:
-    """Return whether an earlier tap is clearly better: late layers serve other images."""
+    """Return whether an earlier tap is clearly better than the last one, which then serves other
+    images than these.
+    """
     return bool(evidence.taps) and evidence.taps[-1].lag.above(FAR_LAG) >= SURE_PROBABILITY
 
 
 def _starved(evidence: Evidence) -> ClassEvidence | None:
+    """Return the class that lacks images and errs most beyond the median class; None if none."""
     median_images = (
         float(np.median([class_evidence.images for class_evidence in evidence.per_class]))
         if evidence.per_class
@@ -332,26 +330,26 @@ def _best_pilot(evidence: Evidence) -> PilotEvidence | None:
 def _advice(
     action: Action, sentence: str, evidence: Evidence, reasons: list[str], **fields: Any
 ) -> Advice:
-    # said, and not decided by: whether a distance matters is what the taps' errors show
+    # The distance to another run is only reported. The errors of taps show whether it matters.
     if evidence.reference:
         reasons = [*reasons, reference_text(evidence.reference)]
     return Advice(action, sentence, tuple(reasons), evidence=evidence, **fields)
 
 
 def _round(count: float) -> int:
-    """Round to two significant digits: more would claim too much."""
+    """Round to two significant digits; more would claim too much."""
     return int(float(f"{count:.1e}")) if count > 0 else 0
 
 
 def points(difference: Estimate, unit: str = "points") -> str:
-    """Return "1.2 points (95 % interval 0.4 to 2.1)"."""
+    """Return a text such as "1.2 points (95 % interval 0.4 to 2.1)"."""
     ends = (difference.low, difference.value, difference.high)
     low, value, high = (100 * number for number in ends)
     return f"{value:.1f} {unit} (95 % interval {low:.1f} to {high:.1f})"
 
 
 def percent(error: Estimate) -> str:
-    """Return "12.6 % (95 % interval 10.5 to 14.4)"."""
+    """Return a text such as "12.6 % (95 % interval 10.5 to 14.4)"."""
     return points(error, "%")
 
 

@@ -1,4 +1,4 @@
-"""Measure the evidence that advice rests on: errors with their intervals, learning curves, taps.
+"""Measurement of the evidence for advice: errors with intervals, learning curves, taps.
 
 N held-out rows, C classes, B resamples.
 """
@@ -56,8 +56,8 @@ from headrace.pipelines.selection.predictions import (
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 400  # of the validation rows
-IMAGE_FACTORS = (2, 4)  # times as many images
-# kinds whose winner has a learning curve of its own, beside the linear heads
+IMAGE_FACTORS = (2, 4)  # how many times as many images the curve is extrapolated to
+# Kinds of head that are trained for the learning curve if the winner is one, beside linear heads.
 _CURVE_KINDS = ("logistic", "ridge", "mlp")
 
 
@@ -93,7 +93,7 @@ def advise_on(
 
     Raises NoCompleteHead, NoReference, HeadraceError where features are missing.
     """
-    task = replace(task, units=None)  # more images, better labels: advice is about single images
+    task = replace(task, units=None)  # advice is on single images, also if units are predicted
     validation = validation_rows(task, groups)
     complete = complete_heads(board).reset_index(drop=True)
     is_network = complete["kind"] == "finetune"
@@ -110,7 +110,8 @@ def advise_on(
     losses = _row_losses(validation, predicted)
     error = _error_estimate(validation, losses, draws)
     scores = transferability_scores(task, feature_paths, results_folder)
-    # fields of `Evidence` that a learning curve and a single-label task add to
+    # Fields of `Evidence` with the values that they have without a learning curve, and if the task
+    # is not single-label.
     evidence: dict[str, Any] = {"gain": {}, "ahead": {}, "curve": {}, "surest": None}
     if len(task.ids) >= THIN_ROWS:
         curve = _measured_curve(
@@ -150,10 +151,8 @@ def _measured_curve(
     train_all: Callable[[Sequence[BankJob]], None],
     groups: npt.NDArray[Any] | None,
 ) -> LearningCurve:
-    """Return the learning curve on the inputs of the best head that reads no map.
-
-    Linear heads on all positions of a map would be very wide; the curve of the best other head says
-    as much.
+    """Return the learning curve on the inputs of the best head that reads no map: linear heads on
+    all positions of a map would be very wide, and say no more.
     """
     reads_map = [any(name.endswith(".map") for name in inputs) for inputs in heads["inputs"]]
     without_map = heads[~np.array(reads_map)]
@@ -167,7 +166,7 @@ def _measured_curve(
 def _curve_evidence(
     validation: ValidationRows, losses: Floats, curve: LearningCurve, draws: Floats
 ) -> dict[str, Any]:
-    """Return the parts of the evidence that a learning curve gives."""
+    """Return the fields of `Evidence` that come from a learning curve."""
     in_curve = np.isin(validation.images, curve.rows)
     law = fit_power_law(curve.sizes, weighted_errors(curve.wrong, draws[in_curve]))
     gains = {factor: gain_from_more(law, curve.sizes[-1], factor) for factor in IMAGE_FACTORS}
@@ -183,7 +182,7 @@ def _curve_evidence(
 
 
 def _sort_all_by_depth(feature_paths: FeaturePaths, sort_by_depth: SortByDepth) -> list[str]:
-    """Return all names, backbone by backbone, each early to late."""
+    """Return all names, backbone by backbone, those of each from early to late."""
     names_of_backbone: dict[tuple[str, ...], list[str]] = {}
     for name, views in feature_paths.items():
         backbone_key = _backbone_key(open_feature_set(views[0]).spec)
@@ -196,7 +195,7 @@ def _backbone_key(spec: FeatureSpec) -> tuple[str, ...]:
 
 
 def curve_specs(task: Task, winner: pd.Series) -> list[HeadSpec]:
-    """Return the learning curve's heads: linear ones, strong to weak, and the winner's own."""
+    """Return the heads of the learning curve: linear ones, and the winner's settings."""
     winner_spec = model_spec(winner["spec"])
     specs = linear_specs(task, getattr(winner_spec, "class_weight", "none"))
     if winner_spec.kind in _CURVE_KINDS:
@@ -264,8 +263,8 @@ def tap_evidence(
     draws: Floats,
     sort_by_depth: SortByDepth,
 ) -> tuple[TapEvidence, ...]:
-    """Return the error of the best head on each tap alone, early to late, for the backbone of the
-    best of them; of two poolings of a tap the better one.
+    """Return the error of the best head on each tap alone, early to late, for the backbone that has
+    the best of these heads. A tap with several poolings is there with the best one.
     """
     single_input = heads[[len(inputs) == 1 for inputs in heads["inputs"]]]
     single_input = single_input.assign(name=[inputs[0] for inputs in single_input["inputs"]])
@@ -315,7 +314,7 @@ def pilot_evidence(
 def _predictions(
     board: pd.DataFrame, validation: ValidationRows
 ) -> dict[int, npt.NDArray[np.float32]]:
-    """Return (N, C) out-of-fold predictions by row of the board; rows without them are absent."""
+    """Return out-of-fold predictions (N, C) by position in the board; heads without are absent."""
     return {
         int(index): predicted
         for indices, block in read_predictions(board, validation)
@@ -336,7 +335,7 @@ def _error_estimate(
 ) -> Estimate:
     """Return the mean of losses (n,) with its interval over groups.
 
-    row_mask: (N,) the held-out rows that the losses are of, by default all.
+    draws: (n, 1 + B) from `row_draws`. row_mask: (N,) the n rows, by default all held-out ones.
     """
     groups = validation.groups if row_mask is None else validation.groups[row_mask]
     is_regression = validation.task.kind == "regression"

@@ -1,7 +1,8 @@
-"""Distance of a run's images to those of another run, in features of a backbone that both have.
+"""Distance of a run's images to those of a reference run, in features of a backbone that both have.
 
-The other run stands for what the backbone knows: images that it was trained on, or an earlier task
-that went well. N images of the run, M of the reference, D features, standardized by the reference.
+The reference represents images that the backbone suits: those that it was trained on, or an earlier
+task that went well. N images of the run, M of the reference, D features, standardized by the
+reference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +21,13 @@ from headrace.pipelines.selection.estimate import Estimate
 Floats = npt.NDArray[np.float64]
 Content = npt.NDArray[np.bytes_]
 
-MAX_IMAGES = 1000  # of either run, drawn at random
-MIN_IMAGES = 20  # of fewer, the nearest image says little
+MAX_IMAGES = 1000  # of each run, drawn at random
+MIN_IMAGES = 20  # among fewer, the distance to the nearest image says little
 RESAMPLES = 400  # of the distances
 
 
 class NoReference(HeadraceError, ValueError):
-    """The two runs have nothing that could be compared."""
+    """The two runs share no features, or have too few images, to be compared."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class ReferenceEvidence:
     """Distance between two runs on one feature set."""
 
     name: str
-    images: int  # of the reference that were compared with
-    # How far an image of the run is from the nearest reference image, as a multiple of how far
-    # reference images are from each other, both as medians; 1: the run's images lie among the
-    # reference's. The interval is of this draw of images.
+    images: int  # of the reference
+    # Median distance of the run's images to the nearest reference image, divided by the median
+    # distance of reference images to the nearest other one; 1: the run's images lie among the
+    # reference's. The interval is over this draw of images.
     ratio: Estimate
 
 
@@ -51,14 +52,14 @@ def reference_evidence(
 ) -> tuple[ReferenceEvidence, ...]:
     """Return the distance on each feature set that both runs have, in the order of `feature_paths`.
 
-    Maps are left out, and of the reference the images that both runs have.
+    Maps are left out, and so are reference images that the run has too.
 
     feature_paths: directories of the run's feature sets, by name.
     content: content hashes of the run's images.
     reference_paths, reference_content: those of the reference. Feature sets with the same
     fingerprint are the same.
 
-    Raises NoReference, saying what is missing.
+    Raises NoReference, which says what is missing.
     """
     path_by_fingerprint = {
         open_feature_set(views[0]).spec.fingerprint: views[0] for views in reference_paths.values()
@@ -100,8 +101,8 @@ def reference_evidence(
 def distance_ratio(
     features: npt.NDArray[Any], reference: npt.NDArray[Any], *, seed: int = 0
 ) -> Estimate:
-    """Return the median distance of rows (N, D) to their nearest reference row (M, D), over that of
-    reference rows to each other.
+    """Return the median distance of rows (N, D) to the nearest reference row (M, D), divided by
+    that of reference rows to the nearest other one.
     """
     mean, deviation = reference.mean(0), reference.std(0)
     deviation = np.where(deviation > 0, deviation, 1)
@@ -111,7 +112,7 @@ def distance_ratio(
     to_reference = _nearest_distances(features, reference, exclude_self=False)
     among_reference = _nearest_distances(reference, reference, exclude_self=True)
     generator = np.random.default_rng(seed)
-    # Distances are resampled, and neighbours stay what they are.
+    # The distances are resampled, not the images, whose nearest neighbours would change.
     draws = [
         _median_ratio(
             generator.choice(to_reference, len(to_reference)),
@@ -123,7 +124,7 @@ def distance_ratio(
 
 
 def reference_text(evidence: Sequence[ReferenceEvidence]) -> str:
-    """Return a sentence on the latest feature set that both runs have."""
+    """Return a sentence on the deepest feature set that both runs have."""
     latest = evidence[-1]
     low, value, high = latest.ratio.low, latest.ratio.value, latest.ratio.high
     verdict = "they lie among them" if low <= 1 else "they lie further out than those lie apart"
@@ -141,7 +142,7 @@ def _median_ratio(to_reference: Floats, among_reference: Floats) -> float:
 def _nearest_distances(features: Floats, reference: Floats, *, exclude_self: bool) -> Floats:
     """Return the distance (N,) of each row to the nearest reference row.
 
-    exclude_self: the rows are the reference's own, and none is its own neighbour.
+    exclude_self: features and reference are the same rows; a row is not its own neighbour.
     """
     squares = (
         (features**2).sum(1)[:, None] + (reference**2).sum(1)[None] - 2 * features @ reference.T

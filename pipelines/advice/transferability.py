@@ -1,7 +1,7 @@
-"""Transferability of each feature set: scores of how well it suits the task without a head, nearest
-neighbours, bounds on the Bayes error.
+"""Transferability of feature sets: scores that need no trained head, nearest neighbours, bounds on
+the Bayes error.
 
-Scores are of at most ROWS images, drawn alike for all feature sets; they stay on disk.
+Scores are measured on at most ROWS images, the same for all feature sets, and kept on disk.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from headrace.heads.evaluate.transferability import (
 from headrace.heads.neighbors.bank import fit_knn_bank
 from headrace.heads.neighbors.kind import KNNSpec
 
-ROWS = 1000  # at most, drawn at random
-NEIGHBOURS = (1, 5, 20)  # the best of these counts
+ROWS = 1000  # drawn at random
+NEIGHBOURS = (1, 5, 20)  # numbers of neighbours; the best one counts
 _VERSION = 1  # of the stored scores
 _FOLDS = 5
 
@@ -40,7 +40,7 @@ _FOLDS = 5
 class TransferabilityScores:
     """Scores of one feature set.
 
-    None where a number does not exist for the kind of task, or cannot be computed.
+    None for a number that does not exist for the kind of task, or cannot be computed.
     """
 
     name: str
@@ -48,11 +48,10 @@ class TransferabilityScores:
     images: int  # that the scores were measured on
     logme: float | None  # log evidence per image of a linear model; higher is better
     h_score: float | None  # higher is better, at most classes - 1
-    # from the class that the pretrained network sees, where its logits are among the taps; 0 is
-    # best
+    # negative conditional entropy of the label, given the class that the pretrained network
+    # predicts; at most 0; None unless the tap is the network's logits
     nce: float | None
-    # the best of 1, 5 and 20 nearest neighbours: accuracy, or R² of a regression
-    neighbours: float | None
+    neighbours: float | None  # accuracy or R² of the best number of nearest neighbours
     neighbour_error: float | None  # of one nearest neighbour
     # bounds on the error that any head on these features must make (Cover and Hart 1967)
     bayes_low: float | None
@@ -64,8 +63,8 @@ def transferability_scores(
 ) -> list[TransferabilityScores]:
     """Return the scores of each feature set, in the order given.
 
-    feature_paths: views by name; the first view is measured. results_folder: where scores stay;
-    each is computed once.
+    feature_paths: views by name; the first view is measured. results_folder: keeps the scores, so
+    that each is computed once.
     """
     sampled_rows = _sample_rows(task)
     all_scores = []
@@ -77,7 +76,7 @@ def transferability_scores(
         scores = _stored_scores(scores_path)
         if scores is None:
             scores = _measure_scores(name, task, sampled_rows, view_paths[0])
-            with suppress(OSError):  # it only saves time
+            with suppress(OSError):  # the file only saves time
                 results_folder.mkdir(parents=True, exist_ok=True)
                 publish_replace(scores_path, sealed_json(asdict(scores)))
         all_scores.append(scores)
@@ -146,7 +145,7 @@ def _sample_rows(task: Task) -> npt.NDArray[np.int64]:
 
 
 def _stored_scores(scores_path: Path) -> TransferabilityScores | None:
-    """Return stored scores; {} for absent or unreadable ones: the file only saves time."""
+    """Return stored scores; None if the file is absent or damaged, as it only saves time."""
     try:
         return TransferabilityScores(**read_sealed_json(scores_path.read_bytes()))
     except (OSError, ValueError, TypeError):

@@ -57,7 +57,7 @@ def advise_command(
 
 
 def show_advice(console: Console, advice: "Advice") -> None:
-    """The advice, its reasons, and the numbers behind them."""
+    """Print the advice, its reasons, and the numbers behind them."""
     console.print(advice.sentence, style="bold")
     for reason in advice.reasons:
         console.print(f"- {reason}")
@@ -71,11 +71,11 @@ def show_advice(console: Console, advice: "Advice") -> None:
         table.add_column("error", justify="right")
         for images, error in zip(evidence.curve["images"], evidence.curve["error"], strict=True):
             table.add_row(f"{images:,.0f}", f"{error * 100:.2f} %")
-        for times, left in sorted(evidence.ahead.items()):
+        for times, error_ahead in sorted(evidence.ahead.items()):
             table.add_row(
                 f"{times * evidence.curve['images'][-1]:,.0f}",
-                f"{left.value * 100:.2f} % ({left.low * 100:.2f} to {left.high * 100:.2f}), by the "
-                "fit",
+                f"{error_ahead.value * 100:.2f} % ({error_ahead.low * 100:.2f} to "
+                f"{error_ahead.high * 100:.2f}), by the fit",
                 style="dim",
             )
         console.print(table)
@@ -90,15 +90,13 @@ def _scores_table(scores: tuple[dict[str, Any], ...]) -> Table:
     table.add_column("features", no_wrap=True)
     for column in ("width", "LogME", "H-score", "NCE", "neighbours", "Bayes error"):
         table.add_column(column, justify="right")
-    for each in scores:
+    for row in scores:
         bounds = (
-            "–"
-            if each["bayes_low"] is None
-            else f"{each['bayes_low']:.3f}–{each['bayes_high']:.3f}"
+            "–" if row["bayes_low"] is None else f"{row['bayes_low']:.3f}–{row['bayes_high']:.3f}"
         )
         numbers = [
-            "–" if each[key] is None else f"{each[key]:.3f}"
+            "–" if row[key] is None else f"{row[key]:.3f}"
             for key in ("logme", "h_score", "nce", "neighbours")
         ]
-        table.add_row(each["name"], f"{each['width']:,}", *numbers, bounds)
+        table.add_row(row["name"], f"{row['width']:,}", *numbers, bounds)
     return table

@@ -1,5 +1,5 @@
-"""`headrace backbones [NAME]`: search the networks that there are, by input size, weights and
-licence; show one's weights, and its taps with their shapes, bytes and cost.
+"""`headrace backbones [NAME]`: search the available networks; show one's weights, and its taps with
+shapes, bytes and cost.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from headrace.extract.spec import BackboneSpec
     from headrace.extract.taps.describe import BackboneInfo
 
-# dots in a node's name that are shown without --all: stages and blocks, not the layers inside them
+# Nodes with more dots in their names are layers inside blocks, and shown only with --all.
 _DEPTH = 1
-_MANY = 40  # names that are described, unless all are asked for
+_MANY = 40  # names that are listed without --all
 
 NameArgument = Annotated[
     str | None,
@@ -67,7 +67,7 @@ def backbones_command(
         if name is None or name.lower() in backbone_name.lower()
     ]
     if name is not None and (name in known_names or not matching_names):
-        # Of a name that there is not, it says which are near.
+        # For an unknown name, describe_backbone raises an error that names similar ones.
         spec = BackboneSpec(name if ":" in name else f"timm:{name}", image_size=image_size)
         backbone_info = describe_backbone(spec, weights=False)
         weights = published_weights(spec.name)
@@ -101,7 +101,9 @@ def _measured_rate(spec: "BackboneSpec") -> float:
 
 
 def _table_of_names(weights_by_name: "dict[str, list[PublishedWeights]]") -> Table:
-    """A row for each network: what its default weights take, and what all of them are."""
+    """Return a table with a row for each network: the input size of its default weights, the best
+    accuracy, how many weights there are, and their licences.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("backbone", no_wrap=True)
     for column in ("pixels", "ImageNet", "weights"):

@@ -1,4 +1,4 @@
-"""`headrace cluster …`: what a cluster off this machine needs before a run."""
+"""`headrace cluster …`: preparation of a cluster on other machines."""
 
 import shlex
 from pathlib import Path
@@ -16,7 +16,7 @@ app = typer.Typer(
 
 @app.callback()
 def _group() -> None:
-    pass
+    pass  # with a callback, typer keeps `tls` as a sub-command although it is the only one
 
 
 @app.command("tls")

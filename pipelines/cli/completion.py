@@ -1,4 +1,4 @@
-"""What the Tab key offers, for shells that `headrace --install-completion` has taught."""
+"""Completion of names by the Tab key, after `headrace --install-completion`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import typer
 
 
 def complete_backbones(incomplete: str) -> list[str]:
-    """Return the networks whose names, with or without the library's prefix, begin like that."""
+    """Return the networks whose names begin with `incomplete`, with the library or without it."""
     from headrace.extract.backbones.library import backbone_names
 
     return [
@@ -17,7 +17,7 @@ def complete_backbones(incomplete: str) -> list[str]:
 
 
 def complete_feature_sets(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the fingerprints and taps of the cache that the line names so far."""
+    """Return the fingerprints and names of the feature sets in the cache that the line names."""
     from headrace.cache.errors import CacheError
     from headrace.cache.feature_set import feature_set_directories
     from headrace.cache.publish import read_spec
@@ -28,12 +28,12 @@ def complete_feature_sets(context: typer.Context, incomplete: str) -> list[str]:
         try:
             names.add(read_spec(directory).name)
         except CacheError:
-            continue  # a broken one is found by its fingerprint
+            continue  # a broken one has no name to read, and is completed by its fingerprint
     return sorted(name for name in names if name.startswith(incomplete))
 
 
 def complete_runs(incomplete: str) -> list[str]:
-    """Return recipes and folders that begin like that, and the runs beside them."""
+    """Return the recipes, folders and runs whose names begin with `incomplete`."""
     paths = [
         path
         for path in Path().glob(f"{incomplete}*")

@@ -1,4 +1,4 @@
-"""The demo: real solar cells, a network trained on ImageNet, hundreds of heads.
+"""`headrace demo`: a recipe on photographs of solar cells, which needs no data of one's own.
 
 Images: ELPV, 2,624 photographs of solar cells in electroluminescence, 300 x 300, with the
 probability of a defect as judged by experts (Buerhop-Lutz et al. 2018; Deitsch et al. 2019 and
@@ -66,9 +66,9 @@ class DemoMissing(HeadraceError, ImportError):
 def write_demo(folder: Path) -> Path:
     """Write the demo's table and recipe into `folder`, and return the recipe's path.
 
-    Those of an earlier call are replaced. Raises DemoMissing when the packages with the images and
-    the weights are not installed, DemoFolder when the folder cannot be made, or holds other files
-    of these names.
+    Files of an earlier call are replaced. Raises DemoMissing when the packages with the images and
+    the weights are not installed, DemoFolder when the folder cannot be made, or when files with
+    these names are there that the demo did not write.
     """
     missing_packages = [
         package_name
@@ -109,6 +109,7 @@ def write_demo(folder: Path) -> Path:
 
 
 def _require_ours(demo_file: Path, first_line: str) -> None:
+    """Refuse to replace a file that the demo did not write, which its first line tells."""
     if not demo_file.exists():
         return
     with demo_file.open("rb") as open_file:

@@ -1,8 +1,6 @@
-"""`headrace doctor`: what a run needs of this machine, each thing tried; every line passes or says
-what to do.
+"""`headrace doctor`: tries everything that a run needs of this machine.
 
-A check is a function of what it looks at, with the machine as default, so that each failure can be
-made in a test.
+Each check is a function whose arguments default to this machine, so that a test can make it fail.
 """
 
 import dataclasses
@@ -32,7 +30,7 @@ from headrace.pipelines.doctor.software import (
 
 
 def check_recipe(recipe_path: Path) -> Finding:
-    """Check that the recipe is valid and its backbones' weights files are there."""
+    """Check that the recipe is valid and the files with its backbones' weights exist."""
     from headrace.extract.spec import check_spec
     from headrace.pipelines.planning.networks import backbone_spec
     from headrace.pipelines.recipe.load import load_recipe
@@ -53,9 +51,9 @@ def check_recipe(recipe_path: Path) -> Finding:
 
 
 def examine(folder: Path, recipe: Path | None = None) -> Iterator[Finding]:
-    """Yield the finding of every check, in order; what takes long runs beside the others."""
+    """Yield the finding of every check, in order; slow checks run in threads beside the others."""
     with ThreadPoolExecutor(2) as thread_pool:
-        torch_line = thread_pool.submit(check_torch)  # the import
+        torch_line = thread_pool.submit(check_torch)  # slow: it imports torch
         disk_line = thread_pool.submit(check_disk, folder)
         yield check_python()
         yield check_libraries()
@@ -119,7 +117,7 @@ def doctor_command(
 
 
 def _folder(folder: Path | None, recipe: Path | None) -> Path:
-    """Return the nearest folder that exists: a cache is made by the first run."""
+    """Return the cache's folder, or before a first run has made it, its nearest parent."""
     cache_folder = folder or Path()
     if folder is None and recipe is not None:
         from headrace.pipelines.recipe.load import load_recipe
@@ -127,6 +125,6 @@ def _folder(folder: Path | None, recipe: Path | None) -> Path:
         try:
             cache_folder = load_recipe(recipe).cache
         except HeadraceError:
-            cache_folder = recipe.parent  # its own line says what is wrong
+            cache_folder = recipe.parent  # check_recipe reports the error
     cache_folder = expand_home(cache_folder).absolute()
     return next(ancestor for ancestor in (cache_folder, *cache_folder.parents) if ancestor.is_dir())

@@ -1,4 +1,4 @@
-"""`headrace export`."""
+"""`headrace export`: a trained model for use without headrace."""
 
 from enum import StrEnum
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`headrace extract`."""
+"""`headrace extract`: features of images, for other programs or later runs."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class FeatureDtype(StrEnum):
-    """What `headrace extract --dtype` takes."""
+    """Values of `headrace extract --dtype`."""
 
     float16 = "float16"
     float32 = "float32"
@@ -122,7 +122,8 @@ def extract_command(
             )
             plan, notes, out = extraction.plan, extraction.notes, recipe.paths.root
             if json_output:
-                check_space(plan, recipe.cache, recipe.storage.budget_gb)  # or two objects
+                # Before the object: an error is printed as an object, too, and would be a second.
+                check_space(plan, recipe.cache, recipe.storage.budget_gb)
                 print_json(plan_output(plan, None, notes, cache=recipe.cache, out=out))
             else:
                 show_notes(console, notes)
@@ -143,7 +144,7 @@ def extract_command(
 
 @dataclass(frozen=True)
 class _Changes:
-    """What the options say instead of a recipe, or in its place."""
+    """Options that stand for keys of a recipe; None is an option that was not given."""
 
     network: dict[str, Any] | None
     exclude: list[str] | None
@@ -173,7 +174,7 @@ def _recipe(source: Path, changes: _Changes, settings: tuple[str, ...]) -> "Reci
                 "`headrace backbones` lists them"
             )
         cache = changes.cache or Path("headrace-cache")
-        # Its log and the list of images that failed lie with the features.
+        # The log and the list of failed images belong with the features: there is no run's folder.
         key = "tar" if kind == "archive" else kind
         values = {"images": {key: source}, "cache": cache, "out": cache / "extraction"}
     if changes.network is not None:

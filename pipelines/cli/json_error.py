@@ -1,4 +1,4 @@
-"""The object that a command prints with `--json` when it ends without its result."""
+"""The object that a command prints with `--json` when it fails."""
 
 import contextlib
 import re
@@ -8,29 +8,29 @@ import typer
 from headrace.pipelines.cli.json_output import ErrorDetail, ErrorOutput, print_json
 
 _PROGRAMS = "headrace|pip install|rm|cp|mv|export|tar|unzip|python|gunzip|djxl|ffmpeg"
-# Between back-quotes, or after a colon up to the end of its sentence or brackets.
+# A command in a message is in back-quotes, or follows a colon, up to the end of the sentence.
 _COMMAND = re.compile(rf"`((?:{_PROGRAMS}) [^`]+)`|: (?=(?:{_PROGRAMS}) )")
-# As shells have it: within quotes a path may hold blanks, commas and brackets.
+# A word of a shell: between quotes, a path may hold blanks, commas and brackets.
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"`,;()])+""")
 
 
 def commands_in(message: str) -> tuple[str, ...]:
-    """Return the commands that a message tells people to type, in its order."""
+    """Return the commands that a message tells people to type, in order."""
     matches = _COMMAND.finditer(message)
     return tuple(dict.fromkeys(match[1] or _command_at(message, match.end()) for match in matches))
 
 
-def _command_at(message: str, place: int) -> str:
-    """Return the words from a place on, up to one with a full stop behind it or something between
-    words that is no blank.
+def _command_at(message: str, position: int) -> str:
+    """Return the command that starts at `position`: words separated by single blanks, up to one
+    that ends in a full stop.
     """
     words: list[str] = []
-    while word := _WORD.match(message, place):
-        # but `.` and `..` are folders
+    while word := _WORD.match(message, position):
+        # The words `.` and `..` are folders, and end no sentence.
         is_last = word[0].endswith(".") and word[0].strip(".") != ""
         words.append(word[0][:-1] if is_last else word[0])
-        place = word.end() + 1
-        if is_last or message[word.end() : place] != " ":
+        position = word.end() + 1
+        if is_last or message[word.end() : position] != " ":
             break
     return " ".join(words)
 
@@ -43,17 +43,15 @@ def error_output(kind: str, message: str, exit_status: int) -> ErrorOutput:
 
 
 def print_error(kind: str, message: str, exit_status: int) -> None:
-    """Print the error as one object; where the standard output cannot be written to, nothing, for
-    the standard error says it too.
-    """
+    """Print the error as one object."""
+    # The standard output may be closed. The message is printed on the standard error in any case.
     with contextlib.suppress(OSError):
         print_json(error_output(kind, message, exit_status))
 
 
 def print_exit(end: SystemExit) -> None:
-    """Print why click ended the command: arguments that are none of its own, a question that was
-    not answered with yes, or Ctrl-C. Print nothing where the command ended itself: it has printed
-    its object.
+    """Print why click ended the command: wrong arguments, a question that was not answered with
+    yes, or Ctrl-C. Print nothing if the command itself ended: it has already printed its object.
     """
     cause = end.__context__
     exit_status = end.code if isinstance(end.code, int) else 0
@@ -61,5 +59,6 @@ def print_exit(end: SystemExit) -> None:
         print_error("KeyboardInterrupt", "Interrupted. What is finished is kept", exit_status)
     elif isinstance(cause, typer.Abort):
         print_error("Abort", "Not confirmed, so that nothing was done; --yes confirms", exit_status)
-    elif cause is not None and hasattr(cause, "format_message"):  # click's errors, wherever from
+    # Not by its class: typer may bring a copy of click of its own.
+    elif cause is not None and hasattr(cause, "format_message"):
         print_error(type(cause).__name__, cause.format_message(), exit_status)

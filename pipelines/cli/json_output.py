@@ -1,7 +1,7 @@
-"""What the commands print with `--json`: one object each, whose JSON Schema is its class's.
+"""The objects that commands print with `--json`; each class gives its JSON Schema.
 
-Numbers that are no numbers (a score that nothing was measured for) are null; errors are shares,
-times seconds, sizes bytes; paths are absolute where the command knows them so.
+NaN, such as a score that could not be measured, is null. Error rates are from 0 to 1, times in
+seconds, sizes in bytes.
 """
 
 import datetime
@@ -28,13 +28,13 @@ Text = Annotated[str, pydantic.BeforeValidator(_as_text)]
 
 
 class JsonOutput(pydantic.BaseModel):
-    """The object that a command prints."""
+    """The base class of objects that commands print."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 def print_json(output: JsonOutput) -> None:
-    """Print the object on the standard output, which holds nothing else then."""
+    """Print the object on the standard output, where a command with --json prints nothing else."""
     with utf8_stdout() as stream:
         stream.write(json_text(output))
 
@@ -50,11 +50,11 @@ class ErrorDetail(JsonOutput):
     kind: str  # the exception's class: RecipeError, SourceError, NoSuchOption, FileNotFoundError …
     message: Text  # as on the standard error
     next: tuple[Text, ...]  # the commands that the message tells to type
-    exit_status: int  # 2: the call, its files or the machine; 130: interrupted; 1: a fault of ours
+    exit_status: int  # 2: wrong arguments, files or machine; 130: interrupted; 1: a bug in headrace
 
 
 class ErrorOutput(JsonOutput):
-    """What any command prints instead of its object when it ends without one."""
+    """The object that any command prints when it fails."""
 
     error: ErrorDetail
 
@@ -76,14 +76,14 @@ class InitOutput(JsonOutput):
 
 
 class LeftOutCount(JsonOutput):
-    """Entries of the source that are no sample."""
+    """Entries of the source that are not images to train on or to predict."""
 
     reason: Text
     count: int
 
 
 class ImageCounts(JsonOutput):
-    """Where every entry of the source went; `found` is the sum of the others."""
+    """Counts of the source's entries by what happens to them; `found` is the sum of the others."""
 
     found: int
     train: int
@@ -127,9 +127,9 @@ class PlanOutput(JsonOutput):
     heads_total: int
     heads_new: int
     folds: int
-    core_s: float
+    core_s: float  # of all CPU cores together
     gpu_s: float
-    is_measured: bool  # whether the times were measured in earlier calls of this run
+    is_measured: bool  # whether the times are from earlier calls of this run, or else estimates
     device: str
 
 
@@ -137,7 +137,7 @@ class ExtractOutput(JsonOutput):
     """`headrace extract --json`."""
 
     cache: Text
-    features: dict[Text, tuple[Text, ...]]  # directories of the feature sets, view by view
+    features: dict[Text, tuple[Text, ...]]  # directories of the feature sets: one for each view
     found: int
     images: int  # different images that can be read
     images_new: int  # that went through a network
@@ -148,7 +148,7 @@ class ExtractOutput(JsonOutput):
 
 
 class Setting(JsonOutput):
-    """A row of the leaderboard."""
+    """A row of the leaderboard: a kind of head, its settings and its inputs."""
 
     rank: int
     inputs: Text
@@ -160,14 +160,14 @@ class Setting(JsonOutput):
 
 
 class ExpectedScore(Interval):
-    """The winner's score to be expected on new images, corrected for being the best of many."""
+    """The winner's expected score on new images, corrected for its choice as the best of many."""
 
     tried: int
     statistically_tied: int
 
 
 class EnsembleOutput(Interval):
-    """The average of heads."""
+    """An ensemble: heads whose predictions are averaged."""
 
     members: int
     gain: Number
@@ -187,7 +187,7 @@ class TestScore(Interval):
 
 
 class FinetunedRow(Interval):
-    """A head, or a network trained by gradients."""
+    """A fine-tuned network, or the head that it is compared with."""
 
     approach: str
     inputs: Text
@@ -233,17 +233,17 @@ class DriverOutput(JsonOutput):
     driver: str
     state: Literal["running", "finished", "failed", "gone"]
     started: datetime.datetime
-    heard: datetime.datetime
+    heard: datetime.datetime  # its last sign of life
     stage: str
     done: int
     total: int
     unit: str
     failed: int
     workers: int
-    deaths: int
+    deaths: int  # of worker processes
     dashboard: str | None
     error: str | None
-    left_s: Number
+    left_s: Number  # estimate of the time left
 
 
 class StatusOutput(JsonOutput):
@@ -268,18 +268,18 @@ class AdviceOutput(JsonOutput):
     action: str
     sentence: str
     reasons: tuple[str, ...]
-    tap: str | None  # fine-tune: what lies above it should train
-    class_name: Text | None  # collect: of this class; null: of all
-    more: dict[str, Any] | None  # collect: images, with their interval
-    evidence: dict[str, Any] | None  # the numbers behind them
+    tap: str | None  # with action fine-tune: the layers above it should be trained
+    class_name: Text | None  # with action collect: images of this class; null: of all
+    more: dict[str, Any] | None  # with action collect: how many images, with an interval
+    evidence: dict[str, Any] | None  # the numbers on which the reasons rest
 
 
 class PredictOutput(JsonOutput):
     """`headrace predict --json`; the table of predictions is the file `out`."""
 
     out: Text
-    units: Text | None  # the table of units, where the model predicts them
-    weights: Text | None  # the table of what images weigh in their units, where there is one
+    units: Text | None  # the table of units (patients, slides), if the model predicts these
+    weights: Text | None  # the table of the images' weights in their units, if the model has any
     images: int
     new: int
     cached: int  # of `new`, those whose features were in the cache
@@ -304,11 +304,11 @@ class TapOutput(JsonOutput):
     shape: tuple[int, ...]
     map_bytes: int
     avg_bytes: int
-    cost: float  # share of the whole forward that is spent to reach it
+    cost: float  # of computing it, as a share of the whole network's
 
 
 class WeightsOutput(JsonOutput):
-    """Pretrained weights of a library; null: the library does not say."""
+    """Pretrained weights of a library; null for what the library does not say."""
 
     tag: str
     image_size: int | None
@@ -371,14 +371,14 @@ class FailureOutput(JsonOutput):
 class FeatureSetDetail(FeatureSetOutput):
     """`headrace cache show --json`."""
 
-    spec: dict[str, Any]  # everything that the fingerprint is of
+    spec: dict[str, Any]  # everything from which the fingerprint is made
     shards: int
-    largest_error: Number  # of quantization, measured when written; null: given in this dtype
+    largest_error: Number  # of rounding to its dtype, measured when written; null: nothing rounded
     failures: tuple[FailureOutput, ...]
 
 
 class ProblemOutput(JsonOutput):
-    """A deviation from what was published."""
+    """A difference between a feature set's files and its manifest."""
 
     kind: str
     message: Text
@@ -386,7 +386,7 @@ class ProblemOutput(JsonOutput):
 
 
 class VerifiedFeatureSet(JsonOutput):
-    """A feature set whose every byte was read; tap and rows are null where it is broken."""
+    """A feature set whose every byte was read; tap and rows are null if it is broken."""
 
     fingerprint: str
     tap: str | None
@@ -395,13 +395,13 @@ class VerifiedFeatureSet(JsonOutput):
 
 
 class RecomputedOutput(JsonOutput):
-    """Rows that were extracted again; differences over the root mean square of the values."""
+    """Rows that were extracted again; differences are relative to the values' root mean square."""
 
     tap: str
     rows: int
     largest_difference: float
     tolerance: float
-    is_equal: bool
+    is_equal: bool  # within the tolerance
 
 
 class VerifyOutput(JsonOutput):
@@ -411,11 +411,11 @@ class VerifyOutput(JsonOutput):
     feature_sets: tuple[VerifiedFeatureSet, ...]
     sources: tuple[ProblemOutput, ...]
     recomputed: tuple[RecomputedOutput, ...]
-    problems: int  # that are not harmless
+    problems: int  # the harmless ones not counted
 
 
 class RepairedFeatureSet(JsonOutput):
-    """The shards of a feature set after its repair, by their names."""
+    """The shards of a feature set after its repair: a number, or their names."""
 
     fingerprint: str
     kept: int
@@ -444,7 +444,7 @@ class GarbageOutput(JsonOutput):
 class RemovedOutput(JsonOutput):
     """`headrace cache rm --json`."""
 
-    path: Text | None  # null where only an interrupted removal was finished
+    path: Text | None  # null if only an interrupted removal was finished
     bytes: int
     finished_removals: tuple[str, ...]  # fingerprints
 
@@ -454,7 +454,7 @@ class CacheExportOutput(JsonOutput):
 
     files: tuple[Text, ...]
     missing: tuple[Text, ...]  # ids of the recipe's images without a row
-    ambiguous_ids: tuple[Text, ...]  # that stand for several images
+    ambiguous_ids: tuple[Text, ...]  # ids of several images
 
 
 class CacheImportOutput(JsonOutput):
@@ -465,7 +465,7 @@ class CacheImportOutput(JsonOutput):
     shape: tuple[int, ...]
     rows: int
     copies: int  # of other images, which share a row
-    unknown: int  # rows whose id no image has, left out
+    unknown: int  # rows that were left out, because no image has their id
 
 
 class TlsOutput(JsonOutput):
@@ -478,7 +478,7 @@ class TlsOutput(JsonOutput):
 
 
 class FindingOutput(JsonOutput):
-    """A line of the doctor."""
+    """The result of one of the doctor's checks."""
 
     name: str
     state: Literal["ok", "note", "fail"]

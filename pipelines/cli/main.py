@@ -1,6 +1,7 @@
 """The command `headrace`.
 
-Imports what a command needs when it runs, so that `--help` and bad input answer at once.
+Most imports are inside the functions: torch alone takes seconds, and `--help` or a wrong argument
+should be answered at once.
 """
 
 import gc
@@ -57,15 +58,16 @@ app = typer.Typer(
     "an example: headrace run --help. The Tab key completes commands and options after headrace "
     "--install-completion.",
 )
-_AFTER, _AROUND = "After a run", "What there is"
+# Headings in `headrace --help`.
+_AFTER_RUN, _WHAT_THERE_IS = "After a run", "What there is"
 
 
 class PathNotUTF8(HeadraceError, ValueError):
-    """A run cannot be kept where its path cannot be written into a table."""
+    """A run's folder whose path is not UTF-8."""
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
         typer.echo(f"headrace {importlib.metadata.version('headrace')}")
         raise typer.Exit
 
@@ -74,18 +76,21 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        flag("--version", help="Print the version and stop.", callback=_version, is_eager=True),
+        # Eager: it is answered before typer asks for a command.
+        flag(
+            "--version", help="Print the version and stop.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 class FolderLayout(StrEnum):
-    """What `headrace init --layout` takes."""
+    """Values of `headrace init --layout`."""
 
     auto = "auto"
     classes = "classes"
-    sides = "split"  # `split` is a method of text
+    sides = "split"  # not called `split`, which would hide the method str.split
 
 
 @app.command()
@@ -220,7 +225,7 @@ def run(
         )
 
 
-@app.command(rich_help_panel=_AFTER)
+@app.command(rich_help_panel=_AFTER_RUN)
 def status(
     run: Annotated[
         Path,
@@ -247,17 +252,17 @@ def status(
 
 
 app.command("extract")(extract_command)
-app.command("report", rich_help_panel=_AFTER)(report_command)
-app.command("advise", rich_help_panel=_AFTER)(advise_command)
-app.command("predict", rich_help_panel=_AFTER)(predict_command)
-app.command("export", rich_help_panel=_AFTER)(export_command)
-app.command("backbones", rich_help_panel=_AROUND)(backbones_command)
-app.add_typer(cache_app, name="cache", rich_help_panel=_AROUND)
-app.add_typer(cluster_app, name="cluster", rich_help_panel=_AROUND)
-app.command("doctor", rich_help_panel=_AROUND)(doctor_command)
+app.command("report", rich_help_panel=_AFTER_RUN)(report_command)
+app.command("advise", rich_help_panel=_AFTER_RUN)(advise_command)
+app.command("predict", rich_help_panel=_AFTER_RUN)(predict_command)
+app.command("export", rich_help_panel=_AFTER_RUN)(export_command)
+app.command("backbones", rich_help_panel=_WHAT_THERE_IS)(backbones_command)
+app.add_typer(cache_app, name="cache", rich_help_panel=_WHAT_THERE_IS)
+app.add_typer(cluster_app, name="cluster", rich_help_panel=_WHAT_THERE_IS)
+app.command("doctor", rich_help_panel=_WHAT_THERE_IS)(doctor_command)
 
 
-@app.command(rich_help_panel=_AROUND)
+@app.command(rich_help_panel=_WHAT_THERE_IS)
 def schema(
     name: Annotated[
         list[str] | None,
@@ -319,7 +324,8 @@ def _run(
             )
             run_plan = state.plan
             if json_output:
-                check_space(run_plan, recipe.cache, recipe.storage.budget_gb)  # or two objects
+                # Before the object: an error is printed as an object, too, and would be a second.
+                check_space(run_plan, recipe.cache, recipe.storage.budget_gb)
                 print_json(
                     plan_output(
                         run_plan,
@@ -349,7 +355,7 @@ def _run(
 
 
 def _require_utf8(out_folder: Path) -> None:
-    # Tables of results hold paths of other results, and their text is UTF-8.
+    # A run's tables are UTF-8, and contain paths of its other files.
     if valid_text(str(out_folder)) != str(out_folder):
         raise PathNotUTF8(
             f"out: {out_folder}: a name in this path is no UTF-8, so that results cannot be kept "
@@ -359,7 +365,7 @@ def _require_utf8(out_folder: Path) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    """Print without wrapping commands that are to be copied."""
+    """Print text without wrapping its lines: a wrapped command could not be copied."""
     console.print(text, soft_wrap=True)
 
 
@@ -373,15 +379,16 @@ _NO_MEMORY = (
 def main() -> None:
     """Run the command line.
 
-    An error that the user or the machine caused is printed alone, with exit code 2. With --json
-    any error is one object on the standard output too.
+    An error that the user or the machine caused is printed without a traceback, with exit code 2.
+    With --json, any error is also printed as one object on the standard output.
     """
     escape_unencodable()
-    # Listings are lists of many small values that stay: looking through them for garbage after
-    # every 700 new ones took a tenth of the time of a command.
+    # Listings of images are many small objects that all stay alive. Python's default is to look
+    # for garbage after every 700 new objects, which took a tenth of a command's time.
     gc.set_threshold(50_000, 20, 100)
     arguments = itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
-    json_output = "--json" in arguments  # also where the arguments are wrong
+    # Not from typer, which parses nothing if an argument is wrong.
+    json_output = "--json" in arguments
     no_memory_output = ""
     if json_output:
         from headrace.pipelines.cli.json_error import error_output
@@ -398,7 +405,7 @@ def main() -> None:
             print_exit(end)
         raise
     except KeyboardInterrupt:
-        sys.exit(130)  # before anything was started
+        sys.exit(130)  # before a command began: within one, click handles Ctrl-C
     except Exception as error:
         message = _message(error)
         if json_output:
@@ -415,13 +422,13 @@ def main() -> None:
 
 
 def _message(error: Exception) -> str | None:
-    """Return what to say of an error that the user or the machine caused; None for a fault."""
+    """Return the message of an error that the user or the machine caused; None for a bug."""
     if isinstance(error, HeadraceError | OSError):
         return str(error)
-    # The second is what threading makes of a lack of memory.
+    # The RuntimeError is Python's when there is no memory for the stack of a thread.
     if isinstance(error, MemoryError) or str(error) == "can't start new thread":
         return _NO_MEMORY
-    # What pathlib says, without the path, of a `~` that only a library or a rare option meets.
+    # From pathlib, which does not name the path: a library was given one that begins with `~`.
     if str(error) == "Could not determine home directory.":
         return unknown_home_message()
     return None

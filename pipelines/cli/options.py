@@ -1,4 +1,4 @@
-"""Options that several commands take, the consoles that they ask for, and how Ctrl-C ends them."""
+"""Options and their handling that several commands share."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,25 +21,25 @@ _VALUE_NAMES = {
     "<list[Path]>": "PATH ...",
     "<list[str]>": "TEXT ...",
 }
-# Earlier versions of typer have no such method, and do not call ours.
+# None in earlier versions of typer, which do not call `_value_name` either.
 _typer_value_name: Any = getattr(TyperArgument, "display_type_rich", None)
 
 
 def _value_name(parameter: Any, ctx: Any) -> str | None:
-    """Return what help writes for a value: its metavar, or a word instead of Python's type."""
+    """Return the name of a value in --help: its metavar, or a word instead of Python's type."""
     if parameter.metavar is not None and isinstance(parameter, TyperOption):
         return str(parameter.metavar)
     name: str | None = _typer_value_name(parameter, ctx)
     return name and _VALUE_NAMES.get(name, name)
 
 
-# typer makes the option --help of each command itself, so that no class of ours could name it.
+# Patched, for a subclass would not do: typer itself makes the option --help of each command.
 for _parameter_class in (TyperArgument, TyperOption):
     _parameter_class.display_type_rich = _value_name  # type: ignore[assignment, method-assign]
 
 
 def flag(*names: str, help: str, **options: Any) -> Any:
-    """Return an option that is given or not; typer would write <bool> behind its name."""
+    """Return an option without a value; the empty metavar keeps <bool> out of --help."""
     return typer.Option(*names, help=help, metavar="", **options)
 
 
@@ -94,7 +94,7 @@ SetOption = Annotated[
 
 
 class ProgressFormat(StrEnum):
-    """How progress is told, on the standard error."""
+    """Values of --progress: the form of progress on the standard error."""
 
     auto = "auto"
     json = "json"
@@ -115,7 +115,7 @@ def progress_console(
     verbose: bool = False,
     progress_format: ProgressFormat = ProgressFormat.auto,
 ) -> Console:
-    """Return the console of the standard error that progress is told on."""
+    """Return the console for progress, on the standard error."""
     return make_console(
         stderr=True,
         quiet=quiet,
@@ -126,7 +126,7 @@ def progress_console(
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-    """Let Ctrl-C end the command with the shell's exit code for it, having said what is kept."""
+    """End the command with exit code 130 on Ctrl-C, as shells expect, and say what is kept."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`headrace predict`."""
+"""`headrace predict`: a table of predictions for new images."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -25,6 +25,7 @@ from headrace.pipelines.console import make_console, utf8_stdout
 if TYPE_CHECKING:
     import pandas as pd
 
+    from headrace.extract.sources.listing import Listing
     from headrace.heads.unit_rule import UnitRule
     from headrace.pipelines.models.image_parts import ImageParts
     from headrace.pipelines.models.model import Model
@@ -41,7 +42,7 @@ class TableFormat(StrEnum):
 
 
 class OutputError(HeadraceError, ValueError):
-    """The output cannot be written as asked."""
+    """Options for the output, or for the parts of images, that contradict each other."""
 
 
 ModelArgument = Annotated[
@@ -157,7 +158,7 @@ def predict_command(
     from headrace.pipelines.models.model import load_model
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
-    from headrace.pipelines.predict.listing import list_images, unsaid_parts_note, whole_images_note
+    from headrace.pipelines.predict.listing import list_images
 
     loaded_model = load_model(model, trust_code=trust_code or ())
     cache_root = _cache_root(loaded_model, cache, no_cache=no_cache, update_cache=update_cache)
@@ -179,17 +180,13 @@ def predict_command(
     samples = listing.samples
     console = make_console(stderr=True)
     unit_names = _unit_names(rule, samples)
-    unit_note = []
-    if rule is not None and unit_names is None:
-        unit_note = [
-            f"the model predicts units of {rule.column!r}, and the images have no such column: "
-            "give a table with it, or the recipe. Images alone are predicted"
-        ]
-    left_out = [f"left out: {item}" for item in listing.left_out]
-    whole_note = [] if whole_images else whole_images_note(parts, samples["path"])
-    if parts is None and not (whole_images or box_columns or detections):
-        whole_note = unsaid_parts_note(loaded_model.path)
-    notes = (*listing.notes, *left_out, *unit_note, *whole_note)
+    notes = _notes(
+        loaded_model,
+        listing,
+        lacks_units=rule is not None and unit_names is None,
+        whole_images=whole_images,
+        names_parts=bool(whole_images or box_columns or detections),
+    )
     for note in () if json_output else notes:
         console.print(f"note: {note}", soft_wrap=True)
     device_name = find_device(device)
@@ -249,8 +246,30 @@ def predict_command(
         raise typer.Exit(1)
 
 
+def _notes(
+    model: "Model", listing: "Listing", *, lacks_units: bool, whole_images: bool, names_parts: bool
+) -> tuple[str, ...]:
+    """Return what a person should know of the images before their predictions.
+
+    names_parts: whether the options say which parts of the images to predict.
+    """
+    from headrace.pipelines.predict.listing import unsaid_parts_note, whole_images_note
+
+    notes = [*listing.notes, *(f"left out: {item}" for item in listing.left_out)]
+    if lacks_units and model.unit_rule is not None:
+        notes.append(
+            f"the model predicts units of {model.unit_rule.column!r}, and the images have no such "
+            "column: give a table with it, or the recipe. Images alone are predicted"
+        )
+    if model.image_parts is None and not names_parts:
+        notes += unsaid_parts_note(model.path)
+    elif not whole_images:
+        notes += whole_images_note(model.image_parts, listing.samples["path"])
+    return tuple(notes)
+
+
 def _unit_names(rule: "UnitRule | None", samples: "pd.DataFrame") -> "UnitNames | None":
-    """Return the unit of each image; None for a model or images without units."""
+    """Return the unit of each image; None if the model predicts none, or no image has one."""
     from headrace.cache.text import as_text
     from headrace.pipelines.predict.units import UnitNames
     from headrace.pipelines.recipe.targets import empty_as_missing
@@ -304,7 +323,7 @@ def _summary_text(
         summary_text += f", {summary.cached:,} from cached features"
     if any(summary.counts.values()):
         commonest = sorted(summary.counts.items(), key=lambda item: -item[1])
-        # the name first: classes may be numbers
+        # The name before the count, for a class may be called 7.
         summary_text += "; " + ", ".join(
             f"{class_name}: {count:,}" for class_name, count in commonest[:10] if count
         )
@@ -326,7 +345,9 @@ def _parts_options(
     *,
     whole_images: bool,
 ) -> dict[str, Any]:
-    """Return the options of sources by which images become the parts that the model knows."""
+    """Return options of `list_images` for the parts of images that the model was trained on: whole
+    images, boxes, tiles or detected animals.
+    """
     from dataclasses import replace
 
     from headrace.extract.sources.regions import Boxes
@@ -354,7 +375,10 @@ def _parts_options(
 def _cache_root(
     model: "Model", cache: Path | None, *, no_cache: bool, update_cache: bool
 ) -> Path | None:
-    """Return the cache to look in. Raises OutputError for options that cannot all be meant."""
+    """Return the cache to take features from: by the options, or else that of the model's run.
+
+    Raises OutputError for options that contradict each other.
+    """
     from headrace.cache.home import expand_home
     from headrace.pipelines.moved_paths import moved_with_run
     from headrace.pipelines.paths import RunPaths

@@ -1,4 +1,4 @@
-"""`headrace report`."""
+"""`headrace report`: a page about one run, or about two in comparison."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""A plan and a result as `headrace run --json` prints them."""
+"""Plans and results as the objects that `run --json` and `extract --json` print."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +29,7 @@ from headrace.pipelines.run import ExtractionResult
 
 
 def counts_output(accounting: Accounting | None) -> ImageCounts | None:
-    """Return the counts of a run's images; None where a program gave the samples."""
+    """Return the counts of a run's images; None if they came from a program, not from a source."""
     if accounting is None:
         return None
     return ImageCounts(
@@ -49,7 +49,7 @@ def counts_output(accounting: Accounting | None) -> ImageCounts | None:
 def plan_output(
     plan: Plan, accounting: Accounting | None, notes: Iterable[str], *, cache: Path, out: Path
 ) -> PlanOutput:
-    """Return the plan of a run as `run --dry-run --json` prints it."""
+    """Return the object that `run --dry-run --json` and `extract --dry-run --json` print."""
     return PlanOutput(
         cache=str(cache),
         out=str(out),
@@ -82,7 +82,7 @@ def plan_output(
 
 
 def extract_output(result: ExtractionResult) -> ExtractOutput:
-    """Return what an extraction has done as `extract --json` prints it."""
+    """Return the object that `extract --json` prints."""
     extraction = result.extraction
     return ExtractOutput(
         cache=str(extraction.recipe.cache),
@@ -100,7 +100,7 @@ def extract_output(result: ExtractionResult) -> ExtractOutput:
     )
 
 
-_LEADERS = 100  # rows of the leaderboard in the object
+_N_LEADERBOARD_ROWS = 100  # in the object
 
 
 def _setting(row: "pd.Series[Any]", metric: str, names: Iterable[str]) -> Setting:
@@ -116,7 +116,7 @@ def _setting(row: "pd.Series[Any]", metric: str, names: Iterable[str]) -> Settin
 
 
 def run_output(result: RunResult) -> RunOutput:
-    """Return the result of a run as `run --json` prints it."""
+    """Return the object that `run --json` prints."""
     metric, names = result.metric, result.names
     selection, ensemble, test = result.selection, result.ensemble, result.test
     compared = None if result.finetuned is None else result.finetuned.compared
@@ -180,7 +180,8 @@ def run_output(result: RunResult) -> RunOutput:
             for _, row in compared.iterrows()
         ),
         leaderboard=tuple(
-            _setting(row, metric, names) for _, row in result.board.head(_LEADERS).iterrows()
+            _setting(row, metric, names)
+            for _, row in result.board.head(_N_LEADERBOARD_ROWS).iterrows()
         ),
         settings=len(result.board),
         stages=tuple(

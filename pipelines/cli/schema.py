@@ -1,4 +1,4 @@
-"""JSON Schemas of the recipe and of what commands print with `--json`."""
+"""JSON Schemas of the recipe and of the objects that commands print with `--json`."""
 
 from typing import Any
 
@@ -13,11 +13,14 @@ RECIPE = "recipe"
 
 
 class UnknownSchema(HeadraceError, ValueError):
-    """There is no schema of that name."""
+    """A name of which there is no schema."""
 
 
 def schema(name: str) -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of that name. Raises UnknownSchema."""
+    """Return the JSON Schema (draft 2020-12) of the recipe or of a command's object.
+
+    Raises UnknownSchema for any other name.
+    """
     from headrace.pipelines.cli.json_output import OUTPUTS
     from headrace.pipelines.recipe.load import Recipe
 
@@ -35,7 +38,7 @@ def schema(name: str) -> dict[str, Any]:
 
 
 class _RecipeSchema(GenerateJsonSchema):
-    """The schema with each key's comment as its description, which editors show."""
+    """Takes the comment behind each key in the source as its description, which editors show."""
 
     def model_schema(self, schema: ModelSchema) -> JsonSchemaValue:
         from headrace.pipelines.recipe.field_comments import field_comments

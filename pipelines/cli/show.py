@@ -1,4 +1,4 @@
-"""What the terminal shows of a plan and of a result. Nothing here decides anything."""
+"""Plans and results as tables and sentences on the terminal."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from headrace.pipelines.planning.plan import Plan
 from headrace.pipelines.result import RunResult
 from headrace.pipelines.run import ExtractionResult
 
-_LEADERS = 12  # rows of the leaderboard on the terminal
-_WIDE_COLUMNS = 100  # what a table of eight columns with lines between them needs
+_N_LEADERBOARD_ROWS = 12
+_MIN_WIDTH_FOR_LINES = 100  # characters; narrower, a table of eight columns would be cut
 
 
 def show_features(console: Console, plan: Plan, cache: object) -> None:
-    """What would be extracted and what is there; without heads in the plan, the time it takes."""
+    """Print what would be extracted and what is cached; also the time, if no heads are planned."""
     table = Table(title="Features", title_justify="left")
     for column, justify in (
         ("tap", "left"),
@@ -39,7 +39,7 @@ def show_features(console: Console, plan: Plan, cache: object) -> None:
         ("there", "right"),
         ("new bytes", "right"),
     ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a literal, as mypy cannot see through the loop
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # mypy infers str
     for feature in plan.features:
         table.add_row(
             feature.name,
@@ -64,7 +64,7 @@ def show_features(console: Console, plan: Plan, cache: object) -> None:
 
 
 def show_extraction(console: Console, result: ExtractionResult) -> None:
-    """What `headrace extract` has put into the cache, and where it lies."""
+    """Print what `headrace extract` has done, and the paths of the feature sets."""
     extraction = result.extraction
     show_notes(console, extraction.notes)
     if result.failed:
@@ -105,7 +105,7 @@ def _work(estimate: Estimate) -> str:
 
 
 def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
-    """What would be extracted, what would be trained, what is already there."""
+    """Print what would be extracted and trained, and what is already there."""
     show_features(console, plan, cache)
     everything = [feature.name for feature in plan.features]
     table = Table(title="Heads", title_justify="left")
@@ -117,7 +117,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
     settings: Counter[tuple[tuple[str, ...], str]] = Counter()
     new: Counter[tuple[tuple[str, ...], str]] = Counter()
-    # heads with class weights, or banded, are banks of their own
+    # Added up: one kind may be planned as several banks, such as with and without class weights.
     for inputs, specs, _ in plan.requested:
         settings[inputs, specs[0].kind] += len(specs)
         new[inputs, specs[0].kind] += sum((inputs, spec) in missing for spec in specs)
@@ -145,14 +145,14 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
 
 
 def show_images(console: Console, accounting: Accounting | None, notes: Sequence[str] = ()) -> None:
-    """Where every entry of the source went, and what a careful person would want to be told."""
+    """Print the counts of images, of which every entry of the source is one, and the notes."""
     if accounting is not None:
         console.print(accounting.sentence(), soft_wrap=True)
     show_notes(console, notes)
 
 
 def show_notes(console: Console, notes: Sequence[str]) -> None:
-    """Sentences for a careful person."""
+    """Print notes: cautions about the data or the settings."""
     for note in notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
 
@@ -160,7 +160,7 @@ def show_notes(console: Console, notes: Sequence[str]) -> None:
 def show_result(
     console: Console, result: RunResult, *, reference: str | None = None, files: bool = True
 ) -> None:
-    """Print the leaderboard, the winner, its test score, where files lie, how long it took."""
+    """Print the leaderboard, the winner, its test score, the time taken and the files' paths."""
     console.print(leaderboard_table(console, result.board, result.metric, result.names))
     show_images(console, result.accounting, result.notes)
     if result.failed_images:
@@ -219,8 +219,8 @@ def show_result(
 
 
 def finetune_table(console: Console, result: RunResult) -> Table:
-    """Head, partial reuse, fine-tuned and the ensemble side by side, on the same validation rows,
-    each with its 95 % interval. What each approach is stands in `finetune_lines`.
+    """Return a table of head, partial reuse, fine-tuned network and ensemble, on the same
+    validation rows and with 95 % intervals; `finetune_lines` has their settings.
     """
     metric = result.metric
     table = _wide_table(
@@ -234,7 +234,7 @@ def finetune_table(console: Console, result: RunResult) -> Table:
         table.add_row(
             row["approach"],
             _interval_text(row[metric], row["low"], row["high"], metric),
-            # The gain is measured on the same rows, so this is the score of the very head.
+            # The gain was measured on the same rows, so that this is exactly the head's score.
             number_text(row[metric] - sign(metric) * row["gain"], metric),
             _interval_text(row["gain"], row["gain_low"], row["gain_high"], metric),
             f"{row['minutes']:.1f}" if row["minutes"] == row["minutes"] else "–",
@@ -254,7 +254,7 @@ def finetune_table(console: Console, result: RunResult) -> Table:
 
 
 def finetune_lines(result: RunResult) -> list[str]:
-    """What each row of `finetune_table` is: its settings and inputs."""
+    """Return a line for each row of `finetune_table`, with its settings and inputs."""
     assert result.finetuned is not None
     return [
         f"  {row['approach']}: {row['settings']} on {inputs_text(row['inputs'], result.names)}"
@@ -271,7 +271,7 @@ def _interval_text(value: float, low: float, high: float, metric: str) -> str:
 
 
 def selection_sentences(result: RunResult) -> list[str]:
-    """Say what the winner's score is worth, chosen as the best of many, and who is as good."""
+    """Return the winner's expected score, and how many settings are as good."""
     found = result.selection
     if found is None:
         return []
@@ -304,7 +304,7 @@ def selection_sentences(result: RunResult) -> list[str]:
 
 
 def ensemble_sentences(result: RunResult) -> list[str]:
-    """What averaging heads would be worth, and whether it is the selected model."""
+    """Return the ensemble's score and gain, and whether it is the selected model."""
     found = result.ensemble
     if found is None:
         return []
@@ -333,8 +333,8 @@ def ensemble_sentences(result: RunResult) -> list[str]:
 
 
 def _wide_table(console: Console, title: str) -> Table:
-    """A table of many columns: on a narrow screen without lines between them, and nothing cut."""
-    if console.width < _WIDE_COLUMNS:
+    """Return an empty table, without lines between columns if the terminal is narrow."""
+    if console.width < _MIN_WIDTH_FOR_LINES:
         return Table(title=title, title_justify="left", box=None, pad_edge=False)
     return Table(title=title, title_justify="left")
 
@@ -342,7 +342,7 @@ def _wide_table(console: Console, title: str) -> Table:
 def leaderboard_table(
     console: Console, board: pd.DataFrame, metric: str, names: Sequence[str]
 ) -> Table:
-    """The best head of each (inputs, kind)."""
+    """Return a table of the best setting for each kind of head on each combination of inputs."""
     grouped = grouped_board(board, metric)
     arrow = "higher" if METRICS[metric].higher_is_better else "lower"
     table = _wide_table(
@@ -357,7 +357,7 @@ def leaderboard_table(
     table.add_column(metric, justify="right")
     table.add_column("± s.e.", justify="right")
     table.add_column("features", justify="right")
-    for _, row in grouped.head(_LEADERS).iterrows():
+    for _, row in grouped.head(_N_LEADERBOARD_ROWS).iterrows():
         table.add_row(
             str(row["rank"]),
             inputs_text(row["inputs"], names),
@@ -367,13 +367,13 @@ def leaderboard_table(
             number_text(row["standard_error"], metric),
             f"{row['features']:,}",
         )
-    if len(grouped) > _LEADERS:
-        table.caption = f"and {len(grouped) - _LEADERS} more groups in the files below"
+    if len(grouped) > _N_LEADERBOARD_ROWS:
+        table.caption = f"and {len(grouped) - _N_LEADERBOARD_ROWS} more groups in the files below"
     return table
 
 
 def stages_table(result: RunResult) -> Table:
-    """What each stage did and how long it took."""
+    """Return a table of what each stage did and how long it took."""
     table = Table(title="Time", title_justify="left")
     table.add_column("stage")
     table.add_column("did")
@@ -387,7 +387,7 @@ def stages_table(result: RunResult) -> Table:
 
 
 def show_files(console: Console, result: RunResult) -> None:
-    """Where everything lies, one unbroken path a line, to be copied."""
+    """Print the paths of the results, one a line and unwrapped, to be copied."""
     rows = (
         ("leaderboard", result.paths.leaderboard),
         ("every head, every fold", result.paths.heads),

@@ -1,4 +1,4 @@
-"""`headrace status RUN`: how far a run is, by its logs, from any node that sees them."""
+"""`headrace status`: how far a run is, by its logs, so that any node with its disk can ask."""
 
 import dataclasses
 import datetime
@@ -18,17 +18,17 @@ from headrace.pipelines.cluster.task_leases import driver_lives
 from headrace.pipelines.cluster.task_log import read_log
 from headrace.pipelines.run_directory import NotARun, find_run
 
-_DRIVERS = 5  # the latest ones are shown
+_N_DRIVERS_SHOWN = 5  # the latest
 
 
 @dataclass(frozen=True)
 class DriverStatus:
-    """What one call of `headrace run` is doing, or did."""
+    """The state of a driver, which is one call of `headrace run`."""
 
     driver: str
     state: str  # running, finished, failed, or gone (killed, or its machine is down)
     started: datetime.datetime
-    heard: datetime.datetime  # when it last wrote something
+    heard: datetime.datetime  # the time of its last line in the log
     stage: str
     done: int
     total: int
@@ -38,11 +38,14 @@ class DriverStatus:
     deaths: int  # of workers
     dashboard: str | None
     error: str | None
-    left_s: float  # at the stage's rate so far; nan when nothing can be said
+    left_s: float  # at the stage's rate so far; nan before anything is done
 
 
 def run_status(run: Path) -> list[DriverStatus]:
-    """The run's drivers, the latest last. run: its directory, or its recipe. Raises NotARun."""
+    """Return the run's drivers, the latest last.
+
+    run: its directory, or its recipe. Raises NotARun.
+    """
     paths = find_run(run)
     logs = sorted(paths.logs.glob("*.jsonl"))
     if not logs:
@@ -132,7 +135,7 @@ def show_status(console: Console, run: Path) -> None:
     table.add_column("failed", justify="right")
     for column in ("workers", "deaths"):
         table.add_column(column, justify="right")
-    for status in drivers[-_DRIVERS:]:
+    for status in drivers[-_N_DRIVERS_SHOWN:]:
         is_running = status.state == "running" and not math.isnan(status.left_s)
         table.add_row(
             f"{status.started:%m-%d %H:%M:%S}",
@@ -145,11 +148,11 @@ def show_status(console: Console, run: Path) -> None:
             f"{status.deaths:,}",
         )
     console.print(table)
-    if len(drivers) > _DRIVERS:
+    if len(drivers) > _N_DRIVERS_SHOWN:
         console.print(
-            f"and {len(drivers) - _DRIVERS} earlier calls; logs of all are in {paths.logs}"
+            f"and {len(drivers) - _N_DRIVERS_SHOWN} earlier calls; logs of all are in {paths.logs}"
         )
-    for status in drivers[-_DRIVERS:]:
+    for status in drivers[-_N_DRIVERS_SHOWN:]:
         if status.dashboard:
             console.print(f"dashboard: {status.dashboard}", soft_wrap=True)
         if status.error:

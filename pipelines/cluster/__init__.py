@@ -1,1 +1,1 @@
-"""Dask clients on this machine, SLURM and others, and the tasks that run on them."""
+"""Dask clients for this machine, SLURM and other clusters, and running of tasks on them."""

@@ -1,4 +1,4 @@
-"""Where tasks run: a function per kind of cluster gives a Dask client, once there is work."""
+"""Dask clients: one function for each kind of cluster."""
 
 import contextlib
 import ipaddress
@@ -38,8 +38,9 @@ from headrace.pipelines.recipe.sections import ClusterSection
 Role = Literal["extract", "train"]
 
 
-# Settings of a cluster on this machine: nobody on the network reaches it. Its scheduler's pages get
-# any free port (a fixed one would let only one run start on a machine) until `close_pages`.
+# Settings of a cluster on this machine, which the network cannot reach. The port of the scheduler's
+# pages is any free one, because a fixed one would allow one run per machine; `close_pages` closes
+# it.
 _PRIVATE: Mapping[str, Any] = {
     "host": "127.0.0.1",
     "protocol": "tls://",
@@ -58,14 +59,14 @@ def open_client(
     run_folder: Path,
     imports: Sequence[str] = (),
 ) -> Iterator[Client]:
-    """Give a client of the cluster that the recipe names, for one role; what was started for it is
-    gone after the block.
+    """Open a client of the cluster that the recipe names, for one role. Workers that are started
+    for it end with the block.
 
-    workers: how many in all; None for what the cluster's kind has by default. device: of
-    extraction. run_folder: for logs and certificates. imports: modules of the tasks, see
-    `local_client`. Raises HeadraceError.
+    workers: number of all; None for the default of the kind of cluster. device: of extraction.
+    run_folder: for logs and certificates. imports: modules of the tasks, see `local_client`. Raises
+    HeadraceError.
     """
-    # Heads train on the CPU, one process per core, whatever the networks run on.
+    # Heads are trained on CPUs, one process per core, even if networks run on GPUs.
     on_gpu = role == "extract" and device != "cpu"
     if section.where == "local" or (section.where == "cuda" and not on_gpu):
         client_context = local_client(workers, section.memory, imports)
@@ -85,16 +86,16 @@ def open_client(
 def local_client(
     workers: int | None = None, memory: str | None = None, module_names: Sequence[str] = ()
 ) -> Iterator[Client]:
-    """Give a client of a new cluster on this machine: one process of one thread per worker, on
-    loopback and over TLS.
+    """Open a client of a new cluster on this machine: workers are processes of one thread, on
+    loopback and over TLS, with a certificate of this cluster alone.
 
-    Nobody else is let in: the certificate is the cluster's own, and ends with it. module_names:
-    modules that tasks will need and that take long to import; on Linux they are imported once for
-    all workers. Raises WorkersDidNotStart.
+    module_names: modules that tasks need and that take long to import; on Linux they are imported
+    once for all workers. Raises WorkersDidNotStart.
     """
     _refuse_while_importing()
     n_workers = workers or available_cores()
-    # Workers forked by a server that was started earlier would have that moment's variables.
+    # Given explicitly, because workers forked by a server that was started earlier would have the
+    # variables of that moment.
     worker_variables = dict(os.environ)
     local_settings = {
         METHOD: start_server(module_names),
@@ -124,10 +125,9 @@ def local_client(
 
 @contextlib.contextmanager
 def cuda_client(workers: int | None = None) -> Iterator[Client]:
-    """Give a client of one worker per GPU of this machine (or of the first `workers` GPUs); needs
-    the extra `cuda`.
+    """Open a client with a worker for each GPU of this machine (or of the first `workers` GPUs).
 
-    Raises ClusterError where there is no GPU.
+    Needs the extra `cuda`. Raises ClusterError if there is no GPU.
     """
     dask_cuda = require_extra("dask_cuda", "cuda")
     n_gpus = _visible_gpus()
@@ -137,7 +137,7 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
             "here: say `where: local`, or look at what `nvidia-smi` and CUDA_VISIBLE_DEVICES show"
         )
     n_workers = min(workers or n_gpus, n_gpus)  # `workers` also says how many processes train heads
-    # dask-cuda lets each worker run on all cores that are near its GPU.
+    # dask-cuda gives each worker all cores near its GPU, so they are divided here.
     settings = {**SETTINGS, GPUS: 1, CORES: max(1, available_cores() // n_workers)}
     with dask.config.set(settings), silenced("distributed"):
         with sigint_held_back():
@@ -161,10 +161,9 @@ def _visible_gpus() -> int:
 
 @contextlib.contextmanager
 def scheduler_client(section: ClusterSection) -> Iterator[Client]:
-    """Give a client of a scheduler that is running, on this machine or over TLS; its workers stay
-    when the client is gone.
+    """Open a client of a running scheduler, on this machine or over TLS. Its workers are not ended.
 
-    Raises TLSMissing for another machine without TLS, ClusterError where no scheduler answers.
+    Raises TLSMissing for another machine without TLS, ClusterError if no scheduler answers.
     """
     address = section.where
     is_encrypted = address.startswith("tls://")
@@ -189,8 +188,8 @@ def scheduler_client(section: ClusterSection) -> Iterator[Client]:
 
 @contextlib.contextmanager
 def kubernetes_client(section: ClusterSection, workers: int | None = None) -> Iterator[Client]:
-    """Give a client of a cluster that the Dask operator starts, reached through the API server
-    (which encrypts) on loopback.
+    """Open a client of a cluster that the Dask operator starts, through the API server, which
+    encrypts.
 
     Needs the extra `kubernetes`, the operator in the cluster, and an image with headrace in it.
     """
@@ -218,9 +217,9 @@ def kubernetes_client(section: ClusterSection, workers: int | None = None) -> It
 
 
 def _refuse_while_importing() -> None:
-    # A spawned worker first imports the script that started it. One that starts workers as it is
-    # imported, as a script without the usual line does, would start workers of its own;
-    # multiprocessing then speaks of freezing executables.
+    # A spawned worker first imports the script that started it. If the script starts workers when
+    # it is imported, for lack of the usual line, so would each worker; multiprocessing's own
+    # message then speaks of freezing executables.
     if is_importing_main():
         raise WorkersDidNotStart(
             "This script starts worker processes, and each of them imports the script to begin "
@@ -230,7 +229,7 @@ def _refuse_while_importing() -> None:
 
 
 def restart_lost_workers(client: Client) -> None:
-    """Start lost workers again, where this process started the cluster."""
+    """Start lost workers again, if this process started the cluster."""
     cluster: Any = client.cluster
     if hasattr(cluster, "job_cls"):
         replace_lost_jobs(cluster)
@@ -249,7 +248,7 @@ def _on_this_machine(address: str) -> bool:
 
 
 def _mount(cluster_spec: dict[str, Any], volume_claim: str, section: ClusterSection) -> None:
-    """Give every pod the volume of the cache and the run, at the path where it lies here."""
+    """Mount the volume of cache and run in every pod, at the path that it has here."""
     volume = {"name": "headrace", "persistentVolumeClaim": {"claimName": volume_claim}}
     for role_name in ("worker", "scheduler"):
         pod = cluster_spec["spec"][role_name]["spec"]

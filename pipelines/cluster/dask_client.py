@@ -1,4 +1,4 @@
-"""What Dask clients of every kind of cluster share: settings, errors, and their end."""
+"""What Dask clients of all kinds of cluster share: settings, errors, closing."""
 
 import contextlib
 import importlib
@@ -17,11 +17,11 @@ from headrace.cache.errors import HeadraceError
 from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.pipelines.cluster.fork_server import METHOD
 
-# Linux refuses an allocation beyond the limit (pipelines/cluster/worker.py). Dask's way, to kill,
-# is for systems that cannot: it counts mapped shards as the worker's memory.
+# On Linux an allocation beyond the limit fails (pipelines/cluster/worker.py). Dask instead kills
+# workers, and counts mapped shards as their memory; that is for systems without such a limit.
 _ENDS_AT = False if sys.platform == "linux" else 0.95
-# Dask's workers are spawned: they start clean, hold no lock or thread of ours, and can use CUDA.
-# Those of this machine are forked from a server that is as clean
+# Dask's workers are spawned, not forked: they inherit no lock or thread of this process, and can
+# use CUDA. Those of this machine are forked from a server that is as clean
 # (pipelines/cluster/fork_server.py).
 SETTINGS: Mapping[str, Any] = {
     METHOD: "spawn",
@@ -29,27 +29,27 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": _ENDS_AT,
-    # Pages over plain HTTP, of paths and errors, for every user of the machine: Dask opens a port
-    # for them in any case.
+    # Pages over plain HTTP would show paths and errors to every user of the machine. Dask opens
+    # their port in any case, but serves nothing without routes.
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
-    # Looking at a worker's stack a hundred times a second, for one page of the dashboard, costs a
-    # twentieth of its time.
+    # Dask samples a worker's stack a hundred times a second for a page of the dashboard, which
+    # costs a twentieth of its time.
     "distributed.worker.profile.enabled": False,
-    # Work is retried by us, with a count of our own, after looking at what was published.
+    # `submit.run_tasks` retries tasks itself, after looking at what was published.
     "distributed.scheduler.allowed-failures": 0,
     # Copying a running bank elsewhere would train it twice.
     "distributed.scheduler.work-stealing": False,
     "distributed.comm.timeouts.connect": "60s",
-    # A worker that died is started again by its nanny. After this long the cluster would dismiss
-    # the nanny too, and on a busy machine the default of 15 s is shorter than a start.
+    # A nanny starts its worker again when it died. After this time the cluster gives up the nanny
+    # too; the default of 15 s is shorter than a worker's start on a busy machine.
     "distributed.deploy.lost-worker-timeout": "10 minutes",
 }
 PRELOAD = "headrace.pipelines.cluster.worker"
 
 
 class ClusterError(HeadraceError, RuntimeError):
-    """The cluster that was asked for is not to be had."""
+    """The cluster that was asked for cannot be used."""
 
 
 class WorkersDidNotStart(ClusterError):
@@ -58,20 +58,20 @@ class WorkersDidNotStart(ClusterError):
 
 @contextlib.contextmanager
 def client_of(cluster: Any) -> Iterator[Client]:
-    """Give a client of a cluster that this process started; both are gone after the block."""
+    """Open a client of a cluster that this process started; both are closed after the block."""
     try:
         close_pages(cluster)
         with Client(cluster) as client:
             yield client
     finally:
-        # What does not end in time, as workers that are being started on a busy machine, ends with
-        # this process.
+        # Workers that do not end in time, as those that are just being started on a busy machine,
+        # end with this process.
         with contextlib.suppress(TimeoutError):
             cluster.close(timeout=30)
 
 
 def close_pages(cluster: Any) -> None:
-    """Close the port for pages of a scheduler in this process; nothing is served there."""
+    """Close the port of a scheduler's pages if it runs in this process."""
     scheduler: Any = getattr(cluster, "scheduler", None)
     if not hasattr(scheduler, "http_server"):  # it runs elsewhere
         return
@@ -79,7 +79,7 @@ def close_pages(cluster: Any) -> None:
     async def close() -> None:
         scheduler.http_server.stop()
         scheduler.services.pop("dashboard", None)
-        # or there would still be a link to it
+        # Otherwise the cluster would still offer a link to the pages.
         cluster.scheduler_info.get("services", {}).pop("dashboard", None)
 
     cluster.sync(close)
@@ -87,7 +87,7 @@ def close_pages(cluster: Any) -> None:
 
 @contextlib.contextmanager
 def silenced(logger_name: str) -> Iterator[None]:
-    """Silence a logger in the block: what a worker's death means is said by headrace, once."""
+    """Silence a logger in the block; headrace itself reports a worker's death, once."""
     logger = logging.getLogger(logger_name)
     level_before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -108,7 +108,7 @@ def require_extra(module_name: str, extra: str) -> Any:
 
 
 def variables_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings of Dask as variables, for processes that this one does not start itself."""
+    """Return Dask's settings as environment variables, for processes that others start."""
     return {
         "DASK_" + key.replace(".", "__").replace("-", "_").upper(): str(value)
         for key, value in settings.items()
@@ -117,7 +117,9 @@ def variables_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write_settings(folder: Path) -> Path:
-    """Write our settings into a folder, as DASK_CONFIG for schedulers and workers of others."""
+    """Write SETTINGS into a folder for DASK_CONFIG, for schedulers and workers that the user
+    starts.
+    """
     nested_settings: dict[str, Any] = {}
     dask.config.set(SETTINGS, config=nested_settings)
     settings_path = folder / "dask.yaml"

@@ -1,10 +1,10 @@
-"""The first import of the server that workers are forked from: it has the server end with the
+"""The first import of the server that workers are forked from. It makes the server end with the
 driver, gives it the driver's module path, and imports what workers need.
 
-There is no other way to tell the server; elsewhere the import does nothing. multiprocessing imports
-whatever it is told from the current folder first, until Python 3.12.8, and ends where an import
-raises anything but ImportError: a `timm.py` among the images would be run, and a library that is
-broken would be the end of runs that do without it.
+A preloaded module is the only way to run code in the server; in any other process the import does
+nothing. multiprocessing's own preloading is not used for the other modules: until Python 3.12.8 it
+imports from the current folder first, so a `timm.py` among the images would be run, and it dies of
+any error but ImportError, so a broken library would end runs that do not need it.
 """
 
 import ast
@@ -22,18 +22,18 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def preload_name(module_names: Iterable[str]) -> str:
-    """Return a name that tells the server which modules to import.
+    """Return a name to preload that holds the names of modules to import.
 
-    It is no module's own name, and multiprocessing passes it over.
+    No module has this name, so multiprocessing skips it, and `_read_start_call` finds it.
     """
-    # With dots it would be looked for in as many packages.
+    # "/" for ".", because a dotted name would be searched for in packages.
     return _PRELOAD_PREFIX + ",".join(module_names).replace(".", "/")
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, however either of them ends (Linux).
+    """Make the kernel kill this process when its parent ends, in whatever way (Linux).
 
-    A worker notices by itself that its driver is gone, but not while it is stopped.
+    A worker notices by itself that its driver is gone, but not while it is stopped (SIGSTOP).
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -61,16 +61,16 @@ def _start_server() -> None:
     sys.path[:] = module_path or [folder for folder in sys.path if folder]
     for module_name in module_names:
         if module_name == ENDS:
-            # The kernel takes the thread that started a process for its parent, so this is asked
-            # for by the main thread alone.
+            # To the kernel the parent is the thread that started the server, so only a server that
+            # the main thread started is given this name.
             die_with_parent()
         else:
-            with contextlib.suppress(Exception):  # who needs it meets the error, and says so
+            with contextlib.suppress(Exception):  # the task that needs the module reports the error
                 importlib.import_module(module_name)
 
 
 _IS_SERVER = "multiprocessing.forkserver import main" in "".join(sys.orig_argv[-1:])
-# variables of the driver when it started the server
+# names of the driver's environment variables when it started the server
 STARTED_WITH = frozenset(os.environ if _IS_SERVER else ())
 if _IS_SERVER:
     _start_server()

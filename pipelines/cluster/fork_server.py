@@ -1,9 +1,9 @@
-"""The process that the workers of this machine are forked from: imports happen once, here.
+"""The server process that the workers of this machine are forked from, so that imports happen once.
 
-It is multiprocessing's fork server. It has one thread and opens nothing, so that what is forked
-from it starts as clean as what is spawned, without the seconds of CPU that PyTorch takes to import.
-It stays until the program ends, for its next cluster. Elsewhere than on Linux, where some libraries
-of the system do not bear a fork, workers are spawned.
+It is multiprocessing's fork server. It has one thread and opens no file, so that processes forked
+from it start as clean as spawned ones, without the seconds of CPU time that importing PyTorch
+takes. It lives until the program ends, for later clusters. On systems other than Linux, where some
+system libraries do not survive a fork, workers are spawned.
 """
 
 import contextlib
@@ -25,29 +25,29 @@ from headrace.pipelines.cluster.ends_with_driver import ENDS, die_with_parent, p
 Result = TypeVar("Result")
 
 METHOD = "distributed.worker.multiprocessing-method"  # Dask's setting: how workers are started
-# What every worker needs before its first task. The command line is what a worker of the command
-# imports as its main module.
+# The modules that every worker needs for its first task.
 _IMPORTS = (
     "headrace.pipelines.cluster.worker",
     "headrace.heads.bank",
     "headrace.pipelines.stages.train",
     "headrace.pipelines.stages.extract",
 )
-_COMMAND = "headrace.pipelines.cli.main"
+_COMMAND = "headrace.pipelines.cli.main"  # the main module of workers that the command starts
 _FIRST_IMPORT = "headrace.pipelines.cluster.ends_with_driver"
 
 
 def start_server(module_names: Sequence[str] = ()) -> str:
-    """Start the server, unless there is one; returns Dask's word for how to start workers.
+    """Start the server, if there is none, and return Dask's name of the way to start workers:
+    "forkserver" or "spawn".
 
-    module_names: more of what the server imports. One that is missing or fails is passed over, and
-    one that a server which is there already lacks is imported by the workers.
+    module_names: modules that the server imports too. Those that are missing or fail are skipped; a
+    server that runs already does not import them, and workers do it themselves.
     """
     if sys.platform != "linux":
         return "spawn"
-    # As a nanny does before it starts a worker, for the number of threads is read when NumPy is
-    # imported. PyArrow's allocator would start a thread as it is loaded, and a process is to be
-    # forked only while it has one.
+    # Dask's nanny sets these before it starts a worker, but NumPy reads the number of threads when
+    # it is imported, which is in the server. PyArrow's allocator would start a thread when it is
+    # loaded, and only a process with one thread is safe to fork.
     variables = {
         **dask.config.get("distributed.nanny.pre-spawn-environ"),
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
@@ -56,33 +56,34 @@ def start_server(module_names: Sequence[str] = ()) -> str:
         os.environ.setdefault(name, str(value))
     end_names = [ENDS] if threading.current_thread() is threading.main_thread() else []
     command_modules = [_COMMAND] if _COMMAND in sys.modules else []
-    # The first time Dask chooses modules; ours are for the server after a killed one too.
+    # Dask sets modules to preload when the context is first used; ours replace them, also for a new
+    # server after a killed one.
     with dask.config.set({METHOD: "forkserver"}):
         context = get_mp_context()
-    # The server imports these in order. The first is ours; the second is no module: in its name it
-    # tells ours what to import, and whether to end with this process (`preload_name`).
+    # The server imports these in order. The second is not a module: its name tells the first which
+    # modules to import, and whether to end with this process (`preload_name`).
     context.set_forkserver_preload(
         [_FIRST_IMPORT, preload_name([*end_names, *_IMPORTS, *command_modules, *module_names])]
     )
     try:
         with sigint_held_back():
             forkserver.ensure_running()
-    except OSError:  # as where the path of the folder for temporary files is too long for a socket
+    except OSError:  # for example, the temporary folder's path is too long for a socket
         return "spawn"
     return "forkserver"
 
 
 @contextlib.contextmanager
 def sigint_held_back() -> Iterator[None]:
-    """Hold back Ctrl-C from what is started in the block, and here until the block ends.
+    """Block SIGINT (Ctrl-C) in processes that are started in the block, and here until it ends.
 
-    A terminal sends it to every process of ours, and each worker would print a traceback. Processes
-    and threads inherit the mask of the thread that starts them.
+    A terminal sends the signal to every process, and each worker would print a traceback. Processes
+    and threads inherit the signal mask of the thread that starts them.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # Started now, for starting it clears the mask of the thread that does so.
+    # Started before the mask is set, because starting it clears the thread's mask.
     resource_tracker.ensure_running()
     mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -92,14 +93,14 @@ def sigint_held_back() -> Iterator[None]:
 
 
 def is_importing_main() -> bool:
-    """Tell whether this is a new process that imports the script of the one that started it: it may
-    start none of its own.
+    """Return whether this is a spawned process that is importing its parent's script; it must not
+    start processes.
     """
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def imports_of(backbone_names: Iterable[str]) -> list[str]:
-    """Return the slow imports of networks, by names such as "timm:resnet18"."""
+    """Return the modules, slow to import, that networks need. Names are such as "timm:resnet18"."""
     libraries = {name.partition(":")[0] for name in backbone_names} & {
         "timm",
         "torchvision",
@@ -112,13 +113,13 @@ def imports_of(backbone_names: Iterable[str]) -> list[str]:
 def call_forked(
     module_names: Sequence[str], function: Callable[..., Result], *arguments: Any
 ) -> Result:
-    """Return `function(*arguments)`, called in a process forked from the server, so that this one
-    need not import what it needs.
+    """Return `function(*arguments)`, called in a process forked from the server, so that this
+    process need not import the function's modules.
 
-    Result and arguments are plain values. Raises what the function raises. Where there can be no
-    such process, or it dies, the function is called here.
+    Result and arguments must be picklable. Raises what the function raises. If there can be no such
+    process, or it dies, the function is called here.
     """
-    is_daemonic = multiprocessing.current_process().daemon  # which may have no processes of its own
+    is_daemonic = multiprocessing.current_process().daemon  # a daemon must not start processes
     if not is_importing_main() and not is_daemonic and start_server(module_names) == "forkserver":
         context = multiprocessing.get_context("forkserver")
         receiving_end, sending_end = context.Pipe(duplex=False)
@@ -130,7 +131,7 @@ def call_forked(
         except (OSError, EOFError):  # the server was ended
             return function(*arguments)
         finally:
-            sending_end.close()  # or its end would not be seen
+            sending_end.close()  # otherwise recv would wait for ever when the process dies
         try:
             result, error = receiving_end.recv()
         except EOFError:
@@ -140,7 +141,7 @@ def call_forked(
                 raise error
             return result  # type: ignore[no-any-return]
         finally:
-            process.kill()  # it has answered, or this call was interrupted
+            process.kill()  # also if this call was interrupted while it worked
             process.join()
     return function(*arguments)
 

@@ -1,6 +1,4 @@
-"""Progress, from the same calls: a bar on a terminal and in a notebook, elsewhere a line with the
-time now and then, or lines of JSON.
-"""
+"""Display of progress: a bar on a terminal and in a notebook, otherwise lines of text or JSON."""
 
 import contextlib
 import datetime
@@ -19,23 +17,23 @@ from rich.text import Text
 
 from headrace.pipelines.console import PlainConsole
 
-# Below it the bar is short, and shares of the work and the time that went by are left out.
+# On narrower terminals the bar is short, and the elapsed time and shares of work are left out.
 _NARROW_COLUMNS = 110
-# Without a terminal: a line at most this often, so that a log stays short.
-_LOG_INTERVAL_S = 5.0
-_NOTEBOOK_INTERVAL_S = 0.25  # the line is written over, so that no log grows
-# After the first things were done: what follows within it says nothing about the rate.
+_LOG_INTERVAL_S = 5.0  # between lines of a log, so that it stays short
+_NOTEBOOK_INTERVAL_S = 0.25  # a notebook's line is overwritten, so it can be more often
+# For this long after the first results, those that follow say nothing about the rate: workers that
+# began together end together.
 _SETTLED_S = 3.0
 
 
 class Advance(Protocol):
-    """Called by a stage's block: how many things were just done, and what else to show."""
+    """A function that a stage calls when `count` more things are done. details: shown beside."""
 
     def __call__(self, count: int, details: Mapping[str, float] | None = None) -> None: ...
 
 
 class _RateColumn(ProgressColumn):
-    """Things per second, and the time left at that rate."""
+    """A column with the rate and the time left."""
 
     def render(self, task: Task) -> Text:
         return Text(rate_text(*task.fields["meter"].rate_and_left(), unit=task.fields["unit"]))
@@ -50,7 +48,7 @@ def rate_and_left(n_done: float, n_total: float, elapsed_s: float) -> tuple[floa
 
 
 def rate_text(rate_per_s: float, left_s: float, *, unit: str) -> str:
-    """Return "12.3 images/s, 0:18 left"; nothing where no rate is known."""
+    """Return a text such as "12.3 images/s, 0:18 left"; "" if no rate is known."""
     if not rate_per_s:
         return ""
     left_text = "" if math.isnan(left_s) else f", {left_s // 60:.0f}:{left_s % 60:02.0f} left"
@@ -59,10 +57,10 @@ def rate_text(rate_per_s: float, left_s: float, *, unit: str) -> str:
 
 @dataclass
 class _RateMeter:
-    """How fast a stage is.
+    """Measures the rate of a stage.
 
-    The time until the first things are done, in which workers import and load networks, counts
-    for nothing once more is known.
+    The time until the first results, in which workers import modules and load networks, is left out
+    as soon as enough more is known.
     """
 
     n_total: int
@@ -78,7 +76,6 @@ class _RateMeter:
 
     def rate_and_left(self) -> tuple[float, float]:
         now = time.monotonic()
-        # Workers that began together end together: what they end within some seconds is no rate.
         if self.first_s is not None and now - self.first_s > max(
             _SETTLED_S, 0.5 * (self.first_s - self.started_s)
         ):
@@ -90,7 +87,7 @@ class _RateMeter:
 
 @contextlib.contextmanager
 def show_progress(console: Console, stage_name: str, n_total: int, unit: str) -> Iterator[Advance]:
-    """Show how far a stage is: a bar on a terminal and in a notebook, otherwise lines."""
+    """Show the progress of a stage in the block, which calls the given function."""
     as_json = isinstance(console, PlainConsole) and console.json_progress
     if console.is_jupyter and not (console.quiet or as_json):
         yield _notebook_line(stage_name, n_total, unit)
@@ -131,7 +128,7 @@ def _text_column(text: str, style: str = "none") -> TextColumn:
 
 
 def _details_text(details: Mapping[str, float]) -> str:
-    """Return "decode 3 % · network 95 % · 2 failed": shares, then counts; no zeros."""
+    """Return a text such as "decode 3 % · network 95 % · 2 failed", without counts of zero."""
     detail_texts = []
     for name, value in details.items():
         if name.endswith("_share"):
@@ -147,9 +144,9 @@ def _at_intervals(
     shown_at: float,
     show: Callable[[Mapping[str, float]], None],
 ) -> Advance:
-    """Return an advance that counts, and shows what is done every so often, and at the end.
+    """Return an Advance that calls `show` at most every interval_s, and at the end.
 
-    shown_at: when, by the monotonic clock, it counts as shown for the first time.
+    shown_at: time of the monotonic clock that counts as the first call.
     """
 
     def advance(count: int, details: Mapping[str, float] | None = None) -> None:
@@ -164,7 +161,9 @@ def _at_intervals(
 
 
 def _notebook_line(stage_name: str, n_total: int, unit: str) -> Advance:
-    """Overwrite one line of the cell's standard error, for rich's bar needs ipywidgets."""
+    """Return an Advance that overwrites one line of the cell's standard error; rich's own bar would
+    need ipywidgets.
+    """
     meter = _RateMeter(n_total)
 
     def show(details: Mapping[str, float]) -> None:
@@ -179,7 +178,7 @@ def _notebook_line(stage_name: str, n_total: int, unit: str) -> Advance:
 def _progress_text(
     meter: _RateMeter, stage_name: str, unit: str, details: Mapping[str, float]
 ) -> str:
-    """Return "extract 10/80 images · 12.3 images/s, 0:18 left · 2 failed"."""
+    """Return a text such as "extract 10/80 images · 12.3 images/s, 0:18 left · 2 failed"."""
     texts = (
         f"{stage_name} {meter.n_done:,}/{meter.n_total:,} {unit}",
         rate_text(*meter.rate_and_left(), unit=unit),
@@ -216,7 +215,7 @@ def _log_lines(
 
 
 def _json_line(values: Mapping[str, object]) -> str:
-    """Return one line of JSON; what is not known yet is null."""
+    """Return one line of JSON, with null for nan."""
     return json.dumps(
         {
             key: (None if math.isnan(value) else round(value, 3))

@@ -1,4 +1,4 @@
-"""A Dask cluster of SLURM jobs, over TLS; ended jobs are replaced while there is work."""
+"""A Dask cluster of SLURM jobs, over TLS. Jobs that end are replaced while there is work."""
 
 import contextlib
 import os
@@ -28,19 +28,19 @@ from headrace.pipelines.cluster.worker import GPUS, UNITS_PER_GPU
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.sections import ClusterSection, SlurmSection
 
-_LOOK_S = 10.0  # how often the queue is asked about our jobs
+_LOOK_S = 10.0  # seconds between calls of squeue
 _ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED"
 # Workers end by themselves this long before SLURM would kill them, or a tenth of the wall time if
 # that is less.
 _MARGIN_S = 120
-_PATIENCE = 5  # jobs in a row that may end before their worker comes
-# Of a job of the GPU partition. Decoding limits: one core decodes some 300 images a second. Other
-# numbers go into `directives`, which come later in the job's script and so are what counts.
+_PATIENCE = 5  # times in a row that all jobs may end before a worker of theirs comes
+# For each GPU of a job. The rate is limited by decoding: one core decodes some 300 images a second.
+# Users set other numbers by `directives`, which come later in the job's script and so take effect.
 _CORES_PER_GPU = 8
 _MEMORY_PER_GPU = "16 GB"
-# a controller that is being started again
+# Messages of SLURM while its controller is restarted.
 _PASSING = ("Unable to contact", "timed out", "Connection refused")
-# What SLURM speaks of when it refuses, and the key that says it.
+# Words in SLURM's refusals, and the recipe's keys that they are about.
 _KEYS = {
     "partition": "partition (of GPUs: gpu_partition)",
     "account": "account",
@@ -51,8 +51,8 @@ _KEYS = {
     "gres": "gpus_per_job",
     "qos": "directives",
 }
-_stillborn: dict[str, int] = {}  # looks in a row at which a cluster had lost jobs and no worker
-# when each cluster's jobs were last looked at, by the cluster's name
+# By cluster: how many times in a row it had lost jobs and no worker; when squeue was last called.
+_stillborn: dict[str, int] = {}
 _looked: dict[str, float] = {}
 
 
@@ -60,11 +60,12 @@ _looked: dict[str, float] = {}
 def slurm_client(
     section: ClusterSection, workers: int | None = None, *, on_gpu: bool = False, run_folder: Path
 ) -> Iterator[Client]:
-    """Give a client of a cluster of SLURM jobs, its scheduler here. Needs the extra `slurm`.
+    """Open a client of a cluster of SLURM jobs, with the scheduler in this process. Needs the extra
+    `slurm`.
 
-    Each job is one node's share, `workers_per_job` processes of one core. on_gpu: jobs of the GPU
-    partition, a worker per GPU, with several cores to decode on. run_folder: where certificates
-    (unless the recipe names some) and the jobs' logs go; every node must see it.
+    A job has `workers_per_job` workers of one core on one node. on_gpu: jobs of the GPU partition,
+    with a worker for each GPU and several cores to decode on. run_folder: for certificates (unless
+    the recipe names some) and the jobs' logs; every node must see it.
     """
     jobqueue = require_extra("dask_jobqueue", "slurm")
     slurm_options = section.slurm
@@ -111,17 +112,17 @@ def slurm_client(
 
 
 def _memory(slurm_options: SlurmSection, on_gpu: bool) -> str:
-    """Return a job's memory: the recipe's, and with GPUs at least what decoding takes."""
+    """Return a job's memory: the recipe's; if it gives none for GPUs, what decoding takes."""
     if on_gpu and "memory_per_job" not in slurm_options.model_fields_set:
         return str(slurm_options.gpus_per_job * parse_bytes(_MEMORY_PER_GPU))
     return slurm_options.memory_per_job
 
 
 def _recording_job(job_class: type) -> type:
-    """Return the library's class of jobs, which are submitted in the background, with a record of
-    what sbatch says when it refuses one.
+    """Return the library's class of jobs with a record of sbatch's refusals.
 
-    The library prints it, and waits for workers that never come.
+    The library submits jobs in the background, prints a refusal, and waits for workers that never
+    come.
     """
 
     class RecordingJob(job_class):  # type: ignore[misc]
@@ -131,24 +132,26 @@ def _recording_job(job_class: type) -> type:
             try:
                 await super().start()
             except (RuntimeError, OSError) as error:
-                self.refusals.append(error.with_traceback(None))  # which would keep this job
-                # a job without an id: it counts as lost, and the cluster can be closed
+                # Without the traceback, whose frames would keep this job alive.
+                self.refusals.append(error.with_traceback(None))
+                # A running job without an id counts as lost, and the cluster can be closed.
                 self.status = Status.running
 
     return RecordingJob
 
 
 def lifetime_s(walltime: str) -> int:
-    """Return the seconds after which a worker should end by itself, given SLURM's [D-]HH:MM:SS."""
+    """Return the seconds after which a worker should end by itself, from SLURM's [D-]HH:MM:SS."""
     days, _, clock = walltime.rpartition("-")
     hours, minutes, seconds = (int(clock_part) for clock_part in clock.split(":"))
     total_s = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    # Less another tenth, by which Dask's --lifetime-stagger may prolong it.
     return max(1, total_s - min(_MARGIN_S, total_s // 10) - total_s // 10)
 
 
 def replace_lost_jobs(cluster: Any) -> None:
-    """Submit a job again for every one that is in the queue no more: it hit its wall time, was
-    cancelled, or its node died.
+    """Submit a new job for each that is no longer in the queue, because it reached its wall time,
+    was cancelled, or its node died. Raises ClusterError if jobs keep ending without a worker.
     """
     if time.monotonic() - _looked.get(cluster.name, 0.0) < _LOOK_S:
         return
@@ -160,7 +163,7 @@ def replace_lost_jobs(cluster: Any) -> None:
             command, capture_output=True, text=True, timeout=60, check=True
         ).stdout.split()
     except (OSError, subprocess.SubprocessError):
-        return  # a queue that does not answer now does later
+        return  # the queue will answer later
     lost_workers = [name for name, job_id in job_ids.items() if job_id not in queued_ids]
     if cluster.scheduler_info["workers"]:
         _stillborn.pop(cluster.name, None)
@@ -189,7 +192,7 @@ async def _replace(cluster: Any, worker_names: list[str]) -> None:
 
 
 def _end_if_refused(cluster: Any) -> None:
-    """Raise ClusterError, in SLURM's words, where it takes no job, now or later."""
+    """Raise ClusterError with SLURM's words, unless the refusal may pass."""
     error = cluster.job_cls.refusals[-1]
     slurm_text = str(error).partition("stderr:")[2].strip() or str(error)
     _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1

@@ -1,10 +1,11 @@
-"""Run many small tasks on a Dask client: one per worker thread, each outcome handed back at once.
+"""Running of many small tasks on a Dask client, one per worker thread; outcomes are yielded as they
+come.
 
-Every task is pinned to one worker, and a worker is given its next task when the outcome of the last
-one has come. So a worker that dies takes down only what it was running, and it is known which tasks
-a worker's death can be the fault of. (Dask executes futures again that are kept after they finish
-when their worker dies, and blames every task that a dead worker had been given, the waiting ones
-too.) Tasks of seconds do not notice the few milliseconds between them.
+Every task is pinned to one worker, and a worker gets its next task when the outcome of the last one
+has come. So the death of a worker ends only the tasks that it was running, and only these can be
+its cause. (Dask itself blames every task that a dead worker had been given, also waiting ones, and
+runs finished tasks again whose futures are kept.) The few milliseconds between tasks are nothing
+beside tasks of seconds.
 """
 
 import contextlib
@@ -37,20 +38,18 @@ from headrace.pipelines.console import PlainConsole
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# A task whose worker died is given to others, this often in all, before it is taken for the
-# crashing one.
+# A task counts as crashing its workers after this many of them died.
 MAX_ATTEMPTS = 3
-# A host whose new workers die under so many tasks in a row, before one of them has ended any, is
-# broken, not the tasks: it gets no more of them for a while. A driver, a mount or a package that is
-# missing looks like this.
+# If new workers of a host die under this many tasks in a row before finishing any, the host is
+# broken (a missing driver, mount or package), not the tasks, and it gets none for _PAUSE_S.
 _MAX_STRIKES = 3
 _PAUSE_S = 300.0
-_LOOK_S = 0.5  # how often the workers are looked at while no task ends
-_LEASE_RETRY_S = 1.0  # how often a task that another driver has is tried for again
-# A result is a few hundred bytes. If fetching it takes longer, its worker died between finishing
-# and handing it over.
+_LOOK_S = 0.5  # seconds between looks at the workers while no task ends
+_LEASE_RETRY_S = 1.0  # seconds between attempts to lease tasks that another driver has
+# To fetch a result of a few hundred bytes. If it takes longer, the worker died after finishing and
+# before sending it.
 _FETCH_S = 10.0
-# Not EIO: a file that cannot be read is its own fault for ever.
+# Without EIO, which comes from a file that can never be read, and says nothing about the machine.
 _MACHINE_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -67,14 +66,13 @@ class RunIncomplete(HeadraceError):
 
 @dataclass(frozen=True)
 class Outcome(Generic[Job, Result]):
-    """What became of a task: a result, or the reason why there is none."""
+    """The end of a task: a result, or the reason why there is none."""
 
     job: Job
     result: Result | None
     error: str | None
-    fatal: bool = False  # it took its workers down, or never ended, whenever it was tried
-    # a full disk or the like was the reason, which says nothing about the job
-    machine_fault: bool = False
+    fatal: bool = False  # at every attempt its worker died, or it never ended
+    machine_fault: bool = False  # the reason is the machine's, such as a full disk, not the job's
 
 
 @dataclass(eq=False)
@@ -82,33 +80,31 @@ class _Task(Generic[Job]):
     key: str
     job: Job
     n_attempts: int = 0
-    # workers that died while they ran it; one that had to be stopped counts twice
-    worker_deaths: int = 0
+    worker_deaths: int = 0  # workers that died while running it; one that was stopped counts twice
     death_hosts: set[str] = field(default_factory=set)
 
 
 @dataclass
 class _HostRecord:
-    """Deaths of workers on a host since a task last ended there."""
+    """Deaths of new workers (that had finished no task) on a host since a task last ended there."""
 
-    # tasks under which workers died that had not ended any before
-    strikes: set[str] = field(default_factory=set)
+    strikes: set[str] = field(default_factory=set)  # keys of the tasks that they were running
     blamed_tasks: list[_Task[Any]] = field(default_factory=list)
     paused_until: float = -math.inf
 
 
 class OnEvent(Protocol):
-    """A function that is called at every event of a task; see `task_log` for the events."""
+    """A function that is called at each event of a task; `task_log` lists the events."""
 
     def __call__(self, event: str, **details: Any) -> None: ...
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How tasks are watched over."""
+    """Timeout, leases and listener of tasks."""
 
-    task_timeout_s: float = math.inf  # a task that has not ended by then never will
-    leases: TaskLeases | None = None  # shared with other drivers, which may be doing the same tasks
+    task_timeout_s: float = math.inf  # a task that takes longer counts as hung
+    leases: TaskLeases | None = None  # shared with other drivers that may do the same tasks
     on_event: OnEvent = lambda event, **details: None
 
 
@@ -124,37 +120,35 @@ class _InFlight(Generic[Job]):
 
 @dataclass
 class _SchedulerWindow(Generic[Job, Result]):
-    """The scheduler's window: which tasks wait, which are in flight, and what has been learnt of
-    the workers and hosts that ran others.
+    """The state of `run_tasks`: tasks that wait, tasks in flight, and what is known of workers and
+    hosts.
     """
 
     client: Client
     function: Callable[[Job], Result]
     options: TaskOptions
     waiting: deque[_Task[Job]]
-    leased_elsewhere: deque[_Task[Job]] = field(default_factory=deque)  # by another driver
-    asked_again_at: float = 0.0  # when these were last tried for
-    # by Dask's key: the task's, and which attempt it is
-    in_flight: dict[str, _InFlight[Job]] = field(default_factory=dict)
-    # Dask's keys of tasks that are over; "" for an answer of a worker about its versions
+    leased_elsewhere: deque[_Task[Job]] = field(default_factory=deque)  # by other drivers
+    asked_again_at: float = 0.0  # when these were last tried
+    in_flight: dict[str, _InFlight[Job]] = field(default_factory=dict)  # by Dask's key
+    # Dask's keys of tasks that have ended; "" for a worker's answer about its versions
     ended_keys: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
-    # workers that are being stopped, by the reason
-    stopped_workers: dict[str, str] = field(default_factory=dict)
-    own_versions: dict[str, str] = field(default_factory=versions)  # which workers have to have too
+    stopped_workers: dict[str, str] = field(default_factory=dict)  # reason by worker
+    own_versions: dict[str, str] = field(default_factory=versions)  # that workers must have too
     version_futures: dict[str, Any] = field(default_factory=dict)  # by worker
-    accepted_workers: set[str] = field(default_factory=set)  # have our versions
-    refused_workers: dict[str, str] = field(default_factory=dict)  # by how they differ
-    proven_workers: set[str] = field(default_factory=set)  # have ended a task
+    accepted_workers: set[str] = field(default_factory=set)  # those with our versions
+    refused_workers: dict[str, str] = field(default_factory=dict)  # difference by worker
+    proven_workers: set[str] = field(default_factory=set)  # those that have ended a task
     host_records: dict[str, _HostRecord] = field(default_factory=dict)
-    healthy_hosts: set[str] = field(default_factory=set)  # are given tasks
-    unrelated_deaths: int = 0  # of workers under tasks that ended well afterwards
+    healthy_hosts: set[str] = field(default_factory=set)  # those that get tasks
+    unrelated_deaths: int = 0  # deaths of workers under tasks that ended well afterwards
 
     @property
     def max_attempts(self) -> int:
-        """Attempts that a task has: one more for each doubling of the unrelated deaths.
+        """How many deaths a task may have: one more for each doubling of the unrelated deaths.
 
-        Where workers come and go (preemption, wall times, someone's `kill`), three deaths under one
-        task are soon a coincidence.
+        On a cluster whose workers come and go (preemption, wall times), three deaths under one task
+        are soon a coincidence.
         """
         return MAX_ATTEMPTS + int(math.log2(1 + self.unrelated_deaths))
 
@@ -163,7 +157,7 @@ _DEFAULT = TaskOptions()
 
 
 def announced(options: TaskOptions, console: Console) -> TaskOptions:
-    """Return options that print events of workers and hosts too, and of tasks if verbose."""
+    """Return options that also print the events of workers and hosts, and of tasks if verbose."""
     is_verbose = isinstance(console, PlainConsole) and console.verbose
 
     def announce(event: str, **details: Any) -> None:
@@ -204,13 +198,16 @@ def run_tasks(
 ) -> Generator[Outcome[Job, Result], None, None]:
     """Yield the outcome of `function(job)` for every (key, job), in the order in which they finish.
 
-    The function is a module-level one, takes paths and specs, publishes what it makes, and returns
-    something small. A task that raises is not tried again, for it would raise again. One whose
-    worker dies is, and so is one that has not ended by its timeout, whose worker is then stopped.
-    Where that happens MAX_ATTEMPTS times, the parts that `split` makes of its job take its place,
-    so that the crashing part is found; a job without parts is quarantined: its outcome is fatal. A
-    task that another driver has leased is left to it, and done here once it is given back, so that
-    whatever the other has published is there when this ends.
+    The function must be a module-level one that takes paths and specs, publishes its results, and
+    returns something small.
+
+    A task that raises is not tried again, as it would raise again. A task is tried again if its
+    worker dies, or if it does not end within the timeout; then its worker is stopped. When a task
+    has failed so MAX_ATTEMPTS times, the parts that `split` makes of its job replace it, so that
+    the crashing part is found; the outcome of a job without parts is fatal.
+
+    A task that another driver has leased is left to it and run here when the lease ends, so that
+    the other's results exist when this function ends.
     """
     window = _SchedulerWindow(
         client, function, options, deque(_Task(key, job) for key, job in jobs)
@@ -221,7 +218,7 @@ def run_tasks(
             _give_tasks(window, workers)
             for dask_key in _wait_for_ends(window):
                 flight = window.in_flight.pop(dask_key, None)
-                # Its worker was found gone, and releasing its future reported that once more.
+                # Its worker was found gone before, and the release of its future was reported too.
                 if flight is None:
                     continue
                 outcome = _outcome_of(window, flight)
@@ -238,7 +235,7 @@ def run_tasks(
 
 
 def _give_tasks(window: _SchedulerWindow[Job, Result], workers: Mapping[str, int]) -> None:
-    """Give every free thread of a worker that has our versions a task."""
+    """Give a task to every free thread of the accepted workers on healthy hosts."""
     workers = _accepted_workers(window, workers)
     now = time.monotonic()
     hosts = {_host(worker) for worker in workers if worker not in window.stopped_workers}
@@ -258,8 +255,8 @@ def _give_tasks(window: _SchedulerWindow[Job, Result], workers: Mapping[str, int
         ):
             continue
         while len(running) < threads and (task := _next_task(window, host)):
-            # Of several tasks on one worker it is not known which killed it: from then on each of
-            # them runs alone.
+            # If a worker dies with several tasks, any of them may have killed it. So a task with a
+            # death runs alone on its worker from then on.
             if running and (task.worker_deaths or any(other.worker_deaths for other in running)):
                 window.waiting.appendleft(task)
                 break
@@ -270,9 +267,10 @@ def _give_tasks(window: _SchedulerWindow[Job, Result], workers: Mapping[str, int
 def _accepted_workers(
     window: _SchedulerWindow[Job, Result], workers: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return the workers that have our versions, with their threads; the others are given nothing.
+    """Return the threads of the workers that have our versions.
 
-    Each is asked once, when it joins. Raises ClusterError where there are workers, and none has.
+    Each worker is asked once, when it joins. Raises ClusterError if there are workers but none has
+    them.
     """
     for worker in workers.keys() - window.version_futures.keys():
         dask_key = f"versions-{uuid.uuid4().hex}"
@@ -295,7 +293,7 @@ def _accepted_workers(
             window.accepted_workers.add(worker)
         elif version_difference is None:
             if window.version_futures[worker].status in ("error", "cancelled", "lost"):
-                del window.version_futures[worker]  # if it is there still, it is asked once more
+                del window.version_futures[worker]  # if the worker still exists, it is asked again
         else:
             window.refused_workers[worker] = f"{worker} has {version_difference}"
             window.options.on_event("refused", worker=worker, error=version_difference)
@@ -326,7 +324,7 @@ def _version_difference(window: _SchedulerWindow[Job, Result], answer: Any) -> s
         ):
             return f"no headrace like this one ({type(error).__name__}: {error})"
     except (TimeoutError, CancelledError):
-        pass  # the worker is gone, or will be asked for its answer again
+        pass  # the worker is gone, or its answer is looked at again later
     return None
 
 
@@ -335,8 +333,8 @@ def _host(worker: str) -> str:
 
 
 def _next_task(window: _SchedulerWindow[Job, Result], host: str) -> _Task[Job] | None:
-    """Return the next task that no other driver has, and under which no worker of this host died
-    while there are other hosts to try.
+    """Return the next task that no other driver has. A task under which a worker of this host died
+    is left to other hosts, if there are any.
     """
     if (
         window.leased_elsewhere
@@ -378,11 +376,13 @@ def _submit(window: _SchedulerWindow[Job, Result], task: _Task[Job], worker: str
 
 
 def _wait_for_ends(window: _SchedulerWindow[Job, Result]) -> list[str]:
-    """Return Dask's keys of tasks in flight that are over; wait for the first, but not for long."""
+    """Return Dask's keys of tasks that have ended, after waiting _LOOK_S at most for the first. If
+    none has, look after lost and late workers.
+    """
     dask_keys: list[str] = []
     with contextlib.suppress(queue.Empty):
         dask_keys.append(window.ended_keys.get(timeout=_LOOK_S))
-        while not dask_keys[-1]:  # answers about versions: any number of them is one reason to look
+        while not dask_keys[-1]:  # one answer about versions is reason enough to return
             dask_keys.append(window.ended_keys.get_nowait())
     if dask_keys:
         return dask_keys
@@ -396,8 +396,8 @@ def _wait_for_ends(window: _SchedulerWindow[Job, Result]) -> list[str]:
     for worker in late_workers - set(window.stopped_workers):
         window.stopped_workers[worker] = f"it ran for more than {task_timeout_s:g} s"
         threading.Thread(target=_stop_worker, args=(window.client, worker), daemon=True).start()
-    # A scheduler that allows deaths keeps a task whose worker is gone, for another worker of that
-    # address.
+    # A user's scheduler whose settings allow deaths keeps the task of a dead worker pending, for a
+    # new worker of that address: it is taken back here.
     busy_workers = {flight.worker for flight in window.in_flight.values()}
     gone_workers = busy_workers - set(window.client.nthreads())
     return [
@@ -408,8 +408,8 @@ def _wait_for_ends(window: _SchedulerWindow[Job, Result]) -> list[str]:
 
 
 def _stop_worker(client: Client, worker: str) -> None:
-    """Have a worker's nanny ask it to end, kill it where it does not, and start another."""
-    # suppressed: what happens when the run has ended meanwhile
+    """Restart a worker: its nanny asks it to end, kills it if it does not, and starts another."""
+    # These errors come if the run has ended meanwhile.
     with contextlib.suppress(OSError, TimeoutError, CancelledError):
         client.restart_workers([worker], timeout=30, raise_for_error=False)
 
@@ -450,7 +450,7 @@ def _outcome_of(
             f"{type(error).__name__}: {error}",
             machine_fault=is_machine_fault(error),
         )
-    # To run out of time twice is proof enough: every further time would cost as long again.
+    # A timeout counts twice, because every further attempt would take as long again.
     task.worker_deaths += 2 if flight.worker in window.stopped_workers else 1
     _suspect_host(window, flight)
     reason = window.stopped_workers.get(flight.worker) or "its worker died"
@@ -464,21 +464,23 @@ def _outcome_of(
 
 
 def is_machine_fault(error: BaseException) -> bool:
-    """Tell whether the machine lacks something: room, the right to write, memory, descriptors."""
+    """Return whether an error is the machine's: no disk space, write permission, memory or file
+    descriptors.
+    """
     return isinstance(error, MemoryError) or (
         isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS
     )
 
 
 def _clear_host(window: _SchedulerWindow[Job, Result], worker: str) -> None:
-    """Note that a task has ended on this worker: its host works."""
+    """Note that a task has ended on this worker, so that its host is not broken."""
     window.proven_workers.add(worker)
     window.host_records[_host(worker)] = _HostRecord()
 
 
 def _suspect_host(window: _SchedulerWindow[Job, Result], flight: _InFlight[Job]) -> None:
-    """Blame the host instead of its tasks where its new workers die under one task after the other,
-    and other hosts are healthy.
+    """Blame the host instead of its tasks if its new workers die under one task after the other and
+    other hosts are healthy.
     """
     host_name, task = _host(flight.worker), flight.task
     task.death_hosts.add(host_name)
@@ -510,11 +512,11 @@ def _split_task(
     crashing: _Task[Job],
     split: Callable[[Job], Sequence[tuple[str, Job]]],
 ) -> bool:
-    """Put the parts of a crashing task in its place; return False if it has none."""
+    """Replace a crashing task by its parts; return False if it has none."""
     parts = split(crashing.job)
     for key, job in reversed(parts):
-        # Tasks that crash together need no three more deaths to be divided again, but a part that
-        # cannot be divided has to crash by itself.
+        # Parts inherit deaths, so that one more is enough to divide them again; a part that cannot
+        # be divided needs two of its own.
         worker_deaths = max(1, crashing.worker_deaths - (1 if split(job) else 2))
         window.waiting.appendleft(_Task(key, job, worker_deaths=worker_deaths))
     event = "divided" if parts else "quarantined"

@@ -1,8 +1,8 @@
-"""A run that outlives its terminal: a laptop that closes, an ssh connection that breaks.
+"""Survival of a run when its terminal goes away, as when a laptop closes or ssh breaks.
 
-A terminal that goes away sends SIGHUP to every process of its session, and answers whoever writes
-to it with EIO. The signal is ignored, by us and by all that we start, and what would have been
-written goes to a file of the run from then on.
+The kernel then sends SIGHUP to every process of the session, and writing to the terminal fails with
+EIO. This process and all that it starts ignore the signal, and output goes to a file of the run
+from then on.
 """
 
 import contextlib
@@ -17,14 +17,15 @@ from typing import Any
 
 
 def outlive_terminal(log_path: Path) -> None:
-    """Let nothing of this process end with its terminal, from now on, if it has one.
+    """Make this process outlive its terminal, if it has one.
 
-    log_path: what is written to the terminal after it is gone is appended here.
+    log_path: output is appended here after the terminal is gone.
     """
     terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
     if not terminals or not hasattr(signal, "SIGHUP"):
         return
-    # Only the main thread may; where a notebook's thread runs us, the terminal is not ours.
+    # Only the main thread may set a handler; in another thread, as of a notebook, there is no
+    # terminal to survive.
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # workers inherit it
     descriptors = [stream.fileno() for stream in terminals]
@@ -48,7 +49,7 @@ class _Outliving:
             return self._stream.write(text)
         except OSError as error:
             self._go_on_in_log(error)
-            # Under PYTHONUNBUFFERED nothing has kept the text; otherwise the stream has.
+            # The stream has kept the text in its buffer, except under PYTHONUNBUFFERED.
             return self._stream.write(text if self._stream.write_through else "")
 
     def flush(self) -> None:

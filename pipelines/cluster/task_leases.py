@@ -1,12 +1,11 @@
-"""Task leases: which of several drivers on one run does a task, so that two of them share the work
-instead of doing it twice.
+"""Task leases, by which several drivers on one run share its tasks instead of doing them twice.
 
-A lease is a symbolic link `<task>.lease` whose target names its driver: made in one step that only
-one process can win, never half written, and readable from every node. A driver is alive while it
-holds its own lock with a heartbeat, `<driver>.driver` (one lock per driver instead of one per task:
-a thousand tasks in progress need one heartbeat); the leases of one that is not alive are free. A
-lease can be held twice for a moment, by a driver that was frozen for longer than its lock lives.
-That costs double work and nothing else: results are published by the first.
+A lease is a symbolic link `<task>.lease` whose target names its driver: it is made in one step that
+only one process can win, is never half written, and can be read from every node. A driver is alive
+while it holds a lock with a heartbeat, `<driver>.driver` (one per driver and not per task, so that
+a thousand tasks in progress need one heartbeat). The leases of a driver that is not alive are free.
+A driver that was frozen for longer than its lock lives may do a task that another has taken over.
+That costs double work and nothing else, because the first one publishes the results.
 """
 
 import contextlib
@@ -23,20 +22,20 @@ from filelock import SoftFileLease, Timeout
 
 from headrace.cache.atomic_io import LEASE_S, names_owner
 
-_LOOK_S = 2.0  # how long another driver's being alive is believed without looking again
+_LOOK_S = 2.0  # seconds for which another driver counts as alive without another look at its lock
 
 
 @dataclass
 class TaskLeases:
-    """The tasks in a directory that one driver has taken."""
+    """The leases of one driver in a directory."""
 
     directory: Path
     driver: str
-    # when another driver was last seen alive
+    # monotonic times at which other drivers were last seen alive
     _seen_alive: dict[str, float] = field(default_factory=dict)
 
     def acquire(self, task: str) -> bool:
-        """Take a task; return False while another living driver has it."""
+        """Lease a task; return False while another living driver has it."""
         lease_path = self.directory / f"{task}.lease"
         while True:
             try:
@@ -45,7 +44,7 @@ class TaskLeases:
             except FileExistsError:
                 owner = _owner(lease_path)
             except OSError:
-                # a file system without symbolic links: several drivers then do the same work twice
+                # The file system has no symbolic links: several drivers then do the same work.
                 return True
             if owner == self.driver:
                 return True
@@ -54,7 +53,7 @@ class TaskLeases:
             _remove_abandoned(lease_path, owner)
 
     def release(self, task: str) -> None:
-        """Give a task back, once the task's results are published or it has failed."""
+        """Give a task back, after its results are published or it has failed."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.directory / f"{task}.lease")
 
@@ -70,9 +69,8 @@ class TaskLeases:
 
 @contextlib.contextmanager
 def task_leases(directory: Path) -> Iterator[TaskLeases]:
-    """Give this process's task leases in a directory, from now to the end of the block.
-
-    Leases and locks that dead drivers left there are removed.
+    """Open task leases of this process in a directory, which end with the block. Leases and locks
+    of dead drivers are removed.
     """
     driver = driver_name()
     with driver_lock(directory, driver):
@@ -91,8 +89,8 @@ def remove_dead(directory: Path) -> int:
     dead_drivers = [driver for driver in drivers if not driver_lives(directory, driver)]
     living_drivers = set(drivers) - set(dead_drivers)
     n_removed = len(dead_drivers)
-    # Drivers lock before they take leases: a lease whose driver has no lock is a dead driver's.
-    # Looked at again, for a driver may have begun since.
+    # A driver takes its lock before any lease, so a lease whose driver has no lock is a dead
+    # driver's. Each is looked at again, because a driver may have started since.
     for lease_path in (*directory.glob("*.lease"), *directory.glob("*.lease.*")):
         owner = _owner(lease_path)
         if owner is not None and owner not in living_drivers and not driver_lives(directory, owner):
@@ -102,12 +100,12 @@ def remove_dead(directory: Path) -> int:
 
 
 def _remove_abandoned(lease_path: Path, owner: str | None) -> None:
-    # Moved before it is removed: of two drivers that find it abandoned, one moves it, and both try
-    # again.
+    # Renamed before it is removed: if two drivers find it abandoned, one renames it, and neither
+    # removes the new lease of the other.
     moved_lease = lease_path.with_name(f"{lease_path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(lease_path, moved_lease)
-        # Another driver was faster, and this is its lease.
+        # What was renamed is the new lease of a driver that was faster: it is put back.
         if _owner(moved_lease) not in (owner, None):
             with contextlib.suppress(FileExistsError):
                 os.symlink(_owner(moved_lease) or "", lease_path)
@@ -122,7 +120,7 @@ def driver_name() -> str:
 
 @contextlib.contextmanager
 def driver_lock(directory: Path, driver: str) -> Iterator[None]:
-    """Be alive under this name, for everyone who looks at the directory, until the block ends."""
+    """Hold the lock that shows this driver to be alive, until the block ends."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = _lock(directory, driver)
     lock.acquire()
@@ -133,14 +131,17 @@ def driver_lock(directory: Path, driver: str) -> Iterator[None]:
 
 
 def driver_lives(directory: Path, driver: str) -> bool:
-    """Tell whether a driver holds its lock: a living process, or a recent heartbeat elsewhere."""
+    """Return whether a driver holds its lock: its process lives here, or its heartbeat is recent.
+
+    Removes the lock of a dead driver.
+    """
     lock_path = directory / f"{driver}.driver"
     try:
         age_s = time.time() - lock_path.stat().st_mtime
     except FileNotFoundError:
         return False
-    # filelock waits for ever for a lock whose holder died before it had written its name,
-    # microseconds after making it.
+    # For a lock whose holder died in the microseconds before it wrote its name, filelock would wait
+    # for ever.
     if age_s > LEASE_S and not names_owner(lock_path):
         lock_path.unlink(missing_ok=True)
         return False

@@ -1,5 +1,4 @@
-"""What happened to every task, as lines of JSON kept with the run: one file per driver, written as
-things happen.
+"""The log of every task of a run, as lines of JSON: one file per driver, written as things happen.
 
 Each line has `time` (UTC) and `event`:
 
@@ -34,10 +33,7 @@ from headrace.pipelines.paths import RunPaths
 
 
 class TaskLog:
-    """Appends events to a file.
-
-    Each is one write, so that a reader never sees half a line for long.
-    """
+    """Appends events to a file, each in one write, so that readers hardly ever see half a line."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -56,7 +52,7 @@ class TaskLog:
 
 @contextlib.contextmanager
 def task_log(paths: RunPaths) -> Iterator[TaskLog]:
-    """Give the log of one driver, from its start to its end, however it ends."""
+    """Open the log of one driver, which records its start and its end."""
     driver = driver_name()
     log = TaskLog(paths.logs / f"{driver}.jsonl")
     with driver_lock(paths.leases, driver):
@@ -70,7 +66,7 @@ def task_log(paths: RunPaths) -> Iterator[TaskLog]:
 
 
 def read_log(log_path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield a file's events in order, but for a line half written or cut off by a kill."""
+    """Yield a file's events in order; a line that is half written or cut off is left out."""
     for line in log_path.read_bytes().split(b"\n"):
         try:
             event = read_sealed_json(line)

@@ -1,5 +1,5 @@
-"""Encryption between the processes of a cluster: they all show one certificate, made for one run or
-by `headrace cluster tls`.
+"""Encryption between the processes of a cluster, which all have one certificate, made for one run
+or by `headrace cluster tls`.
 """
 
 import datetime
@@ -11,26 +11,26 @@ from dask.distributed import Security
 from headrace.cache.errors import HeadraceError
 
 CERTIFICATE, KEY = "certificate.pem", "key.pem"
-SETTINGS = "dask.yaml"  # beside them, of `headrace cluster tls`
+SETTINGS = "dask.yaml"  # written beside them by `headrace cluster tls`
 _VALID = datetime.timedelta(days=365)
 _SKEW = datetime.timedelta(days=1)  # clocks of a cluster's nodes may differ
 
 
 class TLSFolder(HeadraceError, FileExistsError):
-    """The folder for a certificate holds files of something else."""
+    """The folder for a certificate has files of another program."""
 
 
 class TLSMissing(HeadraceError, ValueError):
-    """Traffic would leave this machine in plain text."""
+    """Without TLS, traffic would leave this machine in plain text."""
 
 
 def make_certificate() -> tuple[str, str]:
-    """Return a new private key and its self-signed certificate, PEM texts, in milliseconds."""
+    """Return a new private key and its self-signed certificate as PEM texts."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    # An elliptic curve: RSA keys of this strength take a tenth of a second or more to find.
+    # An elliptic curve takes milliseconds; an RSA key of this strength a tenth of a second or more.
     private_key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "headrace")])
     now = datetime.datetime.now(datetime.UTC)
@@ -51,20 +51,22 @@ def make_certificate() -> tuple[str, str]:
 
 
 def own_security() -> Security:
-    """Return Dask's security for a cluster that one process starts and ends: its own certificate.
+    """Return Dask's security for a cluster that one process starts and ends, with a certificate of
+    its own.
 
-    Loopback is not private: every user of a machine can connect to it, and whoever a scheduler lets
-    in can run code as its user. Worker processes are handed the key when they are started.
+    Loopback is not private: every user of the machine can connect, and a client that a scheduler
+    accepts can run code as its user. Worker processes get the key when they are started.
     """
     private_pem, certificate = make_certificate()
     return _security(private_pem, certificate)
 
 
 def write_tls(folder: Path) -> Path:
-    """Make a key and a self-signed certificate in a folder for its owner alone, unless there.
+    """Write a key and a self-signed certificate, valid for a year, into a folder that only its
+    owner can read; existing ones are kept.
 
-    Whoever holds the key is let in: scheduler, workers and clients show the same certificate, and
-    accept no other. Valid for a year.
+    Scheduler, workers and clients have this certificate and accept no other, so whoever has the key
+    can run code on the cluster.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
@@ -77,8 +79,8 @@ def write_tls(folder: Path) -> Path:
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise TLSFolder for a folder that is typed and is somebody else's: a key without our
-    certificate, settings without our key.
+    """Raise TLSFolder for a folder with only some of the files of `headrace cluster tls`, which may
+    then be another program's.
     """
     file_names = {
         file_name for file_name in (KEY, CERTIFICATE, SETTINGS) if (folder / file_name).exists()

@@ -1,1 +1,1 @@
-"""The checks of `headrace doctor`: is this machine fit for a run?"""
+"""The checks of `headrace doctor`, which show whether runs will work on this machine."""

@@ -1,4 +1,4 @@
-"""The folder that features are kept in: room, speed, locks, HDF5."""
+"""Checks of the folder for features: free space, speed, locks, HDF5."""
 
 import errno
 import os
@@ -14,10 +14,11 @@ from typing import Any
 
 from headrace.pipelines.doctor.finding import Finding
 
-_LEAST_FREE_BYTES = 2e9  # below it not even a small run has room
-_SLOW_BYTES_PER_S = 20e6  # a disk below this holds up a GPU, and a dozen cores
-_PROBE_BYTES = 32 << 20  # written to measure the speed, or what two seconds allow
-# between this clock and the file system's: more, and files seem to come from the future
+_LEAST_FREE_BYTES = 2e9  # not even a small run fits into less
+_SLOW_BYTES_PER_S = 20e6  # a slower disk delays a GPU, and a dozen cores
+_PROBE_BYTES = 32 << 20  # written to measure the speed, or as much as two seconds allow
+# Difference between this machine's clock and the file system's from which on ages of files are
+# wrong.
 _SKEW_S = 2.0
 
 
@@ -26,8 +27,10 @@ def check_disk(
     measure_speed: Callable[[Path], tuple[float, float]] | None = None,
     free_space: Callable[[Path], float] | None = None,
 ) -> Finding:
-    """Check that the folder can be written, has room, and is not slow. measure_speed: bytes per
-    second written and read.
+    """Check that the folder can be written, has free space, and is not slow.
+
+    measure_speed: returns bytes per second written and read. free_space: returns bytes. Tests give
+    their own.
     """
     try:
         free_bytes = (free_space or (lambda path: shutil.disk_usage(path).free))(folder)
@@ -62,7 +65,9 @@ def check_locking(
     make_link: Callable[[Any, Any], None] = os.link,
     read_clock: Callable[[], float] = time.time,
 ) -> Finding:
-    """Check that locks exclude, names appear whole, and the file system's clock is ours."""
+    """Check that locks exclude, that files can be linked, and that the file system's clock is
+    right.
+    """
     from headrace.cache.atomic_io import lease
 
     try:
@@ -125,7 +130,7 @@ def check_hdf5(
     write_file: Callable[[Path], None] | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Finding:
-    """Check that a file can be written, and read by two at once."""
+    """Check that an HDF5 file can be written, and opened twice at once."""
     import h5py
 
     observation = f"HDF5 {h5py.version.hdf5_version}, h5py {h5py.version.version}"
@@ -184,7 +189,7 @@ def _speed(folder: Path) -> tuple[float, float]:
         probe_path = scratch_folder / uuid.uuid4().hex
         started_at = time.perf_counter()
         with probe_path.open("wb") as probe_file:
-            # a slow disk is known by then
+            # After two seconds a slow disk is known to be slow.
             while probe_file.tell() < _PROBE_BYTES and time.perf_counter() - started_at < 2:
                 probe_file.write(random_block)
             n_bytes = probe_file.tell()

@@ -1,4 +1,4 @@
-"""One line of the doctor: what was looked at, and what to do where it is not well."""
+"""The result of one check of the doctor, and the advice."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,9 +8,9 @@ State = Literal["ok", "note", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """The result of one check."""
 
     name: str
-    state: State  # note: it works, and something is worth knowing
+    state: State  # note: it works, but something should be known
     observation: str
     advice: str = ""

@@ -1,4 +1,4 @@
-"""Cores and memory, of the machine or of the container."""
+"""Checks of cores and memory, of the machine or the container, and of the compiled heads."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from headrace.pipelines.doctor.finding import Finding
 
-_WORKER_BYTES = 1.5e9  # of a worker that runs a small network: torch itself, and a batch
+_WORKER_BYTES = 1.5e9  # memory of a worker with a small network: torch itself, and a batch
 
 
 def check_threads(
@@ -14,7 +14,7 @@ def check_threads(
     cpu_quota: float | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Finding:
-    """Check that the container lets the run have as many workers as cores."""
+    """Check that the container allows as many CPUs as there are cores, one for each worker."""
     n_cores = n_cores or _cores()
     cpu_quota = cpu_quota if cpu_quota is not None else _cpu_quota()
     observation = f"{n_cores} cores"
@@ -39,8 +39,8 @@ def check_threads(
 
 
 def check_heads(find_lanes: Callable[[], int | None] | None = None) -> Finding:
-    """Check for the compiled pass of logistic heads. find_lanes: floats of a vector, None where it
-    was not built or cannot run.
+    """Check for the compiled pass of logistic heads. find_lanes: returns the floats of a vector, or
+    None if it was not built or cannot run.
     """
     vector_length = (find_lanes or _lanes)()
     if vector_length is None:
@@ -64,7 +64,7 @@ def _lanes() -> int | None:
 
 
 def check_memory(available_bytes: float | None = None, n_cores: int | None = None) -> Finding:
-    """Check for room for a worker per core. available_bytes: free memory."""
+    """Check that there is memory for a worker per core. available_bytes: free memory."""
     available_bytes = available_bytes if available_bytes is not None else _available_bytes()
     n_cores = n_cores or _cores()
     observation = f"{available_bytes / 1e9:.1f} GB free"
@@ -94,7 +94,7 @@ def _cores() -> int:
 
 
 def _cpu_quota() -> float | None:
-    """Return the cores that the container's control group allows; None where it does not say."""
+    """Return the cores that the container's control group allows; None without a limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         return None if quota == "max" else int(quota) / int(period)

@@ -1,4 +1,4 @@
-"""Ports of this machine, and the servers that weights come from."""
+"""Checks of this machine's ports, and of the servers that weights come from."""
 
 import queue
 import socket
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from headrace.pipelines.doctor.finding import Finding
 
-# of torchvision, whose import takes seconds
+# Of torchvision's weights; written here, because the import of torchvision takes seconds.
 WEIGHTS_SERVER = "https://download.pytorch.org/models/"
-_ASK_S = 3.0  # how long a server may take to answer
+_ASK_S = 3.0  # seconds that a server may take to answer
 
 
 def check_ports(try_ports: Callable[[], None] | None = None) -> Finding:
@@ -46,7 +46,7 @@ def check_weights(
             "see the line `torch`",
         )
     answers = {address: _in_time(ask_server or _ask, address) for address in addresses}
-    deadline_at = time.monotonic() + 2 * _ASK_S  # looking a name up has no limit of its own
+    deadline_at = time.monotonic() + 2 * _ASK_S  # the look-up of a name has no timeout of its own
     unreachable = []
     for address, answer in answers.items():
         try:
@@ -88,9 +88,9 @@ def _servers() -> list[str]:
 
 
 def _in_time(ask_server: Callable[[str], None], address: str) -> "queue.SimpleQueue[str]":
-    """Return a queue to which a reason will come, or an empty text where the server answered.
+    """Return a queue that will get "" when the server has answered, or the reason why it did not.
 
-    A thread that never ends is left behind with the process.
+    The thread that asks is a daemon, so that one that hangs does not keep the process.
     """
     answer: queue.SimpleQueue[str] = queue.SimpleQueue()
 

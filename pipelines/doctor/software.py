@@ -1,4 +1,4 @@
-"""Python, the libraries, torch with torchvision, and a GPU that torch can use."""
+"""Checks of Python, the libraries, torch with torchvision, and the GPU."""
 
 import ctypes
 import importlib.metadata
@@ -35,7 +35,7 @@ def check_python(
 
 
 def check_libraries(find_version: Callable[[str], str] = importlib.metadata.version) -> Finding:
-    """Check that what headrace requires is installed, in the versions that it requires."""
+    """Check that the libraries that headrace requires are installed, in the right versions."""
     from packaging.requirements import Requirement
 
     problems = []
@@ -63,11 +63,12 @@ def check_libraries(find_version: Callable[[str], str] = importlib.metadata.vers
 
 
 def _load_pair() -> tuple[str, str]:
-    """Return the versions of torch and torchvision, after a compiled operator of it has run.
+    """Return the versions of torch and torchvision, after running a compiled operator of
+    torchvision.
 
-    The operators' library is loaded by itself, and torchvision's own word on its torch is read from
-    its metadata: importing torchvision brings in torch's compilers, which takes as long as
-    everything else together.
+    torchvision is not imported, because it imports torch's compilers, which takes as long as all
+    other checks together: its library of operators is loaded directly, and the torch that it was
+    built for is read from its metadata.
     """
     import torch
     from packaging.requirements import Requirement
@@ -77,7 +78,7 @@ def _load_pair() -> tuple[str, str]:
         raise ImportError("torchvision is not installed")
     vision_folder = Path(vision_spec.origin).parent
     built_for = str(torch.__version__)
-    # Its own version says the build too (+cpu, +cu128), which the package's metadata does not.
+    # Its __version__ has the build (+cpu, +cu128), which the package's metadata lacks.
     version_line = re.search(
         r"^__version__ = ['\"](.+)['\"]",
         (vision_folder / "version.py").read_text(encoding="utf-8"),
@@ -116,7 +117,7 @@ def _load_pair() -> tuple[str, str]:
 
 
 def check_torch(load_pair: Callable[[], tuple[str, str]] = _load_pair) -> Finding:
-    """Check torch and torchvision, which have to be built for each other."""
+    """Check that torch and torchvision are built for each other."""
     try:
         torch_version, vision_version = load_pair()
     except Exception as error:  # noqa: BLE001 - a broken pair raises RuntimeError, AttributeError, ImportError, OSError
@@ -140,8 +141,8 @@ def check_torch(load_pair: Callable[[], tuple[str, str]] = _load_pair) -> Findin
 
 
 def _gpus() -> tuple[int, bool, str]:
-    """Return how many GPUs the system has, whether torch can use one, and that one's name, or
-    torch's version where it can use none.
+    """Return the number of NVIDIA GPUs of the system, whether torch can use one, and its name; or
+    torch's version if it cannot.
     """
     import torch
 
@@ -155,7 +156,7 @@ def _gpus() -> tuple[int, bool, str]:
 
 
 def check_cuda(find_gpus: Callable[[], tuple[int, bool, str]] = _gpus) -> Finding:
-    """Check that a GPU that the system has can be used."""
+    """Check that torch can use the GPU, if the system has one."""
     try:
         n_devices, is_usable, name = find_gpus()
     except Exception as error:  # noqa: BLE001 - torch is broken, which its own line says

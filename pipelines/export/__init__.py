@@ -1,1 +1,1 @@
-"""A model as files for other programs: PyTorch, ONNX, a model card."""
+"""Export of a model as files for other programs: PyTorch, ONNX, MLflow, a model card."""

@@ -1,4 +1,4 @@
-"""The front matter of a model card, as the Hugging Face Hub reads it: task, base models, scores.
+"""The YAML header of a model card for the Hugging Face Hub: task, base models, scores.
 
 Keys: https://huggingface.co/docs/hub/model-cards#model-card-metadata
 """
@@ -13,22 +13,22 @@ from headrace.pipelines.models.model import Model
 
 
 def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
-    """Return the block between two `---`, with the score on the test split where there is one.
+    """Return the header, in `---` lines, with the score on the test split if there is one.
 
-    The licence and the data set are the user's to say; nothing is made up for them.
+    Licence and data set are left to the user, as nothing here knows them.
     """
     values: dict[str, Any] = {
         "library_name": "headrace",
         "pipeline_tag": (
             "image-classification"
             if model.task_kind != "regression"
-            else "image-feature-extraction"  # the Hub has no task of numbers from images
+            else "image-feature-extraction"  # the Hub has no task for regression from images
         ),
         "tags": ["transfer-learning", "image-classification", "headrace"],
     }
     backbones = [backbone for member in model.members for backbone in member.backbones]
     hub_names = {name for backbone in backbones if (name := _hub_name(backbone))}
-    if hub_names:  # weights of other origin have no name there
+    if hub_names:
         values["base_model"] = sorted(hub_names)
     if test_result is not None:
         values["metrics"] = [test_result["metric"]]
@@ -54,6 +54,7 @@ def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
 
 
 def _hub_name(backbone: BackboneSpec) -> str | None:
+    """Return the name of a backbone's weights on the Hub; None for weights of other origin."""
     kind, _, rest = backbone.name.partition(":")
     weights = backbone.weights
     if weights is not None and (weights.startswith("random:") or is_weights_file(weights)):

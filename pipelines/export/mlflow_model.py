@@ -1,4 +1,4 @@
-"""A model as MLflow keeps them: `mlflow.pyfunc.load_model(folder).predict(images)`."""
+"""Export to MLflow, for `mlflow.pyfunc.load_model(folder).predict(images)`."""
 
 import importlib.metadata
 import importlib.util
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def save_mlflow_model(model: Model, out: Path, **options: Any) -> None:
-    """Write `out`, which must not exist: an MLflow model of the flavor `python_function`.
+    """Write an MLflow model of the flavor `python_function` to `out`, which must not exist.
 
-    It holds all weights as safetensors and no pickled code; who loads it needs headrace and
+    It has all weights as safetensors and no pickled code; loading it needs headrace and
     mlflow-skinny. options: of `mlflow.pyfunc.save_model`, such as `metadata`. Raises ExportError.
     """
     if importlib.util.find_spec("mlflow") is None:
@@ -47,15 +47,16 @@ def save_mlflow_model(model: Model, out: Path, **options: Any) -> None:
 
 
 class _ImagePredictor:
-    """What MLflow asks for predictions."""
+    """The object that MLflow calls for predictions."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
     def predict(self, images: Any, params: "Mapping[str, Any] | None" = None) -> pd.DataFrame:
-        """Return a row for each image: the probabilities of the classes, or the numbers.
+        """Return a row for each image: probabilities of the classes, or values.
 
-        images: n paths, as a list or as the first column of a DataFrame.
+        images: n paths, as a list or as the first column of a DataFrame. params: unused, but MLflow
+        passes them.
         """
         paths = images.iloc[:, 0] if isinstance(images, pd.DataFrame) else images
         paths = np.asarray(paths, dtype=object).ravel().tolist()
@@ -65,5 +66,5 @@ class _ImagePredictor:
 
 
 def _load_pyfunc(exported: str) -> _ImagePredictor:
-    """Called by MLflow, by this name, with the folder that was exported."""
+    """Return the predictor of an exported folder. MLflow calls this function by its name."""
     return _ImagePredictor(load_model(exported))

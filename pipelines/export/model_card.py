@@ -1,4 +1,4 @@
-"""MODEL_CARD.md: what a model is, was trained on, is worth, how to use it, where it ends."""
+"""MODEL_CARD.md: a model's parts, data, scores, use and limits."""
 
 import importlib.metadata
 import json
@@ -32,10 +32,10 @@ class ExportResult:
 
     model: Model
     inputs: tuple[GraphInput, ...]
-    # by format: the largest difference from headrace's predictions on the test pictures
+    # by format, the largest difference from headrace's predictions on the pictures of the check
     differences: dict[str, float]
     tolerance: float
-    # otherwise the graphs see the evaluation crop, and headrace averages random views too
+    # whether graphs average over all views; if not, they read the evaluation crop alone
     all_views: bool
 
 
@@ -188,9 +188,8 @@ def _metrics_section(model: Model, run: RunPaths) -> str:
 
 
 def _test_result(model: Model, run: RunPaths) -> dict[str, Any] | None:
-    """Return the recorded evaluation of this very model on the test split, None without one.
-
-    Raises EvaluationsDamaged.
+    """Return the result of this very model's recorded evaluation on the test split, None without
+    one. Raises EvaluationsDamaged.
     """
     model_identity = [
         _model_identity(weight, member)
@@ -219,9 +218,10 @@ def _test_result(model: Model, run: RunPaths) -> dict[str, Any] | None:
 
 
 def _model_identity(weight: float, member: HeadModel | NetworkModel) -> tuple[Any, ...]:
-    """Return what the record of test evaluations says of a member; of a network its settings alone,
-    for its features are not the cache's.
+    """Return fields by which a member is found in the record of test evaluations: a network by its
+    settings alone, because it has no cached features.
     """
+    # Rounded, since the record and the model's file went through JSON and arithmetic separately.
     weight_and_temperature = round(weight, 9), round(member.temperature, 9)
     if isinstance(member, NetworkModel):
         return *weight_and_temperature, json.loads(spec_to_json(member.spec))
@@ -326,7 +326,7 @@ def _channels_text(preprocessing: Preprocessing) -> str:
 
 
 def _beside_lines(model: Model) -> list[str]:
-    """Return what the card says of inputs behind the pixels."""
+    """Return the card's lines on inputs other than pixels, and on units."""
     lines = []
     if model.side_columns:
         lines += [

@@ -1,4 +1,4 @@
-"""The check of an export: its graphs have to predict what headrace predicts."""
+"""The check of an export: its graphs must predict what headrace predicts."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,13 +19,14 @@ from headrace.pipelines.models.images import open_engine, predict_batch
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.models.torch_graph import GraphInput, pixels_of
 
-# Of probabilities, absolute; of regression values, relative to the largest. Sums in another order
-# move a feature by some 1e-7 of its size, and now and then over the edge of its float16, by 5e-4.
+# Absolute for probabilities, relative to the largest for regression values. Sums in another order
+# change a feature by some 1e-7 of its size, and now and then it rounds to the neighbouring float16,
+# 5e-4 away.
 TOLERANCE = 2e-3
-# of networks that were run in half precision: an exported graph runs in float32
+# For features that were computed in half precision: an exported graph computes in float32.
 HALF_TOLERANCE = 3e-2
-_CHECKED = 8  # images that the comparison uses
-_UNIT_SIZES = (3, 2, 1, 2)  # of the units that they make up, where the model predicts units
+_CHECKED = 8  # images of the comparison
+_UNIT_SIZES = (3, 2, 1, 2)  # images of each unit, for a model that predicts units
 
 
 class ExportError(HeadraceError, ValueError):
@@ -34,23 +35,23 @@ class ExportError(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class _OutputCheck:
-    """Pixels for every input of the graph, behind them side columns where it reads some, and what
-    headrace predicts from them.
-    """
+    """The graph's inputs, and what headrace predicts from them."""
 
-    pixels: list[Tensor]
+    pixels: list[Tensor]  # of every pixel input; then side columns and units, if the model has them
     expected: npt.NDArray[np.float32]
     tolerance: float
 
     def difference(self, outputs: npt.NDArray[Any]) -> float:
-        """Return the largest difference from the expected outputs; relative above one."""
+        """Return the largest difference from the expected outputs, divided by the largest of these
+        if that is above 1.
+        """
         value_scale = max(1.0, float(np.abs(self.expected).max()))
         return float(np.abs(np.asarray(outputs, np.float64) - self.expected).max()) / value_scale
 
 
 def check_side_columns(columns: Sequence[SideColumn], n_rows: int = _CHECKED) -> SideColumns:
-    """Return side columns of rows: levels in turn and a value that is none of them, numbers around
-    their mean, some of them missing.
+    """Return made-up side columns: all levels and an unknown one in turn, numbers around their
+    mean, some of them missing.
     """
     generator = np.random.default_rng(0)
     values = [
@@ -70,8 +71,8 @@ def check_side_columns(columns: Sequence[SideColumn], n_rows: int = _CHECKED) ->
 
 
 def check_pixels(inputs: Sequence[GraphInput], n_images: int = _CHECKED) -> list[Tensor]:
-    """Return pixels (n_images, H, W, C) per input, in its dtype: smooth random pictures with noise,
-    the same ones at every size.
+    """Return pixels (n_images, H, W, C) for each input, in its dtype: smooth random pictures with
+    noise, the same at every size.
     """
     pixel_batches = []
     for model_input in inputs:
@@ -88,8 +89,8 @@ def check_pixels(inputs: Sequence[GraphInput], n_images: int = _CHECKED) -> list
 
 
 def expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck:
-    """Return pixels and what the passes of `headrace predict` make of them. Random views all see
-    the same pixels here.
+    """Return the inputs of the check and what `headrace predict` makes of them. All random views
+    get the same pixels here.
     """
     pixel_batches = check_pixels(inputs)
     engine = open_engine(model)
@@ -123,10 +124,11 @@ def expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck
 
 
 def compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model: Model) -> float:
-    """Return the largest difference of a graph's outputs, of a batch and of single images: a batch
-    size that is baked in shows here.
+    """Return the largest difference of a graph's outputs, for a batch and for single images, which
+    would reveal a batch size fixed by the export.
 
-    Raises ExportError where it is more than is allowed.
+    run_graph: from a list of inputs to outputs (n, C). Raises ExportError if the difference is more
+    than allowed.
     """
     batch_difference = check.difference(run_graph(check.pixels))
     # Single images, or single units.

@@ -1,7 +1,7 @@
-"""The part of the preprocessing that lies outside an exported model, in a file of its own.
+"""preprocess.py of an export: the part of the preprocessing that is outside the graphs.
 
-The file holds headrace's own source text for decoding and resizing: a second version of it would
-come to differ.
+It is made of headrace's own source text for decoding and resizing, because a second version of that
+code would come to differ.
 """
 
 import ast
@@ -19,8 +19,8 @@ from headrace.extract.images import preprocessing as preprocess
 from headrace.heads.data.side_columns import SideColumn, columns_to_json
 from headrace.pipelines.models.torch_graph import GraphInput
 
-# Resizing stays outside of the graph: no operator of ONNX or torch makes Pillow's antialiased
-# pixels, and one that nearly does would change predictions silently.
+# Resizing is not in the graphs: no operator of ONNX or torch computes exactly Pillow's antialiased
+# pixels, and one that nearly does would change predictions without a word.
 NAME = "preprocess.py"
 
 _TEXT = '''\
@@ -141,8 +141,10 @@ def preprocess_file(
     side_columns: Sequence[SideColumn] = (),
     unit_rule: Mapping[str, object] | None = None,
 ) -> str:
-    """Return the text of preprocess.py. side_columns: that the model reads beside each image.
-    unit_rule: how units are predicted, with the kind of task.
+    """Return the text of preprocess.py.
+
+    side_columns: that the model reads beside each image. unit_rule: fields of UNIT_RULE in that
+    file, None for a model without units.
     """
     imports, source = _decoding_source()
     input_fields = {
@@ -161,14 +163,15 @@ def preprocess_file(
         "unit": "" if unit_rule is None else _UNIT_TEXT.format(rule=pprint.pformat(unit_rule)),
         "source": source,
     }
-    # All at once: what a model says of its preprocessing may read like a placeholder, and is not
-    # filled in.
+    # All in one pass, so that text of a model that looks like a placeholder is not filled in.
     return re.sub(rf"\{{({'|'.join(placeholders)})\}}", lambda match: placeholders[match[1]], _TEXT)
 
 
 @functools.cache
 def _decoding_source() -> tuple[str, str]:
-    """Return headrace's code for decoding and resizing: imports from elsewhere, and the text."""
+    """Return headrace's code for decoding and resizing: the imports of other packages, and the
+    text.
+    """
     imports: set[str] = set()
     module_bodies = []
     for module in _modules_needed(preprocess):
@@ -179,7 +182,7 @@ def _decoding_source() -> tuple[str, str]:
 
 
 def _modules_needed(module: ModuleType) -> list[ModuleType]:
-    """Return the module and those of headrace that it imports, each behind what it needs itself."""
+    """Return the module and headrace's modules that it imports, each after those that it needs."""
     needed_modules: dict[ModuleType, None] = {}
     for node in _import_nodes(inspect.getsource(module)):
         if isinstance(node, ast.ImportFrom) and _is_ours(node) and node.module != errors.__name__:
@@ -190,7 +193,7 @@ def _modules_needed(module: ModuleType) -> list[ModuleType]:
 
 
 def _split_source(module: ModuleType) -> tuple[set[str], str]:
-    """Return a module's imports from elsewhere than headrace, and its text below them."""
+    """Return a module's imports of other packages, and its text below all imports."""
     source = inspect.getsource(module)
     import_nodes = _import_nodes(source)
     last_import_line = max(node.end_lineno or 0 for node in import_nodes)

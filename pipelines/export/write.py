@@ -1,5 +1,5 @@
-"""`headrace export`: a model as files that need no headrace, compared with headrace's own
-predictions before they appear.
+"""`headrace export`: a model as files that need no headrace. Their predictions are compared with
+headrace's before the files appear.
 """
 
 import contextlib
@@ -50,19 +50,19 @@ _MARKER_TEXT = (
     "This folder was written by `headrace export`, which replaces it as a whole when it is told "
     "--force.\n"
 )
-UNITS = "units"  # the name of the graphs' input that takes them
+UNITS = "units"  # the graphs' input of units
 
 
 def export_model(
     model: Model, out: Path, formats: Sequence[str], *, force: bool = False
 ) -> ExportResult:
-    """Write `out`: the model in these formats (torch, onnx, safetensors), preprocess.py, model.json
-    and MODEL_CARD.md.
+    """Write the folder `out`: the model in these formats (torch, onnx, safetensors), preprocess.py,
+    model.json and MODEL_CARD.md.
 
-    Every format is loaded again and its predictions compared with headrace's own before the
-    directory appears. Raises ExportError where they differ, where `out` is there or cannot be
-    written, and for heads that have no such form.
-    force: replace what an earlier export wrote; nothing else is ever deleted.
+    Every format is loaded again, and its predictions compared with headrace's, before the folder
+    appears. Raises ExportError if they differ, if `out` exists or cannot be written, and for heads
+    that have no such form.
+    force: replace the folder of an earlier export; nothing else is ever deleted.
     """
     if unknown_formats := sorted(set(formats) - set(FORMATS)):
         raise ExportError(
@@ -75,7 +75,8 @@ def export_model(
     out.parent.mkdir(parents=True, exist_ok=True)
     writer_name = f".{out.name}.{driver_name()}"
     temporary_folder = out.with_name(f"{writer_name}{PARTIAL_SUFFIX}")
-    # The lock tells others that this folder is not what a killed export left.
+    # The lock tells other exports that the temporary folder is in use, and was not left by a killed
+    # one.
     with driver_lock(out.parent, writer_name):
         try:
             temporary_folder.mkdir()
@@ -94,12 +95,12 @@ def export_model(
 
 
 def _remove_dead(out: Path) -> None:
-    """Remove what exports to `out` that were killed have left beside it: their locks, and folders
-    that have our marker.
+    """Remove what killed exports to `out` have left beside it: their locks, and temporary folders
+    with an export's marker.
     """
     name_pattern = glob.escape(f".{out.name}.")
     for lock in out.parent.glob(f"{name_pattern}*.driver"):
-        driver_lives(out.parent, lock.stem)  # removes that of a dead one
+        driver_lives(out.parent, lock.stem)  # removes the lock of a dead one
     living_writers = tuple(lock.stem for lock in out.parent.glob(f"{name_pattern}*.driver"))
     for leftover in out.parent.glob(f"{name_pattern}*{PARTIAL_SUFFIX}"):
         if (
@@ -111,12 +112,12 @@ def _remove_dead(out: Path) -> None:
 
 
 def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult:
-    # First: if no more than this comes of the folder, it is known for ours all the same.
+    # Written first, so that even the folder of an export that was killed at once is recognized.
     (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
     differences: dict[str, float] = {}
     graph_formats = [name for name in formats if name != "safetensors"]
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.export's own future
+        warnings.simplefilter("ignore")  # torch.export warns of changes in its own future versions
         if graph_formats:
             evaluation_model = evaluation_only(model)
             graph = evaluation_model.to_torch()
@@ -133,7 +134,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
         else:
             inputs = _inputs_of(model)
         if "torch" in formats:
-            # By way of memory: torch's own writer ends the process where the disk is full.
+            # Through memory, because torch's own writer ends the process if the disk is full.
             packed_program = io.BytesIO()
             torch.export.save(program, packed_program)
             (folder / "model.pt2").write_bytes(packed_program.getbuffer())
@@ -169,36 +170,42 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
     (folder / NAME).write_text(preprocess_text, encoding="utf-8")
     tolerance = allowed_difference(model)
     exported = ExportResult(model, tuple(inputs), differences, tolerance, fits_graph(model))
-    description = {
-        "headrace": headrace_version,
-        "formats": formats,
-        "task_kind": model.task_kind,
-        "classes": list(model.classes),
-        "inputs": [
-            {
-                "name": model_input.name,
-                "dtype": model_input.preprocessing.pixel_dtype,
-                "shape": ["n", *model_input.preprocessing.pixel_shape],
-            }
-            | {"preprocessing": json.loads(model_input.preprocessing.to_json())}
-            for model_input in inputs
-        ]
-        + _side_description(model)
-        + _units_description(model),
-        "output": {"name": "probabilities", "dtype": "float32", "shape": ["n", len(model.classes)]},
-        "metrics": model.metrics,
-        "tolerance": tolerance,
-        "differences": differences,
-    } | ({} if unit_rule is None else {"unit": unit_rule})
-    if model.image_parts is not None:
-        description["parts"] = dataclasses.asdict(model.image_parts)
+    description = {"headrace": headrace_version, "formats": formats} | _description(exported)
+    if unit_rule is not None:
+        description["unit"] = unit_rule
     (folder / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text(model_card(exported), encoding="utf-8")
     return exported
 
 
+def _description(exported: ExportResult) -> dict[str, Any]:
+    """Return the fields of model.json that describe the model and its check."""
+    model = exported.model
+    inputs = [
+        {
+            "name": model_input.name,
+            "dtype": model_input.preprocessing.pixel_dtype,
+            "shape": ["n", *model_input.preprocessing.pixel_shape],
+            "preprocessing": json.loads(model_input.preprocessing.to_json()),
+        }
+        for model_input in exported.inputs
+    ]
+    description = {
+        "task_kind": model.task_kind,
+        "classes": list(model.classes),
+        "inputs": inputs + _side_description(model) + _units_description(model),
+        "output": {"name": "probabilities", "dtype": "float32", "shape": ["n", len(model.classes)]},
+        "metrics": model.metrics,
+        "tolerance": exported.tolerance,
+        "differences": exported.differences,
+    }
+    if model.image_parts is not None:
+        description["parts"] = dataclasses.asdict(model.image_parts)
+    return description
+
+
 def _side_description(model: Model) -> list[dict[str, Any]]:
-    """Return what model.json says of the input of side columns; nothing where there is none."""
+    """Return the description of the input of side columns, in a list; [] without one."""
     if not model.side_columns:
         return []
     column_names = [name for column in model.side_columns for name in column.input_names]
@@ -209,16 +216,14 @@ def _side_description(model: Model) -> list[dict[str, Any]]:
 
 
 def _units_description(model: Model) -> list[dict[str, Any]]:
-    """Return what model.json says of the input of units; nothing where there is none."""
+    """Return the description of the input of units, in a list; [] without one."""
     what = "equal numbers, from 0 to n - 1, for images of one unit, which are predicted together"
     units = {"name": UNITS, "dtype": "int64", "shape": ["n"], "what": what}
     return [units] if model.takes_units else []
 
 
 def evaluation_only(model: Model) -> Model:
-    """Return the model on the evaluation crop (and its symmetries) alone, without the random views
-    that it may average over.
-    """
+    """Return the model without its random views: on the evaluation crop and its symmetries."""
     return _map_members(model, _without_random_views)
 
 
@@ -287,7 +292,7 @@ def _require_onnx() -> None:
 
 
 def _write_directory(model: Model, folder: Path) -> None:
-    """Write a model directory as a run does, with the weights of its networks beside it."""
+    """Write a model directory as a run does, and into it the weights of its networks."""
     weights_files: dict[BackboneSpec, BackboneSpec] = {}
     for backbone in _frozen_backbones(model):
         loaded = load_backbone(backbone)
@@ -296,10 +301,11 @@ def _write_directory(model: Model, folder: Path) -> None:
             key: value.detach().contiguous().clone()
             for key, value in loaded.module.state_dict().items()
         }
-        # safetensors' own save_file makes files that nobody else can read.
+        # Not by safetensors' save_file, which makes files that only their owner may read.
         (folder / name).write_bytes(save(tensors))
         preprocessing = loaded.preprocessing
-        # In full: without its tag, a network would come with its library's preprocessing of today.
+        # The preprocessing in full: without the tag of its weights, a network would get the default
+        # preprocessing of the library that is installed then.
         weights_files[backbone] = replace(
             backbone,
             weights=name,
@@ -329,7 +335,7 @@ def _write_directory(model: Model, folder: Path) -> None:
         )
         return replace(member, head=replace(member.head, backbones=fields))
 
-    # A run's names of its members say nothing elsewhere.
+    # A run names members by hashes of its results files, which mean nothing elsewhere.
     if isinstance(model, EnsembleModel):
         names = tuple(f"members/{member_index}" for member_index in range(len(model.members)))
         model = replace(model, names=names)
@@ -337,7 +343,7 @@ def _write_directory(model: Model, folder: Path) -> None:
 
 
 def _frozen_backbones(model: Model) -> list[BackboneSpec]:
-    """Return the networks that heads of the model stand on, each once."""
+    """Return the networks that heads of the model read features of, each once."""
     return list(
         dict.fromkeys(backbone for member in model.members for backbone in member.backbones)
     )
@@ -361,8 +367,8 @@ def _inputs_of(model: Model) -> list[GraphInput]:
 
 
 def _require_replaceable(out: Path, *, force: bool) -> None:
-    """Raise ExportError for what an export must not replace: everything but an empty folder and,
-    with force, an export.
+    """Raise ExportError if `out` must not be replaced: if it is anything but an empty folder or,
+    with force, an earlier export.
     """
     if out.is_symlink() or not out.exists():
         if out.is_symlink():
@@ -394,7 +400,9 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Tell whether an export wrote the folder: by its marker, or earlier versions' two files."""
+    """Return whether an export wrote the folder, by its marker or by two files of earlier
+    versions.
+    """
     try:
         if (folder / MARKER).read_text(encoding="utf-8") == _MARKER_TEXT:
             return True
@@ -413,11 +421,10 @@ def _is_export(folder: Path) -> bool:
 
 
 def _replace_folder(temporary_folder: Path, out: Path) -> None:
-    """Put the finished directory in its place; what was there goes only when the new one is whole,
-    if an export wrote it.
+    """Move the finished folder to `out`; an earlier export there is removed after that.
 
-    A folder of somebody else, put there meanwhile, is kept beside it: here alone something is
-    deleted.
+    A folder that is not an export and was put there meanwhile is kept beside it under another name.
+    This is the only place where an export deletes anything of a user's.
     """
     if not out.exists():
         temporary_folder.rename(out)

@@ -1,5 +1,5 @@
-"""Which networks might be worth training: the best heads, trained above each node, partial reuse,
-and what each promises per hour.
+"""Candidates of fine-tuning: networks that start from the best heads, partial reuse, training from
+scratch; and the gain and time to expect of each.
 """
 
 import dataclasses
@@ -24,45 +24,41 @@ from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.recipe.sections import FinetuneSection
 
-# The share of what the head still gets wrong that training is expected to remove, before anything
-# is known of these images: a prior, in which deeper is a little better and a random start is not.
-# Each finished candidate moves it.
+# The share of its head's errors that a candidate is expected to remove, by its start: a prior,
+# updated by each finished candidate.
 PRIOR = {"head": 0.15, "pretrained": 0.10, "random": 0.05, "scratch": 0.0}
-# Kinds of heads that gradients pass through.
+PRIOR_WEIGHT = 2.0  # the prior counts as this many finished candidates
 DIFFERENTIABLE = tuple(kind.name for kind in HEAD_KINDS.values() if kind.differentiable)
-PRIOR_WEIGHT = 2.0  # the prior counts as so many finished candidates
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A network that could be trained, and the leaderboard's row that it has to beat."""
 
-    # "fine-tuned", "partial reuse" or "from scratch"
-    label: str
-    inputs: tuple[str, ...]
+    label: str  # "fine-tuned", "partial reuse" or "from scratch"
+    inputs: tuple[str, ...]  # names of the taps that its head reads
     spec: FineTuneSpec
     backbone: BackboneSpec
-    features: tuple[Path, ...]
-    # cached maps to train from; none: from the images
-    split_maps: tuple[Path, ...]
-    # the row that it is compared with: its own head, for a new head the best one
+    features: tuple[Path, ...]  # feature sets of `inputs`, view by view
+    split_maps: tuple[Path, ...]  # cached maps to train from, view by view; (): from the images
+    # the leaderboard's row to beat: of the head that it starts from, or of the best head
     head: pd.Series
 
     @property
     def start(self) -> str:
-        """The prior that it has."""
+        """The key of its prior in PRIOR."""
         return "scratch" if self.label == "from scratch" else self.spec.start
 
     @property
     def key(self) -> str:
-        """The name of its training and of its files."""
+        """The name of its training and its files, from `training_key`."""
         files = (*self.features, *self.split_maps, Path(self.head["path"]))
         return training_key(self.spec, self.backbone, files)
 
 
 def training_key(spec: FineTuneSpec, backbone: BackboneSpec, files: Iterable[Path]) -> str:
-    """Return 16 hex digits of everything that a training depends on: its settings, its network, and
-    the names of its input files, each of which holds a digest of what is in it.
+    """Return 16 hex digits of a hash of everything that a training depends on: settings, network,
+    and the names of its input files, which contain digests of their contents.
     """
     names = [path.name for path in files]
     backbone_json = json.dumps(dataclasses.asdict(backbone), sort_keys=True)
@@ -71,7 +67,7 @@ def training_key(spec: FineTuneSpec, backbone: BackboneSpec, files: Iterable[Pat
 
 
 def require_differentiable(spec: HeadSpec) -> None:
-    """Raise FinetuneRefused for a head that no gradient passes through."""
+    """Raise FinetuneRefused for a head that is not differentiable."""
     if spec.kind not in DIFFERENTIABLE:
         raise FinetuneRefused(
             f"a {spec.kind} head is no function that gradients pass through: fine-tune a head of "
@@ -84,8 +80,8 @@ def list_candidates(
 ) -> tuple[list[Candidate], list[str]]:
     """Return every network that the recipe asks for, and notes on heads that cannot be fine-tuned.
 
-    board: heads only, best first. Raises RecipeError for inputs of partial reuse that no backbone
-    gives.
+    board: heads only, best first. Raises RecipeError if the inputs of partial reuse are not taps of
+    a backbone.
     """
     notes: list[str] = []
     candidates: list[Candidate] = []
@@ -94,7 +90,7 @@ def list_candidates(
     for _, row in complete_rows.drop_duplicates(["inputs", "kind"]).iterrows():
         if n_finetuned == section.top_k:
             break
-        reason = _no_gradient_reason(row, feature_inputs)
+        reason = _no_finetune_reason(row, feature_inputs)
         if reason:
             notes.append(
                 f"{row['kind']} on {' + '.join(row['inputs'])} is not fine-tuned: {reason}"
@@ -202,7 +198,7 @@ def _make_candidate(
     return Candidate(label, tuple(inputs), spec, backbone, feature_paths, split_maps, row)
 
 
-def _no_gradient_reason(row: pd.Series, feature_inputs: Mapping[str, FeatureInput]) -> str | None:
+def _no_finetune_reason(row: pd.Series, feature_inputs: Mapping[str, FeatureInput]) -> str | None:
     if row["kind"] not in DIFFERENTIABLE:
         return f"no gradient passes through a {row['kind']} head"
     if SIDE_COLUMNS in row["inputs"]:
@@ -220,7 +216,7 @@ def _several_networks_reason(
 
 
 def headroom(candidate: Candidate, metric: str) -> float:
-    """Return how far the candidate's head is from a perfect score."""
+    """Return how far the score of the candidate's head is from a perfect one, >= 0."""
     perfect_score = 1.0 if METRICS[metric].higher_is_better else 0.0
     return abs(perfect_score - float(candidate.head[metric]))
 
@@ -228,10 +224,10 @@ def headroom(candidate: Candidate, metric: str) -> float:
 def predicted_gain(
     candidate: Candidate, metric: str, measured: Mapping[str, Sequence[float]]
 ) -> float:
-    """Return the expected gain of the candidate over its head's metric: a share of its headroom.
+    """Return the expected gain of the candidate over its head: a share of its headroom.
 
-    measured: shares that finished candidates have removed, by their start. The prior counts as
-    PRIOR_WEIGHT of them.
+    measured: the shares that finished candidates have gained, by their start. They are averaged
+    with the prior.
     """
     measured_shares = measured.get(candidate.start, ())
     prior_sum = PRIOR[candidate.start] * PRIOR_WEIGHT
@@ -240,10 +236,11 @@ def predicted_gain(
 
 
 def training_seconds(candidate: Candidate, pilot_result: Mapping[str, Any], n_folds: int) -> float:
-    """Return the compute of all folds and of the network on all rows, if none stops early, from the
-    measured time of a step.
+    """Return the seconds of all folds and of the network on all rows, if none stops early.
+
+    pilot_result: from `task.pilot`.
     """
-    # A row that is only evaluated costs about a third of one that is trained on.
+    # A forward pass takes about a third of a training step.
     epoch_seconds = (
         pilot_result["steps"]
         * pilot_result["step_seconds"]

@@ -1,4 +1,4 @@
-"""Checkpoints: all that the next epoch depends on, in one file, whole or absent. No pickle."""
+"""Checkpoints of a training: all that the next epoch depends on, in one safetensors file."""
 
 import json
 from dataclasses import dataclass
@@ -13,14 +13,13 @@ from torch import Tensor
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.format.sealed import SEAL, UNSEALED, check_seal, seal, tensor_metadata
 
-FORMAT = 2  # 1 had one rate for all layers of a head
+FORMAT = 2  # in format 1 all layers of a head had one learning rate
 
 
 @dataclass
 class TrainingProgress:
-    """The state of a training after `epoch` epochs.
-
-    Random numbers are drawn from the epoch's own seed, so none are here.
+    """The state of a training after `epoch` epochs, without a random state: each epoch has a seed
+    of its own.
     """
 
     epoch: int
@@ -34,7 +33,7 @@ class TrainingProgress:
 def save_checkpoint(
     checkpoint_path: Path, training_key: str, progress: TrainingProgress, tensors: dict[str, Tensor]
 ) -> None:
-    """Replace the checkpoint. training_key: of the training, so that no other one goes on from it.
+    """Replace the checkpoint. training_key: only a training of the same key resumes from it.
 
     Raises PublishFailed.
     """
@@ -50,7 +49,7 @@ def save_checkpoint(
 def load_checkpoint(
     checkpoint_path: Path, training_key: str
 ) -> tuple[TrainingProgress, dict[str, Tensor]] | None:
-    """Read what `save_checkpoint` wrote; None for none, a damaged one, or another training's."""
+    """Read a checkpoint; None if it is absent, damaged, or of another training."""
     try:
         data = checkpoint_path.read_bytes()
         check_seal(data)
@@ -73,7 +72,7 @@ def optimizer_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of `optimizer_tensors` back."""
+    """Restore AdamW's state from `optimizer_tensors`."""
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     for tensor_name, value in tensors.items():
         if tensor_name.startswith("adam."):

@@ -1,4 +1,4 @@
-"""Batches that a network trains on: cached maps of a split point, or images, by content hash.
+"""Batches that a network trains on: cached maps of the split node, or images.
 
 N rows of a task, n of a batch.
 """
@@ -27,13 +27,11 @@ Rows = npt.NDArray[np.int64]
 
 
 class TrainingBatch(NamedTuple):
-    """n rows: their positions in the task, inputs (n, …) on the host, and features (n, D) of taps
-    below the split point, or None.
-    """
+    """n rows of a task, in host memory."""
 
-    rows: Rows
-    inputs: Tensor
-    features_below: Tensor | None
+    rows: Rows  # (n,) positions in the task
+    inputs: Tensor  # (n, …) pixels or maps
+    features_below: Tensor | None  # (n, D) features of taps below the split node
 
 
 class BatchSource(Protocol):
@@ -47,16 +45,15 @@ class BatchSource(Protocol):
         default_view: int = 0,
         generator: np.random.Generator | None = None,
     ) -> Iterator[TrainingBatch]:
-        """Yield the rows in this order, at most `batch_size` at a time: in one view, or with a
-        generator in a random one.
+        """Yield the rows in this order, at most `batch_size` at a time, in the default view, or
+        with a generator in random ones.
         """
 
 
 @dataclass(frozen=True)
 class MapSource:
-    """Cached maps of the split point, and cached features of the taps below it, view by view.
-
-    Nothing below the split point runs.
+    """Cached maps of the split node and cached features of the taps below it, so that nothing below
+    the node has to run.
     """
 
     content: npt.NDArray[np.bytes_]  # (N,)
@@ -91,7 +88,7 @@ class MapSource:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images, decoded ahead by threads, for random views that no cache can hold."""
+    """Images, decoded ahead by threads; they allow random views, which no cache can hold."""
 
     content: npt.NDArray[np.bytes_]  # (N,)
     paths: Sequence[str]  # (N,)
@@ -112,7 +109,8 @@ class ImageSource:
         if generator is not None and any(
             isinstance(parse_view(view)[1], Symmetries) for view in self.views
         ):
-            # A symmetry is the same for every image, and so each row draws its own.
+            # The views are symmetries of one crop: each row draws one, and images are mirrored
+            # after decoding.
             symmetries, view_index = generator.integers(len(self.views), size=len(row_order)), 0
         elif generator is not None:
             view_index, augmentation = int(generator.integers(1, 2**31)), Augmentation()
@@ -152,10 +150,10 @@ def sets_by_view(feature_sets: Sequence[FeatureSet]) -> dict[str, list[FeatureSe
 def random_flips(
     inputs: Tensor, augment: str, generator: np.random.Generator, *, channels_last: bool
 ) -> Tensor:
-    """Mirror each row left-right with probability ½, and for "flips" upside-down too.
+    """Mirror each row left-right with probability ½, and for "flips" also upside-down.
 
-    A map flipped is close to the map of the flipped image; equal only where strides and padding are
-    symmetric.
+    A mirrored map is close to the map of the mirrored image, and equals it only if strides and
+    padding are symmetric.
     """
     image_axes = (1, 2) if channels_last else (2, 3)
     for axis in reversed(image_axes if augment == "flips" else image_axes[1:]):
@@ -167,10 +165,9 @@ def random_flips(
 
 
 def open_feature_sets(directories: Sequence[str | Path]) -> list[FeatureSet]:
-    """Open feature sets."""
     return [open_feature_set(directory) for directory in directories]
 
 
 def decoding_threads(n_threads: int, device: str) -> int:
-    """Return as many threads as the network uses, or on another device than the CPU every core."""
+    """Return the number of decoding threads: on a CPU that of the network, else one per core."""
     return n_threads if device == "cpu" else max(n_threads, len(os.sched_getaffinity(0)))

@@ -4,7 +4,7 @@ from headrace.cache.errors import HeadraceError
 
 
 class FinetuneRefused(HeadraceError, ValueError):
-    """Head and backbone make no network, or none that predicts as the cached head does."""
+    """Head and backbone cannot be made one network, or it does not predict as the cached head."""
 
 
 class TrainingFailed(HeadraceError, RuntimeError):

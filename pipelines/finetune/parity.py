@@ -1,4 +1,4 @@
-"""The parity check: before training, the network has to predict what the cached head predicted.
+"""The parity check: before training, the network must predict what the cached head predicted.
 
 n rows, C outputs.
 """
@@ -18,30 +18,30 @@ from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.models.torch_head import Head
 from headrace.pipelines.models.torch_network import Network
 
-# Of probabilities; for regression in deviations of the stored predictions. What rounding leaves
-# (the order of sums, a feature on the other side of a float16 step, maps stored in float16) is a
-# hundred times less in the tests.
+# Largest and mean difference of probabilities; for a regression, in standard deviations of the
+# stored predictions. Differences by rounding (order of sums, float16 features and maps) are a
+# hundred times smaller in the tests.
 LARGEST = 0.01
 MEAN = 0.001
-# Of the features' own spread, as a root mean square: predictions that are all sure do not show a
-# small mistake, features do.
+# Root mean square difference of features, as a share of their spread. Where a head is certain of
+# every image, predictions do not show a wrong resize, but features do.
 FEATURES = 0.005
 
 
 @dataclass(frozen=True)
 class ParityResult:
-    """How far the network's predictions are from the cached head's, on some images."""
+    """Differences between the network and the cached head on some images, in the units of LARGEST,
+    MEAN and FEATURES.
+    """
 
     rows: int
-    # difference of a probability (regression: in deviations of the stored predictions)
     largest: float
     mean: float
-    # root mean square difference of the features, in shares of their own spread
     features: float
 
     @property
     def holds(self) -> bool:
-        """Whether all are within the tolerance; NaN is not."""
+        """Whether all differences are within their tolerance; NaN is not."""
         return self.largest <= LARGEST and self.mean <= MEAN and self.features <= FEATURES
 
 
@@ -58,13 +58,14 @@ def check_parity(
 ) -> ParityResult:
     """Compare features and predictions of `network`, in its present mode, with the stored ones.
 
-    head_of_fold: the head of each fold, which take the place of the network's own. view_inputs: one
-    tensor (n, …) per view of the same rows (predictions are averaged over views), with its
-    `features_below`.
-    fold_of_row: (n,) in which each row was held out.
-    expected_predictions: (n, C) out-of-fold predictions. cached_features: per view the features
-    (n, …) that they were made from. Raises FinetuneRefused, with both figures and what usually is
-    the reason.
+    head_of_fold: the head of each fold, used in place of the network's head.
+    view_inputs, features_below: inputs of the network (n, …) for each view of the same rows;
+    predictions are averaged over views.
+    fold_of_row: (n,) the fold that held out each row.
+    expected_predictions: (n, C) out-of-fold predictions of the head.
+    cached_features: for each view the features (n, …) that these were made from.
+
+    Raises FinetuneRefused, with the differences and the usual reasons.
     """
     features = [
         _network_features(network, view_features, other_features)
@@ -95,7 +96,6 @@ def check_parity(
         mean_difference,
         max(feature_errors),
     )
-    # Where a head is sure of every image, its probabilities hide a wrong resize; features do not.
     if not parity.holds:
         raise FinetuneRefused(
             "the network put together from the backbone and the head does not predict what the "

@@ -1,8 +1,8 @@
-"""The stage that turns promising heads into networks: pilots, gain per hour, budget, rollback.
+"""Fine-tuning of a run's candidates: pilots, training in the order of gain per second within a
+budget, rollback.
 
-The head stays the selected model unless a network is better on the same validation rows. Everything
-that is decided is written to `finetune/candidates.json`, and nothing that is decided there is done
-again.
+A network that is not better than its head on the same validation rows is rolled back. Decisions are
+written to `finetune/candidates.json`, and nothing that is decided there is done again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,8 +42,8 @@ from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.records import RunDamaged, read_record, write_record
 
 RESAMPLES = 1000  # of the rows, for the interval of a gain
-# A fold that takes so many times as long as its pilot predicted, and longer than any task may, is
-# taken for hung.
+# A fold counts as hung if it takes this many times as long as its pilot predicted, and longer than
+# the task timeout.
 HUNG = 4
 
 
@@ -52,25 +52,20 @@ class FinetuneInputs:
     """The parts of a run that fine-tuning needs."""
 
     paths: RunPaths
-    task: Task  # without test rows
+    task: Task  # of the training rows
     metric: str
     feature_inputs: Mapping[str, FeatureInput]  # by name
-    # content and path of every image, test images too: for those the selected model is asked at the
-    # end
+    # content and path of every image, also of test images, which a selected network predicts
     images: pd.DataFrame
     device: str
 
 
 @dataclass(frozen=True)
 class FinetuneOutcome:
-    """The networks that were fine-tuned, and what came of each candidate.
+    """The networks that were fine-tuned, and the decision on each candidate."""
 
-    `rows` are heads of the leaderboard like others, `compared` the side-by-side table.
-    """
-
-    rows: pd.DataFrame  # as leaderboard.collect_heads
-    # approach, inputs, settings, the metric, low, high, gain, gain_low, gain_high, minutes,
-    # decision
+    rows: pd.DataFrame  # one row per network and fold, columns as by leaderboard.collect_heads
+    # one row per candidate, after one for the best head; columns of `_comparison_row`
     compared: pd.DataFrame
     notes: tuple[str, ...]
     trained: int  # candidates that this call trained
@@ -103,11 +98,13 @@ def finetune_candidates(
     *,
     retry_failed: bool = False,
 ) -> FinetuneOutcome:
-    """Train what promises most per hour while the budget lasts, and compare. client: None
-    where nothing is pending.
+    """Train the candidates that promise most per second within the budget, and compare them with
+    their heads.
 
-    options: how tasks are watched over; folds that other drivers on this run have are left to them.
-    A candidate that failed stays a failed row, as a head does, until a call with `retry_failed`.
+    A candidate that failed stays a failed row until a call with `retry_failed`.
+
+    client: None if nothing is pending. options: of tasks; folds that another driver on this run has
+    leased are left to it.
     """
     decisions = _read_record(inputs.paths.finetune_decisions)
     candidates, notes = list_candidates(board, section, inputs.feature_inputs)
@@ -123,7 +120,7 @@ def finetune_candidates(
     image_listing = {
         "paths": dict(zip(readable_images["content"], readable_images["path"], strict=True))
     }
-    # Networks of earlier calls predict by this listing too.
+    # Networks of earlier calls find their images by this listing too.
     if undecided or _read_record(inputs.paths.finetune_images) != image_listing:
         write_record(inputs.paths.finetune_images, image_listing)
     n_trained = 0
@@ -149,10 +146,11 @@ def _is_settled(
     section: FinetuneSection,
     retry_failed: bool,
 ) -> bool:
-    """Tell whether a candidate is done, failed or refused; a larger budget may fit it.
+    """Return whether the decision on a candidate stands.
 
-    A decision whose network or results are gone or damaged leaves `decisions`: what is left of the
-    training is used, the rest is trained again.
+    It does not after a change of the budget that it did not fit, or after failure with
+    `retry_failed`. A decision whose files are gone or damaged is removed from `decisions`: parts of
+    the training that are left are used, the others trained again.
     """
     decision = decisions.get(key)
     if decision is None:
@@ -169,11 +167,12 @@ def _is_settled(
 
 
 def _has_its_files(paths: RunPaths, key: str, decision: str) -> bool:
-    """Tell whether the files of a decision are whole; damaged ones are removed, so that nobody
-    takes them for trained.
+    """Return whether the files of a decision are complete. Damaged ones are removed, so that they
+    are not taken for results.
     """
     if decision not in ("kept", "rolled back"):
-        return not remove_damaged(paths.finetune_result(key))  # of one that failed: its failed rows
+        # a failed candidate has a results file of failed rows, others have none
+        return not remove_damaged(paths.finetune_result(key))
     for part_path in sorted(paths.finetune_parts(key).glob("fold*.h5")):
         remove_damaged(part_path)
     remove_damaged(paths.finetune_result(key))
@@ -195,9 +194,10 @@ def _train_within_budget(
     console: Console,
     options: TaskOptions,
 ) -> int:
-    """Run the pilots, then train what promises most per second until the budget is spent.
+    """Run the pilots, then train the candidates in the order of expected gain per second until the
+    budget is spent.
 
-    Returns the number of candidates that passed their pilot; `decisions` is brought up to date.
+    Updates `decisions`; returns the number of candidates that passed their pilot.
     """
     pilot_results = _run_pilots(inputs, undecided, decisions, client, console, options)
     n_folds, metric = inputs.task.n_folds, inputs.metric
@@ -223,14 +223,14 @@ def _train_within_budget(
                 key: training_seconds(candidate, pilot_results[key], n_folds)
                 for key, candidate in remaining.items()
             }
-            # Measured shares change the order after every candidate.
+            # Computed anew, because each finished candidate changes what the others promise.
             gain_per_second = {
                 key: predicted_gain(candidate, metric, measured_shares) / predicted_seconds[key]
                 for key, candidate in remaining.items()
             }
             best_key = max(remaining, key=lambda key: (gain_per_second[key], key))
             candidate = remaining.pop(best_key)
-            # Other drivers on this run decide too, and what they spent is spent.
+            # From disk, because other drivers on this run spend the same budget.
             spent_seconds = sum(
                 decision.get("seconds", 0.0)
                 for decision in _read_record(inputs.paths.finetune_decisions).values()
@@ -251,8 +251,8 @@ def _train_within_budget(
                 fold_options = replace(
                     options, task_timeout_s=max(options.task_timeout_s, timeout_s)
                 )
-                # Its own share of what is left, so that a candidate that is slower than its pilot
-                # cannot take all.
+                # Folds may take what is left of the budget, each an equal share of it, so that a
+                # candidate slower than its pilot cannot exceed the budget.
                 fold_seconds = None if seconds_left is None else seconds_left / (n_folds + 1)
                 record |= _train_folds(inputs, candidate, client, fold_seconds, fold_options)
                 if "gain" in record:
@@ -277,7 +277,7 @@ def _run_pilots(
     console: Console,
     options: TaskOptions,
 ) -> dict[str, Any]:
-    """Return the result of every pilot that succeeded, by key; the others are refused on record."""
+    """Return the results of successful pilots, by key; record the other candidates as refused."""
     from headrace.pipelines.finetune.task import pilot  # imports torch
 
     pilot_results: dict[str, Any] = {}
@@ -295,7 +295,6 @@ def _run_pilots(
             _require_machine(outcome)
             key = next(key for key, job in jobs.items() if job == outcome.job)
             if outcome.result is None:
-                # The head stays as it is, and the reason is on record.
                 refusal = {"decision": "refused", "reason": outcome.error}
                 decisions.update(_record_decision(inputs.paths, key, refusal))
             else:
@@ -305,9 +304,9 @@ def _run_pilots(
 
 
 def _record_decision(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Put a decision on record, beside those of other drivers; returns all.
+    """Record a decision and return all, with those of other drivers.
 
-    What was trained elsewhere meanwhile is not over budget here.
+    A candidate that another driver has trained meanwhile is not recorded as over budget or refused.
     """
     with lease(paths.finetune / "decisions.lock"):
         decisions = _read_record(paths.finetune_decisions)
@@ -319,7 +318,9 @@ def _record_decision(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[
 
 
 def _require_machine(outcome: Outcome[Any, Any]) -> None:
-    """Raise RunIncomplete where a full disk or the like ended a task: it decides nothing."""
+    """Raise RunIncomplete if the machine's fault (a full disk) ended a task: it says nothing about
+    the candidate.
+    """
     if outcome.machine_fault:
         raise RunIncomplete(
             f"a network could not be trained here: {outcome.error}. Nothing was decided about it; "
@@ -334,8 +335,8 @@ def _train_folds(
     fold_seconds: float | None,
     options: TaskOptions,
 ) -> dict[str, Any]:
-    """Train all folds; then, if they are better than the head, the network on all rows. Returns the
-    record of what was decided.
+    """Train all folds and, if they are better than the head, the network on all rows. Return the
+    decision with its figures.
     """
     from headrace.pipelines.finetune.task import FoldJob, publish_result, train_fold
 
@@ -367,7 +368,7 @@ def _train_folds(
         return record | {"decision": "failed", "reason": next(iter(failure_reasons.values()))}
     publish_result(job, {})
     record |= compare_with_head(inputs, candidate)
-    # Only now the network on all rows: a rollback costs the folds and nothing more.
+    # The network on all rows comes after the comparison, so that a rollback costs only the folds.
     if record["gain"] <= 0:
         return record | {"decision": "rolled back"}
     best_epochs = [fold_job["best_epoch"] for fold_job in results_by_fold.values()]
@@ -381,10 +382,10 @@ def _train_folds(
 
 def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str, Any]:
     """Return the gain of the network over its head on the same out-of-fold rows, with a paired 95 %
-    interval.
+    interval: gain, gain_low, gain_high.
 
-    Scores are means over folds, as on the leaderboard; the interval is a bootstrap over rows (units
-    where the task has them), drawn within folds.
+    Scores are means over folds, as on the leaderboard. The interval is a bootstrap over rows, or
+    units if the task has them, drawn within folds.
     """
     task, metric = inputs.task, inputs.metric
     network_predictions = read_bank(
@@ -458,7 +459,7 @@ def _comparison_table(
     candidates: Sequence[Candidate],
     decisions: Mapping[str, Any],
 ) -> pd.DataFrame:
-    """Return one row for the best head and one for every candidate, on the same rows."""
+    """Return one row for the best head and one for each candidate, scored on the same images."""
     best_head = board.iloc[0]
     comparison_rows = [
         _comparison_row(
@@ -492,7 +493,7 @@ def _comparison_table(
 def _scored_folds(
     task: Task, predicted: npt.NDArray[Any]
 ) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Return targets and predictions, of units if any, that each fold is scored by."""
+    """Return the targets and predictions of each fold's rows, or units if the task has them."""
     rows_of_folds = (np.flatnonzero(task.fold == fold) for fold in range(task.n_folds))
     return [scored_rows(task, rows, predicted[rows]) for rows in rows_of_folds]
 
@@ -560,9 +561,8 @@ def _decision_notes(candidates: Sequence[Candidate], decisions: Mapping[str, Any
 
 
 def _read_record(record_path: Path) -> dict[str, Any]:
-    """Read a record of this stage; a damaged one counts as empty.
-
-    Decisions are found again from the results, after pilots of seconds.
+    """Read a record of this stage. A damaged one counts as empty: decisions are made again from the
+    results of training, at the cost of pilots, which take seconds.
     """
     try:
         return read_record(record_path)

@@ -1,7 +1,8 @@
-"""Tasks that a worker does for one candidate: the pilot, the training of a fold, and the network on
+"""Tasks of workers for one candidate: the pilot, and the training of a fold or of the network on
 all rows.
 
-From paths and specs to files and a small dictionary; what is on disk already is not done again.
+They take paths and specs, write files and return a small dictionary. What is on disk already is not
+done again.
 """
 
 import dataclasses
@@ -51,45 +52,37 @@ from headrace.pipelines.models.torch_head import head_module, new_head, standard
 from headrace.pipelines.models.torch_network import Network
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
-PARITY_ROWS = 48  # images that the network and the cached head are compared on
-# Training rows whose features give a head's first layer its scale.
-CALIBRATION_ROWS = 256
+PARITY_ROWS = 48  # images of the parity check
+CALIBRATION_ROWS = 256  # training rows whose features standardise a head's first layer
 
 
 @dataclass(frozen=True)
 class FinetuneJob:
     """One candidate: a head, its backbone, and how to train them."""
 
-    # as `training_key` makes it: a checkpoint of another training is not gone on from
-    key: str
-    # path of an .npz of `save_task`, without test rows
-    task: str
-    images: str  # Parquet with the columns content and path
+    key: str  # from `training_key`; a checkpoint of another key is not resumed
+    task: str  # path of an .npz by `save_task`, without test rows
+    images: str  # path of the listing for `paths_of_content`
     backbone: BackboneSpec
-    # feature sets of the head's inputs, tap by tap, and of each tap its views
-    features: tuple[str, ...]
-    # feature sets of the cut's maps, view by view; none: training starts from the images
-    split_maps: tuple[str, ...]
-    # results file of the trained head; "": the head is new
-    head_result: str
+    features: tuple[str, ...]  # feature sets of the head's inputs, tap by tap, each view by view
+    split_maps: tuple[str, ...]  # cached maps of the split node, view by view; (): from the images
+    head_result: str  # results file of the trained head; "": the head is new
     spec: FineTuneSpec
-    folder: str  # of parts, curves and checkpoints
+    folder: str  # for parts, curves and checkpoints
     result: str  # path of the results file
-    # directory of the network that is trained on all rows
-    model: str
+    model: str  # directory of the network that is trained on all rows
     threads: int = 1
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class FoldJob:
-    """One fold of a candidate, in at most so many seconds of training."""
+    """The training of one fold of a candidate."""
 
     job: FinetuneJob
-    fold: int
-    seconds: float | None = None
-    # The epochs to train of REFIT, which has no validation rows to stop early by.
-    epochs: int | None = None
+    fold: int  # REFIT: on all rows
+    seconds: float | None = None  # at most, by `train.clock`
+    epochs: int | None = None  # of REFIT, which has no validation rows to stop early by
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class _OpenedJob:
     backbone: Backbone
     taps: list[Tap]
     features_of_view: dict[str, list[FeatureSet]]  # of the head's inputs, by view
-    map_of_view: dict[str, FeatureSet]  # of the cut, by view; none: from the images
+    map_of_view: dict[str, FeatureSet]  # of the split node, by view; {}: train from the images
     no_split_reason: str | None = None  # why the job's maps are not used
 
     @property
@@ -114,11 +107,11 @@ class _OpenedJob:
 def pilot(job: FinetuneJob) -> dict[str, Any]:
     """Check parity and measure the time of a step.
 
-    Returns {"parity": {rows, largest, mean, features} or None for a new head, "split_parity": the
-    same from the cached maps, "no_split_reason": why they are not used, where the network cannot be
-    split there and runs from the images instead, "step_seconds", "steps" (per epoch and fold),
-    "evaluation_share", "blocks" (how many train)}. Raises FinetuneRefused, CannotSplit,
-    SpecMismatch.
+    Returns a dictionary: "parity": fields of ParityResult, None for a new head; "split_parity": the
+    same from cached maps; "no_split_reason": why the network cannot run from these maps (it then
+    trains from the images); "step_seconds"; "steps" per epoch and fold; "evaluation_share":
+    validation rows over training rows; "blocks": how many are trained. Raises FinetuneRefused,
+    CannotSplit, SpecMismatch.
     """
     torch.set_num_threads(job.threads)
     opened = _open_job(job)
@@ -144,9 +137,8 @@ def pilot(job: FinetuneJob) -> dict[str, Any]:
 
 
 def train_fold(fold_job: FoldJob) -> dict[str, Any]:
-    """Train one fold, or with fold REFIT on all rows, and publish what came of it: a results file
-    of one head, the curve, and for REFIT the network's own directory. Goes on from the fold's
-    checkpoint.
+    """Train one fold, or with fold REFIT on all rows, from the fold's checkpoint if there is one,
+    and publish a results file of one head, the curve, and for REFIT the network's directory.
 
     Returns {"fold", "best_epoch", "epochs", "seconds", "stopped", "resumed_from", "skipped"}.
     """
@@ -155,13 +147,13 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     curve_path = part_file.with_suffix(".json")
     remove_damaged(part_file)
     stored_curve = _read_curve(curve_path)
-    # The part tells how it was trained; what is needed is the network.
+    # For REFIT the results file alone is not enough: the network itself is needed.
     has_network = fold != REFIT or is_sealed_file(Path(job.model) / WEIGHTS)
     checkpoint = Path(job.folder) / f"checkpoint{_fold_name(fold)}.safetensors"
     if stored_curve is not None and part_file.exists() and has_network:
-        checkpoint.unlink(missing_ok=True)  # of a process that died before it did so
+        checkpoint.unlink(missing_ok=True)  # left by a process that died after publishing
         return stored_curve | {"skipped": True}
-    # the first to publish wins: one without its network, or without its curve, would stay
+    # A results file without its network or curve is removed, because the first one published stays.
     part_file.unlink(missing_ok=True)
     torch.set_num_threads(job.threads)
     opened = _open_job(job)
@@ -179,7 +171,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     }
     fold_result = _fold_result(job.spec, fold, trained)
     if fold == REFIT:
-        # The network sees pixels from now on, whatever it was trained from.
+        # The stored network reads pixels, even if it was trained from cached maps.
         pixel_network = Network(opened.backbone, opened.taps, training.network.head.cpu())
         pixel_network.backbone.load_state_dict(training.network.backbone.cpu().state_dict())
         task = opened.task
@@ -201,7 +193,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
 
 
 def _fold_temperature(job: FinetuneJob, task: Task) -> float:
-    """Return the temperature of the network on all rows, by the trained folds' predictions."""
+    """Return the temperature of the network on all rows: that of its folds' predictions."""
     row_blocks, predictions = [np.empty(0, np.int64)], []
     for fold in range(task.n_folds):
         part_file = part_path(job, fold)
@@ -218,7 +210,7 @@ def _fold_temperature(job: FinetuneJob, task: Task) -> float:
 
 
 def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
-    """Join the parts into a results file. failures: reasons of folds (or REFIT) without a part."""
+    """Join the folds' results into one file. failures: reasons of folds (or REFIT) without any."""
     opened = _open_job(job, without_backbone=True)
     fold_results = []
     for fold in [*range(opened.task.n_folds), REFIT]:
@@ -250,7 +242,7 @@ def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
 
 
 def _read_curve(path: Path) -> dict[str, Any] | None:
-    """Return what `train_fold` returned for this fold; None where it is gone or damaged."""
+    """Return the summary of a trained fold; None if it is absent or damaged."""
     try:
         return read_sealed_json(path.read_bytes())
     except (OSError, SealBroken):
@@ -267,7 +259,7 @@ def _fold_name(fold: int) -> str:
 
 
 def _open_job(job: FinetuneJob, *, without_backbone: bool = False) -> _OpenedJob:
-    """Open everything that the job names. without_backbone: for what needs no network."""
+    """Open the files that the job names. without_backbone: without building the network."""
     task = load_task(Path(job.task))
     features_of_view = sets_by_view(open_feature_sets(job.features))
     first_view = next(iter(features_of_view.values()))
@@ -301,7 +293,7 @@ def _open_job(job: FinetuneJob, *, without_backbone: bool = False) -> _OpenedJob
 def _no_split_reason(
     backbone: Backbone, taps: list[Tap], map_of_view: dict[str, FeatureSet]
 ) -> str | None:
-    """Return why the network cannot run from these maps; None where it can, or without maps."""
+    """Return why the network cannot run from these maps; None if it can, or there are none."""
     if not map_of_view:
         return None
     nodes = backbone_nodes(backbone)
@@ -391,7 +383,7 @@ def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
             require_differentiable(head_spec)
             raise FinetuneRefused(f"a new head is an mlp, and this one is of kind {head_spec.kind}")
         head = new_head(
-            # another start for each fold, as far from other seeds as nobody counts up to
+            # Another start for each fold; ×1000, so that it is not that of a neighbouring seed.
             dataclasses.replace(head_spec, seed=spec.seed + 1000 * seed_of_fold(fold)),
             sum(math.prod(feature.spec.shape) for feature in opened.crop_features),
             n_outputs,
@@ -410,10 +402,10 @@ def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
 
 
 def _calibrate_head(training: Training, *, new: bool) -> None:
-    """Scale the head's first layer to its features' present size, over some training rows."""
+    """Standardise the head's first layer by its features' statistics over some training rows."""
     row_index = _spread(training.train_rows, CALIBRATION_ROWS)
     network, device = training.network, training.plan.device
-    # Batch normalisation drawn anew has no statistics yet but the batch's own.
+    # In training mode, because newly drawn batch normalisation has no running statistics yet.
     training.mode()
     feature_blocks = []
     with torch.no_grad():
@@ -432,7 +424,7 @@ def _calibrate_head(training: Training, *, new: bool) -> None:
 
 
 def _draw_anew(network: Network, spec: BackboneSpec, module_names: list[str], seed: int) -> None:
-    """Give these modules of the backbone the parameters of a network with random weights."""
+    """Give these modules of the backbone random parameters, as its library draws them."""
     if spec.name.startswith("python:"):
         raise BackboneError(
             f"{spec.name}: how a network of your own starts at random is not known: use start "
@@ -473,9 +465,9 @@ def _batch_source(job: FinetuneJob, opened: _OpenedJob, network: Network) -> Bat
 
 
 def _spread(rows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Return `count` of the rows, or all, at equal distances from the first to the last."""
-    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)
-    return rows[np.unique(places)]
+    """Return `count` rows, or all if there are fewer, evenly spaced from the first to the last."""
+    positions = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)
+    return rows[np.unique(positions)]
 
 
 def _fold_result(spec: FineTuneSpec, fold: int, trained: TrainedFold) -> FitResult:

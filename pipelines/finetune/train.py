@@ -1,4 +1,5 @@
-"""Training one network on one fold: rates by layer, warm-up, clipping, early stopping, checkpoints.
+"""Training of one network on one fold: layer-wise learning rates, warm-up, gradient clipping, early
+stopping, checkpoints.
 
 N rows of the task, C outputs.
 """
@@ -32,9 +33,9 @@ from headrace.pipelines.models.torch_network import Network
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
 EVALUATION_ROWS = 64  # images of a batch without gradients
-# A step of Adam moves every weight by the rate, and so the output of a layer by as much more as the
-# layer is wider: from this many inputs on, the head's rate falls with their number (Yang et al.
-# 2021), or a wide head forgets in a few steps what it was.
+# Adam moves every weight by about the learning rate, so the change of a layer's output grows with
+# the number of its inputs. From this many inputs on, a head layer's learning rate is divided by
+# their number (Yang et al. 2021); otherwise a wide head loses in a few steps what it has learned.
 WIDE = 512
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -44,15 +45,12 @@ class TrainingPlan:
     """The blocks to train, on which rows, for how long."""
 
     spec: FineTuneSpec
-    # modules of the backbone that train, from the bottom up
-    blocks: list[list[str]]
+    blocks: list[list[str]]  # names of the backbone's modules to train, from the bottom up
     task: Task
     fold: int  # held out; REFIT: none
-    # The most that are trained; the schedule is that of spec.epochs.
-    epochs: int
+    epochs: int  # at most; the learning rate's schedule is over spec.epochs
     device: str = "cpu"
-    # The most seconds of training by `clock`, looked at after each epoch.
-    seconds: float | None = None
+    seconds: float | None = None  # at most, by `clock`; checked after each epoch
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ class TrainedFold:
 
     progress: TrainingProgress
     validation: npt.NDArray[np.float32] | None  # (n_held_out, C)
-    # the epoch of the checkpoint that it went on from; 0: none
-    resumed_from: int
+    resumed_from: int  # epoch of the checkpoint that it was resumed from; 0: none
     stopped: str  # why it ended: "epochs", "patience" or "time"
 
 
@@ -95,14 +92,13 @@ class Training:
                 for parameter_name, buffer in network.named_buffers()
                 if parameter_name.rpartition(".")[0] in norm_names
             }
-        # Rows of one forward pass, halved where they do not fit into memory.
-        self.micro = spec.batch_size
+        self.micro = spec.batch_size  # rows of one pass; halved when they do not fit into memory
         self.weight = _row_weights(task, self.train_rows, spec)
         steps_per_epoch = math.ceil(len(self.train_rows) / spec.batch_size)
         self.steps, self.total = steps_per_epoch, steps_per_epoch * spec.epochs
 
     def run(self, checkpoint_path: Path | None, key: str) -> TrainedFold:
-        """Train to the end, from the checkpoint where there is one.
+        """Train to the end, from the checkpoint if there is one. key: of the checkpoint.
 
         Raises TrainingFailed, PublishFailed.
         """
@@ -115,7 +111,7 @@ class Training:
             progress, tensors = resumed_state
             best_tensors = self._restore_tensors(tensors)
         elif len(self.validation_rows) and spec.start == "head":
-            # The head itself counts as epoch 0: a network has to be better than that.
+            # The untrained network, with its head, is epoch 0: later epochs must be better.
             progress.best_loss = self._validation_loss()
             progress.curve.append({"epoch": 0, "validation_loss": progress.best_loss})
         first_epoch, stop_reason = progress.epoch, "epochs"
@@ -177,8 +173,8 @@ class Training:
         return torch.cat(logit_blocks)
 
     def time_steps(self, n_steps: int = 3) -> float:
-        """Return the seconds of one optimizer step, the least of `n_steps` after one that warms up:
-        what else the machine does only adds. Changes the parameters.
+        """Return the seconds of one optimizer step: the minimum of `n_steps` after a first one,
+        because other work on the machine only adds time. Changes the parameters.
         """
         self.mode()
         row_order = np.resize(self.train_rows, (n_steps + 1) * self.plan.spec.batch_size)
@@ -193,7 +189,7 @@ class Training:
         return min(step_seconds[1:])
 
     def _train_epoch(self, epoch: int) -> float:
-        """Pass once over the rows, in the epoch's random order; return the mean training loss."""
+        """Train on all rows once, in the epoch's random order; return the mean training loss."""
         spec, plan = self.plan.spec, self.plan
         seed_parts = [spec.seed, seed_of_fold(plan.fold) + 1, epoch]
         generator = np.random.default_rng(seed_parts)
@@ -230,8 +226,8 @@ class Training:
     def _optimizer_step(
         self, step: int, row_index: Rows, inputs: Tensor, features_below: Tensor | None
     ) -> float:
-        """Take one optimizer step; a batch that does not fit into memory goes through in halves
-        whose gradients add up.
+        """Take one optimizer step and return the loss. A batch that does not fit into memory is
+        divided, and the gradients of its parts are added.
         """
         rate_factor = _rate_schedule(step, self.total, self.plan.spec.warmup_fraction)
         for parameter_group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
@@ -295,7 +291,7 @@ class Training:
         return loss if math.isfinite(loss) else math.inf
 
     def mode(self) -> None:
-        """Put the head into training mode, and batch normalisation where it is trained."""
+        """Put the head into training mode, and batch normalisation if it is trained."""
         self.network.eval()
         self.network.head.train()
         if self.plan.spec.batch_norm == "trainable" or self.plan.spec.start == "random":
@@ -305,7 +301,7 @@ class Training:
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         device_type, precision = torch.device(self.plan.device).type, self.plan.spec.precision
-        # Without tile instructions a CPU is slower in bfloat16 than in float32.
+        # A CPU without AMX tile instructions is slower in bfloat16 than in float32.
         bfloat16_is_fast = (
             device_type == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
         )
@@ -333,10 +329,10 @@ class Training:
 
 
 def clock(device: str) -> float:
-    """Return seconds that count against a budget.
+    """Return a clock's seconds, for times that count against a budget.
 
-    On a CPU the process's computing: a machine that others use too is slower, but what a candidate
-    costs, and so which of them fit, stays what it was. A worker process runs one task at a time.
+    On a CPU it is the process's CPU time, so that other users of the machine do not change which
+    candidates fit the budget. A worker process runs one task at a time.
     """
     return time.process_time() if device == "cpu" else time.perf_counter()
 
@@ -381,8 +377,10 @@ def _trained_modules(network: Network, blocks: list[list[str]]) -> list[tuple[st
 def _make_optimizer(
     network: Network, plan: TrainingPlan
 ) -> tuple[torch.optim.Optimizer, list[float]]:
-    """Return AdamW over the trained parameters, and the learning rate of each of its groups: one
-    group per block with weight decay, one without (gains and biases).
+    """Return AdamW over the trained parameters, and the learning rate of each parameter group.
+
+    Each layer of the head and each block of the backbone has two groups: gains and biases have no
+    weight decay.
     """
     spec = plan.spec
     rates_and_parameters: list[tuple[float, list[nn.Parameter]]] = []
@@ -416,7 +414,7 @@ def _make_optimizer(
 
 
 def _rate_schedule(step: int, n_steps: int, warmup_fraction: float) -> float:
-    """Return the factor on every rate: linear warm-up, then half a cosine down to zero."""
+    """Return the factor on all learning rates: linear warm-up, then half a cosine down to zero."""
     warmup_steps = max(1, round(warmup_fraction * n_steps))
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -426,7 +424,7 @@ def _rate_schedule(step: int, n_steps: int, warmup_fraction: float) -> float:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    # On a CPU torch raises a plain RuntimeError with these words.
+    # On a CPU torch raises a plain RuntimeError, known only by its message.
     memory_messages = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         message in str(error) for message in memory_messages

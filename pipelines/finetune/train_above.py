@@ -1,4 +1,4 @@
-"""The blocks of a network that train above a node."""
+"""The blocks of a network that are trained when it is trained above a node."""
 
 import copy
 import operator
@@ -13,11 +13,11 @@ from headrace.pipelines.models.torch_network import Network
 
 
 def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
-    """Return the blocks of the backbone that train above a node, from the bottom up, each a list of
-    modules; "head": none.
+    """Return the blocks of the backbone above a node, from the bottom up, each as names of modules;
+    [] for "head".
 
-    Blocks that no tap needs are left out: no gradient reaches them. Raises CannotSplit for an
-    unknown node, and for one that has nothing of the network above it.
+    Blocks that the taps do not need are left out, because no gradient reaches them. Raises
+    CannotSplit for an unknown node, and for one without parameters between it and the taps.
     """
     if train_above == "head":
         return []
@@ -58,7 +58,7 @@ def _modules_with_gradient(network: Network) -> set[str]:
     for _, parameter in named_parameters:
         parameter.requires_grad_(True)
     device = named_parameters[0][1].device
-    # in any dtype of pixels the logits depend on the same parameters
+    # Zeros will do: the parameters that logits depend on are the same for any pixels.
     inputs = torch.zeros(2, *network.input_shape, device=device)
     logits = network(inputs, torch.zeros(2, network.n_features_below, device=device))
     gradients = torch.autograd.grad(
@@ -76,11 +76,11 @@ def _modules_with_gradient(network: Network) -> set[str]:
 def owners_above(
     module: nn.Module, node_name: str | None, image_shape: tuple[int, int, int]
 ) -> list[str]:
-    """Return the names of the modules with parameters of their own that run after the node has its
-    output, in running order.
+    """Return the names of the modules that have parameters of their own and run after the node, in
+    the order in which they run.
 
-    node_name None: all. image_shape: (H, W, C). Found by running the network once on shapes alone,
-    or on zeros where that is not possible.
+    node_name: None for all. image_shape: (H, W, C). The network is run once on the device "meta",
+    which computes shapes alone, or on zeros if that is not possible.
     """
     try:
         copied_tensors: dict[int, Any] = {}
@@ -91,7 +91,7 @@ def owners_above(
         for buffer in module.buffers():
             copied_tensors[id(buffer)] = torch.empty_like(buffer, device="meta")
         return _running_order(copy.deepcopy(module, copied_tensors), node_name, image_shape, "meta")
-    except Exception:  # noqa: BLE001 (networks that compute with values of their own)
+    except Exception:  # noqa: BLE001 (networks that need values, which "meta" lacks, raise anything)
         return _running_order(copy.deepcopy(module), node_name, image_shape, "cpu")
 
 
@@ -120,8 +120,8 @@ def _running_order(
 
 
 def blocks_of(module: nn.Module, owner_names: Sequence[str]) -> list[list[str]]:
-    """Group the owners into blocks, from the bottom up: by the first module on their path that is
-    no mere sequence, as `blocks.5.0`, `layer4.1`, `features.24` or `Mixed_6b`.
+    """Group modules into blocks, from the bottom up: by the first module on their path that is not
+    a Sequential or ModuleList, such as `blocks.5.0`, `layer4.1`, `features.24` or `Mixed_6b`.
     """
     owners_of_block: dict[str, list[str]] = {}
     for owner_name in owner_names:

@@ -1,4 +1,4 @@
-"""Methods that every kind of model shares: prediction from images, the torch form, the digest."""
+"""Methods that every kind of model shares: prediction from images, `to_torch`, the digest."""
 
 import hashlib
 import json
@@ -33,15 +33,17 @@ class ImagePredictor:
 
         images: a path, a Pillow image, a NumPy array or a torch tensor, or several of these. An
         array or tensor (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4 is one image; (n, H, W,
-        C), (n, C, H, W) and of NumPy (n, H, W) are n. uint8, uint16 and bool are as in a file;
-        floats are from 0 (black) to 1, unless the model has a pixel_range. Every image is decoded,
-        resized, normalised and stored exactly as in the run. Raises ImageUnusable for one that
-        cannot be decoded or can be read in two ways; `headrace predict` lists such and goes on.
+        C), (n, C, H, W) and for NumPy (n, H, W) are n images. uint8, uint16 and bool are as in a
+        file; floats are from 0 (black) to 1, unless the model has a pixel_range. Every image is
+        decoded, resized, normalised and rounded exactly as in the run. Raises ImageUnusable for one
+        that cannot be decoded or can be read in two ways; `headrace predict` lists these and goes
+        on.
         side_columns: a data frame, lists by name, or a mapping for each image, with the columns
-        that the model reads beside it. Raises DataError where they do not fit; a value that no
-        training image had is warned of, and counts as none.
-        units: of each image, for a model that predicts the images of a unit together (a head of
-        kind bags); each image has its unit's prediction. Raises CannotPredict without.
+        that the model reads beside an image. Raises DataError if they do not fit; a value that no
+        training image had gives a warning, and counts as missing.
+        units: the unit of each image, for a model that predicts the images of a unit together (a
+        head of kind bags); each image gets its unit's prediction. Raises CannotPredict if such a
+        model is given none.
         """
         from headrace.pipelines.models.images import predict_images
 
@@ -65,7 +67,7 @@ class ImagePredictor:
         return decide(probabilities, model.task_kind, model.classes)
 
     def to_torch(self) -> "nn.Module":
-        """Return a torch module, uint8 pixels (n, H, W, 3) to probabilities (n, C) or values.
+        """Return a torch module from uint8 pixels (n, H, W, 3) to probabilities or values (n, C).
 
         Raises ModelError for a scikit-learn estimator, which has no such form.
         """
@@ -77,7 +79,7 @@ class ImagePredictor:
 def decide(
     probabilities: npt.NDArray[np.float32], task_kind: TaskKind, classes: tuple[str, ...]
 ) -> npt.NDArray[Any]:
-    """Return the decisions of (n, C) probabilities: single: (n,) class names; multi: (n, C) 0/1;
+    """Return decisions from probabilities (n, C). single: (n,) class names; multi: (n, C) 0/1;
     regression: the values themselves.
     """
     if task_kind == "single":
@@ -95,7 +97,7 @@ class _Digested(Protocol):
 def model_digest(
     average_temperature: float, weights: Sequence[float], members: Sequence[_Digested]
 ) -> str:
-    """Return 24 hex digits of everything that a prediction depends on, weights included."""
+    """Return 24 hex digits of a hash of everything that a prediction depends on."""
     shares = [(weight, member.temperature) for weight, member in zip(weights, members, strict=True)]
     hasher = hashlib.sha256(json.dumps([average_temperature, *shares]).encode())
     for member in members:
@@ -104,7 +106,7 @@ def model_digest(
 
 
 class SingleModel(ImagePredictor):
-    """What a head and a network have in common: a model alone is an ensemble of one."""
+    """A head or a network, with the members of an ensemble of one, so that both are read alike."""
 
     @property
     def members(self) -> tuple[Self, ...]:

@@ -1,4 +1,4 @@
-"""A model on the feature sets of a cache: it predicts images known there, without a network.
+"""A model on the feature sets of a cache: predicts images that are cached, without a network.
 
 Imports no torch.
 """
@@ -40,7 +40,7 @@ class CachedModel:
 
     @cached_property
     def failures(self) -> dict[str, str]:
-        """Reasons, by content hash, of images that some feature set cannot hold."""
+        """The reasons why some feature set cannot hold an image, by content hash."""
         return {
             failure.content_hash: failure.reason
             for feature_set in self.feature_sets.values()
@@ -57,11 +57,12 @@ class CachedModel:
     def predict(
         self, content_hashes: npt.NDArray[np.bytes_], beside: Beside = NOTHING_BESIDE
     ) -> tuple[Floats, Floats | None]:
-        """Return (n, C) predictions of images that have features, and, where units are predicted
-        together, (n,) what each image weighs in its unit's. Raises CacheError for other images, and
-        for shards that are damaged.
+        """Return (n, C) predictions of images that have features, and (n,) their weights in their
+        units' predictions, None for a model without units. Raises CacheError for other images, and
+        for damaged shards.
 
-        beside: of these images; where units are predicted together, the images are whole units.
+        beside: side columns and units of these images. A model that predicts units together needs
+        all images of each unit.
         """
         features = {
             spec: feature_set.load(content_hashes, np.float32)
@@ -81,11 +82,10 @@ class CachedModel:
 
 
 def find_cached_model(model: Model, cache_root: Path) -> CachedModel | None:
-    """Return the model on the feature sets of a cache; None where one of them is not there, or a
-    member is a network that was fine-tuned and reads pixels.
+    """Return the model on the feature sets of a cache; None if the cache lacks one of them, or a
+    member is a fine-tuned network, which reads pixels.
 
-    A feature set is found by its fingerprint: features of other weights, pixels or numbers are
-    another feature set.
+    A feature set is found by its fingerprint, which covers weights, preprocessing and dtypes.
     """
     feature_sets = {}
     for member in model.members:

@@ -1,4 +1,4 @@
-"""A weighted average of models, as a model: ensemble.json, and each member's directory below it."""
+"""A weighted average of models as a model: ensemble.json, and a directory for each member."""
 
 import contextlib
 import dataclasses
@@ -26,19 +26,18 @@ FORMAT = 2  # 1 had no temperatures of its members
 
 @dataclass(frozen=True, eq=False)
 class EnsembleModel(ImagePredictor):
-    """The weighted average of heads and networks, at a temperature of its own."""
+    """The weighted average of heads and networks, and the temperature of the average."""
 
     path: Path
     task_kind: TaskKind
-    # The columns of a multi-label or regression task.
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # the columns, in a multi-label or regression task
     metrics: dict[str, float]
     members: tuple[HeadModel | NetworkModel, ...]
     weights: tuple[float, ...]  # of the members, summing to 1
     temperature: float  # the averaged log-odds are divided by it
     names: tuple[str, ...]  # of the members' folders
     trust_code: tuple[str, ...] = ()
-    # What ensemble.json tells people of each member, and of how the average was scored.
+    # Further fields of ensemble.json for people: of each member, and of how the average was scored.
     member_columns: tuple[Mapping[str, Any], ...] = ()
     nested: Mapping[str, Any] | None = None
     unit_rule: UnitRule | None = None  # how the average of images becomes that of units
@@ -98,8 +97,8 @@ class EnsembleModel(ImagePredictor):
         )
 
     def save(self, model_directory: Path) -> Path:
-        """Write the members, then ensemble.json, which names them, then remove the members of an
-        earlier ensemble; returns the path of ensemble.json.
+        """Write the members, then ensemble.json, then remove the members of an earlier ensemble: a
+        process that dies in between leaves a whole ensemble. Return the path of ensemble.json.
         """
         entries: list[dict[str, Any]] = []
         columns_of_member = self.member_columns or ({},) * len(self.members)
@@ -130,7 +129,7 @@ class EnsembleModel(ImagePredictor):
         publish_replace(description_path, sealed_json(description, indent=2))
         for old_member in (model_directory / "members").iterdir():
             if f"members/{old_member.name}" not in self.names:
-                with contextlib.suppress(OSError):  # it only takes space
+                with contextlib.suppress(OSError):  # a member that stays only takes space
                     shutil.rmtree(old_member)
         return description_path
 
@@ -149,7 +148,7 @@ class EnsembleModel(ImagePredictor):
 
     @property
     def side_columns(self) -> tuple[SideColumn, ...]:
-        """The tabular columns that its members read beside each image, the same ones if any."""
+        """The tabular columns that its members read beside each image: the same, or none."""
         return next((member.side_columns for member in self.members if member.side_columns), ())
 
     @property
@@ -189,7 +188,7 @@ def _read_description(description_path: Path) -> dict[str, Any]:
         check_outputs(description["task_kind"], description["classes"])
         members = description["members"]
         names = tuple(str(Path(member["model"])) for member in members)
-        # Raises for what is no name, such as one with a zero byte.
+        # resolve() raises ValueError for what cannot be a file name, such as one with a zero byte.
         for member_name in names:
             (description_path.parent / member_name).resolve()
         return {

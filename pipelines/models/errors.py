@@ -4,7 +4,7 @@ from headrace.cache.errors import HeadraceError
 
 
 class ModelError(HeadraceError, ValueError):
-    """A directory holds no model that this version can use, or the model does not serve."""
+    """A directory holds no model that this version can use, or not one for this purpose."""
 
 
 class CannotSplit(HeadraceError, ValueError):

@@ -1,4 +1,4 @@
-"""Predictions of a model from the features of images, wherever they come from: no network runs.
+"""Predictions of a model from features, cached or just computed; no network is run here.
 
 Imports no torch.
 """
@@ -25,14 +25,15 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Beside:
-    """What a model reads beside N images."""
+    """Side columns and units of N images."""
 
     side_inputs: Floats | None = None  # (N, R), where the model reads side columns
-    # (N,) labels, where it predicts the images of a unit together: none of them without the others
+    # (N,) unit of each image, for a model that predicts the images of a unit together; every unit
+    # is then whole
     units: npt.NDArray[Any] | None = None
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.intp]) -> "Beside":
-        """Return what is beside some of the images."""
+        """Return the same for some of the images."""
         return Beside(
             None if self.side_inputs is None else self.side_inputs[rows],
             None if self.units is None else self.units[rows],
@@ -77,10 +78,10 @@ def predict_member(
     beside: Beside = NOTHING_BESIDE,
 ) -> tuple[Floats, Floats | None]:
     """Return (n, C) predictions of one member at its temperature, the mean over the views that it
-    was trained on; and (n,) what each image weighs in its unit's prediction, all its views
-    together, None of a member that predicts images one by one.
+    was trained on, and (n,) the weight of each image, summed over its views, in its unit's
+    prediction, None for a member that predicts images one by one.
 
-    head_function: the member's. beside: of these n images.
+    head_function: the member's. features: (n, ...) by spec. beside: of these n images.
     """
     view_inputs = _view_inputs(member, features, beside)
     if member.takes_units:
@@ -99,7 +100,9 @@ def predict_member(
 def _view_inputs(
     member: "HeadModel | NetworkModel", features: dict[FeatureSpec, Floats], beside: Beside
 ) -> list[Floats]:
-    """Return what the member reads of each view, its inputs side by side as in `load_rows`."""
+    """Return for each view what the member reads: features (n, D) or maps (n, channels, h, w), side
+    by side as in `load_rows`.
+    """
     views_of_feature: dict[str, list[Floats]] = {}
     for spec in member.features:
         views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])

@@ -1,4 +1,4 @@
-"""A head on frozen networks, as a model: head.safetensors and head.json (heads/persist.py)."""
+"""A head on frozen networks as a model: head.safetensors and head.json (heads/persist.py)."""
 
 import dataclasses
 import json
@@ -46,15 +46,13 @@ HEAD_FILES = (HEAD_DESCRIPTION, "head.safetensors")
 
 @dataclass(frozen=True, eq=False)
 class HeadModel(SingleModel):
-    """A trained head, and for each of its feature sets the network that makes it.
-
-    Nothing large is loaded before it is used.
+    """A trained head, and the networks that make its features. No network is loaded before it is
+    used.
     """
 
     path: Path
     head: TrainedHead
-    # code that the caller allows, "module:function"; no other is
-    trust_code: tuple[str, ...] = ()
+    trust_code: tuple[str, ...] = ()  # code that may be imported, "module:function"; no other
 
     @classmethod
     def load(
@@ -66,8 +64,8 @@ class HeadModel(SingleModel):
     ) -> "HeadModel":
         """Read what `save` wrote.
 
-        model_root: the model directory that the caller gave, in which this one is. Raises
-        CodeNotTrusted before anything is built, ModelError where the networks are not recorded,
+        model_root: the directory of the whole model, if this is a member of an ensemble. Raises
+        CodeNotTrusted before anything is built, ModelError if the networks are not recorded,
         BadHeadFile.
         """
         head = load_head(model_directory, trust_code=allowed_code)
@@ -80,7 +78,7 @@ class HeadModel(SingleModel):
         return cls(model_directory, dataclasses.replace(head, backbones=backbone_fields))
 
     def save(self, model_directory: Path) -> Path:
-        """Write the model's files, replacing a head that is there; returns the arrays' path."""
+        """Write the model's files, replacing a head that is there; return the arrays' path."""
         head = self.head
         return save_head(
             model_directory,
@@ -117,10 +115,11 @@ class HeadModel(SingleModel):
         )
 
     def head_function(self) -> Callable[[Floats], Floats]:
-        """Return the head as a function of features, at its temperature unless it has several
-        views, whose mean the temperature is for.
+        """Return the head as a function from features (n, D) to predictions (n, C).
 
-        A scikit-learn head is stored as its training rows: it is fitted here, once.
+        They are at its temperature, except for a head of several views: there the temperature was
+        fitted to the mean over views, and `predict_member` applies it to the mean. A scikit-learn
+        head is stored as its training rows, and is fitted here once.
         """
         head = self.head
         temperature = head.temperature if self.n_views == 1 else 1.0
@@ -183,7 +182,7 @@ class HeadModel(SingleModel):
 
     @property
     def features(self) -> tuple[FeatureSpec, ...]:
-        """The feature sets that it reads, in order; views of one stand together."""
+        """The feature sets that it reads, in order; the views of a tap follow each other."""
         return self.head.features
 
     @property
@@ -213,24 +212,24 @@ class HeadModel(SingleModel):
 
     @property
     def spatial(self) -> bool:
-        """Whether it takes maps."""
+        """Whether it reads feature maps."""
         return HEAD_KINDS[self.head.spec.kind].spatial
 
     @property
     def n_views(self) -> int:
-        """Views of an image whose predictions it averages, before the temperature."""
+        """The number of views of an image whose predictions it averages before the temperature."""
         return len({feature.view for feature in self.head.features})
 
     @property
     def floor(self) -> float:
-        """The smallest probability that its temperature looks at."""
+        """The smallest meaningful probability of its predictions, as in `floor_of`."""
         return floor_of(self.head.spec, self.head.task_kind, len(self.head.classes))
 
     def update_digest(self, hasher: Any) -> None:
         """Add everything that its predictions depend on to a hash."""
         head = self.head
         hasher.update(json.dumps([head.task_kind, head.classes, spec_to_json(head.spec)]).encode())
-        # Each feature names the digest of its network's weights.
+        # A feature's spec has the digest of its network's weights.
         for feature in head.features:
             hasher.update(feature.to_json().encode())
         if head.side_columns:
@@ -243,7 +242,9 @@ class HeadModel(SingleModel):
 def _resolve_backbones(
     head: TrainedHead, model_directory: Path, model_root: Path, allowed_code: Collection[str]
 ) -> list[BackboneSpec]:
-    """Return the networks behind the head's feature sets, weights files with their paths here."""
+    """Return the networks behind the head's feature sets, with the present paths of weights
+    files.
+    """
     backbones = []
     for feature, backbone_fields in zip(head.features, head.backbones, strict=True):
         if backbone_fields is None:
@@ -259,7 +260,7 @@ def _resolve_backbones(
             and is_weights_file(backbone.weights)
             and not backbone.weights.startswith(PACKAGE_PREFIX)
         ):
-            # A relative name is of a file in the model's own directory, as an export writes it.
+            # An export keeps weights in the model's directory, and names them relative to it.
             packed_weights = model_directory / backbone.weights
             weights_path = (
                 str(packed_weights.absolute())

@@ -1,4 +1,4 @@
-"""Images as callers give them: paths, Pillow images, arrays and tensors, told apart and decoded.
+"""Decoding of images as callers give them: paths, Pillow images, arrays and tensors.
 
 Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
 """
@@ -26,9 +26,9 @@ from headrace.extract.run.rendering import Rendering
 
 ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
 _CHANNELS = (1, 3, 4)  # grey, colours, colours and alpha
-# Black and white of floats in memory, as torchvision and scikit-image have them.
+# Black and white of floats in memory, the convention of torchvision and scikit-image.
 _UNIT: PixelRange = (0.0, 1.0)
-# A float this far beyond them is rounded to black or white in any case.
+# Floats beyond them by up to this much, as a resize gives them, still round to black or white.
 _HALF_STEP = 0.5 / 255
 
 
@@ -39,17 +39,17 @@ class ImageUnusable(HeadraceError, ValueError):
 def split_images(
     images: ImageLike | Iterable[ImageLike], most_bands: int | None = None
 ) -> list[ImageLike]:
-    """Return the images one by one: the first axis of an array or tensor is split where it counts
-    images. most_bands: of a model that reads bands, whose images have three axes.
+    """Return the images as a list: an array or tensor of several images is split.
 
-    Raises ImageUnusable.
+    most_bands: the highest band that a model of many-band images reads, None for other models.
+    Raises ImageUnusable if an array can be read as one image and as several.
     """
     if isinstance(images, str | PathLike | Image.Image):
         return [images]
     if not isinstance(images, np.ndarray | torch.Tensor):
         return list(images)
     if isinstance(images, np.ndarray) and images.ndim == 1:
-        return cast(list[ImageLike], images.tolist())  # of paths, as a column of a table gives them
+        return cast(list[ImageLike], images.tolist())  # an array of paths, as from a table's column
     try:
         pixel_array = _as_array(images)
         if most_bands is not None:
@@ -61,7 +61,7 @@ def split_images(
             or isinstance(images, torch.Tensor)
             or not _is_grey_batch(pixel_array.shape)
         ):
-            # torch has no images without channels: a tensor of three axes is (C, H, W)
+            # Torch's images always have channels: a tensor of three axes is one image (C, H, W).
             return [pixel_array]
         return list(pixel_array)
     except ImageError as error:
@@ -69,9 +69,9 @@ def split_images(
 
 
 def _is_grey_batch(array_shape: tuple[int, ...]) -> bool:
-    """Tell whether an array is (N, H, W), N grey images, and not (H, W, C).
+    """Return whether an array of three axes is N grey images (N, H, W), and not (H, W, C).
 
-    Raises ImageError where it could be (C, H, W) too.
+    Raises ImageError if it could also be (C, H, W).
     """
     n_images, height, width = array_shape
     if width in _CHANNELS or n_images == 1:
@@ -88,10 +88,10 @@ def _is_grey_batch(array_shape: tuple[int, ...]) -> bool:
 def image_decoder(
     image: ImageLike, most_bands: int | None
 ) -> tuple[Callable[[Preprocessing], DecodedImage], str]:
-    """Return what decodes the image as a preprocessing asks for it, and its content hash.
+    """Return a function that decodes the image for a preprocessing, and the image's content hash.
 
-    most_bands: the highest number of a band that some preprocessing asks for. Raises ImageError and
-    OSError.
+    most_bands: the highest band that some preprocessing reads, None if none reads bands. Raises
+    ImageError and OSError.
     """
     if isinstance(image, Image.Image) and not (image_bytes := _unread_file(image)):
         upright_image = ImageOps.exif_transpose(image)
@@ -118,9 +118,8 @@ def _decode_pillow(image: Image.Image, how: Preprocessing) -> DecodedImage:
 def _decode_floats(
     pixel_array: npt.NDArray[Any], image_bytes: bytes, how: Preprocessing
 ) -> DecodedImage:
-    """Decode floats in memory, which are from 0 to 1 unless the model has a pixel_range.
-
-    Raises ImageError for others.
+    """Decode floats in memory. Raises ImageError if they are not from 0 to 1 and the model has no
+    pixel_range.
     """
     if how.pixel_range is not None:
         return decode_pixels(image_bytes, how)
@@ -138,10 +137,11 @@ def _decode_floats(
 
 
 def _unread_file(image: Image.Image) -> bytes:
-    """Return the bytes of an image's file that is opened and not read yet; else b"".
+    """Return the bytes of the file behind a Pillow image that has been opened but not read; else
+    b"", and also where Pillow's pixels serve as well.
 
-    Pillow's pixels of more than 8 bits have lost what their file says of them: a PGM's white, the
-    low byte of colours. And a JPEG's decoder makes it smaller only while it decodes.
+    Of images with more than 8 bits Pillow's pixels lack what the file has: a PGM's value of white,
+    the low byte of colours. A JPEG can be decoded at a smaller size only from its file.
     """
     if (
         not isinstance(image, ImageFile.ImageFile)
@@ -149,19 +149,17 @@ def _unread_file(image: Image.Image) -> bytes:
         or image.fp is None
         or image.tell() != 0
     ):
-        # read or made already, or another page than the first
-        return b""
+        return b""  # already read, made in memory, or on another page than the first
     if not (
         image.format in ("PPM", "JPEG", "MPO")
         or (image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image))
     ):
-        return b""  # of 8 bits, which Pillow keeps
+        return b""  # 8 bits, which Pillow's pixels keep
     file_position = image.fp.tell()
     image.fp.seek(0)
     file_bytes = image.fp.read()
     image.fp.seek(file_position)
-    # This closes the file, as every other use of the image does.
-    image.load()
+    image.load()  # closes the file, as every other use of the image does
     return file_bytes
 
 
@@ -183,9 +181,9 @@ def _as_array(image: object) -> npt.NDArray[Any]:
 
 
 def _one_image(pixel_array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the array as (H, W) or (H, W, C).
+    """Return an array (H, W), (H, W, C) or (C, H, W) as (H, W) or (H, W, C).
 
-    Raises ImageError where it is neither it nor (C, H, W), or could be both.
+    Raises ImageError for another shape, or one that can be read both ways.
     """
     if pixel_array.ndim == 2:
         return pixel_array
@@ -202,9 +200,9 @@ def _one_image(pixel_array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _channels_first(array_shape: tuple[int, ...], subject: str) -> bool:
-    """Tell whether an image's channels stand before its rows.
+    """Return whether channels are the first axis of an image, (C, H, W).
 
-    Raises ImageError where both readings are possible, or none.
+    subject: the image in messages. Raises ImageError if both readings are possible, or none.
     """
     first_fits, last_fits = array_shape[-3] in _CHANNELS, array_shape[-1] in _CHANNELS
     if first_fits and last_fits:
@@ -225,7 +223,7 @@ def _channels_first(array_shape: tuple[int, ...], subject: str) -> bool:
 
 
 def highest_band(renderings: Sequence[Rendering]) -> int | None:
-    """Return the highest number of a band that is asked for; None where none is."""
+    """Return the highest band that some rendering reads; None if none reads bands."""
     bands = [band for rendering in renderings for band in rendering.preprocessing.bands or ()]
     return max(bands, default=None)
 

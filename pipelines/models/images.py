@@ -1,6 +1,7 @@
-"""Prediction from images: each decoded once, one pass per network, and every member's prediction.
+"""Prediction from images: each is decoded once, goes through each network once, and every member of
+the model predicts from the features.
 
-Letters of shapes: N images, H rows, W columns, C channels (1, 3 or 4).
+N images, C outputs.
 """
 
 import warnings
@@ -59,18 +60,17 @@ if TYPE_CHECKING:
 # One row for each image: a data frame, lists by name, or a mapping for each image.
 SideTable = pd.DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 Floats = npt.NDArray[np.float32]
-# images decoded together; passes take as many at a time as is fast on their device
-_BATCH = 32
+_BATCH = 32  # images decoded together; each pass takes as many at a time as suits its device
 
 
 @dataclass(frozen=True)
 class BatchPrediction:
-    """Some of the images, in order. Rows are positions in what was given."""
+    """Predictions of some of the images, in order. Rows are positions in all images given."""
 
     rows: list[int]
     probabilities: Floats  # (len(rows), C)
     failed: list[tuple[int, str]]  # (row, reason)
-    # Rows among the failed whose file could not be read, and may be another time.
+    # rows among the failed whose file could not be read now, but may be readable later
     unread: frozenset[int] = frozenset()
     # (len(rows),) what each image weighs in its unit's prediction, where units are predicted whole
     weights: Floats | None = None
@@ -78,7 +78,7 @@ class BatchPrediction:
 
 @dataclass(frozen=True)
 class PredictionEngine:
-    """A model's networks on a device: a batch of pixels in, probabilities out."""
+    """A model's networks and heads, ready to predict batches of pixels on a device."""
 
     model: "Model"
     device: str
@@ -93,9 +93,9 @@ class PredictionEngine:
 
 
 def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
-    """Load the networks.
+    """Load the model's networks onto a device.
 
-    Raises BackboneError for weights that are not there, SpecMismatch for other weights.
+    Raises BackboneError if weights are missing, SpecMismatch if they are not those of the features.
     """
     check_device(device)
     if torch.device(device).type == "cpu":
@@ -131,7 +131,7 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
 
 @dataclass(frozen=True)
 class _BatchFeatures:
-    """What heads read of some of the images, and those that failed. Rows are as in the batch."""
+    """Features of the images of a batch, and the images that failed; rows as in BatchPrediction."""
 
     rows: list[int]
     features: dict[FeatureSpec, Floats]
@@ -142,8 +142,9 @@ class _BatchFeatures:
 def predict_batch(
     engine: PredictionEngine, batch: PixelBatch, beside: Beside = NOTHING_BESIDE
 ) -> BatchPrediction:
-    """Return probabilities of the images in a batch, and those that failed, here or in decoding,
-    with the reason. Where units are predicted together, the batch holds whole units.
+    """Return probabilities of the images in a batch, and those that failed, with the reason.
+
+    If units are predicted together, the batch must hold whole units.
     """
     return _predict_features(engine, _batch_features(engine, batch), beside)
 
@@ -234,8 +235,8 @@ def predict_samples(
     n_threads: int,
     beside: Beside = NOTHING_BESIDE,
 ) -> Iterator[BatchPrediction]:
-    """Yield predictions of the samples, in order, a batch at a time; decoding goes on while the
-    network is busy. Where units are predicted together, all samples come at once, in the end.
+    """Yield predictions of the samples in order, batch by batch; the next batches are decoded while
+    the network works. If units are predicted together, all come at once, in the end.
     """
     whole_units: list[_BatchFeatures] = []
     batch_size = max(_BATCH, *(batch_limit.images for batch_limit in engine.limits))
@@ -306,7 +307,7 @@ def predict_images(
 def _unit_labels(
     model: "Model", units: Sequence[Any] | None, n_images: int
 ) -> npt.NDArray[Any] | None:
-    """Return the unit (N,) of each image, where the model predicts them together, else None."""
+    """Return the unit (N,) of each image, None for a model that does not predict units."""
     if not model.takes_units:
         return None
     if units is None or len(units) != n_images:
@@ -319,7 +320,7 @@ def _unit_labels(
 
 
 def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) -> Floats | None:
-    """Return (N, R) what the model reads beside N images; None where it reads images alone."""
+    """Return (N, R) the encoded side columns of N images; None for a model without any."""
     if not model.side_columns:
         return None
     table = pd.DataFrame(index=range(n_images))
@@ -339,16 +340,17 @@ def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) ->
 def _trained_pass(
     backbone: "Backbone", features: tuple[FeatureSpec, ...], device: str
 ) -> ForwardPass:
-    """Return the pass from pixels to what a fine-tuned network's head is given."""
+    """Return the pass from pixels to the taps that a fine-tuned network's head reads."""
     taps = [Tap(feature.tap, feature.pooling) for feature in features]
     forward = make_forward(backbone, taps, device=device)
     return ForwardPass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, features)
 
 
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
-    """Return features (n, ...) quantized as stored, which is what heads are trained on.
+    """Return features (n, ...) rounded as the cache stores them, because heads were trained on
+    these.
 
-    uint8 is left out: its scale depends on the rows that happen to be stored together.
+    uint8 is not rounded: its scale depends on the rows that happen to be stored together.
     """
     if dtype == "uint8":
         return np.asarray(features, np.float32)

@@ -1,4 +1,4 @@
-"""Model directories: what a run leaves behind, loaded as one value that predicts from images."""
+"""Loading of model directories, as values that predict from images."""
 
 import dataclasses
 from collections.abc import Collection
@@ -21,13 +21,14 @@ Model = HeadModel | NetworkModel | EnsembleModel
 
 
 def load_model(model_path: Path | str, *, trust_code: Collection[str] = ()) -> Model:
-    """Load a model directory; of a run (its directory or its recipe) the selected model: winner, or
-    ensemble where the interval of its gain lies above 0.
+    """Load a model directory, or the selected model of a run (its directory or its recipe): the
+    winner, or the ensemble if the interval of its gain lies above 0.
 
-    A model may ask for code: a network of its own ("python:module:function"), or an estimator by
-    import path. None is imported but what `trust_code` names ("module:function"), and what the
-    recipe names where the run is given by its recipe. Raises NotARun, saying what is there instead;
-    CodeNotTrusted; ModelError for a model that cannot be used; BadHeadFile for a damaged head.
+    A model may name code to import: a network of the user's ("python:module:function"), or an
+    estimator by its import path. Only code in `trust_code` ("module:function") is imported, and
+    code that the recipe names if the run is given by its recipe. Raises NotARun, which says what is
+    there instead; CodeNotTrusted; ModelError for a model that cannot be used; BadHeadFile for a
+    damaged head.
     """
     model_directory = _model_directory(model_path)
     allowed_code = trusted_code(model_path, trust_code)
@@ -40,18 +41,18 @@ def load_model(model_path: Path | str, *, trust_code: Collection[str] = ()) -> M
 
 
 def trusted_code(given_path: Path | str, trust_code: Collection[str] = ()) -> set[str]:
-    """Return what a model or run may import: what `trust_code` names and, where it is given by its
-    recipe, what that one names.
+    """Return the code and files that a model or run may load: those in `trust_code` and, if it is
+    given by its recipe, those that the recipe names.
     """
-    # A weights file may be typed as it is named, relative and without a folder, where it reads like
-    # a class's path.
+    # The name of a weights file in the current folder looks like the import path of a class, and
+    # must not be taken for one.
     weights_files = {name for name in trust_code if is_weights_file(name)}
     return {code_name(name) for name in trust_code} | weights_files | _code_of_recipe(given_path)
 
 
 def _code_of_recipe(given_path: Path | str) -> set[str]:
-    """Return the code and files that a recipe asks for: the user has named them. A directory names
-    nothing.
+    """Return the code and files that a recipe names, which the user trusts by having written it; a
+    directory names none.
     """
     recipe_path = expand_home(given_path)
     if not recipe_path.is_file():
@@ -73,8 +74,7 @@ def _code_of_recipe(given_path: Path | str) -> set[str]:
     return {code_text for code_text in network_code if code_text} | estimators | files
 
 
-# By which a folder is known that `headrace export` wrote.
-EXPORT_MARKER = ".headrace-export"
+EXPORT_MARKER = ".headrace-export"  # a file in each folder that `headrace export` wrote
 
 
 def _model_directory(given_path: Path | str) -> Path:
@@ -87,7 +87,8 @@ def _model_directory(given_path: Path | str) -> Path:
             f"is ({HEAD_DESCRIPTION}, network.json or {ENSEMBLE_DESCRIPTION}) is gone, or it was "
             f"exported in another format. {WRITE_AGAIN}"
         )
-    # Recipes are imported where one is read: a model directory is loaded without, 0.2 s sooner.
+    # Imported here, with the recipe's modules: a model directory needs neither, and loads 0.2 s
+    # sooner without.
     from headrace.pipelines.run_directory import find_run, require_finished
 
     run = find_run(model_path, or_model=True)
@@ -105,11 +106,11 @@ def _holds_model(model_path: Path) -> bool:
 
 
 def ensemble_is_selected(run: RunPaths) -> bool:
-    """Tell whether the run's last recipe asks for an ensemble, and the interval of its gain over a
-    single head lies above 0.
+    """Return whether the run's last recipe asks for an ensemble, and the interval of its gain over
+    a single head lies above 0.
 
-    Raises RunDamaged for a damaged recipe.json, ModelError for a damaged ensemble.json: the winner
-    would stand in its place, and nobody would know.
+    Raises RunDamaged for a damaged recipe.json, ModelError for a damaged ensemble.json: otherwise
+    the winner would silently be used in its place.
     """
     try:
         requested = read_record(run.recipe).get("ensemble") is not None

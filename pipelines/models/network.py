@@ -1,7 +1,7 @@
-"""A fine-tuned network as a model: network.safetensors with its parameters and what they mean;
-network.json says the same to people. No pickle.
+"""A fine-tuned network as a model: network.safetensors with its parameters and their description;
+network.json repeats the description for people. No pickle.
 
-Reading what a file says needs no torch: it is imported where tensors are built.
+Reading the description imports no torch, which is imported where tensors are built.
 """
 
 import copy
@@ -62,44 +62,37 @@ if TYPE_CHECKING:
     from headrace.extract.backbones.backbone import Backbone
     from headrace.pipelines.models.torch_network import Network
 
-# 2 called train_above depth, 1 had no temperature
-FORMAT = 3
+FORMAT = 3  # 2 called train_above "depth"; 1 had no temperature
 WEIGHTS, DESCRIPTION = "network.safetensors", "network.json"
 NETWORK_FILES = (DESCRIPTION, WEIGHTS)
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkModel(SingleModel):
-    """A network with parameters of its own, its head included.
-
-    Nothing large is loaded before it is used.
-    """
+    """A fine-tuned network with its head. Its parameters are loaded when they are used."""
 
     path: Path
     spec: FineTuneSpec
-    backbone: BackboneSpec  # that it was made from
+    backbone: BackboneSpec  # the network that it was made from
     preprocessing: Preprocessing
-    # The taps' features in the order of the head's input; never stored anywhere.
+    # features of the taps, in the order of the head's input; they are never stored in a cache
     features: tuple[FeatureSpec, ...]
-    spatial: bool  # whether its head takes maps
+    spatial: bool  # whether its head reads feature maps
     task_kind: TaskKind
-    # The columns of a multi-label or regression task.
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # the columns, in a multi-label or regression task
     metrics: dict[str, float]
-    # its log-odds are divided by it; see heads/evaluate/temperature.py
-    temperature: float
+    temperature: float  # divides its log-odds; see heads/evaluate/temperature.py
     file_digest: str  # SHA-256 of its weights file
     trust_code: tuple[str, ...] = ()
     kind: str = "finetune"
-    n_views: int = 1  # of an image that it looks at
-    # the smallest probability that its temperature looks at
-    floor: float = FLOOR
+    n_views: int = 1  # views of an image that it reads
+    floor: float = FLOOR  # the smallest meaningful probability, as in heads.predict.floor_of
     unit_rule: UnitRule | None = None  # how its predictions of images become those of units
     image_parts: ImageParts | None = None  # boxes or tiles that it was trained on
 
     @staticmethod
     def is_in(model_directory: Path) -> bool:
-        """Tell whether a directory holds a network."""
+        """Return whether a directory holds a network."""
         return (model_directory / DESCRIPTION).is_file()
 
     @classmethod
@@ -110,11 +103,11 @@ class NetworkModel(SingleModel):
         model_root: Path | None = None,
         allowed_code: Collection[str] | None = (),
     ) -> "NetworkModel":
-        """Read what the file says, no tensor.
+        """Read the description, without the tensors.
 
-        model_root: the model directory that the caller gave, in which this one is. allowed_code:
-        None allows whatever the file names. Raises ModelError for what is no network of this
-        version; CodeNotTrusted.
+        model_root: the directory of the whole model, if this is a member of an ensemble.
+        allowed_code: None allows whatever the file names. Raises ModelError for what is not a
+        network of this version; CodeNotTrusted.
         """
         file_bytes, description = _read_file(model_directory)
         try:
@@ -137,8 +130,8 @@ class NetworkModel(SingleModel):
         return model
 
     def save(self, model_directory: Path) -> Path:
-        """Write the network with the metrics and the temperature that it has here; returns the path
-        of its weights. Raises ModelError where its file has been replaced meanwhile.
+        """Write the network with this model's metrics and temperature, and return the path of its
+        weights. Raises ModelError if its file has been replaced since it was read.
         """
         from safetensors.torch import load
 
@@ -150,8 +143,8 @@ class NetworkModel(SingleModel):
         return _publish_network(model_directory, description, load(file_bytes))
 
     def describe(self) -> str:
-        """Return a phrase for a model card: which part of which network was trained, from where it
-        start_text, and the head on it, in Markdown.
+        """Return a phrase for a model card, in Markdown: the network, which part of it was trained,
+        from which start, and its head.
         """
         training_settings = json.loads(spec_to_json(self.spec))
         head_settings = json.loads(training_settings.pop("head"))
@@ -176,7 +169,9 @@ class NetworkModel(SingleModel):
         )
 
     def head_function(self) -> Callable[[Floats], Floats]:
-        """Return the head as a function of what the taps give, side by side, at its temperature."""
+        """Return the head as a function from the taps' features, side by side, to predictions at
+        its temperature.
+        """
         import torch
 
         head = open_network(self.path, self.file_digest).network.head
@@ -198,7 +193,9 @@ class NetworkModel(SingleModel):
         return nn.Sequential(head, ProbabilityLink(self.task_kind, self.temperature)).eval()
 
     def trained_backbone(self) -> "Backbone":
-        """Return what lies below the head, as any backbone: so it runs on extract's fast passes."""
+        """Return the network below the head as a backbone, so that extraction's fast passes run
+        it.
+        """
         return _trained_backbone(self.path, self.file_digest)
 
     def at_temperature(self, temperature: float) -> "NetworkModel":
@@ -245,10 +242,10 @@ def save_network(
     metrics: Mapping[str, float],
     temperature: float = 1.0,
 ) -> Path:
-    """Write network.safetensors and network.json into `model_directory`, replacing what is there;
-    returns the first's path.
+    """Write network.safetensors and network.json into `model_directory`, replacing what is there,
+    and return the path of the first.
 
-    Every parameter of the backbone is in it, so that it needs no run and no other weights.
+    It has every parameter of the backbone, so that it needs neither the run nor other weights.
     """
     head = network.head
     description = {
@@ -282,13 +279,13 @@ def load_network(
 ) -> TrainedNetwork:
     """Read what `save_network` wrote, tensors included.
 
-    The description inside the safetensors file counts, the .json is for people.
+    The description is read from the safetensors file; the .json is for people.
 
-    trust_code: the "module:function" of a network of its own ("python:module:function") that may be
-    imported; None: whatever the file asks for. expected_digest: the SHA-256 of the file that is
-    meant. Raises CodeNotTrusted, before anything is imported; ModelError, also where one byte is
-    not the one that was written, or the file is another one; BackboneError where the backbone's
-    library does not know its name.
+    trust_code: "module:function" of networks of the user's ("python:module:function") that may be
+    imported; None: whatever the file names. expected_digest: SHA-256 that the file must have.
+    Raises CodeNotTrusted, before anything is imported; ModelError, also if a byte has changed since
+    it was written or the file is another one; BackboneError if the backbone's library does not know
+    its name.
     """
     from safetensors.torch import load
 
@@ -308,11 +305,10 @@ def load_network(
 
 @functools.lru_cache(maxsize=4)
 def open_network(model_directory: Path, file_digest: str) -> TrainedNetwork:
-    """Return the network, in evaluation mode; one object per file within a process. file_digest: of
-    the file that `NetworkModel.load` has read.
+    """Return the network in evaluation mode; one object per file within a process.
 
-    What that file asks to be imported was allowed when it was read, or the model would not be
-    there. Raises ModelError, also for any other file.
+    file_digest: of the file that `NetworkModel.load` has read. `load` has checked the code that the
+    file names, so it is not checked again. Raises ModelError, also for any other file.
     """
     return load_network(model_directory, trust_code=None, expected_digest=file_digest)
 
@@ -328,8 +324,8 @@ def _trained_backbone(model_directory: Path, file_digest: str) -> "Backbone":
     )
 
 
-# What parsing a file of another writer, or with a changed byte, raises; ValueError also for no JSON
-# and no UTF-8.
+# Errors of parsing a damaged file, or one of another program. Broken JSON and UTF-8 raise
+# ValueError.
 _UNREADABLE = (
     SafetensorError,
     LookupError,
@@ -343,7 +339,7 @@ _UNREADABLE = (
 
 
 def _not_a_network(model_directory: Path, error: Exception) -> Exception:
-    if isinstance(error, HeadraceError):  # says by itself what is wrong
+    if isinstance(error, HeadraceError):  # it has a message of its own
         return error
     return ModelError(
         f"{model_directory / WEIGHTS} is not a saved network ({type(error).__name__}: "
@@ -423,10 +419,10 @@ def _parse_description(
 
 
 def _tap_feature(description: dict[str, Any], tap_name: str, file_digest: str) -> FeatureSpec:
-    """Return the spec of what a tap gives.
+    """Return the spec of a tap's features.
 
-    The file's digest stands for the weights, so that no other network's features are taken for
-    these.
+    The file's digest takes the place of the weights' digest, so that the features of no other
+    network have this spec.
     """
     node_name, _, pooling = tap_name.rpartition(".")
     view_text = json.dumps({"index": 0})
@@ -460,7 +456,7 @@ def _rebuild_network(
 
     backbone_tensors = _without_prefix("backbone.", tensors)
     with limit_parameters_to_file(backbone_tensors, model.backbone.name):
-        # Its library's own preprocessing may have changed: the stored one counts.
+        # With the stored preprocessing (below), because the library's may have changed since.
         module = build_at_size(model.backbone)
     module.load_state_dict(backbone_tensors)
     module.eval().requires_grad_(False)
@@ -472,7 +468,8 @@ def _rebuild_network(
     n_layers = len(head_shapes["convolutions"]) + len(head_shapes["layers"])
     if n_layers > len(head_tensors):
         raise ValueError(f"{len(head_tensors)} tensors are fewer than its head has layers")
-    # Shapes alone: what a file declares takes no memory before its tensors are found to be so.
+    # On "meta", shapes take no memory: a file that declares huge layers is refused when its tensors
+    # turn out to be smaller, before anything is allocated.
     with torch.device("meta"):
         n_features = head_shapes["features"]
         head = Head(

@@ -1,4 +1,4 @@
-"""A trained model of a run, by the files that it is in: what the leaderboard's rows stand for."""
+"""References to the trained models of a run, by their files; each row of a leaderboard is one."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -34,28 +34,26 @@ from headrace.pipelines.records import read_record
 class ModelRef:
     """One trained model of a run: its settings, its results file, and the features it reads."""
 
-    # The head's kind; "finetune": a network trained by gradients.
-    kind: str
+    kind: str  # of head; "finetune": a fine-tuned network
     spec: str  # canonical JSON
-    # predictions of every fold, and a head's arrays
-    results_path: Path
+    results_path: Path  # holds out-of-fold predictions, and the arrays of a head
     inputs: tuple[str, ...]  # names of its feature sets, in order
     run: RunPaths
     feature_paths: tuple[Path, ...] = ()  # the feature sets of `inputs`, view by view
-    backbones: tuple[BackboneSpec | None, ...] = ()  # that made each of them; None: not known
+    backbones: tuple[BackboneSpec | None, ...] = ()  # of each feature set; None: not known
 
     @property
     def network_directory(self) -> Path:
-        """The directory of a network that was trained on all training rows."""
+        """The directory of a fine-tuned network, trained on all training rows."""
         return self.run.finetune_model(self.results_path.stem)
 
     @property
     def reads_side_columns(self) -> bool:
-        """Whether the task's side columns stand behind its features."""
+        """Whether it reads the task's side columns, after its features."""
         return SIDE_COLUMNS in self.inputs
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells this model from every other, for the record of test evaluations."""
+        """Return fields that identify this model in the record of test evaluations."""
         return {
             "features": [
                 open_feature_set(feature_path).spec.fingerprint
@@ -74,9 +72,9 @@ class ModelRef:
         unit_rule: UnitRule | None = None,
         image_parts: ImageParts | None = None,
     ) -> HeadModel | NetworkModel:
-        """Return the model as it was trained on every training row, ready to be saved.
+        """Return the model that was trained on every training row, ready to be saved.
 
-        task: of the training rows. Raises ModelError where a network's file is gone or damaged.
+        task: of the training rows. Raises ModelError if a network's file is gone or damaged.
         """
         if self.kind == "finetune":
             network = NetworkModel.load(self.network_directory, allowed_code=None)
@@ -110,12 +108,12 @@ class ModelRef:
     def predict_rows(
         self, task: Task, *, temperature: float = 1.0, trust_code: Collection[str] | None = None
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-        """Return the targets (n, ...) and predictions (n, C) of a task's rows, at a temperature: a
-        head from the cached features, a network from the images.
+        """Return the targets (n, ...) and predictions (n, C) of a task's rows, at a temperature. A
+        head predicts from cached features, a network from the images.
 
-        Rows without features are left out. trust_code: the code that may be imported for it
-        ("module:name"), which else raises CodeNotTrusted; None: whatever it names. Raises
-        SourceError for an image that is not what it was.
+        Rows without features are left out. trust_code: "module:name" of code that may be imported;
+        None: whatever the model names. Raises CodeNotTrusted for other code, SourceError for an
+        image that is gone or has changed.
         """
         if self.kind == "finetune":
             return task.target, self._predict_images(task, temperature, trust_code)
@@ -177,10 +175,7 @@ class ModelRef:
 def model_ref(
     board_row: "pd.Series[Any]", run: RunPaths, feature_inputs: Mapping[str, FeatureInput]
 ) -> ModelRef:
-    """Return the model that a row of the run's leaderboard stands for.
-
-    feature_inputs: of the run, by name.
-    """
+    """Return the model of a row of the run's leaderboard. feature_inputs: the run's, by name."""
     inputs = tuple(board_row["inputs"])
     taps = taps_of(inputs)
     return ModelRef(
@@ -199,7 +194,7 @@ def model_ref(
 def paths_of_content(listing_path: Path, content: npt.NDArray[np.bytes_]) -> list[str]:
     """Return the (N,) paths of the images with these content hashes.
 
-    listing_path: the run's finetune/images.json. Raises SourceError for one that it lacks.
+    listing_path: the run's finetune/images.json. Raises SourceError if it lacks one.
     """
     path_of_hash = read_record(listing_path)["paths"]
     content_hashes = content.astype(str).tolist()

@@ -1,9 +1,8 @@
-"""A network split at a node: what runs above it, on the network's own parameters.
+"""Splitting of a network at a node: the part above it, with the network's own parameters.
 
-The part above is found by tracing the network's own forward with torch.fx, through the modules that
-the node lies in and no others: all the rest are black boxes, so that what cannot be traced
-elsewhere does no harm. It shares the network's modules, so that training the part trains the
-network.
+The part is found by tracing the network's forward with torch.fx. Only the modules that contain the
+node are traced; all others are called as a whole, so that code in them that cannot be traced does
+no harm. The part shares the network's modules, so that training it trains the network.
 """
 
 from torch import fx, nn
@@ -24,11 +23,11 @@ class _Tracer(fx.Tracer):
 
 
 def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
-    """Return the part of `module` that goes from the node's output to the network's, on the
+    """Return the part of `module` from the node's output to the network's output, made of the
     network's own submodules.
 
-    Raises CannotSplit for a node whose output is not all that the part above is made of, for
-    layouts that a map does not hold whole, and for code that cannot be traced.
+    Raises CannotSplit if the part also reads something below the node, if the node's output is not
+    a feature map, or if the code around the node cannot be traced.
     """
     if node.name in (LOGITS, PRE_LOGITS) or node.layout != "NCHW":
         raise CannotSplit(
@@ -59,7 +58,7 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
         split_input = graph.create_node("placeholder", "cut_map")
     node_call.replace_all_uses_with(split_input)
     graph.erase_node(node_call)
-    # By hand, since fx keeps what could have side effects.
+    # fx's own elimination of dead code keeps calls that could have side effects.
     for graph_node in reversed(list(graph.nodes)):
         if not graph_node.users and graph_node.op not in ("output", "placeholder"):
             graph.erase_node(graph_node)

@@ -1,8 +1,7 @@
-"""A model as one torch module, from pixels to probabilities: normalisation, networks, taps,
-round-off, heads, average.
+"""A model as one torch module from pixels to probabilities: normalisation, networks, taps, rounding
+of features, heads, average.
 
-What is not in it is what makes pixels of a file: decoding, resizing and cropping
-(`GraphInput.preprocessing`).
+Decoding, resizing and cropping of files are not part of it (`GraphInput.preprocessing`).
 """
 
 import copy
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
     from headrace.pipelines.models.model import Model
     from headrace.pipelines.models.network import NetworkModel
 
-_CROP = view_json(0, Symmetries())  # the view that is the evaluation crop
-# Heads are trained on stored features, so the function that was scored is the rounded one. A last
-# bit can tip a float16 over its edge: hence the tolerance of exports.
+_CROP = view_json(0, Symmetries())  # the view that is the unmirrored evaluation crop
+# Heads were trained and scored on stored features, which are rounded. A difference in the last bit
+# of a float32 can round to the other neighbour in float16: hence the tolerance of exports.
 _ROUND_OFF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -43,7 +42,7 @@ class GraphInput:
 
 
 class _Taps(nn.Module):
-    """Pixels (n, H, W, C) to the features of one network's taps, rounded as stored."""
+    """From pixels (n, H, W, C) to the features of one network's taps, rounded as stored."""
 
     scale: Tensor
     shift: Tensor
@@ -79,10 +78,10 @@ class _Taps(nn.Module):
 
 
 def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
-    """Return the taps without what lies behind the deepest one, which an export would carry along.
+    """Return the taps without the network's modules above the deepest one, to keep an export small.
 
-    Modules that do not run before every tap has its output are replaced by the identity. Where the
-    rest of the network cannot run on that, the taps stay as they are: the values are the same.
+    Modules that do not run before every tap has its output are replaced by the identity. If the
+    network cannot run so, or gives other features, the taps are returned unchanged.
     """
     pixels = torch.randint(0, 256, (2, *backbone.preprocessing.pixel_shape), dtype=torch.uint8)
     modules_that_ran: set[nn.Module] = set()
@@ -121,11 +120,12 @@ def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
 
 
 class ModelGraph(nn.Module):
-    """Pixels, one tensor per input, to probabilities (n, C) float32, for regression values.
+    """From pixels, one tensor per input, to probabilities or values (n, C) float32.
 
-    Where the model reads side columns, an input behind the pixels takes them: float32 (n, R), as
-    `SideColumns.as_inputs` makes them. Where it predicts the images of a unit together, a last one
-    takes their units: int64 (n,), equal numbers from 0 to n - 1. The model has no random views.
+    A model that reads side columns has an input for them after the pixels: float32 (n, R), as from
+    `SideColumns.as_inputs`. A model that predicts the images of a unit together has a last input
+    for their units: int64 (n,), numbers from 0 to n - 1 that are equal within a unit. The model
+    must have no random views.
     """
 
     def __init__(self, model: "Model") -> None:
@@ -146,9 +146,9 @@ class ModelGraph(nn.Module):
                     parse_view(feature.view)[0]
                 ] = None
         self.inputs: list[GraphInput] = []
-        self.sources: list[int] = []  # which input each network reads
-        self.turns: list[list[int]] = []  # and which symmetries of it
-        self.keys: list[list[str]] = []  # the features that each network gives
+        self.sources: list[int] = []  # the index of the input that each network reads
+        self.turns: list[list[int]] = []  # the symmetries (0 to 7) in which it reads it
+        self.keys: list[list[str]] = []  # names of the features that each network gives
         networks = []
         for backbone_spec, features in features_of_backbone.items():
             loaded_networks.append(
@@ -174,7 +174,8 @@ class ModelGraph(nn.Module):
         self.side_columns = model.side_columns
         self.reads_side = [bool(member.side_columns) for member in model.members]
         self.takes_units = [member.takes_units for member in model.members]
-        # Of several views the mean is tempered, else the log-odds within the head.
+        # The temperature is applied to the mean over several views; with one view, the head module
+        # applies it itself.
         self.shares = [
             (weight, member.temperature if member.n_views > 1 else 1.0, member.floor)
             for weight, member in zip(model.weights, model.members, strict=True)
@@ -228,9 +229,9 @@ class ModelGraph(nn.Module):
             if takes_units:
                 # All views of a unit's images are one bag, as in training.
                 bags = inputs[-1].repeat(len(view_predictions))
-                together = head(torch.cat(view_predictions), bags)
-                # A length would be a number of the example's; a shape stays a symbol.
-                view_predictions = [together[: inputs[-1].shape[0]]]
+                unit_predictions = head(torch.cat(view_predictions), bags)
+                # Tracing keeps a shape as a symbol; len() would become the example's number.
+                view_predictions = [unit_predictions[: inputs[-1].shape[0]]]
             weight, member_temperature, floor = member_share
             member_prediction = tempered(
                 view_predictions[0]
@@ -248,8 +249,8 @@ class ModelGraph(nn.Module):
         return tempered(weighted_sum, self.task_kind, self.temperature)
 
     def _input_index(self, preprocessing: Preprocessing) -> int:
-        """Return the index of the input that a network reads: networks that differ in mean and std
-        alone read the same pixels.
+        """Return the index of the input that a network reads. Networks whose preprocessing differs
+        only in mean and std share one.
         """
         pixel_key = pixels_of(preprocessing)
         for input_index, model_input in enumerate(self.inputs):
@@ -260,15 +261,17 @@ class ModelGraph(nn.Module):
 
 
 def _mirrored_pixels(pixels: Tensor, symmetry: int) -> Tensor:
-    """Mirror pixels (n, H, W, C) as extract.images.views.mirrored does."""
+    """Return pixels (n, H, W, C) in one of the 8 symmetries: bit 4 transposes, bits 1 and 2 flip
+    columns and rows, as in extract.images.views.
+    """
     mirrored_pixels = pixels.transpose(1, 2) if symmetry & 4 else pixels
     flipped_axes = [flipped_axis for flipped_axis, bit in ((1, 2), (2, 1)) if symmetry & bit]
     return torch.flip(mirrored_pixels, flipped_axes) if flipped_axes else mirrored_pixels
 
 
 def fits_graph(model: "Model") -> bool:
-    """Tell whether all views that the model averages over are made of the evaluation crop; others
-    have no place in a graph.
+    """Return whether all views that the model averages over are symmetries of the evaluation crop;
+    random views cannot be put into a graph.
     """
     return all(
         is_exact_view(feature.view) for member in model.members for feature in member.features
@@ -276,7 +279,7 @@ def fits_graph(model: "Model") -> bool:
 
 
 def _view_columns(member: "HeadModel | NetworkModel") -> list[list[tuple[str, int]]]:
-    """Return for each view the features that make its columns."""
+    """Return for each view the features that are put side by side, as (name, symmetry)."""
     columns_of_view: dict[int, list[tuple[str, int]]] = {}
     for feature in member.features:
         symmetry = parse_view(feature.view)[0]
@@ -287,19 +290,16 @@ def _view_columns(member: "HeadModel | NetworkModel") -> list[list[tuple[str, in
 
 
 def pixels_of(preprocessing: Preprocessing) -> tuple[Any, ...]:
-    """Return a key that two preprocessings share when they make the same pixels of an image."""
-    # the colour of the border
-    border_colour = preprocessing.mean if preprocessing.mode == "border" else None
+    """Return a key that is equal for two preprocessings that make the same pixels of an image."""
     return (
         preprocessing.resize,
         preprocessing.crop,
         preprocessing.mode,
         preprocessing.interpolation,
-        border_colour,
+        preprocessing.mean if preprocessing.mode == "border" else None,  # the border's colour
         preprocessing.pixel_range,
         preprocessing.bands,
         preprocessing.pixel_dtype,
         preprocessing.decode,
-        # what pixels without a value become
-        preprocessing.mean if preprocessing.nodata == "mean" else None,
+        preprocessing.mean if preprocessing.nodata == "mean" else None,  # of pixels without a value
     )

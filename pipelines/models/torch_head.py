@@ -1,5 +1,5 @@
-"""A trained head as a torch module: the same function as `heads.predict.predict_head`, in a form
-that gradients pass through and that can be exported.
+"""Trained heads as torch modules, for fine-tuning and export: the same functions as
+`heads.predict.predict_head`.
 
 n rows, D features, C outputs, k neighbours.
 """
@@ -31,12 +31,12 @@ from headrace.pipelines.models.errors import ModelError
 
 
 class Head(nn.Module):
-    """Features (n, D), or maps (n, D, h, w) for a convolution head, to logits (n, C).
+    """From features (n, D), or maps (n, D, h, w) for a convolution head, to logits (n, C).
 
-    Logits are what `link` makes probabilities of: one column of a single-label task is the log-odds
-    of the second class, and for regression they are the values. After `standardise_head` the
-    parameters are in coordinates where each feature has mean 0 and deviation 1, which is where
-    gradient steps of one size make sense.
+    `ProbabilityLink` turns logits into probabilities: a single column of a single-label task is the
+    log-odds of the second class; for regression logits are the values. After `standardise_head` the
+    parameters are in coordinates where each feature has mean 0 and deviation 1, so that one
+    learning rate suits all features.
     """
 
     centre: Tensor
@@ -60,7 +60,7 @@ class Head(nn.Module):
 
     @property
     def spatial(self) -> bool:
-        """Whether it takes maps."""
+        """Whether it reads feature maps."""
         return len(self.convolutions) > 0
 
     def forward(self, features: Tensor) -> Tensor:
@@ -79,9 +79,8 @@ class Head(nn.Module):
 
 
 def head_module(spec: HeadSpec, head_arrays: Arrays, task_kind: TaskKind) -> Head:
-    """Return the module that predicts what `predict_head` does.
-
-    spec: of a differentiable kind. Raises ModelError for a head without arrays.
+    """Return a head of a differentiable kind as a module. Raises ModelError for a head without
+    arrays.
     """
     if not head_arrays:
         raise ModelError(
@@ -121,7 +120,9 @@ def _float_tensor(array: npt.NDArray[Any]) -> Tensor:
 
 
 def new_head(spec: MLPSpec, n_features: int, n_outputs: int) -> Head:
-    """Return a head with random parameters, as torch.nn.Linear's, drawn from the spec's seed."""
+    """Return a head with random parameters, distributed as torch.nn.Linear's, from the spec's
+    seed.
+    """
     generator = torch.Generator().manual_seed(spec.seed)
     layers = []
     widths = (n_features, *spec.hidden, n_outputs)
@@ -137,11 +138,13 @@ def new_head(spec: MLPSpec, n_features: int, n_outputs: int) -> Head:
 def standardise_head(
     head: Head, feature_mean: Tensor, feature_deviation: Tensor, *, is_new: bool
 ) -> None:
-    """Put a head's first layer into standardised coordinates; convolution heads are in them.
+    """Put a head's first layer into standardised coordinates; a convolution head already is in
+    them.
 
-    feature_mean, feature_deviation: (D,) of the features over some training rows; a constant
-    feature counts with deviation 1. A trained head stays the same function; a new one is taken to
-    have been drawn in these coordinates.
+    A trained head remains the same function; the weights of a new one are kept, as if drawn in
+    these coordinates.
+
+    feature_mean, feature_deviation: (D,) over some training rows; a deviation of 0 counts as 1.
     """
     if head.spatial:
         return
@@ -152,7 +155,7 @@ def standardise_head(
     assert isinstance(first_layer, nn.Linear)
     if not is_new:
         with torch.no_grad():
-            # In float64: weights in raw coordinates can be large and of opposite signs.
+            # In float64, because large weights of opposite signs cancel in the sum for the bias.
             weight = first_layer.weight.double() / head.scale
             mean_shift = feature_mean.double() - head.centre
             first_layer.bias.copy_(first_layer.bias.double() + weight @ mean_shift)
@@ -169,8 +172,10 @@ def _linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
 def tempered(
     probabilities: Tensor, task_kind: TaskKind, temperature: float, floor: float = FLOOR
 ) -> Tensor:
-    """Return probabilities at a temperature as heads.evaluate.temperature.with_temperature does,
-    and in float64 like it: near one, float32 has hardly any digits of what is left.
+    """Return probabilities at a temperature, as heads.evaluate.temperature.with_temperature.
+
+    In float64 like that function: near a probability of 1, float32 has hardly any digits of the
+    difference from 1.
     """
     if task_kind == "regression" or temperature == 1:
         return probabilities
@@ -182,8 +187,8 @@ def tempered(
 
 
 def softmax_at(decision: Tensor, temperature: float) -> Tensor:
-    """Return (n, C) probabilities of decisions at a temperature; a class beyond FARTHEST counts as
-    that far, except at a temperature of one.
+    """Return probabilities (n, C) of decisions (n, C) at a temperature other than 1, a class being
+    at most FARTHEST behind the best one; at 1 the plain softmax.
     """
     if temperature == 1:
         return torch.softmax(decision, dim=1)
@@ -192,8 +197,9 @@ def softmax_at(decision: Tensor, temperature: float) -> Tensor:
 
 
 class ProbabilityLink(nn.Module):
-    """Decisions (n, C) to probabilities at a temperature, for regression values; one column of a
-    single-label task is log-odds.
+    """From decisions to probabilities (n, C) at a temperature; regression values pass through.
+
+    A single column of a single-label task is the log-odds of the second class.
     """
 
     def __init__(self, task_kind: TaskKind, temperature: float = 1.0) -> None:
@@ -212,6 +218,8 @@ class ProbabilityLink(nn.Module):
 
 
 class CentroidModule(nn.Module):
+    """The nearest class mean, by scaled Euclidean distance or by cosine."""
+
     means: Tensor
     center: Tensor
     inverse_scale: Tensor
@@ -252,7 +260,11 @@ class CentroidModule(nn.Module):
 
 
 class NeighborModule(nn.Module):
-    """Neighbours by float32 products: ties within seven digits may break differently."""
+    """Votes of the k nearest rows.
+
+    Distances come from float32 products, so neighbours that tie within seven digits may be others
+    than `predict_head`'s.
+    """
 
     references: Tensor
     center: Tensor
@@ -298,7 +310,7 @@ class NeighborModule(nn.Module):
         vote_share = self.share[neighbour_index]
         if self.by_distance:
             nearest = nearest.clamp(min=0)
-            # Of unit vectors, half the squared distance is one minus the cosine.
+            # For unit vectors, half the squared distance is one minus the cosine.
             nearest = nearest / 2 if self.cosine else nearest.sqrt()
             is_identical = nearest < 1e-6
             has_identical = is_identical.any(dim=1, keepdim=True)
@@ -315,10 +327,11 @@ class NeighborModule(nn.Module):
 
 
 class BagsModule(nn.Module):
-    """Rows (n, D) of units to probabilities (n, C), each row with that of its unit.
+    """From rows (n, D) of units to probabilities (n, C): each row gets its unit's.
 
-    unit: (n,) int64, the same for rows of one unit, from 0 to n - 1. Sums and maxima over a unit
-    are scattered into n places, of which units take the first: no size depends on a value.
+    unit: (n,) int64 from 0 to n - 1, equal for rows of one unit. Sums and maxima over units are
+    scattered into n places, however many units there are, because an exported graph cannot have
+    sizes that depend on values.
     """
 
     attention: Tensor
@@ -349,7 +362,7 @@ class BagsModule(nn.Module):
             lowest = torch.full_like(value, -torch.finfo(value.dtype).max)
             pooled = lowest.scatter_reduce(0, places, value, "amax")[unit]
         else:
-            # (n, 1) and not (n,): ONNX's converter warns of the empty list that an axis alone has
+            # (n, 1) and not (n,), for which the converter to ONNX makes an empty list, and warns.
             weight = torch.ones_like(value[:, :1])
             if self.pooling == "attention":
                 gate = torch.tanh(self.tanh(value)) * torch.sigmoid(self.sigmoid(value))
@@ -365,11 +378,11 @@ class BagsModule(nn.Module):
 
 
 def probability_module(head: TrainedHead, temperature: float = 1.0) -> nn.Module:
-    """Return the module from features (n, D), for a convolution head maps (n, D, h, w), to
-    probabilities (n, C) at a temperature, for regression values; that of a head on bags takes the
-    units (n,) too.
+    """Return a head as a module from features (n, D), or maps (n, D, h, w) for a convolution head,
+    to probabilities (n, C) at a temperature, or values. The module of a head on bags also takes
+    units (n,).
 
-    Raises ModelError for a scikit-learn estimator, which has no such form.
+    Raises ModelError for a scikit-learn estimator, which cannot be a torch module.
     """
     spec = head.spec
     if isinstance(spec, SklearnSpec):

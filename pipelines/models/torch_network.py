@@ -1,4 +1,4 @@
-"""Backbone, taps and head as one network whose predictions gradients pass through.
+"""Backbone, taps and head as one differentiable network.
 
 n images, H × W pixels, D features side by side, C outputs.
 """
@@ -24,11 +24,12 @@ _HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Network(nn.Module):
-    """A copy of a backbone with a head on its taps: pixels, or split-point maps, to logits (n, C).
+    """A copy of a backbone with a head on its taps, from pixels, or maps of a node, to logits (n,
+    C).
 
-    taps: in the order in which the head's features stand side by side. split_node: the node that
-    inputs are maps of; None: inputs are pixels. Features of taps below it (`taps_below`) cannot be
-    computed, and are given.
+    taps: in the order of the head's features. split_node: the node whose maps are the inputs; None:
+    inputs are pixels. Features of taps below the node (`taps_below`) cannot be computed from its
+    maps, and are further inputs.
     """
 
     def __init__(
@@ -36,11 +37,11 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.preprocessing = backbone.preprocessing
-        # As in extraction: convolutions on a CPU are half as fast again with their channels last.
+        # As in extraction: on a CPU convolutions are 1.5 times as fast with channels last.
         self.backbone = copy.deepcopy(backbone.module).eval().requires_grad_(False)
         self.backbone.to(memory_format=torch.channels_last)
         self.head = head
-        # In a tuple: an attribute that is a module would be a child, moved and saved with this one.
+        # In a tuple, because nn.Module would take a module for a child, to be moved and saved too.
         self._untouched = (backbone.module,)
         self.split_node, self.taps = split_node, tuple(taps)
         nodes = backbone_nodes(backbone)
@@ -95,7 +96,7 @@ class Network(nn.Module):
         return self._untouched[0]
 
     def round_to(self, dtypes: Sequence[str]) -> "Network":
-        """Round each tap's features to their stored type, as the cached head saw them."""
+        """Round each tap's features to their dtype in the cache, which the head was trained on."""
         self._dtypes = {
             tap: _HALF_DTYPES[dtype]
             for (tap, _), dtype in zip(self._tap_nodes, dtypes, strict=True)

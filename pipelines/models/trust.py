@@ -1,4 +1,4 @@
-"""Files that a model asks for: read only where they are its own, or its user allows them."""
+"""Which files a model may read: those in its directory, and those that its user allows."""
 
 import shlex
 from collections.abc import Collection
@@ -18,10 +18,12 @@ def require_allowed_file(
     model_root: Path,
     allowed_code: Collection[str],
 ) -> None:
-    """Raise CodeNotTrusted for a network's file or folder that is neither in the model's directory
-    nor named by the recipe of its run: of a run that is where it was made, a copy of one that still
-    is there, or part of a project that was moved and holds the file. A recipe that came with a run
-    would else permit any file.
+    """Raise CodeNotTrusted for a network's file or folder that the model may not read.
+
+    It may read files in its directory (`model_root`), files in `allowed_code`, and files that the
+    recipe of its run names. A recipe that came with a run from elsewhere could name any file, so it
+    counts only if the run was made here: the same recipe is still where the run says it was made,
+    or the file lies in the project that was moved with the run.
     """
     asked_path = expand_home(asked_path).absolute()
     resolved_path = asked_path.resolve()

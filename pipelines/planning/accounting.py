@@ -9,11 +9,11 @@ from headrace.pipelines.planning.dataset import Dataset
 
 @dataclass(frozen=True)
 class Accounting:
-    """Counts of a run's images. `found` is what the reader met, and the sum of all others."""
+    """Counts of the entries of a run's source. `found` is the sum of all others."""
 
     found: int  # files of a folder, rows of a table, members of an archive, images of an array
     annotations: int  # entries that hold labels of the images: side files in an archive
-    left_out: tuple[LeftOut, ...]  # entries that are no sample
+    left_out: tuple[LeftOut, ...]  # entries that are not samples, by reason
     unreadable: int  # images whose file cannot be read
     unlabelled: int  # images without a target, which are predicted in the end
     failed: int  # images that cannot be decoded, or whose features cannot be stored

@@ -1,8 +1,8 @@
-"""What work will cost: assumed at first, measured as soon as its like was done in the run.
+"""The cost of work: assumed at first, measured as soon as the run has done work of its kind.
 
 The assumptions are for one core of 2020s hardware (docs/scale.md says where they were measured). N
-rows, D features, C outputs. A run that is large by them begins with a small bank of each kind, and
-is then planned by what that took.
+rows, D features, C outputs. A run that is large by these assumptions begins with a small bank of
+each kind of head, and is then planned by the time that those took.
 """
 
 import json
@@ -17,32 +17,34 @@ from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.spec import HeadSpec
 from headrace.pipelines.cluster.task_log import read_log
 
-# of a bank: tasks of 5 to 60 s are long beside the milliseconds between them, and little to lose
+# Seconds of a bank. Tasks of 5 to 60 s are long beside the milliseconds between them, and short
+# enough to lose when a worker dies.
 TARGET_S = 30.0
-# a run of more core-seconds than this in kinds never measured begins with a probe of each
+# A run of more core-seconds than this in kinds never measured begins with a probe of each: a bank
+# of PROBE_SPECS specs.
 PROBE_S = 600.0
 PROBE_SPECS = 2
-MAX_BANK_SPECS = 64  # enough columns for wide products
-_IMAGE_S = {"cpu": 0.03, "cuda": 0.0005}  # per network of a unit, at 224 pixels
-_BANK_S = 0.08  # reading the task, publishing results
+MAX_BANK_SPECS = 64  # columns enough for matrix products to be efficient
+_IMAGE_S = {"cpu": 0.03, "cuda": 0.0005}  # seconds per image and network, at 224 pixels
+_BANK_S = 0.08  # seconds to read the task and publish results
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What has been measured in a run: nothing at first."""
+    """The rates measured in a run; nothing at first."""
 
-    image_s: float | None = None  # of a worker, per image, all networks of a unit together
-    # measured over assumed seconds, by the heads' kind
+    image_s: float | None = None  # a worker's seconds per image, for all networks of a work unit
+    # measured seconds divided by assumed ones, by kind of head
     kinds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan will take."""
+    """The time that a plan will take, in seconds of one core and of one GPU."""
 
     core_s: float
     gpu_s: float
-    measured: bool  # everything in it, in this run
+    measured: bool  # whether all of it rests on rates measured in this run
 
 
 def measured_rates(log_folder: Path) -> Rates:
@@ -87,8 +89,10 @@ def specs_per_bank(
     n_folds: int,
     rates: Rates,
 ) -> int:
-    """Return how many specs make a bank of about TARGET_S: a power of two, so that small changes of
-    the rates change no bank.
+    """Return how many specs make a bank of about TARGET_S.
+
+    It is a power of two, so that small changes of the rates leave the banks as they are, and their
+    results are found again.
     """
     n_specs = MAX_BANK_SPECS
     while (
@@ -101,7 +105,7 @@ def specs_per_bank(
 
 
 def unit_seconds(units: Sequence[ExtractJob], rates: Rates) -> float:
-    """Return the seconds of the devices that the units run on."""
+    """Return the device seconds of work units; the cost of an image grows with its pixels."""
     total_s = 0.0
     for job in units:
         relative_side = max(

@@ -1,5 +1,5 @@
-"""From the user's images and columns to tasks: which rows are trained on, which are held out, which
-nobody may see.
+"""From the user's images and columns to tasks: rows to train and validate on, rows to test on, rows
+without a target.
 
 A test row never enters the task that banks read: the two are separate values, and separate files.
 """
@@ -49,28 +49,28 @@ from headrace.pipelines.recipe.unit_targets import unit_targets
 
 @dataclass(frozen=True)
 class Dataset:
-    """A recipe's task, split into what banks may see and what is opened once at the end."""
+    """A recipe's task, split into rows to train on, rows to test on, and rows to predict."""
 
-    train: Task  # every row that banks see, with its fold
-    test: Task  # every row that nobody sees before the winner is chosen; may be empty
-    notes: tuple[str, ...]  # what a careful person would want to be told about the rows
-    # of each row of `train`: rows of one group or unit, or copies of one image, share a number
+    train: Task  # rows that banks read, with their folds
+    test: Task  # rows that nothing reads before the winner is chosen; may be empty
+    notes: tuple[str, ...]  # peculiarities of the rows, for the user
+    # (rows of train,) rows of one group or unit, or copies of one image, share a number
     groups: npt.NDArray[np.int64]
-    # images that can be read and have no target: theirs are -1 or nan, their fold is TEST, and the
-    # unit of one without a unit is its own id
+    # images that can be read and have no target: target -1 or nan, fold TEST; an image without a
+    # unit is a unit of its own, named by its id
     unlabelled: Task
-    test_groups: npt.NDArray[np.int64]  # as `groups`, of each row of `test`
+    test_groups: npt.NDArray[np.int64]  # (rows of test,) as `groups`
 
 
 def read_samples(recipe: Recipe, *, labelled: bool = True) -> Listing:
     """Read the recipe's images, with the user's columns, and a count of what is left out.
 
-    labelled: the task's columns are wanted. Raises SourceError for images that cannot be listed,
-    DataError when a column that the task names is absent.
+    labelled: require the columns that the task names. Raises SourceError for images that cannot be
+    listed, DataError if a column that the task names is absent.
     """
     listing = read_source(recipe.images.source(), labelled=labelled)
     if recipe.images.unlabelled is not None:
-        # As objects: beside rows without a value, whole numbers would become decimals.
+        # As objects, because joining rows without a value would turn whole numbers into floats.
         parts = (listing, _unlabelled_listing(recipe))
         listing = join_listings(
             replace(part, samples=part.samples.astype(object)) for part in parts
@@ -97,8 +97,8 @@ def read_samples(recipe: Recipe, *, labelled: bool = True) -> Listing:
 
 
 def _unlabelled_listing(recipe: Recipe) -> Listing:
-    """Return the images of `images.unlabelled`, under ids that begin with its name, without what
-    may stand there for a target.
+    """Return the images of `images.unlabelled`, without target columns, under ids that begin with
+    the folder's name.
     """
     location, source = recipe.images.unlabelled, recipe.images.unlabelled_source()
     assert location is not None
@@ -129,9 +129,9 @@ def _absent(
 
 
 def check_metric(section: TaskSection) -> str:
-    """Return the metric that ranks, by default that of the task's kind.
+    """Return the metric that ranks heads, by default that of the task's kind.
 
-    Raises RecipeError for one that the task does not have.
+    Raises RecipeError for a metric of other kinds of task.
     """
     kind = section.kind
     metric = section.metric or DEFAULT_METRIC[kind]
@@ -146,7 +146,8 @@ def check_metric(section: TaskSection) -> str:
 def make_dataset(
     samples: pd.DataFrame, content_hashes: Sequence[str | None], section: TaskSection
 ) -> Dataset:
-    """Return targets, test split and folds of the samples with a content hash, which could be read.
+    """Return targets, test split and folds of the samples that could be read: those with a content
+    hash.
 
     The split depends on the rows' ids, targets, groups and the seed alone, not on their order in
     the table. Raises DataError for targets that cannot be learned (one class only, not a number,
@@ -165,24 +166,13 @@ def make_dataset(
             "they are predicted in the end, and no head is trained or scored on them"
         )
     notes += alike_names(classes, "classes")
-    groups = units = None
-    if "path" in labelled_samples and labelled_samples["path"].str.contains("::crop:").any():
-        # Boxes and tiles of one image are as alike as its copies
-        image_names = labelled_samples["path"].map(lambda path: split_crop(path)[0])
-        labelled_samples = labelled_samples.assign(**{CROPPED_IMAGE: image_names})
-        groups = np.asarray(pd.factorize(image_names)[0], dtype=np.int64)
-    for task_key, column_name in (("group", section.group), ("unit", section.unit)):
-        if column_name is None:
-            continue
-        names = _names_in(labelled_samples, task_key, column_name)
-        notes += alike_names(names.unique(), f"values of {column_name!r}")
-        codes = np.asarray(pd.factorize(names)[0], dtype=np.int64)
-        groups = codes if groups is None else joined_by(groups, names)
-        if task_key == "unit":
-            units = names.to_numpy(dtype=np.str_)
-            ids = labelled_samples["id"]
-            target, unit_notes = unit_targets(ids, target, classes, names, section)
-            notes += unit_notes
+    labelled_samples, groups, unit_names = _groups_and_units(labelled_samples, section, notes)
+    units = None
+    if unit_names is not None:
+        units = unit_names.to_numpy(dtype=np.str_)
+        ids = labelled_samples["id"]
+        target, unit_notes = unit_targets(ids, target, classes, unit_names, section)
+        notes += unit_notes
     notes += _unused_split(labelled_samples, section)
     copy_notes = copies_across_sides(labelled_samples, section)
     notes += _duplicates(labelled_samples, target, across_sides=bool(copy_notes)) + copy_notes
@@ -221,10 +211,36 @@ def make_dataset(
     )
 
 
+def _groups_and_units(
+    labelled_samples: pd.DataFrame, section: TaskSection, notes: list[str]
+) -> tuple[pd.DataFrame, npt.NDArray[np.int64] | None, pd.Series | None]:
+    """Return the samples, the group number of each (None without groups) and the name of its unit
+    (None without units); adds to `notes`.
+
+    Crops of one image are one group, and the samples get the image's name in CROPPED_IMAGE.
+    """
+    groups = units = None
+    if "path" in labelled_samples and labelled_samples["path"].str.contains("::crop:").any():
+        # Boxes and tiles of one image are as alike as copies of it.
+        image_names = labelled_samples["path"].map(lambda path: split_crop(path)[0])
+        labelled_samples = labelled_samples.assign(**{CROPPED_IMAGE: image_names})
+        groups = np.asarray(pd.factorize(image_names)[0], dtype=np.int64)
+    for task_key, column_name in (("group", section.group), ("unit", section.unit)):
+        if column_name is None:
+            continue
+        names = _names_in(labelled_samples, task_key, column_name)
+        notes += alike_names(names.unique(), f"values of {column_name!r}")
+        codes = np.asarray(pd.factorize(names)[0], dtype=np.int64)
+        groups = codes if groups is None else joined_by(groups, names)
+        if task_key == "unit":
+            units = names
+    return labelled_samples, groups, units
+
+
 def _unlabelled_rows(
     samples: pd.DataFrame, task: Task, section: TaskSection
 ) -> tuple[Task, list[str]]:
-    """Return the rows that have no target, as rows of the task, and notes on their columns."""
+    """Return the samples without a target as a task like `task`, and notes on their columns."""
     ids = samples["id"].to_numpy(dtype=np.str_)
     units = None
     if section.unit is not None:
@@ -278,8 +294,8 @@ def _unused_split(labelled_samples: pd.DataFrame, section: TaskSection) -> list[
 def _duplicates(
     labelled_samples: pd.DataFrame, target: npt.NDArray[Any], *, across_sides: bool
 ) -> list[str]:
-    """Return notes on exact copies. across_sides: the user's column, which is followed, has some of
-    them on several sides.
+    """Return notes on exact copies. across_sides: the user's split has copies on several sides, and
+    is followed.
     """
     is_repeated = labelled_samples["_content"].duplicated(keep=False).to_numpy()
     if not is_repeated.any():
@@ -303,9 +319,9 @@ def _duplicates(
 
 def drop_rows(dataset: Dataset, failed_contents: Set[str]) -> Dataset:
     """Leave out the images that some feature set of the run cannot hold, so that all heads are
-    compared on the same rows.
+    compared on the same rows: a head that is spared its hardest images would win.
 
-    The other rows keep their folds. Raises DataError for a fold or training rows with nothing left.
+    The other rows keep their folds. Raises DataError if a fold has no row left.
     """
     if not failed_contents:
         return dataset

@@ -1,4 +1,4 @@
-"""Devices: of the forward pass, and of the heads."""
+"""The devices on which networks run and heads are trained."""
 
 import importlib.metadata
 import sys
@@ -29,7 +29,7 @@ def _may_have_accelerator() -> bool:
         or (devices / "kfd").exists()  # ROCm
         or (devices / "dxg").exists()  # Windows' subsystem for Linux
         or sys.platform == "darwin"
-        # Most machines have a GPU of Intel's, and few a PyTorch that is built for it.
+        # Most machines have a GPU by Intel, but few a PyTorch that is built for it.
         or "+xpu" in importlib.metadata.version("torch")
     )
 
@@ -37,16 +37,16 @@ def _may_have_accelerator() -> bool:
 def find_heads_device(recipe: "Recipe", workers: int | None = None) -> str:
     """Return the device on which this run's workers train heads; `workers` overrides the recipe's.
 
-    "auto" is a GPU for the one worker of this machine: several would each want its memory, and
-    workers of a cluster are given none for heads. Raises BadBank where a GPU is asked for by name
-    and this machine, which would train, has none.
+    "auto" is a GPU only if this machine has one worker: several would each want its memory, and
+    workers of a cluster get no GPU for heads. Raises BadBank if the recipe names a GPU, this
+    machine would train, and it has none.
     """
     requested_device = recipe.compute.heads_device
     on_this_machine = recipe.cluster.where in ("local", "cuda")
     if requested_device == "auto":
         one_worker = (workers or recipe.compute.workers) == 1
         device = find_device("auto") if on_this_machine and one_worker else "cpu"
-        return "cpu" if device == "mps" else device  # MPS has no float64, in which heads add up
+        return "cpu" if device == "mps" else device  # heads sum in float64, which MPS lacks
     if on_this_machine:
         from headrace.heads.bank import check_device
 

@@ -1,4 +1,4 @@
-"""Features without a task: which images of a source lack which taps, whatever their labels."""
+"""Planning of an extraction without a task: which images of a source lack which feature sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,9 +32,9 @@ from headrace.pipelines.recipe.targets import DataError
 
 @dataclass(frozen=True)
 class Extraction:
-    """Images, networks, and what the cache lacks of them."""
+    """Images, networks, and the plan of what the cache lacks of their features."""
 
-    recipe: Recipe  # its sections `task` and `heads` mean nothing here
+    recipe: Recipe  # its sections `task` and `heads` are not used
     listing: Listing
     samples: pd.DataFrame  # id, path, content (None where the file cannot be read)
     unreadable: tuple[UnreadableSample, ...]
@@ -51,7 +51,7 @@ class Extraction:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a careful person would want to be told of the images and networks."""
+        """Peculiarities of the images and networks, for the user."""
         return (
             *self.listing.notes,
             *(f"left out: {item}" for item in self.listing.left_out),
@@ -84,15 +84,15 @@ def read_extraction(
 
 
 def planned(extraction: Extraction) -> Extraction:
-    """Return the extraction with what is missing now. Raises DataError where every image failed."""
+    """Return the extraction planned anew. Raises DataError if every image has failed."""
     plan = plan_features(extraction.recipe, extraction.samples, extraction.networks)
     return replace(extraction, plan=plan)
 
 
 def plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> Plan:
-    """Return the plan of what the cache lacks of the networks' features of these samples.
+    """Return the plan of the features that the cache lacks.
 
-    samples: columns `id`, `path`, `content`. Raises DataError where every image failed.
+    samples: columns `id`, `path`, `content`. Raises DataError if every image has failed.
     """
     all_specs = [spec for _, features in networks for spec in features.specs]
     require_decodable(samples, failed_contents(recipe.cache, all_specs))
@@ -123,7 +123,7 @@ def plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
 
 
 def missing_units(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> list[ExtractJob]:
-    """Return the units of work that the cache lacks of these samples.
+    """Return the work units that extract what the cache lacks of these samples.
 
     samples: columns `id`, `path`, `content`.
     """
@@ -150,8 +150,8 @@ def missing_units(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
 
 
 def require_decodable(samples: pd.DataFrame, failed_reasons: Mapping[str, str]) -> None:
-    """Raise DataError where every image failed, with the first reason: as a rule it is the same one
-    for all of them.
+    """Raise DataError if every image has failed, with the reason of the first: mostly it is that of
+    all.
 
     failed_reasons: by content hash.
     """

@@ -1,4 +1,4 @@
-"""What a run is made of: images, content hashes, networks, inputs; read once at its start."""
+"""The inventory of a run, read once at its start: images, content hashes, networks, inputs."""
 
 import contextlib
 import os
@@ -34,16 +34,15 @@ from headrace.pipelines.recipe.grid import RequestedHeads, check_kinds, requeste
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.targets import DataError
 
-# from which on the progress of reading them is shown; fewer are read in a moment
-_MANY_FILES = 2000
+_MANY_FILES = 2000  # progress is shown from here on; fewer are read in a moment
 
-# each with the feature sets to keep of it
+# each network with the feature sets to store of it
 Networks = tuple[tuple[BackboneSpec, TapFeatures], ...]
 
 
 @dataclass(frozen=True)
 class InputViews:
-    """The views of one input that heads can be given, planned or cached."""
+    """The feature sets of one input of heads, one per view, cached or not."""
 
     views: tuple[FeatureSpec, ...]
     backbone: BackboneSpec | None  # None for external features
@@ -51,19 +50,19 @@ class InputViews:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a run is made of; none of it changes while the run is at work."""
+    """What a run reads; none of it changes while the run is at work."""
 
     recipe: Recipe
     listing: Listing
     # id, path, content (None where the file cannot be read), and the user's columns
     samples: pd.DataFrame
     unreadable: tuple[UnreadableSample, ...]
-    dataset: Dataset  # of every readable image, also of those that cannot be decoded
+    dataset: Dataset  # of every image whose file can be read, even if it cannot be decoded
     metric: str
     networks: Networks  # in the recipe's order
-    inputs: Mapping[str, InputViews]  # by the name that the leaderboard gives it
-    requested: tuple[RequestedHeads, ...]  # heads
-    changes: tuple[str, ...]  # notes on images that came, went or changed since the last call
+    inputs: Mapping[str, InputViews]  # by their names on the leaderboard
+    requested: tuple[RequestedHeads, ...]
+    changes: tuple[str, ...]  # notes on images that are new, gone or changed since the last call
 
     def needed_images(self) -> pd.DataFrame:
         """Return the samples that the task has rows of, labelled or not."""
@@ -91,9 +90,10 @@ def require_libraries(recipe: Recipe) -> None:
 def take_inventory(
     recipe: Recipe, *, write: bool = True, console: Console | None = None
 ) -> Inventory:
-    """Read what the recipe names; with `write` off, nothing is written, not even the index of
-    content hashes. console: shows how far the reading of many images is.
+    """Read what the recipe names.
 
+    write: off for a dry run, which writes nothing, not even the index of content hashes.
+    console: shows the progress of reading many images.
     Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
     """
     metric = check_metric(recipe.task)
@@ -104,8 +104,8 @@ def take_inventory(
         check_writable(recipe_key, folder)
     listing = read_samples(recipe)
     samples = listing.samples
-    # Before anything is read or built, as if every image were there and none a copy: targets,
-    # groups and folds that cannot work are the commonest mistakes.
+    # Targets, groups and folds that cannot work are the commonest mistakes: they are found before
+    # any image is read or network built, as if every image could be read and none were a copy.
     make_dataset(samples, [f"{row:032}" for row in range(len(samples))], recipe.task)
     networks = read_networks(recipe, write=write)
     inputs = head_inputs(recipe, networks)
@@ -140,14 +140,14 @@ def read_networks(recipe: Recipe, *, write: bool) -> Networks:
 
 
 def remember_taps(recipe: Recipe, networks: Networks) -> None:
-    """Keep the taps' specs in the cache, so that the next call builds no network to know them."""
+    """Store the taps' specs in the cache, so that the next call builds no network to know them."""
     for backbone, (network, features) in zip(recipe.backbones, networks, strict=True):
         options = storage_options(backbone, recipe)
         save_feature_specs(network, backbone.taps, features, cache_root=recipe.cache, **options)
 
 
 def weights_notes(networks: Networks) -> tuple[str, ...]:
-    """Return what weights and networks do not have in common, a sentence for each that differs."""
+    """Return a sentence for each network whose weights file does not match it exactly."""
     return tuple(features.weights_note for _, features in networks if features.weights_note)
 
 
@@ -160,14 +160,14 @@ def content_listing(samples: pd.DataFrame) -> dict[str, str]:
 def read_contents(
     recipe: Recipe, samples: pd.DataFrame, *, write: bool, console: Console | None = None
 ) -> tuple[list[str | None], tuple[UnreadableSample, ...]]:
-    """Return the content hash of each sample, None where its file cannot be read, and the reasons.
+    """Return the content hash of each sample (None if its file cannot be read), and the reasons.
 
-    write, console: as of `take_inventory`. Raises DataError where no file can be read.
+    write, console: as in `take_inventory`. Raises DataError if no file can be read.
     """
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         advance: Advance | None = None
 
-        def tell(_n_read: int, n_files: int) -> None:
+        def on_read(_n_read: int, n_files: int) -> None:
             nonlocal advance
             if advance is None and console is not None and n_files >= _MANY_FILES:
                 advance = stack.enter_context(show_progress(console, "read", n_files, "files"))
@@ -177,7 +177,7 @@ def read_contents(
         # A first dry run leaves no cache behind; afterwards the index is worth keeping.
         kept = write or recipe.cache.exists()
         index = content_index(recipe.cache) if kept else Path(scratch) / "contents.parquet"
-        contents = content_hashes(samples, index, tell)
+        contents = content_hashes(samples, index, on_read)
     if len(contents.unreadable) == len(samples):
         first = contents.unreadable[0]
         raise DataError(
@@ -204,7 +204,7 @@ def check_writable(recipe_key: str, folder: Path) -> None:
 
 
 def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
-    """Return a note on the images that are new, changed, renamed or removed since the last call."""
+    """Return notes on images that are new, changed, renamed or removed since the last call."""
     try:
         listing_before = read_listing(listing_path)
     except SealBroken as error:
@@ -223,7 +223,7 @@ def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
 
 
 def head_inputs(recipe: Recipe, networks: Networks) -> dict[str, InputViews]:
-    """Return every input of heads by the name that the leaderboard gives it."""
+    """Return every input of heads by its name on the leaderboard."""
     inputs: dict[str, InputViews] = {}
     for input_name, network, spec in _named_taps(recipe, networks):
         views = inputs[input_name].views if input_name in inputs else ()
@@ -266,9 +266,8 @@ def _external_spec(recipe: Recipe, external_name: str) -> FeatureSpec:
 
 
 def _check_external(inventory: Inventory) -> None:
-    """Raise RecipeError, naming the first image, where external features lack a row.
-
-    No network of ours can make up for it.
+    """Raise RecipeError, naming the first image, if external features lack a row: no network here
+    can make it.
     """
     samples = inventory.samples
     needed = samples[samples["content"].isin(inventory.labelled_contents)]

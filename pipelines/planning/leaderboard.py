@@ -1,4 +1,4 @@
-"""Results files to a ranking: a row per (inputs, spec), its metric averaged over folds."""
+"""The leaderboard, from results files: a row per (inputs, spec), its metric averaged over folds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ from headrace.pipelines.recipe.settings_text import settings_text
 
 
 def trained_in(banks_folder: Path, group: str, *, retry_failed: bool = False) -> Trained:
-    """Return the specs in each published results file of a group; with `retry_failed`, only those
-    without a failed head.
+    """Return the specs in each results file of a group (`bank_group`); with retry_failed, only
+    specs without a failed head.
     """
     specs_of_file = {}
     for results_path in sorted(banks_folder.glob(f"{group}-*.h5")):
@@ -37,14 +37,14 @@ def collect_heads(
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
 ) -> pd.DataFrame:
-    """Return one row per head (spec × fold) that the recipe asks for and that has been trained,
-    refits on all rows included.
+    """Return one row per head (spec × fold, and the refit on all rows) that the recipe asks for and
+    that has been trained.
 
     Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap,
     iterations, seconds, error, and path (its results file).
     """
     head_tables = []
-    # by group: estimators of scikit-learn's share one, setting by setting
+    # Read once per group: scikit-learn estimators of different settings share one.
     tables_by_group: dict[str, pd.DataFrame] = {}
     for heads in requested:
         group = bank_group(task_digest, heads, fingerprints)
@@ -88,18 +88,21 @@ def _group_table(banks_folder: Path, group: str) -> pd.DataFrame:
 def rank_heads(
     heads: pd.DataFrame, metric: str, input_widths: Mapping[str, int], n_folds: int
 ) -> pd.DataFrame:
-    """The leaderboard, best first: by mean `metric` over validation folds, ties by fewer features.
+    """Return the leaderboard, best first: by mean `metric` over validation folds; ties go to fewer
+    features.
 
-    Columns: rank, inputs, kind, settings, the metric's mean (its name), standard_error (of that
-    mean over folds), folds, features (how many numbers the head reads), train_seconds, failed
-    (folds without a head, or where the metric is undefined), final (whether the head that is
-    trained on every row is there: halving trains none for the settings that it stopped), spec,
-    path. A spec that failed in any fold, or is not final, ranks after all others: a mean over fewer
-    fold_heads, or fewer epochs, is no mean to compare.
+    Columns: rank, inputs, kind, settings, the metric's mean (named as the metric), standard_error
+    (of that mean over folds), folds, features (how many numbers the head reads), train_seconds,
+    failed (folds without a head, or where the metric is undefined), final (whether there is a refit
+    on all rows: halving makes none of the settings that it stopped), spec, path. A spec that failed
+    in any fold, or is not final, ranks after all others, because its mean is over fewer folds or
+    fewer epochs.
+
+    input_widths: numbers per image, by input.
     """
     fold_heads = heads[heads["fold"] != REFIT]
     by_setting = fold_heads.assign(
-        _whole=fold_heads["error"].isna() & fold_heads[metric].notna()
+        _complete=fold_heads["error"].isna() & fold_heads[metric].notna()
     ).groupby(["inputs", "spec"], sort=False)
     leaderboard = by_setting.agg(
         kind=("kind", "first"),
@@ -107,10 +110,10 @@ def rank_heads(
         standard_error=(metric, "sem"),
         folds=("fold", "size"),
         train_seconds=("seconds", "sum"),
-        failed=("_whole", "sum"),
+        complete=("_complete", "sum"),
         path=("path", "first"),
     ).reset_index()
-    leaderboard["failed"] = n_folds - leaderboard["failed"].astype(int)
+    leaderboard["failed"] = n_folds - leaderboard["complete"].astype(int)
     final_heads = heads[(heads["fold"] == REFIT) & heads["error"].isna()]
     final_keys = set(zip(final_heads["inputs"], final_heads["spec"], strict=True))
     leaderboard["final"] = [
@@ -155,7 +158,7 @@ def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def inputs_text(inputs: Iterable[str], all_inputs: Sequence[str]) -> str:
-    """Return "blocks.4.avg", "blocks.4.avg + blocks.6.max", or "all 6 taps"."""
+    """Return a text such as "blocks.4.avg + blocks.6.max", or "all 6 taps"."""
     inputs, taps = tuple(inputs), taps_of(inputs)
     if len(taps) > 2 and set(taps) == set(taps_of(all_inputs)):
         return " + ".join([f"all {len(taps)} taps", *inputs[len(taps) :]])

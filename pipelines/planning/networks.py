@@ -1,4 +1,4 @@
-"""The recipe's backbones as `headrace.extract` takes them, and what the cache holds of them."""
+"""The recipe's backbones as specs of `headrace.extract`, and what the cache holds of them."""
 
 import functools
 import sys
@@ -22,8 +22,8 @@ from headrace.pipelines.recipe.sections import Backbone
 
 
 def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
-    """Return the recipe's backbone as `headrace.extract` takes it: its fields, less taps, views and
-    names, and what the section `images` says of pixels.
+    """Return the spec of a backbone: its fields in the recipe except taps, views and names, and how
+    the section `images` has pixels read.
     """
     spec_fields = backbone.model_dump(exclude={"alias", "taps", "views", "band_ranges"})
     images = recipe.images
@@ -37,24 +37,23 @@ def backbone_spec(backbone: Backbone, recipe: Recipe) -> BackboneSpec:
 
 
 def storage_options(backbone: Backbone, recipe: Recipe) -> FeatureOptions:
-    """Return the numbers and views that the recipe stores, as `load_feature_specs` takes them."""
+    """Return the dtypes and views that the recipe stores, as arguments of `load_feature_specs`."""
     views = backbone.views
-    n_views = {"flips": 4, "dihedral": 8}[views] if isinstance(views, str) else views
-    storing_options = FeatureOptions(
-        dtype=recipe.storage.dtype, compute_dtype=recipe.storage.precision, views=n_views
+    options = FeatureOptions(
+        dtype=recipe.storage.dtype,
+        compute_dtype=recipe.storage.precision,
+        views={"flips": 4, "dihedral": 8}[views] if isinstance(views, str) else views,
     )
-    return (
-        FeatureOptions(**storing_options, symmetric=True)
-        if isinstance(views, str)
-        else storing_options
-    )
+    if isinstance(views, str):
+        options["symmetric"] = True
+    return options
 
 
 def tap_features(backbone: Backbone, recipe: Recipe, *, forked: bool) -> TapFeatures:
-    """Return the feature sets of a backbone.
+    """Return the feature sets of a backbone. Raises BackboneError.
 
-    forked: build a network that the cache does not remember in a process forked from the workers'
-    server, where that spares this one importing PyTorch. Raises BackboneError.
+    forked: if the cache does not know them and a network must be built, build it in a process
+    forked from the workers' server, where that spares this process the import of PyTorch.
     """
     build = _build_forked(recipe) if forked and _can_fork(backbone, recipe) else build_feature_specs
     return load_feature_specs(
@@ -67,7 +66,7 @@ def tap_features(backbone: Backbone, recipe: Recipe, *, forked: bool) -> TapFeat
 
 
 def _can_fork(backbone: Backbone, recipe: Recipe) -> bool:
-    """Tell whether the workers' server imports PyTorch in any case, and this process need not."""
+    """Return whether the workers' server imports PyTorch in any case, and this process need not."""
     local_cpu = recipe.cluster.where == "local" and find_device(recipe.compute.device) == "cpu"
     return local_cpu and "torch" not in sys.modules and not backbone.name.startswith("python:")
 
@@ -78,7 +77,9 @@ def _build_forked(recipe: Recipe) -> Callable[..., TapFeatures]:
 
 
 def cached_contents(cache_root: Path, spec: FeatureSpec) -> set[str]:
-    """Return the content hashes that a feature set has, as rows or as recorded failures."""
+    """Return the content hashes that a feature set has, as rows or as recorded failures; none if
+    there is no such feature set.
+    """
     feature_path = feature_set_path(cache_root, spec)
     return (
         set(open_feature_set(feature_path).cached_hashes())

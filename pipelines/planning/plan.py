@@ -1,4 +1,4 @@
-"""What a run has to do: `--dry-run` prints it, `run` does it, resuming is planning again."""
+"""The plan of a run: `--dry-run` prints it, `run` carries it out, resuming is planning again."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set as AbstractSet
@@ -22,9 +22,9 @@ from headrace.pipelines.planning.cost_model import (
 )
 from headrace.pipelines.recipe.grid import RequestedHeads
 
-# The published heads of one (task, features, kind): the specs in each of its results files.
+# The specs in each results file, by its path, of one bank group: one (task, features, kind).
 Trained = Mapping[str, frozenset[HeadSpec]]
-# Part of every bank's name: bump when a change to training changes what the same spec gives.
+# Part of every bank's name. To be raised when training changes so that a spec gives another head.
 SOLVER_VERSION = 1
 
 _UNMEASURED = Rates()
@@ -32,10 +32,9 @@ _UNMEASURED = Rates()
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """One input that heads can be given: a tap of a backbone, in all its views."""
+    """One input of heads, a tap of a backbone in all its views, and how much of it is cached."""
 
-    # As the leaderboard writes it: "blocks.4.avg", with the backbone's alias before it when there
-    # are several.
+    # on the leaderboard: "blocks.4.avg", after the backbone's alias if there are several backbones
     name: str
     specs: tuple[FeatureSpec, ...]  # one feature set per view
     rows_cached: int  # images of this run that have every view, or a recorded failure, already
@@ -49,7 +48,7 @@ class FeaturePlan:
 
     @property
     def bytes_new(self) -> int:
-        """Bytes on disk of the rows that are missing, ids and headers counted."""
+        """Bytes on disk of the missing rows, with their ids and headers."""
         return stored_bytes(self.specs[0], self.rows_missing)
 
 
@@ -59,7 +58,11 @@ def feature_plan(
     run_contents: AbstractSet[str],
     cached: Sequence[Collection[str]],
 ) -> FeaturePlan:
-    """Return how much of a tap's views the cache holds, given the content hashes of each view."""
+    """Return how much of an input the cache holds.
+
+    specs: of its views. run_contents: content hashes of the run's images. cached: those that each
+    view has.
+    """
     cached_images = [frozenset(run_contents).intersection(contents) for contents in cached]
     in_every_view = frozenset(run_contents).intersection(*cached_images)
     rows_missing = sum(len(run_contents) - len(contents) for contents in cached_images)
@@ -73,12 +76,12 @@ class BankPlan:
     """Heads of one kind to train on the same features in one pass."""
 
     inputs: tuple[str, ...]  # names of the feature sets, side by side
-    group: str  # names (task, features, kind): the first half of the results file's name
+    group: str  # from `bank_group`: the first half of the results file's name
     specs: tuple[HeadSpec, ...]
     halving: Halving | None = None
-    # core-seconds, as assumed before anything was measured; no part of what the bank is
-    assumed_s: float = 0.0
-    # of these very specs: those that failed are trained again, beside the results that say so
+    assumed_s: float = 0.0  # core-seconds by the unmeasured cost model; not part of the name
+    # Specs that failed are trained again under the next number, because the results file of the
+    # failure stays.
     attempt: int = 0
 
     @property
@@ -93,45 +96,44 @@ class BankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is to be done, and how much is there."""
+    """All work to be done, and how much is done already."""
 
     features: tuple[FeaturePlan, ...]
     units: tuple[ExtractJob, ...]
     images: int  # readable images of the run
     images_new: int  # of which these go through a network
-    requested: tuple[RequestedHeads, ...]  # heads
+    requested: tuple[RequestedHeads, ...]
     banks: tuple[BankPlan, ...]
     heads_total: int  # specs × folds
     heads_new: int
     n_folds: int
     estimate: Estimate
     unmeasured: frozenset[str]  # kinds of heads to train whose cost is only assumed
-    # what heads are made of, by the names of their inputs: fingerprints, view by view, and columns
-    fingerprints: Mapping[str, Sequence[str]]
-    input_widths: Mapping[str, int]
+    fingerprints: Mapping[str, Sequence[str]]  # of the feature sets, view by view, by input
+    input_widths: Mapping[str, int]  # numbers per image in one view, by input
 
     @property
     def forward_device(self) -> str:
-        """The device of the forward pass: "cpu" where nothing is to be extracted."""
+        """The device of the forward pass; "cpu" if nothing is to be extracted."""
         return self.units[0].device if self.units else "cpu"
 
 
 def bank_group(
     task_digest: str, requested: RequestedHeads, fingerprints: Mapping[str, Sequence[str]]
 ) -> str:
-    """Return the name of what the heads of a bank share: equal specs and groups are the same heads.
+    """Return a hash of what the heads of a bank share: a group and a spec together identify a head.
 
     fingerprints: of each input's feature sets, view by view.
     """
     view_fingerprints = [
         fingerprint for input_name in requested.inputs for fingerprint in fingerprints[input_name]
     ]
-    # Who survives halving depends on everyone that took part.
-    rivals = repr(requested.halving) + "".join(
+    # The settings that survive halving depend on all that took part, so all are in the hash.
+    competitors = repr(requested.halving) + "".join(
         spec_to_json(spec) for spec in requested.specs if requested.halving
     )
     return _hash(
-        str(SOLVER_VERSION), task_digest, requested.specs[0].kind, rivals, *view_fingerprints
+        str(SOLVER_VERSION), task_digest, requested.specs[0].kind, competitors, *view_fingerprints
     )
 
 
@@ -154,10 +156,12 @@ def plan_run(
     rates: Rates = _UNMEASURED,
     side: SideColumns | None = None,
 ) -> Plan:
-    """Return the plan of what is requested and not there; pure but for `trained`.
+    """Return the plan of what is requested and missing. It is pure, except that `trained` reads.
 
-    trained: maps a group to the specs in each of its published results files. n_rows, n_outputs: of
-    the task. rates: measured costs, which decide how large banks are. side: of the training rows.
+    images, images_new: see `Plan`. n_rows, n_outputs: of the task.
+    trained: returns the specs in each results file of a group.
+    rates: measured costs, which decide how large banks are.
+    side: side columns of the training rows.
     """
     fingerprints = fingerprints_of(features)
     input_widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
@@ -206,7 +210,7 @@ def plan_run(
 
 
 def keep_inputs(plan: Plan, kept_inputs: Collection[tuple[str, ...]]) -> Plan:
-    """Return the plan with the heads on these inputs only, side columns beside them or not."""
+    """Return the plan with only the heads on these taps, with or without side columns."""
     requested = tuple(heads for heads in plan.requested if taps_of(heads.inputs) in kept_inputs)
     banks = tuple(bank for bank in plan.banks if taps_of(bank.inputs) in kept_inputs)
     return replace(
@@ -219,7 +223,9 @@ def keep_inputs(plan: Plan, kept_inputs: Collection[tuple[str, ...]]) -> Plan:
 
 
 def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
-    """Raises CacheError, naming what fits and what does not, before anything is extracted."""
+    """Raise CacheError if the missing features exceed the budget (GB) or the disk's free space,
+    naming what fits and what does not.
+    """
     budget_bytes = None if budget_gb is None else int(budget_gb * 1e9)
     missing_features = [feature for feature in plan.features if feature.rows_missing]
     tap_costs = plan_taps(
@@ -257,7 +263,11 @@ def _missing_banks(
     trained: Callable[[str], Trained],
     bank_size: Callable[[RequestedHeads], int],
 ) -> Iterator[BankPlan]:
-    """Yield banks in the order of their inputs: workers read one feature set at a time."""
+    """Yield the banks of specs that have not been trained, sorted by their inputs so that workers
+    read one feature set after the other.
+
+    bank_size: returns how many specs make a bank.
+    """
     trained_by_group: dict[str, Trained] = {}
     for heads in sorted(requested, key=lambda heads: heads.inputs):
         group = bank_group(task_digest, heads, fingerprints)
@@ -266,8 +276,8 @@ def _missing_banks(
         result_files = trained_by_group[group]
         file_stems = {Path(file).stem for file in result_files}
         trained_specs = frozenset[HeadSpec]().union(*result_files.values())
-        # Cut before trained specs are left out: another driver, or a later call, then makes the
-        # same banks.
+        # Specs are cut into banks before the trained ones are dropped, so that another driver or a
+        # later call makes the same banks.
         n_specs = MAX_BANK_SPECS if heads.halving else bank_size(heads)
         for start in range(0, len(heads.specs), n_specs):
             bank_specs = heads.specs[start : start + n_specs]

@@ -1,5 +1,5 @@
-"""The state of a run: what it is made of, what the cache and the run's directory hold already, and
-so what is missing. Each stage returns a newer one.
+"""The state of a run: what it reads, what the cache and the run's directory hold, and the plan of
+what is missing. Each stage returns a newer state.
 """
 
 from collections.abc import Mapping
@@ -48,29 +48,25 @@ class Selected:
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: pd.Series  # the first row of the board
     temperature: float  # of the winner's probabilities
-    # the winner's expected score, and the settings that are statistically tied with it
-    selection: Selection | None
-    # where the recipe asks for one; the selected model if it is `chosen`
-    ensemble: Ensemble | None
+    selection: Selection | None  # the winner's corrected score, and the settings tied with it
+    ensemble: Ensemble | None  # if the recipe asks for one; if `chosen`, it is the selected model
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run knows before a stage, and what its stages have added so far."""
+    """What is known of a run before a stage: its inputs, and the results of earlier stages."""
 
     recipe: Recipe
     # id, path, content (None where the file cannot be read), and the user's columns
     samples: pd.DataFrame
     unreadable: tuple[UnreadableSample, ...]
     dataset: Dataset  # of the rows that every input has
-    notes: tuple[str, ...]  # for a careful person
-    # where every entry of the source went; None for samples that a program gave
-    accounting: Accounting | None
+    notes: tuple[str, ...]  # peculiarities of the images and networks, for the user
+    accounting: Accounting | None  # None for samples given from Python
     metric: str
-    # by the names that the leaderboard gives them
-    feature_inputs: Mapping[str, FeatureInput]
+    feature_inputs: Mapping[str, FeatureInput]  # by their names on the leaderboard
     plan: Plan
-    inventory: Inventory | None = None  # None for feature sets that a program gave
+    inventory: Inventory | None = None  # None for feature sets given from Python
     failed_images: int = 0
     input_halving: InputHalving | None = None
     finetuned: FinetuneOutcome | None = None
@@ -95,11 +91,11 @@ def read_run_state(
     retry_failed: bool = False,
     console: Console | None = None,
 ) -> RunState:
-    """Read what the recipe names and what is there of it, and plan the rest.
+    """Read what the recipe names and what exists of its results, and plan the rest.
 
-    write: off for a dry run, which leaves no file behind. retry_failed: plan the heads that failed
-    once more. console: shows how far the reading of many images is. Raises HeadraceError, before
-    anything costly, for whatever cannot work.
+    write: off for a dry run, which leaves no file behind. retry_failed: plan heads that failed
+    again. console: shows the progress of reading many images. Raises HeadraceError, before anything
+    costly, for whatever cannot work.
     """
     inventory = take_inventory(recipe, write=write, console=console)
     state = state_of(inventory, retry_failed=retry_failed)
@@ -111,13 +107,13 @@ def read_run_state(
 def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
     """Return the run state from what the cache and the run's directory hold now.
 
-    Raises DataError where no image is left.
+    Raises DataError if no image is left.
     """
     recipe, all_rows = inventory.recipe, inventory.dataset
     needed_samples = inventory.needed_images()
     units = missing_units(recipe, needed_samples, inventory.networks)
-    # All heads are compared on the rows that all inputs have; a row that is mended comes back, as
-    # another task.
+    # All heads are compared on the rows that all inputs have. If a failed image is repaired, the
+    # rows are others, and so are the task's digest and the names of its banks.
     network_specs = [spec for _, features in inventory.networks for spec in features.specs]
     failed_reasons = failed_contents(recipe.cache, network_specs)
     require_decodable(needed_samples, failed_reasons)
@@ -127,7 +123,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
         feature_plan(
             input_name,
             feature_input.views,
-            # Nobody can extract external features, which images without a label may lack.
+            # External features cannot be extracted, and images without a label may lack them.
             needed_contents if feature_input.backbone else inventory.labelled_contents,
             [cached_contents(recipe.cache, spec) for spec in feature_input.views],
         )
@@ -177,15 +173,15 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
 
 
 def after_extraction(state: RunState, *, retry_failed: bool = False) -> RunState:
-    """Return the state once features were extracted: which images failed is known now, and with it
-    the rows that heads are compared on.
+    """Return the state after extraction, when it is known which images failed, and so which rows
+    heads are compared on.
     """
     assert state.inventory is not None
     return replace(state_of(state.inventory, retry_failed=retry_failed), notes=state.notes)
 
 
 def replan_heads(state: RunState, *, retry_failed: bool = False) -> RunState:
-    """Return the state with banks planned anew, from what has been trained and measured since."""
+    """Return the state with banks planned anew by what has been trained and measured since."""
     plan, task, paths = state.plan, state.dataset.train, state.paths
     replanned = plan_run(
         features=plan.features,
@@ -205,8 +201,8 @@ def replan_heads(state: RunState, *, retry_failed: bool = False) -> RunState:
 
 
 def write_inputs(state: RunState) -> None:
-    """Write the task that banks read, which holds no test row, and the list of images for the next
-    call to compare with.
+    """Write the task that banks read, which has no test row, and the list of images, with which the
+    next call compares its own.
     """
     paths, task = state.paths, state.dataset.train
     task_path = paths.task(task.digest)

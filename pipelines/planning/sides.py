@@ -1,4 +1,4 @@
-"""The sides and folds of a run's rows: the user's own, or drawn so that no group is split."""
+"""The test split and the folds of a run's rows: the user's, or drawn so that no group is split."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from headrace.pipelines.recipe.targets import (
 
 CROPPED_IMAGE = "image of the box or tile"  # a column of samples that are crops
 _MISSING_WORDS = ("nan", "none", "null", "na", "n/a", "unlabelled", "unlabeled")
-_EXCLUDED_NAMED = 20  # images in one message, to be copied from it
+_EXCLUDED_NAMED = 20  # images in one message, to be copied into the recipe
 
 
 def assign_folds(
@@ -34,11 +34,12 @@ def assign_folds(
     *,
     across_sides: bool,
 ) -> npt.NDArray[np.int16]:
-    """Return the fold of each row, (N,) int16. Copies of one image are split as one row, and groups
-    that share a copy as one group.
+    """Return the fold of each row, (N,) int16; adds to `notes`.
 
-    across_sides: the user's column has copies on several sides, and stays as it is; what it leaves
-    to be drawn keeps them together.
+    Copies of one image are split as one row, and groups that share a copy as one group.
+
+    across_sides: the user's column has copies on several sides, and is followed; a draw of what it
+    leaves open still keeps copies together.
     """
     if across_sides:
         row_groups = np.arange(len(labelled_samples), dtype=np.int64) if groups is None else groups
@@ -74,10 +75,9 @@ def assign_folds(
 
 
 def copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) -> list[str]:
-    """Return a note where the split or fold column has copies of an image on different sides and is
-    followed all the same.
+    """Return a note if the user's split or fold column has copies of an image on different sides.
 
-    Raises DataError, naming the rows, unless task.copies says so.
+    Raises DataError, naming the rows, unless the recipe allows it (task.copies: keep).
     """
     column_name = section.split or section.fold
     if column_name is None:
@@ -120,9 +120,9 @@ def _joined_groups(
     joined_groups: npt.NDArray[np.int64],
     section: TaskSection,
 ) -> list[str]:
-    """Return a note on groups that copies of images join.
+    """Return a note on groups that were joined because they share copies of an image.
 
-    Raises DataError where they make most of the images one group.
+    Raises DataError if most of the images became one group.
     """
     group_table = pd.DataFrame(
         {
@@ -171,11 +171,10 @@ def _draw_folds(
     *,
     kept_together: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int16]:
-    """Return the fold of each row, (N,) int16: the user's column where it says them, and what is
-    drawn where it does not.
+    """Return the fold of each row, (N,) int16: as the user's column says, drawn where it does not.
 
-    groups: no side of the user's column may split one. kept_together: what a draw keeps whole, by
-    default the groups.
+    groups: (N,) the user's column must not split one. kept_together: (N,) groups that a draw keeps
+    whole, by default `groups`.
     """
     if kept_together is None:
         kept_together = groups
@@ -204,32 +203,11 @@ def _draw_folds(
             labelled_samples, groups, side_of_row, column_name, _group_column(section)
         )
     if section.test_fraction > 0 and not (fold_of_row == TEST).any():
-        # Rows that the user validates on stay what they are, and with them their groups; folds give
-        # up their share.
-        is_kept = (
-            is_validation
-            if section.split is not None
-            else np.zeros(len(labelled_samples), np.bool_)
-        )
-        is_free = (
-            ~is_kept if kept_together is None else ~np.isin(kept_together, kept_together[is_kept])
-        )
-        if not is_free.any():
-            raise DataError(
-                f"column {column_name!r} has no test rows, and none can be drawn: every image is "
-                "validated on, or shares a group or a copy with one that is. Mark test rows in "
-                "it, or do without a test split: task.test_fraction: 0"
-            )
-        is_drawn = split_test(
-            target[is_free],
-            fraction=section.test_fraction,
-            seed=section.seed,
-            groups=None if kept_together is None else kept_together[is_free],
-        )
-        fold_of_row[np.flatnonzero(is_free)[is_drawn]] = TEST
+        test_rows = _draw_test_rows(target, is_validation, kept_together, section)
+        fold_of_row[test_rows] = TEST
         if column_name is not None:
             notes.append(
-                f"column {column_name!r} has no test rows: {int(is_drawn.sum()):,} were drawn, at "
+                f"column {column_name!r} has no test rows: {len(test_rows):,} were drawn, at "
                 "random, from the others"
             )
     if section.split is not None and is_validation.any():
@@ -255,9 +233,38 @@ def _draw_folds(
     return fold_of_row
 
 
+def _draw_test_rows(
+    target: npt.NDArray[Any],
+    is_validation: npt.NDArray[np.bool_],
+    kept_together: npt.NDArray[np.int64] | None,
+    section: TaskSection,
+) -> npt.NDArray[np.intp]:
+    """Return the positions of test rows, drawn from those that the user's column leaves open."""
+    is_free = np.ones(len(target), np.bool_)
+    # Validation rows of the user's split stay what they are, and so do their groups; folds of the
+    # user give up a share of their rows.
+    if section.split is not None:
+        is_free = ~is_validation
+        if kept_together is not None:
+            is_free = ~np.isin(kept_together, kept_together[is_validation])
+    if not is_free.any():
+        raise DataError(
+            f"column {section.split!r} has no test rows, and none can be drawn: every image is "
+            "validated on, or shares a group or a copy with one that is. Mark test rows in "
+            "it, or do without a test split: task.test_fraction: 0"
+        )
+    is_drawn = split_test(
+        target[is_free],
+        fraction=section.test_fraction,
+        seed=section.seed,
+        groups=None if kept_together is None else kept_together[is_free],
+    )
+    return np.flatnonzero(is_free)[is_drawn]
+
+
 def joined_by(groups: npt.NDArray[np.int64], shared: pd.Series) -> npt.NDArray[np.int64]:
-    """Return (N,) groups, those that share a value (a content hash: copies of one image; a unit)
-    made one: the components of the graph of rows.
+    """Return (N,) groups in which those that have a value of `shared` in common (a content hash, a
+    unit) are one: connected components of the graph of groups and values.
     """
     shared_codes = pd.factorize(shared)[0]
     n_groups = int(groups.max()) + 1
@@ -297,7 +304,7 @@ def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray
     if (
         fold_texts.str.fullmatch(r"-?\d{1,18}").all()
         and (fold_numbers := fold_texts.astype("int64")).min() <= 0
-    ):  # 18 digits fit int64
+    ):  # 18 digits always fit int64
         return fold_numbers.to_numpy()
     if (
         fold_texts.str.fullmatch(r"-?\d+").all()
@@ -309,7 +316,7 @@ def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray
             f"{max(fold_texts, key=len)}: number the folds 0, 1, … without gaps, with -1 for test "
             "rows"
         )
-    return fold_texts.to_numpy(dtype=np.str_)  # names; folds that are counted from 1 are such
+    return fold_texts.to_numpy(dtype=np.str_)  # names of folds, such as numbers counted from 1
 
 
 def _first_of_each(names: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
@@ -339,7 +346,10 @@ def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray
 
 
 def check_folds(fold_of_row: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | None) -> None:
-    """Raise DataError for a fold that leaves nothing to learn from."""
+    """Raise DataError for a fold without which nothing can be trained.
+
+    target: (N,) class positions, None for tasks that are not single-label.
+    """
     for fold_number in range(int(fold_of_row.max()) + 1):
         is_trained = (fold_of_row != fold_number) & (fold_of_row != TEST)
         if not is_trained.any():
@@ -361,6 +371,7 @@ def check_classes(
     fold_of_row: npt.NDArray[np.int16],
     metric: str | None,
 ) -> list[str]:
+    """Return notes on classes that are frequent, rare, absent, or stand for a missing label."""
     class_counts = np.bincount(target[fold_of_row != TEST], minlength=len(classes))
     notes = []
     largest_class = int(class_counts.argmax())

@@ -1,1 +1,1 @@
-"""Predictions for many images as a table."""
+"""Predictions of many images as a table."""

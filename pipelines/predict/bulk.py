@@ -1,9 +1,9 @@
-"""Predictions of many images, published part by part: the next call continues a killed one.
+"""Predictions of many images, published part by part, so that the next call continues a killed one.
 
-Beside the table OUT stands OUT.parts/ while work is under way: one Parquet file per part, each
-whole or not there, with the predictions of some images and what tells whether they are still the
-same files. When every image has its prediction, OUT is put together in the order of the images,
-OUT.json says what made it, and the parts go.
+Work in progress is in OUT.parts/ beside the table OUT: one Parquet file per part, complete or
+absent, with the predictions of some images and keys that tell whether these are still the same
+files. When every image has its prediction, OUT is assembled in the order of the images, its record
+OUT.json is written, and the parts are removed.
 """
 
 import contextlib
@@ -60,19 +60,18 @@ _BLOCK = 4096  # rows of the table written at a time
 
 
 class PredictionsThere(HeadraceError, FileExistsError):
-    """The table is there already, and of something else."""
+    """The table exists already, and is of something else."""
 
 
 @dataclass(frozen=True)
 class PredictionSummary:
-    """The counts that a call ends with."""
+    """Counts of a finished table."""
 
     images: int
     new: int  # predicted in this call
     failed: int
-    # images per predicted class; of a multi-label task, per label
-    counts: dict[str, int]
-    cached: int = 0  # of `new`, those whose features were in the cache: no network ran
+    counts: dict[str, int]  # images per predicted class, or per label of a multi-label task
+    cached: int = 0  # of `new`, those predicted from cached features without a network
 
 
 def predict_table(
@@ -88,16 +87,20 @@ def predict_table(
     unit_names: UnitNames | None = None,
     console: Console,
 ) -> PredictionSummary:
-    """Predict what is left of `images` (columns `file`, `path`) and write the table `table_path` as
-    csv, parquet or jsonl.
+    """Predict the images that have no prediction yet and write the table `table_path` as csv,
+    parquet or jsonl.
 
-    cache_root: a cache in which images may have features; of these no network runs. unit_names:
-    each image's unit; a table of units is written beside (`units_path`), and by a model that pools
-    units one of its images' weights (`weights_path`).
+    Every image has one row, in the order given; the row of one that cannot be decoded has the
+    reason.
 
-    Every image has one row, in the order given; one that cannot be decoded has its reason in it.
+    images: columns `file` (its name in the table), `path`, and side columns and units if the model
+    reads them.
+    cache_root: a cache; images that have features in it need no network.
+    unit_names: each image's unit; a table of units is written beside (`units_path`) and, for a
+    model that pools units, a table of image weights (`weights_path`).
+
     Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
-    for whatever `headrace predict` has not written there.
+    for a file that `headrace predict` did not write.
     """
     record_path = table_path.with_name(f"{table_path.name}.json")
     parts_folder = table_path.with_name(f"{table_path.name}.parts")
@@ -130,11 +133,11 @@ def predict_table(
             return None
         return _finished(table_path, record)
 
-    # A lock beside a finished table is of a killed call: the writer waits for it, and removes it.
+    # A lock beside a finished table belongs to a killed call; `_only_writer` waits and removes it.
     if (finished_summary := finished()) is not None and not _lock_path(table_path).exists():
         return finished_summary
     with _only_writer(table_path, console):
-        # Another call may have written it meanwhile.
+        # Another call may have finished it while this one waited.
         if (finished_summary := finished()) is not None:
             return finished_summary
         parts_folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +176,7 @@ def predict_table(
             os.replace(parts_folder / "weights.partial", weights_path(table_path))
         os.replace(parts_folder / "table.partial", table_path)
         record |= {"failed": summary.failed, "counts": summary.counts}
-        # By way of the folder of parts, with which the temporary of a killed call goes too.
+        # Through the folder of parts, so that a killed call's temporary file is removed with it.
         publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
         os.replace(parts_folder / "record.partial", record_path)
         remove_parts(parts_folder)
@@ -181,9 +184,9 @@ def predict_table(
 
 
 def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary | None:
-    """Return the counts of a table that an earlier call has finished, None where there is none.
+    """Return the counts of a table that an earlier call has finished, None if there is none.
 
-    Raises PredictionsThere for one of other images or another model.
+    Raises PredictionsThere for a table of other images or another model.
     """
     parts_folder = table_path.with_name(f"{table_path.name}.parts")
     if not table_path.exists() or parts_folder.exists():
@@ -205,7 +208,7 @@ def _lock_path(table_path: Path) -> Path:
 
 @contextlib.contextmanager
 def _only_writer(table_path: Path, console: Console) -> Iterator[None]:
-    """Keep other calls from a table for a while: two would write it over each other."""
+    """Hold the table's lease, so that no two calls write one table."""
     table_path.parent.mkdir(parents=True, exist_ok=True)
     lock_path = _lock_path(table_path)
     if lock_path.exists():
@@ -216,10 +219,10 @@ def _only_writer(table_path: Path, console: Console) -> Iterator[None]:
 
 
 def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> None:
-    """Raise PredictionsThere unless what is at `table_path` and `record_path` is nothing, or of
-    `headrace predict`: a name is soon mistyped.
+    """Raise PredictionsThere if a file that `headrace predict` did not write is at `table_path` or
+    `record_path`, as after a mistyped name.
     """
-    # A damaged record counts too.
+    # By its text and not by its checksum: a damaged record is ours too.
     has_our_record = record_path.is_file() and b'"model_digest"' in record_path.read_bytes()
     advice = (
         "It is not replaced, with --force neither. Give another name with --out, such as "
@@ -232,7 +235,7 @@ def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> No
             f"{record_path} is there, where headrace predict keeps what it knows of "
             f"{table_path.name}, and is not as it writes it. {advice}"
         )
-    # Where a call was killed as it ended, the table is there, and its record not yet.
+    # A call that was killed in its last step leaves the table without a record.
     if table_path.exists() and not is_predictions(
         table_path, allow_values=has_our_record or any(parts_folder.glob("*.parquet"))
     ):
@@ -243,7 +246,7 @@ def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> No
 
 
 def _require_our_units(unit_table_path: Path) -> None:
-    """Raise PredictionsThere for a file that is no table of units, or of their images' weights."""
+    """Raise PredictionsThere for a file that is not a table of units or of image weights."""
     if unit_table_path.exists() and not (
         unit_table_path.is_file() and is_unit_table(unit_table_path)
     ):
@@ -271,8 +274,8 @@ def predict_stream(
     cache_root: Path | None = None,
     console: Console,
 ) -> PredictionSummary:
-    """Write predictions as `predict_table` does, to an open text stream, a batch at a time; nothing
-    is kept, nothing can be resumed.
+    """Write predictions to an open text stream, batch by batch. Nothing is kept, so that nothing
+    can be resumed. Arguments are those of `predict_table`.
     """
     file_names, image_paths = images["file"].tolist(), images["path"].tolist()
     side_inputs = _side_inputs(model, images, make_console(stderr=True))
@@ -289,7 +292,7 @@ def predict_stream(
         for n_predicted in _predict_rows(
             model, image_paths, missing, probabilities, error_texts, beside.take(missing), device
         ):
-            # Rows before the first one that is still missing are ready.
+            # `missing` ascends, so all rows before the first unpredicted one are ready.
             n_ready = missing[n_predicted] if n_predicted < len(missing) else len(file_names)
             for start in range(n_written, n_ready, _BLOCK):
                 ready = slice(start, min(start + _BLOCK, n_ready))
@@ -314,8 +317,8 @@ def _predict_rows(
     beside: Beside,
     device: str,
 ) -> Iterator[int]:
-    """Predict images by their rows, and fill these in; yield how many rows are done, batch by
-    batch. beside: of these rows.
+    """Predict the images of these rows into `probabilities` and `error_texts`; yield after each
+    batch how many rows are done. beside: of these rows.
     """
     if not len(rows):
         yield 0
@@ -329,7 +332,6 @@ def _predict_rows(
         probabilities[rows[predicted.rows]] = predicted.probabilities
         for row, reason in predicted.failed:
             error_texts[rows[row]] = reason
-        # Batches come in order and whole.
         n_done += len(predicted.rows) + len(predicted.failed)
         yield n_done
 
@@ -337,7 +339,7 @@ def _predict_rows(
 def _side_inputs(
     model: Model, images: pd.DataFrame, console: Console
 ) -> npt.NDArray[np.float32] | None:
-    """Return (N, R) what the model reads beside the images; None where it reads them alone."""
+    """Return (N, R) the encoded side columns of the images; None for a model without any."""
     if not model.side_columns:
         return None
     side, notes = encode_side_columns(images, model.side_columns)
@@ -347,7 +349,7 @@ def _side_inputs(
 
 
 def _units(model: Model, images: pd.DataFrame) -> npt.NDArray[np.str_] | None:
-    """Return the unit (N,) of each image, where the model predicts them together, else None."""
+    """Return the unit (N,) of each image; None for a model that does not pool units."""
     column = unit_column(model)
     if column is None:
         return None
@@ -361,7 +363,7 @@ def _units(model: Model, images: pd.DataFrame) -> npt.NDArray[np.str_] | None:
 
 
 def unit_column(model: Model) -> str | None:
-    """Return the column with the units of images, where the model predicts them together."""
+    """Return the column that names images' units, for a model that pools units, else None."""
     rule = model.unit_rule if model.takes_units else None
     return None if rule is None else rule.column
 
@@ -377,13 +379,13 @@ def _assemble_table(
     cached: CachedPredictions,
     unit_names: UnitNames | None,
 ) -> PredictionSummary:
-    """Put the table together at `table_path`, and beside it those of units, `units.partial`, and of
-    images' weights in them, `weights.partial`.
+    """Assemble the table at `table_path`, and beside it the tables of units, `units.partial`, and
+    of image weights, `weights.partial`.
 
-    units: of each image, where the model predicts them together, else None.
+    units: of each image; None if the model predicts images one by one.
     """
     file_names = images["file"].tolist()
-    all_probabilities = []  # for the units alone
+    all_probabilities = []  # needed for units alone
     part_of_key = known_parts(parts_folder, model, is_final=True)
     open_parts: OrderedDict[Path, OpenPart] = OrderedDict()
     n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)

@@ -1,4 +1,4 @@
-"""Predictions of images whose features are in a cache: no network runs."""
+"""Predictions of images whose features are in a cache, without a network."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -22,16 +22,18 @@ _CACHED_IMAGES = 8192  # features in memory at a time
 
 @dataclass(frozen=True)
 class CachedPredictions:
-    """Predictions of N images, of those whose features are cached: cheap enough to make again."""
+    """Predictions of those of N images whose features are cached. They are made again by each call,
+    which takes less time than to store them.
+    """
 
-    probabilities: npt.NDArray[np.float32]  # (N, C), nan elsewhere
+    probabilities: npt.NDArray[np.float32]  # (N, C), nan for the other images
     errors: list[str | None]
     is_known: npt.NDArray[np.bool_]  # (N,) predicted, or recorded as failed
     # (N,) what each image weighs in its unit's prediction, nan where units are not predicted whole
     weights: npt.NDArray[np.float32]
 
     def count(self, rows: Iterable[int]) -> int:
-        """Return how many of some images had features."""
+        """Return how many of the images in these rows had features."""
         return sum(bool(self.is_known[row]) and self.errors[row] is None for row in rows)
 
 
@@ -42,8 +44,10 @@ def predict_cached(
     rows: npt.NDArray[np.intp],
     beside: Beside,
 ) -> CachedPredictions:
-    """Predict those of some rows that have features in a cache, or are recorded there as failed; of
-    a unit that is predicted as a whole, all or none. beside: of all rows.
+    """Predict those images in `rows` that have features in a cache, or a recorded failure.
+
+    If units are predicted as a whole, all images of a unit are predicted or none. beside: of all
+    images.
     """
     probabilities = np.full((len(keys), len(model.classes)), np.nan, np.float32)
     error_texts: list[str | None] = [None] * len(keys)
@@ -90,7 +94,7 @@ def predict_cached(
 def _copy_repeated(
     keys: Sequence[FileKey], rows: npt.NDArray[np.intp], predictions: CachedPredictions
 ) -> None:
-    """Give images that are named several times, of which `rows` holds the first, its prediction."""
+    """Copy predictions to images that are listed several times; `rows` has the first of each."""
     if len(rows) == len(keys):
         return
     row_of_key = {keys[row]: row for row in rows if predictions.is_known[row]}
@@ -104,10 +108,10 @@ def _copy_repeated(
 
 
 def known_contents(files: Sequence[tuple[str, str]], cache_root: Path) -> npt.NDArray[np.bytes_]:
-    """Return the content hash (n,) S32 of each image, empty where its file cannot be read.
+    """Return the content hash (n,) S32 of each image, empty if its file cannot be read.
 
-    files: path and text of the stamp of each. A file that the index knows by both is not opened.
-    The others are read and hashed, and remembered where the cache can be written to.
+    files: path and stamp (size and time, as text) of each. A file that the index has by both is not
+    opened. Others are read and hashed, and added to the index if the cache can be written to.
     """
     index = content_index(cache_root)
     hashes = indexed_hashes(files, index)

@@ -1,4 +1,4 @@
-"""The images named on the command line: what a recipe can name, files, and recipes."""
+"""Listing of the images that are named on the command line."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -28,33 +28,35 @@ def list_images(
     optional_column: str | None = None,
     **options: Any,
 ) -> Listing:
-    """Return one row per image, in the order given: `file`, as a person would name it, `path`, a
-    file or a locator, and the columns that the model reads beside it: side columns, and the unit
-    where it predicts several images together. `optional_column`, with the units that are scored, is
-    None where a source has no such column.
+    """Return one row per image, in the order given, with columns `file` (its name for people),
+    `path` (a file or a locator in one) and those that the model reads beside an image.
+
+    An image in a folder is named by the folder's name and its path below it, any other by its id.
+    Where two sources give two images one name, the folder of the source, or a table's own path, is
+    put before it.
 
     sources: image files, folders, tables, archives, array files, or recipes, whose images are read
     with the recipe's options.
+    side_columns, unit_column: columns that the model reads, which every source must have.
+    optional_column: a column that is None where a source lacks it.
+    options: fields of ImageSource, such as path_column.
 
-    options: fields of ImageSource, such as path_column. A folder's images are named by their path
-    below it, behind the folder's own name; all others by their ids, and where two sources would
-    give two images one name, behind the folder that the source lies in, or a table's own path.
-
-    Raises SourceError for what is not there, RecipeError for a broken recipe, DataError for a
-    source without the columns that the model reads.
+    Raises SourceError for a source that does not exist, RecipeError for a broken recipe, DataError
+    for a source without the columns that the model reads.
     """
     names = [column.name for column in side_columns]
     names += [] if unit_column is None or unit_column in names else [unit_column]
     optional = [] if optional_column is None or optional_column in names else [optional_column]
-    found = [part for source in sources for part in _sources(str(source), options)]
-    listings = [_list_source(source, names, optional) for source in found]
+    image_sources = [part for source in sources for part in _sources(str(source), options)]
+    listings = [_list_source(source, names, optional) for source in image_sources]
     if len(listings) == 1:
         return listings[0]
     paths_of_name = (
         pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
     )
     if (paths_of_name > 1).any():
-        for location, listing in zip((part.location for part in found), listings, strict=True):
+        for image_source, listing in zip(image_sources, listings, strict=True):
+            location = image_source.location
             is_ambiguous = listing.samples["file"].map(paths_of_name) > 1
             prefix = printable_name(str(location if is_table(location) else Path(location).parent))
             listing.samples.loc[is_ambiguous, "file"] = (
@@ -64,7 +66,7 @@ def list_images(
 
 
 def whole_images_note(parts: ImageParts | None, paths: Iterable[str]) -> list[str]:
-    """Say how many images are whole where the model was trained on boxes of images."""
+    """Return a note if some images are whole, but the model was trained on boxes in images."""
     if parts is None or parts.tiles is not None:
         return []
     whole = sum(split_crop(path)[1] is None for path in paths)
@@ -84,8 +86,8 @@ def whole_images_note(parts: ImageParts | None, paths: Iterable[str]) -> list[st
 
 
 def unsaid_parts_note(model_path: Path) -> list[str]:
-    """Say that the recipe of a model's run names parts of images, and the model's file, as one of
-    an earlier version, does not. Raises RunDamaged.
+    """Return a note if a model's file, by an earlier version, does not say that it was trained on
+    parts of images, but the recipe of its run does. Raises RunDamaged.
     """
     recipe_path = RunPaths(model_path.absolute().parent).recipe
     if not recipe_path.is_file():
@@ -100,7 +102,7 @@ def unsaid_parts_note(model_path: Path) -> list[str]:
 
 
 def _sources(location: str, options: dict[str, Any]) -> list[ImageSource]:
-    """Return what a command-line name means: of a recipe its images, labelled or not."""
+    """Return the image sources of a command-line argument; a recipe may name two."""
     if Path(location).suffix.lower() not in (".yaml", ".yml"):
         return [detect_source(location, **options)]
     from headrace.pipelines.recipe.load import load_recipe

@@ -1,7 +1,7 @@
-"""Parts of a bulk prediction: what is left to predict, in files that are whole or not there.
+"""Parts of a bulk prediction, in files that are complete or absent.
 
-A worker predicts the images of one part and publishes it; the next call reads which images have
-their prediction and are still the same files.
+A worker predicts the images of one part and publishes it; the next call reads which images have a
+prediction and are still the same files.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.from_features import Beside
 from headrace.pipelines.models.model import Model, load_model
 
-# some seconds of a small network on one core: little is lost to a kill
+# Some seconds of a small network on one core, so that a kill loses little.
 PART_IMAGES = 256
-# Starting worker processes takes some seconds each; fewer images than this are done sooner in this
+# Worker processes take some seconds to start; fewer images than this are done sooner in this
 # process.
 WORTH_WORKERS = 1024
-_OPEN_PARTS = 64  # read parts that are kept in memory
+_OPEN_PARTS = 64  # parts whose predictions are kept in memory
 
-# path, and the stamp of the file that was predicted; "" where there is no file
+# path, and stamp of the file that was predicted ("" if there is no file); see `file_keys`
 FileKey = tuple[str, str]
 
 
@@ -51,24 +51,22 @@ class PredictIncomplete(HeadraceError):
 
 @dataclass(frozen=True)
 class PartJob:
-    """Predict these images and publish one part."""
+    """The images of one part, and what a worker needs to predict them."""
 
-    model: str
-    # The model's digest, so that no worker uses another one.
-    digest: str
+    model: str  # path of its directory
+    digest: str  # of the model, so that a worker refuses another one
     samples: tuple[Sample, ...]
-    keys: tuple[FileKey, ...]
-    part: str
+    keys: tuple[FileKey, ...]  # of `samples`
+    part: str  # path of the file to publish
     device: str = "cpu"
     threads: int = 1
-    trust_code: tuple[str, ...] = ()  # as the caller's
-    # (n, R) the side columns, and (n,) the units, that the model reads beside the images
-    side_inputs: npt.NDArray[np.float32] | None = None
-    units: npt.NDArray[np.str_] | None = None
+    trust_code: tuple[str, ...] = ()
+    side_inputs: npt.NDArray[np.float32] | None = None  # (n, R) encoded side columns
+    units: npt.NDArray[np.str_] | None = None  # (n,) of the images, if the model pools units
 
 
 class OpenPart(NamedTuple):
-    """What a part says of its n images."""
+    """The contents of a part with n images."""
 
     probabilities: npt.NDArray[np.float32]  # (n, C)
     errors: list[str | None]
@@ -80,15 +78,15 @@ def file_keys(
     side_inputs: npt.NDArray[np.float32] | None = None,
     units: npt.NDArray[np.str_] | None = None,
 ) -> list[FileKey]:
-    """Return what tells whether a file is still the one that was predicted: its path, and its stamp
-    (see FileStamp) with a digest of what the model reads beside it: its side columns, and all
-    images of its unit.
+    """Return for each image its path and a stamp, by which a later call knows whether a prediction
+    is still of the same file.
 
-    Files written a moment ago are waited for, some seconds at most, so that a change after this
-    call has another stamp.
+    The stamp is that of the file (see FileStamp), and a digest of what the model reads beside it:
+    its side columns, and all images of its unit. Files written a moment ago are waited for, some
+    seconds at most, so that a change after this call gives another stamp.
     """
-    # Not the content hash: it would read every image of a finished part again, a stamp costs a
-    # stat.
+    # A content hash would be safer, but every image of a finished part would be read again; a stamp
+    # costs one stat.
     stamps_of_files = file_stamps(map(locator_file, image_paths))
     wait_until_settled(stamp for stamp in stamps_of_files if isinstance(stamp, FileStamp))
     stamp_texts = [stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps_of_files]
@@ -116,7 +114,7 @@ def file_keys(
 def missing_rows(
     keys: Sequence[FileKey], known: Collection[FileKey], units: npt.NDArray[np.str_] | None
 ) -> list[int]:
-    """Return the rows to predict, each key once; of a unit all or none, next to one another."""
+    """Return the rows to predict, each key once; rows of a unit all or none, side by side."""
     first_row: dict[Any, int] = {}
     for row, key in enumerate(keys):
         first_row.setdefault(key if units is None else (key, units[row]), row)
@@ -125,9 +123,9 @@ def missing_rows(
     missing_units = dict.fromkeys(
         units[row] for (key, _), row in first_row.items() if key not in known
     )
-    place = {unit: number for number, unit in enumerate(missing_units)}
-    rows = [row for row in first_row.values() if units[row] in place]
-    return sorted(rows, key=lambda row: place[units[row]])
+    unit_position = {unit: position for position, unit in enumerate(missing_units)}
+    rows = [row for row in first_row.values() if units[row] in unit_position]
+    return sorted(rows, key=lambda row: unit_position[units[row]])
 
 
 def predict_missing(
@@ -141,11 +139,15 @@ def predict_missing(
     device: str,
     console: Console,
 ) -> None:
+    """Predict the images of these keys, on workers if they are many, and publish parts.
+
+    side_inputs: (n, R) and units: (n,) of the keys. Raises PredictIncomplete if a part failed.
+    """
     if not missing_keys:
         return
     n_cores = n_workers or available_cores()
     uses_workers = device == "cpu" and n_cores > 1 and len(missing_keys) >= WORTH_WORKERS
-    # Every worker has something to do, and the last part is not waited for long.
+    # At least two parts for each worker, so that none waits long for the last part.
     part_size = (
         min(PART_IMAGES, max(16, -(-len(missing_keys) // (2 * n_cores))))
         if uses_workers
@@ -179,7 +181,7 @@ def predict_missing(
                 n_failed = predict_part(job)
                 advance(len(job.samples), {"failed": n_failed})
             return
-        # imports Dask, which predicting from a cache does without
+        # Imported here, because they import Dask, which prediction from a cache does not need.
         from headrace.pipelines.cluster.clients import local_client
         from headrace.pipelines.cluster.submit import run_tasks
 
@@ -201,7 +203,10 @@ def predict_missing(
 
 
 def part_slices(n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None) -> Iterator[slice]:
-    """Yield stretches of rows, each a part: of about so many, and no unit in two of them."""
+    """Yield slices of 0 to n_rows of about part_size rows, none of which divides a unit.
+
+    units: (n_rows,) equal values next to one another; None: single rows.
+    """
     ends = np.arange(1, n_rows + 1)
     if units is not None:
         ends = np.append(np.flatnonzero(units[1:] != units[:-1]) + 1, n_rows)
@@ -214,7 +219,7 @@ def part_slices(n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None)
 
 
 def predict_part(job: PartJob) -> int:
-    """Predict the images of a part and publish it; returns how many failed. What a worker runs."""
+    """Predict the images of a part and publish it; return how many failed. Workers run this."""
     import torch
 
     from headrace.pipelines.models.images import predict_samples
@@ -246,10 +251,10 @@ def _part_bytes(
     error_texts: list[str | None],
     is_unread: npt.NDArray[np.bool_],
 ) -> bytes:
-    """Return a part as sealed Parquet: its pages have no checksum, and any digit is believed."""
+    """Return a part as Parquet with a checksum (`seal`), because Parquet's own pages have none."""
     table = pa.table(
         {
-            # as bytes: names of files need not be UTF-8
+            # As bytes, because names of files need not be UTF-8.
             "path": pa.array(
                 [path.encode("utf-8", "surrogatepass") for path, _ in job.keys], pa.binary()
             ),
@@ -270,9 +275,9 @@ def _part_bytes(
 def known_parts(
     parts_folder: Path, model: Model, *, is_final: bool
 ) -> dict[FileKey, tuple[Path, int]]:
-    """Return the part and the row that hold the prediction of each file.
+    """Return the part and the row in it with the prediction of each file.
 
-    A file that could not be read is tried again, unless `is_final`.
+    A file that could not be read has none, so that it is tried again, unless `is_final`.
     """
     part_of_key: dict[FileKey, tuple[Path, int]] = {}
     for part_path in sorted(parts_folder.glob("*.parquet")):
@@ -298,7 +303,7 @@ def known_parts(
 def open_part(
     open_parts: "OrderedDict[Path, OpenPart]", part_path: Path, n_outputs: int
 ) -> OpenPart:
-    """Return the part of a file; parts that were asked for lately are kept in `open_parts`."""
+    """Return the contents of a part. open_parts: those in memory, to which it is added."""
     if part_path not in open_parts:
         table = pq.read_table(part_path, columns=["probabilities", "error", "weight"])
         flat_values = (
@@ -309,7 +314,7 @@ def open_part(
             table["error"].to_pylist(),
             table["weight"].to_numpy(),
         )
-        # Images come in the order in which they were predicted, or nearly so.
+        # The oldest part can go: images are read in about the order in which they were predicted.
         if len(open_parts) > _OPEN_PARTS:
             open_parts.popitem(last=False)
     return open_parts[part_path]

@@ -1,4 +1,4 @@
-"""Predictions as a table: one row per image, in their order, also those that failed.
+"""Tables of predictions: one row per image, in order, also of images that failed.
 
 file         as the user named it
 class        the most probable class; multi-label: those of at least 0.5, joined by `;`. Empty
@@ -33,8 +33,7 @@ from headrace.heads.data.task import TaskKind
 from headrace.pipelines.console import valid_text
 from headrace.pipelines.models.base import decide
 
-# In bytes: a hundred thousand classes have a line of some megabytes.
-_FIRST_LINE = 1 << 24
+_FIRST_LINE = 1 << 24  # bytes; the header of a hundred thousand classes takes some megabytes
 
 FORMATS = {
     ".csv": "csv",
@@ -59,16 +58,16 @@ class Column:
     """A column of a table in memory."""
 
     name: str
-    values: npt.NDArray[Any]  # None where there is no value
+    values: npt.NDArray[Any]  # (n,); None in rows without a value
 
 
 def target_columns(
     targets: Sequence[tuple[npt.NDArray[Any], bool]], task_kind: TaskKind, classes: tuple[str, ...]
 ) -> list[Column]:
-    """Return the columns of the true values: `label`, of several labels joined by `;`, and of
-    numbers one for each, `true_NAME`.
+    """Return the columns of true values: `label` (several labels joined by `;`), or for a
+    regression one `true_NAME` for each target.
 
-    targets: blocks of rows as in Task.target, and whether their targets are known.
+    targets: blocks of rows as in Task.target, each with whether its targets are known.
     """
     if task_kind == "regression":
         numbers = np.concatenate([target.reshape(-1, len(classes)) for target, _ in targets])
@@ -93,7 +92,7 @@ def outcome_columns(
     task_kind: TaskKind,
     classes: tuple[str, ...],
 ) -> list[Column]:
-    """Return these columns, then those of predictions (n, C), as `table_writer` names them."""
+    """Return `columns` followed by those of predictions (n, C), named as by `table_writer`."""
     decisions = decide(probabilities, task_kind, classes)
     outcome = list(columns)
     if task_kind == "single":
@@ -167,10 +166,10 @@ def table_writer(
 
 
 def is_predictions(table_path: Path, *, allow_values: bool) -> bool:
-    """Tell whether a file is a table as `table_writer` writes one, by its columns, or is empty.
+    """Return whether a file is empty or, by its columns, a table by `table_writer`.
 
-    allow_values: whether a table of regression counts, whose columns between `file` and `error` may
-    have any names.
+    allow_values: accept a table of regression, whose columns between `file` and `error` may have
+    any names.
     """
     with table_path.open("rb") as file:
         first_line = file.readline(_FIRST_LINE)
@@ -289,8 +288,8 @@ def _table_columns(
 
 
 def _free_names(names: Sequence[str], taken_names: Iterable[str] = ()) -> list[str]:
-    """Return the names, those with `_` after them that are taken already; a name that is free is
-    never given to another.
+    """Return the names, with `_` added to those that are taken. No changed name equals another of
+    `names`.
     """
     used_names, free_names = set(taken_names), []
     for name in names:
@@ -303,9 +302,10 @@ def _free_names(names: Sequence[str], taken_names: Iterable[str] = ()) -> list[s
 
 
 def _float_cells(values: npt.NDArray[np.float32], is_failed: list[bool]) -> list[str]:
-    """Return each number as the shortest text that is this float32, empty where the row failed."""
+    """Return each number as the shortest text that reads as this float32; "" if the row failed."""
     cells: list[str] = pa.array(values).cast(pa.string()).to_pylist()
-    # Arrow is five times as fast as Python, and writes exponents and whole numbers in another way.
+    # Arrow is five times as fast as Python, but writes exponents and whole numbers differently;
+    # those are written by Python.
     sizes = np.abs(values)
     with np.errstate(invalid="ignore"):
         is_other = ~((sizes >= 1e-4) & (sizes < 1e7)) | (values == np.rint(values))
@@ -317,7 +317,7 @@ def _float_cells(values: npt.NDArray[np.float32], is_failed: list[bool]) -> list
 
 
 def _shortest_float(value: np.float32) -> float:
-    return float(str(value))  # the shortest text that is this float32
+    return float(str(value))  # str gives the shortest text that reads as this float32
 
 
 def _chosen_labels(decision: npt.NDArray[np.uint8], classes: tuple[str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The table of units beside a table of images: OUT.units.csv, a row per patient, slide or sequence.
+"""The table of units beside a table of images, OUT.units.csv: a row per patient, slide or sequence.
 
 unit            as the images' table names it
 images, failed  how many of its images were used, and how many could not be
@@ -24,20 +24,20 @@ from headrace.pipelines.predict.tables import Column, outcome_columns
 
 @dataclass(frozen=True)
 class UnitNames:
-    """The unit of each image, None where it has none, and how units are predicted."""
+    """The units of N images, and the rule that predicts them."""
 
     rule: UnitRule
-    names: npt.NDArray[np.object_]  # (N,)
+    names: npt.NDArray[np.object_]  # (N,) the unit of each image, None for an image without one
 
     @property
     def digest(self) -> str:
-        """24 hex digits of names and rule."""
+        """24 hex digits of a hash of names and rule."""
         text = json.dumps([vars(self.rule), self.names.tolist()])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def units_path(table_path: Path) -> Path:
-    """Return where the table of units lies that belongs to a table of images."""
+    """Return the path of the table of units of a table of images."""
     return table_path.with_name(f"{table_path.stem}.units{table_path.suffix}")
 
 
@@ -47,9 +47,10 @@ def unit_table(
     task_kind: TaskKind,
     classes: tuple[str, ...],
 ) -> pd.DataFrame:
-    """Return the table of units, in the order in which their first images come.
+    """Return the table of units, in the order of their first images.
 
-    probabilities: (N, C) of the images, nan where unused. Images without a unit are left out.
+    probabilities: (N, C) of the images, nan for images that failed. Images without a unit are left
+    out.
     """
     unit_of_row, names = pd.factorize(units.names)
     has_unit = unit_of_row >= 0
@@ -86,7 +87,7 @@ def write_unit_table(table: pd.DataFrame, path: Path, table_format: str) -> None
 
 
 def is_unit_table(path: Path) -> bool:
-    """Tell whether a file begins as `write_unit_table` begins one."""
+    """Return whether a file is empty or begins as a table by `write_unit_table`."""
     with path.open("rb") as file:
         beginning = file.read(16)
     return (

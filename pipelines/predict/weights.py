@@ -1,5 +1,5 @@
-"""The table of weights beside a table of images: OUT.weights.csv, what each image weighs in the
-prediction of its unit; unit by unit, the weightiest first.
+"""The table of image weights beside a table of images, OUT.weights.csv: the weight of each image in
+the prediction of its unit, sorted by unit and falling weight.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import pandas as pd
 
 
 def weights_path(table_path: Path) -> Path:
-    """Return where the table of weights lies that belongs to a table of images."""
+    """Return the path of the table of image weights of a table of images."""
     return table_path.with_name(f"{table_path.stem}.weights{table_path.suffix}")
 
 

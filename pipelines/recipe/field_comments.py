@@ -1,5 +1,5 @@
-"""What the recipe's keys mean, from the comments beside them in the source: the reference page and
-the JSON Schema show them.
+"""Descriptions of the recipe's keys for the reference page and the JSON Schema: the comments beside
+them in the source.
 """
 
 import ast
@@ -12,7 +12,8 @@ from headrace.pipelines.recipe.heads import HeadGrid, Heads, SklearnGrid
 def field_comments(model: type) -> dict[str, str]:
     """Return, by field, the comment beside it in the source, or the lines of comment above it.
 
-    A section that is derived from a head's spec has its comments there, and in its base classes.
+    For a section that is derived from a head's spec: the comments in the spec and in the section's
+    base classes.
     """
     if issubclass(model, HeadGrid) and model is not SklearnGrid:
         sources = [*model.__mro__[model.__mro__.index(HeadGrid) :: -1][:-1], model.head_kind.spec]
@@ -23,7 +24,7 @@ def field_comments(model: type) -> dict[str, str]:
 
 
 def _source_comments(model: type) -> dict[str, str]:
-    """Return the comments of the fields that one class has in its source."""
+    """Return the comments of the fields in the source of one class."""
     lines = textwrap.dedent(inspect.getsource(model)).splitlines()
     tree = ast.parse("\n".join(lines)).body[0]
     assert isinstance(tree, ast.ClassDef)

@@ -1,4 +1,4 @@
-"""The settings of a network trained by gradients: one of those that `finetune:` asks for."""
+"""The settings of a fine-tuned network: one combination of those in the recipe's `finetune:`."""
 
 import json
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from headrace.heads.spec import ClassWeight, HeadSpec, check_choices
 
 @dataclass(frozen=True)
 class FineTuneSpec:
-    """A head, trained together with as much of its backbone as `train_above` says.
+    """A head that is trained together with the part of its backbone that `train_above` names.
 
     start "head" is fine-tuning: the trained head on the pretrained backbone. "pretrained" and
-    "random" are partial reuse: a new head on what lies above the cut, which keeps its pretrained
-    parameters or is drawn anew; random with train_above "all" is training from scratch. Rates: the
-    head and the top block learn at `learning_rate`, each block below at `layer_decay` times the one
-    above; linear warm-up, then a half cosine to zero (AdamW, Loshchilov and Hutter 2019).
+    "random" are partial reuse: a new head, and above the node the pretrained parameters or random
+    ones; "random" with train_above "all" is training from scratch. The learning rate of the head
+    and the top block is `learning_rate`, that of each block below `layer_decay` times that of the
+    block above; linear warm-up, then a half cosine to zero (AdamW, Loshchilov and Hutter 2019).
     """
 
     head: str  # canonical JSON of the spec of the head on top
@@ -45,9 +45,9 @@ class FineTuneSpec:
 
 
 def model_spec(text: str) -> HeadSpec:
-    """Inverse of `spec_to_json` for any row of a leaderboard, a head or a network.
+    """Return the spec of a leaderboard's row, a head or a network, from the JSON of `spec_to_json`.
 
-    Raises KeyError for no such kind, TypeError for other fields.
+    Raises KeyError for an unknown kind, TypeError for unknown fields.
     """
     values = json.loads(text)
     return FineTuneSpec(**values) if values["kind"] == "finetune" else spec_from_json(text)

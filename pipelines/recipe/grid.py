@@ -1,4 +1,4 @@
-"""From the recipe's lists to head specs: products, in a fixed order, each spec once."""
+"""From the recipe's lists to head specs: their products, in a fixed order, each spec once."""
 
 import dataclasses
 import difflib
@@ -27,35 +27,35 @@ class RequestedHeads(NamedTuple):
 def requested_heads(
     heads: Heads, names: Sequence[str], *, side_columns: bool = False
 ) -> list[RequestedHeads]:
-    """Every (inputs, specs) pair that the recipe asks for; `names` are the feature sets there are.
+    """Return the heads that the recipe asks for.
 
-    side_columns: whether the task has some; each input then comes without and with them, for kinds
-    that take them.
+    `each` and `all` in a recipe mean the maps (`layer3.map`) for convolution heads, and all other
+    feature sets for the other kinds.
 
-    `each` and `all` mean the maps (`layer3.map`) for convolution heads, and everything else for the
-    other kinds. Raises RecipeError for an input that is not one of them, and for convolution heads
-    without a map.
+    names: of the feature sets that exist. side_columns: whether the task has any; each input then
+    comes without and with them, for kinds that read them. Raises RecipeError for an unknown input,
+    and for convolution heads without a map.
     """
-    wanted = (
-        RequestedHeads(columns, tuple(dict.fromkeys(_of_input(specs, columns))), _halving(grid))
+    requested = (
+        RequestedHeads(inputs, tuple(dict.fromkeys(_of_input(specs, inputs))), _halving(grid))
         for grid in heads.grids()
         for specs in grid.spec_banks()
-        for columns in _expand(grid, names, side_columns=side_columns)
+        for inputs in _expand(grid, names, side_columns=side_columns)
     )
-    return list(dict.fromkeys(wanted))  # a value that a list repeats counts once
+    return list(dict.fromkeys(requested))  # a value that is twice in a list counts once
 
 
-def _of_input(specs: Sequence[HeadSpec], columns: Sequence[str]) -> Iterator[HeadSpec]:
-    """The specs, none of them banded where a single tap has nothing to be banded against."""
+def _of_input(specs: Sequence[HeadSpec], inputs: Sequence[str]) -> Iterator[HeadSpec]:
+    """Yield the specs; on a single tap none is banded, as a band is all features of one tap."""
     for spec in specs:
-        if isinstance(spec, LogisticSpec | RidgeSpec) and len(taps_of(columns)) == 1:
+        if isinstance(spec, LogisticSpec | RidgeSpec) and len(taps_of(inputs)) == 1:
             yield dataclasses.replace(spec, banded=False)
         else:
             yield spec
 
 
 def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> None:
-    """Raise RecipeError for heads that cannot do such a task, before anything is extracted."""
+    """Raise RecipeError for heads that cannot do such a task."""
     for grid in heads.grids():
         kind = grid.head_kind
         if kind.takes_units and not has_units:
@@ -73,9 +73,10 @@ def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> Non
                 f"{', '.join(able)}"
             )
         if isinstance(grid, SklearnGrid) and grid.estimator.partition(".")[0] in (
-            "sklearn",  # other code is imported by the run alone
-            grid.estimator,
+            "sklearn",
+            grid.estimator,  # a name without a dot, which make_estimator refuses
         ):
+            # Estimators of other packages are imported only when they are trained.
             from headrace.heads.sklearn.bank import make_estimator
 
             for specs in grid.spec_banks():
@@ -85,7 +86,7 @@ def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> Non
 
 
 def side_columns_note(heads: Heads) -> list[str]:
-    """Return a note on the kinds of heads in the recipe that read no side columns, if any."""
+    """Return a note on kinds of head in the recipe that do not read side columns, if any."""
     kinds = {grid.head_kind.name: grid.head_kind for grid in heads.grids()}
     unable = [name for name, kind in kinds.items() if not kind.takes_side_columns]
     if not unable:
@@ -103,37 +104,37 @@ def _halving(grid: HeadGrid) -> Halving | None:
 
 
 def _expand(grid: HeadGrid, names: Sequence[str], *, side_columns: bool) -> list[tuple[str, ...]]:
-    columns = _taps(grid.inputs, names, maps=grid.head_kind.spatial)
+    all_inputs = _taps(grid.inputs, names, maps=grid.head_kind.spatial)
     if side_columns and grid.head_kind.takes_side_columns:
-        return [way for taps in columns for way in (taps, (*taps, SIDE_COLUMNS))]
-    return columns
+        return [inputs for taps in all_inputs for inputs in (taps, (*taps, SIDE_COLUMNS))]
+    return all_inputs
 
 
 def _taps(
     inputs: Sequence[HeadInput], names: Sequence[str], *, maps: bool
 ) -> list[tuple[str, ...]]:
-    meant = [name for name in names if name.endswith(".map") == maps]
-    if not meant and {"each", "all"} & {item for item in inputs if isinstance(item, str)}:
-        found = ", ".join(names)
+    suited = [name for name in names if name.endswith(".map") == maps]
+    if not suited and {"each", "all"} & {item for item in inputs if isinstance(item, str)}:
+        given = ", ".join(names)
         raise RecipeError(
             (
                 "heads.conv needs a tap with its positions kept, such as layer3.map; the taps are "
-                f"{found}"
+                f"{given}"
             )
             if maps
-            else f"the taps {found} keep their positions, which makes very wide inputs: add "
+            else f"the taps {given} keep their positions, which makes very wide inputs: add "
             f"reduced ones, such as {names[0].removesuffix('.map')}.avg, or name these under "
             "`inputs`"
         )
-    columns: list[tuple[str, ...]] = []
+    taps_of_inputs: list[tuple[str, ...]] = []
     for item in inputs:
         if item == "each":
-            columns += [(name,) for name in meant]
+            taps_of_inputs += [(name,) for name in suited]
         elif item == "all":
-            columns.append(tuple(meant))
+            taps_of_inputs.append(tuple(suited))
         else:
-            columns.append(tuple(_known(name, names) for name in item))
-    return list(dict.fromkeys(columns))
+            taps_of_inputs.append(tuple(_known(name, names) for name in item))
+    return list(dict.fromkeys(taps_of_inputs))
 
 
 def _known(name: str, names: Sequence[str]) -> str:

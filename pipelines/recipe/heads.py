@@ -1,7 +1,7 @@
-"""The recipe's section `heads`: for each kind of head the lists whose product is trained.
+"""The recipe's section `heads`: for each kind of head lists of settings, whose product is trained.
 
-A kind's section is derived from the fields of its spec (`heads/kind.py` says how), so that a
-default, a range and a comment stand once.
+A kind's section is derived from the fields of its spec (see `heads/kind.py`), so that defaults,
+ranges and comments are written once.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class HalvingSection(Section):
 
 
 class HeadGrid(Section):
-    """What the sections of all kinds have."""
+    """The base class of the sections of all kinds."""
 
     model_config = pydantic.ConfigDict(allow_inf_nan=False)
 
@@ -43,8 +43,8 @@ class HeadGrid(Section):
     inputs: tuple[HeadInput, ...] = ("each",)
 
     def spec_banks(self) -> Iterator[list[HeadSpec]]:
-        """Yield banks of the specs that the lists ask for: a regularization path in one bank, where
-        the kind has one, else all of them.
+        """Yield the product of the lists in banks: for a kind with a regularization path one bank
+        per path, for other kinds a single bank.
         """
         kind = self.head_kind
         fixed = {name: getattr(self, name) for name in kind.fixed}
@@ -63,7 +63,7 @@ class HeadGrid(Section):
 
 
 class HalvingGrid(HeadGrid):
-    """What the sections have whose banks can stop specs early."""
+    """The base class of sections whose banks can stop specs early."""
 
     # default: every setting is trained to its end
     halving: HalvingSection | None = None
@@ -83,7 +83,7 @@ class SklearnGrid(HeadGrid):
     inputs: tuple[HeadInput, ...] = ("all",)
 
     def spec_banks(self) -> Iterator[list[HeadSpec]]:
-        """Yield each combination of the parameters by itself."""
+        """Yield each combination of the parameters as a bank of its own."""
         for chosen in itertools.product(*self.parameters.values()):
             parameters = json.dumps(dict(zip(self.parameters, chosen, strict=True)), sort_keys=True)
             yield [SklearnSpec(self.estimator, parameters, self.standardize)]
@@ -95,7 +95,7 @@ def grid_section(kind: HeadKind) -> type[HeadGrid]:
     defaults = {field.name: field.default for field in dataclasses.fields(kind.spec)}
     fields: dict[str, Any] = {}
     for axis in kind.axes:
-        # `tuple[hints[axis], ...]`, which type checkers refuse for a type that is computed
+        # This is `tuple[hints[axis], ...]`, which type checkers refuse for a computed type.
         values: Any = tuple.__class_getitem__((hints[axis], ...))
         default = kind.grid.get(axis, (defaults[axis],))
         fields[axis] = Annotated[values, pydantic.Field(min_length=1)], default

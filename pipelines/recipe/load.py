@@ -1,4 +1,4 @@
-"""The recipe: the file that describes a run, and what it answers to a wrong key or value."""
+"""Loading of the recipe: the file that describes a run."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,7 +52,7 @@ class Recipe(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _heads_of_the_task(cls, values: Any) -> Any:
-        """Default to ridge heads for numbers, which logistic ones cannot predict."""
+        """Default to ridge heads for a regression, as logistic heads cannot predict numbers."""
         task = values.get("task") if isinstance(values, dict) else None
         if isinstance(task, dict) and task.get("kind") == "regression" and "heads" not in values:
             return {**values, "heads": {"ridge": {}, "mlp": {}}}
@@ -87,14 +87,15 @@ class Recipe(Section):
 def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
     """Read and check a recipe; relative paths in it become absolute.
 
-    settings: "KEY=VALUE", each instead of what the recipe says: "task.folds=3". Raises RecipeError
-    naming the file, the line and the nearest valid key.
+    settings: "KEY=VALUE" that override the recipe, such as "task.folds=3". Raises RecipeError,
+    which names the file, the line and the nearest valid key.
     """
     path = Path(path)
     try:
-        with path.open("rb") as recipe_file:  # no more of it than a recipe can have
+        with path.open("rb") as recipe_file:
+            # No more than a recipe can have, in 4 bytes per character: the file may be anything.
             data = recipe_file.read(4 * MAX_CHARACTERS + 4)
-        # as Windows' shells write text, with its mark
+        # Windows' shells write UTF-16 with a byte order mark.
         is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         text = data.decode("utf-16" if is_utf16 else "utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -108,7 +109,7 @@ def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
 
 
 def on_cluster(recipe: Recipe, where: str) -> Recipe:
-    """Return the recipe for another cluster. Raises RecipeError for a word that names none."""
+    """Return the recipe with another `cluster.where`. Raises RecipeError for an unknown one."""
     try:
         section = ClusterSection.model_validate(recipe.cluster.model_dump() | {"where": where})
     except pydantic.ValidationError as error:
@@ -119,15 +120,14 @@ def on_cluster(recipe: Recipe, where: str) -> Recipe:
 
 
 def strictly(recipe: Recipe) -> Recipe:
-    """Return the recipe with images that cannot be decoded stopping it."""
+    """Return the recipe with `compute.strict`: an image that cannot be decoded stops the run."""
     compute = recipe.compute.model_copy(update={"strict": True})
     return recipe.model_copy(update={"compute": compute})
 
 
 def parse_recipe(text: str, recipe_path: Path, *, settings: Iterable[str] = ()) -> Recipe:
-    """Read and check a recipe's text; `recipe_path` names it, and relative paths start there.
-
-    Raises RecipeError, as `load_recipe` does.
+    """Read and check the text of the recipe at `recipe_path`, from whose folder relative paths
+    start. Raises RecipeError, as `load_recipe` does.
     """
     root_node, values = read_yaml(text, recipe_path, Recipe.model_fields)
     overrides = read_overrides(settings)
@@ -142,7 +142,7 @@ def parse_recipe(text: str, recipe_path: Path, *, settings: Iterable[str] = ()) 
 
 
 def check_recipe(values: dict[str, Any], folder: Path) -> Recipe:
-    """Check the values of a recipe that no file holds; relative paths start from `folder`.
+    """Return a recipe from values instead of a file; relative paths start from `folder`.
 
     Raises RecipeError.
     """
@@ -190,7 +190,7 @@ def _absolute(recipe: Recipe, recipe_path: Path) -> Recipe:
 
 
 def _located(backbone: Backbone, recipe_folder: Path) -> dict[str, str]:
-    """The name of a backbone that lies in a folder, which is shown as the recipe has it."""
+    """Return the absolute name of a backbone in a folder, with its name in the recipe as alias."""
     name = absolute_name(backbone.name, recipe_folder)
     return {} if name == backbone.name else {"name": name, "alias": backbone.alias or backbone.name}
 
@@ -210,8 +210,8 @@ def _absolute_log(log: LogSection | None, recipe_folder: Path) -> LogSection | N
 
 
 def _weights_file(weights: str | None, recipe_folder: Path) -> str | None:
-    """Return a name that ends as weights files do as a path from the recipe's folder, and anything
-    else, a tag, as it is.
+    """Return the name of a weights file, by its suffix, as a path from the recipe's folder; other
+    names, such as tags, unchanged.
     """
     if weights and weights.endswith((".pth", ".pt", ".bin", ".safetensors")):
         return str(recipe_folder / expand_home(weights))

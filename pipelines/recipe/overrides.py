@@ -1,4 +1,4 @@
-"""Values that are given beside the recipe: `headrace run recipe.yaml --set task.folds=3`."""
+"""Values that override the recipe: `headrace run recipe.yaml --set task.folds=3`."""
 
 import copy
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ class Override:
     """One `KEY=VALUE`."""
 
     text: str
-    keys: tuple[str | int, ...]  # task.folds; backbones.0.taps counts the items of lists from 0
+    keys: tuple[str | int, ...]  # of task.folds, or backbones.0.taps: items of lists from 0
     value: Any
 
 
@@ -37,8 +37,8 @@ def read_overrides(settings: Iterable[str]) -> list[Override]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
-    """Return the recipe's values with those that were set. Raises RecipeError for a key inside of
-    what is no mapping, and for an item that a list does not have.
+    """Return the recipe's values with the overrides. Raises RecipeError for a key inside a value
+    that is not a mapping, and for an item that a list does not have.
     """
     changed = copy.deepcopy(values)
     for override in overrides:
@@ -60,7 +60,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[Override]) -> di
             if is_last:
                 section[key] = override.value
             elif isinstance(section, dict):
-                # A section that is named without values (`finetune:`) is a section all the same.
+                # A section without values (`finetune:`) is None in YAML, but still a section.
                 section[key] = {} if section.get(key) is None else section[key]
                 section = section[key]
             else:

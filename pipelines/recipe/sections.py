@@ -1,4 +1,7 @@
-"""The recipe's sections but for `heads`: images, task, backbones, how and where to work."""
+"""The recipe's sections except `heads`: images, task, backbones, how and where to work.
+
+Comments beside the fields are their descriptions in the reference page and the JSON Schema.
+"""
 
 import re
 from pathlib import Path
@@ -27,7 +30,8 @@ class BoxesSection(Section):
     # default: x, y, width and height, or others that say what they are, such as xmin, ymin, xmax,
     # ymax
     columns: tuple[str, str, str, str] | None = None
-    # of these columns: left, top, width, height; both corners; or centre, width, height
+    # of the columns; xywh: left, top, width, height; xyxy: both corners; cxcywh: centre, width,
+    # height
     format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"
     # fraction: of the image's width and height; default: pixels, unless all numbers are from 0 to 1
     unit: Literal["pixels", "fraction"] | None = None
@@ -39,8 +43,8 @@ class TilesSection(Section):
     size: Annotated[int, pydantic.Field(ge=8)]  # pixels of an edge
     # pixels that neighbours share: at most 7/8 of size, and 8 less than it
     overlap: Annotated[int, pydantic.Field(ge=0)] = 0
-    # what empty tiles are made of; white: 220 of 255 and more in every channel; black: 8 and less;
-    # nodata: 0, or no value
+    # leave out empty tiles, which are of this; white: 220 of 255 and more in every channel; black:
+    # 8 and less; nodata: 0, or no value
     background: Literal["white", "black", "nodata"] | None = None
     max_background: Share = 0.9  # a tile with a larger share of background is left out as empty
 
@@ -88,7 +92,7 @@ class Images(Section):
     # rows of a table that are boxes of images; auto: where it has the columns x, y, width and
     # height, or the like; {} for COCO's annotations
     boxes: BoxesSection | Literal["auto", "none"] = "auto"
-    tiles: TilesSection | None = None  # that each image is cut into
+    tiles: TilesSection | None = None  # the grid that each image is cut into
     # MegaDetector's results (JSON): the animals in it are the rows, instead of whole images
     detections: Path | None = None
     min_confidence: Share = 0.2  # of detections
@@ -155,13 +159,13 @@ class Images(Section):
 
     @property
     def has_source(self) -> bool:
-        """Whether the section names images; for features that a program gives, it names none."""
+        """Whether the section names images; for features given from Python it names none."""
         locations = (self.folder, self.table, self.tar, self.zip, self.array)
         return any(location is not None for location in locations)
 
     def source(self) -> "ImageSource":
-        """Return the section as `headrace.extract` takes it."""
-        # imports pandas, which checking a recipe does without
+        """Return the section as a source of `headrace.extract`."""
+        # Imported here, because it imports pandas, which checking a recipe does not need.
         from headrace.extract.sources.read import ImageSource
 
         kind, location = next(
@@ -188,7 +192,7 @@ class Images(Section):
         return ImageSource(kind, location, **options)  # type: ignore[arg-type]
 
     def unlabelled_source(self) -> "ImageSource | None":
-        """Return that of the images without labels: boxes and tiles as of those with labels."""
+        """Return the source of the images without labels, if any; with the same boxes and tiles."""
         if self.unlabelled is None:
             return None
         from headrace.extract.sources.read import detect_source
@@ -216,10 +220,11 @@ class TaskSection(Section):
     # what is predicted and scored as one (patient, slide, sequence), by all of its images; never on
     # two sides of a split
     unit: str | None = None
-    # of the images' predictions; max, of two classes: of the second one's probability
+    # how predictions of a unit's images are combined; max, with two classes: the largest
+    # probability of the second one
     unit_aggregation: Literal["mean", "max"] = "mean"
-    # where the images of a unit differ in their targets: refuse; the commonest class (of several
-    # labels, those of half of the images); labels that any image has; the mean of numbers
+    # a unit's target where its images differ; same: refuse; majority: the commonest class (of
+    # several labels, those of half of the images); any: labels that any image has; mean: of numbers
     unit_label: Literal["same", "majority", "any", "mean"] = "same"
     # tabular columns beside the image (age, site, exposure) as inputs of heads: a list, or
     # {column: number, category or auto}; every input is tried with and without them
@@ -380,13 +385,13 @@ class ReuseSection(Section):
 class FinetuneSection(Section):
     """Which heads become networks trained by gradients, how deep, and at what cost."""
 
-    # so many heads, best first, one of each inputs and kind
+    # how many heads, best first, one of each inputs and kind
     top_k: Annotated[int, pydantic.Field(ge=0)] = 1
     # What trains: head, all, scratch (all, from a random start), or a node: everything above it.
     train_above: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("all",)
     reuse: tuple[ReuseSection, ...] = ()
     learning_rate: NonEmptyFloats = (3e-4,)
-    layer_decay: Share = 0.7  # each block learns at so much of the rate of the one above
+    layer_decay: Share = 0.7  # learning rate of each block, as a share of that of the block above
     weight_decay: NonNegative = 1e-2
     warmup_fraction: Fraction = 0.1  # share of all steps
     epochs: pydantic.PositiveInt = 10
@@ -400,7 +405,7 @@ class FinetuneSection(Section):
     augment: Literal["none", "flip", "flips", "views"] = "none"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: Seed = 0
-    # of training, computing time on each worker; default: no limit
+    # minutes of training, as computing time of each worker; default: no limit
     budget_minutes: Positive | None = None
 
 
@@ -422,7 +427,7 @@ def _check_device(name: str) -> str:
     return name
 
 
-# a device of PyTorch's; the number is of one of several
+# the name of a device in PyTorch, such as cuda:1
 Device = Annotated[str, pydantic.AfterValidator(_check_device)]
 
 
@@ -432,8 +437,8 @@ class Compute(Section):
     workers: pydantic.PositiveInt | None = None  # default: one per core
     # per work unit, and so rows per shard; default: 128, on a GPU 1,024
     images_per_shard: pydantic.PositiveInt | None = None
-    # of the forward pass: an accelerator of PyTorch's (cuda is ROCm's name too), of several also
-    # with its number, cuda:1; auto: one where PyTorch sees it
+    # of the forward pass: cpu or an accelerator of PyTorch's (cuda is ROCm's name too), one of
+    # several by its number, cuda:1; auto: the accelerator that PyTorch sees, if any
     device: Device = "auto"
     # of logistic, mlp and conv heads; auto: a GPU where `workers` is 1, so that no other process
     # wants it
@@ -452,10 +457,10 @@ class Compute(Section):
 
 
 class SlurmSection(Section):
-    """What a SLURM job asks for. A job is one node's share: several one-core workers."""
+    """What a SLURM job asks for. A job has several one-core workers on one node."""
 
-    partition: str | None = None  # of the heads, and of extraction on CPUs
-    gpu_partition: str | None = None  # of extraction with device: cuda
+    partition: str | None = None  # for heads, and for extraction on CPUs
+    gpu_partition: str | None = None  # for extraction with device: cuda
     gpus_per_job: pydantic.PositiveInt = 1  # one worker each
     account: str | None = None
     workers_per_job: pydantic.PositiveInt = 1
@@ -483,7 +488,7 @@ class ClusterSection(Section):
 
     # local, cuda (one worker per GPU of this machine), slurm, kubernetes, or a scheduler's address
     where: str = "local"
-    # a task that takes longer is taken for hung; its worker is ended
+    # a task that takes longer counts as hung, and its worker is ended
     task_timeout_s: Positive = 3600.0
     memory: str | None = None  # of one worker; default: this machine's, shared equally
     tls: Path | None = None  # the folder that `headrace cluster tls` wrote
@@ -510,12 +515,12 @@ class Storage(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     # for maps with many zeros; reading is slower
     compression: Literal["none", "bitshuffle-lz4"] = "none"
-    # what new features may take; default: what the disk has, less a reserve
+    # disk space that new features may take; default: what is free, less a reserve
     budget_gb: Positive | None = None
 
 
 class LogSection(Section):
-    """Programs that are told of the finished run too. Nothing is read from them."""
+    """Trackers that a finished run is reported to. Nothing is read from them."""
 
     # a folder (a SQLite file is made in it), or a tracking URI: http://server:5000
     mlflow: str | None = None

@@ -1,4 +1,4 @@
-"""The settings of a head as a person would say them."""
+"""The settings of a head in a short text, for leaderboards."""
 
 import json
 
@@ -6,7 +6,7 @@ from headrace.heads.kinds import spec_from_json
 from headrace.heads.spec import HeadSpec, spec_to_json
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
-# Values that say nothing new, of settings that most heads have.
+# Usual values of settings that most heads have; the text leaves them out.
 _UNSAID = {
     "class_weight": "none",
     "standardize": True,
@@ -18,10 +18,10 @@ _SHORT_NAMES = {"learning_rate": "lr", "weight_decay": "wd"}
 
 
 def settings_text(spec: HeadSpec) -> str:
-    """Return a spec as a person would say it: what differs from the kind's defaults."""
+    """Return a spec's settings as "name=value" texts, without the usual values (_UNSAID)."""
     if isinstance(spec, FineTuneSpec):
         return _network_text(spec)
-    # The kind has its own column; the others bound the training and are rarely searched.
+    # The kind has a column of its own on leaderboards; the others are rarely searched.
     hidden_keys = {"kind", "batch_size", "epochs", "patience"}
     settings = {
         key: value
@@ -34,7 +34,7 @@ def settings_text(spec: HeadSpec) -> str:
 
 
 def _network_text(spec: FineTuneSpec) -> str:
-    """Return what of a network trains, from which start, under which head."""
+    """Return which part of a network is trained, from which start, under which head."""
     head = spec_from_json(spec.head)
     head_text = f"{head.kind} {settings_text(head)}".strip()
     trained = spec.train_above

@@ -1,5 +1,5 @@
-"""From the user's tabular columns to side columns: which are numbers, which are categories, and
-what a person should be told of them.
+"""From the user's tabular columns to side columns, as numbers or categories, with notes on what
+looks wrong in them.
 """
 
 import re
@@ -23,11 +23,14 @@ _DECIMAL_COMMA = r"[+-]?\d+,\d+"
 _DATE = r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{2}|\d{4})|\d{1,2}:\d{2}(:\d{2})?"
 _NUMBER_AND_WORD = r"[<>~$€£]?[+-]?\d+(\.\d+)?\s*[^\d\s,.:/_-]{0,5}"
 _LARGEST = 1e30  # heads read numbers as float32
-# What stands for a missing number in many tables, where it is far below or above all others.
+# Numbers that stand for a missing one in many tables, if they are far from all others.
 _MISSING_CODES = (-9, -99, -999, -9999, -99999, 99, 999, 9999, 99999)
-# A column with more levels than these, and more than a share of its rows, names rows.
+# A category column with more than _MANY_LEVELS levels, and fewer than _ROWS_PER_LEVEL rows for
+# each, names rows instead of describing them.
 _MANY_LEVELS, _ROWS_PER_LEVEL = 20, 4
-_FEW_AMOUNTS = 8  # such as "2 mm" and "3 mm": settings, and no measurements
+# Up to this many different values such as "2 mm" are settings, and a category; more are
+# measurements.
+_FEW_AMOUNTS = 8
 
 
 def make_side_columns(
@@ -36,10 +39,10 @@ def make_side_columns(
     is_training: npt.NDArray[np.bool_],
     section: "TaskSection",
 ) -> tuple[SideColumns | None, list[str]]:
-    """Return the side columns of all samples as their training rows have them, and notes.
+    """Return the side columns of all samples, and notes.
 
-    Levels, means and spreads are of the training rows alone. Raises DataError for a column that is
-    no input: of dates, of one value for each row, of numbers and words mixed.
+    Levels, means and spreads come from the training rows alone. Raises DataError for a column that
+    cannot be an input: with dates, with one value for each row, with numbers and words mixed.
     """
     if not section.side_columns:
         return None, []
@@ -66,22 +69,23 @@ def make_side_columns(
 def encode_side_columns(
     samples: pd.DataFrame, columns: Sequence[SideColumn]
 ) -> tuple[SideColumns, list[str]]:
-    """Return the side columns of other rows, and notes that count values that no training row has.
+    """Return the side columns of samples in the encoding of `columns`, and notes that count values
+    that no training row has.
 
-    samples: with `id` or `file`, the rows' names. Raises DataError for a column that is not there,
-    and for a text where numbers are expected.
+    samples: have column `id` or `file`, the rows' names. Raises DataError for an absent column, and
+    for text in a column of numbers.
     """
     require_columns(samples, [column.name for column in columns])
     row_names = samples["file" if "file" in samples else "id"]
     values = np.empty((len(samples), len(columns)), np.float64)
     notes: list[str] = []
-    for place, column in enumerate(columns):
+    for position, column in enumerate(columns):
         texts = _texts(samples[column.name])
         if column.levels is None:
-            values[:, place] = _numbers(column.name, texts, row_names)
+            values[:, position] = _numbers(column.name, texts, row_names)
             continue
         codes = pd.Index(column.levels).get_indexer(pd.Index(texts.fillna(""), dtype=object))
-        values[:, place] = np.where(codes < 0, np.nan, codes)
+        values[:, position] = np.where(codes < 0, np.nan, codes)
         if (codes < 0).any():
             unknown = sorted(set(texts[codes < 0].fillna("(empty)")))
             notes.append(
@@ -92,7 +96,7 @@ def encode_side_columns(
 
 
 def require_columns(samples: pd.DataFrame, names: Sequence[str], place: str = "") -> None:
-    """Raise DataError, which begins with `place`, where a column that the model reads is absent."""
+    """Raise DataError if a column that the model reads is absent. place: begins the message."""
     absent = [name for name in names if name not in samples]
     if absent:
         there = [str(name) for name in samples.columns if name not in ("path", "file", "content")]
@@ -109,8 +113,8 @@ def _texts(column: pd.Series) -> pd.Series:
 
 
 def _parsed(texts: pd.Series) -> pd.Series:
-    """Return texts as float64, nan where one is no number or missing."""
-    # a minus sign as typesetters write it
+    """Return texts as float64, nan if one is missing or not a number."""
+    # U+2212 is the minus sign of typesetters and word processors.
     plain = texts.str.replace("\u2212", "-", regex=False)
     return pd.to_numeric(plain, errors="coerce").astype(np.float64)
 
@@ -120,7 +124,7 @@ def _is_missing(texts: pd.Series) -> npt.NDArray[np.bool_]:
 
 
 def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Series) -> bool:
-    """Tell whether a column holds numbers. Raises DataError where that is not clear."""
+    """Return whether a column holds numbers. Raises DataError if that is not clear."""
     if kind != "auto":
         return kind == "number"
     present = texts[~_is_missing(texts)]
@@ -129,7 +133,7 @@ def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Seri
         return True
     words = present[~is_number]
     if words.str.fullmatch(_DECIMAL_COMMA).all() or (is_number.any() and len(words)):
-        _numbers(name, texts, row_names)  # which says what is wrong
+        _numbers(name, texts, row_names)  # raises, and says what is wrong
     if words.str.fullmatch(_DATE).mean() > 0.9:
         raise DataError(
             f"task.side_columns: {name!r} holds dates or times, such as {words.iloc[0]!r}. Give a "
@@ -145,7 +149,7 @@ def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Seri
 
 
 def _numbers(name: str, texts: pd.Series, row_names: pd.Series) -> npt.NDArray[np.float64]:
-    """Return (N,) numbers, nan where missing. Raises DataError naming the first that is none."""
+    """Return (N,) numbers, nan if missing. Raises DataError, which names the first non-number."""
     numbers = _parsed(texts)
     is_wrong = (numbers.isna() & ~_is_missing(texts)) | (numbers.abs() > _LARGEST)
     if is_wrong.any():
@@ -202,7 +206,7 @@ def _cautions(
     is_training: npt.NDArray[np.bool_],
     section: "TaskSection",
 ) -> list[str]:
-    """Return notes on a column that cannot help, and on one that gives the answer away."""
+    """Return notes on a column that cannot help, or that gives the target away."""
     values = texts[is_training].fillna("")
     n_values = values.nunique()
     if n_values == 1:
@@ -215,12 +219,12 @@ def _cautions(
         numbers = _parsed(texts)[is_training].to_numpy()
         known = ~np.isnan(numbers)
         with np.errstate(invalid="ignore", divide="ignore"):
-            likeness = [
+            correlations = [
                 abs(np.corrcoef(numbers[known], answer[known])[0, 1]) for answer in answers.T
             ]
-        gives_away = bool(np.nanmax([*likeness, 0]) > 0.9999)
+        gives_away = bool(np.nanmax([*correlations, 0]) > 0.9999)
     else:
-        # Each value comes with one answer, and often enough for that to be no accident.
+        # Each value comes with one answer, and on enough rows that this is not chance.
         answers_of_value = pd.DataFrame(answers).groupby(values.to_numpy()).nunique()
         gives_away = n_values <= len(values) // _ROWS_PER_LEVEL and bool(
             (answers_of_value <= 1).all(axis=0).any()
@@ -235,9 +239,9 @@ def _cautions(
 
 
 def _written_in_two_ways(column: SideColumn, numbers: pd.Series) -> list[str]:
-    """Return notes on levels that a person takes for one, and numbers that mean missing.
+    """Return notes on levels that look alike, and on numbers that probably mean "missing".
 
-    numbers: of the training rows, nan where a cell holds none.
+    numbers: of the training rows, nan for cells without one.
     """
     if column.levels is not None:
         return alike_names(column.levels, f"values of {column.name!r}")

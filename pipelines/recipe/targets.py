@@ -1,6 +1,4 @@
-"""From the user's columns to targets: labels as text, several labels in a cell, numbers where the
-task is one of numbers.
-"""
+"""From the user's columns to targets: classes, several labels in a cell, 0/1 columns, numbers."""
 
 import re
 import unicodedata
@@ -22,7 +20,7 @@ _NAMES_IN_NOTE = 10  # the others are counted
 
 
 class DataError(HeadraceError, ValueError):
-    """The images or their columns cannot serve the task: what was found and expected."""
+    """The images or their columns do not suit the task; the message says what was expected."""
 
 
 def check_targets(
@@ -49,7 +47,7 @@ def check_targets(
 
 
 def empty_as_missing(column: pd.Series) -> pd.Series:
-    """Return a column with empty texts as missing values, wherever it comes from."""
+    """Return a column with empty and blank texts as missing values."""
     if column.dtype.kind in "biuf":
         return column
     return column.mask(
@@ -62,7 +60,9 @@ def _is_list(value: object) -> bool:
 
 
 def _holds_labels(target_values: pd.DataFrame, section: "TaskSection") -> bool:
-    """Tell whether a column has several labels in a cell: lists, or text with a separator."""
+    """Return whether the target is one column with several labels in a cell: lists, or text with a
+    separator.
+    """
     column = target_values.iloc[:, 0]
     return target_values.shape[1] == 1 and (
         section.separator is not None or bool(column.map(_is_list).any())
@@ -152,7 +152,7 @@ def _encode_one_hot(target_values: pd.DataFrame) -> tuple[tuple[str, ...], npt.N
 
 
 def _class_order(labels: Iterable[str]) -> Any:
-    """Return a sort key: numbers sort as numbers, so that class "10" comes after class "9"."""
+    """Return a sort key by which classes that are all numbers sort as numbers, "9" before "10"."""
     try:
         label_values = {label: float(label) for label in labels}
     except ValueError:
@@ -170,7 +170,7 @@ def _encode_label_sets(
     def labels_of(value: object) -> list[str]:
         if _is_list(value):
             cell_parts = list(value)  # type: ignore[call-overload]
-        else:  # beside lists and without a separator, a text is one label, blanks and all
+        else:  # in a column of lists without a separator, a text is one label
             cell_parts = [value] if separator is None else str(value).split(separator)
         label_texts = as_text(pd.Series(cell_parts, dtype=object)).dropna().tolist()
         return [text for text in label_texts if text]
@@ -191,7 +191,9 @@ def _encode_label_sets(
 
 
 def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Series:
-    """Return a column as float64, missing as nan. Raises DataError naming the first non-number."""
+    """Return a column as float64, missing as nan. Raises DataError, which names the first
+    non-number.
+    """
     if column.dtype.kind in "biuf":
         return column.astype(np.float64)
     cell_text = as_text(column)
@@ -217,7 +219,7 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
 
 
 def alike_names(names: Iterable[str], names_of: str) -> list[str]:
-    """Return a note on names that differ in case, blanks, hyphens, accents or zeros alone."""
+    """Return a note on names that differ only in case, blanks, hyphens, accents or zeros."""
     names_by_folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
         names_by_folded[_folded(name)].append(name)
@@ -237,8 +239,8 @@ def alike_names(names: Iterable[str], names_of: str) -> list[str]:
 
 
 def _folded(name: str) -> str:
-    """Return a name without what a person overlooks: case, blanks, hyphens and accents, and how a
-    number is written.
+    """Return a name without what is easily overlooked: case, blanks, hyphens, accents, and zeros
+    that do not change a number.
     """
     if any(letter.isdigit() for letter in name) and not any(letter.isalpha() for letter in name):
         number = re.fullmatch(r"(-?)0*(\d+)(\.0+)?", name)
@@ -255,6 +257,6 @@ def _folded(name: str) -> str:
 
 
 def name_some(names: Sequence[str]) -> str:
-    """Return the first names of many, and how many more there are."""
+    """Return the first names as a text, and how many more there are."""
     more_text = f" and {len(names) - _NAMES_IN_NOTE:,} more" if len(names) > _NAMES_IN_NOTE else ""
     return ", ".join(names[:_NAMES_IN_NOTE]) + more_text

@@ -1,4 +1,4 @@
-"""The text of a recipe: nodes that know their lines, and answers to wrong keys and values."""
+"""The text of a recipe: YAML nodes with line numbers, and messages about wrong keys and values."""
 
 import contextlib
 import difflib
@@ -12,20 +12,20 @@ import yaml
 
 from headrace.cache.errors import HeadraceError
 
-# pydantic keeps its own messages for what a union was tried as; these parts of an error's location
-# are no keys of the file.
+# In the location of an error in a union, pydantic names the member that it tried; these parts are
+# not keys of the file.
 _UNION_TAGS = (
     *("literal", "tuple", "function", "constrained", "str", "float", "int", "bool", "list"),
-    "BoxesSection",  # the section of a key that may be a word as well
+    "BoxesSection",  # images.boxes is a section or a word
 )
 
-# Far above any recipe (the longest of ours has 4 kB), and what PyYAML reads in some seconds.
+# Far above any recipe (the longest of ours has 4 kB); PyYAML reads this much in some seconds.
 MAX_CHARACTERS = 256 * 1024
-_MAX_VALUES = 50_000  # keys and values, an anchor's as often as it is used
-# characters: Python takes quadratic time for longer ones, and refuses to print them
+_MAX_VALUES = 50_000  # keys and values, those of an anchor counted at each use
+# Characters of a number: Python takes quadratic time for long ones, and refuses to print them.
 _MAX_NUMBER = 400
-_MAX_PROBLEMS = 20  # that are explained; the others are counted
-# Keys of earlier versions, each after the sections that it stands in, and their names today.
+_MAX_PROBLEMS = 20  # problems with a message of their own; the others are counted
+# Keys of earlier versions, with the sections that they are in, and their names today.
 RENAMED_KEYS = {
     "thaw": "finetune",
     "screen": "input_halving",
@@ -44,7 +44,7 @@ RENAMED_KEYS = {
     "input_halving.keep": "keep_fraction",
     "input_halving.least": "min_inputs",
 }
-# Keys of other tools, and what they are called here.
+# Keys of other tools, and their names here.
 _OTHER_NAMES = {
     "lr": "learning_rate",
     "wd": "weight_decay",
@@ -75,7 +75,7 @@ _YAML_HINTS = {
 
 
 class RecipeError(HeadraceError, ValueError):
-    """The recipe cannot be used: names the file, the line, and the nearest valid key or value."""
+    """The recipe cannot be used; the message names the file, the line and the nearest valid key."""
 
 
 _QUOTED = re.compile(r"(?<!\w)'([^'\s]+)'")
@@ -83,8 +83,8 @@ _QUOTED = re.compile(r"(?<!\w)'([^'\s]+)'")
 
 @contextlib.contextmanager
 def naming_lines(path: Path) -> typing.Iterator[None]:
-    """Begin a refusal that quotes a network, a tap or a column with the line of the recipe that
-    names it, where one line alone does.
+    """Put the recipe's line before the message of a HeadraceError from the block, if the message
+    quotes a name (of a network, a tap, a column) that exactly one line of the recipe has.
     """
     try:
         yield
@@ -105,12 +105,12 @@ def naming_lines(path: Path) -> typing.Iterator[None]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, whose every complaint about a value has a line."""
+    """PyYAML's safe loader, with a line number in all its errors."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep=deep)
-        # What int("foo") for `!!int foo`, or datetime for a thirteenth month, answers.
+        # Python's own errors, as of int("foo") for `!!int foo`, or of a date with month 13.
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
             raise yaml.constructor.ConstructorError(
                 None, None, str(error), node.start_mark
@@ -120,7 +120,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(
     text: str, path: Path, valid_keys: typing.Iterable[str]
 ) -> tuple[yaml.MappingNode, Any]:
-    """Return the root node, with its lines, and the values. valid_keys: the keys of a recipe.
+    """Return the root node, which knows its lines, and the values. valid_keys: of a recipe.
 
     Raises RecipeError.
     """
@@ -177,11 +177,12 @@ def read_yaml(
 def _refuse_odd_nodes(
     node: yaml.Node, path: Path, *, node_ids_above: set[int], known_sizes: dict[int, int]
 ) -> int:
-    """Refuse repeated keys, odd keys, merge keys, overlong numbers, and anchors in themselves.
+    """Raise RecipeError for repeated keys, keys that are not scalars, merge keys, overlong numbers,
+    and anchors that contain themselves. Return the number of keys and values, with anchors written
+    out.
 
-    node_ids_above: of the nodes that this one stands in. known_sizes: by id, of nodes that are
-    known to be good, as an anchor's may be. Returns how many keys and values the node stands for,
-    written out. Raises RecipeError.
+    node_ids_above: ids of the nodes around this one. known_sizes: numbers of keys and values by id
+    of nodes that were checked before, so that an anchor's node is checked once.
     """
     line_number = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
@@ -215,16 +216,15 @@ def _refuse_odd_nodes(
                     f"{path}, line {line_number}: a {kind} stands where a key is expected. Write: "
                     "key: value"
                 )
-            # PyYAML unfolds them before anything can be counted, and a few lines of them fill the
-            # memory.
+            # PyYAML expands merge keys before anything can be counted, and a few nested lines of
+            # them fill the memory.
             if key.tag == _MERGE:
                 raise RecipeError(
                     f"{path}, line {line_number}: merge keys (<<) are not read in a recipe. Write "
                     "the keys that are meant here; a list or mapping as a whole can be used "
                     "again: C: &grid [0.1, 1], and C: *grid"
                 )
-            # YAML's loader lets the last of two equal keys win in silence: half of what the user
-            # wrote would be lost.
+            # PyYAML takes the last of two equal keys without a word, and the first would be lost.
             if key.value in key_lines:
                 raise RecipeError(
                     f"{path}, line {line_number}: the key {_short(key.value)!r} stands already in "
@@ -247,8 +247,8 @@ def _short(text: str) -> str:
 
 
 def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
-    """Return the problems without complaints that a list is too short where one of its items was
-    refused: the user's list is not.
+    """Return the problems without those that follow from others (a list is called too short if one
+    of its items was refused) or come from the wrong member of a union.
     """
     inner_locations = {
         problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))
@@ -258,7 +258,8 @@ def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
         for problem in problems
         if problem["type"] != "too_short" or problem["loc"] not in inner_locations
     ]
-    # Of a value that may be a word or a list, what fits that which was written.
+    # For a key that takes a word or a list, pydantic reports both; the one that fits the user's
+    # value is kept.
     by_keys: dict[tuple[typing.Any, ...], dict[str, typing.Any]] = {}
     for problem in problems:
         by_keys.setdefault(_keys(problem), {})[problem["type"]] = problem
@@ -277,7 +278,7 @@ def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
 
 def _keys(problem: typing.Any) -> tuple[typing.Any, ...]:
     location = problem["loc"]
-    # An unknown key is the recipe's own word, even where it is `list`.
+    # The last part of an unknown key's location is the user's word, even if it is `list`.
     n_above = len(location) - (problem["type"] == "extra_forbidden")
     return (
         *(key_part for key_part in location[:n_above] if not _is_union_tag(key_part)),
@@ -285,7 +286,7 @@ def _keys(problem: typing.Any) -> tuple[typing.Any, ...]:
     )
 
 
-# pydantic's words for some mistakes, in those of a person who writes a recipe.
+# Messages in place of pydantic's own, by type of error.
 _PLAIN_MESSAGES = {
     "bool_parsing": "true or false is expected",
     "float_parsing": "a number is expected",
@@ -305,10 +306,9 @@ def explain_all(
     model: type[pydantic.BaseModel],
     set_places: typing.Mapping[tuple[str | int, ...], str],
 ) -> str:
-    """Return a line for each of the first pydantic errors, and one that counts the others: a
-    million keys get no million hints.
+    """Return a line for each of the first pydantic errors, and one that counts the others.
 
-    set_places: where keys stand that are not in the file.
+    set_places: texts such as "--set task.folds=1", by keys, for values that are not in the file.
     """
     user_problems = own_problems(problems)
     lines = [
@@ -326,12 +326,12 @@ def explain(
     model: type[pydantic.BaseModel],
     set_places: typing.Mapping[tuple[str | int, ...], str],
 ) -> str:
-    """Return a line for a pydantic error: file, line, key, what is wrong, the nearest key."""
+    """Return one line for a pydantic error: file, line, key, the mistake, the nearest key."""
     location = list(_keys(problem))
     line_number, is_in_file = _line_of(root, location)
     place_text = f"{path}, line {line_number}"
     for keys, set_place in set_places.items():
-        # a wrong section of a key that was set (heads.logisti.C) stands in no file either
+        # A wrong section of an overridden key (heads.logisti.C) is not in the file either.
         is_above = not is_in_file and keys[: len(location)] == tuple(location)
         if is_above or tuple(location[: len(keys)]) == keys:
             place_text, is_in_file = set_place, True
@@ -371,7 +371,7 @@ def explain(
 
 
 def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str:
-    """Return what an unknown key may mean, and the keys that its section has."""
+    """Return the key that an unknown one may mean, and the keys of its section."""
     valid_keys = _keys_at(model, location[:-1])
     keys_by_lower = {name.lower(): name for name in valid_keys}
     word = str(location[-1]).lower().replace("-", "_")[:80]
@@ -390,14 +390,14 @@ def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str
 
 
 def _value_hint(problem: typing.Any) -> str:
-    """Return what to write for a value in another spelling: 25 %, 0,25, [30], a bare yes."""
+    """Return what to write instead of a value such as 25 %, 0,25, [30] or an unquoted yes."""
     value, expected = problem["input"], problem["type"]
     if isinstance(value, list):
         return f"; write {value[0]}" if len(value) == 1 else "; expected one value, no list"
     if expected == "string_type" and not isinstance(value, (type(None), dict)):
         return "; YAML reads it so: put what you wrote in quotes"
     if expected == "less_than" and problem["ctx"]["lt"] == 1 and 1 < float(value) <= 100:
-        return f"; write {float(value) / 100:g}"  # of a number in quotes, too
+        return f"; write {float(value) / 100:g}"  # float() because it may be in quotes
     if expected == "float_parsing" and re.fullmatch(r"\d+([.,]\d+)? ?%?", value):
         number = float(value.rstrip(" %").replace(",", "."))
         return f"; write {number / 100 if value.endswith('%') else number:g}"
@@ -405,7 +405,7 @@ def _value_hint(problem: typing.Any) -> str:
 
 
 def _section_hint(found: object, keys: typing.Sequence[str]) -> str:
-    """Return what to write for a word, a list or a switch that stands where a section does."""
+    """Return what to write instead of a word, a list or a boolean in place of a section."""
     found_text = "" if isinstance(found, list) else f", found {_short(repr(found))}"
     if isinstance(found, list) and found and all(word in keys for word in found):
         example = f"{{{', '.join(f'{word}: {{}}' for word in found)}}}"
@@ -422,7 +422,7 @@ def _section_hint(found: object, keys: typing.Sequence[str]) -> str:
 
 
 def renamed_key(problem: typing.Any) -> str | None:
-    """Return today's name of an unknown key that earlier versions had; None for any other error."""
+    """Return today's name of a key of earlier versions; None for any other problem."""
     if problem["type"] != "extra_forbidden":
         return None
     keys = [
@@ -440,8 +440,8 @@ def _is_union_tag(part: object) -> bool:
 
 
 def _line_of(node: yaml.Node, location: typing.Sequence[str | int]) -> tuple[int, bool]:
-    """Return the line (from 1) of the deepest part of the location that stands in the file, and
-    whether all of it does.
+    """Return the line (from 1) of the deepest part of the location that is in the file, and whether
+    all of it is.
     """
     line_number = node.start_mark.line + 1
     for key_part in location:
@@ -474,7 +474,7 @@ def _keys_at(model: type[pydantic.BaseModel], location: typing.Sequence[str | in
 
 
 def _sections_that_have(model: type[pydantic.BaseModel], key: object) -> typing.Iterator[str]:
-    """Yield the keys of that very name in other sections, with their sections: task.folds."""
+    """Yield the places of this key in all sections, such as "task.folds"."""
     for section_name, field in model.model_fields.items():
         for section in _models_in(field.annotation):
             if key in section.model_fields:

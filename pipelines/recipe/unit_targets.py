@@ -1,4 +1,4 @@
-"""One target for each unit: its images' own where they agree, else as `task.unit_label` says.
+"""Targets of units: that of all their images or, where these differ, as `task.unit_label` says.
 
 N images, U units, C outputs.
 """
@@ -20,10 +20,10 @@ def unit_targets(
     unit_names: pd.Series,
     section: TaskSection,
 ) -> tuple[npt.NDArray[Any], list[str]]:
-    """Return the target of each row's unit, (N,) or (N, C) as `target`, and notes on units whose
-    images differ in theirs.
+    """Return the target of each row's unit, in the shape of `target`, (N,) or (N, C), and notes on
+    units whose images have different targets.
 
-    Raises DataError, naming such units and their targets, where `task.unit_label` is "same".
+    Raises DataError, which names such units, if `task.unit_label` is "same".
     """
     unit_of_row, units = pd.factorize(unit_names)
     columns = target.reshape(len(target), -1)

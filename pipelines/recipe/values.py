@@ -13,7 +13,7 @@ NonEmptyFloats = Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
 
 
 def check_views(value: object) -> object:
-    """Return a backbone's views. Raises ValueError for no number of views and no word for them."""
+    """Return a backbone's views. Raises ValueError for other values than a number or known word."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
     if is_count or value in ("flips", "dihedral"):
         return value
@@ -24,6 +24,6 @@ def check_views(value: object) -> object:
 
 
 class Section(pydantic.BaseModel):
-    """A part of a recipe: fixed once read, and closed to keys that it does not know."""
+    """The base class of a recipe's sections: immutable, and unknown keys are errors."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)

@@ -59,13 +59,17 @@ def write_report(
 ) -> Report:
     """Write the page of a finished run to `out`, by default report.html in its directory.
 
-    run: its directory, or the recipe that made it. tables: also every table of the page as CSV and
-    Parquet, in a folder beside it. watts: what the machine draws while it works. pictures: how many
-    images of the map have a picture. trust_code:
-    "module:name" of code that may be imported to predict the test images again, beside what the
-    recipe names where the run is given by it; otherwise the page says what is missing. A page and
-    tables of an earlier report are replaced. Raises NotARun, NoWinner, RunReadOnly, OSError;
-    ReportThere for any other file there.
+    A page and tables of an earlier report are replaced.
+
+    run: its directory, or the recipe that made it.
+    tables: also write every table of the page as CSV and Parquet, in a folder beside it.
+    watts: what the machine draws while it works.
+    pictures: how many images of the map have a picture.
+    trust_code: "module:name" of code that may be imported to predict the test images again, beside
+    what the recipe names if the run is given by its recipe; without it the page says what is
+    missing.
+
+    Raises NotARun, NoWinner, RunReadOnly, OSError; ReportThere for any other file at `out`.
     """
     finished_run = read_finished_run(run, trust_code=trust_code)
     page_path = out or finished_run.paths.report
@@ -96,7 +100,7 @@ def run_thumbnails(run: FinishedRun) -> Thumbnails:
 def make_sections(
     run: FinishedRun, thumbnails: Thumbnails, watts: float | None, max_pictures: int = MAX_PICTURES
 ) -> tuple[Section, ...]:
-    """The page's sections, in its order. max_pictures: of the map."""
+    """Return the page's sections in order. max_pictures: images of the map that have a picture."""
     selected = find_selected(run)
     tested = test_predictions(run, selected)
     sides = judged_sides(run, tested)
@@ -132,7 +136,9 @@ def make_sections(
 
 
 def _pictured(known: pd.DataFrame, max_pictures: int) -> list[str]:
-    """The images pictured on the map: mistakes, at most half of all; the rest at random."""
+    """Return the content hashes of the images pictured on the map: mistakes, as at most half of
+    them, and the rest at random.
+    """
     rng = np.random.default_rng(0)
     contents = known["content"].to_numpy(str)
     wrong = np.flatnonzero(known.get("outcome", pd.Series("", index=known.index)) == "wrong")

@@ -42,8 +42,8 @@ from headrace.pipelines.report.selected_model import find_selected, test_predict
 from headrace.pipelines.report.write import Report, require_ours, write_page
 from headrace.pipelines.run_directory import require_writable
 
-SHOWN = 12  # pictures of each direction
-FIRST, SECOND = "A", "B"
+SHOWN = 12  # pictures of images that became right, and of images that became wrong
+FIRST, SECOND = "A", "B"  # the runs' names on the page
 
 
 class NotComparable(HeadraceError, ValueError):
@@ -52,18 +52,18 @@ class NotComparable(HeadraceError, ValueError):
 
 @dataclass(frozen=True)
 class PairedSide:
-    """The n images of one side that both runs have judged, each by models that did not train on
-    them; of copies of an image, the first.
+    """The n images of one side (validation or test) that both runs have predicted, by models that
+    did not train on them; the first of several copies of an image.
     """
 
     name: str  # "validation" or "test"
-    ids: npt.NDArray[np.str_]  # (n,) the first run's
-    content: npt.NDArray[np.str_]
-    target: npt.NDArray[Any]
-    predictions: npt.NDArray[Any]  # (2, n, C)
-    groups: npt.NDArray[np.int64]
-    alone: tuple[int, int]  # images that only the first, and only the second, has judged
-    relabelled: int  # images that are left out, for the two runs label them differently
+    ids: npt.NDArray[np.str_]  # (n,) of the first run
+    content: npt.NDArray[np.str_]  # (n,) content hashes
+    target: npt.NDArray[Any]  # (n,) class positions of the first run, or (n, C)
+    predictions: npt.NDArray[Any]  # (2, n, C), classes in the first run's order
+    groups: npt.NDArray[np.int64]  # (n,) of the first run
+    alone: tuple[int, int]  # images that only the first, and only the second, has predicted
+    relabelled: int  # images that are left out because the two runs label them differently
 
 
 def write_comparison(
@@ -116,27 +116,27 @@ def write_comparison(
 
 def require_same_task(first: FinishedRun, second: FinishedRun) -> None:
     """Raise NotComparable unless both predict the same classes, labels or targets."""
-    alone = "Each has a page of its own: headrace report RUN"
+    other_way = "Each has a page of its own: headrace report RUN"
     if first.task_kind != second.task_kind:
         raise NotComparable(
             f"{first.paths.root} is a {first.task_kind} task and {second.paths.root} a "
-            f"{second.task_kind} one: their predictions cannot be compared. {alone}"
+            f"{second.task_kind} one: their predictions cannot be compared. {other_way}"
         )
     if differing := sorted(set(first.classes) ^ set(second.classes)):
         named = ", ".join(repr(name) for name in differing[:5])
         raise NotComparable(
             f"{first.paths.root} predicts {len(first.classes)} classes and {second.paths.root} "
             f"{len(second.classes)}; not in both: {named}"
-            f"{', …' if len(differing) > 5 else ''}. {alone}"
+            f"{', …' if len(differing) > 5 else ''}. {other_way}"
         )
 
 
 def paired_sides(
     first: FinishedRun, second: FinishedRun
 ) -> tuple[tuple[PairedSide, ...], list[Note]]:
-    """The sides on which both runs have judged an image, and what has to be said of them.
+    """Return the sides (validation, test) that the runs share images of, and notes on them.
 
-    Raises NotComparable where there is none.
+    Raises NotComparable if there are none.
     """
     by_run, remarks = [], []
     for letter, run in ((FIRST, first), (SECOND, second)):
@@ -163,8 +163,10 @@ def paired_sides(
 
 
 def _pair(task_kind: str, first: JudgedSide, second: JudgedSide, order: list[int]) -> PairedSide:
-    """Return one side's common images. order: positions of the first's classes in the second."""
-    # Copies of an image are one image: of its bytes, not of its name.
+    """Return the images that both sides have. order: positions of the first run's classes in the
+    second run.
+    """
+    # Images are matched by content, because two runs may name one file differently.
     (content_1, rows_1), (content_2, rows_2) = (
         np.unique(side.content, return_index=True) for side in (first, second)
     )
@@ -173,7 +175,7 @@ def _pair(task_kind: str, first: JudgedSide, second: JudgedSide, order: list[int
     )
     rows_1, rows_2 = rows_1[at_1], rows_2[at_2]
     target_1, target_2 = first.target[rows_1], second.target[rows_2]
-    # Of a single label: the first run's number of the class that the second run's number means.
+    # Classes are numbered as in the first run.
     target_2 = np.argsort(order)[target_2] if task_kind == "single" else target_2[:, order]
     same = target_1 == target_2
     same = same.all(1) if same.ndim > 1 else same
@@ -311,7 +313,7 @@ def _score_section(
 
 
 def _hits(task_kind: str, side: PairedSide) -> npt.NDArray[np.bool_]:
-    """(2, n) whether both are right: of several labels, with all of them."""
+    """Return (2, n) whether each run is right; with several labels, about all of them."""
     if task_kind == "single":
         return np.asarray(side.predictions.argmax(2) == side.target)
     return np.asarray(((side.predictions >= 0.5) == (side.target > 0)).all(2))
@@ -320,7 +322,7 @@ def _hits(task_kind: str, side: PairedSide) -> npt.NDArray[np.bool_]:
 def _change_section(
     runs: tuple[FinishedRun, ...], side: PairedSide, thumbnails: Thumbnails
 ) -> Section:
-    """Which images became right and which wrong; of a regression, whose errors changed most."""
+    """Show which images became right and which wrong; for a regression, whose errors changed."""
     title = f"What changed, {side.name} images"
     if runs[0].task_kind == "regression":
         blocks = _error_blocks(runs[0], side)
@@ -334,28 +336,29 @@ def _right_or_wrong_blocks(
     run: FinishedRun, side: PairedSide, thumbnails: Thumbnails
 ) -> list[Block]:
     hits = _hits(run.task_kind, side)
-    names = np.asarray(run.classes, object)
+    class_names = np.asarray(run.classes, object)
 
-    def said(values: npt.NDArray[Any], row: np.int64) -> str:
+    def predicted_text(values: npt.NDArray[Any], row: np.int64) -> str:
         if run.task_kind == "single":
-            return str(names[int(values[row].argmax())])
-        return ", ".join(names[values[row] >= 0.5]) or "none"
+            return str(class_names[int(values[row].argmax())])
+        return ", ".join(class_names[values[row] >= 0.5]) or "none"
 
-    def label(row: np.int64) -> str:
+    def label_text(row: np.int64) -> str:
         if run.task_kind == "single":
-            return str(names[int(side.target[row])])
-        return ", ".join(names[side.target[row] > 0]) or "none"
+            return str(class_names[int(side.target[row])])
+        return ", ".join(class_names[side.target[row] > 0]) or "none"
 
     changed = np.flatnonzero(hits[0] != hits[1])
-    moved = np.abs(side.predictions[1, changed] - side.predictions[0, changed]).max(1)
-    changed = changed[np.argsort(-moved, kind="stable")]
+    # largest change of a probability
+    change_size = np.abs(side.predictions[1, changed] - side.predictions[0, changed]).max(1)
+    changed = changed[np.argsort(-change_size, kind="stable")]
     frame = pd.DataFrame(
         {
             "id": side.ids[changed],
             "change": np.where(hits[1, changed], "became right", "became wrong"),
-            "label": [label(row) for row in changed],
-            "first": [said(side.predictions[0], row) for row in changed],
-            "second": [said(side.predictions[1], row) for row in changed],
+            "label": [label_text(row) for row in changed],
+            "first": [predicted_text(side.predictions[0], row) for row in changed],
+            "second": [predicted_text(side.predictions[1], row) for row in changed],
         }
     )
     counts = pd.DataFrame(
@@ -454,10 +457,10 @@ def _class_section(
     for side in reversed(sides):
         hits = side.predictions.argmax(2) == side.target
         counts = np.bincount(side.target, minlength=len(runs[0].classes))
-        recalls = [np.bincount(side.target[hit], minlength=len(counts)) for hit in hits]
         frame = pd.DataFrame({"side": side.name, "class": runs[0].classes, "images": counts})
-        for name, found in zip(("first", "second"), recalls, strict=True):
-            frame[name] = found / np.maximum(counts, 1)
+        for name, is_right in zip(("first", "second"), hits, strict=True):
+            n_right = np.bincount(side.target[is_right], minlength=len(counts))
+            frame[name] = n_right / np.maximum(counts, 1)
         frames.append(frame[frame["images"] > 0])
     frame = pd.concat(frames, ignore_index=True)
     frame["difference"] = frame["second"] - frame["first"]
@@ -527,26 +530,7 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
                 search=True,
             )
         )
-    costs = pd.DataFrame(
-        [
-            {
-                "run": letter,
-                "heads": int((run.heads["fold"] != REFIT).sum()),
-                "settings": len(run.board),
-                "time": seconds_text(float(run.stages["seconds"].sum()))
-                if not run.stages.empty
-                else "–",
-            }
-            for letter, run in zip((FIRST, SECOND), runs, strict=True)
-        ]
-    )
-    cost_columns = (
-        Column("run", "run"),
-        Column("settings", "settings", "count"),
-        Column("heads", "heads", "count"),
-        Column("time", "time, all calls together"),
-    )
-    blocks.append(Table("costs", "What both have taken", cost_columns, costs, sortable=False))
+    blocks.append(_cost_table(runs))
     blocks += [
         Note(f"{letter}: {damage}", "warning")
         for letter, run in zip((FIRST, SECOND), runs, strict=True)
@@ -557,6 +541,29 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
         "only there."
     )
     return Section("leaderboards", "Leaderboards", lead, tuple(blocks))
+
+
+def _cost_table(runs: tuple[FinishedRun, ...]) -> Table:
+    costs = pd.DataFrame(
+        [
+            {
+                "run": letter,
+                "heads": int((run.heads["fold"] != REFIT).sum()),
+                "settings": len(run.board),
+                "time": "–"
+                if run.stages.empty
+                else seconds_text(float(run.stages["seconds"].sum())),
+            }
+            for letter, run in zip((FIRST, SECOND), runs, strict=True)
+        ]
+    )
+    columns = (
+        Column("run", "run"),
+        Column("settings", "settings", "count"),
+        Column("heads", "heads", "count"),
+        Column("time", "time, all calls together"),
+    )
+    return Table("costs", "What both have taken", columns, costs, sortable=False)
 
 
 def _recipe_section(runs: tuple[FinishedRun, ...]) -> Section:

@@ -18,7 +18,7 @@ WATTS_PER_CORE, WATTS_PER_GPU, WATTS_PER_GB = 12.0, 200.0, 0.3725
 
 
 def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
-    """The section. watts: what the machine draws while it works, where the user knows it."""
+    """Return the section. watts: what the machine draws while it works, if the user knows it."""
     stages = run.stages
     cost_blocks: list[Block] = [Note(damage_text, "warning") for damage_text in run.damaged_records]
     if not stages.empty:
@@ -28,8 +28,7 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
             .agg(seconds=("seconds", "sum"), calls=("seconds", "size"))
             .reset_index()
         )
-        # What the stage did when it had something to do: the later calls on finished work say
-        # "nothing missing".
+        # Later calls on finished work say "nothing missing"; the longest call says what was done.
         longest_calls = stages.loc[stages.groupby("name")["seconds"].idxmax()].set_index("name")[
             "did"
         ]
@@ -87,7 +86,7 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
 
 
 def seconds_text(seconds: float) -> str:
-    """ "3 min 20 s"."""
+    """Return a duration such as "3 min 20 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest_seconds = divmod(round(seconds), 60)
@@ -96,7 +95,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def energy_text(watt_hours: float) -> str:
-    """ "12.3 Wh"."""
+    """Return an energy such as "12.3 Wh"."""
     return f"{watt_hours / 1000:.3g} kWh" if watt_hours >= 1000 else f"{watt_hours:.3g} Wh"
 
 
@@ -110,7 +109,7 @@ def _machine_power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
     latest_record = machine_records.iloc[-1].to_dict() if not machine_records.empty else {}
     n_cores = int(latest_record.get("workers") or latest_record.get("cores") or os.cpu_count() or 1)
     memory_gb = float(latest_record.get("memory_bytes") or 0) / 1e9
-    # a later call may have had nothing to extract
+    # Any of the calls: the latest may have had nothing to extract.
     has_gpu = not machine_records.empty and (machine_records["device"] != "cpu").any()
     power_watts = n_cores * WATTS_PER_CORE + has_gpu * WATTS_PER_GPU + memory_gb * WATTS_PER_GB
     power_parts = [f"{n_cores} busy core{'s' * (n_cores > 1)} at {WATTS_PER_CORE:g} W"]

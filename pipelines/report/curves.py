@@ -11,8 +11,10 @@ import numpy.typing as npt
 from headrace.heads.evaluate.metrics import score
 from headrace.pipelines.report.page.blocks import Curve, CurveSet
 
-MAX_CLASSES = 200  # whose curves are shown, those of the least area
-_MOST_POINTS, _FEW_POINTS = 256, 96  # of each curve; the latter where there are many classes
+MAX_CLASSES = 200  # curves are shown of these many classes, those of the smallest area
+# Points of each curve: the second number where there are more than _MANY_CLASSES, for a smaller
+# page.
+_MOST_POINTS, _FEW_POINTS = 256, 96
 _MANY_CLASSES = 20
 
 
@@ -24,10 +26,10 @@ def curve_set(
     split_name: str,
     model_name: str,
 ) -> CurveSet:
-    """The curves of one side: of two classes the second's, of more each class's against the rest.
+    """Return the curves of one side: with two classes the second's, else each class's against the
+    rest. Of more than MAX_CLASSES classes, those of the smallest area are shown.
 
-    target, predicted: as of `outcome_blocks`, as are the names. Of more than 200
-    classes, those of the least area are shown.
+    Arguments are those of `outcome_blocks`.
     """
     truth = target[:, None] == np.arange(len(classes)) if task_kind == "single" else target > 0
     scores = np.asarray(predicted, np.float32)
@@ -53,26 +55,28 @@ def curve_set(
 def one_curve(
     name: str, is_class: npt.NDArray[np.bool_], scores: npt.NDArray[Any], max_points: int
 ) -> Curve:
-    """The counts at the distinct scores, highest first; of more than `max_points`, those kept are
-    spread over the ranks, close together at both ends.
+    """Return true and false positives of one class at each distinct score, highest first.
 
-    is_class, scores: (n,). Each point is one of scikit-learn's `roc_curve` and
-    `precision_recall_curve` at the same threshold.
+    Of more than `max_points` points, some are kept: spread over the ranks, and closer together at
+    both ends. Each is one of scikit-learn's `roc_curve` and `precision_recall_curve` at the same
+    threshold.
+
+    is_class, scores: (n,).
     """
     order = np.argsort(-scores, kind="stable")
     sorted_scores, hits = scores[order], is_class[order]
     last_of_score = np.append(np.flatnonzero(np.diff(sorted_scores)), len(scores) - 1)
-    found = np.cumsum(hits)[last_of_score]
-    false = last_of_score + 1 - found
-    # The point of one half is kept too: there is where the winner decides.
+    true_positives = np.cumsum(hits)[last_of_score]
+    false_positives = last_of_score + 1 - true_positives
+    # The threshold 0.5 is kept too: the winner decides there.
     half = np.flatnonzero(sorted_scores[last_of_score] >= 0.5)[-1:]
     kept = np.union1d(_spread(len(last_of_score), max_points), half)
     column, target = scores[:, None], is_class[:, None]
     return Curve(
         name,
         np.asarray(sorted_scores[last_of_score[kept]], np.float32),
-        np.asarray(found[kept], np.uint32),
-        np.asarray(false[kept], np.uint32),
+        np.asarray(true_positives[kept], np.uint32),
+        np.asarray(false_positives[kept], np.uint32),
         int(is_class.sum()),
         int((~is_class).sum()),
         score("multi", target, column, "auc"),
@@ -80,12 +84,12 @@ def one_curve(
     )
 
 
-def _spread(n: int, most: int) -> npt.NDArray[np.int64]:
-    """Positions 0 to n - 1, at most `most` of them: half evenly, a quarter geometrically from each
-    end, where a curve turns.
+def _spread(n: int, max_points: int) -> npt.NDArray[np.int64]:
+    """Return at most `max_points` positions from 0 to n - 1: half of them evenly spaced, a quarter
+    geometrically from each end, where curves bend.
     """
-    if n <= most:
+    if n <= max_points:
         return np.arange(n)
-    even = np.linspace(0, n - 1, most // 2)
-    near = np.geomspace(1, n, most // 4) - 1
-    return np.unique(np.round(np.concatenate([even, near, n - 1 - near])).astype(np.int64))
+    even = np.linspace(0, n - 1, max_points // 2)
+    near_end = np.geomspace(1, n, max_points // 4) - 1
+    return np.unique(np.round(np.concatenate([even, near_end, n - 1 - near_end])).astype(np.int64))

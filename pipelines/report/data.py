@@ -1,4 +1,4 @@
-"""What is wrong or lopsided in the data: failed images, rare classes, notes, sides' sizes."""
+"""The data section: sizes of the splits, left-out and failed images, rare classes, notes."""
 
 from typing import Any
 
@@ -19,34 +19,32 @@ _FIGURE_CLASSES = 30
 
 
 def data_section(run: FinishedRun) -> Section:
-    """The section."""
-    rows = run.images
+    listed = run.images
     blocks: list[Block] = []
-    if isinstance(rows, str):
-        blocks.append(Note(f"Counts are of the validation images only: {rows}."))
-        train: Task | None = None
+    test: Task | None = None
+    if isinstance(listed, str):  # why the images cannot be listed any more
+        blocks.append(Note(f"Counts are of the validation images only: {listed}."))
     else:
-        blocks += [Note(f"{note[0].upper()}{note[1:]}.") for note in rows.dataset.notes]
-        train = rows.dataset.train
+        train, test = listed.dataset.train, listed.dataset.test
         folds = train.n_folds
-        content = np.concatenate([train.content, rows.dataset.test.content])
-        blocks.insert(
-            0,
+        content = np.concatenate([train.content, test.content])
+        blocks.append(
             Facts(
                 (
-                    ("images listed", f"{len(rows.samples):,}"),
+                    ("images listed", f"{len(listed.samples):,}"),
                     (
                         "to train and choose on",
                         f"{len(train.ids):,}, in {folds} validation fold{'s' * (folds > 1)}",
                     ),
-                    ("test", f"{len(rows.dataset.test.ids):,}"),
+                    ("test", f"{len(test.ids):,}"),
                     ("distinct images", f"{len(np.unique(content)):,}"),
                 )
-            ),
+            )
         )
+        blocks += [Note(f"{note[0].upper()}{note[1:]}.") for note in listed.dataset.notes]
     blocks += _left_out_blocks(run)
     blocks += _failed_blocks(run)
-    blocks += _balance_blocks(run, None if isinstance(rows, str) else rows.dataset.test)
+    blocks += _balance_blocks(run, test)
     return Section(
         "data",
         "Data",
@@ -56,7 +54,7 @@ def data_section(run: FinishedRun) -> Section:
 
 
 def _left_out_blocks(run: FinishedRun) -> list[Block]:
-    """Where every entry of the source went, and why some are not used."""
+    """Account for every entry of the source: used, or left out for a reason."""
     accounting = run.accounting
     if accounting is None:
         return [
@@ -103,7 +101,7 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     if run.task_kind == "regression":
         return _target_blocks(run, test)
     train = _class_counts(run.task_kind, run.bank.target, len(run.classes))
-    parts = {"training and validation": train.tolist()}
+    counts_by_split = {"training and validation": train.tolist()}
     frame = pd.DataFrame(
         {"class": list(run.classes), "train": train, "share": train / max(len(run.bank.target), 1)}
     )
@@ -116,7 +114,7 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     if test is not None and len(test.ids):
         counts = _class_counts(run.task_kind, test.target, len(run.classes))
         frame["test"] = counts
-        parts["test"] = counts.tolist()
+        counts_by_split["test"] = counts.tolist()
         columns.append(Column("test", "test", "count"))
     table = Table(
         "balance", f"Images by {word}", tuple(columns), frame, search=len(frame) > _FIGURE_CLASSES
@@ -135,7 +133,7 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
         )
     if len(frame) > _FIGURE_CLASSES:
         return [*blocks, table]
-    svg = figures.bar_chart(list(run.classes), parts, xlabel="images")
+    svg = figures.bar_chart(list(run.classes), counts_by_split, xlabel="images")
     sizes = ", ".join(f"{name} {count:,}" for name, count in zip(run.classes, train, strict=True))
     return [
         *blocks,

@@ -1,4 +1,4 @@
-"""The test split: the selected model's score, every evaluation on record, its confusions."""
+"""The test section: the selected model's score, its confusions, every evaluation on record."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,9 +20,9 @@ from headrace.pipelines.report.selected_model import SelectedModel, TestPredicti
 def test_section(
     run: FinishedRun, selected: SelectedModel, tested: TestPredictions | str
 ) -> Section:
-    """The selected model's test score, every evaluation on record, and its confusions there.
+    """Return the section.
 
-    tested: as `test_predictions` of the selected model.
+    tested: the selected model's, from `test_predictions`; a text says why there are none.
     """
     evaluation = selected.test_evaluation
     frame = _evaluations_table(run)
@@ -59,17 +59,21 @@ def test_section(
 
 
 def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, float]) -> Table:
-    """Every metric of the selected model: on validation rows and on the test images."""
+    """Return every metric of the selected model, on validation rows and on the test images (test:
+    by name).
+    """
     if selected.ensemble is None:
-        own = run.heads[
+        fold_heads = run.heads[
             (run.heads["spec"] == run.winner["spec"])
             & (run.heads["inputs"] == run.winner["inputs"])
+            & (run.heads["fold"] != REFIT)
         ]
-        folds = own[own["fold"] != REFIT]
-        means = {name: float(folds[name].mean()) for name in test if name in folds.columns}
+        means = {
+            name: float(fold_heads[name].mean()) for name in test if name in fold_heads.columns
+        }
+        # of one fold the standard deviation is nan, and so the error
         errors = {
-            name: float(folds[name].std(ddof=1) / np.sqrt(len(folds))) if len(folds) > 1 else np.nan
-            for name in means
+            name: float(fold_heads[name].std(ddof=1) / np.sqrt(len(fold_heads))) for name in means
         }
         spread: tuple[Column, ...] = (
             Column("spread", "± s.e.", "number", "standard error of the mean over the folds"),
@@ -101,7 +105,7 @@ def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, 
     return Table("metrics", f"Every metric of {selected.name}", columns, frame, sortable=False)
 
 
-def _shown_text(winner: Mapping[str, Any]) -> str:
+def _evaluated_text(winner: Mapping[str, Any]) -> str:
     if "ensemble" in winner:
         return f"an ensemble of {len(winner['ensemble'])} members"
     spec = model_spec(winner["spec"])
@@ -135,7 +139,7 @@ def _evaluations_table(run: FinishedRun) -> Table | None:
     rows = [
         {
             "evaluated": utc_text(evaluation.get("evaluated", "")),
-            "shown": _shown_text(evaluation["winner"]),
+            "shown": _evaluated_text(evaluation["winner"]),
             "metric": metric_title(evaluation["result"]["metric"]),
             "value": evaluation["result"]["value"],
             "low": evaluation["result"]["low"],

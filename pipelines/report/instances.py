@@ -1,6 +1,4 @@
-"""What the images of a unit weigh in its prediction: the weightiest of units that are predicted
-rightly, and of those that are not.
-"""
+"""The section on units: the images of most weight in right and in wrong predictions of units."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +39,7 @@ _COLUMNS = (
 def instance_sections(
     run: FinishedRun, selected: SelectedModel, thumbnails: Thumbnails
 ) -> tuple[Section, ...]:
-    """The section; none where no head of the selected model predicts units as a whole."""
+    """Return the section; nothing if no head of the selected model predicts units as a whole."""
     heads = _selected_heads(run, selected)
     if not any(takes_units(row) for _, row in heads):
         return ()
@@ -63,9 +61,7 @@ def instance_sections(
 
 
 def _selected_heads(run: FinishedRun, selected: SelectedModel) -> Sequence[tuple[float, pd.Series]]:
-    """Return weights and rows of the leaderboard of the heads that the selected model consists of,
-    whose weights the run has written.
-    """
+    """Return the heads of the selected model: their weights, and their rows of the leaderboard."""
     if selected.ensemble is None:
         return [(1.0, run.winner)]
     row_of_rank = run.board.set_index("rank", drop=False)
@@ -79,13 +75,13 @@ def _blocks(
     run: FinishedRun, heads: Sequence[tuple[float, pd.Series]], thumbnails: Thumbnails
 ) -> list[Block]:
     table = read_table(run.paths.instance_weights)
-    # "None" is a unit as others are
+    # Without keep_default_na a unit named "None" would become nan.
     weights = pd.read_csv(table, dtype={"unit": str, "id": str}, keep_default_na=False)
     row_of_id = {image_id: row for row, image_id in enumerate(run.bank.ids.tolist())}
     rows = weights["id"].map(row_of_id).to_numpy(np.int64)
     target = run.bank.target[rows]
     predicted = _out_of_fold_units(run, heads, weights)
-    is_wrong, surprise = _judged(run.task_kind, target, predicted)
+    is_wrong, surprise = _wrong_and_surprise(run.task_kind, target, predicted)
     frame = weights[["unit", "id", "weight"]].assign(
         label=_texts(run, target, run.task_kind == "single"),
         predicted=_texts(run, predicted, run.task_kind == "single"),
@@ -118,8 +114,10 @@ def _blocks(
 def _out_of_fold_units(
     run: FinishedRun, heads: Sequence[tuple[float, pd.Series]], images: pd.DataFrame
 ) -> npt.NDArray[np.float32]:
-    """Return (n, C) predictions of images, columns `id` and `unit`, each with that of its unit, by
-    the average of heads that did not train on it.
+    """Return (n, C) for each image the prediction of its unit, averaged over heads that did not
+    train on it.
+
+    images: columns `id` and `unit`.
     """
     of_heads = []
     for _, row in heads:
@@ -134,11 +132,13 @@ def _out_of_fold_units(
     return np.asarray(of_units[unit_of_row], np.float32)
 
 
-def _judged(
+def _wrong_and_surprise(
     task_kind: str, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """Return (n,) whether rows are wrong, and what the most telling units have most of: of classes
-    the sureness, of numbers the error. Of numbers the larger half of the errors is wrong.
+    """Return (n,) whether rows are wrong, and (n,) a number by which units are sorted, largest
+    first: the probability of the predicted class, or the error.
+
+    In a regression the larger half of the errors counts as wrong.
     """
     if task_kind == "single":
         return predicted.argmax(1) != target, predicted.max(1).astype(np.float64)
@@ -164,7 +164,7 @@ def _texts(run: FinishedRun, values: npt.NDArray[Any], is_single: bool) -> list[
 
 
 def _first_units(frame: pd.DataFrame) -> tuple[list[str], int]:
-    """Return the most telling units of a frame, and how many there are."""
+    """Return the units of largest surprise, at most _SHOWN_UNITS, and how many there are in all."""
     surprise = frame.groupby("unit")["surprise"].first().sort_values(ascending=False, kind="stable")
     return surprise.index[:_SHOWN_UNITS].tolist(), len(surprise)
 

@@ -1,5 +1,5 @@
-"""Every image of a run with what is known of it: its side of the split, its label, what the winner
-says of it, and the user's own columns. The map and the slices are made of this.
+"""What the map and the slices are made of: each image's split, label and prediction, and the
+user's columns.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class JudgedSide:
 
 
 def judged_sides(run: FinishedRun, tested: TestPredictions | str) -> tuple[JudgedSide, ...]:
-    """The validation images, and the test images where their evaluation is on record."""
+    """Return the validation images, and the test images if their evaluation is on record."""
     rows = run.held_out_rows
     dataset = None if isinstance(run.images, str) else run.images.dataset
     content = run.bank.content.astype(str)
@@ -56,8 +56,8 @@ def judged_sides(run: FinishedRun, tested: TestPredictions | str) -> tuple[Judge
 
 
 def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, npt.NDArray[np.float64]]:
-    """The name of what is averaged over images, and its values: accuracy of 0 and 1 (n,) or, of
-    several labels, (n, L); absolute errors (n,) of a regression.
+    """Return a metric that is a mean over images, and its values: for accuracy 0 or 1, (n,) or for
+    several labels (n, L); for a regression absolute errors (n,).
     """
     if run.task_kind == "regression":
         return "mae", row_losses("regression", side.target, side.predicted, "mae")
@@ -66,13 +66,13 @@ def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, npt.NDArray[np
 
 
 def one_by_one(run: FinishedRun) -> str:
-    """A sentence for sections that take the images of units one by one; nothing for other tasks."""
+    """Return a sentence for sections on single images of a task with units; "" for other tasks."""
     unit = run.recipe.task.unit
     return "" if unit is None else f" Images are taken one by one here, not by their {unit}."
 
 
 def user_columns(run: FinishedRun) -> pd.DataFrame:
-    """The user's columns but for target, id and path, by image id; none without images."""
+    """Return the user's columns except target, id and path, by image id; none without images."""
     if isinstance(run.images, str):
         return pd.DataFrame()
     left_out = {"path", "content", *target_columns(run.recipe.task)}
@@ -82,7 +82,7 @@ def user_columns(run: FinishedRun) -> pd.DataFrame:
 
 
 def _as_numbers(column: pd.Series) -> pd.Series:
-    """The column as numbers where every value that it has is one; tables are read as text."""
+    """Return a column as numbers if all its values are; the reader of tables leaves them text."""
     if column.dtype != object and not pd.api.types.is_string_dtype(column):
         return column
     numbers = pd.to_numeric(column, errors="coerce")
@@ -90,18 +90,18 @@ def _as_numbers(column: pd.Series) -> pd.Series:
 
 
 def known_of_images(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataFrame:
-    """A row per image that can be shown: id, content, split, what it is labelled, what the winner
-    says, whether that is right, and the user's columns.
+    """Return a row per image that can be shown: id, content, split, label, the winner's prediction,
+    its outcome, and the user's columns.
 
-    Images that no head judged stand there by their label alone. Test images are shown only where
-    their evaluation is on record.
+    Images that are always trained on have no prediction. Test images are there only if their
+    evaluation is on record.
     """
     frames = [_side_frame(run, side) for side in sides]
-    unjudged = np.setdiff1d(np.arange(len(run.bank.ids)), run.held_out_rows)
-    if len(unjudged):
-        training = _labels(run, run.bank.target[unjudged]).assign(
-            id=run.bank.ids[unjudged],
-            content=run.bank.content[unjudged].astype(str),
+    always_trained = np.setdiff1d(np.arange(len(run.bank.ids)), run.held_out_rows)
+    if len(always_trained):
+        training = _labels(run, run.bank.target[always_trained]).assign(
+            id=run.bank.ids[always_trained],
+            content=run.bank.content[always_trained].astype(str),
             split=TRAINING,
         )
         frames.append(training)

@@ -2,9 +2,9 @@
 
 Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels"
 (JAIR 70), section 3: a class's threshold is the mean probability of that class over the rows that
-carry its label; a row that passes the threshold of another class than its label's, and belongs
-there more than anywhere else that it passes, is counted off the diagonal of the confident joint. N
-rows, C classes.
+carry its label; a row belongs confidently to the most probable class whose threshold it reaches. A
+row that belongs to another class than its label's is counted off the diagonal of the "confident
+joint". N rows, C classes.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import numpy.typing as npt
 def confident_classes(
     label: npt.NDArray[Any], probabilities: npt.NDArray[Any]
 ) -> npt.NDArray[np.int64]:
-    """(N,) the class that each row confidently belongs to, -1 where it passes no class's threshold.
+    """Return (N,) the class that each row confidently belongs to, -1 if it reaches no threshold.
 
     label: (N,) class index; probabilities: (N, C), by heads that did not train on the row.
     """
@@ -35,9 +35,8 @@ def confident_classes(
 def likely_label_errors(
     label: npt.NDArray[Any], probabilities: npt.NDArray[Any]
 ) -> npt.NDArray[np.int64]:
-    """Rows that confidently belong to another class than their label's, the surest first.
-
-    Sorted by the normalised margin: the label's probability less the largest of another class.
+    """Return the rows that confidently belong to another class than their label's, the clearest
+    first: sorted by the label's probability less the largest of another class.
     """
     confident = confident_classes(label, probabilities)
     rows = np.flatnonzero((confident >= 0) & (confident != label))
@@ -52,8 +51,8 @@ def likely_label_errors(
 def likely_errors_by_label(
     target: npt.NDArray[Any], probabilities: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Of a multi-label task: (row, label) of likely errors, the surest first; each label column is
-    a task of two classes.
+    """Return rows (E,) and labels (E,) of the likely errors of a multi-label task, the clearest
+    first. Each label column is a task of two classes.
 
     target: (N, L) 0/1; probabilities: (N, L).
     """

@@ -1,4 +1,4 @@
-"""The leaderboard, and how the metric goes with taps, backbones and kinds of head."""
+"""The leaderboard, and the best scores by tap, backbone and kind of head."""
 
 import numpy as np
 import pandas as pd
@@ -19,16 +19,16 @@ from headrace.pipelines.report.page.blocks import (
 )
 
 SHARES = frozenset({"accuracy", "balanced_accuracy", "hamming_accuracy"})
-_FIGURE_INPUTS = 40  # lines of the dot plot, which a page can still show
+_FIGURE_INPUTS = 40  # lines of the dot plot, as many as a page can show
 
 
 def metric_format(metric: str) -> Format:
-    """Shares as per cent, everything else with four digits."""
+    """Return how a metric is written: shares in per cent, everything else with four digits."""
     return "share" if metric in SHARES else "number"
 
 
 def metric_title(metric: str) -> str:
-    """ "balanced accuracy", "AUC"."""
+    """Return a metric's name in words, such as "balanced accuracy" or "AUC"."""
     known = {"auc": "AUC", "macro_f1": "macro F1", "r2": "R²", "rmse": "RMSE", "mae": "MAE"}
     return known.get(metric, metric.replace("_", " "))
 
@@ -145,7 +145,7 @@ def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
         return ()
     names = [backbone.alias or backbone.name for backbone in backbones]
 
-    def of(inputs: str) -> str:
+    def backbone_of(inputs: str) -> str:
         used = [
             name
             for name in names
@@ -153,9 +153,9 @@ def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
         ]
         return used[0] if len(used) == 1 else "several"
 
-    first = best.assign(backbone=[of(inputs) for inputs in best["inputs"]]).drop_duplicates(
-        "backbone"
-    )
+    best_of_each = best.assign(
+        backbone=[backbone_of(inputs) for inputs in best["inputs"]]
+    ).drop_duplicates("backbone")
     columns = (
         Column("backbone", "backbone"),
         Column("inputs", "best inputs"),
@@ -163,12 +163,12 @@ def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
         Column(run.metric, metric_title(run.metric), metric_format(run.metric)),
         Column("standard_error", "± s.e.", metric_format(run.metric)),
     )
-    return (Table("backbones", "The best head of each backbone", columns, first),)
+    return (Table("backbones", "The best head of each backbone", columns, best_of_each),)
 
 
 def _shown_board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
-    """The leaderboard with the means of the other metrics, and their names; `best` marks the first
-    of each inputs and kind.
+    """Return the leaderboard with the means of the other metrics, and these metrics' names. Column
+    `best` marks the first row of each inputs and kind.
     """
     names = [name for name in METRICS if name in run.heads.columns and name != run.metric]
     folds = run.heads[run.heads["fold"] != REFIT]
@@ -180,8 +180,8 @@ def _shown_board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
 
 def _shown_inputs(run: FinishedRun, inputs: pd.Series) -> list[str]:
     names = list(run.feature_specs)
-    said = {text: inputs_text(text, names) for text in inputs.unique()}
-    return [said[text] for text in inputs]
+    texts = {value: inputs_text(value, names) for value in inputs.unique()}
+    return [texts[value] for value in inputs]
 
 
 def _failed_note(run: FinishedRun) -> tuple[Block, ...]:

@@ -1,4 +1,4 @@
-"""Near-duplicates across the split: pairs that pixels or features find all but equal."""
+"""The leakage section: pairs of images on two sides of a split that are nearly the same."""
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +26,14 @@ from headrace.pipelines.selection.cautions import (
     near_duplicates_text,
     sides,
 )
-from headrace.pipelines.selection.duplicates import LikePairs, like_pairs, standardised
+from headrace.pipelines.selection.duplicates import similar_pairs, standardised
 from headrace.pipelines.selection.signatures import signatures
 
-SHOWN = 18
+SHOWN = 18  # pairs with pictures
 
 
 def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
-    """How many pairs stand on two sides: the likest as pictures, all of them as a table."""
+    """Return the section: the most similar pairs as pictures, all of them as a table."""
     section_title = "Near-duplicates across splits"
     if isinstance(run.images, str):
         return Section("leakage", section_title, "", (Note(f"Not looked for: {run.images}."),))
@@ -41,7 +41,7 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     content_hashes = np.concatenate([train.content, test.content]).astype(str)
     image_ids = np.concatenate([train.ids, test.ids])
     split_side = sides(train, test)
-    # exact copies are on one side already
+    # One row for each content: exact copies are kept on one side anyway.
     _, first_rows = np.unique(content_hashes, return_index=True)
     first_rows = np.sort(first_rows)
     content_hashes = content_hashes[first_rows]
@@ -106,9 +106,11 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
 def _near_duplicates(
     run: FinishedRun, content_hashes: npt.NDArray[np.str_], split_side: npt.NDArray[np.str_]
 ) -> tuple[pd.DataFrame, list[Block]]:
-    """Return positions of pairs, their likeness (nan: not known), and what was not compared."""
+    """Return the pairs, most similar first, and notes on what was not compared.
+
+    Columns first, second (positions), pixels, features (cosines; nan where not known).
+    """
     remarks: list[Block] = []
-    pair_lists: list[tuple[str, LikePairs, npt.NDArray[np.int64]]] = []
     vectors_by_name: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
     assert not isinstance(run.images, str)
     grey_copies, available_rows = signatures(
@@ -145,36 +147,27 @@ def _near_duplicates(
             vectors_by_name["features"] = X.reshape(len(X), X.shape[1], -1).mean(2), feature_rows
     except (HeadraceError, OSError) as error:
         remarks.append(Note(f"Features were not compared: {error}"))
-    for measure_name, alike_threshold in (("pixels", PIXELS_ALIKE), ("features", FEATURES_ALIKE)):
-        if measure_name in vectors_by_name and len(vectors_by_name[measure_name][1]) > 1:
-            image_vectors, feature_rows = vectors_by_name[measure_name]
-            pair_lists.append(
-                (
-                    measure_name,
-                    like_pairs(image_vectors, split_side[feature_rows], alike_threshold),
-                    feature_rows,
-                )
-            )
     pair_frame = pd.DataFrame({"first": np.empty(0, int), "second": np.empty(0, int)})
-    for measure_name, like_images, feature_rows in pair_lists:
-        own_frame = pd.DataFrame(
-            {
-                "first": feature_rows[like_images.first],
-                "second": feature_rows[like_images.second],
-                measure_name: like_images.likeness,
-            }
+    min_cosines = {"pixels": PIXELS_ALIKE, "features": FEATURES_ALIKE}
+    for measure_name, (image_vectors, image_rows) in vectors_by_name.items():
+        if len(image_rows) < 2:
+            continue
+        pairs = similar_pairs(image_vectors, split_side[image_rows], min_cosines[measure_name])
+        found_pairs = pd.DataFrame(
+            {"first": image_rows[pairs.first], "second": image_rows[pairs.second]}
         )
-        pair_frame = pair_frame.merge(own_frame, on=["first", "second"], how="outer")
-        if like_images.compared < len(feature_rows):
+        pair_frame = pair_frame.merge(found_pairs, on=["first", "second"], how="outer")
+        if pairs.compared < len(image_rows):
             remarks.append(
                 Note(
-                    f"Of {len(feature_rows):,} images, {like_images.compared:,} drawn at random "
+                    f"Of {len(image_rows):,} images, {pairs.compared:,} drawn at random "
                     f"were compared by their {measure_name}."
                 )
             )
-    for measure_name in ("pixels", "features"):
+    # Both cosines of each pair, also of pairs that only one of the measures has found.
+    for measure_name in min_cosines:
         pair_frame[measure_name] = (
-            _pair_likeness(pair_frame, *vectors_by_name[measure_name])
+            _pair_cosines(pair_frame, *vectors_by_name[measure_name])
             if measure_name in vectors_by_name
             else np.nan
         )
@@ -184,12 +177,12 @@ def _near_duplicates(
     ).drop(columns="most"), remarks
 
 
-def _pair_likeness(
+def _pair_cosines(
     pair_frame: pd.DataFrame,
     image_vectors: npt.NDArray[np.float32],
     vector_image_rows: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
-    """The cosine of every pair of the frame, also of those that the other measure has found."""
+    """Return the cosine (P,) of each pair of the frame; nan if an image has no vector."""
     X = standardised(image_vectors)
     vector_of_row = dict(
         zip(vector_image_rows.tolist(), range(len(vector_image_rows)), strict=True)
@@ -207,7 +200,9 @@ def _pair_likeness(
 
 
 def _deepest_features(run: FinishedRun) -> FeatureSet:
-    """Return the last pooled tap, mostly the deepest: it knows most of what is pictured."""
+    """Return the last pooled tap of the recipe, mostly the deepest: it says most about the
+    content.
+    """
     pooled_names = [
         feature_name
         for feature_name, views in run.feature_specs.items()

@@ -1,4 +1,4 @@
-"""Heads trained on as networks: what each gained, what it took, and what was decided."""
+"""The section on fine-tuned networks: the gain of each over its head, its cost, the decision."""
 
 from typing import Any
 
@@ -21,19 +21,19 @@ _LEAD = (
 
 
 def network_sections(run: FinishedRun) -> tuple[Section, ...]:
-    """The section; none where no network was asked for."""
-    found = read_json(run.paths.finetune_decisions)
-    if found is None and run.recipe.finetune is not None:
+    """Return the section; nothing if the recipe asks for no network."""
+    decisions = read_json(run.paths.finetune_decisions)
+    if decisions is None and run.recipe.finetune is not None:
         text = (
             f"No decision is on record, for {run.paths.finetune_decisions.name} is not there: "
             f"{RUN_AGAIN}."
         )
         return (Section("networks", "Head against networks", _LEAD, (Note(text, "warning"),)),)
-    if not found:
+    if not decisions:
         return ()
     try:
         blocks = _network_blocks(
-            run, pd.DataFrame([_record_row(run, key, record) for key, record in found.items()])
+            run, pd.DataFrame([_record_row(run, key, record) for key, record in decisions.items()])
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = (
@@ -53,7 +53,7 @@ def _record_row(run: FinishedRun, key: str, record: dict[str, Any]) -> dict[str,
         "inputs": " + ".join(map(str, inputs)) if isinstance(inputs, list) else "",
         "settings": record.get("settings", ""),
         "network": network,
-        # The gain is measured on the same rows, so this is the score of the very head.
+        # The gain was measured on the same rows, so the head's score follows from it.
         "head": None if gain is None else network - sign(run.metric) * gain,
         **{name: record.get(name) for name in ("gain", "gain_low", "gain_high", "seconds")},
         "decision": record["decision"],
@@ -62,7 +62,7 @@ def _record_row(run: FinishedRun, key: str, record: dict[str, Any]) -> dict[str,
 
 
 def _network_score(run: FinishedRun, key: str) -> float:
-    """The network's mean over validation folds; nan where it was not trained, or is gone."""
+    """Return the network's mean score over validation folds; nan if its results are not there."""
     try:
         table = read_bank(run.paths.finetune_result(key)).table
     except (HeadraceError, OSError):

@@ -1,4 +1,4 @@
-"""What predictions get right and wrong: confusions, classes, calibration; on validation folds too.
+"""Blocks that show what predictions get right and wrong: confusions, classes, calibration.
 
 N rows, C classes (or label columns, or regression targets).
 """
@@ -25,14 +25,13 @@ from headrace.pipelines.report.page.blocks import (
     Table,
 )
 
-# A matrix of more classes than this is a picture to walk over, beside a table of its largest
-# entries.
+# A matrix of more classes is drawn as a picture, with a table of its largest entries.
 MATRIX_CLASSES = 15
-BINS = 15  # as the calibration error's
+BINS = 15  # of the reliability diagram; as many as in the metric calibration_error
 
 
 def predictions_section(run: FinishedRun) -> Section:
-    """The winner on validation folds: each row by the head that did not train on it."""
+    """Return the section on the winner's out-of-fold predictions."""
     target, predicted = run.scored_predictions
     section_blocks = [
         *outcome_blocks(run.task_kind, run.classes, target, predicted, "validation"),
@@ -56,7 +55,9 @@ def predictions_section(run: FinishedRun) -> Section:
 
 
 def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
-    """The reliability diagram at the winner's temperature, and both calibration errors."""
+    """Return the reliability diagram at the winner's temperature, and the errors with it and
+    without.
+    """
     if run.task_kind == "regression":
         return []
     stored_calibration = run.calibration
@@ -117,7 +118,7 @@ def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Bloc
         "the winner at its temperature",
         "calibrated",
     )
-    return [figure, facts]  # the figure stands beside that without the temperature
+    return [figure, facts]  # this order puts the figure beside that without the temperature
 
 
 def outcome_blocks(
@@ -128,10 +129,10 @@ def outcome_blocks(
     split_name: str,
     model_name: str = "the winner",
 ) -> list[Block]:
-    """The blocks that a kind of task has, of these rows; `split_name` ("validation", "test") is in
-    captions and table names.
+    """Return the blocks for a kind of task.
 
-    model_name: whose predictions they are.
+    target: (N, ...) as in `Task.target`; predicted: (N, C). split_name ("validation", "test") and
+    model_name are used in captions and table names.
     """
     if task_kind == "single":
         return [
@@ -157,8 +158,7 @@ def _confusion_blocks(
     model_name: str,
 ) -> list[Block]:
     C = len(classes)
-    predicted_class = predicted.argmax(1)
-    confusion_counts = np.bincount(target * C + predicted_class, minlength=C * C).reshape(C, C)
+    confusion_counts = np.bincount(target * C + predicted.argmax(1), minlength=C * C).reshape(C, C)
     if C <= MATRIX_CLASSES:
         confusion_frame = pd.DataFrame(
             confusion_counts, columns=[f"c{number}" for number in range(C)]
@@ -182,34 +182,7 @@ def _confusion_blocks(
                 shade="rows",
             )
         ]
-    wrong_counts = confusion_counts.copy()
-    np.fill_diagonal(wrong_counts, 0)
-    commonest_first = np.argsort(-wrong_counts, axis=None, kind="stable")[
-        : int((wrong_counts > 0).sum())
-    ]
-    actual_class, said_class = np.unravel_index(commonest_first, wrong_counts.shape)
-    confusion_frame = pd.DataFrame(
-        {
-            "actual": np.asarray(classes, object)[actual_class],
-            "predicted": np.asarray(classes, object)[said_class],
-            "images": wrong_counts[actual_class, said_class],
-            "share": wrong_counts[actual_class, said_class]
-            / np.maximum(confusion_counts.sum(1)[actual_class], 1),
-        }
-    )
-    table_columns = (
-        Column("actual", "actual"),
-        Column("predicted", "predicted"),
-        Column("images", "count", "count"),
-        Column("share", "of the class", "share"),
-    )
-    confusion_table = Table(
-        f"confusion-{split_name}",
-        f"Confusions, the commonest first ({split_name})",
-        table_columns,
-        confusion_frame,
-        search=True,
-    )
+    confusion_table = _confusion_list(classes, confusion_counts, split_name)
     recall = _safe_ratio(np.diag(confusion_counts), confusion_counts.sum(1))
     matrix = Matrix(
         f"matrix-{split_name}",
@@ -227,9 +200,37 @@ def _confusion_blocks(
     return [confusion_table, matrix]
 
 
+def _confusion_list(
+    classes: tuple[str, ...], confusion_counts: npt.NDArray[np.int64], split_name: str
+) -> Table:
+    wrong_counts = confusion_counts.copy()
+    np.fill_diagonal(wrong_counts, 0)
+    commonest_first = np.argsort(-wrong_counts, axis=None, kind="stable")[
+        : int((wrong_counts > 0).sum())
+    ]
+    actual, predicted = np.unravel_index(commonest_first, wrong_counts.shape)
+    confusion_frame = pd.DataFrame(
+        {
+            "actual": np.asarray(classes, object)[actual],
+            "predicted": np.asarray(classes, object)[predicted],
+            "images": wrong_counts[actual, predicted],
+            "share": wrong_counts[actual, predicted]
+            / np.maximum(confusion_counts.sum(1)[actual], 1),
+        }
+    )
+    table_columns = (
+        Column("actual", "actual"),
+        Column("predicted", "predicted"),
+        Column("images", "count", "count"),
+        Column("share", "of the class", "share"),
+    )
+    caption = f"Confusions, the commonest first ({split_name})"
+    return Table(f"confusion-{split_name}", caption, table_columns, confusion_frame, search=True)
+
+
 def _confused_order(confusion_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """An order of the classes in which those that are taken for each other are neighbours: the
-    leaves of their average linkage, by the share of images that are confused.
+    """Return the classes in an order in which those that are confused are neighbours: the leaves of
+    their average-linkage tree, by the share of images that are confused.
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -351,7 +352,7 @@ def _reliability_figure(
     model_name: str,
     table_name: str = "",
 ) -> Figure:
-    """The diagram, and its table's `table_name`, by default `split_name`."""
+    """Return the diagram and its table. table_name: of the table, by default `split_name`."""
     if task_kind == "multi":
         confidence, is_correct, count_unit = predicted.ravel(), target.ravel() > 0, "labels"
     else:
@@ -359,23 +360,12 @@ def _reliability_figure(
         is_correct = predicted.argmax(1) == target
         count_unit = "count"  # images or units
     bin_index = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
-    bin_counts = np.bincount(bin_index, minlength=BINS)
-    is_filled = bin_counts > 0
-    mean_confidence = (
-        np.bincount(bin_index, weights=confidence, minlength=BINS)[is_filled]
-        / bin_counts[is_filled]
-    )
-    share_right = (
-        np.bincount(bin_index, weights=is_correct, minlength=BINS)[is_filled]
-        / bin_counts[is_filled]
-    )
-    calibration_error = float(
-        (bin_counts[is_filled] * np.abs(mean_confidence - share_right)).sum()
-        / max(bin_counts.sum(), 1)
-    )
-    mean_excess = float(
-        (bin_counts[is_filled] * (mean_confidence - share_right)).sum() / max(bin_counts.sum(), 1)
-    )
+    bin_index = np.unique(bin_index, return_inverse=True)[1]  # bins that have rows
+    bin_counts = np.bincount(bin_index)
+    mean_confidence = np.bincount(bin_index, weights=confidence) / bin_counts
+    share_right = np.bincount(bin_index, weights=is_correct) / bin_counts
+    excess = bin_counts * (mean_confidence - share_right) / max(bin_counts.sum(), 1)
+    calibration_error, mean_excess = float(np.abs(excess).sum()), float(excess.sum())
     tendency_text = (
         "too sure of itself"
         if mean_excess > 0.02
@@ -384,7 +374,7 @@ def _reliability_figure(
         else "about as sure as it is right"
     )
     bin_frame = pd.DataFrame(
-        {"probability": mean_confidence, "right": share_right, "rows": bin_counts[is_filled]}
+        {"probability": mean_confidence, "right": share_right, "rows": bin_counts}
     )
     table_columns = (
         Column("probability", "mean predicted probability", "share"),
@@ -392,9 +382,7 @@ def _reliability_figure(
         Column("rows", count_unit, "count"),
     )
     return Figure(
-        figures.reliability_chart(
-            mean_confidence, share_right, bin_counts[is_filled], count_unit, model_name
-        ),
+        figures.reliability_chart(mean_confidence, share_right, bin_counts, count_unit, model_name),
         f"Reliability diagram: share of right predictions against predicted probability in {BINS} "
         f"bins. {model_name.capitalize()} is {tendency_text}; the expected calibration error is "
         f"{calibration_error:.3f}.",

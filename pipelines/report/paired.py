@@ -17,8 +17,8 @@ from headrace.heads.evaluate.weighted import SORTED_METRICS, weighted_scores
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 1000  # of the groups, for an interval
-_BLOCK = 50  # resamples at a time
-_SORTED_BUDGET = 2e8  # numbers that are sorted for metrics of areas under curves
+_BLOCK = 50  # resamples in memory at a time
+_SORTED_BUDGET = 2e8  # numbers that are sorted for one metric of an area under a curve
 
 
 def paired_metrics(
@@ -28,11 +28,11 @@ def paired_metrics(
     groups: npt.NDArray[np.int64],
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Every metric of two models' predictions (2, n, C) of the same rows, and the second less the
-    first: columns metric, first, second, difference, low, high.
+    """Return every metric of two models' predictions (2, n, C) of the same rows: columns metric,
+    first, second, difference (second less first), low, high (its 95 % interval).
 
-    Accuracy has `paired_proportion_interval`; other metrics the percentiles of a bootstrap over
-    groups (n,), whose rows are not independent of each other.
+    The interval of the accuracy is `paired_proportion_interval`, of other metrics the percentiles
+    of a bootstrap over groups (n,), whose rows are not independent of each other.
     """
     scores = [all_metrics(task_kind, target, predicted) for predicted in predictions]
     rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def paired_proportion_interval(
     groups: npt.NDArray[Any] | None = None,
     level: float = LEVEL,
 ) -> tuple[float, float]:
-    """The interval of the share right in `second` less that in `first`, (n,) of 0 and 1.
+    """Return the interval of the mean of `second` less that of `first`, (n,) of 0 and 1.
 
     Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions
     based on paired data", Statistics in Medicine 17:2635-2650, method 10. Where rows come in
@@ -127,8 +127,11 @@ def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
 
 
 def _design_effect(differences: Floats, groups: npt.NDArray[Any]) -> float:
-    """How many times the variance of a mean of rows in groups is that of independent rows (Kish
-    1965): 1 for groups of one row; at most, and where no row differs, that of equal rows.
+    """Return the design effect (Kish 1965): the variance of a mean of rows in groups over that of
+    independent rows.
+
+    It is 1 for groups of one row. At most it is that of groups whose rows are all equal, which is
+    also taken where no row differs and it cannot be estimated.
     """
     group_of_row = np.unique(groups, return_inverse=True)[1]
     sizes = np.bincount(group_of_row).astype(np.float64)

@@ -1,4 +1,4 @@
-"""How the numbers came about: the recipe with defaults, versions, machines, fingerprints."""
+"""The provenance section: the recipe with defaults, versions, machines, fingerprints."""
 
 import json
 
@@ -11,7 +11,6 @@ from headrace.pipelines.report.page.blocks import Block, Code, Column, Facts, No
 
 
 def provenance_section(run: FinishedRun) -> Section:
-    """The section."""
     facts = (
         ("run", str(run.paths.root.absolute())),
         ("features", str(run.recipe.cache)),
@@ -30,7 +29,7 @@ def provenance_section(run: FinishedRun) -> Section:
 
 
 def recipe_text(run: FinishedRun) -> str:
-    """The run's recipe as YAML, with every default."""
+    """Return the run's recipe as YAML, with every default."""
     values = run.recipe.model_dump(mode="json", exclude_none=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
@@ -74,7 +73,7 @@ def _machine_blocks(run: FinishedRun) -> list[Block]:
 
 
 def _feature_blocks(run: FinishedRun) -> list[Block]:
-    """What is equal in all feature sets is said once."""
+    """Return the feature sets' fingerprints; fields that all sets share are listed once."""
     rows = []
     for name, specs in run.feature_specs.items():
         for view, spec in enumerate(specs):
@@ -110,7 +109,7 @@ def _feature_blocks(run: FinishedRun) -> list[Block]:
 
 
 def _plain_text(text: str) -> str:
-    """The canonical JSON as a person writes it."""
+    """Return canonical JSON as "key value; key value"."""
     return "; ".join(
         f"{key} {value}" for key, value in json.loads(text).items() if value is not None
     )

@@ -1,5 +1,5 @@
-"""What the run answers with, the winner or the ensemble whose gain has an interval above 0, and how
-it did on the test split.
+"""The selected model of a run (the winner, or the ensemble if it is better), and its predictions of
+the test split.
 """
 
 from collections.abc import Mapping
@@ -31,19 +31,19 @@ JsonObject = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class SelectedModel:
-    """The selected model, and the record of its being shown the test split."""
+    """The selected model, and the record of its evaluation on the test split."""
 
-    ensemble: JsonObject | None  # what ensemble.json says, where the ensemble is the selected model
-    test_evaluation: JsonObject | None  # None: it has not been shown the test split
+    ensemble: JsonObject | None  # contents of ensemble.json; None: the winner is selected
+    test_evaluation: JsonObject | None  # None: it was not evaluated on the test split
 
     @property
     def name(self) -> str:
-        """As a sentence names it."""
+        """Its name in a sentence."""
         return "the winner" if self.ensemble is None else "the ensemble"
 
     @property
     def heads(self) -> str:
-        """What it consists of, in a few words."""
+        """Its members in words, such as "2 heads and 1 network"."""
         if self.ensemble is None:
             return "the winner"
         kinds = [member["kind"] for member in self.ensemble["members"]]
@@ -58,11 +58,11 @@ class SelectedModel:
 
 
 def find_selected(run: FinishedRun) -> SelectedModel:
-    """The selected model of the run's last call."""
+    """Return the selected model of the run's last call."""
     if not ensemble_is_selected(run.paths):
         return SelectedModel(None, run.winner_evaluation)
     ensemble = read_record(run.paths.ensemble / ENSEMBLE_DESCRIPTION)
-    if "unit_rule" in ensemble:
+    if "unit_rule" in ensemble:  # a temperature of units is stored with their rule
         ensemble["temperature"] = ensemble["unit_rule"]["temperature"]
     evaluations = [
         evaluation
@@ -73,7 +73,7 @@ def find_selected(run: FinishedRun) -> SelectedModel:
 
 
 def _is_ensemble(identity: JsonObject, ensemble: JsonObject, task: str) -> bool:
-    """Return whether an evaluation's record, whose model has this identity, is of this ensemble."""
+    """Return whether the model of a recorded evaluation, by its identity, is this ensemble."""
     if (
         "ensemble" not in identity
         or identity["train"] != task
@@ -92,21 +92,19 @@ def _is_ensemble(identity: JsonObject, ensemble: JsonObject, task: str) -> bool:
 
 @dataclass(frozen=True)
 class TestPredictions:
-    """What the selected model predicts of the test split, as its evaluation on record did."""
+    """The selected model's predictions of the test split, as in its recorded evaluation."""
 
     test: Task
-    # (n, ...) and (n, C) that the evaluation has scored: of the test images, or of their units
-    target: npt.NDArray[Any]
-    predicted: npt.NDArray[Any]
-    # (N, C) of the test images one by one; of units' images without the temperature
-    of_images: npt.NDArray[Any]
+    target: npt.NDArray[Any]  # (n, ...) of the rows that were scored: images, or units
+    predicted: npt.NDArray[Any]  # (n, C) of these rows
+    of_images: npt.NDArray[Any]  # (N, C) of the images; without temperature if units were scored
 
 
 def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictions | str:
-    """The selected model's predictions of the test split.
+    """Return the selected model's predictions of the test split, or a text that says why not.
 
-    Only for a model whose evaluation is on record, on the very rows of that record: nothing new
-    is learned of the test split. Otherwise the reason why not.
+    They are made only for a model whose evaluation is on record, and on the rows of that record, so
+    that a report adds no evaluation of the test split.
     """
     evaluation = selected.test_evaluation
     if evaluation is None:
@@ -130,7 +128,7 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
                 for member in identity["ensemble"]
             ]
             temperature, floor = identity["temperature"], FLOOR
-        # Images of units are predicted without it, and the units together given it.
+        # The temperature of units is applied to units, not to their images.
         of_images = 1.0 if test.units is not None else temperature
         predictions = (
             model.predict_rows(test, temperature=of_images, trust_code=run.trust_code)

@@ -1,5 +1,5 @@
-"""What other commands have found out about the run: the worth of the choice, the ensemble, learning
-curves, transfer scores, advice. What has not been measured is a line that says which command does.
+"""Sections on the selection, the ensemble and the advice, from the records that a run or `headrace
+advise` has left. For a record that is not there, a line names the command that makes it.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,13 @@ from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.page import figures
 from headrace.pipelines.report.page.blocks import Block, Column, Facts, Figure, Note, Section, Table
 
-Found = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
 def choice_section(run: FinishedRun) -> Section:
-    """What the winner's score is worth, chosen as the best of many, and who is as good."""
+    """Return the section: the winner's score corrected for the choice, and the settings tied with
+    it.
+    """
     choice_blocks = _blocks_of_record(
         run.paths.selection,
         "`headrace run RECIPE` with this version measures it",
@@ -35,7 +37,6 @@ def choice_section(run: FinishedRun) -> Section:
 
 
 def ensemble_section(run: FinishedRun) -> Section:
-    """What averaging heads is worth, and which heads."""
     remedy = (
         "put `ensemble: {}` into the recipe and `headrace run RECIPE` again; nothing is trained "
         "anew"
@@ -54,7 +55,6 @@ def ensemble_section(run: FinishedRun) -> Section:
 
 
 def advice_section(run: FinishedRun) -> Section:
-    """What would help most, the learning curve with its extrapolation, transfer scores."""
     advice_blocks = _blocks_of_record(
         run.paths.advice,
         "`headrace advise RUN` measures it, in a minute or so",
@@ -69,38 +69,26 @@ def advice_section(run: FinishedRun) -> Section:
 
 
 def expected_text(run: FinishedRun) -> tuple[str, str] | None:
-    """The winner's expected score on new images with its interval, where it has been measured."""
+    """Return the winner's expected score on new images, and its interval as a remark; None if they
+    are not on record.
+    """
     selection_record = read_json(run.paths.selection)
+    if not selection_record:
+        return None
     try:
         expected_value, lower_end, upper_end = (
-            (
-                number_text(float(selection_record[name]), run.metric)
-                for name in ("expected", "low", "high")
-            )
-            if selection_record
-            else (None,) * 3
+            number_text(float(selection_record[name]), run.metric)
+            for name in ("expected", "low", "high")
         )
     except (KeyError, TypeError, ValueError):
-        return None
-    return (
-        (
-            expected_value,
-            (
-                f"95 % interval {lower_end} to {upper_end}, "
-                + (
-                    f"corrected for being the best of {selection_record['tried']:,}"
-                    if selection_record["tried"] > 1
-                    else "the only setting"
-                )
-            ),
-        )
-        if selection_record and expected_value
-        else None
-    )
+        return None  # of another version, or undefined
+    n_tried = selection_record["tried"]
+    choice = f"corrected for being the best of {n_tried:,}" if n_tried > 1 else "the only setting"
+    return expected_value, f"95 % interval {lower_end} to {upper_end}, {choice}"
 
 
-def read_json(record_path: Path, mended_by: str = RUN_AGAIN) -> Found | None:
-    """None where the file is not there. Raises RunDamaged."""
+def read_json(record_path: Path, mended_by: str = RUN_AGAIN) -> Record | None:
+    """Return a record, None if there is no file. Raises RunDamaged, which names `mended_by`."""
     try:
         return read_record(record_path, mended_by)
     except FileNotFoundError:
@@ -108,7 +96,7 @@ def read_json(record_path: Path, mended_by: str = RUN_AGAIN) -> Found | None:
 
 
 def _blocks_of_record(
-    path: Path, remedy: str, make_blocks: Callable[[Found], list[Block]]
+    path: Path, remedy: str, make_blocks: Callable[[Record], list[Block]]
 ) -> tuple[Block, ...]:
     try:
         stored_record = read_json(path, remedy)
@@ -128,7 +116,7 @@ def _blocks_of_record(
         )
 
 
-def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
+def _choice_blocks(run: FinishedRun, selection_record: Record) -> list[Block]:
     expected_value, lower_end, upper_end, validation_score = (
         number_text(selection_record[name], run.metric)
         for name in ("expected", "low", "high", "validation")
@@ -170,8 +158,12 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
     if not comparisons_path.exists():
         gone = f"{comparisons_path.name} is not there: `headrace run RECIPE` writes it again."
         return [facts, Note(gone)] if selection_record["tried"] > 1 else [facts]
+    return [facts, _comparison_table(run)]
+
+
+def _comparison_table(run: FinishedRun) -> Table:
     comparison_frame = pd.read_csv(
-        read_table(comparisons_path), dtype={"inputs": str, "kind": str, "settings": str}
+        read_table(run.paths.comparisons), dtype={"inputs": str, "kind": str, "settings": str}
     )
     input_names = list(run.feature_specs)
     comparison_frame = comparison_frame.assign(
@@ -180,8 +172,8 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
     comparison_frame["statistically_tied"] = (
         comparison_frame["statistically_tied"].fillna(False).astype(bool)
     )
-    # The interval is of each pair alone; the verdict, of all pairs together. Where they differ, a
-    # bare "tied" would contradict the interval beside it. 5e-5: what is written as 0.0001.
+    # The interval is of each pair alone, the verdict of all pairs together. Where they differ, a
+    # bare "tied" would contradict the interval beside it. From 5e-5 a number is written as 0.0001.
     alone = comparison_frame.get("low", pd.Series(0.0, index=comparison_frame.index)) >= 5e-5
     comparison_frame["verdict"] = np.select(
         [~comparison_frame["statistically_tied"], alone],
@@ -218,20 +210,17 @@ def _choice_blocks(run: FinishedRun, selection_record: Found) -> list[Block]:
     present_columns = tuple(
         column for column in table_columns if column.name in comparison_frame.columns
     )
-    return [
-        facts,
-        Table(
-            "comparisons",
-            "Every setting against the winner",
-            present_columns,
-            comparison_frame,
-            filters=("verdict", "kind"),
-            search=True,
-        ),
-    ]
+    return Table(
+        "comparisons",
+        "Every setting against the winner",
+        present_columns,
+        comparison_frame,
+        filters=("verdict", "kind"),
+        search=True,
+    )
 
 
-def _ensemble_blocks(run: FinishedRun, ensemble_record: Found) -> list[Block]:
+def _ensemble_blocks(run: FinishedRun, ensemble_record: Record) -> list[Block]:
     nested_result, metric = ensemble_record["nested"], ensemble_record["nested"]["metric"]
     ensemble_score, lower_end, upper_end, single_score = (
         number_text(nested_result[name], metric) for name in ("value", "low", "high", "single")
@@ -289,7 +278,7 @@ def _ensemble_blocks(run: FinishedRun, ensemble_record: Found) -> list[Block]:
     ]
 
 
-def _advice_blocks(run: FinishedRun, advice_record: Found) -> list[Block]:
+def _advice_blocks(run: FinishedRun, advice_record: Record) -> list[Block]:
     advice_blocks: list[Block] = [
         Note(str(advice_record["sentence"]), "good"),
         *(Note(str(reason)) for reason in advice_record["reasons"]),
@@ -342,7 +331,7 @@ def _advice_blocks(run: FinishedRun, advice_record: Found) -> list[Block]:
     return advice_blocks
 
 
-def _curve_figure(evidence: Found) -> Figure:
+def _curve_figure(evidence: Record) -> Figure:
     image_counts = list(map(float, evidence["curve"]["images"]))
     errors = list(map(float, evidence["curve"]["error"]))
     last_count, last_error = image_counts[-1], errors[-1]

@@ -1,4 +1,4 @@
-"""Pictures to look at: mistakes that the winner is surest of, and labels likely wrong."""
+"""The section of pictures to look at: confident mistakes of the winner, and likely label errors."""
 
 from collections.abc import Sequence
 
@@ -19,13 +19,13 @@ from headrace.pipelines.report.page.blocks import (
 )
 from headrace.pipelines.report.page.thumbnails import Thumbnails
 
-SHOWN = 24
+SHOWN = 24  # pictures of a gallery
 
 _ID: tuple[Column, ...] = (Column("id", "image"),)
 
 
 def suspects_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
-    """The section; every row that is suspected is in its table, the first of them are pictures."""
+    """Return the section: tables of all mistakes and suspects, the first of them as pictures."""
     kinds = {"single": _single_blocks, "multi": _multi_blocks}
     blocks = kinds.get(run.task_kind, _regression_blocks)(run, thumbnails)
     lead = (
@@ -78,11 +78,21 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
             search=True,
         ),
     ]
+    return [*mistake_blocks, *_label_error_blocks(run, thumbnails, target, predicted)]
+
+
+def _label_error_blocks(
+    run: FinishedRun,
+    thumbnails: Thumbnails,
+    target: npt.NDArray[np.int64],
+    predicted: npt.NDArray[np.float32],
+) -> list[Block]:
+    held_out_rows, class_names = run.held_out_rows, np.asarray(run.classes, object)
     suspect_rows = likely_label_errors(target, predicted)
     if not len(suspect_rows):
-        return [*mistake_blocks, Note("No label is likely wrong by confident learning.", "good")]
-    # The largest class but the label's: where the label itself is the largest, another passes its
-    # own threshold more surely.
+        return [Note("No label is likely wrong by confident learning.", "good")]
+    # The most probable class but the label's: a label can be the most probable class itself, and
+    # suspected because another class reaches its threshold.
     other_probabilities = predicted[suspect_rows].copy()
     other_probabilities[np.arange(len(suspect_rows)), target[suspect_rows]] = -1
     suspect_frame = pd.DataFrame(
@@ -102,7 +112,6 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         Column("of_suggested", "of the suggestion", "share"),
     )
     return [
-        *mistake_blocks,
         Note(
             f"{len(suspect_rows):,} of {len(held_out_rows):,} labels "
             f"({len(suspect_rows) / len(held_out_rows):.1%}) are likely wrong by confident "

@@ -1,4 +1,4 @@
-"""Writing a page, and the tables of it, in the place of an earlier report and of nothing else."""
+"""Writing of a page and its tables, in place of an earlier report but of no other file."""
 
 import io
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class ReportThere(HeadraceError, FileExistsError):
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """The files that were written."""
 
     page: Path
     bytes: int
@@ -40,8 +40,9 @@ def write_page(
     tables: bool,
     missing_images: int,
 ) -> Report:
-    """Publish the page and, if asked, its tables in a folder beside it. `require_ours` has allowed
-    the path. made: one line that says when, by what and from what.
+    """Publish the page and, if asked, its tables in a folder beside it.
+
+    page_path: one that `require_ours` allows. made: one line that says when, by what and from what.
     """
     page_text = render_page(f"{_TITLE}{title}", made, headline, sections)
     page_path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +82,10 @@ def require_ours(page_path: Path) -> None:
 def write_tables(
     folder: Path, sections: Sequence[Section], *, replace: bool = False
 ) -> tuple[Path, ...]:
-    """Every table as NAME.csv and NAME.parquet; returns the paths.
+    """Write every table as NAME.csv and NAME.parquet, and return the paths.
 
-    replace: files of these names are known for an earlier report's. Else only both of a pair are;
-    raises ReportThere for one alone.
+    replace: existing files are an earlier report's, and are replaced. Otherwise they are taken for
+    one's only where both of a pair exist; raises ReportThere for one alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for table_name in () if replace else tables_of(tuple(sections)):
@@ -115,7 +116,7 @@ def write_tables(
 
 
 def plain_frame(table: Table) -> pd.DataFrame:
-    """The table's columns, in full precision. A confusion matrix has its classes as headings."""
+    """Return the table's columns, not rounded. A confusion matrix has its classes as headings."""
     column_frame = table.frame[[column.name for column in table.columns]]
     return (
         column_frame.set_axis(

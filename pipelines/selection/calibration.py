@@ -1,9 +1,9 @@
 """Temperature of the winner, fitted on the predictions of its fold heads.
 
-The head that is handed out was trained on all rows and has no rows left to be calibrated on; its
-fold heads, of the same settings, have predicted every row that they had not seen. Their temperature
-is taken for it, as scikit-learn's `CalibratedClassifierCV(ensemble=False)` does. Trained on more
-rows, it is if anything a little less confident than it could be.
+The winner was trained on all rows and has no rows left to be calibrated on; its fold heads, of the
+same settings, have predicted every row that they had not seen. The winner takes their temperature,
+as in scikit-learn's `CalibratedClassifierCV(ensemble=False)`. It was trained on more rows than they
+were, and so it is at most a little less confident than it could be.
 """
 
 from dataclasses import asdict, dataclass
@@ -27,14 +27,15 @@ from headrace.pipelines.selection.predictions import (
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and the winner's errors without it and with it, on the rows that it was fitted
-    on, all folds together.
+    """A temperature fitted on the held-out rows of all folds, and the winner's errors on these rows
+    before and after.
 
-    Errors with it are cross-fitted: each fold's rows at the temperature of the other folds.
+    Errors after it are cross-fitted, because a temperature flatters the rows that it was fitted on:
+    each fold's rows are scored at the temperature of the other folds.
     """
 
     temperature: float
-    images: int
+    images: int  # held-out rows: images, or units where the task has them
     error_before: float  # expected calibration error
     error_after: float
     loss_before: float  # log loss, nats
@@ -53,12 +54,10 @@ def temperature_of(winner: pd.Series, task: Task) -> float:
     if task.kind == "regression" or len(validation) == 0:
         return 1.0
     _, predicted = stacked_predictions(winner.to_frame().T, validation)
+    if len(predicted) == 0:
+        return 1.0
     floor = floor_of(winner["spec"], task.kind, len(task.classes))
-    return (
-        fit_temperature(task.kind, validation.target, predicted[0], validation.weight, floor)
-        if len(predicted)
-        else 1.0
-    )
+    return fit_temperature(task.kind, validation.target, predicted[0], validation.weight, floor)
 
 
 def calibrate(

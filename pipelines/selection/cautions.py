@@ -1,7 +1,7 @@
 """Notes on a result for a careful reader: classes that a good accuracy hides, a winner on the edge
 of its grid, images that are nearly the same on two sides of a split.
 
-Each is a sentence, or none; nothing is trained or forwarded.
+Each function returns sentences or None. Nothing is trained, and no network is run.
 """
 
 import contextlib
@@ -22,27 +22,29 @@ from headrace.extract.images.samples import PixelRange
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval
 from headrace.heads.evaluate.metrics import score
-from headrace.pipelines.selection.duplicates import like_pairs, standardised
+from headrace.pipelines.selection.duplicates import similar_pairs, standardised
 from headrace.pipelines.selection.predictions import ValidationRows, read_predictions
 from headrace.pipelines.selection.signatures import grey_of_file, grey_signature
 
-# A balanced accuracy that lies so much below the accuracy, and surely below it, is told.
-HIDDEN = 0.10
-# Features of two images are all but equal from this cosine on, pixels of their small grey copies
-# from the other: re-encoded, resized and brightened copies have pixels above it; features find what
-# pixels cannot, such as a mirrored copy. docs/report.md has the measurement.
+# A note is written where balanced accuracy lies this far below accuracy, and its 95 % interval
+# below it too.
+MIN_ACCURACY_GAP = 0.10
+# Cosines from which two images count as nearly the same, by their features and by the pixels of
+# their small grey copies. Re-encoded, resized and brightened copies have pixels above it; features
+# find what pixels cannot, such as a mirrored copy. docs/report.md has the measurement.
 FEATURES_ALIKE = 0.985
 PIXELS_ALIKE = 0.97
-COMPARED = 10_000  # images at most, a second of products
-FEWEST = 20  # of fewer images the standardised features say nothing
-NOTABLE = 0.05  # of the images: of fewer, no score moves by what anybody would act on
-_DIRECTIONS, _BLOCK = 128, 1024
-LOOKED_AT, RUN, LOOKED_BYTES = 400, 20, 64_000_000  # a second or two
+MAX_COMPARED = 10_000  # images; their products take a second
+MIN_IMAGES = 20  # standardized features of fewer images say nothing
+MIN_AFFECTED_SHARE = 0.05  # of the images; fewer do not move a score by what anybody would act on
+_DIRECTIONS, _BLOCK = 128, 1024  # columns of the random projection; rows of one product
+# Images read, length of each run of neighbours, bytes read: together a second or two.
+MAX_READ, RUN_LENGTH, MAX_READ_BYTES = 400, 20, 64_000_000
 GROUP_ADVICE = (
     "If they show one thing twice, scores are too good: name what they have in common in "
     "task.group (a patient, a scene, a module), and its images stay on one side"
 )
-# Settings of which more and less can be tried, and whole numbers among them.
+# The numeric settings of each kind of head: a grid of them can be extended at either end.
 _ORDERED = {
     "logistic": ("C",),
     "ridge": ("alpha",),
@@ -63,9 +65,9 @@ _ORDERED = {
 
 
 def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str) -> str | None:
-    """Return a note where the winner's accuracy says little of the rare classes, else None.
+    """Return a note if the winner's accuracy says little about the rare classes, else None.
 
-    board: of complete heads, best first.
+    board: complete heads, best first.
     """
     if validation.task.kind != "single" or metric != "accuracy":
         return None
@@ -77,7 +79,7 @@ def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str)
     _, balanced_high = metric_interval(
         "single", validation.target, predicted, "balanced_accuracy", groups=validation.groups
     )
-    if accuracy - balanced < HIDDEN or balanced_high >= accuracy:
+    if accuracy - balanced < MIN_ACCURACY_GAP or balanced_high >= accuracy:
         return None
     is_right = predicted.argmax(1) == validation.target
     class_counts = np.bincount(validation.target, minlength=len(validation.task.classes))
@@ -95,8 +97,8 @@ def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str)
 
 
 def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
-    """Return notes on settings of which the winner has the largest or smallest value tried, where
-    it is better there than with the next one.
+    """Return a note for each setting of which the winner has the largest or smallest value tried,
+    and scores better with it than with the neighbouring value.
 
     board: the complete heads of a leaderboard, best first, as `rank_heads` gives it.
     """
@@ -110,6 +112,7 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
         value = settings.get(setting_name)
         if not _is_number(value):
             continue
+        # The heads that differ from the winner in this setting alone.
         grid_line = [
             (settings_of_row[setting_name], row_index)
             for row_index, settings_of_row in enumerate(other_settings)
@@ -149,13 +152,13 @@ def near_duplicates(
     pixel_range: PixelRange | None = None,
 ) -> str | None:
     """Return a note on images on two sides of the split that are nearly the same; None where they
-    are too few to matter (NOTABLE).
+    are too few to matter (MIN_AFFECTED_SHARE).
 
-    Each image is compared with the nearest one, by features, on another side. The two count where
-    features or small grey copies are all but equal.
+    Each image is compared with the nearest one, by features, on another side. The two count as
+    nearly the same if their features or their small grey copies are.
 
-    image_paths: by content hash. At most LOOKED_AT images are read, those whose features are the
-    likest.
+    image_paths: by content hash. At most MAX_READ images are read, those of the pairs with the most
+    similar features.
     """
     opened_sets = {name: open_feature_set(views[0]) for name, views in feature_paths.items()}
     pooled_names = [name for name, features in opened_sets.items() if len(features.spec.shape) == 1]
@@ -164,32 +167,34 @@ def near_duplicates(
     content, first_index = np.unique(
         np.concatenate([train.content, test.content]).astype(str), return_index=True
     )
-    if len(content) < FEWEST:
+    if len(content) < MIN_IMAGES:
         return None
     side_of_image = sides(train, test)[first_index]
-    if len(content) > COMPARED:
-        sampled = np.sort(np.random.default_rng(0).choice(len(content), COMPARED, replace=False))
+    if len(content) > MAX_COMPARED:
+        sampled = np.sort(
+            np.random.default_rng(0).choice(len(content), MAX_COMPARED, replace=False)
+        )
         content, side_of_image = content[sampled], side_of_image[sampled]
     features = opened_sets[pooled_names[-1]]
     pairs, pair_cosines = _nearest_across(
         features.read(features.locate(content.tolist()), np.float32), side_of_image
     )
-    likest_pairs = pairs[: LOOKED_AT // 2]
+    closest_pairs = pairs[: MAX_READ // 2]
     grey_images = {
         image_index: grey_of_file(image_paths.get(str(content[image_index]), ""), pixel_range)
-        for image_index in np.unique(likest_pairs).tolist()
+        for image_index in np.unique(closest_pairs).tolist()
     }
     readable_grey = {
         image_index: values for image_index, values in grey_images.items() if values is not None
     }
     is_alike = pair_cosines >= FEATURES_ALIKE
-    if len(readable_grey) >= FEWEST:
+    if len(readable_grey) >= MIN_IMAGES:
         brightness = np.stack(list(readable_grey.values())).astype(np.float32)
         standardized = standardised(brightness - brightness.mean(1, keepdims=True))
         row_of_image = {
             image_index: pair_index for pair_index, image_index in enumerate(readable_grey)
         }
-        for pair_index, (first_image, second_image) in enumerate(likest_pairs.tolist()):
+        for pair_index, (first_image, second_image) in enumerate(closest_pairs.tolist()):
             if first_image in row_of_image and second_image in row_of_image:
                 is_alike[pair_index] |= (
                     float(
@@ -204,7 +209,7 @@ def near_duplicates(
     affected_share = (
         len(leaked_tests) / n_tests if n_tests else len(np.unique(alike_pairs)) / len(content)
     )
-    if affected_share < NOTABLE:
+    if affected_share < MIN_AFFECTED_SHARE:
         return None
     return near_duplicates_text(alike_pairs[:, 0], alike_pairs[:, 1], side_of_image, least=True)
 
@@ -212,10 +217,13 @@ def near_duplicates(
 def _nearest_across(
     vectors: npt.NDArray[np.float32], side_of_image: npt.NDArray[np.str_]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return rows' nearest rows of another side (P, 2), the likest first, and cosines (P,)."""
+    """Return pairs (P, 2) of each row and its nearest row of another side, the most similar first,
+    and their cosines (P,).
+    """
     X = standardised(vectors)
     projected = X
-    # a random projection keeps distances well enough to find the nearest
+    # A random projection keeps distances well enough to find the nearest row; the cosines returned
+    # are those of all columns.
     if X.shape[1] > _DIRECTIONS:
         projected = X @ np.random.default_rng(0).normal(size=(X.shape[1], _DIRECTIONS)).astype(
             np.float32
@@ -225,41 +233,42 @@ def _nearest_across(
     nearest = np.empty(len(X), np.int64)
     for start in range(0, len(X), _BLOCK):
         block = slice(start, start + _BLOCK)
-        likeness = projected[block] @ projected.T
-        likeness[side_codes[block, None] == side_codes[None]] = -np.inf
-        nearest[block] = likeness.argmax(1)
+        cosines = projected[block] @ projected.T
+        cosines[side_codes[block, None] == side_codes[None]] = -np.inf
+        nearest[block] = cosines.argmax(1)
     pairs = np.unique(np.sort(np.stack([np.arange(len(X)), nearest], 1), axis=1), axis=0)
-    # of one side alone there is none
+    # Where all rows are on one side, argmax over -inf has paired each with row 0.
     pairs = pairs[side_codes[pairs[:, 0]] != side_codes[pairs[:, 1]]]
     cosines = (X[pairs[:, 0]] * X[pairs[:, 1]]).sum(1)
-    likest_first = np.argsort(-cosines, kind="stable")
-    return pairs[likest_first], cosines[likest_first]
+    closest_first = np.argsort(-cosines, kind="stable")
+    return pairs[closest_first], cosines[closest_first]
 
 
 def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str | None:
-    """Return a note on images that small grey copies find all but equal, before anything is
+    """Return a note on images whose small grey copies are nearly the same, before anything is
     extracted; else None.
 
-    Compared are neighbours in the listing, where the frames of a video or the photos of a scene
-    stand. At most LOOKED_AT images are read, and no more than LOOKED_BYTES.
+    Runs of neighbours in the listing are compared, because the frames of a video or the photos of a
+    scene are listed side by side. At most MAX_READ images and MAX_READ_BYTES are read.
 
-    samples: columns id, path. group_column: its values stay on one side of a split in any case.
+    samples: columns id, path. group_column: images with one value of it are not compared, since
+    they stay on one side of a split in any case.
     """
     sampled = samples
-    if len(samples) > LOOKED_AT:
-        starts = np.linspace(0, len(samples) - RUN, LOOKED_AT // RUN).astype(int)
-        sampled = samples.iloc[np.unique((starts[:, None] + np.arange(RUN)).ravel())]
-    # by content: exact copies are told by the run, and kept together
+    if len(samples) > MAX_READ:
+        starts = np.linspace(0, len(samples) - RUN_LENGTH, MAX_READ // RUN_LENGTH).astype(int)
+        sampled = samples.iloc[np.unique((starts[:, None] + np.arange(RUN_LENGTH)).ravel())]
+    # By content: the run reports exact copies itself, and keeps them on one side.
     grey_by_content: dict[str, npt.NDArray[np.uint8]] = {}
     image_names, side_of_image, n_bytes = [], [], 0
     for row_index, (image_name, image_path) in enumerate(
         sampled[["id", "path"]].itertuples(index=False)
     ):
-        # what cannot be read is told by the run, with its reason
+        # The run itself names images that cannot be read, with the reason.
         with contextlib.suppress(Exception):
             file_bytes = read_bytes(image_path)
             n_bytes += len(file_bytes)
-            if n_bytes > LOOKED_BYTES:
+            if n_bytes > MAX_READ_BYTES:
                 break
             content_hash = crop_content(hash_bytes(file_bytes), split_crop(image_path)[1])
             if content_hash not in grey_by_content:
@@ -270,14 +279,14 @@ def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str |
                     if group_column is None
                     else str(sampled[group_column].iloc[row_index])
                 )
-    if len(grey_by_content) < FEWEST:
+    if len(grey_by_content) < MIN_IMAGES:
         return None
     brightness = np.stack(list(grey_by_content.values())).astype(np.float32)
-    copy_pairs = like_pairs(
+    copy_pairs = similar_pairs(
         brightness - brightness.mean(1, keepdims=True), np.array(side_of_image), PIXELS_ALIKE
     )
     n_copies = len(np.unique(np.concatenate([copy_pairs.first, copy_pairs.second])))
-    if n_copies < NOTABLE * len(grey_by_content):
+    if n_copies < MIN_AFFECTED_SHARE * len(grey_by_content):
         return None
     return (
         f"{n_copies:,} of {len(grey_by_content):,} images that were looked at are nearly the same "
@@ -300,9 +309,10 @@ def near_duplicates_text(
     *,
     least: bool = False,
 ) -> str:
-    """Return the sentence on pairs (P,) and (P,) of nearly the same images.
+    """Return the sentence on pairs of nearly the same images, first (P,) and second (P,).
 
-    side_of_image: (N,) as `sides` has them, of the images compared. least: there may be more pairs.
+    side_of_image: (N,) the sides of the compared images, as from `sides`. least: there may be more
+    pairs than these.
     """
     leaked_tests = leaked_images(first, second, side_of_image)
     n_tests = int((side_of_image == "test").sum())
@@ -320,8 +330,9 @@ def near_duplicates_text(
 def leaked_images(
     first: npt.NDArray[Any], second: npt.NDArray[Any], side_of_image: npt.NDArray[np.str_]
 ) -> npt.NDArray[np.int64]:
-    """Return positions of the test images that have a partner outside of the test split, from pairs
-    (P,) and (P,) of positions.
+    """Return the positions of test images that are paired with an image outside the test split.
+
+    first, second: (P,) positions of the two images of each pair.
     """
     is_test = side_of_image == "test"
     across_test = is_test[first] != is_test[second]
@@ -329,12 +340,10 @@ def leaked_images(
 
 
 def _settings(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return a spec's settings by name, an estimator's parameters among them."""
+    """Return a spec's settings by name, with a scikit-learn estimator's parameters among them."""
+    # A spec keeps the parameters of an estimator as JSON text.
     parameters = json.loads(spec["parameters"]) if isinstance(spec.get("parameters"), str) else {}
-    return {
-        name: json.dumps(value) if isinstance(value, list) else value
-        for name, value in spec.items()
-    } | {"parameters": None, **parameters}
+    return {**spec, "parameters": None, **parameters}
 
 
 def _is_number(value: Any) -> bool:
@@ -342,7 +351,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _beyond(value: float, neighbour: float) -> float | None:
-    """Return the next value of a grid beyond its end, in its own steps; None if none."""
+    """Return the value beyond the end of a geometric grid, rounded to one digit; None if there is
+    none.
+
+    The step is that of the grid's last two values, and a decade at most.
+    """
     if value <= 0:
         return None
     ratio = value / neighbour if neighbour > 0 else 10.0

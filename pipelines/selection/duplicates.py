@@ -1,8 +1,8 @@
 """Pairs of images that are nearly the same on two sides of a split.
 
-N images, D numbers each: the pixels of small grey copies, or features. Each number is standardized
-over the images, because the raw vectors of any two photographs of one kind point nearly the same
-way; then likeness is the cosine.
+N images, D numbers each: the pixels of small grey copies, or features. Columns are standardized,
+because the raw vectors of any two photographs of one kind point nearly the same way; then the
+cosine of two rows is their similarity.
 """
 
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Above this many images a random part is compared: the pairs grow with the square.
+# Of more images a random sample is compared: the number of pairs grows with the square.
 MAX_IMAGES = 40_000
-# The likest so many pairs are kept: in a set of thousands of like images every pair is one.
+# Only the most similar pairs are kept: among thousands of images of one scene every pair counts.
 MAX_PAIRS = 100_000
-# Directions in which pairs are compared first: distances only shrink in a projection, so no close
-# pair is missed.
+# Pairs are first compared in this many directions: a projection only shrinks distances, so it
+# misses no close pair.
 _DIRECTIONS = 48
 _BLOCK = 2048  # rows of one block of cosines
 
 
 @dataclass(frozen=True)
-class LikePairs:
-    """Pairs of images on two sides of a split, the likest first."""
+class SimilarPairs:
+    """Pairs of images on two sides of a split, the most similar first."""
 
     first: npt.NDArray[np.int64]  # (P,) positions
     second: npt.NDArray[np.int64]
-    likeness: npt.NDArray[np.float32]  # (P,) cosine
+    similarity: npt.NDArray[np.float32]  # (P,) cosine
     compared: int  # images
 
 
-def like_pairs(
+def similar_pairs(
     vectors: npt.NDArray[Any],
     side: npt.NDArray[Any],
     min_cosine: float,
@@ -39,9 +39,9 @@ def like_pairs(
     max_images: int = MAX_IMAGES,
     max_pairs: int = MAX_PAIRS,
     seed: int = 0,
-) -> LikePairs:
+) -> SimilarPairs:
     """Return the pairs of rows with a cosine of at least `min_cosine` whose sides differ; the
-    `max_pairs` likest where there are more.
+    `max_pairs` most similar where there are more.
 
     vectors: (N, D), one row per distinct image; side: (N,) any labels. Beyond `max_images` rows, as
     many drawn at random are compared.
@@ -55,9 +55,9 @@ def like_pairs(
     sides = np.unique(side, return_inverse=True)[1][compared_rows]
     projected = _projection(X)
     squares = (projected**2).sum(1)
-    # |x - y|^2 = 2 - 2 cos for rows of length one; a little more room for rounding.
+    # |x - y|^2 = 2 - 2 cos for rows of length one; 1e-4 more, so that float32 rounding loses none.
     max_distance = 2 - 2 * min_cosine + 1e-4
-    close_pairs, likeness = np.empty((0, 2), np.int64), np.empty(0, np.float32)
+    close_pairs, similarity = np.empty((0, 2), np.int64), np.empty(0, np.float32)
     for start in range(0, len(X), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(X)))
         distances = (
@@ -71,19 +71,19 @@ def like_pairs(
         pairs = np.stack([i[across_sides], j[across_sides]], 1)
         cosines = _cosines(X, pairs)
         close_pairs = np.concatenate([close_pairs, pairs[cosines >= min_cosine]])
-        likeness = np.concatenate([likeness, cosines[cosines >= min_cosine]])
-        likest_first = np.argsort(-likeness, kind="stable")[:max_pairs]
-        close_pairs, likeness = close_pairs[likest_first], likeness[likest_first]
-    return LikePairs(
+        similarity = np.concatenate([similarity, cosines[cosines >= min_cosine]])
+        closest_first = np.argsort(-similarity, kind="stable")[:max_pairs]
+        close_pairs, similarity = close_pairs[closest_first], similarity[closest_first]
+    return SimilarPairs(
         compared_rows[close_pairs[:, 0]],
         compared_rows[close_pairs[:, 1]],
-        likeness,
+        similarity,
         len(compared_rows),
     )
 
 
 def standardised(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return (N, d) rows of length one, of the columns that vary, each standardized."""
+    """Return (N, d) the d columns that vary, each standardized; then rows scaled to length 1."""
     X = np.asarray(vectors, np.float32).reshape(len(vectors), -1)
     X = X - X.mean(0)
     spread = X.std(0)
@@ -102,8 +102,8 @@ def _cosines(X: npt.NDArray[np.float32], pairs: npt.NDArray[np.int64]) -> npt.ND
 
 
 def _projection(X: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return X on its widest directions, computed from a few thousand rows; X itself where it has
-    no more columns than those.
+    """Return X in its directions of largest variance, estimated from a few thousand rows; X itself
+    if it has no more columns than _DIRECTIONS.
     """
     if X.shape[1] <= _DIRECTIONS:
         return X

@@ -1,9 +1,9 @@
 """Ensembles: picked from stored predictions, scored on rows that had no part in picking them.
 
-K candidates, N held-out rows. Each head first gets a temperature of its own, so that
-under-confident heads (support vectors, ridge) and over-confident ones have their say; the average
-gets another. Where the task has units, members keep temperature 1: what they say of a unit then
-averages to what their averages of its images aggregate to.
+K candidates, N held-out rows, C outputs. Each head first gets a temperature of its own, so that
+under-confident heads (support vectors, ridge) and over-confident ones carry their weight in the
+average; the average gets another. Where the task has units, members keep temperature 1: averaging
+over members and aggregating over a unit's images then give the same in either order.
 
 The score is nested: for each part of the rows, heads are calibrated, picked and weighted on the
 other parts alone, and that ensemble predicts the part. The single head that it has to beat is
@@ -63,7 +63,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """An average of heads, and its worth.
+    """A weighted average of heads, and its scores.
 
     Scores are nested: no row was scored by an ensemble that it helped to pick.
     """
@@ -72,13 +72,14 @@ class Ensemble:
     members: tuple[Member, ...]  # by weight, largest first
     temperature: float
     candidates: int  # heads that members were picked from
-    images: int
-    value: float  # nested
+    images: int  # held-out rows
+    value: float  # nested score, in `metric`
     low: float  # 95 % interval of `value`
     high: float
-    # the leaderboard's winner on the same rows, the luck of having been picked on them included
+    # score of the leaderboard's winner on the same rows; too good, as it was picked on them
     winner: float
-    single: float  # nested too: on each part of the rows, the head that is best on the others
+    # nested score of the best single head: each part of the rows by the head best on the others
+    single: float
     gain: float  # by how much the ensemble is better than `single`, positive = better
     gain_low: float  # paired interval of `gain`, of the level `level`
     gain_high: float
@@ -110,9 +111,9 @@ def build_ensemble(
 ) -> Ensemble | None:
     """Pick an ensemble from the complete heads of a leaderboard (best first); None below two.
 
-    Deterministic in the seed. It is `chosen` when it has several members and, on the same rows, is
-    better than choosing the best head: the interval of the gain, of the level `section.confidence`,
-    lies above 0. Both are without the luck of the rows that they were picked on.
+    Deterministic in the seed. It is `chosen` if it has several members and its nested score is
+    better than that of the best single head: the interval of the gain, of the level
+    `section.confidence`, lies above 0.
     """
     task_kind = validation.task.kind
     limits = EnsembleLimits(
@@ -125,16 +126,27 @@ def build_ensemble(
     floors = [
         floor_of(spec, task_kind, len(validation.task.classes)) for spec in candidates["spec"]
     ]
+
+    def weights_from(
+        rows: npt.NDArray[np.intp] | slice,
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return weights (K,) and temperatures (K,) from some rows, and all predictions at them."""
+        temperatures = _member_temperatures(validation, rows, predicted, floors)
+        at_temperature = _calibrated(task_kind, predicted, temperatures, floors)
+        losses = loss_elements(task_kind, validation.target[rows], at_temperature[:, rows])
+        return (
+            greedy_weights(task_kind, losses, backbones_of, limits),
+            temperatures,
+            at_temperature,
+        )
+
     nested_average = np.zeros(predicted.shape[1:])
     nested_ensemble = nested_average.copy()
     part_of_row = selection_parts(validation, seed)
     for part_number in np.unique(part_of_row):
         inside = np.flatnonzero(part_of_row != part_number)
         outside = np.flatnonzero(part_of_row == part_number)
-        part_temperatures = _member_temperatures(validation, inside, predicted, floors)
-        at_temperature = _calibrated(task_kind, predicted, part_temperatures, floors)
-        losses = loss_elements(task_kind, validation.target[inside], at_temperature[:, inside])
-        weights = greedy_weights(task_kind, losses, backbones_of, limits)
+        weights, _, at_temperature = weights_from(inside)
         used_heads = np.flatnonzero(weights)
         part_average = average(weights[used_heads], at_temperature[used_heads])
         part_temperature = fit_temperature(
@@ -144,11 +156,7 @@ def build_ensemble(
         nested_ensemble[outside] = with_temperature(
             task_kind, part_average[outside], part_temperature
         )
-    temperatures = _member_temperatures(validation, slice(None), predicted, floors)
-    at_temperature = _calibrated(task_kind, predicted, temperatures, floors)
-    weights = greedy_weights(
-        task_kind, loss_elements(task_kind, validation.target, at_temperature), backbones_of, limits
-    )
+    weights, temperatures, _ = weights_from(slice(None))
     member_order = sorted(np.flatnonzero(weights), key=lambda head: -weights[head])
     members = [
         Member(
@@ -161,7 +169,7 @@ def build_ensemble(
     ]
     winner_predictions = predicted[int(candidates["rank"].argmin())]
     nested_single = nested_choice(board.reset_index(drop=True), validation, metric, part_of_row)
-    return _judged(
+    return _assess_ensemble(
         validation,
         metric,
         section,
@@ -175,7 +183,7 @@ def build_ensemble(
     )
 
 
-def _judged(
+def _assess_ensemble(
     validation: ValidationRows,
     metric: str,
     section: EnsembleSection,
@@ -187,7 +195,7 @@ def _judged(
 ) -> Ensemble:
     """Return the ensemble with its nested scores and gain.
 
-    predicted: (3, N, C), of the nested ensemble, of the nested single heads, of the winner.
+    predicted: (3, N, C) by the nested ensembles, the nested single heads, and the winner.
     """
     task_kind = validation.task.kind
     drawn_counts = resampled_rows(validation.fold, validation.groups, RESAMPLES, seed + 1)
@@ -227,10 +235,11 @@ def _judged(
 def _candidates(
     board: pd.DataFrame, validation: ValidationRows, section: EnsembleSection
 ) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
-    """Return the heads to pick from, cheap before dear, and their predictions (K, N, C).
+    """Return the heads to pick from and their predictions (K, N, C).
 
-    They are the best by their own loss, the winner, and the best of each (inputs, kind): heads
-    unlike the others help most.
+    They are the winner, the best of each (inputs, kind), because heads unlike the others help most,
+    and then the heads of least loss. Those of fewest features come first: the greedy choice gives
+    ties to the first.
     """
     task_kind = validation.task.kind
     board = board.reset_index(drop=True)
@@ -264,12 +273,13 @@ def _candidates(
 
 
 def _networks(row: pd.Series) -> frozenset[str]:
-    """Return the forward passes that a head needs; a network with other weights or another
-    preprocessing is another one.
+    """Return a name for each forward pass that a head needs.
+
+    One backbone with other weights or another preprocessing is another forward pass.
     """
-    feature_specs = [feature["spec"] for feature in read_bank(row["path"]).features]
-    if row["kind"] == "finetune":  # its own weights, whatever it started from
+    if row["kind"] == "finetune":  # a fine-tuned network has weights of its own
         return frozenset([f"fine-tuned {hashlib.sha256(row['spec'].encode()).hexdigest()[:8]}"])
+    feature_specs = [feature["spec"] for feature in read_bank(row["path"]).features]
     preprocessing_digests = [
         hashlib.sha256(spec["preprocessing"].encode()).hexdigest()[:8] for spec in feature_specs
     ]

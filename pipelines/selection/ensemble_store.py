@@ -28,12 +28,14 @@ def save_ensemble(
     unit_column: str | None = None,
     image_parts: ImageParts | None = None,
 ) -> Path:
-    """Write the ensemble; returns the path of ensemble.json. models: of its members, in order.
+    """Write the ensemble, and return the path of ensemble.json.
 
-    unit_column: names the units that its temperature is of.
+    models: the members' models, in order. unit_column: the column of units (patients, slides),
+    where predictions are of units.
     """
     temperature, rule = ensemble.temperature, None
     if unit_column is not None:
+        # The temperature was fitted on units, so it is applied to them and not to their images.
         rule = UnitRule(unit_column, task.unit_aggregation, temperature)
         temperature = 1.0
     members = tuple(
@@ -54,7 +56,7 @@ def save_ensemble(
         }
         for member, model in zip(ensemble.members, models, strict=True)
     )
-    # NaN is no JSON, and says nothing of a metric that is undefined here.
+    # JSON has no NaN; a metric that is undefined here is left out.
     metrics = {
         f"validation_{name}": value for name, value in ensemble.metrics.items() if value == value
     }

@@ -13,8 +13,8 @@ class Estimate:
 
     value: float
     draws: npt.NDArray[np.float64]  # (B,)
-    # The 95 % interval where resampled rows do not give it: a share of which few rows are has no
-    # error in any resample.
+    # The 95 % interval, where that of the draws is wrong: a share of no row, or of every row, is
+    # the same in each resample, and would have an interval of length zero.
     ends: tuple[float, float] | None = None
 
     @property

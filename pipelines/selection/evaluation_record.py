@@ -1,6 +1,6 @@
 """Test-set evaluations: each model that is scored on the test split is put on record, once.
 
-An evaluation cannot be undone, so its record is kept twice, and believed only as it was written.
+An evaluation cannot be undone, so its record is kept in two files whose lines carry checksums.
 """
 
 import dataclasses
@@ -28,11 +28,10 @@ from headrace.heads.link import tempered
 from headrace.heads.predict import floor_of
 from headrace.pipelines.models.reference import ModelRef
 
-# Of the test images' hashes, kept with each evaluation to recognise the same images under another
-# table.
+# How many of the test images' hashes are kept with each evaluation, to recognise the same images
+# when another table lists them.
 SKETCH = 256
-# its name until the field's word replaced "opening"
-OLD_RECORD = "test-openings.jsonl"
+OLD_RECORD = "test-openings.jsonl"  # the record's name in earlier versions
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,18 @@ class TestResult:
     low: float
     high: float
     images: int
-    # how many winners have been shown this test split, this one included
+    # how many winners have been evaluated on this test split, this one included
     n_evaluations: int
     metrics: dict[str, float]
-    # the images are of so many groups, or distinct images; None: as many as images
-    groups: int | None = None
-    # that were scored, each by its images; None: images were
-    units: int | None = None
+    groups: int | None = None  # groups of the images, or distinct images; None: one per image
+    units: int | None = None  # units that were scored, each by its images; None: images were
 
 
 class EvaluationsDamaged(HeadraceError, ValueError):
-    """The record of test evaluations is not the one that was written, and neither is its copy."""
+    """Both the record of test evaluations and its copy are damaged."""
 
 
-# of the test images, at a temperature: targets (n, ...) and predictions (n, C)
+# Returns targets (n, ...) and predictions (n, C) of the test images at the temperature given.
 Predict = Callable[[float], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 
 
@@ -83,13 +80,14 @@ def evaluate_winner(
     """Score the winner on the test rows and put the evaluation on record; a repeated call with the
     same winner reads the record.
 
-    temperature: the winner's, as it is handed out. The same head at another one (runs of earlier
-    versions had none) is no other winner: its decisions are the same, and no test row had a part in
-    it. It is scored again, on the same record.
+    Another winner on the same test images is another evaluation: the more winners are evaluated on
+    a test split, the less its score means, and so the count is part of the result.
+
+    temperature: the winner's. The same head at another temperature (runs of earlier versions had
+    none) is not another winner, because its decisions are the same and no test row had a part in
+    the temperature. It is scored again, and its record replaced.
     groups: (rows of the test task,) by default the images' content. Rows of one group are not
-    independent of each other, and the interval is over groups. Another winner on the same test
-    images is another evaluation: the more winners have been shown a test split, the less its score
-    means, and so the count is part of the result.
+    independent of each other, so the interval is over groups.
     """
     identity = {"train": train_digest, **_shown_rows(test), **winner.identity()}
     floor = floor_of(winner.spec, test.kind, len(test.classes))
@@ -155,11 +153,12 @@ def predict_average(
 def scored_predictions(
     test: Task, predict: Predict, temperature: float, floor: float
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return the targets and the predictions that a task is scored by: of its images at the
-    temperature, or of its units, whose images are predicted without it and together given it.
+    """Return the targets and the predictions that a task is scored by: of its images, or of its
+    units where it has them.
     """
     if test.units is None:
         return predict(temperature)
+    # The temperature of units was fitted on units: their images are predicted without it.
     _, predicted = predict(1.0)
     target, predicted = scored_rows(test, np.arange(len(test.ids)), predicted)
     return target, tempered(predicted, test.kind, temperature, floor)
@@ -175,13 +174,14 @@ def _evaluate_once(
     temperature: float,
     floor: float = FLOOR,
 ) -> TestResult:
-    """Return the result of this evaluation from its record; without one, `predict` gives targets
-    and predictions of the images at a temperature, and it is made.
+    """Return the result of this evaluation from the record; without one, predict, score and record
+    it.
 
-    A record whose interval is of an earlier method keeps its score and is given the interval of
-    this one; one of another temperature keeps its date alone.
+    An evaluation whose interval was computed by an earlier method keeps its score and gets a new
+    interval; one at another temperature keeps only its date.
     """
-    with lease(_lock_path(record_path)):  # two runs that end at once both count
+    # The lease makes two runs that end at the same time count each other.
+    with lease(_lock_path(record_path)):
         recorded = read_test_evaluations(record_path)
         sketch = _image_sketch(test)
         overlapping = [
@@ -189,61 +189,52 @@ def _evaluate_once(
             for evaluation in recorded
             if not set(evaluation["images"]).isdisjoint(sketch)
         ]
-        same_model = [evaluation for evaluation in overlapping if evaluation["winner"] == identity]
+        same_model = [
+            evaluation
+            for evaluation in overlapping
+            if evaluation["winner"] == identity and evaluation["result"]["metric"] == metric
+        ]
         other_models = {
             json.dumps(evaluation["winner"], sort_keys=True) for evaluation in overlapping
         } - {json.dumps(identity, sort_keys=True)}
         for evaluation in same_model:
-            is_current = (
+            if (
                 evaluation.get("interval") == METHOD
                 and _recorded_temperature(evaluation) == temperature
-            )
-            if evaluation["result"]["metric"] == metric and is_current:
+            ):
                 return TestResult(n_evaluations=len(other_models) + 1, **evaluation["result"])
         target, predicted = scored_predictions(test, predict, temperature, floor)
         result = _score_predictions(test, target, predicted, metric, groups, len(other_models) + 1)
-        earlier_evaluation = next(
-            (evaluation for evaluation in same_model if evaluation["result"]["metric"] == metric),
-            None,
-        )
-        if (
-            earlier_evaluation is not None
-            and _recorded_temperature(earlier_evaluation) == temperature
-        ):
+        earlier_evaluation = same_model[0] if same_model else {}
+        if earlier_evaluation and _recorded_temperature(earlier_evaluation) == temperature:
             kept_fields = {
                 name: earlier_evaluation["result"][name] for name in ("value", "metrics")
             }
             result = dataclasses.replace(result, **kept_fields)
+        result_fields = dataclasses.asdict(result)
+        # How many winners were evaluated changes with each one, so it is counted when asked for.
+        del result_fields["n_evaluations"]
         evaluation = {
             "winner": identity,
             "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "images": _image_sketch(test),
-            **(earlier_evaluation or {}),
-            "result": {
-                name: value
-                for name, value in dataclasses.asdict(result).items()
-                if name != "n_evaluations"
-            },
+            "images": sketch,
+            **earlier_evaluation,
+            "result": result_fields,
             "interval": METHOD,
             "temperature": temperature,
         }
-        if earlier_evaluation is None:
-            _write_test_evaluations(record_path, [*recorded, evaluation])
+        if earlier_evaluation:
+            recorded[recorded.index(earlier_evaluation)] = evaluation
         else:
-            _write_test_evaluations(
-                record_path,
-                [
-                    evaluation if recorded_evaluation is earlier_evaluation else recorded_evaluation
-                    for recorded_evaluation in recorded
-                ],
-            )
+            recorded.append(evaluation)
+        _write_test_evaluations(record_path, recorded)
     return result
 
 
 def _recorded_temperature(evaluation: Mapping[str, Any]) -> float:
-    """Return the temperature that was scored.
+    """Return the temperature at which an evaluation was made.
 
-    Records of earlier versions have that of an ensemble in its description, and of a winner none.
+    Records of earlier versions have it only for ensembles, among the fields of "winner".
     """
     return float(evaluation.get("temperature", evaluation["winner"].get("temperature", 1.0)))
 
@@ -259,8 +250,7 @@ def _score_predictions(
     row_groups = np.asarray(test.content if groups is None else groups)
     if test.units is not None:
         row_groups = row_groups[unit_rows(test.units)[0]]
-    # Rows without features have left the task before.
-    assert len(row_groups) == len(target)
+    assert len(row_groups) == len(target)  # rows without features were dropped from the task
     metrics = all_metrics(test.kind, target, predicted)
     interval_low, interval_high = metric_interval(
         test.kind, target, predicted, metric, groups=row_groups
@@ -280,29 +270,28 @@ def _score_predictions(
 
 
 def _image_sketch(test: Task) -> list[str]:
-    """Return the smallest content hashes of the test images: two test splits that share a good part
-    of their images share some.
+    """Return the smallest content hashes of the test images (a bottom-k sketch): two test splits
+    that share a good part of their images share some of these.
     """
     return sorted(test.content.astype(str).tolist())[:SKETCH]
 
 
 def read_test_evaluations(record_path: Path) -> list[Mapping[str, Any]]:
-    """Return the record of evaluations, oldest first, from its copy where it is damaged or gone.
+    """Return the recorded evaluations, oldest first; from the copy if the record is damaged.
 
-    Raises EvaluationsDamaged.
+    Raises EvaluationsDamaged if both are damaged.
     """
-    return _read_twice(record_path)[0]
+    return _read_record_or_copy(record_path)[0]
 
 
 def repair_test_evaluations(record_path: Path) -> list[str]:
-    """Write the record of evaluations again where it, or its copy, is not as it was written;
-    returns notes on that.
+    """Write the record and its copy again if either is damaged or gone; return notes on that.
 
-    With one file lost, neither another score nor a second evaluation that looks like the first can
-    come of it. Raises EvaluationsDamaged where both are.
+    So the loss of one file neither changes a score nor lets a second evaluation pass for the first.
+    Raises EvaluationsDamaged if both are damaged.
     """
     with lease(_lock_path(record_path)):
-        evaluations, damage = _read_twice(record_path)
+        evaluations, damage = _read_record_or_copy(record_path)
         if damage or (evaluations and not _copy_path(record_path).exists()):
             _write_test_evaluations(record_path, evaluations)
     if not damage:
@@ -330,8 +319,8 @@ def refuse_old_record(record_path: Path) -> None:
             )
 
 
-def _read_twice(record_path: Path) -> tuple[list[Mapping[str, Any]], str]:
-    """Return the evaluations, and what was wrong with the record, "" where nothing was."""
+def _read_record_or_copy(record_path: Path) -> tuple[list[Mapping[str, Any]], str]:
+    """Return the evaluations, and what is wrong with the record: "" if nothing is."""
     refuse_old_record(record_path)
     record, copied_record = _read_record(record_path), _read_record(_copy_path(record_path))
     if isinstance(copied_record, list) and copied_record:
@@ -361,7 +350,7 @@ def _read_twice(record_path: Path) -> tuple[list[Mapping[str, Any]], str]:
 
 
 def _read_record(record_path: Path) -> list[Mapping[str, Any]] | str:
-    """Return the evaluations in a file, none where it is not there; or what is wrong with it."""
+    """Return the evaluations in a file, [] if there is no file; or a text that says its damage."""
     try:
         record_lines = record_path.read_bytes().splitlines()
     except FileNotFoundError:

@@ -29,11 +29,11 @@ class InputHalving:
     """Outcome of a successive halving of inputs."""
 
     selected_inputs: tuple[Inputs, ...]
-    # share of the images, and the error of each input of the round
+    # for each round the share of the images, and the mean error of each input
     rounds: tuple[tuple[float, Mapping[Inputs, float]], ...]
-    # by how much luckier the smallest error among all inputs is than among the selected ones, >= 0
+    # see `_selection_luck`; a difference of error rates, >= 0
     selection_luck: float = 0.0
-    # (rows of the task,) of each input in its first round; nan where a row is not held out
+    # errors (rows of the task,) of each input in its first round; nan where a row is not held out
     row_errors: Mapping[Inputs, npt.NDArray[np.float64]] = field(
         default_factory=dict, compare=False
     )
@@ -57,7 +57,7 @@ def halve_inputs(
     train_all: trains bank jobs, for example on a cluster.
     groups: (rows of the task,) as in `learning_curve`.
     """
-    # An input beside side columns goes on where it goes on without them.
+    # Inputs with and without side columns are one candidate, measured by its taps alone.
     unique_inputs = list(dict.fromkeys(taps_of(inputs) for inputs in candidate_inputs))
     remaining = [
         inputs for inputs in unique_inputs if not any(name.endswith(".map") for name in inputs)
@@ -84,7 +84,7 @@ def halve_inputs(
                 row_errors[inputs] = np.full(len(task.fold), np.nan)
                 row_errors[inputs][curve.rows] = curve.wrong[0]
         rounds.append((sample_fraction, mean_errors))
-        # A tie goes to the narrower input, then to the recipe's order.
+        # Ties go to the input of fewer feature sets, then to the recipe's order (a stable sort).
         ranked = sorted(remaining, key=lambda inputs: (mean_errors[inputs], len(inputs)))
         n_kept = max(section.min_inputs, ceil(section.keep_fraction * len(remaining)))
         remaining = [inputs for inputs in remaining if inputs in ranked[:n_kept]]
@@ -99,9 +99,10 @@ def _selection_luck(
     task: Task,
     group_codes: npt.NDArray[np.int64],
 ) -> float:
-    """Luck of the best of all inputs beyond the luck of the best of the selected ones, >= 0.
+    """Return by how much more the smallest error among all inputs is too small, by the luck of its
+    choice, than the smallest among the selected inputs; >= 0.
 
-    Only the first is new: the second is corrected when the winner is chosen.
+    The luck of choosing among the selected ones is corrected later, when the winner is chosen.
     """
     if len(row_errors) <= len(selected_inputs):
         return 0.0

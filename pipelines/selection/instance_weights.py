@@ -1,4 +1,4 @@
-"""What each image weighs in the prediction of its unit, by heads that have not seen the unit."""
+"""Weights of images in the predictions of their units, by heads that have not seen the unit."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,9 @@ from headrace.pipelines.models.from_features import average_weights
 
 
 def takes_units(head: Mapping[str, Any] | pd.Series) -> bool:
-    """Tell whether a head of the leaderboard, or of an ensemble's record, predicts units whole."""
+    """Return whether a head of the leaderboard, or of an ensemble's record, predicts units as a
+    whole.
+    """
     kind = HEAD_KINDS.get(str(head["kind"]))
     return kind is not None and kind.takes_units
 
@@ -23,11 +25,10 @@ def takes_units(head: Mapping[str, Any] | pd.Series) -> bool:
 def weighted_heads(
     board: pd.DataFrame, ensemble: Sequence[tuple[float, pd.Series]]
 ) -> Sequence[tuple[float, pd.Series]]:
-    """Return the weights and rows of the heads whose images' weights a run shows: the ensemble's,
-    where one of its members predicts units whole; else the best head that does; none where no head
-    does.
+    """Return the heads, with their weights, of which a run shows the weights of images: the members
+    of the ensemble if one of them predicts units as a whole, else the best head that does, if any.
 
-    board: complete heads, best first. ensemble: of the selected model; empty where it is a head.
+    board: complete heads, best first. ensemble: of the selected model; empty if that is a head.
     """
     if any(takes_units(row) for _, row in ensemble):
         return ensemble
@@ -37,13 +38,13 @@ def weighted_heads(
 def instance_weights(
     heads: Sequence[tuple[float, pd.Series]], units: Mapping[str, str]
 ) -> pd.DataFrame:
-    """Return the held-out images by unit, the weightiest first: columns unit, id, weight, fold.
+    """Return the images sorted by unit, then by falling weight: columns unit, id, weight, fold.
 
-    A weight is that of the fold's head that has not seen the unit, as the head pools: of attention
-    and mean they sum to 1 over a unit, of a maximum it is the share of hidden values that are the
-    image's; of several heads it is the average (`average_weights`).
+    Weights are those of the fold head that has not seen the unit. With attention or mean pooling
+    they sum to 1 over a unit; with max pooling an image's weight is the share of hidden values of
+    which it has the maximum. Those of several heads are averaged (`average_weights`).
 
-    heads: weights, and rows of the leaderboard. units: the unit of each id.
+    heads: weights, and rows of the leaderboard. units: the unit of each image, by its id.
     """
     banks = [read_bank(Path(row["path"])) for _, row in heads]
     bank = next(bank for bank, (_, row) in zip(banks, heads, strict=True) if takes_units(row))

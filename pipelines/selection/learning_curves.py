@@ -27,12 +27,11 @@ from headrace.pipelines.selection.estimate import Estimate
 
 Floats = npt.NDArray[np.float64]
 
-# Of the training rows, evenly spaced in the logarithm.
+# shares of the training rows, evenly spaced in the logarithm
 FRACTIONS = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
 MOST_FOLDS = 5  # more would train longer and tell no more
-# Of the linear heads, from strong to weak.
-STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)
-ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)
+STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)  # C of logistic heads
+ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)  # of ridge heads
 # of the power law; measured ones lie between 0.1 and 1 (Hestness et al. 2017)
 EXPONENTS = np.geomspace(0.1, 2.0, 30)
 TrainAll = Callable[[Sequence[BankJob]], None]
@@ -43,8 +42,9 @@ class LearningCurve:
     """Errors of the best head at each size of the training set, row by row."""
 
     sizes: Floats  # (S,) images that were trained on, mean over folds
-    class_sizes: Floats  # (S, C) of each class; regression and several labels: (S, 1), all
-    # (S, N) each held-out row's error: 0 or 1, or a squared error as a share of the variance
+    class_sizes: Floats  # (S, C) the same by class; (S, 1) for regression and several labels
+    # (S, N) each held-out row's error: 0 or 1, the share of wrong labels, or the squared error as a
+    # share of the target's variance
     wrong: Floats
     rows: npt.NDArray[np.int64]  # (N,) positions in the task
 
@@ -88,10 +88,10 @@ def learning_curve(
     """Train the specs (of one or more kinds) on nested subsets, and return the errors of the best
     of them at each size.
 
-    Shares that leave the same rows (two images of a class at least) are one size of the curve.
+    Fractions that give the same rows (each has two images of a class at least) are one size.
 
-    groups: (rows of the task,), by default the images' content. A subset has a group as a whole or
-    not at all.
+    groups: (rows of the task,), by default the images' content. A group is in a subset as a whole
+    or not at all.
     results_folder: where trained banks stay, under a digest of everything they depend on; a second
     call trains nothing.
     train_all: trains bank jobs, for example on a cluster.
@@ -105,13 +105,14 @@ def learning_curve(
     key = repr(
         [
             task.digest,
-            [task_path.name for task_path in features],
+            [feature_path.name for feature_path in features],
             [spec_to_json(spec) for spec in specs],
             fractions,
             seed,
         ]
     )
     digest = hashlib.sha256(key.encode())
+    # Groups of one row each change nothing.
     if len(np.unique(group_codes)) < len(group_codes):
         digest.update(group_codes.astype("<i8").tobytes())
     results_folder = results_folder / digest.hexdigest()[:16]
@@ -124,7 +125,7 @@ def learning_curve(
     jobs = []
     for (size_index, fold), subset_task in subtasks.items():
         task_path = results_folder / f"{size_index}-{fold}.npz"
-        # every time: one that was damaged would stop all that is trained on it
+        # Written anew each time: a damaged file would fail every bank that reads it.
         save_task(subset_task, task_path)
         for kind in kinds:
             kind_specs = tuple(spec for spec in specs if spec.kind == kind)
@@ -143,19 +144,18 @@ def learning_curve(
         spec_errors = np.zeros((len(specs), len(curve_rows)))
         for fold in folds:
             subset_task = subtasks[size_index, fold]
-            in_fold = task.fold[curve_rows] == fold
+            in_fold = np.flatnonzero(task.fold[curve_rows] == fold)
+            held_out = subset_task.fold == 0  # `subset` calls the held-out fold 0
             for kind in kinds:
                 bank = read_bank(results_folder / f"{size_index}-{fold}-{kind}.h5")
-                spec_positions = [
-                    position for position, spec in enumerate(specs) if spec.kind == kind
-                ]
+                positions = [i for i, spec in enumerate(specs) if spec.kind == kind]
                 predictions = bank.out_of_fold_predictions_of(
-                    [spec_to_json(specs[position]) for position in spec_positions]
+                    [spec_to_json(specs[position]) for position in positions]
                 )
-                held_out_in_subset = subset_task.fold == 0
-                spec_errors[np.ix_(np.array(spec_positions), np.flatnonzero(in_fold))] = row_errors(
-                    task, subset_task.target[held_out_in_subset], predictions[:, held_out_in_subset]
+                spec_errors[np.ix_(np.array(positions), in_fold)] = row_errors(
+                    task, subset_task.target[held_out], predictions[:, held_out]
                 )
+        # A head that failed in some fold has nan errors and cannot be the best.
         mean_errors = np.where(np.isfinite(spec_errors).all(1), spec_errors.mean(1), np.inf)
         row_losses[size_index] = spec_errors[int(mean_errors.argmin())]
     training_counts = np.array(
@@ -174,9 +174,10 @@ def nested_subsets(
     seed: int,
     groups: npt.NDArray[Any],
 ) -> tuple[list[float], list[list[Task]]]:
-    """Return the shares that differ, and for each of them the subset of each fold.
+    """Return the fractions whose subsets differ, and for each of them the subset of each fold.
 
-    Several small shares of few images are one subset, which would weigh several times in a fit.
+    Small fractions of few images give one and the same subset, and repeated it would count several
+    times in the fit of the power law.
 
     groups: (rows of the task,).
     """
@@ -197,29 +198,28 @@ def nested_subsets(
 def subset(
     task: Task, fold: int, fraction: float, seed: int, groups: npt.NDArray[Any] | None = None
 ) -> Task:
-    """Return the task whose fold 0 is the given fold, and that trains on a share of the other rows,
-    two of each stratum at least; rows in the order of the task.
+    """Return a task that holds out the given fold, as its fold 0, and trains on a fraction of the
+    other rows: at least two of each stratum. Rows keep their order.
 
-    groups: (rows of the task,) drawn as a whole, each as of the stratum of its first row; by
-    default each row is its own.
+    groups: (rows of the task,) drawn as a whole, each in the stratum of its first row; by default
+    each row is a group.
     """
     training_rows = np.flatnonzero(task.fold != fold)
     rng = np.random.default_rng([seed, fold])
     group_labels = training_rows if groups is None else np.asarray(groups)[training_rows]
     _, first_rows, group_codes = np.unique(group_labels, return_index=True, return_inverse=True)
-    stratum_of_group = strata(task.target[training_rows])[first_rows]
+    stratum_of_group = strata(task.target[training_rows])[first_rows]  # classes, or target bins
     group_sizes = np.bincount(group_codes)
     drawn_rows = []
     for stratum in np.unique(stratum_of_group):
         group_positions = np.flatnonzero(stratum_of_group == stratum)
+        # Put into the order of the rows first: the draw must not depend on the groups' names.
         drawn_order = rng.permutation(group_positions[np.argsort(first_rows[group_positions])])
-        subset_rows = np.cumsum(group_sizes[drawn_order])
-        n_wanted = max(min(2, int(subset_rows[-1])), round(fraction * int(subset_rows[-1])))
-        drawn_rows.append(
-            training_rows[
-                np.isin(group_codes, drawn_order[: int(np.searchsorted(subset_rows, n_wanted)) + 1])
-            ]
-        )
+        rows_so_far = np.cumsum(group_sizes[drawn_order])
+        n_rows = int(rows_so_far[-1])
+        n_wanted = max(min(2, n_rows), round(fraction * n_rows))
+        drawn_groups = drawn_order[: int(np.searchsorted(rows_so_far, n_wanted)) + 1]
+        drawn_rows.append(training_rows[np.isin(group_codes, drawn_groups)])
     subset_rows = np.sort(np.concatenate([*drawn_rows, np.flatnonzero(task.fold == fold)]))
     subset_fold = np.where(task.fold[subset_rows] == fold, 0, TRAIN_ONLY).astype(np.int16)
     return dataclasses.replace(task.take(subset_rows), fold=subset_fold)
@@ -275,11 +275,10 @@ def weighted_errors(wrong: Floats, weights: Floats) -> Floats:
 
 
 def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
-    """Fit floor and scale >= 0 by least squares to errors (S, B) at sizes (S,); each size weighs as
-    its root.
+    """Fit floor and scale >= 0 by least squares to errors (S, B) at sizes (S,).
 
-    Small subsets are few images and vary more. For each exponent of a grid the best floor and scale
-    are in closed form.
+    A size is weighted by its square root, as heads trained on few images vary more. For each
+    exponent of a grid the best floor and scale have a closed form.
     """
     weight = np.sqrt(sizes / sizes.max())[:, None]
     total = weight.sum()
@@ -292,7 +291,7 @@ def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
         spread = (weight * (x - x_mean) ** 2).sum()
         b = (weight * (x - x_mean) * (errors - middle)).sum(0) / spread
         a = middle - b * x_mean
-        # On the border of what is allowed one of the two is zero.
+        # Where the unconstrained fit has a negative floor or scale, the best allowed one is zero.
         through_zero = (weight * x * errors).sum(0) / (weight * x * x).sum()
         b = np.where(a < 0, np.maximum(through_zero, 0), b)
         a = np.where(b < 0, middle, np.maximum(a, 0))
@@ -308,13 +307,12 @@ def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
 
 
 def error_with_more(error: Estimate, gain: Estimate) -> Estimate:
-    """Return the error that remains of today's after a gain, >= 0, with both uncertainties in its
-    interval.
+    """Return the error that is left after a gain, >= 0, with the uncertainty of both.
 
-    The interval of the difference is that of two intervals of unlike tails, put together by their
-    squares ("MOVER", method of variance estimates recovery: Zou and Donner 2008, "Construction of
+    The interval of the difference is combined from the two intervals, which need not be symmetric
+    ("MOVER", method of variance estimates recovery: Zou and Donner 2008, "Construction of
     confidence limits about effect measures", Statistics in Medicine 27:1693-1702). A larger error
-    usually comes with a larger gain, so it is rather too wide than too narrow.
+    usually comes with a larger gain, so the interval is rather too wide than too narrow.
     """
     value = error.value - gain.value
     low = value - float(np.hypot(error.value - error.low, gain.high - gain.value))
@@ -324,12 +322,9 @@ def error_with_more(error: Estimate, gain: Estimate) -> Estimate:
 
 
 def gain_from_more(law: PowerLaw, size: float, times: float) -> Estimate:
-    """Return by how much the error falls with `times` as many images, from the fit.
-
-    The first weighting of the fit is that of the rows as they are, and gives the value itself.
-    """
+    """Return by how much the error falls with `times` as many images, from the fit."""
     gain = law.at(size) - law.at(size * times)
-    return Estimate(float(gain[0]), gain[1:])
+    return Estimate(float(gain[0]), gain[1:])  # the first weighting, of `row_draws`, is all ones
 
 
 def linear_specs(task: Task, class_weight: ClassWeight = "none") -> list[HeadSpec]:

@@ -1,8 +1,8 @@
 """Stored out-of-fold predictions of many heads, read block by block.
 
-K heads, N rows, C outputs. Only rows that some fold holds out have such predictions; those that are
-in training always (a given training split) are left out here. Where the task has units (patients,
-slides), the N rows are units, each predicted by its images together.
+K heads, N rows, C outputs. Only rows that some fold holds out have such predictions; rows that are
+always trained on (where the user gives the validation split) are left out here. Where the task has
+units (patients, slides), the N rows are units, each predicted by its images together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from headrace.heads.evaluate.units import aggregate_units, unit_rows
 from headrace.heads.results import BankResult, read_bank
 
 BLOCK_BYTES = 256 * 2**20  # of predictions in memory at once
-PARTS = 5  # of the rows, where the run has fewer than three folds of its own
+PARTS = 5  # of the rows, where the run has fewer than three folds
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,11 @@ class ValidationRows:
 
     task: Task
     images: npt.NDArray[np.int64]  # (n,) positions of the held-out images in the task
-    # (n,) the row 0..N-1 that each image is scored in: its unit, or itself
-    row_of_image: npt.NDArray[np.int64]
-    first_images: npt.NDArray[np.int64]  # (N,) of each row its first place in `images`
+    row_of_image: npt.NDArray[np.int64]  # (n,) 0..N-1, the row that each image is scored in
+    first_images: npt.NDArray[np.int64]  # (N,) position in `images` of each row's first image
     target: npt.NDArray[Any]  # (N, ...) as in Task.target
     fold: npt.NDArray[np.int16]  # (N,) >= 0
-    # (N,) rows that are resampled together: of one group, or copies of one image
+    # (N,) rows of one number (one group, or copies of one image) are resampled together
     groups: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -77,9 +76,11 @@ def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> Valid
 
 
 def selection_parts(validation: ValidationRows, seed: int = 0) -> npt.NDArray[np.int64]:
-    """Return the part (N,) of each row; each part is left out once, while the others decide.
+    """Return the part (N,) of each row, for nested selection: the choice is made on all parts but
+    one, and scored on that one.
 
-    Parts are the run's own folds where there are three, else PARTS random ones that split no group.
+    Parts are the run's folds if there are three or more, else PARTS random ones that split no
+    group.
     """
     if len(np.unique(validation.fold)) >= 3:
         return validation.fold.astype(np.int64)
@@ -90,25 +91,24 @@ def selection_parts(validation: ValidationRows, seed: int = 0) -> npt.NDArray[np
 
 
 def complete_heads(board: pd.DataFrame) -> pd.DataFrame:
-    """Return the heads that can win: trained in every fold and on all rows, the metric defined."""
+    """Return the heads that can win: trained in every fold and on all rows, with a finite score."""
     return board[(board["failed"] == 0) & board["final"]]
 
 
 def read_predictions(
     board: pd.DataFrame, validation: ValidationRows
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-    """Yield blocks of (positions in the board, predictions (k, N, C)), file by file; each head of
-    the board is in one block.
+    """Yield blocks of (positions in the board, predictions (k, N, C)), file by file.
 
     board: rows with `path` and `spec`. A results file whose rows are not those of the task is
-    matched by id; a head without a prediction for each row is in no block.
+    matched by id. Each head is in one block; one without a prediction for each row is in none.
     """
     for results_path, positions_in_file in (
         board.reset_index(drop=True).groupby("path", sort=False).indices.items()
     ):
         positions = np.asarray(positions_in_file, np.int64)
         bank = read_bank(str(results_path))
-        row_order = _order(bank, validation)
+        row_order = _rows_in_bank(bank, validation)
         if row_order is None:
             continue
         spec_texts = board["spec"].to_numpy()[positions]
@@ -128,7 +128,7 @@ def read_predictions(
 def stacked_predictions(
     board: pd.DataFrame, validation: ValidationRows
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return board positions, rising, and predictions (K, N, C) of heads that fit in memory."""
+    """Return board positions (K,), ascending, and predictions (K, N, C), all in memory at once."""
     blocks = list(read_predictions(board, validation))
     if not blocks:
         return np.zeros(0, np.int64), np.zeros(
@@ -139,9 +139,9 @@ def stacked_predictions(
     return positions[position_order], np.concatenate([block for _, block in blocks])[position_order]
 
 
-def _order(bank: BankResult, validation: ValidationRows) -> npt.NDArray[np.int64] | None:
-    """Return the positions of the held-out images in a results file; None when it lacks one of
-    them, or holds other folds.
+def _rows_in_bank(bank: BankResult, validation: ValidationRows) -> npt.NDArray[np.int64] | None:
+    """Return the positions (n,) of the held-out images in a results file; None if it lacks one of
+    them, or has one in another fold.
     """
     task, images = validation.task, validation.images
     ids, content_hashes = task.ids[images], task.content[images]

@@ -1,4 +1,4 @@
-"""Grey copies, 16 x 16 pixels, by which re-encoded or resized images are recognized."""
+"""Signatures of images: grey copies of 16 x 16 pixels, which recognize re-encoded copies."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from headrace.extract.images.opening import open_image
 from headrace.extract.images.samples import PixelRange
 
 SIGNATURE = 16  # pixels
-_THREADS = 4  # decoders release Python's lock
+_THREADS = 4  # decoders release the GIL
 
 
 def signatures(
@@ -28,18 +28,18 @@ def signatures(
     signatures_path: Path,
     pixel_range: PixelRange | None = None,
 ) -> tuple[npt.NDArray[np.uint8], list[int]]:
-    """Return grey copies (n, 256) of 16 x 16 pixels, and the positions in `content_hashes` that
-    they are of; images that are gone have none.
+    """Return grey copies (n, 256) of images, and their n positions in `content_hashes`; images that
+    are gone have no copy.
 
-    image_paths: by content hash. signatures_path: stores the signatures with this pixel_range, by
-    content hash; new ones are added.
+    image_paths: by content hash. signatures_path: a file that keeps the signatures of one
+    pixel_range by content hash; new ones are added to it.
     """
     pixel_ends = np.array(pixel_range or (np.nan, np.nan))
     grey_by_content = _load(signatures_path, pixel_ends)
     missing = [
         content_hash for content_hash in content_hashes if content_hash not in grey_by_content
     ]
-    with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the GIL
+    with ThreadPoolExecutor(_THREADS) as pool:
         new_signatures = pool.map(
             lambda content_hash: grey_of_file(image_paths.get(content_hash, ""), pixel_range),
             missing,
@@ -53,7 +53,7 @@ def signatures(
         sealed = sealed_arrays(
             {"content": np.array(known_contents, "S32"), "grey": grey, "pixel_range": pixel_ends}
         )
-        # They only save time; a run that cannot be written to can be reported on too.
+        # The file only saves time, and a run in a read-only directory can be reported on too.
         with contextlib.suppress(OSError):
             publish_replace(signatures_path, sealed)
     positions = [
@@ -68,7 +68,7 @@ def signatures(
 
 
 def grey_of_file(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
-    """Return `grey_signature` of a file; None where it has moved since, or is no image any more."""
+    """Return `grey_signature` of a file; None if it has moved or is no longer an image."""
     try:
         return grey_signature(image_path, read_bytes(image_path), pixel_range)
     except (OSError, HeadraceError, ImageError):
@@ -78,16 +78,16 @@ def grey_of_file(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray
 def grey_signature(
     image_path: str, data: bytes, pixel_range: PixelRange | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Return a grey copy (256,) of 16 x 16 pixels of an image. data: the bytes that its path gives.
+    """Return a grey copy (256,) of 16 x 16 pixels of an image. data: the bytes of its file.
 
-    Raises ImageError.
+    Raises ImageError if it cannot be decoded.
     """
     return np.asarray(_small_grey(image_path, data, pixel_range), np.uint8).ravel()
 
 
 def _small_grey(image_path: str, data: bytes, pixel_range: PixelRange | None) -> Image.Image:
     size = (SIGNATURE, SIGNATURE)
-    # A JPEG decodes at an eighth of its size in a fraction of the time.
+    # A decoder of JPEGs can give an eighth of the size in a fraction of the time.
     if data.startswith(b"\xff\xd8") and split_crop(image_path)[1] is None:
         try:
             with open_image(data) as image:
@@ -112,4 +112,4 @@ def _load(
             return {}
         return dict(zip(content_hashes, grey, strict=True))
     except (OSError, ValueError, KeyError):
-        return {}  # absent or damaged: it only saves time
+        return {}  # absent or damaged: the copies are made again

@@ -1,4 +1,4 @@
-"""Training of the small banks that selection and advice need, and that no leaderboard shows."""
+"""Training of the small banks that selection and advice measure with; no leaderboard shows them."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -23,10 +23,10 @@ def train_banks(
     options: TaskOptions | None = None,
     leases_folder: Path | None = None,
 ) -> None:
-    """Train the banks on the client's workers; each result stays once it is published.
+    """Train the banks on the client's workers; each publishes its results file.
 
-    leases_folder: task leases by which several drivers share the banks. Raises HeadraceError when a
-    bank fails.
+    leases_folder: of task leases, by which several drivers share the work. Raises HeadraceError if
+    a bank fails; the results of the others stay.
     """
     options = options or TaskOptions()
     options.on_event("stage", stage=stage_name, total=len(jobs), unit="banks", tasks=len(jobs))

@@ -21,7 +21,8 @@ class NoWinner(HeadraceError):
 def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
     """Return the first row of the leaderboard.
 
-    Raises NoWinner, with the commonest reason, when no head was trained and scored in every fold.
+    heads: one row per head and fold, with column `error`. Raises NoWinner, with the commonest
+    error, if no head was trained and scored in every fold.
     """
     if board.empty or board.iloc[0]["failed"] or not board.iloc[0]["final"]:
         reasons = heads["error"].dropna().value_counts()
@@ -46,20 +47,22 @@ def save_winner(
     unit_column: str | None = None,
     image_parts: ImageParts | None = None,
 ) -> Path:
-    """Write the winner, trained on every training row, in place of an earlier winner: head.* of a
-    head, network.* of a network. Returns the path of its arrays.
+    """Write the winner, trained on every training row, in place of an earlier winner: head.* for a
+    head, network.* for a network. Returns the path of its weights.
 
-    The networks behind a head's features are recorded, so that the directory can be used away from
-    its run. temperature: what the predictions of its fold models give (`temperature_of`), of units
-    where a column names them. Raises ModelError for a network whose file is gone or damaged.
+    The backbones of a head's features are recorded, so that the directory can be used away from its
+    run.
+
+    temperature: from `temperature_of`; fitted on units if unit_column is given. Raises ModelError
+    for a network whose file is gone or damaged.
     """
     rule = None
     if unit_column is not None:
         floor = floor_of(winner.spec, task.kind, len(task.classes))
         rule = UnitRule(unit_column, task.unit_aggregation, temperature, floor)
-        temperature = 1.0
+        temperature = 1.0  # of its images, as in `save_ensemble`
     weights_path = winner.load(task, metrics, temperature, rule, image_parts).save(directory)
-    # Files of a winner of the other kind would be taken for this one's.
+    # A reader would take the files of an earlier winner of the other kind for this one's.
     for name in HEAD_FILES if winner.kind == "finetune" else NETWORK_FILES:
         (directory / name).unlink(missing_ok=True)
     return weights_path

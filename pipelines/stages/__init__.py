@@ -1,1 +1,1 @@
-"""The stages of a run as Dask tasks."""
+"""The stages of a run: each takes the run state and returns the next one."""

@@ -1,4 +1,4 @@
-"""The stage that evaluates: the selected model is shown the test split, once."""
+"""The stage that evaluates the selected model on the test split, once."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from headrace.pipelines.stages.services import Services
 def evaluate(state: RunState, services: Services) -> RunState:
     """Return the state with the score of the selected model on the test split, if there is one.
 
-    A model that has seen these images before is read from the record, and not opened again.
+    The score of a model that was evaluated on these images before is read from the record.
     """
     with services.timed("test") as report_done, lease(state.paths.conclusion_lock):
         record_notes = repair_test_evaluations(state.paths.test_evaluations)

@@ -1,4 +1,4 @@
-"""The stage that extracts: work units as tasks, published by the worker that computed them."""
+"""The stage that extracts features: work units as tasks, published by the workers that ran them."""
 
 import hashlib
 import time
@@ -38,13 +38,13 @@ from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import publish_table
 from headrace.pipelines.stages.services import Services
 
-_ASK_S = 1.0  # how often a unit that another driver has is tried for again
+_ASK_S = 1.0  # seconds between attempts to lease a work unit that another driver has
 
 
 def extract(state: RunState, services: Services) -> RunState:
-    """Return the state once the missing features are extracted.
+    """Extract the missing features, and return the state after that.
 
-    Raises RunIncomplete when a unit failed or an image went away, and in a strict run where an
+    Raises RunIncomplete if a work unit failed or an image went away, and in a strict run if an
     image cannot be decoded.
     """
     with services.timed("extract") as report_done:
@@ -63,7 +63,7 @@ def extract(state: RunState, services: Services) -> RunState:
 
 
 def extract_units(plan: Plan, recipe: Recipe, services: Services) -> None:
-    """Run the plan's units where the recipe says. Raises RunIncomplete as `extract_missing`."""
+    """Run the plan's work units where the recipe says. Raises as `extract_missing`."""
     device = plan.forward_device
     client: AbstractContextManager[Client | None]
     if device == "cpu":  # the same workers train heads afterwards
@@ -77,7 +77,7 @@ def extract_units(plan: Plan, recipe: Recipe, services: Services) -> None:
 
 
 def extraction_summary(plan: Plan) -> str:
-    """Return what the extraction of a plan did, for the table of stages."""
+    """Return the summary of a plan's extraction, for the table of stages."""
     if not plan.units:
         return "nothing missing"
     return f"{plan.images_new:,} images forward once, {len(plan.features)} taps kept"
@@ -122,16 +122,16 @@ def extract_missing(
     console: Console,
     options: TaskOptions | None = None,
 ) -> None:
-    """Run units of work; what each publishes stays. Raises RunIncomplete when a unit failed or an
+    """Run work units; what each has published stays. Raises RunIncomplete if a unit failed or an
     image went away.
 
-    An image that takes its worker down, or never ends, is found by dividing its unit, and recorded
-    as a failed image. client: None for a device of this process's own (a GPU), which is then fed
+    An image whose decoding kills its worker, or never ends, is found by halving its unit, and
+    recorded as a failed image. client: None for a GPU of this machine, which this process feeds
     without a pause between units.
     """
     options = announced(options or TaskOptions(), console)
     unit_failures: list[str] = []
-    fatal_units: list[tuple[ExtractJob, str]] = []  # single images that end whoever decodes them
+    fatal_units: list[tuple[ExtractJob, str]] = []  # single images that kill their workers
     unit_reports: list[WorkUnitReport] = []
     n_images = sum(len(job.samples) for job in units)
     started_at = time.monotonic()
@@ -181,22 +181,7 @@ def extract_missing(
         unit_failures += _record_failed_images(
             fatal_units, sum(report.rows for report in unit_reports)
         )
-    for count, text in (
-        (
-            sum(report.clipped for report in unit_reports),
-            "boxes reach beyond their image, and are clipped to it",
-        ),
-        (
-            sum(
-                failure.reason.startswith(EMPTY_TILE)
-                for report in unit_reports
-                for failure in report.failed
-            ),
-            "tiles are empty, and left out (failed-images.csv)",
-        ),
-    ):
-        if count:
-            console.print(f"{count:,} {text}")
+    _print_crop_counts(unit_reports, console)
     unread_images = [image for report in unit_reports for image in report.unread]
     if unit_failures:
         raise RunIncomplete(
@@ -212,13 +197,23 @@ def extract_missing(
         )
 
 
+def _print_crop_counts(unit_reports: Sequence[WorkUnitReport], console: Console) -> None:
+    n_clipped = sum(report.clipped for report in unit_reports)
+    if n_clipped:
+        console.print(f"{n_clipped:,} boxes reach beyond their image, and are clipped to it")
+    failures = [failure for report in unit_reports for failure in report.failed]
+    n_empty = sum(failure.reason.startswith(EMPTY_TILE) for failure in failures)
+    if n_empty:
+        console.print(f"{n_empty:,} tiles are empty, and left out (failed-images.csv)")
+
+
 def _record_failed_images(
     fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int
 ) -> list[str]:
-    """Record images that end their workers as failed, with its reason; return why not, if so.
+    """Record images that kill their workers as failed, with the reason.
 
-    Where most images do, it is the network or the machine, and a record in the cache would outlast
-    what is wrong with them.
+    If most images do, the cause is the network or the machine, and a record in the cache would
+    outlast it: then nothing is recorded, and a text for each image is returned.
     """
     if len(fatal_units) > n_extracted:
         return [_image_failure_text(job, error) for job, error in fatal_units]
@@ -238,7 +233,7 @@ def _record_failed_images(
 
 
 def extract_unit(job: ExtractJob) -> WorkUnitReport:
-    """Run a unit on a worker, unless another driver has published it since the plan was made."""
+    """Run a work unit on a worker, unless another driver has published it since it was planned."""
     from headrace.extract.run.work_unit import run_work_unit  # imports torch
 
     if is_published(job):
@@ -247,12 +242,12 @@ def extract_unit(job: ExtractJob) -> WorkUnitReport:
 
 
 def is_published(job: ExtractJob) -> bool:
-    """Tell whether all the unit's feature sets have all its images, as rows or failures."""
+    """Return whether all the unit's feature sets have all its images, as rows or failures."""
     feature_directories = [
         feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs
     ]
-    # The shards' names are looked for first: reading what feature sets hold takes longer, and is
-    # seldom needed.
+    # Names of shards first, because to read the contents of feature sets takes longer and is seldom
+    # needed.
     if not all(shard_path(directory, job.unit).exists() for directory in feature_directories):
         return False
     return all(
@@ -262,13 +257,13 @@ def is_published(job: ExtractJob) -> bool:
 
 
 def unit_key(job: ExtractJob) -> str:
-    """Return the unit's name, of its images and the feature sets that they go to."""
+    """Return the work unit's name, made of its images and of its feature sets."""
     fingerprints = [spec.fingerprint for _, specs in job.networks for spec in specs]
     return f"extract-{job.unit}-{hashlib.sha256(''.join(fingerprints).encode()).hexdigest()[:8]}"
 
 
 def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
-    """Return a unit's two halves, with their names; nothing for a unit of one image."""
+    """Return the two halves of a work unit with their names; [] for a unit of one image."""
     n_first = len(job.samples) // 2
     sample_halves = [
         half_samples for half_samples in (job.samples[:n_first], job.samples[n_first:]) if n_first
@@ -294,8 +289,8 @@ def _on_workers(
 def _in_this_process(
     units: Sequence[ExtractJob], leases: TaskLeases
 ) -> Generator[Outcome[ExtractJob, WorkUnitReport], None, None]:
-    """Yield the outcomes of the units that no other driver has, in one stream; then, one by one, of
-    those that it gives back.
+    """Run work units in this process and yield their outcomes: first, in one stream, units that no
+    other driver has leased, then the others one by one as their leases end.
     """
     from headrace.extract.run.work_unit import run_work_units
 

@@ -1,4 +1,4 @@
-"""The stage that fine-tunes: promising heads become networks that are trained by gradients."""
+"""The stage that fine-tunes networks, which start from promising heads."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from headrace.pipelines.stages.train import trained_heads
 
 
 def finetune(state: RunState, services: Services) -> RunState:
-    """Return the state with the networks that were fine-tuned, where the recipe asks for them."""
+    """Return the state with fine-tuned networks, if the recipe asks for them."""
     finetune_section, retry_failed = state.recipe.finetune, services.retry_failed
     if finetune_section is None:
         return state

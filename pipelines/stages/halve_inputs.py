@@ -1,4 +1,4 @@
-"""The stage that halves the inputs: few images tell which inputs get all heads."""
+"""The stage that halves the inputs: only inputs that do well on a share of the images get heads."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from headrace.pipelines.stages.services import Services
 
 
 def halve_inputs(state: RunState, services: Services) -> RunState:
-    """Return the state with heads on promising inputs only, where the recipe asks for that."""
+    """Return the state with heads on promising inputs only, if the recipe asks for halving."""
     halving_section = state.recipe.input_halving
     if halving_section is None:
         return state

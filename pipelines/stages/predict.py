@@ -1,4 +1,4 @@
-"""The stage that predicts: every image of the run, labelled or not, by the selected model."""
+"""The stage that predicts every image of the run, labelled or not, by the selected model."""
 
 import hashlib
 import io
@@ -27,17 +27,16 @@ from headrace.pipelines.records import RunDamaged, publish_table, read_table
 from headrace.pipelines.selection.evaluation_record import WeightedModel, predict_average
 from headrace.pipelines.stages.services import Services
 
-_KEY = b"headrace"  # in a table's metadata: what its predictions are of
+_KEY = b"headrace"  # the key in a table's metadata, under which `_key` stands
 _BLOCK = 8192  # images whose features are in memory at a time
 
 
 def predict(state: RunState, services: Services) -> RunState:
-    """Return the state once `predictions.parquet` holds every image that has features, and, where
-    the task has units, `unit-predictions.parquet` every unit, with the side of the split that it is
-    on.
+    """Write `predictions.parquet` with every image that has features and, if the task has units,
+    `unit-predictions.parquet` with every unit; each row says its side of the split.
 
-    Rows to train on are predicted by a model that has seen them. A table that is of this model and
-    these images already is left as it is.
+    Training rows are predicted by a model that has seen them. Tables of the same model and images
+    are left as they are.
     """
     with services.timed("predict") as report_done, lease(state.paths.conclusion_lock):
         models, average_temperature, rule = _selected_models(state)
@@ -78,7 +77,7 @@ def predict(state: RunState, services: Services) -> RunState:
 
 def _selected_models(state: RunState) -> tuple[list[WeightedModel], float, UnitRule | None]:
     """Return the members of the selected model, the temperature of their average for an image, and
-    how its units are predicted, if there are any.
+    the rule that predicts units (None without units).
     """
     selected, section = state.selected, state.recipe.task
     assert selected is not None
@@ -97,7 +96,7 @@ def _selected_models(state: RunState) -> tuple[list[WeightedModel], float, UnitR
         task = state.dataset.train
         floor = floor_of(winner.spec, task.kind, len(task.classes))
         if section.unit is None:
-            # Its own temperature, where its log-odds are.
+            # A single model applies its temperature itself, to its log-odds.
             return [WeightedModel(1.0, selected.temperature, winner)], 1.0, None
         models, temperature = [WeightedModel(1.0, 1.0, winner)], selected.temperature
     if section.unit is None:
@@ -106,7 +105,7 @@ def _selected_models(state: RunState) -> tuple[list[WeightedModel], float, UnitR
 
 
 def _with_features(task: Task, models: Sequence[WeightedModel]) -> Task:
-    """Return the rows that each model has features of: external ones may lack some."""
+    """Return the rows that all models have features of; external features may lack some."""
     has_features = np.ones(len(task.ids), np.bool_)
     for member in models:
         for feature_path in member.model.feature_paths:
@@ -117,7 +116,7 @@ def _with_features(task: Task, models: Sequence[WeightedModel]) -> Task:
 def _predict_rows(
     models: Sequence[WeightedModel], temperature: float, task: Task
 ) -> npt.NDArray[np.float32]:
-    """Return predictions (n, C) of a task's rows, in blocks that fit in memory, units whole."""
+    """Return predictions (n, C) of a task's rows, made in blocks of whole units."""
     predicted = np.empty((len(task.ids), len(task.classes)), np.float32)
     order = np.arange(len(task.ids))
     if task.units is not None:
@@ -141,13 +140,13 @@ def _key(
     rule: UnitRule | None,
     sides: dict[str, Task],
 ) -> bytes:
-    """Return what tells these predictions from all others."""
+    """Return a hash of everything that these predictions depend on."""
     identity = [
         [[member.weight, member.temperature, member.model.identity()] for member in models],
         temperature,
         None if rule is None else vars(rule),
         {name: side.digest for name, side in sides.items()},
-        # the tabular columns beside the images, which are in no digest
+        # Side columns, which a task's digest does not cover.
         {name: rows.side.fingerprint for name, rows in sides.items() if rows.side is not None},
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest().encode()
@@ -179,7 +178,7 @@ def _image_columns(
 def _unit_columns(
     sides: dict[str, Task], predicted: dict[str, npt.NDArray[np.float32]], rule: UnitRule
 ) -> list[Column]:
-    """Return a row per unit and side; training and test have labelled images alone."""
+    """Return the columns of a table with a row per unit and side of the split."""
     units, split, n_images, targets, probabilities = [], [], [], [], []
     train = sides["train"]
     for name, side in sides.items():

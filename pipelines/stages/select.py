@@ -1,5 +1,5 @@
-"""The stage that selects: rank heads and networks on validation folds, correct the best score for
-having been selected, average heads where that is better.
+"""The stage that selects a model: heads and networks are ranked on validation folds, the winner's
+score is corrected for its selection, and an ensemble is tried.
 """
 
 import shutil
@@ -33,10 +33,10 @@ from headrace.pipelines.stages.train import trained_heads
 def select(state: RunState, services: Services) -> RunState:
     """Return the state with the leaderboard and the selected model, both on disk.
 
-    Raises NoWinner where no setting was trained whole.
+    Raises NoWinner if no setting was trained in every fold.
     """
-    services.release_client()  # a cluster's jobs end here: nothing is trained from now on
-    # Of several drivers on one run, one at a time writes the tables.
+    services.release_client()  # nothing is trained from here on, so a cluster's jobs end
+    # If several drivers work on one run, one at a time writes the tables.
     with services.timed("select") as report_done, lease(state.paths.conclusion_lock):
         task, finetuned = state.dataset.train, state.finetuned
         heads, metric, input_widths, n_folds = trained_heads(state)
@@ -51,7 +51,7 @@ def select(state: RunState, services: Services) -> RunState:
         try:
             winner = choose_winner(leaderboard, heads)
         except NoWinner:
-            # of an earlier call, of which this leaderboard knows nothing
+            # The winner on disk is an earlier call's, and not of this leaderboard.
             paths = state.paths
             withdraw(paths.winner, paths.ensemble, paths.predictions, paths.unit_predictions)
             raise
@@ -105,8 +105,8 @@ def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
 def write_instance_weights(
     state: RunState, leaderboard: pd.DataFrame, ensemble: Ensemble | None
 ) -> None:
-    """Write what each image weighs in its unit, of the selected ensemble or of the best head that
-    predicts units, if any.
+    """Write the weights of images in their units, by the selected ensemble or else by the best head
+    that predicts units, if any.
     """
     task = state.dataset.train
     members = ensemble.members if ensemble is not None and ensemble.chosen else ()
@@ -123,17 +123,19 @@ def write_instance_weights(
 
 
 def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selection | None:
-    """Write what the choice of the best is worth, from stored predictions; return it too."""
-    held = validation_rows(state.dataset.train, state.dataset.groups)
+    """Write and return the correction of the winner's score, from stored predictions."""
+    validation = validation_rows(state.dataset.train, state.dataset.groups)
     input_halving = state.input_halving
     halving_luck = None
     best_taps = taps_of(leaderboard.iloc[0]["inputs"])
     if input_halving is not None and best_taps in input_halving.row_errors:
-        image_errors = input_halving.row_errors[best_taps][held.images]
-        row_errors = np.bincount(held.row_of_image, image_errors) / np.bincount(held.row_of_image)
+        image_errors = input_halving.row_errors[best_taps][validation.images]
+        row_errors = np.bincount(validation.row_of_image, image_errors) / np.bincount(
+            validation.row_of_image
+        )
         halving_luck = (input_halving.selection_luck, row_errors)
     selection = assess_selection(
-        complete_heads(leaderboard), held, state.metric, halving_luck=halving_luck
+        complete_heads(leaderboard), validation, state.metric, halving_luck=halving_luck
     )
     if selection is None:
         withdraw(state.paths.selection, state.paths.comparisons)
@@ -148,11 +150,13 @@ def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selecti
 
 
 def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None:
-    """Write the ensemble as a model directory, where the recipe asks for one; return it too."""
+    """Write the ensemble as a model directory and return it, if the recipe asks for one."""
     ensemble_section, ensemble = state.recipe.ensemble, None
     if ensemble_section is not None:
-        held = validation_rows(state.dataset.train, state.dataset.groups)
-        ensemble = build_ensemble(complete_heads(leaderboard), held, state.metric, ensemble_section)
+        validation = validation_rows(state.dataset.train, state.dataset.groups)
+        ensemble = build_ensemble(
+            complete_heads(leaderboard), validation, state.metric, ensemble_section
+        )
     if ensemble is None:
         withdraw(state.paths.ensemble)
         return None
@@ -171,7 +175,9 @@ def _image_parts(state: RunState) -> ImageParts | None:
 
 
 def withdraw(*results: Path) -> None:
-    """Remove results of an earlier call; a directory disappears at once, by a rename."""
+    """Remove results of an earlier call. A directory is renamed first, so that no reader sees half
+    of it.
+    """
     for result_path in results:
         if result_path.is_dir():
             hidden_name = f".{result_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
@@ -179,8 +185,8 @@ def withdraw(*results: Path) -> None:
             sync_directory(result_path.parent)
         else:
             result_path.unlink(missing_ok=True)
-        # What a process that dies on the way leaves has no name that anyone reads, and goes with
-        # the next withdrawal.
+        # A process that dies after the rename leaves a name that nobody reads; the next withdrawal
+        # removes it.
         for remains in result_path.parent.glob(f".{result_path.name}.*{PARTIAL_SUFFIX}"):
             if remains.is_dir():
                 shutil.rmtree(remains, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What stages share: console, log, task options, and a Dask client opened at first use."""
+"""Services that stages share: console, log, task options, a Dask client opened at first use."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from rich.console import Console
 from headrace.pipelines.cluster.clients import Role
 from headrace.pipelines.cluster.submit import TaskOptions
 
-# (role, device of the forward pass) -> a client that is gone after the block
+# From (role, device of the forward pass) to a context manager of a client.
 ClientOpener = Callable[[Role, str], AbstractContextManager[Client]]
 
 
@@ -26,10 +26,10 @@ class StageRecord:
 
 @dataclass
 class Services:
-    """What every stage is given beside the run state.
+    """What every stage gets beside the run state.
 
     open_client: called when a stage first has work for workers, so that a run in which nothing is
-    missing starts none.
+    missing starts no worker.
     """
 
     console: Console
@@ -48,13 +48,15 @@ class Services:
         return self._client
 
     def release_client(self) -> None:
-        """End what `client` started: a cluster's jobs are not held while nothing is trained."""
+        """End the workers that `client` started, so that a cluster's jobs do not wait idle."""
         self._client = None
         self._client_stack.close()
 
     @contextmanager
     def timed(self, stage_name: str) -> Iterator[Callable[[str], None]]:
-        """Record how long a stage takes, and what it did, as the stage tells the given function."""
+        """Record how long a stage takes. The stage calls the function that it gets with a summary
+        of what it did.
+        """
         started_at = time.perf_counter()
         summaries: list[str] = []
         yield summaries.append
@@ -71,7 +73,7 @@ def open_services(
     workers: int | None = None,
     retry_failed: bool = False,
 ) -> Iterator[Services]:
-    """Give services whose workers end with the block."""
+    """Open services; their workers end with the block."""
     services = Services(console, options, open_client, workers, retry_failed)
     try:
         yield services
@@ -80,5 +82,5 @@ def open_services(
 
 
 def opener_of(client: Client) -> ClientOpener:
-    """Return an opener that gives this client, which stays open."""
+    """Return an opener for a client that the caller has opened, and that stays open."""
     return lambda role, device: nullcontext(client)

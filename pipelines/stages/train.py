@@ -1,4 +1,4 @@
-"""The stage that trains: banks of heads as tasks, each published by the worker that trained it."""
+"""The stage that trains heads: banks as tasks, each published by the worker that trained it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ from headrace.pipelines.stages.services import Services
 
 
 def train(state: RunState, services: Services) -> RunState:
-    """Return the state once the missing heads are trained.
+    """Train the missing heads, and return the state after that.
 
-    Raises RunIncomplete when a bank failed. A head that fails is a row with its error, also one
-    that takes its worker down or never ends.
+    Raises RunIncomplete if a bank failed. A head that fails is a row with its error, even if its
+    training killed the worker or never ended.
     """
     with services.timed("train") as report_done:
         if not state.plan.banks:
             report_done("nothing missing")
             return state
         heads_device = find_heads_device(state.recipe, services.workers)
-        # A large run begins with a little of everything, to know how to cut the rest into banks.
+        # A large run begins with a small bank of each kind, whose times say how to cut the rest.
         if (probe_state := probe_of(state)) is not None:
             _train_banks(probe_state, services, heads_device)
             state = replan_heads(state, retry_failed=services.retry_failed)
@@ -46,8 +46,8 @@ def train(state: RunState, services: Services) -> RunState:
 
 
 def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], int]:
-    """Return the heads that are trained, the metric, each input's width, and the number of folds,
-    as `rank_heads` takes them.
+    """Return the arguments of `rank_heads`: the trained heads, the metric, each input's width, and
+    the number of folds.
     """
     plan, task = state.plan, state.dataset.train
     heads = collect_heads(state.paths.banks, plan.requested, plan.fingerprints, task.digest)
@@ -55,7 +55,7 @@ def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], i
 
 
 def _train_banks(state: RunState, services: Services, device: str) -> None:
-    """Train the plan's banks on workers. Raises RunIncomplete when one failed."""
+    """Train the plan's banks on workers. Raises RunIncomplete if one failed."""
     plan, client, console = state.plan, services.client(), services.console
     options = announced(services.options, console)
     jobs = bank_jobs(state, device)
@@ -100,8 +100,8 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
 
 
 def probe_of(state: RunState) -> RunState | None:
-    """Return the state with a small bank of each kind whose cost nobody has measured; None where
-    the run is too small to care.
+    """Return the state with a small bank of each kind whose cost was never measured; None if the
+    run is too small for that.
     """
     plan = state.plan
     unmeasured_banks = [
@@ -125,7 +125,7 @@ def probe_of(state: RunState) -> RunState | None:
 
 
 def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
-    """Return a job for each bank of the plan. device: of the kinds that can make use of a GPU."""
+    """Return a job for each bank of the plan. device: for kinds of head that can use a GPU."""
     task = state.dataset.train
     task_path = str(state.paths.task(task.digest))
     side_path = None if task.side is None else str(state.paths.side_columns(task.side.fingerprint))
@@ -148,12 +148,12 @@ def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
 
 
 def bank_key(job: BankJob) -> str:
-    """Return the name of the bank's work: that of its results file."""
+    """Return the name of a bank's task, from its results file."""
     return f"bank-{Path(job.result).stem}"
 
 
 def split_bank(job: BankJob) -> Sequence[tuple[str, BankJob]]:
-    """Return a bank's two split_bank, with their names; nothing for a bank of one spec."""
+    """Return the two halves of a bank with their names; [] for a bank of one spec."""
     n_first = len(job.specs) // 2
     spec_halves = [
         half_specs for half_specs in (job.specs[:n_first], job.specs[n_first:]) if n_first
@@ -166,8 +166,8 @@ def split_bank(job: BankJob) -> Sequence[tuple[str, BankJob]]:
 
 
 def _part_results_path(results_path: str, specs: Sequence[object]) -> str:
-    """Return the results file of a part of a bank: of the same group, so that it is found, under a
-    name that depends on the whole and on the part.
+    """Return the results file of a part of a bank: in the same group, so that it is found, under a
+    hash of the whole and the part.
     """
     whole_path = Path(results_path)
     group, _, specs_key = whole_path.stem.rpartition("-")

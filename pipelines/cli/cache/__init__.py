@@ -1,1 +1,1 @@
-"""`headrace cache …`: what is in a cache, is it whole, repair it, clean it, export from it."""
+"""`headrace cache …`: list, verify, repair and clean a cache; export and import features."""

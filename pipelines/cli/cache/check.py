@@ -136,9 +136,8 @@ def _verify_sources(recipe_path: Path, directories: list[Path], say: Say) -> "li
 
     samples = list_samples(load_recipe(recipe_path))
     with tempfile.TemporaryDirectory() as scratch_folder:
-        # An index of its own: the run's would answer from sizes and times without reading.
+        # With an empty index: the run's would answer from sizes and times, without reading files.
         contents = content_hashes(samples, Path(scratch_folder) / "contents.parquet")
-    # ids of one recipe are unique
     hash_by_id = dict(zip(samples["id"].astype(str), contents.hashes, strict=True))
     problems = [
         ProblemOutput(kind="source", message=problem.message, is_harmless=problem.is_harmless)
@@ -226,7 +225,7 @@ def _extract_again(
     _row_ids: list[str],
     row_contents: list[str],
 ) -> Rows:
-    """Return features (n, *shape) of n images, extracted as in a run into a cache of their own."""
+    """Return features (n, *shape) of n images, extracted as in a run into a scratch cache."""
     from headrace.extract.run.plan import plan_work_units
     from headrace.extract.run.work_unit import run_work_unit
 

@@ -202,7 +202,7 @@ def import_command(
 
 
 def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, RowSelection]":
-    """Return a feature set of the recipe's cache, and its rows of the recipe's images."""
+    """Return a feature set of the recipe's cache, and the recipe's images selected in it."""
     from headrace.cache.exchange.export import select_rows
     from headrace.pipelines.recipe.load import load_recipe
 
@@ -226,8 +226,8 @@ def _first_ids(image_ids: list[str]) -> str:
 
 
 def _columns_that_are_no_features(recipe: "Recipe") -> dict[str, str]:
-    """Return {column: role} of the columns that the recipe knows to be no features: a head would
-    learn its own answer.
+    """Return {column: role} of the columns that must not be features, because a head would read the
+    answer: those that the recipe names as target, group, split and so on.
     """
     roles = {"task.target": recipe.task.target}
     roles |= {

@@ -1,4 +1,4 @@
-"""Which feature sets a command of `headrace cache` means."""
+"""Finding of the feature sets that a command of `headrace cache` names."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,7 +27,9 @@ DEFAULT_CACHE = Path("headrace-cache")
 
 
 def require_cache(cache_root: Path) -> None:
-    """Raise CacheError for a mistyped path, which must not pass for a cache without faults."""
+    """Raise CacheError if there is no such folder: a mistyped path must not look like a cache
+    without faults.
+    """
     if not cache_root.is_dir():
         reason = "it is a file" if cache_root.exists() else "there is no such folder"
         raise CacheError(
@@ -37,9 +39,9 @@ def require_cache(cache_root: Path) -> None:
 
 
 def chosen_directories(cache_root: Path, name_or_tap: str | None) -> list[Path]:
-    """Return the feature set that is named, or all of them.
+    """Return the named feature set, or all if none is named.
 
-    Raises CacheError where there is no cache, or none of that name.
+    Raises CacheError if there is no cache, or no feature set of that name.
     """
     if name_or_tap:
         return [find_feature_set(cache_root, name_or_tap)]
@@ -50,10 +52,10 @@ def chosen_directories(cache_root: Path, name_or_tap: str | None) -> list[Path]:
 def find_feature_set(
     cache_root: Path, name_or_tap: str, *, include_unfinished: bool = False
 ) -> Path:
-    """Return the one feature set whose fingerprint begins with `name_or_tap` or whose tap it is;
-    with `include_unfinished`, also what a kill left of one.
+    """Return the only feature set whose fingerprint begins with `name_or_tap`, or that is of this
+    tap. include_unfinished: also search what killed processes have left.
 
-    Raises CacheError where none or several are.
+    Raises CacheError if there is none, or several.
     """
     directories = feature_set_directories(cache_root) + (
         unfinished_directories(cache_root) if include_unfinished else []
@@ -86,7 +88,7 @@ def _tap_name(directory: Path) -> str:
 def networks_of_recipe(
     recipe_path: Path,
 ) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
-    """Return the backbones of a recipe and the feature sets they make."""
+    """Return the backbones of a recipe, each with the specs of its feature sets."""
     from headrace.extract.taps.spec_cache import load_feature_specs
     from headrace.pipelines.planning.networks import backbone_spec, storage_options
     from headrace.pipelines.recipe.load import load_recipe
@@ -103,7 +105,7 @@ def networks_of_recipe(
 
 
 def samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | None]]":
-    """Return the recipe's images in order, and each content hash; None for an unreadable one."""
+    """Return the recipe's images, and the content hash of each; None for an unreadable one."""
     from headrace.extract.images.content_hashes import content_hashes
     from headrace.pipelines.paths import content_index
     from headrace.pipelines.planning.dataset import list_samples

@@ -124,8 +124,8 @@ def remove_command(
 
 
 def _finish_removals(cache: Path, name: str) -> dict[str, bool]:
-    """Finish removals that were interrupted; return, by fingerprint, whether it may be of the
-    feature set that is named.
+    """Finish interrupted removals of feature sets; return by fingerprint whether each may be the
+    one that the user names.
     """
     from headrace.cache.integrity.garbage import interrupted_removals, remove_trash
 
@@ -134,7 +134,7 @@ def _finish_removals(cache: Path, name: str) -> dict[str, bool]:
         try:
             tap = read_spec(path, check_name=False).name
         except CacheError:
-            tap = name  # its spec is gone already, and it may be this one
+            tap = name  # its spec is removed already, so it may be the named one
         finished[fingerprint] = fingerprint.startswith(name) or tap == name
         remove_trash(path)
     return finished

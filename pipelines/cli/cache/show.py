@@ -22,6 +22,7 @@ from headrace.pipelines.number_format import bytes_text
 if TYPE_CHECKING:
     from headrace.pipelines.cli.json_output import FeatureSetOutput
 
+# The largest quantization error of each dtype, relative to a value unless said otherwise.
 _HALF = {
     "float16": "2^-11",
     "bfloat16": "2^-8",
@@ -61,7 +62,7 @@ def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = F
             )
             continue
         written = output.last_written
-        # two lines each, which fit a narrow terminal
+        # Two lines for each, to fit a narrow terminal.
         print_line(f"{output.fingerprint}  {output.backbone} {output.tap}")
         print_line(
             f"    {output.rows:,} rows of {'x'.join(map(str, output.shape or ()))} {output.dtype}, "
@@ -160,8 +161,8 @@ def show_command(
 
 
 def _last_written(feature_set: FeatureSet) -> datetime.datetime | None:
-    """Return when a shard was last written, from the files: shards hold no times, so that an
-    interrupted extraction and an uninterrupted one are equal.
+    """Return when a shard was last written, from the files' times: shards themselves have none, so
+    that an extraction gives the same bytes whether it was interrupted or not.
     """
     write_times = []
     for entry in feature_set.entries:

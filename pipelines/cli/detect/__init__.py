@@ -1,1 +1,1 @@
-"""What images, tables and their pixels say of a recipe, for `headrace init`."""
+"""Detection of a recipe's settings from images and tables, for `headrace init`."""

@@ -1,4 +1,4 @@
-"""The columns of a table that are target, groups and split: the recipe's task section."""
+"""The recipe's task section from a table: which columns are the target, the groups, the split."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,9 @@ from headrace.pipelines.recipe.targets import name_some
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
 GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
-_PATHS_LOOKED_AT = 100  # to count those that lead nowhere
+_PATHS_CHECKED = (
+    100  # of a table, to count the missing files: all would take long on a network disk
+)
 _ZEROS, _ONES = ("0", "0.0", "False"), ("1", "1.0", "True")
 _SEPARATORS = (";", "|", ",", " ")
 
@@ -26,7 +28,7 @@ class InitError(HeadraceError, ValueError):
 
 
 def targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
-    """Return "3 classes in column 'label'", or how many columns of targets there are."""
+    """Return the targets in words: "3 classes in column 'label'", "targets in 4 columns"."""
     if len(targets) > 1:
         return f"targets in {len(targets)} columns"
     n_classes = n_distinct(samples[targets[0]])
@@ -35,14 +37,12 @@ def targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
 
 
 def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
-    """Return what a person should know of a table before the first run: rows without a label, and
-    paths that lead nowhere.
-    """
+    """Return, in words, how many rows of a table have no label and how many files are missing."""
     doubt_text = ""
     if n_unlabelled := int(labels.isna().sum()):
         doubt_text += f"; {n_unlabelled:,} rows have no label: a run predicts them"
     checked_files = [
-        locator_file(file_path) for file_path in paths.head(_PATHS_LOOKED_AT).astype(str)
+        locator_file(file_path) for file_path in paths.head(_PATHS_CHECKED).astype(str)
     ]
     missing_files = [file_path for file_path in checked_files if not Path(file_path).is_file()]
     if missing_files:
@@ -115,7 +115,7 @@ def task_section(
                 f"{location}: column {target_column!r} holds {found_text}. A classifier needs two "
                 "classes or more"
             )
-    # a run leaves the others out, whatever else they hold
+    # A run trains on labelled rows alone, so that the others may leave a split or a group empty.
     labelled_samples = samples[samples[target_column].notna()]
     split_column = first_named(
         _SPLIT_NAMES,
@@ -147,25 +147,29 @@ def task_section(
 
 
 def _indicator_columns(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
-    """Return the columns whose cells are 0 and 1 alone, where there are two or more."""
+    """Return the columns whose cells are only 0 and 1; none if there is one such column alone,
+    which is a target of two classes.
+    """
     columns = [name for name in column_names if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
     return columns if len(columns) > 1 else []
 
 
 def _holds_sides(column: "pd.Series[Any]") -> bool:
-    """Tell whether every cell of a column is a word for a side of a split."""
+    """Return whether every cell of a column is a word for a side of a split."""
     return is_full(column) and set(as_text(column).str.lower()) <= set(SPLIT_WORDS)
 
 
 def is_full(column: "pd.Series[Any]") -> bool:
-    """Tell whether no cell of a column is empty."""
+    """Return whether no cell of a column is empty."""
     cell_texts = as_text(column)
     return bool(cell_texts.notna().all() and (cell_texts != "").all())
 
 
 def _label_separator(column: "pd.Series[Any]") -> str | None:
-    """Return what stands between several labels in the cells of a column: parts recur, and stand
-    alone in some cells. None for single labels.
+    """Return the separator of labels in a column's cells, None if each cell is a single label.
+
+    `cat;dog` beside `cat` is two labels. A comma or a blank may also belong to one long name, so
+    that the parts must recur in other cells, and half of them or more must also stand alone.
     """
     cell_texts = as_text(column).dropna().unique().tolist()
     for separator in _SEPARATORS:
@@ -189,11 +193,11 @@ def _label_separator(column: "pd.Series[Any]") -> str | None:
 def _are_labels(
     combinations: list[set[str]], label_parts: set[str], single_labels: set[str]
 ) -> bool:
-    """Tell whether words that stand together are labels, and not the words of one name, such as
-    `wild cat` beside `cat`.
+    """Return whether words that blanks separate are labels, and not one name of several words,
+    such as `wild cat` beside `cat`.
 
-    Each of them is a label by itself, and they are all the labels that there are, or three of them
-    recur in combinations.
+    They are labels if each is also a cell of its own, and either no cell holds another label or
+    three of them recur in combinations.
     """
     recurring_parts = [
         label_part
@@ -206,11 +210,13 @@ def _are_labels(
 
 
 def first_named(names: tuple[str, ...], column_names: Sequence[str]) -> str | None:
+    """Return the column with the first of `names` that there is, in upper or lower case."""
     columns_by_lower = {str(column).lower(): str(column) for column in column_names}
     return next((columns_by_lower[name] for name in names if name in columns_by_lower), None)
 
 
 def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
+    """Return the first column with few enough values to be classes: on average three rows each."""
     for column_name in column_names:
         if 2 <= (n_distinct(samples[column_name]) or 0) <= min(1000, max(2, len(samples) // 3)):
             return str(column_name)
@@ -218,7 +224,7 @@ def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
 
 
 def n_distinct(column: "pd.Series[Any]") -> int | None:
-    """Return a column's number of values; None for lists and the like, as Parquet has them."""
+    """Return the number of a column's values; None if its cells are lists, as Parquet allows."""
     try:
         return column.nunique()
     except TypeError:

@@ -1,4 +1,4 @@
-"""What the pixels of some images ask of a recipe: bands, their depth, black and white."""
+"""Settings that images of many bands or more than 8 bits need in a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from headrace.extract.images.bands import Bands, decode_deep
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
 
-_MOST_BANDS = 16  # that are proposed; a file of hundreds is one of a spectrometer
+_MAX_BANDS = 16  # of a proposal: hundreds, as of a spectrometer, are for a person to choose from
 _PROPOSED_FOR = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x93NUMPY")  # TIFF and .npy
 
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """Lines of a recipe's sections `images` and `backbones`, and what they rest on."""
+    """Lines for a recipe's sections `images` and `backbones`, and notes on how they were found."""
 
     images: str = ""
     backbone: str = ""
@@ -25,8 +25,8 @@ class PixelSettings:
 
 
 def detect_pixels(paths: Sequence[str]) -> PixelSettings:
-    """Propose settings for images whose first few are these; nothing for 8 bits of grey or colours,
-    and where the images differ.
+    """Return settings by a few of the images; none if these are 8-bit grey or colour images, which
+    need no settings, or if their bands or types differ.
     """
     counts: set[int] = set()
     lows: list[float] = []
@@ -59,22 +59,22 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
         )
     backbone = ""
     if count not in (1, 3):
-        bands = list(range(1, min(count, _MOST_BANDS) + 1))
+        bands = list(range(1, min(count, _MAX_BANDS) + 1))
         backbone = (
             f"    bands: {bands}      # of the files, counted from 1; red, green and blue first, "
             "where there are\n"
         )
         notes.append(
             f"the images have {count} bands; bands: {bands} reads "
-            f"{'all' if count <= _MOST_BANDS else 'the first'} of them. Put red, green and blue "
+            f"{'all' if count <= _MAX_BANDS else 'the first'} of them. Put red, green and blue "
             "first, where there are"
         )
     return PixelSettings(images, backbone, tuple(notes))
 
 
 def _deep_values(path: str) -> np.ndarray[Any, Any] | None:
-    """Return (H, W, bands) of an image; None for 8 bits of grey or colours, and for one that cannot
-    be read, of which the run tells.
+    """Return an image's values as (H, W, bands); None for an 8-bit grey or colour image, and for
+    one that cannot be read: the run reports it.
     """
     try:
         data = read_bytes(path)
@@ -85,7 +85,8 @@ def _deep_values(path: str) -> np.ndarray[Any, Any] | None:
         except ImageError as error:
             if "pixel_range" not in str(error):
                 return None
-            image = decode_deep(data, (1,), (0.0, 1.0))  # any range: the values are not scaled here
+            # The file does not say its range. Any will do: only the unscaled values are read here.
+            image = decode_deep(data, (1,), (0.0, 1.0))
         return np.asarray(image.values[:, :, :]) if isinstance(image, Bands) else None
     except (ImageError, OSError, MemoryError):
         return None
@@ -94,7 +95,11 @@ def _deep_values(path: str) -> np.ndarray[Any, Any] | None:
 def _black_and_white(
     dtype: np.dtype[np.generic], lowest: float, highest: float
 ) -> tuple[float, float]:
-    """Return 0 and the largest number of unsigned pixels' bits; of other types, the range."""
+    """Return the values of black and white.
+
+    For unsigned pixels these are 0 and the largest number with as many bits as the brightest pixel
+    has, which is 4095 for a 12-bit sensor whose images never get quite white.
+    """
     if dtype.kind == "u":
         return 0.0, float(2 ** max(int(highest).bit_length(), 8) - 1)
     if lowest >= 0 and highest <= 1:

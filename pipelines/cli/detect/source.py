@@ -1,4 +1,4 @@
-"""What a folder, a table, archives or an array of images hold, as the lines of a recipe."""
+"""Detection of a recipe's lines from a folder, a table, archives or an array of images."""
 
 import contextlib
 import os
@@ -43,15 +43,15 @@ from headrace.pipelines.cli.detect.pixels import detect_pixels
 from headrace.pipelines.selection.cautions import near_copies
 
 _CLASS_AND_NUMBER = r"(?P<label>[^/]*[^-/_. \d])[-_. ]*\d+\.\w+$"
-_CLASSES_NAMED = 8  # in the sentence about them
-_IMAGES_OPENED = 60  # spread over the listing, to see whether some have more than 8 bits
-_IMAGES_DECODED = 8  # spread over the listing, to find what their pixels need
+_MAX_CLASSES_NAMED = 8  # in a message
+_N_IMAGES_OPENED = 60  # spread over the listing, to see whether some have more than 8 bits
+_N_IMAGES_DECODED = 8  # spread over the listing, to measure their bands and values
 _PREDICTION_COLUMNS = {"file", "class", "error"}  # of the tables that `headrace predict` writes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The lines of the recipe's images and task sections, and sentences for the user."""
+    """Lines for the recipe's sections `images` and `task`, and sentences for the user."""
 
     images: str
     task: str
@@ -64,10 +64,11 @@ class Finding:
 def detect_recipe(
     location: Path, recipe_folder: Path, *, layout: Layout = "auto", exclude: tuple[str, ...] = ()
 ) -> Finding:
-    """Return the recipe's lines for what `location` holds; paths from `recipe_folder`.
+    """Return the recipe's lines for the images at `location`, with paths relative to
+    `recipe_folder`.
 
-    layout, exclude: as in the recipe's section `images`, into which they are written. Raises
-    InitError when there is nothing to train on, SourceError for a file that cannot be read.
+    layout, exclude: as in the recipe's section `images`, and written there. Raises InitError when
+    there is nothing to train on, SourceError for a file that cannot be read.
     """
     source = detect_source(location, layout=layout, exclude=exclude)
     finding = _detect(location, source, recipe_folder)
@@ -97,7 +98,10 @@ def _detect(location: Path, source: ImageSource, recipe_folder: Path) -> Finding
 
 
 def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
-    """Read class folders, or a table beside the images that says more; name both readings."""
+    """Return the lines for a folder: its sub-folders are the classes, or a table in it has them.
+
+    If both are possible the sub-folders are taken, and a note says how to take the table.
+    """
     tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
     prediction_tables = [path for path in tables if _is_predictions(path)]
     finding_of_table: dict[Path, Finding] = {}
@@ -109,7 +113,8 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
                     table, replace(source, kind="table", location=table), recipe_folder
                 )
             except HeadraceError as refusal:
-                # a table of something else, unless the folder is no use either
+                # Its message is shown only if the folder has no classes either. A text file that
+                # lists no images is a read-me, of which nothing need be said.
                 if table.suffix.lower() not in MAYBE_TABLES or _lists_images(table):
                     refusal_texts.append(str(refusal))
     prediction_notes = [
@@ -145,7 +150,7 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
             raise
         raise InitError("\n".join([str(error), *refusal_texts])) from None
     if len(finding_of_table) == 1 and _are_sides(folder):
-        # train_images and test_images beside train.csv, as Kaggle has them
+        # As in Kaggle's competitions: train_images and test_images beside train.csv.
         ((table, reading),) = finding_of_table.items()
         table_note = (
             f"{table.name} names the images and their labels; the sub-folders are sides of a split"
@@ -161,22 +166,23 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
 
 
 def _lists_images(text_file: Path) -> bool:
-    """Tell whether the first line of a text begins with the name of an image."""
+    """Return whether the first line of a text begins with the name of an image."""
     with open(text_file, encoding="utf-8", errors="replace") as lines:
         words = re.split(r"[\s,;]+", lines.readline(1000))
     return Path(words[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _are_sides(folder: Path) -> bool:
-    """Tell whether the names of all sub-folders hold a word of a split and are more than that:
-    plain `train` and `test` are a layout of classes.
+    """Return whether all sub-folders are named like `train_images`, after sides of a split.
+
+    Not if one is called just `train` or `test`: then the classes are expected in it.
     """
     names = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     return all(split_side_in(name) and name.lower() not in SPLIT_WORDS for name in names)
 
 
 def _is_predictions(table: Path) -> bool:
-    """Tell whether a table is one that `headrace predict` wrote."""
+    """Return whether a table is one that `headrace predict` wrote."""
     try:
         return set(read_table_file(table).frame.columns) >= _PREDICTION_COLUMNS
     except SourceError:
@@ -237,8 +243,8 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
 
 
 def _classes_by_names(folder: Path, listing: Listing, recipe_folder: Path) -> Finding | None:
-    """Return the reading in which the names of all images begin with a class and end in a number,
-    `cat.12.jpg`, if there are two classes or more of two images each.
+    """Return the lines for images named by class and number, such as `cat.12.jpg`; None unless all
+    are, with two classes or more and at least two images in each.
     """
     matches = [re.search(_CLASS_AND_NUMBER, image_id) for image_id in listing.samples["id"]]
     labels = [match["label"] for match in matches if match is not None]
@@ -279,8 +285,10 @@ def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -
 def _named_classes(class_counts: "pd.Series[Any]") -> str:
     """Return "3 classes (crane, heron, stork)"."""
     class_names = sorted(map(str, class_counts.index))
-    more_text = ", …" if len(class_names) > _CLASSES_NAMED else ""
-    return f"{len(class_names):,} classes ({', '.join(class_names[:_CLASSES_NAMED])}{more_text})"
+    more_text = ", …" if len(class_names) > _MAX_CLASSES_NAMED else ""
+    return (
+        f"{len(class_names):,} classes ({', '.join(class_names[:_MAX_CLASSES_NAMED])}{more_text})"
+    )
 
 
 def _holds_zip(location: Path) -> bool:
@@ -396,8 +404,8 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
 
 
 def _examples(samples: pd.DataFrame) -> tuple[str, ...]:
-    step = max(1, len(samples) // _IMAGES_DECODED)
-    return tuple(samples["path"].astype(str)[::step][:_IMAGES_DECODED])
+    step = max(1, len(samples) // _N_IMAGES_DECODED)
+    return tuple(samples["path"].astype(str)[::step][:_N_IMAGES_DECODED])
 
 
 def _listing_notes(listing: Listing) -> tuple[str, ...]:
@@ -410,8 +418,8 @@ def _listing_notes(listing: Listing) -> tuple[str, ...]:
 
 
 def _near_copies(samples: pd.DataFrame) -> list[str]:
-    """Return a note where neighbours in the listing are nearly the same image, and no column that
-    is taken for groups keeps them together.
+    """Return a note if neighbours in the listing are nearly the same image, and no column of groups
+    keeps them on one side of the split.
     """
     group_column = first_named(
         GROUP_NAMES,
@@ -426,16 +434,17 @@ def _near_copies(samples: pd.DataFrame) -> list[str]:
 
 
 def _mixed_depths(samples: pd.DataFrame) -> list[str]:
-    """Return a note where some images have 8 bits and some more, by a few of them: their scales
-    differ, and may tell classes apart.
+    """Return a note if, among a few images, some have 8 bits and some more.
+
+    Their scales differ, from which a head could tell classes apart that come of different sources.
     """
     image_by_depth: dict[bool, str] = {}
     for image_id, image_path in (
         samples[["id", "path"]]
-        .iloc[:: max(1, len(samples) // _IMAGES_OPENED)]
+        .iloc[:: max(1, len(samples) // _N_IMAGES_OPENED)]
         .itertuples(index=False)
     ):
-        # what cannot be opened is told by the run, with its reason
+        # The run reports an image that cannot be opened, and why.
         with contextlib.suppress(Exception):
             image_by_depth.setdefault(has_deep_pixels(read_bytes(image_path)), image_id)
     if len(image_by_depth) < 2:
@@ -449,11 +458,11 @@ def _mixed_depths(samples: pd.DataFrame) -> list[str]:
 
 
 def _init_command(path: Path) -> str:
-    """Return what to type for another reading, fit to be pasted."""
+    """Return the command that writes a recipe for another file or folder, quoted for a shell."""
     return f"headrace init {shlex.quote(str(path))}"
 
 
 def _path_text(path: Path, recipe_folder: Path) -> str:
-    """Return a path as a person would write it: relative where that is short."""
+    """Return a path as a person would write it: relative, unless it starts two folders up."""
     relative_path = os.path.relpath(path.absolute(), recipe_folder)
     return yaml_text(str(path.absolute()) if relative_path.startswith("../..") else relative_path)

@@ -1,4 +1,4 @@
-"""The map of the images: what the winner reads of them, on the plane.
+"""The map section: images as points on a plane, laid out by the features that the winner reads.
 
 n images, D features.
 """
@@ -35,13 +35,13 @@ from headrace.pipelines.report.page.blocks import (
     Section,
 )
 
-MAX_POINTS = 100_000  # that a browser draws at once
-_MAX_BYTES = 1_000_000_000  # of the features that are on the map
+MAX_POINTS = 100_000  # as many as a browser can draw
+_MAX_BYTES = 1_000_000_000  # of features in memory
 _MAX_UMAP = 20_000  # images: UMAP takes about 4 s for each thousand on one core
-_UMAP_COMPONENTS = 50  # of PCA, that UMAP reads
-_EXACT = 2048  # features up to which all directions are computed
-_MAX_WORDS = 5000  # of a column that images can be coloured by
-_READ_ROWS = 4096  # of maps in memory at once, to be averaged
+_UMAP_COMPONENTS = 50  # principal components that UMAP reads
+_EXACT = 2048  # features or images up to which PCA is exact
+_MAX_WORDS = 5000  # distinct values of a column that images can be coloured by
+_READ_ROWS = 4096  # feature maps in memory at once, to be averaged over positions
 
 Floats = npt.NDArray[np.float32]
 
@@ -49,7 +49,7 @@ Floats = npt.NDArray[np.float32]
 def map_section(
     run: FinishedRun, known: pd.DataFrame, copies: Mapping[str, SmallCopy], remarks: list[Note]
 ) -> Section:
-    """The section. known: as `known_of_images`; copies: pictures to show, by content hash."""
+    """Return the section. known: from `known_of_images`; copies: pictures, by content hash."""
     title = "Map of the images"
     lead = (
         "Images that the network sees as alike lie near each other. Draw around some to have them "
@@ -90,14 +90,14 @@ def map_section(
 def make_layouts(
     features: Floats, places_path: Path | None = None, *, seed: int = 0
 ) -> tuple[tuple[Layout, ...], float]:
-    """Places of features (n, D) by PCA and, where umap-learn is installed, by UMAP; and the share
-    of the variance that PCA's two directions hold.
+    """Return layouts of features (n, D) by PCA and, if umap-learn is installed, by UMAP; and the
+    share of the variance in PCA's two directions.
 
-    Features are standardized, as heads do. PCA is exact up to 2,048 features or images; beyond
-    that, randomized (Halko, Martinsson and Tropp 2011, doi:10.1137/090771806), as scikit-learn
-    does. UMAP (McInnes, Healy and Melville 2018, arXiv:1802.03426) reads its first 50 components,
-    of up to 20,000 images drawn at random. places_path: keeps UMAP's places, which take half a
-    minute and more, for the next page of the same features.
+    Features are standardized, as for heads. PCA is exact up to 2,048 features or images; beyond
+    that, randomized (Halko, Martinsson and Tropp 2011, doi:10.1137/090771806), as in scikit-learn.
+    UMAP (McInnes, Healy and Melville 2018, arXiv:1802.03426) reads its first 50 components, of up
+    to 20,000 images drawn at random. places_path: a file that keeps UMAP's result, which takes half
+    a minute and more, for the next page of the same features.
     """
     from sklearn.decomposition import PCA
 
@@ -117,6 +117,7 @@ def make_layouts(
     plane = np.zeros((len(X), 2))
     plane[:, : components.shape[1]] = components[:, :2]
     layouts = [Layout("PCA", _quantized(plane))]
+    # UMAP needs more points than its neighbourhoods have: 15 by default.
     if importlib.util.find_spec("umap") is not None and len(X) > 15:
         embedded_rows = np.arange(len(X))
         if len(X) > _MAX_UMAP:
@@ -137,8 +138,8 @@ def make_layouts(
 def _umap_places(
     components: Floats, places_path: Path | None, seed: int
 ) -> npt.NDArray[np.uint16] | None:
-    """Places (n, 2) of these components, from the file where they are those of the same ones; None
-    where UMAP finds none, as for images that all are alike.
+    """Return UMAP's places (n, 2) of these components, from the file if it has them; None if UMAP
+    gives no finite ones, as for images that are all alike.
     """
     state = f"{importlib.metadata.version('umap-learn')} {seed} {components.shape}".encode()
     key = np.array([xxhash.xxh3_128_hexdigest(state + components.tobytes())], "S32")
@@ -147,9 +148,9 @@ def _umap_places(
         if np.array_equal(stored["key"], key) and stored["places"].shape == (len(components), 2):
             return np.asarray(stored["places"], np.uint16)
     except (OSError, ValueError, KeyError):
-        pass  # absent or damaged: it only saves time
+        pass  # absent or damaged: the places are computed again
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a seed takes one core, and numba's own
+        warnings.simplefilter("ignore")  # UMAP warns that a seed takes one core; numba warns too
         from umap import UMAP
 
         plane = np.asarray(UMAP(random_state=seed, n_jobs=1).fit_transform(components))
@@ -157,13 +158,13 @@ def _umap_places(
         return None
     places = _quantized(plane)
     if places_path is not None:
-        with contextlib.suppress(OSError):  # a run that cannot be written to has a map too
+        with contextlib.suppress(OSError):  # a run in a read-only directory has a map too
             publish_replace(places_path, sealed_arrays({"key": key, "places": places}))
     return places
 
 
 def _quantized(plane: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
-    """Places in 16 bits, the same scale both ways."""
+    """Return places (n, 2) in 16 bits, with one scale for both axes so that distances compare."""
     low, high = plane.min(0), plane.max(0)
     span = float((high - low).max()) or 1.0
     centred = (plane - (low + high) / 2) / span + 0.5
@@ -171,9 +172,9 @@ def _quantized(plane: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
 
 
 def colourings(shown: pd.DataFrame, always: Collection[str]) -> tuple[Colouring, ...]:
-    """What the images can be coloured by: every column of `shown` of few words or of numbers.
+    """Return what images can be coloured by: each column of `shown` with few words, or numbers.
 
-    always: columns that are words however many there are, as the group.
+    always: columns that are offered as words however many there are, such as the group.
     """
     first_names = [name for name in ("label", "predicted", "outcome", "split") if name in shown]
     other_names = [name for name in shown.columns if name not in (*first_names, "id", "content")]
@@ -209,7 +210,7 @@ def _number_colouring(name: str, numbers: npt.NDArray[np.float64]) -> Colouring:
 
 
 def _input_names(run: FinishedRun) -> list[str]:
-    """The winner's inputs; of a network, which reads images, the last tap."""
+    """Return the winner's inputs; the last tap for a network, which reads images."""
     cached_inputs = [name for name in run.winner["inputs"] if name in run.feature_specs]
     return cached_inputs or list(run.feature_specs)[-1:]
 
@@ -217,20 +218,23 @@ def _input_names(run: FinishedRun) -> list[str]:
 def _read_features(
     run: FinishedRun, names: list[str], content: npt.NDArray[np.str_]
 ) -> tuple[Floats, npt.NDArray[np.int64], list[Note]]:
-    """The features (n, D) of the images that have them, maps averaged over places, and these
-    images' positions in `content`.
+    """Return features (n, D) of the images that have them, maps averaged over positions, these
+    images' positions in `content`, and notes.
     """
     notes: list[Note] = []
     feature_sets = [run.open_features(name)[0] for name in names]
     stored_rows = np.stack([features.locate(content.tolist()) for features in feature_sets])
     rows = np.flatnonzero((stored_rows >= 0).all(0))
     if len(rows) < len(content):
-        lacking = zip(feature_sets, stored_rows, strict=True)
-        lists = [str(features.path / MANIFEST) for features, of in lacking if (of < 0).any()]
+        manifests = [
+            str(features.path / MANIFEST)
+            for features, rows_of_set in zip(feature_sets, stored_rows, strict=True)
+            if (rows_of_set < 0).any()
+        ]
         notes.append(
             Note(
                 f"{len(content) - len(rows):,} images are not on the map, for they have no "
-                f"features in {', '.join(lists)} any more: {RUN_AGAIN}.",
+                f"features in {', '.join(manifests)} any more: {RUN_AGAIN}.",
                 "warning",
             )
         )
@@ -240,8 +244,8 @@ def _read_features(
         notes.append(Note(f"Of {len(rows):,} images, {n_most:,} drawn at random are on the map."))
         rows = np.sort(np.random.default_rng(0).choice(rows, n_most, replace=False))
     blocks = [
-        _read_rows(features, of[rows])
-        for features, of in zip(feature_sets, stored_rows, strict=True)
+        _read_rows(features, rows_of_set[rows])
+        for features, rows_of_set in zip(feature_sets, stored_rows, strict=True)
     ]
     return np.concatenate(blocks, axis=1), rows, notes
 

@@ -17,8 +17,9 @@ from headrace.pipelines.report.page.blocks import (
 )
 from headrace.pipelines.report.page.thumbnails import Thumbnails
 
-SHOWN = 6
+SHOWN = 6  # pictures at each end of a scale
 MEASURES = ("brightness", "contrast", "sharpness")
+# measure, whether its smallest values are shown, caption
 _EXTREMES = (
     ("brightness", True, "The darkest"),
     ("brightness", False, "The brightest"),
@@ -28,7 +29,7 @@ _EXTREMES = (
 
 
 def measured_frame(copies: SmallCopies) -> pd.DataFrame:
-    """What was measured, by content hash: width, height, brightness, contrast, sharpness."""
+    """Return width, height, brightness, contrast and sharpness of images, by content hash."""
     names = ("width", "height", *MEASURES)
     return pd.DataFrame(
         [[getattr(copy, name) for name in names] for copy in copies.by_content.values()],
@@ -44,7 +45,7 @@ def quality_section(
     measured: pd.DataFrame,
     thumbnails: Thumbnails,
 ) -> Section:
-    """The section, of the images that small copies were made of."""
+    """Return the section, on the images that small copies were made of."""
     title = "Image quality"
     lead = (
         f"Measured on grey copies of {MEASURED_SIDE} pixels. A picture at an end of a scale is "

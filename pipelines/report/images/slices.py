@@ -1,4 +1,4 @@
-"""Slices: how the winner does on the images of each value of each column."""
+"""The slices section: the winner's score on the images of each value of each column."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,16 +14,16 @@ from headrace.pipelines.report.judged import JudgedSide, one_by_one, side_values
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
 
-MAX_VALUES = 30  # of a column that is sliced by its words; numbers of more are cut at quartiles
-MIN_IMAGES = 10  # a score of fewer says nothing
+MAX_VALUES = 30  # distinct values of a sliced column; numbers with more are cut at quartiles
+MIN_IMAGES = 10  # of a slice: a score of fewer says nothing
 SHOWN_WARNINGS = 3
 
 
 def slices_section(
     run: FinishedRun, sides: tuple[JudgedSide, ...], measured: pd.DataFrame
 ) -> Section:
-    """The section. measured: what is known of images beside the user's columns, such as their
-    brightness, by content hash.
+    """Return the section. measured: more columns to slice by, such as brightness, by content
+    hash.
     """
     title = "Slices"
     lead = (
@@ -43,7 +43,7 @@ def slices_section(
     frame = pd.DataFrame(rows)
     metric = str(frame["metric"].iloc[0])
     lower_is_better = metric == "mae"
-    # Of many slices some look bad by chance: they are held to an interval of all of them together.
+    # Among many slices some look bad by chance: Bonferroni's correction of the level.
     corrected = 1 - (1 - LEVEL) / len(frame)
     ends = [_interval(metric, row["values"], row["groups"], corrected) for row in rows]
     worse = [
@@ -109,10 +109,10 @@ def _slice_rows(
 ) -> Iterator[dict[str, Any]]:
     metric, values = side_values(run, side)
     overall = float(values.mean())
-    own = columns.reindex(side.ids).reset_index(drop=True)
-    seen = measured.reindex(side.content).reset_index(drop=True)
-    for name, column in (*own.items(), *seen.items()):
-        for word, rows in _parts(column):
+    of_user = columns.reindex(side.ids).reset_index(drop=True)
+    of_pixels = measured.reindex(side.content).reset_index(drop=True)
+    for name, column in (*of_user.items(), *of_pixels.items()):
+        for word, rows in _slices_of(column):
             slice_values = values[rows]
             low, high = _interval(metric, slice_values, side.groups[rows], LEVEL)
             yield {
@@ -130,13 +130,15 @@ def _slice_rows(
             }
 
 
-def _parts(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
-    """The slices of a column with images enough, each with its rows; none if unfit."""
+def _slices_of(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Yield the slices of a column that have MIN_IMAGES, each as its value and rows; none of a
+    column with one value or more than MAX_VALUES.
+    """
     is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     words = column.astype(object).where(column.notna(), None)
     words = words.map(lambda word: "(none)" if word is None else str(word))
     if is_number and column.nunique() > MAX_VALUES:
-        # Quartiles of what is known; equal numbers stay together.
+        # Quartiles of the numbers that are given; equal numbers stay together.
         cut = pd.qcut(column, 4, duplicates="drop")
         words = cut.map(
             lambda interval: f"{interval.left:.4g} to {interval.right:.4g}", na_action="ignore"

@@ -19,11 +19,11 @@ from headrace.extract.images.opening import open_image
 from headrace.extract.images.samples import PixelRange
 
 SIDE = 72  # pixels of a small copy
-MEASURED_SIDE = 128  # pixels: sharpness depends on the size that it is measured at
-_MAX_BYTES = 2_000_000_000  # of files that are read for it
+MEASURED_SIDE = 128  # pixels; one size for all, as sharpness depends on it
+_MAX_BYTES = 2_000_000_000  # of files that are read
 _THREADS = 4
-_CHUNK = 64
-_ORIENTATION_TAG = 0x0112  # 5 to 8: width and height change places
+_CHUNK = 64  # images between two looks at the bytes read
+_ORIENTATION_TAG = 0x0112  # of EXIF; 5 to 8: width and height change places
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class SmallCopy:
 
 @dataclass(frozen=True)
 class SmallCopies:
-    """Copies by content hash, and how many images were asked for and could not be read."""
+    """Copies by content hash, and how many images have none."""
 
     by_content: Mapping[str, SmallCopy]
-    unreadable: int
-    not_read: int  # beyond the bytes that are read for this
+    unreadable: int  # gone, changed, or not decodable
+    not_read: int  # because 2 GB of files had been read before them
 
 
 def make_small_copies(
@@ -52,10 +52,7 @@ def make_small_copies(
     content_hashes: Sequence[str],
     pixel_range: PixelRange | None = None,
 ) -> SmallCopies:
-    """Copies of these images, in their order until 2 GB of files have been read.
-
-    An image that is gone, or holds other bytes than the run has seen, is counted and has none.
-    """
+    """Return copies of these images, in their order until 2 GB of files have been read."""
     copies: dict[str, SmallCopy] = {}
     n_bytes = unreadable = n_read = 0
     with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the GIL
@@ -92,7 +89,7 @@ def _read_copy(
 
 
 def measure_image(path: str, data: bytes, pixel_range: PixelRange | None = None) -> SmallCopy:
-    """The small copy of an image. data: the bytes that its path gives. Raises ImageError."""
+    """Return the small copy of an image. data: the bytes of its file. Raises ImageError."""
     image, (width, height) = _decode_small(path, data, pixel_range)
     image.thumbnail((MEASURED_SIDE, MEASURED_SIDE))
     grey = np.asarray(image.convert("L"), np.float32) / 255
@@ -116,7 +113,7 @@ def measure_image(path: str, data: bytes, pixel_range: PixelRange | None = None)
 def _decode_small(
     path: str, data: bytes, pixel_range: PixelRange | None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    # A JPEG decodes at an eighth of its size in a fraction of the time.
+    # A decoder of JPEGs can give an eighth of the size in a fraction of the time.
     if data.startswith(b"\xff\xd8") and split_crop(path)[1] is None:
         try:
             with open_image(data) as file:

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-# What neither XML nor a reader can do with: control characters, lone surrogates, and marks that
-# turn the order of text.
+# Characters that XML forbids or that mislead a reader: control characters, lone surrogates, and
+# marks that reverse the order of text.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]"
 )
@@ -24,7 +24,7 @@ Format = Literal["text", "count", "share", "number", "small", "seconds", "bytes"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: the frame's own name, the heading, and how values are written."""
+    """One column of a table: its name in the frame, its heading, and how its values are written."""
 
     name: str
     title: str
@@ -49,8 +49,7 @@ class Table:
     wide: bool = False  # never beside another, however few columns it has
     # "rows": cells are shaded by their share of the row's sum (a confusion matrix)
     shade: str | None = None
-    # Which class a row has, by its position in the frame: "marked" is drawn with an edge.
-    marked: frozenset[int] = frozenset()
+    marked: frozenset[int] = frozenset()  # positions of rows that are drawn with an edge
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ class Code:
 
 @dataclass(frozen=True)
 class Layout:
-    """A place on the plane for points of a map: x and y, (n, 2) uint16 with y upwards.
+    """The places of a map's points by one method: (n, 2) uint16, x and y, y upwards.
 
-    rows: (n,) positions of these points among the map's, None for all of them.
+    rows: (n,) the points that have a place, None for all of them.
     """
 
     title: str
@@ -126,7 +125,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Colouring:
-    """What points can be coloured by: a word, or a number, of each point."""
+    """A column that points can be coloured by: a word or a number for each point."""
 
     title: str
     # (N,) positions in `words`, or steps from `low` to `high`; NO_VALUE where there is none
@@ -154,9 +153,9 @@ class PointMap:
 
 @dataclass(frozen=True)
 class Curve:
-    """One class against the rest: what each threshold finds, highest threshold first.
+    """One class against the rest, at each of T thresholds, highest first.
 
-    thresholds: (T,) float32; found, false: (T,) images at or above it of the class, and others.
+    found, false: (T,) true and false positives, the images at or above the threshold.
     """
 
     name: str
@@ -187,7 +186,7 @@ class Matrix:
     caption: str
     classes: tuple[str, ...]
     counts: npt.NDArray[np.int64]  # (C, C)
-    orders: tuple[tuple[str, npt.NDArray[np.int64]], ...]  # what, and the (C,) classes in it
+    orders: tuple[tuple[str, npt.NDArray[np.int64]], ...]  # names of orders, and (C,) the classes
 
 
 Block = Table | Figure | Gallery | Facts | Headline | Note | Code | PointMap | CurveSet | Matrix
@@ -215,5 +214,5 @@ def tables_of(sections: tuple[Section, ...]) -> Mapping[str, Table]:
 
 
 def plain_text(text: object) -> str:
-    """Text without what cannot be shown: control characters become the sign for that."""
+    """Return text in which characters that cannot be shown become U+FFFD."""
     return _UNPRINTABLE.sub("\ufffd", str(text))

@@ -1,6 +1,6 @@
-"""The charts, matplotlib's SVG in the page's own colours, so that they follow light and dark.
+"""The charts: matplotlib's SVG with the page's CSS colours, to follow light and dark mode.
 
-Each is drawn for 360 pixels of width, which a telephone has, and scales up from there.
+Each is drawn 360 pixels wide, the width of a telephone, and scales up from there.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from headrace.pipelines.report.page.blocks import plain_text
 
 WIDTH = 360  # CSS pixels
-# Colours that stand in the drawing for the page's variables. Series are Okabe and Ito's, which
-# colour-blind people tell apart; kinds differ by their mark as well.
+# Placeholder colours of the drawing, which `_svg_text` replaces by the page's CSS variables. The
+# series' are Okabe and Ito's, which colour-blind people can tell apart; marks differ as well.
 _INK, _MUTED, _RULE = "#010101", "#020202", "#030303"
 _BOTH_SCHEMES = "#3b8ec4"
 _SERIES = ("#040401", "#040402", "#040403", "#040404", "#040405", "#040406")
@@ -56,7 +56,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def series_color(series_index: int) -> str:
-    """The colour of a series, from 0 on."""
+    """Return the placeholder colour of a series, counted from 0."""
     return _SERIES[series_index % len(_SERIES)]
 
 
@@ -67,7 +67,7 @@ def dot_chart(
     *,
     xlabel: str,
 ) -> str:
-    """A line per label, a mark per series with a bar of ± its error; nan: no mark."""
+    """Return a chart of a line per label; on it a mark and an error bar per series (nan: none)."""
     with rc_context(_STYLE):
         figure, axes = _make_axes(
             0.21 * len(labels) + 0.85 + 0.16 * ((len(values_by_series) + 2) // 3)
@@ -100,7 +100,7 @@ def dot_chart(
 def bar_chart(
     labels: Sequence[str], lengths_by_part: Mapping[str, Sequence[float]], *, xlabel: str
 ) -> str:
-    """One bar per label, made of the parts."""
+    """Return a chart of one stacked bar per label."""
     with rc_context(_STYLE):
         figure, axes = _make_axes(0.2 * len(labels) + 0.9)
         bar_starts = np.zeros(len(labels))
@@ -131,7 +131,7 @@ def reliability_chart(
     count_label: str,
     series_name: str,
 ) -> str:
-    """Share of right predictions against confidence, bin by bin, over the counts of the bins."""
+    """Return a chart of the share right against confidence, by bin, and of the bins' counts."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH / 72, 4.4), layout="constrained")
         axes, count_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -161,7 +161,7 @@ def scatter_chart(
     xlabel: str,
     ylabel: str,
 ) -> str:
-    """Predicted against true values; beyond a few thousand points, how many fall in each cell."""
+    """Return a chart of predicted against true values; of many points, counts in hexagons."""
     with rc_context(_STYLE):
         figure, axes = _make_axes(4.0)
         lowest = float(min(true_values.min(), predicted_values.min()))
@@ -181,7 +181,7 @@ def scatter_chart(
                 true_values,
                 predicted_values,
                 "o",
-                # pixels keep their colour, which both schemes have to show
+                # CSS cannot recolour a raster: one colour that shows on light and on dark
                 color=_BOTH_SCHEMES if (is_raster := len(true_values) > 500) else series_color(0),
                 markersize=2.5,
                 alpha=0.5,
@@ -205,7 +205,7 @@ def line_chart(
     ylabel: str,
     log_x: bool = True,
 ) -> str:
-    """Lines over x, with bands (low, high) where given; the `dashed` are extrapolated."""
+    """Return a chart of lines over x, with bands (low, high) where given."""
     with rc_context(_STYLE):
         figure, axes = _make_axes(3.4)
         for series_index, (series_name, (x, y)) in enumerate(points_by_series.items()):
@@ -238,7 +238,7 @@ def line_chart(
 
 
 def shorten_text(text: str, length: int = 26) -> str:
-    """The text with its middle left out where it is longer than `length`."""
+    """Return the text; longer than `length`, with its middle left out."""
     return (
         text
         if len(text) <= length
@@ -247,17 +247,17 @@ def shorten_text(text: str, length: int = 26) -> str:
 
 
 def _make_axes(height_inches: float) -> tuple[Figure, Axes]:
-    # 72 points of matplotlib's to the inch are the pixels of the viewBox.
+    # Matplotlib's 72 points to the inch become the pixels of the SVG's viewBox.
     figure = Figure(figsize=(WIDTH / 72, min(height_inches * 1.05, 30)), layout="constrained")
     return figure, figure.subplots()
 
 
 def _svg_text(figure: Figure) -> str:
-    """The figure as an `<svg>` element: unique ids, no fixed size, the page's colours."""
+    """Return the figure as an `<svg>` element: unique ids, no fixed size, the page's colours."""
     svg_file = io.StringIO()
     with warnings.catch_warnings():
-        # The letters are the browser's own: matplotlib's font measures them, and need not have them
-        # all.
+        # The browser draws the letters with its own font; matplotlib's only measures them, and may
+        # lack some.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         figure.savefig(
             svg_file,
@@ -282,7 +282,7 @@ def _svg_text(figure: Figure) -> str:
 
 
 def _unique_ids(svg_text: str) -> str:
-    """Only ids that something refers to stay, and they are unlike those of every other figure."""
+    """Drop ids that nothing refers to, and make the others differ from those of other figures."""
     id_prefix = f"f{hashlib.sha256(svg_text.encode()).hexdigest()[:8]}-"
     used_ids = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', svg_text))
     svg_text = re.sub(

@@ -1,7 +1,7 @@
-"""From sections to one HTML file that needs nothing else: no server, no other script.
+"""Rendering of sections as one HTML file that needs nothing else: no server, no other file.
 
-Everything that comes from users' data is escaped by Jinja or by JSON; the page's policy allows one
-script, by its hash.
+Everything that comes from users' data is escaped by Jinja or by JSON; the page's content security
+policy allows one script, by its hash.
 """
 
 import base64
@@ -34,17 +34,15 @@ from headrace.pipelines.report.page.blocks import (
 )
 from headrace.pipelines.report.page.packing import packed, script_json
 
-# A table of at most so many columns stands beside another on a wide screen.
-_NARROW = 7
-# A page with more rows than this in one table would be slow to open; all of them are in the files
-# of `--tables`.
+_NARROW = 7  # columns of a table that stands beside another on a wide screen
+# More rows in one table would make the page slow to open; the files of `--tables` have all.
 MAX_ROWS = 20_000
 _NONE = "–"
 _SCRIPTS = ("report.js", "pictures.js", "points.js", "curves.js", "matrix.js")
 
 
 def render_page(title: str, made: str, headline: Headline, sections: Sequence[Section]) -> str:
-    """The page. made: one line that says when, by what and from what."""
+    """Return the page. made: one line that says when, by what and from what."""
     style_text = _read_asset("report.css")
     script_text = f'"use strict";\n(() => {{\n{"".join(map(_read_asset, _SCRIPTS))}start();\n}})();'
     environment = Environment(
@@ -85,12 +83,12 @@ def _finalize(value: Any) -> Any:
 
 
 def prose(text: str) -> Markup:
-    """A sentence, escaped, with what stands between back-quotes set as code."""
+    """Return a sentence as escaped HTML, with text in back-quotes set as code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(plain_text(text)))))
 
 
 class _TableView:
-    """A table as the template and the script see it: JSON values, written alike by both."""
+    """A table as JSON values, for the template and for the script, which write them alike."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -112,7 +110,7 @@ class _TableView:
         )
 
     def first_rows(self) -> list[list[str]]:
-        """The cells that stand in the page before its script runs, and without it."""
+        """Return the cells that the page shows before its script runs, or without it."""
         shown_rows = range(min(self.rows, self.table.page) if self.paged else self.rows)
         return [
             [
@@ -123,13 +121,13 @@ class _TableView:
         ]
 
     def shares(self) -> list[list[float]]:
-        """Of each row's numbers in its sum, for shading; the first column is the row's name."""
+        """Return each number's share of its row's sum, for shading; column 0 is the row's name."""
         cell_numbers = np.array(self.values[1:], float).T
         row_sums = cell_numbers.sum(1, keepdims=True)
         return np.round(cell_numbers / np.where(row_sums > 0, row_sums, 1), 4).tolist()  # type: ignore[no-any-return]
 
     def data(self) -> Markup:
-        """The rows for the script, safe inside a <script> element."""
+        """Return the rows for the script, safe inside a <script> element."""
         row_switch = self.table.switch
         return script_json(
             {
@@ -231,7 +229,7 @@ def _matrix_data(block: Matrix) -> Markup:
 
 
 def format_cell(cell_value: Any, format: Format) -> str:
-    """A value as it is written; `report.js` has the same rules."""
+    """Return a value as it is written on the page; `report.js` has the same rules."""
     if cell_value is None:
         return _NONE
     if format == "count":
@@ -253,23 +251,22 @@ def format_cell(cell_value: Any, format: Format) -> str:
 
 
 def is_numeric(column: Column) -> bool:
-    """Whether the column's cells stand on the right."""
+    """Return whether the column's cells are aligned to the right."""
     return column.format not in ("text", "yes")
 
 
 def _fixed_point(value: float, digits: int) -> str:
-    # As JavaScript's toFixed: the double's exact value, ties away from zero; and no "-0.0000".
+    # As JavaScript's toFixed rounds, so that both write the same: the double's exact value, ties
+    # away from zero. Without a "-0.0000".
     rounded = Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
     return f"{rounded if rounded else abs(rounded):,}"
 
 
 def _shown_column(column: Column, values: list[Any]) -> Column:
-    """The column; numbers that are all below 0.001 have exponents, and no others have."""
-    largest = (
-        max((abs(value) for value in values if value), default=0.0)
-        if (column.format == "number")
-        else 0.0
-    )
+    """Return the column, with exponents if it has numbers and all are below 0.001."""
+    if column.format != "number":
+        return column
+    largest = max((abs(value) for value in values if value), default=0.0)
     return replace(column, format="small") if 0 < largest < 1e-3 else column
 
 
@@ -288,12 +285,12 @@ def _column_values(table: Table, column: Column) -> list[Any]:
 def _rounded_number(value: Any, format: Format) -> float | int | None:
     if value is None or not math.isfinite(value):
         return None
-    # Six digits are more than any cell shows, and half as many bytes.
+    # Six digits are more than any cell shows, and half the bytes of all of them.
     return int(value) if format in ("count", "bytes") else float(f"{value:.6g}")
 
 
 def _packed_words(column_values: list[Any]) -> Any:
-    """Texts that repeat are written once, with their numbers."""
+    """Return texts that repeat as a list of distinct words and codes; other values unchanged."""
     if not column_values or not isinstance(column_values[0], str) or None in column_values:
         return column_values
     distinct_words = list(dict.fromkeys(column_values))

@@ -14,9 +14,10 @@ from headrace.extract.images.crops import crop_content, decode_picture, split_cr
 from headrace.extract.images.samples import PixelRange
 
 SIDE = 384  # pixels: shown small, and enlarged by a click
-# An image of no more pixels than this is enlarged, pixel by pixel, and looks like what it is.
+# Images up to _SMALL pixels wide and high are enlarged without smoothing, so that their pixels
+# show; up to about _ENLARGED_SIDE.
 _SMALL = 48
-_ENLARGED_SIDE = 144  # pixels that such an image is given
+_ENLARGED_SIDE = 144
 
 
 @dataclass
@@ -27,20 +28,19 @@ class Thumbnails:
     """
 
     paths: Mapping[str, str]
-    # the run's, so that a picture looks as the network saw it
-    pixel_range: PixelRange | None = None
+    pixel_range: PixelRange | None = None  # the run's: a picture looks as the network saw it
     missing: int = 0
     _made: dict[str, str | None] = field(default_factory=dict)
 
     def get(self, content: str) -> str | None:
-        """A data URI; None where the file is gone, or its bytes are not the run's."""
+        """Return a data URI; None if the file is gone or has other bytes than the run saw."""
         if content not in self._made:
             self._made[content] = self._make(content)
             self.missing += self._made[content] is None
         return self._made[content]
 
     def paths_of(self, content: str) -> tuple[str, ...]:
-        """The file of an image, as one value or none, for `Picture.paths`."""
+        """Return the file of an image in a tuple, () if it is not known, for `Picture.paths`."""
         return (self.paths[content],) if content in self.paths else ()
 
     def _make(self, content: str) -> str | None:
@@ -60,6 +60,6 @@ class Thumbnails:
         else:
             image.thumbnail((SIDE, SIDE))
         stored = io.BytesIO()
-        # anew: no metadata of the original travels with the page
+        # Encoded anew, so that no metadata of the original (a place, a name) gets into the page.
         image.save(stored, "WEBP", quality=70, method=4)
         return "data:image/webp;base64," + base64.b64encode(stored.getvalue()).decode()

@@ -40,7 +40,7 @@ from headrace.pipelines.report.selection_and_advice import (
     ensemble_section,
     expected_text,
 )
-from headrace.pipelines.selection.duplicates import like_pairs, standardised
+from headrace.pipelines.selection.duplicates import similar_pairs, standardised
 
 
 @pytest.fixture(scope="module")
@@ -353,14 +353,14 @@ def test_like_pairs_are_those_of_brute_force(columns):
         [base, base[:100] + rng.normal(size=(100, columns)) * np.linspace(0, 0.5, 100)[:, None]]
     )
     side = rng.integers(0, 3, len(vectors))
-    found = like_pairs(vectors, side, 0.95)
+    found = similar_pairs(vectors, side, 0.95)
     X = standardised(vectors)
     close = np.triu(X @ X.T >= 0.95, 1) & (side[:, None] != side)
     assert set(zip(found.first.tolist(), found.second.tolist(), strict=True)) == set(
         zip(*np.nonzero(close), strict=True)
     )
-    assert (np.diff(found.likeness) <= 0).all()
-    assert len(like_pairs(vectors, side, 0.95, max_pairs=7).first) == 7
+    assert (np.diff(found.similarity) <= 0).all()
+    assert len(similar_pairs(vectors, side, 0.95, max_pairs=7).first) == 7
 
 
 def test_cells_are_written_for_people():
