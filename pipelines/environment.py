@@ -78,5 +78,6 @@ def _processor() -> str:
 def _memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Not on every system: Windows has no sysconf.
     except (ValueError, OSError, AttributeError):
         return None

@@ -51,6 +51,7 @@ def publish_table(path: Path, data: bytes) -> None:
     digests = path.with_name(_DIGESTS)
     try:
         recorded_digests = read_record(digests)
+    # A damaged list of digests is begun anew: the tables that it lacks are then read unchecked.
     except (FileNotFoundError, RunDamaged):
         recorded_digests = {}
     write_record(digests, {**recorded_digests, path.name: xxhash.xxh3_128_hexdigest(data)})

@@ -173,6 +173,7 @@ def cache_images(
         ),
         cache=cache_root,
         out=cache_root / "extraction",
+        # A recipe's device has no number, such as that of cuda:1.
         compute=Compute.model_validate({"device": device.partition(":")[0]}),
     )
     samples = images.rename(columns={"file": "id"})[["id", "path"]]

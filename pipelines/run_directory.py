@@ -129,6 +129,7 @@ def _did_you_mean(path: Path) -> str:
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
+    # No deeper, for the folder may be a home directory or a disk of images.
     for pattern in ("*/recipe.json", "*/*/recipe.json"):
         yield from (path.parent for path in sorted(folder.glob(pattern)))
 

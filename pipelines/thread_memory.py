@@ -19,8 +19,10 @@ def end_where_no_thread_begins(message: str, output: str = "") -> None:
     def end_or_report(unraisable: Any) -> None:
         if unraisable.exc_type is MemoryError and "thread started by" in (unraisable.err_msg or ""):
             os.write(2, last_words)
+            # The reader of the standard output may be gone; the exit code still says what happened.
             with contextlib.suppress(OSError):
                 os.write(1, last_output)
+            # Not sys.exit, which ends only this thread, and runs handlers that need memory.
             os._exit(2)
         report_others(unraisable)
 

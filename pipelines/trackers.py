@@ -124,6 +124,7 @@ def _tell(
     client.log_batch(
         run,
         metrics=[Metric(name, value, now, 0) for name, value in metrics.items() if value == value],
+        # Older versions of MLflow refuse a whole batch for one longer value.
         params=[Param(name, value[:500]) for name, value in parameters.items()],
     )
 
@@ -138,6 +139,7 @@ def _to_tensorboard(section: LogSection, result: "RunResult") -> bool:
     )
     if log_folder.exists():
         return False
+    # Renamed at the end, so that a report that was killed halfway is not taken for a finished one.
     temporary = log_folder.with_name(f".{log_folder.name}.{uuid.uuid4().hex}.partial")
     with SummaryWriter(str(temporary)) as writer:
         for name, value in _metrics(result).items():

@@ -89,6 +89,7 @@ def _early_to_late(names: Sequence[str], run: FinishedRun) -> list[str]:
     if backbone_name not in node_order:
         for backbone in run.recipe.backbones:
             spec = backbone_spec(backbone, run.recipe)
+            # A network that cannot be built here is no error: the order of the recipe will do.
             with contextlib.suppress(HeadraceError, OSError):
                 # A run's directory must not choose what is imported here: backbones that are a
                 # Python function keep the recipe's order.

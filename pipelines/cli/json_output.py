@@ -35,6 +35,7 @@ class JsonOutput(pydantic.BaseModel):
 
 def print_json(output: JsonOutput) -> None:
     """Print the object on the standard output, where a command with --json prints nothing else."""
+    # JSON is UTF-8 by its standard, whatever the locale.
     with utf8_stdout() as stream:
         stream.write(json_text(output))
 

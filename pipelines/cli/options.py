@@ -134,4 +134,5 @@ def resumable() -> Iterator[None]:
             "\nInterrupted. What is finished is kept; the same command goes on from here.",
             soft_wrap=True,
         )
+        # 128 + 2, the number of SIGINT.
         raise typer.Exit(130) from None

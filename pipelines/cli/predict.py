@@ -242,6 +242,7 @@ def predict_command(
             has_weights=loaded_model.takes_units,
         )
         console.print(text, soft_wrap=True)
+    # A script should notice when it gave a folder without any image that can be used.
     if summary.failed == summary.images:
         raise typer.Exit(1)
 

@@ -26,6 +26,8 @@ from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.planning.plan import Plan
 from headrace.pipelines.result import RunResult
 from headrace.pipelines.run import ExtractionResult
+from headrace.pipelines.selection.ensemble import Ensemble
+from headrace.pipelines.selection.evaluation_record import TestResult
 
 
 def counts_output(accounting: Accounting | None) -> ImageCounts | None:
@@ -115,11 +117,54 @@ def _setting(row: "pd.Series[Any]", metric: str, names: Iterable[str]) -> Settin
     )
 
 
+def _ensemble_output(ensemble: Ensemble | None) -> EnsembleOutput | None:
+    if ensemble is None:
+        return None
+    return EnsembleOutput(
+        value=ensemble.value,
+        low=ensemble.low,
+        high=ensemble.high,
+        members=len(ensemble.members),
+        gain=ensemble.gain,
+        gain_low=ensemble.gain_low,
+        gain_high=ensemble.gain_high,
+        level=ensemble.level,
+        is_selected=ensemble.chosen,
+    )
+
+
+def _test_output(test: TestResult | None) -> TestScore | None:
+    if test is None:
+        return None
+    return TestScore(
+        value=test.value,
+        low=test.low,
+        high=test.high,
+        images=test.images,
+        units=test.units,
+        evaluations=test.n_evaluations,
+        metrics=test.metrics,
+    )
+
+
+def _finetuned_rows(result: RunResult) -> tuple[FinetunedRow, ...]:
+    if result.finetuned is None:
+        return ()
+    own_names = FinetunedRow.model_fields.keys() - {"value", "inputs"}
+    return tuple(
+        FinetunedRow(
+            value=row[result.metric],
+            inputs=inputs_text(row["inputs"], result.names),
+            **{name: row[name] for name in own_names},
+        )
+        for _, row in result.finetuned.compared.iterrows()
+    )
+
+
 def run_output(result: RunResult) -> RunOutput:
     """Return the object that `run --json` prints."""
     metric, names = result.metric, result.names
-    selection, ensemble, test = result.selection, result.ensemble, result.test
-    compared = None if result.finetuned is None else result.finetuned.compared
+    selection = result.selection
     return RunOutput(
         out=str(result.paths.root),
         metric=metric,
@@ -137,48 +182,9 @@ def run_output(result: RunResult) -> RunOutput:
             tried=selection.tried,
             statistically_tied=selection.statistically_tied,
         ),
-        ensemble=None
-        if ensemble is None
-        else EnsembleOutput(
-            value=ensemble.value,
-            low=ensemble.low,
-            high=ensemble.high,
-            members=len(ensemble.members),
-            gain=ensemble.gain,
-            gain_low=ensemble.gain_low,
-            gain_high=ensemble.gain_high,
-            level=ensemble.level,
-            is_selected=ensemble.chosen,
-        ),
-        test=None
-        if test is None
-        else TestScore(
-            value=test.value,
-            low=test.low,
-            high=test.high,
-            images=test.images,
-            units=test.units,
-            evaluations=test.n_evaluations,
-            metrics=test.metrics,
-        ),
-        finetuned=()
-        if compared is None
-        else tuple(
-            FinetunedRow(
-                value=row[metric],
-                low=row["low"],
-                high=row["high"],
-                approach=row["approach"],
-                inputs=inputs_text(row["inputs"], names),
-                settings=row["settings"],
-                gain=row["gain"],
-                gain_low=row["gain_low"],
-                gain_high=row["gain_high"],
-                minutes=row["minutes"],
-                decision=row["decision"],
-            )
-            for _, row in compared.iterrows()
-        ),
+        ensemble=_ensemble_output(result.ensemble),
+        test=_test_output(result.test),
+        finetuned=_finetuned_rows(result),
         leaderboard=tuple(
             _setting(row, metric, names)
             for _, row in result.board.head(_N_LEADERBOARD_ROWS).iterrows()

@@ -32,14 +32,9 @@ _MIN_WIDTH_FOR_LINES = 100  # characters; narrower, a table of eight columns wou
 def show_features(console: Console, plan: Plan, cache: object) -> None:
     """Print what would be extracted and what is cached; also the time, if no heads are planned."""
     table = Table(title="Features", title_justify="left")
-    for column, justify in (
-        ("tap", "left"),
-        ("shape", "right"),
-        ("images to extract", "right"),
-        ("there", "right"),
-        ("new bytes", "right"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # mypy infers str
+    table.add_column("tap")
+    for column in ("shape", "images to extract", "there", "new bytes"):
+        table.add_column(column, justify="right")
     for feature in plan.features:
         table.add_row(
             feature.name,
@@ -111,9 +106,8 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     table = Table(title="Heads", title_justify="left")
     table.add_column("inputs")
     table.add_column("kind")
-    table.add_column("settings", justify="right")
-    table.add_column("heads", justify="right")
-    table.add_column("heads to train", justify="right")
+    for column in ("settings", "heads", "heads to train"):
+        table.add_column(column, justify="right")
     missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
     settings: Counter[tuple[tuple[str, ...], str]] = Counter()
     new: Counter[tuple[tuple[str, ...], str]] = Counter()
@@ -353,10 +347,8 @@ def leaderboard_table(
     table.add_column("rank", justify="right")
     table.add_column("inputs", overflow="fold")
     table.add_column("best setting", overflow="fold")  # folded at its blanks first
-    table.add_column("of", justify="right")
-    table.add_column(metric, justify="right")
-    table.add_column("± s.e.", justify="right")
-    table.add_column("features", justify="right")
+    for column in ("of", metric, "± s.e.", "features"):
+        table.add_column(column, justify="right")
     for _, row in grouped.head(_N_LEADERBOARD_ROWS).iterrows():
         table.add_row(
             str(row["rank"]),

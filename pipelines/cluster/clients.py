@@ -243,6 +243,7 @@ def _on_this_machine(address: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
+    # A host name, which may lead to any machine: it counts as another one.
     except ValueError:
         return False
 

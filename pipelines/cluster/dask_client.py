@@ -67,6 +67,7 @@ def client_of(cluster: Any) -> Iterator[Client]:
         # Workers that do not end in time, as those that are just being started on a busy machine,
         # end with this process.
         with contextlib.suppress(TimeoutError):
+            # Dask's default would wait without end for a worker that does not answer.
             cluster.close(timeout=30)
 
 

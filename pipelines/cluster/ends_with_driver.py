@@ -58,6 +58,7 @@ def _read_start_call() -> tuple[list[str], list[str]]:
 
 def _start_server() -> None:
     module_path, module_names = _read_start_call()
+    # Without "", the current folder, which may be a folder of images with a `timm.py` in it.
     sys.path[:] = module_path or [folder for folder in sys.path if folder]
     for module_name in module_names:
         if module_name == ENDS:

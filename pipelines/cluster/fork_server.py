@@ -134,6 +134,7 @@ def call_forked(
             sending_end.close()  # otherwise recv would wait for ever when the process dies
         try:
             result, error = receiving_end.recv()
+        # The process died, perhaps of a crash in a library: answered below, in this process.
         except EOFError:
             pass
         else:

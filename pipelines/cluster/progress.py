@@ -41,6 +41,7 @@ class _RateColumn(ProgressColumn):
 
 def rate_and_left(n_done: float, n_total: float, elapsed_s: float) -> tuple[float, float]:
     """Return things per second, and seconds left at that rate; (0, nan) until something is done."""
+    # nan, and not infinity: so far nothing at all is known of the time left.
     if not n_done or not elapsed_s:
         return 0.0, float("nan")
     rate = n_done / elapsed_s
@@ -106,6 +107,7 @@ def show_progress(console: Console, stage_name: str, n_total: int, unit: str) ->
         _text_column("{task.fields[details]}", style="dim"),
     )
     meter = _RateMeter(n_total)
+    # Rich's ten times a second would take time from a core that works on the stage.
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         progress_bar = progress.add_task(
             stage_name, total=n_total, unit=unit, details="", meter=meter

@@ -91,6 +91,7 @@ def slurm_client(
             python=sys.executable,
             job_name="headrace",
             log_directory=str(log_folder),
+            # A worker that finds no driver gives its node back after a minute.
             death_timeout=60,
             security=tls_security,
             protocol="tls://",
@@ -146,6 +147,7 @@ def lifetime_s(walltime: str) -> int:
     hours, minutes, seconds = (int(clock_part) for clock_part in clock.split(":"))
     total_s = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     # Less another tenth, by which Dask's --lifetime-stagger may prolong it.
+    # Never 0, which Dask takes for no limit.
     return max(1, total_s - min(_MARGIN_S, total_s // 10) - total_s // 10)
 
 

@@ -380,6 +380,7 @@ def _wait_for_ends(window: _SchedulerWindow[Job, Result]) -> list[str]:
     none has, look after lost and late workers.
     """
     dask_keys: list[str] = []
+    # Nothing ends within _LOOK_S when tasks are long: then it is time to look after the workers.
     with contextlib.suppress(queue.Empty):
         dask_keys.append(window.ended_keys.get(timeout=_LOOK_S))
         while not dask_keys[-1]:  # one answer about versions is reason enough to return

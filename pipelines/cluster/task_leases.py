@@ -159,6 +159,8 @@ def _lock(directory: Path, driver: str) -> SoftFileLease:
     return SoftFileLease(
         directory / f"{driver}.driver",
         lease_duration=LEASE_S,
+        # Several heartbeats within a lease, so that one late write on a network disk costs no
+        # lease.
         heartbeat_interval=LEASE_S / 6,
         poll_interval=0.05,
     )

@@ -59,6 +59,7 @@ def task_log(paths: RunPaths) -> Iterator[TaskLog]:
         log("run", driver=driver, pid=os.getpid(), host=socket.gethostname())
         try:
             yield log
+        # Also Ctrl-C, or `headrace status` would show the run as killed.
         except BaseException as error:
             log("end", error=f"{type(error).__name__}: {error}")
             raise

@@ -78,6 +78,8 @@ def check_locking(
                     target=_hold, args=(scratch_folder / "lock", is_held), daemon=True
                 )
                 other_thread.start()
+                # Long enough for a thread that a broken lock lets through, and not felt in a run of
+                # the doctor.
                 if is_held.wait(0.2):
                     return Finding(
                         "locking",
@@ -85,6 +87,7 @@ def check_locking(
                         "two threads held one lock",
                         "use another file system for `cache`: O_EXCL is broken here",
                     )
+            # A network disk may show a removed file for some seconds more.
             if not is_held.wait(10):
                 return Finding(
                     "locking",
@@ -139,6 +142,8 @@ def check_hdf5(
             (write_file or _write_hdf5)(scratch_folder / "probe.h5")
             with (
                 h5py.File(scratch_folder / "probe.h5", "r") as first_reader,
+                # As two workers do: HDF5 locks files, and on some network disks the second lock
+                # fails.
                 h5py.File(scratch_folder / "probe.h5", "r") as second_reader,
             ):
                 reads_agree = (
@@ -184,6 +189,7 @@ def _hold(lock_path: Path, is_held: threading.Event) -> None:
 
 def _speed(folder: Path) -> tuple[float, float]:
     """Return bytes per second of flushed writing, and of reading (perhaps from memory)."""
+    # Random, because a file system that compresses would write zeros at no cost.
     random_block = os.urandom(1 << 20)
     with _scratch(folder) as scratch_folder:
         probe_path = scratch_folder / uuid.uuid4().hex
@@ -194,6 +200,7 @@ def _speed(folder: Path) -> tuple[float, float]:
                 probe_file.write(random_block)
             n_bytes = probe_file.tell()
             probe_file.flush()
+            # Without this, the speed would be that of the memory that buffers the file.
             os.fsync(probe_file.fileno())
         written_at = time.perf_counter()
         probe_path.read_bytes()
@@ -204,5 +211,6 @@ def _speed(folder: Path) -> tuple[float, float]:
 def _write_hdf5(path: Path) -> None:
     import h5py
 
+    # In the newest format, in which the results of heads are written.
     with h5py.File(path, "w", libver="latest") as file:
         file["x"] = [1, 2, 3]

@@ -97,6 +97,7 @@ def _cpu_quota() -> float | None:
     """Return the cores that the container's control group allows; None without a limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        # Microseconds of processor time in each period: twice the period is two cores.
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return None
@@ -108,6 +109,7 @@ def _available_bytes() -> float:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
+                # MemFree would be less: it lacks the file cache, which Linux gives back.
                 available_bytes = float(line.split()[1]) * 1024
     except OSError:
         available_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -102,6 +102,8 @@ def _load_pair() -> tuple[str, str]:
         torch.ops.load_library(str(operator_libraries[0]))  # type: ignore[no-untyped-call]
     else:
         importlib.import_module("torchvision")
+    # An operator of torchvision's own: builds for different versions of torch fail at the first
+    # one.
     torch.ops.torchvision.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
     vision_cuda = int(torch.ops.torchvision._cuda_version())  # 12080; -1: built without
     if (

@@ -218,6 +218,7 @@ def _several_networks_reason(
 def headroom(candidate: Candidate, metric: str) -> float:
     """Return how far the score of the candidate's head is from a perfect one, >= 0."""
     perfect_score = 1.0 if METRICS[metric].higher_is_better else 0.0
+    # The perfect score of a loss or an error is 0, of all others 1.
     return abs(perfect_score - float(candidate.head[metric]))
 
 

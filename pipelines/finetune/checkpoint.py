@@ -57,6 +57,7 @@ def load_checkpoint(
         if description["format"] != FORMAT or description["key"] != training_key:
             return None
         return TrainingProgress(**description["progress"]), load(data)
+    # A checkpoint only saves time: whatever is wrong with it, training begins anew.
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError):
         return None
 

@@ -86,6 +86,8 @@ def check_parity(
     prediction_scale = (
         np.ones(1)
         if task_kind != "regression"
+        # Probabilities have one scale. Numbers may be metres or grams, and are measured in their
+        # spread.
         else np.maximum(expected_predictions.std(0, dtype=np.float64), 1e-12)
     )
     differences = np.abs(predicted - expected_predictions) / prediction_scale
@@ -110,6 +112,7 @@ def check_parity(
 
 
 def _network_features(network: Network, inputs: Tensor, features_below: Tensor | None) -> Tensor:
+    # Few images at once: the maps of all of them might not fit on a GPU.
     input_blocks = [(start, inputs[start : start + 16]) for start in range(0, len(inputs), 16)]
     with torch.no_grad():
         return torch.cat(

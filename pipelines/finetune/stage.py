@@ -256,6 +256,7 @@ def _train_within_budget(
                 fold_seconds = None if seconds_left is None else seconds_left / (n_folds + 1)
                 record |= _train_folds(inputs, candidate, client, fold_seconds, fold_options)
                 if "gain" in record:
+                    # The floor is for a head without a single error.
                     measured_share = record["gain"] / max(headroom(candidate, metric), 1e-9)
                     measured_shares.setdefault(candidate.start, []).append(measured_share)
             decisions.update(_record_decision(inputs.paths, best_key, record))
@@ -413,6 +414,7 @@ def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str,
     generator = np.random.default_rng(0)
     resampled_gains = [
         gain([generator.choice(fold_rows, len(fold_rows)) for fold_rows in rows_of_folds])
+        # The spread over many rows is known well by fewer draws, each of which takes longer.
         for _ in range(RESAMPLES if len(task.fold) < 20000 else 100)
     ]
     low, high = np.nanquantile(resampled_gains, [0.025, 0.975])
@@ -522,6 +524,7 @@ def _comparison_row(
             np.concatenate(
                 [generator.choice(fold_rows, len(fold_rows)) for fold_rows in rows_of_folds]
             )
+            # Each draw scores all rows once more, which takes seconds with a large validation set.
             for _ in range(200)
         ]
         scores = [

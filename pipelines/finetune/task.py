@@ -126,6 +126,7 @@ def pilot(job: FinetuneJob) -> dict[str, Any]:
             pilot_result["split_parity"] = dataclasses.asdict(
                 _parity_result(job, opened, from_maps=True)
             )
+    # A step takes the same time in every fold.
     training = _make_training(FoldJob(job, int(opened.task.fold.max())), opened)
     pilot_result |= {
         "step_seconds": training.time_steps(),
@@ -194,16 +195,16 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
 
 def _fold_temperature(job: FinetuneJob, task: Task) -> float:
     """Return the temperature of the network on all rows: that of its folds' predictions."""
-    row_blocks, predictions = [np.empty(0, np.int64)], []
+    row_blocks, predictions = [], []
     for fold in range(task.n_folds):
         part_file = part_path(job, fold)
         validation = read_bank(part_file).validation(job.spec, fold) if part_file.exists() else None
         if validation is not None:
             row_blocks.append(np.flatnonzero(task.fold == fold))
             predictions.append(validation)
-    row_index = np.concatenate(row_blocks)
     if not predictions:
         return 1.0
+    row_index = np.concatenate(row_blocks)
     return fit_temperature(
         task.kind, task.target[row_index], np.concatenate(predictions), task.weight[row_index]
     )
@@ -373,6 +374,7 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
 def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
     job, fold, task, spec = fold_job.job, fold_job.fold, opened.task, fold_job.job.spec
     split_node = opened.split_node if opened.map_of_view else None
+    # Two classes need one logit.
     n_outputs = 1 if task.kind == "single" and len(task.classes) == 2 else len(task.classes)
     head_spec = spec_from_json(spec.head)
     if spec.start == "head":

@@ -186,6 +186,7 @@ class Training:
             if self.plan.device != "cpu":
                 torch.accelerator.synchronize(self.plan.device)
             step_seconds.append(clock(self.plan.device) - started_s)
+        # Without the first, which loads kernels and reserves memory.
         return min(step_seconds[1:])
 
     def _train_epoch(self, epoch: int) -> float:
@@ -193,6 +194,7 @@ class Training:
         spec, plan = self.plan.spec, self.plan
         seed_parts = [spec.seed, seed_of_fold(plan.fold) + 1, epoch]
         generator = np.random.default_rng(seed_parts)
+        # By the epoch, so that training from a checkpoint draws what an uninterrupted one would.
         torch.manual_seed(int(np.random.SeedSequence(seed_parts).generate_state(1)[0]))  # dropout
         self.mode()
         step_losses = [
@@ -389,6 +391,7 @@ def _make_optimizer(
         rates_and_parameters.append(
             (spec.learning_rate * min(1.0, WIDE / n_inputs), list(layer.parameters()))
         )
+    # Lower layers learn more slowly to keep what pretraining gave them; random ones have nothing.
     layer_decay = 1.0 if spec.start == "random" else spec.layer_decay
     for height, block in enumerate(reversed(plan.blocks)):
         block_parameters = [
@@ -415,6 +418,7 @@ def _make_optimizer(
 
 def _rate_schedule(step: int, n_steps: int, warmup_fraction: float) -> float:
     """Return the factor on all learning rates: linear warm-up, then half a cosine down to zero."""
+    # AdamW's first steps rest on few gradients, and at the full rate would undo the pretraining.
     warmup_steps = max(1, round(warmup_fraction * n_steps))
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

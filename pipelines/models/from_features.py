@@ -90,6 +90,7 @@ def predict_member(
         bags = np.tile(beside.units, len(view_inputs))
         predicted, weights = member.predict_bags(np.concatenate(view_inputs), bags)
         n_images = len(beside.units)
+        # Rows repeat their unit's prediction, so that those of the first view have all of them.
         return predicted[:n_images], weights.reshape(-1, n_images).sum(0)
     if len(view_inputs) == 1:
         return head_function(view_inputs[0]), None
@@ -105,6 +106,7 @@ def _view_inputs(
     """
     views_of_feature: dict[str, list[Floats]] = {}
     for spec in member.features:
+        # Views of one feature set are equal but for `view`.
         views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
     spatial = member.spatial
     side_inputs = beside.side_inputs

@@ -333,7 +333,7 @@ def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) ->
         )
     side, notes = encode_side_columns(table.assign(file=range(n_images)), model.side_columns)
     for note in notes:
-        warnings.warn(note, stacklevel=4)
+        warnings.warn(note, stacklevel=4)  # at the user's call of `ImagePredictor`
     return side.as_inputs()
 
 

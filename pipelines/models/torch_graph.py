@@ -55,6 +55,7 @@ class _Taps(nn.Module):
             torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
             for values in (preprocessing.mean, preprocessing.std)
         )
+        # Folded into one product and one sum, for fast graphs; in float64 until the last step.
         self.register_buffer("scale", (1 / (255 * channel_std)).float())
         self.register_buffer("shift", (-channel_mean / channel_std).float())
         self.features = tuple(features)
@@ -83,6 +84,7 @@ def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
     Modules that do not run before every tap has its output are replaced by the identity. If the
     network cannot run so, or gives other features, the taps are returned unchanged.
     """
+    # Two random images: of equal ones, a wrong mean over the batch would not be seen.
     pixels = torch.randint(0, 256, (2, *backbone.preprocessing.pixel_shape), dtype=torch.uint8)
     modules_that_ran: set[nn.Module] = set()
     hook_handles = [

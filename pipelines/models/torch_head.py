@@ -93,6 +93,7 @@ def head_module(spec: HeadSpec, head_arrays: Arrays, task_kind: TaskKind) -> Hea
     dense = [
         _linear_layer(_float_tensor(weight), _float_tensor(bias)) for weight, bias in layers.dense
     ]
+    # Numbers have a unit, which must not be scaled.
     gain = 1.0 if task_kind == "regression" else layers.decision_scale
     if layers.mean is None or layers.inverse_scale is None:
         n_features = dense[0].in_features
@@ -275,6 +276,8 @@ class NeighborModule(nn.Module):
     def __init__(self, spec: KNNSpec, head: TrainedHead, temperature: float) -> None:
         super().__init__()
         reference_rows = np.asarray(head.arrays["features"], np.float64)
+        # Distances do not change when all rows are moved, but in float32 short vectors keep more
+        # digits.
         center = reference_rows.mean(0)
         if spec.metric == "cosine":
             lengths = np.linalg.norm(reference_rows, axis=1, keepdims=True)
@@ -299,6 +302,7 @@ class NeighborModule(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         if self.cosine:
+            # A row of zeros, which has no direction, stays a row of zeros.
             value = value / value.norm(dim=1, keepdim=True).clamp(min=1e-30)
         centred_rows = value - self.center
         squared_distance = (
@@ -309,9 +313,11 @@ class NeighborModule(nn.Module):
         nearest, neighbour_index = squared_distance.topk(self.k, dim=1, largest=False)
         vote_share = self.share[neighbour_index]
         if self.by_distance:
+            # Round-off can make the squared distance to an identical row negative.
             nearest = nearest.clamp(min=0)
             # For unit vectors, half the squared distance is one minus the cosine.
             nearest = nearest / 2 if self.cosine else nearest.sqrt()
+            # An identical row has weight 1 / 0: as in scikit-learn, such rows then vote alone.
             is_identical = nearest < 1e-6
             has_identical = is_identical.any(dim=1, keepdim=True)
             vote_share = vote_share * torch.where(

@@ -105,11 +105,10 @@ def predict_table(
     record_path = table_path.with_name(f"{table_path.name}.json")
     parts_folder = table_path.with_name(f"{table_path.name}.parts")
     _require_ours(table_path, record_path, parts_folder)
-    unit_table_path = None if unit_names is None else units_path(table_path)
-    if unit_table_path is not None:
-        _require_our_units(unit_table_path)
-    if model.takes_units:
-        _require_our_units(weights_path(table_path))
+    tables_beside = [] if unit_names is None else [units_path(table_path)]
+    tables_beside += [weights_path(table_path)] if model.takes_units else []
+    for table_beside in tables_beside:
+        _require_our_units(table_beside)
     image_paths = images["path"].tolist()
     side_inputs, units = _side_inputs(model, images, console), _units(model, images)
     file_keys_in_order = file_keys(image_paths, side_inputs, units)
@@ -125,8 +124,6 @@ def predict_table(
     }
     if unit_names is not None:
         record["units"] = unit_names.digest
-    tables_beside = [] if unit_table_path is None else [unit_table_path]
-    tables_beside += [weights_path(table_path)] if model.takes_units else []
 
     def finished() -> PredictionSummary | None:
         if force or not all(path.exists() for path in tables_beside):
@@ -170,8 +167,8 @@ def predict_table(
             unit_names,
         )
         summary = replace(summary, new=len(rows), cached=cached.count(rows))
-        if unit_table_path is not None:
-            os.replace(parts_folder / "units.partial", unit_table_path)
+        if unit_names is not None:
+            os.replace(parts_folder / "units.partial", units_path(table_path))
         if model.takes_units:
             os.replace(parts_folder / "weights.partial", weights_path(table_path))
         os.replace(parts_folder / "table.partial", table_path)
@@ -434,5 +431,6 @@ def _read_record(record_path: Path) -> dict[str, Any] | None:
     try:
         record = read_sealed_json(record_path.read_bytes())
         return record if {"failed", "counts"} <= set(record) else None
+    # The record only saves work: without it, the images are predicted again.
     except (OSError, ValueError):
         return None

@@ -186,6 +186,7 @@ def is_predictions(table_path: Path, *, allow_values: bool) -> bool:
         return not first_line or _has_our_columns(
             next(csv.reader([first_line.decode()])), allow_values
         )
+    # A file that no reader understands is none of headrace's, and must not be replaced.
     except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error):
         return False
 

@@ -182,6 +182,7 @@ def _number_column(
         name,
         has_missing=len(present) < len(numbers),
         center=float(present.mean()),
+        # A constant column has no spread to be divided by.
         spread=spread if spread > 0 and np.isfinite(spread) else 1.0,
     )
 
@@ -218,10 +219,13 @@ def _cautions(
     if column.levels is None and section.kind == "regression":
         numbers = _parsed(texts)[is_training].to_numpy()
         known = ~np.isnan(numbers)
+        # The correlation with a constant is nan, about which NumPy warns; a note would be the wrong
+        # one.
         with np.errstate(invalid="ignore", divide="ignore"):
             correlations = [
                 abs(np.corrcoef(numbers[known], answer[known])[0, 1]) for answer in answers.T
             ]
+        # Not exactly 1: a copy of the target in another unit may be rounded.
         gives_away = bool(np.nanmax([*correlations, 0]) > 0.9999)
     else:
         # Each value comes with one answer, and on enough rows that this is not chance.

@@ -124,6 +124,7 @@ def _encode_classes(
             f"{len(labels):,} images; a classifier needs at least two. In a folder, each class is "
             "a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
         )
+    # Of so many different values most have one image, which no fold could be trained and tested on.
     if len(classes) > max(20, len(labels) // 2):
         raise DataError(
             f"task.target {column_name!r} has {len(classes):,} different values in {len(labels):,} "
@@ -155,6 +156,7 @@ def _class_order(labels: Iterable[str]) -> Any:
     """Return a sort key by which classes that are all numbers sort as numbers, "9" before "10"."""
     try:
         label_values = {label: float(label) for label in labels}
+    # One name that is no number is enough: then all are sorted as text.
     except ValueError:
         return lambda label: label
     return lambda label: (

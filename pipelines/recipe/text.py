@@ -380,6 +380,7 @@ def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str
         [keys_by_lower[name] for name in difflib.get_close_matches(word, keys_by_lower, 1, cutoff)]
         for cutoff in (0.8, 0.6)
     )
+    # Such as `budget` for `budget_minutes`, which is too different for a misspelling.
     longer = [name for name in valid_keys if name.startswith(f"{word}_")]
     nearest_keys = [*misspelt, *longer, *_sections_that_have(model, word), *alike]
     hint = f"did you mean {nearest_keys[0]!r}? " if nearest_keys else ""

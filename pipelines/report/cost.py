@@ -128,6 +128,7 @@ def _bytes_table(run: FinishedRun) -> Table:
     for feature_name in run.feature_specs:
         try:
             views = run.open_features(feature_name)
+        # Features may have been removed since the run: then they take no bytes.
         except (HeadraceError, OSError):
             continue
         shape_text = " × ".join(map(str, views[0].spec.shape))

@@ -1,6 +1,4 @@
-"""What the map and the slices are made of: each image's split, label and prediction, and the
-user's columns.
-"""
+"""Images with splits, labels, predictions and the user's columns, for the map and the slices."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -135,5 +133,6 @@ def _side_frame(run: FinishedRun, side: JudgedSide) -> pd.DataFrame:
     if run.task_kind == "single":
         frame["predicted"] = np.asarray(run.classes, object)[side.predicted.argmax(1)]
         frame["probability"] = side.predicted.max(1)
+    # Of several labels, all must be right.
     right = values.reshape(len(values), -1).all(1)
     return frame.assign(outcome=np.where(right, "right", "wrong"))

@@ -43,6 +43,7 @@ def likely_label_errors(
     predicted = np.asarray(probabilities, np.float64)[rows]
     of_label = predicted[np.arange(len(rows)), label[rows]]
     of_others = predicted.copy()
+    # Below every probability, so that the label itself is never the largest of the others.
     of_others[np.arange(len(rows)), label[rows]] = -1.0
     margin = of_label - of_others.max(1, initial=-1.0)
     return np.asarray(rows[np.argsort(margin, kind="stable")], np.int64)

@@ -368,6 +368,7 @@ def _reliability_figure(
     calibration_error, mean_excess = float(np.abs(excess).sum()), float(excess.sum())
     tendency_text = (
         "too sure of itself"
+        # Two points are about what chance gives with a few hundred rows.
         if mean_excess > 0.02
         else "less sure than it could be"
         if mean_excess < -0.02

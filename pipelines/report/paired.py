@@ -107,6 +107,7 @@ def paired_proportion_interval(
     )
     numerator = both * neither - only_first * only_second
     if numerator > 0:
+        # The continuity correction of method 10.
         numerator = max(numerator - n / 2, 0.0)
     phi = numerator / np.sqrt(margins) if margins > 0 else 0.0
     below = shares[0] - low_2, high_1 - shares[1]

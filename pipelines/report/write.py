@@ -71,6 +71,7 @@ def require_ours(page_path: Path) -> None:
             f"{remedy}"
         )
     with page_path.open("rb") as page_file:
+        # A page can have many megabytes, and its title is near the beginning.
         page_start = page_file.read(4096)
         if page_start and _TITLE.encode() not in page_start:
             raise ReportThere(

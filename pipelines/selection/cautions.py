@@ -191,9 +191,7 @@ def near_duplicates(
     if len(readable_grey) >= MIN_IMAGES:
         brightness = np.stack(list(readable_grey.values())).astype(np.float32)
         standardized = standardised(brightness - brightness.mean(1, keepdims=True))
-        row_of_image = {
-            image_index: pair_index for pair_index, image_index in enumerate(readable_grey)
-        }
+        row_of_image = {image_index: row for row, image_index in enumerate(readable_grey)}
         for pair_index, (first_image, second_image) in enumerate(closest_pairs.tolist()):
             if first_image in row_of_image and second_image in row_of_image:
                 is_alike[pair_index] |= (
@@ -359,6 +357,7 @@ def _beyond(value: float, neighbour: float) -> float | None:
     if value <= 0:
         return None
     ratio = value / neighbour if neighbour > 0 else 10.0
+    # A grid such as [0, 1e-6, 1] has steps that lead too far at once.
     next_value = float(f"{value * min(max(ratio, 0.1), 10.0):.1g}")
     if isinstance(value, int) and isinstance(neighbour, int):
         next_value = round(next_value)

@@ -107,6 +107,7 @@ def _projection(X: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """
     if X.shape[1] <= _DIRECTIONS:
         return X
+    # The directions change little with more rows; the product below grows with them.
     sample = X[:: max(1, len(X) // 4096)]
     _, directions = np.linalg.eigh(sample.T @ sample)
     return np.asarray(X @ directions[:, -_DIRECTIONS:], np.float32)

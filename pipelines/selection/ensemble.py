@@ -257,6 +257,7 @@ def _candidates(
     max_candidates = int(
         min(section.candidates, max(20, BUDGET / (n_elements * section.rounds * (PARTS + 1))))
     )
+    # Half of the places, for heads that err differently: the best ones are often near copies.
     best_of_each = usable.drop_duplicates(["inputs", "kind"]).index[: max_candidates // 2]
     preference = [*usable.sort_values("rank").index[:1], *best_of_each, *usable.index]
     chosen = usable.loc[list(dict.fromkeys(preference))[:max_candidates]].sort_values(

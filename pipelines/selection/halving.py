@@ -117,4 +117,5 @@ def _selection_luck(
         )
         for input_mask in (np.ones_like(is_selected), is_selected)
     )
+    # By chance of the resamples the difference can be a little below 0.
     return max(0.0, luck_of_all - luck_of_selected)

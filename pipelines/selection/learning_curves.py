@@ -122,39 +122,28 @@ def learning_curve(
         for size_index, subsets in enumerate(subsets_by_size)
         for fold, subset_task in zip(folds, subsets, strict=True)
     }
+    feature_names = tuple(map(str, features))
     jobs = []
     for (size_index, fold), subset_task in subtasks.items():
-        task_path = results_folder / f"{size_index}-{fold}.npz"
+        stem = f"{results_folder}/{size_index}-{fold}"
         # Written anew each time: a damaged file would fail every bank that reads it.
-        save_task(subset_task, task_path)
+        save_task(subset_task, Path(f"{stem}.npz"))
         for kind in kinds:
             kind_specs = tuple(spec for spec in specs if spec.kind == kind)
-            results_path = str(results_folder / f"{size_index}-{fold}-{kind}.h5")
+            results_path = f"{stem}-{kind}.h5"
+            remove_damaged(results_path)
             jobs.append(
-                BankJob(
-                    str(task_path), tuple(map(str, features)), kind_specs, results_path, refit=False
-                )
+                BankJob(f"{stem}.npz", feature_names, kind_specs, results_path, refit=False)
             )
-    for job in jobs:
-        remove_damaged(job.result)
     train_all([job for job in jobs if not Path(job.result).exists()])
     curve_rows = np.flatnonzero(np.isin(task.fold, folds))
     row_losses = np.zeros((len(fractions), len(curve_rows)))
     for size_index in range(len(fractions)):
         spec_errors = np.zeros((len(specs), len(curve_rows)))
         for fold in folds:
-            subset_task = subtasks[size_index, fold]
-            in_fold = np.flatnonzero(task.fold[curve_rows] == fold)
-            held_out = subset_task.fold == 0  # `subset` calls the held-out fold 0
-            for kind in kinds:
-                bank = read_bank(results_folder / f"{size_index}-{fold}-{kind}.h5")
-                positions = [i for i, spec in enumerate(specs) if spec.kind == kind]
-                predictions = bank.out_of_fold_predictions_of(
-                    [spec_to_json(specs[position]) for position in positions]
-                )
-                spec_errors[np.ix_(np.array(positions), in_fold)] = row_errors(
-                    task, subset_task.target[held_out], predictions[:, held_out]
-                )
+            spec_errors[:, task.fold[curve_rows] == fold] = _held_out_errors(
+                task, subtasks[size_index, fold], specs, f"{results_folder}/{size_index}-{fold}"
+            )
         # A head that failed in some fold has nan errors and cannot be the best.
         mean_errors = np.where(np.isfinite(spec_errors).all(1), spec_errors.mean(1), np.inf)
         row_losses[size_index] = spec_errors[int(mean_errors.argmin())]
@@ -165,6 +154,24 @@ def learning_curve(
         ]
     ).mean(1)
     return LearningCurve(training_counts.sum(1), training_counts, row_losses, curve_rows)
+
+
+def _held_out_errors(
+    task: Task, subset_task: Task, specs: Sequence[HeadSpec], results_prefix: str
+) -> Floats:
+    """Return errors (S, n) of heads trained on a subset, on the fold that it leaves out.
+
+    results_prefix: of the results files, one for each kind of head.
+    """
+    held_out = subset_task.fold == 0  # `subset` calls the held-out fold 0
+    errors = np.empty((len(specs), int(held_out.sum())))
+    for kind in {spec.kind for spec in specs}:
+        of_kind = [position for position, spec in enumerate(specs) if spec.kind == kind]
+        predictions = read_bank(f"{results_prefix}-{kind}.h5").out_of_fold_predictions_of(
+            [spec_to_json(specs[position]) for position in of_kind]
+        )
+        errors[of_kind] = row_errors(task, subset_task.target[held_out], predictions[:, held_out])
+    return errors
 
 
 def nested_subsets(
@@ -280,6 +287,7 @@ def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
     A size is weighted by its square root, as heads trained on few images vary more. For each
     exponent of a grid the best floor and scale have a closed form.
     """
+    # Relative to the largest, to keep the sums near 1.
     weight = np.sqrt(sizes / sizes.max())[:, None]
     total = weight.sum()
     best = np.full(errors.shape[1], np.inf)

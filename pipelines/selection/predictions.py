@@ -82,6 +82,7 @@ def selection_parts(validation: ValidationRows, seed: int = 0) -> npt.NDArray[np
     Parts are the run's folds if there are three or more, else PARTS random ones that split no
     group.
     """
+    # With two folds, only half of the rows would choose.
     if len(np.unique(validation.fold)) >= 3:
         return validation.fold.astype(np.int64)
     part_of_group = (

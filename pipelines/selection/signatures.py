@@ -71,6 +71,7 @@ def grey_of_file(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray
     """Return `grey_signature` of a file; None if it has moved or is no longer an image."""
     try:
         return grey_signature(image_path, read_bytes(image_path), pixel_range)
+    # Without it, the image is compared with no other; that it cannot be read is told elsewhere.
     except (OSError, HeadraceError, ImageError):
         return None
 

@@ -303,6 +303,7 @@ def _in_this_process(
                 own_jobs.append(job)
                 yield job
             else:
+                # Or published already, of which `extract_unit` makes an empty report.
                 leased_elsewhere.append(job)
 
     for job_index, report in enumerate(run_work_units(leased_jobs())):

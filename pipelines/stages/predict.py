@@ -155,6 +155,7 @@ def _key(
 def _is_of(table: Path, key: bytes) -> bool:
     try:
         return (pq.read_schema(read_table(table)).metadata or {}).get(_KEY) == key
+    # A table that cannot be read is written again.
     except (OSError, RunDamaged, pa.ArrowException):
         return False
 

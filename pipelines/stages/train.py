@@ -115,6 +115,7 @@ def probe_of(state: RunState) -> RunState | None:
             specs=bank.specs[:PROBE_SPECS],
             assumed_s=bank.assumed_s * PROBE_SPECS / len(bank.specs),
         )
+        # One bank of each kind: the first, so that each call takes the same.
         for bank in {bank.kind: bank for bank in reversed(unmeasured_banks)}.values()
         if len(bank.specs) > PROBE_SPECS
     )

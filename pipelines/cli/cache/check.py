@@ -225,7 +225,10 @@ def _extract_again(
     _row_ids: list[str],
     row_contents: list[str],
 ) -> Rows:
-    """Return features (n, *shape) of n images, extracted as in a run into a scratch cache."""
+    """Return features (n, *shape) of n images, extracted as in a run into a scratch cache.
+
+    _row_ids: `verify_recompute` passes them; images are found by content instead.
+    """
     from headrace.extract.run.plan import plan_work_units
     from headrace.extract.run.work_unit import run_work_unit
 

@@ -81,6 +81,7 @@ def find_feature_set(
 def _tap_name(directory: Path) -> str:
     try:
         return open_feature_set(directory).spec.name
+    # A broken feature set is named too: it is one that a person may want to remove or repair.
     except CacheError:
         return "broken"
 

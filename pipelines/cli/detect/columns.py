@@ -75,6 +75,7 @@ def task_section(
     indicators = _indicator_columns(samples, free_columns)
     ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
     is_one_hot = bool(indicators) and bool((ones.sum(axis=1) == 1).all())
+    # Two columns of 0 and 1 that are not one-hot are rather a label and a flag than two labels.
     if target_column not in indicators or not (is_one_hot or len(indicators) > 2):
         indicators = []
     if target_column is None:
@@ -115,8 +116,25 @@ def task_section(
                 f"{location}: column {target_column!r} holds {found_text}. A classifier needs two "
                 "classes or more"
             )
-    # A run trains on labelled rows alone, so that the others may leave a split or a group empty.
-    labelled_samples = samples[samples[target_column].notna()]
+    side_lines, side_notes = _split_and_group(
+        # A run trains on labelled rows alone, so that the others may leave a split or group empty.
+        samples[samples[target_column].notna()],
+        column_names,
+        named_columns,
+    )
+    return task_lines + side_lines, targets, [*task_notes, *side_notes]
+
+
+def _split_and_group(
+    labelled_samples: pd.DataFrame,
+    column_names: Sequence[str],
+    named_columns: tuple[str | None, str | None],
+) -> tuple[str, list[str]]:
+    """Return the lines for columns of a split and of groups, and notes on columns not taken.
+
+    named_columns: those that are named like a split and like groups.
+    """
+    task_lines, task_notes = "", []
     split_column = first_named(
         _SPLIT_NAMES,
         [
@@ -143,7 +161,7 @@ def task_section(
             f"column {named_columns[1]!r} is empty for some images, and is not taken for groups: "
             f"fill it, and set task.group: {yaml_text(str(named_columns[1]))}"
         )
-    return task_lines, targets, task_notes
+    return task_lines, task_notes
 
 
 def _indicator_columns(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
@@ -171,6 +189,7 @@ def _label_separator(column: "pd.Series[Any]") -> str | None:
     `cat;dog` beside `cat` is two labels. A comma or a blank may also belong to one long name, so
     that the parts must recur in other cells, and half of them or more must also stand alone.
     """
+    # Different cells alone: a table may have millions of rows, and few combinations of labels.
     cell_texts = as_text(column).dropna().unique().tolist()
     for separator in _SEPARATORS:
         combinations = [
@@ -218,6 +237,7 @@ def first_named(names: tuple[str, ...], column_names: Sequence[str]) -> str | No
 def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
     """Return the first column with few enough values to be classes: on average three rows each."""
     for column_name in column_names:
+        # Two of two rows are classes too: a table may be a first try with a few images.
         if 2 <= (n_distinct(samples[column_name]) or 0) <= min(1000, max(2, len(samples) // 3)):
             return str(column_name)
     return None

@@ -36,6 +36,7 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
         values = _deep_values(path)
         if values is None:
             return PixelSettings()
+        # nan is how many sensors mark a pixel without a value.
         finite = values[np.isfinite(values)]
         if finite.size:
             lows.append(float(finite.min()))
@@ -104,4 +105,5 @@ def _black_and_white(
         return 0.0, float(2 ** max(int(highest).bit_length(), 8) - 1)
     if lowest >= 0 and highest <= 1:
         return 0.0, 1.0
+    # A range of length 0 would divide by zero.
     return lowest, highest if highest > lowest else lowest + 1

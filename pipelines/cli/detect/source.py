@@ -249,6 +249,7 @@ def _classes_by_names(folder: Path, listing: Listing, recipe_folder: Path) -> Fi
     matches = [re.search(_CLASS_AND_NUMBER, image_id) for image_id in listing.samples["id"]]
     labels = [match["label"] for match in matches if match is not None]
     class_counts = pd.Series(labels).value_counts()
+    # A class of one image is rather a name that happens to fit the pattern.
     if len(labels) < len(matches) or len(class_counts) < 2 or class_counts.min() < 2:
         return None
     listing = replace(listing, samples=listing.samples.assign(label=labels))

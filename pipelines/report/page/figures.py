@@ -166,6 +166,7 @@ def scatter_chart(
         figure, axes = _make_axes(4.0)
         lowest = float(min(true_values.min(), predicted_values.min()))
         highest = float(max(true_values.max(), predicted_values.max()))
+        # So many points would hide each other, and take long to draw in the browser.
         if len(true_values) > 3000:
             axes.hexbin(
                 true_values,
@@ -267,6 +268,7 @@ def _svg_text(figure: Figure) -> str:
         )
     svg_text = plain_text(svg_file.getvalue())
     svg_text = svg_text[svg_text.index("<svg") :]
+    # Nothing but addresses of namespaces, in a page that promises to load nothing from the network.
     svg_text = re.sub(r"<metadata>.*?</metadata>", "", svg_text, flags=re.S)
     svg_text = re.sub(
         r'(<svg[^>]*?) width="[^"]*"',
@@ -277,6 +279,7 @@ def _svg_text(figure: Figure) -> str:
     svg_text = _unique_ids(svg_text)
     for colour, variable in _VARIABLES.items():
         svg_text = svg_text.replace(colour, variable)
+    # The page's font: a browser without matplotlib's would draw a serif one.
     svg_text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", svg_text)
     return svg_text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 

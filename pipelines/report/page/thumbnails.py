@@ -50,6 +50,7 @@ class Thumbnails:
             if crop_content(hash_bytes(data), split_crop(path)[1]) != content:
                 return None
             image = decode_picture(path, data, self.pixel_range)
+        # The image was moved or altered since the run: counted in `missing`, and told on the page.
         except (KeyError, OSError, ImageError):
             return None
         if max(image.size) <= _SMALL:
