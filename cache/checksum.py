@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import ShardCorrupt, ShardMissing, ShardUnreadable
 from headrace.cache.format.checksummed_lines import (
     LineCorrupt,
@@ -84,9 +85,9 @@ def verify_listed_shard(shard_path: Path, spec: FeatureSpec, entry: ShardEntry) 
 def _require_counts(shard_path: Path, layout: ShardLayout, entry: ShardEntry) -> None:
     if (layout.n_rows, layout.n_failed) != (entry.rows, entry.failed):
         raise ShardCorrupt(
-            f"{shard_path}: it holds {layout.n_rows} rows and {layout.n_failed} failures, and the "
-            f"manifest says {entry.rows} and {entry.failed}. `headrace cache repair` lists it as "
-            "it is"
+            f"{shard_path}: it holds {count_text(layout.n_rows, 'row')} and "
+            f"{count_text(layout.n_failed, 'failure')}, and the manifest says {entry.rows} and "
+            f"{entry.failed}. `headrace cache repair` lists it as it is"
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.batches import FeatureBatch, iter_batches
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.format.encoding import QuantizationError
 from headrace.cache.format.shard import FailedSample
@@ -226,7 +227,9 @@ class FeatureSet:
             key = np.asarray(key)
             if key.dtype == np.bool_:
                 if key.shape != (self.n_rows,):
-                    raise IndexError(f"a mask of shape {key.shape} for {self.n_rows} rows")
+                    raise IndexError(
+                        f"a mask of shape {key.shape} for {count_text(self.n_rows, 'row')}"
+                    )
                 key = np.flatnonzero(key)
         return np.asarray(self.read(key, None)[(slice(None), *rest)])
 
@@ -318,7 +321,8 @@ class FeatureSet:
         )
         if lowest_row < -self.n_rows or highest_row >= self.n_rows:
             raise IndexError(
-                f"rows {lowest_row} to {highest_row} of a feature set of {self.n_rows} rows"
+                f"rows {lowest_row} to {highest_row} of a feature set of "
+                f"{count_text(self.n_rows, 'row')}"
             )
         return (
             row_positions
@@ -342,9 +346,10 @@ class FeatureSet:
         remainder_text = f" and {len(missing_hashes) - 3} more" if len(missing_hashes) > 3 else ""
         return (
             f"{self.path}: {self.spec.name} of {self.spec.backbone} has no row for "
-            f"{', '.join(described_rows)}{remainder_text}. It holds {self.n_rows} rows and "
-            f"{len(failure_of_hash)} recorded failures. `headrace run RECIPE` extracts what is "
-            "missing of the recipe's images; or leave these samples out"
+            f"{', '.join(described_rows)}{remainder_text}. It holds "
+            f"{count_text(self.n_rows, 'row')} and "
+            f"{count_text(len(failure_of_hash), 'recorded failure')}. `headrace run RECIPE` "
+            "extracts what is missing of the recipe's images; or leave these samples out"
         )
 
 

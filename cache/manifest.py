@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.cache.atomic_io import explain_os_errors, lease, sync_directory, write_all
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import ManifestCorrupt
 from headrace.cache.format.checksummed_lines import (
     LineCorrupt,
@@ -62,7 +63,10 @@ class ShardEntry:
             )
             entry = cls(quantization_error=quantization_error, **entry_values)
             if min(entry.rows, entry.failed) < 0:
-                raise LineCorrupt(f"it says {entry.rows} rows and {entry.failed} failures")
+                raise LineCorrupt(
+                    f"it says {count_text(entry.rows, 'row')} and "
+                    f"{count_text(entry.failed, 'failure')}"
+                )
             return entry
         except (TypeError, KeyError) as error:
             raise LineCorrupt(f"its keys are not those of this version ({error})") from error

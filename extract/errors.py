@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 
 
@@ -75,7 +76,7 @@ def check_unique_ids(ids: Iterable[str], source: str) -> None:
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise SourceError(
-            f"{source}: {len(repeated)} ids occur more than once, for example "
-            f"{', '.join(map(repr, repeated[:3]))}. Each row needs its own id: name a column that "
-            "has one with id_column, or drop the duplicates."
+            f"{source}: {count_text(len(repeated), 'id occurs', 'ids occur')} more than once, for "
+            f"example {', '.join(map(repr, repeated[:3]))}. Each row needs its own id: name a "
+            "column that has one with id_column, or drop the duplicates."
         )

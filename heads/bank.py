@@ -19,6 +19,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from headrace.cache.atomic_io import publish_bytes
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.heads.data.features import (
@@ -103,8 +104,8 @@ def _train(job: BankJob, kind: HeadKind) -> None:
     X, has_features, bands = _rows(job, task, kind, side)
     if not has_features.any():
         raise BadBank(
-            f"none of the {len(has_features)} images of {job.task} has features: look at the "
-            "reasons with `headrace cache`"
+            f"none of the {count_text(len(has_features), 'image')} of {job.task} has features: "
+            "look at the reasons with `headrace cache`"
         )
     rows = task.take(has_features)
     fits = fit_bank(

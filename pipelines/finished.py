@@ -282,7 +282,7 @@ class FinishedRun:
         ]
 
 
-def read_finished_run(run: Path, *, trust_code: Collection[str] = ()) -> FinishedRun:
+def read_finished_run(run: Path | str, *, trust_code: Collection[str] = ()) -> FinishedRun:
     """Read a finished run, given by its directory or its recipe.
 
     trust_code: code that may be imported; also what the recipe names, if `run` is a recipe. Raises

@@ -2,10 +2,7 @@
 
 import re
 
-
-def count_text(count: int, noun: str) -> str:
-    """Return "1 image" or "1,200 images"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+from headrace.cache.count_text import count_text
 
 
 def work_text(seconds: float, device: str) -> str:
@@ -27,13 +24,14 @@ def images_text(
     group_column: None if the groups are not the user's, but copies and crops of one image.
     """
     if units is not None:
-        in_groups = f" in {groups:,} groups" if groups is not None and groups < units else ""
-        return f"{units:,} units of {images:,} images{in_groups}"
+        has_groups = groups is not None and groups < units
+        in_groups = f" in {count_text(groups or 0, 'group')}" if has_groups else ""
+        return f"{count_text(units, 'unit')} of {count_text(images, 'image')}{in_groups}"
     if groups is None or groups >= images:
-        return f"{images:,} images"
+        return count_text(images, "image")
     if group_column is None:
         return f"{images:,} images ({groups:,} where copies and crops of one count once)"
-    return f"{images:,} images of {groups:,} groups ({group_column})"
+    return f"{images:,} images of {count_text(groups, 'group')} ({group_column})"
 
 
 def utc_text(iso_time: str) -> str:

@@ -14,6 +14,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.atomic_io import lease
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.integrity.garbage import STALE_S
 from headrace.cache.integrity.repair import stale_temporaries
@@ -255,8 +256,8 @@ def remove_leftovers(paths: RunPaths, cache_root: Path) -> None:
 def _planning_record(state: RunState, started_at: float) -> StageRecord:
     plan = state.plan
     summary = (
-        f"{plan.images:,} images, {len(plan.features)} feature sets, {plan.heads_total:,} heads "
-        "requested"
+        f"{count_text(plan.images, 'image')}, {count_text(len(plan.features), 'feature set')}, "
+        f"{count_text(plan.heads_total, 'head')} requested"
     )
     return StageRecord("plan", summary, time.perf_counter() - started_at)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pydantic
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home
 from headrace.pipelines.moved_paths import moved_path
@@ -145,8 +146,9 @@ def stored_recipe(paths: RunPaths) -> Recipe:
         renamed = {str(problem["loc"][-1]): renamed_key(problem) for problem in error.errors()}
         names = "".join(f"; {old} is called {new} now" for old, new in renamed.items() if new)
         raise NotARun(
-            f"{paths.recipe} is not of this version of headrace ({error.error_count()} keys "
-            f"differ{names}): run the recipe again"
+            f"{paths.recipe} is not of this version of headrace "
+            f"({count_text(error.error_count(), 'key differs', 'keys differ')}{names}): run the "
+            "recipe again"
         ) from None
     if recipe.out is None:
         return recipe

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import ExternalFeaturesInvalid
 from headrace.cache.exchange.external_files import ExternalFeatures, read_external_features
 from headrace.cache.exchange.leaks import find_target_columns
@@ -87,8 +88,8 @@ def import_features(
     if not len(kept_rows):
         image_id = next(iter(image_hashes or ()), None)
         raise ExternalFeaturesInvalid(
-            f"none of the {len(external.sample_ids):,} ids is that of an image, the first is "
-            f"{external.sample_ids[0]!r}"
+            f"none of the {count_text(len(external.sample_ids), 'id')} is that of an image, "
+            f"the first is {external.sample_ids[0]!r}"
             + (f"; those of the images look like {image_id!r}" if image_hashes else "")
         )
     if target_table is not None:
@@ -98,8 +99,8 @@ def import_features(
     for existing_set in external_feature_sets(cache_root, set_name):
         if existing_set.spec != spec:
             raise ExternalFeaturesInvalid(
-                f"{set_name!r} is imported already, with {existing_set.n_rows:,} rows of shape "
-                f"{existing_set.spec.shape}. Another name, or first: headrace cache rm "
+                f"{set_name!r} is imported already, with {count_text(existing_set.n_rows, 'row')} "
+                f"of shape {existing_set.spec.shape}. Another name, or first: headrace cache rm "
                 f"{existing_set.spec.fingerprint}"
             )
     directory = create_feature_set(cache_root, spec)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import ExternalFeaturesInvalid
 from headrace.cache.exchange.columns import (
     FeatureColumns,
@@ -328,9 +329,9 @@ def _unnamed_features_message(
             f"{abbreviate_columns(column_names)}"
         )
     message = (
-        f"{source_path}: {len(numeric_columns):,} columns hold numbers, "
-        f"{abbreviate_columns(numeric_columns)}, and not every number is a feature: the target, a "
-        "row's number or an id among them would be learned from. Name the features"
+        f"{source_path}: {count_text(len(numeric_columns), 'column holds', 'columns hold')} "
+        f"numbers, {abbreviate_columns(numeric_columns)}, and not every number is a feature: the "
+        "target, a row's number or an id among them would be learned from. Name the features"
     )
     return (
         f"{message}: {columns_option(column_names, candidate_columns)}"
@@ -424,8 +425,8 @@ def _validate_features(
 ) -> ExternalFeatures:
     if len(id_column) != len(features):
         raise ExternalFeaturesInvalid(
-            f"{source_path}: {len(features):,} rows of features and {len(id_column):,} ids; "
-            "expected one for each"
+            f"{source_path}: {count_text(len(features), 'row')} of features and "
+            f"{count_text(len(id_column), 'id')}; expected one for each"
         )
     if not len(id_column):
         raise ExternalFeaturesInvalid(f"{source_path}: there are no rows")
@@ -439,8 +440,8 @@ def _validate_features(
     has_no_id = sample_ids.isna() | (sample_ids == "")
     if has_no_id.any():
         raise ExternalFeaturesInvalid(
-            f"{source_path}: {int(has_no_id.sum()):,} rows have no id, first row "
-            f"{int(has_no_id.to_numpy().argmax()) + 1:,}"
+            f"{source_path}: {count_text(int(has_no_id.sum()), 'row has', 'rows have')} no id, "
+            f"first row {int(has_no_id.to_numpy().argmax()) + 1:,}"
         )
     try:
         "".join(sample_ids).encode()
@@ -458,8 +459,8 @@ def _validate_features(
     # names.
     if content_hashes is None and is_duplicate.any():
         raise ExternalFeaturesInvalid(
-            f"{source_path}: {int(is_duplicate.sum()):,} ids occur more than once, first "
-            f"{sample_ids[int(is_duplicate.to_numpy().argmax())]!r}"
+            f"{source_path}: {count_text(int(is_duplicate.sum()), 'id occurs', 'ids occur')} more "
+            f"than once, first {sample_ids[int(is_duplicate.to_numpy().argmax())]!r}"
         )
     _refuse_non_finite(source_path, sample_ids, features, feature_columns)
     if features.ndim == 2 and (counter_columns := find_row_counters(features)):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from headrace.cache.count_text import count_text
 from headrace.extract.backbones.checkpoint_names import (
     is_head_name,
     network_prefix,
@@ -403,8 +404,8 @@ def _mismatch_message(
     n_file_tensors: int,
 ) -> str:
     lines = [
-        f"{network_description}: the file does not fit the network ({n_file_tensors} tensors in "
-        f"the file, {n_network_tensors} in the network)."
+        f"{network_description}: the file does not fit the network "
+        f"({count_text(n_file_tensors, 'tensor')} in the file, {n_network_tensors} in the network)."
     ]
     for label, names in (
         ("missing from the file", missing_names),

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import PIL
 from PIL import Image, ImageFile
 
+from headrace.cache.count_text import count_text
 from headrace.extract.errors import ImageError
 from headrace.extract.images.decoding import ORIENTATIONS, decode_image, orientation_of
 from headrace.extract.images.opening import MAX_PIXELS, check_size, decoding_reason, open_image
@@ -340,8 +341,9 @@ def _colours(
     count = values.shape[2]
     if count > 4:
         raise ImageError(
-            f"{samples.name}: {count} bands, and the network takes colours. Say which: bands: [4, "
-            "3, 2] of the backbone in the recipe (red, green, blue, counted from 1)"
+            f"{samples.name}: {count_text(count, 'band')}, and the network takes colours. Say "
+            "which: bands: [4, 3, 2] of the backbone in the recipe (red, green, blue, counted from "
+            "1)"
         )
     colours = values[:, :, : count - 1] if count in (2, 4) else values
     (colour_range,) = set(_ranges(samples, pixel_range, 1))

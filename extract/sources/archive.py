@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.home import expand_home
 from headrace.cache.text import load_json, normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids
@@ -140,8 +141,8 @@ def read_archives(
         and len(set(member_folders)) > 1
     ):
         notes.append(
-            f"{n_unlabelled:,} of {len(frame):,} images have no label: the side files say the "
-            "labels, not the folders, and these have none, or one without a label"
+            f"{n_unlabelled:,} of {count_text(len(frame), 'image')} have no label: the side files "
+            "say the labels, not the folders, and these have none, or one without a label"
         )
     if "split" not in frame and (side_of_archive := _sides_of_archives(archive_paths)):
         frame["split"] = [side_of_archive[Path(image.archive).name] for image in images]
@@ -150,8 +151,8 @@ def read_archives(
     if n_several := sum(count > 1 for count in sample_keys.values()):
         sample_key = next(sample_key for sample_key, count in sample_keys.items() if count > 1)
         notes.append(
-            f"{n_several:,} samples (names up to the first dot) have more than one image, such as "
-            f"{printable_name(sample_key)}: each image is a row"
+            f"{count_text(n_several, 'sample')} (names up to the first dot) have more than one "
+            f"image, such as {printable_name(sample_key)}: each image is a row"
         )
     return tally.listing(frame, notes)
 
@@ -392,7 +393,7 @@ def _open_tar(archive_path: Path, is_compressed: bool) -> tarfile.TarFile:
 
 def _unreadable_tar_member(entry: tarfile.TarInfo) -> str | None:
     if not (entry.isreg() or entry.islnk() or entry.issym()):
-        return "members that are no files"
+        return "members other than files"
     if entry.issparse():
         return "sparse members (pack them without --sparse)"
     return "members of more than 2 GiB" if entry.size > _MAX_MEMBER_BYTES else None

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.format.hdf5_values import read_values
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
@@ -307,9 +308,9 @@ def _label_columns(
     shape = _shape(label_array)
     if shape[:1] != (n_images,) or not _are_labels(shape):
         raise SourceError(
-            f"{labels_path}: the labels have shape {shape} for {n_images} images; expected one for "
-            f"each: ({n_images},), or a row for each. Name another file or array: images.labels, "
-            "images.labels_key (in Python: labels=, labels_key=)"
+            f"{labels_path}: the labels have shape {shape} for {count_text(n_images, 'image')}; "
+            f"expected one for each: ({n_images},), or a row for each. Name another file or array: "
+            "images.labels, images.labels_key (in Python: labels=, labels_key=)"
         )
     values = _label_values(label_array, labels_path).reshape(n_images, -1)
     n_columns = values.shape[1]

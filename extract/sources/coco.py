@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.extract.errors import SourceError
 
 
@@ -24,8 +25,8 @@ def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame
         labels_by_image: dict[Any, dict[str, None]] = {image["id"]: {} for image in images}
         if len(labels_by_image) < len(images):
             raise SourceError(
-                f"{table_path}: {len(images) - len(labels_by_image)} ids of images occur more than "
-                "once"
+                f"{table_path}: {count_text(len(images) - len(labels_by_image), 'id')} of images "
+                "occur more than once"
             )
         for annotation in annotations or []:
             labels_by_image[annotation["image_id"]][category_names[annotation["category_id"]]] = (
@@ -80,7 +81,7 @@ def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFram
             "with id and file_name, and annotations with image_id, category_id and bbox (x, y, "
             "width, height)"
         ) from error
-    note = f"{table_path.name}: COCO; each of its {len(single):,} annotations is a row"
+    note = f"{table_path.name}: COCO; each of its {count_text(len(single), 'annotation')} is a row"
     if len(single) < len(annotations):
         note += f", less {len(annotations) - len(single):,} of crowds"
     return frame, (note,)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from headrace.cache.count_text import count_text
 from headrace.extract.errors import SourceError
 from headrace.extract.images.byte_ranges import locator_file
 from headrace.extract.images.crops import Crop
@@ -69,7 +70,8 @@ def cut_detections(listing: Listing, detections_path: Path, min_confidence: floa
     left_out = tally.left_out()
     n_images, n_left_out = len(listing.samples), sum(reason.count for reason in left_out)
     note = (
-        f"{n_images:,} images have {len(samples):,} detections of {min_confidence:g} and more "
+        f"{count_text(n_images, 'image has', 'images have')} "
+        f"{count_text(len(samples), 'detection')} of {min_confidence:g} and more "
         f"({detections_path.name}), which are the rows; those of an image have its label, and stay "
         "on one side of every split"
     )

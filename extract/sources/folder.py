@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids, missing_path_message
@@ -137,8 +138,8 @@ def _notes_on_names(image_ids: Sequence[str]) -> list[str]:
     if not unusual_names:
         return []
     return [
-        f"{len(unusual_names):,} files are images by their content and not by their names, such as "
-        f"{unusual_names[0]}"
+        f"{count_text(len(unusual_names), 'file is', 'files are')} images by their content and not "
+        f"by their names, such as {unusual_names[0]}"
     ]
 
 
@@ -234,7 +235,7 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
             else:  # reading a pipe or a device could wait for ever
                 tally.found += 1
                 tally.leave_out(
-                    "entries that are no files (pipes, devices)",
+                    "entries other than files (pipes, devices)",
                     printable_name("/".join((*parent_folders, entry.name))),
                 )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from headrace.extract.errors import ImageError
@@ -78,8 +79,36 @@ OTHER_FORMATS = {
     ),
     **dict.fromkeys((".zst", ".lz4"), ("compressed file", "decompress it first")),
 }
+_VOC_COMMAND = (
+    '`python -c "import csv, glob; from xml.etree import ElementTree as E; '
+    "w = csv.writer(open('objects.csv', 'w')); e = ['xmin', 'ymin', 'xmax', 'ymax']; "
+    "w.writerow(['path', 'label', *e]); [w.writerow(['JPEGImages/' + r.findtext('filename'), "
+    "o.findtext('name'), *(o.findtext('bndbox/' + k) for k in e)]) for f in "
+    "sorted(glob.glob('Annotations/*.xml')) for r in [E.parse(f)] for o in r.iter('object')]\"`, "
+    "then `headrace init objects.csv`"
+)
+_YOLO_COMMAND = (
+    "`python -c \"import csv, glob, yaml; n = yaml.safe_load(open('data.yaml'))['names']; "
+    "w = csv.writer(open('objects.csv', 'w')); "
+    "w.writerow(['path', 'label', 'x_center', 'y_center', 'width', 'height']); "
+    "[w.writerow([i, n[int(c)], *b]) for f in sorted(glob.glob('**/labels/**/*.txt', "
+    "recursive=True)) for i in glob.glob(glob.escape(f[:-4].replace('labels', 'images', 1)) "
+    "+ '.*') for c, *b in map(str.split, open(f)) if len(b) == 4]\"`, then "
+    "`headrace init objects.csv`"
+)
 # {name of a format: commands that convert it}, each tried with the libraries that it needs.
 _COMMANDS = {
+    "XML annotation": f"For the boxes of Pascal VOC, in the folder of JPEGImages, {_VOC_COMMAND}",
+    "TFRecord": "Type `pip install tfrecord`, then, with the keys of your records, `python -c "
+    "\"import pathlib, sys, tfrecord; [((d := pathlib.Path('photos', "
+    "str(r['image/class/label'].item()))).mkdir(parents=True, exist_ok=True), "
+    "(d / f'{k}-{n}.jpg').write_bytes(r['image/encoded'])) for k, f in enumerate(sys.argv[1:]) "
+    'for n, r in enumerate(tfrecord.tfrecord_loader(f, None))]" FILES`',
+    "LMDB": "Where its values are image files: type `pip install lmdb`, then `python -c "
+    "\"import lmdb, os, pathlib, sys; d = pathlib.Path('photos'); d.mkdir(); "
+    "[(d / k.decode().replace('/', '_')).write_bytes(v) for k, v in lmdb.open(sys.argv[1], "
+    'readonly=True, lock=False, subdir=os.path.isdir(sys.argv[1])).begin().cursor()]" FOLDER`, and '
+    "write a CSV with the columns path and label",
     "DICOM": 'Type `pip install pydicom`, then `python -c "import sys, numpy, pydicom; [numpy.save('
     "f + '.npy', numpy.atleast_3d(pydicom.dcmread(f).pixel_array)) for f in sys.argv[1:]]\" FILES`",
     "medical volume": 'Type `pip install nibabel`, then `python -c "import sys, numpy, nibabel; '
@@ -179,8 +208,25 @@ def unread_format(path: str | Path) -> str | None:
     return f"{path} is not read here ({kind}): {cure}{f'. {command}' if command else ''}"
 
 
+def box_files(folder: Path) -> str | None:
+    """Say what boxes of Pascal VOC or YOLO in a folder are, and what makes a table of them; None
+    where there are none.
+    """
+    if any(folder.glob("Annotations/*.xml")) and (folder / "JPEGImages").is_dir():
+        return f"boxes of Pascal VOC, an XML file for each image. In that folder, {_VOC_COMMAND}"
+    if any(folder.glob("labels/**/*.txt")) or any(folder.glob("*/labels/*.txt")):
+        return (
+            "boxes of YOLO, a text file for each image. In that folder, with the names of the "
+            f"classes in data.yaml, {_YOLO_COMMAND}"
+        )
+    return None
+
+
 def _suffix(path: str | Path) -> str:
     name, suffix = os.path.splitext(os.fspath(path).lower())
+    # as TensorFlow names shards; images of such names are known by their content
+    if re.fullmatch(r".*(\.tfrecords?)?-\d{5}-of-\d{5}", os.fspath(path).lower()):
+        return ".tfrecord"
     return ".nii.gz" if suffix == ".gz" and name.endswith(".nii") else suffix
 
 

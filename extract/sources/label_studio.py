@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.extract.errors import SourceError
 from headrace.extract.images.byte_ranges import locator_file
 from headrace.extract.sources.folder import image_paths
@@ -76,14 +77,16 @@ def task_rows(
     frame = pd.DataFrame(rows, dtype=object)
     for control in controls:
         answers = frame[control]
-        if all(len(answer) == 1 for answer in answers if isinstance(answer, list)):
+        if all(len(answer) <= 1 for answer in answers if isinstance(answer, list)):
             frame[control] = [
-                answer[0] if isinstance(answer, list) else answer for answer in answers
+                answer if not isinstance(answer, list) else answer[0] if answer else None
+                for answer in answers
             ]
     notes = [f"{table_path.name}: tasks of Label Studio; their answers: {', '.join(controls)}"]
     if n_several:
         notes.append(
-            f"{table_path.name}: {n_several:,} tasks have several annotations: the first counts"
+            f"{table_path.name}: {count_text(n_several, 'task has', 'tasks have')} several "
+            "annotations: the first counts"
         )
     return frame, tuple(notes)
 

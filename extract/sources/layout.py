@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from headrace.cache.count_text import count_text
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, as_yaml_list
 from headrace.extract.images.byte_ranges import printable_name
@@ -103,7 +104,10 @@ def read_layout(
         "the classes"
     )
     if n_unlabelled := sum(label is None for label in labels):
-        notes.append(f"{n_unlabelled:,} images lie in no class's folder and have no label")
+        notes.append(
+            f"{count_text(n_unlabelled, 'image lies', 'images lie')} in no class's folder and have "
+            "no label"
+        )
     return FolderLabels(
         labels,
         [parent_folders[0] if parent_folders else None for parent_folders in image_folders],

@@ -1,14 +1,34 @@
 """The listing of a source: the samples that can be used, and a count of everything that cannot."""
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.text import normalize_text
 
 _EXAMPLES = 3  # names kept of the entries left out for one reason
+
+
+# the noun of a reason, and a verb right after it
+_PLURAL = re.compile(
+    r"\b(file|image|row|folder|name|link|member|archive|array|table|entr)(s|ies)\b"
+    r"( that (are|name)\b)?"
+)
+_SINGULAR_ENDING = {"s": "", "ies": "y"}
+_SINGULAR_VERB = {None: "", "are": " that is", "name": " that names"}
+
+
+def _singular(reason: str) -> str:
+    """Return "row that names no image" of "rows that name no image"."""
+    return _PLURAL.sub(
+        lambda match: match[1] + _SINGULAR_ENDING[match[2]] + _SINGULAR_VERB[match[4]],
+        reason,
+        count=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -22,7 +42,7 @@ class LeftOut:
     def __str__(self) -> str:
         more = ", …" if self.count > len(self.examples) else ""
         examples = f": {', '.join(self.examples)}{more}" if self.examples else ""
-        return f"{self.count:,} {self.reason}{examples}"
+        return f"{count_text(self.count, _singular(self.reason), self.reason)}{examples}"
 
 
 @dataclass(frozen=True)

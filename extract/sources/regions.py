@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.extract.errors import SourceError
 from headrace.extract.images.bands import upright_size
 from headrace.extract.images.byte_ranges import is_locator, locator_file, read_bytes
@@ -77,7 +78,12 @@ class Tiles:
         size, overlap = operator.index(self.size), operator.index(self.overlap)
         most = min(size - _LEAST_STRIDE, size * 7 // 8)
         if not 0 <= overlap <= most:
-            expected = f"an overlap from 0 to {most}" if most >= 0 else f"{_LEAST_STRIDE} and more"
+            expected = (
+                f"an overlap from 0 to {most} (smaller steps than {size - most} pixels from tile "
+                "to tile would cut an image into very many)"
+                if most >= 0
+                else f"{_LEAST_STRIDE} and more"
+            )
             raise ValueError(
                 f"tiles of {self.size} pixels that overlap by {self.overlap}: expected {expected}"
             )
@@ -205,8 +211,9 @@ def cut_tiles(listing: Listing, tiles: Tiles) -> Listing:
     n_images = len(listing.samples)
     overlap = f", {tiles.overlap} of them shared" if tiles.overlap else ""
     note = (
-        f"{n_images:,} images are cut into {len(samples):,} tiles of {tiles.size} pixels{overlap} "
-        "(images.tiles); the tiles of an image have its label, and stay on one side of every split"
+        f"{count_text(n_images, 'image is', 'images are')} cut into "
+        f"{count_text(len(samples), 'tile')} of {tiles.size} pixels{overlap} (images.tiles); the "
+        "tiles of an image have its label, and stay on one side of every split"
     )
     return replace(
         listing,

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text, load_json, normalize_text
 from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import open_arrow
@@ -180,8 +181,9 @@ def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:
     if not broken_rows:
         return []
     line_break_text = (
-        f"{len(broken_rows):,} cells hold line breaks, first in row {min(broken_rows):,}: an "
-        'unpaired quote (") joins lines'
+        f"{count_text(len(broken_rows), 'cell holds', 'cells hold')} line breaks, first in row "
+        f"{min(broken_rows):,}: an unpaired quote "
+        '(") joins lines'
     )
     if is_refused:
         raise SourceError(
@@ -226,8 +228,8 @@ def _check_header(column_names: list[str], table_path: Path) -> None:
         )
     if len(column_names) > _MOST_COLUMNS:
         raise SourceError(
-            f"{table_path}: {len(column_names):,} columns; a table of images has {_MOST_COLUMNS:,} "
-            "at most."
+            f"{table_path}: {len(column_names):,} columns; a table of images has "
+            f"{_MOST_COLUMNS:,} at most."
         )
     repeated_names = sorted(
         name for name, count in Counter(column_names).items() if name and count > 1

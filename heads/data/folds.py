@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import TEST, TRAIN_ONLY
 
@@ -90,7 +91,7 @@ def make_folds(
         return _grouped_folds(stratum_of_row, np.asarray(groups), n_folds, seed)
     if len(stratum_of_row) < n_folds:
         raise BadSplit(
-            f"{len(stratum_of_row)} rows cannot make {n_folds} folds: use at most "
+            f"{count_text(len(stratum_of_row), 'row')} cannot make {n_folds} folds: use at most "
             f"{len(stratum_of_row)} folds, or add images."
         )
     # The shuffled rows are dealt to the folds in turn, class after class. The next class goes on
@@ -135,8 +136,8 @@ def split_test(
                 ]
             ] = True
     if not is_test.any() or is_test.all():
-        found_text = f"{len(stratum_of_row)} rows" + (
-            f" in {len(np.unique(groups))} groups" if groups is not None else ""
+        found_text = count_text(len(stratum_of_row), "row") + (
+            f" in {count_text(len(np.unique(groups)), 'group')}" if groups is not None else ""
         )
         if groups is None and len(stratum_of_row) == len(np.unique(stratum_of_row)) > 1:
             raise BadSplit(

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from headrace.cache.count_text import count_text
 from headrace.heads.data.checks import row_weights
 from headrace.heads.data.training_data import TrainingData
 
@@ -26,8 +27,8 @@ def check_rows(data: TrainingData) -> None:
     ):
         if argument_values is not None and len(argument_values) != len(X):
             raise ValueError(
-                f"{argument_name} has {len(argument_values)} rows but the features have {len(X)}: "
-                "pass one per row, in the same order"
+                f"{argument_name} has {count_text(len(argument_values), 'row')} but the features "
+                f"have {len(X)}: pass one per row, in the same order"
             )
     if task_kind == "multi" and (
         target.shape[1:] != (n_classes,) or not np.isin(target, (0, 1)).all()

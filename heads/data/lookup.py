@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.ids import content_hashes_by_id
@@ -121,9 +122,10 @@ def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> 
         if ambiguous_ids:
             raise CacheError(
                 f"the id {ambiguous_ids[0]!r} stands for {len(hashes_by_id[ambiguous_ids[0]])} "
-                f"images in {feature.spec.name} of {feature.spec.backbone} ({len(ambiguous_ids):,} "
-                f"of {len(sample_ids):,} ids stand for several): the cache holds several folders "
-                f"with such names, or images before and after they were edited. {_WHICH}"
+                f"images in {feature.spec.name} of {feature.spec.backbone} (ambiguous: "
+                f"{len(ambiguous_ids):,} of {count_text(len(sample_ids), 'id')}): the cache holds "
+                "several folders with such names, or images before and after they were edited. "
+                f"{_WHICH}"
             )
         for row, sample_id in enumerate(sample_ids):
             (content_hash,) = hashes_by_id.get(sample_id, (sample_id,))

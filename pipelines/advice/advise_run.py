@@ -24,9 +24,9 @@ from headrace.pipelines.selection.small_banks import train_banks
 
 
 def advise_run(
-    run: Path,
+    run: Path | str,
     *,
-    reference: Path | None = None,
+    reference: Path | str | None = None,
     console: Console | None = None,
     workers: int | None = None,
 ) -> Advice:

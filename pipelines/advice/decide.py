@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.advice.reference import ReferenceEvidence, reference_text
 from headrace.pipelines.selection.estimate import Estimate
 
@@ -135,7 +136,10 @@ def decide(evidence: Evidence) -> Advice:
     fine-tuned network that is better; a class that lacks images; a learning curve that still falls;
     a flat curve (see `_flat`).
     """
-    reasons = [f"The best head errs on {percent(evidence.error)} of {evidence.images:,} images."]
+    reasons = [
+        f"The best head errs on {percent(evidence.error)} of "
+        f"{count_text(evidence.images, 'image')}."
+    ]
     if evidence.images < THIN_ROWS or not evidence.gain:
         return _advice(
             "abstain",
@@ -154,8 +158,8 @@ def decide(evidence: Evidence) -> Advice:
     reasons += [_pilot_text(pilot) for pilot in evidence.pilots]
     if (starved_class := _starved(evidence)) is not None:
         sentence = (
-            f"Collect about {_round(starved_class.needed.value):,} more images of class "
-            f"{starved_class.name}."
+            f"Collect about {count_text(_round(starved_class.needed.value), 'more image')} of "
+            f"class {starved_class.name}."
         )
         return _advice(
             "collect",
@@ -362,8 +366,8 @@ def _thin(evidence: Evidence) -> list[str]:
     if evidence.images < THIN_ROWS:
         return [
             (
-                f"{evidence.images:,} images are fewer than the {THIN_ROWS} from which a learning "
-                "curve can be drawn."
+                f"{count_text(evidence.images, 'image is', 'images are')} fewer than the "
+                f"{THIN_ROWS} from which a learning curve can be drawn."
             )
         ]
     return ["There is no learning curve."]
@@ -381,9 +385,9 @@ def _curve_text(evidence: Evidence) -> str:
 
 def _unclear(evidence: Evidence) -> str:
     return (
-        f"In {evidence.gain[2].above(MATERIAL_GAIN):.0%} of the resamples twice as many images "
-        f"bring a point or more: {SURE_PROBABILITY:.0%} would be needed to say so. A few hundred "
-        "images more, or more folds, would tell."
+        f"In {100 * evidence.gain[2].above(MATERIAL_GAIN):.0f} % of the resamples twice as many "
+        f"images bring a point or more: {100 * SURE_PROBABILITY:.0f} % would be needed to say so. "
+        "A few hundred images more, or more folds, would tell."
     )
 
 
@@ -421,9 +425,9 @@ def _last_tap_text(last_tap: TapEvidence, *, images_are_far: bool) -> str:
 
 def _starved_text(class_evidence: ClassEvidence) -> list[str]:
     lag_text = (
-        f"Class {class_evidence.name} has {class_evidence.images:,} images and is missed in "
-        f"{percent(class_evidence.error)} of them, {points(class_evidence.gap)} more than the "
-        "middle class."
+        f"Class {class_evidence.name} has {count_text(class_evidence.images, 'image')} and is "
+        f"missed in {percent(class_evidence.error)} of them, {points(class_evidence.gap)} more "
+        "than the middle class."
     )
     if class_evidence.unseen:
         needed_text = (

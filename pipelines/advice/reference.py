@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.heads.data.features import load_rows
@@ -83,9 +84,9 @@ def reference_evidence(
     )
     if min(len(run_sample), len(reference_sample)) < MIN_IMAGES:
         raise NoReference(
-            f"{len(run_sample):,} images are to be compared with {len(reference_sample):,} that "
-            f"only the reference has; at least {MIN_IMAGES} of each are needed: give a run on "
-            "other images"
+            f"{count_text(len(run_sample), 'image is', 'images are')} to be compared with "
+            f"{len(reference_sample):,} that only the reference has; at least {MIN_IMAGES} of each "
+            "are needed: give a run on other images"
         )
     evidence = []
     for name, (run_path, reference_path) in shared_paths.items():
@@ -130,8 +131,8 @@ def reference_text(evidence: Sequence[ReferenceEvidence]) -> str:
     verdict = "they lie among them" if low <= 1 else "they lie further out than those lie apart"
     return (
         f"On {latest.name} an image is {value:.2f} times (95 % interval {low:.2f} to {high:.2f}) "
-        f"as far from the nearest of {latest.images:,} reference images as those are from each "
-        f"other: {verdict}."
+        f"as far from the nearest of {count_text(latest.images, 'reference image')} as those are "
+        f"from each other: {verdict}."
     )
 
 

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import JsonOption, QuietOption, progress_console
 from headrace.pipelines.console import make_console
@@ -26,8 +27,8 @@ def advise_command(
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Another run on the same backbones, given likewise: how far this one's images "
-            "lie from that one's is said too."
+            help="Another run on the same backbones, given likewise: say also how far the images "
+            "of the run lie from those of this one."
         ),
     ] = None,
     workers: Annotated[
@@ -85,7 +86,8 @@ def show_advice(console: Console, advice: "Advice") -> None:
 
 def _scores_table(scores: tuple[dict[str, Any], ...]) -> Table:
     table = Table(
-        title=f"Feature sets, scored on {scores[0]['images']:,} images", title_justify="left"
+        title=f"Feature sets, scored on {count_text(scores[0]['images'], 'image')}",
+        title_justify="left",
     )
     table.add_column("features", no_wrap=True)
     for column in ("width", "LogME", "H-score", "NCE", "neighbours", "Bayes error"):

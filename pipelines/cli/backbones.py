@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.cli.completion import complete_backbones
 from headrace.pipelines.cli.options import JsonOption, flag
 from headrace.pipelines.console import make_console
@@ -89,7 +90,8 @@ def backbones_command(
         )
     else:
         console.print(
-            f"{len(matching_names):,} backbones. Its taps: headrace backbones {matching_names[0]}",
+            f"{count_text(len(matching_names), 'backbone')}. Its taps: headrace backbones "
+            f"{matching_names[0]}",
             soft_wrap=True,
         )
 
@@ -232,5 +234,6 @@ def _show(
         soft_wrap=True,
     )
     if n_hidden:
-        console.print(f"{n_hidden:,} layers within blocks are not shown: --all", soft_wrap=True)
+        hidden_text = count_text(n_hidden, "layer within a block is", "layers within blocks are")
+        console.print(f"{hidden_text} not shown: --all", soft_wrap=True)
     console.print(f"taps: auto is [{', '.join(map(str, backbone_info.auto))}]", soft_wrap=True)

@@ -25,7 +25,10 @@ def export_command(
     formats: Annotated[
         list[ExportFormat] | None,
         typer.Option(
-            "--format", "-f", help="May be given several times; default: torch and safetensors."
+            "--format",
+            "-f",
+            metavar="<torch|onnx|safetensors>",
+            help="May be given several times; default: torch and safetensors.",
         ),
     ] = None,
     force: Annotated[

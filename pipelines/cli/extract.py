@@ -59,7 +59,7 @@ def extract_command(
         list[str] | None,
         typer.Option(
             metavar="TAP",
-            help="A tap to keep, such as layer4.avg; default: auto. May be given often.",
+            help="A tap to keep, such as layer4.avg; default: auto. May be given several times.",
         ),
     ] = None,
     image_size: Annotated[

@@ -387,8 +387,8 @@ def main() -> None:
     # for garbage after every 700 new objects, which took a tenth of a command's time.
     gc.set_threshold(50_000, 20, 100)
     arguments = itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
-    # Not from typer, which parses nothing if an argument is wrong.
-    json_output = "--json" in arguments
+    # Not from typer, which parses nothing if an argument is wrong, as --json=1 is.
+    json_output = any(argument.split("=")[0] == "--json" for argument in arguments)
     no_memory_output = ""
     if json_output:
         from headrace.pipelines.cli.json_error import error_output

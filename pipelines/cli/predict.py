@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import (
@@ -317,7 +318,7 @@ def _summary_text(
     from headrace.pipelines.predict.units import units_path
     from headrace.pipelines.predict.weights import weights_path
 
-    summary_text = f"{summary.images:,} images"
+    summary_text = count_text(summary.images, "image")
     if summary.new < summary.images:
         summary_text += f", {summary.new:,} of them predicted now"
     if summary.cached:

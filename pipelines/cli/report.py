@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import JsonOption, flag
 from headrace.pipelines.cli.predict import TrustOption
@@ -95,9 +96,9 @@ def report_command(
         "else."
     )
     if report.tables:
-        say(f"Wrote {len(report.tables)} tables to {report.tables[0].parent}")
+        say(f"Wrote {count_text(len(report.tables), 'table')} to {report.tables[0].parent}")
     if report.missing_images:
         say(
-            f"note: {report.missing_images:,} images are gone or have changed since the run, and "
-            "have no picture"
+            f"note: {count_text(report.missing_images, 'image is', 'images are')} gone or have "
+            "changed since the run, and have no picture"
         )

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from headrace.cache.count_text import count_text
 from headrace.heads.evaluate.metrics import METRICS, sign
 from headrace.pipelines.number_format import (
     bytes_text,
-    count_text,
     images_text,
     is_share,
     level_text,
@@ -45,7 +45,7 @@ def show_features(console: Console, plan: Plan, cache: object) -> None:
         )
     console.print(table)
     console.print(
-        f"{plan.images_new:,} of {plan.images:,} images go through a network, in "
+        f"{plan.images_new:,} of {count_text(plan.images, 'image')} go through a network, in "
         f"{count_text(len(plan.units), 'work unit')}; "
         f"{bytes_text(sum(feature.bytes_new for feature in plan.features))} to write in {cache}",
         soft_wrap=True,
@@ -64,8 +64,8 @@ def show_extraction(console: Console, result: ExtractionResult) -> None:
     show_notes(console, extraction.notes)
     if result.failed:
         console.print(
-            f"note: {result.failed:,} images could not be used; each is listed with its reason in "
-            f"{extraction.recipe.paths.failed_images}",
+            f"note: {count_text(result.failed, 'image could', 'images could')} not be used; each "
+            f"is listed with its reason in {extraction.recipe.paths.failed_images}",
             style="yellow",
             soft_wrap=True,
         )
@@ -79,8 +79,8 @@ def show_extraction(console: Console, result: ExtractionResult) -> None:
     counts = " + ".join(f"{count:,} {use}" for count, use in parts if count)
     console.print(f"Images: {n_found:,} found = {counts}", soft_wrap=True)
     console.print(
-        f"{result.new:,} of {extraction.plan.images:,} images went through a network, in "
-        f"{result.seconds:,.1f} s",
+        f"{result.new:,} of {count_text(extraction.plan.images, 'image')} went through a network, "
+        f"in {result.seconds:,.1f} s",
         soft_wrap=True,
     )
     console.print("Features", style="italic")
@@ -125,8 +125,9 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
         )
     console.print(table)
     console.print(
-        f"{plan.heads_new:,} of {plan.heads_total:,} heads to train ({plan.n_folds} folds each), "
-        f"in {count_text(len(plan.banks), 'bank')}; results in {out}",
+        f"{plan.heads_new:,} of {count_text(plan.heads_total, 'head')} to train "
+        f"({count_text(plan.n_folds, 'fold')} each), in {count_text(len(plan.banks), 'bank')}; "
+        f"results in {out}",
         soft_wrap=True,
     )
     console.print(
@@ -159,15 +160,15 @@ def show_result(
     show_images(console, result.accounting, result.notes)
     if result.failed_images:
         console.print(
-            f"note: {result.failed_images:,} images could not be read; each is listed with its "
-            f"reason in {result.paths.failed_images}",
+            f"note: {count_text(result.failed_images, 'image could', 'images could')} not be read; "
+            f"each is listed with its reason in {result.paths.failed_images}",
             style="yellow",
             soft_wrap=True,
         )
     if result.failed_heads:
         console.print(
-            f"note: {result.failed_heads:,} heads failed; each has its reason in the column "
-            f"`error` of {result.paths.heads}; --retry-failed tries them again",
+            f"note: {count_text(result.failed_heads, 'head')} failed; each has its reason in the "
+            f"column `error` of {result.paths.heads}; --retry-failed tries them again",
             style="yellow",
             soft_wrap=True,
         )
@@ -276,15 +277,15 @@ def selection_sentences(result: RunResult) -> list[str]:
             f"{texts[2]}), "
         )
         + (
-            f"corrected for being the best of {found.tried:,} settings"
+            f"corrected for being the best of {count_text(found.tried, 'setting')}"
             if found.tried > 1
             else "the only setting"
         )
     ]
     if found.statistically_tied > 1:
         line = (
-            f"{found.statistically_tied:,} of {found.tried:,} settings cannot be told apart on "
-            f"these {found.images:,} {result.scored}"
+            f"{found.statistically_tied:,} of {count_text(found.tried, 'setting')} cannot be told "
+            f"apart on these {found.images:,} {result.scored}"
         )
         if found.cheapest > 1:
             cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]
@@ -342,7 +343,7 @@ def leaderboard_table(
     table = _wide_table(
         console,
         f"Leaderboard: best of each tap and kind by mean validation {metric} ({arrow} is better), "
-        f"of {len(board):,} settings",
+        f"of {count_text(len(board), 'setting')}",
     )
     table.add_column("rank", justify="right")
     table.add_column("inputs", overflow="fold")
@@ -360,7 +361,9 @@ def leaderboard_table(
             f"{row['features']:,}",
         )
     if len(grouped) > _N_LEADERBOARD_ROWS:
-        table.caption = f"and {len(grouped) - _N_LEADERBOARD_ROWS} more groups in the files below"
+        table.caption = (
+            f"and {count_text(len(grouped) - _N_LEADERBOARD_ROWS, 'more group')} in the files below"
+        )
     return table
 
 

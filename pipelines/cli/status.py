@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.cli.json_output import DriverOutput, StatusOutput, print_json
 from headrace.pipelines.cluster.progress import rate_and_left
 from headrace.pipelines.cluster.task_leases import driver_lives
@@ -150,7 +151,8 @@ def show_status(console: Console, run: Path) -> None:
     console.print(table)
     if len(drivers) > _N_DRIVERS_SHOWN:
         console.print(
-            f"and {len(drivers) - _N_DRIVERS_SHOWN} earlier calls; logs of all are in {paths.logs}"
+            f"and {count_text(len(drivers) - _N_DRIVERS_SHOWN, 'earlier call')}; "
+            f"logs of all are in {paths.logs}"
         )
     for status in drivers[-_N_DRIVERS_SHOWN:]:
         if status.dashboard:

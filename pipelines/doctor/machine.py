@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.doctor.finding import Finding
 
 _WORKER_BYTES = 1.5e9  # memory of a worker with a small network: torch itself, and a batch
@@ -17,7 +18,7 @@ def check_threads(
     """Check that the container allows as many CPUs as there are cores, one for each worker."""
     n_cores = n_cores or _cores()
     cpu_quota = cpu_quota if cpu_quota is not None else _cpu_quota()
-    observation = f"{n_cores} cores"
+    observation = count_text(n_cores, "core")
     if cpu_quota is not None and cpu_quota < n_cores:
         n_fitting = max(1, int(cpu_quota))
         return Finding(
@@ -81,7 +82,7 @@ def check_memory(available_bytes: float | None = None, n_cores: int | None = Non
         return Finding(
             "memory",
             "note",
-            f"{observation} for {n_cores} cores",
+            f"{observation} for {count_text(n_cores, 'core')}",
             f"start fewer workers: --workers {n_fitting}",
         )
     return Finding("memory", "ok", observation)

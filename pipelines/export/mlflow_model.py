@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def save_mlflow_model(model: Model, out: Path, **options: Any) -> None:
+def save_mlflow_model(model: Model, out: Path | str, **options: Any) -> None:
     """Write an MLflow model of the flavor `python_function` to `out`, which must not exist.
 
     It has all weights as safetensors and no pickled code; loading it needs headrace and
     mlflow-skinny. options: of `mlflow.pyfunc.save_model`, such as `metadata`. Raises ExportError.
     """
+    out = Path(out)
     if importlib.util.find_spec("mlflow") is None:
         raise ExportError("an MLflow model needs mlflow. Try: pip install 'headrace[mlflow]'")
     if out.exists():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.cache.count_text import count_text
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.spec import spec_to_json
@@ -107,8 +108,9 @@ def _data_section(model: Model, run: RunPaths) -> str:
         )
         lines.append(
             (
-                f"{n_images:,} images of `{source_name}`, target `{task_recipe.get('target')}`, "
-                f"split by {split_text}, {task_recipe.get('folds')} folds"
+                f"{count_text(n_images, 'image')} of `{source_name}`, target "
+                f"`{task_recipe.get('target')}`, split by {split_text}, {task_recipe.get('folds')} "
+                "folds"
             )
             + (
                 f", groups of `{task_recipe['group']}` kept together"

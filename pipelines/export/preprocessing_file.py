@@ -196,7 +196,8 @@ def _split_source(module: ModuleType) -> tuple[set[str], str]:
     """Return a module's imports of other packages, and its text below all imports."""
     source = inspect.getsource(module)
     import_nodes = _import_nodes(source)
-    last_import_line = max(node.end_lineno or 0 for node in import_nodes)
+    docstring = ast.parse(source).body[0]  # of a module that imports nothing, too
+    last_import_line = max(node.end_lineno or 0 for node in (docstring, *import_nodes))
     outside_imports = {ast.unparse(node) for node in import_nodes if not _is_ours(node)}
     return outside_imports, "\n".join(source.splitlines()[last_import_line:]).strip()
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.cache.count_text import count_text
 from headrace.heads.data.task import TaskKind
 from headrace.heads.link import link
 from headrace.pipelines.finetune.errors import FinetuneRefused
@@ -101,10 +102,10 @@ def check_parity(
     if not parity.holds:
         raise FinetuneRefused(
             "the network put together from the backbone and the head does not predict what the "
-            f"cached head predicted: over {parity.rows} images the predictions differ by "
-            f"{parity.largest:.3g} at most and {parity.mean:.2g} on average, the features by "
-            f"{parity.features:.2g} of their spread; allowed are {LARGEST:g}, {MEAN:g} and "
-            f"{FEATURES:g}. Usual reasons: another resize, crop, mean or std than the features "
+            f"cached head predicted: over {count_text(parity.rows, 'image')} the predictions "
+            f"differ by {parity.largest:.3g} at most and {parity.mean:.2g} on average, the "
+            f"features by {parity.features:.2g} of their spread; allowed are {LARGEST:g}, {MEAN:g} "
+            f"and {FEATURES:g}. Usual reasons: another resize, crop, mean or std than the features "
             "were made with, other weights, another tap, classes in another order, or batch "
             "normalisation in training mode. Nothing was trained; the head stays as it is"
         )

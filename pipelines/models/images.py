@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from headrace.cache.count_text import count_text
 from headrace.cache.format.encoding import decode_rows, encode_rows
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.fused import keep_freed_memory
@@ -314,7 +315,7 @@ def _unit_labels(
         given = "none" if units is None else f"{len(units):,}"
         raise CannotPredict(
             f"{model.path}: the model predicts units of several images (a head of kind bags). Give "
-            f"the unit of each of the {n_images:,} images, units=[...]; found {given}"
+            f"the unit of each of the {count_text(n_images, 'image')}, units=[...]; found {given}"
         )
     return np.asarray([str(unit) for unit in units])
 
@@ -328,8 +329,8 @@ def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) ->
         table = pd.DataFrame(side_table).reset_index(drop=True)
     if len(table) != n_images:
         raise DataError(
-            f"side_columns has {len(table):,} rows for {n_images:,} images: give one row for each "
-            "image, in the same order"
+            f"side_columns has {count_text(len(table), 'row')} for "
+            f"{count_text(n_images, 'image')}: give one row for each image, in the same order"
         )
     side, notes = encode_side_columns(table.assign(file=range(n_images)), model.side_columns)
     for note in notes:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
 from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.images.crops import split_crop
@@ -162,8 +163,9 @@ def make_dataset(
     unlabelled_samples = readable[~readable["id"].isin(labelled_samples["id"])]
     if len(unlabelled_samples):
         notes.append(
-            f"{len(unlabelled_samples):,} images have no {' / '.join(target_columns(section))}: "
-            "they are predicted in the end, and no head is trained or scored on them"
+            f"{count_text(len(unlabelled_samples), 'image has', 'images have')} no "
+            f"{' / '.join(target_columns(section))}: they are predicted in the end, and no head is "
+            "trained or scored on them"
         )
     notes += alike_names(classes, "classes")
     labelled_samples, groups, unit_names = _groups_and_units(labelled_samples, section, notes)
@@ -301,7 +303,10 @@ def _duplicates(
     if not is_repeated.any():
         return []
     kept_text = "" if across_sides else "; copies stay on one side of every split"
-    notes = [f"{int(is_repeated.sum()):,} images are exact copies of one another{kept_text}"]
+    notes = [
+        f"{count_text(int(is_repeated.sum()), 'image is', 'images are')} exact copies of one "
+        f"another{kept_text}"
+    ]
     flat_targets = pd.DataFrame(target.reshape(len(target), -1))[is_repeated]
     disagreeing = (
         flat_targets.groupby(labelled_samples["_content"].to_numpy()[is_repeated])

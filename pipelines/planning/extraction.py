@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from headrace.cache.count_text import count_text
 from headrace.cache.publish import feature_set_path
 from headrace.extract.images.content_hashes import UnreadableSample
 from headrace.extract.run.plan import BackboneFeatures, ExtractJob, plan_work_units
@@ -158,6 +159,6 @@ def require_decodable(samples: pd.DataFrame, failed_reasons: Mapping[str, str]) 
     if len(samples) and samples["content"].isin(list(failed_reasons)).all():
         first_sample = samples.iloc[0]
         raise DataError(
-            f"none of the {len(samples):,} images can be used; the first is "
+            f"none of the {count_text(len(samples), 'image')} can be used; the first is "
             f"{first_sample['path']}: {failed_reasons[first_sample['content']]}"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from headrace.cache.count_text import count_text
 from headrace.cache.exchange.external import external_feature_sets
 from headrace.cache.format.compression import require_hdf5plugin
 from headrace.cache.format.sealed import SealBroken
@@ -181,9 +182,9 @@ def read_contents(
     if len(contents.unreadable) == len(samples):
         first = contents.unreadable[0]
         raise DataError(
-            f"none of the {len(samples):,} images can be read; the first is {first.path} "
-            f"({first.reason}). Relative paths start from images.root, by default the table's own "
-            "folder"
+            f"none of the {count_text(len(samples), 'image')} can be read; the first is "
+            f"{first.path} ({first.reason}). Relative paths start from images.root, by default the "
+            "table's own folder"
         )
     return list(contents.hashes), contents.unreadable
 
@@ -277,8 +278,8 @@ def _check_external(inventory: Inventory) -> None:
         if len(absent):
             raise RecipeError(
                 f"external_features: {external_name!r} has no row for {len(absent):,} of "
-                f"{len(needed):,} images, first {absent['id'].iloc[0]!r}: import features of them "
-                "all, or leave these images out of the table"
+                f"{count_text(len(needed), 'image')}, first {absent['id'].iloc[0]!r}: import "
+                "features of them all, or leave these images out of the table"
             )
 
 

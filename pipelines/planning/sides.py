@@ -8,6 +8,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
 from headrace.extract.errors import as_yaml_list
 from headrace.extract.sources.layout import SPLIT_WORDS
@@ -95,7 +96,7 @@ def copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) ->
     copy_ids = labelled_samples.loc[labelled_samples["_content"] == first_content, "id"].tolist()
     copies_text = (
         f"column {column_name!r} puts exact copies of an image on different sides: "
-        f"{int(is_mixed.sum()):,} images, first {' and '.join(map(repr, copy_ids[:2]))}"
+        f"{count_text(int(is_mixed.sum()), 'image')}, first {' and '.join(map(repr, copy_ids[:2]))}"
     )
     if section.copies == "keep":
         return [
@@ -140,9 +141,9 @@ def _joined_groups(
     n_joined_rows = int((joined_groups == joined_sizes.idxmax()).sum())
     n_groups = group_table["group"].nunique()
     groups_text = (
-        "copies of one image are in several groups, which are joined, for else one would be "
+        "copies of one image are in several groups, which are joined, since otherwise one would be "
         f"tested on what it was trained on: {copy_ids[0]!r} and its copies are in "
-        f"{int(groups_per_image.max()):,} of the {n_groups:,} groups of "
+        f"{int(groups_per_image.max()):,} of the {count_text(n_groups, 'group')} of "
         f"{_group_column(section)!r}, and the largest joined group has "
         f"{int(joined_sizes.max()):,} of them, {n_joined_rows:,} of {len(labelled_samples):,} "
         "images"
@@ -288,8 +289,9 @@ def _refuse_split_groups(
         first_group = labelled_samples[group_column].iloc[int(is_mixed.argmax())]
         raise DataError(
             f"column {column_name!r} puts images of the same {group_column!r} (or copies of them) "
-            f"on different sides, first {first_group!r}, {int(is_mixed.sum()):,} images in all. "
-            "Mend the column, or leave one of the two out of the recipe"
+            f"on different sides, first {first_group!r}, "
+            f"{count_text(int(is_mixed.sum()), 'image')} in all. Mend the column, or leave one of "
+            "the two out of the recipe"
         )
 
 
@@ -331,7 +333,8 @@ def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray
     split_texts = as_text(empty_as_missing(labelled_samples[column_name]))
     if split_texts.isna().any():
         raise DataError(
-            f"task.split {column_name!r} is empty in {int(split_texts.isna().sum()):,} rows, first "
+            f"task.split {column_name!r} is empty in "
+            f"{count_text(int(split_texts.isna().sum()), 'row')}, first "
             f"{labelled_samples.loc[split_texts.isna(), 'id'].iloc[0]!r}; expected train, "
             "validation or test"
         )
@@ -359,9 +362,9 @@ def check_folds(fold_of_row: npt.NDArray[np.int16], target: npt.NDArray[np.int64
             )
         if target is not None and len(np.unique(target[is_trained])) < 2:
             raise DataError(
-                f"without validation fold {fold_number}, the {int(is_trained.sum()):,} images to "
-                "train on are all of one class: a classifier needs two. Look at the split, fold "
-                "or group column"
+                f"without validation fold {fold_number}, the "
+                f"{count_text(int(is_trained.sum()), 'image')} to train on are all of one class: a "
+                "classifier needs two. Look at the split, fold or group column"
             )
 
 
@@ -378,9 +381,9 @@ def check_classes(
     largest_share = class_counts[largest_class] / class_counts.sum()
     if largest_share >= 0.9 and metric in (None, "accuracy"):
         notes.append(
-            f"{largest_share:.1%} of the images are {classes[largest_class]}, so always saying "
-            f"that has an accuracy of {largest_share:.1%}; task.metric: balanced_accuracy or "
-            "macro_f1 weighs all classes the same"
+            f"{100 * largest_share:.1f} % of the images are {classes[largest_class]}, so always "
+            f"saying that has an accuracy of {100 * largest_share:.1f} %; task.metric: "
+            "balanced_accuracy or macro_f1 weighs all classes the same"
         )
     unseen_classes = [classes[class_index] for class_index in np.flatnonzero(class_counts == 0)]
     rare_classes = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.listing import Listing, join_listings
@@ -80,8 +81,8 @@ def whole_images_note(parts: ImageParts | None, paths: Iterable[str]) -> list[st
         else "(images.detections): name the detector's results for these images, --detections"
     )
     return [
-        f"{whole:,} images are predicted as a whole, but the model was trained on parts of images "
-        f"{advice}"
+        f"{count_text(whole, 'image is', 'images are')} predicted as a whole, but the model was "
+        f"trained on parts of images {advice}"
     ]
 
 

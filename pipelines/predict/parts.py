@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, publish_replace
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import SEAL, UNSEALED, check_seal, seal
 from headrace.extract.images.byte_ranges import locator_file
@@ -197,8 +198,8 @@ def predict_missing(
                 advance(len(outcome.job.samples), {"failed": outcome.result or 0})
     if failure_reasons:
         raise PredictIncomplete(
-            f"{len(failure_reasons):,} of {len(jobs):,} parts failed; the others are kept, and the "
-            f"same command tries these again. The first reason: {failure_reasons[0]}"
+            f"{len(failure_reasons):,} of {count_text(len(jobs), 'part')} failed; the others are "
+            f"kept, and the same command tries these again. The first reason: {failure_reasons[0]}"
         )
 
 

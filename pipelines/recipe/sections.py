@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.recipe.values import (
     Fraction,
     NonEmptyFloats,
@@ -341,7 +342,8 @@ class Backbone(Section):
             values = getattr(self, name)
             if values is not None and len(values) != n_channels:
                 raise ValueError(
-                    f"{name} has {len(values)} values; expected {n_channels}, one for each "
+                    f"{name} has {count_text(len(values), 'value')}; expected {n_channels}, one "
+                    "for each "
                     + ("of red, green and blue" if self.bands is None else "of the bands")
                 )
         if self.band_ranges is not None and self.bands is None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
 from headrace.heads.data.side_columns import SideColumn, SideColumns
 from headrace.pipelines.recipe.targets import DataError, alike_names, empty_as_missing, name_some
@@ -89,8 +90,8 @@ def encode_side_columns(
         if (codes < 0).any():
             unknown = sorted(set(texts[codes < 0].fillna("(empty)")))
             notes.append(
-                f"{int((codes < 0).sum()):,} images have a {column.name} that no training image "
-                f"has, and count as none of its values: {name_some(unknown)}"
+                f"{count_text(int((codes < 0).sum()), 'image has', 'images have')} a {column.name} "
+                f"that no training image has, and count as none of its values: {name_some(unknown)}"
             )
     return SideColumns(tuple(columns), values), notes
 
@@ -163,7 +164,7 @@ def _numbers(name: str, texts: pd.Series, row_names: pd.Series) -> npt.NDArray[n
         )
         raise DataError(
             f"side column {name!r} holds numbers, and {found!r} for {row_names.iloc[row]!r} "
-            f"({int(is_wrong.sum()):,} such rows): {advice}"
+            f"({count_text(int(is_wrong.sum()), 'such row')}): {advice}"
         )
     return numbers.to_numpy()
 
@@ -193,9 +194,9 @@ def _category_column(name: str, texts: pd.Series, is_training: npt.NDArray[np.bo
     if len(levels) > max(_MANY_LEVELS, len(values) // _ROWS_PER_LEVEL):
         raise DataError(
             f"task.side_columns: {name!r} has {len(levels):,} different values in "
-            f"{len(values):,} training images, such as {levels[-1]!r}: it names images rather than "
-            "describing them, and a new image would have a value that nobody has seen. Leave it "
-            "out, or put rare values together"
+            f"{len(values):,} training images, such as {levels[-1]!r}: it names images "
+            "rather than describing them, and a new image would have a value that nobody has seen. "
+            "Leave it out, or put rare values together"
         )
     return SideColumn(name, levels)
 
@@ -258,7 +259,7 @@ def _written_in_two_ways(column: SideColumn, numbers: pd.Series) -> list[str]:
         low, high = others.min(), others.max()
         if min(abs(code - low), abs(code - high)) > 2 * (high - low) and not low <= code <= high:
             notes.append(
-                f"side column {column.name!r} is {code} for {n_codes:,} images, far from all other "
-                "numbers: if that stands for a missing number, empty these cells"
+                f"side column {column.name!r} is {code} for {count_text(n_codes, 'image')}, far "
+                "from all other numbers: if that stands for a missing number, empty these cells"
             )
     return notes

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.text import as_text
 
@@ -84,7 +85,8 @@ def _encode(
         ):
             raise DataError(
                 f"task.target {column_name!r} is infinite in "
-                f"{int(np.isinf(target_values[column_name]).sum()):,} rows: mend or empty them"
+                f"{count_text(int(np.isinf(target_values[column_name]).sum()), 'row')}: mend or "
+                "empty them"
             )
     if section.kind == "single":
         return _encode_classes(target_values, section)
@@ -121,14 +123,14 @@ def _encode_classes(
     if len(classes) < 2:
         raise DataError(
             f"task.target {column_name!r} holds one class only, {classes[0]!r}, in all "
-            f"{len(labels):,} images; a classifier needs at least two. In a folder, each class is "
-            "a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
+            f"{count_text(len(labels), 'image')}; a classifier needs at least two. In a folder, "
+            "each class is a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
         )
     # Of so many different values most have one image, which no fold could be trained and tested on.
     if len(classes) > max(20, len(labels) // 2):
         raise DataError(
-            f"task.target {column_name!r} has {len(classes):,} different values in {len(labels):,} "
-            "images; if it is a number to predict, set task.kind: regression"
+            f"task.target {column_name!r} has {len(classes):,} different values in "
+            f"{len(labels):,} images; if it is a number to predict, set task.kind: regression"
         )
     class_index = {label: index for index, label in enumerate(classes)}
     return classes, labels.map(class_index).to_numpy(dtype=np.int64)
@@ -141,9 +143,9 @@ def _encode_one_hot(target_values: pd.DataFrame) -> tuple[tuple[str, ...], npt.N
     if not is_one_hot.all():
         raise DataError(
             f"task.target names several columns, and {int((~is_one_hot).sum()):,} of "
-            f"{len(numbers):,} images have not exactly one 1 among zeros in them, which "
-            "task.kind: single needs. Set task.kind to multi (several labels) or regression, or "
-            "name one column"
+            f"{count_text(len(numbers), 'image has', 'images have')} not exactly one 1 among zeros "
+            "in them, which task.kind: single needs. Set task.kind to multi (several labels) or "
+            "regression, or name one column"
         )
     used = np.flatnonzero(numbers.any(axis=0)).tolist()
     if len(used) < 2:
@@ -181,8 +183,9 @@ def _encode_label_sets(
     label_names = {label for labels in label_sets for label in labels}
     if len(label_names) < 2:
         raise DataError(
-            f"task.target {column.name!r} holds {len(label_names)} different labels; several were "
-            "expected. Look at task.separator, which stands between the labels of a cell"
+            f"task.target {column.name!r} holds {count_text(len(label_names), 'different label')}; "
+            "several were expected. Look at task.separator, which stands between the labels of a "
+            "cell"
         )
     classes = tuple(sorted(label_names, key=_class_order(label_names)))
     class_index = {label: index for index, label in enumerate(classes)}
@@ -215,7 +218,7 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
         raise DataError(
             f"task.kind {section.kind} needs numbers in {column.name}; found "
             f"{cell_text.iloc[first_row]!r} for {ids.iloc[first_row]!r} "
-            f"({int(is_wrong.sum()):,} such rows){advice}"
+            f"({count_text(int(is_wrong.sum()), 'such row')}){advice}"
         )
     return numbers
 

@@ -382,7 +382,10 @@ def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str
     )
     # Such as `budget` for `budget_minutes`, which is too different for a misspelling.
     longer = [name for name in valid_keys if name.startswith(f"{word}_")]
-    nearest_keys = [*misspelt, *longer, *_sections_that_have(model, word), *alike]
+    # a setting of a kind of head is none of the images', whatever its name
+    prefix = "heads." if location[0] == "heads" and len(location) > 2 else ""
+    elsewhere = [key for key in _sections_that_have(model, word) if key.startswith(prefix)]
+    nearest_keys = [*misspelt, *longer, *elsewhere, *alike]
     hint = f"did you mean {nearest_keys[0]!r}? " if nearest_keys else ""
     others = ""
     if location[:-1] == ["heads"] and not misspelt:
@@ -474,12 +477,13 @@ def _keys_at(model: type[pydantic.BaseModel], location: typing.Sequence[str | in
     return list(model.model_fields)
 
 
-def _sections_that_have(model: type[pydantic.BaseModel], key: object) -> typing.Iterator[str]:
-    """Yield the places of this key in all sections, such as "task.folds"."""
+def _sections_that_have(model: type[pydantic.BaseModel], key: str) -> typing.Iterator[str]:
+    """Yield the places of this key, in lower case, in all sections, such as "task.folds"."""
     for section_name, field in model.model_fields.items():
         for section in _models_in(field.annotation):
-            if key in section.model_fields:
-                yield f"{section_name}.{key}"
+            yield from (
+                f"{section_name}.{name}" for name in section.model_fields if name.lower() == key
+            )
             yield from (f"{section_name}.{inner}" for inner in _sections_that_have(section, key))
 
 

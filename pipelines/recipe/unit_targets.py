@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.recipe.sections import TaskSection
 from headrace.pipelines.recipe.targets import DataError, name_some
 
@@ -34,8 +35,8 @@ def unit_targets(
     if section.unit_label == "same":
         raise DataError(_refusal(ids, columns, classes, unit_of_row, units, differs, section))
     notes = [
-        f"{int(differs.sum()):,} of {len(units):,} values of {section.unit!r} have images with "
-        f"different targets, and count as task.unit_label says: {section.unit_label}"
+        f"{int(differs.sum()):,} of {count_text(len(units), 'value')} of {section.unit!r} have "
+        f"images with different targets, and count as task.unit_label says: {section.unit_label}"
     ]
     if section.unit_label != "majority":
         values = by_unit.max() if section.unit_label == "any" else by_unit.mean()

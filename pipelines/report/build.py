@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun, read_finished_run
-from headrace.pipelines.number_format import count_text, images_text, number_text
+from headrace.pipelines.number_format import images_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.cost import cost_section, seconds_text
 from headrace.pipelines.report.data import data_section
@@ -49,8 +50,8 @@ MAX_PICTURES = 3000  # on the map: about 1.5 kB each
 
 
 def write_report(
-    run: Path,
-    out: Path | None = None,
+    run: Path | str,
+    out: Path | str | None = None,
     *,
     tables: bool = False,
     watts: float | None = None,
@@ -72,7 +73,7 @@ def write_report(
     Raises NotARun, NoWinner, RunReadOnly, OSError; ReportThere for any other file at `out`.
     """
     finished_run = read_finished_run(run, trust_code=trust_code)
-    page_path = out or finished_run.paths.report
+    page_path = Path(out) if out else finished_run.paths.report
     if out is None:
         require_writable(
             finished_run.paths, f"headrace report {shlex.quote(str(run))} --out report.html"
@@ -157,13 +158,16 @@ def _map_notes(
     if copies.unreadable:
         notes.append(
             Note(
-                f"{copies.unreadable:,} images have no picture: they are gone, have changed, or "
-                "cannot be read."
+                f"{count_text(copies.unreadable, 'image has', 'images have')} no picture: they are "
+                "gone, have changed, or cannot be read."
             )
         )
     if copies.not_read:
         notes.append(
-            Note(f"{copies.not_read:,} more pictures were left out: 2 GB of files were read.")
+            Note(
+                f"{count_text(copies.not_read, 'more picture was', 'more pictures were')} left "
+                "out: 2 GB of files were read."
+            )
         )
     return notes
 
@@ -238,11 +242,9 @@ def make_headline(run: FinishedRun) -> Headline:
 def _made_text(run: FinishedRun) -> str:
     written_at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     task_word = {"single": "single-label", "multi": "multi-label"}.get(run.task_kind, run.task_kind)
-    column_word = "classes" if run.task_kind == "single" else "columns"
-    if len(run.classes) == 1:
-        column_word = "column"
-    version = importlib.metadata.version("headrace")
-    return (
-        f"{task_word} task, {len(run.classes)} {column_word}; written {written_at} by headrace "
-        f"{version}"
+    target_words = {"single": ("class", "classes"), "multi": ("label", "labels")}
+    targets_text = count_text(
+        len(run.classes), *target_words.get(run.task_kind, ("target", "targets"))
     )
+    version = importlib.metadata.version("headrace")
+    return f"{task_word} task, {targets_text}; written {written_at} by headrace {version}"

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun, read_finished_run
-from headrace.pipelines.number_format import count_text, number_text
+from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.build import run_thumbnails
 from headrace.pipelines.report.cost import seconds_text
@@ -208,8 +209,8 @@ def _side_remarks(side: PairedSide) -> list[Note]:
     if side.relabelled:
         remarks.append(
             Note(
-                f"{side.relabelled:,} {side.name} images carry another label in B than in A, and "
-                "are left out.",
+                f"{count_text(side.relabelled, f'{side.name} image')} left out: another label in B "
+                "than in A.",
                 "warning",
             )
         )
@@ -231,7 +232,7 @@ def _headline(
     side = sides[-1]  # the test images, where there are any
     frame, metric = metrics[side.name], runs[0].metric
     row = frame[frame["metric"] == metric].to_dict("records")[0]
-    where = f"on {len(side.ids):,} {side.name} images that both have judged"
+    where = f"on {count_text(len(side.ids), f'{side.name} image')} that both have judged"
     verdict = "no difference beyond chance" if row["low"] <= 0 <= row["high"] else "beyond chance"
     values = [
         (
@@ -371,7 +372,7 @@ def _right_or_wrong_blocks(
     blocks: list[Block] = [
         Table(
             f"agreement-{side.name}",
-            f"Both on {len(side.ids):,} {side.name} images",
+            f"Both on {count_text(len(side.ids), f'{side.name} image')}",
             (
                 Column("first", "A ↓ B →"),
                 Column("right", "right", "count"),

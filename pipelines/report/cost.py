@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun
@@ -112,7 +113,7 @@ def _machine_power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
     # Any of the calls: the latest may have had nothing to extract.
     has_gpu = not machine_records.empty and (machine_records["device"] != "cpu").any()
     power_watts = n_cores * WATTS_PER_CORE + has_gpu * WATTS_PER_GPU + memory_gb * WATTS_PER_GB
-    power_parts = [f"{n_cores} busy core{'s' * (n_cores > 1)} at {WATTS_PER_CORE:g} W"]
+    power_parts = [f"{count_text(n_cores, 'busy core')} at {WATTS_PER_CORE:g} W"]
     power_parts += [f"a GPU at {WATTS_PER_GPU:g} W"] if has_gpu else []
     power_parts += [f"{memory_gb:.0f} GB of memory at {WATTS_PER_GB} W each"] if memory_gb else []
     return power_watts, (
@@ -132,10 +133,11 @@ def _bytes_table(run: FinishedRun) -> Table:
         except (HeadraceError, OSError):
             continue
         shape_text = " × ".join(map(str, views[0].spec.shape))
+        rows_text = count_text(views[0].n_rows, "row")
         size_rows.append(
             {
                 "what": f"features {feature_name}",
-                "detail": f"{views[0].n_rows:,} rows of {shape_text} {views[0].spec.dtype}"
+                "detail": f"{rows_text} of {shape_text} {views[0].spec.dtype}"
                 + (f", {len(views)} views" if len(views) > 1 else ""),
                 "bytes": sum(view.stored_bytes for view in views),
             }

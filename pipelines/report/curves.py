@@ -46,7 +46,7 @@ def curve_set(
     chosen = curves.index(worst_first[0]) if curves else 0
     caption = (
         f"ROC and precision-recall curves of {model_name}, {split_name}"
-        + ("" if len(shown) == 1 else ": one class against the rest, the hardest one first")
+        + ("" if len(shown) == 1 else ": one at a time against the rest, the hardest one first")
         + ". Move the threshold to see what it finds and what it costs"
     )
     return CurveSet(f"curves-{split_name}", caption, tuple(curves), chosen)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.heads.data.task import Task
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import read_table
@@ -34,7 +35,7 @@ def data_section(run: FinishedRun) -> Section:
                     ("images listed", f"{len(listed.samples):,}"),
                     (
                         "to train and choose on",
-                        f"{len(train.ids):,}, in {folds} validation fold{'s' * (folds > 1)}",
+                        f"{len(train.ids):,}, in {count_text(folds, 'validation fold')}",
                     ),
                     ("test", f"{len(test.ids):,}"),
                     ("distinct images", f"{len(np.unique(content)):,}"),
@@ -88,9 +89,10 @@ def _failed_blocks(run: FinishedRun) -> list[Block]:
     if frame.empty:
         return [Note("Every image could be read.", "good")]
     columns = (Column("id", "image"), Column("reason", "reason"), Column("path", "file"))
-    note = Note(
-        f"{len(frame):,} images could not be read and are in no number of this report.", "warning"
+    unread_text = count_text(
+        len(frame), "image could not be read and is", "images could not be read and are"
     )
+    note = Note(f"{unread_text} in no number of this report.", "warning")
     return [
         note,
         Table("failed-images", "Images that could not be read", columns, frame, search=True),
@@ -124,7 +126,7 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     if run.task_kind == "single" and train[largest] >= LOPSIDED * max(int(train[smallest]), 1):
         blocks.append(
             Note(
-                f"Lopsided: {train[largest]:,} images of {run.classes[largest]} and "
+                f"Lopsided: {count_text(train[largest], 'image')} of {run.classes[largest]} and "
                 f"{train[smallest]:,} of {run.classes[smallest]}. Accuracy mostly tells of the "
                 "large classes; look at recall by class, and try task.metric: balanced_accuracy "
                 "and class_weight: [none, balanced].",

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import utc_text
@@ -49,11 +50,13 @@ def test_section(
         else f"They were shown to the ensemble of {selected.heads}, not to the winner. "
     )
     n_units = result.get("units")
-    units_text = "" if n_units is None else f"{n_units:,} units ({run.recipe.task.unit}) of "
+    units_text = (
+        "" if n_units is None else f"{count_text(n_units, 'unit')} ({run.recipe.task.unit}) of "
+    )
     lead = (
-        f"{units_text}{result['images']:,} images that no head was trained or chosen on. {shown}"
-        "The rows and predictions below are those of the evaluation on record; this report adds "
-        "none."
+        f"{units_text}{count_text(result['images'], 'image')} that no head was trained or chosen "
+        f"on. {shown}The rows and predictions below are those of the evaluation on record; this "
+        "report adds none."
     )
     return Section("test", "Test split", lead, tuple(blocks))
 

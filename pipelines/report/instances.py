@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.evaluate.units import aggregate_units
 from headrace.heads.results import read_bank
@@ -96,7 +97,8 @@ def _blocks(
     }
     galleries: list[Block] = [
         Gallery(
-            f"The two weightiest images of {len(units):,} of {n_units:,} units {words[outcome]}",
+            f"The two weightiest images of {len(units):,} of {count_text(n_units, 'unit')} "
+            f"{words[outcome]}",
             _pictures(frame, units, thumbnails),
         )
         for outcome in ("wrong", "right")
@@ -175,7 +177,7 @@ def _pictures(frame: pd.DataFrame, units: list[str], thumbnails: Thumbnails) -> 
     for unit in units:
         images = images_of_unit[unit]
         first = images.head(2)
-        weights = ", ".join(f"{weight:.1%}" for weight in first["weight"])
+        weights = ", ".join(f"{100 * weight:.1f} %" for weight in first["weight"])
         label, predicted = str(images["label"].iloc[0]), str(images["predicted"].iloc[0])
         contents = first["content"].tolist()
         pictures.append(
@@ -189,7 +191,7 @@ def _pictures(frame: pd.DataFrame, units: list[str], thumbnails: Thumbnails) -> 
                 (
                     ("label", label),
                     ("predicted", predicted),
-                    ("weights", f"{weights} of {len(images):,} images"),
+                    ("weights", f"{weights} of {count_text(len(images), 'image')}"),
                 ),
                 tuple(path for content in contents for path in thumbnails.paths_of(content)),
             )

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.pipelines.finished import FinishedRun
@@ -80,8 +81,8 @@ def leaderboard_section(run: FinishedRun) -> Section:
         else "and, where it was kept, once on all training rows"
     )
     lead = (
-        f"{len(frame):,} settings, each trained once per fold {whole}. Heads were chosen on "
-        "validation folds alone; the test split plays no part in this table."
+        f"{count_text(len(frame), 'setting')}, each trained once per fold {whole}. Heads were "
+        "chosen on validation folds alone; the test split plays no part in this table."
     )
     return Section("leaderboard", "Leaderboard", lead, (table, *_failed_note(run)))
 
@@ -193,7 +194,8 @@ def _failed_note(run: FinishedRun) -> tuple[Block, ...]:
     frame = pd.DataFrame({"reason": counts.index, "heads": np.asarray(counts)})
     return (
         Note(
-            f"{len(failed):,} heads failed; `headrace run RECIPE --retry-failed` tries them again.",
+            f"{count_text(len(failed), 'head')} failed; `headrace run RECIPE --retry-failed` tries "
+            "them again.",
             "warning",
         ),
         Table(

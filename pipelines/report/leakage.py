@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.manifest import MANIFEST
@@ -120,12 +121,12 @@ def _near_duplicates(
         run.recipe.images.pixel_range,
     )
     if len(available_rows) < len(content_hashes):
-        remarks.append(
-            Note(
-                f"{len(content_hashes) - len(available_rows):,} images are not where they were: of "
-                "them only the features were compared."
-            )
+        moved_text = count_text(
+            len(content_hashes) - len(available_rows),
+            "image is not where it was: of it",
+            "images are not where they were: of them",
         )
+        remarks.append(Note(f"{moved_text} only the features were compared."))
     light_values = grey_copies.astype(np.float32)
     vectors_by_name["pixels"] = (
         light_values - light_values.mean(1, keepdims=True),
@@ -137,8 +138,9 @@ def _near_duplicates(
             (stored_rows := features.locate(content_hashes.tolist())) >= 0
         )
         if len(feature_rows) < len(content_hashes):
+            n_lacking = len(content_hashes) - len(feature_rows)
             remark_text = (
-                f"{len(content_hashes) - len(feature_rows):,} images have no features in "
+                f"{count_text(n_lacking, 'image has', 'images have')} no features in "
                 f"{features.path / MANIFEST} any more: {RUN_AGAIN}."
             )
             remarks.append(Note(remark_text, "warning"))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import sign
@@ -99,7 +100,7 @@ def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
     table = Table("networks", "Every network that was looked at", columns, frame, wide=True)
     kept = int((frame["decision"] == "kept").sum())
     verdict = Note(
-        f"{kept:,} of {len(frame):,} networks kept; the best setting of the run is "
+        f"{kept:,} of {count_text(len(frame), 'network')} kept; the best setting of the run is "
         + ("a network." if run.winner["kind"] == "finetune" else "a head.")
     )
     return verdict, table

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.report.curves import curve_set
@@ -39,9 +40,9 @@ def predictions_section(run: FinishedRun) -> Section:
     ]
     n_images, unit = len(run.held_out_rows), run.recipe.task.unit
     rows_text = (
-        f"{n_images:,} validation images"
+        count_text(n_images, "validation image")
         if unit is None
-        else f"{len(target):,} validation units ({unit}) of {n_images:,} images"
+        else f"{len(target):,} validation units ({unit}) of {count_text(n_images, 'image')}"
     )
     lead_text = (
         f"The winner, {run.winner['kind']} {run.winner['settings']}, on {rows_text}: each "
@@ -443,7 +444,7 @@ def _regression_blocks(
             ylabel=f"predicted {target_name}",
         )
         alt_text = (
-            f"Predicted against true {target_name}, {len(true_values):,} rows; R² "
+            f"Predicted against true {target_name}, {count_text(len(true_values), 'row')}; R² "
             f"{target_frame['r2'][target_index]:.3f}."
         )
         blocks.append(

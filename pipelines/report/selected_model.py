@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
@@ -49,12 +50,8 @@ class SelectedModel:
         kinds = [member["kind"] for member in self.ensemble["members"]]
         networks = kinds.count("finetune")
         heads = len(kinds) - networks
-        words = [
-            f"{count} {word}{'s' if count > 1 else ''}"
-            for count, word in ((heads, "head"), (networks, "network"))
-            if count
-        ]
-        return " and ".join(words)
+        counts = ((heads, "head"), (networks, "network"))
+        return " and ".join(count_text(count, word) for count, word in counts if count)
 
 
 def find_selected(run: FinishedRun) -> SelectedModel:

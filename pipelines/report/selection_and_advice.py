@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.finished import FinishedRun
-from headrace.pipelines.number_format import count_text, level_text, number_text
+from headrace.pipelines.number_format import level_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
 from headrace.pipelines.report.leaders import metric_format, metric_title
@@ -148,8 +149,8 @@ def _choice_blocks(run: FinishedRun, selection_record: Record) -> list[Block]:
                 "as good as the winner",
                 (
                     f"{selection_record['statistically_tied'] - 1:,} of "
-                    f"{selection_record['tried'] - 1:,} other settings cannot be told apart from "
-                    "it (95 %)"
+                    f"{count_text(selection_record['tried'] - 1, 'other setting')} cannot be told "
+                    "apart from it (95 %)"
                 ),
             ),
         )
@@ -176,8 +177,8 @@ def _comparison_table(run: FinishedRun) -> Table:
     # bare "tied" would contradict the interval beside it. From 5e-5 a number is written as 0.0001.
     alone = comparison_frame.get("low", pd.Series(0.0, index=comparison_frame.index)) >= 5e-5
     comparison_frame["verdict"] = np.select(
-        [~comparison_frame["statistically_tied"], alone],
-        ["behind", "behind by this pair alone, tied among all"],
+        [comparison_frame["rank"] == 1, ~comparison_frame["statistically_tied"], alone],
+        ["the winner", "behind", "behind by this pair alone, tied among all"],
         "tied",
     )
     table_columns = (

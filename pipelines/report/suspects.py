@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.report.label_errors import likely_errors_by_label, likely_label_errors
 from headrace.pipelines.report.page.blocks import (
@@ -59,8 +60,8 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     )
     mistake_blocks: list[Block] = [
         Gallery(
-            f"The {min(SHOWN, len(wrong_rows))} mistakes that the winner is surest of, of "
-            f"{len(wrong_rows):,}",
+            f"The {count_text(min(SHOWN, len(wrong_rows)), 'mistake')} that the winner is surest "
+            f"of, of {len(wrong_rows):,}",
             _make_pictures(
                 run,
                 thumbnails,
@@ -113,8 +114,8 @@ def _label_error_blocks(
     )
     return [
         Note(
-            f"{len(suspect_rows):,} of {len(held_out_rows):,} labels "
-            f"({len(suspect_rows) / len(held_out_rows):.1%}) are likely wrong by confident "
+            f"{len(suspect_rows):,} of {count_text(len(held_out_rows), 'label')} "
+            f"({100 * len(suspect_rows) / len(held_out_rows):.1f} %) are likely wrong by confident "
             "learning (Northcutt et al. 2021) on the winner's out-of-fold predictions. A weak "
             "head suspects too many: look before you relabel."
         ),
@@ -195,8 +196,8 @@ def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     caption_columns = ("label", "given", "probability")
     return [
         Gallery(
-            f"The {min(SHOWN, len(mistake_row))} mistakes that the winner is surest of, of "
-            f"{len(mistake_row):,}",
+            f"The {count_text(min(SHOWN, len(mistake_row)), 'mistake')} that the winner is surest "
+            f"of, of {len(mistake_row):,}",
             _make_pictures(
                 run,
                 thumbnails,
@@ -207,8 +208,8 @@ def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         ),
         mistakes_table,
         Note(
-            f"{len(suspect_row):,} of {target.size:,} labels "
-            f"({len(suspect_row) / max(target.size, 1):.1%}) are likely wrong by confident "
+            f"{len(suspect_row):,} of {count_text(target.size, 'label')} "
+            f"({100 * len(suspect_row) / max(target.size, 1):.1f} %) are likely wrong by confident "
             "learning (Northcutt et al. 2021), label by label. A weak head suspects too many: "
             "look before you relabel."
         ),
@@ -255,7 +256,7 @@ def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     )
     return [
         Gallery(
-            f"The {min(SHOWN, len(error_frame))} largest errors",
+            f"The {count_text(min(SHOWN, len(error_frame)), 'largest error')}",
             _make_pictures(
                 run,
                 thumbnails,
@@ -311,7 +312,7 @@ def _cell_text(column_name: str, cell_value: object) -> str:
         return "yes" if cell_value else "no"
     if isinstance(cell_value, float | np.floating):
         return (
-            f"{cell_value:.1%}"
+            f"{100 * cell_value:.1f} %"
             if column_name in ("probability", "of_suggested")
             else f"{cell_value:.4g}"
         )

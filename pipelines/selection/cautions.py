@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import open_feature_set
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
@@ -89,10 +90,11 @@ def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str)
     things = "images" if validation.task.units is None else "units"
     worst_class = int(np.where(class_counts > 0, recall, np.inf).argmin())
     return (
-        f"balanced accuracy is much lower than accuracy: {balanced:.1%} against {accuracy:.1%}; "
-        f"class {validation.task.classes[worst_class]} is found in {recall[worst_class]:.0%} of "
-        f"its {class_counts[worst_class]:,} {things}. To choose by all classes alike, task.metric: "
-        "balanced_accuracy; to train for them, class_weight: [none, balanced] under heads"
+        f"balanced accuracy is much lower than accuracy: {100 * balanced:.1f} % against "
+        f"{100 * accuracy:.1f} %; class {validation.task.classes[worst_class]} is found in "
+        f"{100 * recall[worst_class]:.0f} % of its {class_counts[worst_class]:,} {things}. To "
+        "choose by all classes alike, task.metric: balanced_accuracy; to train for them, "
+        "class_weight: [none, balanced] under heads"
     )
 
 
@@ -287,8 +289,8 @@ def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str |
     if n_copies < MIN_AFFECTED_SHARE * len(grey_by_content):
         return None
     return (
-        f"{n_copies:,} of {len(grey_by_content):,} images that were looked at are nearly the same "
-        f"as another, such as {image_names[int(copy_pairs.first[0])]!r} and "
+        f"{n_copies:,} of {len(grey_by_content):,} images that were looked at are "
+        f"nearly the same as another, such as {image_names[int(copy_pairs.first[0])]!r} and "
         f"{image_names[int(copy_pairs.second[0])]!r}, and a split may put them on different sides. "
         f"{GROUP_ADVICE}"
     )
@@ -315,13 +317,13 @@ def near_duplicates_text(
     leaked_tests = leaked_images(first, second, side_of_image)
     n_tests = int((side_of_image == "test").sum())
     share = (
-        f"; {len(leaked_tests):,} of {n_tests:,} test images "
-        f"({len(leaked_tests) / max(n_tests, 1):.1%}) have such a partner among the images that "
-        "heads are trained on"
+        f"; {len(leaked_tests):,} of {count_text(n_tests, 'test image')} "
+        f"({100 * len(leaked_tests) / max(n_tests, 1):.1f} %) have such a partner among the images "
+        "that heads are trained on"
     )
     return (
-        f"{'at least ' if least else ''}{len(first):,} pairs of images on different sides of the "
-        f"split are nearly the same{share if n_tests else ''}. {GROUP_ADVICE}"
+        f"{'at least ' if least else ''}{count_text(len(first), 'pair')} of images on different "
+        f"sides of the split are nearly the same{share if n_tests else ''}. {GROUP_ADVICE}"
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from headrace.cache.atomic_io import lease
+from headrace.cache.count_text import count_text
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.selection.ensemble_store import evaluate_ensemble
@@ -22,7 +23,9 @@ def evaluate(state: RunState, services: Services) -> RunState:
     with services.timed("test") as report_done, lease(state.paths.conclusion_lock):
         record_notes = repair_test_evaluations(state.paths.test_evaluations)
         test_result = _evaluate_on_test(state)
-        report_done("no test split" if test_result is None else f"{test_result.images:,} images")
+        report_done(
+            "no test split" if test_result is None else count_text(test_result.images, "image")
+        )
     return replace(state, test=test_result, notes=(*state.notes, *record_notes))
 
 

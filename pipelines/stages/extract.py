@@ -14,6 +14,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.atomic_io import lease
+from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
@@ -80,14 +81,15 @@ def extraction_summary(plan: Plan) -> str:
     """Return the summary of a plan's extraction, for the table of stages."""
     if not plan.units:
         return "nothing missing"
-    return f"{plan.images_new:,} images forward once, {len(plan.features)} taps kept"
+    images_text = count_text(plan.images_new, "image")
+    return f"{images_text} forward once, {count_text(len(plan.features), 'tap')} kept"
 
 
 def raise_strict(n_failed: int, failed_images: Path) -> NoReturn:
     """Raise RunIncomplete for images that failed in a strict run."""
     raise RunIncomplete(
-        f"{n_failed:,} images cannot be decoded, and this run is strict; each is listed with its "
-        f"reason in {failed_images}. Mend or remove them, or run without --strict"
+        f"{count_text(n_failed, 'image')} cannot be decoded, and this run is strict; each is "
+        f"listed with its reason in {failed_images}. Mend or remove them, or run without --strict"
     )
 
 
@@ -185,15 +187,16 @@ def extract_missing(
     unread_images = [image for report in unit_reports for image in report.unread]
     if unit_failures:
         raise RunIncomplete(
-            f"{len(unit_failures):,} of {len(units):,} units of images failed; the others are "
-            f"kept, and the same command tries these again. The first reason: {unit_failures[0]}"
+            f"{len(unit_failures):,} of {len(units):,} units of images failed; the "
+            "others are kept, and the same command tries these again. The first reason: "
+            f"{unit_failures[0]}"
         )
     if unread_images:
         image_name, reason = unread_images[0]
         raise RunIncomplete(
-            f"{len(unread_images):,} images went away or changed while they were read, first "
-            f"{image_name} ({reason}); the features of the others are kept. Call again when the "
-            "images stand still"
+            f"{count_text(len(unread_images), 'image')} went away or changed while they were read, "
+            f"first {image_name} ({reason}); the features of the others are kept. Call again when "
+            "the images stand still"
         )
 
 

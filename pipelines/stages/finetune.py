@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.finetune.stage import (
     FinetuneInputs,
     finetune_candidates,
@@ -41,6 +42,6 @@ def finetune(state: RunState, services: Services) -> RunState:
             services.options,
             retry_failed=retry_failed,
         )
-        trained_text = f"{finetuned.trained:,} networks trained"
+        trained_text = f"{count_text(finetuned.trained, 'network')} trained"
         report_done(trained_text if finetuned.trained else "nothing missing")
         return replace(state, finetuned=finetuned)

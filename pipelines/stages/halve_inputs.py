@@ -43,8 +43,8 @@ def halve_inputs(state: RunState, services: Services) -> RunState:
             state.dataset.groups,
         )
         report_done(
-            f"{len(halving.selected_inputs):,} of {len(requested_inputs):,} inputs go on: "
-            f"{'; '.join(' + '.join(inputs) for inputs in halving.selected_inputs)}"
+            f"{len(halving.selected_inputs):,} of {len(requested_inputs):,} inputs go "
+            f"on: {'; '.join(' + '.join(inputs) for inputs in halving.selected_inputs)}"
         )
         return replace(
             state, plan=keep_inputs(state.plan, halving.selected_inputs), input_halving=halving

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.cache.atomic_io import lease
+from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import open_feature_set
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.temperature import FLOOR
@@ -62,15 +63,15 @@ def predict(state: RunState, services: Services) -> RunState:
                 publish_table(state.paths.unit_predictions, unit_table)
             n_unlabelled = len(unlabelled.ids)
             report_done(
-                f"{n_images:,} images"
+                count_text(n_images, "image")
                 + (f", {n_unlabelled:,} of them without a label" if n_unlabelled else "")
             )
     n_lacking = len(state.dataset.unlabelled.ids) - len(unlabelled.ids)
     if not n_lacking:
         return state
     note = (
-        f"{n_lacking:,} images without a label have no row in the external features that the "
-        "selected model reads, and no prediction"
+        f"{count_text(n_lacking, 'image')} without a label and without a row in the external "
+        "features that the selected model reads: no prediction"
     )
     return replace(state, notes=(*state.notes, note))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
+from headrace.cache.count_text import count_text
 from headrace.heads.data.side_columns import taps_of
 from headrace.pipelines.models.image_parts import ImageParts, trained_parts
 from headrace.pipelines.models.reference import model_ref
@@ -72,7 +73,7 @@ def select(state: RunState, services: Services) -> RunState:
         )
         ensemble = combine_heads(state, leaderboard)
         write_instance_weights(state, leaderboard, ensemble)
-        report_done(f"{len(leaderboard):,} settings ranked")
+        report_done(f"{count_text(len(leaderboard), 'setting')} ranked")
     return replace(
         state,
         failed_images=failed_images,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.heads.bank import BankJob, publish_failure, train_bank
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.kinds import HEAD_KINDS
@@ -39,8 +40,9 @@ def train(state: RunState, services: Services) -> RunState:
             state = replan_heads(state, retry_failed=services.retry_failed)
         _train_banks(state, services, heads_device)
         report_done(
-            f"{state.plan.heads_new:,} heads in {len(state.plan.banks):,} banks, and each setting "
-            "once on all training rows"
+            f"{count_text(state.plan.heads_new, 'head')} in "
+            f"{count_text(len(state.plan.banks), 'bank')}, and each setting once on all training "
+            "rows"
         )
         return state
 
@@ -94,8 +96,8 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
             options.on_event("progress", done=n_done, failed=n_failed)
     if bank_failures:
         raise RunIncomplete(
-            f"{len(bank_failures):,} of {len(jobs):,} banks failed; the others are kept, and the "
-            f"same command tries these again. The first reason: {bank_failures[0]}"
+            f"{len(bank_failures):,} of {count_text(len(jobs), 'bank')} failed; the others are "
+            f"kept, and the same command tries these again. The first reason: {bank_failures[0]}"
         )
 
 

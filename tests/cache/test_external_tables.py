@@ -537,14 +537,14 @@ def test_ids_that_are_numbers_in_parquet_keep_their_digits(tmp_path, ids):
 def test_a_row_without_an_id_is_refused(table, suffix, missing):
     """Not called `nan`: another table's missing id would be the same."""
     table.loc[5, "id"] = missing
-    with pytest.raises(ExternalFeaturesInvalid, match="1 rows have no id, first row 6"):
+    with pytest.raises(ExternalFeaturesInvalid, match="1 row has no id, first row 6"):
         read(write(table, suffix), "f*")
 
 
 def test_a_line_without_an_id_is_refused(tmp_path):
     np.save(tmp_path / "f.npy", np.ones((3, 2)))
     (tmp_path / "ids.txt").write_text("a\n\nc")
-    with pytest.raises(ExternalFeaturesInvalid, match="1 rows have no id, first row 2"):
+    with pytest.raises(ExternalFeaturesInvalid, match="1 row has no id, first row 2"):
         read_external_features(tmp_path / "f.npy", ids_path=tmp_path / "ids.txt")
 
 
@@ -585,7 +585,7 @@ def test_an_integer_id_with_a_gap_keeps_its_digits(tmp_path):
         pa.table({"id": pa.array([2**53 + 1, None], pa.int64()), "f": [0.5, 1.5]}),
         tmp_path / "t.parquet",
     )
-    with pytest.raises(ExternalFeaturesInvalid, match="1 rows have no id, first row 2"):
+    with pytest.raises(ExternalFeaturesInvalid, match="1 row has no id, first row 2"):
         read_external_features(tmp_path / "t.parquet")
     pq.write_table(
         pa.table({"id": pa.array([2**53 + 1, 2], pa.int64()), "f": [0.5, 1.5]}),

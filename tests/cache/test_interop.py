@@ -160,8 +160,8 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
     )
     assert command_result.returncode == 0, command_result.stderr
     assert "30 rows of shape (2,) kept as theirs" in command_result.stdout
-    assert "1 are of exact copies" in command_result.stdout
-    assert "1 have ids that no image has" in command_result.stdout
+    assert "exact copies of other images, which share a row: 1" in command_result.stdout
+    assert "left out: 1 with ids that no image has" in command_result.stdout
     result = run_here(tmp_path / "alone.yaml")
     assert result.names == ("theirs",)
     assert result.winner["accuracy"] == 1.0
@@ -367,7 +367,7 @@ def test_an_export_by_recipe_has_its_images_in_its_order_under_its_ids(two_folde
         "cache", "export", "layer1.avg", f"out.{kind}", "--recipe", "recipe.yaml", cwd=folder
     )
     assert command_result.returncode == 0, command_result.stderr
-    assert "1 images of the recipe have no row and are left out: b." in command_result.stdout
+    assert "Left out, without a row: 1 image of the recipe, b." in command_result.stdout
     ids, values = read_export(folder / f"out.{kind}")
     assert ids == list("fedca")
     hashes = content_hashes(

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, strategies as st
 
+from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text, load_json, normalize_text
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
@@ -146,3 +147,15 @@ def test_half_a_character_in_json_is_no_text():
     assert load_json(r'"\udcff"', errors="surrogateescape") == os.fsdecode(b"\xff")
     with pytest.raises(ValueError, match="surrogates"):
         load_json(r'"\ud800"', errors="surrogateescape")
+
+
+def test_one_is_counted_in_the_singular() -> None:
+    """A count agrees with its noun and its verb; thousands are grouped."""
+    assert [count_text(count, "image") for count in (0, 1, 2, 1200)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "1,200 images",
+    ]
+    assert count_text(1, "class has", "classes have") == "1 class has"
+    assert count_text(3, "class has", "classes have") == "3 classes have"

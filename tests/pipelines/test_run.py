@@ -70,7 +70,7 @@ def test_strict_refuses_what_cannot_be_decoded(finished):
     folder, _ = finished
     done = headrace("run", "recipe.yaml", "--strict", cwd=folder)
     assert done.returncode == 2
-    assert "1 images cannot be decoded" in done.stderr
+    assert "1 image cannot be decoded" in done.stderr
     assert "failed-images.csv" in done.stderr
 
 

@@ -176,7 +176,7 @@ def test_an_export_predicts_the_same_where_headrace_is_not(run):
     exported = export_model(model, folder / "out", ["torch", "onnx", "safetensors"])
     assert max(exported.differences.values()) <= TOLERANCE
     rows = table[:12].assign(site=["east", *table["site"][1:12]])
-    with pytest.warns(UserWarning, match="1 images have a site"):
+    with pytest.warns(UserWarning, match="1 image has a site"):
         expected = model.predict_proba(rows["path"].tolist(), side_columns=rows)
     plain = [
         {"path": path, "age": float(age) if age else None, "site": site}
@@ -186,7 +186,7 @@ def test_an_export_predicts_the_same_where_headrace_is_not(run):
     subprocess.run([sys.executable, "-c", ALONE], cwd=folder / "out", check=True)
     for found in json.loads((folder / "out" / "out.json").read_text()):
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
-    with pytest.warns(UserWarning, match="1 images have a site"):
+    with pytest.warns(UserWarning, match="1 image has a site"):
         copied = load_model(folder / "out").predict_proba(rows["path"].tolist(), side_columns=rows)
     np.testing.assert_allclose(copied, expected, atol=1e-6)
     card = (folder / "out" / "MODEL_CARD.md").read_text()
@@ -291,7 +291,7 @@ def test_levels_and_means_are_those_of_training_rows():
     changed = dataset(cells)
     assert changed.train.side.columns == plain.train.side.columns
     assert np.isnan(changed.test.side.values).sum() == 1
-    assert any("1 images have a x that no training image has" in note for note in changed.notes)
+    assert any("1 image has a x that no training image has" in note for note in changed.notes)
 
 
 def test_images_without_a_label_have_side_columns_and_unknown_values_are_counted():
@@ -302,6 +302,4 @@ def test_images_without_a_label_have_side_columns_and_unknown_values_are_counted
     found = dataset(cells, target=label)
     assert found.unlabelled.side.values[:, 0].tolist()[0] == 0
     assert np.isnan(found.unlabelled.side.values[1, 0])
-    assert any(
-        note.startswith("of those without a label, 1 images have a x") for note in found.notes
-    )
+    assert any(note.startswith("of those without a label, 1 image has a x") for note in found.notes)

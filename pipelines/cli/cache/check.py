@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.publish import feature_set_path
@@ -96,7 +97,7 @@ def verify_command(
         )
     if n_problems:
         say(
-            f"{n_problems} problem{'s' * (n_problems > 1)}. Broken shards: `headrace cache "
+            f"{count_text(n_problems, 'problem')}. Broken shards: `headrace cache "
             "repair`, then run again"
         )
         raise typer.Exit(1)
@@ -113,7 +114,7 @@ def _verify_bytes(directory: Path, say: Say) -> "VerifiedFeatureSet":
     if all(problem.is_harmless for problem in problems):
         feature_set = open_feature_set(directory)
         tap, n_rows = feature_set.spec.name, feature_set.n_rows
-        say(f"{directory.name} {tap}: every byte of {n_rows:,} rows is as written")
+        say(f"{directory.name} {tap}: every byte of {count_text(n_rows, 'row')} is as written")
     return VerifiedFeatureSet(
         fingerprint=directory.name,
         tap=tap,
@@ -147,14 +148,18 @@ def _verify_sources(recipe_path: Path, directories: list[Path], say: Say) -> "li
     absent_messages = [problem.message for problem in problems if problem.is_harmless]
     if absent_messages:
         say(
-            f"note: {len(absent_messages):,} rows are of images that the recipe does not have (new "
-            f"ones that were predicted, other data sets', or removed): {absent_messages[0]}"
+            f"note: {count_text(len(absent_messages), 'row is', 'rows are')} of images that the "
+            "recipe does not have (new ones that were predicted, other data sets', or removed): "
+            f"{absent_messages[0]}"
         )
     for problem in problems:
         if not problem.is_harmless:
             say(f"source: {problem.message}")
     n_changed = len(problems) - len(absent_messages)
-    say(f"{len(hash_by_id):,} source images hashed, {n_changed} problem{'s' * (n_changed != 1)}")
+    say(
+        f"{count_text(len(hash_by_id), 'source image')} hashed, {n_changed} "
+        f"problem{'s' * (n_changed != 1)}"
+    )
     return problems
 
 
@@ -200,8 +205,8 @@ def _verify_recompute(
                 )
                 verdict = "within" if result.is_equal else "BEYOND"
                 say(
-                    f"{spec.name}: {result.n_rows} rows extracted again differ by at most "
-                    f"{result.largest_difference:.2e} of the root mean square, {verdict} the "
+                    f"{spec.name}: {count_text(result.n_rows, 'row')} extracted again differ by at "
+                    f"most {result.largest_difference:.2e} of the root mean square, {verdict} the "
                     f"tolerance of {result.tolerance:.2e} ({RECOMPUTE_TOLERANCE:g} for another "
                     "machine or batch size, the rest quantization error); the furthest is "
                     f"{result.worst_id}"
@@ -274,7 +279,7 @@ def repair_command(
         if result.is_nothing:
             say(f"{directory.name}: nothing to repair")
             continue
-        changes = [f"{len(result.intact_units)} shards kept"]
+        changes = [f"{count_text(len(result.intact_units), 'shard')} kept"]
         for action, unit_names in (
             ("removed", result.removed_units),
             ("missing", result.missing_units),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.pipelines.cli.cache.find import (
@@ -88,14 +89,15 @@ def export_command(
         print_line(f"wrote {written_path}")
     if missing_ids:
         print_line(
-            f"{len(missing_ids):,} images of the recipe have no row and are left out: "
+            f"Left out, without a row: {count_text(len(missing_ids), 'image')} of the recipe, "
             f"{_first_ids(missing_ids)}. `headrace run` makes the rows of images that can be read"
         )
     if ambiguous_ids:
         print_line(
-            f"{len(ambiguous_ids):,} ids stand for several images (folders with the same names, "
-            f"images before and after they were edited), first {ambiguous_ids[0]!r}: the column "
-            "`content` tells them apart, and --recipe exports the images of one recipe"
+            f"{count_text(len(ambiguous_ids), 'id stands', 'ids stand')} for several images "
+            "(folders with the same names, images before and after they were edited), first "
+            f"{ambiguous_ids[0]!r}: the column `content` tells them apart, and --recipe exports "
+            "the images of one recipe"
         )
 
 
@@ -187,17 +189,15 @@ def import_command(
         )
         return
     report_text = (
-        f"{import_report.n_rows:,} rows of shape {import_report.features.spec.shape} kept as "
-        f"{name} in {import_report.features.path}"
+        f"{count_text(import_report.n_rows, 'row')} of shape {import_report.features.spec.shape} "
+        f"kept as {name} in {import_report.features.path}"
     )
     if import_report.n_copies:
         report_text += (
-            f"; {import_report.n_copies:,} are of exact copies of other images, which share a row"
+            f"; exact copies of other images, which share a row: {import_report.n_copies:,}"
         )
     if import_report.n_unknown:
-        report_text += (
-            f"; {import_report.n_unknown:,} have ids that no image has, and were left out"
-        )
+        report_text += f"; left out: {import_report.n_unknown:,} with ids that no image has"
     print_line(f"{report_text}. In a recipe: external_features: [{name}]")
 
 
@@ -214,7 +214,7 @@ def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, R
     )
     if not selection.ids:
         raise CacheError(
-            f"{feature_set.path} has no row of any of the {len(samples):,} images of "
+            f"{feature_set.path} has no row of any of the {count_text(len(samples), 'image')} of "
             f"{recipe_path}, the first is {selection.missing[0]!r}. `headrace run {recipe_path}` "
             "makes them"
         )

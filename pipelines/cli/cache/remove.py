@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.publish import read_spec
 from headrace.pipelines.cli.cache.find import (
@@ -69,7 +70,9 @@ def gc_command(
     for garbage_path in garbage_paths:
         print_line(str(garbage_path))
     if n_leases:
-        print_line(f"{n_leases:,} leases and locks of drivers that are no more: removed")
+        print_line(
+            f"{count_text(n_leases, 'lease')} and locks of drivers that are no more: removed"
+        )
     print_line(
         f"{garbage.bytes / 1e6:,.1f} MB {'removed' if yes else 'would go; --yes removes them'}"
     )

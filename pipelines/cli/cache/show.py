@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import FeatureSet, feature_set_directories, open_feature_set
 from headrace.cache.publish import shard_path
@@ -62,12 +63,13 @@ def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = F
             )
             continue
         written = output.last_written
+        writers = ", ".join(output.written_by)
         # Two lines for each, to fit a narrow terminal.
         print_line(f"{output.fingerprint}  {output.backbone} {output.tap}")
+        shape_text = f"{'x'.join(map(str, output.shape or ()))} {output.dtype}"
         print_line(
-            f"    {output.rows:,} rows of {'x'.join(map(str, output.shape or ()))} {output.dtype}, "
-            f"{output.failed:,} failed, {bytes_text(output.bytes or 0)}; "
-            f"{written:%Y-%m-%d %H:%M} by {', '.join(output.written_by)}"
+            f"    {count_text(output.rows or 0, 'row')} of {shape_text}, {output.failed:,} failed, "
+            f"{bytes_text(output.bytes or 0)}; {written:%Y-%m-%d %H:%M} by {writers}"
             if written
             else "    nothing is written yet"
         )
@@ -136,7 +138,7 @@ def show_command(
     for field_name, value in spec_fields.items():
         print_line(f"{field_name:>14}  {value}")
     print_line(
-        f"{'rows':>14}  {feature_set.n_rows:,} in {len(shard_rows)} shards of "
+        f"{'rows':>14}  {feature_set.n_rows:,} in {count_text(len(shard_rows), 'shard')} of "
         f"{min(shard_rows, default=0)} to {max(shard_rows, default=0)}"
     )
     print_line(f"{'bytes':>14}  {feature_set.stored_bytes:,} in {feature_set.path}")
@@ -153,7 +155,7 @@ def show_command(
         f"{'quantization':>14}  {measured_text} (bound of {feature_set.spec.dtype}: "
         f"{_HALF[feature_set.spec.dtype]}, measured when written)"
     )
-    print_line(f"{'failed':>14}  {len(failures)} samples")
+    print_line(f"{'failed':>14}  {count_text(len(failures), 'sample')}")
     for failure in failures[:_SHOWN_FAILURES]:
         print_line(f"{'':>14}  {failure.id}: {failure.reason}")
     if len(failures) > _SHOWN_FAILURES:

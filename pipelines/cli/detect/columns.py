@@ -1,5 +1,6 @@
 """The recipe's task section from a table: which columns are the target, the groups, the split."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.text import as_text
 from headrace.extract.images.byte_ranges import locator_file
@@ -30,28 +32,61 @@ class InitError(HeadraceError, ValueError):
 def targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
     """Return the targets in words: "3 classes in column 'label'", "targets in 4 columns"."""
     if len(targets) > 1:
-        return f"targets in {len(targets)} columns"
+        return f"targets in {count_text(len(targets), 'column')}"
     n_classes = n_distinct(samples[targets[0]])
-    classes_text = "lists of classes" if n_classes is None else f"{n_classes:,} classes"
+    classes_text = (
+        "lists of classes" if n_classes is None else f"{count_text(n_classes, 'class', 'classes')}"
+    )
     return f"{classes_text} in column {targets[0]!r}"
 
 
-def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]") -> str:
+def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]", table_file: Path) -> str:
     """Return, in words, how many rows of a table have no label and how many files are missing."""
     doubt_text = ""
     if n_unlabelled := int(labels.isna().sum()):
-        doubt_text += f"; {n_unlabelled:,} rows have no label: a run predicts them"
+        doubt_text += (
+            f"; {count_text(n_unlabelled, 'row has', 'rows have')} no label: a run predicts them"
+        )
     checked_files = [
         locator_file(file_path) for file_path in paths.head(_PATHS_CHECKED).astype(str)
     ]
     missing_files = [file_path for file_path in checked_files if not Path(file_path).is_file()]
     if missing_files:
         doubt_text += (
-            f"; {len(missing_files):,} of the first {len(checked_files):,} files are not there, "
-            f"such as {missing_files[0]} (relative paths start from images.root, by default the "
-            "table's folder)"
+            f"; {len(missing_files):,} of the first {count_text(len(checked_files), 'file')} are "
+            f"not there, such as {missing_files[0]} (relative paths start from images.root, by "
+            "default the table's folder)"
         )
+        folder = table_file.parent.absolute()
+        prefix = _prefix_elsewhere(missing_files, folder)
+        if prefix and table_file.suffix.lower() in (".csv", ".tsv", ".tab", ".txt"):
+            pattern = prefix.replace("\\", "\\\\")
+            doubt_text += (
+                f". Without {prefix} they are below {folder.name}: sed 's|{pattern}||' "
+                f"{table_file.name} > here.csv, and then headrace init here.csv"
+            )
     return doubt_text
+
+
+def _prefix_elsewhere(missing_files: Sequence[str], folder: Path) -> str | None:
+    """Return what paths of another machine begin with, where they lead to files below the folder
+    without it.
+    """
+    names = [file_path.removeprefix(f"{folder}/") for file_path in missing_files]
+    separators = [match.end() for match in re.finditer(r"[/\\]", names[0])]
+    prefixes = (names[0][:end] for end in separators)
+    return next(
+        (
+            prefix
+            for prefix in prefixes
+            if all(
+                name.startswith(prefix)
+                and (folder / name.removeprefix(prefix).replace("\\", "/")).is_file()
+                for name in names
+            )
+        ),
+        None,
+    )
 
 
 def task_section(
@@ -94,8 +129,8 @@ def task_section(
             task_lines += "\n  kind: multi                    # 0/1 columns"
             meaning = "several labels for an image (task.kind: multi)"
         task_notes.append(
-            f"{len(indicators)} columns hold 0 and 1 alone ({name_some(indicators)}) and are taken "
-            f"for {meaning}; for one of them: task.target"
+            f"{count_text(len(indicators), 'column holds', 'columns hold')} 0 and 1 alone "
+            f"({name_some(indicators)}) and are taken for {meaning}; for one of them: task.target"
         )
     elif target_column in list_columns:
         task_lines += "\n  kind: multi                    # several labels in a cell"

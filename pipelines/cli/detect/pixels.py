@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from headrace.cache.count_text import count_text
 from headrace.extract.errors import ImageError
 from headrace.extract.images.bands import Bands, decode_deep
 from headrace.extract.images.byte_ranges import read_bytes
@@ -51,12 +52,13 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
         black, white = _black_and_white(dtype, min(lows), max(highs))
         images = (
             f"  pixel_range: [{black:.6g}, {white:.6g}]      # black and white, by "
-            f"{len(paths)} images: set what the sensor has\n"
+            f"{count_text(len(paths), 'image')}: set what the sensor has\n"
             "  pixel_dtype: float32      # pixels keep their depth until they are normalised\n"
         )
         notes.append(
-            f"the pixels are {dtype}, {min(lows):g} to {max(highs):g} in {len(paths)} images; "
-            f"{black:.6g} and {white:.6g} are taken for black and white (images.pixel_range)"
+            f"the pixels are {dtype}, {min(lows):g} to {max(highs):g} in "
+            f"{count_text(len(paths), 'image')}; {black:.6g} and {white:.6g} are taken for black "
+            "and white (images.pixel_range)"
         )
     backbone = ""
     if count not in (1, 3):
@@ -66,7 +68,7 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
             "where there are\n"
         )
         notes.append(
-            f"the images have {count} bands; bands: {bands} reads "
+            f"the images have {count_text(count, 'band')}; bands: {bands} reads "
             f"{'all' if count <= _MAX_BANDS else 'the first'} of them. Put red, green and blue "
             "first, where there are"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import SourceError, as_yaml_list
 from headrace.extract.images.byte_ranges import read_bytes
@@ -20,6 +21,7 @@ from headrace.extract.sources.formats import (
     ARRAY_KINDS,
     IMAGE_SUFFIXES,
     MAYBE_TABLES,
+    box_files,
     is_archive,
 )
 from headrace.extract.sources.image_column import find_image_column
@@ -146,6 +148,8 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
                 replace(source, kind="array", location=array_files[0]),
                 recipe_folder,
             )
+        if (boxes_text := box_files(folder)) is not None:
+            raise InitError(f"{folder} holds {boxes_text}") from None
         if not refusal_texts:
             raise
         raise InitError("\n".join([str(error), *refusal_texts])) from None
@@ -215,8 +219,8 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
             else ""
         )
         raise InitError(
-            f"{folder}: found {found_text} ({len(samples):,} images). A classifier needs two "
-            "classes or more: one sub-folder each, or a CSV with the columns path and "
+            f"{folder}: found {found_text} ({count_text(len(samples), 'image')}). A classifier "
+            "needs two classes or more: one sub-folder each, or a CSV with the columns path and "
             f"label{hint_text}"
             + "".join(f". Left out: {left_out}" for left_out in listing.left_out[:3])
         )
@@ -232,10 +236,11 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
     class_source = "inner folder" if has_split else "sub-folder"
     smallest, largest = class_counts.min(), class_counts.max()
     sizes_text = f"{largest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
+    each_text = f"{_named_classes(class_counts)}, {sizes_text} each"
     return Finding(
         images=f"  folder: {_path_text(folder, recipe_folder)}      # {layout_text}\n",
         task=f"  target: label                  # the name of the {class_source}{split_line}",
-        sentence=f"{len(samples):,} images in {_named_classes(class_counts)}, {sizes_text} each"
+        sentence=f"{count_text(len(samples), 'image')} in {each_text}"
         + (f"; {_split_sizes(samples['split'])}" if has_split else ""),
         notes=_listing_notes(listing),
         examples=_examples(samples),
@@ -257,7 +262,7 @@ def _classes_by_names(folder: Path, listing: Listing, recipe_folder: Path) -> Fi
         images=f"  folder: {_path_text(folder, recipe_folder)}\n"
         f"  name_pattern: '{_CLASS_AND_NUMBER}'      # named groups are columns\n",
         task="  target: label",
-        sentence=f"{len(listing.samples):,} images in {_named_classes(class_counts)}",
+        sentence=f"{count_text(len(listing.samples), 'image')} in {_named_classes(class_counts)}",
         notes=(
             "no sub-folders for classes; the words that file names begin with are taken for them "
             "(images.name_pattern)",
@@ -277,7 +282,9 @@ def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -
         images=f"  {archive_key}: {_path_text(location, recipe_folder)}      # archives; or a "
         "pattern: train-{000..031}.tar\n",
         task=task_lines,
-        sentence=f"{len(samples):,} images in archives, {targets_text(samples, targets)}",
+        sentence=(
+            f"{count_text(len(samples), 'image')} in archives, {targets_text(samples, targets)}"
+        ),
         notes=(*task_notes, *_listing_notes(listing)),
         examples=_examples(samples),
     )
@@ -287,9 +294,8 @@ def _named_classes(class_counts: "pd.Series[Any]") -> str:
     """Return "3 classes (crane, heron, stork)"."""
     class_names = sorted(map(str, class_counts.index))
     more_text = ", …" if len(class_names) > _MAX_CLASSES_NAMED else ""
-    return (
-        f"{len(class_names):,} classes ({', '.join(class_names[:_MAX_CLASSES_NAMED])}{more_text})"
-    )
+    classes_text = count_text(len(class_names), "class", "classes")
+    return f"{classes_text} ({', '.join(class_names[:_MAX_CLASSES_NAMED])}{more_text})"
 
 
 def _holds_zip(location: Path) -> bool:
@@ -335,8 +341,8 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
     ] or ["label"]
     if samples[label_columns].isna().all(axis=None):
         raise InitError(
-            f"{location}: {len(samples):,} images, and no labels beside them. Write the recipe by "
-            "hand, with\n"
+            f"{location}: {count_text(len(samples), 'image')}, and no labels beside them. Write "
+            "the recipe by hand, with\n"
             f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per "
             "image"
         )
@@ -347,7 +353,7 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
     return Finding(
         image_lines,
         task_lines,
-        f"{len(samples):,} images, {targets_text(samples, targets)}{split_text}",
+        f"{count_text(len(samples), 'image')}, {targets_text(samples, targets)}{split_text}",
         (*range_notes, *task_notes, *_listing_notes(listing)),
     )
 
@@ -378,12 +384,13 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         image_lines += f"  path_column: {yaml_text(path_source)}\n"
         source = replace(source, path_column=path_source)
     used_columns = [path_source]
-    if "id" in table_data.frame.columns and "id" not in used_columns:
-        image_lines += "  id_column: id\n"
-        used_columns.append("id")
-        source = replace(source, id_column="id")
     listing = read_source(source)
     samples = listing.samples
+    table_columns = table_data.frame.columns
+    # the reader's own name for a column `id` that repeats, as patients' do
+    repeats = "image_id" in samples and "image_id" not in table_columns
+    if "id" in table_columns and "id" not in used_columns and not repeats:
+        image_lines += "  id_column: id\n"
     other_columns = [
         column
         for column in samples.columns
@@ -396,8 +403,8 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         images=f"{image_lines}  # root: images      # what relative paths start from\n",
         task=task_lines,
         sentence=(
-            f"{len(samples):,} images in {table.name}, {targets_text(samples, targets)}"
-            + table_doubts(samples["path"], samples[targets[0]])
+            f"{count_text(len(samples), 'image')} in {table.name}, {targets_text(samples, targets)}"
+            + table_doubts(samples["path"], samples[targets[0]], table_file)
         ),
         notes=(*pattern_notes, *task_notes, *_listing_notes(listing)),
         examples=_examples(samples),

@@ -16,6 +16,7 @@ import pandas as pd
 import xxhash
 
 from headrace.cache.atomic_io import publish_replace
+from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
@@ -72,9 +73,9 @@ def map_section(
     )
     n_pictures = sum(picture is not None for picture in pictures)
     caption = (
-        f"{len(shown):,} images by what the winner reads of them, {' + '.join(names)}: PCA of the "
-        f"standardized features; the two directions hold {share:.0%} of the variance"
-        + (f"; {n_pictures:,} have a picture" if 0 < n_pictures < len(shown) else "")
+        f"{count_text(len(shown), 'image')} by what the winner reads of them, {' + '.join(names)}: "
+        f"PCA of the standardized features; the two directions hold {100 * share:.0f} % of the "
+        "variance" + (f"; {n_pictures:,} have a picture" if 0 < n_pictures < len(shown) else "")
     )
     point_map = PointMap(
         "map",
@@ -233,8 +234,8 @@ def _read_features(
         ]
         notes.append(
             Note(
-                f"{len(content) - len(rows):,} images are not on the map, for they have no "
-                f"features in {', '.join(manifests)} any more: {RUN_AGAIN}.",
+                f"{count_text(len(content) - len(rows), 'image is', 'images are')} not on the map, "
+                f"for they have no features in {', '.join(manifests)} any more: {RUN_AGAIN}.",
                 "warning",
             )
         )

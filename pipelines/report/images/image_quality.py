@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.report.images.small_copies import MEASURED_SIDE, SmallCopies
 from headrace.pipelines.report.page.blocks import (
@@ -100,8 +101,8 @@ def _size_facts(measured: pd.DataFrame, known: pd.DataFrame, copies: SmallCopies
         ("images measured", f"{len(measured):,} of {n_images:,} that differ{left_out}"),
         (
             "commonest size",
-            f"{commonest[0]} × {commonest[1]} pixels, {int(sizes.iloc[0]):,} images; "
-            f"{len(sizes):,} size{'s' * (len(sizes) > 1)} in all",
+            f"{commonest[0]} × {commonest[1]} pixels, {count_text(int(sizes.iloc[0]), 'image')}; "
+            f"{count_text(len(sizes), 'size')} in all",
         ),
         (
             "smallest and largest",

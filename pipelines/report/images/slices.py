@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.heads.evaluate.intervals import LEVEL, mean_loss_interval, proportion_interval
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import number_text
@@ -69,7 +70,7 @@ def slices_section(
                 "verdict",
                 "verdict",
                 hint="worse: its interval lies below all of the side even at the level at which "
-                f"{len(frame):,} intervals hold together",
+                f"{count_text(len(frame), 'interval holds', 'intervals hold')} together",
             ),
         ),
         frame.drop(columns=["values", "groups", "order", "metric"]),
@@ -97,11 +98,14 @@ def _verdicts(frame: pd.DataFrame, metric: str) -> Iterator[Note]:
         yield Note(
             f"{row['column']} = {row['value']} is worse than the others: {metric_title(metric)} "
             f"{value} ({low} to {high}) against {overall} on all {row['side']} "
-            f"images, {row['images']:,} images.",
+            f"images, {count_text(row['images'], 'image')}.",
             "warning",
         )
     if len(worse) > SHOWN_WARNINGS:
-        yield Note(f"{len(worse) - SHOWN_WARNINGS:,} more slices are worse: see the table.")
+        yield Note(
+            f"{count_text(len(worse) - SHOWN_WARNINGS, 'more slice is', 'more slices are')} worse: "
+            "see the table."
+        )
 
 
 def _slice_rows(

@@ -87,7 +87,7 @@ async function drawCurves(root) {
   save.setAttribute("aria-label", `Download as CSV: ${root.querySelector(".caption").textContent}`);
   save.addEventListener("click", points);
   root.querySelector(".caption").after(save);
-  const tools = make("div", { className: "tools" }, ...(data.curves.length > 1 ? [labelled("Class", choice)] : []), labelled("Threshold (from sure to everything)", slider));
+  const tools = make("div", { className: "tools" }, ...(data.curves.length > 1 ? [labelled("Show", choice)] : []), labelled("Threshold (from sure to everything)", slider));
   root.querySelector("noscript").remove();
   root.append(tools, drawings, said);
   pick();

@@ -64,7 +64,7 @@ def test_tasks_of_label_studio(tmp_path):
     assert samples["stars"].tolist()[:3] == [4] * 3
     assert samples["camera"][0] == "k1"
     assert samples[["choice", "stars"]].isna().all(axis=1).tolist() == [False] * 3 + [True]
-    assert any("1 tasks have several annotations" in note for note in listing.notes)
+    assert any("1 task has several annotations" in note for note in listing.notes)
 
 
 def test_an_address_is_never_another_file_of_its_name(tmp_path):
@@ -85,6 +85,15 @@ def test_an_address_is_never_another_file_of_its_name(tmp_path):
         "x/y/d.jpg",
     ]
     assert samples["age"].tolist() == [0.5] * 5
+
+
+def test_a_task_of_label_studio_without_a_choice_is_a_row_without_a_label(tmp_path):
+    """Where no task has two choices, they are labels and no lists, and an empty answer is none."""
+    tasks = [task(f"{n}.jpg", {"c": ("choices", ["a"][:n])}) for n in range(2)]
+    put(tmp_path / "t.json", json.dumps(tasks))
+    labels = read_source(detect_source(tmp_path / "t.json")).samples["c"]
+    assert labels.isna().tolist() == [True, False]
+    assert labels[1] == "a"
 
 
 def test_several_choices_of_label_studio_are_lists(tmp_path):

@@ -25,6 +25,7 @@ from headrace.extract.images.decoding import decode_image
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
 from headrace.extract.sources.folder import UNMATCHED_NAMES, read_folder
+from headrace.extract.sources.listing import LeftOut
 from headrace.extract.sources.read import (
     ImageSource,
     SourceWarning,
@@ -145,7 +146,7 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no images found .found: no files"):
         list_folder(tmp_path / "images")
     write(tmp_path / "images/a.txt", b"x")
-    with pytest.raises(SourceError, match=r"found: 1 \.txt files"):
+    with pytest.raises(SourceError, match=r"found: 1 \.txt file"):
         list_folder(tmp_path / "images")
     with pytest.raises(SourceError, match=r"is a file"):
         list_folder(tmp_path / "images/a.txt")
@@ -186,10 +187,10 @@ def test_tables_that_cannot_be(tmp_path: Path) -> None:
         read_table(tmp_path / "t.csv", path_column="path")
     with pytest.raises(SourceError, match=r"no column 'flie'.*Nearest: file"):
         read_table(tmp_path / "t.csv", path_column="flie")
-    with pytest.raises(SourceError, match=r"1 ids occur more than once, for example 'a'"):
+    with pytest.raises(SourceError, match=r"1 id occurs more than once, for example 'a'"):
         read_table(tmp_path / "t.csv", path_column="file")
     pd.DataFrame({"path": ["a", None]}).to_csv(tmp_path / "e.csv", index=False)
-    with pytest.warns(SourceWarning, match=r"1 rows that name no image: e.csv, row 2"):
+    with pytest.warns(SourceWarning, match=r"1 row that names no image: e.csv, row 2"):
         assert read_table(tmp_path / "e.csv")["id"].tolist() == ["a"]
     write(tmp_path / "bad.parquet", b"not parquet")
     with pytest.raises(SourceError, match=r"cannot be read as parquet"):
@@ -352,7 +353,7 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"a.png": png(1), "a.cls": b"3\n", "a.json": meta, "dir/b.png": png(2)},
     )
     shard(tmp_path / "s-001.tar", {"c.cls": b"4", "c.seg.png": png(3), "readme.md": b"hello"})
-    with pytest.warns(SourceWarning, match=r"left out 1 .md files .no image.: s-001.tar/readme.md"):
+    with pytest.warns(SourceWarning, match=r"left out 1 .md file .no image.: s-001.tar/readme.md"):
         samples = list_tar(f"{tmp_path}/s-{{000..001}}.tar")
     assert samples["id"].tolist() == [
         "s-000.tar/a.png",
@@ -383,7 +384,7 @@ def test_tar_shards_that_cannot_be(tmp_path: Path) -> None:
         list_tar(tmp_path / "bad.tar")
     with pytest.raises(SourceError, match=r"no such archive"):
         list_tar(tmp_path / "absent-{000..003}.tar")
-    with pytest.raises(SourceError, match=r"no images .found: 1 side files of no image"):
+    with pytest.raises(SourceError, match=r"no images .found: 1 side file of no image"):
         list_tar(shard(tmp_path / "empty.tar", {"a.txt": b""}))
     samples = list_tar(whole)
     whole.write_bytes(whole.read_bytes()[:1100])  # cut after it was listed
@@ -583,3 +584,23 @@ def test_named_groups_of_file_names_are_columns(tmp_path):
     assert (left_out.reason, left_out.count) == (UNMATCHED_NAMES, 1)
     with pytest.raises(SourceError, match="name_pattern does not match"):
         read_source(ImageSource("folder", tmp_path, name_pattern="(?P<label>zebra)"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "of_one"),
+    [
+        (".txt files (no image)", "1 .txt file (no image): a"),
+        ("files without a suffix (no image)", "1 file without a suffix (no image): a"),
+        ("entries that images.exclude names", "1 entry that images.exclude names: a"),
+        ("rows that name no image", "1 row that names no image: a"),
+        ("rows that are another row once more", "1 row that is another row once more: a"),
+        (
+            "links to folders that are read under their own names",
+            "1 link to folders that are read under their own names: a",
+        ),
+    ],
+)
+def test_what_is_left_out_once_is_said_in_the_singular(reason: str, of_one: str) -> None:
+    """The reason is written for many; of one entry its noun and verb are singular."""
+    assert str(LeftOut(reason, 1, ("a",))) == of_one
+    assert str(LeftOut(reason, 2, ("a", "b"))) == f"2 {reason}: a, b"

@@ -122,9 +122,9 @@ def test_what_is_left_out_says_what_it_is_and_how_to_use_it(tmp_path):
         write(tmp_path / name, png(1) if name.endswith("png") else b"0123456789")
     said = "\n".join(map(str, read_folder(tmp_path).left_out))
     for words in (
-        "1 .nef files (camera raw: develop",
-        ".mp4 files (video",
-        ".dcm files (DICOM",
+        "1 .nef file (camera raw: develop",
+        ".mp4 file (video",
+        ".dcm file (DICOM",
         "name the archive itself",
     ):
         assert words in said
@@ -217,7 +217,7 @@ def test_entries_that_would_block_or_cannot_be_read(tmp_path):
     (tmp_path / "b/gone.png").symlink_to(tmp_path / "nowhere.png")
     listing = read_folder(tmp_path)
     assert [(item.count, item.reason) for item in listing.left_out] == [
-        (2, "entries that are no files (pipes, devices)")
+        (2, "entries other than files (pipes, devices)")
     ]
     assert listing.samples["id"].tolist() == [
         "a/1.png",
@@ -348,7 +348,7 @@ def test_a_label_that_is_no_text_is_told(tmp_path):
     pack_tar(tmp_path / "s.tar", [("a.png", png(1)), ("a.json", rb'{"label": "\ud800"}')])
     listing = read_archives(tmp_path / "s.tar")
     assert [str(item) for item in listing.left_out] == [
-        "1 side files that are no JSON object: s.tar/a.json"
+        "1 side file that is no JSON object: s.tar/a.json"
     ]
     (tmp_path / "t.jsonl").write_text(r'{"path": "a.png", "label": "\ud800"}')
     with pytest.raises(SourceError, match=r"line 1: no JSON .*surrogates not allowed"):
@@ -367,7 +367,7 @@ def test_names_with_dots_and_several_images_of_one_key(tmp_path):
         "s.tar/v1.0.png": "shared", "s.tar/v1.1.png": "own", "s.tar/b.left.png": "both", "s.tar/b.right.png": "both",
     }  # fmt: skip
     assert listing.found == counted(listing) == 8
-    assert [str(item) for item in listing.left_out] == ["1 side files of no image: s.tar/lost.cls"]
+    assert [str(item) for item in listing.left_out] == ["1 side file of no image: s.tar/lost.cls"]
     assert any("2 samples" in note and "each image is a row" in note for note in listing.notes)
 
 
@@ -409,7 +409,7 @@ def test_links_in_archives(tmp_path):
         "1.png": png(1), "2.png": png(2), "hard.png": png(1), "soft.png": png(1),
     }  # fmt: skip
     assert [str(item) for item in listing.left_out] == [
-        "1 links to what is not in the archive: s.tar/t/dog/gone.png"
+        "1 link to what is not in the archive: s.tar/t/dog/gone.png"
     ]
     assert listing.found == counted(listing) == 5
 
@@ -857,7 +857,7 @@ def test_an_imagefolder_with_metadata(tmp_path, name):
     assert read_source(detect_source(tmp_path / "one")).samples["label"].tolist() == ["l0", "l1"]
     write(tmp_path / "one/b/3.png", png(1))
     listing = read_source(detect_source(tmp_path / "one"))
-    assert [str(item) for item in listing.left_out] == ["1 images that no row names: b/3.png"]
+    assert [str(item) for item in listing.left_out] == ["1 image that no row names: b/3.png"]
     assert listing.found == counted(listing) == 3
     metadata(tmp_path / "two/train", ["1.png", "2.png"])
     metadata(tmp_path / "two/test", ["1.png"])
@@ -879,7 +879,9 @@ def test_an_imagefolder_with_metadata(tmp_path, name):
     [
         ("t.xlsx", "spreadsheet.*save it as CSV"),
         ("t.mat", "MATLAB file.*scipy.io.loadmat"),
-        ("t.tfrecord", "TFRecord.*files or tar shards"),
+        ("t.tfrecord", "TFRecord.*files or tar shards.*`pip install tfrecord`"),
+        ("train-00000-of-00001", "TFRecord"),
+        ("t.lmdb", "LMDB.*`pip install lmdb`"),
         ("t.pkl", "Python pickle.*numpy.savez"),
         ("t.rar", "compressed archive.*pack it as .zip or .tar"),
         ("t.dcm", "DICOM.*`pip install pydicom`"),

@@ -183,7 +183,7 @@ def test_a_side_file_that_is_no_json_object_is_no_annotation(tmp_path, damaged):
     )
     listing = read_archives(file)
     assert [str(item) for item in listing.left_out] == [
-        "1 side files that are no JSON object: t.tar/cat/1.json"
+        "1 side file that is no JSON object: t.tar/cat/1.json"
     ]
     assert listing.annotations == 0
     assert listing.found == counted(listing) == 3
@@ -339,7 +339,7 @@ def test_cells_with_line_breaks_are_told(tmp_path):
     read = read_table_file(file)
     assert list(read.frame["path"]) == ["a.jpg", "b.jpg", "e.jpg"]
     assert read.notes == (
-        't.csv: 1 cells hold line breaks, first in row 2: an unpaired quote (") joins lines',
+        't.csv: 1 cell holds line breaks, first in row 2: an unpaired quote (") joins lines',
     )
     assert read.notes[0] in read_tables(file).notes
 
@@ -356,7 +356,7 @@ def test_line_breaks_in_what_names_the_rows_are_refused(tmp_path, text):
     file = tmp_path / ("t.tsv" if "\t" in text else "t.csv")
     file.write_bytes(text.encode())
     with pytest.raises(
-        SourceError, match=r"1 cells hold line breaks, first in row [12]: an unpaired quote"
+        SourceError, match=r"1 cell holds line breaks, first in row [12]: an unpaired quote"
     ):
         read_table_file(file)
 

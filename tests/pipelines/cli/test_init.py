@@ -8,6 +8,7 @@ import io
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -38,9 +39,7 @@ def photos(tmp_path):
 
 def rows(**columns):
     """A table of six images."""
-    return pd.DataFrame(
-        {"path": [f"{n}.png" for n in range(6)], "label": ["x", "y"] * 3, **columns}
-    )
+    return pd.DataFrame({"path": [f"{n}.png" for n in range(6)], "label": ["x", "y"] * 3} | columns)
 
 
 def test_a_folder_and_a_table(tmp_path, photos):
@@ -202,7 +201,7 @@ def test_data_sets_whose_labels_lie_beside_the_images_are_told_how(tmp_path, pho
         shutil.move(tmp_path / name, tmp_path.parent / f"{tmp_path.name}-{name}")
     (tmp_path / "annotations.xml").write_text("<annotations/>")
     with pytest.raises(
-        InitError, match=r"one class only.*Left out: 1 .xml files.*export it as COCO"
+        InitError, match=r"one class only.*Left out: 1 .xml file.*export it as COCO"
     ):
         write_recipe(tmp_path, recipe, force=True)
 
@@ -270,7 +269,7 @@ def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
     frame.loc[1, "label"] = None
     frame.to_csv(tmp_path / "t.csv", index=False)
     said = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").sentence
-    assert "1 rows have no label" in said
+    assert "1 row has no label" in said
     assert "6 of the first 6 files are not there, such as" in said
     assert "images.root" in said
     frame = pd.DataFrame({"path": sorted(map(str, photos.rglob("*.png"))), "label": ["x", "y"] * 3})
@@ -278,6 +277,56 @@ def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
     assert write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).sentence.endswith(
         "'label'"
     )
+
+
+def test_an_id_that_repeats_is_a_column_and_not_the_rows_ids(tmp_path, photos):
+    """A patient's id: the recipe names no id_column, so that the paths tell the rows apart."""
+    rows(id=[1, 1, 2, 2, 3, 3]).to_csv(tmp_path / "t.csv", index=False)
+    write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.images.id_column is None
+    assert list_samples(recipe)["image_id"].tolist() == ["1", "1", "2", "2", "3", "3"]
+
+
+@pytest.mark.parametrize("prefix", ["/home/alice/", "C:\\Users\\Bob\\"])
+def test_paths_of_another_machine_are_mended_by_the_command_that_is_named(tmp_path, photos, prefix):
+    """Where files below the table's folder have the ends of the paths, `sed` takes the rest off."""
+    separator = "\\" if "\\" in prefix else "/"
+    names = [str(path.relative_to(tmp_path)) for path in sorted(photos.rglob("*.png"))]
+    frame = rows(path=[prefix + name.replace("/", separator) for name in names])
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    said = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").sentence
+    assert f"Without {prefix} they are below" in said
+    command = re.search(r"sed .*here\.csv(?=,)", said)[0]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert "not there" not in write_recipe(tmp_path / "here.csv", tmp_path / "h.yaml").sentence
+
+
+def test_boxes_of_other_programs_become_a_table_by_the_command_that_is_named(tmp_path):
+    """Pascal VOC and YOLO have a file of boxes for each image; the table has a row for each box."""
+    for image in ("voc/JPEGImages/a.jpg", "yolo/images/train/a.png"):
+        (tmp_path / image).parent.mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / image)
+    for name, text in (
+        (
+            "voc/Annotations/a.xml",
+            "<annotation><filename>a.jpg</filename><object><name>fox</name><bndbox><xmin>1</xmin>"
+            "<ymin>2</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></annotation>",
+        ),
+        ("yolo/labels/train/a.txt", "1 0.5 0.5 0.2 0.4\n0 0.5 0.5 0.2 0.2 0.1 0.9\n"),  # a polygon
+        ("yolo/data.yaml", "names: {0: owl, 1: fox}\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for folder, first in (
+        ("voc", "JPEGImages/a.jpg,fox,1,2,3,4"),
+        ("yolo", "images/train/a.png,fox,0.5,0.5,0.2,0.4"),
+    ):
+        with pytest.raises(InitError, match="holds boxes of") as refusal:
+            write_recipe(tmp_path / folder, tmp_path / "r.yaml")
+        command = re.search(r"`python (.*?)`", str(refusal.value))[1]
+        subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path / folder)
+        assert (tmp_path / folder / "objects.csv").read_text().splitlines()[1:] == [first]
 
 
 def test_what_is_left_out_is_written_as_it_was_asked_for(tmp_path, photos):

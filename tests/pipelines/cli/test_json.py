@@ -176,6 +176,13 @@ def test_a_call_without_result_prints_one_error(command, tmp_path):
     assert (words != "headrace run") or "headrace run recipe.yaml" in error["next"]
 
 
+def test_a_value_for_json_is_refused_with_an_error_object(tmp_path):
+    """A call that gives --json a value wants JSON, and gets it with the refusal."""
+    refused = headrace("doctor", "--json=1", cwd=tmp_path)
+    assert "does not take a value" in json.loads(refused.stdout)["error"]["message"]
+    assert refused.returncode == 2
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "kind", "words"),
     [

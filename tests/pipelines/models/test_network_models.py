@@ -160,7 +160,7 @@ def test_the_report_tells_of_the_network(run, browser):
     )
     page.close()
     assert "of another version" not in text
-    assert "1 of 1 networks kept" in text
+    assert "1 of 1 network kept" in text
     tables = {path.stem: path for path in report.tables if path.suffix == ".csv"}
     assert pd.read_csv(tables["networks"])["decision"].tolist() == ["kept"]
     evaluation = json.loads((run / "test-evaluations.jsonl").read_text())

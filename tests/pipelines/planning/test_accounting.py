@@ -82,7 +82,7 @@ def test_every_command_counts_the_same(photos, tmp_path):
     report.
     """
     said = command("init", photos)
-    assert "left out: 1 .mp4 files (video" in said
+    assert "left out: 1 .mp4 file (video" in said
     assert "42 images in 2 classes (coarse, fine)" in said
     recipe = shorten(tmp_path / "recipe.yaml")
     dry = command("run", recipe, "--dry-run")
@@ -105,7 +105,7 @@ def test_every_command_counts_the_same(photos, tmp_path):
     assert "Images: 47 found" in page
     assert "camera raw" in page
     output = command("predict", recipe, photos, "--out", "p.csv")
-    assert "left out: 1 .nef files (camera raw" in output
+    assert "left out: 1 .nef file (camera raw" in output
     assert len(pd.read_csv("p.csv")) == 42
 
 

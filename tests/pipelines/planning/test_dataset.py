@@ -60,7 +60,7 @@ def test_rows_without_target_or_content_are_left_out():
     content[5] = None
     made = dataset(frame, content)
     assert len(made.train.ids) + len(made.test.ids) == 78
-    assert any("1 images have no label" in note for note in made.notes)
+    assert any("1 image has no label" in note for note in made.notes)
 
 
 @settings(deadline=None)  # the first call imports scikit-learn
@@ -103,7 +103,7 @@ def test_a_share_that_accuracy_hides_is_pointed_out():
     other metrics need no note.
     """
     frame = table(500, classes=("no",) * 49 + ("yes",))
-    assert "97.9% of the images are no" in " ".join(dataset(frame).notes)
+    assert "97.9 % of the images are no" in " ".join(dataset(frame).notes)
     assert dataset(frame, metric="balanced_accuracy").notes == ()
 
 
@@ -271,7 +271,7 @@ def test_rows_that_a_feature_set_lost_are_left_out_for_all_heads():
         (
             {"age": [np.inf] + [1.0] * 79},
             {"kind": "regression", "target": "age"},
-            "infinite in 1 rows",
+            "infinite in 1 row",
         ),
         ({"label": [1, "1"] * 40}, {}, "one class only, '1'"),
     ],
@@ -433,7 +433,7 @@ def test_folds_of_a_text_table():
         [i % 4 for i in range(80)],
     ):
         assert dataset(table(fold=column), fold="fold", test_fraction=0).train.n_folds == 4
-    with pytest.raises(DataError, match=r"empty in 1 rows, first '0079.png'"):
+    with pytest.raises(DataError, match=r"empty in 1 row, first '0079.png'"):
         dataset(table(split=["train"] * 40 + ["test"] * 39 + [" "]), split="split")
 
 

@@ -41,6 +41,8 @@ def write(tmp_path, text):
         ("[1e-3, 1]", "[1e-3, 1]\n    max_iter: 9", "Valid here: inputs, C, class_weight"),
         ("  logistic:", "  svm: {}\n  logistic:", "sklearn: [{estimator: sklearn.svm.SVC}]"),
         ("[1e-3, 1]", "[1]\n  mlp: {lr: [1]}", "did you mean 'learning_rate'?"),
+        ("[1e-3, 1]", "[1]\n  mlp: {C: [1]}", "did you mean 'heads.logistic.C'?"),
+        ("[1e-3, 1]", "[1]\n    size: [1]", "'heads.logistic.size': Valid here"),
         (
             "[1e-3, 1]",
             "[1]\n  mlp: {epochs: [30]}",

@@ -138,7 +138,7 @@ def test_near_duplicates_across_the_split_are_told(tmp_path):
     X[39] = X[38] + 0.01 * rng.normal(size=16)  # both in the test split
     text = near_duplicates(train_task, test_task, store_taps(tmp_path / "leaky", {"a.avg": X}), {})
     assert "at least 8 pairs of images on different sides" in text
-    assert "8 of 40 test images (20.0%)" in text
+    assert "8 of 40 test images (20.0 %)" in text
     assert "task.group" in text
 
 
@@ -156,7 +156,7 @@ def test_pixels_find_what_features_only_make_likely(tmp_path):
         Image.fromarray(photos[number]).save(paths[content])
     taps = store_taps(tmp_path / "cache", {"a.avg": X})
     assert near_duplicates(train_task, test_task, taps, {}) is None
-    assert "20 of 30 test images (66.7%)" in near_duplicates(train_task, test_task, taps, paths)
+    assert "20 of 30 test images (66.7 %)" in near_duplicates(train_task, test_task, taps, paths)
 
 
 def write_photos(folder, copies):
@@ -199,5 +199,5 @@ def test_init_tells_of_near_copies_before_anything_is_extracted(tmp_path):
 def test_pairs_without_a_test_split():
     """Nearly the same images on two folds are told also where no image is held for testing."""
     said = near_duplicates_text(np.array([0]), np.array([1]), np.array(["fold 0", "fold 1"]))
-    assert said.startswith("1 pairs of images on different sides")
+    assert said.startswith("1 pair of images on different sides")
     assert "test images" not in said
