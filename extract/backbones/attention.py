@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from headrace.extract.backbones.fused import outputs_agree
 
-_MIN_TOKENS = 256
+# Below, the gain is near `_MIN_GAIN`, and would be decided by chance.
+_MIN_TOKENS = 400
 # Scores in memory at a time, of a head; PyTorch keeps even fewer.
 _MAX_SCORES = 2**21
 # Far from 1, so that processes on one kind of machine decide alike, and features have equal bits.

@@ -52,10 +52,10 @@ def test_outputs_are_those_of_pytorch(
 @pytest.mark.parametrize(
     ("tokens", "options"),
     [
-        (255, {}),
-        (256, {"is_causal": True}),
-        (256, {"dropout_p": 0.1}),
-        (256, {"attn_mask": torch.ones(256, 256, dtype=torch.bool)}),
+        (399, {}),
+        (400, {"is_causal": True}),
+        (400, {"dropout_p": 0.1}),
+        (400, {"attn_mask": torch.ones(400, 400, dtype=torch.bool)}),
     ],
 )
 def test_other_kinds_of_attention_stay_pytorchs(tokens: int, options: dict) -> None:
@@ -63,7 +63,7 @@ def test_other_kinds_of_attention_stay_pytorchs(tokens: int, options: dict) -> N
     query, key, value = heads(tokens)
     with mock.patch.object(attention_module, "attend", side_effect=AssertionError):
         assert attention_module._fast(query, key, value, **options) is None
-        query, key, value = heads(300)
+        query, key, value = heads(400)
         for others in (
             (query, key[:, :1], value[:, :1]),
             (query.bfloat16(), key.bfloat16(), value.bfloat16()),
@@ -77,7 +77,7 @@ def test_it_is_used_where_it_is_much_faster(
     gain: float, n_calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_module._Trial, "gain", lambda _: gain)
-    query, key, value = heads(256)
+    query, key, value = heads(400)
 
     def forward(pixels: Tensor) -> list[Tensor]:
         return [scaled_dot_product_attention(query * pixels.mean(), key, value)]
@@ -90,10 +90,10 @@ def test_it_is_used_where_it_is_much_faster(
 
 
 def test_a_transformer_has_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm's, at a size with 257 tokens; and a network without attention is left as it is."""
-    vit = load_backbone(BackboneSpec("timm:test_vit", "random:0", image_size=256))
+    """timm's, at a size with 401 tokens; and a network without attention is left as it is."""
+    vit = load_backbone(BackboneSpec("timm:test_vit", "random:0", image_size=320))
     taps = resolve_taps(vit, ["blocks.1.avg", "norm.avg"])
-    pixels = torch.randint(0, 256, (2, 256, 256, 3), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, 320, 320, 3), dtype=torch.uint8)
     features = []
     for gain in (0.0, 2.0):
         monkeypatch.setattr(attention_module._Trial, "gain", lambda _, gain=gain: gain)
