@@ -1,4 +1,4 @@
-"""What Dask clients of all kinds of cluster share: settings, errors, closing."""
+"""Settings, errors and closing of Dask clients, common to all kinds of cluster."""
 
 import contextlib
 import importlib

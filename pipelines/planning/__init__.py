@@ -1,1 +1,1 @@
-"""What a run has, what it lacks, and what that costs."""
+"""The plan of a run: which features and heads it has, which it lacks, and what those cost."""

@@ -51,7 +51,7 @@ class InputViews:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a run reads; none of it changes while the run is at work."""
+    """The inputs of a run, which do not change while it is at work."""
 
     recipe: Recipe
     listing: Listing

@@ -54,7 +54,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class RunState:
-    """What is known of a run before a stage: its inputs, and the results of earlier stages."""
+    """A run before a stage: its inputs, and the results of earlier stages."""
 
     recipe: Recipe
     # id, path, content (None where the file cannot be read), and the user's columns

@@ -1,4 +1,4 @@
-"""What the run has cost: time of each stage, an estimate of the energy, bytes on disk."""
+"""The section on a run's cost: time of each stage, an estimate of the energy, bytes on disk."""
 
 import os
 from typing import Any

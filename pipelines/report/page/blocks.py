@@ -1,4 +1,4 @@
-"""What a page is made of, as plain values: sections of tables, figures, pictures and remarks.
+"""The parts of a page as plain values: sections of tables, figures, pictures and remarks.
 
 Nothing here is HTML.
 """
