@@ -50,7 +50,7 @@ def openvino_forward(
     require_openvino()
     try:
         with warnings.catch_warnings(action="ignore"):  # the tracer warns of each branch in Python
-            by_openvino = _compile(_Traced(network, forward), pixels)
+            by_openvino = _compile(_Traced(network, forward), pixels.float())
         # Other images than the traced one, and two of them: what a trace takes for a constant, such
         # as the outputs of another runtime, would not be seen otherwise.
         others = torch.cat([255 - pixels, pixels])
@@ -89,8 +89,9 @@ def _compile(traced: _Traced, pixels: Tensor) -> Callable[[Tensor], list[Tensor]
     )
 
     def forward(pixels: Tensor) -> list[Tensor]:
+        # Of uint8 pixels too: an input of another type than the traced one would be cast to that.
         parts = [
-            compiled(part.contiguous().numpy(), share_inputs=True, share_outputs=False)
+            compiled(part.float().contiguous().numpy(), share_inputs=True, share_outputs=False)
             for part in torch.split(pixels, _BATCH)
         ]
         return [

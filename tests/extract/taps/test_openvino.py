@@ -47,6 +47,18 @@ def test_features_are_those_of_pytorch_whatever_the_size_of_the_batch(name, size
             np.testing.assert_allclose(output, expected, rtol=0, atol=2e-5 * scale)
 
 
+def test_pixels_of_more_than_8_bits_keep_their_depth():
+    backbone = load_backbone(
+        BackboneSpec("timm:resnet18", "random:0", image_size=64, pixel_dtype="float32")
+    )
+    taps = resolve_taps(backbone, ["pre_logits"])
+    ours, theirs = (make_forward(backbone, taps, runtime=each) for each in ("openvino", "torch"))
+    # Fractions, and values beyond black and white, as bands have.
+    pixels = pixels_for(backbone, 3) / 256 * 300 - 20.5
+    (output,), (expected,) = ours(pixels), theirs(pixels)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
 def test_outputs_stay_when_the_next_batch_is_computed():
     backbone = load_backbone(BackboneSpec("timm:resnet18", "random:0", image_size=64))
     forward = make_forward(backbone, resolve_taps(backbone, ["pre_logits"]), runtime="openvino")
