@@ -15,9 +15,9 @@ from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.publish import feature_set_path, is_feature_set
 from headrace.cache.spec import FeatureSpec
 from headrace.pipelines.models.from_features import (
-    NOTHING_BESIDE,
-    Beside,
+    NO_ROW_COLUMNS,
     Floats,
+    RowColumns,
     average_members,
     average_weights,
     predict_member,
@@ -55,14 +55,14 @@ class CachedModel:
         return in_all
 
     def predict(
-        self, content_hashes: npt.NDArray[np.bytes_], beside: Beside = NOTHING_BESIDE
+        self, content_hashes: npt.NDArray[np.bytes_], row_columns: RowColumns = NO_ROW_COLUMNS
     ) -> tuple[Floats, Floats | None]:
         """Return (n, C) predictions of images that have features, and (n,) their weights in their
         units' predictions, None for a model without units. Raises CacheError for other images, and
         for damaged shards.
 
-        beside: side columns and units of these images. A model that predicts units together needs
-        all images of each unit.
+        row_columns: of these images. A model that predicts units together needs all images of each
+        unit.
         """
         features = {
             spec: feature_set.load(content_hashes, np.float32)
@@ -70,14 +70,14 @@ class CachedModel:
         }
         predicted, weights = zip(
             *(
-                predict_member(member, head_function, features, self.model.task_kind, beside)
+                predict_member(member, head_function, features, self.model.task_kind, row_columns)
                 for member, head_function in zip(self.model.members, self.heads, strict=True)
             ),
             strict=True,
         )
         return (
             average_members(self.model, predicted),
-            average_weights(self.model.weights, weights, beside.units),
+            average_weights(self.model.weights, weights, row_columns.units),
         )
 
 

@@ -24,23 +24,23 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Beside:
-    """Side columns and units of N images."""
+class RowColumns:
+    """What predictions of N images read of their table: side columns and units."""
 
     side_inputs: Floats | None = None  # (N, R), where the model reads side columns
     # (N,) unit of each image, for a model that predicts the images of a unit together; every unit
     # is then whole
     units: npt.NDArray[Any] | None = None
 
-    def take(self, rows: Sequence[int] | npt.NDArray[np.intp]) -> "Beside":
+    def take(self, rows: Sequence[int] | npt.NDArray[np.intp]) -> "RowColumns":
         """Return the same for some of the images."""
-        return Beside(
+        return RowColumns(
             None if self.side_inputs is None else self.side_inputs[rows],
             None if self.units is None else self.units[rows],
         )
 
 
-NOTHING_BESIDE = Beside()
+NO_ROW_COLUMNS = RowColumns()
 
 
 def average_members(model: "Model", member_predictions: Sequence[Floats]) -> Floats:
@@ -75,21 +75,21 @@ def predict_member(
     head_function: Callable[[Floats], Floats],
     features: dict[FeatureSpec, Floats],
     task_kind: TaskKind,
-    beside: Beside = NOTHING_BESIDE,
+    row_columns: RowColumns = NO_ROW_COLUMNS,
 ) -> tuple[Floats, Floats | None]:
     """Return (n, C) predictions of one member at its temperature, the mean over the views that it
     was trained on, and (n,) the weight of each image, summed over its views, in its unit's
     prediction, None for a member that predicts images one by one.
 
-    head_function: the member's. features: (n, ...) by spec. beside: of these n images.
+    head_function: the member's. features: (n, ...) by spec. row_columns: of these n images.
     """
-    view_inputs = _view_inputs(member, features, beside)
+    view_inputs = _view_inputs(member, features, row_columns)
     if member.takes_units:
-        assert beside.units is not None
+        assert row_columns.units is not None
         # All views of a unit's images are one bag, as in training.
-        bags = np.tile(beside.units, len(view_inputs))
+        bags = np.tile(row_columns.units, len(view_inputs))
         predicted, weights = member.predict_bags(np.concatenate(view_inputs), bags)
-        n_images = len(beside.units)
+        n_images = len(row_columns.units)
         # Rows repeat their unit's prediction, so that those of the first view have all of them.
         return predicted[:n_images], weights.reshape(-1, n_images).sum(0)
     if len(view_inputs) == 1:
@@ -99,7 +99,7 @@ def predict_member(
 
 
 def _view_inputs(
-    member: "HeadModel | NetworkModel", features: dict[FeatureSpec, Floats], beside: Beside
+    member: "HeadModel | NetworkModel", features: dict[FeatureSpec, Floats], row_columns: RowColumns
 ) -> list[Floats]:
     """Return for each view what the member reads: features (n, D) or maps (n, channels, h, w), side
     by side as in `load_rows`.
@@ -109,7 +109,7 @@ def _view_inputs(
         # Views of one feature set are equal but for `view`.
         views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
     spatial = member.spatial
-    side_inputs = beside.side_inputs
+    side_inputs = row_columns.side_inputs
     side_rows = [] if side_inputs is None or not member.side_columns else [side_inputs]
     return [
         np.concatenate(

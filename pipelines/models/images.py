@@ -37,8 +37,8 @@ from headrace.extract.taps.resolve import Tap
 from headrace.heads.kind import CannotPredict
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.from_features import (
-    NOTHING_BESIDE,
-    Beside,
+    NO_ROW_COLUMNS,
+    RowColumns,
     average_members,
     average_weights,
     predict_member,
@@ -141,13 +141,13 @@ class _BatchFeatures:
 
 
 def predict_batch(
-    engine: PredictionEngine, batch: PixelBatch, beside: Beside = NOTHING_BESIDE
+    engine: PredictionEngine, batch: PixelBatch, row_columns: RowColumns = NO_ROW_COLUMNS
 ) -> BatchPrediction:
     """Return probabilities of the images in a batch, and those that failed, with the reason.
 
     If units are predicted together, the batch must hold whole units.
     """
-    return _predict_features(engine, _batch_features(engine, batch), beside)
+    return _predict_features(engine, _batch_features(engine, batch), row_columns)
 
 
 def _batch_features(engine: PredictionEngine, batch: PixelBatch) -> _BatchFeatures:
@@ -196,16 +196,16 @@ def _joined(batches: Sequence[_BatchFeatures]) -> _BatchFeatures:
 
 
 def _predict_features(
-    engine: PredictionEngine, batch: _BatchFeatures, beside: Beside
+    engine: PredictionEngine, batch: _BatchFeatures, row_columns: RowColumns
 ) -> BatchPrediction:
     if not batch.rows:
         no_predictions = np.empty((0, len(engine.model.classes)), np.float32)
         return BatchPrediction([], no_predictions, batch.failed, batch.unread)
-    rows_beside = beside.take(batch.rows)
+    batch_columns = row_columns.take(batch.rows)
     member_predictions, member_weights = zip(
         *(
             predict_member(
-                member, head_function, batch.features, engine.model.task_kind, rows_beside
+                member, head_function, batch.features, engine.model.task_kind, batch_columns
             )
             for member, head_function in zip(engine.model.members, engine.heads, strict=True)
         ),
@@ -226,7 +226,7 @@ def _predict_features(
         average_members(engine.model, member_predictions),
         batch.failed,
         batch.unread,
-        average_weights(engine.model.weights, member_weights, rows_beside.units),
+        average_weights(engine.model.weights, member_weights, batch_columns.units),
     )
 
 
@@ -234,7 +234,7 @@ def predict_samples(
     engine: PredictionEngine,
     samples: Sequence[Sample],
     n_threads: int,
-    beside: Beside = NOTHING_BESIDE,
+    row_columns: RowColumns = NO_ROW_COLUMNS,
 ) -> Iterator[BatchPrediction]:
     """Yield predictions of the samples in order, batch by batch; the next batches are decoded while
     the network works. If units are predicted together, all come at once, in the end.
@@ -250,12 +250,12 @@ def predict_samples(
             pin_memory=torch.device(engine.device).type != "cpu",
         ):
             features = _batch_features(engine, batch)
-            if beside.units is None:
-                yield _predict_features(engine, features, beside)
+            if row_columns.units is None:
+                yield _predict_features(engine, features, row_columns)
             else:
                 whole_units.append(features)
     if whole_units:
-        yield _predict_features(engine, _joined(whole_units), beside)
+        yield _predict_features(engine, _joined(whole_units), row_columns)
 
 
 def predict_images(
@@ -269,7 +269,7 @@ def predict_images(
     """Return (N, C) predictions; see ImagePredictor.predict_proba."""
     engine = open_engine(model, device)
     image_list = split_images(images, highest_band(engine.renderings))
-    beside = Beside(
+    row_columns = RowColumns(
         _side_inputs(model, side_table, len(image_list)),
         _unit_labels(model, units, len(image_list)),
     )
@@ -294,13 +294,13 @@ def predict_images(
             if features.failed:
                 row, failure_reason = features.failed[0]
                 raise ImageUnusable(f"{image_name(image_list[row], row)}: {failure_reason}")
-            if beside.units is None:
-                predicted = _predict_features(engine, features, beside)
+            if row_columns.units is None:
+                predicted = _predict_features(engine, features, row_columns)
                 probabilities[predicted.rows] = predicted.probabilities
             else:
                 whole_units.append(features)
     if whole_units:
-        predicted = _predict_features(engine, _joined(whole_units), beside)
+        predicted = _predict_features(engine, _joined(whole_units), row_columns)
         probabilities[predicted.rows] = predicted.probabilities
     return probabilities
 

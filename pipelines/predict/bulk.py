@@ -30,7 +30,7 @@ from headrace.cache.text import as_text
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import available_cores
-from headrace.pipelines.models.from_features import Beside
+from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.predict.cached import CachedPredictions, predict_cached
 from headrace.pipelines.predict.parts import (
@@ -140,9 +140,9 @@ def predict_table(
         parts_folder.mkdir(parents=True, exist_ok=True)
         known_keys = known_parts(parts_folder, model, is_final=False).keys()
         rows = missing_rows(file_keys_in_order, known_keys, units)
-        beside = Beside(side_inputs, units)
+        row_columns = RowColumns(side_inputs, units)
         cached = predict_cached(
-            model, file_keys_in_order, cache_root, np.array(rows, np.intp), beside
+            model, file_keys_in_order, cache_root, np.array(rows, np.intp), row_columns
         )
         uncached_rows = [row for row in rows if not cached.is_known[row]]
         predict_missing(
@@ -276,9 +276,9 @@ def predict_stream(
     """
     file_names, image_paths = images["file"].tolist(), images["path"].tolist()
     side_inputs = _side_inputs(model, images, make_console(stderr=True))
-    beside = Beside(side_inputs, _units(model, images))
+    row_columns = RowColumns(side_inputs, _units(model, images))
     keys = [(path, "") for path in image_paths] if cache_root is None else file_keys(image_paths)
-    cached = predict_cached(model, keys, cache_root, np.arange(len(keys)), beside)
+    cached = predict_cached(model, keys, cache_root, np.arange(len(keys)), row_columns)
     probabilities, error_texts = cached.probabilities, cached.errors
     missing = np.flatnonzero(~cached.is_known)
     n_failed, class_counts, n_written = 0, np.zeros(len(model.classes), np.int64), 0
@@ -287,7 +287,13 @@ def predict_stream(
         show_progress(console, "predict", len(file_names), "images") as advance,
     ):
         for n_predicted in _predict_rows(
-            model, image_paths, missing, probabilities, error_texts, beside.take(missing), device
+            model,
+            image_paths,
+            missing,
+            probabilities,
+            error_texts,
+            row_columns.take(missing),
+            device,
         ):
             # `missing` ascends, so all rows before the first unpredicted one are ready.
             n_ready = missing[n_predicted] if n_predicted < len(missing) else len(file_names)
@@ -311,11 +317,11 @@ def _predict_rows(
     rows: npt.NDArray[np.intp],
     probabilities: npt.NDArray[np.float32],
     error_texts: list[str | None],
-    beside: Beside,
+    row_columns: RowColumns,
     device: str,
 ) -> Iterator[int]:
     """Predict the images of these rows into `probabilities` and `error_texts`; yield after each
-    batch how many rows are done. beside: of these rows.
+    batch how many rows are done. row_columns: of these rows.
     """
     if not len(rows):
         yield 0
@@ -325,7 +331,7 @@ def _predict_rows(
     samples = path_samples(image_paths[row] for row in rows)
     n_done = 0
     engine, n_threads = open_engine(model, device), available_cores()
-    for predicted in predict_samples(engine, samples, n_threads, beside):
+    for predicted in predict_samples(engine, samples, n_threads, row_columns):
         probabilities[rows[predicted.rows]] = predicted.probabilities
         for row, reason in predicted.failed:
             error_texts[rows[row]] = reason

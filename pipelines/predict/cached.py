@@ -12,7 +12,7 @@ import pandas as pd
 from headrace.cache.errors import CacheError
 from headrace.extract.images.content_hashes import content_hashes, indexed_hashes
 from headrace.pipelines.models.cached_model import find_cached_model
-from headrace.pipelines.models.from_features import Beside
+from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.paths import content_index
 from headrace.pipelines.predict.parts import FileKey, part_slices
@@ -42,12 +42,12 @@ def predict_cached(
     keys: Sequence[FileKey],
     cache_root: Path | None,
     rows: npt.NDArray[np.intp],
-    beside: Beside,
+    row_columns: RowColumns,
 ) -> CachedPredictions:
     """Predict those images in `rows` that have features in a cache, or a recorded failure.
 
-    If units are predicted as a whole, all images of a unit are predicted or none. beside: of all
-    images.
+    If units are predicted as a whole, all images of a unit are predicted or none. row_columns: of
+    all images.
     """
     probabilities = np.full((len(keys), len(model.classes)), np.nan, np.float32)
     error_texts: list[str | None] = [None] * len(keys)
@@ -65,7 +65,7 @@ def predict_cached(
     has_failed = np.array([reason is not None for reason in reasons], np.bool_)
     has_features = cached_model.has_features(hashes) & ~has_failed
     is_done = has_features | has_failed
-    units = None if beside.units is None else beside.units[rows]
+    units = None if row_columns.units is None else row_columns.units[rows]
     if units is not None:
         is_done &= ~np.isin(units, units[~is_done])
     cached_rows = np.flatnonzero(has_features & is_done)
@@ -77,7 +77,7 @@ def predict_cached(
         ):
             block_rows = cached_rows[block]
             predicted, block_weights = cached_model.predict(
-                hashes[block_rows], beside.take(rows[block_rows])
+                hashes[block_rows], row_columns.take(rows[block_rows])
             )
             probabilities[rows[block_rows]] = predicted
             if block_weights is not None:

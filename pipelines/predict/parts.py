@@ -32,7 +32,7 @@ from headrace.extract.images.file_stamps import FileStamp, file_stamps, wait_unt
 from headrace.extract.spec import Sample
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.environment import available_cores
-from headrace.pipelines.models.from_features import Beside
+from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.models.model import Model, load_model
 
 # Some seconds of a small network on one core, so that a kill loses little.
@@ -231,8 +231,8 @@ def predict_part(job: PartJob) -> int:
     error_texts: list[str | None] = [None] * len(job.samples)
     is_unread = np.zeros(len(job.samples), np.bool_)
     weights = np.full(len(job.samples), np.nan, np.float32)
-    beside = Beside(job.side_inputs, job.units)
-    for predicted in predict_samples(engine, job.samples, job.threads, beside):
+    row_columns = RowColumns(job.side_inputs, job.units)
+    for predicted in predict_samples(engine, job.samples, job.threads, row_columns):
         probabilities[predicted.rows] = predicted.probabilities
         if predicted.weights is not None:
             weights[predicted.rows] = predicted.weights
