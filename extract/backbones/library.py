@@ -374,6 +374,8 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
         patch = (configuration.patch_size,) * 2
     elif type(module).__module__.startswith("open_clip."):
         patch = getattr(module, "patch_size", None)
+    if isinstance(patch, int):  # timm's XCiT
+        patch = (patch, patch)
     # Pixels beyond the last whole patch would be cut off.
     if patch is not None and not getattr(patch_embed, "dynamic_img_pad", False) and size % patch[0]:
         smaller_size = size // patch[0] * patch[0]

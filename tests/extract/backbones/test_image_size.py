@@ -2,6 +2,7 @@
 tensors, to the last bit.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,10 @@ def test_a_size_that_its_patches_do_not_divide_is_refused() -> None:
         BackboneError, match=r"image_size is 100, and its patches are 16 x 16 pixels: .* 96 or 112"
     ):
         load_backbone(BackboneSpec("timm:vit_tiny_patch16_224", "random:0", image_size=100))
+
+
+def test_networks_that_name_one_edge_of_their_patches_take_other_sizes() -> None:
+    spec = BackboneSpec("timm:xcit_nano_12_p16_224", "random:0", image_size=64)
+    assert load_backbone(spec).preprocessing.crop == (64, 64)
+    with pytest.raises(BackboneError, match="its patches are 16 x 16 pixels"):
+        load_backbone(dataclasses.replace(spec, image_size=100))
