@@ -378,7 +378,10 @@ def _read_idx(file_path: Path) -> npt.NDArray[Any]:
             if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in _IDX_TYPES:
                 raise ValueError("the first four bytes are not those of an idx file")
             dtype, n_axes = np.dtype(_IDX_TYPES[header[2]]), header[3]
-            shape = tuple(int.from_bytes(stream.read(4), "big") for _ in range(n_axes))
+            lengths = stream.read(4 * n_axes)
+            if len(lengths) < 4 * n_axes:
+                raise ValueError(f"it ends within its header, whose {n_axes} axes have no lengths")
+            shape = tuple(np.frombuffer(lengths, ">u4").tolist())
             expected_bytes = math.prod(shape) * dtype.itemsize
             _require_held(expected_bytes, max(1, file_path.stat().st_size), str(file_path))
             # One byte more, which shows a file that is longer than its header says.

@@ -323,10 +323,12 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
         header_readers = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
+            # As 2.0, but for letters in the names of a table's columns, which nobody reads.
+            (3, 0): np.lib.format.read_array_header_2_0,
         }
         if npy_version not in header_readers:
             raise ImageError(
-                f"an .npy file of version {npy_version[0]}.{npy_version[1]}; expected 1.0 or 2.0"
+                f"an .npy file of version {npy_version[0]}.{npy_version[1]}; expected 1.0 to 3.0"
             )
         shape, in_fortran_order, dtype = header_readers[npy_version](stream)
         shape = tuple(int(length) for length in shape)

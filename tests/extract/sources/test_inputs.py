@@ -448,11 +448,19 @@ def test_arrays_that_cannot_be(tmp_path: Path) -> None:
         list_array(tmp_path / "two.npz")
     with pytest.raises(SourceError, match=r"no array 'c'; it has a, b"):
         list_array(tmp_path / "two.npz", key="c")
+    # A table whose columns' names are not Latin has version 3.0 of the format.
+    table = np.zeros(4, [("λ", "f4")])
+    with pytest.warns(UserWarning, match="format 3.0"):
+        np.savez(tmp_path / "table.npz", a=np.zeros((2, 4, 4), np.uint8), table=table)
+    assert len(list_array(tmp_path / "table.npz")) == 2
     with pytest.raises(SourceError, match=r"name the array of labels"):
         list_array(tmp_path / "two.npz", key="a", labels=tmp_path / "two.npz")
     (tmp_path / "bad-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0\0\0\x09" * 3)
     with pytest.raises(SourceError, match=r"its header says"):
         list_array(tmp_path / "bad-idx3-ubyte")
+    (tmp_path / "cut-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0\0\0\x09\0\0")
+    with pytest.raises(SourceError, match=r"ends within its header"):
+        list_array(tmp_path / "cut-idx3-ubyte")
     np.save(tmp_path / "objects.npy", np.array([None, "x"], object), allow_pickle=True)
     with pytest.raises(SourceError, match=r"cannot be read as npy"):
         list_array(tmp_path / "objects.npy")
