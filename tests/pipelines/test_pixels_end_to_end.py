@@ -226,7 +226,7 @@ def test_tiles_from_a_run_to_an_export(
 
 def test_a_recipe_says_what_goes_together(tmp_path: Path) -> None:
     for text, said in (
-        ("bands: [1, 2], mean: [0.5]", "mean has 1 values; expected 2, one for each of the bands"),
+        ("bands: [1, 2], mean: [0.5]", "mean has 1 value; expected 2, one for each of the bands"),
         ("mean: [0.5, 0.5]", "mean has 2 values; expected 3"),
         ("band_ranges: [[0, 1], [0, 1], [0, 1]]", "band_ranges goes with bands"),
         ("bands: [0]", "greater than 0"),
