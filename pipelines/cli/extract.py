@@ -69,7 +69,11 @@ def extract_command(
         Path | None, typer.Option(help="Where features go; default: headrace-cache.")
     ] = None,
     dtype: Annotated[
-        FeatureDtype | None, typer.Option(help="How features are kept; default: float16.")
+        FeatureDtype | None,
+        typer.Option(
+            metavar="TYPE",
+            help="How features are kept: float16, float32, bfloat16 or uint8; default: float16.",
+        ),
     ] = None,
     dry_run: DryRunOption = False,
     workers: WorkersOption = None,

@@ -6,6 +6,7 @@ should be answered at once.
 
 import gc
 import importlib.metadata
+import inspect
 import itertools
 import json
 import shlex
@@ -338,7 +339,10 @@ def _run(
             else:
                 show_images(console, state.accounting, state.notes)
                 show_plan(console, run_plan, recipe.cache, recipe.out)
-                _say(console, f"Next: headrace run {shlex.quote(str(recipe_path))}")
+                words = ["headrace", "run", str(recipe_path)]
+                words += [f"--cluster={cluster}"] if cluster else []
+                words += [f"--set={setting}" for setting in settings]
+                _say(console, f"Next: {shlex.join(words)}")
             check_space(run_plan, recipe.cache, recipe.storage.budget_gb)
         else:
             outlive_terminal(recipe.paths.terminal)
@@ -368,6 +372,13 @@ def _say(console: Console, text: str) -> None:
     """Print text without wrapping its lines: a wrapped command could not be copied."""
     console.print(text, soft_wrap=True)
 
+
+# Typer keeps the line breaks in all paragraphs of a docstring but the first, and a terminal of 80
+# columns would break each of these lines again.
+for _commands in (app, cache_app, cluster_app):
+    for _command in _commands.registered_commands:
+        _paragraphs = (inspect.getdoc(_command.callback) or "").split("\n\n")
+        _command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in _paragraphs)
 
 _NO_MEMORY = (
     "The system gave this process no more memory: a limit (ulimit -v, a container's), or other "

@@ -22,6 +22,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import headrace
+from headrace.pipelines.cli.cache.app import app as cache_app
+from headrace.pipelines.cli.cluster import app as cluster_app
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.recipe.load import Recipe
 
@@ -235,6 +237,13 @@ def test_every_command_and_option_is_documented_and_every_documented_one_exists(
             re.findall(r"`(--[a-z][a-z-]+)`", "\n".join(re.findall(r"^\| (`-.*?) \|", text, re.M)))
         )
         assert listed == HELPED[name], name
+
+
+def test_paragraphs_of_help_wrap_where_the_terminal_ends():
+    """No line of a docstring breaks where the source had ended it."""
+    for commands in (app, cache_app, cluster_app):
+        for command in commands.registered_commands:
+            assert not re.search(r"[^\n]\n[^\n]", command.help), command.callback
 
 
 def test_every_command_shows_an_example_in_a_line_of_its_own():
