@@ -51,9 +51,9 @@ def openvino_forward(
     try:
         with warnings.catch_warnings(action="ignore"):  # the tracer warns of each branch in Python
             by_openvino = _compile(_Traced(network, forward), pixels.float())
-        # Other images than the traced one, and two of them: what a trace takes for a constant, such
-        # as the outputs of another runtime, would not be seen otherwise.
-        others = torch.cat([255 - pixels, pixels])
+        # Other images than the traced one, two of them and one darker: what a trace takes for a
+        # constant, such as the outputs of another runtime or a branch, would not be seen otherwise.
+        others = torch.cat([255 - pixels, pixels // 4])
         if outputs_agree(by_openvino(others), forward(others)):
             return by_openvino
         reason = "its outputs are others"

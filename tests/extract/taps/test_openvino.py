@@ -69,6 +69,18 @@ def test_outputs_stay_when_the_next_batch_is_computed():
     assert torch.equal(kept, copied)
 
 
+def test_a_network_that_branches_on_its_images_stays_pytorchs():
+    """A trace has one of the branches."""
+
+    def plain(pixels):
+        values = pixels.float()
+        return [values if values[-1].mean() > 64 else -values]
+
+    pixels = torch.arange(3 * 64).view(1, 8, 8, 3).byte()
+    with pytest.warns(RuntimeWarning, match="by PyTorch, not by OpenVINO: its outputs are others"):
+        assert openvino_forward.openvino_forward(nn.Identity(), plain, pixels) is plain
+
+
 def test_a_pass_with_other_outputs_stays_pytorchs_and_says_so(monkeypatch):
     monkeypatch.setattr(openvino_forward, "outputs_agree", lambda ours, theirs: False)
 
