@@ -232,7 +232,7 @@ class DriverOutput(JsonOutput):
     """One call of `headrace run`."""
 
     driver: str
-    state: Literal["running", "finished", "failed", "gone"]
+    state: Literal["running", "finished", "failed", "stopped", "gone"]
     started: datetime.datetime
     heard: datetime.datetime  # its last sign of life
     stage: str

@@ -27,7 +27,7 @@ class DriverStatus:
     """The state of a driver, which is one call of `headrace run`."""
 
     driver: str
-    state: str  # running, finished, failed, or gone (killed, or its machine is down)
+    state: str  # running, finished, failed, stopped (Ctrl-C), gone (killed, or its machine is down)
     started: datetime.datetime
     heard: datetime.datetime  # the time of its last line in the log
     stage: str
@@ -92,6 +92,8 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
             error = event.get("error")
     done, total = int(progress.get("done", 0)), int(stage.get("total", 0))
     state = "running" if not event_counts["end"] else "failed" if error else "finished"
+    if error is not None and error.startswith(KeyboardInterrupt.__name__):
+        state, error = "stopped", None
     return DriverStatus(
         driver=driver,
         state=state,
@@ -159,8 +161,9 @@ def show_status(console: Console, run: Path) -> None:
             console.print(f"dashboard: {status.dashboard}", soft_wrap=True)
         if status.error:
             console.print(f"{status.driver}: {status.error}", style="red", soft_wrap=True)
-    if drivers[-1].state == "gone":
+    if drivers[-1].state in ("gone", "stopped"):
+        how = "killed" if drivers[-1].state == "gone" else "stopped by Ctrl-C"
         console.print(
-            "The last driver was killed. What is finished is kept; the same command goes on from "
+            f"The last driver was {how}. What is finished is kept; the same command goes on from "
             "there."
         )

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -100,12 +101,17 @@ def silenced(logger_name: str) -> Iterator[None]:
 
 def require_extra(module_name: str, extra: str) -> Any:
     """Return a module of an extra. Raises ClusterError, naming the extra."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        return importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ClusterError(
             f"this kind of cluster needs {module_name} ({error}): pip install 'headrace[{extra}]'"
         ) from None
+    # dask_jobqueue 0.9 makes Ctrl-C an exit with code 0 in whatever imports it (its issue 696).
+    if signal.getsignal(signal.SIGINT) is not handler:
+        signal.signal(signal.SIGINT, handler)
+    return module
 
 
 def variables_of(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -82,6 +82,15 @@ def test_a_driver_that_was_killed_is_gone(tmp_path):
     assert "The last driver was killed" in shown(tmp_path)
 
 
+def test_a_driver_that_ctrl_c_ended_is_stopped(tmp_path):
+    """It is no failure, and what is finished is kept."""
+    with pytest.raises(KeyboardInterrupt), task_log(RunPaths(tmp_path)):
+        raise KeyboardInterrupt
+    (status,) = run_status(tmp_path)
+    assert (status.state, status.error) == ("stopped", None)
+    assert "The last driver was stopped by Ctrl-C" in shown(tmp_path)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     """The message says what is expected."""
     with pytest.raises(NotARun, match=r"Expected a recipe .* or the directory of its run"):

@@ -3,6 +3,7 @@ for dask-cuda.
 """
 
 import os
+import signal
 import sys
 import time
 import types
@@ -12,7 +13,7 @@ import pytest
 
 from headrace.pipelines.cluster import clients as cluster
 from headrace.pipelines.cluster.clients import open_client
-from headrace.pipelines.cluster.dask_client import ClusterError
+from headrace.pipelines.cluster.dask_client import ClusterError, require_extra
 from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.cluster.worker import (
     CORES,
@@ -117,6 +118,17 @@ def test_each_worker_of_a_job_sees_its_own_gpu(monkeypatch, shown, seen):
         choose_gpu(f"SLURMCluster-5-{number}", 3)
         chosen.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert chosen == seen
+
+
+def test_ctrl_c_stays_what_it_was(tmp_path, monkeypatch):
+    """Whatever a cluster's library makes of it when it is imported, as dask_jobqueue 0.9 does."""
+    (tmp_path / "takes_ctrl_c.py").write_text(
+        "import signal\nsignal.signal(signal.SIGINT, lambda *_: exit())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    require_extra("takes_ctrl_c", "slurm")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_job_of_one_gpu_is_left_as_it_is(monkeypatch):
