@@ -163,8 +163,8 @@ def fit_bags_bank(
 
     data: X (N, D), in memory or streamed from shards, with the unit of each row. Early stopping is
     by the loss of the held-out units. `validation` has for each row the prediction of its unit; the
-    array `instance_weight` (n_held_out,) is the weight of each row in it. precision: of products of
-    features with the first weights.
+    array `instance_weight` (n_held_out,) is the weight of each row in it. precision: of rows and
+    hidden values in training.
 
     Raises BadUnits, ValueError for features that are not finite.
     """

@@ -99,7 +99,10 @@ def fit_mlp_bank(
 def reduced_precision(
     spec: NetworkSpec, features: int, task: TaskKind, device: torch.device, precision: Precision
 ) -> bool:
-    """Return whether a head's first layer is bfloat16, by the head and the machine alone."""
+    """Return whether a head is trained with bfloat16, by the head and the machine alone.
+
+    Of MLPs that is the first layer, of heads on bags every value that a row has.
+    """
     if precision != "auto":
         return precision == "bfloat16"
     if (
