@@ -417,9 +417,8 @@ def _last_tap_text(last_tap: TapEvidence, *, images_are_far: bool) -> str:
     if last_tap.lag.above(MATERIAL_GAIN) <= 1 - SURE_PROBABILITY:
         return "the last is as good as any: the network sees what matters here"
     return (
-        f"the last is worse than the best by {points(last_tap.lag)}, not surely by more than the "
-        f"{100 * FAR_LAG:.0f} from which on images count as far from what the network was trained "
-        "on"
+        f"the last is worse than the best by {points(last_tap.lag)}: not surely by "
+        f"{100 * FAR_LAG:.0f} points, as where images are far from what the network was trained on"
     )
 
 

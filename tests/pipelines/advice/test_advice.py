@@ -280,7 +280,7 @@ def test_few_images_per_class_are_not_sent_into_deep_training():
             0.2,
             "the last is worse than the best by 5.0 points",
         ),  # most resamples say so, not enough of them
-        (0.015, 0.001, "not surely by more than the 2 from which on"),
+        (0.015, 0.001, "not surely by 2 points, as where images are far"),
         (0.1, 0.01, "these images are far from"),
     ],
 )
