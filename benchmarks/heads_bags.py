@@ -13,9 +13,10 @@ along one of 16 features, and by 6 along another, which tells it from the others
 unit moves by 0.4 of a deviation while its noise is 1/sqrt(10): no rule on means is right more often
 than Phi(0.4 sqrt(10)) = 0.897. Who reads the marked row alone is right Phi(4) = 0.99997 of the time.
 
-Measured on 2 cores of an AMD EPYC, shared with much other work, 10 epochs, CPU seconds of the bank
-and of the loop, and their ratios in seven runs: units of 1 to 20 rows 1.7 and 9.0 (5.0 to 7.0 x),
-of 1 to 80 rows 4.9 and 23.4 (4.3 to 5.2 x), of 50 to 400 rows 3.6 and 15.2 (3.8 to 5.0 x).
+Measured on 2 cores of an AMD EPYC, 10 epochs, CPU seconds of the bank and of the loop, with both
+cores free, and their ratios in three runs: units of 1 to 20 rows 1.6 and 6.4 (4.0 to 4.2 x), of 1
+to 80 rows 3.4 and 13.7 (3.9 to 4.4 x), of 50 to 400 rows 2.8 and 11.1 (3.4 to 4.3 x). Beside much
+other work, which costs the loop more, in seven runs 5.0 to 7.0, 4.3 to 5.2 and 3.8 to 5.0 x.
 
 What the ratio can be: a row costs a head 156,000 operations where it is trained on (131,000 of them
 the first layer's) and 74,000 where it is validated, 590 GFLOP in all for the units of 50 to 400
