@@ -6,7 +6,6 @@ Zen 5. Measured there on one thread, against PyTorch: 1.1 times as fast at 200 t
 """
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from headrace.extract.backbones.fused import outputs_agree
+from headrace.extract.backbones.fused import Forward, outputs_agree
 
 # Below, the gain is near `_MIN_GAIN`, and would be decided by chance.
 _MIN_TOKENS = 400
@@ -23,10 +22,8 @@ _MAX_SCORES = 2**21
 # Far from 1, so that processes on one kind of machine decide alike, and features have equal bits.
 _MIN_GAIN = 1.25
 
-Pass = Callable[[Tensor], list[Tensor]]
 
-
-def with_fast_attention(forward: Pass, pixels: Tensor) -> Pass:
+def with_fast_attention(forward: Forward, pixels: Tensor) -> Forward:
     """Return the pass with oneDNN's attention if that is much faster for these pixels and gives the
     same outputs; else `forward` itself.
     """

@@ -9,13 +9,16 @@ import copy
 import ctypes
 import functools
 import platform
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+# A pass through a network: from pixels (N, H, W, C), uint8 or float32, white 255, to
+# (N, *tap_shape) of each tap, both on the network's device.
+Forward = Callable[[Tensor], list[Tensor]]
 # An operation that oneDNN applies to an output before it leaves the registers: (name, scalars,
 # algorithm).
 _Epilogue = tuple[str, list[float], str]

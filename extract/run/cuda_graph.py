@@ -5,8 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from headrace.extract.backbones.fused import outputs_agree
-from headrace.extract.taps.forward import Forward
+from headrace.extract.backbones.fused import Forward, outputs_agree
 
 # passes before the one that is compared: the first chooses cuDNN's kernels and compiles
 _WARM_UPS = 2

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.extract.backbones.fused import Forward
 from headrace.extract.errors import BackboneError
 from headrace.extract.run.cuda_graph import GraphedForward
-from headrace.extract.taps.forward import Forward
 
 # Images/s of EfficientNet-Lite0 at 300 px on one core: 36 in batches of 1, 40 of 4, 41 of 8, 42 of
 # 16.

@@ -45,7 +45,7 @@ class ExtractJob:
     # Use PyTorch's compiler, on CUDA: it takes minutes per network and process, so for long runs.
     compile: bool = False
     cuda_graphs: bool = False  # on CUDA; not yet tried on a GPU
-    runtime: str = "torch"  # of the pass on a CPU in float32: see `RUNTIMES`
+    runtime: str = "torch"  # or "openvino": of the pass on a CPU in float32
     compression: str | None = None  # of the shards: None or "bitshuffle-lz4"
     strict: bool = False  # stop at the first image that cannot be decoded
 

@@ -22,7 +22,7 @@ from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.backbone import Backbone, load_backbone
-from headrace.extract.backbones.fused import keep_freed_memory
+from headrace.extract.backbones.fused import Forward, keep_freed_memory
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import EMPTY_TILE
 from headrace.extract.images.views import parse_view
@@ -43,7 +43,7 @@ from headrace.extract.run.plan import ExtractJob
 from headrace.extract.run.rendering import Rendering, quiet_decoding
 from headrace.extract.run.throughput import WorkUnitReport
 from headrace.extract.spec import BackboneSpec, Sample
-from headrace.extract.taps.forward import Forward, make_forward
+from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
 
 # Values from these on become infinite in the storage dtype.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from headrace.extract.backbones.attention import with_fast_attention
 from headrace.extract.backbones.backbone import Backbone
 from headrace.extract.backbones.fused import (
+    Forward,
     can_fuse,
     cast_weights,
     fold_batch_norms,
@@ -21,12 +22,8 @@ from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.openvino_forward import openvino_forward
 from headrace.extract.taps.resolve import Tap, backbone_nodes
 
-RUNTIMES = ("torch", "openvino")  # of the pass on a CPU
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 _HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# From pixels (N, H, W, C), uint8 or float32, white 255, to (N, *tap_shape) of each tap, both on the
-# forward's device.
-Forward = Callable[[Tensor], list[Tensor]]
 
 
 def make_forward(

@@ -3,13 +3,12 @@
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headrace.extract.backbones.fused import outputs_agree
+from headrace.extract.backbones.fused import Forward, outputs_agree
 from headrace.extract.errors import BackboneError
 
 # Images per call: EfficientNet-Lite0 at 300 px takes 9.3 ms an image by 1 or 2, 10.9 by 8, whose
@@ -30,7 +29,7 @@ def require_openvino() -> None:
 class _Traced(nn.Module):
     """A pass as a module, with the network as its part, so that it can be traced."""
 
-    def __init__(self, network: nn.Module, forward: Callable[[Tensor], list[Tensor]]) -> None:
+    def __init__(self, network: nn.Module, forward: Forward) -> None:
         super().__init__()
         self.network, self.taps_of = network, forward
 
@@ -38,9 +37,7 @@ class _Traced(nn.Module):
         return tuple(self.taps_of(pixels))
 
 
-def openvino_forward(
-    network: nn.Module, forward: Callable[[Tensor], list[Tensor]], pixels: Tensor
-) -> Callable[[Tensor], list[Tensor]]:
+def openvino_forward(network: nn.Module, forward: Forward, pixels: Tensor) -> Forward:
     """Return a pass through the network by OpenVINO, on as many threads as PyTorch has now.
 
     forward: the pass by PyTorch, whose hooks `network` has. pixels: (1, H, W, C) that it is traced
@@ -64,7 +61,7 @@ def openvino_forward(
     return forward
 
 
-def _compile(traced: _Traced, pixels: Tensor) -> Callable[[Tensor], list[Tensor]]:
+def _compile(traced: _Traced, pixels: Tensor) -> Forward:
     # Its import would report itself to Intel over the network; without this package it does not.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino

@@ -47,9 +47,8 @@ class TapFeatures:
     """The feature sets of a backbone's taps."""
 
     specs: tuple[FeatureSpec, ...]  # tap by tap and within a tap view by view
-    weights_note: (
-        str  # tensors that only the weights or only the network have; "" if there are none
-    )
+    # tensors that only the weights or only the network have; "" if there are none
+    weights_note: str
 
 
 def build_feature_specs(

@@ -35,7 +35,7 @@ def targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
         return f"targets in {count_text(len(targets), 'column')}"
     n_classes = n_distinct(samples[targets[0]])
     classes_text = (
-        "lists of classes" if n_classes is None else f"{count_text(n_classes, 'class', 'classes')}"
+        "lists of classes" if n_classes is None else count_text(n_classes, "class", "classes")
     )
     return f"{classes_text} in column {targets[0]!r}"
 
