@@ -329,9 +329,8 @@ def cut(steps: int) -> dict[str, float]:
                 training.mode()
                 started = time.process_time()
                 # A map is stored in float16, so that its conversion is part of the step.
-                training._optimizer_step(
-                    0, rows, source if source.dtype == torch.uint8 else source.float(), None
-                )
+                inputs = source if source.dtype == torch.uint8 else source.float()
+                training._optimizer_step(0, TrainingBatch(rows, inputs, None))
                 if step:
                     seconds[side].append(time.process_time() - started)
         medians = [float(np.median(own)) for own in seconds]

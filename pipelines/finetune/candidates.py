@@ -105,27 +105,19 @@ def list_candidates(
                     f"finetune.reuse: inputs names {input_name!r}, which no backbone gives. There "
                     f"are: {', '.join(feature_inputs)}"
                 )
-        if len(complete_rows) and (
-            reason := _several_networks_reason(reuse_section.inputs, feature_inputs)
-        ):
-            notes.append(f"partial reuse above {reuse_section.train_above} is left out: {reason}")
-        elif len(complete_rows):
-            head_spec = MLPSpec(
-                hidden=reuse_section.hidden, dropout=section.dropout, seed=section.seed
-            )
-            for start_from in reuse_section.start:
-                for spec in _finetune_specs(
-                    section, spec_to_json(head_spec), reuse_section.train_above, start_from
-                ):
-                    candidates.append(
-                        _make_candidate(
-                            "partial reuse",
-                            reuse_section.inputs,
-                            spec,
-                            complete_rows.iloc[0],
-                            feature_inputs,
-                        )
-                    )
+        if not len(complete_rows):
+            continue
+        inputs, train_above = reuse_section.inputs, reuse_section.train_above
+        if reason := _several_networks_reason(inputs, feature_inputs):
+            notes.append(f"partial reuse above {train_above} is left out: {reason}")
+            continue
+        head_json = _new_head(section, reuse_section.hidden)
+        candidates += [
+            _make_candidate("partial reuse", inputs, spec, complete_rows.iloc[0], feature_inputs)
+            for start_from in reuse_section.start
+            for spec in _finetune_specs(section, head_json, train_above, start_from)
+        ]
+    # Two entries of `reuse` may ask for the same network.
     return list({candidate.key: candidate for candidate in candidates}.values()), notes
 
 
@@ -136,9 +128,7 @@ def _candidates_of_head(
         if train_above == "scratch":
             head_spec = spec_from_json(row["spec"])
             hidden = head_spec.hidden if isinstance(head_spec, MLPSpec) else ()
-            head_json = spec_to_json(
-                MLPSpec(hidden=hidden, dropout=section.dropout, seed=section.seed)
-            )
+            head_json = _new_head(section, hidden)
             finetune_specs = _finetune_specs(section, head_json, "all", "random")
             label = "from scratch"
         else:
@@ -148,34 +138,21 @@ def _candidates_of_head(
             yield _make_candidate(label, row["inputs"], spec, row, feature_inputs)
 
 
+def _new_head(section: FinetuneSection, hidden: tuple[int, ...]) -> str:
+    return spec_to_json(MLPSpec(hidden=hidden, dropout=section.dropout, seed=section.seed))
+
+
 def _finetune_specs(
     section: FinetuneSection, head_json: str, train_above: str, start_from: Any
 ) -> Iterator[FineTuneSpec]:
-    shared_fields = (
-        "layer_decay",
-        "weight_decay",
-        "warmup_fraction",
-        "epochs",
-        "patience",
-        "batch_size",
-        "dropout",
-        "label_smoothing",
-        "class_weight",
-        "grad_clip_norm",
-        "batch_norm",
-        "augment",
-        "precision",
-        "seed",
-    )
+    varied_fields = ("head", "train_above", "start", "learning_rate", "kind")
+    shared_values = {
+        field.name: getattr(section, field.name)
+        for field in dataclasses.fields(FineTuneSpec)
+        if field.name not in varied_fields
+    }
     for learning_rate in section.learning_rate:
-        shared_values = {field: getattr(section, field) for field in shared_fields}
-        yield FineTuneSpec(
-            head=head_json,
-            train_above=train_above,
-            start=start_from,
-            learning_rate=learning_rate,
-            **shared_values,
-        )
+        yield FineTuneSpec(head_json, train_above, start_from, learning_rate, **shared_values)
 
 
 def _make_candidate(
@@ -217,8 +194,8 @@ def _several_networks_reason(
 
 def headroom(candidate: Candidate, metric: str) -> float:
     """Return how far the score of the candidate's head is from a perfect one, >= 0."""
-    perfect_score = 1.0 if METRICS[metric].higher_is_better else 0.0
     # The perfect score of a loss or an error is 0, of all others 1.
+    perfect_score = 1.0 if METRICS[metric].higher_is_better else 0.0
     return abs(perfect_score - float(candidate.head[metric]))
 
 

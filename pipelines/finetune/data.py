@@ -3,11 +3,9 @@
 N rows of a task, n of a batch.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.cache.feature_set import FeatureSet
 from headrace.extract.errors import SourceError
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Augmentation, Symmetries, mirror_pixels, parse_view
@@ -32,6 +30,18 @@ class TrainingBatch(NamedTuple):
     rows: Rows  # (n,) positions in the task
     inputs: Tensor  # (n, …) pixels or maps
     features_below: Tensor | None  # (n, D) features of taps below the split node
+
+    def on_device(self, device: str) -> tuple[Tensor, Tensor | None]:
+        """Return the arguments of the network, on a device."""
+        below = self.features_below
+        return self.inputs.to(device), None if below is None else below.to(device)
+
+    def part(self, start: int, n_rows: int) -> "TrainingBatch":
+        """Return `n_rows` rows from position `start` on, or those that are left."""
+        rows, below = slice(start, start + n_rows), self.features_below
+        return TrainingBatch(
+            self.rows[rows], self.inputs[rows], None if below is None else below[rows]
+        )
 
 
 class BatchSource(Protocol):
@@ -119,7 +129,7 @@ class ImageSource:
             for row in row_order
         ]
         n_done = 0
-        with ThreadPoolExecutor(max(self.threads, 1), "decode") as pool:
+        with ThreadPoolExecutor(self.threads, "decode") as pool:
             rendering = Rendering(self.preprocessing, view_index, augmentation)
             for batch in decoded_batches(pool, samples, [rendering], batch_size=batch_size):
                 for row_in_order, reason in (*batch.unread, *batch.undecodable):
@@ -139,7 +149,7 @@ class ImageSource:
                 n_done += len(batch.rows)
 
 
-def sets_by_view(feature_sets: Sequence[FeatureSet]) -> dict[str, list[FeatureSet]]:
+def sets_by_view(feature_sets: Iterable[FeatureSet]) -> dict[str, list[FeatureSet]]:
     """Return the feature sets grouped by view, each group in the order given."""
     sets_of_view: dict[str, list[FeatureSet]] = {}
     for feature_set in feature_sets:
@@ -162,12 +172,3 @@ def random_flips(
             is_flipped.view(-1, *[1] * (inputs.ndim - 1)), inputs.flip(axis), inputs
         )
     return inputs
-
-
-def open_feature_sets(directories: Sequence[str | Path]) -> list[FeatureSet]:
-    return [open_feature_set(directory) for directory in directories]
-
-
-def decoding_threads(n_threads: int, device: str) -> int:
-    """Return the number of decoding threads: on a CPU that of the network, else one per core."""
-    return n_threads if device == "cpu" else max(n_threads, len(os.sched_getaffinity(0)))

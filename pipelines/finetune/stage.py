@@ -5,8 +5,9 @@ A network that is not better than its head on the same validation rows is rolled
 written to `finetune/candidates.json`, and nothing that is decided there is done again.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.heads.evaluate.units import scored_rows
 from headrace.heads.results import read_bank, remove_damaged
-from headrace.heads.spec import spec_to_json
+from headrace.heads.spec import HeadSpec
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
@@ -71,30 +72,13 @@ class FinetuneOutcome:
     trained: int  # candidates that this call trained
 
 
-def pending_candidates(
-    inputs: FinetuneInputs,
-    board: pd.DataFrame,
-    section: FinetuneSection,
-    *,
-    retry_failed: bool = False,
-) -> list[Candidate]:
-    """Return the undecided candidates; with `retry_failed`, those that failed too."""
-    decisions = _read_record(inputs.paths.finetune_decisions)
-    candidates, _ = list_candidates(board, section, inputs.feature_inputs)
-    return [
-        candidate
-        for candidate in candidates
-        if not _is_settled(inputs.paths, candidate.key, decisions, section, retry_failed)
-    ]
-
-
 def finetune_candidates(
     inputs: FinetuneInputs,
     board: pd.DataFrame,
     section: FinetuneSection,
-    client: Client | None,
+    open_client: Callable[[], Client],
     console: Console,
-    options: TaskOptions | None = None,
+    options: TaskOptions,
     *,
     retry_failed: bool = False,
 ) -> FinetuneOutcome:
@@ -103,8 +87,8 @@ def finetune_candidates(
 
     A candidate that failed stays a failed row until a call with `retry_failed`.
 
-    client: None if nothing is pending. options: of tasks; folds that another driver on this run has
-    leased are left to it.
+    open_client: called if a candidate is undecided. options: of tasks; folds that another driver on
+    this run has leased are left to it.
     """
     decisions = _read_record(inputs.paths.finetune_decisions)
     candidates, notes = list_candidates(board, section, inputs.feature_inputs)
@@ -125,11 +109,10 @@ def finetune_candidates(
         write_record(inputs.paths.finetune_images, image_listing)
     n_trained = 0
     if undecided:
-        assert client is not None
         with task_leases(inputs.paths.leases) as leases:
-            lease_options = replace(options or TaskOptions(), leases=leases)
+            lease_options = replace(options, leases=leases)
             n_trained = _train_within_budget(
-                inputs, undecided, decisions, section, client, console, lease_options
+                inputs, undecided, decisions, section, open_client(), console, lease_options
             )
     return FinetuneOutcome(
         rows=_result_rows(inputs, candidates),
@@ -177,12 +160,11 @@ def _has_its_files(paths: RunPaths, key: str, decision: str) -> bool:
         remove_damaged(part_path)
     remove_damaged(paths.finetune_result(key))
     weights_path = paths.finetune_model(key) / WEIGHTS
-    if not weights_path.exists() or is_sealed_file(weights_path):
-        is_whole = weights_path.exists() or decision == "rolled back"
-    else:
-        is_whole = False
-        weights_path.unlink(missing_ok=True)
-    return is_whole and paths.finetune_result(key).exists()
+    if weights_path.exists() and not is_sealed_file(weights_path):
+        weights_path.unlink()
+        return False
+    has_weights = weights_path.exists() or decision == "rolled back"
+    return has_weights and paths.finetune_result(key).exists()
 
 
 def _train_within_budget(
@@ -202,9 +184,7 @@ def _train_within_budget(
     pilot_results = _run_pilots(inputs, undecided, decisions, client, console, options)
     n_folds, metric = inputs.task.n_folds, inputs.metric
     n_workers = 1 if inputs.device != "cpu" else max(1, sum(client.nthreads().values()))
-    budget_seconds = (
-        None if section.budget_minutes is None else 60 * section.budget_minutes * n_workers
-    )
+    budget_seconds = 60 * (section.budget_minutes or math.inf) * n_workers
     measured_shares: dict[str, list[float]] = {}
     remaining = {
         candidate.key: candidate for candidate in undecided if candidate.key in pilot_results
@@ -219,42 +199,32 @@ def _train_within_budget(
     )
     with show_progress(console, "finetune: train", n_total, "networks") as advance:
         while remaining:
-            predicted_seconds = {
+            # Computed anew, because each finished candidate changes what the others promise.
+            gains = {
+                key: predicted_gain(candidate, metric, measured_shares)
+                for key, candidate in remaining.items()
+            }
+            seconds = {
                 key: training_seconds(candidate, pilot_results[key], n_folds)
                 for key, candidate in remaining.items()
             }
-            # Computed anew, because each finished candidate changes what the others promise.
-            gain_per_second = {
-                key: predicted_gain(candidate, metric, measured_shares) / predicted_seconds[key]
-                for key, candidate in remaining.items()
-            }
-            best_key = max(remaining, key=lambda key: (gain_per_second[key], key))
+            best_key = max(remaining, key=lambda key: (gains[key] / seconds[key], key))
             candidate = remaining.pop(best_key)
-            # From disk, because other drivers on this run spend the same budget.
-            spent_seconds = sum(
-                decision.get("seconds", 0.0)
-                for decision in _read_record(inputs.paths.finetune_decisions).values()
-            )
             record: dict[str, Any] = {
                 "label": candidate.label,
                 "inputs": list(candidate.inputs),
                 "settings": settings_text(candidate.spec),
                 "pilot": pilot_results[best_key],
-                "predicted_gain": predicted_gain(candidate, metric, measured_shares),
-                "predicted_seconds": predicted_seconds[best_key],
+                "predicted_gain": gains[best_key],
+                "predicted_seconds": seconds[best_key],
             }
-            seconds_left = None if budget_seconds is None else budget_seconds - spent_seconds
-            if seconds_left is not None and predicted_seconds[best_key] > seconds_left:
+            seconds_left = budget_seconds - _spent_seconds(inputs.paths)
+            if seconds[best_key] > seconds_left:
                 record |= {"decision": "over budget", "budget_minutes": section.budget_minutes}
             else:
-                timeout_s = HUNG * predicted_seconds[best_key] / (n_folds + 1)
-                fold_options = replace(
-                    options, task_timeout_s=max(options.task_timeout_s, timeout_s)
+                record |= _train_folds(
+                    inputs, candidate, client, seconds[best_key], seconds_left, options
                 )
-                # Folds may take what is left of the budget, each an equal share of it, so that a
-                # candidate slower than its pilot cannot exceed the budget.
-                fold_seconds = None if seconds_left is None else seconds_left / (n_folds + 1)
-                record |= _train_folds(inputs, candidate, client, fold_seconds, fold_options)
                 if "gain" in record:
                     # The floor is for a head without a single error.
                     measured_share = record["gain"] / max(headroom(candidate, metric), 1e-9)
@@ -270,6 +240,12 @@ def _train_within_budget(
     return len(pilot_results)
 
 
+def _spent_seconds(paths: RunPaths) -> float:
+    # From disk, because other drivers on this run spend the same budget.
+    decisions = _read_record(paths.finetune_decisions).values()
+    return float(sum(decision.get("seconds", 0.0) for decision in decisions))
+
+
 def _run_pilots(
     inputs: FinetuneInputs,
     candidates: Sequence[Candidate],
@@ -282,24 +258,22 @@ def _run_pilots(
     from headrace.pipelines.finetune.task import pilot  # imports torch
 
     pilot_results: dict[str, Any] = {}
-    jobs = {candidate.key: _finetune_job(inputs, candidate) for candidate in candidates}
+    jobs = [_finetune_job(inputs, candidate) for candidate in candidates]
+    keyed_jobs = ((f"pilot-{job.key}", job) for job in jobs)
     n_total, title = len(candidates), "finetune: pilots"
     options.on_event("stage", stage=title, total=n_total, unit="networks", tasks=n_total)
-    with ExitStack() as stack:
-        advance = stack.enter_context(show_progress(console, title, n_total, "networks"))
-        keyed_jobs = ((f"pilot-{key}", job) for key, job in jobs.items())
-        outcomes = stack.enter_context(
-            closing(run_tasks(client, pilot, keyed_jobs, options=options))
-        )
+    with (
+        show_progress(console, title, n_total, "networks") as advance,
+        closing(run_tasks(client, pilot, keyed_jobs, options=options)) as outcomes,
+    ):
         for n_done, outcome in enumerate(outcomes, 1):
             advance(1)
             _require_machine(outcome)
-            key = next(key for key, job in jobs.items() if job == outcome.job)
             if outcome.result is None:
                 refusal = {"decision": "refused", "reason": outcome.error}
-                decisions.update(_record_decision(inputs.paths, key, refusal))
+                decisions.update(_record_decision(inputs.paths, outcome.job.key, refusal))
             else:
-                pilot_results[key] = outcome.result
+                pilot_results[outcome.job.key] = outcome.result
             options.on_event("progress", done=n_done, failed=n_done - len(pilot_results))
     return pilot_results
 
@@ -333,16 +307,25 @@ def _train_folds(
     inputs: FinetuneInputs,
     candidate: Candidate,
     client: Client,
-    fold_seconds: float | None,
+    predicted_seconds: float,
+    seconds_left: float,
     options: TaskOptions,
 ) -> dict[str, Any]:
     """Train all folds and, if they are better than the head, the network on all rows. Return the
     decision with its figures.
+
+    predicted_seconds, seconds_left: of all trainings; by the pilot, and by the budget.
     """
     from headrace.pipelines.finetune.task import FoldJob, publish_result, train_fold
 
-    job = _finetune_job(inputs, candidate)
-    fold_jobs = [FoldJob(job, fold, fold_seconds) for fold in range(inputs.task.n_folds)]
+    job, n_trainings = _finetune_job(inputs, candidate), inputs.task.n_folds + 1
+    # Folds may take what is left of the budget, each an equal share of it, so that a candidate
+    # slower than its pilot cannot exceed the budget.
+    fold_jobs = [
+        FoldJob(job, fold, seconds_left / n_trainings) for fold in range(inputs.task.n_folds)
+    ]
+    timeout_s = max(options.task_timeout_s, HUNG * predicted_seconds / n_trainings)
+    options = replace(options, task_timeout_s=timeout_s)
     results_by_fold: dict[int, dict[str, Any]] = {}
     failure_reasons: dict[int, str] = {}
 
@@ -360,20 +343,19 @@ def _train_folds(
 
     run(fold_jobs)
     record: dict[str, Any] = {
-        "seconds": sum(fold_job["seconds"] for fold_job in results_by_fold.values())
+        "seconds": sum(result["seconds"] for result in results_by_fold.values())
     }
     if failure_reasons:
-        publish_result(
-            job, failure_reasons | {REFIT: "not trained on all rows, because a fold failed"}
-        )
+        refit_reason = "not trained on all rows, because a fold failed"
+        publish_result(job, failure_reasons | {REFIT: refit_reason})
         return record | {"decision": "failed", "reason": next(iter(failure_reasons.values()))}
     publish_result(job, {})
     record |= compare_with_head(inputs, candidate)
     # The network on all rows comes after the comparison, so that a rollback costs only the folds.
     if record["gain"] <= 0:
         return record | {"decision": "rolled back"}
-    best_epochs = [fold_job["best_epoch"] for fold_job in results_by_fold.values()]
-    run([FoldJob(job, REFIT, None, max(1, round(float(np.mean(best_epochs)))))])
+    best_epochs = [result["best_epoch"] for result in results_by_fold.values()]
+    run([FoldJob(job, REFIT, epochs=max(1, round(float(np.mean(best_epochs)))))])
     record["seconds"] += results_by_fold.get(REFIT, {}).get("seconds", 0.0)
     publish_result(job, failure_reasons)
     if failure_reasons:
@@ -389,16 +371,10 @@ def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str,
     units if the task has them, drawn within folds.
     """
     task, metric = inputs.task, inputs.metric
-    network_predictions = read_bank(
-        inputs.paths.finetune_result(candidate.key)
-    ).out_of_fold_predictions(candidate.spec)
-    head_predictions = read_bank(candidate.head["path"]).out_of_fold_predictions(
-        candidate.head["spec"]
-    )
+    results_path, head = inputs.paths.finetune_result(candidate.key), candidate.head
+    network_folds = _scored_folds(task, results_path, candidate.spec)
+    head_folds = _scored_folds(task, head["path"], head["spec"])
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0
-    network_folds, head_folds = (
-        _scored_folds(task, predicted) for predicted in (network_predictions, head_predictions)
-    )
 
     def gain(rows_by_fold: Sequence[npt.NDArray[np.int64]]) -> float:
         scores = [
@@ -463,39 +439,25 @@ def _comparison_table(
 ) -> pd.DataFrame:
     """Return one row for the best head and one for each candidate, scored on the same images."""
     best_head = board.iloc[0]
-    comparison_rows = [
-        _comparison_row(
-            inputs,
-            "head",
-            best_head["inputs"],
-            f"{best_head['kind']} {best_head['settings']}",
-            best_head["path"],
-            best_head["spec"],
-            {},
-        )
-    ]
+    head_settings = f"{best_head['kind']} {best_head['settings']}"
+    head_files = best_head["path"], best_head["spec"]
+    rows = [_comparison_row(inputs, "head", best_head["inputs"], head_settings, *head_files, {})]
     for candidate in candidates:
-        record = decisions.get(candidate.key, {})
-        results_path = inputs.paths.finetune_result(candidate.key)
-        is_complete = results_path.exists() and record.get("decision") in ("kept", "rolled back")
-        comparison_rows.append(
-            _comparison_row(
-                inputs,
-                candidate.label,
-                candidate.inputs,
-                settings_text(candidate.spec),
-                str(results_path) if is_complete else None,
-                spec_to_json(candidate.spec),
-                record,
-            )
+        record, label = decisions.get(candidate.key, {}), candidate.label
+        path, spec = inputs.paths.finetune_result(candidate.key), candidate.spec
+        is_complete = path.exists() and record.get("decision") in ("kept", "rolled back")
+        scored_path, settings = path if is_complete else None, settings_text(spec)
+        rows.append(
+            _comparison_row(inputs, label, candidate.inputs, settings, scored_path, spec, record)
         )
-    return pd.DataFrame(comparison_rows)
+    return pd.DataFrame(rows)
 
 
 def _scored_folds(
-    task: Task, predicted: npt.NDArray[Any]
+    task: Task, results_path: str | Path, spec: HeadSpec | str
 ) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     """Return the targets and predictions of each fold's rows, or units if the task has them."""
+    predicted = read_bank(results_path).out_of_fold_predictions(spec)
     rows_of_folds = (np.flatnonzero(task.fold == fold) for fold in range(task.n_folds))
     return [scored_rows(task, rows, predicted[rows]) for rows in rows_of_folds]
 
@@ -505,14 +467,14 @@ def _comparison_row(
     label: str,
     input_names: Sequence[str],
     settings: str,
-    results_path: str | None,
-    spec: str,
+    results_path: str | Path | None,
+    spec: HeadSpec | str,
     decision: Mapping[str, Any],
 ) -> dict[str, Any]:
     task, metric, nan = inputs.task, inputs.metric, float("nan")
     value = low = high = nan
     if results_path is not None:
-        folds = _scored_folds(task, read_bank(results_path).out_of_fold_predictions(spec))
+        folds = _scored_folds(task, results_path, spec)
         value = float(
             np.mean([score(task.kind, target, predicted, metric) for target, predicted in folds])
         )
@@ -520,18 +482,13 @@ def _comparison_row(
         fold_ends = np.cumsum([len(fold_target) for fold_target, _ in folds])
         rows_of_folds = np.split(np.arange(fold_ends[-1]), fold_ends[:-1])
         generator = np.random.default_rng(0)
-        resampled_rows = [
-            np.concatenate(
-                [generator.choice(fold_rows, len(fold_rows)) for fold_rows in rows_of_folds]
-            )
-            # Each draw scores all rows once more, which takes seconds with a large validation set.
-            for _ in range(200)
-        ]
-        scores = [
-            score(task.kind, target[row_index], predicted[row_index], metric)
-            for row_index in resampled_rows
-        ]
-        low, high = (float(interval_end) for interval_end in np.nanquantile(scores, [0.025, 0.975]))
+        scores = []
+        # Each draw scores all rows once more, which takes seconds with a large validation set.
+        for _ in range(200):
+            draws = [generator.choice(fold_rows, len(fold_rows)) for fold_rows in rows_of_folds]
+            drawn = np.concatenate(draws)
+            scores.append(score(task.kind, target[drawn], predicted[drawn], metric))
+        low, high = map(float, np.nanquantile(scores, [0.025, 0.975]))
     return {
         "approach": label,
         "inputs": tuple(input_names),
@@ -550,16 +507,13 @@ def _decision_notes(candidates: Sequence[Candidate], decisions: Mapping[str, Any
     notes = []
     for candidate in candidates:
         decision = decisions.get(candidate.key, {})
+        name = f"{candidate.label}, {settings_text(candidate.spec)}"
         if no_split_reason := decision.get("pilot", {}).get("no_split_reason"):
             notes.append(
-                f"{candidate.label}, {settings_text(candidate.spec)}: runs from the images, not "
-                f"from the cached map: {no_split_reason}"
+                f"{name}: runs from the images, not from the cached map: {no_split_reason}"
             )
         if decision.get("decision") in ("refused", "failed"):
-            notes.append(
-                f"{candidate.label}, {settings_text(candidate.spec)}: {decision['decision']}: "
-                f"{decision.get('reason')}"
-            )
+            notes.append(f"{name}: {decision['decision']}: {decision.get('reason')}")
     return notes
 
 

@@ -8,6 +8,7 @@ done again.
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from headrace.cache.atomic_io import publish_bytes, publish_replace
 from headrace.cache.errors import SpecMismatch
-from headrace.cache.feature_set import FeatureSet
+from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.format.sealed import SealBroken, is_sealed_file, read_sealed_json, sealed_json
 from headrace.extract.backbones.backbone import Backbone, load_backbone
 from headrace.extract.errors import BackboneError
@@ -33,14 +34,7 @@ from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank, remove_damaged, results_bytes
 from headrace.heads.spec import FitResult
 from headrace.pipelines.finetune.candidates import require_differentiable
-from headrace.pipelines.finetune.data import (
-    BatchSource,
-    ImageSource,
-    MapSource,
-    decoding_threads,
-    open_feature_sets,
-    sets_by_view,
-)
+from headrace.pipelines.finetune.data import BatchSource, ImageSource, MapSource, sets_by_view
 from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.finetune.parity import check_parity
 from headrace.pipelines.finetune.train import TrainedFold, Training, TrainingPlan
@@ -71,7 +65,6 @@ class FinetuneJob:
     folder: str  # for parts, curves and checkpoints
     result: str  # path of the results file
     model: str  # directory of the network that is trained on all rows
-    threads: int = 1
     device: str = "cpu"
 
 
@@ -81,7 +74,7 @@ class FoldJob:
 
     job: FinetuneJob
     fold: int  # REFIT: on all rows
-    seconds: float | None = None  # at most, by `train.clock`
+    seconds: float = math.inf  # at most, by `train.clock`
     epochs: int | None = None  # of REFIT, which has no validation rows to stop early by
 
 
@@ -113,7 +106,7 @@ def pilot(job: FinetuneJob) -> dict[str, Any]:
     validation rows over training rows; "blocks": how many are trained. Raises FinetuneRefused,
     CannotSplit, SpecMismatch.
     """
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(1)  # one worker runs on each core
     opened = _open_job(job)
     pilot_result: dict[str, Any] = {
         "parity": None,
@@ -156,7 +149,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
         return stored_curve | {"skipped": True}
     # A results file without its network or curve is removed, because the first one published stays.
     part_file.unlink(missing_ok=True)
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(1)
     opened = _open_job(job)
     training = _make_training(fold_job, opened)
     trained = training.run(checkpoint, f"{job.key} {fold}")
@@ -219,18 +212,10 @@ def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
         if part_file.exists():
             bank = read_bank(part_file)
             row = bank.table.iloc[0]
+            loss, epoch, seconds = row["objective"], int(row["iterations"]), row["seconds"]
             validation = bank.validation(job.spec, fold)
             fold_results.append(
-                FitResult(
-                    job.spec,
-                    fold,
-                    {},
-                    row["objective"],
-                    nan,
-                    int(row["iterations"]),
-                    row["seconds"],
-                    validation,
-                )
+                FitResult(job.spec, fold, {}, loss, nan, epoch, seconds, validation)
             )
         elif fold in failures:
             fold_results.append(
@@ -262,9 +247,9 @@ def _fold_name(fold: int) -> str:
 def _open_job(job: FinetuneJob, *, without_backbone: bool = False) -> _OpenedJob:
     """Open the files that the job names. without_backbone: without building the network."""
     task = load_task(Path(job.task))
-    features_of_view = sets_by_view(open_feature_sets(job.features))
+    features_of_view = sets_by_view(map(open_feature_set, job.features))
     first_view = next(iter(features_of_view.values()))
-    map_of_view = {feature.spec.view: feature for feature in open_feature_sets(job.split_maps)}
+    map_of_view = {feature.spec.view: feature for feature in map(open_feature_set, job.split_maps)}
     taps = [Tap(feature.spec.tap, feature.spec.pooling) for feature in first_view]
     if without_backbone:
         return _OpenedJob(task, None, taps, features_of_view, map_of_view)  # type: ignore[arg-type]
@@ -321,8 +306,8 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
             "recipe again"
         )
     out_of_fold = bank.out_of_fold_predictions(head_spec)
-    row_index = np.flatnonzero((task.fold >= 0) & np.isfinite(out_of_fold).all(1))
-    row_index = _spread(row_index, PARITY_ROWS)
+    predicted_rows = np.flatnonzero((task.fold >= 0) & np.isfinite(out_of_fold).all(1))
+    row_index = _spread(predicted_rows, PARITY_ROWS)
     folds = sorted(set(task.fold[row_index].tolist()))
     heads = {
         fold: head_module(head_spec, bank.arrays(head_spec, fold), task.kind) for fold in folds
@@ -342,23 +327,13 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
     cached_features = []
     for view, view_features in enumerate(opened.features_of_view.values()):
         columns = [feature.load(task.content[row_index], np.float32) for feature in view_features]
-        cached_features.append(
-            np.concatenate(
-                [
-                    feature_rows
-                    if network.head.spatial
-                    else feature_rows.reshape(len(row_index), -1)
-                    for feature_rows in columns
-                ],
-                axis=1,
-            )
-        )
-        batches = list(batch_source.batches(row_index, len(row_index), default_view=view))
-        inputs.append(torch.cat([batch.inputs for batch in batches]).to(job.device))
-        below_parts = [
-            batch.features_below for batch in batches if batch.features_below is not None
-        ]
-        below_features.append(torch.cat(below_parts).to(job.device) if below_parts else None)
+        if not network.head.spatial:
+            columns = [column.reshape(len(row_index), -1) for column in columns]
+        cached_features.append(np.concatenate(columns, axis=1))
+        (batch,) = batch_source.batches(row_index, len(row_index), default_view=view)
+        view_inputs, view_below = batch.on_device(job.device)
+        inputs.append(view_inputs)
+        below_features.append(view_below)
     return check_parity(
         network,
         heads,
@@ -412,12 +387,8 @@ def _calibrate_head(training: Training, *, new: bool) -> None:
     feature_blocks = []
     with torch.no_grad():
         for batch in training.source.batches(row_index, 32):
-            below_features = (
-                None if batch.features_below is None else batch.features_below.to(device)
-            )
-            feature_blocks.append(
-                network.features(batch.inputs.to(device), below_features).flatten(1).double()
-            )
+            features = network.features(*batch.on_device(device))
+            feature_blocks.append(features.flatten(1).double())
     if not network.head.spatial:
         # Stored heads are in raw coordinates, where features of unlike scales would need learning
         # rates of their own.
@@ -434,14 +405,12 @@ def _draw_anew(network: Network, spec: BackboneSpec, module_names: list[str], se
         )
     random_network = load_backbone(dataclasses.replace(spec, weights=f"random:{seed}")).module
     for module_name in module_names:
-        random_values: dict[str, Tensor] = dict(
-            random_network.get_submodule(module_name).named_parameters(recurse=False)
-        )
-        random_values |= dict(
-            random_network.get_submodule(module_name).named_buffers(recurse=False)
-        )
+        random_module = random_network.get_submodule(module_name)
         target_module = network.backbone.get_submodule(module_name)
-        for value_name, value in random_values.items():
+        for value_name, value in (
+            *random_module.named_parameters(recurse=False),
+            *random_module.named_buffers(recurse=False),
+        ):
             getattr(target_module, value_name).data.copy_(value)
 
 
@@ -453,7 +422,8 @@ def _batch_source(job: FinetuneJob, opened: _OpenedJob, network: Network) -> Bat
             paths_of_content(Path(job.images), task.content),
             opened.backbone.preprocessing,
             tuple(opened.features_of_view),
-            decoding_threads(job.threads, job.device),
+            # A GPU is fed by one process, to which all cores belong.
+            1 if job.device == "cpu" else len(os.sched_getaffinity(0)),
         )
     features_below = [
         [
@@ -473,39 +443,19 @@ def _spread(rows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
 
 
 def _fold_result(spec: FineTuneSpec, fold: int, trained: TrainedFold) -> FitResult:
-    curve = {int(row["epoch"]): row for row in trained.progress.curve}
-    train_loss = curve.get(trained.progress.best_epoch, {}).get("train_loss", float("nan"))
-    progress = trained.progress
-    return FitResult(
-        spec,
-        fold,
-        {},
-        train_loss,
-        float("nan"),
-        progress.best_epoch,
-        progress.seconds,
-        trained.validation,
-    )
+    progress, nan = trained.progress, float("nan")
+    # Epoch 0, the untrained network, has none.
+    train_losses = {row["epoch"]: row.get("train_loss", nan) for row in progress.curve}
+    loss, epoch = train_losses.get(progress.best_epoch, nan), progress.best_epoch
+    return FitResult(spec, fold, {}, loss, nan, epoch, progress.seconds, trained.validation)
 
 
 def _results_bytes(job: FinetuneJob, opened: _OpenedJob, fold_results: list[FitResult]) -> bytes:
     task = opened.task
-    specs = [
-        feature.spec
+    metrics = [held_out_metrics(task, result.fold, result.validation) for result in fold_results]
+    features = [
+        {"fingerprint": feature.spec.fingerprint, "spec": json.loads(feature.spec.to_json())}
         for view_features in opened.features_of_view.values()
         for feature in view_features
     ]
-    metrics = [
-        held_out_metrics(task, fold_result.fold, fold_result.validation)
-        for fold_result in fold_results
-    ]
-    return results_bytes(
-        task,
-        task.digest,
-        fold_results,
-        metrics,
-        features=[
-            {"fingerprint": spec.fingerprint, "spec": json.loads(spec.to_json())} for spec in specs
-        ],
-        dropped=[],
-    )
+    return results_bytes(task, task.digest, fold_results, metrics, features=features, dropped=[])

@@ -27,7 +27,7 @@ from headrace.pipelines.finetune.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from headrace.pipelines.finetune.data import BatchSource, Rows, random_flips
+from headrace.pipelines.finetune.data import BatchSource, Rows, TrainingBatch, random_flips
 from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.models.torch_network import Network
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
@@ -37,7 +37,6 @@ EVALUATION_ROWS = 64  # images of a batch without gradients
 # the number of its inputs. From this many inputs on, a head layer's learning rate is divided by
 # their number (Yang et al. 2021); otherwise a wide head loses in a few steps what it has learned.
 WIDE = 512
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TrainingPlan:
     fold: int  # held out; REFIT: none
     epochs: int  # at most; the learning rate's schedule is over spec.epochs
     device: str = "cpu"
-    seconds: float | None = None  # at most, by `clock`; checked after each epoch
+    seconds: float = math.inf  # at most, by `clock`; checked after each epoch
 
 
 @dataclass(frozen=True)
@@ -73,24 +72,23 @@ class Training:
         self.validation_rows = (
             np.flatnonzero(task.fold == plan.fold) if plan.fold != REFIT else np.empty(0, np.int64)
         )
-        self.trained = _trained_modules(network, plan.blocks)
         self.optimiser, self.rates = _make_optimizer(network, plan)
         self.named: dict[str, Tensor] = {
-            parameter_name: parameter
-            for parameter_name, parameter in network.named_parameters()
+            name: parameter
+            for name, parameter in network.named_parameters()
             if parameter.requires_grad
         }
+        self.batch_norms: dict[str, nn.Module] = {}  # those that train
         if spec.batch_norm == "trainable" or spec.start == "random":
-            norm_names = {
-                parameter_name
-                for parameter_name, module in self.trained
-                if isinstance(module, _BATCH_NORMS)
-            }
+            for name in (name for block in plan.blocks for name in block):
+                module = network.backbone.get_submodule(name)
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+                    self.batch_norms[f"backbone.{name}"] = module
             # Their running statistics are part of the best epoch's state.
             self.named |= {
-                parameter_name: buffer
-                for parameter_name, buffer in network.named_buffers()
-                if parameter_name.rpartition(".")[0] in norm_names
+                name: buffer
+                for name, buffer in network.named_buffers()
+                if name.rpartition(".")[0] in self.batch_norms
             }
         self.micro = spec.batch_size  # rows of one pass; halved when they do not fit into memory
         self.weight = _row_weights(task, self.train_rows, spec)
@@ -104,12 +102,8 @@ class Training:
         """
         plan, spec = self.plan, self.plan.spec
         progress, best_tensors = TrainingProgress(0, 0, math.inf, 0.0, []), self._copy_tensors()
-        resumed_state = (
-            load_checkpoint(checkpoint_path, key) if checkpoint_path is not None else None
-        )
-        if resumed_state is not None:
-            progress, tensors = resumed_state
-            best_tensors = self._restore_tensors(tensors)
+        if checkpoint_path is not None and (resumed := load_checkpoint(checkpoint_path, key)):
+            progress, best_tensors = resumed[0], self._restore_tensors(resumed[1])
         elif len(self.validation_rows) and spec.start == "head":
             # The untrained network, with its head, is epoch 0: later epochs must be better.
             progress.best_loss = self._validation_loss()
@@ -119,7 +113,7 @@ class Training:
             if len(self.validation_rows) and progress.epoch - progress.best_epoch >= spec.patience:
                 stop_reason = "patience"
                 break
-            if plan.seconds is not None and progress.epoch and progress.seconds >= plan.seconds:
+            if progress.epoch and progress.seconds >= plan.seconds:
                 stop_reason = "time"
                 break
             started_s = clock(plan.device)
@@ -131,11 +125,8 @@ class Training:
             if len(self.validation_rows):
                 validation_loss = curve_row["validation_loss"] = self._validation_loss()
                 if validation_loss < progress.best_loss:
-                    progress.best_loss, progress.best_epoch, best_tensors = (
-                        validation_loss,
-                        progress.epoch,
-                        self._copy_tensors(),
-                    )
+                    progress.best_loss, progress.best_epoch = validation_loss, progress.epoch
+                    best_tensors = self._copy_tensors()
             else:
                 progress.best_epoch, best_tensors = progress.epoch, self._copy_tensors()
             progress.seconds += clock(plan.device) - started_s
@@ -147,46 +138,36 @@ class Training:
         with torch.no_grad():
             for name, tensor in self.named.items():
                 tensor.copy_(best_tensors[name])
-        validation = self.predict(self.validation_rows) if len(self.validation_rows) else None
+        validation = None
+        if len(self.validation_rows):
+            validation = link(self.logits(self.validation_rows).numpy(), plan.task.kind)
         return TrainedFold(progress, validation, first_epoch, stop_reason)
 
-    def predict(self, row_index: Rows, view_index: int = 0) -> npt.NDArray[np.float32]:
-        """Return the (n, C) predictions of the rows."""
-        return link(self.logits(row_index, view_index).numpy(), self.plan.task.kind)
-
-    def logits(self, row_index: Rows, view_index: int = 0) -> Tensor:
+    def logits(self, row_index: Rows) -> Tensor:
         """Return the (n, C) logits of the rows, on the host."""
         self.network.eval()
-        logit_blocks = []
+        n_rows = min(EVALUATION_ROWS, 2 * self.micro)
         with torch.no_grad(), self._autocast():
-            for batch in self.source.batches(
-                row_index, min(EVALUATION_ROWS, 2 * self.micro), default_view=view_index
-            ):
-                features_below = (
-                    None
-                    if batch.features_below is None
-                    else batch.features_below.to(self.plan.device)
-                )
-                logit_blocks.append(
-                    self.network(batch.inputs.to(self.plan.device), features_below).float().cpu()
-                )
+            logit_blocks = [
+                self.network(*batch.on_device(self.plan.device)).float().cpu()
+                for batch in self.source.batches(row_index, n_rows)
+            ]
         return torch.cat(logit_blocks)
 
-    def time_steps(self, n_steps: int = 3) -> float:
-        """Return the seconds of one optimizer step: the minimum of `n_steps` after a first one,
-        because other work on the machine only adds time. Changes the parameters.
-        """
+    def time_steps(self) -> float:
+        """Return the seconds of one optimizer step. Changes the parameters."""
         self.mode()
-        row_order = np.resize(self.train_rows, (n_steps + 1) * self.plan.spec.batch_size)
+        row_order = np.resize(self.train_rows, 4 * self.plan.spec.batch_size)
         step_seconds = []
         generator = np.random.default_rng(0)
         for step, batch in enumerate(self._augmented_batches(row_order, generator)):
             started_s = clock(self.plan.device)
-            self._optimizer_step(step, *batch)
+            self._optimizer_step(step, batch)
             if self.plan.device != "cpu":
                 torch.accelerator.synchronize(self.plan.device)
             step_seconds.append(clock(self.plan.device) - started_s)
-        # Without the first, which loads kernels and reserves memory.
+        # The minimum, because other work on the machine only adds time; without the first, which
+        # loads kernels and reserves memory.
         return min(step_seconds[1:])
 
     def _train_epoch(self, epoch: int) -> float:
@@ -197,37 +178,28 @@ class Training:
         # By the epoch, so that training from a checkpoint draws what an uninterrupted one would.
         torch.manual_seed(int(np.random.SeedSequence(seed_parts).generate_state(1)[0]))  # dropout
         self.mode()
+        row_order = generator.permutation(self.train_rows)
         step_losses = [
-            self._optimizer_step(epoch * self.steps + step, *batch)
-            for step, batch in enumerate(
-                self._augmented_batches(generator.permutation(self.train_rows), generator)
-            )
+            self._optimizer_step(epoch * self.steps + step, batch)
+            for step, batch in enumerate(self._augmented_batches(row_order, generator))
         ]
-        mean_loss = float(np.mean(step_losses))
-        if not math.isfinite(mean_loss):
-            raise TrainingFailed(
-                f"the training loss of epoch {epoch + 1} is not finite: lower learning_rate (it is "
-                f"{spec.learning_rate:g})"
-            )
-        return mean_loss
+        return float(np.mean(step_losses))
 
     def _augmented_batches(
         self, row_order: Rows, generator: np.random.Generator
-    ) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
-        spec = self.plan.spec
+    ) -> Iterator[TrainingBatch]:
+        spec, is_pixels = self.plan.spec, self.network.split_node is None
         view_generator = generator if spec.augment == "views" else None
-        for row_index, inputs, features_below in self.source.batches(
-            row_order, spec.batch_size, generator=view_generator
-        ):
+        for batch in self.source.batches(row_order, spec.batch_size, generator=view_generator):
             if spec.augment in ("flip", "flips"):
-                inputs = random_flips(
-                    inputs, spec.augment, generator, channels_last=self.network.split_node is None
+                flipped = random_flips(
+                    batch.inputs, spec.augment, generator, channels_last=is_pixels
                 )
-            yield row_index, inputs, features_below
+                yield batch._replace(inputs=flipped)
+            else:
+                yield batch
 
-    def _optimizer_step(
-        self, step: int, row_index: Rows, inputs: Tensor, features_below: Tensor | None
-    ) -> float:
+    def _optimizer_step(self, step: int, batch: TrainingBatch) -> float:
         """Take one optimizer step and return the loss. A batch that does not fit into memory is
         divided, and the gradients of its parts are added.
         """
@@ -236,9 +208,9 @@ class Training:
             parameter_group["lr"] = rate * rate_factor
         while True:
             try:
-                loss = self._accumulate_gradients(row_index, inputs, features_below)
+                loss = self._accumulate_gradients(batch)
                 break
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
                 if self.micro == 1:
@@ -246,7 +218,7 @@ class Training:
                         "not even one image fits into memory: train above a later node, or use "
                         "smaller images"
                     ) from error
-                self.micro = max(1, min(self.micro, len(row_index)) // 2)
+                self.micro = max(1, min(self.micro, len(batch.rows)) // 2)
             if self.plan.device != "cpu":
                 torch.accelerator.memory.empty_cache()
         gradient_norm = nn.utils.clip_grad_norm_(
@@ -261,25 +233,18 @@ class Training:
         self.optimiser.step()
         return loss
 
-    def _accumulate_gradients(
-        self, row_index: Rows, inputs: Tensor, features_below: Tensor | None
-    ) -> float:
+    def _accumulate_gradients(self, batch: TrainingBatch) -> float:
         self.optimiser.zero_grad(set_to_none=True)
-        device, total_loss = self.plan.device, 0.0
-        for start in range(0, len(row_index), self.micro):
-            micro_batch = slice(start, start + self.micro)
+        plan, total_loss = self.plan, 0.0
+        for start in range(0, len(batch.rows), self.micro):
+            micro_batch = batch.part(start, self.micro)
             with self._autocast():
-                logits = self.network(
-                    inputs[micro_batch].to(device),
-                    None if features_below is None else features_below[micro_batch].to(device),
-                )
-            micro_rows = row_index[micro_batch]
+                logits = self.network(*micro_batch.on_device(plan.device))
             row_loss = row_losses(
-                logits.float(), self.plan.task, micro_rows, self.plan.spec.label_smoothing
+                logits.float(), plan.task, micro_batch.rows, plan.spec.label_smoothing
             )
-            loss = (row_loss * torch.from_numpy(self.weight[micro_rows]).to(device)).sum() / len(
-                row_index
-            )
+            row_weight = torch.from_numpy(self.weight[micro_batch.rows]).to(plan.device)
+            loss = (row_loss * row_weight).sum() / len(batch.rows)
             loss.backward()  # type: ignore[no-untyped-call]
             total_loss += float(loss.detach())
         return total_loss
@@ -296,10 +261,8 @@ class Training:
         """Put the head into training mode, and batch normalisation if it is trained."""
         self.network.eval()
         self.network.head.train()
-        if self.plan.spec.batch_norm == "trainable" or self.plan.spec.start == "random":
-            for _, module in self.trained:
-                if isinstance(module, _BATCH_NORMS):
-                    module.train()
+        for module in self.batch_norms.values():
+            module.train()
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         device_type, precision = torch.device(self.plan.device).type, self.plan.spec.precision
@@ -315,9 +278,8 @@ class Training:
         return {name: tensor.detach().clone() for name, tensor in self.named.items()}
 
     def _checkpoint_tensors(self, best_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        current_tensors = {f"now.{name}": tensor for name, tensor in self.named.items()}
         return (
-            current_tensors
+            {f"now.{name}": tensor for name, tensor in self.named.items()}
             | {f"best.{name}": tensor for name, tensor in best_tensors.items()}
             | optimizer_tensors(self.optimiser)
         )
@@ -366,14 +328,6 @@ def _row_weights(task: Task, train_rows: Rows, spec: FineTuneSpec) -> npt.NDArra
             / max(1, int((class_weights > 0).sum()))
         )[task.target]
     return np.asarray(row_weight / row_weight[train_rows].mean(), np.float32)
-
-
-def _trained_modules(network: Network, blocks: list[list[str]]) -> list[tuple[str, nn.Module]]:
-    return [
-        (f"backbone.{module_name}", network.backbone.get_submodule(module_name))
-        for block in blocks
-        for module_name in block
-    ]
 
 
 def _make_optimizer(

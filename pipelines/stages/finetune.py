@@ -3,11 +3,7 @@
 from dataclasses import replace
 
 from headrace.cache.count_text import count_text
-from headrace.pipelines.finetune.stage import (
-    FinetuneInputs,
-    finetune_candidates,
-    pending_candidates,
-)
+from headrace.pipelines.finetune.stage import FinetuneInputs, finetune_candidates
 from headrace.pipelines.planning.devices import find_device
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.planning.run_state import RunState
@@ -17,8 +13,7 @@ from headrace.pipelines.stages.train import trained_heads
 
 def finetune(state: RunState, services: Services) -> RunState:
     """Return the state with fine-tuned networks, if the recipe asks for them."""
-    finetune_section, retry_failed = state.recipe.finetune, services.retry_failed
-    if finetune_section is None:
+    if state.recipe.finetune is None:
         return state
     with services.timed("finetune") as report_done:
         finetune_inputs = FinetuneInputs(
@@ -29,18 +24,14 @@ def finetune(state: RunState, services: Services) -> RunState:
             images=state.samples,
             device=find_device(state.recipe.compute.device),
         )
-        leaderboard = rank_heads(*trained_heads(state))
-        missing_candidates = pending_candidates(
-            finetune_inputs, leaderboard, finetune_section, retry_failed=retry_failed
-        )
         finetuned = finetune_candidates(
             finetune_inputs,
-            leaderboard,
-            finetune_section,
-            services.client() if missing_candidates else None,
+            rank_heads(*trained_heads(state)),
+            state.recipe.finetune,
+            services.client,
             services.console,
             services.options,
-            retry_failed=retry_failed,
+            retry_failed=services.retry_failed,
         )
         trained_text = f"{count_text(finetuned.trained, 'network')} trained"
         report_done(trained_text if finetuned.trained else "nothing missing")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from dask.distributed import Client
 from rich.console import Console
 from support import forks
 from support.evidence import feature_inputs_of
@@ -35,7 +36,6 @@ from headrace.pipelines.finetune.stage import (
     FinetuneInputs,
     compare_with_head,
     finetune_candidates,
-    pending_candidates,
 )
 from headrace.pipelines.finetune.train import Training
 from headrace.pipelines.models.model import load_model
@@ -60,6 +60,10 @@ class HereClient:
 
     def nthreads(self) -> dict[str, int]:
         return {"here": 1}
+
+
+def no_client() -> Client:
+    raise AssertionError("nothing is to be trained, so no worker is needed")
 
 
 @pytest.fixture
@@ -127,7 +131,7 @@ def test_what_is_better_is_kept_and_what_is_not_is_rolled_back(
     board = board_of(case, (WEAK, ("layer4.avg",)))
     section = SECTION.model_copy(update={"learning_rate": (1e-3, 1e-12)})
     inputs = inputs_of(case, tmp_path)
-    result = finetune_candidates(inputs, board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, section, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     compared = result.compared.set_index("settings")["decision"].to_dict()
     assert [decision for text, decision in compared.items() if "lr=0.001" in text] == ["kept"]
     assert [decision for text, decision in compared.items() if "lr=1e-12" in text] == [
@@ -154,8 +158,7 @@ def test_what_is_better_is_kept_and_what_is_not_is_rolled_back(
     assert again["gain"] > 0
     assert again["gain_low"] <= again["gain"] <= again["gain_high"]
     ran = len(here)
-    assert not pending_candidates(inputs, board, section)
-    repeated = finetune_candidates(inputs, board, section, None, QUIET)
+    repeated = finetune_candidates(inputs, board, section, no_client, QUIET, TaskOptions())
     assert len(here) == ran, "a second call trains nothing and looks at no network"
     pd.testing.assert_frame_equal(repeated.compared, result.compared)
 
@@ -184,7 +187,7 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
         fold=case.task.fold[::3], weight=case.task.weight[::3],
     )  # fmt: skip
     board = board_of(case, (WEAK, ("layer4.avg",)))
-    finetuned = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    finetuned = finetune_candidates(inputs, board, SECTION, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     ranked = rank_heads(
         pd.concat([_heads(board), finetuned.rows]),
         "log_loss",
@@ -242,13 +245,12 @@ def test_the_budget_is_kept_and_a_larger_one_is_used(
     board = board_of(case, (WEAK, ("layer4.avg",)))
     inputs = inputs_of(case, tmp_path)
     poor = SECTION.model_copy(update={"budget_minutes": 1e-9})
-    result = finetune_candidates(inputs, board, poor, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, poor, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "over budget"]
     assert [key for key in here if not key.startswith("pilot")] == []
-    assert not pending_candidates(inputs, board, poor)
+    finetune_candidates(inputs, board, poor, no_client, QUIET, TaskOptions())
     rich = SECTION.model_copy(update={"budget_minutes": 10.0})
-    assert pending_candidates(inputs, board, rich)
-    result = finetune_candidates(inputs, board, rich, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, rich, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
     assert result.compared["minutes"].iloc[1] < 10
 
@@ -266,7 +268,9 @@ def test_partial_reuse_is_compared_from_both_starts(
             "reuse": (ReuseSection(train_above="layer3", inputs=("layer4.avg",), hidden=(8,)),),
         }
     )
-    result = finetune_candidates(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(
+        inputs_of(case, tmp_path), board, section, HereClient, QUIET, TaskOptions()
+    )  # type: ignore[arg-type]
     assert result.compared["approach"].tolist() == ["head", "partial reuse", "partial reuse"]
     assert {
         "pretrained" in text or "random" in text for text in result.compared["settings"][1:]
@@ -296,7 +300,7 @@ def test_a_failure_is_a_row_and_the_head_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_train_epoch", fails)
-        result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+        result = finetune_candidates(inputs, board, SECTION, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     ranked = rank_heads(
         pd.concat([_heads(board), result.rows]), "log_loss", dict.fromkeys(case.directories, 1), 2
     )
@@ -306,12 +310,12 @@ def test_a_failure_is_a_row_and_the_head_stays(
     assert any("lower learning_rate" in note for note in result.notes)
     assert read_bank(board.iloc[0]["path"]).table["error"].isna().all()
     ran = len(here)
-    assert not pending_candidates(inputs, board, SECTION)
-    again = finetune_candidates(inputs, board, SECTION, None, QUIET)
+    again = finetune_candidates(inputs, board, SECTION, no_client, QUIET, TaskOptions())
     assert len(here) == ran, "a failure is not tried again unasked"
     pd.testing.assert_frame_equal(again.compared, result.compared)
-    assert pending_candidates(inputs, board, SECTION, retry_failed=True)
-    result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET, retry_failed=True)  # type: ignore[arg-type]
+    result = finetune_candidates(
+        inputs, board, SECTION, HereClient, QUIET, TaskOptions(), retry_failed=True
+    )  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
     assert result.rows["error"].isna().all()
 
@@ -331,9 +335,9 @@ def test_a_full_disk_decides_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(task_module, name, full)
         with pytest.raises(RunIncomplete, match="No space left on device"):
-            finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+            finetune_candidates(inputs, board, SECTION, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert not inputs.paths.finetune_decisions.exists()
-    result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, SECTION, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
 
 
@@ -345,7 +349,8 @@ def test_a_rate_that_is_far_too_large_is_told(case: Case, tmp_path: Path, here: 
     section = SECTION.model_copy(
         update={"learning_rate": (1e30,), "grad_clip_norm": 1e30, "warmup_fraction": 0.0}
     )
-    result = finetune_candidates(inputs_of(case, tmp_path), board, section, HereClient(), QUIET)  # type: ignore[arg-type]
+    inputs = inputs_of(case, tmp_path)
+    result = finetune_candidates(inputs, board, section, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert result.compared["decision"].tolist()[1] in ("failed", "refused")
     assert any("lower learning_rate" in note for note in result.notes)
 
@@ -361,7 +366,7 @@ def test_a_network_that_is_not_the_heads_is_refused_on_record(
     inputs = dataclasses.replace(
         inputs_of(case, tmp_path), feature_inputs=feature_inputs_of(case.directories, other)
     )
-    result = finetune_candidates(inputs, board, SECTION, HereClient(), QUIET)  # type: ignore[arg-type]
+    result = finetune_candidates(inputs, board, SECTION, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "refused"]
     assert any("preprocessing" in note for note in result.notes)
     assert not [key for key in here if not key.startswith("pilot")]
