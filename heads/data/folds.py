@@ -65,6 +65,7 @@ def make_folds(
     seed: int,
     groups: npt.NDArray[Any] | None = None,
     given: npt.NDArray[Any] | None = None,
+    row_noun: tuple[str, str] = ("row", "rows"),
 ) -> npt.NDArray[np.int16]:
     """Return the fold in which each row is held out, (N,) int16.
 
@@ -72,6 +73,7 @@ def make_folds(
     of which train/val/test and their usual spellings are sides of a split, and all others folds in
     sorted order.
     groups: (N,); no group is in two folds.
+    row_noun: what a row is, one and several, for messages.
 
     A class with fewer rows (or groups) than folds is missing from the held-out rows of some folds;
     every row is still held out exactly once, and trains in all other folds.
@@ -91,8 +93,8 @@ def make_folds(
         return _grouped_folds(stratum_of_row, np.asarray(groups), n_folds, seed)
     if len(stratum_of_row) < n_folds:
         raise BadSplit(
-            f"{count_text(len(stratum_of_row), 'row')} cannot make {n_folds} folds: use at most "
-            f"{len(stratum_of_row)} folds, or add images."
+            f"{count_text(len(stratum_of_row), *row_noun)} cannot make {n_folds} folds: use at "
+            f"most {len(stratum_of_row)} folds, or add images."
         )
     # The shuffled rows are dealt to the folds in turn, class after class. The next class goes on
     # with the fold after the last one, so both the folds and their classes differ by at most one
@@ -105,11 +107,17 @@ def make_folds(
 
 
 def split_test(
-    target: npt.NDArray[Any], *, fraction: float, seed: int, groups: npt.NDArray[Any] | None = None
+    target: npt.NDArray[Any],
+    *,
+    fraction: float,
+    seed: int,
+    groups: npt.NDArray[Any] | None = None,
+    row_noun: tuple[str, str] = ("row", "rows"),
 ) -> npt.NDArray[np.bool_]:
     """Return which rows are test rows, (N,) bool: about `fraction` of every class.
 
     At least one row of each class trains. groups: (N,); all rows of a group go to one side.
+    row_noun: what a row is, one and several, for messages.
 
     Raises BadSplit when a side would be empty.
     """
@@ -136,16 +144,17 @@ def split_test(
                 ]
             ] = True
     if not is_test.any() or is_test.all():
-        found_text = count_text(len(stratum_of_row), "row") + (
+        found_text = count_text(len(stratum_of_row), *row_noun) + (
             f" in {count_text(len(np.unique(groups)), 'group')}" if groups is not None else ""
         )
+        add_text = "add images" if groups is None else "name a finer column of groups, add images"
         if groups is None and len(stratum_of_row) == len(np.unique(stratum_of_row)) > 1:
             raise BadSplit(
                 f"{found_text}, and each has a class of its own: is task.target the right column? "
                 "Numbers are predicted with task.kind: regression"
             )
         raise BadSplit(
-            f"{found_text} leave one side of a {fraction:.0%} test split empty: add images, or "
+            f"{found_text} leave one side of a {fraction:.0%} test split empty: {add_text}, or "
             "change the fraction."
         )
     return is_test

@@ -54,8 +54,16 @@ def assign_folds(
         )
     if groups is None:
         first_rows, copy_of = _first_of_each(labelled_samples["_content"])
+        row_noun = ("image", "images")
+        if len(first_rows) < len(labelled_samples):
+            row_noun = ("image without its copies", "images without their copies")
         return _draw_folds(
-            labelled_samples.iloc[first_rows], target[first_rows], None, section, notes
+            labelled_samples.iloc[first_rows],
+            target[first_rows],
+            None,
+            section,
+            notes,
+            row_noun=row_noun,
         )[copy_of]
     joined_groups = joined_by(groups, labelled_samples["_content"])
     notes += _joined_groups(labelled_samples, groups, joined_groups, section)
@@ -71,6 +79,7 @@ def assign_folds(
                 joined_groups[first_rows],
                 section,
                 notes,
+                row_noun=(f"unit of {section.unit!r}", f"units of {section.unit!r}"),
             )[unit_of_row]
     return _draw_folds(labelled_samples, target, joined_groups, section, notes)
 
@@ -171,11 +180,12 @@ def _draw_folds(
     notes: list[str],
     *,
     kept_together: npt.NDArray[np.int64] | None = None,
+    row_noun: tuple[str, str] = ("image", "images"),
 ) -> npt.NDArray[np.int16]:
     """Return the fold of each row, (N,) int16: as the user's column says, drawn where it does not.
 
     groups: (N,) the user's column must not split one. kept_together: (N,) groups that a draw keeps
-    whole, by default `groups`.
+    whole, by default `groups`. row_noun: what a row is, one and several, for messages.
     """
     if kept_together is None:
         kept_together = groups
@@ -204,7 +214,7 @@ def _draw_folds(
             labelled_samples, groups, side_of_row, column_name, _group_column(section)
         )
     if section.test_fraction > 0 and not (fold_of_row == TEST).any():
-        test_rows = _draw_test_rows(target, is_validation, kept_together, section)
+        test_rows = _draw_test_rows(target, is_validation, kept_together, section, row_noun)
         fold_of_row[test_rows] = TEST
         if column_name is not None:
             notes.append(
@@ -221,6 +231,7 @@ def _draw_folds(
                 n_folds=section.folds,
                 seed=section.seed,
                 groups=None if kept_together is None else kept_together[is_remaining],
+                row_noun=row_noun,
             )
         except BadSplit as error:
             if is_remaining.all():
@@ -239,6 +250,7 @@ def _draw_test_rows(
     is_validation: npt.NDArray[np.bool_],
     kept_together: npt.NDArray[np.int64] | None,
     section: TaskSection,
+    row_noun: tuple[str, str],
 ) -> npt.NDArray[np.intp]:
     """Return the positions of test rows, drawn from those that the user's column leaves open."""
     is_free = np.ones(len(target), np.bool_)
@@ -259,6 +271,7 @@ def _draw_test_rows(
         fraction=section.test_fraction,
         seed=section.seed,
         groups=None if kept_together is None else kept_together[is_free],
+        row_noun=row_noun,
     )
     return np.flatnonzero(is_free)[is_drawn]
 

@@ -100,6 +100,26 @@ def test_too_few_units_for_the_folds_are_told_where_the_others_are():
     assert str(refusal.value).endswith("The others are in the test split: task.test_fraction")
 
 
+@pytest.mark.parametrize(
+    ("section", "contents", "counted"),
+    [
+        ({"unit": "patient", "group": "site"}, None, "31 units of 'patient' in 1 group"),
+        ({"group": "site"}, None, "100 images in 1 group"),
+        ({}, ["a" * 32, "b" * 32] * 50, "2 images without their copies"),
+    ],
+)
+def test_a_refused_split_says_what_it_counts(section, contents, counted):
+    """Units where one has more images than a side, images without their copies, or images."""
+    frame = patients(n_images=100, n_patients=100, site="one")
+    frame["patient"] = [f"p{min(row, 30)}" for row in range(100)]
+    frame.loc[frame["patient"] == "p30", "label"] = "well"
+    if contents:
+        frame["label"] = ["well", "ill"] * 50
+    with pytest.raises(BadSplit) as refusal:
+        dataset(frame, contents, **section)
+    assert str(refusal.value).startswith(counted)
+
+
 def test_units_written_as_numbers_in_two_ways_are_told():
     """A spreadsheet has made 7 of one patient's number and 7.0 or 07 of another cell's."""
     frame = patients()
