@@ -82,14 +82,24 @@ ExcludeOption = Annotated[
         help="Images, or folders of them, to leave out; * and ? match. May be given several times.",
     ),
 ]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
+
+
+def _set_option(examples: str) -> Any:
+    return typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Use another value for a key of the recipe, in this call: --set task.folds=3, --set "
-        "'heads.mlp.hidden=[[64]]'. May be given several times.",
-    ),
+        help=f"Use another value for a key of the recipe, in this call: {examples}. May be given "
+        "several times.",
+    )
+
+
+SetOption = Annotated[
+    list[str] | None, _set_option("--set task.folds=3, --set 'heads.mlp.hidden=[[64]]'")
+]
+# Extraction reads no task and no heads.
+ExtractionSetOption = Annotated[
+    list[str] | None,
+    _set_option("--set compute.batch_size=16, --set backbones.0.image_size=320"),
 ]
 
 
