@@ -24,7 +24,7 @@ from headrace.extract.taps.spec_cache import (
 )
 from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.fork_server import imports_of
-from headrace.pipelines.cluster.submit import TaskOptions
+from headrace.pipelines.cluster.submit import TaskOptions, announced
 from headrace.pipelines.console import make_console
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.paths import content_index
@@ -103,7 +103,8 @@ def extract_features(
             else nullcontext()
         )
         with opened as workers_client:
-            extract_missing(units, workers_client, console or _progress_console())
+            console = console or _progress_console()
+            extract_missing(units, workers_client, console, announced(TaskOptions(), console))
     return {spec.name: open_feature_set(feature_set_path(cache, spec)) for spec in specs}
 
 

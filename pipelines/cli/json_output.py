@@ -243,6 +243,7 @@ class DriverOutput(JsonOutput):
     workers: int
     deaths: int  # of worker processes
     dashboard: str | None
+    waits: str | None  # why there is no worker, while there is none
     error: str | None
     left_s: Number  # estimate of the time left
 

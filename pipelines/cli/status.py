@@ -38,6 +38,7 @@ class DriverStatus:
     running: Mapping[str, str]  # worker by task
     deaths: int  # of workers
     dashboard: str | None
+    waits: str | None  # why there is no worker
     error: str | None
     left_s: float  # at the stage's rate so far; nan before anything is done
 
@@ -58,7 +59,7 @@ def run_status(run: Path) -> list[DriverStatus]:
     return [
         status
         if status.state != "running" or driver_lives(paths.leases, status.driver)
-        else dataclasses.replace(status, state="gone", running={}, dashboard=None)
+        else dataclasses.replace(status, state="gone", running={}, dashboard=None, waits=None)
         for status in statuses
     ]
 
@@ -71,6 +72,7 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
     running: dict[str, str] = {}
     event_counts: Counter[str] = Counter()
     dashboard: str | None = None
+    waits: str | None = None
     error: str | None = None
     for event in events:
         kind, last_event_at = event["event"], datetime.datetime.fromisoformat(event["time"])
@@ -82,7 +84,10 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
             running.clear()
         elif kind == "cluster":
             dashboard = event.get("dashboard")
+        elif kind == "waiting":
+            waits = event["reason"]
         elif kind == "started":
+            waits = None
             running[event["task"]] = event["worker"]
         elif kind in ("finished", "failed", "died"):
             running.pop(event["task"], None)
@@ -107,6 +112,7 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
         running=running if state == "running" else {},
         deaths=event_counts["died"],
         dashboard=dashboard if state == "running" else None,
+        waits=waits if state == "running" else None,
         error=error,
         left_s=rate_and_left(done, total, (read_at - stage_began).total_seconds())[1],
     )
@@ -159,6 +165,8 @@ def show_status(console: Console, run: Path) -> None:
     for status in drivers[-_N_DRIVERS_SHOWN:]:
         if status.dashboard:
             console.print(f"dashboard: {status.dashboard}", soft_wrap=True)
+        if status.waits:
+            console.print(status.waits, soft_wrap=True, markup=False)
         if status.error:
             console.print(f"{status.driver}: {status.error}", style="red", soft_wrap=True)
     if drivers[-1].state in ("gone", "stopped"):

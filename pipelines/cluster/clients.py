@@ -29,7 +29,7 @@ from headrace.pipelines.cluster.fork_server import (
     sigint_held_back,
     start_server,
 )
-from headrace.pipelines.cluster.slurm import replace_lost_jobs, slurm_client
+from headrace.pipelines.cluster.slurm import queued_jobs_text, replace_lost_jobs, slurm_client
 from headrace.pipelines.cluster.tls import TLSMissing, folder_security, own_security
 from headrace.pipelines.cluster.worker import CORES, GPUS, UNITS_PER_GPU, VARIABLES
 from headrace.pipelines.environment import available_cores
@@ -235,6 +235,27 @@ def restart_lost_workers(client: Client) -> None:
         replace_lost_jobs(cluster)
     elif hasattr(cluster, "worker_spec"):
         cluster.scale(len(cluster.worker_spec))
+
+
+def why_no_worker(client: Client) -> str:
+    """Return why there is no worker yet, and what to do about it, as a sentence for the user."""
+    cluster: Any = client.cluster
+    if hasattr(cluster, "job_cls"):
+        return queued_jobs_text(cluster)
+    if cluster is None:
+        return (
+            "No worker yet: the scheduler that cluster.where names has none. `headrace cluster tls "
+            "FOLDER` prints the command that starts some"
+        )
+    if hasattr(cluster, "namespace"):
+        return (
+            "No worker yet: its pods have not come up. They are listed by "
+            f"kubectl get pods --namespace {cluster.namespace}, and what one waits for by "
+            "kubectl describe pod NAME"
+        )
+    return (
+        "No worker yet: they are starting. On a network disk the import of PyTorch can take minutes"
+    )
 
 
 def _on_this_machine(address: str) -> bool:

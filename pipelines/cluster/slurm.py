@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -180,6 +181,33 @@ def replace_lost_jobs(cluster: Any) -> None:
             )
     if lost_workers:
         cluster.loop.add_callback(_replace, cluster, lost_workers)
+
+
+def queued_jobs_text(cluster: Any) -> str:
+    """Return the state of a cluster's jobs, none of which has a worker yet, and what to do."""
+    job_ids = [job.job_id for job in cluster.workers.values() if job.job_id]
+    command = ["squeue", "--noheader", "--format=%T (%r)", f"--jobs={','.join(job_ids)}"]
+    try:
+        squeue_lines = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError) as error:
+        squeue_lines = [f"squeue does not answer: {error}"]
+    states_text = ", ".join(
+        f"{count} {state}" for state, count in sorted(Counter(squeue_lines).items())
+    )
+    if any(line.startswith("RUNNING") for line in squeue_lines):
+        advice = (
+            "Workers of a job that runs have to reach this process (cluster.slurm.interface); what "
+            f"they say is in {job_logs(cluster)}"
+        )
+    else:
+        advice = (
+            f"squeue --start --jobs={job_ids[0] if job_ids else 'ID'} says when. Jobs that ask for "
+            "less begin sooner: walltime, memory_per_job, workers_per_job and partition of "
+            "cluster.slurm. Ctrl-C withdraws them and keeps what is finished"
+        )
+    return f"No worker yet. SLURM jobs of this run: {states_text or 'none'}. {advice}"
 
 
 def job_logs(cluster: Any) -> str:

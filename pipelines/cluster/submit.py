@@ -29,7 +29,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.errors import HeadraceError
-from headrace.pipelines.cluster.clients import restart_lost_workers
+from headrace.pipelines.cluster.clients import restart_lost_workers, why_no_worker
 from headrace.pipelines.cluster.dask_client import ClusterError
 from headrace.pipelines.cluster.task_leases import TaskLeases
 from headrace.pipelines.cluster.worker import versions
@@ -45,6 +45,9 @@ MAX_ATTEMPTS = 3
 _MAX_STRIKES = 3
 _PAUSE_S = 300.0
 _LOOK_S = 0.5  # seconds between looks at the workers while no task ends
+# Seconds without a worker after which that is told: workers of this machine have come by then.
+_TELL_WAIT_S = 30.0
+_TELL_AGAIN_S = 600.0
 _LEASE_RETRY_S = 1.0  # seconds between attempts to lease tasks that another driver has
 # To fetch a result of a few hundred bytes. If it takes longer, the worker died after finishing and
 # before sending it.
@@ -142,6 +145,8 @@ class _SchedulerWindow(Generic[Job, Result]):
     host_records: dict[str, _HostRecord] = field(default_factory=dict)
     healthy_hosts: set[str] = field(default_factory=set)  # those that get tasks
     unrelated_deaths: int = 0  # deaths of workers under tasks that ended well afterwards
+    # when the lack of any worker is told, on this process's monotonic clock
+    tell_wait_at: float = field(default_factory=lambda: time.monotonic() + _TELL_WAIT_S)
 
     @property
     def max_attempts(self) -> int:
@@ -184,6 +189,8 @@ def announced(options: TaskOptions, console: Console) -> TaskOptions:
                 soft_wrap=True,
                 markup=False,
             )
+        elif event == "waiting":
+            console.print(details["reason"], soft_wrap=True, markup=False)
 
     return dataclasses.replace(options, on_event=announce)
 
@@ -389,6 +396,11 @@ def _wait_for_ends(window: _SchedulerWindow[Job, Result]) -> list[str]:
         return dask_keys
     restart_lost_workers(window.client)
     now, task_timeout_s = time.monotonic(), window.options.task_timeout_s
+    if window.client.nthreads():
+        window.tell_wait_at = max(window.tell_wait_at, now + _TELL_WAIT_S)
+    elif now >= window.tell_wait_at:
+        window.tell_wait_at = now + _TELL_AGAIN_S
+        window.options.on_event("waiting", reason=why_no_worker(window.client))
     late_workers = {
         flight.worker
         for flight in window.in_flight.values()

@@ -12,6 +12,7 @@ Each line has `time` (UTC) and `event`:
     divided   every attempt crashed, and its `parts` take its place
     quarantined  every attempt crashed, and it has no parts
     refused   a `worker` of other versions is given nothing: `error`
+    waiting   there has been no worker for half a minute: `reason`; again every ten minutes
     paused    a `host` whose workers die as soon as they have a task is given none for `seconds`
     cost      what a bank of a `kind` took: `seconds`, beside `assumed_s`
     progress  how far the stage is: `done`, and `failed` images or heads

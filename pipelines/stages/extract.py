@@ -26,7 +26,6 @@ from headrace.pipelines.cluster.submit import (
     Outcome,
     RunIncomplete,
     TaskOptions,
-    announced,
     run_tasks,
 )
 from headrace.pipelines.cluster.task_leases import TaskLeases, task_leases
@@ -131,7 +130,7 @@ def extract_missing(
     recorded as a failed image. client: None for a GPU of this machine, which this process feeds
     without a pause between units.
     """
-    options = announced(options or TaskOptions(), console)
+    options = options or TaskOptions()
     unit_failures: list[str] = []
     fatal_units: list[tuple[ExtractJob, str]] = []  # single images that kill their workers
     unit_reports: list[WorkUnitReport] = []

@@ -9,7 +9,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.pipelines.cluster.clients import Role
-from headrace.pipelines.cluster.submit import TaskOptions
+from headrace.pipelines.cluster.submit import TaskOptions, announced
 
 # From (role, device of the forward pass) to a context manager of a client.
 ClientOpener = Callable[[Role, str], AbstractContextManager[Client]]
@@ -73,8 +73,8 @@ def open_services(
     workers: int | None = None,
     retry_failed: bool = False,
 ) -> Iterator[Services]:
-    """Open services; their workers end with the block."""
-    services = Services(console, options, open_client, workers, retry_failed)
+    """Open services, whose options also print events; their workers end with the block."""
+    services = Services(console, announced(options, console), open_client, workers, retry_failed)
     try:
         yield services
     finally:

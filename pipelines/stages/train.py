@@ -14,7 +14,7 @@ from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import show_progress
-from headrace.pipelines.cluster.submit import RunIncomplete, announced, run_tasks
+from headrace.pipelines.cluster.submit import RunIncomplete, run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.planning.cost_model import PROBE_S, PROBE_SPECS
 from headrace.pipelines.planning.devices import find_heads_device
@@ -59,7 +59,7 @@ def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], i
 def _train_banks(state: RunState, services: Services, device: str) -> None:
     """Train the plan's banks on workers. Raises RunIncomplete if one failed."""
     plan, client, console = state.plan, services.client(), services.console
-    options = announced(services.options, console)
+    options = services.options
     jobs = bank_jobs(state, device)
     assumed_costs = {
         job.result: (bank.kind, bank.assumed_s) for job, bank in zip(jobs, plan.banks, strict=True)

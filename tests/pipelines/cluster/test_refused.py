@@ -2,6 +2,7 @@
 for dask-cuda.
 """
 
+import io
 import os
 import signal
 import sys
@@ -10,11 +11,12 @@ import types
 
 import dask
 import pytest
+from rich.console import Console
 
-from headrace.pipelines.cluster import clients as cluster
+from headrace.pipelines.cluster import clients as cluster, submit
 from headrace.pipelines.cluster.clients import open_client
 from headrace.pipelines.cluster.dask_client import ClusterError, require_extra
-from headrace.pipelines.cluster.submit import run_tasks
+from headrace.pipelines.cluster.submit import TaskOptions, announced, run_tasks
 from headrace.pipelines.cluster.worker import (
     CORES,
     GPUS as GPUS_SETTING,
@@ -34,8 +36,8 @@ def commands(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
 
-    def make(sbatch):
-        for name, text in (("sbatch", sbatch), ("squeue", "true"), ("scancel", "true")):
+    def make(sbatch, squeue="true"):
+        for name, text in (("sbatch", sbatch), ("squeue", squeue), ("scancel", "true")):
             (folder / name).write_text(f"#!/bin/sh\n{text}\n")
             (folder / name).chmod(0o755)
 
@@ -65,6 +67,36 @@ def test_a_job_that_slurm_refuses_ends_the_run(tmp_path, commands, said, key):
     ):
         list(run_tasks(client, eval, [("a", "1 + 1")]))
     assert time.monotonic() - started < 60
+
+
+def test_jobs_that_wait_in_the_queue_are_told(tmp_path, commands, monkeypatch):
+    """With SLURM's state and reason, once, and what to do."""
+    pytest.importorskip("dask_jobqueue")
+    queue = """case "$*" in *%T*) echo "PENDING (Resources)";; *) echo 7;; esac"""
+    commands("echo Submitted batch job 7", queue)
+    monkeypatch.setattr(submit, "_TELL_WAIT_S", 2.0)
+    section = ClusterSection(where="slurm", slurm=SlurmSection(interface="lo"))
+    reasons, looks, console = [], [], Console(file=io.StringIO())
+
+    def listen(event, **details):
+        reasons.append(details["reason"])
+
+    def look(client):
+        looks.append(client)
+        if len(looks) > 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit, "restart_lost_workers", look)
+    options = announced(TaskOptions(on_event=listen), console)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_client(section, "train", run_folder=tmp_path) as client,
+    ):
+        list(run_tasks(client, eval, [("a", "1 + 1")], options=options))
+    (reason,) = reasons
+    assert reason.startswith("No worker yet. SLURM jobs of this run: 1 PENDING (Resources). squeue")
+    assert "--jobs=7 " in reason
+    assert console.file.getvalue() == reason + "\n"
 
 
 @pytest.mark.parametrize(
