@@ -5,6 +5,7 @@ without the suffix (`a.b.jpg`: `a.b.cls`) or, as in WebDataset, up to the first 
 several members of one name the last counts, as for `tar -x`.
 """
 
+import functools
 import glob
 import itertools
 import os
@@ -14,10 +15,10 @@ import tarfile
 import zipfile
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -27,7 +28,7 @@ from headrace.cache.text import load_json, normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids
 from headrace.extract.images.byte_ranges import encode_path, open_compressed, printable_name
 from headrace.extract.images.heif import reads_heif
-from headrace.extract.sources.folder import EXCLUDED_ENTRIES, HIDDEN_ENTRIES, is_hidden
+from headrace.extract.sources.folder import HIDDEN_ENTRIES, is_hidden
 from headrace.extract.sources.formats import (
     HEIF_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -37,7 +38,7 @@ from headrace.extract.sources.formats import (
     is_archive,
 )
 from headrace.extract.sources.layout import FolderParts, Layout, read_layout, split_side
-from headrace.extract.sources.listing import Listing, Tally
+from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally
 
 _SIDE_FILES = frozenset({"cls", "txt", "json"})
 _MAX_SIDE_FILE_BYTES = 2**20  # a larger text or JSON file holds no label
@@ -51,7 +52,6 @@ class _Member:
 
     name: str
     locator: str  # archive, byte range and name: the path of a sample, see images/byte_ranges.py
-    size: int  # bytes
     head: bytes  # its first 32 bytes, if its suffix is not that of an image
     side_file: bytes | None  # its content, if it is a side file
 
@@ -63,6 +63,17 @@ class _Link:
     name: str
     target: str  # name of the member that it links to
     hard: bool
+
+
+class _Entry(NamedTuple):
+    """A file or link in an archive, by its header."""
+
+    name: str
+    size: int  # bytes
+    details: str  # of its locator, without the name
+    unreadable: str | None  # why it cannot be read
+    read: Callable[[int], bytes]  # returns its first bytes of that number, -1 for all of them
+    link: _Link | None = None
 
 
 @dataclass(frozen=True)
@@ -126,9 +137,11 @@ def read_archives(
     notes: list[str] = []
     member_folders = [_folders(image.member.name) for image in images]
     if "label" not in frame:
-        member_folders, folders_of_others = _strip_common_folders(member_folders, folders_of_others)
         read_labels = read_layout(
-            member_folders, folders_of_others, layout, source_text, labelled=labelled
+            *_strip_common_folders(member_folders, folders_of_others),
+            layout,
+            source_text,
+            labelled=labelled,
         )
         frame.insert(2, "label", pd.Series(read_labels.labels, dtype=object))
         if read_labels.splits is not None and "split" not in frame:
@@ -144,23 +157,23 @@ def read_archives(
             f"{n_unlabelled:,} of {count_text(len(frame), 'image')} have no label: the side files "
             "say the labels, not the folders, and these have none, or one without a label"
         )
-    if "split" not in frame and (side_of_archive := _sides_of_archives(archive_paths)):
-        frame["split"] = [side_of_archive[Path(image.archive).name] for image in images]
+    sides = [split_side(Path(image.archive).name) for image in images]
+    if "split" not in frame and None not in sides and len(set(sides)) > 1:
+        frame["split"] = sides
         notes.append("the archives' names are those of the sides of a split")
+    return tally.listing(frame, notes + _notes_on_samples(images))
+
+
+def _notes_on_samples(images: Sequence[_Image]) -> list[str]:
+    """Return a note on samples of WebDataset that have several images; [] if there are none."""
     sample_keys = Counter(f"{image.archive}/{_sample_key(image.member.name)}" for image in images)
-    if n_several := sum(count > 1 for count in sample_keys.values()):
-        sample_key = next(sample_key for sample_key, count in sample_keys.items() if count > 1)
-        notes.append(
-            f"{count_text(n_several, 'sample')} (names up to the first dot) have more than one "
-            f"image, such as {printable_name(sample_key)}: each image is a row"
-        )
-    return tally.listing(frame, notes)
-
-
-def _sides_of_archives(archive_paths: Sequence[Path]) -> dict[str, str | None]:
-    """Return {archive's name: its side of a split} if all names begin with one, else {}."""
-    sides = {archive_path.name: split_side(archive_path.name) for archive_path in archive_paths}
-    return sides if None not in sides.values() and len(set(sides.values())) > 1 else {}
+    several = [sample_key for sample_key, count in sample_keys.items() if count > 1]
+    if not several:
+        return []
+    return [
+        f"{count_text(len(several), 'sample')} (names up to the first dot) have more than one "
+        f"image, such as {printable_name(several[0])}: each image is a row"
+    ]
 
 
 def _strip_common_folders(
@@ -207,32 +220,13 @@ def _read_archive(
 
     Folders of members that are no images are added to `folders_of_others`.
     """
-    read_members = _zip_members if archive_path.suffix.lower() == ".zip" else _tar_members
-    entries = list(read_members(archive_path, archive_name, exclude, tally, folders_of_others))
-    positions: dict[str, list[int]] = defaultdict(list)  # where in the archive each name stands
-    for position, entry in enumerate(entries):
-        positions[entry.name].append(position)
-    members: dict[str, _Member] = {}
-    for position, entry in enumerate(entries):
-        if position != positions[entry.name][-1]:
-            tally.leave_out(
-                "members that a later one of the same name replaces",
-                printable_name(f"{archive_name}/{entry.name}"),
-            )
-        elif (member := _follow(entries, positions, position)) is not None:
-            members[entry.name] = replace(member, name=entry.name)
-        else:
-            tally.leave_out(
-                "links to what is not in the archive",
-                printable_name(f"{archive_name}/{entry.name}"),
-            )
+    entries = list(_entries(archive_path, archive_name, exclude, tally, folders_of_others))
+    members = _resolve(entries, archive_name, tally)
+    images = [member for member in members if member.side_file is None and _is_image(member)]
     side_files = {
-        member.name: member.side_file for member in members.values() if member.side_file is not None
+        member.name: member.side_file for member in members if member.side_file is not None
     }
-    images = [
-        member for member in members.values() if member.side_file is None and _is_image(member)
-    ]
-    used_side_files: set[str] = set()
+    used_names = {member.name for member in images}
     damaged_side_files: set[str] = set()
     archive_images = []
     for member in images:
@@ -247,13 +241,12 @@ def _read_archive(
             side_name = f"{sample_key}.{side_extension}"
             if (data := side_files.get(side_name)) is not None:
                 values = _side_columns(side_extension, data)
-                (damaged_side_files if values is None else used_side_files).add(side_name)
+                (damaged_side_files if values is None else used_names).add(side_name)
                 columns |= values or {}
         archive_images.append(_Image(archive_name, member, columns))
-    tally.annotations += len(used_side_files)
-    for member in members.values():
-        is_image = member.side_file is None and _is_image(member)
-        if is_image or member.name in used_side_files:
+    tally.annotations += len(used_names) - len(images)
+    for member in members:
+        if member.name in used_names:
             continue
         if member.name in damaged_side_files:
             left_out_reason = "side files that are no JSON object"
@@ -264,6 +257,24 @@ def _read_archive(
         tally.leave_out(left_out_reason, printable_name(f"{archive_name}/{member.name}"))
         folders_of_others.add(_folders(member.name))
     return archive_images
+
+
+def _resolve(entries: Sequence[_Member | _Link], archive_name: str, tally: Tally) -> list[_Member]:
+    """Return the last member of each name, links as what they lead to; count the others."""
+    positions: dict[str, list[int]] = defaultdict(list)  # where in the archive each name stands
+    for position, entry in enumerate(entries):
+        positions[entry.name].append(position)
+    members: list[_Member] = []
+    for position, entry in enumerate(entries):
+        if position != positions[entry.name][-1]:
+            left_out_reason = "members that a later one of the same name replaces"
+        elif (member := _follow(entries, positions, position)) is not None:
+            members.append(replace(member, name=entry.name))
+            continue
+        else:
+            left_out_reason = "links to what is not in the archive"
+        tally.leave_out(left_out_reason, printable_name(f"{archive_name}/{entry.name}"))
+    return members
 
 
 def _follow(
@@ -304,14 +315,6 @@ def _is_image(member: _Member) -> bool:
     )
 
 
-def _is_side_file(member_name: str, size: int) -> bool:
-    return member_name.rpartition(".")[2] in _SIDE_FILES and size < _MAX_SIDE_FILE_BYTES
-
-
-def _needs_head(member_name: str) -> bool:
-    return posixpath.splitext(member_name)[1].lower() not in IMAGE_SUFFIXES
-
-
 def _side_columns(extension: str, data: bytes) -> dict[str, Any] | None:
     """Read a side file's columns; None for a `.json` that holds no JSON object."""
     side_text = normalize_text(data.decode("utf-8-sig", errors="replace"))
@@ -337,137 +340,117 @@ def _is_cell(value: Any) -> bool:
     return all(isinstance(item, (str, int, float, bool)) for item in values)
 
 
-def _tar_members(
+def _entries(
     archive_path: Path,
     archive_name: str,
     exclude: Sequence[str],
     tally: Tally,
     folders_of_others: set[FolderParts],
 ) -> Iterator[_Member | _Link]:
-    is_compressed = archive_path.suffix.lower() != ".tar"
-
-    def read(archive: tarfile.TarFile, member_name: str, offset: int, size: int) -> _Member:
-        head, side_file = b"", None
-        if _is_side_file(member_name, size):
-            side_file = _read_at(archive, offset, size)
-        elif _needs_head(member_name):
-            head = _read_at(archive, offset, min(32, size))
-        kind = "tgz" if is_compressed else "tar"
-        locator = (
-            f"{encode_path(archive_path)}::{kind}:{offset}:{size}:{printable_name(member_name)}"
-        )
-        return _Member(member_name, locator, size, head, side_file)
-
+    """Yield what an archive holds, apart from hidden, excluded and unreadable entries."""
+    is_zip = archive_path.suffix.lower() == ".zip"
     try:
-        with _open_tar(archive_path, is_compressed) as archive:
-            for entry in archive:
-                if entry.isdir():
-                    continue
-                tally.found += 1
-                member_name = _member_name(entry.name)
-                left_out_reason = _left_out(
-                    member_name, archive_name, exclude, folders_of_others, tally
-                ) or _unreadable_tar_member(entry)
-                if left_out_reason is not None:
-                    tally.leave_out(
-                        left_out_reason, printable_name(f"{archive_name}/{member_name}")
-                    )
-                elif entry.issym():
-                    target = posixpath.join(posixpath.dirname(member_name), entry.linkname)
-                    yield _Link(member_name, _member_name(target), hard=False)
-                elif entry.islnk():
-                    yield _Link(member_name, _member_name(entry.linkname), hard=True)
-                else:
-                    yield read(archive, member_name, entry.offset_data, entry.size)
-    # A damaged archive makes tarfile, and what decompresses it, raise anything: zlib and lzma have
-    # errors of their own.
+        for entry in (_zip_entries if is_zip else _tar_entries)(archive_path):
+            tally.found += 1
+            left_out_reason = (
+                _left_out(entry.name, archive_name, exclude, folders_of_others, tally)
+                or entry.unreadable
+                or ("members of more than 2 GiB" if entry.size > _MAX_MEMBER_BYTES else None)
+            )
+            shown_name = printable_name(entry.name)
+            if left_out_reason is not None:
+                tally.leave_out(left_out_reason, f"{printable_name(archive_name)}/{shown_name}")
+                continue
+            if entry.link is not None:
+                yield entry.link
+                continue
+            head, side_file = b"", None
+            if entry.name.rpartition(".")[2] in _SIDE_FILES and entry.size < _MAX_SIDE_FILE_BYTES:
+                side_file = entry.read(-1)
+            elif posixpath.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+                head = entry.read(32)
+            locator = f"{encode_path(archive_path)}::{entry.details}:{shown_name}"
+            yield _Member(entry.name, locator, head, side_file)
+    # A damaged archive makes tarfile and zipfile, and what decompresses for them, raise anything:
+    # zlib and lzma have errors of their own.
     except Exception as error:
-        raise SourceError(f"{archive_path}: {_tar_problem(archive_path, error)}") from error
+        problem = (
+            f"not a whole zip archive ({error}). Fetch it again, or leave it out."
+            if is_zip
+            else _tar_problem(archive_path, error)
+        )
+        raise SourceError(f"{archive_path}: {problem}") from error
 
 
-def _open_tar(archive_path: Path, is_compressed: bool) -> tarfile.TarFile:
-    if is_compressed:
-        return tarfile.open(fileobj=open_compressed(archive_path), mode="r:")
-    return tarfile.open(archive_path, "r:")
+def _tar_entries(archive_path: Path) -> Iterator[_Entry]:
+    is_compressed = archive_path.suffix.lower() != ".tar"
+    kind = "tgz" if is_compressed else "tar"
+    stream = open_compressed(archive_path) if is_compressed else archive_path.open("rb")
+    with stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        for entry in archive:
+            if entry.isdir():
+                continue
+            name, link, unreadable = _member_name(entry.name), None, None
+            if entry.issym():
+                target = posixpath.join(posixpath.dirname(name), entry.linkname)
+                link = _Link(name, _member_name(target), hard=False)
+            elif entry.islnk():
+                link = _Link(name, _member_name(entry.linkname), hard=True)
+            elif not entry.isreg():
+                unreadable = "members other than files"
+            elif entry.issparse():
+                unreadable = "sparse members (pack them without --sparse)"
+            yield _Entry(
+                name,
+                entry.size,
+                f"{kind}:{entry.offset_data}:{entry.size}",
+                unreadable,
+                functools.partial(_read_tar_member, archive, entry),
+                link,
+            )
 
 
-def _unreadable_tar_member(entry: tarfile.TarInfo) -> str | None:
-    if not (entry.isreg() or entry.islnk() or entry.issym()):
-        return "members other than files"
-    if entry.issparse():
-        return "sparse members (pack them without --sparse)"
-    return "members of more than 2 GiB" if entry.size > _MAX_MEMBER_BYTES else None
-
-
-def _read_at(archive: tarfile.TarFile, offset: int, size: int) -> bytes:
+def _read_tar_member(archive: tarfile.TarFile, entry: tarfile.TarInfo, n_bytes: int) -> bytes:
     stream = archive.fileobj
     assert stream is not None  # an archive that is open for reading
     # Not `archive.extractfile`, which would seek again: a compressed stream is read from its start
     # to go back. tarfile seeks to the next header by itself.
-    stream.seek(offset)
-    data: bytes = stream.read(size)
+    stream.seek(entry.offset_data)
+    data: bytes = stream.read(entry.size if n_bytes < 0 else min(n_bytes, entry.size))
     return data
 
 
-def _zip_members(
-    archive_path: Path,
-    archive_name: str,
-    exclude: Sequence[str],
-    tally: Tally,
-    folders_of_others: set[FolderParts],
-) -> Iterator[_Member | _Link]:
-    try:
-        with zipfile.ZipFile(archive_path) as archive:
-            for entry in archive.infolist():
-                if entry.is_dir():
-                    continue
-                tally.found += 1
-                member_name = _member_name(_zip_name(entry))
-                left_out_reason = _left_out(
-                    member_name, archive_name, exclude, folders_of_others, tally
-                ) or _unreadable_zip_member(entry)
-                if left_out_reason is not None:
-                    tally.leave_out(
-                        left_out_reason, printable_name(f"{archive_name}/{member_name}")
-                    )
-                    continue
-                head, side_file = b"", None
-                if _is_side_file(member_name, entry.file_size):
-                    side_file = archive.read(entry)
-                elif _needs_head(member_name):
-                    with archive.open(entry) as opened:
-                        head = opened.read(32)
-                numbers = (
-                    entry.header_offset,
-                    entry.compress_size,
-                    entry.file_size,
-                    entry.compress_type,
-                    entry.CRC,
+def _zip_entries(archive_path: Path) -> Iterator[_Entry]:
+    with zipfile.ZipFile(archive_path) as archive:
+        for entry in archive.infolist():
+            if entry.is_dir():
+                continue
+            name = entry.filename
+            if not entry.flag_bits & 0x800:  # the flag: the name is UTF-8
+                # Any encoding, which zipfile takes for cp437. Most programs write UTF-8 without
+                # the flag too.
+                name = os.fsdecode(name.encode("cp437"))
+            unreadable = None
+            if entry.flag_bits & 0x1:
+                unreadable = "encrypted members"
+            elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                unreadable = (
+                    "members compressed in another way than deflate (pack the archive again: "
+                    "zip -r)"
                 )
-                position = ":".join(map(str, numbers))
-                locator = (
-                    f"{encode_path(archive_path)}::zip:{position}:{printable_name(member_name)}"
-                )
-                yield _Member(member_name, locator, entry.file_size, head, side_file)
-    except Exception as error:  # zipfile and its decompressors raise anything on a damaged archive
-        raise SourceError(
-            f"{archive_path}: not a whole zip archive ({error}). Fetch it again, or leave it out."
-        ) from error
+            yield _Entry(
+                _member_name(name),
+                entry.file_size,
+                f"zip:{entry.header_offset}:{entry.compress_size}:{entry.file_size}:"
+                f"{entry.compress_type}:{entry.CRC}",
+                unreadable,
+                functools.partial(_read_zip_member, archive, entry),
+            )
 
 
-def _zip_name(entry: zipfile.ZipInfo) -> str:
-    if entry.flag_bits & 0x800:  # the name is UTF-8
-        return entry.filename
-    # Any encoding, which zipfile takes for cp437. Most programs write UTF-8 without the flag too.
-    return os.fsdecode(entry.filename.encode("cp437"))
-
-
-def _unreadable_zip_member(entry: zipfile.ZipInfo) -> str | None:
-    if entry.flag_bits & 0x1:
-        return "encrypted members"
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return "members compressed in another way than deflate (pack the archive again: zip -r)"
-    return "members of more than 2 GiB" if entry.file_size > _MAX_MEMBER_BYTES else None
+def _read_zip_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, n_bytes: int) -> bytes:
+    with archive.open(entry) as member:
+        return member.read(n_bytes)
 
 
 def _member_name(name: str) -> str:

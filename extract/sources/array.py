@@ -19,7 +19,6 @@ from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import encode_path, open_array
 from headrace.extract.images.samples import MAX_ARRAY_HEADER_BYTES, array_shape
-from headrace.extract.sources.folder import EXCLUDED_ENTRIES
 from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_IN_NAME, split_side_in
 from headrace.extract.sources.listing import Listing, Tally, join_listings
@@ -113,7 +112,7 @@ def _read_one(
     key_prefix = f"{key}:" if file_kind in ("npz", "h5") else ""
     n_images = len(array)
     n_digits = len(str(n_images - 1))
-    prefix = array_path.name if id_prefix is None else id_prefix
+    prefix = id_prefix or array_path.name
     frame = pd.DataFrame(
         {
             "id": [f"{prefix}/{index:0{n_digits}d}" for index in range(n_images)],
@@ -125,12 +124,7 @@ def _read_one(
         }
     )
     tally = Tally(found=n_images)
-    is_excluded = np.array([tally.excludes(options.exclude, name) for name in frame["id"]], bool)
-    if is_excluded.any():
-        tally.leave_out(
-            EXCLUDED_ENTRIES, *frame["id"][is_excluded].head(3), count=int(is_excluded.sum())
-        )
-    return tally.listing(frame[~is_excluded].reset_index(drop=True))
+    return tally.listing(tally.exclude_rows(frame, options.exclude))
 
 
 def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str | None, str]]:
@@ -204,12 +198,9 @@ def idx_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
     pairs: list[tuple[Path, Path | None]] = []
     files = sorted(folder.iterdir())
     for file in files:
-        match = _IDX_IMAGES.fullmatch(file.name)
-        if match is not None and file.is_file():
-            labels_pattern = re.compile(
-                rf"{re.escape(match['prefix'])}labels[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE
-            )
-            labels = (path for path in files if labels_pattern.fullmatch(path.name))
+        if (match := _IDX_IMAGES.fullmatch(file.name)) and file.is_file():
+            labels_name = rf"{re.escape(match['prefix'])}labels[-.]idx\d(-ubyte)?(\.gz)?"
+            labels = (path for path in files if re.fullmatch(labels_name, path.name, re.IGNORECASE))
             pairs.append((file, next(labels, None)))
     return pairs
 
@@ -259,19 +250,14 @@ def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
             f"{folder}: a folder without idx files of images (…-images-idx3-ubyte, .gz or not). "
             "Name an array: a .npy, .npz, HDF5 or idx file"
         )
-    split_sides = [_side(images.name) for images, _ in pairs]
-    listing = _join_sides(
-        [read_array(images, labels=labels, exclude=exclude) for images, labels in pairs],
-        split_sides,
-    )
-    if None not in split_sides and len(set(split_sides)) > 1:
+    listings = [read_array(images, labels=labels, exclude=exclude) for images, labels in pairs]
+    sides = [_side(images.name) for images, _ in pairs]
+    if None not in sides and len(set(sides)) > 1:
+        return _join_sides(listings, sides)
+    listing = join_listings(listings)
+    if not any(sides) or None not in sides:
         return listing
-    listing = replace(listing, samples=listing.samples.drop(columns="split"))
-    if not any(split_sides) or None not in split_sides:
-        return listing
-    unnamed_file = next(
-        images.name for (images, _), side in zip(pairs, split_sides, strict=True) if side is None
-    )
+    unnamed_file = pairs[sides.index(None)][0].name
     note = (
         f"{unnamed_file}: its name has no word of a split (train, test, …), so that there is no "
         "column split"

@@ -6,7 +6,6 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -23,22 +22,13 @@ from headrace.extract.sources.formats import (
     unread_format,
 )
 from headrace.extract.sources.layout import FolderParts, Layout, read_layout
-from headrace.extract.sources.listing import Listing, Tally
+from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally
 
-EXCLUDED_ENTRIES = "entries that images.exclude names"
 UNMATCHED_NAMES = "names that images.name_pattern does not match"
 LINKED_FOLDERS = "links to folders that are read under their own names"
 HIDDEN_ENTRIES = "hidden entries (names that begin with a dot, folders that tools leave)"
 # Folders that macOS's archives, Python and Synology's file servers leave: no classes.
 _TOOL_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")
-
-
-class _Entry(NamedTuple):
-    """A file below the source's folder, or an empty folder."""
-
-    folders: FolderParts
-    name: str  # empty for an empty folder
-    path: str
 
 
 def read_folder(
@@ -123,24 +113,15 @@ def read_folder(
     if pattern is not None:
         groups = [groups_of_id[normalize_text(image_id)] for image_id in image_ids]
         columns |= {name: [group[name] for group in groups] for name in pattern.groupindex}
-    notes = [*read_labels.notes, *_notes_on_names(image_ids)]
+    notes = list(read_labels.notes)
+    usual_endings = (*IMAGE_SUFFIXES, ".npy")
+    unusual_names = [name for name in image_ids if not name.lower().endswith(usual_endings)]
+    if unusual_names:
+        notes.append(
+            f"{count_text(len(unusual_names), 'file is', 'files are')} images by their content and "
+            f"not by their names, such as {unusual_names[0]}"
+        )
     return tally.listing(pd.DataFrame(columns), notes)
-
-
-def _notes_on_names(image_ids: Sequence[str]) -> list[str]:
-    """Return a note on images whose names do not end as those of images; [] if all do."""
-    usual_endings = {suffix[1:] for suffix in IMAGE_SUFFIXES} | {"npy"}
-    unusual_names = [
-        image_id
-        for image_id in image_ids
-        if image_id.rpartition(".")[2].lower() not in usual_endings
-    ]
-    if not unusual_names:
-        return []
-    return [
-        f"{count_text(len(unusual_names), 'file is', 'files are')} images by their content and not "
-        f"by their names, such as {unusual_names[0]}"
-    ]
 
 
 def _no_images_message(image_root: Path, tally: Tally, first_other: str | None) -> str:
@@ -157,26 +138,20 @@ def _tell_apart(
 ) -> list[tuple[str, str, FolderParts]]:
     """Return the rows; ids that are equal only in NFC (é written in two ways) stay as on disk."""
     id_counts = Counter(image_id for image_id, _, _ in image_rows)
-    return [
-        (
-            image_id
-            if id_counts[image_id] == 1
-            else printable_name(os.path.relpath(locator_file(image_path), image_root)),
-            image_path,
-            parent_folders,
-        )
-        for image_id, image_path, parent_folders in image_rows
-    ]
+
+    def own_id(image_id: str, path: str) -> str:
+        if id_counts[image_id] == 1:
+            return image_id
+        return printable_name(os.path.relpath(locator_file(path), image_root))
+
+    return [(own_id(image_id, path), path, folders) for image_id, path, folders in image_rows]
 
 
 def image_paths(folder: Path) -> Iterator[str]:
     """Yield the images anywhere below a folder, as paths of samples (`encode_path`)."""
-    entries = _walk(folder.absolute(), Tally())
-    return (
-        encode_path(entry.path)
-        for entry in entries
-        if entry.name and (is_image(entry.path) or is_image_array(entry.path))
-    )
+    for _, name, path in _walk(folder.absolute(), Tally()):
+        if name and (is_image(path) or is_image_array(path)):
+            yield encode_path(path)
 
 
 def has_images(folder: Path) -> bool:
@@ -190,8 +165,16 @@ def has_images(folder: Path) -> bool:
     return next(image_paths(folder), None) is not None
 
 
-def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
-    """Yield files below the root and empty folders; count hidden entries and unreadable folders."""
+def _walk(image_root: Path, tally: Tally) -> Iterator[tuple[FolderParts, str, str]]:
+    """Yield (folders, name, path) of files below the root, and of empty folders with the name "".
+
+    Hidden entries and unreadable folders are counted.
+    """
+
+    def leave_out(reason: str, parts: FolderParts) -> None:
+        tally.found += 1
+        tally.leave_out(reason, printable_name("/".join(parts)) or str(image_root))
+
     # Devices and inodes: a link to a parent folder would otherwise be followed for ever.
     visited_folders: set[tuple[int, int]] = set()
     pending: list[tuple[str, FolderParts]] = [(str(image_root), ())]
@@ -199,45 +182,32 @@ def _walk(image_root: Path, tally: Tally) -> Iterator[_Entry]:
     linked_folders: deque[tuple[str, FolderParts]] = deque()
     while pending or linked_folders:
         directory, parent_folders = pending.pop() if pending else linked_folders.popleft()
-        folder_name = printable_name("/".join(parent_folders))
         try:
             folder_status = os.stat(directory)
             if (folder_status.st_dev, folder_status.st_ino) in visited_folders:
-                tally.found += 1
-                tally.leave_out(LINKED_FOLDERS, folder_name or str(image_root))
+                leave_out(LINKED_FOLDERS, parent_folders)
                 continue
             visited_folders.add((folder_status.st_dev, folder_status.st_ino))
             with os.scandir(directory) as folder_scan:
                 entries = sorted(folder_scan, key=lambda entry: entry.name)
         except OSError as error:
             # Counted, not raised: one folder without permission must not hide all others.
-            tally.found += 1
-            tally.leave_out(
-                f"folders that cannot be read ({error.strerror})", folder_name or str(image_root)
-            )
+            leave_out(f"folders that cannot be read ({error.strerror})", parent_folders)
             continue
         if parent_folders and all(is_hidden(entry.name) for entry in entries):
             # Empty, apart from files that tools leave in folders.
-            yield _Entry(parent_folders, "", directory)
+            yield parent_folders, "", directory
         for entry in entries:
+            parts = (*parent_folders, entry.name)
             if is_hidden(entry.name):
-                tally.found += 1
-                tally.leave_out(
-                    HIDDEN_ENTRIES, printable_name("/".join((*parent_folders, entry.name)))
-                )
+                leave_out(HIDDEN_ENTRIES, parts)
             elif _is_folder(entry):
-                (linked_folders if entry.is_symlink() else pending).append(
-                    (entry.path, (*parent_folders, entry.name))
-                )
+                (linked_folders if entry.is_symlink() else pending).append((entry.path, parts))
             elif entry.is_symlink() or entry.is_file():
                 # Broken links too: such an image becomes a recorded failure.
-                yield _Entry(parent_folders, entry.name, entry.path)
+                yield parent_folders, entry.name, entry.path
             else:  # reading a pipe or a device could wait for ever
-                tally.found += 1
-                tally.leave_out(
-                    "entries other than files (pipes, devices)",
-                    printable_name("/".join((*parent_folders, entry.name))),
-                )
+                leave_out("entries other than files (pipes, devices)", parts)
 
 
 def is_hidden(name: str) -> bool:

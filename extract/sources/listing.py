@@ -11,7 +11,7 @@ from headrace.cache.count_text import count_text
 from headrace.cache.text import normalize_text
 
 _EXAMPLES = 3  # names kept of the entries left out for one reason
-
+EXCLUDED_ENTRIES = "entries that images.exclude names"
 
 # the noun of a reason, and a verb right after it
 _PLURAL = re.compile(
@@ -76,16 +76,26 @@ class Tally:
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples[reason] = [*self.examples.get(reason, []), *names][:_EXAMPLES]
 
+    def leave_out_rows(self, reason: str, names: pd.Series, is_left_out: pd.Series) -> None:
+        """Count the marked rows under a reason; `names` has a name for each row."""
+        if count := int(is_left_out.sum()):
+            self.leave_out(reason, *map(str, names[is_left_out].head(_EXAMPLES)), count=count)
+
+    def exclude_rows(self, samples: pd.DataFrame, patterns: Collection[str]) -> pd.DataFrame:
+        """Return the samples whose ids `images.exclude` does not match, and count the others."""
+        if not patterns:
+            return samples
+        is_excluded = samples["id"].map(lambda name: self.excludes(patterns, name)).astype(bool)
+        self.leave_out_rows(EXCLUDED_ENTRIES, samples["id"], is_excluded)
+        return samples[~is_excluded].reset_index(drop=True)
+
     def excludes(self, patterns: Collection[str], *names: str) -> bool:
         """Return whether a name of an entry, or of a folder above it, matches `images.exclude`."""
-        if not patterns:
-            return False
-        self.patterns = dict.fromkeys(patterns, False) | self.patterns
-        matching_patterns = [
-            pattern for pattern in patterns if any(_matches(name, pattern) for name in names)
-        ]
-        self.patterns |= dict.fromkeys(matching_patterns, True)
-        return bool(matching_patterns)
+        # Every pattern is tried, also after a match: one that matches nothing becomes a note.
+        matches = {pattern: any(_matches(name, pattern) for name in names) for pattern in patterns}
+        for pattern, is_match in matches.items():
+            self.patterns[pattern] = is_match or self.patterns.get(pattern, False)
+        return any(matches.values())
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """Return the reasons with their counts, the most frequent first."""
@@ -96,17 +106,11 @@ class Tally:
 
     def listing(self, samples: pd.DataFrame, notes: Iterable[str] = ()) -> Listing:
         """Return the listing of `samples` with these counts."""
-        unmatched_patterns = [
-            pattern for pattern, has_matched in self.patterns.items() if not has_matched
-        ]
-        pattern_notes = (
-            [f"images.exclude: {', '.join(map(repr, unmatched_patterns))} matches nothing"]
-            if unmatched_patterns
-            else []
-        )
-        return Listing(
-            samples, self.found, self.left_out(), self.annotations, (*notes, *pattern_notes)
-        )
+        notes = tuple(notes)
+        unmatched = [repr(pattern) for pattern, matched in self.patterns.items() if not matched]
+        if unmatched:
+            notes += (f"images.exclude: {', '.join(unmatched)} matches nothing",)
+        return Listing(samples, self.found, self.left_out(), self.annotations, notes)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -119,14 +123,10 @@ def _matches(name: str, pattern: str) -> bool:
 
 def join_listings(listings: Iterable[Listing]) -> Listing:
     """Return several listings as one, in their order."""
-    part_listings = list(listings)
-    tally = Tally(
-        sum(part_listing.found for part_listing in part_listings),
-        sum(part_listing.annotations for part_listing in part_listings),
-    )
-    for part_listing in part_listings:
-        for left_out in part_listing.left_out:
-            tally.leave_out(left_out.reason, *left_out.examples, count=left_out.count)
-    notes = dict.fromkeys(note for part_listing in part_listings for note in part_listing.notes)
-    samples = pd.concat([part_listing.samples for part_listing in part_listings], ignore_index=True)
-    return tally.listing(samples, notes)
+    parts = list(listings)
+    tally = Tally(sum(part.found for part in parts), sum(part.annotations for part in parts))
+    for left_out in (left_out for part in parts for left_out in part.left_out):
+        tally.leave_out(left_out.reason, *left_out.examples, count=left_out.count)
+    # Each note once: the sides of a split mostly have the same.
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    return tally.listing(pd.concat([part.samples for part in parts], ignore_index=True), notes)

@@ -15,7 +15,6 @@ from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
 from headrace.extract.sources.detections import MIN_CONFIDENCE, cut_detections
 from headrace.extract.sources.folder import (
-    EXCLUDED_ENTRIES,
     HIDDEN_ENTRIES,
     LINKED_FOLDERS,
     has_images,
@@ -30,7 +29,7 @@ from headrace.extract.sources.formats import (
     unread_format,
 )
 from headrace.extract.sources.layout import Layout
-from headrace.extract.sources.listing import Listing
+from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing
 from headrace.extract.sources.regions import Boxes, Tiles, cut_tiles
 from headrace.extract.sources.tabular import (
     TableOptions,
@@ -41,6 +40,10 @@ from headrace.extract.sources.tabular import (
 )
 
 SourceKind = Literal["folder", "table", "archive", "array", "image"]
+_KINDS_OF_FILES = (
+    "a table (.csv, .tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array "
+    "file (.npy, .npz, .h5, idx), or an image"
+)
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,7 @@ def _read_images(source: ImageSource, *, labelled: bool) -> Listing:
             )
         case "table":
             options = TableOptions(
-                source.path_column,
-                source.id_column,
-                source.root,
-                source.path_pattern,
+                *(source.path_column, source.id_column, source.root, source.path_pattern),
                 source.exclude,
                 source.boxes,
             )
@@ -134,15 +134,9 @@ def _read_images(source: ImageSource, *, labelled: bool) -> Listing:
                 ranged=not labelled or source.pixel_range is not None,
             )
         case "image":
-            image_path = expand_home(location).absolute()
-            samples = pd.DataFrame(
-                {
-                    "id": [printable_name(str(location))],
-                    "path": [encode_path(image_path)],
-                    "label": [None],
-                }
-            )
-            return Listing(samples, found=1)
+            name, path = str(location), expand_home(location).absolute()
+            row = {"id": printable_name(name), "path": encode_path(path), "label": None}
+            return Listing(pd.DataFrame([row]), found=1)
 
 
 def detect_source(location: str | Path, **options: Any) -> ImageSource:
@@ -155,14 +149,13 @@ def detect_source(location: str | Path, **options: Any) -> ImageSource:
     Raises SourceError for a path that does not exist, and for formats that are not read.
     """
     source_path = expand_home(location)
-    if source_path.is_dir():
-        metadata_path = None if saved_dataset_files(source_path) else metadata_table(source_path)
-        return (
-            ImageSource("table", metadata_path, **options)
-            if metadata_path
-            else ImageSource(_detect_in_folder(source_path), location, **options)
-        )
-    return ImageSource(_detect_file(source_path), location, **options)
+    if not source_path.is_dir():
+        return ImageSource(_detect_file(source_path), location, **options)
+    if saved_dataset_files(source_path):
+        return ImageSource("table", location, **options)
+    if (metadata_path := metadata_table(source_path)) is not None:
+        return ImageSource("table", metadata_path, **options)
+    return ImageSource(_detect_in_folder(source_path), location, **options)
 
 
 def _detect_file(source_path: Path) -> SourceKind:
@@ -180,22 +173,18 @@ def _detect_file(source_path: Path) -> SourceKind:
         return "image"
     if not source_path.exists():
         raise SourceError(
-            f"{source_path}: no such file or folder. Give a folder of images, a table (.csv, .tsv, "
-            ".jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array file (.npy, "
-            ".npz, .h5, idx), or an image"
+            f"{source_path}: no such file or folder. Give a folder of images, {_KINDS_OF_FILES}"
         )
     raise SourceError(
         unread_format(source_path)
         or f"{source_path}: neither an image nor anything that holds images (found "
-        f"{source_path.suffix.lower() or 'no suffix'}). Expected a table "
-        "(.csv, .tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array "
-        "file (.npy, .npz, .h5, idx), or an image"
+        f"{source_path.suffix.lower() or 'no suffix'}). Expected {_KINDS_OF_FILES}"
     )
 
 
 def _detect_in_folder(folder: Path) -> SourceKind:
-    if saved_dataset_files(folder):
-        return "table"
+    # Images first: a folder of photos may hold archives, tables and arrays beside them, a folder
+    # of archives rarely images.
     if has_images(folder):
         return "folder"
     child_paths = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))

@@ -36,7 +36,6 @@ _EXPECTED = "a table ends in .csv, .tsv, .jsonl, .json, .parquet or .arrow"
 # reach some fifty times; a file made to fill the memory reaches a thousand.
 _GZIP_RATIO, _GZIP_FLOOR_BYTES = 200, 1 << 26
 _BUFFER_BYTES = 1 << 16
-_SIGNATURE_BYTES = 32
 _MOST_COLUMNS = 20_000  # reading each takes about a millisecond
 
 
@@ -64,9 +63,9 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
         raise SourceError(
             missing_path_message(table_path, "a table: .csv, .tsv, .jsonl, .json or .parquet")
         )
-    suffixes = [suffix.lower() for suffix in table_path.suffixes]
-    compressed = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[-2:-1] if compressed else suffixes[-1:] or [""])[0] if suffixes else ""
+    file_name = table_path.name.lower()
+    compressed = file_name.endswith(".gz")
+    suffix = Path(file_name.removesuffix(".gz")).suffix
     try:
         if suffix in (".parquet", ".pq"):
             return _read_parquet(table_path)
@@ -148,11 +147,9 @@ def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
             f"({len(frame.columns)}). Give every column a name in the first line, or delete what "
             "ends the rows."
         )
-    notes = (
-        []
-        if delimiter == default_delimiter
-        else [f"{table_path.name}: the columns are separated by {_DELIMITERS[delimiter]}"]
-    )
+    notes: list[str] = []
+    if delimiter != default_delimiter:
+        notes.append(f"{table_path.name}: the columns are separated by {_DELIMITERS[delimiter]}")
     if '"' in text:
         notes += _joined_lines(frame, table_path)
     return Table(_clean(frame), notes=tuple(notes))
@@ -172,18 +169,15 @@ def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:
         has_line_break = cells.str.contains("[\r\n]", na=False).to_numpy(dtype=bool)
         if has_line_break.any():
             broken_rows += (has_line_break.nonzero()[0] + 1).tolist()
-            whole_cells = cells[~has_line_break]
-            whole_cells = whole_cells[whole_cells.fillna("") != ""].head(_CELLS_LOOKED_AT)
-            end_as_images = [
-                Path(str(value)).suffix.lower() in IMAGE_SUFFIXES for value in whole_cells
-            ]
-            is_refused |= column_index == 0 or (bool(end_as_images) and all(end_as_images))
+            is_whole = ~has_line_break & (cells.fillna("") != "")
+            whole_cells = cells[is_whole].head(_CELLS_LOOKED_AT)
+            suffixes = {Path(value).suffix.lower() for value in whole_cells}
+            is_refused |= column_index == 0 or (bool(suffixes) and suffixes <= IMAGE_SUFFIXES)
     if not broken_rows:
         return []
     line_break_text = (
         f"{count_text(len(broken_rows), 'cell holds', 'cells hold')} line breaks, first in row "
-        f"{min(broken_rows):,}: an unpaired quote "
-        '(") joins lines'
+        f'{min(broken_rows):,}: an unpaired quote (") joins lines'
     )
     if is_refused:
         raise SourceError(
@@ -199,28 +193,18 @@ def _delimiter(text: str, default_delimiter: str) -> str:
     gives all of the first lines the same number of cells.
     """
     first_lines = list(itertools.islice(io.StringIO(text), _LINES_LOOKED_AT))
-    if not first_lines:
-        return default_delimiter
-    for delimiter in (
-        default_delimiter,
-        *(other for other in _DELIMITERS if other != default_delimiter),
-    ):
-        row_widths = [len(row) for row in csv.reader(first_lines, delimiter=delimiter) if row]
-        if (
-            row_widths
-            and row_widths[0] > 1
-            and (delimiter == default_delimiter or len(set(row_widths)) == 1)
-        ):
+    for delimiter in dict.fromkeys([default_delimiter, *_DELIMITERS]):
+        widths = [len(row) for row in csv.reader(first_lines, delimiter=delimiter) if row]
+        # Text in cells holds delimiters too, but rarely the same number in every line.
+        is_even = delimiter == default_delimiter or len(set(widths)) == 1
+        if widths and widths[0] > 1 and is_even:
             return delimiter
     return default_delimiter
 
 
 def _check_header(column_names: list[str], table_path: Path) -> None:
     """Raise SourceError if the first line is no line of names, or gives two columns one name."""
-    image_like_names = [
-        name for name in column_names if Path(name).suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if image_like_names:
+    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in column_names):
         raise SourceError(
             f"{table_path}: the first line looks like an image and what belongs to it "
             f"({', '.join(column_names[:4])}), not like the names of columns, and would be lost. "
@@ -231,10 +215,8 @@ def _check_header(column_names: list[str], table_path: Path) -> None:
             f"{table_path}: {len(column_names):,} columns; a table of images has "
             f"{_MOST_COLUMNS:,} at most."
         )
-    repeated_names = sorted(
-        name for name, count in Counter(column_names).items() if name and count > 1
-    )
-    if repeated_names:
+    counts = Counter(filter(None, column_names))
+    if repeated_names := sorted(name for name, count in counts.items() if count > 1):
         raise SourceError(
             f"{table_path}: {len(repeated_names)} names stand over several columns, first "
             f"{repeated_names[0]!r}. Give each its own."
@@ -355,12 +337,8 @@ def _are_images(values: Iterable[bytes]) -> bool:
     Otherwise it holds text, which TensorFlow's exports store as bytes. A value with a NUL is no
     text but an image, damaged or of a format that is not read.
     """
-    first_value = next((value for value in values if value), None)
-    return (
-        first_value is None
-        or has_image_signature(first_value[:_SIGNATURE_BYTES])
-        or b"\0" in first_value
-    )
+    first_value = next(filter(None, values), None)
+    return first_value is None or has_image_signature(first_value[:32]) or b"\0" in first_value
 
 
 def _is_empty(table_path: Path, column_name: str) -> bool:
@@ -439,6 +417,7 @@ def _from_arrow(
             and pc.struct_field(table[column_name], "bytes").null_count == len(table)
         ]
     class_names = _class_names(table.schema)
+    # Bytes that are no images are text: TensorFlow's exports store it so.
     text_columns = [
         field.name
         for field in table.schema
@@ -452,9 +431,6 @@ def _from_arrow(
                 column_name if column_name in empty_columns else f"{column_name}.path",
                 pc.struct_field(cells, "path"),
             )
-    image_columns = tuple(
-        column_name for column_name in image_columns if column_name not in empty_columns
-    )
     # Integers with a gap stay Python integers; as floats, large ones would lose digits.
     frame = table.to_pandas(integer_object_nulls=True)
     if not table.column_names:  # all columns are images
@@ -464,23 +440,15 @@ def _from_arrow(
     for column_name in text_columns:
         if column_name in frame:
             frame[column_name] = as_text(frame[column_name])
+    notes: list[str] = []
     for column_name, class_labels in class_names.items():
         if column_name in frame:
-            frame[column_name] = [
-                class_labels[int(value)] if _is_class(value, class_labels) else None
-                for value in frame[column_name]
-            ]
-    notes = tuple(
-        f"the numbers of {column_name!r} are classes, named in the file"
-        for column_name in class_names
-        if column_name in frame
-    )
-    return Table(_clean(frame), image_columns, notes)
-
-
-def _is_class(value: Any, class_labels: list[str]) -> bool:
-    # `datasets` writes -1 for no label. value == value: not NaN.
-    return value is not None and value == value and 0 <= int(value) < len(class_labels)
+            label_of_number = dict(enumerate(class_labels))
+            # None for missing values, and for -1, which `datasets` writes for no label.
+            frame[column_name] = [label_of_number.get(value) for value in frame[column_name]]
+            notes.append(f"the numbers of {column_name!r} are classes, named in the file")
+    images = tuple(name for name in image_columns if name not in empty_columns)
+    return Table(_clean(frame), images, tuple(notes))
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -510,9 +478,7 @@ def _clean(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _is_text(column: pd.Series) -> bool:
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        return True
-    if isinstance(column.dtype, pd.StringDtype):
+    if isinstance(column.dtype, pd.CategoricalDtype | pd.StringDtype):
         return True
     return column.dtype == object and all(
         isinstance(value, str) or value is None or value != value for value in column

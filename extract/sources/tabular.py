@@ -5,10 +5,10 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
@@ -24,7 +24,7 @@ from headrace.extract.images.byte_ranges import encode_path, locator_file, print
 from headrace.extract.images.crops import Crop
 from headrace.extract.sources.archive import RESERVED_COLUMNS
 from headrace.extract.sources.birds import IMAGES, is_list_of_birds
-from headrace.extract.sources.folder import EXCLUDED_ENTRIES, image_paths
+from headrace.extract.sources.folder import image_paths
 from headrace.extract.sources.formats import TABLE_SUFFIXES
 from headrace.extract.sources.image_column import find_image_column
 from headrace.extract.sources.label_studio import local_names
@@ -75,49 +75,36 @@ def read_tables(
     options = options or TableOptions()
     table_paths = table_files(expand_home(table))
     tally = Tally()
-    sample_frames: list[pd.DataFrame] = []
+    frames: list[pd.DataFrame] = []
     notes: list[str] = []
-    split_sides = _sides(table_paths)
-    has_several = len(table_paths) > 1
-    common_folder = os.path.commonpath([table_path.parent for table_path in table_paths])
-    for table_path in table_paths:
+    sides = _sides(table_paths)
+    for table_path, side in zip(table_paths, sides, strict=True):
         has_boxes = isinstance(options.boxes, Boxes)
         table_contents = read_table_file(table_path, annotations=has_boxes)
         notes += table_contents.notes
         samples = _samples(table_path, table_contents, options, tally, notes, labelled)
-        if split_sides is not None and "split" not in samples:
-            samples["split"] = split_sides[table_path]
-        sample_frames.append(samples)
-    if split_sides is not None:
-        notes.append(
-            f"the names {', '.join(dict.fromkeys(split_sides.values()))} are those of the sides of "
-            "a split"
-        )
-    if (
-        labelled
-        and has_several
-        and pd.concat([sample_frame["id"] for sample_frame in sample_frames]).duplicated().any()
-    ):
-        # Ids that are unique only within a table get the table's name in front.
-        for table_path, sample_frame in zip(table_paths, sample_frames, strict=True):
-            sample_frame["id"] = (
-                f"{table_path.relative_to(common_folder).as_posix()}/"
-                + sample_frame["id"].astype(str)
-            )
-    samples = pd.concat(sample_frames, ignore_index=True) if has_several else sample_frames[0]
+        if side is not None and "split" not in samples:
+            samples["split"] = side
+        frames.append(samples)
+    if side_names := ", ".join(dict.fromkeys(filter(None, sides))):
+        notes.append(f"the names {side_names} are those of the sides of a split")
+    source_text = str(table_paths[0])
+    if len(table_paths) > 1:
+        source_text = f"{len(table_paths)} tables ({source_text}, …)"
+        if labelled and pd.concat([frame["id"] for frame in frames]).duplicated().any():
+            # Ids that are unique only within a table get the table's name in front.
+            common_folder = os.path.commonpath([table_path.parent for table_path in table_paths])
+            for table_path, frame in zip(table_paths, frames, strict=True):
+                name = table_path.relative_to(common_folder).as_posix()
+                frame["id"] = f"{name}/" + frame["id"].astype(str)
+    samples = pd.concat(frames, ignore_index=True)
     _count_unnamed(table_paths, samples, tally)
-    samples = _exclude(samples, options.exclude, tally)
-    source_text = (
-        str(table_paths[0])
-        if not has_several
-        else f"{len(table_paths)} tables ({table_paths[0]}, …)"
-    )
+    samples = tally.exclude_rows(samples, options.exclude)
     if samples.empty:
         left_out_text = "; ".join(map(str, tally.left_out()))
+        usable = f" that can be used ({left_out_text})" if left_out_text else ""
         raise SourceError(
-            f"{source_text}: the table has no "
-            f"rows{f' that can be used ({left_out_text})' if left_out_text else ''}. Expected one "
-            "row per image."
+            f"{source_text}: the table has no rows{usable}. Expected one row per image."
         )
     if labelled:
         check_unique_ids(samples["id"], source_text)
@@ -192,22 +179,16 @@ def saved_dataset_files(folder: Path) -> list[Path]:
     return []
 
 
-def _sides(table_paths: Sequence[Path]) -> dict[Path, str] | None:
-    """Return {table: side of a split} by the tables' names, or by those of their folders.
+def _sides(table_paths: Sequence[Path]) -> Sequence[str | None]:
+    """Return each table's side of a split, by the tables' names or by those of their folders.
 
-    None if some names are no side of a split, or all are the same one.
+    All None if some names are no side of a split, or all are the same one.
     """
-    for table_names in (
-        [file.name for file in table_paths],
-        [file.parent.name for file in table_paths],
-    ):
-        side_of_table = dict(zip(table_paths, map(split_side, table_names), strict=True))
-        if (
-            None not in side_of_table.values()
-            and len({side.lower() for side in side_of_table.values() if side}) > 1
-        ):
-            return {file: side for file, side in side_of_table.items() if side is not None}
-    return None
+    for names in ([file.name for file in table_paths], [file.parent.name for file in table_paths]):
+        sides = [side for name in names if (side := split_side(name))]
+        if len(sides) == len(names) and len({side.lower() for side in sides}) > 1:
+            return sides
+    return [None] * len(table_paths)
 
 
 def _samples(
@@ -246,13 +227,15 @@ def _samples(
         if "image" not in frame:
             frame = frame.assign(image=written_names)
         has_box = pd.Series([crop is not None for crop in crops], index=frame.index)
-        if labelled and not has_box.all():
-            boxless = written_names[~has_box]
-            tally.leave_out("rows without a box", *map(str, boxless[:3]), count=len(boxless))
+        if labelled:
+            tally.leave_out_rows("rows without a box", written_names, ~has_box)
         written_names, locators = _crop_names(written_names, locators, crops)
         if labelled:
-            frame = frame[has_box]
-            written_names, locators = written_names[has_box], locators[has_box]
+            frame, written_names, locators = (
+                frame[has_box],
+                written_names[has_box],
+                locators[has_box],
+            )
     elif options.boxes == "auto":
         notes += [
             f"{table_path.name}: the column {name!r} may hold boxes, and is not read: whole images "
@@ -328,21 +311,16 @@ def _crop_names(
     written_names: pd.Series, locators: pd.Series, crops: Sequence[Crop | None]
 ) -> tuple[pd.Series, pd.Series]:
     """Return the ids and locators of boxes; those of rows without a box, or an image, stay."""
-    box_names, box_locators = [
-        pd.Series(
-            [
-                value if crop is None or pd.isna(value) else write(str(value), crop)
-                for value, crop in zip(values, crops, strict=True)
-            ],
-            index=values.index,
-            dtype=object,
-        )
-        for values, write in (
-            (written_names, lambda name, crop: f"{name}#{crop}"),
-            (locators, lambda path, crop: crop.locator(path)),
-        )
+    names = [
+        name if crop is None or pd.isna(name) else f"{name}#{crop}"
+        for name, crop in zip(written_names, crops, strict=True)
     ]
-    return box_names, box_locators
+    paths = [
+        path if crop is None or pd.isna(path) else crop.locator(path)
+        for path, crop in zip(locators, crops, strict=True)
+    ]
+    index = locators.index
+    return pd.Series(names, index, dtype=object), pd.Series(paths, index, dtype=object)
 
 
 def _image_column(
@@ -382,53 +360,32 @@ def _leave_out(
             ]
             tally.leave_out(reason, *row_names, count=int(is_missing.sum()))
             samples = samples[~is_missing]
-    is_duplicate = pd.Series(False, index=samples.index)
     if not repeated:
         try:
             is_duplicate = samples.duplicated()
         except TypeError:  # cells of lists
             is_duplicate = samples.astype(str).duplicated()
-    if is_duplicate.any():
-        tally.leave_out(
-            "rows that are another row once more",
-            *samples["id"][is_duplicate].head(3),
-            count=int(is_duplicate.sum()),
-        )
+        tally.leave_out_rows("rows that are another row once more", samples["id"], is_duplicate)
         samples = samples[~is_duplicate]
     return samples.reset_index(drop=True)
 
 
-def _exclude(samples: pd.DataFrame, patterns: Sequence[str], tally: Tally) -> pd.DataFrame:
-    if not patterns:
-        return samples
-    is_excluded = samples["id"].map(lambda name: tally.excludes(patterns, name)).astype(bool)
-    if is_excluded.any():
-        tally.leave_out(
-            EXCLUDED_ENTRIES, *samples["id"][is_excluded].head(3), count=int(is_excluded.sum())
-        )
-    return samples[~is_excluded].reset_index(drop=True)
-
-
 def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Series:
     """Return the pattern filled with each row's values; missing where one of them is missing."""
-    column_names = list(dict.fromkeys(_PLACEHOLDER.findall(pattern)))
-    absent_names = [name for name in column_names if name not in frame.columns]
-    if absent_names or not column_names:
+    first, *rest = _PLACEHOLDER.split(pattern)  # text, column, text, column, text …
+    absent_names = [name for name in dict.fromkeys(rest[::2]) if name not in frame.columns]
+    if absent_names or not rest:
         raise SourceError(
             f"images.path_pattern {pattern!r}: {table_path} has no column "
             f"{', '.join(map(repr, absent_names)) or 'in braces'}. Expected a path with a column's "
             "name in braces, such as train/{id}.jpg. The columns are: "
             f"{', '.join(frame.columns)}."
         )
-    column_texts = pd.DataFrame({name: as_text(frame[name]) for name in column_names})
-
-    def fill(values: Mapping[Any, Any]) -> str:
-        return _PLACEHOLDER.sub(lambda match: str(values[match[1]]), pattern)
-
-    filled_paths = pd.Series(
-        [fill(row) for row in column_texts.to_dict("records")], index=frame.index, dtype=object
-    )
-    return filled_paths.where(column_texts.notna().all(axis=1), None)
+    # As objects: names of files that are no UTF-8 hold surrogates, which Arrow's text cannot.
+    filled_paths = pd.Series(first, index=frame.index, dtype=object)
+    for column_name, text in zip(rest[::2], rest[1::2], strict=True):
+        filled_paths = filled_paths + as_text(frame[column_name]).astype(object) + text
+    return filled_paths
 
 
 def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
@@ -442,20 +399,12 @@ def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Serie
         index=frame.index,
         dtype=object,
     )
-    n_digits = len(str(max(0, len(frame) - 1)))
-    sample_ids = pd.Series(
-        [f"{table_path.name}/{row:0{n_digits}d}" for row in range(len(frame))],
-        index=frame.index,
-        dtype=object,
-    )
     original_paths = frame.get(f"{column}.path")
-    if (
-        original_paths is not None
-        and original_paths.notna().all()
-        and not original_paths.duplicated().any()
-    ):
-        sample_ids = as_text(original_paths)
-    return sample_ids, locators
+    if original_paths is not None and original_paths.notna().all() and original_paths.is_unique:
+        return as_text(original_paths), locators
+    n_digits = len(str(len(frame) - 1))
+    names = [f"{table_path.name}/{row:0{n_digits}d}" for row in range(len(frame))]
+    return pd.Series(names, index=frame.index, dtype=object), locators
 
 
 def _find(image_root: str, written_path: str) -> str:
@@ -478,13 +427,12 @@ def _find(image_root: str, written_path: str) -> str:
     path = Path(image_root, written_path)
     if has_one_form:
         return encode_path(path)
-    unicode_forms = [
-        written_path,
-        *(unicodedata.normalize(form, written_path) for form in ("NFC", "NFD")),
-    ]
-    candidates = [
-        Path(image_root, form) for text in unicode_forms for form in (text, text.replace("\\", "/"))
-    ]
+    composed, decomposed = (unicodedata.normalize(form, written_path) for form in ("NFC", "NFD"))
+    candidates = (
+        Path(image_root, form)
+        for text in (written_path, composed, decomposed)
+        for form in (text, text.replace("\\", "/"))
+    )
     return encode_path(next((candidate for candidate in candidates if candidate.exists()), path))
 
 
@@ -492,10 +440,8 @@ def _refuse_reserved(
     frame: pd.DataFrame, table_path: Path, path_column: str | None, id_column: str | None
 ) -> None:
     """Raise SourceError for columns named as those of the samples, which would replace them."""
-    used_columns = {"id"} if "id" in (id_column, path_column) else set()
-    used_columns |= {"path"} if "path" in (path_column, id_column) else set()
     for column_name in frame.columns:
-        if column_name in RESERVED_COLUMNS - used_columns:
+        if column_name in RESERVED_COLUMNS - ({"id", "path"} & {id_column, path_column}):
             other_way = {
                 "id": ", or take the ids from it: images.id_column: id (in Python: id_column='id')",
                 "path": (
