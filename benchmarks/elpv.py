@@ -253,9 +253,7 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
         )
         add("ensemble", result.ensemble.value, tested)
     validation = (
-        result.ensemble.value
-        if result.ensemble and result.ensemble.chosen
-        else result.winner[found.metric]
+        result.ensemble.value if result.ensemble and result.ensemble.chosen else result.winner.score
     )
     add("the selected model", validation, result.test)
     return rows

@@ -38,7 +38,7 @@ from headrace.pipelines.run_directory import find_run, require_finished, results
 from headrace.pipelines.selection.calibration import calibrated
 from headrace.pipelines.selection.evaluation_record import read_test_evaluations
 from headrace.pipelines.selection.predictions import ValidationRows, validation_rows
-from headrace.pipelines.selection.winner import choose_winner
+from headrace.pipelines.selection.winner import Winner, choose_winner
 
 _TEXT_COLUMNS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
 
@@ -70,9 +70,9 @@ class FinishedRun:
     trust_code: Collection[str] = ()
 
     @cached_property
-    def winner(self) -> pd.Series:
-        """The board's best row. Raises NoWinner if every setting failed in some fold."""
-        return choose_winner(self.board, self.heads)
+    def winner(self) -> Winner:
+        """The board's best setting. Raises NoWinner if every setting failed in some fold."""
+        return choose_winner(self.board, self.heads, self.metric)
 
     @cached_property
     def bank(self) -> BankResult:
@@ -110,7 +110,7 @@ class FinishedRun:
 
         Rows that every head trained on are nan.
         """
-        return self.bank.out_of_fold_predictions(str(self.winner["spec"]))
+        return self.bank.out_of_fold_predictions(self.winner.spec)
 
     @cached_property
     def held_out_rows(self) -> npt.NDArray[np.int64]:
@@ -160,7 +160,7 @@ class FinishedRun:
             return str(error)
         if not np.array_equal(self.task.ids[validation.images], self.bank.ids[self.held_out_rows]):
             return f"{task_path} is not what the winner was trained on: {RUN_AGAIN}"
-        floor = floor_of(str(self.winner["spec"]), self.task.kind, len(self.task.classes))
+        floor = floor_of(self.winner.spec, self.task.kind, len(self.task.classes))
         held_out_predictions = validation.aggregate(
             self.out_of_fold_predictions[self.held_out_rows]
         )
@@ -246,7 +246,7 @@ class FinishedRun:
     @cached_property
     def winner_evaluation(self) -> Mapping[str, Any] | None:
         """The record of the winner on the test split; None if it was not evaluated there."""
-        winner_key = (self.bank.task, self.bank.path.name, self.winner["spec"])
+        winner_key = (self.bank.task, self.bank.path.name, self.winner.spec)
         for evaluation in self.test_evaluations:
             model = evaluation["winner"]
             if (model["train"], model.get("bank"), model.get("spec")) == winner_key:

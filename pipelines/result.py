@@ -14,6 +14,7 @@ from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.selection.correction import Selection
 from headrace.pipelines.selection.ensemble import Ensemble
 from headrace.pipelines.selection.evaluation_record import TestResult
+from headrace.pipelines.selection.winner import Winner
 from headrace.pipelines.stages.services import StageRecord
 
 
@@ -27,7 +28,7 @@ class RunResult:
     feature_paths: Mapping[str, tuple[Path, ...]]
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
-    winner: pd.Series  # the first row of the board
+    winner: Winner  # the first row of the board
     test: TestResult | None  # of the selected model; None without a test split
     # None if the recipe asks for none; if it is `chosen`, it is the selected model
     ensemble: Ensemble | None

@@ -161,7 +161,7 @@ def _to_tensorboard(section: LogSection, result: "RunResult") -> bool:
 
 
 def _metrics(result: "RunResult") -> dict[str, float]:
-    metrics = {f"validation_{result.metric}": float(result.winner[result.metric])}
+    metrics = {f"validation_{result.metric}": result.winner.score}
     if result.selection is not None:
         metrics[f"expected_{result.metric}"] = float(result.selection.expected)
     if result.test is not None:
@@ -179,7 +179,8 @@ def _parameters(result: "RunResult") -> dict[str, str]:
         "heads": len(result.heads),
         "failed_images": result.failed_images,
     }
-    return {f"winner_{name}": value for name, value in _row_parameters(result.winner).items()} | {
+    winner = _row_parameters(result.board.iloc[0])
+    return {f"winner_{name}": value for name, value in winner.items()} | {
         name: str(value) for name, value in counts.items()
     }
 

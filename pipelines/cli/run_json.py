@@ -172,7 +172,7 @@ def run_output(result: RunResult) -> RunOutput:
         notes=result.notes,
         failed_images=result.failed_images,
         failed_heads=result.failed_heads,
-        winner=_setting(result.winner, metric, names),
+        winner=_setting(result.board.iloc[0], metric, names),
         expected=None
         if selection is None
         else ExpectedScore(

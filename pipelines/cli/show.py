@@ -179,9 +179,9 @@ def show_result(
     winner = result.winner
     console.print()
     console.print(
-        f"Winner: {winner['kind']} {winner['settings']} on "
-        f"{inputs_text(winner['inputs'], result.names)}, chosen on {winner['folds']} validation "
-        f"folds alone: {result.metric} {number_text(winner[result.metric], result.metric)}",
+        f"Winner: {winner.kind} {winner.settings} on "
+        f"{inputs_text(winner.inputs, result.names)}, chosen on {winner.folds} validation "
+        f"folds alone: {result.metric} {number_text(winner.score, result.metric)}",
         style="bold",
     )
     for sentence in (*selection_sentences(result), *ensemble_sentences(result)):

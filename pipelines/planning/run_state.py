@@ -38,6 +38,7 @@ from headrace.pipelines.selection.correction import Selection
 from headrace.pipelines.selection.ensemble import Ensemble
 from headrace.pipelines.selection.evaluation_record import TestResult
 from headrace.pipelines.selection.halving import InputHalving
+from headrace.pipelines.selection.winner import Winner
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Selected:
 
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
-    winner: pd.Series  # the first row of the board
+    winner: Winner  # the first row of the board
     temperature: float  # of the winner's probabilities
     selection: Selection | None  # the winner's corrected score, and the settings tied with it
     ensemble: Ensemble | None  # if the recipe asks for one; if `chosen`, it is the selected model

@@ -178,14 +178,14 @@ def make_headline(run: FinishedRun) -> Headline:
     headline_values = [
         (
             "winner",
-            str(winner["kind"]),
-            (f"{winner['settings']} on {inputs_text(winner['inputs'], list(run.feature_specs))}"),
+            winner.kind,
+            f"{winner.settings} on {inputs_text(winner.inputs, list(run.feature_specs))}",
         ),
         (
             f"validation {metric_title(metric)}",
-            number_text(winner[metric], metric),
+            number_text(winner.score, metric),
             (
-                f"± {number_text(winner['standard_error'], metric)} over {winner['folds']} folds; "
+                f"± {number_text(winner.standard_error, metric)} over {winner.folds} folds; "
                 "it was chosen by this"
             ),
         ),

@@ -67,8 +67,8 @@ def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, 
     """
     if selected.ensemble is None:
         fold_heads = run.heads[
-            (run.heads["spec"] == run.winner["spec"])
-            & (run.heads["inputs"] == run.winner["inputs"])
+            (run.heads["spec"] == run.winner.spec)
+            & (run.heads["inputs"] == run.winner.inputs)
             & (run.heads["fold"] != REFIT)
         ]
         means = {

@@ -64,7 +64,7 @@ def instance_sections(
 def _selected_heads(run: FinishedRun, selected: SelectedModel) -> Sequence[tuple[float, pd.Series]]:
     """Return the heads of the selected model: their weights, and their rows of the leaderboard."""
     if selected.ensemble is None:
-        return [(1.0, run.winner)]
+        return [(1.0, run.board.iloc[0])]
     row_of_rank = run.board.set_index("rank", drop=False)
     return [
         (member["weight"], row_of_rank.loc[member["rank"]])

@@ -101,6 +101,6 @@ def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
     kept = int((frame["decision"] == "kept").sum())
     verdict = Note(
         f"{kept:,} of {count_text(len(frame), 'network')} kept; the best setting of the run is "
-        + ("a network." if run.winner["kind"] == "finetune" else "a head.")
+        + ("a network." if run.winner.kind == "finetune" else "a head.")
     )
     return verdict, table

@@ -45,9 +45,9 @@ def predictions_section(run: FinishedRun) -> Section:
         else f"{len(target):,} validation units ({unit}) of {count_text(n_images, 'image')}"
     )
     lead_text = (
-        f"The winner, {run.winner['kind']} {run.winner['settings']}, on {rows_text}: each "
+        f"The winner, {run.winner.kind} {run.winner.settings}, on {rows_text}: each "
         "predicted by the "
-        f"{'network' if run.winner['kind'] == 'finetune' else 'head'} that was trained without its "
+        f"{'network' if run.winner.kind == 'finetune' else 'head'} that was trained without its "
         "fold."
     )
     return Section(

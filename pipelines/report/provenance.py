@@ -16,7 +16,7 @@ def provenance_section(run: FinishedRun) -> Section:
         ("features", str(run.recipe.cache)),
         ("task", f"{run.bank.task} (digest of the rows, targets and folds)"),
         ("winner's results", run.bank.path.name),
-        ("winner's spec", str(run.winner["spec"])),
+        ("winner's spec", run.winner.spec),
     )
     blocks: list[Block] = [
         Facts(facts),

@@ -1,5 +1,6 @@
 """The winner: chosen on validation folds alone, and stored as a model directory."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -18,8 +19,24 @@ class NoWinner(HeadraceError):
     """No head was trained in every fold."""
 
 
-def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
-    """Return the first row of the leaderboard.
+@dataclass(frozen=True)
+class Winner:
+    """The setting with the best mean score over validation folds: the leaderboard's first row."""
+
+    kind: str  # of head, as in the recipe; "finetune": a fine-tuned network
+    inputs: tuple[str, ...]  # names of the feature sets that it reads, side by side
+    settings: str  # in words, as the leaderboard has them
+    metric: str
+    score: float  # mean of `metric` over the validation folds; too good, as it was chosen by it
+    standard_error: float  # of that mean
+    folds: int
+    features: int  # numbers that it reads of each image
+    spec: str  # kind and settings as canonical JSON
+    results_path: Path  # the file with its arrays and predictions, in the run's banks/
+
+
+def choose_winner(board: pd.DataFrame, heads: pd.DataFrame, metric: str) -> Winner:
+    """Return the first setting of the leaderboard.
 
     heads: one row per head and fold, with column `error`. Raises NoWinner, with the commonest
     error, if no head was trained and scored in every fold.
@@ -35,7 +52,19 @@ def choose_winner(board: pd.DataFrame, heads: pd.DataFrame) -> pd.Series:
             f"no head was trained and scored in every fold. {reason}. Every head is in "
             "heads.parquet and leaderboard.csv"
         )
-    return board.iloc[0]
+    best = board.iloc[0]
+    return Winner(
+        kind=str(best["kind"]),
+        inputs=tuple(best["inputs"]),
+        settings=str(best["settings"]),
+        metric=metric,
+        score=float(best[metric]),
+        standard_error=float(best["standard_error"]),
+        folds=int(best["folds"]),
+        features=int(best["features"]),
+        spec=str(best["spec"]),
+        results_path=Path(best["path"]),
+    )
 
 
 def save_winner(

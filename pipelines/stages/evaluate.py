@@ -49,7 +49,7 @@ def _evaluate_on_test(state: RunState) -> TestResult | None:
         )
     return evaluate_winner(
         state.paths.test_evaluations,
-        model_ref(selected.winner, state.paths, state.feature_inputs),
+        model_ref(selected.board.iloc[0], state.paths, state.feature_inputs),
         dataset.test,
         dataset.train.digest,
         state.metric,

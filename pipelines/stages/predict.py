@@ -93,7 +93,7 @@ def _selected_models(state: RunState) -> tuple[list[WeightedModel], float, UnitR
         ]
         temperature, floor = selected.ensemble.temperature, FLOOR
     else:
-        winner = model_ref(selected.winner, state.paths, state.feature_inputs)
+        winner = model_ref(selected.board.iloc[0], state.paths, state.feature_inputs)
         task = state.dataset.train
         floor = floor_of(winner.spec, task.kind, len(task.classes))
         if section.unit is None:

@@ -50,7 +50,7 @@ def select(state: RunState, services: Services) -> RunState:
         )
         publish_table(state.paths.heads, _text_inputs(heads).to_parquet(index=False))
         try:
-            winner = choose_winner(leaderboard, heads)
+            winner = choose_winner(leaderboard, heads, metric)
         except NoWinner:
             # The winner on disk is an earlier call's, and not of this leaderboard.
             paths = state.paths
@@ -58,9 +58,10 @@ def select(state: RunState, services: Services) -> RunState:
             raise
         selection = correct_for_selection(state, leaderboard)
         notes = (*state.notes, *_cautions(state, leaderboard))
-        winner_temperature = temperature_of(winner, task)
-        winner_model = model_ref(winner, state.paths, state.feature_inputs)
-        winner_metrics = {f"validation_{metric}": float(winner[metric])}
+        best_row = leaderboard.iloc[0]
+        winner_temperature = temperature_of(best_row, task)
+        winner_model = model_ref(best_row, state.paths, state.feature_inputs)
+        winner_metrics = {f"validation_{metric}": winner.score}
         unit_column = state.recipe.task.unit
         save_winner(
             state.paths.winner,

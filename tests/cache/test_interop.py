@@ -164,7 +164,7 @@ def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
     assert "left out: 1 with ids that no image has" in command_result.stdout
     result = run_here(tmp_path / "alone.yaml")
     assert result.names == ("theirs",)
-    assert result.winner["accuracy"] == 1.0
+    assert result.winner.score == 1.0
     with pytest.raises(ModelError, match="imported"):
         load_model(result.paths.root)
     assert (

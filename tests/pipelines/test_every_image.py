@@ -173,14 +173,14 @@ def test_scores_are_those_of_units(project):
     run = read_finished_run(project / "headrace-runs/recipe")
     task, bank = run.task, run.bank
     accuracies = []
-    predicted = bank.out_of_fold_predictions(run.winner["spec"])
+    predicted = bank.out_of_fold_predictions(run.winner.spec)
     for fold in range(3):
         rows = np.flatnonzero(task.fold == fold)
         units = sorted(set(task.units[rows]))
         means = np.stack([predicted[rows][task.units[rows] == unit].mean(0) for unit in units])
         target = np.array([task.target[rows][task.units[rows] == unit][0] for unit in units])
         accuracies.append((means.argmax(1) == target).mean())
-    assert run.winner["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert run.winner.score == pytest.approx(np.mean(accuracies))
     selection = json.loads((project / "headrace-runs/recipe/selection.json").read_text())
     assert selection["images"] == len(set(task.units))
     result = run.winner_evaluation["result"]

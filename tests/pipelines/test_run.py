@@ -38,11 +38,11 @@ def test_images_become_a_ranked_leaderboard(finished):
     assert (result.heads["fold"] >= 0).sum() == HEADS
     assert result.failed_heads == 0
     assert result.board["accuracy"].is_monotonic_decreasing
-    assert result.winner["accuracy"] == result.board["accuracy"].max()
+    assert result.winner.score == result.board["accuracy"].max()
     assert result.test.value >= 0.9
     assert result.test.low <= result.test.value <= result.test.high
     assert result.test.images == 15
-    assert result.selection.validation == result.winner["accuracy"]
+    assert result.selection.validation == result.winner.score
     assert result.selection.low <= result.selection.expected <= result.selection.high
     assert (
         json.loads(result.paths.selection.read_text())["statistically_tied"]

@@ -85,7 +85,7 @@ def test_every_kind_of_head_and_augmented_views(tmp_path):
     mlp = result.board[result.board["kind"] == "mlp"]
     assert mlp["final"].sum() == 2  # halving keeps half
     assert mlp["final"].iloc[0]
-    assert result.winner["final"]
+    assert result.board["final"].iloc[0]
     assert result.test.value > 0.8
 
 

@@ -74,7 +74,7 @@ def test_every_input_is_on_the_leaderboard_with_and_without_the_columns(run):
     assert inputs["knn"] == {("layer1.avg",)}
     widths = result.board.groupby("inputs")["features"].first()
     assert widths[("layer1.avg", SIDE_COLUMNS)] == widths[("layer1.avg",)] + 4
-    assert SIDE_COLUMNS in result.winner["inputs"]
+    assert SIDE_COLUMNS in result.winner.inputs
     best = result.board.groupby("inputs")["accuracy"].max()
     assert best[("layer1.avg", SIDE_COLUMNS)] > best[("layer1.avg",)] + 0.2
 

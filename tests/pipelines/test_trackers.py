@@ -52,9 +52,9 @@ def test_mlflow_is_told_once(told):
     assert len(runs) == 4
     assert len(below) == 3
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert whole.data.metrics["validation_accuracy"] == result.winner["accuracy"]
+    assert whole.data.metrics["validation_accuracy"] == result.winner.score
     assert whole.data.metrics["test_accuracy"] == result.test.value
-    assert whole.data.params["winner_kind"] == result.winner["kind"]
+    assert whole.data.params["winner_kind"] == result.winner.kind
     assert {run.data.metrics["accuracy"] for run in below} == set(result.board["accuracy"].head(3))
     assert {file.path for file in client.list_artifacts(whole.info.run_id)} == {
         "leaderboard.csv",
@@ -77,7 +77,7 @@ def test_tensorboard_is_told_once(told):
     assert events.Scalars("test_accuracy")[0].value == pytest.approx(result.test.value)
     assert sum(path.is_dir() for path in place.iterdir()) == 3
     best = EventAccumulator(str(place / "0001")).Reload()
-    assert best.Scalars("accuracy")[0].value == pytest.approx(result.winner["accuracy"])
+    assert best.Scalars("accuracy")[0].value == pytest.approx(result.winner.score)
 
 
 def test_a_missing_library_is_told_before_the_run(told, monkeypatch):

@@ -212,7 +212,7 @@ def _number_colouring(name: str, numbers: npt.NDArray[np.float64]) -> Colouring:
 
 def _input_names(run: FinishedRun) -> list[str]:
     """Return the winner's inputs; the last tap for a network, which reads images."""
-    cached_inputs = [name for name in run.winner["inputs"] if name in run.feature_specs]
+    cached_inputs = [name for name in run.winner.inputs if name in run.feature_specs]
     return cached_inputs or list(run.feature_specs)[-1:]
 
 

@@ -25,7 +25,7 @@ def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
     recipe.write_text(WEAK_HEAD_RECIPE + FINETUNE)
     first = run_here(recipe)
     paths = first.paths
-    assert first.winner["kind"] == "finetune"
+    assert first.winner.kind == "finetune"
     assert first.finetuned.trained == 1
     model = next((paths.finetune / "models").glob("*/network.safetensors"))
     result = next(paths.finetune.glob("*.h5"))

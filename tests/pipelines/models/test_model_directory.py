@@ -58,7 +58,7 @@ def test_a_model_directory_predicts_as_its_run(run, away):
     """
     _, result = run
     model = load_model(away)
-    directories = [path for name in result.winner["inputs"] for path in result.feature_paths[name]]
+    directories = [path for name in result.winner.inputs for path in result.feature_paths[name]]
     features = [open_feature_set(path) for path in directories]
     head = load_head(away)
     samples = list_folder(run[0] / "photos")
@@ -66,7 +66,7 @@ def test_a_model_directory_predicts_as_its_run(run, away):
     content = dict(zip(ids, features[0].content_hashes(), strict=True))
     samples = samples[samples["id"].isin(ids)]
     X, _ = load_rows(features, np.array([content[name] for name in samples["id"]]))
-    assert X.ndim == 3 or len(result.winner["inputs"]) == 1
+    assert X.ndim == 3 or len(result.winner.inputs) == 1
     views = [predict_head(head.spec, head.arrays, view) for view in (X if X.ndim == 3 else X[None])]
     expected = with_temperature("single", np.mean(views, axis=0), head.temperature)
     np.testing.assert_allclose(model.predict_proba(samples["path"]), expected, atol=2e-3)

@@ -82,7 +82,7 @@ def run(request, root) -> Path:
     recipe.write_text(RECIPE.format(name=request.param, **RUNS[request.param]))
     with mock.patch("headrace.pipelines.stages.select.build_ensemble", a_network_and_a_head):
         result = run_here(recipe)
-    assert result.winner["kind"] == "finetune"
+    assert result.winner.kind == "finetune"
     assert (result.ensemble is not None and result.ensemble.chosen) == (request.param == "ensemble")
     return result.paths.root
 

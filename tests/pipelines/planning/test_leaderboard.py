@@ -83,14 +83,14 @@ def test_a_head_that_is_not_whole_never_wins(broken):
     """A mean over fewer folds, or fewer epochs, is no mean to compare."""
     board = ranked(broken, head("a.avg", 1, [0.5, 0.5]))
     assert board["inputs"].tolist() == [("a.avg",), ("b.avg",)]
-    assert choose_winner(board, pd.DataFrame(broken))["inputs"] == ("a.avg",)
+    assert choose_winner(board, pd.DataFrame(broken), "accuracy").inputs == ("a.avg",)
 
 
 def test_without_a_whole_head_the_reason_is_told():
     """The commonest error of the heads."""
     rows = head("a.avg", 1, [np.nan, np.nan], errors=[0, 1], final=False)
     with pytest.raises(NoWinner, match="it broke"):
-        choose_winner(ranked(rows), pd.DataFrame(rows))
+        choose_winner(ranked(rows), pd.DataFrame(rows), "accuracy")
 
 
 def test_a_value_that_a_list_repeats_counts_once():

@@ -238,9 +238,11 @@ def test_labels_of_test_images_are_shown_only_where_they_were_evaluated(hostile_
 
 def test_a_network_has_the_map_of_the_last_tap():
     """It reads images; the last tap stands for it."""
-    run = SimpleNamespace(winner={"inputs": ("image",)}, feature_specs={"a.avg": 1, "b.avg": 2})
+    run = SimpleNamespace(
+        winner=SimpleNamespace(inputs=("image",)), feature_specs={"a.avg": 1, "b.avg": 2}
+    )
     assert embedding._input_names(run) == ["b.avg"]
-    run.winner["inputs"] = ("a.avg",)
+    run.winner.inputs = ("a.avg",)
     assert embedding._input_names(run) == ["a.avg"]
 
 

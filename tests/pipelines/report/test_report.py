@@ -219,7 +219,7 @@ def test_features_that_are_gone_are_counted(folder, tmp_path):
     run = read_finished_run(copy / "runs" / "single")
     for name, left_out in (
         (list(run.feature_specs)[-1], "have no features"),
-        (run.winner["inputs"][0], "are not on the map, for they have no features"),
+        (run.winner.inputs[0], "are not on the map, for they have no features"),
     ):
         manifest = run.open_features(name)[0].path / "manifest.jsonl"
         rows = manifest.read_bytes()

@@ -71,8 +71,8 @@ def test_it_is_fitted_on_what_the_folds_heads_said(run):
     other folds' temperatures.
     """
     _, result = run
-    bank = read_bank(result.winner["path"])
-    told = bank.out_of_fold_predictions(result.winner["spec"])
+    bank = read_bank(result.winner.results_path)
+    told = bank.out_of_fold_predictions(result.winner.spec)
     expected = fit_temperature("single", bank.target, told)
     head = load_head(result.paths.winner)
     assert head.temperature == expected > 1.5
@@ -100,7 +100,7 @@ def test_what_is_expected_is_of_the_winner_at_its_temperature(run):
     temperature gains, no more.
     """
     selection = run[1].selection
-    assert selection.validation == run[1].winner["log_loss"]
+    assert selection.validation == run[1].winner.score
     assert selection.calibrated < selection.validation - 0.05
     assert selection.low < selection.expected < selection.high
     assert selection.optimism == pytest.approx(selection.expected - selection.calibrated)
@@ -135,7 +135,7 @@ def test_every_way_of_predicting_has_it(run, tmp_path):
 
     features = [
         open_feature_set(path)
-        for name in result.winner["inputs"]
+        for name in result.winner.inputs
         for path in result.feature_paths[name]
     ]
     content = dict(zip(features[0].ids(), features[0].content_hashes(), strict=True))
