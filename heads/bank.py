@@ -33,6 +33,7 @@ from headrace.heads.data.side_columns import SideColumn, SideColumns, load_side_
 from headrace.heads.data.standardize import Features
 from headrace.heads.data.task import REFIT, Task, load_task
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.errors import HeadError
 from headrace.heads.evaluate.units import held_out_metrics
 from headrace.heads.kind import INSTANCE_WEIGHT, FitOptions, HeadKind
 from headrace.heads.kinds import HEAD_KINDS
@@ -40,10 +41,6 @@ from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FitResult, Halving, HeadSpec
 
 Fit = Callable[[Sequence[HeadSpec]], list[FitResult]]
-
-
-class BadBank(HeadraceError, ValueError):
-    """The bank cannot be trained as the job says."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,13 @@ def train_bank(job: BankJob) -> dict[str, Any]:
     Returns {"result": path, "heads": count, "failed": count of heads, "seconds": wall time,
     "skipped": whether the results existed}. A head that fails is a row with its error.
 
-    Raises BadBank, and the errors of opening the task and the features.
+    Raises HeadError, and the errors of opening the task and the features.
     """
     started = time.perf_counter()
     if not Path(job.result).exists():
         kinds = {spec.kind for spec in job.specs}
         if len(kinds) != 1:
-            raise BadBank(
+            raise HeadError(
                 f"a bank's heads are all of one kind, found {sorted(kinds) or 'no head'}: make one "
                 "bank of each kind"
             )
@@ -103,7 +100,7 @@ def _train(job: BankJob, kind: HeadKind) -> None:
     side = None if job.side_columns is None else load_side_columns(Path(job.side_columns))
     X, has_features, bands = _rows(job, task, kind, side)
     if not has_features.any():
-        raise BadBank(
+        raise HeadError(
             f"none of the {count_text(len(has_features), 'image')} of {job.task} has features: "
             "look at the reasons with `headrace cache`"
         )
@@ -213,7 +210,7 @@ def fit_bank(
     kind = HEAD_KINDS[specs[0].kind]
     if side and not kind.takes_side_columns:
         able_kinds = ", ".join(kind.name for kind in HEAD_KINDS.values() if kind.takes_side_columns)
-        raise BadBank(f"{kind.name} heads take no side columns: {able_kinds} do")
+        raise HeadError(f"{kind.name} heads take no side columns: {able_kinds} do")
     n_features = X.shape[-1] - sum(column.width for column in side)
     data = TrainingData(
         X,
@@ -230,7 +227,7 @@ def fit_bank(
         able = ", ".join(
             head_kind.name for head_kind in HEAD_KINDS.values() if task.kind in head_kind.tasks
         )
-        raise BadBank(f"{kind.name} heads have no use for a {task.kind} task: use {able}")
+        raise HeadError(f"{kind.name} heads have no use for a {task.kind} task: use {able}")
     on_device, on_cpu = (
         _fitter(kind, data, FitOptions(refit, where, threads, halving)) for where in (device, "cpu")
     )
@@ -288,7 +285,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def check_device(device: str) -> None:
-    """Raise BadBank if torch cannot use the device on this machine."""
+    """Raise HeadError if torch cannot use the device on this machine."""
     if device == "cpu":
         return
     import torch
@@ -298,7 +295,7 @@ def check_device(device: str) -> None:
     # torch raises any of these: for a build without CUDA, for no GPU, for an unknown device.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise BadBank(
+        raise HeadError(
             f"device {device!r} cannot be used on this machine ({reason}): give cpu (in a recipe, "
             "compute.heads_device: cpu), or run where PyTorch sees it"
         ) from error

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.layers import Arrays, Floats, Layers
@@ -19,10 +18,6 @@ from headrace.heads.spec import FitResult, Halving
 INSTANCE_WEIGHT = "instance_weight"
 
 ALL_TASKS: tuple[TaskKind, ...] = ("single", "multi", "regression")
-
-
-class CannotPredict(HeadraceError, ValueError):
-    """The head has no arrays to predict from, or was trained on other features."""
 
 
 @dataclass(frozen=True)

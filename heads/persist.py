@@ -28,7 +28,7 @@ from headrace.cache.format.sealed import (
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.data.side_columns import SideColumn, columns_from_json, columns_to_json
 from headrace.heads.data.task import REFIT, TaskKind
-from headrace.heads.kind import CannotPredict
+from headrace.heads.errors import HeadError
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.layers import Arrays
 from headrace.heads.predict import predict_head
@@ -44,10 +44,6 @@ WRITE_AGAIN = (
     "exported model is written again by `headrace export RUN FOLDER --format safetensors --force`, "
     "one that was copied by copying it again"
 )
-
-
-class BadHeadFile(HeadraceError, ValueError):
-    """The file is not a head that this version can load."""
 
 
 class CodeNotTrusted(HeadraceError, ValueError):
@@ -114,10 +110,10 @@ def save_head(
     out-of-fold predictions.
 
     Returns the path of head.safetensors. That is written first and holds the description too, so
-    that a kill in between leaves a whole head. Raises CannotPredict for a head without arrays.
+    that a kill in between leaves a whole head. Raises HeadError for a head without arrays.
     """
     if not arrays:
-        raise CannotPredict(
+        raise HeadError(
             f"this {spec.kind} head has no arrays to save: save the head trained on all rows (fold "
             f"{REFIT})"
         )
@@ -157,18 +153,18 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
 
     A scikit-learn head names its estimator by import path, and is fitted again when it predicts.
     Estimators of scikit-learn itself whose parameters are values are loaded unasked; any other only
-    if `trust_code` names it ("module:Class"). Raises BadHeadFile, also if a byte is not the one
+    if `trust_code` names it ("module:Class"). Raises HeadError, also if a byte is not the one
     that was written; CodeNotTrusted, before anything is imported.
     """
     path = Path(directory) / WEIGHTS
     if not path.exists():
-        raise BadHeadFile(
+        raise HeadError(
             f"{path} is not there: give the directory that save_head wrote. {WRITE_AGAIN}"
         )
     try:
         return _read_head(path, trust_code)
     except SealBroken as error:
-        raise BadHeadFile(
+        raise HeadError(
             f"{path} has changed since it was written: {error}. {WRITE_AGAIN}"
         ) from error
     # ValueError: also what is no JSON or no UTF-8.
@@ -183,7 +179,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
     ) as error:
         if isinstance(error, HeadraceError):
             raise
-        raise BadHeadFile(
+        raise HeadError(
             f"{path} is not a saved head ({type(error).__name__}: {error}). {WRITE_AGAIN}"
         ) from error
 
@@ -194,7 +190,7 @@ def _read_head(path: Path, trust_code: Collection[str]) -> TrainedHead:
     description = json.loads(tensor_metadata(data)["headrace"])
     arrays = load(data)
     if description["format"] not in (1, 2, FORMAT):
-        raise BadHeadFile(
+        raise HeadError(
             f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: "
             "update headrace"
         )

@@ -10,8 +10,8 @@ from typing import Any
 import numpy.typing as npt
 
 from headrace.heads.data.task import TaskKind
+from headrace.heads.errors import HeadError
 from headrace.heads.evaluate.temperature import FLOOR, vote_floor
-from headrace.heads.kind import CannotPredict
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.layers import Arrays, Floats
 from headrace.heads.spec import HeadSpec
@@ -32,23 +32,23 @@ def predict_head(
     probability near one are lost. unit: (n,) unit of each row, for kinds that predict the rows of a
     unit together.
 
-    Raises CannotPredict for a head without arrays (it failed, or it is a neighbour search of a
+    Raises HeadError for a head without arrays (it failed, or it is a neighbour search of a
     fold: only that on all rows is stored) and for features of another width.
     """
     if not arrays:
-        raise CannotPredict(
+        raise HeadError(
             f"this {spec.kind} head has no stored arrays: predict with the head trained on all "
             "rows (fold REFIT)"
         )
     kind = HEAD_KINDS.get(spec.kind)
     if kind is None:
-        raise CannotPredict(
+        raise HeadError(
             "a fine-tuned network predicts from images, not from features: load its own directory"
         )
     if kind.spatial:
         n_channels = arrays["kernel0"].shape[1]
         if X.ndim != 4 or X.shape[1] != n_channels:
-            raise CannotPredict(
+            raise HeadError(
                 f"the head was trained on maps of {n_channels} channels, found {X.shape[1:]}: give "
                 "the same taps"
             )
@@ -60,11 +60,11 @@ def predict_head(
 
 
 def flat_rows(arrays: Arrays, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return X as (n, D). Raises CannotPredict where the head was trained on another D."""
+    """Return X as (n, D). Raises HeadError where the head was trained on another D."""
     rows = X.reshape(len(X), -1)
     expected = features_expected(arrays)
     if rows.shape[1] != expected:
-        raise CannotPredict(
+        raise HeadError(
             f"the head was trained on {expected} features per row, found {rows.shape[1]}: "
             "concatenate the same taps"
         )
@@ -76,7 +76,7 @@ def features_expected(arrays: Arrays) -> int:
     for name in ("weight", "weight0", "features", "means"):
         if name in arrays:
             return int(arrays[name].shape[1])
-    raise CannotPredict(
+    raise HeadError(
         f"arrays {', '.join(sorted(arrays))} are not those of a head of this version of headrace"
     )
 

@@ -10,7 +10,6 @@ import pandas as pd
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.publish import feature_set_path
 from headrace.extract.images.content_hashes import content_hashes
@@ -26,6 +25,7 @@ from headrace.pipelines.cluster.clients import local_client
 from headrace.pipelines.cluster.fork_server import imports_of
 from headrace.pipelines.cluster.submit import TaskOptions, announced
 from headrace.pipelines.console import make_console
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.cost_model import measured_rates
@@ -45,10 +45,6 @@ from headrace.pipelines.stages.extract import extract_missing
 from headrace.pipelines.stages.select import select
 from headrace.pipelines.stages.services import ClientOpener, open_services, opener_of
 from headrace.pipelines.stages.train import train
-
-
-class MissingFeatures(HeadraceError, ValueError):
-    """Images of the samples that lack features."""
 
 
 def extract_features(
@@ -166,7 +162,7 @@ def _recipe_of(
 def _state_of(
     recipe: Recipe, features: Mapping[str, FeatureSet], samples: pd.DataFrame | str | Path
 ) -> RunState:
-    """Return the state of a run before training. Raises MissingFeatures if an image has no row."""
+    """Return the state of a run before training. Raises InvalidInput if an image has no row."""
     paths = recipe.paths
     samples_with_content = _with_content(_listed(samples, labelled=True), paths.root)
     dataset = make_dataset(
@@ -183,7 +179,7 @@ def _state_of(
     ]
     for plan in feature_plans:
         if plan.rows_cached < plan.rows_total:
-            raise MissingFeatures(
+            raise InvalidInput(
                 f"{plan.name} has features of {plan.rows_cached:,} of these {plan.rows_total:,} "
                 "images: extract_features first"
             )

@@ -286,7 +286,7 @@ def read_finished_run(run: Path | str, *, trust_code: Collection[str] = ()) -> F
     """Read a finished run, given by its directory or its recipe.
 
     trust_code: code that may be imported; also what the recipe names, if `run` is a recipe. Raises
-    NotARun for anything but a finished run, RunDamaged for tables that were altered.
+    InvalidInput for anything but a finished run, RunDamaged for tables that were altered.
     """
     paths = find_run(run)
     require_finished(paths, paths.recipe, paths.leaderboard, paths.heads)

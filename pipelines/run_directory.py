@@ -11,6 +11,7 @@ import pydantic
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.moved_paths import moved_path
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.load import Recipe, RecipeError, load_recipe
@@ -20,19 +21,11 @@ from headrace.pipelines.records import read_record
 _MAX_RECIPE_BYTES = 1 << 20  # so that a video, given by mistake, is not read to the end
 
 
-class NotARun(HeadraceError, ValueError):
-    """A path that leads to no run, or to an unfinished one."""
-
-
-class RunReadOnly(HeadraceError, PermissionError):
-    """A run's directory that cannot be written to."""
-
-
 def find_run(run: str | Path, *, or_model: bool = False) -> RunPaths:
     """Return the run, finished or not, of a recipe or a directory.
 
     or_model: whether the caller also takes a model directory; only the message depends on it.
-    Raises NotARun, with what to type instead; RecipeError for a recipe with a mistake in it.
+    Raises InvalidInput, with what to type instead; RecipeError for a recipe with a mistake in it.
     """
     path = expand_home(run)
     expected = (
@@ -49,18 +42,18 @@ def find_run(run: str | Path, *, or_model: bool = False) -> RunPaths:
     if path.is_dir():
         if is_run(RunPaths(path)):
             return RunPaths(path)
-        raise NotARun(
+        raise InvalidInput(
             f"{run} is not a run's directory: it has no recipe.json. "
             f"{_did_you_mean(path) or expected}"
         )
     if not path.is_file():
         wrong = "it is neither a file nor a folder" if path.exists() else "no such file or folder"
-        raise NotARun(f"{run}: {wrong}. {_did_you_mean(path) or expected}")
+        raise InvalidInput(f"{run}: {wrong}. {_did_you_mean(path) or expected}")
     paths = RunPaths(
         _recipe_out(path, f"{run} is neither a recipe nor a run. {_did_you_mean(path) or expected}")
     )
     if not is_run(paths):
-        raise NotARun(
+        raise InvalidInput(
             f"{run} has not been run yet: {paths.root} holds no run. Type: headrace run "
             f"{shlex.quote(str(run))}"
         )
@@ -73,26 +66,26 @@ def is_run(paths: RunPaths) -> bool:
 
 
 def require_finished(paths: RunPaths, *files: Path) -> None:
-    """Raise NotARun, with what to type, unless these files, which a run writes last, are there."""
+    """Raise InvalidInput, with what to type, unless these files of a finished run are there."""
     for file in files:
         if file.exists():
             continue
         if file == paths.recipe and paths.heads.is_file():
-            raise NotARun(
+            raise InvalidInput(
                 f"{paths.root} has no {file.name}: its heads were trained from Python, by "
                 "train_heads, and without a recipe it is not known where its images are. Write "
                 "one, and type: headrace run RECIPE"
             )
-        raise NotARun(
+        raise InvalidInput(
             f"{paths.root} has no {file.name}: the run has not come to its end, or failed "
             f"(headrace status {shlex.quote(str(paths.root))}). Go on with: headrace run RECIPE"
         )
 
 
 def require_writable(paths: RunPaths, instead: str) -> None:
-    """Raise RunReadOnly, with what to type, if nothing can be written into the run."""
+    """Raise HeadraceError, with what to type, if nothing can be written into the run."""
     if not os.access(paths.root, os.W_OK):
-        raise RunReadOnly(f"{paths.root} cannot be written to. Type: {instead}")
+        raise HeadraceError(f"{paths.root} cannot be written to. Type: {instead}")
 
 
 def _recipe_out(path: Path, otherwise: str) -> Path:
@@ -106,13 +99,13 @@ def _recipe_out(path: Path, otherwise: str) -> Path:
     if not has_recipe_name and (
         is_run(RunPaths(path.parent)) or path.stat().st_size > _MAX_RECIPE_BYTES
     ):
-        raise NotARun(otherwise)
+        raise InvalidInput(otherwise)
     try:
         out = load_recipe(path).out
     except RecipeError:
         if has_recipe_name:
             raise
-        raise NotARun(otherwise) from None
+        raise InvalidInput(otherwise) from None
     assert out is not None  # load_recipe gives it a default
     return out
 
@@ -138,14 +131,14 @@ def _runs_below(folder: Path) -> Iterator[Path]:
 def stored_recipe(paths: RunPaths) -> Recipe:
     """Return the recipe that a run was made with; if the run was moved, with paths as they are now.
 
-    Raises NotARun for one of another version of headrace, RunDamaged for a changed one.
+    Raises InvalidInput for one of another version of headrace, RunDamaged for a changed one.
     """
     try:
         recipe = Recipe.model_validate(read_record(paths.recipe))
     except pydantic.ValidationError as error:
         renamed = {str(problem["loc"][-1]): renamed_key(problem) for problem in error.errors()}
         names = "".join(f"; {old} is called {new} now" for old, new in renamed.items() if new)
-        raise NotARun(
+        raise InvalidInput(
             f"{paths.recipe} is not of this version of headrace "
             f"({count_text(error.error_count(), 'key differs', 'keys differ')}{names}): run the "
             "recipe again"

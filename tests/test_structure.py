@@ -86,6 +86,7 @@ LEVELS = {
         {"run"},
     ),
     "heads": (
+        {"errors"},
         {"data", "spec"},
         {"evaluate"},
         {"link"},
@@ -98,7 +99,15 @@ LEVELS = {
         {"bank", "estimators", "persist"},
     ),
     "pipelines": (
-        {"console", "feature_input", "number_format", "paths", "records", "thread_memory"},
+        {
+            "console",
+            "errors",
+            "feature_input",
+            "number_format",
+            "paths",
+            "records",
+            "thread_memory",
+        },
         {"environment", "moved_paths", "recipe"},
         {"cluster", "run_directory"},
         {"doctor", "models"},

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.cache.errors import HeadraceError
 from headrace.heads.bags.batch import BagBatch, BagRows
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.bags.pooling import predict_units
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.errors import HeadError
 from headrace.heads.kind import INSTANCE_WEIGHT
 from headrace.heads.layers import Arrays
 from headrace.heads.networks.bank import Bank, Family, as_tensor, stack, train_networks
@@ -40,10 +40,6 @@ Array = npt.NDArray[Any]
 CPU_BATCH_BYTES = 64 << 20
 
 
-class BadUnits(HeadraceError, ValueError):
-    """The rows cannot be taken as bags."""
-
-
 @dataclass(frozen=True)
 class Units:
     """Units of some rows: which rows each has, and what it is trained on."""
@@ -61,10 +57,10 @@ class Units:
 def units_of(data: TrainingData) -> Units:
     """Return the units of rows. A unit's weight is the mean weight of its rows.
 
-    Raises BadUnits if there are none, or a unit has several targets or rows in several folds.
+    Raises HeadError if there are none, or a unit has several targets or rows in several folds.
     """
     if data.unit is None:
-        raise BadUnits(
+        raise HeadError(
             "heads of kind bags are trained on units of several images, and the task has none: "
             "name their column, task.unit: patient"
         )
@@ -82,7 +78,7 @@ def units_of(data: TrainingData) -> Units:
         if is_other.any():
             unit = names[codes[int(is_other.argmax())]]
             n_mixed = len(np.unique(codes[is_other]))
-            raise BadUnits(
+            raise HeadError(
                 f"unit {unit!s} and {n_mixed - 1:,} more of {len(names):,} have images of several "
                 f"{what}: {advice}"
             )
@@ -166,7 +162,7 @@ def fit_bags_bank(
     array `instance_weight` (n_held_out,) is the weight of each row in it. precision: of rows and
     hidden values in training.
 
-    Raises BadUnits, ValueError for features that are not finite.
+    Raises HeadError, ValueError for features that are not finite.
     """
     check_specs(specs, "BagsSpec()")
     units = units_of(data)

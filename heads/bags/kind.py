@@ -9,7 +9,8 @@ from annotated_types import Ge, Gt, Lt
 
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.kind import CannotPredict, FitOptions, HeadKind
+from headrace.heads.errors import HeadError
+from headrace.heads.kind import FitOptions, HeadKind
 from headrace.heads.layers import Arrays, Floats
 from headrace.heads.networks.kind import NETWORK_AXES, WEIGHT_DECAY
 from headrace.heads.spec import ClassWeight, FitResult, check_choices
@@ -70,8 +71,8 @@ def fit_bags(data: TrainingData, specs: Sequence[Any], options: FitOptions) -> l
 def predict_rows(
     spec: BagsSpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
 ) -> Floats:
-    """Raise CannotPredict: a row says nothing without the others of its unit."""
-    raise CannotPredict(
+    """Raise HeadError: a row says nothing without the others of its unit."""
+    raise HeadError(
         "a head of kind bags predicts units of several images: give the unit of each row "
         "(unit=[...])"
     )

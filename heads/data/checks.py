@@ -6,25 +6,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.errors import HeadraceError
+from headrace.heads.errors import HeadError
 
 # Smaller weights vanish in products with float32 features; larger ones leave no digit for the
 # penalty and the other rows.
 LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e15
 
 
-class BadFeatures(HeadraceError, ValueError):
-    """The features cannot be the input of a head."""
-
-
 def check_finite(X: npt.NDArray[Any]) -> None:
-    """Raise BadFeatures naming the first row of X (…, N, D) with NaN or infinity."""
+    """Raise HeadError naming the first row of X (…, N, D) with NaN or infinity."""
     flat_rows = X.reshape(-1, X.shape[-1])
     for first_row in range(0, len(flat_rows), 8192):
         is_bad = ~np.isfinite(flat_rows[first_row : first_row + 8192]).all(1)
         if is_bad.any():
             bad_row = (first_row + int(np.argmax(is_bad))) % X.shape[-2]
-            raise BadFeatures(
+            raise HeadError(
                 f"features of row {bad_row} are NaN or infinite: remove the row, or extract its "
                 "features again"
             )

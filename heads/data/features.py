@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.feature_set import FeatureSet, open_feature_set
-from headrace.heads.data.checks import BadFeatures
 from headrace.heads.data.side_columns import SideColumns
 from headrace.heads.data.streamed import Streamed, not_finite
+from headrace.heads.errors import HeadError
 
 
 def load_rows(
@@ -34,7 +34,7 @@ def load_rows(
     spatial: keep the positions: (n, channels, h, w).
     side: side columns of the N rows, appended to the features.
 
-    Raises BadFeatures for NaN and infinity, naming the feature set and the row, and for feature
+    Raises HeadError for NaN and infinity, naming the feature set and the row, and for feature
     sets with different views or positions; CacheError for a row that was never extracted.
     """
     view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
@@ -86,11 +86,11 @@ def _opened(
         for feature in features
     ]
     if not feature_sets:
-        raise BadFeatures("a bank needs at least one feature set")
+        raise HeadError("a bank needs at least one feature set")
     is_kept = rows_with_features(feature_sets, content_hashes)
     for feature in feature_sets:
         if spatial and len(feature.spec.shape) != 3:
-            raise BadFeatures(
+            raise HeadError(
                 f"{feature.spec.name} has rows of shape {feature.spec.shape}, a convolution head "
                 "needs (channels, h, w): give a tap with the pooling map"
             )
@@ -103,12 +103,12 @@ def _opened(
             if len(view_counts) > 1
             else f"{view_counts[0]} views each, but not the same ones"
         )
-        raise BadFeatures(
+        raise HeadError(
             f"the parts of a head's input have {found_text}: extract the same views of each tap"
         )
     if spatial and len({views[0].spec.shape[1:] for views in view_groups}) > 1:
         map_sizes = ", ".join("×".join(map(str, views[0].spec.shape[1:])) for views in view_groups)
-        raise BadFeatures(
+        raise HeadError(
             f"maps of {map_sizes} positions cannot be concatenated: give taps of one resolution"
         )
     return view_groups, is_kept

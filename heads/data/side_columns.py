@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
+from headrace.heads.errors import HeadError
 
 Array = npt.NDArray[Any]
 
@@ -33,10 +33,6 @@ SIDE_COLUMNS = "side_columns"
 def taps_of(inputs: Sequence[str]) -> tuple[str, ...]:
     """Return the names of a head's inputs that are feature sets: all but the side columns."""
     return tuple(name for name in inputs if name != SIDE_COLUMNS)
-
-
-class BadSideColumns(HeadraceError, ValueError):
-    """The file holds no side columns, or has changed since it was written."""
 
 
 class SideBlock(NamedTuple):
@@ -206,13 +202,13 @@ def save_side_columns(side: SideColumns, path: Path) -> None:
 
 
 def load_side_columns(path: Path) -> SideColumns:
-    """Read the side columns that `save_side_columns` wrote. Raises BadSideColumns."""
+    """Read the side columns that `save_side_columns` wrote. Raises HeadError."""
     try:
         stored = read_sealed_arrays(path.read_bytes())
         columns = columns_from_json(json.loads(stored["header"].tobytes()))
         return SideColumns(columns, stored["values"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadSideColumns(
+        raise HeadError(
             f"{path} has changed since it was written, or holds no side columns: {error}. "
             "`headrace run RECIPE` writes it again"
         ) from error

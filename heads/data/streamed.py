@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.feature_set import FeatureSet
-from headrace.heads.data.checks import BadFeatures
+from headrace.heads.errors import HeadError
 
 ROWS_AT_ONCE = 8192  # rows read together, in the order of the disk
 _EXPONENT = np.uint16(0x7C00)  # exponent bits of a float16: all ones in infinity and NaN
@@ -137,7 +137,7 @@ class Streamed:
                 )
 
     def check_finite(self) -> None:
-        """Raise BadFeatures naming the feature set and the image of the first NaN or infinity."""
+        """Raise HeadError naming the feature set and the image of the first NaN or infinity."""
         for column_part in self._parts:
             for feature, positions in column_part:
                 if feature.spec.dtype == "uint8":
@@ -185,9 +185,9 @@ class StreamedStack:
         return (self.rows.view(number) for number in range(self.rows.views))
 
 
-def not_finite(feature: FeatureSet, content_hash: bytes, n_rows: int) -> BadFeatures:
+def not_finite(feature: FeatureSet, content_hash: bytes, n_rows: int) -> HeadError:
     """Return the error for n_rows rows with NaN or infinity, the first of image `content_hash`."""
-    return BadFeatures(
+    return HeadError(
         f"{feature.path} ({feature.spec.name}): the row of image {content_hash.decode()} and "
         f"{n_rows - 1} more hold NaN or infinite features: extract them again"
     )

@@ -48,7 +48,7 @@ def fit_discriminant_bank(
     The arrays of a head are weight (C, D) and bias (C,), float32, for raw features; a class without
     training rows has probability 0. Heads are ordered by spec, then by fold, REFIT last.
 
-    Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for shapes that do not
+    Raises HeadError (a ValueError) for NaN or infinite features, ValueError for shapes that do not
     fit and for a shrinkage outside 0..1.
     """
     check_specs(specs, "LDASpec(shrinkage=0.1)")
@@ -125,7 +125,7 @@ class DiscriminantProblem:
 
     @classmethod
     def of(cls, data: TrainingData) -> "DiscriminantProblem":
-        """Compute the moments of every fold's training rows. Raises NotFinite."""
+        """Compute the moments of every fold's training rows. Raises HeadError."""
         return cls(data, fold_moments(data), {})
 
     def scatter(self, fold: int, *, standardize: bool) -> ClassScatter:

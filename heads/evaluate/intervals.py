@@ -61,7 +61,7 @@ def metric_interval(
     target, probabilities, metric: as in `score`.
     groups: (N,) any labels; rows of one group are not independent. None: each row is a group.
 
-    (nan, nan) if the metric is undefined. Raises UnknownMetric, and ValueError for no rows or a
+    (nan, nan) if the metric is undefined. Raises HeadError, and ValueError for no rows or a
     level outside (0, 1).
     """
     n_rows = len(probabilities)

@@ -10,16 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import TaskKind
+from headrace.heads.errors import HeadError
 
 Floats = npt.NDArray[np.float64]
 
 CALIBRATION_BINS = 15  # equal widths over [0, 1], as in Guo et al. 2017
-
-
-class UnknownMetric(HeadraceError, ValueError):
-    """The metric does not exist, or not for this kind of task."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,10 @@ def score(
     target: single (N,) class index; multi (N, L) 0/1; regression (N, L) or (N,).
     probabilities: (N, C), for regression the predicted values.
 
-    Raises UnknownMetric, naming the metrics of this kind of task.
+    Raises HeadError, naming the metrics of this kind of task.
     """
     if metric not in METRICS or task_kind not in METRICS[metric].tasks:
-        raise UnknownMetric(
+        raise HeadError(
             f"metric {metric!r} is not one of a {task_kind} task: choose from "
             f"{', '.join(metric_names(task_kind))}"
         )

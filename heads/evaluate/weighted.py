@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.metrics import CALIBRATION_BINS, METRICS, UnknownMetric, metric_names
+from headrace.heads.errors import HeadError
+from headrace.heads.evaluate.metrics import CALIBRATION_BINS, METRICS, metric_names
 
 Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
@@ -35,10 +36,10 @@ def weighted_scores(
     weights: (N, B) >= 0. With weights of one it is the score of the leaderboard.
 
     Folds in which the metric is undefined are left out of the mean; nan if it is undefined in all.
-    Raises UnknownMetric.
+    Raises HeadError.
     """
     if metric not in METRICS or task_kind not in METRICS[metric].tasks:
-        raise UnknownMetric(
+        raise HeadError(
             f"metric {metric!r} is not one of a {task_kind} task: choose from "
             f"{', '.join(metric_names(task_kind))}"
         )

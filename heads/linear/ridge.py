@@ -65,7 +65,7 @@ def fit_ridge_bank(
     has probabilities by `ridge_link`, or the values of a regression. Heads are ordered by spec,
     then by fold, REFIT last.
 
-    Raises NotFinite (a ValueError) for NaN or infinite features, ValueError for shapes that do not
+    Raises HeadError (a ValueError) for NaN or infinite features, ValueError for shapes that do not
     fit and for negative strengths.
     """
     _check(data, specs)

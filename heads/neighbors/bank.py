@@ -123,7 +123,7 @@ def fit_knn_bank(
     of the REFIT head are the training rows themselves, the same objects for all specs (a results
     file stores them once); it has an error if they are more than STORED_ROWS_BYTES. A neighbour
     votes with its sample weight. A spec whose k exceeds the training rows of a fold has an error
-    there. Raises BadFeatures (a ValueError) for features that are not finite.
+    there. Raises HeadError (a ValueError) for features that are not finite.
     """
     check_specs(specs, "KNNSpec(5)")
     X, fold = data.X, data.fold

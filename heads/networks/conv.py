@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from headrace.heads.data.checks import BadFeatures
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.errors import HeadError
 from headrace.heads.layers import Arrays, Layers, predict_dense
 from headrace.heads.networks.bank import Family, fit_networks, stack
 from headrace.heads.networks.conv_batch import ConvBatch, random_start
@@ -41,11 +41,11 @@ def fit_conv_bank(
     """Fit as `fit_mlp_bank` does, for maps X (N, D, h, w) or (V, N, D, h, w): V views of each row.
 
     Maps are standardised channel by channel. Heads of equal channels, hidden widths and batch size
-    train side by side. Raises BadFeatures for features that are no maps or not finite.
+    train side by side. Raises HeadError for features that are no maps or not finite.
     """
     X, n_classes = data.X, data.n_outputs
     if X.ndim not in ((4,) if isinstance(X, Streamed) else (4, 5)):
-        raise BadFeatures(
+        raise HeadError(
             f"a convolution head needs maps (N, channels, h, w), found {X.shape}: give a tap like "
             "layer4.map"
         )

@@ -28,7 +28,7 @@ from headrace.heads.data.side_columns import SideBlock, as_cells
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.kind import CannotPredict
+from headrace.heads.errors import HeadError
 from headrace.heads.link import sigmoid, softmax
 from headrace.heads.neighbors.bank import STORED_ROWS_BYTES
 from headrace.heads.sklearn.kind import SklearnSpec
@@ -213,7 +213,7 @@ def fitted_sklearn(
 ) -> Callable[[Floats], npt.NDArray[np.float32]]:
     """Fit the estimator on the stored rows; return its function of features (n, D)."""
     if "features" not in arrays:
-        raise CannotPredict(
+        raise HeadError(
             f"{spec.estimator}: its training rows were not stored: train it again on them"
         )
     try:
@@ -222,7 +222,7 @@ def fitted_sklearn(
             task == "single"
             and not 0 <= arrays["target"].min() <= arrays["target"].max() < outputs <= _MAX_OUTPUTS
         ):
-            raise CannotPredict(f"its rows are of other classes than its {outputs} outputs")
+            raise HeadError(f"its rows are of other classes than its {outputs} outputs")
         side = [
             SideBlock(bool(is_category), int(start), int(stop))
             for is_category, start, stop in arrays.get("side", ())
@@ -234,7 +234,7 @@ def fitted_sklearn(
         raise
     except Exception as error:
         # On the rows of a damaged file an estimator may raise anything.
-        raise CannotPredict(
+        raise HeadError(
             f"{spec.estimator}: it cannot be fitted again on its stored rows "
             f"({type(error).__name__}: {str(error)[:200]}): train it again, or fetch the model "
             "again"

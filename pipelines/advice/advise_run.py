@@ -39,8 +39,8 @@ def advise_run(
     from its images.
     workers: worker processes, by default one per core.
 
-    Raises NotARun; RunReadOnly, because the heads that are trained for the advice are kept in the
-    run; NoReference; HeadraceError if features are missing.
+    Raises InvalidInput; HeadraceError if features are missing, or if nothing can be written into
+    the run, which keeps the heads that are trained for the advice.
     """
     finished = read_finished_run(run)
     # Absolute, because workers have a working directory of their own.

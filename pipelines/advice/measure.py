@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.bank import BankJob
@@ -33,6 +32,7 @@ from headrace.pipelines.advice.decide import (
 )
 from headrace.pipelines.advice.reference import ReferenceEvidence, reference_evidence
 from headrace.pipelines.advice.transferability import transferability_scores
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.selection.estimate import Estimate
 from headrace.pipelines.selection.learning_curves import (
@@ -61,10 +61,6 @@ IMAGE_FACTORS = (2, 4)  # how many times as many images the curve is extrapolate
 _CURVE_KINDS = ("logistic", "ridge", "mlp")
 
 
-class NoCompleteHead(HeadraceError, ValueError):
-    """The run has no head to give advice on."""
-
-
 FeaturePaths = Mapping[str, Sequence[Path]]  # of the feature sets' views, by name
 SortByDepth = Callable[[Sequence[str]], Sequence[str]]
 
@@ -91,7 +87,7 @@ def advise_on(
     in that order.
     reference: feature sets and image contents of another run to measure the distance to.
 
-    Raises NoCompleteHead, NoReference, HeadraceError where features are missing.
+    Raises InvalidInput; HeadraceError where features are missing.
     """
     task = replace(task, units=None)  # advice is on single images, also if units are predicted
     validation = validation_rows(task, groups)
@@ -102,7 +98,7 @@ def advise_on(
     draws = row_draws(validation.fold, validation.groups, RESAMPLES)
     best_predictions = _predictions(heads.iloc[:1], validation)
     if not best_predictions:
-        raise NoCompleteHead(
+        raise InvalidInput(
             "no head of this run is whole, with a stored prediction for each validation image: "
             "look at heads.parquet, call `headrace run` again, and then ask for advice"
         )

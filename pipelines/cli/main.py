@@ -47,6 +47,7 @@ from headrace.pipelines.cli.options import (
 from headrace.pipelines.cli.predict import predict_command
 from headrace.pipelines.cli.report import report_command
 from headrace.pipelines.console import escape_unencodable, make_console, utf8_stdout, valid_text
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.thread_memory import end_where_no_thread_begins
 
 app = typer.Typer(
@@ -61,10 +62,6 @@ app = typer.Typer(
 )
 # Headings in `headrace --help`.
 _AFTER_RUN, _WHAT_THERE_IS = "After a run", "What there is"
-
-
-class PathNotUTF8(HeadraceError, ValueError):
-    """A run's folder whose path is not UTF-8."""
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -361,7 +358,7 @@ def _run(
 def _require_utf8(out_folder: Path) -> None:
     # A run's tables are UTF-8, and contain paths of its other files.
     if valid_text(str(out_folder)) != str(out_folder):
-        raise PathNotUTF8(
+        raise InvalidInput(
             f"out: {out_folder}: a name in this path is no UTF-8, so that results cannot be kept "
             "there. Rename it, or set `out` in the recipe to another folder; if the name is right "
             "and the locale is not, set LC_ALL=C.UTF-8"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cache.count_text import count_text
-from headrace.cache.errors import HeadraceError
 from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import (
     ExcludeOption,
@@ -22,6 +21,7 @@ from headrace.pipelines.cli.options import (
     resumable,
 )
 from headrace.pipelines.console import make_console, utf8_stdout
+from headrace.pipelines.errors import InvalidInput
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,10 +40,6 @@ class TableFormat(StrEnum):
     csv = "csv"
     parquet = "parquet"
     jsonl = "jsonl"
-
-
-class OutputError(HeadraceError, ValueError):
-    """Options for the output, or for the parts of images, that contradict each other."""
 
 
 ModelArgument = Annotated[
@@ -155,7 +151,7 @@ def predict_command(
     """
     table_format = _table_format(out, format_option)
     if out == "-" and json_output:
-        raise OutputError("--out - and --json both want the standard output: give --out a file")
+        raise InvalidInput("--out - and --json both want the standard output: give --out a file")
     from headrace.pipelines.models.model import load_model
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
@@ -355,7 +351,7 @@ def _parts_options(
     from headrace.extract.sources.regions import Boxes
 
     if whole_images + (box_columns is not None) + (detections is not None) > 1:
-        raise OutputError("give one of --whole-images, --box-columns and --detections")
+        raise InvalidInput("give one of --whole-images, --box-columns and --detections")
     if whole_images:
         return {"boxes": "none"}
     if detections is not None:
@@ -366,7 +362,7 @@ def _parts_options(
         return {} if parts is None else {"boxes": parts.boxes, "tiles": parts.tiles}
     columns = tuple(name.strip() for name in box_columns.split(","))
     if len(columns) != 4:
-        raise OutputError(
+        raise InvalidInput(
             f"--box-columns {box_columns}: expected the names of four columns, such as "
             "x,y,width,height"
         )
@@ -379,7 +375,7 @@ def _cache_root(
 ) -> Path | None:
     """Return the cache to take features from: by the options, or else that of the model's run.
 
-    Raises OutputError for options that contradict each other.
+    Raises InvalidInput for options that contradict each other.
     """
     from headrace.cache.home import expand_home
     from headrace.pipelines.moved_paths import moved_with_run
@@ -388,18 +384,18 @@ def _cache_root(
 
     if no_cache:
         if cache is not None or update_cache:
-            raise OutputError("--no-cache leaves nothing for --cache and --update-cache: drop it")
+            raise InvalidInput("--no-cache leaves nothing for --cache and --update-cache: drop it")
         return None
     if cache is not None:
         cache_root = expand_home(cache).absolute()
         if not update_cache and not cache_root.is_dir():
-            raise OutputError(f"--cache {cache}: no such folder. To make one: --update-cache")
+            raise InvalidInput(f"--cache {cache}: no such folder. To make one: --update-cache")
         return cache_root
     paths = RunPaths(model.path.absolute().parent)
     if paths.recipe.is_file():
         return Path(moved_with_run(read_record(paths.recipe)["cache"], model.path))
     if update_cache:
-        raise OutputError(f"{model.path} is in no run: say which cache, --cache headrace-cache")
+        raise InvalidInput(f"{model.path} is in no run: say which cache, --cache headrace-cache")
     return None
 
 
@@ -408,17 +404,17 @@ def _table_format(out: str, format_option: TableFormat | None) -> str:
 
     if out == "-":
         if format_option is TableFormat.parquet:
-            raise OutputError(
+            raise InvalidInput(
                 "Parquet is no text for a screen: give a file with --out, or --format csv or jsonl"
             )
         return format_option.value if format_option else "csv"
     suffix = Path(out).suffix.lower()
     if format_option is None and suffix not in FORMATS:
-        raise OutputError(
+        raise InvalidInput(
             f"--out {out}: expected a name that ends in {', '.join(FORMATS)}, or --format"
         )
     if Path(out).is_dir():
-        raise OutputError(
+        raise InvalidInput(
             f"--out {out} is a folder; expected the name of a file, such as "
             f"{out.rstrip('/')}/predictions.csv"
         )

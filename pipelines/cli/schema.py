@@ -6,27 +6,23 @@ import pydantic
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import ModelSchema
 
-from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import nearest_names
+from headrace.pipelines.errors import InvalidInput
 
 RECIPE = "recipe"
-
-
-class UnknownSchema(HeadraceError, ValueError):
-    """A name of which there is no schema."""
 
 
 def schema(name: str) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of the recipe or of a command's object.
 
-    Raises UnknownSchema for any other name.
+    Raises InvalidInput for any other name.
     """
     from headrace.pipelines.cli.json_output import OUTPUTS
     from headrace.pipelines.recipe.load import Recipe
 
     models: dict[str, type[pydantic.BaseModel]] = {RECIPE: Recipe, **OUTPUTS}
     if name not in models:
-        raise UnknownSchema(
+        raise InvalidInput(
             f"there is no schema {name!r}. The nearest: {nearest_names(name, models)}; there are "
             f"{', '.join(models)}"
         )

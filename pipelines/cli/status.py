@@ -17,7 +17,8 @@ from headrace.pipelines.cli.json_output import DriverOutput, StatusOutput, print
 from headrace.pipelines.cluster.progress import rate_and_left
 from headrace.pipelines.cluster.task_leases import driver_lives
 from headrace.pipelines.cluster.task_log import read_log
-from headrace.pipelines.run_directory import NotARun, find_run
+from headrace.pipelines.errors import InvalidInput
+from headrace.pipelines.run_directory import find_run
 
 _N_DRIVERS_SHOWN = 5  # the latest
 
@@ -46,12 +47,12 @@ class DriverStatus:
 def run_status(run: Path) -> list[DriverStatus]:
     """Return the run's drivers, the latest last.
 
-    run: its directory, or its recipe. Raises NotARun.
+    run: its directory, or its recipe. Raises InvalidInput.
     """
     paths = find_run(run)
     logs = sorted(paths.logs.glob("*.jsonl"))
     if not logs:
-        raise NotARun(
+        raise InvalidInput(
             f"{paths.root} holds no logs: nothing has worked on it, or logs/ was removed. "
             "`headrace run RECIPE` writes one"
         )
@@ -119,7 +120,7 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
 
 
 def print_status_json(run: Path) -> None:
-    """Print the drivers of a run, the latest last, as one JSON object. Raises NotARun."""
+    """Print the drivers of a run, the latest last, as one JSON object. Raises InvalidInput."""
     paths = find_run(run)
     drivers = []
     for status in run_status(paths.root):
@@ -134,7 +135,10 @@ def print_status_json(run: Path) -> None:
 
 
 def show_status(console: Console, run: Path) -> None:
-    """Print the latest drivers of a run, given by its directory or its recipe. Raises NotARun."""
+    """Print the latest drivers of a run, given by its directory or its recipe.
+
+    Raises InvalidInput.
+    """
     paths = find_run(run)
     drivers = run_status(paths.root)
     console.print(f"Run {paths.root}", soft_wrap=True)

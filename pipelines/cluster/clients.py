@@ -17,7 +17,6 @@ from headrace.pipelines.cluster.dask_client import (
     PRELOAD,
     SETTINGS,
     ClusterError,
-    WorkersDidNotStart,
     client_of,
     require_extra,
     silenced,
@@ -30,9 +29,10 @@ from headrace.pipelines.cluster.fork_server import (
     start_server,
 )
 from headrace.pipelines.cluster.slurm import queued_jobs_text, replace_lost_jobs, slurm_client
-from headrace.pipelines.cluster.tls import TLSMissing, folder_security, own_security
+from headrace.pipelines.cluster.tls import folder_security, own_security
 from headrace.pipelines.cluster.worker import CORES, GPUS, UNITS_PER_GPU, VARIABLES
 from headrace.pipelines.environment import available_cores
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.sections import ClusterSection
 
 Role = Literal["extract", "train"]
@@ -90,7 +90,7 @@ def local_client(
     loopback and over TLS, with a certificate of this cluster alone.
 
     module_names: modules that tasks need and that take long to import; on Linux they are imported
-    once for all workers. Raises WorkersDidNotStart.
+    once for all workers. Raises ClusterError.
     """
     _refuse_while_importing()
     n_workers = workers or available_cores()
@@ -116,7 +116,7 @@ def local_client(
                     silence_logs=logging.CRITICAL,
                 )
             except RuntimeError as error:
-                raise WorkersDidNotStart(
+                raise ClusterError(
                     f"the worker processes did not start ({error}); what they said stands above"
                 ) from error
         with client_of(cluster) as client:
@@ -163,12 +163,12 @@ def _visible_gpus() -> int:
 def scheduler_client(section: ClusterSection) -> Iterator[Client]:
     """Open a client of a running scheduler, on this machine or over TLS. Its workers are not ended.
 
-    Raises TLSMissing for another machine without TLS, ClusterError if no scheduler answers.
+    Raises InvalidInput for another machine without TLS, ClusterError if no scheduler answers.
     """
     address = section.where
     is_encrypted = address.startswith("tls://")
     if not is_encrypted and not _on_this_machine(address):
-        raise TLSMissing(
+        raise InvalidInput(
             f"cluster.where: {address} is another machine, and this is no tls:// address. Start "
             "the scheduler with the files that `headrace cluster tls FOLDER` writes, and give "
             "tls://HOST:PORT and `tls: FOLDER`"
@@ -221,7 +221,7 @@ def _refuse_while_importing() -> None:
     # it is imported, for lack of the usual line, so would each worker; multiprocessing's own
     # message then speaks of freezing executables.
     if is_importing_main():
-        raise WorkersDidNotStart(
+        raise ClusterError(
             "This script starts worker processes, and each of them imports the script to begin "
             "with. Put the lines that "
             'start work below a line that workers pass over: if __name__ == "__main__":'

@@ -53,10 +53,6 @@ class ClusterError(HeadraceError, RuntimeError):
     """The cluster that was asked for cannot be used."""
 
 
-class WorkersDidNotStart(ClusterError):
-    """The worker processes could not be started."""
-
-
 @contextlib.contextmanager
 def client_of(cluster: Any) -> Iterator[Client]:
     """Open a client of a cluster that this process started; both are closed after the block."""

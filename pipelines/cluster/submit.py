@@ -28,7 +28,6 @@ from typing import Any, Generic, Protocol, TypeVar
 from dask.distributed import Client
 from rich.console import Console
 
-from headrace.cache.errors import HeadraceError
 from headrace.pipelines.cluster.clients import restart_lost_workers, why_no_worker
 from headrace.pipelines.cluster.dask_client import ClusterError
 from headrace.pipelines.cluster.task_leases import TaskLeases
@@ -61,10 +60,6 @@ _MACHINE_ERRNOS = {
     errno.EMFILE,
     errno.ENFILE,
 }
-
-
-class RunIncomplete(HeadraceError):
-    """Part of the work could not be done; what is finished is kept."""
 
 
 @dataclass(frozen=True)

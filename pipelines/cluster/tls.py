@@ -8,20 +8,12 @@ from pathlib import Path
 
 from dask.distributed import Security
 
-from headrace.cache.errors import HeadraceError
+from headrace.pipelines.errors import InvalidInput, OutputExists
 
 CERTIFICATE, KEY = "certificate.pem", "key.pem"
 SETTINGS = "dask.yaml"  # written beside them by `headrace cluster tls`
 _VALID = datetime.timedelta(days=365)
 _SKEW = datetime.timedelta(days=1)  # clocks of a cluster's nodes may differ
-
-
-class TLSFolder(HeadraceError, FileExistsError):
-    """The folder for a certificate has files of another program."""
-
-
-class TLSMissing(HeadraceError, ValueError):
-    """Without TLS, traffic would leave this machine in plain text."""
 
 
 def make_certificate() -> tuple[str, str]:
@@ -79,14 +71,14 @@ def write_tls(folder: Path) -> Path:
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise TLSFolder for a folder with only some of the files of `headrace cluster tls`, which may
-    then be another program's.
+    """Raise OutputExists for a folder with only some of the files of `headrace cluster tls`, which
+    may then be another program's.
     """
     file_names = {
         file_name for file_name in (KEY, CERTIFICATE, SETTINGS) if (folder / file_name).exists()
     }
     if file_names in ({KEY}, {CERTIFICATE}, {SETTINGS}, {KEY, SETTINGS}, {CERTIFICATE, SETTINGS}):
-        raise TLSFolder(
+        raise OutputExists(
             f"{folder} holds {' and '.join(sorted(file_names))} without the rest of what this "
             f"command makes ({KEY}, {CERTIFICATE}, {SETTINGS}): they may be of something else, and "
             f"are not replaced. Give a new folder, such as {folder / 'headrace-tls'}"
@@ -94,9 +86,9 @@ def require_own_folder(folder: Path) -> None:
 
 
 def folder_security(folder: Path | None) -> Security:
-    """Return Dask's security from a folder that `write_tls` made. Raises TLSMissing."""
+    """Return Dask's security from a folder that `write_tls` made. Raises InvalidInput."""
     if folder is None or not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
-        raise TLSMissing(
+        raise InvalidInput(
             f"cluster.tls: {folder or 'no folder'} holds no {KEY} and {CERTIFICATE}. Off this "
             "machine headrace talks over TLS only. Make them with: headrace cluster tls FOLDER"
         )

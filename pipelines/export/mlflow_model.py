@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from headrace.pipelines.export.output_check import ExportError
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.model import Model, load_model
 
@@ -21,15 +21,15 @@ def save_mlflow_model(model: Model, out: Path | str, **options: Any) -> None:
     """Write an MLflow model of the flavor `python_function` to `out`, which must not exist.
 
     It has all weights as safetensors and no pickled code; loading it needs headrace and
-    mlflow-skinny. options: of `mlflow.pyfunc.save_model`, such as `metadata`. Raises ExportError.
+    mlflow-skinny. options: of `mlflow.pyfunc.save_model`, such as `metadata`. Raises InvalidInput.
     """
     out = Path(out)
     if importlib.util.find_spec("mlflow") is None:
-        raise ExportError("an MLflow model needs mlflow. Try: pip install 'headrace[mlflow]'")
+        raise InvalidInput("an MLflow model needs mlflow. Try: pip install 'headrace[mlflow]'")
     if out.exists():
-        raise ExportError(f"{out} is there already: give another name, or move it away")
+        raise InvalidInput(f"{out} is there already: give another name, or move it away")
     if model.takes_units or model.side_columns:
-        raise ExportError(
+        raise InvalidInput(
             "an MLflow model is given images alone, and this model reads their units or side "
             "columns beside them: use headrace export"
         )

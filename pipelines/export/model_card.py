@@ -191,7 +191,7 @@ def _metrics_section(model: Model, run: RunPaths) -> str:
 
 def _test_result(model: Model, run: RunPaths) -> dict[str, Any] | None:
     """Return the result of this very model's recorded evaluation on the test split, None without
-    one. Raises EvaluationsDamaged.
+    one. Raises InvalidInput.
     """
     model_identity = [
         _model_identity(weight, member)

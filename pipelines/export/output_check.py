@@ -29,10 +29,6 @@ _CHECKED = 8  # images of the comparison
 _UNIT_SIZES = (3, 2, 1, 2)  # images of each unit, for a model that predicts units
 
 
-class ExportError(HeadraceError, ValueError):
-    """The model cannot be exported as asked; nothing was written."""
-
-
 @dataclass(frozen=True)
 class _OutputCheck:
     """The graph's inputs, and what headrace predicts from them."""
@@ -117,7 +113,7 @@ def expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck
         pixel_batches = [*pixel_batches, torch.from_numpy(units)]
     predicted = predict_batch(engine, batch, RowColumns(side_inputs, units))
     if predicted.failed:
-        raise ExportError(
+        raise HeadraceError(
             f"the model cannot be compared on test pictures: {predicted.failed[0][1]}"
         )
     return _OutputCheck(pixel_batches, predicted.probabilities, allowed_difference(model))
@@ -127,8 +123,8 @@ def compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model: 
     """Return the largest difference of a graph's outputs, for a batch and for single images, which
     would reveal a batch size fixed by the export.
 
-    run_graph: from a list of inputs to outputs (n, C). Raises ExportError if the difference is more
-    than allowed.
+    run_graph: from a list of inputs to outputs (n, C). Raises HeadraceError if the difference is
+    more than allowed.
     """
     batch_difference = check.difference(run_graph(check.pixels))
     # Single images, or single units.
@@ -142,7 +138,7 @@ def compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model: 
     )
     largest_difference = max(batch_difference, single_difference)
     if not largest_difference <= check.tolerance:  # also NaN
-        raise ExportError(
+        raise HeadraceError(
             f"{file_name} predicts otherwise than headrace, by {largest_difference:.2g} at most "
             f"where {check.tolerance:g} is allowed; nothing was written. The heads: "
             f"{', '.join(sorted({member.kind for member in model.members}))}. headrace predict and "

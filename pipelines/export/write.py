@@ -29,9 +29,9 @@ from headrace.extract.images.views import is_exact_view
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.side_columns import SIDE_COLUMNS, columns_to_json
 from headrace.pipelines.cluster.task_leases import driver_lives, driver_lock, driver_name
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export.model_card import ExportResult, model_card
 from headrace.pipelines.export.output_check import (
-    ExportError,
     allowed_difference,
     compare_outputs,
     expected_outputs,
@@ -60,12 +60,12 @@ def export_model(
     model.json and MODEL_CARD.md.
 
     Every format is loaded again, and its predictions compared with headrace's, before the folder
-    appears. Raises ExportError if they differ, if `out` exists or cannot be written, and for heads
+    appears. Raises InvalidInput if they differ, if `out` exists or cannot be written, and for heads
     that have no such form.
     force: replace the folder of an earlier export; nothing else is ever deleted.
     """
     if unknown_formats := sorted(set(formats) - set(FORMATS)):
-        raise ExportError(
+        raise InvalidInput(
             f"format {unknown_formats[0]!r}: expected one or several of {', '.join(FORMATS)}"
         )
     _require_replaceable(out, force=force)
@@ -85,7 +85,7 @@ def export_model(
         except OSError as error:
             failed_path = getattr(error, "filename", None) or temporary_folder.parent
             reason = getattr(error, "strerror", None) or error
-            raise ExportError(
+            raise InvalidInput(
                 f"{failed_path}: {reason}. Nothing was written: make room, or give another folder"
             ) from error
         finally:
@@ -159,7 +159,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
             copy_check = expected_outputs(load_model(folder, trust_code=model.trust_code), inputs)
             differences["safetensors"] = own_check.difference(copy_check.expected)
             if differences["safetensors"] > own_check.tolerance:
-                raise ExportError(
+                raise InvalidInput(
                     f"the copy predicts otherwise, by {differences['safetensors']:.2g}; nothing "
                     "was written"
                 )
@@ -248,7 +248,7 @@ def _tracing_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch.export raises many kinds, some of its own
-        raise ExportError(
+        raise InvalidInput(
             f"torch.export cannot trace this network ({type(error).__name__}: {str(error)[:300]}). "
             "headrace predict works with it, and --format safetensors"
         ) from error
@@ -367,36 +367,38 @@ def _inputs_of(model: Model) -> list[GraphInput]:
 
 
 def _require_replaceable(out: Path, *, force: bool) -> None:
-    """Raise ExportError if `out` must not be replaced: if it is anything but an empty folder or,
+    """Raise InvalidInput if `out` must not be replaced: if it is anything but an empty folder or,
     with force, an earlier export.
     """
     if out.is_symlink() or not out.exists():
         if out.is_symlink():
-            raise ExportError(f"{out} is a link: give the folder that it leads to, or another name")
+            raise InvalidInput(
+                f"{out} is a link: give the folder that it leads to, or another name"
+            )
         return
     working_directory, resolved_out = Path.cwd().resolve(), out.resolve()
     if resolved_out == working_directory or resolved_out in working_directory.parents:
-        raise ExportError(
+        raise InvalidInput(
             f"{out} is the working directory, or holds it: give the name of a new folder, "
             f"{out / 'model'}"
         )
     if os.path.ismount(resolved_out):
-        raise ExportError(
+        raise InvalidInput(
             f"{out} is where a disk is mounted: give the name of a new folder in it, "
             f"{out / 'model'}"
         )
     if not out.is_dir():
-        raise ExportError(f"{out} is a file: give another name, or delete it yourself")
+        raise InvalidInput(f"{out} is a file: give another name, or delete it yourself")
     if not any(out.iterdir()):
         return
     if not _is_export(out):
-        raise ExportError(
+        raise InvalidInput(
             f"{out} is a folder that headrace export did not write (it has no {MARKER}): it is not "
             f"replaced, with --force neither. Give another name, such as {out / 'model'}, or "
             "delete it yourself"
         )
     if not force:
-        raise ExportError(f"{out} is there: give another name, or --force to replace it")
+        raise InvalidInput(f"{out} is there: give another name, or --force to replace it")
 
 
 def _is_export(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.spec import HeadSpec, spec_to_json
 from headrace.pipelines.feature_input import FeatureInput
-from headrace.pipelines.finetune.errors import FinetuneRefused
+from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.recipe.sections import FinetuneSection
@@ -67,9 +67,9 @@ def training_key(spec: FineTuneSpec, backbone: BackboneSpec, files: Iterable[Pat
 
 
 def require_differentiable(spec: HeadSpec) -> None:
-    """Raise FinetuneRefused for a head that is not differentiable."""
+    """Raise ModelError for a head that is not differentiable."""
     if spec.kind not in DIFFERENTIABLE:
-        raise FinetuneRefused(
+        raise ModelError(
             f"a {spec.kind} head is no function that gradients pass through: fine-tune a head of "
             f"kind {', '.join(DIFFERENTIABLE)}"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from headrace.cache.count_text import count_text
 from headrace.heads.data.task import TaskKind
 from headrace.heads.link import link
-from headrace.pipelines.finetune.errors import FinetuneRefused
+from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.torch_head import Head
 from headrace.pipelines.models.torch_network import Network
 
@@ -66,7 +66,7 @@ def check_parity(
     expected_predictions: (n, C) out-of-fold predictions of the head.
     cached_features: for each view the features (n, …) that these were made from.
 
-    Raises FinetuneRefused, with the differences and the usual reasons.
+    Raises ModelError, with the differences and the usual reasons.
     """
     features = [
         _network_features(network, view_features, other_features)
@@ -100,7 +100,7 @@ def check_parity(
         max(feature_errors),
     )
     if not parity.holds:
-        raise FinetuneRefused(
+        raise ModelError(
             "the network put together from the backbone and the head does not predict what the "
             f"cached head predicted: over {count_text(parity.rows, 'image')} the predictions "
             f"differ by {parity.largest:.3g} at most and {parity.mean:.2g} on average, the "

@@ -19,6 +19,7 @@ from dask.distributed import Client
 from rich.console import Console
 
 from headrace.cache.atomic_io import lease
+from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import is_sealed_file
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.evaluate.metrics import METRICS, score
@@ -26,7 +27,7 @@ from headrace.heads.evaluate.units import scored_rows
 from headrace.heads.results import read_bank, remove_damaged
 from headrace.heads.spec import HeadSpec
 from headrace.pipelines.cluster.progress import show_progress
-from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, run_tasks
+from headrace.pipelines.cluster.submit import Outcome, TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.candidates import (
@@ -293,11 +294,11 @@ def _record_decision(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[
 
 
 def _require_machine(outcome: Outcome[Any, Any]) -> None:
-    """Raise RunIncomplete if the machine's fault (a full disk) ended a task: it says nothing about
+    """Raise HeadraceError if the machine's fault (a full disk) ended a task: it says nothing about
     the candidate.
     """
     if outcome.machine_fault:
-        raise RunIncomplete(
+        raise HeadraceError(
             f"a network could not be trained here: {outcome.error}. Nothing was decided about it; "
             "what is finished is kept, and the same command goes on from there"
         )

@@ -35,11 +35,10 @@ from headrace.heads.results import read_bank, remove_damaged, results_bytes
 from headrace.heads.spec import FitResult
 from headrace.pipelines.finetune.candidates import require_differentiable
 from headrace.pipelines.finetune.data import BatchSource, ImageSource, MapSource, sets_by_view
-from headrace.pipelines.finetune.errors import FinetuneRefused
 from headrace.pipelines.finetune.parity import check_parity
 from headrace.pipelines.finetune.train import TrainedFold, Training, TrainingPlan
 from headrace.pipelines.finetune.train_above import trainable_blocks
-from headrace.pipelines.models.errors import CannotSplit
+from headrace.pipelines.models.errors import CannotSplit, ModelError
 from headrace.pipelines.models.network import WEIGHTS, save_network
 from headrace.pipelines.models.reference import paths_of_content
 from headrace.pipelines.models.torch_head import head_module, new_head, standardise_head
@@ -103,7 +102,7 @@ def pilot(job: FinetuneJob) -> dict[str, Any]:
     Returns a dictionary: "parity": fields of ParityResult, None for a new head; "split_parity": the
     same from cached maps; "no_split_reason": why the network cannot run from these maps (it then
     trains from the images); "step_seconds"; "steps" per epoch and fold; "evaluation_share":
-    validation rows over training rows; "blocks": how many are trained. Raises FinetuneRefused,
+    validation rows over training rows; "blocks": how many are trained. Raises ModelError,
     CannotSplit, SpecMismatch.
     """
     torch.set_num_threads(1)  # one worker runs on each core
@@ -301,7 +300,7 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
     require_differentiable(head_spec)
     bank, task = read_bank(job.head_result), opened.task
     if not np.array_equal(bank.content, task.content) or not np.array_equal(bank.fold, task.fold):
-        raise FinetuneRefused(
+        raise ModelError(
             f"{job.head_result} was trained on other rows or folds than {job.task} has: run the "
             "recipe again"
         )
@@ -358,7 +357,7 @@ def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
     else:
         if not isinstance(head_spec, MLPSpec):
             require_differentiable(head_spec)
-            raise FinetuneRefused(f"a new head is an mlp, and this one is of kind {head_spec.kind}")
+            raise ModelError(f"a new head is an mlp, and this one is of kind {head_spec.kind}")
         head = new_head(
             # Another start for each fold; ×1000, so that it is not that of a neighbouring seed.
             dataclasses.replace(head_spec, seed=spec.seed + 1000 * seed_of_fold(fold)),

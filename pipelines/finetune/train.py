@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT, Task, seed_of_fold
 from headrace.heads.link import link
 from headrace.pipelines.finetune.checkpoint import (
@@ -28,7 +29,6 @@ from headrace.pipelines.finetune.checkpoint import (
     save_checkpoint,
 )
 from headrace.pipelines.finetune.data import BatchSource, Rows, TrainingBatch, random_flips
-from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.models.torch_network import Network
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
@@ -98,7 +98,7 @@ class Training:
     def run(self, checkpoint_path: Path | None, key: str) -> TrainedFold:
         """Train to the end, from the checkpoint if there is one. key: of the checkpoint.
 
-        Raises TrainingFailed, PublishFailed.
+        Raises HeadraceError, PublishFailed.
         """
         plan, spec = self.plan, self.plan.spec
         progress, best_tensors = TrainingProgress(0, 0, math.inf, 0.0, []), self._copy_tensors()
@@ -214,7 +214,7 @@ class Training:
                 if not _out_of_memory(error):
                     raise
                 if self.micro == 1:
-                    raise TrainingFailed(
+                    raise HeadraceError(
                         "not even one image fits into memory: train above a later node, or use "
                         "smaller images"
                     ) from error
@@ -226,7 +226,7 @@ class Training:
             self.plan.spec.grad_clip_norm,
         )
         if not math.isfinite(loss) or not bool(torch.isfinite(gradient_norm)):
-            raise TrainingFailed(
+            raise HeadraceError(
                 f"the loss or its gradient is not finite at step {step + 1}: lower learning_rate "
                 f"(it is {self.plan.spec.learning_rate:g})"
             )

@@ -66,7 +66,7 @@ class HeadModel(SingleModel):
 
         model_root: the directory of the whole model, if this is a member of an ensemble. Raises
         CodeNotTrusted before anything is built, ModelError if the networks are not recorded,
-        BadHeadFile.
+        HeadError.
         """
         head = load_head(model_directory, trust_code=allowed_code)
         backbones = _resolve_backbones(

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import array_bytes, encode_path, read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
@@ -23,6 +22,7 @@ from headrace.extract.images.decoding import to_rgb
 from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
 from headrace.extract.images.samples import PixelRange, pillow_raw_mode
 from headrace.extract.run.rendering import Rendering
+from headrace.pipelines.errors import InvalidInput
 
 ImageLike = str | PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
 _CHANNELS = (1, 3, 4)  # grey, colours, colours and alpha
@@ -32,17 +32,13 @@ _UNIT: PixelRange = (0.0, 1.0)
 _HALF_STEP = 0.5 / 255
 
 
-class ImageUnusable(HeadraceError, ValueError):
-    """An image cannot be decoded or read in one way only, or its output cannot be used."""
-
-
 def split_images(
     images: ImageLike | Iterable[ImageLike], most_bands: int | None = None
 ) -> list[ImageLike]:
     """Return the images as a list: an array or tensor of several images is split.
 
     most_bands: the highest band that a model of many-band images reads, None for other models.
-    Raises ImageUnusable if an array can be read as one image and as several.
+    Raises InvalidInput if an array can be read as one image and as several.
     """
     if isinstance(images, str | PathLike | Image.Image):
         return [images]
@@ -65,7 +61,7 @@ def split_images(
             return [pixel_array]
         return list(pixel_array)
     except ImageError as error:
-        raise ImageUnusable(str(error)) from None
+        raise InvalidInput(str(error)) from None
 
 
 def _is_grey_batch(array_shape: tuple[int, ...]) -> bool:

@@ -34,8 +34,9 @@ from headrace.extract.run.work_unit import (
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
-from headrace.heads.kind import CannotPredict
 from headrace.pipelines.environment import available_cores
+from headrace.pipelines.errors import InvalidInput
+from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.from_features import (
     NO_ROW_COLUMNS,
     RowColumns,
@@ -45,7 +46,6 @@ from headrace.pipelines.models.from_features import (
 )
 from headrace.pipelines.models.image_input import (
     ImageLike,
-    ImageUnusable,
     highest_band,
     image_decoder,
     image_name,
@@ -217,7 +217,7 @@ def _predict_features(
         for predicted in member_predictions
         if predicted.shape != (len(batch.rows), n_classes)
     ]:
-        raise CannotPredict(
+        raise ModelError(
             f"{engine.model.path}: its head has {wrong_widths[0]} outputs for {n_classes} classes: "
             "fetch the model again"
         )
@@ -293,7 +293,7 @@ def predict_images(
             features = _batch_features(engine, PixelBatch(batch_rows, pixels))
             if features.failed:
                 row, failure_reason = features.failed[0]
-                raise ImageUnusable(f"{image_name(image_list[row], row)}: {failure_reason}")
+                raise InvalidInput(f"{image_name(image_list[row], row)}: {failure_reason}")
             if row_columns.units is None:
                 predicted = _predict_features(engine, features, row_columns)
                 probabilities[predicted.rows] = predicted.probabilities
@@ -313,7 +313,7 @@ def _unit_labels(
         return None
     if units is None or len(units) != n_images:
         given = "none" if units is None else f"{len(units):,}"
-        raise CannotPredict(
+        raise InvalidInput(
             f"{model.path}: the model predicts units of several images (a head of kind bags). Give "
             f"the unit of each of the {count_text(n_images, 'image')}, units=[...]; found {given}"
         )
@@ -376,4 +376,4 @@ def _render_into(
         failure_reason = (
             error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         )
-        raise ImageUnusable(f"{image_name(image, image_index)}: {failure_reason}") from error
+        raise InvalidInput(f"{image_name(image, image_index)}: {failure_reason}") from error

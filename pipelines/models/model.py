@@ -26,9 +26,9 @@ def load_model(model_path: Path | str, *, trust_code: Collection[str] = ()) -> M
 
     A model may name code to import: a network of the user's ("python:module:function"), or an
     estimator by its import path. Only code in `trust_code` ("module:function") is imported, and
-    code that the recipe names if the run is given by its recipe. Raises NotARun, which says what is
-    there instead; CodeNotTrusted; ModelError for a model that cannot be used; BadHeadFile for a
-    damaged head.
+    code that the recipe names if the run is given by its recipe. Raises InvalidInput, which says
+    what is there instead; CodeNotTrusted; ModelError for a model that cannot be used; HeadError for
+    a damaged head.
     """
     model_directory = _model_directory(model_path)
     allowed_code = trusted_code(model_path, trust_code)

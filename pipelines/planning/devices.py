@@ -38,7 +38,7 @@ def find_heads_device(recipe: "Recipe", workers: int | None = None) -> str:
     """Return the device on which this run's workers train heads; `workers` overrides the recipe's.
 
     "auto" is a GPU only if this machine has one worker: several would each want its memory, and
-    workers of a cluster get no GPU for heads. Raises BadBank if the recipe names a GPU, this
+    workers of a cluster get no GPU for heads. Raises HeadError if the recipe names a GPU, this
     machine would train, and it has none.
     """
     requested_device = recipe.compute.heads_device

@@ -24,12 +24,12 @@ import pandas as pd
 from rich.console import Console
 
 from headrace.cache.atomic_io import lease, publish_replace
-from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.cache.text import as_text
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import available_cores
+from headrace.pipelines.errors import OutputExists
 from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.predict.cached import CachedPredictions, predict_cached
@@ -57,10 +57,6 @@ from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError, empty_as_missing
 
 _BLOCK = 4096  # rows of the table written at a time
-
-
-class PredictionsThere(HeadraceError, FileExistsError):
-    """The table exists already, and is of something else."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def predict_table(
     unit_names: each image's unit; a table of units is written beside (`units_path`) and, for a
     model that pools units, a table of image weights (`weights_path`).
 
-    Raises PredictionsThere for a table of other images or another model, unless `force` is on, and
+    Raises OutputExists for a table of other images or another model, unless `force` is on, and
     for a file that `headrace predict` did not write.
     """
     record_path = table_path.with_name(f"{table_path.name}.json")
@@ -183,7 +179,7 @@ def predict_table(
 def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary | None:
     """Return the counts of a table that an earlier call has finished, None if there is none.
 
-    Raises PredictionsThere for a table of other images or another model.
+    Raises OutputExists for a table of other images or another model.
     """
     parts_folder = table_path.with_name(f"{table_path.name}.parts")
     if not table_path.exists() or parts_folder.exists():
@@ -193,7 +189,7 @@ def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary 
         return PredictionSummary(
             record["images"], 0, earlier_record["failed"], earlier_record["counts"]
         )
-    raise PredictionsThere(
+    raise OutputExists(
         f"{table_path} is there, and of other images, another model or another version. Give "
         "another name with --out, or --force to replace it"
     )
@@ -216,7 +212,7 @@ def _only_writer(table_path: Path, console: Console) -> Iterator[None]:
 
 
 def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> None:
-    """Raise PredictionsThere if a file that `headrace predict` did not write is at `table_path` or
+    """Raise OutputExists if a file that `headrace predict` did not write is at `table_path` or
     `record_path`, as after a mistyped name.
     """
     # By its text and not by its checksum: a damaged record is ours too.
@@ -226,9 +222,9 @@ def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> No
         f"{_free_name(table_path)}, or move it away"
     )
     if table_path.exists() and not table_path.is_file():
-        raise PredictionsThere(f"{table_path} is neither a table nor a name that is free. {advice}")
+        raise OutputExists(f"{table_path} is neither a table nor a name that is free. {advice}")
     if record_path.exists() and not has_our_record:
-        raise PredictionsThere(
+        raise OutputExists(
             f"{record_path} is there, where headrace predict keeps what it knows of "
             f"{table_path.name}, and is not as it writes it. {advice}"
         )
@@ -236,18 +232,18 @@ def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> No
     if table_path.exists() and not is_predictions(
         table_path, allow_values=has_our_record or any(parts_folder.glob("*.parquet"))
     ):
-        raise PredictionsThere(
+        raise OutputExists(
             f"{table_path} is there, and is no table of predictions: headrace predict did not "
             f"write it. {advice}"
         )
 
 
 def _require_our_units(unit_table_path: Path) -> None:
-    """Raise PredictionsThere for a file that is not a table of units or of image weights."""
+    """Raise OutputExists for a file that is not a table of units or of image weights."""
     if unit_table_path.exists() and not (
         unit_table_path.is_file() and is_unit_table(unit_table_path)
     ):
-        raise PredictionsThere(
+        raise OutputExists(
             f"{unit_table_path} is there, where the predictions of units go, and is no such table: "
             "it is not replaced. Give another name with --out, or move it away"
         )

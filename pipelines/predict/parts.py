@@ -46,10 +46,6 @@ _OPEN_PARTS = 64  # parts whose predictions are kept in memory
 FileKey = tuple[str, str]
 
 
-class PredictIncomplete(HeadraceError):
-    """Some parts failed; the others are kept."""
-
-
 @dataclass(frozen=True)
 class PartJob:
     """The images of one part, and what a worker needs to predict them."""
@@ -142,7 +138,7 @@ def predict_missing(
 ) -> None:
     """Predict the images of these keys, on workers if they are many, and publish parts.
 
-    side_inputs: (n, R) and units: (n,) of the keys. Raises PredictIncomplete if a part failed.
+    side_inputs: (n, R) and units: (n,) of the keys. Raises HeadraceError if a part failed.
     """
     if not missing_keys:
         return
@@ -197,7 +193,7 @@ def predict_missing(
                 failure_reasons += [outcome.error] if outcome.error else []
                 advance(len(outcome.job.samples), {"failed": outcome.result or 0})
     if failure_reasons:
-        raise PredictIncomplete(
+        raise HeadraceError(
             f"{len(failure_reasons):,} of {count_text(len(jobs), 'part')} failed; the others are "
             f"kept, and the same command tries these again. The first reason: {failure_reasons[0]}"
         )
@@ -343,5 +339,5 @@ def _open_model_engine(path: str, digest: str, device: str, trust_code: tuple[st
 
     model = load_model(path, trust_code=trust_code)
     if model.digest != digest:
-        raise PredictIncomplete(f"{path} has changed since this call began: call again")
+        raise HeadraceError(f"{path} has changed since this call began: call again")
     return open_engine(model, device)

@@ -70,7 +70,7 @@ def write_report(
     what the recipe names if the run is given by its recipe; without it the page says what is
     missing.
 
-    Raises NotARun, NoWinner, RunReadOnly, OSError; ReportThere for any other file at `out`.
+    Raises InvalidInput, NoWinner, HeadraceError, OSError; OutputExists for any other file at `out`.
     """
     finished_run = read_finished_run(run, trust_code=trust_code)
     page_path = Path(out) if out else finished_run.paths.report

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
-from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.finished import FinishedRun, read_finished_run
 from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
@@ -47,10 +47,6 @@ SHOWN = 12  # pictures of images that became right, and of images that became wr
 FIRST, SECOND = "A", "B"  # the runs' names on the page
 
 
-class NotComparable(HeadraceError, ValueError):
-    """Two runs that have no task, or no image, in common."""
-
-
 @dataclass(frozen=True)
 class PairedSide:
     """The n images of one side (validation or test) that both runs have predicted, by models that
@@ -78,9 +74,8 @@ def write_comparison(
     """Write the page that compares two finished runs to `out`, by default compare-NAME.html in the
     first one's directory, NAME being the second.
 
-    first, second, tables, trust_code: as of `write_report`. Raises NotComparable for runs of
-    different tasks, or that share no judged image; NotARun, NoWinner, RunReadOnly, ReportThere,
-    OSError.
+    first, second, tables, trust_code: as of `write_report`. Raises InvalidInput for runs of
+    different tasks, or that share no judged image; NoWinner, HeadraceError, OutputExists, OSError.
     """
     runs = tuple(read_finished_run(run, trust_code=trust_code) for run in (first, second))
     page_path = out or runs[0].paths.root / f"compare-{runs[1].paths.root.name}.html"
@@ -116,16 +111,16 @@ def write_comparison(
 
 
 def require_same_task(first: FinishedRun, second: FinishedRun) -> None:
-    """Raise NotComparable unless both predict the same classes, labels or targets."""
+    """Raise InvalidInput unless both predict the same classes, labels or targets."""
     other_way = "Each has a page of its own: headrace report RUN"
     if first.task_kind != second.task_kind:
-        raise NotComparable(
+        raise InvalidInput(
             f"{first.paths.root} is a {first.task_kind} task and {second.paths.root} a "
             f"{second.task_kind} one: their predictions cannot be compared. {other_way}"
         )
     if differing := sorted(set(first.classes) ^ set(second.classes)):
         named = ", ".join(repr(name) for name in differing[:5])
-        raise NotComparable(
+        raise InvalidInput(
             f"{first.paths.root} predicts {len(first.classes)} classes and {second.paths.root} "
             f"{len(second.classes)}; not in both: {named}"
             f"{', …' if len(differing) > 5 else ''}. {other_way}"
@@ -137,7 +132,7 @@ def paired_sides(
 ) -> tuple[tuple[PairedSide, ...], list[Note]]:
     """Return the sides (validation, test) that the runs share images of, and notes on them.
 
-    Raises NotComparable if there are none.
+    Raises InvalidInput if there are none.
     """
     by_run, remarks = [], []
     for letter, run in ((FIRST, first), (SECOND, second)):
@@ -155,7 +150,7 @@ def paired_sides(
         if len(side.ids):
             sides.append(side)
     if not sides:
-        raise NotComparable(
+        raise InvalidInput(
             f"{first.paths.root} and {second.paths.root} have judged no image in common: their "
             "scores are of different images, and say nothing of each other. Run both on the same "
             "images and split (task.split, or the same seed), then compare"

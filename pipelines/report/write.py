@@ -8,16 +8,12 @@ from pathlib import Path
 import pandas as pd
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.cache.errors import HeadraceError
 from headrace.cache.integrity.garbage import remove_temporaries
+from headrace.pipelines.errors import OutputExists
 from headrace.pipelines.report.page.blocks import Headline, Section, Table, tables_of
 from headrace.pipelines.report.page.render import render_page
 
 _TITLE = "headrace report: "
-
-
-class ReportThere(HeadraceError, FileExistsError):
-    """A file is there that no report wrote; it is not replaced."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def write_page(
 
 
 def require_ours(page_path: Path) -> None:
-    """Raise ReportThere unless nothing, an empty file or an earlier report is there."""
+    """Raise OutputExists unless nothing, an empty file or an earlier report is there."""
     if not page_path.exists():
         return
     remedy = (
@@ -66,7 +62,7 @@ def require_ours(page_path: Path) -> None:
         "move it away"
     )
     if not page_path.is_file():
-        raise ReportThere(
+        raise OutputExists(
             f"{page_path} is a folder, or no file of the disk; expected the name of a page. "
             f"{remedy}"
         )
@@ -74,7 +70,7 @@ def require_ours(page_path: Path) -> None:
         # A page can have many megabytes, and its title is near the beginning.
         page_start = page_file.read(4096)
         if page_start and _TITLE.encode() not in page_start:
-            raise ReportThere(
+            raise OutputExists(
                 f"{page_path} is there, and headrace report did not write it: it is not replaced. "
                 f"{remedy}"
             )
@@ -86,7 +82,7 @@ def write_tables(
     """Write every table as NAME.csv and NAME.parquet, and return the paths.
 
     replace: existing files are an earlier report's, and are replaced. Otherwise they are taken for
-    one's only where both of a pair exist; raises ReportThere for one alone.
+    one's only where both of a pair exist; raises OutputExists for one alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for table_name in () if replace else tables_of(tuple(sections)):
@@ -96,7 +92,7 @@ def write_tables(
             if (table_path := folder / f"{table_name}.{suffix}").exists()
         ]
         if len(existing_pair) == 1:
-            raise ReportThere(
+            raise OutputExists(
                 f"{existing_pair[0]} is there, and headrace report did not write it: it is not "
                 "replaced. Move it away"
             )

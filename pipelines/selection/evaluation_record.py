@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.atomic_io import lease, publish_replace
-from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_json
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.ensemble import average
@@ -26,6 +25,7 @@ from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.evaluate.units import scored_rows, unit_rows
 from headrace.heads.link import tempered
 from headrace.heads.predict import floor_of
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.models.reference import ModelRef
 
 # How many of the test images' hashes are kept with each evaluation, to recognise the same images
@@ -50,10 +50,6 @@ class TestResult:
     metrics: dict[str, float]
     groups: int | None = None  # groups of the images, or distinct images; None: one per image
     units: int | None = None  # units that were scored, each by its images; None: images were
-
-
-class EvaluationsDamaged(HeadraceError, ValueError):
-    """Both the record of test evaluations and its copy are damaged."""
 
 
 # Returns targets (n, ...) and predictions (n, C) of the test images at the temperature given.
@@ -279,7 +275,7 @@ def _image_sketch(test: Task) -> list[str]:
 def read_test_evaluations(record_path: Path) -> list[Mapping[str, Any]]:
     """Return the recorded evaluations, oldest first; from the copy if the record is damaged.
 
-    Raises EvaluationsDamaged if both are damaged.
+    Raises InvalidInput if both are damaged.
     """
     return _read_record_or_copy(record_path)[0]
 
@@ -288,7 +284,7 @@ def repair_test_evaluations(record_path: Path) -> list[str]:
     """Write the record and its copy again if either is damaged or gone; return notes on that.
 
     So the loss of one file neither changes a score nor lets a second evaluation pass for the first.
-    Raises EvaluationsDamaged if both are damaged.
+    Raises InvalidInput if both are damaged.
     """
     with lease(_lock_path(record_path)):
         evaluations, damage = _read_record_or_copy(record_path)
@@ -305,13 +301,13 @@ def repair_test_evaluations(record_path: Path) -> list[str]:
 
 
 def refuse_old_record(record_path: Path) -> None:
-    """Raise EvaluationsDamaged where the record of an earlier version lies beside `record_path`.
+    """Raise InvalidInput where the record of an earlier version lies beside `record_path`.
 
     Ignored, it would let the same test images count as never seen.
     """
     for old_record in (record_path.with_name(OLD_RECORD), record_path.with_name(f".{OLD_RECORD}")):
         if old_record.exists():
-            raise EvaluationsDamaged(
+            raise InvalidInput(
                 f"{old_record} is the record of test-set evaluations of an earlier version of "
                 "headrace, which this version does not read: run the recipe in another directory "
                 "(`out:`), or, knowing that the test images have been seen, remove it: rm "
@@ -339,7 +335,7 @@ def _read_record_or_copy(record_path: Path) -> tuple[list[Mapping[str, Any]], st
         copy_state = (
             f"its copy {copied_record}" if isinstance(copied_record, str) else "it has no copy"
         )
-        raise EvaluationsDamaged(
+        raise InvalidInput(
             f"{record_path} {record}, and {copy_state}. It says how often the test split was "
             "evaluated, and how the winner scored: restore it from a backup. Without one, the "
             "count starts again, and the next score is of images that a winner may have seen; if "

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from headrace.cache.atomic_io import lease
 from headrace.cache.count_text import count_text
+from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
@@ -22,12 +23,7 @@ from headrace.extract.images.crops import EMPTY_TILE
 from headrace.extract.run.plan import ExtractJob, work_unit_name
 from headrace.extract.run.throughput import WorkUnitReport, throughput_statistics
 from headrace.pipelines.cluster.progress import show_progress
-from headrace.pipelines.cluster.submit import (
-    Outcome,
-    RunIncomplete,
-    TaskOptions,
-    run_tasks,
-)
+from headrace.pipelines.cluster.submit import Outcome, TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import TaskLeases, task_leases
 from headrace.pipelines.cluster.worker import decoding_cores
 from headrace.pipelines.paths import unit_leases
@@ -44,7 +40,7 @@ _ASK_S = 1.0  # seconds between attempts to lease a work unit that another drive
 def extract(state: RunState, services: Services) -> RunState:
     """Extract the missing features, and return the state after that.
 
-    Raises RunIncomplete if a work unit failed or an image went away, and in a strict run if an
+    Raises HeadraceError if a work unit failed or an image went away, and in a strict run if an
     image cannot be decoded.
     """
     with services.timed("extract") as report_done:
@@ -85,8 +81,8 @@ def extraction_summary(plan: Plan) -> str:
 
 
 def raise_strict(n_failed: int, failed_images: Path) -> NoReturn:
-    """Raise RunIncomplete for images that failed in a strict run."""
-    raise RunIncomplete(
+    """Raise HeadraceError for images that failed in a strict run."""
+    raise HeadraceError(
         f"{count_text(n_failed, 'image')} cannot be decoded, and this run is strict; each is "
         f"listed with its reason in {failed_images}. Mend or remove them, or run without --strict"
     )
@@ -123,7 +119,7 @@ def extract_missing(
     console: Console,
     options: TaskOptions | None = None,
 ) -> None:
-    """Run work units; what each has published stays. Raises RunIncomplete if a unit failed or an
+    """Run work units; what each has published stays. Raises HeadraceError if a unit failed or an
     image went away.
 
     An image whose decoding kills its worker, or never ends, is found by halving its unit, and
@@ -185,14 +181,14 @@ def extract_missing(
     _print_crop_counts(unit_reports, console)
     unread_images = [image for report in unit_reports for image in report.unread]
     if unit_failures:
-        raise RunIncomplete(
+        raise HeadraceError(
             f"{len(unit_failures):,} of {len(units):,} units of images failed; the "
             "others are kept, and the same command tries these again. The first reason: "
             f"{unit_failures[0]}"
         )
     if unread_images:
         image_name, reason = unread_images[0]
-        raise RunIncomplete(
+        raise HeadraceError(
             f"{count_text(len(unread_images), 'image')} went away or changed while they were read, "
             f"first {image_name} ({reason}); the features of the others are kept. Call again when "
             "the images stand still"

@@ -9,12 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from headrace.cache.count_text import count_text
+from headrace.cache.errors import HeadraceError
 from headrace.heads.bank import BankJob, publish_failure, train_bank
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cluster.progress import show_progress
-from headrace.pipelines.cluster.submit import RunIncomplete, run_tasks
+from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.planning.cost_model import PROBE_S, PROBE_SPECS
 from headrace.pipelines.planning.devices import find_heads_device
@@ -26,7 +27,7 @@ from headrace.pipelines.stages.services import Services
 def train(state: RunState, services: Services) -> RunState:
     """Train the missing heads, and return the state after that.
 
-    Raises RunIncomplete if a bank failed. A head that fails is a row with its error, even if its
+    Raises HeadraceError if a bank failed. A head that fails is a row with its error, even if its
     training killed the worker or never ended.
     """
     with services.timed("train") as report_done:
@@ -57,7 +58,7 @@ def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], i
 
 
 def _train_banks(state: RunState, services: Services, device: str) -> None:
-    """Train the plan's banks on workers. Raises RunIncomplete if one failed."""
+    """Train the plan's banks on workers. Raises HeadraceError if one failed."""
     plan, client, console = state.plan, services.client(), services.console
     options = services.options
     jobs = bank_jobs(state, device)
@@ -95,7 +96,7 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
             advance(n_heads, {"failed": n_failed})
             options.on_event("progress", done=n_done, failed=n_failed)
     if bank_failures:
-        raise RunIncomplete(
+        raise HeadraceError(
             f"{len(bank_failures):,} of {count_text(len(jobs), 'bank')} failed; the others are "
             f"kept, and the same command tries these again. The first reason: {bank_failures[0]}"
         )

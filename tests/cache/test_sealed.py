@@ -24,8 +24,9 @@ from headrace.extract.taps.spec_cache import (
     _read_tap_features,
     save_feature_specs,
 )
+from headrace.heads.errors import HeadError
 from headrace.heads.linear.kind import LogisticSpec
-from headrace.heads.persist import BadHeadFile, load_head, save_head
+from headrace.heads.persist import load_head, save_head
 from headrace.pipelines.finetune.checkpoint import (
     TrainingProgress,
     load_checkpoint,
@@ -121,7 +122,7 @@ def test_a_damaged_head_is_never_loaded(tmp_path):
         path.write_bytes(data)
         try:
             found = load_head(tmp_path)
-        except BadHeadFile as error:
+        except HeadError as error:
             said.append(str(error))
         else:
             assert (found.arrays["weight"] == arrays["weight"]).all()

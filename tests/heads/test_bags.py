@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.heads.bags.bank import BadUnits, fit_bags_bank, units_of
+from headrace.heads.bags.bank import fit_bags_bank, units_of
 from headrace.heads.bags.batch import initial_parameters
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.bags.pooling import predict_units
 from headrace.heads.bank import fit_bank
 from headrace.heads.data.task import REFIT, TEST, TRAIN_ONLY, Task
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.kind import CannotPredict
+from headrace.heads.errors import HeadError
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import Halving
 
@@ -265,14 +265,14 @@ def test_rows_that_are_no_bags_are_refused(change, said):
     values = {"X": data.X, "target": data.target, "fold": data.fold, "unit": data.unit}
     for name, value in change.items():
         values[name] = value if value is None else np.roll(values[name], 1)
-    with pytest.raises(BadUnits, match=said):
+    with pytest.raises(HeadError, match=said):
         units_of(TrainingData(n_outputs=3, **values))
 
 
 def test_prediction_asks_for_units():
     data = made()
     (*_, refit) = fit_bags_bank(data, [BagsSpec(epochs=1)])
-    with pytest.raises(CannotPredict, match="give the unit of each row"):
+    with pytest.raises(HeadError, match="give the unit of each row"):
         predict_head(refit.spec, refit.arrays, data.X)
     found = predict_head(refit.spec, refit.arrays, data.X, unit=data.unit)
     np.testing.assert_array_equal(

@@ -24,26 +24,20 @@ from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.heads import results
 from headrace.heads.bags.kind import BagsSpec
-from headrace.heads.bank import BadBank, BankJob, fit_bank, train_bank
-from headrace.heads.data.checks import BadFeatures
+from headrace.heads.bank import BankJob, fit_bank, train_bank
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.folds import make_folds
-from headrace.heads.data.side_columns import (
-    BadSideColumns,
-    SideColumn,
-    SideColumns,
-    save_side_columns,
-)
+from headrace.heads.data.side_columns import SideColumn, SideColumns, save_side_columns
 from headrace.heads.data.task import REFIT, TRAIN_ONLY, Task, load_task, save_task
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.discriminant.kind import LDASpec
+from headrace.heads.errors import HeadError
 from headrace.heads.evaluate.metrics import score
-from headrace.heads.kind import CannotPredict
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import ConvSpec, MLPSpec
-from headrace.heads.persist import BadHeadFile, load_head, save_head
+from headrace.heads.persist import load_head, save_head
 from headrace.heads.predict import predict_head
 from headrace.heads.results import BadResults, read_bank, sealed
 from headrace.heads.sklearn.kind import SklearnSpec
@@ -312,7 +306,7 @@ def test_other_tasks(work: Path, kind: str) -> None:
     refused: HeadSpec = CentroidSpec() if kind == "multi" else LogisticSpec(1.0)
     able = "ridge, mlp, conv, bags, knn"
     job = BankJob(path, features, (refused,), str(work / "refused.h5"))
-    with pytest.raises(BadBank, match=f"no use for a {kind} task: use .*{able}"):
+    with pytest.raises(HeadError, match=f"no use for a {kind} task: use .*{able}"):
         train_bank(job)
 
 
@@ -330,7 +324,7 @@ def test_convolution_heads_read_maps(work: Path) -> None:
     assert bank.table["accuracy"].mean() > 0.25
     assert predict_head(spec, bank.arrays(spec), X.reshape(-1, 1, 8, 8)).shape == (ROWS, 10)
     train_bank(BankJob(path, (maps,), (CentroidSpec(),), str(work / "flat.h5")))
-    with pytest.raises(BadFeatures, match="pooling map"):
+    with pytest.raises(HeadError, match="pooling map"):
         train_bank(BankJob(path, (store(work, X, content),), (spec,), str(work / "no.h5")))
 
 
@@ -344,19 +338,19 @@ def test_bad_features_are_refused_before_training(
     path, _ = write_task(work, y)
     good, view = store(work, X, content), store(work, X, content, view=1)
     other = store(work, X, content, tap="other")
-    with pytest.raises(BadFeatures, match="same views"):
+    with pytest.raises(HeadError, match="same views"):
         train_bank(BankJob(path, (good, view, other), (CentroidSpec(),), str(work / "a.h5")))
     mirrored = store(work, X, content, tap="other", view=3)
-    with pytest.raises(BadFeatures, match="2 views each, but not the same ones"):
+    with pytest.raises(HeadError, match="2 views each, but not the same ones"):
         train_bank(
             BankJob(path, (good, view, other, mirrored), (CentroidSpec(),), str(work / "a.h5"))
         )
-    with pytest.raises(BadFeatures, match="at least one"):
+    with pytest.raises(HeadError, match="at least one"):
         train_bank(BankJob(path, (), (CentroidSpec(),), str(work / "a.h5")))
-    with pytest.raises(BadBank, match="all of one kind"):
+    with pytest.raises(HeadError, match="all of one kind"):
         train_bank(BankJob(path, (good,), (CentroidSpec(), KNNSpec(1)), str(work / "a.h5")))
     nothing = store(work, X, content, tap="broken", broken=tuple(range(ROWS)))
-    with pytest.raises(BadBank, match="none of the 240"):
+    with pytest.raises(HeadError, match="none of the 240"):
         train_bank(BankJob(path, (nothing,), (CentroidSpec(),), str(work / "a.h5")))
     assert not (work / "a.h5").exists()
 
@@ -369,7 +363,7 @@ def test_bad_features_are_refused_before_training(
             return rows
 
     monkeypatch.setattr("headrace.heads.data.features.FeatureSet", Spoilt)
-    with pytest.raises(BadFeatures, match=content[3]):
+    with pytest.raises(HeadError, match=content[3]):
         load_rows([Spoilt()], np.array(content, "S32"))  # type: ignore[list-item]
 
 
@@ -554,14 +548,14 @@ def test_a_saved_head_predicts_as_before(tmp_path: Path) -> None:
         assert head.metrics == {"accuracy": 0.9}
         np.testing.assert_array_equal(head.predict_proba(X), predict_head(fit.spec, fit.arrays, X))
         assert (head.predict(X) == np.array(task.classes)[y]).mean() > 0.8
-        with pytest.raises(CannotPredict, match="64 features"):
+        with pytest.raises(HeadError, match="64 features"):
             head.predict_proba(X[:, :10])
     path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00not json")
-    with pytest.raises(BadHeadFile, match="not a saved head"):
+    with pytest.raises(HeadError, match="not a saved head"):
         load_head(path.parent)
-    with pytest.raises(BadHeadFile, match="not there"):
+    with pytest.raises(HeadError, match="not there"):
         load_head(tmp_path / "nowhere")
-    with pytest.raises(CannotPredict, match="no arrays"):
+    with pytest.raises(HeadError, match="no arrays"):
         save_head(tmp_path / "x", spec=KNNSpec(3), arrays={}, classes=(), features=[], metrics={})
 
 
@@ -647,7 +641,7 @@ def test_a_device_that_is_not_there_is_refused(work: Path) -> None:
     features = (store(work, X, content),)
     for kind in ("logistic", "mlp", "knn"):
         job = BankJob(path, features, SPECS[kind][:1], str(work / "b.h5"), device="cuda:99")
-        with pytest.raises(BadBank, match=r"'cuda:99' cannot be used .* give cpu"):
+        with pytest.raises(HeadError, match=r"'cuda:99' cannot be used .* give cpu"):
             train_bank(job)
 
 
@@ -762,5 +756,5 @@ def test_bags_of_streamed_rows_and_damaged_side_columns(work: Path) -> None:
     job = BankJob(
         path, features, (RidgeSpec(1.0),), str(work / "r.h5"), side_columns=str(work / "side.npz")
     )
-    with pytest.raises(BadSideColumns, match="`headrace run RECIPE` writes it again"):
+    with pytest.raises(HeadError, match="`headrace run RECIPE` writes it again"):
         train_bank(job)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headrace.heads.bank import BadBank
+from headrace.heads.errors import HeadError
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning import devices
@@ -55,9 +55,9 @@ def test_a_gpu_is_taken_by_the_only_worker_of_this_machine(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_done(tmp_path):
     """By the dry run too: the key is named, and what to give instead."""
-    with pytest.raises(BadBank, match=r"'cuda' cannot be used .* compute\.heads_device: cpu"):
+    with pytest.raises(HeadError, match=r"'cuda' cannot be used .* compute\.heads_device: cpu"):
         devices.find_heads_device(recipe_of("heads_device: cuda"))
-    with pytest.raises(BadBank, match="cannot be used on this machine"):
+    with pytest.raises(HeadError, match="cannot be used on this machine"):
         read_run_state(
             recipe_of("heads_device: cuda").model_copy(update={"out": tmp_path / "run"}),
             write=False,

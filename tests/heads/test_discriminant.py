@@ -8,11 +8,12 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from headrace.heads.bank import BadBank, fit_bank
+from headrace.heads.bank import fit_bank
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.discriminant.bank import DiscriminantProblem, fit_discriminant_bank
 from headrace.heads.discriminant.kind import LDASpec
+from headrace.heads.errors import HeadError
 from headrace.heads.kinds import spec_from_json
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import spec_to_json
@@ -127,7 +128,7 @@ def test_in_a_bank_and_as_json():
     several = Task(
         "multi", ("a", "b"), names, content, np.eye(2, dtype=np.uint8)[y], fold, np.ones(60)
     )
-    with pytest.raises(BadBank, match="lda heads have no use for a multi task"):
+    with pytest.raises(HeadError, match="lda heads have no use for a multi task"):
         fit_bank(X, several, [spec])
     with pytest.raises(ValueError, match=r"0\.\.1"):
         fit_discriminant_bank(TrainingData(X, y, fold, 2), [LDASpec(1.5)])

@@ -13,7 +13,7 @@ from sklearn.svm import SVC
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.kind import CannotPredict
+from headrace.heads.errors import HeadError
 from headrace.heads.predict import predict_head
 from headrace.heads.sklearn.bank import BadEstimator, fit_sklearn_bank, make_estimator
 from headrace.heads.sklearn.kind import SklearnSpec
@@ -62,7 +62,7 @@ def test_the_stored_rows_make_the_estimator_again() -> None:
     without = {name: array for name, array in full.arrays.items() if name != "features"} | {
         "weight": X
     }
-    with pytest.raises(CannotPredict, match="not stored"):
+    with pytest.raises(HeadError, match="not stored"):
         predict_head(spec, without, X)
 
 

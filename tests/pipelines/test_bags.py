@@ -13,7 +13,6 @@ from PIL import Image
 from support.models import run_here
 from support.runs import headrace
 
-from headrace.heads.kind import CannotPredict
 from headrace.heads.results import read_bank
 from headrace.pipelines.export.output_check import TOLERANCE
 from headrace.pipelines.export.write import export_model
@@ -208,7 +207,7 @@ def test_predictions_are_those_of_units_wherever_their_images_stand(run):
         np.testing.assert_allclose(found, of_patient, atol=1e-5)
     by_file = predicted.set_index("file")["class"]
     assert (by_file[table["id"]].to_numpy() == table["label"]).mean() > 0.75
-    with pytest.raises(CannotPredict, match="Give the unit of each of the 2 images"):
+    with pytest.raises(InvalidInput, match="Give the unit of each of the 2 images"):
         model.predict_proba(table["path"].tolist()[:2])
     table.drop(columns="patient").to_csv(folder / "without.csv", index=False)
     done = headrace("predict", "recipe.yaml", "without.csv", "--out", "none.csv", cwd=folder)

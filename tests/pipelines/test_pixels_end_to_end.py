@@ -21,7 +21,7 @@ from headrace.extract.images.crops import Crop
 from headrace.extract.sources.regions import Boxes
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.task import REFIT
-from headrace.heads.persist import BadHeadFile
+from headrace.heads.errors import HeadError
 from headrace.heads.results import read_bank
 from headrace.pipelines.cli.main import main
 from headrace.pipelines.export.write import export_model
@@ -220,7 +220,7 @@ def test_tiles_from_a_run_to_an_export(
     data = weights.read_bytes()
     weights.write_bytes(data.replace(b'\\"overlap\\": 8', b'\\"overlap\\": 9'))
     assert weights.read_bytes() != data
-    with pytest.raises(BadHeadFile, match="has changed since it was written"):
+    with pytest.raises(HeadError, match="has changed since it was written"):
         load_model(copied)
 
 

@@ -9,10 +9,10 @@ import pandas as pd
 import yaml
 
 from headrace.cache.count_text import count_text
-from headrace.cache.errors import HeadraceError
 from headrace.cache.text import as_text
 from headrace.extract.images.byte_ranges import locator_file
 from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.targets import name_some
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
@@ -23,10 +23,6 @@ _PATHS_CHECKED = (
 )
 _ZEROS, _ONES = ("0", "0.0", "False"), ("1", "1.0", "True")
 _SEPARATORS = (";", "|", ",", " ")
-
-
-class InitError(HeadraceError, ValueError):
-    """No recipe can be written for what was found."""
 
 
 def targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
@@ -114,7 +110,7 @@ def task_section(
     if target_column not in indicators or not (is_one_hot or len(indicators) > 2):
         indicators = []
     if target_column is None:
-        raise InitError(
+        raise InvalidInput(
             f"{location}: no column looks like a label (2 to 1,000 different values). It has: "
             f"{', '.join(map(str, samples.columns))}. To predict a number, write the recipe by "
             "hand: task: {target: COLUMN, kind: regression}"
@@ -147,7 +143,7 @@ def task_section(
         class_values = samples[target_column].dropna().unique()
         if len(class_values) < 2:
             found_text = f"one class only, {class_values[0]!r}" if len(class_values) else "no value"
-            raise InitError(
+            raise InvalidInput(
                 f"{location}: column {target_column!r} holds {found_text}. A classifier needs two "
                 "classes or more"
             )

@@ -32,7 +32,6 @@ from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import is_table, table_files
 from headrace.pipelines.cli.detect.columns import (
     GROUP_NAMES,
-    InitError,
     first_named,
     is_full,
     n_distinct,
@@ -42,6 +41,7 @@ from headrace.pipelines.cli.detect.columns import (
     yaml_text,
 )
 from headrace.pipelines.cli.detect.pixels import detect_pixels
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.selection.cautions import near_copies
 
 _CLASS_AND_NUMBER = r"(?P<label>[^/]*[^-/_. \d])[-_. ]*\d+\.\w+$"
@@ -69,8 +69,8 @@ def detect_recipe(
     """Return the recipe's lines for the images at `location`, with paths relative to
     `recipe_folder`.
 
-    layout, exclude: as in the recipe's section `images`, and written there. Raises InitError when
-    there is nothing to train on, SourceError for a file that cannot be read.
+    layout, exclude: as in the recipe's section `images`, and written there. Raises InvalidInput
+    when there is nothing to train on, SourceError for a file that cannot be read.
     """
     source = detect_source(location, layout=layout, exclude=exclude)
     finding = _detect(location, source, recipe_folder)
@@ -86,7 +86,7 @@ def detect_recipe(
 
 def _detect(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
     if source.kind == "image":
-        raise InitError(
+        raise InvalidInput(
             f"{location} is one image. Give the folder of images, with one sub-folder per class, "
             "or a table of them"
         )
@@ -130,7 +130,7 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
             return replace(reading, notes=(*reading.notes, *prediction_notes))
         if finding_of_table:
             table_names = ", ".join(path.name for path in finding_of_table)
-            raise InitError(
+            raise InvalidInput(
                 f"{folder} holds several tables that could name the images ({table_names}): name "
                 f"one. Try: {_init_command(next(iter(finding_of_table)))}"
             ) from None
@@ -139,7 +139,7 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
         ]
         if array_files and not has_images(folder):
             if len(array_files) > 1:
-                raise InitError(
+                raise InvalidInput(
                     f"{folder} holds {len(array_files)} array files: name one. Try: "
                     f"{_init_command(array_files[0])}"
                 ) from None
@@ -149,10 +149,10 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
                 recipe_folder,
             )
         if (boxes_text := box_files(folder)) is not None:
-            raise InitError(f"{folder} holds {boxes_text}") from None
+            raise InvalidInput(f"{folder} holds {boxes_text}") from None
         if not refusal_texts:
             raise
-        raise InitError("\n".join([str(error), *refusal_texts])) from None
+        raise InvalidInput("\n".join([str(error), *refusal_texts])) from None
     if len(finding_of_table) == 1 and _are_sides(folder):
         # As in Kaggle's competitions: train_images and test_images beside train.csv.
         ((table, reading),) = finding_of_table.items()
@@ -218,7 +218,7 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
             if len(inner_folders) > 1
             else ""
         )
-        raise InitError(
+        raise InvalidInput(
             f"{folder}: found {found_text} ({count_text(len(samples), 'image')}). A classifier "
             "needs two classes or more: one sub-folder each, or a CSV with the columns path and "
             f"label{hint_text}"
@@ -340,7 +340,7 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
         str(column) for column in samples if column not in ("id", "path", "split", "label")
     ] or ["label"]
     if samples[label_columns].isna().all(axis=None):
-        raise InitError(
+        raise InvalidInput(
             f"{location}: {count_text(len(samples), 'image')}, and no labels beside them. Write "
             "the recipe by hand, with\n"
             f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per "

@@ -43,8 +43,8 @@ from headrace.extract.run import rendering as decode_module
 from headrace.extract.run.decode_ahead import decoded_batches
 from headrace.extract.run.rendering import Rendering
 from headrace.extract.spec import BackboneSpec, Sample, check_spec
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export.preprocessing_file import preprocess_file
-from headrace.pipelines.models.image_input import ImageUnusable
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.torch_graph import GraphInput, pixels_of
 from headrace.pipelines.planning.networks import backbone_spec
@@ -676,7 +676,7 @@ def test_an_open_pillow_image_is_its_file(plain: object, tmp_path: Path) -> None
         with Image.open(tmp_path / name) as image:
             found = plain.predict_proba([image, Image.new("L", (9, 9), 255)])
         assert np.array_equal(found[0], found[1])
-    with pytest.raises(ImageUnusable, match=rf"image 0: .*mode F.*{CURE}"):
+    with pytest.raises(InvalidInput, match=rf"image 0: .*mode F.*{CURE}"):
         plain.predict_proba(Image.new("F", (9, 9)))
 
 
@@ -715,7 +715,7 @@ def test_what_could_mean_two_things_is_refused_with_both(
     plain: object, given: object, reason: str
 ) -> None:
     """Never guessed by size or by values."""
-    with pytest.raises(ImageUnusable, match=f"(?s){reason}"):
+    with pytest.raises(InvalidInput, match=f"(?s){reason}"):
         plain.predict_proba(given)
 
 

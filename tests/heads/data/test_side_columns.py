@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from headrace.heads.bank import BadBank, fit_bank
+from headrace.heads.bank import fit_bank
 from headrace.heads.data.side_columns import (
     SideColumn,
     SideColumns,
@@ -23,6 +23,7 @@ from headrace.heads.data.side_columns import (
 )
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.discriminant.kind import LDASpec
+from headrace.heads.errors import HeadError
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import KNNSpec
 from headrace.heads.networks.kind import MLPSpec
@@ -177,7 +178,9 @@ def test_predictions_of_held_out_rows_are_those_of_the_stored_arrays(rows):
 
 
 def test_a_kind_without_side_columns_says_which_kinds_take_them(rows):
-    with pytest.raises(BadBank, match="knn heads take no side columns: logistic, ridge, lda, mlp"):
+    with pytest.raises(
+        HeadError, match="knn heads take no side columns: logistic, ridge, lda, mlp"
+    ):
         _heads(rows, [KNNSpec(3)])
 
 

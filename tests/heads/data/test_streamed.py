@@ -15,10 +15,10 @@ from headrace.cache.feature_set import FeatureSet
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.bank import BankJob, train_bank
-from headrace.heads.data.checks import BadFeatures
 from headrace.heads.data.features import load_rows, stream_rows
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import TRAIN_ONLY, Task, save_task
+from headrace.heads.errors import HeadError
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import ConvSpec, MLPSpec
@@ -202,7 +202,7 @@ def test_a_streamed_nan_names_its_set_and_image(
         FeatureSet, "read", spoilt
     )  # the cache refuses to store infinity, so it is put between
     for directory in sets:
-        with pytest.raises(BadFeatures, match=CONTENT[7]):
+        with pytest.raises(HeadError, match=CONTENT[7]):
             stream_rows([directory], np.array(CONTENT, "S32"))
 
 

@@ -11,11 +11,11 @@ from sklearn import metrics as sk
 
 from headrace.heads.data.folds import BadSplit, make_folds, split_test, strata
 from headrace.heads.data.task import TEST, TRAIN_ONLY
+from headrace.heads.errors import HeadError
 from headrace.heads.evaluate.intervals import metric_interval, proportion_interval
 from headrace.heads.evaluate.metrics import (
     DEFAULT_METRIC,
     METRICS,
-    UnknownMetric,
     all_metrics,
     metric_names,
     row_hits,
@@ -125,9 +125,9 @@ def test_calibration_error_is_what_it_says() -> None:
 
 def test_unknown_metrics_are_refused_with_the_known_ones() -> None:
     """The message lists the metrics of that kind of task; every default is one of them."""
-    with pytest.raises(UnknownMetric, match="accuracy, balanced_accuracy"):
+    with pytest.raises(HeadError, match="accuracy, balanced_accuracy"):
         score("single", np.array([0]), np.array([[1.0, 0.0]]), "acuracy")
-    with pytest.raises(UnknownMetric, match="r2, rmse, mae"):
+    with pytest.raises(HeadError, match="r2, rmse, mae"):
         score("regression", np.array([0.0]), np.array([[1.0]]), "accuracy")
     assert all(metric in metric_names(kind) for kind, metric in DEFAULT_METRIC.items())
     assert sign("accuracy") == 1

@@ -5,7 +5,8 @@ of the repeated rows.
 import numpy as np
 import pytest
 
-from headrace.heads.evaluate.metrics import METRICS, UnknownMetric, score
+from headrace.heads.errors import HeadError
+from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.heads.evaluate.weighted import weighted_scores
 
 ROWS, HEADS, CLASSES = 61, 4, 3
@@ -51,7 +52,7 @@ def test_whole_weights_are_repeated_rows(kind, metric):
 
 def test_a_metric_of_another_task_is_refused():
     """With the metrics that there are."""
-    with pytest.raises(UnknownMetric, match="r2"):
+    with pytest.raises(HeadError, match="r2"):
         weighted_scores(
             "regression", np.ones(2), np.ones((1, 2, 1)), np.zeros(2), "accuracy", np.ones((2, 1))
         )

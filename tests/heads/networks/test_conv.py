@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
+from headrace.heads.errors import HeadError
 from headrace.heads.evaluate.metrics import score
-from headrace.heads.kind import CannotPredict
 from headrace.heads.networks.conv import fit_conv_bank
 from headrace.heads.networks.conv_batch import random_start
 from headrace.heads.networks.kind import ConvSpec
@@ -112,7 +112,7 @@ def test_it_learns_and_predicts_from_its_arrays() -> None:
     np.testing.assert_array_equal(held.validation, predict_head(spec, held.arrays, X[fold == 0]))
     assert fits[-1].fold == REFIT
     assert (predict_head(spec, fits[-1].arrays, X).argmax(1) == y).mean() > 0.75
-    with pytest.raises(CannotPredict, match="2 channels"):
+    with pytest.raises(HeadError, match="2 channels"):
         predict_head(spec, held.arrays, X[:, :1])
 
 

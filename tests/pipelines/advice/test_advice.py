@@ -23,9 +23,10 @@ from headrace.pipelines.advice.decide import (
     advice_summary,
     decide,
 )
-from headrace.pipelines.advice.measure import NoCompleteHead, advise_on
-from headrace.pipelines.advice.reference import NoReference, reference_evidence, reference_text
+from headrace.pipelines.advice.measure import advise_on
+from headrace.pipelines.advice.reference import reference_evidence, reference_text
 from headrace.pipelines.advice.transferability import transferability_scores
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.recipe.sections import InputHalvingSection
 from headrace.pipelines.selection.estimate import Estimate
@@ -164,7 +165,7 @@ def test_other_tasks_are_advised_on_by_their_curve(tmp_path, kind):
 def test_no_whole_head_is_an_error_that_says_what_to_do(tmp_path):
     """Not a traceback."""
     board, task, directories = live_in(World(80, 2, (1.0,)), tmp_path)
-    with pytest.raises(NoCompleteHead, match="headrace run"):
+    with pytest.raises(InvalidInput, match="headrace run"):
         advise_on(board.assign(failed=1), task, directories, tmp_path / "advice", in_this_process)
 
 
@@ -212,9 +213,9 @@ def test_a_reference_that_cannot_be_compared_says_why(tmp_path):
     elsewhere = store_taps(
         tmp_path / "there", {"block0.avg": np.zeros((60, 4))}, backbone="python:another"
     )
-    with pytest.raises(NoReference, match="same backbones"):
+    with pytest.raises(InvalidInput, match="same backbones"):
         reference_evidence(directories, task.content, elsewhere, content_of(60))
-    with pytest.raises(NoReference, match="at least 20"):
+    with pytest.raises(InvalidInput, match="at least 20"):
         reference_evidence(directories, task.content, directories, task.content)
 
 

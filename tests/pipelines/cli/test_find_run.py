@@ -19,11 +19,11 @@ from headrace.cache.home import HeadraceError, expand_home, state_directory
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.pipelines.cli.main import main
 from headrace.pipelines.cli.status import run_status
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.report.build import write_report
-from headrace.pipelines.run_directory import NotARun
 from headrace.pipelines.selection.signatures import signatures
 
 RECIPE = """\
@@ -60,7 +60,7 @@ def project(tmp_path_factory):
 
 def said_of(reader, given):
     """The sentence that refuses what was given."""
-    with pytest.raises(NotARun) as refused:
+    with pytest.raises(InvalidInput) as refused:
         reader(given)
     return str(refused.value)
 

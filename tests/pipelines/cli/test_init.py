@@ -20,7 +20,8 @@ from PIL import Image
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import SourceError
 from headrace.pipelines.cli.demo import solar_cells, write_demo
-from headrace.pipelines.cli.init import InitError, write_recipe
+from headrace.pipelines.cli.init import write_recipe
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.planning.dataset import list_samples
 from headrace.pipelines.recipe.grid import requested_heads
 from headrace.pipelines.recipe.heads import HEAD_GRIDS
@@ -169,15 +170,15 @@ def test_where_no_recipe_can_be_written(tmp_path, photos):
     """An absent folder, a folder in the recipe's place, a file in the folder's, a recipe that is
     there.
     """
-    with pytest.raises(InitError, match=r"the folder .*nodir does not exist.*--out r\.yaml"):
+    with pytest.raises(InvalidInput, match=r"the folder .*nodir does not exist.*--out r\.yaml"):
         write_recipe(photos, tmp_path / "nodir" / "r.yaml")
     for force in (False, True):
-        with pytest.raises(InitError, match=r"is a folder.*--out .*recipe\.yaml"):
+        with pytest.raises(InvalidInput, match=r"is a folder.*--out .*recipe\.yaml"):
             write_recipe(photos, photos, force=force)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InitError, match=r"is a file, not a folder"):
+    with pytest.raises(InvalidInput, match=r"is a file, not a folder"):
         write_recipe(photos, tmp_path / "file" / "r.yaml")
-    with pytest.raises(InitError, match="--force"):
+    with pytest.raises(InvalidInput, match="--force"):
         write_recipe(photos, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -201,7 +202,7 @@ def test_data_sets_whose_labels_lie_beside_the_images_are_told_how(tmp_path, pho
         shutil.move(tmp_path / name, tmp_path.parent / f"{tmp_path.name}-{name}")
     (tmp_path / "annotations.xml").write_text("<annotations/>")
     with pytest.raises(
-        InitError, match=r"one class only.*Left out: 1 .xml file.*export it as COCO"
+        InvalidInput, match=r"one class only.*Left out: 1 .xml file.*export it as COCO"
     ):
         write_recipe(tmp_path, recipe, force=True)
 
@@ -322,7 +323,7 @@ def test_boxes_of_other_programs_become_a_table_by_the_command_that_is_named(tmp
         ("voc", "JPEGImages/a.jpg,fox,1,2,3,4"),
         ("yolo", "images/train/a.png,fox,0.5,0.5,0.2,0.4"),
     ):
-        with pytest.raises(InitError, match="holds boxes of") as refusal:
+        with pytest.raises(InvalidInput, match="holds boxes of") as refusal:
             write_recipe(tmp_path / folder, tmp_path / "r.yaml")
         command = re.search(r"`python (.*?)`", str(refusal.value))[1]
         subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path / folder)
@@ -389,7 +390,7 @@ def test_commands_in_messages_name_what_can_be_read(tmp_path, photos):
     assert "classes. labels.csv could name" in told
     shutil.rmtree(mine / "b")
     pd.DataFrame({"path": paths, "label": ["x", "y"] * 3}).to_csv(mine / "more.csv", index=False)
-    with pytest.raises(InitError) as refusal:
+    with pytest.raises(InvalidInput) as refusal:
         write_recipe(mine, tmp_path / "s.yaml")
     assert "(labels.csv, more.csv)" in str(refusal.value)
     assert str(refusal.value).endswith(command)

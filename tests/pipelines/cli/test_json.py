@@ -12,8 +12,9 @@ from typer.main import get_command
 from headrace.pipelines.cli.json_error import commands_in
 from headrace.pipelines.cli.json_output import ERROR, OUTPUTS
 from headrace.pipelines.cli.main import app
-from headrace.pipelines.cli.schema import UnknownSchema, schema
+from headrace.pipelines.cli.schema import schema
 from headrace.pipelines.console import make_console
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.planning import inventory
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import load_recipe
@@ -250,7 +251,7 @@ def test_every_command_has_json_and_a_schema():
     assert commands | {"run --dry-run", "extract --dry-run", ERROR} == set(OUTPUTS)
     for name in OUTPUTS:
         jsonschema.Draft202012Validator.check_schema(schema(name))
-    with pytest.raises(UnknownSchema, match="nearest: status"):
+    with pytest.raises(InvalidInput, match="nearest: status"):
         schema("statsu")
 
 

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from headrace.pipelines.cli.status import run_status, show_status
 from headrace.pipelines.cluster.task_log import task_log
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.run_directory import NotARun
 
 DRIVER = """
 import sys
 from pathlib import Path
-from headrace.pipelines.run_directory import NotARun
+from headrace.pipelines.run_directory import InvalidInput
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.cluster.task_log import task_log
 with task_log(RunPaths(Path(sys.argv[1]))) as log:
@@ -93,5 +93,5 @@ def test_a_driver_that_ctrl_c_ended_is_stopped(tmp_path):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     """The message says what is expected."""
-    with pytest.raises(NotARun, match=r"Expected a recipe .* or the directory of its run"):
+    with pytest.raises(InvalidInput, match=r"Expected a recipe .* or the directory of its run"):
         run_status(tmp_path)

@@ -20,16 +20,17 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.cache.integrity.garbage import STALE_S, remove_temporaries
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.spec import weights_path
-from headrace.pipelines.cli.demo import DemoFolder, write_demo
-from headrace.pipelines.cli.init import InitError, _check_out, write_recipe
+from headrace.pipelines.cli.demo import write_demo
+from headrace.pipelines.cli.init import _check_out, write_recipe
 from headrace.pipelines.cluster.dask_client import write_settings
-from headrace.pipelines.cluster.tls import TLSFolder, require_own_folder, write_tls
+from headrace.pipelines.cluster.tls import require_own_folder, write_tls
+from headrace.pipelines.errors import InvalidInput, OutputExists
 from headrace.pipelines.predict import bulk
 from headrace.pipelines.predict.tables import TableBlock, table_writer
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.report.page.blocks import Column, Headline, Section, Table
 from headrace.pipelines.report.page.render import render_page
-from headrace.pipelines.report.write import ReportThere, require_ours, write_tables
+from headrace.pipelines.report.write import require_ours, write_tables
 from headrace.pipelines.trackers import mlflow_uri
 
 
@@ -38,7 +39,7 @@ def test_init_overwrites_recipes_alone(tmp_path):
     recipe with a mistake is one.
     """
     (tmp_path / "a.png").write_bytes(b"a")
-    with pytest.raises(InitError, match="no recipe"):
+    with pytest.raises(InvalidInput, match="no recipe"):
         _check_out(tmp_path / "a.png", force=True)
     assert (tmp_path / "a.png").read_bytes() == b"a"
     for text, is_one in (
@@ -50,7 +51,7 @@ def test_init_overwrites_recipes_alone(tmp_path):
         with (
             contextlib.nullcontext()
             if is_one
-            else pytest.raises(InitError, match="has no key `images`")
+            else pytest.raises(InvalidInput, match="has no key `images`")
         ):
             _check_out(tmp_path / "a.yaml", force=True)
         assert (tmp_path / "a.yaml").read_text() == text
@@ -79,9 +80,7 @@ def test_predict_replaces_its_own_tables_alone(tmp_path, name, recorded):
     if name == "files.csv":  # a table of predictions of no image
         bulk._require_ours(out, about, parts)
         return
-    with pytest.raises(
-        bulk.PredictionsThere, match=r"did not write it.*--out, such as .*predictions\."
-    ):
+    with pytest.raises(OutputExists, match=r"did not write it.*--out, such as .*predictions\."):
         bulk._require_ours(out, about, parts)
     assert out.read_bytes() == TABLES[name]
 
@@ -98,7 +97,7 @@ def test_predict_knows_its_own_tables(tmp_path, kind, task):
     if task != "regression" or kind == "jsonl":
         bulk._require_ours(out, about, parts)
     else:
-        with pytest.raises(bulk.PredictionsThere):
+        with pytest.raises(OutputExists):
             bulk._require_ours(out, about, parts)
     about.write_text('{"model_digest": "x"}')
     bulk._require_ours(out, about, parts)
@@ -107,9 +106,9 @@ def test_predict_knows_its_own_tables(tmp_path, kind, task):
 def test_predict_keeps_what_stands_where_its_record_goes(tmp_path):
     """`labels.csv.json` of somebody else, and what is no file."""
     (tmp_path / "t.csv.json").write_text('{"mine": 1}')
-    with pytest.raises(bulk.PredictionsThere, match=r"t\.csv\.json is there"):
+    with pytest.raises(OutputExists, match=r"t\.csv\.json is there"):
         bulk._require_ours(tmp_path / "t.csv", tmp_path / "t.csv.json", tmp_path / "t.csv.parts")
-    with pytest.raises(bulk.PredictionsThere, match="neither a table"):
+    with pytest.raises(OutputExists, match="neither a table"):
         bulk._require_ours(Path("/dev/null"), tmp_path / "null.json", tmp_path / "null.parts")
 
 
@@ -123,15 +122,15 @@ def test_a_report_replaces_reports_alone(tmp_path):
     require_ours(page)
     page.write_text("<!doctype html><title>mine</title>")
     with pytest.raises(
-        ReportThere, match=r"did not write it.*--out, such as .*headrace-report\.html"
+        OutputExists, match=r"did not write it.*--out, such as .*headrace-report\.html"
     ):
         require_ours(page)
-    with pytest.raises(ReportThere, match="is a folder"):
+    with pytest.raises(OutputExists, match="is a folder"):
         require_ours(tmp_path)
     table = Table("t", "", (Column("a", "a", "number"),), pd.DataFrame({"a": [1]}))
     sections = (Section("s", "S", "", (table,)),)
     (tmp_path / "t.csv").write_text("mine")
-    with pytest.raises(ReportThere, match=r"t\.csv is there"):
+    with pytest.raises(OutputExists, match=r"t\.csv is there"):
         write_tables(tmp_path, sections)
     assert (tmp_path / "t.csv").read_text() == "mine"
     for again in (True, False):
@@ -150,14 +149,14 @@ def test_the_demo_and_a_certificate_replace_their_own_files_alone(tmp_path, monk
     for name in ("recipe.yaml", "solar-cells.csv"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("mine")
-        with pytest.raises(DemoFolder, match=f"{name} is there"):
+        with pytest.raises(OutputExists, match=f"{name} is there"):
             write_demo(tmp_path / name)
         assert [file.name for file in (tmp_path / name).iterdir()] == [name]
     require_own_folder(write_tls(tmp_path / "tls"))
     for name in ("key.pem", "certificate.pem", "dask.yaml"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("mine")
-        with pytest.raises(TLSFolder, match=name):
+        with pytest.raises(OutputExists, match=name):
             require_own_folder(tmp_path / name)
 
 

@@ -16,7 +16,8 @@ from support.runs import RECIPE, headrace, make_photos
 
 from headrace.pipelines.cluster.clients import open_client
 from headrace.pipelines.cluster.dask_client import SETTINGS, ClusterError
-from headrace.pipelines.cluster.tls import TLSMissing, write_tls
+from headrace.pipelines.cluster.tls import write_tls
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.recipe.sections import ClusterSection
 from headrace.pipelines.run import run_recipe
@@ -52,7 +53,7 @@ def test_off_this_machine_only_with_tls(tmp_path):
         (ClusterSection(where="tls://198.51.100.7:8786", tls=tmp_path), "holds no key.pem"),
     ):
         with (
-            pytest.raises(TLSMissing, match=message),
+            pytest.raises(InvalidInput, match=message),
             open_client(section, "train", run_folder=tmp_path),
         ):
             pass

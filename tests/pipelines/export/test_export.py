@@ -33,9 +33,10 @@ from headrace.heads.persist import save_head
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.api import extract_features
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export import write as export
 from headrace.pipelines.export.mlflow_model import save_mlflow_model
-from headrace.pipelines.export.output_check import TOLERANCE, ExportError
+from headrace.pipelines.export.output_check import TOLERANCE
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.errors import ModelError
@@ -153,7 +154,7 @@ def test_an_mlflow_model_predicts_the_same(photos, features, tmp_path):
     place = model_directory(tmp_path / "model", photos, features, LogisticSpec(0.1), ["avg"])
     model = load_model(place)
     save_mlflow_model(model, tmp_path / "out")
-    with pytest.raises(ExportError, match="is there already"):
+    with pytest.raises(InvalidInput, match="is there already"):
         save_mlflow_model(model, tmp_path / "out")
     paths = [str(path) for path in sorted(photos.rglob("*.png"))[:4]]
     loaded = pyfunc.load_model(str(tmp_path / "out"))
@@ -206,7 +207,7 @@ def test_what_differs_is_not_published(photos, features, tmp_path, monkeypatch):
     from headrace.pipelines.models import torch_graph
 
     monkeypatch.setattr(torch_graph, "tempered", lambda found, *_: found * 0.9)
-    with pytest.raises(ExportError, match="predicts otherwise"):
+    with pytest.raises(HeadraceError, match="predicts otherwise"):
         export_model(model, tmp_path / "out", ["torch"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -221,10 +222,10 @@ def test_refusals_say_what_to_do(photos, features, tmp_path, monkeypatch):
         export_model(model, tmp_path / "out", ["torch"])
     exported = export_model(model, tmp_path / "out", ["safetensors"])
     assert exported.differences == {"safetensors": 0.0}
-    with pytest.raises(ExportError, match="--force"):
+    with pytest.raises(InvalidInput, match="--force"):
         export_model(model, tmp_path / "out", ["safetensors"])
     export_model(model, tmp_path / "out", ["safetensors"], force=True)
-    with pytest.raises(ExportError, match="expected one or several of torch"):
+    with pytest.raises(InvalidInput, match="expected one or several of torch"):
         export_model(model, tmp_path / "other", ["pickle"])
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HeadraceError, match=r"headrace\[onnx\]"):

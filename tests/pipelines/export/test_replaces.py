@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from support.file_system_faults import die, in_child
 
-from headrace.pipelines.cli.init import InitError, _check_out
+from headrace.pipelines.cli.init import _check_out
 from headrace.pipelines.cluster import task_leases
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export import write as export
-from headrace.pipelines.export.output_check import ExportError
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.predict.parts import remove_parts
 
@@ -52,7 +52,7 @@ def test_no_folder_of_the_users_is_replaced(photos, out, said, force):
     nothing is touched.
     """
     before = everything(photos.parent)
-    with pytest.raises(ExportError, match=said):
+    with pytest.raises(InvalidInput, match=said):
         asked(Path(out), force=force)
     assert everything(photos.parent) == before
 
@@ -61,13 +61,13 @@ def test_a_link_is_not_followed(photos):
     """What it leads to would go, or the link would."""
     link = photos.parent / "link"
     link.symlink_to(photos)
-    with pytest.raises(ExportError, match="is a link"):
+    with pytest.raises(InvalidInput, match="is a link"):
         asked(link)
 
 
 def test_a_mount_point_is_not_replaced():
     """A whole disk is no export, even where a file of that name lies on it."""
-    with pytest.raises(ExportError, match="mounted"):
+    with pytest.raises(InvalidInput, match="mounted"):
         asked(Path("/proc"))
 
 
@@ -75,7 +75,7 @@ def test_a_mount_point_is_not_replaced():
 def test_a_file_of_the_name_alone_is_no_marker(photos, name):
     """The marker has its own content, and old exports have both of their files."""
     (photos / name).write_text("{}")
-    with pytest.raises(ExportError, match="did not write"):
+    with pytest.raises(InvalidInput, match="did not write"):
         asked(photos)
 
 
@@ -83,7 +83,7 @@ def test_exports_of_earlier_versions_are_known(photos):
     """By model.json and MODEL_CARD.md together; without --force even they stay."""
     (photos / "model.json").write_text(json.dumps({"headrace": "0.1.0", "formats": ["torch"]}))
     (photos / "MODEL_CARD.md").write_text("# Image classifier\n\nWritten by `headrace export`.\n")
-    with pytest.raises(ExportError, match="--force"):
+    with pytest.raises(InvalidInput, match="--force"):
         asked(photos, force=False)
     with pytest.raises(
         AttributeError
@@ -163,6 +163,6 @@ def test_predict_removes_its_own_parts_alone(photos):
 
 def test_init_overwrites_recipes_alone(photos):
     """`--out photos/a.png --force` is a slip."""
-    with pytest.raises(InitError, match="no recipe"):
+    with pytest.raises(InvalidInput, match="no recipe"):
         _check_out(photos / "a.png", force=True)
     assert (photos / "a.png").read_bytes() == b"a"

@@ -21,17 +21,17 @@ from support.imports import loaded_after
 from support.networks import LOGISTIC, SMALL, WEAK_HEAD_RECIPE, Case, make_case
 from support.runs import headrace, make_photos
 
+from headrace.cache.errors import HeadraceError
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import with_temperature
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.neighbors.kind import KNNSpec
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank
-from headrace.pipelines.cluster.submit import Outcome, RunIncomplete, TaskOptions, is_machine_fault
+from headrace.pipelines.cluster.submit import Outcome, TaskOptions, is_machine_fault
 from headrace.pipelines.cluster.task_log import read_log
 from headrace.pipelines.finetune import stage as stage_module, task as task_module
 from headrace.pipelines.finetune.candidates import list_candidates, predicted_gain, training_seconds
-from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.finetune.stage import (
     FinetuneInputs,
     compare_with_head,
@@ -294,7 +294,7 @@ def test_a_failure_is_a_row_and_the_head_stays(
     inputs = inputs_of(case, tmp_path)
 
     def fails(_training: Training, _epoch: int) -> float:
-        raise TrainingFailed(
+        raise HeadraceError(
             "the training loss of epoch 1 is not finite: lower learning_rate (it is 0.001)"
         )
 
@@ -334,7 +334,7 @@ def test_a_full_disk_decides_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(task_module, name, full)
-        with pytest.raises(RunIncomplete, match="No space left on device"):
+        with pytest.raises(HeadraceError, match="No space left on device"):
             finetune_candidates(inputs, board, SECTION, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert not inputs.paths.finetune_decisions.exists()
     result = finetune_candidates(inputs, board, SECTION, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]

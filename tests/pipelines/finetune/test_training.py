@@ -16,7 +16,7 @@ import torch
 from support import forks
 from support.networks import LOGISTIC, Case, make_case
 
-from headrace.cache.errors import PublishFailed
+from headrace.cache.errors import HeadraceError, PublishFailed
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import render_crop
@@ -32,7 +32,6 @@ from headrace.pipelines.finetune import (
 )
 from headrace.pipelines.finetune.checkpoint import load_checkpoint
 from headrace.pipelines.finetune.data import random_flips
-from headrace.pipelines.finetune.errors import TrainingFailed
 from headrace.pipelines.finetune.task import FoldJob, part_path, pilot, publish_result, train_fold
 from headrace.pipelines.finetune.train import _rate_schedule
 from headrace.pipelines.models.errors import ModelError
@@ -303,7 +302,7 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_from(case: Case, tmp_pa
 
 def test_a_loss_that_is_no_number_is_told(case: Case) -> None:
     """An absurd rate ends in a failure that says what to lower, not in a network of NaN."""
-    with pytest.raises(TrainingFailed, match="lower learning_rate"):
+    with pytest.raises(HeadraceError, match="lower learning_rate"):
         train_fold(
             FoldJob(
                 case.job(
@@ -344,7 +343,7 @@ def test_a_batch_that_does_not_fit_is_halved(case: Case, monkeypatch: pytest.Mon
         return forward(self, inputs, held)  # type: ignore[arg-type]
 
     monkeypatch.setattr(task_module.Network, "forward", none)
-    with pytest.raises(TrainingFailed, match="not even one image fits into memory"):
+    with pytest.raises(HeadraceError, match="not even one image fits into memory"):
         train_fold(FoldJob(case.job(out="none-fits"), 0))
 
 

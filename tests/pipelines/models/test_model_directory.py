@@ -26,10 +26,9 @@ from headrace.heads.evaluate.temperature import with_temperature
 from headrace.heads.persist import load_head
 from headrace.heads.predict import predict_head
 from headrace.pipelines.api import extract_features, train_heads
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export.write import export_model
-from headrace.pipelines.models.image_input import ImageUnusable
 from headrace.pipelines.models.model import load_model
-from headrace.pipelines.run_directory import NotARun
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +137,7 @@ def test_images_come_in_any_form(run, away):
 def test_an_image_that_cannot_be_used_is_named(run, away, tmp_path):
     """No row is left out in silence: the caller gets one error with the path and the reason."""
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(ImageUnusable, match=r"broken\.png.*not an image"):
+    with pytest.raises(InvalidInput, match=r"broken\.png.*not an image"):
         load_model(away).predict_proba(
             [run[0] / "photos" / "fine" / "001.png", tmp_path / "broken.png"]
         )
@@ -163,7 +162,7 @@ def test_what_is_no_model_is_told(tmp_path, what):
         place.mkdir()
     if what == "file":
         place.write_text("x")
-    with pytest.raises(NotARun, match=r"Expected a recipe .*, or a directory with a model"):
+    with pytest.raises(InvalidInput, match=r"Expected a recipe .*, or a directory with a model"):
         load_model(place)
 
 

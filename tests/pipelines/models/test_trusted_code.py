@@ -22,7 +22,7 @@ from headrace.extract.errors import BackboneError
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Augmentation, parse_view
 from headrace.extract.spec import BackboneSpec, backbone_from_fields
-from headrace.heads.kind import CannotPredict
+from headrace.heads.errors import HeadError
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.persist import CodeNotTrusted, load_head
 from headrace.heads.sklearn.bank import estimator_code, fitted_sklearn, make_estimator
@@ -181,7 +181,7 @@ def test_a_head_alone_asks_in_the_same_words(tmp_path, flag):
         load_head(place, trust_code=["sent_module:network"])
     head = load_head(place, trust_code=["sent_module.Classifier"])
     assert not flag.exists()
-    with pytest.raises(CannotPredict):  # it is a class without `fit`
+    with pytest.raises(HeadError):  # it is a class without `fit`
         head.predict(np.eye(4))
     assert flag.exists()
     plain = load_head(
@@ -558,7 +558,7 @@ def test_a_member_outside_of_an_ensemble_is_refused(tmp_path, name):
 def test_stored_rows_that_fit_nothing_are_told(damage):
     """An estimator is fitted again on rows of a file, and those may be damaged:
 
-    CannotPredict, whatever it raises.
+    HeadError, whatever it raises.
     """
     arrays = {
         "features": np.eye(4),
@@ -567,5 +567,5 @@ def test_stored_rows_that_fit_nothing_are_told(damage):
         "outputs": np.array([2]),
     }
     arrays = {name: value for name, value in (arrays | damage).items() if value is not None}
-    with pytest.raises(CannotPredict, match="fitted again"):
+    with pytest.raises(HeadError, match="fitted again"):
         fitted_sklearn(SklearnSpec("sklearn.naive_bayes.GaussianNB", "{}"), arrays, "single")

@@ -16,9 +16,9 @@ from support.runs import make_photos
 from typer.testing import CliRunner
 
 from headrace.extract.sources.read import read_source
-from headrace.pipelines.cli.detect.columns import InitError
 from headrace.pipelines.cli.init import write_recipe
 from headrace.pipelines.cli.main import app
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, accounting_from_json
 from headrace.pipelines.planning.dataset import list_samples
@@ -283,7 +283,7 @@ def test_classes_in_file_names_are_found(tmp_path):
             Image.fromarray(np.full((8, 8), 9, np.uint8)).save(path)
         recipe = tmp_path / "r.yaml"
         if classes is None:
-            with pytest.raises(InitError, match="no sub-folder for a class"):
+            with pytest.raises(InvalidInput, match="no sub-folder for a class"):
                 write_recipe(folder, recipe, force=True)
             continue
         said = command("init", folder, "--out", recipe, "--force")

@@ -22,6 +22,7 @@ from support.runs import RECIPE, headrace, make_photos
 
 from headrace.extract.errors import SourceError
 from headrace.pipelines.cli.main import main
+from headrace.pipelines.errors import OutputExists
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.predict import bulk, parts
 from headrace.pipelines.predict.listing import list_images
@@ -129,7 +130,7 @@ def test_a_second_call_does_nothing_and_other_images_are_refused(run, model, tmp
     assert not lock.exists()
     assert (again.new, again.failed) == (0, 1)
     assert out.stat().st_mtime_ns == stamp
-    with pytest.raises(bulk.PredictionsThere, match="--force"):
+    with pytest.raises(OutputExists, match="--force"):
         bulk.predict_table(model, images[:5], out, "csv", console=QUIET)
     assert bulk.predict_table(model, images[:5], out, "csv", force=True, console=QUIET).new == 5
     assert len(pd.read_csv(out)) == 5

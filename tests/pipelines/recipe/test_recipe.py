@@ -9,12 +9,13 @@ import yaml
 
 from headrace.extract.errors import BackboneError
 from headrace.heads.sklearn.bank import BadEstimator
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.grid import check_kinds
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.recipe.text import RENAMED_KEYS, naming_lines
 from headrace.pipelines.records import write_record
-from headrace.pipelines.run_directory import NotARun, stored_recipe
+from headrace.pipelines.run_directory import stored_recipe
 
 GOOD = """\
 images:
@@ -187,7 +188,7 @@ def test_the_recipe_of_a_run_of_an_earlier_version_is_answered_with_names_of_tod
     paths = RunPaths(tmp_path)
     values = {"images": {"folder": "photos"}, "thaw": None, "cluster": {"deadline_s": 60.0}}
     write_record(paths.recipe, values)
-    with pytest.raises(NotARun, match="run the recipe again") as refusal:
+    with pytest.raises(InvalidInput, match="run the recipe again") as refusal:
         stored_recipe(paths)
     assert "thaw is called finetune now" in str(refusal.value)
     assert "deadline_s is called task_timeout_s now" in str(refusal.value)

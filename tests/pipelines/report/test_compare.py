@@ -11,10 +11,10 @@ from support.reports import HOSTILE, RECIPE
 from support.runs import headrace
 
 from headrace.heads.evaluate.metrics import score
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.report.compare import (
-    NotComparable,
     PairedSide,
     _pair,
     _right_or_wrong_blocks,
@@ -121,9 +121,9 @@ def test_other_tasks_are_refused():
     def run(kind, *classes):
         return SimpleNamespace(task_kind=kind, classes=classes, paths=SimpleNamespace(root="r"))
 
-    with pytest.raises(NotComparable, match=r"not in both: 'b', 'c'.*headrace report RUN"):
+    with pytest.raises(InvalidInput, match=r"not in both: 'b', 'c'.*headrace report RUN"):
         require_same_task(run("single", "a", "b"), run("single", "a", "c"))
-    with pytest.raises(NotComparable, match="a single task and r a multi one"):
+    with pytest.raises(InvalidInput, match="a single task and r a multi one"):
         require_same_task(run("single", "a", "b"), run("multi", "a", "b"))
 
 
@@ -146,7 +146,7 @@ def test_three_runs_and_runs_without_a_common_image_are_refused(runs, tmp_path, 
         return side.target, side.predicted, side.groups
 
     monkeypatch.setattr(compare, "judged_sides", apart)
-    with pytest.raises(NotComparable, match="have judged no image in common"):
+    with pytest.raises(InvalidInput, match="have judged no image in common"):
         write_comparison(*runs, tmp_path / "no.html")
 
 

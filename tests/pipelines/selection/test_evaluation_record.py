@@ -9,10 +9,10 @@ from support.models import run_here
 from support.runs import make_photos
 
 from headrace.heads.evaluate.intervals import proportion_interval
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.selection.evaluation_record import (
-    EvaluationsDamaged,
     _write_test_evaluations,
     read_test_evaluations,
     repair_test_evaluations,
@@ -68,9 +68,7 @@ def test_two_damaged_files_are_an_error_that_says_how_to_go_on(record, damage):
     copy = record.with_name(".test-evaluations.jsonl")
     for path in (record, copy):
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(
-        EvaluationsDamaged, match=r"rm .*test-evaluations.jsonl .*test-evaluations.jsonl"
-    ):
+    with pytest.raises(InvalidInput, match=r"rm .*test-evaluations.jsonl .*test-evaluations.jsonl"):
         repair_test_evaluations(record)
     record.unlink()
     copy.unlink()
@@ -96,9 +94,9 @@ def test_a_record_of_an_earlier_version_is_refused(tmp_path, name):
     paths = load_recipe(recipe).paths
     paths.root.mkdir(parents=True)
     (paths.root / name).write_text("{}")
-    with pytest.raises(EvaluationsDamaged, match=r"earlier version .* rm .*test-openings.jsonl"):
+    with pytest.raises(InvalidInput, match=r"earlier version .* rm .*test-openings.jsonl"):
         run_here(recipe)
-    with pytest.raises(EvaluationsDamaged, match="earlier version"):
+    with pytest.raises(InvalidInput, match="earlier version"):
         read_test_evaluations(paths.test_evaluations)
     assert {path.name for path in paths.root.iterdir()} == {name}
 

@@ -20,9 +20,10 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.sealed import SEAL, UNSEALED, seal, tensor_metadata
 from headrace.extract.sources.samples import list_folder
 from headrace.heads.data.features import load_rows
+from headrace.heads.errors import HeadError
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import fit_temperature, with_temperature
-from headrace.heads.persist import BadHeadFile, TrainedHead, load_head
+from headrace.heads.persist import TrainedHead, load_head
 from headrace.heads.results import read_bank
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.finished import read_finished_run
@@ -251,10 +252,10 @@ def test_a_head_of_an_earlier_version_has_a_temperature_of_one(run, tmp_path):
     assert (
         load_head(rewritten(winner, tmp_path / "old", format=1, temperature=None)).temperature == 1
     )
-    with pytest.raises(BadHeadFile, match="update headrace"):
+    with pytest.raises(HeadError, match="update headrace"):
         load_head(rewritten(winner, tmp_path / "new", format=4))
     for number, value in enumerate((0, -1, "x", [1], 1e999)):
-        with pytest.raises(BadHeadFile, match="not a saved head"):
+        with pytest.raises(HeadError, match="not a saved head"):
             load_head(rewritten(winner, tmp_path / str(number), temperature=value))
 
 
