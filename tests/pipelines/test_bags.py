@@ -14,6 +14,7 @@ from support.models import run_here
 from support.runs import headrace
 
 from headrace.heads.results import read_bank
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export.output_check import TOLERANCE
 from headrace.pipelines.export.write import export_model
 from headrace.pipelines.models.model import load_model
