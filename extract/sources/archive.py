@@ -36,6 +36,7 @@ from headrace.extract.sources.formats import (
     describe_suffix,
     has_image_signature,
     is_archive,
+    repeats_image,
 )
 from headrace.extract.sources.layout import FolderParts, Layout, read_layout, split_side
 from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally
@@ -311,7 +312,7 @@ def _is_image(member: _Member) -> bool:
     return (
         suffix in IMAGE_SUFFIXES
         or (suffix in HEIF_SUFFIXES and reads_heif())
-        or has_image_signature(member.head)
+        or (has_image_signature(member.head) and not repeats_image(member.name))
     )
 
 

@@ -15,6 +15,13 @@ IMAGE_SUFFIXES = frozenset(
     | {".bmp", ".dib", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+# Images by their content that repeat the image whose name they begin with: GDAL's overviews
+# (1.tif.ovr), ExifTool's backups (1.jpg_original), and editors'.
+_REPEATED_IMAGE = re.compile(
+    rf"({'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES | HEIF_SUFFIXES)))})"
+    r"(\.ovr|\.bak|\.orig|_original|~)$",
+    re.IGNORECASE,
+)
 
 TABLE_SUFFIXES = frozenset(
     {".csv", ".tsv", ".tab", ".txt", ".parquet", ".pq", ".jsonl", ".ndjson", ".json"}
@@ -137,6 +144,13 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).lower().endswith((*TAR_ENDINGS, ".zip"))
 
 
+def repeats_image(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file, by its name, is a tool's smaller or older copy of the image beside it,
+    which is the same image once more.
+    """
+    return _REPEATED_IMAGE.search(os.fspath(path)) is not None
+
+
 def is_image(path: str | os.PathLike[str]) -> bool:
     """Return whether a file is an image, by its suffix.
 
@@ -152,6 +166,7 @@ def is_image(path: str | os.PathLike[str]) -> bool:
         or suffix in TABLE_SUFFIXES
         or suffix in ARRAY_KINDS
         or is_archive(path)
+        or repeats_image(path)
     ):
         return False
     try:
@@ -249,6 +264,8 @@ def _format_of_content(path: str | Path) -> tuple[str, str] | None:
 def describe_suffix(name: str) -> str:
     """Describe a file that is left out and how to use it: ".heic (HEIF image: pip install …)"."""
     suffix = _suffix(name)
+    if repeats_image(name):
+        return "copies that tools keep beside an image (overviews, backups)"
     if suffix in OTHER_FORMATS:
         kind, cure = OTHER_FORMATS[suffix]
         return f"{suffix} files ({kind}: {cure})"

@@ -1,7 +1,9 @@
 """Settings that images of many bands or more than 8 bits need in a recipe."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ import numpy as np
 from headrace.cache.count_text import count_text
 from headrace.extract.errors import ImageError
 from headrace.extract.images.bands import Bands, decode_deep
-from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
+from headrace.extract.images.opening import open_image
 
 _MAX_BANDS = 16  # of a proposal: hundreds, as of a spectrometer, are for a person to choose from
 _PROPOSED_FOR = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x93NUMPY")  # TIFF and .npy
@@ -36,7 +39,7 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
     for path in paths:
         values = _deep_values(path)
         if values is None:
-            return PixelSettings()
+            return PixelSettings(notes=_notes_on_pages(paths))
         # nan is how many sensors mark a pixel without a value.
         finite = values[np.isfinite(values)]
         if finite.size:
@@ -45,7 +48,7 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
         counts.add(values.shape[2])
         dtypes.add(values.dtype)
     if len(counts) != 1 or len(dtypes) != 1 or not lows:
-        return PixelSettings()
+        return PixelSettings(notes=_notes_on_pages(paths))
     (count,), (dtype,) = counts, dtypes
     images, notes = "", []
     if dtype != np.uint8:
@@ -72,7 +75,28 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
             f"{'all' if count <= _MAX_BANDS else 'the first'} of them. Put red, green and blue "
             "first, where there are"
         )
+    else:
+        notes += _notes_on_pages(paths)
     return PixelSettings(images, backbone, tuple(notes))
+
+
+def _notes_on_pages(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return a note if some images are stacks or animations; () if none is."""
+    stacks = [path for path in paths if _has_pages(path)]
+    if not stacks:
+        return ()
+    return (
+        f"{len(stacks)} of {count_text(len(paths), 'image')} that were looked at have several "
+        f"pages, of which the first alone is read, such as {Path(locator_file(stacks[0])).name}. "
+        "Where the others matter, write each as an image of its own, with the file's name in a "
+        "column: task.unit scores the file by all of them",
+    )
+
+
+def _has_pages(path: str) -> bool:
+    with contextlib.suppress(Exception):  # the run reports an image that cannot be opened, and why
+        return bool(getattr(open_image(read_bytes(path)), "is_animated", False))
+    return False
 
 
 def _deep_values(path: str) -> np.ndarray[Any, Any] | None:

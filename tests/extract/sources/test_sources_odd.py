@@ -215,6 +215,28 @@ def test_folders_that_tools_leave_are_no_classes(tmp_path):
     assert listing.found == counted(listing) == 5
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_copies_that_tools_keep_beside_an_image_are_no_images(tmp_path, kind):
+    """GDAL's overviews and ExifTool's backups are images by their content, and each would be the
+    same image once more, on any side of a split; what a second download adds to a name is not.
+    """
+    names = ["cat/1.tif", "cat/1.tif.ovr", "cat/2.jpg", "cat/2.jpg_original", "dog/3.PNG~"]
+    names += ["dog/3.PNG", "dog/3.PNG.bak", "dog/4.jpg.1", "dog/5_original"]
+    if kind == "tar":
+        pack_tar(tmp_path / "t.tar", [(name, png(k)) for k, name in enumerate(names)])
+        listing = read_archives(tmp_path / "t.tar")
+    else:
+        for k, name in enumerate(names):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(png(k))
+        listing = read_source(detect_source(tmp_path))
+    used = {name.removeprefix("t.tar/") for name in listing.samples["id"]}
+    assert used == {"cat/1.tif", "cat/2.jpg", "dog/3.PNG", "dog/4.jpg.1", "dog/5_original"}
+    (left_out,) = map(str, listing.left_out)
+    assert left_out.startswith("4 copies that tools keep beside an image (overviews, backups): ")
+    assert listing.found == counted(listing) == 9
+
+
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_a_class_of_hidden_members_alone_is_refused(tmp_path, kind):
     members = [

@@ -20,6 +20,7 @@ from PIL import Image
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import SourceError
 from headrace.pipelines.cli.demo import solar_cells, write_demo
+from headrace.pipelines.cli.detect.source import detect_recipe
 from headrace.pipelines.cli.init import write_recipe
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.planning.dataset import list_samples
@@ -445,3 +446,21 @@ def test_bands_and_depth_are_proposed(tmp_path, shape, dtype, highest, bands, pi
     assert recipe.images.pixel_range == pixel_range
     assert recipe.images.pixel_dtype == ("float32" if pixel_range else "uint8")
     assert any("bands" in note for note in notes) == (bands is not None)
+
+
+@pytest.mark.parametrize(("suffix", "n_pages"), [("tif", 3), ("gif", 3), ("tif", 1)])
+def test_pages_that_are_not_read_are_told(tmp_path, suffix, n_pages):
+    """Of a stack or an animation the first page is read, and nobody would know."""
+    for k in range(8):
+        pages = [Image.fromarray(np.full((8, 8), 9 * k + n, np.uint8)) for n in range(n_pages)]
+        path = tmp_path / f"cells/{'ab'[k % 2]}/{k}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pages[0].save(path, save_all=n_pages > 1, append_images=pages[1:])
+    notes = detect_recipe(tmp_path / "cells", tmp_path).notes
+    told = [note for note in notes if "pages" in note]
+    assert len(told) == (n_pages > 1)
+    if told:
+        assert told[0].startswith(
+            "8 of 8 images that were looked at have several pages, of which the first alone is "
+            f"read, such as 0.{suffix}"
+        )
