@@ -1,12 +1,13 @@
 """Single heads as scikit-learn estimators on NumPy arrays.
 
 Each is a bank of one spec trained on all rows; `predict_head` and `save_head` take its `spec_` and
-`arrays_`.
+`arrays_`. The fields of a class are its parameters.
 
 `sample_weight` is the weight of each row in the loss; a row of weight 0 is left out. The means and
 scales of the standardization are unweighted, as with a StandardScaler before a weighted estimator.
 """
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -195,6 +196,8 @@ class _Perceptron(_Head):
         )
 
 
+# Estimators are compared by identity, and scikit-learn's repr shows what differs from the defaults.
+@dataclass(eq=False, repr=False)
 class LogisticHead(_LinearClassifier):
     """L2-regularized logistic regression: `LogisticSpec`, by the exact batched solver.
 
@@ -204,18 +207,11 @@ class LogisticHead(_LinearClassifier):
 
     _BINARY_SCALE = 1.0  # the difference of the scores is the log-odds
 
-    def __init__(
-        self,
-        C: float = 1.0,
-        *,
-        class_weight: ClassWeights = None,
-        standardize: bool = True,
-        gap: float = 1e-8,
-    ) -> None:
-        self.C = C
-        self.class_weight = class_weight
-        self.standardize = standardize
-        self.gap = gap
+    C: float = 1.0
+    _: KW_ONLY
+    class_weight: ClassWeights = None
+    standardize: bool = True
+    gap: float = 1e-8
 
     def _spec(self, n_rows: int) -> HeadSpec:
         return LogisticSpec(self.C, _spec_weight(self.class_weight), self.standardize)
@@ -231,22 +227,22 @@ class LogisticHead(_LinearClassifier):
         return result
 
 
+@dataclass(eq=False, repr=False)
 class RidgeHead(_LinearClassifier):
     """Ridge regression on -1/+1 targets: `RidgeSpec`, in closed form."""
 
     _BINARY_SCALE = 0.5  # the two classes' scores are each other's negatives
 
-    def __init__(
-        self, alpha: float = 1.0, *, class_weight: ClassWeights = None, standardize: bool = True
-    ) -> None:
-        self.alpha = alpha
-        self.class_weight = class_weight
-        self.standardize = standardize
+    alpha: float = 1.0
+    _: KW_ONLY
+    class_weight: ClassWeights = None
+    standardize: bool = True
 
     def _spec(self, n_rows: int) -> HeadSpec:
         return RidgeSpec(self.alpha, _spec_weight(self.class_weight), self.standardize)
 
 
+@dataclass(eq=False, repr=False)
 class MLPHead(_Perceptron, _Classifier):
     """A multi-layer perceptron: `MLPSpec`.
 
@@ -254,62 +250,52 @@ class MLPHead(_Perceptron, _Classifier):
     then trained on all rows for as many. 0: `epochs` epochs.
     """
 
-    def __init__(
-        self,
-        hidden: tuple[int, ...] = (256,),
-        *,
-        learning_rate: float = 1e-3,
-        weight_decay: float = WEIGHT_DECAY,
-        dropout: float = 0.0,
-        label_smoothing: float = 0.0,
-        class_weight: ClassWeights = None,
-        batch_size: int = 256,
-        epochs: int = 50,
-        patience: int = 8,
-        validation_fraction: float = 0.0,
-        seed: int = 0,
-        standardize: bool = True,
-        device: str = "cpu",
-    ) -> None:
-        self.hidden = hidden
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.dropout = dropout
-        self.label_smoothing = label_smoothing
-        self.class_weight = class_weight
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.patience = patience
-        self.validation_fraction = validation_fraction
-        self.seed = seed
-        self.standardize = standardize
-        self.device = device
+    hidden: tuple[int, ...] = (256,)
+    _: KW_ONLY
+    learning_rate: float = 1e-3
+    weight_decay: float = WEIGHT_DECAY
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    class_weight: ClassWeights = None
+    batch_size: int = 256
+    epochs: int = 50
+    patience: int = 8
+    validation_fraction: float = 0.0
+    seed: int = 0
+    standardize: bool = True
+    device: str = "cpu"
 
 
+@dataclass(eq=False, repr=False)
 class KNNHead(_Classifier):
     """k nearest neighbours: `KNNSpec`. If there are fewer than k rows, all of them vote."""
 
-    def __init__(self, k: int = 5, *, metric: str = "cosine", weighting: str = "uniform") -> None:
-        self.k = k
-        self.metric = metric
-        self.weighting = weighting
+    k: int = 5
+    _: KW_ONLY
+    metric: str = "cosine"
+    weighting: str = "uniform"
 
     def _spec(self, n_rows: int) -> HeadSpec:
         return KNNSpec(min(self.k, n_rows), self.metric, self.weighting)  # type: ignore[arg-type]
 
 
+@dataclass(eq=False, repr=False)
 class CentroidHead(_Classifier):
     """Nearest class mean: `CentroidSpec`."""
 
-    def __init__(self, metric: str = "cosine") -> None:
-        self.metric = metric
+    metric: str = "cosine"
 
     def _spec(self, n_rows: int) -> HeadSpec:
         return CentroidSpec(self.metric)  # type: ignore[arg-type]
 
 
+@dataclass(eq=False, repr=False)
 class RidgeRegressionHead(_Regressor):
     """Ridge regression of one number or several: `RidgeSpec`, in closed form."""
+
+    alpha: float = 1.0
+    _: KW_ONLY
+    standardize: bool = True
 
     @property
     def coef_(self) -> npt.NDArray[np.float64]:
@@ -325,45 +311,28 @@ class RidgeRegressionHead(_Regressor):
         bias = self.arrays_["bias"].astype(np.float64)
         return float(bias[0]) if self.flat_ else bias
 
-    def __init__(self, alpha: float = 1.0, *, standardize: bool = True) -> None:
-        self.alpha = alpha
-        self.standardize = standardize
-
     def _spec(self, n_rows: int) -> HeadSpec:
         return RidgeSpec(self.alpha, standardize=self.standardize)
 
 
+@dataclass(eq=False, repr=False)
 class MLPRegressionHead(_Perceptron, _Regressor):
     """A multi-layer perceptron for regression: `MLPSpec`, trained on the mean squared error of
     standardized targets.
     """
 
-    def __init__(
-        self,
-        hidden: tuple[int, ...] = (256,),
-        *,
-        learning_rate: float = 1e-3,
-        weight_decay: float = WEIGHT_DECAY,
-        dropout: float = 0.0,
-        batch_size: int = 256,
-        epochs: int = 50,
-        patience: int = 8,
-        validation_fraction: float = 0.0,
-        seed: int = 0,
-        standardize: bool = True,
-        device: str = "cpu",
-    ) -> None:
-        self.hidden = hidden
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.dropout = dropout
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.patience = patience
-        self.validation_fraction = validation_fraction
-        self.seed = seed
-        self.standardize = standardize
-        self.device = device
+    hidden: tuple[int, ...] = (256,)
+    _: KW_ONLY
+    learning_rate: float = 1e-3
+    weight_decay: float = WEIGHT_DECAY
+    dropout: float = 0.0
+    batch_size: int = 256
+    epochs: int = 50
+    patience: int = 8
+    validation_fraction: float = 0.0
+    seed: int = 0
+    standardize: bool = True
+    device: str = "cpu"
 
 
 def _checked_weights(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
