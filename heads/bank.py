@@ -317,9 +317,8 @@ def _fit_alone(
 
 
 def _failed(spec: HeadSpec, task: Task, refit: bool, reason: str) -> list[FitResult]:
-    nan = float("nan")
-    folds = [*range(task.n_folds), REFIT] if refit else list(range(task.n_folds))
-    return [FitResult(spec, fold, {}, nan, nan, 0, 0.0, None, reason) for fold in folds]
+    folds = [*range(task.n_folds), REFIT] if refit else range(task.n_folds)
+    return [FitResult(spec, fold, error=reason) for fold in folds]
 
 
 def _finite(fit: FitResult) -> FitResult:

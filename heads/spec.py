@@ -6,8 +6,9 @@ The settings of a kind are in its own folder: `LogisticSpec` in heads/linear/kin
 import dataclasses
 import functools
 import json
+import math
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -87,11 +88,11 @@ class FitResult:
     spec: HeadSpec
     fold: int  # the fold held out of its training; REFIT: none
     # of linear heads weight (C, D) and bias (C,), float32, for raw features
-    arrays: dict[str, npt.NDArray[Any]]
-    objective: float  # of the training rows, in the spec's own terms, float64
-    gap: float  # a bound on (objective - optimum) / optimum; nan where no bound is known (mlp)
-    iterations: int  # solver iterations, or epochs
-    seconds: float  # this head's share of the bank's wall time
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    objective: float = math.nan  # of the training rows, in the spec's own terms, float64
+    gap: float = math.nan  # a bound on (objective - optimum) / optimum, if one is known
+    iterations: int = 0  # solver iterations, or epochs
+    seconds: float = 0.0  # this head's share of the bank's wall time
     # (n_held_out, C) probabilities (regression: values), rows in task order
-    validation: npt.NDArray[np.float32] | None
+    validation: npt.NDArray[np.float32] | None = None
     error: str | None = None

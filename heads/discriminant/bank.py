@@ -68,7 +68,7 @@ def fit_discriminant_bank(
                 arrays = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
                 validation = None if fold == REFIT else _predict_held_out(data, fold, arrays)
                 results[i, fold] = FitResult(
-                    specs[i], fold, arrays, float("nan"), float("nan"), 1, 0.0, validation
+                    specs[i], fold, arrays, iterations=1, validation=validation
                 )
             seconds = (time.perf_counter() - started) / len(spec_indices)
             for i in spec_indices:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
-from headrace.heads.data.standardize import Features, sweep
+from headrace.heads.data.standardize import Features, chunks, sweep
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
@@ -175,11 +175,17 @@ def fit_knn_bank(
         for held_out_fold in data.folds:
             key = spec_index, held_out_fold
             fits.append(
-                _fit(spec, held_out_fold, {}, predictions.get(key), errors[key], seconds_per_head)
+                FitResult(
+                    spec,
+                    held_out_fold,
+                    seconds=seconds_per_head,
+                    validation=predictions.get(key),
+                    error=errors[key],
+                )
             )
         if refit:
             error = knn_error(spec, len(usable)) or too_large
-            fits.append(_fit(spec, REFIT, {} if error else stored, None, error, 0.0))
+            fits.append(FitResult(spec, REFIT, {} if error else stored, error=error))
     return fits
 
 
@@ -381,11 +387,7 @@ def fit_centroid_bank(
             f"a class mean needs one class per row, this is a {data.task_kind} task: use knn, "
             "ridge or mlp"
         )
-        return [
-            _fit(spec, held_out_fold, {}, None, reason, 0.0)
-            for spec in specs
-            for held_out_fold in folds
-        ]
+        return [FitResult(spec, fold, error=reason) for spec in specs for fold in folds]
     weight = row_weights(data.sample_weight, len(X))
     usable_weight = np.where(fold != TEST, weight, 0.0)
     for held_out_fold in data.folds:
@@ -403,22 +405,21 @@ def fit_centroid_bank(
     fits = []
     for spec in specs:
         for held_out_fold in folds:
-            sums = (
-                total
-                if held_out_fold == REFIT
-                else tuple(
-                    total_sum - fold_sum
-                    for total_sum, fold_sum in zip(total, sums_of_fold[held_out_fold], strict=True)
-                )
-            )
+            sums, validation = total, None
+            if held_out_fold != REFIT:
+                held_out_sums = sums_of_fold[held_out_fold]
+                sums = tuple(a - b for a, b in zip(total, held_out_sums, strict=True))
             arrays = centroid_arrays(spec, *sums)
-            held_out_predictions = (
-                None
-                if held_out_fold == REFIT
-                else _predict_rows(spec, arrays, X, np.flatnonzero(fold == held_out_fold))
-            )
+            if held_out_fold != REFIT:
+                # In parts: streamed rows are read as they are indexed.
+                parts = chunks(data.held_out_rows(held_out_fold), SUM_ROWS)
+                validation = np.concatenate(
+                    [predict_centroid(spec, arrays, X[rows]) for rows in parts]
+                )
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            fits.append(_fit(spec, held_out_fold, arrays, held_out_predictions, None, seconds))
+            fits.append(
+                FitResult(spec, held_out_fold, arrays, seconds=seconds, validation=validation)
+            )
     return fits
 
 
@@ -467,13 +468,6 @@ def predict_centroid(
     return keep_decisions("single", probabilities, softmax(log_odds / temperature))
 
 
-def _predict_rows(
-    spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X: Features, rows: npt.NDArray[np.intp]
-) -> npt.NDArray[np.float32]:
-    parts = [rows[start : start + SUM_ROWS] for start in range(0, len(rows), SUM_ROWS)] or [rows]
-    return np.concatenate([predict_centroid(spec, arrays, X[part]) for part in parts])
-
-
 def _sums(
     X: Features, target: npt.NDArray[Any], fold: npt.NDArray[Any], weight: Floats, outputs: int
 ) -> dict[int, tuple[Floats, Floats, Floats]]:
@@ -495,14 +489,3 @@ def _sums(
         groups[group][0][...] += np.eye(outputs)[target[row_block]].T @ weighted_values
         groups[group][1][...] += (weighted_values * block_values).sum(0)
     return groups
-
-
-def _fit(
-    spec: KNNSpec | CentroidSpec,
-    fold: int,
-    arrays: dict[str, npt.NDArray[Any]],
-    validation: npt.NDArray[np.float32] | None,
-    error: str | None,
-    seconds: float,
-) -> FitResult:
-    return FitResult(spec, fold, arrays, float("nan"), float("nan"), 0, seconds, validation, error)

@@ -6,7 +6,7 @@ N rows, V views, C outputs, K heads. What is special to a kind of network is in 
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -110,26 +110,16 @@ class Bank(Generic[Spec]):
 
     def fit(self, trace: Trace) -> FitResult:
         """Return the fit of a head that has left its batch."""
-        spec, nan = self.specs[trace.spec], float("nan")
+        spec = self.specs[trace.spec]
+        result = FitResult(spec, trace.fold, iterations=trace.epochs, seconds=trace.seconds)
         if trace.error is not None or trace.data is None:
-            return FitResult(
-                spec, trace.fold, {}, nan, nan, trace.epochs, trace.seconds, None, trace.error
-            )
+            return replace(result, error=trace.error)
         arrays = self.family.arrays(trace.best, trace.data)
         validation = None
-        extra_arrays: Arrays = {}
         if trace.fold != REFIT:
-            validation, extra_arrays = self.predict_held_out(spec, arrays, trace.data.held_out)
-        return FitResult(
-            spec,
-            trace.fold,
-            {**arrays, **extra_arrays},
-            trace.training_loss,
-            nan,
-            trace.epochs,
-            trace.seconds,
-            validation,
-        )
+            validation, learned = self.predict_held_out(spec, arrays, trace.data.held_out)
+            arrays |= learned
+        return replace(result, arrays=arrays, objective=trace.training_loss, validation=validation)
 
     def predict_held_out(
         self, spec: Spec, arrays: Arrays, held_out: npt.NDArray[np.int64]

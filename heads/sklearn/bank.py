@@ -173,7 +173,6 @@ def fit_sklearn_bank(
         }
         if data.side:
             stored["side"] = np.array(data.side, np.int64)
-    nan = float("nan")
     fits = []
     for spec in specs:
         for held_out_fold in data.folds_to_fit(refit=refit):
@@ -193,10 +192,15 @@ def fit_sklearn_bank(
                     )
             except Exception as caught:  # noqa: BLE001 (any estimator may raise anything: a failed row, the others go on)
                 error = f"{type(caught).__name__}: {caught}"
-            arrays = stored if held_out_fold == REFIT and error is None else {}
-            seconds = time.perf_counter() - started
             fits.append(
-                FitResult(spec, held_out_fold, arrays, nan, nan, 0, seconds, validation, error)
+                FitResult(
+                    spec,
+                    held_out_fold,
+                    stored if held_out_fold == REFIT and error is None else {},
+                    seconds=time.perf_counter() - started,
+                    validation=validation,
+                    error=error,
+                )
             )
     return fits
 
