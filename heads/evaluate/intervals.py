@@ -30,8 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.metrics import row_hits, row_losses, score
-from headrace.heads.evaluate.weighted import weighted_scores
+from headrace.heads.evaluate.metrics import row_hits, row_losses, score, weighted_scores
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,7 +1,10 @@
-"""Metrics of predictions, with scikit-learn's definitions.
+"""Metrics of predictions, with scikit-learn's definitions, of many heads under many weightings.
 
-N rows, C classes (or label columns, or regression targets). Not scikit-learn's own functions,
-because a run scores thousands of heads, and those validate their input anew for each metric.
+K heads, N rows, C classes (or label columns, or regression targets), B weightings. A metric that is
+a mean over rows is one product of a (K, N) table of row values with an (N, B) table of weights.
+Others are computed from a few such products, or, for areas under curves, from sums along rows that
+are sorted once. Not scikit-learn's own functions, because a run scores thousands of heads, and
+those validate their input anew for each metric.
 """
 
 from dataclasses import dataclass
@@ -14,8 +17,13 @@ from headrace.heads.data.task import TaskKind
 from headrace.heads.errors import HeadError
 
 Floats = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
 
 CALIBRATION_BINS = 15  # equal widths over [0, 1], as in Guo et al. 2017
+# These sort rows, and cost K × N × B × C operations that are no matrix product.
+SORTED_METRICS = ("auc", "average_precision")
+# Probabilities are clipped here, so that one row at 0 does not make a mean infinite.
+_SMALLEST = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,7 @@ def metric_names(task_kind: TaskKind) -> tuple[str, ...]:
     return tuple(name for name, metric in METRICS.items() if task_kind in metric.tasks)
 
 
-def score(
-    task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str
-) -> float:
+def score(task_kind: TaskKind, target: Array, probabilities: Array, metric: str) -> float:
     """Return one metric of one head; nan if it is undefined (AUC with one class).
 
     target: single (N,) class index; multi (N, L) 0/1; regression (N, L) or (N,).
@@ -63,29 +69,17 @@ def score(
 
     Raises HeadError, naming the metrics of this kind of task.
     """
-    if metric not in METRICS or task_kind not in METRICS[metric].tasks:
-        raise HeadError(
-            f"metric {metric!r} is not one of a {task_kind} task: choose from "
-            f"{', '.join(metric_names(task_kind))}"
-        )
-    predicted = np.asarray(probabilities, np.float64)
-    if task_kind == "single":
-        return _single(metric, np.asarray(target).astype(np.int64), predicted)
-    true_values = np.asarray(target, np.float64)
-    true_values = true_values.reshape(len(true_values), -1)
-    predicted = predicted.reshape(len(predicted), -1)
-    return (
-        _multi(metric, true_values, predicted)
-        if task_kind == "multi"
-        else _regression(metric, true_values, predicted)
-    )
+    _check_metric(task_kind, metric)
+    if not len(probabilities):
+        return float("nan")
+    predicted = np.asarray(probabilities, np.float64)[None]
+    return float(_scores(task_kind, metric, target, predicted, np.ones((len(target), 1)))[0, 0])
 
 
-def all_metrics(
-    task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any]
-) -> dict[str, float]:
+def all_metrics(task_kind: TaskKind, target: Array, probabilities: Array) -> dict[str, float]:
     """Return {name: value} of all metrics of the task."""
-    return {name: score(task_kind, target, probabilities, name) for name in metric_names(task_kind)}
+    predicted = np.asarray(probabilities, np.float64)
+    return {name: score(task_kind, target, predicted, name) for name in metric_names(task_kind)}
 
 
 def sign(metric: str) -> int:
@@ -94,165 +88,247 @@ def sign(metric: str) -> int:
 
 
 def row_hits(
-    task_kind: TaskKind,
-    target: npt.NDArray[Any],
-    probabilities: npt.NDArray[Any],
-    metric: str = "accuracy",
+    task_kind: TaskKind, target: Array, probabilities: Array, metric: str = "accuracy"
 ) -> Floats:
     """Return hits, 0 or 1, whose mean is the metric: accuracy (N,), hamming_accuracy (N, L)."""
     predicted = np.asarray(probabilities, np.float64)
-    if task_kind == "single":
-        return np.asarray(predicted.argmax(1) == target, np.float64)
-    true_values = np.asarray(target, np.float64).reshape(len(predicted), -1)
-    is_right = (predicted.reshape(len(predicted), -1) >= 0.5) == (true_values >= 0.5)
-    return np.asarray(is_right if metric == "hamming_accuracy" else is_right.all(1), np.float64)
+    return np.asarray(_hits(task_kind, metric, target, predicted[None])[0], np.float64)
 
 
-def row_losses(
-    task_kind: TaskKind, target: npt.NDArray[Any], probabilities: npt.NDArray[Any], metric: str
-) -> Floats:
+def row_losses(task_kind: TaskKind, target: Array, probabilities: Array, metric: str) -> Floats:
     """Return the losses (N,) whose mean is the metric: log_loss (nats) or mae."""
     predicted = np.asarray(probabilities, np.float64)
-    smallest_probability = np.finfo(np.float32).eps
-    if task_kind == "single":
-        true_class_probability = predicted[
-            np.arange(len(predicted)), np.asarray(target).astype(np.int64)
-        ] / predicted.sum(1)
-        return np.asarray(-np.log(np.clip(true_class_probability, smallest_probability, 1)))
-    true_values = np.asarray(target, np.float64).reshape(len(predicted), -1)
-    predicted = predicted.reshape(len(predicted), -1)
-    if metric == "mae":
-        return np.asarray(np.abs(predicted - true_values).mean(1))
-    return np.asarray(
-        -np.log(
-            np.clip(np.where(true_values >= 0.5, predicted, 1 - predicted), smallest_probability, 1)
-        ).mean(1)
-    )
+    return np.asarray(_losses(task_kind, metric, target, predicted[None])[0])
 
 
-def _single(metric: str, true_class: npt.NDArray[np.int64], predicted: Floats) -> float:
-    n_rows, n_classes = predicted.shape
-    if n_rows == 0:
-        return float("nan")
-    predicted_class = predicted.argmax(1)
-    if metric == "accuracy":
-        return float((predicted_class == true_class).mean())
-    if metric == "log_loss":
-        return float(row_losses("single", true_class, predicted, metric).mean())
-    if metric == "auc":
-        one_hot = true_class[:, None] == np.arange(n_classes)
-        # Of two classes the areas of both are equal, so one is computed.
-        return (
-            _area(one_hot[:, 1:], predicted[:, 1:]) if n_classes == 2 else _area(one_hot, predicted)
-        )
-    if metric == "calibration_error":
-        confidence = predicted[np.arange(n_rows), predicted_class]
-        return _calibration(confidence, predicted_class == true_class)
-    class_counts = np.bincount(true_class, minlength=n_classes)
-    class_hits = np.bincount(true_class[predicted_class == true_class], minlength=n_classes)
-    if metric == "balanced_accuracy":
-        return float((class_hits[class_counts > 0] / class_counts[class_counts > 0]).mean())
-    # macro_f1, over classes that occur in target or prediction.
-    f1_denominator = class_counts + np.bincount(predicted_class, minlength=n_classes)
-    return float((2 * class_hits[f1_denominator > 0] / f1_denominator[f1_denominator > 0]).mean())
+def weighted_scores(
+    task_kind: TaskKind,
+    target: Array,
+    predicted: Array,
+    fold_of_row: Array,
+    metric: str,
+    weights: Array,
+) -> Floats:
+    """Return the mean over folds of a metric within each fold, (K, B), with weighted rows.
 
+    target: as in `Task`, N rows; predicted: (K, N, C); fold_of_row: (N,) integers >= 0;
+    weights: (N, B) >= 0. With weights of one it is the score of the leaderboard.
 
-def _multi(metric: str, target: Floats, predicted: Floats) -> float:
-    if len(predicted) == 0:
-        return float("nan")
-    true_labels, predicted_labels = target >= 0.5, predicted >= 0.5
-    if metric == "accuracy":
-        return float((true_labels == predicted_labels).all(1).mean())
-    if metric == "hamming_accuracy":
-        return float((true_labels == predicted_labels).mean())
-    if metric == "log_loss":
-        true_label_probability = np.where(true_labels, predicted, 1 - predicted)
-        return float(-np.log(np.clip(true_label_probability, np.finfo(np.float32).eps, 1)).mean())
-    if metric == "auc":
-        return _area(true_labels, predicted)
-    if metric == "average_precision":
-        return _average_precision(true_labels, predicted)
-    if metric == "calibration_error":
-        return _calibration(predicted.ravel(), true_labels.ravel())
-    true_positives = (true_labels & predicted_labels).sum(0)
-    if metric == "macro_f1":
-        f1_denominator = true_labels.sum(0) + predicted_labels.sum(0)
-        return float(
-            np.where(
-                f1_denominator > 0, 2 * true_positives / np.maximum(f1_denominator, 1), 0.0
-            ).mean()
-        )
-    positives, negatives = true_labels.sum(0), (~true_labels).sum(0)
-    true_negatives = (~true_labels & ~predicted_labels).sum(0)
-    class_recalls = np.stack(
-        [true_positives / np.maximum(positives, 1), true_negatives / np.maximum(negatives, 1)]
-    )
-    is_present = np.stack([positives > 0, negatives > 0])
-    return float(((class_recalls * is_present).sum(0) / is_present.sum(0)).mean())
-
-
-def _regression(metric: str, target: Floats, predicted: Floats) -> float:
-    if len(predicted) == 0:
-        return float("nan")
-    error = predicted - target
-    if metric == "rmse":
-        return float(np.sqrt((error**2).mean(0)).mean())
-    if metric == "mae":
-        return float(np.abs(error).mean())
-    residual_squares, total_squares = (error**2).sum(0), ((target - target.mean(0)) ** 2).sum(0)
-    # scikit-learn's convention for a constant target: 1 if predicted exactly, else 0.
-    per_target = np.where(
-        total_squares > 0,
-        1 - residual_squares / np.where(total_squares > 0, total_squares, 1),
-        np.where(residual_squares > 0, 0.0, 1.0),
-    )
-    return float(per_target.mean())
-
-
-def _area(true_labels: npt.NDArray[np.bool_], predicted: Floats) -> float:
-    """Return the mean over columns of the area under the ROC curve, by ranks (Mann-Whitney).
-
-    Ties count half. nan if no column has both positives and negatives.
+    Folds in which the metric is undefined are left out of the mean; nan if it is undefined in all.
+    Raises HeadError.
     """
-    positives = true_labels.sum(0)
-    has_both_sides = (positives > 0) & (positives < len(true_labels))
-    if not has_both_sides.any() or not np.isfinite(predicted).all():
-        return float("nan")
-    true_labels = true_labels[:, has_both_sides]
-    predicted = predicted[:, has_both_sides]
-    positives = positives[has_both_sides]
-    column_ranks = np.stack([_ranks(column) for column in predicted.T], axis=1)
-    n_wins = (column_ranks * true_labels).sum(0) - positives * (positives + 1) / 2
-    return float((n_wins / (positives * (len(true_labels) - positives))).mean())
+    _check_metric(task_kind, metric)
+    target = np.asarray(target)
+    fold_scores = []
+    for fold_number in np.unique(fold_of_row):
+        rows = np.flatnonzero(fold_of_row == fold_number)
+        fold_weights = weights[rows].astype(np.float64)
+        scores = _scores(task_kind, metric, target[rows], predicted[:, rows], fold_weights)
+        fold_scores.append(np.where(fold_weights.sum(0) > 0, scores, np.nan))
+    return _mean_over(fold_scores)
 
 
-def _ranks(values: Floats) -> npt.NDArray[np.float64]:
-    """Return ranks from 1; equal values have their mean rank."""
-    # Not scipy.stats.rankdata, which takes a second to import.
-    _, value_index, value_counts = np.unique(values, return_inverse=True, return_counts=True)
-    mean_ranks: npt.NDArray[np.float64] = (np.cumsum(value_counts) - (value_counts - 1) / 2)[
-        value_index
-    ]
-    return mean_ranks
+def _check_metric(task_kind: TaskKind, metric: str) -> None:
+    if metric not in METRICS or task_kind not in METRICS[metric].tasks:
+        raise HeadError(
+            f"metric {metric!r} is not one of a {task_kind} task: choose from "
+            f"{', '.join(metric_names(task_kind))}"
+        )
 
 
-def _average_precision(true_labels: npt.NDArray[np.bool_], predicted: Floats) -> float:
-    has_positives = true_labels.any(0)
-    if not has_positives.any():
-        return float("nan")
-    column_areas = []
-    for column in np.flatnonzero(has_positives):
-        order = np.argsort(-predicted[:, column], kind="stable")
-        sorted_values, is_hit = predicted[order, column], true_labels[order, column]
-        # One threshold per distinct value.
-        is_threshold = np.append(sorted_values[1:] != sorted_values[:-1], True)
-        n_found = np.cumsum(is_hit)[is_threshold]
-        precision = n_found / (np.flatnonzero(is_threshold) + 1)
-        column_areas.append(np.sum(np.diff(n_found, prepend=0) * precision) / n_found[-1])
-    return float(np.mean(column_areas))
+def _scores(
+    task_kind: TaskKind, metric: str, target: Array, predicted: Array, weights: Floats
+) -> Floats:
+    """Return a metric of predictions (K, n, C) under weights (n, B), (K, B)."""
+    if metric in ("accuracy", "hamming_accuracy"):
+        hits = _hits(task_kind, metric, target, predicted)
+        return _mean(hits if hits.ndim == 2 else hits.mean(2), weights)
+    if metric in ("log_loss", "mae"):
+        return _mean(_losses(task_kind, metric, target, predicted), weights)
+    if task_kind == "single":
+        return _single(metric, np.asarray(target).astype(np.int64), predicted, weights)
+    predicted = predicted.reshape(*predicted.shape[:2], -1)
+    if task_kind == "multi":
+        return _multi(metric, _columns(target) >= 0.5, predicted, weights)
+    return _regression(metric, _columns(target), predicted, weights)
 
 
-def _calibration(confidence: Floats, is_correct: npt.NDArray[np.bool_]) -> float:
+def _columns(target: Array) -> Floats:
+    """Return labels or values (n,) or (n, C) as (n, C)."""
+    return np.asarray(target, np.float64).reshape(len(target), -1)
+
+
+def _hits(task_kind: TaskKind, metric: str, target: Array, predicted: Array) -> Array:
+    """Return where predictions (K, n, C) are right, (K, n), or (K, n, C) for hamming_accuracy."""
+    if task_kind == "single":
+        return np.asarray(predicted.argmax(2) == target)
+    predicted = predicted.reshape(*predicted.shape[:2], -1)
+    is_right = (predicted >= 0.5) == (_columns(target) >= 0.5)
+    return np.asarray(is_right if metric == "hamming_accuracy" else is_right.all(2))
+
+
+def _losses(task_kind: TaskKind, metric: str, target: Array, predicted: Array) -> Array:
+    """Return the log losses or absolute errors (K, n) of predictions (K, n, C), in their dtype."""
+    if task_kind == "single":
+        true_class = np.asarray(target).astype(np.int64)[None, :, None]
+        of_true_class = np.take_along_axis(predicted, true_class, 2)[..., 0]
+        return np.asarray(-np.log(np.clip(of_true_class / predicted.sum(2), _SMALLEST, 1)))
+    predicted = predicted.reshape(*predicted.shape[:2], -1)
+    if metric == "mae":
+        return np.asarray(np.abs(predicted - _columns(target)).mean(2))
+    of_true_label = np.where(_columns(target) >= 0.5, predicted, 1 - predicted)
+    return np.asarray(-np.log(np.clip(of_true_label, _SMALLEST, 1)).mean(2))
+
+
+def _mean(row_values: Array, weights: Floats) -> Floats:
+    """Return the weighted means (K, B) of row values (K, n) under weights (n, B)."""
+    # Divided after the sum: with integer weights and hits of 0 and 1 the sums are exact, so equal
+    # heads have exactly equal scores.
+    return _ratio(row_values.astype(np.float64, copy=False) @ weights, weights.sum(0))
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """Return the ratio, nan where the denominator is 0."""
+    return np.asarray(numerator / np.where(denominator > 0, denominator, np.nan))
+
+
+def _mean_over(column_scores: list[Floats]) -> Floats:
+    """Return the mean (K, B) of the scores that are defined; nan if none is."""
+    stacked_scores = np.stack(column_scores)
+    is_finite = np.isfinite(stacked_scores)
+    n_finite = is_finite.sum(0)
+    return np.where(
+        n_finite > 0,
+        np.where(is_finite, stacked_scores, 0).sum(0) / np.maximum(n_finite, 1),
+        np.nan,
+    )
+
+
+def _single(
+    metric: str, true_class: npt.NDArray[np.int64], predicted: Array, weights: Floats
+) -> Floats:
+    n_classes = predicted.shape[2]
+    if metric == "auc":
+        # Of two classes both columns have the same area.
+        scored_columns = [1] if n_classes == 2 else range(n_classes)
+        return _mean_over(
+            [_areas(true_class == c, predicted[:, :, c], weights) for c in scored_columns]
+        )
+    predicted_class = predicted.argmax(2)
+    is_hit = predicted_class == true_class
+    if metric == "calibration_error":
+        confidence = np.take_along_axis(predicted, predicted_class[..., None], 2)[..., 0]
+        return _calibration(confidence, is_hit, weights)
+    class_scores = []
+    for c in range(n_classes):
+        in_class = true_class == c
+        hit_weight = is_hit[:, in_class].astype(np.float64) @ weights[in_class]
+        class_weight = weights[in_class].sum(0)
+        if metric == "balanced_accuracy":
+            class_scores.append(_ratio(hit_weight, class_weight))
+        else:
+            predicted_weight = (predicted_class == c).astype(np.float64) @ weights
+            class_scores.append(_ratio(2 * hit_weight, class_weight + predicted_weight))
+    return _mean_over(class_scores)
+
+
+def _multi(
+    metric: str, true_labels: npt.NDArray[np.bool_], predicted: Array, weights: Floats
+) -> Floats:
+    labels = range(true_labels.shape[1])
+    if metric == "auc":
+        return _mean_over([_areas(true_labels[:, c], predicted[:, :, c], weights) for c in labels])
+    if metric == "average_precision":
+        return _mean_over(
+            [_precisions(true_labels[:, c], predicted[:, :, c], weights) for c in labels]
+        )
+    if metric == "calibration_error":
+        flat_predictions = predicted.reshape(len(predicted), -1)
+        flat_labels = np.broadcast_to(true_labels.ravel(), flat_predictions.shape)
+        return _calibration(flat_predictions, flat_labels, np.repeat(weights, len(labels), axis=0))
+    return _mean_over(
+        [_label(metric, true_labels[:, c], predicted[:, :, c] >= 0.5, weights) for c in labels]
+    )
+
+
+def _label(
+    metric: str,
+    true_label: npt.NDArray[np.bool_],
+    predicted_label: npt.NDArray[np.bool_],
+    weights: Floats,
+) -> Floats:
+    """Return the balanced accuracy or F1 of one label, (K, B)."""
+    positive_hits = predicted_label[:, true_label].astype(np.float64) @ weights[true_label]
+    positive_weight = weights[true_label].sum(0)
+    if metric == "macro_f1":
+        # A label that neither occurs nor is predicted counts as 0, as in scikit-learn.
+        predicted_weight = predicted_label.astype(np.float64) @ weights
+        return np.nan_to_num(_ratio(2 * positive_hits, positive_weight + predicted_weight))
+    negative_hits = (~predicted_label[:, ~true_label]).astype(np.float64) @ weights[~true_label]
+    negative_recall = _ratio(negative_hits, weights[~true_label].sum(0))
+    return _mean_over([_ratio(positive_hits, positive_weight), negative_recall])
+
+
+def _regression(metric: str, target: Floats, predicted: Array, weights: Floats) -> Floats:
+    error = predicted - target
+    column_scores = []
+    for c in range(target.shape[1]):
+        residual_mean = _mean(error[:, :, c] ** 2, weights)
+        if metric == "rmse":
+            column_scores.append(np.sqrt(residual_mean))
+            continue
+        centered = target[None, :, c] - target[:, c].mean()
+        variance = _mean(centered**2, weights) - _mean(centered, weights) ** 2
+        # A resample of equal values has a variance of rounding errors only.
+        varies = variance > 1e-12 * centered.var()
+        # scikit-learn's convention for a constant target: 1 if predicted exactly, else 0.
+        of_constant = np.where(residual_mean > 0, 0.0, 1.0)
+        column_scores.append(
+            np.where(varies, 1 - residual_mean / np.where(varies, variance, 1), of_constant)
+        )
+    return _mean_over(column_scores)
+
+
+def _areas(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
+    """Return the weighted areas under the ROC curve of one class, (K, B); ties count half."""
+    areas = np.full((len(predicted), weights.shape[1]), np.nan)
+    n_pairs = weights[true_label].sum(0) * weights[~true_label].sum(0)
+    for k, values in enumerate(predicted):
+        if np.isfinite(values).all():
+            hits, misses = _by_value(values, true_label, weights, rising=True)
+            areas[k] = _ratio((hits * (np.cumsum(misses, axis=0) - 0.5 * misses)).sum(0), n_pairs)
+    return areas
+
+
+def _precisions(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
+    """Return the weighted average precisions of one label, (K, B)."""
+    precisions = np.empty((len(predicted), weights.shape[1]))
+    positive_weight = weights[true_label].sum(0)
+    for k, values in enumerate(predicted):
+        hits, misses = _by_value(values, true_label, weights, rising=False)
+        hits_so_far = np.cumsum(hits, axis=0)
+        rows_so_far = np.maximum(hits_so_far + np.cumsum(misses, axis=0), _SMALLEST)
+        precisions[k] = _ratio((hits * hits_so_far / rows_so_far).sum(0), positive_weight)
+    return precisions
+
+
+def _by_value(
+    values: Array, true_label: npt.NDArray[np.bool_], weights: Floats, *, rising: bool
+) -> tuple[Floats, Floats]:
+    """Return the weights of positives and negatives at each of V distinct values, (V, B) each."""
+    order = np.argsort(values if rising else -values)
+    ordered, ordered_weights = values[order], weights[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    hits = np.add.reduceat(ordered_weights * true_label[order, None], starts, axis=0)
+    return hits, np.add.reduceat(ordered_weights, starts, axis=0) - hits
+
+
+def _calibration(confidence: Array, is_correct: Array, weights: Floats) -> Floats:
     bin_index = np.clip((confidence * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
-    bin_excess = np.bincount(bin_index, weights=confidence - is_correct, minlength=CALIBRATION_BINS)
-    return float(np.abs(bin_excess).sum() / len(confidence))
+    row_excess = confidence.astype(np.float64) - is_correct
+    return np.asarray(
+        sum(
+            np.abs(_mean(np.where(bin_index == b, row_excess, 0), weights))
+            for b in range(CALIBRATION_BINS)
+        )
+    )

@@ -11,8 +11,7 @@ import pandas as pd
 
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.intervals import LEVEL
-from headrace.heads.evaluate.metrics import all_metrics
-from headrace.heads.evaluate.weighted import SORTED_METRICS, weighted_scores
+from headrace.heads.evaluate.metrics import SORTED_METRICS, all_metrics, weighted_scores
 
 Floats = npt.NDArray[np.float64]
 

@@ -27,9 +27,14 @@ import pandas as pd
 
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.intervals import metric_interval
-from headrace.heads.evaluate.metrics import METRICS, row_hits, score
+from headrace.heads.evaluate.metrics import (
+    METRICS,
+    SORTED_METRICS,
+    row_hits,
+    score,
+    weighted_scores,
+)
 from headrace.heads.evaluate.temperature import FLOOR, fit_temperature, with_temperature
-from headrace.heads.evaluate.weighted import SORTED_METRICS, weighted_scores
 from headrace.heads.predict import floor_of
 from headrace.pipelines.selection.calibration import Calibration, calibrate, calibrated
 from headrace.pipelines.selection.predictions import (

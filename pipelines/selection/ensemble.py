@@ -28,9 +28,8 @@ from headrace.heads.evaluate.ensemble import (
     greedy_weights,
     loss_elements,
 )
-from headrace.heads.evaluate.metrics import METRICS, all_metrics
+from headrace.heads.evaluate.metrics import METRICS, all_metrics, weighted_scores
 from headrace.heads.evaluate.temperature import fit_temperature, fit_temperatures, with_temperature
-from headrace.heads.evaluate.weighted import weighted_scores
 from headrace.heads.predict import floor_of
 from headrace.heads.results import read_bank
 from headrace.pipelines.recipe.sections import EnsembleSection

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from headrace.heads.errors import HeadError
-from headrace.heads.evaluate.metrics import METRICS, score
-from headrace.heads.evaluate.weighted import weighted_scores
+from headrace.heads.evaluate.metrics import METRICS, score, weighted_scores
 
 ROWS, HEADS, CLASSES = 61, 4, 3
 CASES = [(kind, name) for name, metric in METRICS.items() for kind in metric.tasks]
