@@ -17,8 +17,6 @@ from headrace.heads.spec import FitResult, Halving
 # Name of an array of heads that predict units: the weight of each held-out row in its unit, (n,).
 INSTANCE_WEIGHT = "instance_weight"
 
-ALL_TASKS: tuple[TaskKind, ...] = ("single", "multi", "regression")
-
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -77,14 +75,6 @@ class PredictUnits(Protocol):
     ) -> tuple[Floats, Floats]: ...
 
 
-def _never(spec: Any) -> bool:
-    return False
-
-
-def _no_code(spec: Any) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class HeadKind:
     """One kind of head.
@@ -107,7 +97,7 @@ class HeadKind:
     path_axis: str | None = None
     # A recipe's default for `inputs`: every tap alone ("each"), all taps side by side ("all").
     inputs: tuple[str, ...] = ("each",)
-    tasks: tuple[TaskKind, ...] = ALL_TASKS
+    tasks: tuple[TaskKind, ...] = ("single", "multi", "regression")
     # The head as layers through which gradients pass; None for other heads.
     layers: Callable[[Any, Arrays], Layers] | None = None
     copies_of_features: int = 1  # memory that a bank takes, as a multiple of its features
@@ -121,9 +111,9 @@ class HeadKind:
     predict_units: PredictUnits | None = None
     can_halve: bool = False  # a recipe may ask for successive halving of its specs
     # Whether the probabilities of this spec's heads are shares of votes, of which 0 says little.
-    counts_votes: Callable[[Any], bool] = _never
+    counts_votes: Callable[[Any], bool] = lambda spec: False
     # The "module:class" that a head of this spec imports and calls; None for headrace's own code.
-    external_code: Callable[[Any], str | None] = _no_code
+    external_code: Callable[[Any], str | None] = lambda spec: None
 
     @property
     def takes_units(self) -> bool:

@@ -3,6 +3,7 @@
 n rows, D features, C outputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,17 @@ def predict_dense(
     """Return the predictions (n, C) of the dense layers for rows X (n, D)."""
     blocks = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
     return np.concatenate([_predict_block(layers, rows, task_kind, temperature) for rows in blocks])
+
+
+def predict_by_layers(layers_of: Callable[[Any, Arrays], Layers]) -> Callable[..., Floats]:
+    """Return the `predict` of a kind of head that consists of dense layers."""
+
+    def predict(
+        spec: Any, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
+    ) -> Floats:
+        return predict_dense(layers_of(spec, arrays), X, task_kind, temperature)
+
+    return predict
 
 
 def _predict_block(

@@ -57,11 +57,6 @@ def within_floor(decision: npt.NDArray[Any], task: TaskKind) -> npt.NDArray[Any]
     return np.asarray(np.maximum(decision - decision.max(1, keepdims=True), -FARTHEST))
 
 
-def ridge_link(decision: npt.NDArray[Any], task: TaskKind, temperature: float = 1.0) -> Floats:
-    """Return the `link` of twice the decision: ridge fits -1/+1; a perfect fit should be sure."""
-    return link(decision, task, scale=2.0, temperature=temperature)
-
-
 def tempered(
     probabilities: npt.NDArray[Any], task: TaskKind, temperature: float, floor: float = FLOOR
 ) -> Floats:

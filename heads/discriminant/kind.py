@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.layers import Arrays, Floats, Layers, linear_layers, predict_dense
+from headrace.heads.layers import Arrays, Layers, linear_layers, predict_by_layers
 from headrace.heads.spec import FitResult, check_choices
 
 
@@ -43,13 +42,6 @@ def lda_layers(spec: LDASpec, arrays: Arrays) -> Layers:
     return linear_layers(arrays)
 
 
-def predict_lda(
-    spec: LDASpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
-) -> Floats:
-    """Return (n, C) probabilities of rows X (n, D)."""
-    return predict_dense(lda_layers(spec, arrays), X, task_kind, temperature)
-
-
 def lda_cost(
     spec: LDASpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
@@ -66,7 +58,7 @@ LDA = HeadKind(
     summary="Linear discriminant analysis",
     spec=LDASpec,
     fit=fit_lda,
-    predict=predict_lda,
+    predict=predict_by_layers(lda_layers),
     cost=lda_cost,
     axes=("shrinkage",),
     grid={"shrinkage": (0.01, 0.03, 0.1, 0.3, 0.6, 0.9)},

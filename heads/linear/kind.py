@@ -6,11 +6,14 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
 
-from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.layers import Arrays, Floats, Layers, linear_layers, predict_dense
+from headrace.heads.layers import Arrays, Layers, linear_layers, predict_by_layers
 from headrace.heads.spec import ClassWeight, FitResult, check_choices
+
+# Factor from the decisions of ridge, which fits -1/+1, to log-odds. With 2 a perfect fit of two
+# classes has the probability sigmoid(4): it should be sure.
+RIDGE_LOG_ODDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,23 +77,7 @@ def logistic_layers(spec: LogisticSpec, arrays: Arrays) -> Layers:
 
 def ridge_layers(spec: RidgeSpec, arrays: Arrays) -> Layers:
     """Return the layer of a ridge head."""
-    # Ridge fits -1/+1, not log-odds. With twice the decision as log-odds, as in `ridge_link`, a
-    # perfect fit of two classes has the probability sigmoid(4).
-    return linear_layers(arrays, decision_scale=2.0)
-
-
-def predict_logistic(
-    spec: LogisticSpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
-) -> Floats:
-    """Return (n, C) probabilities of rows X (n, D)."""
-    return predict_dense(logistic_layers(spec, arrays), X, task_kind, temperature)
-
-
-def predict_ridge(
-    spec: RidgeSpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
-) -> Floats:
-    """Return (n, C) probabilities, or values of a regression, of rows X (n, D)."""
-    return predict_dense(ridge_layers(spec, arrays), X, task_kind, temperature)
+    return linear_layers(arrays, RIDGE_LOG_ODDS)
 
 
 def logistic_cost(
@@ -114,7 +101,7 @@ LOGISTIC = HeadKind(
     summary="Logistic regression",
     spec=LogisticSpec,
     fit=fit_logistic,
-    predict=predict_logistic,
+    predict=predict_by_layers(logistic_layers),
     cost=logistic_cost,
     axes=("C", "class_weight", "banded"),
     grid={"C": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e3)},
@@ -135,7 +122,7 @@ RIDGE = HeadKind(
     summary="Ridge classification or regression",
     spec=RidgeSpec,
     fit=fit_ridge,
-    predict=predict_ridge,
+    predict=predict_by_layers(ridge_layers),
     cost=ridge_cost,
     axes=("alpha", "class_weight", "banded"),
     grid={"alpha": (0.1, 1.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5)},

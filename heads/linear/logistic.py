@@ -24,12 +24,7 @@ import numpy.typing as npt
 from headrace.heads.data.checks import check_specs
 from headrace.heads.data.fold_units import fold_moments
 from headrace.heads.data.inputs import check_rows
-from headrace.heads.data.standardize import (
-    Features,
-    Moments,
-    chunks,
-    sweep,
-)
+from headrace.heads.data.standardize import Features, Moments, chunks, sweep
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData

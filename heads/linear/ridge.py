@@ -27,19 +27,14 @@ import scipy.linalg
 from headrace.heads.data.checks import check_specs
 from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
 from headrace.heads.data.inputs import check_rows
-from headrace.heads.data.standardize import (
-    Features,
-    Moments,
-    chunks,
-    scaled,
-)
+from headrace.heads.data.standardize import Features, Moments, chunks, scaled
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.layers import ROWS_AT_ONCE
 from headrace.heads.linear.bands import with_bands
 from headrace.heads.linear.gram import Products, group_products, sum_products
-from headrace.heads.linear.kind import RidgeSpec
-from headrace.heads.link import ridge_link
+from headrace.heads.linear.kind import RIDGE_LOG_ODDS, RidgeSpec
+from headrace.heads.link import link
 from headrace.heads.spec import FitResult
 
 Array = npt.NDArray[Any]
@@ -62,7 +57,7 @@ def fit_ridge_bank(
     independent problems.
 
     The arrays of a head are weight (T, D) and bias (T,), float32, for raw features; `validation`
-    has probabilities by `ridge_link`, or the values of a regression. Heads are ordered by spec,
+    has probabilities, or the values of a regression. Heads are ordered by spec,
     then by fold, REFIT last.
 
     Raises HeadError (a ValueError) for NaN or infinite features, ValueError for shapes that do not
@@ -144,7 +139,7 @@ def _fit_results(
     validations: list[Array | None] = [None] * len(specs)
     if held_out != REFIT:
         scores = _scores(data.X, data.held_out_rows(held_out), raw_weight, raw_bias, common)
-        validations = [_validation(head_scores, data.task_kind) for head_scores in scores]
+        validations = [link(of_head, data.task_kind, RIDGE_LOG_ODDS) for of_head in scores]
     return [
         FitResult(
             spec,
@@ -337,13 +332,6 @@ def _relative_gap(solution: _RidgeSolution, position: int) -> float:
     if objective > gap_bound:
         return gap_bound / (objective - gap_bound)
     return 0.0 if gap_bound == 0 else float("inf")
-
-
-def _validation(scores: Array, task_kind: TaskKind) -> Array:
-    """Return the probabilities of scores (n, T), float32, or the values of a regression."""
-    if task_kind == "regression":
-        return scores
-    return np.asarray(ridge_link(scores, task_kind), np.float32)
 
 
 def _code_targets(target: Array, n_outputs: int, task_kind: TaskKind) -> Array:

@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
-from headrace.heads.data.streamed import Streamed, StreamedStack, StreamedView
+from headrace.heads.data.standardize import chunks
+from headrace.heads.data.streamed import Streamed, StreamedStack
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.layers import Arrays
-from headrace.heads.networks.kind import ConvSpec, NetworkSpec, predict_conv, predict_mlp
+from headrace.heads.networks.kind import CONV, MLP, ConvSpec, NetworkSpec
 from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import FoldData, prepare
 from headrace.heads.networks.mlp_training import Batch, Run, Trace
@@ -128,26 +129,19 @@ class Bank(Generic[Spec]):
 
         Also returns arrays of the head that a kind learns from them: none here.
         """
-        per_view = [self._predicted(spec, arrays, view, held_out) for view in self.stacked]
+        kind = CONV if isinstance(spec, ConvSpec) else MLP
+        per_view = [
+            np.concatenate(
+                [
+                    kind.predict(spec, arrays, view[rows], self.rows.task_kind, 1.0)
+                    for rows in chunks(held_out, ROWS_AT_ONCE)
+                ]
+            )
+            for view in self.stacked
+        ]
+        # Of a single view the mean would be a copy.
         mean = np.stack(per_view).mean(0, dtype=np.float32) if len(per_view) > 1 else per_view[0]
         return mean, {}
-
-    def _predicted(
-        self, spec: Spec, arrays: Arrays, view: Floats | StreamedView, rows: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        block_starts = range(0, max(1, len(rows)), ROWS_AT_ONCE)
-        blocks = (view[rows[start : start + ROWS_AT_ONCE]] for start in block_starts)
-        return np.concatenate(
-            [_predict_block(spec, arrays, block, self.rows.task_kind) for block in blocks]
-        )
-
-
-def _predict_block(
-    spec: Any, arrays: Arrays, features: Floats, task_kind: TaskKind
-) -> npt.NDArray[np.float32]:
-    if isinstance(spec, ConvSpec):
-        return predict_conv(spec, arrays, features, task_kind, 1.0)
-    return predict_mlp(spec, arrays, features.reshape(len(features), -1), task_kind, 1.0)
 
 
 def stack(X: Floats | Streamed, dimensions: int) -> Stacked:

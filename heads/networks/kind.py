@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Lt, MinLen
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.layers import Arrays, Floats, Layers, dense_layers, predict_dense
+from headrace.heads.layers import Arrays, Floats, Layers, dense_layers, predict_by_layers
 from headrace.heads.spec import ClassWeight, FitResult, HeadSpec, check_choices
 
 # Of MLP and convolution heads: AdamW's own default. Measured on held-out rows of digits, wine,
@@ -159,13 +159,6 @@ def conv_layers(spec: ConvSpec, arrays: Arrays) -> Layers:
     )
 
 
-def predict_mlp(
-    spec: MLPSpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
-) -> Floats:
-    """Return (n, C) predictions of rows X (n, D)."""
-    return predict_dense(mlp_layers(spec, arrays), X, task_kind, temperature)
-
-
 def predict_conv(
     spec: ConvSpec, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
 ) -> Floats:
@@ -191,7 +184,7 @@ MLP = HeadKind(
     summary="Multi-layer perceptrons",
     spec=MLPSpec,
     fit=fit_mlp,
-    predict=predict_mlp,
+    predict=predict_by_layers(mlp_layers),
     cost=network_cost,
     axes=NETWORK_AXES,
     fixed=("batch_size", "epochs", "patience"),

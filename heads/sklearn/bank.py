@@ -205,13 +205,6 @@ def fit_sklearn_bank(
     return fits
 
 
-def predict_sklearn(
-    spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, task: TaskKind
-) -> npt.NDArray[np.float32]:
-    """Return predictions (n, C) of X, after fitting the estimator again on the stored rows."""
-    return fitted_sklearn(spec, arrays, task)(X)
-
-
 def fitted_sklearn(
     spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], task: TaskKind
 ) -> Callable[[Floats], npt.NDArray[np.float32]]:

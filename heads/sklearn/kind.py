@@ -56,9 +56,9 @@ def predict_estimator(
     spec: Any, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
 ) -> Floats:
     """Return (n, C) predictions of rows X (n, D)."""
-    from headrace.heads.sklearn.bank import predict_sklearn
+    from headrace.heads.sklearn.bank import fitted_sklearn
 
-    predicted = predict_sklearn(spec, arrays, X, task_kind)
+    predicted = fitted_sklearn(spec, arrays, task_kind)(X)
     floor = vote_floor(task_kind, predicted.shape[1]) if counts_votes(spec) else FLOOR
     return tempered(predicted, task_kind, temperature, floor)
 
