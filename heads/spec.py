@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -76,6 +77,22 @@ class Halving:
 def spec_to_json(spec: HeadSpec) -> str:
     """Return canonical JSON: sorted keys, no white space. Equal specs give equal text."""
     return json.dumps(dataclasses.asdict(spec), sort_keys=True, separators=(",", ":"))
+
+
+def specs_by(specs: Sequence[HeadSpec], *fields: str) -> dict[tuple[Any, ...], list[int]]:
+    """Return the positions of specs, by their values of these fields."""
+    positions: dict[tuple[Any, ...], list[int]] = {}
+    for i, spec in enumerate(specs):
+        positions.setdefault(tuple(getattr(spec, field) for field in fields), []).append(i)
+    return positions
+
+
+def relative_gap(objective: float, gap_bound: float) -> float:
+    """Return a bound on (objective - optimum) / optimum from one on objective - optimum."""
+    # Relative to a lower bound of the optimum, so that the bound stays one.
+    if objective > gap_bound:
+        return gap_bound / (objective - gap_bound)
+    return 0.0 if gap_bound == 0 else math.inf
 
 
 @dataclass(frozen=True)

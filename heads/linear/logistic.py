@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.solver.design import (
     ROWS_PER_STREAMED_BLOCK,
     DesignMatrix,
+    FoldRows,
+    RowBlock,
     make_design,
     make_streamed_design,
     scales_are_similar,
@@ -42,7 +44,7 @@ from headrace.heads.linear.solver.dual_form import DualForm, copies_fit, make_du
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 from headrace.heads.linear.solver.path_solver import HeadSolution, solve_paths
 from headrace.heads.linear.solver.regularization_path import RegularizationPath
-from headrace.heads.spec import FitResult
+from headrace.heads.spec import FitResult, relative_gap, specs_by
 
 Array = npt.NDArray[Any]
 # Minus this is the decision of a class without training rows: its probability is exactly zero, and
@@ -144,12 +146,7 @@ def fit_logistic_bank(
     )
     folds = data.folds_to_fit(refit=refit)
     scaling = fold_moments(data)
-    for standardize, banded in sorted({(spec.standardize, spec.banded) for spec in specs}):
-        spec_indices = [
-            i
-            for i, spec in enumerate(specs)
-            if (spec.standardize, spec.banded) == (standardize, banded)
-        ]
+    for (standardize, banded), spec_indices in specs_by(specs, "standardize", "banded").items():
         spec_scaling = scaling
         if banded:
             spec_scaling = with_bands(
@@ -210,33 +207,15 @@ def _fit_problem(
             and standardize
             and should_copy_per_fold(scaling, folds, problem.n_outputs - 1, n_heads)
         )
-        dual_form = functools.cache(
-            functools.partial(
-                _make_dual_form, bank, problem, folds, design_scaling, standardize=standardize
-            )
-        )
-        make_designs = [
-            functools.partial(
-                _make_design,
-                bank,
-                problem,
-                folds,
-                design_scaling,
-                dual_form,
-                standardize=standardize,
-                copy_per_fold=copy,
-                dtype=dtype,
-            )
-            # Only a few heads are left for float64, which are not worth copies of the rows.
-            for dtype, copy in ((np.float32, copy_per_fold), (np.float64, False))
-        ]
-        heads = _solve(bank, make_designs, paths, problem.n_outputs)
+        designs = _Designs(bank, problem, folds, design_scaling, standardize, copy_per_fold)
+        heads = _solve(bank, designs, paths, problem.n_outputs)
         seconds = (time.perf_counter() - began) / max(len(heads), 1)
         began = time.perf_counter()
         for (path_index, l2_strength), (weight, bias, solution) in heads.items():
             path = paths[path_index]
-            objective, gap_bound = solution.objective, solution.gap_bound
-            part = _HeadPart(weight, bias, objective, gap_bound, solution.n_iterations, seconds)
+            part = _HeadPart(
+                weight, bias, solution.objective, solution.gap_bound, solution.n_iterations, seconds
+            )
             label = path.label if problem.target.ndim == 2 else 0
             for i in specs_by_strength[path_index][l2_strength]:
                 bank.parts[i, path.fold, label] = part
@@ -262,17 +241,17 @@ def _folds_by_design(
 
 def _solve(
     bank: _Bank,
-    make_designs: Sequence[Callable[[], DesignMatrix]],
+    designs: "_Designs",
     paths: list[RegularizationPath],
     n_outputs: int,
 ) -> dict[tuple[int, float], tuple[Array, Array, HeadSolution]]:
     """Return {(path index, L2 strength): (raw weights, biases, solution)} of every head.
 
-    Heads are solved on the first design (float32). Those whose descent was ended by rounding errors
-    before they reached the gap are continued on the second (float64).
+    Heads are solved in float32. Those whose descent was ended by rounding errors before they
+    reached the gap are continued in float64.
     """
     heads: dict[tuple[int, float], tuple[Array, Array, HeadSolution]] = {}
-    for make_design_of_dtype in make_designs:
+    for dtype in (np.float32, np.float64):
         pending = {
             i: [
                 l2
@@ -285,7 +264,7 @@ def _solve(
         out_of_time = bank.deadline is not None and time.monotonic() > bank.deadline
         if not pending or (heads and out_of_time):
             break
-        design = make_design_of_dtype()
+        design = designs.design(dtype)
         # Converts L2 strengths to those for weights of features in the design's unit.
         to_design_unit = design.feature_unit**-2
         pending_paths: list[RegularizationPath] = []
@@ -372,151 +351,143 @@ def _device_for(device: str, dtype: npt.DTypeLike) -> str:
     return "cpu" if device.startswith("mps") and np.dtype(dtype) == np.float64 else device
 
 
-def _make_dual_form(
-    bank: _Bank,
-    problem: _ClassProblem,
-    folds: tuple[int, ...],
-    scaling: dict[int, Moments],
-    *,
-    standardize: bool,
-) -> DualForm:
-    """Return the dual form of each fold's training rows, sorted by class."""
-    training_rows = [
-        ((fold,), _sort_by_class(problem, np.flatnonzero(problem.has_class & (bank.fold != fold))))
-        for fold in folds
-    ]
-    return make_dual_form(bank.X, training_rows, scaling, standardize=standardize)
+@dataclass(frozen=True)
+class _Designs:
+    """The design matrices of some folds of a problem, in float32 and in float64."""
 
+    bank: _Bank
+    problem: _ClassProblem
+    folds: tuple[int, ...]
+    scaling: dict[int, Moments]
+    standardize: bool
+    copy_per_fold: bool
 
-def _sort_by_class(problem: _ClassProblem, row_index: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-    if problem.n_outputs == 1:
-        return row_index
-    return row_index[np.argsort(problem.target[row_index], kind="stable")]
-
-
-def _make_design(
-    bank: _Bank,
-    problem: _ClassProblem,
-    folds: tuple[int, ...],
-    scaling: dict[int, Moments],
-    dual_form: Callable[[], DualForm],
-    *,
-    standardize: bool,
-    copy_per_fold: bool,
-    dtype: Any,
-) -> DesignMatrix:
-    """Return the design matrix with labels, the rows of each block sorted by class.
-
-    Rows of classes outside the problem are left out.
-
-    dual_form: makes the dual form of the same rows and folds, for fewer rows than features.
-    """
-    X, n_outputs = bank.X, problem.n_outputs
-    needed = problem.has_class
-    if len(folds) == 1:
-        needed &= bank.fold != folds[0]  # a design for one fold needs no held-out rows
-
-    def folds_that_train_on(group: int) -> tuple[int, ...]:
-        return tuple(fold for fold in folds if fold != group)
-
-    if X.shape[1] > int(needed.sum()):
-        design = dual_form().design(dtype)
-    elif isinstance(X, Streamed):
-        # Sorted by class only within blocks, because the blocks are read in the order of the disk.
-        block_rows = [
-            (folds_that_train_on(group), _sort_by_class(problem, row_index))
-            for group, row_index in sweep(X, bank.fold, ROWS_PER_STREAMED_BLOCK, needed)
+    # Kept for the second design: the factorization is most of its time.
+    @functools.cached_property
+    def dual_form(self) -> DualForm:
+        """The dual form of each fold's training rows, for fewer rows than features."""
+        in_problem, row_fold = self.problem.has_class, self.bank.fold
+        training_rows = [
+            ((fold,), self._sort_by_class(np.flatnonzero(in_problem & (row_fold != fold))))
+            for fold in self.folds
         ]
-        design = make_streamed_design(X, block_rows, scaling, standardize=standardize, dtype=dtype)
-    else:
-        groups = [
-            (folds_that_train_on(group), _sort_by_class(problem, row_index))
-            for group in np.unique(bank.fold).tolist()
-            if (row_index := np.flatnonzero(needed & (bank.fold == group))).size
-        ]
-        design = make_design(
-            X,
-            groups,
-            scaling,
-            standardize=standardize,
-            dtype=dtype,
-            copy_per_fold=copy_per_fold,
-            device=_device_for(bank.device, dtype),
+        return make_dual_form(
+            self.bank.X, training_rows, self.scaling, standardize=self.standardize
         )
-    labelled_blocks = []
-    for block in design.row_blocks:
-        rows, labels, class_offsets = block.row_index, block.labels, block.class_offsets
-        if problem.labels is None:
-            class_offsets = np.searchsorted(problem.target[rows], np.arange(n_outputs + 1))
-        else:
-            labels = np.ascontiguousarray(problem.labels[rows].T, dtype)
-        sample_weight = None
-        if bank.sample_weight is not None:
-            sample_weight = bank.sample_weight[rows].astype(dtype)
-        labelled_blocks.append(
-            dataclasses.replace(
-                block, class_offsets=class_offsets, labels=labels, sample_weight=sample_weight
+
+    def _sort_by_class(self, row_index: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        if self.problem.n_outputs == 1:
+            return row_index
+        return row_index[np.argsort(self.problem.target[row_index], kind="stable")]
+
+    def design(self, dtype: Any) -> DesignMatrix:
+        """Return the design matrix with labels, the rows of each block sorted by class.
+
+        Rows of classes outside the problem are left out.
+        """
+        X, fold, scaling = self.bank.X, self.bank.fold, self.scaling
+        needed = self.problem.has_class
+        if len(self.folds) == 1:
+            needed &= fold != self.folds[0]  # a design for one fold needs no held-out rows
+
+        def block_rows(group: int, row_index: npt.NDArray[np.intp]) -> FoldRows:
+            training = tuple(other for other in self.folds if other != group)
+            return training, self._sort_by_class(row_index)
+
+        if X.shape[1] > int(needed.sum()):
+            design = self.dual_form.design(dtype)
+        elif isinstance(X, Streamed):
+            # Sorted by class only within blocks, because they are read in the order of the disk.
+            blocks = [block_rows(*part) for part in sweep(X, fold, ROWS_PER_STREAMED_BLOCK, needed)]
+            design = make_streamed_design(
+                X, blocks, scaling, standardize=self.standardize, dtype=dtype
             )
+        else:
+            groups = [
+                block_rows(group, row_index)
+                for group in np.unique(fold).tolist()
+                if (row_index := np.flatnonzero(needed & (fold == group))).size
+            ]
+            design = make_design(
+                X,
+                groups,
+                scaling,
+                standardize=self.standardize,
+                dtype=dtype,
+                # Only a few heads are left for float64, which are not worth copies of the rows.
+                copy_per_fold=self.copy_per_fold and dtype == np.float32,
+                device=_device_for(self.bank.device, dtype),
+            )
+        row_blocks = [self._labelled(block, dtype) for block in design.row_blocks]
+        return dataclasses.replace(design, row_blocks=row_blocks)
+
+    def _labelled(self, block: RowBlock, dtype: Any) -> RowBlock:
+        rows, labels, class_offsets = block.row_index, block.labels, block.class_offsets
+        if self.problem.labels is None:
+            classes = np.arange(self.problem.n_outputs + 1)
+            class_offsets = np.searchsorted(self.problem.target[rows], classes)
+        else:
+            labels = np.ascontiguousarray(self.problem.labels[rows].T, dtype)
+        weight = self.bank.sample_weight
+        return dataclasses.replace(
+            block,
+            class_offsets=class_offsets,
+            labels=labels,
+            sample_weight=None if weight is None else weight[rows].astype(dtype),
         )
-    return dataclasses.replace(design, row_blocks=labelled_blocks)
 
 
 def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResult]:
     """Return all heads of `bank.parts` in order, with weights of all classes and predictions."""
-    results = []
-    is_multi_label = bank.target.ndim == 2
-    present_classes = {}
-    if not is_multi_label:
-        present_classes = {
-            fold: np.flatnonzero(bank.class_mass(fold, n_outputs) > 0) for fold in folds
-        }
-    for i, spec in enumerate(bank.specs):
-        for fold in folds:
-            if is_multi_label:
-                parts = [bank.parts[i, fold, label] for label in range(n_outputs)]
-                weight = np.concatenate([part.weight for part in parts])
-                bias = np.concatenate([part.bias for part in parts])
-            else:
-                parts = [bank.parts[i, fold, 0]]
-                # Classes without training rows are not solved for: they get weights of zero and an
-                # intercept that rules them out.
-                present = present_classes[fold]
-                weight = np.zeros((n_outputs, bank.X.shape[1]))
-                bias = np.full(n_outputs, -ABSENT_CLASS_DECISION)
-                if len(present) == 2:
-                    # One sigmoid, divided evenly between the two classes as in a softmax.
-                    weight[present] = np.outer([-0.5, 0.5], parts[0].weight[0])
-                    bias[present] = np.array([-0.5, 0.5]) * parts[0].bias[0]
-                else:
-                    weight[present], bias[present] = parts[0].weight, parts[0].bias
-            objective = float(sum(part.objective for part in parts))
-            gap_bound = float(sum(part.gap_bound for part in parts))
-            # Relative to a lower bound of the optimum, so that the bound stays one.
-            optimum = objective - gap_bound
-            gap = gap_bound / optimum if optimum > 0 else (0.0 if gap_bound == 0 else float("inf"))
-            results.append(
-                FitResult(
-                    spec,
-                    fold,
-                    {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)},
-                    objective,
-                    gap,
-                    max(part.n_iterations for part in parts),
-                    sum(part.seconds for part in parts),
-                    None,
-                )
-            )
-    probabilities = {
-        fold: iter(_predict_held_out(bank, [r for r in results if r.fold == fold]))
-        for fold in folds
-        if fold != REFIT
-    }
-    return [
-        result
-        if result.fold == REFIT
-        else dataclasses.replace(result, validation=next(probabilities[result.fold]))
-        for result in results
-    ]
+    heads_of_fold: dict[int, list[FitResult]] = {}
+    for fold in folds:
+        present = None
+        if bank.target.ndim == 1:
+            present = np.flatnonzero(bank.class_mass(fold, n_outputs) > 0)
+        heads = [_fit_result(bank, i, fold, n_outputs, present) for i in range(len(bank.specs))]
+        if fold != REFIT:
+            heads = [
+                dataclasses.replace(head, validation=probabilities)
+                for head, probabilities in zip(heads, _predict_held_out(bank, heads), strict=True)
+            ]
+        heads_of_fold[fold] = heads
+    return [heads_of_fold[fold][i] for i in range(len(bank.specs)) for fold in folds]
+
+
+def _fit_result(
+    bank: _Bank, i: int, fold: int, n_outputs: int, present: npt.NDArray[np.intp] | None
+) -> FitResult:
+    """Return the head of a spec and fold, without predictions.
+
+    present: the classes that the training rows have; None: labels.
+    """
+    if present is None:
+        parts = [bank.parts[i, fold, label] for label in range(n_outputs)]
+        weight = np.concatenate([part.weight for part in parts])
+        bias = np.concatenate([part.bias for part in parts])
+    else:
+        parts = [bank.parts[i, fold, 0]]
+        # Classes without training rows are not solved for: they get weights of zero and an
+        # intercept that rules them out.
+        weight = np.zeros((n_outputs, bank.X.shape[1]))
+        bias = np.full(n_outputs, -ABSENT_CLASS_DECISION)
+        if len(present) == 2:
+            # One sigmoid, divided evenly between the two classes as in a softmax.
+            weight[present] = np.outer([-0.5, 0.5], parts[0].weight[0])
+            bias[present] = np.array([-0.5, 0.5]) * parts[0].bias[0]
+        else:
+            weight[present], bias[present] = parts[0].weight, parts[0].bias
+    objective = float(sum(part.objective for part in parts))
+    gap_bound = float(sum(part.gap_bound for part in parts))
+    return FitResult(
+        bank.specs[i],
+        fold,
+        {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)},
+        objective,
+        relative_gap(objective, gap_bound),
+        max(part.n_iterations for part in parts),
+        sum(part.seconds for part in parts),
+    )
 
 
 def _predict_held_out(bank: _Bank, fold_results: list[FitResult]) -> Array:

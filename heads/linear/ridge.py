@@ -14,7 +14,6 @@ K = Z Z' (W = Z' a, (K + alpha I) a = y).
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from headrace.heads.linear.bands import with_bands
 from headrace.heads.linear.gram import Products, group_products, sum_products
 from headrace.heads.linear.kind import RIDGE_LOG_ODDS, RidgeSpec
 from headrace.heads.link import link
-from headrace.heads.spec import FitResult
+from headrace.heads.spec import FitResult, relative_gap, specs_by
 
 Array = npt.NDArray[Any]
 
@@ -57,14 +56,13 @@ def fit_ridge_bank(
     independent problems.
 
     The arrays of a head are weight (T, D) and bias (T,), float32, for raw features; `validation`
-    has probabilities, or the values of a regression. Heads are ordered by spec,
-    then by fold, REFIT last.
+    has probabilities, or the values of a regression. Heads are ordered by spec, then by fold, REFIT
+    last.
 
     Raises HeadError (a ValueError) for NaN or infinite features, ValueError for shapes that do not
     fit and for negative strengths.
     """
     _check(data, specs)
-    X, task_kind, n_outputs = data.X, data.task_kind, data.n_outputs
     fold, sample_weight = np.asarray(data.fold, np.int64), data.sample_weight
     if sample_weight is not None and (sample_weight == 1).all():
         sample_weight = None
@@ -72,55 +70,36 @@ def fit_ridge_bank(
     scalings = {False: plain_scaling}  # {RidgeSpec.banded: moments}
     if any(spec.banded for spec in specs):
         scalings[True] = with_bands(
-            X, data.target, fold, plain_scaling, data.band_widths, data.n_views
+            data.X, data.target, fold, plain_scaling, data.band_widths, data.n_views
         )
     folds = data.folds_to_fit(refit=refit)
-    coded_target = _code_targets(data.target, n_outputs, task_kind)
+    coded_target = _code_targets(data.target, data.n_outputs, data.task_kind)
+    # {banded: {group of rows: products}}. All folds share them, unless balanced weights make the
+    # weight of a row depend on the fold.
+    shared_products: dict[bool, dict[int, Products]] = {False: {}, True: {}}
     results: dict[tuple[int, int], FitResult] = {}
-    for class_weight in sorted({spec.class_weight for spec in specs}):
-        balanced = class_weight == "balanced" and task_kind != "regression"
+    groups = specs_by(specs, "class_weight", "standardize", "banded")
+    for (class_weight, standardize, banded), spec_indices in groups.items():
+        balanced = class_weight == "balanced" and data.task_kind != "regression"
+        problems = [list(range(data.n_outputs))]
         # Balanced weights differ from label to label, so each label is a problem of its own.
-        problems = (
-            [[column] for column in range(n_outputs)]
-            if balanced and task_kind == "multi"
-            else [list(range(n_outputs))]
-        )
-        # {banded: {group of rows: products}}. All folds share them, unless balanced weights make
-        # the weight of a row depend on the fold.
-        shared_products: dict[bool, dict[int, Products]] = {False: {}, True: {}}
-        for held_out, standardize, banded in itertools.product(folds, (False, True), (False, True)):
-            options = (class_weight, standardize, banded)
-            spec_indices = [
-                i
-                for i, spec in enumerate(specs)
-                if (spec.class_weight, spec.standardize, spec.banded) == options
-            ]
-            if not spec_indices:
-                continue
-            scaling = scalings[banded]
+        if balanced and data.task_kind == "multi":
+            problems = [[label] for label in range(data.n_outputs)]
+        alphas = np.array([specs[i].alpha for i in spec_indices])
+        for held_out in folds:
             began = time.perf_counter()
-            alphas = np.array([specs[i].alpha for i in spec_indices])
             solutions = []
             for columns in problems:
-                weight = sample_weight
+                weight, products = sample_weight, shared_products[banded]
                 if balanced:
                     weight = _balanced_weights(data, columns, fold != held_out, sample_weight)
+                    products = {}
                 problem = _RidgeProblem(
-                    X,
-                    coded_target[:, columns],
-                    weight,
-                    fold,
-                    scaling,
-                    {} if balanced else shared_products[banded],
+                    data.X, coded_target[:, columns], weight, fold, scalings[banded], products
                 )
                 solutions.append(problem.solve(held_out, alphas, standardize=standardize))
-            heads = _fit_results(
-                data,
-                [specs[i] for i in spec_indices],
-                held_out,
-                _join_columns(solutions),
-                scaling[REFIT],
-            )
+            solution, common = _join_columns(solutions), scalings[banded][REFIT]
+            heads = _fit_results(data, [specs[i] for i in spec_indices], held_out, solution, common)
             seconds = (time.perf_counter() - began) / len(spec_indices)
             for i, head in zip(spec_indices, heads, strict=True):
                 results[i, held_out] = dataclasses.replace(head, seconds=seconds)
@@ -135,7 +114,9 @@ def _fit_results(
     common: Moments,
 ) -> list[FitResult]:
     """Return the heads of a fold for the specs of a solution, with held-out predictions."""
-    raw_weight, raw_bias = _to_raw_weights(solution, common)
+    weight = solution.weight * np.where(common.constant, 0.0, 1.0 / common.scale)
+    raw_weight = weight.astype(np.float32)
+    raw_bias = (solution.bias - weight @ common.mean).astype(np.float32)
     validations: list[Array | None] = [None] * len(specs)
     if held_out != REFIT:
         scores = _scores(data.X, data.held_out_rows(held_out), raw_weight, raw_bias, common)
@@ -146,10 +127,9 @@ def _fit_results(
             held_out,
             {"weight": raw_weight[i], "bias": raw_bias[i]},
             float(solution.objective[i]),
-            _relative_gap(solution, i),
-            1,
-            0.0,
-            validations[i],
+            relative_gap(float(solution.objective[i]), float(solution.gap_bound[i])),
+            iterations=1,
+            validation=validations[i],
         )
         for i, spec in enumerate(specs)
     ]
@@ -296,12 +276,6 @@ def _join_columns(parts: list[_RidgeSolution]) -> _RidgeSolution:
     )
 
 
-def _to_raw_weights(solution: _RidgeSolution, common: Moments) -> tuple[Array, Array]:
-    """Return weights (A, T, D) and biases (A, T) for raw features, float32."""
-    weight = solution.weight * np.where(common.constant, 0.0, 1.0 / common.scale)
-    return weight.astype(np.float32), (solution.bias - weight @ common.mean).astype(np.float32)
-
-
 def _scores(
     X: Features, row_index: npt.NDArray[np.intp], weight: Array, bias: Array, common: Moments
 ) -> Array:
@@ -323,15 +297,6 @@ def _scores(
         for head, head_weight in enumerate(weight):
             scores[head, positions] = rows @ head_weight.T + bias[head]
     return scores
-
-
-def _relative_gap(solution: _RidgeSolution, position: int) -> float:
-    """Return an upper bound of (objective - optimum) / optimum of the strength at a position."""
-    objective = float(solution.objective[position])
-    gap_bound = float(solution.gap_bound[position])
-    if objective > gap_bound:
-        return gap_bound / (objective - gap_bound)
-    return 0.0 if gap_bound == 0 else float("inf")
 
 
 def _code_targets(target: Array, n_outputs: int, task_kind: TaskKind) -> Array:
