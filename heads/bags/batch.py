@@ -22,6 +22,7 @@ from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.networks.mlp_batch import (
     DropoutBits,
     Rows,
+    column,
     fused_adamw,
     head_columns,
     loss_and_slope,
@@ -110,41 +111,37 @@ class BagBatch:
         self.specs, self.rows, self.device, self.dtype = list(specs), rows, device, dtype
         self.step = 0
         starts = [
-            initial_parameters(spec, int(rows.features.shape[1]), rows.outputs) for spec in specs
+            {
+                name: value / np.float32(spec.learning_rate)
+                for name, value in initial_parameters(
+                    spec, int(rows.features.shape[1]), rows.outputs
+                ).items()
+            }
+            for spec in specs
         ]
         # Parameters divided by their head's learning rate: an AdamW step is then the same for every
         # rate, and one fused call makes it for all heads.
         self.parameters_over_rate = {
-            name: torch.from_numpy(
-                np.stack([start[name] for start in starts])
-                / np.array([spec.learning_rate for spec in specs], np.float32).reshape(
-                    (-1,) + (1,) * starts[0][name].ndim
-                )
-            ).to(device)
+            name: torch.from_numpy(np.stack([start[name] for start in starts])).to(device)
             for name in starts[0]
         }
-        self.first_moments = {
-            name: torch.zeros_like(value) for name, value in self.parameters_over_rate.items()
-        }
-        self.second_moments = {
-            name: torch.zeros_like(value) for name, value in self.parameters_over_rate.items()
-        }
+        self.first_moments, self.second_moments = (
+            {name: torch.zeros_like(value) for name, value in self.parameters_over_rate.items()}
+            for _ in range(2)
+        )
         self.bits = DropoutBits([spec.seed for spec in specs], fold, device)
         self._read_specs()
         self.best = {name: value.clone() for name, value in self.parameters.items()}
 
     def _read_specs(self) -> None:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self.device).view(-1, 1, 1)
-
         # Heads of equal seed and dropout leave the same values out: their mask is made once.
         levels = [min(255, round(256 * spec.dropout)) for spec in self.specs]
         keys = [(spec.seed, level) for spec, level in zip(self.specs, levels, strict=True)]
         masks = sorted({key for key in keys if key[1]})
         self.bits.seed_of_head = [seed for seed, _ in masks]
         self.mask_index = [masks.index(key) if key[1] else None for key in keys]
-        self.drop_below = column([level for _, level in masks]).to(torch.uint8)
-        self.kept_scale = column([256 / (256 - level) for level in levels])
+        self.drop_below = column([level for _, level in masks], self.device).to(torch.uint8)
+        self.kept_scale = column([256 / (256 - level) for level in levels], self.device)
         self.rates, self.shrink, self.smoothing, self.balanced = head_columns(
             self.specs, self.device
         )
@@ -162,12 +159,8 @@ class BagBatch:
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed, and its share of all further work."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
-        for tensors in (
-            self.parameters_over_rate,
-            self.first_moments,
-            self.second_moments,
-            self.best,
-        ):
+        moments = self.first_moments, self.second_moments
+        for tensors in (self.parameters_over_rate, *moments, self.best):
             tensors.update({name: value.index_select(0, index) for name, value in tensors.items()})
         self.specs = [self.specs[head] for head in heads]
         self._read_specs()
@@ -208,11 +201,9 @@ class BagBatch:
     def _evaluate(self, units: npt.NDArray[np.int64]) -> Tensor:
         batch, members = self.rows.bags(units)
         batch = batch.to(self.dtype)
+        groups = self._groups(len(batch))
         return torch.cat(
-            [
-                self._forward(batch, members, self._share(heads), heads, [])
-                for heads in self._groups(len(batch))
-            ]
+            [self._forward(batch, members, self._share(heads), heads, []) for heads in groups]
         )
 
     def _share(self, heads: slice) -> dict[str, Tensor]:
@@ -321,18 +312,13 @@ class BagBatch:
         with torch.no_grad():
             self.step += 1
             step = torch.full((), float(self.step), device=self.device)
-            for name, parts in zip(
-                self.parameters_over_rate, zip(*gradients, strict=True), strict=True
+            parts_of_parameters = zip(*gradients, strict=True)
+            for (name, value), parts in zip(
+                self.parameters_over_rate.items(), parts_of_parameters, strict=True
             ):
-                value = self.parameters_over_rate[name]
                 value.mul_(self.shrink.view((-1,) + (1,) * (value.dim() - 1)))
-                fused_adamw(
-                    value,
-                    torch.cat(parts),
-                    self.first_moments[name],
-                    self.second_moments[name],
-                    step,
-                )
+                moments = self.first_moments[name], self.second_moments[name]
+                fused_adamw(value, torch.cat(parts), *moments, step)
             self._multiply_rates()
         return torch.cat(losses)
 

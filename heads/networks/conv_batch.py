@@ -38,11 +38,7 @@ EVALUATION_ROWS = 512  # rows of one block when no gradient is needed
 
 @dataclass(frozen=True)
 class ConvStart:
-    """First parameters of one head, as `random_start` draws them.
-
-    Parameters of other origin, such as the backbone's own next blocks, come in here: a Family's
-    `make` builds the starts, and nothing else in this module asks where they are from.
-    """
+    """First parameters of one head."""
 
     kernels: list[npt.NDArray[np.float32]]  # (E, channels below, 3, 3)
     layers: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]  # (o, i), (o,)
@@ -86,10 +82,9 @@ class ConvBatch:
         self.parameters += [torch.ones(len(starts), width, device=device) for width in widths]
         self.parameters += [torch.zeros(len(starts), width, device=device) for width in widths]
         self.parameters += [
-            stack([start.layers[n][0] for start in starts]) for n in range(self.layers)
-        ]
-        self.parameters += [
-            stack([start.layers[n][1] for start in starts]) for n in range(self.layers)
+            stack([start.layers[n][part] for start in starts])
+            for part in (0, 1)
+            for n in range(self.layers)
         ]
         self.first_moments = [torch.zeros_like(p) for p in self.parameters]
         self.second_moments = [torch.zeros_like(p) for p in self.parameters]
@@ -112,13 +107,8 @@ class ConvBatch:
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
-        for tensors in (
-            self.parameters,
-            self.first_moments,
-            self.second_moments,
-            self.running,
-            self.best,
-        ):
+        moments = self.first_moments, self.second_moments
+        for tensors in (self.parameters, *moments, self.running, self.best):
             tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
         self.specs = [self.specs[head] for head in heads]
         self.bits.seed_of_head = [self.bits.seed_of_head[head] for head in heads]
@@ -143,14 +133,11 @@ class ConvBatch:
         arrays = {}
         for layer in range(d):
             gain = gains[layer] / np.sqrt(variances[layer] + EPSILON)
-            arrays[f"kernel{layer}"] = (kernels[layer] * gain[:, None, None, None]).astype(
-                np.float32
-            )
-            arrays[f"shift{layer}"] = (shifts[layer] - gain * means[layer]).astype(np.float32)
+            arrays[f"kernel{layer}"] = kernels[layer] * gain[:, None, None, None]
+            arrays[f"shift{layer}"] = shifts[layer] - gain * means[layer]
         for layer in range(n):
-            arrays[f"weight{layer}"] = weights[layer].astype(np.float32)
-            arrays[f"bias{layer}"] = biases[layer].astype(np.float32)
-        return arrays
+            arrays[f"weight{layer}"], arrays[f"bias{layer}"] = weights[layer], biases[layer]
+        return {name: array.astype(np.float32) for name, array in arrays.items()}
 
     def train_epoch(
         self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
@@ -170,11 +157,11 @@ class ConvBatch:
 
     def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
         """Return decisions (K, C, n) of feature rows, by running statistics, without dropout."""
+        row_blocks = torch.split(torch.from_numpy(index).to(self.device), EVALUATION_ROWS)
         with torch.no_grad():
-            row_blocks = torch.split(torch.from_numpy(index).to(self.device), EVALUATION_ROWS)
             blocks = [
-                self._forward(self.rows.minibatch(row_block), self.parameters, train=False)
-                for row_block in row_blocks
+                self._forward(self.rows.minibatch(rows), self.parameters, train=False)
+                for rows in row_blocks
             ]
         return torch.cat(blocks, dim=2)
 

@@ -144,14 +144,8 @@ class DropoutBits:
                 raw = bytearray(self.numpy[seed].bytes(units * batch))
                 drawn[seed] = torch.frombuffer(raw, dtype=torch.uint8).view(units, batch)
             else:
-                drawn[seed] = torch.randint(
-                    0,
-                    256,
-                    (units, batch),
-                    dtype=torch.uint8,
-                    device=self.device,
-                    generator=self.torch[seed],
-                )
+                drawn[seed] = torch.empty((units, batch), dtype=torch.uint8, device=self.device)
+                drawn[seed].random_(0, 256, generator=self.torch[seed])
         return torch.stack([drawn[seed] for seed in self.seed_of_head])
 
 
@@ -210,13 +204,8 @@ class NetworkBatch:
     def keep(self, heads: Sequence[int]) -> None:
         """Drop every head that is not listed, and its share of all further work."""
         index = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
-        for tensors in (
-            self.weights,
-            self.biases,
-            self.first_moments,
-            self.second_moments,
-            self.best,
-        ):
+        moments = self.first_moments, self.second_moments
+        for tensors in (self.weights, self.biases, *moments, self.best):
             tensors[:] = [tensor.index_select(0, index) for tensor in tensors]
         self.specs = [self.specs[head] for head in heads]
         self.bits.seed_of_head = [self.bits.seed_of_head[head] for head in heads]
@@ -233,9 +222,7 @@ class NetworkBatch:
         inputs = int(self.weights[0].shape[2])
         hidden = self.specs[head].hidden
         layers = []
-        for layer, (i, o) in enumerate(
-            zip((inputs, *hidden), (*hidden, self.rows.outputs), strict=True)
-        ):
+        for layer, (i, o) in enumerate(itertools.pairwise((inputs, *hidden, self.rows.outputs))):
             weight = self.best[layer][head, :o, :i].cpu().numpy().copy()
             if layer == 0:
                 weight *= np.float32(self.specs[head].learning_rate)
@@ -276,22 +263,16 @@ class NetworkBatch:
         values: list[Tensor] = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if layer == 0:
-                wide = product(self.weights_to_multiply.view(-1, columns.shape[0]), columns).view(
-                    heads, -1, columns.shape[1]
-                )
-                value = (
-                    wide.add_(bias.unsqueeze(2))
-                    if wide.dtype == torch.float32
-                    else wide + bias.unsqueeze(2)
-                )
+                wide = product(self.weights_to_multiply.flatten(0, 1), columns)
+                # In float32, whatever the product's dtype.
+                value = wide.view(heads, -1, columns.shape[1]).float().add_(bias.unsqueeze(2))
             else:
                 value = torch.baddbmm(bias.unsqueeze(2), weight, values[-1])
             if layer < last_layer:
                 value.relu_()
                 if train and self.drops:
-                    value.mul_(
-                        self.bits.draw(value.shape[1], value.shape[2]) >= self.drop_below
-                    ).mul_(self.drop_scale)
+                    is_kept = self.bits.draw(value.shape[1], value.shape[2]) >= self.drop_below
+                    value.mul_(is_kept).mul_(self.drop_scale)
             values.append(value)
         return values
 
@@ -336,32 +317,14 @@ class NetworkBatch:
         # reads it, the parameters and the moments; broadcast operations would make six passes
         # through memory.
         step_count = torch.full((), float(self.step), device=self.device)
-        tensors = (
-            slope,
-            self.weights[0],
-            self.first_moments[0],
-            self.second_moments[0],
-            self.shrink,
-            self.rates,
-            self.weights_to_multiply,
-        )
-        for (
-            slope_part,
-            weight_part,
-            first_moment,
-            second_moment,
-            shrink_part,
-            rates_part,
-            scaled_copy,
-        ) in zip(*(torch.split(tensor, self.heads_at_once) for tensor in tensors), strict=True):
-            weight_gradient = (
-                product(slope_part.view(-1, slope_part.shape[2]), batch)
-                .float()
-                .view_as(weight_part)
-            )
-            weight_part.mul_(shrink_part)
-            fused_adamw(weight_part, weight_gradient, first_moment, second_moment, step_count)
-            torch.mul(weight_part, rates_part, out=scaled_copy)
+        for start in range(0, len(self), self.heads_at_once):
+            heads = slice(start, start + self.heads_at_once)
+            weight = self.weights[0][heads]
+            gradient = product(slope[heads].flatten(0, 1), batch).float().view_as(weight)
+            weight.mul_(self.shrink[heads])
+            moments = self.first_moments[0][heads], self.second_moments[0][heads]
+            fused_adamw(weight, gradient, *moments, step_count)
+            torch.mul(weight, self.rates[heads], out=self.weights_to_multiply[heads])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -385,9 +348,9 @@ def head_columns(
     (K, 1, 1) each; and (K,) 1 where classes are balanced.
     """
     return (
-        _column([spec.learning_rate for spec in specs], device),
-        _column([1 - spec.learning_rate * spec.weight_decay for spec in specs], device),
-        _column([spec.label_smoothing for spec in specs], device),
+        column([spec.learning_rate for spec in specs], device),
+        column([1 - spec.learning_rate * spec.weight_decay for spec in specs], device),
+        column([spec.label_smoothing for spec in specs], device),
         torch.tensor([int(spec.class_weight == "balanced") for spec in specs], device=device),
     )
 
@@ -400,11 +363,12 @@ def dropout_columns(
     Bytes and factors are (K, 1, 1).
     """
     levels = [min(255, round(256 * spec.dropout)) for spec in specs]
-    scale = _column([256 / (256 - level) for level in levels], device)
-    return any(levels), _column(levels, device).to(torch.uint8), scale
+    scale = column([256 / (256 - level) for level in levels], device)
+    return any(levels), column(levels, device).to(torch.uint8), scale
 
 
-def _column(values: Sequence[float], device: torch.device) -> Tensor:
+def column(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return a value of each head as (K, 1, 1) float32."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
@@ -479,8 +443,7 @@ def loss_and_slope(
     n_outputs = decision.shape[1]
     if rows.task == "single":
         log_p = torch.log_softmax(decision, 1)
-        target = rows.target.index_select(0, index)
-        target_index = target.view(1, 1, -1).expand(len(decision), 1, -1)
+        target_index = rows.target.index_select(0, index).expand(len(decision), 1, -1)
         loss = -log_p.gather(1, target_index).squeeze(1)
         # The derivative of cross-entropy is p less the target distribution.
         slope = log_p.exp()
@@ -499,25 +462,14 @@ def loss_and_slope(
         if rows.task == "multi":
             per_label = torch.ones_like(target).unsqueeze(0)
             if rows.label_weight is not None and balanced is not None:
-                balanced_weight = (
-                    rows.label_weight[0].view(-1, 1) * (1 - target)
-                    + rows.label_weight[1].view(-1, 1) * target
-                )
-                per_label = torch.stack([torch.ones_like(target), balanced_weight]).index_select(
-                    0, balanced
-                )
-            smoothed_target = (
-                target if smoothing is None else target * (1 - smoothing) + smoothing / 2
-            )
+                absent, present = rows.label_weight.unsqueeze(2)
+                of_balanced = absent * (1 - target) + present * target
+                per_label = torch.stack([per_label[0], of_balanced]).index_select(0, balanced)
+            smoothed = target if smoothing is None else target * (1 - smoothing) + smoothing / 2
             # Cross-entropy of the decision z and the target t is softplus(z) - t z.
-            loss = (
-                torch.nn.functional.softplus(decision)
-                .sub_(smoothed_target * decision)
-                .mul_(per_label)
-                .sum(1)
-                * scale
-            )
-            slope = (torch.sigmoid(decision) - smoothed_target).mul_(per_label).mul_(scale)
+            per_output = torch.nn.functional.softplus(decision).sub_(smoothed * decision)
+            loss = per_output.mul_(per_label).sum(1) * scale
+            slope = (torch.sigmoid(decision) - smoothed).mul_(per_label).mul_(scale)
         else:
             slope = decision - target
             loss = slope.square().sum(1) * (0.5 * scale)
