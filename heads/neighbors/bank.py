@@ -30,7 +30,6 @@ Floats = npt.NDArray[Any]
 # Indices of references and their distances, both (q, k), nearest first.
 Neighbours = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 
-METRICS_OF_DISTANCE: tuple[Metric, ...] = ("cosine", "euclidean")
 QUERY_ROWS = 1024  # rows of one block of inner products
 REFERENCE_ROWS = 1 << 14  # columns of it: the block and what is made of it take half a gigabyte
 STORED_ROWS_BYTES = 1 << 30  # more training rows than this are not copied into a results file
@@ -73,17 +72,10 @@ class References:
 
     def take(self, chosen: npt.NDArray[Any] | slice) -> "References":
         """Return some of the rows."""
-        return References(
-            self.rows[chosen],
-            self.center,
-            self.square[chosen],
-            self.offset[chosen],
-            self.length[chosen],
-        )
+        of_rows = (values[chosen] for values in (self.square, self.offset, self.length))
+        return References(self.rows[chosen], self.center, *of_rows)
 
-    def only(self, chosen: npt.NDArray[Any]) -> "References":
-        """Return some of the rows, as `StreamedReferences.only` does."""
-        return self.take(chosen)
+    only = take  # as `StreamedReferences` has it
 
 
 @dataclass(frozen=True)
@@ -127,34 +119,31 @@ def fit_knn_bank(
     """
     check_specs(specs, "KNNSpec(5)")
     X, fold = data.X, data.fold
-    if not isinstance(X, Streamed):
-        check_finite(X)
     started = time.perf_counter()
     weight = row_weights(data.sample_weight, len(X))
     values = encoded(data.target, data.n_outputs, data.task_kind)
     usable = np.flatnonzero((fold != TEST) & (weight > 0))
-    all_references = (
-        StreamedReferences.of(X)
-        if isinstance(X, Streamed)
-        else References.of(np.asarray(X, np.float32))
-    )
+    all_references: References | StreamedReferences
+    if isinstance(X, Streamed):
+        all_references = StreamedReferences.of(X)
+    else:
+        check_finite(X)
+        all_references = References.of(np.asarray(X, np.float32))
     predictions: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
     errors: dict[tuple[int, int], str | None] = {}
     for held_out_fold in data.folds:
         reference_rows = usable[fold[usable] != held_out_fold]
-        for spec_index, spec in enumerate(specs):
-            errors[spec_index, held_out_fold] = knn_error(spec, len(reference_rows))
+        for i, spec in enumerate(specs):
+            errors[i, held_out_fold] = knn_error(spec, len(reference_rows))
         searchable = [i for i in range(len(specs)) if errors[i, held_out_fold] is None]
         neighbours = search(
-            all_references.only(np.flatnonzero(fold == held_out_fold)),
+            all_references.only(data.held_out_rows(held_out_fold)),
             all_references.only(reference_rows),
-            [specs[spec_index] for spec_index in searchable],
+            [specs[i] for i in searchable],
         )
-        for spec_index, (neighbour_index, distance) in zip(searchable, neighbours, strict=True):
-            rows = reference_rows[neighbour_index]
-            predictions[spec_index, held_out_fold] = vote(
-                specs[spec_index], distance, values[rows], weight[rows]
-            )
+        for i, (index, distance) in zip(searchable, neighbours, strict=True):
+            rows = reference_rows[index]
+            predictions[i, held_out_fold] = vote(specs[i], distance, values[rows], weight[rows])
     seconds_per_head = (time.perf_counter() - started) / max(1, len(errors))
     stored_bytes = len(usable) * X.shape[1] * 4
     stored, too_large = {}, None
@@ -171,9 +160,9 @@ def fit_knn_bank(
             "sample_weight": weight[usable].astype(np.float32),
         }
     fits = []
-    for spec_index, spec in enumerate(specs):
+    for i, spec in enumerate(specs):
         for held_out_fold in data.folds:
-            key = spec_index, held_out_fold
+            key = i, held_out_fold
             fits.append(
                 FitResult(
                     spec,
@@ -195,10 +184,8 @@ def predict_knn(
     """Return the weighted mean (n, C) of the neighbours' targets. X (n, D)."""
     references = References.of(arrays["features"])
     queries = References.of(np.asarray(X, np.float32), references.center)
-    ((neighbour_index, distance),) = search(queries, references, [spec])
-    return vote(
-        spec, distance, arrays["target"][neighbour_index], arrays["sample_weight"][neighbour_index]
-    )
+    ((index, distance),) = search(queries, references, [spec])
+    return vote(spec, distance, arrays["target"][index], arrays["sample_weight"][index])
 
 
 def knn_error(spec: KNNSpec, available: int) -> str | None:
@@ -220,11 +207,13 @@ def search(
 
     One product per block of queries and references serves all specs.
     """
-    largest_k = {
-        metric: max((s.k for s in specs if s.metric == metric), default=0)
-        for metric in METRICS_OF_DISTANCE
+    largest_k: dict[Metric, int] = {}
+    for spec in specs:
+        largest_k[spec.metric] = max(spec.k, largest_k.get(spec.metric, 0))
+    # The neighbours of each block of queries; the first block is one without queries.
+    blocks = {
+        metric: [(np.zeros((0, k), np.int64), np.zeros((0, k)))] for metric, k in largest_k.items()
     }
-    neighbours_of_block: dict[Metric, list[Neighbours]] = {"cosine": [], "euclidean": []}
     for query_start in range(0, len(queries), QUERY_ROWS):
         query_block = queries.take(slice(query_start, query_start + QUERY_ROWS))
         best_so_far: dict[Metric, Neighbours] = {}
@@ -233,45 +222,34 @@ def search(
                 slice(reference_start, reference_start + REFERENCE_ROWS)
             )
             product = query_block.rows @ reference_block.rows.T
-            for metric in METRICS_OF_DISTANCE:
-                if largest_k[metric]:
-                    neighbour_index, distance = nearest(
-                        product,
-                        query_block,
-                        reference_block,
-                        metric,
-                        min(largest_k[metric], len(reference_block)),
-                    )
-                    block_neighbours = neighbour_index + reference_start, distance
-                    best_so_far[metric] = (
-                        _merged(best_so_far[metric], block_neighbours, largest_k[metric])
-                        if reference_start
-                        else block_neighbours
-                    )
-        for metric, block_neighbours in best_so_far.items():
-            neighbours_of_block[metric].append(block_neighbours)
-    all_neighbours = {}
-    for metric in METRICS_OF_DISTANCE:
-        empty = (np.zeros((0, largest_k[metric]), np.int64), np.zeros((0, largest_k[metric])))
-        all_neighbours[metric] = [
-            np.concatenate(arrays)
-            for arrays in zip(empty, *neighbours_of_block[metric], strict=True)
-        ]
+            for metric, k in largest_k.items():
+                index, distance = nearest(
+                    product, query_block, reference_block, metric, min(k, len(reference_block))
+                )
+                found = index + reference_start, distance
+                if reference_start:
+                    found = _merged(best_so_far[metric], found, k)
+                best_so_far[metric] = found
+        for metric, found in best_so_far.items():
+            blocks[metric].append(found)
+    joined = {
+        metric: [np.concatenate(arrays) for arrays in zip(*found_of_blocks, strict=True)]
+        for metric, found_of_blocks in blocks.items()
+    }
     return [
-        (all_neighbours[spec.metric][0][:, : spec.k], all_neighbours[spec.metric][1][:, : spec.k])
-        for spec in specs
+        (joined[spec.metric][0][:, : spec.k], joined[spec.metric][1][:, : spec.k]) for spec in specs
     ]
 
 
 def _merged(earlier: Neighbours, later: Neighbours, n_kept: int) -> Neighbours:
-    """Return the `n_kept` nearest of both, nearest first; of equal distances the earlier first."""
-    neighbour_index, distance = (
-        np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True)
-    )
-    nearest_first = np.argsort(distance, axis=1, kind="stable")[:, :n_kept]
-    return np.take_along_axis(neighbour_index, nearest_first, axis=1), np.take_along_axis(
-        distance, nearest_first, axis=1
-    )
+    index, distance = (np.concatenate(pair, axis=1) for pair in zip(earlier, later, strict=True))
+    return _sorted(index, distance, n_kept)
+
+
+def _sorted(index: npt.NDArray[Any], distance: Floats, n_kept: int) -> Neighbours:
+    """Return the `n_kept` nearest, nearest first; of equal distances the earlier first."""
+    order = np.argsort(distance, axis=1, kind="stable")[:, :n_kept]
+    return np.take_along_axis(index, order, axis=1), np.take_along_axis(distance, order, axis=1)
 
 
 def nearest(
@@ -303,11 +281,8 @@ def nearest(
         neighbour_index = np.broadcast_to(np.arange(distance.shape[1]), distance.shape).copy()
     neighbour_index.sort(axis=1)  # so that a stable sort by distance breaks ties by position
     chosen_distance = np.take_along_axis(distance, neighbour_index, axis=1)
-    exact_below = (
-        np.take_along_axis(np.broadcast_to(scale, distance.shape), neighbour_index, axis=1)
-        * EXACT_BELOW
-    )
-    close_row, close_column = np.nonzero(chosen_distance < exact_below)
+    chosen_scale = np.take_along_axis(np.broadcast_to(scale, distance.shape), neighbour_index, 1)
+    close_row, close_column = np.nonzero(chosen_distance < chosen_scale * EXACT_BELOW)
     # In parts, because equal rows can make all pairs close ones.
     for start in range(0, len(close_row), QUERY_ROWS):
         pair_rows = close_row[start : start + QUERY_ROWS]
@@ -317,10 +292,7 @@ def nearest(
         )
     if metric == "euclidean":
         chosen_distance = np.sqrt(np.maximum(chosen_distance, 0))
-    nearest_first = np.argsort(chosen_distance, axis=1, kind="stable")
-    return np.take_along_axis(neighbour_index, nearest_first, axis=1), np.take_along_axis(
-        chosen_distance, nearest_first, axis=1
-    )
+    return _sorted(neighbour_index, chosen_distance, n_nearest)
 
 
 def _exact(
@@ -334,10 +306,9 @@ def _exact(
     a = queries.rows[query_index].astype(np.float64)
     b = references.rows[neighbour_index].astype(np.float64)
     if metric == "cosine":
-        a = (a + queries.center) / np.maximum(queries.length[query_index], 1e-300)[:, None]
-        b = (b + references.center) / np.maximum(references.length[neighbour_index], 1e-300)[
-            :, None
-        ]
+        a_length, b_length = queries.length[query_index], references.length[neighbour_index]
+        a = (a + queries.center) / np.maximum(a_length, 1e-300)[:, None]
+        b = (b + references.center) / np.maximum(b_length, 1e-300)[:, None]
         return np.asarray(0.5 * np.square(a - b).sum(1))
     return np.asarray(np.square(a - b).sum(1))
 
@@ -398,10 +369,7 @@ def fit_centroid_bank(
             )
     started = time.perf_counter()
     sums_of_fold = _sums(X, data.target, fold, usable_weight, data.n_outputs)
-    total = tuple(
-        np.sum([fold_sums[sum_index] for fold_sums in sums_of_fold.values()], axis=0)
-        for sum_index in range(3)
-    )
+    total = tuple(np.sum(parts, axis=0) for parts in zip(*sums_of_fold.values(), strict=True))
     fits = []
     for spec in specs:
         for held_out_fold in folds:
@@ -432,11 +400,7 @@ def centroid_arrays(
     variance = np.maximum(squares / weight - center**2, 0)
     # A variance that small beside the mean is what the subtraction above leaves of a constant.
     deviation = np.sqrt(np.where(variance > 1e-12 * center**2, variance, 0))
-    scale = (
-        np.where(deviation > 0, deviation, 1.0)
-        if spec.metric == "euclidean"
-        else np.ones_like(center)
-    )
+    scale = np.where((deviation > 0) & (spec.metric == "euclidean"), deviation, 1.0)
     means = sums / np.maximum(counts, np.finfo(np.float64).tiny)[:, None]
     return {
         "means": means.astype(np.float32),
@@ -473,16 +437,10 @@ def _sums(
 ) -> dict[int, tuple[Floats, Floats, Floats]]:
     """Return class sums (C, D), sums of squares (D,) and class weights (C,) of each fold's rows."""
     dim = X.shape[1]
-    groups = {
-        int(group): (
-            np.zeros((outputs, dim)),
-            np.zeros(dim),
-            np.bincount(target, np.where(fold == group, weight, 0.0), minlength=outputs).astype(
-                np.float64
-            ),
-        )
-        for group in np.unique(fold)
-    }
+    groups = {}
+    for group in np.unique(fold).tolist():
+        counts = np.bincount(target, np.where(fold == group, weight, 0.0), minlength=outputs)
+        groups[group] = np.zeros((outputs, dim)), np.zeros(dim), counts
     for group, row_block in sweep(X, fold, SUM_ROWS, weight > 0):
         block_values = X[row_block].astype(np.float64)
         weighted_values = block_values * weight[row_block, None]
