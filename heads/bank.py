@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def train_bank(job: BankJob) -> dict[str, Any]:
     Raises HeadError, and the errors of opening the task and the features.
     """
     started = time.perf_counter()
-    if not Path(job.result).exists():
+    skipped = Path(job.result).exists()
+    if not skipped:
         kinds = {spec.kind for spec in job.specs}
         if len(kinds) != 1:
             raise HeadError(
@@ -82,9 +84,6 @@ def train_bank(job: BankJob) -> dict[str, Any]:
             )
         with threadpool_limits(job.threads):
             _train(job, HEAD_KINDS[kinds.pop()])
-        skipped = False
-    else:
-        skipped = True
     table = read_bank(job.result).table
     return {
         "result": job.result,
@@ -104,10 +103,9 @@ def _train(job: BankJob, kind: HeadKind) -> None:
             f"none of the {count_text(len(has_features), 'image')} of {job.task} has features: "
             "look at the reasons with `headrace cache`"
         )
-    rows = task.take(has_features)
     fits = fit_bank(
         X,
-        rows,
+        task.take(has_features),
         job.specs,
         refit=job.refit,
         threads=job.threads,
@@ -116,7 +114,7 @@ def _train(job: BankJob, kind: HeadKind) -> None:
         bands=bands,
         side=() if side is None else side.columns,
     )
-    _publish(job, task, has_features, rows, fits)
+    _publish(job, task, has_features, fits)
 
 
 def publish_failure(job: BankJob, reason: str) -> None:
@@ -124,16 +122,13 @@ def publish_failure(job: BankJob, reason: str) -> None:
     task = load_task(Path(job.task))
     has_features = rows_with_features(job.features, task.content)
     fits = [failed for spec in job.specs for failed in _failed(spec, task, job.refit, reason)]
-    _publish(job, task, has_features, task.take(has_features), fits)
+    _publish(job, task, has_features, fits)
 
 
 def _publish(
-    job: BankJob,
-    task: Task,
-    has_features: npt.NDArray[np.bool_],
-    rows: Task,
-    fits: Sequence[FitResult],
+    job: BankJob, task: Task, has_features: npt.NDArray[np.bool_], fits: Sequence[FitResult]
 ) -> None:
+    rows = task.take(has_features)
     specs = [open_feature_set(directory).spec for directory in job.features]
     data = results_bytes(
         rows,
@@ -180,7 +175,8 @@ def worker_memory() -> int:
         import resource
 
         allowed = resource.getrlimit(resource.RLIMIT_DATA)[0]  # the cluster's limit for this worker
-        share = share if allowed == resource.RLIM_INFINITY else min(share, allowed)
+        if allowed != resource.RLIM_INFINITY:
+            share = min(share, allowed)
     return share // 2
 
 
@@ -209,9 +205,11 @@ def fit_bank(
     check_device(device)
     kind = HEAD_KINDS[specs[0].kind]
     if side and not kind.takes_side_columns:
-        able_kinds = ", ".join(kind.name for kind in HEAD_KINDS.values() if kind.takes_side_columns)
-        raise HeadError(f"{kind.name} heads take no side columns: {able_kinds} do")
-    n_features = X.shape[-1] - sum(column.width for column in side)
+        able = ", ".join(other.name for other in HEAD_KINDS.values() if other.takes_side_columns)
+        raise HeadError(f"{kind.name} heads take no side columns: {able} do")
+    if task.kind not in kind.tasks:
+        able = ", ".join(other.name for other in HEAD_KINDS.values() if task.kind in other.tasks)
+        raise HeadError(f"{kind.name} heads have no use for a {task.kind} task: use {able}")
     data = TrainingData(
         X,
         task.target,
@@ -220,23 +218,14 @@ def fit_bank(
         task.kind,
         task.weight,
         tuple(bands),
-        side=side_blocks(side, n_features) if side else (),
+        side=side_blocks(side, X.shape[-1] - sum(column.width for column in side)),
         unit=task.units,
     )
-    if task.kind not in kind.tasks:
-        able = ", ".join(
-            head_kind.name for head_kind in HEAD_KINDS.values() if task.kind in head_kind.tasks
-        )
-        raise HeadError(f"{kind.name} heads have no use for a {task.kind} task: use {able}")
-    on_device, on_cpu = (
-        _fitter(kind, data, FitOptions(refit, where, threads, halving)) for where in (device, "cpu")
-    )
-    # Specs that compete in successive halving are not divided into groups.
-    fit = (
-        on_device
-        if device == "cpu"
-        else lambda group: _fit_in_memory(on_device, on_cpu, group, divide=halving is None)
-    )
+    on_cpu = fit = _fitter(kind, data, FitOptions(refit, "cpu", threads, halving))
+    if device != "cpu":
+        on_device = _fitter(kind, data, FitOptions(refit, device, threads, halving))
+        # Specs that compete in successive halving are not divided into groups.
+        fit = partial(_fit_in_memory, on_device, on_cpu, divide=halving is None)
     try:
         fits = fit(specs)
     except HeadraceError:
@@ -323,12 +312,8 @@ def _failed(spec: HeadSpec, task: Task, refit: bool, reason: str) -> list[FitRes
 
 def _finite(fit: FitResult) -> FitResult:
     if fit.error is None and fit.validation is not None and not np.isfinite(fit.validation).all():
-        return dataclasses.replace(
-            fit,
-            arrays={},
-            validation=None,
-            error="its predictions of the held-out rows are not finite",
-        )
+        error = "its predictions of the held-out rows are not finite"
+        return dataclasses.replace(fit, arrays={}, validation=None, error=error)
     return fit
 
 

@@ -75,7 +75,7 @@ def results_bytes(
     about = {
         "task": task_digest,
         "task_kind": task.kind,
-        "classes": list(task.classes),
+        "classes": task.classes,
         "features": [dict(feature) for feature in features],
         "dropped": list(dropped),
     }
@@ -172,39 +172,28 @@ class BankResult:
 
         They are nan for rows that are never held out, and for those of a fold whose head failed.
         """
-        (predictions,) = self.out_of_fold_predictions_of([spec])
-        return np.asarray(predictions)
+        return np.asarray(self.out_of_fold_predictions_of([spec])[0])
 
     def out_of_fold_predictions_of(
         self, specs: Sequence[HeadSpec | str]
     ) -> npt.NDArray[np.float32]:
         """Return `out_of_fold_predictions` (K, N, C) of many specs, from a file opened once."""
-        rows_of_folds = [
-            (int(held_out_fold), self.rows(held_out_fold))
-            for held_out_fold in np.unique(self.fold[self.fold >= 0])
-        ]
-        stack: npt.NDArray[np.float32] | None = None
+        folds = np.unique(self.fold[self.fold >= 0]).tolist()
+        rows_of_folds = [(fold, self.rows(fold)) for fold in folds]
+        shape = len(specs), len(self.fold), len(self.classes)
+        stack = np.full(shape, np.nan, np.float32)
         with _open(self.path) as file:
             heads = file["head"].id
-            for spec_index, spec in enumerate(specs):
-                for held_out_fold, rows in rows_of_folds:
+            for predictions, spec in zip(stack, specs, strict=True):
+                for fold, rows in rows_of_folds:
                     # By h5py's low-level interface: through its objects ten thousand heads take
                     # three times as long.
-                    group = h5py.h5g.open(heads, str(self.head_index(spec, held_out_fold)).encode())
-                    if not group.links.exists(b"validation"):
-                        continue
-                    stored_predictions = h5py.h5d.open(group, b"validation")
-                    fold_predictions = np.empty(stored_predictions.shape, np.float32)
-                    stored_predictions.read(h5py.h5s.ALL, h5py.h5s.ALL, fold_predictions)
-                    if stack is None:
-                        stack = np.full(
-                            (len(specs), len(self.fold), fold_predictions.shape[1]),
-                            np.nan,
-                            np.float32,
-                        )
-                    stack[spec_index, rows] = fold_predictions
-        if stack is None:
-            return np.full((len(specs), len(self.fold), len(self.classes)), np.nan, np.float32)
+                    group = h5py.h5g.open(heads, str(self.head_index(spec, fold)).encode())
+                    if group.links.exists(b"validation"):
+                        stored = h5py.h5d.open(group, b"validation")
+                        of_fold = np.empty(stored.shape, np.float32)
+                        stored.read(h5py.h5s.ALL, h5py.h5s.ALL, of_fold)
+                        predictions[rows] = of_fold
         return stack
 
     def head_index(self, spec: HeadSpec | str, fold: int) -> int:
@@ -274,14 +263,11 @@ def remove_damaged(path: Path | str) -> bool:
     """
     try:
         _check(Path(path))
-    except FileNotFoundError:
-        return False
-    # Perhaps whole, on a disk that cannot be read now: not removed.
-    except _Unreadable:
-        raise
-    except BadResults:
+    except (FileNotFoundError, BadResults) as error:
+        if isinstance(error, _Unreadable):
+            raise  # perhaps whole, on a disk that cannot be read now: not removed
         Path(path).unlink(missing_ok=True)
-        return True
+        return isinstance(error, BadResults)
     return False
 
 

@@ -69,23 +69,17 @@ def metric_interval(
             f"an interval needs rows and a level in (0, 1), found {n_rows} and {level}"
         )
     metric_value = score(task_kind, target, probabilities, metric)
-    group_of_row = (
-        np.arange(n_rows)
-        if groups is None
-        else np.unique(np.asarray(groups), return_inverse=True)[1]
-    )
     if not np.isfinite(metric_value):
         return float("nan"), float("nan")
+    group_of_row = _group_numbers(groups, n_rows)
     if metric in ("accuracy", "hamming_accuracy"):
-        return proportion_interval(
-            row_hits(task_kind, target, probabilities, metric), group_of_row, level
-        )
+        hits = row_hits(task_kind, target, probabilities, metric)
+        return proportion_interval(hits, group_of_row, level)
     if metric in ("log_loss", "mae"):
-        loss_of_row = row_losses(task_kind, target, probabilities, metric)
-        guess_loss = 2 * float(np.log(2 if task_kind == "multi" else np.shape(probabilities)[1]))
-        return mean_loss_interval(
-            loss_of_row, group_of_row, guess_loss if metric == "log_loss" else None, level
-        )
+        losses = row_losses(task_kind, target, probabilities, metric)
+        n_choices = 2 if task_kind == "multi" else np.shape(probabilities)[1]
+        unseen_loss = 2 * float(np.log(n_choices)) if metric == "log_loss" else None
+        return mean_loss_interval(losses, group_of_row, unseen_loss, level)
     standard_error, n_blocks = _jackknife(
         task_kind, target, probabilities, metric, group_of_row, metric_value
     )
@@ -107,11 +101,8 @@ def proportion_interval(
     groups: (N,) any labels; None: each row is a group. The L hits of a row are in its group.
     """
     table = np.asarray(hits, np.float64)
-    rows = len(table)
-    table = table.reshape(rows, -1)
-    group = (
-        np.arange(rows) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    )
+    table = table.reshape(len(table), -1)
+    group = _group_numbers(groups, len(table))
     sizes = np.bincount(group) * float(table.shape[1])
     group_hits = np.bincount(group, table.sum(1))
     total, value = sizes.sum(), group_hits.sum() / sizes.sum()
@@ -123,9 +114,17 @@ def proportion_interval(
         variance = len(sizes) / (len(sizes) - 1) * (deviation**2).sum() / total**2
         design_effect = variance / (value * (1 - value) / total)
         estimate = float(np.clip((design_effect - 1) / (worst_effect - 1), 0, 1))
-        weight = _weight_of_estimate(group_hits < sizes, group_hits > 0, PRIOR_GROUPS)
+        n_with_mistakes, n_with_hits = (group_hits < sizes).sum(), (group_hits > 0).sum()
+        weight = _weight_of_estimate(n_with_mistakes, n_with_hits, PRIOR_GROUPS)
         correlation = weight * estimate + (1 - weight)
     return exact_interval(value, total / (1 + (worst_effect - 1) * correlation), level)
+
+
+def _group_numbers(groups: npt.NDArray[Any] | None, n_rows: int) -> npt.NDArray[np.int64]:
+    """Return the group 0..G-1 of each row, (N,); without groups each row is one."""
+    if groups is None:
+        return np.arange(n_rows)
+    return np.asarray(np.unique(np.asarray(groups), return_inverse=True)[1], np.int64)
 
 
 def exact_interval(
@@ -142,21 +141,20 @@ def exact_interval(
     tail_probability = (1 - level) / 2
     # Without hits, or misses, the beta distribution is not defined, and the bound is the end of the
     # range. Weighted counts of zero come with rounding errors.
-    lower = float(betaincinv(n_hits, n_misses + 1, tail_probability)) if n_hits > 1e-9 else 0.0
-    upper = (
-        float(betaincinv(n_hits + 1, n_misses, 1 - tail_probability)) if n_misses > 1e-9 else 1.0
-    )
+    lower, upper = 0.0, 1.0
+    if n_hits > 1e-9:
+        lower = float(betaincinv(n_hits, n_misses + 1, tail_probability))
+    if n_misses > 1e-9:
+        upper = float(betaincinv(n_hits + 1, n_misses, 1 - tail_probability))
     return lower, upper
 
 
-def _weight_of_estimate(
-    has_mistakes: npt.NDArray[np.bool_], has_hits: npt.NDArray[np.bool_], prior: int
-) -> float:
+def _weight_of_estimate(n_with_mistakes: int, n_with_hits: int, prior: int) -> float:
     """Return the weight, 0 to 1, of the estimated variance against the worst case.
 
-    It grows with the number of groups that have the rarer outcome. has_mistakes, has_hits: (G,).
+    It grows with the number of groups that have the rarer outcome, mistakes or hits.
     """
-    n_rarer = min(int(has_mistakes.sum()), int(has_hits.sum()))
+    n_rarer = min(n_with_mistakes, n_with_hits)
     return n_rarer / (n_rarer + prior)
 
 
@@ -173,26 +171,20 @@ def _jackknife(
     n_blocks = int(min(n_groups, _BLOCKS, max(20, _ELEMENTS / len(group_of_row))))
     if n_blocks < 2:
         return float("nan"), 1
-    block_of_row = (
-        (np.random.default_rng(0).permutation(n_groups) % n_blocks)[group_of_row]
-        if n_groups > n_blocks
-        else group_of_row
-    )
+    block_of_row = group_of_row
+    if n_groups > n_blocks:
+        block_of_row = (np.random.default_rng(0).permutation(n_groups) % n_blocks)[group_of_row]
     weights = (block_of_row[:, None] != np.arange(n_blocks)).astype(np.float64)
     predicted = np.asarray(probabilities, np.float64).reshape(1, len(group_of_row), -1)
     one_fold = np.zeros(len(group_of_row), np.int64)
-    left_out_values = weighted_scores(task_kind, target, predicted, one_fold, metric, weights)[0]
-    left_out_values = left_out_values[np.isfinite(left_out_values)]
-    if len(left_out_values) < 2:
+    values = weighted_scores(task_kind, target, predicted, one_fold, metric, weights)[0]
+    values = values[np.isfinite(values)]
+    n_values = len(values)
+    if n_values < 2:
         return float("nan"), 1
     # Deviations from the metric's value, not from their mean, which would give a smaller error.
-    return float(
-        np.sqrt(
-            (len(left_out_values) - 1)
-            / len(left_out_values)
-            * ((left_out_values - metric_value) ** 2).sum()
-        )
-    ), len(left_out_values)
+    squares = ((values - metric_value) ** 2).sum()
+    return float(np.sqrt((n_values - 1) / n_values * squares)), n_values
 
 
 def _positive_interval(
@@ -202,12 +194,11 @@ def _positive_interval(
 
     if metric_value <= 0 or not np.isfinite(standard_error):
         return (metric_value, metric_value) if metric_value <= 0 else (0.0, float("inf"))
-    half_width = (
-        float(stdtrit(max(n_blocks - 1, 1), (1 + level) / 2)) * standard_error / metric_value
-    )
-    return metric_value * float(np.exp(-half_width)), metric_value * float(
-        np.exp(min(half_width, 700.0))
-    )
+    quantile = float(stdtrit(max(n_blocks - 1, 1), (1 + level) / 2))
+    half_width = quantile * standard_error / metric_value
+    # exp(710) is infinite in float64.
+    factor = float(np.exp(min(half_width, 700.0)))
+    return metric_value * float(np.exp(-half_width)), metric_value * factor
 
 
 def mean_loss_interval(
@@ -222,25 +213,19 @@ def mean_loss_interval(
     """
     group_of_row = np.unique(groups, return_inverse=True)[1]
 
-    def interval_ends(
-        loss_values: Floats, group_index: npt.NDArray[np.int64]
-    ) -> tuple[float, float]:
-        n_groups = int(group_index.max()) + 1
+    def interval(losses: Floats, group: npt.NDArray[np.int64]) -> tuple[float, float]:
+        mean, n_groups = float(losses.mean()), int(group.max()) + 1
         if n_groups < 2:
-            return _positive_interval(float(loss_values.mean()), float("nan"), 1, level)
-        group_sums = np.bincount(group_index, loss_values - loss_values.mean())
-        standard_error = float(np.sqrt(n_groups / (n_groups - 1) * (group_sums**2).sum())) / len(
-            loss_values
-        )
-        return _positive_interval(float(loss_values.mean()), standard_error, n_groups, level)
+            return _positive_interval(mean, float("nan"), 1, level)
+        squares = (np.bincount(group, losses - losses.mean()) ** 2).sum()
+        standard_error = float(np.sqrt(n_groups / (n_groups - 1) * squares)) / len(losses)
+        return _positive_interval(mean, standard_error, n_groups, level)
 
-    lower, upper = interval_ends(loss_of_row, group_of_row)
+    lower, upper = interval(loss_of_row, group_of_row)
     if unseen_loss is not None:
+        with_unseen = np.append(loss_of_row, unseen_loss)
         upper = max(
-            upper,
-            interval_ends(
-                np.append(loss_of_row, unseen_loss), np.append(group_of_row, group_of_row.max() + 1)
-            )[1],
+            upper, interval(with_unseen, np.append(group_of_row, group_of_row.max() + 1))[1]
         )
     return lower, upper
 
@@ -260,9 +245,8 @@ def _share_interval(
     """
     n_rows = len(group_of_row)
     if task_kind == "single":
-        class_table = np.asarray(target).astype(np.int64)[:, None] == np.arange(
-            np.shape(probabilities)[1]
-        )
+        classes = np.arange(np.shape(probabilities)[1])
+        class_table = np.asarray(target).astype(np.int64)[:, None] == classes
     else:
         class_table = np.asarray(target, np.float64).reshape(n_rows, -1) >= 0.5
     positives = class_table.sum(0)
@@ -274,28 +258,21 @@ def _share_interval(
         column_variances = 1 / smaller_side[smaller_side > 0]
         largest_variance = float(column_variances.mean()) if len(column_variances) else 1.0
     else:  # the mean over classes of proportions of their rows
-        largest_variance = (
-            float((1 / positives[positives > 0]).sum()) / int((positives > 0).sum()) ** 2
-        )
+        present = positives[positives > 0]
+        largest_variance = float((1 / present).sum()) / len(present) ** 2
     group_sizes = np.bincount(group_of_row)
     largest_variance = max(largest_variance, 1 / n_rows) * float((group_sizes**2).sum() / n_rows)
     value_spread = metric_value * (1 - metric_value)
     # Variances are in units of value × (1 - value): the variance of one row of a proportion.
-    estimated_variance = (
-        max(standard_error**2 / value_spread, 1 / n_rows)
-        if value_spread > 1e-12 and np.isfinite(standard_error)
-        else largest_variance
-    )
+    estimated_variance = largest_variance
+    if value_spread > 1e-12 and np.isfinite(standard_error):
+        estimated_variance = max(standard_error**2 / value_spread, 1 / n_rows)
     is_right = row_hits(task_kind, target, probabilities, "accuracy").reshape(n_rows) > 0.5
-    groups_by_outcome = [
-        np.isin(np.arange(len(group_sizes)), group_of_row[row_mask])
-        for row_mask in (~is_right, is_right)
-    ]
-    weight = _weight_of_estimate(
-        groups_by_outcome[0],
-        groups_by_outcome[1],
-        PRIOR_GROUPS_RANKED if is_ranked else PRIOR_GROUPS,
+    n_with_mistakes, n_with_hits = (
+        len(np.unique(group_of_row[rows])) for rows in (~is_right, is_right)
     )
+    prior = PRIOR_GROUPS_RANKED if is_ranked else PRIOR_GROUPS
+    weight = _weight_of_estimate(n_with_mistakes, n_with_hits, prior)
     worst_variance = max(largest_variance, estimated_variance)
     variance = weight * estimated_variance + (1 - weight) * worst_variance
     return exact_interval(metric_value, max(1 / variance, 1.0), level)

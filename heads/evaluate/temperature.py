@@ -87,13 +87,10 @@ def fit_temperatures(
     if task_kind == "regression" or predicted.shape[1] == 0:
         return np.ones(len(predicted))
     floors = floors or [FLOOR] * len(predicted)
-    predictions_and_floors = zip(predicted, floors, strict=True)
     return np.array(
         [
-            _fitted(
-                task_kind, target, head_predictions, sample_weight, head_floor, _MAX_NUMBERS_OF_MANY
-            )
-            for head_predictions, head_floor in predictions_and_floors
+            _fitted(task_kind, target, of_head, sample_weight, floor, _MAX_NUMBERS_OF_MANY)
+            for of_head, floor in zip(predicted, floors, strict=True)
         ]
     )
 
@@ -112,9 +109,8 @@ def with_temperature(
         clipped_values = np.clip(raw_values, floor, 1 - floor)
         # At a low temperature a power may be infinite; its reciprocal is 0, which is right.
         with np.errstate(over="ignore"):
-            return np.asarray(
-                1 / (1 + ((1 - clipped_values) / clipped_values) ** (1 / temperature))
-            )
+            odds_against = ((1 - clipped_values) / clipped_values) ** (1 / temperature)
+        return np.asarray(1 / (1 + odds_against))
     clipped_values = np.clip(raw_values, floor, None)
     # Relative to the largest, whose power is 1, so that not all of them underflow.
     powers = (clipped_values / clipped_values.max(1, keepdims=True)) ** (1 / temperature)
@@ -156,20 +152,17 @@ def keep_decisions(
     """
     corrected = np.asarray(predicted_after, np.float32)
     if task_kind == "single":
-        row_index, first_class = np.arange(len(corrected)), np.asarray(predicted_before).argmax(1)
-        is_lost = corrected.argmax(1) != first_class
-        if is_lost.any():
+        decided = np.asarray(predicted_before).argmax(1)
+        lost = np.flatnonzero(corrected.argmax(1) != decided)
+        if len(lost):
             corrected = corrected.copy()
-            corrected[row_index[is_lost], first_class[is_lost]] = np.nextafter(
-                corrected[is_lost].max(1), np.float32(2)
-            )
+            corrected[lost, decided[lost]] = np.nextafter(corrected[lost].max(1), np.float32(2))
     elif task_kind == "multi":
-        one_half = np.float32(0.5)
-        below_half = np.nextafter(one_half, np.float32(0))
+        half = np.float32(0.5)
+        below_half = np.nextafter(half, np.float32(0))
+        is_present = np.asarray(predicted_before) >= half
         corrected = np.where(
-            np.asarray(predicted_before) >= one_half,
-            np.maximum(corrected, one_half),
-            np.minimum(corrected, below_half),
+            is_present, np.maximum(corrected, half), np.minimum(corrected, below_half)
         )
     return corrected
 
@@ -183,19 +176,15 @@ def _fitted(
     max_numbers: int,
 ) -> float:
     n_rows, n_outputs = predicted.shape
-    row_step = max(1, min(n_rows * n_outputs // max_numbers, n_rows // _MIN_ROWS))
-    log_odds, true_column = _log_odds(
-        task_kind, np.asarray(target)[::row_step], predicted[::row_step], floor
-    )
-    row_share = (
-        np.ones(len(true_column))
-        if sample_weight is None
-        else np.repeat(
-            np.asarray(sample_weight, np.float64)[::row_step],
-            len(true_column) // len(predicted[::row_step]),
-        )
-    )
-    return float(np.exp(-_log_sharpness(log_odds, true_column, row_share)))
+    step = max(1, min(n_rows * n_outputs // max_numbers, n_rows // _MIN_ROWS))
+    predicted = predicted[::step]
+    log_odds, true_column = _log_odds(task_kind, np.asarray(target)[::step], predicted, floor)
+    weight = np.ones(len(true_column))
+    if sample_weight is not None:
+        # Each label of a row has the row's weight.
+        labels_of_row = len(true_column) // len(predicted)
+        weight = np.repeat(np.asarray(sample_weight, np.float64)[::step], labels_of_row)
+    return float(np.exp(-_log_sharpness(log_odds, true_column, weight)))
 
 
 def _log_odds(
@@ -210,14 +199,11 @@ def _log_odds(
         return np.log(clipped_values), np.asarray(target, np.int64)
     clipped_values = np.minimum(clipped_values, 1 - floor).ravel()
     true_label = (np.asarray(target, np.float64).reshape(len(predicted), -1) >= 0.5).ravel()
-    return np.stack(
-        [np.zeros_like(clipped_values), np.log(clipped_values / (1 - clipped_values))], axis=1
-    ), true_label.astype(np.int64)
+    log_odds = np.log(clipped_values / (1 - clipped_values))
+    return np.stack([np.zeros_like(log_odds), log_odds], axis=1), true_label.astype(np.int64)
 
 
-def _log_sharpness(
-    logits: Array, true_column: Array, sample_weight: Floats, prior_spread: float = SPREAD
-) -> float:
+def _log_sharpness(logits: Array, true_column: Array, sample_weight: Floats) -> float:
     """Return log(1 / T) at which the slope of the weighted log loss and the prior is zero.
 
     logits: (n, C); true_column, sample_weight: (n,). Newton's method within a bracket of two signs
@@ -239,12 +225,12 @@ def _log_sharpness(
         probabilities /= probabilities.sum(1, keepdims=True)
         mean_logit = (probabilities * logits).sum(1)
         slope_excess = float(sample_weight @ mean_logit) - mean_true_logit  # derivative by 1 / T
-        slope = sharpness * slope_excess + log_sharpness / prior_spread**2
+        slope = sharpness * slope_excess + log_sharpness / SPREAD**2
         if slope == 0:
             break
         lower, upper = (lower, log_sharpness) if slope > 0 else (log_sharpness, upper)
         logit_variance = float(sample_weight @ ((probabilities * logits**2).sum(1) - mean_logit**2))
-        curvature = sharpness * slope_excess + sharpness**2 * logit_variance + 1 / prior_spread**2
+        curvature = sharpness * slope_excess + sharpness**2 * logit_variance + 1 / SPREAD**2
         # A Newton step, and bisection where that leaves the bracket.
         next_value = log_sharpness - slope / curvature if curvature > 0 else (lower + upper) / 2
         if not lower < next_value < upper:
