@@ -167,18 +167,13 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
         raise HeadError(
             f"{path} has changed since it was written: {error}. {WRITE_AGAIN}"
         ) from error
-    # ValueError: also what is no JSON or no UTF-8.
+    except HeadraceError:
+        raise
+    # ValueError: also what is no JSON or no UTF-8. LookupError: a field that is missing.
     except (
-        SafetensorError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        RecursionError,
-        ArithmeticError,
+        *(SafetensorError, LookupError, TypeError, AttributeError, ValueError),
+        *(RecursionError, ArithmeticError),
     ) as error:
-        if isinstance(error, HeadraceError):
-            raise
         raise HeadError(
             f"{path} is not a saved head ({type(error).__name__}: {error}). {WRITE_AGAIN}"
         ) from error

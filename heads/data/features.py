@@ -38,16 +38,13 @@ def load_rows(
     sets with different views or positions; CacheError for a row that was never extracted.
     """
     view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
-    column_parts = [
-        _columns(views, content_hashes[is_kept], spatial=spatial) for views in view_groups
-    ]
+    parts = [_columns(views, content_hashes[is_kept], spatial=spatial) for views in view_groups]
     if side is not None:
         side_inputs = side.take(is_kept).as_inputs()
-        column_parts.append(np.repeat(side_inputs[None], len(column_parts[0]), axis=0))
-    joined_columns = (
-        column_parts[0] if len(column_parts) == 1 else np.concatenate(column_parts, axis=2)
-    )
-    return (joined_columns if len(joined_columns) > 1 else joined_columns[0]), is_kept
+        parts.append(np.repeat(side_inputs[None], len(parts[0]), axis=0))
+    # Of a single part this would be a copy of all features.
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+    return (joined if len(joined) > 1 else joined[0]), is_kept
 
 
 def stream_rows(
@@ -68,10 +65,7 @@ def stream_rows(
 
 def loaded_bytes(features: Sequence[FeatureSet], n_rows: int) -> int:
     """Return the bytes of memory that `load_rows` needs for so many rows."""
-    return sum(
-        n_rows * math.prod(feature.spec.shape) * np.dtype(np.float32).itemsize
-        for feature in features
-    )
+    return sum(4 * n_rows * math.prod(feature.spec.shape) for feature in features)  # float32
 
 
 def _opened(
@@ -98,11 +92,9 @@ def _opened(
     view_tuples = {tuple(feature.spec.view for feature in views) for views in view_groups}
     if len(view_tuples) > 1:
         view_counts = sorted({len(views) for views in view_tuples})
-        found_text = (
-            f"{view_counts} views"
-            if len(view_counts) > 1
-            else f"{view_counts[0]} views each, but not the same ones"
-        )
+        found_text = f"{view_counts} views"
+        if len(view_counts) == 1:
+            found_text = f"{view_counts[0]} views each, but not the same ones"
         raise HeadError(
             f"the parts of a head's input have {found_text}: extract the same views of each tap"
         )
@@ -121,10 +113,8 @@ def rows_with_features(
     has_features = np.ones(len(content_hashes), np.bool_)
     for feature in features:
         feature_set = feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
-        failed_hashes = np.array(
-            [failure.content_hash for failure in feature_set.failures()], "S32"
-        )
-        has_features &= ~np.isin(content_hashes, failed_hashes)
+        failed = [failure.content_hash for failure in feature_set.failures()]
+        has_features &= ~np.isin(content_hashes, np.array(failed, "S32"))
     return has_features
 
 

@@ -1,5 +1,6 @@
 """A feature set as the first step of a scikit-learn pipeline: ids in, features out."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -55,27 +56,22 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         Raises CacheError naming the first ids without a row, or one that stands for several images.
         """
         feature_rows = [
-            feature.read(positions).reshape(len(positions), int(np.prod(feature.spec.shape)))
+            feature.read(positions).reshape(len(positions), math.prod(feature.spec.shape))
             for feature, positions in zip(self._sets(), self._positions(X), strict=True)
         ]
-        return np.asarray(
-            feature_rows[0] if len(feature_rows) == 1 else np.concatenate(feature_rows, axis=1),
-            np.float32,
-        )
+        # Of a single feature set this would be a copy of all its rows.
+        joined = feature_rows[0] if len(feature_rows) == 1 else np.concatenate(feature_rows, axis=1)
+        return np.asarray(joined, np.float32)
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
     def _sets(self) -> list[FeatureSet]:
-        given_features = self.features
-        feature_list = (
-            [given_features]
-            if isinstance(given_features, FeatureSet | str | Path)
-            else list(given_features)
-        )
+        given = self.features
+        several = [given] if isinstance(given, FeatureSet | str | Path) else given
         return [
-            feature_set if isinstance(feature_set, FeatureSet) else open_feature_set(feature_set)
-            for feature_set in feature_list
+            feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
+            for feature in several
         ]
 
     def _positions(self, X: Any) -> list[npt.NDArray[np.int64]]:
@@ -94,11 +90,9 @@ def _names_and_content(X: Any) -> tuple[list[str], list[str] | None]:
         return sample_ids.fillna("").tolist(), content_hashes.fillna("").tolist()
     id_values = np.asarray(X, dtype=object)
     if id_values.ndim > 2 or (id_values.ndim == 2 and id_values.shape[1] != 1):
-        column_text = (
-            f" with the columns {', '.join(map(str, X.columns))}"
-            if isinstance(X, pd.DataFrame)
-            else ""
-        )
+        column_text = ""
+        if isinstance(X, pd.DataFrame):
+            column_text = f" with the columns {', '.join(map(str, X.columns))}"
         raise ValueError(
             f"ids have shape {id_values.shape}{column_text}; expected (n,) or (n, 1), or a "
             "DataFrame with the columns id and content"
@@ -115,9 +109,7 @@ def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> 
     for feature in feature_sets:
         hashes_by_id = content_hashes_by_id(feature.ids(), feature.content_hashes())
         ambiguous_ids = [
-            sample_id
-            for sample_id in dict.fromkeys(sample_ids)
-            if len(hashes_by_id.get(sample_id, ())) > 1
+            name for name in dict.fromkeys(sample_ids) if len(hashes_by_id.get(name, ())) > 1
         ]
         if ambiguous_ids:
             raise CacheError(
@@ -135,7 +127,8 @@ def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> 
                     "another in the feature sets before it: one of them was extracted before the "
                     f"image was edited. {_WHICH}"
                 )
-            content_hashes[row] = content_hash if content_hash != sample_id else content_hashes[row]
+            if content_hash != sample_id:
+                content_hashes[row] = content_hash
     return content_hashes
 
 
@@ -144,23 +137,12 @@ def _rows(
 ) -> npt.NDArray[np.int64]:
     """Return the positions of n content hashes. Raises CacheError naming ids without a row."""
     # Texts that are no content hash become "", which no row has.
-    hash_array = np.array(
-        [
-            hash_text if len(hash_text) == 32 and hash_text.isascii() else ""
-            for hash_text in content_hashes
-        ],
-        "S32",
-    )
-    row_positions = (
-        np.where(hash_array == b"", -1, feature.locate(hash_array))
-        if len(hash_array)
-        else np.zeros(0, np.int64)
-    )
-    missing_ids = [
-        sample_id
-        for sample_id, row in zip(sample_ids, row_positions.tolist(), strict=True)
-        if row < 0
-    ]
+    hashes = [text if len(text) == 32 and text.isascii() else "" for text in content_hashes]
+    hash_array = np.array(hashes, "S32")
+    row_positions = np.zeros(0, np.int64)
+    if len(hash_array):
+        row_positions = np.where(hash_array == b"", -1, feature.locate(hash_array))
+    missing_ids = [sample_ids[i] for i in np.flatnonzero(row_positions < 0)]
     if missing_ids:
         raise CacheError(
             f"{feature.spec.name} of {feature.spec.backbone} has no row for "

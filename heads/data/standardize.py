@@ -40,16 +40,15 @@ class Moments:
         # `_is_constant_feature`.
         eps, count = np.finfo(np.float64).eps, max(self.count, 1)
         variance = self.squares / count
-        bound: Array = variance <= count * eps * variance + (count * self.mean * eps) ** 2
-        return bound
+        return np.asarray(variance <= count * eps * variance + (count * self.mean * eps) ** 2)
 
     @property
     def scale(self) -> Array:
         """Standard deviations (D,) divided by the emphasis; 1 for constant features."""
         deviation = np.sqrt(self.squares / max(self.count, 1))
-        return np.where(
-            self.constant, 1.0, deviation if self.emphasis is None else deviation / self.emphasis
-        )
+        if self.emphasis is not None:
+            deviation /= self.emphasis
+        return np.where(self.constant, 1.0, deviation)
 
 
 def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
@@ -85,22 +84,14 @@ def scaled(rows: Array, center: Array, factor: Array) -> Array:
 
 def merge(moments_of_parts: list[Moments]) -> Moments:
     """Return the moments of the union of disjoint groups of rows."""
-    n_rows = sum(part_moments.count for part_moments in moments_of_parts)
-    merged_mean = sum(
-        (
-            part_moments.mean * (part_moments.count / max(n_rows, 1))
-            for part_moments in moments_of_parts
-        ),
-        np.zeros_like(moments_of_parts[0].mean),
-    )
-    merged_squares = sum(
-        (
-            part_moments.squares + part_moments.count * (part_moments.mean - merged_mean) ** 2
-            for part_moments in moments_of_parts
-        ),
-        np.zeros_like(merged_mean),
-    )
-    return Moments(n_rows, merged_mean, merged_squares)
+    n_rows = sum(part.count for part in moments_of_parts)
+    mean = np.zeros_like(moments_of_parts[0].mean)
+    for part in moments_of_parts:
+        mean += part.mean * (part.count / max(n_rows, 1))
+    squares = np.zeros_like(mean)
+    for part in moments_of_parts:
+        squares += part.squares + part.count * (part.mean - mean) ** 2
+    return Moments(n_rows, mean, squares)
 
 
 def chunks(
@@ -139,24 +130,19 @@ def group_moments(X: Features, fold_of_row: Array) -> dict[int, Moments]:
 
     Raises HeadError.
     """
-    moments_of_group: dict[int, list[Moments]] = {
-        int(group): [] for group in np.unique(fold_of_row)
-    }
+    parts_of_group: dict[int, list[Moments]] = {int(group): [] for group in np.unique(fold_of_row)}
     for group, row_numbers in sweep(X, fold_of_row):
-        moments_of_group[group].append(moments(X[row_numbers], row_numbers))
-    return {group: merge(part_moments) for group, part_moments in moments_of_group.items()}
+        parts_of_group[group].append(moments(X[row_numbers], row_numbers))
+    return {group: merge(parts) for group, parts in parts_of_group.items()}
 
 
 def training_moments(groups: dict[int, Moments]) -> dict[int, Moments]:
     """Return the moments of each fold's training rows, and of all rows under REFIT."""
     zeros = np.zeros_like(next(iter(groups.values())).mean)
-    no_moments = Moments(0, zeros, zeros)
-    moments_of_fold = {
-        fold: merge(
-            [group_part for group, group_part in groups.items() if group != fold] or [no_moments]
-        )
-        for fold in groups
+    # A fold that is the only group has no training rows.
+    no_rows = Moments(0, zeros, zeros)
+    return {
+        fold: merge([part for group, part in groups.items() if group != fold] or [no_rows])
+        for fold in (*groups, REFIT)
         if fold != TRAIN_ONLY
     }
-    moments_of_fold[REFIT] = merge(list(groups.values()))
-    return moments_of_fold

@@ -62,24 +62,18 @@ class Streamed:
 
     def __getitem__(self, key: slice | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return rows by slice, row numbers or mask, (n, D) or (n, channels, h, w), as a copy."""
-        row_numbers = (
-            np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
-        )
-        return self.read(
-            np.flatnonzero(row_numbers) if row_numbers.dtype == np.bool_ else row_numbers
-        )
+        if isinstance(key, slice):
+            key = np.arange(*key.indices(len(self)))
+        key = np.asarray(key)
+        return self.read(np.flatnonzero(key) if key.dtype == np.bool_ else key)
 
-    def read(
-        self, row_numbers: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Return rows by number, as a copy or written into `out` (n, D)."""
-        output_rows = (
-            np.empty((len(row_numbers), *self.shape[1:]), np.float32) if out is None else out
-        )
-        for view in range(self.views) if self.views > 1 else (0,):
-            view_rows = (
-                np.flatnonzero(row_numbers // self._rows == view) if self.views > 1 else slice(None)
-            )
+    def read(self, row_numbers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Return rows by number, as a copy."""
+        output_rows = np.empty((len(row_numbers), *self.shape[1:]), np.float32)
+        for view in range(self.views):
+            view_rows: slice | npt.NDArray[np.intp] = slice(None)
+            if self.views > 1:
+                view_rows = np.flatnonzero(row_numbers // self._rows == view)
             local_rows = row_numbers[view_rows] - view * self._rows
             for column_part, first_column, end_column in zip(
                 self._parts, self._columns[:-1], self._columns[1:], strict=True
@@ -115,10 +109,6 @@ class Streamed:
             return self.read(rows)
         feature, positions = self._parts[0][0]
         return feature.read(positions[rows], None).reshape(len(rows), -1)
-
-    def view(self, view_number: int) -> "StreamedView":
-        """Return the rows of one view."""
-        return StreamedView(self, view_number)
 
     @property
     def order(self) -> npt.NDArray[np.intp]:
@@ -182,7 +172,7 @@ class StreamedStack:
         return self.rows.views
 
     def __iter__(self) -> Iterator[StreamedView]:
-        return (self.rows.view(number) for number in range(self.rows.views))
+        return (StreamedView(self.rows, number) for number in range(self.rows.views))
 
 
 def not_finite(feature: FeatureSet, content_hash: bytes, n_rows: int) -> HeadError:

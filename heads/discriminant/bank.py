@@ -23,13 +23,13 @@ import scipy.linalg
 from headrace.heads.data.checks import check_specs
 from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
 from headrace.heads.data.inputs import check_rows
-from headrace.heads.data.standardize import Moments, scaled
+from headrace.heads.data.standardize import Moments, chunks, scaled
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.layers import ROWS_AT_ONCE, linear_layers, predict_dense
 from headrace.heads.linear.gram import Products, group_products, sum_products
-from headrace.heads.spec import FitResult
+from headrace.heads.spec import FitResult, specs_by
 
 Array = npt.NDArray[Any]
 
@@ -56,12 +56,12 @@ def fit_discriminant_bank(
     for spec in specs:
         if not 0 <= spec.shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in 0..1, found {spec.shrinkage}")
-    problem = DiscriminantProblem.of(data)
+    problem = DiscriminantProblem(data, fold_moments(data), {})
+    folds = data.folds_to_fit(refit=refit)
     results: dict[tuple[int, int], FitResult] = {}
-    for fold in data.folds_to_fit(refit=refit):
-        for standardize in sorted({spec.standardize for spec in specs}):
+    for fold in folds:
+        for (standardize,), spec_indices in specs_by(specs, "standardize").items():
             started = time.perf_counter()
-            spec_indices = [i for i, spec in enumerate(specs) if spec.standardize == standardize]
             scatter = problem.scatter(fold, standardize=standardize)
             for i in spec_indices:
                 weight, bias = scatter.coefficients(specs[i].shrinkage)
@@ -73,7 +73,6 @@ def fit_discriminant_bank(
             seconds = (time.perf_counter() - started) / len(spec_indices)
             for i in spec_indices:
                 results[i, fold] = dataclasses.replace(results[i, fold], seconds=seconds)
-    folds = data.folds_to_fit(refit=refit)
     return [results[i, fold] for i in range(len(specs)) for fold in folds]
 
 
@@ -100,12 +99,11 @@ class ClassScatter:
         # Pseudo-inverse of a singular covariance: eigenvalues that are 0 up to rounding stay 0.
         floor = shrunk.max(initial=0.0) * n_features * np.finfo(np.float64).eps
         inverse = np.where(shrunk > floor, 1.0 / np.where(shrunk > floor, shrunk, 1.0), 0.0)
+        inverse_outside = 0.0
         outside = shrinkage * mean_eigenvalue  # eigenvalue of all directions not in `eigenvectors`
-        inverse_outside = 1.0 / outside if outside > floor else 0.0
-        if self.eigenvectors.shape[1] == n_features:
-            inverse_outside = 0.0
-        else:
-            inverse = inverse - inverse_outside
+        if self.eigenvectors.shape[1] < n_features and outside > floor:
+            inverse_outside = 1.0 / outside
+            inverse -= inverse_outside
         projected = self.class_means @ self.eigenvectors
         weight = (projected * inverse) @ self.eigenvectors.T + inverse_outside * self.class_means
         present = self.priors > 0
@@ -122,11 +120,6 @@ class DiscriminantProblem:
     data: TrainingData
     scaling: dict[int, Moments]  # {fold: moments of its training rows}
     products: dict[int, Products]  # {group of rows: products}, filled when first needed
-
-    @classmethod
-    def of(cls, data: TrainingData) -> "DiscriminantProblem":
-        """Compute the moments of every fold's training rows. Raises HeadError."""
-        return cls(data, fold_moments(data), {})
 
     def scatter(self, fold: int, *, standardize: bool) -> ClassScatter:
         """Return the class means and the decomposed covariance of a fold."""
@@ -208,8 +201,11 @@ class DiscriminantProblem:
 
 def _predict_held_out(data: TrainingData, fold: int, arrays: dict[str, Array]) -> Array:
     """Return the probabilities of a fold's held-out rows, (n, C) float32."""
-    rows, layers = data.held_out_rows(fold), linear_layers(arrays)
-    blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    layers = linear_layers(arrays)
+    # In chunks, because streamed rows are read as they are indexed.
     return np.concatenate(
-        [predict_dense(layers, data.X[block], data.task_kind, 1.0) for block in blocks]
+        [
+            predict_dense(layers, data.X[rows], data.task_kind, 1.0)
+            for rows in chunks(data.held_out_rows(fold), ROWS_AT_ONCE)
+        ]
     )
