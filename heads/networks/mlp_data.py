@@ -4,7 +4,7 @@ N rows, V views, D features, C outputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,8 @@ Floats = npt.NDArray[Any]
 class Imputed:
     """What stands for missing numbers of side columns in a fold."""
 
-    numbers: list[
-        int
-    ]  # columns of the input, each followed by that which is 1 for a missing number
+    # columns of the input, each followed by that which is 1 for a missing number
+    numbers: list[int]
     fills: Floats  # (M,) float64, the mean of each over the fold's training rows
 
     def fill(self, rows: Floats) -> None:
@@ -46,7 +45,7 @@ class FoldData:
     scale: Floats
     target_mean: Floats  # (C,) float64; 0 and 1 unless regression
     target_scale: Floats
-    imputed: "Imputed | None" = None
+    imputed: Imputed | None = None
 
 
 def prepare(
@@ -61,16 +60,14 @@ def prepare(
     """Return the data of a fold, scaled and filled in by its training rows."""
     train = weighted_training_rows(data, weight, held_out_fold)
     imputed = _imputed(stacked, data, train)
-    mean, scale = (
-        mean_and_scale(stacked, train, imputed)
-        if standardize
-        else (np.zeros(stacked.shape[2]), np.ones(stacked.shape[2]))
-    )
-    if data.side and standardize:
-        # A column of one value learns nothing, such as that of a level which no training row has.
-        # Divided by infinity, it never meets its first weights in held-out rows either.
-        first_side_column = data.side[0].start
-        scale[first_side_column:][_constant(stacked, data, train)] = np.inf
+    mean, scale = np.zeros(stacked.shape[2]), np.ones(stacked.shape[2])
+    if standardize:
+        mean, scale = mean_and_scale(stacked, train, imputed)
+        if data.side:
+            # A column of one value learns nothing, such as that of a level which no training row
+            # has. Divided by infinity, it never meets its first weights in held-out rows either.
+            inputs = _side_inputs(stacked, data)[train]
+            scale[data.side[0].start :][(inputs == inputs[:1]).all(0)] = np.inf
     return fold_data(
         features,
         data,
@@ -120,28 +117,26 @@ def fold_data(
         else:
             present = np.average(values[train], axis=0, weights=weight[train])
             shares = np.stack([1 - present, present])
-            label_weight = torch.from_numpy(
-                np.where(shares > 0, 0.5 / np.maximum(shares, 1e-300), 0).astype(np.float32)
-            )
+            label_weight = np.where(shares > 0, 0.5 / np.maximum(shares, 1e-300), 0)
         encoded = torch.from_numpy(np.ascontiguousarray(values.T, np.float32))
-    device = features.device
+
+    def on_device(values: Floats) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.float32)).to(features.device)
+
     rows = Rows(
         features,
         n,
-        encoded.to(device),
-        torch.from_numpy(np.stack([plain, balanced]).astype(np.float32)).to(device),
-        None if label_weight is None else label_weight.to(device),
-        torch.from_numpy(mean.astype(np.float32)).view(shape).to(device),
-        torch.from_numpy((1 / scale).astype(np.float32)).view(shape).to(device),
+        encoded.to(features.device),
+        on_device(np.stack([plain, balanced])),
+        None if label_weight is None else on_device(label_weight),
+        on_device(mean).view(shape),
+        on_device(1 / scale).view(shape),
         task,
         outputs,
-        None
-        if imputed is None
-        else (
-            torch.tensor(imputed.numbers, device=device),
-            torch.from_numpy(imputed.fills.astype(np.float32)).to(device),
-        ),
     )
+    if imputed is not None:
+        numbers = torch.tensor(imputed.numbers, device=features.device)
+        rows = replace(rows, imputed=(numbers, on_device(imputed.fills)))
     return FoldData(rows, train, held_out, mean, scale, target_mean, target_scale, imputed)
 
 
@@ -163,14 +158,6 @@ def _side_inputs(stacked: Floats | StreamedStack, data: TrainingData) -> Floats:
     if isinstance(stacked, StreamedStack):
         return stacked.rows.side
     return np.asarray(stacked[0][:, data.side[0].start :])
-
-
-def _constant(
-    stacked: Floats | StreamedStack, data: TrainingData, train: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    """Return whether side columns (R,) have one value in all training rows."""
-    inputs = _side_inputs(stacked, data)[train]
-    return np.asarray((inputs == inputs[:1]).all(0))
 
 
 def _imputed(

@@ -86,10 +86,9 @@ class BankProblem:
             self.device_blocks = torch_blocks.DeviceBlocks(design, n_outputs, device)
         self.folds = np.array([path.fold for path in paths])
         class_factors = np.stack([path.class_factors for path in paths]).astype(design.dtype)
-        weighted = bool((class_factors != 1).any()) or any(
-            block.sample_weight is not None for block in design.row_blocks
-        )
         labels = np.array([path.label for path in paths])
+        has_weights = any(block.sample_weight is not None for block in design.row_blocks)
+        weighted = has_weights or bool((class_factors != 1).any())
         self.weighting = RowWeighting(n_outputs, class_factors, labels, weighted)
         # {folds of a block: which paths train on its rows, (paths,) bool}
         self.trains_on = {
@@ -142,9 +141,6 @@ class BankProblem:
 
     def _block_class_sums(self, block: RowBlock, values: Array, path_index: int) -> Array:
         n_rows, dtype = len(block.row_index), self.design.dtype
-        sample_weight = (
-            np.ones(n_rows, dtype) if block.sample_weight is None else block.sample_weight
-        )
         label_row = self.weighting.labels[path_index]
         if label_row < 0:
             in_class = np.zeros((self.n_outputs, n_rows), dtype)
@@ -153,7 +149,9 @@ class BankProblem:
         else:
             label = block.labels[label_row]
             in_class = np.stack([1 - label, label])
-        sums = ((in_class * sample_weight) @ values).astype(np.float64)
+        if block.sample_weight is not None:
+            in_class *= block.sample_weight
+        sums = (in_class @ values).astype(np.float64)
         return np.asarray(sums * self.weighting.class_factors[path_index][:, None])
 
     def preconditioner_key(self, path_index: int) -> tuple[int, str, int | None]:
@@ -346,9 +344,8 @@ class ActiveSet:
 
     def gradient_is_small(self, slot: int, scaled_gradient: Array) -> bool:
         """Return whether a head's gradient is as small as scikit-learn's when it ends."""
-        gradient = self.preconditioners[slot].gradient_from_scaled(
-            scaled_gradient.reshape(self.shape)
-        )
+        scaled_gradient = scaled_gradient.reshape(self.shape)
+        gradient = self.preconditioners[slot].gradient_from_scaled(scaled_gradient)
         n_classes = self.problem.n_outputs
         limit = MAX_GRADIENT * math.sqrt(GRADIENT_CLASSES / max(n_classes, GRADIENT_CLASSES))
         n_weights = n_classes * len(self.problem.design.mean)
@@ -389,18 +386,16 @@ class ActiveSet:
             penalty_gradient = weights * l2[:, None, None]
         objective = 0.5 * np.einsum("acr,acr->a", weights, penalty_gradient).astype(np.float64)
         if problem.n_outputs > 1:
-            objective += 0.5 * np.einsum(
-                "ar,ar->a", weights.sum(axis=1), penalty_gradient.sum(axis=1)
-            )
+            last = weights.sum(axis=1), penalty_gradient.sum(axis=1)  # of the last class, negated
+            objective += 0.5 * np.einsum("ar,ar->a", *last)
         heads_by_folds = {
             folds: heads
             for folds, trains in problem.trains_on.items()
             if (heads := np.flatnonzero(trains[path_index])).size
         }
         block_weights = design.to_block_coordinates(u.reshape(-1, design.n_coordinates))
-        run = problem.start_pass(
-            path_index, block_weights.reshape(*u.shape[:2], -1), heads_by_folds
-        )
+        block_weights = block_weights.reshape(*u.shape[:2], -1)
+        run = problem.start_pass(path_index, block_weights, heads_by_folds)
         for block in _prefetched_blocks(design):
             if block.folds in heads_by_folds:
                 run.add(block)
@@ -411,9 +406,8 @@ class ActiveSet:
         gradient[..., :-1] += penalty_gradient
         scaled_gradient = np.empty_like(x)
         for preconditioner, rows in groups:
-            scaled_gradient[rows] = preconditioner.gradient_to_scaled(gradient[rows]).reshape(
-                -1, x.shape[1]
-            )
+            scaled = preconditioner.gradient_to_scaled(gradient[rows])
+            scaled_gradient[rows] = scaled.reshape(-1, x.shape[1])
         return objective, scaled_gradient
 
 
@@ -423,5 +417,5 @@ def _prefetched_blocks(design: DesignMatrix) -> Iterator[RowBlock]:
         if design.streamed_rows is not None and i % PREFETCHED_BLOCKS == 0:
             ahead = design.row_blocks[i + PREFETCHED_BLOCKS : i + 2 * PREFETCHED_BLOCKS]
             if ahead:
-                design.streamed_rows.prefetch(np.concatenate([later.row_index for later in ahead]))
+                design.streamed_rows.prefetch(np.concatenate([after.row_index for after in ahead]))
         yield block

@@ -57,8 +57,7 @@ MAX_COPIED_BYTES = 1 << 28  # of per-fold copies, 256 MB
 # Scale ratio beyond which folds have no copies: the preconditioner sees rows in one fold's scales
 # only, and with one outlier 400 times as far away as other rows heads took twice the iterations.
 MAX_COPIED_SCALE_RATIO = 3.0
-# See `multiply_by_penalty`.
-MIN_CLASSES_FOR_STORED_PENALTY = 48
+MIN_CLASSES_FOR_STORED_PENALTY = 48  # see `multiply_by_penalty`
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +134,8 @@ class DesignMatrix:
             return weights
         assert isinstance(self.rotation, Rotation)
         rotated = self.rotation.to_features(weights[:, :-1])
-        return np.concatenate(
-            [rotated * self.inverse_scale.astype(self.dtype), weights[:, -1:]], axis=1
-        )
+        rescaled = rotated * self.inverse_scale.astype(self.dtype)
+        return np.concatenate([rescaled, weights[:, -1:]], axis=1)
 
     def from_block_coordinates(self, gradients: Array) -> Array:
         """Return gradients or rows (k, W) of the blocks in rotated coordinates, (k, R + 1)."""
@@ -220,9 +218,8 @@ class DesignMatrix:
         """Return u (k, R + 1) from raw weights and biases, exact in the design's row space."""
         rescaled = weight / np.where(self.inverse_scale > 0, self.inverse_scale, 1.0)
         intercept = bias + weight @ self.mean + self.rotation.mean_decisions(rescaled, folds)
-        return np.concatenate(
-            [self.rotation.from_features(rescaled, folds), intercept[:, None]], axis=1
-        ).astype(self.dtype)
+        u = self.rotation.from_features(rescaled, folds)
+        return np.concatenate([u, intercept[:, None]], axis=1).astype(self.dtype)
 
 
 def should_copy_per_fold(
@@ -240,16 +237,16 @@ def should_copy_per_fold(
     # must be rotated, and heads of different folds share no pass, which matters for few classes.
     if len(folds) < 2 or n_free < MANY_CLASSES or kernels_for(np.float32) is None:
         return False
-    common = scaling[REFIT]
+    common, ratio = scaling[REFIT], MAX_COPIED_SCALE_RATIO
     n_copied = sum(scaling[fold].count for fold in folds)
-    similar = all(
-        scales_are_similar(
-            scaling[fold], common, standardize=True, max_ratio=MAX_COPIED_SCALE_RATIO
+    return (
+        n_copied <= EVALUATIONS_PER_HEAD * n_heads * n_free
+        and n_copied * len(common.mean) * 4 <= MAX_COPIED_BYTES
+        and all(
+            scales_are_similar(scaling[fold], common, standardize=True, max_ratio=ratio)
+            for fold in folds
         )
-        for fold in folds
     )
-    fits = n_copied * len(common.mean) * 4 <= MAX_COPIED_BYTES
-    return similar and fits and n_copied <= EVALUATIONS_PER_HEAD * n_heads * n_free
 
 
 def make_design(
@@ -281,8 +278,7 @@ def make_design(
     gram = np.zeros((n_features, n_features), dtype)
     for rows in standardized:
         gram += multiply(rows.T, rows)
-    _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
-    rotation = _rotation(vectors)
+    rotation = _rotation(gram)
     row_blocks = []
     for group_index, (folds, row_index) in enumerate(groups):
         rows = standardized[group_index]
@@ -309,8 +305,9 @@ def make_design(
     )
 
 
-def _rotation(vectors: Array) -> Rotation:
-    """Return the rotation into eigenvectors (D, R), given in the order of growing eigenvalues."""
+def _rotation(gram: Array) -> Rotation:
+    """Return the rotation into the eigenvectors of a Gram matrix (D, D), which is overwritten."""
+    _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     # Reversed: the coordinate of the largest eigenvalue comes first.
     return Rotation(np.ascontiguousarray(vectors[:, ::-1]))
 
@@ -396,8 +393,7 @@ def make_streamed_design(
     for block in row_blocks[::step]:
         rows = unrotated.read(block)[:, :-1] * inverse_scale.astype(dtype)
         gram += rows.T @ rows
-    _, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
-    return dataclasses.replace(unrotated, rotation=_rotation(vectors))
+    return dataclasses.replace(unrotated, rotation=_rotation(gram))
 
 
 def common_coordinates(
@@ -412,13 +408,11 @@ def common_coordinates(
     # Unstandardized features are divided by one number, so that squares stay in float32's range.
     feature_unit = 1.0 if standardize else largest_scale(common)
     scale = common.scale if standardize else np.full(len(common.mean), feature_unit)
-    units = {
-        fold: fold_units(
-            moments, common, moments.scale if standardize else scale, scale, dtype=dtype
-        )
-        for fold, moments in scaling.items()
-        if moments.fills or (standardize and moments is not common)
-    }
+    units = {}
+    for fold, moments in scaling.items():
+        if moments.fills or (standardize and moments is not common):
+            fold_scale = moments.scale if standardize else scale
+            units[fold] = fold_units(moments, common, fold_scale, scale, dtype=dtype)
     return common, np.where(common.constant, 0.0, 1.0 / scale), units, feature_unit
 
 
@@ -434,11 +428,9 @@ def scales_are_similar(
 
     A single outlier may prevent it: the fold that holds it out has much smaller scales.
     """
-    ratio = (
-        fold_units(fold_moments, common, fold_moments.scale, common.scale).ratio
-        if standardize
-        else np.array([largest_scale(fold_moments) / largest_scale(common)])
-    )
+    ratio = np.array([largest_scale(fold_moments) / largest_scale(common)])
+    if standardize:
+        ratio = fold_units(fold_moments, common, fold_moments.scale, common.scale).ratio
     return bool(max_ratio * ratio.min() >= 1 and ratio.max() <= max_ratio)
 
 

@@ -37,9 +37,8 @@ class RowWeighting:
 
     n_outputs: int  # C, or 1 for sigmoids
     class_factors: Array  # (paths, C), or (paths, 2) for sigmoids
-    labels: npt.NDArray[
-        np.intp
-    ]  # (paths,) row of `RowBlock.labels`; -1: a softmax over the classes
+    # (paths,) row of `RowBlock.labels`; -1: a softmax over the classes
+    labels: npt.NDArray[np.intp]
     weighted: bool  # some class factor or sample weight is not one
 
     def row_weights(self, block: RowBlock, path_index: npt.NDArray[np.intp]) -> Array | None:
@@ -71,9 +70,7 @@ class NumpyPass:
         self.shape, self.dtype = weights.shape, weights.dtype
         # The class axis first, as in the decisions of `loss`.
         self.weights = {
-            folds: np.ascontiguousarray(weights[heads].transpose(1, 0, 2)).reshape(
-                -1, weights.shape[-1]
-            )
+            folds: weights[heads].transpose(1, 0, 2).reshape(-1, weights.shape[-1])
             for folds, heads in heads_by_folds.items()
         }
         self.gradients = {folds: np.zeros_like(weight) for folds, weight in self.weights.items()}
@@ -136,8 +133,8 @@ class CompiledPass:
         weights: Array,
         heads_by_folds: HeadsByFolds,
         kernels: CompiledKernels,
-        threads: ThreadPoolExecutor | None = None,
-        n_threads: int = 1,
+        threads: ThreadPoolExecutor | None,
+        n_threads: int,
     ) -> None:
         self.design, self.weighting, self.path_index = design, weighting, path_index
         self.heads_by_folds, self.kernels, self.shape = heads_by_folds, kernels, weights.shape
@@ -146,9 +143,8 @@ class CompiledPass:
 
         def make_group(heads: npt.NDArray[np.intp]) -> HeadGroup:
             packed = kernels.pack(weights[heads].reshape(-1, width))
-            gradients = [
-                kernels.allocate_packed(len(heads) * n_free, width) for _ in range(n_threads)
-            ]
+            size = len(heads) * n_free, width
+            gradients = [kernels.allocate_packed(*size) for _ in range(n_threads)]
             return HeadGroup(heads, packed, gradients)
 
         heads_per_group = max(SECOND_LEVEL_CACHE_BYTES // (8 * n_free * width), 1)
@@ -159,20 +155,14 @@ class CompiledPass:
             ]
             for folds, heads in heads_by_folds.items()
         }
-        class_factors = weighting.class_factors[path_index]
-        self.class_factors = (
-            None if (class_factors == 1).all() else np.ascontiguousarray(class_factors, np.float32)
-        )
+        self.class_factors: Array | None = weighting.class_factors[path_index].astype(np.float32)
+        if (self.class_factors == 1).all():
+            self.class_factors = None
         self.loss_sums = np.zeros(len(weights))
 
     def add(self, block: RowBlock) -> None:
         """Add the losses of the heads that train on a block, and its gradients."""
-        values = self.design.read(block)
-        sample_weight = (
-            None
-            if block.sample_weight is None
-            else np.ascontiguousarray(block.sample_weight, np.float32)
-        )
+        values, sample_weight = self.design.read(block), block.sample_weight
         losses = np.zeros((self.n_threads, self.shape[0]))
         groups = [(group, self._labels(block, group)) for group in self.groups[block.folds]]
 

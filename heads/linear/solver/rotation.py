@@ -99,25 +99,20 @@ class FoldRowSpace:
 
     def row_combination(self, u: Array) -> Array:
         """Return a (k, R) float64 of u (k, R)."""
-        rotated = multiply_by_q(
-            self.reflectors, self.reflector_scales, u.T.astype(np.float64), side="L"
+        v = u.T.astype(np.float64)
+        rotated = multiply_by_q(self.reflectors, self.reflector_scales, v, side="L")
+        combination = scipy.linalg.solve_triangular(
+            self.cholesky_factor, rotated, lower=True, trans=1, check_finite=False
         )
-        return np.asarray(
-            scipy.linalg.solve_triangular(
-                self.cholesky_factor, rotated, lower=True, trans=1, check_finite=False
-            ).T
-        )
+        return np.asarray(combination.T)
 
     def from_decisions(self, decisions: Array) -> Array:
         """Return u (k, R) float64 of decisions (k, R) on the pivot rows."""
         solved = scipy.linalg.solve_triangular(
             self.cholesky_factor, decisions.T, lower=True, check_finite=False
         )
-        return np.asarray(
-            multiply_by_q(
-                self.reflectors, self.reflector_scales, solved, side="L", transposed=True
-            ).T
-        )
+        u = multiply_by_q(self.reflectors, self.reflector_scales, solved, side="L", transposed=True)
+        return np.asarray(u.T)
 
 
 @dataclass(frozen=True)
@@ -187,9 +182,7 @@ def multiply_by_q(
     if not values.size or not reflector_scales.size:
         return values
     (ormqr,) = scipy.linalg.get_lapack_funcs(("ormqr",), (reflectors, values))
-    workspace = 64 * max(values.shape)
-    product, _, info = ormqr(
-        side, "T" if transposed else "N", reflectors, reflector_scales, values, lwork=workspace
-    )
+    trans, workspace = "T" if transposed else "N", 64 * max(values.shape)
+    product, _, info = ormqr(side, trans, reflectors, reflector_scales, values, lwork=workspace)
     assert info == 0
     return np.asarray(product)
