@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from headrace.cache.atomic_io import publish_bytes
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
+from headrace.heads.arrays import Mask
 from headrace.heads.data.features import (
     load_rows,
     loaded_bytes,
@@ -125,9 +125,7 @@ def publish_failure(job: BankJob, reason: str) -> None:
     _publish(job, task, has_features, fits)
 
 
-def _publish(
-    job: BankJob, task: Task, has_features: npt.NDArray[np.bool_], fits: Sequence[FitResult]
-) -> None:
+def _publish(job: BankJob, task: Task, has_features: Mask, fits: Sequence[FitResult]) -> None:
     rows = task.take(has_features)
     specs = [open_feature_set(directory).spec for directory in job.features]
     data = results_bytes(
@@ -146,7 +144,7 @@ def _publish(
 
 def _rows(
     job: BankJob, task: Task, kind: HeadKind, side: SideColumns | None
-) -> tuple[Features, npt.NDArray[np.bool_], list[int]]:
+) -> tuple[Features, Mask, list[int]]:
     """Return the features of the rows that have any, which rows those are, and the taps' widths.
 
     The features are loaded if the memory suffices for the bank's copies of them, else streamed.

@@ -17,6 +17,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from headrace.heads.arrays import Array, Doubles, Floats
 from headrace.heads.data.checks import row_weights
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
@@ -29,7 +30,6 @@ from headrace.heads.networks.kind import WEIGHT_DECAY, MLPSpec
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import ClassWeight, FitResult, HeadSpec
 
-Floats = npt.NDArray[Any]
 ClassWeights = Literal["balanced"] | dict[Any, float] | None  # as in scikit-learn
 # float32 stays float32, in which heads are trained: a copy in float64 would take twice the memory.
 _DTYPES = (np.float32, np.float64)
@@ -42,7 +42,7 @@ class _Head(BaseEstimator):  # type: ignore[misc]
         """Return the spec of the parameters."""
         raise NotImplementedError
 
-    def _folds(self, target: Floats) -> npt.NDArray[np.int16]:
+    def _folds(self, target: Array) -> npt.NDArray[np.int16]:
         """Return the fold of each row, (N,): 0 for rows that decide about early stopping."""
         fold = np.full(len(target), TRAIN_ONLY, np.int16)
         fraction = getattr(self, "validation_fraction", 0)
@@ -98,7 +98,7 @@ class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
         self.classes_ = classes
         return self
 
-    def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
+    def predict_proba(self, X: Any) -> Floats:
         """Return the probabilities (n, C), float32, in the order of `classes_`.
 
         Those of ridge heads, which have no likelihood, are pseudo-probabilities; those of nearest
@@ -108,7 +108,7 @@ class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
         rows = validate_data(self, X, dtype=_DTYPES, reset=False)
         return predict_head(self.spec_, self.arrays_, rows)
 
-    def predict(self, X: Any) -> npt.NDArray[Any]:
+    def predict(self, X: Any) -> Array:
         """Return the predicted labels, (n,)."""
         probabilities = self.predict_proba(X)
         return np.asarray(self.classes_[probabilities.argmax(1)])
@@ -121,29 +121,27 @@ class _LinearClassifier(_Classifier):
     _BINARY_SCALE: float
 
     @property
-    def coef_(self) -> npt.NDArray[np.float64]:
+    def coef_(self) -> Doubles:
         """Coefficients for raw features: (1, D) for two classes, (C, D) for more."""
         check_is_fitted(self)
         return self._decisions(self.arrays_["weight"])
 
     @property
-    def intercept_(self) -> npt.NDArray[np.float64]:
+    def intercept_(self) -> Doubles:
         """Intercepts: (1,) for two classes, (C,) for more."""
         check_is_fitted(self)
         return self._decisions(self.arrays_["bias"])
 
-    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
+    def decision_function(self, X: Any) -> Doubles:
         """Return the decision function: (n,) for two classes, positive for the second; (n, C) for
         more, of which the largest is predicted.
         """
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=_DTYPES, reset=False)
-        decisions: npt.NDArray[np.float64] = (
-            rows.astype(np.float64) @ self.coef_.T + self.intercept_
-        )
+        decisions: Doubles = rows.astype(np.float64) @ self.coef_.T + self.intercept_
         return decisions[:, 0] if len(self.classes_) == 2 else decisions
 
-    def _decisions(self, values: Floats) -> npt.NDArray[np.float64]:
+    def _decisions(self, values: Array) -> Doubles:
         values = values.astype(np.float64)
         return self._BINARY_SCALE * (values[1:] - values[:1]) if len(values) == 2 else values
 
@@ -166,7 +164,7 @@ class _Regressor(RegressorMixin, _Head):  # type: ignore[misc]
         self._train(TrainingData(rows, target, fold, target.shape[1], "regression", weight))
         return self
 
-    def predict(self, X: Any) -> npt.NDArray[np.float64]:
+    def predict(self, X: Any) -> Doubles:
         """Return the predicted numbers, (n,) or (n, T) like the y of `fit`."""
         check_is_fitted(self)
         rows = validate_data(self, X, dtype=_DTYPES, reset=False)
@@ -298,7 +296,7 @@ class RidgeRegressionHead(_Regressor):
     standardize: bool = True
 
     @property
-    def coef_(self) -> npt.NDArray[np.float64]:
+    def coef_(self) -> Doubles:
         """Coefficients for raw features: (D,) or (T, D), like the y of `fit`."""
         check_is_fitted(self)
         weight = self.arrays_["weight"].astype(np.float64)
@@ -335,7 +333,7 @@ class MLPRegressionHead(_Perceptron, _Regressor):
     device: str = "cpu"
 
 
-def _checked_weights(sample_weight: Any, n: int) -> npt.NDArray[np.float64] | None:
+def _checked_weights(sample_weight: Any, n: int) -> Doubles | None:
     """Return the weights (n,), None for None. Raises ValueError if they do not fit or are all 0."""
     if sample_weight is None:
         return None

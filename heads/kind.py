@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy.typing as npt
-
+from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.layers import Arrays, Floats, Layers
+from headrace.heads.layers import Layers
 from headrace.heads.spec import FitResult, Halving
 
 # Name of an array of heads that predict units: the weight of each held-out row in its unit, (n,).
@@ -69,7 +68,7 @@ class PredictUnits(Protocol):
         spec: Any,
         arrays: Arrays,
         X: Floats,
-        unit: npt.NDArray[Any],
+        unit: Array,
         task_kind: TaskKind,
         temperature: float,
     ) -> tuple[Floats, Floats]: ...

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.link import link
 
-Floats = npt.NDArray[np.float32]
-Arrays = dict[str, npt.NDArray[Any]]
-Layer = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+Layer = tuple[Array, Array]
 
 ROWS_AT_ONCE = 4096  # bounds the memory of hidden activations; larger blocks were no faster
 
@@ -28,8 +26,8 @@ class Layers:
 
     dense: tuple[Layer, ...]  # weight (outputs, inputs) and bias (outputs,)
     convolutions: tuple[Layer, ...] = ()  # kernel (outputs, inputs, 3, 3) and shift (outputs,)
-    mean: npt.NDArray[Any] | None = None  # (channels,) of the maps
-    inverse_scale: npt.NDArray[Any] | None = None  # (channels,) of the maps
+    mean: Array | None = None  # (channels,) of the maps
+    inverse_scale: Array | None = None  # (channels,) of the maps
     decision_scale: float = 1.0  # factor from decisions to log-odds; not for a regression
     dropout: float = 0.0  # before each dense layer, in training
 
@@ -44,9 +42,7 @@ def dense_layers(arrays: Arrays, n_hidden: int) -> tuple[Layer, ...]:
     return tuple((arrays[f"weight{i}"], arrays[f"bias{i}"]) for i in range(n_hidden + 1))
 
 
-def predict_dense(
-    layers: Layers, X: npt.NDArray[Any], task_kind: TaskKind, temperature: float
-) -> Floats:
+def predict_dense(layers: Layers, X: Array, task_kind: TaskKind, temperature: float) -> Floats:
     """Return the predictions (n, C) of the dense layers for rows X (n, D)."""
     blocks = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
     return np.concatenate([_predict_block(layers, rows, task_kind, temperature) for rows in blocks])
@@ -63,9 +59,7 @@ def predict_by_layers(layers_of: Callable[[Any, Arrays], Layers]) -> Callable[..
     return predict
 
 
-def _predict_block(
-    layers: Layers, rows: npt.NDArray[Any], task_kind: TaskKind, temperature: float
-) -> Floats:
+def _predict_block(layers: Layers, rows: Array, task_kind: TaskKind, temperature: float) -> Floats:
     values = rows.astype(np.float32, copy=False)
     *hidden, (weight, bias) = layers.dense
     # Large features may overflow to infinity, and products of that with 0 are NaN: predictions are

@@ -3,31 +3,25 @@
 n rows, C outputs.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FARTHEST, FLOOR, keep_decisions, with_temperature
 
-Floats = npt.NDArray[np.float32]
 
-
-def softmax(decision: npt.NDArray[Any]) -> Floats:
+def softmax(decision: Array) -> Floats:
     """Return the softmax over the last axis, float32, of finite or infinite decisions."""
     shifted = np.exp(decision - decision.max(-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(-1, keepdims=True), np.float32)
 
 
-def sigmoid(decision: npt.NDArray[Any]) -> Floats:
+def sigmoid(decision: Array) -> Floats:
     """Return the logistic function, float32, without overflow."""
     return np.asarray(0.5 * (1 + np.tanh(0.5 * decision)), np.float32)
 
 
-def link(
-    decision: npt.NDArray[Any], task: TaskKind, scale: float = 1.0, temperature: float = 1.0
-) -> Floats:
+def link(decision: Array, task: TaskKind, scale: float = 1.0, temperature: float = 1.0) -> Floats:
     """Return probabilities of decisions (n, C); for regression the decisions themselves.
 
     A single column of a single-label task is the log-odds of the second class. Decisions are
@@ -47,7 +41,7 @@ def link(
     return softmax(scale * decision)
 
 
-def within_floor(decision: npt.NDArray[Any], task: TaskKind) -> npt.NDArray[Any]:
+def within_floor(decision: Array, task: TaskKind) -> Array:
     """Return log-odds (n, C) no further apart than those of probabilities above the floor.
 
     The floor is the least probability that `evaluate.temperature` works with.
@@ -58,7 +52,7 @@ def within_floor(decision: npt.NDArray[Any], task: TaskKind) -> npt.NDArray[Any]
 
 
 def tempered(
-    probabilities: npt.NDArray[Any], task: TaskKind, temperature: float, floor: float = FLOOR
+    probabilities: Array, task: TaskKind, temperature: float, floor: float = FLOOR
 ) -> Floats:
     """Return probabilities (n, C) float32 at a temperature, of heads that have no log-odds.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -26,11 +25,11 @@ from headrace.cache.format.sealed import (
     tensor_metadata,
 )
 from headrace.cache.spec import FeatureSpec
+from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.side_columns import SideColumn, columns_from_json, columns_to_json
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.errors import HeadError
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
-from headrace.heads.layers import Arrays
 from headrace.heads.predict import predict_head
 from headrace.heads.spec import HeadSpec, spec_to_json
 from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
@@ -71,7 +70,7 @@ class TrainedHead:
     # The boxes or tiles that it was trained on, as fields of pipelines' ImageParts.
     image_parts: Mapping[str, Any] | None = None
 
-    def predict_proba(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def predict_proba(self, X: Array) -> Floats:
         """Return probabilities (n, C) float32 of features X (n, D), at the head's temperature.
 
         They are in the order of `classes`; for regression they are the values. Side columns stand
@@ -80,7 +79,7 @@ class TrainedHead:
         """
         return predict_head(self.spec, self.arrays, X, self.task_kind, self.temperature)
 
-    def predict(self, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def predict(self, X: Array) -> Array:
         """Return class names (n,); of multi-label heads (n, C) of 0 and 1, of regression values."""
         predicted = self.predict_proba(X)
         if self.task_kind == "single":

@@ -5,25 +5,22 @@ is folded into them.
 """
 
 import json
-from typing import Any
 
-import numpy.typing as npt
-
+from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.errors import HeadError
 from headrace.heads.evaluate.temperature import FLOOR, vote_floor
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
-from headrace.heads.layers import Arrays, Floats
 from headrace.heads.spec import HeadSpec
 
 
 def predict_head(
     spec: HeadSpec,
     arrays: Arrays,
-    X: npt.NDArray[Any],
+    X: Array,
     task: TaskKind = "single",
     temperature: float = 1.0,
-    unit: npt.NDArray[Any] | None = None,
+    unit: Array | None = None,
 ) -> Floats:
     """Return probabilities (n, C) float32, or values of regression, of features X (n, D).
 
@@ -59,7 +56,7 @@ def predict_head(
     return kind.predict(spec, arrays, rows, task, temperature)
 
 
-def flat_rows(arrays: Arrays, X: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def flat_rows(arrays: Arrays, X: Array) -> Array:
     """Return X as (n, D). Raises HeadError where the head was trained on another D."""
     rows = X.reshape(len(X), -1)
     expected = features_expected(arrays)

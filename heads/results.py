@@ -33,10 +33,10 @@ import xxhash
 from headrace.cache.checksum import shard_checksum
 from headrace.cache.errors import HeadraceError, ShardUnreadable
 from headrace.cache.format.shard import USER_BLOCK_BYTES
+from headrace.heads.arrays import Array, Arrays, Floats, Index
 from headrace.heads.data.task import REFIT, Task, TaskKind
 from headrace.heads.evaluate.metrics import metric_names
 from headrace.heads.kinds import spec_from_json
-from headrace.heads.layers import Arrays
 from headrace.heads.spec import FitResult, HeadSpec, spec_to_json
 
 FORMAT = 3  # 2 had -1 for the fold of heads trained on all rows, 1 no digest
@@ -143,7 +143,7 @@ class BankResult:
     ids: npt.NDArray[np.str_]  # (N,)
     content: npt.NDArray[np.bytes_]  # (N,)
     fold: npt.NDArray[np.int16]  # (N,) as in Task.fold
-    target: npt.NDArray[Any]  # as in Task.target
+    target: Array  # as in Task.target
     # One row per head: kind, spec (JSON), fold, the metrics, objective, gap, iterations, seconds,
     # error.
     table: pd.DataFrame
@@ -157,26 +157,24 @@ class BankResult:
             group = file[f"head/{self.head_index(spec, fold)}"]
             return {name: array[()] for name, array in group.get("arrays", {}).items()}
 
-    def validation(self, spec: HeadSpec | str, fold: int) -> npt.NDArray[np.float32] | None:
+    def validation(self, spec: HeadSpec | str, fold: int) -> Floats | None:
         """Return predictions (n_held_out, C) of a fold's rows, in the order of `ids`, or None."""
         with _open(self.path) as file:
             group = file[f"head/{self.head_index(spec, fold)}"]
             return group["validation"][()] if "validation" in group else None
 
-    def rows(self, fold: int) -> npt.NDArray[np.int64]:
+    def rows(self, fold: int) -> Index:
         """Return the positions in `ids` of the rows that are held out in a fold."""
         return np.flatnonzero(self.fold == fold)
 
-    def out_of_fold_predictions(self, spec: HeadSpec | str) -> npt.NDArray[np.float32]:
+    def out_of_fold_predictions(self, spec: HeadSpec | str) -> Floats:
         """Return predictions (N, C), each row by the head that did not train on it.
 
         They are nan for rows that are never held out, and for those of a fold whose head failed.
         """
         return np.asarray(self.out_of_fold_predictions_of([spec])[0])
 
-    def out_of_fold_predictions_of(
-        self, specs: Sequence[HeadSpec | str]
-    ) -> npt.NDArray[np.float32]:
+    def out_of_fold_predictions_of(self, specs: Sequence[HeadSpec | str]) -> Floats:
         """Return `out_of_fold_predictions` (K, N, C) of many specs, from a file opened once."""
         folds = np.unique(self.fold[self.fold >= 0]).tolist()
         rows_of_folds = [(fold, self.rows(fold)) for fold in folds]

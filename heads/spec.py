@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
+from headrace.heads.arrays import Arrays, Floats
 
 ClassWeight = Literal["none", "balanced"]
 
@@ -105,11 +104,11 @@ class FitResult:
     spec: HeadSpec
     fold: int  # the fold held out of its training; REFIT: none
     # of linear heads weight (C, D) and bias (C,), float32, for raw features
-    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
     objective: float = math.nan  # of the training rows, in the spec's own terms, float64
     gap: float = math.nan  # a bound on (objective - optimum) / optimum, if one is known
     iterations: int = 0  # solver iterations, or epochs
     seconds: float = 0.0  # this head's share of the bank's wall time
     # (n_held_out, C) probabilities (regression: values), rows in task order
-    validation: npt.NDArray[np.float32] | None = None
+    validation: Floats | None = None
     error: str | None = None

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import numpy.typing as npt
-
+from headrace.heads.arrays import Array
 from headrace.heads.data.task import TaskKind, UnitAggregation
 from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.evaluate.units import aggregate_units
@@ -23,9 +22,7 @@ class UnitRule:
     temperature: float
     floor: float = FLOOR  # the smallest probability that the temperature looks at
 
-    def predict(
-        self, task_kind: TaskKind, predicted: npt.NDArray[Any], unit_of_row: npt.NDArray[Any]
-    ) -> npt.NDArray[Any]:
+    def predict(self, task_kind: TaskKind, predicted: Array, unit_of_row: Array) -> Array:
         """Return (U, C) float32 predictions of units from those (n, C) of their images.
 
         unit_of_row: (n,) integers 0..U-1, each at least once.

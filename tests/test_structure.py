@@ -86,7 +86,7 @@ LEVELS = {
         {"run"},
     ),
     "heads": (
-        {"errors"},
+        {"arrays", "errors"},
         {"data", "spec"},
         {"evaluate"},
         {"link"},

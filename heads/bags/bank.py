@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from headrace.heads.arrays import Array, Arrays, Floats, Index
 from headrace.heads.bags.batch import BagBatch, BagRows
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.bags.pooling import predict_units
@@ -22,7 +22,6 @@ from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
 from headrace.heads.kind import INSTANCE_WEIGHT
-from headrace.heads.layers import Arrays
 from headrace.heads.networks.bank import Bank, Family, as_tensor, stack, train_networks
 from headrace.heads.networks.mlp import Precision, reduced_precision
 from headrace.heads.networks.mlp_batch import StreamedTensor
@@ -34,8 +33,6 @@ from headrace.heads.networks.mlp_data import (
 )
 from headrace.heads.spec import FitResult, Halving
 
-Array = npt.NDArray[Any]
-
 # Parameters, moments and remembered parameters of the heads that train side by side on a CPU.
 CPU_BATCH_BYTES = 64 << 20
 
@@ -44,11 +41,11 @@ CPU_BATCH_BYTES = 64 << 20
 class Units:
     """Units of some rows: which rows each has, and what it is trained on."""
 
-    order: npt.NDArray[np.int64]  # (N,) row numbers, unit after unit
-    offsets: npt.NDArray[np.int64]  # (U + 1,) where each unit begins in `order`, and its length
+    order: Index  # (N,) row numbers, unit after unit
+    offsets: Index  # (U + 1,) where each unit begins in `order`, and its length
     data: TrainingData  # target, fold and weight of each unit; X is that of the rows
 
-    def rows_of(self, units: Array) -> npt.NDArray[np.int64]:
+    def rows_of(self, units: Array) -> Index:
         """Return the row numbers of some units, unit after unit."""
         parts = [self.order[self.offsets[unit] : self.offsets[unit + 1]] for unit in units]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -117,8 +114,8 @@ class BagBank(Bank[BagsSpec]):
         return self.prepared[fold, standardize]
 
     def predict_held_out(
-        self, spec: BagsSpec, arrays: Arrays, held_out: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float32], Arrays]:
+        self, spec: BagsSpec, arrays: Arrays, held_out: Index
+    ) -> tuple[Floats, Arrays]:
         """Return predictions (n, C) of the held-out units' rows in order, each that of its unit.
 
         Also returns the weight of each row in its unit's prediction.
@@ -136,7 +133,7 @@ class BagBank(Bank[BagsSpec]):
 class _Rows:
     """Rows of a view by their position in a selection, read when they are indexed."""
 
-    def __init__(self, view: Any, rows: npt.NDArray[np.int64]) -> None:
+    def __init__(self, view: Any, rows: Index) -> None:
         self.view, self.rows = view, rows
 
     def __len__(self) -> int:

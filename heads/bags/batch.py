@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.heads.arrays import Array, Floats, Index
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.networks.mlp_batch import (
     DropoutBits,
@@ -43,10 +43,10 @@ CACHED_BYTES = 16 << 20
 class BagRows(Rows):
     """What the heads see of the data: targets and weights are those of `n` units."""
 
-    instances: npt.NDArray[np.int64] | None = None  # (N,) rows of `features`, unit after unit
-    offsets: npt.NDArray[np.int64] | None = None  # (n + 1,) where units begin in it, and its length
+    instances: Index | None = None  # (N,) rows of `features`, unit after unit
+    offsets: Index | None = None  # (n + 1,) where units begin in it, and its length
 
-    def bags(self, units: npt.NDArray[np.int64]) -> tuple[Tensor, "Membership"]:
+    def bags(self, units: Index) -> tuple[Tensor, "Membership"]:
         """Return standardised rows (R, D) float32 of some units, and the unit of each row."""
         assert self.instances is not None
         assert self.offsets is not None
@@ -68,15 +68,13 @@ class Membership(NamedTuple):
     logits: Tensor  # (B, R) float32, 0 for rows of the unit and -inf for those of others
 
 
-def initial_parameters(
-    spec: BagsSpec, n_features: int, n_outputs: int
-) -> dict[str, npt.NDArray[np.float32]]:
+def initial_parameters(spec: BagsSpec, n_features: int, n_outputs: int) -> dict[str, Floats]:
     """Return a head's first parameters by name, from a generator of the seed alone.
 
     As torch.nn.Linear does: uniform within ±1/sqrt(in).
     """
     generator = np.random.default_rng([spec.seed, 0])
-    parameters: dict[str, npt.NDArray[np.float32]] = {}
+    parameters: dict[str, Floats] = {}
 
     def draw(weight_name: str, bias_name: str | None, fan_in: int, fan_out: int) -> None:
         bound = np.float32(1 / math.sqrt(fan_in))
@@ -171,13 +169,11 @@ class BagBatch:
             for head in heads:
                 self.best[name][head].copy_(value[head])
 
-    def best_layers(self, head: int) -> dict[str, npt.NDArray[np.float32]]:
+    def best_layers(self, head: int) -> dict[str, Floats]:
         """Return the remembered parameters of a head by name, in standardised coordinates."""
         return {name: value[head].cpu().numpy().copy() for name, value in self.best.items()}
 
-    def train_epoch(
-        self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
-    ) -> npt.NDArray[Any]:
+    def train_epoch(self, order: Index, view: Index, batch_size: int) -> Array:
         """Train on the units `order` (n,) once; return mean losses (K,) float64.
 
         Losses are taken before each step; that of a head that diverged is not finite.
@@ -187,7 +183,7 @@ class BagBatch:
             total += self._step(order[start : start + batch_size])
         return np.asarray((total / len(order)).cpu().numpy())
 
-    def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
+    def outputs(self, index: Index) -> Tensor:
         """Return (K, C, n) decisions of units, without dropout."""
         assert self.rows.offsets is not None
         sizes = self.rows.offsets[index + 1] - self.rows.offsets[index]
@@ -198,7 +194,7 @@ class BagBatch:
         with torch.no_grad():
             return torch.cat([self._evaluate(part) for part in parts], dim=2)
 
-    def _evaluate(self, units: npt.NDArray[np.int64]) -> Tensor:
+    def _evaluate(self, units: Index) -> Tensor:
         batch, members = self.rows.bags(units)
         batch = batch.to(self.dtype)
         groups = self._groups(len(batch))
@@ -281,7 +277,7 @@ class BagBatch:
         )
         return pooled
 
-    def _step(self, units: npt.NDArray[np.int64]) -> Tensor:
+    def _step(self, units: Index) -> Tensor:
         """Make one AdamW step of every head; return this minibatch's summed losses (K,) float64."""
         index = torch.from_numpy(units).to(self.device)
         batch, members = self.rows.bags(units)

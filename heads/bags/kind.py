@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import numpy.typing as npt
 from annotated_types import Ge, Gt, Lt
 
+from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.layers import Arrays, Floats
 from headrace.heads.networks.kind import NETWORK_AXES, WEIGHT_DECAY
 from headrace.heads.spec import ClassWeight, FitResult, check_choices
 
@@ -79,12 +78,7 @@ def predict_rows(
 
 
 def predict_bags(
-    spec: Any,
-    arrays: Arrays,
-    X: Floats,
-    unit: npt.NDArray[Any],
-    task_kind: TaskKind,
-    temperature: float,
+    spec: Any, arrays: Arrays, X: Floats, unit: Array, task_kind: TaskKind, temperature: float
 ) -> tuple[Floats, Floats]:
     """Return predictions (n, C) of the units of rows X (n, D), and the weights (n,) of rows."""
     from headrace.heads.bags.pooling import predict_units

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Arrays, Floats, Index
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.data.task import TaskKind
-from headrace.heads.layers import Arrays, Floats, dense_layers
+from headrace.heads.layers import dense_layers
 from headrace.heads.link import link, sigmoid
-
-Array = npt.NDArray[Any]
 
 ROWS_AT_ONCE = 1 << 15  # of whole units, whose hidden values are in memory together
 
@@ -49,7 +47,7 @@ def predict_units(
     return predicted, weights
 
 
-def _blocks(unit: Array) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
+def _blocks(unit: Array) -> Iterator[tuple[Index, Index]]:
     """Yield row numbers of whole units, sorted by unit, and the place where each unit starts."""
     codes = np.unique(np.asarray(unit), return_inverse=True)[1]
     order = np.argsort(codes, kind="stable")

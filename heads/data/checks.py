@@ -1,11 +1,10 @@
 """Checks of features, specs and weights that every bank makes before it starts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Doubles
 from headrace.heads.errors import HeadError
 
 # Smaller weights vanish in products with float32 features; larger ones leave no digit for the
@@ -13,7 +12,7 @@ from headrace.heads.errors import HeadError
 LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e15
 
 
-def check_finite(X: npt.NDArray[Any]) -> None:
+def check_finite(X: Array) -> None:
     """Raise HeadError naming the first row of X (…, N, D) with NaN or infinity."""
     flat_rows = X.reshape(-1, X.shape[-1])
     for first_row in range(0, len(flat_rows), 8192):
@@ -35,7 +34,7 @@ def check_specs(specs: Sequence[object], example: str) -> None:
         )
 
 
-def row_weights(sample_weight: npt.NDArray[Any] | None, n_rows: int) -> npt.NDArray[np.float64]:
+def row_weights(sample_weight: Array | None, n_rows: int) -> Doubles:
     """Return the weights as (n,) float64, ones for None.
 
     Raises ValueError for weights that are negative or not finite, and naming the first one beyond

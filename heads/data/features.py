@@ -8,12 +8,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.feature_set import FeatureSet, open_feature_set
+from headrace.heads.arrays import Array, Floats, Mask
 from headrace.heads.data.side_columns import SideColumns
 from headrace.heads.data.streamed import Streamed, not_finite
 from headrace.heads.errors import HeadError
@@ -25,7 +25,7 @@ def load_rows(
     *,
     spatial: bool = False,
     side: SideColumns | None = None,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+) -> tuple[Floats, Mask]:
     """Load the features of N rows; return X, and which rows have features, (N,) bool with n true.
 
     X is float32 (n, D), or (V, n, D) with several views. Rows whose images could not be decoded
@@ -53,7 +53,7 @@ def stream_rows(
     *,
     spatial: bool = False,
     side: SideColumns | None = None,
-) -> tuple[Streamed, npt.NDArray[np.bool_]]:
+) -> tuple[Streamed, Mask]:
     """Do as `load_rows` without loading: banks read rows from the shards when they need them."""
     view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
     streamed_rows = Streamed(view_groups, content_hashes[is_kept], spatial=spatial)
@@ -73,7 +73,7 @@ def _opened(
     content_hashes: npt.NDArray[np.bytes_],
     *,
     spatial: bool,
-) -> tuple[list[list[FeatureSet]], npt.NDArray[np.bool_]]:
+) -> tuple[list[list[FeatureSet]], Mask]:
     """Return the feature sets, grouped by tap, and which rows have features in all of them."""
     feature_sets = [
         feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
@@ -108,7 +108,7 @@ def _opened(
 
 def rows_with_features(
     features: Sequence[FeatureSet | Path | str], content_hashes: npt.NDArray[np.bytes_]
-) -> npt.NDArray[np.bool_]:
+) -> Mask:
     """Return (N,) bool, False for rows that some feature set has recorded as failed."""
     has_features = np.ones(len(content_hashes), np.bool_)
     for feature in features:
@@ -134,9 +134,9 @@ def _by_columns(feature_sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:
 
 def _columns(
     views: list[FeatureSet], content_hashes: npt.NDArray[np.bytes_], *, spatial: bool
-) -> npt.NDArray[np.float32]:
+) -> Floats:
     """Return the rows of one tap, (V, n, D) or (V, n, channels, h, w)."""
-    view_rows: list[npt.NDArray[Any]] = []
+    view_rows: list[Array] = []
     for feature in views:
         feature_rows = feature.load(content_hashes, np.float32)
         flat_rows = feature_rows.reshape(len(feature_rows), math.prod(feature_rows.shape[1:]))

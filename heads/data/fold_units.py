@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.side_columns import fold_fills, imputed_numbers
 from headrace.heads.data.standardize import Moments, group_moments, training_moments
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class FoldUnits:
     """The matrix R of a fold. Methods take and return (…, D)."""
 
     ratio: Array  # r (D,); infinite for a feature that is left out
-    numbers: npt.NDArray[np.intp]  # (K,) the columns v of the numbers that some rows lack
+    numbers: Index  # (K,) the columns v of the numbers that some rows lack
     fills: Array  # c (K,)
 
     def rows(self, common: Array) -> Array:

@@ -5,13 +5,13 @@ rarest label, for regression a quantile of the target.
 """
 
 import warnings
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
+from headrace.heads.arrays import Array, Index, Mask
 from headrace.heads.data.task import TEST, TRAIN_ONLY
 
 REGRESSION_STRATA = 10  # quantiles of the target, from which folds get equal shares of rows
@@ -32,7 +32,7 @@ class BadSplit(HeadraceError, ValueError):
     """The rows cannot be split as the options say."""
 
 
-def strata(target: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def strata(target: Array) -> Index:
     """Return the stratum of each row, (N,) int64.
 
     target: (N,) integers or text: the stratum is the class; (N, L) integers: the rarest label that
@@ -59,12 +59,12 @@ def strata(target: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def make_folds(
-    target: npt.NDArray[Any],
+    target: Array,
     *,
     n_folds: int,
     seed: int,
-    groups: npt.NDArray[Any] | None = None,
-    given: npt.NDArray[Any] | None = None,
+    groups: Array | None = None,
+    given: Array | None = None,
     row_noun: tuple[str, str] = ("row", "rows"),
 ) -> npt.NDArray[np.int16]:
     """Return the fold in which each row is held out, (N,) int16.
@@ -107,13 +107,13 @@ def make_folds(
 
 
 def split_test(
-    target: npt.NDArray[Any],
+    target: Array,
     *,
     fraction: float,
     seed: int,
-    groups: npt.NDArray[Any] | None = None,
+    groups: Array | None = None,
     row_noun: tuple[str, str] = ("row", "rows"),
-) -> npt.NDArray[np.bool_]:
+) -> Mask:
     """Return which rows are test rows, (N,) bool: about `fraction` of every class.
 
     At least one row of each class trains. groups: (N,); all rows of a group go to one side.
@@ -160,7 +160,7 @@ def split_test(
     return is_test
 
 
-def _given_folds(given_values: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
+def _given_folds(given_values: Array) -> npt.NDArray[np.int16]:
     if np.issubdtype(given_values.dtype, np.integer):
         fold_of_row = given_values.astype(np.int64)
         if fold_of_row.min(initial=0) < TRAIN_ONLY:
@@ -195,7 +195,7 @@ def _given_folds(given_values: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
 
 
 def _grouped_folds(
-    stratum_of_row: npt.NDArray[np.int64], groups: npt.NDArray[Any], n_folds: int, seed: int
+    stratum_of_row: Index, groups: Array, n_folds: int, seed: int
 ) -> npt.NDArray[np.int16]:
     n_groups = len(np.unique(groups))
     if n_groups < n_folds:
@@ -234,11 +234,8 @@ def _grouped_folds(
 
 
 def _grouped_test(
-    stratum_of_row: npt.NDArray[np.int64],
-    groups: npt.NDArray[Any],
-    fraction: float,
-    random_generator: np.random.Generator,
-) -> npt.NDArray[np.bool_]:
+    stratum_of_row: Index, groups: Array, fraction: float, random_generator: np.random.Generator
+) -> Mask:
     """Return which rows are test rows, chosen greedily by group.
 
     A group becomes a test group if that brings the counts of the strata nearer to their share.

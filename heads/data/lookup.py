@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin
 
@@ -15,6 +14,7 @@ from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.ids import content_hashes_by_id
 from headrace.cache.text import as_text
+from headrace.heads.arrays import Floats, Index
 
 _WHICH = (
     "Say which image is meant: give content hashes "
@@ -48,7 +48,7 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self._positions(X)
         return self
 
-    def transform(self, X: Any) -> npt.NDArray[np.float32]:
+    def transform(self, X: Any) -> Floats:
         """Return the features of X, (n, D) float32.
 
         X: n ids or content hashes, (n,) or (n, 1), or a DataFrame with `id` and `content`.
@@ -74,7 +74,7 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             for feature in several
         ]
 
-    def _positions(self, X: Any) -> list[npt.NDArray[np.int64]]:
+    def _positions(self, X: Any) -> list[Index]:
         sample_ids, content_hashes = _names_and_content(X)
         feature_sets = self._sets()
         if content_hashes is None:
@@ -132,9 +132,7 @@ def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> 
     return content_hashes
 
 
-def _rows(
-    feature: FeatureSet, sample_ids: list[str], content_hashes: list[str]
-) -> npt.NDArray[np.int64]:
+def _rows(feature: FeatureSet, sample_ids: list[str], content_hashes: list[str]) -> Index:
     """Return the positions of n content hashes. Raises CacheError naming ids without a row."""
     # Texts that are no content hash become "", which no row has.
     hashes = [text if len(text) == 32 and text.isascii() else "" for text in content_hashes]

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
+from headrace.heads.arrays import Array, Floats
 from headrace.heads.errors import HeadError
-
-Array = npt.NDArray[Any]
 
 # Name of this input on leaderboards and in a recipe's lists of inputs.
 SIDE_COLUMNS = "side_columns"
@@ -94,7 +92,7 @@ class SideColumns:
         hasher.update(np.ascontiguousarray(self.values).tobytes())
         return hasher.hexdigest()[:24]
 
-    def as_inputs(self) -> npt.NDArray[np.float32]:
+    def as_inputs(self) -> Floats:
         """Return the input columns of a head, (N, R) float32."""
         parts = []
         for column, values in zip(self.columns, self.values.T, strict=True):

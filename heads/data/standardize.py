@@ -8,16 +8,14 @@ difference of sums of squares loses all digits at large offsets.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.errors import HeadError
 
-Array = npt.NDArray[Any]
 Features = Array | Streamed  # (N, D), in memory or read from shards
 ROWS_AT_ONCE = 2048  # so few that their float64 copies stay in the processor's caches
 
@@ -51,7 +49,7 @@ class Moments:
         return np.where(self.constant, 1.0, deviation)
 
 
-def moments(rows: Array, first_row: int | npt.NDArray[np.intp] = 0) -> Moments:
+def moments(rows: Array, first_row: int | Index = 0) -> Moments:
     """Return the moments of rows (n, D).
 
     first_row: number of the first row, or the n row numbers, for messages.
@@ -94,9 +92,7 @@ def merge(moments_of_parts: list[Moments]) -> Moments:
     return Moments(n_rows, mean, squares)
 
 
-def chunks(
-    row_numbers: npt.NDArray[np.intp], chunk_size: int = ROWS_AT_ONCE
-) -> Iterator[npt.NDArray[np.intp]]:
+def chunks(row_numbers: Index, chunk_size: int = ROWS_AT_ONCE) -> Iterator[Index]:
     """Yield row numbers in chunks of at most `chunk_size`."""
     for chunk_start in range(0, len(row_numbers), chunk_size):
         yield row_numbers[chunk_start : chunk_start + chunk_size]
@@ -104,7 +100,7 @@ def chunks(
 
 def sweep(
     X: Features, fold_of_row: Array, chunk_size: int = ROWS_AT_ONCE, row_mask: Array | None = None
-) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+) -> Iterator[tuple[int, Index]]:
     """Yield (group, row numbers) in chunks of at most `chunk_size` rows of one group.
 
     Every row, or every row of `row_mask` (N,), comes once. Chunks, and the rows in them, are in the

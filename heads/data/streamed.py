@@ -6,12 +6,12 @@ N rows, V views, D features. Row r of view v is row v * N + r, as in a stack of 
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.feature_set import FeatureSet
+from headrace.heads.arrays import Array, Floats, Index
 from headrace.heads.errors import HeadError
 
 ROWS_AT_ONCE = 8192  # rows read together, in the order of the disk
@@ -50,7 +50,7 @@ class Streamed:
         self.shape: tuple[int, ...] = (self.views * self._rows, self._columns[-1], *map_shape)
         self.ndim = len(self.shape)
 
-    def with_side(self, side: npt.NDArray[np.float32]) -> "Streamed":
+    def with_side(self, side: Floats) -> "Streamed":
         """Return the same rows with other side columns (N, R)."""
         rows = copy.copy(self)
         rows.side = side
@@ -60,18 +60,18 @@ class Streamed:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, key: slice | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def __getitem__(self, key: slice | Array) -> Floats:
         """Return rows by slice, row numbers or mask, (n, D) or (n, channels, h, w), as a copy."""
         if isinstance(key, slice):
             key = np.arange(*key.indices(len(self)))
         key = np.asarray(key)
         return self.read(np.flatnonzero(key) if key.dtype == np.bool_ else key)
 
-    def read(self, row_numbers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def read(self, row_numbers: Array) -> Floats:
         """Return rows by number, as a copy."""
         output_rows = np.empty((len(row_numbers), *self.shape[1:]), np.float32)
         for view in range(self.views):
-            view_rows: slice | npt.NDArray[np.intp] = slice(None)
+            view_rows: slice | Index = slice(None)
             if self.views > 1:
                 view_rows = np.flatnonzero(row_numbers // self._rows == view)
             local_rows = row_numbers[view_rows] - view * self._rows
@@ -100,7 +100,7 @@ class Streamed:
         """Whether a row is just a row of one feature set."""
         return len(self._parts) == 1 and self.views == 1 and not self.side.shape[1]
 
-    def stored(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def stored(self, rows: Array) -> Array:
         """Return rows by number, (n, D), as a copy.
 
         They have their storage dtype if all columns come from one feature set, else float32.
@@ -111,14 +111,14 @@ class Streamed:
         return feature.read(positions[rows], None).reshape(len(rows), -1)
 
     @property
-    def order(self) -> npt.NDArray[np.intp]:
+    def order(self) -> Index:
         """Row numbers (V * N,) in the order in which the first feature set has the rows on disk."""
         first_part = self._parts[0]
         return np.concatenate(
             [view * self._rows + np.argsort(first_part[view][1]) for view in range(self.views)]
         )
 
-    def prefetch(self, row_numbers: npt.NDArray[np.intp]) -> None:
+    def prefetch(self, row_numbers: Index) -> None:
         """Have the operating system read these rows from disk, without waiting for them."""
         for column_part in self._parts:
             for view, (feature, positions) in enumerate(column_part):
@@ -156,7 +156,7 @@ class StreamedView:
     def __init__(self, rows: Streamed, number: int) -> None:
         self._all, self._first = rows, number * (len(rows) // rows.views)
 
-    def __getitem__(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def __getitem__(self, rows: Array) -> Floats:
         return self._all.read(rows + self._first)
 
 
@@ -183,9 +183,7 @@ def not_finite(feature: FeatureSet, content_hash: bytes, n_rows: int) -> HeadErr
     )
 
 
-def _positions(
-    feature: FeatureSet, content_hashes: npt.NDArray[np.bytes_]
-) -> npt.NDArray[np.int64]:
+def _positions(feature: FeatureSet, content_hashes: npt.NDArray[np.bytes_]) -> Index:
     row_positions = feature.locate(content_hashes)
     if (row_positions < 0).any():
         # Called for its CacheError, which names the missing images.

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
+from headrace.heads.arrays import Array, Arrays, Doubles
 from headrace.heads.data.side_columns import SideColumns
 
 TaskKind = Literal["single", "multi", "regression"]
@@ -44,9 +45,9 @@ class Task:
     ids: npt.NDArray[np.str_]  # (N,) sample ids
     content: npt.NDArray[np.bytes_]  # (N,) content hashes, by which feature sets are joined
     # single: (N,) int64 class index; multi: (N, L) uint8; regression: (N, L) float64.
-    target: npt.NDArray[Any]
+    target: Array
     fold: npt.NDArray[np.int16]  # (N,) 0..F-1: held out in that fold; TEST; TRAIN_ONLY
-    weight: npt.NDArray[np.float64]  # (N,) sample weights, 1.0 by default
+    weight: Doubles  # (N,) sample weights, 1.0 by default
     # (N,) the unit of each image, such as a patient, a slide or a sequence, that is scored as one.
     # Rows of one unit have one target and one fold. None: each image is scored by itself.
     units: npt.NDArray[np.str_] | None = None
@@ -80,7 +81,7 @@ class Task:
         """Return the task without test rows, which is what banks get."""
         return self.take(self.fold != TEST)
 
-    def take(self, rows: npt.NDArray[Any]) -> "Task":
+    def take(self, rows: Array) -> "Task":
         """Return the task of some rows: a mask (N,), or row numbers (n,) in the new order."""
         units = None if self.units is None else self.units[rows]
         side = None if self.side is None else self.side.take(rows)
@@ -93,7 +94,7 @@ def seed_of_fold(fold: int) -> int:
     return 0 if fold == REFIT else fold + 1
 
 
-def save_task(task: Task, path: Path, **more_arrays: npt.NDArray[Any]) -> None:
+def save_task(task: Task, path: Path, **more_arrays: Array) -> None:
     """Write the task, with more arrays, as a sealed `.npz` without pickles.
 
     Raises PublishFailed.
@@ -115,7 +116,7 @@ def load_task(path: Path) -> Task:
     return read_task(path)[0]
 
 
-def read_task(path: Path) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
+def read_task(path: Path) -> tuple[Task, Arrays]:
     """Read the task that `save_task` wrote, and the other arrays by name. Raises BadTaskFile."""
     try:
         stored_arrays = read_sealed_arrays(path.read_bytes())

@@ -5,17 +5,14 @@ N rows, V views, D features, C outputs (classes, labels or targets).
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.side_columns import SideBlock
 from headrace.heads.data.standardize import Features
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,11 @@ class TrainingData:
         """Return the folds of the heads of one spec, in the order of a bank's results."""
         return [*self.folds, REFIT] if refit else self.folds
 
-    def held_out_rows(self, fold: int) -> npt.NDArray[np.intp]:
+    def held_out_rows(self, fold: int) -> Index:
         """Return the row numbers that a fold holds out; none for REFIT."""
         return np.flatnonzero(self.fold == fold)
 
-    def training_rows(self, fold: int) -> npt.NDArray[np.intp]:
+    def training_rows(self, fold: int) -> Index:
         """Return the row numbers that a fold's head may learn from: all others except test rows."""
         return np.flatnonzero((self.fold != fold) & (self.fold != TEST))
 

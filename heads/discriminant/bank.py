@@ -14,12 +14,11 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.arrays import Array, Arrays
 from headrace.heads.data.checks import check_specs
 from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
 from headrace.heads.data.inputs import check_rows
@@ -30,8 +29,6 @@ from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.layers import ROWS_AT_ONCE, linear_layers, predict_dense
 from headrace.heads.linear.gram import Products, group_products, sum_products
 from headrace.heads.spec import FitResult, specs_by
-
-Array = npt.NDArray[Any]
 
 # Bias of a class without training rows. Its probability becomes exactly 0; -inf could give NaN.
 NEVER = -1e30
@@ -199,7 +196,7 @@ class DiscriminantProblem:
         )
 
 
-def _predict_held_out(data: TrainingData, fold: int, arrays: dict[str, Array]) -> Array:
+def _predict_held_out(data: TrainingData, fold: int, arrays: Arrays) -> Array:
     """Return the probabilities of a fold's held-out rows, (n, C) float32."""
     layers = linear_layers(arrays)
     # In chunks, because streamed rows are read as they are indexed.

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
+from headrace.heads.arrays import Arrays
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.layers import Arrays, Layers, linear_layers, predict_by_layers
+from headrace.heads.layers import Layers, linear_layers, predict_by_layers
 from headrace.heads.spec import FitResult, check_choices
 
 

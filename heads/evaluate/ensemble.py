@@ -13,14 +13,11 @@ of the elements, so all K heads are tried at once with a (K, E) array.
 
 from collections.abc import Sequence, Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Doubles, Floats
 from headrace.heads.data.task import TaskKind
-
-Array = npt.NDArray[Any]
 
 # Probabilities are clipped here, as in the metric log_loss.
 _SMALLEST = float(np.finfo(np.float32).eps)
@@ -37,7 +34,7 @@ class EnsembleLimits:
     rounds: int = 30  # picks; the weight of a head is its share of the picks
 
 
-def loss_elements(task_kind: TaskKind, target: Array, predicted: Array) -> npt.NDArray[np.float32]:
+def loss_elements(task_kind: TaskKind, target: Array, predicted: Array) -> Floats:
     """Return (K, E) elements of predictions (K, N, C): E is N for single labels, else N × C."""
     if task_kind == "single":
         true_class_probability = np.take_along_axis(
@@ -67,7 +64,7 @@ def greedy_weights(
     elements: Array,
     networks: Sequence[AbstractSet[str]],
     limits: EnsembleLimits,
-) -> npt.NDArray[np.float64]:
+) -> Doubles:
     """Return the weights of the heads, (K,), which sum to one and are zero for most heads.
 
     elements: (K, E), see `loss_elements`.
@@ -106,6 +103,6 @@ def greedy_weights(
     return np.asarray(best_counts / max(best_counts.sum(), 1))
 
 
-def average(weights: Array, predicted: Array) -> npt.NDArray[np.float64]:
+def average(weights: Array, predicted: Array) -> Doubles:
     """Return the weighted mean (N, C) of predictions (K, N, C)."""
     return np.asarray(np.tensordot(weights, predicted.astype(np.float64), 1))

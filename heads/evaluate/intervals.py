@@ -24,15 +24,11 @@ N rows, G groups (rows of one patient, copies of one image), C classes. Nothing 
 benchmarks/honesty.py measures the coverage.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Doubles, Index
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.metrics import row_hits, row_losses, score, weighted_scores
-
-Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.95  # confidence of every interval that is printed
 # Stored with intervals, to recognize those of an earlier method.
@@ -48,11 +44,11 @@ _ELEMENTS = 1e7  # of the jackknife's table of weights, rows × blocks
 
 def metric_interval(
     task_kind: TaskKind,
-    target: npt.NDArray[Any],
-    probabilities: npt.NDArray[Any],
+    target: Array,
+    probabilities: Array,
     metric: str,
     *,
-    groups: npt.NDArray[Any] | None = None,
+    groups: Array | None = None,
     level: float = LEVEL,
 ) -> tuple[float, float]:
     """Return the confidence interval of a metric of one head on rows that it has not seen.
@@ -94,7 +90,7 @@ def metric_interval(
 
 
 def proportion_interval(
-    hits: npt.NDArray[Any], groups: npt.NDArray[Any] | None = None, level: float = LEVEL
+    hits: Array, groups: Array | None = None, level: float = LEVEL
 ) -> tuple[float, float]:
     """Return the interval of the mean of hits, 0 or 1, (N,) or (N, L).
 
@@ -120,7 +116,7 @@ def proportion_interval(
     return exact_interval(value, total / (1 + (worst_effect - 1) * correlation), level)
 
 
-def _group_numbers(groups: npt.NDArray[Any] | None, n_rows: int) -> npt.NDArray[np.int64]:
+def _group_numbers(groups: Array | None, n_rows: int) -> Index:
     """Return the group 0..G-1 of each row, (N,); without groups each row is one."""
     if groups is None:
         return np.arange(n_rows)
@@ -160,10 +156,10 @@ def _weight_of_estimate(n_with_mistakes: int, n_with_hits: int, prior: int) -> f
 
 def _jackknife(
     task_kind: TaskKind,
-    target: npt.NDArray[Any],
-    probabilities: npt.NDArray[Any],
+    target: Array,
+    probabilities: Array,
     metric: str,
-    group_of_row: npt.NDArray[np.int64],
+    group_of_row: Index,
     metric_value: float,
 ) -> tuple[float, int]:
     """Return a metric's standard error from leaving out blocks of groups, and how many blocks."""
@@ -202,10 +198,7 @@ def _positive_interval(
 
 
 def mean_loss_interval(
-    loss_of_row: Floats,
-    groups: npt.NDArray[Any],
-    unseen_loss: float | None = None,
-    level: float = LEVEL,
+    loss_of_row: Doubles, groups: Array, unseen_loss: float | None = None, level: float = LEVEL
 ) -> tuple[float, float]:
     """Return the interval of the mean of losses (N,) >= 0, in groups (N,) of any labels.
 
@@ -213,7 +206,7 @@ def mean_loss_interval(
     """
     group_of_row = np.unique(groups, return_inverse=True)[1]
 
-    def interval(losses: Floats, group: npt.NDArray[np.int64]) -> tuple[float, float]:
+    def interval(losses: Doubles, group: Index) -> tuple[float, float]:
         mean, n_groups = float(losses.mean()), int(group.max()) + 1
         if n_groups < 2:
             return _positive_interval(mean, float("nan"), 1, level)
@@ -232,10 +225,10 @@ def mean_loss_interval(
 
 def _share_interval(
     task_kind: TaskKind,
-    target: npt.NDArray[Any],
-    probabilities: npt.NDArray[Any],
+    target: Array,
+    probabilities: Array,
     metric: str,
-    group_of_row: npt.NDArray[np.int64],
+    group_of_row: Index,
     metric_value: float,
     standard_error: float,
     level: float,

@@ -8,16 +8,12 @@ those validate their input anew for each metric.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Doubles, Index, Mask
 from headrace.heads.data.task import TaskKind
 from headrace.heads.errors import HeadError
-
-Floats = npt.NDArray[np.float64]
-Array = npt.NDArray[Any]
 
 CALIBRATION_BINS = 15  # equal widths over [0, 1], as in Guo et al. 2017
 # These sort rows, and cost K × N × B × C operations that are no matrix product.
@@ -89,13 +85,13 @@ def sign(metric: str) -> int:
 
 def row_hits(
     task_kind: TaskKind, target: Array, probabilities: Array, metric: str = "accuracy"
-) -> Floats:
+) -> Doubles:
     """Return hits, 0 or 1, whose mean is the metric: accuracy (N,), hamming_accuracy (N, L)."""
     predicted = np.asarray(probabilities, np.float64)
     return np.asarray(_hits(task_kind, metric, target, predicted[None])[0], np.float64)
 
 
-def row_losses(task_kind: TaskKind, target: Array, probabilities: Array, metric: str) -> Floats:
+def row_losses(task_kind: TaskKind, target: Array, probabilities: Array, metric: str) -> Doubles:
     """Return the losses (N,) whose mean is the metric: log_loss (nats) or mae."""
     predicted = np.asarray(probabilities, np.float64)
     return np.asarray(_losses(task_kind, metric, target, predicted[None])[0])
@@ -108,7 +104,7 @@ def weighted_scores(
     fold_of_row: Array,
     metric: str,
     weights: Array,
-) -> Floats:
+) -> Doubles:
     """Return the mean over folds of a metric within each fold, (K, B), with weighted rows.
 
     target: as in `Task`, N rows; predicted: (K, N, C); fold_of_row: (N,) integers >= 0;
@@ -137,8 +133,8 @@ def _check_metric(task_kind: TaskKind, metric: str) -> None:
 
 
 def _scores(
-    task_kind: TaskKind, metric: str, target: Array, predicted: Array, weights: Floats
-) -> Floats:
+    task_kind: TaskKind, metric: str, target: Array, predicted: Array, weights: Doubles
+) -> Doubles:
     """Return a metric of predictions (K, n, C) under weights (n, B), (K, B)."""
     if metric in ("accuracy", "hamming_accuracy"):
         hits = _hits(task_kind, metric, target, predicted)
@@ -153,7 +149,7 @@ def _scores(
     return _regression(metric, _columns(target), predicted, weights)
 
 
-def _columns(target: Array) -> Floats:
+def _columns(target: Array) -> Doubles:
     """Return labels or values (n,) or (n, C) as (n, C)."""
     return np.asarray(target, np.float64).reshape(len(target), -1)
 
@@ -180,19 +176,19 @@ def _losses(task_kind: TaskKind, metric: str, target: Array, predicted: Array) -
     return np.asarray(-np.log(np.clip(of_true_label, _SMALLEST, 1)).mean(2))
 
 
-def _mean(row_values: Array, weights: Floats) -> Floats:
+def _mean(row_values: Array, weights: Doubles) -> Doubles:
     """Return the weighted means (K, B) of row values (K, n) under weights (n, B)."""
     # Divided after the sum: with integer weights and hits of 0 and 1 the sums are exact, so equal
     # heads have exactly equal scores.
     return _ratio(row_values.astype(np.float64, copy=False) @ weights, weights.sum(0))
 
 
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+def _ratio(numerator: Doubles, denominator: Doubles) -> Doubles:
     """Return the ratio, nan where the denominator is 0."""
     return np.asarray(numerator / np.where(denominator > 0, denominator, np.nan))
 
 
-def _mean_over(column_scores: list[Floats]) -> Floats:
+def _mean_over(column_scores: list[Doubles]) -> Doubles:
     """Return the mean (K, B) of the scores that are defined; nan if none is."""
     stacked_scores = np.stack(column_scores)
     is_finite = np.isfinite(stacked_scores)
@@ -204,9 +200,7 @@ def _mean_over(column_scores: list[Floats]) -> Floats:
     )
 
 
-def _single(
-    metric: str, true_class: npt.NDArray[np.int64], predicted: Array, weights: Floats
-) -> Floats:
+def _single(metric: str, true_class: Index, predicted: Array, weights: Doubles) -> Doubles:
     n_classes = predicted.shape[2]
     if metric == "auc":
         # Of two classes both columns have the same area.
@@ -232,9 +226,7 @@ def _single(
     return _mean_over(class_scores)
 
 
-def _multi(
-    metric: str, true_labels: npt.NDArray[np.bool_], predicted: Array, weights: Floats
-) -> Floats:
+def _multi(metric: str, true_labels: Mask, predicted: Array, weights: Doubles) -> Doubles:
     labels = range(true_labels.shape[1])
     if metric == "auc":
         return _mean_over([_areas(true_labels[:, c], predicted[:, :, c], weights) for c in labels])
@@ -251,12 +243,7 @@ def _multi(
     )
 
 
-def _label(
-    metric: str,
-    true_label: npt.NDArray[np.bool_],
-    predicted_label: npt.NDArray[np.bool_],
-    weights: Floats,
-) -> Floats:
+def _label(metric: str, true_label: Mask, predicted_label: Mask, weights: Doubles) -> Doubles:
     """Return the balanced accuracy or F1 of one label, (K, B)."""
     positive_hits = predicted_label[:, true_label].astype(np.float64) @ weights[true_label]
     positive_weight = weights[true_label].sum(0)
@@ -269,7 +256,7 @@ def _label(
     return _mean_over([_ratio(positive_hits, positive_weight), negative_recall])
 
 
-def _regression(metric: str, target: Floats, predicted: Array, weights: Floats) -> Floats:
+def _regression(metric: str, target: Doubles, predicted: Array, weights: Doubles) -> Doubles:
     error = predicted - target
     column_scores = []
     for c in range(target.shape[1]):
@@ -289,7 +276,7 @@ def _regression(metric: str, target: Floats, predicted: Array, weights: Floats) 
     return _mean_over(column_scores)
 
 
-def _areas(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
+def _areas(true_label: Mask, predicted: Array, weights: Doubles) -> Doubles:
     """Return the weighted areas under the ROC curve of one class, (K, B); ties count half."""
     areas = np.full((len(predicted), weights.shape[1]), np.nan)
     n_pairs = weights[true_label].sum(0) * weights[~true_label].sum(0)
@@ -300,7 +287,7 @@ def _areas(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats)
     return areas
 
 
-def _precisions(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Floats) -> Floats:
+def _precisions(true_label: Mask, predicted: Array, weights: Doubles) -> Doubles:
     """Return the weighted average precisions of one label, (K, B)."""
     precisions = np.empty((len(predicted), weights.shape[1]))
     positive_weight = weights[true_label].sum(0)
@@ -313,8 +300,8 @@ def _precisions(true_label: npt.NDArray[np.bool_], predicted: Array, weights: Fl
 
 
 def _by_value(
-    values: Array, true_label: npt.NDArray[np.bool_], weights: Floats, *, rising: bool
-) -> tuple[Floats, Floats]:
+    values: Array, true_label: Mask, weights: Doubles, *, rising: bool
+) -> tuple[Doubles, Doubles]:
     """Return the weights of positives and negatives at each of V distinct values, (V, B) each."""
     order = np.argsort(values if rising else -values)
     ordered, ordered_weights = values[order], weights[order]
@@ -323,7 +310,7 @@ def _by_value(
     return hits, np.add.reduceat(ordered_weights, starts, axis=0) - hits
 
 
-def _calibration(confidence: Array, is_correct: Array, weights: Floats) -> Floats:
+def _calibration(confidence: Array, is_correct: Array, weights: Doubles) -> Doubles:
     bin_index = np.clip((confidence * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
     row_excess = confidence.astype(np.float64) - is_correct
     return np.asarray(

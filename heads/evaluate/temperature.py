@@ -18,15 +18,11 @@ votes count as about one vote in a hundred (`vote_floor`), others as `FLOOR`.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Doubles, Floats
 from headrace.heads.data.task import TaskKind
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 # Smaller probabilities count as this one, in the fit and wherever a temperature is applied.
 FLOOR = 1e-12
@@ -80,7 +76,7 @@ def fit_temperatures(
     predicted: Array,
     sample_weight: Array | None = None,
     floors: Sequence[float] | None = None,
-) -> Floats:
+) -> Doubles:
     """Return `fit_temperature` of each head's predictions (K, N, C), (K,), on fewer rows of large
     tasks.
     """
@@ -97,7 +93,7 @@ def fit_temperatures(
 
 def with_temperature(
     task_kind: TaskKind, predicted: Array, temperature: float, floor: float = FLOOR
-) -> Floats:
+) -> Doubles:
     """Return the probabilities (N, C) with log-odds divided by the temperature.
 
     Predictions of a regression stay as they are.
@@ -124,7 +120,7 @@ def cross_fitted(
     part_of_row: Array,
     sample_weight: Array | None = None,
     floor: float = FLOOR,
-) -> Floats:
+) -> Doubles:
     """Return the predictions (N, C), each part of the rows at the temperature of the other parts.
 
     Scores are computed from these: a temperature fitted on the same rows is slightly optimistic.
@@ -142,9 +138,7 @@ def cross_fitted(
     return calibrated
 
 
-def keep_decisions(
-    task_kind: TaskKind, predicted_before: Array, predicted_after: Array
-) -> npt.NDArray[np.float32]:
+def keep_decisions(task_kind: TaskKind, predicted_before: Array, predicted_after: Array) -> Floats:
     """Return `predicted_after` (n, C) as float32 with the decisions of `predicted_before` (n, C).
 
     A temperature changes no decision, but rounding to float32 may make two classes equal, or put a
@@ -203,7 +197,7 @@ def _log_odds(
     return np.stack([np.zeros_like(log_odds), log_odds], axis=1), true_label.astype(np.int64)
 
 
-def _log_sharpness(logits: Array, true_column: Array, sample_weight: Floats) -> float:
+def _log_sharpness(logits: Array, true_column: Array, sample_weight: Doubles) -> float:
     """Return log(1 / T) at which the slope of the weighted log loss and the prior is zero.
 
     logits: (n, C); true_column, sample_weight: (n,). Newton's method within a bracket of two signs

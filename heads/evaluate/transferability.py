@@ -4,13 +4,9 @@ N rows, D features, C classes (or labels, or regression targets), k = min(N, D).
 eigendecomposition of the smaller of X'X and XX' serves all classes.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
+from headrace.heads.arrays import Array, Doubles
 
 _MAX_ITERATIONS = 100  # of LogME's fixed point
 _SMALLEST_EIGENVALUE = 1e-10  # relative to the largest one; smaller ones are rounding errors
@@ -88,7 +84,7 @@ def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
     )
 
 
-def _spectrum(X: Floats, y: Floats) -> tuple[Floats, Floats]:
+def _spectrum(X: Doubles, y: Doubles) -> tuple[Doubles, Doubles]:
     """Return the nonzero eigenvalues of X'X, (k,), and the coordinates (k, C) of y (N, C) in the
     left singular vectors of X.
     """

@@ -4,15 +4,11 @@ N images, U units, C outputs. Units are in the order of their names. A head that
 units gives each image the prediction of its unit, which aggregation does not change.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.task import Task, TaskKind, UnitAggregation
 from headrace.heads.evaluate.metrics import all_metrics
-
-Array = npt.NDArray[Any]
 
 
 def aggregate_units(
@@ -43,7 +39,7 @@ def aggregate_units(
     return np.asarray(largest / largest.sum(-1, keepdims=True))
 
 
-def unit_rows(units: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def unit_rows(units: Array) -> tuple[Index, Index]:
     """Return the first row (U,) of each unit, and the unit 0..U-1 of each row (N,)."""
     _, first_rows, unit_of_row = np.unique(units, return_index=True, return_inverse=True)
     return np.asarray(first_rows, np.int64), np.asarray(unit_of_row, np.int64)

@@ -15,16 +15,13 @@ n sampled rows, D features, B bands, T target columns.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.arrays import Array, Doubles, Index
 from headrace.heads.data.fold_units import fold_units
 from headrace.heads.data.standardize import Features, Moments, scaled
-
-Array = npt.NDArray[np.float64]
 
 # Of a head's training rows, which takes half a second. With 1,200 the scales differ by a tenth, or
 # twofold between taps that are alike.
@@ -46,8 +43,8 @@ START_SIGNAL_TO_NOISE = 10.0  # variance of all bands together over that of the 
 
 def with_bands(
     X: Features,
-    target: npt.NDArray[Any],
-    fold: npt.NDArray[np.int64],
+    target: Array,
+    fold: Index,
     scaling: dict[int, Moments],
     band_widths: Sequence[int],
     n_views: int = 1,
@@ -82,9 +79,9 @@ def with_bands(
 
 def _with_emphasis(
     X: Features,
-    target: npt.NDArray[Any],
-    fold: npt.NDArray[np.int64],
-    training_rows: npt.NDArray[np.intp],
+    target: Array,
+    fold: Index,
+    training_rows: Index,
     moments: Moments,
     band_widths: Sequence[int],
     n_views: int,
@@ -123,14 +120,14 @@ def _with_emphasis(
     return dataclasses.replace(moments, emphasis=emphasis / np.sqrt((emphasis**2).mean()))
 
 
-def _target_columns(target: npt.NDArray[Any]) -> Array:
+def _target_columns(target: Array) -> Doubles:
     """Return (n, T) float64: a column for each class present, or labels and values as they are."""
     if target.ndim == 1 and target.dtype.kind != "f":
         return np.asarray(target[:, None] == np.unique(target), np.float64)
     return target.reshape(len(target), -1).astype(np.float64)
 
 
-def _best_log_variances(kernels: Array, Y: Array, blocks: Sequence[npt.NDArray[np.intp]]) -> Array:
+def _best_log_variances(kernels: Doubles, Y: Doubles, blocks: Sequence[Index]) -> Doubles:
     """Return the log variances (B,) that minimize `held_out_error`.
 
     kernels: (B, n, n), products of rows in each band divided by its width. Y: (n, T).
@@ -159,7 +156,7 @@ def _best_log_variances(kernels: Array, Y: Array, blocks: Sequence[npt.NDArray[n
     return log_variances
 
 
-def _sketch(n_columns: int) -> Array:
+def _sketch(n_columns: int) -> Doubles:
     """Return (T, S) directions in the space of T target columns, S <= SKETCH_COLUMNS.
 
     The sum of squares of rows times the sketch is on average that of the rows.
@@ -171,12 +168,8 @@ def _sketch(n_columns: int) -> Array:
 
 
 def held_out_error(
-    log_variances: Array,
-    kernels: Array,
-    Y: Array,
-    blocks: Sequence[npt.NDArray[np.intp]],
-    sketch: Array,
-) -> tuple[float, Array, Array]:
+    log_variances: Doubles, kernels: Doubles, Y: Doubles, blocks: Sequence[Index], sketch: Doubles
+) -> tuple[float, Doubles, Doubles]:
     """Return the squared error of all blocks, each predicted from all others, and its derivatives.
 
     These are the gradient (B,), which is exact, and the curvature (B, B) by Gauss and Newton, of

@@ -9,14 +9,11 @@ matrices may not be positive definite.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array
 from headrace.heads.data.standardize import Features, scaled, sweep
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

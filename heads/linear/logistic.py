@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Index, Mask
 from headrace.heads.data.checks import check_specs
 from headrace.heads.data.fold_units import fold_moments
 from headrace.heads.data.inputs import check_rows
@@ -46,7 +47,6 @@ from headrace.heads.linear.solver.path_solver import HeadSolution, solve_paths
 from headrace.heads.linear.solver.regularization_path import RegularizationPath
 from headrace.heads.spec import FitResult, relative_gap, specs_by
 
-Array = npt.NDArray[Any]
 # Minus this is the decision of a class without training rows: its probability is exactly zero, and
 # no arithmetic overflows.
 ABSENT_CLASS_DECISION = 1e30
@@ -91,7 +91,7 @@ class _ClassProblem:
     """The folds whose training rows have exactly `classes`."""
 
     folds: tuple[int, ...]
-    classes: npt.NDArray[np.intp]  # single label: the classes present; multi-label: empty
+    classes: Index  # single label: the classes present; multi-label: empty
     target: Array  # (N,) index into `classes`, -1 for rows of other classes; or (N, L)
     labels: Array | None  # (N, L) 0/1 of binary and multi-label problems; None: a softmax
 
@@ -100,7 +100,7 @@ class _ClassProblem:
         return len(self.classes) if self.labels is None else 1
 
     @property
-    def has_class(self) -> npt.NDArray[np.bool_]:
+    def has_class(self) -> Mask:
         """Which rows have a class of the problem, (N,)."""
         return self.target >= 0 if self.target.ndim == 1 else np.ones(len(self.target), bool)
 
@@ -240,10 +240,7 @@ def _folds_by_design(
 
 
 def _solve(
-    bank: _Bank,
-    designs: "_Designs",
-    paths: list[RegularizationPath],
-    n_outputs: int,
+    bank: _Bank, designs: "_Designs", paths: list[RegularizationPath], n_outputs: int
 ) -> dict[tuple[int, float], tuple[Array, Array, HeadSolution]]:
     """Return {(path index, L2 strength): (raw weights, biases, solution)} of every head.
 
@@ -375,7 +372,7 @@ class _Designs:
             self.bank.X, training_rows, self.scaling, standardize=self.standardize
         )
 
-    def _sort_by_class(self, row_index: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    def _sort_by_class(self, row_index: Index) -> Index:
         if self.problem.n_outputs == 1:
             return row_index
         return row_index[np.argsort(self.problem.target[row_index], kind="stable")]
@@ -390,7 +387,7 @@ class _Designs:
         if len(self.folds) == 1:
             needed &= fold != self.folds[0]  # a design for one fold needs no held-out rows
 
-        def block_rows(group: int, row_index: npt.NDArray[np.intp]) -> FoldRows:
+        def block_rows(group: int, row_index: Index) -> FoldRows:
             training = tuple(other for other in self.folds if other != group)
             return training, self._sort_by_class(row_index)
 
@@ -454,9 +451,7 @@ def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResul
     return [heads_of_fold[fold][i] for i in range(len(bank.specs)) for fold in folds]
 
 
-def _fit_result(
-    bank: _Bank, i: int, fold: int, n_outputs: int, present: npt.NDArray[np.intp] | None
-) -> FitResult:
+def _fit_result(bank: _Bank, i: int, fold: int, n_outputs: int, present: Index | None) -> FitResult:
     """Return the head of a spec and fold, without predictions.
 
     present: the classes that the training rows have; None: labels.

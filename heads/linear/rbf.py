@@ -7,11 +7,12 @@ matrix product, many times faster for 1,500 rows of 12,000 features, with the sa
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.svm import SVC
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
+
+from headrace.heads.arrays import Array, Doubles
 
 
 class RBFClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -33,19 +34,19 @@ class RBFClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_ = svc.classes_
         return self
 
-    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
+    def decision_function(self, X: Any) -> Doubles:
         """Return decisions (n,) for two classes, (n, classes) for more, of X (n, D)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return np.asarray(self._svc.decision_function(self._kernel(X)))
 
-    def predict(self, X: Any) -> npt.NDArray[Any]:
+    def predict(self, X: Any) -> Array:
         """Return class labels (n,) of X (n, D)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return np.asarray(self._svc.predict(self._kernel(X)))
 
-    def _kernel(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    def _kernel(self, X: Array) -> Doubles:
         """Return (n, N) kernel values of the rows X against the training rows."""
         training_rows = self._training_rows
         squares, training_squares = (

@@ -17,12 +17,11 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.checks import check_specs
 from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
 from headrace.heads.data.inputs import check_rows
@@ -35,8 +34,6 @@ from headrace.heads.linear.gram import Products, group_products, sum_products
 from headrace.heads.linear.kind import RIDGE_LOG_ODDS, RidgeSpec
 from headrace.heads.link import link
 from headrace.heads.spec import FitResult, relative_gap, specs_by
-
-Array = npt.NDArray[Any]
 
 # An eigendecomposition costs about as much as this many Cholesky factorizations (float64: 17 at D =
 # 512, 20 at 1,280). At 5,000 x 512, 60 strengths take 2.6 times as long by Cholesky, 5 strengths
@@ -276,9 +273,7 @@ def _join_columns(parts: list[_RidgeSolution]) -> _RidgeSolution:
     )
 
 
-def _scores(
-    X: Features, row_index: npt.NDArray[np.intp], weight: Array, bias: Array, common: Moments
-) -> Array:
+def _scores(X: Features, row_index: Index, weight: Array, bias: Array, common: Moments) -> Array:
     """Return scores of the given rows by all heads, (A, n, T) float32, as `predict_head` does."""
     # In the chunks of `predict_head`. If means are far larger than the features' scales, also head
     # by head: a product for all heads sums in another order, which then shows in the fourth digit.

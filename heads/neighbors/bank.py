@@ -10,11 +10,11 @@ row is held out once, so all folds together cost one pass.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Arrays, Doubles, Floats, Index
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.standardize import Features, chunks, sweep
 from headrace.heads.data.streamed import Streamed
@@ -26,9 +26,8 @@ from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.spec import FitResult
 
 Metric = Literal["cosine", "euclidean"]
-Floats = npt.NDArray[Any]
 # Indices of references and their distances, both (q, k), nearest first.
-Neighbours = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+Neighbours = tuple[Index, Doubles]
 
 QUERY_ROWS = 1024  # rows of one block of inner products
 REFERENCE_ROWS = 1 << 14  # columns of it: the block and what is made of it take half a gigabyte
@@ -50,14 +49,14 @@ class References:
     float64.
     """
 
-    rows: npt.NDArray[np.float32]  # (n, D) centred
-    center: npt.NDArray[np.float64]  # (D,)
-    square: npt.NDArray[np.float64]  # (n,) squared norms of the centred rows
-    offset: npt.NDArray[np.float64]  # (n,) inner products of the centred rows with the centre
-    length: npt.NDArray[np.float64]  # (n,) norms of the rows as they are
+    rows: Floats  # (n, D) centred
+    center: Doubles  # (D,)
+    square: Doubles  # (n,) squared norms of the centred rows
+    offset: Doubles  # (n,) inner products of the centred rows with the centre
+    length: Doubles  # (n,) norms of the rows as they are
 
     @classmethod
-    def of(cls, rows: Floats, center: npt.NDArray[np.float64] | None = None) -> "References":
+    def of(cls, rows: Array, center: Doubles | None = None) -> "References":
         middle = rows.mean(0, dtype=np.float64) if center is None else center
         centred = (rows - middle).astype(np.float32)
         square = np.einsum("nd,nd->n", centred, centred, dtype=np.float64)
@@ -70,7 +69,7 @@ class References:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, chosen: npt.NDArray[Any] | slice) -> "References":
+    def take(self, chosen: Array | slice) -> "References":
         """Return some of the rows."""
         of_rows = (values[chosen] for values in (self.square, self.offset, self.length))
         return References(self.rows[chosen], self.center, *of_rows)
@@ -83,8 +82,8 @@ class StreamedReferences:
     """Rows that may be neighbours and stay on disk: `take` reads a slice of them."""
 
     source: Streamed
-    chosen: npt.NDArray[np.intp]
-    center: npt.NDArray[np.float64]
+    chosen: Index
+    center: Doubles
 
     @classmethod
     def of(cls, source: Streamed) -> "StreamedReferences":
@@ -97,7 +96,7 @@ class StreamedReferences:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def only(self, chosen: npt.NDArray[Any]) -> "StreamedReferences":
+    def only(self, chosen: Array) -> "StreamedReferences":
         """Return some of the rows, not read yet."""
         return StreamedReferences(self.source, self.chosen[chosen], self.center)
 
@@ -129,7 +128,7 @@ def fit_knn_bank(
     else:
         check_finite(X)
         all_references = References.of(np.asarray(X, np.float32))
-    predictions: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+    predictions: dict[tuple[int, int], Floats] = {}
     errors: dict[tuple[int, int], str | None] = {}
     for held_out_fold in data.folds:
         reference_rows = usable[fold[usable] != held_out_fold]
@@ -178,9 +177,7 @@ def fit_knn_bank(
     return fits
 
 
-def predict_knn(
-    spec: KNNSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats
-) -> npt.NDArray[np.float32]:
+def predict_knn(spec: KNNSpec, arrays: Arrays, X: Array) -> Floats:
     """Return the weighted mean (n, C) of the neighbours' targets. X (n, D)."""
     references = References.of(arrays["features"])
     queries = References.of(np.asarray(X, np.float32), references.center)
@@ -246,14 +243,14 @@ def _merged(earlier: Neighbours, later: Neighbours, n_kept: int) -> Neighbours:
     return _sorted(index, distance, n_kept)
 
 
-def _sorted(index: npt.NDArray[Any], distance: Floats, n_kept: int) -> Neighbours:
+def _sorted(index: Array, distance: Array, n_kept: int) -> Neighbours:
     """Return the `n_kept` nearest, nearest first; of equal distances the earlier first."""
     order = np.argsort(distance, axis=1, kind="stable")[:, :n_kept]
     return np.take_along_axis(index, order, axis=1), np.take_along_axis(distance, order, axis=1)
 
 
 def nearest(
-    product: Floats, queries: References, references: References, metric: Metric, n_nearest: int
+    product: Array, queries: References, references: References, metric: Metric, n_nearest: int
 ) -> Neighbours:
     """Return the `n_nearest` references of each query.
 
@@ -271,7 +268,7 @@ def nearest(
         )
         is_zero = (queries.length == 0)[:, None] | (references.length == 0)
         distance = np.where(is_zero, 1.0, 1 - inner_product / lengths)
-        scale: Floats = np.ones(1)
+        scale: Array = np.ones(1)
     else:
         distance = queries.square[:, None] + references.square - 2.0 * product
         scale = queries.square[:, None] + references.square
@@ -298,10 +295,10 @@ def nearest(
 def _exact(
     queries: References,
     references: References,
-    query_index: npt.NDArray[Any],
-    neighbour_index: npt.NDArray[Any],
+    query_index: Array,
+    neighbour_index: Array,
     metric: Metric,
-) -> Floats:
+) -> Array:
     """Return distances of pairs, float64, from differences, which are exactly 0 for equal rows."""
     a = queries.rows[query_index].astype(np.float64)
     b = references.rows[neighbour_index].astype(np.float64)
@@ -313,9 +310,7 @@ def _exact(
     return np.asarray(np.square(a - b).sum(1))
 
 
-def vote(
-    spec: KNNSpec, distance: Floats, values: Floats, weight: Floats
-) -> npt.NDArray[np.float32]:
+def vote(spec: KNNSpec, distance: Array, values: Array, weight: Array) -> Floats:
     """Return the mean (q, C) of the neighbours' values (q, k, C), by sample weight (q, k).
 
     The weight is divided by the distance if the spec says so; as in scikit-learn, neighbours at
@@ -332,7 +327,7 @@ def vote(
     return np.asarray(mean, np.float32)
 
 
-def encoded(target: npt.NDArray[Any], outputs: int, task: TaskKind) -> npt.NDArray[np.float32]:
+def encoded(target: Array, outputs: int, task: TaskKind) -> Floats:
     """Return what neighbours vote with (N, C): an indicator of the class, labels, or targets."""
     if task == "single":
         return np.asarray(np.eye(outputs, dtype=np.float32)[target])
@@ -391,9 +386,7 @@ def fit_centroid_bank(
     return fits
 
 
-def centroid_arrays(
-    spec: CentroidSpec, sums: Floats, squares: Floats, counts: Floats
-) -> dict[str, npt.NDArray[Any]]:
+def centroid_arrays(spec: CentroidSpec, sums: Array, squares: Array, counts: Array) -> Arrays:
     """Return means (C, D), center and inverse_scale (D,), present (C,) from weighted class sums."""
     weight = counts.sum()
     center = sums.sum(0) / weight
@@ -411,8 +404,8 @@ def centroid_arrays(
 
 
 def predict_centroid(
-    spec: CentroidSpec, arrays: dict[str, npt.NDArray[Any]], X: Floats, temperature: float = 1.0
-) -> npt.NDArray[np.float32]:
+    spec: CentroidSpec, arrays: Arrays, X: Array, temperature: float = 1.0
+) -> Floats:
     """Return the softmax (n, C) of scaled similarities; 0 for a class without training rows."""
     means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
     rows = (X.astype(np.float32, copy=False) - arrays["center"]) * arrays["inverse_scale"]
@@ -433,8 +426,8 @@ def predict_centroid(
 
 
 def _sums(
-    X: Features, target: npt.NDArray[Any], fold: npt.NDArray[Any], weight: Floats, outputs: int
-) -> dict[int, tuple[Floats, Floats, Floats]]:
+    X: Features, target: Array, fold: Array, weight: Array, outputs: int
+) -> dict[int, tuple[Array, Array, Array]]:
     """Return class sums (C, D), sums of squares (D,) and class weights (C,) of each fold's rows."""
     dim = X.shape[1]
     groups = {}

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
 
+from headrace.heads.arrays import Arrays, Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.temperature import vote_floor
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.layers import Arrays, Floats
 from headrace.heads.link import tempered
 from headrace.heads.spec import FitResult, check_choices
 

@@ -11,23 +11,21 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from headrace.heads.arrays import Array, Arrays, Doubles, Floats, Index
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.standardize import chunks
 from headrace.heads.data.streamed import Streamed, StreamedStack
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.layers import Arrays
 from headrace.heads.networks.kind import CONV, MLP, ConvSpec, NetworkSpec
 from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import FoldData, prepare
 from headrace.heads.networks.mlp_training import Batch, Run, Trace
 from headrace.heads.spec import FitResult, Halving
 
-Floats = npt.NDArray[Any]
-Stacked = Floats | StreamedStack  # (V, N, D, …)
+Stacked = Array | StreamedStack  # (V, N, D, …)
 Spec = TypeVar("Spec", bound=NetworkSpec)
 
 ROWS_AT_ONCE = 4096  # held-out rows that are read from shards and predicted at once
@@ -55,7 +53,7 @@ class Bank(Generic[Spec]):
     stacked: Stacked
     features: torch.Tensor | StreamedTensor  # (V·N, D, …) on the device
     rows: TrainingData
-    weight: npt.NDArray[np.float64]
+    weight: Doubles
     specs: Sequence[Spec]
     family: Family[Spec]
     prepared: dict[tuple[int, bool], FoldData] = field(default_factory=dict)
@@ -123,8 +121,8 @@ class Bank(Generic[Spec]):
         return replace(result, arrays=arrays, objective=trace.training_loss, validation=validation)
 
     def predict_held_out(
-        self, spec: Spec, arrays: Arrays, held_out: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float32], Arrays]:
+        self, spec: Spec, arrays: Arrays, held_out: Index
+    ) -> tuple[Floats, Arrays]:
         """Return predictions (n, C) of held-out rows, the mean over their views.
 
         Also returns arrays of the head that a kind learns from them: none here.
@@ -144,7 +142,7 @@ class Bank(Generic[Spec]):
         return mean, {}
 
 
-def stack(X: Floats | Streamed, dimensions: int) -> Stacked:
+def stack(X: Array | Streamed, dimensions: int) -> Stacked:
     """Return features with a view axis in front, added if X has `dimensions` axes only."""
     if isinstance(X, Streamed):
         return StreamedStack(X)
@@ -240,7 +238,7 @@ def spec_error(spec: NetworkSpec, task: TaskKind) -> str | None:
     return None
 
 
-def as_tensor(array: Floats) -> torch.Tensor:
+def as_tensor(array: Array) -> torch.Tensor:
     """Return a tensor of the same memory; it may be read-only, for nothing here writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)

@@ -5,25 +5,22 @@ N rows, V views, D channels, h × w positions, C outputs.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
-from headrace.heads.layers import Arrays, Layers, predict_dense
+from headrace.heads.layers import Layers, predict_dense
 from headrace.heads.networks.bank import Family, fit_networks, stack
 from headrace.heads.networks.conv_batch import ConvBatch, random_start
 from headrace.heads.networks.kind import ConvSpec
 from headrace.heads.networks.mlp_data import FoldData
 from headrace.heads.spec import FitResult, Halving
-
-Floats = npt.NDArray[Any]
 
 # Memory for activations and gradients of the heads that are trained side by side on a CPU.
 CPU_BATCH_BYTES = 256 << 20
@@ -72,9 +69,7 @@ def fit_conv_bank(
     return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)
 
 
-def predict_maps(
-    layers: Layers, X: Floats, task_kind: TaskKind, temperature: float
-) -> npt.NDArray[np.float32]:
+def predict_maps(layers: Layers, X: Array, task_kind: TaskKind, temperature: float) -> Floats:
     """Return (n, C) float32 predictions of maps X (n, D, h, w) at a temperature."""
     blocks = [X[start : start + ROWS_AT_ONCE] for start in range(0, len(X), ROWS_AT_ONCE)] or [X]
     with torch.no_grad():
@@ -86,7 +81,7 @@ def predict_maps(
         )
 
 
-def _pooled(layers: Layers, X: Floats) -> npt.NDArray[np.float32]:
+def _pooled(layers: Layers, X: Array) -> Floats:
     """Return the means (n, channels) over positions after the convolutions."""
     assert layers.mean is not None
     assert layers.inverse_scale is not None
@@ -96,7 +91,7 @@ def _pooled(layers: Layers, X: Floats) -> npt.NDArray[np.float32]:
     maps = torch.from_numpy((X.astype(np.float32) - mean) * scale)
     for kernel, shift in layers.convolutions:
         maps = F.relu(F.conv2d(maps, torch.from_numpy(kernel), torch.from_numpy(shift), padding=1))
-    pooled: npt.NDArray[np.float32] = maps.mean((2, 3)).numpy()
+    pooled: Floats = maps.mean((2, 3)).numpy()
     return pooled
 
 

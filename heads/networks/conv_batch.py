@@ -13,14 +13,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.heads.arrays import Array, Arrays, Floats, Index
 from headrace.heads.networks.kind import ConvSpec
 from headrace.heads.networks.mlp_batch import (
     DropoutBits,
@@ -40,8 +39,8 @@ EVALUATION_ROWS = 512  # rows of one block when no gradient is needed
 class ConvStart:
     """First parameters of one head."""
 
-    kernels: list[npt.NDArray[np.float32]]  # (E, channels below, 3, 3)
-    layers: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]  # (o, i), (o,)
+    kernels: list[Floats]  # (E, channels below, 3, 3)
+    layers: list[tuple[Floats, Floats]]  # (o, i), (o,)
 
 
 def random_start(spec: ConvSpec, n_inputs: int, n_outputs: int) -> ConvStart:
@@ -72,7 +71,7 @@ class ConvBatch:
         self.step = 0
         self.depth, self.layers = len(starts[0].kernels), len(starts[0].layers)
 
-        def stack(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
+        def stack(arrays: Sequence[Array]) -> Tensor:
             return torch.from_numpy(np.stack(arrays)).to(device)
 
         widths = [kernel.shape[0] for kernel in starts[0].kernels]
@@ -120,7 +119,7 @@ class ConvBatch:
             for best, now in zip(self.best, (*self.parameters, *self.running), strict=True):
                 best[head].copy_(now[head])
 
-    def best_layers(self, head: int) -> dict[str, npt.NDArray[Any]]:
+    def best_layers(self, head: int) -> Arrays:
         """Return the best kernel0 (E, D, 3, 3), shift0 (E,), …, weight0, bias0, …, float32.
 
         They are for standardised inputs, with batch normalisation folded into kernels and shifts.
@@ -139,9 +138,7 @@ class ConvBatch:
             arrays[f"weight{layer}"], arrays[f"bias{layer}"] = weights[layer], biases[layer]
         return {name: array.astype(np.float32) for name, array in arrays.items()}
 
-    def train_epoch(
-        self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
-    ) -> npt.NDArray[Any]:
+    def train_epoch(self, order: Index, view: Index, batch_size: int) -> Array:
         """Train on rows `order` once, each in the given view; return mean losses (K,) float64."""
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         positions = math.prod(self.rows.features.shape[2:])
@@ -155,7 +152,7 @@ class ConvBatch:
             total += self._step(indices[batch], feature_indices[batch])
         return (total / len(order)).cpu().numpy()
 
-    def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
+    def outputs(self, index: Index) -> Tensor:
         """Return decisions (K, C, n) of feature rows, by running statistics, without dropout."""
         row_blocks = torch.split(torch.from_numpy(index).to(self.device), EVALUATION_ROWS)
         with torch.no_grad():

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
+from headrace.heads.arrays import Arrays, Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.layers import Arrays, Floats, Layers, dense_layers, predict_by_layers
+from headrace.heads.layers import Layers, dense_layers, predict_by_layers
 from headrace.heads.spec import ClassWeight, FitResult, HeadSpec, check_choices
 
 # Of MLP and convolution heads: AdamW's own default. Measured on held-out rows of digits, wine,

@@ -11,9 +11,8 @@ rounding.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import numpy.typing as npt
 import torch
 
 from headrace.heads.data.task import TaskKind
@@ -24,7 +23,6 @@ from headrace.heads.networks.mlp_batch import NetworkBatch, padded_width
 from headrace.heads.networks.mlp_data import FoldData, folded_arrays
 from headrace.heads.spec import FitResult, Halving
 
-Floats = npt.NDArray[Any]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 # Memory for parameters and moments of the heads that are trained side by side on a CPU. Measured

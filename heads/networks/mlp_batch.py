@@ -15,13 +15,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.heads.arrays import Array, Doubles, Index
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import TaskKind, seed_of_fold
 from headrace.heads.networks.kind import NetworkSpec
@@ -88,17 +87,13 @@ def padded_width(width: int) -> int:
     return power
 
 
-def initial_layers(
-    spec: NetworkSpec, n_inputs: int, n_outputs: int
-) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+def initial_layers(spec: NetworkSpec, n_inputs: int, n_outputs: int) -> list[tuple[Array, Array]]:
     """Return first layers for the head's true widths, from a generator of the seed alone."""
     generator = np.random.default_rng([spec.seed, 0])
     return draw_layers(generator, (n_inputs, *spec.hidden, n_outputs))
 
 
-def draw_layers(
-    generator: np.random.Generator, sizes: Sequence[int]
-) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+def draw_layers(generator: np.random.Generator, sizes: Sequence[int]) -> list[tuple[Array, Array]]:
     """Draw layers [(weight (out, in), bias (out,))] float32 between layers of the given sizes.
 
     As torch.nn.Linear does: uniform within ±1/sqrt(in).
@@ -217,7 +212,7 @@ class NetworkBatch:
             for best, now in zip(self.best, (*self.weights, *self.biases), strict=True):
                 best[head].copy_(now[head])
 
-    def best_layers(self, head: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    def best_layers(self, head: int) -> list[tuple[Array, Array]]:
         """Return the best layers [(weight, bias)] float32, for standardised inputs."""
         inputs = int(self.weights[0].shape[2])
         hidden = self.specs[head].hidden
@@ -230,9 +225,7 @@ class NetworkBatch:
             layers.append((weight, bias))
         return layers
 
-    def train_epoch(
-        self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
-    ) -> npt.NDArray[Any]:
+    def train_epoch(self, order: Index, view: Index, batch_size: int) -> Array:
         """Train on rows `order` (n,) once, each in the given view (n,); return mean losses (K,).
 
         Losses are taken before each step; that of a head that diverged is not finite.
@@ -247,7 +240,7 @@ class NetworkBatch:
                 total += self._step(indices[batch], feature_indices[batch])
         return (total / len(order)).cpu().numpy()
 
-    def outputs(self, index: npt.NDArray[np.int64]) -> Tensor:
+    def outputs(self, index: Index) -> Tensor:
         """Return decisions (K, C, n) for rows of `features`, without dropout."""
         blocks = []
         with torch.no_grad(), np.errstate(all="ignore"):
@@ -417,9 +410,7 @@ def adamw_broadcast(
     parameter.addcdiv_(first_moment * rates.view(shape), denominator, value=-1 / (1 - BETA1**step))
 
 
-def mean_losses(
-    rows: Rows, decision: Tensor, index: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
+def mean_losses(rows: Rows, decision: Tensor, index: Index) -> Doubles:
     """Return mean losses (K,) of decisions (K, C, n), without smoothing or class weights."""
     places = torch.from_numpy(index).to(decision.device)
     weight = rows.weight[:1].index_select(1, places)

@@ -5,19 +5,16 @@ N rows, V views, D features, C outputs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from headrace.heads.arrays import Array, Arrays, Doubles, Index
 from headrace.heads.data.side_columns import fold_fills, fold_into_weight, imputed_numbers
 from headrace.heads.data.standardize import Moments, merge, moments
 from headrace.heads.data.streamed import StreamedStack
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.mlp_batch import Rows, StreamedTensor
-
-Floats = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -26,9 +23,9 @@ class Imputed:
 
     # columns of the input, each followed by that which is 1 for a missing number
     numbers: list[int]
-    fills: Floats  # (M,) float64, the mean of each over the fold's training rows
+    fills: Array  # (M,) float64, the mean of each over the fold's training rows
 
-    def fill(self, rows: Floats) -> None:
+    def fill(self, rows: Array) -> None:
         """Fill missing numbers of rows (n, D, …), in place."""
         for column, fill in zip(self.numbers, self.fills, strict=True):
             rows[:, column] += rows[:, column + 1] * np.float32(fill)
@@ -39,20 +36,20 @@ class FoldData:
     """The data of one fold as its heads see it."""
 
     rows: Rows
-    train: npt.NDArray[np.int64]
-    held_out: npt.NDArray[np.int64]
-    mean: Floats  # float64, of the features
-    scale: Floats
-    target_mean: Floats  # (C,) float64; 0 and 1 unless regression
-    target_scale: Floats
+    train: Index
+    held_out: Index
+    mean: Array  # float64, of the features
+    scale: Array
+    target_mean: Array  # (C,) float64; 0 and 1 unless regression
+    target_scale: Array
     imputed: Imputed | None = None
 
 
 def prepare(
-    stacked: Floats | StreamedStack,
+    stacked: Array | StreamedStack,
     features: torch.Tensor | StreamedTensor,
     data: TrainingData,
-    weight: npt.NDArray[np.float64],
+    weight: Doubles,
     held_out_fold: int,
     *,
     standardize: bool,
@@ -83,10 +80,10 @@ def prepare(
 def fold_data(
     features: torch.Tensor | StreamedTensor,
     data: TrainingData,
-    weight: npt.NDArray[np.float64],
+    weight: Doubles,
     held_out_fold: int,
-    mean: Floats,
-    scale: Floats,
+    mean: Array,
+    scale: Array,
     *,
     n_positions: int = 0,
     imputed: Imputed | None = None,
@@ -120,7 +117,7 @@ def fold_data(
             label_weight = np.where(shares > 0, 0.5 / np.maximum(shares, 1e-300), 0)
         encoded = torch.from_numpy(np.ascontiguousarray(values.T, np.float32))
 
-    def on_device(values: Floats) -> torch.Tensor:
+    def on_device(values: Array) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.float32)).to(features.device)
 
     rows = Rows(
@@ -140,9 +137,7 @@ def fold_data(
     return FoldData(rows, train, held_out, mean, scale, target_mean, target_scale, imputed)
 
 
-def weighted_training_rows(
-    data: TrainingData, weight: npt.NDArray[np.float64], held_out_fold: int
-) -> npt.NDArray[np.intp]:
+def weighted_training_rows(data: TrainingData, weight: Doubles, held_out_fold: int) -> Index:
     """Return the training rows of a fold that have a weight. Raises ValueError if none has."""
     train = data.training_rows(held_out_fold)
     train = train[weight[train] > 0]
@@ -153,16 +148,14 @@ def weighted_training_rows(
     return train
 
 
-def _side_inputs(stacked: Floats | StreamedStack, data: TrainingData) -> Floats:
+def _side_inputs(stacked: Array | StreamedStack, data: TrainingData) -> Array:
     """Return the side columns (N, R)."""
     if isinstance(stacked, StreamedStack):
         return stacked.rows.side
     return np.asarray(stacked[0][:, data.side[0].start :])
 
 
-def _imputed(
-    stacked: Floats | StreamedStack, data: TrainingData, train: npt.NDArray[np.int64]
-) -> Imputed | None:
+def _imputed(stacked: Array | StreamedStack, data: TrainingData, train: Index) -> Imputed | None:
     numbers = imputed_numbers(data.side)
     if not numbers:
         return None
@@ -171,8 +164,8 @@ def _imputed(
 
 
 def mean_and_scale(
-    stacked: Floats | StreamedStack, train: npt.NDArray[np.int64], imputed: Imputed | None = None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    stacked: Array | StreamedStack, train: Index, imputed: Imputed | None = None
+) -> tuple[Doubles, Doubles]:
     """Return mean and scale (D,) float64 of the training rows, over views and positions.
 
     The scale is the standard deviation, or 1 for a feature that varies by less than float32 can
@@ -197,13 +190,13 @@ def mean_and_scale(
 
 
 def folded_arrays(
-    layers: Sequence[tuple[Floats, Floats]],
-    mean: Floats,
-    scale: Floats,
-    target_mean: Floats,
-    target_scale: Floats,
+    layers: Sequence[tuple[Array, Array]],
+    mean: Array,
+    scale: Array,
+    target_mean: Array,
+    target_scale: Array,
     imputed: Imputed | None = None,
-) -> dict[str, npt.NDArray[Any]]:
+) -> Arrays:
     """Return weight0, bias0, weight1, … float32 of layers, for raw inputs and targets.
 
     Standardisation, and what stands for missing numbers, are folded into the layers.

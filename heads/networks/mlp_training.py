@@ -9,25 +9,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.networks.kind import NetworkSpec
 from headrace.heads.networks.mlp_batch import mean_losses
 from headrace.heads.networks.mlp_data import FoldData
-
-Floats = npt.NDArray[Any]
 
 
 class Batch(Protocol):
     """K networks that train side by side. Heads are positions among those still in the batch."""
 
-    def train_epoch(
-        self, order: npt.NDArray[np.int64], view: npt.NDArray[np.int64], batch_size: int
-    ) -> npt.NDArray[Any]:
+    def train_epoch(self, order: Index, view: Index, batch_size: int) -> Array:
         """Train on rows `order` (n,), each in the given view (n,); return mean losses (K,)."""
 
-    def outputs(self, index: npt.NDArray[np.int64]) -> torch.Tensor:
+    def outputs(self, index: Index) -> torch.Tensor:
         """Return decisions (K, C, n) for rows of the stacked features."""
 
     def remember(self, heads: Sequence[int]) -> None:
@@ -136,7 +132,7 @@ class Run:
         for trace in self.traces:
             trace.seconds += (time.perf_counter() - started) / len(self.traces)
 
-    def _order(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _order(self) -> tuple[Index, Index]:
         """Return this epoch's rows and views: all folds share one permutation."""
         n = self.data.rows.n
         generator = np.random.default_rng([self.epoch, n])
@@ -147,7 +143,7 @@ class Run:
         order = order[inside[order]]
         return order, view[order]
 
-    def _validate(self) -> tuple[Floats, Floats]:
+    def _validate(self) -> tuple[Array, Array]:
         """Return losses (K,) on the held-out rows, and what halving ranks by, higher better."""
         held_out = self.data.held_out
         if len(held_out) == 0:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
@@ -23,6 +22,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from headrace.cache.errors import HeadraceError
+from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.side_columns import SideBlock, as_cells
 from headrace.heads.data.streamed import Streamed
@@ -33,8 +33,6 @@ from headrace.heads.link import sigmoid, softmax
 from headrace.heads.neighbors.bank import STORED_ROWS_BYTES
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import FitResult
-
-Floats = npt.NDArray[Any]
 
 # The public modules whose classes are estimators and nothing else: importing them runs
 # scikit-learn's own code alone.
@@ -112,7 +110,7 @@ def side_transformer(side: Sequence[SideBlock]) -> ColumnTransformer:
     )
 
 
-def _cells(X: Floats, side: Sequence[SideBlock]) -> Floats:
+def _cells(X: Array, side: Sequence[SideBlock]) -> Array:
     """Return a head's input (n, D + R) as `side_transformer` takes it, (n, D + K)."""
     if not side:
         return X
@@ -163,7 +161,7 @@ def fit_sklearn_bank(
     check_finite(X)
     weight = row_weights(data.sample_weight, len(X))
     usable_rows = np.flatnonzero((data.fold != TEST) & (weight > 0))
-    stored: dict[str, npt.NDArray[Any]] = {}
+    stored: Arrays = {}
     if refit and len(usable_rows) * X.shape[1] * 4 <= STORED_ROWS_BYTES:
         stored = {
             "features": np.ascontiguousarray(X[usable_rows], np.float32),
@@ -205,9 +203,7 @@ def fit_sklearn_bank(
     return fits
 
 
-def fitted_sklearn(
-    spec: SklearnSpec, arrays: dict[str, npt.NDArray[Any]], task: TaskKind
-) -> Callable[[Floats], npt.NDArray[np.float32]]:
+def fitted_sklearn(spec: SklearnSpec, arrays: Arrays, task: TaskKind) -> Callable[[Array], Floats]:
     """Fit the estimator on the stored rows; return its function of features (n, D)."""
     if "features" not in arrays:
         raise HeadError(
@@ -241,9 +237,9 @@ def fitted_sklearn(
 
 def _fitted(
     spec: SklearnSpec,
-    X: Floats,
-    target: npt.NDArray[Any],
-    weight: Floats,
+    X: Array,
+    target: Array,
+    weight: Array,
     task: TaskKind,
     side: Sequence[SideBlock],
 ) -> Any:
@@ -272,8 +268,8 @@ def _fitted(
 
 
 def _probabilities(
-    estimator: Any, X: Floats, outputs: int, task: TaskKind, side: Sequence[SideBlock]
-) -> npt.NDArray[np.float32]:
+    estimator: Any, X: Array, outputs: int, task: TaskKind, side: Sequence[SideBlock]
+) -> Floats:
     X = _cells(X, side)
     if task == "regression":
         return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from headrace.heads.arrays import Arrays, Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.temperature import FLOOR, vote_floor
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.layers import Arrays, Floats
 from headrace.heads.link import tempered
 from headrace.heads.spec import FitResult, check_choices
 

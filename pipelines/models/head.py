@@ -19,10 +19,10 @@ from headrace.extract.spec import (
     called_code,
     is_weights_file,
 )
+from headrace.heads.arrays import Floats
 from headrace.heads.data.side_columns import SideColumn, columns_to_json
 from headrace.heads.data.task import TaskKind
 from headrace.heads.kinds import HEAD_KINDS
-from headrace.heads.layers import Floats
 from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, load_head, require_trusted, save_head
 from headrace.heads.predict import flat_rows, floor_of, predict_head

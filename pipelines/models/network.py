@@ -37,9 +37,9 @@ from headrace.extract.spec import (
     called_code,
     check_sizes,
 )
+from headrace.heads.arrays import Floats
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FLOOR
-from headrace.heads.layers import Floats
 from headrace.heads.link import link
 from headrace.heads.persist import (
     WRITE_AGAIN,

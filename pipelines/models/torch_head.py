@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.heads.arrays import Arrays
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.temperature import FARTHEST, FLOOR
 from headrace.heads.kinds import HEAD_KINDS
-from headrace.heads.layers import Arrays, dense_layers
+from headrace.heads.layers import dense_layers
 from headrace.heads.neighbors.bank import CENTROID_TEMPERATURE
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import MLPSpec

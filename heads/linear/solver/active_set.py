@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.linear.solver.compiled_blocks import load_compiled_kernels
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.passes import (
@@ -36,7 +36,6 @@ from headrace.heads.linear.solver.regularization_path import RegularizationPath,
 if TYPE_CHECKING:
     from headrace.heads.linear.solver.torch_blocks import DeviceBlocks, DevicePass
 
-Array = npt.NDArray[Any]
 # After so many iterations a head gets a new preconditioner, made at its current point. On a whole
 # path that is rare (0.99 of the CPU time without), but a single strength, started from zero, takes
 # 1.5 times as long without it at C = 1, 3.7 times at C = 100.
@@ -180,7 +179,7 @@ class BankProblem:
         )
 
     def start_pass(
-        self, path_index: npt.NDArray[np.intp], weights: Array, heads_by_folds: HeadsByFolds
+        self, path_index: Index, weights: Array, heads_by_folds: HeadsByFolds
     ) -> "NumpyPass | CompiledPass | DevicePass":
         """Return a pass for heads with weights (A, c, W) on the given paths (A,).
 
@@ -352,7 +351,7 @@ class ActiveSet:
         total_weight = self.problem.class_sums[self.path_index[slot]][:, -1].sum()
         return float(np.linalg.norm(gradient)) <= limit * float(total_weight) * math.sqrt(n_weights)
 
-    def evaluate(self, slots: npt.NDArray[np.intp], x: Array) -> tuple[Array, Array]:
+    def evaluate(self, slots: Index, x: Array) -> tuple[Array, Array]:
         """Return the objectives (A,) float64 and gradients (A, P) of the heads in slots (A,).
 
         x: (A, P), points in scaled coordinates, in which the gradients are too.

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from headrace.heads.arrays import Array
+
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
 CACHE_LINE = 64  # bytes; a vector across two of them is loaded at half the speed
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.fold_units import FoldUnits, fold_units
 from headrace.heads.data.standardize import Features, Moments, chunks, scaled
 from headrace.heads.data.streamed import Streamed
@@ -40,9 +41,8 @@ from headrace.heads.linear.solver.compiled_blocks import (
 from headrace.heads.linear.solver.device_products import MatrixProduct, matrix_product
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation, RowSpace
 
-Array = npt.NDArray[Any]
 # (folds that train on some rows, numbers of these rows).
-FoldRows = tuple[tuple[int, ...], npt.NDArray[np.intp]]
+FoldRows = tuple[tuple[int, ...], Index]
 # Largest ratio of a fold's scales to the common ones, or the reverse. Beyond it, float32 rows in
 # common units lose digits of the fold; in the dual form its square is the condition number of a
 # factor.
@@ -65,11 +65,11 @@ class RowBlock:
     """Rows on which the same folds train, sorted by class."""
 
     folds: tuple[int, ...]
-    row_index: npt.NDArray[np.intp]  # (n,) row numbers of the task
+    row_index: Index  # (n,) row numbers of the task
     # (n, R + 1), the last column 1 for the intercept; empty for streamed rows.
     values: Array
     # (C + 1,), single label: class k has the rows class_offsets[k]:class_offsets[k + 1].
-    class_offsets: npt.NDArray[np.intp]
+    class_offsets: Index
     labels: Array  # (L, n) 0/1: binary and multi-label
     sample_weight: Array | None  # (n,); None: all one
 
@@ -330,7 +330,7 @@ def _rotate_rows(
 
 def make_row_blocks(
     folds: tuple[int, ...],
-    row_index: npt.NDArray[np.intp],
+    row_index: Index,
     rotate: Callable[[slice], Array],
     rank: int,
     dtype: Any,
@@ -349,7 +349,7 @@ def make_row_blocks(
     return row_blocks
 
 
-def _unlabelled(folds: tuple[int, ...], row_index: npt.NDArray[np.intp], values: Array) -> RowBlock:
+def _unlabelled(folds: tuple[int, ...], row_index: Index, values: Array) -> RowBlock:
     no_labels = np.zeros((0, len(row_index)))
     return RowBlock(folds, row_index, values, np.zeros(0, np.intp), no_labels, None)
 
@@ -435,7 +435,7 @@ def scales_are_similar(
 
 
 def standardize_rows(
-    X: Features, row_index: npt.NDArray[np.intp], mean: Array, inverse_scale: Array, dtype: Any
+    X: Features, row_index: Index, mean: Array, inverse_scale: Array, dtype: Any
 ) -> Array:
     """Return rows of X centred and scaled, computed in float64 and stored as `dtype`."""
     standardized = np.empty((len(row_index), X.shape[1]), dtype)

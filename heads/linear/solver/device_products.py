@@ -1,12 +1,11 @@
 """Matrix products of NumPy arrays on any device that torch knows."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from headrace.heads.arrays import Array
+
 MatrixProduct = Callable[[Array, Array], Array]
 
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.fold_units import FoldUnits
 from headrace.heads.data.standardize import Features, Moments
 from headrace.heads.linear.solver.design import (
@@ -34,7 +34,6 @@ from headrace.heads.linear.solver.design import (
 )
 from headrace.heads.linear.solver.rotation import FoldRowSpace, RowSpace, multiply_by_q
 
-Array = npt.NDArray[Any]
 MAX_COPIED_BYTES = 1 << 29  # of the folds' copies of the rows, float32
 # Number of leading directions, and of subspace iterations to find them. Without them 1,000 x 2,048
 # rows take 938 iterations instead of 491, 1.34 times the CPU time.
@@ -52,8 +51,8 @@ class _FoldFactor:
     """Training rows of a fold and the pivoted Cholesky factor of their products."""
 
     folds: tuple[int, ...]
-    rows: npt.NDArray[np.intp]  # (n,) of the task
-    order: npt.NDArray[np.intp]  # (n,) the rows in the order of their pivots
+    rows: Index  # (n,) of the task
+    order: Index  # (n,) the rows in the order of their pivots
     lower: Array  # (n, R) float64, in that order
 
 
@@ -121,8 +120,8 @@ def make_dual_form(
 
 
 def _fold_row_space(
-    Z: Array, rows: npt.NDArray[np.intp], units: FoldUnits | None
-) -> tuple[npt.NDArray[np.intp], Array, FoldRowSpace]:
+    Z: Array, rows: Index, units: FoldUnits | None
+) -> tuple[Index, Array, FoldRowSpace]:
     """Return the pivoted Cholesky factor of the products of Z[rows] and the row space.
 
     The factor is the order (n,) of the pivots and the rows (n, R) float64 in that order.

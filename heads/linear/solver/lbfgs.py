@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from headrace.heads.arrays import Array, Index
+
 # (slots of the A running problems, their points (A, P)) -> (values (A,) float64, gradients (A, P)).
-EvaluateProblems = Callable[[npt.NDArray[np.intp], Array], tuple[Array, Array]]
+EvaluateProblems = Callable[[Index, Array], tuple[Array, Array]]
 # Puts the next problem into a slot: slot -> (start (P,), curvature pairs (2m, P), oldest first, or
 # None for no pairs); None if no problem is left.
 LoadProblem = Callable[[int], tuple[Array, Array | None] | None]
@@ -72,7 +72,7 @@ class PairMemory:
     def n_pairs(self) -> int:
         return int(self.pairs.shape[1]) // 2
 
-    def _oldest_first(self) -> npt.NDArray[np.intp]:
+    def _oldest_first(self) -> Index:
         m = self.n_pairs
         positions = (self.newest + 1 + np.arange(m)) % m
         return np.concatenate([positions, m + positions])
@@ -206,7 +206,7 @@ class _Slots:
             finished,
         )
 
-    def trial_points(self, running: npt.NDArray[np.intp]) -> Array:
+    def trial_points(self, running: Index) -> Array:
         """Return the points (A, P) at the ends of the steps of some slots."""
         trial = np.empty((len(running), self.point.shape[1]), self.dtype)
         lengths = self.step_length[running].astype(self.dtype)
@@ -249,7 +249,7 @@ class _Slots:
         else:
             self.n_stalled[k] += 1
 
-    def choose_directions(self, moved: npt.NDArray[np.intp]) -> Array:
+    def choose_directions(self, moved: Index) -> Array:
         """Choose the next steps of slots that have moved; return their estimated relative gaps."""
         coefficients = _direction_coefficients(
             self.memory.gram[moved], self.gradient_products[moved], self.memory.newest

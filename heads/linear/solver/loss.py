@@ -6,17 +6,12 @@ class) are a slice. With the layout (n, A, C) and 10 classes the same operations
 as long as the matrix product before them.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from headrace.heads.arrays import Array, Index
 
 
-def softmax_loss(
-    decisions: Array, class_offsets: npt.NDArray[np.intp], row_weights: Array | None
-) -> Array:
+def softmax_loss(decisions: Array, class_offsets: Index, row_weights: Array | None) -> Array:
     """Return the weighted cross-entropies (A,) float64 and overwrite the decisions by residuals.
 
     decisions: (C, A, n), of which the last class's are computed here; afterwards

@@ -13,22 +13,21 @@ some folds only: `heads_by_folds` lists them (A',) by the block's folds. The two
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.linear.solver.compiled_blocks import CompiledKernels
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.loss import sigmoid_loss, softmax_loss
 
-Array = npt.NDArray[Any]
 # The weights and gradients of heads that pass over a block together shall stay in the second-level
 # cache from one strip of 48 rows to the next. Without this limit, two 100-class heads of 512
 # features take 1.02 of the time.
 SECOND_LEVEL_CACHE_BYTES = 1 << 20
-HeadsByFolds = dict[tuple[int, ...], npt.NDArray[np.intp]]
+HeadsByFolds = dict[tuple[int, ...], Index]
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ class RowWeighting:
     n_outputs: int  # C, or 1 for sigmoids
     class_factors: Array  # (paths, C), or (paths, 2) for sigmoids
     # (paths,) row of `RowBlock.labels`; -1: a softmax over the classes
-    labels: npt.NDArray[np.intp]
+    labels: Index
     weighted: bool  # some class factor or sample weight is not one
 
-    def row_weights(self, block: RowBlock, path_index: npt.NDArray[np.intp]) -> Array | None:
+    def row_weights(self, block: RowBlock, path_index: Index) -> Array | None:
         """Return weights (A, n) of a block's rows for the given paths, None where all are one."""
         if not self.weighted:
             return None
@@ -61,7 +60,7 @@ class NumpyPass:
         self,
         design: DesignMatrix,
         weighting: RowWeighting,
-        path_index: npt.NDArray[np.intp],
+        path_index: Index,
         weights: Array,
         heads_by_folds: HeadsByFolds,
     ) -> None:
@@ -113,7 +112,7 @@ class NumpyPass:
 class HeadGroup:
     """Heads that pass over a block together, packed for the compiled pass."""
 
-    heads: npt.NDArray[np.intp]  # (a,) positions among the heads of the pass
+    heads: Index  # (a,) positions among the heads of the pass
     packed_weights: Array
     packed_gradients: list[Array]  # one for each thread
 
@@ -129,19 +128,19 @@ class CompiledPass:
         self,
         design: DesignMatrix,
         weighting: RowWeighting,
-        path_index: npt.NDArray[np.intp],
+        path_index: Index,
         weights: Array,
         heads_by_folds: HeadsByFolds,
         kernels: CompiledKernels,
-        threads: ThreadPoolExecutor | None,
-        n_threads: int,
+        threads: ThreadPoolExecutor | None = None,
+        n_threads: int = 1,
     ) -> None:
         self.design, self.weighting, self.path_index = design, weighting, path_index
         self.heads_by_folds, self.kernels, self.shape = heads_by_folds, kernels, weights.shape
         self.threads, self.n_threads = threads, n_threads
         _, n_free, width = weights.shape
 
-        def make_group(heads: npt.NDArray[np.intp]) -> HeadGroup:
+        def make_group(heads: Index) -> HeadGroup:
             packed = kernels.pack(weights[heads].reshape(-1, width))
             size = len(heads) * n_free, width
             gradients = [kernels.allocate_packed(*size) for _ in range(n_threads)]

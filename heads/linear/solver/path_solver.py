@@ -12,11 +12,10 @@ and takes over the curvature pairs of its nearest solved neighbour, corrected fo
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array
 from headrace.heads.linear.solver.active_set import (
     ITERATIONS_PER_PRECONDITIONER,
     MANY_WEIGHTS,
@@ -33,7 +32,6 @@ from headrace.heads.linear.solver.regularization_path import (
     sort_by_distance,
 )
 
-Array = npt.NDArray[Any]
 CURVATURE_PAIRS = 8
 # With 100 classes, eight pairs take 1.1 of the CPU time of six, all of it for reading them (gaps of
 # 1e-5 and 3e-7). With ten classes they take as much as six, and float32 stalls less often before a

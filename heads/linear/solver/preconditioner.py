@@ -20,15 +20,13 @@ Cholesky factor takes the place of the scales.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 
-Array = npt.NDArray[Any]
 # Curvature of the intercept that is always assumed, as a share of the rows' total weight.
 INTERCEPT_FLOOR = 1e-4
 # Rows that the Hessian is computed from: at least so many, and so many for each class.
@@ -58,7 +56,7 @@ class Preconditioner:
 
     class_basis: Array  # E (C, c), orthonormal columns
     scale: Array  # (c, R + 1)
-    dense: npt.NDArray[np.intp]  # (J,)
+    dense: Index  # (J,)
     cholesky_factor: Array  # L (c J, c J), lower triangular, in Fortran's order
     inverse_factor: Array  # of L, likewise
     loss_curvature: float  # of the loss, summed over all coordinates but the intercept's
@@ -195,7 +193,7 @@ def make_preconditioner(
     )
 
 
-def dense_coordinates(n_outputs: int, n_coordinates: int) -> npt.NDArray[np.intp]:
+def dense_coordinates(n_outputs: int, n_coordinates: int) -> Index:
     """Return the coordinates (J,) whose whole Hessian is computed.
 
     The largest ones of the rows, which come first, and the intercept; or none.
@@ -210,7 +208,7 @@ def dense_coordinates(n_outputs: int, n_coordinates: int) -> npt.NDArray[np.intp
     return np.append(np.arange(per_class - 1), n_coordinates - 1)
 
 
-def dense_pair_products(values: Array, dense: npt.NDArray[np.intp]) -> Array:
+def dense_pair_products(values: Array, dense: Index) -> Array:
     """Return (n, J (J + 1) / 2) products of every two dense coordinates of rows (n, R + 1)."""
     first, second = np.triu_indices(len(dense))
     dense_values = values[:, dense]

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array
 from headrace.heads.linear.solver.preconditioner import Preconditioner
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

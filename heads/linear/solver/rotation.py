@@ -7,15 +7,12 @@ row, and the penalty of v is that of u.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.linalg
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.fold_units import FoldUnits
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class FoldRowSpace:
     |R v| = |u|, is R^-1 S' a with a on the pivot rows: L' a = V u there.
     """
 
-    pivot_rows: npt.NDArray[np.intp]  # (R,) rows of the row space
+    pivot_rows: Index  # (R,) rows of the row space
     cholesky_factor: Array  # (R, R) float64, L of the pivot rows
     reflectors: Array  # (R, K) float64 and
     reflector_scales: Array  # (K,): V as LAPACK's geqrf stores it
@@ -159,7 +156,7 @@ class RowSpace:
             decisions[heads] = v[heads] @ space.mean
         return decisions
 
-    def _heads_by_space(self, folds: Array) -> Iterator[tuple[npt.NDArray[np.intp], FoldRowSpace]]:
+    def _heads_by_space(self, folds: Array) -> Iterator[tuple[Index, FoldRowSpace]]:
         """Yield the positions of the heads of each fold, and its space."""
         for fold, space in self.fold_spaces.items():
             heads = np.flatnonzero(folds == fold)

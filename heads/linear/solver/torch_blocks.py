@@ -6,17 +6,13 @@ device once, streamed blocks on every pass. An evaluation uploads the weights on
 gradients on the device, and downloads the sums once.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.heads.arrays import Array, Index
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.passes import HeadsByFolds, RowWeighting
-
-Array = npt.NDArray[Any]
 
 
 class DeviceBlocks:
@@ -62,7 +58,7 @@ class DevicePass:
         self,
         blocks: DeviceBlocks,
         weighting: RowWeighting,
-        path_index: npt.NDArray[np.intp],
+        path_index: Index,
         weights: Array,
         heads_by_folds: HeadsByFolds,
     ) -> None:
