@@ -13,7 +13,7 @@ than features the eigenvectors come from the n x n products of rows; S is 0 in a
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.linalg
@@ -53,7 +53,7 @@ def fit_discriminant_bank(
     for spec in specs:
         if not 0 <= spec.shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in 0..1, found {spec.shrinkage}")
-    problem = DiscriminantProblem(data, fold_moments(data), {})
+    problem = DiscriminantProblem(data, fold_moments(data))
     folds = data.folds_to_fit(refit=refit)
     results: dict[tuple[int, int], FitResult] = {}
     for fold in folds:
@@ -116,7 +116,8 @@ class DiscriminantProblem:
 
     data: TrainingData
     scaling: dict[int, Moments]  # {fold: moments of its training rows}
-    products: dict[int, Products]  # {group of rows: products}, filled when first needed
+    # {group of rows: products}, filled when first needed
+    products: dict[int, Products] = field(default_factory=dict)
 
     def scatter(self, fold: int, *, standardize: bool) -> ClassScatter:
         """Return the class means and the decomposed covariance of a fold."""

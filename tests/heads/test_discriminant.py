@@ -9,6 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from headrace.heads.bank import fit_bank
+from headrace.heads.data.fold_units import fold_moments
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.discriminant.bank import DiscriminantProblem, fit_discriminant_bank
@@ -57,7 +58,7 @@ def test_every_shrinkage_and_fold_equals_scikit_learn(
     class_counts = [np.bincount(y[fold != held_out], minlength=n_classes) for held_out in set(fold)]
     assume(np.min(class_counts) >= 2)
     data = TrainingData(X, y, fold, n_classes)
-    problem = DiscriminantProblem.of(data)
+    problem = DiscriminantProblem(data, fold_moments(data))
     specs = [LDASpec(s, standardize=standardize) for s in SHRINKAGES]
     for fit in fit_discriminant_bank(data, specs):
         train = fold != fit.fold
@@ -77,9 +78,8 @@ def test_no_shrinkage_and_the_eigen_solver():
     """Without shrinkage the plain discriminant; scikit-learn's other solver gives the same."""
     X, y, fold = blobs(200, 6, 3, seed=1)
     for shrinkage in (0.0, 0.4):
-        scatter = DiscriminantProblem.of(TrainingData(X, y, fold, 3)).scatter(
-            REFIT, standardize=True
-        )
+        data = TrainingData(X, y, fold, 3)
+        scatter = DiscriminantProblem(data, fold_moments(data)).scatter(REFIT, standardize=True)
         weight, bias = scatter.coefficients(shrinkage)
         lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage=shrinkage)
         expected = make_pipeline(StandardScaler(), lda).fit(X, y).predict_proba(X)
