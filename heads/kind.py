@@ -5,7 +5,7 @@ Every kind is one value of it in a folder of its own; `heads/kinds.py` lists the
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.task import TaskKind
@@ -27,51 +27,17 @@ class FitOptions:
     halving: Halving | None = None
 
 
-class FitBank(Protocol):
-    """Train specs of one kind on every fold; heads are ordered by spec, then fold, REFIT last."""
-
-    def __call__(
-        self, data: TrainingData, specs: Sequence[Any], options: FitOptions
-    ) -> list[FitResult]: ...
-
-
-class Predict(Protocol):
-    """Return probabilities, or values of a regression, (n, C) float32, at a temperature.
-
-    X: (n, D), or maps (n, channels, h, w) for a spatial kind.
-    """
-
-    def __call__(
-        self, spec: Any, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
-    ) -> Floats: ...
-
-
-class Cost(Protocol):
-    """Return estimated core-seconds: (of a bank for any number of specs, added by this spec).
-
-    n_fits: count of folds, plus one for the heads trained on all rows.
-    """
-
-    def __call__(
-        self, spec: Any, n_rows: int, n_features: int, n_outputs: int, n_fits: int
-    ) -> tuple[float, float]: ...
-
-
-class PredictUnits(Protocol):
-    """Return the prediction of each row's unit, (n, C) float32, and the row's weight in it, (n,).
-
-    X: (n, D). unit: (n,) labels.
-    """
-
-    def __call__(
-        self,
-        spec: Any,
-        arrays: Arrays,
-        X: Floats,
-        unit: Array,
-        task_kind: TaskKind,
-        temperature: float,
-    ) -> tuple[Floats, Floats]: ...
+# (data, specs, options) -> the heads of every fold, ordered by spec, then fold, REFIT last.
+FitBank = Callable[[TrainingData, Sequence[Any], FitOptions], list[FitResult]]
+# (spec, arrays, X, task_kind, temperature) -> probabilities, or values of a regression, (n, C)
+# float32. X: (n, D), or maps (n, channels, h, w) for a spatial kind.
+Predict = Callable[[Any, Arrays, Floats, TaskKind, float], Floats]
+# (spec, n_rows, n_features, n_outputs, n_fits) -> estimated core-seconds: of a bank for any number
+# of specs, and added by this spec. n_fits: folds, and one more for the heads trained on all rows.
+Cost = Callable[[Any, int, int, int, int], tuple[float, float]]
+# (spec, arrays, X, unit, task_kind, temperature) -> the prediction of each row's unit, (n, C)
+# float32, and the row's weight in it, (n,). X: (n, D). unit: (n,) labels.
+PredictUnits = Callable[[Any, Arrays, Floats, Array, TaskKind, float], tuple[Floats, Floats]]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ does not depend on which other heads are in the bank, up to rounding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,12 @@ from headrace.heads.arrays import Array, Arrays, Floats, Index
 from headrace.heads.bags.batch import BagBatch, BagRows
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.bags.pooling import predict_units
-from headrace.heads.data.checks import check_finite, check_specs, row_weights
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.checks import check_specs, row_weights
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
 from headrace.heads.kind import INSTANCE_WEIGHT
-from headrace.heads.networks.bank import Bank, Family, as_tensor, stack, train_networks
+from headrace.heads.networks.bank import Bank, Family, on_device, stack, train_networks
 from headrace.heads.networks.mlp import Precision, reduced_precision
-from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import (
     FoldData,
     fold_data,
@@ -92,24 +90,24 @@ def units_of(data: TrainingData) -> Units:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BagBank(Bank[BagsSpec]):
     """The inputs of a bank whose rows are units of rows."""
 
-    units: Units | None = None
+    units: Units
 
     def data(self, fold: int, *, standardize: bool) -> FoldData:
         """Return a fold's data, prepared once, scaled by the rows of its training units."""
         if (fold, standardize) not in self.prepared:
-            assert self.units is not None
             train = weighted_training_rows(self.rows, self.weight, fold)
             n_features = self.stacked.shape[2]
             mean, scale = np.zeros(n_features), np.ones(n_features)
             if standardize:
                 mean, scale = mean_and_scale(self.stacked, np.sort(self.units.rows_of(train)))
             plain = fold_data(self.features, self.rows, self.weight, fold, mean, scale)
-            shared = {field.name: getattr(plain.rows, field.name) for field in fields(plain.rows)}
-            rows = BagRows(**shared, instances=self.units.order, offsets=self.units.offsets)
+            rows = BagRows(
+                **vars(plain.rows), instances=self.units.order, offsets=self.units.offsets
+            )
             self.prepared[fold, standardize] = replace(plain, rows=rows)
         return self.prepared[fold, standardize]
 
@@ -120,7 +118,6 @@ class BagBank(Bank[BagsSpec]):
 
         Also returns the weight of each row in its unit's prediction.
         """
-        assert self.units is not None
         assert self.rows.unit is not None
         (view,) = self.stacked
         rows = np.sort(self.units.rows_of(held_out))
@@ -163,12 +160,7 @@ def fit_bags_bank(
     """
     check_specs(specs, "BagsSpec()")
     units = units_of(data)
-    features: torch.Tensor | StreamedTensor
-    if isinstance(data.X, Streamed):
-        features = StreamedTensor(data.X, torch.device(device))
-    else:
-        check_finite(data.X)
-        features = as_tensor(data.X).to(device)
+    stacked = stack(data.X, 2)
     n_features, n_outputs = data.X.shape[1], data.n_outputs
 
     def head_bytes(spec: BagsSpec) -> int:
@@ -198,7 +190,8 @@ def fit_bags_bank(
     )
     weight = row_weights(units.data.sample_weight, len(units.data.fold))
     unit_rows = replace(units.data, unit=np.asarray(data.unit))
-    bank = BagBank(stack(data.X, 2), features, unit_rows, weight, specs, family, units=units)
+    features = on_device(stacked, device)
+    bank = BagBank(stacked, features, unit_rows, weight, specs, family, units=units)
     return train_networks(bank, refit=refit, halving=halving)
 
 

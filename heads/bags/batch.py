@@ -39,17 +39,15 @@ EVALUATION_ROWS, EVALUATION_UNITS = 4096, 64
 CACHED_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BagRows(Rows):
     """What the heads see of the data: targets and weights are those of `n` units."""
 
-    instances: Index | None = None  # (N,) rows of `features`, unit after unit
-    offsets: Index | None = None  # (n + 1,) where units begin in it, and its length
+    instances: Index  # (N,) rows of `features`, unit after unit
+    offsets: Index  # (n + 1,) where units begin in it, and its length
 
     def bags(self, units: Index) -> tuple[Tensor, "Membership"]:
         """Return standardised rows (R, D) float32 of some units, and the unit of each row."""
-        assert self.instances is not None
-        assert self.offsets is not None
         bounds = zip(self.offsets[units], self.offsets[units + 1], strict=True)
         rows = np.concatenate([self.instances[start:stop] for start, stop in bounds])
         device = self.features.device
@@ -185,7 +183,6 @@ class BagBatch:
 
     def outputs(self, index: Index) -> Tensor:
         """Return (K, C, n) decisions of units, without dropout."""
-        assert self.rows.offsets is not None
         sizes = self.rows.offsets[index + 1] - self.rows.offsets[index]
         # Units whose rows begin in the same stretch of rows are evaluated together.
         stretch = (np.cumsum(sizes) - sizes) // EVALUATION_ROWS

@@ -1,10 +1,12 @@
-"""Checks of features, specs and weights that every bank makes before it starts."""
+"""Checks of features, targets, specs and weights that banks make before they start."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from headrace.cache.count_text import count_text
 from headrace.heads.arrays import Array, Doubles
+from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
 
 # Smaller weights vanish in products with float32 features; larger ones leave no digit for the
@@ -58,3 +60,60 @@ def row_weights(sample_weight: Array | None, n_rows: int) -> Doubles:
             "weight 0 to a row that is to be left out"
         )
     return weight_of_row
+
+
+def check_rows(data: TrainingData) -> None:
+    """Raise ValueError if shapes, labels or weights do not fit; features may still be NaN."""
+    X, target, n_classes, task_kind = data.X, data.target, data.n_outputs, data.task_kind
+    if X.ndim != 2 or not np.issubdtype(X.dtype, np.floating):
+        raise ValueError(
+            f"features must be a float matrix (rows, features), found {X.dtype} of shape {X.shape}"
+        )
+    if not X.shape[0] or not X.shape[1]:
+        raise ValueError(
+            f"features of shape {X.shape} hold nothing to train on: give at least one row and one "
+            "feature"
+        )
+    for name in ("target", "fold", "sample_weight"):
+        values = getattr(data, name)
+        if values is not None and len(values) != len(X):
+            raise ValueError(
+                f"{name} has {count_text(len(values), 'row')} but the features have {len(X)}: pass "
+                "one per row, in the same order"
+            )
+    if task_kind == "multi" and (
+        target.shape[1:] != (n_classes,) or not np.isin(target, (0, 1)).all()
+    ):
+        raise ValueError(
+            f"multi-label targets must be 0/1 of shape (rows, {n_classes}), found shape "
+            f"{target.shape}"
+        )
+    if task_kind == "single" and (target.ndim != 1 or target.dtype.kind not in "iu"):
+        raise ValueError(
+            f"a single-label target must be (rows,) of integers, found {target.dtype} of "
+            f"{target.shape}"
+        )
+    if task_kind == "single" and not (target.min() >= 0 and target.max() < n_classes):
+        raise ValueError(
+            f"class indices must lie in 0..{n_classes - 1}, found {target.min()}..{target.max()}"
+        )
+    if task_kind == "regression" and not np.isfinite(target).all():
+        raise ValueError(
+            "regression targets must be finite: leave rows without a target out of the task"
+        )
+    weight_of_row = row_weights(data.sample_weight, len(X))
+    check_folds(data, weight_of_row)
+    if not weight_of_row.any():
+        raise ValueError(
+            "every sample weight is 0, so that no row is left to train on: give some rows a weight"
+        )
+
+
+def check_folds(data: TrainingData, weight_of_row: Doubles) -> None:
+    """Raise ValueError for a fold whose training rows have no weight."""
+    for fold in data.folds:
+        if not weight_of_row[data.fold != fold].any():
+            raise ValueError(
+                f"fold {fold} leaves no row with a weight to train on: use fewer folds, or add "
+                "images"
+            )

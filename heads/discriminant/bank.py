@@ -19,9 +19,8 @@ import numpy as np
 import scipy.linalg
 
 from headrace.heads.arrays import Array, Arrays
-from headrace.heads.data.checks import check_specs
+from headrace.heads.data.checks import check_rows, check_specs
 from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
-from headrace.heads.data.inputs import check_rows
 from headrace.heads.data.standardize import Moments, chunks, scaled
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData

@@ -22,9 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.heads.arrays import Array, Index, Mask
-from headrace.heads.data.checks import check_specs
+from headrace.heads.data.checks import check_rows, check_specs
 from headrace.heads.data.fold_units import fold_moments
-from headrace.heads.data.inputs import check_rows
 from headrace.heads.data.standardize import Features, Moments, chunks, sweep
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
@@ -43,7 +42,7 @@ from headrace.heads.linear.solver.design import (
 )
 from headrace.heads.linear.solver.dual_form import DualForm, copies_fit, make_dual_form
 from headrace.heads.linear.solver.loss import sigmoid, softmax
-from headrace.heads.linear.solver.path_solver import HeadSolution, solve_paths
+from headrace.heads.linear.solver.path_solver import solve_paths
 from headrace.heads.linear.solver.regularization_path import RegularizationPath
 from headrace.heads.spec import FitResult, relative_gap, specs_by
 
@@ -61,6 +60,7 @@ class _HeadPart:
     objective: float = 0.0
     gap_bound: float = 0.0
     n_iterations: int = 0
+    converged: bool = True  # false if rounding errors ended its descent before the gap
     seconds: float = 0.0
 
 
@@ -211,14 +211,11 @@ def _fit_problem(
         heads = _solve(bank, designs, paths, problem.n_outputs)
         seconds = (time.perf_counter() - began) / max(len(heads), 1)
         began = time.perf_counter()
-        for (path_index, l2_strength), (weight, bias, solution) in heads.items():
+        for (path_index, l2_strength), head in heads.items():
             path = paths[path_index]
-            part = _HeadPart(
-                weight, bias, solution.objective, solution.gap_bound, solution.n_iterations, seconds
-            )
             label = path.label if problem.target.ndim == 2 else 0
             for i in specs_by_strength[path_index][l2_strength]:
-                bank.parts[i, path.fold, label] = part
+                bank.parts[i, path.fold, label] = dataclasses.replace(head, seconds=seconds)
 
 
 def _folds_by_design(
@@ -241,23 +238,19 @@ def _folds_by_design(
 
 def _solve(
     bank: _Bank, designs: "_Designs", paths: list[RegularizationPath], n_outputs: int
-) -> dict[tuple[int, float], tuple[Array, Array, HeadSolution]]:
-    """Return {(path index, L2 strength): (raw weights, biases, solution)} of every head.
+) -> dict[tuple[int, float], _HeadPart]:
+    """Return {(path index, L2 strength): head} of every head.
 
     Heads are solved in float32. Those whose descent was ended by rounding errors before they
     reached the gap are continued in float64.
     """
-    heads: dict[tuple[int, float], tuple[Array, Array, HeadSolution]] = {}
+    heads: dict[tuple[int, float], _HeadPart] = {}
     for dtype in (np.float32, np.float64):
-        pending = {
-            i: [
-                l2
-                for l2 in path.l2_strengths
-                if (i, l2) not in heads or not heads[i, l2][2].converged
-            ]
-            for i, path in enumerate(paths)
-        }
-        pending = {i: strengths for i, strengths in pending.items() if strengths}
+        pending: dict[int, list[float]] = {}
+        for i, path in enumerate(paths):
+            for l2 in path.l2_strengths:
+                if (i, l2) not in heads or not heads[i, l2].converged:
+                    pending.setdefault(i, []).append(l2)
         out_of_time = bank.deadline is not None and time.monotonic() > bank.deadline
         if not pending or (heads and out_of_time):
             break
@@ -271,9 +264,8 @@ def _solve(
             for l2, design_l2 in zip(strengths, design_strengths, strict=True):
                 raw_head[len(pending_paths), design_l2] = i, l2
                 if (i, l2) in heads:
-                    weight, bias, _ = heads[i, l2]
                     starts[len(pending_paths), design_l2] = design.from_raw_weights(
-                        weight, bias, np.full(n_outputs, paths[i].fold)
+                        heads[i, l2].weight, heads[i, l2].bias, np.full(n_outputs, paths[i].fold)
                     )
             pending_paths.append(dataclasses.replace(paths[i], l2_strengths=design_strengths))
         solutions = solve_paths(
@@ -291,12 +283,16 @@ def _solve(
         )
         for position, (design_head, solution) in enumerate(solutions.items()):
             head = raw_head[design_head]
-            earlier_iterations = heads[head][2].n_iterations if head in heads else 0
+            earlier_iterations = heads[head].n_iterations if head in heads else 0
             rows = slice(position * n_outputs, (position + 1) * n_outputs)
-            whole_solution = dataclasses.replace(
-                solution, n_iterations=solution.n_iterations + earlier_iterations
+            heads[head] = _HeadPart(
+                weight[rows],
+                bias[rows],
+                solution.objective,
+                solution.gap_bound,
+                solution.n_iterations + earlier_iterations,
+                solution.converged,
             )
-            heads[head] = weight[rows], bias[rows], whole_solution
     return heads
 
 

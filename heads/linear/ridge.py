@@ -22,9 +22,8 @@ import numpy as np
 import scipy.linalg
 
 from headrace.heads.arrays import Array, Index
-from headrace.heads.data.checks import check_specs
+from headrace.heads.data.checks import check_rows, check_specs
 from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
-from headrace.heads.data.inputs import check_rows
 from headrace.heads.data.standardize import Features, Moments, chunks, scaled
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from headrace.heads.arrays import Array, Arrays, Doubles, Floats, Index
-from headrace.heads.data.checks import check_finite, check_specs, row_weights
+from headrace.heads.data.checks import check_finite, check_folds, check_specs, row_weights
 from headrace.heads.data.standardize import Features, chunks, sweep
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
@@ -356,12 +356,7 @@ def fit_centroid_bank(
         return [FitResult(spec, fold, error=reason) for spec in specs for fold in folds]
     weight = row_weights(data.sample_weight, len(X))
     usable_weight = np.where(fold != TEST, weight, 0.0)
-    for held_out_fold in data.folds:
-        if not usable_weight[fold != held_out_fold].any():
-            raise ValueError(
-                f"fold {held_out_fold} leaves no row with a weight to train on: use fewer folds, "
-                "or add images"
-            )
+    check_folds(data, usable_weight)
     started = time.perf_counter()
     sums_of_fold = _sums(X, data.target, fold, usable_weight, data.n_outputs)
     total = tuple(np.sum(parts, axis=0) for parts in zip(*sums_of_fold.values(), strict=True))

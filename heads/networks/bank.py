@@ -149,6 +149,15 @@ def stack(X: Array | Streamed, dimensions: int) -> Stacked:
     return X if X.ndim == dimensions + 1 else X[None]
 
 
+def on_device(stacked: Stacked, device: str) -> torch.Tensor | StreamedTensor:
+    """Return the rows of all views (V·N, D, …). Raises HeadError for NaN and infinity."""
+    if isinstance(stacked, StreamedStack):
+        return StreamedTensor(stacked.rows, torch.device(device))
+    views, n = stacked.shape[:2]
+    check_finite(stacked.reshape(views, n, -1))
+    return as_tensor(stacked.reshape(views * n, *stacked.shape[2:])).to(device)
+
+
 def fit_networks(
     stacked: Stacked,
     data: TrainingData,
@@ -160,16 +169,9 @@ def fit_networks(
     halving: Halving | None,
 ) -> list[FitResult]:
     """Fit a bank as `fit_mlp_bank` does, for any family. stacked: (V, N, D, …)."""
-    views, n = stacked.shape[:2]
     check_specs(specs, "MLPSpec((64,))")
-    weight = row_weights(data.sample_weight, n)
-    features: torch.Tensor | StreamedTensor
-    if isinstance(stacked, StreamedStack):
-        features = StreamedTensor(stacked.rows, torch.device(device))
-    else:
-        check_finite(stacked.reshape(views, n, -1))
-        features = as_tensor(stacked.reshape(views * n, *stacked.shape[2:])).to(device)
-    bank = Bank(stacked, features, data, weight, specs, family)
+    weight = row_weights(data.sample_weight, stacked.shape[1])
+    bank = Bank(stacked, on_device(stacked, device), data, weight, specs, family)
     return train_networks(bank, refit=refit, halving=halving)
 
 

@@ -36,14 +36,6 @@ def _row_stride(k: int, item_size: int = 4) -> int:
     return -(-k // per_line) * per_line
 
 
-def _checked_stride(rows: Array) -> int:
-    """Return the distance, in floats, between the rows of an `aligned_rows` array (n, k)."""
-    stride = _row_stride(rows.shape[1])
-    assert rows.dtype == np.float32
-    assert rows.strides == (4 * stride, 4)
-    return stride
-
-
 @dataclass(frozen=True)
 class CompiledKernels:
     """The functions of logistic_blocks.c for this processor.
@@ -107,7 +99,9 @@ class CompiledKernels:
 
         Raises MemoryError.
         """
-        stride = _checked_stride(rows)
+        stride = _row_stride(rows.shape[1])
+        assert rows.dtype == np.float32
+        assert rows.strides == (4 * stride, 4)
         assert labels.dtype == np.int32
         assert labels.strides[-1] == 4
         failed = self.library.logistic_pass(

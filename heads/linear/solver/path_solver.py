@@ -54,7 +54,6 @@ class HeadSolution:
     objective: float
     gap_bound: float  # proven upper bound of objective - optimum
     n_iterations: int
-    seconds: float
     converged: bool
 
 
@@ -75,7 +74,6 @@ def solve_paths(
     starts: points (n_outputs, R + 1) of heads that need not be predicted.
     device: "cpu", or torch's name of the device where the products run.
     """
-    began = time.perf_counter()
     problem = BankProblem(design, paths, n_outputs, device)
     n_free = max(n_outputs - 1, 1)
     heads = [(i, l2) for i, path in enumerate(paths) for l2 in path.l2_strengths]
@@ -103,17 +101,8 @@ def solve_paths(
     gap_bounds = problem.gap_bounds([(i, head) for (i, _), head in zip(heads, solved, strict=True)])
     if problem.threads is not None:
         problem.threads.shutdown()
-    total_iterations = sum(head.n_iterations for head in solved)
-    seconds_per_iteration = (time.perf_counter() - began) / max(total_iterations, 1)
     return {
-        key: HeadSolution(
-            head.u,
-            head.objective,
-            gap_bound,
-            head.n_iterations,
-            seconds_per_iteration * head.n_iterations,
-            head.converged,
-        )
+        key: HeadSolution(head.u, head.objective, gap_bound, head.n_iterations, head.converged)
         for key, head, gap_bound in zip(heads, solved, gap_bounds, strict=True)
     }
 
