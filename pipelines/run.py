@@ -18,9 +18,7 @@ from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.integrity.garbage import STALE_S
 from headrace.cache.integrity.repair import stale_temporaries
-from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.content_hashes import content_hashes
-from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import TapFeatures
 from headrace.pipelines.cluster.clients import Role, open_client
 from headrace.pipelines.cluster.fork_server import imports_of
@@ -29,7 +27,6 @@ from headrace.pipelines.cluster.task_leases import remove_dead
 from headrace.pipelines.cluster.task_log import task_log
 from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
-from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.paths import RunPaths, content_index, unit_leases
 from headrace.pipelines.planning.extraction import (
@@ -157,14 +154,9 @@ def cache_images(
     Returns how many images went through a network. A fine-tuned network needs no features, for it
     predicts from pixels. Raises HeadraceError.
     """
-    specs_of_backbone: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
-    for member in model.members:
-        if isinstance(member, HeadModel):
-            for backbone, spec in zip(member.backbones, member.features, strict=True):
-                specs_of_backbone.setdefault(backbone, {})[spec] = None
     networks = tuple(
         (backbone, TapFeatures(tuple(specs), weights_note=""))
-        for backbone, specs in specs_of_backbone.items()
+        for backbone, specs in model.features_by_backbone.items()
     )
     recipe = Recipe.model_construct(
         backbones=tuple(

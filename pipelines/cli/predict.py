@@ -289,8 +289,7 @@ def _print_json(
     has_weights: bool,
 ) -> None:
     from headrace.pipelines.cli.json_output import PredictOutput, print_json
-    from headrace.pipelines.predict.units import units_path
-    from headrace.pipelines.predict.weights import weights_path
+    from headrace.pipelines.predict.units import units_path, weights_path
 
     print_json(
         PredictOutput(
@@ -311,8 +310,7 @@ def _summary_text(
     summary: "PredictionSummary", out: str, *, has_units: bool, has_weights: bool
 ) -> str:
     """Return "12 images, 10 of them predicted now; a: 7, b: 5. Wrote predictions.csv"."""
-    from headrace.pipelines.predict.units import units_path
-    from headrace.pipelines.predict.weights import weights_path
+    from headrace.pipelines.predict.units import units_path, weights_path
 
     summary_text = count_text(summary.images, "image")
     if summary.new < summary.images:

@@ -15,7 +15,7 @@ from headrace.extract.images.views import Symmetries, mirror_pixels
 from headrace.extract.run.decode_ahead import PixelBatch
 from headrace.heads.data.side_columns import SideColumn, SideColumns
 from headrace.pipelines.models.from_features import RowColumns
-from headrace.pipelines.models.images import open_engine, predict_batch
+from headrace.pipelines.models.images import open_engine, predict_batches
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.models.torch_graph import GraphInput, pixels_of
 
@@ -111,7 +111,7 @@ def expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck
     if model.takes_units:
         units = np.repeat(np.arange(len(_UNIT_SIZES)), _UNIT_SIZES)
         pixel_batches = [*pixel_batches, torch.from_numpy(units)]
-    predicted = predict_batch(engine, batch, RowColumns(side_inputs, units))
+    (predicted,) = predict_batches(engine, [batch], RowColumns(side_inputs, units))
     if predicted.failed:
         raise HeadraceError(
             f"the model cannot be compared on test pictures: {predicted.failed[0][1]}"

@@ -294,7 +294,7 @@ def _require_onnx() -> None:
 def _write_directory(model: Model, folder: Path) -> None:
     """Write a model directory as a run does, and into it the weights of its networks."""
     weights_files: dict[BackboneSpec, BackboneSpec] = {}
-    for backbone in _frozen_backbones(model):
+    for backbone in model.features_by_backbone:
         loaded = load_backbone(backbone)
         name = f"backbone_{len(weights_files)}.safetensors"
         tensors = {
@@ -342,17 +342,10 @@ def _write_directory(model: Model, folder: Path) -> None:
     _map_members(model, with_own_weights).save(folder)
 
 
-def _frozen_backbones(model: Model) -> list[BackboneSpec]:
-    """Return the networks that heads of the model read features of, each once."""
-    return list(
-        dict.fromkeys(backbone for member in model.members for backbone in member.backbones)
-    )
-
-
 def _inputs_of(model: Model) -> list[GraphInput]:
     inputs: dict[Any, GraphInput] = {}
     networks = [member for member in model.members if isinstance(member, NetworkModel)]
-    frozen = [load_backbone(backbone) for backbone in _frozen_backbones(model)]
+    frozen = [load_backbone(backbone) for backbone in model.features_by_backbone]
     for preprocessing in (
         *(network.preprocessing for network in networks),
         *(backbone.preprocessing for backbone in frozen),

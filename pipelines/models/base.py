@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.cache.spec import FeatureSpec
+from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.data.task import TaskKind
 
@@ -75,6 +77,29 @@ class ImagePredictor:
 
         return ModelGraph(cast(Any, self))
 
+    @property
+    def features_by_backbone(self) -> dict[BackboneSpec, list[FeatureSpec]]:
+        """The features that its heads read of each frozen network, each once."""
+        features: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
+        for member in cast(Any, self).members:
+            # A fine-tuned network has features and stands on no frozen network.
+            for backbone, feature in zip(member.backbones, member.features, strict=False):
+                features.setdefault(backbone, {})[feature] = None
+        return {backbone: list(specs) for backbone, specs in features.items()}
+
+    @property
+    def digest(self) -> str:
+        """24 hex digits of a hash of everything that a prediction depends on."""
+        model = cast(Any, self)
+        shares = [
+            (weight, member.temperature)
+            for weight, member in zip(model.weights, model.members, strict=True)
+        ]
+        hasher = hashlib.sha256(json.dumps([model.average_temperature, *shares]).encode())
+        for member in model.members:
+            member.update_digest(hasher)
+        return hasher.hexdigest()[:24]
+
 
 def decide(
     probabilities: npt.NDArray[np.float32], task_kind: TaskKind, classes: tuple[str, ...]
@@ -85,24 +110,6 @@ def decide(
     if task_kind == "single":
         return np.asarray(np.asarray(classes)[probabilities.argmax(1)])
     return np.asarray(probabilities >= 0.5, np.uint8) if task_kind == "multi" else probabilities
-
-
-class _Digested(Protocol):
-    @property
-    def temperature(self) -> float: ...
-
-    def update_digest(self, hasher: Any) -> None: ...
-
-
-def model_digest(
-    average_temperature: float, weights: Sequence[float], members: Sequence[_Digested]
-) -> str:
-    """Return 24 hex digits of a hash of everything that a prediction depends on."""
-    shares = [(weight, member.temperature) for weight, member in zip(weights, members, strict=True)]
-    hasher = hashlib.sha256(json.dumps([average_temperature, *shares]).encode())
-    for member in members:
-        member.update_digest(hasher)
-    return hasher.hexdigest()[:24]
 
 
 class SingleModel(ImagePredictor):
@@ -123,14 +130,6 @@ class SingleModel(ImagePredictor):
         """Whether it predicts the images of a unit together: not, unless it is a head on bags."""
         return False
 
-    def predict_bags(
-        self, X: npt.NDArray[Any], unit: npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Return (n, C) predictions of rows X (n, D) of units, where `takes_units`, and (n,) what
-        each row weighs in its unit's.
-        """
-        raise NotImplementedError
-
     @property
     def weights(self) -> tuple[float, ...]:
         """The weights of its members: one."""
@@ -140,12 +139,6 @@ class SingleModel(ImagePredictor):
     def average_temperature(self) -> float:
         """The temperature of the members' average; a model alone has its own and no other."""
         return 1.0
-
-    @property
-    def digest(self) -> str:
-        """The digest of everything that a prediction depends on."""
-        members: Any = self.members  # each subclass has a temperature and `update_digest`
-        return model_digest(1.0, self.weights, members)
 
 
 def settings_sentence(settings: dict[str, Any]) -> str:

@@ -14,14 +14,7 @@ import numpy.typing as npt
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.publish import feature_set_path, is_feature_set
 from headrace.cache.spec import FeatureSpec
-from headrace.pipelines.models.from_features import (
-    NO_ROW_COLUMNS,
-    Floats,
-    RowColumns,
-    average_members,
-    average_weights,
-    predict_member,
-)
+from headrace.pipelines.models.from_features import Floats, RowColumns, predict_from_features
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.model import Model
 
@@ -55,7 +48,7 @@ class CachedModel:
         return in_all
 
     def predict(
-        self, content_hashes: npt.NDArray[np.bytes_], row_columns: RowColumns = NO_ROW_COLUMNS
+        self, content_hashes: npt.NDArray[np.bytes_], row_columns: RowColumns
     ) -> tuple[Floats, Floats | None]:
         """Return (n, C) predictions of images that have features, and (n,) their weights in their
         units' predictions, None for a model without units. Raises CacheError for other images, and
@@ -68,17 +61,7 @@ class CachedModel:
             spec: feature_set.load(content_hashes, np.float32)
             for spec, feature_set in self.feature_sets.items()
         }
-        predicted, weights = zip(
-            *(
-                predict_member(member, head_function, features, self.model.task_kind, row_columns)
-                for member, head_function in zip(self.model.members, self.heads, strict=True)
-            ),
-            strict=True,
-        )
-        return (
-            average_members(self.model, predicted),
-            average_weights(self.model.weights, weights, row_columns.units),
-        )
+        return predict_from_features(self.model, self.heads, features, row_columns)
 
 
 def find_cached_model(model: Model, cache_root: Path) -> CachedModel | None:

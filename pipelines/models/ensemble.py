@@ -14,7 +14,7 @@ from headrace.heads.data.side_columns import SideColumn
 from headrace.heads.data.task import TaskKind
 from headrace.heads.persist import WRITE_AGAIN, check_outputs, check_temperature
 from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
-from headrace.pipelines.models.base import ImagePredictor, model_digest
+from headrace.pipelines.models.base import ImagePredictor
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.image_parts import ImageParts, parts_fields, read_image_parts
@@ -106,12 +106,8 @@ class EnsembleModel(ImagePredictor):
             self.members, self.weights, self.names, columns_of_member, strict=True
         ):
             member.save(model_directory / member_name)
-            member_entry = {
-                "model": member_name,
-                "weight": weight,
-                "temperature": member.temperature,
-            }
-            entries.append(member_entry | dict(extra_columns))
+            entry = {"model": member_name, "weight": weight, "temperature": member.temperature}
+            entries.append(entry | dict(extra_columns))
         description = {
             "format": FORMAT,
             "kind": "ensemble",
@@ -161,11 +157,6 @@ class EnsembleModel(ImagePredictor):
         """The temperature of the members' average."""
         return self.temperature
 
-    @property
-    def digest(self) -> str:
-        """The digest of everything that a prediction depends on."""
-        return model_digest(self.temperature, self.weights, self.members)
-
 
 def load_member(
     member_directory: Path, *, model_root: Path, allowed_code: Collection[str]
@@ -189,14 +180,12 @@ def _read_description(description_path: Path) -> dict[str, Any]:
         members = description["members"]
         names = tuple(str(Path(member["model"])) for member in members)
         # resolve() raises ValueError for what cannot be a file name, such as one with a zero byte.
-        for member_name in names:
-            (description_path.parent / member_name).resolve()
+        for name in names:
+            (description_path.parent / name).resolve()
         return {
             "task_kind": description["task_kind"],
             "classes": tuple(description["classes"]),
-            "metrics": {
-                member_name: float(value) for member_name, value in description["metrics"].items()
-            },
+            "metrics": {name: float(value) for name, value in description["metrics"].items()},
             "names": names,
             "weights": tuple(float(member["weight"]) for member in members),
             "temperatures": [

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.spec import FeatureSpec
-from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.ensemble import average
+from headrace.heads.kind import CannotPredict
 from headrace.heads.link import tempered
+from headrace.pipelines.models.head import HeadModel
 
 if TYPE_CHECKING:
-    from headrace.pipelines.models.head import HeadModel
     from headrace.pipelines.models.model import Model
     from headrace.pipelines.models.network import NetworkModel
 
@@ -32,23 +32,12 @@ class RowColumns:
     # is then whole
     units: npt.NDArray[Any] | None = None
 
-    def take(self, rows: Sequence[int] | npt.NDArray[np.intp]) -> "RowColumns":
+    def take(self, rows: slice | Sequence[int] | npt.NDArray[np.intp]) -> "RowColumns":
         """Return the same for some of the images."""
         return RowColumns(
             None if self.side_inputs is None else self.side_inputs[rows],
             None if self.units is None else self.units[rows],
         )
-
-
-NO_ROW_COLUMNS = RowColumns()
-
-
-def average_members(model: "Model", member_predictions: Sequence[Floats]) -> Floats:
-    """Return the members' weighted average (n, C), at the model's temperature."""
-    if len(member_predictions) == 1 and model.average_temperature == 1:
-        return member_predictions[0]
-    mean_prediction = average(np.array(model.weights), np.stack(member_predictions))
-    return tempered(mean_prediction, model.task_kind, model.average_temperature)
 
 
 def average_weights(
@@ -70,21 +59,55 @@ def average_weights(
     return np.asarray(np.tensordot(model_weights, np.stack(of_members), 1), np.float32)
 
 
-def predict_member(
+def predict_from_features(
+    model: "Model",
+    head_functions: Sequence[Callable[[Floats], Floats]],
+    features: dict[FeatureSpec, Floats],
+    row_columns: RowColumns,
+) -> tuple[Floats, Floats | None]:
+    """Return (n, C) predictions of a model, and (n,) what each image weighs in the prediction of
+    its unit, None without units.
+
+    head_functions: of the model's members. features: (n, ...) by spec. row_columns: of these n
+    images. Raises CannotPredict for a head with another number of outputs than classes.
+    """
+    predicted, weights = zip(
+        *(
+            _predict_member(member, head_function, features, row_columns)
+            for member, head_function in zip(model.members, head_functions, strict=True)
+        ),
+        strict=True,
+    )
+    n_classes = len(model.classes)
+    if wrong_widths := [block.shape[1] for block in predicted if block.shape[1] != n_classes]:
+        raise CannotPredict(
+            f"{model.path}: its head has {wrong_widths[0]} outputs for {n_classes} classes: fetch "
+            "the model again"
+        )
+    if len(predicted) == 1 and model.average_temperature == 1:
+        average_prediction = predicted[0]
+    else:
+        average_prediction = tempered(
+            average(np.array(model.weights), np.stack(predicted)),
+            model.task_kind,
+            model.average_temperature,
+        )
+    return average_prediction, average_weights(model.weights, weights, row_columns.units)
+
+
+def _predict_member(
     member: "HeadModel | NetworkModel",
     head_function: Callable[[Floats], Floats],
     features: dict[FeatureSpec, Floats],
-    task_kind: TaskKind,
-    row_columns: RowColumns = NO_ROW_COLUMNS,
+    row_columns: RowColumns,
 ) -> tuple[Floats, Floats | None]:
     """Return (n, C) predictions of one member at its temperature, the mean over the views that it
     was trained on, and (n,) the weight of each image, summed over its views, in its unit's
     prediction, None for a member that predicts images one by one.
-
-    head_function: the member's. features: (n, ...) by spec. row_columns: of these n images.
     """
     view_inputs = _view_inputs(member, features, row_columns)
     if member.takes_units:
+        assert isinstance(member, HeadModel)
         assert row_columns.units is not None
         # All views of a unit's images are one bag, as in training.
         bags = np.tile(row_columns.units, len(view_inputs))
@@ -95,7 +118,7 @@ def predict_member(
     if len(view_inputs) == 1:
         return head_function(view_inputs[0]), None
     mean_of_views = np.mean([head_function(view_input) for view_input in view_inputs], axis=0)
-    return tempered(mean_of_views, task_kind, member.temperature, member.floor), None
+    return tempered(mean_of_views, member.task_kind, member.temperature, member.floor), None
 
 
 def _view_inputs(
@@ -108,19 +131,14 @@ def _view_inputs(
     for spec in member.features:
         # Views of one feature set are equal but for `view`.
         views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
-    spatial = member.spatial
     side_inputs = row_columns.side_inputs
     side_rows = [] if side_inputs is None or not member.side_columns else [side_inputs]
+    if not member.spatial:
+        views_of_feature = {
+            name: [block.reshape(len(block), -1) for block in views]
+            for name, views in views_of_feature.items()
+        }
     return [
-        np.concatenate(
-            [
-                *(
-                    view_features if spatial else view_features.reshape(len(view_features), -1)
-                    for view_features in features_of_view
-                ),
-                *side_rows,
-            ],
-            axis=1,
-        )
+        np.concatenate([*features_of_view, *side_rows], axis=1)
         for features_of_view in zip(*views_of_feature.values(), strict=True)
     ]

@@ -15,8 +15,6 @@ from headrace.extract.spec import (
     PACKAGE_PREFIX,
     BackboneSpec,
     backbone_from_fields,
-    backbone_path,
-    called_code,
     is_weights_file,
 )
 from headrace.heads.arrays import Floats
@@ -24,7 +22,7 @@ from headrace.heads.data.side_columns import SideColumn, columns_to_json
 from headrace.heads.data.task import TaskKind
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.link import tempered
-from headrace.heads.persist import TrainedHead, load_head, require_trusted, save_head
+from headrace.heads.persist import TrainedHead, load_head, save_head
 from headrace.heads.predict import flat_rows, floor_of, predict_head
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
@@ -32,7 +30,7 @@ from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.image_parts import ImageParts, read_image_parts
-from headrace.pipelines.models.trust import require_allowed_file
+from headrace.pipelines.models.trust import require_allowed_file, require_trusted_backbone
 from headrace.pipelines.moved_paths import moved_with_run
 
 if TYPE_CHECKING:
@@ -59,41 +57,23 @@ class HeadModel(SingleModel):
         cls,
         model_directory: Path,
         *,
-        model_root: Path | None = None,
-        allowed_code: Collection[str] = (),
+        model_root: Path,
+        allowed_code: Collection[str],
     ) -> "HeadModel":
         """Read what `save` wrote.
 
-        model_root: the directory of the whole model, if this is a member of an ensemble. Raises
+        model_root: the directory of the whole model, of which this may be a member. Raises
         CodeNotTrusted before anything is built, ModelError if the networks are not recorded,
         HeadError.
         """
         head = load_head(model_directory, trust_code=allowed_code)
-        backbones = _resolve_backbones(
-            head, model_directory, model_root or model_directory, allowed_code
-        )
-        for backbone in backbones:
-            require_trusted(called_code(backbone), model_directory, allowed_code)
+        backbones = _resolve_backbones(head, model_directory, model_root, allowed_code)
         backbone_fields = tuple(dataclasses.asdict(backbone) for backbone in backbones)
         return cls(model_directory, dataclasses.replace(head, backbones=backbone_fields))
 
     def save(self, model_directory: Path) -> Path:
         """Write the model's files, replacing a head that is there; return the arrays' path."""
-        head = self.head
-        return save_head(
-            model_directory,
-            spec=head.spec,
-            task_kind=head.task_kind,
-            arrays=head.arrays,
-            classes=head.classes,
-            features=head.features,
-            metrics=head.metrics,
-            backbones=head.backbones,
-            temperature=head.temperature,
-            side_columns=head.side_columns,
-            unit_rule=head.unit_rule,
-            image_parts=head.image_parts,
-        )
+        return save_head(model_directory, **vars(self.head))
 
     def describe(self) -> str:
         """Return a phrase for a model card: the head, its taps and its networks, in Markdown."""
@@ -271,9 +251,6 @@ def _resolve_backbones(
                 backbone.weights, Path(weights_path), model_directory, model_root, allowed_code
             )
             backbone = dataclasses.replace(backbone, weights=weights_path)
-        if (network_path := backbone_path(backbone.name)) is not None:
-            require_allowed_file(
-                backbone.name, network_path, model_directory, model_root, allowed_code
-            )
+        require_trusted_backbone(backbone, model_directory, model_root, allowed_code)
         backbones.append(backbone)
     return backbones

@@ -31,18 +31,15 @@ from headrace.extract.run.work_unit import (
     find_unstorable_rows,
     make_forward_passes,
 )
-from headrace.extract.spec import BackboneSpec, Sample
+from headrace.extract.spec import Sample
 from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.from_features import (
-    NO_ROW_COLUMNS,
     RowColumns,
-    average_members,
-    average_weights,
-    predict_member,
+    predict_from_features,
 )
 from headrace.pipelines.models.image_input import (
     ImageLike,
@@ -55,7 +52,6 @@ from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError
 
 if TYPE_CHECKING:
-    from headrace.extract.backbones.backbone import Backbone
     from headrace.pipelines.models.model import Model
 
 # One row for each image: a data frame, lists by name, or a mapping for each image.
@@ -101,20 +97,16 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
     check_device(device)
     if torch.device(device).type == "cpu":
         keep_freed_memory()
-    features_of_backbone: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
     passes: list[ForwardPass] = []
     for member in model.members:
         trained_backbone = member.trained_backbone()
         if trained_backbone is not None:
-            passes.append(_trained_pass(trained_backbone, member.features, device))
-            continue
-        for backbone, feature in zip(member.backbones, member.features, strict=True):
-            features_of_backbone.setdefault(backbone, {})[feature] = None
-    passes += [
-        network_pass
-        for backbone, backbone_features in features_of_backbone.items()
-        for network_pass in make_forward_passes(backbone, list(backbone_features), device)
-    ]
+            taps = [Tap(feature.tap, feature.pooling) for feature in member.features]
+            forward = make_forward(trained_backbone, taps, device=device)
+            rendering = Rendering(trained_backbone.preprocessing, 0, Augmentation())
+            passes.append(ForwardPass(rendering, forward, member.features))
+    for backbone, features in model.features_by_backbone.items():
+        passes += make_forward_passes(backbone, features, device)
     limits = [
         batch_limit_of(
             network_pass.forward, network_pass.rendering.preprocessing.pixel_shape, device, None
@@ -140,45 +132,33 @@ class _BatchFeatures:
     unread: frozenset[int]
 
 
-def predict_batch(
-    engine: PredictionEngine, batch: PixelBatch, row_columns: RowColumns = NO_ROW_COLUMNS
-) -> BatchPrediction:
-    """Return probabilities of the images in a batch, and those that failed, with the reason.
-
-    If units are predicted together, the batch must hold whole units.
-    """
-    return _predict_features(engine, _batch_features(engine, batch), row_columns)
-
-
 def _batch_features(engine: PredictionEngine, batch: PixelBatch) -> _BatchFeatures:
+    failed_rows = [*batch.undecodable, *batch.unread]
+    unread_rows = frozenset(row for row, _ in batch.unread)
+    if not batch.rows:
+        return _BatchFeatures([], {}, sorted(failed_rows), unread_rows)
+    # All are launched before the first result is waited for, so that an accelerator is never idle.
     launched_passes = [
         launch_forward(network_pass.forward, pixels, engine.device, batch_limit)
         for network_pass, pixels, batch_limit in zip(
             engine.passes, batch.pixels, engine.limits, strict=True
         )
-        if batch.rows
     ]
-    features: dict[FeatureSpec, npt.NDArray[Any]] = {}
+    outputs: dict[FeatureSpec, npt.NDArray[Any]] = {}
+    for network_pass, pass_result in zip(engine.passes, launched_passes, strict=True):
+        outputs |= zip(network_pass.specs, pass_result(), strict=True)
     reason_by_slot: dict[int, str] = {}
-    # Nothing was launched for a batch without rows.
-    for network_pass, pass_result in zip(engine.passes, launched_passes, strict=False):
-        for feature_spec, pass_output in zip(network_pass.specs, pass_result(), strict=True):
-            reason_by_slot |= find_unstorable_rows(pass_output, feature_spec)
-            features[feature_spec] = pass_output
+    for spec, output in outputs.items():
+        reason_by_slot |= find_unstorable_rows(output, spec)
+    failed_rows += [(batch.rows[slot], reason) for slot, reason in reason_by_slot.items()]
     good_slots = [slot for slot in range(len(batch.rows)) if slot not in reason_by_slot]
-    failed_rows = [
-        *batch.undecodable,
-        *batch.unread,
-        *((batch.rows[slot], failure_reason) for slot, failure_reason in reason_by_slot.items()),
-    ]
-    stored_features = {
-        feature_spec: as_stored(pass_output[good_slots], feature_spec.dtype)
-        for feature_spec, pass_output in features.items()
+    features = {
+        spec: as_stored(output[good_slots], spec.dtype)
+        for spec, output in outputs.items()
         if good_slots
     }
     good_rows = [batch.rows[slot] for slot in good_slots]
-    unread_rows = frozenset(row for row, _ in batch.unread)
-    return _BatchFeatures(good_rows, stored_features, sorted(failed_rows), unread_rows)
+    return _BatchFeatures(good_rows, features, sorted(failed_rows), unread_rows)
 
 
 def _joined(batches: Sequence[_BatchFeatures]) -> _BatchFeatures:
@@ -201,61 +181,45 @@ def _predict_features(
     if not batch.rows:
         no_predictions = np.empty((0, len(engine.model.classes)), np.float32)
         return BatchPrediction([], no_predictions, batch.failed, batch.unread)
-    batch_columns = row_columns.take(batch.rows)
-    member_predictions, member_weights = zip(
-        *(
-            predict_member(
-                member, head_function, batch.features, engine.model.task_kind, batch_columns
-            )
-            for member, head_function in zip(engine.model.members, engine.heads, strict=True)
-        ),
-        strict=True,
+    predicted, weights = predict_from_features(
+        engine.model, engine.heads, batch.features, row_columns.take(batch.rows)
     )
-    n_classes = len(engine.model.classes)
-    if wrong_widths := [
-        predicted.shape[1]
-        for predicted in member_predictions
-        if predicted.shape != (len(batch.rows), n_classes)
-    ]:
-        raise ModelError(
-            f"{engine.model.path}: its head has {wrong_widths[0]} outputs for {n_classes} classes: "
-            "fetch the model again"
-        )
-    return BatchPrediction(
-        batch.rows,
-        average_members(engine.model, member_predictions),
-        batch.failed,
-        batch.unread,
-        average_weights(engine.model.weights, member_weights, batch_columns.units),
-    )
+    return BatchPrediction(batch.rows, predicted, batch.failed, batch.unread, weights)
 
 
 def predict_samples(
     engine: PredictionEngine,
     samples: Sequence[Sample],
     n_threads: int,
-    row_columns: RowColumns = NO_ROW_COLUMNS,
+    row_columns: RowColumns,
 ) -> Iterator[BatchPrediction]:
-    """Yield predictions of the samples in order, batch by batch; the next batches are decoded while
-    the network works. If units are predicted together, all come at once, in the end.
+    """Decode the samples and yield `predict_batches` of them; the next batches are decoded while
+    the network works.
     """
-    whole_units: list[_BatchFeatures] = []
     batch_size = max(_BATCH, *(batch_limit.images for batch_limit in engine.limits))
     with ThreadPoolExecutor(n_threads, "decode") as decode_pool, quiet_decoding():
-        for batch in decoded_batches(
+        batches = decoded_batches(
             decode_pool,
             samples,
             engine.renderings,
             batch_size=batch_size,
             pin_memory=torch.device(engine.device).type != "cpu",
-        ):
-            features = _batch_features(engine, batch)
-            if row_columns.units is None:
-                yield _predict_features(engine, features, row_columns)
-            else:
-                whole_units.append(features)
-    if whole_units:
-        yield _predict_features(engine, _joined(whole_units), row_columns)
+        )
+        yield from predict_batches(engine, batches, row_columns)
+
+
+def predict_batches(
+    engine: PredictionEngine, batches: Iterable[PixelBatch], row_columns: RowColumns
+) -> Iterator[BatchPrediction]:
+    """Yield predictions in order, batch by batch; if units are predicted together, all at once, in
+    the end.
+    """
+    features: Iterable[_BatchFeatures] = (_batch_features(engine, batch) for batch in batches)
+    if row_columns.units is not None:
+        # A unit is predicted from all its images at once, which may be in several batches.
+        features = [_joined(list(features))]
+    for batch_features in features:
+        yield _predict_features(engine, batch_features, row_columns)
 
 
 def predict_images(
@@ -273,36 +237,35 @@ def predict_images(
         _side_inputs(model, side_table, len(image_list)),
         _unit_labels(model, units, len(image_list)),
     )
-    whole_units: list[_BatchFeatures] = []
     probabilities = np.empty((len(image_list), len(model.classes)), np.float32)
     with ThreadPoolExecutor(available_cores(), "decode") as decode_pool, quiet_decoding():
-        for batch_start in range(0, len(image_list), _BATCH):
-            batch_rows = list(range(batch_start, min(batch_start + _BATCH, len(image_list))))
-            pixels = [
-                empty_pixels(len(batch_rows), rendering.preprocessing)
-                for rendering in engine.renderings
-            ]
-            decode_jobs = [
-                decode_pool.submit(
-                    _render_into, image_list[row], row, engine.renderings, pixels, slot
-                )
-                for slot, row in enumerate(batch_rows)
-            ]
-            for decode_job in decode_jobs:
-                decode_job.result()
-            features = _batch_features(engine, PixelBatch(batch_rows, pixels))
-            if features.failed:
-                row, failure_reason = features.failed[0]
+        batches = _rendered_batches(decode_pool, image_list, engine.renderings)
+        for predicted in predict_batches(engine, batches, row_columns):
+            if predicted.failed:
+                row, failure_reason = predicted.failed[0]
                 raise InvalidInput(f"{image_name(image_list[row], row)}: {failure_reason}")
-            if row_columns.units is None:
-                predicted = _predict_features(engine, features, row_columns)
-                probabilities[predicted.rows] = predicted.probabilities
-            else:
-                whole_units.append(features)
-    if whole_units:
-        predicted = _predict_features(engine, _joined(whole_units), row_columns)
-        probabilities[predicted.rows] = predicted.probabilities
+            probabilities[predicted.rows] = predicted.probabilities
     return probabilities
+
+
+def _rendered_batches(
+    decode_pool: ThreadPoolExecutor,
+    image_list: Sequence[ImageLike],
+    renderings: Sequence[Rendering],
+) -> Iterator[PixelBatch]:
+    """Yield the pixels of images in memory, _BATCH at a time. Raises ImageUnusable for the first
+    that cannot be decoded.
+    """
+    for batch_start in range(0, len(image_list), _BATCH):
+        rows = list(range(batch_start, min(batch_start + _BATCH, len(image_list))))
+        pixels = [empty_pixels(len(rows), rendering.preprocessing) for rendering in renderings]
+        decode_jobs = [
+            decode_pool.submit(_render_into, image_list[row], row, renderings, pixels, slot)
+            for slot, row in enumerate(rows)
+        ]
+        for decode_job in decode_jobs:
+            decode_job.result()
+        yield PixelBatch(rows, pixels)
 
 
 def _unit_labels(
@@ -338,15 +301,6 @@ def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) ->
     return side.as_inputs()
 
 
-def _trained_pass(
-    backbone: "Backbone", features: tuple[FeatureSpec, ...], device: str
-) -> ForwardPass:
-    """Return the pass from pixels to the taps that a fine-tuned network's head reads."""
-    taps = [Tap(feature.tap, feature.pooling) for feature in features]
-    forward = make_forward(backbone, taps, device=device)
-    return ForwardPass(Rendering(backbone.preprocessing, 0, Augmentation()), forward, features)
-
-
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
     """Return features (n, ...) rounded as the cache stores them, because heads were trained on
     these.
@@ -373,7 +327,5 @@ def _render_into(
         arrays = [buffer.numpy() for buffer in pixel_buffers]
         render_into_buffers(decode, content_hash, renderings, arrays, slot, crop)
     except (ImageError, OSError) as error:
-        failure_reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        )
+        failure_reason = getattr(error, "strerror", None) or error
         raise InvalidInput(f"{image_name(image, image_index)}: {failure_reason}") from error

@@ -33,8 +33,6 @@ from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import (
     BackboneSpec,
     backbone_from_fields,
-    backbone_path,
-    called_code,
     check_sizes,
 )
 from headrace.heads.arrays import Floats
@@ -46,14 +44,13 @@ from headrace.heads.persist import (
     check_outputs,
     check_temperature,
     code_name,
-    require_trusted,
 )
 from headrace.heads.spec import spec_to_json
 from headrace.heads.unit_rule import UnitRule, read_unit_rule, rule_fields
 from headrace.pipelines.models.base import SingleModel, settings_sentence
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.image_parts import ImageParts, parts_fields, read_image_parts
-from headrace.pipelines.models.trust import require_allowed_file
+from headrace.pipelines.models.trust import require_trusted_backbone
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec, model_spec
 
 if TYPE_CHECKING:
@@ -109,24 +106,11 @@ class NetworkModel(SingleModel):
         allowed_code: None allows whatever the file names. Raises ModelError for what is not a
         network of this version; CodeNotTrusted.
         """
-        file_bytes, description = _read_file(model_directory)
-        try:
-            model = _parse_description(
-                model_directory, description, hashlib.sha256(file_bytes).hexdigest()
-            )
-        except _UNREADABLE as error:
-            raise _not_a_network(model_directory, error) from error
+        model, _, _ = _read_network(model_directory)
         if allowed_code is not None:
-            network_name = model.backbone.name
-            require_trusted(called_code(model.backbone), model_directory, allowed_code)
-            if (network_path := backbone_path(network_name)) is not None:
-                require_allowed_file(
-                    network_name,
-                    network_path,
-                    model_directory,
-                    model_root or model_directory,
-                    allowed_code,
-                )
+            require_trusted_backbone(
+                model.backbone, model_directory, model_root or model_directory, allowed_code
+            )
         return model
 
     def save(self, model_directory: Path) -> Path:
@@ -135,9 +119,9 @@ class NetworkModel(SingleModel):
         """
         from safetensors.torch import load
 
-        file_bytes, description = _read_file(self.path, self.file_digest)
+        _, description, file_bytes = _read_network(self.path, self.file_digest)
         for name in ("unit_rule", "image_parts"):
-            description.pop(name, None)
+            description.pop(name, None)  # they are this model's own
         description |= {"metrics": self.metrics, "temperature": self.temperature}
         description |= rule_fields(self.unit_rule) | parts_fields(self.image_parts)
         return _publish_network(model_directory, description, load(file_bytes))
@@ -240,7 +224,7 @@ def save_network(
     task_kind: TaskKind,
     classes: Sequence[str],
     metrics: Mapping[str, float],
-    temperature: float = 1.0,
+    temperature: float,
 ) -> Path:
     """Write network.safetensors and network.json into `model_directory`, replacing what is there,
     and return the path of the first.
@@ -272,35 +256,17 @@ def save_network(
 
 
 def load_network(
-    model_directory: Path | str,
-    *,
-    trust_code: Collection[str] | None = (),
-    expected_digest: str | None = None,
+    model_directory: Path | str, *, trust_code: Collection[str] = ()
 ) -> TrainedNetwork:
     """Read what `save_network` wrote, tensors included.
 
-    The description is read from the safetensors file; the .json is for people.
-
     trust_code: "module:function" of networks of the user's ("python:module:function") that may be
-    imported; None: whatever the file names. expected_digest: SHA-256 that the file must have.
-    Raises CodeNotTrusted, before anything is imported; ModelError, also if a byte has changed since
-    it was written or the file is another one; BackboneError if the backbone's library does not know
-    its name.
+    imported. Raises CodeNotTrusted, before anything is imported; ModelError, also if a byte has
+    changed since it was written; BackboneError if the backbone's library does not know its name.
     """
-    from safetensors.torch import load
-
-    model_directory = Path(model_directory)
-    file_bytes, description = _read_file(model_directory, expected_digest)
-    try:
-        model = _parse_description(
-            model_directory, description, hashlib.sha256(file_bytes).hexdigest()
-        )
-        if trust_code is not None:
-            allowed_code = {code_name(name) for name in trust_code}
-            require_trusted(called_code(model.backbone), model_directory, allowed_code)
-        return TrainedNetwork(model, _rebuild_network(model, description["head"], load(file_bytes)))
-    except _UNREADABLE as error:
-        raise _not_a_network(model_directory, error) from error
+    allowed_code = {code_name(name) for name in trust_code}
+    model = NetworkModel.load(Path(model_directory), allowed_code=allowed_code)
+    return open_network(model.path, model.file_digest)
 
 
 @functools.lru_cache(maxsize=4)
@@ -310,7 +276,15 @@ def open_network(model_directory: Path, file_digest: str) -> TrainedNetwork:
     file_digest: of the file that `NetworkModel.load` has read. `load` has checked the code that the
     file names, so it is not checked again. Raises ModelError, also for any other file.
     """
-    return load_network(model_directory, trust_code=None, expected_digest=file_digest)
+    from safetensors.torch import load
+
+    model, description, file_bytes = _read_network(model_directory, file_digest)
+    try:
+        return TrainedNetwork(model, _rebuild_network(model, description["head"], load(file_bytes)))
+    except HeadraceError:  # it has a message of its own
+        raise
+    except _UNREADABLE as error:
+        raise _not_a_network(model_directory, error) from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -338,38 +312,37 @@ _UNREADABLE = (
 )
 
 
-def _not_a_network(model_directory: Path, error: Exception) -> Exception:
-    if isinstance(error, HeadraceError):  # it has a message of its own
-        return error
+def _not_a_network(model_directory: Path, error: Exception) -> ModelError:
     return ModelError(
         f"{model_directory / WEIGHTS} is not a saved network ({type(error).__name__}: "
         f"{str(error)[:300]}). {WRITE_AGAIN}"
     )
 
 
-def _read_file(
+def _read_network(
     model_directory: Path, expected_digest: str | None = None
-) -> tuple[bytes, dict[str, Any]]:
-    """Return the bytes of network.safetensors, and the description in it. Raises ModelError."""
+) -> tuple[NetworkModel, dict[str, Any], bytes]:
+    """Return the model, its description in network.safetensors, and the bytes of that file.
+
+    expected_digest: SHA-256 that the file must have. Raises ModelError.
+    """
     weights_path = model_directory / WEIGHTS
     try:
         file_bytes = read_regular(weights_path)
-        if (
-            expected_digest is not None
-            and hashlib.sha256(file_bytes).hexdigest() != expected_digest
-        ):
+        file_digest = hashlib.sha256(file_bytes).hexdigest()
+        if expected_digest not in (None, file_digest):
             raise ModelError(
                 f"{weights_path} has been replaced since it was read. Type the same command again"
             )
         check_seal(file_bytes)
         description: dict[str, Any] = json.loads(tensor_metadata(file_bytes)["headrace"])
-        file_format = description["format"]
-        if file_format != FORMAT:
+        if (file_format := description["format"]) != FORMAT:
             raise ModelError(
                 f"{weights_path}: format {file_format}, this version of headrace reads {FORMAT}: "
                 + (WRITE_AGAIN if file_format < FORMAT else "update headrace")
             )
-        return file_bytes, description
+        model = _parse_description(model_directory, description, file_digest)
+        return model, description, file_bytes
     except FileNotFoundError:
         raise ModelError(
             f"{weights_path} is not there: give the directory of a fine-tuned network, "
@@ -379,6 +352,8 @@ def _read_file(
         raise ModelError(
             f"{weights_path} has changed since it was written: {error}. {WRITE_AGAIN}"
         ) from error
+    except HeadraceError:  # it has a message of its own
+        raise
     except (OSError, *_UNREADABLE) as error:
         raise _not_a_network(model_directory, error) from error
 
@@ -387,8 +362,8 @@ def _parse_description(
     model_directory: Path, description: dict[str, Any], file_digest: str
 ) -> NetworkModel:
     preprocessing_fields: dict[str, Any] = {
-        field_name: tuple(value) if isinstance(value, list) else value
-        for field_name, value in description["preprocess"].items()
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in description["preprocess"].items()
     }
     preprocessing = Preprocessing(**preprocessing_fields)
     check_sizes(str(model_directory / WEIGHTS), preprocessing.resize, preprocessing.crop)
@@ -408,9 +383,7 @@ def _parse_description(
         spatial=bool(description["head"]["convolutions"]),
         task_kind=description["task_kind"],
         classes=tuple(description["classes"]),
-        metrics={
-            str(field_name): float(value) for field_name, value in description["metrics"].items()
-        },
+        metrics={str(name): float(value) for name, value in description["metrics"].items()},
         temperature=check_temperature(description["temperature"]),
         file_digest=file_digest,
         unit_rule=read_unit_rule(description),
@@ -425,20 +398,17 @@ def _tap_feature(description: dict[str, Any], tap_name: str, file_digest: str) -
     network have this spec.
     """
     node_name, _, pooling = tap_name.rpartition(".")
-    view_text = json.dumps({"index": 0})
-    preprocessing_text = json.dumps(description["preprocess"], sort_keys=True)
-    network_name = description["backbone"]["name"]
     return FeatureSpec(
-        network_name,
-        file_digest,
-        node_name,
-        pooling,
-        preprocessing_text,
-        view_text,
-        "",
-        "float32",
-        "float32",
-        (),
+        backbone=description["backbone"]["name"],
+        weights=file_digest,
+        tap=node_name,
+        pooling=pooling,
+        preprocessing=json.dumps(description["preprocess"], sort_keys=True),
+        view=json.dumps({"index": 0}),
+        decoder="",
+        compute_dtype="float32",
+        dtype="float32",
+        shape=(),
     )
 
 
@@ -462,8 +432,7 @@ def _rebuild_network(
     module.eval().requires_grad_(False)
     backbone = Backbone(model.backbone, module, model.preprocessing, weights_digest(module))
     head_tensors = {
-        tensor_name: tensor.float()
-        for tensor_name, tensor in _without_prefix("head.", tensors).items()
+        name: tensor.float() for name, tensor in _without_prefix("head.", tensors).items()
     }
     n_layers = len(head_shapes["convolutions"]) + len(head_shapes["layers"])
     if n_layers > len(head_tensors):
@@ -496,8 +465,7 @@ def _publish_network(
 
     description_json = json.dumps(description, indent=2, sort_keys=True)
     host_tensors = {
-        tensor_name: tensor.detach().cpu().contiguous().clone()
-        for tensor_name, tensor in tensors.items()
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
     }
     weights_path = model_directory / WEIGHTS
     model_directory.mkdir(parents=True, exist_ok=True)
@@ -515,7 +483,7 @@ def _weight_shape(layer: "nn.Module") -> list[int]:
 
 def _without_prefix(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     return {
-        tensor_name.removeprefix(prefix): tensor
-        for tensor_name, tensor in tensors.items()
-        if tensor_name.startswith(prefix)
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
     }

@@ -23,6 +23,7 @@ from headrace.heads.predict import floor_of, predict_head
 from headrace.heads.results import read_bank
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.feature_input import FeatureInput
+from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.models.network import NetworkModel
@@ -158,7 +159,7 @@ class ModelRef:
             for image_path, content_hash in zip(image_paths, task.content, strict=True)
         ]
         prediction_blocks = []
-        for predicted in predict_samples(engine, samples, available_cores()):
+        for predicted in predict_samples(engine, samples, available_cores(), RowColumns()):
             for row, failure_reason in predicted.failed:
                 raise SourceError(
                     f"{samples[row].path}: {failure_reason}. Its features were extracted, so it "

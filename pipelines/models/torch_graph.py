@@ -5,6 +5,7 @@ Decoding, resizing and cropping of files are not part of it (`GraphInput.preproc
 """
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from headrace.extract.backbones.backbone import Backbone, load_backbone
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.images.views import Symmetries, is_exact_view, parse_view, view_json
 from headrace.extract.run.work_unit import check_backbone_identity
-from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.resolve import Tap, backbone_nodes
 from headrace.pipelines.models.torch_head import tempered
@@ -71,10 +71,8 @@ class _Taps(nn.Module):
         )
         outputs = []
         for tap, feature in zip(self.taps, self.features, strict=True):
-            output = captured[tap]
-            if feature.dtype in _ROUND_OFF:
-                output = output.to(_ROUND_OFF[feature.dtype])
-            outputs.append(output.float())
+            stored_dtype = _ROUND_OFF.get(feature.dtype, torch.float32)
+            outputs.append(captured[tap].to(stored_dtype).float())
         return outputs
 
 
@@ -132,44 +130,28 @@ class ModelGraph(nn.Module):
 
     def __init__(self, model: "Model") -> None:
         super().__init__()
-        features_of_backbone: dict[BackboneSpec, dict[FeatureSpec, None]] = {}
-        symmetries_of_backbone: dict[BackboneSpec, dict[int, None]] = {}
-        loaded_networks: list[tuple[Backbone, list[FeatureSpec], list[int]]] = []
-        for member in model.members:
-            trained_backbone = member.trained_backbone()
-            if trained_backbone is not None:
-                loaded_networks.append((trained_backbone, list(member.features), [0]))
-                continue
-            for backbone_spec, feature in zip(member.backbones, member.features, strict=True):
-                features_of_backbone.setdefault(backbone_spec, {})[replace(feature, view=_CROP)] = (
-                    None
-                )
-                symmetries_of_backbone.setdefault(backbone_spec, {})[
-                    parse_view(feature.view)[0]
-                ] = None
+        loaded_networks: list[tuple[Backbone, list[FeatureSpec], list[int]]] = [
+            (trained_backbone, list(member.features), [0])
+            for member in model.members
+            if (trained_backbone := member.trained_backbone()) is not None
+        ]
+        for backbone_spec, view_features in model.features_by_backbone.items():
+            backbone = load_backbone(backbone_spec)
+            crops = dict.fromkeys(replace(feature, view=_CROP) for feature in view_features)
+            for feature in crops:
+                check_backbone_identity(backbone, feature)
+            turns = dict.fromkeys(parse_view(feature.view)[0] for feature in view_features)
+            loaded_networks.append((backbone, list(crops), list(turns)))
         self.inputs: list[GraphInput] = []
         self.sources: list[int] = []  # the index of the input that each network reads
         self.turns: list[list[int]] = []  # the symmetries (0 to 7) in which it reads it
         self.keys: list[list[str]] = []  # names of the features that each network gives
-        networks = []
-        for backbone_spec, features in features_of_backbone.items():
-            loaded_networks.append(
-                (
-                    load_backbone(backbone_spec),
-                    list(features),
-                    list(symmetries_of_backbone[backbone_spec]),
-                )
-            )
-            for feature in features:
-                check_backbone_identity(loaded_networks[-1][0], feature)
-        for backbone, network_features, network_symmetries in loaded_networks:
+        self.networks = nn.ModuleList()
+        for backbone, features, symmetries in loaded_networks:
             self.sources.append(self._input_index(backbone.preprocessing))
-            self.turns.append(network_symmetries)
-            self.keys.append(
-                [replace(feature, view=_CROP).to_json() for feature in network_features]
-            )
-            networks.append(_drop_unused_modules(_Taps(backbone, network_features), backbone))
-        self.networks = nn.ModuleList(networks)
+            self.turns.append(symmetries)
+            self.keys.append([replace(feature, view=_CROP).to_json() for feature in features])
+            self.networks.append(_drop_unused_modules(_Taps(backbone, features), backbone))
         self.heads = nn.ModuleList([member.torch_head() for member in model.members])
         self.columns = [_view_columns(member) for member in model.members]
         self.spatial = [member.spatial for member in model.members]
@@ -198,13 +180,9 @@ class ModelGraph(nn.Module):
         ):
             for symmetry in network_symmetries:
                 network_features = network(_mirrored_pixels(images[input_index], symmetry))
-                feature_values |= {
-                    (feature_key, symmetry): feature_value
-                    for feature_key, feature_value in zip(
-                        feature_keys, network_features, strict=True
-                    )
-                }
-        weighted_sum: Tensor | None = None
+                for feature_key, feature_value in zip(feature_keys, network_features, strict=True):
+                    feature_values[feature_key, symmetry] = feature_value
+        member_predictions = []
         for head, columns, spatial, reads_side, takes_units, member_share in zip(
             self.heads,
             self.columns,
@@ -216,12 +194,9 @@ class ModelGraph(nn.Module):
         ):
             view_predictions = []
             for view_columns in columns:
-                view_features = [
-                    feature_values[feature_key]
-                    if spatial
-                    else feature_values[feature_key].flatten(1)
-                    for feature_key in view_columns
-                ]
+                view_features = [feature_values[feature_key] for feature_key in view_columns]
+                if not spatial:
+                    view_features = [feature.flatten(1) for feature in view_features]
                 if reads_side:
                     view_features.append(side_inputs[0])
                 view_inputs = (
@@ -235,19 +210,14 @@ class ModelGraph(nn.Module):
                 # Tracing keeps a shape as a symbol; len() would become the example's number.
                 view_predictions = [unit_predictions[: inputs[-1].shape[0]]]
             weight, member_temperature, floor = member_share
-            member_prediction = tempered(
+            mean_of_views = (
                 view_predictions[0]
                 if len(view_predictions) == 1
-                else torch.stack(view_predictions).mean(0),
-                self.task_kind,
-                member_temperature,
-                floor,
+                else torch.stack(view_predictions).mean(0)
             )
-            member_prediction = member_prediction if weight == 1 else member_prediction * weight
-            weighted_sum = (
-                member_prediction if weighted_sum is None else weighted_sum + member_prediction
-            )
-        assert weighted_sum is not None
+            predicted = tempered(mean_of_views, self.task_kind, member_temperature, floor)
+            member_predictions.append(predicted if weight == 1 else predicted * weight)
+        weighted_sum = functools.reduce(torch.add, member_predictions)
         return tempered(weighted_sum, self.task_kind, self.temperature)
 
     def _input_index(self, preprocessing: Preprocessing) -> int:
@@ -267,7 +237,7 @@ def _mirrored_pixels(pixels: Tensor, symmetry: int) -> Tensor:
     columns and rows, as in extract.images.views.
     """
     mirrored_pixels = pixels.transpose(1, 2) if symmetry & 4 else pixels
-    flipped_axes = [flipped_axis for flipped_axis, bit in ((1, 2), (2, 1)) if symmetry & bit]
+    flipped_axes = [axis for axis, bit in ((1, 2), (2, 1)) if symmetry & bit]
     return torch.flip(mirrored_pixels, flipped_axes) if flipped_axes else mirrored_pixels
 
 

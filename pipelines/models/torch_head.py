@@ -53,6 +53,7 @@ class Head(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        # Buffers, and so moved and saved with the parameters, but not trained.
         self.register_buffer("centre", centre)
         self.register_buffer("scale", scale)
         self.convolutions = nn.ModuleList(convolutions)
@@ -127,13 +128,11 @@ def new_head(spec: MLPSpec, n_features: int, n_outputs: int) -> Head:
     """
     generator = torch.Generator().manual_seed(spec.seed)
     layers = []
-    widths = (n_features, *spec.hidden, n_outputs)
-    for n_inputs, n_units in itertools.pairwise(widths):
-        weight_bound = 1 / math.sqrt(n_inputs)
-        weight = (torch.rand(n_units, n_inputs, generator=generator) * 2 - 1) * weight_bound
-        layers.append(
-            _linear_layer(weight, (torch.rand(n_units, generator=generator) * 2 - 1) * weight_bound)
-        )
+    for n_inputs, n_units in itertools.pairwise((n_features, *spec.hidden, n_outputs)):
+        bound = 1 / math.sqrt(n_inputs)
+        weight = (torch.rand(n_units, n_inputs, generator=generator) * 2 - 1) * bound
+        bias = (torch.rand(n_units, generator=generator) * 2 - 1) * bound
+        layers.append(_linear_layer(weight, bias))
     return Head(torch.zeros(n_features), torch.ones(n_features), [], layers, 1.0, spec.dropout)
 
 
@@ -229,30 +228,21 @@ class CentroidModule(nn.Module):
 
     def __init__(self, spec: CentroidSpec, head: TrainedHead, temperature: float) -> None:
         super().__init__()
-        head_arrays = head.arrays
-        self.register_buffer(
-            "center", torch.from_numpy(np.array(head_arrays["center"], np.float32))
-        )
-        self.register_buffer(
-            "inverse_scale", torch.from_numpy(np.array(head_arrays["inverse_scale"], np.float32))
-        )
-        scaled_means = (head_arrays["means"] - head_arrays["center"]) * head_arrays["inverse_scale"]
-        self.register_buffer("means", torch.from_numpy(np.array(scaled_means, np.float32)))
-        self.register_buffer("absent", torch.from_numpy(np.asarray(head_arrays["present"] == 0)))
+        arrays = head.arrays
+        scaled_means = (arrays["means"] - arrays["center"]) * arrays["inverse_scale"]
+        self.register_buffer("center", _float_tensor(arrays["center"]))
+        self.register_buffer("inverse_scale", _float_tensor(arrays["inverse_scale"]))
+        self.register_buffer("means", _float_tensor(scaled_means))
+        self.register_buffer("absent", torch.from_numpy(np.asarray(arrays["present"] == 0)))
         self.cosine, self.scale = spec.metric == "cosine", CENTROID_TEMPERATURE[spec.metric]
         self.temperature = temperature
 
     def forward(self, value: Tensor) -> Tensor:
         scaled_rows = (value - self.center) * self.inverse_scale
         if self.cosine:
-            length_products = scaled_rows.norm(dim=1, keepdim=True) * self.means.norm(dim=1)
-            similarity = (
-                scaled_rows
-                @ self.means.T
-                / torch.where(
-                    length_products > 0, length_products, torch.ones_like(length_products)
-                )
-            )
+            lengths = scaled_rows.norm(dim=1, keepdim=True) * self.means.norm(dim=1)
+            lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+            similarity = scaled_rows @ self.means.T / lengths
         else:
             similarity = (
                 scaled_rows @ self.means.T - 0.5 * self.means.square().sum(1)
@@ -264,8 +254,7 @@ class CentroidModule(nn.Module):
 class NeighborModule(nn.Module):
     """Votes of the k nearest rows.
 
-    Distances come from float32 products, so neighbours that tie within seven digits may be others
-    than `predict_head`'s.
+    Neighbours that tie within seven digits may be others than `predict_head`'s.
     """
 
     references: Tensor
@@ -292,12 +281,9 @@ class NeighborModule(nn.Module):
             ("values", head.arrays["target"]),
             ("share", head.arrays["sample_weight"]),
         ):
-            self.register_buffer(name, torch.from_numpy(np.array(array, np.float32)))
-        self.k, self.cosine, self.by_distance = (
-            spec.k,
-            spec.metric == "cosine",
-            spec.weighting == "distance",
-        )
+            self.register_buffer(name, _float_tensor(array))
+        self.k, self.cosine = spec.k, spec.metric == "cosine"
+        self.by_distance = spec.weighting == "distance"
         self.task_kind, self.temperature = head.task_kind, temperature
         self.floor = floor_of(spec, head.task_kind, len(head.classes))
 
@@ -306,6 +292,7 @@ class NeighborModule(nn.Module):
             # A row of zeros, which has no direction, stays a row of zeros.
             value = value / value.norm(dim=1, keepdim=True).clamp(min=1e-30)
         centred_rows = value - self.center
+        # By products in float32: a difference for every pair and feature would fill the memory.
         squared_distance = (
             self.square
             - 2 * centred_rows @ self.references.T
@@ -352,13 +339,10 @@ class BagsModule(nn.Module):
             for weight, bias in dense_layers(arrays, len(spec.hidden))
         )
         if spec.pooling == "attention":
-            self.tanh, self.sigmoid = (
-                _linear_layer(
-                    _float_tensor(arrays[f"{name}_weight"]), _float_tensor(arrays[f"{name}_bias"])
-                )
-                for name in ("tanh", "sigmoid")
-            )
-            self.register_buffer("attention", _float_tensor(arrays["attention"]))
+            tensors = {name: _float_tensor(array) for name, array in arrays.items()}
+            self.tanh = _linear_layer(tensors["tanh_weight"], tensors["tanh_bias"])
+            self.sigmoid = _linear_layer(tensors["sigmoid_weight"], tensors["sigmoid_bias"])
+            self.register_buffer("attention", tensors["attention"])
         self.link = ProbabilityLink(head.task_kind, temperature)
 
     def forward(self, value: Tensor, unit: Tensor) -> Tensor:

@@ -5,10 +5,23 @@ from collections.abc import Collection
 from pathlib import Path
 
 from headrace.cache.home import expand_home
-from headrace.heads.persist import CodeNotTrusted
+from headrace.extract.spec import BackboneSpec, backbone_path, called_code
+from headrace.heads.persist import CodeNotTrusted, require_trusted
 from headrace.pipelines.moved_paths import moved_project
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import RunDamaged, read_record
+
+
+def require_trusted_backbone(
+    backbone: BackboneSpec, model_directory: Path, model_root: Path, allowed_code: Collection[str]
+) -> None:
+    """Raise CodeNotTrusted if a network's name leads to code or a file that may not be loaded.
+
+    model_root: the directory of the whole model, of which `model_directory` may be a member.
+    """
+    require_trusted(called_code(backbone), model_directory, allowed_code)
+    if (network_path := backbone_path(backbone.name)) is not None:
+        require_allowed_file(backbone.name, network_path, model_directory, model_root, allowed_code)
 
 
 def require_allowed_file(

@@ -50,9 +50,10 @@ from headrace.pipelines.predict.units import (
     is_unit_table,
     unit_table,
     units_path,
+    weight_table,
+    weights_path,
     write_unit_table,
 )
-from headrace.pipelines.predict.weights import weight_table, weights_path
 from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError, empty_as_missing
 
@@ -98,23 +99,21 @@ def predict_table(
     Raises OutputExists for a table of other images or another model, unless `force` is on, and
     for a file that `headrace predict` did not write.
     """
-    record_path = table_path.with_name(f"{table_path.name}.json")
-    parts_folder = table_path.with_name(f"{table_path.name}.parts")
-    _require_ours(table_path, record_path, parts_folder)
-    tables_beside = [] if unit_names is None else [units_path(table_path)]
-    tables_beside += [weights_path(table_path)] if model.takes_units else []
-    for table_beside in tables_beside:
+    parts_folder = _parts_folder(table_path)
+    _require_ours(table_path, _record_path(table_path), parts_folder)
+    # By the name under which each is assembled in the folder of parts.
+    tables_beside = {} if unit_names is None else {"units.partial": units_path(table_path)}
+    tables_beside |= {"weights.partial": weights_path(table_path)} if model.takes_units else {}
+    for table_beside in tables_beside.values():
         _require_our_units(table_beside)
-    image_paths = images["path"].tolist()
-    side_inputs, units = _side_inputs(model, images, console), _units(model, images)
-    file_keys_in_order = file_keys(image_paths, side_inputs, units)
+    row_columns = RowColumns(_side_inputs(model, images, console), _units(model, images))
+    keys = file_keys(images["path"].tolist(), row_columns)
+    listing = json.dumps([images["file"].tolist(), keys])
     record = {
         "model": str(model.path),
         "model_digest": model.digest,
         "images": len(images),
-        "listing": hashlib.sha256(
-            json.dumps([images["file"].tolist(), file_keys_in_order]).encode()
-        ).hexdigest()[:24],
+        "listing": hashlib.sha256(listing.encode()).hexdigest()[:24],
         "format": table_format,
         "headrace": importlib.metadata.version("headrace"),
     }
@@ -122,7 +121,7 @@ def predict_table(
         record["units"] = unit_names.digest
 
     def finished() -> PredictionSummary | None:
-        if force or not all(path.exists() for path in tables_beside):
+        if force or not all(path.exists() for path in tables_beside.values()):
             return None
         return _finished(table_path, record)
 
@@ -135,43 +134,29 @@ def predict_table(
             return finished_summary
         parts_folder.mkdir(parents=True, exist_ok=True)
         known_keys = known_parts(parts_folder, model, is_final=False).keys()
-        rows = missing_rows(file_keys_in_order, known_keys, units)
-        row_columns = RowColumns(side_inputs, units)
-        cached = predict_cached(
-            model, file_keys_in_order, cache_root, np.array(rows, np.intp), row_columns
-        )
+        rows = missing_rows(keys, known_keys, row_columns.units)
+        cached = predict_cached(model, keys, cache_root, np.array(rows, np.intp), row_columns)
         uncached_rows = [row for row in rows if not cached.is_known[row]]
         predict_missing(
             model,
-            [file_keys_in_order[row] for row in uncached_rows],
-            None if side_inputs is None else side_inputs[uncached_rows],
-            None if units is None else units[uncached_rows],
+            [keys[row] for row in uncached_rows],
+            row_columns.take(uncached_rows),
             parts_folder,
             n_workers=n_workers,
             device=device,
             console=console,
         )
         summary = _assemble_table(
-            model,
-            images,
-            units,
-            file_keys_in_order,
-            parts_folder,
-            parts_folder / "table.partial",
-            table_format,
-            cached,
-            unit_names,
+            model, images, row_columns.units, keys, parts_folder, table_format, cached, unit_names
         )
         summary = replace(summary, new=len(rows), cached=cached.count(rows))
-        if unit_names is not None:
-            os.replace(parts_folder / "units.partial", units_path(table_path))
-        if model.takes_units:
-            os.replace(parts_folder / "weights.partial", weights_path(table_path))
+        for partial_name, table_beside in tables_beside.items():
+            os.replace(parts_folder / partial_name, table_beside)
         os.replace(parts_folder / "table.partial", table_path)
         record |= {"failed": summary.failed, "counts": summary.counts}
         # Through the folder of parts, so that a killed call's temporary file is removed with it.
         publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
-        os.replace(parts_folder / "record.partial", record_path)
+        os.replace(parts_folder / "record.partial", _record_path(table_path))
         remove_parts(parts_folder)
         return summary
 
@@ -181,10 +166,9 @@ def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary 
 
     Raises OutputExists for a table of other images or another model.
     """
-    parts_folder = table_path.with_name(f"{table_path.name}.parts")
-    if not table_path.exists() or parts_folder.exists():
+    if not table_path.exists() or _parts_folder(table_path).exists():
         return None
-    earlier_record = _read_record(table_path.with_name(f"{table_path.name}.json"))
+    earlier_record = _read_record(_record_path(table_path))
     if earlier_record is not None and {**earlier_record, **record} == earlier_record:
         return PredictionSummary(
             record["images"], 0, earlier_record["failed"], earlier_record["counts"]
@@ -193,6 +177,14 @@ def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary 
         f"{table_path} is there, and of other images, another model or another version. Give "
         "another name with --out, or --force to replace it"
     )
+
+
+def _record_path(table_path: Path) -> Path:
+    return table_path.with_name(f"{table_path.name}.json")
+
+
+def _parts_folder(table_path: Path) -> Path:
+    return table_path.with_name(f"{table_path.name}.parts")
 
 
 def _lock_path(table_path: Path) -> Path:
@@ -250,11 +242,9 @@ def _require_our_units(unit_table_path: Path) -> None:
 
 
 def _free_name(table_path: Path) -> Path:
-    candidate_paths = (
-        table_path.with_name(f"predictions{number or ''}{table_path.suffix or '.csv'}")
-        for number in count()
-    )
-    return next(candidate_path for candidate_path in candidate_paths if not candidate_path.exists())
+    suffix = table_path.suffix or ".csv"
+    candidates = (table_path.with_name(f"predictions{number or ''}{suffix}") for number in count())
+    return next(path for path in candidates if not path.exists())
 
 
 def predict_stream(
@@ -273,7 +263,12 @@ def predict_stream(
     file_names, image_paths = images["file"].tolist(), images["path"].tolist()
     side_inputs = _side_inputs(model, images, make_console(stderr=True))
     row_columns = RowColumns(side_inputs, _units(model, images))
-    keys = [(path, "") for path in image_paths] if cache_root is None else file_keys(image_paths)
+    # Without a cache no stamps are needed, and no files are waited for.
+    keys = (
+        [(path, "") for path in image_paths]
+        if cache_root is None
+        else file_keys(image_paths, row_columns)
+    )
     cached = predict_cached(model, keys, cache_root, np.arange(len(keys)), row_columns)
     probabilities, error_texts = cached.probabilities, cached.errors
     missing = np.flatnonzero(~cached.is_known)
@@ -283,13 +278,7 @@ def predict_stream(
         show_progress(console, "predict", len(file_names), "images") as advance,
     ):
         for n_predicted in _predict_rows(
-            model,
-            image_paths,
-            missing,
-            probabilities,
-            error_texts,
-            row_columns.take(missing),
-            device,
+            model, image_paths, missing, cached, row_columns.take(missing), device
         ):
             # `missing` ascends, so all rows before the first unpredicted one are ready.
             n_ready = missing[n_predicted] if n_predicted < len(missing) else len(file_names)
@@ -311,13 +300,12 @@ def _predict_rows(
     model: Model,
     image_paths: Sequence[str],
     rows: npt.NDArray[np.intp],
-    probabilities: npt.NDArray[np.float32],
-    error_texts: list[str | None],
+    predictions: CachedPredictions,
     row_columns: RowColumns,
     device: str,
 ) -> Iterator[int]:
-    """Predict the images of these rows into `probabilities` and `error_texts`; yield after each
-    batch how many rows are done. row_columns: of these rows.
+    """Predict the images of these rows into `predictions`; yield after each batch how many rows are
+    done. row_columns: of these rows.
     """
     if not len(rows):
         yield 0
@@ -328,9 +316,9 @@ def _predict_rows(
     n_done = 0
     engine, n_threads = open_engine(model, device), available_cores()
     for predicted in predict_samples(engine, samples, n_threads, row_columns):
-        probabilities[rows[predicted.rows]] = predicted.probabilities
+        predictions.probabilities[rows[predicted.rows]] = predicted.probabilities
         for row, reason in predicted.failed:
-            error_texts[rows[row]] = reason
+            predictions.errors[rows[row]] = reason
         n_done += len(predicted.rows) + len(predicted.failed)
         yield n_done
 
@@ -373,13 +361,12 @@ def _assemble_table(
     units: npt.NDArray[np.str_] | None,
     keys: list[FileKey],
     parts_folder: Path,
-    table_path: Path,
     table_format: str,
     cached: CachedPredictions,
     unit_names: UnitNames | None,
 ) -> PredictionSummary:
-    """Assemble the table at `table_path`, and beside it the tables of units, `units.partial`, and
-    of image weights, `weights.partial`.
+    """Assemble the table at `table.partial` in the folder of parts, and there the tables of units,
+    `units.partial`, and of image weights, `weights.partial`.
 
     units: of each image; None if the model predicts images one by one.
     """
@@ -388,7 +375,9 @@ def _assemble_table(
     part_of_key = known_parts(parts_folder, model, is_final=True)
     open_parts: OrderedDict[Path, OpenPart] = OrderedDict()
     n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
-    with table_writer(table_path, table_format, model.task_kind, model.classes) as write:
+    with table_writer(
+        parts_folder / "table.partial", table_format, model.task_kind, model.classes
+    ) as write:
         for block_start in range(0, len(file_names), _BLOCK):
             block = slice(block_start, block_start + _BLOCK)
             probabilities, error_texts = cached.probabilities[block], cached.errors[block]
@@ -408,10 +397,10 @@ def _assemble_table(
     if unit_names is not None:
         joined = np.concatenate([np.empty((0, len(model.classes)), np.float32), *all_probabilities])
         table = unit_table(unit_names, joined, model.task_kind, model.classes)
-        write_unit_table(table, table_path.with_name("units.partial"), table_format)
+        write_unit_table(table, parts_folder / "units.partial", table_format)
     if units is not None:
         table = weight_table(images, units, cached.weights)
-        write_unit_table(table, table_path.with_name("weights.partial"), table_format)
+        write_unit_table(table, parts_folder / "weights.partial", table_format)
     return PredictionSummary(len(file_names), 0, n_failed, _named_counts(class_counts, model))
 
 

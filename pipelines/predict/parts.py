@@ -12,7 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +58,7 @@ class PartJob:
     device: str = "cpu"
     threads: int = 1
     trust_code: tuple[str, ...] = ()
-    side_inputs: npt.NDArray[np.float32] | None = None  # (n, R) encoded side columns
-    units: npt.NDArray[np.str_] | None = None  # (n,) of the images, if the model pools units
+    row_columns: RowColumns = field(default_factory=RowColumns)  # of these images
 
 
 class OpenPart(NamedTuple):
@@ -72,8 +71,7 @@ class OpenPart(NamedTuple):
 
 def file_keys(
     image_paths: Sequence[str],
-    side_inputs: npt.NDArray[np.float32] | None = None,
-    units: npt.NDArray[np.str_] | None = None,
+    row_columns: RowColumns,
 ) -> list[FileKey]:
     """Return for each image its path and a stamp, by which a later call knows whether a prediction
     is still of the same file.
@@ -87,16 +85,17 @@ def file_keys(
     stamps_of_files = file_stamps(map(locator_file, image_paths))
     wait_until_settled(stamp for stamp in stamps_of_files if isinstance(stamp, FileStamp))
     stamp_texts = [stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps_of_files]
-    if side_inputs is not None:
-        digests = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in side_inputs]
+    if row_columns.side_inputs is not None:
         stamp_texts = [
-            f"{stamp}|{digest}" for stamp, digest in zip(stamp_texts, digests, strict=True)
+            f"{stamp}|{hashlib.sha256(row.tobytes()).hexdigest()[:16]}"
+            for stamp, row in zip(stamp_texts, row_columns.side_inputs, strict=True)
         ]
     keys = list(zip(image_paths, stamp_texts, strict=True))
-    if units is None:
+    if row_columns.units is None:
         return keys
+    units = row_columns.units.tolist()
     members: dict[str, list[FileKey]] = {}
-    for unit, key in zip(units.tolist(), keys, strict=True):
+    for unit, key in zip(units, keys, strict=True):
         members.setdefault(unit, []).append(key)
     digest_of_unit = {
         unit: hashlib.sha256(json.dumps([unit, sorted(unit_keys)]).encode()).hexdigest()[:16]
@@ -104,12 +103,12 @@ def file_keys(
     }
     return [
         (path, f"{stamp}|{digest_of_unit[unit]}")
-        for (path, stamp), unit in zip(keys, units.tolist(), strict=True)
+        for (path, stamp), unit in zip(keys, units, strict=True)
     ]
 
 
 def missing_rows(
-    keys: Sequence[FileKey], known: Collection[FileKey], units: npt.NDArray[np.str_] | None
+    keys: Sequence[FileKey], known: Collection[FileKey], units: npt.NDArray[Any] | None
 ) -> list[int]:
     """Return the rows to predict, each key once; rows of a unit all or none, side by side."""
     first_row: dict[Any, int] = {}
@@ -128,8 +127,7 @@ def missing_rows(
 def predict_missing(
     model: Model,
     missing_keys: Sequence[FileKey],
-    side_inputs: npt.NDArray[np.float32] | None,
-    units: npt.NDArray[np.str_] | None,
+    row_columns: RowColumns,
     parts_folder: Path,
     *,
     n_workers: int | None,
@@ -138,7 +136,7 @@ def predict_missing(
 ) -> None:
     """Predict the images of these keys, on workers if they are many, and publish parts.
 
-    side_inputs: (n, R) and units: (n,) of the keys. Raises HeadraceError if a part failed.
+    row_columns: of the keys. Raises HeadraceError if a part failed.
     """
     if not missing_keys:
         return
@@ -151,25 +149,21 @@ def predict_missing(
         else PART_IMAGES
     )
     jobs = []
-    for part in part_slices(len(missing_keys), part_size, units):
+    for part in part_slices(len(missing_keys), part_size, row_columns.units):
         keys = tuple(missing_keys[part])
         part_name = hashlib.sha256(json.dumps([model.digest, keys]).encode()).hexdigest()[:24]
-        part_path = str((parts_folder / f"{part_name}.parquet").absolute())
-        n_threads = 1 if uses_workers else n_cores
-        model_path = str(model.path.absolute())
-        samples = tuple(path_samples(key[0] for key in keys))
         jobs.append(
             PartJob(
-                model_path,
-                model.digest,
-                samples,
-                keys,
-                part_path,
-                device,
-                n_threads,
-                model.trust_code,
-                None if side_inputs is None else side_inputs[part],
-                None if units is None else units[part],
+                # Absolute, because workers have a working directory of their own.
+                model=str(model.path.absolute()),
+                digest=model.digest,
+                samples=tuple(path_samples(path for path, _ in keys)),
+                keys=keys,
+                part=str((parts_folder / f"{part_name}.parquet").absolute()),
+                device=device,
+                threads=1 if uses_workers else n_cores,
+                trust_code=model.trust_code,
+                row_columns=row_columns.take(part),
             )
         )
     with show_progress(console, "predict", len(missing_keys), "images") as advance:
@@ -199,7 +193,7 @@ def predict_missing(
         )
 
 
-def part_slices(n_rows: int, part_size: int, units: npt.NDArray[np.str_] | None) -> Iterator[slice]:
+def part_slices(n_rows: int, part_size: int, units: npt.NDArray[Any] | None) -> Iterator[slice]:
     """Yield slices of 0 to n_rows of about part_size rows, none of which divides a unit.
 
     units: (n_rows,) equal values next to one another; None: single rows.
@@ -227,8 +221,7 @@ def predict_part(job: PartJob) -> int:
     error_texts: list[str | None] = [None] * len(job.samples)
     is_unread = np.zeros(len(job.samples), np.bool_)
     weights = np.full(len(job.samples), np.nan, np.float32)
-    row_columns = RowColumns(job.side_inputs, job.units)
-    for predicted in predict_samples(engine, job.samples, job.threads, row_columns):
+    for predicted in predict_samples(engine, job.samples, job.threads, job.row_columns):
         probabilities[predicted.rows] = predicted.probabilities
         if predicted.weights is not None:
             weights[predicted.rows] = predicted.weights
@@ -289,8 +282,8 @@ def known_parts(
             table = parquet_file.read(["path", "stamp", "unread"])
         except (pa.ArrowException, OSError, KeyError, ValueError):
             continue  # damaged: its images are predicted again
-        table_columns = (table[name].to_pylist() for name in table.column_names)
-        for row, (path, stamp, unread) in enumerate(zip(*table_columns, strict=True)):
+        columns = (column.to_pylist() for column in table.columns)
+        for row, (path, stamp, unread) in enumerate(zip(*columns, strict=True)):
             key = (path.decode("utf-8", "surrogatepass"), stamp)
             if not unread or (is_final and key not in part_of_key):
                 part_of_key[key] = (part_path, row)

@@ -18,11 +18,11 @@ byte that is none.
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,10 @@ FORMATS = {
 }
 
 
+# Columns of a table in memory by name: (n,) values, None in rows without one.
+Columns = Mapping[str, npt.NDArray[Any]]
+
+
 @dataclass(frozen=True)
 class TableBlock:
     """Some rows of the table."""
@@ -53,17 +57,9 @@ class TableBlock:
     errors: list[str | None]
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table in memory."""
-
-    name: str
-    values: npt.NDArray[Any]  # (n,); None in rows without a value
-
-
 def target_columns(
     targets: Sequence[tuple[npt.NDArray[Any], bool]], task_kind: TaskKind, classes: tuple[str, ...]
-) -> list[Column]:
+) -> Columns:
     """Return the columns of true values: `label` (several labels joined by `;`), or for a
     regression one `true_NAME` for each target.
 
@@ -71,10 +67,10 @@ def target_columns(
     """
     if task_kind == "regression":
         numbers = np.concatenate([target.reshape(-1, len(classes)) for target, _ in targets])
-        return [
-            Column(f"true_{name}", numbers[:, index].astype(np.float64))
+        return {
+            f"true_{name}": numbers[:, index].astype(np.float64)
             for index, name in enumerate(classes)
-        ]
+        }
     labels: list[str | None] = []
     for target, is_known in targets:
         if not is_known:
@@ -83,51 +79,39 @@ def target_columns(
             labels += [classes[index] for index in target]
         else:
             labels += [";".join(_chosen_labels(row, classes)) for row in target]
-    return [Column("label", np.array(labels, object))]
+    return {"label": np.array(labels, object)}
 
 
 def outcome_columns(
-    columns: Sequence[Column],
+    columns: Columns,
     probabilities: npt.NDArray[np.float32],
     task_kind: TaskKind,
     classes: tuple[str, ...],
-) -> list[Column]:
+) -> Columns:
     """Return `columns` followed by those of predictions (n, C), named as by `table_writer`."""
     decisions = decide(probabilities, task_kind, classes)
-    outcome = list(columns)
+    outcome = dict(columns)
     if task_kind == "single":
-        outcome.append(Column("class", decisions.astype(object)))
-        outcome.append(Column("probability", probabilities.max(1, initial=0)))
+        outcome["class"] = decisions.astype(object)
+        outcome["probability"] = probabilities.max(1, initial=0)
     elif task_kind == "multi":
         chosen = [";".join(_chosen_labels(row, classes)) for row in decisions]
-        outcome.append(Column("class", np.array(chosen, object)))
+        outcome["class"] = np.array(chosen, object)
     names = classes if task_kind == "regression" else tuple(f"p_{name}" for name in classes)
-    free_names = _free_names(names, taken_names=[column.name for column in outcome])
-    return outcome + [
-        Column(name, probabilities[:, index]) for index, name in enumerate(free_names)
-    ]
-
-
-class BlockWriter(Protocol):
-    """Adds rows to a table."""
-
-    def __call__(self, block: TableBlock) -> None: ...
+    free_names = _free_names(names, taken_names=outcome)
+    return outcome | dict(zip(free_names, probabilities.T, strict=True))
 
 
 @contextmanager
 def table_writer(
     destination: Path | IO[str], table_format: str, task_kind: TaskKind, classes: tuple[str, ...]
-) -> Iterator[BlockWriter]:
+) -> Iterator[Callable[[TableBlock], None]]:
     """Write blocks of rows as csv, parquet or jsonl; text formats also to an open stream."""
     classes = tuple(_free_names([valid_text(name) for name in classes]))
     if table_format == "parquet":
         assert isinstance(destination, Path)
-        schema = pa.schema(
-            [
-                (name, type_)
-                for name, type_, _ in _table_columns(_empty_block(len(classes)), task_kind, classes)
-            ]
-        )
+        no_rows = _table_columns(_empty_block(len(classes)), task_kind, classes)
+        schema = pa.schema([(name, type_) for name, type_, _ in no_rows])
         with pq.ParquetWriter(destination, schema) as writer:
 
             def add_table(block: TableBlock) -> None:
@@ -143,12 +127,12 @@ def table_writer(
             yield add_table
         return
     block_text = csv_text if table_format == "csv" else json_lines
-    stream = (
+    opened = (
         destination.open("w", encoding="utf-8", newline="")
         if isinstance(destination, Path)
-        else destination
+        else nullcontext(destination)  # the caller's, who closes it
     )
-    try:
+    with opened as stream:
         needs_header = True
 
         def add_text(block: TableBlock) -> None:
@@ -160,9 +144,6 @@ def table_writer(
         if needs_header:
             add_text(_empty_block(len(classes)))
         stream.flush()
-    finally:
-        if isinstance(destination, Path):
-            stream.close()
 
 
 def is_predictions(table_path: Path, *, allow_values: bool) -> bool:
@@ -233,19 +214,16 @@ def json_lines(
     lines = []
     for row, (file_name, error_text) in enumerate(zip(block.files, block.errors, strict=True)):
         entry: dict[str, Any] = {"file": valid_text(file_name)}
-        class_values = {
-            class_name: _shortest_float(value)
-            for class_name, value in zip(classes, block.probabilities[row], strict=True)
-        }
+        numbers = map(_shortest_float, block.probabilities[row])
+        class_values = dict(zip(classes, numbers, strict=True))
         if error_text is not None:
             entry["error"] = valid_text(error_text)
         elif task_kind == "regression":
             entry["values"] = class_values
         else:
             decision = decisions[row]
-            entry["class"] = (
-                str(decision) if task_kind == "single" else _chosen_labels(decision, classes)
-            )
+            is_single = task_kind == "single"
+            entry["class"] = str(decision) if is_single else _chosen_labels(decision, classes)
             entry["probabilities"] = class_values
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     return "".join(lines)
@@ -272,20 +250,13 @@ def _table_columns(
         if task_kind == "single":
             columns.append(("probability", pa.float32(), block.probabilities.max(1, initial=0)))
     column_names = classes if task_kind == "regression" else tuple(f"p_{name}" for name in classes)
+    free_names = _free_names(column_names, taken_names=["error", *(name for name, _, _ in columns)])
     columns += [
-        (name, pa.float32(), block.probabilities[:, class_index])
-        for class_index, name in enumerate(
-            _free_names(column_names, taken_names=("error", *(name for name, _, _ in columns)))
-        )
+        (name, pa.float32(), values)
+        for name, values in zip(free_names, block.probabilities.T, strict=True)
     ]
-    columns.append(
-        (
-            "error",
-            pa.string(),
-            [None if error is None else valid_text(error) for error in block.errors],
-        )
-    )
-    return columns
+    error_texts = [None if error is None else valid_text(error) for error in block.errors]
+    return [*columns, ("error", pa.string(), error_texts)]
 
 
 def _free_names(names: Sequence[str], taken_names: Iterable[str] = ()) -> list[str]:
@@ -322,9 +293,7 @@ def _shortest_float(value: np.float32) -> float:
 
 
 def _chosen_labels(decision: npt.NDArray[np.uint8], classes: tuple[str, ...]) -> list[str]:
-    return [
-        class_name for class_name, is_chosen in zip(classes, decision, strict=True) if is_chosen
-    ]
+    return [name for name, is_chosen in zip(classes, decision, strict=True) if is_chosen]
 
 
 def _empty_block(n_outputs: int) -> TableBlock:

@@ -4,7 +4,8 @@ unit            as the images' table names it
 images, failed  how many of its images were used, and how many could not be
 
 Then class, probability and p_<class>, for regression the values, as in the table of images; empty
-where none of its images could be used.
+where none of its images could be used. For a model that pools units, OUT.weights.csv has the weight
+of each image in the prediction of its unit, sorted by unit and falling weight.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import pandas as pd
 from headrace.heads.data.task import TaskKind
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.console import valid_text
-from headrace.pipelines.predict.tables import Column, outcome_columns
+from headrace.pipelines.predict.tables import outcome_columns
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,33 @@ def unit_table(
     used_units, unit_of_used = np.unique(unit_of_row[is_used], return_inverse=True)
     if len(used_units):
         predicted[used_units] = units.rule.predict(task_kind, probabilities[is_used], unit_of_used)
-    columns = [
-        Column("unit", np.array([valid_text(str(name)) for name in names], object)),
-        Column("images", n_used),
-        Column("failed", n_images - n_used),
-    ]
-    table = pd.DataFrame(
-        {
-            column.name: column.values
-            for column in outcome_columns(columns, predicted, task_kind, classes)
-        }
-    )
+    columns = {
+        "unit": np.array([valid_text(str(name)) for name in names], object),
+        "images": n_used,
+        "failed": n_images - n_used,
+    }
+    table = pd.DataFrame(outcome_columns(columns, predicted, task_kind, classes))
     table.loc[n_used == 0, table.columns[3:]] = None
     return table
+
+
+def weights_path(table_path: Path) -> Path:
+    """Return the path of the table of image weights of a table of images."""
+    return table_path.with_name(f"{table_path.stem}.weights{table_path.suffix}")
+
+
+def weight_table(
+    images: pd.DataFrame, units: npt.NDArray[np.str_], weights: npt.NDArray[np.float32]
+) -> pd.DataFrame:
+    """Return the table, columns unit, file, weight. An image that a unit has twice counts once.
+
+    images: columns `file` and `path`. units, weights: (N,) of each; nan where it could not be used.
+    """
+    table = images[["file", "path"]].assign(unit=units, weight=weights).dropna(subset="weight")
+    table = table.drop_duplicates(["path", "unit"])[["unit", "file", "weight"]]
+    return table.sort_values(
+        ["unit", "weight"], ascending=[True, False], kind="stable", ignore_index=True
+    )
 
 
 def write_unit_table(table: pd.DataFrame, path: Path, table_format: str) -> None:

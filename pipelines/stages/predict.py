@@ -23,7 +23,7 @@ from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.predict.parts import part_slices
-from headrace.pipelines.predict.tables import Column, outcome_columns, target_columns
+from headrace.pipelines.predict.tables import Columns, outcome_columns, target_columns
 from headrace.pipelines.records import RunDamaged, publish_table, read_table
 from headrace.pipelines.selection.evaluation_record import WeightedModel, predict_average
 from headrace.pipelines.stages.services import Services
@@ -163,23 +163,23 @@ def _is_of(table: Path, key: bytes) -> bool:
 
 def _image_columns(
     sides: dict[str, Task], predicted: dict[str, npt.NDArray[np.float32]]
-) -> list[Column]:
+) -> Columns:
     ids = np.concatenate([side.ids for side in sides.values()])
     split = np.repeat(list(sides), [len(side.ids) for side in sides.values()])
-    columns = [Column("id", ids.astype(object)), Column("split", split.astype(object))]
+    columns = {"id": ids.astype(object), "split": split.astype(object)}
     train = sides["train"]
     if train.units is not None:
         units = [side.units for side in sides.values() if side.units is not None]
-        columns.append(Column("unit", np.concatenate(units).astype(object)))
+        columns["unit"] = np.concatenate(units).astype(object)
     targets = [(side.target, name != "unlabelled") for name, side in sides.items()]
-    columns += target_columns(targets, train.kind, train.classes)
+    columns |= target_columns(targets, train.kind, train.classes)
     probabilities = np.concatenate(list(predicted.values()))
     return outcome_columns(columns, probabilities, train.kind, train.classes)
 
 
 def _unit_columns(
     sides: dict[str, Task], predicted: dict[str, npt.NDArray[np.float32]], rule: UnitRule
-) -> list[Column]:
+) -> Columns:
     """Return the columns of a table with a row per unit and side of the split."""
     units, split, n_images, targets, probabilities = [], [], [], [], []
     train = sides["train"]
@@ -193,17 +193,17 @@ def _unit_columns(
         n_images.append(np.bincount(unit_of_row))
         targets.append((side.target[first_rows], name != "unlabelled"))
         probabilities.append(rule.predict(train.kind, predicted[name], unit_of_row))
-    columns = [
-        Column("unit", np.concatenate(units).astype(object)),
-        Column("split", np.array(split, object)),
-        Column("images", np.concatenate(n_images)),
-        *target_columns(targets, train.kind, train.classes),
-    ]
+    columns = {
+        "unit": np.concatenate(units).astype(object),
+        "split": np.array(split, object),
+        "images": np.concatenate(n_images),
+        **target_columns(targets, train.kind, train.classes),
+    }
     return outcome_columns(columns, np.concatenate(probabilities), train.kind, train.classes)
 
 
-def _parquet(columns: Sequence[Column], key: bytes) -> bytes:
-    table = pa.table({column.name: pa.array(column.values) for column in columns})
+def _parquet(columns: Columns, key: bytes) -> bytes:
+    table = pa.table({name: pa.array(values) for name, values in columns.items()})
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({_KEY: key}), buffer)
     return buffer.getvalue()

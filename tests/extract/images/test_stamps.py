@@ -25,6 +25,7 @@ from headrace.extract.images.file_stamps import (
     file_stamps,
     wait_until_settled,
 )
+from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.predict.parts import file_keys
 
 LONG_AGO = 1_600_000_000  # the time in an archive
@@ -115,12 +116,12 @@ def test_a_replacement_of_the_same_size_and_time_is_noticed(tmp_path, replace):
     samples = pd.DataFrame({"id": ["1"], "path": [str(path)]})
     first = content_hashes(samples, tmp_path / "index.parquet")
     assert content_hashes(samples, tmp_path / "index.parquet").read == 0
-    keys = file_keys([str(path)])
+    keys = file_keys([str(path)], RowColumns())
     replace(new, path)
     assert (path.stat().st_size, path.stat().st_mtime) == (6, LONG_AGO)
     found = content_hashes(samples, tmp_path / "index.parquet")
     assert found.hashes == (hash_bytes(b"second"),) != first.hashes
-    assert file_keys([str(path)]) != keys
+    assert file_keys([str(path)], RowColumns()) != keys
 
 
 def test_a_link_to_a_folder_is_switched(tmp_path):
@@ -159,12 +160,12 @@ def test_an_archive_is_replaced(tmp_path):
     assert (
         content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"first "),) * 2
     )
-    keys = file_keys(paths)
+    keys = file_keys(paths, RowColumns())
     shutil.copy2(shard(tmp_path / "new" / "s.tar", b"second"), path)
     assert (
         content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"second"),) * 2
     )
-    assert not set(file_keys(paths)) & set(keys)
+    assert not set(file_keys(paths, RowColumns())) & set(keys)
 
 
 def test_an_array_that_is_open_already_is_opened_again(tmp_path):
@@ -280,7 +281,7 @@ def test_names_that_are_no_utf8_are_known(tmp_path):
     samples = pd.DataFrame({"id": ["1"], "path": pd.Series([path], dtype=object)})
     assert content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"first"),)
     assert content_hashes(samples, tmp_path / "index.parquet").read == 0
-    assert file_keys([path])[0][0] == path
+    assert file_keys([path], RowColumns())[0][0] == path
 
 
 def test_times_of_every_century_fit(tmp_path):
@@ -294,7 +295,7 @@ def test_times_of_every_century_fit(tmp_path):
             pytest.skip("this file system has no such times")
         samples = pd.DataFrame({"id": ["1"], "path": [str(path)]})
         assert content_hashes(samples, tmp_path / "index.parquet").hashes == (hash_bytes(b"first"),)
-        file_keys([str(path)])
+        file_keys([str(path)], RowColumns())
 
 
 def test_each_file_is_asked_once(tmp_path, monkeypatch):
@@ -305,14 +306,17 @@ def test_each_file_is_asked_once(tmp_path, monkeypatch):
     members = [f"{write(tmp_path / 's.npy', b'x')}::npy:{n}" for n in range(5)]
     asked = []
     monkeypatch.setattr(stamps, "file_stamp", lambda file: asked.append(file) or file_stamp(file))
-    file_keys([*paths, *members])
+    file_keys([*paths, *members], RowColumns())
     assert asked == [*paths, str(tmp_path / "s.npy")]
 
 
 def test_files_that_are_not_there_have_a_reason(tmp_path):
     found = file_stamps([str(tmp_path / "absent"), "nul\0"])
     assert [type(error) for error in found] == [FileNotFoundError, ValueError]
-    assert [stamp for _, stamp in file_keys([str(tmp_path / "absent"), "nul\0"])] == ["", ""]
+    assert [stamp for _, stamp in file_keys([str(tmp_path / "absent"), "nul\0"], RowColumns())] == [
+        "",
+        "",
+    ]
 
 
 def test_what_has_just_been_written_is_waited_for_once(monkeypatch):
