@@ -1,8 +1,10 @@
 """MODEL_CARD.md: a model's parts, data, scores, use and limits."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ _FLOAT16 = (
     "- A feature beyond the range of float16 (65,504) is reported by headrace and becomes infinite "
     "in the graphs."
 )
-_LIBRARIES = ("headrace", "torch", "torchvision", "timm", "pillow", "numpy")
+_LIBRARIES = ("headrace", "torch", "torchvision", "timm", "pillow", "numpy", "onnx", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -84,109 +86,67 @@ def _model_section(model: Model) -> str:
 
 
 def _data_section(model: Model, run: RunPaths) -> str:
-    lines = ["## Data", ""]
     recipe = _read_or_empty(run.recipe)
-    images = recipe.get("images") or {}
-    source_name = next(
-        (
-            Path(str(images[key])).name
-            for key in ("folder", "table", "tar", "array")
-            if images.get(key)
-        ),
-        None,
+    images, task = recipe.get("images") or {}, recipe.get("task") or {}
+    sources = [images[key] for key in ("folder", "table", "tar", "array") if images.get(key)]
+    if not sources:
+        return (
+            "## Data\n\nNot recorded: the model was exported away from its run. Write here what it "
+            "was trained on."
+        )
+    n_images = len(_read_or_empty(run.listing).get("images", {}))
+    split = task.get("split") or f"a test part of {task.get('test_fraction')}"
+    groups = f", groups of `{task['group']}` kept together" if task.get("group") else ""
+    return (
+        f"## Data\n\n{count_text(n_images, 'image')} of `{Path(str(sources[0])).name}`, target "
+        f"`{task.get('target')}`, split by {split}, {task.get('folds')} folds{groups}. Write here "
+        "where they come from, and whom they show."
     )
-    if source_name is None:
-        lines.append(
-            "Not recorded: the model was exported away from its run. Write here what it was "
-            "trained on."
-        )
-    else:
-        task_recipe = recipe.get("task") or {}
-        n_images = len(_read_or_empty(run.listing).get("images", {}))
-        split_text = (
-            task_recipe.get("split") or f"a test part of {task_recipe.get('test_fraction')}"
-        )
-        lines.append(
-            (
-                f"{count_text(n_images, 'image')} of `{source_name}`, target "
-                f"`{task_recipe.get('target')}`, split by {split_text}, {task_recipe.get('folds')} "
-                "folds"
-            )
-            + (
-                f", groups of `{task_recipe['group']}` kept together"
-                if task_recipe.get("group")
-                else ""
-            )
-            + ". Write here where they come from, and whom they show."
-        )
-    return "\n".join(lines)
 
 
 def _metrics_section(model: Model, run: RunPaths) -> str:
-    table_rows = [
-        (name.replace("_", " "), f"{value:.4f}", "", "")
-        for name, value in sorted(model.metrics.items())
+    rows = [
+        _score_row(name.replace("_", " "), value) for name, value in sorted(model.metrics.items())
     ]
-    selection = _read_or_empty(run.selection)
-    if len(model.members) == 1 and selection.get("expected") is not None:
-        interval = f"{selection['low']:.4f} to {selection['high']:.4f}"
+    # What a run records of its selection is about the winner alone.
+    selection = _read_or_empty(run.selection) if len(model.members) == 1 else {}
+    if selection.get("expected") is not None:
         measure = (
             f"{selection['metric']} to expect on new images (corrected for the choice of the best "
             f"of {selection['tried']:,})"
         )
-        table_rows.append(
-            (measure, f"{selection['expected']:.4f}", interval, f"{selection['images']:,}")
-        )
+        rows.append(_score_row(measure, selection["expected"], selection, selection["images"]))
     calibration = selection.get("calibration")
-    if (
-        len(model.members) == 1
-        and calibration is not None
-        and calibration["temperature"] == model.members[0].temperature
-    ):
-        image_count = f"{calibration['images']:,}"
-        table_rows.append(
-            (
-                "validation calibration error, before the temperature",
-                f"{calibration['error_before']:.4f}",
-                "",
-                image_count,
-            )
-        )
-        table_rows.append(
-            (
-                "validation calibration error, with it (cross-fitted)",
-                f"{calibration['error_after']:.4f}",
-                "",
-                image_count,
-            )
-        )
+    if calibration and calibration["temperature"] == model.members[0].temperature:
+        for key, when in (
+            ("error_before", "before the temperature"),
+            ("error_after", "with it (cross-fitted)"),
+        ):
+            measure = f"validation calibration error, {when}"
+            rows.append(_score_row(measure, calibration[key], None, calibration["images"]))
     test_result = _test_result(model, run)
     if test_result:
-        interval = f"{test_result['low']:.4f} to {test_result['high']:.4f}"
-        table_rows.append(
-            (
-                f"**test {test_result['metric']}**",
-                f"{test_result['value']:.4f}",
-                interval,
-                f"{test_result['images']:,}",
-            )
-        )
-    lines = [
-        "## What it is worth",
-        "",
-        "| measure | value | 95 % interval | images |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {' | '.join(table_row)} |" for table_row in table_rows]
-    if not test_result:
-        lines += [
+        measure = f"**test {test_result['metric']}**"
+        rows.append(_score_row(measure, test_result["value"], test_result, test_result["images"]))
+    else:
+        rows += [
             "",
-            (
-                "No test score is recorded for this model: the validation scores chose it, and "
-                "flatter it."
-            ),
+            "No test score is recorded for this model: the validation scores chose it, and flatter "
+            "it.",
         ]
-    return "\n".join(lines)
+    head = ["| measure | value | 95 % interval | images |", "|---|---|---|---|"]
+    return "\n".join(["## What it is worth", "", *head, *rows])
+
+
+def _score_row(
+    measure: str,
+    value: float,
+    interval: Mapping[str, Any] | None = None,
+    images: int | None = None,
+) -> str:
+    interval_text = "" if interval is None else f"{interval['low']:.4f} to {interval['high']:.4f}"
+    images_text = "" if images is None else f"{images:,}"
+    return f"| {measure} | {value:.4f} | {interval_text} | {images_text} |"
 
 
 def _test_result(model: Model, run: RunPaths) -> dict[str, Any] | None:
@@ -202,18 +162,14 @@ def _test_result(model: Model, run: RunPaths) -> dict[str, Any] | None:
     try:
         for evaluation in evaluations:
             winner = evaluation["winner"]
-            recorded_members = winner.get("ensemble") or [winner]
-            winner_temperature = (
-                None if "ensemble" in winner else evaluation.get("temperature", 1.0)
-            )
-            is_this_model = [
-                _recorded_identity(recorded_member, winner_temperature)
-                for recorded_member in recorded_members
-            ] == model_identity
-            is_this_model = (
-                is_this_model and winner.get("temperature", 1.0) == model.average_temperature
-            )
-            test_result = evaluation["result"] if is_this_model else test_result
+            temperature = None if "ensemble" in winner else evaluation.get("temperature", 1.0)
+            recorded = [
+                _recorded_identity(member, temperature)
+                for member in winner.get("ensemble") or [winner]
+            ]
+            average_temperature = winner.get("temperature", 1.0)
+            if recorded == model_identity and average_temperature == model.average_temperature:
+                test_result = evaluation["result"]  # of several, the last
     except (ValueError, KeyError, TypeError):
         return None
     return test_result
@@ -244,37 +200,19 @@ def _recorded_identity(
         if winner_temperature is None
         else (1.0, winner_temperature)
     )
-    weight_and_temperature = round(float(weight), 9), round(float(temperature), 9)
-    return (
-        (*weight_and_temperature, spec)
-        if spec["kind"] == "finetune"
-        else (*weight_and_temperature, spec, recorded_member["features"])
-    )
+    features = [] if spec["kind"] == "finetune" else [recorded_member["features"]]
+    return round(float(weight), 9), round(float(temperature), 9), spec, *features
 
 
 def _classes_section(model: Model) -> str:
-    output_text = {
-        "single": (
-            "The output is `probabilities` (n, C) float32; each row sums to 1. In this order:"
-        ),
-        "multi": (
-            "The output is `probabilities` (n, C) float32, one for each label, independent of the "
-            "others. In this order:"
-        ),
-        "regression": (
-            "The output is `probabilities` (n, C) float32, which are the predicted values. In this "
-            "order:"
-        ),
+    meaning = {
+        "single": "; each row sums to 1",
+        "multi": ", one for each label, independent of the others",
+        "regression": ", which are the predicted values",
     }[model.task_kind]
-    return "\n".join(
-        [
-            "## Classes",
-            "",
-            output_text,
-            "",
-            *(f"{class_index}. {name}" for class_index, name in enumerate(model.classes)),
-        ]
-    )
+    output_text = f"The output is `probabilities` (n, C) float32{meaning}. In this order:"
+    class_lines = [f"{index}. {name}" for index, name in enumerate(model.classes)]
+    return "\n".join(["## Classes", "", output_text, "", *class_lines])
 
 
 def _preprocessing_section(exported: ExportResult) -> str:
@@ -291,19 +229,19 @@ def _preprocessing_section(exported: ExportResult) -> str:
     ]
     for model_input in exported.inputs:
         preprocessing = model_input.preprocessing
-        height, width = preprocessing.crop
+        (height, width), bands = preprocessing.crop, preprocessing.bands
+        channels = "RGB" if bands is None else f"bands {', '.join(map(str, bands))}"
         lines.append(
             f"| `{model_input.name}` | (n, {height}, {width}, {preprocessing.n_channels}) | "
-            f"{preprocessing.pixel_dtype} | {_channels_text(preprocessing)} | "
+            f"{preprocessing.pixel_dtype} | {channels} | "
             f"{_resize_text(preprocessing)} | {preprocessing.interpolation}, antialiased (Pillow) "
             f"| {height} × {width}, centre |"
         )
     lines += _beside_lines(exported.model)
-    pixel_ranges = {
-        (preprocessing.pixel_range, preprocessing.pixel_dtype): None
-        for preprocessing in (model_input.preprocessing for model_input in exported.inputs)
-        if preprocessing.pixel_range is not None
-    }
+    preprocessings = [model_input.preprocessing for model_input in exported.inputs]
+    pixel_ranges = dict.fromkeys(
+        (how.pixel_range, how.pixel_dtype) for how in preprocessings if how.pixel_range is not None
+    )
     for pixel_range, pixel_dtype in pixel_ranges:
         beyond = "clipped" if pixel_dtype == "uint8" else "kept"
         pairs = pixel_range if isinstance(pixel_range[0], tuple) else (pixel_range,)
@@ -319,12 +257,6 @@ def _preprocessing_section(exported: ExportResult) -> str:
             "without a `pixel_range`.",
         ]
     return "\n".join(lines)
-
-
-def _channels_text(preprocessing: Preprocessing) -> str:
-    if preprocessing.bands is None:
-        return "RGB"
-    return f"bands {', '.join(map(str, preprocessing.bands))}"
 
 
 def _beside_lines(model: Model) -> list[str]:
@@ -369,80 +301,53 @@ def _resize_text(preprocessing: Preprocessing) -> str:
         "squash": "both edges to",
         "border": "longer edge to",
     }[preprocessing.mode]
-    return f"{edge_text} {preprocessing.resize[0]}" + (
-        ""
-        if preprocessing.resize[0] == preprocessing.resize[1]
-        else f" × {preprocessing.resize[1]}"
-    )
+    height, width = preprocessing.resize
+    return f"{edge_text} {height}" + ("" if height == width else f" × {width}")
 
 
 def _use_section(exported: ExportResult) -> str:
+    model, formats = exported.model, exported.differences
+    names = [model_input.name for model_input in exported.inputs]
+    loaded = [
+        f'load("photo.jpg", "{name}")' if len(names) > 1 else 'load("photo.jpg")' for name in names
+    ]
+    torch_inputs = [f"torch.tensor({text})[None]" for text in loaded]
+    onnx_inputs = [f'"{name}": {text}[None]' for name, text in zip(names, loaded, strict=True)]
+    own_inputs, imported = ['"photo.jpg"'], "load"
+    if model.side_columns:
+        cells = ", ".join(f'"{column.name}": …' for column in model.side_columns)
+        imported = "load, side_columns"
+        torch_inputs.append(f"torch.tensor([side_columns({{{cells}}})])")
+        onnx_inputs.append(f'"side_columns": np.array([side_columns({{{cells}}})], np.float32)')
+        own_inputs.append(f"side_columns=[{{{cells}}}]")
+    if model.takes_units:
+        torch_inputs.append("torch.zeros(1, dtype=torch.int64)")
+        onnx_inputs.append('"units": np.zeros(1, np.int64)')
+        own_inputs.append('units=["one"]')
     lines = ["## Use", ""]
-    input_names = [model_input.name for model_input in exported.inputs]
-    has_many_inputs = len(input_names) > 1
-    cells = ", ".join(f'"{column.name}": …' for column in exported.model.side_columns)
-    side_row = f"{{{cells}}}"
-    reads_side = bool(exported.model.side_columns)
-    imported = "load, side_columns" if reads_side else "load"
-    headrace_inputs = f", side_columns=[{side_row}]" if reads_side else ""
-    headrace_inputs += ', units=["one"]' if exported.model.takes_units else ""
-    if "torch" in exported.differences:
-        torch_inputs = ", ".join(
-            f'torch.tensor(load("photo.jpg", "{input_name}"))[None]'
-            if has_many_inputs
-            else 'torch.tensor(load("photo.jpg"))[None]'
-            for input_name in input_names
-        )
-        if reads_side:
-            torch_inputs += f", torch.tensor([side_columns({side_row})])"
-        if exported.model.takes_units:
-            torch_inputs += ", torch.zeros(1, dtype=torch.int64)"
-        lines += [
+    if "torch" in formats:
+        lines += _code_block(
             "torch alone (`model.pt2`):",
-            "",
-            "```python",
             f"import torch; from preprocess import {imported}",
             'model = torch.export.load("model.pt2").module()',
-            f"print(model({torch_inputs}))",
-            "```",
-            "",
-        ]
-    if "onnx" in exported.differences:
-        onnx_feed = ", ".join(
-            f'"{input_name}": load("photo.jpg", "{input_name}")[None]'
-            if has_many_inputs
-            else f'"{input_name}": load("photo.jpg")[None]'
-            for input_name in input_names
+            f"print(model({', '.join(torch_inputs)}))",
         )
-        if reads_side:
-            onnx_feed += f', "side_columns": np.array([side_columns({side_row})], np.float32)'
-        if exported.model.takes_units:
-            onnx_feed += ', "units": np.zeros(1, np.int64)'
-        lines += [
+    if "onnx" in formats:
+        lines += _code_block(
             "onnxruntime alone (`model.onnx`):",
-            "",
-            "```python",
-            *(["import numpy as np"] if reads_side or exported.model.takes_units else []),
+            *(["import numpy as np"] if model.side_columns or model.takes_units else []),
             f"import onnxruntime; from preprocess import {imported}",
             'model = onnxruntime.InferenceSession("model.onnx")',
-            f"print(model.run(None, {{{onnx_feed}}})[0])",
-            "```",
-            "",
-        ]
-    if "safetensors" in exported.differences:
-        lines += [
+            f"print(model.run(None, {{{', '.join(onnx_inputs)}}})[0])",
+        )
+    if "safetensors" in formats:
+        lines += _code_block(
             "headrace (the safetensors files; also `headrace predict THIS_FOLDER photos/`):",
-            "",
-            "```python",
             "from headrace import load_model",
             'model = load_model(".")',
-            f'print(model.classes, model.predict_proba("photo.jpg"{headrace_inputs}))',
-            "```",
-            "",
-        ]
-    differences = ", ".join(
-        f"{input_name} {value:.1e}" for input_name, value in exported.differences.items()
-    )
+            f"print(model.classes, model.predict_proba({', '.join(own_inputs)}))",
+        )
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in formats.items())
     lines.append(
         "Checked against headrace's own predictions when this was written: the largest "
         f"differences were {differences}; {exported.tolerance:g} is allowed."
@@ -450,31 +355,29 @@ def _use_section(exported: ExportResult) -> str:
     return "\n".join(lines)
 
 
+def _code_block(title: str, *code_lines: str) -> list[str]:
+    return [title, "", "```python", *code_lines, "```", ""]
+
+
 def _versions_section() -> str:
-    versions = [f"{library} {importlib.metadata.version(library)}" for library in _LIBRARIES]
-    for library in ("onnx", "onnxruntime"):
-        try:
+    versions = []
+    for library in _LIBRARIES:
+        # The last two are of an extra that may not be installed.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{library} {importlib.metadata.version(library)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return f"## Versions\n\nPython {platform.python_version()}, {', '.join(versions)}."
 
 
 def _limits_section(exported: ExportResult) -> str:
+    has_heads = any(isinstance(member, HeadModel) for member in exported.model.members)
     lines = [
         "## Limits",
         "",
         "- It answers with one of its classes whatever it is shown: an image of something else, or "
         "from another camera, gets an answer too.",
-        (
-            "- The scores hold for images like those it was trained and tested on. Nothing is said "
-            "about other places or times."
-        ),
-        *(
-            [_FLOAT16]
-            if any(isinstance(member, HeadModel) for member in exported.model.members)
-            else []
-        ),
+        "- The scores hold for images like those it was trained and tested on. Nothing is said "
+        "about other places or times.",
+        *([_FLOAT16] if has_heads else []),
         "- The networks' weights keep the licence that they came with.",
     ]
     if not exported.all_views:

@@ -41,11 +41,9 @@ from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.model import EXPORT_MARKER, Model, load_model
 from headrace.pipelines.models.network import NetworkModel
-from headrace.pipelines.models.torch_graph import GraphInput, ModelGraph, fits_graph, pixels_of
+from headrace.pipelines.models.torch_graph import GraphInput, ModelGraph, fits_graph, graph_inputs
 
 FORMATS = ("torch", "onnx", "safetensors")
-# A folder with this file was written by an export, and --force may replace it.
-MARKER = EXPORT_MARKER
 _MARKER_TEXT = (
     "This folder was written by `headrace export`, which replaces it as a whole when it is told "
     "--force.\n"
@@ -113,46 +111,14 @@ def _remove_dead(out: Path) -> None:
 
 def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult:
     # Written first, so that even the folder of an export that was killed at once is recognized.
-    (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
+    (folder / EXPORT_MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
     differences: dict[str, float] = {}
-    graph_formats = [name for name in formats if name != "safetensors"]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of changes in its own future versions
-        if graph_formats:
-            evaluation_model = evaluation_only(model)
-            graph = evaluation_model.to_torch()
-            assert isinstance(graph, ModelGraph)
-            inputs = graph.inputs
-            check = expected_outputs(evaluation_model, inputs)
-            with _tracing_errors():
-                program = torch.export.export(
-                    graph,
-                    tuple(check.pixels),
-                    dynamic_shapes=((*({0: torch.export.Dim("n", min=1)} for _ in check.pixels),),),
-                    strict=False,
-                )
+        if set(formats) - {"safetensors"}:
+            inputs, differences = _write_graphs(model, folder, formats)
         else:
             inputs = _inputs_of(model)
-        if "torch" in formats:
-            # Through memory, because torch's own writer ends the process if the disk is full.
-            packed_program = io.BytesIO()
-            torch.export.save(program, packed_program)
-            (folder / "model.pt2").write_bytes(packed_program.getbuffer())
-            loaded_program = torch.export.load(folder / "model.pt2").module()
-            differences["torch"] = compare_outputs(
-                check,
-                lambda pixels: np.asarray(loaded_program(*pixels).numpy()),
-                "model.pt2",
-                model,
-            )
-        if "onnx" in formats:
-            names = [model_input.name for model_input in inputs]
-            names += [SIDE_COLUMNS] if model.side_columns else []
-            names += [UNITS] if model.takes_units else []
-            _write_onnx(program, names, folder / "model.onnx")
-            differences["onnx"] = compare_outputs(
-                check, _onnx_runner(folder / "model.onnx", names), "model.onnx", model
-            )
         if "safetensors" in formats:
             _write_directory(model, folder)
             own_check = expected_outputs(model, inputs)
@@ -178,10 +144,49 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
     return exported
 
 
+def _write_graphs(
+    model: Model, folder: Path, formats: Sequence[str]
+) -> tuple[list[GraphInput], dict[str, float]]:
+    """Write model.pt2 and model.onnx, where the formats ask for them; return the inputs of the
+    graph, and by format how far its outputs are from headrace's.
+    """
+    # On the evaluation crop and its symmetries: random views cannot be put into a graph.
+    evaluation_model = _map_members(model, _without_random_views)
+    graph = evaluation_model.to_torch()
+    assert isinstance(graph, ModelGraph)
+    inputs, differences = graph.inputs, {}
+    check = expected_outputs(evaluation_model, inputs)
+    with _tracing_errors():
+        program = torch.export.export(
+            graph,
+            tuple(check.pixels),
+            dynamic_shapes=((*({0: torch.export.Dim("n", min=1)} for _ in check.pixels),),),
+            strict=False,
+        )
+    if "torch" in formats:
+        # Through memory, because torch's own writer ends the process if the disk is full.
+        packed_program = io.BytesIO()
+        torch.export.save(program, packed_program)
+        (folder / "model.pt2").write_bytes(packed_program.getbuffer())
+        loaded_program = torch.export.load(folder / "model.pt2").module()
+        differences["torch"] = compare_outputs(
+            check, lambda pixels: np.asarray(loaded_program(*pixels).numpy()), "model.pt2", model
+        )
+    if "onnx" in formats:
+        names = [model_input.name for model_input in inputs]
+        names += [SIDE_COLUMNS] if model.side_columns else []
+        names += [UNITS] if model.takes_units else []
+        _write_onnx(program, names, folder / "model.onnx")
+        differences["onnx"] = compare_outputs(
+            check, _onnx_runner(folder / "model.onnx", names), "model.onnx", model
+        )
+    return inputs, differences
+
+
 def _description(exported: ExportResult) -> dict[str, Any]:
     """Return the fields of model.json that describe the model and its check."""
     model = exported.model
-    inputs = [
+    inputs: list[dict[str, Any]] = [
         {
             "name": model_input.name,
             "dtype": model_input.preprocessing.pixel_dtype,
@@ -190,10 +195,19 @@ def _description(exported: ExportResult) -> dict[str, Any]:
         }
         for model_input in exported.inputs
     ]
+    if model.side_columns:
+        column_names = [name for column in model.side_columns for name in column.input_names]
+        inputs.append(
+            {"name": SIDE_COLUMNS, "dtype": "float32", "shape": ["n", len(column_names)]}
+            | {"columns": column_names, "made_of": columns_to_json(model.side_columns)}
+        )
+    what = "equal numbers, from 0 to n - 1, for images of one unit, which are predicted together"
+    if model.takes_units:
+        inputs.append({"name": UNITS, "dtype": "int64", "shape": ["n"], "what": what})
     description = {
         "task_kind": model.task_kind,
         "classes": list(model.classes),
-        "inputs": inputs + _side_description(model) + _units_description(model),
+        "inputs": inputs,
         "output": {"name": "probabilities", "dtype": "float32", "shape": ["n", len(model.classes)]},
         "metrics": model.metrics,
         "tolerance": exported.tolerance,
@@ -202,29 +216,6 @@ def _description(exported: ExportResult) -> dict[str, Any]:
     if model.image_parts is not None:
         description["parts"] = dataclasses.asdict(model.image_parts)
     return description
-
-
-def _side_description(model: Model) -> list[dict[str, Any]]:
-    """Return the description of the input of side columns, in a list; [] without one."""
-    if not model.side_columns:
-        return []
-    column_names = [name for column in model.side_columns for name in column.input_names]
-    return [
-        {"name": SIDE_COLUMNS, "dtype": "float32", "shape": ["n", len(column_names)]}
-        | {"columns": column_names, "made_of": columns_to_json(model.side_columns)}
-    ]
-
-
-def _units_description(model: Model) -> list[dict[str, Any]]:
-    """Return the description of the input of units, in a list; [] without one."""
-    what = "equal numbers, from 0 to n - 1, for images of one unit, which are predicted together"
-    units = {"name": UNITS, "dtype": "int64", "shape": ["n"], "what": what}
-    return [units] if model.takes_units else []
-
-
-def evaluation_only(model: Model) -> Model:
-    """Return the model without its random views: on the evaluation crop and its symmetries."""
-    return _map_members(model, _without_random_views)
 
 
 def _without_random_views(member: HeadModel | NetworkModel) -> HeadModel | NetworkModel:
@@ -240,7 +231,9 @@ def _without_random_views(member: HeadModel | NetworkModel) -> HeadModel | Netwo
 def _map_members(
     model: Model, change: Callable[[HeadModel | NetworkModel], HeadModel | NetworkModel]
 ) -> Model:
-    return model.map_members(change) if isinstance(model, EnsembleModel) else change(model)
+    if isinstance(model, EnsembleModel):
+        return replace(model, members=tuple(map(change, model.members)))
+    return change(model)
 
 
 @contextlib.contextmanager
@@ -343,31 +336,20 @@ def _write_directory(model: Model, folder: Path) -> None:
 
 
 def _inputs_of(model: Model) -> list[GraphInput]:
-    inputs: dict[Any, GraphInput] = {}
-    networks = [member for member in model.members if isinstance(member, NetworkModel)]
-    frozen = [load_backbone(backbone) for backbone in model.features_by_backbone]
-    for preprocessing in (
-        *(network.preprocessing for network in networks),
-        *(backbone.preprocessing for backbone in frozen),
-    ):
-        inputs.setdefault(pixels_of(preprocessing), GraphInput("images", preprocessing))
-    if len(inputs) == 1:
-        return list(inputs.values())
-    return [
-        replace(model_input, name=f"images_{index}")
-        for index, model_input in enumerate(inputs.values())
+    preprocessings = [
+        member.preprocessing for member in model.members if isinstance(member, NetworkModel)
     ]
+    preprocessings += [load_backbone(spec).preprocessing for spec in model.features_by_backbone]
+    return graph_inputs(preprocessings)
 
 
 def _require_replaceable(out: Path, *, force: bool) -> None:
     """Raise InvalidInput if `out` must not be replaced: if it is anything but an empty folder or,
     with force, an earlier export.
     """
-    if out.is_symlink() or not out.exists():
-        if out.is_symlink():
-            raise InvalidInput(
-                f"{out} is a link: give the folder that it leads to, or another name"
-            )
+    if out.is_symlink():
+        raise ExportError(f"{out} is a link: give the folder that it leads to, or another name")
+    if not out.exists():
         return
     working_directory, resolved_out = Path.cwd().resolve(), out.resolve()
     if resolved_out == working_directory or resolved_out in working_directory.parents:
@@ -385,10 +367,10 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
     if not any(out.iterdir()):
         return
     if not _is_export(out):
-        raise InvalidInput(
-            f"{out} is a folder that headrace export did not write (it has no {MARKER}): it is not "
-            f"replaced, with --force neither. Give another name, such as {out / 'model'}, or "
-            "delete it yourself"
+        raise ExportError(
+            f"{out} is a folder that headrace export did not write (it has no {EXPORT_MARKER}): it "
+            f"is not replaced, with --force neither. Give another name, such as {out / 'model'}, "
+            "or delete it yourself"
         )
     if not force:
         raise InvalidInput(f"{out} is there: give another name, or --force to replace it")
@@ -399,7 +381,7 @@ def _is_export(folder: Path) -> bool:
     versions.
     """
     try:
-        if (folder / MARKER).read_text(encoding="utf-8") == _MARKER_TEXT:
+        if (folder / EXPORT_MARKER).read_text(encoding="utf-8") == _MARKER_TEXT:
             return True
     except (OSError, ValueError):
         pass

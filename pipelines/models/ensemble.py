@@ -1,9 +1,8 @@
 """A weighted average of models as a model: ensemble.json, and a directory for each member."""
 
 import contextlib
-import dataclasses
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,12 +134,6 @@ class EnsembleModel(ImagePredictor):
             f"The weighted average of {len(self.members)} models, temperature "
             f"{self.temperature:.3g}:"
         )
-
-    def map_members(
-        self, change: Callable[[HeadModel | NetworkModel], HeadModel | NetworkModel]
-    ) -> "EnsembleModel":
-        """Return the ensemble with each member changed."""
-        return dataclasses.replace(self, members=tuple(map(change, self.members)))
 
     @property
     def side_columns(self) -> tuple[SideColumn, ...]:

@@ -5,7 +5,7 @@ Imports no torch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,9 @@ from headrace.cache.spec import FeatureSpec
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.kind import CannotPredict
 from headrace.heads.link import tempered
-from headrace.pipelines.models.head import HeadModel
 
 if TYPE_CHECKING:
+    from headrace.pipelines.models.head import HeadModel
     from headrace.pipelines.models.model import Model
     from headrace.pipelines.models.network import NetworkModel
 
@@ -107,11 +107,11 @@ def _predict_member(
     """
     view_inputs = _view_inputs(member, features, row_columns)
     if member.takes_units:
-        assert isinstance(member, HeadModel)
         assert row_columns.units is not None
         # All views of a unit's images are one bag, as in training.
         bags = np.tile(row_columns.units, len(view_inputs))
-        predicted, weights = member.predict_bags(np.concatenate(view_inputs), bags)
+        head = cast("HeadModel", member)  # networks predict images alone
+        predicted, weights = head.predict_bags(np.concatenate(view_inputs), bags)
         n_images = len(row_columns.units)
         # Rows repeat their unit's prediction, so that those of the first view have all of them.
         return predicted[:n_images], weights.reshape(-1, n_images).sum(0)

@@ -6,7 +6,7 @@ Decoding, resizing and cropping of files are not part of it (`GraphInput.preproc
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -142,13 +142,14 @@ class ModelGraph(nn.Module):
                 check_backbone_identity(backbone, feature)
             turns = dict.fromkeys(parse_view(feature.view)[0] for feature in view_features)
             loaded_networks.append((backbone, list(crops), list(turns)))
-        self.inputs: list[GraphInput] = []
+        self.inputs = graph_inputs(backbone.preprocessing for backbone, _, _ in loaded_networks)
+        input_keys = [pixels_of(model_input.preprocessing) for model_input in self.inputs]
         self.sources: list[int] = []  # the index of the input that each network reads
         self.turns: list[list[int]] = []  # the symmetries (0 to 7) in which it reads it
         self.keys: list[list[str]] = []  # names of the features that each network gives
         self.networks = nn.ModuleList()
         for backbone, features, symmetries in loaded_networks:
-            self.sources.append(self._input_index(backbone.preprocessing))
+            self.sources.append(input_keys.index(pixels_of(backbone.preprocessing)))
             self.turns.append(symmetries)
             self.keys.append([replace(feature, view=_CROP).to_json() for feature in features])
             self.networks.append(_drop_unused_modules(_Taps(backbone, features), backbone))
@@ -165,11 +166,6 @@ class ModelGraph(nn.Module):
             for weight, member in zip(model.weights, model.members, strict=True)
         ]
         self.temperature, self.task_kind = model.average_temperature, model.task_kind
-        if len(self.inputs) > 1:
-            self.inputs = [
-                replace(model_input, name=f"images_{input_index}")
-                for input_index, model_input in enumerate(self.inputs)
-            ]
         self.eval().requires_grad_(False)
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -220,17 +216,6 @@ class ModelGraph(nn.Module):
         weighted_sum = functools.reduce(torch.add, member_predictions)
         return tempered(weighted_sum, self.task_kind, self.temperature)
 
-    def _input_index(self, preprocessing: Preprocessing) -> int:
-        """Return the index of the input that a network reads. Networks whose preprocessing differs
-        only in mean and std share one.
-        """
-        pixel_key = pixels_of(preprocessing)
-        for input_index, model_input in enumerate(self.inputs):
-            if pixels_of(model_input.preprocessing) == pixel_key:
-                return input_index
-        self.inputs.append(GraphInput("images", preprocessing))
-        return len(self.inputs) - 1
-
 
 def _mirrored_pixels(pixels: Tensor, symmetry: int) -> Tensor:
     """Return pixels (n, H, W, C) in one of the 8 symmetries: bit 4 transposes, bits 1 and 2 flip
@@ -239,6 +224,18 @@ def _mirrored_pixels(pixels: Tensor, symmetry: int) -> Tensor:
     mirrored_pixels = pixels.transpose(1, 2) if symmetry & 4 else pixels
     flipped_axes = [axis for axis, bit in ((1, 2), (2, 1)) if symmetry & bit]
     return torch.flip(mirrored_pixels, flipped_axes) if flipped_axes else mirrored_pixels
+
+
+def graph_inputs(preprocessings: Iterable[Preprocessing]) -> list[GraphInput]:
+    """Return the inputs of a graph of networks with these preprocessings. Those that differ only in
+    mean and std, which the graph applies, share one.
+    """
+    distinct: dict[tuple[Any, ...], Preprocessing] = {}
+    for preprocessing in preprocessings:
+        distinct.setdefault(pixels_of(preprocessing), preprocessing)
+    if len(distinct) == 1:
+        return [GraphInput("images", *distinct.values())]
+    return [GraphInput(f"images_{index}", how) for index, how in enumerate(distinct.values())]
 
 
 def fits_graph(model: "Model") -> bool:

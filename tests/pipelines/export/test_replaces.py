@@ -71,7 +71,7 @@ def test_a_mount_point_is_not_replaced():
         asked(Path("/proc"))
 
 
-@pytest.mark.parametrize("name", [export.MARKER, "model.json", "MODEL_CARD.md"])
+@pytest.mark.parametrize("name", [export.EXPORT_MARKER, "model.json", "MODEL_CARD.md"])
 def test_a_file_of_the_name_alone_is_no_marker(photos, name):
     """The marker has its own content, and old exports have both of their files."""
     (photos / name).write_text("{}")
@@ -118,7 +118,7 @@ def test_what_killed_exports_left_goes_with_the_next(photos, tmp_path):
         ".models.0b.partial",
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / export.MARKER).write_text(export._MARKER_TEXT)
+        (tmp_path / name / export.EXPORT_MARKER).write_text(export._MARKER_TEXT)
     (tmp_path / ".model.mine.partial").mkdir()
     (tmp_path / ".model.mine.partial" / "a.png").touch()
 
