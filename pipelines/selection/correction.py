@@ -44,9 +44,11 @@ from headrace.pipelines.selection.predictions import (
 )
 
 Floats = npt.NDArray[np.float64]
+Blocks = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 
 RESAMPLES = 500  # of the validation rows
 LEVEL = 0.95  # confidence of intervals, and of the set of tied heads
+ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # the quantiles at the ends of an interval
 # Metrics whose mean over few rows is that over many.
 ROW_MEANS = ("accuracy", "hamming_accuracy", "log_loss", "mae")
 LEFT_OUT_SHARE = 0.2
@@ -80,8 +82,7 @@ class Selection:
     @property
     def optimism(self) -> float:
         """How much too good the validation score is, >= 0 but for resampling noise."""
-        sign = 1 if METRICS[self.metric].higher_is_better else -1
-        return (self.calibrated - self.expected) * sign
+        return (self.calibrated - self.expected) * _sign(self.metric)
 
     def summary(self) -> dict[str, Any]:
         """Return everything but the table, for JSON; an undefined number is None."""
@@ -91,18 +92,29 @@ class Selection:
         return {name: None if value != value else value for name, value in values.items()}
 
 
+@dataclass(frozen=True)
+class _ResampledScores:
+    """Scores of K heads on the rows as they are and on B resamples of them; higher is better."""
+
+    compared: pd.DataFrame  # (K rows) of the leaderboard, best first
+    observed: Floats  # (K,)
+    drawn: Floats  # (K, B) on rows drawn with replacement
+    chosen_on: Floats  # (K, B) on the rows that a choice is made on
+    left_out: Floats  # (K, B) on the other rows
+    left_out_share: float
+    hits: npt.NDArray[np.bool_] | None  # (K, N) right and wrong predictions, for accuracy alone
+    winner_predictions: npt.NDArray[np.float32]  # (N, C)
+
+
 def assess_selection(
     board: pd.DataFrame,
     validation: ValidationRows,
     metric: str,
     *,
-    seed: int = 0,
-    blocks: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] | None = None,
+    blocks: Blocks | None = None,
     halving_luck: tuple[float, Floats] | None = None,
 ) -> Selection | None:
     """Assess the selection among the complete heads of a leaderboard; None below two held-out rows.
-
-    Deterministic in the seed.
 
     board: best first.
     blocks: (positions in the board, predictions (k, N, C)), by default the stored ones.
@@ -110,15 +122,82 @@ def assess_selection(
     the errors (N,) of the winner's input in it. So much of that luck is in the winner's score as
     its own errors are those.
     """
-    task_kind, n_outputs = validation.task.kind, max(1, len(validation.task.classes))
+    scores = _score_resamples(board, validation, metric, blocks)
+    if scores is None:
+        return None
+    task_kind, predicted = validation.task.kind, scores.winner_predictions
+    cost = scores.compared["features"].to_numpy()
+    chosen = chosen_scores(scores.chosen_on, scores.left_out, cost)
+    expected, low, high = corrected(chosen, scores.left_out_share, scores.left_out[0])
+    optimism, optimism_spread = (
+        share_optimism(validation, predicted, metric) if is_stratified(validation) else (0.0, 0.0)
+    )
+    # The mean over training sets is subtracted; what this one owes to its shares is not known.
+    low, high = widened(expected, low, high, optimism_spread)
+    if halving_luck is not None and metric in ("accuracy", "hamming_accuracy"):
+        luck, halving_errors = halving_luck
+        winner_errors = 1 - row_hits(task_kind, validation.target, predicted, metric)
+        optimism += luck * _error_correlation(halving_errors, winner_errors)
+    # Simulated boards have scores alone.
+    floor = (
+        floor_of(scores.compared["spec"].iloc[0], task_kind, predicted.shape[1])
+        if "spec" in scores.compared
+        else FLOOR
+    )
+    at_temperature = calibrated(validation, predicted, floor)
+    # What the temperature changes is the same whatever rows were drawn: it is added, and the choice
+    # was made without it.
+    temperature_gain = _mean_score(validation, at_temperature, metric) - _mean_score(
+        validation, predicted, metric
+    )
+    sign = _sign(metric)
+    expected, low, high = (
+        sign * value - optimism + temperature_gain for value in (expected, low, high)
+    )
+    # Of very few rows, the optimism may be more than the whole score.
+    expected = float(np.clip(expected, *_metric_range(metric)))
+    low, high = no_narrower(
+        validation, at_temperature, metric, expected, (min(low, high), max(low, high))
+    )
+    ranks = scores.compared["rank"].to_numpy()
+    table = compare_with_best(scores.observed, scores.drawn, scores.hits)
+    table.insert(0, "rank", ranks)
+    tied = table["statistically_tied"].to_numpy()
+    cheapest = np.lexsort((-scores.observed, np.where(tied, cost, np.inf)))[0]
+    validation_score = float(scores.compared[metric].iloc[0])
+    return Selection(
+        metric=metric,
+        tried=len(scores.compared),
+        images=len(validation),
+        resamples=int(np.isfinite(chosen).sum()),
+        validation=validation_score,
+        calibrated=validation_score + temperature_gain,
+        expected=expected,
+        low=low,
+        high=high,
+        statistically_tied=int(tied.sum()),
+        cheapest=int(ranks[cheapest]),
+        calibration=calibrate(validation, predicted, floor),
+        table=table,
+    )
+
+
+def _score_resamples(
+    board: pd.DataFrame, validation: ValidationRows, metric: str, blocks: Blocks | None
+) -> _ResampledScores | None:
+    """Score the heads of a board; None without a row that can be left out, or without a head that
+    has all predictions.
+    """
+    task_kind, fold, target = validation.task.kind, validation.fold, validation.target
     n_resamples = RESAMPLES
     if metric in SORTED_METRICS:
         n_resamples = SORTED_RESAMPLES
+        n_outputs = max(1, len(validation.task.classes))
         max_heads = int(SORTED_BUDGET / (2 * n_resamples * len(validation) * n_outputs))
         board = board.head(max(max_heads, 2))  # a head far down never wins a resample
-    drawn = resampled_rows(validation.fold, validation.groups, n_resamples, seed)
+    drawn = resampled_rows(fold, validation.groups, n_resamples, 0)
     if metric in ROW_MEANS:
-        left_out = left_out_rows(validation.fold, validation.groups, n_resamples, seed)
+        left_out = left_out_rows(fold, validation.groups, n_resamples, 0)
         kept = [1 - left_out]
     else:
         left_out, kept = (drawn == 0).astype(np.float64), []
@@ -128,82 +207,39 @@ def assess_selection(
     in_bag = np.concatenate([np.ones((len(drawn), 1)), drawn, *kept], axis=1)
     # The few rows of one fold that were left out may hardly differ, and R² among them is then far
     # below anything real.
-    out_of_bag_fold = np.zeros_like(validation.fold) if metric == "r2" else validation.fold
+    left_out_fold = np.zeros_like(fold) if metric == "r2" else fold
+    best_position, winner_predictions = len(board), None
     position_blocks, score_blocks, hit_blocks = [], [], []
-    winner_predictions: npt.NDArray[np.float32] | None = None
     for positions, predicted in read_predictions(board, validation) if blocks is None else blocks:
         position_blocks.append(positions)
-        if winner_predictions is None or positions.min() <= min(map(np.min, position_blocks)):
+        if positions.min() < best_position:
+            best_position = positions.min()
             winner_predictions = predicted[int(positions.argmin())]
         score_pair = [
-            weighted_scores(task_kind, validation.target, predicted, fold, metric, weights)
-            for fold, weights in ((validation.fold, in_bag), (out_of_bag_fold, left_out))
+            weighted_scores(task_kind, target, predicted, fold_of_row, metric, weights)
+            for fold_of_row, weights in ((fold, in_bag), (left_out_fold, left_out))
         ]
         score_blocks.append(np.concatenate(score_pair, axis=1))
         if metric == "accuracy":
-            hit_blocks.append(_hits(task_kind, validation.target, predicted))
+            hit_blocks.append(_hits(task_kind, target, predicted))
     if winner_predictions is None:
         return None
     order = np.argsort(np.concatenate(position_blocks))
-    compared = board.iloc[np.concatenate(position_blocks)[order]]
-    sign = 1 if METRICS[metric].higher_is_better else -1
-    scores = np.concatenate(score_blocks)[order] * sign
-    hits = np.concatenate(hit_blocks)[order] if metric == "accuracy" else None
-    observed, inside = scores[:, 0], scores[:, 1 : 1 + n_resamples]
-    kept_scores, outside = scores[:, -2 * n_resamples : -n_resamples], scores[:, -n_resamples:]
-    cost = compared["features"].to_numpy()
-    chosen = chosen_scores(kept_scores, outside, cost)
-    left_out_share = float(left_out.mean())
-    expected, low, high = corrected(chosen, left_out_share, outside[0])
-    optimism, optimism_spread = (
-        share_optimism(validation, winner_predictions, metric)
-        if is_stratified(validation)
-        else (0.0, 0.0)
+    scores = np.concatenate(score_blocks)[order] * _sign(metric)
+    return _ResampledScores(
+        compared=board.iloc[np.concatenate(position_blocks)[order]],
+        observed=scores[:, 0],
+        drawn=scores[:, 1 : 1 + n_resamples],
+        chosen_on=scores[:, -2 * n_resamples : -n_resamples],
+        left_out=scores[:, -n_resamples:],
+        left_out_share=float(left_out.mean()),
+        hits=np.concatenate(hit_blocks)[order] if metric == "accuracy" else None,
+        winner_predictions=winner_predictions,
     )
-    # The mean over training sets is subtracted; what this one owes to its shares is not known.
-    low, high = widened(expected, low, high, optimism_spread)
-    if halving_luck is not None and metric in ("accuracy", "hamming_accuracy"):
-        luck, halving_errors = halving_luck
-        winner_errors = 1 - row_hits(task_kind, validation.target, winner_predictions, metric)
-        optimism += luck * _error_correlation(halving_errors, winner_errors)
-    # Simulated boards have scores alone.
-    floor = (
-        floor_of(compared["spec"].iloc[0], task_kind, n_outputs) if "spec" in compared else FLOOR
-    )
-    at_temperature = calibrated(validation, winner_predictions, floor)
-    # What the temperature changes is the same whatever rows were drawn: it is added, and the choice
-    # was made without it.
-    temperature_gain = _mean_score(validation, at_temperature, metric) - _mean_score(
-        validation, winner_predictions, metric
-    )
-    expected, low, high = (
-        sign * value - optimism + temperature_gain for value in (expected, low, high)
-    )
-    # Of very few rows, the optimism may be more than the whole score.
-    expected = float(np.clip(expected, *_metric_range(metric)))
-    low, high = no_narrower(
-        validation, at_temperature, metric, expected, (min(low, high), max(low, high))
-    )
-    table = compare_with_best(observed, inside, hits)
-    table.insert(0, "rank", compared["rank"].to_numpy())
-    tied = table["statistically_tied"].to_numpy()
-    cheapest = np.lexsort((-observed, np.where(tied, cost, np.inf)))[0]
-    validation_score = float(compared[metric].iloc[0])
-    return Selection(
-        metric=metric,
-        tried=len(compared),
-        images=len(validation),
-        resamples=int(np.isfinite(chosen).sum()),
-        validation=validation_score,
-        calibrated=validation_score + temperature_gain,
-        expected=expected,
-        low=low,
-        high=high,
-        statistically_tied=int(tied.sum()),
-        cheapest=int(compared["rank"].iloc[cheapest]),
-        calibration=calibrate(validation, winner_predictions, floor),
-        table=table,
-    )
+
+
+def _sign(metric: str) -> int:
+    return 1 if METRICS[metric].higher_is_better else -1
 
 
 def _mean_score(validation: ValidationRows, predicted: npt.NDArray[Any], metric: str) -> float:
@@ -269,14 +305,12 @@ def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Fl
     return np.asarray(outside[best, np.arange(inside.shape[1])])
 
 
-def choice_luck(
-    row_scores: Floats, fold: npt.NDArray[Any], groups: npt.NDArray[Any], *, seed: int = 0
-) -> float:
+def choice_luck(row_scores: Floats, fold: npt.NDArray[Any], groups: npt.NDArray[Any]) -> float:
     """Return by how much the best mean of row scores (K, N) is higher than what choosing it yields
     on other rows. Higher scores are better.
     """
     group_codes = np.unique(groups, return_inverse=True)[1]
-    drawn = resampled_rows(fold, group_codes, RESAMPLES, seed)
+    drawn = resampled_rows(fold, group_codes, RESAMPLES, 0)
     not_drawn = (drawn == 0).astype(np.float64)
     inside, outside = (
         row_scores @ weights / np.maximum(weights.sum(0), 1) for weights in (drawn, not_drawn)
@@ -328,9 +362,8 @@ def nested_choice(
         if position_blocks:
             break
     positions = np.concatenate(position_blocks)
-    sign = 1 if METRICS[metric].higher_is_better else -1
     cost = board["features"].to_numpy()[positions]
-    best = positions[best_heads(sign * np.concatenate(score_blocks), cost)]
+    best = positions[best_heads(_sign(metric) * np.concatenate(score_blocks), cost)]
     chosen, chosen_of_part = np.unique(best, return_inverse=True)
     complete, predictions = stacked_predictions(board.iloc[chosen], validation)
     assert len(complete) == len(chosen)  # they had all their predictions a moment ago
@@ -351,9 +384,7 @@ def nested_choice(
     return nested
 
 
-def corrected(
-    out_of_bag: Floats, share: float, of_winner: Floats, level: float = LEVEL
-) -> tuple[float, float, float]:
+def corrected(out_of_bag: Floats, share: float, of_winner: Floats) -> tuple[float, float, float]:
     """Return the mean of out-of-bag scores (B,), and the interval of that mean; nan where all are.
 
     Each score is one of `share` of the rows and varies more than one of all rows would; the
@@ -367,17 +398,15 @@ def corrected(
         return float("nan"), float("nan"), float("nan")
     mean = float(scores.mean())
     shrinkage = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
-    below, above = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2]) - mean
+    below, above = np.quantile(scores, ENDS) - mean
     low, high = mean + shrinkage * min(0.0, below), mean + shrinkage * max(0.0, above)
     choice_error = shrinkage * float(np.nanstd(of_winner[is_defined] - scores))
-    return mean, *widened(mean, low, high, choice_error, level)
+    return mean, *widened(mean, low, high, choice_error)
 
 
-def widened(
-    value: float, low: float, high: float, standard_error: float, level: float = LEVEL
-) -> tuple[float, float]:
+def widened(value: float, low: float, high: float, standard_error: float) -> tuple[float, float]:
     """Return the ends of an interval around `value` that counts another, independent error too."""
-    margin = NormalDist().inv_cdf((1 + level) / 2) * standard_error
+    margin = NormalDist().inv_cdf(ENDS[1]) * standard_error
     return (
         value - float(np.hypot(value - low, margin)),
         value + float(np.hypot(high - value, margin)),
@@ -409,12 +438,7 @@ def is_stratified(validation: ValidationRows) -> bool:
 
 
 def share_optimism(
-    validation: ValidationRows,
-    predicted: npt.NDArray[Any],
-    metric: str,
-    *,
-    resamples: int = 200,
-    seed: int = 0,
+    validation: ValidationRows, predicted: npt.NDArray[Any], metric: str
 ) -> tuple[float, float]:
     """Return by how much predictions (N, C) score more on rows with the class shares that their
     head was trained on, than on new rows with those of the population, in the metric's own
@@ -438,8 +462,8 @@ def share_optimism(
     spread = ((shares - equal_shares) ** 2).sum()
     kept_spread = max(0.0, 1 - chance_spread / spread if spread > 0 else 0.0)
     population = equal_shares + kept_spread * (shares - equal_shares)
-    rng = np.random.default_rng(seed)
-    resamples = int(min(resamples, max(10, _SHARE_BUDGET / predicted.size)))
+    rng = np.random.default_rng(0)
+    resamples = int(min(200, max(10, _SHARE_BUDGET / predicted.size)))
     if metric in SORTED_METRICS:
         resamples = min(resamples, 20)
     one_fold = np.zeros(len(target), np.int64)
@@ -468,7 +492,6 @@ def no_narrower(
     metric: str,
     value: float,
     ends: tuple[float, float],
-    level: float = LEVEL,
 ) -> tuple[float, float]:
     """Return the ends of an interval around `value`, moved out to where those of the score of one
     head's predictions (N, C) are.
@@ -476,9 +499,7 @@ def no_narrower(
     Resampled rows without a mistake have none, and their interval would be the perfect score alone.
     """
     task_kind, target = validation.task.kind, validation.target
-    low, high = metric_interval(
-        task_kind, target, predicted, metric, groups=validation.groups, level=level
-    )
+    low, high = metric_interval(task_kind, target, predicted, metric, groups=validation.groups)
     pooled = score(task_kind, target, predicted, metric)
     if not np.isfinite([low, high, pooled, value]).all():
         return ends
@@ -495,10 +516,7 @@ def _metric_range(metric: str) -> tuple[float, float]:
 
 
 def compare_with_best(
-    observed: Floats,
-    resampled: Floats,
-    hits: npt.NDArray[np.bool_] | None = None,
-    level: float = LEVEL,
+    observed: Floats, resampled: Floats, hits: npt.NDArray[np.bool_] | None = None
 ) -> pd.DataFrame:
     """Compare each head with the best one, on the same rows.
 
@@ -511,7 +529,7 @@ def compare_with_best(
     The best was chosen for its score, and so its lead must be beyond what the luckiest of all heads
     would have by chance: p_corrected is the share of resamples in which the largest of all chance
     deviations, less this head's own, reaches the lead. The heads that are statistically tied hold
-    the truly best one with the confidence of `level` (selection of a subset: Gupta 1965; Hsu 1981).
+    the truly best one with the confidence of LEVEL (selection of a subset: Gupta 1965; Hsu 1981).
     A head that is told apart leaves, and the others are compared anew among themselves.
     """
     best = int(np.lexsort((np.arange(len(observed)), -observed))[0])
@@ -524,7 +542,7 @@ def compare_with_best(
         luckiest = chance[tied].max(0)
         share = (luckiest - chance[tied] >= difference[tied, None] - 1e-9).mean(1)
         p_values[tied] = np.maximum(share, smallest_p)
-        leaving = tied & (p_values < 1 - level)
+        leaving = tied & (p_values < 1 - LEVEL)
         leaving[best] = False
         if not leaving.any():
             break
@@ -532,7 +550,7 @@ def compare_with_best(
         tied &= ~leaving
     p_values[best] = 1.0
     paired = chance[best] - chance + difference[:, None]
-    low, high = np.quantile(paired, [(1 - level) / 2, (1 + level) / 2], axis=1)
+    low, high = np.quantile(paired, ENDS, axis=1)
     table = pd.DataFrame({"difference": difference, "low": low, "high": high})
     table["p_mcnemar"] = np.nan if hits is None else mcnemar(hits[best], hits)
     return table.assign(p_corrected=p_values, statistically_tied=tied)

@@ -36,20 +36,18 @@ def similar_pairs(
     side: npt.NDArray[Any],
     min_cosine: float,
     *,
-    max_images: int = MAX_IMAGES,
     max_pairs: int = MAX_PAIRS,
-    seed: int = 0,
 ) -> SimilarPairs:
     """Return the pairs of rows with a cosine of at least `min_cosine` whose sides differ; the
     `max_pairs` most similar where there are more.
 
-    vectors: (N, D), one row per distinct image; side: (N,) any labels. Beyond `max_images` rows, as
+    vectors: (N, D), one row per distinct image; side: (N,) any labels. Beyond MAX_IMAGES rows, as
     many drawn at random are compared.
     """
     compared_rows = np.arange(len(vectors))
-    if len(compared_rows) > max_images:
+    if len(compared_rows) > MAX_IMAGES:
         compared_rows = np.sort(
-            np.random.default_rng(seed).choice(compared_rows, max_images, replace=False)
+            np.random.default_rng(0).choice(compared_rows, MAX_IMAGES, replace=False)
         )
     X = standardised(vectors[compared_rows])
     sides = np.unique(side, return_inverse=True)[1][compared_rows]

@@ -34,7 +34,7 @@ from headrace.heads.predict import floor_of
 from headrace.heads.results import read_bank
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import (
-    LEVEL,
+    ENDS,
     nested_choice,
     no_narrower,
     resampled_rows,
@@ -105,12 +105,10 @@ def build_ensemble(
     validation: ValidationRows,
     metric: str,
     section: EnsembleSection,
-    *,
-    seed: int = 0,
 ) -> Ensemble | None:
     """Pick an ensemble from the complete heads of a leaderboard (best first); None below two.
 
-    Deterministic in the seed. It is `chosen` if it has several members and its nested score is
+    It is `chosen` if it has several members and its nested score is
     better than that of the best single head: the interval of the gain, of the level
     `section.confidence`, lies above 0.
     """
@@ -141,7 +139,7 @@ def build_ensemble(
 
     nested_average = np.zeros(predicted.shape[1:])
     nested_ensemble = nested_average.copy()
-    part_of_row = selection_parts(validation, seed)
+    part_of_row = selection_parts(validation)
     for part_number in np.unique(part_of_row):
         inside = np.flatnonzero(part_of_row != part_number)
         outside = np.flatnonzero(part_of_row == part_number)
@@ -175,10 +173,7 @@ def build_ensemble(
         np.stack([nested_ensemble, nested_single, winner_predictions.astype(np.float64)]),
         members,
         len(candidates),
-        seed,
-        temperature=fit_temperature(
-            task_kind, validation.target, nested_average, validation.weight
-        ),
+        fit_temperature(task_kind, validation.target, nested_average, validation.weight),
     )
 
 
@@ -189,7 +184,6 @@ def _assess_ensemble(
     predicted: npt.NDArray[np.float64],
     members: Sequence[Member],
     n_candidates: int,
-    seed: int,
     temperature: float,
 ) -> Ensemble:
     """Return the ensemble with its nested scores and gain.
@@ -197,13 +191,13 @@ def _assess_ensemble(
     predicted: (3, N, C) by the nested ensembles, the nested single heads, and the winner.
     """
     task_kind = validation.task.kind
-    drawn_counts = resampled_rows(validation.fold, validation.groups, RESAMPLES, seed + 1)
+    drawn_counts = resampled_rows(validation.fold, validation.groups, RESAMPLES, 1)
     weightings = np.concatenate([np.ones((len(drawn_counts), 1)), drawn_counts], axis=1)
     scores = weighted_scores(
         task_kind, validation.target, predicted, validation.fold, metric, weightings
     )
     gains = (scores[0] - scores[1]) * (1 if METRICS[metric].higher_is_better else -1)
-    low, high = np.nanquantile(scores[0, 1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(scores[0, 1:], ENDS)
     low, high = no_narrower(
         validation, predicted[0], metric, float(scores[0, 0]), (float(low), float(high))
     )

@@ -29,6 +29,7 @@ Floats = npt.NDArray[np.float64]
 
 # shares of the training rows, evenly spaced in the logarithm
 FRACTIONS = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
+_SEED = 0  # of subsets and resamples
 MOST_FOLDS = 5  # more would train longer and tell no more
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)  # C of logistic heads
 ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)  # of ridge heads
@@ -83,7 +84,6 @@ def learning_curve(
     *,
     groups: npt.NDArray[Any] | None = None,
     fractions: Sequence[float] = FRACTIONS,
-    seed: int = 0,
 ) -> LearningCurve:
     """Train the specs (of one or more kinds) on nested subsets, and return the errors of the best
     of them at each size.
@@ -101,16 +101,9 @@ def learning_curve(
     group_codes = np.unique(
         task.content if groups is None else np.asarray(groups), return_inverse=True
     )[1]
-    fractions, subsets_by_size = nested_subsets(task, folds, fractions, seed, group_codes)
-    key = repr(
-        [
-            task.digest,
-            [feature_path.name for feature_path in features],
-            [spec_to_json(spec) for spec in specs],
-            fractions,
-            seed,
-        ]
-    )
+    fractions, subsets_by_size = nested_subsets(task, folds, fractions, _SEED, group_codes)
+    names, spec_texts = [path.name for path in features], [spec_to_json(spec) for spec in specs]
+    key = repr([task.digest, names, spec_texts, fractions, _SEED])
     digest = hashlib.sha256(key.encode())
     # Groups of one row each change nothing.
     if len(np.unique(group_codes)) < len(group_codes):
@@ -257,19 +250,17 @@ def _counts(subset_task: Task) -> Floats:
     )
 
 
-def row_draws(
-    fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int = 0
-) -> Floats:
+def row_draws(fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int) -> Floats:
     """Return weights (N, 1 + B) of rows: ones, then B resamples of folds and of groups within them.
 
     Folds are resampled too, so that the luck of the training subsets is in the spread.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_SEED)
     fold_numbers = np.unique(fold)
     fold_counts = rng.multinomial(
         len(fold_numbers), np.full(len(fold_numbers), 1 / len(fold_numbers)), resamples
     )
-    draw_counts = resampled_rows(fold, groups, resamples, seed)
+    draw_counts = resampled_rows(fold, groups, resamples, _SEED)
     for fold_index, fold_number in enumerate(fold_numbers):
         draw_counts[fold == fold_number] *= fold_counts[:, fold_index]
     return np.concatenate([np.ones((len(fold), 1)), draw_counts], axis=1)

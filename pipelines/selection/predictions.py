@@ -75,7 +75,7 @@ def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> Valid
     )
 
 
-def selection_parts(validation: ValidationRows, seed: int = 0) -> npt.NDArray[np.int64]:
+def selection_parts(validation: ValidationRows) -> npt.NDArray[np.int64]:
     """Return the part (N,) of each row, for nested selection: the choice is made on all parts but
     one, and scored on that one.
 
@@ -86,7 +86,7 @@ def selection_parts(validation: ValidationRows, seed: int = 0) -> npt.NDArray[np
     if len(np.unique(validation.fold)) >= 3:
         return validation.fold.astype(np.int64)
     part_of_group = (
-        np.random.default_rng(seed).permutation(int(validation.groups.max(initial=0)) + 1) % PARTS
+        np.random.default_rng(0).permutation(int(validation.groups.max(initial=0)) + 1) % PARTS
     )
     return np.asarray(part_of_group[validation.groups], np.int64)
 
