@@ -141,20 +141,18 @@ def decide(evidence: Evidence) -> Advice:
         f"{count_text(evidence.images, 'image')}."
     ]
     if evidence.images < THIN_ROWS or not evidence.gain:
-        return _advice(
-            "abstain",
-            "Too few images to say what would help.",
-            evidence,
-            [*reasons, *_thin(evidence)],
-        )
-    if (best_pilot := _best_pilot(evidence)) is not None:
+        sentence = "Too few images to say what would help."
+        return _advice(evidence, reasons, "abstain", sentence, _thin(evidence))
+    # The largest of several gains is easily luck, so each must be sure by itself.
+    better_pilots = [pilot for pilot in evidence.pilots if pilot.gain.above(0) >= 0.95]
+    if better_pilots:
+        best_pilot = max(better_pilots, key=lambda pilot: pilot.gain.value)
         action: Action = "scratch" if best_pilot.scratch else "fine-tune"
         sentence = (
             "Train from scratch." if best_pilot.scratch else f"Fine-tune {_above(best_pilot.tap)}."
         )
-        return _advice(
-            action, sentence, evidence, [*reasons, _pilot_text(best_pilot)], tap=best_pilot.tap
-        )
+        pilot_text = _pilot_text(best_pilot)
+        return _advice(evidence, reasons, action, sentence, pilot_text, tap=best_pilot.tap)
     reasons += [_pilot_text(pilot) for pilot in evidence.pilots]
     if (starved_class := _starved(evidence)) is not None:
         sentence = (
@@ -162,10 +160,11 @@ def decide(evidence: Evidence) -> Advice:
             f"class {starved_class.name}."
         )
         return _advice(
+            evidence,
+            reasons,
             "collect",
             sentence,
-            evidence,
-            [*reasons, *_starved_text(starved_class)],
+            *_starved_text(starved_class),
             class_name=starved_class.name,
             more=starved_class.needed,
         )
@@ -187,64 +186,64 @@ def decide(evidence: Evidence) -> Advice:
                 "images per class to train deeper: a fine-tuning pilot may bring as much, without "
                 "new images."
             )
-        return _advice("collect", sentence, evidence, reasons, more=more_images)
+        return _advice(evidence, reasons, "collect", sentence, more=more_images)
     if rise_probability > 1 - SURE_PROBABILITY and not few_images:
         sentence = (
             "The learning curve cannot tell whether more images would help, or training deeper."
         )
-        return _advice("abstain", sentence, evidence, [*reasons, _unclear(evidence)])
+        return _advice(evidence, reasons, "abstain", sentence, _unclear(evidence))
     return _flat(evidence, reasons)
 
 
 def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
     """Return the advice for a flat curve: labels are noisy, or the features are at fault."""
     if evidence.error.above(2 * MATERIAL_GAIN) < 1 - SURE_PROBABILITY:
-        return _advice("head", "Train a head; little is left to gain.", evidence, reasons)
+        return _advice(evidence, reasons, "head", "Train a head; little is left to gain.")
     if evidence.surest is None:
-        reason = (
-            "Whether the errors are label noise is measured for single-label tasks only; a short "
-            "fine-tuning pilot would tell."
-        )
         return _advice(
+            evidence,
+            reasons,
             "abstain",
             "The curve is flat, and the reason is not known.",
-            evidence,
-            [*reasons, reason],
+            "Whether the errors are label noise is measured for single-label tasks only; a short "
+            "fine-tuning pilot would tell.",
         )
     noise_margin = _noise(evidence)
-    reasons = [*reasons, _noise_text(evidence)]
+    reasons = [*reasons, _noise_text(evidence.surest)]
     if noise_margin.above(0) < 1 - SURE_PROBABILITY:
-        reason = (
-            "Label noise, then, or images that do not show the class: look at the labels of the "
-            "surest errors."
-        )
         return _advice(
+            evidence,
+            reasons,
             "head",
             "Train a head; nothing on these labels will do much better.",
-            evidence,
-            [*reasons, reason],
+            "Label noise, then, or images that do not show the class: look at the labels of the "
+            "surest errors.",
         )
     if evidence.pilots:
-        reason = "Training deeper was tried and was no better."
         return _advice(
-            "head", "Train a head; training deeper did not pay.", evidence, [*reasons, reason]
+            evidence,
+            reasons,
+            "head",
+            "Train a head; training deeper did not pay.",
+            "Training deeper was tried and was no better.",
         )
     if evidence.classes and evidence.per_class_images < FINE_TUNE_ROWS:
-        reason = (
-            f"With {evidence.per_class_images:,.0f} images per class, training deeper rarely pays "
-            f"(from about {FINE_TUNE_ROWS} on it may)."
-        )
-        return _advice("head", "Train a head.", evidence, [*reasons, reason])
-    if noise_margin.above(0) < SURE_PROBABILITY:
-        reason = (
-            "How much of the error is label noise is too uncertain; a short fine-tuning pilot "
-            "would tell."
-        )
         return _advice(
+            evidence,
+            reasons,
+            "head",
+            "Train a head.",
+            f"With {evidence.per_class_images:,.0f} images per class, training deeper rarely pays "
+            f"(from about {FINE_TUNE_ROWS} on it may).",
+        )
+    if noise_margin.above(0) < SURE_PROBABILITY:
+        return _advice(
+            evidence,
+            reasons,
             "abstain",
             "The evidence does not tell noise from a lack of depth.",
-            evidence,
-            [*reasons, reason],
+            "How much of the error is label noise is too uncertain; a short fine-tuning pilot "
+            "would tell.",
         )
     return _deeper(evidence, reasons)
 
@@ -254,15 +253,13 @@ def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
     that are not label noise.
     """
     if len(evidence.taps) < 2:
-        reason = (
-            "No two taps were tried alone, so how deep is not known: add `inputs: [each]` to some "
-            "heads."
-        )
         return _advice(
+            evidence,
+            reasons,
             "abstain",
             "Training deeper may pay; how deep is not known.",
-            evidence,
-            [*reasons, reason],
+            "No two taps were tried alone, so how deep is not known: add `inputs: [each]` to some "
+            "heads.",
         )
     reasons = [*reasons, *_depth_text(evidence)]
     tap_names = [tap.name for tap in evidence.taps]
@@ -270,26 +267,17 @@ def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
     images_are_far = is_far(evidence)
     if images_are_far and best_index < len(tap_names) / 2:
         if evidence.per_class_images >= SCRATCH_ROWS:
-            return _advice(
-                "scratch",
-                "Train from scratch, or everything from the pretrained start.",
-                evidence,
-                reasons,
-            )
-        reason = (
+            sentence = "Train from scratch, or everything from the pretrained start."
+            return _advice(evidence, reasons, "scratch", sentence)
+        reasons.append(
             f"Fewer than {SCRATCH_ROWS} images per class: a random start would have too little."
         )
-        return _advice(
-            "fine-tune",
-            f"Fine-tune {_above(tap_names[0])}.",
-            evidence,
-            [*reasons, reason],
-            tap=tap_names[0],
-        )
-    train_above = tap_names[best_index] if images_are_far else tap_names[max(best_index - 1, 0)]
-    return _advice(
-        "fine-tune", f"Fine-tune {_above(train_above)}.", evidence, reasons, tap=train_above
-    )
+        train_above = tap_names[0]
+    else:
+        # Near images: above the tap before the best, so that the best tap's layers are trained too.
+        train_above = tap_names[best_index] if images_are_far else tap_names[max(best_index - 1, 0)]
+    sentence = f"Fine-tune {_above(train_above)}."
+    return _advice(evidence, reasons, "fine-tune", sentence, tap=train_above)
 
 
 def _noise(evidence: Evidence) -> Estimate:
@@ -311,33 +299,31 @@ def is_far(evidence: Evidence) -> bool:
 
 def _starved(evidence: Evidence) -> ClassEvidence | None:
     """Return the class that lacks images and errs most beyond the median class; None if none."""
-    median_images = (
-        float(np.median([class_evidence.images for class_evidence in evidence.per_class]))
-        if evidence.per_class
-        else 0.0
-    )
+    if not evidence.per_class:
+        return None
+    median_images = float(np.median([each.images for each in evidence.per_class]))
     starved_classes = [
-        class_evidence
-        for class_evidence in evidence.per_class
-        if class_evidence.images < STARVED_SHARE * median_images
-        and class_evidence.gap.above(STARVED_GAP) >= SURE_PROBABILITY
-        and (class_evidence.unseen or class_evidence.gain.above(MATERIAL_GAIN) >= SURE_PROBABILITY)
+        each
+        for each in evidence.per_class
+        if each.images < STARVED_SHARE * median_images
+        and each.gap.above(STARVED_GAP) >= SURE_PROBABILITY
+        and (each.unseen or each.gain.above(MATERIAL_GAIN) >= SURE_PROBABILITY)
     ]
-    return max(starved_classes, key=lambda class_evidence: class_evidence.gap.value, default=None)
-
-
-def _best_pilot(evidence: Evidence) -> PilotEvidence | None:
-    # The largest of several gains is easily luck, so each must be sure by itself.
-    better_pilots = [pilot for pilot in evidence.pilots if pilot.gain.above(0) >= 0.95]
-    return max(better_pilots, key=lambda pilot: pilot.gain.value, default=None)
+    return max(starved_classes, key=lambda each: each.gap.value, default=None)
 
 
 def _advice(
-    action: Action, sentence: str, evidence: Evidence, reasons: list[str], **fields: Any
+    evidence: Evidence,
+    reasons: list[str],
+    action: Action,
+    sentence: str,
+    *more_reasons: str,
+    **fields: Any,
 ) -> Advice:
+    reasons = [*reasons, *more_reasons]
     # The distance to another run is only reported. The errors of taps show whether it matters.
     if evidence.reference:
-        reasons = [*reasons, reference_text(evidence.reference)]
+        reasons.append(reference_text(evidence.reference))
     return Advice(action, sentence, tuple(reasons), evidence=evidence, **fields)
 
 
@@ -362,21 +348,19 @@ def _above(tap: str | None) -> str:
     return "everything" if tap is None else f"what lies above {tap}"
 
 
-def _thin(evidence: Evidence) -> list[str]:
+def _thin(evidence: Evidence) -> str:
     if evidence.images < THIN_ROWS:
-        return [
-            (
-                f"{count_text(evidence.images, 'image is', 'images are')} fewer than the "
-                f"{THIN_ROWS} from which a learning curve can be drawn."
-            )
-        ]
-    return ["There is no learning curve."]
+        return (
+            f"{count_text(evidence.images, 'image is', 'images are')} fewer than the {THIN_ROWS} "
+            "from which a learning curve can be drawn."
+        )
+    return "There is no learning curve."
 
 
 def _curve_text(evidence: Evidence) -> str:
     words = {2: "twice", 4: "four times"}
     gain_texts = " and by ".join(
-        f"{points(gain)} with {words.get(times, f'{times} times')} as many images"
+        f"{points(gain)} with {words[times]} as many images"
         for times, gain in sorted(evidence.gain.items())
     )
     error_texts = " and ".join(percent(error) for _, error in sorted(evidence.ahead.items()))
@@ -391,10 +375,9 @@ def _unclear(evidence: Evidence) -> str:
     )
 
 
-def _noise_text(evidence: Evidence) -> str:
-    assert evidence.surest is not None
+def _noise_text(surest: Estimate) -> str:
     return (
-        f"On the half of the images of which it is surest it errs on {percent(evidence.surest)}: "
+        f"On the half of the images of which it is surest it errs on {percent(surest)}: "
         "errors that stay there are labels that disagree with what can be seen, the others may be "
         "the features' fault."
     )

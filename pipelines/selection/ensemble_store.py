@@ -1,11 +1,8 @@
-"""The ensemble of a run as a model directory, and its score on the test split."""
+"""The ensemble of a run as a model directory."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from headrace.heads.data.task import Task
 from headrace.heads.unit_rule import UnitRule
@@ -13,11 +10,6 @@ from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.selection.ensemble import Ensemble
-from headrace.pipelines.selection.evaluation_record import (
-    TestResult,
-    WeightedModel,
-    evaluate_average,
-)
 
 
 def save_ensemble(
@@ -80,21 +72,3 @@ def member_name(results_name: str, spec: str) -> str:
     """Return the folder of a member, named by its results file and its settings."""
     digest = hashlib.sha256(f"{results_name} {spec}".encode()).hexdigest()[:16]
     return f"members/{digest}"
-
-
-def evaluate_ensemble(
-    record_path: Path,
-    ensemble: Ensemble,
-    models: Sequence[ModelRef],
-    test: Task,
-    train_digest: str,
-    groups: npt.NDArray[Any] | None = None,
-) -> TestResult:
-    """Score the ensemble on the test rows, as `evaluate_winner` does the winner."""
-    members = [
-        WeightedModel(member.weight, member.temperature, model)
-        for member, model in zip(ensemble.members, models, strict=True)
-    ]
-    return evaluate_average(
-        record_path, members, ensemble.temperature, test, train_digest, ensemble.metric, groups
-    )

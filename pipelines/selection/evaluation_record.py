@@ -27,6 +27,7 @@ from headrace.heads.link import tempered
 from headrace.heads.predict import floor_of
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.models.reference import ModelRef
+from headrace.pipelines.selection.ensemble import Ensemble
 
 # How many of the test images' hashes are kept with each evaluation, to recognise the same images
 # when another table lists them.
@@ -94,21 +95,22 @@ def evaluate_winner(
     return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature, floor)
 
 
-def _shown_rows(test: Task) -> dict[str, str]:
-    side = {} if test.side is None else {"side_columns": test.side.fingerprint}
-    return {"test": test.digest, **side}
-
-
-def evaluate_average(
+def evaluate_ensemble(
     record_path: Path,
-    members: Sequence[WeightedModel],
-    temperature: float,
+    ensemble: Ensemble,
+    models: Sequence[ModelRef],
     test: Task,
     train_digest: str,
-    metric: str,
     groups: npt.NDArray[Any] | None = None,
 ) -> TestResult:
-    """Score the weighted average of several models, at a temperature, as `evaluate_winner` does."""
+    """Score the ensemble on the test rows, as `evaluate_winner` does the winner.
+
+    models: the members' models, in order.
+    """
+    members = [
+        WeightedModel(member.weight, member.temperature, model)
+        for member, model in zip(ensemble.members, models, strict=True)
+    ]
     identity = {
         "train": train_digest,
         **_shown_rows(test),
@@ -116,13 +118,20 @@ def evaluate_average(
             {"weight": member.weight, "temperature": member.temperature, **member.model.identity()}
             for member in members
         ],
-        "temperature": temperature,
+        "temperature": ensemble.temperature,
     }
 
     def predict(at_temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return predict_average(members, at_temperature, test)
 
-    return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature)
+    return _evaluate_once(
+        record_path, identity, test, ensemble.metric, groups, predict, ensemble.temperature, FLOOR
+    )
+
+
+def _shown_rows(test: Task) -> dict[str, str]:
+    side = {} if test.side is None else {"side_columns": test.side.fingerprint}
+    return {"test": test.digest, **side}
 
 
 def predict_average(
@@ -168,7 +177,7 @@ def _evaluate_once(
     groups: npt.NDArray[Any] | None,
     predict: Predict,
     temperature: float,
-    floor: float = FLOOR,
+    floor: float,
 ) -> TestResult:
     """Return the result of this evaluation from the record; without one, predict, score and record
     it.
@@ -179,7 +188,9 @@ def _evaluate_once(
     # The lease makes two runs that end at the same time count each other.
     with lease(_lock_path(record_path)):
         recorded = read_test_evaluations(record_path)
-        sketch = _image_sketch(test)
+        # The smallest hashes (a bottom-k sketch): two test splits that share a good part of their
+        # images share some of these.
+        sketch = sorted(test.content.astype(str).tolist())[:SKETCH]
         overlapping = [
             evaluation
             for evaluation in recorded
@@ -194,19 +205,15 @@ def _evaluate_once(
             json.dumps(evaluation["winner"], sort_keys=True) for evaluation in overlapping
         } - {json.dumps(identity, sort_keys=True)}
         for evaluation in same_model:
-            if (
-                evaluation.get("interval") == METHOD
-                and _recorded_temperature(evaluation) == temperature
-            ):
+            same_temperature = _recorded_temperature(evaluation) == temperature
+            if evaluation.get("interval") == METHOD and same_temperature:
                 return TestResult(n_evaluations=len(other_models) + 1, **evaluation["result"])
         target, predicted = scored_predictions(test, predict, temperature, floor)
         result = _score_predictions(test, target, predicted, metric, groups, len(other_models) + 1)
         earlier_evaluation = same_model[0] if same_model else {}
         if earlier_evaluation and _recorded_temperature(earlier_evaluation) == temperature:
-            kept_fields = {
-                name: earlier_evaluation["result"][name] for name in ("value", "metrics")
-            }
-            result = dataclasses.replace(result, **kept_fields)
+            earlier = earlier_evaluation["result"]
+            result = dataclasses.replace(result, value=earlier["value"], metrics=earlier["metrics"])
         result_fields = dataclasses.asdict(result)
         # How many winners were evaluated changes with each one, so it is counted when asked for.
         del result_fields["n_evaluations"]
@@ -248,28 +255,18 @@ def _score_predictions(
         row_groups = row_groups[unit_rows(test.units)[0]]
     assert len(row_groups) == len(target)  # rows without features were dropped from the task
     metrics = all_metrics(test.kind, target, predicted)
-    interval_low, interval_high = metric_interval(
-        test.kind, target, predicted, metric, groups=row_groups
-    )
-    n_groups = len(np.unique(row_groups))
+    low, high = metric_interval(test.kind, target, predicted, metric, groups=row_groups)
     return TestResult(
         metric,
         metrics[metric],
-        interval_low,
-        interval_high,
-        len(test.ids),
-        n_evaluations,
-        metrics,
-        n_groups,
-        None if test.units is None else len(target),
+        low,
+        high,
+        images=len(test.ids),
+        n_evaluations=n_evaluations,
+        metrics=metrics,
+        groups=len(np.unique(row_groups)),
+        units=None if test.units is None else len(target),
     )
-
-
-def _image_sketch(test: Task) -> list[str]:
-    """Return the smallest content hashes of the test images (a bottom-k sketch): two test splits
-    that share a good part of their images share some of these.
-    """
-    return sorted(test.content.astype(str).tolist())[:SKETCH]
 
 
 def read_test_evaluations(record_path: Path) -> list[Mapping[str, Any]]:

@@ -97,7 +97,6 @@ def learning_curve(
     train_all: trains bank jobs, for example on a cluster.
     """
     folds = list(range(min(task.n_folds, MOST_FOLDS)))
-    kinds = sorted({spec.kind for spec in specs})
     group_codes = np.unique(
         task.content if groups is None else np.asarray(groups), return_inverse=True
     )[1]
@@ -110,43 +109,44 @@ def learning_curve(
         digest.update(group_codes.astype("<i8").tobytes())
     results_folder = results_folder / digest.hexdigest()[:16]
     results_folder.mkdir(parents=True, exist_ok=True)
-    subtasks = {
-        (size_index, fold): subset_task
-        for size_index, subsets in enumerate(subsets_by_size)
-        for fold, subset_task in zip(folds, subsets, strict=True)
-    }
-    feature_names = tuple(map(str, features))
     jobs = []
-    for (size_index, fold), subset_task in subtasks.items():
-        stem = f"{results_folder}/{size_index}-{fold}"
-        # Written anew each time: a damaged file would fail every bank that reads it.
-        save_task(subset_task, Path(f"{stem}.npz"))
-        for kind in kinds:
-            kind_specs = tuple(spec for spec in specs if spec.kind == kind)
-            results_path = f"{stem}-{kind}.h5"
-            remove_damaged(results_path)
-            jobs.append(
-                BankJob(f"{stem}.npz", feature_names, kind_specs, results_path, refit=False)
-            )
+    for size_index, subsets in enumerate(subsets_by_size):
+        for fold, subset_task in zip(folds, subsets, strict=True):
+            results_prefix = f"{results_folder}/{size_index}-{fold}"
+            jobs += _bank_jobs(subset_task, features, specs, results_prefix)
     train_all([job for job in jobs if not Path(job.result).exists()])
     curve_rows = np.flatnonzero(np.isin(task.fold, folds))
     row_losses = np.zeros((len(fractions), len(curve_rows)))
-    for size_index in range(len(fractions)):
+    for size_index, subsets in enumerate(subsets_by_size):
         spec_errors = np.zeros((len(specs), len(curve_rows)))
-        for fold in folds:
+        for fold, subset_task in zip(folds, subsets, strict=True):
             spec_errors[:, task.fold[curve_rows] == fold] = _held_out_errors(
-                task, subtasks[size_index, fold], specs, f"{results_folder}/{size_index}-{fold}"
+                task, subset_task, specs, f"{results_folder}/{size_index}-{fold}"
             )
         # A head that failed in some fold has nan errors and cannot be the best.
         mean_errors = np.where(np.isfinite(spec_errors).all(1), spec_errors.mean(1), np.inf)
         row_losses[size_index] = spec_errors[int(mean_errors.argmin())]
-    training_counts = np.array(
-        [
-            [_counts(subtasks[size_index, fold]) for fold in folds]
-            for size_index in range(len(fractions))
-        ]
-    ).mean(1)
+    training_counts = np.mean(
+        [[_counts(subset_task) for subset_task in subsets] for subsets in subsets_by_size], axis=1
+    )
     return LearningCurve(training_counts.sum(1), training_counts, row_losses, curve_rows)
+
+
+def _bank_jobs(
+    subset_task: Task, features: Sequence[Path], specs: Sequence[HeadSpec], results_prefix: str
+) -> list[BankJob]:
+    """Write a subset's task, and return the jobs that train the specs on it, one for each kind."""
+    task_path = f"{results_prefix}.npz"
+    # Written anew each time: a damaged file would fail every bank that reads it.
+    save_task(subset_task, Path(task_path))
+    jobs = []
+    for kind in sorted({spec.kind for spec in specs}):
+        kind_specs = tuple(spec for spec in specs if spec.kind == kind)
+        results_path = f"{results_prefix}-{kind}.h5"
+        remove_damaged(results_path)
+        names = tuple(map(str, features))
+        jobs.append(BankJob(task_path, names, kind_specs, results_path, refit=False))
+    return jobs
 
 
 def _held_out_errors(
@@ -185,14 +185,8 @@ def nested_subsets(
         [subset(task, fold, fraction, seed, groups) for fold in folds] for fraction in fractions
     ]
     sizes = [[len(subset_task.ids) for subset_task in subsets] for subsets in subsets_by_size]
-    distinct_sizes = [
-        size_index
-        for size_index in range(len(fractions))
-        if sizes[size_index] not in sizes[:size_index]
-    ]
-    return [fractions[size_index] for size_index in distinct_sizes], [
-        subsets_by_size[size_index] for size_index in distinct_sizes
-    ]
+    distinct = [index for index, size in enumerate(sizes) if size not in sizes[:index]]
+    return [fractions[index] for index in distinct], [subsets_by_size[index] for index in distinct]
 
 
 def subset(

@@ -6,9 +6,9 @@ from headrace.cache.atomic_io import lease
 from headrace.cache.count_text import count_text
 from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import RunState
-from headrace.pipelines.selection.ensemble_store import evaluate_ensemble
 from headrace.pipelines.selection.evaluation_record import (
     TestResult,
+    evaluate_ensemble,
     evaluate_winner,
     repair_test_evaluations,
 )

@@ -110,7 +110,7 @@ def test_a_head_as_a_module_is_the_same_function(spec, kind):
     head, unseen = fitted(spec, kind)
     expected = head.predict_proba(unseen)
     with torch.no_grad():
-        found = probability_module(head)(torch.from_numpy(unseen)).numpy()
+        found = probability_module(head, 1.0)(torch.from_numpy(unseen)).numpy()
     np.testing.assert_allclose(found, expected, atol=2e-5 * max(1, np.abs(expected).max()))
 
 
@@ -323,6 +323,7 @@ def network_directory(place, kind="logistic"):
         task_kind="single",
         classes=("a", "b", "c"),
         metrics={"x": 0.5},
+        temperature=1.0,
     )
     return place
 

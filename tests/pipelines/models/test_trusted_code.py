@@ -301,6 +301,7 @@ def network(tmp_path, monkeypatch):
         task_kind="single",
         classes=("a", "b"),
         metrics={},
+        temperature=1.0,
     )
     sys.modules.pop("sent_module", None)  # a process builds a network once
     (tmp_path / "imported").unlink(missing_ok=True)
