@@ -1,10 +1,4 @@
-"""Temperature of the winner, fitted on the predictions of its fold heads.
-
-The winner was trained on all rows and has no rows left to be calibrated on; its fold heads, of the
-same settings, have predicted every row that they had not seen. The winner takes their temperature,
-as in scikit-learn's `CalibratedClassifierCV(ensemble=False)`. It was trained on more rows than they
-were, and so it is at most a little less confident than it could be.
-"""
+"""Temperature of the winner, fitted on the predictions of its fold heads."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,10 +22,7 @@ from headrace.pipelines.selection.predictions import (
 @dataclass(frozen=True)
 class Calibration:
     """A temperature fitted on the held-out rows of all folds, and the winner's errors on these rows
-    before and after.
-
-    Errors after it are cross-fitted, because a temperature flatters the rows that it was fitted on:
-    each fold's rows are scored at the temperature of the other folds.
+    before and, cross-fitted, after.
     """
 
     temperature: float
@@ -56,6 +47,10 @@ def temperature_of(winner: pd.Series, task: Task) -> float:
     _, predicted = stacked_predictions(winner.to_frame().T, validation)
     if len(predicted) == 0:
         return 1.0
+    # The winner was trained on all rows and has none left to be calibrated on. Its fold heads, of
+    # the same settings, have predicted every row that they had not seen: it takes their
+    # temperature, as in scikit-learn's `CalibratedClassifierCV(ensemble=False)`. It was trained on
+    # more rows than they were, and so it is at most a little less confident than it could be.
     floor = floor_of(winner["spec"], task.kind, len(task.classes))
     return fit_temperature(task.kind, validation.target, predicted[0], validation.weight, floor)
 
@@ -71,6 +66,7 @@ def calibrate(
     task_kind = validation.task.kind
     if task_kind == "regression":
         return None
+    # A temperature flatters the rows that it was fitted on: each fold has that of the others.
     at_temperature = calibrated(validation, predicted, floor)
     error_before, error_after = (
         score(task_kind, validation.target, values, "calibration_error")

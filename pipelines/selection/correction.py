@@ -5,15 +5,7 @@ K heads, N held-out rows, B resamples. The best of K validation scores is too go
 luck. The correction is that of Tsamardinos, Greasidou and Borboudakis (2018), "Bootstrapping the
 out-of-sample predictions for efficient and accurate cross-validation" (BBC-CV): the choice is
 repeated on some of the rows, and each time the chosen head is scored on the others. No head is
-trained again. BBC-CV draws the rows with replacement. They are then worth half as many, and where
-heads differ the choice falls on worse ones than it did: by .33 points of accuracy at 150 rows, and
-by .09 where a fifth of the rows is left out instead (the loss goes with rows / effective rows - 1).
-So a fifth is left out for metrics that are means over rows; others need more rows than that to be
-defined.
-
-The corrected score is one on new rows with the same class shares. Folds are stratified: held-out
-rows have the very shares that their heads were trained on. New rows have them only by chance, so
-`share_optimism` is subtracted.
+trained again.
 """
 
 from collections.abc import Iterable, Iterator
@@ -49,9 +41,12 @@ Blocks = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 RESAMPLES = 500  # of the validation rows
 LEVEL = 0.95  # confidence of intervals, and of the set of tied heads
 ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # the quantiles at the ends of an interval
-# Metrics whose mean over few rows is that over many.
-ROW_MEANS = ("accuracy", "hamming_accuracy", "log_loss", "mae")
+# BBC-CV draws the rows with replacement. They are then worth half as many, and where heads differ
+# the choice falls on worse ones than it did: by .33 points of accuracy at 150 rows, and by .09
+# where a fifth of the rows is left out instead (the loss goes with rows / effective rows - 1). Only
+# for metrics that are means over rows: others need more rows than a fifth to be defined.
 LEFT_OUT_SHARE = 0.2
+ROW_MEANS = ("accuracy", "hamming_accuracy", "log_loss", "mae")
 # numbers of a head's predictions that the drawn shares may look at: a second
 _SHARE_BUDGET = 2e8
 # Metrics made of sorted rows cost K × N × C × B without a matrix product: fewer heads and
@@ -129,6 +124,8 @@ def assess_selection(
     cost = scores.compared["features"].to_numpy()
     chosen = chosen_scores(scores.chosen_on, scores.left_out, cost)
     expected, low, high = corrected(chosen, scores.left_out_share, scores.left_out[0])
+    # Held-out rows of stratified folds have the very class shares that their heads were trained on.
+    # New rows have them only by chance.
     optimism, optimism_spread = (
         share_optimism(validation, predicted, metric) if is_stratified(validation) else (0.0, 0.0)
     )
@@ -258,9 +255,8 @@ def _mean_score(validation: ValidationRows, predicted: npt.NDArray[Any], metric:
 def resampled_rows(
     fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int
 ) -> npt.NDArray[np.float64]:
-    """Return how often each row is drawn, (N, B).
-
-    Each fold is resampled by itself: as many groups are drawn, with replacement, as it has.
+    """Return how often each row is drawn, (N, B): in each fold as many groups, with replacement, as
+    it has.
     """
     rng = np.random.default_rng(seed)
     drawn = np.zeros((len(fold), resamples))
@@ -387,19 +383,19 @@ def nested_choice(
 def corrected(out_of_bag: Floats, share: float, of_winner: Floats) -> tuple[float, float, float]:
     """Return the mean of out-of-bag scores (B,), and the interval of that mean; nan where all are.
 
-    Each score is one of `share` of the rows and varies more than one of all rows would; the
-    interval is shrunk by the factor of the delete-d jackknife, √(share / (1 - share))
-    (Shao and Wu 1989). of_winner: (B,) scores of the winner on the same rows: what choosing takes
-    off its score is estimated too, and its error widens the interval.
+    share: of the rows that each score is on. of_winner: (B,) scores of the winner on them.
     """
     is_defined = np.isfinite(out_of_bag)
     scores = out_of_bag[is_defined]
     if len(scores) == 0:
         return float("nan"), float("nan"), float("nan")
     mean = float(scores.mean())
+    # A score of some of the rows varies more than one of all: the delete-d jackknife's factor (Shao
+    # and Wu 1989).
     shrinkage = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
     below, above = np.quantile(scores, ENDS) - mean
     low, high = mean + shrinkage * min(0.0, below), mean + shrinkage * max(0.0, above)
+    # What choosing takes off the winner's score is estimated too, and has an error.
     choice_error = shrinkage * float(np.nanstd(of_winner[is_defined] - scores))
     return mean, *widened(mean, low, high, choice_error)
 
@@ -423,10 +419,8 @@ def _error_correlation(halving_errors: Floats, winner_errors: Floats) -> float:
 
 
 def is_stratified(validation: ValidationRows) -> bool:
-    """Return whether each class is dealt evenly to the folds.
-
-    Folds that headrace draws are so, and a user's own hardly ever.
-    """
+    """Return whether each class is dealt evenly to the folds."""
+    # Folds that headrace draws are so, and a user's own hardly ever.
     folds = np.unique(validation.fold)
     if validation.task.kind != "single" or len(folds) < 2:
         return False
@@ -445,18 +439,14 @@ def share_optimism(
     direction; and the standard deviation of that over training sets.
 
     A parametric bootstrap: from shares for the population's, training shares are drawn; the head is
-    taken there by Bayes' rule (its probabilities × the ratio of the shares; Saerens, Latinne and
-    Decaestecker 2002, "Adjusting the outputs of a classifier to new a priori probabilities", Neural
-    Computation 14:21-41), and scored on rows of the drawn shares, and of the population's.
-
-    The population's shares are the held-out rows' shares, shrunk to equal ones by as much as chance
-    alone would have them differ (James and Stein 1961): with ten equal classes and 150 rows nearly
-    all of their spread is chance, and would be taken for something to learn. What a head makes of
-    the shares fades with 1 / N.
+    taken there, and scored on rows of the drawn shares, and of the population's.
     """
     target = validation.target
     shares = np.bincount(target, minlength=predicted.shape[1]) / len(target)
     present = shares > 0
+    # The population's shares are the held-out rows' shares, shrunk to equal ones by as much as
+    # chance alone would have them differ (James and Stein 1961): with ten equal classes and 150
+    # rows nearly all of their spread is chance, and would be taken for something to learn.
     equal_shares = present / present.sum()
     chance_spread = (equal_shares * (1 - equal_shares)).sum() / len(target)
     spread = ((shares - equal_shares) ** 2).sum()
@@ -472,6 +462,8 @@ def share_optimism(
     gaps = []
     for drawn_shares in rng.multinomial(len(target), population, resamples) / len(target):
         ratio = drawn_shares / divisor
+        # By Bayes' rule (Saerens, Latinne and Decaestecker 2002, "Adjusting the outputs of a
+        # classifier to new a priori probabilities", Neural Computation 14:21-41).
         moved = predicted * ratio
         total = moved.sum(1, keepdims=True)
         moved = np.where(total > 0, moved / np.where(total > 0, total, 1), predicted)
@@ -495,9 +487,9 @@ def no_narrower(
 ) -> tuple[float, float]:
     """Return the ends of an interval around `value`, moved out to where those of the score of one
     head's predictions (N, C) are.
-
-    Resampled rows without a mistake have none, and their interval would be the perfect score alone.
     """
+    # Rows without a mistake have none in any resample: the interval would be the perfect score
+    # alone.
     task_kind, target = validation.task.kind, validation.target
     low, high = metric_interval(task_kind, target, predicted, metric, groups=validation.groups)
     pooled = score(task_kind, target, predicted, metric)
@@ -524,13 +516,10 @@ def compare_with_best(
     predictions, for McNemar's test.
 
     Columns: difference (best minus this), low and high (its paired bootstrap interval, this pair
-    alone), p_mcnemar (exact test of this pair alone), p_corrected, statistically_tied.
-
-    The best was chosen for its score, and so its lead must be beyond what the luckiest of all heads
-    would have by chance: p_corrected is the share of resamples in which the largest of all chance
-    deviations, less this head's own, reaches the lead. The heads that are statistically tied hold
-    the truly best one with the confidence of LEVEL (selection of a subset: Gupta 1965; Hsu 1981).
-    A head that is told apart leaves, and the others are compared anew among themselves.
+    alone), p_mcnemar (exact test of this pair alone), p_corrected (the share of resamples in which
+    the largest of all chance deviations, less this head's own, reaches the lead),
+    statistically_tied. The heads that are tied hold the truly best one with the confidence of LEVEL
+    (selection of a subset: Gupta 1965; Hsu 1981).
     """
     best = int(np.lexsort((np.arange(len(observed)), -observed))[0])
     difference = observed[best] - observed
@@ -538,7 +527,9 @@ def compare_with_best(
     tied = np.ones(len(observed), np.bool_)
     p_values = np.ones(len(observed))
     smallest_p = 0.0  # a head that leaves later has no smaller p than one that left before
+    # A head that is told apart leaves, and the others are compared anew among themselves.
     while True:
+        # The best was chosen for its score: its lead must be beyond what the luckiest head has.
         luckiest = chance[tied].max(0)
         share = (luckiest - chance[tied] >= difference[tied, None] - 1e-9).mean(1)
         p_values[tied] = np.maximum(share, smallest_p)

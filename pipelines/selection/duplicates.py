@@ -1,8 +1,7 @@
 """Pairs of images that are nearly the same on two sides of a split.
 
-N images, D numbers each: the pixels of small grey copies, or features. Columns are standardized,
-because the raw vectors of any two photographs of one kind point nearly the same way; then the
-cosine of two rows is their similarity.
+N images, D numbers each: the pixels of small grey copies, or features. The cosine of two rows is
+their similarity.
 """
 
 from dataclasses import dataclass
@@ -82,6 +81,7 @@ def similar_pairs(
 
 def standardised(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Return (N, d) the d columns that vary, each standardized; then rows scaled to length 1."""
+    # The raw vectors of any two photographs of one kind point nearly the same way.
     X = np.asarray(vectors, np.float32).reshape(len(vectors), -1)
     X = X - X.mean(0)
     spread = X.std(0)

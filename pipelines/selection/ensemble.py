@@ -1,14 +1,8 @@
 """Ensembles: picked from stored predictions, scored on rows that had no part in picking them.
 
-K candidates, N held-out rows, C outputs. Each head first gets a temperature of its own, so that
-under-confident heads (support vectors, ridge) and over-confident ones carry their weight in the
-average; the average gets another. Where the task has units, members keep temperature 1: averaging
-over members and aggregating over a unit's images then give the same in either order.
-
-The score is nested: for each part of the rows, heads are calibrated, picked and weighted on the
-other parts alone, and that ensemble predicts the part. The single head that it has to beat is
-nested likewise: for each part, the head that is best on the other parts. The ensemble that is
-stored is picked on all rows.
+K candidates, N held-out rows, C outputs. The score is nested: for each part of the rows, heads are
+calibrated, picked and weighted on the other parts alone, and that ensemble predicts the part. The
+ensemble that is stored is picked on all rows.
 """
 
 import hashlib
@@ -44,6 +38,7 @@ from headrace.pipelines.selection.predictions import (
     ValidationRows,
     read_predictions,
     selection_parts,
+    stacked_predictions,
 )
 
 BUDGET = 4e8  # elements that all rounds may look at together: a few seconds
@@ -128,6 +123,8 @@ def build_ensemble(
         rows: npt.NDArray[np.intp] | slice,
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
         """Return weights (K,) and temperatures (K,) from some rows, and all predictions at them."""
+        # So that under-confident heads (support vectors, ridge) and over-confident ones carry their
+        # weight in the average.
         temperatures = _member_temperatures(validation, rows, predicted, floors)
         at_temperature = _calibrated(task_kind, predicted, temperatures, floors)
         losses = loss_elements(task_kind, validation.target[rows], at_temperature[:, rows])
@@ -165,6 +162,7 @@ def build_ensemble(
         for k in member_order
     ]
     winner_predictions = predicted[int(candidates["rank"].argmin())]
+    # The single head that it has to beat must not have been chosen on these rows either.
     nested_single = nested_choice(board.reset_index(drop=True), validation, metric, part_of_row)
     return _assess_ensemble(
         validation,
@@ -230,9 +228,7 @@ def _candidates(
 ) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
     """Return the heads to pick from and their predictions (K, N, C).
 
-    They are the winner, the best of each (inputs, kind), because heads unlike the others help most,
-    and then the heads of least loss. Those of fewest features come first: the greedy choice gives
-    ties to the first.
+    They are the winner, the best of each (inputs, kind), and then the heads of least loss.
     """
     task_kind = validation.task.kind
     board = board.reset_index(drop=True)
@@ -244,43 +240,35 @@ def _candidates(
     usable = board.assign(loss=head_losses)[np.isfinite(head_losses)].sort_values(
         "loss", kind="stable"
     )
-    n_elements = len(validation) * (
-        1 if task_kind == "single" else max(1, len(validation.task.classes))
-    )
-    max_candidates = int(
-        min(section.candidates, max(20, BUDGET / (n_elements * section.rounds * (PARTS + 1))))
-    )
-    # Half of the places, for heads that err differently: the best ones are often near copies.
+    n_outputs = 1 if task_kind == "single" else max(1, len(validation.task.classes))
+    n_looks = len(validation) * n_outputs * section.rounds * (PARTS + 1)
+    max_candidates = int(min(section.candidates, max(20, BUDGET / n_looks)))
+    # Half of the places, for heads that err differently, which help most: the best ones are often
+    # near copies.
     best_of_each = usable.drop_duplicates(["inputs", "kind"]).index[: max_candidates // 2]
     preference = [*usable.sort_values("rank").index[:1], *best_of_each, *usable.index]
+    # Fewest features first: the greedy choice gives ties to the first.
     chosen = usable.loc[list(dict.fromkeys(preference))[:max_candidates]].sort_values(
         ["features", "loss"], ignore_index=True
     )
-    predicted: npt.NDArray[np.float32] | None = None
-    for positions, block in read_predictions(chosen, validation):
-        if predicted is None:
-            predicted = np.zeros((len(chosen), *block.shape[1:]), np.float32)
-        predicted[positions] = block
-    return chosen, predicted if predicted is not None else np.zeros(
-        (0, len(validation), 1), np.float32
-    )
+    # Each has its predictions, since its loss is finite.
+    return chosen, stacked_predictions(chosen, validation)[1]
 
 
 def _networks(row: pd.Series) -> frozenset[str]:
-    """Return a name for each forward pass that a head needs.
-
-    One backbone with other weights or another preprocessing is another forward pass.
-    """
+    """Return a name for each forward pass that a head needs."""
     if row["kind"] == "finetune":  # a fine-tuned network has weights of its own
-        return frozenset([f"fine-tuned {hashlib.sha256(row['spec'].encode()).hexdigest()[:8]}"])
-    feature_specs = [feature["spec"] for feature in read_bank(row["path"]).features]
-    preprocessing_digests = [
-        hashlib.sha256(spec["preprocessing"].encode()).hexdigest()[:8] for spec in feature_specs
-    ]
+        return frozenset([f"fine-tuned {_short_digest(row['spec'])}"])
+    # One backbone with other weights or another preprocessing is another forward pass.
+    specs = [feature["spec"] for feature in read_bank(row["path"]).features]
     return frozenset(
-        f"{spec['backbone']} ({spec['weights'][:8]}/{digest})"
-        for spec, digest in zip(feature_specs, preprocessing_digests, strict=True)
+        f"{spec['backbone']} ({spec['weights'][:8]}/{_short_digest(spec['preprocessing'])})"
+        for spec in specs
     )
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _member_temperatures(
@@ -291,6 +279,8 @@ def _member_temperatures(
 ) -> npt.NDArray[np.float64]:
     """Return the temperature (K,) of each candidate, fitted on some of the rows."""
     if validation.task.units is not None:
+        # Without temperatures, averaging over members and aggregating over a unit's images give the
+        # same in either order.
         return np.ones(len(predicted))
     return fit_temperatures(
         validation.task.kind,

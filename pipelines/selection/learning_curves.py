@@ -1,9 +1,7 @@
 """Learning curves: the same heads on nested subsets of the cached features, and a power law through
 their errors.
 
-S sizes, N held-out rows, B resamples, F folds. For each fold, the groups of the other rows are put
-into a random order, class by class; the subset of each size is a beginning of it, so that smaller
-subsets lie within larger ones.
+S sizes, N held-out rows, B resamples, F folds.
 """
 
 import dataclasses
@@ -176,15 +174,14 @@ def nested_subsets(
 ) -> tuple[list[float], list[list[Task]]]:
     """Return the fractions whose subsets differ, and for each of them the subset of each fold.
 
-    Small fractions of few images give one and the same subset, and repeated it would count several
-    times in the fit of the power law.
-
     groups: (rows of the task,).
     """
     subsets_by_size = [
         [subset(task, fold, fraction, seed, groups) for fold in folds] for fraction in fractions
     ]
     sizes = [[len(subset_task.ids) for subset_task in subsets] for subsets in subsets_by_size]
+    # Small fractions of few images give one and the same subset, and repeated it would count
+    # several times in the fit of the power law.
     distinct = [index for index, size in enumerate(sizes) if size not in sizes[:index]]
     return [fractions[index] for index in distinct], [subsets_by_size[index] for index in distinct]
 
@@ -207,7 +204,8 @@ def subset(
     drawn_rows = []
     for stratum in np.unique(stratum_of_group):
         group_positions = np.flatnonzero(stratum_of_group == stratum)
-        # Put into the order of the rows first: the draw must not depend on the groups' names.
+        # Each size is a beginning of one random order, so that smaller subsets lie within larger
+        # ones. Put into the order of the rows first: the draw must not depend on the groups' names.
         drawn_order = rng.permutation(group_positions[np.argsort(first_rows[group_positions])])
         rows_so_far = np.cumsum(group_sizes[drawn_order])
         n_rows = int(rows_so_far[-1])
@@ -245,10 +243,10 @@ def _counts(subset_task: Task) -> Floats:
 
 
 def row_draws(fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int) -> Floats:
-    """Return weights (N, 1 + B) of rows: ones, then B resamples of folds and of groups within them.
-
-    Folds are resampled too, so that the luck of the training subsets is in the spread.
+    """Return weights (N, 1 + B) of rows: ones, then B resamples of folds and of groups within
+    them.
     """
+    # Folds are resampled too, so that the luck of the training subsets is in the spread.
     rng = np.random.default_rng(_SEED)
     fold_numbers = np.unique(fold)
     fold_counts = rng.multinomial(
@@ -267,12 +265,10 @@ def weighted_errors(wrong: Floats, weights: Floats) -> Floats:
 
 
 def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
-    """Fit floor and scale >= 0 by least squares to errors (S, B) at sizes (S,).
-
-    A size is weighted by its square root, as heads trained on few images vary more. For each
-    exponent of a grid the best floor and scale have a closed form.
+    """Fit floor and scale >= 0 by least squares to errors (S, B) at sizes (S,). For each exponent
+    of a grid the best floor and scale have a closed form.
     """
-    # Relative to the largest, to keep the sums near 1.
+    # Heads trained on few images vary more. Relative to the largest, to keep the sums near 1.
     weight = np.sqrt(sizes / sizes.max())[:, None]
     total = weight.sum()
     best = np.full(errors.shape[1], np.inf)
@@ -300,13 +296,11 @@ def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
 
 
 def error_with_more(error: Estimate, gain: Estimate) -> Estimate:
-    """Return the error that is left after a gain, >= 0, with the uncertainty of both.
-
-    The interval of the difference is combined from the two intervals, which need not be symmetric
-    ("MOVER", method of variance estimates recovery: Zou and Donner 2008, "Construction of
-    confidence limits about effect measures", Statistics in Medicine 27:1693-1702). A larger error
-    usually comes with a larger gain, so the interval is rather too wide than too narrow.
-    """
+    """Return the error that is left after a gain, >= 0, with the uncertainty of both."""
+    # The interval of the difference is combined from the two intervals, which need not be symmetric
+    # ("MOVER", method of variance estimates recovery: Zou and Donner 2008, "Construction of
+    # confidence limits about effect measures", Statistics in Medicine 27:1693-1702). A larger error
+    # usually comes with a larger gain, so the interval is rather too wide than too narrow.
     value = error.value - gain.value
     low = value - float(np.hypot(error.value - error.low, gain.high - gain.value))
     high = value + float(np.hypot(error.high - error.value, gain.value - gain.low))
