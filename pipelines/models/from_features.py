@@ -73,7 +73,12 @@ def predict_from_features(
     """
     predicted, weights = zip(
         *(
-            _predict_member(member, head_function, features, row_columns)
+            predict_views(
+                member,
+                head_function,
+                _view_inputs(member, features, row_columns.side_inputs),
+                row_columns.units,
+            )
             for member, head_function in zip(model.members, head_functions, strict=True)
         ),
         strict=True,
@@ -95,26 +100,26 @@ def predict_from_features(
     return average_prediction, average_weights(model.weights, weights, row_columns.units)
 
 
-def _predict_member(
+def predict_views(
     member: "HeadModel | NetworkModel",
     head_function: Callable[[Floats], Floats],
-    features: dict[FeatureSpec, Floats],
-    row_columns: RowColumns,
+    view_inputs: Sequence[Floats],
+    units: npt.NDArray[Any] | None,
 ) -> tuple[Floats, Floats | None]:
     """Return (n, C) predictions of one member at its temperature, the mean over the views that it
     was trained on, and (n,) the weight of each image, summed over its views, in its unit's
     prediction, None for a member that predicts images one by one.
+
+    view_inputs: (n, ...) what the head reads of each view. units: (n,) of the images.
     """
-    view_inputs = _view_inputs(member, features, row_columns)
     if member.takes_units:
-        assert row_columns.units is not None
-        # All views of a unit's images are one bag, as in training.
-        bags = np.tile(row_columns.units, len(view_inputs))
+        assert units is not None
         head = cast("HeadModel", member)  # networks predict images alone
+        # All views of a unit's images are one bag, as in training.
+        bags = np.tile(units, len(view_inputs))
         predicted, weights = head.predict_bags(np.concatenate(view_inputs), bags)
-        n_images = len(row_columns.units)
         # Rows repeat their unit's prediction, so that those of the first view have all of them.
-        return predicted[:n_images], weights.reshape(-1, n_images).sum(0)
+        return predicted[: len(units)], weights.reshape(-1, len(units)).sum(0)
     if len(view_inputs) == 1:
         return head_function(view_inputs[0]), None
     mean_of_views = np.mean([head_function(view_input) for view_input in view_inputs], axis=0)
@@ -122,7 +127,9 @@ def _predict_member(
 
 
 def _view_inputs(
-    member: "HeadModel | NetworkModel", features: dict[FeatureSpec, Floats], row_columns: RowColumns
+    member: "HeadModel | NetworkModel",
+    features: dict[FeatureSpec, Floats],
+    side_inputs: Floats | None,
 ) -> list[Floats]:
     """Return for each view what the member reads: features (n, D) or maps (n, channels, h, w), side
     by side as in `load_rows`.
@@ -131,7 +138,6 @@ def _view_inputs(
     for spec in member.features:
         # Views of one feature set are equal but for `view`.
         views_of_feature.setdefault(replace(spec, view="").to_json(), []).append(features[spec])
-    side_inputs = row_columns.side_inputs
     side_rows = [] if side_inputs is None or not member.side_columns else [side_inputs]
     if not member.spatial:
         views_of_feature = {

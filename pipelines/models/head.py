@@ -44,9 +44,7 @@ HEAD_FILES = (HEAD_DESCRIPTION, "head.safetensors")
 
 @dataclass(frozen=True, eq=False)
 class HeadModel(SingleModel):
-    """A trained head, and the networks that make its features. No network is loaded before it is
-    used.
-    """
+    """A trained head, and the networks that make its features, which are loaded when it is used."""
 
     path: Path
     head: TrainedHead
@@ -95,17 +93,16 @@ class HeadModel(SingleModel):
         )
 
     def head_function(self) -> Callable[[Floats], Floats]:
-        """Return the head as a function from features (n, D) to predictions (n, C).
-
-        They are at its temperature, except for a head of several views: there the temperature was
-        fitted to the mean over views, and `predict_member` applies it to the mean. A scikit-learn
-        head is stored as its training rows, and is fitted here once.
+        """Return the head as a function from features (n, D) to predictions (n, C), at its
+        temperature if it reads one view.
         """
         head = self.head
+        # With several views the temperature was fitted to the mean over them, and is applied to it.
         temperature = head.temperature if self.n_views == 1 else 1.0
         if isinstance(head.spec, SklearnSpec):
             from headrace.heads.sklearn.bank import fitted_sklearn  # imports scikit-learn
 
+            # Stored as its training rows, because a pickled estimator could run code.
             fitted_estimator = fitted_sklearn(head.spec, head.arrays, head.task_kind)
             return lambda X: tempered(fitted_estimator(X), head.task_kind, temperature, self.floor)
         return lambda X: predict_head(head.spec, head.arrays, X, head.task_kind, temperature)
@@ -235,20 +232,17 @@ def _resolve_backbones(
                 "headrace.load_head(DIRECTORY).predict_proba(X)"
             )
         backbone = backbone_from_fields(backbone_fields)
-        if (
-            backbone.weights
-            and is_weights_file(backbone.weights)
-            and not backbone.weights.startswith(PACKAGE_PREFIX)
-        ):
+        weights = backbone.weights
+        if weights and is_weights_file(weights) and not weights.startswith(PACKAGE_PREFIX):
             # An export keeps weights in the model's directory, and names them relative to it.
-            packed_weights = model_directory / backbone.weights
+            packed_weights = model_directory / weights
             weights_path = (
                 str(packed_weights.absolute())
                 if packed_weights.is_file()
-                else moved_with_run(backbone.weights, model_directory)
+                else moved_with_run(weights, model_directory)
             )
             require_allowed_file(
-                backbone.weights, Path(weights_path), model_directory, model_root, allowed_code
+                weights, Path(weights_path), model_directory, model_root, allowed_code
             )
             backbone = dataclasses.replace(backbone, weights=weights_path)
         require_trusted_backbone(backbone, model_directory, model_root, allowed_code)

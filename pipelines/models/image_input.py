@@ -135,9 +135,6 @@ def _decode_floats(
 def _unread_file(image: Image.Image) -> bytes:
     """Return the bytes of the file behind a Pillow image that has been opened but not read; else
     b"", and also where Pillow's pixels serve as well.
-
-    Of images with more than 8 bits Pillow's pixels lack what the file has: a PGM's value of white,
-    the low byte of colours. A JPEG can be decoded at a smaller size only from its file.
     """
     if (
         not isinstance(image, ImageFile.ImageFile)
@@ -146,11 +143,11 @@ def _unread_file(image: Image.Image) -> bytes:
         or image.tell() != 0
     ):
         return b""  # already read, made in memory, or on another page than the first
-    if not (
-        image.format in ("PPM", "JPEG", "MPO")
-        or (image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image))
-    ):
-        return b""  # 8 bits, which Pillow's pixels keep
+    # Of more than 8 bits Pillow's pixels lack what the file has: a PGM's value of white, the low
+    # byte of colours. A JPEG can be decoded at a smaller size only from its file.
+    has_more = image.format in ("PNG", "TIFF") and ";" in pillow_raw_mode(image)
+    if image.format not in ("PPM", "JPEG", "MPO") and not has_more:
+        return b""
     file_position = image.fp.tell()
     image.fp.seek(0)
     file_bytes = image.fp.read()
@@ -161,11 +158,9 @@ def _unread_file(image: Image.Image) -> bytes:
 
 def _as_array(image: object) -> npt.NDArray[Any]:
     if isinstance(image, torch.Tensor):
-        pixel_tensor = image.detach().cpu()
-        # NumPy has no bfloat16
-        return np.asarray(
-            (pixel_tensor.float() if pixel_tensor.dtype == torch.bfloat16 else pixel_tensor).numpy()
-        )
+        pixels = image.detach().cpu()
+        # NumPy has no bfloat16.
+        return np.asarray((pixels.float() if pixels.dtype == torch.bfloat16 else pixels).numpy())
     if isinstance(image, np.ndarray):
         if image.dtype.kind in "OV":
             raise ImageError(f"pixels of type {image.dtype}; expected numbers")
@@ -188,11 +183,8 @@ def _one_image(pixel_array: npt.NDArray[Any]) -> npt.NDArray[Any]:
             f"an array of shape {pixel_array.shape} is no image; expected (H, W), (H, W, C) or (C, "
             "H, W)"
         )
-    return (
-        np.moveaxis(pixel_array, 0, 2)
-        if _channels_first(pixel_array.shape, "an image")
-        else pixel_array
-    )
+    first = _channels_first(pixel_array.shape, "an image")
+    return np.moveaxis(pixel_array, 0, 2) if first else pixel_array
 
 
 def _channels_first(array_shape: tuple[int, ...], subject: str) -> bool:

@@ -304,10 +304,8 @@ def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) ->
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
     """Return features (n, ...) rounded as the cache stores them, because heads were trained on
     these.
-
-    uint8 is not rounded: its scale depends on the rows that happen to be stored together.
     """
-    if dtype == "uint8":
+    if dtype == "uint8":  # its scale depends on the rows that happen to be stored together
         return np.asarray(features, np.float32)
     encoded_features = encode_rows(features, [""] * len(features), dtype)
     return np.asarray(decode_rows(encoded_features.stored, dtype), np.float32)

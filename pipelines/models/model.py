@@ -109,8 +109,7 @@ def ensemble_is_selected(run: RunPaths) -> bool:
     """Return whether the run's last recipe asks for an ensemble, and the interval of its gain over
     a single head lies above 0.
 
-    Raises RunDamaged for a damaged recipe.json, ModelError for a damaged ensemble.json: otherwise
-    the winner would silently be used in its place.
+    Raises RunDamaged for a damaged recipe.json, ModelError for a damaged ensemble.json.
     """
     try:
         requested = read_record(run.recipe).get("ensemble") is not None
@@ -119,6 +118,7 @@ def ensemble_is_selected(run: RunPaths) -> bool:
     description_path = run.ensemble / ENSEMBLE_DESCRIPTION
     if not requested or not description_path.is_file():
         return False
+    # An error here must not be taken for "no": the winner would silently be used in its place.
     try:
         return bool(read_sealed_json(description_path.read_bytes())["nested"]["chosen"])
     except SealBroken as error:

@@ -1,5 +1,5 @@
 """A fine-tuned network as a model: network.safetensors with its parameters and their description;
-network.json repeats the description for people. No pickle.
+network.json repeats the description for people.
 
 Reading the description imports no torch, which is imported where tensors are built.
 """
@@ -228,8 +228,6 @@ def save_network(
 ) -> Path:
     """Write network.safetensors and network.json into `model_directory`, replacing what is there,
     and return the path of the first.
-
-    It has every parameter of the backbone, so that it needs neither the run nor other weights.
     """
     head = network.head
     description = {
@@ -250,6 +248,7 @@ def save_network(
         "metrics": {name: float(value) for name, value in metrics.items()},
         "temperature": float(temperature),
     }
+    # Every parameter of the backbone, so that the model needs neither the run nor other weights.
     tensors = {f"backbone.{name}": tensor for name, tensor in network.backbone.state_dict().items()}
     tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
     return _publish_network(model_directory, description, tensors)
@@ -392,15 +391,11 @@ def _parse_description(
 
 
 def _tap_feature(description: dict[str, Any], tap_name: str, file_digest: str) -> FeatureSpec:
-    """Return the spec of a tap's features.
-
-    The file's digest takes the place of the weights' digest, so that the features of no other
-    network have this spec.
-    """
+    """Return the spec of a tap's features."""
     node_name, _, pooling = tap_name.rpartition(".")
     return FeatureSpec(
         backbone=description["backbone"]["name"],
-        weights=file_digest,
+        weights=file_digest,  # so that the features of no other network have this spec
         tap=node_name,
         pooling=pooling,
         preprocessing=json.dumps(description["preprocess"], sort_keys=True),
@@ -461,7 +456,7 @@ def _rebuild_network(
 def _publish_network(
     model_directory: Path, description: dict[str, Any], tensors: dict[str, "Tensor"]
 ) -> Path:
-    from safetensors.torch import save
+    from safetensors.torch import save  # no pickle, which could run code when it is read
 
     description_json = json.dumps(description, indent=2, sort_keys=True)
     host_tensors = {
@@ -469,6 +464,7 @@ def _publish_network(
     }
     weights_path = model_directory / WEIGHTS
     model_directory.mkdir(parents=True, exist_ok=True)
+    # The tensors first, which hold the description too: a kill in between leaves a whole network.
     publish_replace(
         weights_path,
         seal(save(host_tensors, metadata={"headrace": description_json, SEAL: UNSEALED})),

@@ -17,13 +17,11 @@ from headrace.heads.data.features import load_rows
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
-from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, require_trusted
-from headrace.heads.predict import floor_of, predict_head
 from headrace.heads.results import read_bank
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.feature_input import FeatureInput
-from headrace.pipelines.models.from_features import RowColumns
+from headrace.pipelines.models.from_features import RowColumns, predict_views
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.models.network import NetworkModel
@@ -118,32 +116,18 @@ class ModelRef:
         """
         if self.kind == "finetune":
             return task.target, self._predict_images(task, temperature, trust_code)
-        spec = spec_from_json(self.spec)
-        kind = HEAD_KINDS[spec.kind]
+        model = self.load(task, {}, temperature)
+        assert isinstance(model, HeadModel)
         if trust_code is not None:
-            require_trusted(kind.external_code(spec), self.results_path, trust_code)
-        head_arrays = read_bank(self.results_path).arrays(self.spec, REFIT)
+            external_code = HEAD_KINDS[model.kind].external_code(model.head.spec)
+            require_trusted(external_code, self.results_path, trust_code)
         features = [open_feature_set(feature_path) for feature_path in self.feature_paths]
         side = task.side if self.reads_side_columns else None
-        X, row_index = load_rows(features, task.content, spatial=kind.spatial, side=side)
-        target = task.target[row_index]
-        view_features = X if X.ndim in (3, 5) else X[None]  # (V, n, D) or (V, n, channels, h, w)
-        if kind.takes_units:
-            # All views of a unit's images are one bag, as in training.
-            assert task.units is not None
-            bags = np.tile(task.units[row_index], len(view_features))
-            rows = view_features.reshape(len(bags), -1)
-            predicted = predict_head(spec, head_arrays, rows, task.kind, temperature, bags)
-            return target, predicted[: len(target)]
-        if len(view_features) == 1:
-            return target, predict_head(spec, head_arrays, view_features[0], task.kind, temperature)
-        # The temperature was fitted to the mean over views, and so it is applied to the mean.
-        mean_prediction = np.mean(
-            [predict_head(spec, head_arrays, view_rows, task.kind) for view_rows in view_features],
-            axis=0,
-        )
-        floor = floor_of(spec, task.kind, len(task.classes))
-        return target, tempered(mean_prediction, task.kind, temperature, floor)
+        X, row_index = load_rows(features, task.content, spatial=model.spatial, side=side)
+        view_inputs = list(X) if X.ndim in (3, 5) else [X]  # (V, n, D) or (V, n, channels, h, w)
+        units = None if task.units is None else task.units[row_index]
+        predicted, _ = predict_views(model, model.head_function(), view_inputs, units)
+        return task.target[row_index], predicted
 
     def _predict_images(
         self, task: Task, temperature: float, trust_code: Collection[str] | None
@@ -158,19 +142,15 @@ class ModelRef:
             Sample(image_path, image_path, content_hash.decode())
             for image_path, content_hash in zip(image_paths, task.content, strict=True)
         ]
-        prediction_blocks = []
+        probabilities = np.empty((len(samples), len(network.classes)), np.float32)
         for predicted in predict_samples(engine, samples, available_cores(), RowColumns()):
             for row, failure_reason in predicted.failed:
                 raise SourceError(
                     f"{samples[row].path}: {failure_reason}. Its features were extracted, so it "
                     "could be read then: bring it back, or run again so that it is left out"
                 )
-            prediction_blocks.append(predicted.probabilities)
-        return (
-            np.concatenate(prediction_blocks)
-            if prediction_blocks
-            else np.empty((0, len(network.classes)), np.float32)
-        )
+            probabilities[predicted.rows] = predicted.probabilities
+        return probabilities
 
 
 def model_ref(
@@ -197,14 +177,11 @@ def paths_of_content(listing_path: Path, content: npt.NDArray[np.bytes_]) -> lis
 
     listing_path: the run's finetune/images.json. Raises SourceError if it lacks one.
     """
-    path_of_hash = read_record(listing_path)["paths"]
-    content_hashes = content.astype(str).tolist()
-    missing_hashes = [
-        content_hash for content_hash in content_hashes if content_hash not in path_of_hash
-    ]
-    if missing_hashes:
+    path_of_hash, hashes = read_record(listing_path)["paths"], content.astype(str).tolist()
+    missing = [content_hash for content_hash in hashes if content_hash not in path_of_hash]
+    if missing:
         raise SourceError(
-            f"{listing_path} lists no image with the content {missing_hashes[0]} and "
-            f"{len(missing_hashes) - 1} more: run again"
+            f"{listing_path} lists no image with the content {missing[0]} and {len(missing) - 1} "
+            "more: run again"
         )
-    return [path_of_hash[content_hash] for content_hash in content_hashes]
+    return [path_of_hash[content_hash] for content_hash in hashes]

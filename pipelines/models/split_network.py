@@ -1,8 +1,7 @@
 """Splitting of a network at a node: the part above it, with the network's own parameters.
 
-The part is found by tracing the network's forward with torch.fx. Only the modules that contain the
-node are traced; all others are called as a whole, so that code in them that cannot be traced does
-no harm. The part shares the network's modules, so that training it trains the network.
+The part is found by tracing the network's forward with torch.fx. It shares the network's modules,
+so that training it trains the network.
 """
 
 from torch import fx, nn
@@ -16,9 +15,11 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, node: str) -> None:
         super().__init__()
-        self.around = {"", *_ancestor_names(node)}
+        parts = node.split(".")
+        self.around = {".".join(parts[:length]) for length in range(len(parts))}
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        # Code elsewhere in the network that cannot be traced does no harm.
         return module_qualified_name not in self.around
 
 
@@ -62,11 +63,9 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
     for graph_node in reversed(list(graph.nodes)):
         if not graph_node.users and graph_node.op not in ("output", "placeholder"):
             graph.erase_node(graph_node)
-    for graph_node in [
-        graph_node
-        for graph_node in graph.nodes
-        if graph_node.op == "placeholder" and graph_node is not split_input
-    ]:
+    for graph_node in list(graph.nodes):
+        if graph_node.op != "placeholder" or graph_node is split_input:
+            continue
         if graph_node.users:
             raise CannotSplit(
                 f"what lies above {node.name} also reads what lies below it "
@@ -90,8 +89,3 @@ class _Shell(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in module.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-
-
-def _ancestor_names(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]

@@ -77,10 +77,8 @@ class _Taps(nn.Module):
 
 
 def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
-    """Return the taps without the network's modules above the deepest one, to keep an export small.
-
-    Modules that do not run before every tap has its output are replaced by the identity. If the
-    network cannot run so, or gives other features, the taps are returned unchanged.
+    """Return the taps without the network's modules above the deepest one, to keep an export small;
+    unchanged if the network cannot run so, or gives other features.
     """
     # Two random images: of equal ones, a wrong mean over the batch would not be seen.
     pixels = torch.randint(0, 256, (2, *backbone.preprocessing.pixel_shape), dtype=torch.uint8)
@@ -95,13 +93,12 @@ def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
     taps.capture.stops_early = False
     for handle in hook_handles:
         handle.remove()
+    # Modules that did not run before every tap had its output are replaced by the identity.
     lean_taps = copy.deepcopy(taps)
     idle_modules = [
-        module_name
-        for (module_name, module), original_module in zip(
-            lean_taps.network.named_modules(), taps.network.modules(), strict=True
-        )
-        if not any(child in modules_that_ran for child in original_module.modules()) and module_name
+        name
+        for name, module in taps.network.named_modules()
+        if name and modules_that_ran.isdisjoint(module.modules())
     ]
     for module_name in idle_modules:
         parent_name, _, child_name = module_name.rpartition(".")
@@ -109,12 +106,8 @@ def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
             lean_taps.network.get_submodule(parent_name)._modules[child_name] = nn.Identity()
     try:
         with torch.no_grad():
-            lean_features = lean_taps(pixels)
-        return (
-            lean_taps
-            if all(torch.equal(a, b) for a, b in zip(lean_features, expected_features, strict=True))
-            else taps
-        )
+            pairs = zip(lean_taps(pixels), expected_features, strict=True)
+        return lean_taps if all(torch.equal(a, b) for a, b in pairs) else taps
     except Exception:  # noqa: BLE001 (whatever a network's own code says of shapes that it does not know)
         return taps
 

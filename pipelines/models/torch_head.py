@@ -34,10 +34,7 @@ from headrace.pipelines.models.errors import ModelError
 class Head(nn.Module):
     """From features (n, D), or maps (n, D, h, w) for a convolution head, to logits (n, C).
 
-    `ProbabilityLink` turns logits into probabilities: a single column of a single-label task is the
-    log-odds of the second class; for regression logits are the values. After `standardise_head` the
-    parameters are in coordinates where each feature has mean 0 and deviation 1, so that one
-    learning rate suits all features.
+    `ProbabilityLink` turns logits into probabilities; for regression logits are the values.
     """
 
     centre: Tensor
@@ -139,8 +136,8 @@ def new_head(spec: MLPSpec, n_features: int, n_outputs: int) -> Head:
 def standardise_head(
     head: Head, feature_mean: Tensor, feature_deviation: Tensor, *, is_new: bool
 ) -> None:
-    """Put a head's first layer into standardised coordinates; a convolution head already is in
-    them.
+    """Put a head's first layer into coordinates where each feature has mean 0 and deviation 1; a
+    convolution head already is in them.
 
     A trained head remains the same function; the weights of a new one are kept, as if drawn in
     these coordinates.
@@ -149,6 +146,7 @@ def standardise_head(
     """
     if head.spatial:
         return
+    # So that one learning rate suits all features.
     feature_deviation = torch.where(
         feature_deviation > 0, feature_deviation, torch.ones_like(feature_deviation)
     ).double()
@@ -173,13 +171,10 @@ def _linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
 def tempered(
     probabilities: Tensor, task_kind: TaskKind, temperature: float, floor: float = FLOOR
 ) -> Tensor:
-    """Return probabilities at a temperature, as heads.evaluate.temperature.with_temperature.
-
-    In float64 like that function: near a probability of 1, float32 has hardly any digits of the
-    difference from 1.
-    """
+    """Return probabilities at a temperature, as heads.evaluate.temperature.with_temperature."""
     if task_kind == "regression" or temperature == 1:
         return probabilities
+    # Near a probability of 1, float32 has hardly any digits of the difference from 1.
     values = probabilities.double()
     if task_kind == "multi":
         clamped = values.clamp(floor, 1 - floor)
@@ -323,9 +318,7 @@ class NeighborModule(nn.Module):
 class BagsModule(nn.Module):
     """From rows (n, D) of units to probabilities (n, C): each row gets its unit's.
 
-    unit: (n,) int64 from 0 to n - 1, equal for rows of one unit. Sums and maxima over units are
-    scattered into n places, however many units there are, because an exported graph cannot have
-    sizes that depend on values.
+    unit: (n,) int64 from 0 to n - 1, equal for rows of one unit.
     """
 
     attention: Tensor
@@ -348,6 +341,8 @@ class BagsModule(nn.Module):
     def forward(self, value: Tensor, unit: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             value = F.relu(layer(value))
+        # Sums and maxima over units are scattered into n places, however many units there are: an
+        # exported graph cannot have sizes that depend on values.
         if self.pooling == "max":
             places = unit.unsqueeze(1).expand(-1, value.shape[1])
             lowest = torch.full_like(value, -torch.finfo(value.dtype).max)
@@ -359,6 +354,7 @@ class BagsModule(nn.Module):
                 gate = torch.tanh(self.tanh(value)) * torch.sigmoid(self.sigmoid(value))
                 logits = (gate @ self.attention).unsqueeze(1)
                 lowest = torch.full_like(logits, -torch.finfo(logits.dtype).max)
+                # Subtracted, so that exp does not overflow.
                 largest = lowest.scatter_reduce(0, unit.unsqueeze(1), logits, "amax")
                 weight = torch.exp(logits - largest[unit])
             weighted = torch.cat([weight, weight * value], 1)

@@ -34,9 +34,7 @@ def require_allowed_file(
     """Raise CodeNotTrusted for a network's file or folder that the model may not read.
 
     It may read files in its directory (`model_root`), files in `allowed_code`, and files that the
-    recipe of its run names. A recipe that came with a run from elsewhere could name any file, so it
-    counts only if the run was made here: the same recipe is still where the run says it was made,
-    or the file lies in the project that was moved with the run.
+    recipe of its run names, if the run was made here.
     """
     asked_path = expand_home(asked_path).absolute()
     resolved_path = asked_path.resolve()
@@ -55,6 +53,9 @@ def require_allowed_file(
             ]
             made = Path(run_recipe["out"])
             _, project = moved_project(made, parent_folder)
+            # A recipe that came with a run from elsewhere could name any file. So the file must lie
+            # in the project that was moved with the run, or the same recipe must still be where the
+            # run says it was made.
             if recorded_name in recipe_names and (
                 resolved_path.is_relative_to(project.resolve())
                 or read_record(RunPaths(made).recipe) == run_recipe

@@ -193,21 +193,22 @@ def _lock_path(table_path: Path) -> Path:
 
 @contextlib.contextmanager
 def _only_writer(table_path: Path, console: Console) -> Iterator[None]:
-    """Hold the table's lease, so that no two calls write one table."""
     table_path.parent.mkdir(parents=True, exist_ok=True)
     lock_path = _lock_path(table_path)
     if lock_path.exists():
         text = f"note: waiting for the call that writes {table_path}, unless it was killed"
         console.print(text, soft_wrap=True)
+    # No two calls write one table: the first to finish removes the parts.
     with lease(lock_path):
         yield
 
 
 def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> None:
-    """Raise OutputExists if a file that `headrace predict` did not write is at `table_path` or
-    `record_path`, as after a mistyped name.
+    """Raise PredictionsThere if a file that `headrace predict` did not write is at `table_path` or
+    `record_path`.
     """
-    # By its text and not by its checksum: a damaged record is ours too.
+    # A mistyped --out must cost nobody a file. By its text and not by its checksum: a damaged
+    # record is ours too.
     has_our_record = record_path.is_file() and b'"model_digest"' in record_path.read_bytes()
     advice = (
         "It is not replaced, with --force neither. Give another name with --out, such as "

@@ -22,9 +22,7 @@ _CACHED_IMAGES = 8192  # features in memory at a time
 
 @dataclass(frozen=True)
 class CachedPredictions:
-    """Predictions of those of N images whose features are cached. They are made again by each call,
-    which takes less time than to store them.
-    """
+    """Predictions of those of N images whose features are cached."""
 
     probabilities: npt.NDArray[np.float32]  # (N, C), nan for the other images
     errors: list[str | None]
@@ -46,14 +44,15 @@ def predict_cached(
 ) -> CachedPredictions:
     """Predict those images in `rows` that have features in a cache, or a recorded failure.
 
-    If units are predicted as a whole, all images of a unit are predicted or none. row_columns: of
-    all images.
+    row_columns: of all images.
     """
-    probabilities = np.full((len(keys), len(model.classes)), np.nan, np.float32)
-    error_texts: list[str | None] = [None] * len(keys)
-    is_known = np.zeros(len(keys), np.bool_)
-    weights = np.full(len(keys), np.nan, np.float32)
-    predictions = CachedPredictions(probabilities, error_texts, is_known, weights)
+    # Made again by each call, which takes less time than to store them.
+    predictions = CachedPredictions(
+        probabilities=np.full((len(keys), len(model.classes)), np.nan, np.float32),
+        errors=[None] * len(keys),
+        is_known=np.zeros(len(keys), np.bool_),
+        weights=np.full(len(keys), np.nan, np.float32),
+    )
     if cache_root is None or not len(rows):
         return predictions
     cached_model = find_cached_model(model, cache_root)
@@ -66,10 +65,11 @@ def predict_cached(
     has_features = cached_model.has_features(hashes) & ~has_failed
     is_done = has_features | has_failed
     units = None if row_columns.units is None else row_columns.units[rows]
+    cached_rows = np.flatnonzero(has_features)
     if units is not None:
+        # All images of a unit or none, side by side, so that no block divides a unit.
         is_done &= ~np.isin(units, units[~is_done])
-    cached_rows = np.flatnonzero(has_features & is_done)
-    if units is not None:
+        cached_rows = np.flatnonzero(has_features & is_done)
         cached_rows = cached_rows[np.argsort(units[cached_rows], kind="stable")]
     try:
         for block in part_slices(
@@ -79,14 +79,14 @@ def predict_cached(
             predicted, block_weights = cached_model.predict(
                 hashes[block_rows], row_columns.take(rows[block_rows])
             )
-            probabilities[rows[block_rows]] = predicted
+            predictions.probabilities[rows[block_rows]] = predicted
             if block_weights is not None:
-                weights[rows[block_rows]] = block_weights
+                predictions.weights[rows[block_rows]] = block_weights
     except CacheError as error:
         raise CacheError(f"{error}. To predict without the cache: --no-cache") from error
-    is_known[rows[is_done]] = True
+    predictions.is_known[rows[is_done]] = True
     for failed_row in np.flatnonzero(has_failed & is_done):
-        error_texts[rows[failed_row]] = reasons[failed_row]
+        predictions.errors[rows[failed_row]] = reasons[failed_row]
     _copy_repeated(keys, rows, predictions)
     return predictions
 

@@ -52,17 +52,15 @@ def list_images(
     listings = [_list_source(source, names, optional) for source in image_sources]
     if len(listings) == 1:
         return listings[0]
-    paths_of_name = (
-        pd.concat([listing.samples for listing in listings]).groupby("file")["path"].nunique()
-    )
-    if (paths_of_name > 1).any():
-        for image_source, listing in zip(image_sources, listings, strict=True):
-            location = image_source.location
-            is_ambiguous = listing.samples["file"].map(paths_of_name) > 1
-            prefix = printable_name(str(location if is_table(location) else Path(location).parent))
-            listing.samples.loc[is_ambiguous, "file"] = (
-                f"{prefix}/" + listing.samples.loc[is_ambiguous, "file"]
-            )
+    all_samples = pd.concat([listing.samples for listing in listings])
+    paths_of_name = all_samples.groupby("file")["path"].nunique()
+    for image_source, listing in zip(image_sources, listings, strict=True):
+        location, names_of_files = image_source.location, listing.samples["file"]
+        prefix = printable_name(str(location if is_table(location) else Path(location).parent))
+        # A name stands for one image: a report, or a join by `file`, could not tell two apart.
+        listing.samples["file"] = names_of_files.where(
+            names_of_files.map(paths_of_name) == 1, f"{prefix}/" + names_of_files
+        )
     return join_listings(listings)
 
 

@@ -77,12 +77,13 @@ def file_keys(
     is still of the same file.
 
     The stamp is that of the file (see FileStamp), and a digest of what the model reads beside it:
-    its side columns, and all images of its unit. Files written a moment ago are waited for, some
-    seconds at most, so that a change after this call gives another stamp.
+    its side columns, and all images of its unit. Waits some seconds for files that were written a
+    moment ago.
     """
     # A content hash would be safer, but every image of a finished part would be read again; a stamp
     # costs one stat.
     stamps_of_files = file_stamps(map(locator_file, image_paths))
+    # So that a change after this call gives another stamp.
     wait_until_settled(stamp for stamp in stamps_of_files if isinstance(stamp, FileStamp))
     stamp_texts = [stamp.text if isinstance(stamp, FileStamp) else "" for stamp in stamps_of_files]
     if row_columns.side_inputs is not None:
@@ -241,7 +242,6 @@ def _part_bytes(
     error_texts: list[str | None],
     is_unread: npt.NDArray[np.bool_],
 ) -> bytes:
-    """Return a part as Parquet with a checksum (`seal`), because Parquet's own pages have none."""
     table = pa.table(
         {
             # As bytes, because names of files need not be UTF-8.
@@ -259,15 +259,15 @@ def _part_bytes(
     ).replace_schema_metadata({"headrace": job.digest, SEAL: UNSEALED})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
+    # Parquet's own pages have no checksum here.
     return seal(buffer.getvalue())
 
 
 def known_parts(
     parts_folder: Path, model: Model, *, is_final: bool
 ) -> dict[FileKey, tuple[Path, int]]:
-    """Return the part and the row in it with the prediction of each file.
-
-    A file that could not be read has none, so that it is tried again, unless `is_final`.
+    """Return the part and the row in it with the prediction of each file; of files that could not
+    be read only if `is_final`.
     """
     part_of_key: dict[FileKey, tuple[Path, int]] = {}
     for part_path in sorted(parts_folder.glob("*.parquet")):
@@ -285,6 +285,7 @@ def known_parts(
         columns = (column.to_pylist() for column in table.columns)
         for row, (path, stamp, unread) in enumerate(zip(*columns, strict=True)):
             key = (path.decode("utf-8", "surrogatepass"), stamp)
+            # A file that could not be read is tried again by the next call.
             if not unread or (is_final and key not in part_of_key):
                 part_of_key[key] = (part_path, row)
     return part_of_key
@@ -331,6 +332,7 @@ def _open_model_engine(path: str, digest: str, device: str, trust_code: tuple[st
     from headrace.pipelines.models.images import open_engine
 
     model = load_model(path, trust_code=trust_code)
+    # The parts of two models must not be joined in one table.
     if model.digest != digest:
         raise HeadraceError(f"{path} has changed since this call began: call again")
     return open_engine(model, device)
