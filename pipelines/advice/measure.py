@@ -19,7 +19,6 @@ from headrace.heads.bank import BankJob
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import mean_loss_interval, proportion_interval
-from headrace.heads.spec import HeadSpec
 from headrace.pipelines.advice.decide import (
     STARVED_SHARE,
     THIN_ROWS,
@@ -91,7 +90,7 @@ def advise_on(
     """
     task = replace(task, units=None)  # advice is on single images, also if units are predicted
     validation = validation_rows(task, groups)
-    complete = complete_heads(board).reset_index(drop=True)
+    complete = complete_heads(board)
     is_network = complete["kind"] == "finetune"
     heads = complete[~is_network].reset_index(drop=True)
     networks = complete[is_network].reset_index(drop=True)
@@ -147,16 +146,19 @@ def _measured_curve(
     train_all: Callable[[Sequence[BankJob]], None],
     groups: npt.NDArray[Any] | None,
 ) -> LearningCurve:
-    """Return the learning curve on the inputs of the best head that reads no map: linear heads on
-    all positions of a map would be very wide, and say no more.
-    """
+    """Return the learning curve on the inputs of the best head that reads no map."""
+    # Linear heads on all positions of a map would be very wide, and say no more.
     reads_map = [any(name.endswith(".map") for name in inputs) for inputs in heads["inputs"]]
     without_map = heads[~np.array(reads_map)]
     best_head = (without_map if len(without_map) else heads).iloc[0]
     features = [path for name in taps_of(best_head["inputs"]) for path in feature_paths[name]]
-    return learning_curve(
-        task, features, curve_specs(task, best_head), results_folder, train_all, groups=groups
-    )
+    # Linear heads, and the winner's settings.
+    winner_spec = model_spec(best_head["spec"])
+    specs = linear_specs(task, getattr(winner_spec, "class_weight", "none"))
+    if winner_spec.kind in _CURVE_KINDS:
+        specs.append(winner_spec)
+    specs = list(dict.fromkeys(specs))
+    return learning_curve(task, features, specs, results_folder, train_all, groups=groups)
 
 
 def _curve_evidence(
@@ -190,15 +192,6 @@ def _backbone_key(spec: FeatureSpec) -> tuple[str, ...]:
     return spec.backbone, spec.weights, spec.preprocessing
 
 
-def curve_specs(task: Task, winner: pd.Series) -> list[HeadSpec]:
-    """Return the heads of the learning curve: linear ones, and the winner's settings."""
-    winner_spec = model_spec(winner["spec"])
-    specs = linear_specs(task, getattr(winner_spec, "class_weight", "none"))
-    if winner_spec.kind in _CURVE_KINDS:
-        specs = [*specs, winner_spec]
-    return list(dict.fromkeys(specs))
-
-
 def class_evidence(
     validation: ValidationRows,
     losses: Floats,
@@ -212,12 +205,11 @@ def class_evidence(
     """
     task = validation.task
     rows_of_class = [validation.target == c for c in range(len(task.classes))]
-    present = [c for c, row_mask in enumerate(rows_of_class) if row_mask[in_curve].any()]
+    present = [c for c, rows in enumerate(rows_of_class) if rows[in_curve].any()]
     errors = {
-        c: _error_estimate(
-            validation, losses[rows_of_class[c]], draws[rows_of_class[c]], rows_of_class[c]
-        )
-        for c in present
+        c: _error_estimate(validation, losses[rows], draws[rows], rows)
+        for c, rows in enumerate(rows_of_class)
+        if c in present
     }
     evidence = []
     for c in present:
@@ -264,28 +256,23 @@ def tap_evidence(
     the best of these heads. A tap with several poolings is there with the best one.
     """
     single_input = heads[[len(inputs) == 1 for inputs in heads["inputs"]]]
-    single_input = single_input.assign(name=[inputs[0] for inputs in single_input["inputs"]])
-    single_input = single_input.drop_duplicates("name")  # the board is best first
-    specs = {name: open_feature_set(feature_paths[name][0]).spec for name in single_input["name"]}
+    names_of_heads = [inputs[0] for inputs in single_input["inputs"]]
+    specs = {name: open_feature_set(feature_paths[name][0]).spec for name in names_of_heads}
     if not specs:
         return ()
-    best_backbone = _backbone_key(specs[single_input["name"].iloc[0]])
-    single_input = single_input[
-        [_backbone_key(specs[name]) == best_backbone for name in single_input["name"]]
-    ]
-    single_input = single_input.assign(
-        tap=[specs[name].tap for name in single_input["name"]]
-    ).drop_duplicates("tap")
+    backbones = [_backbone_key(specs[name]) for name in names_of_heads]
+    tap_names = [specs[name].tap for name in names_of_heads]
+    best_of_tap = single_input.assign(name=names_of_heads, tap=tap_names)
+    # The board is best first, and so is each tap's first head.
+    best_of_tap = best_of_tap[[key == backbones[0] for key in backbones]].drop_duplicates("tap")
     errors = {
-        single_input["name"].iloc[index]: _estimate(_row_losses(validation, predicted), draws)
-        for index, predicted in _predictions(single_input, validation).items()
+        best_of_tap["name"].iloc[index]: _estimate(_row_losses(validation, predicted), draws)
+        for index, predicted in _predictions(best_of_tap, validation).items()
     }
     best_error = min(errors.values(), key=lambda error: error.value)
-    names = sort_by_depth([name for name in feature_paths if name in errors])
     return tuple(
         TapEvidence(name, errors[name], errors[name].minus(best_error))
-        for name in names
-        if name in errors
+        for name in sort_by_depth([name for name in feature_paths if name in errors])
     )
 
 

@@ -137,6 +137,7 @@ def _nearest_distances(features: Floats, reference: Floats, *, exclude_self: boo
 
     exclude_self: features and reference are the same rows; a row is not its own neighbour.
     """
+    # Round-off can make the square of a very short distance negative, hence the maximum below.
     squares = (
         (features**2).sum(1)[:, None] + (reference**2).sum(1)[None] - 2 * features @ reference.T
     )

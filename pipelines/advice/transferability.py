@@ -66,17 +66,22 @@ def transferability_scores(
     feature_paths: views by name; the first view is measured. results_folder: keeps the scores, so
     that each is computed once.
     """
-    sampled_rows = _sample_rows(task)
+    sampled_rows = np.arange(len(task.ids))
+    if len(sampled_rows) > ROWS:
+        # Sorted, because rows of a feature set are read fastest in the order of the file.
+        sampled_rows = np.sort(np.random.default_rng(0).choice(len(task.ids), ROWS, replace=False))
     all_scores = []
     for name, view_paths in feature_paths.items():
         cache_key = hashlib.sha256(
             repr([_VERSION, task.digest, ROWS, view_paths[0].name, name]).encode()
         ).hexdigest()[:16]
         scores_path = results_folder / f"transferability-{cache_key}.json"
-        scores = _stored_scores(scores_path)
-        if scores is None:
+        # The file only saves time: a damaged one is measured again, and a folder may be read-only.
+        try:
+            scores = TransferabilityScores(**read_sealed_json(scores_path.read_bytes()))
+        except (OSError, ValueError, TypeError):
             scores = _measure_scores(name, task, sampled_rows, view_paths[0])
-            with suppress(OSError):  # the file only saves time
+            with suppress(OSError):
                 results_folder.mkdir(parents=True, exist_ok=True)
                 publish_replace(scores_path, sealed_json(asdict(scores)))
         all_scores.append(scores)
@@ -88,26 +93,15 @@ def _measure_scores(
 ) -> TransferabilityScores:
     X, has_features = load_rows([feature_path], task.content[sampled_rows])
     target = task.target[sampled_rows][has_features]
-    target_columns = (
-        np.eye(len(task.classes))[target]
-        if task.kind == "single"
-        else np.asarray(target, np.float64)
-    )
-    target_columns = target_columns.reshape(len(target), -1)
-    target_columns = target_columns[:, np.ptp(target_columns, axis=0) > 0]  # not constant
     is_single_label = task.kind == "single"
+    one_hot = np.eye(len(task.classes))[target] if is_single_label else np.asarray(target, float)
+    target_columns = one_hot.reshape(len(target), -1)
+    target_columns = target_columns[:, np.ptp(target_columns, axis=0) > 0]  # not constant
     are_logits = open_feature_set(feature_path).spec.tap == "logits"
     fold_of_row = make_folds(target, n_folds=min(_FOLDS, len(target)), seed=0)
-    specs = [
-        KNNSpec(k=k, metric=metric_name)
-        for k in NEIGHBOURS
-        for metric_name in ("cosine", "euclidean")
-    ]
-    knn_fits = fit_knn_bank(
-        TrainingData(X, target, fold_of_row, len(task.classes), task_kind=task.kind),
-        specs,
-        refit=False,
-    )
+    specs = [KNNSpec(k=k, metric=metric) for k in NEIGHBOURS for metric in ("cosine", "euclidean")]
+    data = TrainingData(X, target, fold_of_row, len(task.classes), task_kind=task.kind)
+    knn_fits = fit_knn_bank(data, specs, refit=False)
     metric_name = {"single": "accuracy", "multi": "hamming_accuracy", "regression": "r2"}[task.kind]
     scores_by_spec: dict[KNNSpec, list[float]] = {}
     for fit in knn_fits:
@@ -121,33 +115,18 @@ def _measure_scores(
     bayes_low, bayes_high = (
         (None, None) if nearest_error is None else bayes_bounds(nearest_error, len(task.classes))
     )
+    nce = None
+    if is_single_label and are_logits:
+        nce = negative_conditional_entropy(X.argmax(1), target)
     return TransferabilityScores(
         name=name,
         width=X.shape[1],
         images=len(target),
         logme=log_me(X, target_columns) if target_columns.shape[1] else None,
         h_score=h_score(X, target) if is_single_label else None,
-        nce=negative_conditional_entropy(X.argmax(1), target)
-        if is_single_label and are_logits
-        else None,
+        nce=nce,
         neighbours=max(mean_scores.values(), default=None),
         neighbour_error=nearest_error,
         bayes_low=bayes_low,
         bayes_high=bayes_high,
     )
-
-
-def _sample_rows(task: Task) -> npt.NDArray[np.int64]:
-    """Return positions of at most ROWS rows, the same for every feature set."""
-    if len(task.ids) <= ROWS:
-        return np.arange(len(task.ids))
-    # Sorted, because rows of a feature set are read fastest in the order of the file.
-    return np.sort(np.random.default_rng(0).choice(len(task.ids), ROWS, replace=False))
-
-
-def _stored_scores(scores_path: Path) -> TransferabilityScores | None:
-    """Return stored scores; None if the file is absent or damaged, as it only saves time."""
-    try:
-        return TransferabilityScores(**read_sealed_json(scores_path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None

@@ -348,7 +348,7 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
     with force, an earlier export.
     """
     if out.is_symlink():
-        raise ExportError(f"{out} is a link: give the folder that it leads to, or another name")
+        raise InvalidInput(f"{out} is a link: give the folder that it leads to, or another name")
     if not out.exists():
         return
     working_directory, resolved_out = Path.cwd().resolve(), out.resolve()
@@ -367,7 +367,7 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
     if not any(out.iterdir()):
         return
     if not _is_export(out):
-        raise ExportError(
+        raise InvalidInput(
             f"{out} is a folder that headrace export did not write (it has no {EXPORT_MARKER}): it "
             f"is not replaced, with --force neither. Give another name, such as {out / 'model'}, "
             "or delete it yourself"

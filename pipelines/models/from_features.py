@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.evaluate.ensemble import average
-from headrace.heads.kind import CannotPredict
 from headrace.heads.link import tempered
+from headrace.pipelines.models.errors import ModelError
 
 if TYPE_CHECKING:
     from headrace.pipelines.models.head import HeadModel
@@ -69,7 +69,7 @@ def predict_from_features(
     its unit, None without units.
 
     head_functions: of the model's members. features: (n, ...) by spec. row_columns: of these n
-    images. Raises CannotPredict for a head with another number of outputs than classes.
+    images. Raises ModelError for a head with another number of outputs than classes.
     """
     predicted, weights = zip(
         *(
@@ -85,7 +85,7 @@ def predict_from_features(
     )
     n_classes = len(model.classes)
     if wrong_widths := [block.shape[1] for block in predicted if block.shape[1] != n_classes]:
-        raise CannotPredict(
+        raise ModelError(
             f"{model.path}: its head has {wrong_widths[0]} outputs for {n_classes} classes: fetch "
             "the model again"
         )

@@ -36,7 +36,6 @@ from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.errors import InvalidInput
-from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.from_features import (
     RowColumns,
     predict_from_features,
@@ -253,7 +252,7 @@ def _rendered_batches(
     image_list: Sequence[ImageLike],
     renderings: Sequence[Rendering],
 ) -> Iterator[PixelBatch]:
-    """Yield the pixels of images in memory, _BATCH at a time. Raises ImageUnusable for the first
+    """Yield the pixels of images in memory, _BATCH at a time. Raises InvalidInput for the first
     that cannot be decoded.
     """
     for batch_start in range(0, len(image_list), _BATCH):

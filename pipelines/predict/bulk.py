@@ -204,7 +204,7 @@ def _only_writer(table_path: Path, console: Console) -> Iterator[None]:
 
 
 def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> None:
-    """Raise PredictionsThere if a file that `headrace predict` did not write is at `table_path` or
+    """Raise OutputExists if a file that `headrace predict` did not write is at `table_path` or
     `record_path`.
     """
     # A mistyped --out must cost nobody a file. By its text and not by its checksum: a damaged
