@@ -11,17 +11,8 @@ from typing import Any
 from headrace.pipelines.records import append_records, read_records
 
 _LIBRARIES = (
-    "headrace",
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "h5py",
-    "pillow",
-    "dask",
-    "distributed",
+    *("headrace", "torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn"),
+    *("h5py", "pillow", "dask", "distributed"),
 )
 
 
@@ -49,9 +40,8 @@ def environment(workers: int | None, device: str) -> dict[str, Any]:
 def note_environment(path: Path, current: dict[str, Any]) -> None:
     """Append the environment to `path`, unless it is the same as in the last line."""
     records, _ = read_records(path)
-    previous = (
-        {key: value for key, value in records[-1].items() if key != "since"} if records else {}
-    )
+    previous = records[-1] if records else {}
+    previous.pop("since", None)
     if previous != json.loads(json.dumps(current)):  # through JSON, as `previous` went: no tuples
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         append_records(path, [{"since": since, **current}])

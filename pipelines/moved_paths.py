@@ -5,9 +5,8 @@ from pathlib import Path
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import RunDamaged, read_record
 
-_PATTERN_CHARACTERS = frozenset(
-    "{*?["
-)  # of a pattern for tar files, which exists under no such name
+# Of a pattern for tar files, which exists under no such name.
+_PATTERN_CHARACTERS = frozenset("{*?[")
 
 
 def moved_with_run(path: str, inside: Path) -> str:

@@ -43,10 +43,8 @@ def read_record(path: Path, mended_by: str = RUN_AGAIN) -> dict[str, Any]:
 
 
 def publish_table(path: Path, data: bytes) -> None:
-    """Publish a table and the digest of its bytes. Raises PublishFailed.
-
-    Two processes must not do so in one run at once: one would lose the digest of the other.
-    """
+    """Publish a table and the digest of its bytes. Raises PublishFailed."""
+    # Two processes must not do so in one run at once: one would lose the digest of the other.
     publish_replace(path, data)
     digests = path.with_name(_DIGESTS)
     try:
@@ -60,12 +58,12 @@ def publish_table(path: Path, data: bytes) -> None:
 def read_table(path: Path) -> io.BytesIO:
     """Return the bytes of a table that `publish_table` wrote.
 
-    Raises RunDamaged if they were altered, FileNotFoundError. Runs of earlier versions have no
-    digests, and are read unchecked.
+    Raises RunDamaged if they were altered, FileNotFoundError.
     """
     data = path.read_bytes()
     try:
         recorded_digest = read_record(path.with_name(_DIGESTS)).get(path.name)
+    # Runs of earlier versions have no digests, and are read unchecked.
     except FileNotFoundError:
         recorded_digest = None
     if recorded_digest is not None and recorded_digest != xxhash.xxh3_128_hexdigest(data):

@@ -28,30 +28,21 @@ def find_run(run: str | Path, *, or_model: bool = False) -> RunPaths:
     Raises InvalidInput, with what to type instead; RecipeError for a recipe with a mistake in it.
     """
     path = expand_home(run)
-    expected = (
-        "Expected a recipe (recipe.yaml) or the directory of its run (headrace-runs/NAME)"
-        + (
-            (
-                ", or a directory with a model: RUN/winner, or what `headrace export --format "
-                "safetensors` wrote"
-            )
-            if or_model
-            else ""
+    if path.is_dir() and is_run(RunPaths(path)):
+        return RunPaths(path)
+    expected = "Expected a recipe (recipe.yaml) or the directory of its run (headrace-runs/NAME)"
+    if or_model:
+        expected += (
+            ", or a directory with a model: RUN/winner, or what `headrace export --format "
+            "safetensors` wrote"
         )
-    )
+    hint = _did_you_mean(path) or expected
     if path.is_dir():
-        if is_run(RunPaths(path)):
-            return RunPaths(path)
-        raise InvalidInput(
-            f"{run} is not a run's directory: it has no recipe.json. "
-            f"{_did_you_mean(path) or expected}"
-        )
+        raise InvalidInput(f"{run} is not a run's directory: it has no recipe.json. {hint}")
     if not path.is_file():
         wrong = "it is neither a file nor a folder" if path.exists() else "no such file or folder"
-        raise InvalidInput(f"{run}: {wrong}. {_did_you_mean(path) or expected}")
-    paths = RunPaths(
-        _recipe_out(path, f"{run} is neither a recipe nor a run. {_did_you_mean(path) or expected}")
-    )
+        raise InvalidInput(f"{run}: {wrong}. {hint}")
+    paths = RunPaths(_recipe_out(path, f"{run} is neither a recipe nor a run. {hint}"))
     if not is_run(paths):
         raise InvalidInput(
             f"{run} has not been run yet: {paths.root} holds no run. Type: headrace run "
@@ -89,11 +80,9 @@ def require_writable(paths: RunPaths, instead: str) -> None:
 
 
 def _recipe_out(path: Path, otherwise: str) -> Path:
-    """Return the run directory of a recipe.
-
-    A recipe may have any name. A mistake in a .yaml file is reported as such; a file with another
-    name may be no recipe at all, for which `otherwise` is the message.
-    """
+    """Return the run directory of a recipe. otherwise: the message for a file that is none."""
+    # A recipe may have any name. A mistake in a .yaml file is reported as such; a file with another
+    # name may be no recipe at all.
     has_recipe_name = path.suffix in (".yaml", ".yml")
     # Not from a run's own recipe.json: its `out` may be where the run was before it was moved.
     if not has_recipe_name and (
@@ -150,21 +139,17 @@ def stored_recipe(paths: RunPaths) -> Recipe:
     def moved(path: Path | None) -> Path | None:
         return None if path is None else moved_path(path, before, now)
 
+    def moved_weights(weights: str | None) -> str | None:
+        return str(moved_path(Path(weights), before, now)) if weights else None
+
     images = {name: moved(value) for name, value in recipe.images if isinstance(value, Path)}
-    backbones = (
-        backbone.model_copy(
-            update={
-                "weights": str(moved_path(Path(backbone.weights), before, now))
-                if backbone.weights
-                else None
-            }
-        )
-        for backbone in recipe.backbones
-    )
     return recipe.model_copy(
         update={
             "images": recipe.images.model_copy(update=images),
-            "backbones": tuple(backbones),
+            "backbones": tuple(
+                backbone.model_copy(update={"weights": moved_weights(backbone.weights)})
+                for backbone in recipe.backbones
+            ),
             "cache": moved(recipe.cache),
             "out": now,
             "cluster": recipe.cluster.model_copy(update={"tls": moved(recipe.cluster.tls)}),
@@ -173,12 +158,10 @@ def stored_recipe(paths: RunPaths) -> Recipe:
 
 
 def results_file(paths: RunPaths, stored: str | Path) -> Path:
-    """Return the path of a results file as it is now, from its path in the leaderboard.
-
-    The file in the run's own directory comes first: the run may be a copy, and the original, to
-    which the stored path still leads, may have changed since.
-    """
+    """Return the path of a results file as it is now, from its path in the leaderboard."""
     stored = Path(stored)
     folder = paths.finetune if stored.parent.name == paths.finetune.name else paths.banks
+    # The file in the run's own directory comes first: the run may be a copy, and the original, to
+    # which the stored path still leads, may have changed since.
     path_in_run = folder / stored.name
     return path_in_run if path_in_run.exists() else stored

@@ -9,8 +9,7 @@ from typing import Any
 def end_where_no_thread_begins(message: str, output: str = "") -> None:
     """From now on, end this process with exit code 2 when a new thread finds no memory to start.
 
-    Otherwise `Thread.start` would wait for the thread for ever (CPython's issue 140746). message,
-    output: for the standard error and the standard output.
+    message, output: for the standard error and the standard output.
     """
     report_others = sys.unraisablehook
     # Encoded now, for then there may be no memory for it.
@@ -26,4 +25,5 @@ def end_where_no_thread_begins(message: str, output: str = "") -> None:
             os._exit(2)
         report_others(unraisable)
 
+    # `Thread.start` would wait for the thread for ever (CPython's issue 140746).
     sys.unraisablehook = end_or_report

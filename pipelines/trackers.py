@@ -62,9 +62,8 @@ def run_digest(result: "RunResult") -> str:
 
 
 def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
-    os.environ.setdefault(
-        "MLFLOW_DISABLE_TELEMETRY", "true"
-    )  # else MLflow sends statistics of its use
+    # Else MLflow sends statistics of its use.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or a warning where git is missing
     if home_directory() is None:
         # MLflow's import fails without a home directory, though nothing is written into it.
@@ -79,39 +78,28 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     client = MlflowClient(tracking_uri=tracking_uri)
     experiment = client.get_experiment_by_name(section.experiment)
     if experiment is None:
-        artifact_location = (
-            None if folder is None else (folder / "artifacts" / section.experiment).as_uri()
-        )
-        experiment_id = client.create_experiment(
-            section.experiment, artifact_location=artifact_location
-        )
+        artifacts = None if folder is None else (folder / "artifacts" / section.experiment).as_uri()
+        experiment_id = client.create_experiment(section.experiment, artifact_location=artifacts)
     else:
         experiment_id = experiment.experiment_id
     digest = run_digest(result)
     if client.search_runs([experiment_id], f"tags.`{_DIGEST}` = '{digest}'", max_results=1):
         return False
     run_name = result.paths.root.name
-    parent_run = client.create_run(experiment_id, tags={"mlflow.runName": run_name})
-    _tell(client, parent_run.info.run_id, _parameters(result), _metrics(result))
+    parent_id = client.create_run(experiment_id, tags={"mlflow.runName": run_name}).info.run_id
+    _tell(client, parent_id, _parameters(result), _metrics(result))
     for path in (result.paths.leaderboard, result.paths.recipe):
         if path.exists():
-            client.log_artifact(parent_run.info.run_id, str(path))
+            client.log_artifact(parent_id, str(path))
     for _, row in result.board.head(section.settings).iterrows():
-        tags = {
-            "mlflow.parentRunId": parent_run.info.run_id,
-            "mlflow.runName": f"{run_name} #{row['rank']}",
-        }
-        child = client.create_run(experiment_id, tags=tags)
-        _tell(
-            client,
-            child.info.run_id,
-            _row_parameters(row),
-            {result.metric: float(row[result.metric])},
-        )
-        client.set_terminated(child.info.run_id)
+        tags = {"mlflow.parentRunId": parent_id, "mlflow.runName": f"{run_name} #{row['rank']}"}
+        child_id = client.create_run(experiment_id, tags=tags).info.run_id
+        row_metrics = {result.metric: float(row[result.metric])}
+        _tell(client, child_id, _row_parameters(row), row_metrics)
+        client.set_terminated(child_id)
     # Last, so that a report that was killed halfway is not taken for a finished one.
-    client.set_tag(parent_run.info.run_id, _DIGEST, digest)
-    client.set_terminated(parent_run.info.run_id)
+    client.set_tag(parent_id, _DIGEST, digest)
+    client.set_terminated(parent_id)
     return True
 
 
