@@ -164,6 +164,10 @@ def planning(quick: bool) -> dict[str, float]:
     heads = 10_000 if quick else 100_000
     names = [f"layer{number}.avg" for number in range(20)]
     values = heads // FOLDS // (len(names))
+    row = np.arange(1000)
+    classes = tuple(f"class {number}" for number in range(10))
+    ids, content, fold = row.astype(str), row.astype("S32"), (row % FOLDS).astype(np.int16)
+    task = Task("single", classes, ids, content, row % 10, fold, np.ones(1000))
     started = time.perf_counter()
     grid = Heads.model_validate(
         {"ridge": {"alpha": np.geomspace(1, 1e4, values).tolist(), "inputs": ["each"]}}
@@ -182,12 +186,8 @@ def planning(quick: bool) -> dict[str, float]:
         features=features,
         units=[],
         images=1000,
-        images_new=0,
         requested=requested_heads(grid, names),
-        task_digest="t",
-        n_folds=FOLDS,
-        n_rows=1000,
-        n_outputs=10,
+        task=task,
         trained=lambda group: {},
     )
     seconds = time.perf_counter() - started

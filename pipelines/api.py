@@ -43,7 +43,7 @@ from headrace.pipelines.result import RunResult, run_result
 from headrace.pipelines.stages.evaluate import evaluate
 from headrace.pipelines.stages.extract import extract_missing
 from headrace.pipelines.stages.select import select
-from headrace.pipelines.stages.services import ClientOpener, open_services, opener_of
+from headrace.pipelines.stages.services import ClientOpener, Services, opener_of
 from headrace.pipelines.stages.train import train
 
 
@@ -131,12 +131,8 @@ def train_heads(
     check_kinds(recipe.heads, recipe.task.kind, has_units=recipe.task.unit is not None)
     state = _state_of(recipe, features, samples)
     write_inputs(state)
-    with open_services(
-        console or _progress_console(),
-        options or TaskOptions(),
-        _opener(workers, client),
-        workers=workers,
-    ) as services:
+    console, options = console or _progress_console(), options or TaskOptions()
+    with Services(console, options, _opener(workers, client), workers) as services:
         for stage in (train, select, evaluate):
             state = stage(state, services)
     return run_result(state)
@@ -201,15 +197,10 @@ def _state_of(
             features=feature_plans,
             units=[],
             images=len(needed_contents),
-            images_new=0,
             requested=requested_heads(
                 recipe.heads, list(features), side_columns=bool(recipe.task.side_columns)
             ),
-            task_digest=dataset.train.digest,
-            n_folds=dataset.train.n_folds,
-            n_rows=len(dataset.train.ids),
-            n_outputs=max(2, len(dataset.train.classes)),
-            side=dataset.train.side,
+            task=dataset.train,
             rates=measured_rates(paths.logs),
             trained=lambda group: trained_in(paths.banks, group),
         ),

@@ -27,12 +27,11 @@ def make_console(
     quiet: bool = False,
     json_progress: bool = False,
     verbose: bool = False,
-    pipe_columns: int = _PIPE_COLUMNS,
 ) -> Console:
     """Return a console of the standard output, or of the standard error, without markup in texts.
 
     json_progress: whether progress is printed as lines of JSON. verbose: whether a line is printed
-    when a task begins or ends. pipe_columns: the width of tables in a file or a pipe.
+    when a task begins or ends.
     """
     has_width = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     return PlainConsole(
@@ -40,7 +39,7 @@ def make_console(
         verbose=verbose,
         stderr=stderr,
         quiet=quiet,
-        width=None if has_width else pipe_columns,
+        width=None if has_width else _PIPE_COLUMNS,
         markup=False,
         emoji=False,
         highlight=False,
@@ -67,12 +66,11 @@ class PlainConsole(Console):
 def valid_text(text: str) -> str:
     """Return text that can be encoded as UTF-8: a byte of a file name that is not UTF-8 becomes an
     escape (`caf\\xe9.png`).
-
-    Python gives such bytes as lone surrogates. Under an ASCII locale it does so with all bytes
-    beyond ASCII, which are decoded as UTF-8 here.
     """
     if text.isascii():
         return text
+    # Python gives such bytes as lone surrogates. Under an ASCII locale it does so with all bytes
+    # beyond ASCII, which are decoded as UTF-8 here.
     try:
         named = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -82,10 +80,8 @@ def valid_text(text: str) -> str:
 
 
 def escape_unencodable() -> None:
-    """Make the standard output and error print characters that they cannot encode as escapes.
-
-    In a container or a cron job their encoding is often ASCII.
-    """
+    """Make the standard output and error print characters that they cannot encode as escapes."""
+    # In a container or a cron job their encoding is often ASCII.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -37,7 +37,7 @@ from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_
 from headrace.pipelines.run_directory import find_run, require_finished, results_file, stored_recipe
 from headrace.pipelines.selection.calibration import calibrated
 from headrace.pipelines.selection.evaluation_record import read_test_evaluations
-from headrace.pipelines.selection.predictions import ValidationRows, validation_rows
+from headrace.pipelines.selection.predictions import validation_rows
 from headrace.pipelines.selection.winner import Winner, choose_winner
 
 _TEXT_COLUMNS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
@@ -142,29 +142,24 @@ class FinishedRun:
             selection = read_record(self.paths.selection)
         except (FileNotFoundError, RunDamaged):  # the report's section on selection reports it
             return None
-        calibration: Mapping[str, Any] | None = selection.get("calibration")
-        return calibration
+        return selection.get("calibration")
 
     @cached_property
     def calibrated_predictions(self) -> npt.NDArray[np.float64] | str:
-        """(n, C) the predictions of `scored_predictions`, calibrated; or the reason why not.
-
-        Each fold has the temperature that fits the other folds, so that none is fitted to itself.
-        """
-        task_path = self.paths.task(self.bank.task)
+        """(n, C) the predictions of `scored_predictions`, calibrated; or the reason why not."""
         try:
-            validation: ValidationRows = validation_rows(self.task, self.groups)
+            validation = validation_rows(self.task, self.groups)
         except FileNotFoundError as error:
             return f"{error.filename} is not there: {RUN_AGAIN}"
         except (OSError, BadTaskFile) as error:
             return str(error)
         if not np.array_equal(self.task.ids[validation.images], self.bank.ids[self.held_out_rows]):
+            task_path = self.paths.task(self.bank.task)
             return f"{task_path} is not what the winner was trained on: {RUN_AGAIN}"
         floor = floor_of(self.winner.spec, self.task.kind, len(self.task.classes))
-        held_out_predictions = validation.aggregate(
-            self.out_of_fold_predictions[self.held_out_rows]
-        )
-        return calibrated(validation, held_out_predictions, floor)
+        predicted = validation.aggregate(self.out_of_fold_predictions[self.held_out_rows])
+        # Each fold has the temperature that fits the other folds, so that none is fitted to itself.
+        return calibrated(validation, predicted, floor)
 
     @cached_property
     def feature_specs(self) -> Mapping[str, tuple[FeatureSpec, ...]]:
@@ -208,7 +203,9 @@ class FinishedRun:
                 return f"{self.paths.listing} is not there: {RUN_AGAIN}"
             content = [content_by_id.get(str(sample_id)) for sample_id in samples["id"]]
             dataset = make_dataset(samples, content, self.recipe.task)
-            dataset = drop_rows(dataset, self._undecodable_content())
+            views = (view for name in self.feature_specs for view in self.open_features(name))
+            failures = (failure for view in views for failure in view.failures())
+            dataset = drop_rows(dataset, {failure.content_hash for failure in failures})
         except SealBroken as error:
             return f"{self.paths.listing} has changed since it was written ({error}): {RUN_AGAIN}"
         except (HeadraceError, OSError) as error:
@@ -222,10 +219,6 @@ class FinishedRun:
         distinct = samples[samples["content"].notna()].drop_duplicates("content")
         image_paths = dict(zip(distinct["content"], distinct["path"].astype(str), strict=True))
         return RunImages(image_paths, dataset, samples)
-
-    def _undecodable_content(self) -> frozenset[str]:
-        views = (view for name in self.feature_specs for view in self.open_features(name))
-        return frozenset(failure.content_hash for view in views for failure in view.failures())
 
     @cached_property
     def accounting(self) -> Accounting | None:

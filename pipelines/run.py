@@ -4,9 +4,9 @@ import datetime
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -29,12 +29,7 @@ from headrace.pipelines.console import make_console
 from headrace.pipelines.environment import environment, note_environment
 from headrace.pipelines.models.model import Model
 from headrace.pipelines.paths import RunPaths, content_index, unit_leases
-from headrace.pipelines.planning.extraction import (
-    Extraction,
-    plan_features,
-    planned,
-    read_extraction,
-)
+from headrace.pipelines.planning.extraction import Extraction, plan_features, read_extraction
 from headrace.pipelines.planning.plan import Plan, check_space
 from headrace.pipelines.planning.run_state import RunState, read_run_state, write_inputs
 from headrace.pipelines.recipe.load import Recipe
@@ -47,14 +42,14 @@ from headrace.pipelines.stages.evaluate import evaluate
 from headrace.pipelines.stages.extract import (
     extract,
     extract_units,
-    raise_strict,
+    require_all_decoded,
     write_failed_images,
 )
 from headrace.pipelines.stages.finetune import finetune
 from headrace.pipelines.stages.halve_inputs import halve_inputs
 from headrace.pipelines.stages.predict import predict
 from headrace.pipelines.stages.select import select
-from headrace.pipelines.stages.services import Services, StageRecord, open_services, opener_of
+from headrace.pipelines.stages.services import Services, StageRecord, opener_of
 from headrace.pipelines.stages.train import train
 from headrace.pipelines.trackers import log_run, require_log
 
@@ -107,7 +102,9 @@ def run_recipe(
             with services.timed("log") as report_done:
                 report_done(log_run(recipe.log, run_result(state)))
     remove_leftovers(paths, recipe.cache)
-    _record_stages(paths.stages, services.stages)
+    ended_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    stage_records = [{"ended": ended_at, **asdict(record)} for record in services.stages]
+    append_records(paths.stages, stage_records)
     note_environment(paths.environments, environment(workers, forward_device))
     return run_result(state, services.stages)
 
@@ -133,10 +130,12 @@ def extract_recipe(
     remove_leftovers(paths, recipe.cache)
     with lease(paths.conclusion_lock):
         n_failed = write_failed_images(extraction)
-    extraction = planned(extraction)  # planned again from the cache; raises if every image failed
-    if n_failed and recipe.compute.strict:
-        raise_strict(n_failed, paths.failed_images)
+    # Planned again from the cache, which raises if every image failed.
+    plan_now = plan_features(recipe, extraction.samples, extraction.networks)
+    if recipe.compute.strict:
+        require_all_decoded(n_failed, paths.failed_images)
     seconds = time.perf_counter() - started_at
+    extraction = replace(extraction, plan=plan_now)
     return ExtractionResult(extraction, plan.images_new, n_failed, seconds)
 
 
@@ -200,16 +199,16 @@ def _run_services(
     client: Client | None,
     retry_failed: bool,
 ) -> Iterator[Services]:
-    """Open the services of one call: log, console and, when there is work, a cluster.
-
-    The log makes the run's folder, so that this follows all checks that may refuse the recipe.
-    """
+    """Open the services of one call: log, console and, when there is work, a cluster."""
     console = console or make_console()
     module_names = imports_of(backbone.name for backbone in recipe.backbones) if plan.units else []
+    # It makes the run's folder, so that callers come here after all checks that may refuse the
+    # recipe.
     with task_log(recipe.paths) as log:
 
         @contextmanager
         def open_logged(role: Role, device: str) -> Iterator[Client]:
+            where = recipe.cluster.where
             with open_client(
                 recipe.cluster,
                 role,
@@ -218,19 +217,12 @@ def _run_services(
                 run_folder=recipe.paths.root,
                 imports=module_names,
             ) as opened:
-                log(
-                    "cluster",
-                    where=recipe.cluster.where,
-                    role=role,
-                    dashboard=opened.dashboard_link,
-                )
+                log("cluster", where=where, role=role, dashboard=opened.dashboard_link)
                 yield opened
 
         options = TaskOptions(recipe.cluster.task_timeout_s, on_event=log)
         client_opener = open_logged if client is None else opener_of(client)
-        with open_services(
-            console, options, client_opener, workers=workers, retry_failed=retry_failed
-        ) as services:
+        with Services(console, options, client_opener, workers, retry_failed) as services:
             yield services
 
 
@@ -252,8 +244,3 @@ def _planning_record(state: RunState, started_at: float) -> StageRecord:
         f"{count_text(plan.heads_total, 'head')} requested"
     )
     return StageRecord("plan", summary, time.perf_counter() - started_at)
-
-
-def _record_stages(stages_path: Path, stages: Sequence[StageRecord]) -> None:
-    ended_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    append_records(stages_path, [{"ended": ended_at, **asdict(record)} for record in stages])

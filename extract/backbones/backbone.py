@@ -79,7 +79,6 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
 
 
 def _adapt_to_bands(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
-    """Give the network as many input channels as the spec has bands."""
     if spec.bands is not None and len(spec.bands) != preprocessing.n_channels:
         adapt_channels(module, spec.name, len(spec.bands))
 
@@ -122,14 +121,8 @@ def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> 
     n_channels = preprocessing.n_channels if bands is None else len(bands)
     overrides: dict[str, Any] = {
         name: value
-        for name, value in (
-            ("interpolation", spec.interpolation),
-            ("pixel_range", spec.pixel_range),
-            ("pixel_dtype", spec.pixel_dtype),
-            ("nodata", spec.nodata),
-            ("decode", spec.decode),
-        )
-        if value is not None
+        for name in ("interpolation", "pixel_range", "pixel_dtype", "nodata", "decode")
+        if (value := getattr(spec, name)) is not None
     }
     try:
         return dataclasses.replace(
@@ -214,7 +207,6 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
 
 
 def _describe(spec: BackboneSpec) -> str:
-    """Return the network and its weights as messages name them."""
     arguments = f", model {spec.model}" if spec.model else ""
     return f"{spec.name}{arguments} with weights {spec.weights or '(default)'}"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # A pass through a network: from pixels (N, H, W, C), uint8 or float32, white 255, to
 # (N, *tap_shape) of each tap, both on the network's device.
@@ -86,23 +86,19 @@ def fold_batch_norms(module: nn.Module, tapped: Collection[str], image: Tensor) 
         if norm is not None and isinstance(conv, nn.Conv2d) and names[conv] not in tapped
     ]
     for conv, norm in norms:
-        conv.weight, conv.bias = _fold(conv, norm)
+        fused = fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
         # timm's normalization layers contain their activation, which stays.
         _replace(folded, names[norm], getattr(norm, "act", nn.Identity()))
     return folded.requires_grad_(False) if norms else module
 
 
-# Layers whose weights autocast casts in every pass, and that use them in no other way.
-_CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the weights of convolutions and linear layers to `dtype`, in place; return the module.
-
-    autocast casts them so in every pass: its outputs stay the same, and half of the bytes are read.
-    """
+    """Cast the weights of convolutions and linear layers in place, and return the module."""
+    # autocast would do it in every pass: its outputs stay the same, and half of the bytes are read.
     for child in module.modules():
-        if type(child) in _CAST_LAYERS:
+        # Not their subclasses, which may use the weights in other ways.
+        if type(child) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
             child.to(dtype)
     return module
 
@@ -144,7 +140,7 @@ def _find_chains(
     finally:
         for handle in handles:
             handle.remove()
-    chains: list[tuple[nn.Conv2d | nn.Linear, nn.BatchNorm2d | None, nn.Module | None]] = []
+    chains = []
     for conv, count in calls.items():
         if not isinstance(conv, nn.Conv2d | nn.Linear) or count != 1 or not _is_plain(conv):
             continue
@@ -193,13 +189,9 @@ def _fused(
     activation: nn.Module | None,
 ) -> nn.Module:
     """Return the layer with its normalization folded in and its activation in the same kernel."""
-    parameters = (
-        (layer.weight, layer.bias)
-        if norm is None or isinstance(layer, nn.Linear)
-        else _fold(layer, norm)
-    )
-    weight, bias = (None if each is None else each.detach() for each in parameters)
-    assert weight is not None
+    if norm is not None and isinstance(layer, nn.Conv2d):
+        layer = fuse_conv_bn_eval(layer, norm)
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     if isinstance(layer, nn.Linear):
         return _FusedLinear(weight, bias, epilogue, activation)
     if _is_of_pixels(layer):
@@ -207,21 +199,6 @@ def _fused(
     if bias is None:
         bias = torch.zeros(len(weight))
     return _FusedConv(layer, weight, bias, epilogue, activation)
-
-
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return the weight and bias of a convolution with its normalization folded in."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return fuse_conv_bn_weights(
-        conv.weight,
-        conv.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        norm.weight,
-        norm.bias,
-    )
 
 
 def _is_of_pixels(conv: nn.Conv2d) -> bool:
@@ -252,12 +229,8 @@ class _FusedConv(nn.Module):
         # Tensors, not parameters: once packed, their layout means nothing to other code.
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = bias.contiguous()
-        self.kernel, self.stride, self.dilation = (
-            conv.kernel_size,
-            list(conv.stride),
-            list(conv.dilation),
-        )
-        self.groups = conv.groups
+        self.kernel, self.groups = conv.kernel_size, conv.groups
+        self.stride, self.dilation = list(conv.stride), list(conv.dilation)
         self.same = type(conv).__name__ == "Conv2dSame" or conv.padding == "same"
         self.padding = [0, 0] if isinstance(conv.padding, str) else list(conv.padding)
         # A depthwise kernel with a row and column of zeros before it, for odd padding: then the
@@ -297,10 +270,14 @@ class _FusedConv(nn.Module):
             self.groups,
             *self.epilogue,
         )
-        # The mark by which `_SkippableActivation` knows that it has nothing left to do.
-        if self.applied is not None:
-            y.headrace_applied = self.applied  # type: ignore[attr-defined]
-        return y
+        return _marked(y, self.applied)
+
+
+def _marked(output: Tensor, applied: type[nn.Module] | None) -> Tensor:
+    """Mark an output, so that `_SkippableActivation` knows that it has nothing left to do."""
+    if applied is not None:
+        output.headrace_applied = applied  # type: ignore[attr-defined]
+    return output
 
 
 class _FusedLinear(nn.Module):
@@ -330,9 +307,7 @@ class _FusedLinear(nn.Module):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self.packed, self.bias, *self.epilogue
         ).reshape(*x.shape[:-1], self.n_outputs)
-        if self.applied is not None:
-            y.headrace_applied = self.applied  # type: ignore[attr-defined]
-        return y
+        return _marked(y, self.applied)
 
 
 class _FusedPixels(_FusedLinear):
@@ -343,11 +318,9 @@ class _FusedPixels(_FusedLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         # A permuted tensor is a new one, without the mark.
-        if self.applied is not None:
-            y.headrace_applied = self.applied  # type: ignore[attr-defined]
-        return y
+        y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return _marked(y, self.applied)
 
 
 def _same_padding(x: Tensor, kernel: Any, stride: list[int], dilation: list[int]) -> list[int]:

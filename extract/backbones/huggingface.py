@@ -70,6 +70,7 @@ def build_transformers(
         transformers.logging.set_verbosity(previous_verbosity)
     tower = _image_tower(model, model_id)
     left_out = _left_out(tower, model, loading_report)
+    # transformers gives random values to tensors that the weights lack.
     mark_absent(tower, left_out.absent)
     return tower, _preprocessing_of(processor, model_id), left_out
 
@@ -88,23 +89,19 @@ def _replace_values(config: Any, arguments: Mapping[str, Any], model_id: str) ->
 
 
 def _left_out(tower: nn.Module, model: nn.Module, loading_report: Mapping[str, Any]) -> LeftOut:
-    """Return the tensors that only the weights or only the tower have, from transformers' report.
-
-    transformers gives random values to tensors that the weights lack.
-    """
+    """Return the tensors that only the weights or only the tower have, by transformers' report."""
     tower_prefix = next(
         (f"{name}." for name, child in model.named_children() if child is tower), ""
     )
-    absent = sorted(map(str, loading_report.get("missing_keys", ())))
-    surplus = sorted(map(str, loading_report.get("unexpected_keys", ())))
-    return LeftOut(
-        absent=tuple(
-            name.removeprefix(tower_prefix) for name in absent if name.startswith(tower_prefix)
-        ),
-        surplus=tuple(
-            name.removeprefix(tower_prefix) for name in surplus if name.startswith(tower_prefix)
-        ),
+    absent, surplus = (
+        tuple(
+            name.removeprefix(tower_prefix)
+            for name in sorted(map(str, loading_report.get(key, ())))
+            if name.startswith(tower_prefix)
+        )
+        for key in ("missing_keys", "unexpected_keys")
     )
+    return LeftOut(absent, surplus)
 
 
 def interpolate_positions(module: nn.Module) -> None:
@@ -149,7 +146,6 @@ def _image_tower(model: nn.Module, model_id: str) -> nn.Module:
 
 
 def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
-    """Return the preprocessing of an image processor of transformers."""
     subject = f"transformers:{model_id}: its image processor"
     fields = processor.to_dict()
     size = _edges(fields.get("size"))
@@ -208,7 +204,6 @@ def _edges(size: Any) -> dict[str, int]:
 
 
 def _reason(model_id: str, error: Exception) -> str:
-    """Return the message for a model that could not be read."""
     text = " ".join(str(error).split())
     if model_id.startswith(("/", "./", "../", "~")) and not Path(model_id).is_dir():
         return f"transformers:{model_id}: no such folder"

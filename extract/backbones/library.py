@@ -36,7 +36,7 @@ _TIMM_SOURCES = ("hf-hub:", "local-dir:")
 
 
 def build_network(
-    name: str, tag: str | None, arguments: Mapping[str, Any] | None = None
+    name: str, tag: str | None, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, Preprocessing]:
     """Build the network `name` with random weights, and the preprocessing of a tag's weights.
 
@@ -46,7 +46,6 @@ def build_network(
     Raises BackboneError.
     """
     kind, _, rest = name.partition(":")
-    arguments = arguments or {}
     with building(name, arguments):
         if kind == "torchvision":
             return _build_torchvision(rest, tag, arguments)
@@ -101,10 +100,6 @@ def build_pretrained(
 def limit_parameters(parameters: int, name: str, why: str) -> Iterator[None]:
     """Raise BackboneError when a network built within has more than so many parameters.
 
-    A stranger's model file may name any network of a library, and the largest have billions of
-    parameters; it is raised before they take memory. Python functions are not limited: they are
-    code that the caller has allowed, and may build more than they return.
-
     why: the end of the message.
     """
     thread, total = threading.get_ident(), 0
@@ -124,9 +119,12 @@ def limit_parameters(parameters: int, name: str, why: str) -> Iterator[None]:
                 f"{name}: the network has more than {parameters:,} parameters, {why}"
             )
 
+    # Code that the caller has allowed, and that may build more than it returns.
     if name.startswith("python:"):
         yield
         return
+    # Counted while it is built, before all parameters take memory: a stranger's model file may name
+    # any network of a library, and the largest have billions.
     hook = register_module_parameter_registration_hook(count)
     try:
         yield
@@ -151,12 +149,8 @@ def backbone_names() -> list[str]:
     import torchvision.models
 
     vision = torchvision.models.list_models(module=torchvision.models)
-    return sorted(
-        [
-            *(f"torchvision:{name}" for name in vision),
-            *(f"timm:{name}" for name in timm.list_models()),
-        ]
-    )
+    names = [f"torchvision:{name}" for name in vision]
+    return sorted(names + [f"timm:{name}" for name in timm.list_models()])
 
 
 def backbone_tags(name: str) -> list[str]:
@@ -257,6 +251,7 @@ def _create_timm(
     full: timm's name, with tag or source. name: as the user gave it. Raises BackboneError.
     """
     import timm
+    from timm.data.config import resolve_model_data_config
 
     options = with_layers_of_timm(name, arguments)
     try:
@@ -273,8 +268,8 @@ def _create_timm(
             or f"timm:{full} is not a model that timm saved, or does not fit its model: arguments "
             f"({reason})"
         ) from error
-    preprocessing = _preprocessing_of_timm(_timm_config(module))
-    return module, _resized(preprocessing, arguments.get("img_size"))
+    config: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
+    return module, _resized(_preprocessing_of_timm(config), arguments.get("img_size"))
 
 
 def _resized(preprocessing: Preprocessing, size: object) -> Preprocessing:
@@ -403,20 +398,12 @@ def set_input_size(module: nn.Module, name: str, size: int) -> None:
 
 
 def _resample_torchvision(module: Any, size: int) -> None:
-    """Resample the position embeddings of a torchvision VisionTransformer for images of `size`."""
     from torchvision.models.vision_transformer import interpolate_embeddings
 
     state = interpolate_embeddings(size, module.patch_size, module.state_dict())
     positions = nn.Parameter(state["encoder.pos_embedding"])
     module.image_size, module.seq_length = size, positions.shape[1]
     module.encoder.pos_embedding = positions
-
-
-def _timm_config(module: nn.Module) -> dict[str, Any]:
-    from timm.data.config import resolve_model_data_config
-
-    config: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
-    return config
 
 
 def _preprocessing_of_timm(config: dict[str, Any]) -> Preprocessing:

@@ -1,7 +1,5 @@
 """The nodes of a network: all modules that could be tapped, in running order, with shape and cost.
 
-They are found by running the network once on PyTorch's meta device, which computes only shapes, not
-by tracing its code, so any module works.
 N images, C channels, H x W positions, T tokens.
 """
 
@@ -127,7 +125,7 @@ def find_nodes(
     module: nn.Module,
     image_shape: tuple[int, int, int],
     network_name: str,
-    prefix_tokens: int | None = None,
+    prefix_tokens: int | None,
 ) -> Nodes:
     """Return the nodes of a network for images of `image_shape` (H, W, C).
 
@@ -137,8 +135,10 @@ def find_nodes(
     Raises BackboneError when the network does not take that image size.
     """
     tokens = declared_tokens(module) if prefix_tokens is None else PrefixTokens(prefix_tokens)
+    # By running it once on the meta device, which computes only shapes; not by tracing its code, so
+    # that any module works.
     try:
-        return _run_with_hooks(_shapes_only(module), image_shape, torch.device("meta"), tokens)
+        return _run_with_hooks(shapes_only(module), image_shape, torch.device("meta"), tokens)
     except Exception:  # noqa: BLE001 - networks that compute with values need real ones: see below
         pass
     device = next(module.parameters(), torch.empty(0)).device
@@ -168,11 +168,8 @@ class _CountMultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def _shapes_only(module: nn.Module) -> nn.Module:
-    """Return a copy whose parameters and buffers have shapes and no values (meta device).
-
-    A copy, because networks may keep values that they compute in a pass.
-    """
+def shapes_only(module: nn.Module) -> nn.Module:
+    """Return a copy whose parameters and buffers have shapes and no values (meta device)."""
     memo: dict[int, Any] = {}  # {id of a tensor: its copy}, which deepcopy takes instead of copying
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(
@@ -180,6 +177,7 @@ def _shapes_only(module: nn.Module) -> nn.Module:
         )
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    # A copy of the rest too, because networks may keep values that they compute in a pass.
     return copy.deepcopy(module, memo)
 
 
@@ -196,7 +194,7 @@ def _run_with_hooks(
     module: nn.Module,
     image_shape: tuple[int, int, int],
     device: torch.device,
-    tokens: "PrefixTokens",
+    tokens: PrefixTokens,
 ) -> Nodes:
     captured_outputs, linear_inputs, call_counts, total_flops = _capture(
         module, image_shape, device
@@ -250,13 +248,9 @@ def _capture(
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 call_counts[name] = call_counts.get(name, 0) + 1
                 if isinstance(tensor := output_tensor(output), Tensor):
+                    shape, node_module = tuple(tensor.shape), name or output_module
                     captured_outputs.append(
-                        _Captured(
-                            name or LOGITS,
-                            name or output_module,
-                            tuple(tensor.shape),
-                            counter.flops,
-                        )
+                        _Captured(name or LOGITS, node_module, shape, counter.flops)
                     )
 
             return hook

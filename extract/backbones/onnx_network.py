@@ -1,7 +1,4 @@
-"""ONNX files as backbones: `onnx:FILE`, run by onnxruntime, with its inner values as taps.
-
-onnxruntime computes no gradients here, so fine-tuning such a backbone is refused.
-"""
+"""ONNX files as backbones: `onnx:FILE`, run by onnxruntime, with its inner values as taps."""
 
 import copy
 import hashlib
@@ -132,9 +129,6 @@ class _Value(nn.Module):
 def build_onnx(file: Path) -> tuple[nn.Module, Preprocessing]:
     """Load an ONNX file as a network.
 
-    The file holds nothing about preprocessing except its input's size. Mean and std are ImageNet's
-    unless the recipe gives others; the resize is bicubic with a crop fraction of 1.
-
     Raises BackboneError if onnx or onnxruntime is not installed, the file is not ONNX, or its only
     input is no image.
     """
@@ -155,6 +149,8 @@ def build_onnx(file: Path) -> tuple[nn.Module, Preprocessing]:
         raise BackboneError(f"onnx:{file} cannot be read as ONNX: {str(error)[:200]}") from error
     height, width = module.input_shape[1:]
     size = (height or 224, width or 224)
+    # The file says nothing about preprocessing but its input's size: mean and std are ImageNet's
+    # unless the recipe gives others, and nothing is cropped.
     return module, Preprocessing(
         resize=size,
         crop=size,
@@ -253,12 +249,8 @@ def _subgraph_up_to(graph: Any, names: Sequence[str]) -> Any:
         needed.add(id(node))
         pending_names += [name for name in node.input if name]
         # The bodies of If and Loop read values of the graph around them.
-        pending_names += [
-            name
-            for attribute in node.attribute
-            for inner in attribute.g.node
-            for name in inner.input
-        ]
+        inner_nodes = (inner for attribute in node.attribute for inner in attribute.g.node)
+        pending_names += [name for inner in inner_nodes for name in inner.input]
     nodes = [node for node in graph.graph.node if id(node) in needed]
     names_read = {name for node in nodes for name in node.input}
     value_of_name = {value.name: value for value in (*graph.graph.value_info, *graph.graph.output)}

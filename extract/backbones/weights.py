@@ -204,10 +204,8 @@ def own_tensors(
 
 
 def converted_by_timm(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under timm's names, if timm's code converts those of the file.
-
-    It does for files as DINOv2, Swin or DeiT were published. The tensors are unchanged if the
-    conversion gives the network no more of its names.
+    """Return tensors under timm's names, if timm's code converts those of the file, as it does for
+    files as DINOv2, Swin or DeiT were published.
     """
     network_code = sys.modules.get(type(module).__module__)
     convert = getattr(network_code, "checkpoint_filter_fn", None)
@@ -344,6 +342,7 @@ def _require_order(
             len(file_names) > 1
             and _is_sorted(file_names, sort_key)
             and not _is_sorted(network_names, sort_key)
+            # w_001, w_002: the order of the tensors, though it is alphabetical too.
             and not _is_numbered(file_names)
         ):
             raise BackboneError(
@@ -385,10 +384,7 @@ def _is_sorted(names: Sequence[str], key: Callable[[str], Any]) -> bool:
 
 
 def _is_numbered(names: Sequence[str]) -> bool:
-    """Return whether all names begin with the same word and an increasing number.
-
-    Such names, `w_001`, are in the order of the tensors, though it is alphabetical too.
-    """
+    """Return whether all names begin with the same word and an increasing number."""
     matches = [re.match(r"(\D*)(\d+)", name) for name in names]
     numbers = [int(match[2]) for match in matches if match is not None]
     prefixes = {match[1] for match in matches if match is not None}

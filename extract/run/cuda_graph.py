@@ -15,8 +15,7 @@ class GraphedForward:
     """A pass, and its CUDA graph for the shape that was last asked for.
 
     Called, it is the pass itself. A graph that cannot be recorded, or whose outputs are not those
-    of the pass, is done without: one warning, and never tried again, because many versions of
-    PyTorch keep the memory of a recording that failed (its issue 190348).
+    of the pass, is done without, with one warning.
     """
 
     def __init__(self, forward: Forward) -> None:
@@ -72,6 +71,8 @@ class GraphedForward:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
         if reason is not None:
+            # Many versions of PyTorch keep the memory of a recording that failed (its issue
+            # 190348), so that it is not tried again.
             self._is_refused = True
             warnings.warn(
                 f"the pass runs without a CUDA graph: {reason}", RuntimeWarning, stacklevel=4

@@ -67,15 +67,12 @@ class DecodeProcesses:
         at every try has an outcome that says so. The futures raise HeadraceError if processes
         cannot be started.
         """
-        return [
-            self._threads.submit(
-                self._decode,
-                samples[start:end],
-                renderings,
-                [buffer[start:end] for buffer in pixel_buffers],
-            )
-            for start, end in _portions(samples)
-        ]
+        futures = []
+        for start, end in _portions(samples):
+            buffers = [buffer[start:end] for buffer in pixel_buffers]
+            work = samples[start:end], renderings, buffers
+            futures.append(self._threads.submit(self._decode, *work))
+        return futures
 
     def shutdown(self, *, cancel_futures: bool = False) -> None:
         """End the processes when their work is done.
@@ -103,16 +100,11 @@ class DecodeProcesses:
             text = f"decoding it ends the process that does ({reason})"
             return [Outcome(text, is_content_fault=True)]
         # One by one, because it is not known which of the samples ended the process.
-        return [
-            outcome
-            for slot, sample in enumerate(samples)
-            for outcome in self._decode(
-                [sample],
-                renderings,
-                [buffer[slot : slot + 1] for buffer in pixel_buffers],
-                deaths + 1,
-            )
-        ]
+        outcomes = []
+        for slot, sample in enumerate(samples):
+            slot_buffers = [buffer[slot : slot + 1] for buffer in pixel_buffers]
+            outcomes += self._decode([sample], renderings, slot_buffers, deaths + 1)
+        return outcomes
 
     def _process(self) -> "_Process":
         """Return the process of this thread."""
@@ -265,10 +257,8 @@ def _portions(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
 
 
 def _aligned_bytes(rendering: Rendering, n_samples: int) -> int:
-    preprocessing = rendering.preprocessing
-    n_bytes = (
-        n_samples * prod(preprocessing.pixel_shape) * np.dtype(preprocessing.pixel_dtype).itemsize
-    )
+    how = rendering.preprocessing
+    n_bytes = n_samples * prod(how.pixel_shape) * np.dtype(how.pixel_dtype).itemsize
     return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -278,10 +268,8 @@ def _buffers_in(
     """Return the buffers of the renderings, which follow one another in the shared memory."""
     buffers, start = [], 0
     for rendering in renderings:
-        preprocessing = rendering.preprocessing
-        shape = (n_samples, *preprocessing.pixel_shape)
-        buffers.append(
-            np.frombuffer(memory, preprocessing.pixel_dtype, prod(shape), start).reshape(shape)
-        )
+        how = rendering.preprocessing
+        shape = (n_samples, *how.pixel_shape)
+        buffers.append(np.frombuffer(memory, how.pixel_dtype, prod(shape), start).reshape(shape))
         start += _aligned_bytes(rendering, n_samples)
     return buffers

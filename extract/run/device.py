@@ -101,17 +101,14 @@ def launch_forward(
     with current_device(device):
         while part_start < len(pixels):
             pixel_part = pixels[part_start : part_start + batch_limit.images]
-            n_images = (
-                batch_limit.images
-                if graphed is not None
-                else _batch_shape(len(pixel_part), batch_limit, device)
-            )
+            n_part = len(pixel_part)
+            n_images = batch_limit.images
+            if graphed is None:
+                n_images = _batch_shape(n_part, batch_limit, device)
             try:
                 outputs = run(_to_device(pixel_part, n_images, device))
-                output_parts.append(
-                    [_to_host(output[: len(pixel_part)], device) for output in outputs]
-                )
-                part_start += len(pixel_part)
+                output_parts.append([_to_host(output[:n_part], device) for output in outputs])
+                part_start += n_part
                 continue
             except RuntimeError as error:
                 # A single image that does not fit cannot be divided further.
@@ -155,11 +152,9 @@ def _batch_shape(n_images: int, batch_limit: BatchLimit, device: str) -> int:
     """
     # Kernels are chosen, and networks compiled, once per shape, and undecodable images would
     # otherwise leave batches of any size.
-    return (
-        n_images
-        if is_cpu(device)
-        else max(n_images, min(1 << (n_images - 1).bit_length(), batch_limit.images))
-    )
+    if is_cpu(device):
+        return n_images
+    return max(n_images, min(1 << (n_images - 1).bit_length(), batch_limit.images))
 
 
 def _to_device(pixels: Tensor, n_images: int, device: str) -> Tensor:
@@ -222,14 +217,12 @@ def try_batch_sizes(
         if size_rate is None or size_rate < best_rate * _WORTH_DOUBLING:
             break
         best_size, best_rate = batch_size, size_rate
-    return best_size or next(
-        (
-            batch_size
-            for batch_size in _SMALL_BATCHES
-            if _if_it_fits(images_per_s, batch_size, free_memory) is not None
-        ),
-        1,
-    )
+    if best_size:
+        return best_size
+    for batch_size in _SMALL_BATCHES:
+        if _if_it_fits(images_per_s, batch_size, free_memory) is not None:
+            return batch_size
+    return 1
 
 
 def _if_it_fits(

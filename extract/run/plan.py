@@ -84,70 +84,41 @@ def plan_work_units(
     of the samples. So an interrupted run plans the same units again, and for a new tap only that
     tap is computed.
     """
-    requested_specs = [
-        (backbone_index, spec)
-        for backbone_index, network in enumerate(networks)
-        for spec in network.specs
-    ]
-    cached_hashes = [set(cached) for network in networks for cached in network.cached]
     n_images = images_per_shard or default_images_per_shard(
-        [spec for _, spec in requested_specs], options.get("device", "cpu")
+        [spec for network in networks for spec in network.specs], options.get("device", "cpu")
     )
-    # {indices of the specs that are missing: {content hash: sample}}
-    samples_by_lacking: dict[tuple[int, ...], dict[str, Sample]] = {}
+    cached_hashes = [set(cached) for network in networks for cached in network.cached]
+    # {which specs of all networks are missing: {content hash: sample}}
+    samples_by_lacking: dict[tuple[bool, ...], dict[str, Sample]] = {}
     for name, path, content in zip(samples["id"], samples["path"], samples["content"], strict=True):
         if not isinstance(content, str):
             continue
-        lacking_specs = tuple(
-            index for index, cached in enumerate(cached_hashes) if content not in cached
-        )
-        if lacking_specs:
-            samples_by_lacking.setdefault(lacking_specs, {}).setdefault(
-                content, Sample(str(name), str(path), content)
-            )
+        is_lacking = tuple(content not in cached for cached in cached_hashes)
+        if any(is_lacking):
+            sample = Sample(str(name), str(path), content)
+            samples_by_lacking.setdefault(is_lacking, {}).setdefault(content, sample)
     jobs = []
-    for lacking_specs, unique_samples in samples_by_lacking.items():
-        group_work = tuple(
-            (
-                network.backbone,
-                tuple(
-                    requested_specs[index][1]
-                    for index in lacking_specs
-                    if requested_specs[index][0] == backbone_index
-                ),
-            )
-            for backbone_index, network in enumerate(networks)
-        )
+    for is_lacking, unique_samples in samples_by_lacking.items():
+        lacks = iter(is_lacking)
+        work = [
+            (network.backbone, tuple(spec for spec in network.specs if next(lacks)))
+            for network in networks
+        ]
+        missing_work = tuple((backbone, specs) for backbone, specs in work if specs)
         group_samples = list(unique_samples.values())
         for start in range(0, len(group_samples), n_images):
             unit_samples = tuple(group_samples[start : start + n_images])
-            jobs.append(
-                ExtractJob(
-                    cache_root=str(cache_root),
-                    unit=work_unit_name([sample.content for sample in unit_samples]),
-                    networks=tuple(
-                        backbone_work for backbone_work in group_work if backbone_work[1]
-                    ),
-                    samples=unit_samples,
-                    **options,
-                )
-            )
+            unit = work_unit_name([sample.content for sample in unit_samples])
+            jobs.append(ExtractJob(str(cache_root), unit, missing_work, unit_samples, **options))
     return jobs
 
 
-def default_images_per_shard(specs: Sequence[FeatureSpec], device: str = "cpu") -> int:
+def default_images_per_shard(specs: Sequence[FeatureSpec], device: str) -> int:
     """Return the device's number of images per shard, fewer if a shard exceeded MAX_SHARD_BYTES."""
-    largest = max(
-        (prod(spec.shape) * {"float32": 4, "uint8": 1}.get(spec.dtype, 2) for spec in specs),
-        default=1,
-    )
-    return max(
-        1,
-        min(
-            CPU_IMAGES_PER_SHARD if device == "cpu" else GPU_IMAGES_PER_SHARD,
-            MAX_SHARD_BYTES // largest,
-        ),
-    )
+    value_bytes = {"float32": 4, "uint8": 1}
+    row_bytes = [prod(spec.shape) * value_bytes.get(spec.dtype, 2) for spec in specs]
+    most = CPU_IMAGES_PER_SHARD if device == "cpu" else GPU_IMAGES_PER_SHARD
+    return max(1, min(most, MAX_SHARD_BYTES // max(row_bytes, default=1)))
 
 
 def work_unit_name(contents: Sequence[str]) -> str:

@@ -168,7 +168,7 @@ def render_into_buffers(
     renderings: Sequence[Rendering],
     pixel_buffers: Sequence[PixelBuffer],
     slot: int,
-    crop: Crop | None = None,
+    crop: Crop | None,
 ) -> bool:
     """Render one image, or a crop of it, into a slot of every buffer; return whether the crop was
     clipped at the image's edge.

@@ -178,14 +178,13 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
     # With the network on an accelerator all cores of this process decode, unless the job says how
     # many.
     n_threads = job.threads if on_cpu or job.threads > 1 else len(os.sched_getaffinity(0))
-    decoder_pool = (
-        _decode_processes(n_threads)
-        if not on_cpu and n_threads >= _PROCESSES_FROM
-        else (
-            decoder_pools.get(n_threads)
-            or decoder_pools.setdefault(n_threads, ThreadPoolExecutor(n_threads, "decode"))
-        )
-    )
+    decoder_pool: ThreadPoolExecutor | DecodeProcesses
+    if not on_cpu and n_threads >= _PROCESSES_FROM:
+        decoder_pool = _decode_processes(n_threads)
+    else:
+        if n_threads not in decoder_pools:
+            decoder_pools[n_threads] = ThreadPoolExecutor(n_threads, "decode")
+        decoder_pool = decoder_pools[n_threads]
     largest_batch = max(limit.images for limit in batch_limits)
     with current_device(job.device):
         batches = decoded_batches(
@@ -248,15 +247,9 @@ def _extract(started_unit: _StartedUnit) -> _ExtractedUnit:
         np.concatenate(feature_part) if feature_part else np.empty((0, *spec.shape), np.float32)
         for spec, feature_part in zip(specs, feature_parts, strict=True)
     ]
+    n_rows, failed, unread = len(decoded_rows), tuple(failed_samples), tuple(unread_samples)
     report = WorkUnitReport(
-        job.unit,
-        len(decoded_rows),
-        tuple(failed_samples),
-        tuple(unread_samples),
-        decode_s,
-        forward_s,
-        0.0,
-        n_clipped,
+        job.unit, n_rows, failed, unread, decode_s, forward_s, publish_s=0.0, clipped=n_clipped
     )
     return _ExtractedUnit(specs, features, [job.samples[row] for row in decoded_rows], report)
 
@@ -284,15 +277,9 @@ def _publish(job: ExtractJob, extracted_unit: _ExtractedUnit) -> WorkUnitReport:
         return extracted_unit.report
     publish_started = time.perf_counter()
     with ThreadPoolExecutor(min(_PUBLISHERS, len(extracted_unit.specs)), "shard") as publisher_pool:
+        samples, failed = extracted_unit.samples, extracted_unit.report.failed
         publish_futures = [
-            publisher_pool.submit(
-                _publish_set,
-                job,
-                spec,
-                features,
-                extracted_unit.samples,
-                extracted_unit.report.failed,
-            )
+            publisher_pool.submit(_publish_set, job, spec, features, samples, failed)
             for spec, features in zip(extracted_unit.specs, extracted_unit.features, strict=True)
         ]
         for future in publish_futures:
@@ -371,13 +358,8 @@ def make_forward_passes(
     for (view_text, compute_dtype), view_features in by_view.items():
         taps = tuple(Tap(feature.tap, feature.pooling) for feature in view_features)
         rendering = Rendering(backbone.preprocessing, *parse_view(view_text))
-        view_passes.append(
-            ForwardPass(
-                rendering,
-                _forward(backbone, taps, device, compute_dtype, compiled, graphed, runtime),
-                tuple(view_features),
-            )
-        )
+        forward = _forward(backbone, taps, device, compute_dtype, compiled, graphed, runtime)
+        view_passes.append(ForwardPass(rendering, forward, tuple(view_features)))
     return view_passes
 
 
@@ -444,10 +426,8 @@ def _forward(
 def batch_limit_of(
     forward: Forward, image_shape: tuple[int, ...], device: str, batch_size: int | None
 ) -> BatchLimit:
-    """Return the batch limit of a pass.
-
-    It is kept as long as the pass, so that a size that was too large is not tried again.
-    """
+    """Return the batch limit of a pass."""
+    # Kept as long as the pass, so that a size that was too large is not tried again.
     known_limits = _limits.setdefault(forward, {})
     limit_key = (image_shape, device, batch_size)
     if limit_key not in known_limits:

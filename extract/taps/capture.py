@@ -13,11 +13,9 @@ from headrace.extract.taps.resolve import Tap, pool_output
 _VIEWS = ("map", "vector", "cls")
 
 
+# Not an Exception, so that no handler in a network's own code stops it.
 class _AllCaptured(BaseException):
-    """Ends a forward pass once every tap has its output.
-
-    Not an Exception, so that no handler in a network's own code stops it.
-    """
+    """Ends a forward pass once every tap has its output."""
 
 
 class TapCapture:

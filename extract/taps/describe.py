@@ -1,8 +1,11 @@
 """Descriptions of backbones before they are used, and the feature sets of their taps."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+
+import torch
 
 from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec
 from headrace.extract.backbones.backbone import Backbone, build_untrained, load_backbone
@@ -11,7 +14,7 @@ from headrace.extract.errors import BackboneError
 from headrace.extract.images.decoding import DECODER
 from headrace.extract.images.views import Augmentation, Symmetries, ViewMethod, view_json
 from headrace.extract.spec import BackboneSpec
-from headrace.extract.taps.forward import COMPUTE_DTYPES
+from headrace.extract.taps.forward import COMPUTE_DTYPES, make_forward
 from headrace.extract.taps.left_out import require_loaded
 from headrace.extract.taps.resolve import Tap, auto_taps, backbone_nodes, tap_shape
 
@@ -33,7 +36,6 @@ class BackboneInfo:
     """A backbone, described."""
 
     name: str
-    weights: str | None  # digest, as FeatureSpec.weights; None where they were not loaded
     preprocessing: str  # canonical JSON, as FeatureSpec.preprocessing
     parameters: int
     multiply_adds: int  # of one image's whole forward
@@ -41,21 +43,12 @@ class BackboneInfo:
     auto: tuple[Tap, ...]  # what "auto" picks
 
 
-def describe_backbone(spec: BackboneSpec, *, weights: bool = True) -> BackboneInfo:
-    """Describe a backbone; without its weights, nothing is loaded or downloaded.
-
-    Raises BackboneError.
-    """
-    if weights:
-        backbone = load_backbone(spec)
-        module, preprocessing, digest = backbone.module, backbone.preprocessing, backbone.weights
-        nodes = backbone_nodes(backbone)
-    else:
-        (module, preprocessing), digest = build_untrained(spec), None
-        nodes = find_nodes(module, preprocessing.pixel_shape, spec.name, spec.prefix_tokens)
+def describe_backbone(spec: BackboneSpec) -> BackboneInfo:
+    """Describe a backbone, without loading or downloading its weights. Raises BackboneError."""
+    module, preprocessing = build_untrained(spec)
+    nodes = find_nodes(module, preprocessing.pixel_shape, spec.name, spec.prefix_tokens)
     return BackboneInfo(
         name=spec.name,
-        weights=digest,
         preprocessing=preprocessing.to_json(),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         multiply_adds=nodes.multiply_adds,
@@ -72,6 +65,24 @@ def describe_backbone(spec: BackboneSpec, *, weights: bool = True) -> BackboneIn
         ),
         auto=auto_taps(nodes),
     )
+
+
+def measure_rate(spec: BackboneSpec) -> float:
+    """Return images per second of the pass on the CPU to the taps that `auto` picks, without
+    decoding, on all threads of this process.
+
+    spec: weights may be random, for they do not change the rate. Raises BackboneError.
+    """
+    backbone = load_backbone(spec)
+    forward = make_forward(backbone, auto_taps(backbone_nodes(backbone)), device="cpu")
+    n_batch = 16
+    pixels = torch.zeros((n_batch, *backbone.preprocessing.crop, 3), dtype=torch.uint8)
+    forward(pixels)  # the first pass also compiles and allocates
+    n_images, started_s = 0, time.perf_counter()
+    while (elapsed_s := time.perf_counter() - started_s) < 3 or not n_images:
+        forward(pixels)
+        n_images += n_batch
+    return n_images / elapsed_s
 
 
 def feature_specs(

@@ -52,12 +52,8 @@ def make_forward(
         return plain
     tapped = {node.module for _, node in placed}
     try:
-        faster = hook_forward(
-            fuse_layers(backbone.module, tapped, normalise(pixels)),
-            placed,
-            normalise,
-            compute_dtype,
-        )
+        fused = fuse_layers(backbone.module, tapped, normalise(pixels))
+        faster = hook_forward(fused, placed, normalise, compute_dtype)
         if not outputs_agree(faster(pixels), plain(pixels)):
             return plain
         return with_fast_attention(faster, pixels)

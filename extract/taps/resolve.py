@@ -124,12 +124,8 @@ def pool_output(output: Tensor, pooling: str, node: Node) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def backbone_nodes(backbone: Backbone) -> Nodes:
     """Return the nodes of a loaded backbone at its own input size, found once a process."""
-    return find_nodes(
-        backbone.module,
-        backbone.preprocessing.pixel_shape,
-        backbone.spec.name,
-        backbone.spec.prefix_tokens,
-    )
+    spec, image_shape = backbone.spec, backbone.preprocessing.pixel_shape
+    return find_nodes(backbone.module, image_shape, spec.name, spec.prefix_tokens)
 
 
 def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
@@ -153,10 +149,10 @@ def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
 def _token_taps(nodes: Nodes, blocks: list[Node]) -> list[Tap]:
     """Return the automatic taps of a transformer but for the classifier's input, in running order.
 
-    Class tokens of the last blocks are those that linear probes of self-supervised networks take.
     The first quarters are left out if all have more than MAX_AUTO_FEATURES.
     """
     n_classifier_inputs = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
+    # Those that linear probes of self-supervised networks take.
     with_class_token = [block for block in blocks[-N_LAST_BLOCKS:] if block.has_class_token]
     features_left = (
         MAX_AUTO_FEATURES - n_classifier_inputs - sum(block.shape[1] for block in with_class_token)
@@ -176,11 +172,7 @@ def _token_taps(nodes: Nodes, blocks: list[Node]) -> list[Tap]:
 
 
 def _stage_taps(nodes: Nodes) -> list[Tap]:
-    """Return the automatic taps of maps, in running order.
-
-    A last map of as many channels as the classifier has inputs is left out: its average, normalised
-    at most, is the classifier's input, which would be taken twice.
-    """
+    """Return the automatic taps of maps, in running order."""
     map_nodes = [node for node in nodes.nodes if node.layout in ("NCHW", "NHWC")]
     n_classifier_inputs = nodes[PRE_LOGITS].shape[0] if PRE_LOGITS in nodes.names else 0
     stage_ends = _last_blocks(map_nodes)
@@ -216,6 +208,7 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
     # A convolution follows the last block.
     if stage_ends and _map_extent(stage_ends[-1])[2] != _map_extent(last_blocks[-1])[2]:
         last_blocks.append(stage_ends[-1])
+    # Its average, normalised at most, is the classifier's input, which would be taken twice.
     if last_blocks and _map_extent(last_blocks[-1])[2] == n_classifier_inputs:
         last_blocks.pop()
     features_left = (

@@ -78,20 +78,18 @@ def load_feature_specs(
 ) -> TapFeatures:
     """Return the feature sets of a backbone's taps (see `feature_specs`), from the cache if there.
 
-    Otherwise `build`, which does what `build_feature_specs` does, builds the network. One of the
-    user's own Python function is always built: nothing tells whether its code has changed. Raises
+    Otherwise `build`, which does what `build_feature_specs` does, builds the network. Raises
     BackboneError.
     """
     check_spec(spec)
-    cache_path = _spec_cache_path(spec, taps, storing, cache_root)
-    if (
-        not spec.name.startswith("python:")
-        and (cached_features := _read_tap_features(cache_path)) is not None
-    ):
-        return cached_features
-    return build(spec, taps, storing)
+    cached_features = _read_tap_features(_spec_cache_path(spec, taps, storing, cache_root))
+    # Of the user's own function nothing tells whether its code has changed.
+    if cached_features is None or spec.name.startswith("python:"):
+        return build(spec, taps, storing)
+    return cached_features
 
 
+# Not a part of `load_feature_specs`, because a dry run writes nothing.
 def save_feature_specs(
     spec: BackboneSpec,
     taps: str | Sequence[str],
@@ -100,11 +98,7 @@ def save_feature_specs(
     cache_root: Path,
     **storing: Unpack[FeatureOptions],
 ) -> None:
-    """Write what `load_feature_specs` returned into the cache, if it is not there.
-
-    A function of its own because a dry run writes nothing. A damaged entry is replaced; that one
-    cannot be written is no error.
-    """
+    """Write what `load_feature_specs` returned into the cache, if it is not there or damaged."""
     cache_path = _spec_cache_path(spec, taps, storing, cache_root)
     if _read_tap_features(cache_path) != features:
         cached_fields = {

@@ -94,7 +94,7 @@ def _early_to_late(names: Sequence[str], run: FinishedRun) -> list[str]:
                 # A run's directory must not choose what is imported here: backbones that are a
                 # Python function keep the recipe's order.
                 if spec.name == backbone_name and not spec.name.startswith("python:"):
-                    taps = describe_backbone(spec, weights=False).taps
+                    taps = describe_backbone(spec).taps
                     node_order[backbone_name] = [tap.node for tap in taps]
                     run.paths.advice_folder.mkdir(parents=True, exist_ok=True)
                     write_record(order_path, node_order)

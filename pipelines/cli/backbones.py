@@ -70,7 +70,7 @@ def backbones_command(
     if name is not None and (name in known_names or not matching_names):
         # For an unknown name, describe_backbone raises an error that names similar ones.
         spec = BackboneSpec(name if ":" in name else f"timm:{name}", image_size=image_size)
-        backbone_info = describe_backbone(spec, weights=False)
+        backbone_info = describe_backbone(spec)
         weights = published_weights(spec.name)
         images_per_s = _measured_rate(spec) if measure else None
         if json_output:
@@ -97,7 +97,7 @@ def backbones_command(
 
 
 def _measured_rate(spec: "BackboneSpec") -> float:
-    from headrace.extract.taps.measure import measure_rate
+    from headrace.extract.taps.describe import measure_rate
 
     return measure_rate(dataclasses.replace(spec, weights="random:0"))
 

@@ -37,7 +37,6 @@ from headrace.pipelines.recipe.sections import ClusterSection
 
 Role = Literal["extract", "train"]
 
-
 # Settings of a cluster on this machine, which the network cannot reach. The port of the scheduler's
 # pages is any free one, because a fixed one would allow one run per machine; `close_pages` closes
 # it.
@@ -92,7 +91,15 @@ def local_client(
     module_names: modules that tasks need and that take long to import; on Linux they are imported
     once for all workers. Raises ClusterError.
     """
-    _refuse_while_importing()
+    # A spawned worker first imports the script that started it. If the script starts workers when
+    # it is imported, for lack of the usual line, so would each worker; multiprocessing's own
+    # message then speaks of freezing executables.
+    if is_importing_main():
+        raise ClusterError(
+            "This script starts worker processes, and each of them imports the script to begin "
+            "with. Put the lines that start work below a line that workers pass over: if __name__ "
+            '== "__main__":'
+        )
     n_workers = workers or available_cores()
     # Given explicitly, because workers forked by a server that was started earlier would have the
     # variables of that moment.
@@ -214,18 +221,6 @@ def kubernetes_client(section: ClusterSection, workers: int | None = None) -> It
         )
         with client_of(cluster) as client:
             yield client
-
-
-def _refuse_while_importing() -> None:
-    # A spawned worker first imports the script that started it. If the script starts workers when
-    # it is imported, for lack of the usual line, so would each worker; multiprocessing's own
-    # message then speaks of freezing executables.
-    if is_importing_main():
-        raise ClusterError(
-            "This script starts worker processes, and each of them imports the script to begin "
-            "with. Put the lines that "
-            'start work below a line that workers pass over: if __name__ == "__main__":'
-        )
 
 
 def restart_lost_workers(client: Client) -> None:

@@ -22,19 +22,15 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def preload_name(module_names: Iterable[str]) -> str:
-    """Return a name to preload that holds the names of modules to import.
-
-    No module has this name, so multiprocessing skips it, and `_read_start_call` finds it.
-    """
+    """Return a name to preload that holds the names of modules to import."""
+    # No module has this name, so multiprocessing skips it, and `_read_start_call` finds it.
     # "/" for ".", because a dotted name would be searched for in packages.
     return _PRELOAD_PREFIX + ",".join(module_names).replace(".", "/")
 
 
 def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent ends, in whatever way (Linux).
-
-    A worker notices by itself that its driver is gone, but not while it is stopped (SIGSTOP).
-    """
+    """Make the kernel kill this process when its parent ends, in whatever way (Linux)."""
+    # A worker notices by itself that its driver is gone, but not while it is stopped (SIGSTOP).
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

@@ -75,16 +75,14 @@ def start_server(module_names: Sequence[str] = ()) -> str:
 
 @contextlib.contextmanager
 def sigint_held_back() -> Iterator[None]:
-    """Block SIGINT (Ctrl-C) in processes that are started in the block, and here until it ends.
-
-    A terminal sends the signal to every process, and each worker would print a traceback. Processes
-    and threads inherit the signal mask of the thread that starts them.
-    """
+    """Block SIGINT (Ctrl-C) in processes that are started in the block, and here until it ends."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     # Started before the mask is set, because starting it clears the thread's mask.
     resource_tracker.ensure_running()
+    # A terminal sends the signal to every process, and each worker would print a traceback.
+    # Processes and threads inherit the signal mask of the thread that starts them.
     mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -101,12 +99,8 @@ def is_importing_main() -> bool:
 
 def imports_of(backbone_names: Iterable[str]) -> list[str]:
     """Return the modules, slow to import, that networks need. Names are such as "timm:resnet18"."""
-    libraries = {name.partition(":")[0] for name in backbone_names} & {
-        "timm",
-        "torchvision",
-        "transformers",
-        "open_clip",
-    }
+    slow_libraries = {"timm", "torchvision", "transformers", "open_clip"}
+    libraries = slow_libraries.intersection(name.partition(":")[0] for name in backbone_names)
     return ["headrace.extract.run.work_unit", *sorted(libraries)]
 
 

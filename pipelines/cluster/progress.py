@@ -36,7 +36,8 @@ class _RateColumn(ProgressColumn):
     """A column with the rate and the time left."""
 
     def render(self, task: Task) -> Text:
-        return Text(rate_text(*task.fields["meter"].rate_and_left(), unit=task.fields["unit"]))
+        meter: _Meter = task.fields["meter"]
+        return Text(rate_text(*meter.rate_and_left(), unit=meter.unit))
 
 
 def rate_and_left(n_done: float, n_total: float, elapsed_s: float) -> tuple[float, float]:
@@ -57,14 +58,12 @@ def rate_text(rate_per_s: float, left_s: float, *, unit: str) -> str:
 
 
 @dataclass
-class _RateMeter:
-    """Measures the rate of a stage.
+class _Meter:
+    """How far a stage is, and its rate."""
 
-    The time until the first results, in which workers import modules and load networks, is left out
-    as soon as enough more is known.
-    """
-
+    stage_name: str
     n_total: int
+    unit: str
     n_done: int = 0
     started_s: float = field(default_factory=time.monotonic)
     n_first: int = 0
@@ -77,6 +76,8 @@ class _RateMeter:
 
     def rate_and_left(self) -> tuple[float, float]:
         now = time.monotonic()
+        # Without the time until the first results, in which workers import modules and load
+        # networks, as soon as enough more is known.
         if self.first_s is not None and now - self.first_s > max(
             _SETTLED_S, 0.5 * (self.first_s - self.started_s)
         ):
@@ -85,17 +86,27 @@ class _RateMeter:
             return rate, (self.n_total - self.n_done) / rate if rate else float("nan")
         return rate_and_left(self.n_done, self.n_total, now - self.started_s)
 
+    def text(self, details: Mapping[str, float]) -> str:
+        """Return a text such as "extract 10/80 images · 12.3 images/s, 0:18 left · 2 failed"."""
+        texts = (
+            f"{self.stage_name} {self.n_done:,}/{self.n_total:,} {self.unit}",
+            rate_text(*self.rate_and_left(), unit=self.unit),
+            _details_text(details),
+        )
+        return " · ".join(filter(None, texts))
+
 
 @contextlib.contextmanager
 def show_progress(console: Console, stage_name: str, n_total: int, unit: str) -> Iterator[Advance]:
     """Show the progress of a stage in the block, which calls the given function."""
+    meter = _Meter(stage_name, n_total, unit)
     as_json = isinstance(console, PlainConsole) and console.json_progress
     if console.is_jupyter and not (console.quiet or as_json):
-        yield _notebook_line(stage_name, n_total, unit)
+        yield _notebook_line(meter)
         sys.stderr.write("\n")
         return
     if as_json or not console.is_terminal:
-        yield _log_lines(console, stage_name, n_total, unit, as_json=as_json)
+        yield _log_lines(console, meter, as_json=as_json)
         return
     is_narrow = console.width < _NARROW_COLUMNS
     columns = (
@@ -106,7 +117,6 @@ def show_progress(console: Console, stage_name: str, n_total: int, unit: str) ->
         _RateColumn(Column(no_wrap=True)),
         _text_column("{task.fields[details]}", style="dim"),
     )
-    meter = _RateMeter(n_total)
     # Rich's ten times a second would take time from a core that works on the stage.
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         progress_bar = progress.add_task(
@@ -141,10 +151,7 @@ def _details_text(details: Mapping[str, float]) -> str:
 
 
 def _at_intervals(
-    meter: _RateMeter,
-    interval_s: float,
-    shown_at: float,
-    show: Callable[[Mapping[str, float]], None],
+    meter: _Meter, interval_s: float, shown_at: float, show: Callable[[Mapping[str, float]], None]
 ) -> Advance:
     """Return an Advance that calls `show` at most every interval_s, and at the end.
 
@@ -162,67 +169,38 @@ def _at_intervals(
     return advance
 
 
-def _notebook_line(stage_name: str, n_total: int, unit: str) -> Advance:
-    """Return an Advance that overwrites one line of the cell's standard error; rich's own bar would
-    need ipywidgets.
-    """
-    meter = _RateMeter(n_total)
+def _notebook_line(meter: _Meter) -> Advance:
+    """Return an Advance that overwrites one line of the cell's standard error."""
 
+    # Rich's own bar would need ipywidgets.
     def show(details: Mapping[str, float]) -> None:
-        filled = "█" * (20 * meter.n_done // max(n_total, 1))
-        line = _progress_text(meter, stage_name, unit, details)
-        sys.stderr.write(f"\r|{filled:<20}| {line:<100}")
+        filled = "█" * (20 * meter.n_done // max(meter.n_total, 1))
+        sys.stderr.write(f"\r|{filled:<20}| {meter.text(details):<100}")
         sys.stderr.flush()
 
     return _at_intervals(meter, _NOTEBOOK_INTERVAL_S, -math.inf, show)
 
 
-def _progress_text(
-    meter: _RateMeter, stage_name: str, unit: str, details: Mapping[str, float]
-) -> str:
-    """Return a text such as "extract 10/80 images · 12.3 images/s, 0:18 left · 2 failed"."""
-    texts = (
-        f"{stage_name} {meter.n_done:,}/{meter.n_total:,} {unit}",
-        rate_text(*meter.rate_and_left(), unit=unit),
-        _details_text(details),
-    )
-    return " · ".join(filter(None, texts))
-
-
-def _log_lines(
-    console: Console, stage_name: str, n_total: int, unit: str, *, as_json: bool
-) -> Advance:
-    meter = _RateMeter(n_total)
-
+def _log_lines(console: Console, meter: _Meter, *, as_json: bool) -> Advance:
     def show(details: Mapping[str, float]) -> None:
-        if as_json:
-            rate_per_s, left_s = meter.rate_and_left()
-            line = _json_line(
-                {
-                    "stage": stage_name,
-                    "done": meter.n_done,
-                    "total": n_total,
-                    "unit": unit,
-                    "per_s": rate_per_s,
-                    "left_s": left_s,
-                }
-                | dict(details)
-            )
-        else:
-            text = _progress_text(meter, stage_name, unit, details)
-            line = f"{datetime.datetime.now():%H:%M:%S} {text}"
-        console.print(line, soft_wrap=True)
+        line = f"{datetime.datetime.now():%H:%M:%S} {meter.text(details)}"
+        console.print(_json_line(meter, details) if as_json else line, soft_wrap=True)
 
     return _at_intervals(meter, _LOG_INTERVAL_S, meter.started_s, show)
 
 
-def _json_line(values: Mapping[str, object]) -> str:
-    """Return one line of JSON, with null for nan."""
-    return json.dumps(
-        {
-            key: (None if math.isnan(value) else round(value, 3))
-            if isinstance(value, float)
-            else value
-            for key, value in values.items()
-        }
-    )
+def _json_line(meter: _Meter, details: Mapping[str, float]) -> str:
+    rate_per_s, left_s = meter.rate_and_left()
+    values = {
+        "stage": meter.stage_name,
+        "done": meter.n_done,
+        "total": meter.n_total,
+        "unit": meter.unit,
+        "per_s": rate_per_s,
+        "left_s": left_s,
+        **details,
+    }
+    for name, value in values.items():
+        if isinstance(value, float):
+            values[name] = None if math.isnan(value) else round(value, 3)  # JSON has no nan
+    return json.dumps(values)

@@ -121,12 +121,10 @@ def _memory(slurm_options: SlurmSection, on_gpu: bool) -> str:
 
 
 def _recording_job(job_class: type) -> type:
-    """Return the library's class of jobs with a record of sbatch's refusals.
+    """Return the library's class of jobs with a record of sbatch's refusals."""
 
-    The library submits jobs in the background, prints a refusal, and waits for workers that never
-    come.
-    """
-
+    # The library submits jobs in the background, prints a refusal, and waits for workers that never
+    # come.
     class RecordingJob(job_class):  # type: ignore[misc]
         refusals: ClassVar[list[Exception]] = []
 

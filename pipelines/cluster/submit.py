@@ -53,12 +53,8 @@ _LEASE_RETRY_S = 1.0  # seconds between attempts to lease tasks that another dri
 _FETCH_S = 10.0
 # Without EIO, which comes from a file that can never be read, and says nothing about the machine.
 _MACHINE_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.ENOMEM,
-    errno.EMFILE,
-    errno.ENFILE,
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
 }
 
 
@@ -145,11 +141,9 @@ class _SchedulerWindow(Generic[Job, Result]):
 
     @property
     def max_attempts(self) -> int:
-        """How many deaths a task may have: one more for each doubling of the unrelated deaths.
-
-        On a cluster whose workers come and go (preemption, wall times), three deaths under one task
-        are soon a coincidence.
-        """
+        """How many deaths a task may have: one more for each doubling of the unrelated deaths."""
+        # On a cluster whose workers come and go (preemption, wall times), three deaths under one
+        # task are soon a coincidence.
         return MAX_ATTEMPTS + int(math.log2(1 + self.unrelated_deaths))
 
 
@@ -170,22 +164,21 @@ def announced(options: TaskOptions, console: Console) -> TaskOptions:
                 f"{' · '.join(texts)}",
                 soft_wrap=True,
             )
+        sentence = ""
         if event == "refused":
-            console.print(
+            sentence = (
                 f"Worker {details['worker']} is given no task, for its features and heads would "
-                f"differ: it has {details['error']}.",
-                soft_wrap=True,
-                markup=False,
+                f"differ: it has {details['error']}."
             )
         elif event == "paused":
-            console.print(
+            sentence = (
                 f"Host {details['host']} is given no task for {details['seconds']:.0f} s: its "
-                "workers die as soon as they have one.",
-                soft_wrap=True,
-                markup=False,
+                "workers die as soon as they have one."
             )
         elif event == "waiting":
-            console.print(details["reason"], soft_wrap=True, markup=False)
+            sentence = details["reason"]
+        if sentence:
+            console.print(sentence, soft_wrap=True, markup=False)
 
     return dataclasses.replace(options, on_event=announce)
 
@@ -276,29 +269,21 @@ def _accepted_workers(
     """
     for worker in workers.keys() - window.version_futures.keys():
         dask_key = f"versions-{uuid.uuid4().hex}"
-        future = window.client.submit(
-            versions,
-            key=dask_key,
-            pure=False,
-            retries=0,
-            workers=[worker],
-            allow_other_workers=False,
-        )
+        future = _submit_to(window.client, worker, dask_key, versions)
         window.version_futures[worker] = future
         future.add_done_callback(lambda _: window.ended_keys.put(""))
     for worker in window.version_futures.keys() - workers.keys():
         del window.version_futures[worker]
     for worker in workers.keys() - window.accepted_workers - window.refused_workers.keys():
-        if (
-            version_difference := _version_difference(window, window.version_futures[worker])
-        ) == "":
-            window.accepted_workers.add(worker)
-        elif version_difference is None:
-            if window.version_futures[worker].status in ("error", "cancelled", "lost"):
-                del window.version_futures[worker]  # if the worker still exists, it is asked again
-        else:
+        answer = window.version_futures[worker]
+        version_difference = _version_difference(window, answer)
+        if version_difference:
             window.refused_workers[worker] = f"{worker} has {version_difference}"
             window.options.on_event("refused", worker=worker, error=version_difference)
+        elif version_difference == "":
+            window.accepted_workers.add(worker)
+        elif answer.status in ("error", "cancelled", "lost"):
+            del window.version_futures[worker]  # if the worker still exists, it is asked again
     if workers and not window.in_flight and workers.keys() <= window.refused_workers.keys():
         raise ClusterError(
             "no worker of the cluster has the versions of this process, so they would not make "
@@ -360,18 +345,19 @@ def _next_task(window: _SchedulerWindow[Job, Result], host: str) -> _Task[Job] |
         window.leased_elsewhere.append(task)
 
 
+def _submit_to(
+    client: Client, worker: str, dask_key: str, function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """Submit a call to one worker; return its future."""
+    # retries=0, because a task is tried again only after a look at what ended it.
+    pinned = {"workers": [worker], "allow_other_workers": False, "retries": 0}
+    return client.submit(function, *arguments, key=dask_key, pure=False, **pinned)
+
+
 def _submit(window: _SchedulerWindow[Job, Result], task: _Task[Job], worker: str) -> None:
     task.n_attempts += 1
     dask_key = f"{task.key}-{task.n_attempts}"
-    future = window.client.submit(
-        window.function,
-        task.job,
-        key=dask_key,
-        pure=False,
-        retries=0,
-        workers=[worker],
-        allow_other_workers=False,
-    )
+    future = _submit_to(window.client, worker, dask_key, window.function, task.job)
     window.in_flight[dask_key] = _InFlight(task, worker, future, time.monotonic())
     window.options.on_event("started", task=task.key, worker=worker, attempt=task.n_attempts)
     future.add_done_callback(lambda _: window.ended_keys.put(dask_key))
@@ -445,19 +431,9 @@ def _outcome_of(
     if error is not None and type(error).__name__ != "KilledWorker":
         _clear_host(window, flight.worker)
         window.unrelated_deaths += task.worker_deaths
-        on_event(
-            "failed",
-            task=task.key,
-            seconds=seconds,
-            error=f"{type(error).__name__}: {error}",
-            traceback=trace,
-        )
-        return Outcome(
-            task.job,
-            None,
-            f"{type(error).__name__}: {error}",
-            machine_fault=is_machine_fault(error),
-        )
+        text = f"{type(error).__name__}: {error}"
+        on_event("failed", task=task.key, seconds=seconds, error=text, traceback=trace)
+        return Outcome(task.job, None, text, machine_fault=is_machine_fault(error))
     # A timeout counts twice, because every further attempt would take as long again.
     task.worker_deaths += 2 if flight.worker in window.stopped_workers else 1
     _suspect_host(window, flight)

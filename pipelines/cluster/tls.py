@@ -44,11 +44,10 @@ def make_certificate() -> tuple[str, str]:
 
 def own_security() -> Security:
     """Return Dask's security for a cluster that one process starts and ends, with a certificate of
-    its own.
-
-    Loopback is not private: every user of the machine can connect, and a client that a scheduler
-    accepts can run code as its user. Worker processes get the key when they are started.
+    its own. Worker processes get the key when they are started.
     """
+    # Loopback is not private: every user of the machine can connect, and a client that a scheduler
+    # accepts can run code as its user.
     private_pem, certificate = make_certificate()
     return _security(private_pem, certificate)
 
@@ -56,14 +55,13 @@ def own_security() -> Security:
 def write_tls(folder: Path) -> Path:
     """Write a key and a self-signed certificate, valid for a year, into a folder that only its
     owner can read; existing ones are kept.
-
-    Scheduler, workers and clients have this certificate and accept no other, so whoever has the key
-    can run code on the cluster.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not (folder / KEY).exists() or not (folder / CERTIFICATE).exists():
         for file_name, text in zip((KEY, CERTIFICATE), make_certificate(), strict=True):
             (folder / file_name).unlink(missing_ok=True)
+            # Only for the owner: scheduler, workers and clients accept this certificate alone, so
+            # whoever has the key can run code on the cluster.
             descriptor = os.open(folder / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -74,10 +72,8 @@ def require_own_folder(folder: Path) -> None:
     """Raise OutputExists for a folder with only some of the files of `headrace cluster tls`, which
     may then be another program's.
     """
-    file_names = {
-        file_name for file_name in (KEY, CERTIFICATE, SETTINGS) if (folder / file_name).exists()
-    }
-    if file_names in ({KEY}, {CERTIFICATE}, {SETTINGS}, {KEY, SETTINGS}, {CERTIFICATE, SETTINGS}):
+    file_names = {name for name in (KEY, CERTIFICATE, SETTINGS) if (folder / name).exists()}
+    if file_names and not {KEY, CERTIFICATE} <= file_names:
         raise OutputExists(
             f"{folder} holds {' and '.join(sorted(file_names))} without the rest of what this "
             f"command makes ({KEY}, {CERTIFICATE}, {SETTINGS}): they may be of something else, and "

@@ -60,10 +60,8 @@ def versions() -> dict[str, str]:
 
 
 def choose_gpu(worker_name: str, n_gpus: int) -> None:
-    """Restrict this process to one of its job's GPUs. worker_name: ends in the worker's number.
-
-    Otherwise each worker of a job would see all of its GPUs and use the first.
-    """
+    """Restrict this process to one of its job's GPUs. worker_name: ends in the worker's number."""
+    # Otherwise each worker of a job would see all of its GPUs and use the first.
     if n_gpus > 1:
         shown_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
         visible_gpus = (
@@ -84,10 +82,9 @@ def decoding_cores() -> int:
 def limit_memory(limit_bytes: int) -> None:
     """Make allocations beyond a limit raise MemoryError (Linux), so that a head that needs too much
     fails with this reason.
-
-    Dask's own limit kills the worker. It also counts pages of mapped shards, which the system takes
-    back whenever it needs them; this limit counts only what the process allocates.
     """
+    # Dask's own limit kills the worker. It also counts pages of mapped shards, which the system
+    # takes back whenever it needs them; this limit counts only what the process allocates.
     if sys.platform == "linux":
         import resource
 

@@ -72,33 +72,21 @@ def check_parity(
         _network_features(network, view_features, other_features)
         for view_features, other_features in zip(view_inputs, features_below, strict=True)
     ]
-    predicted = np.mean(
-        [
-            _fold_predictions(head_of_fold, view_features, fold_of_row, task_kind)
-            for view_features in features
-        ],
-        axis=0,
-        dtype=np.float64,
-    )
-    feature_errors = [
-        _feature_error(view_features, other_features)
-        for view_features, other_features in zip(features, cached_features, strict=True)
+    view_predictions = [
+        _fold_predictions(head_of_fold, view_features, fold_of_row, task_kind)
+        for view_features in features
     ]
-    prediction_scale = (
-        np.ones(1)
-        if task_kind != "regression"
-        # Probabilities have one scale. Numbers may be metres or grams, and are measured in their
-        # spread.
-        else np.maximum(expected_predictions.std(0, dtype=np.float64), 1e-12)
-    )
+    predicted = np.mean(view_predictions, axis=0, dtype=np.float64)
+    feature_errors = [_feature_error(*pair) for pair in zip(features, cached_features, strict=True)]
+    prediction_scale = np.ones(1)
+    if task_kind == "regression":
+        # Numbers may be metres or grams, and are measured in their spread; probabilities have one
+        # scale.
+        prediction_scale = np.maximum(expected_predictions.std(0, dtype=np.float64), 1e-12)
     differences = np.abs(predicted - expected_predictions) / prediction_scale
-    mean_difference = float(differences.mean()) if len(expected_predictions) else 0.0
-    parity = ParityResult(
-        len(expected_predictions),
-        float(differences.max(initial=0)),
-        mean_difference,
-        max(feature_errors),
-    )
+    n_rows, largest = len(expected_predictions), float(differences.max(initial=0))
+    mean = float(differences.mean()) if n_rows else 0.0
+    parity = ParityResult(n_rows, largest, mean, max(feature_errors))
     if not parity.holds:
         raise ModelError(
             "the network put together from the backbone and the head does not predict what the "
@@ -114,17 +102,14 @@ def check_parity(
 
 def _network_features(network: Network, inputs: Tensor, features_below: Tensor | None) -> Tensor:
     # Few images at once: the maps of all of them might not fit on a GPU.
-    input_blocks = [(start, inputs[start : start + 16]) for start in range(0, len(inputs), 16)]
+    slices = [slice(start, start + 16) for start in range(0, len(inputs), 16)]
     with torch.no_grad():
         return torch.cat(
             [
                 network.features(
-                    input_block,
-                    None
-                    if features_below is None
-                    else features_below[start : start + len(input_block)],
+                    inputs[rows], None if features_below is None else features_below[rows]
                 )
-                for start, input_block in input_blocks
+                for rows in slices
             ]
         )
 

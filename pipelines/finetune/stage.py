@@ -130,20 +130,19 @@ def _is_settled(
     section: FinetuneSection,
     retry_failed: bool,
 ) -> bool:
-    """Return whether the decision on a candidate stands.
-
-    It does not after a change of the budget that it did not fit, or after failure with
-    `retry_failed`. A decision whose files are gone or damaged is removed from `decisions`: parts of
-    the training that are left are used, the others trained again.
+    """Return whether the decision on a candidate stands; remove it from `decisions` if its files
+    are gone or damaged.
     """
     decision = decisions.get(key)
     if decision is None:
         return False
     if not _has_its_files(paths, key, decision["decision"]):
+        # Parts of the training that are left are used, the others trained again.
         del decisions[key]
         return False
     if decision["decision"] in ("failed", "refused") and retry_failed:
         return False
+    # A candidate that did not fit another budget may fit this one.
     return bool(
         decision["decision"] != "over budget"
         or decision.get("budget_minutes") == section.budget_minutes
@@ -151,9 +150,7 @@ def _is_settled(
 
 
 def _has_its_files(paths: RunPaths, key: str, decision: str) -> bool:
-    """Return whether the files of a decision are complete. Damaged ones are removed, so that they
-    are not taken for results.
-    """
+    """Return whether the files of a decision are complete; remove damaged ones."""
     if decision not in ("kept", "rolled back"):
         # a failed candidate has a results file of failed rows, others have none
         return not remove_damaged(paths.finetune_result(key))
@@ -191,14 +188,9 @@ def _train_within_budget(
         candidate.key: candidate for candidate in undecided if candidate.key in pilot_results
     }
     n_total = len(remaining)
-    options.on_event(
-        "stage",
-        stage="finetune: train",
-        total=n_total,
-        unit="networks",
-        tasks=n_total * (n_folds + 1),
-    )
-    with show_progress(console, "finetune: train", n_total, "networks") as advance:
+    n_tasks, title = n_total * (n_folds + 1), "finetune: train"
+    options.on_event("stage", stage=title, total=n_total, unit="networks", tasks=n_tasks)
+    with show_progress(console, title, n_total, "networks") as advance:
         while remaining:
             # Computed anew, because each finished candidate changes what the others promise.
             gains = {
@@ -280,12 +272,10 @@ def _run_pilots(
 
 
 def _record_decision(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Record a decision and return all, with those of other drivers.
-
-    A candidate that another driver has trained meanwhile is not recorded as over budget or refused.
-    """
+    """Record a decision and return all, with those of other drivers."""
     with lease(paths.finetune / "decisions.lock"):
         decisions = _read_record(paths.finetune_decisions)
+        # By another driver, since this one has read the decisions.
         already_trained = decisions.get(key, {}).get("decision") in ("kept", "rolled back")
         if not (already_trained and record["decision"] in ("over budget", "refused")):
             decisions[key] = record
@@ -294,9 +284,8 @@ def _record_decision(paths: RunPaths, key: str, record: dict[str, Any]) -> dict[
 
 
 def _require_machine(outcome: Outcome[Any, Any]) -> None:
-    """Raise HeadraceError if the machine's fault (a full disk) ended a task: it says nothing about
-    the candidate.
-    """
+    """Raise HeadraceError if the machine's fault (a full disk) ended a task."""
+    # It says nothing about the candidate, whose decision would outlast the fault.
     if outcome.machine_fault:
         raise HeadraceError(
             f"a network could not be trained here: {outcome.error}. Nothing was decided about it; "
@@ -423,12 +412,8 @@ def _result_rows(inputs: FinetuneInputs, candidates: Sequence[Candidate]) -> pd.
         results_path = inputs.paths.finetune_result(candidate.key)
         if results_path.exists():
             head_table = read_bank(results_path).table
-            head_tables.append(
-                head_table.assign(
-                    path=str(results_path),
-                    inputs=pd.Series([candidate.inputs] * len(head_table), dtype=object),
-                )
-            )
+            inputs_column = pd.Series([candidate.inputs] * len(head_table), dtype=object)
+            head_tables.append(head_table.assign(path=str(results_path), inputs=inputs_column))
     return pd.concat(head_tables, ignore_index=True) if head_tables else pd.DataFrame()
 
 
@@ -519,10 +504,9 @@ def _decision_notes(candidates: Sequence[Candidate], decisions: Mapping[str, Any
 
 
 def _read_record(record_path: Path) -> dict[str, Any]:
-    """Read a record of this stage. A damaged one counts as empty: decisions are made again from the
-    results of training, at the cost of pilots, which take seconds.
-    """
     try:
         return read_record(record_path)
+    # A damaged record counts as empty: decisions are made again from the results of training, at
+    # the cost of pilots, which take seconds.
     except (OSError, RunDamaged):
         return {}

@@ -227,7 +227,6 @@ def publish_result(job: FinetuneJob, failures: dict[int, str]) -> Path:
 
 
 def _read_curve(path: Path) -> dict[str, Any] | None:
-    """Return the summary of a trained fold; None if it is absent or damaged."""
     try:
         return read_sealed_json(path.read_bytes())
     except (OSError, SealBroken):
@@ -265,14 +264,9 @@ def _open_job(job: FinetuneJob, *, without_backbone: bool = False) -> _OpenedJob
                     "that features and network agree"
                 )
     no_split_reason = _no_split_reason(backbone, taps, map_of_view)
-    return _OpenedJob(
-        task,
-        backbone,
-        taps,
-        features_of_view,
-        {} if no_split_reason else map_of_view,
-        no_split_reason,
-    )
+    if no_split_reason:
+        map_of_view = {}
+    return _OpenedJob(task, backbone, taps, features_of_view, map_of_view, no_split_reason)
 
 
 def _no_split_reason(
@@ -283,13 +277,9 @@ def _no_split_reason(
         return None
     nodes = backbone_nodes(backbone)
     n_features = sum(math.prod(tap_shape(tap, nodes[tap.node])) for tap in taps)
+    head = new_head(MLPSpec(hidden=()), n_features, 1)
     try:
-        Network(
-            backbone,
-            taps,
-            new_head(MLPSpec(hidden=()), n_features, 1),
-            split_node=next(iter(map_of_view.values())).spec.tap,
-        )
+        Network(backbone, taps, head, split_node=next(iter(map_of_view.values())).spec.tap)
     except CannotSplit as error:
         return str(error)
     return None
@@ -311,18 +301,14 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
     heads = {
         fold: head_module(head_spec, bank.arrays(head_spec, fold), task.kind) for fold in folds
     }
-    network = Network(
-        opened.backbone,
-        opened.taps,
-        heads[folds[0]],
-        split_node=opened.split_node if from_maps else None,
-    )
+    split_node = opened.split_node if from_maps else None
+    network = Network(opened.backbone, opened.taps, heads[folds[0]], split_node=split_node)
     network.round_to([feature.spec.dtype for feature in opened.crop_features])
     network.eval().to(job.device)
     heads = {fold: head.eval().to(job.device) for fold, head in heads.items()}
     batch_source = _batch_source(job, opened, network)
     inputs: list[Tensor] = []
-    below_features: list[Tensor | None] = []
+    below: list[Tensor | None] = []
     cached_features = []
     for view, view_features in enumerate(opened.features_of_view.values()):
         columns = [feature.load(task.content[row_index], np.float32) for feature in view_features]
@@ -332,16 +318,10 @@ def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> 
         (batch,) = batch_source.batches(row_index, len(row_index), default_view=view)
         view_inputs, view_below = batch.on_device(job.device)
         inputs.append(view_inputs)
-        below_features.append(view_below)
+        below.append(view_below)
+    fold, expected = task.fold[row_index], out_of_fold[row_index]
     return check_parity(
-        network,
-        heads,
-        inputs,
-        task.fold[row_index],
-        out_of_fold[row_index],
-        cached_features,
-        task.kind,
-        features_below=below_features,
+        network, heads, inputs, fold, expected, cached_features, task.kind, features_below=below
     )
 
 

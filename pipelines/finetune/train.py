@@ -293,11 +293,9 @@ class Training:
 
 
 def clock(device: str) -> float:
-    """Return a clock's seconds, for times that count against a budget.
-
-    On a CPU it is the process's CPU time, so that other users of the machine do not change which
-    candidates fit the budget. A worker process runs one task at a time.
-    """
+    """Return a clock's seconds, for times that count against a budget."""
+    # The process's CPU time on a CPU, so that other users of the machine do not change which
+    # candidates fit the budget. A worker process runs one task at a time.
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from headrace.extract.backbones.nodes import shapes_only
 from headrace.pipelines.models.errors import CannotSplit
 from headrace.pipelines.models.torch_network import Network
 
@@ -16,8 +17,7 @@ def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
     """Return the blocks of the backbone above a node, from the bottom up, each as names of modules;
     [] for "head".
 
-    Blocks that the taps do not need are left out, because no gradient reaches them. Raises
-    CannotSplit for an unknown node, and for one without parameters between it and the taps.
+    Raises CannotSplit for an unknown node, and for one without parameters between it and the taps.
     """
     if train_above == "head":
         return []
@@ -32,6 +32,7 @@ def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
         None if train_above == "all" else train_above,
         network.preprocessing.pixel_shape,
     )
+    # Without the blocks that the taps do not need, which no gradient reaches.
     reached_owners = _modules_with_gradient(network)
     trained_blocks = blocks_of(module, [owner for owner in owner_names if owner in reached_owners])
     if not trained_blocks:
@@ -45,14 +46,10 @@ def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
 
 def _modules_with_gradient(network: Network) -> set[str]:
     """Return the names of the backbone's modules whose own parameters the logits depend on."""
-    parameters_of_owner = {
-        module_name: list(child.parameters(recurse=False))
-        for module_name, child in network.backbone.named_modules()
-    }
     named_parameters = [
         (module_name, parameter)
-        for module_name, parameters in parameters_of_owner.items()
-        for parameter in parameters
+        for module_name, child in network.backbone.named_modules()
+        for parameter in child.parameters(recurse=False)
         if parameter.is_floating_point()
     ]
     for _, parameter in named_parameters:
@@ -83,14 +80,7 @@ def owners_above(
     which computes shapes alone, or on zeros if that is not possible.
     """
     try:
-        copied_tensors: dict[int, Any] = {}
-        for parameter in module.parameters():
-            copied_tensors[id(parameter)] = nn.Parameter(
-                torch.empty_like(parameter, device="meta"), requires_grad=False
-            )
-        for buffer in module.buffers():
-            copied_tensors[id(buffer)] = torch.empty_like(buffer, device="meta")
-        return _running_order(copy.deepcopy(module, copied_tensors), node_name, image_shape, "meta")
+        return _running_order(shapes_only(module), node_name, image_shape, "meta")
     except Exception:  # noqa: BLE001 (networks that need values, which "meta" lacks, raise anything)
         return _running_order(copy.deepcopy(module), node_name, image_shape, "cpu")
 

@@ -1,6 +1,6 @@
 """Where every entry of a source went: each is used, or counted under a reason."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from headrace.extract.sources.listing import LeftOut, Listing
@@ -20,20 +20,6 @@ class Accounting:
     train: int  # images that heads are trained and validated on
     test: int
 
-    @property
-    def counted(self) -> int:
-        """The sum of all counts, which is `found`."""
-        n_left_out = sum(item.count for item in self.left_out)
-        return (
-            n_left_out
-            + self.annotations
-            + self.unreadable
-            + self.unlabelled
-            + self.failed
-            + self.train
-            + self.test
-        )
-
     def sentence(self) -> str:
         """Return counts as "Images: 52 found = 30 to train on + 10 to test on + 12 left out"."""
         named_counts = (
@@ -48,14 +34,6 @@ class Accounting:
         return f"Images: {self.found:,} found = " + " + ".join(
             f"{count:,} {use}" for count, use in named_counts if count
         )
-
-    def lines(self) -> list[str]:
-        """Return a line for each reason why entries are left out."""
-        return [f"left out: {item}" for item in self.left_out]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the counts as plain values."""
-        return asdict(self)
 
 
 def count_entries(
@@ -79,7 +57,7 @@ def count_entries(
 
 
 def accounting_from_json(values: dict[str, Any]) -> Accounting:
-    """Inverse of `Accounting.to_json`. Raises TypeError or KeyError for other values."""
+    """Inverse of `dataclasses.asdict`. Raises TypeError or KeyError for other values."""
     left_out = tuple(
         LeftOut(item["reason"], item["count"], tuple(item["examples"]))
         for item in values["left_out"]

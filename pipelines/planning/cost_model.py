@@ -89,11 +89,9 @@ def specs_per_bank(
     n_folds: int,
     rates: Rates,
 ) -> int:
-    """Return how many specs make a bank of about TARGET_S.
-
-    It is a power of two, so that small changes of the rates leave the banks as they are, and their
-    results are found again.
-    """
+    """Return how many specs make a bank of about TARGET_S."""
+    # A power of two, so that small changes of the rates leave the banks as they are, and their
+    # results are found again.
     n_specs = MAX_BANK_SPECS
     while (
         n_specs > 1

@@ -78,22 +78,12 @@ def read_samples(recipe: Recipe, *, labelled: bool = True) -> Listing:
         )
     if not labelled:
         return listing
-    task = recipe.task
     for task_key in ("target", "group", "unit", "split", "fold", "side_columns"):
-        column_names = getattr(task, task_key)
-        for column in (
-            ()
-            if column_names is None
-            else (column_names,)
-            if isinstance(column_names, str)
-            else column_names
-        ):
+        columns = getattr(recipe.task, task_key)
+        for column in [columns] if isinstance(columns, str) else columns or ():
             if column not in listing.samples.columns:
-                raise DataError(
-                    _absent(
-                        f"task.{task_key}", column, recipe.images.source().location, listing.samples
-                    )
-                )
+                location = recipe.images.source().location
+                raise DataError(_absent(f"task.{task_key}", column, location, listing.samples))
     return listing
 
 
@@ -308,13 +298,8 @@ def _duplicates(
         f"another{kept_text}"
     ]
     flat_targets = pd.DataFrame(target.reshape(len(target), -1))[is_repeated]
-    disagreeing = (
-        flat_targets.groupby(labelled_samples["_content"].to_numpy()[is_repeated])
-        .nunique()
-        .gt(1)
-        .any(axis=1)
-    )
-    if n_disagreeing := int(disagreeing.sum()):
+    by_image = flat_targets.groupby(labelled_samples["_content"].to_numpy()[is_repeated])
+    if n_disagreeing := int(by_image.nunique().gt(1).any(axis=1).sum()):
         verb = "carries" if n_disagreeing == 1 else "carry"
         notes.append(
             f"{n_disagreeing:,} of the copied images {verb} different targets: check their labels"
@@ -323,13 +308,13 @@ def _duplicates(
 
 
 def drop_rows(dataset: Dataset, failed_contents: Set[str]) -> Dataset:
-    """Leave out the images that some feature set of the run cannot hold, so that all heads are
-    compared on the same rows: a head that is spared its hardest images would win.
-
-    The other rows keep their folds. Raises DataError if a fold has no row left.
+    """Leave out the images that some feature set of the run cannot hold. The other rows keep their
+    folds. Raises DataError if a fold has no row left.
     """
     if not failed_contents:
         return dataset
+    # For all heads, which are compared on the same rows: one that is spared its hardest images
+    # would win.
     failed_hashes = np.array(sorted(failed_contents), "S32")
     is_kept = ~np.isin(dataset.train.content, failed_hashes)
     kept_train = dataset.train.take(is_kept)

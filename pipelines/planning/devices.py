@@ -37,13 +37,12 @@ def _may_have_accelerator() -> bool:
 def find_heads_device(recipe: "Recipe", workers: int | None = None) -> str:
     """Return the device on which this run's workers train heads; `workers` overrides the recipe's.
 
-    "auto" is a GPU only if this machine has one worker: several would each want its memory, and
-    workers of a cluster get no GPU for heads. Raises HeadError if the recipe names a GPU, this
-    machine would train, and it has none.
+    Raises HeadError if the recipe names a GPU, this machine would train, and it has none.
     """
     requested_device = recipe.compute.heads_device
     on_this_machine = recipe.cluster.where in ("local", "cuda")
     if requested_device == "auto":
+        # Several would each want the GPU's memory, and workers of a cluster get none for heads.
         one_worker = (workers or recipe.compute.workers) == 1
         device = find_device("auto") if on_this_machine and one_worker else "cpu"
         return "cpu" if device == "mps" else device  # heads sum in float64, which MPS lacks

@@ -1,7 +1,7 @@
 """Planning of an extraction without a task: which images of a source lack which feature sets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -71,8 +71,7 @@ def read_extraction(
     require_libraries(recipe)
     if not recipe.backbones:
         raise RecipeError("there is no network to extract with: name one under `backbones`")
-    for recipe_key, folder in (("cache", recipe.cache), ("out", recipe.paths.root)):
-        check_writable(recipe_key, folder)
+    check_writable(recipe)
     listing = read_samples(recipe, labelled=False)
     networks = read_networks(recipe, write=write)
     samples = listing.samples[["id", "path"]]
@@ -82,12 +81,6 @@ def read_extraction(
         remember_taps(recipe, networks)
     plan = plan_features(recipe, samples, networks)
     return Extraction(recipe, listing, samples, unreadable, networks, plan)
-
-
-def planned(extraction: Extraction) -> Extraction:
-    """Return the extraction planned anew. Raises DataError if every image has failed."""
-    plan = plan_features(extraction.recipe, extraction.samples, extraction.networks)
-    return replace(extraction, plan=plan)
 
 
 def plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> Plan:
@@ -112,12 +105,8 @@ def plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
         features=feature_plans,
         units=units,
         images=len(contents),
-        images_new=len({content for job in units for content in job.contents}),
         requested=(),
-        task_digest="",
-        n_folds=0,
-        n_rows=0,
-        n_outputs=0,
+        task=None,
         rates=measured_rates(recipe.paths.logs),
         trained=lambda group: {},
     )

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,8 +101,7 @@ def take_inventory(
     check_kinds(recipe.heads, recipe.task.kind, has_units=recipe.task.unit is not None)
     find_heads_device(recipe)  # refuses a GPU that is not there
     require_libraries(recipe)
-    for recipe_key, folder in (("out", recipe.paths.root), ("cache", recipe.cache)):
-        check_writable(recipe_key, folder)
+    check_writable(recipe)
     listing = read_samples(recipe)
     samples = listing.samples
     # Targets, groups and folds that cannot work are the commonest mistakes: they are found before
@@ -189,19 +188,20 @@ def read_contents(
     return list(contents.hashes), contents.unreadable
 
 
-def check_writable(recipe_key: str, folder: Path) -> None:
-    """Raise RecipeError for a folder of the recipe that cannot be made or written to."""
-    existing_path = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing_path.is_dir():
-        raise RecipeError(
-            f"{recipe_key}: {existing_path} is a file; expected a folder, or a path where one can "
-            "be made"
-        )
-    if not os.access(existing_path, os.W_OK | os.X_OK):
-        raise RecipeError(
-            f"{recipe_key}: {existing_path} cannot be written to. Set `{recipe_key}` in the recipe "
-            "to a folder that can"
-        )
+def check_writable(recipe: Recipe) -> None:
+    """Raise RecipeError if the run's directory or the cache cannot be made or written to."""
+    for recipe_key, folder in (("out", recipe.paths.root), ("cache", recipe.cache)):
+        existing_path = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing_path.is_dir():
+            raise RecipeError(
+                f"{recipe_key}: {existing_path} is a file; expected a folder, or a path where one "
+                "can be made"
+            )
+        if not os.access(existing_path, os.W_OK | os.X_OK):
+            raise RecipeError(
+                f"{recipe_key}: {existing_path} cannot be written to. Set `{recipe_key}` in the "
+                "recipe to a folder that can"
+            )
 
 
 def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
@@ -226,9 +226,12 @@ def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
 def head_inputs(recipe: Recipe, networks: Networks) -> dict[str, InputViews]:
     """Return every input of heads by its name on the leaderboard."""
     inputs: dict[str, InputViews] = {}
-    for input_name, network, spec in _named_taps(recipe, networks):
-        views = inputs[input_name].views if input_name in inputs else ()
-        inputs[input_name] = InputViews((*views, spec), network)
+    for backbone, (network, features) in zip(recipe.backbones, networks, strict=True):
+        prefix = f"{backbone.alias or backbone.name}:" if len(networks) > 1 else ""
+        for spec in features.specs:
+            name = prefix + spec.name
+            views = inputs[name].views if name in inputs else ()
+            inputs[name] = InputViews((*views, spec), network)
     if SIDE_COLUMNS in inputs or SIDE_COLUMNS in recipe.external_features:
         raise RecipeError(
             f"{SIDE_COLUMNS!r} is what leaderboards call the columns of task.side_columns: give "
@@ -244,16 +247,6 @@ def head_inputs(recipe: Recipe, networks: Networks) -> dict[str, InputViews]:
     return inputs
 
 
-def _named_taps(
-    recipe: Recipe, networks: Networks
-) -> Iterator[tuple[str, BackboneSpec, FeatureSpec]]:
-    """Yield the leaderboard's name of each feature set of a backbone, its network, and its spec."""
-    for backbone, (network, features) in zip(recipe.backbones, networks, strict=True):
-        prefix = f"{backbone.alias or backbone.name}:" if len(networks) > 1 else ""
-        for spec in features.specs:
-            yield prefix + spec.name, network, spec
-
-
 def _external_spec(recipe: Recipe, external_name: str) -> FeatureSpec:
     feature_sets = external_feature_sets(recipe.cache, external_name)
     if len(feature_sets) != 1:
@@ -267,9 +260,8 @@ def _external_spec(recipe: Recipe, external_name: str) -> FeatureSpec:
 
 
 def _check_external(inventory: Inventory) -> None:
-    """Raise RecipeError, naming the first image, if external features lack a row: no network here
-    can make it.
-    """
+    """Raise RecipeError, naming the first image, if external features lack a row."""
+    # No network here can make them. Images without a label may lack them, and get no prediction.
     samples = inventory.samples
     needed = samples[samples["content"].isin(inventory.labelled_contents)]
     for external_name in inventory.recipe.external_features:

@@ -56,27 +56,16 @@ def collect_heads(
             continue
         head_table = head_table[head_table["spec"].isin(spec_texts)]
         # A spec that several files hold counts once: from the file where it failed least.
-        failures = (
-            head_table["error"]
-            .notna()
-            .groupby([head_table["spec"], head_table["path"]])
-            .sum()
-            .reset_index()
-        )
+        is_failed = head_table["error"].notna()
+        failures = is_failed.groupby([head_table["spec"], head_table["path"]]).sum().reset_index()
         best_files = failures.sort_values(["error", "path"]).drop_duplicates("spec")
         head_table = head_table.merge(best_files[["spec", "path"]], on=["spec", "path"])
-        head_tables.append(
-            head_table.assign(
-                inputs=pd.Series(
-                    [heads.inputs] * len(head_table), index=head_table.index, dtype=object
-                )
-            )
-        )
+        inputs = pd.Series([heads.inputs] * len(head_table), head_table.index, dtype=object)
+        head_tables.append(head_table.assign(inputs=inputs))
     return pd.concat(head_tables, ignore_index=True) if head_tables else pd.DataFrame()
 
 
 def _group_table(banks_folder: Path, group: str) -> pd.DataFrame:
-    """Return the heads of all results files of a group."""
     bank_tables = [
         read_bank(results_path).table.assign(path=str(results_path))
         for results_path in sorted(banks_folder.glob(f"{group}-*.h5"))
@@ -94,9 +83,7 @@ def rank_heads(
     Columns: rank, inputs, kind, settings, the metric's mean (named as the metric), standard_error
     (of that mean over folds), folds, features (how many numbers the head reads), train_seconds,
     failed (folds without a head, or where the metric is undefined), final (whether there is a refit
-    on all rows: halving makes none of the settings that it stopped), spec, path. A spec that failed
-    in any fold, or is not final, ranks after all others, because its mean is over fewer folds or
-    fewer epochs.
+    on all rows: halving makes none of the settings that it stopped), spec, path.
 
     input_widths: numbers per image, by input.
     """
@@ -123,24 +110,16 @@ def rank_heads(
         sum(input_widths[name] for name in inputs) for inputs in leaderboard["inputs"]
     ]
     leaderboard["settings"] = [settings_text(model_spec(spec)) for spec in leaderboard["spec"]]
+    # A spec that failed in any fold, or is not final, ranks after all others, because its mean is
+    # over fewer folds or fewer epochs.
     leaderboard = leaderboard.sort_values(
         ["failed", "final", metric, "features", "spec"],
         ascending=[True, False, not METRICS[metric].higher_is_better, True, True],
         ignore_index=True,
     )
     leaderboard.insert(0, "rank", np.arange(1, len(leaderboard) + 1))
-    columns = [
-        "rank",
-        "inputs",
-        "kind",
-        "settings",
-        metric,
-        "standard_error",
-        "folds",
-        "features",
-        "train_seconds",
-    ]
-    return leaderboard[[*columns, "failed", "final", "spec", "path"]]
+    columns = ["rank", "inputs", "kind", "settings", metric, "standard_error", "folds", "features"]
+    return leaderboard[[*columns, "train_seconds", "failed", "final", "spec", "path"]]
 
 
 def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:

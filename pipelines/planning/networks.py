@@ -55,7 +55,14 @@ def tap_features(backbone: Backbone, recipe: Recipe, *, forked: bool) -> TapFeat
     forked: if the cache does not know them and a network must be built, build it in a process
     forked from the workers' server, where that spares this process the import of PyTorch.
     """
-    build = _build_forked(recipe) if forked and _can_fork(backbone, recipe) else build_feature_specs
+    build: Callable[..., TapFeatures] = build_feature_specs
+    # The workers' server imports PyTorch in any case if it extracts, and this process need not. It
+    # does not import the user's modules, which `python:` names.
+    local_cpu = recipe.cluster.where == "local" and find_device(recipe.compute.device) == "cpu"
+    own_network = backbone.name.startswith("python:")
+    if forked and local_cpu and "torch" not in sys.modules and not own_network:
+        imports = imports_of(backbone.name for backbone in recipe.backbones)
+        build = functools.partial(call_forked, imports, build_feature_specs)
     return load_feature_specs(
         backbone_spec(backbone, recipe),
         backbone.taps,
@@ -65,36 +72,22 @@ def tap_features(backbone: Backbone, recipe: Recipe, *, forked: bool) -> TapFeat
     )
 
 
-def _can_fork(backbone: Backbone, recipe: Recipe) -> bool:
-    """Return whether the workers' server imports PyTorch in any case, and this process need not."""
-    local_cpu = recipe.cluster.where == "local" and find_device(recipe.compute.device) == "cpu"
-    return local_cpu and "torch" not in sys.modules and not backbone.name.startswith("python:")
-
-
-def _build_forked(recipe: Recipe) -> Callable[..., TapFeatures]:
-    imports = imports_of(backbone.name for backbone in recipe.backbones)
-    return functools.partial(call_forked, imports, build_feature_specs)
-
-
 def cached_contents(cache_root: Path, spec: FeatureSpec) -> set[str]:
     """Return the content hashes that a feature set has, as rows or as recorded failures; none if
     there is no such feature set.
     """
     feature_path = feature_set_path(cache_root, spec)
-    return (
-        set(open_feature_set(feature_path).cached_hashes())
-        if is_feature_set(feature_path)
-        else set()
-    )
+    if not is_feature_set(feature_path):
+        return set()
+    return set(open_feature_set(feature_path).cached_hashes())
 
 
 def failed_contents(cache_root: Path, specs: Iterable[FeatureSpec]) -> dict[str, str]:
     """Return {content hash: reason} of the images that some feature set has recorded as failed."""
-    feature_paths = [feature_set_path(cache_root, spec) for spec in specs]
-    failures = (
-        failure
+    feature_paths = (feature_set_path(cache_root, spec) for spec in specs)
+    return {
+        failure.content_hash: failure.reason
         for feature_path in feature_paths
         if is_feature_set(feature_path)
         for failure in open_feature_set(feature_path).failures()
-    )
-    return {failure.content_hash: failure.reason for failure in failures}
+    }

@@ -10,7 +10,8 @@ from headrace.cache.errors import CacheError
 from headrace.cache.planner import plan_taps, require_disk_space, stored_bytes
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.run.plan import ExtractJob
-from headrace.heads.data.side_columns import SIDE_COLUMNS, SideColumns, taps_of
+from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
+from headrace.heads.data.task import Task
 from headrace.heads.spec import Halving, HeadSpec, spec_to_json
 from headrace.pipelines.planning.cost_model import (
     MAX_BANK_SPECS,
@@ -104,8 +105,6 @@ class Plan:
     images_new: int  # of which these go through a network
     requested: tuple[RequestedHeads, ...]
     banks: tuple[BankPlan, ...]
-    heads_total: int  # specs × folds
-    heads_new: int
     n_folds: int
     estimate: Estimate
     unmeasured: frozenset[str]  # kinds of heads to train whose cost is only assumed
@@ -116,6 +115,16 @@ class Plan:
     def forward_device(self) -> str:
         """The device of the forward pass; "cpu" if nothing is to be extracted."""
         return self.units[0].device if self.units else "cpu"
+
+    @property
+    def heads_total(self) -> int:
+        """How many heads are requested: specs × folds."""
+        return self.n_folds * sum(len(heads.specs) for heads in self.requested)
+
+    @property
+    def heads_new(self) -> int:
+        """How many of these are to be trained."""
+        return self.n_folds * sum(len(bank.specs) for bank in self.banks)
 
 
 def bank_group(
@@ -146,43 +155,42 @@ def plan_run(
     features: Sequence[FeaturePlan],
     units: Sequence[ExtractJob],
     images: int,
-    images_new: int,
     requested: Sequence[RequestedHeads],
-    task_digest: str,
-    n_folds: int,
+    task: Task | None,
     trained: Callable[[str], Trained],
-    n_rows: int,
-    n_outputs: int,
     rates: Rates = _UNMEASURED,
-    side: SideColumns | None = None,
 ) -> Plan:
     """Return the plan of what is requested and missing. It is pure, except that `trained` reads.
 
-    images, images_new: see `Plan`. n_rows, n_outputs: of the task.
+    images: see `Plan`. task: of the training rows; None if no heads are requested.
     trained: returns the specs in each results file of a group.
     rates: measured costs, which decide how large banks are.
-    side: side columns of the training rows.
     """
-    fingerprints = fingerprints_of(features)
+    fingerprints = {
+        feature.name: [spec.fingerprint for spec in feature.specs] for feature in features
+    }
     input_widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
-    if side is not None:
-        fingerprints[SIDE_COLUMNS] = [side.fingerprint]
-        input_widths[SIDE_COLUMNS] = side.n_inputs
+    if task is not None and task.side is not None:
+        fingerprints[SIDE_COLUMNS] = [task.side.fingerprint]
+        input_widths[SIDE_COLUMNS] = task.side.n_inputs
 
-    def cost_s(specs: Sequence[HeadSpec], inputs: Sequence[str], rates: Rates) -> float:
-        n_features = sum(input_widths[name] for name in inputs)
-        return bank_seconds(specs, n_rows, n_features, n_outputs, n_folds, rates)
+    def sizes(inputs: Sequence[str]) -> tuple[int, int, int, int]:
+        """Return the rows, features, outputs and folds of heads on these inputs."""
+        assert task is not None
+        # A classifier of two classes is assumed to cost as much as one of two outputs.
+        n_outputs = max(2, len(task.classes))
+        return len(task.ids), sum(input_widths[name] for name in inputs), n_outputs, task.n_folds
 
     def bank_size(heads: RequestedHeads) -> int:
-        n_features = sum(input_widths[name] for name in heads.inputs)
-        return specs_per_bank(heads.specs, n_rows, n_features, n_outputs, n_folds, rates)
+        return specs_per_bank(heads.specs, *sizes(heads.inputs), rates)
 
-    missing_banks = _missing_banks(requested, fingerprints, task_digest, trained, bank_size)
     banks = tuple(
-        replace(bank, assumed_s=cost_s(bank.specs, bank.inputs, _UNMEASURED))
-        for bank in missing_banks
+        replace(bank, assumed_s=bank_seconds(bank.specs, *sizes(bank.inputs), _UNMEASURED))
+        for bank in _missing_banks(
+            requested, fingerprints, "" if task is None else task.digest, trained, bank_size
+        )
     )
-    heads_s = sum(cost_s(bank.specs, bank.inputs, rates) for bank in banks)
+    heads_s = sum(bank_seconds(bank.specs, *sizes(bank.inputs), rates) for bank in banks)
     extraction_s = unit_seconds(units, rates)
     on_gpu = bool(units) and units[0].device != "cpu"
     kinds = {bank.kind for bank in banks}
@@ -200,12 +208,11 @@ def plan_run(
         features=tuple(features),
         units=tuple(units),
         images=images,
-        images_new=images_new,
+        # An image in several units, each of another network, counts once.
+        images_new=len({content for job in units for content in job.contents}),
         requested=tuple(requested),
         banks=banks,
-        heads_total=n_folds * sum(len(heads.specs) for heads in requested),
-        heads_new=n_folds * sum(len(bank.specs) for bank in banks),
-        n_folds=n_folds,
+        n_folds=0 if task is None else task.n_folds,
     )
 
 
@@ -213,13 +220,7 @@ def keep_inputs(plan: Plan, kept_inputs: Collection[tuple[str, ...]]) -> Plan:
     """Return the plan with only the heads on these taps, with or without side columns."""
     requested = tuple(heads for heads in plan.requested if taps_of(heads.inputs) in kept_inputs)
     banks = tuple(bank for bank in plan.banks if taps_of(bank.inputs) in kept_inputs)
-    return replace(
-        plan,
-        requested=requested,
-        banks=banks,
-        heads_total=plan.n_folds * sum(len(heads.specs) for heads in requested),
-        heads_new=plan.n_folds * sum(len(bank.specs) for bank in banks),
-    )
+    return replace(plan, requested=requested, banks=banks)
 
 
 def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
@@ -231,14 +232,12 @@ def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
     tap_costs = plan_taps(
         [(feature.specs[0], feature.rows_missing) for feature in missing_features], budget_bytes
     )
-    fitting_names = [
-        feature.name
-        for feature, cost in zip(missing_features, tap_costs, strict=True)
-        if cost.fits_budget
-    ]
+    named_costs = zip([feature.name for feature in missing_features], tap_costs, strict=True)
+    cost_of_name = dict(named_costs)
+    fitting_names = [name for name, cost in cost_of_name.items() if cost.fits_budget]
     refused_taps = [
-        f"{feature.name} ({cost.n_bytes / 1e9:.3f} GB)"
-        for feature, cost in zip(missing_features, tap_costs, strict=True)
+        f"{name} ({cost.n_bytes / 1e9:.3f} GB)"
+        for name, cost in cost_of_name.items()
         if not cost.fits_budget
     ]
     if refused_taps:
@@ -251,11 +250,6 @@ def check_space(plan: Plan, cache_root: Path, budget_gb: float | None) -> None:
     require_disk_space(cache_root, tap_costs)
 
 
-def fingerprints_of(features: Sequence[FeaturePlan]) -> dict[str, list[str]]:
-    """Return the fingerprints of each input's feature sets, view by view."""
-    return {feature.name: [spec.fingerprint for spec in feature.specs] for feature in features}
-
-
 def _missing_banks(
     requested: Sequence[RequestedHeads],
     fingerprints: Mapping[str, Sequence[str]],
@@ -263,12 +257,12 @@ def _missing_banks(
     trained: Callable[[str], Trained],
     bank_size: Callable[[RequestedHeads], int],
 ) -> Iterator[BankPlan]:
-    """Yield the banks of specs that have not been trained, sorted by their inputs so that workers
-    read one feature set after the other.
+    """Yield the banks of specs that have not been trained.
 
     bank_size: returns how many specs make a bank.
     """
     trained_by_group: dict[str, Trained] = {}
+    # Sorted, so that workers read one feature set after the other.
     for heads in sorted(requested, key=lambda heads: heads.inputs):
         group = bank_group(task_digest, heads, fingerprints)
         if group not in trained_by_group:

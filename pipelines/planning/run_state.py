@@ -3,7 +3,7 @@ what is missing. Each stage returns a newer state.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,7 @@ from headrace.heads.data.side_columns import save_side_columns
 from headrace.heads.data.task import save_task
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.stage import FinetuneOutcome
+from headrace.pipelines.models.reference import ModelRef, model_ref
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, count_entries
 from headrace.pipelines.planning.cost_model import measured_rates
@@ -84,6 +85,10 @@ class RunState:
         """The files of the run."""
         return self.recipe.paths
 
+    def model_of(self, row: pd.Series) -> ModelRef:
+        """Return the model of a row of the leaderboard."""
+        return model_ref(row, self.paths, self.feature_inputs)
+
 
 def read_run_state(
     recipe: Recipe,
@@ -105,7 +110,7 @@ def read_run_state(
     return state
 
 
-def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
+def state_of(inventory: Inventory, *, retry_failed: bool) -> RunState:
     """Return the run state from what the cache and the run's directory hold now.
 
     Raises DataError if no image is left.
@@ -134,13 +139,8 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
         features=feature_plans,
         units=units,
         images=len(needed_contents),
-        images_new=len({content for job in units for content in job.contents}),
         requested=inventory.requested,
-        task_digest=dataset.train.digest,
-        n_folds=dataset.train.n_folds,
-        n_rows=len(dataset.train.ids),
-        n_outputs=max(2, len(dataset.train.classes)),
-        side=dataset.train.side,
+        task=dataset.train,
         rates=measured_rates(recipe.paths.logs),
         trained=lambda group: trained_in(recipe.paths.banks, group, retry_failed=retry_failed),
     )
@@ -153,7 +153,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
         notes=(
             *inventory.changes,
             *inventory.listing.notes,
-            *accounting.lines(),
+            *(f"left out: {item}" for item in inventory.listing.left_out),
             *dataset.notes,
             *weights_notes(inventory.networks),
             *(side_columns_note(recipe.heads) if recipe.task.side_columns else ()),
@@ -173,28 +173,15 @@ def state_of(inventory: Inventory, *, retry_failed: bool = False) -> RunState:
     )
 
 
-def after_extraction(state: RunState, *, retry_failed: bool = False) -> RunState:
-    """Return the state after extraction, when it is known which images failed, and so which rows
-    heads are compared on.
-    """
-    assert state.inventory is not None
-    return replace(state_of(state.inventory, retry_failed=retry_failed), notes=state.notes)
-
-
-def replan_heads(state: RunState, *, retry_failed: bool = False) -> RunState:
+def replan_heads(state: RunState, *, retry_failed: bool) -> RunState:
     """Return the state with banks planned anew by what has been trained and measured since."""
-    plan, task, paths = state.plan, state.dataset.train, state.paths
+    plan, paths = state.plan, state.paths
     replanned = plan_run(
         features=plan.features,
         units=plan.units,
         images=plan.images,
-        images_new=plan.images_new,
         requested=plan.requested,
-        task_digest=task.digest,
-        n_folds=task.n_folds,
-        n_rows=len(task.ids),
-        n_outputs=max(2, len(task.classes)),
-        side=task.side,
+        task=state.dataset.train,
         rates=measured_rates(paths.logs),
         trained=lambda group: trained_in(paths.banks, group, retry_failed=retry_failed),
     )
@@ -214,4 +201,4 @@ def write_inputs(state: RunState) -> None:
         save_side_columns(task.side, paths.side_columns(task.side.fingerprint))
     write_listing(paths.listing, content_listing(state.samples))
     if state.accounting is not None:
-        write_record(paths.accounting, state.accounting.to_json())
+        write_record(paths.accounting, asdict(state.accounting))

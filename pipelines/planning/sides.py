@@ -15,11 +15,7 @@ from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.heads.data.folds import BadSplit, make_folds, split_test
 from headrace.heads.data.task import TEST, TRAIN_ONLY
 from headrace.pipelines.recipe.sections import TaskSection
-from headrace.pipelines.recipe.targets import (
-    DataError,
-    empty_as_missing,
-    name_some,
-)
+from headrace.pipelines.recipe.targets import DataError, empty_as_missing, name_some
 
 CROPPED_IMAGE = "image of the box or tile"  # a column of samples that are crops
 _MISSING_WORDS = ("nan", "none", "null", "na", "n/a", "unlabelled", "unlabeled")
@@ -37,22 +33,17 @@ def assign_folds(
 ) -> npt.NDArray[np.int16]:
     """Return the fold of each row, (N,) int16; adds to `notes`.
 
-    Copies of one image are split as one row, and groups that share a copy as one group.
-
-    across_sides: the user's column has copies on several sides, and is followed; a draw of what it
-    leaves open still keeps copies together.
+    across_sides: the user's column has copies on several sides, and is followed.
     """
     if across_sides:
+        # A draw of what the column leaves open still keeps copies together.
         row_groups = np.arange(len(labelled_samples), dtype=np.int64) if groups is None else groups
+        kept_together = joined_by(row_groups, labelled_samples["_content"])
         return _draw_folds(
-            labelled_samples,
-            target,
-            groups,
-            section,
-            notes,
-            kept_together=joined_by(row_groups, labelled_samples["_content"]),
+            labelled_samples, target, groups, section, notes, kept_together=kept_together
         )
     if groups is None:
+        # Copies of one image are split as one row.
         first_rows, copy_of = _first_of_each(labelled_samples["_content"])
         row_noun = ("image", "images")
         if len(first_rows) < len(labelled_samples):
@@ -73,14 +64,15 @@ def assign_folds(
         if np.bincount(unit_of_row).max() > side_share * len(unit_of_row):
             # One unit has more images than a side should have, which leaves the others to one side:
             # each unit counts once.
-            return _draw_folds(
+            fold_of_unit = _draw_folds(
                 labelled_samples.iloc[first_rows],
                 target[first_rows],
                 joined_groups[first_rows],
                 section,
                 notes,
                 row_noun=(f"unit of {section.unit!r}", f"units of {section.unit!r}"),
-            )[unit_of_row]
+            )
+            return fold_of_unit[unit_of_row]
     return _draw_folds(labelled_samples, target, joined_groups, section, notes)
 
 
@@ -92,12 +84,8 @@ def copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) ->
     column_name = section.split or section.fold
     if column_name is None:
         return []
-    side_of_row = pd.Series(
-        _read_split(labelled_samples, column_name)
-        if section.split
-        else _read_folds(labelled_samples, column_name),
-        index=labelled_samples.index,
-    )
+    read_column = _read_split if section.split else _read_folds
+    side_of_row = pd.Series(read_column(labelled_samples, column_name), labelled_samples.index)
     is_mixed = side_of_row.groupby(labelled_samples["_content"].to_numpy()).transform("nunique") > 1
     if not is_mixed.any():
         return []
@@ -134,13 +122,8 @@ def _joined_groups(
 
     Raises DataError if most of the images became one group.
     """
-    group_table = pd.DataFrame(
-        {
-            "group": groups,
-            "joined": joined_groups,
-            "content": labelled_samples["_content"].to_numpy(),
-        }
-    )
+    content = labelled_samples["_content"].to_numpy()
+    group_table = pd.DataFrame({"group": groups, "joined": joined_groups, "content": content})
     joined_sizes = group_table.groupby("joined")["group"].nunique()
     if joined_sizes.max() < 2:
         return []
@@ -158,11 +141,8 @@ def _joined_groups(
         "images"
     )
     if n_joined_rows > len(labelled_samples) / 2:
-        more_text = (
-            f" and {len(copy_ids) - _EXCLUDED_NAMED:,} more"
-            if len(copy_ids) > _EXCLUDED_NAMED
-            else ""
-        )
+        n_more = len(copy_ids) - _EXCLUDED_NAMED
+        more_text = f" and {n_more:,} more" if n_more > 0 else ""
         raise DataError(
             f"{groups_text}. No fair split is left. Leave these copies out (a placeholder shows "
             "nothing of its patient): images.exclude: "
@@ -190,29 +170,17 @@ def _draw_folds(
     if kept_together is None:
         kept_together = groups
     fold_of_row = np.full(len(labelled_samples), TRAIN_ONLY, np.int16)
-    is_validation = np.zeros(len(labelled_samples), np.bool_)
     if section.split is not None:
         split_of_row = _read_split(labelled_samples, section.split)
         fold_of_row[split_of_row == "test"] = TEST
-        is_validation = split_of_row == "validation"
+        fold_of_row[split_of_row == "validation"] = 0
     elif section.fold is not None:
-        fold_of_row = make_folds(
-            target,
-            n_folds=section.folds,
-            seed=section.seed,
-            given=_read_folds(labelled_samples, section.fold),
-        )
-        is_validation = fold_of_row >= 0
+        given = _read_folds(labelled_samples, section.fold)
+        fold_of_row = make_folds(target, n_folds=section.folds, seed=section.seed, given=given)
+    is_validation = fold_of_row >= 0
     column_name = section.split or section.fold
     if groups is not None and column_name is not None:
-        side_of_row = np.where(
-            is_validation,
-            fold_of_row if section.fold else 0,
-            np.where(fold_of_row == TEST, TEST, TRAIN_ONLY),
-        )
-        _refuse_split_groups(
-            labelled_samples, groups, side_of_row, column_name, _group_column(section)
-        )
+        _refuse_split_groups(labelled_samples, groups, fold_of_row, section)
     if section.test_fraction > 0 and not (fold_of_row == TEST).any():
         test_rows = _draw_test_rows(target, is_validation, kept_together, section, row_noun)
         fold_of_row[test_rows] = TEST
@@ -221,9 +189,7 @@ def _draw_folds(
                 f"column {column_name!r} has no test rows: {len(test_rows):,} were drawn, at "
                 "random, from the others"
             )
-    if section.split is not None and is_validation.any():
-        fold_of_row[is_validation] = 0
-    elif section.fold is None:
+    if section.fold is None and not is_validation.any():
         is_remaining = fold_of_row != TEST
         try:
             fold_of_row[is_remaining] = make_folds(
@@ -293,16 +259,16 @@ def joined_by(groups: npt.NDArray[np.int64], shared: pd.Series) -> npt.NDArray[n
 def _refuse_split_groups(
     labelled_samples: pd.DataFrame,
     groups: npt.NDArray[np.int64],
-    side_of_row: npt.NDArray[Any],
-    column_name: str,
-    group_column: str,
+    fold_of_row: npt.NDArray[np.int16],
+    section: TaskSection,
 ) -> None:
-    is_mixed = pd.Series(side_of_row).groupby(groups).transform("nunique").to_numpy() > 1
+    is_mixed = pd.Series(fold_of_row).groupby(groups).transform("nunique").to_numpy() > 1
     if is_mixed.any():
+        group_column = _group_column(section)
         first_group = labelled_samples[group_column].iloc[int(is_mixed.argmax())]
         raise DataError(
-            f"column {column_name!r} puts images of the same {group_column!r} (or copies of them) "
-            f"on different sides, first {first_group!r}, "
+            f"column {section.split or section.fold!r} puts images of the same {group_column!r} "
+            f"(or copies of them) on different sides, first {first_group!r}, "
             f"{count_text(int(is_mixed.sum()), 'image')} in all. Mend the column, or leave one of "
             "the two out of the recipe"
         )

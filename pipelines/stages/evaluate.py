@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from headrace.cache.atomic_io import lease
 from headrace.cache.count_text import count_text
-from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.selection.evaluation_record import (
     TestResult,
@@ -35,21 +34,17 @@ def _evaluate_on_test(state: RunState) -> TestResult | None:
     if not len(dataset.test.ids):
         return None
     if selected.ensemble is not None and selected.ensemble.chosen:
-        models = [
-            model_ref(member.row, state.paths, state.feature_inputs)
-            for member in selected.ensemble.members
-        ]
         return evaluate_ensemble(
             state.paths.test_evaluations,
             selected.ensemble,
-            models,
+            [state.model_of(member.row) for member in selected.ensemble.members],
             dataset.test,
             dataset.train.digest,
             dataset.test_groups,
         )
     return evaluate_winner(
         state.paths.test_evaluations,
-        model_ref(selected.board.iloc[0], state.paths, state.feature_inputs),
+        state.model_of(selected.board.iloc[0]),
         dataset.test,
         dataset.train.digest,
         state.metric,

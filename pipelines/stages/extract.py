@@ -3,10 +3,9 @@
 import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -21,7 +20,7 @@ from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
 from headrace.extract.images.crops import EMPTY_TILE
 from headrace.extract.run.plan import ExtractJob, work_unit_name
-from headrace.extract.run.throughput import WorkUnitReport, throughput_statistics
+from headrace.extract.run.throughput import WorkUnitReport, progress_details
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import Outcome, TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import TaskLeases, task_leases
@@ -29,7 +28,7 @@ from headrace.pipelines.cluster.worker import decoding_cores
 from headrace.pipelines.paths import unit_leases
 from headrace.pipelines.planning.extraction import Extraction
 from headrace.pipelines.planning.plan import Plan
-from headrace.pipelines.planning.run_state import RunState, after_extraction, write_inputs
+from headrace.pipelines.planning.run_state import RunState, state_of, write_inputs
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import publish_table
 from headrace.pipelines.stages.services import Services
@@ -44,17 +43,20 @@ def extract(state: RunState, services: Services) -> RunState:
     image cannot be decoded.
     """
     with services.timed("extract") as report_done:
-        plan, is_strict = state.plan, state.recipe.compute.strict
+        plan = state.plan
         if plan.units:
             extract_units(plan, state.recipe, services)
-            state = after_extraction(state, retry_failed=services.retry_failed)
+            assert state.inventory is not None
+            # Only now it is known which images failed, and so which rows heads are compared on.
+            replanned = state_of(state.inventory, retry_failed=services.retry_failed)
+            state = replace(replanned, notes=state.notes)
             write_inputs(state)
-        if is_strict:
+        if state.recipe.compute.strict:
             with lease(state.paths.conclusion_lock):
-                n_failed = write_failed_images(state)
-            if n_failed:
-                raise_strict(n_failed, state.paths.failed_images)
-        report_done(extraction_summary(plan))
+                require_all_decoded(write_failed_images(state), state.paths.failed_images)
+        images_text = f"{count_text(plan.images_new, 'image')} forward once"
+        taps_text = f"{count_text(len(plan.features), 'tap')} kept"
+        report_done(f"{images_text}, {taps_text}" if plan.units else "nothing missing")
         return state
 
 
@@ -72,20 +74,14 @@ def extract_units(plan: Plan, recipe: Recipe, services: Services) -> None:
         extract_missing(plan.units, extraction_client, services.console, services.options)
 
 
-def extraction_summary(plan: Plan) -> str:
-    """Return the summary of a plan's extraction, for the table of stages."""
-    if not plan.units:
-        return "nothing missing"
-    images_text = count_text(plan.images_new, "image")
-    return f"{images_text} forward once, {count_text(len(plan.features), 'tap')} kept"
-
-
-def raise_strict(n_failed: int, failed_images: Path) -> NoReturn:
-    """Raise HeadraceError for images that failed in a strict run."""
-    raise HeadraceError(
-        f"{count_text(n_failed, 'image')} cannot be decoded, and this run is strict; each is "
-        f"listed with its reason in {failed_images}. Mend or remove them, or run without --strict"
-    )
+def require_all_decoded(n_failed: int, failed_images: Path) -> None:
+    """Raise HeadraceError for images that failed, in a strict run."""
+    if n_failed:
+        raise HeadraceError(
+            f"{count_text(n_failed, 'image')} cannot be decoded, and this run is strict; each is "
+            f"listed with its reason in {failed_images}. Mend or remove them, or run without "
+            "--strict"
+        )
 
 
 def write_failed_images(state: RunState | Extraction) -> int:
@@ -98,12 +94,10 @@ def write_failed_images(state: RunState | Extraction) -> int:
         for failure in open_feature_set(directory).failures()
     }
     failed_samples = state.samples[state.samples["content"].isin(list(reasons))]
-    text_columns = (
-        failed_samples[column_name].astype(str) for column_name in ("id", "path", "content")
-    )
+    failed_texts = failed_samples[["id", "path", "content"]].astype(str)
     failed_rows += [
         (image_id, image_path, reasons[content_hash])
-        for image_id, image_path, content_hash in zip(*text_columns, strict=True)
+        for image_id, image_path, content_hash in failed_texts.itertuples(index=False)
     ]
     failed_table = pd.DataFrame(sorted(failed_rows), columns=["id", "path", "reason"])
     publish_table(
@@ -131,45 +125,29 @@ def extract_missing(
     fatal_units: list[tuple[ExtractJob, str]] = []  # single images that kill their workers
     unit_reports: list[WorkUnitReport] = []
     n_images = sum(len(job.samples) for job in units)
-    started_at = time.monotonic()
     options.on_event("stage", stage="extract", total=n_images, unit="images", tasks=len(units))
-    with ExitStack() as exit_stack:
-        leases = exit_stack.enter_context(task_leases(unit_leases(Path(units[0].cache_root))))
-        advance = exit_stack.enter_context(show_progress(console, "extract", n_images, "images"))
-        leased_options = replace(options, leases=leases)
-        outcomes = exit_stack.enter_context(
-            closing(
-                _in_this_process(units, leases)
-                if client is None
-                else _on_workers(units, client, leased_options)
-            )
-        )
+    with (
+        task_leases(unit_leases(Path(units[0].cache_root))) as leases,
+        show_progress(console, "extract", n_images, "images") as advance,
+        closing(_outcomes(units, client, replace(options, leases=leases))) as outcomes,
+    ):
         n_done = 0
         for outcome in outcomes:
             n_done += len(outcome.job.samples)
+            details = None
             if outcome.fatal and not outcome.job.strict:
                 fatal_units.append((outcome.job, outcome.error or ""))
-                advance(len(outcome.job.samples))
             elif outcome.result is None:
                 error = outcome.error or ""
                 unit_failures.append(
                     _image_failure_text(outcome.job, error) if outcome.fatal else error
                 )
-                advance(len(outcome.job.samples))
-                if outcome.job.strict:
-                    break
             else:
                 unit_reports.append(outcome.result)
-                throughput = throughput_statistics(
-                    unit_reports, time.monotonic() - started_at, n_images
-                )
-                details = {
-                    "decode_share": throughput.decode_share,
-                    "network_share": throughput.device_share,
-                    "disk_share": throughput.disk_share,
-                    "failed": throughput.failed,
-                }
-                advance(len(outcome.job.samples), details)
+                details = progress_details(unit_reports)
+            advance(len(outcome.job.samples), details)
+            if outcome.result is None and outcome.job.strict:
+                break
             options.on_event(
                 "progress",
                 done=n_done,
@@ -208,11 +186,10 @@ def _print_crop_counts(unit_reports: Sequence[WorkUnitReport], console: Console)
 def _record_failed_images(
     fatal_units: Sequence[tuple[ExtractJob, str]], n_extracted: int
 ) -> list[str]:
-    """Record images that kill their workers as failed, with the reason.
-
-    If most images do, the cause is the network or the machine, and a record in the cache would
-    outlast it: then nothing is recorded, and a text for each image is returned.
+    """Record images that kill their workers as failed, with the reason; or, if most images do,
+    return a text for each.
     """
+    # The cause is then the network or the machine, and a record in the cache would outlast it.
     if len(fatal_units) > n_extracted:
         return [_image_failure_text(job, error) for job, error in fatal_units]
     for job, error in fatal_units:
@@ -263,23 +240,21 @@ def unit_key(job: ExtractJob) -> str:
 def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
     """Return the two halves of a work unit with their names; [] for a unit of one image."""
     n_first = len(job.samples) // 2
-    sample_halves = [
-        half_samples for half_samples in (job.samples[:n_first], job.samples[n_first:]) if n_first
-    ]
+    if not n_first:
+        return []
     half_jobs = [
-        replace(
-            job,
-            samples=half_samples,
-            unit=work_unit_name([sample.content for sample in half_samples]),
-        )
-        for half_samples in sample_halves
+        replace(job, samples=half, unit=work_unit_name([sample.content for sample in half]))
+        for half in (job.samples[:n_first], job.samples[n_first:])
     ]
     return [(unit_key(half_job), half_job) for half_job in half_jobs]
 
 
-def _on_workers(
-    units: Sequence[ExtractJob], client: Client, options: TaskOptions
+def _outcomes(
+    units: Sequence[ExtractJob], client: Client | None, options: TaskOptions
 ) -> Generator[Outcome[ExtractJob, WorkUnitReport], None, None]:
+    if client is None:
+        assert options.leases is not None
+        return _in_this_process(units, options.leases)
     jobs = ((unit_key(job), job) for job in units)
     return run_tasks(client, extract_unit, jobs, options=options, split=split_unit)
 

@@ -20,7 +20,6 @@ from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.evaluate.units import unit_rows
 from headrace.heads.predict import floor_of
 from headrace.heads.unit_rule import UnitRule
-from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.predict.parts import part_slices
 from headrace.pipelines.predict.tables import Columns, outcome_columns, target_columns
@@ -84,16 +83,12 @@ def _selected_models(state: RunState) -> tuple[list[WeightedModel], float, UnitR
     assert selected is not None
     if selected.ensemble is not None and selected.ensemble.chosen:
         models = [
-            WeightedModel(
-                member.weight,
-                member.temperature,
-                model_ref(member.row, state.paths, state.feature_inputs),
-            )
+            WeightedModel(member.weight, member.temperature, state.model_of(member.row))
             for member in selected.ensemble.members
         ]
         temperature, floor = selected.ensemble.temperature, FLOOR
     else:
-        winner = model_ref(selected.board.iloc[0], state.paths, state.feature_inputs)
+        winner = state.model_of(selected.board.iloc[0])
         task = state.dataset.train
         floor = floor_of(winner.spec, task.kind, len(task.classes))
         if section.unit is None:
@@ -119,19 +114,18 @@ def _predict_rows(
 ) -> npt.NDArray[np.float32]:
     """Return predictions (n, C) of a task's rows, made in blocks of whole units."""
     predicted = np.empty((len(task.ids), len(task.classes)), np.float32)
-    order = np.arange(len(task.ids))
+    order, units = np.arange(len(task.ids)), None
     if task.units is not None:
         order = np.argsort(task.units, kind="stable")
-    units = None if task.units is None else task.units[order]
+        units = task.units[order]
     for block in part_slices(len(order), _BLOCK, units):
         rows = task.take(order[block])
         if len(models) == 1:
-            own_temperature = models[0].temperature
-            predicted[order[block]] = models[0].model.predict_rows(
-                rows, temperature=own_temperature
-            )[1]
+            (single,) = models
+            _, probabilities = single.model.predict_rows(rows, temperature=single.temperature)
         else:
-            predicted[order[block]] = predict_average(models, temperature, rows)[1]
+            _, probabilities = predict_average(models, temperature, rows)
+        predicted[order[block]] = probabilities
     return predicted
 
 

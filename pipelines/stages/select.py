@@ -14,7 +14,6 @@ from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
 from headrace.cache.count_text import count_text
 from headrace.heads.data.side_columns import taps_of
 from headrace.pipelines.models.image_parts import ImageParts, trained_parts
-from headrace.pipelines.models.reference import model_ref
 from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.planning.run_state import RunState, Selected
 from headrace.pipelines.records import publish_table, write_record
@@ -60,16 +59,13 @@ def select(state: RunState, services: Services) -> RunState:
         notes = (*state.notes, *_cautions(state, leaderboard))
         best_row = leaderboard.iloc[0]
         winner_temperature = temperature_of(best_row, task)
-        winner_model = model_ref(best_row, state.paths, state.feature_inputs)
-        winner_metrics = {f"validation_{metric}": winner.score}
-        unit_column = state.recipe.task.unit
         save_winner(
             state.paths.winner,
-            winner_model,
+            state.model_of(best_row),
             task,
-            winner_metrics,
+            {f"validation_{metric}": winner.score},
             winner_temperature,
-            unit_column,
+            state.recipe.task.unit,
             _image_parts(state),
         )
         ensemble = combine_heads(state, leaderboard)
@@ -89,15 +85,12 @@ def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:
     validation = validation_rows(task, state.dataset.groups)
     final_heads = complete_heads(board)
     hidden_note = hidden_classes(final_heads, validation, state.metric)
-    readable = state.samples.dropna(subset=["content"])
-    content_hashes, image_paths = (
-        readable[column_name].astype(str) for column_name in ("content", "path")
-    )
+    readable = state.samples.dropna(subset=["content"])[["content", "path"]].astype(str)
     duplicate_note = near_duplicates(
         task,
         state.dataset.test,
         state.feature_paths,
-        dict(zip(content_hashes, image_paths, strict=True)),
+        dict(zip(readable["content"], readable["path"], strict=True)),
         state.recipe.images.pixel_range,
     )
     edge_notes = grid_edges(final_heads, state.metric)
@@ -132,9 +125,8 @@ def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selecti
     best_taps = taps_of(leaderboard.iloc[0]["inputs"])
     if input_halving is not None and best_taps in input_halving.row_errors:
         image_errors = input_halving.row_errors[best_taps][validation.images]
-        row_errors = np.bincount(validation.row_of_image, image_errors) / np.bincount(
-            validation.row_of_image
-        )
+        images_per_row = np.bincount(validation.row_of_image)
+        row_errors = np.bincount(validation.row_of_image, image_errors) / images_per_row
         halving_luck = (input_halving.selection_luck, row_errors)
     selection = assess_selection(
         complete_heads(leaderboard), validation, state.metric, halving_luck=halving_luck
@@ -162,9 +154,7 @@ def combine_heads(state: RunState, leaderboard: pd.DataFrame) -> Ensemble | None
     if ensemble is None:
         withdraw(state.paths.ensemble)
         return None
-    models = [
-        model_ref(member.row, state.paths, state.feature_inputs) for member in ensemble.members
-    ]
+    models = [state.model_of(member.row) for member in ensemble.members]
     unit_column, parts, train = state.recipe.task.unit, _image_parts(state), state.dataset.train
     save_ensemble(state.paths.ensemble, ensemble, models, train, unit_column, parts)
     return ensemble
@@ -177,11 +167,10 @@ def _image_parts(state: RunState) -> ImageParts | None:
 
 
 def withdraw(*results: Path) -> None:
-    """Remove results of an earlier call. A directory is renamed first, so that no reader sees half
-    of it.
-    """
+    """Remove results of an earlier call."""
     for result_path in results:
         if result_path.is_dir():
+            # Renamed first, so that no reader sees half of it.
             hidden_name = f".{result_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
             result_path.rename(result_path.with_name(hidden_name))
             sync_directory(result_path.parent)

@@ -26,14 +26,12 @@ class StageRecord:
 
 @dataclass
 class Services:
-    """What every stage gets beside the run state.
-
-    open_client: called when a stage first has work for workers, so that a run in which nothing is
-    missing starts no worker.
-    """
+    """What every stage gets beside the run state; as a context, its workers end with the block."""
 
     console: Console
     options: TaskOptions  # its `on_event` is the run's task log
+    # Called when a stage first has work for workers, so that a run in which nothing is missing
+    # starts none.
     open_client: ClientOpener
     workers: int | None = None
     retry_failed: bool = False
@@ -41,11 +39,20 @@ class Services:
     _client: Client | None = field(default=None, init=False)
     _client_stack: ExitStack = field(default_factory=ExitStack, init=False)
 
+    def __post_init__(self) -> None:
+        self.options = announced(self.options, self.console)
+
     def client(self) -> Client:
         """Return the client whose workers extract on CPUs and train heads, opened at first use."""
         if self._client is None:
             self._client = self._client_stack.enter_context(self.open_client("train", "cpu"))
         return self._client
+
+    def __enter__(self) -> "Services":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.release_client()
 
     def release_client(self) -> None:
         """End the workers that `client` started, so that a cluster's jobs do not wait idle."""
@@ -62,23 +69,6 @@ class Services:
         yield summaries.append
         stage_summary = summaries[-1] if summaries else ""
         self.stages.append(StageRecord(stage_name, stage_summary, time.perf_counter() - started_at))
-
-
-@contextmanager
-def open_services(
-    console: Console,
-    options: TaskOptions,
-    open_client: ClientOpener,
-    *,
-    workers: int | None = None,
-    retry_failed: bool = False,
-) -> Iterator[Services]:
-    """Open services, whose options also print events; their workers end with the block."""
-    services = Services(console, announced(options, console), open_client, workers, retry_failed)
-    try:
-        yield services
-    finally:
-        services.release_client()
 
 
 def opener_of(client: Client) -> ClientOpener:

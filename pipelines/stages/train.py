@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from headrace.cache.errors import HeadraceError
 from headrace.heads.bank import BankJob, publish_failure, train_bank
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.kinds import HEAD_KINDS
-from headrace.heads.spec import spec_to_json
+from headrace.heads.spec import HeadSpec, spec_to_json
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
@@ -58,7 +58,6 @@ def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], i
 
 
 def _train_banks(state: RunState, services: Services, device: str) -> None:
-    """Train the plan's banks on workers. Raises HeadraceError if one failed."""
     plan, client, console = state.plan, services.client(), services.console
     options = services.options
     jobs = bank_jobs(state, device)
@@ -68,20 +67,24 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
     bank_failures: list[str] = []
     n_done = n_failed = 0
     options.on_event("stage", stage="train", total=plan.heads_new, unit="heads", tasks=len(jobs))
-    with ExitStack() as exit_stack:
-        leases = exit_stack.enter_context(task_leases(state.paths.leases))
-        advance = exit_stack.enter_context(show_progress(console, "train", plan.heads_new, "heads"))
-        keyed_jobs = ((bank_key(job), job) for job in jobs)
-        leased_options = replace(options, leases=leases)
-        outcomes = exit_stack.enter_context(
-            closing(
-                run_tasks(client, train_bank, keyed_jobs, options=leased_options, split=split_bank)
+    with (
+        task_leases(state.paths.leases) as leases,
+        show_progress(console, "train", plan.heads_new, "heads") as advance,
+        closing(
+            run_tasks(
+                client,
+                train_bank,
+                ((bank_key(job), job) for job in jobs),
+                options=replace(options, leases=leases),
+                split=split_bank,
             )
-        )
+        ) as outcomes,
+    ):
         for outcome in outcomes:
+            n_heads = len(outcome.job.specs) * plan.n_folds
             if outcome.fatal:
                 publish_failure(outcome.job, outcome.error or "")
-                n_failed += len(outcome.job.specs) * plan.n_folds
+                n_failed += n_heads
             elif outcome.result is None:
                 bank_failures.append(outcome.error or "")
             else:
@@ -91,7 +94,6 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
                     options.on_event(
                         "cost", kind=kind, assumed_s=seconds, seconds=outcome.result["seconds"]
                     )
-            n_heads = len(outcome.job.specs) * plan.n_folds
             n_done += n_heads
             advance(n_heads, {"failed": n_failed})
             options.on_event("progress", done=n_done, failed=n_failed)
@@ -122,13 +124,10 @@ def probe_of(state: RunState) -> RunState | None:
         for bank in {bank.kind: bank for bank in reversed(unmeasured_banks)}.values()
         if len(bank.specs) > PROBE_SPECS
     )
-    n_heads = plan.n_folds * sum(len(bank.specs) for bank in probe_banks)
-    if not probe_banks:
-        return None
-    return replace(state, plan=replace(plan, banks=probe_banks, heads_new=n_heads))
+    return replace(state, plan=replace(plan, banks=probe_banks)) if probe_banks else None
 
 
-def bank_jobs(state: RunState, device: str = "cpu") -> list[BankJob]:
+def bank_jobs(state: RunState, device: str) -> list[BankJob]:
     """Return a job for each bank of the plan. device: for kinds of head that can use a GPU."""
     task = state.dataset.train
     task_path = str(state.paths.task(task.digest))
@@ -159,23 +158,21 @@ def bank_key(job: BankJob) -> str:
 def split_bank(job: BankJob) -> Sequence[tuple[str, BankJob]]:
     """Return the two halves of a bank with their names; [] for a bank of one spec."""
     n_first = len(job.specs) // 2
-    spec_halves = [
-        half_specs for half_specs in (job.specs[:n_first], job.specs[n_first:]) if n_first
-    ]
+    if not n_first:
+        return []
     half_jobs = [
-        replace(job, specs=half_specs, result=_part_results_path(job.result, half_specs))
-        for half_specs in spec_halves
+        replace(job, specs=half, result=_part_results_path(job.result, half))
+        for half in (job.specs[:n_first], job.specs[n_first:])
     ]
     return [(bank_key(half_job), half_job) for half_job in half_jobs]
 
 
-def _part_results_path(results_path: str, specs: Sequence[object]) -> str:
+def _part_results_path(results_path: str, specs: Sequence[HeadSpec]) -> str:
     """Return the results file of a part of a bank: in the same group, so that it is found, under a
     hash of the whole and the part.
     """
     whole_path = Path(results_path)
     group, _, specs_key = whole_path.stem.rpartition("-")
-    hashed_text = "\0".join([specs_key, *(spec_to_json(spec) for spec in specs)])  # type: ignore[arg-type]
-    return str(
-        whole_path.with_name(f"{group}-{hashlib.sha256(hashed_text.encode()).hexdigest()[:16]}.h5")
-    )
+    hashed_text = "\0".join([specs_key, *map(spec_to_json, specs)])
+    part_key = hashlib.sha256(hashed_text.encode()).hexdigest()[:16]
+    return str(whole_path.with_name(f"{group}-{part_key}.h5"))

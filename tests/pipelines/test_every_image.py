@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from support import forks
 from support.models import client_here, run_here
-from support.runs import RECIPE, headrace, make_photos
+from support.runs import RECIPE, counted, headrace, make_photos
 
 from headrace.cache.feature_set import list_feature_sets
 from headrace.extract.images.content_hashes import hash_bytes
@@ -72,7 +72,7 @@ def test_each_image_is_extracted_once_and_counted(project):
     state = read_run_state(load_recipe(project / "recipe.yaml"), write=False)
     assert (state.plan.images, state.plan.images_new) == (90, 0)
     accounting = state.accounting
-    assert (accounting.found, accounting.unlabelled, accounting.counted) == (90, 36, 90)
+    assert (accounting.found, accounting.unlabelled, counted(accounting)) == (90, 36, 90)
     assert "36 without a label, to predict" in accounting.sentence()
     predictions = pd.read_parquet(project / "headrace-runs/recipe/predictions.parquet")
     counts = predictions["split"].value_counts()

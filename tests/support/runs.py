@@ -1,5 +1,6 @@
 """Small made images, a recipe for them, and the command line as a user calls it."""
 
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -74,3 +75,11 @@ def fresh_headrace(*arguments, cwd, timeout=300, env=None):
     return subprocess.run(
         command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
     )
+
+
+def counted(accounting):
+    """The sum of all counts of an accounting, which is to be `found`."""
+    counts = dataclasses.asdict(accounting)
+    del counts["found"]
+    n_left_out = sum(item["count"] for item in counts.pop("left_out"))
+    return n_left_out + sum(counts.values())

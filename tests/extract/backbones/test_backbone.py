@@ -406,7 +406,7 @@ def test_every_family_of_torchvision_is_described() -> None:
         smallest[family[0]] = min(smallest.get(family[0], sized), sized)
     assert len(smallest) >= 20
     for _, name in smallest.values():
-        info = describe_backbone(BackboneSpec(name), weights=False)
+        info = describe_backbone(BackboneSpec(name))
         assert info.multiply_adds > 1e7, name
         assert info.weights is None
         assert len(info.auto) >= 3, name

@@ -57,7 +57,7 @@ def test_position_embeddings_are_resampled_as_timm_does_it() -> None:
 )
 def test_the_number_of_tokens_is_that_of_the_size(name: str, size: int, tokens: int) -> None:
     """Without weights too, as `headrace backbones` describes a network."""
-    info = describe_backbone(BackboneSpec(f"timm:{name}", image_size=size), weights=False)
+    info = describe_backbone(BackboneSpec(f"timm:{name}", image_size=size))
     assert next(tap for tap in info.taps if tap.node == "blocks.11").shape[0] == tokens
     backbone = load_backbone(BackboneSpec(f"timm:{name}", "random:0", image_size=size))
     assert backbone_nodes(backbone)["blocks.11"].shape[0] == tokens

@@ -194,9 +194,9 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
     assert costs[-1] == 1.0
     # 1.81 G multiply-adds at 224 x 224 in the literature, and 49 / 4 = 12.25 times fewer positions
     # at 64 x 64
-    assert find_nodes(backbone.module, (224, 224, 3), "resnet18").multiply_adds == pytest.approx(
-        1.814e9, rel=0.01
-    )
+    assert find_nodes(
+        backbone.module, (224, 224, 3), "resnet18", None
+    ).multiply_adds == pytest.approx(1.814e9, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from headrace.cache.errors import CacheError
 from headrace.cache.spec import FeatureSpec
+from headrace.heads.data.task import Task
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.spec import Halving
@@ -14,7 +16,6 @@ from headrace.pipelines.planning.plan import (
     bank_group,
     check_space,
     feature_plan,
-    fingerprints_of,
     plan_run,
 )
 from headrace.pipelines.recipe.grid import RequestedHeads, requested_heads
@@ -22,6 +23,15 @@ from headrace.pipelines.recipe.heads import Heads
 from headrace.pipelines.recipe.load import RecipeError
 
 NAMES = ["early.avg", "late.avg"]
+TASK = Task(
+    "single",
+    ("a", "b"),
+    ids=np.arange(75).astype(str),
+    content=np.arange(75).astype("S32"),
+    target=np.arange(75) % 2,
+    fold=(np.arange(75) % 5).astype(np.int16),
+    weight=np.ones(75),
+)
 
 
 def feature(name, known=0, total=100, shape=(8,), dtype="float16"):
@@ -35,12 +45,8 @@ def planned(heads, trained=None):
         features=[feature(name) for name in NAMES],
         units=[],
         images=100,
-        images_new=0,
         requested=requested_heads(Heads.model_validate(heads), NAMES),
-        task_digest="t",
-        n_folds=5,
-        n_rows=75,
-        n_outputs=2,
+        task=TASK,
         trained=lambda group: (trained or {}).get(group, {}),
     )
 
@@ -80,7 +86,8 @@ def test_an_input_that_is_not_there_names_the_nearest():
 def test_only_missing_specs_are_planned():
     """A recipe with one more strength trains that one alone."""
     early = RequestedHeads(("early.avg",), (LogisticSpec(C=0.1),))
-    group = bank_group("t", early, fingerprints_of([feature("early.avg")]))
+    fingerprints = {"early.avg": [feature("early.avg").specs[0].fingerprint]}
+    group = bank_group(TASK.digest, early, fingerprints)
     there = {group: {"file": frozenset({LogisticSpec(C=0.1)})}}
     plan = planned({"logistic": {"C": [0.1, 1], "inputs": ["each"]}}, there)
     assert [(bank.inputs, bank.specs) for bank in plan.banks] == [

@@ -11,7 +11,7 @@ from headrace.pipelines.planning.run_state import read_run_state, write_inputs
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.run import run_recipe
 from headrace.pipelines.stages import train as train_module
-from headrace.pipelines.stages.services import open_services, opener_of
+from headrace.pipelines.stages.services import Services, opener_of
 from headrace.pipelines.stages.train import train
 
 
@@ -25,7 +25,7 @@ def test_a_client_is_opened_at_first_use_and_ends_with_the_services():
         yield object()
         events.append("ended")
 
-    with open_services(Console(quiet=True), TaskOptions(), open_client) as services:
+    with Services(Console(quiet=True), TaskOptions(), open_client) as services:
         assert events == []
         assert services.client() is services.client()
         assert events == [("train", "cpu")]
@@ -53,7 +53,7 @@ def test_a_large_run_begins_with_a_probe_and_plans_the_rest_anew(tmp_path, monke
     write_inputs(state)
     with (
         client_here() as client,
-        open_services(Console(quiet=True), TaskOptions(), opener_of(client)) as services,
+        Services(Console(quiet=True), TaskOptions(), opener_of(client)) as services,
     ):
         assert train(state, services) is state
         assert services.stages[-1].did == "nothing missing"
