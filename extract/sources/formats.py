@@ -94,6 +94,13 @@ _VOC_COMMAND = (
     "sorted(glob.glob('Annotations/*.xml')) for r in [E.parse(f)] for o in r.iter('object')]\"`, "
     "then `headrace init objects.csv`"
 )
+_CAMTRAP_DP_COMMAND = (
+    "`python -c \"import pandas as p; m, o = (p.read_csv(f, dtype=str) for f in ('media.csv', "
+    "'observations.csv')); o.merge(m.drop(columns='deploymentID'), on='mediaID').rename("
+    "columns={'filePath': 'path', 'scientificName': 'species'})[['path', 'species', "
+    "'deploymentID']].dropna().drop_duplicates().to_csv('species.csv', index=False)\"`, then "
+    "`headrace init species.csv`"
+)
 _YOLO_COMMAND = (
     "`python -c \"import csv, glob, yaml; n = yaml.safe_load(open('data.yaml'))['names']; "
     "w = csv.writer(open('objects.csv', 'w')); "
@@ -223,10 +230,15 @@ def unread_format(path: str | Path) -> str | None:
     return f"{path} is not read here ({kind}): {cure}{f'. {command}' if command else ''}"
 
 
-def box_files(folder: Path) -> str | None:
-    """Say what boxes of Pascal VOC or YOLO in a folder are, and what makes a table of them; None
-    where there are none.
+def annotation_files(folder: Path) -> str | None:
+    """Say what boxes of Pascal VOC or YOLO, or observations of Camtrap DP, in a folder are, and
+    what makes a table of them; None where there are none.
     """
+    if (folder / "media.csv").is_file() and (folder / "observations.csv").is_file():
+        return (
+            "a package of Camtrap DP, whose images and observations are two tables. In that "
+            f"folder, {_CAMTRAP_DP_COMMAND}"
+        )
     if any(folder.glob("Annotations/*.xml")) and (folder / "JPEGImages").is_dir():
         return f"boxes of Pascal VOC, an XML file for each image. In that folder, {_VOC_COMMAND}"
     if any(folder.glob("labels/**/*.txt")) or any(folder.glob("*/labels/*.txt")):

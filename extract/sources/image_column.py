@@ -4,7 +4,7 @@ import itertools
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -28,8 +28,9 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
     """Find the column of a table that names or holds its images.
 
     Return (the column, False), or (a pattern of paths such as `train/{id}.jpg`, True) for ids
-    without a suffix, which are looked for among the images below `image_root`. A column with one of
-    PATH_NAMES and paths in it comes first, then one with paths or images in it.
+    without a suffix, and for names whose folder they do not say, which are looked for among the
+    images below `image_root`. A column with one of PATH_NAMES and paths in it comes first, then one
+    with paths or images in it; of several, one whose files are there.
 
     Raises SourceError when no column fits, or several could be the images.
     """
@@ -41,17 +42,28 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
         if str(column_name).lower() == path_name
     ]
     # A usual name needs one path among its values; other columns must hold nothing but paths.
-    for column_name in named_columns:
-        if column_name in image_columns or _names_images(frame[column_name], any):
-            return column_name, False
+    named_paths = [
+        column_name
+        for column_name in named_columns
+        if column_name in image_columns or _names_images(frame[column_name], any)
+    ]
     path_columns = [
         str(column_name) for column_name in frame.columns if _names_images(frame[column_name], all)
     ]
     candidates = [*image_columns, *path_columns]
-    if len(candidates) == 1 and not named_columns:
-        return candidates[0], False
-    if (pattern := _find_pattern(frame, table_path, image_root)) is not None:
+    likely_columns = named_paths or (
+        candidates if len(candidates) == 1 and not named_columns else []
+    )
+    for column_name in likely_columns:
+        if column_name in image_columns or are_files(image_root, spread(frame[column_name])):
+            return column_name, False
+    for column_name in likely_columns:
+        if (pattern := _folder_column(frame, column_name, image_root)) is not None:
+            return pattern, True
+    if (pattern := _find_pattern(frame, table_path, image_root, likely_columns)) is not None:
         return pattern, True
+    if likely_columns:
+        return likely_columns[0], False
     if len(named_columns) == 1 and not candidates:
         return named_columns[0], False
     column_list = ", ".join([*frame.columns, *image_columns])
@@ -95,14 +107,32 @@ def _with_commas(table_path: Path, first_line: str) -> str:
     return f"{commas} > {new_text}"
 
 
-def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | None:
-    """Return the pattern by which a column of ids names images below a folder, or None.
-
-    Tables of Kaggle's contests have such ids. Raises SourceError when several patterns fit:
-    `images/{id}.jpg` and `masks/{id}.png`.
+def _folder_column(frame: pd.DataFrame, name_column: str, image_root: Path) -> str | None:
+    """Return the pattern `{FOLDER}/{NAME}` if another column has the folders in which the files of
+    `name_column` lie (Timelapse's RelativePath), or None.
     """
-    # {stem of an image: patterns that would name it}
-    patterns_by_stem: dict[str, list[str]] = {}
+    names = spread(frame[name_column])
+    for folder_column in frame.columns:
+        folders = as_text(frame[folder_column])[names.index].str.replace("\\", "/")
+        if folder_column != name_column and are_files(image_root, folders + "/" + names):
+            return f"{{{folder_column}}}/{{{name_column}}}"
+    return None
+
+
+def _find_pattern(
+    frame: pd.DataFrame, table_path: Path, folder: Path, name_columns: Sequence[str]
+) -> str | None:
+    """Return the pattern by which a column of ids, or of names, finds images below a folder, or
+    None.
+
+    Tables of Kaggle's contests have such ids. Where the images lie in several folders
+    (`images_001`, `images_002`), the pattern has `*` for what differs. name_columns: those that
+    name files; the others are tried as ids without a suffix.
+
+    Raises SourceError when several patterns fit: `images/{id}.jpg` and `masks/{id}.png`.
+    """
+    # {stem or name of an image: (folders, rest of the pattern) that would name it}
+    patterns_by_text: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for parent_folder, folders, file_names in os.walk(folder):
         parent_parts = Path(parent_folder).relative_to(folder).parts
         folders[:] = sorted(
@@ -113,33 +143,73 @@ def _find_pattern(frame: pd.DataFrame, table_path: Path, folder: Path) -> str | 
         for name in sorted(file_names):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
-                patterns_by_stem.setdefault(stem, []).append(
-                    "/".join((*parent_parts, "{}" + suffix))
-                )
+                patterns_by_text.setdefault(stem, []).append((parent_parts, "{}" + suffix))
+                patterns_by_text.setdefault(name, []).append((parent_parts, "{}"))
     # Each row names an image of its own: a column of classes, whose values repeat, cannot.
-    for column_name in sorted(frame.columns, key=lambda name: name != "id"):
+    for column_name in name_columns or sorted(frame.columns, key=lambda name: name != "id"):
         ids = as_text(frame[column_name]).dropna()
         if ids.duplicated().any() or any(letter in str(column_name) for letter in "{}"):
             continue
-        ids = ids.head(_CELLS_LOOKED_AT)
-        pattern_counts = Counter(
-            pattern for value in ids for pattern in patterns_by_stem.get(value, ())
-        )
-        fitting_patterns = [
-            pattern.replace("{}", f"{{{column_name}}}")
-            for pattern, count in pattern_counts.items()
-            # Half of the ids are enough: images may be missing, or lie in several folders.
-            if 2 * count >= len(ids)
-        ]
-        if len(fitting_patterns) > 1:
-            raise SourceError(
-                f"{table_path}: the column {column_name!r} could name the images "
-                f"{' or '.join(fitting_patterns)}. Say which: images.path_pattern: "
-                f"{fitting_patterns[0]}"
-            )
-        if fitting_patterns:
-            return fitting_patterns[0]
+        ids = spread(ids)
+        # Spreadsheets take the zeros of 00012 away.
+        digits = {len(text) for text in patterns_by_text if text.isdecimal()}
+        for width in (0, *sorted(digits if ids.str.isdecimal().all() else ())):
+            placeholder = f"{{{column_name}:0{width}}}" if width else f"{{{column_name}}}"
+            patterns_of_id = [patterns_by_text.get(value.zfill(width), []) for value in ids]
+            fitting_patterns = [
+                text.replace("{}", placeholder) for text in _common_patterns(patterns_of_id)
+            ]
+            if len(fitting_patterns) > 1 and not name_columns:
+                raise SourceError(
+                    f"{table_path}: the column {column_name!r} could name the images "
+                    f"{' or '.join(fitting_patterns)}. Say which: images.path_pattern: "
+                    f"{fitting_patterns[0]}"
+                )
+            if len(fitting_patterns) == 1:
+                return fitting_patterns[0]
     return None
+
+
+def _common_patterns(patterns_of_id: Sequence[Sequence[tuple[tuple[str, ...], str]]]) -> list[str]:
+    """Return the patterns that name the images of half of the ids or more: images may be missing.
+
+    Folders of one depth, in which no id has two images, are one pattern with `*`.
+    """
+    n_enough = len(patterns_of_id) / 2
+    folders_of_kind: dict[tuple[int, str], list[list[tuple[str, ...]]]] = {}
+    for patterns in patterns_of_id:
+        kinds: dict[tuple[int, str], list[tuple[str, ...]]] = {}
+        for folders, rest in patterns:
+            kinds.setdefault((len(folders), rest), []).append(folders)
+        for kind, folders_of_id in kinds.items():
+            folders_of_kind.setdefault(kind, []).append(folders_of_id)
+    fitting: list[str] = []
+    for (_, rest), folder_lists in folders_of_kind.items():
+        counts = Counter(folders for folders_of_id in folder_lists for folders in folders_of_id)
+        if len(folder_lists) >= n_enough and all(len(each) == 1 for each in folder_lists):
+            fitting.append("/".join((*map(_with_star, zip(*counts, strict=True)), rest)))
+        else:
+            fitting += ["/".join((*each, rest)) for each, n in counts.items() if n >= n_enough]
+    return fitting
+
+
+def _with_star(names: Sequence[str]) -> str:
+    """Return the name, or for several `*`, after what they begin with if they are numbered."""
+    if len(set(names)) == 1:
+        return names[0]
+    stems = {name.rstrip("0123456789") for name in names}
+    return f"{stems.pop()}*" if len(stems) == 1 else "*"
+
+
+def spread(column: pd.Series) -> pd.Series:
+    """Return the texts of some cells from the whole of a column: its first may be in one folder."""
+    texts = as_text(column).dropna()
+    return texts.iloc[:: max(1, len(texts) // _CELLS_LOOKED_AT)]
+
+
+def are_files(image_root: Path, paths: pd.Series) -> bool:
+    """Return whether a path leads to a file; of most tables the first does."""
+    return any(os.path.isfile(os.path.join(image_root, path)) for path in paths.dropna())
 
 
 def _names_images(column: pd.Series, enough: Callable[[Iterable[bool]], bool]) -> bool:

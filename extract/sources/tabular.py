@@ -12,6 +12,7 @@ from typing import Literal
 
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import (
@@ -40,7 +41,7 @@ _ROBOFLOW_TABLES = ("_annotations.coco.json", "_classes.csv")
 _MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict.fromkeys(
     ("content", "_content"), "the hash of an image's bytes"
 )
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")  # a column's name in a path pattern
+_PLACEHOLDER = re.compile(r"\{([^{}]*?)(?::0(\d{1,3}))?\}")  # a column in a path pattern, its width
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _samples(
         written_names, locators = _cells(table_path, frame, image_column)
     else:
         written_names = (
-            _fill_pattern(frame, image_column, table_path)
+            _in_folders(_fill_pattern(frame, image_column, table_path), image_column, image_root)
             if is_pattern
             else local_names(as_text(frame[image_column]), image_root)
         )
@@ -371,9 +372,12 @@ def _leave_out(
 
 
 def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Series:
-    """Return the pattern filled with each row's values; missing where one of them is missing."""
-    first, *rest = _PLACEHOLDER.split(pattern)  # text, column, text, column, text …
-    absent_names = [name for name in dict.fromkeys(rest[::2]) if name not in frame.columns]
+    """Return the pattern filled with each row's values; missing where one of them is missing.
+
+    `{id:05}` fills a value with zeros, which spreadsheets take away, to five characters.
+    """
+    first, *rest = _PLACEHOLDER.split(pattern)  # text, column, width, text, column, width, text …
+    absent_names = [name for name in dict.fromkeys(rest[::3]) if name not in frame.columns]
     if absent_names or not rest:
         raise SourceError(
             f"images.path_pattern {pattern!r}: {table_path} has no column "
@@ -383,9 +387,39 @@ def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Ser
         )
     # As objects: names of files that are no UTF-8 hold surrogates, which Arrow's text cannot.
     filled_paths = pd.Series(first, index=frame.index, dtype=object)
-    for column_name, text in zip(rest[::2], rest[1::2], strict=True):
-        filled_paths = filled_paths + as_text(frame[column_name]).astype(object) + text
+    for column_name, width, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        filled_texts = as_text(frame[column_name]).str.zfill(int(width or 0))
+        filled_paths = filled_paths + filled_texts.astype(object) + text
     return filled_paths
+
+
+def _in_folders(filled_paths: pd.Series, pattern: str, image_root: Path) -> pd.Series:
+    """Return the paths of a pattern whose folder has `*`, each in the folder that has its file.
+
+    A path without a file stays. Raises SourceError for files that several of the folders have.
+    """
+    folder_pattern, _, _ = pattern.rpartition("/")
+    if "*" not in folder_pattern or "{" in folder_pattern:
+        return filled_paths
+    folders_of_name: dict[str, list[str]] = {}
+    # Each folder is listed once, because a look for every row in every folder takes long.
+    for folder in sorted(glob.glob(f"{glob.escape(str(image_root))}/{folder_pattern}/")):
+        for name in os.listdir(folder):
+            folders_of_name.setdefault(name, []).append(os.path.relpath(folder, image_root))
+    start = len(folder_pattern) + 1
+    names = filled_paths.map(lambda path: path[start:], na_action="ignore")
+    folders = names.map(
+        lambda name: folders_of_name.get(name, [folder_pattern]), na_action="ignore"
+    )
+    is_ambiguous = folders.str.len() > 1
+    if is_ambiguous.any():
+        raise SourceError(
+            f"images.path_pattern {pattern!r}: "
+            f"{count_text(int(is_ambiguous.sum()), 'file lies', 'files lie')} in several of its "
+            f"folders, such as {names[is_ambiguous].iloc[0]} in "
+            f"{' and '.join(folders[is_ambiguous].iloc[0][:2])}. Name the folders more closely"
+        )
+    return folders.str[0] + "/" + names
 
 
 def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:

@@ -1,5 +1,6 @@
 """The recipe's task section from a table: which columns are the target, the groups, the split."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,17 @@ import yaml
 from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
 from headrace.extract.images.byte_ranges import locator_file
+from headrace.extract.sources.formats import IMAGE_SUFFIXES
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.targets import name_some
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
-GROUP_NAMES = ("group", "patient", "patient_id", "subject", "subject_id", "slide", "scene", "site")
+GROUP_NAMES = (
+    *("group", "patient", "patient_id", "subject", "subject_id", "case", "case_id", "lesion_id"),
+    *("slide", "scene", "site", "deployment_id"),
+)
+_ENOUGH_GROUPS = 6  # for a test split and five folds
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
 _PATHS_CHECKED = (
     100  # of a table, to count the missing files: all would take long on a network disk
@@ -54,6 +60,7 @@ def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]", table_file: 
             "default the table's folder)"
         )
         folder = table_file.parent.absolute()
+        doubt_text += _names_elsewhere(Path(missing_files[0]))
         prefix = _prefix_elsewhere(missing_files, folder)
         if prefix and table_file.suffix.lower() in (".csv", ".tsv", ".tab", ".txt"):
             pattern = prefix.replace("\\", "\\\\")
@@ -62,6 +69,24 @@ def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]", table_file: 
                 f"{table_file.name} > here.csv, and then headrace init here.csv"
             )
     return doubt_text
+
+
+def _names_elsewhere(missing_file: Path) -> str:
+    """Return, in words, why a path that a table names leads to no file, where its text says so."""
+    parts = [part.strip() for part in re.split(r"[;,|]", str(missing_file))]
+    if len(parts) > 1 and all(Path(part).suffix.lower() in IMAGE_SUFFIXES for part in parts):
+        return (
+            ". The cells name several images each: write a row for each image, with what they have "
+            "in common in a column (task.unit: scores by all images of one)"
+        )
+    with contextlib.suppress(OSError):
+        for path in missing_file.parent.iterdir():
+            if path.name.lower() == missing_file.name.lower():
+                return (
+                    f". There is {path.name}: write the table's paths as the files are, in upper "
+                    "and lower case too"
+                )
+    return ""
 
 
 def _prefix_elsewhere(missing_files: Sequence[str], folder: Path) -> str | None:
@@ -100,9 +125,15 @@ def task_section(
         if column_name in samples and n_distinct(samples[column_name]) is None
     ]
     free_columns = [name for name in column_names if name not in named_columns]
-    target_column = first_named(_TARGET_NAMES, [*column_names, *list_columns]) or _few_valued(
-        samples, free_columns
-    )
+    target_column = _named_target([*column_names, *list_columns])
+    if target_column is None and (target_column := _few_valued(samples, free_columns)):
+        others = [
+            name for name in free_columns if name != target_column and _few_valued(samples, [name])
+        ]
+        task_notes.append(
+            f"no column is named like a label; {target_column!r} is taken, the first with few "
+            f"values{f' (others: {name_some(others)})' if others else ''}. For another: task.target"
+        )
     indicators = _indicator_columns(samples, free_columns)
     ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
     is_one_hot = bool(indicators) and bool((ones.sum(axis=1) == 1).all())
@@ -174,10 +205,9 @@ def _split_and_group(
             if _holds_sides(labelled_samples[column_name])
         ],
     )
-    group_column = first_named(
-        GROUP_NAMES,
-        [column_name for column_name in column_names if is_full(labelled_samples[column_name])],
-    )
+    full_columns = [name for name in column_names if is_full(labelled_samples[name])]
+    group_column = first_named(GROUP_NAMES, full_columns)
+    n_groups = labelled_samples[group_column].nunique() if group_column else 0
     if split_column:
         task_lines += f"\n  split: {yaml_text(split_column)}"
     if named_columns[0] != split_column:
@@ -185,12 +215,18 @@ def _split_and_group(
             f"column {named_columns[0]!r} holds other values than train, validation and test, or "
             "none, and is not taken for a split"
         )
-    if group_column:
+    if group_column and not split_column and n_groups < _ENOUGH_GROUPS:
+        task_notes.append(
+            f"column {group_column!r} has {n_groups} values, too few for a test split and five "
+            "folds, and is not taken for groups. Where the images of one are alike: task.group: "
+            f"{yaml_text(group_column)}, with fewer task.folds"
+        )
+    elif group_column:
         task_lines += f"\n  group: {yaml_text(group_column)}"
-    if named_columns[1] != group_column:
+    elif named_columns[1]:
         task_notes.append(
             f"column {named_columns[1]!r} is empty for some images, and is not taken for groups: "
-            f"fill it, and set task.group: {yaml_text(str(named_columns[1]))}"
+            f"fill it, and set task.group: {yaml_text(named_columns[1])}"
         )
     return task_lines, task_notes
 
@@ -260,9 +296,26 @@ def _are_labels(
 
 
 def first_named(names: tuple[str, ...], column_names: Sequence[str]) -> str | None:
-    """Return the column with the first of `names` that there is, in upper or lower case."""
-    columns_by_lower = {str(column).lower(): str(column) for column in column_names}
-    return next((columns_by_lower[name] for name in names if name in columns_by_lower), None)
+    """Return the column with the first of `names` that there is, also as `Patient ID` and such."""
+    columns_by_letters = {_letters(str(column)): str(column) for column in column_names}
+    found = (columns_by_letters.get(_letters(name)) for name in names)
+    return next((column for column in found if column is not None), None)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[ _-]", "", name).lower()
+
+
+def _named_target(column_names: Sequence[str]) -> str | None:
+    """Return the column that is named like a label.
+
+    A `class` beside an `order` and a `family` is a rank of animals or plants (Wildlife Insights,
+    GBIF): there `species` is meant.
+    """
+    ranks = {"order", "family"} <= {str(name).lower() for name in column_names}
+    return first_named(
+        tuple(name for name in _TARGET_NAMES if not (ranks and name == "class")), column_names
+    )
 
 
 def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:

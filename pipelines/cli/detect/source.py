@@ -21,10 +21,10 @@ from headrace.extract.sources.formats import (
     ARRAY_KINDS,
     IMAGE_SUFFIXES,
     MAYBE_TABLES,
-    box_files,
+    annotation_files,
     is_archive,
 )
-from headrace.extract.sources.image_column import find_image_column
+from headrace.extract.sources.image_column import are_files, find_image_column, spread
 from headrace.extract.sources.layout import SPLIT_WORDS, Layout, split_side_in
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
@@ -148,17 +148,14 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
                 replace(source, kind="array", location=array_files[0]),
                 recipe_folder,
             )
-        if (boxes_text := box_files(folder)) is not None:
-            raise InvalidInput(f"{folder} holds {boxes_text}") from None
+        if (annotations_text := annotation_files(folder)) is not None:
+            raise InvalidInput(f"{folder} holds {annotations_text}") from None
         if not refusal_texts:
             raise
         raise InvalidInput("\n".join([str(error), *refusal_texts])) from None
-    if len(finding_of_table) == 1 and _are_sides(folder):
-        # As in Kaggle's competitions: train_images and test_images beside train.csv.
+    if len(finding_of_table) == 1 and (parts_text := _parts_text(folder)):
         ((table, reading),) = finding_of_table.items()
-        table_note = (
-            f"{table.name} names the images and their labels; the sub-folders are sides of a split"
-        )
+        table_note = f"{table.name} names the images and their labels; the sub-folders {parts_text}"
         return replace(reading, notes=(*reading.notes, table_note, *prediction_notes))
     if finding_of_table:
         reading_names = ", ".join(path.name for path in finding_of_table)
@@ -176,13 +173,18 @@ def _lists_images(text_file: Path) -> bool:
     return Path(words[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _are_sides(folder: Path) -> bool:
-    """Return whether all sub-folders are named like `train_images`, after sides of a split.
+def _parts_text(folder: Path) -> str | None:
+    """Return what the sub-folders are if, by their names, they are no classes.
 
-    Not if one is called just `train` or `test`: then the classes are expected in it.
+    They are sides of a split where all are named like `train_images`, as in Kaggle's competitions
+    (not if one is called just `train` or `test`: then the classes are expected in it), or numbered
+    parts of one set, such as `images_001`.
     """
     names = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
-    return all(split_side_in(name) and name.lower() not in SPLIT_WORDS for name in names)
+    if all(split_side_in(name) and name.lower() not in SPLIT_WORDS for name in names):
+        return "are sides of a split"
+    stems = {name.rstrip("0123456789") for name in names}
+    return "are its parts" if len(names) > 1 and len(stems) == 1 and all(stems) else None
 
 
 def _is_predictions(table: Path) -> bool:
@@ -369,11 +371,18 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
     table_data = read_table_file(table_file)
     image_lines = f"  table: {_path_text(table, recipe_folder)}\n"
     path_source, is_pattern = find_image_column(table_data, table_file, table_file.parent)
+    root_line = "  # root: images      # what relative paths start from\n"
+    if not is_pattern and path_source in table_data.frame:
+        root = _root_above(table_data.frame[path_source], table_file.parent)
+        if root is not None:
+            source = replace(source, root=root)
+            root_line = (
+                f"  root: {_path_text(root, recipe_folder)}      # what relative paths start from\n"
+            )
     pattern_notes: list[str] = []
     if is_pattern:
         pattern_notes.append(
-            f"no column names image files; they were found by the pattern {path_source!r} "
-            "(images.path_pattern)"
+            f"the image files were found by the pattern {path_source!r} (images.path_pattern)"
         )
         image_lines += (
             f"  path_pattern: {yaml_text(path_source)}      # where the images are, by the column "
@@ -400,7 +409,7 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
     ]
     task_lines, targets, task_notes = task_section(samples, other_columns, table)
     return Finding(
-        images=f"{image_lines}  # root: images      # what relative paths start from\n",
+        images=image_lines + root_line,
         task=task_lines,
         sentence=(
             f"{count_text(len(samples), 'image')} in {table.name}, {targets_text(samples, targets)}"
@@ -409,6 +418,15 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         notes=(*pattern_notes, *task_notes, *_listing_notes(listing)),
         examples=_examples(samples),
     )
+
+
+def _root_above(names: "pd.Series[Any]", folder: Path) -> Path | None:
+    """Return the folder above the table's that its paths start from, where they lead to no files
+    from the table's own: they name that folder too.
+    """
+    roots = [folder, *folder.absolute().parents[:2]]
+    root = next((root for root in roots if are_files(root, spread(names))), folder)
+    return None if root == folder else root
 
 
 def _examples(samples: pd.DataFrame) -> tuple[str, ...]:

@@ -633,6 +633,17 @@ def test_a_column_of_classes_names_no_images(tmp_path):
     assert [Path(path).name for path in listing.samples["path"]] == [f"{n}.png" for n in range(6)]
 
 
+def test_a_pattern_finds_each_file_in_the_folder_that_has_it(tmp_path):
+    """Of the folders that `*` stands for; a file that two of them have is refused."""
+    for name in ("part_1/01.jpg", "part_2/02.jpg", "other/01.jpg"):
+        write(tmp_path / name, png(1))
+    listing = read_text(tmp_path, "code,l\n1,x\n2,y\n3,z\n", path_pattern="part_*/{code:02}.jpg")
+    assert listing.samples["id"].tolist() == ["part_1/01.jpg", "part_2/02.jpg", "part_*/03.jpg"]
+    write(tmp_path / "part_2/01.jpg", png(1))
+    with pytest.raises(SourceError, match=r"1 file lies in several.* 01.jpg in part_1 and part_2"):
+        read_text(tmp_path, "code,l\n1,x\n2,y\n", path_pattern="part_*/{code:02}.jpg")
+
+
 def test_a_column_called_image_counts_before_one_of_masks(tmp_path):
     """Also where some of its images are of another kind; ids in it are asked about, and not passed
     over.

@@ -464,3 +464,129 @@ def test_pages_that_are_not_read_are_told(tmp_path, suffix, n_pages):
             "8 of 8 images that were looked at have several pages, of which the first alone is "
             f"read, such as 0.{suffix}"
         )
+
+
+def save_images(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+
+
+# Tables as other programs write them, with the files that they name and where these lie.
+TABLES_AND_FILES = {
+    "NIH chest X-rays": (
+        {"Image Index": [f"{n}.png" for n in range(8)]},
+        [f"images_00{1 + n % 2}/images/{n}.png" for n in range(8)],
+        "images_*/images/{Image Index}",
+    ),
+    "HAM10000": (
+        {"image_id": [f"I{n}" for n in range(8)]},
+        [f"part_{1 + n // 4}/I{n}.jpg" for n in range(8)],
+        "part_*/{image_id}.jpg",
+    ),
+    "Timelapse": (
+        {"File": ["1.jpg", "2.jpg"] * 4, "RelativePath": [f"cam {n // 2}\\DCIM" for n in range(8)]},
+        [f"cam {n // 2}/DCIM/{1 + n % 2}.jpg" for n in range(8)],
+        "{RelativePath}/{File}",
+    ),
+    "a spreadsheet": (
+        {"code": range(8)},
+        [f"scans/{n:05}.png" for n in range(8)],
+        "scans/{code:05}.png",
+    ),
+}
+
+
+@pytest.mark.parametrize("program", TABLES_AND_FILES)
+def test_images_are_found_in_the_folders_that_a_table_does_not_name(tmp_path, program):
+    columns, files, pattern = TABLES_AND_FILES[program]
+    save_images(tmp_path, *files)
+    frame = pd.DataFrame(columns).assign(label=["x", "y"] * 4)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    write_recipe(tmp_path, tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.images.path_pattern == pattern
+    samples = list_samples(recipe)
+    assert samples["path"].tolist() == [str(tmp_path / file) for file in files]
+    assert samples["label"].tolist() == ["x", "y"] * 4
+
+
+def test_of_two_columns_of_paths_the_one_whose_files_are_there_is_taken(tmp_path):
+    """Camtrap DP has fileName and filePath."""
+    files = [f"media/cam/{n}.jpg" for n in range(6)]
+    save_images(tmp_path, *files)
+    rows(fileName=[f"{n}.jpg" for n in range(6)], filePath=files).drop(columns="path").to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").images.path_column == "filePath"
+
+
+def test_paths_that_begin_with_the_tables_own_folder_start_above_it(tmp_path):
+    """As CheXpert's do."""
+    files = [f"set/train/{n}.jpg" for n in range(6)]
+    save_images(tmp_path, *files)
+    rows(path=files).to_csv(tmp_path / "set/train.csv", index=False)
+    write_recipe(tmp_path / "set/train.csv", tmp_path / "r.yaml")
+    samples = list_samples(load_recipe(tmp_path / "r.yaml"))
+    assert samples["path"].tolist() == [str(tmp_path / file) for file in files]
+
+
+def test_a_rank_of_animals_is_no_class_to_train_on(tmp_path):
+    """Wildlife Insights and GBIF have `class`, `order` and `family` beside `species`."""
+    frame = rows(order=["a", "b"] * 3, family=["c", "d"] * 3, species=["lynx", "fox", "owl"] * 2)
+    frame = frame.rename(columns={"label": "class"})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").task.target == "species"
+
+
+@pytest.mark.parametrize(("n_patients", "group"), [(3, None), (6, "Patient ID")])
+def test_groups_that_are_too_few_for_a_split_are_told(tmp_path, n_patients, group):
+    frame = pd.concat([rows()] * 2, ignore_index=True).assign(path=[f"{n}.png" for n in range(12)])
+    frame["Patient ID"] = frame.index % n_patients
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes
+    assert load_recipe(tmp_path / "r.yaml").task.group == group
+    told = [note for note in notes if "'Patient ID' has 3 values, too few for a test split" in note]
+    assert len(told) == (group is None)
+
+
+def test_a_target_by_its_values_alone_is_told_with_the_others(tmp_path):
+    frame = rows(sex=["m", "f"] * 3, age=["old", "young"] * 3).drop(columns="label")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes
+    assert (
+        "no column is named like a label; 'sex' is taken, the first with few values (others: age). "
+        "For another: task.target"
+    ) in notes
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("img/0.JPG", "There is 0.jpg: write the table's paths as the files are"),
+        ("img/0.jpg;img/1.jpg", "The cells name several images each: write a row for each image"),
+    ],
+)
+def test_paths_without_a_file_say_why(tmp_path, name, told):
+    save_images(tmp_path, "img/0.jpg", "img/1.jpg")
+    rows(path=[f"{name.replace('0', str(n))}" for n in (0, 2, 3, 4, 5, 6)]).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    assert told in write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").sentence
+
+
+def test_tables_of_camtrap_dp_are_joined_by_the_command_that_is_named(tmp_path):
+    save_images(tmp_path, *(f"media/{n}.jpg" for n in range(6)))
+    numbers = pd.DataFrame({"mediaID": [f"m{n}" for n in range(6)], "deploymentID": "d"})
+    media = numbers.assign(filePath=[f"media/{n}.jpg" for n in range(6)], fileName="x.jpg")
+    seen = numbers.assign(scientificName=["fox", "owl", None] * 2)
+    media.to_csv(tmp_path / "media.csv", index=False)
+    seen.to_csv(tmp_path / "observations.csv", index=False)
+    with pytest.raises(InvalidInput, match="a package of Camtrap DP") as refusal:
+        write_recipe(tmp_path, tmp_path / "r.yaml")
+    (script,) = re.findall(r'`python -c "(.*)"`', str(refusal.value))
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    write_recipe(tmp_path / "species.csv", tmp_path / "r.yaml")
+    assert list_samples(load_recipe(tmp_path / "r.yaml"))["species"].tolist() == ["fox", "owl"] * 2
