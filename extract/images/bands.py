@@ -21,7 +21,14 @@ from PIL import Image, ImageFile
 
 from headrace.cache.count_text import count_text
 from headrace.extract.errors import ImageError
-from headrace.extract.images.decoding import ORIENTATIONS, decode_image, orientation_of
+from headrace.extract.images.decoding import (
+    BELOW_IS_ABOVE,
+    ORIENTATIONS,
+    RIGHT_IS_LEFT,
+    SIDEWAYS,
+    decode_image,
+    orientation_of,
+)
 from headrace.extract.images.opening import MAX_PIXELS, check_size, decoding_reason, open_image
 from headrace.extract.images.samples import (
     PixelRange,
@@ -29,25 +36,18 @@ from headrace.extract.images.samples import (
     array_samples,
     array_shape,
     file_samples,
+    tiff_bits,
 )
 from headrace.extract.images.tiff_windows import TiffWindows
 
 _NUMPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_ORIENTATION_TAG = 274  # the same number as EXIF's
-_BITS_PER_SAMPLE_TAG = 258
 _NODATA_TAG = 42113  # GDAL's: the value, as text, of pixels without one
 _MOST_COMPRESSED = 1032  # compression ratio of deflate at most
 _MOST_PAGES = 1000  # of a TIFF, whose channels may be pages of their own
 # Modes of Pillow without plain channels, and those that they are converted to.
 _PALETTE_MODES = {"P": "RGB", "1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
-# Turns that exchange rows and columns.
-_SWAPPING = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-    Image.Transpose.ROTATE_270,
-)
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,12 @@ class Bands:
         channel: index into `selection`. None if all have one.
         """
         plane = self.values[:, :, self.selection[channel]]
-        is_missing = None
-        if plane.dtype.kind == "f":
-            is_missing = ~np.isfinite(plane)
+        if plane.dtype.kind != "f" and self.nodata is None:
+            return None
+        is_missing = ~np.isfinite(plane)
         if self.nodata is not None:
-            is_nodata = plane == self.nodata
-            is_missing = is_nodata if is_missing is None else is_missing | is_nodata
-        return is_missing if is_missing is not None and is_missing.any() else None
+            is_missing |= plane == self.nodata
+        return is_missing if is_missing.any() else None
 
     def plane(self, channel: int, fill: float | None = None) -> npt.NDArray[np.float32]:
         """Return a band (H, W) as float32 in the file's own numbers, less black if `_is_wide`.
@@ -111,9 +110,9 @@ class Bands:
             # Subtracted before the values are rounded to float32, which has 24 bits only.
             values = values.astype(np.float64) - self.ranges[channel][0]
         plane = np.ascontiguousarray(values, np.float32)
-        if is_missing is not None and fill is not None:
-            plane = np.where(is_missing, np.float32(self.own_number(channel, fill)), plane)
-        return plane
+        if is_missing is None or fill is None:
+            return plane
+        return np.where(is_missing, np.float32(self.own_number(channel, fill)), plane)
 
     def own_number(self, channel: int, value: float) -> float:
         """Return a value, given with black as 0 and white as 1, in the numbers of `plane`."""
@@ -207,7 +206,8 @@ def _read(
             samples = file_samples(image, data, None)
             if samples is not None and image.format == "TIFF":
                 samples = samples._replace(nodata=_as_number(image.tag_v2.get(_NODATA_TAG)))  # type: ignore[attr-defined]
-            elif samples is None and image.format == "TIFF" and _has_other_depth(image):
+            elif samples is None and image.format == "TIFF" and tiff_bits(image) > 8:
+                # Pillow scales such samples to 8 bits, or drops their low bytes.
                 return _tifffile_samples(data, False)
             elif samples is None and most_bands is not None:
                 mode = image.mode
@@ -222,11 +222,6 @@ def _read(
         if not data.startswith(_TIFF_MAGIC):
             raise
     return _tifffile_samples(data, in_parts)
-
-
-def _has_other_depth(image: ImageFile.ImageFile) -> bool:
-    """Return whether Pillow scales the samples of a TIFF to 8 bits, or drops their low bytes."""
-    return bool(max(image.tag_v2.get(_BITS_PER_SAMPLE_TAG, (1,))) > 8)  # type: ignore[attr-defined]
 
 
 def _as_number(text: Any) -> float | None:
@@ -365,23 +360,11 @@ def _colours(
 
 def _turned(values: npt.NDArray[Any], turn: Image.Transpose | None) -> npt.NDArray[Any]:
     """Return values (H, W, C) turned as Pillow's `transpose` turns an image, a view."""
-    if turn is None:
+    if turn is None:  # `values` may be windows of a large TIFF, which know no steps
         return values
     # Each turn is an exchange of the axes followed by reversals of rows, columns or both.
-    upside_down = turn in (
-        Image.Transpose.FLIP_TOP_BOTTOM,
-        Image.Transpose.ROTATE_180,
-        Image.Transpose.TRANSVERSE,
-        Image.Transpose.ROTATE_90,
-    )
-    mirrored = turn in (
-        Image.Transpose.FLIP_LEFT_RIGHT,
-        Image.Transpose.ROTATE_180,
-        Image.Transpose.TRANSVERSE,
-        Image.Transpose.ROTATE_270,
-    )
-    values = values.swapaxes(0, 1) if turn in _SWAPPING else values
-    return values[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+    values = values.swapaxes(0, 1) if turn in SIDEWAYS else values
+    return values[:: -1 if turn in BELOW_IS_ABOVE else 1, :: -1 if turn in RIGHT_IS_LEFT else 1]
 
 
 def decode_large_tiff(data: bytes) -> Bands | None:
@@ -441,4 +424,4 @@ def _declared_size(file: IO[bytes]) -> tuple[int, int]:
             tag = page.tags.get(_TIFF_ORIENTATION_TAG)
             width, height = page.imagewidth, page.imagelength
             turn = None if tag is None else ORIENTATIONS.get(tag.value)
-    return (height, width) if turn in _SWAPPING else (width, height)
+    return (height, width) if turn in SIDEWAYS else (width, height)

@@ -68,17 +68,10 @@ _ZIP_STORED, _ZIP_DEFLATED = 0, 8  # methods of the zip format
 
 def encode_path(path: str | Path) -> str:
     """Return a path as UTF-8 text that is no locator; `locator_file` is the inverse."""
-    path_string = str(path)
-    # Nearly all paths, and a listing has millions.
-    if path_string.isascii() and "::" not in path_string and not path_string.startswith(_ENCODED):
-        return path_string
-    if (
-        path_string.startswith(_ENCODED)
-        or _LOCATOR.fullmatch(path_string)
-        or not _is_utf8(path_string)
-    ):
-        return _ENCODED + urllib.parse.quote(os.fsencode(path_string))
-    return path_string
+    text = str(path)
+    if text.startswith(_ENCODED) or is_locator(text) or not _is_utf8(text):
+        return _ENCODED + urllib.parse.quote(os.fsencode(text))
+    return text
 
 
 def printable_name(name: str) -> str:
@@ -87,8 +80,6 @@ def printable_name(name: str) -> str:
 
 
 def _is_utf8(text: str) -> bool:
-    if text.isascii():
-        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -98,8 +89,7 @@ def _is_utf8(text: str) -> bool:
 
 def locator_file(path: str) -> str:
     """Return the file that a locator points into, or the file of a plain path, to be opened."""
-    locator_match = _LOCATOR.fullmatch(path) if "::" in path else None
-    file_text = locator_match["file"] if locator_match else path
+    file_text, *_ = _split_locator(path) or (path,)
     if file_text.startswith(_ENCODED):
         return os.fsdecode(urllib.parse.unquote_to_bytes(file_text.removeprefix(_ENCODED)))
     return file_text
@@ -107,7 +97,14 @@ def locator_file(path: str) -> str:
 
 def is_locator(path: str) -> bool:
     """Return whether a path means an item inside a file."""
-    return _LOCATOR.fullmatch(path) is not None
+    return _split_locator(path) is not None
+
+
+def _split_locator(path: str) -> tuple[str, str, str] | None:
+    """Return (file, kind, details) of a locator, None for a plain path."""
+    # Nearly all paths are plain, and a listing has millions: they cost no regular expression.
+    match = _LOCATOR.fullmatch(path) if "::" in path else None
+    return match and (match["file"], match["kind"], match["details"])
 
 
 def read_bytes(path: str) -> bytes:
@@ -116,12 +113,12 @@ def read_bytes(path: str) -> bytes:
     Raises OSError when they cannot be read, also for a damaged file around them.
     """
     path, _ = split_crop(path)
-    locator_match = _LOCATOR.fullmatch(path)
+    locator = _split_locator(path)
     file_path = locator_file(path)
     try:
-        if locator_match is None:
+        if locator is None:
             return read_regular(file_path)
-        container_kind, details = locator_match["kind"], locator_match["details"]
+        _, container_kind, details = locator
         if container_kind == "tar":
             return _read_tar_member(file_path, details)
         if container_kind == "tgz":
@@ -175,11 +172,8 @@ def _open_array(file_path: str, container_kind: str, array_key: str, stamp: obje
                         f"{file_path} has no array {array_key!r}; it has "
                         f"{', '.join(npz_archive.files)}"
                     )
-                _require_held(
-                    npz_archive.zip.getinfo(f"{array_key}.npy").file_size,
-                    os.path.getsize(file_path),
-                    file_path,
-                )
+                declared_bytes = npz_archive.zip.getinfo(f"{array_key}.npy").file_size
+                _require_held(declared_bytes, os.path.getsize(file_path), file_path)
                 return npz_archive[array_key]  # decompressed whole, once per process
         if container_kind == "h5":
             return _own_dataset(h5py.File(file_path, "r"), file_path, array_key)
@@ -200,9 +194,8 @@ def _own_dataset(hdf5_file: h5py.File, file_path: str, array_key: str) -> h5py.D
     # stranger's file, and its bytes would become images.
     hdf5_object: Any = hdf5_file
     for key_part in filter(None, array_key.split("/")):
-        link = (
-            hdf5_object.get(key_part, getlink=True) if isinstance(hdf5_object, h5py.Group) else None
-        )
+        is_group = isinstance(hdf5_object, h5py.Group)
+        link = hdf5_object.get(key_part, getlink=True) if is_group else None
         if link is None:
             raise SourceError(f"{file_path} has no data set {array_key!r}")
         if not isinstance(link, h5py.HardLink):
@@ -299,7 +292,14 @@ def _read_zip_member(file_path: str, details: str) -> bytes:
 def _read_cell(file_path: str, container_kind: str, column_name: str, row_index: int) -> bytes:
     """Return a cell's encoded image: bytes, or the field `bytes` of Hugging Face's struct."""
     with _LOCK:
-        image_cells, first_row = _image_cells(file_path, container_kind, column_name, row_index)
+        stamp, first_row = file_stamp(file_path), 0
+        if container_kind == "arrow":
+            image_cells = _arrow_column(file_path, column_name, stamp)
+        else:
+            group_starts = _row_group_starts(file_path, stamp)
+            group_index = int(np.searchsorted(group_starts, row_index, side="right")) - 1
+            image_cells = _row_group(file_path, column_name, group_index, stamp)
+            first_row = int(group_starts[group_index])
     cell_value = image_cells[row_index - first_row].as_py()
     image_bytes = cell_value.get("bytes") if isinstance(cell_value, dict) else cell_value
     if not isinstance(image_bytes, bytes):
@@ -307,38 +307,17 @@ def _read_cell(file_path: str, container_kind: str, column_name: str, row_index:
     return image_bytes
 
 
-def _image_cells(
-    file_path: str, container_kind: str, column_name: str, row_index: int
-) -> tuple[Any, int]:
-    """Return the cells of a column around a row, and the row of the first of them.
-
-    Of a Parquet file the cells of one row group, of an Arrow file, which is mapped, all.
-    """
-    if container_kind == "arrow":
-        return _arrow_column(file_path, column_name, file_stamp(file_path)), 0
-    group_starts = _row_group_starts(file_path, file_stamp(file_path))
-    group_index = int(np.searchsorted(group_starts, row_index, side="right")) - 1
-    return _row_group(file_path, column_name, group_index, file_stamp(file_path)), int(
-        group_starts[group_index]
-    )
-
-
 @functools.lru_cache(maxsize=64)
 def _row_group_starts(file_path: str, stamp: object) -> npt.NDArray[np.int64]:
     metadata = pq.ParquetFile(file_path).metadata
-    group_sizes = [
-        metadata.row_group(group_index).num_rows for group_index in range(metadata.num_row_groups)
-    ]
+    group_sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     return np.cumsum([0, *group_sizes])[:-1]
 
 
 @functools.lru_cache(maxsize=2)  # rows are read in order, so that each group is decompressed once
 def _row_group(file_path: str, column_name: str, group_index: int, stamp: object) -> Any:
-    return (
-        pq.ParquetFile(file_path)
-        .read_row_group(group_index, columns=[column_name])[column_name]
-        .combine_chunks()
-    )
+    group = pq.ParquetFile(file_path).read_row_group(group_index, columns=[column_name])
+    return group[column_name].combine_chunks()
 
 
 @functools.lru_cache(maxsize=8)

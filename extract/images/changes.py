@@ -1,5 +1,6 @@
 """Changes of a source since its last listing: images that are new, changed, renamed or removed."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_js
 class ListingChanges:
     """Difference of two listings, by ids.
 
-    Every id of the new listing counts once: as new, changed, renamed or unchanged.
+    Every id of the new listing is in one of them at most.
     """
 
     new: tuple[str, ...]  # neither the id nor, under an id that is gone, the content was there
@@ -21,7 +22,6 @@ class ListingChanges:
     # (old id, new id): the content was there, under an id that is gone
     renamed: tuple[tuple[str, str], ...]
     removed: tuple[str, ...]  # ids that are gone and were not renamed
-    unchanged: int  # count of ids with the same content
 
 
 def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> ListingChanges:
@@ -34,21 +34,18 @@ def compare_listings(before: Mapping[str, str], after: Mapping[str, str]) -> Lis
     for image_id in sorted(before.keys() - after.keys(), reverse=True):
         removed_ids[before[image_id]].append(image_id)
     new_ids, changed_ids, renamed_ids = [], [], []
-    n_unchanged = 0
     for image_id, content_hash in after.items():
         if before.get(image_id) == content_hash:
-            n_unchanged += 1
-        elif image_id in before:
+            continue
+        if image_id in before:
             changed_ids.append(image_id)
         elif removed_ids.get(content_hash):
             renamed_ids.append((removed_ids[content_hash].pop(), image_id))
         else:
             new_ids.append(image_id)
-    unmatched_ids = sorted(
-        image_id for ids_of_content in removed_ids.values() for image_id in ids_of_content
-    )
+    unmatched_ids = sorted(itertools.chain(*removed_ids.values()))
     return ListingChanges(
-        tuple(new_ids), tuple(changed_ids), tuple(renamed_ids), tuple(unmatched_ids), n_unchanged
+        tuple(new_ids), tuple(changed_ids), tuple(renamed_ids), tuple(unmatched_ids)
     )
 
 

@@ -70,39 +70,35 @@ def content_hashes(
     # Each image once, however many crops of it there are.
     image_paths = list(dict.fromkeys(image_path for image_path, _ in located))
     started_ns = time.time_ns()
-    file_stamps_before = file_stamps(map(locator_file, image_paths))
-    hashes: list[str | None] = [None] * len(image_paths)
-    failure_reasons: dict[int, str] = {}
-    unhashed_rows: list[int] = []
-    for row, (image_path, stamp) in enumerate(zip(image_paths, file_stamps_before, strict=True)):
+    stamps = dict(zip(image_paths, file_stamps(map(locator_file, image_paths)), strict=True))
+    hash_of_image: dict[str, str] = {}
+    reason_of_image: dict[str, str] = {}  # of those that cannot be read
+    unhashed: list[str] = []
+    for image_path, stamp in stamps.items():
         if not isinstance(stamp, FileStamp):
-            failure_reasons[row] = _reason(stamp)
-            continue
-        index_entry = known_files.get(_key(image_path))
-        if index_entry is not None and index_entry[0] == stamp.text:
-            hashes[row] = index_entry[1]
+            reason_of_image[image_path] = _reason(stamp)
+        elif (entry := known_files.get(_key(image_path))) and entry[0] == stamp.text:
+            hash_of_image[image_path] = entry[1]
         else:
-            unhashed_rows.append(row)
-    hash_results = _hash_images([image_paths[row] for row in unhashed_rows], threads, progress)
+            unhashed.append(image_path)
+    results = _hash_images(unhashed, threads, progress)
     # A second stamp: a file that was replaced after its first one and before it was read would get
     # the new hash under the old stamp.
-    stamps_after = file_stamps(locator_file(image_paths[row]) for row in unhashed_rows)
+    stamps_after = file_stamps(map(locator_file, unhashed))
     new_entries: _Index = {}
-    for row, result, stamp_after in zip(unhashed_rows, hash_results, stamps_after, strict=True):
+    for image_path, result, stamp in zip(unhashed, results, stamps_after, strict=True):
         if not isinstance(result, str):
-            failure_reasons[row] = _reason(result)
+            reason_of_image[image_path] = _reason(result)
             continue
-        hashes[row] = result
+        hash_of_image[image_path] = result
         if (
-            isinstance(stamp_after, FileStamp)
-            and stamp_after == file_stamps_before[row]
-            and stamp_after.is_settled(started_ns)
+            isinstance(stamp, FileStamp)
+            and stamp == stamps[image_path]
+            and stamp.is_settled(started_ns)
         ):
-            new_entries[_key(image_paths[row])] = (stamp_after.text, result)
+            new_entries[_key(image_path)] = (stamp.text, result)
     if new_entries and keep:
         _write_index(index, known_files | new_entries)
-    hash_of_image = dict(zip(image_paths, hashes, strict=True))
-    reason_of_image = {image_paths[row]: reason for row, reason in failure_reasons.items()}
     unreadable = tuple(
         UnreadableSample(str(sample_id), str(path), reason_of_image[image_path])
         for sample_id, path, (image_path, _) in zip(
@@ -110,13 +106,11 @@ def content_hashes(
         )
         if image_path in reason_of_image
     )
-    sample_hashes = [
-        None
-        if (image_hash := hash_of_image[image_path]) is None
-        else crop_content(image_hash, crop)
+    sample_hashes = tuple(
+        crop_content(hash_of_image[image_path], crop) if image_path in hash_of_image else None
         for image_path, crop in located
-    ]
-    return ContentHashes(tuple(sample_hashes), unreadable, len(unhashed_rows))
+    )
+    return ContentHashes(sample_hashes, unreadable, len(unhashed))
 
 
 def indexed_hashes(files: Iterable[tuple[str, str]], index: Path) -> list[str | None]:
@@ -129,9 +123,8 @@ def indexed_hashes(files: Iterable[tuple[str, str]], index: Path) -> list[str | 
     hashes: list[str | None] = []
     for path, stamp in files:
         image_path, crop = split_crop(path)
-        entry = known_files.get(_key(image_path))
-        is_known = entry is not None and entry[0] == stamp
-        hashes.append(crop_content(entry[1], crop) if entry and is_known else None)
+        known_stamp, image_hash = known_files.get(_key(image_path), (None, ""))
+        hashes.append(crop_content(image_hash, crop) if known_stamp == stamp else None)
     return hashes
 
 
@@ -167,11 +160,8 @@ def _read_index(index: Path) -> _Index:
             column.null_count for column in table.columns
         ):
             return {}
-        index_columns = [table[name].to_pylist() for name in _COLUMNS]
-        entries = {
-            path: (stamp, content_hash)
-            for path, stamp, content_hash in zip(*index_columns, strict=True)
-        }
+        paths, stamps, hashes = (table[name].to_pylist() for name in _COLUMNS)
+        entries = dict(zip(paths, zip(stamps, hashes, strict=True), strict=True))
         # Parquet files have no checksum by default, and one changed digit of a hash would be
         # believed for ever.
         return entries if (table.schema.metadata or {}).get(_DIGEST) == _digest(entries) else {}
@@ -181,16 +171,14 @@ def _read_index(index: Path) -> _Index:
 
 
 def _write_index(index: Path, entries: _Index) -> None:
-    index_values = list(entries.values())
-    index_columns = {
-        "path": pa.array(list(entries), pa.binary()),
-        "stamp": pa.array([stamp for stamp, _ in index_values], pa.string()),
-        "content": pa.array([content_hash for _, content_hash in index_values], pa.string()),
-    }
+    columns = [
+        pa.array(list(entries), pa.binary()),
+        pa.array([stamp for stamp, _ in entries.values()], pa.string()),
+        pa.array([content_hash for _, content_hash in entries.values()], pa.string()),
+    ]
+    table = pa.table(columns, names=_COLUMNS, metadata={_DIGEST: _digest(entries)})
     buffer = io.BytesIO()
-    pq.write_table(
-        pa.table(index_columns).replace_schema_metadata({_DIGEST: _digest(entries)}), buffer
-    )
+    pq.write_table(table, buffer)
     index.parent.mkdir(parents=True, exist_ok=True)
     publish_replace(index, buffer.getvalue())
 

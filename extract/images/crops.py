@@ -9,7 +9,7 @@ background.
 import hashlib
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -64,12 +64,14 @@ def split_crop(path: str) -> tuple[str, Crop | None]:
     match = _CROP.fullmatch(path) if "::crop:" in path else None
     if match is None:
         return path, None
-    left, top, width, height = (float(number) for number in match["numbers"].split(","))
-    crop = Crop(left, top, width, height, "fraction" if match["fraction"] else "pixels")
+    left, top, width, height = map(float, match["numbers"].split(","))
     background: Any = match["background"]
-    if background:
-        crop = replace(crop, background=background, max_background=float(match["share"]))
-    return match["image"], crop
+    return match["image"], Crop(
+        *(left, top, width, height),
+        unit="fraction" if match["fraction"] else "pixels",
+        background=background,
+        max_background=float(match["share"] or 1.0),
+    )
 
 
 def crop_content(image_content: str, crop: Crop | None) -> str:
@@ -84,13 +86,7 @@ def pixel_box(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
 
     Raises ImageError if the crop and the image share no pixel.
     """
-    scale_x, scale_y = (width, height) if crop.unit == "fraction" else (1, 1)
-    edges = (
-        crop.left * scale_x,
-        crop.top * scale_y,
-        (crop.left + crop.width) * scale_x,
-        (crop.top + crop.height) * scale_y,
-    )
+    edges = _edges(crop, width, height)
     left, top, right, bottom = (math.floor(edge + 0.5) for edge in edges)
     box = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
     if box[0] >= box[2] or box[1] >= box[3]:
@@ -103,12 +99,15 @@ def pixel_box(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
 
 def reaches_outside(crop: Crop, width: int, height: int) -> bool:
     """Return whether a crop reaches beyond the image by a pixel or more, and is clipped."""
+    left, top, right, bottom = _edges(crop, width, height)
+    return left <= -1 or top <= -1 or right >= width + 1 or bottom >= height + 1
+
+
+def _edges(crop: Crop, width: int, height: int) -> tuple[float, float, float, float]:
+    """Return (left, top, right, bottom) in pixels, neither rounded nor clipped."""
     scale_x, scale_y = (width, height) if crop.unit == "fraction" else (1, 1)
-    return (
-        min(crop.left * scale_x, crop.top * scale_y) <= -1
-        or (crop.left + crop.width) * scale_x >= width + 1
-        or (crop.top + crop.height) * scale_y >= height + 1
-    )
+    right, bottom = (crop.left + crop.width) * scale_x, (crop.top + crop.height) * scale_y
+    return crop.left * scale_x, crop.top * scale_y, right, bottom
 
 
 def image_size(image: DecodedImage) -> tuple[int, int]:
@@ -135,19 +134,15 @@ def cut_crop(image: DecodedImage, crop: Crop) -> DecodedImage:
     return part
 
 
-def _without_value(part: Bands, channel: int) -> npt.NDArray[np.bool_]:
-    """Return which pixels (H, W) of a band are 0 or have no value."""
-    is_zero = part.values[:, :, part.selection[channel]] == 0
-    is_missing = part.missing(channel)
-    return np.asarray(is_zero if is_missing is None else is_zero | is_missing)
-
-
 def _is_background(part: DecodedImage, background: Background) -> npt.NDArray[np.bool_]:
     """Return which pixels (H, W) are background in all channels; "nodata": 0 or without a value."""
     if isinstance(part, Bands):
         if background == "nodata":
-            empty = [_without_value(part, channel) for channel in range(len(part.ranges))]
-            return np.asarray(np.all(empty, axis=0))
+            is_empty = part.values[:, :, list(part.selection)] == 0
+            for channel in range(len(part.selection)):
+                if (is_missing := part.missing(channel)) is not None:
+                    is_empty[:, :, channel] |= is_missing
+            return np.asarray(is_empty.all(axis=2))
         pixels: npt.NDArray[Any] = part.floats(0.0)
     else:
         pixels = np.asarray(part)

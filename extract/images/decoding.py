@@ -22,7 +22,7 @@ from headrace.extract.images.samples import (
     SIXTEEN_BITS,
     PixelRange,
     Samples,
-    array_dtype,
+    array_header,
     array_samples,
     file_samples,
 )
@@ -56,9 +56,9 @@ ORIENTATIONS = {
 _FILE_BOX = "headrace_file_box"  # key in Image.info
 # The turns that exchange height and width, and those after which the file's right edge is on the
 # left, or its lower edge on top, of the upright image.
-_SIDEWAYS = tuple(ORIENTATIONS[number] for number in (5, 6, 7, 8))
-_RIGHT_IS_LEFT = tuple(ORIENTATIONS[number] for number in (2, 3, 6, 7))
-_BELOW_IS_ABOVE = tuple(ORIENTATIONS[number] for number in (3, 4, 7, 8))
+SIDEWAYS = tuple(ORIENTATIONS[number] for number in (5, 6, 7, 8))
+RIGHT_IS_LEFT = tuple(ORIENTATIONS[number] for number in (2, 3, 6, 7))
+BELOW_IS_ABOVE = tuple(ORIENTATIONS[number] for number in (3, 4, 7, 8))
 
 
 def decode_image(
@@ -136,10 +136,10 @@ def _file_box(
     width, height = (edge / reduction for edge in file_size)
     # The part of a pixel that was rounded up is at the right and lower edge in the file.
     right, below = image.width - width, image.height - height
-    if turn in _SIDEWAYS:
+    if turn in SIDEWAYS:
         width, height, right, below = height, width, below, right
-    left = right if turn in _RIGHT_IS_LEFT else 0.0
-    above = below if turn in _BELOW_IS_ABOVE else 0.0
+    left = right if turn in RIGHT_IS_LEFT else 0.0
+    above = below if turn in BELOW_IS_ABOVE else 0.0
     return left, above, left + width, above + height
 
 
@@ -153,7 +153,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     try:
         with open_image(data) as image:
             width, height = image.size
-            is_sideways = orientation_of(image) in _SIDEWAYS
+            is_sideways = orientation_of(image) in SIDEWAYS
     except Exception:  # noqa: BLE001 - decoding it in full says what is wrong
         return None
     return (width, height) if is_sideways else (height, width)
@@ -165,7 +165,7 @@ def has_deep_pixels(data: bytes) -> bool:
     Raises whatever its decoder does.
     """
     if data.startswith(_NUMPY):
-        return array_dtype(data) not in (np.uint8, np.bool_)
+        return array_header(data)[2] not in (np.uint8, np.bool_)
     with open_image(data) as image:
         return file_samples(image, data, None) is not None
 
@@ -189,18 +189,12 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
         return _eight_bits(Samples(values, "16-bit values", SIXTEEN_BITS), pixel_range)
     if mode in ("I", "F"):
         values = np.asarray(image)
-        return _eight_bits(
-            Samples(values, f"{values.dtype} values (Pillow's mode {mode})", None), pixel_range
-        )
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        samples = Samples(values, f"{values.dtype} values (Pillow's mode {mode})", None)
+        return _eight_bits(samples, pixel_range)
+    has_alpha = mode in ("RGBA", "LA", "PA", "La", "RGBa")
+    if has_alpha or (mode == "P" and "transparency" in image.info):
         return _over_white(image.convert("RGBA"))
-    if mode == "P":
-        return (
-            _over_white(image.convert("RGBA"))
-            if "transparency" in image.info
-            else image.convert("RGB")
-        )
-    return image.convert("RGB")  # CMYK, YCbCr, HSV; Pillow raises for LAB
+    return image.convert("RGB")  # P, CMYK, YCbCr, HSV; Pillow raises for LAB
 
 
 def check_pixel_range(pixel_range: Any) -> None:
@@ -241,13 +235,9 @@ def _eight_bits(samples: Samples, pixel_range: PixelRange | None) -> Image.Image
         # Blended with white, a transparent pixel is white.
         grey_or_rgb[is_transparent.all(axis=2) if n_channels > 1 else is_transparent] = 255
     if n_channels in (2, 4):
-        alpha_pixels = _scale(
-            values[:, :, n_channels - 1 :],
-            *(value_range if samples.alpha_range is None else samples.alpha_range),
-        )
-        return _over_white(
-            Image.fromarray(np.concatenate([grey_or_rgb, alpha_pixels], axis=2)).convert("RGBA")
-        )
+        alpha = _scale(values[:, :, n_channels - 1 :], *(samples.alpha_range or value_range))
+        with_alpha = Image.fromarray(np.concatenate([grey_or_rgb, alpha], axis=2))
+        return _over_white(with_alpha.convert("RGBA"))
     return Image.fromarray(np.ascontiguousarray(grey_or_rgb))
 
 
@@ -263,19 +253,15 @@ def _scale(
     flat_values = np.ascontiguousarray(values).reshape(-1)
     flat_values = flat_values.view(np.uint8) if flat_values.dtype == np.bool_ else flat_values
     # Of 8 and 16 bits there are so few values that a table of all is faster than the arithmetic.
-    has_few_values = flat_values.dtype.kind == "u" and flat_values.dtype.itemsize <= 2
-    value_table = (
-        _scale_table(black_value, white_value, 8 * flat_values.dtype.itemsize)
-        if has_few_values
-        else None
-    )
+    table, n_bits = None, 8 * flat_values.dtype.itemsize
+    if flat_values.dtype.kind == "u" and n_bits <= 16:
+        table = _scale_table(black_value, white_value, n_bits)
     scaled = np.empty(flat_values.shape, np.uint8)
     for start in range(0, len(flat_values), _BLOCK_VALUES):
-        value_block = flat_values[start : start + _BLOCK_VALUES]
-        scaled[start : start + _BLOCK_VALUES] = (
-            _scale_block(value_block, black_value, white_value)
-            if value_table is None
-            else value_table[value_block]
+        block = slice(start, start + _BLOCK_VALUES)
+        numbers = flat_values[block]
+        scaled[block] = (
+            _scale_block(numbers, black_value, white_value) if table is None else table[numbers]
         )
     return scaled.reshape(values.shape)
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -36,7 +37,7 @@ DecodedImage = Image.Image | Bands
 
 # More than any imaging spectrometer has. The number may come from a stranger's model file.
 MAX_BANDS = 1024
-_RESAMPLING = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -78,9 +79,9 @@ class Preprocessing:
     decode: DecodeMode = "exact"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in _RESAMPLING:
+        if self.interpolation not in RESAMPLING:
             raise ValueError(
-                f"interpolation {self.interpolation!r} is not one of {', '.join(_RESAMPLING)}"
+                f"interpolation {self.interpolation!r} is not one of {', '.join(RESAMPLING)}"
             )
         if len(self.mean) != len(self.std):
             raise ValueError(
@@ -230,16 +231,18 @@ def render_bands(
     planes: list[npt.NDArray[np.float32]] = []
     for channel in range(how.n_channels):
         fill = how.mean[channel] if how.nodata == "mean" else None
-        if (
-            channel
+        is_first_once_more = (
+            channel > 0
             and bands.selection[channel] == bands.selection[0]
             and bands.ranges[channel] == bands.ranges[0]
-            and (how.mode != "border" and fill is None)
-        ):
-            planes.append(planes[0])  # grey: the first plane once more
+            # Borders and missing pixels get the mean of their own channel.
+            and how.mode != "border"
+            and fill is None
+        )
+        if is_first_once_more:
+            planes.append(planes[0])
             continue
-        plane = Image.fromarray(bands.plane(channel, fill))
-        planes.append(np.asarray(change(plane, channel)))
+        planes.append(np.asarray(change(Image.fromarray(bands.plane(channel, fill)), channel)))
     # Scaled after the resize, when there are fewer pixels; the result is the same, as both are
     # linear.
     return bands.scaled(planes)
@@ -251,9 +254,13 @@ def _fit(image: Image.Image, how: Preprocessing, border: float | None = None) ->
     width, height = image.size
     scaled_height, scaled_width = _resized_extent(box[3] - box[1], box[2] - box[0], how)
     # For an image of a few pixels' width, mode "shortest" enlarges both edges a hundredfold:
-    # gigabytes from some kB. Pillow resizes the width first, so a tall image is as wide as the
-    # result, and still as tall as before, for a moment in every mode.
-    limit = _max_resize_pixels(height, width, how)
+    # gigabytes from some kB. The limit is no fewer pixels than the image itself; 64 times the
+    # network's input, which is enough for panoramas of 64 : 1; and 2^24 (64 MB), for 256 : 1 at 256
+    # pixels. No more, because a batch is resized by one thread per core: twice MAX_PIXELS with the
+    # network took 1.8 GB on two cores.
+    limit = min(MAX_PIXELS, max(height * width, 64 * math.prod(how.resize), 2**24))
+    # Pillow resizes the width first, so a tall image is as wide as the result, and still as tall as
+    # before, for a moment in every mode.
     if scaled_width * max(scaled_height, height) > limit:
         raise ImageError(
             f"{width} x {height} pixels would be resized to {scaled_width} x {scaled_height} by "
@@ -261,7 +268,7 @@ def _fit(image: Image.Image, how: Preprocessing, border: float | None = None) ->
             "image into pieces, or leave it out"
         )
     if (scaled_height, scaled_width) != (height, width):
-        image = image.resize((scaled_width, scaled_height), _RESAMPLING[how.interpolation], box)
+        image = image.resize((scaled_width, scaled_height), RESAMPLING[how.interpolation], box)
     return _centre_crop(image, how, border)
 
 
@@ -270,20 +277,6 @@ def rgb_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
     values = np.asarray(image)
     # Grey is repeated in a view, which takes no memory.
     return np.broadcast_to(values[:, :, None], (*values.shape, 3)) if values.ndim == 2 else values
-
-
-def resampling_filter(how: Preprocessing) -> Image.Resampling:
-    """Return Pillow's filter for the interpolation."""
-    return _RESAMPLING[how.interpolation]
-
-
-def _max_resize_pixels(height: int, width: int, how: Preprocessing) -> int:
-    """Return the most pixels that an image may have while it is resized, at most MAX_PIXELS."""
-    # No fewer than the image itself; 64 times the network's input, which is enough for panoramas of
-    # 64 : 1; and 2^24 (64 MB), for 256 : 1 at 256 pixels. No more, because a batch is resized by
-    # one thread per core: twice MAX_PIXELS with the network took 1.8 GB on two cores.
-    rows, columns = how.resize
-    return min(MAX_PIXELS, max(height * width, 64 * rows * columns, 2**24))
 
 
 def _resized_extent(height: float, width: float, how: Preprocessing) -> tuple[int, int]:
@@ -301,9 +294,7 @@ def _resized_extent(height: float, width: float, how: Preprocessing) -> tuple[in
     return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
 
-def _centre_crop(
-    image: Image.Image, how: Preprocessing, border: float | None = None
-) -> Image.Image:
+def _centre_crop(image: Image.Image, how: Preprocessing, border: float | None) -> Image.Image:
     """Crop as torchvision's center_crop, which pads smaller images with black.
 
     border: padding of a band, in its own numbers. Mode "border" pads with the mean.

@@ -81,15 +81,14 @@ def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
         # which is undone exactly.
         grey_file = b"P2 %d %d %d\n" % (width * n_channels, height, white_value) + data[offset:]
         with Image.open(io.BytesIO(grey_file), formats=["PPM"]) as scaled_image:
-            pixel_values = np.rint(np.asarray(scaled_image) * (white_value / 65535)).astype(
-                np.uint16
-            )
+            scaled_values = np.asarray(scaled_image)
+        pixel_values = np.rint(scaled_values * (white_value / 65535)).astype(np.uint16)
     else:
         stored_dtype = np.dtype(">u2" if white_value > 255 else "u1")
-        if len(data) < offset + n_values * stored_dtype.itemsize:
+        n_bytes = n_values * stored_dtype.itemsize
+        if len(data) < offset + n_bytes:
             raise ImageError(
-                f"truncated: {len(data) - offset} of {n_values * stored_dtype.itemsize} bytes of "
-                "pixels are there"
+                f"truncated: {len(data) - offset} of {n_bytes} bytes of pixels are there"
             )
         pixel_values = np.frombuffer(data, stored_dtype, n_values, offset)
     shape = (height, width, 3) if n_channels == 3 else (height, width)
@@ -125,7 +124,7 @@ def _png_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
 
 def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
     tags = image.tag_v2  # type: ignore[attr-defined]
-    bits_per_sample = max(tags.get(_BITS_TAG, (1,)))
+    bits_per_sample = tiff_bits(image)
     sample_format = max(tags.get(_SAMPLE_FORMAT_TAG, (_UNSIGNED,)))
     if bits_per_sample <= 8 and sample_format == _UNSIGNED:
         return None
@@ -135,12 +134,8 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
         )
         if raw_modes is None:
             return None
-        return Samples(
-            _both_bytes(image, data, *raw_modes),
-            "16-bit values of a TIFF",
-            SIXTEEN_BITS,
-            SIXTEEN_BITS,
-        )
+        values = _both_bytes(image, data, *raw_modes)
+        return Samples(values, "16-bit values of a TIFF", SIXTEEN_BITS, SIXTEEN_BITS)
     raw_name = pillow_raw_mode(image)
     if image.tile[0].codec_name == "libtiff" and (
         raw_match := re.fullmatch(r"(I;16|I;32|F;32)B?([SF])", raw_name)
@@ -153,19 +148,14 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
         pixel_values = pixel_values.view(np.int8)
     elif bits_per_sample == 32 and sample_format == _UNSIGNED:
         pixel_values = pixel_values.view(np.uint32)  # Pillow's mode "I" is signed
-    own_range = (
-        (0.0, 2.0**bits_per_sample - 1)
-        if bits_per_sample <= 16 and sample_format == _UNSIGNED
-        else None
-    )
+    has_range = bits_per_sample <= 16 and sample_format == _UNSIGNED
     number_kind = {_UNSIGNED: "unsigned", _SIGNED: "signed"}.get(sample_format, "floating-point")
-    # Pillow inverts such images only up to 8 bits.
-    white_is_zero = tags.get(_PHOTOMETRIC_TAG, 0) == 0
     return Samples(
         pixel_values,
         f"{number_kind} {bits_per_sample}-bit values of a TIFF",
-        own_range,
-        white_is_zero=white_is_zero,
+        (0.0, 2.0**bits_per_sample - 1) if has_range else None,
+        # Pillow inverts such images only up to 8 bits.
+        white_is_zero=tags.get(_PHOTOMETRIC_TAG, 0) == 0,
     )
 
 
@@ -220,16 +210,12 @@ def _load_raw(image: ImageFile.ImageFile, raw_name: str) -> npt.NDArray[Any]:
     """Return the pixels, unpacked with the raw mode `raw_name` instead of the one Pillow chose."""
     raw_tiles = []
     for tile in image.tile:
-        tile_args = tile.args
-        own_mode, other_args = (
-            (tile_args[0], tile_args[1:]) if isinstance(tile_args, tuple) else (tile_args, None)
-        )
+        own_mode, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         # Each plane has a raw mode of its own: R, G, B or A.
-        chosen_mode = (
-            raw_name.replace("R", own_mode, 1) if own_mode in ("R", "G", "B", "A") else raw_name
-        )
+        is_plane = own_mode in ("R", "G", "B", "A")
+        mode = raw_name.replace("R", own_mode, 1) if is_plane else raw_name
         raw_tiles.append(
-            tile._replace(args=chosen_mode if other_args is None else (chosen_mode, *other_args))
+            tile._replace(args=(mode, *rest) if isinstance(tile.args, tuple) else mode)
         )
     image.tile = raw_tiles
     image.load()
@@ -252,7 +238,12 @@ def _reduced_by_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
             or len(data) < codestream_start + 43
             or (data[codestream_start + 42] & 0x7F) >= 8
         )
-    return image.format == "TIFF" and bool(max(image.tag_v2.get(_BITS_TAG, (1,))) > 8)  # type: ignore[attr-defined]
+    return image.format == "TIFF" and tiff_bits(image) > 8
+
+
+def tiff_bits(image: ImageFile.ImageFile) -> int:
+    """Return the bits per sample of a TIFF, the most of its channels."""
+    return int(max(image.tag_v2.get(_BITS_TAG, (1,))))  # type: ignore[attr-defined]
 
 
 def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
@@ -263,7 +254,7 @@ def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
 
     Raises ImageError.
     """
-    shape, in_fortran_order, dtype, offset = _array_header(data)
+    shape, in_fortran_order, dtype, offset = array_header(data)
     channels_last, channels_first = (
         len(shape) == 3
         and (shape[axis] in (1, 3, 4) if most_bands is None else shape[axis] >= most_bands)
@@ -307,16 +298,14 @@ def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
 
 def array_shape(data: bytes) -> tuple[int, ...]:
     """Return the shape that the header of an `.npy` file declares. Raises ImageError."""
-    return _array_header(data)[0]
+    return array_header(data)[0]
 
 
-def array_dtype(data: bytes) -> np.dtype[Any]:
-    """Return the dtype that the header of an `.npy` file declares. Raises ImageError."""
-    return _array_header(data)[2]
+def array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Return (shape, whether in Fortran order, dtype, byte offset of the values) of an `.npy` file.
 
-
-def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Return (shape, whether in Fortran order, dtype, byte offset of the values)."""
+    Raises ImageError.
+    """
     stream = io.BytesIO(data)
     try:
         npy_version = np.lib.format.read_magic(stream)

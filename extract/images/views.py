@@ -21,11 +21,11 @@ from PIL import Image, ImageEnhance
 from headrace.cache.errors import SpecMismatch
 from headrace.extract.images.bands import Bands
 from headrace.extract.images.preprocessing import (
+    RESAMPLING,
     DecodedImage,
     Preprocessing,
     render_bands,
     render_crop,
-    resampling_filter,
     rgb_pixels,
 )
 
@@ -79,28 +79,17 @@ def parse_view(text: str) -> tuple[int, ViewMethod]:
             raise ValueError("its index is no number of a view")
         if view_values.get("symmetry"):
             return view_index, Symmetries()
-        augmentation_fields: dict[str, Any] = view_values.get("augmentation", {})
-        tuple_fields = {
-            name: tuple(value)
-            for name, value in augmentation_fields.items()
-            if isinstance(value, list)
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in view_values.get("augmentation", {}).items()
         }
-        field_numbers = [
-            number
-            for value in augmentation_fields.values()
-            for number in (value if isinstance(value, list) else [value])
-        ]
-        if not all(isinstance(number, int | float) for number in field_numbers):
-            raise ValueError("its augmentation is not of numbers")
-        return view_index, Augmentation(**{**augmentation_fields, **tuple_fields})
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+        for value in fields.values():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(number, int | float) for number in numbers):
+                raise ValueError("its augmentation is not of numbers")
+        return view_index, Augmentation(**fields)
+    # A text of another version or a stranger: any JSON, with any values.
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SpecMismatch(
             f"the view {text[:80]!r} is none that this version makes ({error})"
         ) from error
@@ -126,9 +115,8 @@ def render_view(
     crop_height, crop_width = preprocessing.crop
 
     def resize(plane: Image.Image) -> Image.Image:
-        return plane.resize(
-            (crop_width, crop_height), resampling_filter(preprocessing), box=crop_box
-        )
+        how = RESAMPLING[preprocessing.interpolation]
+        return plane.resize((crop_width, crop_height), how, box=crop_box)
 
     if isinstance(image, Bands):
         floats = render_bands(image, preprocessing, lambda plane, _channel: resize(plane))
