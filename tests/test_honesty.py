@@ -21,6 +21,7 @@ def sampled(rows, classes, seed):
     return np.random.default_rng(seed).integers(0, classes, rows)
 
 
+@pytest.mark.slow
 def test_a_head_that_names_the_largest_class_is_too_good_by_its_luck():
     """Ten equal classes, 150 rows: the largest has 14 % of the rows that a head is scored on, and
     10 % of the new ones. A head that does not look at the shares gains nothing by them; nor does a

@@ -136,6 +136,7 @@ def test_what_fits_no_column_is_answered_with_the_nearest():
         choose_columns(["f0", "f1"], ["g*"], "t")
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=12, unique=True), st.data())
 def test_the_option_of_a_message_names_just_those_columns(columns, data):
     """Whatever the names: it is typed as it stands."""
@@ -653,6 +654,7 @@ def test_ids_need_not_be_unique_where_content_is(tmp_path):
         read_external_features(tmp_path / "t.parquet")
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
@@ -676,6 +678,7 @@ def test_any_names_are_the_same_from_any_table(tmp_path_factory, names):
         assert read_external_features(tmp_path / file, **options).sample_ids == expected, form
 
 
+@pytest.mark.slow
 def test_the_command_refuses_the_target_and_says_what_to_type(tmp_path):
     """As people write such tables: with pandas' index, the id and the label; typing what the
     message says works.

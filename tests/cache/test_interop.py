@@ -139,6 +139,7 @@ def test_what_is_exported_comes_back(ours, tmp_path, kind, tap):
     ) == dict(zip(features.ids(), features.content_hashes(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_on_imported_features(folder, tmp_path, monkeypatch):
     """Beside taps of ours and alone; the command says what it kept, and the winner says that it has
     no network.
@@ -340,6 +341,7 @@ def test_what_is_no_id_is_refused(ours):
     assert FeatureLookup(features).fit_transform([]).shape == (0, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_an_export_by_recipe_has_its_images_in_its_order_under_its_ids(two_folders, kind):
     """Of a cache that serves two folders; an image that has no row is counted and named."""

@@ -198,6 +198,7 @@ def run(examples, steps):
     )
 
 
+@pytest.mark.slow
 def test_anything_can_happen():
     """A few random histories."""
     random.seed(0)

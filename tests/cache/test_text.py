@@ -128,6 +128,7 @@ def test_a_float_is_read_back_from_its_text(numbers):
     assert [float(text) for text in texts_of(numbers, "float64")] == numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [lambda n: [f"folder/{i:07}.png" for i in range(n)], range, lambda n: np.arange(n) / 2]
 )

@@ -226,6 +226,7 @@ def test_no_hard_links(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b"first"
 
 
+@pytest.mark.slow
 def test_no_hard_links_and_many_writers(tmp_path, monkeypatch):
     """The rename under a lock keeps one winner too."""
     monkeypatch.setattr(
@@ -248,6 +249,7 @@ def test_no_hard_links_and_many_writers(tmp_path, monkeypatch):
         assert target.read_bytes() == winner * 10000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writers", [2, 4, 8])
 def test_writers_at_once(tmp_path, writers):
     """The same extraction started several times: one shard per unit, no row lost, none twice, all
@@ -451,6 +453,7 @@ def wait_until(condition):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_file_that_may_be_replaced(tmp_path):
     """Killed or failing at each system call of a replacement: the old bytes or the new ones, never
     a mixture.

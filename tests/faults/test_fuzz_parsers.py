@@ -53,6 +53,7 @@ def test_damage_is_refused_or_harmless(tmp_path, name):
             assert fuzz_parsers.outcome(case, path) in ("parsed", "refused"), number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

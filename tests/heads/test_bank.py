@@ -258,6 +258,7 @@ def test_a_view_twice_is_the_same_head_as_once(work: Path) -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multi", "regression"])
 def test_other_tasks(work: Path, kind: str) -> None:
     """Multi-label and regression tasks train with the kinds that can; the others say which to use
@@ -689,6 +690,7 @@ def test_every_bank_refuses_no_heads_and_weights_beyond_its_numbers(kind: str) -
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [False, True])
 def test_side_columns_of_streamed_rows_and_views(work: Path, missing: bool) -> None:
     """Read from shards or loaded, of one view or two: the same heads, and stored predictions are

@@ -66,6 +66,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @parametrize_with_checks(FACES, expected_failed_checks=exceptions)
 def test_scikit_learn_conformance(estimator: Any, check: Any) -> None:
     """Every face keeps scikit-learn's estimator contract."""

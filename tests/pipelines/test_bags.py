@@ -22,6 +22,8 @@ from headrace.pipelines.recipe.load import RecipeError
 from headrace.pipelines.report.build import write_report
 from headrace.pipelines.selection.ensemble import Member, build_ensemble
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """\
 images:
   table: labels.csv

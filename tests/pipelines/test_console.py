@@ -110,6 +110,7 @@ def test_bytes_that_are_no_utf8_are_escaped_and_nothing_else():
     assert valid_text("\ud800é") == "\\ud800é"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -143,6 +144,7 @@ def test_an_interpreter_is_told_so_by_its_environment(run):
     assert b"[draft] :dog: caf\\xe9" in done.stdout.replace(b"\n", b"")
 
 
+@pytest.mark.slow
 def test_predictions_on_the_screen_are_utf8_whatever_the_locale(run, tmp_path):
     """Byte for byte the table that a file would hold; what is said beside it is the locale's."""
     new = tmp_path / "é[x].png"

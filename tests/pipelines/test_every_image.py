@@ -27,6 +27,8 @@ from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.run import extract_recipe
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 UNITS = RECIPE.replace("folder: photos", "table: table.csv\n  unlabelled: more").replace(
     "folds: 3", "folds: 3\n  unit: patient"

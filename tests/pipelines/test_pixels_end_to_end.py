@@ -34,6 +34,8 @@ from headrace.pipelines.predict.listing import list_images, unsaid_parts_note
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.recipe.text import RecipeError
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 NETWORK = 'name: "timm:test_resnet", weights: "random:0", image_size: 32, crop_fraction: 1.0'
 TASK = "task: {folds: 2, test_fraction: 0.25}\n"

@@ -65,6 +65,7 @@ def test_an_undecodable_image_is_listed_and_shifts_nothing(finished):
     assert row["reason"]
 
 
+@pytest.mark.slow
 def test_strict_refuses_what_cannot_be_decoded(finished):
     """Also when it was recorded by an earlier call that went on."""
     folder, _ = finished

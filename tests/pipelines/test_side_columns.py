@@ -65,6 +65,7 @@ def run(tmp_path_factory):
     return folder, table, run_here(folder / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_every_input_is_on_the_leaderboard_with_and_without_the_columns(run):
     _, _, result = run
     assert result.failed_heads == 0, result.heads["error"].dropna().unique()

@@ -62,6 +62,7 @@ def test_mlflow_is_told_once(told):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_tensorboard_is_told_once(told):
     """Event files with the scores and the hyperparameters; none is added by a second telling."""

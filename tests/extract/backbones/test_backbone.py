@@ -124,6 +124,7 @@ def assert_same_input(how: Preprocessing, picture: Image.Image, expected: torch.
     assert float((found - expected).abs().max()) < 2e-6, picture.size
 
 
+@pytest.mark.slow
 def test_overrides() -> None:
     """None keeps the weights' own value; a size alone keeps their ratio of crop to resize."""
 

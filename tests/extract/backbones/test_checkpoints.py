@@ -44,6 +44,7 @@ def saved(path: Path, content: object) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAPS)
 @pytest.mark.parametrize("kind", ["headless", "foreign"])
 def test_a_head_that_is_absent_or_of_other_classes(tmp_path: Path, name: str, kind: str) -> None:
@@ -70,6 +71,7 @@ def test_a_head_that_is_absent_or_of_other_classes(tmp_path: Path, name: str, ki
     assert load_backbone(spec).weights == digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prefix",
     [

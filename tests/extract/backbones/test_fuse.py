@@ -139,6 +139,7 @@ def test_ordinary_networks_are_fused(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "taps", "left"),
     [

@@ -46,6 +46,7 @@ def test_position_embeddings_are_resampled_as_timm_does_it() -> None:
     assert plain.module.pos_embed.shape[1] == 197  # the object that others use is as it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "tokens"),
     [
@@ -64,6 +65,7 @@ def test_the_number_of_tokens_is_that_of_the_size(name: str, size: int, tokens: 
     assert backbone.preprocessing.crop == (size, size)
 
 
+@pytest.mark.slow
 def test_a_file_of_either_size_loads(tmp_path: Path) -> None:
     """The weights' own, and those of a network that was saved at the size that is asked for, as an
     export does it.
@@ -79,6 +81,7 @@ def test_a_file_of_either_size_loads(tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_windows_and_tables_follow() -> None:
     """Swin's relative position tables, at a size that its windows do not divide."""
     (found,) = features(

@@ -106,6 +106,7 @@ def folders(tmp_path_factory):
     return {kind: (root / kind, *save_folder(root / kind, kind)) for kind in FOLDERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_a_folder_of_transformers_gives_its_own_numbers(folders, kind):
     """Features of the last block equal a hook on the model as transformers loads it, on pixels of
@@ -132,6 +133,7 @@ def test_a_folder_of_transformers_gives_its_own_numbers(folders, kind):
     assert (exact.prefix, exact.has_class_token) == (n_prefix, n_prefix > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_other_sizes_are_resampled_as_transformers_does_it(folders, kind):
     """At twice its size the network equals the library's own interpolation."""
@@ -272,6 +274,7 @@ def test_gradients_through_onnx_are_refused(tmp_path):
         backbone.module(torch.zeros(1, 3, 32, 32))
 
 
+@pytest.mark.slow
 def test_a_tower_of_open_clip_gives_its_own_numbers():
     """At its own size and at another one, to which its positions are resampled."""
     spec = BackboneSpec("open_clip:ViT-S-32-alt", "random:0", image_size=96)

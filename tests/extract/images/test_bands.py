@@ -296,6 +296,7 @@ def test_fields_that_go_together():
         preprocessing(bands=(1, 2, 3), pixel_range=((0, 1), (0, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_channels", [1, 2, 4, 13])
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "efficientnet_b0"])
 def test_the_first_convolution_is_adapted_as_timm_does(name, n_channels, tmp_path):

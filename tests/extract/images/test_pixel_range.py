@@ -448,6 +448,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["shortest", "squash", "border"])
 def test_no_line_of_pixels_asks_for_much_memory(lines: Path, mode: str) -> None:
     """They are refused where resizing would take gigabytes, with both sizes; nothing takes half a

@@ -47,6 +47,7 @@ def photograph(width: int, height: int, kind: str = "JPEG", **options: object) -
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "resize", "mode", "reduction"),
     [

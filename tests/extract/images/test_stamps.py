@@ -107,6 +107,7 @@ REPLACEMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replace", REPLACEMENTS)
 def test_a_replacement_of_the_same_size_and_time_is_noticed(tmp_path, replace):
     """By the index of content hashes, and by what bulk prediction keeps."""
@@ -245,6 +246,7 @@ def damaged(data):
     yield from (b"", b"PAR1", data[:-9], data[: len(data) // 2], data + b"\0")
 
 
+@pytest.mark.slow
 def test_a_damaged_index_is_made_again(tmp_path):
     """It only saves time: one changed digit of a hash must not be believed, and no damage may stop
     a run.

@@ -286,6 +286,7 @@ def test_a_device_that_is_not_there_is_answered_with_one_that_is(device, message
             check_device(device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("spec", [RESNET, VIT], ids=["resnet", "vit"])

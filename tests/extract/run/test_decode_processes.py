@@ -105,6 +105,7 @@ def test_pixels_and_reasons_are_those_of_threads(
     assert 1 <= len(children()) <= 2
 
 
+@pytest.mark.slow
 def test_images_of_a_process_that_is_killed_are_decoded_again(
     tmp_path: Path, processes: DecodeProcesses
 ) -> None:
@@ -136,6 +137,7 @@ rendering._render_one = deadly
 """
 
 
+@pytest.mark.slow
 def test_an_image_that_ends_its_process_is_that_images_failure(
     tmp_path: Path, processes: DecodeProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +172,7 @@ def test_processes_that_do_not_start_are_no_fault_of_the_images(
         batches(processes, samples_in(tmp_path))
 
 
+@pytest.mark.slow
 def test_what_a_library_prints_is_no_reply(
     tmp_path: Path, processes: DecodeProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +184,7 @@ def test_what_a_library_prints_is_no_reply(
         assert_equal(batches(processes, samples), batches(threads, samples))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_samples_in_flight(
     tmp_path: Path, processes: DecodeProcesses
 ) -> None:
@@ -240,6 +244,7 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "threads", "used"),
     [("cuda", 4, True), ("cuda", 3, False), ("cpu", 4, False)],

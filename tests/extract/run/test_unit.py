@@ -206,6 +206,7 @@ def test_missing_taps_alone_are_computed(tmp_path: Path) -> None:
     assert extract(samples, tmp_path / "cache", both) == []
 
 
+@pytest.mark.slow
 def test_interrupted_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after any number of shards, even within a unit, the finished cache has the same
     bytes.
@@ -262,6 +263,7 @@ def test_run_units_is_run_unit_in_a_row(tmp_path: Path) -> None:
     assert sum(shown.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_several_backbones_decode_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two networks with different inputs, three views of one: each file is decoded once."""
     samples = make_images(tmp_path / "images", 7)

@@ -56,6 +56,7 @@ TREES = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @MANY
 @given(TREES)
 def test_class_folders_as_torchvision_reads_them(tmp_path_factory, tree):
@@ -98,6 +99,7 @@ def test_class_folders_as_torchvision_reads_them(tmp_path_factory, tree):
     }
 
 
+@pytest.mark.slow
 @MANY
 @given(
     st.dictionaries(
@@ -158,6 +160,7 @@ CELLS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @MANY
 @given(
     st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=10), st.sampled_from([",", ";", "\t"])

@@ -16,6 +16,8 @@ from headrace.extract.taps import openvino_forward
 from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import resolve_taps
 
+pytestmark = pytest.mark.slow
+
 
 def pixels_for(backbone, count):
     generator = torch.Generator().manual_seed(1)

@@ -83,6 +83,7 @@ def hooked_outputs(
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), ARCHITECTURES)
 def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int) -> None:
     """For taps spread over the network, reduced in every way, in batches of 1 and 3; and the
@@ -199,6 +200,7 @@ def test_shape_bytes_and_cost_of_nodes() -> None:
     ).multiply_adds == pytest.approx(1.814e9, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -235,6 +237,7 @@ def test_auto_picks_early_to_late(name: str, expected: str) -> None:
     assert " ".join(str(tap) for tap in resolve_taps(backbone, "auto")) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

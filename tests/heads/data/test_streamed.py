@@ -97,6 +97,7 @@ def task_file(root: Path, kind: str, weighted: bool) -> str:
     return str(root / "task.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "task", "shape"),
     [

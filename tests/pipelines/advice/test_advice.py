@@ -169,6 +169,7 @@ def test_no_whole_head_is_an_error_that_says_what_to_do(tmp_path):
         advise_on(board.assign(failed=1), task, directories, tmp_path / "advice", in_this_process)
 
 
+@pytest.mark.slow
 def test_the_distance_to_reference_images_is_told(tmp_path):
     """About one for images of the same kind, more for others, on the feature sets that both runs
     have; images of both runs are no reference; what is said decides nothing.
@@ -398,6 +399,7 @@ def test_draws_resample_folds_and_groups():
     assert (drawn[:20].sum(0) == 0).any()  # a fold that was not drawn
 
 
+@pytest.mark.slow
 def test_input_halving_keeps_what_is_promising(tmp_path):
     """The best tap of six survives two rounds, each on half as many inputs; a second call trains
     nothing; maps stay.

@@ -143,6 +143,7 @@ def test_a_run_that_has_not_ended_says_so(project, tmp_path, gone, commands):
     assert run_status(run)[-1].state == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["recipe.yaml", "headrace-runs/recipe"])
 def test_a_project_that_was_moved_is_whole(project, tmp_path, given):
     """Images, cache and weights file are found where they are now, though the run has noted where
@@ -200,6 +201,7 @@ def homeless(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("homeless")
 def test_a_user_without_a_home_runs_reports_and_predicts(tmp_path):
     """What would be kept in a home only saves time."""

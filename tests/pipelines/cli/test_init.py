@@ -123,6 +123,7 @@ def test_archives_and_arrays(tmp_path):
         assert recipe.task.split == ("split" if source == idx else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data"),
     [

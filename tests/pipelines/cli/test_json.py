@@ -159,6 +159,7 @@ WITHOUT_RESULT = {  # the arguments, and the words of what went wrong
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [name for name in OUTPUTS if name != ERROR])
 def test_a_call_without_result_prints_one_error(command, tmp_path):
     """An object on the standard output and nothing else; the same words on the standard error."""

@@ -69,6 +69,7 @@ def test_a_job_that_slurm_refuses_ends_the_run(tmp_path, commands, said, key):
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.slow
 def test_jobs_that_wait_in_the_queue_are_told(tmp_path, commands, monkeypatch):
     """With SLURM's state and reason, once, and what to do."""
     pytest.importorskip("dask_jobqueue")

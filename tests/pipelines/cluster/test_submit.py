@@ -240,6 +240,7 @@ def test_tasks_are_not_blamed_for_a_broken_host(monkeypatch):
     assert told.count("paused") == 1
 
 
+@pytest.mark.slow
 def test_a_cluster_of_one_broken_host_ends():
     """There is nothing to compare it with: its tasks are quarantined, as they would be if they
     were.

@@ -148,6 +148,7 @@ def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
         assert said in card
 
 
+@pytest.mark.slow
 def test_an_mlflow_model_predicts_the_same(photos, features, tmp_path):
     """From paths in a list or in a table; nothing but safetensors and text is in it."""
     pyfunc = pytest.importorskip("mlflow.pyfunc")

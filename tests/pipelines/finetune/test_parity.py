@@ -154,6 +154,7 @@ def test_a_wrong_tap_of_the_same_width_is_caught(case: Case, tap: Tap) -> None:
         parity(case, taps=(tap,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "taps"), HEADS, ids=lambda value: getattr(value, "kind", ""))
 def test_heads_of_every_kind_that_has_gradients_pass(
     case: Case, head: HeadSpec, taps: tuple[str, ...]
@@ -209,6 +210,7 @@ def test_a_head_in_standardised_coordinates_is_the_same_function(
         np.testing.assert_allclose(link(module(features).numpy(), "single"), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "node", "size"),
     [

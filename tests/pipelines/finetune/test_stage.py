@@ -123,6 +123,7 @@ SECTION = FinetuneSection(train_above=("layer3",), epochs=3, learning_rate=(1e-3
 WEAK = LogisticSpec(C=1e-4)  # leaves much to gain
 
 
+@pytest.mark.slow
 def test_what_is_better_is_kept_and_what_is_not_is_rolled_back(
     case: Case, tmp_path: Path, here: list[str]
 ) -> None:
@@ -321,6 +322,7 @@ def test_a_failure_is_a_row_and_the_head_stays(
     assert result.rows["error"].isna().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pilot", "train_fold"])
 def test_a_full_disk_decides_nothing(
     case: Case, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch, name: str

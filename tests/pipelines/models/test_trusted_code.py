@@ -237,6 +237,7 @@ def unimported(sent_run, monkeypatch):
     sys.modules.pop("sent_module", None)
 
 
+@pytest.mark.slow
 def test_no_command_on_a_runs_directory_imports_what_the_run_names(
     unimported, tmp_path, monkeypatch
 ):
@@ -256,6 +257,7 @@ def test_no_command_on_a_runs_directory_imports_what_the_run_names(
     assert "type: --trust-code sent_module:Classifier" in page.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", ["by the option", "by the recipe"])
 def test_a_report_predicts_again_what_it_may(unimported, tmp_path, allowed):
     """With the name on the command line, or by the recipe that names it, the page is whole."""

@@ -213,6 +213,7 @@ def test_images_of_two_depths_are_told(tmp_path):
     assert "images.pixel_range" in said
 
 
+@pytest.mark.slow
 def test_several_labels_in_a_cell_are_found(tmp_path):
     """init writes kind: multi with what stands between them; blanks inside of names are none."""
     make_photos(tmp_path / "photos", n=12)

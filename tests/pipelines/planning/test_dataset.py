@@ -188,6 +188,7 @@ def test_copies_with_different_labels_are_pointed_out():
     assert any("carries different targets" in note for note in dataset(frame, content).notes)
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # the first call imports scikit-learn
 @given(st.data())
 def test_groups_that_share_a_copy_are_one_group(data):

@@ -149,6 +149,7 @@ def test_two_calls_for_one_table_follow_each_other(run, model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.csv", "p.csv.json"]
 
 
+@pytest.mark.slow
 def test_only_what_is_left_is_predicted(run, model, tmp_path, monkeypatch):
     """After a stop in the middle: finished parts stay, a changed, a new and an unreadable file are
     predicted, no other is.

@@ -16,7 +16,10 @@ from headrace.pipelines.report.compare import write_comparison
 from headrace.pipelines.report.page.blocks import Headline, Matrix, Section
 from headrace.pipelines.report.page.render import render_page
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium"),
+]
 SETTINGS = 10_000
 # Of the page's own figures (first paint within 2 s, a filter within 200 ms: benchmarks/report.py),
 # ten times and more: these tests run on machines that do other things too.

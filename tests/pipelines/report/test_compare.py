@@ -51,6 +51,7 @@ def frame(compared, name):
     return pd.read_parquet(compared.page.with_name("compared-tables") / f"{name}.parquet")
 
 
+@pytest.mark.slow
 def test_only_common_images_are_compared_and_that_is_said(runs, compared):
     """The validation images of both; each metric of both is `score` of these very rows."""
     first, second = (read_finished_run(run) for run in runs)

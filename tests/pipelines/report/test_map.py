@@ -72,6 +72,7 @@ def test_features_that_are_all_alike_are_one_place():
     assert len(np.unique(layout.places, axis=0)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("umap") is None, reason="needs the extra umap")
 def test_umap_is_kept_and_made_again_where_its_file_is_damaged(tmp_path):
     """The same places from the file, from a damaged file, and without one."""

@@ -61,6 +61,7 @@ def table(folder, name):
     return pd.read_parquet(folder / "runs" / "single" / "report-tables" / f"{name}.parquet")
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(page):
     """No address is loaded from anywhere, and the policy allows one script, by its hash."""
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
@@ -173,6 +174,7 @@ def test_a_winner_that_was_not_shown_the_test_split_has_no_confusions_there(fold
     assert not [name for name in names if name.endswith("-test") or name.startswith("test")]
 
 
+@pytest.mark.slow
 def test_the_page_is_the_same_twice(folder, tmp_path, page):
     """But for the minute it was written in."""
     left = tmp_path / f".again.html.{'0a' * 16}.partial"  # by a call that was killed
@@ -184,6 +186,7 @@ def test_the_page_is_the_same_twice(folder, tmp_path, page):
     assert re.sub(minute, "", again) == re.sub(minute, "", page)
 
 
+@pytest.mark.slow
 def test_what_is_gone_is_said(folder, tmp_path):
     """Labels that have changed, then images and features that are gone: a report all the same, with
     the reason.
@@ -210,6 +213,7 @@ def test_what_is_gone_is_said(folder, tmp_path):
     assert "not there any more" in text
 
 
+@pytest.mark.slow
 def test_features_that_are_gone_are_counted(folder, tmp_path):
     """A feature set without its manifest holds no rows: the page says so, and is written."""
     copy = tmp_path / "copy"
@@ -229,6 +233,7 @@ def test_features_that_are_gone_are_counted(folder, tmp_path):
         manifest.write_bytes(rows)
 
 
+@pytest.mark.slow
 def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tmp_path):
     """No section and no picture is left out in silence."""
     root = tmp_path / "run"

@@ -90,6 +90,7 @@ def test_heads_that_are_right_but_unsure_have_their_say(tmp_path):
     assert max(told[k] for k in told if k % 2) < 0.5 * min(told[k] for k in told if not k % 2)
 
 
+@pytest.mark.slow
 def test_heads_that_know_nothing_are_not_combined(tmp_path):
     """Thirty of them, in five worlds: an ensemble fits their noise, its nested score knows that it is
     worth nothing, and it is never the selected model. The best single head is worth nothing either,

@@ -101,6 +101,7 @@ def test_a_record_of_an_earlier_version_is_refused(tmp_path, name):
     assert {path.name for path in paths.root.iterdir()} == {name}
 
 
+@pytest.mark.slow
 def test_a_run_is_not_deceived_and_withdraws_what_is_true_no_more(tmp_path):
     """A changed score, an emptied record; an ensemble whose run has none any more; a damaged
     winner.

@@ -33,6 +33,7 @@ def world(kind, rng):
     return truth, rng.random((HEADS, ROWS)) < truth[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["equal heads", "equal heads that share the hard images", "heads of different worth"]
 )

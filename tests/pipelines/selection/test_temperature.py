@@ -108,6 +108,7 @@ def test_what_is_expected_is_of_the_winner_at_its_temperature(run):
     assert read_record(run[1].paths.selection)["calibrated"] == selection.calibrated
 
 
+@pytest.mark.slow
 def test_every_way_of_predicting_has_it(run, tmp_path):
     """From the run, its directory, a table, features, a torch program, ONNX and safetensors;
     decisions are the head's own.
@@ -191,6 +192,7 @@ def test_the_test_score_is_of_what_is_handed_out(run):
     ]
 
 
+@pytest.mark.slow
 def test_the_report_shows_both(run):
     """Two reliability diagrams of the validation images, the temperature, and both errors."""
     report = write_report(run[1].paths.root, tables=True)
@@ -259,6 +261,7 @@ def test_a_head_of_an_earlier_version_has_a_temperature_of_one(run, tmp_path):
             load_head(rewritten(winner, tmp_path / str(number), temperature=value))
 
 
+@pytest.mark.slow
 def test_views_are_averaged_before(tmp_path):
     """What the temperature was fitted to is the mean over views; so it is applied to the mean."""
     make_photos(tmp_path / "photos", n=40)

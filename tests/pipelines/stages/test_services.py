@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import pytest
 from rich.console import Console
 from support.models import client_here
 from support.runs import RECIPE, make_photos
@@ -32,6 +33,7 @@ def test_a_client_is_opened_at_first_use_and_ends_with_the_services():
     assert events == [("train", "cpu"), "ended"]
 
 
+@pytest.mark.slow
 def test_a_large_run_begins_with_a_probe_and_plans_the_rest_anew(tmp_path, monkeypatch):
     """A little of each kind that was never measured; the other heads are planned by what that
     took, and none is trained twice.
