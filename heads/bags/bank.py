@@ -202,25 +202,15 @@ def _raw_arrays(parameters: Arrays, data: FoldData) -> Arrays:
     # The layers that read features. Without hidden layers the last one does so too, of pooled
     # features: weights of a unit's rows sum to one and scales are positive, so that pooling
     # standardised features is standardising pooled ones.
-    readers = (
-        [("weight0", "bias0")]
-        if n_hidden
-        else [
-            (weight, bias)
-            for weight, bias in (
-                ("tanh_weight", "tanh_bias"),
-                ("sigmoid_weight", "sigmoid_bias"),
-                ("weight0", "bias0"),
-            )
-            if weight in arrays
-        ]
-    )
+    readers = [("weight0", "bias0")]
+    if not n_hidden and "attention" in arrays:
+        readers += [("tanh_weight", "tanh_bias"), ("sigmoid_weight", "sigmoid_bias")]
     for weight, bias in readers:
         arrays[weight] = arrays[weight] / data.scale
         arrays[bias] = arrays[bias] - arrays[weight] @ data.mean
-    last = f"weight{n_hidden}", f"bias{n_hidden}"
-    arrays[last[0]] = arrays[last[0]] * data.target_scale[:, None]
-    arrays[last[1]] = arrays[last[1]] * data.target_scale + data.target_mean
+    weight, bias = f"weight{n_hidden}", f"bias{n_hidden}"
+    arrays[weight] = arrays[weight] * data.target_scale[:, None]
+    arrays[bias] = arrays[bias] * data.target_scale + data.target_mean
     if "attention" in arrays:
         arrays["attention"] = arrays["attention"][0]
     return {name: value.astype(np.float32) for name, value in arrays.items()}

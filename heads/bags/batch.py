@@ -230,15 +230,13 @@ class BagBatch:
         # What reads the values that dropout keeps has their scale: they are many, weights few.
         scale = self.kept_scale[heads] if masks else 1.0
         for layer in range(n_hidden):
-            weight = parameters[f"weight{layer}"]
-            hidden = _HiddenLayer.apply(
-                weight * scale if layer else weight,
-                parameters[f"bias{layer}"],
-                hidden,
-                [None if mask is None else masks[layer][mask] for mask in self.mask_index[heads]]
-                if masks
-                else [],
-            )
+            weight, layer_masks = parameters[f"weight{layer}"], []
+            if masks:
+                indices = self.mask_index[heads]
+                layer_masks = [None if i is None else masks[layer][i] for i in indices]
+            if layer:
+                weight = weight * scale
+            hidden = _HiddenLayer.apply(weight, parameters[f"bias{layer}"], hidden, layer_masks)
         pooled = self._pool(hidden, members, parameters, scale) * scale
         weight, bias = parameters[f"weight{n_hidden}"], parameters[f"bias{n_hidden}"]
         return torch.bmm(weight, pooled.expand(len(weight), -1, -1)) + bias.unsqueeze(2)

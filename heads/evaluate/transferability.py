@@ -71,17 +71,12 @@ def h_score(X: Array, target: Array, *, shrink: bool = True) -> float:
     if shrink:
         eigenvalue_spread = (eigenvalues**2).sum() / n_features - mean_eigenvalue**2
         sampling_error = ((X**2).sum(1) ** 2).sum() / n_rows - (eigenvalues**2).sum()
-        shrinkage = (
-            float(min(1.0, max(sampling_error / (n_features * n_rows * eigenvalue_spread), 0.0)))
-            if eigenvalue_spread > 0
-            else 1.0
-        )
-    return float(
-        (1 - shrinkage)
-        * (
-            (class_means**2).sum(1) / ((1 - shrinkage) * eigenvalues + shrinkage * mean_eigenvalue)
-        ).sum()
-    )
+        shrinkage = 1.0
+        if eigenvalue_spread > 0:
+            share = sampling_error / (n_features * n_rows * eigenvalue_spread)
+            shrinkage = float(min(1.0, max(share, 0.0)))
+    shrunk = (1 - shrinkage) * eigenvalues + shrinkage * mean_eigenvalue
+    return float((1 - shrinkage) * ((class_means**2).sum(1) / shrunk).sum())
 
 
 def _spectrum(X: Doubles, y: Doubles) -> tuple[Doubles, Doubles]:
@@ -109,11 +104,8 @@ def negative_conditional_entropy(source: Array, target: Array) -> float:
     joint_probability = np.zeros((source.max() + 1, target.max() + 1))
     np.add.at(joint_probability, (source, target), 1 / len(target))
     conditional_probability = joint_probability / joint_probability.sum(1, keepdims=True)
-    return float(
-        (
-            joint_probability * np.log(np.where(joint_probability > 0, conditional_probability, 1))
-        ).sum()
-    )
+    log_conditional = np.log(np.where(joint_probability > 0, conditional_probability, 1))
+    return float((joint_probability * log_conditional).sum())
 
 
 def bayes_bounds(neighbor_error: float, n_classes: int) -> tuple[float, float]:
@@ -125,6 +117,5 @@ def bayes_bounds(neighbor_error: float, n_classes: int) -> tuple[float, float]:
     """
     guess_error = (n_classes - 1) / n_classes
     bounded_error = min(max(neighbor_error, 0.0), guess_error)
-    return guess_error * (
-        1 - float(np.sqrt(max(1 - bounded_error / guess_error, 0.0)))
-    ), bounded_error
+    root = float(np.sqrt(max(1 - bounded_error / guess_error, 0.0)))
+    return guess_error * (1 - root), bounded_error

@@ -71,26 +71,20 @@ class Bank(Generic[Spec]):
 
         They are called one by one, because the parameters of a batch take memory.
         """
-        traces_by_key: dict[tuple[Any, ...], list[Trace]] = {}
+        alike: dict[tuple[Any, ...], list[Trace]] = {}
         for trace in traces:
             if trace.error is None:
-                traces_by_key.setdefault(self.family.alike(self.specs[trace.spec]), []).append(
-                    trace
-                )
+                alike.setdefault(self.family.alike(self.specs[trace.spec]), []).append(trace)
         makers: list[Callable[[], Run]] = []
-        for alike_traces in traces_by_key.values():
-            head_bytes = max(
-                self.family.head_bytes(self.specs[trace.spec]) for trace in alike_traces
-            )
-            heads_per_batch = (
-                max(1, self.family.batch_bytes // head_bytes)
-                if self.features.device.type == "cpu"
-                else len(alike_traces)
-            )
-            n_batches = -(-len(alike_traces) // heads_per_batch)
-            bounds = [i * len(alike_traces) // n_batches for i in range(n_batches + 1)]
+        for group in alike.values():
+            n_batches = 1
+            if self.features.device.type == "cpu":
+                head_bytes = max(self.family.head_bytes(self.specs[trace.spec]) for trace in group)
+                heads_per_batch = max(1, self.family.batch_bytes // head_bytes)
+                n_batches = -(-len(group) // heads_per_batch)
+            bounds = [i * len(group) // n_batches for i in range(n_batches + 1)]
             makers += [
-                partial(self._run, alike_traces[start:stop], ranked)
+                partial(self._run, group[start:stop], ranked)
                 for start, stop in itertools.pairwise(bounds)
             ]
         return makers
@@ -98,14 +92,8 @@ class Bank(Generic[Spec]):
     def _run(self, chunk: list[Trace], ranked: bool) -> Run:
         specs = [self.specs[trace.spec] for trace in chunk]
         data = self.data(chunk[0].fold, standardize=self.family.alike(specs[0])[-1])
-        return Run(
-            specs,
-            chunk,
-            data,
-            lambda: self.family.make(specs, data, chunk[0].fold),
-            len(self.stacked),
-            ranked,
-        )
+        make = partial(self.family.make, specs, data, chunk[0].fold)
+        return Run(specs, chunk, data, make, len(self.stacked), ranked)
 
     def fit(self, trace: Trace) -> FitResult:
         """Return the fit of a head that has left its batch."""
@@ -182,8 +170,8 @@ def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) ->
     makers: list[Callable[[], Run]] = []
     for held_out_fold in data.folds:
         fold_traces = [
-            Trace(spec_index, held_out_fold, spec.epochs, error=spec_error(spec, data.task_kind))
-            for spec_index, spec in enumerate(specs)
+            Trace(i, held_out_fold, spec.epochs, error=spec_error(spec, data.task_kind))
+            for i, spec in enumerate(specs)
         ]
         traces += fold_traces
         makers += bank.run_makers(fold_traces, ranked=halving is not None)
@@ -202,17 +190,12 @@ def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) ->
         for run in runs:
             run.advance(None)
     if refit:
-        refit_traces = [
-            _full_trace(spec_index, specs[spec_index], traces, data.task_kind)
-            for spec_index in sorted(alive)
-        ]
+        refit_traces = [_full_trace(i, specs[i], traces, data.task_kind) for i in sorted(alive)]
         traces += refit_traces
         for maker in bank.run_makers(refit_traces, ranked=False):
             maker().advance(None)
-    return [
-        bank.fit(trace)
-        for trace in sorted(traces, key=lambda trace: (trace.spec, trace.fold == REFIT, trace.fold))
-    ]
+    traces.sort(key=lambda trace: (trace.spec, trace.fold == REFIT, trace.fold))
+    return [bank.fit(trace) for trace in traces]
 
 
 def spec_error(spec: NetworkSpec, task: TaskKind) -> str | None:
@@ -249,15 +232,12 @@ def as_tensor(array: Array) -> torch.Tensor:
 
 def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int]:
     """Return the best share `keep` of the specs alive, by mean rank over folds; at least one."""
-    traces_of_spec = {
-        spec_index: [trace for trace in traces if trace.spec == spec_index] for spec_index in alive
-    }
-    mean_rank = {
-        spec_index: float(np.mean([trace.best_rank for trace in spec_traces]))
-        for spec_index, spec_traces in traces_of_spec.items()
-        if all(trace.error is None for trace in spec_traces)
-    }
-    best_first = sorted(mean_rank, key=lambda spec_index: (-mean_rank[spec_index], spec_index))
+    mean_rank = {}
+    for i in alive:
+        of_spec = [trace for trace in traces if trace.spec == i]
+        if all(trace.error is None for trace in of_spec):
+            mean_rank[i] = float(np.mean([trace.best_rank for trace in of_spec]))
+    best_first = sorted(mean_rank, key=lambda i: (-mean_rank[i], i))
     return set(best_first[: max(1, round(keep * len(best_first)))])
 
 
@@ -270,9 +250,5 @@ def _full_trace(
     error = spec_error(spec, task)
     if spec_traces and not best_epochs and error is None:
         error = f"not trained on all rows, because it failed in every fold: {spec_traces[0].error}"
-    return Trace(
-        spec_index,
-        REFIT,
-        max(1, round(float(np.mean(best_epochs)))) if best_epochs else spec.epochs,
-        error=error,
-    )
+    epochs = max(1, round(float(np.mean(best_epochs)))) if best_epochs else spec.epochs
+    return Trace(spec_index, REFIT, epochs, error=error)

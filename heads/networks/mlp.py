@@ -67,20 +67,14 @@ def fit_mlp_bank(
         return tuple(padded_width(units) for units in spec.hidden)
 
     def head_bytes(spec: MLPSpec) -> int:
-        # Parameters and two moments, float32.
-        return 12 * int(
-            sum((i + 1) * o for i, o in itertools.pairwise((width, *widths(spec), n_classes)))
-        )
+        sizes = itertools.pairwise((width, *widths(spec), n_classes))
+        return 12 * sum((i + 1) * o for i, o in sizes)  # parameters and two moments, float32
 
     def make(chunk: list[MLPSpec], fold_data: FoldData, held_out_fold: int) -> NetworkBatch:
-        reduced = reduced_precision(chunk[0], width, task, torch.device(device), precision)
-        return NetworkBatch(
-            chunk,
-            fold_data.rows,
-            fold=held_out_fold,
-            device=torch.device(device),
-            dtype=torch.bfloat16 if reduced else torch.float32,
-        )
+        where = torch.device(device)
+        reduced = reduced_precision(chunk[0], width, task, where, precision)
+        dtype = torch.bfloat16 if reduced else torch.float32
+        return NetworkBatch(chunk, fold_data.rows, fold=held_out_fold, device=where, dtype=dtype)
 
     family = Family(
         alike=lambda spec: (widths(spec), spec.batch_size, spec.standardize),
@@ -103,11 +97,9 @@ def reduced_precision(
     """
     if precision != "auto":
         return precision == "bfloat16"
-    if (
-        task == "regression"
-        or not spec.hidden
-        or features * padded_width(spec.hidden[0]) < REDUCED_PRECISION_WEIGHTS
-    ):
+    if task == "regression" or not spec.hidden:
+        return False
+    if features * padded_width(spec.hidden[0]) < REDUCED_PRECISION_WEIGHTS:
         return False
     if device.type != "cpu":
         return bool(torch.cuda.is_bf16_supported())

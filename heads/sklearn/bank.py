@@ -29,7 +29,7 @@ from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
-from headrace.heads.link import sigmoid, softmax
+from headrace.heads.link import link
 from headrace.heads.neighbors.bank import STORED_ROWS_BYTES
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import FitResult
@@ -210,19 +210,14 @@ def fitted_sklearn(spec: SklearnSpec, arrays: Arrays, task: TaskKind) -> Callabl
             f"{spec.estimator}: its training rows were not stored: train it again on them"
         )
     try:
-        outputs = int(arrays["outputs"].item())
-        if (
-            task == "single"
-            and not 0 <= arrays["target"].min() <= arrays["target"].max() < outputs <= _MAX_OUTPUTS
-        ):
+        outputs, target = int(arrays["outputs"].item()), arrays["target"]
+        if task == "single" and not 0 <= target.min() <= target.max() < outputs <= _MAX_OUTPUTS:
             raise HeadError(f"its rows are of other classes than its {outputs} outputs")
         side = [
             SideBlock(bool(is_category), int(start), int(stop))
             for is_category, start, stop in arrays.get("side", ())
         ]
-        estimator = _fitted(
-            spec, arrays["features"], arrays["target"], arrays["sample_weight"], task, side
-        )
+        estimator = _fitted(spec, arrays["features"], target, arrays["sample_weight"], task, side)
     except BadEstimator:
         raise
     except Exception as error:
@@ -244,61 +239,52 @@ def _fitted(
     side: Sequence[SideBlock],
 ) -> Any:
     estimator = make_estimator(spec, side)
-    fit_target = (
-        target[:, 0]
-        if task == "regression" and target.ndim == 2 and target.shape[1] == 1
-        else target
-    )
+    if task == "regression" and target.shape[1:] == (1,):
+        target = target[:, 0]
     fit_options: dict[str, Any] = {}
     if not np.all(weight == weight[:1]):
-        is_pipeline = isinstance(estimator, Pipeline)
-        estimator_step = estimator.steps[-1][1] if is_pipeline else estimator
-        if "sample_weight" not in inspect.signature(estimator_step.fit).parameters:
+        last_step, option = estimator, "sample_weight"
+        if isinstance(estimator, Pipeline):
+            name, last_step = estimator.steps[-1]
+            option = f"{name}__sample_weight"
+        if "sample_weight" not in inspect.signature(last_step.fit).parameters:
             raise BadEstimator(
                 f"{spec.estimator} takes no sample weights: leave the weight column out, or use "
                 "another estimator"
             )
-        fit_options = {
-            f"{estimator.steps[-1][0]}__sample_weight" if is_pipeline else "sample_weight": weight
-        }
+        fit_options = {option: weight}
     with warnings.catch_warnings():
         # Of convergence and the like: scores show what they mean for this head.
         warnings.simplefilter("ignore")
-        return estimator.fit(_cells(X, side), fit_target, **fit_options)
+        return estimator.fit(_cells(X, side), target, **fit_options)
 
 
 def _probabilities(
     estimator: Any, X: Array, outputs: int, task: TaskKind, side: Sequence[SideBlock]
 ) -> Floats:
     X = _cells(X, side)
-    if task == "regression":
+    has_probabilities = hasattr(estimator, "predict_proba")
+    if task == "regression" or (task == "multi" and not has_probabilities):
         return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)
     if task == "multi":
-        if not hasattr(estimator, "predict_proba"):
-            return np.asarray(estimator.predict(X), np.float32).reshape(len(X), outputs)
         probabilities = estimator.predict_proba(X)
         # One array (n, 2) per label; (n, 1) if a label was constant in training.
         if isinstance(probabilities, list):
             constant = np.asarray(estimator.predict(X), np.float32)
-            columns = [
+            probabilities = [
                 p[:, 1] if p.shape[1] == 2 else constant[:, label]
                 for label, p in enumerate(probabilities)
             ]
-            return np.stack(columns, axis=1).astype(np.float32)
+            return np.stack(probabilities, axis=1).astype(np.float32)
         return np.asarray(probabilities, np.float32).reshape(len(X), outputs)
-    if hasattr(estimator, "predict_proba"):
+    if has_probabilities:
         probabilities = estimator.predict_proba(X)
     elif hasattr(estimator, "decision_function"):
         decision = np.asarray(estimator.decision_function(X), np.float64)
-        probabilities = (
-            softmax(decision)
-            if decision.ndim == 2
-            else np.stack([1 - (p := sigmoid(decision)), p], axis=1)
-        )
+        # Two classes have one decision, the log-odds of the second.
+        probabilities = link(decision.reshape(len(X), -1), "single")
     else:
-        probabilities = (np.asarray(estimator.predict(X))[:, None] == estimator.classes_).astype(
-            np.float32
-        )
+        probabilities = np.asarray(estimator.predict(X))[:, None] == estimator.classes_
     predicted = np.zeros((len(X), outputs), np.float32)
     # A class without training rows has probability 0.
     predicted[:, np.asarray(estimator.classes_, np.int64)] = probabilities

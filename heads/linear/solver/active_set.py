@@ -165,11 +165,9 @@ class BankProblem:
         weight_parts = []
         for block, rows in sample.parts:
             block_weights = self.weighting.row_weights(block, np.array([path_index]))
-            weight_parts.append(
-                np.ones(len(block.row_index), self.design.dtype)[rows]
-                if block_weights is None
-                else block_weights[0, rows]
-            )
+            if block_weights is None:
+                block_weights = np.ones((1, len(block.row_index)), self.design.dtype)
+            weight_parts.append(block_weights[0, rows])
         row_weights = np.concatenate(weight_parts)
         if not row_weights.any():  # no sampled row has a weight
             row_weights += 1

@@ -82,15 +82,14 @@ class NumpyPass:
         heads = self.heads_by_folds[block.folds]
         path_index = self.path_index[heads]
         values = self.design.read(block)
-        labels = None if n_outputs > 1 else block.labels[self.weighting.labels[path_index]]
         row_weights = self.weighting.row_weights(block, path_index)
         decisions = np.empty((n_outputs, len(path_index), n_rows), weights.dtype)
         np.matmul(weights, values.T, out=decisions[:n_free].reshape(-1, n_rows))
-        loss = (
-            softmax_loss(decisions, block.class_offsets, row_weights)
-            if labels is None
-            else sigmoid_loss(decisions, labels, row_weights)
-        )
+        if n_outputs > 1:
+            loss = softmax_loss(decisions, block.class_offsets, row_weights)
+        else:
+            labels = block.labels[self.weighting.labels[path_index]]
+            loss = sigmoid_loss(decisions, labels, row_weights)
         self.gradients[block.folds] += decisions[:n_free].reshape(-1, n_rows) @ values
         self.loss_sums[heads] += loss
 

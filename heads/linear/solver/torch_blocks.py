@@ -20,18 +20,13 @@ class DeviceBlocks:
 
     def __init__(self, design: DesignMatrix, n_outputs: int, device: str) -> None:
         self.design, self.n_outputs, self.device = design, n_outputs, torch.device(device)
-        is_streamed = design.streamed_rows is not None
-        self._values = (
-            {}
-            if is_streamed
-            else {id(block): self.upload(block.values) for block in design.row_blocks}
-        )
+        self._values: dict[int, Tensor] = {}
+        if design.streamed_rows is None:
+            self._values = {id(block): self.upload(block.values) for block in design.row_blocks}
         # (n,) classes, or (label rows, n) of 0 and 1 for sigmoids
         self.labels = {
-            id(block): (
-                self.upload(block.classes.astype(np.int64))
-                if n_outputs > 1
-                else self.upload(block.labels)
+            id(block): self.upload(
+                block.classes.astype(np.int64) if n_outputs > 1 else block.labels
             )
             for block in design.row_blocks
         }
@@ -112,11 +107,10 @@ class DevicePass:
         if self.class_factors is None:
             return None
         factors = self.class_factors[heads]
-        weights = (
-            factors[:, label]
-            if self.blocks.n_outputs > 1
-            else factors[:, :1] * (1 - label) + factors[:, 1:] * label
-        )
+        if self.blocks.n_outputs > 1:
+            weights = factors[:, label]
+        else:
+            weights = factors[:, :1] * (1 - label) + factors[:, 1:] * label
         sample_weight = self.blocks.sample_weights.get(id(block))
         return weights if sample_weight is None else weights * sample_weight
 
