@@ -87,29 +87,23 @@ def results_bytes(
         file["specs"] = np.array([spec_to_json(fit.spec) for fit in fits], dtype=text)
         file["errors"] = np.array([fit.error or "" for fit in fits], dtype=text)
         file["metric_names"] = np.array(names, dtype=text)
-        file["metrics"] = np.array(
-            [[head_metrics.get(name, np.nan) for name in names] for head_metrics in metrics],
-            np.float64,
-        )
+        table = [[of_head.get(name, np.nan) for name in names] for of_head in metrics]
+        file["metrics"] = np.array(table, np.float64)
         for column in COLUMNS:
-            file[column] = np.array(
-                [getattr(fit, column) for fit in fits],
-                np.int64 if column in ("fold", "iterations") else np.float64,
-            )
+            dtype = np.int64 if column in ("fold", "iterations") else np.float64
+            file[column] = np.array([getattr(fit, column) for fit in fits], dtype)
         file["ids"] = np.array(task.ids.astype(object), dtype=text)
         file["content"], file["row_fold"], file["target"] = task.content, task.fold, task.target
-        path_of_array: dict[int, str] = {}
+        stored: dict[int, str] = {}  # {id of an array: its path}
         for head_index, fit in enumerate(fits):
             group = file.create_group(f"head/{head_index}")
             if fit.validation is not None:
                 group["validation"] = fit.validation
             for name, array in fit.arrays.items():
                 array_path = f"arrays/{name}"
-                if id(array) in path_of_array:
-                    group[array_path] = file[path_of_array[id(array)]]  # a hard link
-                else:
-                    group[array_path] = array
-                    path_of_array[id(array)] = f"{group.name}/{array_path}"
+                # A hard link if the array is stored already.
+                group[array_path] = file[stored[id(array)]] if id(array) in stored else array
+                stored.setdefault(id(array), f"{group.name}/{array_path}")
     return sealed(buffer.getbuffer())
 
 
@@ -207,8 +201,8 @@ class BankResult:
 
     @cached_property
     def _head_indices(self) -> dict[tuple[str, int], int]:
-        keys = zip(self.table["spec"], self.table["fold"], strict=True)
-        return {(text, int(fold)): head_index for head_index, (text, fold) in enumerate(keys)}
+        keys = zip(self.table["spec"], self.table["fold"].tolist(), strict=True)
+        return {key: head_index for head_index, key in enumerate(keys)}
 
 
 def _kind_of(spec_json: str) -> str:

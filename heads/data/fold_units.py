@@ -37,17 +37,15 @@ class FoldUnits:
     def rows(self, common: Array) -> Array:
         """Return rows z R^-1. The same product converts gradients for w to those for R w."""
         rows = common / self.ratio
-        rows[..., self.numbers] += common[..., self.numbers + 1] * (
-            self.fills / self.ratio[self.numbers]
-        )
+        fills = self.fills / self.ratio[self.numbers]
+        rows[..., self.numbers] += common[..., self.numbers + 1] * fills
         return np.asarray(rows)
 
     def weights(self, common: Array) -> Array:
         """Return R w, whose square is penalized."""
         weights = common * self.ratio
-        weights[..., self.numbers + 1] -= common[..., self.numbers] * (
-            self.fills * self.ratio[self.numbers + 1]
-        )
+        fills = self.fills * self.ratio[self.numbers + 1]
+        weights[..., self.numbers + 1] -= common[..., self.numbers] * fills
         return np.asarray(weights)
 
     def common_weights(self, weights: Array) -> Array:
@@ -59,9 +57,8 @@ class FoldUnits:
     def penalty_gradient(self, common: Array) -> Array:
         """Return R'R w, half the gradient of |R w|^2."""
         gradient = common * self.ratio**2
-        gradient[..., self.numbers + 1] -= common[..., self.numbers] * (
-            self.fills * self.ratio[self.numbers + 1] ** 2
-        )
+        fills = self.fills * self.ratio[self.numbers + 1] ** 2
+        gradient[..., self.numbers + 1] -= common[..., self.numbers] * fills
         gradient[..., self.numbers] -= gradient[..., self.numbers + 1] * self.fills
         return np.asarray(gradient)
 

@@ -43,19 +43,15 @@ def strata(target: Array) -> Index:
         first_column = target_values.reshape(len(target_values), -1)[:, 0]
         # Ranks, not values, so that equal values and outliers leave the strata equally large.
         value_ranks = np.argsort(np.argsort(first_column, kind="stable"), kind="stable")
-        return np.asarray(
-            value_ranks
-            * min(REGRESSION_STRATA, max(len(target_values), 1))
-            // max(len(target_values), 1),
-            np.int64,
-        )
+        n_rows = max(len(target_values), 1)
+        return np.asarray(value_ranks * min(REGRESSION_STRATA, n_rows) // n_rows, np.int64)
     if target_values.ndim == 1:
         return np.asarray(np.unique(target_values, return_inverse=True)[1], np.int64)
     has_label = target_values != 0
     label_frequency = np.where(has_label, has_label.sum(0), len(target_values) + 1)
-    return np.asarray(
-        np.where(has_label.any(1), label_frequency.argmin(1), target_values.shape[1]), np.int64
-    )
+    # Rows without labels are a stratum of their own.
+    rarest = np.where(has_label.any(1), label_frequency.argmin(1), target_values.shape[1])
+    return np.asarray(rarest, np.int64)
 
 
 def make_folds(
@@ -137,17 +133,14 @@ def split_test(
         n_missing = round(wanted_counts.sum()) - taken_counts.sum()
         taken_counts[np.argsort(taken_counts - wanted_counts, kind="stable")[:n_missing]] += 1
         taken_counts = np.minimum(taken_counts, np.maximum(stratum_counts - 1, 0))
-        for stratum_index, n_taken in enumerate(taken_counts):
-            is_test[
-                random_generator.permutation(np.flatnonzero(stratum_of_row == stratum_index))[
-                    :n_taken
-                ]
-            ] = True
+        for stratum, n_taken in enumerate(taken_counts):
+            rows = random_generator.permutation(np.flatnonzero(stratum_of_row == stratum))
+            is_test[rows[:n_taken]] = True
     if not is_test.any() or is_test.all():
-        found_text = count_text(len(stratum_of_row), *row_noun) + (
-            f" in {count_text(len(np.unique(groups)), 'group')}" if groups is not None else ""
-        )
-        add_text = "add images" if groups is None else "name a finer column of groups, add images"
+        found_text, add_text = count_text(len(stratum_of_row), *row_noun), "add images"
+        if groups is not None:
+            found_text += f" in {count_text(len(np.unique(groups)), 'group')}"
+            add_text = "name a finer column of groups, add images"
         if groups is None and len(stratum_of_row) == len(np.unique(stratum_of_row)) > 1:
             raise BadSplit(
                 f"{found_text}, and each has a class of its own: is task.target the right column? "
@@ -184,9 +177,7 @@ def _given_folds(given_values: Array) -> npt.NDArray[np.int16]:
             "the split column mixes a validation set with other names "
             f"({', '.join(fold_like_names[:5])}): use train/val/test, or one name per fold"
         )
-    fold_of_name = GIVEN_NAMES | {
-        name.lower(): fold_number for fold_number, name in enumerate(fold_like_names)
-    }
+    fold_of_name = GIVEN_NAMES | {name.lower(): fold for fold, name in enumerate(fold_like_names)}
     if len({name.lower() for name in fold_like_names}) < len(fold_like_names):
         raise BadSplit(
             f"fold names that differ only in upper and lower case: {', '.join(fold_like_names[:8])}"
@@ -217,16 +208,14 @@ def _grouped_folds(
     fold_of_row = np.empty(len(stratum_of_row), np.int16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        for fold_number, (_, held_out) in enumerate(
-            splitter.split(np.zeros(len(stratum_of_row)), shown_stratum, groups)
-        ):
-            fold_of_row[held_out] = fold_number
+        splits = splitter.split(np.zeros(len(stratum_of_row)), shown_stratum, groups)
+        for fold, (_, held_out) in enumerate(splits):
+            fold_of_row[held_out] = fold
     # Its greedy balance may leave a fold empty. Then the groups are dealt to the folds in turn, the
     # largest first.
     if len(np.unique(fold_of_row)) < n_folds:
         group_of_row = np.unique(groups, return_inverse=True)[1]
-        group_sizes = np.bincount(group_of_row)
-        largest_first = np.argsort(-group_sizes, kind="stable")
+        largest_first = np.argsort(-np.bincount(group_of_row), kind="stable")
         fold_of_group = np.empty(n_groups, np.int16)
         fold_of_group[largest_first] = np.arange(n_groups) % n_folds
         fold_of_row = fold_of_group[group_of_row]
@@ -250,10 +239,8 @@ def _grouped_test(
     shuffled_groups = random_generator.permutation(len(group_table))
     # Large groups first, because they are harder to place; equal sizes in random order.
     for group in shuffled_groups[np.argsort(-group_table[shuffled_groups].sum(1), kind="stable")]:
-        if (
-            np.abs(taken_counts + group_table[group] - wanted_counts).sum()
-            < np.abs(taken_counts - wanted_counts).sum()
-        ):
+        deviation_with_group = np.abs(taken_counts + group_table[group] - wanted_counts).sum()
+        if deviation_with_group < np.abs(taken_counts - wanted_counts).sum():
             is_test_group[group] = True
             taken_counts += group_table[group]
     # With few groups and fine strata (deciles of a number) perhaps no group brings them nearer.

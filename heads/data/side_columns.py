@@ -120,9 +120,8 @@ def imputed_numbers(blocks: Sequence[SideBlock]) -> list[int]:
 
     The column after each of them is 1 where the number is missing.
     """
-    return [
-        block.start for block in blocks if not block.is_category and block.stop - block.start == 2
-    ]
+    numbers = (block for block in blocks if not block.is_category)
+    return [number.start for number in numbers if number.stop - number.start == 2]
 
 
 def fold_fills(inputs: Array, n_features: int, numbers: Sequence[int]) -> Array:

@@ -105,7 +105,8 @@ class Run:
         """Take these heads out of the batch, their best parameters with them."""
         if not leaving:
             return
-        gone = [id(trace) for trace in leaving]
+        # By identity: traces of equal contents are different heads.
+        gone = {id(trace) for trace in leaving}
         places = [head for head, trace in enumerate(self.traces) if id(trace) in gone]
         if len(self.data.held_out) == 0:
             self.batch.remember(places)
@@ -155,7 +156,6 @@ class Run:
         loss = mean_losses(self.data.rows, decision, held_out)
         if self.data.rows.task != "single" or not self.ranked:
             return loss, -loss
-        wanted = self.data.rows.target.index_select(
-            0, torch.from_numpy(held_out).to(decision.device)
-        )
-        return loss, (decision.argmax(1) == wanted).double().mean(1).cpu().numpy()
+        rows = torch.from_numpy(held_out).to(decision.device)
+        is_hit = decision.argmax(1) == self.data.rows.target.index_select(0, rows)
+        return loss, is_hit.double().mean(1).cpu().numpy()

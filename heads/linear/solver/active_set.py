@@ -130,10 +130,8 @@ class BankProblem:
                 parts.append((block, rows))
                 # A copy: of streamed rows a view would keep every block in memory.
                 sampled.append(block_values[rows].copy())
-            for path_index in np.flatnonzero(self.trains_on[block.folds]).tolist():
-                class_sums[path_index] = class_sums[path_index] + self._block_class_sums(
-                    block, block_values, path_index
-                )
+            for i in np.flatnonzero(self.trains_on[block.folds]).tolist():
+                class_sums[i] = class_sums[i] + self._block_class_sums(block, block_values, i)
         values = design.from_block_coordinates(np.concatenate(sampled))
         dense = dense_coordinates(self.n_outputs, design.n_coordinates)
         return RowSample(parts, values, values**2, dense_pair_products(values, dense))
@@ -214,9 +212,8 @@ class BankProblem:
             gap <= |g|^2/(2 l2) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / l2,
         norms and products over features being those of P^-1.
         """
-        heads_per_chunk = max(
-            BOUND_VALUES_PER_CHUNK // (self.n_outputs * self.design.n_coordinates), 1
-        )
+        values_per_head = self.n_outputs * self.design.n_coordinates
+        heads_per_chunk = max(BOUND_VALUES_PER_CHUNK // values_per_head, 1)
         path_index = np.array([i for i, _ in heads])
         distinct_paths, position = np.unique(path_index, return_inverse=True)
         class_sums = self.design.inverse_penalty_root(
@@ -226,12 +223,10 @@ class BankProblem:
         for start in range(0, len(heads), heads_per_chunk):
             chunk = slice(start, start + heads_per_chunk)
             folds = self.folds[path_index[chunk]]
-            weights = self.design.penalty_root(
-                np.stack([head.u[:, :-1] for _, head in heads[chunk]]), folds
-            )
-            gradients = self.design.inverse_penalty_root(
-                np.stack([head.gradient[:, :-1] for _, head in heads[chunk]]), folds
-            )
+            weights = np.stack([head.u[:, :-1] for _, head in heads[chunk]])
+            weights = self.design.penalty_root(weights, folds)
+            gradients = np.stack([head.gradient[:, :-1] for _, head in heads[chunk]])
+            gradients = self.design.inverse_penalty_root(gradients, folds)
             for (i, head), p, v, g in zip(
                 heads[chunk], position[chunk].tolist(), weights, gradients, strict=True
             ):

@@ -64,8 +64,8 @@ def solve_paths(
     *,
     gap: float,
     deadline: float | None,
-    starts: dict[tuple[int, float], Array] | None = None,
-    device: str = "cpu",
+    starts: dict[tuple[int, float], Array],
+    device: str,
 ) -> dict[tuple[int, float], HeadSolution]:
     """Return the solutions by (path index, L2 strength).
 
@@ -82,7 +82,7 @@ def solve_paths(
     if design.streamed_rows is not None:
         n_chains = max(1, min(COLUMNS_WORTH_A_PASS // (len(paths) * n_free), MAX_CHAINS))
     active_set = ActiveSet(problem, n_slots)
-    progress = _Progress(active_set, PathSchedule(paths, n_chains), starts or {}, deadline)
+    progress = _Progress(active_set, PathSchedule(paths, n_chains), starts, deadline)
     n_weights = math.prod(active_set.shape)
     minimise(
         active_set.evaluate,
@@ -157,9 +157,8 @@ class _Progress:
         return x, None if neighbour is None else self.active_set.transfer_pairs(slot, neighbour)
 
     def _start(self, path_index: int, l2_strength: float) -> Array:
-        given = self.starts.get((path_index, l2_strength))
-        if given is not None:
-            return given
+        if (path_index, l2_strength) in self.starts:
+            return self.starts[path_index, l2_strength]
         design = self.problem.design
         shape = self.problem.n_outputs, design.n_coordinates
         return predict_start(self.solved[path_index], l2_strength, shape, design.dtype)
@@ -168,9 +167,8 @@ class _Progress:
         """Keep the head of a slot as solved, or pause it if iterations are left for it."""
         path_index = int(self.active_set.path_index[slot])
         l2_strength = float(self.active_set.l2_strength[slot])
-        head = path_index, l2_strength
+        head, shape = (path_index, l2_strength), self.active_set.shape
         preconditioner = self.active_set.preconditioners[slot]
-        shape = self.active_set.shape
         n_iterations = stopped.n_iterations
         if head in self.paused:
             n_iterations += self.paused[head].n_iterations
