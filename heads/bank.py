@@ -196,8 +196,7 @@ def fit_bank(
     bands: number of features of each tap in X, for specs that are `banded`.
     side: the side columns, whose inputs are the last columns of X.
 
-    If the bank raises, its specs are trained one by one, so that only the crashing one fails. A
-    head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
+    A head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
     trained there in smaller groups, and on the CPU if a single spec does not fit.
     """
     check_device(device)
@@ -229,6 +228,7 @@ def fit_bank(
     except HeadraceError:
         raise  # an error of the input, which is the same for every spec
     except Exception as error:  # noqa: BLE001 - one head's failure must not stop the others
+        # Trained one by one, so that only the spec that crashes fails.
         fits = [
             head
             for spec in specs

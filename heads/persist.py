@@ -108,8 +108,7 @@ def save_head(
     predicts from features only. temperature: what `fit_temperature` returns for the head's
     out-of-fold predictions.
 
-    Returns the path of head.safetensors. That is written first and holds the description too, so
-    that a kill in between leaves a whole head. Raises HeadError for a head without arrays.
+    Returns the path of head.safetensors. Raises HeadError for a head without arrays.
     """
     if not arrays:
         raise HeadError(
@@ -138,6 +137,7 @@ def save_head(
     weights = Path(directory) / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
     contiguous_arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # First, and with the description in it: a kill before the next line leaves a whole head.
     publish_replace(
         weights, seal(save(contiguous_arrays, metadata={"headrace": text, SEAL: UNSEALED}))
     )
@@ -147,8 +147,6 @@ def save_head(
 
 def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> TrainedHead:
     """Read what `save_head` wrote.
-
-    The description inside the safetensors file counts; the .json is for people.
 
     A scikit-learn head names its estimator by import path, and is fitted again when it predicts.
     Estimators of scikit-learn itself whose parameters are values are loaded unasked; any other only
@@ -181,6 +179,7 @@ def load_head(directory: Path | str, *, trust_code: Collection[str] = ()) -> Tra
 def _read_head(path: Path, trust_code: Collection[str]) -> TrainedHead:
     data = read_regular(path)
     check_seal(data)
+    # head.json, which says the same, is for people.
     description = json.loads(tensor_metadata(data)["headrace"])
     arrays = load(data)
     if description["format"] not in (1, 2, FORMAT):

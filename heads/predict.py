@@ -25,9 +25,7 @@ def predict_head(
     """Return probabilities (n, C) float32, or values of regression, of features X (n, D).
 
     Convolution heads take maps (n, D, h, w). temperature: divides the log-odds, and changes no
-    decision. The kinds divide the log-odds that they compute, because those of a float32
-    probability near one are lost. unit: (n,) unit of each row, for kinds that predict the rows of a
-    unit together.
+    decision. unit: (n,) unit of each row, for kinds that predict the rows of a unit together.
 
     Raises HeadError for a head without arrays (it failed, or it is a neighbour search of a
     fold: only that on all rows is stored) and for features of another width.
@@ -51,6 +49,8 @@ def predict_head(
             )
         return kind.predict(spec, arrays, X, task, temperature)
     rows = flat_rows(arrays, X)
+    # The kinds themselves divide the log-odds that they compute by the temperature: those of a
+    # float32 probability near one are lost.
     if kind.predict_units is not None and unit is not None:
         return kind.predict_units(spec, arrays, rows, unit, task, temperature)[0]
     return kind.predict(spec, arrays, rows, task, temperature)

@@ -4,13 +4,11 @@ K heads (spec × fold), N rows, C outputs.
 
 Layout: the root's attributes hold the format's number and one JSON text that is true of the whole
 bank; `specs`, `errors` and `metric_names` are UTF-8 texts; one array (K,) or (K, M) per column of
-the table; `ids`, `content`, `fold`, `target` describe the N rows; `head/<k>/arrays/<name>` and
-`head/<k>/validation` (n_held_out, C) float32. Heads that share an array (a neighbour search is its
-training rows) share one data set by hard link. Soft and external links are refused. Nothing in it
-is a pickle, which could run code.
+the table; `ids`, `content`, `row_fold`, `target` describe the N rows; `head/<k>/arrays/<name>` and
+`head/<k>/validation` (n_held_out, C) float32. Nothing in it is a pickle, which could run code.
 
 The HDF5 user block, the first 4096 bytes, holds the XXH3-128 of all bytes behind it, as a shard's
-does: a process checks it once per file, so that no flipped bit is ever read as a number.
+does.
 """
 
 import io
@@ -44,7 +42,8 @@ COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _State = tuple[int, ...]
-# Files that this process has checked, as they were then.
+# Files that this process has checked, as they were then: once for each file, so that no flipped bit
+# is ever read as a number.
 _checked: dict[Path, _State] = {}
 
 
@@ -101,7 +100,7 @@ def results_bytes(
                 group["validation"] = fit.validation
             for name, array in fit.arrays.items():
                 array_path = f"arrays/{name}"
-                # A hard link if the array is stored already.
+                # A hard link if the array is stored already: neighbour heads share their rows.
                 group[array_path] = file[stored[id(array)]] if id(array) in stored else array
                 stored.setdefault(id(array), f"{group.name}/{array_path}")
     return sealed(buffer.getbuffer())
@@ -123,11 +122,9 @@ def _user_block(digest: str) -> bytes:
 
 @dataclass(frozen=True)
 class BankResult:
-    """What a results file says.
+    """What a results file says."""
 
-    Opened anew for each large array, so that it holds no handle and can be pickled.
-    """
-
+    # Opened anew for each large array: without a handle a result can be pickled.
     path: Path
     task: str  # digest of the task
     task_kind: TaskKind

@@ -6,8 +6,7 @@ A class k with prior p_k and mean m_k has the decision function x' V m_k - m_k' 
 V is the inverse of the shrunk covariance (1 - s) S + s tr(S) / D I; S is the covariance of the
 training rows around the means of their classes (Hastie, Tibshirani and Friedman 2009, sections
 4.3.1 and 4.3.2). With S = Q diag(e) Q' the shrunk covariance has the eigenvalues (1 - s) e +
-s mean(e) and the same eigenvectors, so each shrinkage costs only 2 D r C flops. With fewer rows
-than features the eigenvectors come from the n x n products of rows; S is 0 in all other directions.
+s mean(e) and the same eigenvectors, so each shrinkage costs only 2 D r C flops.
 """
 
 import dataclasses
@@ -90,6 +89,7 @@ class ClassScatter:
     def coefficients(self, shrinkage: float) -> tuple[Array, Array]:
         """Return weight (C, D) and bias (C,) float64 of a head, for raw features."""
         n_features = len(self.center)
+        # tr(S) / D: directions in which S is 0 count too.
         mean_eigenvalue = float(self.eigenvalues.sum()) / n_features
         shrunk = (1 - shrinkage) * self.eigenvalues + shrinkage * mean_eigenvalue
         # Pseudo-inverse of a singular covariance: eigenvalues that are 0 up to rounding stay 0.
@@ -121,6 +121,7 @@ class DiscriminantProblem:
     def scatter(self, fold: int, *, standardize: bool) -> ClassScatter:
         """Return the class means and the decomposed covariance of a fold."""
         data, common, fold_moments = self.data, self.scaling[REFIT], self.scaling[fold]
+        # S has rank n at most: the n x n products of rows with rows have its nonzero eigenvalues.
         if fold_moments.count < data.X.shape[1]:
             return self._scatter_of_few_rows(fold, fold_moments, standardize=standardize)
         inverse_scale = np.where(common.constant, 0.0, 1.0 / common.scale)

@@ -2,9 +2,7 @@
 
 N rows, D features, C outputs, q query rows of one block, m the largest k.
 
-One product of the held-out rows with the training rows serves every k, both metrics and both
-weightings: a squared distance and a cosine are both functions of inner products and norms. Every
-row is held out once, so all folds together cost one pass.
+Every row is held out once, so all folds together cost one pass over the inner products.
 """
 
 import time
@@ -42,12 +40,7 @@ CENTROID_TEMPERATURE = {"cosine": 10.0, "euclidean": 1.0}
 
 @dataclass(frozen=True)
 class References:
-    """The rows that may be neighbours, n of them, in the form that distances are computed from.
-
-    Rows are centred: a squared distance is a difference of numbers as large as the norms, and loses
-    the digits that a common offset takes. The cosine is not free of the offset, which comes back in
-    float64.
-    """
+    """The rows that may be neighbours, n of them, in the form that distances are computed from."""
 
     rows: Floats  # (n, D) centred
     center: Doubles  # (D,)
@@ -58,6 +51,8 @@ class References:
     @classmethod
     def of(cls, rows: Array, center: Doubles | None = None) -> "References":
         middle = rows.mean(0, dtype=np.float64) if center is None else center
+        # A squared distance is a difference of numbers as large as the norms, and loses the digits
+        # that a common offset takes. The cosine needs the offset, which comes back in float64.
         centred = (rows - middle).astype(np.float32)
         square = np.einsum("nd,nd->n", centred, centred, dtype=np.float64)
         offset = centred @ middle
@@ -218,6 +213,8 @@ def search(
             reference_block = references.take(
                 slice(reference_start, reference_start + REFERENCE_ROWS)
             )
+            # It serves every k, both metrics and both weightings: a squared distance and a cosine
+            # are functions of inner products and norms.
             product = query_block.rows @ reference_block.rows.T
             for metric, k in largest_k.items():
                 index, distance = nearest(

@@ -1,8 +1,7 @@
 """Any scikit-learn estimator as a head, named by its import path: one fit per fold, no batching.
 
-N rows, D features, C outputs. A fitted estimator has no form on disk but a pickle, which headrace
-neither writes nor reads. So the head trained on all rows stores those rows, and prediction fits it
-again: the estimator gets a fixed random_state, and the same rows give the same estimator.
+N rows, D features, C outputs. The head trained on all rows stores those rows, and prediction fits
+it again.
 """
 
 import importlib
@@ -76,6 +75,7 @@ def make_estimator(spec: SklearnSpec, side: Sequence[SideBlock] = ()) -> Any:
         )
     try:
         parameters = json.loads(spec.parameters)
+        # The same rows must give the same estimator when it is fitted again.
         if "random_state" in inspect.signature(kind).parameters:
             parameters = {"random_state": 0} | parameters
         estimator = kind(**parameters)
@@ -161,6 +161,8 @@ def fit_sklearn_bank(
     check_finite(X)
     weight = row_weights(data.sample_weight, len(X))
     usable_rows = np.flatnonzero((data.fold != TEST) & (weight > 0))
+    # A fitted estimator has no form on disk but a pickle, which headrace neither writes nor reads.
+    # So its rows are stored, and prediction fits it again.
     stored: Arrays = {}
     if refit and len(usable_rows) * X.shape[1] * 4 <= STORED_ROWS_BYTES:
         stored = {
