@@ -732,7 +732,7 @@ def beside_heads() -> dict[str, bytes]:
     from headrace.heads.bags.kind import BagsSpec
     from headrace.heads.data.side_columns import SideColumn
     from headrace.heads.linear.kind import RidgeSpec
-    from headrace.heads.persist import save_head
+    from headrace.heads.persist import TrainedHead, save_head
     from headrace.heads.unit_rule import UnitRule
 
     about = json.loads(exported_text()[0])
@@ -754,19 +754,19 @@ def beside_heads() -> dict[str, bytes]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (spec, arrays, columns) in kinds.items():
-            path = save_head(
-                Path(folder, name),
-                spec=spec,
-                arrays=arrays,
-                classes=("a", "b"),
-                features=(feature,),
-                metrics={},
-                backbones=about["backbones"],
+            head = TrainedHead(
+                spec,
+                "single",
+                ("a", "b"),
+                (feature,),
+                {},
+                arrays,
+                tuple(about["backbones"]),
                 side_columns=columns,
                 unit_rule=UnitRule("patient", "mean", 1.2),
                 image_parts=json.loads(parts_json()[0]),
             )
-            found[name] = path.read_bytes()
+            found[name] = save_head(Path(folder, name), head).read_bytes()
     return found
 
 

@@ -29,7 +29,7 @@ from headrace.extract.images.content_hashes import content_hashes, hash_bytes
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import load_feature_specs
 from headrace.heads.linear.kind import LogisticSpec
-from headrace.heads.persist import save_head
+from headrace.heads.persist import TrainedHead, save_head
 from headrace.pipelines.paths import content_index
 
 BACKBONE = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=64)
@@ -96,17 +96,16 @@ def make(folder: Path, n_images: int) -> None:
     weight = rng.normal(size=(len(CLASSES), *spec.shape)).astype(np.float32) / 20
     bias = np.zeros(len(CLASSES), np.float32)
     np.savez(folder / "head.npz", W=weight, b=bias)
-    save_head(
-        folder / "model",
-        spec=LogisticSpec(C=1.0),
-        task_kind="single",
-        arrays={"weight": weight, "bias": bias},
-        classes=CLASSES,
-        features=(spec,),
-        metrics={},
-        backbones=({"name": BACKBONE.name, "weights": BACKBONE.weights, "image_size": 64},),
-        temperature=1.0,
+    head = TrainedHead(
+        LogisticSpec(C=1.0),
+        "single",
+        CLASSES,
+        (spec,),
+        {},
+        {"weight": weight, "bias": bias},
+        ({"name": BACKBONE.name, "weights": BACKBONE.weights, "image_size": 64},),
     )
+    save_head(folder / "model", head)
     paths = [str(photos / f"{number:06}.png") for number in range(n_images)]
     time.sleep(3)  # a file that was written a moment ago is not remembered
     content_hashes(pd.DataFrame({"id": paths, "path": paths}), content_index(cache))

@@ -5,7 +5,7 @@ Neither holds a pickle, which could run code.
 
 import json
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -61,7 +61,7 @@ class TrainedHead:
     metrics: dict[str, float]
     arrays: Arrays
     # The network behind each of `features`, as fields of extract's BackboneSpec; None where it is
-    # not known.
+    # not known. Without them the head predicts from features only.
     backbones: tuple[Mapping[str, Any] | None, ...] = ()
     temperature: float = 1.0  # its log-odds are divided by it; see heads/evaluate/temperature.py
     # Their inputs (`SideColumns.as_inputs`) stand behind the features.
@@ -87,56 +87,38 @@ class TrainedHead:
         return np.asarray(predicted >= 0.5, np.uint8) if self.task_kind == "multi" else predicted
 
 
-def save_head(
-    directory: Path | str,
-    *,
-    spec: HeadSpec,
-    arrays: Arrays,
-    classes: Sequence[str],
-    features: Sequence[FeatureSpec],
-    metrics: Mapping[str, float],
-    task_kind: TaskKind = "single",
-    backbones: Sequence[Mapping[str, Any] | None] | None = None,
-    temperature: float = 1.0,
-    side_columns: Sequence[SideColumn] = (),
-    unit_rule: UnitRule | None = None,
-    image_parts: Mapping[str, Any] | None = None,
-) -> Path:
+def save_head(directory: Path | str, head: TrainedHead) -> Path:
     """Write head.safetensors and head.json into `directory`, replacing a head that is there.
-
-    backbones: as `TrainedHead.backbones`, one for each of `features`; without them the head
-    predicts from features only. temperature: what `fit_temperature` returns for the head's
-    out-of-fold predictions.
 
     Returns the path of head.safetensors. Raises HeadError for a head without arrays.
     """
-    if not arrays:
+    if not head.arrays:
         raise HeadError(
-            f"this {spec.kind} head has no arrays to save: save the head trained on all rows (fold "
-            f"{REFIT})"
+            f"this {head.spec.kind} head has no arrays to save: save the head trained on all rows "
+            f"(fold {REFIT})"
         )
-    backbone_fields = list(backbones) if backbones is not None else [None] * len(features)
-    assert len(backbone_fields) == len(features)
+    backbones = head.backbones or [None] * len(head.features)
+    assert len(backbones) == len(head.features)
     text = json.dumps(
         {
             "format": FORMAT,
-            "spec": json.loads(spec_to_json(spec)),
-            "task_kind": task_kind,
-            "classes": list(classes),
-            "features": [json.loads(feature.to_json()) for feature in features],
-            "backbones": [None if fields is None else dict(fields) for fields in backbone_fields],
-            "metrics": {name: float(value) for name, value in metrics.items()},
-            "temperature": float(temperature),
-            "side_columns": columns_to_json(side_columns),
-            **rule_fields(unit_rule),
-            **({} if image_parts is None else {"image_parts": dict(image_parts)}),
+            "spec": json.loads(spec_to_json(head.spec)),
+            "task_kind": head.task_kind,
+            "classes": list(head.classes),
+            "features": [json.loads(feature.to_json()) for feature in head.features],
+            "backbones": [None if fields is None else dict(fields) for fields in backbones],
+            "metrics": {name: float(value) for name, value in head.metrics.items()},
+            "temperature": float(head.temperature),
+            "side_columns": columns_to_json(head.side_columns),
+            **rule_fields(head.unit_rule),
+            **({} if head.image_parts is None else {"image_parts": dict(head.image_parts)}),
         },
         indent=2,
         sort_keys=True,
     )
     weights = Path(directory) / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
-    contiguous_arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous_arrays = {name: np.ascontiguousarray(array) for name, array in head.arrays.items()}
     # First, and with the description in it: a kill before the next line leaves a whole head.
     publish_replace(
         weights, seal(save(contiguous_arrays, metadata={"headrace": text, SEAL: UNSEALED}))

@@ -71,7 +71,7 @@ class HeadModel(SingleModel):
 
     def save(self, model_directory: Path) -> Path:
         """Write the model's files, replacing a head that is there; return the arrays' path."""
-        return save_head(model_directory, **vars(self.head))
+        return save_head(model_directory, self.head)
 
     def describe(self) -> str:
         """Return a phrase for a model card: the head, its taps and its networks, in Markdown."""

@@ -26,7 +26,7 @@ from headrace.extract.taps.spec_cache import (
 )
 from headrace.heads.errors import HeadError
 from headrace.heads.linear.kind import LogisticSpec
-from headrace.heads.persist import load_head, save_head
+from headrace.heads.persist import TrainedHead, load_head, save_head
 from headrace.pipelines.finetune.checkpoint import (
     TrainingProgress,
     load_checkpoint,
@@ -109,14 +109,8 @@ def test_arrays_carry_a_seal():
 def test_a_damaged_head_is_never_loaded(tmp_path):
     """Each damage is an error that names the file and the command, or changes nothing."""
     arrays = {"weight": np.arange(24.0).reshape(2, 12), "intercept": np.zeros(2)}
-    path = save_head(
-        tmp_path,
-        spec=LogisticSpec(C=1.0),
-        arrays=arrays,
-        classes=["a", "b"],
-        features=[make_spec()],
-        metrics={},
-    )
+    head = TrainedHead(LogisticSpec(C=1.0), "single", ("a", "b"), (make_spec(),), {}, arrays)
+    path = save_head(tmp_path, head)
     good, said = path.read_bytes(), []
     for data in damages(good):
         path.write_bytes(data)

@@ -37,7 +37,7 @@ from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import ConvSpec, MLPSpec
-from headrace.heads.persist import load_head, save_head
+from headrace.heads.persist import TrainedHead, load_head, save_head
 from headrace.heads.predict import predict_head
 from headrace.heads.results import BadResults, read_bank, sealed
 from headrace.heads.sklearn.kind import SklearnSpec
@@ -294,14 +294,10 @@ def test_other_tasks(work: Path, kind: str) -> None:
         full = predict_head(spec, bank.arrays(spec), X, task.kind)
         assert full.shape == (ROWS, 2)
         directory = work / spec.kind
+        of_features = (open_feature_set(features[0]).spec,)
         save_head(
             directory,
-            spec=spec,
-            arrays=bank.arrays(spec),
-            classes=task.classes,
-            features=[open_feature_set(features[0]).spec],
-            metrics={},
-            task_kind=task.kind,
+            TrainedHead(spec, task.kind, task.classes, of_features, {}, bank.arrays(spec)),
         )
         np.testing.assert_array_equal(load_head(directory).predict_proba(X), full)
     refused: HeadSpec = CentroidSpec() if kind == "multi" else LogisticSpec(1.0)
@@ -535,14 +531,9 @@ def test_a_saved_head_predicts_as_before(tmp_path: Path) -> None:
     feature = FeatureSpec("b", "w", "t", "avg", "{}", "{}", "p", "float32", "float16", (64,))
     for kind, specs in SPECS.items():
         fit = next(fit for fit in fit_bank(X, task, specs[:1]) if fit.fold == REFIT)
-        path = save_head(
-            tmp_path / kind,
-            spec=fit.spec,
-            arrays=fit.arrays,
-            classes=task.classes,
-            features=[feature],
-            metrics={"accuracy": 0.9},
-        )
+        metrics = {"accuracy": 0.9}
+        trained = TrainedHead(fit.spec, "single", task.classes, (feature,), metrics, fit.arrays)
+        path = save_head(tmp_path / kind, trained)
         assert path.name == "head.safetensors"
         head = load_head(tmp_path / kind)
         assert (head.spec, head.classes, head.features) == (fit.spec, task.classes, (feature,))
@@ -557,7 +548,7 @@ def test_a_saved_head_predicts_as_before(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match="not there"):
         load_head(tmp_path / "nowhere")
     with pytest.raises(HeadError, match="no arrays"):
-        save_head(tmp_path / "x", spec=KNNSpec(3), arrays={}, classes=(), features=[], metrics={})
+        save_head(tmp_path / "x", TrainedHead(KNNSpec(3), "single", (), (), {}, {}))
 
 
 def test_a_bank_can_halve(work: Path) -> None:

@@ -29,7 +29,7 @@ from headrace.heads.evaluate.temperature import with_temperature
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import ConvSpec, MLPSpec
-from headrace.heads.persist import save_head
+from headrace.heads.persist import TrainedHead, save_head
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.api import extract_features
@@ -90,15 +90,16 @@ def model_directory(place, photos, features, spec, names):
     (full,) = [fit for fit in fit_bank(X, task, [spec]) if fit.fold == REFIT]
     assert full.error is None
     networks = {"avg": NETWORK, "map": NETWORK, "max": OTHER}
-    save_head(
-        place,
-        spec=spec,
-        arrays=full.arrays,
-        classes=task.classes,
-        features=[feature.spec for feature in sets],
-        metrics={"validation_accuracy": 0.9},
-        backbones=[asdict(networks[name]) for name in names],
+    head = TrainedHead(
+        spec,
+        "single",
+        task.classes,
+        tuple(feature.spec for feature in sets),
+        {"validation_accuracy": 0.9},
+        full.arrays,
+        tuple(asdict(networks[name]) for name in names),
     )
+    save_head(place, head)
     return place
 
 
