@@ -81,8 +81,8 @@ class Images(Section):
     id_column: str | None = None
     # what relative paths in the table start from; default: the table's folder
     root: Path | None = None
-    # the paths, from columns of the table: train/{id}.jpg; part_*/{id:05}.jpg looks for each file in
-    # all of these folders, and fills ids with zeros to five digits
+    # the paths, from columns of the table: train/{id}.jpg; part_*/{id:05}.jpg looks for each file
+    # in all of these folders, and fills ids with zeros to five digits
     path_pattern: str | None = None
     array_key: str | None = None  # the array in a .npz or HDF5 file
     labels: Path | None = None  # the array's labels: another such file

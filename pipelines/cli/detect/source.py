@@ -42,6 +42,7 @@ from headrace.pipelines.cli.detect.columns import (
 )
 from headrace.pipelines.cli.detect.pixels import detect_pixels
 from headrace.pipelines.errors import InvalidInput
+from headrace.pipelines.recipe.targets import name_some
 from headrace.pipelines.selection.cautions import near_copies
 
 _CLASS_AND_NUMBER = r"(?P<label>[^/]*[^-/_. \d])[-_. ]*\d+\.\w+$"
@@ -244,9 +245,34 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
         task=f"  target: label                  # the name of the {class_source}{split_line}",
         sentence=f"{count_text(len(samples), 'image')} in {each_text}"
         + (f"; {_split_sizes(samples['split'])}" if has_split else ""),
-        notes=_listing_notes(listing),
+        notes=(*_inner_folders(samples["id"], depth=int(has_split)), *_listing_notes(listing)),
         examples=_examples(samples),
     )
+
+
+def _inner_folders(image_ids: "pd.Series[Any]", depth: int) -> list[str]:
+    """Return a note if all images lie in folders below those that are taken for the classes.
+
+    Those may be the classes, and the outer ones patients (or organs, or days), of which one folder
+    of each holds every class. depth: 1 if the classes' folders lie in sides of a split.
+    """
+    folders_of_image = [image_id.split("/")[depth:-1] for image_id in image_ids]
+    n_levels = min(map(len, folders_of_image))
+    for level in range(1, n_levels):
+        outer_of_inner: dict[str, set[str]] = {}
+        for folders in folders_of_image:
+            outer_of_inner.setdefault(folders[level], set()).add(folders[0])
+        if len(outer_of_inner) < 2:
+            continue  # BreakHis: benign/SOB/adenosis
+        recur = all(len(outer_names) > 1 for outer_names in outer_of_inner.values())
+        pattern = "(?P<split>[^/]+)/" * depth + ("(?P<group>[^/]+)/" if recur else "[^/]+/")
+        pattern += "[^/]+/" * (level - 1) + "(?P<label>[^/]+)/"
+        group_text = ", and the outer ones groups: task.group: group" if recur else ""
+        return [
+            f"the folders in them ({name_some(sorted(outer_of_inner))}) may be the classes, too: "
+            f"for that, in the recipe's images, name_pattern: '^{pattern}'{group_text}"
+        ]
+    return []
 
 
 def _classes_by_names(folder: Path, listing: Listing, recipe_folder: Path) -> Finding | None:

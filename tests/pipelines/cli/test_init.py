@@ -591,3 +591,33 @@ def test_tables_of_camtrap_dp_are_joined_by_the_command_that_is_named(tmp_path):
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     write_recipe(tmp_path / "species.csv", tmp_path / "r.yaml")
     assert list_samples(load_recipe(tmp_path / "r.yaml"))["species"].tolist() == ["fox", "owl"] * 2
+
+
+@pytest.mark.parametrize(
+    ("folders", "label", "group"),
+    [
+        (["p1/0", "p1/1", "p2/0", "p2/1"], ["0", "1"] * 2, ["p1", "p1", "p2", "p2"]),
+        (["lung/n", "lung/aca", "colon/x", "colon/y"], ["n", "aca", "x", "y"], None),
+        (["a/SOB/adenosis", "b/SOB/ductal"] * 2, ["adenosis", "ductal"] * 2, None),
+        (["train/p1/0", "test/p2/0", "train/p3/1", "test/p4/1"], ["0", "0", "1", "1"], True),
+        (["a", "b"] * 2, None, None),
+    ],
+)
+def test_folders_below_the_classes_may_be_the_classes(tmp_path, folders, label, group):
+    """The recipe's line that the note names makes them so."""
+    save_images(tmp_path, *(f"set/{folder}/{n}.png" for n, folder in enumerate(folders)))
+    notes = write_recipe(tmp_path / "set", tmp_path / "r.yaml").notes
+    told = [note for note in notes if "may be the classes, too" in note]
+    assert len(told) == (label is not None)
+    if told:
+        (line,) = re.findall(r"name_pattern: '.*'", told[0])
+        text = (tmp_path / "r.yaml").read_text()
+        (tmp_path / "r.yaml").write_text(text.replace("images:\n", f"images:\n  {line}\n", 1))
+        samples = list_samples(load_recipe(tmp_path / "r.yaml"))
+        samples = samples.sort_values("id", key=lambda ids: ids.str.extract(r"(\d+)\.png$")[0])
+        assert samples["label"].tolist() == label
+        assert ("task.group: group" in told[0]) == (group is not None)
+        if isinstance(group, list):
+            assert samples["group"].tolist() == group
+        if folders[0].startswith("train"):
+            assert samples["split"].tolist() == ["train", "test"] * 2
