@@ -54,6 +54,11 @@ class _Head(BaseEstimator):  # type: ignore[misc]
                 fold[np.random.default_rng(seed).permutation(len(target)) % n_parts == 0] = 0
         return fold
 
+    def _rows(self, X: Any) -> Array:
+        """Return X (n, D) for prediction. Raises ValueError for another D, or before `fit`."""
+        check_is_fitted(self)
+        return np.asarray(validate_data(self, X, dtype=_DTYPES, reset=False))
+
     def _fit_bank(self, data: TrainingData, spec: HeadSpec) -> list[FitResult]:
         options = FitOptions(device=getattr(self, "device", "cpu"), n_threads=None)
         return HEAD_KINDS[spec.kind].fit(data, [spec], options)
@@ -104,14 +109,12 @@ class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
         Those of ridge heads, which have no likelihood, are pseudo-probabilities; those of nearest
         neighbours are shares of votes.
         """
-        check_is_fitted(self)
-        rows = validate_data(self, X, dtype=_DTYPES, reset=False)
+        rows = self._rows(X)
         return predict_head(self.spec_, self.arrays_, rows)
 
     def predict(self, X: Any) -> Array:
         """Return the predicted labels, (n,)."""
-        probabilities = self.predict_proba(X)
-        return np.asarray(self.classes_[probabilities.argmax(1)])
+        return np.asarray(self.classes_[self.predict_proba(X).argmax(1)])
 
 
 class _LinearClassifier(_Classifier):
@@ -136,9 +139,8 @@ class _LinearClassifier(_Classifier):
         """Return the decision function: (n,) for two classes, positive for the second; (n, C) for
         more, of which the largest is predicted.
         """
-        check_is_fitted(self)
-        rows = validate_data(self, X, dtype=_DTYPES, reset=False)
-        decisions: Doubles = rows.astype(np.float64) @ self.coef_.T + self.intercept_
+        rows = self._rows(X).astype(np.float64)
+        decisions: Doubles = rows @ self.coef_.T + self.intercept_
         return decisions[:, 0] if len(self.classes_) == 2 else decisions
 
     def _decisions(self, values: Array) -> Doubles:
@@ -166,8 +168,7 @@ class _Regressor(RegressorMixin, _Head):  # type: ignore[misc]
 
     def predict(self, X: Any) -> Doubles:
         """Return the predicted numbers, (n,) or (n, T) like the y of `fit`."""
-        check_is_fitted(self)
-        rows = validate_data(self, X, dtype=_DTYPES, reset=False)
+        rows = self._rows(X)
         # In float64: in float32 a row's last digit depends on the other rows of the batch.
         arrays = {name: value.astype(np.float64) for name, value in self.arrays_.items()}
         values = np.asarray(predict_head(self.spec_, arrays, rows, "regression"), np.float64)

@@ -48,6 +48,11 @@ class Moments:
             deviation /= self.emphasis
         return np.where(self.constant, 1.0, deviation)
 
+    @property
+    def inverse_scale(self) -> Array:
+        """Factors (D,) that standardize centred features; 0 for constant ones."""
+        return np.where(self.constant, 0.0, 1.0 / self.scale)
+
 
 def moments(rows: Array, first_row: int | Index = 0) -> Moments:
     """Return the moments of rows (n, D).

@@ -44,6 +44,13 @@ class TrainingData:
     unit: Array | None = None
 
     @property
+    def weights(self) -> Array | None:
+        """The sample weights (N,) float64; None if all are 1, to save the products with them."""
+        if self.sample_weight is None or (self.sample_weight == 1).all():
+            return None
+        return np.asarray(self.sample_weight, np.float64)
+
+    @property
     def folds(self) -> list[int]:
         """The folds that hold rows out, ascending."""
         return [int(fold) for fold in np.unique(self.fold) if fold >= 0]

@@ -124,7 +124,7 @@ class DiscriminantProblem:
         # S has rank n at most: the n x n products of rows with rows have its nonzero eigenvalues.
         if fold_moments.count < data.X.shape[1]:
             return self._scatter_of_few_rows(fold, fold_moments, standardize=standardize)
-        inverse_scale = np.where(common.constant, 0.0, 1.0 / common.scale)
+        inverse_scale = common.inverse_scale
         if not self.products:
             one_hot = (data.target[:, None] == np.arange(data.n_outputs)).astype(np.int8)
             self.products.update(

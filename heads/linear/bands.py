@@ -100,7 +100,7 @@ def _with_emphasis(
             np.flatnonzero(np.isin(image_of_row, block_images))
             for block_images in np.array_split(images, min(DRAWN_FOLDS, len(images)))
         ]
-    Z = scaled(X[rows], moments.mean, np.where(moments.constant, 0.0, 1.0 / moments.scale))
+    Z = scaled(X[rows], moments.mean, moments.inverse_scale)
     Z = fold_units(moments, moments, moments.scale, moments.scale).rows(Z)
     Y = _target_columns(target[rows])
     Y -= Y.mean(axis=0)

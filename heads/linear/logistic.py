@@ -130,20 +130,8 @@ def fit_logistic_bank(
     negative or beyond 1e-30..1e15.
     """
     _check(data, specs)
-    sample_weight = data.sample_weight
-    if sample_weight is not None:
-        is_uniform = (sample_weight == 1).all()
-        sample_weight = None if is_uniform else np.asarray(sample_weight, np.float64)
-    bank = _Bank(
-        data.X,
-        data.target,
-        np.asarray(data.fold, np.int64),
-        sample_weight,
-        specs,
-        gap,
-        device,
-        deadline,
-    )
+    fold = np.asarray(data.fold, np.int64)
+    bank = _Bank(data.X, data.target, fold, data.weights, specs, gap, device, deadline)
     folds = data.folds_to_fit(refit=refit)
     scaling = fold_moments(data)
     for (standardize, banded), spec_indices in specs_by(specs, "standardize", "banded").items():

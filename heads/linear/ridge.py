@@ -59,9 +59,7 @@ def fit_ridge_bank(
     fit and for negative strengths.
     """
     _check(data, specs)
-    fold, sample_weight = np.asarray(data.fold, np.int64), data.sample_weight
-    if sample_weight is not None and (sample_weight == 1).all():
-        sample_weight = None
+    fold, sample_weight = np.asarray(data.fold, np.int64), data.weights
     plain_scaling = fold_moments(data)
     scalings = {False: plain_scaling}  # {RidgeSpec.banded: moments}
     if any(spec.banded for spec in specs):
@@ -110,7 +108,7 @@ def _fit_results(
     common: Moments,
 ) -> list[FitResult]:
     """Return the heads of a fold for the specs of a solution, with held-out predictions."""
-    weight = solution.weight * np.where(common.constant, 0.0, 1.0 / common.scale)
+    weight = solution.weight * common.inverse_scale
     raw_weight = weight.astype(np.float32)
     raw_bias = (solution.bias - weight @ common.mean).astype(np.float32)
     validations: list[Array | None] = [None] * len(specs)
@@ -155,7 +153,7 @@ class _RidgeProblem:
     def solve(self, held_out: int, alphas: Array, *, standardize: bool) -> _RidgeSolution:
         """Return the solutions of a fold for every strength."""
         common, moments = self.scaling[REFIT], self.scaling[held_out]
-        inverse_scale = np.where(common.constant, 0.0, 1.0 / common.scale)
+        inverse_scale = common.inverse_scale
         # Units in which weights are penalized. constant_ratio: a feature that is constant in the
         # fold's training rows gets no weight.
         scale = moments.scale if standardize else 1.0
