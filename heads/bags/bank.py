@@ -1,9 +1,7 @@
 """A bank of heads on bags: specs × folds, trained side by side over the rows of units.
 
 N rows, U units, D features, C outputs. Heads that share a fold, their widths, pooling and batch
-size share their minibatches, which are whole units (`batch.py`). A seed decides a head's first
-weights and its dropout; the order of units depends on U and the epoch alone. So a head's result
-does not depend on which other heads are in the bank, up to rounding.
+size share their minibatches, which are whole units (`batch.py`).
 """
 
 from collections.abc import Sequence

@@ -4,9 +4,7 @@ N rows, V views, D features, C outputs (classes, labels or targets), K heads.
 
 Heads that share a fold, depth, width and batch size share their minibatches (`mlp_batch.py`); since
 every head of such a batch trains on the same rows, nothing is masked and no product is spent on
-held-out rows. A seed decides a head's first weights and its dropout; the order of rows depends on N
-and the epoch alone. So a head's result doesn't depend on which other heads are in the bank, up to
-rounding.
+held-out rows. A seed decides a head's first weights and its dropout.
 """
 
 import itertools
@@ -81,9 +79,7 @@ def fit_mlp_bank(
         head_bytes=head_bytes,
         batch_bytes=CPU_BATCH_BYTES,
         make=make,
-        arrays=lambda layers, data: folded_arrays(
-            layers, data.mean, data.scale, data.target_mean, data.target_scale, data.imputed
-        ),
+        arrays=folded_arrays,
     )
     return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)
 

@@ -189,14 +189,7 @@ def mean_and_scale(
     return whole.mean, np.where(is_constant, 1.0, deviation)
 
 
-def folded_arrays(
-    layers: Sequence[tuple[Array, Array]],
-    mean: Array,
-    scale: Array,
-    target_mean: Array,
-    target_scale: Array,
-    imputed: Imputed | None = None,
-) -> Arrays:
+def folded_arrays(layers: Sequence[tuple[Array, Array]], data: FoldData) -> Arrays:
     """Return weight0, bias0, weight1, … float32 of layers, for raw inputs and targets.
 
     Standardisation, and what stands for missing numbers, are folded into the layers.
@@ -204,13 +197,13 @@ def folded_arrays(
     # float64: weights divided by small deviations, times large means, cancel in the bias.
     exact = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in layers]
     first, shift = exact[0]
-    first = first / scale
-    shift = shift - first @ mean
-    if imputed is not None:
-        first = fold_into_weight(first, imputed.numbers, imputed.fills)
+    first = first / data.scale
+    shift = shift - first @ data.mean
+    if data.imputed is not None:
+        first = fold_into_weight(first, data.imputed.numbers, data.imputed.fills)
     exact[0] = (first, shift)
     last, shift = exact[-1]
-    exact[-1] = (last * target_scale[:, None], shift * target_scale + target_mean)
+    exact[-1] = last * data.target_scale[:, None], shift * data.target_scale + data.target_mean
     arrays = {}
     for layer, (weight, bias) in enumerate(exact):
         arrays[f"weight{layer}"] = weight.astype(np.float32)

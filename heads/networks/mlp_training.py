@@ -136,6 +136,8 @@ class Run:
     def _order(self) -> tuple[Index, Index]:
         """Return this epoch's rows and views: all folds share one permutation."""
         n = self.data.rows.n
+        # Of the epoch and N alone: a head's result does not depend on which other heads are in the
+        # bank, up to rounding.
         generator = np.random.default_rng([self.epoch, n])
         order = generator.permutation(n)
         view = generator.integers(0, self.views, n) if self.views > 1 else np.zeros(n, np.int64)
