@@ -39,8 +39,6 @@ LOWEST, HIGHEST = 0.02, 50.0  # a ridge head of a thousand classes needs 0.05
 # With 20 and 50 rows 0.5 has the least loss overall; without a prior, one head of two classes in
 # twenty gets at least twice the loss that it had.
 SPREAD = 0.5
-_MAX_NUMBERS = 5_000_000  # of a head's predictions that are used: about a second
-_MAX_NUMBERS_OF_MANY = 200_000  # the same if many heads are fitted one after the other
 _MIN_ROWS = 2_000  # that are used for any number of classes
 
 
@@ -56,18 +54,29 @@ def fit_temperature(
     predicted: Array,
     sample_weight: Array | None = None,
     floor: float = FLOOR,
+    max_numbers: int = 5_000_000,
 ) -> float:
     """Return the temperature of the largest posterior for out-of-fold predictions (N, C).
 
     target: as in `Task`.
     sample_weight: (N,) >= 0; None: all equal.
     floor: smaller probabilities count as this one; `vote_floor` for heads that count votes.
+    max_numbers: of the predictions, that are used; the default takes about a second.
 
     It lies between LOWEST and HIGHEST, shrunk towards 1; it is 1 for regression.
     """
     if task_kind == "regression" or len(predicted) == 0:
         return 1.0
-    return _fitted(task_kind, target, predicted, sample_weight, floor, _MAX_NUMBERS)
+    n_rows, n_outputs = predicted.shape
+    step = max(1, min(n_rows * n_outputs // max_numbers, n_rows // _MIN_ROWS))
+    predicted = predicted[::step]
+    log_odds, true_column = _log_odds(task_kind, np.asarray(target)[::step], predicted, floor)
+    weight = np.ones(len(true_column))
+    if sample_weight is not None:
+        # Each label of a row has the row's weight.
+        labels_of_row = len(true_column) // len(predicted)
+        weight = np.repeat(np.asarray(sample_weight, np.float64)[::step], labels_of_row)
+    return float(np.exp(-_log_sharpness(log_odds, true_column, weight)))
 
 
 def fit_temperatures(
@@ -80,13 +89,10 @@ def fit_temperatures(
     """Return `fit_temperature` of each head's predictions (K, N, C), (K,), on fewer rows of large
     tasks.
     """
-    if task_kind == "regression" or predicted.shape[1] == 0:
-        return np.ones(len(predicted))
-    floors = floors or [FLOOR] * len(predicted)
     return np.array(
         [
-            _fitted(task_kind, target, of_head, sample_weight, floor, _MAX_NUMBERS_OF_MANY)
-            for of_head, floor in zip(predicted, floors, strict=True)
+            fit_temperature(task_kind, target, of_head, sample_weight, floor, max_numbers=200_000)
+            for of_head, floor in zip(predicted, floors or [FLOOR] * len(predicted), strict=True)
         ]
     )
 
@@ -159,26 +165,6 @@ def keep_decisions(task_kind: TaskKind, predicted_before: Array, predicted_after
             is_present, np.maximum(corrected, half), np.minimum(corrected, below_half)
         )
     return corrected
-
-
-def _fitted(
-    task_kind: TaskKind,
-    target: Array,
-    predicted: Array,
-    sample_weight: Array | None,
-    floor: float,
-    max_numbers: int,
-) -> float:
-    n_rows, n_outputs = predicted.shape
-    step = max(1, min(n_rows * n_outputs // max_numbers, n_rows // _MIN_ROWS))
-    predicted = predicted[::step]
-    log_odds, true_column = _log_odds(task_kind, np.asarray(target)[::step], predicted, floor)
-    weight = np.ones(len(true_column))
-    if sample_weight is not None:
-        # Each label of a row has the row's weight.
-        labels_of_row = len(true_column) // len(predicted)
-        weight = np.repeat(np.asarray(sample_weight, np.float64)[::step], labels_of_row)
-    return float(np.exp(-_log_sharpness(log_odds, true_column, weight)))
 
 
 def _log_odds(
