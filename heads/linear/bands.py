@@ -21,7 +21,8 @@ import scipy.linalg
 
 from headrace.heads.arrays import Array, Doubles, Index
 from headrace.heads.data.fold_units import fold_units
-from headrace.heads.data.standardize import Features, Moments, scaled
+from headrace.heads.data.standardize import Moments, scaled
+from headrace.heads.data.training_data import TrainingData
 
 # Of a head's training rows, which takes half a second. With 1,200 the scales differ by a tenth, or
 # twofold between taps that are alike.
@@ -41,66 +42,45 @@ EQUAL_BANDS_PENALTY = 1e-3
 START_SIGNAL_TO_NOISE = 10.0  # variance of all bands together over that of the noise
 
 
-def with_bands(
-    X: Features,
-    target: Array,
-    fold: Index,
-    scaling: dict[int, Moments],
-    band_widths: Sequence[int],
-    n_views: int = 1,
-) -> dict[int, Moments]:
+def with_bands(data: TrainingData, scaling: dict[int, Moments]) -> dict[int, Moments]:
     """Return `scaling` with an emphasis (D,) that gives every band its own penalty.
 
-    X: (N, D). target: (N,) int classes, (N, T) labels or real values.
-    fold: (N,) the fold that holds a row out, or TRAIN_ONLY.
     scaling: {fold or REFIT: moments of its training rows}.
-    band_widths: number of features of each band, in order; () for one band.
-    n_views: views of each image; the rows are all of one view after another.
 
     The mean square of an emphasis is 1, so that a regularization strength means about the same as
     without bands. The scales of a fold's head do not depend on its held-out rows.
 
     Raises ValueError if the widths do not add up to D.
     """
-    if band_widths and sum(band_widths) != X.shape[1]:
+    widths, n_features = data.band_widths, data.X.shape[1]
+    if widths and sum(widths) != n_features:
         raise ValueError(
-            f"bands of {list(band_widths)} features were given for {X.shape[1]}: the widths must "
-            "add up to it"
+            f"bands of {list(widths)} features were given for {n_features}: the widths must add up "
+            "to it"
         )
-    if len(band_widths) < 2:
+    if len(widths) < 2:
         return scaling
-    return {
-        held_out: _with_emphasis(
-            X, target, fold, np.flatnonzero(fold != held_out), moments, band_widths, n_views
-        )
-        for held_out, moments in scaling.items()
-    }
+    return {fold: _with_emphasis(data, fold, moments) for fold, moments in scaling.items()}
 
 
-def _with_emphasis(
-    X: Features,
-    target: Array,
-    fold: Index,
-    training_rows: Index,
-    moments: Moments,
-    band_widths: Sequence[int],
-    n_views: int,
-) -> Moments:
+def _with_emphasis(data: TrainingData, held_out: int, moments: Moments) -> Moments:
+    target, band_widths = data.target, data.band_widths
+    training_rows = np.flatnonzero(data.fold != held_out)
     rng = np.random.default_rng(0)
     n_sampled = min(SAMPLED_ROWS, len(training_rows))
     rows = np.sort(rng.choice(training_rows, n_sampled, replace=False))
-    row_fold = fold[rows]
+    row_fold = data.fold[rows]
     blocks = [np.flatnonzero(row_fold == group) for group in np.unique(row_fold) if group >= 0]
     if len(blocks) < 3:  # a given split, or two folds of which one is held out
         # The views of an image are in one block: they are so similar that a model would recognize
         # one from the others.
-        image_of_row = rows % (len(fold) // n_views)
+        image_of_row = rows % (len(data.fold) // data.n_views)
         images = rng.permutation(np.unique(image_of_row))
         blocks = [
             np.flatnonzero(np.isin(image_of_row, block_images))
             for block_images in np.array_split(images, min(DRAWN_FOLDS, len(images)))
         ]
-    Z = scaled(X[rows], moments.mean, moments.inverse_scale)
+    Z = scaled(data.X[rows], moments.mean, moments.inverse_scale)
     Z = fold_units(moments, moments, moments.scale, moments.scale).rows(Z)
     Y = _target_columns(target[rows])
     Y -= Y.mean(axis=0)

@@ -135,11 +135,7 @@ def fit_logistic_bank(
     folds = data.folds_to_fit(refit=refit)
     scaling = fold_moments(data)
     for (standardize, banded), spec_indices in specs_by(specs, "standardize", "banded").items():
-        spec_scaling = scaling
-        if banded:
-            spec_scaling = with_bands(
-                bank.X, bank.target, bank.fold, scaling, data.band_widths, data.n_views
-            )
+        spec_scaling = with_bands(data, scaling) if banded else scaling
         for problem in _class_problems(bank, folds, data.n_outputs):
             _fit_problem(bank, problem, spec_indices, spec_scaling, standardize=standardize)
     return _fit_results(bank, folds, data.n_outputs)

@@ -63,9 +63,7 @@ def fit_ridge_bank(
     plain_scaling = fold_moments(data)
     scalings = {False: plain_scaling}  # {RidgeSpec.banded: moments}
     if any(spec.banded for spec in specs):
-        scalings[True] = with_bands(
-            data.X, data.target, fold, plain_scaling, data.band_widths, data.n_views
-        )
+        scalings[True] = with_bands(data, plain_scaling)
     folds = data.folds_to_fit(refit=refit)
     coded_target = _code_targets(data.target, data.n_outputs, data.task_kind)
     # {banded: {group of rows: products}}. All folds share them, unless balanced weights make the

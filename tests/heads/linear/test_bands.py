@@ -42,7 +42,8 @@ def emphases(X, y, fold):
     return {
         key: own.emphasis
         for key, own in with_bands(
-            X, y, fold, training_moments(group_moments(X, fold)), WIDTHS
+            TrainingData(X, y, fold, 4, band_widths=WIDTHS),
+            training_moments(group_moments(X, fold)),
         ).items()
     }
 
@@ -159,12 +160,11 @@ def test_few_rows_and_splits_of_ones_own() -> None:
     X, y, _ = taps(n=40)
     given = np.where(np.arange(40) < 12, 0, TRAIN_ONLY)
     assert set(emphases(X, y, given)) == {0, REFIT}
-    same = with_bands(
-        X, np.zeros(40, np.int64), given, training_moments(group_moments(X, given)), WIDTHS
-    )
-    assert all(own.emphasis is None for own in same.values())
+    scaling = training_moments(group_moments(X, given))
+    constant = TrainingData(X, np.zeros(40, np.int64), given, 1, band_widths=WIDTHS)
+    assert all(own.emphasis is None for own in with_bands(constant, scaling).values())
     with pytest.raises(ValueError, match=r"bands of \[4, 30\] features were given for 84"):
-        with_bands(X, y, given, training_moments(group_moments(X, given)), WIDTHS[:2])
+        with_bands(TrainingData(X, y, given, 4, band_widths=WIDTHS[:2]), scaling)
 
 
 def test_a_feature_that_never_varies_has_no_weight() -> None:
@@ -202,8 +202,7 @@ def test_views_of_an_image_do_not_tell_each_other() -> None:
     told[:, :3] += 1.2 * np.eye(3)[y]
     views = [np.hstack([told + rng.standard_normal(told.shape), image]) for _ in range(2)]
     X, target, fold = np.vstack(views), np.tile(y, 2), np.tile(given, 2)
-    found = with_bands(X, target, fold, training_moments(group_moments(X, fold)), (20, 200), 2)[
-        0
-    ].emphasis
+    data = TrainingData(X, target, fold, 2, band_widths=(20, 200), n_views=2)
+    found = with_bands(data, training_moments(group_moments(X, fold)))[0].emphasis
     assert found is not None
     assert found[0] > 2 * found[-1]
