@@ -127,11 +127,8 @@ class DiscriminantProblem:
         inverse_scale = common.inverse_scale
         if not self.products:
             one_hot = (data.target[:, None] == np.arange(data.n_outputs)).astype(np.int8)
-            self.products.update(
-                group_products(
-                    data.X, one_hot, data.sample_weight, data.fold, common.mean, inverse_scale
-                )
-            )
+            rows = data.X, one_hot, data.sample_weight, data.fold
+            self.products.update(group_products(*rows, common))
         products = sum_products(part for group, part in self.products.items() if group != fold)
         # These convert from the coordinates that all folds share to the fold's own.
         units = fold_units(

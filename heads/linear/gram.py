@@ -13,7 +13,7 @@ from functools import reduce
 import numpy as np
 
 from headrace.heads.arrays import Array
-from headrace.heads.data.standardize import Features, scaled, sweep
+from headrace.heads.data.standardize import Features, Moments, scaled, sweep
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,11 @@ def group_products(
     Y: Array,
     sample_weight: Array | None,
     fold: Array,
-    mean: Array,
-    inverse_scale: Array,
+    common: Moments,
 ) -> dict[int, Products]:
     """Return the products of each group of rows, by its value in `fold`.
 
-    X: (N, D), taken as (x - mean) * inverse_scale. Y: (N, T). sample_weight: (N,) or None.
+    X: (N, D), standardized by the common moments. Y: (N, T). sample_weight: (N,) or None.
     """
     n_features, n_targets = X.shape[1], Y.shape[1]
 
@@ -72,10 +71,11 @@ def group_products(
         sums = np.zeros(n_targets), np.zeros(n_targets)
         return Products(gram, cross, np.zeros(n_features), *sums, 0.0)
 
+    inverse_scale = common.inverse_scale
     groups = {int(group): zero_products() for group in np.unique(fold)}
     for group, row_index in sweep(X, fold):
         products = groups[group]
-        z = scaled(X[row_index], mean, inverse_scale)
+        z = scaled(X[row_index], common.mean, inverse_scale)
         y = Y[row_index].astype(np.float64)
         w = np.ones(len(row_index)) if sample_weight is None else sample_weight[row_index]
         products.feature_sum[...] += w @ z

@@ -151,19 +151,15 @@ class _RidgeProblem:
     def solve(self, held_out: int, alphas: Array, *, standardize: bool) -> _RidgeSolution:
         """Return the solutions of a fold for every strength."""
         common, moments = self.scaling[REFIT], self.scaling[held_out]
-        inverse_scale = common.inverse_scale
         # Units in which weights are penalized. constant_ratio: a feature that is constant in the
         # fold's training rows gets no weight.
         scale = moments.scale if standardize else 1.0
         units = fold_units(moments, common, scale, common.scale, constant_ratio=np.inf)
         if moments.count < self.X.shape[1]:
-            return self._solve_dual(held_out, alphas, inverse_scale, units)
+            return self._solve_dual(held_out, alphas, units)
         if not self.products:
-            self.products.update(
-                group_products(
-                    self.X, self.Y, self.sample_weight, self.fold, common.mean, inverse_scale
-                )
-            )
+            rows = self.X, self.Y, self.sample_weight, self.fold
+            self.products.update(group_products(*rows, common))
         products = sum_products(part for group, part in self.products.items() if group != held_out)
         centred = products.centred()
         gram = units.rows(units.rows(centred.gram).T)
@@ -182,9 +178,7 @@ class _RidgeProblem:
         bias = products.target_sum / total_weight - weight @ (products.feature_sum / total_weight)
         return _RidgeSolution(weight, bias, objective, gap_bound)
 
-    def _solve_dual(
-        self, held_out: int, alphas: Array, inverse_scale: Array, units: FoldUnits
-    ) -> _RidgeSolution:
+    def _solve_dual(self, held_out: int, alphas: Array, units: FoldUnits) -> _RidgeSolution:
         """Do as `solve` for fewer rows than features: W = Z' a, (Z Z' + alpha I) a = y.
 
         Rows are multiplied by the root of their weight.
@@ -194,7 +188,8 @@ class _RidgeProblem:
         if self.sample_weight is not None:
             weight_root = np.sqrt(self.sample_weight[rows])
         total_weight = float(weight_root @ weight_root) or 1.0
-        Z = scaled(self.X[rows], self.scaling[REFIT].mean, inverse_scale)
+        common = self.scaling[REFIT]
+        Z = scaled(self.X[rows], common.mean, common.inverse_scale)
         mean, target_mean = (weight_root**2 @ part / total_weight for part in (Z, self.Y[rows]))
         Z = units.rows((Z - mean) * weight_root[:, None])
         y = (self.Y[rows] - target_mean) * weight_root[:, None]

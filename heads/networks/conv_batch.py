@@ -195,14 +195,7 @@ class ConvBatch:
             )
             gradients = torch.autograd.grad(decision, leaves, slope / len(index))
             self.step += 1
-            for parameter_index, gradient in enumerate(gradients):
-                adamw_broadcast(
-                    self.parameters[parameter_index],
-                    gradient,
-                    self.first_moments[parameter_index],
-                    self.second_moments[parameter_index],
-                    self.rates,
-                    self.shrink,
-                    self.step,
-                )
+            moments = self.first_moments, self.second_moments
+            for tensors in zip(self.parameters, gradients, *moments, strict=True):
+                adamw_broadcast(*tensors, self.rates, self.shrink, self.step)
         return loss.sum(1)

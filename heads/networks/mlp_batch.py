@@ -296,16 +296,9 @@ class NetworkBatch:
     def _update(self, gradients: list[tuple[int, Tensor]], slope: Tensor, batch: Tensor) -> None:
         """Step the parameters of given gradients, and the first layer's weights from its slope."""
         parameters = (*self.weights, *self.biases)
-        for parameter_index, gradient in gradients:
-            adamw_broadcast(
-                parameters[parameter_index],
-                gradient,
-                self.first_moments[parameter_index],
-                self.second_moments[parameter_index],
-                self.rates,
-                self.shrink,
-                self.step,
-            )
+        for i, gradient in gradients:
+            moments = self.first_moments[i], self.second_moments[i]
+            adamw_broadcast(parameters[i], gradient, *moments, self.rates, self.shrink, self.step)
         # A few heads at a time: their gradient is used while it is in the cache. One fused pass
         # reads it, the parameters and the moments; broadcast operations would make six passes
         # through memory.

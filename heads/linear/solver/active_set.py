@@ -181,24 +181,14 @@ class BankProblem:
 
         W: columns of the blocks' values, see `DesignMatrix.read`.
         """
+        heads = self.weighting, path_index, weights, heads_by_folds
         if self.device_blocks is not None:
             from headrace.heads.linear.solver import torch_blocks
 
-            return torch_blocks.DevicePass(
-                self.device_blocks, self.weighting, path_index, weights, heads_by_folds
-            )
+            return torch_blocks.DevicePass(self.device_blocks, *heads)
         if self.kernels is None:
-            return NumpyPass(self.design, self.weighting, path_index, weights, heads_by_folds)
-        return CompiledPass(
-            self.design,
-            self.weighting,
-            path_index,
-            weights,
-            heads_by_folds,
-            self.kernels,
-            self.threads,
-            self.n_threads,
-        )
+            return NumpyPass(self.design, *heads)
+        return CompiledPass(self.design, *heads, self.kernels, self.threads, self.n_threads)
 
     def gap_bounds(self, heads: list[tuple[int, SolvedHead]]) -> list[float]:
         """Return upper bounds of objective - optimum for heads (path index, head).

@@ -91,10 +91,11 @@ class DesignMatrix:
     inverse_scale: Array  # (D,) float64, 0 for constant features
     # {fold: R} for folds of which it is not the identity; {} with per-fold copies.
     units: dict[int, FoldUnits]
-    penalty_matrices: dict[int, Array]  # {fold: P (R, R)}, computed when first needed
     # Unstandardized features are divided by this one number; 1 for standardized ones.
     feature_unit: float
     streamed_rows: Streamed | None = None  # from which blocks read their rows on every pass
+    # {fold: P (R, R)}, computed when first needed
+    penalty_matrices: dict[int, Array] = field(default_factory=dict)
     # {number of rows of a block: buffer for their values}
     read_buffers: dict[int, Array] = field(default_factory=dict)
 
@@ -300,7 +301,6 @@ def make_design(
         common.mean,
         inverse_scale,
         {} if copy_per_fold else units,
-        {},
         feature_unit,
     )
 
@@ -381,7 +381,6 @@ def make_streamed_design(
         mean,
         inverse_scale,
         units,
-        {},
         feature_unit,
         X,
     )

@@ -91,7 +91,6 @@ class DualForm:
             self.common.mean,
             self.inverse_scale,
             {},
-            {},
             self.feature_unit,
         )
 

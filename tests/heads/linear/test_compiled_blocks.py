@@ -43,9 +43,8 @@ def random_block(
     block = RowBlock((1,), np.arange(n), values, class_offsets, labels, weight)
     rotation = Rotation(np.eye(width - 1, dtype=np.float32))
     empty = np.zeros(width - 1)
-    return DesignMatrix(
-        [block], np.dtype(np.float32), rotation, empty, empty + 1, {}, {}, 1.0
-    ), block
+    design = DesignMatrix([block], np.dtype(np.float32), rotation, empty, empty + 1, {}, 1.0)
+    return design, block
 
 
 @needs_compiler

@@ -31,7 +31,7 @@ WAYS = [
 def passed(way, block, classes, u):
     """Loss and gradient of one head's decisions u (c,) on the block's row, which is a one."""
     one = np.ones(1)
-    design = DesignMatrix([block], np.dtype(np.float32), Rotation(np.eye(1)), one, one, {}, {}, 1.0)
+    design = DesignMatrix([block], np.dtype(np.float32), Rotation(np.eye(1)), one, one, {}, 1.0)
     weighting = RowWeighting(
         classes,
         np.ones((1, max(classes, 2)), np.float32),
