@@ -83,7 +83,7 @@ def test_the_device_goes_to_the_banks_that_can_use_it(tmp_path, device):
     assert able == {"logistic", "mlp", "conv", "bags"}
     assert {kind for kind, where in given.items() if where == device} >= able
     assert {where for kind, where in given.items() if kind not in able} == {"cpu"}
-    assert all(job.device == "cpu" for job in bank_jobs(found))
+    assert all(job.device == "cpu" for job in bank_jobs(found, "cpu"))
 
 
 @pytest.mark.parametrize(
