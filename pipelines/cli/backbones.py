@@ -17,7 +17,6 @@ from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
     from headrace.extract.backbones.published import PublishedWeights
-    from headrace.extract.spec import BackboneSpec
     from headrace.extract.taps.describe import BackboneInfo
 
 # Nodes with more dots in their names are layers inside blocks, and shown only with --all.
@@ -72,7 +71,12 @@ def backbones_command(
         spec = BackboneSpec(name if ":" in name else f"timm:{name}", image_size=image_size)
         backbone_info = describe_backbone(spec)
         weights = published_weights(spec.name)
-        images_per_s = _measured_rate(spec) if measure else None
+        images_per_s = None
+        if measure:
+            from headrace.extract.taps.describe import measure_rate
+
+            # Random weights are as fast, and are not downloaded.
+            images_per_s = measure_rate(dataclasses.replace(spec, weights="random:0"))
         if json_output:
             _print_json([spec.name], backbone_info, weights, images_per_s)
         else:
@@ -94,12 +98,6 @@ def backbones_command(
             f"{matching_names[0]}",
             soft_wrap=True,
         )
-
-
-def _measured_rate(spec: "BackboneSpec") -> float:
-    from headrace.extract.taps.describe import measure_rate
-
-    return measure_rate(dataclasses.replace(spec, weights="random:0"))
 
 
 def _table_of_names(weights_by_name: "dict[str, list[PublishedWeights]]") -> Table:
@@ -162,18 +160,9 @@ def _print_json(
             multiply_adds=backbone_info.multiply_adds,
             images_per_s=images_per_s,
             preprocessing=json.loads(backbone_info.preprocessing),
-            weights=tuple(WeightsOutput(**dataclasses.asdict(each)) for each in weights),
+            weights=tuple(map(WeightsOutput.model_validate, weights)),
             auto=tuple(map(str, backbone_info.auto)),
-            taps=tuple(
-                TapOutput(
-                    node=tap.node,
-                    shape=tap.shape,
-                    map_bytes=tap.map_bytes,
-                    avg_bytes=tap.avg_bytes,
-                    cost=tap.cost,
-                )
-                for tap in backbone_info.taps
-            ),
+            taps=tuple(map(TapOutput.model_validate, backbone_info.taps)),
         )
     print_json(BackbonesOutput(names=tuple(names), backbone=backbone))
 
@@ -186,24 +175,18 @@ def _show(
     show_all: bool,
 ) -> None:
     preprocessing = json.loads(backbone_info.preprocessing)
-    resize = "x".join(map(str, preprocessing["resize"]))
-    crop = "x".join(map(str, preprocessing["crop"]))
-    header_lines = [
-        (
-            f"{backbone_info.name}: {backbone_info.parameters / 1e6:,.1f} M parameters, "
-            f"{backbone_info.multiply_adds / 1e9:,.2f} G multiply-adds per image"
-        ),
-        (
-            f"input: {preprocessing['mode']} resize to {resize} "
-            f"({preprocessing['interpolation']}), crop {crop}"
-        ),
-    ]
+    resize, crop = ("x".join(map(str, preprocessing[key])) for key in ("resize", "crop"))
+    header_text = (
+        f"{backbone_info.name}: {backbone_info.parameters / 1e6:,.1f} M parameters, "
+        f"{backbone_info.multiply_adds / 1e9:,.2f} G multiply-adds per image\n"
+        f"input: {preprocessing['mode']} resize to {resize} ({preprocessing['interpolation']}), "
+        f"crop {crop}"
+    )
     if images_per_s is not None:
-        header_lines.append(
-            f"measured here: {images_per_s:,.1f} images/s, decoding not counted, on all cores"
+        header_text += (
+            f"\nmeasured here: {images_per_s:,.1f} images/s, decoding not counted, on all cores"
         )
-    for header_line in header_lines:
-        console.print(header_line, soft_wrap=True)
+    console.print(header_text, soft_wrap=True)
     if weights:
         console.print(_weights_table(weights))
     else:
@@ -228,12 +211,12 @@ def _show(
             "auto" if tap.node in auto_nodes else "",
         )
     console.print(table)
-    console.print(
+    footer_text = (
         "bytes: per image as float16. cost: share of the whole forward that is spent to reach the "
-        "node.",
-        soft_wrap=True,
+        "node."
     )
     if n_hidden:
         hidden_text = count_text(n_hidden, "layer within a block is", "layers within blocks are")
-        console.print(f"{hidden_text} not shown: --all", soft_wrap=True)
-    console.print(f"taps: auto is [{', '.join(map(str, backbone_info.auto))}]", soft_wrap=True)
+        footer_text += f"\n{hidden_text} not shown: --all"
+    footer_text += f"\ntaps: auto is [{', '.join(map(str, backbone_info.auto))}]"
+    console.print(footer_text, soft_wrap=True)

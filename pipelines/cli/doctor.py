@@ -3,7 +3,6 @@
 Each check is a function whose arguments default to this machine, so that a test can make it fail.
 """
 
-import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Iterator
@@ -50,7 +49,7 @@ def check_recipe(recipe_path: Path) -> Finding:
     return Finding("recipe", "ok", f"{recipe_path}: {backbone_names}")
 
 
-def examine(folder: Path, recipe: Path | None = None) -> Iterator[Finding]:
+def examine(folder: Path, recipe: Path | None) -> Iterator[Finding]:
     """Yield the finding of every check, in order; slow checks run in threads beside the others."""
     with ThreadPoolExecutor(2) as thread_pool:
         torch_line = thread_pool.submit(check_torch)  # slow: it imports torch
@@ -93,11 +92,12 @@ def doctor_command(
     if json_output:
         from headrace.pipelines.cli.json_output import DoctorOutput, FindingOutput, print_json
 
-        outputs = tuple(FindingOutput(**dataclasses.asdict(finding)) for finding in findings)
+        outputs = tuple(map(FindingOutput.model_validate, findings))
         print_json(DoctorOutput(version=version, platform=platform.platform(), findings=outputs))
         raise typer.Exit(any(finding.state == "fail" for finding in outputs))
     console = make_console()
     marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
+    # Findings are printed as they come: the slowest takes seconds.
     console.print(f"headrace {version} on {platform.platform()}", soft_wrap=True)
     n_failed = 0
     for finding in findings:

@@ -30,7 +30,8 @@ Text = Annotated[str, pydantic.BeforeValidator(_as_text)]
 class JsonOutput(pydantic.BaseModel):
     """The base class of objects that commands print."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    # from_attributes: `model_validate` takes the fields of headrace's own objects by their names.
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, from_attributes=True)
 
 
 def print_json(output: JsonOutput) -> None:
@@ -228,11 +229,15 @@ class RunOutput(JsonOutput):
     files: dict[str, Text]
 
 
+# stopped: by Ctrl-C; gone: killed, or its machine is down
+DriverState = Literal["running", "finished", "failed", "stopped", "gone"]
+
+
 class DriverOutput(JsonOutput):
     """One call of `headrace run`."""
 
     driver: str
-    state: Literal["running", "finished", "failed", "stopped", "gone"]
+    state: DriverState
     started: datetime.datetime
     heard: datetime.datetime  # its last sign of life
     stage: str

@@ -13,7 +13,7 @@ import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -49,6 +49,9 @@ from headrace.pipelines.cli.report import report_command
 from headrace.pipelines.console import escape_unencodable, make_console, utf8_stdout, valid_text
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.thread_memory import end_where_no_thread_begins
+
+if TYPE_CHECKING:
+    from headrace.pipelines.recipe.load import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,11 +109,14 @@ def demo(
     Example: headrace demo
     """
     from headrace.pipelines.cli.demo import REFERENCE, write_demo
+    from headrace.pipelines.recipe.text import naming_lines
 
     recipe = write_demo(folder)
     console = make_console()
     _say(console, f"2,624 photographs of solar cells: which are defective? The recipe is {recipe}")
-    _run(recipe, workers=workers, reference=REFERENCE, quiet=quiet)
+    loaded_recipe = _load(recipe)
+    with resumable(), naming_lines(recipe):
+        _train(loaded_recipe, progress_console(quiet=quiet), workers, reference=REFERENCE)
     _say(
         console,
         "Next, try:\n"
@@ -202,19 +208,35 @@ def run(
 
     Example: headrace run recipe.yaml --dry-run
     """
-    _run(
-        recipe,
-        workers=workers,
-        dry_run=dry_run,
-        strict=strict,
-        retry_failed=retry_failed,
-        cluster=cluster,
-        settings=tuple(settings or ()),
-        progress=progress,
-        quiet=quiet,
-        verbose=verbose,
-        json_output=json_output,
-    )
+    from headrace.pipelines.recipe.load import on_cluster, strictly
+    from headrace.pipelines.recipe.text import naming_lines
+
+    loaded_recipe = _load(recipe, tuple(settings or ()))
+    if cluster:
+        loaded_recipe = on_cluster(loaded_recipe, cluster)
+    if strict:
+        loaded_recipe = strictly(loaded_recipe)
+    progress_output = progress_console(quiet=quiet, verbose=verbose, progress_format=progress)
+    with resumable(), naming_lines(recipe):
+        if dry_run:
+            words = ["headrace", "run", str(recipe)]
+            words += [f"--cluster={cluster}"] if cluster else []
+            words += [f"--set={setting}" for setting in settings or ()]
+            _print_plan(
+                loaded_recipe,
+                progress_output,
+                shlex.join(words),
+                retry_failed=retry_failed,
+                json_output=json_output,
+            )
+        else:
+            _train(
+                loaded_recipe,
+                progress_output,
+                workers,
+                retry_failed=retry_failed,
+                json_output=json_output,
+            )
     if not dry_run and not json_output and not quiet:
         _say(
             make_console(),
@@ -279,80 +301,59 @@ def schema(
         stream.write(json.dumps(make_schema(" ".join(name or [RECIPE])), indent=2) + "\n")
 
 
-def _run(
-    recipe_path: Path,
-    *,
-    workers: int | None,
-    dry_run: bool = False,
-    strict: bool = False,
-    retry_failed: bool = False,
-    cluster: str | None = None,
-    settings: tuple[str, ...] = (),
-    reference: str | None = None,
-    progress: ProgressFormat = ProgressFormat.auto,
-    quiet: bool = False,
-    verbose: bool = False,
-    json_output: bool = False,
-) -> None:
-    from headrace.pipelines.recipe.load import load_recipe, on_cluster, strictly
-    from headrace.pipelines.recipe.text import naming_lines
+def _load(recipe_path: Path, settings: tuple[str, ...] = ()) -> "Recipe":
+    from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path, settings=settings)
     _require_utf8(recipe.paths.root)
-    if cluster:
-        recipe = on_cluster(recipe, cluster)
-    if strict:
-        recipe = strictly(recipe)
+    return recipe
+
+
+def _print_plan(
+    recipe: "Recipe", progress: Console, next_command: str, *, retry_failed: bool, json_output: bool
+) -> None:
     from headrace.pipelines.cli.json_output import print_json
-    from headrace.pipelines.cli.run_json import plan_output, run_output
-    from headrace.pipelines.cli.show import show_images, show_plan, show_result
-    from headrace.pipelines.cluster.survive_hangup import outlive_terminal
+    from headrace.pipelines.cli.run_json import plan_output
+    from headrace.pipelines.cli.show import show_images, show_plan
     from headrace.pipelines.planning.plan import check_space
     from headrace.pipelines.planning.run_state import read_run_state
+
+    state = read_run_state(recipe, write=False, retry_failed=retry_failed, console=progress)
+    if json_output:
+        # Before the object: an error is printed as an object, too, and would be a second.
+        check_space(state.plan, recipe.cache, recipe.storage.budget_gb)
+        cache, out = recipe.cache, recipe.paths.root
+        print_json(plan_output(state.plan, state.accounting, state.notes, cache=cache, out=out))
+        return
+    console = make_console()
+    show_images(console, state.accounting, state.notes)
+    show_plan(console, state.plan, recipe.cache, recipe.out)
+    _say(console, f"Next: {next_command}")
+    # After the plan, in which a person sees what needs the space.
+    check_space(state.plan, recipe.cache, recipe.storage.budget_gb)
+
+
+def _train(
+    recipe: "Recipe",
+    progress: Console,
+    workers: int | None,
+    *,
+    retry_failed: bool = False,
+    reference: str | None = None,
+    json_output: bool = False,
+) -> None:
+    from headrace.pipelines.cli.json_output import print_json
+    from headrace.pipelines.cli.run_json import run_output
+    from headrace.pipelines.cli.show import show_result
+    from headrace.pipelines.cluster.survive_hangup import outlive_terminal
     from headrace.pipelines.run import run_recipe
 
-    console = make_console()
-    with resumable(), naming_lines(recipe_path):
-        if dry_run:
-            state = read_run_state(
-                recipe,
-                write=False,
-                retry_failed=retry_failed,
-                console=progress_console(quiet=quiet, progress_format=progress),
-            )
-            run_plan = state.plan
-            if json_output:
-                # Before the object: an error is printed as an object, too, and would be a second.
-                check_space(run_plan, recipe.cache, recipe.storage.budget_gb)
-                print_json(
-                    plan_output(
-                        run_plan,
-                        state.accounting,
-                        state.notes,
-                        cache=recipe.cache,
-                        out=recipe.paths.root,
-                    )
-                )
-            else:
-                show_images(console, state.accounting, state.notes)
-                show_plan(console, run_plan, recipe.cache, recipe.out)
-                words = ["headrace", "run", str(recipe_path)]
-                words += [f"--cluster={cluster}"] if cluster else []
-                words += [f"--set={setting}" for setting in settings]
-                _say(console, f"Next: {shlex.join(words)}")
-            check_space(run_plan, recipe.cache, recipe.storage.budget_gb)
-        else:
-            outlive_terminal(recipe.paths.terminal)
-            result = run_recipe(
-                recipe,
-                console=progress_console(quiet=quiet, verbose=verbose, progress_format=progress),
-                workers=workers,
-                retry_failed=retry_failed,
-            )
-            if json_output:
-                print_json(run_output(result))
-            else:
-                show_result(console, result, reference=reference)
+    outlive_terminal(recipe.paths.terminal)
+    result = run_recipe(recipe, console=progress, workers=workers, retry_failed=retry_failed)
+    if json_output:
+        print_json(run_output(result))
+    else:
+        show_result(make_console(), result, reference=reference)
 
 
 def _require_utf8(out_folder: Path) -> None:

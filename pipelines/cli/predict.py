@@ -1,6 +1,6 @@
 """`headrace predict`: a table of predictions for new images."""
 
-from collections.abc import Sequence
+import dataclasses
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cache.count_text import count_text
+from headrace.cache.home import expand_home
 from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import (
     ExcludeOption,
@@ -156,6 +157,7 @@ def predict_command(
     from headrace.pipelines.planning.devices import find_device
     from headrace.pipelines.predict.bulk import predict_stream, predict_table, unit_column
     from headrace.pipelines.predict.listing import list_images
+    from headrace.pipelines.predict.units import units_path, weights_path
 
     loaded_model = load_model(model, trust_code=trust_code or ())
     cache_root = _cache_root(loaded_model, cache, no_cache=no_cache, update_cache=update_cache)
@@ -223,22 +225,22 @@ def predict_command(
                 unit_names=unit_names,
                 console=progress_console(quiet=quiet, progress_format=progress),
             )
+    units_table = None if unit_names is None else units_path(Path(out))
+    weights_table = weights_path(Path(out)) if loaded_model.takes_units else None
     if json_output:
-        _print_json(
-            summary,
-            Path(out),
-            notes,
-            has_units=unit_names is not None,
-            has_weights=loaded_model.takes_units,
+        from headrace.pipelines.cli.json_output import PredictOutput, print_json
+
+        print_json(
+            PredictOutput(
+                out=str(Path(out).absolute()),
+                units=None if units_table is None else str(units_table.absolute()),
+                weights=None if weights_table is None else str(weights_table.absolute()),
+                notes=notes,
+                **dataclasses.asdict(summary),
+            )
         )
     else:
-        text = _summary_text(
-            summary,
-            out,
-            has_units=unit_names is not None,
-            has_weights=loaded_model.takes_units,
-        )
-        console.print(text, soft_wrap=True)
+        console.print(_summary_text(summary, out, units_table, weights_table), soft_wrap=True)
     # A script should notice when it gave a folder without any image that can be used.
     if summary.failed == summary.images:
         raise typer.Exit(1)
@@ -280,38 +282,10 @@ def _unit_names(rule: "UnitRule | None", samples: "pd.DataFrame") -> "UnitNames 
     return UnitNames(rule, names.where(names.notna(), None).to_numpy())
 
 
-def _print_json(
-    summary: "PredictionSummary",
-    out: Path,
-    notes: Sequence[str],
-    *,
-    has_units: bool,
-    has_weights: bool,
-) -> None:
-    from headrace.pipelines.cli.json_output import PredictOutput, print_json
-    from headrace.pipelines.predict.units import units_path, weights_path
-
-    print_json(
-        PredictOutput(
-            out=str(out.absolute()),
-            images=summary.images,
-            units=str(units_path(out).absolute()) if has_units else None,
-            weights=str(weights_path(out).absolute()) if has_weights else None,
-            new=summary.new,
-            cached=summary.cached,
-            failed=summary.failed,
-            counts=summary.counts,
-            notes=tuple(notes),
-        )
-    )
-
-
 def _summary_text(
-    summary: "PredictionSummary", out: str, *, has_units: bool, has_weights: bool
+    summary: "PredictionSummary", out: str, units_table: Path | None, weights_table: Path | None
 ) -> str:
     """Return "12 images, 10 of them predicted now; a: 7, b: 5. Wrote predictions.csv"."""
-    from headrace.pipelines.predict.units import units_path, weights_path
-
     summary_text = count_text(summary.images, "image")
     if summary.new < summary.images:
         summary_text += f", {summary.new:,} of them predicted now"
@@ -327,10 +301,10 @@ def _summary_text(
         summary_text += f". {summary.failed:,} could not be used: the column `error` says why"
     if out != "-":
         summary_text += f". Wrote {out}"
-        if has_units:
-            summary_text += f" and, of units, {units_path(Path(out))}"
-        if has_weights:
-            summary_text += f". What each image weighs: {weights_path(Path(out))}"
+        if units_table is not None:
+            summary_text += f" and, of units, {units_table}"
+        if weights_table is not None:
+            summary_text += f". What each image weighs: {weights_table}"
     return summary_text
 
 
@@ -344,8 +318,6 @@ def _parts_options(
     """Return options of `list_images` for the parts of images that the model was trained on: whole
     images, boxes, tiles or detected animals.
     """
-    from dataclasses import replace
-
     from headrace.extract.sources.regions import Boxes
 
     if whole_images + (box_columns is not None) + (detections is not None) > 1:
@@ -353,9 +325,10 @@ def _parts_options(
     if whole_images:
         return {"boxes": "none"}
     if detections is not None:
-        confidence = None if parts is None else parts.min_confidence
-        known = {} if confidence is None else {"min_confidence": confidence}
-        return {"boxes": "none", "detections": detections.absolute(), **known}
+        options: dict[str, Any] = {"boxes": "none", "detections": detections.absolute()}
+        if parts is not None and parts.min_confidence is not None:
+            options["min_confidence"] = parts.min_confidence
+        return options
     if box_columns is None:
         return {} if parts is None else {"boxes": parts.boxes, "tiles": parts.tiles}
     columns = tuple(name.strip() for name in box_columns.split(","))
@@ -365,7 +338,7 @@ def _parts_options(
             "x,y,width,height"
         )
     boxes = Boxes() if parts is None or isinstance(parts.boxes, str) else parts.boxes
-    return {"boxes": replace(boxes, columns=columns)}
+    return {"boxes": dataclasses.replace(boxes, columns=columns)}
 
 
 def _cache_root(
@@ -375,7 +348,6 @@ def _cache_root(
 
     Raises InvalidInput for options that contradict each other.
     """
-    from headrace.cache.home import expand_home
     from headrace.pipelines.moved_paths import moved_with_run
     from headrace.pipelines.paths import RunPaths
     from headrace.pipelines.records import read_record

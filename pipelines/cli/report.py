@@ -67,38 +67,28 @@ def report_command(
             f"{runs[0]} {runs[1]}"
         )
     trusted = trust_code or ()
-    report = (
-        write_comparison(runs[0], runs[1], out, tables=tables, trust_code=trusted)
-        if len(runs) == 2
-        else write_report(
+    if len(runs) == 2:
+        report = write_comparison(runs[0], runs[1], out, tables=tables, trust_code=trusted)
+    else:
+        report = write_report(
             runs[0], out, tables=tables, watts=watts, pictures=pictures, trust_code=trusted
         )
-    )
     if json_output:
         from headrace.pipelines.cli.json_output import ReportOutput, print_json
 
-        print_json(
-            ReportOutput(
-                page=str(report.page),
-                bytes=report.bytes,
-                tables=tuple(map(str, report.tables)),
-                missing_images=report.missing_images,
-            )
-        )
+        print_json(ReportOutput.model_validate(report))
         return
-    console = make_console()
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True)
-
-    say(
+    lines = [
         f"Wrote {report.page} ({bytes_text(report.bytes)}). Open it in a browser; it needs nothing "
         "else."
-    )
+    ]
     if report.tables:
-        say(f"Wrote {count_text(len(report.tables), 'table')} to {report.tables[0].parent}")
+        lines.append(
+            f"Wrote {count_text(len(report.tables), 'table')} to {report.tables[0].parent}"
+        )
     if report.missing_images:
-        say(
+        lines.append(
             f"note: {count_text(report.missing_images, 'image is', 'images are')} gone or have "
             "changed since the run, and have no picture"
         )
+    make_console().print("\n".join(lines), soft_wrap=True)

@@ -12,7 +12,6 @@ from headrace.pipelines.cli.json_output import (
     ExtractOutput,
     FinetunedRow,
     ImageCounts,
-    LeftOutCount,
     PlannedFeatures,
     PlannedHeads,
     PlanOutput,
@@ -32,20 +31,7 @@ from headrace.pipelines.selection.evaluation_record import TestResult
 
 def counts_output(accounting: Accounting | None) -> ImageCounts | None:
     """Return the counts of a run's images; None if they came from a program, not from a source."""
-    if accounting is None:
-        return None
-    return ImageCounts(
-        found=accounting.found,
-        train=accounting.train,
-        test=accounting.test,
-        unlabelled=accounting.unlabelled,
-        unreadable=accounting.unreadable,
-        failed=accounting.failed,
-        annotations=accounting.annotations,
-        left_out=tuple(
-            LeftOutCount(reason=item.reason, count=item.count) for item in accounting.left_out
-        ),
-    )
+    return None if accounting is None else ImageCounts.model_validate(accounting)
 
 
 def plan_output(
@@ -103,15 +89,17 @@ def extract_output(result: ExtractionResult) -> ExtractOutput:
 
 
 _N_LEADERBOARD_ROWS = 100  # in the object
+# of RunPaths
+_FILES = ("leaderboard", "heads", "comparisons", "winner", "predictions", "banks", "failed_images")
 
 
-def _setting(row: "pd.Series[Any]", metric: str, names: Iterable[str]) -> Setting:
+def _setting(row: "pd.Series[Any]", result: RunResult) -> Setting:
     return Setting(
         rank=int(row["rank"]),
-        inputs=inputs_text(row["inputs"], list(names)),
+        inputs=inputs_text(row["inputs"], result.names),
         kind=row["kind"],
         settings=row["settings"],
-        score=float(row[metric]),
+        score=float(row[result.metric]),
         standard_error=float(row["standard_error"]),
         features=int(row["features"]),
     )
@@ -163,16 +151,15 @@ def _finetuned_rows(result: RunResult) -> tuple[FinetunedRow, ...]:
 
 def run_output(result: RunResult) -> RunOutput:
     """Return the object that `run --json` prints."""
-    metric, names = result.metric, result.names
     selection = result.selection
     return RunOutput(
         out=str(result.paths.root),
-        metric=metric,
+        metric=result.metric,
         counts=counts_output(result.accounting),
         notes=result.notes,
         failed_images=result.failed_images,
         failed_heads=result.failed_heads,
-        winner=_setting(result.board.iloc[0], metric, names),
+        winner=_setting(result.board.iloc[0], result),
         expected=None
         if selection is None
         else ExpectedScore(
@@ -186,21 +173,9 @@ def run_output(result: RunResult) -> RunOutput:
         test=_test_output(result.test),
         finetuned=_finetuned_rows(result),
         leaderboard=tuple(
-            _setting(row, metric, names)
-            for _, row in result.board.head(_N_LEADERBOARD_ROWS).iterrows()
+            _setting(row, result) for _, row in result.board.head(_N_LEADERBOARD_ROWS).iterrows()
         ),
         settings=len(result.board),
-        stages=tuple(
-            StageOutput(name=stage.name, did=stage.did, seconds=stage.seconds)
-            for stage in result.stages
-        ),
-        files={
-            "leaderboard": str(result.paths.leaderboard),
-            "heads": str(result.paths.heads),
-            "comparisons": str(result.paths.comparisons),
-            "winner": str(result.paths.winner),
-            "predictions": str(result.paths.predictions),
-            "banks": str(result.paths.banks),
-            "failed_images": str(result.paths.failed_images),
-        },
+        stages=tuple(map(StageOutput.model_validate, result.stages)),
+        files={name: str(getattr(result.paths, name)) for name in _FILES},
     )

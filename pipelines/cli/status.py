@@ -1,11 +1,8 @@
 """`headrace status`: how far a run is, by its logs, so that any node with its disk can ask."""
 
-import dataclasses
 import datetime
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.cache.count_text import count_text
-from headrace.pipelines.cli.json_output import DriverOutput, StatusOutput, print_json
+from headrace.pipelines.cli.json_output import DriverOutput, DriverState, StatusOutput, print_json
 from headrace.pipelines.cluster.progress import rate_and_left
 from headrace.pipelines.cluster.task_leases import driver_lives
 from headrace.pipelines.cluster.task_log import read_log
@@ -23,28 +20,7 @@ from headrace.pipelines.run_directory import find_run
 _N_DRIVERS_SHOWN = 5  # the latest
 
 
-@dataclass(frozen=True)
-class DriverStatus:
-    """The state of a driver, which is one call of `headrace run`."""
-
-    driver: str
-    state: str  # running, finished, failed, stopped (Ctrl-C), gone (killed, or its machine is down)
-    started: datetime.datetime
-    heard: datetime.datetime  # the time of its last line in the log
-    stage: str
-    done: int
-    total: int
-    unit: str
-    failed: int  # images or heads of the stage, each of them a row with its reason
-    running: Mapping[str, str]  # worker by task
-    deaths: int  # of workers
-    dashboard: str | None
-    waits: str | None  # why there is no worker
-    error: str | None
-    left_s: float  # at the stage's rate so far; nan before anything is done
-
-
-def run_status(run: Path) -> list[DriverStatus]:
+def run_status(run: Path) -> list[DriverOutput]:
     """Return the run's drivers, the latest last.
 
     run: its directory, or its recipe. Raises InvalidInput.
@@ -57,20 +33,23 @@ def run_status(run: Path) -> list[DriverStatus]:
             "`headrace run RECIPE` writes one"
         )
     statuses = [_driver_status(read_log(log), log.stem) for log in logs]
+    # A driver that was killed, or whose machine is down, writes no end into its log.
     return [
         status
         if status.state != "running" or driver_lives(paths.leases, status.driver)
-        else dataclasses.replace(status, state="gone", running={}, dashboard=None, waits=None)
+        else status.model_copy(
+            update={"state": "gone", "workers": 0, "dashboard": None, "waits": None}
+        )
         for status in statuses
     ]
 
 
-def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverStatus:
+def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverOutput:
     read_at = datetime.datetime.now(datetime.UTC)
     first_event_at = last_event_at = stage_began = read_at
     stage: Mapping[str, Any] = {}
     progress: Mapping[str, Any] = {}
-    running: dict[str, str] = {}
+    worker_of_task: dict[str, str] = {}
     event_counts: Counter[str] = Counter()
     dashboard: str | None = None
     waits: str | None = None
@@ -82,25 +61,27 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
         event_counts[kind] += 1
         if kind == "stage":
             stage, progress, stage_began = event, {}, last_event_at
-            running.clear()
+            worker_of_task.clear()
         elif kind == "cluster":
             dashboard = event.get("dashboard")
         elif kind == "waiting":
             waits = event["reason"]
         elif kind == "started":
             waits = None
-            running[event["task"]] = event["worker"]
+            worker_of_task[event["task"]] = event["worker"]
         elif kind in ("finished", "failed", "died"):
-            running.pop(event["task"], None)
+            worker_of_task.pop(event["task"], None)
         elif kind == "progress":
             progress = event
         elif kind == "end":
             error = event.get("error")
     done, total = int(progress.get("done", 0)), int(stage.get("total", 0))
-    state = "running" if not event_counts["end"] else "failed" if error else "finished"
+    is_running = not event_counts["end"]
+    state: DriverState = "running" if is_running else "failed" if error else "finished"
+    # Ctrl-C is no failure: the same command goes on from there.
     if error is not None and error.startswith(KeyboardInterrupt.__name__):
         state, error = "stopped", None
-    return DriverStatus(
+    return DriverOutput(
         driver=driver,
         state=state,
         started=first_event_at,
@@ -110,10 +91,10 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
         total=total,
         unit=str(stage.get("unit", "")),
         failed=int(progress.get("failed", 0)),
-        running=running if state == "running" else {},
+        workers=len(set(worker_of_task.values())) if is_running else 0,
         deaths=event_counts["died"],
-        dashboard=dashboard if state == "running" else None,
-        waits=waits if state == "running" else None,
+        dashboard=dashboard if is_running else None,
+        waits=waits if is_running else None,
         error=error,
         left_s=rate_and_left(done, total, (read_at - stage_began).total_seconds())[1],
     )
@@ -121,17 +102,8 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverSt
 
 def print_status_json(run: Path) -> None:
     """Print the drivers of a run, the latest last, as one JSON object. Raises InvalidInput."""
-    paths = find_run(run)
-    drivers = []
-    for status in run_status(paths.root):
-        fields = {
-            field.name: getattr(status, field.name)
-            for field in dataclasses.fields(status)
-            if field.name != "running"
-        }
-        n_workers = len(set(status.running.values()))
-        drivers.append(DriverOutput(**fields, workers=n_workers))
-    print_json(StatusOutput(out=str(paths.root), drivers=tuple(drivers)))
+    root = find_run(run).root
+    print_json(StatusOutput(out=str(root), drivers=tuple(run_status(root))))
 
 
 def show_status(console: Console, run: Path) -> None:
@@ -145,19 +117,18 @@ def show_status(console: Console, run: Path) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("started (UTC)", "state", "stage", "done", "left"):
         table.add_column(column, no_wrap=True)
-    table.add_column("failed", justify="right")
-    for column in ("workers", "deaths"):
+    for column in ("failed", "workers", "deaths"):
         table.add_column(column, justify="right")
     for status in drivers[-_N_DRIVERS_SHOWN:]:
-        is_running = status.state == "running" and not math.isnan(status.left_s)
+        left_s = status.left_s if status.state == "running" else None
         table.add_row(
             f"{status.started:%m-%d %H:%M:%S}",
             status.state,
             status.stage,
             f"{status.done:,}/{status.total:,} {status.unit}" if status.unit else "",
-            f"{status.left_s // 60:.0f}:{status.left_s % 60:02.0f}" if is_running else "",
+            "" if left_s is None else f"{left_s // 60:.0f}:{left_s % 60:02.0f}",
             f"{status.failed:,}",
-            f"{len(set(status.running.values())):,}",
+            f"{status.workers:,}",
             f"{status.deaths:,}",
         )
     console.print(table)

@@ -119,12 +119,7 @@ def _verify_bytes(directory: Path, say: Say) -> "VerifiedFeatureSet":
         fingerprint=directory.name,
         tap=tap,
         rows=n_rows,
-        problems=tuple(
-            ProblemOutput(
-                kind=problem.kind, message=problem.message, is_harmless=problem.is_harmless
-            )
-            for problem in problems
-        ),
+        problems=tuple(map(ProblemOutput.model_validate, problems)),
     )
 
 

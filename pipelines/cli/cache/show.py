@@ -129,9 +129,7 @@ def show_command(
                 spec=spec_fields,
                 shards=len(shard_rows),
                 largest_error=quantization_error.largest if quantization_error.squared else None,
-                failures=tuple(
-                    FailureOutput(id=failure.id, reason=failure.reason) for failure in failures
-                ),
+                failures=tuple(map(FailureOutput.model_validate, failures)),
             )
         )
         return
