@@ -128,10 +128,9 @@ class FinishedRun:
         if self.recipe.task.unit is None:
             return self.bank.target[rows], self.out_of_fold_predictions[rows]
         try:
-            target, predicted = scored_rows(self.task, rows, self.out_of_fold_predictions[rows])
+            return scored_rows(self.task, rows, self.out_of_fold_predictions[rows])
         except FileNotFoundError as error:
             raise RunDamaged(f"{error.filename} is not there: {RUN_AGAIN}") from error
-        return target, predicted
 
     @cached_property
     def calibration(self) -> Mapping[str, Any] | None:

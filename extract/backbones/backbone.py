@@ -66,7 +66,9 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
 
     Its tensors are on the meta device, without values, if it can be built so.
     """
-    tag = spec.weights if _is_tag(spec) else None
+    tag = spec.weights
+    if tag is not None and (tag.startswith("random:") or is_weights_file(tag)):
+        tag = None
     try:
         with torch.device("meta"):
             module, preprocessing = library.build_network(spec.name, tag, spec.model_arguments)
@@ -147,21 +149,14 @@ def _for_channels(values: tuple[float, ...], n_channels: int) -> tuple[float, ..
     return (sum(values) / len(values),) * n_channels
 
 
-def _is_tag(spec: BackboneSpec) -> bool:
-    return (
-        spec.weights is not None
-        and not spec.weights.startswith("random:")
-        and not is_weights_file(spec.weights)
-    )
-
-
 @functools.lru_cache(maxsize=4)
 def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     network_description = _describe(spec)
     arguments, left_out = spec.model_arguments, NOTHING_LEFT_OUT
     if spec.weights is not None and spec.weights.startswith("random:"):
-        with _in_memory(spec.name):
-            module, preprocessing = _build_seeded(spec)
+        with _in_memory(spec.name), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(spec.weights.removeprefix("random:")))
+            module, preprocessing = library.build_network(spec.name, None, arguments)
     elif spec.weights is not None and is_weights_file(spec.weights):
         # Before the network is built, which takes seconds: a wrong path fails at once.
         tensors = read_weights(weights_path(spec.weights))
@@ -257,11 +252,3 @@ def _module_source(name: str) -> str:
     # Not imported, without a source file, or built into Python.
     except (KeyError, OSError, TypeError):
         return ""
-
-
-def _build_seeded(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
-    assert spec.weights is not None
-    text = spec.weights.removeprefix("random:")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(text))
-        return library.build_network(spec.name, None, spec.model_arguments)

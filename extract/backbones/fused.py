@@ -142,7 +142,9 @@ def _find_chains(
             handle.remove()
     chains = []
     for conv, count in calls.items():
-        if not isinstance(conv, nn.Conv2d | nn.Linear) or count != 1 or not _is_plain(conv):
+        # No other class is known to compute just the convolution.
+        is_plain = type(conv) in (nn.Conv2d, nn.Linear) or type(conv).__name__ == "Conv2dSame"
+        if not isinstance(conv, nn.Conv2d | nn.Linear) or count != 1 or not is_plain:
             continue
         norm = follower.get(conv)
         if not isinstance(norm, nn.BatchNorm2d) or calls[norm] != 1 or norm.running_mean is None:
@@ -155,13 +157,6 @@ def _find_chains(
 def _n_changes(tensor: Tensor) -> int:
     """Return how often a tensor has been changed in place; 0 for tensors of inference mode."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Return whether it is PyTorch's own layer, or timm's Conv2dSame: no other class is known to
-    compute just the convolution.
-    """
-    return type(layer) in (nn.Conv2d, nn.Linear) or type(layer).__name__ == "Conv2dSame"
 
 
 def _epilogue(activation: nn.Module | None) -> _Epilogue | None:

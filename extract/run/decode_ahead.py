@@ -52,7 +52,8 @@ def decoded_batches(
     Decoding begins at the call, not at the first `next`.
     """
     batch_starts = deque(range(0, len(samples), batch_size))
-    pending_batches: deque[_PendingBatch] = deque()
+    # of each: the position of its first sample, its pixels, and the outcomes to come
+    pending_batches: deque[tuple[int, list[Tensor], list[Future[list[Outcome]]]]] = deque()
     last_image: list[SharedImage] = []
 
     def submit() -> None:
@@ -69,11 +70,11 @@ def decoded_batches(
                 if isinstance(pool, DecodeProcesses)
                 else _by_threads(pool, batch_samples, renderings, arrays, last_image)
             )
-            pending_batches.append(_PendingBatch(batch_start, pixel_buffers, outcomes))
+            pending_batches.append((batch_start, pixel_buffers, outcomes))
 
     def batches() -> Iterator[PixelBatch]:
         while pending_batches:
-            batch = _finish(pending_batches.popleft())
+            batch = _finish(*pending_batches.popleft())
             submit()  # before the yield: the pool decodes while the caller works on this batch
             yield batch
 
@@ -103,25 +104,18 @@ def empty_pixels(count: int, preprocessing: Preprocessing, *, pin_memory: bool =
     )
 
 
-@dataclass(frozen=True)
-class _PendingBatch:
-    """A batch whose samples are being decoded, or wait for it."""
-
-    start: int  # position of its first sample
-    pixels: list[Tensor]
-    outcomes: list[Future[list[Outcome]]]
-
-
-def _finish(pending_batch: _PendingBatch) -> PixelBatch:
-    outcomes = [outcome for future in pending_batch.outcomes for outcome in future.result()]
+def _finish(
+    start: int, pixel_buffers: list[Tensor], futures: list[Future[list[Outcome]]]
+) -> PixelBatch:
+    outcomes = [outcome for future in futures for outcome in future.result()]
     decoded_slots = [slot for slot, outcome in enumerate(outcomes) if outcome.reason is None]
-    for buffer in pending_batch.pixels:
+    for buffer in pixel_buffers:
         for target_slot, slot in enumerate(decoded_slots):
             # Moved within the buffer, because a new tensor would not be pinned.
             if target_slot < slot:
                 buffer[target_slot] = buffer[slot]
-    pixels = [buffer[: len(decoded_slots)] for buffer in pending_batch.pixels]
-    rows = range(pending_batch.start, pending_batch.start + len(outcomes))
+    pixels = [buffer[: len(decoded_slots)] for buffer in pixel_buffers]
+    rows = range(start, start + len(outcomes))
     failed = [
         (row, outcome.reason, outcome.is_content_fault)
         for row, outcome in zip(rows, outcomes, strict=True)

@@ -42,11 +42,6 @@ def is_cpu(device: str) -> bool:
     return torch.device(device).type == "cpu"
 
 
-def is_cuda(device: str) -> bool:
-    """Return whether the device is one of CUDA or ROCm."""
-    return torch.device(device).type == "cuda"
-
-
 def check_device(device: str) -> None:
     """Raise BackboneError when PyTorch cannot use the device on this machine."""
     try:

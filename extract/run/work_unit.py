@@ -36,7 +36,6 @@ from headrace.extract.run.device import (
     current_device,
     find_batch_size,
     is_cpu,
-    is_cuda,
     launch_forward,
 )
 from headrace.extract.run.plan import ExtractJob
@@ -418,7 +417,8 @@ def _forward(
             compiled=compiled,
             runtime=runtime,
         )
-        return GraphedForward(forward) if graphed and is_cuda(device) else forward
+        on_cuda = torch.device(device).type == "cuda"  # or ROCm, which has the same name
+        return GraphedForward(forward) if graphed and on_cuda else forward
 
     return _forwards.get((backbone, taps, device, compute_dtype, compiled, graphed, runtime), make)
 

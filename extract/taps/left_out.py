@@ -73,7 +73,9 @@ def _run_marked(
 
     Values are NaN if they depend on what was left out.
     """
-    module = _sharing_tensors(backbone.module)
+    # A copy for hooks of its own, which shares parameters and buffers.
+    tensors = (*backbone.module.parameters(), *backbone.module.buffers())
+    module = copy.deepcopy(backbone.module, {id(tensor): tensor for tensor in tensors})
     module_names = {name for name, _ in module.named_modules()}
     modules_run: set[str] = set()
     for name, child in module.named_modules():
@@ -86,12 +88,6 @@ def _run_marked(
     image = torch.randn(1, preprocessing.n_channels, *preprocessing.crop, generator=generator)
     with torch.inference_mode():
         return TapCapture(module, tap_nodes).run(module, image), modules_run
-
-
-def _sharing_tensors(module: nn.Module) -> nn.Module:
-    """Return a copy of a network, for hooks of its own, that shares parameters and buffers."""
-    tensors = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def _as_nan(_module: nn.Module, _args: Any, output: Any) -> Any:

@@ -72,7 +72,8 @@ class Training:
         self.validation_rows = (
             np.flatnonzero(task.fold == plan.fold) if plan.fold != REFIT else np.empty(0, np.int64)
         )
-        self.optimiser, self.rates = _make_optimizer(network, plan)
+        self.optimiser = _make_optimizer(network, plan)
+        self.rates = [group["lr"] for group in self.optimiser.param_groups]  # before the schedule
         self.named: dict[str, Tensor] = {
             name: parameter
             for name, parameter in network.named_parameters()
@@ -328,13 +329,9 @@ def _row_weights(task: Task, train_rows: Rows, spec: FineTuneSpec) -> npt.NDArra
     return np.asarray(row_weight / row_weight[train_rows].mean(), np.float32)
 
 
-def _make_optimizer(
-    network: Network, plan: TrainingPlan
-) -> tuple[torch.optim.Optimizer, list[float]]:
-    """Return AdamW over the trained parameters, and the learning rate of each parameter group.
-
-    Each layer of the head and each block of the backbone has two groups: gains and biases have no
-    weight decay.
+def _make_optimizer(network: Network, plan: TrainingPlan) -> torch.optim.Optimizer:
+    """Return AdamW over the trained parameters, with one or two groups of them for each layer of
+    the head and each block of the backbone.
     """
     spec = plan.spec
     rates_and_parameters: list[tuple[float, list[nn.Parameter]]] = []
@@ -352,10 +349,11 @@ def _make_optimizer(
             for parameter in network.backbone.get_submodule(module_name).parameters(recurse=False)
         ]
         rates_and_parameters.append((spec.learning_rate * layer_decay**height, block_parameters))
-    parameter_groups, rates = [], []
+    parameter_groups = []
     for learning_rate, parameters in rates_and_parameters:
         for weight_decay, group_parameters in (
             (spec.weight_decay, [parameter for parameter in parameters if parameter.ndim > 1]),
+            # Gains and biases have no weight decay.
             (0.0, [parameter for parameter in parameters if parameter.ndim <= 1]),
         ):
             if group_parameters:
@@ -364,8 +362,7 @@ def _make_optimizer(
                 parameter_groups.append(
                     {"params": group_parameters, "weight_decay": weight_decay, "lr": learning_rate}
                 )
-                rates.append(learning_rate)
-    return torch.optim.AdamW(parameter_groups), rates
+    return torch.optim.AdamW(parameter_groups)
 
 
 def _rate_schedule(step: int, n_steps: int, warmup_fraction: float) -> float:

@@ -56,8 +56,7 @@ def tap_features(backbone: Backbone, recipe: Recipe, *, forked: bool) -> TapFeat
     forked from the workers' server, where that spares this process the import of PyTorch.
     """
     build: Callable[..., TapFeatures] = build_feature_specs
-    # The workers' server imports PyTorch in any case if it extracts, and this process need not. It
-    # does not import the user's modules, which `python:` names.
+    # The workers' server imports PyTorch in any case, and this process need not.
     local_cpu = recipe.cluster.where == "local" and find_device(recipe.compute.device) == "cpu"
     own_network = backbone.name.startswith("python:")
     if forked and local_cpu and "torch" not in sys.modules and not own_network:
