@@ -1,4 +1,7 @@
-"""The plan of missing work units, a pure function of samples and cached content hashes."""
+"""Work units: the plan of those that are missing, and the report of one that has been run.
+
+It imports no torch, which processes that plan and distribute the work do not need.
+"""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -9,6 +12,7 @@ from typing import TypedDict, Unpack
 
 import pandas as pd
 
+from headrace.cache.format.shard import FailedSample
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.spec import BackboneSpec, Sample
 
@@ -52,6 +56,24 @@ class ExtractJob:
     @property
     def contents(self) -> tuple[str, ...]:
         return tuple(sample.content for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class WorkUnitReport:
+    """The outcome of a work unit.
+
+    The three times are wall time of the thread that feeds the network, and add up to the unit's.
+    """
+
+    unit: str
+    rows: int  # images with features
+    failed: tuple[FailedSample, ...]  # images that cannot be decoded; recorded in every shard
+    # (id, reason) of images that are gone or have changed since they were hashed; not recorded.
+    unread: tuple[tuple[str, str], ...]
+    decode_s: float  # waiting for pixels
+    forward_s: float  # running the network
+    publish_s: float  # waiting for the disk
+    clipped: int = 0  # boxes that reached beyond their image, and were clipped
 
 
 class JobOptions(TypedDict, total=False):

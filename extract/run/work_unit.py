@@ -38,9 +38,8 @@ from headrace.extract.run.device import (
     is_cpu,
     launch_forward,
 )
-from headrace.extract.run.plan import ExtractJob
+from headrace.extract.run.plan import ExtractJob, WorkUnitReport
 from headrace.extract.run.rendering import Rendering, quiet_decoding
-from headrace.extract.run.throughput import WorkUnitReport
 from headrace.extract.spec import BackboneSpec, Sample
 from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap

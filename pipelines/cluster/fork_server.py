@@ -36,7 +36,7 @@ _COMMAND = "headrace.pipelines.cli.main"  # the main module of workers that the 
 _FIRST_IMPORT = "headrace.pipelines.cluster.ends_with_driver"
 
 
-def start_server(module_names: Sequence[str] = ()) -> str:
+def start_server(module_names: Sequence[str]) -> str:
     """Start the server, if there is none, and return Dask's name of the way to start workers:
     "forkserver" or "spawn".
 

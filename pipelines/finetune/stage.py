@@ -187,7 +187,7 @@ def _train_within_budget(
     remaining = {
         candidate.key: candidate for candidate in undecided if candidate.key in pilot_results
     }
-    n_total = len(remaining)
+    n_total, n_failed = len(remaining), 0
     n_tasks, title = n_total * (n_folds + 1), "finetune: train"
     options.on_event("stage", stage=title, total=n_total, unit="networks", tasks=n_tasks)
     with show_progress(console, title, n_total, "networks") as advance:
@@ -224,11 +224,7 @@ def _train_within_budget(
                     measured_shares.setdefault(candidate.start, []).append(measured_share)
             decisions.update(_record_decision(inputs.paths, best_key, record))
             advance(1)
-            n_failed = sum(
-                decisions[key]["decision"] in ("failed", "refused")
-                for key in pilot_results
-                if key not in remaining
-            )
+            n_failed += record["decision"] == "failed"
             options.on_event("progress", done=n_total - len(remaining), failed=n_failed)
     return len(pilot_results)
 

@@ -19,8 +19,7 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.shard import FailedSample
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
 from headrace.extract.images.crops import EMPTY_TILE
-from headrace.extract.run.plan import ExtractJob, work_unit_name
-from headrace.extract.run.throughput import WorkUnitReport, progress_details
+from headrace.extract.run.plan import ExtractJob, WorkUnitReport, work_unit_name
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.submit import Outcome, TaskOptions, run_tasks
 from headrace.pipelines.cluster.task_leases import TaskLeases, task_leases
@@ -171,6 +170,21 @@ def extract_missing(
             f"first {image_name} ({reason}); the features of the others are kept. Call again when "
             "the images stand still"
         )
+
+
+def progress_details(reports: Sequence[WorkUnitReport]) -> dict[str, float]:
+    """Return what the display of an extraction's progress shows: the count of failed images, and
+    how the threads that feed networks spend their time, in shares that add up to 1.
+    """
+    seconds = {
+        # Waiting for pixels: more decoding threads or smaller files would help.
+        "decode_share": sum(report.decode_s for report in reports),
+        "network_share": sum(report.forward_s for report in reports),
+        "disk_share": sum(report.publish_s for report in reports),
+    }
+    all_seconds = sum(seconds.values()) or 1.0
+    shares = {name: spent / all_seconds for name, spent in seconds.items()}
+    return {**shares, "failed": sum(len(report.failed) + len(report.unread) for report in reports)}
 
 
 def _print_crop_counts(unit_reports: Sequence[WorkUnitReport], console: Console) -> None:
