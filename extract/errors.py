@@ -40,6 +40,8 @@ def missing_path_message(path: Path, expected: str) -> str:
     """
     if path.exists():
         return f"{path} is {'a folder' if path.is_dir() else 'a file'}; expected {expected}."
+    if hint := pointer_hint(path):
+        return f"{path}: no such file or folder.{hint}"
     parent = path.absolute().parent
     while not parent.is_dir():
         parent = parent.parent
@@ -50,6 +52,12 @@ def missing_path_message(path: Path, expected: str) -> str:
         else f" The nearest folder that exists is {parent}."
     )
     return f"{path}: no such file or folder.{hint}"
+
+
+def pointer_hint(path: Path) -> str:
+    """Return what brings an absent path here, where DVC keeps it elsewhere; otherwise ""."""
+    pointer = path.with_name(f"{path.name}.dvc")
+    return f" {pointer} says where it is: dvc pull {pointer}." if pointer.is_file() else ""
 
 
 def as_yaml_list(names: Iterable[str]) -> str:
@@ -78,5 +86,6 @@ def check_unique_ids(ids: Iterable[str], source: str) -> None:
         raise SourceError(
             f"{source}: {count_text(len(repeated), 'id occurs', 'ids occur')} more than once, for "
             f"example {', '.join(map(repr, repeated[:3]))}. Each row needs its own id: name a "
-            "column that has one with id_column, or drop the duplicates."
+            "column that has one with id_column, or drop the duplicates. Where several people have "
+            "labelled an image, write one row for it, with the label that they agree on."
         )

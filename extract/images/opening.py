@@ -56,6 +56,8 @@ def check_size(width: int, height: int) -> None:
 def decoding_reason(error: Exception, data: bytes) -> str:
     """Return the text for an error that a decoder raised on these bytes, the same at every call."""
     if isinstance(error, PIL.UnidentifiedImageError):
+        if data.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS, and not yet the image: git lfs pull"
         if data.startswith((b"II*\0", b"MM\0*")):
             return (
                 "a TIFF whose layout Pillow does not know (bits, type or number of samples). Save "

@@ -1,4 +1,4 @@
-"""Boxes that a detector of animals has found (MegaDetector), as rows in the place of the images."""
+"""Boxes that a detector of animals has found (MegaDetector, SpeciesNet), in the place of images."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ _ANIMAL = "animal"
 _EXPECTED = (
     'expected MegaDetector\'s results: {"images": [{"file": "a/1.jpg", "detections": [{"category": '
     '"1", "conf": 0.9, "bbox": [x, y, width, height]}]}], "detection_categories": {"1": "animal"}},'
-    " with boxes in shares of the image"
+    " with boxes in shares of the image, or what SpeciesNet or Microsoft's megadetector writes"
 )
 
 
@@ -124,10 +124,13 @@ def _nearest(image_file: str, candidates: Sequence[str]) -> tuple[int, list[str]
     return most, [file for file, n in zip(candidates, n_shared, strict=True) if n == most]
 
 
-def _crop(bbox: Any) -> Crop:
+def _crop(bbox: Any, has_corners: bool) -> Crop:
+    """Return a box in shares of the image, or by its corners in pixels."""
     left, top, width, height = map(float, bbox)
     if not all(map(math.isfinite, (left, top, width, height))):
         raise ValueError(f"the bbox {bbox}")
+    if has_corners:
+        return Crop(left, top, width - left, height - top, "pixels")
     return Crop(left, top, width, height, "fraction")
 
 
@@ -135,19 +138,35 @@ def _read_detections(path: Path, min_confidence: float) -> dict[str, list[tuple[
     """Return boxes and confidences by file, the surest first."""
     try:
         results: Any = json.loads(path.read_text(encoding="utf-8-sig"))
-        categories = results.get("detection_categories") or {}
-        animals = {key for key, name in categories.items() if str(name).lower() == _ANIMAL}
-        boxes_of_file: dict[str, list[tuple[Crop, float]]] = {}
-        for image in results["images"]:
+        # MegaDetector's own results are an object, and Microsoft's command of that name writes a
+        # list, with names of categories, and corners in pixels; SpeciesNet writes `predictions`.
+        is_list = isinstance(results, list)
+        images = results if is_list else results.get("predictions") or results["images"]
+        categories = {} if is_list else results.get("detection_categories") or {}
+        found_of_file: dict[str, list[tuple[str, Crop, float]]] = {}
+        for image in images:
             # `detections` is null for an image that the detector could not read.
             found = [
-                (_crop(detection["bbox"]), float(detection["conf"]))
+                (
+                    str(detection.get("label") or categories.get(category, category)).lower(),
+                    _crop(detection["bbox"], is_list),
+                    float(detection["confidence" if is_list else "conf"]),
+                )
                 for detection in image.get("detections") or []
-                if detection["conf"] >= min_confidence
-                and (not animals or str(detection["category"]) in animals)
+                for category in [str(detection["category"])]
             ]
-            file = str(image["file"]).replace("\\", "/")
-            boxes_of_file[file] = sorted(found, key=lambda box: -box[1])
+            file = str(image["filepath"] if "filepath" in image else image["file"])
+            found_of_file[file.replace("\\", "/")] = sorted(found, key=lambda box: -box[2])
+        names = {name for found in found_of_file.values() for name, _, _ in found}
+        has_animals = _ANIMAL in {*names, *(str(name).lower() for name in categories.values())}
+        boxes_of_file = {
+            file: [
+                (crop, confidence)
+                for name, crop, confidence in found
+                if confidence >= min_confidence and (name == _ANIMAL or not has_animals)
+            ]
+            for file, found in found_of_file.items()
+        }
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror} (images.detections)") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -155,6 +174,7 @@ def _read_detections(path: Path, min_confidence: float) -> dict[str, list[tuple[
         raise SourceError(text) from error
     crops = [crop for boxes in boxes_of_file.values() for crop, _ in boxes]
     # Shares of an image are 1 at most, but for rounding; larger numbers are pixels.
-    if any(max(crop.left, crop.top, crop.width, crop.height) > 1.01 for crop in crops):
+    shares = [crop for crop in crops if crop.unit == "fraction"]
+    if any(max(crop.left, crop.top, crop.width, crop.height) > 1.01 for crop in shares):
         raise SourceError(f"{path}: boxes in pixels; {_EXPECTED}")
     return boxes_of_file

@@ -62,6 +62,10 @@ OTHER_FORMATS = {
         ("whole-slide image", "write a level of it as TIFF, and cut that with images.tiles"),
     ),
     **dict.fromkeys(
+        (".czi", ".lif", ".nd2", ".oib", ".oif", ".vsi"),
+        ("microscope file", "save it as TIFF, in Fiji or with bfconvert FILE FILE.ome.tif"),
+    ),
+    **dict.fromkeys(
         (".tfrecord", ".tfrecords"), ("TFRecord", "write the images as files or tar shards")
     ),
     **dict.fromkeys((".mdb", ".lmdb"), ("LMDB", "write the images as files or tar shards")),
@@ -93,6 +97,13 @@ _VOC_COMMAND = (
     "o.findtext('name'), *(o.findtext('bndbox/' + k) for k in e)]) for f in "
     "sorted(glob.glob('Annotations/*.xml')) for r in [E.parse(f)] for o in r.iter('object')]\"`, "
     "then `headrace init objects.csv`"
+)
+_LABELME_COMMAND = (
+    "`python -c \"import csv, glob, json; w = csv.writer(open('objects.csv', 'w')); "
+    "w.writerow(['path', 'label', 'xmin', 'ymin', 'xmax', 'ymax']); [w.writerow([r['imagePath'], "
+    "s['label'], min(x), min(y), max(x), max(y)]) for f in sorted(glob.glob('*.json')) for r in "
+    "[json.load(open(f))] for s in r['shapes'] for x, y in [zip(*s['points'])]]\"`, then "
+    "`headrace init objects.csv`"
 )
 _CAMTRAP_DP_COMMAND = (
     "`python -c \"import pandas as p; m, o = (p.read_csv(f, dtype=str) for f in ('media.csv', "
@@ -231,14 +242,17 @@ def unread_format(path: str | Path) -> str | None:
 
 
 def annotation_files(folder: Path) -> str | None:
-    """Say what boxes of Pascal VOC or YOLO, or observations of Camtrap DP, in a folder are, and
-    what makes a table of them; None where there are none.
+    """Say what boxes of Pascal VOC, YOLO or LabelMe, or observations of Camtrap DP, a folder holds,
+    and what makes a table of them; None where there are none.
     """
     if (folder / "media.csv").is_file() and (folder / "observations.csv").is_file():
         return (
             "a package of Camtrap DP, whose images and observations are two tables. In that "
             f"folder, {_CAMTRAP_DP_COMMAND}"
         )
+    first_json = next(folder.glob("*.json"), None)
+    if first_json and b'"imagePath"' in (text := first_json.read_bytes()) and b'"shapes"' in text:
+        return f"shapes of LabelMe, a JSON file for each image. In that folder, {_LABELME_COMMAND}"
     if any(folder.glob("Annotations/*.xml")) and (folder / "JPEGImages").is_dir():
         return f"boxes of Pascal VOC, an XML file for each image. In that folder, {_VOC_COMMAND}"
     if any(folder.glob("labels/**/*.txt")) or any(folder.glob("*/labels/*.txt")):

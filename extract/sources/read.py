@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from headrace.cache.home import expand_home
-from headrace.extract.errors import SourceError
+from headrace.extract.errors import SourceError, pointer_hint
 from headrace.extract.images.byte_ranges import encode_path, printable_name
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
@@ -173,7 +173,8 @@ def _detect_file(source_path: Path) -> SourceKind:
         return "image"
     if not source_path.exists():
         raise SourceError(
-            f"{source_path}: no such file or folder. Give a folder of images, {_KINDS_OF_FILES}"
+            f"{source_path}: no such file or folder.{pointer_hint(source_path)} Give a folder of "
+            f"images, {_KINDS_OF_FILES}"
         )
     raise SourceError(
         unread_format(source_path)

@@ -24,6 +24,7 @@ from headrace.extract.sources.birds import bird_rows, is_list_of_birds
 from headrace.extract.sources.coco import coco_boxes, coco_rows
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature, unread_format
 from headrace.extract.sources.label_studio import holds_tasks, task_rows
+from headrace.extract.sources.layout import SPLIT_WORDS
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")  # Excel's first line that names the separator
@@ -204,11 +205,21 @@ def _delimiter(text: str, default_delimiter: str) -> str:
 
 def _check_header(column_names: list[str], table_path: Path) -> None:
     """Raise SourceError if the first line is no line of names, or gives two columns one name."""
-    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in column_names):
+    is_path = [Path(name).suffix.lower() in IMAGE_SUFFIXES for name in column_names]
+    if any(is_path):
+        # As of Vertex AI: TRAIN,gs://bucket/1.jpg,cat
+        is_side = [name.lower() in SPLIT_WORDS for name in column_names]
+        names = [
+            "path" if path else "split" if side else "label"
+            for path, side in zip(is_path, is_side, strict=True)
+        ]
+        names = [name if name not in names[:n] else f"{name}{n}" for n, name in enumerate(names)]
+        if names == ["path"]:
+            names = ["path", "label"]
         raise SourceError(
             f"{table_path}: the first line looks like an image and what belongs to it "
             f"({', '.join(column_names[:4])}), not like the names of columns, and would be lost. "
-            "Put a line of names above it, for example: path,label"
+            f"Put a line of names above it, for example: {','.join(names[:8])}"
         )
     if len(column_names) > _MOST_COLUMNS:
         raise SourceError(

@@ -34,7 +34,10 @@ from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.regions import Boxes, find_boxes
 from headrace.extract.sources.table import Table, read_table_file
 
-_BOX_NAMES = frozenset({"bbox", "box", "boxes", "bboxes", "bounding_box", "bounding_boxes"})
+_BOX_NAMES = frozenset(
+    {"bbox", "box", "boxes", "bboxes", "bounding_box", "bounding_boxes"}
+    | {"region_shape_attributes"}  # of the VGG Image Annotator
+)
 HUGGING_FACE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ROBOFLOW_TABLES = ("_annotations.coco.json", "_classes.csv")
 # What headrace keeps in the columns of RESERVED_COLUMNS.

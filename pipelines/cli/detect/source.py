@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import UnidentifiedImageError
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import SourceError, as_yaml_list
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
+from headrace.extract.images.opening import decoding_reason, open_image
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
 from headrace.extract.sources.folder import has_images, is_hidden
 from headrace.extract.sources.formats import (
@@ -22,6 +24,7 @@ from headrace.extract.sources.formats import (
     IMAGE_SUFFIXES,
     MAYBE_TABLES,
     annotation_files,
+    has_image_signature,
     is_archive,
 )
 from headrace.extract.sources.image_column import are_files, find_image_column, spread
@@ -304,6 +307,14 @@ def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -
     listing = read_source(source)
     samples = listing.samples
     column_names = [str(column) for column in samples.columns if column not in ("id", "path")]
+    if samples[column_names].isna().all(axis=None):
+        raise InvalidInput(
+            f"{location}: {count_text(len(samples), 'image')}, and no labels: neither folders for "
+            "the classes nor files such as 0001.cls beside 0001.jpg"
+            + "".join(f". Left out: {left_out}" for left_out in listing.left_out[:3])
+            + ". Where a table in it has the labels, unpack the archive, and give headrace init "
+            "the folder"
+        )
     task_lines, targets, task_notes = task_section(samples, column_names, location)
     archive_key = "zip" if _holds_zip(location) else "tar"
     return Finding(
@@ -464,7 +475,7 @@ def _listing_notes(listing: Listing) -> tuple[str, ...]:
     return (
         *listing.notes,
         *(f"left out: {item}" for item in listing.left_out),
-        *_mixed_depths(listing.samples),
+        *_opened_images(listing.samples),
         *_near_copies(listing.samples),
     )
 
@@ -485,28 +496,41 @@ def _near_copies(samples: pd.DataFrame) -> list[str]:
     return [] if copies_note is None else [copies_note]
 
 
-def _mixed_depths(samples: pd.DataFrame) -> list[str]:
-    """Return a note if, among a few images, some have 8 bits and some more.
+def _opened_images(samples: pd.DataFrame) -> list[str]:
+    """Return notes if, among a few images, some have 8 bits and some more, or some are no images.
 
-    Their scales differ, from which a head could tell classes apart that come of different sources.
+    Scales of depths differ, from which a head could tell classes apart that come of different
+    sources.
     """
     image_by_depth: dict[bool, str] = {}
-    for image_id, image_path in (
-        samples[["id", "path"]]
-        .iloc[:: max(1, len(samples) // _N_IMAGES_OPENED)]
-        .itertuples(index=False)
-    ):
+    unread: list[str] = []
+    examples = samples[["id", "path"]].iloc[:: max(1, len(samples) // _N_IMAGES_OPENED)]
+    for image_id, image_path in examples.itertuples(index=False):
         # The run reports an image that cannot be opened, and why.
         with contextlib.suppress(Exception):
-            image_by_depth.setdefault(has_deep_pixels(read_bytes(image_path)), image_id)
-    if len(image_by_depth) < 2:
-        return []
-    return [
-        f"some images have 8 bits ({image_by_depth[False]}) and some more "
-        f"({image_by_depth[True]}): white is 255 in the ones and, without images.pixel_range, "
-        "65535 or what the file says in the others. If they come of one sensor, their brightness "
-        "differs by that"
-    ]
+            data = read_bytes(image_path)
+            # Arrays have no signature, and were checked when they were listed.
+            is_known = "::" in image_path or data[:6] == b"\x93NUMPY"
+            if not is_known and not has_image_signature(data[:32]):
+                try:
+                    open_image(data)
+                except UnidentifiedImageError as error:
+                    unread.append(f"{image_id}: {decoding_reason(error, data)}")
+            image_by_depth.setdefault(has_deep_pixels(data), image_id)
+    notes = []
+    if unread:
+        notes.append(
+            f"{len(unread)} of {count_text(len(examples), 'image')} that were looked at cannot be "
+            f"read, such as {unread[0]}"
+        )
+    if len(image_by_depth) == 2:
+        notes.append(
+            f"some images have 8 bits ({image_by_depth[False]}) and some more "
+            f"({image_by_depth[True]}): white is 255 in the ones and, without images.pixel_range, "
+            "65535 or what the file says in the others. If they come of one sensor, their "
+            "brightness differs by that"
+        )
+    return notes
 
 
 def _init_command(path: Path) -> str:

@@ -77,7 +77,7 @@ def test_what_is_no_such_file_is_said(photos, tmp_path):
     pixels = results(tmp_path / "pixels.json", {"1.jpg": [("1", 0.9, [10, 20, 300, 400])]})
     with pytest.raises(SourceError, match="boxes in pixels; expected MegaDetector's results"):
         listed(photos, pixels)
-    (tmp_path / "list.json").write_text('[{"file": "1.jpg", "detections": []}]')
+    (tmp_path / "list.json").write_text('["1.jpg"]')
     with pytest.raises(SourceError, match=r"list.json: AttributeError.*expected MegaDetector"):
         listed(photos, tmp_path / "list.json")
     with pytest.raises(SourceError, match="No such file"):
@@ -101,3 +101,28 @@ def test_numbers_that_no_detector_writes(photos, tmp_path):
         listed(photos, nan)
     numbered = results(tmp_path / "numbered.json", {"1.jpg": [(1, 0.9, [0, 0, 1, 1])]})
     assert listed(photos, numbered).samples["image"].tolist() == ["fox/1.jpg"]
+
+
+def test_results_of_speciesnet(photos, tmp_path):
+    """It names files `filepath`, and each detection's category beside its number."""
+    found = [
+        {"category": "1", "label": "animal", "conf": 0.9, "bbox": [0, 0, 0.5, 0.5]},
+        {"category": "2", "label": "human", "conf": 0.9, "bbox": [0.5, 0, 0.5, 0.5]},
+    ]
+    predictions = [{"filepath": "cam/1.jpg", "detections": found, "prediction": "x;y"}]
+    predictions.append({"filepath": "cam/9.jpg", "failures": ["DETECTOR"]})
+    (tmp_path / "s.json").write_text(json.dumps({"predictions": predictions}))
+    samples = listed(photos, tmp_path / "s.json").samples
+    assert samples["id"].tolist() == ["fox/1.jpg#0,0,0.5,0.5;fraction"]
+
+
+def test_results_of_microsofts_command(photos, tmp_path):
+    """A list, with names of categories, and corners in pixels."""
+    found = [
+        {"category": "animal", "confidence": 0.9, "bbox": [10, 20, 110, 70]},
+        {"category": "person", "confidence": 0.9, "bbox": [0, 0, 9, 9]},
+    ]
+    (tmp_path / "m.json").write_text(json.dumps([{"file": "x/1.jpg", "detections": found}]))
+    samples = listed(photos, tmp_path / "m.json").samples
+    assert samples["id"].tolist() == ["fox/1.jpg#10,20,100,50"]
+    assert samples["path"].tolist() == [Crop(10, 20, 100, 50).locator(str(photos / "fox/1.jpg"))]

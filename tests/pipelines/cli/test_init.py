@@ -5,6 +5,7 @@ nothing can be.
 import gzip
 import importlib.util
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -621,3 +622,60 @@ def test_folders_below_the_classes_may_be_the_classes(tmp_path, folders, label, 
             assert samples["group"].tolist() == group
         if folders[0].startswith("train"):
             assert samples["split"].tolist() == ["train", "test"] * 2
+
+
+def test_pointers_in_the_place_of_images_are_told(tmp_path, photos):
+    """Git LFS and DVC keep data sets elsewhere, and say so in a small file."""
+    for path in photos.rglob("0.png"):
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    notes = write_recipe(photos, tmp_path / "r.yaml").notes
+    assert (
+        "2 of 6 images that were looked at cannot be read, such as a/0.png: a pointer of Git LFS, "
+        "and not yet the image: git lfs pull"
+    ) in notes
+    (tmp_path / "more.dvc").touch()
+    with pytest.raises(
+        SourceError, match=r"no such file or folder\. .*: dvc pull .*more\.dvc\. Give"
+    ):
+        write_recipe(tmp_path / "more", tmp_path / "s.yaml")
+
+
+def test_shapes_of_labelme_become_a_table_by_the_command_that_is_named(tmp_path):
+    save_images(tmp_path, *(f"{n}.png" for n in range(6)))
+    for n in range(6):
+        shape = {"label": "ab"[n % 2], "points": [[4, 5], [1, 7]], "shape_type": "rectangle"}
+        (tmp_path / f"{n}.json").write_text(
+            json.dumps({"shapes": [shape], "imagePath": f"{n}.png", "imageData": None})
+        )
+    with pytest.raises(InvalidInput, match="holds shapes of LabelMe") as refusal:
+        write_recipe(tmp_path, tmp_path / "r.yaml")
+    (script,) = re.findall(r'`python -c "(.*)"`', str(refusal.value))
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    write_recipe(tmp_path / "objects.csv", tmp_path / "r.yaml")
+    samples = list_samples(load_recipe(tmp_path / "r.yaml"))
+    assert samples["id"].tolist() == [f"{n}.png#1,5,3,2" for n in range(6)]
+    assert samples["label"].tolist() == ["a", "b"] * 3
+
+
+def test_a_table_in_an_archive_is_told(tmp_path, photos):
+    """As AutoTrain wants it uploaded."""
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        archive.add(photos / "a/0.png", "0.png")
+        (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,x\n")
+        archive.add(tmp_path / "metadata.csv", "metadata.csv")
+    with pytest.raises(InvalidInput, match=r"no labels.*metadata\.csv.*unpack the archive"):
+        write_recipe(tmp_path / "t.tar", tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("TRAIN,gs://bucket/1.jpg,cat", "split,path,label"),
+        ("1.jpg,cat,3", "path,label,label2"),
+        ("1.jpg", "path,label"),
+    ],
+)
+def test_names_for_a_table_without_them_are_in_its_order(tmp_path, line, names):
+    (tmp_path / "t.csv").write_text(f"{line}\n" * 2)
+    with pytest.raises(SourceError, match=f"for example: {names}$"):
+        write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
