@@ -114,7 +114,9 @@ class _Classifier(ClassifierMixin, _Head):  # type: ignore[misc]
 
     def predict(self, X: Any) -> Array:
         """Return the predicted labels, (n,)."""
-        return np.asarray(self.classes_[self.predict_proba(X).argmax(1)])
+        # First, for it says that the head is not fitted: then there are no `classes_`.
+        probabilities = self.predict_proba(X)
+        return np.asarray(self.classes_[probabilities.argmax(1)])
 
 
 class _LinearClassifier(_Classifier):
@@ -181,8 +183,23 @@ class _Regressor(RegressorMixin, _Head):  # type: ignore[misc]
         return tags
 
 
+# Estimators are compared by identity, and scikit-learn's repr shows what differs from the defaults.
+@dataclass(eq=False, repr=False)
 class _Perceptron(_Head):
     """Base of the two multi-layer perceptrons."""
+
+    hidden: tuple[int, ...] = (256,)
+    _: KW_ONLY
+    learning_rate: float = 1e-3
+    weight_decay: float = WEIGHT_DECAY
+    dropout: float = 0.0
+    batch_size: int = 256
+    epochs: int = 50
+    patience: int = 8
+    validation_fraction: float = 0.0
+    seed: int = 0
+    standardize: bool = True
+    device: str = "cpu"
 
     def _spec(self, n_rows: int) -> HeadSpec:
         names = ("hidden", "learning_rate", "weight_decay", "dropout", "batch_size", "epochs")
@@ -195,7 +212,6 @@ class _Perceptron(_Head):
         )
 
 
-# Estimators are compared by identity, and scikit-learn's repr shows what differs from the defaults.
 @dataclass(eq=False, repr=False)
 class LogisticHead(_LinearClassifier):
     """L2-regularized logistic regression: `LogisticSpec`, by the exact batched solver.
@@ -249,20 +265,9 @@ class MLPHead(_Perceptron, _Classifier):
     then trained on all rows for as many. 0: `epochs` epochs.
     """
 
-    hidden: tuple[int, ...] = (256,)
     _: KW_ONLY
-    learning_rate: float = 1e-3
-    weight_decay: float = WEIGHT_DECAY
-    dropout: float = 0.0
     label_smoothing: float = 0.0
     class_weight: ClassWeights = None
-    batch_size: int = 256
-    epochs: int = 50
-    patience: int = 8
-    validation_fraction: float = 0.0
-    seed: int = 0
-    standardize: bool = True
-    device: str = "cpu"
 
 
 @dataclass(eq=False, repr=False)
@@ -319,19 +324,6 @@ class MLPRegressionHead(_Perceptron, _Regressor):
     """A multi-layer perceptron for regression: `MLPSpec`, trained on the mean squared error of
     standardized targets.
     """
-
-    hidden: tuple[int, ...] = (256,)
-    _: KW_ONLY
-    learning_rate: float = 1e-3
-    weight_decay: float = WEIGHT_DECAY
-    dropout: float = 0.0
-    batch_size: int = 256
-    epochs: int = 50
-    patience: int = 8
-    validation_fraction: float = 0.0
-    seed: int = 0
-    standardize: bool = True
-    device: str = "cpu"
 
 
 def _checked_weights(sample_weight: Any, n: int) -> Doubles | None:
