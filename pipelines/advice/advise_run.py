@@ -55,7 +55,7 @@ def advise_run(
         if jobs:
             with local_client(workers) as client:
                 progress = console or make_console(quiet=True)
-                train_banks(jobs, client, progress, "learning curve", leases_folder=paths.leases)
+                train_banks(jobs, client, progress, "learning curve", paths.leases)
 
     advice = advise_on(
         finished.board,

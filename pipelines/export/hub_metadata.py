@@ -13,10 +13,8 @@ from headrace.pipelines.models.model import Model
 
 
 def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
-    """Return the header, in `---` lines, with the score on the test split if there is one.
-
-    Licence and data set are left to the user, as nothing here knows them.
-    """
+    """Return the header, in `---` lines, with the score on the test split if there is one."""
+    # Licence and data set are left to the user: nothing here knows them.
     values: dict[str, Any] = {
         "library_name": "headrace",
         "pipeline_tag": (

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def save_mlflow_model(model: Model, out: Path | str, **options: Any) -> None:
     """Write an MLflow model of the flavor `python_function` to `out`, which must not exist.
 
-    It has all weights as safetensors and no pickled code; loading it needs headrace and
-    mlflow-skinny. options: of `mlflow.pyfunc.save_model`, such as `metadata`. Raises InvalidInput.
+    Loading it needs headrace and mlflow-skinny. options: of `mlflow.pyfunc.save_model`, such as
+    `metadata`. Raises InvalidInput.
     """
     out = Path(out)
     if importlib.util.find_spec("mlflow") is None:
@@ -38,6 +38,7 @@ def save_mlflow_model(model: Model, out: Path | str, **options: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "model"
         export_model(model, exported, ["safetensors"])
+        # A module that loads the safetensors, because MLflow would pickle an object.
         mlflow.pyfunc.save_model(
             out,
             loader_module=__name__,

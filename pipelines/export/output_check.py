@@ -45,42 +45,34 @@ class _OutputCheck:
         return float(np.abs(np.asarray(outputs, np.float64) - self.expected).max()) / value_scale
 
 
-def check_side_columns(columns: Sequence[SideColumn], n_rows: int = _CHECKED) -> SideColumns:
+def check_side_columns(columns: Sequence[SideColumn]) -> SideColumns:
     """Return made-up side columns: all levels and an unknown one in turn, numbers around their
     mean, some of them missing.
     """
-    generator = np.random.default_rng(0)
-    values = [
-        generator.normal(column.center, column.spread, n_rows)
-        if column.levels is None
-        else np.arange(n_rows) % (len(column.levels) + 1.0)
-        for column in columns
-    ]
-    for column, column_values in zip(columns, values, strict=True):
-        is_unknown = (
-            np.arange(n_rows) % 3 == 0
-            if column.levels is None
-            else column_values == len(column.levels)
-        )
-        column_values[is_unknown] = np.nan
+    generator, rows, values = np.random.default_rng(0), np.arange(_CHECKED), []
+    for column in columns:
+        if column.levels is None:
+            numbers = generator.normal(column.center, column.spread, _CHECKED)
+            values.append(np.where(rows % 3 == 0, np.nan, numbers))
+        else:
+            level = rows % (len(column.levels) + 1.0)
+            values.append(np.where(level == len(column.levels), np.nan, level))
     return SideColumns(tuple(columns), np.stack(values, axis=1))
 
 
-def check_pixels(inputs: Sequence[GraphInput], n_images: int = _CHECKED) -> list[Tensor]:
-    """Return pixels (n_images, H, W, C) for each input, in its dtype: smooth random pictures with
-    noise, the same at every size.
+def check_pixels(inputs: Sequence[GraphInput]) -> list[Tensor]:
+    """Return pixels (n, H, W, C) for each input, in its dtype: smooth random pictures with noise,
+    the same at every size.
     """
     pixel_batches = []
     for model_input in inputs:
         generator = torch.Generator().manual_seed(0)
         how = model_input.preprocessing
-        coarse = torch.rand(n_images, how.n_channels, 5, 5, generator=generator)
+        coarse = torch.rand(_CHECKED, how.n_channels, 5, 5, generator=generator)
         smooth = torch.nn.functional.interpolate(coarse, how.crop, mode="bilinear")
         noise = 0.1 * torch.rand(smooth.shape, generator=generator)
-        pixel_dtype = getattr(torch, how.pixel_dtype)
-        pixel_batches.append(
-            (255 * (0.9 * smooth + noise)).to(pixel_dtype).permute(0, 2, 3, 1).contiguous()
-        )
+        pixels = (255 * (0.9 * smooth + noise)).to(getattr(torch, how.pixel_dtype))
+        pixel_batches.append(pixels.permute(0, 2, 3, 1).contiguous())
     return pixel_batches
 
 
@@ -120,14 +112,13 @@ def expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck
 
 
 def compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model: Model) -> float:
-    """Return the largest difference of a graph's outputs, for a batch and for single images, which
-    would reveal a batch size fixed by the export.
+    """Return the largest difference of a graph's outputs, for a batch and for single images.
 
     run_graph: from a list of inputs to outputs (n, C). Raises HeadraceError if the difference is
     more than allowed.
     """
     batch_difference = check.difference(run_graph(check.pixels))
-    # Single images, or single units.
+    # Single images, or single units, would reveal a batch size that the export has fixed.
     bounds = np.cumsum((0, *_UNIT_SIZES))[:3].tolist() if model.takes_units else [0, 1, 2]
     single_outputs = [
         run_graph([input_pixels[start:stop] for input_pixels in check.pixels])

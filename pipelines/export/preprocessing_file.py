@@ -1,8 +1,4 @@
-"""preprocess.py of an export: the part of the preprocessing that is outside the graphs.
-
-It is made of headrace's own source text for decoding and resizing, because a second version of that
-code would come to differ.
-"""
+"""preprocess.py of an export: the part of the preprocessing that is outside the graphs."""
 
 import ast
 import dataclasses
@@ -172,6 +168,7 @@ def _decoding_source() -> tuple[str, str]:
     """Return headrace's code for decoding and resizing: the imports of other packages, and the
     text.
     """
+    # Its own source text, because a second version of that code would come to differ.
     imports: set[str] = set()
     module_bodies = []
     for module in _modules_needed(preprocess):

@@ -50,11 +50,9 @@ class EnsembleModel(ImagePredictor):
         other classes, and weights that do not sum to 1.
         """
         description_path = model_directory / ENSEMBLE_DESCRIPTION
-        description = _read_description(description_path)
+        temperatures, fields = _read_description(description_path)
         members: list[HeadModel | NetworkModel] = []
-        for member_name, temperature in zip(
-            description["names"], description["temperatures"], strict=True
-        ):
+        for member_name, temperature in zip(fields["names"], temperatures, strict=True):
             member_directory = model_directory / member_name
             if not member_directory.resolve().is_relative_to(model_directory.resolve()):
                 raise ModelError(
@@ -64,8 +62,7 @@ class EnsembleModel(ImagePredictor):
             member = load_member(
                 member_directory, model_root=model_directory, allowed_code=allowed_code
             )
-            task_outputs = (description["classes"], description["task_kind"])
-            if (member.classes, member.task_kind) != task_outputs:
+            if (member.classes, member.task_kind) != (fields["classes"], fields["task_kind"]):
                 raise ModelError(
                     f"{description_path}: the member {member_directory} has other classes than the "
                     "ensemble: run again"
@@ -76,29 +73,18 @@ class EnsembleModel(ImagePredictor):
                     f"{description_path}: its members read different side columns: run again"
                 )
             members.append(member.at_temperature(temperature))
-        weights = description["weights"]
+        weights = fields["weights"]
         if not abs(sum(weights) - 1) <= 1e-6:  # also NaN, and no members
             raise ModelError(
                 f"{description_path}: the weights of {len(weights)} members do not sum to 1: run "
                 "again"
             )
-        return cls(
-            path=model_directory,
-            task_kind=description["task_kind"],
-            classes=description["classes"],
-            metrics=description["metrics"],
-            members=tuple(members),
-            weights=weights,
-            temperature=description["temperature"],
-            names=description["names"],
-            unit_rule=description["unit_rule"],
-            image_parts=description["image_parts"],
-        )
+        return cls(path=model_directory, members=tuple(members), **fields)
 
     def save(self, model_directory: Path) -> Path:
-        """Write the members, then ensemble.json, then remove the members of an earlier ensemble: a
-        process that dies in between leaves a whole ensemble. Return the path of ensemble.json.
-        """
+        """Write the ensemble's directory and return the path of ensemble.json."""
+        # The members, then ensemble.json, then the members of an earlier ensemble are removed: a
+        # process that dies in between leaves a whole ensemble.
         entries: list[dict[str, Any]] = []
         columns_of_member = self.member_columns or ({},) * len(self.members)
         for member, weight, member_name, extra_columns in zip(
@@ -160,8 +146,10 @@ def load_member(
     return HeadModel.load(member_directory, model_root=model_root, allowed_code=allowed_code)
 
 
-def _read_description(description_path: Path) -> dict[str, Any]:
-    """Return the fields of ensemble.json, checked. Raises ModelError."""
+def _read_description(description_path: Path) -> tuple[list[float], dict[str, Any]]:
+    """Return the members' temperatures, and the fields of the ensemble that ensemble.json has, all
+    checked. Raises ModelError.
+    """
     try:
         description = read_sealed_json(read_regular(description_path))
         if description["format"] not in (1, FORMAT) or description["kind"] != "ensemble":
@@ -175,15 +163,13 @@ def _read_description(description_path: Path) -> dict[str, Any]:
         # resolve() raises ValueError for what cannot be a file name, such as one with a zero byte.
         for name in names:
             (description_path.parent / name).resolve()
-        return {
+        temperatures = [check_temperature(member.get("temperature", 1.0)) for member in members]
+        return temperatures, {
             "task_kind": description["task_kind"],
             "classes": tuple(description["classes"]),
             "metrics": {name: float(value) for name, value in description["metrics"].items()},
             "names": names,
             "weights": tuple(float(member["weight"]) for member in members),
-            "temperatures": [
-                check_temperature(member.get("temperature", 1.0)) for member in members
-            ],
             "temperature": check_temperature(description["temperature"]),
             "unit_rule": read_unit_rule(description),
             "image_parts": read_image_parts(description.get("image_parts"), description_path),

@@ -53,14 +53,8 @@ _ORDERED = {
     "conv": ("learning_rate", "weight_decay"),
     "knn": ("k",),
     "sklearn": (
-        "C",
-        "alpha",
-        "gamma",
-        "n_neighbors",
-        "max_depth",
-        "max_iter",
-        "n_estimators",
-        "learning_rate",
+        *("C", "alpha", "gamma", "n_neighbors"),
+        *("max_depth", "max_iter", "n_estimators", "learning_rate"),
     ),
 }
 
@@ -84,9 +78,8 @@ def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str)
         return None
     is_right = predicted.argmax(1) == validation.target
     class_counts = np.bincount(validation.target, minlength=len(validation.task.classes))
-    recall = np.bincount(validation.target, is_right, len(class_counts)) / np.maximum(
-        class_counts, 1
-    )
+    right_counts = np.bincount(validation.target, is_right, len(class_counts))
+    recall = right_counts / np.maximum(class_counts, 1)
     things = "images" if validation.task.units is None else "units"
     worst_class = int(np.where(class_counts > 0, recall, np.inf).argmin())
     return (
@@ -127,21 +120,19 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
         at_largest = value == grid_values[-1]
         neighbour = grid_values[-2] if at_largest else grid_values[1]
         scores = {
-            grid_value: float(same_head_type[metric].iloc[row_index])
+            grid_value: same_head_type[metric].iloc[row_index]
             for grid_value, row_index in grid_line
         }
         next_value = _beyond(value, neighbour)
         if next_value is None or scores[value] == scores[neighbour]:
             continue
         suggested_values = [*grid_values, next_value] if at_largest else [next_value, *grid_values]
-        recipe_key = (
-            f"heads.{kind}.{setting_name}" if kind != "sklearn" else f"parameters: {setting_name}"
-        )
+        section = "parameters: " if kind == "sklearn" else f"heads.{kind}."
         notes.append(
             f"the winner lies on the edge of its grid: {setting_name}={value:g} is the "
             f"{'largest' if at_largest else 'smallest'} of {len(grid_values)} that were tried, and "
-            f"a better one may lie beyond. In the recipe: {recipe_key}: "
-            f"[{', '.join(f'{grid_value:g}' for grid_value in suggested_values)}]"
+            f"a better one may lie beyond. In the recipe: {section}{setting_name}: "
+            f"[{', '.join(f'{suggested:g}' for suggested in suggested_values)}]"
         )
     return notes
 
@@ -173,45 +164,35 @@ def near_duplicates(
         return None
     side_of_image = sides(train, test)[first_index]
     if len(content) > MAX_COMPARED:
-        sampled = np.sort(
-            np.random.default_rng(0).choice(len(content), MAX_COMPARED, replace=False)
-        )
-        content, side_of_image = content[sampled], side_of_image[sampled]
+        drawn = np.random.default_rng(0).choice(len(content), MAX_COMPARED, replace=False)
+        content, side_of_image = content[np.sort(drawn)], side_of_image[np.sort(drawn)]
     features = opened_sets[pooled_names[-1]]
     pairs, pair_cosines = _nearest_across(
         features.read(features.locate(content.tolist()), np.float32), side_of_image
     )
     closest_pairs = pairs[: MAX_READ // 2]
     grey_images = {
-        image_index: grey_of_file(image_paths.get(str(content[image_index]), ""), pixel_range)
-        for image_index in np.unique(closest_pairs).tolist()
+        index: grey_of_file(image_paths.get(str(content[index]), ""), pixel_range)
+        for index in np.unique(closest_pairs).tolist()
     }
-    readable_grey = {
-        image_index: values for image_index, values in grey_images.items() if values is not None
-    }
+    readable_grey = {index: grey for index, grey in grey_images.items() if grey is not None}
     is_alike = pair_cosines >= FEATURES_ALIKE
     if len(readable_grey) >= MIN_IMAGES:
         brightness = np.stack(list(readable_grey.values())).astype(np.float32)
         standardized = standardised(brightness - brightness.mean(1, keepdims=True))
-        row_of_image = {image_index: row for row, image_index in enumerate(readable_grey)}
-        for pair_index, (first_image, second_image) in enumerate(closest_pairs.tolist()):
-            if first_image in row_of_image and second_image in row_of_image:
-                is_alike[pair_index] |= (
-                    float(
-                        standardized[row_of_image[first_image]]
-                        @ standardized[row_of_image[second_image]]
-                    )
-                    >= PIXELS_ALIKE
-                )
-    alike_pairs = pairs[is_alike]
-    leaked_tests = leaked_images(alike_pairs[:, 0], alike_pairs[:, 1], side_of_image)
+        pixels_of = dict(zip(readable_grey, standardized, strict=True))
+        for pair_index, (one, other) in enumerate(closest_pairs.tolist()):
+            if one in pixels_of and other in pixels_of:
+                is_alike[pair_index] |= pixels_of[one] @ pixels_of[other] >= PIXELS_ALIKE
+    first, second = pairs[is_alike].T
+    leaked_tests = leaked_images(first, second, side_of_image)
     n_tests = int((side_of_image == "test").sum())
     affected_share = (
-        len(leaked_tests) / n_tests if n_tests else len(np.unique(alike_pairs)) / len(content)
+        len(leaked_tests) / n_tests if n_tests else len(np.unique(pairs[is_alike])) / len(content)
     )
     if affected_share < MIN_AFFECTED_SHARE:
         return None
-    return near_duplicates_text(alike_pairs[:, 0], alike_pairs[:, 1], side_of_image, least=True)
+    return near_duplicates_text(first, second, side_of_image, least=True)
 
 
 def _nearest_across(
@@ -225,9 +206,8 @@ def _nearest_across(
     # A random projection keeps distances well enough to find the nearest row; the cosines returned
     # are those of all columns.
     if X.shape[1] > _DIRECTIONS:
-        projected = X @ np.random.default_rng(0).normal(size=(X.shape[1], _DIRECTIONS)).astype(
-            np.float32
-        )
+        directions = np.random.default_rng(0).normal(size=(X.shape[1], _DIRECTIONS))
+        projected = X @ directions.astype(np.float32)
         projected /= np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
     side_codes = np.unique(side_of_image, return_inverse=True)[1]
     nearest = np.empty(len(X), np.int64)
@@ -246,16 +226,15 @@ def _nearest_across(
 
 def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str | None:
     """Return a note on images whose small grey copies are nearly the same, before anything is
-    extracted; else None.
-
-    Runs of neighbours in the listing are compared, because the frames of a video or the photos of a
-    scene are listed side by side. At most MAX_READ images and MAX_READ_BYTES are read.
+    extracted; else None. At most MAX_READ images and MAX_READ_BYTES are read.
 
     samples: columns id, path. group_column: images with one value of it are not compared, since
     they stay on one side of a split in any case.
     """
     sampled = samples
     if len(samples) > MAX_READ:
+        # Runs of neighbours: the frames of a video or the photos of a scene are listed side by
+        # side.
         starts = np.linspace(0, len(samples) - RUN_LENGTH, MAX_READ // RUN_LENGTH).astype(int)
         sampled = samples.iloc[np.unique((starts[:, None] + np.arange(RUN_LENGTH)).ravel())]
     # By content: the run reports exact copies itself, and keeps them on one side.
@@ -274,11 +253,9 @@ def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str |
             if content_hash not in grey_by_content:
                 grey_by_content[content_hash] = grey_signature(image_path, file_bytes)
                 image_names.append(str(image_name))
-                side_of_image.append(
-                    str(row_index)
-                    if group_column is None
-                    else str(sampled[group_column].iloc[row_index])
-                )
+                # Without groups each image is a side of its own.
+                groups = None if group_column is None else sampled[group_column]
+                side_of_image.append(str(row_index if groups is None else groups.iloc[row_index]))
     if len(grey_by_content) < MIN_IMAGES:
         return None
     brightness = np.stack(list(grey_by_content.values())).astype(np.float32)

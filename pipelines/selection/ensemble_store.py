@@ -30,13 +30,10 @@ def save_ensemble(
         # The temperature was fitted on units, so it is applied to them and not to their images.
         rule = UnitRule(unit_column, task.unit_aggregation, temperature)
         temperature = 1.0
+    pairs, metric = list(zip(ensemble.members, models, strict=True)), ensemble.metric
     members = tuple(
-        model.load(
-            task,
-            {f"validation_{ensemble.metric}": float(member.row[ensemble.metric])},
-            member.temperature,
-        )
-        for member, model in zip(ensemble.members, models, strict=True)
+        model.load(task, {f"validation_{metric}": float(member.row[metric])}, member.temperature)
+        for member, model in pairs
     )
     columns = tuple(
         {
@@ -46,7 +43,7 @@ def save_ensemble(
             "settings": member.row["settings"],
             "networks": list(member.networks),
         }
-        for member, model in zip(ensemble.members, models, strict=True)
+        for member, model in pairs
     )
     # JSON has no NaN; a metric that is undefined here is left out.
     metrics = {

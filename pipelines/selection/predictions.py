@@ -5,7 +5,7 @@ always trained on (where the user gives the validation split) are left out here.
 units (patients, slides), the N rows are units, each predicted by its images together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,9 +104,8 @@ def read_predictions(
     board: rows with `path` and `spec`. A results file whose rows are not those of the task is
     matched by id. Each head is in one block; one without a prediction for each row is in none.
     """
-    for results_path, positions_in_file in (
-        board.reset_index(drop=True).groupby("path", sort=False).indices.items()
-    ):
+    by_file = board.reset_index(drop=True).groupby("path", sort=False).indices
+    for results_path, positions_in_file in by_file.items():
         positions = np.asarray(positions_in_file, np.int64)
         bank = read_bank(str(results_path))
         row_order = _rows_in_bank(bank, validation)
@@ -116,11 +115,8 @@ def read_predictions(
         heads_per_block = max(1, BLOCK_BYTES // (4 * len(bank.ids) * max(1, len(bank.classes))))
         for start in range(0, len(positions), heads_per_block):
             block_slice = slice(start, start + heads_per_block)
-            block = validation.aggregate(
-                bank.out_of_fold_predictions_of([str(spec) for spec in spec_texts[block_slice]])[
-                    :, row_order
-                ]
-            )
+            predicted = bank.out_of_fold_predictions_of(list(map(str, spec_texts[block_slice])))
+            block = validation.aggregate(predicted[:, row_order])
             is_complete = np.isfinite(block).all((1, 2))
             if is_complete.any():
                 yield positions[block_slice][is_complete], block[is_complete]
@@ -130,11 +126,8 @@ def stacked_predictions(
     board: pd.DataFrame, validation: ValidationRows
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return board positions (K,), ascending, and predictions (K, N, C), all in memory at once."""
-    blocks = list(read_predictions(board, validation))
-    if not blocks:
-        return np.zeros(0, np.int64), np.zeros(
-            (0, len(validation), len(validation.task.classes)), np.float32
-        )
+    no_predictions = np.zeros((0, len(validation), len(validation.task.classes)), np.float32)
+    blocks = list(read_predictions(board, validation)) or [(np.zeros(0, np.int64), no_predictions)]
     positions = np.concatenate([block for block, _ in blocks])
     position_order = np.argsort(positions)
     return positions[position_order], np.concatenate([block for _, block in blocks])[position_order]
@@ -145,17 +138,14 @@ def _rows_in_bank(bank: BankResult, validation: ValidationRows) -> npt.NDArray[n
     them, or has one in another fold.
     """
     task, images = validation.task, validation.images
-    ids, content_hashes = task.ids[images], task.content[images]
-    positions: Sequence[int] | npt.NDArray[Any]
-    if np.array_equal(bank.ids, task.ids):
-        positions = images
-    else:
+    row_order = images
+    if not np.array_equal(bank.ids, task.ids):
         position_of_id = {row_id: position for position, row_id in enumerate(bank.ids.tolist())}
-        positions = [position_of_id.get(row_id, -1) for row_id in ids.tolist()]
-    row_order = np.asarray(positions, np.int64)
+        positions = [position_of_id.get(row_id, -1) for row_id in task.ids[images].tolist()]
+        row_order = np.array(positions, np.int64)
     same_rows = (
         (row_order >= 0).all()
-        and (bank.content[row_order] == content_hashes).all()
+        and (bank.content[row_order] == task.content[images]).all()
         and (bank.fold[row_order] == task.fold[images]).all()
     )
     return row_order if same_rows else None

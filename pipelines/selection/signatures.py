@@ -35,36 +35,29 @@ def signatures(
     pixel_range by content hash; new ones are added to it.
     """
     pixel_ends = np.array(pixel_range or (np.nan, np.nan))
-    grey_by_content = _load(signatures_path, pixel_ends)
-    missing = [
-        content_hash for content_hash in content_hashes if content_hash not in grey_by_content
-    ]
+    known = _load(signatures_path, pixel_ends)
+    missing = [content_hash for content_hash in content_hashes if content_hash not in known]
+    paths = [image_paths.get(content_hash, "") for content_hash in missing]
     with ThreadPoolExecutor(_THREADS) as pool:
-        new_signatures = pool.map(
-            lambda content_hash: grey_of_file(image_paths.get(content_hash, ""), pixel_range),
-            missing,
-        )
+        new_signatures = pool.map(lambda path: grey_of_file(path, pixel_range), paths)
         for content_hash, grey in zip(missing, new_signatures, strict=True):
             if grey is not None:
-                grey_by_content[content_hash] = grey
-    if missing and grey_by_content:
-        known_contents = sorted(grey_by_content)
-        grey = np.stack([grey_by_content[content_hash] for content_hash in known_contents])
+                known[content_hash] = grey
+    if missing and known:
+        contents = sorted(known)
         sealed = sealed_arrays(
-            {"content": np.array(known_contents, "S32"), "grey": grey, "pixel_range": pixel_ends}
+            {
+                "content": np.array(contents, "S32"),
+                "grey": np.stack([known[content_hash] for content_hash in contents]),
+                "pixel_range": pixel_ends,
+            }
         )
         # The file only saves time, and a run in a read-only directory can be reported on too.
         with contextlib.suppress(OSError):
             publish_replace(signatures_path, sealed)
-    positions = [
-        position
-        for position, content_hash in enumerate(content_hashes)
-        if content_hash in grey_by_content
-    ]
-    empty = np.empty((0, SIGNATURE**2), np.uint8)
-    return np.stack(
-        [grey_by_content[content_hashes[position]] for position in positions]
-    ) if positions else empty, positions
+    positions = [index for index, content in enumerate(content_hashes) if content in known]
+    grey_copies = [known[content_hashes[index]] for index in positions]
+    return np.array(grey_copies, np.uint8).reshape(len(positions), SIGNATURE**2), positions
 
 
 def grey_of_file(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
@@ -93,9 +86,8 @@ def _small_grey(image_path: str, data: bytes, pixel_range: PixelRange | None) ->
         try:
             with open_image(data) as image:
                 image.draft("L", (8 * SIGNATURE, 8 * SIGNATURE))
-                return (
-                    ImageOps.exif_transpose(image).convert("L").resize(size, Image.Resampling.BOX)
-                )
+                upright = ImageOps.exif_transpose(image).convert("L")
+                return upright.resize(size, Image.Resampling.BOX)
         except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
             pass
     picture = decode_picture(image_path, data, pixel_range)

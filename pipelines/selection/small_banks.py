@@ -20,8 +20,8 @@ def train_banks(
     client: Client,
     console: Console,
     stage_name: str,
+    leases_folder: Path,
     options: TaskOptions | None = None,
-    leases_folder: Path | None = None,
 ) -> None:
     """Train the banks on the client's workers; each publishes its results file.
 
@@ -31,8 +31,7 @@ def train_banks(
     options = options or TaskOptions()
     options.on_event("stage", stage=stage_name, total=len(jobs), unit="banks", tasks=len(jobs))
     with ExitStack() as stack:
-        if leases_folder is not None:
-            options = replace(options, leases=stack.enter_context(task_leases(leases_folder)))
+        options = replace(options, leases=stack.enter_context(task_leases(leases_folder)))
         advance = stack.enter_context(show_progress(console, stage_name, len(jobs), "banks"))
         task_prefix = stage_name.replace(" ", "-")
         named_jobs = (

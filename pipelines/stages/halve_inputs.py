@@ -22,7 +22,7 @@ def halve_inputs(state: RunState, services: Services) -> RunState:
         def train_all(jobs: Sequence[BankJob]) -> None:
             if jobs:
                 console, options, leases = services.console, services.options, state.paths.leases
-                train_banks(jobs, services.client(), console, "halve inputs", options, leases)
+                train_banks(jobs, services.client(), console, "halve inputs", leases, options)
 
         requested_inputs = list(
             dict.fromkeys(taps_of(head_request.inputs) for head_request in state.plan.requested)
