@@ -7,6 +7,8 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+# For type checkers and editors. At run time nothing is imported before it is used: a worker that
+# trains a logistic head must not import torch.
 if TYPE_CHECKING:
     from headrace.cache.feature_set import (
         FeatureSet as FeatureSet,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from headrace.pipelines.report.build import write_report as write_report
     from headrace.pipelines.run import run_recipe as run_recipe
 
+# The same names, by the module that defines them.
 _MODULES = {
     "cache.feature_set": "FeatureSet list_feature_sets open_feature_set",
     "extract.backbones.backbone": "load_backbone",
@@ -74,5 +77,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the names for tab completion, also those that are not imported yet."""
+    # For tab completion, which would only see the names that have been imported.
     return __all__

@@ -328,7 +328,7 @@ def _advice(
 
 
 def _round(count: float) -> int:
-    """Round to two significant digits; more would claim too much."""
+    # To two significant digits; more would claim too much.
     return int(float(f"{count:.1e}")) if count > 0 else 0
 
 

@@ -176,12 +176,11 @@ def _test_result(model: Model, run: RunPaths) -> dict[str, Any] | None:
 
 
 def _model_identity(weight: float, member: HeadModel | NetworkModel) -> tuple[Any, ...]:
-    """Return fields by which a member is found in the record of test evaluations: a network by its
-    settings alone, because it has no cached features.
-    """
+    """Return fields by which a member is found in the record of test evaluations."""
     # Rounded, since the record and the model's file went through JSON and arithmetic separately.
     weight_and_temperature = round(weight, 9), round(member.temperature, 9)
     if isinstance(member, NetworkModel):
+        # By its settings alone, because it has no cached features.
         return *weight_and_temperature, json.loads(spec_to_json(member.spec))
     features = [feature.fingerprint for feature in member.head.features]
     return *weight_and_temperature, json.loads(spec_to_json(member.head.spec)), features

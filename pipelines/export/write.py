@@ -398,14 +398,11 @@ def _is_export(folder: Path) -> bool:
 
 
 def _replace_folder(temporary_folder: Path, out: Path) -> None:
-    """Move the finished folder to `out`; an earlier export there is removed after that.
-
-    A folder that is not an export and was put there meanwhile is kept beside it under another name.
-    This is the only place where an export deletes anything of a user's.
-    """
+    """Move the finished folder to `out`; an earlier export there is removed after that."""
     if not out.exists():
         temporary_folder.rename(out)
         return
+    # What is no export and was put there meanwhile is kept beside it under another name.
     is_replaceable = out.is_dir() and (_is_export(out) or not any(out.iterdir()))
     kept_folder = out.with_name(f"{out.name}.kept-{uuid.uuid4().hex[:8]}")
     old_folder = (
@@ -418,4 +415,4 @@ def _replace_folder(temporary_folder: Path, out: Path) -> None:
         old_folder.rename(out)
         raise
     if is_replaceable:
-        shutil.rmtree(old_folder)
+        shutil.rmtree(old_folder)  # the only place where an export deletes anything of a user's

@@ -62,6 +62,8 @@ class ImagePredictor:
         device: str = "cpu",
     ) -> npt.NDArray[Any]:
         """Return single: (n,) class names; multi: (n, C) 0/1; regression: (n, C) values."""
+        # Cast, because some models have these as fields and others as properties: no declaration
+        # here would fit both.
         model = cast(Any, self)
         probabilities = self.predict_proba(
             images, side_columns=side_columns, units=units, device=device

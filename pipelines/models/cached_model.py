@@ -67,14 +67,13 @@ class CachedModel:
 def find_cached_model(model: Model, cache_root: Path) -> CachedModel | None:
     """Return the model on the feature sets of a cache; None if the cache lacks one of them, or a
     member is a fine-tuned network, which reads pixels.
-
-    A feature set is found by its fingerprint, which covers weights, preprocessing and dtypes.
     """
     feature_sets = {}
     for member in model.members:
         if not isinstance(member, HeadModel):
             return None
         for spec in member.features:
+            # Found by its fingerprint, which covers weights, preprocessing and dtypes.
             directory = feature_set_path(cache_root, spec)
             if not is_feature_set(directory):
                 return None

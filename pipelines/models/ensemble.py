@@ -54,6 +54,7 @@ class EnsembleModel(ImagePredictor):
         members: list[HeadModel | NetworkModel] = []
         for member_name, temperature in zip(fields["names"], temperatures, strict=True):
             member_directory = model_directory / member_name
+            # The file may come from anyone, and must not lead to models elsewhere on this disk.
             if not member_directory.resolve().is_relative_to(model_directory.resolve()):
                 raise ModelError(
                     f"{description_path}: the member {member_directory} lies outside of the "

@@ -95,7 +95,7 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
     """
     check_device(device)
     if torch.device(device).type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory()  # else page faults cost as much as the arithmetic
     passes: list[ForwardPass] = []
     for member in model.members:
         trained_backbone = member.trained_backbone()
@@ -294,6 +294,7 @@ def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) ->
             f"side_columns has {count_text(len(table), 'row')} for "
             f"{count_text(n_images, 'image')}: give one row for each image, in the same order"
         )
+    # Notes name images by `file`; images in memory have their numbers.
     side, notes = encode_side_columns(table.assign(file=range(n_images)), model.side_columns)
     for note in notes:
         warnings.warn(note, stacklevel=4)  # at the user's call of `ImagePredictor`

@@ -74,7 +74,8 @@ def _code_of_recipe(given_path: Path | str) -> set[str]:
     return {code_text for code_text in network_code if code_text} | estimators | files
 
 
-EXPORT_MARKER = ".headrace-export"  # a file in each folder that `headrace export` wrote
+# A file in each folder that `headrace export` wrote; here, because export's modules import torch.
+EXPORT_MARKER = ".headrace-export"
 
 
 def _model_directory(given_path: Path | str) -> Path:

@@ -329,6 +329,7 @@ def _read_network(
     try:
         file_bytes = read_regular(weights_path)
         file_digest = hashlib.sha256(file_bytes).hexdigest()
+        # The code that the first file names was checked, and that of another was not.
         if expected_digest not in (None, file_digest):
             raise ModelError(
                 f"{weights_path} has been replaced since it was read. Type the same command again"
@@ -420,6 +421,7 @@ def _rebuild_network(
     from headrace.pipelines.models.torch_network import Network
 
     backbone_tensors = _without_prefix("backbone.", tensors)
+    # A file that was sent may give its network any name, such as that of one too large to build.
     with limit_parameters_to_file(backbone_tensors, model.backbone.name):
         # With the stored preprocessing (below), because the library's may have changed since.
         module = build_at_size(model.backbone)
@@ -459,6 +461,7 @@ def _publish_network(
     from safetensors.torch import save  # no pickle, which could run code when it is read
 
     description_json = json.dumps(description, indent=2, sort_keys=True)
+    # Clones, because safetensors refuses tensors that share memory.
     host_tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
     }

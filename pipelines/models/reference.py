@@ -93,6 +93,7 @@ class ModelRef:
             ),
             metrics=metrics,
             arrays=read_bank(self.results_path).arrays(self.spec, REFIT),
+            # So that the directory can be used away from its run.
             backbones=tuple(
                 None if backbone is None else dataclasses.asdict(backbone)
                 for backbone in self.backbones

@@ -49,6 +49,7 @@ class _Taps(nn.Module):
 
     def __init__(self, backbone: Backbone, features: Sequence[FeatureSpec]) -> None:
         super().__init__()
+        # A copy, because the loaded backbone is shared in this process, and hooks are put on this.
         self.network = copy.deepcopy(backbone.module)
         preprocessing = backbone.preprocessing
         channel_mean, channel_std = (

@@ -62,7 +62,7 @@ def require_allowed_file(
             ):
                 return
         except (OSError, RunDamaged, KeyError, TypeError, AttributeError):
-            continue
+            continue  # no run, or a damaged one, which vouches for nothing
     raise CodeNotTrusted(
         f"{model_directory} asks for the weights in {asked_path}, which lies outside of the "
         "model's directory. If you know the file, type: --trust-code "

@@ -150,15 +150,22 @@ def predict_table(
             model, images, row_columns.units, keys, parts_folder, table_format, cached, unit_names
         )
         summary = replace(summary, new=len(rows), cached=cached.count(rows))
-        for partial_name, table_beside in tables_beside.items():
-            os.replace(parts_folder / partial_name, table_beside)
-        os.replace(parts_folder / "table.partial", table_path)
         record |= {"failed": summary.failed, "counts": summary.counts}
-        # Through the folder of parts, so that a killed call's temporary file is removed with it.
-        publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
-        os.replace(parts_folder / "record.partial", _record_path(table_path))
-        remove_parts(parts_folder)
+        _publish(table_path, tables_beside, record)
         return summary
+
+
+def _publish(table_path: Path, tables_beside: Mapping[str, Path], record: dict[str, Any]) -> None:
+    """Move the assembled tables to their places, write the record, and remove the parts."""
+    parts_folder = _parts_folder(table_path)
+    for partial_name, table_beside in tables_beside.items():
+        os.replace(parts_folder / partial_name, table_beside)
+    os.replace(parts_folder / "table.partial", table_path)
+    # The record says that the table is complete, and so comes after it. Through the folder of
+    # parts, so that a killed call's temporary file is removed with it.
+    publish_replace(parts_folder / "record.partial", sealed_json(record, indent=2))
+    os.replace(parts_folder / "record.partial", _record_path(table_path))
+    remove_parts(parts_folder)
 
 
 def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary | None:
@@ -262,6 +269,7 @@ def predict_stream(
     can be resumed. Arguments are those of `predict_table`.
     """
     file_names, image_paths = images["file"].tolist(), images["path"].tolist()
+    # Notes go to the standard error: the standard output is the table.
     side_inputs = _side_inputs(model, images, make_console(stderr=True))
     row_columns = RowColumns(side_inputs, _units(model, images))
     # Without a cache no stamps are needed, and no files are waited for.
@@ -311,6 +319,7 @@ def _predict_rows(
     if not len(rows):
         yield 0
         return
+    # Imports torch, which a table of cached images does not need.
     from headrace.pipelines.models.images import open_engine, predict_samples
 
     samples = path_samples(image_paths[row] for row in rows)

@@ -58,6 +58,7 @@ def predict_cached(
     cached_model = find_cached_model(model, cache_root)
     if cached_model is None:
         return predictions
+    # The stamps of the files alone, without the digests of what the model reads beside them.
     files = [(keys[row][0], keys[row][1].partition("|")[0]) for row in rows]
     hashes = known_contents(files, cache_root)
     reasons = [cached_model.failures.get(content_hash) for content_hash in hashes.astype(str)]

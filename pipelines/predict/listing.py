@@ -104,6 +104,7 @@ def _sources(location: str, options: dict[str, Any]) -> list[ImageSource]:
     """Return the image sources of a command-line argument; a recipe may name two."""
     if Path(location).suffix.lower() not in (".yaml", ".yml"):
         return [detect_source(location, **options)]
+    # The recipe's modules are imported for a recipe alone; other sources are listed sooner without.
     from headrace.pipelines.recipe.load import load_recipe
 
     images = load_recipe(location).images

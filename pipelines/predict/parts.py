@@ -162,6 +162,7 @@ def predict_missing(
                 keys=keys,
                 part=str((parts_folder / f"{part_name}.parquet").absolute()),
                 device=device,
+                # On a CPU one process per core with one thread each is fastest.
                 threads=1 if uses_workers else n_cores,
                 trust_code=model.trust_code,
                 row_columns=row_columns.take(part),

@@ -68,6 +68,7 @@ def unit_table(
         "failed": n_images - n_used,
     }
     table = pd.DataFrame(outcome_columns(columns, predicted, task_kind, classes))
+    # The class of a row of nan would be the first one.
     table.loc[n_used == 0, table.columns[3:]] = None
     return table
 

@@ -79,9 +79,6 @@ def save_winner(
     """Write the winner, trained on every training row, in place of an earlier winner: head.* for a
     head, network.* for a network. Returns the path of its weights.
 
-    The backbones of a head's features are recorded, so that the directory can be used away from its
-    run.
-
     temperature: from `temperature_of`; fitted on units if unit_column is given. Raises ModelError
     for a network whose file is gone or damaged.
     """
