@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,13 +156,18 @@ def _write_graphs(
     assert isinstance(graph, ModelGraph)
     inputs, differences = graph.inputs, {}
     check = expected_outputs(evaluation_model, inputs)
-    with _tracing_errors():
+    try:
         program = torch.export.export(
             graph,
             tuple(check.pixels),
             dynamic_shapes=((*({0: torch.export.Dim("n", min=1)} for _ in check.pixels),),),
             strict=False,
         )
+    except Exception as error:  # torch.export raises many kinds, some of its own
+        raise InvalidInput(
+            f"torch.export cannot trace this network ({type(error).__name__}: {str(error)[:300]}). "
+            "headrace predict works with it, and --format safetensors"
+        ) from error
     if "torch" in formats:
         # Through memory, because torch's own writer ends the process if the disk is full.
         packed_program = io.BytesIO()
@@ -234,17 +239,6 @@ def _map_members(
     if isinstance(model, EnsembleModel):
         return replace(model, members=tuple(map(change, model.members)))
     return change(model)
-
-
-@contextlib.contextmanager
-def _tracing_errors() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # torch.export raises many kinds, some of its own
-        raise InvalidInput(
-            f"torch.export cannot trace this network ({type(error).__name__}: {str(error)[:300]}). "
-            "headrace predict works with it, and --format safetensors"
-        ) from error
 
 
 def _write_onnx(program: Any, input_names: Sequence[str], path: Path) -> None:

@@ -53,42 +53,29 @@ class Network(nn.Module):
         )
         self._body: nn.Module | None = None
         self._dtypes: dict[Tap, torch.dtype] = {}
-        node_names = [node.name for node in nodes.nodes]
-        split_index = -1 if split_node is None else node_names.index(split_node)
+        position = {node.name: index for index, node in enumerate(nodes.nodes)}
+        split_position = -1 if split_node is None else position[split_node]
         if split_node is not None:
             self._body = part_above(self.backbone, nodes[split_node])
-        self.taps_below = tuple(
-            tap for tap, node in self._tap_nodes if node_names.index(node.name) < split_index
-        )
-        self.n_features_below = sum(
-            math.prod(tap_shape(tap, node))
-            for tap, node in self._tap_nodes
-            if tap in self.taps_below
-        )
+        below = [pair for pair in self._tap_nodes if position[pair[1].name] < split_position]
+        self.taps_below = tuple(tap for tap, _ in below)
+        self.n_features_below = sum(math.prod(tap_shape(tap, node)) for tap, node in below)
         if self.taps_below and head.spatial:
             raise CannotSplit(
                 f"a convolution head on maps below the split {split_node} has nothing that could "
                 "be trained there"
             )
         self._at_split = [(tap, node) for tap, node in self._tap_nodes if node.name == split_node]
-        taps_above = [
-            (tap, node)
-            for tap, node in self._tap_nodes
-            if tap not in self.taps_below and node.name != split_node
-        ]
-        if split_node is not None and (
-            enclosing_taps := [
-                tap
-                for tap, node in taps_above
-                if f"{nodes[split_node].module}.".startswith(f"{node.module}.")
-            ]
-        ):
-            raise CannotSplit(
-                f"{enclosing_taps[0]} is the output of a module that {split_node} lies in, which "
-                "cannot be seen from inside: split elsewhere, or train from the images (leave the "
-                "map out)"
-            )
-        self._capture = TapCapture(self.backbone, taps_above)
+        above = [pair for pair in self._tap_nodes if position[pair[1].name] > split_position]
+        split_module = "" if split_node is None else f"{nodes[split_node].module}."
+        for tap, node in above:
+            if split_module.startswith(f"{node.module}."):
+                raise CannotSplit(
+                    f"{tap} is the output of a module that {split_node} lies in, which cannot be "
+                    "seen from inside: split elsewhere, or train from the images (leave the map "
+                    "out)"
+                )
+        self._capture = TapCapture(self.backbone, above)
 
     @property
     def untouched(self) -> nn.Module:

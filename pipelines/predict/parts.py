@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,12 +144,10 @@ def predict_missing(
         return
     n_cores = n_workers or available_cores()
     uses_workers = device == "cpu" and n_cores > 1 and len(missing_keys) >= WORTH_WORKERS
-    # At least two parts for each worker, so that none waits long for the last part.
-    part_size = (
-        min(PART_IMAGES, max(16, -(-len(missing_keys) // (2 * n_cores))))
-        if uses_workers
-        else PART_IMAGES
-    )
+    part_size = PART_IMAGES
+    if uses_workers:
+        # At least two parts for each worker, so that none waits long for the last part.
+        part_size = min(PART_IMAGES, max(16, ceil(len(missing_keys) / (2 * n_cores))))
     jobs = []
     for part in part_slices(len(missing_keys), part_size, row_columns.units):
         keys = tuple(missing_keys[part])

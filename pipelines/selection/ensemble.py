@@ -6,7 +6,7 @@ ensemble that is stored is picked on all rows.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,22 +134,10 @@ def build_ensemble(
             at_temperature,
         )
 
-    nested_average = np.zeros(predicted.shape[1:])
-    nested_ensemble = nested_average.copy()
     part_of_row = selection_parts(validation)
-    for part_number in np.unique(part_of_row):
-        inside = np.flatnonzero(part_of_row != part_number)
-        outside = np.flatnonzero(part_of_row == part_number)
-        weights, _, at_temperature = weights_from(inside)
-        used_heads = np.flatnonzero(weights)
-        part_average = average(weights[used_heads], at_temperature[used_heads])
-        part_temperature = fit_temperature(
-            task_kind, validation.target[inside], part_average[inside], validation.weight[inside]
-        )
-        nested_average[outside] = part_average[outside]
-        nested_ensemble[outside] = with_temperature(
-            task_kind, part_average[outside], part_temperature
-        )
+    nested_average, nested_ensemble = _nested_predictions(
+        validation, part_of_row, predicted.shape[2], weights_from
+    )
     weights, temperatures, _ = weights_from(slice(None))
     member_order = sorted(np.flatnonzero(weights), key=lambda head: -weights[head])
     members = [
@@ -173,6 +161,30 @@ def build_ensemble(
         len(candidates),
         fit_temperature(task_kind, validation.target, nested_average, validation.weight),
     )
+
+
+def _nested_predictions(
+    validation: ValidationRows,
+    part_of_row: npt.NDArray[np.int64],
+    n_outputs: int,
+    weights_from: Callable[[npt.NDArray[np.intp]], tuple[npt.NDArray[Any], ...]],
+) -> npt.NDArray[np.float64]:
+    """Return predictions (2, N, C) of each part of the rows by the ensemble that the other parts
+    pick, before and after its temperature.
+    """
+    task_kind, nested = validation.task.kind, np.zeros((2, len(validation), n_outputs))
+    for part_number in np.unique(part_of_row):
+        inside = np.flatnonzero(part_of_row != part_number)
+        outside = np.flatnonzero(part_of_row == part_number)
+        weights, _, predicted = weights_from(inside)
+        used_heads = np.flatnonzero(weights)
+        part_average = average(weights[used_heads], predicted[used_heads])
+        temperature = fit_temperature(
+            task_kind, validation.target[inside], part_average[inside], validation.weight[inside]
+        )
+        nested[0, outside] = part_average[outside]
+        nested[1, outside] = with_temperature(task_kind, part_average[outside], temperature)
+    return nested
 
 
 def _assess_ensemble(
