@@ -87,8 +87,12 @@ def outcome_columns(
     probabilities: npt.NDArray[np.float32],
     task_kind: TaskKind,
     classes: tuple[str, ...],
+    later_names: Sequence[str] = (),
 ) -> Columns:
-    """Return `columns` followed by those of predictions (n, C), named as by `table_writer`."""
+    """Return `columns` followed by those of predictions (n, C), named as by `table_writer`.
+
+    later_names: of columns that are to follow.
+    """
     decisions = decide(probabilities, task_kind, classes)
     outcome = dict(columns)
     if task_kind == "single":
@@ -98,7 +102,7 @@ def outcome_columns(
         chosen = [";".join(_chosen_labels(row, classes)) for row in decisions]
         outcome["class"] = np.array(chosen, object)
     names = classes if task_kind == "regression" else tuple(f"p_{name}" for name in classes)
-    free_names = _free_names(names, taken_names=outcome)
+    free_names = _free_names(names, taken_names=[*outcome, *later_names])
     return outcome | dict(zip(free_names, probabilities.T, strict=True))
 
 
@@ -111,16 +115,20 @@ def table_writer(
     if table_format == "parquet":
         assert isinstance(destination, Path)
         no_rows = _table_columns(_empty_block(len(classes)), task_kind, classes)
-        schema = pa.schema([(name, type_) for name, type_, _ in no_rows])
+        schema = pa.schema(
+            [
+                (name, pa.string() if values.dtype == object else pa.float32())
+                for name, values in no_rows.items()
+            ]
+        )
         with pq.ParquetWriter(destination, schema) as writer:
 
             def add_table(block: TableBlock) -> None:
-                is_failed = np.array([error is not None for error in block.errors], np.bool_)
+                is_failed = _failed_rows(block)
+                columns = _table_columns(block, task_kind, classes).values()
                 arrays = [
-                    pa.array(values, type_, mask=is_failed)
-                    if isinstance(values, np.ndarray)
-                    else pa.array(values, type_)
-                    for _, type_, values in _table_columns(block, task_kind, classes)
+                    pa.array(values, field.type, None if values.dtype == object else is_failed)
+                    for values, field in zip(columns, schema, strict=True)
                 ]
                 writer.write_table(pa.table(arrays, schema=schema))
 
@@ -188,19 +196,13 @@ def csv_text(
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     if with_header:
-        writer.writerow([name for name, _, _ in columns])
-    is_failed = [error is not None for error in block.errors]
-    writer.writerows(
-        zip(
-            *(
-                _float_cells(values, is_failed)
-                if isinstance(values, np.ndarray)
-                else ["" if value is None else value for value in values]
-                for _, _, values in columns
-            ),
-            strict=True,
-        )
-    )
+        writer.writerow(columns)
+    is_failed = _failed_rows(block)
+    cells = [
+        values if values.dtype == object else _float_cells(values, is_failed)
+        for values in columns.values()
+    ]
+    writer.writerows(zip(*cells, strict=True))  # None becomes an empty cell
     return buffer.getvalue()
 
 
@@ -231,32 +233,20 @@ def json_lines(
 
 def _table_columns(
     block: TableBlock, task_kind: TaskKind, classes: tuple[str, ...]
-) -> list[tuple[str, pa.DataType, Iterable[Any]]]:
-    is_failed = [error is not None for error in block.errors]
-    columns: list[tuple[str, pa.DataType, Iterable[Any]]] = [
-        ("file", pa.string(), map(valid_text, block.files))
-    ]
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the table's columns: texts as objects, None where there is none; else float32."""
+    files = np.array([valid_text(name) for name in block.files], object)
+    columns = dict(
+        outcome_columns({"file": files}, block.probabilities, task_kind, classes, ["error"])
+    )
     if task_kind != "regression":
-        decisions = decide(block.probabilities, task_kind, classes)
-        class_texts = [
-            None
-            if failed_row
-            else str(decision)
-            if task_kind == "single"
-            else ";".join(_chosen_labels(decision, classes))
-            for failed_row, decision in zip(is_failed, decisions, strict=True)
-        ]
-        columns.append(("class", pa.string(), class_texts))
-        if task_kind == "single":
-            columns.append(("probability", pa.float32(), block.probabilities.max(1, initial=0)))
-    column_names = classes if task_kind == "regression" else tuple(f"p_{name}" for name in classes)
-    free_names = _free_names(column_names, taken_names=["error", *(name for name, _, _ in columns)])
-    columns += [
-        (name, pa.float32(), values)
-        for name, values in zip(free_names, block.probabilities.T, strict=True)
-    ]
+        columns["class"][_failed_rows(block)] = None
     error_texts = [None if error is None else valid_text(error) for error in block.errors]
-    return [*columns, ("error", pa.string(), error_texts)]
+    return columns | {"error": np.array(error_texts, object)}
+
+
+def _failed_rows(block: TableBlock) -> npt.NDArray[np.bool_]:
+    return np.array([error is not None for error in block.errors], np.bool_)
 
 
 def _free_names(names: Sequence[str], taken_names: Iterable[str] = ()) -> list[str]:
@@ -273,7 +263,7 @@ def _free_names(names: Sequence[str], taken_names: Iterable[str] = ()) -> list[s
     return free_names
 
 
-def _float_cells(values: npt.NDArray[np.float32], is_failed: list[bool]) -> list[str]:
+def _float_cells(values: npt.NDArray[np.float32], is_failed: npt.NDArray[np.bool_]) -> list[str]:
     """Return each number as the shortest text that reads as this float32; "" if the row failed."""
     cells: list[str] = pa.array(values).cast(pa.string()).to_pylist()
     # Arrow is five times as fast as Python, but writes exponents and whole numbers differently;
