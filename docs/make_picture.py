@@ -112,7 +112,7 @@ if __name__ == "__main__":
         highlight=False,
     )
     result = dataclasses.replace(result, stages=())
-    show_result(console, result, reference=REFERENCE, files=False)
+    show_result(console, result, reference=REFERENCE)
     picture = console.export_svg(
         title="make demo", theme=MONOKAI, code_format=FRAME, unique_id="demo"
     )

@@ -90,14 +90,12 @@ def write_demo(folder: Path) -> Path:
             f"{folder}: cannot be made: {error.strerror}. Try a folder of yours: headrace demo "
             "FOLDER"
         ) from None
-    recipe_path = folder / "recipe.yaml"
-    for existing_file, first_line in (
-        (recipe_path, _RECIPE.splitlines()[0]),
-        (folder / "solar-cells.csv", "id,path,label,probability,type"),
-    ):
-        _require_ours(existing_file, first_line)
-    remove_temporaries(folder / "solar-cells.csv", recipe_path)
-    publish_replace(folder / "solar-cells.csv", solar_cells().to_csv(index=False).encode())
+    recipe_path, table_path = folder / "recipe.yaml", folder / "solar-cells.csv"
+    _require_ours(recipe_path, _RECIPE.splitlines()[0])
+    _require_ours(table_path, "id,path,label,probability,type")
+    remove_temporaries(table_path, recipe_path)
+    # The table first: a recipe that is there can be run.
+    publish_replace(table_path, solar_cells().to_csv(index=False).encode())
     publish_replace(recipe_path, _RECIPE.encode())
     return recipe_path
 
@@ -127,14 +125,7 @@ def solar_cells() -> pd.DataFrame:
         data_folder / "labels.csv", sep=r"\s+", names=["id", "probability", "type"]
     )
     cell_table.insert(1, "path", [str(data_folder / image_name) for image_name in cell_table["id"]])
-    cell_table.insert(
-        2,
-        "label",
-        [
-            # As in Deitsch et al., to compare the scores: one third and two thirds are experts in
-            # doubt.
-            "defective" if probability > 0.5 else "functional"
-            for probability in cell_table["probability"]
-        ],
-    )
+    # As in Deitsch et al., to compare the scores: one third and two thirds are experts in doubt.
+    is_defective = cell_table["probability"] > 0.5
+    cell_table.insert(2, "label", is_defective.map({True: "defective", False: "functional"}))
     return cell_table

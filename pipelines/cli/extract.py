@@ -1,6 +1,5 @@
 """`headrace extract`: features of images, for other programs or later runs."""
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,15 +94,16 @@ def extract_command(
     """
     from headrace.pipelines.recipe.load import on_cluster, strictly
 
-    network: dict[str, Any] = {
-        "name": backbone,
-        "weights": weights,
-        "weights_match": weights_match,
-        "taps": tap or "auto",
-        "image_size": image_size,
-    }
-    changes = _Changes(None if backbone is None else network, exclude, cache, dtype)
-    recipe = _recipe(source, changes, tuple(settings or ()))
+    network: dict[str, Any] | None = None
+    if backbone is not None:
+        network = {
+            "name": backbone,
+            "weights": weights,
+            "weights_match": weights_match,
+            "taps": tap or "auto",
+            "image_size": image_size,
+        }
+    recipe = _recipe(source, tuple(settings or ()), network, exclude, cache, dtype)
     if cluster:
         recipe = on_cluster(recipe, cluster)
     if strict:
@@ -117,13 +117,10 @@ def extract_command(
     from headrace.pipelines.run import extract_recipe
 
     console = make_console()
+    progress_output = progress_console(quiet=quiet, verbose=verbose, progress_format=progress)
     with resumable():
         if dry_run:
-            extraction = read_extraction(
-                recipe,
-                write=False,
-                console=progress_console(quiet=quiet, progress_format=progress),
-            )
+            extraction = read_extraction(recipe, write=False, console=progress_output)
             plan, notes, out = extraction.plan, extraction.notes, recipe.paths.root
             if json_output:
                 # Before the object: an error is printed as an object, too, and would be a second.
@@ -132,38 +129,34 @@ def extract_command(
             else:
                 show_notes(console, notes)
                 show_features(console, plan, recipe.cache)
-            check_space(plan, recipe.cache, recipe.storage.budget_gb)
+                check_space(plan, recipe.cache, recipe.storage.budget_gb)
         else:
             outlive_terminal(recipe.paths.terminal)
-            result = extract_recipe(
-                recipe,
-                console=progress_console(quiet=quiet, verbose=verbose, progress_format=progress),
-                workers=workers,
-            )
+            result = extract_recipe(recipe, console=progress_output, workers=workers)
             if json_output:
                 print_json(extract_output(result))
             else:
                 show_extraction(console, result)
 
 
-@dataclass(frozen=True)
-class _Changes:
-    """Options that stand for keys of a recipe; None is an option that was not given."""
+def _recipe(
+    source: Path,
+    settings: tuple[str, ...],
+    network: dict[str, Any] | None,
+    exclude: list[str] | None,
+    cache: Path | None,
+    dtype: FeatureDtype | None,
+) -> "Recipe":
+    """Return the recipe that a command line stands for; None is an option that was not given.
 
-    network: dict[str, Any] | None
-    exclude: list[str] | None
-    cache: Path | None
-    dtype: FeatureDtype | None
-
-
-def _recipe(source: Path, changes: _Changes, settings: tuple[str, ...]) -> "Recipe":
-    """Return the recipe that a command line stands for. Raises RecipeError, SourceError."""
+    Raises RecipeError, SourceError.
+    """
     from headrace.extract.sources.read import detect_source
     from headrace.pipelines.recipe.load import RecipeError, check_recipe, load_recipe
 
     if source.suffix.lower() in (".yaml", ".yml"):
         recipe = load_recipe(source, settings=settings)
-        if changes == _Changes(None, None, None, None):
+        if all(option is None for option in (network, exclude, cache, dtype)):
             return recipe
         values = recipe.model_dump(exclude={"task", "heads"})
     else:
@@ -172,21 +165,21 @@ def _recipe(source: Path, changes: _Changes, settings: tuple[str, ...]) -> "Reci
         kind = detect_source(source).kind
         if kind == "image":
             raise RecipeError(f"{source} is one image; expected a folder, table, archive or array")
-        if changes.network is None:
+        if network is None:
             raise RecipeError(
                 "name the network that the features are of, as in --backbone timm:resnet18; "
                 "`headrace backbones` lists them"
             )
-        cache = changes.cache or Path("headrace-cache")
+        cache = cache or Path("headrace-cache")
         # The log and the list of failed images belong with the features: there is no run's folder.
         key = "tar" if kind == "archive" else kind
-        values = {"images": {key: source}, "cache": cache, "out": cache / "extraction"}
-    if changes.network is not None:
-        values["backbones"] = [changes.network]
-    if changes.exclude:
-        values["images"]["exclude"] = [*values["images"].get("exclude", ()), *changes.exclude]
-    if changes.cache is not None:
-        values["cache"] = changes.cache
-    if changes.dtype is not None:
-        values["storage"] = {**values.get("storage", {}), "dtype": changes.dtype.value}
+        values = {"images": {key: source}, "out": cache / "extraction"}
+    if network is not None:
+        values["backbones"] = [network]
+    if exclude:
+        values["images"]["exclude"] = [*values["images"].get("exclude", ()), *exclude]
+    if cache is not None:
+        values["cache"] = cache
+    if dtype is not None:
+        values["storage"] = {**values.get("storage", {}), "dtype": dtype.value}
     return check_recipe(values, Path.cwd())

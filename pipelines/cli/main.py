@@ -344,7 +344,7 @@ def _train(
 ) -> None:
     from headrace.pipelines.cli.json_output import print_json
     from headrace.pipelines.cli.run_json import run_output
-    from headrace.pipelines.cli.show import show_result
+    from headrace.pipelines.cli.show import show_files, show_result
     from headrace.pipelines.cluster.survive_hangup import outlive_terminal
     from headrace.pipelines.run import run_recipe
 
@@ -353,7 +353,9 @@ def _train(
     if json_output:
         print_json(run_output(result))
     else:
-        show_result(make_console(), result, reference=reference)
+        console = make_console()
+        show_result(console, result, reference=reference)
+        show_files(console, result)
 
 
 def _require_utf8(out_folder: Path) -> None:

@@ -150,6 +150,7 @@ def predict_command(
 
     Example: headrace predict headrace-runs/recipe new-photos/ --out predictions.csv
     """
+    # Options first: a model takes seconds to load.
     table_format = _table_format(out, format_option)
     if out == "-" and json_output:
         raise InvalidInput("--out - and --json both want the standard output: give --out a file")
@@ -166,6 +167,8 @@ def predict_command(
     listing = list_images(
         images,
         side_columns=loaded_model.side_columns,
+        # A head on bags cannot predict images without their units; for other heads the units are a
+        # table more.
         unit_column=unit_column(loaded_model),
         optional_column=None if rule is None else rule.column,
         path_column=path_column,
@@ -177,6 +180,7 @@ def predict_command(
         **_parts_options(parts, box_columns, detections, whole_images=whole_images),
     )
     samples = listing.samples
+    # On the standard error, as the table may go to the standard output.
     console = make_console(stderr=True)
     unit_names = _unit_names(rule, samples)
     notes = _notes(
@@ -251,7 +255,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """Return what a person should know of the images before their predictions.
 
-    names_parts: whether the options say which parts of the images to predict.
+    names_parts: whether options say which parts of the images to predict.
     """
     from headrace.pipelines.predict.listing import unsaid_parts_note, whole_images_note
 

@@ -1,12 +1,12 @@
 """Plans and results as tables and sentences on the terminal."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from headrace.cache.count_text import count_text
 from headrace.heads.evaluate.metrics import METRICS, sign
@@ -61,20 +61,18 @@ def show_features(console: Console, plan: Plan, cache: object) -> None:
 def show_extraction(console: Console, result: ExtractionResult) -> None:
     """Print what `headrace extract` has done, and the paths of the feature sets."""
     extraction = result.extraction
-    show_notes(console, extraction.notes)
+    notes = list(extraction.notes)
     if result.failed:
-        console.print(
-            f"note: {count_text(result.failed, 'image could', 'images could')} not be used; each "
-            f"is listed with its reason in {extraction.recipe.paths.failed_images}",
-            style="yellow",
-            soft_wrap=True,
+        notes.append(
+            f"{count_text(result.failed, 'image could', 'images could')} not be used; each "
+            f"is listed with its reason in {extraction.recipe.paths.failed_images}"
         )
+    show_notes(console, notes)
     n_found = extraction.listing.found
-    n_left_out = n_found - len(extraction.samples)
     parts = (
         (len(extraction.samples) - result.failed, "with features"),
         (result.failed, "that cannot be used"),
-        (n_left_out, "left out"),
+        (n_found - len(extraction.samples), "left out"),
     )
     counts = " + ".join(f"{count:,} {use}" for count, use in parts if count)
     console.print(f"Images: {n_found:,} found = {counts}", soft_wrap=True)
@@ -139,7 +137,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     )
 
 
-def show_images(console: Console, accounting: Accounting | None, notes: Sequence[str] = ()) -> None:
+def show_images(console: Console, accounting: Accounting | None, notes: Sequence[str]) -> None:
     """Print the counts of images, of which every entry of the source is one, and the notes."""
     if accounting is not None:
         console.print(accounting.sentence(), soft_wrap=True)
@@ -152,26 +150,21 @@ def show_notes(console: Console, notes: Sequence[str]) -> None:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
 
 
-def show_result(
-    console: Console, result: RunResult, *, reference: str | None = None, files: bool = True
-) -> None:
-    """Print the leaderboard, the winner, its test score, the time taken and the files' paths."""
+def show_result(console: Console, result: RunResult, *, reference: str | None = None) -> None:
+    """Print the leaderboard, the winner, its test score and the time taken."""
     console.print(leaderboard_table(console, result.board, result.metric, result.names))
-    show_images(console, result.accounting, result.notes)
+    notes = list(result.notes)
     if result.failed_images:
-        console.print(
-            f"note: {count_text(result.failed_images, 'image could', 'images could')} not be read; "
-            f"each is listed with its reason in {result.paths.failed_images}",
-            style="yellow",
-            soft_wrap=True,
+        notes.append(
+            f"{count_text(result.failed_images, 'image could', 'images could')} not be read; "
+            f"each is listed with its reason in {result.paths.failed_images}"
         )
     if result.failed_heads:
-        console.print(
-            f"note: {count_text(result.failed_heads, 'head')} failed; each has its reason in the "
-            f"column `error` of {result.paths.heads}; --retry-failed tries them again",
-            style="yellow",
-            soft_wrap=True,
+        notes.append(
+            f"{count_text(result.failed_heads, 'head')} failed; each has its reason in the "
+            f"column `error` of {result.paths.heads}; --retry-failed tries them again"
         )
+    show_images(console, result.accounting, notes)
     if result.finetuned is not None and len(result.finetuned.compared) > 1:
         console.print(finetune_table(console, result))
         for approach_text in finetune_lines(result):
@@ -190,14 +183,13 @@ def show_result(
         console.print("No test split: set task.test_fraction, or a split column with test rows")
     else:
         test = result.test
-        line = Text(
+        console.print(
             f"Test {test.metric} {number_text(test.value, test.metric)} (95 % interval "
             f"{number_text(test.low, test.metric)} to {number_text(test.high, test.metric)}), on "
             f"{images_text(test.images, test.groups, test.units, group_column=result.group_column)}"
             " never seen before",
             style="bold green",
         )
-        console.print(line)
         if test.n_evaluations > 1:
             console.print(
                 f"note: {test.n_evaluations} different winners have now been shown this test "
@@ -209,8 +201,6 @@ def show_result(
     if result.stages:
         console.print()
         console.print(stages_table(result))
-    if files:
-        show_files(console, result)
 
 
 def finetune_table(console: Console, result: RunResult) -> Table:
@@ -232,7 +222,7 @@ def finetune_table(console: Console, result: RunResult) -> Table:
             # The gain was measured on the same rows, so that this is exactly the head's score.
             number_text(row[metric] - sign(metric) * row["gain"], metric),
             _interval_text(row["gain"], row["gain_low"], row["gain_high"], metric),
-            f"{row['minutes']:.1f}" if row["minutes"] == row["minutes"] else "–",
+            "–" if math.isnan(row["minutes"]) else f"{row['minutes']:.1f}",
             row["decision"],
         )
     if result.ensemble is not None:
@@ -259,7 +249,7 @@ def finetune_lines(result: RunResult) -> list[str]:
 
 def _interval_text(value: float, low: float, high: float, metric: str) -> str:
     """Return "85.01 % (82.00 to 88.00)"."""
-    if value != value:
+    if math.isnan(value):
         return "–"
     ends = [number_text(end, metric).removesuffix(" %") for end in (low, high)]
     return f"{number_text(value, metric)} ({ends[0]} to {ends[1]})"
@@ -271,16 +261,12 @@ def selection_sentences(result: RunResult) -> list[str]:
     if found is None:
         return []
     texts = [number_text(value, found.metric) for value in (found.expected, found.low, found.high)]
+    choice = "the only setting"
+    if found.tried > 1:
+        choice = f"corrected for being the best of {count_text(found.tried, 'setting')}"
     lines = [
-        (
-            f"Expected on new images: {found.metric} {texts[0]} (95 % interval {texts[1]} to "
-            f"{texts[2]}), "
-        )
-        + (
-            f"corrected for being the best of {count_text(found.tried, 'setting')}"
-            if found.tried > 1
-            else "the only setting"
-        )
+        f"Expected on new images: {found.metric} {texts[0]} (95 % interval {texts[1]} to "
+        f"{texts[2]}), {choice}"
     ]
     if found.statistically_tied > 1:
         line = (

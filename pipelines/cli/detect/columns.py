@@ -24,9 +24,8 @@ GROUP_NAMES = (
 )
 _ENOUGH_GROUPS = 6  # for a test split and five folds
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
-_PATHS_CHECKED = (
-    100  # of a table, to count the missing files: all would take long on a network disk
-)
+# Of a table, to count the missing files: all of them would take long on a network disk.
+_PATHS_CHECKED = 100
 _ZEROS, _ONES = ("0", "0.0", "False"), ("1", "1.0", "True")
 _SEPARATORS = (";", "|", ",", " ")
 
@@ -49,9 +48,7 @@ def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]", table_file: 
         doubt_text += (
             f"; {count_text(n_unlabelled, 'row has', 'rows have')} no label: a run predicts them"
         )
-    checked_files = [
-        locator_file(file_path) for file_path in paths.head(_PATHS_CHECKED).astype(str)
-    ]
+    checked_files = list(map(locator_file, paths.head(_PATHS_CHECKED).astype(str)))
     missing_files = [file_path for file_path in checked_files if not Path(file_path).is_file()]
     if missing_files:
         doubt_text += (
@@ -95,19 +92,14 @@ def _prefix_elsewhere(missing_files: Sequence[str], folder: Path) -> str | None:
     """
     names = [file_path.removeprefix(f"{folder}/") for file_path in missing_files]
     separators = [match.end() for match in re.finditer(r"[/\\]", names[0])]
-    prefixes = (names[0][:end] for end in separators)
-    return next(
-        (
-            prefix
-            for prefix in prefixes
-            if all(
-                name.startswith(prefix)
-                and (folder / name.removeprefix(prefix).replace("\\", "/")).is_file()
-                for name in names
-            )
-        ),
-        None,
-    )
+    for prefix in (names[0][:end] for end in separators):
+        # A table from Windows has backslashes.
+        tails = [name.removeprefix(prefix).replace("\\", "/") for name in names]
+        if all(name.startswith(prefix) for name in names) and all(
+            (folder / tail).is_file() for tail in tails
+        ):
+            return prefix
+    return None
 
 
 def task_section(
@@ -134,10 +126,11 @@ def task_section(
             f"no column is named like a label; {target_column!r} is taken, the first with few "
             f"values{f' (others: {name_some(others)})' if others else ''}. For another: task.target"
         )
-    indicators = _indicator_columns(samples, free_columns)
+    indicators = [name for name in free_columns if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
     ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
-    is_one_hot = bool(indicators) and bool((ones.sum(axis=1) == 1).all())
-    # Two columns of 0 and 1 that are not one-hot are rather a label and a flag than two labels.
+    is_one_hot = len(indicators) > 1 and bool((ones.sum(axis=1) == 1).all())
+    # Two columns of 0 and 1 that are not one-hot are rather a label and a flag than two labels, and
+    # one alone is a target of two classes.
     if target_column not in indicators or not (is_one_hot or len(indicators) > 2):
         indicators = []
     if target_column is None:
@@ -148,6 +141,7 @@ def task_section(
         )
     targets = indicators or [target_column]
     task_lines = f"  target: {yaml_text(target_column)}"
+    # Several labels for an image are told by 0/1 columns, lists in cells, or a separator.
     if indicators:
         task_lines = f"  target: [{', '.join(map(yaml_text, indicators))}]"
         if is_one_hot:
@@ -197,16 +191,17 @@ def _split_and_group(
     named_columns: those that are named like a split and like groups.
     """
     task_lines, task_notes = "", []
+    # A split or group with empty cells would leave it open where these rows belong.
+    full_columns = [name for name in column_names if is_full(labelled_samples[name])]
+    group_column = first_named(GROUP_NAMES, full_columns)
     split_column = first_named(
         _SPLIT_NAMES,
         [
-            column_name
-            for column_name in column_names
-            if _holds_sides(labelled_samples[column_name])
+            name
+            for name in full_columns
+            if set(as_text(labelled_samples[name]).str.lower()) <= set(SPLIT_WORDS)
         ],
     )
-    full_columns = [name for name in column_names if is_full(labelled_samples[name])]
-    group_column = first_named(GROUP_NAMES, full_columns)
     n_groups = labelled_samples[group_column].nunique() if group_column else 0
     if split_column:
         task_lines += f"\n  split: {yaml_text(split_column)}"
@@ -229,19 +224,6 @@ def _split_and_group(
             f"fill it, and set task.group: {yaml_text(named_columns[1])}"
         )
     return task_lines, task_notes
-
-
-def _indicator_columns(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
-    """Return the columns whose cells are only 0 and 1; none if there is one such column alone,
-    which is a target of two classes.
-    """
-    columns = [name for name in column_names if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
-    return columns if len(columns) > 1 else []
-
-
-def _holds_sides(column: "pd.Series[Any]") -> bool:
-    """Return whether every cell of a column is a word for a side of a split."""
-    return is_full(column) and set(as_text(column).str.lower()) <= set(SPLIT_WORDS)
 
 
 def is_full(column: "pd.Series[Any]") -> bool:

@@ -79,13 +79,15 @@ def detect_recipe(
     source = detect_source(location, layout=layout, exclude=exclude)
     finding = _detect(location, source, recipe_folder)
     pixels = detect_pixels(finding.examples)
-    finding = replace(
-        finding, backbone=pixels.backbone, notes=(*finding.notes, *pixels.notes), examples=()
-    )
     option_lines = pixels.images
     option_lines += f"  layout: {layout}\n" if layout != "auto" else ""
     option_lines += f"  exclude: {as_yaml_list(exclude)}\n" if exclude else ""
-    return replace(finding, images=finding.images + option_lines)
+    return replace(
+        finding,
+        images=finding.images + option_lines,
+        backbone=pixels.backbone,
+        notes=(*finding.notes, *pixels.notes),
+    )
 
 
 def _detect(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
@@ -206,49 +208,41 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
     if len(class_counts) < 2 and (by_names := _classes_by_names(folder, listing, recipe_folder)):
         return by_names
     if len(class_counts) < 2:
-        found_text = (
-            f"one class only, {class_counts.index[0]!r}"
-            if len(class_counts)
-            else "images, but no sub-folder for a class"
-        )
-        inner_folders = (
-            sorted(path.name for path in folder.joinpath(str(class_counts.index[0])).glob("*/"))
-            if len(class_counts)
-            else []
-        )
-        hint_text = (
-            (
-                ". If the folders in it are the classes, try: "
-                f"{_init_command(folder / str(class_counts.index[0]))}"
-            )
-            if len(inner_folders) > 1
-            else ""
-        )
+        found_text, hint_text = "images, but no sub-folder for a class", ""
+        if len(class_counts):
+            found_text = f"one class only, {class_counts.index[0]!r}"
+            class_folder = folder / str(class_counts.index[0])
+            if len(list(class_folder.glob("*/"))) > 1:
+                hint_text = (
+                    f". If the folders in it are the classes, try: {_init_command(class_folder)}"
+                )
         raise InvalidInput(
             f"{folder}: found {found_text} ({count_text(len(samples), 'image')}). A classifier "
             "needs two classes or more: one sub-folder each, or a CSV with the columns path and "
             f"label{hint_text}"
             + "".join(f". Left out: {left_out}" for left_out in listing.left_out[:3])
         )
-    has_split = "split" in samples
-    layout_text = (
-        "train, val or test, and in it one sub-folder per class"
-        if has_split
-        else "one sub-folder per class"
-    )
-    split_line = (
-        "\n  split: split                  # the names of the outer folders" if has_split else ""
-    )
-    class_source = "inner folder" if has_split else "sub-folder"
     smallest, largest = class_counts.min(), class_counts.max()
     sizes_text = f"{largest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
-    each_text = f"{_named_classes(class_counts)}, {sizes_text} each"
+    sentence = (
+        f"{count_text(len(samples), 'image')} in {_named_classes(class_counts)}, {sizes_text} each"
+    )
+    layout_text, task_lines = "one sub-folder per class", "the name of the sub-folder"
+    if "split" in samples:
+        layout_text = "train, val or test, and in it one sub-folder per class"
+        task_lines = (
+            "the name of the inner folder\n"
+            "  split: split                  # the names of the outer folders"
+        )
+        sentence += f"; {_split_sizes(samples['split'])}"
     return Finding(
         images=f"  folder: {_path_text(folder, recipe_folder)}      # {layout_text}\n",
-        task=f"  target: label                  # the name of the {class_source}{split_line}",
-        sentence=f"{count_text(len(samples), 'image')} in {each_text}"
-        + (f"; {_split_sizes(samples['split'])}" if has_split else ""),
-        notes=(*_inner_folders(samples["id"], depth=int(has_split)), *_listing_notes(listing)),
+        task=f"  target: label                  # {task_lines}",
+        sentence=sentence,
+        notes=(
+            *_inner_folders(samples["id"], depth=int("split" in samples)),
+            *_listing_notes(listing),
+        ),
         examples=_examples(samples),
     )
 
@@ -316,7 +310,8 @@ def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -
             "the folder"
         )
     task_lines, targets, task_notes = task_section(samples, column_names, location)
-    archive_key = "zip" if _holds_zip(location) else "tar"
+    archives = list(filter(is_archive, location.iterdir())) if location.is_dir() else [location]
+    archive_key = "zip" if all(path.suffix.lower() == ".zip" for path in archives) else "tar"
     return Finding(
         images=f"  {archive_key}: {_path_text(location, recipe_folder)}      # archives; or a "
         "pattern: train-{000..031}.tar\n",
@@ -335,15 +330,6 @@ def _named_classes(class_counts: "pd.Series[Any]") -> str:
     more_text = ", …" if len(class_names) > _MAX_CLASSES_NAMED else ""
     classes_text = count_text(len(class_names), "class", "classes")
     return f"{classes_text} ({', '.join(class_names[:_MAX_CLASSES_NAMED])}{more_text})"
-
-
-def _holds_zip(location: Path) -> bool:
-    archive_files = (
-        [archive_path for archive_path in location.iterdir() if is_archive(archive_path)]
-        if location.is_dir()
-        else [location]
-    )
-    return all(archive_file.suffix.lower() == ".zip" for archive_file in archive_files)
 
 
 def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> Finding:
@@ -385,10 +371,11 @@ def _detect_array(location: Path, source: ImageSource, recipe_folder: Path) -> F
             f"images:\n{image_lines}  labels: FILE      # .npy, .npz, HDF5 or idx, one value per "
             "image"
         )
+    split_columns = ["split"] if "split" in samples else []
     task_lines, targets, task_notes = task_section(
-        samples, [*label_columns, *(["split"] if "split" in samples else [])], location
+        samples, [*label_columns, *split_columns], location
     )
-    split_text = f"; {_split_sizes(samples['split'])}" if "split" in samples else ""
+    split_text = f"; {_split_sizes(samples['split'])}" if split_columns else ""
     return Finding(
         image_lines,
         task_lines,
@@ -429,18 +416,17 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
     else:
         image_lines += f"  path_column: {yaml_text(path_source)}\n"
         source = replace(source, path_column=path_source)
-    used_columns = [path_source]
     listing = read_source(source)
     samples = listing.samples
     table_columns = table_data.frame.columns
     # the reader's own name for a column `id` that repeats, as patients' do
     repeats = "image_id" in samples and "image_id" not in table_columns
-    if "id" in table_columns and "id" not in used_columns and not repeats:
+    if "id" in table_columns and path_source != "id" and not repeats:
         image_lines += "  id_column: id\n"
     other_columns = [
         column
         for column in samples.columns
-        if column not in (*used_columns, "id", "path")
+        if column not in (path_source, "id", "path")
         and not column.endswith(".path")
         and n_distinct(samples[column]) is not None
     ]
