@@ -18,7 +18,7 @@ from headrace.cache.publish import feature_set_path
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.images.changes import read_listing
 from headrace.heads.data.side_columns import taps_of
-from headrace.heads.data.task import BadTaskFile, Task, read_task
+from headrace.heads.data.task import BadTaskFile, Task, TaskKind, read_task
 from headrace.heads.evaluate.units import scored_rows
 from headrace.heads.predict import floor_of
 from headrace.heads.results import BankResult, read_bank
@@ -80,7 +80,7 @@ class FinishedRun:
         return read_bank(self.board["path"].iloc[0])
 
     @property
-    def task_kind(self) -> str:
+    def task_kind(self) -> TaskKind:
         return self.bank.task_kind
 
     @property

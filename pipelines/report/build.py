@@ -1,7 +1,5 @@
 """The report of a run: read what it left, make sections, write one page, and tables if asked."""
 
-import datetime
-import importlib.metadata
 import shlex
 from collections.abc import Collection
 from pathlib import Path
@@ -43,7 +41,7 @@ from headrace.pipelines.report.selection_and_advice import (
     expected_text,
 )
 from headrace.pipelines.report.suspects import suspects_section
-from headrace.pipelines.report.write import Report, require_ours, write_page
+from headrace.pipelines.report.write import Report, require_ours, write_page, written_text
 from headrace.pipelines.run_directory import require_writable
 
 MAX_PICTURES = 3000  # on the map: about 1.5 kB each
@@ -74,6 +72,7 @@ def write_report(
     """
     finished_run = read_finished_run(run, trust_code=trust_code)
     page_path = Path(out) if out else finished_run.paths.report
+    # Before the page is made, which takes a minute for many images.
     if out is None:
         require_writable(
             finished_run.paths, f"headrace report {shlex.quote(str(run))} --out report.html"
@@ -99,7 +98,7 @@ def run_thumbnails(run: FinishedRun) -> Thumbnails:
 
 
 def make_sections(
-    run: FinishedRun, thumbnails: Thumbnails, watts: float | None, max_pictures: int = MAX_PICTURES
+    run: FinishedRun, thumbnails: Thumbnails, watts: float | None, max_pictures: int
 ) -> tuple[Section, ...]:
     """Return the page's sections in order. max_pictures: images of the map that have a picture."""
     selected = find_selected(run)
@@ -152,30 +151,27 @@ def _pictured(known: pd.DataFrame, max_pictures: int) -> list[str]:
 def _map_notes(
     selected: SelectedModel, tested: TestPredictions | str, copies: SmallCopies
 ) -> list[Note]:
-    notes = []
+    texts = []
+    # Without an evaluation on record they are not on the page at all, which the test section says.
     if isinstance(tested, str) and selected.test_evaluation is not None:
-        notes.append(Note(f"Test images are not on the map: {tested}."))
+        texts.append(f"Test images are not on the map: {tested}.")
     if copies.unreadable:
-        notes.append(
-            Note(
-                f"{count_text(copies.unreadable, 'image has', 'images have')} no picture: they are "
-                "gone, have changed, or cannot be read."
-            )
+        texts.append(
+            f"{count_text(copies.unreadable, 'image has', 'images have')} no picture: they are "
+            "gone, have changed, or cannot be read."
         )
     if copies.not_read:
-        notes.append(
-            Note(
-                f"{count_text(copies.not_read, 'more picture was', 'more pictures were')} left "
-                "out: 2 GB of files were read."
-            )
+        texts.append(
+            f"{count_text(copies.not_read, 'more picture was', 'more pictures were')} left out: "
+            "2 GB of files were read."
         )
-    return notes
+    return [Note(text) for text in texts]
 
 
 def make_headline(run: FinishedRun) -> Headline:
     """The winner, its scores, and what they rest on."""
     winner, metric = run.winner, run.metric
-    headline_values = [
+    values = [
         (
             "winner",
             winner.kind,
@@ -184,47 +180,24 @@ def make_headline(run: FinishedRun) -> Headline:
         (
             f"validation {metric_title(metric)}",
             number_text(winner.score, metric),
-            (
-                f"± {number_text(winner.standard_error, metric)} over {winner.folds} folds; "
-                "it was chosen by this"
-            ),
+            f"± {number_text(winner.standard_error, metric)} over {winner.folds} folds; "
+            "it was chosen by this",
         ),
     ]
     if (expected := expected_text(run)) is not None:
-        headline_values.append(("expected on new images", *expected))
+        values.append(("expected on new images", *expected))
     selected = find_selected(run)
     if selected.ensemble is not None:
         nested = selected.ensemble["nested"]
         score_text = number_text(nested["value"], nested["metric"])
-        comparison_text = (
-            f"validation {metric_title(nested['metric'])} {score_text}, better than a single head"
+        remark = (
+            f"{selected.heads}; validation {metric_title(nested['metric'])} {score_text}, better "
+            "than a single head"
         )
-        headline_values.append(
-            ("the selected model", "ensemble", f"{selected.heads}; {comparison_text}")
-        )
-    if selected.test_evaluation is None:
-        headline_values.append(
-            (f"test {metric_title(metric)}", "–", "the test split was not evaluated")
-        )
-    else:
-        test_result = selected.test_evaluation["result"]
-        units = test_result.get("units")
-        interval_text = (
-            f"{number_text(test_result['low'], test_result['metric'])} to "
-            f"{number_text(test_result['high'], test_result['metric'])}"
-        )
-        headline_values.append(
-            (
-                f"test {metric_title(test_result['metric'])}",
-                number_text(test_result["value"], test_result["metric"]),
-                f"{'of the ensemble; ' if selected.ensemble is not None else ''}95 % interval "
-                f"{interval_text}, {images_text(test_result['images'], None, units)} never seen "
-                "before",
-            )
-        )
-    stages = run.stages
+        values.append(("the selected model", "ensemble", remark))
+    values.append(_test_value(run, selected))
     n_heads = int((run.heads["fold"] != REFIT).sum())
-    headline_values.append(
+    values.append(
         (
             "compared",
             count_text(n_heads, "head"),
@@ -232,19 +205,30 @@ def make_headline(run: FinishedRun) -> Headline:
             f"{count_text(run.board['inputs'].nunique(), 'input')}",
         )
     )
-    if not stages.empty:
-        headline_values.append(
-            ("time", seconds_text(float(stages["seconds"].sum())), "all calls of this run together")
-        )
-    return Headline(tuple(headline_values))
+    if not run.stages.empty:
+        time_text = seconds_text(float(run.stages["seconds"].sum()))
+        values.append(("time", time_text, "all calls of this run together"))
+    return Headline(tuple(values))
+
+
+def _test_value(run: FinishedRun, selected: SelectedModel) -> tuple[str, str, str]:
+    if selected.test_evaluation is None:
+        return f"test {metric_title(run.metric)}", "–", "the test split was not evaluated"
+    result = selected.test_evaluation["result"]
+    value, low, high = (
+        number_text(result[name], result["metric"]) for name in ("value", "low", "high")
+    )
+    remark = (
+        f"{'of the ensemble; ' if selected.ensemble is not None else ''}95 % interval {low} to "
+        f"{high}, {images_text(result['images'], None, result.get('units'))} never seen before"
+    )
+    return f"test {metric_title(result['metric'])}", value, remark
 
 
 def _made_text(run: FinishedRun) -> str:
-    written_at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    task_word = {"single": "single-label", "multi": "multi-label"}.get(run.task_kind, run.task_kind)
-    target_words = {"single": ("class", "classes"), "multi": ("label", "labels")}
-    targets_text = count_text(
-        len(run.classes), *target_words.get(run.task_kind, ("target", "targets"))
-    )
-    version = importlib.metadata.version("headrace")
-    return f"{task_word} task, {targets_text}; written {written_at} by headrace {version}"
+    task_word, target_words = {
+        "single": ("single-label", ("class", "classes")),
+        "multi": ("multi-label", ("label", "labels")),
+        "regression": ("regression", ("target", "targets")),
+    }[run.task_kind]
+    return f"{task_word} task, {count_text(len(run.classes), *target_words)}; {written_text()}"

@@ -2,9 +2,7 @@
 changed, class by class, leaderboards and recipes.
 """
 
-import datetime
 import difflib
-import importlib.metadata
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ from headrace.pipelines.report.page.thumbnails import Thumbnails
 from headrace.pipelines.report.paired import paired_metrics
 from headrace.pipelines.report.provenance import recipe_text
 from headrace.pipelines.report.selected_model import find_selected, test_predictions
-from headrace.pipelines.report.write import Report, require_ours, write_page
+from headrace.pipelines.report.write import Report, require_ours, write_page, written_text
 from headrace.pipelines.run_directory import require_writable
 
 SHOWN = 12  # pictures of images that became right, and of images that became wrong
@@ -86,7 +84,10 @@ def write_comparison(
     require_same_task(*runs)
     sides, remarks = paired_sides(*runs)
     thumbnails = run_thumbnails(runs[0])
-    metrics = {side.name: _paired_metrics(runs[0], side) for side in sides}
+    metrics = {
+        side.name: paired_metrics(runs[0].task_kind, side.target, side.predictions, side.groups)
+        for side in sides
+    }
     sections = (
         _score_section(runs, sides, metrics, remarks),
         *(_change_section(runs, side, thumbnails) for side in reversed(sides)),
@@ -94,11 +95,7 @@ def write_comparison(
         _leaders_section(runs),
         _recipe_section(runs),
     )
-    made = (
-        f"A is {runs[0].paths.root}, B is {runs[1].paths.root}; written "
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC by headrace "
-        f"{importlib.metadata.version('headrace')}"
-    )
+    made = f"A is {runs[0].paths.root}, B is {runs[1].paths.root}; {written_text()}"
     return write_page(
         page_path,
         f"{runs[0].paths.root.name} and {runs[1].paths.root.name}",
@@ -140,15 +137,14 @@ def paired_sides(
         if isinstance(tested, str):
             remarks.append(Note(f"No test images of {letter}: {tested}.", "warning"))
         by_run.append({side.name: side for side in judged_sides(run, tested)})
-    order = [list(second.classes).index(name) for name in first.classes]
+    order = [second.classes.index(name) for name in first.classes]
     sides = []
     for name in by_run[0]:
-        if name not in by_run[1]:
-            continue
-        side = _pair(first.task_kind, by_run[0][name], by_run[1][name], order)
-        remarks += _side_remarks(side)
-        if len(side.ids):
-            sides.append(side)
+        if name in by_run[1]:
+            side = _pair(first.task_kind, by_run[0][name], by_run[1][name], order)
+            remarks += _side_remarks(side)
+            if len(side.ids):
+                sides.append(side)
     if not sides:
         raise InvalidInput(
             f"{first.paths.root} and {second.paths.root} have judged no image in common: their "
@@ -194,31 +190,16 @@ def _side_remarks(side: PairedSide) -> list[Note]:
     remarks = []
     if any(side.alone):
         remarks.append(
-            Note(
-                f"The two {side.name} splits are not the same images: {len(side.ids):,} are in "
-                f"both and compared here, {side.alone[0]:,} are in A's alone and "
-                f"{side.alone[1]:,} in B's alone.",
-                "warning",
-            )
+            f"The two {side.name} splits are not the same images: {len(side.ids):,} are in both "
+            f"and compared here, {side.alone[0]:,} are in A's alone and {side.alone[1]:,} in B's "
+            "alone."
         )
     if side.relabelled:
         remarks.append(
-            Note(
-                f"{count_text(side.relabelled, f'{side.name} image')} left out: another label in B "
-                "than in A.",
-                "warning",
-            )
+            f"{count_text(side.relabelled, f'{side.name} image')} left out: another label in B "
+            "than in A."
         )
-    return remarks
-
-
-def _paired_metrics(run: FinishedRun, side: PairedSide) -> pd.DataFrame:
-    return paired_metrics(
-        run.task_kind,  # type: ignore[arg-type]
-        side.target,
-        side.predictions,
-        side.groups,
-    )
+    return [Note(text, "warning") for text in remarks]
 
 
 def _headline(
@@ -259,6 +240,7 @@ def _headline(
 
 
 def _signed(value: float, metric: str) -> str:
+    # The difference of two percentages is in percentage points.
     text = number_text(abs(value), metric).replace(" %", " points")
     return f"{'−' if value < 0 else '+'}{text}"
 
@@ -332,70 +314,36 @@ def _right_or_wrong_blocks(
     run: FinishedRun, side: PairedSide, thumbnails: Thumbnails
 ) -> list[Block]:
     hits = _hits(run.task_kind, side)
-    class_names = np.asarray(run.classes, object)
-
-    def predicted_text(values: npt.NDArray[Any], row: np.int64) -> str:
-        if run.task_kind == "single":
-            return str(class_names[int(values[row].argmax())])
-        return ", ".join(class_names[values[row] >= 0.5]) or "none"
-
-    def label_text(row: np.int64) -> str:
-        if run.task_kind == "single":
-            return str(class_names[int(side.target[row])])
-        return ", ".join(class_names[side.target[row] > 0]) or "none"
-
     changed = np.flatnonzero(hits[0] != hits[1])
-    # largest change of a probability
+    # The surest first: by the largest change of a probability.
     change_size = np.abs(side.predictions[1, changed] - side.predictions[0, changed]).max(1)
     changed = changed[np.argsort(-change_size, kind="stable")]
     frame = pd.DataFrame(
         {
             "id": side.ids[changed],
             "change": np.where(hits[1, changed], "became right", "became wrong"),
-            "label": [label_text(row) for row in changed],
-            "first": [predicted_text(side.predictions[0], row) for row in changed],
-            "second": [predicted_text(side.predictions[1], row) for row in changed],
+            "label": _class_texts(run, side.target[changed]),
+            "first": _class_texts(run, side.predictions[0, changed]),
+            "second": _class_texts(run, side.predictions[1, changed]),
         }
     )
-    counts = pd.DataFrame(
-        [
-            ("right", int((hits[0] & hits[1]).sum()), int((hits[0] & ~hits[1]).sum())),
-            ("wrong", int((~hits[0] & hits[1]).sum()), int((~hits[0] & ~hits[1]).sum())),
-        ],
-        columns=["first", "right", "wrong"],
-    )
-    blocks: list[Block] = [
-        Table(
-            f"agreement-{side.name}",
-            f"Both on {count_text(len(side.ids), f'{side.name} image')}",
-            (
-                Column("first", "A ↓ B →"),
-                Column("right", "right", "count"),
-                Column("wrong", "wrong", "count"),
-            ),
-            counts,
-            sortable=False,
-        )
-    ]
-    for change in ("became right", "became wrong"):
-        rows = frame.index[frame["change"] == change]
-        if len(rows):
-            caption = f"{count_text(len(rows), 'image')} {change} in B, the surest first"
-            pictures = tuple(
-                Picture(
-                    (thumbnails.get(str(side.content[changed[row]])),),
-                    (f"{change}: label {frame['label'][row]}",),
-                    str(frame["id"][row]),
-                    (
-                        ("label", str(frame["label"][row])),
-                        (FIRST, str(frame["first"][row])),
-                        (SECOND, str(frame["second"][row])),
-                    ),
-                    thumbnails.paths_of(str(side.content[changed[row]])),
-                )
-                for row in rows[:SHOWN]
+    blocks: list[Block] = [_agreement_table(side, hits)]
+    if frame.empty:
+        return [*blocks, Note("Both are right and wrong on the same images.")]
+    shown = frame.assign(content=side.content[changed].astype(str))
+    for change, rows in shown.groupby("change"):
+        pictures = tuple(
+            Picture(
+                (thumbnails.get(row["content"]),),
+                (f"{change}: label {row['label']}",),
+                str(row["id"]),
+                (("label", row["label"]), (FIRST, row["first"]), (SECOND, row["second"])),
+                thumbnails.paths_of(row["content"]),
             )
-            blocks.append(Gallery(caption, pictures))
+            for row in rows.head(SHOWN).to_dict("records")
+        )
+        caption = f"{count_text(len(rows), 'image')} {change} in B, the surest first"
+        blocks.append(Gallery(caption, pictures))
     columns = (
         Column("id", "image"),
         Column("change", "change"),
@@ -403,8 +351,6 @@ def _right_or_wrong_blocks(
         Column("first", "A says"),
         Column("second", "B says"),
     )
-    if frame.empty:
-        return [*blocks, Note("Both are right and wrong on the same images.")]
     return [
         *blocks,
         Table(
@@ -416,6 +362,31 @@ def _right_or_wrong_blocks(
             search=True,
         ),
     ]
+
+
+def _class_texts(run: FinishedRun, values: npt.NDArray[Any]) -> list[str]:
+    """Return labels or predictions in words: (n,) class positions, (n, C) 0/1 or probabilities."""
+    names = np.asarray(run.classes, object)
+    if run.task_kind == "single":
+        return names[values if values.ndim == 1 else values.argmax(1)].tolist()  # type: ignore[no-any-return]
+    return [", ".join(names[is_on]) or "none" for is_on in values >= 0.5]
+
+
+def _agreement_table(side: PairedSide, hits: npt.NDArray[np.bool_]) -> Table:
+    counts = pd.DataFrame(
+        [
+            ("right", int((hits[0] & hits[1]).sum()), int((hits[0] & ~hits[1]).sum())),
+            ("wrong", int((~hits[0] & hits[1]).sum()), int((~hits[0] & ~hits[1]).sum())),
+        ],
+        columns=["first", "right", "wrong"],
+    )
+    columns = (
+        Column("first", "A ↓ B →"),
+        Column("right", "right", "count"),
+        Column("wrong", "wrong", "count"),
+    )
+    caption = f"Both on {count_text(len(side.ids), f'{side.name} image')}"
+    return Table(f"agreement-{side.name}", caption, columns, counts, sortable=False)
 
 
 def _error_blocks(run: FinishedRun, side: PairedSide) -> list[Block]:
@@ -491,8 +462,9 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
     keys = ["kind", "inputs", "settings"]
     shared = boards[0].merge(boards[1], on=keys, suffixes=("_first", "_second"))
     shared["difference"] = shared["score_second"] - shared["score_first"]
-    metric = runs[0].metric
-    shown = metric_format(metric) if runs[0].metric == runs[1].metric else "number"
+    # Scores of two metrics stand in one column, with what each is beside it.
+    has_one_metric = runs[0].metric == runs[1].metric
+    shown = metric_format(runs[0].metric) if has_one_metric else "number"
     blocks: list[Block] = [
         Table(
             "leaderboards",
@@ -511,7 +483,7 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
             page=20,
         )
     ]
-    if len(shared) and runs[0].metric == runs[1].metric:
+    if len(shared) and has_one_metric:
         blocks.append(
             Table(
                 "shared-settings",
@@ -541,17 +513,15 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
 
 def _cost_table(runs: tuple[FinishedRun, ...]) -> Table:
     costs = pd.DataFrame(
-        [
-            {
-                "run": letter,
-                "heads": int((run.heads["fold"] != REFIT).sum()),
-                "settings": len(run.board),
-                "time": "–"
-                if run.stages.empty
-                else seconds_text(float(run.stages["seconds"].sum())),
-            }
-            for letter, run in zip((FIRST, SECOND), runs, strict=True)
-        ]
+        {
+            "run": [FIRST, SECOND],
+            "heads": [int((run.heads["fold"] != REFIT).sum()) for run in runs],
+            "settings": [len(run.board) for run in runs],
+            "time": [
+                "–" if run.stages.empty else seconds_text(float(run.stages["seconds"].sum()))
+                for run in runs
+            ],
+        }
     )
     columns = (
         Column("run", "run"),

@@ -7,6 +7,7 @@ import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
+from headrace.cache.integrity.garbage import tree_bytes
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import bytes_text, utc_text
@@ -24,16 +25,12 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
     cost_blocks: list[Block] = [Note(damage_text, "warning") for damage_text in run.damaged_records]
     if not stages.empty:
         power_watts, assumption_text = _machine_power(run, watts)
-        by_stage = (
-            stages.groupby("name", sort=False)
-            .agg(seconds=("seconds", "sum"), calls=("seconds", "size"))
-            .reset_index()
+        by_stage = stages.groupby("name", sort=False, as_index=False).agg(
+            seconds=("seconds", "sum"), calls=("seconds", "size")
         )
         # Later calls on finished work say "nothing missing"; the longest call says what was done.
-        longest_calls = stages.loc[stages.groupby("name")["seconds"].idxmax()].set_index("name")[
-            "did"
-        ]
-        by_stage["did"] = by_stage["name"].map(longest_calls)
+        longest_calls = stages.loc[stages.groupby("name")["seconds"].idxmax()]
+        by_stage["did"] = by_stage["name"].map(longest_calls.set_index("name")["did"])
         by_stage["energy"] = by_stage["seconds"] * power_watts / 3600
         total_seconds = float(by_stage["seconds"].sum())
         table_columns: tuple[Column, ...] = (
@@ -44,19 +41,17 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
             Column("calls", "calls", "count"),
         )
         n_heads = int((run.heads["fold"] != REFIT).sum())
+        seconds_each = float(run.heads["seconds"].sum()) / max(len(run.heads), 1)
+        watt_hours = total_seconds * power_watts / 3600
+        energy_text = (
+            f"{watt_hours / 1000:.3g} kWh" if watt_hours >= 1000 else f"{watt_hours:.3g} Wh"
+        )
         cost_blocks += [
             Facts(
                 (
                     ("time, all calls together", seconds_text(total_seconds)),
-                    (
-                        "heads trained",
-                        (
-                            f"{n_heads:,}, "
-                            f"{float(run.heads['seconds'].sum()) / max(len(run.heads), 1):.3g} s "
-                            "each on average"
-                        ),
-                    ),
-                    ("energy (estimate)", energy_text(total_seconds * power_watts / 3600)),
+                    ("heads trained", f"{n_heads:,}, {seconds_each:.3g} s each on average"),
+                    ("energy (estimate)", energy_text),
                 )
             ),
             Table(
@@ -69,14 +64,8 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
             ),
             Note(assumption_text),
         ]
-        call_frame = stages[["ended", "name", "did", "seconds"]]
-        call_frame = call_frame.assign(ended=call_frame["ended"].map(utc_text))
-        table_columns = (
-            Column("ended", "ended"),
-            Column("name", "stage"),
-            Column("did", "did"),
-            Column("seconds", "seconds", "seconds"),
-        )
+        call_frame = stages.assign(ended=stages["ended"].map(utc_text))
+        table_columns = (Column("ended", "ended"), *table_columns[:3])
         cost_blocks.append(
             Table("calls", "Every stage of every call", table_columns, call_frame, wide=True)
         )
@@ -93,11 +82,6 @@ def seconds_text(seconds: float) -> str:
     minutes, rest_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest_seconds} s"
-
-
-def energy_text(watt_hours: float) -> str:
-    """Return an energy such as "12.3 Wh"."""
-    return f"{watt_hours / 1000:.3g} kWh" if watt_hours >= 1000 else f"{watt_hours:.3g} Wh"
 
 
 def _machine_power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
@@ -133,32 +117,16 @@ def _bytes_table(run: FinishedRun) -> Table:
         except (HeadraceError, OSError):
             continue
         shape_text = " × ".join(map(str, views[0].spec.shape))
-        rows_text = count_text(views[0].n_rows, "row")
-        size_rows.append(
-            {
-                "what": f"features {feature_name}",
-                "detail": f"{rows_text} of {shape_text} {views[0].spec.dtype}"
-                + (f", {len(views)} views" if len(views) > 1 else ""),
-                "bytes": sum(view.stored_bytes for view in views),
-            }
-        )
-    for item_name, item_detail, item_path in (
-        (
-            "results of heads",
-            "weights, held-out predictions and metrics of every head",
-            run.paths.banks,
-        ),
+        detail = f"{count_text(views[0].n_rows, 'row')} of {shape_text} {views[0].spec.dtype}"
+        detail += f", {len(views)} views" if len(views) > 1 else ""
+        n_bytes = sum(view.stored_bytes for view in views)
+        size_rows.append({"what": f"features {feature_name}", "detail": detail, "bytes": n_bytes})
+    results_text = "weights, held-out predictions and metrics of every head"
+    for what, detail, folder in (
+        ("results of heads", results_text, run.paths.banks),
         ("winner", "one head, ready to use", run.paths.winner),
     ):
-        size_rows.append(
-            {
-                "what": item_name,
-                "detail": item_detail,
-                "bytes": sum(
-                    path.stat().st_size for path in item_path.rglob("*") if path.is_file()
-                ),
-            }
-        )
+        size_rows.append({"what": what, "detail": detail, "bytes": tree_bytes(folder)})
     total_bytes = sum(int(row["bytes"]) for row in size_rows)
     table_columns = (
         Column("what", "what"),

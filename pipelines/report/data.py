@@ -16,7 +16,7 @@ from headrace.pipelines.report.page.blocks import Block, Column, Facts, Figure, 
 # Where the largest class has this many times the images of the smallest, accuracy says little about
 # the small one.
 LOPSIDED = 5
-_FIGURE_CLASSES = 30
+_FIGURE_CLASSES = 30  # bars, as many as a page can show; more are a table alone
 
 
 def data_section(run: FinishedRun) -> Section:
@@ -27,43 +27,27 @@ def data_section(run: FinishedRun) -> Section:
         blocks.append(Note(f"Counts are of the validation images only: {listed}."))
     else:
         train, test = listed.dataset.train, listed.dataset.test
-        folds = train.n_folds
+        folds_text = count_text(train.n_folds, "validation fold")
         content = np.concatenate([train.content, test.content])
-        blocks.append(
-            Facts(
-                (
-                    ("images listed", f"{len(listed.samples):,}"),
-                    (
-                        "to train and choose on",
-                        f"{len(train.ids):,}, in {count_text(folds, 'validation fold')}",
-                    ),
-                    ("test", f"{len(test.ids):,}"),
-                    ("distinct images", f"{len(np.unique(content)):,}"),
-                )
-            )
+        facts = (
+            ("images listed", f"{len(listed.samples):,}"),
+            ("to train and choose on", f"{len(train.ids):,}, in {folds_text}"),
+            ("test", f"{len(test.ids):,}"),
+            ("distinct images", f"{len(np.unique(content)):,}"),
         )
+        blocks.append(Facts(facts))
         blocks += [Note(f"{note[0].upper()}{note[1:]}.") for note in listed.dataset.notes]
-    blocks += _left_out_blocks(run)
-    blocks += _failed_blocks(run)
-    blocks += _balance_blocks(run, test)
-    return Section(
-        "data",
-        "Data",
-        "Which images the numbers are about, and what was wrong with some.",
-        tuple(blocks),
-    )
+    blocks += [*_left_out_blocks(run), *_failed_blocks(run), *_balance_blocks(run, test)]
+    lead = "Which images the numbers are about, and what was wrong with some."
+    return Section("data", "Data", lead, tuple(blocks))
 
 
 def _left_out_blocks(run: FinishedRun) -> list[Block]:
     """Account for every entry of the source: used, or left out for a reason."""
     accounting = run.accounting
     if accounting is None:
-        return [
-            Note(
-                "Which entries of the source were left out was not recorded: there is no "
-                f"{run.paths.accounting.name}."
-            )
-        ]
+        text = "Which entries of the source were left out was not recorded: there is no"
+        return [Note(f"{text} {run.paths.accounting.name}.")]
     blocks: list[Block] = [Note(f"{accounting.sentence()}.")]
     if accounting.left_out:
         frame = pd.DataFrame(
@@ -81,10 +65,11 @@ def _left_out_blocks(run: FinishedRun) -> list[Block]:
 
 def _failed_blocks(run: FinishedRun) -> list[Block]:
     path = run.paths.failed_images
+    # Without keep_default_na an image with the id "None" would lose its name.
     frame = (
         pd.read_csv(read_table(path), dtype=str, keep_default_na=False)
         if path.exists()
-        else pd.DataFrame(columns=["id", "path", "reason"])
+        else pd.DataFrame()
     )
     if frame.empty:
         return [Note("Every image could be read.", "good")]
@@ -92,9 +77,8 @@ def _failed_blocks(run: FinishedRun) -> list[Block]:
     unread_text = count_text(
         len(frame), "image could not be read and is", "images could not be read and are"
     )
-    note = Note(f"{unread_text} in no number of this report.", "warning")
     return [
-        note,
+        Note(f"{unread_text} in no number of this report.", "warning"),
         Table("failed-images", "Images that could not be read", columns, frame, search=True),
     ]
 
@@ -114,9 +98,8 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
         Column("share", "share", "share"),
     ]
     if test is not None and len(test.ids):
-        counts = _class_counts(run.task_kind, test.target, len(run.classes))
-        frame["test"] = counts
-        counts_by_split["test"] = counts.tolist()
+        frame["test"] = _class_counts(run.task_kind, test.target, len(run.classes))
+        counts_by_split["test"] = frame["test"].tolist()
         columns.append(Column("test", "test", "count"))
     table = Table(
         "balance", f"Images by {word}", tuple(columns), frame, search=len(frame) > _FIGURE_CLASSES
@@ -137,12 +120,8 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
         return [*blocks, table]
     svg = figures.bar_chart(list(run.classes), counts_by_split, xlabel="images")
     sizes = ", ".join(f"{name} {count:,}" for name, count in zip(run.classes, train, strict=True))
-    return [
-        *blocks,
-        Figure(
-            svg, f"Bar chart of the images of each {word}: {sizes}.", f"Images by {word}.", table
-        ),
-    ]
+    alt = f"Bar chart of the images of each {word}: {sizes}."
+    return [*blocks, Figure(svg, alt, f"Images by {word}.", table)]
 
 
 def _class_counts(kind: str, target: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
@@ -151,10 +130,9 @@ def _class_counts(kind: str, target: npt.NDArray[Any], classes: int) -> npt.NDAr
 
 def _target_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     rows = []
-    sides = {
-        "training and validation": run.bank.target,
-        **({"test": test.target} if test is not None and len(test.ids) else {}),
-    }
+    sides = {"training and validation": run.bank.target}
+    if test is not None and len(test.ids):
+        sides["test"] = test.target
     for side, target in sides.items():
         for number, name in enumerate(run.classes):
             values = np.asarray(target[:, number], float)
@@ -173,10 +151,9 @@ def _target_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
         Column("target", "target"),
         Column("side", "side"),
         Column("images", "images", "count"),
-        *(
-            Column(name, title, "number")
-            for name, title in (("min", "least"), ("median", "median"), ("max", "largest"))
-        ),
+        Column("min", "least", "number"),
+        Column("median", "median", "number"),
+        Column("max", "largest", "number"),
         Column("deviation", "standard deviation", "number"),
     )
     return [Table("balance", "What the targets are", columns, pd.DataFrame(rows))]

@@ -44,19 +44,15 @@ def test_section(
         blocks += outcome_blocks(
             run.task_kind, run.classes, tested.target, tested.predicted, "test", selected.name
         )
-    shown = (
-        ""
-        if selected.ensemble is None
-        else f"They were shown to the ensemble of {selected.heads}, not to the winner. "
-    )
-    n_units = result.get("units")
-    units_text = (
-        "" if n_units is None else f"{count_text(n_units, 'unit')} ({run.recipe.task.unit}) of "
-    )
+    rows_text = count_text(result["images"], "image")
+    if (n_units := result.get("units")) is not None:
+        rows_text = f"{count_text(n_units, 'unit')} ({run.recipe.task.unit}) of {rows_text}"
+    shown = ""
+    if selected.ensemble is not None:
+        shown = f"They were shown to the ensemble of {selected.heads}, not to the winner. "
     lead = (
-        f"{units_text}{count_text(result['images'], 'image')} that no head was trained or chosen "
-        f"on. {shown}The rows and predictions below are those of the evaluation on record; this "
-        "report adds none."
+        f"{rows_text} that no head was trained or chosen on. {shown}The rows and predictions below "
+        "are those of the evaluation on record; this report adds none."
     )
     return Section("test", "Test split", lead, tuple(blocks))
 
@@ -71,16 +67,10 @@ def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, 
             & (run.heads["inputs"] == run.winner.inputs)
             & (run.heads["fold"] != REFIT)
         ]
-        means = {
-            name: float(fold_heads[name].mean()) for name in test if name in fold_heads.columns
-        }
+        folds = fold_heads[[name for name in test if name in fold_heads]]
+        means = folds.mean().to_dict()
         # of one fold the standard deviation is nan, and so the error
-        errors = {
-            name: float(fold_heads[name].std(ddof=1) / np.sqrt(len(fold_heads))) for name in means
-        }
-        spread: tuple[Column, ...] = (
-            Column("spread", "± s.e.", "number", "standard error of the mean over the folds"),
-        )
+        spread = (folds.std(ddof=1) / np.sqrt(len(folds))).tolist()
         hint = "mean over the validation folds"
     else:
         scored = selected.ensemble["metrics"]
@@ -89,30 +79,27 @@ def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, 
             for name in test
             if f"validation_{name}" in scored
         }
-        errors, spread = {}, ()
+        # Its validation score is of all folds together, so that it has no error over folds.
+        spread = None
         hint = "on validation images that had no part in picking its heads, all folds together"
     frame = pd.DataFrame(
         {
             "metric": [metric_title(name) for name in means],
             "validation": list(means.values()),
-            "spread": [errors.get(name, np.nan) for name in means],
+            "spread": spread,
             "test": [test[name] for name in means],
         }
     )
-    columns = (
+    columns = [
         Column("metric", "metric"),
         Column("validation", "validation", "number", hint),
-        *spread,
+        Column("spread", "± s.e.", "number", "standard error of the mean over the folds"),
         Column("test", "test", "number"),
-    )
-    return Table("metrics", f"Every metric of {selected.name}", columns, frame, sortable=False)
-
-
-def _evaluated_text(winner: Mapping[str, Any]) -> str:
-    if "ensemble" in winner:
-        return f"an ensemble of {len(winner['ensemble'])} members"
-    spec = model_spec(winner["spec"])
-    return f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
+    ]
+    if spread is None:
+        del columns[2]
+    caption = f"Every metric of {selected.name}"
+    return Table("metrics", caption, tuple(columns), frame, sortable=False)
 
 
 def _evaluation_count(run: FinishedRun, evaluation: Any, selected: SelectedModel) -> Note:
@@ -139,18 +126,22 @@ def _evaluation_count(run: FinishedRun, evaluation: Any, selected: SelectedModel
 def _evaluations_table(run: FinishedRun) -> Table | None:
     if not run.test_evaluations:
         return None
-    rows = [
-        {
-            "evaluated": utc_text(evaluation.get("evaluated", "")),
-            "shown": _evaluated_text(evaluation["winner"]),
-            "metric": metric_title(evaluation["result"]["metric"]),
-            "value": evaluation["result"]["value"],
-            "low": evaluation["result"]["low"],
-            "high": evaluation["result"]["high"],
-            "images": evaluation["result"]["images"],
-        }
-        for evaluation in run.test_evaluations
-    ]
+    rows = []
+    for evaluation in run.test_evaluations:
+        winner, result = evaluation["winner"], evaluation["result"]
+        if "ensemble" in winner:
+            shown = f"an ensemble of {len(winner['ensemble'])} members"
+        else:
+            spec = model_spec(winner["spec"])
+            shown = f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
+        rows.append(
+            {
+                "evaluated": utc_text(evaluation.get("evaluated", "")),
+                "shown": shown,
+                "metric": metric_title(result["metric"]),
+                **{name: result[name] for name in ("value", "low", "high", "images")},
+            }
+        )
     columns = (
         Column("evaluated", "evaluated"),
         Column("shown", "what was shown it"),

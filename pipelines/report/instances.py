@@ -10,7 +10,7 @@ import pandas as pd
 from headrace.cache.count_text import count_text
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.evaluate.units import aggregate_units
-from headrace.heads.results import read_bank
+from headrace.heads.results import BankResult, read_bank
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RunDamaged, read_table
 from headrace.pipelines.report.page.blocks import (
@@ -78,14 +78,13 @@ def _blocks(
     table = read_table(run.paths.instance_weights)
     # Without keep_default_na a unit named "None" would become nan.
     weights = pd.read_csv(table, dtype={"unit": str, "id": str}, keep_default_na=False)
-    row_of_id = {image_id: row for row, image_id in enumerate(run.bank.ids.tolist())}
-    rows = weights["id"].map(row_of_id).to_numpy(np.int64)
+    rows = _rows_of(weights["id"], run.bank)
     target = run.bank.target[rows]
     predicted = _out_of_fold_units(run, heads, weights)
     is_wrong, surprise = _wrong_and_surprise(run.task_kind, target, predicted)
     frame = weights[["unit", "id", "weight"]].assign(
-        label=_texts(run, target, run.task_kind == "single"),
-        predicted=_texts(run, predicted, run.task_kind == "single"),
+        label=_texts(run, target),
+        predicted=_texts(run, predicted),
         outcome=np.where(is_wrong, "wrong", "right"),
         surprise=surprise,
         content=run.bank.content[rows].astype(str),
@@ -95,22 +94,26 @@ def _blocks(
         "wrong": "that are furthest off" if regression else "that are predicted wrongly",
         "right": "that are closest" if regression else "that are predicted rightly",
     }
-    galleries: list[Block] = [
-        Gallery(
-            f"The two weightiest images of {len(units):,} of {count_text(n_units, 'unit')} "
-            f"{words[outcome]}",
-            _pictures(frame, units, thumbnails),
-        )
-        for outcome in ("wrong", "right")
-        for units, n_units in [_first_units(frame[frame["outcome"] == outcome])]
-        if n_units
-    ]
-    table_frame = frame.drop(columns=["surprise", "content"])
+    blocks: list[Block] = []
+    for outcome, text in words.items():
+        units = frame[frame["outcome"] == outcome].groupby("unit")["surprise"].first()
+        shown = units.sort_values(ascending=False, kind="stable").index[:_SHOWN_UNITS].tolist()
+        if shown:
+            caption = (
+                f"The two weightiest images of {len(shown):,} of {count_text(len(units), 'unit')} "
+                f"{text}"
+            )
+            blocks.append(Gallery(caption, _pictures(frame, shown, thumbnails)))
     caption = "Every image, by unit, the weightiest first"
     return [
-        *galleries,
-        Table("instances", caption, _COLUMNS, table_frame, filters=("outcome",), search=True),
+        *blocks,
+        Table("instances", caption, _COLUMNS, frame, filters=("outcome",), search=True),
     ]
+
+
+def _rows_of(ids: pd.Series, bank: BankResult) -> npt.NDArray[np.int64]:
+    row_of_id = {image_id: row for row, image_id in enumerate(bank.ids.tolist())}
+    return ids.map(row_of_id).to_numpy(np.int64)
 
 
 def _out_of_fold_units(
@@ -124,8 +127,7 @@ def _out_of_fold_units(
     of_heads = []
     for _, row in heads:
         bank = read_bank(row["path"])
-        row_of_id = {image_id: number for number, image_id in enumerate(bank.ids.tolist())}
-        rows = images["id"].map(row_of_id).to_numpy(np.int64)
+        rows = _rows_of(images["id"], bank)
         of_heads.append(bank.out_of_fold_predictions(str(row["spec"]))[rows])
     of_images = average(np.array([weight for weight, _ in heads]), np.stack(of_heads))
     unit_of_row = pd.factorize(images["unit"])[0]
@@ -152,9 +154,9 @@ def _wrong_and_surprise(
     return is_wrong, np.where(is_wrong, scaled, -scaled)
 
 
-def _texts(run: FinishedRun, values: npt.NDArray[Any], is_single: bool) -> list[str]:
+def _texts(run: FinishedRun, values: npt.NDArray[Any]) -> list[str]:
     """Return labels or predictions (n,) or (n, C) as text."""
-    if is_single:
+    if run.task_kind == "single":
         chosen = values.argmax(1) if values.ndim == 2 else values
         return [run.classes[int(number)] for number in chosen]
     if run.task_kind == "multi":
@@ -165,17 +167,11 @@ def _texts(run: FinishedRun, values: npt.NDArray[Any], is_single: bool) -> list[
     return ["; ".join(f"{value:.4g}" for value in row) for row in values.tolist()]
 
 
-def _first_units(frame: pd.DataFrame) -> tuple[list[str], int]:
-    """Return the units of largest surprise, at most _SHOWN_UNITS, and how many there are in all."""
-    surprise = frame.groupby("unit")["surprise"].first().sort_values(ascending=False, kind="stable")
-    return surprise.index[:_SHOWN_UNITS].tolist(), len(surprise)
-
-
 def _pictures(frame: pd.DataFrame, units: list[str], thumbnails: Thumbnails) -> tuple[Picture, ...]:
-    images_of_unit = dict(list(frame[frame["unit"].isin(units)].groupby("unit")))
+    images_by_unit = frame.groupby("unit")
     pictures = []
     for unit in units:
-        images = images_of_unit[unit]
+        images = images_by_unit.get_group(unit)
         first = images.head(2)
         weights = ", ".join(f"{100 * weight:.1f} %" for weight in first["weight"])
         label, predicted = str(images["label"].iloc[0]), str(images["predicted"].iloc[0])

@@ -12,7 +12,7 @@ from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.recipe.targets import target_columns
 from headrace.pipelines.report.selected_model import TestPredictions
 
-VALIDATION, TRAINING, TEST_SIDE = "validation", "training", "test"
+VALIDATION, TRAINING, TEST = "validation", "training", "test"
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,10 @@ def judged_sides(run: FinishedRun, tested: TestPredictions | str) -> tuple[Judge
     )
     if isinstance(tested, str) or dataset is None:
         return (validation,)
-    test = tested.test
+    test, groups = tested.test, dataset.test_groups
     content = test.content.astype(str)
-    return (
-        validation,
-        JudgedSide(
-            TEST_SIDE, test.ids, content, test.target, tested.of_images, dataset.test_groups
-        ),
-    )
+    judged_test = JudgedSide(TEST, test.ids, content, test.target, tested.of_images, groups)
+    return validation, judged_test
 
 
 def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, npt.NDArray[np.float64]]:
@@ -60,7 +56,7 @@ def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, npt.NDArray[np
     if run.task_kind == "regression":
         return "mae", row_losses("regression", side.target, side.predicted, "mae")
     metric = "accuracy" if run.task_kind == "single" else "hamming_accuracy"
-    return metric, row_hits(run.task_kind, side.target, side.predicted, metric)  # type: ignore[arg-type]
+    return metric, row_hits(run.task_kind, side.target, side.predicted, metric)
 
 
 def one_by_one(run: FinishedRun) -> str:
@@ -104,25 +100,20 @@ def known_of_images(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataF
         )
         frames.append(training)
     known = pd.concat(frames, ignore_index=True)
-    columns = user_columns(run)
-    user_table = columns.rename(
+    # A column of the user's may be called `label` or `split`, as ours are.
+    user_table = user_columns(run).rename(
         columns=lambda name: f"{name} (column)" if name in known else str(name)
     )
     return known.merge(user_table, left_on="id", right_index=True, how="left")
 
 
 def _labels(run: FinishedRun, target: npt.NDArray[Any]) -> pd.DataFrame:
-    names = np.asarray(run.classes, object)
     if run.task_kind == "single":
+        names = np.asarray(run.classes, object)
         return pd.DataFrame({"label": names[target.astype(np.int64)]})
-    if run.task_kind == "regression":
-        return pd.DataFrame({str(name): target[:, column] for column, name in enumerate(names)})
-    return pd.DataFrame(
-        {
-            str(name): np.where(target[:, column] > 0, "yes", "no")
-            for column, name in enumerate(names)
-        }
-    )
+    if run.task_kind == "multi":
+        target = np.where(target > 0, "yes", "no")
+    return pd.DataFrame(target, columns=list(run.classes))
 
 
 def _side_frame(run: FinishedRun, side: JudgedSide) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """The leaderboard, and the best scores by tap, backbone and kind of head."""
 
-import numpy as np
 import pandas as pd
 
 from headrace.cache.count_text import count_text
@@ -94,20 +93,23 @@ def taps_section(run: FinishedRun) -> Section:
     best = board[board["best"]]
     # As the recipe lists them, which is from the first layers to the last: the figure reads as a
     # walk through the network.
+    scored_inputs = set(best["inputs"])
     order = [
         name
         for name in dict.fromkeys(_shown_inputs(run, run.heads["inputs"]))
-        if name in set(best["inputs"])
+        if name in scored_inputs
     ]
-    kinds = list(dict.fromkeys(best["kind"]))
-    values = best.pivot(index="inputs", columns="kind", values=metric).reindex(order)
-    errors = best.pivot(index="inputs", columns="kind", values="standard_error").reindex(order)
     shown = order[:_FIGURE_INPUTS]
     scale = 100 if metric in SHARES else 1
+    values, errors = (
+        best.pivot(index="inputs", columns="kind", values=name).loc[shown] * scale
+        for name in (metric, "standard_error")
+    )
+    kinds = best["kind"].unique().tolist()
     svg = figures.dot_chart(
         shown,
-        {kind: (values.loc[shown, kind] * scale).tolist() for kind in kinds},
-        {kind: (errors.loc[shown, kind] * scale).tolist() for kind in kinds},
+        {kind: values[kind].tolist() for kind in kinds},
+        {kind: errors[kind].tolist() for kind in kinds},
         xlabel=f"validation {metric_title(metric)}" + (" (%)" if scale == 100 else ""),
     )
     columns = (
@@ -119,10 +121,7 @@ def taps_section(run: FinishedRun) -> Section:
         Column("tried", "of settings", "count"),
         Column("features", "features", "count"),
     )
-    tried = board.groupby(["inputs", "kind"], sort=False).size()
-    frame = best.assign(
-        tried=[int(tried[key]) for key in zip(best["inputs"], best["kind"], strict=True)]
-    )
+    tried = board.groupby(["inputs", "kind"])["rank"].transform("size")
     leader = best.iloc[0]
     figure = Figure(
         svg,
@@ -130,7 +129,7 @@ def taps_section(run: FinishedRun) -> Section:
         f"input. The best is {leader['kind']} on {leader['inputs']}; the numbers are in the table "
         "below.",
         "Best head of each kind on each input; bars are ± one standard error over folds.",
-        Table("taps", "Best head of each inputs and kind", columns, frame),
+        Table("taps", "Best head of each inputs and kind", columns, best.assign(tried=tried)),
     )
     backbones = _by_backbone(run, best)
     lead = (
@@ -147,11 +146,8 @@ def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
     names = [backbone.alias or backbone.name for backbone in backbones]
 
     def backbone_of(inputs: str) -> str:
-        used = [
-            name
-            for name in names
-            if any(part.startswith(f"{name}:") for part in inputs.split(" + "))
-        ]
+        parts = inputs.split(" + ")
+        used = [name for name in names if any(part.startswith(f"{name}:") for part in parts)]
         return used[0] if len(used) == 1 else "several"
 
     best_of_each = best.assign(
@@ -190,8 +186,7 @@ def _failed_note(run: FinishedRun) -> tuple[Block, ...]:
     failed = errors[errors != ""]
     if failed.empty:
         return ()
-    counts = failed.value_counts()
-    frame = pd.DataFrame({"reason": counts.index, "heads": np.asarray(counts)})
+    frame = failed.value_counts().rename_axis("reason").reset_index(name="heads")
     return (
         Note(
             f"{count_text(len(failed), 'head')} failed; `headrace run RECIPE --retry-failed` tries "

@@ -1,5 +1,7 @@
 """The leakage section: pairs of images on two sides of a split that are nearly the same."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -40,14 +42,11 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
         return Section("leakage", section_title, "", (Note(f"Not looked for: {run.images}."),))
     train, test = run.images.dataset.train, run.images.dataset.test
     content_hashes = np.concatenate([train.content, test.content]).astype(str)
-    image_ids = np.concatenate([train.ids, test.ids])
-    split_side = sides(train, test)
     # One row for each content: exact copies are kept on one side anyway.
-    _, first_rows = np.unique(content_hashes, return_index=True)
-    first_rows = np.sort(first_rows)
+    first_rows = np.sort(np.unique(content_hashes, return_index=True)[1])
     content_hashes = content_hashes[first_rows]
-    image_ids = image_ids[first_rows]
-    split_side = split_side[first_rows]
+    image_ids = np.concatenate([train.ids, test.ids])[first_rows]
+    split_side = sides(train, test)[first_rows]
     pair_frame, remarks = _near_duplicates(run, content_hashes, split_side)
     lead_text = (
         "An image that is nearly the same in training and in test is recognised, not understood, "
@@ -55,20 +54,16 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
         "features; sides are the test split and the validation folds."
     )
     if pair_frame.empty:
-        return Section(
-            "leakage",
-            section_title,
-            lead_text,
-            (Note("No two images on different sides are nearly the same.", "good"), *remarks),
-        )
-    for pair_end in ("first", "second"):
-        pair_frame[f"{pair_end}_id"], pair_frame[f"{pair_end}_side"] = (
-            image_ids[pair_frame[pair_end]],
-            split_side[pair_frame[pair_end]],
-        )
+        note = Note("No two images on different sides are nearly the same.", "good")
+        return Section("leakage", section_title, lead_text, (note, *remarks))
     pair_rows = pair_frame["first"].to_numpy(np.int64), pair_frame["second"].to_numpy(np.int64)
-    leaked_rows = leaked_images(*pair_rows, split_side)
-    warning_text = f"{near_duplicates_text(*pair_rows, split_side)}."
+    for pair_end, rows in zip(("first", "second"), pair_rows, strict=True):
+        pair_frame[f"{pair_end}_id"] = image_ids[rows]
+        pair_frame[f"{pair_end}_side"] = split_side[rows]
+        pair_frame[f"{pair_end}_content"] = content_hashes[rows]
+    # Pairs between folds flatter the validation scores alone: a note, and no warning.
+    has_leaked = len(leaked_images(*pair_rows, split_side)) > 0
+    note_text = f"{near_duplicates_text(*pair_rows, split_side)}."
     pair_table = Table(
         "near-duplicates",
         "Every pair, the likest first",
@@ -80,28 +75,18 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
             Column("pixels", "pixels", "number", "likeness of the small grey copies; 1 is equal"),
             Column("features", "features", "number", "likeness of the features; 1 is equal"),
         ),
-        pair_frame.drop(columns=["first", "second"]),
+        pair_frame,
         filters=("first_side", "second_side"),
         search=True,
     )
     pair_gallery = Gallery(
         "The likest pairs",
         tuple(
-            _pair_picture(pair, content_hashes, thumbnails)
-            for pair in pair_frame.head(SHOWN).to_dict("records")
+            _pair_picture(pair, thumbnails) for pair in pair_frame.head(SHOWN).to_dict("records")
         ),
     )
-    return Section(
-        "leakage",
-        section_title,
-        lead_text,
-        (
-            Note(warning_text, "warning" if len(leaked_rows) else "note"),
-            pair_gallery,
-            pair_table,
-            *remarks,
-        ),
-    )
+    note = Note(note_text, "warning" if has_leaked else "note")
+    return Section("leakage", section_title, lead_text, (note, pair_gallery, pair_table, *remarks))
 
 
 def _near_duplicates(
@@ -120,25 +105,22 @@ def _near_duplicates(
         run.paths.signatures,
         run.recipe.images.pixel_range,
     )
-    if len(available_rows) < len(content_hashes):
+    if n_moved := len(content_hashes) - len(available_rows):
         moved_text = count_text(
-            len(content_hashes) - len(available_rows),
+            n_moved,
             "image is not where it was: of it",
             "images are not where they were: of them",
         )
         remarks.append(Note(f"{moved_text} only the features were compared."))
     light_values = grey_copies.astype(np.float32)
-    vectors_by_name["pixels"] = (
-        light_values - light_values.mean(1, keepdims=True),
-        np.asarray(available_rows, np.int64),
-    )
+    # Without its mean: two images are not alike for being equally bright.
+    light_values -= light_values.mean(1, keepdims=True)
+    vectors_by_name["pixels"] = light_values, np.asarray(available_rows, np.int64)
     try:
         features = _deepest_features(run)
-        feature_rows = np.flatnonzero(
-            (stored_rows := features.locate(content_hashes.tolist())) >= 0
-        )
-        if len(feature_rows) < len(content_hashes):
-            n_lacking = len(content_hashes) - len(feature_rows)
+        stored_rows = features.locate(content_hashes.tolist())
+        feature_rows = np.flatnonzero(stored_rows >= 0)
+        if n_lacking := len(content_hashes) - len(feature_rows):
             remark_text = (
                 f"{count_text(n_lacking, 'image has', 'images have')} no features in "
                 f"{features.path / MANIFEST} any more: {RUN_AGAIN}."
@@ -186,52 +168,35 @@ def _pair_cosines(
 ) -> npt.NDArray[np.float64]:
     """Return the cosine (P,) of each pair of the frame; nan if an image has no vector."""
     X = standardised(image_vectors)
-    vector_of_row = dict(
-        zip(vector_image_rows.tolist(), range(len(vector_image_rows)), strict=True)
+    if not len(X):
+        return np.full(len(pair_frame), np.nan)
+    vector_of_row = pd.Index(vector_image_rows)
+    first, second = (
+        vector_of_row.get_indexer(pd.Index(pair_frame[end])) for end in ("first", "second")
     )
-    vector_rows = [
-        np.array([vector_of_row.get(int(row), -1) for row in pair_frame[pair_end]], np.int64)
-        for pair_end in ("first", "second")
-    ]
-    has_both = (vector_rows[0] >= 0) & (vector_rows[1] >= 0)
-    return (
-        np.where(has_both, (X[vector_rows[0]] * X[vector_rows[1]]).sum(1), np.nan)
-        if len(X)
-        else np.full(len(pair_frame), np.nan)
-    )
+    return np.where((first >= 0) & (second >= 0), (X[first] * X[second]).sum(1), np.nan)
 
 
 def _deepest_features(run: FinishedRun) -> FeatureSet:
     """Return the last pooled tap of the recipe, mostly the deepest: it says most about the
     content.
     """
-    pooled_names = [
-        feature_name
-        for feature_name, views in run.feature_specs.items()
-        if len(views[0].shape) == 1
-    ] or list(run.feature_specs)
-    return run.open_features(pooled_names[-1])[0]
+    specs = run.feature_specs
+    pooled_names = [name for name, views in specs.items() if len(views[0].shape) == 1]
+    return run.open_features((pooled_names or list(specs))[-1])[0]
 
 
-def _pair_picture(
-    pair: dict[object, object], content_hashes: npt.NDArray[np.str_], thumbnails: Thumbnails
-) -> Picture:
-    picture_uris = tuple(
-        thumbnails.get(str(content_hashes[int(str(pair[pair_end]))]))
-        for pair_end in ("first", "second")
-    )
+def _pair_picture(pair: dict[Any, Any], thumbnails: Thumbnails) -> Picture:
+    contents = [pair["first_content"], pair["second_content"]]
+    alt_texts = tuple(f"{pair[f'{end}_id']}, {pair[f'{end}_side']}" for end in ("first", "second"))
+    # A likeness is nan where an image is gone, or has no features.
     caption_lines = tuple(
-        (measure_name, f"{float(str(pair[measure_name])):.3f}")
-        for measure_name in ("pixels", "features")
-        if pair[measure_name] == pair[measure_name]
-    )
-    alt_texts = tuple(
-        f"{pair[f'{pair_end}_id']}, {pair[f'{pair_end}_side']}" for pair_end in ("first", "second")
-    )
-    paths = tuple(
-        thumbnails.paths.get(str(content_hashes[int(str(pair[pair_end]))]), "")
-        for pair_end in ("first", "second")
+        (name, f"{pair[name]:.3f}") for name in ("pixels", "features") if pd.notna(pair[name])
     )
     return Picture(
-        picture_uris, alt_texts, f"{alt_texts[0]} · {alt_texts[1]}", caption_lines, paths
+        tuple(map(thumbnails.get, contents)),
+        alt_texts,
+        " · ".join(alt_texts),
+        caption_lines,
+        tuple(thumbnails.paths.get(content, "") for content in contents),
     )

@@ -23,25 +23,22 @@ _LEAD = (
 
 def network_sections(run: FinishedRun) -> tuple[Section, ...]:
     """Return the section; nothing if the recipe asks for no network."""
-    decisions = read_json(run.paths.finetune_decisions)
+    path = run.paths.finetune_decisions
+    decisions = read_json(path)
+    blocks: tuple[Block, ...]
     if decisions is None and run.recipe.finetune is not None:
-        text = (
-            f"No decision is on record, for {run.paths.finetune_decisions.name} is not there: "
-            f"{RUN_AGAIN}."
-        )
-        return (Section("networks", "Head against networks", _LEAD, (Note(text, "warning"),)),)
-    if not decisions:
+        text = f"No decision is on record, for {path.name} is not there: {RUN_AGAIN}."
+        blocks = (Note(text, "warning"),)
+    elif not decisions:
         return ()
-    try:
-        blocks = _network_blocks(
-            run, pd.DataFrame([_record_row(run, key, record) for key, record in decisions.items()])
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        text = (
-            f"{run.paths.finetune_decisions.name} is of another version of headrace "
-            f"({type(error).__name__}: {error})."
-        )
-        blocks = (Note(text),)
+    else:
+        try:
+            rows = [_record_row(run, key, record) for key, record in decisions.items()]
+            blocks = _network_blocks(run, pd.DataFrame(rows))
+        # A record of another version lacks keys, or has other types under them.
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            blocks = (Note(f"{path.name} is of another version of headrace ({reason})."),)
     return (Section("networks", "Head against networks", _LEAD, blocks),)
 
 

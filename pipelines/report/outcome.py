@@ -29,13 +29,14 @@ from headrace.pipelines.report.page.blocks import (
 # A matrix of more classes is drawn as a picture, with a table of its largest entries.
 MATRIX_CLASSES = 15
 BINS = 15  # of the reliability diagram; as many as in the metric calibration_error
+_FIGURE_TARGETS = 4  # of a regression, each with a diagram
 
 
 def predictions_section(run: FinishedRun) -> Section:
     """Return the section on the winner's out-of-fold predictions."""
     target, predicted = run.scored_predictions
-    section_blocks = [
-        *outcome_blocks(run.task_kind, run.classes, target, predicted, "validation"),
+    blocks = [
+        *outcome_blocks(run.task_kind, run.classes, target, predicted, "validation", "the winner"),
         *_calibration_blocks(run, target),
     ]
     n_images, unit = len(run.held_out_rows), run.recipe.task.unit
@@ -44,15 +45,13 @@ def predictions_section(run: FinishedRun) -> Section:
         if unit is None
         else f"{len(target):,} validation units ({unit}) of {count_text(n_images, 'image')}"
     )
+    model_text = "network" if run.winner.kind == "finetune" else "head"
     lead_text = (
         f"The winner, {run.winner.kind} {run.winner.settings}, on {rows_text}: each "
-        "predicted by the "
-        f"{'network' if run.winner.kind == 'finetune' else 'head'} that was trained without its "
-        "fold."
+        f"predicted by the {model_text} that was trained without its fold."
     )
-    return Section(
-        "predictions", "What the winner gets right and wrong", lead_text, tuple(section_blocks)
-    )
+    title = "What the winner gets right and wrong"
+    return Section("predictions", title, lead_text, tuple(blocks))
 
 
 def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
@@ -61,8 +60,8 @@ def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Bloc
     """
     if run.task_kind == "regression":
         return []
-    stored_calibration = run.calibration
-    if stored_calibration is None:
+    stored = run.calibration
+    if stored is None:
         return [
             Note(
                 "The winner has no temperature: `headrace run RECIPE` with this version gives it "
@@ -74,50 +73,31 @@ def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Bloc
         (
             (
                 "temperature",
-                (
-                    f"{stored_calibration['temperature']:.3f}: what `predict` and `export` divide "
-                    "the winner's log-odds by"
-                ),
+                f"{stored['temperature']:.3f}: what `predict` and `export` divide the winner's "
+                "log-odds by",
             ),
             (
                 "calibration error",
-                (
-                    f"{stored_calibration['error_before']:.3f} without it, "
-                    f"{stored_calibration['error_after']:.3f} with it"
-                ),
+                f"{stored['error_before']:.3f} without it, {stored['error_after']:.3f} with it",
             ),
             (
                 "log loss",
-                (
-                    f"{stored_calibration['loss_before']:.3f} without it, "
-                    f"{stored_calibration['loss_after']:.3f} with it"
-                ),
+                f"{stored['loss_before']:.3f} without it, {stored['loss_after']:.3f} with it",
             ),
             (
                 "fitted on",
-                (
-                    f"{stored_calibration['images']:,} validation {rows_name}; scored fold by "
-                    "fold at the temperature of the other folds"
-                ),
+                f"{stored['images']:,} validation {rows_name}; scored fold by fold at the "
+                "temperature of the other folds",
             ),
         )
     )
-    calibrated_predictions = run.calibrated_predictions
-    if isinstance(calibrated_predictions, str):
-        return [
-            facts,
-            Note(
-                f"The reliability at this temperature is left out: {calibrated_predictions}.",
-                "warning",
-            ),
-        ]
+    calibrated = run.calibrated_predictions
+    if isinstance(calibrated, str):
+        text = f"The reliability at this temperature is left out: {calibrated}."
+        return [facts, Note(text, "warning")]
+    model_name = "the winner at its temperature"
     figure = _reliability_figure(
-        run.task_kind,
-        target,
-        calibrated_predictions,
-        "validation",
-        "the winner at its temperature",
-        "calibrated",
+        run.task_kind, target, calibrated, "validation", model_name, "calibrated"
     )
     return [figure, facts]  # this order puts the figure beside that without the temperature
 
@@ -128,27 +108,28 @@ def outcome_blocks(
     target: npt.NDArray[Any],
     predicted: npt.NDArray[Any],
     split_name: str,
-    model_name: str = "the winner",
+    model_name: str,
 ) -> list[Block]:
     """Return the blocks for a kind of task.
 
     target: (N, ...) as in `Task.target`; predicted: (N, C). split_name ("validation", "test") and
     model_name are used in captions and table names.
     """
-    if task_kind == "single":
-        return [
+    if task_kind == "regression":
+        return _regression_blocks(classes, target, predicted, split_name)
+    blocks: list[Block]
+    if task_kind == "multi":
+        blocks = [_label_table(classes, target, predicted, split_name)]
+    else:
+        blocks = [
             *_confusion_blocks(classes, target, predicted, split_name, model_name),
             _class_table(classes, target, predicted, split_name, model_name),
-            *_curve_blocks(task_kind, classes, target, predicted, split_name, model_name),
-            _reliability_figure(task_kind, target, predicted, split_name, model_name),
         ]
-    if task_kind == "multi":
-        return [
-            _label_table(classes, target, predicted, split_name),
-            *_curve_blocks(task_kind, classes, target, predicted, split_name, model_name),
-            _reliability_figure(task_kind, target, predicted, split_name, model_name),
-        ]
-    return _regression_blocks(classes, target, predicted, split_name)
+    curves = curve_set(task_kind, classes, target, predicted, split_name, model_name)
+    # A class that all rows or none have has no curve.
+    blocks += [curves] if curves.curves else []
+    blocks.append(_reliability_figure(task_kind, target, predicted, split_name, model_name))
+    return blocks
 
 
 def _confusion_blocks(
@@ -206,17 +187,16 @@ def _confusion_list(
 ) -> Table:
     wrong_counts = confusion_counts.copy()
     np.fill_diagonal(wrong_counts, 0)
-    commonest_first = np.argsort(-wrong_counts, axis=None, kind="stable")[
-        : int((wrong_counts > 0).sum())
-    ]
-    actual, predicted = np.unravel_index(commonest_first, wrong_counts.shape)
+    actual, predicted = np.nonzero(wrong_counts)
+    commonest_first = np.argsort(-wrong_counts[actual, predicted], kind="stable")
+    actual, predicted = actual[commonest_first], predicted[commonest_first]
+    images = wrong_counts[actual, predicted]
     confusion_frame = pd.DataFrame(
         {
             "actual": np.asarray(classes, object)[actual],
             "predicted": np.asarray(classes, object)[predicted],
-            "images": wrong_counts[actual, predicted],
-            "share": wrong_counts[actual, predicted]
-            / np.maximum(confusion_counts.sum(1)[actual], 1),
+            "images": images,
+            "share": images / np.maximum(confusion_counts.sum(1)[actual], 1),
         }
     )
     table_columns = (
@@ -240,18 +220,6 @@ def _confused_order(confusion_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.i
     distance = 1 - np.minimum(shares + shares.T, 1)
     np.fill_diagonal(distance, 0)
     return np.asarray(leaves_list(linkage(squareform(distance, checks=False), "average")), np.int64)
-
-
-def _curve_blocks(
-    task_kind: str,
-    classes: tuple[str, ...],
-    target: npt.NDArray[Any],
-    predicted: npt.NDArray[Any],
-    split_name: str,
-    model_name: str,
-) -> list[Block]:
-    made = curve_set(task_kind, classes, target, predicted, split_name, model_name)
-    return [made] if made.curves else []
 
 
 def _class_table(
@@ -360,6 +328,7 @@ def _reliability_figure(
         confidence = predicted.max(1)
         is_correct = predicted.argmax(1) == target
         count_unit = "count"  # images or units
+    # A probability of 1 belongs into the last bin.
     bin_index = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
     bin_index = np.unique(bin_index, return_inverse=True)[1]  # bins that have rows
     bin_counts = np.bincount(bin_index)
@@ -367,14 +336,11 @@ def _reliability_figure(
     share_right = np.bincount(bin_index, weights=is_correct) / bin_counts
     excess = bin_counts * (mean_confidence - share_right) / max(bin_counts.sum(), 1)
     calibration_error, mean_excess = float(np.abs(excess).sum()), float(excess.sum())
-    tendency_text = (
-        "too sure of itself"
-        # Two points are about what chance gives with a few hundred rows.
-        if mean_excess > 0.02
-        else "less sure than it could be"
-        if mean_excess < -0.02
-        else "about as sure as it is right"
-    )
+    # Two points are about what chance gives with a few hundred rows.
+    if abs(mean_excess) <= 0.02:
+        tendency = "about as sure as it is right"
+    else:
+        tendency = "too sure of itself" if mean_excess > 0 else "less sure than it could be"
     bin_frame = pd.DataFrame(
         {"probability": mean_confidence, "right": share_right, "rows": bin_counts}
     )
@@ -383,78 +349,54 @@ def _reliability_figure(
         Column("right", "share right", "share"),
         Column("rows", count_unit, "count"),
     )
+    table_name = table_name or split_name
+    caption = f"Reliability, bin by bin ({table_name})"
     return Figure(
         figures.reliability_chart(mean_confidence, share_right, bin_counts, count_unit, model_name),
         f"Reliability diagram: share of right predictions against predicted probability in {BINS} "
-        f"bins. {model_name.capitalize()} is {tendency_text}; the expected calibration error is "
+        f"bins. {model_name.capitalize()} is {tendency}; the expected calibration error is "
         f"{calibration_error:.3f}.",
         f"Reliability, {split_name}: on the dashed line, 80 % sure is right 80 % of the "
-        f"time. {model_name.capitalize()} is {tendency_text} (expected calibration error "
+        f"time. {model_name.capitalize()} is {tendency} (expected calibration error "
         f"{calibration_error:.3f}).",
-        Table(
-            f"reliability-{table_name or split_name}",
-            f"Reliability, bin by bin ({table_name or split_name})",
-            table_columns,
-            bin_frame,
-            sortable=False,
-        ),
+        Table(f"reliability-{table_name}", caption, table_columns, bin_frame, sortable=False),
     )
 
 
 def _regression_blocks(
     classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], split_name: str
 ) -> list[Block]:
-    metric_names = [
-        target_name for target_name, metric in METRICS.items() if "regression" in metric.tasks
-    ]
-    target_pairs = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
-    target_frame = pd.DataFrame(
-        {
-            "target": list(classes),
-            **{
-                target_name: [score("regression", *pair, target_name) for pair in target_pairs]
-                for target_name in metric_names
-            },
-        }
-    )
+    metric_names = [name for name, metric in METRICS.items() if "regression" in metric.tasks]
+    target_frame = pd.DataFrame({"target": list(classes)})
+    for name in metric_names:
+        target_frame[name] = [
+            score("regression", target[:, [i]], predicted[:, [i]], name)
+            for i in range(len(classes))
+        ]
     target_frame["bias"] = (predicted - target).mean(0)
     table_columns = (
         Column("target", "target"),
-        *(
-            Column(target_name, metric_title(target_name), metric_format(target_name))
-            for target_name in metric_names
-        ),
+        *(Column(name, metric_title(name), metric_format(name)) for name in metric_names),
         Column("bias", "mean error", "number", "predicted less true"),
     )
-    blocks: list[Block] = [
-        Table(
-            f"targets-{split_name}",
-            f"Target by target, {split_name}",
-            table_columns,
-            target_frame,
-        )
-    ]
-    for target_index, target_name in enumerate(classes[:4]):
-        true_values = np.asarray(target[:, target_index], float)
-        predicted_values = np.asarray(predicted[:, target_index], float)
+    caption = f"Target by target, {split_name}"
+    blocks: list[Block] = [Table(f"targets-{split_name}", caption, table_columns, target_frame)]
+    for target_index, target_name in enumerate(classes[:_FIGURE_TARGETS]):
         svg_text = figures.scatter_chart(
-            true_values,
-            predicted_values,
+            np.asarray(target[:, target_index], float),
+            np.asarray(predicted[:, target_index], float),
             xlabel=f"true {target_name}",
             ylabel=f"predicted {target_name}",
         )
         alt_text = (
-            f"Predicted against true {target_name}, {count_text(len(true_values), 'row')}; R² "
+            f"Predicted against true {target_name}, {count_text(len(target), 'row')}; R² "
             f"{target_frame['r2'][target_index]:.3f}."
         )
-        blocks.append(
-            Figure(
-                svg_text,
-                alt_text,
-                f"{target_name}: predicted against true, {split_name}; on the dashed line "
-                "they are equal.",
-            )
+        caption = (
+            f"{target_name}: predicted against true, {split_name}; on the dashed line they are "
+            "equal."
         )
+        blocks.append(Figure(svg_text, alt_text, caption))
     return blocks
 
 

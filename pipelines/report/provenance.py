@@ -41,35 +41,22 @@ def _machine_blocks(run: FinishedRun) -> list[Block]:
     rows = []
     for record in records.to_dict("records"):
         versions = {"python": record.get("python"), **dict(record.get("versions") or {})}
+        memory_text = bytes_text(float(record.get("memory_bytes") or 0))
+        # By key or default: records of earlier versions lack some.
         rows.append(
             {
                 "since": utc_text(record.get("since", "")),
                 "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
                 "machine": f"{record.get('processor', '')}, {record.get('system', '')}, "
-                f"{record.get('cores', '?')} cores, "
-                f"{bytes_text(float(record.get('memory_bytes') or 0))} of memory",
-                "used": (
-                    f"{record.get('workers') or record.get('cores')} workers, forward pass on "
-                    f"{record.get('device', 'cpu')}"
-                ),
+                f"{record.get('cores', '?')} cores, {memory_text} of memory",
+                "used": f"{record.get('workers') or record.get('cores')} workers, forward pass on "
+                f"{record.get('device', 'cpu')}",
             }
         )
-    columns = (
-        Column("since", "since"),
-        Column("versions", "versions"),
-        Column("machine", "machine"),
-        Column("used", "used"),
-    )
-    return [
-        Table(
-            "versions",
-            "Versions and machines of the calls",
-            columns,
-            pd.DataFrame(rows),
-            sortable=False,
-            wide=True,
-        )
-    ]
+    frame = pd.DataFrame(rows)
+    columns = tuple(Column(name, name) for name in ("since", "versions", "machine", "used"))
+    caption = "Versions and machines of the calls"
+    return [Table("versions", caption, columns, frame, sortable=False, wide=True)]
 
 
 def _feature_blocks(run: FinishedRun) -> list[Block]:
@@ -83,7 +70,11 @@ def _feature_blocks(run: FinishedRun) -> list[Block]:
                     "fingerprint": spec.fingerprint,
                     "backbone": spec.backbone,
                     "weights": spec.weights,
-                    "preprocessing": _plain_text(spec.preprocessing),
+                    "preprocessing": "; ".join(
+                        f"{key} {value}"
+                        for key, value in json.loads(spec.preprocessing).items()
+                        if value is not None
+                    ),
                     "decoder": spec.decoder,
                     "dtype": f"{spec.dtype} of {spec.compute_dtype}",
                 }
@@ -106,10 +97,3 @@ def _feature_blocks(run: FinishedRun) -> list[Block]:
         Facts(tuple((title, str(frame[name].iloc[0])) for name, title in shared.items())),
         Table("fingerprints", "Fingerprints of the feature sets", columns, frame, sortable=False),
     ]
-
-
-def _plain_text(text: str) -> str:
-    """Return canonical JSON as "key value; key value"."""
-    return "; ".join(
-        f"{key} {value}" for key, value in json.loads(text).items() if value is not None
-    )

@@ -144,16 +144,12 @@ def _recorded_model(run: FinishedRun, recorded: JsonObject) -> ModelRef:
     reads_images = kind == "finetune"  # and no features
     folder = run.paths.finetune if reads_images else run.paths.banks
     inputs = tuple(recorded["inputs"])
-    features = (
-        []
-        if reads_images
-        else [view for name in taps_of(inputs) for view in run.open_features(name)]
-    )
+    taps = () if reads_images else taps_of(inputs)
     return ModelRef(
         kind=kind,
         spec=recorded["spec"],
         results_path=folder / recorded["bank"],
         inputs=inputs,
         run=run.paths,
-        feature_paths=tuple(feature.path for feature in features),
+        feature_paths=tuple(view.path for name in taps for view in run.open_features(name)),
     )

@@ -11,30 +11,55 @@ import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
 from headrace.pipelines.number_format import level_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
-from headrace.pipelines.report.leaders import metric_format, metric_title
+from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.page import figures
 from headrace.pipelines.report.page.blocks import Block, Column, Facts, Figure, Note, Section, Table
 
 Record = Mapping[str, Any]
+
+# Scores of a feature set without a head; which of them there are depends on the task.
+_SCORES = (
+    Column("name", "feature set"),
+    Column("width", "features", "count"),
+    Column(
+        "logme",
+        "LogME",
+        "number",
+        "log evidence per image of a linear model (You et al. 2021); higher is better",
+    ),
+    Column("h_score", "H-score", "number", "Bao et al. 2019, with shrinkage; higher is better"),
+    Column(
+        "nce",
+        "NCE",
+        "number",
+        "negative conditional entropy (Tran et al. 2019), where logits are kept; higher is better",
+    ),
+    Column("neighbours", "nearest neighbours", "share", "accuracy of the nearest neighbours"),
+    Column(
+        "bayes_low",
+        "Bayes error from",
+        "share",
+        "Cover and Hart 1967: no head on these features errs less",
+    ),
+    Column("bayes_high", "to", "share"),
+)
 
 
 def choice_section(run: FinishedRun) -> Section:
     """Return the section: the winner's score corrected for the choice, and the settings tied with
     it.
     """
-    choice_blocks = _blocks_of_record(
-        run.paths.selection,
-        "`headrace run RECIPE` with this version measures it",
-        lambda selection_record: _choice_blocks(run, selection_record),
-    )
+    remedy = "`headrace run RECIPE` with this version measures it"
     lead_text = (
         "The best of many looks better than it is. The correction and the comparisons resample the "
         "same validation images for all."
     )
-    return Section("choice", "How sure is the choice?", lead_text, choice_blocks)
+    blocks = _blocks_of_record(run, run.paths.selection, remedy, _choice_blocks)
+    return Section("choice", "How sure is the choice?", lead_text, blocks)
 
 
 def ensemble_section(run: FinishedRun) -> Section:
@@ -42,31 +67,17 @@ def ensemble_section(run: FinishedRun) -> Section:
         "put `ensemble: {}` into the recipe and `headrace run RECIPE` again; nothing is trained "
         "anew"
     )
-    ensemble_blocks = _blocks_of_record(
-        run.paths.ensemble / "ensemble.json",
-        remedy,
-        lambda ensemble_record: _ensemble_blocks(run, ensemble_record),
-    )
-    return Section(
-        "ensemble",
-        "Ensemble",
-        "Heads averaged, scored on images that had no part in picking them.",
-        ensemble_blocks,
-    )
+    record_path = run.paths.ensemble / ENSEMBLE_DESCRIPTION
+    blocks = _blocks_of_record(run, record_path, remedy, _ensemble_blocks)
+    lead_text = "Heads averaged, scored on images that had no part in picking them."
+    return Section("ensemble", "Ensemble", lead_text, blocks)
 
 
 def advice_section(run: FinishedRun) -> Section:
-    advice_blocks = _blocks_of_record(
-        run.paths.advice,
-        "`headrace advise RUN` measures it, in a minute or so",
-        lambda advice_record: _advice_blocks(run, advice_record),
-    )
-    return Section(
-        "advice",
-        "What would help most",
-        "More images, training deeper, or neither: what the cached features say.",
-        advice_blocks,
-    )
+    remedy = "`headrace advise RUN` measures it, in a minute or so"
+    blocks = _blocks_of_record(run, run.paths.advice, remedy, _advice_blocks)
+    lead_text = "More images, training deeper, or neither: what the cached features say."
+    return Section("advice", "What would help most", lead_text, blocks)
 
 
 def expected_text(run: FinishedRun) -> tuple[str, str] | None:
@@ -97,18 +108,20 @@ def read_json(record_path: Path, mended_by: str = RUN_AGAIN) -> Record | None:
 
 
 def _blocks_of_record(
-    path: Path, remedy: str, make_blocks: Callable[[Record], list[Block]]
+    run: FinishedRun,
+    path: Path,
+    remedy: str,
+    make_blocks: Callable[[FinishedRun, Record], list[Block]],
 ) -> tuple[Block, ...]:
     try:
         stored_record = read_json(path, remedy)
+        if stored_record is None:
+            return (Note(f"Not measured: {remedy}."),)
+        return tuple(make_blocks(run, stored_record))
+    # One damaged record costs its own section, not the page.
     except RunDamaged as error:
         return (Note(f"Left out: {error}.", "warning"),)
-    if stored_record is None:
-        return (Note(f"Not measured: {remedy}."),)
-    try:
-        return tuple(make_blocks(stored_record))
-    except RunDamaged as error:
-        return (Note(f"Left out: {error}.", "warning"),)
+    # A record of another version lacks keys, or has other types under them.
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         return (
             Note(
@@ -125,41 +138,37 @@ def _choice_blocks(run: FinishedRun, selection_record: Record) -> list[Block]:
     at_temperature = number_text(
         selection_record.get("calibrated", selection_record["validation"]), run.metric
     )
+    chosen_text = (
+        f"{validation_score}, the best of {count_text(selection_record['tried'], 'setting')} on "
+        f"{selection_record['images']:,} validation "
+        f"{'images' if run.recipe.task.unit is None else 'units'}"
+    )
+    # A temperature changes log loss and the like alone.
+    if at_temperature != validation_score:
+        chosen_text += f"; {at_temperature} at its temperature"
     facts = Facts(
         (
             (
                 f"expected {metric_title(run.metric)} on new images",
                 f"{expected_value} (95 % interval {lower_end} to {upper_end})",
             ),
-            (
-                "as chosen",
-                (
-                    f"{validation_score}, the best of "
-                    f"{count_text(selection_record['tried'], 'setting')} on "
-                    f"{selection_record['images']:,} validation "
-                    f"{'images' if run.recipe.task.unit is None else 'units'}"
-                )
-                + (
-                    ""
-                    if at_temperature == validation_score
-                    else f"; {at_temperature} at its temperature"
-                ),
-            ),
+            ("as chosen", chosen_text),
             (
                 "as good as the winner",
-                (
-                    f"{selection_record['statistically_tied'] - 1:,} of "
-                    f"{count_text(selection_record['tried'] - 1, 'other setting')} cannot be told "
-                    "apart from it (95 %)"
-                ),
+                f"{selection_record['statistically_tied'] - 1:,} of "
+                f"{count_text(selection_record['tried'] - 1, 'other setting')} cannot be told "
+                "apart from it (95 %)",
             ),
         )
     )
     comparisons_path = run.paths.comparisons
-    if not comparisons_path.exists():
-        gone = f"{comparisons_path.name} is not there: `headrace run RECIPE` writes it again."
-        return [facts, Note(gone)] if selection_record["tried"] > 1 else [facts]
-    return [facts, _comparison_table(run)]
+    if comparisons_path.exists():
+        return [facts, _comparison_table(run)]
+    # A single setting is compared with none.
+    if selection_record["tried"] == 1:
+        return [facts]
+    gone = f"{comparisons_path.name} is not there: `headrace run RECIPE` writes it again."
+    return [facts, Note(gone)]
 
 
 def _comparison_table(run: FinishedRun) -> Table:
@@ -183,9 +192,7 @@ def _comparison_table(run: FinishedRun) -> Table:
     )
     table_columns = (
         Column("rank", "rank", "count"),
-        Column("inputs", "inputs"),
-        Column("kind", "kind"),
-        Column("settings", "settings"),
+        *(Column(name, name) for name in ("inputs", "kind", "settings")),
         Column(
             "difference",
             "behind the winner",
@@ -226,41 +233,28 @@ def _ensemble_blocks(run: FinishedRun, ensemble_record: Record) -> list[Block]:
     ensemble_score, lower_end, upper_end, single_score = (
         number_text(nested_result[name], metric) for name in ("value", "low", "high", "single")
     )
-    level_label = level_text(nested_result["level"])
-    selected_text = (
-        (
-            f"It is the selected model: the {level_label} interval of its gain over a single head "
-            "lies above 0."
-        )
-        if nested_result["chosen"]
-        else (
-            f"The {level_label} interval of its gain over a single head reaches 0: the winner "
-            "stays the selected."
-        )
+    interval_of = f"{level_text(nested_result['level'])} interval"
+    selected_note = Note(
+        f"The {interval_of} of its gain over a single head reaches 0: the winner stays the "
+        "selected."
     )
+    if nested_result["chosen"]:
+        selected_note = Note(
+            f"It is the selected model: the {interval_of} of its gain over a single head lies "
+            "above 0.",
+            "good",
+        )
     gain_text = (
-        f"{nested_result['gain']:+.4f} ({level_label} interval {nested_result['gain_low']:+.4f} to "
+        f"{nested_result['gain']:+.4f} ({interval_of} {nested_result['gain_low']:+.4f} to "
         f"{nested_result['gain_high']:+.4f})"
     )
     input_names = list(run.feature_specs)
-    member_frame = pd.DataFrame(
-        [
-            {
-                "weight": member["weight"],
-                "rank": member["rank"],
-                "inputs": inputs_text(member["inputs"], input_names),
-                "kind": member["kind"],
-                "settings": member["settings"],
-            }
-            for member in ensemble_record["members"]
-        ]
-    )
+    member_frame = pd.DataFrame(ensemble_record["members"])
+    member_frame["inputs"] = [inputs_text(inputs, input_names) for inputs in member_frame["inputs"]]
     table_columns = (
         Column("weight", "weight", "share"),
         Column("rank", "rank", "count"),
-        Column("inputs", "inputs"),
-        Column("kind", "kind"),
-        Column("settings", "settings"),
+        *(Column(name, name) for name in ("inputs", "kind", "settings")),
     )
     return [
         Facts(
@@ -274,7 +268,7 @@ def _ensemble_blocks(run: FinishedRun, ensemble_record: Record) -> list[Block]:
                 ("temperature", f"{ensemble_record['temperature']:.3f}"),
             )
         ),
-        Note(selected_text, "good" if nested_result["chosen"] else "note"),
+        selected_note,
         Table("ensemble", "Its heads", table_columns, member_frame, sortable=False, wide=True),
     ]
 
@@ -291,41 +285,11 @@ def _advice_blocks(run: FinishedRun, advice_record: Record) -> list[Block]:
         advice_blocks.append(_curve_figure(evidence))
     if evidence["scores"]:
         score_frame = pd.DataFrame(evidence["scores"])
-        score_titles = {
-            "name": ("feature set", "text", ""),
-            "width": ("features", "count", ""),
-            "logme": (
-                "LogME",
-                "number",
-                "log evidence per image of a linear model (You et al. 2021); higher is better",
-            ),
-            "h_score": ("H-score", "number", "Bao et al. 2019, with shrinkage; higher is better"),
-            "nce": (
-                "NCE",
-                "number",
-                (
-                    "negative conditional entropy (Tran et al. 2019), where logits are kept; "
-                    "higher is better"
-                ),
-            ),
-            "neighbours": ("nearest neighbours", "share", "accuracy of the nearest neighbours"),
-            "bayes_low": (
-                "Bayes error from",
-                "share",
-                "Cover and Hart 1967: no head on these features errs less",
-            ),
-            "bayes_high": ("to", "share", ""),
-        }
-        table_columns = tuple(
-            Column(score_name, *column_fields)  # type: ignore[arg-type]
-            for score_name, column_fields in score_titles.items()
-            if score_name in score_frame.columns
-        )
         advice_blocks.append(
             Table(
                 "transfer-scores",
                 "Transfer scores: how well features suit the task, without a head",
-                table_columns,
+                tuple(column for column in _SCORES if column.name in score_frame),
                 score_frame,
             )
         )
@@ -343,42 +307,19 @@ def _curve_figure(evidence: Record) -> Figure:
         )
         for times, extrapolation in evidence["ahead"].items()
     ]
+    # The dashed line begins where the measured one ends.
     dashed_points = [(last_count, last_error, last_error, last_error), *sorted(extrapolated_points)]
-    dashed_counts = [point[0] for point in dashed_points]
-    to_points = 100
-    points_by_series = {
-        "measured": (image_counts, [to_points * value for value in errors]),
-        "extrapolated": (dashed_counts, [to_points * point[1] for point in dashed_points]),
-    }
-    band_by_series = {
-        "extrapolated": (
-            [to_points * point[2] for point in dashed_points],
-            [to_points * point[3] for point in dashed_points],
-        )
-    }
-    svg_text = figures.line_chart(
-        points_by_series,
-        band_by_series,
-        dashed=("extrapolated",),
-        xlabel="images trained on",
-        ylabel="error (%)",
-    )
-    curve_frame = pd.DataFrame(
-        {
-            "images": image_counts + dashed_counts[1:],
-            "error": errors + [point[1] for point in dashed_points[1:]],
-            "low": [None] * len(image_counts) + [point[2] for point in dashed_points[1:]],
-            "high": [None] * len(image_counts) + [point[3] for point in dashed_points[1:]],
-        }
-    )
+    dashed = pd.DataFrame(dashed_points, columns=["images", "error", "low", "high"])
+    measured = pd.DataFrame({"images": image_counts, "error": errors})
+    curve_frame = pd.concat([measured, dashed[1:]], ignore_index=True)
     table_columns = (
         Column("images", "images trained on", "count"),
-        Column("error", "error", metric_format("accuracy")),
-        Column("low", "95 % from", metric_format("accuracy"), "of the extrapolated part"),
-        Column("high", "to", metric_format("accuracy")),
+        Column("error", "error", "share"),
+        Column("low", "95 % from", "share", "of the extrapolated part"),
+        Column("high", "to", "share"),
     )
     return Figure(
-        svg_text,
+        figures.learning_curve(measured, dashed),
         "Learning curve: the error of the best head against the images trained on, from "
         f"{image_counts[0]:,.0f} to {last_count:,.0f} images measured, and beyond that "
         "extrapolated; the numbers are in the table below.",

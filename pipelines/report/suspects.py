@@ -22,8 +22,6 @@ from headrace.pipelines.report.page.thumbnails import Thumbnails
 
 SHOWN = 24  # pictures of a gallery
 
-_ID: tuple[Column, ...] = (Column("id", "image"),)
-
 
 def suspects_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     """Return the section: tables of all mistakes and suspects, the first of them as pictures."""
@@ -52,22 +50,18 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
             "probability": confidence[wrong_rows],
         }
     )
-    table_columns: tuple[Column, ...] = (
-        *_ID,
+    table_columns = (
+        Column("id", "image"),
         Column("label", "label"),
         Column("predicted", "predicted"),
         Column("probability", "probability", "share", "of the predicted class"),
     )
-    mistake_blocks: list[Block] = [
+    caption_columns = ("label", "predicted", "probability")
+    return [
         Gallery(
-            f"The {count_text(min(SHOWN, len(wrong_rows)), 'mistake')} that the winner is surest "
-            f"of, of {len(wrong_rows):,}",
+            _mistakes_caption(len(wrong_rows)),
             _make_pictures(
-                run,
-                thumbnails,
-                held_out_rows[wrong_rows],
-                mistake_frame,
-                ("label", "predicted", "probability"),
+                run, thumbnails, held_out_rows[wrong_rows], mistake_frame, caption_columns
             ),
         ),
         Table(
@@ -78,8 +72,13 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
             filters=("label", "predicted"),
             search=True,
         ),
+        *_label_error_blocks(run, thumbnails, target, predicted),
     ]
-    return [*mistake_blocks, *_label_error_blocks(run, thumbnails, target, predicted)]
+
+
+def _mistakes_caption(n_mistakes: int) -> str:
+    shown_text = count_text(min(SHOWN, n_mistakes), "mistake")
+    return f"The {shown_text} that the winner is surest of, of {n_mistakes:,}"
 
 
 def _label_error_blocks(
@@ -106,27 +105,21 @@ def _label_error_blocks(
         }
     )
     table_columns = (
-        *_ID,
+        Column("id", "image"),
         Column("label", "label"),
         Column("suggested", "suggested"),
         Column("of_label", "of the label", "share", "predicted probability of the label as it is"),
         Column("of_suggested", "of the suggestion", "share"),
     )
+    caption_columns = ("label", "suggested", "of_suggested")
     return [
-        Note(
-            f"{len(suspect_rows):,} of {count_text(len(held_out_rows), 'label')} "
-            f"({100 * len(suspect_rows) / len(held_out_rows):.1f} %) are likely wrong by confident "
-            "learning (Northcutt et al. 2021) on the winner's out-of-fold predictions. A weak "
-            "head suspects too many: look before you relabel."
+        _suspects_note(
+            len(suspect_rows), len(held_out_rows), " on the winner's out-of-fold predictions"
         ),
         Gallery(
             f"The {min(SHOWN, len(suspect_rows))} likeliest label errors",
             _make_pictures(
-                run,
-                thumbnails,
-                held_out_rows[suspect_rows],
-                suspect_frame,
-                ("label", "suggested", "of_suggested"),
+                run, thumbnails, held_out_rows[suspect_rows], suspect_frame, caption_columns
             ),
         ),
         Table(
@@ -144,7 +137,7 @@ def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     held_out_rows, label_names = run.held_out_rows, np.asarray(run.classes, object)
     target, predicted = run.bank.target[held_out_rows], run.out_of_fold_predictions[held_out_rows]
     table_columns = (
-        *_ID,
+        Column("id", "image"),
         Column("label", "label"),
         Column("given", "given", "yes"),
         Column(
@@ -155,72 +148,59 @@ def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         ),
     )
 
-    def mistake_table(
+    def gallery_and_table(
+        caption: str,
         table_name: str,
         table_caption: str,
-        mistake_row: npt.NDArray[np.int64],
-        mistake_label: npt.NDArray[np.int64],
-    ) -> Table:
-        mistake_frame = pd.DataFrame(
+        rows: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+    ) -> list[Block]:
+        frame = pd.DataFrame(
             {
-                "id": run.bank.ids[held_out_rows[mistake_row]],
-                "label": label_names[mistake_label],
-                "given": target[mistake_row, mistake_label] > 0,
-                "probability": predicted[mistake_row, mistake_label],
+                "id": run.bank.ids[held_out_rows[rows]],
+                "label": label_names[labels],
+                "given": target[rows, labels] > 0,
+                "probability": predicted[rows, labels],
             }
         )
-        return Table(
-            table_name,
-            table_caption,
-            table_columns,
-            mistake_frame,
-            filters=("label", "given"),
-            search=True,
-        )
+        caption_columns = ("label", "given", "probability")
+        pictures = _make_pictures(run, thumbnails, held_out_rows[rows], frame, caption_columns)
+        filters = ("label", "given")
+        return [
+            Gallery(caption, pictures),
+            Table(table_name, table_caption, table_columns, frame, filters=filters, search=True),
+        ]
 
-    mistake_row, mistake_label = np.nonzero((predicted >= 0.5) != (target > 0))
+    rows, labels = np.nonzero((predicted >= 0.5) != (target > 0))
     surest_first = np.argsort(
-        -np.abs(predicted[mistake_row, mistake_label] - target[mistake_row, mistake_label]),
-        kind="stable",
+        -np.abs(predicted[rows, labels] - target[rows, labels]), kind="stable"
     )
-    mistakes_table = mistake_table(
-        "mistakes",
-        "Every mistake, the surest first",
-        mistake_row[surest_first],
-        mistake_label[surest_first],
-    )
-    suspect_row, suspect_label = likely_errors_by_label(target, predicted)
-    suspects_table = mistake_table(
-        "label-errors", "Every likely label error, the likeliest first", suspect_row, suspect_label
-    )
-    caption_columns = ("label", "given", "probability")
+    suspects = likely_errors_by_label(target, predicted)
+    n_suspects = len(suspects[0])
     return [
-        Gallery(
-            f"The {count_text(min(SHOWN, len(mistake_row)), 'mistake')} that the winner is surest "
-            f"of, of {len(mistake_row):,}",
-            _make_pictures(
-                run,
-                thumbnails,
-                held_out_rows[mistake_row[surest_first]],
-                mistakes_table.frame,
-                caption_columns,
-            ),
+        *gallery_and_table(
+            _mistakes_caption(len(rows)),
+            "mistakes",
+            "Every mistake, the surest first",
+            rows[surest_first],
+            labels[surest_first],
         ),
-        mistakes_table,
-        Note(
-            f"{len(suspect_row):,} of {count_text(target.size, 'label')} "
-            f"({100 * len(suspect_row) / max(target.size, 1):.1f} %) are likely wrong by confident "
-            "learning (Northcutt et al. 2021), label by label. A weak head suspects too many: "
-            "look before you relabel."
+        _suspects_note(n_suspects, target.size, ", label by label"),
+        *gallery_and_table(
+            f"The {min(SHOWN, n_suspects)} likeliest label errors",
+            "label-errors",
+            "Every likely label error, the likeliest first",
+            *suspects,
         ),
-        Gallery(
-            f"The {min(SHOWN, len(suspect_row))} likeliest label errors",
-            _make_pictures(
-                run, thumbnails, held_out_rows[suspect_row], suspects_table.frame, caption_columns
-            ),
-        ),
-        suspects_table,
     ]
+
+
+def _suspects_note(n_suspects: int, n_labels: int, by: str) -> Note:
+    return Note(
+        f"{n_suspects:,} of {count_text(n_labels, 'label')} "
+        f"({100 * n_suspects / max(n_labels, 1):.1f} %) are likely wrong by confident learning "
+        f"(Northcutt et al. 2021){by}. A weak head suspects too many: look before you relabel."
+    )
 
 
 def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
@@ -243,7 +223,7 @@ def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         }
     )
     table_columns = (
-        *_ID,
+        Column("id", "image"),
         Column("target", "target"),
         Column("true", "true", "number"),
         Column("predicted", "predicted", "number"),
@@ -254,16 +234,11 @@ def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
             "the error, in standard deviations of the target's errors (robust)",
         ),
     )
+    caption_columns = ("target", "true", "predicted", "times")
     return [
         Gallery(
             f"The {count_text(min(SHOWN, len(error_frame)), 'largest error')}",
-            _make_pictures(
-                run,
-                thumbnails,
-                held_out_rows[error_row],
-                error_frame,
-                ("target", "true", "predicted", "times"),
-            ),
+            _make_pictures(run, thumbnails, held_out_rows[error_row], error_frame, caption_columns),
         ),
         Note(
             "An error of many times the usual one is often a value that was written down wrongly."
@@ -286,7 +261,7 @@ def _make_pictures(
     for position, (image_row, row_values) in enumerate(
         zip(image_rows[:SHOWN], image_frame.head(SHOWN).to_dict("records"), strict=True)
     ):
-        content_hash = run.bank.content[image_row].astype(str)
+        content_hash = str(run.bank.content[image_row].astype(str))
         caption_lines = tuple(
             (
                 caption_titles.get(str(column_name), str(column_name)),
@@ -297,11 +272,11 @@ def _make_pictures(
         alt_text = ", ".join(f"{column_name} {value}" for column_name, value in caption_lines)
         pictures.append(
             Picture(
-                (thumbnails.get(str(content_hash)),),
+                (thumbnails.get(content_hash),),
                 (f"Image {position + 1}: {alt_text}",),
                 str(row_values["id"]),
                 caption_lines,
-                thumbnails.paths_of(str(content_hash)),
+                thumbnails.paths_of(content_hash),
             )
         )
     return tuple(pictures)

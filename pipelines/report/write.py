@@ -1,5 +1,7 @@
 """Writing of a page and its tables, in place of an earlier report but of no other file."""
 
+import datetime
+import importlib.metadata
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +55,12 @@ def write_page(
     return Report(page_path, page_path.stat().st_size, table_paths, missing_images)
 
 
+def written_text() -> str:
+    """Return when a page is written, and by what."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"written {now:%Y-%m-%d %H:%M} UTC by headrace {importlib.metadata.version('headrace')}"
+
+
 def require_ours(page_path: Path) -> None:
     """Raise OutputExists unless nothing, an empty file or an earlier report is there."""
     if not page_path.exists():
@@ -85,19 +93,18 @@ def write_tables(
     one's only where both of a pair exist; raises OutputExists for one alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for table_name in () if replace else tables_of(tuple(sections)):
-        existing_pair = [
-            table_path
-            for suffix in ("csv", "parquet")
-            if (table_path := folder / f"{table_name}.{suffix}").exists()
-        ]
-        if len(existing_pair) == 1:
+    tables = tables_of(tuple(sections))
+    # All of them before the first is written.
+    for table_name in () if replace else tables:
+        pair = [folder / f"{table_name}.{suffix}" for suffix in ("csv", "parquet")]
+        existing = [path for path in pair if path.exists()]
+        if len(existing) == 1:
             raise OutputExists(
-                f"{existing_pair[0]} is there, and headrace report did not write it: it is not "
+                f"{existing[0]} is there, and headrace report did not write it: it is not "
                 "replaced. Move it away"
             )
     table_paths = []
-    for table_name, table in tables_of(tuple(sections)).items():
+    for table_name, table in tables.items():
         table_frame = plain_frame(table)
         parquet_file = io.BytesIO()
         table_frame.to_parquet(parquet_file, index=False)
@@ -114,11 +121,8 @@ def write_tables(
 
 def plain_frame(table: Table) -> pd.DataFrame:
     """Return the table's columns, not rounded. A confusion matrix has its classes as headings."""
-    column_frame = table.frame[[column.name for column in table.columns]]
-    return (
-        column_frame.set_axis(
-            [column_frame.columns[0], *(column.title for column in table.columns[1:])], axis=1
-        )
-        if table.shade
-        else column_frame
-    )
+    names = [column.name for column in table.columns]
+    if not table.shade:
+        return table.frame[names]
+    titles = [names[0], *(column.title for column in table.columns[1:])]
+    return table.frame[names].set_axis(titles, axis=1)

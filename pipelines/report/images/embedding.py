@@ -91,23 +91,23 @@ def map_section(
 def make_layouts(
     features: Floats, places_path: Path | None = None, *, seed: int = 0
 ) -> tuple[tuple[Layout, ...], float]:
-    """Return layouts of features (n, D) by PCA and, if umap-learn is installed, by UMAP; and the
-    share of the variance in PCA's two directions.
+    """Return layouts of features (n, D) by PCA and, if umap-learn is installed, by UMAP (McInnes,
+    Healy and Melville 2018, arXiv:1802.03426); and the share of the variance in PCA's two
+    directions.
 
-    Features are standardized, as for heads. PCA is exact up to 2,048 features or images; beyond
-    that, randomized (Halko, Martinsson and Tropp 2011, doi:10.1137/090771806), as in scikit-learn.
-    UMAP (McInnes, Healy and Melville 2018, arXiv:1802.03426) reads its first 50 components, of up
-    to 20,000 images drawn at random. places_path: a file that keeps UMAP's result, which takes half
-    a minute and more, for the next page of the same features.
+    places_path: a file that keeps UMAP's result for the next page of the same features.
     """
     from sklearn.decomposition import PCA
 
+    # Standardized, as for heads; a feature that does not vary would be divided by about zero.
     X = features - features.mean(0)
     spread = X.std(0)
     varies = spread > 1e-6 * spread.max(initial=0)
     X = X[:, varies] / spread[varies]
     if not X.shape[1]:
         return (Layout("PCA", _quantized(np.zeros((len(X), 2)))),), 0.0
+    # Exact where that is cheap; beyond, randomized (Halko, Martinsson and Tropp 2011,
+    # doi:10.1137/090771806), as in scikit-learn.
     exact = "covariance_eigh" if len(X) >= X.shape[1] else "full"
     pca = PCA(
         min(_UMAP_COMPONENTS, *X.shape),
@@ -120,19 +120,14 @@ def make_layouts(
     layouts = [Layout("PCA", _quantized(plane))]
     # UMAP needs more points than its neighbourhoods have: 15 by default.
     if importlib.util.find_spec("umap") is not None and len(X) > 15:
-        embedded_rows = np.arange(len(X))
+        name, rows = "UMAP", None
         if len(X) > _MAX_UMAP:
-            embedded_rows = np.random.default_rng(seed).choice(
-                embedded_rows, _MAX_UMAP, replace=False
-            )
-            embedded_rows.sort()
-        places = _umap_places(components[embedded_rows], places_path, seed)
+            name = f"UMAP of {_MAX_UMAP:,}"
+            drawn = np.random.default_rng(seed).choice(len(X), _MAX_UMAP, replace=False)
+            rows = np.sort(drawn).astype(np.uint32)
+        places = _umap_places(components if rows is None else components[rows], places_path, seed)
         if places is not None:
-            has_all = len(embedded_rows) == len(X)
-            name = "UMAP" if has_all else f"UMAP of {len(embedded_rows):,}"
-            layouts.append(
-                Layout(name, places, None if has_all else embedded_rows.astype(np.uint32))
-            )
+            layouts.append(Layout(name, places, rows))
     return tuple(layouts), float(pca.explained_variance_ratio_[:2].sum())
 
 
@@ -142,6 +137,7 @@ def _umap_places(
     """Return UMAP's places (n, 2) of these components, from the file if it has them; None if UMAP
     gives no finite ones, as for images that are all alike.
     """
+    # UMAP takes half a minute and more, and a page is often written again.
     state = f"{importlib.metadata.version('umap-learn')} {seed} {components.shape}".encode()
     key = np.array([xxhash.xxh3_128_hexdigest(state + components.tobytes())], "S32")
     try:
@@ -187,14 +183,12 @@ def colourings(shown: pd.DataFrame, always: Collection[str]) -> tuple[Colouring,
             numbers = column.to_numpy(np.float64)
             colouring_list.append(_number_colouring(str(name), numbers))
             continue
-        if pd.api.types.is_float_dtype(column):
-            words = column.map(lambda number: f"{number:.4g}", na_action="ignore").astype(object)
-        else:
-            words = column.map(str, na_action="ignore").astype(object)
-        codes, values = pd.factorize(words)
-        fewest, most = (
-            (1, _MAX_WORDS) if name in first_names or name in always else (2, len(shown) // 2)
-        )
+        write = "{:.4g}".format if pd.api.types.is_float_dtype(column) else str
+        codes, values = pd.factorize(column.map(write, na_action="ignore").astype(object))
+        # A column of one value colours nothing, and one of nearly as many as images names them.
+        fewest, most = 2, len(shown) // 2
+        if name in first_names or name in always:
+            fewest, most = 1, _MAX_WORDS
         if fewest <= len(values) <= min(most, _MAX_WORDS):
             known_codes = np.where(codes < 0, NO_VALUE, codes).astype(np.uint16)
             colouring_list.append(Colouring(str(name), known_codes, tuple(values)))
@@ -211,8 +205,8 @@ def _number_colouring(name: str, numbers: npt.NDArray[np.float64]) -> Colouring:
 
 
 def _input_names(run: FinishedRun) -> list[str]:
-    """Return the winner's inputs; the last tap for a network, which reads images."""
     cached_inputs = [name for name in run.winner.inputs if name in run.feature_specs]
+    # A fine-tuned network reads images; the last tap stands for it.
     return cached_inputs or list(run.feature_specs)[-1:]
 
 
@@ -226,19 +220,17 @@ def _read_features(
     feature_sets = [run.open_features(name)[0] for name in names]
     stored_rows = np.stack([features.locate(content.tolist()) for features in feature_sets])
     rows = np.flatnonzero((stored_rows >= 0).all(0))
-    if len(rows) < len(content):
+    if n_lacking := len(content) - len(rows):
         manifests = [
             str(features.path / MANIFEST)
             for features, rows_of_set in zip(feature_sets, stored_rows, strict=True)
             if (rows_of_set < 0).any()
         ]
-        notes.append(
-            Note(
-                f"{count_text(len(content) - len(rows), 'image is', 'images are')} not on the map, "
-                f"for they have no features in {', '.join(manifests)} any more: {RUN_AGAIN}.",
-                "warning",
-            )
+        text = (
+            f"{count_text(n_lacking, 'image is', 'images are')} not on the map, for they have no "
+            f"features in {', '.join(manifests)} any more: {RUN_AGAIN}."
         )
+        notes.append(Note(text, "warning"))
     width = sum(features.shape[1] for features in feature_sets)
     n_most = min(MAX_POINTS, max(1000, _MAX_BYTES // (4 * width)))
     if len(rows) > n_most:

@@ -1,6 +1,5 @@
 """Image quality: sizes, and the images that are darkest, brightest, flattest and least sharp."""
 
-import numpy as np
 import pandas as pd
 
 from headrace.cache.count_text import count_text
@@ -93,10 +92,10 @@ def _size_facts(measured: pd.DataFrame, known: pd.DataFrame, copies: SmallCopies
     sizes = measured[["width", "height"]].value_counts()
     commonest = sizes.index.tolist()[0]
     pixels = measured["width"] * measured["height"]
-    smallest_and_largest = (pixels.argmin(), pixels.argmax())
-    ends = [measured.iloc[int(np.asarray(row))] for row in smallest_and_largest]
+    ends = [measured.iloc[int(row)] for row in (pixels.argmin(), pixels.argmax())]
     n_images = known["content"].nunique()
     left_out = f"; {copies.unreadable:,} could not be read" if copies.unreadable else ""
+    ends_text = " and ".join(f"{end['width']:.0f} × {end['height']:.0f}" for end in ends)
     facts = [
         ("images measured", f"{len(measured):,} of {n_images:,} that differ{left_out}"),
         (
@@ -104,17 +103,10 @@ def _size_facts(measured: pd.DataFrame, known: pd.DataFrame, copies: SmallCopies
             f"{commonest[0]} × {commonest[1]} pixels, {count_text(int(sizes.iloc[0]), 'image')}; "
             f"{count_text(len(sizes), 'size')} in all",
         ),
-        (
-            "smallest and largest",
-            " and ".join(f"{end['width']:.0f} × {end['height']:.0f}" for end in ends) + " pixels",
-        ),
+        ("smallest and largest", f"{ends_text} pixels"),
     ]
-    facts += [
-        (
-            name,
-            f"median {measured[name].median():.3f}, from {measured[name].min():.3f} to "
-            f"{measured[name].max():.3f}",
-        )
-        for name in MEASURES
-    ]
+    for name in MEASURES:
+        values = measured[name]
+        range_text = f"from {values.min():.3f} to {values.max():.3f}"
+        facts.append((name, f"median {values.median():.3f}, {range_text}"))
     return Facts(tuple(facts))

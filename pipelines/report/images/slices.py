@@ -52,8 +52,9 @@ def slices_section(
         for (low, high), row in zip(ends, rows, strict=True)
     ]
     frame["verdict"] = np.where(worse, "worse", "")
-    order = frame["value_mean"] if not lower_is_better else -frame["value_mean"]
-    frame = frame.assign(order=order).sort_values(["order"], kind="stable", ignore_index=True)
+    frame = frame.sort_values(
+        "value_mean", ascending=not lower_is_better, kind="stable", ignore_index=True
+    )
     table = Table(
         "slices",
         f"Each slice by {metric_title(metric)}, the worst first",
@@ -73,7 +74,7 @@ def slices_section(
                 f"{count_text(len(frame), 'interval holds', 'intervals hold')} together",
             ),
         ),
-        frame.drop(columns=["values", "groups", "order", "metric"]),
+        frame,
         filters=("column", "side", "verdict"),
         search=True,
         page=15,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,7 +31,8 @@ _VARIABLES = {
     _RULE: "var(--rule)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)},
 }
-MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = (0, (4, 3))  # lengths in points of dashes and of the gaps between them, from 0 on
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "headrace",  # the same data give the same bytes
@@ -69,30 +71,24 @@ def dot_chart(
 ) -> str:
     """Return a chart of a line per label; on it a mark and an error bar per series (nan: none)."""
     with rc_context(_STYLE):
-        figure, axes = _make_axes(
-            0.21 * len(labels) + 0.85 + 0.16 * ((len(values_by_series) + 2) // 3)
-        )
-        label_positions = np.arange(len(labels))
+        n_series = len(values_by_series)
+        # The last part is the legend's, of three names a line.
+        figure, axes = _make_axes(0.21 * len(labels) + 0.85 + 0.16 * ((n_series + 2) // 3))
         for series_index, (series_name, series_values) in enumerate(values_by_series.items()):
-            shift = (series_index - (len(values_by_series) - 1) / 2) * min(
-                0.22, 0.6 / max(len(values_by_series), 1)
-            )
+            # Marks on one line stand above each other, so that equal values do not hide each other.
+            shift = (series_index - (n_series - 1) / 2) * min(0.22, 0.6 / n_series)
             axes.errorbar(
                 np.asarray(series_values, float),
-                label_positions + shift,
+                np.arange(len(labels)) + shift,
                 xerr=np.nan_to_num(np.asarray(errors_by_series[series_name], float)),
-                fmt=MARKS[series_index % len(MARKS)],
+                fmt=_MARKS[series_index % len(_MARKS)],
                 color=series_color(series_index),
                 markersize=4.5,
                 elinewidth=1,
                 label=series_name,
             )
-        axes.set_yticks(label_positions, [shorten_text(label) for label in labels])
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlabel(xlabel)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(length=0)
-        if len(values_by_series) > 1:
+        _label_lines(axes, labels, xlabel)
+        if n_series > 1:
             figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1)
         return _svg_text(figure)
 
@@ -114,11 +110,7 @@ def bar_chart(
                 label=part_name,
             )
             bar_starts = bar_starts + np.asarray(bar_lengths, float)
-        axes.set_yticks(np.arange(len(labels)), [shorten_text(label) for label in labels])
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlabel(xlabel)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(length=0)
+        _label_lines(axes, labels, xlabel)
         if len(lengths_by_part) > 1:
             figure.legend(loc="outside upper left", ncols=3, columnspacing=1)
         return _svg_text(figure)
@@ -135,7 +127,7 @@ def reliability_chart(
     with rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH / 72, 4.4), layout="constrained")
         axes, count_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-        axes.plot([0, 1], [0, 1], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1, label="perfect")
+        axes.plot([0, 1], [0, 1], color=_MUTED, linestyle=_DASHES, linewidth=1, label="perfect")
         axes.plot(
             confidence,
             share_right,
@@ -190,61 +182,66 @@ def scatter_chart(
                 rasterized=is_raster,
             )
         axes.plot(
-            [lowest, highest], [lowest, highest], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1
+            [lowest, highest], [lowest, highest], color=_MUTED, linestyle=_DASHES, linewidth=1
         )
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.tick_params(length=0)
         return _svg_text(figure)
 
 
-def line_chart(
-    points_by_series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    band_by_series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    dashed: Sequence[str] = (),
-    xlabel: str,
-    ylabel: str,
-    log_x: bool = True,
-) -> str:
-    """Return a chart of lines over x, with bands (low, high) where given."""
+def learning_curve(measured: pd.DataFrame, extrapolated: pd.DataFrame) -> str:
+    """Return a chart of the error in per cent against the images trained on: a line of what was
+    measured, and a dashed one in a band.
+
+    Columns: images and error; of `extrapolated` also low and high, the band. Errors are 0 to 1.
+    """
     with rc_context(_STYLE):
         figure, axes = _make_axes(3.4)
-        for series_index, (series_name, (x, y)) in enumerate(points_by_series.items()):
-            line_style = (0, (4, 3)) if series_name in dashed else "-"
-            marker = "" if series_name in dashed else MARKS[series_index % len(MARKS)]
-            axes.plot(
-                x,
-                y,
-                linestyle=line_style,
-                marker=marker,
-                color=series_color(series_index),
-                markersize=4,
-                label=series_name,
-            )
-            if series_name in band_by_series:
-                axes.fill_between(
-                    x,
-                    *band_by_series[series_name],
-                    color=series_color(series_index),
-                    alpha=0.15,
-                    linewidth=0,
-                )
-        if log_x:
-            axes.set_xscale("log")
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.plot(
+            measured["images"],
+            100 * measured["error"],
+            marker=_MARKS[0],
+            color=series_color(0),
+            markersize=4,
+            label="measured",
+        )
+        axes.plot(
+            extrapolated["images"],
+            100 * extrapolated["error"],
+            linestyle=_DASHES,
+            color=series_color(1),
+            markersize=4,
+            label="extrapolated",
+        )
+        axes.fill_between(
+            extrapolated["images"],
+            100 * extrapolated["low"],
+            100 * extrapolated["high"],
+            color=series_color(1),
+            alpha=0.15,
+            linewidth=0,
+        )
+        # Sizes grow by factors: evenly spaced, the small ones would lie on each other.
+        axes.set_xscale("log")
+        axes.set(xlabel="images trained on", ylabel="error (%)")
         axes.tick_params(length=0, which="both")
-        if len(points_by_series) > 1:
-            figure.legend(loc="outside upper left", ncols=2, columnspacing=1)
+        figure.legend(loc="outside upper left", ncols=2, columnspacing=1)
         return _svg_text(figure)
 
 
-def shorten_text(text: str, length: int = 26) -> str:
-    """Return the text; longer than `length`, with its middle left out."""
-    return (
-        text
-        if len(text) <= length
-        else f"{text[: length // 2]}…{text[len(text) - length // 2 + 1 :]}"
-    )
+def _shorten(text: str) -> str:
+    """Return the text; longer than 26 letters, with its middle left out."""
+    # The middle, because names of taps differ at both ends: the backbone, and the layer.
+    return text if len(text) <= 26 else f"{text[:13]}…{text[-12:]}"
+
+
+def _label_lines(axes: Axes, labels: Sequence[str], xlabel: str) -> None:
+    axes.set_yticks(np.arange(len(labels)), [_shorten(label) for label in labels])
+    # The first label at the top, as in the table below the chart.
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(length=0)
 
 
 def _make_axes(height_inches: float) -> tuple[Figure, Axes]:
@@ -270,12 +267,9 @@ def _svg_text(figure: Figure) -> str:
     svg_text = svg_text[svg_text.index("<svg") :]
     # Nothing but addresses of namespaces, in a page that promises to load nothing from the network.
     svg_text = re.sub(r"<metadata>.*?</metadata>", "", svg_text, flags=re.S)
-    svg_text = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg_text, count=1),
-        count=1,
-    )
+    # The size is the page's, by its style sheet; the viewBox keeps the proportions.
+    for name in ("height", "width"):
+        svg_text = re.sub(rf'(<svg[^>]*?) {name}="[^"]*"', r"\1", svg_text, count=1)
     svg_text = _unique_ids(svg_text)
     for colour, variable in _VARIABLES.items():
         svg_text = svg_text.replace(colour, variable)

@@ -47,6 +47,7 @@ def render_page(title: str, made: str, headline: Headline, sections: Sequence[Se
     script_text = f'"use strict";\n(() => {{\n{"".join(map(_read_asset, _SCRIPTS))}start();\n}})();'
     environment = Environment(
         autoescape=True,
+        # By default a misspelt name would be an empty text on the page.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -79,6 +80,7 @@ def render_page(title: str, made: str, headline: Headline, sections: Sequence[Se
 
 
 def _finalize(value: Any) -> Any:
+    # Every text that the template writes, except Markup, whose parts were made plain before.
     return value if isinstance(value, Markup) or not isinstance(value, str) else plain_text(value)
 
 
@@ -95,7 +97,7 @@ class _TableView:
         self.total = len(table.frame)
         self.values = [_column_values(table, column) for column in table.columns]
         self.columns = [
-            _shown_column(column, values)
+            replace(column, format="small") if _needs_exponents(column, values) else column
             for column, values in zip(table.columns, self.values, strict=True)
         ]
         self.rows = len(self.values[0]) if self.values else 0
@@ -250,11 +252,6 @@ def format_cell(cell_value: Any, format: Format) -> str:
     return str(cell_value)
 
 
-def is_numeric(column: Column) -> bool:
-    """Return whether the column's cells are aligned to the right."""
-    return column.format not in ("text", "yes")
-
-
 def _fixed_point(value: float, digits: int) -> str:
     # As JavaScript's toFixed rounds, so that both write the same: the double's exact value, ties
     # away from zero. Without a "-0.0000".
@@ -262,12 +259,9 @@ def _fixed_point(value: float, digits: int) -> str:
     return f"{rounded if rounded else abs(rounded):,}"
 
 
-def _shown_column(column: Column, values: list[Any]) -> Column:
-    """Return the column, with exponents if it has numbers and all are below 0.001."""
-    if column.format != "number":
-        return column
-    largest = max((abs(value) for value in values if value), default=0.0)
-    return replace(column, format="small") if 0 < largest < 1e-3 else column
+def _needs_exponents(column: Column, values: list[Any]) -> bool:
+    """Return whether all numbers of a column are below 0.001: four digits would say 0.0000."""
+    return column.format == "number" and 0 < max(map(abs, filter(None, values)), default=0) < 1e-3
 
 
 def _column_values(table: Table, column: Column) -> list[Any]:
@@ -278,7 +272,7 @@ def _column_values(table: Table, column: Column) -> list[Any]:
             for value in column_values
         ]
     if column.format == "yes":
-        return [bool(value) for value in column_values]
+        return list(map(bool, column_values))
     return [_rounded_number(value, column.format) for value in column_values]
 
 
