@@ -99,6 +99,7 @@ def naming_lines(path: Path) -> typing.Iterator[None]:
                 for number, line in enumerate(text.splitlines(), 1)
                 if word.search(line.partition(" #")[0])
             ]
+            # Of several lines the wrong one might be named.
             if len(numbers) == 1:
                 error.args = (f"{path}, line {numbers[0]}: {message}",)
         raise
@@ -182,7 +183,7 @@ def _refuse_odd_nodes(
     out.
 
     node_ids_above: ids of the nodes around this one. known_sizes: numbers of keys and values by id
-    of nodes that were checked before, so that an anchor's node is checked once.
+    of nodes that were checked before.
     """
     line_number = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
@@ -192,6 +193,7 @@ def _refuse_odd_nodes(
                 "in quotes"
             )
         return 1
+    # A node with an anchor is checked once: nine anchors of ten items each stand for a billion.
     if id(node) in known_sizes:
         return known_sizes[id(node)]
     if id(node) in node_ids_above:
@@ -200,15 +202,11 @@ def _refuse_odd_nodes(
             "it out"
         )
     node_ids_above.add(id(node))
-    n_values = 1
-    if isinstance(node, yaml.SequenceNode):
-        n_values += sum(
-            _refuse_odd_nodes(item, path, node_ids_above=node_ids_above, known_sizes=known_sizes)
-            for item in node.value
-        )
-    elif isinstance(node, yaml.MappingNode):
+    inner_nodes = list(node.value)
+    if isinstance(node, yaml.MappingNode):
+        inner_nodes = [inner for pair in node.value for inner in pair]
         key_lines: dict[str, int] = {}
-        for key, value in node.value:
+        for key, _ in node.value:
             line_number = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
                 kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
@@ -231,15 +229,12 @@ def _refuse_odd_nodes(
                     f"line {key_lines[key.value]}"
                 )
             key_lines[key.value] = line_number
-            n_values += _refuse_odd_nodes(
-                key, path, node_ids_above=node_ids_above, known_sizes=known_sizes
-            )
-            n_values += _refuse_odd_nodes(
-                value, path, node_ids_above=node_ids_above, known_sizes=known_sizes
-            )
+    known_sizes[id(node)] = 1 + sum(
+        _refuse_odd_nodes(inner, path, node_ids_above=node_ids_above, known_sizes=known_sizes)
+        for inner in inner_nodes
+    )
     node_ids_above.remove(id(node))
-    known_sizes[id(node)] = n_values
-    return n_values
+    return known_sizes[id(node)]
 
 
 def _short(text: str) -> str:
@@ -266,9 +261,8 @@ def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
     kept = []
     for problem in problems:
         others = by_keys[_keys(problem)]
-        if problem["type"] == "literal_error" and "tuple_type" in others:
-            continue
-        if problem["type"] == "tuple_type" and "string_type" in others:
+        hides = {"literal_error": "tuple_type", "tuple_type": "string_type"}.get(problem["type"])
+        if hides in others:
             continue
         if problem["type"] == "tuple_type" and "literal_error" in others:
             problem = {**problem, "words": others["literal_error"]["ctx"]["expected"]}
@@ -358,16 +352,12 @@ def explain(
     message = re.sub("Input should be (?=greater|less)", "expected a number ", message)
     message = message.replace("Input should be", "expected")
     message = _PLAIN_MESSAGES.get(problem["type"], message)
-    found_text = (
-        ""
-        if not is_in_file or isinstance(problem["input"], dict)
-        else f" (found {_short(repr(problem['input']))}{_value_hint(problem)})"
-    )
-    return (
-        f"{place_text}: {dotted_key}: {message}{found_text}"
-        if dotted_key
-        else f"{place_text}: {message}"
-    )
+    # The whole recipe's check (two backbones of one name) has no key.
+    if not dotted_key:
+        return f"{place_text}: {message}"
+    if is_in_file and not isinstance(problem["input"], dict):
+        message += f" (found {_short(repr(problem['input']))}{_value_hint(problem)})"
+    return f"{place_text}: {dotted_key}: {message}"
 
 
 def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str:
@@ -387,10 +377,10 @@ def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str
     elsewhere = [key for key in _sections_that_have(model, word) if key.startswith(prefix)]
     nearest_keys = [*misspelt, *longer, *elsewhere, *alike]
     hint = f"did you mean {nearest_keys[0]!r}? " if nearest_keys else ""
-    others = ""
+    hint += f"Valid here: {', '.join(valid_keys)}"
     if location[:-1] == ["heads"] and not misspelt:
-        others = ". For others of scikit-learn, sklearn: [{estimator: sklearn.svm.SVC}]"
-    return f"{hint}Valid here: {', '.join(valid_keys)}{others}"
+        hint += ". For others of scikit-learn, sklearn: [{estimator: sklearn.svm.SVC}]"
+    return hint
 
 
 def _value_hint(problem: typing.Any) -> str:
@@ -429,11 +419,7 @@ def renamed_key(problem: typing.Any) -> str | None:
     """Return today's name of a key of earlier versions; None for any other problem."""
     if problem["type"] != "extra_forbidden":
         return None
-    keys = [
-        key_part
-        for key_part in problem["loc"]
-        if isinstance(key_part, str) and not _is_union_tag(key_part)
-    ]
+    keys = [part for part in problem["loc"] if isinstance(part, str) and not _is_union_tag(part)]
     return RENAMED_KEYS.get(".".join(keys))
 
 
@@ -449,31 +435,24 @@ def _line_of(node: yaml.Node, location: typing.Sequence[str | int]) -> tuple[int
     """
     line_number = node.start_mark.line + 1
     for key_part in location:
+        # By what is to come next: the node whose line is shown, and the node to search on.
+        nodes: dict[str | int, tuple[yaml.Node, yaml.Node]] = {}
         if isinstance(node, yaml.MappingNode):
-            items_by_key = {key.value: (key, value) for key, value in node.value}
-            if str(key_part) not in items_by_key:
-                return line_number, False
-            key, node = items_by_key[str(key_part)]
-            line_number = key.start_mark.line + 1
-        elif (
-            isinstance(node, yaml.SequenceNode)
-            and isinstance(key_part, int)
-            and key_part < len(node.value)
-        ):
-            node = node.value[key_part]
-            line_number = node.start_mark.line + 1
-        else:
+            nodes = {key.value: (key, value) for key, value in node.value}
+            key_part = str(key_part)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes = dict(enumerate(zip(node.value, node.value, strict=True)))
+        if key_part not in nodes:
             return line_number, False
+        shown, node = nodes[key_part]
+        line_number = shown.start_mark.line + 1
     return line_number, True
 
 
 def _keys_at(model: type[pydantic.BaseModel], location: typing.Sequence[str | int]) -> list[str]:
     for key_part in location:
-        if isinstance(key_part, int):
-            continue
-        model = next(
-            inner_model for inner_model in _models_in(model.model_fields[key_part].annotation)
-        )
+        if isinstance(key_part, str):
+            model = next(_models_in(model.model_fields[key_part].annotation))
     return list(model.model_fields)
 
 
@@ -481,10 +460,9 @@ def _sections_that_have(model: type[pydantic.BaseModel], key: str) -> typing.Ite
     """Yield the places of this key, in lower case, in all sections, such as "task.folds"."""
     for section_name, field in model.model_fields.items():
         for section in _models_in(field.annotation):
-            yield from (
-                f"{section_name}.{name}" for name in section.model_fields if name.lower() == key
-            )
-            yield from (f"{section_name}.{inner}" for inner in _sections_that_have(section, key))
+            own = [name for name in section.model_fields if name.lower() == key]
+            for name in (*own, *_sections_that_have(section, key)):
+                yield f"{section_name}.{name}"
 
 
 def _models_in(annotation: Any) -> typing.Iterator[type[pydantic.BaseModel]]:

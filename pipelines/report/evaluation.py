@@ -67,8 +67,9 @@ def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, 
             & (run.heads["inputs"] == run.winner.inputs)
             & (run.heads["fold"] != REFIT)
         ]
-        folds = fold_heads[[name for name in test if name in fold_heads]]
-        means = folds.mean().to_dict()
+        names = [name for name in test if name in fold_heads]
+        folds = fold_heads[names]
+        means = dict(zip(names, folds.mean().tolist(), strict=True))
         # of one fold the standard deviation is nan, and so the error
         spread = (folds.std(ddof=1) / np.sqrt(len(folds))).tolist()
         hint = "mean over the validation folds"
