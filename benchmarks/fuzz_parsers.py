@@ -173,7 +173,8 @@ def parse_side_file(path: Path) -> None:
 
 
 def parse_features(path: Path) -> None:
-    from headrace.cache.exchange.external import import_features, read_external_features
+    from headrace.cache.exchange.external import import_features
+    from headrace.cache.exchange.external_files import read_external_features
 
     names = [f"{n}.png" for n in range(8)]
     rows = path.with_suffix(".ids.txt")
@@ -192,7 +193,7 @@ def parse_features(path: Path) -> None:
 
 
 def parse_ids(path: Path) -> None:
-    from headrace.cache.exchange.external import read_external_features
+    from headrace.cache.exchange.external_files import read_external_features
 
     features = path.with_name("features.npy")
     np.save(features, np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32))

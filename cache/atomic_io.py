@@ -150,7 +150,7 @@ def publish_replace(target_path: Path, data: bytes) -> None:
             os.replace(temporary_path, target_path)
         # Also at Ctrl-C, which is no Exception: no temporary file stays.
         except BaseException:
-            _remove_temporary(temporary_path)
+            temporary_path.unlink(missing_ok=True)
             raise
         sync_directory(target_path.parent)
 
@@ -165,7 +165,7 @@ def publish_parts(target_path: Path, byte_parts: Sequence[bytes | memoryview]) -
         try:
             is_first_writer = _link_first_wins(temporary_path, target_path)
         finally:
-            _remove_temporary(temporary_path)
+            temporary_path.unlink(missing_ok=True)
         sync_directory(target_path.parent)
         return is_first_writer
 
@@ -185,16 +185,11 @@ def write_all(file_descriptor: int, data: bytes | memoryview) -> None:
         if n_written == 0:
             raise OSError(errno.ENOSPC, "the operating system wrote nothing")
         remaining_bytes, file_position = remaining_bytes[n_written:], file_position + n_written
-        if remaining_bytes.nbytes:
-            _begin_writing_out(file_descriptor)
-
-
-def _begin_writing_out(file_descriptor: int) -> None:
-    """Ask Linux to write dirty pages from now on, before fsync. No guarantee is given or needed."""
-    if sys.platform == "linux":
-        _load_libc().sync_file_range(
-            file_descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE
-        )
+        if remaining_bytes.nbytes and sys.platform == "linux":
+            # Linux is asked to write dirty pages from now on, before fsync. No guarantee is given
+            # or needed.
+            all_bytes = ctypes.c_int64(0), ctypes.c_int64(0)
+            _load_libc().sync_file_range(file_descriptor, *all_bytes, _SYNC_FILE_RANGE_WRITE)
 
 
 @functools.cache
@@ -233,11 +228,14 @@ def explain_os_errors(target_path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_temporary(target_path: Path, byte_parts: Sequence[bytes | memoryview]) -> Path:
+def temporary_name(target_path: Path) -> Path:
+    """Return a hidden path beside `target_path`, under which to write what gets its name later."""
     # Unique over processes and machines, so the leftover of a killed process is in nobody's way.
-    temporary_path = target_path.with_name(
-        f".{target_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-    )
+    return target_path.with_name(f".{target_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+
+
+def _write_temporary(target_path: Path, byte_parts: Sequence[bytes | memoryview]) -> Path:
+    temporary_path = temporary_name(target_path)
     file_descriptor = os.open(temporary_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         try:
@@ -248,7 +246,7 @@ def _write_temporary(target_path: Path, byte_parts: Sequence[bytes | memoryview]
             # Network file systems may report a failed write only here.
             os.close(file_descriptor)
     except BaseException:
-        _remove_temporary(temporary_path)
+        temporary_path.unlink(missing_ok=True)
         raise
     return temporary_path
 
@@ -269,8 +267,3 @@ def _link_first_wins(temporary_path: Path, target_path: Path) -> bool:
                 return False
             os.rename(temporary_path, target_path)
     return True
-
-
-def _remove_temporary(temporary_path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary_path)

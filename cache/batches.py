@@ -44,8 +44,8 @@ def iter_batches(
     row_buffers: Iterator[npt.NDArray[np.int64]]
     if seed is None:
         row_buffers = (
-            row_positions[buffer_start : buffer_start + buffer_rows]
-            for buffer_start in range(0, len(row_positions), buffer_rows)
+            row_positions[start : start + buffer_rows]
+            for start in range(0, len(row_positions), buffer_rows)
         )
     else:
         row_buffers = shuffled_buffers(row_positions, seed, block_rows, buffer_rows)
@@ -63,17 +63,9 @@ def shuffled_buffers(
     block_order = random_generator.permutation(-(-len(row_positions) // block_rows))
     blocks_per_buffer = buffer_rows // block_rows
     for first_block in range(0, len(block_order), blocks_per_buffer):
-        block_starts = (
-            block_order[first_block : first_block + blocks_per_buffer] * block_rows
-        ).tolist()
-        yield random_generator.permutation(
-            np.concatenate(
-                [
-                    row_positions[block_start : block_start + block_rows]
-                    for block_start in block_starts
-                ]
-            )
-        )
+        starts = block_order[first_block : first_block + blocks_per_buffer] * block_rows
+        blocks = [row_positions[start : start + block_rows] for start in starts.tolist()]
+        yield random_generator.permutation(np.concatenate(blocks))
 
 
 def _batches(
@@ -90,9 +82,8 @@ def _batches(
         reader.prefetch(next_buffer)
         # Whole batches; only after the last buffer a smaller one. The remaining rows go before
         # those of the next buffer.
-        n_ready = (
-            len(pending_rows) // batch_size * batch_size if len(next_buffer) else len(pending_rows)
-        )
+        n_left = len(pending_rows) % batch_size if len(next_buffer) else 0
+        n_ready = len(pending_rows) - n_left
         # Compressed rows are decompressed a buffer at a time: the rows of a batch lie in nearly all
         # chunks of the buffer, and each batch would decompress those again.
         buffer_features: npt.NDArray[Any] | None = None

@@ -103,23 +103,19 @@ def shard_checksum(shard_path: Path) -> tuple[int, str, bytes]:
                 hasher.update(read_buffer[:n_read])
                 file_bytes += n_read
     except FileNotFoundError as error:
-        raise shard_missing(shard_path) from error
+        raise _shard_missing(shard_path) from error
     except OSError as error:
-        raise shard_unreadable(shard_path, error) from error
+        # Not ShardCorrupt, which repair deletes: the shard itself may be intact.
+        errno_name = errno.errorcode.get(error.errno or 0, "unknown errno")
+        raise ShardUnreadable(
+            error.errno,
+            f"{shard_path} cannot be read: {errno_name} ({error.strerror or error}). Look at the "
+            "disk and the permissions",
+        ) from error
     return file_bytes, hasher.hexdigest(), header_block
 
 
-def shard_unreadable(shard_path: Path, error: OSError) -> ShardUnreadable:
-    """Return the error for a shard that cannot be read; the shard itself may be intact."""
-    errno_name = errno.errorcode.get(error.errno or 0, "unknown errno")
-    return ShardUnreadable(
-        error.errno,
-        f"{shard_path} cannot be read: {errno_name} ({error.strerror or error}). Look at the disk "
-        "and the permissions",
-    )
-
-
-def shard_missing(shard_path: Path) -> ShardMissing:
+def _shard_missing(shard_path: Path) -> ShardMissing:
     """Return the error for a listed shard that does not exist."""
     return ShardMissing(
         f"{shard_path} is listed in the manifest and is not there. `headrace cache repair` takes "
@@ -153,22 +149,16 @@ class VerifiedShards:
         if stored_record is not None and stored_record.items() >= file_identity.items():
             # KeyError: a record of another version, whose layout has other fields.
             with contextlib.suppress(KeyError):
-                layout = ShardLayout(
-                    **{
-                        field.name: stored_record[f"layout_{field.name}"]
-                        for field in dataclasses.fields(ShardLayout)
-                    }
-                )
+                names = [field.name for field in dataclasses.fields(ShardLayout)]
+                layout = ShardLayout(**{name: stored_record[f"layout_{name}"] for name in names})
                 _require_counts(shard_path, layout, entry)
                 return layout
         layout = verify_listed_shard(shard_path, spec, entry).layout
         if time.time_ns() - max(file_identity["mtime_ns"], file_identity["ctime_ns"]) < _SETTLED_NS:
             return layout
+        layout_values = dataclasses.asdict(layout)
         self._append_record(
-            {
-                **file_identity,
-                **{f"layout_{name}": value for name, value in dataclasses.asdict(layout).items()},
-            }
+            file_identity | {f"layout_{name}": value for name, value in layout_values.items()}
         )
         return layout
 
@@ -206,7 +196,7 @@ def _file_identity(shard_path: Path, entry: ShardEntry) -> dict[str, Any]:
     try:
         file_status = shard_path.stat()
     except FileNotFoundError as error:
-        raise shard_missing(shard_path) from error
+        raise _shard_missing(shard_path) from error
     # The change time (ctime) too: programs can set the modification time back, but not this one.
     return {
         "unit": entry.unit,

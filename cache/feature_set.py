@@ -58,11 +58,10 @@ def feature_set_directories(cache_root: Path | str) -> list[Path]:
 
 def unfinished_directories(cache_root: Path | str) -> list[Path]:
     """Return the directories that killed writers left without a spec; no reader sees them."""
-    candidate_paths = (path for path in (Path(cache_root) / FEATURES).glob("*") if path.is_dir())
     return sorted(
         path
-        for path in candidate_paths
-        if not path.name.startswith(".") and not is_feature_set(path)
+        for path in (Path(cache_root) / FEATURES).glob("[!.]*")
+        if path.is_dir() and not is_feature_set(path)
     )
 
 
@@ -135,14 +134,12 @@ class FeatureSet:
 
     def failures(self) -> list[FailedSample]:
         """Return the samples without a row, with the reason."""
-        failed_samples = []
+        failed_samples: list[FailedSample] = []
         for shard_index, entry in enumerate(self.entries):
             if entry.failed:
-                columns = [
-                    self._shard_texts(shard_index, f"failed_{name}")
-                    for name in ("id", "content", "reason")
-                ]
-                failed_samples += [FailedSample(*fields) for fields in zip(*columns, strict=True)]
+                names = ("failed_id", "failed_content", "failed_reason")
+                columns = [self._shard_texts(shard_index, name) for name in names]
+                failed_samples += map(FailedSample, *columns)
         return failed_samples
 
     def cached_hashes(self) -> frozenset[str]:
@@ -167,10 +164,9 @@ class FeatureSet:
         Raises CacheError naming the first hashes that have no row.
         """
         rows = self.locate(content_hashes)
-        if (rows < 0).any():
-            raise CacheError(
-                self._missing_rows_message(as_content_hashes(content_hashes)[rows < 0].tolist())
-            )
+        if (is_missing := rows < 0).any():
+            missing_hashes = as_content_hashes(content_hashes)[is_missing].astype("U32").tolist()
+            raise CacheError(self._missing_rows_message(missing_hashes))
         return self.read(rows, dtype)
 
     def read(
@@ -188,27 +184,20 @@ class FeatureSet:
         Raises IndexError for positions outside -N..N-1.
         """
         row_dtype = self.dtype if dtype is None else np.dtype(dtype)
-        start_row, stop_row, step = (
-            rows.indices(self.n_rows) if isinstance(rows, slice) else (0, 0, 0)
-        )
-        if isinstance(rows, slice) and step == 1:
-            stop_row = max(start_row, stop_row)
-            output_rows = (
-                np.empty((stop_row - start_row, *self.spec.shape), row_dtype)
-                if out is None
-                else out
-            )
-            _validate_output(output_rows, stop_row - start_row, self.spec.shape)
-            self._reader.read_range(start_row, stop_row, output_rows)
-            return output_rows
-        row_positions = (
-            np.arange(start_row, stop_row, step)
+        selected = (
+            range(*rows.indices(self.n_rows))
             if isinstance(rows, slice)
             else self._checked_positions(rows)
         )
-        if out is not None:
-            _validate_output(out, len(row_positions), self.spec.shape)
-        return self._reader.gather(row_positions, row_dtype, out)
+        shape = (len(selected), *self.spec.shape)
+        if out is not None and out.shape != shape:
+            raise ValueError(f"`out` has shape {out.shape}, and the rows have {shape}")
+        if not isinstance(selected, range) or selected.step != 1:
+            return self._reader.gather(np.asarray(selected, np.int64), row_dtype, out)
+        # Consecutive rows are copied once, from the map into the array.
+        output_rows = np.empty(shape, row_dtype) if out is None else out
+        self._reader.read_range(selected.start, selected.start + len(selected), output_rows)
+        return output_rows
 
     def prefetch(self, rows: RowPositions) -> None:
         """Have the operating system read these rows from disk, without waiting for them.
@@ -307,58 +296,38 @@ class FeatureSet:
             self._reader.touch(shard_index)
 
     def _checked_positions(self, rows: RowPositions) -> npt.NDArray[np.int64]:
-        row_positions = np.asarray(rows)
-        if row_positions.ndim != 1 or (
-            row_positions.size and not np.issubdtype(row_positions.dtype, np.integer)
-        ):
+        positions = np.asarray(rows)
+        # An empty list becomes an array of floats.
+        if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
             raise IndexError(
-                f"row positions are {row_positions.dtype} of shape {row_positions.shape}; expected "
-                "n integers"
+                f"row positions are {positions.dtype} of shape {positions.shape}; expected n "
+                "integers"
             )
-        row_positions = row_positions.astype(np.int64, copy=False)
-        lowest_row, highest_row = (
-            (int(row_positions.min()), int(row_positions.max())) if row_positions.size else (0, -1)
-        )
-        if lowest_row < -self.n_rows or highest_row >= self.n_rows:
+        positions = positions.astype(np.int64, copy=False)
+        lowest, highest = int(positions.min(initial=0)), int(positions.max(initial=-1))
+        if lowest < -self.n_rows or highest >= self.n_rows:
             raise IndexError(
-                f"rows {lowest_row} to {highest_row} of a feature set of "
+                f"rows {positions.min()} to {positions.max()} of a feature set of "
                 f"{count_text(self.n_rows, 'row')}"
             )
-        return (
-            row_positions
-            if lowest_row >= 0
-            else np.where(row_positions < 0, row_positions + self.n_rows, row_positions)
-        )
+        if lowest < 0:
+            positions = np.where(positions < 0, positions + self.n_rows, positions)
+        return positions
 
     def _shard_texts(self, shard_index: int, list_name: str) -> list[str]:
-        return [
-            value.decode() for value in self._reader.read_texts(shard_index, list_name).tolist()
-        ]
+        return [text.decode() for text in self._reader.read_texts(shard_index, list_name).tolist()]
 
-    def _missing_rows_message(self, missing_hashes: list[bytes]) -> str:
-        failure_of_hash = {failure.content_hash: failure for failure in self.failures()}
-        described_rows = []
-        for content_hash in missing_hashes[:3]:
-            failure = failure_of_hash.get(content_hash.decode())
-            described_rows.append(
-                f"{failure.id} ({failure.reason})" if failure else content_hash.decode()
-            )
-        remainder_text = f" and {len(missing_hashes) - 3} more" if len(missing_hashes) > 3 else ""
+    def _missing_rows_message(self, missing_hashes: list[str]) -> str:
+        failures = {
+            failure.content_hash: f"{failure.id} ({failure.reason})" for failure in self.failures()
+        }
+        names = [failures.get(content_hash, content_hash) for content_hash in missing_hashes[:3]]
+        more = f" and {len(missing_hashes) - 3} more" if len(missing_hashes) > 3 else ""
         return (
             f"{self.path}: {self.spec.name} of {self.spec.backbone} has no row for "
-            f"{', '.join(described_rows)}{remainder_text}. It holds "
-            f"{count_text(self.n_rows, 'row')} and "
-            f"{count_text(len(failure_of_hash), 'recorded failure')}. `headrace run RECIPE` "
-            "extracts what is missing of the recipe's images; or leave these samples out"
-        )
-
-
-def _validate_output(
-    output_rows: npt.NDArray[Any], n_rows: int, row_shape: tuple[int, ...]
-) -> None:
-    if output_rows.shape != (n_rows, *row_shape):
-        raise ValueError(
-            f"`out` has shape {output_rows.shape}, and the rows have {(n_rows, *row_shape)}"
+            f"{', '.join(names)}{more}. It holds {count_text(self.n_rows, 'row')} and "
+            f"{count_text(len(failures), 'recorded failure')}. `headrace run RECIPE` extracts what "
+            "is missing of the recipe's images; or leave these samples out"
         )
 
 

@@ -41,14 +41,10 @@ class ShardEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a flat dictionary of plain values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        # Flattened into three numbers, as a line of the manifest is a list of plain values.
-        del values["quantization_error"]
-        error_values = {
-            f"round_off_{name}": value
-            for name, value in dataclasses.asdict(self.quantization_error).items()
-        }
-        return {**values, **error_values}
+        values = dataclasses.asdict(self)
+        # Flattened into three numbers: the object of a checksummed line is flat.
+        errors = values.pop("quantization_error")
+        return values | {f"round_off_{name}": value for name, value in errors.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShardEntry":
@@ -58,10 +54,8 @@ class ShardEntry:
         """
         entry_values = dict(values)
         try:
-            quantization_error = QuantizationError(
-                **{name: entry_values.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS}
-            )
-            entry = cls(quantization_error=quantization_error, **entry_values)
+            errors = {name: entry_values.pop(f"round_off_{name}") for name in _ROUND_OFF_FIELDS}
+            entry = cls(quantization_error=QuantizationError(**errors), **entry_values)
             if min(entry.rows, entry.failed) < 0:
                 raise LineCorrupt(
                     f"it says {count_text(entry.rows, 'row')} and "

@@ -17,21 +17,19 @@ import hashlib
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.atomic_io import (
-    PARTIAL_SUFFIX,
     explain_os_errors,
     publish_bytes,
     publish_parts,
     sync_directory,
+    temporary_name,
 )
 from headrace.cache.checksum import verify_shard
 from headrace.cache.errors import FeatureSetMissing, ManifestCorrupt, ShardCorrupt, SpecMismatch
@@ -96,7 +94,7 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
 def _create_with_spec(directory: Path, spec: FeatureSpec) -> None:
     """Create the directory with its spec.json in it, unless another writer was faster."""
     # Under another name first: a reader finds the directory with its spec, or not at all.
-    temporary_path = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    temporary_path = temporary_name(directory)
     try:
         (temporary_path / SHARDS).mkdir(parents=True)
         publish_bytes(temporary_path / SPEC, _spec_bytes(spec))
@@ -120,24 +118,18 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     try:
         spec_json = spec_path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        repair_advice = (
-            _SPEC_ADVICE
-            if is_feature_set(directory)
-            else "`headrace cache ls` lists those of a cache"
-        )
+        lists = "`headrace cache ls` lists those of a cache"
+        advice = _SPEC_ADVICE if is_feature_set(directory) else lists
         raise FeatureSetMissing(
-            f"{directory} is not a feature set (it has no {SPEC}). {repair_advice}"
+            f"{directory} is not a feature set (it has no {SPEC}). {advice}"
         ) from error
     try:
         spec = FeatureSpec.from_json(spec_json.decode())
-    except SpecMismatch as error:
-        # A spec of another version still agrees with its directory's name; a damaged one does not.
-        if hashlib.sha256(spec_json.removesuffix(b"\n")).hexdigest()[:24] == directory.name:
-            raise SpecMismatch(f"{spec_path}: {error}") from error
-        raise ManifestCorrupt(
-            f"{spec_path} is not the spec that was written ({error}). {_SPEC_ADVICE}"
-        ) from error
     except (ValueError, TypeError, AttributeError) as error:
+        digest = hashlib.sha256(spec_json.removesuffix(b"\n")).hexdigest()[:24]
+        # A spec of another version still agrees with its directory's name; a damaged one does not.
+        if isinstance(error, SpecMismatch) and digest == directory.name:
+            raise SpecMismatch(f"{spec_path}: {error}") from error
         raise ManifestCorrupt(
             f"{spec_path} is not the spec that was written ({error}). {_SPEC_ADVICE}"
         ) from error
@@ -261,15 +253,11 @@ def _validate_arguments(
             f"{len(content_hashes)} content hashes; the spec {spec.name} says ({len(sample_ids)}, "
             f"{', '.join(map(str, spec.shape))})"
         )
-    if not (
-        np.issubdtype(features.dtype, np.floating) or np.issubdtype(features.dtype, np.integer)
-    ):
+    if features.dtype.kind not in "fiu":
         raise ValueError(f"unit {unit}: features are {features.dtype}, expected real numbers")
-    stored_texts = [
-        *sample_ids,
-        *(failure.id for failure in failures),
-        *(failure.reason for failure in failures),
-    ]
+    stored_texts = [*sample_ids]
+    for failure in failures:
+        stored_texts += (failure.id, failure.reason)
     hash_texts = [*content_hashes, *(failure.content_hash for failure in failures)]
     # All hashes as one text: checked one by one, those of a large shard would take as long as
     # writing its bytes to the disk.

@@ -34,15 +34,11 @@ class FeatureColumns:
     def leave_out(self, column_indices: Collection[int]) -> str:
         """Return the advice to leave out these values, with the option that keeps the others."""
         kept_columns = [
-            column
-            for column_index, column in enumerate(self.chosen)
-            if column_index not in column_indices
+            column for index, column in enumerate(self.chosen) if index not in column_indices
         ]
-        return (
-            f"Leave it out: {columns_option(self.table, kept_columns)}"
-            if kept_columns
-            else "Leave it out"
-        )
+        if not kept_columns:
+            return "Leave it out"
+        return f"Leave it out: {columns_option(self.table, kept_columns)}"
 
 
 def choose_columns(
@@ -82,24 +78,15 @@ def refuse_columns(
     reason_of_column = {
         column: reason
         for column in chosen_columns
-        if (reason := _forbidden_reason(column, forbidden_names))
+        if (reason := forbidden_reason(column, forbidden_names))
     }
     if reason_of_column:
         listed = "; ".join(f"{column!r} is {reason}" for column, reason in reason_of_column.items())
         kept_columns = [column for column in chosen_columns if column not in reason_of_column]
-        raise ExternalFeaturesInvalid(
-            f"{source_name}: {listed}: not a "
-            f"feature.{suggest_columns(column_names, kept_columns, option_name)}"
-        )
-
-
-def suggest_columns(
-    column_names: Sequence[str], kept_columns: Sequence[str], option_name: str = "--columns"
-) -> str:
-    """Return the sentence that names the remaining columns as an option; "" for none."""
-    if not kept_columns or option_name != "--columns":
-        return ""
-    return f" What is left: {columns_option(column_names, kept_columns)}"
+        left = ""
+        if kept_columns and option_name == "--columns":
+            left = f" What is left: {columns_option(column_names, kept_columns)}"
+        raise ExternalFeaturesInvalid(f"{source_name}: {listed}: not a feature.{left}")
 
 
 def columns_option(column_names: Sequence[str], chosen_columns: Sequence[str]) -> str:
@@ -113,23 +100,13 @@ def columns_option(column_names: Sequence[str], chosen_columns: Sequence[str]) -
         names = list(run)
         if not is_chosen:
             continue
-        if len(names) > 2 and not any(_is_special(name) for name in (names[0], names[-1])):
+        if len(names) > 2 and not (_is_special(names[0]) or _is_special(names[-1])):
             option_terms.append(f"{names[0]}:{names[-1]}")
         else:
             for name in names:
                 (verbatim_names if _is_special(name) else option_terms).append(name)
-    option_values = [",".join(option_terms)] if option_terms else []
-    return " ".join(
-        f"--columns {shlex.quote(option_value)}"
-        for option_value in [*option_values, *verbatim_names]
-    )
-
-
-def forbidden_or_unnamed(
-    column_names: Sequence[str], forbidden_names: Mapping[str, str]
-) -> set[str]:
-    """Return the columns that `refuse_columns` would refuse."""
-    return {column for column in column_names if _forbidden_reason(column, forbidden_names)}
+    values = [",".join(option_terms)] if option_terms else []
+    return " ".join(f"--columns {shlex.quote(value)}" for value in [*values, *verbatim_names])
 
 
 def abbreviate_columns(column_names: Sequence[str]) -> str:
@@ -169,18 +146,15 @@ def _match_columns(column_names: Sequence[str], term: str, source_name: object) 
     )
 
 
-def _forbidden_reason(column_name: str, forbidden_names: Mapping[str, str]) -> str | None:
+def forbidden_reason(column_name: str, forbidden_names: Mapping[str, str]) -> str | None:
+    """Return the reason for which `refuse_columns` refuses a column, None if it does not."""
     if _UNNAMED_INDEX.match(column_name):
         return "the rows' index, as pandas writes it"
     folded_name = column_name.strip().casefold()
-    return next(
-        (
-            reason
-            for name, reason in forbidden_names.items()
-            if name.strip().casefold() == folded_name
-        ),
-        None,
-    )
+    for name, reason in forbidden_names.items():
+        if name.strip().casefold() == folded_name:
+            return reason
+    return None
 
 
 def _is_special(column_name: str) -> bool:

@@ -6,7 +6,6 @@ A file is written under a temporary name and then renamed.
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, pairwise
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.cache.atomic_io import PARTIAL_SUFFIX, publish_bytes
+from headrace.cache.atomic_io import publish_bytes, temporary_name
 from headrace.cache.errors import CacheError, HeadraceError
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.ids import content_hashes_by_id
@@ -58,13 +57,8 @@ def select_rows(
 
 def find_ambiguous_ids(feature_set: FeatureSet) -> list[str]:
     """Return the ids under which a feature set has several images (several content hashes)."""
-    return [
-        sample_id
-        for sample_id, content_hashes in content_hashes_by_id(
-            feature_set.ids(), feature_set.content_hashes()
-        ).items()
-        if len(content_hashes) > 1
-    ]
+    hashes_of_id = content_hashes_by_id(feature_set.ids(), feature_set.content_hashes())
+    return [sample_id for sample_id, hashes in hashes_of_id.items() if len(hashes) > 1]
 
 
 def export_npy(
@@ -79,11 +73,10 @@ def export_npy(
     rows_path = target_path.with_suffix(".rows.csv")
     _refuse_existing(target_path)
     sample_ids, content_hashes = _ids_and_content(feature_set, selection)
+    id_fields = map(_csv_field, sample_ids)
     csv_lines = [
-        f"{row},{_csv_field(sample_id)},{content_hash}\n"
-        for row, (sample_id, content_hash) in enumerate(
-            zip(sample_ids, content_hashes, strict=True)
-        )
+        f"{row},{id_field},{content_hash}\n"
+        for row, (id_field, content_hash) in enumerate(zip(id_fields, content_hashes, strict=True))
     ]
     rows_text = "".join(["row,id,content\n", *csv_lines]).encode()
     # The table before the array: a call that is killed in between can be repeated, because it finds
@@ -140,15 +133,12 @@ def export_parquet(
         with pq.ParquetWriter(temporary_path, schema) as writer:
             for start_row, stop_row, feature_rows in _row_chunks(feature_set, selection):
                 flat_values = pa.array(feature_rows.reshape(-1), value_type)
-                list_array = pa.FixedSizeListArray.from_arrays(flat_values, values_per_row)
-                row_group = pa.Table.from_arrays(
-                    [
-                        pa.array(sample_ids[start_row:stop_row]),
-                        pa.array(content_hashes[start_row:stop_row]),
-                        list_array,
-                    ],
-                    schema=schema,
-                )
+                columns = [
+                    pa.array(sample_ids[start_row:stop_row]),
+                    pa.array(content_hashes[start_row:stop_row]),
+                    pa.FixedSizeListArray.from_arrays(flat_values, values_per_row),
+                ]
+                row_group = pa.Table.from_arrays(columns, schema=schema)
                 # Not in groups of a million rows, pyarrow's own size: a group is a shard's rows.
                 writer.write_table(row_group, row_group_size=max(1, stop_row - start_row))
 
@@ -175,9 +165,7 @@ def export_zarr(
     _refuse_existing(target_path)
     sample_ids, content_hashes = _ids_and_content(feature_set, selection)
     # As many rows as the largest shard has: rows are read in pieces as large as they were stored.
-    chunk_rows = max(
-        [stop_row - start_row for start_row, stop_row in _shard_row_ranges(feature_set)], default=1
-    )
+    chunk_rows = max([1, *(entry.rows for entry in feature_set.entries)])
 
     def write(temporary_path: Path) -> None:
         zarr_group = zarr.create_group(temporary_path)
@@ -200,20 +188,16 @@ def export_zarr(
             ("id", [text.encode() for text in sample_ids]),
             ("content", [text.encode() for text in content_hashes]),
         ):
-            text_bytes = max((len(text) for text in encoded_texts), default=1)
+            text_bytes = max(map(len, encoded_texts), default=1)
             padded_bytes = b"".join(text.ljust(text_bytes, b"\0") for text in encoded_texts)
-            byte_table = np.frombuffer(padded_bytes, np.uint8).reshape(
-                len(encoded_texts), text_bytes
-            )
+            shape = (len(encoded_texts), text_bytes)
+            chunks = (max(1, len(encoded_texts)), text_bytes)
             zarr_array = zarr_group.create_array(
-                array_name,
-                shape=byte_table.shape,
-                chunks=(max(1, len(encoded_texts)), text_bytes),
-                dtype="uint8",
+                array_name, shape=shape, chunks=chunks, dtype="uint8"
             )
             zarr_array.attrs["encoding"] = "UTF-8 bytes, one text per row, padded with zeros"
-            if len(encoded_texts):
-                zarr_array[:] = byte_table
+            if encoded_texts:
+                zarr_array[:] = np.frombuffer(padded_bytes, np.uint8).reshape(shape)
 
     _write_then_rename(target_path, write)
     return [target_path]
@@ -251,20 +235,14 @@ def _row_chunks(
 def _shard_row_ranges(feature_set: FeatureSet) -> list[tuple[int, int]]:
     """Return (start row, stop row) of each shard that has rows."""
     row_offsets = np.cumsum([0, *(entry.rows for entry in feature_set.entries)]).tolist()
-    return [
-        (start_row, stop_row)
-        for start_row, stop_row in pairwise(row_offsets)
-        if stop_row > start_row
-    ]
+    return [(start, stop) for start, stop in pairwise(row_offsets) if stop > start]
 
 
 def _write_then_rename(target_path: Path, write_file: Callable[[Path], Any]) -> None:
     target_path.parent.mkdir(parents=True, exist_ok=True)
     # Those of killed exports, which may be as large as the whole feature set.
     remove_temporaries(target_path)
-    temporary_path = target_path.with_name(
-        f".{target_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-    )
+    temporary_path = temporary_name(target_path)
     try:
         write_file(temporary_path)
         os.rename(temporary_path, target_path)
@@ -282,7 +260,8 @@ def _refuse_existing(target_path: Path) -> None:
 
 
 def _csv_field(field_text: str) -> str:
+    # Not the module csv, which leaves a carriage return unquoted where lines end with a newline.
+    if not set(field_text) & set(',"\r\n'):
+        return field_text
     quoted_text = field_text.replace('"', '""')
-    return (
-        f'"{quoted_text}"' if any(character in field_text for character in ',"\r\n') else field_text
-    )
+    return f'"{quoted_text}"'

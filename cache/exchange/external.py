@@ -17,22 +17,12 @@ import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import ExternalFeaturesInvalid
-from headrace.cache.exchange.external_files import ExternalFeatures, read_external_features
+from headrace.cache.exchange.external_files import ExternalFeatures
 from headrace.cache.exchange.leaks import find_target_columns
-from headrace.cache.feature_set import FeatureSet, feature_set_directories, open_feature_set
+from headrace.cache.feature_set import FeatureSet, list_feature_sets, open_feature_set
 from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import STORAGE_DTYPES, FeatureSpec
 from headrace.cache.text import as_text
-
-__all__ = [
-    "BACKBONE_PREFIX",
-    "ExternalFeatures",
-    "ExternalFeaturesInvalid",
-    "ImportResult",
-    "external_feature_sets",
-    "import_features",
-    "read_external_features",
-]
 
 # Prefix of `FeatureSpec.backbone`: no network of ours made these features.
 BACKBONE_PREFIX = "imported:"
@@ -121,13 +111,11 @@ def import_features(
 
 def external_feature_sets(cache_root: Path, set_name: str | None = None) -> list[FeatureSet]:
     """Return the imported feature sets of a cache: those of one name, or all."""
-    feature_sets = [open_feature_set(path) for path in feature_set_directories(cache_root)]
-    backbone_name = BACKBONE_PREFIX + (set_name or "")
     return [
         feature_set
-        for feature_set in feature_sets
-        if feature_set.spec.backbone.startswith(backbone_name)
-        and (not set_name or feature_set.spec.backbone == backbone_name)
+        for feature_set in list_feature_sets(cache_root)
+        if feature_set.spec.backbone.startswith(BACKBONE_PREFIX)
+        and set_name in (None, feature_set.spec.backbone.removeprefix(BACKBONE_PREFIX))
     ]
 
 
@@ -179,12 +167,8 @@ def _hashes_of_rows(
             "the file has ids and no content hashes: name the images that the ids belong to, with "
             "--recipe recipe.yaml"
         )
-    image_table = pd.DataFrame(
-        {
-            "id": as_text(pd.Series(list(image_hashes), dtype=object)),
-            "content": list(image_hashes.values()),
-        }
-    )
+    image_ids = as_text(pd.Series(list(image_hashes), dtype=object))
+    image_table = pd.DataFrame({"id": image_ids, "content": list(image_hashes.values())})
     image_table = image_table.drop_duplicates()
     duplicate_ids = image_table["id"][image_table["id"].duplicated()]
     ambiguous_ids = duplicate_ids[duplicate_ids.isin(external.sample_ids)]
@@ -207,12 +191,8 @@ def _refuse_target_columns(
         return
     unique_targets = target_table[~target_table.index.duplicated() & target_table.index.notna()]
     for target_name in unique_targets.columns:
-        target_values = (
-            unique_targets[target_name]
-            .reindex(pd.Index(list(row_hashes), dtype=object))
-            .reset_index(drop=True)
-        )
-        if leaking_columns := find_target_columns(external.features, target_values):
+        target = unique_targets[target_name].reindex(pd.Index(list(row_hashes), dtype=object))
+        if leaking_columns := find_target_columns(external.features, target.reset_index(drop=True)):
             raise ExternalFeaturesInvalid(
                 f"{external.source_name}: {external.feature_columns.describe(leaking_columns[0])} "
                 f"is the target {str(target_name)!r} under another name: each of its values stands "
@@ -228,6 +208,5 @@ def _deduplicate_rows(row_hashes: Sequence[str | None]) -> tuple[npt.NDArray[np.
         if content_hash is not None:
             n_copies += content_hash in row_of_hash
             row_of_hash.setdefault(content_hash, row)
-    return np.array(
-        [row_of_hash[content_hash] for content_hash in sorted(row_of_hash)], np.int64
-    ), n_copies
+    first_rows = [row for _, row in sorted(row_of_hash.items())]
+    return np.array(first_rows, np.int64), n_copies

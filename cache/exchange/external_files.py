@@ -20,7 +20,7 @@ from headrace.cache.exchange.columns import (
     abbreviate_columns,
     choose_columns,
     columns_option,
-    forbidden_or_unnamed,
+    forbidden_reason,
     refuse_columns,
 )
 from headrace.cache.exchange.external_tables import (
@@ -34,7 +34,7 @@ from headrace.cache.exchange.external_tables import (
     require_plausible_size,
 )
 from headrace.cache.exchange.leaks import find_row_counters
-from headrace.cache.format.hdf5_values import read_values
+from headrace.cache.format.hdf5_values import find_data_sets, read_values
 from headrace.cache.text import as_text
 
 _TEXT_KINDS = "OSU"
@@ -93,12 +93,8 @@ def read_external_features(
         )
     try:
         if suffix in (".npy", ".npz"):
-            return _join_id_table(
-                _read_numpy(source_path, feature_key, forbidden_names or {}),
-                _read_id_table(source_path, ids_path, id_key),
-                source_path,
-                id_key,
-            )
+            features = _read_numpy(source_path, feature_key, forbidden_names or {})
+            return _join_id_table(source_path, features, ids_path, id_key)
         if suffix in TABLES:
             return _read_table(
                 source_path, ids_path, feature_key, id_key, column_options, forbidden_names or {}
@@ -119,12 +115,14 @@ def read_external_features(
 
 
 def _join_id_table(
-    features: npt.NDArray[Any],
-    id_table: pd.DataFrame,
     source_path: Path,
+    features: npt.NDArray[Any],
+    ids_path: Path | None,
     id_key: str | None,
     feature_columns: FeatureColumns = _NO_COLUMNS,
 ) -> ExternalFeatures:
+    """Return the features with the ids of the table beside them."""
+    id_table = _read_id_table(source_path, ids_path, id_key)
     id_column = id_key or "id"
     if id_column not in id_table:
         raise ExternalFeaturesInvalid(
@@ -149,9 +147,9 @@ def _read_id_table(source_path: Path, ids_path: Path | None, id_key: str | None)
     if suffix == ".txt":
         # Not splitlines, which also divides at rarer characters that a name may hold, as U+2028.
         id_lines = table_path.read_text(encoding="utf-8-sig").split("\n")
-        return pd.DataFrame(
-            {id_key or "id": id_lines[:-1] if not id_lines[-1].strip() else id_lines}, dtype=object
-        )
+        if not id_lines[-1].strip():
+            id_lines.pop()
+        return pd.DataFrame({id_key or "id": id_lines}, dtype=object)
     return _restore_row_order(read_text_table(table_path), table_path)
 
 
@@ -189,11 +187,8 @@ def _values_per_row(array: npt.NDArray[Any]) -> pd.Series:
         raise ExternalFeaturesInvalid(
             f"the ids have shape {array.shape}; expected one for each row"
         )
-    return (
-        pd.Series(array.tolist(), dtype=object)
-        if array.dtype.kind in _TEXT_KINDS
-        else pd.Series(array)
-    )
+    is_text = array.dtype.kind in _TEXT_KINDS
+    return pd.Series(array.tolist(), dtype=object) if is_text else pd.Series(array)
 
 
 def _read_numpy(
@@ -204,11 +199,8 @@ def _read_numpy(
         return array
     with np.load(source_path, allow_pickle=False) as archive:
         _require_complete_arrays(archive.zip, source_path)
-        array_names = (
-            [feature_key]
-            if feature_key
-            else [name for name in archive.files if archive[name].ndim in (2, 4)]
-        )
+        array_names = [feature_key] if feature_key else []
+        array_names = array_names or [name for name in archive if archive[name].ndim in (2, 4)]
         if len(array_names) != 1 or array_names[0] not in archive.files:
             raise ExternalFeaturesInvalid(
                 f"{source_path}: name the array of features with --key; it has "
@@ -228,12 +220,9 @@ def _require_complete_arrays(zip_archive: zipfile.ZipFile, source_path: Path) ->
         with zip_archive.open(member) as opened:
             if opened.read(6) != np.lib.format.MAGIC_PREFIX:
                 continue
-            version = tuple(opened.read(2))
-            read_header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
+            read_header = np.lib.format.read_array_header_2_0
+            if tuple(opened.read(2)) == (1, 0):
+                read_header = np.lib.format.read_array_header_1_0
             array_shape, _, dtype = read_header(opened)
         if math.prod(array_shape) * dtype.itemsize > member.file_size:
             raise ExternalFeaturesInvalid(
@@ -273,9 +262,9 @@ def _read_table(
     }
     forbidden_names = {**forbidden_names, **id_columns}
     text_columns = [] if ids_path is not None else [id_name, "content"]
-    list_column = feature_key or (
-        list_columns[0] if len(list_columns) == 1 and not column_options else None
-    )
+    list_column = feature_key
+    if feature_key is None and len(list_columns) == 1 and not column_options:
+        list_column = list_columns[0]
     if list_column is not None:
         refuse_columns([list_column], forbidden_names, column_names, "--key", source_path)
         data_frame = read_columns(source_path, [list_column], text_columns, column_names)
@@ -291,52 +280,41 @@ def _read_table(
         elif len(numeric_columns) == 1 and not list_columns:
             chosen_columns = numeric_columns
         else:
-            raise ExternalFeaturesInvalid(
-                _unnamed_features_message(
-                    source_path, column_names, list_columns, numeric_columns, forbidden_names
-                )
+            message = _unnamed_features_message(
+                column_names, list_columns, numeric_columns, forbidden_names
             )
+            raise ExternalFeaturesInvalid(f"{source_path}: {message}")
         refuse_columns(chosen_columns, forbidden_names, column_names, "--columns", source_path)
         data_frame = read_columns(source_path, chosen_columns, text_columns, column_names)
         features = read_numeric_columns(data_frame, chosen_columns, source_path)
         feature_columns = FeatureColumns(tuple(chosen_columns), tuple(column_names))
     if ids_path is not None:
-        id_table = _read_id_table(source_path, ids_path, id_key)
-        return _join_id_table(features, id_table, source_path, id_key, feature_columns)
+        return _join_id_table(source_path, features, ids_path, id_key, feature_columns)
     return _validate_features(
         source_path, data_frame[id_name], features, data_frame.get("content"), feature_columns
     )
 
 
 def _unnamed_features_message(
-    source_path: Path,
     column_names: Sequence[str],
     list_columns: Sequence[str],
     numeric_columns: Sequence[str],
     forbidden_names: Mapping[str, str],
 ) -> str:
     """Return the message for a table whose feature columns nobody has named."""
-    unfit_columns = forbidden_or_unnamed(numeric_columns, forbidden_names)
-    candidate_columns = [column for column in numeric_columns if column not in unfit_columns]
     if list_columns:
         return (
-            f"{source_path}: name the column of features with --key; it has "
-            f"{abbreviate_columns(list_columns)} with lists, of {abbreviate_columns(column_names)}"
+            f"name the column of features with --key; it has {abbreviate_columns(list_columns)} "
+            f"with lists, of {abbreviate_columns(column_names)}"
         )
     if not numeric_columns:
-        return (
-            f"{source_path}: no column holds numbers, and none lists: it has "
-            f"{abbreviate_columns(column_names)}"
-        )
-    message = (
-        f"{source_path}: {count_text(len(numeric_columns), 'column holds', 'columns hold')} "
-        f"numbers, {abbreviate_columns(numeric_columns)}, and not every number is a feature: the "
-        "target, a row's number or an id among them would be learned from. Name the features"
-    )
+        return f"no column holds numbers, and none lists: it has {abbreviate_columns(column_names)}"
+    candidates = [name for name in numeric_columns if not forbidden_reason(name, forbidden_names)]
+    option = f": {columns_option(column_names, candidates)}" if candidates else " with --columns"
     return (
-        f"{message}: {columns_option(column_names, candidate_columns)}"
-        if candidate_columns
-        else f"{message} with --columns"
+        f"{count_text(len(numeric_columns), 'column holds', 'columns hold')} numbers, "
+        f"{abbreviate_columns(numeric_columns)}, and not every number is a feature: the target, a "
+        f"row's number or an id among them would be learned from. Name the features{option}"
     )
 
 
@@ -348,16 +326,9 @@ def _read_hdf5(
     forbidden_names: Mapping[str, str],
 ) -> ExternalFeatures:
     with h5py.File(source_path, "r") as hdf5_file:
-        data_sets: dict[str, h5py.Dataset] = {}
-        hdf5_file.visititems(
-            lambda name, data_set: (
-                data_sets.update({name: data_set}) if isinstance(data_set, h5py.Dataset) else None
-            )
-        )
-        data_set_list = (
-            ", ".join(f"{name} {data_set.shape}" for name, data_set in data_sets.items())
-            or "no data sets"
-        )
+        data_sets = find_data_sets(hdf5_file)
+        listed = ", ".join(f"{name} {data_set.shape}" for name, data_set in data_sets.items())
+        listed = listed or "no data sets"
         feature_names = [
             name
             for name, data_set in data_sets.items()
@@ -366,21 +337,14 @@ def _read_hdf5(
         feature_name = feature_key or (feature_names[0] if len(feature_names) == 1 else None)
         if feature_name not in data_sets:
             raise ExternalFeaturesInvalid(
-                f"{source_path}: name the data set of features with --key; it has {data_set_list}"
+                f"{source_path}: name the data set of features with --key; it has {listed}"
             )
         # A data set in a group is called by its last name: `train/label`.
-        refuse_columns(
-            [feature_name.rpartition("/")[2]],
-            forbidden_names,
-            list(data_sets),
-            "--key",
-            source_path,
-        )
+        last_name = feature_name.rpartition("/")[2]
+        refuse_columns([last_name], forbidden_names, list(data_sets), "--key", source_path)
         features = np.asarray(_read_data_set(data_sets[feature_name], source_path))
         if ids_path is not None:
-            return _join_id_table(
-                features, _read_id_table(source_path, ids_path, id_key), source_path, id_key
-            )
+            return _join_id_table(source_path, features, ids_path, id_key)
         text_columns = {
             name: data_set
             for name, data_set in data_sets.items()
@@ -392,7 +356,7 @@ def _read_hdf5(
         if id_name not in data_sets:
             raise ExternalFeaturesInvalid(
                 f"{source_path}: name the data set of ids with --id-key, or a table with --ids; it "
-                f"has {data_set_list}"
+                f"has {listed}"
             )
         sample_ids = _values_per_row(_read_data_set(data_sets[id_name], source_path))
         content_hashes = None
@@ -484,9 +448,8 @@ def _refuse_non_finite(
     if features.dtype.kind != "f":
         return
     for start_row in range(0, len(features), _BLOCK_ROWS):
-        value_block = features[start_row : start_row + _BLOCK_ROWS].reshape(
-            min(_BLOCK_ROWS, len(features) - start_row), -1
-        )
+        rows = features[start_row : start_row + _BLOCK_ROWS]
+        value_block = rows.reshape(len(rows), -1)
         # As float32, the widest storage dtype: a float64 beyond its range would be stored as
         # infinity.
         with np.errstate(over="ignore"):

@@ -20,6 +20,18 @@ json.dump([value.decode("latin-1") for value in values], sys.stdout)
 """
 
 
+def find_data_sets(hdf5_file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Return the data sets of a file, at any depth, by their names: `train/images`."""
+    data_sets: dict[str, h5py.Dataset] = {}
+
+    def add(name: str, item: h5py.HLObject) -> None:
+        if isinstance(item, h5py.Dataset):
+            data_sets[name] = item
+
+    hdf5_file.visititems(add)
+    return data_sets
+
+
 def read_values(path: str | Path, data_set: h5py.Dataset) -> npt.NDArray[Any]:
     """Return all values of a data set, in its shape; variable-length text as bytes objects.
 

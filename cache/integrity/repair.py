@@ -75,7 +75,10 @@ def repair(directory: Path) -> RepairResult:
     # Under the lock, because an extraction may be listing shards at the same time; its lines are
     # kept.
     with lease(directory / LOCK):
-        entries, is_readable = _readable_entries(directory)
+        entries: dict[str, ShardEntry] = {}
+        is_readable = False
+        with contextlib.suppress(ManifestCorrupt):
+            entries, is_readable = read_manifest(directory), True
         vanished_units = [
             unit
             for unit in entries
@@ -86,10 +89,9 @@ def repair(directory: Path) -> RepairResult:
             for unit, entry in intact_shards.items()
             if not _same_bytes(entries.get(unit), entry)
         ]
-        kept_entries = {
-            unit: entry for unit, entry in entries.items() if unit not in vanished_units
-        }
-        kept_entries |= {unit: intact_shards[unit] for unit in listed_units}
+        kept_entries = entries | {unit: intact_shards[unit] for unit in listed_units}
+        for unit in vanished_units:
+            del kept_entries[unit]
         if vanished_units or listed_units or not is_readable:
             publish_replace(directory / MANIFEST, manifest_bytes(kept_entries.values()))
             rewritten_files.append(MANIFEST)
@@ -113,20 +115,11 @@ def stale_temporaries(directory: Path, older_than_s: float, now_s: float) -> lis
     return stale_paths
 
 
-def _readable_entries(directory: Path) -> tuple[dict[str, ShardEntry], bool]:
-    """Return the entries of the manifest ({} if it is corrupt), and whether it could be read."""
-    try:
-        return read_manifest(directory), True
-    except ManifestCorrupt:
-        return {}, False
-
-
-def _same_bytes(listed_entry: ShardEntry | None, actual_entry: ShardEntry) -> bool:
-    return listed_entry is not None and (
-        listed_entry.xxh3,
-        listed_entry.rows,
-        listed_entry.failed,
-    ) == (actual_entry.xxh3, actual_entry.rows, actual_entry.failed)
+def _same_bytes(listed: ShardEntry | None, actual: ShardEntry) -> bool:
+    # Without `written_by` and the errors, which say nothing of the file.
+    return listed is not None and (
+        (listed.xxh3, listed.rows, listed.failed) == (actual.xxh3, actual.rows, actual.failed)
+    )
 
 
 def _spec_from_shards(directory: Path) -> FeatureSpec:
@@ -138,9 +131,8 @@ def _spec_from_shards(directory: Path) -> FeatureSpec:
             if header_block == user_block(actual_checksum):
                 with shard_file.open("rb") as opened_file, h5py.File(opened_file, "r") as hdf5_file:
                     spec_json = hdf5_file.attrs["spec"]
-                spec = FeatureSpec.from_json(
-                    spec_json.decode() if isinstance(spec_json, bytes) else str(spec_json)
-                )
+                is_bytes = isinstance(spec_json, bytes)
+                spec = FeatureSpec.from_json(spec_json.decode() if is_bytes else str(spec_json))
                 if spec.fingerprint == directory.name:
                     return spec
     raise CacheError(

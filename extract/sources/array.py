@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
-from headrace.cache.format.hdf5_values import read_values
+from headrace.cache.format.hdf5_values import find_data_sets, read_values
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, missing_path_message
@@ -394,16 +394,11 @@ def _shapes(array_path: Path, file_kind: str) -> dict[str, tuple[int, ...]]:
         if file_kind == "npz":
             with np.load(array_path, allow_pickle=False) as npz_archive:
                 return {name: _npz_shape(npz_archive, name) for name in npz_archive.files}
-        array_shapes: dict[str, tuple[int, ...]] = {}
         with h5py.File(array_path, "r") as hdf5_file:
-            hdf5_file.visititems(
-                lambda name, item: array_shapes.update(
-                    {name: _shape(item)} if isinstance(item, h5py.Dataset) else {}
-                )
-            )
-        if unnamed := [name for name in array_shapes if not isinstance(name, str)]:
-            raise ValueError(f"the name {unnamed[0]!r} is no UTF-8")
-        return array_shapes
+            data_sets = find_data_sets(hdf5_file)
+            if unnamed := [name for name in data_sets if not isinstance(name, str)]:
+                raise ValueError(f"the name {unnamed[0]!r} is no UTF-8")
+            return {name: _shape(data_set) for name, data_set in data_sets.items()}
     except Exception as error:
         # zipfile, NumPy and h5py raise anything on bytes that are not theirs
         raise SourceError(f"{array_path}: cannot be read as {file_kind}: {error}") from error

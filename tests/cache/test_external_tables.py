@@ -13,13 +13,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from support.runs import RECIPE, headrace, make_photos
 
+from headrace.cache.errors import ExternalFeaturesInvalid
 from headrace.cache.exchange.columns import choose_columns, columns_option
-from headrace.cache.exchange.external import (
-    ExternalFeatures,
-    ExternalFeaturesInvalid,
-    import_features,
-    read_external_features,
-)
+from headrace.cache.exchange.external import import_features
+from headrace.cache.exchange.external_files import ExternalFeatures, read_external_features
 from headrace.cache.exchange.leaks import find_row_counters, find_target_columns
 
 N = 24

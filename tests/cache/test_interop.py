@@ -14,14 +14,10 @@ from sklearn.utils.validation import check_is_fitted
 from support.models import client_here, run_here
 from support.runs import RECIPE, headrace, make_photos
 
-from headrace.cache.errors import CacheError
+from headrace.cache.errors import CacheError, ExternalFeaturesInvalid
 from headrace.cache.exchange.export import EXPORTS
-from headrace.cache.exchange.external import (
-    ExternalFeaturesInvalid,
-    external_feature_sets,
-    import_features,
-    read_external_features,
-)
+from headrace.cache.exchange.external import external_feature_sets, import_features
+from headrace.cache.exchange.external_files import read_external_features
 from headrace.cache.feature_set import open_feature_set
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.sources.samples import list_folder, read_table

@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 import pytest
 
-from headrace.cache.exchange.external import ExternalFeaturesInvalid, read_external_features
+from headrace.cache.errors import ExternalFeaturesInvalid
+from headrace.cache.exchange.external_files import read_external_features
 from headrace.extract.errors import SourceError
 from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.sources.array import read_array

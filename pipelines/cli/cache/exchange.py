@@ -143,7 +143,8 @@ def import_command(
 
     Example: headrace cache import dino.npy --ids names.csv --name dino --recipe recipe.yaml
     """
-    from headrace.cache.exchange.external import import_features, read_external_features
+    from headrace.cache.exchange.external import import_features
+    from headrace.cache.exchange.external_files import read_external_features
     from headrace.pipelines.cli.json_output import CacheImportOutput, print_json
 
     loaded_recipe = None
