@@ -72,6 +72,7 @@ def show_advice(console: Console, advice: "Advice") -> None:
         table.add_column("error", justify="right")
         for images, error in zip(evidence.curve["images"], evidence.curve["error"], strict=True):
             table.add_row(f"{images:,.0f}", f"{error * 100:.2f} %")
+        # Dim, because these were not measured.
         for times, error_ahead in sorted(evidence.ahead.items()):
             table.add_row(
                 f"{times * evidence.curve['images'][-1]:,.0f}",
@@ -93,6 +94,7 @@ def _scores_table(scores: tuple[dict[str, Any], ...]) -> Table:
     for column in ("width", "LogME", "H-score", "NCE", "neighbours", "Bayes error"):
         table.add_column(column, justify="right")
     for row in scores:
+        # None: the task or the feature set does not allow the score, such as NCE without logits.
         bounds = (
             "–" if row["bayes_low"] is None else f"{row['bayes_low']:.3f}–{row['bayes_high']:.3f}"
         )

@@ -69,6 +69,7 @@ def backbones_command(
     if name is not None and (name in known_names or not matching_names):
         # For an unknown name, describe_backbone raises an error that names similar ones.
         spec = BackboneSpec(name if ":" in name else f"timm:{name}", image_size=image_size)
+        # Weights change no shape and no cost, and would have to be downloaded.
         backbone_info = describe_backbone(spec)
         weights = published_weights(spec.name)
         images_per_s = None
@@ -110,6 +111,7 @@ def _table_of_names(weights_by_name: "dict[str, list[PublishedWeights]]") -> Tab
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("licences", overflow="fold")
     for name, weights in weights_by_name.items():
+        # Weights that were trained without labels have no accuracy.
         accuracies = [each.imagenet_accuracy for each in weights if each.imagenet_accuracy]
         table.add_row(
             name,
@@ -199,6 +201,7 @@ def _show(
     auto_nodes = {tap.node for tap in backbone_info.auto}
     n_hidden = 0
     for tap in backbone_info.taps:
+        # What `auto` takes is shown at any depth: people look for what they are going to get.
         if not show_all and tap.node.count(".") > _DEPTH and tap.node not in auto_nodes:
             n_hidden += 1
             continue

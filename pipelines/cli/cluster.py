@@ -36,6 +36,7 @@ def tls_command(
     from headrace.pipelines.cluster.dask_client import PRELOAD, write_settings
     from headrace.pipelines.cluster.tls import CERTIFICATE, KEY, require_own_folder, write_tls
 
+    # Before anything is written: files of another program are not replaced.
     require_own_folder(folder)
     tls_folder = write_tls(folder).absolute()
     certificate_path, key_path = (
@@ -57,6 +58,7 @@ def tls_command(
             )
         )
         return
+    # Dask reads the settings of its own file, in schedulers and workers that people start.
     settings_variable = f"DASK_CONFIG={shlex.quote(str(settings_path))}"
     instructions = (
         f"Wrote {tls_folder}. Whoever can read it can run code on the cluster: keep it to "

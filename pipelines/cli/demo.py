@@ -75,6 +75,7 @@ def write_demo(folder: Path) -> Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    # The message names the file that is in the way, which may be one of the parents.
     except (FileExistsError, NotADirectoryError):
         existing_file = next(
             ancestor

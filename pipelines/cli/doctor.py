@@ -38,6 +38,7 @@ def check_recipe(recipe_path: Path) -> Finding:
         recipe = load_recipe(recipe_path)
         for backbone in recipe.backbones:
             check_spec(backbone_spec(backbone, recipe))
+    # Shown as a finding, so that the checks after it are made.
     except HeadraceError as error:
         return Finding(
             "recipe",
@@ -51,6 +52,7 @@ def check_recipe(recipe_path: Path) -> Finding:
 
 def examine(folder: Path, recipe: Path | None) -> Iterator[Finding]:
     """Yield the finding of every check, in order; slow checks run in threads beside the others."""
+    # Torch's import and the disk's speed take seconds.
     with ThreadPoolExecutor(2) as thread_pool:
         torch_line = thread_pool.submit(check_torch)  # slow: it imports torch
         disk_line = thread_pool.submit(check_disk, folder)

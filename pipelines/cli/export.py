@@ -46,6 +46,7 @@ def export_command(
     """
     from headrace.pipelines.models.model import load_model
 
+    # Before the exporters are imported, which takes seconds: a wrong path is answered at once.
     loaded_model = load_model(model, trust_code=trust_code or ())
     from headrace.pipelines.export.write import export_model
 
@@ -73,6 +74,7 @@ def export_command(
             f"({exported.tolerance:g} is allowed)"
         )
         console.print(message, soft_wrap=True)
+    # A random view cannot be part of a graph.
     if not exported.all_views:
         message = (
             "note: the graphs see the evaluation crop alone; headrace averages over random views "

@@ -154,6 +154,7 @@ def _recipe(
     from headrace.extract.sources.read import detect_source
     from headrace.pipelines.recipe.load import RecipeError, check_recipe, load_recipe
 
+    # By its name: a recipe is the only YAML file that headrace reads.
     if source.suffix.lower() in (".yaml", ".yml"):
         recipe = load_recipe(source, settings=settings)
         if all(option is None for option in (network, exclude, cache, dtype)):

@@ -96,6 +96,7 @@ def write_recipe(
     become keys of the recipe. Raises InvalidInput when there is nothing to train on, or when `out`
     cannot be written or exists without `force`; SourceError for a file that cannot be read.
     """
+    # First: looking at many images takes a while.
     _check_out(out, force=force)
     with quiet_decoding():
         finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)

@@ -23,7 +23,9 @@ def _as_text(value: Any) -> Any:
     return valid_text(str(value)) if isinstance(value, str | Path) else value
 
 
+# JSON has no NaN, and other programs stop at it.
 Number = Annotated[float | None, pydantic.BeforeValidator(_null_for_nan)]
+# Names of files may have bytes that are no UTF-8, which JSON cannot hold.
 Text = Annotated[str, pydantic.BeforeValidator(_as_text)]
 
 
@@ -501,6 +503,7 @@ class DoctorOutput(JsonOutput):
     findings: tuple[FindingOutput, ...]
 
 
+# By command, as typed; `headrace schema NAME` prints the schema of each.
 ERROR = "error"
 OUTPUTS: Mapping[str, type[JsonOutput]] = {
     "init": InitOutput,

@@ -219,6 +219,7 @@ def run(
     progress_output = progress_console(quiet=quiet, verbose=verbose, progress_format=progress)
     with resumable(), naming_lines(recipe):
         if dry_run:
+            # With the options of this call, without which another plan would be carried out.
             words = ["headrace", "run", str(recipe)]
             words += [f"--cluster={cluster}"] if cluster else []
             words += [f"--set={setting}" for setting in settings or ()]

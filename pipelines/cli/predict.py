@@ -192,6 +192,7 @@ def predict_command(
     )
     for note in () if json_output else notes:
         console.print(f"note: {note}", soft_wrap=True)
+    # Refused here, before networks run, if it is not there.
     device_name = find_device(device)
     with resumable():
         if update_cache and cache_root is not None:
@@ -214,6 +215,7 @@ def predict_command(
                     table_format,
                     device=device_name,
                     cache_root=cache_root,
+                    # A bar of progress would stand among the rows, which go to the same screen.
                     console=make_console(quiet=True),
                 )
         else:
@@ -281,6 +283,7 @@ def _unit_names(rule: "UnitRule | None", samples: "pd.DataFrame") -> "UnitNames 
     if rule is None:
         return None
     names = as_text(empty_as_missing(samples[rule.column])).astype(object)
+    # A column that is empty throughout is the same as none.
     if names.isna().all():
         return None
     return UnitNames(rule, names.where(names.notna(), None).to_numpy())
@@ -296,6 +299,7 @@ def _summary_text(
     if summary.cached:
         summary_text += f", {summary.cached:,} from cached features"
     if any(summary.counts.values()):
+        # The sort is stable: classes of equal counts stay in their order.
         commonest = sorted(summary.counts.items(), key=lambda item: -item[1])
         # The name before the count, for a class may be called 7.
         summary_text += "; " + ", ".join(
@@ -303,6 +307,7 @@ def _summary_text(
         )
     if summary.failed:
         summary_text += f". {summary.failed:,} could not be used: the column `error` says why"
+    # Tables of units and of weights are beside a file alone.
     if out != "-":
         summary_text += f". Wrote {out}"
         if units_table is not None:
@@ -362,6 +367,8 @@ def _cache_root(
         return None
     if cache is not None:
         cache_root = expand_home(cache).absolute()
+        # A mistyped path would only make all images be predicted by the networks, and nobody would
+        # see it.
         if not update_cache and not cache_root.is_dir():
             raise InvalidInput(f"--cache {cache}: no such folder. To make one: --update-cache")
         return cache_root

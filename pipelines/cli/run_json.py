@@ -88,6 +88,7 @@ def extract_output(result: ExtractionResult) -> ExtractOutput:
     )
 
 
+# leaderboard.csv has all; of ten thousand settings the object would be larger than the table.
 _N_LEADERBOARD_ROWS = 100  # in the object
 # of RunPaths
 _FILES = ("leaderboard", "heads", "comparisons", "winner", "predictions", "banks", "failed_images")
@@ -138,6 +139,7 @@ def _test_output(test: TestResult | None) -> TestScore | None:
 def _finetuned_rows(result: RunResult) -> tuple[FinetunedRow, ...]:
     if result.finetuned is None:
         return ()
+    # Columns of the comparison have the fields' names, except these two.
     own_names = FinetunedRow.model_fields.keys() - {"value", "inputs"}
     return tuple(
         FinetunedRow(

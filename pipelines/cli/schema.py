@@ -26,6 +26,7 @@ def schema(name: str) -> dict[str, Any]:
             f"there is no schema {name!r}. The nearest: {nearest_names(name, models)}; there are "
             f"{', '.join(models)}"
         )
+    # A recipe is read and so its schema is of the input; objects are printed.
     if name == RECIPE:
         content = Recipe.model_json_schema(schema_generator=_RecipeSchema)
     else:

@@ -106,6 +106,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     table.add_column("kind")
     for column in ("settings", "heads", "heads to train"):
         table.add_column(column, justify="right")
+    # Banks are what is left to train; what is planned is in `requested`.
     missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
     settings: Counter[tuple[tuple[str, ...], str]] = Counter()
     new: Counter[tuple[tuple[str, ...], str]] = Counter()
@@ -165,6 +166,7 @@ def show_result(console: Console, result: RunResult, *, reference: str | None = 
             f"column `error` of {result.paths.heads}; --retry-failed tries them again"
         )
     show_images(console, result.accounting, notes)
+    # A lone row is the head that no network was compared with.
     if result.finetuned is not None and len(result.finetuned.compared) > 1:
         console.print(finetune_table(console, result))
         for approach_text in finetune_lines(result):
@@ -378,6 +380,7 @@ def show_files(console: Console, result: RunResult) -> None:
         ("results of the banks (HDF5)", result.paths.banks),
         ("features (HDF5 shards)", next(iter(result.feature_paths.values()))[0].parent),
     )
+    # One a line and unwrapped, to be copied.
     console.print("Files", style="italic")
     for what, path in rows:
         console.print(f"  {what:<32} {path}", soft_wrap=True)

@@ -53,6 +53,7 @@ def check_disk(
             observation,
             "make room, or put `cache` and `out` of the recipe elsewhere",
         )
+    # A slow disk delays a run, but does not stop it.
     if written_per_s < _SLOW_BYTES_PER_S:
         return Finding(
             "disk", "note", observation, "a local disk for `cache` in the recipe would be faster"
@@ -111,6 +112,7 @@ def check_locking(
             f"{folder}: {error_name} {error.strerror or error}",
             "use a file system for `cache` that can create files exclusively",
         )
+    # By ages of files it is told whether the owner of a lock is alive.
     if abs(clock_skew_s) > _SKEW_S:
         return Finding(
             "locking",

@@ -20,6 +20,7 @@ def check_threads(
     cpu_quota = cpu_quota if cpu_quota is not None else _cpu_quota()
     observation = count_text(n_cores, "core")
     if cpu_quota is not None and cpu_quota < n_cores:
+        # A quota may be less than one core.
         n_fitting = max(1, int(cpu_quota))
         return Finding(
             "threads",
@@ -28,6 +29,7 @@ def check_threads(
             "one worker per core would fight over them: headrace run recipe.yaml --workers "
             f"{n_fitting}",
         )
+    # Each worker would start as many threads, which then wait for each other.
     omp_threads = environment.get("OMP_NUM_THREADS", "")
     if omp_threads.isdecimal() and int(omp_threads) > n_cores:
         return Finding(
@@ -77,6 +79,7 @@ def check_memory(available_bytes: float | None = None, n_cores: int | None = Non
             f"a worker takes about {_WORKER_BYTES / 1e9:g} GB: close something, or use another "
             "machine",
         )
+    # By default there is one worker for each core.
     if available_bytes < n_cores * _WORKER_BYTES:
         n_fitting = int(available_bytes / _WORKER_BYTES)
         return Finding(

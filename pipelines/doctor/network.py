@@ -55,6 +55,7 @@ def check_weights(
             reason = "no answer"
         if reason:
             unreachable.append(f"{urllib.parse.urlsplit(address).netloc} ({reason})")
+    # A note: on a cluster without a network weights come from files.
     if unreachable:
         return Finding(
             "weights",
@@ -67,7 +68,9 @@ def check_weights(
 
 
 def _talk() -> None:
+    # Port 0: the system picks one that is free, as it does for Dask.
     with socket.create_server(("127.0.0.1", 0)) as listening_socket:
+        # A sandbox may swallow the connection, and waiting for it would not end.
         listening_socket.settimeout(_ASK_S)
         with socket.create_connection(
             listening_socket.getsockname(), timeout=_ASK_S

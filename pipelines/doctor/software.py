@@ -41,6 +41,7 @@ def check_libraries(find_version: Callable[[str], str] = importlib.metadata.vers
     problems = []
     requirements = [Requirement(text) for text in importlib.metadata.requires("headrace") or ()]
     for requirement in requirements:
+        # Extras, and what other systems need, may be absent.
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -123,6 +124,7 @@ def check_torch(load_pair: Callable[[], tuple[str, str]] = _load_pair) -> Findin
     try:
         torch_version, vision_version = load_pair()
     except Exception as error:  # noqa: BLE001 - a broken pair raises RuntimeError, AttributeError, ImportError, OSError
+        # Torch's errors are paragraphs; the beginning says what is wrong.
         error_text = " ".join(str(error).split())[:200]
         if "nms" in error_text or "torchvision" in error_text:
             return Finding(
@@ -170,6 +172,7 @@ def check_cuda(find_gpus: Callable[[], tuple[int, bool, str]] = _gpus) -> Findin
         )
     if is_usable:
         return Finding("GPU", "ok", name)
+    # The driver sees a GPU that this build of torch does not: a +cpu build, or too old a driver.
     if n_devices:
         return Finding(
             "GPU",

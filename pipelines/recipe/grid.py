@@ -113,6 +113,8 @@ def _expand(grid: HeadGrid, names: Sequence[str], *, side_columns: bool) -> list
 def _taps(
     inputs: Sequence[HeadInput], names: Sequence[str], *, maps: bool
 ) -> list[tuple[str, ...]]:
+    # Convolution heads read maps and nothing else; for other heads each position would be features
+    # more.
     suited = [name for name in names if name.endswith(".map") == maps]
     if not suited and {"each", "all"} & {item for item in inputs if isinstance(item, str)}:
         given = ", ".join(names)

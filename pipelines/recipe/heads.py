@@ -49,6 +49,7 @@ class HeadGrid(Section):
         kind = self.head_kind
         fixed = {name: getattr(self, name) for name in kind.fixed}
         values = {axis: tuple(dict.fromkeys(getattr(self, axis))) for axis in kind.axes}
+        # In order: each solution of a regularization path starts from its neighbour's.
         path_values = sorted(values.pop(kind.path_axis)) if kind.path_axis else [None]
         products = [
             dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())

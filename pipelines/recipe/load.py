@@ -192,6 +192,8 @@ def _absolute(recipe: Recipe, recipe_path: Path) -> Recipe:
 def _located(backbone: Backbone, recipe_folder: Path) -> dict[str, str]:
     """Return the absolute name of a backbone in a folder, with its name in the recipe as alias."""
     name = absolute_name(backbone.name, recipe_folder)
+    # The leaderboard keeps the name of the recipe: an absolute path would be long, and another
+    # elsewhere.
     return {} if name == backbone.name else {"name": name, "alias": backbone.alias or backbone.name}
 
 
@@ -200,6 +202,7 @@ def _absolute_log(log: LogSection | None, recipe_folder: Path) -> LogSection | N
         return None
     mlflow_uri = (
         log.mlflow
+        # An address of a server starts from no folder.
         if log.mlflow is None or "://" in log.mlflow
         else str(recipe_folder / expand_home(log.mlflow))
     )
@@ -213,6 +216,7 @@ def _weights_file(weights: str | None, recipe_folder: Path) -> str | None:
     """Return the name of a weights file, by its suffix, as a path from the recipe's folder; other
     names, such as tags, unchanged.
     """
+    # Tags of the libraries have no suffix.
     if weights and weights.endswith((".pth", ".pt", ".bin", ".safetensors")):
         return str(recipe_folder / expand_home(weights))
     return weights

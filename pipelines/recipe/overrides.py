@@ -29,6 +29,7 @@ def read_overrides(settings: Iterable[str]) -> list[Override]:
                 f"--set {text}: expected KEY=VALUE, a key of the recipe with dots between its "
                 "levels: --set task.folds=3"
             )
+        # As a recipe with one key, so that a value means the same in both.
         _, values = read_yaml(f"value: {value_text}", Path(f"--set {text}"), ["value"])
         if set(values) != {"value"}:
             raise RecipeError(f"--set {text}: expected one value; give each key its own --set")
@@ -40,6 +41,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[Override]) -> di
     """Return the recipe's values with the overrides. Raises RecipeError for a key inside a value
     that is not a mapping, and for an item that a list does not have.
     """
+    # The caller's values stay as they are in the file.
     changed = copy.deepcopy(values)
     for override in overrides:
         section: Any = changed

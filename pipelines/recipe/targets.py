@@ -32,7 +32,10 @@ def check_targets(
     Raises DataError for targets that cannot be learned.
     """
     column_names = target_columns(section)
+    # Rows without a target are predicted in the end, and so are those with a blank one.
     target_values = samples[column_names].apply(empty_as_missing)
+    # Names stay text. All other targets are numbers, also the 0 and 1 of labels and one-hot
+    # classes.
     holds_names = (section.kind == "single" and len(column_names) == 1) or (
         section.kind == "multi" and _holds_labels(target_values, section)
     )
@@ -147,6 +150,7 @@ def _encode_one_hot(target_values: pd.DataFrame) -> tuple[tuple[str, ...], npt.N
             "in them, which task.kind: single needs. Set task.kind to multi (several labels) or "
             "regression, or name one column"
         )
+    # A class without an image could not be trained or tested.
     used = np.flatnonzero(numbers.any(axis=0)).tolist()
     if len(used) < 2:
         raise DataError("task.target: all images have their 1 in the same column")
@@ -177,6 +181,7 @@ def _encode_label_sets(
         else:  # in a column of lists without a separator, a text is one label
             cell_parts = [value] if separator is None else str(value).split(separator)
         label_texts = as_text(pd.Series(cell_parts, dtype=object)).dropna().tolist()
+        # A separator at the end of a cell is no label more.
         return [text for text in label_texts if text]
 
     label_sets = column.map(labels_of).tolist()
@@ -202,6 +207,7 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
     if column.dtype.kind in "biuf":
         return column.astype(np.float64)
     cell_text = as_text(column)
+    # A Boolean column of a CSV comes as text.
     numbers = pd.to_numeric(cell_text.replace({"True": "1", "False": "0"}), errors="coerce").astype(
         np.float64
     )

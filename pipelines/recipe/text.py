@@ -363,6 +363,7 @@ def explain(
 def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str:
     """Return the key that an unknown one may mean, and the keys of its section."""
     valid_keys = _keys_at(model, location[:-1])
+    # C is a key, and c a likely way to write it.
     keys_by_lower = {name.lower(): name for name in valid_keys}
     word = str(location[-1]).lower().replace("-", "_")[:80]
     word = _OTHER_NAMES.get(word, word)

@@ -30,6 +30,7 @@ def unit_targets(
     columns = target.reshape(len(target), -1)
     by_unit = pd.DataFrame(columns).groupby(unit_of_row)
     differs = (by_unit.nunique() > 1).any(axis=1).to_numpy()
+    # Then it does not matter how images of a unit are combined.
     if not differs.any():
         return target, []
     if section.unit_label == "same":
@@ -66,6 +67,7 @@ def _refusal(
 ) -> str:
     first_unit = int(differs.argmax())
     rows = np.flatnonzero(unit_of_row == first_unit)
+    # Two images that differ, so that a person can look at both.
     other_row = rows[(columns[rows] != columns[rows[0]]).any(1).argmax()]
 
     def text(row: np.intp) -> str:

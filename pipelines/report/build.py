@@ -139,8 +139,10 @@ def _pictured(known: pd.DataFrame, max_pictures: int) -> list[str]:
     """Return the content hashes of the images pictured on the map: mistakes, as at most half of
     them, and the rest at random.
     """
+    # With a seed, so that the same run gives the same page.
     rng = np.random.default_rng(0)
     contents = known["content"].to_numpy(str)
+    # A regression has no outcome.
     wrong = np.flatnonzero(known.get("outcome", pd.Series("", index=known.index)) == "wrong")
     drawn = np.concatenate(
         [rng.permutation(wrong)[: max_pictures // 2], rng.permutation(len(known))]

@@ -83,6 +83,7 @@ def write_comparison(
     require_ours(page_path)
     require_same_task(*runs)
     sides, remarks = paired_sides(*runs)
+    # Images that both have judged are among the first run's.
     thumbnails = run_thumbnails(runs[0])
     metrics = {
         side.name: paired_metrics(runs[0].task_kind, side.target, side.predictions, side.groups)
@@ -90,6 +91,7 @@ def write_comparison(
     }
     sections = (
         _score_section(runs, sides, metrics, remarks),
+        # The test images first: the winners were chosen on the others.
         *(_change_section(runs, side, thumbnails) for side in reversed(sides)),
         *(_class_section(runs, sides) if runs[0].task_kind == "single" else ()),
         _leaders_section(runs),
@@ -115,6 +117,7 @@ def require_same_task(first: FinishedRun, second: FinishedRun) -> None:
             f"{first.paths.root} is a {first.task_kind} task and {second.paths.root} a "
             f"{second.task_kind} one: their predictions cannot be compared. {other_way}"
         )
+    # Their order may differ: `paired_sides` renumbers those of the second run.
     if differing := sorted(set(first.classes) ^ set(second.classes)):
         named = ", ".join(repr(name) for name in differing[:5])
         raise InvalidInput(
@@ -137,6 +140,7 @@ def paired_sides(
         if isinstance(tested, str):
             remarks.append(Note(f"No test images of {letter}: {tested}.", "warning"))
         by_run.append({side.name: side for side in judged_sides(run, tested)})
+    # `require_same_task` has seen to it that both have the same classes.
     order = [second.classes.index(name) for name in first.classes]
     sides = []
     for name in by_run[0]:
@@ -170,6 +174,7 @@ def _pair(task_kind: str, first: JudgedSide, second: JudgedSide, order: list[int
     # Classes are numbered as in the first run.
     target_2 = np.argsort(order)[target_2] if task_kind == "single" else target_2[:, order]
     same = target_1 == target_2
+    # Of several labels, all must be the same.
     same = same.all(1) if same.ndim > 1 else same
     predictions = np.stack(
         [first.predicted[rows_1[same]], second.predicted[rows_2[same]][:, order]]
@@ -390,6 +395,7 @@ def _agreement_table(side: PairedSide, hits: npt.NDArray[np.bool_]) -> Table:
 
 
 def _error_blocks(run: FinishedRun, side: PairedSide) -> list[Block]:
+    # A number is neither right nor wrong: all images are listed, by how much their errors changed.
     errors = np.abs(side.predictions - side.target).mean(2)
     order = np.argsort(-np.abs(errors[1] - errors[0]), kind="stable")
     frame = pd.DataFrame(
@@ -428,6 +434,7 @@ def _class_section(
         for name, is_right in zip(("first", "second"), hits, strict=True):
             n_right = np.bincount(side.target[is_right], minlength=len(counts))
             frame[name] = n_right / np.maximum(counts, 1)
+        # A class without images on this side has no recall.
         frames.append(frame[frame["images"] > 0])
     frame = pd.concat(frames, ignore_index=True)
     frame["difference"] = frame["second"] - frame["first"]
@@ -477,6 +484,7 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
                 Column("standard_error", "± s.e.", shown),
                 *(Column(name, name) for name in keys),
             ),
+            # The settings of one rank stand below each other.
             frame.sort_values(["rank", "run"], ignore_index=True),
             filters=("run", "kind"),
             search=True,

@@ -22,6 +22,7 @@ WATTS_PER_CORE, WATTS_PER_GPU, WATTS_PER_GB = 12.0, 200.0, 0.3725
 def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
     """Return the section. watts: what the machine draws while it works, if the user knows it."""
     stages = run.stages
+    # Records that cannot be read are missing in the sums below.
     cost_blocks: list[Block] = [Note(damage_text, "warning") for damage_text in run.damaged_records]
     if not stages.empty:
         power_watts, assumption_text = _machine_power(run, watts)
@@ -85,6 +86,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def _machine_power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
+    # What a person has measured comes before any table of usual figures.
     if watts is not None:
         return (
             watts,

@@ -32,7 +32,9 @@ def curve_set(
     Arguments are those of `outcome_blocks`.
     """
     truth = target[:, None] == np.arange(len(classes)) if task_kind == "single" else target > 0
+    # As on the page, where thresholds are 32-bit numbers.
     scores = np.asarray(predicted, np.float32)
+    # Of two classes, one curve is the other's mirror image.
     shown = range(1, 2) if task_kind == "single" and len(classes) == 2 else range(len(classes))
     points = _MOST_POINTS if len(classes) <= _MANY_CLASSES else _FEW_POINTS
     curves = [

@@ -84,6 +84,7 @@ def _failed_blocks(run: FinishedRun) -> list[Block]:
 
 
 def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
+    # Numbers have no classes to be counted.
     if run.task_kind == "regression":
         return _target_blocks(run, test)
     train = _class_counts(run.task_kind, run.bank.target, len(run.classes))
@@ -135,6 +136,7 @@ def _target_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
         sides["test"] = test.target
     for side, target in sides.items():
         for number, name in enumerate(run.classes):
+            # Each target by itself: their units differ.
             values = np.asarray(target[:, number], float)
             rows.append(
                 {

@@ -104,6 +104,7 @@ def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, 
 
 
 def _evaluation_count(run: FinishedRun, evaluation: Any, selected: SelectedModel) -> Note:
+    # By image, and not by split: another seed draws another test split from the same images.
     images = set(evaluation["images"])
     winners = {
         str(past["winner"])
@@ -130,6 +131,7 @@ def _evaluations_table(run: FinishedRun) -> Table | None:
     rows = []
     for evaluation in run.test_evaluations:
         winner, result = evaluation["winner"], evaluation["result"]
+        # An ensemble's record names its members instead of one spec.
         if "ensemble" in winner:
             shown = f"an ensemble of {len(winner['ensemble'])} members"
         else:

@@ -42,6 +42,7 @@ def instance_sections(
 ) -> tuple[Section, ...]:
     """Return the section; nothing if no head of the selected model predicts units as a whole."""
     heads = _selected_heads(run, selected)
+    # Heads that predict images one by one weigh all images of a unit alike.
     if not any(takes_units(row) for _, row in heads):
         return ()
     lead = (
@@ -150,6 +151,7 @@ def _wrong_and_surprise(
     if task_kind == "multi":
         return ((predicted >= 0.5) != (target > 0)).any(1), error.max(1).astype(np.float64)
     scaled = (error / np.maximum(error.std(0), 1e-12)).max(1).astype(np.float64)
+    # No error of a number is wrong by itself: the larger half stands for the wrong ones.
     is_wrong = scaled > np.median(scaled)
     return is_wrong, np.where(is_wrong, scaled, -scaled)
 

@@ -32,6 +32,7 @@ def judged_sides(run: FinishedRun, tested: TestPredictions | str) -> tuple[Judge
     rows = run.held_out_rows
     dataset = None if isinstance(run.images, str) else run.images.dataset
     content = run.bank.content.astype(str)
+    # Without the listing the user's groups are not known; exact copies are.
     groups = np.unique(content, return_inverse=True)[1] if dataset is None else dataset.groups
     validation = JudgedSide(
         VALIDATION,
@@ -69,6 +70,7 @@ def user_columns(run: FinishedRun) -> pd.DataFrame:
     """Return the user's columns except target, id and path, by image id; none without images."""
     if isinstance(run.images, str):
         return pd.DataFrame()
+    # The target would colour the map by the answer, and be a slice of itself.
     left_out = {"path", "content", *target_columns(run.recipe.task)}
     samples = run.images.samples.drop_duplicates("id").set_index("id")
     columns = samples[[name for name in samples.columns if name not in left_out]]

@@ -72,6 +72,7 @@ def leaderboard_section(run: FinishedRun) -> Section:
         switch=("best", "only the best of each inputs and kind"),
         search=True,
         page=25,
+        # The winner, wherever sorting takes its row.
         marked=frozenset({0}),
     )
     whole = (
@@ -168,6 +169,7 @@ def _shown_board(run: FinishedRun) -> tuple[pd.DataFrame, list[str]]:
     `best` marks the first row of each inputs and kind.
     """
     names = [name for name in METRICS if name in run.heads.columns and name != run.metric]
+    # A head that was trained on all rows has no validation score.
     folds = run.heads[run.heads["fold"] != REFIT]
     means = folds.groupby(["inputs", "spec"], sort=False)[names].mean().reset_index()
     board = run.board.merge(means, on=["inputs", "spec"], how="left", suffixes=("", "_mean"))

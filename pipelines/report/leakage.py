@@ -140,6 +140,7 @@ def _near_duplicates(
         found_pairs = pd.DataFrame(
             {"first": image_rows[pairs.first], "second": image_rows[pairs.second]}
         )
+        # Outer: a pair may be alike in its pixels, or in its features alone.
         pair_frame = pair_frame.merge(found_pairs, on=["first", "second"], how="outer")
         if pairs.compared < len(image_rows):
             remarks.append(

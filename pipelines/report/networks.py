@@ -70,6 +70,7 @@ def _network_score(run: FinishedRun, key: str) -> float:
 
 def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
     numbers = ("network", "head", "gain", "gain_low", "gain_high", "seconds")
+    # A field that a record lacks is None, and would make its column one of objects.
     frame = frame.astype(dict.fromkeys(numbers, float))
     title, shown = metric_title(run.metric), metric_format(run.metric)
     columns = (

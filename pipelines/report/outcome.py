@@ -216,6 +216,7 @@ def _confused_order(confusion_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.i
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
+    # As shares, so that a large class does not look like the one that all are confused with.
     shares = confusion_counts / np.maximum(confusion_counts.sum(1, keepdims=True), 1)
     distance = 1 - np.minimum(shares + shares.T, 1)
     np.fill_diagonal(distance, 0)
@@ -234,6 +235,7 @@ def _class_table(
     class_counts = np.bincount(target, minlength=C)
     predicted_counts = np.bincount(predicted_class, minlength=C)
     hit_counts = np.bincount(target[predicted_class == target], minlength=C)
+    # The area under a class's curve is that of the class against the rest.
     one_hot = target[:, None] == np.arange(C)
     class_frame = pd.DataFrame(
         {
@@ -335,6 +337,7 @@ def _reliability_figure(
     mean_confidence = np.bincount(bin_index, weights=confidence) / bin_counts
     share_right = np.bincount(bin_index, weights=is_correct) / bin_counts
     excess = bin_counts * (mean_confidence - share_right) / max(bin_counts.sum(), 1)
+    # Bins that are too sure and not sure enough cancel in the mean excess, and not in the error.
     calibration_error, mean_excess = float(np.abs(excess).sum()), float(excess.sum())
     # Two points are about what chance gives with a few hundred rows.
     if abs(mean_excess) <= 0.02:

@@ -46,9 +46,12 @@ def paired_metrics(
         else:
             resamples = RESAMPLES
             if metric in SORTED_METRICS:
+                # Each resample sorts all predictions anew; a hundred still give the ends of a 95 %
+                # interval.
                 resamples = int(min(RESAMPLES, max(100, _SORTED_BUDGET / predictions.size)))
             gains = []
             for start in range(0, resamples, _BLOCK):
+                # How often each group is drawn is a weight of its rows, so that nothing is copied.
                 drawn = rng.multinomial(
                     n_groups, np.full(n_groups, 1 / n_groups), min(_BLOCK, resamples - start)
                 )
@@ -135,6 +138,7 @@ def _design_effect(differences: Floats, groups: npt.NDArray[Any]) -> float:
     """
     group_of_row = np.unique(groups, return_inverse=True)[1]
     sizes = np.bincount(group_of_row).astype(np.float64)
+    # If all rows of a group are equal, a group counts as one row.
     worst = float((sizes**2).sum() / sizes.sum())
     if worst <= 1:
         return 1.0

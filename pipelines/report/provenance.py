@@ -87,6 +87,7 @@ def _feature_blocks(run: FinishedRun) -> list[Block]:
         "dtype": "stored, computed",
     }
     frame = pd.DataFrame(rows)
+    # Said once for all: taps of one network differ in nothing but the tap.
     shared = {name: title for name, title in titles.items() if frame[name].nunique() == 1}
     columns = (
         Column("name", "feature set"),

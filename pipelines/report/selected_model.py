@@ -110,6 +110,7 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
         return run.images
     test = run.images.dataset.test
     identity = evaluation["winner"]
+    # Scores on other images would be an evaluation that is not on record.
     if identity["test"] != test.digest:
         return f"the test images have changed since {selected.name} was shown them"
     try:
@@ -133,6 +134,7 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
             else predict_average(members, of_images, test=test, trust_code=run.trust_code)
         )
         scored = scored_predictions(test, lambda _: predictions, temperature, floor)
+    # A page without the test images is still a page.
     except (HeadraceError, OSError, KeyError) as error:
         return f"the predictions of the test images cannot be made again: {error}"
     return TestPredictions(test, *scored, predictions[1])

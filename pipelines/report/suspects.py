@@ -41,6 +41,7 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     predicted_class = predicted.argmax(1)
     confidence = predicted.max(1)
     wrong_rows = np.flatnonzero(predicted_class != target)
+    # A mistake that the winner is sure of is most worth a look: the label may be wrong.
     wrong_rows = wrong_rows[np.argsort(-confidence[wrong_rows], kind="stable")]
     mistake_frame = pd.DataFrame(
         {
@@ -88,6 +89,7 @@ def _label_error_blocks(
     predicted: npt.NDArray[np.float32],
 ) -> list[Block]:
     held_out_rows, class_names = run.held_out_rows, np.asarray(run.classes, object)
+    # Out-of-fold predictions: a head would repeat the wrong label of an image that it trained on.
     suspect_rows = likely_label_errors(target, predicted)
     if not len(suspect_rows):
         return [Note("No label is likely wrong by confident learning.", "good")]
@@ -257,6 +259,7 @@ def _make_pictures(
     caption_columns: Sequence[str],
 ) -> tuple[Picture, ...]:
     pictures = []
+    # The columns' names are for programs that read the tables.
     caption_titles = {"of_suggested": "probability", "times": "usual errors"}
     for position, (image_row, row_values) in enumerate(
         zip(image_rows[:SHOWN], image_frame.head(SHOWN).to_dict("records"), strict=True)

@@ -43,9 +43,11 @@ def write_page(
     page_path: one that `require_ours` allows. made: one line that says when, by what and from what.
     """
     page_text = render_page(f"{_TITLE}{title}", made, headline, sections)
+    # Nothing is made for a page that could not be rendered.
     page_path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(page_path)
     page_exists = page_path.exists()
+    # Whole or not at all: a call that is killed leaves the earlier page.
     publish_replace(page_path, page_text.encode("utf-8", "replace"))
     table_paths = (
         write_tables(page_path.with_name(f"{page_path.stem}-tables"), sections, replace=page_exists)

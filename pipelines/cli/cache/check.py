@@ -78,6 +78,7 @@ def verify_command(
     )
     changed_sources: list[ProblemOutput] = []
     recomputed: list[RecomputedOutput] = []
+    # Rows that cannot be read can neither be compared with images nor with new features.
     if recipe is not None and not n_problems:
         if sources:
             changed_sources = _verify_sources(recipe, directories, say)
@@ -191,6 +192,7 @@ def _verify_recompute(
                     BackboneFeatures(backbone, [spec], [()]),
                     Path(scratch_folder),
                 )
+                # Rows of other recipes' images cannot be extracted again here.
                 has_image = np.isin(
                     feature_set.content_hashes().astype("U32"),
                     [content_hash for content_hash in content_by_row if content_hash],
@@ -232,6 +234,7 @@ def _extract_again(
     from headrace.extract.run.plan import plan_work_units
     from headrace.extract.run.work_unit import run_work_unit
 
+    # Into a cache of its own: the one that is verified would answer from its own rows.
     for job in plan_work_units(
         samples[samples["content"].isin(row_contents)], [network], cache_root=scratch_folder
     ):

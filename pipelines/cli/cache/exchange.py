@@ -75,6 +75,7 @@ def export_command(
         feature_set, selection = open_feature_set(find_feature_set(cache, name)), None
     written_paths = EXPORTS[format_name](feature_set, target, selection)
     missing_ids = [] if selection is None else selection.missing
+    # The images of one recipe have one id each; a cache may hold those of several.
     ambiguous_ids = find_ambiguous_ids(feature_set) if selection is None else []
     if json_output:
         print_json(
@@ -153,6 +154,7 @@ def import_command(
 
         loaded_recipe = load_recipe(recipe)
         cache = loaded_recipe.cache
+    # A head would read the answer from them.
     forbidden_names = _columns_that_are_no_features(loaded_recipe) if loaded_recipe else {}
     external_features = read_external_features(
         source,
@@ -171,6 +173,7 @@ def import_command(
             if content_hash is not None
         }
         target_columns = loaded_recipe.task.target
+        # By content, to find features that repeat the target under another name.
         target_table = samples[
             [target_columns] if isinstance(target_columns, str) else list(target_columns)
         ].set_axis(content_by_row, axis=0)
@@ -213,6 +216,7 @@ def _rows_of_recipe(recipe_path: Path, name_or_tap: str) -> "tuple[FeatureSet, R
     selection = select_rows(
         feature_set, [str(sample_id) for sample_id in samples["id"]], content_by_row
     )
+    # An empty table would look like an export that has worked.
     if not selection.ids:
         raise CacheError(
             f"{feature_set.path} has no row of any of the {count_text(len(samples), 'image')} of "

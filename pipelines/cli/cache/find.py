@@ -57,6 +57,7 @@ def find_feature_set(
 
     Raises CacheError if there is none, or several.
     """
+    # What has no spec yet can be removed, but not read.
     directories = feature_set_directories(cache_root) + (
         unfinished_directories(cache_root) if include_unfinished else []
     )

@@ -37,6 +37,7 @@ def gc_command(
     from headrace.pipelines.cluster.task_leases import remove_dead
     from headrace.pipelines.paths import unit_leases
 
+    # Without a recipe nothing counts as unused, and only what killed processes left goes.
     used_fingerprints = None
     if recipes:
         used_fingerprints = {
@@ -96,6 +97,7 @@ def remove_command(
     from headrace.cache.integrity.garbage import remove_feature_set, tree_bytes
     from headrace.pipelines.cli.json_output import RemovedOutput, print_json
 
+    # First, because a removal that was killed may be of the one that is named.
     finished_fingerprints = _finish_removals(cache, name)
     directory: Path | None = None
     size_bytes = 0
@@ -107,6 +109,8 @@ def remove_command(
     if directory is not None:
         size_bytes = tree_bytes(directory)
         if not yes:
+            # With --json the question goes to the standard error: the standard output is the
+            # object.
             typer.confirm(
                 f"Remove {directory} ({size_bytes / 1e6:,.1f} MB)?", abort=True, err=json_output
             )

@@ -45,6 +45,7 @@ def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = F
     for directory in directories:
         try:
             outputs.append(_describe(open_feature_set(directory)))
+        # Listed all the same: a broken one is what people look for.
         except CacheError:
             outputs.append(
                 FeatureSetOutput(fingerprint=directory.name, path=str(directory), is_broken=True)
@@ -142,6 +143,7 @@ def show_command(
     print_line(f"{'bytes':>14}  {feature_set.stored_bytes:,} in {feature_set.path}")
     written = described.last_written
     print_line(f"{'last written':>14}  {written.isoformat(' ', 'minutes') if written else 'never'}")
+    # Nothing is summed up where features were given in their dtype.
     if quantization_error.squared:
         measured_text = (
             f"largest {quantization_error.largest:.3g}, root mean square "

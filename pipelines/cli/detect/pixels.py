@@ -47,6 +47,7 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
             highs.append(float(finite.max()))
         counts.add(values.shape[2])
         dtypes.add(values.dtype)
+    # No one setting fits images of several kinds.
     if len(counts) != 1 or len(dtypes) != 1 or not lows:
         return PixelSettings(notes=_notes_on_pages(paths))
     (count,), (dtype,) = counts, dtypes

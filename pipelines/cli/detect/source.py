@@ -111,6 +111,8 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
     If both are possible the sub-folders are taken, and a note says how to take the table.
     """
     tables = [path for path in sorted(folder.iterdir()) if is_table(path) and path.is_file()]
+    # They lie beside the images where predict has been tried, and name them as a table of labels
+    # does.
     prediction_tables = [path for path in tables if _is_predictions(path)]
     finding_of_table: dict[Path, Finding] = {}
     refusal_texts: list[str] = []

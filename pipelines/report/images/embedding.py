@@ -63,6 +63,7 @@ def map_section(
         text = f"No map: the features cannot be read: {error}"
         return Section("map", title, lead, (Note(text, "warning"),))
     blocks: list[Block] = [*remarks, *notes]
+    # Two points lie in one line, whatever they are.
     if len(rows) < 3:
         blocks.append(Note(f"No map: {len(rows)} of the images have features."))
         return Section("map", title, lead, tuple(blocks))
@@ -83,6 +84,7 @@ def map_section(
         layouts,
         colourings(shown, () if run.recipe.task.group is None else (run.recipe.task.group,)),
         tuple(shown["id"].astype(str)),
+        # Nothing at all saves the page a list of as many nulls as there are images.
         pictures if n_pictures else (),
     )
     return Section("map", title, lead, (point_map, *blocks))

@@ -51,10 +51,12 @@ def quality_section(
         f"Measured on grey copies of {MEASURED_SIDE} pixels. A picture at an end of a scale is "
         "often an image that should not be there."
     )
+    # Without images, or with --pictures 0.
     if measured.empty:
         reason = run.images if isinstance(run.images, str) else "no image was read for this page"
         return Section("quality", title, lead, (Note(f"Not measured: {reason}."),))
     blocks: list[Block] = [_size_facts(measured, known, copies)]
+    # Copies of an image would fill all places at an end of a scale.
     frame = known.drop_duplicates("content").set_index("content")[["id", "split"]]
     frame = frame.join(measured, how="inner")
     for name, smallest, caption in _EXTREMES:

@@ -114,6 +114,7 @@ def _slice_rows(
 ) -> Iterator[dict[str, Any]]:
     metric, values = side_values(run, side)
     overall = float(values.mean())
+    # The user's columns are known by id, what was measured by the image's content.
     of_user = columns.reindex(side.ids).reset_index(drop=True)
     of_pixels = measured.reindex(side.content).reset_index(drop=True)
     for name, column in (*of_user.items(), *of_pixels.items()):
@@ -140,6 +141,7 @@ def _slices_of(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]
     column with one value or more than MAX_VALUES.
     """
     is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    # None first: as text, a missing value would be the word nan.
     words = column.astype(object).where(column.notna(), None)
     words = words.map(lambda word: "(none)" if word is None else str(word))
     if is_number and column.nunique() > MAX_VALUES:
@@ -151,6 +153,7 @@ def _slices_of(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]
         words = words.where(column.notna(), "(none)")
     elif pd.api.types.is_float_dtype(column):
         words = column.map(lambda number: f"{number:.4g}", na_action="ignore").fillna("(none)")
+    # One value divides nothing; of very many, each stands for a few images.
     if not 2 <= words.nunique() <= MAX_VALUES:
         return
     for word, rows in words.groupby(words, sort=True).indices.items():

@@ -57,6 +57,7 @@ def make_small_copies(
     n_bytes = unreadable = n_read = 0
     with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the GIL
         for start in range(0, len(content_hashes), _CHUNK):
+            # Large images on a slow disk would take longer than all the rest of the page.
             if n_bytes > _MAX_BYTES:
                 break
             chunk = content_hashes[start : start + _CHUNK]
@@ -91,6 +92,7 @@ def _read_copy(
 def measure_image(path: str, data: bytes, pixel_range: PixelRange | None = None) -> SmallCopy:
     """Return the small copy of an image. data: the bytes of its file. Raises ImageError."""
     image, (width, height) = _decode_small(path, data, pixel_range)
+    # Measured before it is made smaller still: at 72 pixels blur can hardly be seen.
     image.thumbnail((MEASURED_SIDE, MEASURED_SIDE))
     grey = np.asarray(image.convert("L"), np.float32) / 255
     padded = np.pad(grey, 1, mode="edge")

@@ -125,6 +125,7 @@ def reliability_chart(
 ) -> str:
     """Return a chart of the share right against confidence, by bin, and of the bins' counts."""
     with rc_context(_STYLE):
+        # Not from pyplot, which would keep every figure in memory until it is closed.
         figure = Figure(figsize=(WIDTH / 72, 4.4), layout="constrained")
         axes, count_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.plot([0, 1], [0, 1], color=_MUTED, linestyle=_DASHES, linewidth=1, label="perfect")
@@ -264,6 +265,7 @@ def _svg_text(figure: Figure) -> str:
             metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
         )
     svg_text = plain_text(svg_file.getvalue())
+    # Without the declaration of XML and the document type, which cannot stand inside HTML.
     svg_text = svg_text[svg_text.index("<svg") :]
     # Nothing but addresses of namespaces, in a page that promises to load nothing from the network.
     svg_text = re.sub(r"<metadata>.*?</metadata>", "", svg_text, flags=re.S)
@@ -281,6 +283,7 @@ def _svg_text(figure: Figure) -> str:
 def _unique_ids(svg_text: str) -> str:
     """Drop ids that nothing refers to, and make the others differ from those of other figures."""
     id_prefix = f"f{hashlib.sha256(svg_text.encode()).hexdigest()[:8]}-"
+    # Clip paths and markers are referred to; matplotlib gives most other elements an id, too.
     used_ids = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', svg_text))
     svg_text = re.sub(
         r' id="([^"]+)"',

@@ -67,6 +67,7 @@ def render_page(title: str, made: str, headline: Headline, sections: Sequence[Se
         warnings=warning_blocks,
         style=Markup(style_text),
         script=Markup(script_text),
+        # The policy of the page runs the script of this hash, and no other.
         script_hash=base64.b64encode(hashlib.sha256(script_text.encode()).digest()).decode(),
         table=_TableView,
         prose=prose,
@@ -159,6 +160,7 @@ class _TableView:
                     if row_switch and self.tools
                     else None
                 ),
+                # JSON has no sets.
                 "marked": sorted(self.table.marked),
             }
         )
@@ -288,6 +290,7 @@ def _packed_words(column_values: list[Any]) -> Any:
     if not column_values or not isinstance(column_values[0], str) or None in column_values:
         return column_values
     distinct_words = list(dict.fromkeys(column_values))
+    # Words that hardly repeat, such as ids, would get longer by their codes.
     if len(distinct_words) * 2 > len(column_values):
         return column_values
     code_of_word = {word: word_code for word_code, word in enumerate(distinct_words)}

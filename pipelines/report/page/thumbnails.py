@@ -34,6 +34,7 @@ class Thumbnails:
 
     def get(self, content: str) -> str | None:
         """Return a data URI; None if the file is gone or has other bytes than the run saw."""
+        # One image may be a mistake, a likely label error and the darkest.
         if content not in self._made:
             self._made[content] = self._make(content)
             self.missing += self._made[content] is None
@@ -54,6 +55,7 @@ class Thumbnails:
         except (KeyError, OSError, ImageError):
             return None
         if max(image.size) <= _SMALL:
+            # A whole number, so that all pixels stay equally large.
             scale = _ENLARGED_SIDE // max(image.size)
             image = image.resize(
                 (image.width * scale, image.height * scale), Image.Resampling.NEAREST
