@@ -18,21 +18,14 @@ def content_hashes_by_id(
     and keeps the rows of an image that has been edited. Ids are compared as text, in the form of
     `as_text`.
     """
-    id_table = pd.DataFrame(
-        {
-            "id": as_text(pd.Series(list(sample_ids), dtype=object)),
-            "content": content_hashes.astype("U32"),
-        }
-    )
-    id_table = id_table.drop_duplicates()
+    ids = as_text(pd.Series(list(sample_ids), dtype=object))
+    id_table = pd.DataFrame({"id": ids, "content": content_hashes.astype("U32")}).drop_duplicates()
     # A groupby of all ids would build a million lists of one; only ambiguous ids are grouped.
     has_several = id_table["id"].duplicated(keep=False)
-    unambiguous_rows = id_table[~has_several]
+    single = id_table[~has_several]
     hashes_of_id = {
         sample_id: (content_hash,)
-        for sample_id, content_hash in zip(
-            unambiguous_rows["id"], unambiguous_rows["content"], strict=True
-        )
+        for sample_id, content_hash in zip(single["id"], single["content"], strict=True)
     }
     return hashes_of_id | {
         str(sample_id): tuple(values)

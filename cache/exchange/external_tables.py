@@ -86,11 +86,9 @@ def read_columns(
 
 def read_text_table(table_path: Path) -> pd.DataFrame:
     """Read the small table of ids beside an array; a CSV's values are not converted."""
-    return (
-        _read_csv(table_path, None, None, str)
-        if table_path.suffix.lower() not in (".parquet", ".pq")
-        else _read_parquet(table_path, None)
-    )
+    if table_path.suffix.lower() in (".parquet", ".pq"):
+        return _read_parquet(table_path, None)
+    return _read_csv(table_path, None, None, str)
 
 
 def _read_csv(
@@ -137,52 +135,38 @@ def _read_csv(
 def _read_parquet(table_path: Path, column_names: Sequence[str] | None) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
-    require_plausible_size(
-        _VALUE_BYTES * _count_declared_values(table_path, column_names), table_path
-    )
-    arrow_table = pq.read_table(
-        table_path, columns=None if column_names is None else list(column_names)
-    )
+    n_values = _count_declared_values(table_path, column_names)
+    require_plausible_size(_VALUE_BYTES * n_values, table_path)
+    table = pq.read_table(table_path, columns=None if column_names is None else list(column_names))
     # ignore_metadata: pandas' own would hide a column of ids that has been the index.
     # integer_object_nulls: integers with a gap would otherwise become floats and lose digits.
-    data_frame: pd.DataFrame = arrow_table.to_pandas(
-        ignore_metadata=True, integer_object_nulls=True
-    )
-    return data_frame
+    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+    return frame
 
 
 def _count_declared_values(table_path: Path, column_names: Sequence[str] | None) -> int:
     """Return how many values a Parquet file declares for these columns; each of a list counts."""
     import pyarrow.parquet as pq
 
-    requested_columns = None if column_names is None else set(column_names)
+    # The path of a list is `name.list.element`; names may contain dots.
+    prefixes = None if column_names is None else tuple(f"{name}." for name in column_names)
     n_values = 0
     with pq.ParquetFile(table_path) as parquet_file:
         metadata = parquet_file.metadata
-        column_paths = [column.path for column in parquet_file.schema]
-        column_indices = [
-            column_index
-            for column_index, column_path in enumerate(column_paths)
-            # The path of a list is `name.list.element`; names may contain dots.
-            if requested_columns is None
-            or column_path in requested_columns
-            or any(column_path.startswith(f"{column_name}.") for column_name in requested_columns)
-        ]
+        path_of_index = {
+            index: column.path
+            for index, column in enumerate(parquet_file.schema)
+            if prefixes is None or f"{column.path}.".startswith(prefixes)
+        }
         for row_group in range(metadata.num_row_groups):
             # One row is read first, because `metadata.row_group(i).column(j)` ends the process
             # where the description of a column chunk is damaged; reading it raises an error.
-            next(
-                parquet_file.iter_batches(
-                    batch_size=1,
-                    row_groups=[row_group],
-                    columns=[column_paths[column_index] for column_index in column_indices],
-                ),
-                None,
+            batches = parquet_file.iter_batches(
+                batch_size=1, row_groups=[row_group], columns=list(path_of_index.values())
             )
-            n_values += sum(
-                metadata.row_group(row_group).column(column_index).num_values
-                for column_index in column_indices
-            )
+            next(batches, None)
+            group = metadata.row_group(row_group)
+            n_values += sum(group.column(index).num_values for index in path_of_index)
     return n_values
 
 

@@ -43,21 +43,13 @@ def find_row_counters(features: FeatureArray) -> list[int]:
     for start_row, stop_row in _row_blocks(len(features)):
         if not len(column_indices):
             break
-        expected_values = (
-            first_row[column_indices]
-            + np.arange(start_row, stop_row)[:, None] * step_of_column[column_indices]
-        )
-        difference = np.abs(
-            np.asarray(features[start_row:stop_row][:, column_indices], np.float64)
-            - expected_values
-        )
-        column_indices = column_indices[
-            (
-                difference
-                <= rounding_error[column_indices] + 1e-3 * np.abs(step_of_column[column_indices])
-            ).all(axis=0)
-        ]
-    return [int(column_index) for column_index in column_indices]
+        steps, row_numbers = step_of_column[column_indices], np.arange(start_row, stop_row)
+        expected_values = first_row[column_indices] + row_numbers[:, None] * steps
+        values = np.asarray(features[start_row:stop_row][:, column_indices], np.float64)
+        allowed_error = rounding_error[column_indices] + 1e-3 * np.abs(steps)
+        is_counter = (np.abs(values - expected_values) <= allowed_error).all(axis=0)
+        column_indices = column_indices[is_counter]
+    return column_indices.tolist()
 
 
 def find_target_columns(features: FeatureArray, target: pd.Series) -> list[int]:
@@ -97,11 +89,8 @@ def _class_constant_columns(
         if not len(column_indices):
             break
         expected_values = class_values[class_codes[start_row:stop_row]][:, column_indices]
-        column_indices = column_indices[
-            (features[labelled_rows[start_row:stop_row]][:, column_indices] == expected_values).all(
-                axis=0
-            )
-        ]
+        values = features[labelled_rows[start_row:stop_row]][:, column_indices]
+        column_indices = column_indices[(values == expected_values).all(axis=0)]
     leaking_columns = []
     for column in column_indices:
         value_codes, distinct_values = pd.factorize(class_values[:, column])
@@ -113,17 +102,14 @@ def _class_constant_columns(
 
 def _monotone_columns(features: FeatureArray, row_order: npt.NDArray[np.intp]) -> list[int]:
     """Return the columns that never fall, or never rise, along the rows of `row_order`."""
-    sampled_rows = row_order[
-        np.linspace(0, len(row_order) - 1, min(len(row_order), _FIRST_ROWS)).astype(np.int64)
-    ]
+    n_sampled = min(len(row_order), _FIRST_ROWS)
+    sampled_rows = row_order[np.linspace(0, len(row_order) - 1, n_sampled).astype(np.int64)]
     column_indices = np.arange(features.shape[1])
+    # A few rows rule out nearly every column, before the others are read.
     for row_subset in (sampled_rows, row_order):
-        value_steps = np.diff(
-            np.asarray(features[row_subset][:, column_indices], np.float64), axis=0
-        )
-        column_indices = column_indices[
-            (value_steps >= 0).all(axis=0) | (value_steps <= 0).all(axis=0)
-        ]
+        values = np.asarray(features[row_subset][:, column_indices], np.float64)
+        steps = np.diff(values, axis=0)
+        column_indices = column_indices[(steps >= 0).all(axis=0) | (steps <= 0).all(axis=0)]
         if not len(column_indices):
             break
     return [

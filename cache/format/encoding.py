@@ -73,14 +73,10 @@ def encode_rows(
         # `relative_rms`, is not needed then either.
         features = np.ascontiguousarray(features)
         for row_block in _row_blocks(features):
-            if not _all_finite(features[row_block], storage_dtype):
-                _refuse_values(
-                    _not_finite(features[row_block], storage_dtype),
-                    features[row_block],
-                    sample_ids,
-                    row_block.start,
-                    storage_dtype,
-                )
+            values = features[row_block]
+            if not _all_finite(values, storage_dtype):
+                is_bad = _not_finite(values, storage_dtype)
+                _refuse_values(is_bad, values, sample_ids, row_block.start, storage_dtype)
         return EncodedRows(features, None, None, QuantizationError())
     stored_rows = np.empty(features.shape, STORED_DTYPES[storage_dtype])
     quantization_error = QuantizationError()
@@ -88,30 +84,20 @@ def encode_rows(
         _channel_range(features, sample_ids) if storage_dtype == "uint8" else (None, None)
     )
     for row_block in _row_blocks(features):
-        block_values = features[row_block].astype(
-            np.float32 if features.dtype != np.float64 else np.float64
-        )
+        wide_dtype = np.float64 if features.dtype == np.float64 else np.float32
+        values = features[row_block].astype(wide_dtype)
+        stored_rows[row_block] = _encode_block(values, storage_dtype, channel_scale, channel_offset)
         # Values that are not finite, or overflow, are found by the result of the conversion; those
         # for uint8 were found when `_channel_range` measured them.
-        stored_rows[row_block] = _encode_block(
-            block_values, storage_dtype, channel_scale, channel_offset
-        )
         if storage_dtype != "uint8":
-            _refuse_values(
-                _not_finite(stored_rows[row_block], storage_dtype),
-                block_values,
-                sample_ids,
-                row_block.start,
-                storage_dtype,
-            )
-        storage_error = block_values - _decode_as_float32(
+            is_bad = _not_finite(stored_rows[row_block], storage_dtype)
+            _refuse_values(is_bad, values, sample_ids, row_block.start, storage_dtype)
+        error = values - _decode_as_float32(
             stored_rows[row_block], storage_dtype, channel_scale, channel_offset
         )
-        largest_error = max(
-            float(storage_error.max(initial=0)), -float(storage_error.min(initial=0))
-        )
+        largest_error = max(float(error.max(initial=0)), -float(error.min(initial=0)))
         quantization_error += QuantizationError(
-            largest_error, _sum_of_squares(storage_error), _sum_of_squares(block_values)
+            largest_error, _sum_of_squares(error), _sum_of_squares(values)
         )
     return EncodedRows(stored_rows, channel_scale, channel_offset, quantization_error)
 
@@ -130,14 +116,20 @@ def decode_rows(
     if storage_dtype == "bfloat16":
         return (stored_rows.astype(np.uint32) << 16).view(np.float32)
     if storage_dtype == "uint8":
-        assert channel_scale is not None
-        assert channel_offset is not None
-        trailing_axes = (1,) * (stored_rows.ndim - 2)
         decoded_values = stored_rows.astype(np.float32)
-        decoded_values *= channel_scale.reshape(channel_scale.shape + trailing_axes)
-        decoded_values += channel_offset.reshape(channel_offset.shape + trailing_axes)
+        # In place, because a batch of maps is large.
+        decoded_values *= _over_channels(channel_scale, stored_rows.ndim)
+        decoded_values += _over_channels(channel_offset, stored_rows.ndim)
         return decoded_values
     return stored_rows
+
+
+def _over_channels(
+    channel_values: npt.NDArray[np.float32] | None, n_axes: int
+) -> npt.NDArray[np.float32]:
+    """Return values of channels, (C,) or (n, C), in a shape that fits rows of `n_axes` axes."""
+    assert channel_values is not None  # every shard of uint8 has them
+    return channel_values.reshape(channel_values.shape + (1,) * (n_axes - 2))
 
 
 def _decode_as_float32(
@@ -168,21 +160,11 @@ def _encode_block(
             np.uint16
         )
     if storage_dtype == "uint8":
-        assert channel_scale is not None
-        assert channel_offset is not None
-        trailing_axes = (1,) * (block_values.ndim - 2)
+        step_sizes = _over_channels(channel_scale, block_values.ndim)
         # A constant channel has scale 0; any divisor stores its values as 0.
-        step_sizes = np.where(channel_scale > 0, channel_scale, np.float32(1)).reshape(
-            channel_scale.shape + trailing_axes
-        )
-        return np.clip(
-            np.rint(
-                (block_values - channel_offset.reshape(channel_offset.shape + trailing_axes))
-                / step_sizes
-            ),
-            0,
-            255,
-        ).astype(np.uint8)
+        step_sizes = np.where(step_sizes > 0, step_sizes, np.float32(1))
+        steps = (block_values - _over_channels(channel_offset, block_values.ndim)) / step_sizes
+        return np.asarray(np.clip(np.rint(steps), 0, 255), np.uint8)
     # A value too large for the dtype becomes infinite, which the caller refuses.
     with np.errstate(over="ignore"):
         return block_values.astype(STORED_DTYPES[storage_dtype])
@@ -197,15 +179,13 @@ def _channel_range(
         with np.errstate(over="ignore"):  # an overflow gives infinity, which is refused below
             is_bad = ~np.isfinite(block_values.astype(np.float32))
         _refuse_values(is_bad, block_values, sample_ids, row_block.start, "uint8")
-    reduced_axes = (0, *range(2, features.ndim))
     if not len(features):
         return np.zeros(features.shape[1:2], np.float32), np.zeros(features.shape[1:2], np.float32)
+    reduced_axes = (0, *range(2, features.ndim))
     # float64, in which the difference of two float32 extremes does not overflow.
-    lowest_values = features.min(axis=reduced_axes).astype(np.float64)
-    highest_values = features.max(axis=reduced_axes).astype(np.float64)
-    return ((highest_values - lowest_values) / 255).astype(np.float32), lowest_values.astype(
-        np.float32
-    )
+    lowest = features.min(axis=reduced_axes).astype(np.float64)
+    highest = features.max(axis=reduced_axes).astype(np.float64)
+    return ((highest - lowest) / 255).astype(np.float32), lowest.astype(np.float32)
 
 
 def _all_finite(values: npt.NDArray[Any], storage_dtype: str) -> bool:

@@ -73,14 +73,11 @@ def build_shard(
     # No time, host or path goes into the file: the same rows give the same bytes, so an interrupted
     # and an uninterrupted extraction are equal, and two writers of a unit make the same shard.
     with h5py.File(sparse_file, "w", libver="earliest", **alignment) as hdf5_file:
-        for attribute_name, attribute_text in (
-            ("format", FORMAT),
-            ("fingerprint", spec.fingerprint),
-            ("unit", unit),
-        ):
-            _set_text_attribute(hdf5_file, attribute_name, attribute_text)
-        _set_number_attribute(hdf5_file, "version", np.int64(VERSION))
-        _set_text_attribute(hdf5_file, "spec", spec.to_json())
+        _set_attribute(hdf5_file, "format", FORMAT)
+        _set_attribute(hdf5_file, "fingerprint", spec.fingerprint)
+        _set_attribute(hdf5_file, "unit", unit)
+        _set_attribute(hdf5_file, "version", np.int64(VERSION))
+        _set_attribute(hdf5_file, "spec", spec.to_json())
         # The features come last, so that nothing but headers can follow them in the file.
         _write_array(hdf5_file, "content", np.frombuffer("".join(content_hashes).encode(), "S32"))
         _write_texts(hdf5_file, "id", sample_ids)
@@ -91,13 +88,9 @@ def build_shard(
             np.array([failure.content_hash.encode() for failure in failures], "S32"),
         )
         _write_texts(hdf5_file, "failed_reason", [failure.reason for failure in failures])
-        features_data_set = _create_features(hdf5_file, spec, encoded, stored_rows, compression)
-        features_start = (
-            features_data_set.id.get_offset()
-            if compression is None and stored_rows.nbytes
-            else None
-        )
-    if features_start is None:
+        data_set = _create_features(hdf5_file, spec, encoded, stored_rows, compression)
+        features_start = data_set.id.get_offset()
+    if compression is not None or not stored_rows.nbytes:
         body_parts: list[bytes | memoryview] = [sparse_file.read_range(0, sparse_file.size)]
     else:
         features_end = features_start + stored_rows.nbytes
@@ -130,11 +123,11 @@ def _create_features(
     else:
         features = _create_compressed(hdf5_file, stored_rows)
     axes = ", ".join(["sample", "channel", "y", "x"][: stored_rows.ndim])
-    _set_text_attribute(features, "encoding", ENCODINGS[spec.dtype])
-    _set_text_attribute(features, "axes", axes)
-    _set_text_attribute(features, "units", "activation of the network, no physical unit")
+    _set_attribute(features, "encoding", ENCODINGS[spec.dtype])
+    _set_attribute(features, "axes", axes)
+    _set_attribute(features, "units", "activation of the network, no physical unit")
     for field_name, value in dataclasses.asdict(encoded.quantization_error).items():
-        _set_number_attribute(features, f"round_off_{field_name}", np.float64(value))
+        _set_attribute(features, f"round_off_{field_name}", np.float64(value))
     return features
 
 
@@ -177,35 +170,23 @@ def _write_array(parent: h5py.Group, data_set_name: str, values: npt.NDArray[Any
 def _write_texts(parent: h5py.Group, data_set_name: str, texts: Sequence[str]) -> None:
     encoded_texts = list(map(str.encode, texts))
     text_bytes = max(map(len, encoded_texts), default=1)
-    _write_array(
-        parent,
-        data_set_name,
-        np.array(encoded_texts, h5py.string_dtype("utf-8", max(text_bytes, 1))),
-    )
-
-
-def _set_text_attribute(hdf5_object: h5py.HLObject, attribute_name: str, text: str) -> None:
-    # Fixed length, because variable-length text lies in a heap, which `validate_shard` would have
-    # to follow.
-    data = text.encode()
-    _set_attribute(
-        hdf5_object, attribute_name, np.array(data, h5py.string_dtype("utf-8", len(data)))
-    )
-
-
-def _set_number_attribute(
-    hdf5_object: h5py.HLObject, attribute_name: str, value: np.int64 | np.float64
-) -> None:
-    _set_attribute(hdf5_object, attribute_name, np.asarray(value))
+    text_dtype = h5py.string_dtype("utf-8", max(text_bytes, 1))
+    _write_array(parent, data_set_name, np.array(encoded_texts, text_dtype))
 
 
 def _set_attribute(
-    hdf5_object: h5py.HLObject, attribute_name: str, value: npt.NDArray[Any]
+    hdf5_object: h5py.HLObject, attribute_name: str, value: str | np.int64 | np.float64
 ) -> None:
-    type_id = h5py.h5t.py_create(value.dtype, logical=True)
-    h5py.h5a.create(
-        hdf5_object.id, attribute_name.encode(), type_id, h5py.h5s.create_simple(())
-    ).write(value, type_id)
+    if isinstance(value, str):
+        data = value.encode()
+        # Fixed length, because variable-length text lies in a heap, which `validate_shard` would
+        # have to follow.
+        array = np.array(data, h5py.string_dtype("utf-8", len(data)))
+    else:
+        array = np.asarray(value)
+    type_id, scalar = h5py.h5t.py_create(array.dtype, logical=True), h5py.h5s.create_simple(())
+    attribute = h5py.h5a.create(hdf5_object.id, attribute_name.encode(), type_id, scalar)
+    attribute.write(array, type_id)
 
 
 def _create_compressed(parent: h5py.Group, stored_rows: npt.NDArray[Any]) -> h5py.Dataset:

@@ -1,6 +1,7 @@
 """Verification of a feature set: every byte, every source image, and rows computed again."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,13 +119,12 @@ def verify_sources(
     extracted again is stored under both hashes and is no problem; nor is a new image. Images of
     another data set that shares the cache are reported as not in this one.
     """
-    stored_hashes: dict[str, set[str]] = {}
-    for sample_id, content_hash in zip(
-        feature_set.ids(), feature_set.content_hashes().astype("U32").tolist(), strict=True
-    ):
-        stored_hashes.setdefault(sample_id, set()).add(content_hash)
+    stored_hashes: dict[str, set[str]] = defaultdict(set)
+    row_hashes = feature_set.content_hashes().astype("U32").tolist()
+    for sample_id, content_hash in zip(feature_set.ids(), row_hashes, strict=True):
+        stored_hashes[sample_id].add(content_hash)
     for failure in feature_set.failures():
-        stored_hashes.setdefault(failure.id, set()).add(failure.content_hash)
+        stored_hashes[failure.id].add(failure.content_hash)
     problems = []
     for sample_id, known_hashes in stored_hashes.items():
         # "": no image has the id; None: it has an image, which cannot be read.
@@ -182,11 +182,9 @@ def verify_recompute(
     measured when it was written), plus RECOMPUTE_TOLERANCE times the root mean square of the rows.
     """
     possible_rows = np.arange(feature_set.n_rows) if candidate_rows is None else candidate_rows
-    row_positions = np.sort(
-        np.random.default_rng(seed).choice(
-            possible_rows, min(n_rows, len(possible_rows)), replace=False
-        )
-    )
+    n_drawn = min(n_rows, len(possible_rows))
+    drawn_rows = np.random.default_rng(seed).choice(possible_rows, n_drawn, replace=False)
+    row_positions = np.sort(drawn_rows)  # in the order of the disk
     ids, content_hashes = feature_set.ids(), feature_set.content_hashes()
     sample_ids = [ids[row] for row in row_positions.tolist()]
     stored_rows = feature_set.read(row_positions).reshape(len(row_positions), -1).astype(np.float64)

@@ -23,15 +23,13 @@ def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame
         category_names = _category_names(values)
         # {image: its categories}, a dict as an ordered set
         labels_by_image: dict[Any, dict[str, None]] = {image["id"]: {} for image in images}
-        if len(labels_by_image) < len(images):
+        if n_repeated := len(images) - len(labels_by_image):
             raise SourceError(
-                f"{table_path}: {count_text(len(images) - len(labels_by_image), 'id')} of images "
-                "occur more than once"
+                f"{table_path}: {count_text(n_repeated, 'id')} of images occur more than once"
             )
         for annotation in annotations or []:
-            labels_by_image[annotation["image_id"]][category_names[annotation["category_id"]]] = (
-                None
-            )
+            label = category_names[annotation["category_id"]]
+            labels_by_image[annotation["image_id"]][label] = None
         image_paths = [str(image["file_name"]) for image in images]
     except (KeyError, TypeError) as error:
         raise SourceError(
@@ -39,17 +37,16 @@ def coco_rows(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame
             "with id and file_name, annotations with image_id and category_id, categories with id "
             "and name"
         ) from error
-    has_several = any(len(image_labels) > 1 for image_labels in labels_by_image.values())
-    label_column = [
-        list(image_labels) or None if has_several else next(iter(image_labels), None)
-        for image_labels in labels_by_image.values()
-    ]
     note = f"{table_path.name}: COCO; the label of an image is the category of its annotations"
-    if has_several:
+    label_lists = list(map(list, labels_by_image.values()))
+    label_column: list[Any]
+    if any(len(labels) > 1 for labels in label_lists):
         note += ". Some images have several, so that the labels are lists: task.kind: multi"
-    return pd.DataFrame({"path": image_paths, "label": pd.Series(label_column, dtype=object)}), (
-        note,
-    )
+        label_column = [labels or None for labels in label_lists]
+    else:
+        label_column = [labels[0] if labels else None for labels in label_lists]
+    frame = pd.DataFrame({"path": image_paths, "label": pd.Series(label_column, dtype=object)})
+    return frame, (note,)
 
 
 def coco_boxes(values: Mapping[str, Any], table_path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:

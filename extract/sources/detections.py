@@ -46,8 +46,9 @@ def cut_detections(listing: Listing, detections_path: Path, min_confidence: floa
     tally = Tally()
     id_column, path_column = listing.samples["id"].tolist(), listing.samples["path"].tolist()
     detected_files = _match(map(locator_file, path_column), boxes_of_file)
-    images = zip(id_column, path_column, detected_files, strict=True)
-    for row, (name, path, detected_file) in enumerate(images):
+    for row, (name, path, detected_file) in enumerate(
+        zip(id_column, path_column, detected_files, strict=True)
+    ):
         if not detected_file:
             how = "does not name" if detected_file is None else "names ambiguously"
             tally.leave_out(f"images that {detections_path.name} {how}", name)
@@ -97,6 +98,7 @@ def _match(image_files: Iterable[str], detected_files: Iterable[str]) -> list[st
         _nearest(image_file, files_of_name.get(PurePosixPath(image_file).name, []))
         for image_file in image_files
     ]
+    # Two images may claim one file, a copy in another folder say: the boxes are of one of them.
     claims = Counter((file, n_shared) for n_shared, files in nearest for file in files)
     most_shared: dict[str, int] = {}
     for file, n_shared in claims:

@@ -48,17 +48,10 @@ def task_rows(
     n_several = 0
     controls: dict[str, None] = {}
     for task_number, task in enumerate(tasks, start=1):
-        row = {
-            key: value
-            for key, value in task["data"].items()
-            if isinstance(value, str | int | float)
-        }
+        data = task["data"].items()
+        row = {key: value for key, value in data if isinstance(value, str | int | float)}
         try:
-            annotations = [
-                annotation
-                for annotation in task["annotations"]
-                if not annotation.get("was_cancelled")
-            ]
+            annotations = [item for item in task["annotations"] if not item.get("was_cancelled")]
             task_answers = _answers(annotations[0]) if annotations else {}
         except (AttributeError, KeyError, TypeError) as error:
             raise SourceError(
@@ -76,12 +69,11 @@ def task_rows(
         )
     frame = pd.DataFrame(rows, dtype=object)
     for control in controls:
-        answers = frame[control]
-        if all(len(answer) <= 1 for answer in answers if isinstance(answer, list)):
-            frame[control] = [
-                answer if not isinstance(answer, list) else answer[0] if answer else None
-                for answer in answers
-            ]
+        is_list = frame[control].map(lambda answer: isinstance(answer, list)).astype(bool)
+        choices = frame.loc[is_list, control]
+        # Lists, of which each has one choice at most, are no target of several labels.
+        if (choices.map(len) <= 1).all():
+            frame.loc[is_list, control] = choices.map(lambda choice: next(iter(choice), None))
     notes = [f"{table_path.name}: tasks of Label Studio; their answers: {', '.join(controls)}"]
     if n_several:
         notes.append(
@@ -127,12 +119,11 @@ def local_names(addresses: "pd.Series[Any]", image_root: Path) -> "pd.Series[Any
         *folders, name = unquote(match[1]).replace("\\", "/").split("/")
         if name not in paths_by_name:
             name = _UPLOAD_MARK.sub("", name)
-        lengths = {
-            path: _common_end(path.split("/"), [*folders, name])
-            for path in paths_by_name.get(name, ())
-        }
+        paths = paths_by_name.get(name, ())
+        lengths = {path: _common_end(path.split("/"), [*folders, name]) for path in paths}
         longest = max(lengths.values(), default=0)
         fitting = [path for path, length in lengths.items() if 0 < length == longest]
+        # Of several, nobody knows which one the label is of: the row becomes a recorded failure.
         return fitting[0] if len(fitting) == 1 else address
 
     return addresses.where(~is_address, addresses.map(local_name, na_action="ignore"))

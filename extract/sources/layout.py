@@ -81,14 +81,12 @@ def read_layout(
     _refuse_vanished(image_folders, other_folders, class_depth, source_text)
     folder_names_by_label: dict[str, set[str]] = defaultdict(set)  # the folders' own names by label
     labels: list[str | None] = []
-    for parent_folders in image_folders:
-        label = (
-            normalize_text(printable_name(parent_folders[class_depth]))
-            if len(parent_folders) > class_depth
-            else None
-        )
-        if label is not None:
-            folder_names_by_label[label].add(parent_folders[class_depth])
+    for folders in image_folders:
+        if len(folders) <= class_depth:
+            labels.append(None)
+            continue
+        label = normalize_text(printable_name(folders[class_depth]))
+        folder_names_by_label[label].add(folders[class_depth])
         labels.append(label)
     notes = [
         f"the folders {', '.join(map(repr, sorted(folder_names)))} are one class, {label!r}: they "
@@ -98,68 +96,48 @@ def read_layout(
     ]
     if not class_depth:
         return FolderLabels(labels, None, tuple(notes))
-    split_sides = sorted({parent_folders[0] for parent_folders in image_folders if parent_folders})
+    splits = [folders[0] if folders else None for folders in image_folders]
     notes.append(
-        f"the folders {', '.join(split_sides)} are the sides of a split, and the folders in them "
-        "the classes"
+        f"the folders {', '.join(sorted(filter(None, set(splits))))} are the sides of a split, and "
+        "the folders in them the classes"
     )
     if n_unlabelled := sum(label is None for label in labels):
         notes.append(
             f"{count_text(n_unlabelled, 'image lies', 'images lie')} in no class's folder and have "
             "no label"
         )
-    return FolderLabels(
-        labels,
-        [parent_folders[0] if parent_folders else None for parent_folders in image_folders],
-        tuple(notes),
-    )
+    return FolderLabels(labels, splits, tuple(notes))
 
 
 def _split_depth(image_folders: Sequence[FolderParts], layout: Layout, source_text: str) -> int:
     """Return the level of the classes' folders: 0 the outermost, 1 below the sides of a split."""
     if layout != "auto":
         return int(layout == "split")
-    outer_names = sorted({parent_folders[0] for parent_folders in image_folders if parent_folders})
-    split_names = [folder_name for folder_name in outer_names if folder_name.lower() in SPLIT_WORDS]
-    other_names = [
-        folder_name for folder_name in outer_names if folder_name.lower() not in SPLIT_WORDS
-    ]
-    train_classes = {
-        parent_folders[1]
-        for parent_folders in image_folders
-        if len(parent_folders) > 1 and SPLIT_WORDS.get(parent_folders[0].lower()) == "train"
-    }
-    if not split_names or (
-        other_names and len({SPLIT_WORDS[folder_name.lower()] for folder_name in split_names}) < 2
-    ):
+    outer_names = sorted({folders[0] for folders in image_folders if folders})
+    split_names = [name for name in outer_names if name.lower() in SPLIT_WORDS]
+    other_names = [name for name in outer_names if name.lower() not in SPLIT_WORDS]
+    sides = {SPLIT_WORDS[name.lower()] for name in split_names}
+    # One word of a split among other folders: a class that happens to have this name.
+    if not sides or (other_names and len(sides) < 2):
         return 0
-    if other_names:
-        raise SourceError(
-            _ambiguous(
-                source_text,
-                f"holds {', '.join(split_names)}, which are words for the sides of a split, and "
-                f"{', '.join(other_names[:5])}",
-            )
-        )
+    train_classes = {
+        folders[1]
+        for folders in image_folders
+        if len(folders) > 1 and SPLIT_WORDS.get(folders[0].lower()) == "train"
+    }
     if len(outer_names) == 1 and len(train_classes) < 2:
         return 0  # one folder that happens to have this name; callers refuse a single class
-    if not train_classes:
-        raise SourceError(
-            _ambiguous(
-                source_text,
-                f"holds {', '.join(split_names)}, which are words for the sides of a split, "
-                "without a class's folder in train",
-            )
-        )
-    return 1
-
-
-def _ambiguous(source_text: str, found_text: str) -> str:
-    return (
-        f"{source_text} {found_text}. Are these the classes, or a split with the classes in them? "
-        "Say which in the recipe, images.layout: classes or images.layout: split (headrace init: "
-        "--layout split); or move away what does not belong, or leave it out: images.exclude: "
-        "[NAME] (headrace init: --exclude NAME)"
+    if train_classes and not other_names:
+        return 1
+    # Taken for the other one, either would give a head of classes that nobody meant.
+    others = f" and {', '.join(other_names[:5])}" if other_names else ""
+    lacking = "" if other_names else " without a class's folder in train"
+    raise SourceError(
+        f"{source_text} holds {', '.join(split_names)}, which are words for the sides of a split,"
+        f"{others}{lacking}. Are these the classes, or a split with the classes in them? Say which "
+        "in the recipe, images.layout: classes or images.layout: split (headrace init: --layout "
+        "split); or move away what does not belong, or leave it out: images.exclude: [NAME] "
+        "(headrace init: --exclude NAME)"
     )
 
 
@@ -173,31 +151,25 @@ def _refuse_vanished(
     if class_depth:
         # Folders beside the sides of the split hold neither sides nor classes.
         other_folders = [
-            parent_folders
-            for parent_folders in other_folders
-            if parent_folders and parent_folders[0].lower() in SPLIT_WORDS
+            folders for folders in other_folders if folders and folders[0].lower() in SPLIT_WORDS
         ]
     for level in range(class_depth + 1):
-        used_names = {
-            parent_folders[level] for parent_folders in image_folders if len(parent_folders) > level
-        }
-        existing_names = {
-            parent_folders[level] for parent_folders in other_folders if len(parent_folders) > level
-        }
+        used_names = {folders[level] for folders in image_folders if len(folders) > level}
+        existing_names = {folders[level] for folders in other_folders if len(folders) > level}
         if vanished_names := sorted(existing_names - used_names):
-            vanished_text = ", ".join(printable_name(name) for name in vanished_names[:5])
+            names = list(map(printable_name, vanished_names[:5]))
             folder_role = "class" if level == class_depth else "side of the split"
-            only_name = used_names.pop() if level == 0 and len(used_names) == 1 else None
-            alone_text = (
-                f". If {only_name} holds all images, name it: headrace init "
-                f"{shlex.quote(f'{source_text}/{only_name}')}"
-                if only_name
-                else ""
-            )
+            alone_text = ""
+            if level == 0 and len(used_names) == 1:
+                # The photos and a folder of something else, and not two classes.
+                (only_name,) = used_names
+                only_folder = shlex.quote(f"{source_text}/{only_name}")
+                alone_text = (
+                    f". If {only_name} holds all images, name it: headrace init {only_folder}"
+                )
             raise SourceError(
-                f"{source_text}: no file in the folder {vanished_text} can be used as an image, so "
-                f"that this {folder_role} would be missing. Add images that can be read, or leave "
-                f"it out: images.exclude: {as_yaml_list(map(printable_name, vanished_names[:5]))} "
-                "in the recipe (headrace init: --exclude "
-                f"{shlex.quote(printable_name(vanished_names[0]))}){alone_text}"
+                f"{source_text}: no file in the folder {', '.join(names)} can be used as an image, "
+                f"so that this {folder_role} would be missing. Add images that can be read, or "
+                f"leave it out: images.exclude: {as_yaml_list(names)} in the recipe (headrace "
+                f"init: --exclude {shlex.quote(names[0])}){alone_text}"
             )

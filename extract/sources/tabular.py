@@ -231,15 +231,11 @@ def _samples(
         if "image" not in frame:
             frame = frame.assign(image=written_names)
         has_box = pd.Series([crop is not None for crop in crops], index=frame.index)
+        names, locators = _crop_names(written_names, locators, crops)
         if labelled:
             tally.leave_out_rows("rows without a box", written_names, ~has_box)
-        written_names, locators = _crop_names(written_names, locators, crops)
-        if labelled:
-            frame, written_names, locators = (
-                frame[has_box],
-                written_names[has_box],
-                locators[has_box],
-            )
+            frame, names, locators = frame[has_box], names[has_box], locators[has_box]
+        written_names = names
     elif options.boxes == "auto":
         notes += [
             f"{table_path.name}: the column {name!r} may hold boxes, and is not read: whole images "
@@ -249,31 +245,27 @@ def _samples(
         ]
     id_column = options.id_column
     if id_column is None and "id" in frame.columns and image_column != "id":
+        note = "the column 'id' tells the rows apart (images.id_column)"
+        id_column = "id"
         if labelled and _ids_repeat(frame["id"], locators):
             # The samples' own column `id` must be unique, and this one is not.
-            frame = frame.rename(columns={"id": "image_id"})
-            notes.append(
-                f"{table_path.name}: the column 'id' repeats, so that the paths tell the rows "
-                "apart; it is called 'image_id' here"
+            frame, id_column = frame.rename(columns={"id": "image_id"}), None
+            note = (
+                "the column 'id' repeats, so that the paths tell the rows apart; it is called "
+                "'image_id' here"
             )
-        else:
-            id_column = "id"
-            notes.append(
-                f"{table_path.name}: the column 'id' tells the rows apart (images.id_column)"
-            )
+        notes.append(f"{table_path.name}: {note}")
     _refuse_reserved(frame, table_path, image_column, id_column)
     sample_ids = written_names if id_column is None else as_text(frame[id_column])
     if not labelled:
         # Rows without an image keep their place, under a path that does not exist: a failure.
-        placeholders = pd.Series(
-            [f"row {row + 1} names no image" for row in range(len(frame))], index=frame.index
-        )
+        row_numbers = pd.Series(range(1, len(frame) + 1), index=frame.index)
+        placeholders = "row " + row_numbers.astype(str) + " names no image"
         sample_ids = sample_ids.fillna(written_names).fillna(placeholders)
         locators = locators.fillna(f"{image_root}/" + placeholders)
     samples = pd.DataFrame({"id": sample_ids, "path": locators}, dtype=object)
-    replaced_columns = ("id", "path", f"{image_column}.path")
-    kept_columns = [name for name in frame.columns if name not in replaced_columns]
-    samples[kept_columns] = frame[kept_columns]
+    replaced_columns = ["id", "path", f"{image_column}.path"]
+    samples = samples.join(frame.drop(columns=replaced_columns, errors="ignore"))
     has_metadata_split = table_path.name in HUGGING_FACE_METADATA and "split" not in samples
     if has_metadata_split and (split_sides := _sides_of_paths(written_names)):
         samples["split"] = split_sides
