@@ -17,7 +17,7 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
 from headrace.heads.layers import Layers, predict_dense
 from headrace.heads.networks.bank import Family, fit_networks, stack
-from headrace.heads.networks.conv_batch import ConvBatch, random_start
+from headrace.heads.networks.conv_batch import ConvBatch
 from headrace.heads.networks.kind import ConvSpec
 from headrace.heads.networks.mlp_data import FoldData
 from headrace.heads.spec import FitResult, Halving
@@ -40,24 +40,21 @@ def fit_conv_bank(
     Maps are standardised channel by channel. Heads of equal channels, hidden widths and batch size
     train side by side. Raises HeadError for features that are no maps or not finite.
     """
-    X, n_classes = data.X, data.n_outputs
+    X = data.X
     if X.ndim not in ((4,) if isinstance(X, Streamed) else (4, 5)):
         raise HeadError(
             f"a convolution head needs maps (N, channels, h, w), found {X.shape}: give a tap like "
             "layer4.map"
         )
     stacked = stack(X, 4)
-    channels, positions = stacked.shape[2], math.prod(stacked.shape[3:])
+    positions = math.prod(stacked.shape[3:])
 
     def head_bytes(spec: ConvSpec) -> int:
         # float32: each layer's product, its normalised value and the gradients of both.
         return 16 * spec.batch_size * positions * sum(spec.channels)
 
     def make(chunk: list[ConvSpec], fold_data: FoldData, held_out_fold: int) -> ConvBatch:
-        starts = [random_start(spec, channels, n_classes) for spec in chunk]
-        return ConvBatch(
-            chunk, starts, fold_data.rows, fold=held_out_fold, device=torch.device(device)
-        )
+        return ConvBatch(chunk, fold_data.rows, fold=held_out_fold, device=torch.device(device))
 
     family = Family(
         alike=lambda spec: (spec.channels, spec.hidden, spec.batch_size, True),

@@ -12,14 +12,13 @@ apart, and so it treats heads apart too. After the mean over positions the heads
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.heads.arrays import Array, Arrays, Floats, Index
+from headrace.heads.arrays import Array, Arrays, Index
 from headrace.heads.networks.kind import ConvSpec
 from headrace.heads.networks.mlp_batch import (
     DropoutBits,
@@ -35,23 +34,19 @@ MOMENTUM, EPSILON = 0.1, 1e-5  # of batch normalisation, torch's defaults
 EVALUATION_ROWS = 512  # rows of one block when no gradient is needed
 
 
-@dataclass(frozen=True)
-class ConvStart:
-    """First parameters of one head."""
+def random_start(
+    spec: ConvSpec, n_inputs: int, n_outputs: int
+) -> tuple[list[Array], list[tuple[Array, Array]]]:
+    """Return first kernels [(E, channels below, 3, 3)] and layers [(weight, bias)] of a head.
 
-    kernels: list[Floats]  # (E, channels below, 3, 3)
-    layers: list[tuple[Floats, Floats]]  # (o, i), (o,)
-
-
-def random_start(spec: ConvSpec, n_inputs: int, n_outputs: int) -> ConvStart:
-    """Draw convolutions by He's normal distribution (for ReLU), layers as torch.nn.Linear does."""
+    Kernels are from He's normal distribution, for ReLU; layers as torch.nn.Linear draws them.
+    """
     generator = np.random.default_rng([spec.seed, 2])
     kernels = [
         (generator.standard_normal((o, i, 3, 3), np.float32) * np.float32(math.sqrt(2 / (9 * i))))
         for i, o in itertools.pairwise((n_inputs, *spec.channels))
     ]
-    layers = draw_layers(generator, (spec.channels[-1], *spec.hidden, n_outputs))
-    return ConvStart(kernels, layers)
+    return kernels, draw_layers(generator, (spec.channels[-1], *spec.hidden, n_outputs))
 
 
 class ConvBatch:
@@ -60,36 +55,39 @@ class ConvBatch:
     def __init__(
         self,
         specs: Sequence[ConvSpec],
-        starts: Sequence[ConvStart],
         rows: Rows,
         *,
         fold: int,
         device: torch.device,
     ) -> None:
-        self.rows, self.device = rows, device
-        self.specs = list(specs)
+        self.specs, self.rows, self.device = list(specs), rows, device
         self.step = 0
-        self.depth, self.layers = len(starts[0].kernels), len(starts[0].layers)
+        self.depth, self.layers = len(specs[0].channels), len(specs[0].hidden) + 1
+        n_inputs = int(rows.features.shape[1])
+        kernels, layers = zip(
+            *(random_start(spec, n_inputs, rows.outputs) for spec in specs), strict=True
+        )
 
         def stack(arrays: Sequence[Array]) -> Tensor:
             return torch.from_numpy(np.stack(arrays)).to(device)
 
-        widths = [kernel.shape[0] for kernel in starts[0].kernels]
+        ones, zeros = (
+            [make(len(specs), width, device=device) for width in specs[0].channels]
+            for make in (torch.ones, torch.zeros)
+        )
         # In this order: kernels, gains, shifts (per convolution), weights, biases (per layer); each
         # (K, …).
-        self.parameters = [stack([start.kernels[n] for start in starts]) for n in range(self.depth)]
-        self.parameters += [torch.ones(len(starts), width, device=device) for width in widths]
-        self.parameters += [torch.zeros(len(starts), width, device=device) for width in widths]
+        self.parameters = [stack(of_heads) for of_heads in zip(*kernels, strict=True)]
+        self.parameters += [*ones, *zeros]
         self.parameters += [
-            stack([start.layers[n][part] for start in starts])
+            stack([layer[part] for layer in of_heads])
             for part in (0, 1)
-            for n in range(self.layers)
+            for of_heads in zip(*layers, strict=True)
         ]
         self.first_moments = [torch.zeros_like(p) for p in self.parameters]
         self.second_moments = [torch.zeros_like(p) for p in self.parameters]
-        # Running means, then running variances.
-        self.running = [torch.zeros(len(starts), width, device=device) for width in widths]
-        self.running += [torch.ones(len(starts), width, device=device) for width in widths]
+        # Running means, then running variances. Copies: gains and shifts are changed in place.
+        self.running = [tensor.clone() for tensor in (*zeros, *ones)]
         self.best = [tensor.clone() for tensor in (*self.parameters, *self.running)]
         self.bits = DropoutBits([spec.seed for spec in specs], fold, device)
         self._read_specs()

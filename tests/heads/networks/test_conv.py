@@ -47,17 +47,17 @@ def one_at_a_time(X: Arrays, y: Arrays, fold: Arrays, number: int, spec: ConvSpe
     train, held = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
     mean, scale = X[train].mean((0, 2, 3)), X[train].std((0, 2, 3))
     rows = torch.from_numpy((X - mean[:, None, None]) / scale[:, None, None])
-    start = random_start(spec, X.shape[1], 10)
+    kernels, layers = random_start(spec, X.shape[1], 10)
     modules: list[torch.nn.Module] = []
-    for kernel in start.kernels:
+    for kernel in kernels:
         conv = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1, bias=False)
         conv.weight.data = torch.from_numpy(kernel)
         modules += [conv, torch.nn.BatchNorm2d(kernel.shape[0]), torch.nn.ReLU()]
     modules += [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
-    for place, (weight, bias) in enumerate(start.layers):
+    for place, (weight, bias) in enumerate(layers):
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
         linear.weight.data, linear.bias.data = torch.from_numpy(weight), torch.from_numpy(bias)
-        modules += [linear] + [torch.nn.ReLU()] * (place < len(start.layers) - 1)
+        modules += [linear] + [torch.nn.ReLU()] * (place < len(layers) - 1)
     net = torch.nn.Sequential(*modules)
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay
