@@ -65,16 +65,7 @@ def prepare(
             # has. Divided by infinity, it never meets its first weights in held-out rows either.
             inputs = _side_inputs(stacked, data)[train]
             scale[data.side[0].start :][(inputs == inputs[:1]).all(0)] = np.inf
-    return fold_data(
-        features,
-        data,
-        weight,
-        held_out_fold,
-        mean,
-        scale,
-        n_positions=stacked.ndim - 3,
-        imputed=imputed,
-    )
+    return fold_data(features, data, weight, held_out_fold, mean, scale, imputed)
 
 
 def fold_data(
@@ -84,18 +75,13 @@ def fold_data(
     held_out_fold: int,
     mean: Array,
     scale: Array,
-    *,
-    n_positions: int = 0,
     imputed: Imputed | None = None,
 ) -> FoldData:
-    """Encode targets and weights of a fold's rows, with the scaling (D,) of their features.
-
-    n_positions: axes of a map's positions.
-    """
+    """Encode targets and weights of a fold's rows, with the scaling (D,) of their features."""
     n, target, outputs, task = len(data.fold), data.target, data.n_outputs, data.task_kind
     held_out = data.held_out_rows(held_out_fold)
     train = weighted_training_rows(data, weight, held_out_fold)
-    shape = (-1,) + (1,) * n_positions  # of maps, (D, 1, 1)
+    shape = (-1,) + (1,) * (len(features.shape) - 2)  # of maps, (D, 1, 1)
     target_mean, target_scale = np.zeros(outputs), np.ones(outputs)
     plain = weight / weight[train].mean()
     balanced, label_weight = plain, None
