@@ -202,7 +202,8 @@ def search(
     largest_k: dict[Metric, int] = {}
     for spec in specs:
         largest_k[spec.metric] = max(spec.k, largest_k.get(spec.metric, 0))
-    # The neighbours of each block of queries; the first block is one without queries.
+    # The neighbours of each block of queries. The first block has no query, so that without queries
+    # the arrays are empty and have their k columns.
     blocks = {
         metric: [(np.zeros((0, k), np.int64), np.zeros((0, k)))] for metric, k in largest_k.items()
     }
