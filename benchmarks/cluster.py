@@ -240,7 +240,7 @@ def model(quick: bool) -> dict[str, float]:
                     result = folder / f"{kind}-{rows}-{width}-{name}.h5"
                     train_bank(BankJob(str(task), (str(directory),), chosen, str(result)))
                     seconds = time.process_time() - started
-                assumed = bank_seconds(specs, rows, width, classes, FOLDS, Rates())
+                assumed = bank_seconds(specs, (rows, width, classes, FOLDS), Rates())
                 ratios.append(seconds / assumed)
                 print(
                     f"{kind:<9} {rows:>6,} x {width}, {classes} classes: {seconds:.2f} s, assumed "

@@ -258,20 +258,13 @@ class FinishedRun:
     @property
     def damaged_records(self) -> Sequence[str]:
         """Sentences about damaged or missing lines of `stages` and `environments`."""
-        record_paths = (self.paths.stages, self.paths.environments)
-        n_damaged = {path.name: read_records(path)[1] for path in record_paths}
-        return [
-            *(
-                f"Damaged lines of {name}, left out here: {count:,}."
-                for name, count in n_damaged.items()
-                if count
-            ),
-            *(
-                f"{path.name} is not there: what it said is left out."
-                for path in record_paths
-                if not path.exists()
-            ),
-        ]
+        sentences = []
+        for path in (self.paths.stages, self.paths.environments):
+            if n_damaged := read_records(path)[1]:
+                sentences.append(f"Damaged lines of {path.name}, left out here: {n_damaged:,}.")
+            elif not path.exists():
+                sentences.append(f"{path.name} is not there: what it said is left out.")
+        return sentences
 
 
 def read_finished_run(run: Path | str, *, trust_code: Collection[str] = ()) -> FinishedRun:

@@ -102,16 +102,13 @@ def check_parity(
 
 def _network_features(network: Network, inputs: Tensor, features_below: Tensor | None) -> Tensor:
     # Few images at once: the maps of all of them might not fit on a GPU.
-    slices = [slice(start, start + 16) for start in range(0, len(inputs), 16)]
+    feature_blocks = []
     with torch.no_grad():
-        return torch.cat(
-            [
-                network.features(
-                    inputs[rows], None if features_below is None else features_below[rows]
-                )
-                for rows in slices
-            ]
-        )
+        for start in range(0, len(inputs), 16):
+            rows = slice(start, start + 16)
+            below = None if features_below is None else features_below[rows]
+            feature_blocks.append(network.features(inputs[rows], below))
+    return torch.cat(feature_blocks)
 
 
 def _fold_predictions(

@@ -1,9 +1,7 @@
 """The blocks of a network that are trained when it is trained above a node."""
 
 import copy
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -88,25 +86,26 @@ def owners_above(
 def _running_order(
     module: nn.Module, node_name: str | None, image_shape: tuple[int, int, int], device: str
 ) -> list[str]:
-    owner_names: list[str] = []
-    node_passed = [node_name is None]
+    owner_names: dict[str, None] = {}  # an ordered set
+    node_passed = node_name is None
 
-    def before(module_name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            if node_passed[0] and module_name not in owner_names:
-                owner_names.append(module_name)
+    def note_owner(module_name: str) -> None:
+        if node_passed:
+            owner_names.setdefault(module_name)
 
-        return hook
+    def note_node() -> None:
+        nonlocal node_passed
+        node_passed = True
 
     for module_name, child in module.named_modules():
         if next(child.parameters(recurse=False), None) is not None:
-            child.register_forward_pre_hook(before(module_name))
+            child.register_forward_pre_hook(lambda *_, name=module_name: note_owner(name))
         if node_name is not None and module_name == node_name:
-            child.register_forward_hook(lambda *_: operator.setitem(node_passed, 0, True))
+            child.register_forward_hook(lambda *_: note_node())
     with torch.no_grad():
         height, width, n_channels = image_shape
         module.eval()(torch.zeros(2, n_channels, height, width, device=device))
-    return owner_names
+    return list(owner_names)
 
 
 def blocks_of(module: nn.Module, owner_names: Sequence[str]) -> list[list[str]]:

@@ -29,6 +29,9 @@ _IMAGE_S = {"cpu": 0.03, "cuda": 0.0005}  # seconds per image and network, at 22
 _BANK_S = 0.08  # seconds to read the task and publish results
 
 
+BankSizes = tuple[int, int, int, int]  # of a bank: rows, features, outputs and folds
+
+
 @dataclass(frozen=True)
 class Rates:
     """The rates measured in a run; nothing at first."""
@@ -67,37 +70,20 @@ def measured_rates(log_folder: Path) -> Rates:
     )
 
 
-def bank_seconds(
-    specs: Sequence[HeadSpec],
-    n_rows: int,
-    n_features: int,
-    n_outputs: int,
-    n_folds: int,
-    rates: Rates,
-) -> float:
+def bank_seconds(specs: Sequence[HeadSpec], sizes: BankSizes, rates: Rates) -> float:
     """Return a bank's core-seconds: a fit of each spec per fold, and one on all rows."""
+    n_rows, n_features, n_outputs, n_folds = sizes
     cost = HEAD_KINDS[specs[0].kind].cost
     shared_s, spec_s = cost(specs[0], n_rows, n_features, n_outputs, n_folds + 1)
     return (_BANK_S + shared_s + len(specs) * spec_s) * rates.kinds.get(specs[0].kind, 1.0)
 
 
-def specs_per_bank(
-    specs: Sequence[HeadSpec],
-    n_rows: int,
-    n_features: int,
-    n_outputs: int,
-    n_folds: int,
-    rates: Rates,
-) -> int:
+def specs_per_bank(specs: Sequence[HeadSpec], sizes: BankSizes, rates: Rates) -> int:
     """Return how many specs make a bank of about TARGET_S."""
     # A power of two, so that small changes of the rates leave the banks as they are, and their
     # results are found again.
     n_specs = MAX_BANK_SPECS
-    while (
-        n_specs > 1
-        and bank_seconds(list(specs[:1]) * n_specs, n_rows, n_features, n_outputs, n_folds, rates)
-        > TARGET_S
-    ):
+    while n_specs > 1 and bank_seconds(list(specs[:1]) * n_specs, sizes, rates) > TARGET_S:
         n_specs //= 2
     return n_specs
 
@@ -106,16 +92,10 @@ def unit_seconds(units: Sequence[ExtractJob], rates: Rates) -> float:
     """Return the device seconds of work units; the cost of an image grows with its pixels."""
     total_s = 0.0
     for job in units:
-        relative_side = max(
-            1.0,
-            max(_crop_side(spec.preprocessing) for _, specs in job.networks for spec in specs)
-            / 224,
-        )
-        assumed_s = (
-            _IMAGE_S["cpu" if job.device == "cpu" else "cuda"]
-            * len(job.networks)
-            * relative_side**2
-        )
+        sides = (_crop_side(spec.preprocessing) for _, specs in job.networks for spec in specs)
+        relative_side = max([224, *sides]) / 224
+        image_s = _IMAGE_S["cpu" if job.device == "cpu" else "cuda"]
+        assumed_s = image_s * len(job.networks) * relative_side**2
         total_s += len(job.samples) * (rates.image_s or assumed_s)
     return total_s
 

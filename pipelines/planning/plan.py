@@ -15,6 +15,7 @@ from headrace.heads.data.task import Task
 from headrace.heads.spec import Halving, HeadSpec, spec_to_json
 from headrace.pipelines.planning.cost_model import (
     MAX_BANK_SPECS,
+    BankSizes,
     Estimate,
     Rates,
     bank_seconds,
@@ -174,23 +175,22 @@ def plan_run(
         fingerprints[SIDE_COLUMNS] = [task.side.fingerprint]
         input_widths[SIDE_COLUMNS] = task.side.n_inputs
 
-    def sizes(inputs: Sequence[str]) -> tuple[int, int, int, int]:
-        """Return the rows, features, outputs and folds of heads on these inputs."""
+    def sizes(inputs: Sequence[str]) -> BankSizes:
         assert task is not None
         # A classifier of two classes is assumed to cost as much as one of two outputs.
         n_outputs = max(2, len(task.classes))
         return len(task.ids), sum(input_widths[name] for name in inputs), n_outputs, task.n_folds
 
     def bank_size(heads: RequestedHeads) -> int:
-        return specs_per_bank(heads.specs, *sizes(heads.inputs), rates)
+        return specs_per_bank(heads.specs, sizes(heads.inputs), rates)
 
     banks = tuple(
-        replace(bank, assumed_s=bank_seconds(bank.specs, *sizes(bank.inputs), _UNMEASURED))
+        replace(bank, assumed_s=bank_seconds(bank.specs, sizes(bank.inputs), _UNMEASURED))
         for bank in _missing_banks(
             requested, fingerprints, "" if task is None else task.digest, trained, bank_size
         )
     )
-    heads_s = sum(bank_seconds(bank.specs, *sizes(bank.inputs), rates) for bank in banks)
+    heads_s = sum(bank_seconds(bank.specs, sizes(bank.inputs), rates) for bank in banks)
     extraction_s = unit_seconds(units, rates)
     on_gpu = bool(units) and units[0].device != "cpu"
     kinds = {bank.kind for bank in banks}
