@@ -22,7 +22,7 @@ from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import read_source
 from headrace.heads.data.side_columns import SideColumns
 from headrace.heads.data.task import TEST, Task
-from headrace.heads.evaluate.metrics import DEFAULT_METRIC, METRICS
+from headrace.heads.evaluate.metrics import DEFAULT_METRIC, METRICS, metric_names
 from headrace.pipelines.planning.sides import (
     CROPPED_IMAGE,
     assign_folds,
@@ -126,10 +126,12 @@ def check_metric(section: TaskSection) -> str:
     """
     kind = section.kind
     metric = section.metric or DEFAULT_METRIC[kind]
-    if metric not in METRICS or kind not in METRICS[metric].tasks:
-        valid = [name for name, known in METRICS.items() if kind in known.tasks]
+    tasks = METRICS[metric].tasks if metric in METRICS else ()
+    if kind not in tasks:
+        hint = f" It is one of task.kind: {' or '.join(tasks)}." if tasks else ""
         raise RecipeError(
-            f"task.metric {metric!r} is no metric of a {kind} task. There are: {', '.join(valid)}"
+            f"task.metric {metric!r} is no metric of a {kind} task.{hint} There are: "
+            f"{', '.join(metric_names(kind))}"
         )
     return metric
 
