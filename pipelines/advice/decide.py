@@ -82,12 +82,14 @@ class Evidence:
     images: int
     classes: int  # 0: not a single-label task
     error: Estimate  # of the best head
-    # error on the half of the images with the highest confidence: about that of label noise
-    surest: Estimate | None
-    gain: dict[int, Estimate]  # by how much the error falls with 2 and 4 times as many images
-    # the error itself with 2 and 4 times as many images, by the same curve
-    ahead: dict[int, Estimate]
-    curve: dict[str, list[float]]  # images, error
+    # error on the half of the images with the highest confidence: about that of label noise; None
+    # if the task is not single-label
+    surest: Estimate | None = None
+    # By how much the error falls with 2 and 4 times as many images, the error itself then, and the
+    # curve (images, error); empty for too few images to draw one.
+    gain: dict[int, Estimate] = field(default_factory=dict)
+    ahead: dict[int, Estimate] = field(default_factory=dict)
+    curve: dict[str, list[float]] = field(default_factory=dict)
     taps: tuple[TapEvidence, ...] = ()  # of one network, early to late
     per_class: tuple[ClassEvidence, ...] = ()
     pilots: tuple[PilotEvidence, ...] = ()

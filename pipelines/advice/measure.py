@@ -29,7 +29,7 @@ from headrace.pipelines.advice.decide import (
     TapEvidence,
     decide,
 )
-from headrace.pipelines.advice.reference import ReferenceEvidence, reference_evidence
+from headrace.pipelines.advice.reference import reference_evidence
 from headrace.pipelines.advice.transferability import transferability_scores
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.finetune_spec import model_spec
@@ -105,9 +105,7 @@ def advise_on(
     losses = _row_losses(validation, predicted)
     error = _error_estimate(validation, losses, draws)
     scores = transferability_scores(task, feature_paths, results_folder)
-    # Fields of `Evidence` with the values that they have without a learning curve, and if the task
-    # is not single-label.
-    evidence: dict[str, Any] = {"gain": {}, "ahead": {}, "curve": {}, "surest": None}
+    evidence: dict[str, Any] = {}  # fields of `Evidence` that not every task has
     if len(task.ids) >= THIN_ROWS:
         curve = _measured_curve(
             heads, task, feature_paths, results_folder / "curves", train_all, groups
@@ -115,15 +113,12 @@ def advise_on(
         evidence |= _curve_evidence(validation, losses, curve, draws)
     if task.kind == "single":
         confidence = predicted.max(1)
-        confident = confidence >= np.median(confidence)
-        evidence["surest"] = _error_estimate(
-            validation, losses[confident], draws[confident], confident
-        )
-    distances: tuple[ReferenceEvidence, ...] = ()
+        sure = confidence >= np.median(confidence)
+        evidence["surest"] = _error_estimate(validation, losses[sure], draws[sure], sure)
     if reference is not None:
         by_depth = _sort_all_by_depth(feature_paths, sort_by_depth)
         sorted_paths = {name: feature_paths[name] for name in by_depth}
-        distances = reference_evidence(sorted_paths, task.content, *reference)
+        evidence["reference"] = reference_evidence(sorted_paths, task.content, *reference)
     return decide(
         Evidence(
             images=len(task.ids),
@@ -132,7 +127,6 @@ def advise_on(
             taps=tap_evidence(heads, validation, feature_paths, draws, sort_by_depth),
             pilots=pilot_evidence(networks, validation, error, draws),
             scores=tuple(asdict(score) for score in scores),
-            reference=distances,
             **evidence,
         )
     )

@@ -46,8 +46,7 @@ def reference_evidence(
     reference_content: Content,
 ) -> tuple[ReferenceEvidence, ...]:
     """Return the distance on each feature set that both runs have, in the order of `feature_paths`.
-
-    Maps are left out, and so are reference images that the run has too.
+    Maps are left out.
 
     feature_paths: directories of the run's feature sets, by name.
     content: content hashes of the run's images.
@@ -70,6 +69,7 @@ def reference_evidence(
             f"are {', '.join(reference_paths)}. Run the reference's images through the same "
             "backbones (weights, image_size, mean, std) and taps"
         )
+    # An image that both runs have would be its own nearest one, at distance 0.
     only_reference = np.setdiff1d(reference_content, content)
     generator = np.random.default_rng(0)
     run_sample, reference_sample = (

@@ -66,6 +66,7 @@ def check_pixels(inputs: Sequence[GraphInput]) -> list[Tensor]:
     """
     pixel_batches = []
     for model_input in inputs:
+        # Anew for each input, so that all show the same pictures.
         generator = torch.Generator().manual_seed(0)
         how = model_input.preprocessing
         coarse = torch.rand(_CHECKED, how.n_channels, 5, 5, generator=generator)

@@ -346,12 +346,13 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
     if not out.exists():
         return
     working_directory, resolved_out = Path.cwd().resolve(), out.resolve()
+    # The shell that typed this would be left in a folder that is gone.
     if resolved_out == working_directory or resolved_out in working_directory.parents:
         raise InvalidInput(
             f"{out} is the working directory, or holds it: give the name of a new folder, "
             f"{out / 'model'}"
         )
-    if os.path.ismount(resolved_out):
+    if os.path.ismount(resolved_out):  # it cannot be renamed
         raise InvalidInput(
             f"{out} is where a disk is mounted: give the name of a new folder in it, "
             f"{out / 'model'}"
@@ -371,14 +372,13 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Return whether an export wrote the folder, by its marker or by two files of earlier
-    versions.
-    """
+    """Return whether an export wrote the folder."""
     try:
         if (folder / EXPORT_MARKER).read_text(encoding="utf-8") == _MARKER_TEXT:
             return True
     except (OSError, ValueError):
         pass
+    # Earlier versions wrote no marker, but these two files.
     try:
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         card_text = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")

@@ -115,7 +115,7 @@ def decide(
 
 
 class SingleModel(ImagePredictor):
-    """A head or a network, with the members of an ensemble of one, so that both are read alike."""
+    """A head or a network, read as an ensemble of one member."""
 
     @property
     def members(self) -> tuple[Self, ...]:

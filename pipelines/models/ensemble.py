@@ -68,6 +68,7 @@ class EnsembleModel(ImagePredictor):
                     f"{description_path}: the member {member_directory} has other classes than the "
                     "ensemble: run again"
                 )
+            # One table of side columns is read for all members.
             read_before = next((other.side_columns for other in members if other.side_columns), ())
             if member.side_columns and read_before and member.side_columns != read_before:
                 raise ModelError(

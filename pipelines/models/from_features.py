@@ -89,6 +89,7 @@ def predict_from_features(
             f"{model.path}: its head has {wrong_widths[0]} outputs for {n_classes} classes: fetch "
             "the model again"
         )
+    # A model alone keeps its bits: there is no sum in float64 and back.
     if len(predicted) == 1 and model.average_temperature == 1:
         average_prediction = predicted[0]
     else:

@@ -152,6 +152,7 @@ def _batch_features(engine: PredictionEngine, batch: PixelBatch) -> _BatchFeatur
     failed_rows += [(batch.rows[slot], reason) for slot, reason in reason_by_slot.items()]
     good_slots = [slot for slot in range(len(batch.rows)) if slot not in reason_by_slot]
     features = {
+        # As the cache stores them, because heads were trained on these.
         spec: as_stored(output[good_slots], spec.dtype)
         for spec, output in outputs.items()
         if good_slots
@@ -302,9 +303,7 @@ def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) ->
 
 
 def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
-    """Return features (n, ...) rounded as the cache stores them, because heads were trained on
-    these.
-    """
+    """Return features (n, ...) rounded as the cache stores them."""
     if dtype == "uint8":  # its scale depends on the rows that happen to be stored together
         return np.asarray(features, np.float32)
     encoded_features = encode_rows(features, [""] * len(features), dtype)

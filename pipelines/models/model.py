@@ -51,9 +51,8 @@ def trusted_code(given_path: Path | str, trust_code: Collection[str] = ()) -> se
 
 
 def _code_of_recipe(given_path: Path | str) -> set[str]:
-    """Return the code and files that a recipe names, which the user trusts by having written it; a
-    directory names none.
-    """
+    """Return the code and files that a recipe names; a directory names none."""
+    # A recipe is the user's own text. A run's directory may come from anyone.
     recipe_path = expand_home(given_path)
     if not recipe_path.is_file():
         return set()

@@ -177,9 +177,7 @@ class NetworkModel(SingleModel):
         return nn.Sequential(head, ProbabilityLink(self.task_kind, self.temperature)).eval()
 
     def trained_backbone(self) -> "Backbone":
-        """Return the network below the head as a backbone, so that extraction's fast passes run
-        it.
-        """
+        """Return the network below the head as a backbone, which extraction's fast passes run."""
         return _trained_backbone(self.path, self.file_digest)
 
     def at_temperature(self, temperature: float) -> "NetworkModel":

@@ -1,7 +1,6 @@
 """Splitting of a network at a node: the part above it, with the network's own parameters.
 
-The part is found by tracing the network's forward with torch.fx. It shares the network's modules,
-so that training it trains the network.
+The part is found by tracing the network's forward with torch.fx.
 """
 
 from torch import fx, nn
@@ -73,6 +72,7 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
                 "one output, such as the end of a stage"
             )
         graph.erase_node(graph_node)
+    # It shares the network's modules: training the part trains the network.
     module_above = fx.GraphModule(_Shell(module), graph)
     module_above.graph.lint()
     return module_above

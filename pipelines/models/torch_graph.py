@@ -221,9 +221,8 @@ def _mirrored_pixels(pixels: Tensor, symmetry: int) -> Tensor:
 
 
 def graph_inputs(preprocessings: Iterable[Preprocessing]) -> list[GraphInput]:
-    """Return the inputs of a graph of networks with these preprocessings. Those that differ only in
-    mean and std, which the graph applies, share one.
-    """
+    """Return the inputs of a graph of networks with these preprocessings."""
+    # Those that differ only in mean and std, which the graph applies itself, share one.
     distinct: dict[tuple[Any, ...], Preprocessing] = {}
     for preprocessing in preprocessings:
         distinct.setdefault(pixels_of(preprocessing), preprocessing)
@@ -233,8 +232,8 @@ def graph_inputs(preprocessings: Iterable[Preprocessing]) -> list[GraphInput]:
 
 
 def fits_graph(model: "Model") -> bool:
-    """Return whether all views that the model averages over are symmetries of the evaluation crop;
-    random views cannot be put into a graph.
+    """Return whether all views that the model averages over are symmetries of the evaluation
+    crop.
     """
     return all(
         is_exact_view(feature.view) for member in model.members for feature in member.features

@@ -11,9 +11,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -35,13 +35,12 @@ from headrace.pipelines.models.model import Model
 from headrace.pipelines.predict.cached import CachedPredictions, predict_cached
 from headrace.pipelines.predict.parts import (
     FileKey,
-    OpenPart,
     file_keys,
     known_parts,
     missing_rows,
-    open_part,
     path_samples,
     predict_missing,
+    read_part,
     remove_parts,
 )
 from headrace.pipelines.predict.tables import TableBlock, is_predictions, table_writer
@@ -58,6 +57,7 @@ from headrace.pipelines.recipe.side_columns import encode_side_columns
 from headrace.pipelines.recipe.targets import DataError, empty_as_missing
 
 _BLOCK = 4096  # rows of the table written at a time
+_OPEN_PARTS = 64  # parts whose predictions are kept in memory
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary 
     if not table_path.exists() or _parts_folder(table_path).exists():
         return None
     earlier_record = _read_record(_record_path(table_path))
+    # The earlier record has its counts beside these fields.
     if earlier_record is not None and {**earlier_record, **record} == earlier_record:
         return PredictionSummary(
             record["images"], 0, earlier_record["failed"], earlier_record["counts"]
@@ -383,7 +384,8 @@ def _assemble_table(
     file_names = images["file"].tolist()
     all_probabilities = []  # needed for units alone
     part_of_key = known_parts(parts_folder, model, is_final=True)
-    open_parts: OrderedDict[Path, OpenPart] = OrderedDict()
+    # The oldest can go: images are read in about the order in which they were predicted.
+    open_part = lru_cache(maxsize=_OPEN_PARTS)(read_part)
     n_failed, class_counts = 0, np.zeros(len(model.classes), np.int64)
     with table_writer(
         parts_folder / "table.partial", table_format, model.task_kind, model.classes
@@ -393,7 +395,7 @@ def _assemble_table(
             probabilities, error_texts = cached.probabilities[block], cached.errors[block]
             for block_row in np.flatnonzero(~cached.is_known[block]):
                 part_path, part_row = part_of_key[keys[block_start + block_row]]
-                part = open_part(open_parts, part_path, len(model.classes))
+                part = open_part(part_path, len(model.classes))
                 probabilities[block_row] = part.probabilities[part_row]
                 error_texts[block_row] = part.errors[part_row]
                 cached.weights[block_start + block_row] = part.weights[part_row]

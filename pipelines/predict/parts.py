@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -41,7 +40,6 @@ PART_IMAGES = 256
 # Worker processes take some seconds to start; fewer images than this are done sooner in this
 # process.
 WORTH_WORKERS = 1024
-_OPEN_PARTS = 64  # parts whose predictions are kept in memory
 
 # path, and stamp of the file that was predicted ("" if there is no file); see `file_keys`
 FileKey = tuple[str, str]
@@ -62,7 +60,7 @@ class PartJob:
     row_columns: RowColumns = field(default_factory=RowColumns)  # of these images
 
 
-class OpenPart(NamedTuple):
+class PartContents(NamedTuple):
     """The contents of a part with n images."""
 
     probabilities: npt.NDArray[np.float32]  # (n, C)
@@ -291,24 +289,12 @@ def known_parts(
     return part_of_key
 
 
-def open_part(
-    open_parts: "OrderedDict[Path, OpenPart]", part_path: Path, n_outputs: int
-) -> OpenPart:
-    """Return the contents of a part. open_parts: those in memory, to which it is added."""
-    if part_path not in open_parts:
-        table = pq.read_table(part_path, columns=["probabilities", "error", "weight"])
-        flat_values = (
-            table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        )
-        open_parts[part_path] = OpenPart(
-            flat_values.reshape(-1, n_outputs),
-            table["error"].to_pylist(),
-            table["weight"].to_numpy(),
-        )
-        # The oldest part can go: images are read in about the order in which they were predicted.
-        if len(open_parts) > _OPEN_PARTS:
-            open_parts.popitem(last=False)
-    return open_parts[part_path]
+def read_part(part_path: Path, n_outputs: int) -> PartContents:
+    """Return the contents of a part."""
+    table = pq.read_table(part_path, columns=["probabilities", "error", "weight"])
+    values = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    errors, weights = table["error"].to_pylist(), table["weight"].to_numpy()
+    return PartContents(values.reshape(-1, n_outputs), errors, weights)
 
 
 def remove_parts(parts_folder: Path) -> None:

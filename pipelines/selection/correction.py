@@ -335,14 +335,14 @@ def nested_choice(
     it was chosen on.
 
     part: (N,) the part of each row. Heads without a prediction for each row cannot be chosen; at
-    least one head has them. Of very many heads and a metric made of sorted rows only the board's
-    best are tried, and with them some of its luck.
+    least one head has them.
     """
     task_kind, n_outputs = validation.task.kind, len(validation.task.classes)
     part_numbers = np.unique(part)
     other_parts = (part[:, None] != part_numbers).astype(np.float64)
     candidates = board
     if metric in SORTED_METRICS:
+        # Of very many heads only the board's best are tried, and with them some of its luck.
         n_elements = len(validation) * max(1, n_outputs) * len(part_numbers)
         candidates = board.head(max(int(SORTED_BUDGET / n_elements), 2))
     position_blocks, score_blocks = [], []

@@ -1,7 +1,4 @@
-"""Test-set evaluations: each model that is scored on the test split is put on record, once.
-
-An evaluation cannot be undone, so its record is kept in two files whose lines carry checksums.
-"""
+"""Test-set evaluations: each model that is scored on the test split is put on record, once."""
 
 import dataclasses
 import datetime
@@ -77,15 +74,11 @@ def evaluate_winner(
     """Score the winner on the test rows and put the evaluation on record; a repeated call with the
     same winner reads the record.
 
-    Another winner on the same test images is another evaluation: the more winners are evaluated on
-    a test split, the less its score means, and so the count is part of the result.
-
-    temperature: the winner's. The same head at another temperature (runs of earlier versions had
-    none) is not another winner, because its decisions are the same and no test row had a part in
-    the temperature. It is scored again, and its record replaced.
-    groups: (rows of the test task,) by default the images' content. Rows of one group are not
-    independent of each other, so the interval is over groups.
+    temperature: the winner's. At another temperature it is scored again, and its record replaced.
+    groups: (rows of the test task,) by default the images' content.
     """
+    # Without the temperature (runs of earlier versions had none): at another one the same head
+    # makes the same decisions, and no test row had a part in it, so that it is not another winner.
     identity = {"train": train_digest, **_shown_rows(test), **winner.identity()}
     floor = floor_of(winner.spec, test.kind, len(test.classes))
 
@@ -201,6 +194,8 @@ def _evaluate_once(
             for evaluation in overlapping
             if evaluation["winner"] == identity and evaluation["result"]["metric"] == metric
         ]
+        # The more winners are evaluated on a test split, the less its score means: another one on
+        # the same test images is another evaluation, and the count is part of the result.
         other_models = {
             json.dumps(evaluation["winner"], sort_keys=True) for evaluation in overlapping
         } - {json.dumps(identity, sort_keys=True)}
@@ -298,10 +293,8 @@ def repair_test_evaluations(record_path: Path) -> list[str]:
 
 
 def refuse_old_record(record_path: Path) -> None:
-    """Raise InvalidInput where the record of an earlier version lies beside `record_path`.
-
-    Ignored, it would let the same test images count as never seen.
-    """
+    """Raise InvalidInput where the record of an earlier version lies beside `record_path`."""
+    # Ignored, it would let the same test images count as never seen.
     for old_record in (record_path.with_name(OLD_RECORD), record_path.with_name(f".{OLD_RECORD}")):
         if old_record.exists():
             raise InvalidInput(
@@ -366,6 +359,8 @@ def _read_record(record_path: Path) -> list[Mapping[str, Any]] | str:
 
 
 def _write_test_evaluations(record_path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    # In two files whose lines carry checksums: an evaluation cannot be undone, or made a second
+    # time.
     record_bytes = b"".join(sealed_json(evaluation) + b"\n" for evaluation in evaluations)
     publish_replace(record_path, record_bytes)
     publish_replace(_copy_path(record_path), record_bytes)

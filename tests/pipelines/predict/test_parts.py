@@ -1,12 +1,11 @@
 """Parts of a prediction are used only as they were written."""
 
 import random
-from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
 
-from headrace.pipelines.predict.parts import PartJob, _part_bytes, known_parts, open_part
+from headrace.pipelines.predict.parts import PartJob, _part_bytes, known_parts, read_part
 
 
 def test_a_damaged_part_is_predicted_again(tmp_path):
@@ -29,7 +28,7 @@ def test_a_damaged_part_is_predicted_again(tmp_path):
         part.write_bytes(data)
         if known := known_parts(tmp_path, model, is_final=False):
             assert set(known) == set(keys)
-            opened = open_part(OrderedDict(), part, 2)
+            opened = read_part(part, 2)
             assert (opened.probabilities == numbers).all()
             assert (opened.weights == numbers[:, 0]).all()
         else:
