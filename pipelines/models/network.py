@@ -135,11 +135,9 @@ class NetworkModel(SingleModel):
         train_above = training_settings.pop("train_above")
         started_from = training_settings.pop("start")
         training_settings.pop("kind")
-        trained_part = {
-            "head": "its head alone",
-            "all": "all of it",
-            "scratch": "all of it, from a random start",
-        }.get(train_above, f"everything above `{train_above}`")
+        trained_part = {"head": "its head alone", "all": "all of it"}.get(
+            train_above, f"everything above `{train_above}`"
+        )
         start_text = {
             "random": ", which started at random",
             "pretrained": ", which started pretrained",

@@ -116,6 +116,7 @@ def missing_rows(
         first_row.setdefault(key if units is None else (key, units[row]), row)
     if units is None:
         return [row for key, row in first_row.items() if key not in known]
+    # A unit is predicted from all its images, and so in one part.
     missing_units = dict.fromkeys(
         units[row] for (key, _), row in first_row.items() if key not in known
     )
@@ -313,6 +314,7 @@ def path_samples(paths: Iterable[str]) -> list[Sample]:
     return [Sample(path, path, "") for path in paths]
 
 
+# Once for all parts that a worker process predicts.
 @lru_cache(maxsize=1)
 def _open_model_engine(path: str, digest: str, device: str, trust_code: tuple[str, ...]) -> Any:
     from headrace.pipelines.models.images import open_engine

@@ -33,6 +33,7 @@ class UnitNames:
     @property
     def digest(self) -> str:
         """24 hex digits of a hash of names and rule."""
+        # Names may come from files whose names are no UTF-8.
         text = json.dumps([vars(self.rule), self.names.tolist()])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 

@@ -174,9 +174,6 @@ def _evaluate_once(
 ) -> TestResult:
     """Return the result of this evaluation from the record; without one, predict, score and record
     it.
-
-    An evaluation whose interval was computed by an earlier method keeps its score and gets a new
-    interval; one at another temperature keeps only its date.
     """
     # The lease makes two runs that end at the same time count each other.
     with lease(_lock_path(record_path)):
@@ -205,6 +202,8 @@ def _evaluate_once(
                 return TestResult(n_evaluations=len(other_models) + 1, **evaluation["result"])
         target, predicted = scored_predictions(test, predict, temperature, floor)
         result = _score_predictions(test, target, predicted, metric, groups, len(other_models) + 1)
+        # With an interval by an earlier method it keeps its score and gets a new interval; at
+        # another temperature it keeps only its date.
         earlier_evaluation = same_model[0] if same_model else {}
         if earlier_evaluation and _recorded_temperature(earlier_evaluation) == temperature:
             earlier = earlier_evaluation["result"]
@@ -275,9 +274,9 @@ def read_test_evaluations(record_path: Path) -> list[Mapping[str, Any]]:
 def repair_test_evaluations(record_path: Path) -> list[str]:
     """Write the record and its copy again if either is damaged or gone; return notes on that.
 
-    So the loss of one file neither changes a score nor lets a second evaluation pass for the first.
     Raises InvalidInput if both are damaged.
     """
+    # The loss of both would let a second evaluation pass for the first.
     with lease(_lock_path(record_path)):
         evaluations, damage = _read_record_or_copy(record_path)
         if damage or (evaluations and not _copy_path(record_path).exists()):

@@ -40,9 +40,8 @@ def instance_weights(
 ) -> pd.DataFrame:
     """Return the images sorted by unit, then by falling weight: columns unit, id, weight, fold.
 
-    Weights are those of the fold head that has not seen the unit. With attention or mean pooling
-    they sum to 1 over a unit; with max pooling an image's weight is the share of hidden values of
-    which it has the maximum. Those of several heads are averaged (`average_weights`).
+    With attention or mean pooling weights sum to 1 over a unit; with max pooling an image's weight
+    is the share of hidden values of which it has the maximum. Those of several heads are averaged.
 
     heads: weights, and rows of the leaderboard. units: the unit of each image, by its id.
     """
@@ -51,6 +50,7 @@ def instance_weights(
     held_out = np.flatnonzero(bank.fold >= 0)
     ids = bank.ids[held_out]
     unit_names = [units[image_id] for image_id in ids.tolist()]
+    # By the fold head that has not seen the unit: those that have seen it know its label.
     of_heads = [
         _out_of_fold_weights(head_bank, str(row["spec"]))[held_out] if takes_units(row) else None
         for head_bank, (_, row) in zip(banks, heads, strict=True)
