@@ -2,8 +2,7 @@
 
 N rows, D features, F folds. Rows belong to F + 1 groups: one per fold, and those that always train.
 A fold's training rows are all groups except its own, so its moments are merged from those of F
-groups (Chan, Golub & LeVeque 1983, eq. 2.1). They are merged, never subtracted, because a
-difference of sums of squares loses all digits at large offsets.
+groups (Chan, Golub & LeVeque 1983, eq. 2.1).
 """
 
 from collections.abc import Iterator, Mapping
@@ -140,7 +139,8 @@ def group_moments(X: Features, fold_of_row: Array) -> dict[int, Moments]:
 def training_moments(groups: dict[int, Moments]) -> dict[int, Moments]:
     """Return the moments of each fold's training rows, and of all rows under REFIT."""
     zeros = np.zeros_like(next(iter(groups.values())).mean)
-    # A fold that is the only group has no training rows.
+    # Merged, never subtracted from those of all rows: a difference of sums of squares loses all
+    # digits at large offsets. A fold that is the only group has no training rows.
     no_rows = Moments(0, zeros, zeros)
     return {
         fold: merge([part for group, part in groups.items() if group != fold] or [no_rows])

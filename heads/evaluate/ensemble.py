@@ -2,13 +2,10 @@
 
 K heads, N rows, C outputs, E elements. Heads are picked greedily with replacement (Caruana,
 Niculescu-Mizil, Crew and Ksikes 2004, "Ensemble selection from libraries of models"): each round
-adds the head that lowers the loss of the average most. The loss is log loss (regression: squared
-error) for any metric: accuracy changes in steps of one row, and the average that is best by it on
-few rows is mostly luck.
+adds the head that lowers the loss of the average most.
 
 The loss of an average needs one number per row and head, its element: the probability of the true
-class or of the true value of a label, or the residual. The elements of an average are the averages
-of the elements, so all K heads are tried at once with a (K, E) array.
+class or of the true value of a label, or the residual.
 """
 
 from collections.abc import Sequence, Set as AbstractSet
@@ -54,6 +51,8 @@ def loss_elements(task_kind: TaskKind, target: Array, predicted: Array) -> Float
 
 def element_loss(task_kind: TaskKind, elements: Array) -> Array:
     """Return the loss over the last axis: mean of -log p (nats), or of squared residuals."""
+    # The same for any metric: accuracy changes in steps of one row, and the average that is best by
+    # it on few rows is mostly luck.
     if task_kind == "regression":
         return np.asarray(np.square(elements).mean(-1, dtype=np.float64))
     return np.asarray(-np.log(np.clip(elements, _SMALLEST, 1)).mean(-1, dtype=np.float64))
@@ -88,6 +87,7 @@ def greedy_weights(
         if not is_allowed.any():
             break
         candidate_rows = np.flatnonzero(is_allowed)
+        # The elements of an average are the averages of the elements: all heads are tried at once.
         loss = element_loss(task_kind, (element_sum + elements[candidate_rows]) / (n_picked + 1))
         priced_loss = loss * (
             1 + limits.min_gain_per_backbone * np.maximum(n_backbones[candidate_rows] - 1, 0)

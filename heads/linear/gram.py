@@ -1,9 +1,7 @@
 """Weighted products of features and targets by group of rows, from which ridge heads are solved.
 
-N rows, D features, T target columns, x' is x transposed. Rows are centred and scaled once with the
-moments of all rows, so the sums of squares keep their digits. A fold's products are the sum of the
-other groups' products. They are added, not subtracted from the total, because a difference of Gram
-matrices may not be positive definite.
+N rows, D features, T target columns, x' is x transposed. A fold's products are the sum of the other
+groups' products.
 """
 
 from collections.abc import Iterable
@@ -75,6 +73,7 @@ def group_products(
     groups = {int(group): zero_products() for group in np.unique(fold)}
     for group, row_index in sweep(X, fold):
         products = groups[group]
+        # By the moments of all rows, so that the sums of squares keep their digits.
         z = scaled(X[row_index], common.mean, inverse_scale)
         y = Y[row_index].astype(np.float64)
         w = np.ones(len(row_index)) if sample_weight is None else sample_weight[row_index]
@@ -93,4 +92,6 @@ def group_products(
 
 def sum_products(parts: Iterable[Products]) -> Products:
     """Return the products of the rows of all parts."""
+    # Added, not subtracted from the total: a difference of Gram matrices may not be positive
+    # definite.
     return reduce(Products.__add__, parts)

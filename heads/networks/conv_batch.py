@@ -3,10 +3,8 @@
 K heads, D channels of the tap, h × w positions, E channels of a new layer, C outputs, B rows of a
 minibatch.
 
-The first layer of all heads is one convolution with K·E output channels, for they see the same
-maps; the later ones are grouped convolutions with K groups. Batch normalisation treats channels
-apart, and so it treats heads apart too. After the mean over positions the heads are networks as in
-`mlp_batch.py`: samples last, batched products.
+The layers of all heads are one convolution with K·E output channels. After the mean over positions
+the heads are networks as in `mlp_batch.py`: samples last, batched products.
 """
 
 import itertools
@@ -164,6 +162,8 @@ class ConvBatch:
         """Return decisions (K, C, B) for standardised maps (B, D, h, w)."""
         heads, d, n = len(self), self.depth, self.layers
         for layer in range(d):
+            # The first layers of all heads see the same maps, later ones those of their own head.
+            # Batch normalisation treats channels apart, and so it treats heads apart too.
             kernel = parameters[layer]
             maps = F.conv2d(
                 maps, kernel.flatten(0, 1), padding=1, groups=1 if layer == 0 else heads

@@ -119,8 +119,7 @@ class HeadGroup:
 class CompiledPass:
     """The pass in compiled float32: a row is read once, and decisions stay in the nearer caches.
 
-    Threads divide a block's rows among them; each has its own sums, which are added in the order of
-    the threads, so that the result does not depend on which is done first.
+    Threads divide a block's rows among them; each has its own sums.
     """
 
     def __init__(
@@ -202,6 +201,7 @@ class CompiledPass:
         _, n_free, width = self.shape
         total = np.zeros(self.shape, np.float32)
         for group in itertools.chain.from_iterable(self.groups.values()):
+            # In the order of the threads: the result does not depend on which is done first.
             packed = group.packed_gradients[0]
             for thread_gradients in group.packed_gradients[1:]:
                 packed = packed + thread_gradients

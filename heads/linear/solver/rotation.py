@@ -78,9 +78,7 @@ class PerFoldRotation:
 class FoldRowSpace:
     """Coordinates in the row space of a fold's training rows S = (Z - c) R^-1.
 
-    c (D,) is the rows' mean and R the fold's units. Rows that are not centred on their own mean
-    would have a direction along which all decisions move alike and the intercept moves them back:
-    along it the objective hardly curves, and no diagonal shows that.
+    c (D,) is the rows' mean and R the fold's units.
 
     S S' = L L' with L (n, R) lower triangular in the order of its pivots; the rows' coordinates are
     Y = L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalised, with
@@ -91,7 +89,10 @@ class FoldRowSpace:
     cholesky_factor: Array  # (R, R) float64, L of the pivot rows
     reflectors: Array  # (R, K) float64 and
     reflector_scales: Array  # (K,): V as LAPACK's geqrf stores it
-    mean: Array  # c, float64
+    # c, float64. Rows that are not centred on their own mean would have a direction along which all
+    # decisions move alike and the intercept moves them back: along it the objective hardly curves,
+    # and no diagonal shows that.
+    mean: Array
     units: FoldUnits | None  # R; None: the identity
 
     def row_combination(self, u: Array) -> Array:
