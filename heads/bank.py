@@ -156,7 +156,7 @@ def _rows(
     read = stream_rows if needed_bytes > room and kind.streams else load_rows
     bands = tap_widths(sets)
     if side is not None:
-        bands.append(sum(column.width for column in side.columns))
+        bands.append(side.n_inputs)
     return *read(sets, task.content, spatial=kind.spatial, side=side), bands
 
 
