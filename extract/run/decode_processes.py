@@ -168,7 +168,7 @@ class _Process:
         if self._running is None:
             start = _START.format(path=sys.path, module=__name__, fd=self._memory_file)
             self._running = subprocess.Popen(
-                [sys.executable, "-c", start],
+                [sys.executable, "-P", "-c", start],  # -P: nothing from the current folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=(self._memory_file,),

@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import itertools
 import json
+import os
 import shlex
 import sys
 from enum import StrEnum
@@ -395,6 +396,9 @@ def main() -> None:
     With --json, any error is also printed as one object on the standard output.
     """
     escape_unencodable()
+    # Processes that this one starts would otherwise take a `random.py` in the current folder, which
+    # may be a folder of images that somebody sent, for Python's own.
+    os.environ["PYTHONSAFEPATH"] = "1"
     # Listings of images are many small objects that all stay alive. Python's default is to look
     # for garbage after every 700 new objects, which took a tenth of a command's time.
     gc.set_threshold(50_000, 20, 100)

@@ -118,7 +118,9 @@ def no_header():
 
 
 def no_images_in_a_table():
-    pd.DataFrame({"number": range(100, 112), "label": ["a", "b"] * 6}).to_csv("labels.csv", index=False)
+    pd.DataFrame({"number": range(100, 112), "label": ["a", "b"] * 6}).to_csv(
+        "labels.csv", index=False
+    )
     return "init labels.csv --out labels.yaml"
 
 

@@ -229,3 +229,17 @@ def test_where_no_server_can_listen_workers_are_spawned(tmp_path):
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.split() == ["3"], done.stderr
+
+
+def test_pythons_own_modules_are_not_taken_from_the_current_folder(tmp_path):
+    """Every process that a command starts imports some before it can choose where from; a folder
+    of images that somebody sent, or a pupil's first programs, may have such names.
+    """
+    make_photos(tmp_path / "photos", n=4)
+    for name in ("selectors", "types", "queue", "random"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('run')\n")
+    command = [Path(sys.executable).with_name("headrace"), "extract", "photos"]
+    command += ["--backbone", "timm:test_resnet", "--weights", "random:0", "--workers", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeError" not in done.stderr
