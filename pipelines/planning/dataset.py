@@ -140,15 +140,13 @@ def make_dataset(
     samples: pd.DataFrame, content_hashes: Sequence[str | None], section: TaskSection
 ) -> Dataset:
     """Return targets, test split and folds of the samples that could be read: those with a content
-    hash.
-
-    The split depends on the rows' ids, targets, groups and the seed alone, not on their order in
-    the table. Raises DataError for targets that cannot be learned (one class only, not a number,
+    hash. Raises DataError for targets that cannot be learned (one class only, not a number,
     unknown split words).
     """
     readable = samples.assign(
         _content=pd.Series(list(content_hashes), index=samples.index, dtype=object)
     )
+    # Sorted, so that the split does not depend on the rows' order in the table.
     readable = readable[readable["_content"].notna()].sort_values("id", ignore_index=True)
     notes: list[str] = []
     labelled_samples, classes, target = check_targets(readable, section)

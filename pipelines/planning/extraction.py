@@ -140,11 +140,8 @@ def missing_units(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
 
 
 def require_decodable(samples: pd.DataFrame, failed_reasons: Mapping[str, str]) -> None:
-    """Raise DataError if every image has failed, with the reason of the first: mostly it is that of
-    all.
-
-    failed_reasons: by content hash.
-    """
+    """Raise DataError if every image has failed. failed_reasons: by content hash."""
+    # With the reason of the first: mostly it is that of all.
     if len(samples) and samples["content"].isin(list(failed_reasons)).all():
         first_sample = samples.iloc[0]
         raise DataError(

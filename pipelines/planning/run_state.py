@@ -189,16 +189,16 @@ def replan_heads(state: RunState, *, retry_failed: bool) -> RunState:
 
 
 def write_inputs(state: RunState) -> None:
-    """Write the task that banks read, which has no test row, and the list of images, with which the
-    next call compares its own.
-    """
+    """Write what workers read before they train, and what the next call compares itself with."""
     paths, task = state.paths, state.dataset.train
     task_path = paths.task(task.digest)
     task_path.parent.mkdir(parents=True, exist_ok=True)
     paths.banks.mkdir(parents=True, exist_ok=True)
+    # Banks read this file, which has no test row.
     save_task(task, task_path, groups=state.dataset.groups)
     if task.side is not None:
         save_side_columns(task.side, paths.side_columns(task.side.fingerprint))
+    # With it the next call finds images that are new, changed, renamed or removed.
     write_listing(paths.listing, content_listing(state.samples))
     if state.accounting is not None:
         write_record(paths.accounting, asdict(state.accounting))

@@ -115,13 +115,12 @@ def extract_missing(
     """Run work units; what each has published stays. Raises HeadraceError if a unit failed or an
     image went away.
 
-    An image whose decoding kills its worker, or never ends, is found by halving its unit, and
-    recorded as a failed image. client: None for a GPU of this machine, which this process feeds
-    without a pause between units.
+    client: None for a GPU of this machine, which this process feeds without a pause between units.
     """
     options = options or TaskOptions()
     unit_failures: list[str] = []
-    fatal_units: list[tuple[ExtractJob, str]] = []  # single images that kill their workers
+    # Single images whose decoding kills its worker, or never ends: found by halving their units.
+    fatal_units: list[tuple[ExtractJob, str]] = []
     unit_reports: list[WorkUnitReport] = []
     n_images = sum(len(job.samples) for job in units)
     options.on_event("stage", stage="extract", total=n_images, unit="images", tasks=len(units))

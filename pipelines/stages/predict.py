@@ -35,8 +35,7 @@ def predict(state: RunState, services: Services) -> RunState:
     """Write `predictions.parquet` with every image that has features and, if the task has units,
     `unit-predictions.parquet` with every unit; each row says its side of the split.
 
-    Training rows are predicted by a model that has seen them. Tables of the same model and images
-    are left as they are.
+    Training rows are predicted by a model that has seen them.
     """
     with services.timed("predict") as report_done, lease(state.paths.conclusion_lock):
         models, average_temperature, rule = _selected_models(state)
@@ -49,6 +48,7 @@ def predict(state: RunState, services: Services) -> RunState:
             tables.append(state.paths.unit_predictions)
         else:
             state.paths.unit_predictions.unlink(missing_ok=True)
+        # Tables of the same model and images are left as they are.
         if all(_is_of(table, key) for table in tables):
             report_done("nothing missing")
         else:

@@ -25,10 +25,8 @@ from headrace.pipelines.stages.services import Services
 
 
 def train(state: RunState, services: Services) -> RunState:
-    """Train the missing heads, and return the state after that.
-
-    Raises HeadraceError if a bank failed. A head that fails is a row with its error, even if its
-    training killed the worker or never ended.
+    """Train the missing heads, and return the state after that. Raises HeadraceError if a bank
+    failed; a head that fails is a row with its error.
     """
     with services.timed("train") as report_done:
         if not state.plan.banks:
@@ -83,6 +81,7 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
         for outcome in outcomes:
             n_heads = len(outcome.job.specs) * plan.n_folds
             if outcome.fatal:
+                # A head that kills its worker, or never ends, is a row with its error too.
                 publish_failure(outcome.job, outcome.error or "")
                 n_failed += n_heads
             elif outcome.result is None:
