@@ -55,7 +55,7 @@ class RunPaths:
     signatures = _InRun("signatures.npz")
     map_places = _InRun("map.npz")
     # Learning curves, transferability scores and advice.json; may be removed, and `headrace advise`
-    # measures it again.
+    # makes them again.
     advice_folder = _InRun("advice")
     advice = _InRun("advice/advice.json")
     # Held by a driver while it writes tables, because several may work on one run.
@@ -79,6 +79,7 @@ class RunPaths:
         return self.finetune / f"{candidate_key}.h5"
 
     def finetune_parts(self, candidate_key: str) -> Path:
+        """The folder of its trained folds, `fold*.h5`, until all of them are done."""
         return self.finetune / "parts" / candidate_key
 
     def finetune_model(self, candidate_key: str) -> Path:

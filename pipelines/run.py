@@ -124,7 +124,7 @@ def extract_recipe(
     extraction = read_extraction(recipe, console=console)
     check_space(extraction.plan, recipe.cache, recipe.storage.budget_gb)
     paths, plan = recipe.paths, extraction.plan
-    with _run_services(recipe, plan, console, workers, client, False) as services:
+    with _run_services(recipe, plan, console, workers, client, retry_failed=False) as services:
         if plan.units:
             extract_units(plan, recipe, services)
     remove_leftovers(paths, recipe.cache)
@@ -160,8 +160,8 @@ def cache_images(
     recipe = Recipe.model_construct(
         backbones=tuple(
             # Aliases, for one network with two preprocessings would have one name twice.
-            Backbone(name=backbone.name, alias=str(number))
-            for number, (backbone, _) in enumerate(networks)
+            Backbone(name=backbone.name, alias=str(index))
+            for index, (backbone, _) in enumerate(networks)
         ),
         cache=cache_root,
         out=cache_root / "extraction",
@@ -183,7 +183,9 @@ def cache_images(
                 "cache: --cache FOLDER"
             )
         check_space(plan, cache_root, None)
-        with _run_services(recipe, plan, console, workers, None, False) as services:
+        with _run_services(
+            recipe, plan, console, workers, client=None, retry_failed=False
+        ) as services:
             extract_units(plan, recipe, services)
     if is_writable and recipe.paths.root.exists():
         remove_leftovers(recipe.paths, cache_root)
@@ -216,9 +218,9 @@ def _run_services(
                 device=device,
                 run_folder=recipe.paths.root,
                 imports=module_names,
-            ) as opened:
-                log("cluster", where=where, role=role, dashboard=opened.dashboard_link)
-                yield opened
+            ) as opened_client:
+                log("cluster", where=where, role=role, dashboard=opened_client.dashboard_link)
+                yield opened_client
 
         options = TaskOptions(recipe.cluster.task_timeout_s, on_event=log)
         client_opener = open_logged if client is None else opener_of(client)

@@ -259,7 +259,7 @@ def _notes(
 
     names_parts: whether options say which parts of the images to predict.
     """
-    from headrace.pipelines.predict.listing import unsaid_parts_note, whole_images_note
+    from headrace.pipelines.predict.listing import unrecorded_parts_note, whole_images_note
 
     notes = [*listing.notes, *(f"left out: {item}" for item in listing.left_out)]
     if lacks_units and model.unit_rule is not None:
@@ -268,7 +268,7 @@ def _notes(
             "column: give a table with it, or the recipe. Images alone are predicted"
         )
     if model.image_parts is None and not names_parts:
-        notes += unsaid_parts_note(model.path)
+        notes += unrecorded_parts_note(model.path)
     elif not whole_images:
         notes += whole_images_note(model.image_parts, listing.samples["path"])
     return tuple(notes)

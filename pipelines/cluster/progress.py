@@ -21,8 +21,8 @@ from headrace.pipelines.console import PlainConsole
 _NARROW_COLUMNS = 110
 _LOG_INTERVAL_S = 5.0  # between lines of a log, so that it stays short
 _NOTEBOOK_INTERVAL_S = 0.25  # a notebook's line is overwritten, so it can be more often
-# For this long after the first results, those that follow say nothing about the rate: workers that
-# began together end together.
+# For this long after the first results, more of them say nothing about the rate: workers that began
+# together end together.
 _SETTLED_S = 3.0
 
 
@@ -66,8 +66,8 @@ class _Meter:
     unit: str
     n_done: int = 0
     started_s: float = field(default_factory=time.monotonic)
-    n_first: int = 0
-    first_s: float | None = None
+    n_first: int = 0  # things done when the first results came
+    first_s: float | None = None  # and the time of that
 
     def add(self, count: int) -> None:
         self.n_done += count
@@ -76,8 +76,8 @@ class _Meter:
 
     def rate_and_left(self) -> tuple[float, float]:
         now = time.monotonic()
-        # Without the time until the first results, in which workers import modules and load
-        # networks, as soon as enough more is known.
+        # The time until the first results, in which workers import modules and load networks, is
+        # left out as soon as later results tell the rate.
         if self.first_s is not None and now - self.first_s > max(
             _SETTLED_S, 0.5 * (self.first_s - self.started_s)
         ):

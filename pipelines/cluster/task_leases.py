@@ -169,5 +169,5 @@ def _lock(directory: Path, driver: str) -> SoftFileLease:
 def _owner(lease_path: Path) -> str | None:
     try:
         return os.readlink(lease_path)
-    except OSError:
+    except OSError:  # released meanwhile
         return None

@@ -41,11 +41,11 @@ def check_threads(
     return Finding("threads", "ok", observation)
 
 
-def check_heads(find_lanes: Callable[[], int | None] | None = None) -> Finding:
-    """Check for the compiled pass of logistic heads. find_lanes: returns the floats of a vector, or
-    None if it was not built or cannot run.
+def check_heads(find_vector_length: Callable[[], int | None] | None = None) -> Finding:
+    """Check for the compiled pass of logistic heads. find_vector_length: returns how many floats
+    an instruction processes; None if the pass was not built or cannot run.
     """
-    vector_length = (find_lanes or _lanes)()
+    vector_length = (find_vector_length or _vector_length)()
     if vector_length is None:
         return Finding(
             "heads",
@@ -59,7 +59,7 @@ def check_heads(find_lanes: Callable[[], int | None] | None = None) -> Finding:
     )
 
 
-def _lanes() -> int | None:
+def _vector_length() -> int | None:
     from headrace.heads.linear.solver.compiled_blocks import load_compiled_kernels
 
     library = load_compiled_kernels()

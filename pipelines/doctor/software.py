@@ -63,7 +63,7 @@ def check_libraries(find_version: Callable[[str], str] = importlib.metadata.vers
     return Finding("libraries", "ok", "all that headrace requires")
 
 
-def _load_pair() -> tuple[str, str]:
+def _torch_and_torchvision() -> tuple[str, str]:
     """Return the versions of torch and torchvision, after running a compiled operator of
     torchvision.
 
@@ -78,7 +78,7 @@ def _load_pair() -> tuple[str, str]:
     if vision_spec is None or vision_spec.origin is None:
         raise ImportError("torchvision is not installed")
     vision_folder = Path(vision_spec.origin).parent
-    built_for = str(torch.__version__)
+    torch_version = str(torch.__version__)
     # Its __version__ has the build (+cpu, +cu128), which the package's metadata lacks.
     version_line = re.search(
         r"^__version__ = ['\"](.+)['\"]",
@@ -88,11 +88,11 @@ def _load_pair() -> tuple[str, str]:
     vision_version = version_line[1] if version_line else importlib.metadata.version("torchvision")
     for requirement in map(Requirement, importlib.metadata.requires("torchvision") or ()):
         if requirement.name == "torch" and not requirement.specifier.contains(
-            built_for, prereleases=True
+            torch_version, prereleases=True
         ):
             raise RuntimeError(
                 f"torchvision {vision_version} is built for torch{requirement.specifier}, found "
-                f"{built_for}"
+                f"{torch_version}"
             )
     operator_libraries = [
         library_path
@@ -103,10 +103,9 @@ def _load_pair() -> tuple[str, str]:
         torch.ops.load_library(str(operator_libraries[0]))  # type: ignore[no-untyped-call]
     else:
         importlib.import_module("torchvision")
-    # An operator of torchvision's own: builds for different versions of torch fail at the first
-    # one.
+    # A torchvision that was built for another torch fails at its first compiled operator.
     torch.ops.torchvision.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
-    vision_cuda = int(torch.ops.torchvision._cuda_version())  # 12080; -1: built without
+    vision_cuda = int(torch.ops.torchvision._cuda_version())  # 12080 for 12.8, -1 for none
     if (
         vision_cuda != -1
         and torch.version.cuda
@@ -116,13 +115,13 @@ def _load_pair() -> tuple[str, str]:
             f"torchvision {vision_version} is built for CUDA {vision_cuda // 1000}, torch for "
             f"{torch.version.cuda}"
         )
-    return built_for, vision_version
+    return torch_version, vision_version
 
 
-def check_torch(load_pair: Callable[[], tuple[str, str]] = _load_pair) -> Finding:
+def check_torch(load_libraries: Callable[[], tuple[str, str]] = _torch_and_torchvision) -> Finding:
     """Check that torch and torchvision are built for each other."""
     try:
-        torch_version, vision_version = load_pair()
+        torch_version, vision_version = load_libraries()
     except Exception as error:  # noqa: BLE001 - a broken pair raises RuntimeError, AttributeError, ImportError, OSError
         # Torch's errors are paragraphs; the beginning says what is wrong.
         error_text = " ".join(str(error).split())[:200]

@@ -25,8 +25,8 @@ from headrace.pipelines.models.torch_graph import GraphInput, pixels_of
 TOLERANCE = 2e-3
 # For features that were computed in half precision: an exported graph computes in float32.
 HALF_TOLERANCE = 3e-2
-_CHECKED = 8  # images of the comparison
 _UNIT_SIZES = (3, 2, 1, 2)  # images of each unit, for a model that predicts units
+_CHECKED = sum(_UNIT_SIZES)  # images of the comparison
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,13 @@ def check_pixels(inputs: Sequence[GraphInput]) -> list[Tensor]:
     the same at every size.
     """
     pixel_batches = []
-    for model_input in inputs:
+    for preprocessing in (graph_input.preprocessing for graph_input in inputs):
         # Anew for each input, so that all show the same pictures.
         generator = torch.Generator().manual_seed(0)
-        how = model_input.preprocessing
-        coarse = torch.rand(_CHECKED, how.n_channels, 5, 5, generator=generator)
-        smooth = torch.nn.functional.interpolate(coarse, how.crop, mode="bilinear")
+        coarse = torch.rand(_CHECKED, preprocessing.n_channels, 5, 5, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, preprocessing.crop, mode="bilinear")
         noise = 0.1 * torch.rand(smooth.shape, generator=generator)
-        pixels = (255 * (0.9 * smooth + noise)).to(getattr(torch, how.pixel_dtype))
+        pixels = (255 * (0.9 * smooth + noise)).to(getattr(torch, preprocessing.pixel_dtype))
         pixel_batches.append(pixels.permute(0, 2, 3, 1).contiguous())
     return pixel_batches
 
@@ -84,8 +83,8 @@ def expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck
     pixel_batches = check_pixels(inputs)
     engine = open_engine(model)
     by_pixels = {
-        pixels_of(rendering.preprocessing): input_pixels
-        for rendering, input_pixels in zip(inputs, pixel_batches, strict=True)
+        pixels_of(graph_input.preprocessing): input_pixels
+        for graph_input, input_pixels in zip(inputs, pixel_batches, strict=True)
     }
     pass_pixels = []
     for rendering in engine.renderings:
@@ -119,7 +118,8 @@ def compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model: 
     more than allowed.
     """
     batch_difference = check.difference(run_graph(check.pixels))
-    # Single images, or single units, would reveal a batch size that the export has fixed.
+    # The first two images one by one, or the first two units: these would reveal a batch size that
+    # the export has fixed.
     bounds = np.cumsum((0, *_UNIT_SIZES))[:3].tolist() if model.takes_units else [0, 1, 2]
     single_outputs = [
         run_graph([input_pixels[start:stop] for input_pixels in check.pixels])

@@ -17,7 +17,7 @@ from headrace.pipelines.models.torch_graph import GraphInput
 
 # Resizing is not in the graphs: no operator of ONNX or torch computes exactly Pillow's antialiased
 # pixels, and one that nearly does would change predictions without a word.
-NAME = "preprocess.py"
+PREPROCESS_FILE = "preprocess.py"
 
 _TEXT = '''\
 """An image file to what the exported model takes: pixels (height, width, channels).

@@ -36,7 +36,7 @@ from headrace.pipelines.export.output_check import (
     compare_outputs,
     expected_outputs,
 )
-from headrace.pipelines.export.preprocessing_file import NAME, preprocess_file
+from headrace.pipelines.export.preprocessing_file import PREPROCESS_FILE, preprocess_file
 from headrace.pipelines.models.ensemble import EnsembleModel
 from headrace.pipelines.models.head import HeadModel
 from headrace.pipelines.models.model import EXPORT_MARKER, Model, load_model
@@ -133,7 +133,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
     rule = model.unit_rule
     unit_rule = None if rule is None else vars(rule) | {"task_kind": model.task_kind}
     preprocess_text = preprocess_file(inputs, headrace_version, model.side_columns, unit_rule)
-    (folder / NAME).write_text(preprocess_text, encoding="utf-8")
+    (folder / PREPROCESS_FILE).write_text(preprocess_text, encoding="utf-8")
     tolerance = allowed_difference(model)
     exported = ExportResult(model, tuple(inputs), differences, tolerance, fits_graph(model))
     description = {"headrace": headrace_version, "formats": formats} | _description(exported)
@@ -206,8 +206,9 @@ def _description(exported: ExportResult) -> dict[str, Any]:
             {"name": SIDE_COLUMNS, "dtype": "float32", "shape": ["n", len(column_names)]}
             | {"columns": column_names, "made_of": columns_to_json(model.side_columns)}
         )
-    what = "equal numbers, from 0 to n - 1, for images of one unit, which are predicted together"
     if model.takes_units:
+        what = "equal numbers, from 0 to n - 1, for images of one unit, "
+        what += "which are predicted together"
         inputs.append({"name": UNITS, "dtype": "int64", "shape": ["n"], "what": what})
     description = {
         "task_kind": model.task_kind,
@@ -244,7 +245,7 @@ def _map_members(
 def _write_onnx(program: Any, input_names: Sequence[str], path: Path) -> None:
     import onnx
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
@@ -262,7 +263,7 @@ def _onnx_runner(path: Path, input_names: Sequence[str]) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(
         None, {name: value.numpy() for name, value in zip(input_names, pixels, strict=True)}

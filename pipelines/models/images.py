@@ -102,7 +102,8 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
         if trained_backbone is not None:
             taps = [Tap(feature.tap, feature.pooling) for feature in member.features]
             forward = make_forward(trained_backbone, taps, device=device)
-            rendering = Rendering(trained_backbone.preprocessing, 0, Augmentation())
+            view_index, no_augmentation = 0, Augmentation()
+            rendering = Rendering(trained_backbone.preprocessing, view_index, no_augmentation)
             passes.append(ForwardPass(rendering, forward, member.features))
     for backbone, features in model.features_by_backbone.items():
         passes += make_forward_passes(backbone, features, device)
@@ -306,7 +307,8 @@ def as_stored(features: npt.NDArray[Any], dtype: str) -> Floats:
     """Return features (n, ...) rounded as the cache stores them."""
     if dtype == "uint8":  # its scale depends on the rows that happen to be stored together
         return np.asarray(features, np.float32)
-    encoded_features = encode_rows(features, [""] * len(features), dtype)
+    no_ids = [""] * len(features)  # for error messages, which `find_unstorable_rows` has prevented
+    encoded_features = encode_rows(features, no_ids, dtype)
     return np.asarray(decode_rows(encoded_features.stored, dtype), np.float32)
 
 

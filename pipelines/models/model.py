@@ -15,7 +15,9 @@ from headrace.pipelines.models.network import NetworkModel
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import read_record
 
-# The three go through the same methods: `load`, `save`, `predict_proba` (and `predict`),
+# A file in each folder that `headrace export` wrote; here, because export's modules import torch.
+EXPORT_MARKER = ".headrace-export"
+# The three have the same methods: `load`, `save`, `predict_proba` (and `predict`),
 # `to_torch`, `describe`.
 Model = HeadModel | NetworkModel | EnsembleModel
 
@@ -73,10 +75,6 @@ def _code_of_recipe(given_path: Path | str) -> set[str]:
     return {code_text for code_text in network_code if code_text} | estimators | files
 
 
-# A file in each folder that `headrace export` wrote; here, because export's modules import torch.
-EXPORT_MARKER = ".headrace-export"
-
-
 def _model_directory(given_path: Path | str) -> Path:
     model_path = expand_home(given_path)
     if _holds_model(model_path):
@@ -125,5 +123,5 @@ def ensemble_is_selected(run: RunPaths) -> bool:
         raise ModelError(
             f"{description_path} is not as it was written: {error}. {WRITE_AGAIN}"
         ) from error
-    except (KeyError, TypeError):
+    except (KeyError, TypeError):  # an ensemble that was saved outside of a run was not compared
         return False

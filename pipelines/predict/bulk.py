@@ -101,7 +101,7 @@ def predict_table(
     """
     parts_folder = _parts_folder(table_path)
     _require_ours(table_path, _record_path(table_path), parts_folder)
-    # By the name under which each is assembled in the folder of parts.
+    # Each is assembled in the folder of parts under the key's name, and then moved to its path.
     tables_beside = {} if unit_names is None else {"units.partial": units_path(table_path)}
     tables_beside |= {"weights.partial": weights_path(table_path)} if model.takes_units else {}
     for table_beside in tables_beside.values():
@@ -120,18 +120,18 @@ def predict_table(
     if unit_names is not None:
         record["units"] = unit_names.digest
 
-    def finished() -> PredictionSummary | None:
+    def earlier_summary() -> PredictionSummary | None:
         if force or not all(path.exists() for path in tables_beside.values()):
             return None
-        return _finished(table_path, record)
+        return _summary_of_finished(table_path, record)
 
     # A lock beside a finished table belongs to a killed call; `_only_writer` waits and removes it.
-    if (finished_summary := finished()) is not None and not _lock_path(table_path).exists():
-        return finished_summary
+    if (summary := earlier_summary()) is not None and not _lock_path(table_path).exists():
+        return summary
     with _only_writer(table_path, console):
         # Another call may have finished it while this one waited.
-        if (finished_summary := finished()) is not None:
-            return finished_summary
+        if (summary := earlier_summary()) is not None:
+            return summary
         parts_folder.mkdir(parents=True, exist_ok=True)
         known_keys = known_parts(parts_folder, model, is_final=False).keys()
         rows = missing_rows(keys, known_keys, row_columns.units)
@@ -168,7 +168,7 @@ def _publish(table_path: Path, tables_beside: Mapping[str, Path], record: dict[s
     remove_parts(parts_folder)
 
 
-def _finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary | None:
+def _summary_of_finished(table_path: Path, record: Mapping[str, Any]) -> PredictionSummary | None:
     """Return the counts of a table that an earlier call has finished, None if there is none.
 
     Raises OutputExists for a table of other images or another model.
@@ -252,7 +252,7 @@ def _require_our_units(unit_table_path: Path) -> None:
 
 def _free_name(table_path: Path) -> Path:
     suffix = table_path.suffix or ".csv"
-    candidates = (table_path.with_name(f"predictions{number or ''}{suffix}") for number in count())
+    candidates = (table_path.with_name(f"predictions{index or ''}{suffix}") for index in count())
     return next(path for path in candidates if not path.exists())
 
 

@@ -48,7 +48,9 @@ def list_images(
     names = [column.name for column in side_columns]
     names += [] if unit_column is None or unit_column in names else [unit_column]
     optional = [] if optional_column is None or optional_column in names else [optional_column]
-    image_sources = [part for source in sources for part in _sources(str(source), options)]
+    image_sources = [
+        image_source for source in sources for image_source in _sources(str(source), options)
+    ]
     listings = [_list_source(source, names, optional) for source in image_sources]
     if len(listings) == 1:
         return listings[0]
@@ -66,10 +68,10 @@ def list_images(
 
 def whole_images_note(parts: ImageParts | None, paths: Iterable[str]) -> list[str]:
     """Return a note if some images are whole, but the model was trained on boxes in images."""
-    if parts is None or parts.tiles is not None:
+    if parts is None or parts.tiles is not None:  # whole images are cut into tiles
         return []
-    whole = sum(split_crop(path)[1] is None for path in paths)
-    if not whole:
+    n_whole = sum(split_crop(path)[1] is None for path in paths)
+    if not n_whole:
         return []
     columns = parts.boxes.columns if isinstance(parts.boxes, Boxes) else None
     advice = (
@@ -79,12 +81,12 @@ def whole_images_note(parts: ImageParts | None, paths: Iterable[str]) -> list[st
         else "(images.detections): name the detector's results for these images, --detections"
     )
     return [
-        f"{count_text(whole, 'image is', 'images are')} predicted as a whole, but the model was "
+        f"{count_text(n_whole, 'image is', 'images are')} predicted as a whole, but the model was "
         f"trained on parts of images {advice}"
     ]
 
 
-def unsaid_parts_note(model_path: Path) -> list[str]:
+def unrecorded_parts_note(model_path: Path) -> list[str]:
     """Return a note if a model's file, by an earlier version, does not say that it was trained on
     parts of images, but the recipe of its run does. Raises RunDamaged.
     """
@@ -112,13 +114,13 @@ def _sources(location: str, options: dict[str, Any]) -> list[ImageSource]:
     return [images.source(), *([] if unlabelled is None else [unlabelled])]
 
 
-def _list_source(source: ImageSource, beside: Sequence[str], optional: Sequence[str]) -> Listing:
+def _list_source(source: ImageSource, required: Sequence[str], optional: Sequence[str]) -> Listing:
     location = str(source.location)
     listing = read_source(source, labelled=False)
     file_names = listing.samples["id"].astype(str)
     if source.kind == "folder":
         file_names = f"{printable_name(location).rstrip('/')}/" + file_names
-    require_columns(listing.samples, beside, f"{location}: ")
+    require_columns(listing.samples, required, f"{location}: ")
     named = pd.DataFrame({"file": file_names, "path": listing.samples["path"].astype(str)})
-    columns = listing.samples.reindex(columns=[*beside, *optional])
+    columns = listing.samples.reindex(columns=[*required, *optional])
     return replace(listing, samples=pd.concat([named, columns], axis=1))

@@ -6,8 +6,8 @@ from headrace.heads.kinds import spec_from_json
 from headrace.heads.spec import HeadSpec, spec_to_json
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
-# Usual values of settings that most heads have; the text leaves them out.
-_UNSAID = {
+# Of settings that most heads have; the text leaves them out.
+_USUAL_VALUES = {
     "class_weight": "none",
     "standardize": True,
     "banded": False,
@@ -18,7 +18,7 @@ _SHORT_NAMES = {"learning_rate": "lr", "weight_decay": "wd"}
 
 
 def settings_text(spec: HeadSpec) -> str:
-    """Return a spec's settings as "name=value" texts, without the usual values (_UNSAID)."""
+    """Return a spec's settings as "name=value" texts, without the usual values (_USUAL_VALUES)."""
     if isinstance(spec, FineTuneSpec):
         return _network_text(spec)
     # The kind has a column of its own on leaderboards; the others are rarely searched.
@@ -26,7 +26,7 @@ def settings_text(spec: HeadSpec) -> str:
     settings = {
         key: value
         for key, value in json.loads(spec_to_json(spec)).items()
-        if key not in hidden_keys and _UNSAID.get(key) != value
+        if key not in hidden_keys and _USUAL_VALUES.get(key) != value
     }
     return " ".join(
         f"{_SHORT_NAMES.get(key, key)}={_value_text(value)}" for key, value in settings.items()

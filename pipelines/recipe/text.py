@@ -22,8 +22,8 @@ _UNION_TAGS = (
 # Far above any recipe (the longest of ours has 4 kB); PyYAML reads this much in some seconds.
 MAX_CHARACTERS = 256 * 1024
 _MAX_VALUES = 50_000  # keys and values, those of an anchor counted at each use
-# Characters of a number: Python takes quadratic time for long ones, and refuses to print them.
-_MAX_NUMBER = 400
+# In characters: Python takes quadratic time for long numbers, and refuses to print them.
+_MAX_NUMBER_LENGTH = 400
 _MAX_PROBLEMS = 20  # problems with a message of their own; the others are counted
 # Keys of earlier versions, with the sections that they are in, and their names today.
 RENAMED_KEYS = {
@@ -94,14 +94,14 @@ def naming_lines(path: Path) -> typing.Iterator[None]:
         if quoted and str(path) not in message and len(error.args) == 1:
             word = re.compile(rf"(?<![\w-]){re.escape(quoted[1])}(?![\w-])")
             text = path.read_text(encoding="utf-8", errors="replace")
-            numbers = [
-                number
-                for number, line in enumerate(text.splitlines(), 1)
+            line_numbers = [
+                line_number
+                for line_number, line in enumerate(text.splitlines(), 1)
                 if word.search(line.partition(" #")[0])
             ]
             # Of several lines the wrong one might be named.
-            if len(numbers) == 1:
-                error.args = (f"{path}, line {numbers[0]}: {message}",)
+            if len(line_numbers) == 1:
+                error.args = (f"{path}, line {line_numbers[0]}: {message}",)
         raise
 
 
@@ -187,7 +187,7 @@ def _refuse_odd_nodes(
     """
     line_number = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
-        if node.tag != _TEXT and len(node.value) > _MAX_NUMBER:
+        if node.tag != _TEXT and len(node.value) > _MAX_NUMBER_LENGTH:
             raise RecipeError(
                 f"{path}, line {line_number}: a number of {len(node.value):,} characters; put text "
                 "in quotes"
@@ -241,7 +241,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
+def own_problems(problems: typing.Sequence[Any]) -> list[Any]:
     """Return the problems without those that follow from others (a list is called too short if one
     of its items was refused) or come from the wrong member of a union.
     """
@@ -255,28 +255,29 @@ def own_problems(problems: typing.Sequence[typing.Any]) -> list[typing.Any]:
     ]
     # For a key that takes a word or a list, pydantic reports both; the one that fits the user's
     # value is kept.
-    by_keys: dict[tuple[typing.Any, ...], dict[str, typing.Any]] = {}
+    by_keys: dict[tuple[Any, ...], dict[str, Any]] = {}
     for problem in problems:
         by_keys.setdefault(_keys(problem), {})[problem["type"]] = problem
     kept = []
     for problem in problems:
-        others = by_keys[_keys(problem)]
+        by_type = by_keys[_keys(problem)]
         hides = {"literal_error": "tuple_type", "tuple_type": "string_type"}.get(problem["type"])
-        if hides in others:
+        if hides in by_type:
             continue
-        if problem["type"] == "tuple_type" and "literal_error" in others:
-            problem = {**problem, "words": others["literal_error"]["ctx"]["expected"]}
+        if problem["type"] == "tuple_type" and "literal_error" in by_type:
+            problem = {**problem, "words": by_type["literal_error"]["ctx"]["expected"]}
         kept.append(problem)
     return kept
 
 
-def _keys(problem: typing.Any) -> tuple[typing.Any, ...]:
+def _keys(problem: Any) -> tuple[Any, ...]:
+    """Return the location of a pydantic error as keys of the file, without union tags."""
     location = problem["loc"]
     # The last part of an unknown key's location is the user's word, even if it is `list`.
-    n_above = len(location) - (problem["type"] == "extra_forbidden")
+    n_known = len(location) - (problem["type"] == "extra_forbidden")
     return (
-        *(key_part for key_part in location[:n_above] if not _is_union_tag(key_part)),
-        *location[n_above:],
+        *(key_part for key_part in location[:n_known] if not _is_union_tag(key_part)),
+        *location[n_known:],
     )
 
 
@@ -294,7 +295,7 @@ _PLAIN_MESSAGES = {
 
 
 def explain_all(
-    problems: typing.Sequence[typing.Any],
+    problems: typing.Sequence[Any],
     root: yaml.MappingNode,
     path: Path,
     model: type[pydantic.BaseModel],
@@ -314,7 +315,7 @@ def explain_all(
 
 
 def explain(
-    problem: typing.Any,
+    problem: Any,
     root: yaml.MappingNode,
     path: Path,
     model: type[pydantic.BaseModel],
@@ -339,11 +340,11 @@ def explain(
     if problem["type"] == "tuple_type" and isinstance(problem["input"], dict):
         return f"{place_text}: {dotted_key}: a list is expected: write '- ' before its first key"
     if problem["type"] == "tuple_type" and is_in_file:
-        found = _short(str(problem["input"]))
-        item = f"{{name: {found}}}" if location == ["backbones"] else found
+        given = _short(str(problem["input"]))
+        item = f"{{name: {given}}}" if location == ["backbones"] else given
         words = f"{problem['words']} or " if "words" in problem else ""
         return (
-            f"{place_text}: {dotted_key}: {words}a list is expected, found {found}: write [{item}]"
+            f"{place_text}: {dotted_key}: {words}a list is expected, found {given}: write [{item}]"
         )
     if problem["type"] == "model_type":
         hint = _section_hint(problem["input"], _keys_at(model, location))
@@ -373,7 +374,7 @@ def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str
     )
     # Such as `budget` for `budget_minutes`, which is too different for a misspelling.
     longer = [name for name in valid_keys if name.startswith(f"{word}_")]
-    # a setting of a kind of head is none of the images', whatever its name
+    # A mistaken setting of a head can only mean a key of another kind of head.
     prefix = "heads." if location[0] == "heads" and len(location) > 2 else ""
     elsewhere = [key for key in _sections_that_have(model, word) if key.startswith(prefix)]
     nearest_keys = [*misspelt, *longer, *elsewhere, *alike]
@@ -384,7 +385,7 @@ def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str
     return hint
 
 
-def _value_hint(problem: typing.Any) -> str:
+def _value_hint(problem: Any) -> str:
     """Return what to write instead of a value such as 25 %, 0,25, [30] or an unquoted yes."""
     value, expected = problem["input"], problem["type"]
     if isinstance(value, list):
@@ -394,8 +395,8 @@ def _value_hint(problem: typing.Any) -> str:
     if expected == "less_than" and problem["ctx"]["lt"] == 1 and 1 < float(value) <= 100:
         return f"; write {float(value) / 100:g}"  # float() because it may be in quotes
     if expected == "float_parsing" and re.fullmatch(r"\d+([.,]\d+)? ?%?", value):
-        number = float(value.rstrip(" %").replace(",", "."))
-        return f"; write {number / 100 if value.endswith('%') else number:g}"
+        parsed = float(value.rstrip(" %").replace(",", "."))
+        return f"; write {parsed / 100 if value.endswith('%') else parsed:g}"
     return ""
 
 
@@ -416,7 +417,7 @@ def _section_hint(found: object, keys: typing.Sequence[str]) -> str:
     return f"a section with keys is expected{found_text}: write {example}. Keys: {', '.join(keys)}"
 
 
-def renamed_key(problem: typing.Any) -> str | None:
+def renamed_key(problem: Any) -> str | None:
     """Return today's name of a key of earlier versions; None for any other problem."""
     if problem["type"] != "extra_forbidden":
         return None

@@ -43,7 +43,7 @@ def unit_targets(
         values = by_unit.max() if section.unit_label == "any" else by_unit.mean()
         return values.to_numpy(target.dtype)[unit_of_row].reshape(target.shape), notes
     if section.kind == "multi":
-        # Half of the images is enough: a label that is given at all is rather right than forgotten.
+        # Half of the images is enough: labels are more often forgotten than given wrongly.
         return (by_unit.mean() >= 0.5).to_numpy(target.dtype)[unit_of_row], notes
     counts = np.zeros((len(units), len(classes)), np.int64)
     np.add.at(counts, (unit_of_row, target), 1)

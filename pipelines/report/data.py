@@ -13,9 +13,9 @@ from headrace.pipelines.records import read_table
 from headrace.pipelines.report.page import figures
 from headrace.pipelines.report.page.blocks import Block, Column, Facts, Figure, Note, Section, Table
 
-# Where the largest class has this many times the images of the smallest, accuracy says little about
+# Images of the largest class per image of the smallest, from which on accuracy says little about
 # the small one.
-LOPSIDED = 5
+_IMBALANCE_RATIO = 5
 _FIGURE_CLASSES = 30  # bars, as many as a page can show; more are a table alone
 
 
@@ -87,11 +87,10 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     # Numbers have no classes to be counted.
     if run.task_kind == "regression":
         return _target_blocks(run, test)
-    train = _class_counts(run.task_kind, run.bank.target, len(run.classes))
-    counts_by_split = {"training and validation": train.tolist()}
-    frame = pd.DataFrame(
-        {"class": list(run.classes), "train": train, "share": train / max(len(run.bank.target), 1)}
-    )
+    train_counts = _class_counts(run.task_kind, run.bank.target, len(run.classes))
+    counts_by_split = {"training and validation": train_counts.tolist()}
+    shares = train_counts / max(len(run.bank.target), 1)
+    frame = pd.DataFrame({"class": list(run.classes), "train": train_counts, "share": shares})
     word = "class" if run.task_kind == "single" else "label"
     columns = [
         Column("class", word),
@@ -106,27 +105,31 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
         "balance", f"Images by {word}", tuple(columns), frame, search=len(frame) > _FIGURE_CLASSES
     )
     blocks: list[Block] = []
-    largest, smallest = int(train.argmax()), int(train.argmin())
-    if run.task_kind == "single" and train[largest] >= LOPSIDED * max(int(train[smallest]), 1):
+    largest, smallest = int(train_counts.argmax()), int(train_counts.argmin())
+    ratio = train_counts[largest] / max(int(train_counts[smallest]), 1)
+    if run.task_kind == "single" and ratio >= _IMBALANCE_RATIO:
         blocks.append(
             Note(
-                f"Lopsided: {count_text(train[largest], 'image')} of {run.classes[largest]} and "
-                f"{train[smallest]:,} of {run.classes[smallest]}. Accuracy mostly tells of the "
-                "large classes; look at recall by class, and try task.metric: balanced_accuracy "
-                "and class_weight: [none, balanced].",
+                f"Lopsided: {count_text(train_counts[largest], 'image')} of "
+                f"{run.classes[largest]} and {train_counts[smallest]:,} of "
+                f"{run.classes[smallest]}. Accuracy mostly tells of the large classes; look at "
+                "recall by class, and try task.metric: balanced_accuracy and class_weight: [none, "
+                "balanced].",
                 "warning",
             )
         )
     if len(frame) > _FIGURE_CLASSES:
         return [*blocks, table]
     svg = figures.bar_chart(list(run.classes), counts_by_split, xlabel="images")
-    sizes = ", ".join(f"{name} {count:,}" for name, count in zip(run.classes, train, strict=True))
+    class_sizes = zip(run.classes, train_counts, strict=True)
+    sizes = ", ".join(f"{name} {count:,}" for name, count in class_sizes)
     alt = f"Bar chart of the images of each {word}: {sizes}."
     return [*blocks, Figure(svg, alt, f"Images by {word}.", table)]
 
 
-def _class_counts(kind: str, target: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
-    return np.bincount(target, minlength=classes) if kind == "single" else (target > 0).sum(0)
+def _class_counts(kind: str, target: npt.NDArray[Any], n_classes: int) -> npt.NDArray[np.int64]:
+    """Return (C,) the number of images of each class or label; target: (N,), or (N, C) of 0/1."""
+    return np.bincount(target, minlength=n_classes) if kind == "single" else (target > 0).sum(0)
 
 
 def _target_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
@@ -135,9 +138,9 @@ def _target_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     if test is not None and len(test.ids):
         sides["test"] = test.target
     for side, target in sides.items():
-        for number, name in enumerate(run.classes):
+        for column, name in enumerate(run.classes):
             # Each target by itself: their units differ.
-            values = np.asarray(target[:, number], float)
+            values = np.asarray(target[:, column], float)
             rows.append(
                 {
                     "target": name,

@@ -29,13 +29,13 @@ def metric_format(metric: str) -> Format:
 
 def metric_title(metric: str) -> str:
     """Return a metric's name in words, such as "balanced accuracy" or "AUC"."""
-    known = {"auc": "AUC", "macro_f1": "macro F1", "r2": "R²", "rmse": "RMSE", "mae": "MAE"}
-    return known.get(metric, metric.replace("_", " "))
+    titles = {"auc": "AUC", "macro_f1": "macro F1", "r2": "R²", "rmse": "RMSE", "mae": "MAE"}
+    return titles.get(metric, metric.replace("_", " "))
 
 
 def leaderboard_section(run: FinishedRun) -> Section:
     """Every setting, with all its metrics; sorted, filtered and searched on the page."""
-    frame, others = _shown_board(run)
+    frame, other_metrics = _shown_board(run)
     metric = run.metric
     better = "higher" if METRICS[metric].higher_is_better else "lower"
     columns = (
@@ -57,7 +57,7 @@ def leaderboard_section(run: FinishedRun) -> Section:
         Column("settings", "settings"),
         *(
             Column(name, metric_title(name), metric_format(name), "mean over validation folds")
-            for name in others
+            for name in other_metrics
         ),
         Column("features", "features", "count", "numbers that the head reads per image"),
         Column("train_seconds", "seconds", "seconds", "training, all folds together"),
@@ -75,13 +75,13 @@ def leaderboard_section(run: FinishedRun) -> Section:
         # The winner, wherever sorting takes its row.
         marked=frozenset({0}),
     )
-    whole = (
+    refit_text = (
         "and once on all training rows"
         if frame["final"].all()
         else "and, where it was kept, once on all training rows"
     )
     lead = (
-        f"{count_text(len(frame), 'setting')}, each trained once per fold {whole}. Heads were "
+        f"{count_text(len(frame), 'setting')}, each trained once per fold {refit_text}. Heads were "
         "chosen on validation folds alone; the test split plays no part in this table."
     )
     return Section("leaderboard", "Leaderboard", lead, (table, *_failed_note(run)))
@@ -92,8 +92,7 @@ def taps_section(run: FinishedRun) -> Section:
     metric = run.metric
     board, _ = _shown_board(run)
     best = board[board["best"]]
-    # As the recipe lists them, which is from the first layers to the last: the figure reads as a
-    # walk through the network.
+    # The recipe's order, from the first layers to the last: the figure follows the network.
     scored_inputs = set(best["inputs"])
     order = [
         name
@@ -147,8 +146,8 @@ def _by_backbone(run: FinishedRun, best: pd.DataFrame) -> tuple[Block, ...]:
     names = [backbone.alias or backbone.name for backbone in backbones]
 
     def backbone_of(inputs: str) -> str:
-        parts = inputs.split(" + ")
-        used = [name for name in names if any(part.startswith(f"{name}:") for part in parts)]
+        taps = inputs.split(" + ")
+        used = [name for name in names if any(tap.startswith(f"{name}:") for tap in taps)]
         return used[0] if len(used) == 1 else "several"
 
     best_of_each = best.assign(

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 1000  # of the groups, for an interval
 _BLOCK = 50  # resamples in memory at a time
-_SORTED_BUDGET = 2e8  # numbers that are sorted for one metric of an area under a curve
+_SORTED_BUDGET = 2e8  # values to sort, of all resamples, for one of SORTED_METRICS
 
 
 def paired_metrics(
@@ -87,9 +87,10 @@ def paired_proportion_interval(
 
     hits = np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)])
     n_rows = hits.shape[1]
-    effect = _design_effect(hits[1] - hits[0], np.arange(n_rows) if groups is None else groups)
+    row_groups = np.arange(n_rows) if groups is None else groups
+    design_effect = _design_effect(hits[1] - hits[0], row_groups)
     both, only_first, only_second, neither = (
-        float(count) / effect
+        float(count) / design_effect
         for count in (
             (hits[0] * hits[1]).sum(),
             (hits[0] * (1 - hits[1])).sum(),
@@ -97,11 +98,12 @@ def paired_proportion_interval(
             ((1 - hits[0]) * (1 - hits[1])).sum(),
         )
     )
-    n = n_rows / effect
+    n_effective = n_rows / design_effect
     z = float(ndtri((1 + level) / 2))
-    shares = (both + only_second) / n, (both + only_first) / n
-    (low_2, high_2), (low_1, high_1) = (_wilson(share, n, z) for share in shares)
-    margins = (
+    share_1, share_2 = (both + only_first) / n_effective, (both + only_second) / n_effective
+    low_1, high_1 = _wilson(share_1, n_effective, z)
+    low_2, high_2 = _wilson(share_2, n_effective, z)
+    product_of_margins = (
         (both + only_first)
         * (only_second + neither)
         * (both + only_second)
@@ -110,16 +112,18 @@ def paired_proportion_interval(
     numerator = both * neither - only_first * only_second
     if numerator > 0:
         # The continuity correction of method 10.
-        numerator = max(numerator - n / 2, 0.0)
-    phi = numerator / np.sqrt(margins) if margins > 0 else 0.0
-    below = shares[0] - low_2, high_1 - shares[1]
-    above = high_2 - shares[0], shares[1] - low_1
-    difference = shares[0] - shares[1]
+        numerator = max(numerator - n_effective / 2, 0.0)
+    phi = numerator / np.sqrt(product_of_margins) if product_of_margins > 0 else 0.0
 
-    def root(ends: tuple[float, float]) -> float:
-        return float(np.sqrt(max(0.0, ends[0] ** 2 - 2 * phi * ends[0] * ends[1] + ends[1] ** 2)))
+    def half_width(of_second: float, of_first: float) -> float:
+        variance = of_second**2 - 2 * phi * of_second * of_first + of_first**2
+        return float(np.sqrt(max(0.0, variance)))
 
-    return difference - root(below), difference + root(above)
+    difference = share_2 - share_1
+    return (
+        difference - half_width(share_2 - low_2, high_1 - share_1),
+        difference + half_width(high_2 - share_2, share_1 - low_1),
+    )
 
 
 def _wilson(share: float, n: float, z: float) -> tuple[float, float]:

@@ -127,17 +127,19 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
             ]
             temperature, floor = identity["temperature"], FLOOR
         # The temperature of units is applied to units, not to their images.
-        of_images = 1.0 if test.units is not None else temperature
-        predictions = (
-            model.predict_rows(test, temperature=of_images, trust_code=run.trust_code)
+        image_temperature = 1.0 if test.units is not None else temperature
+        targets_and_predictions = (
+            model.predict_rows(test, temperature=image_temperature, trust_code=run.trust_code)
             if selected.ensemble is None
-            else predict_average(members, of_images, test=test, trust_code=run.trust_code)
+            else predict_average(members, image_temperature, test=test, trust_code=run.trust_code)
         )
-        scored = scored_predictions(test, lambda _: predictions, temperature, floor)
+        target, predicted = scored_predictions(
+            test, lambda _: targets_and_predictions, temperature, floor
+        )
     # A page without the test images is still a page.
     except (HeadraceError, OSError, KeyError) as error:
         return f"the predictions of the test images cannot be made again: {error}"
-    return TestPredictions(test, *scored, predictions[1])
+    return TestPredictions(test, target, predicted, of_images=targets_and_predictions[1])
 
 
 def _recorded_model(run: FinishedRun, recorded: JsonObject) -> ModelRef:

@@ -22,6 +22,8 @@ from headrace.pipelines.report.page.thumbnails import Thumbnails
 
 SHOWN = 24  # pictures of a gallery
 
+_ID_COLUMN = Column("id", "image")
+
 
 def suspects_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     """Return the section: tables of all mistakes and suspects, the first of them as pictures."""
@@ -52,7 +54,7 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         }
     )
     table_columns = (
-        Column("id", "image"),
+        _ID_COLUMN,
         Column("label", "label"),
         Column("predicted", "predicted"),
         Column("probability", "probability", "share", "of the predicted class"),
@@ -107,7 +109,7 @@ def _label_error_blocks(
         }
     )
     table_columns = (
-        Column("id", "image"),
+        _ID_COLUMN,
         Column("label", "label"),
         Column("suggested", "suggested"),
         Column("of_label", "of the label", "share", "predicted probability of the label as it is"),
@@ -139,7 +141,7 @@ def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     held_out_rows, label_names = run.held_out_rows, np.asarray(run.classes, object)
     target, predicted = run.bank.target[held_out_rows], run.out_of_fold_predictions[held_out_rows]
     table_columns = (
-        Column("id", "image"),
+        _ID_COLUMN,
         Column("label", "label"),
         Column("given", "given", "yes"),
         Column(
@@ -225,7 +227,7 @@ def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
         }
     )
     table_columns = (
-        Column("id", "image"),
+        _ID_COLUMN,
         Column("target", "target"),
         Column("true", "true", "number"),
         Column("predicted", "predicted", "number"),

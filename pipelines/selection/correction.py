@@ -41,16 +41,15 @@ Blocks = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 RESAMPLES = 500  # of the validation rows
 LEVEL = 0.95  # confidence of intervals, and of the set of tied heads
 ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # the quantiles at the ends of an interval
-# BBC-CV draws the rows with replacement. They are then worth half as many, and where heads differ
-# the choice falls on worse ones than it did: by .33 points of accuracy at 150 rows, and by .09
-# where a fifth of the rows is left out instead (the loss goes with rows / effective rows - 1). Only
-# for metrics that are means over rows: others need more rows than a fifth to be defined.
+# BBC-CV draws the rows with replacement. N such rows tell as much as N / 2 distinct ones, so that
+# worse heads are chosen than from all rows: by 0.33 points of accuracy at 150 rows, and by only
+# 0.09 where a fifth of the rows is left out (the loss grows with rows / effective rows - 1).
+# Only for metrics that are means over rows: others are often undefined on a fifth of the rows.
 LEFT_OUT_SHARE = 0.2
 ROW_MEANS = ("accuracy", "hamming_accuracy", "log_loss", "mae")
-# numbers of a head's predictions that the drawn shares may look at: a second
-_SHARE_BUDGET = 2e8
-# Metrics made of sorted rows cost K × N × C × B without a matrix product: fewer heads and
-# resamples, a second or two.
+_SHARE_BUDGET = 2e8  # N × C × resamples in `share_optimism`, about a second
+# K × N × C × B for the metrics that sort rows (AUC, average precision), a second or two: they have
+# no matrix product, and so get fewer heads and resamples.
 SORTED_BUDGET = 4e8
 SORTED_RESAMPLES = 200
 
@@ -64,7 +63,7 @@ class Selection:
     images: int  # held-out rows that they were compared on
     resamples: int
     validation: float  # the winner's own validation score: the best of `tried`, and so too good
-    # the same at the winner's temperature, cross-fitted: only log loss and the like are others
+    # the same at the winner's temperature, cross-fitted; differs for log loss, not for accuracy
     calibrated: float
     expected: float  # the score to expect of it, at its temperature, on new images
     low: float  # 95 % interval of `expected`
@@ -114,8 +113,8 @@ def assess_selection(
     board: best first.
     blocks: (positions in the board, predictions (k, N, C)), by default the stored ones.
     halving_luck: after a successive halving of inputs on the same rows, the luck of its choice and
-    the errors (N,) of the winner's input in it. So much of that luck is in the winner's score as
-    its own errors are those.
+    the errors (N,) of the winner's input in it. The luck counts by the correlation of these errors
+    with the winner's own.
     """
     scores = _score_resamples(board, validation, metric, blocks)
     if scores is None:
@@ -123,13 +122,13 @@ def assess_selection(
     task_kind, predicted = validation.task.kind, scores.winner_predictions
     cost = scores.compared["features"].to_numpy()
     chosen = chosen_scores(scores.chosen_on, scores.left_out, cost)
-    expected, low, high = corrected(chosen, scores.left_out_share, scores.left_out[0])
-    # Held-out rows of stratified folds have the very class shares that their heads were trained on.
-    # New rows have them only by chance.
+    expected, low, high = mean_and_interval(chosen, scores.left_out_share, scores.left_out[0])
+    # Held-out rows of stratified folds have the class shares that their heads were trained on; new
+    # rows have others.
     optimism, optimism_spread = (
         share_optimism(validation, predicted, metric) if is_stratified(validation) else (0.0, 0.0)
     )
-    # The mean over training sets is subtracted; what this one owes to its shares is not known.
+    # The mean over training sets is subtracted below. That of this training set may differ from it.
     low, high = widened(expected, low, high, optimism_spread)
     if halving_luck is not None and metric in ("accuracy", "hamming_accuracy"):
         luck, halving_errors = halving_luck
@@ -142,8 +141,8 @@ def assess_selection(
         else FLOOR
     )
     at_temperature = calibrated(validation, predicted, floor)
-    # What the temperature changes is the same whatever rows were drawn: it is added, and the choice
-    # was made without it.
+    # The choice was made without the temperature, which changes the score by the same amount in
+    # every resample: the change is added once.
     temperature_gain = _mean_score(validation, at_temperature, metric) - _mean_score(
         validation, predicted, metric
     )
@@ -151,7 +150,7 @@ def assess_selection(
     expected, low, high = (
         sign * value - optimism + temperature_gain for value in (expected, low, high)
     )
-    # Of very few rows, the optimism may be more than the whole score.
+    # With very few rows the optimism can exceed the whole score.
     expected = float(np.clip(expected, *_metric_range(metric)))
     low, high = no_narrower(
         validation, at_temperature, metric, expected, (min(low, high), max(low, high))
@@ -190,18 +189,19 @@ def _score_resamples(
     if metric in SORTED_METRICS:
         n_resamples = SORTED_RESAMPLES
         n_outputs = max(1, len(validation.task.classes))
+        # Each resample is scored twice: on its rows, and on those left out.
         max_heads = int(SORTED_BUDGET / (2 * n_resamples * len(validation) * n_outputs))
         board = board.head(max(max_heads, 2))  # a head far down never wins a resample
     drawn = resampled_rows(fold, validation.groups, n_resamples, 0)
     if metric in ROW_MEANS:
         left_out = left_out_rows(fold, validation.groups, n_resamples, 0)
-        kept = [1 - left_out]
-    else:
-        left_out, kept = (drawn == 0).astype(np.float64), []
+        chosen_on = [1 - left_out]
+    else:  # the choice is made on the drawn rows themselves
+        left_out, chosen_on = (drawn == 0).astype(np.float64), []
     if not left_out.any():
         return None
-    # The first column of weights is that of the rows as they are.
-    in_bag = np.concatenate([np.ones((len(drawn), 1)), drawn, *kept], axis=1)
+    # Weights (N, 1 + B or 1 + 2 B); the first column is for the rows as they are.
+    weights = np.concatenate([np.ones((len(drawn), 1)), drawn, *chosen_on], axis=1)
     # The few rows of one fold that were left out may hardly differ, and R² among them is then far
     # below anything real.
     left_out_fold = np.zeros_like(fold) if metric == "r2" else fold
@@ -213,8 +213,8 @@ def _score_resamples(
             best_position = positions.min()
             winner_predictions = predicted[int(positions.argmin())]
         score_pair = [
-            weighted_scores(task_kind, target, predicted, fold_of_row, metric, weights)
-            for fold_of_row, weights in ((fold, in_bag), (left_out_fold, left_out))
+            weighted_scores(task_kind, target, predicted, fold_of_row, metric, row_weights)
+            for fold_of_row, row_weights in ((fold, weights), (left_out_fold, left_out))
         ]
         score_blocks.append(np.concatenate(score_pair, axis=1))
         if metric == "accuracy":
@@ -222,6 +222,7 @@ def _score_resamples(
     if winner_predictions is None:
         return None
     order = np.argsort(np.concatenate(position_blocks))
+    # (K, 1 + 2 B or 1 + 3 B): as they are, drawn, chosen on (if not the drawn), left out
     scores = np.concatenate(score_blocks)[order] * _sign(metric)
     return _ResampledScores(
         compared=board.iloc[np.concatenate(position_blocks)[order]],
@@ -255,7 +256,7 @@ def _mean_score(validation: ValidationRows, predicted: npt.NDArray[Any], metric:
 def resampled_rows(
     fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int
 ) -> npt.NDArray[np.float64]:
-    """Return how often each row is drawn, (N, B): in each fold as many groups, with replacement, as
+    """Return how often each row is drawn, (N, B): groups with replacement, in each fold as many as
     it has.
     """
     rng = np.random.default_rng(seed)
@@ -326,23 +327,23 @@ def best_heads(scores: Floats, cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def nested_choice(
-    board: pd.DataFrame, validation: ValidationRows, metric: str, part: npt.NDArray[np.int64]
+    board: pd.DataFrame, validation: ValidationRows, metric: str, part_of_row: npt.NDArray[np.int64]
 ) -> Floats:
     """Return (N, C) predictions of each part of the rows by the head that is best on the other
-    parts, at the temperature that those give it.
+    parts, at the temperature fitted to these.
 
-    They are worth what choosing the best of the board is worth, without the luck of the rows that
-    it was chosen on.
+    Their score is that of choosing the best head, without the luck of the rows that it was chosen
+    on.
 
-    part: (N,) the part of each row. Heads without a prediction for each row cannot be chosen; at
-    least one head has them.
+    part_of_row: (N,). Heads without a prediction for each row cannot be chosen; at least one head
+    has them.
     """
     task_kind, n_outputs = validation.task.kind, len(validation.task.classes)
-    part_numbers = np.unique(part)
-    other_parts = (part[:, None] != part_numbers).astype(np.float64)
+    part_numbers = np.unique(part_of_row)
+    other_parts = (part_of_row[:, None] != part_numbers).astype(np.float64)
     candidates = board
     if metric in SORTED_METRICS:
-        # Of very many heads only the board's best are tried, and with them some of its luck.
+        # Only the first heads of a long board are tried, which leaves some luck in the score.
         n_elements = len(validation) * max(1, n_outputs) * len(part_numbers)
         candidates = board.head(max(int(SORTED_BUDGET / n_elements), 2))
     position_blocks, score_blocks = [], []
@@ -366,7 +367,7 @@ def nested_choice(
     floors = [floor_of(spec, task_kind, n_outputs) for spec in board["spec"].to_numpy()[chosen]]
     nested = np.zeros(predictions.shape[1:])
     for part_number, head in zip(part_numbers, chosen_of_part, strict=True):
-        inside = part != part_number
+        inside = part_of_row != part_number
         temperature = fit_temperature(
             task_kind,
             validation.target[inside],
@@ -380,10 +381,12 @@ def nested_choice(
     return nested
 
 
-def corrected(out_of_bag: Floats, share: float, of_winner: Floats) -> tuple[float, float, float]:
-    """Return the mean of out-of-bag scores (B,), and the interval of that mean; nan where all are.
+def mean_and_interval(
+    out_of_bag: Floats, left_out_share: float, of_winner: Floats
+) -> tuple[float, float, float]:
+    """Return the mean of out-of-bag scores (B,), and the ends of its interval; nan where all are.
 
-    share: of the rows that each score is on. of_winner: (B,) scores of the winner on them.
+    left_out_share: of the rows, in each score. of_winner: (B,) scores of the winner on them.
     """
     is_defined = np.isfinite(out_of_bag)
     scores = out_of_bag[is_defined]
@@ -392,10 +395,11 @@ def corrected(out_of_bag: Floats, share: float, of_winner: Floats) -> tuple[floa
     mean = float(scores.mean())
     # A score of some of the rows varies more than one of all: the delete-d jackknife's factor (Shao
     # and Wu 1989).
-    shrinkage = min(1.0, float(np.sqrt(share / (1 - share)))) if share < 1 else 1.0
+    odds = left_out_share / (1 - left_out_share) if left_out_share < 1 else 1.0
+    shrinkage = min(1.0, float(np.sqrt(odds)))
     below, above = np.quantile(scores, ENDS) - mean
     low, high = mean + shrinkage * min(0.0, below), mean + shrinkage * max(0.0, above)
-    # What choosing takes off the winner's score is estimated too, and has an error.
+    # The winner's score less that of the chosen heads is an estimate, with an error of its own.
     choice_error = shrinkage * float(np.nanstd(of_winner[is_defined] - scores))
     return mean, *widened(mean, low, high, choice_error)
 
@@ -419,8 +423,8 @@ def _error_correlation(halving_errors: Floats, winner_errors: Floats) -> float:
 
 
 def is_stratified(validation: ValidationRows) -> bool:
-    """Return whether each class is dealt evenly to the folds."""
-    # Folds that headrace draws are so, and a user's own hardly ever.
+    """Return whether each class has equally many rows in all folds, give or take one."""
+    # Folds drawn by headrace are stratified; those of a user's column hardly ever.
     folds = np.unique(validation.fold)
     if validation.task.kind != "single" or len(folds) < 2:
         return False
@@ -434,19 +438,20 @@ def is_stratified(validation: ValidationRows) -> bool:
 def share_optimism(
     validation: ValidationRows, predicted: npt.NDArray[Any], metric: str
 ) -> tuple[float, float]:
-    """Return by how much predictions (N, C) score more on rows with the class shares that their
-    head was trained on, than on new rows with those of the population, in the metric's own
-    direction; and the standard deviation of that over training sets.
+    """Return the score of predictions (N, C) on rows with the class shares that their head was
+    trained on, less that on new rows with the population's shares: its mean and its standard
+    deviation over training sets. Not sign-changed for losses.
 
-    A parametric bootstrap: from shares for the population's, training shares are drawn; the head is
-    taken there, and scored on rows of the drawn shares, and of the population's.
+    A parametric bootstrap: training shares are drawn from the population's (estimated); predictions
+    are moved to them by Bayes' rule, and scored on rows weighted to the drawn shares and to the
+    population's.
     """
     target = validation.target
     shares = np.bincount(target, minlength=predicted.shape[1]) / len(target)
     present = shares > 0
-    # The population's shares are the held-out rows' shares, shrunk to equal ones by as much as
-    # chance alone would have them differ (James and Stein 1961): with ten equal classes and 150
-    # rows nearly all of their spread is chance, and would be taken for something to learn.
+    # The population's shares are estimated by those of the held-out rows, shrunk towards equal ones
+    # by the spread expected from chance alone (James and Stein 1961): with ten equal classes and
+    # 150 rows nearly all of the spread is chance.
     equal_shares = present / present.sum()
     chance_spread = (equal_shares * (1 - equal_shares)).sum() / len(target)
     spread = ((shares - equal_shares) ** 2).sum()
@@ -464,12 +469,12 @@ def share_optimism(
         ratio = drawn_shares / divisor
         # By Bayes' rule (Saerens, Latinne and Decaestecker 2002, "Adjusting the outputs of a
         # classifier to new a priori probabilities", Neural Computation 14:21-41).
-        moved = predicted * ratio
-        total = moved.sum(1, keepdims=True)
-        moved = np.where(total > 0, moved / np.where(total > 0, total, 1), predicted)
+        reweighted = predicted * ratio
+        total = reweighted.sum(1, keepdims=True)
+        adjusted = np.where(total > 0, reweighted / np.where(total > 0, total, 1), predicted)
         weights = np.stack([ratio[target], weight_of_new], axis=1)
         as_trained, as_new = weighted_scores(
-            "single", target, moved[None], one_fold, metric, weights
+            "single", target, adjusted[None], one_fold, metric, weights
         )[0]
         gaps.append(as_trained - as_new)
     defined_gaps = [gap for gap in gaps if np.isfinite(gap)]
@@ -485,11 +490,10 @@ def no_narrower(
     value: float,
     ends: tuple[float, float],
 ) -> tuple[float, float]:
-    """Return the ends of an interval around `value`, moved out to where those of the score of one
-    head's predictions (N, C) are.
+    """Return the ends of an interval around `value`, moved out where it is narrower than
+    `metric_interval` of predictions (N, C).
     """
-    # Rows without a mistake have none in any resample: the interval would be the perfect score
-    # alone.
+    # Rows without a mistake have none in any resample: a bootstrap interval would have no width.
     task_kind, target = validation.task.kind, validation.target
     low, high = metric_interval(task_kind, target, predicted, metric, groups=validation.groups)
     pooled = score(task_kind, target, predicted, metric)

@@ -34,7 +34,7 @@ from headrace.pipelines.selection.correction import (
     resampled_rows,
 )
 from headrace.pipelines.selection.predictions import (
-    PARTS,
+    RANDOM_PARTS,
     ValidationRows,
     read_predictions,
     selection_parts,
@@ -253,7 +253,7 @@ def _candidates(
         "loss", kind="stable"
     )
     n_outputs = 1 if task_kind == "single" else max(1, len(validation.task.classes))
-    n_looks = len(validation) * n_outputs * section.rounds * (PARTS + 1)
+    n_looks = len(validation) * n_outputs * section.rounds * (RANDOM_PARTS + 1)
     max_candidates = int(min(section.candidates, max(20, BUDGET / n_looks)))
     # Half of the places, for heads that err differently, which help most: the best ones are often
     # near copies.

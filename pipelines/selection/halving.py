@@ -99,10 +99,8 @@ def _selection_luck(
     task: Task,
     group_codes: npt.NDArray[np.int64],
 ) -> float:
-    """Return by how much more the smallest error among all inputs is too small, by the luck of its
-    choice, than the smallest among the selected inputs; >= 0.
-
-    The luck of choosing among the selected ones is corrected later, when the winner is chosen.
+    """Return `choice_luck` of choosing among all inputs less that of choosing among the selected
+    ones, which is corrected when the winner is chosen; >= 0.
     """
     if len(row_errors) <= len(selected_inputs):
         return 0.0

@@ -51,11 +51,12 @@ def instance_weights(
     ids = bank.ids[held_out]
     unit_names = [units[image_id] for image_id in ids.tolist()]
     # By the fold head that has not seen the unit: those that have seen it know its label.
-    of_heads = [
+    weights_by_head = [
         _out_of_fold_weights(head_bank, str(row["spec"]))[held_out] if takes_units(row) else None
         for head_bank, (_, row) in zip(banks, heads, strict=True)
     ]
-    weights = average_weights([share for share, _ in heads], of_heads, np.array(unit_names))
+    head_weights = [head_weight for head_weight, _ in heads]
+    weights = average_weights(head_weights, weights_by_head, np.array(unit_names))
     table = pd.DataFrame(
         {"unit": unit_names, "id": ids, "weight": weights, "fold": bank.fold[held_out]}
     )

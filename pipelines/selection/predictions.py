@@ -18,7 +18,7 @@ from headrace.heads.evaluate.units import aggregate_units, unit_rows
 from headrace.heads.results import BankResult, read_bank
 
 BLOCK_BYTES = 256 * 2**20  # of predictions in memory at once
-PARTS = 5  # of the rows, where the run has fewer than three folds
+RANDOM_PARTS = 5  # for nested selection, where the run has fewer than three folds
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,13 @@ def selection_parts(validation: ValidationRows) -> npt.NDArray[np.int64]:
     """Return the part (N,) of each row, for nested selection: the choice is made on all parts but
     one, and scored on that one.
 
-    Parts are the run's folds if there are three or more, else PARTS random ones that split no
-    group.
+    Parts are the run's folds if there are three or more, else RANDOM_PARTS that split no group.
     """
     # With two folds, only half of the rows would choose.
     if len(np.unique(validation.fold)) >= 3:
         return validation.fold.astype(np.int64)
-    part_of_group = (
-        np.random.default_rng(0).permutation(int(validation.groups.max(initial=0)) + 1) % PARTS
-    )
+    n_groups = int(validation.groups.max(initial=0)) + 1
+    part_of_group = np.random.default_rng(0).permutation(n_groups) % RANDOM_PARTS
     return np.asarray(part_of_group[validation.groups], np.int64)
 
 

@@ -18,7 +18,7 @@ from headrace.extract.images.crops import decode_picture, split_crop
 from headrace.extract.images.opening import open_image
 from headrace.extract.images.samples import PixelRange
 
-SIGNATURE = 16  # pixels
+SIGNATURE = 16  # side in pixels
 _THREADS = 4  # decoders release the GIL
 
 
@@ -88,7 +88,7 @@ def _small_grey(image_path: str, data: bytes, pixel_range: PixelRange | None) ->
                 image.draft("L", (8 * SIGNATURE, 8 * SIGNATURE))
                 upright = ImageOps.exif_transpose(image).convert("L")
                 return upright.resize(size, Image.Resampling.BOX)
-        except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
+        except Exception:  # noqa: BLE001 - decoders raise anything; `decode_picture` then decides
             pass
     picture = decode_picture(image_path, data, pixel_range)
     return picture.convert("L").resize(size, Image.Resampling.BOX)

@@ -30,7 +30,7 @@ from headrace.pipelines.models.head import HEAD_FILES
 from headrace.pipelines.models.image_parts import ImageParts
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.predict.bulk import predict_table
-from headrace.pipelines.predict.listing import list_images, unsaid_parts_note
+from headrace.pipelines.predict.listing import list_images, unrecorded_parts_note
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.recipe.text import RecipeError
 
@@ -206,7 +206,7 @@ def test_tiles_from_a_run_to_an_export(
     found = program(torch.tensor(np.stack(pixels))).numpy()
     np.testing.assert_allclose(found[:, 1], predicted["p_class1"][:6], atol=1e-5)
 
-    assert unsaid_parts_note(copied) == []  # lies in no run
+    assert unrecorded_parts_note(copied) == []  # lies in no run
     silent = load_model(run)
     dataclasses.replace(silent, head=dataclasses.replace(silent.head, image_parts=None)).save(
         winner

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from headrace.pipelines.cli.json_output import FeatureSetOutput
 
 # The largest quantization error of each dtype, relative to a value unless said otherwise.
-_HALF = {
+_ERROR_BOUNDS = {
     "float16": "2^-11",
     "bfloat16": "2^-8",
     "float32": "2^-24",
@@ -153,7 +153,7 @@ def show_command(
         measured_text = "none, the features were given in this dtype"
     print_line(
         f"{'quantization':>14}  {measured_text} (bound of {feature_set.spec.dtype}: "
-        f"{_HALF[feature_set.spec.dtype]}, measured when written)"
+        f"{_ERROR_BOUNDS[feature_set.spec.dtype]}, measured when written)"
     )
     print_line(f"{'failed':>14}  {count_text(len(failures), 'sample')}")
     for failure in failures[:_SHOWN_FAILURES]:

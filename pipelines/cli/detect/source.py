@@ -114,17 +114,17 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
     # They lie beside the images where predict has been tried, and name them as a table of labels
     # does.
     prediction_tables = [path for path in tables if _is_predictions(path)]
-    finding_of_table: dict[Path, Finding] = {}
+    table_findings: dict[Path, Finding] = {}
     refusal_texts: list[str] = []
     for table in tables:
         if table not in prediction_tables:
             try:
-                finding_of_table[table] = _detect_table(
+                table_findings[table] = _detect_table(
                     table, replace(source, kind="table", location=table), recipe_folder
                 )
             except HeadraceError as refusal:
                 # Its message is shown only if the folder has no classes either. A text file that
-                # lists no images is a read-me, of which nothing need be said.
+                # lists no images is a read-me and needs no message.
                 if table.suffix.lower() not in MAYBE_TABLES or _lists_images(table):
                     refusal_texts.append(str(refusal))
     prediction_notes = [
@@ -133,14 +133,14 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
     try:
         finding = _detect_class_folders(folder, source, recipe_folder)
     except HeadraceError as error:
-        if len(finding_of_table) == 1:
-            (reading,) = finding_of_table.values()
-            return replace(reading, notes=(*reading.notes, *prediction_notes))
-        if finding_of_table:
-            table_names = ", ".join(path.name for path in finding_of_table)
+        if len(table_findings) == 1:
+            (table_finding,) = table_findings.values()
+            return replace(table_finding, notes=(*table_finding.notes, *prediction_notes))
+        if table_findings:
+            table_names = ", ".join(path.name for path in table_findings)
             raise InvalidInput(
                 f"{folder} holds several tables that could name the images ({table_names}): name "
-                f"one. Try: {_init_command(next(iter(finding_of_table)))}"
+                f"one. Try: {_init_command(next(iter(table_findings)))}"
             ) from None
         array_files = [
             path for path in sorted(folder.iterdir()) if path.suffix.lower() in ARRAY_KINDS
@@ -161,15 +161,15 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
         if not refusal_texts:
             raise
         raise InvalidInput("\n".join([str(error), *refusal_texts])) from None
-    if len(finding_of_table) == 1 and (parts_text := _parts_text(folder)):
-        ((table, reading),) = finding_of_table.items()
+    if len(table_findings) == 1 and (parts_text := _parts_text(folder)):
+        ((table, table_finding),) = table_findings.items()
         table_note = f"{table.name} names the images and their labels; the sub-folders {parts_text}"
-        return replace(reading, notes=(*reading.notes, table_note, *prediction_notes))
-    if finding_of_table:
-        reading_names = ", ".join(path.name for path in finding_of_table)
+        return replace(table_finding, notes=(*table_finding.notes, table_note, *prediction_notes))
+    if table_findings:
+        table_names = ", ".join(path.name for path in table_findings)
         prediction_notes.append(
-            f"the sub-folders are taken for the classes. {reading_names} could name the images and "
-            f"their labels, too: for that, {_init_command(next(iter(finding_of_table)))}"
+            f"the sub-folders are taken for the classes. {table_names} could name the images and "
+            f"their labels, too: for that, {_init_command(next(iter(table_findings)))}"
         )
     return replace(finding, notes=(*finding.notes, *prediction_notes))
 
@@ -430,7 +430,7 @@ def _detect_table(table: Path, source: ImageSource, recipe_folder: Path) -> Find
         for column in samples.columns
         if column not in (path_source, "id", "path")
         and not column.endswith(".path")
-        and n_distinct(samples[column]) is not None
+        and n_distinct(samples[column]) is not None  # None: cells are lists
     ]
     task_lines, targets, task_notes = task_section(samples, other_columns, table)
     return Finding(

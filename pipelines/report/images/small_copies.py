@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import repeat
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,8 +19,8 @@ from headrace.extract.images.crops import crop_content, decode_picture, split_cr
 from headrace.extract.images.opening import open_image
 from headrace.extract.images.samples import PixelRange
 
-SIDE = 72  # pixels of a small copy
-MEASURED_SIDE = 128  # pixels; one size for all, as sharpness depends on it
+SIDE = 72  # longest side of a small copy, in pixels
+MEASURED_SIDE = 128  # longest side where it is measured: one for all, as sharpness depends on it
 _MAX_BYTES = 2_000_000_000  # of files that are read
 _THREADS = 4
 _CHUNK = 64  # images between two looks at the bytes read
@@ -62,15 +63,10 @@ def make_small_copies(
                 break
             chunk = content_hashes[start : start + _CHUNK]
             n_read += len(chunk)
-            for content, (file_bytes, copy) in zip(
-                chunk,
-                pool.map(
-                    lambda content: _read_copy(image_paths.get(content, ""), content, pixel_range),
-                    chunk,
-                ),
-                strict=True,
-            ):
-                n_bytes += file_bytes
+            chunk_paths = [image_paths.get(content, "") for content in chunk]
+            read = pool.map(_read_copy, chunk_paths, chunk, repeat(pixel_range))
+            for content, (n_file_bytes, copy) in zip(chunk, read, strict=True):
+                n_bytes += n_file_bytes
                 unreadable += copy is None
                 if copy is not None:
                     copies[content] = copy
@@ -80,6 +76,9 @@ def make_small_copies(
 def _read_copy(
     path: str, content: str, pixel_range: PixelRange | None
 ) -> tuple[int, SmallCopy | None]:
+    """Return the size of the file in bytes, and the copy; None if the image cannot be decoded or is
+    no longer the one with this content hash.
+    """
     try:
         data = read_bytes(path)
         if crop_content(hash_bytes(data), split_crop(path)[1]) != content:
@@ -115,6 +114,7 @@ def measure_image(path: str, data: bytes, pixel_range: PixelRange | None = None)
 def _decode_small(
     path: str, data: bytes, pixel_range: PixelRange | None
 ) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the image, at least MEASURED_SIDE, and its full (width, height)."""
     # A decoder of JPEGs can give an eighth of the size in a fraction of the time.
     if data.startswith(b"\xff\xd8") and split_crop(path)[1] is None:
         try:
@@ -123,7 +123,7 @@ def _decode_small(
                 size = file.size[::-1] if is_sideways else file.size
                 file.draft("RGB", (2 * MEASURED_SIDE, 2 * MEASURED_SIDE))
                 return ImageOps.exif_transpose(file).convert("RGB"), size
-        except Exception:  # noqa: BLE001 - decoders raise anything; the careful decoder has the last word
+        except Exception:  # noqa: BLE001 - decoders raise anything; `decode_picture` then decides
             pass
     image = decode_picture(path, data, pixel_range)
     return image, image.size

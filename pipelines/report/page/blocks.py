@@ -155,13 +155,13 @@ class PointMap:
 class Curve:
     """One class against the rest, at each of T thresholds, highest first.
 
-    found, false: (T,) true and false positives, the images at or above the threshold.
+    true_positives, false_positives: (T,) images with a score at or above the threshold.
     """
 
     name: str
     thresholds: npt.NDArray[np.float32]
-    found: npt.NDArray[np.uint32]
-    false: npt.NDArray[np.uint32]
+    true_positives: npt.NDArray[np.uint32]
+    false_positives: npt.NDArray[np.uint32]
     positives: int
     negatives: int
     auc: float

@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from headrace.pipelines.report.page.blocks import plain_text
 
 WIDTH = 360  # CSS pixels
+_MAX_POINTS = 3000  # of a scatter chart; more are counted in hexagons
+_MAX_VECTOR_POINTS = 500  # more are drawn as one raster image, which keeps the page small
 # Placeholder colours of the drawing, which `_svg_text` replaces by the page's CSS variables. The
 # series' are Okabe and Ito's, which colour-blind people can tell apart; marks differ as well.
 _INK, _MUTED, _RULE = "#010101", "#020202", "#030303"
@@ -72,8 +74,8 @@ def dot_chart(
     """Return a chart of a line per label; on it a mark and an error bar per series (nan: none)."""
     with rc_context(_STYLE):
         n_series = len(values_by_series)
-        # The last part is the legend's, of three names a line.
-        figure, axes = _make_axes(0.21 * len(labels) + 0.85 + 0.16 * ((n_series + 2) // 3))
+        legend_lines = (n_series + 2) // 3
+        figure, axes = _make_axes(0.21 * len(labels) + 0.85 + 0.16 * legend_lines)
         for series_index, (series_name, series_values) in enumerate(values_by_series.items()):
             # Marks on one line stand above each other, so that equal values do not hide each other.
             shift = (series_index - (n_series - 1) / 2) * min(0.22, 0.6 / n_series)
@@ -159,8 +161,9 @@ def scatter_chart(
         figure, axes = _make_axes(4.0)
         lowest = float(min(true_values.min(), predicted_values.min()))
         highest = float(max(true_values.max(), predicted_values.max()))
+        is_raster = len(true_values) > _MAX_VECTOR_POINTS
         # So many points would hide each other, and take long to draw in the browser.
-        if len(true_values) > 3000:
+        if len(true_values) > _MAX_POINTS:
             axes.hexbin(
                 true_values,
                 predicted_values,
@@ -176,7 +179,7 @@ def scatter_chart(
                 predicted_values,
                 "o",
                 # CSS cannot recolour a raster: one colour that shows on light and on dark
-                color=_BOTH_SCHEMES if (is_raster := len(true_values) > 500) else series_color(0),
+                color=_BOTH_SCHEMES if is_raster else series_color(0),
                 markersize=2.5,
                 alpha=0.5,
                 markeredgewidth=0,

@@ -37,6 +37,7 @@ from headrace.pipelines.report.page.packing import packed, script_json
 _NARROW = 7  # columns of a table that stands beside another on a wide screen
 # More rows in one table would make the page slow to open; the files of `--tables` have all.
 MAX_ROWS = 20_000
+_MAX_SMALL_ROWS = 8
 _NONE = "–"
 _SCRIPTS = ("report.js", "pictures.js", "points.js", "curves.js", "matrix.js")
 
@@ -109,7 +110,7 @@ class _TableView:
         )
         # Small tables are sorted too, but need no filter and no pages.
         self.tools = self.paged or (
-            self.rows > 8 and bool(table.filters or table.search or table.switch)
+            self.rows > _MAX_SMALL_ROWS and bool(table.filters or table.search or table.switch)
         )
 
     def first_rows(self) -> list[list[str]]:
@@ -198,7 +199,8 @@ def _curve_data(block: CurveSet) -> Markup:
     parts: dict[str, Any] = {}
     for position, curve in enumerate(block.curves):
         parts[f"thresholds{position}"] = curve.thresholds
-        parts[f"found{position}"], parts[f"false{position}"] = curve.found, curve.false
+        parts[f"found{position}"] = curve.true_positives
+        parts[f"false{position}"] = curve.false_positives
     return script_json(
         {
             "chosen": block.chosen,

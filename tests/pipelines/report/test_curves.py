@@ -18,14 +18,14 @@ def assert_points_of_scikit_learn(curve, truth, scores):
     false_rate, true_rate, thresholds = roc_curve(truth, scores, drop_intermediate=False)
     at = {threshold: place for place, threshold in enumerate(thresholds.tolist())}
     places = [at[float(threshold)] for threshold in curve.thresholds]
-    assert (curve.found / curve.positives).tolist() == true_rate[places].tolist()
-    assert (curve.false / curve.negatives).tolist() == false_rate[places].tolist()
+    assert (curve.true_positives / curve.positives).tolist() == true_rate[places].tolist()
+    assert (curve.false_positives / curve.negatives).tolist() == false_rate[places].tolist()
     precision, recall, thresholds = precision_recall_curve(truth, scores)
     at = {threshold: place for place, threshold in enumerate(thresholds.tolist())}
     places = [at[float(threshold)] for threshold in curve.thresholds]
-    shown = curve.found.astype(float) / (curve.found + curve.false)
+    shown = curve.true_positives.astype(float) / (curve.true_positives + curve.false_positives)
     assert shown.tolist() == precision[places].tolist()
-    assert (curve.found / curve.positives).tolist() == recall[places].tolist()
+    assert (curve.true_positives / curve.positives).tolist() == recall[places].tolist()
     assert curve.auc == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
     assert curve.average_precision == pytest.approx(average_precision_score(truth, scores))
 
@@ -60,7 +60,7 @@ def test_two_classes_have_one_curve_and_more_have_one_each():
     target = np.array([0, 1, 0, 1])
     predicted = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.5, 0.5]], np.float32)
     (curve,) = curve_set("single", ("a", "b"), target, predicted, "test", "the winner").curves
-    assert (curve.name, curve.positives, curve.found.tolist()) == ("b", 2, [1, 1, 2, 2])
+    assert (curve.name, curve.positives, curve.true_positives.tolist()) == ("b", 2, [1, 1, 2, 2])
     three = np.array([[0.8, 0.1, 0.1], [0.1, 0.5, 0.4], [0.7, 0.2, 0.1], [0.1, 0.4, 0.5]], "f4")
     made = curve_set("single", ("a", "b", "c"), np.array([0, 1, 0, 1]), three, "test", "x")
     assert [curve.name for curve in made.curves] == ["a", "b"]

@@ -14,9 +14,9 @@ from headrace.pipelines.selection.correction import (
     choice_luck,
     chosen_scores,
     compare_with_best,
-    corrected,
     left_out_rows,
     mcnemar,
+    mean_and_interval,
     resampled_rows,
 )
 from headrace.pipelines.selection.predictions import read_predictions, validation_rows
@@ -53,7 +53,7 @@ def test_the_corrected_score_is_unbiased_where_the_raw_one_is_optimistic(kind):
         left_scores = right @ (left / left.sum(0))
         values = chosen_scores(kept_scores, left_scores, np.zeros(HEADS))
         winner = observed.argmax()
-        expected, low, high = corrected(values, left.mean(), left_scores[winner])
+        expected, low, high = mean_and_interval(values, left.mean(), left_scores[winner])
         raw.append(observed[winner] - truth[winner])
         new.append(expected - truth[winner])
         inside.append(low <= truth[winner] <= high)
