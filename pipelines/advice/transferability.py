@@ -117,6 +117,7 @@ def _measure_scores(
     )
     nce = None
     if is_single_label and are_logits:
+        # The features are the logits: the largest is the class that the network predicts.
         nce = negative_conditional_entropy(X.argmax(1), target)
     return TransferabilityScores(
         name=name,

@@ -108,22 +108,18 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
         if not _is_number(value):
             continue
         # The heads that differ from the winner in this setting alone.
-        grid_line = [
-            (settings_of_row[setting_name], row_index)
-            for row_index, settings_of_row in enumerate(other_settings)
-            if _is_number(settings_of_row.get(setting_name))
-            and {**settings_of_row, setting_name: value} == settings
-        ]
-        grid_values = sorted({grid_value for grid_value, _ in grid_line})
+        scores = {
+            other[setting_name]: score_of_other
+            for other, score_of_other in zip(other_settings, same_head_type[metric], strict=True)
+            if _is_number(other.get(setting_name)) and {**other, setting_name: value} == settings
+        }
+        grid_values = sorted(scores)
         if len(grid_values) < 2 or value not in (grid_values[0], grid_values[-1]):
             continue
         at_largest = value == grid_values[-1]
         neighbour = grid_values[-2] if at_largest else grid_values[1]
-        scores = {
-            grid_value: same_head_type[metric].iloc[row_index]
-            for grid_value, row_index in grid_line
-        }
         next_value = _beyond(value, neighbour)
+        # Where the neighbour is as good, nothing speaks for going on.
         if next_value is None or scores[value] == scores[neighbour]:
             continue
         suggested_values = [*grid_values, next_value] if at_largest else [next_value, *grid_values]
@@ -153,9 +149,9 @@ def near_duplicates(
     image_paths: by content hash. At most MAX_READ images are read, those of the pairs with the most
     similar features.
     """
-    opened_sets = {name: open_feature_set(views[0]) for name, views in feature_paths.items()}
-    pooled_names = [name for name, features in opened_sets.items() if len(features.spec.shape) == 1]
-    if not pooled_names:
+    opened_sets = [open_feature_set(views[0]) for views in feature_paths.values()]
+    pooled_sets = [features for features in opened_sets if len(features.spec.shape) == 1]
+    if not pooled_sets:
         return None
     content, first_index = np.unique(
         np.concatenate([train.content, test.content]).astype(str), return_index=True
@@ -166,7 +162,7 @@ def near_duplicates(
     if len(content) > MAX_COMPARED:
         drawn = np.random.default_rng(0).choice(len(content), MAX_COMPARED, replace=False)
         content, side_of_image = content[np.sort(drawn)], side_of_image[np.sort(drawn)]
-    features = opened_sets[pooled_names[-1]]
+    features = pooled_sets[-1]
     pairs, pair_cosines = _nearest_across(
         features.read(features.locate(content.tolist()), np.float32), side_of_image
     )

@@ -89,23 +89,20 @@ class Ensemble:
 
     def summary(self) -> dict[str, Any]:
         """Return a dictionary for JSON, without the members; an undefined number is None."""
-        values = {
-            name: value for name, value in vars(self).items() if name not in ("members", "metrics")
+        return {
+            name: None if value != value else value
+            for name, value in vars(self).items()
+            if name not in ("members", "metrics")
         }
-        return {name: None if value != value else value for name, value in values.items()}
 
 
 def build_ensemble(
-    board: pd.DataFrame,
-    validation: ValidationRows,
-    metric: str,
-    section: EnsembleSection,
+    board: pd.DataFrame, validation: ValidationRows, metric: str, section: EnsembleSection
 ) -> Ensemble | None:
     """Pick an ensemble from the complete heads of a leaderboard (best first); None below two.
 
-    It is `chosen` if it has several members and its nested score is
-    better than that of the best single head: the interval of the gain, of the level
-    `section.confidence`, lies above 0.
+    It is `chosen` if it has several members and its nested score is better than that of the best
+    single head: the interval of the gain, of the level `section.confidence`, lies above 0.
     """
     task_kind = validation.task.kind
     limits = EnsembleLimits(
@@ -115,9 +112,8 @@ def build_ensemble(
     if len(candidates) < 2:
         return None
     backbones_of = [_networks(row) for _, row in candidates.iterrows()]
-    floors = [
-        floor_of(spec, task_kind, len(validation.task.classes)) for spec in candidates["spec"]
-    ]
+    n_classes = len(validation.task.classes)
+    floors = [floor_of(spec, task_kind, n_classes) for spec in candidates["spec"]]
 
     def weights_from(
         rows: npt.NDArray[np.intp] | slice,
@@ -128,27 +124,20 @@ def build_ensemble(
         temperatures = _member_temperatures(validation, rows, predicted, floors)
         at_temperature = _calibrated(task_kind, predicted, temperatures, floors)
         losses = loss_elements(task_kind, validation.target[rows], at_temperature[:, rows])
-        return (
-            greedy_weights(task_kind, losses, backbones_of, limits),
-            temperatures,
-            at_temperature,
-        )
+        weights = greedy_weights(task_kind, losses, backbones_of, limits)
+        return weights, temperatures, at_temperature
 
     part_of_row = selection_parts(validation)
     nested_average, nested_ensemble = _nested_predictions(
         validation, part_of_row, predicted.shape[2], weights_from
     )
     weights, temperatures, _ = weights_from(slice(None))
-    member_order = sorted(np.flatnonzero(weights), key=lambda head: -weights[head])
-    members = [
-        Member(
-            float(weights[k]),
-            float(temperatures[k]),
-            candidates.iloc[k],
-            tuple(sorted(backbones_of[k])),
+    members = []
+    for k in sorted(np.flatnonzero(weights), key=lambda head: -weights[head]):
+        networks = tuple(sorted(backbones_of[k]))
+        members.append(
+            Member(float(weights[k]), float(temperatures[k]), candidates.iloc[k], networks)
         )
-        for k in member_order
-    ]
     winner_predictions = predicted[int(candidates["rank"].argmin())]
     # The single head that it has to beat must not have been chosen on these rows either.
     nested_single = nested_choice(board.reset_index(drop=True), validation, metric, part_of_row)
@@ -213,7 +202,6 @@ def _assess_ensemble(
     )
     level = section.confidence
     gain_low, gain_high = np.nanquantile(gains[1:], [(1 - level) / 2, (1 + level) / 2])
-    probability_better = float((gains[1:] > 0).mean())
     return Ensemble(
         metric=metric,
         members=tuple(members),
@@ -229,7 +217,7 @@ def _assess_ensemble(
         gain_low=float(gain_low),
         gain_high=float(gain_high),
         level=level,
-        probability_better=probability_better,
+        probability_better=float((gains[1:] > 0).mean()),
         chosen=bool(len(members) > 1 and gain_low > 0),
         metrics=all_metrics(task_kind, validation.target, predicted[0]),
     )

@@ -55,7 +55,7 @@ class ValidationRows:
 def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> ValidationRows:
     """Return the held-out rows of a task.
 
-    groups: (rows of the task,), by default the images' content, so that copies stay together.
+    groups: (rows of the task,), by default the images' content.
     """
     images = np.flatnonzero(task.fold >= 0)
     if task.units is None:
@@ -63,6 +63,7 @@ def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> Valid
     else:
         first_images, row_of_image = unit_rows(task.units[images])
     scored_images = images[first_images]
+    # By default copies of an image stay together.
     group_labels = (task.content if groups is None else np.asarray(groups))[scored_images]
     return ValidationRows(
         task,
