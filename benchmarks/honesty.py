@@ -35,7 +35,7 @@ from headrace.heads.evaluate.temperature import fit_temperature
 from headrace.heads.evaluate.units import aggregate_units
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
-from headrace.heads.predict import floor_of, predict_head
+from headrace.heads.predict import predict_head, probability_floor
 from headrace.heads.spec import HeadSpec
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import assess_selection
@@ -447,7 +447,11 @@ def calibration(repeats: float) -> Iterator[Line]:
                 for fit in fits[:-1]:
                     out[task.fold == fit.fold] = fit.validation
                 temperature = fit_temperature(
-                    "single", task.target, out, None, floor_of(spec, "single", len(task.classes))
+                    "single",
+                    task.target,
+                    out,
+                    None,
+                    probability_floor(spec, "single", len(task.classes)),
                 )
                 said = [
                     predict_head(spec, fits[-1].arrays, X[new], "single", own_t)

@@ -78,8 +78,8 @@ def features_expected(arrays: Arrays) -> int:
     )
 
 
-def floor_of(spec: HeadSpec | str, task_kind: TaskKind, n_outputs: int) -> float:
-    """Return the least probability that a temperature looks at, for heads of a spec or its JSON."""
+def probability_floor(spec: HeadSpec | str, task_kind: TaskKind, n_outputs: int) -> float:
+    """Return the probability as which a temperature counts smaller ones, for a spec or its JSON."""
     if isinstance(spec, str):
         if json.loads(spec)["kind"] not in HEAD_KINDS:
             return FLOOR  # a network trained by gradients counts no votes

@@ -20,7 +20,7 @@ from headrace.extract.images.changes import read_listing
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import BadTaskFile, Task, TaskKind, read_task
 from headrace.heads.evaluate.units import scored_rows
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.heads.results import BankResult, read_bank
 from headrace.pipelines.models.model import trusted_code
 from headrace.pipelines.paths import RunPaths
@@ -155,7 +155,7 @@ class FinishedRun:
         if not np.array_equal(self.task.ids[validation.images], self.bank.ids[self.held_out_rows]):
             task_path = self.paths.task(self.bank.task)
             return f"{task_path} is not what the winner was trained on: {RUN_AGAIN}"
-        floor = floor_of(self.winner.spec, self.task.kind, len(self.task.classes))
+        floor = probability_floor(self.winner.spec, self.task.kind, len(self.task.classes))
         predicted = validation.aggregate(self.out_of_fold_predictions[self.held_out_rows])
         # Each fold has the temperature that fits the other folds, so that none is fitted to itself.
         return calibrated(validation, predicted, floor)

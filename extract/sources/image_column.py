@@ -55,7 +55,7 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
         candidates if len(candidates) == 1 and not named_columns else []
     )
     for column_name in likely_columns:
-        if column_name in image_columns or are_files(image_root, spread(frame[column_name])):
+        if column_name in image_columns or are_files(image_root, spaced_texts(frame[column_name])):
             return column_name, False
     for column_name in likely_columns:
         if (pattern := _folder_column(frame, column_name, image_root)) is not None:
@@ -78,7 +78,7 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
         raise SourceError(
             f"{table_path}: one column only, {column_list!r}: the columns seem to be separated by "
             "blanks. Save it as CSV, with names in its first line: "
-            f"{_with_commas(table_path, column_list)}"
+            f"{_csv_command(table_path, column_list)}"
         )
     example = frame.columns[0] if len(frame.columns) else "id"
     raise SourceError(
@@ -88,7 +88,7 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
     )
 
 
-def _with_commas(table_path: Path, first_line: str) -> str:
+def _csv_command(table_path: Path, first_line: str) -> str:
     """Return the shell command that writes a table with blanks as CSV."""
     is_compressed = table_path.suffix.lower() == ".gz"
     # Under a name that is free: the shell empties an existing file, the table itself included,
@@ -98,20 +98,20 @@ def _with_commas(table_path: Path, first_line: str) -> str:
     new_paths = (table_path.with_name(name) for name in new_names)
     new_path = next(path for path in new_paths if not os.path.lexists(path))
     old_text, new_text = shlex.quote(str(table_path)), shlex.quote(str(new_path))
-    commas = f"tr -s ' ' , < {old_text}"
+    command = f"tr -s ' ' , < {old_text}"
     if is_compressed:
-        commas = f"gzip -dc {old_text} | tr -s ' ' ,"
+        command = f"gzip -dc {old_text} | tr -s ' ' ,"
     # A first line that names an image is a row, so the line of column names is added.
     if any(Path(word).suffix.lower() in IMAGE_SUFFIXES for word in first_line.split()):
-        commas = f"(echo path,label; {commas})"
-    return f"{commas} > {new_text}"
+        command = f"(echo path,label; {command})"
+    return f"{command} > {new_text}"
 
 
 def _folder_column(frame: pd.DataFrame, name_column: str, image_root: Path) -> str | None:
     """Return the pattern `{FOLDER}/{NAME}` if another column has the folders in which the files of
     `name_column` lie (Timelapse's RelativePath), or None.
     """
-    names = spread(frame[name_column])
+    names = spaced_texts(frame[name_column])
     for folder_column in frame.columns:
         folders = as_text(frame[folder_column])[names.index].str.replace("\\", "/")
         if folder_column != name_column and are_files(image_root, folders + "/" + names):
@@ -131,7 +131,7 @@ def _find_pattern(
 
     Raises SourceError when several patterns fit: `images/{id}.jpg` and `masks/{id}.png`.
     """
-    # {stem or name of an image: (folders, rest of the pattern) that would name it}
+    # {stem or name of an image: (folders, file name pattern) that would name it}
     patterns_by_text: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for parent_folder, folders, file_names in os.walk(folder):
         parent_parts = Path(parent_folder).relative_to(folder).parts
@@ -145,12 +145,13 @@ def _find_pattern(
             if suffix.lower() in IMAGE_SUFFIXES:
                 patterns_by_text.setdefault(stem, []).append((parent_parts, "{}" + suffix))
                 patterns_by_text.setdefault(name, []).append((parent_parts, "{}"))
-    # Each row names an image of its own: a column of classes, whose values repeat, cannot.
+    # The column `id` first. Each row names an image of its own: a column of classes, whose values
+    # repeat, cannot.
     for column_name in name_columns or sorted(frame.columns, key=lambda name: name != "id"):
         ids = as_text(frame[column_name]).dropna()
         if ids.duplicated().any() or any(letter in str(column_name) for letter in "{}"):
             continue
-        ids = spread(ids)
+        ids = spaced_texts(ids)
         # Spreadsheets take the zeros of 00012 away.
         digits = {len(text) for text in patterns_by_text if text.isdecimal()}
         for width in (0, *sorted(digits if ids.str.isdecimal().all() else ())):
@@ -173,36 +174,40 @@ def _find_pattern(
 def _common_patterns(patterns_of_id: Sequence[Sequence[tuple[tuple[str, ...], str]]]) -> list[str]:
     """Return the patterns that name the images of half of the ids or more: images may be missing.
 
-    Folders of one depth, in which no id has two images, are one pattern with `*`.
+    patterns_of_id: for each id the (folders, file name pattern) of its images. Folders of one
+    depth, in which no id has two images, are one pattern with `*`.
     """
-    n_enough = len(patterns_of_id) / 2
-    folders_of_kind: dict[tuple[int, str], list[list[tuple[str, ...]]]] = {}
+    min_ids = len(patterns_of_id) / 2
+    # {(depth, file name pattern): for each id that has such images, their folders}
+    folders_by_depth: dict[tuple[int, str], list[list[tuple[str, ...]]]] = {}
     for patterns in patterns_of_id:
-        kinds: dict[tuple[int, str], list[tuple[str, ...]]] = {}
-        for folders, rest in patterns:
-            kinds.setdefault((len(folders), rest), []).append(folders)
-        for kind, folders_of_id in kinds.items():
-            folders_of_kind.setdefault(kind, []).append(folders_of_id)
+        id_folders: dict[tuple[int, str], list[tuple[str, ...]]] = {}
+        for folders, name_pattern in patterns:
+            id_folders.setdefault((len(folders), name_pattern), []).append(folders)
+        for key, folders_of_id in id_folders.items():
+            folders_by_depth.setdefault(key, []).append(folders_of_id)
     fitting: list[str] = []
-    for (_, rest), folder_lists in folders_of_kind.items():
-        counts = Counter(folders for folders_of_id in folder_lists for folders in folders_of_id)
-        if len(folder_lists) >= n_enough and all(len(each) == 1 for each in folder_lists):
-            fitting.append("/".join((*map(_with_star, zip(*counts, strict=True)), rest)))
+    for (_, name_pattern), folder_lists in folders_by_depth.items():
+        counts = Counter(itertools.chain.from_iterable(folder_lists))
+        if len(folder_lists) >= min_ids and all(len(folders) == 1 for folders in folder_lists):
+            starred = map(_with_star, zip(*counts, strict=True))  # level by level
+            fitting.append("/".join((*starred, name_pattern)))
         else:
-            fitting += ["/".join((*each, rest)) for each, n in counts.items() if n >= n_enough]
+            frequent = [folders for folders, n_ids in counts.items() if n_ids >= min_ids]
+            fitting += ["/".join((*folders, name_pattern)) for folders in frequent]
     return fitting
 
 
 def _with_star(names: Sequence[str]) -> str:
-    """Return the name, or for several `*`, after what they begin with if they are numbered."""
+    """Return the one name, or `*` for several: `images_*` for images_1, images_2."""
     if len(set(names)) == 1:
         return names[0]
     stems = {name.rstrip("0123456789") for name in names}
     return f"{stems.pop()}*" if len(stems) == 1 else "*"
 
 
-def spread(column: pd.Series) -> pd.Series:
-    """Return the texts of some cells from the whole of a column: its first may be in one folder."""
+def spaced_texts(column: pd.Series) -> pd.Series:
+    """Return about 100 cells from all over a column as text: its first may be in one folder."""
     texts = as_text(column).dropna()
     return texts.iloc[:: max(1, len(texts) // _CELLS_LOOKED_AT)]
 

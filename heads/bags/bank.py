@@ -166,7 +166,7 @@ def fit_bags_bank(
         n_layers = sum((i + 1) * o for i, o in zip(widths, (*spec.hidden, n_outputs), strict=True))
         return 16 * (n_layers + 2 * spec.attention_width * (widths[-1] + 1))
 
-    def make(chunk: list[BagsSpec], fold: FoldData, held_out_fold: int) -> BagBatch:
+    def make_batch(chunk: list[BagsSpec], fold: FoldData, held_out_fold: int) -> BagBatch:
         assert isinstance(fold.rows, BagRows)
         where = torch.device(device)
         reduced = reduced_precision(chunk[0], n_features, data.task_kind, where, precision)
@@ -174,7 +174,7 @@ def fit_bags_bank(
         return BagBatch(chunk, fold.rows, fold=held_out_fold, device=where, dtype=dtype)
 
     family = Family(
-        alike=lambda spec: (
+        batch_key=lambda spec: (
             spec.pooling,
             spec.hidden,
             spec.attention_width if spec.pooling == "attention" else 0,
@@ -183,8 +183,8 @@ def fit_bags_bank(
         ),
         head_bytes=head_bytes,
         batch_bytes=CPU_BATCH_BYTES,
-        make=make,
-        arrays=_raw_arrays,
+        make_batch=make_batch,
+        to_arrays=_raw_arrays,
     )
     weight = row_weights(units.data.sample_weight, len(units.data.fold))
     unit_rows = replace(units.data, unit=np.asarray(data.unit))

@@ -17,7 +17,7 @@ from headrace.heads.arrays import Array, Doubles, Floats
 from headrace.heads.data.task import TaskKind
 
 # Probabilities are clipped here, as in the metric log_loss.
-_SMALLEST = float(np.finfo(np.float32).eps)
+_MIN_PROBABILITY = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def element_loss(task_kind: TaskKind, elements: Array) -> Array:
     # it on few rows is mostly luck.
     if task_kind == "regression":
         return np.asarray(np.square(elements).mean(-1, dtype=np.float64))
-    return np.asarray(-np.log(np.clip(elements, _SMALLEST, 1)).mean(-1, dtype=np.float64))
+    return np.asarray(-np.log(np.clip(elements, _MIN_PROBABILITY, 1)).mean(-1, dtype=np.float64))
 
 
 def greedy_weights(
@@ -81,7 +81,7 @@ def greedy_weights(
         n_backbones = np.array(
             [len(used_backbones | head_backbones) for head_backbones in networks]
         )
-        is_allowed = n_backbones <= max(max_backbones, len(used_backbones))
+        is_allowed = n_backbones <= max_backbones
         if np.count_nonzero(pick_counts) >= limits.members:
             is_allowed &= pick_counts > 0
         if not is_allowed.any():
@@ -89,17 +89,17 @@ def greedy_weights(
         candidate_rows = np.flatnonzero(is_allowed)
         # The elements of an average are the averages of the elements: all heads are tried at once.
         loss = element_loss(task_kind, (element_sum + elements[candidate_rows]) / (n_picked + 1))
-        priced_loss = loss * (
+        penalized_loss = loss * (
             1 + limits.min_gain_per_backbone * np.maximum(n_backbones[candidate_rows] - 1, 0)
         )
-        best_candidate = int(priced_loss.argmin())
+        best_candidate = int(penalized_loss.argmin())
         picked_head = candidate_rows[best_candidate]
         element_sum, pick_counts = element_sum + elements[picked_head], pick_counts.copy()
         pick_counts[picked_head] += 1
         used_backbones |= networks[picked_head]
         # More than rounding, so that equal heads do not make the ensemble longer.
-        if priced_loss[best_candidate] < best_loss * (1 - 1e-6):
-            best_loss, best_counts = float(priced_loss[best_candidate]), pick_counts
+        if penalized_loss[best_candidate] < best_loss * (1 - 1e-6):
+            best_loss, best_counts = float(penalized_loss[best_candidate]), pick_counts
     return np.asarray(best_counts / max(best_counts.sum(), 1))
 
 

@@ -128,6 +128,7 @@ def _best_log_variances(kernels: Doubles, Y: Doubles, blocks: Sequence[Index]) -
             break
         moved_error, *derivatives = held_out_error(moved, kernels, Y, blocks, sketch)
         gain_ratio = (error - moved_error) / predicted_decrease
+        # Less damping after a step that did what was predicted, more after a poor one.
         damping *= 8.0 if gain_ratio < 0 else 4.0 if gain_ratio < 0.2 else 1.0
         if gain_ratio > 0.5:
             damping /= 4.0

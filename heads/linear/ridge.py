@@ -103,7 +103,7 @@ def _fit_results(
     specs: Sequence[RidgeSpec],
     held_out: int,
     solution: "_RidgeSolution",
-    common: Moments,
+    common: Moments,  # of all rows
 ) -> list[FitResult]:
     """Return the heads of a fold for the specs of a solution, with held-out predictions."""
     weight = solution.weight * common.inverse_scale
@@ -112,7 +112,7 @@ def _fit_results(
     validations: list[Array | None] = [None] * len(specs)
     if held_out != REFIT:
         scores = _scores(data.X, data.held_out_rows(held_out), raw_weight, raw_bias, common)
-        validations = [link(of_head, data.task_kind, RIDGE_LOG_ODDS) for of_head in scores]
+        validations = [link(head_scores, data.task_kind, RIDGE_LOG_ODDS) for head_scores in scores]
     return [
         FitResult(
             spec,
@@ -160,7 +160,9 @@ class _RidgeProblem:
         if not self.products:
             rows = self.X, self.Y, self.sample_weight, self.fold
             self.products.update(group_products(*rows, common))
-        products = sum_products(part for group, part in self.products.items() if group != held_out)
+        products = sum_products(
+            products for group, products in self.products.items() if group != held_out
+        )
         centred = products.centred()
         gram = units.rows(units.rows(centred.gram).T)
         cross = units.rows(centred.cross.T).T
@@ -190,7 +192,7 @@ class _RidgeProblem:
         total_weight = float(weight_root @ weight_root) or 1.0
         common = self.scaling[REFIT]
         Z = scaled(self.X[rows], common.mean, common.inverse_scale)
-        mean, target_mean = (weight_root**2 @ part / total_weight for part in (Z, self.Y[rows]))
+        mean, target_mean = (weight_root**2 @ values / total_weight for values in (Z, self.Y[rows]))
         Z = units.rows((Z - mean) * weight_root[:, None])
         y = (self.Y[rows] - target_mean) * weight_root[:, None]
         kernel = Z @ Z.T
@@ -253,13 +255,13 @@ def _strong_convexity(matrix: Array, alphas: Array) -> Array:
     return np.asarray(np.maximum(alphas, trace * np.finfo(np.float64).eps))
 
 
-def _join_columns(parts: list[_RidgeSolution]) -> _RidgeSolution:
+def _join_columns(solutions: list[_RidgeSolution]) -> _RidgeSolution:
     """Return the solutions of several target columns as one."""
     return _RidgeSolution(
-        np.concatenate([part.weight for part in parts], axis=1),
-        np.concatenate([part.bias for part in parts], axis=1),
-        np.sum([part.objective for part in parts], axis=0),
-        np.sum([part.gap_bound for part in parts], axis=0),
+        np.concatenate([solution.weight for solution in solutions], axis=1),
+        np.concatenate([solution.bias for solution in solutions], axis=1),
+        np.sum([solution.objective for solution in solutions], axis=0),
+        np.sum([solution.gap_bound for solution in solutions], axis=0),
     )
 
 

@@ -22,7 +22,7 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.kind import CONV, MLP, ConvSpec, NetworkSpec
 from headrace.heads.networks.mlp_batch import StreamedTensor
 from headrace.heads.networks.mlp_data import FoldData, prepare
-from headrace.heads.networks.mlp_training import Batch, Run, Trace
+from headrace.heads.networks.mlp_training import Batch, BatchTraining, HeadState
 from headrace.heads.spec import FitResult, Halving
 
 Stacked = Array | StreamedStack  # (V, N, D, …)
@@ -33,17 +33,17 @@ ROWS_AT_ONCE = 4096  # held-out rows that are read from shards and predicted at 
 
 @dataclass(frozen=True)
 class Family(Generic[Spec]):
-    """What tells one kind of network from another."""
+    """What differs between kinds of networks."""
 
-    # Key of a spec; heads of equal keys can train side by side. Its last item: whether the features
-    # are standardised.
-    alike: Callable[[Spec], tuple[Any, ...]]
+    # Heads whose specs have equal keys can train side by side. The key's last item: whether the
+    # features are standardized.
+    batch_key: Callable[[Spec], tuple[Any, ...]]
     head_bytes: Callable[[Spec], int]  # memory that one head of a batch takes
     batch_bytes: int  # on a CPU, heads side by side take at most so much
     # Makes the batch of some specs from their data and their fold.
-    make: Callable[[list[Spec], FoldData, int], Batch]
-    # Turns what the batch remembers of a head into arrays for raw features.
-    arrays: Callable[[Any, FoldData], Arrays]
+    make_batch: Callable[[list[Spec], FoldData, int], Batch]
+    # Converts a head's best parameters (`Batch.best_layers`) to arrays for raw features.
+    to_arrays: Callable[[Any, FoldData], Arrays]
 
 
 @dataclass(frozen=True)
@@ -66,47 +66,53 @@ class Bank(Generic[Spec]):
             )
         return self.prepared[fold, standardize]
 
-    def run_makers(self, traces: Sequence[Trace], *, ranked: bool) -> "list[Callable[[], Run]]":
+    def training_makers(
+        self, states: Sequence[HeadState], *, ranked: bool
+    ) -> list[Callable[[], BatchTraining]]:
         """Return functions that make the batches of these heads, all of one fold.
 
         They are called one by one, because the parameters of a batch take memory.
         """
-        alike: dict[tuple[Any, ...], list[Trace]] = {}
-        for trace in traces:
-            if trace.error is None:
-                alike.setdefault(self.family.alike(self.specs[trace.spec]), []).append(trace)
-        makers: list[Callable[[], Run]] = []
-        for group in alike.values():
+        groups: dict[tuple[Any, ...], list[HeadState]] = {}
+        for state in states:
+            if state.error is None:
+                groups.setdefault(self.family.batch_key(self.specs[state.spec_index]), []).append(
+                    state
+                )
+        training_makers: list[Callable[[], BatchTraining]] = []
+        for group in groups.values():
             n_batches = 1
             if self.features.device.type == "cpu":
-                head_bytes = max(self.family.head_bytes(self.specs[trace.spec]) for trace in group)
+                head_bytes = max(
+                    self.family.head_bytes(self.specs[state.spec_index]) for state in group
+                )
                 heads_per_batch = max(1, self.family.batch_bytes // head_bytes)
                 n_batches = -(-len(group) // heads_per_batch)
             bounds = [i * len(group) // n_batches for i in range(n_batches + 1)]
-            makers += [
-                partial(self._run, group[start:stop], ranked)
+            training_makers += [
+                partial(self._make_training, group[start:stop], ranked)
                 for start, stop in itertools.pairwise(bounds)
             ]
-        return makers
+        return training_makers
 
-    def _run(self, chunk: list[Trace], ranked: bool) -> Run:
-        specs = [self.specs[trace.spec] for trace in chunk]
-        data = self.data(chunk[0].fold, standardize=self.family.alike(specs[0])[-1])
-        make = partial(self.family.make, specs, data, chunk[0].fold)
-        return Run(specs, chunk, data, make, len(self.stacked), ranked)
+    def _make_training(self, chunk: list[HeadState], ranked: bool) -> BatchTraining:
+        specs = [self.specs[state.spec_index] for state in chunk]
+        data = self.data(chunk[0].fold, standardize=self.family.batch_key(specs[0])[-1])
+        make_batch = partial(self.family.make_batch, specs, data, chunk[0].fold)
+        return BatchTraining(specs, chunk, data, make_batch, len(self.stacked), ranked)
 
-    def fit(self, trace: Trace) -> FitResult:
+    def fit(self, state: HeadState) -> FitResult:
         """Return the fit of a head that has left its batch."""
-        spec = self.specs[trace.spec]
-        result = FitResult(spec, trace.fold, iterations=trace.epochs, seconds=trace.seconds)
-        if trace.error is not None or trace.data is None:
-            return replace(result, error=trace.error)
-        arrays = self.family.arrays(trace.best, trace.data)
+        spec = self.specs[state.spec_index]
+        result = FitResult(spec, state.fold, iterations=state.epochs, seconds=state.seconds)
+        if state.error is not None or state.data is None:
+            return replace(result, error=state.error)
+        arrays = self.family.to_arrays(state.best_layers, state.data)
         validation = None
-        if trace.fold != REFIT:
-            validation, learned = self.predict_held_out(spec, arrays, trace.data.held_out)
+        if state.fold != REFIT:
+            validation, learned = self.predict_held_out(spec, arrays, state.data.held_out)
             arrays |= learned
-        return replace(result, arrays=arrays, objective=trace.training_loss, validation=validation)
+        return replace(result, arrays=arrays, objective=state.training_loss, validation=validation)
 
     def predict_held_out(
         self, spec: Spec, arrays: Arrays, held_out: Index
@@ -166,36 +172,40 @@ def fit_networks(
 def train_networks(bank: Bank[Spec], *, refit: bool, halving: Halving | None) -> list[FitResult]:
     """Train the specs of a bank on every fold, and with `refit` on all rows."""
     data, specs = bank.rows, bank.specs
-    traces: list[Trace] = []
-    makers: list[Callable[[], Run]] = []
+    states: list[HeadState] = []
+    training_makers: list[Callable[[], BatchTraining]] = []
     for held_out_fold in data.folds:
-        fold_traces = [
-            Trace(i, held_out_fold, spec.epochs, error=spec_error(spec, data.task_kind))
+        fold_states = [
+            HeadState(i, held_out_fold, spec.epochs, error=spec_error(spec, data.task_kind))
             for i, spec in enumerate(specs)
         ]
-        traces += fold_traces
-        makers += bank.run_makers(fold_traces, ranked=halving is not None)
-    alive = set(range(len(specs)))
+        states += fold_states
+        training_makers += bank.training_makers(fold_states, ranked=halving is not None)
+    surviving = set(range(len(specs)))
     if halving is None:
-        for maker in makers:
-            maker().advance(None)
+        for make_training in training_makers:
+            make_training().train()
     else:
-        runs = [maker() for maker in makers]  # all at once: a rung compares all heads
+        # All at once: a rung compares all heads.
+        trainings = [make_training() for make_training in training_makers]
         for epoch in halving.after:
-            for run in runs:
-                run.advance(epoch)
-            alive = _survivors(traces, alive, halving.keep)
-            for run in runs:
-                run.leave([trace for trace in run.traces if trace.spec not in alive])
-        for run in runs:
-            run.advance(None)
+            for training in trainings:
+                training.train(epoch)
+            surviving = _survivors(states, surviving, halving.keep)
+            for training in trainings:
+                dropped = [s for s in training.states if s.spec_index not in surviving]
+                training.remove(dropped)
+        for training in trainings:
+            training.train()
     if refit:
-        refit_traces = [_full_trace(i, specs[i], traces, data.task_kind) for i in sorted(alive)]
-        traces += refit_traces
-        for maker in bank.run_makers(refit_traces, ranked=False):
-            maker().advance(None)
-    traces.sort(key=lambda trace: (trace.spec, trace.fold == REFIT, trace.fold))
-    return [bank.fit(trace) for trace in traces]
+        refit_states = [
+            _refit_state(i, specs[i], states, data.task_kind) for i in sorted(surviving)
+        ]
+        states += refit_states
+        for make_training in bank.training_makers(refit_states, ranked=False):
+            make_training().train()
+    states.sort(key=lambda state: (state.spec_index, state.fold == REFIT, state.fold))
+    return [bank.fit(state) for state in states]
 
 
 def spec_error(spec: NetworkSpec, task: TaskKind) -> str | None:
@@ -230,25 +240,25 @@ def as_tensor(array: Array) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _survivors(traces: Sequence[Trace], alive: set[int], keep: float) -> set[int]:
-    """Return the best share `keep` of the specs alive, by mean rank over folds; at least one."""
+def _survivors(states: Sequence[HeadState], surviving: set[int], keep: float) -> set[int]:
+    """Return the share `keep` of the specs with the best mean rank over folds; at least one."""
     mean_rank = {}
-    for i in alive:
-        of_spec = [trace for trace in traces if trace.spec == i]
-        if all(trace.error is None for trace in of_spec):
-            mean_rank[i] = float(np.mean([trace.best_rank for trace in of_spec]))
-    best_first = sorted(mean_rank, key=lambda i: (-mean_rank[i], i))
-    return set(best_first[: max(1, round(keep * len(best_first)))])
+    for i in surviving:
+        spec_states = [state for state in states if state.spec_index == i]
+        if all(state.error is None for state in spec_states):
+            mean_rank[i] = float(np.mean([state.best_rank for state in spec_states]))
+    ranked_specs = sorted(mean_rank, key=lambda i: (-mean_rank[i], i))
+    return set(ranked_specs[: max(1, round(keep * len(ranked_specs)))])
 
 
-def _full_trace(
-    spec_index: int, spec: NetworkSpec, traces: Sequence[Trace], task: TaskKind
-) -> Trace:
-    """Return the trace of a head for all rows, of as many epochs as its folds' best ones took."""
-    spec_traces = [trace for trace in traces if trace.spec == spec_index]
-    best_epochs = [trace.best_epoch for trace in spec_traces if trace.error is None]
+def _refit_state(
+    spec_index: int, spec: NetworkSpec, states: Sequence[HeadState], task: TaskKind
+) -> HeadState:
+    """Return the state of a head for all rows, to train for the mean best epoch of its folds."""
+    spec_states = [state for state in states if state.spec_index == spec_index]
+    best_epochs = [state.best_epoch for state in spec_states if state.error is None]
     error = spec_error(spec, task)
-    if spec_traces and not best_epochs and error is None:
-        error = f"not trained on all rows, because it failed in every fold: {spec_traces[0].error}"
+    if spec_states and not best_epochs and error is None:
+        error = f"not trained on all rows, because it failed in every fold: {spec_states[0].error}"
     epochs = max(1, round(float(np.mean(best_epochs)))) if best_epochs else spec.epochs
-    return Trace(spec_index, REFIT, epochs, error=error)
+    return HeadState(spec_index, REFIT, epochs, error=error)

@@ -53,15 +53,15 @@ def fit_conv_bank(
         # float32: each layer's product, its normalised value and the gradients of both.
         return 16 * spec.batch_size * positions * sum(spec.channels)
 
-    def make(chunk: list[ConvSpec], fold_data: FoldData, held_out_fold: int) -> ConvBatch:
+    def make_batch(chunk: list[ConvSpec], fold_data: FoldData, held_out_fold: int) -> ConvBatch:
         return ConvBatch(chunk, fold_data.rows, fold=held_out_fold, device=torch.device(device))
 
     family = Family(
-        alike=lambda spec: (spec.channels, spec.hidden, spec.batch_size, True),
+        batch_key=lambda spec: (spec.channels, spec.hidden, spec.batch_size, True),
         head_bytes=head_bytes,
         batch_bytes=CPU_BATCH_BYTES,
-        make=make,
-        arrays=_with_scaling,
+        make_batch=make_batch,
+        to_arrays=_with_scaling,
     )
     return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)
 
@@ -95,7 +95,7 @@ def _pooled(layers: Layers, X: Array) -> Floats:
 def _with_scaling(layers: Arrays, data: FoldData) -> Arrays:
     """Return a head's layers with its input scaling, the targets' folded into the last layer."""
     arrays = dict(layers)
-    last = max(int(name[6:]) for name in arrays if name.startswith("weight"))
+    last = sum(name.startswith("weight") for name in arrays) - 1
     weight = arrays[f"weight{last}"].astype(np.float64)
     bias = arrays[f"bias{last}"].astype(np.float64)
     arrays[f"weight{last}"] = (weight * data.target_scale[:, None]).astype(np.float32)

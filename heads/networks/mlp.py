@@ -68,18 +68,18 @@ def fit_mlp_bank(
         sizes = itertools.pairwise((width, *widths(spec), n_classes))
         return 12 * sum((i + 1) * o for i, o in sizes)  # parameters and two moments, float32
 
-    def make(chunk: list[MLPSpec], fold_data: FoldData, held_out_fold: int) -> NetworkBatch:
+    def make_batch(chunk: list[MLPSpec], fold_data: FoldData, held_out_fold: int) -> NetworkBatch:
         where = torch.device(device)
         reduced = reduced_precision(chunk[0], width, task, where, precision)
         dtype = torch.bfloat16 if reduced else torch.float32
         return NetworkBatch(chunk, fold_data.rows, fold=held_out_fold, device=where, dtype=dtype)
 
     family = Family(
-        alike=lambda spec: (widths(spec), spec.batch_size, spec.standardize),
+        batch_key=lambda spec: (widths(spec), spec.batch_size, spec.standardize),
         head_bytes=head_bytes,
         batch_bytes=CPU_BATCH_BYTES,
-        make=make,
-        arrays=folded_arrays,
+        make_batch=make_batch,
+        to_arrays=folded_arrays,
     )
     return fit_networks(stacked, data, specs, family, refit=refit, device=device, halving=halving)
 

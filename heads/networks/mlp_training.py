@@ -1,4 +1,4 @@
-"""The epochs of one batch of networks: train, validate, remember the best, let finished ones go.
+"""The epochs of one batch of networks: train, validate, keep the best, remove finished heads.
 
 K heads, N rows, V views.
 """
@@ -37,12 +37,12 @@ class Batch(Protocol):
 
 
 @dataclass
-class Trace:
+class HeadState:
     """What is known of one head while it trains and after."""
 
-    spec: int  # its index
+    spec_index: int
     fold: int
-    limit: int  # epochs at most
+    max_epochs: int
     epochs: int = 0
     best_epoch: int = 0
     best_loss: float = float("inf")
@@ -50,111 +50,114 @@ class Trace:
     training_loss: float = float("nan")
     seconds: float = 0.0
     error: str | None = None
-    best: Any = None  # once it has left the batch: its best parameters
+    best_layers: Any = None  # its best parameters, set when it leaves the batch
     data: FoldData | None = None
 
 
-class Run:
-    """One batch of heads, its data, and the bookkeeping of epochs."""
+class BatchTraining:
+    """One batch of heads of one fold, its data, and the bookkeeping of epochs."""
 
     def __init__(
         self,
         specs: Sequence[NetworkSpec],
-        traces: Sequence[Trace],
+        states: Sequence[HeadState],
         data: FoldData,
-        make: Callable[[], Batch],
-        views: int,
+        make_batch: Callable[[], Batch],
+        n_views: int,
         ranked: bool,
     ) -> None:
-        self.data, self.views, self.ranked = data, views, ranked
-        self.traces, self.specs = list(traces), list(specs)
+        self.data, self.n_views, self.ranked = data, n_views, ranked
+        self.states, self.specs = list(states), list(specs)
         self.batch_size = specs[0].batch_size
         started = time.perf_counter()
-        self.batch = make()
-        self._share(started)
+        self.batch = make_batch()
+        self._add_seconds(started)
         self.epoch = 0
 
-    def advance(self, until: int | None) -> None:
-        """Train until `until` epochs are done in all, or until every head is done."""
-        while self.traces and (until is None or self.epoch < until):
+    def train(self, until: int | None = None) -> None:
+        """Train up to epoch `until`, counted from the start; None: until every head is done."""
+        while self.states and (until is None or self.epoch < until):
             started = time.perf_counter()
-            train_loss = self.batch.train_epoch(*self._order(), self.batch_size)
+            train_loss = self.batch.train_epoch(*self._draw_epoch(), self.batch_size)
             self.epoch += 1
             loss, rank = self._validate()
-            better = []
-            for head, trace in enumerate(self.traces):
-                trace.epochs = self.epoch
+            improved = []
+            for head, state in enumerate(self.states):
+                state.epochs = self.epoch
                 if not np.isfinite(train_loss[head]):
                     rate = self.specs[head].learning_rate
-                    trace.error = (
+                    state.error = (
                         f"diverged: the loss of epoch {self.epoch} is not finite (learning rate "
                         f"{rate:g})"
                     )
-                elif len(self.data.held_out) == 0 or loss[head] < trace.best_loss:
-                    better.append(head)
-                    trace.best_loss, trace.best_epoch = float(loss[head]), self.epoch
-                    trace.training_loss = float(train_loss[head])
-                trace.best_rank = max(trace.best_rank, float(rank[head]))
+                elif len(self.data.held_out) == 0 or loss[head] < state.best_loss:
+                    improved.append(head)
+                    state.best_loss, state.best_epoch = float(loss[head]), self.epoch
+                    state.training_loss = float(train_loss[head])
+                state.best_rank = max(state.best_rank, float(rank[head]))
             if len(self.data.held_out):
-                self.batch.remember(better)
-            self._share(started)
-            pairs = zip(self.traces, self.specs, strict=True)
-            self.leave([trace for trace, spec in pairs if self._done(trace, spec.patience)])
+                self.batch.remember(improved)
+            self._add_seconds(started)
+            pairs = zip(self.states, self.specs, strict=True)
+            self.remove([state for state, spec in pairs if self._is_done(state, spec.patience)])
 
-    def leave(self, leaving: list[Trace]) -> None:
-        """Take these heads out of the batch, their best parameters with them."""
-        if not leaving:
+    def remove(self, removed_states: list[HeadState]) -> None:
+        """Remove these heads from the batch; their states get their best parameters."""
+        if not removed_states:
             return
-        # By identity: traces of equal contents are different heads.
-        gone = {id(trace) for trace in leaving}
-        places = [head for head, trace in enumerate(self.traces) if id(trace) in gone]
+        # By identity: states of equal contents are different heads.
+        removed_ids = {id(state) for state in removed_states}
+        removed = [head for head, state in enumerate(self.states) if id(state) in removed_ids]
         if len(self.data.held_out) == 0:
-            self.batch.remember(places)
-        for head in places:
-            trace = self.traces[head]
-            if trace.error is None:
-                trace.best, trace.data = self.batch.best_layers(head), self.data
-                if trace.best_epoch == 0:
-                    trace.error = (
+            self.batch.remember(removed)
+        for head in removed:
+            state = self.states[head]
+            if state.error is None:
+                state.best_layers, state.data = self.batch.best_layers(head), self.data
+                if state.best_epoch == 0:
+                    state.error = (
                         "the loss of the held-out rows was never finite: lower the learning rate"
                     )
-        stay = [head for head in range(len(self.traces)) if head not in places]
-        self.batch.keep(stay)
-        self.traces = [self.traces[head] for head in stay]
-        self.specs = [self.specs[head] for head in stay]
+        remaining = [head for head in range(len(self.states)) if head not in removed]
+        self.batch.keep(remaining)
+        self.states = [self.states[head] for head in remaining]
+        self.specs = [self.specs[head] for head in remaining]
 
-    def _done(self, trace: Trace, patience: int) -> bool:
-        if trace.error is not None or trace.epochs >= trace.limit:
+    def _is_done(self, state: HeadState, patience: int) -> bool:
+        if state.error is not None or state.epochs >= state.max_epochs:
             return True
-        return len(self.data.held_out) > 0 and trace.epochs - trace.best_epoch >= patience
+        return len(self.data.held_out) > 0 and state.epochs - state.best_epoch >= patience
 
-    def _share(self, started: float) -> None:
+    def _add_seconds(self, started: float) -> None:
         """Add the seconds since `started` to the heads in equal shares."""
-        for trace in self.traces:
-            trace.seconds += (time.perf_counter() - started) / len(self.traces)
+        for state in self.states:
+            state.seconds += (time.perf_counter() - started) / len(self.states)
 
-    def _order(self) -> tuple[Index, Index]:
-        """Return this epoch's rows and views: all folds share one permutation."""
+    def _draw_epoch(self) -> tuple[Index, Index]:
+        """Return this epoch's rows (n,) in order, and the view (n,) of each.
+
+        Drawn for all N rows, so that all folds share one permutation.
+        """
         n = self.data.rows.n
         # Of the epoch and N alone: a head's result does not depend on which other heads are in the
         # bank, up to rounding.
         generator = np.random.default_rng([self.epoch, n])
         order = generator.permutation(n)
-        view = generator.integers(0, self.views, n) if self.views > 1 else np.zeros(n, np.int64)
-        inside = np.zeros(n, np.bool_)
-        inside[self.data.train] = True
-        order = order[inside[order]]
+        view = generator.integers(0, self.n_views, n) if self.n_views > 1 else np.zeros(n, np.int64)
+        is_training = np.zeros(n, np.bool_)
+        is_training[self.data.train] = True
+        order = order[is_training[order]]
         return order, view[order]
 
     def _validate(self) -> tuple[Array, Array]:
         """Return losses (K,) on the held-out rows, and what halving ranks by, higher better."""
         held_out = self.data.held_out
         if len(held_out) == 0:
-            return np.full(len(self.traces), np.nan), np.full(len(self.traces), np.nan)
+            return np.full(len(self.states), np.nan), np.full(len(self.states), np.nan)
         decision = self.batch.outputs(held_out)
-        for view in range(1, self.views):
+        for view in range(1, self.n_views):
             decision += self.batch.outputs(held_out + view * self.data.rows.n)
-        decision /= self.views
+        decision /= self.n_views
         loss = mean_losses(self.data.rows, decision, held_out)
         if self.data.rows.task != "single" or not self.ranked:
             return loss, -loss

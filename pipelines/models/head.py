@@ -23,7 +23,7 @@ from headrace.heads.data.task import TaskKind
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, load_head, save_head
-from headrace.heads.predict import flat_rows, floor_of, predict_head
+from headrace.heads.predict import flat_rows, predict_head, probability_floor
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
 from headrace.heads.unit_rule import UnitRule
@@ -199,8 +199,8 @@ class HeadModel(SingleModel):
 
     @property
     def floor(self) -> float:
-        """The smallest meaningful probability of its predictions, as in `floor_of`."""
-        return floor_of(self.head.spec, self.head.task_kind, len(self.head.classes))
+        """The smallest meaningful probability of its predictions, as in `probability_floor`."""
+        return probability_floor(self.head.spec, self.head.task_kind, len(self.head.classes))
 
     def update_digest(self, hasher: Any) -> None:
         """Add everything that its predictions depend on to a hash."""

@@ -83,7 +83,7 @@ class NetworkModel(SingleModel):
     trust_code: tuple[str, ...] = ()
     kind: str = "finetune"
     n_views: int = 1  # views of an image that it reads
-    floor: float = FLOOR  # the smallest meaningful probability, as in heads.predict.floor_of
+    floor: float = FLOOR  # see heads.predict.probability_floor
     unit_rule: UnitRule | None = None  # how its predictions of images become those of units
     image_parts: ImageParts | None = None  # boxes or tiles that it was trained on
 

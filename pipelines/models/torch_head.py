@@ -25,7 +25,7 @@ from headrace.heads.neighbors.bank import CENTROID_TEMPERATURE
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.persist import TrainedHead
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import HeadSpec
 from headrace.pipelines.models.errors import ModelError
@@ -280,7 +280,7 @@ class NeighborModule(nn.Module):
         self.k, self.cosine = spec.k, spec.metric == "cosine"
         self.by_distance = spec.weighting == "distance"
         self.task_kind, self.temperature = head.task_kind, temperature
-        self.floor = floor_of(spec, head.task_kind, len(head.classes))
+        self.floor = probability_floor(spec, head.task_kind, len(head.classes))
 
     def forward(self, value: Tensor) -> Tensor:
         if self.cosine:

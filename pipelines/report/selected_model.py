@@ -13,7 +13,7 @@ from headrace.cache.errors import HeadraceError
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.temperature import FLOOR
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
 from headrace.pipelines.models.model import ensemble_is_selected
@@ -117,7 +117,7 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
         if selected.ensemble is None:
             model = _recorded_model(run, identity)
             temperature = evaluation.get("temperature", 1.0)
-            floor = floor_of(identity["spec"], test.kind, len(test.classes))
+            floor = probability_floor(identity["spec"], test.kind, len(test.classes))
         else:
             members = [
                 WeightedModel(

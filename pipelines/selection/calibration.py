@@ -10,7 +10,7 @@ import pandas as pd
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import FLOOR, cross_fitted, fit_temperature
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.pipelines.selection.predictions import (
     ValidationRows,
     selection_parts,
@@ -51,7 +51,7 @@ def temperature_of(winner: pd.Series, task: Task) -> float:
     # the same settings, have predicted every row that they had not seen: it takes their
     # temperature, as in scikit-learn's `CalibratedClassifierCV(ensemble=False)`. It was trained on
     # more rows than they were, and so it is at most a little less confident than it could be.
-    floor = floor_of(winner["spec"], task.kind, len(task.classes))
+    floor = probability_floor(winner["spec"], task.kind, len(task.classes))
     return fit_temperature(task.kind, validation.target, predicted[0], validation.weight, floor)
 
 
@@ -61,7 +61,7 @@ def calibrate(
     """Return the calibration of out-of-fold predictions (N, C) of the held-out rows; None for
     regression.
 
-    floor: the head's smallest meaningful probability, from `floor_of`.
+    floor: the head's smallest meaningful probability, from `probability_floor`.
     """
     task_kind = validation.task.kind
     if task_kind == "regression":

@@ -27,7 +27,7 @@ from headrace.heads.evaluate.metrics import (
     weighted_scores,
 )
 from headrace.heads.evaluate.temperature import FLOOR, fit_temperature, with_temperature
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.pipelines.selection.calibration import Calibration, calibrate, calibrated
 from headrace.pipelines.selection.predictions import (
     ValidationRows,
@@ -136,7 +136,7 @@ def assess_selection(
         optimism += luck * _error_correlation(halving_errors, winner_errors)
     # Simulated boards have scores alone.
     floor = (
-        floor_of(scores.compared["spec"].iloc[0], task_kind, predicted.shape[1])
+        probability_floor(scores.compared["spec"].iloc[0], task_kind, predicted.shape[1])
         if "spec" in scores.compared
         else FLOOR
     )
@@ -364,7 +364,9 @@ def nested_choice(
     chosen, chosen_of_part = np.unique(best, return_inverse=True)
     complete, predictions = stacked_predictions(board.iloc[chosen], validation)
     assert len(complete) == len(chosen)  # they had all their predictions a moment ago
-    floors = [floor_of(spec, task_kind, n_outputs) for spec in board["spec"].to_numpy()[chosen]]
+    floors = [
+        probability_floor(spec, task_kind, n_outputs) for spec in board["spec"].to_numpy()[chosen]
+    ]
     nested = np.zeros(predictions.shape[1:])
     for part_number, head in zip(part_numbers, chosen_of_part, strict=True):
         inside = part_of_row != part_number

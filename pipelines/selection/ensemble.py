@@ -24,7 +24,7 @@ from headrace.heads.evaluate.ensemble import (
 )
 from headrace.heads.evaluate.metrics import METRICS, all_metrics, weighted_scores
 from headrace.heads.evaluate.temperature import fit_temperature, fit_temperatures, with_temperature
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.heads.results import read_bank
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import (
@@ -113,7 +113,7 @@ def build_ensemble(
         return None
     backbones_of = [_networks(row) for _, row in candidates.iterrows()]
     n_classes = len(validation.task.classes)
-    floors = [floor_of(spec, task_kind, n_classes) for spec in candidates["spec"]]
+    floors = [probability_floor(spec, task_kind, n_classes) for spec in candidates["spec"]]
 
     def weights_from(
         rows: npt.NDArray[np.intp] | slice,

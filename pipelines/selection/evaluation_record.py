@@ -21,7 +21,7 @@ from headrace.heads.evaluate.metrics import all_metrics
 from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.evaluate.units import scored_rows, unit_rows
 from headrace.heads.link import tempered
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.selection.ensemble import Ensemble
@@ -80,7 +80,7 @@ def evaluate_winner(
     # Without the temperature (runs of earlier versions had none): at another one the same head
     # makes the same decisions, and no test row had a part in it, so that it is not another winner.
     identity = {"train": train_digest, **_shown_rows(test), **winner.identity()}
-    floor = floor_of(winner.spec, test.kind, len(test.classes))
+    floor = probability_floor(winner.spec, test.kind, len(test.classes))
 
     def predict(at_temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return winner.predict_rows(test, temperature=at_temperature)

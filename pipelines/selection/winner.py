@@ -7,7 +7,7 @@ import pandas as pd
 
 from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import Task
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.head import HEAD_FILES
 from headrace.pipelines.models.image_parts import ImageParts
@@ -84,7 +84,7 @@ def save_winner(
     """
     rule = None
     if unit_column is not None:
-        floor = floor_of(winner.spec, task.kind, len(task.classes))
+        floor = probability_floor(winner.spec, task.kind, len(task.classes))
         rule = UnitRule(unit_column, task.unit_aggregation, temperature, floor)
         temperature = 1.0  # of its images, as in `save_ensemble`
     weights_path = winner.load(task, metrics, temperature, rule, image_parts).save(directory)

@@ -18,7 +18,7 @@ from headrace.cache.feature_set import open_feature_set
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.evaluate.units import unit_rows
-from headrace.heads.predict import floor_of
+from headrace.heads.predict import probability_floor
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.predict.parts import part_slices
@@ -90,7 +90,7 @@ def _selected_models(state: RunState) -> tuple[list[WeightedModel], float, UnitR
     else:
         winner = state.model_of(selected.board.iloc[0])
         task = state.dataset.train
-        floor = floor_of(winner.spec, task.kind, len(task.classes))
+        floor = probability_floor(winner.spec, task.kind, len(task.classes))
         if section.unit is None:
             # A single model applies its temperature itself, to its log-odds.
             return [WeightedModel(1.0, selected.temperature, winner)], 1.0, None

@@ -200,7 +200,7 @@ class BankProblem:
         right and q >= 0. The concavity of the entropy then gives, with G the gradient of the loss
         and d = -e (G + sum_i w_i (y_i - q) z_i):
             gap <= |g|^2/(2 l2) + b.g_b + e (loss - V.G - b.g_b) + (G.d + |d|^2/2) / l2,
-        norms and products over features being those of P^-1.
+        norms and products over features being those of the inverse penalty matrix.
         """
         values_per_head = self.n_outputs * self.design.n_coordinates
         heads_per_chunk = max(BOUND_VALUES_PER_CHUNK // values_per_head, 1)
@@ -299,7 +299,7 @@ class ActiveSet:
         u, pairs become s and y' = r (y - l2 s) + l2' s, with r the ratio of the preconditioners'
         loss curvatures.
         """
-        # P is taken for the identity, because with 100 classes its product costs as much as a pass.
+        # The penalty matrix is taken for the identity: with 100 classes its product costs a pass.
         # Without any pairs a bank takes 1.09 times the CPU time (5,000 x 512, 10 classes), with
         # uncorrected ones 1.02.
         m = len(other.curvature_pairs) // 2
@@ -377,12 +377,12 @@ class ActiveSet:
         }
         block_weights = design.to_block_coordinates(u.reshape(-1, design.n_coordinates))
         block_weights = block_weights.reshape(*u.shape[:2], -1)
-        run = problem.start_pass(path_index, block_weights, heads_by_folds)
+        row_pass = problem.start_pass(path_index, block_weights, heads_by_folds)
         for block in _prefetched_blocks(design):
             if block.folds in heads_by_folds:
-                run.add(block)
-        objective += run.losses()
-        total = run.gradient()
+                row_pass.add(block)
+        objective += row_pass.losses()
+        total = row_pass.gradient()
         gradient = design.from_block_coordinates(total.reshape(-1, total.shape[-1]))
         gradient = gradient.reshape(u.shape)
         gradient[..., :-1] += penalty_gradient

@@ -41,7 +41,7 @@ from headrace.heads.linear.solver.compiled_blocks import (
 from headrace.heads.linear.solver.device_products import MatrixProduct, matrix_product
 from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation, RowSpace
 
-# (folds that train on some rows, numbers of these rows).
+# (folds that train on some rows, the positions (n,) of these rows among the N).
 FoldRows = tuple[tuple[int, ...], Index]
 # Largest ratio of a fold's scales to the common ones, or the reverse. Beyond it, float32 rows in
 # common units lose digits of the fold; in the dual form its square is the condition number of a
@@ -50,7 +50,7 @@ MAX_SCALE_RATIO = 30.0
 ROWS_PER_BLOCK = 8192  # of rows in memory
 ROWS_PER_STREAMED_BLOCK = 1024  # of streamed rows, so that a block stays in the caches
 STREAMED_BASIS_ROWS = 1 << 15  # of streamed rows, from which the rotation is computed
-MANY_CLASSES = 64  # free classes from which a head gains nothing by sharing a pass with others
+MANY_CLASSES = 64  # from so many a head gains nothing by sharing a pass with others
 # Products with P per head: about five evaluations, and two for its gap bound.
 EVALUATIONS_PER_HEAD = 7
 MAX_COPIED_BYTES = 1 << 28  # of per-fold copies, 256 MB
@@ -228,7 +228,8 @@ def should_copy_per_fold(
 ) -> bool:
     """Return whether per-fold standardized float32 copies of the rows are faster.
 
-    n_free: free classes of a head. n_heads: heads that use the copies.
+    n_free: free weight vectors of a head: C - 1, or 1 for a sigmoid. n_heads: heads that use the
+    copies.
     """
     # With copies P is the identity. Every evaluation is spared a product with D x D, a sixth of the
     # cost of 4,000 rows of 1,280 features at 100 classes, and every gap bound two of them. And no

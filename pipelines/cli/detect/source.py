@@ -27,7 +27,7 @@ from headrace.extract.sources.formats import (
     has_image_signature,
     is_archive,
 )
-from headrace.extract.sources.image_column import are_files, find_image_column, spread
+from headrace.extract.sources.image_column import are_files, find_image_column, spaced_texts
 from headrace.extract.sources.layout import SPLIT_WORDS, Layout, split_side_in
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
@@ -450,7 +450,7 @@ def _root_above(names: "pd.Series[Any]", folder: Path) -> Path | None:
     from the table's own: they name that folder too.
     """
     roots = [folder, *folder.absolute().parents[:2]]
-    root = next((root for root in roots if are_files(root, spread(names))), folder)
+    root = next((root for root in roots if are_files(root, spaced_texts(names))), folder)
     return None if root == folder else root
 
 

@@ -25,7 +25,7 @@ from headrace.heads.link import tempered
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.persist import check_temperature
-from headrace.heads.predict import floor_of, predict_head
+from headrace.heads.predict import predict_head, probability_floor
 from headrace.heads.sklearn.kind import SklearnSpec
 
 
@@ -171,7 +171,7 @@ def test_one_image_that_no_neighbour_is_like_does_not_decide():
     told = np.stack([votes, 1 - votes], axis=1)
     target = (rng.random(3000) > share).astype(np.int64)
     errors = {}
-    for floor in (floor_of(KNNSpec(5), "single", 2), FLOOR):
+    for floor in (probability_floor(KNNSpec(5), "single", 2), FLOOR):
         temperature = fit_temperature("single", target, told, None, floor)
         mended = with_temperature("single", told, temperature, floor)
         errors[floor] = score("single", target, mended, "calibration_error")
@@ -182,16 +182,19 @@ def test_the_floor_is_of_votes_alone():
     """Of a thousand classes it is a tenth in all; what tells log-odds has next to none, and boosted
     trees tell log-odds.
     """
-    assert floor_of(KNNSpec(5), "single", 10) == 0.01
-    assert floor_of(KNNSpec(5), "single", 1000) == pytest.approx(1e-4)
-    assert floor_of(KNNSpec(5), "multi", 1000) == 0.01
-    assert floor_of(SklearnSpec("sklearn.ensemble.RandomForestClassifier"), "single", 3) == 0.01
+    assert probability_floor(KNNSpec(5), "single", 10) == 0.01
+    assert probability_floor(KNNSpec(5), "single", 1000) == pytest.approx(1e-4)
+    assert probability_floor(KNNSpec(5), "multi", 1000) == 0.01
+    assert (
+        probability_floor(SklearnSpec("sklearn.ensemble.RandomForestClassifier"), "single", 3)
+        == 0.01
+    )
     for spec in (
         SklearnSpec("sklearn.ensemble.GradientBoostingClassifier"),
         LogisticSpec(1.0),
         CentroidSpec(),
     ):
-        assert floor_of(spec, "single", 3) == FLOOR
+        assert probability_floor(spec, "single", 3) == FLOOR
 
 
 def test_a_weight_of_two_is_a_row_that_is_there_twice():
@@ -287,7 +290,7 @@ def test_no_decision_of_any_kind_of_head_changes(spec, kind):
         else:
             assert ((told >= 0.5) == (plain >= 0.5)).all()
         clear = ((plain > 1e-3) & (plain < 1 - 1e-3)).all(1)
-        floor = floor_of(spec, task.kind, len(task.classes))
+        floor = probability_floor(spec, task.kind, len(task.classes))
         expected = with_temperature(task.kind, plain[clear], temperature, floor)
         np.testing.assert_allclose(told[clear], expected, atol=1e-3)
 
