@@ -255,12 +255,8 @@ def _read_table(
                 f"{source_path} has no column {column_name!r} {description}; it has "
                 f"{abbreviate_columns(column_names)}"
             )
-    id_columns = {
-        "content": "the column of content hashes",
-        "id": "the column of ids",
-        id_name: "the column of ids",
-    }
-    forbidden_names = {**forbidden_names, **id_columns}
+    id_columns = {"id": "the column of ids", id_name: "the column of ids"}
+    forbidden_names = {**forbidden_names, "content": "the column of content hashes", **id_columns}
     text_columns = [] if ids_path is not None else [id_name, "content"]
     list_column = feature_key
     if feature_key is None and len(list_columns) == 1 and not column_options:

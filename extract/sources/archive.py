@@ -135,7 +135,26 @@ def read_archives(
     ]
     check_unique_ids((row["id"] for row in rows), source_text)
     frame = pd.DataFrame(rows)
-    notes: list[str] = []
+    notes = _add_labels(frame, images, folders_of_others, layout, source_text, labelled)
+    sides = [split_side(Path(image.archive).name) for image in images]
+    if "split" not in frame and None not in sides and len(set(sides)) > 1:
+        frame["split"] = sides
+        notes.append("the archives' names are those of the sides of a split")
+    return tally.listing(frame, notes + _notes_on_samples(images))
+
+
+def _add_labels(
+    frame: pd.DataFrame,
+    images: Sequence[_Image],
+    folders_of_others: set[FolderParts],
+    layout: Layout,
+    source_text: str,
+    labelled: bool,
+) -> list[str]:
+    """Add the labels, and sides of a split, of the folders to a frame without labels.
+
+    Return notes on what was assumed.
+    """
     member_folders = [_folders(image.member.name) for image in images]
     if "label" not in frame:
         read_labels = read_layout(
@@ -147,22 +166,15 @@ def read_archives(
         frame.insert(2, "label", pd.Series(read_labels.labels, dtype=object))
         if read_labels.splits is not None and "split" not in frame:
             frame["split"] = read_labels.splits
-        notes += read_labels.notes
-    elif (
-        labelled
-        and (n_unlabelled := int(frame["label"].isna().sum()))
-        # Several folders: they could be meant as classes.
-        and len(set(member_folders)) > 1
-    ):
-        notes.append(
-            f"{n_unlabelled:,} of {count_text(len(frame), 'image')} have no label: the side files "
-            "say the labels, not the folders, and these have none, or one without a label"
-        )
-    sides = [split_side(Path(image.archive).name) for image in images]
-    if "split" not in frame and None not in sides and len(set(sides)) > 1:
-        frame["split"] = sides
-        notes.append("the archives' names are those of the sides of a split")
-    return tally.listing(frame, notes + _notes_on_samples(images))
+        return list(read_labels.notes)
+    n_unlabelled = int(frame["label"].isna().sum())
+    # Several folders: they could be meant as classes.
+    if not (labelled and n_unlabelled and len(set(member_folders)) > 1):
+        return []
+    return [
+        f"{n_unlabelled:,} of {count_text(len(frame), 'image')} have no label: the side files say "
+        "the labels, not the folders, and these have none, or one without a label"
+    ]
 
 
 def _notes_on_samples(images: Sequence[_Image]) -> list[str]:
@@ -180,15 +192,13 @@ def _notes_on_samples(images: Sequence[_Image]) -> list[str]:
 def _strip_common_folders(
     member_folders: list[FolderParts], folders_of_others: set[FolderParts]
 ) -> tuple[list[FolderParts], set[FolderParts]]:
-    """Remove the folders that all images share, if several folders remain below them.
-
-    `tar -c photos` puts every member into `photos`, which is no class. If all images are in one
-    folder, it stays: it may be their class.
-    """
+    """Remove the folders that all images share, if several folders remain below them."""
+    # `tar -c photos` puts every member into `photos`, which is no class.
     common = member_folders[0]
     while any(parts[: len(common)] != common for parts in member_folders):
         common = common[:-1]
     depth = len(common)
+    # If all images are in one folder, it stays: it may be their class.
     if len({parts[depth] for parts in member_folders if len(parts) > depth}) < 2:
         return member_folders, folders_of_others
     return (
@@ -283,8 +293,7 @@ def _follow(
 ) -> _Member | None:
     """Return the member at a position of the archive, or the one that links there lead to.
 
-    None if the archive does not have it. A symbolic link means the last member of a name; a hard
-    link the last one before the link, which `tar -x` has unpacked by then.
+    None if the archive does not have it.
     """
     visited_positions: set[int] = set()  # links can lead back to themselves
     while position not in visited_positions:
@@ -295,6 +304,8 @@ def _follow(
         target_positions = positions.get(entry.target)
         if not target_positions:
             return None
+        # A symbolic link means the last member of a name; a hard link the last one before the link,
+        # which `tar -x` has unpacked by then.
         n_before = bisect_left(target_positions, position) if entry.hard else 0
         position = target_positions[n_before - 1]  # for n_before 0 the last one
     return None
@@ -456,6 +467,7 @@ def _read_zip_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, n_bytes: 
 
 def _member_name(name: str) -> str:
     """Return `a/b.png` for `./a/b.png`, `/a/b.png` and `a//b.png`, which unpack to one file."""
+    # Backslashes: old zip programs of Windows write them.
     return posixpath.normpath(name.replace("\\", "/")).lstrip("/")
 
 

@@ -4,8 +4,9 @@ import contextlib
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -29,6 +30,13 @@ LINKED_FOLDERS = "links to folders that are read under their own names"
 HIDDEN_ENTRIES = "hidden entries (names that begin with a dot, folders that tools leave)"
 # Folders that macOS's archives, Python and Synology's file servers leave: no classes.
 _TOOL_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")
+
+
+class _Image(NamedTuple):
+    id: str
+    path: str  # of a sample
+    folders: FolderParts
+    groups: Mapping[str, str | None]  # named groups of `name_pattern`
 
 
 def read_folder(
@@ -60,59 +68,31 @@ def read_folder(
     if not image_root.is_dir():
         raise SourceError(missing_path_message(image_root, "a folder of images"))
     tally = Tally()
-    image_rows: list[tuple[str, str, FolderParts]] = []
-    folders_of_others: set[FolderParts] = set()
-    first_other: str | None = None
+    others: dict[FolderParts, str] = {}  # {folder of other files: the first of them}
     pattern = None if name_pattern is None else re.compile(name_pattern)
-    groups_of_id: dict[str, dict[str, str | None]] = {}  # named groups of the pattern
-    for folders, name, path in _walk(image_root.absolute(), tally):
-        shown_name = printable_name("/".join((*folders, name) if name else folders))
-        is_excluded = tally.excludes(exclude, shown_name)
-        if not name:
-            if not is_excluded:
-                folders_of_others.add(folders)
-            continue
-        tally.found += 1
-        if is_excluded:
-            tally.leave_out(EXCLUDED_ENTRIES, shown_name)
-            continue
-        if not (is_image(path) or is_image_array(path)):
-            tally.leave_out(describe_suffix(name), shown_name)
-            folders_of_others.add(folders)
-            first_other = first_other or path
-            continue
-        image_id = normalize_text(shown_name)
-        match = None if pattern is None else pattern.search(image_id)
-        if pattern is not None and match is None:
-            tally.leave_out(UNMATCHED_NAMES, shown_name)
-            continue
-        if match is not None:
-            groups_of_id[image_id] = match.groupdict()
-        image_rows.append((image_id, encode_path(path), folders))
-    if not image_rows:
-        raise SourceError(_no_images_message(image_root, tally, first_other))
-    image_rows.sort()
-    if len({image_id for image_id, _, _ in image_rows}) < len(image_rows):
-        image_rows = _tell_apart(image_rows, image_root.absolute())
-        check_unique_ids((image_id for image_id, _, _ in image_rows), str(image_root))
-    image_ids = [image_id for image_id, _, _ in image_rows]
+    images = sorted(_list_images(image_root.absolute(), exclude, pattern, tally, others))
+    if not images:
+        raise SourceError(_no_images_message(image_root, tally, others))
+    if len({image.id for image in images}) < len(images):
+        images = _tell_apart(images, image_root.absolute())
+        check_unique_ids((image.id for image in images), str(image_root))
+    image_ids = [image.id for image in images]
     read_labels = read_layout(
-        [parent_folders for _, _, parent_folders in image_rows],
-        folders_of_others,
+        [image.folders for image in images],
+        others,
         layout,
         str(image_root),
         labelled=labelled and "(?P<label>" not in (name_pattern or ""),
     )
     columns: dict[str, Sequence[str | None]] = {
         "id": image_ids,
-        "path": [image_path for _, image_path, _ in image_rows],
+        "path": [image.path for image in images],
         "label": read_labels.labels,
     }
     if read_labels.splits is not None:
         columns["split"] = read_labels.splits
-    if pattern is not None:
-        groups = [groups_of_id[normalize_text(image_id)] for image_id in image_ids]
-        columns |= {name: [group[name] for group in groups] for name in pattern.groupindex}
+    for name in pattern.groupindex if pattern else ():
+        columns[name] = [image.groups[name] for image in images]
     notes = list(read_labels.notes)
     usual_endings = (*IMAGE_SUFFIXES, ".npy")
     unusual_names = [name for name in image_ids if not name.lower().endswith(usual_endings)]
@@ -124,8 +104,38 @@ def read_folder(
     return tally.listing(pd.DataFrame(columns), notes)
 
 
-def _no_images_message(image_root: Path, tally: Tally, first_other: str | None) -> str:
+def _list_images(
+    image_root: Path,
+    exclude: Sequence[str],
+    pattern: re.Pattern[str] | None,
+    tally: Tally,
+    others: dict[FolderParts, str],
+) -> Iterator[_Image]:
+    """Yield the images below a folder; count other files, and add their folders to `others`."""
+    for folders, name, path in _walk(image_root, tally):
+        shown_name = printable_name("/".join((*folders, name) if name else folders))
+        is_excluded = tally.excludes(exclude, shown_name)
+        if not name:
+            if not is_excluded:
+                others.setdefault(folders, "")
+            continue
+        tally.found += 1
+        image_id = normalize_text(shown_name)
+        match = pattern.search(image_id) if pattern else None
+        if is_excluded:
+            tally.leave_out(EXCLUDED_ENTRIES, shown_name)
+        elif not (is_image(path) or is_image_array(path)):
+            tally.leave_out(describe_suffix(name), shown_name)
+            others.setdefault(folders, path)
+        elif pattern and match is None:
+            tally.leave_out(UNMATCHED_NAMES, shown_name)
+        else:
+            yield _Image(image_id, encode_path(path), folders, match.groupdict() if match else {})
+
+
+def _no_images_message(image_root: Path, tally: Tally, others: Mapping[FolderParts, str]) -> str:
     found_text = "; ".join(map(str, tally.left_out()[:5])) or "no files"
+    first_other = next(filter(None, others.values()), None)
     advice = (unread_format(first_other) if first_other else None) or (
         "Expected one folder per class holding files that end in "
         f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a table that names images."
@@ -133,18 +143,17 @@ def _no_images_message(image_root: Path, tally: Tally, first_other: str | None) 
     return f"{image_root}: no images found (found: {found_text}). {advice}"
 
 
-def _tell_apart(
-    image_rows: list[tuple[str, str, FolderParts]], image_root: Path
-) -> list[tuple[str, str, FolderParts]]:
-    """Return the rows; ids that are equal only in NFC (é written in two ways) stay as on disk."""
-    id_counts = Counter(image_id for image_id, _, _ in image_rows)
+def _tell_apart(images: list[_Image], image_root: Path) -> list[_Image]:
+    """Return the images; ids that are equal only in NFC stay as on disk."""
+    id_counts = Counter(image.id for image in images)
 
-    def own_id(image_id: str, path: str) -> str:
-        if id_counts[image_id] == 1:
-            return image_id
-        return printable_name(os.path.relpath(locator_file(path), image_root))
+    def own_id(image: _Image) -> str:
+        # é is one letter, or e and an accent: two files, on Linux.
+        if id_counts[image.id] == 1:
+            return image.id
+        return printable_name(os.path.relpath(locator_file(image.path), image_root))
 
-    return [(own_id(image_id, path), path, folders) for image_id, path, folders in image_rows]
+    return [image._replace(id=own_id(image)) for image in images]
 
 
 def image_paths(folder: Path) -> Iterator[str]:

@@ -127,7 +127,11 @@ def find_boxes(
         )
     values = numbers.to_numpy(np.float64)
     has_box = ~np.isnan(values).any(axis=1)
-    unit = options.unit or _unit_of(values[has_box])
+    unit = options.unit
+    if unit is None:
+        # The whole table decides: a single row, such as 0, 0, 1, 1, may be a box in either unit.
+        is_share = (values[has_box] >= 0) & (values[has_box] <= 1)
+        unit = "fraction" if has_box.any() and is_share.all() else "pixels"
     left, top, width, height = _left_top_width_height(values, box_format)
     if (is_negative := has_box & ((width < 0) | (height < 0))).any():
         row = int(is_negative.argmax())
@@ -171,15 +175,6 @@ def _detect_box_columns(
     return None
 
 
-def _unit_of(values: "np.ndarray[Any, np.dtype[np.float64]]") -> Literal["pixels", "fraction"]:
-    """Return the unit of boxes (n, 4): "fraction" if all numbers of the table are from 0 to 1.
-
-    The whole table decides, because a single row, such as 0, 0, 1, 1, may be a box in either unit.
-    """
-    is_fraction = values.size > 0 and bool(((values >= 0) & (values <= 1)).all())
-    return "fraction" if is_fraction else "pixels"
-
-
 def _left_top_width_height(
     values: "np.ndarray[Any, np.dtype[np.float64]]", box_format: BoxFormat
 ) -> tuple[Any, Any, Any, Any]:
@@ -194,8 +189,7 @@ def _left_top_width_height(
 def cut_tiles(listing: Listing, tiles: Tiles) -> Listing:
     """Return a listing of the tiles instead of their images.
 
-    A row has the columns of its image, the id `ID#x,y`, and a locator. An image whose size cannot
-    be read stays one row, and is recorded as a failure when it is decoded.
+    A row has the columns of its image, the id `ID#x,y`, and a locator.
     """
     rows: list[int] = []
     names: list[str] = []
@@ -204,6 +198,8 @@ def cut_tiles(listing: Listing, tiles: Tiles) -> Listing:
         zip(listing.samples["id"], listing.samples["path"], strict=True)
     ):
         crops = _tiles_of(str(path), tiles)
+        # An image whose size cannot be read stays one row, and is recorded as a failure when it is
+        # decoded.
         rows += [row] * max(len(crops), 1)
         names += [f"{name}#{crop.left:g},{crop.top:g}" for crop in crops] or [str(name)]
         paths += [crop.locator(str(path)) for crop in crops] or [str(path)]
@@ -229,10 +225,10 @@ def part_rows(
     """Return a row for each part of an image.
 
     rows: for each part the position of its image in `samples`; names, paths: its id and locator.
-    The column `image` has the image's id, unless the user has a column of that name: it can be the
-    unit that is predicted.
+    The column `image` has the image's id, unless the user has a column of that name.
     """
     parts = samples.iloc[list(rows)].reset_index(drop=True)
+    # The image can be the unit that is predicted.
     if "image" not in parts:
         parts["image"] = parts["id"]
     return parts.assign(id=pd.Series(names, dtype=object), path=pd.Series(paths, dtype=object))

@@ -61,9 +61,8 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
     Raises SourceError when it cannot be read.
     """
     if not table_path.is_file():
-        raise SourceError(
-            missing_path_message(table_path, "a table: .csv, .tsv, .jsonl, .json or .parquet")
-        )
+        expected = "a table: .csv, .tsv, .jsonl, .json or .parquet"
+        raise SourceError(missing_path_message(table_path, expected))
     file_name = table_path.name.lower()
     compressed = file_name.endswith(".gz")
     suffix = Path(file_name.removesuffix(".gz")).suffix
@@ -82,6 +81,7 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
             return _read_json_lines(_read_text(table_path, compressed), table_path)
         if suffix == ".json":
             return _read_json(_read_text(table_path, compressed), table_path, annotations)
+    # Before the errors below, of which it is one: what helps is another encoding.
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{table_path}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose "
@@ -343,12 +343,9 @@ def _arrow_values(cells: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def _are_images(values: Iterable[bytes]) -> bool:
-    """Return whether a column of bytes holds images, judged by its first value.
-
-    Otherwise it holds text, which TensorFlow's exports store as bytes. A value with a NUL is no
-    text but an image, damaged or of a format that is not read.
-    """
+    """Return whether a column of bytes holds images, judged by its first value, and not text."""
     first_value = next(filter(None, values), None)
+    # A value with a NUL is no text but an image, damaged or of a format that is not read.
     return first_value is None or has_image_signature(first_value[:32]) or b"\0" in first_value
 
 
@@ -379,9 +376,8 @@ def _has_path(arrow_type: pa.DataType) -> bool:
 
 
 def _image_columns(schema: pa.Schema) -> tuple[str, ...]:
-    """Return the columns that can hold images: bytes, or structs with a field `bytes`, in which
-    Hugging Face stores its Image feature.
-    """
+    """Return the columns that can hold images: bytes, or structs with a field `bytes`."""
+    # Hugging Face stores its Image feature as such a struct.
     return tuple(
         field.name for field in schema if _is_binary(field.type) or _holds_bytes(field.type)
     )
@@ -411,8 +407,7 @@ def _from_arrow(
 
     n_rows: needed if all columns are images and are left out.
     image_columns: the columns of images; None to find them here.
-    empty_columns: those of them that have paths and no bytes. They name files, so their paths
-    become the column `NAME` itself.
+    empty_columns: those of them that have paths and no bytes.
     """
     if image_columns is None:
         image_columns = tuple(
@@ -438,10 +433,9 @@ def _from_arrow(
         cells = table[column_name]
         table = table.drop_columns([column_name])
         if _has_path(cells.type):
-            table = table.append_column(
-                column_name if column_name in empty_columns else f"{column_name}.path",
-                pc.struct_field(cells, "path"),
-            )
+            # Without bytes beside them, paths name files, and are the column itself.
+            path_name = column_name if column_name in empty_columns else f"{column_name}.path"
+            table = table.append_column(path_name, pc.struct_field(cells, "path"))
     # Integers with a gap stay Python integers; as floats, large ones would lose digits.
     frame = table.to_pandas(integer_object_nulls=True)
     if not table.column_names:  # all columns are images

@@ -213,17 +213,7 @@ def _samples(
         expand_home(options.root) if options.root is not None else table_path.parent
     ).absolute()
     image_column, is_pattern = _image_column(table, table_path, image_root, options, notes)
-    if image_column in table.image_columns:
-        written_names, locators = _cells(table_path, frame, image_column)
-    else:
-        written_names = (
-            _in_folders(_fill_pattern(frame, image_column, table_path), image_column, image_root)
-            if is_pattern
-            else local_names(as_text(frame[image_column]), image_root)
-        )
-        locators = written_names.map(
-            lambda value: _find(str(image_root), value), na_action="ignore"
-        )
+    written_names, locators = _image_names(table, table_path, image_root, image_column, is_pattern)
     boxes = find_boxes(frame, options.boxes, table_path)
     if boxes is not None:
         crops, box_note = boxes
@@ -273,6 +263,21 @@ def _samples(
     return _leave_out(samples, table_path, tally, repeated=not labelled)
 
 
+def _image_names(
+    table: Table, table_path: Path, image_root: Path, image_column: str, is_pattern: bool
+) -> tuple[pd.Series, pd.Series]:
+    """Return the images' names as the table writes them, and their paths or locators."""
+    frame = table.frame
+    if image_column in table.image_columns:
+        return _cells(table_path, frame, image_column)
+    if is_pattern:
+        names = _fill_pattern(frame, image_column, table_path)
+        names = _in_folders(names, image_column, image_root)
+    else:
+        names = local_names(as_text(frame[image_column]), image_root)
+    return names, names.map(lambda name: _find(str(image_root), name), na_action="ignore")
+
+
 def _ids_repeat(ids: pd.Series, locators: pd.Series) -> bool:
     """Return whether rows of different images have the same id."""
     id_and_path = pd.DataFrame({"id": as_text(ids), "path": locators}).dropna().drop_duplicates()
@@ -293,10 +298,8 @@ def _require_columns(table_path: Path, columns: Sequence[str], options: TableOpt
 
 
 def _sides_of_paths(image_paths: pd.Series) -> list[str | None]:
-    """Return the sides of a split that the first folders of the paths are, [] if they are none.
-
-    Hugging Face puts one metadata file above the folders of a split.
-    """
+    """Return the sides of a split that the first folders of the paths are, [] if they are none."""
+    # Hugging Face puts one metadata file above the folders of a split.
     if image_paths.isna().any():
         return []
     sides = [split_side(path.split("/")[0]) if "/" in path else None for path in image_paths]
@@ -439,8 +442,7 @@ def _cells(table_path: Path, frame: pd.DataFrame, column: str) -> tuple[pd.Serie
 def _find(image_root: str, written_path: str) -> str:
     """Return the path of a sample (`encode_path`) for a path as a table writes it.
 
-    An absolute path stays. A name with accents or backslashes is looked for in both Unicode forms
-    and with slashes, because another system may have written it.
+    An absolute path stays.
     """
     if "://" in written_path[:12]:
         if not written_path.startswith("file://"):
@@ -456,6 +458,7 @@ def _find(image_root: str, written_path: str) -> str:
     path = Path(image_root, written_path)
     if has_one_form:
         return encode_path(path)
+    # Another system may have written it: macOS writes é as e and an accent, Windows backslashes.
     composed, decomposed = (unicodedata.normalize(form, written_path) for form in ("NFC", "NFD"))
     candidates = (
         Path(image_root, form)
