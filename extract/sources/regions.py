@@ -116,16 +116,7 @@ def find_boxes(
             "images.boxes: {columns: [x, y, width, height]} (headrace predict: --box-columns "
             f"x,y,width,height). The columns are: {', '.join(map(str, frame.columns))}."
         )
-    text = frame[list(columns)]
-    numbers = text.apply(pd.to_numeric, errors="coerce")
-    is_wrong = (numbers.isna() & text.notna()) | np.isinf(numbers)
-    if is_wrong.to_numpy().any():
-        row, column = np.argwhere(is_wrong.to_numpy())[0]
-        raise SourceError(
-            f"{table_path}, row {row + 1}: {columns[column]} is {text.iat[row, column]!r}; "
-            "expected the number of a box. For whole images: images.boxes: none"
-        )
-    values = numbers.to_numpy(np.float64)
+    values = _box_numbers(frame[list(columns)], table_path)
     has_box = ~np.isnan(values).any(axis=1)
     unit = options.unit
     if unit is None:
@@ -152,16 +143,29 @@ def find_boxes(
             "Say whether they are shares of the image: images.boxes: {unit: fraction}, or pixels: "
             "images.boxes: {unit: pixels}"
         )
-    edges = np.stack([left, top, width, height], axis=1).tolist()
+    boxes_of_rows = np.stack([left, top, width, height], axis=1).tolist()
     crops = [
         Crop(box[0], box[1], box[2], box[3], unit) if is_present else None
-        for box, is_present in zip(edges, has_box, strict=True)
+        for box, is_present in zip(boxes_of_rows, has_box, strict=True)
     ]
     note = (
         f"{table_path.name}: each row is the box {', '.join(columns)} of an image ({box_format}, "
         f"{'shares of its width and height' if unit == 'fraction' else 'pixels'}; images.boxes)"
     )
     return crops, note
+
+
+def _box_numbers(text: pd.DataFrame, table_path: Path) -> Any:
+    """Return the numbers of boxes (n, 4) float64, NaN for a missing one. Raises SourceError."""
+    numbers = text.apply(pd.to_numeric, errors="coerce")
+    is_wrong = (numbers.isna() & text.notna()) | np.isinf(numbers)
+    if is_wrong.to_numpy().any():
+        row, column = np.argwhere(is_wrong.to_numpy())[0]
+        raise SourceError(
+            f"{table_path}, row {row + 1}: {text.columns[column]} is {text.iat[row, column]!r}; "
+            "expected the number of a box. For whole images: images.boxes: none"
+        )
+    return numbers.to_numpy(np.float64)
 
 
 def _detect_box_columns(

@@ -209,9 +209,8 @@ def _samples(
         return pd.DataFrame(columns=["id", "path"], dtype=object)
     tally.found += len(frame)
     _require_columns(table_path, [*frame.columns, *table.image_columns], options)
-    image_root = (
-        expand_home(options.root) if options.root is not None else table_path.parent
-    ).absolute()
+    root = table_path.parent if options.root is None else options.root
+    image_root = expand_home(root).absolute()
     image_column, is_pattern = _image_column(table, table_path, image_root, options, notes)
     written_names, locators = _image_names(table, table_path, image_root, image_column, is_pattern)
     boxes = find_boxes(frame, options.boxes, table_path)
@@ -235,16 +234,13 @@ def _samples(
         ]
     id_column = options.id_column
     if id_column is None and "id" in frame.columns and image_column != "id":
-        note = "the column 'id' tells the rows apart (images.id_column)"
-        id_column = "id"
         if labelled and _ids_repeat(frame["id"], locators):
             # The samples' own column `id` must be unique, and this one is not.
-            frame, id_column = frame.rename(columns={"id": "image_id"}), None
-            note = (
-                "the column 'id' repeats, so that the paths tell the rows apart; it is called "
-                "'image_id' here"
-            )
-        notes.append(f"{table_path.name}: {note}")
+            frame = frame.rename(columns={"id": "image_id"})
+            note = "repeats, so that the paths tell the rows apart; it is called 'image_id' here"
+        else:
+            id_column, note = "id", "tells the rows apart (images.id_column)"
+        notes.append(f"{table_path.name}: the column 'id' {note}")
     _refuse_reserved(frame, table_path, image_column, id_column)
     sample_ids = written_names if id_column is None else as_text(frame[id_column])
     if not labelled:
