@@ -217,7 +217,7 @@ def _run_services(
                 workers=workers or recipe.compute.workers,
                 device=device,
                 run_folder=recipe.paths.root,
-                imports=module_names,
+                module_names=module_names,
             ) as opened_client:
                 log("cluster", where=where, role=role, dashboard=opened_client.dashboard_link)
                 yield opened_client

@@ -54,21 +54,21 @@ def examine(folder: Path, recipe: Path | None) -> Iterator[Finding]:
     """Yield the finding of every check, in order; slow checks run in threads beside the others."""
     # Torch's import and the disk's speed take seconds.
     with ThreadPoolExecutor(2) as thread_pool:
-        torch_line = thread_pool.submit(check_torch)  # slow: it imports torch
-        disk_line = thread_pool.submit(check_disk, folder)
+        torch_check = thread_pool.submit(check_torch)  # slow: it imports torch
+        disk_check = thread_pool.submit(check_disk, folder)
         yield check_python()
         yield check_libraries()
-        yield torch_line.result()
-        weights_line = thread_pool.submit(check_weights)
+        yield torch_check.result()
+        weights_check = thread_pool.submit(check_weights)
         yield check_cuda()
         yield check_threads()
         yield check_heads()
         yield check_memory()
-        yield disk_line.result()
+        yield disk_check.result()
         yield check_locking(folder)
         yield check_ports()
         yield check_hdf5(folder)
-        yield weights_line.result()
+        yield weights_check.result()
         if recipe is not None:
             yield check_recipe(recipe)
 

@@ -207,11 +207,11 @@ def predict_command(
                 console=progress_console(quiet=quiet or out == "-", progress_format=progress),
             )
         if out == "-":
-            with utf8_stdout() as table:
+            with utf8_stdout() as stdout:
                 summary = predict_stream(
                     loaded_model,
                     samples,
-                    table,
+                    stdout,
                     table_format,
                     device=device_name,
                     cache_root=cache_root,

@@ -100,7 +100,7 @@ def _work(estimate: Estimate) -> str:
 def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     """Print what would be extracted and trained, and what is already there."""
     show_features(console, plan, cache)
-    everything = [feature.name for feature in plan.features]
+    all_names = [feature.name for feature in plan.features]
     table = Table(title="Heads", title_justify="left")
     table.add_column("inputs")
     table.add_column("kind")
@@ -109,18 +109,18 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
     # Banks are what is left to train; what is planned is in `requested`.
     missing = {(bank.inputs, spec) for bank in plan.banks for spec in bank.specs}
     settings: Counter[tuple[tuple[str, ...], str]] = Counter()
-    new: Counter[tuple[tuple[str, ...], str]] = Counter()
+    to_train: Counter[tuple[tuple[str, ...], str]] = Counter()
     # Added up: one kind may be planned as several banks, such as with and without class weights.
     for inputs, specs, _ in plan.requested:
         settings[inputs, specs[0].kind] += len(specs)
-        new[inputs, specs[0].kind] += sum((inputs, spec) in missing for spec in specs)
+        to_train[inputs, specs[0].kind] += sum((inputs, spec) in missing for spec in specs)
     for (inputs, kind), count in settings.items():
         table.add_row(
-            inputs_text(inputs, everything),
+            inputs_text(inputs, all_names),
             kind,
             f"{count:,}",
             f"{count * plan.n_folds:,}",
-            f"{new[inputs, kind] * plan.n_folds:,}",
+            f"{to_train[inputs, kind] * plan.n_folds:,}",
         )
     console.print(table)
     console.print(
@@ -228,14 +228,14 @@ def finetune_table(console: Console, result: RunResult) -> Table:
             row["decision"],
         )
     if result.ensemble is not None:
-        found = result.ensemble
+        ensemble = result.ensemble
         table.add_row(
             "ensemble",
-            _interval_text(found.value, found.low, found.high, metric),
+            _interval_text(ensemble.value, ensemble.low, ensemble.high, metric),
             "–",
-            _interval_text(found.gain, found.gain_low, found.gain_high, metric),
+            _interval_text(ensemble.gain, ensemble.gain_low, ensemble.gain_high, metric),
             "–",
-            "selected" if found.chosen else f"not better at {level_text(found.level)}",
+            "selected" if ensemble.chosen else f"not better at {level_text(ensemble.level)}",
         )
     return table
 
@@ -292,11 +292,11 @@ def ensemble_sentences(result: RunResult) -> list[str]:
     if found is None:
         return []
     value, low, high = (
-        number_text(number, found.metric) for number in (found.value, found.low, found.high)
+        number_text(end, found.metric) for end in (found.value, found.low, found.high)
     )
-    gain, least, most = (
-        f"{number * 100:+.2f} points" if is_share(found.metric) else f"{number:+.4f}"
-        for number in (found.gain, found.gain_low, found.gain_high)
+    gain, gain_low, gain_high = (
+        f"{end * 100:+.2f} points" if is_share(found.metric) else f"{end:+.4f}"
+        for end in (found.gain, found.gain_low, found.gain_high)
     )
     if len(found.members) == 1:
         return ["Ensemble: no second head makes the best single one better"]
@@ -310,8 +310,8 @@ def ensemble_sentences(result: RunResult) -> list[str]:
     return [
         f"Ensemble of {members} on {count_text(len(found.networks), 'network')}: "
         f"{found.metric} {value} (95 % interval {low} to {high}, on images that did not pick it); "
-        f"against the best single head, picked the same way, {gain} ({level} interval {least} to "
-        f"{most}): {verdict}"
+        f"against the best single head, picked the same way, {gain} ({level} interval {gain_low} "
+        f"to {gain_high}): {verdict}"
     ]
 
 
@@ -327,10 +327,10 @@ def leaderboard_table(
 ) -> Table:
     """Return a table of the best setting for each kind of head on each combination of inputs."""
     grouped = grouped_board(board, metric)
-    arrow = "higher" if METRICS[metric].higher_is_better else "lower"
+    better = "higher" if METRICS[metric].higher_is_better else "lower"
     table = _wide_table(
         console,
-        f"Leaderboard: best of each tap and kind by mean validation {metric} ({arrow} is better), "
+        f"Leaderboard: best of each tap and kind by mean validation {metric} ({better} is better), "
         f"of {count_text(len(board), 'setting')}",
     )
     table.add_column("rank", justify="right")
@@ -382,5 +382,5 @@ def show_files(console: Console, result: RunResult) -> None:
     )
     # One a line and unwrapped, to be copied.
     console.print("Files", style="italic")
-    for what, path in rows:
-        console.print(f"  {what:<32} {path}", soft_wrap=True)
+    for contents, path in rows:
+        console.print(f"  {contents:<32} {path}", soft_wrap=True)

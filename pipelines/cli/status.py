@@ -145,8 +145,8 @@ def show_status(console: Console, run: Path) -> None:
         if status.error:
             console.print(f"{status.driver}: {status.error}", style="red", soft_wrap=True)
     if drivers[-1].state in ("gone", "stopped"):
-        how = "killed" if drivers[-1].state == "gone" else "stopped by Ctrl-C"
+        how_ended = "killed" if drivers[-1].state == "gone" else "stopped by Ctrl-C"
         console.print(
-            f"The last driver was {how}. What is finished is kept; the same command goes on from "
-            "there."
+            f"The last driver was {how_ended}. What is finished is kept; the same command goes on "
+            "from there."
         )

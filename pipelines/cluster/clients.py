@@ -23,14 +23,14 @@ from headrace.pipelines.cluster.dask_client import (
     variables_of,
 )
 from headrace.pipelines.cluster.fork_server import (
-    METHOD,
+    START_METHOD,
     is_importing_main,
     sigint_held_back,
     start_server,
 )
 from headrace.pipelines.cluster.slurm import queued_jobs_text, replace_lost_jobs, slurm_client
 from headrace.pipelines.cluster.tls import folder_security, own_security
-from headrace.pipelines.cluster.worker import CORES, GPUS, UNITS_PER_GPU, VARIABLES
+from headrace.pipelines.cluster.worker import CORES_PER_GPU, DRIVER_VARIABLES, GPUS, UNITS_PER_GPU
 from headrace.pipelines.environment import available_cores
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.sections import ClusterSection
@@ -56,19 +56,19 @@ def open_client(
     workers: int | None = None,
     device: str = "cpu",
     run_folder: Path,
-    imports: Sequence[str] = (),
+    module_names: Sequence[str] = (),
 ) -> Iterator[Client]:
     """Open a client of the cluster that the recipe names, for one role. Workers that are started
     for it end with the block.
 
     workers: number of all; None for the default of the kind of cluster. device: of extraction.
-    run_folder: for logs and certificates. imports: modules of the tasks, see `local_client`. Raises
+    run_folder: for logs and certificates. module_names: of the tasks, see `local_client`. Raises
     HeadraceError.
     """
     # Heads are trained on CPUs, one process per core, even if networks run on GPUs.
     on_gpu = role == "extract" and device != "cpu"
     if section.where == "local" or (section.where == "cuda" and not on_gpu):
-        client_context = local_client(workers, section.memory, imports)
+        client_context = local_client(workers, section.memory, module_names)
     elif section.where == "cuda":
         client_context = cuda_client(workers)
     elif section.where == "slurm":
@@ -105,9 +105,9 @@ def local_client(
     # variables of that moment.
     worker_variables = dict(os.environ)
     local_settings = {
-        METHOD: start_server(module_names),
+        START_METHOD: start_server(module_names),
         "distributed.worker.preload": [PRELOAD],
-        VARIABLES: sorted(os.environ),
+        DRIVER_VARIABLES: sorted(os.environ),
     }
     with dask.config.set({**SETTINGS, **local_settings}), silenced("distributed"):
         with sigint_held_back():
@@ -145,7 +145,7 @@ def cuda_client(workers: int | None = None) -> Iterator[Client]:
         )
     n_workers = min(workers or n_gpus, n_gpus)  # `workers` also says how many processes train heads
     # dask-cuda gives each worker all cores near its GPU, so they are divided here.
-    settings = {**SETTINGS, GPUS: 1, CORES: max(1, available_cores() // n_workers)}
+    settings = {**SETTINGS, GPUS: 1, CORES_PER_GPU: max(1, available_cores() // n_workers)}
     with dask.config.set(settings), silenced("distributed"):
         with sigint_held_back():
             cluster = dask_cuda.LocalCUDACluster(
@@ -226,9 +226,9 @@ def kubernetes_client(section: ClusterSection, workers: int | None = None) -> It
 def restart_lost_workers(client: Client) -> None:
     """Start lost workers again, if this process started the cluster."""
     cluster: Any = client.cluster
-    if hasattr(cluster, "job_cls"):
+    if hasattr(cluster, "job_cls"):  # of dask-jobqueue: Slurm
         replace_lost_jobs(cluster)
-    elif hasattr(cluster, "worker_spec"):
+    elif hasattr(cluster, "worker_spec"):  # a cluster on this machine
         cluster.scale(len(cluster.worker_spec))
 
 
@@ -242,7 +242,7 @@ def why_no_worker(client: Client) -> str:
             "No worker yet: the scheduler that cluster.where names has none. `headrace cluster tls "
             "FOLDER` prints the command that starts some"
         )
-    if hasattr(cluster, "namespace"):
+    if hasattr(cluster, "namespace"):  # Kubernetes
         return (
             "No worker yet: its pods have not come up. They are listed by "
             f"kubectl get pods --namespace {cluster.namespace}, and what one waits for by "

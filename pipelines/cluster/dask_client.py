@@ -16,7 +16,7 @@ from dask.distributed import Client
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.integrity.garbage import remove_temporaries
-from headrace.pipelines.cluster.fork_server import METHOD
+from headrace.pipelines.cluster.fork_server import START_METHOD
 
 # On Linux an allocation beyond the limit fails (pipelines/cluster/worker.py). Dask instead kills
 # workers, and counts mapped shards as their memory; that is for systems without such a limit.
@@ -25,7 +25,7 @@ _ENDS_AT = False if sys.platform == "linux" else 0.95
 # use CUDA. Those of this machine are forked from a server that is as clean
 # (pipelines/cluster/fork_server.py).
 SETTINGS: Mapping[str, Any] = {
-    METHOD: "spawn",
+    START_METHOD: "spawn",
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,

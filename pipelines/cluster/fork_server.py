@@ -24,7 +24,7 @@ from headrace.pipelines.cluster.ends_with_driver import ENDS, die_with_parent, p
 
 Result = TypeVar("Result")
 
-METHOD = "distributed.worker.multiprocessing-method"  # Dask's setting: how workers are started
+START_METHOD = "distributed.worker.multiprocessing-method"  # a setting of Dask
 # The modules that every worker needs for its first task.
 _IMPORTS = (
     "headrace.pipelines.cluster.worker",
@@ -58,7 +58,7 @@ def start_server(module_names: Sequence[str]) -> str:
     command_modules = [_COMMAND] if _COMMAND in sys.modules else []
     # Dask sets modules to preload when the context is first used; ours replace them, also for a new
     # server after a killed one.
-    with dask.config.set({METHOD: "forkserver"}):
+    with dask.config.set({START_METHOD: "forkserver"}):
         context = get_mp_context()
     # The server imports these in order. The second is not a module: its name tells the first which
     # modules to import, and whether to end with this process (`preload_name`).

@@ -18,9 +18,9 @@ from headrace.pipelines.thread_memory import end_where_no_thread_begins
 # Settings in Dask's configuration.
 GPUS = "headrace.gpus"  # how many GPUs the workers of this node share; 0 or absent: they use none
 # How many cores each of these workers decodes on; absent: an equal share of the process's cores.
-CORES = "headrace.cores-per-gpu"
+CORES_PER_GPU = "headrace.cores-per-gpu"
 # Names of the driver's environment variables; the fork server may have others.
-VARIABLES = "headrace.variables"
+DRIVER_VARIABLES = "headrace.variables"
 # Work units that a worker with a GPU has at a time: one is decoded and published while the other
 # uses the network.
 UNITS_PER_GPU = 2
@@ -29,7 +29,7 @@ UNITS_PER_GPU = 2
 def dask_setup(worker: Any) -> None:
     """Set up the process of a new worker."""
     # Variables that the fork server inherited, but that the driver no longer has.
-    for variable_name in STARTED_WITH.difference(dask.config.get(VARIABLES, STARTED_WITH)):
+    for variable_name in STARTED_WITH.difference(dask.config.get(DRIVER_VARIABLES, STARTED_WITH)):
         os.environ.pop(variable_name, None)
     worker.http_server.stop()  # Dask opens its port in any case, and nothing is served there
     worker.services.pop("dashboard", None)
@@ -75,7 +75,7 @@ def choose_gpu(worker_name: str, n_gpus: int) -> None:
 def decoding_cores() -> int:
     """Return the number of cores on which this worker decodes, as several may share a node."""
     n_cores = len(os.sched_getaffinity(0))
-    share: int = dask.config.get(CORES, 0) or n_cores // max(dask.config.get(GPUS, 0), 1)
+    share: int = dask.config.get(CORES_PER_GPU, 0) or n_cores // max(dask.config.get(GPUS, 0), 1)
     return max(1, min(share, n_cores))
 
 

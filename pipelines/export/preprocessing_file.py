@@ -15,8 +15,6 @@ from headrace.extract.images import preprocessing as preprocess
 from headrace.heads.data.side_columns import SideColumn, columns_to_json
 from headrace.pipelines.models.torch_graph import GraphInput
 
-# Resizing is not in the graphs: no operator of ONNX or torch computes exactly Pillow's antialiased
-# pixels, and one that nearly does would change predictions without a word.
 PREPROCESS_FILE = "preprocess.py"
 
 _TEXT = '''\
@@ -182,6 +180,7 @@ def _modules_needed(module: ModuleType) -> list[ModuleType]:
     """Return the module and headrace's modules that it imports, each after those that it needs."""
     needed_modules: dict[ModuleType, None] = {}
     for node in _import_nodes(inspect.getsource(module)):
+        # `_TEXT` has its own ImageError in place of the errors' module.
         if isinstance(node, ast.ImportFrom) and _is_ours(node) and node.module != errors.__name__:
             needed_modules |= dict.fromkeys(
                 _modules_needed(importlib.import_module(str(node.module)))
@@ -193,7 +192,7 @@ def _split_source(module: ModuleType) -> tuple[set[str], str]:
     """Return a module's imports of other packages, and its text below all imports."""
     source = inspect.getsource(module)
     import_nodes = _import_nodes(source)
-    docstring = ast.parse(source).body[0]  # of a module that imports nothing, too
+    docstring = ast.parse(source).body[0]  # the last line to drop where nothing is imported
     last_import_line = max(node.end_lineno or 0 for node in (docstring, *import_nodes))
     outside_imports = {ast.unparse(node) for node in import_nodes if not _is_ours(node)}
     return outside_imports, "\n".join(source.splitlines()[last_import_line:]).strip()

@@ -38,7 +38,7 @@ class Rates:
 
     image_s: float | None = None  # a worker's seconds per image, for all networks of a work unit
     # measured seconds divided by assumed ones, by kind of head
-    kinds: Mapping[str, float] = field(default_factory=dict)
+    cost_ratios: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def bank_seconds(specs: Sequence[HeadSpec], sizes: BankSizes, rates: Rates) -> f
     n_rows, n_features, n_outputs, n_folds = sizes
     cost = HEAD_KINDS[specs[0].kind].cost
     shared_s, spec_s = cost(specs[0], n_rows, n_features, n_outputs, n_folds + 1)
-    return (_BANK_S + shared_s + len(specs) * spec_s) * rates.kinds.get(specs[0].kind, 1.0)
+    return (_BANK_S + shared_s + len(specs) * spec_s) * rates.cost_ratios.get(specs[0].kind, 1.0)
 
 
 def specs_per_bank(specs: Sequence[HeadSpec], sizes: BankSizes, rates: Rates) -> int:

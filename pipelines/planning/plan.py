@@ -198,9 +198,9 @@ def plan_run(
         estimate=Estimate(
             core_s=heads_s + (0.0 if on_gpu else extraction_s),
             gpu_s=extraction_s if on_gpu else 0.0,
-            measured=kinds <= rates.kinds.keys() and (not units or rates.image_s is not None),
+            measured=kinds <= rates.cost_ratios.keys() and (not units or rates.image_s is not None),
         ),
-        unmeasured=frozenset(kinds - rates.kinds.keys()),
+        unmeasured=frozenset(kinds - rates.cost_ratios.keys()),
         fingerprints=fingerprints,
         input_widths={
             name: width // len(fingerprints[name]) for name, width in input_widths.items()

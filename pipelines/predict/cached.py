@@ -59,6 +59,7 @@ def predict_cached(
     if cached_model is None:
         return predictions
     # The stamps of the files alone, without the digests of what the model reads beside them.
+    # `file_keys` adds side columns and units to a file's stamp, behind a "|".
     files = [(keys[row][0], keys[row][1].partition("|")[0]) for row in rows]
     hashes = known_contents(files, cache_root)
     reasons = [cached_model.failures.get(content_hash) for content_hash in hashes.astype(str)]

@@ -97,11 +97,11 @@ def write_comparison(
         _leaders_section(runs),
         _recipe_section(runs),
     )
-    made = f"A is {runs[0].paths.root}, B is {runs[1].paths.root}; {written_text()}"
+    byline = f"A is {runs[0].paths.root}, B is {runs[1].paths.root}; {written_text()}"
     return write_page(
         page_path,
         f"{runs[0].paths.root.name} and {runs[1].paths.root.name}",
-        made,
+        byline,
         _headline(runs, sides, metrics),
         sections,
         tables=tables,
@@ -173,21 +173,19 @@ def _pair(task_kind: str, first: JudgedSide, second: JudgedSide, order: list[int
     target_1, target_2 = first.target[rows_1], second.target[rows_2]
     # Classes are numbered as in the first run.
     target_2 = np.argsort(order)[target_2] if task_kind == "single" else target_2[:, order]
-    same = target_1 == target_2
+    same_target = target_1 == target_2
     # Of several labels, all must be the same.
-    same = same.all(1) if same.ndim > 1 else same
-    predictions = np.stack(
-        [first.predicted[rows_1[same]], second.predicted[rows_2[same]][:, order]]
-    )
+    same_target = same_target.all(1) if same_target.ndim > 1 else same_target
+    rows_1, rows_2 = rows_1[same_target], rows_2[same_target]
     return PairedSide(
         first.name,
-        first.ids[rows_1[same]],
-        common[same],
-        target_1[same],
-        predictions,
-        first.groups[rows_1[same]],
-        (len(content_1) - len(common), len(content_2) - len(common)),
-        int((~same).sum()),
+        first.ids[rows_1],
+        common[same_target],
+        target_1[same_target],
+        np.stack([first.predicted[rows_1], second.predicted[rows_2][:, order]]),
+        first.groups[rows_1],
+        alone=(len(content_1) - len(common), len(content_2) - len(common)),
+        relabelled=int((~same_target).sum()),
     )
 
 
@@ -296,7 +294,7 @@ def _score_section(
 
 
 def _hits(task_kind: str, side: PairedSide) -> npt.NDArray[np.bool_]:
-    """Return (2, n) whether each run is right; with several labels, about all of them."""
+    """Return (2, n) whether each run is right: for several labels, about every one of them."""
     if task_kind == "single":
         return np.asarray(side.predictions.argmax(2) == side.target)
     return np.asarray(((side.predictions >= 0.5) == (side.target > 0)).all(2))
@@ -471,7 +469,7 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
     shared["difference"] = shared["score_second"] - shared["score_first"]
     # Scores of two metrics stand in one column, with what each is beside it.
     has_one_metric = runs[0].metric == runs[1].metric
-    shown = metric_format(runs[0].metric) if has_one_metric else "number"
+    score_format = metric_format(runs[0].metric) if has_one_metric else "number"
     blocks: list[Block] = [
         Table(
             "leaderboards",
@@ -479,9 +477,9 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
             (
                 Column("run", "run"),
                 Column("rank", "rank", "count"),
-                Column("score", "validation score", shown),
+                Column("score", "validation score", score_format),
                 Column("metric", "metric"),
-                Column("standard_error", "± s.e.", shown),
+                Column("standard_error", "± s.e.", score_format),
                 *(Column(name, name) for name in keys),
             ),
             # The settings of one rank stand below each other.
@@ -498,9 +496,9 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
                 f"{count_text(len(shared), 'setting')} that both have tried",
                 (
                     *(Column(name, name) for name in keys),
-                    Column("score_first", FIRST, shown),
-                    Column("score_second", SECOND, shown),
-                    Column("difference", "B less A", shown),
+                    Column("score_first", FIRST, score_format),
+                    Column("score_second", SECOND, score_format),
+                    Column("difference", "B less A", score_format),
                 ),
                 shared.sort_values("rank_first", ignore_index=True),
                 search=True,

@@ -35,20 +35,22 @@ def curve_set(
     # As on the page, where thresholds are 32-bit numbers.
     scores = np.asarray(predicted, np.float32)
     # Of two classes, one curve is the other's mirror image.
-    shown = range(1, 2) if task_kind == "single" and len(classes) == 2 else range(len(classes))
+    is_binary = task_kind == "single" and len(classes) == 2
+    shown_classes = [1] if is_binary else range(len(classes))
     points = _MOST_POINTS if len(classes) <= _MANY_CLASSES else _FEW_POINTS
     curves = [
-        one_curve(classes[at], truth[:, at], scores[:, at], points)
-        for at in shown
-        if 0 < truth[:, at].sum() < len(truth)
+        one_curve(classes[c], truth[:, c], scores[:, c], points)
+        for c in shown_classes
+        if 0 < truth[:, c].sum() < len(truth)
     ]
     worst_first = sorted(curves, key=lambda curve: curve.auc)
     if len(curves) > MAX_CLASSES:
         curves = worst_first[:MAX_CLASSES]
     chosen = curves.index(worst_first[0]) if curves else 0
+    one_by_one = ": one at a time against the rest, the hardest one first"
     caption = (
         f"ROC and precision-recall curves of {model_name}, {split_name}"
-        + ("" if len(shown) == 1 else ": one at a time against the rest, the hardest one first")
+        + ("" if len(shown_classes) == 1 else one_by_one)
         + ". Move the threshold to see what it finds and what it costs"
     )
     return CurveSet(f"curves-{split_name}", caption, tuple(curves), chosen)
@@ -72,13 +74,13 @@ def one_curve(
     false_positives = last_of_score + 1 - true_positives
     # The threshold 0.5 is kept too: the winner decides there.
     half = np.flatnonzero(sorted_scores[last_of_score] >= 0.5)[-1:]
-    kept = np.union1d(_spread(len(last_of_score), max_points), half)
+    shown = np.union1d(_spread(len(last_of_score), max_points), half)
     column, target = scores[:, None], is_class[:, None]
     return Curve(
         name,
-        np.asarray(sorted_scores[last_of_score[kept]], np.float32),
-        np.asarray(true_positives[kept], np.uint32),
-        np.asarray(false_positives[kept], np.uint32),
+        np.asarray(sorted_scores[last_of_score[shown]], np.float32),
+        np.asarray(true_positives[shown], np.uint32),
+        np.asarray(false_positives[shown], np.uint32),
         int(is_class.sum()),
         int((~is_class).sum()),
         score("multi", target, column, "auc"),

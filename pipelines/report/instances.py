@@ -90,10 +90,10 @@ def _blocks(
         surprise=surprise,
         content=run.bank.content[rows].astype(str),
     )
-    regression = run.task_kind == "regression"
+    is_regression = run.task_kind == "regression"
     words = {
-        "wrong": "that are furthest off" if regression else "that are predicted wrongly",
-        "right": "that are closest" if regression else "that are predicted rightly",
+        "wrong": "that are furthest off" if is_regression else "that are predicted wrongly",
+        "right": "that are closest" if is_regression else "that are predicted rightly",
     }
     blocks: list[Block] = []
     for outcome, text in words.items():
@@ -125,16 +125,17 @@ def _out_of_fold_units(
 
     images: columns `id` and `unit`.
     """
-    of_heads = []
+    predicted_by_head = []
     for _, row in heads:
         bank = read_bank(row["path"])
         rows = _rows_of(images["id"], bank)
-        of_heads.append(bank.out_of_fold_predictions(str(row["spec"]))[rows])
-    of_images = average(np.array([weight for weight, _ in heads]), np.stack(of_heads))
+        predicted_by_head.append(bank.out_of_fold_predictions(str(row["spec"]))[rows])
+    head_weights = np.array([head_weight for head_weight, _ in heads])
+    predicted = average(head_weights, np.stack(predicted_by_head))
     unit_of_row = pd.factorize(images["unit"])[0]
     aggregation = run.recipe.task.unit_aggregation
-    of_units = aggregate_units(run.bank.task_kind, of_images, unit_of_row, aggregation)
-    return np.asarray(of_units[unit_of_row], np.float32)
+    by_unit = aggregate_units(run.bank.task_kind, predicted, unit_of_row, aggregation)
+    return np.asarray(by_unit[unit_of_row], np.float32)
 
 
 def _wrong_and_surprise(
@@ -159,8 +160,8 @@ def _wrong_and_surprise(
 def _texts(run: FinishedRun, values: npt.NDArray[Any]) -> list[str]:
     """Return labels or predictions (n,) or (n, C) as text."""
     if run.task_kind == "single":
-        chosen = values.argmax(1) if values.ndim == 2 else values
-        return [run.classes[int(number)] for number in chosen]
+        class_codes = values.argmax(1) if values.ndim == 2 else values
+        return [run.classes[int(code)] for code in class_codes]
     if run.task_kind == "multi":
         return [
             "; ".join(name for name, is_on in zip(run.classes, row, strict=True) if is_on) or "none"
@@ -174,16 +175,16 @@ def _pictures(frame: pd.DataFrame, units: list[str], thumbnails: Thumbnails) -> 
     pictures = []
     for unit in units:
         images = images_by_unit.get_group(unit)
-        first = images.head(2)
-        weights = ", ".join(f"{100 * weight:.1f} %" for weight in first["weight"])
+        weightiest = images.head(2)
+        weights = ", ".join(f"{100 * weight:.1f} %" for weight in weightiest["weight"])
         label, predicted = str(images["label"].iloc[0]), str(images["predicted"].iloc[0])
-        contents = first["content"].tolist()
+        contents = weightiest["content"].tolist()
         pictures.append(
             Picture(
                 tuple(thumbnails.get(content) for content in contents),
                 tuple(
                     f"Image {image_id} of unit {unit}, label {label}, predicted {predicted}"
-                    for image_id in first["id"]
+                    for image_id in weightiest["id"]
                 ),
                 unit,
                 (

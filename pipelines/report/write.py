@@ -31,7 +31,7 @@ class Report:
 def write_page(
     page_path: Path,
     title: str,
-    made: str,
+    byline: str,
     headline: Headline,
     sections: tuple[Section, ...],
     *,
@@ -40,9 +40,9 @@ def write_page(
 ) -> Report:
     """Publish the page and, if asked, its tables in a folder beside it.
 
-    page_path: one that `require_ours` allows. made: one line that says when, by what and from what.
+    page_path: one that `require_ours` allows. byline: when, by what and from what it is written.
     """
-    page_text = render_page(f"{_TITLE}{title}", made, headline, sections)
+    page_text = render_page(f"{_TITLE}{title}", byline, headline, sections)
     # Nothing is made for a page that could not be rendered.
     page_path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(page_path)

@@ -80,7 +80,7 @@ def similar_pairs(
 
 
 def standardised(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return (N, d) the d columns that vary, each standardized; then rows scaled to length 1."""
+    """Return (N, d) the d columns that vary, each standardised; then rows scaled to length 1."""
     # The raw vectors of any two photographs of one kind point nearly the same way.
     X = np.asarray(vectors, np.float32).reshape(len(vectors), -1)
     X = X - X.mean(0)

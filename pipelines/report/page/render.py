@@ -42,8 +42,8 @@ _NONE = "–"
 _SCRIPTS = ("report.js", "pictures.js", "points.js", "curves.js", "matrix.js")
 
 
-def render_page(title: str, made: str, headline: Headline, sections: Sequence[Section]) -> str:
-    """Return the page. made: one line that says when, by what and from what."""
+def render_page(title: str, byline: str, headline: Headline, sections: Sequence[Section]) -> str:
+    """Return the page. byline: one line that says when, by what and from what."""
     style_text = _read_asset("report.css")
     script_text = f'"use strict";\n(() => {{\n{"".join(map(_read_asset, _SCRIPTS))}start();\n}})();'
     environment = Environment(
@@ -62,7 +62,7 @@ def render_page(title: str, made: str, headline: Headline, sections: Sequence[Se
     ]
     return environment.from_string(_read_asset("page.html.j2")).render(
         title=title,
-        made=made,
+        made=byline,
         headline=headline,
         sections=sections,
         warnings=warning_blocks,

@@ -18,7 +18,7 @@ from headrace.pipelines.cluster.clients import open_client
 from headrace.pipelines.cluster.dask_client import ClusterError, require_extra
 from headrace.pipelines.cluster.submit import TaskOptions, announced, run_tasks
 from headrace.pipelines.cluster.worker import (
-    CORES,
+    CORES_PER_GPU,
     GPUS as GPUS_SETTING,
     choose_gpu,
     decoding_cores,
@@ -128,7 +128,12 @@ def test_a_gpu_job_asks_for_cores_and_memory_of_each_gpu(tmp_path, commands, cha
 
 @pytest.mark.parametrize(
     ("settings", "cores"),
-    [({}, 32), ({GPUS_SETTING: 4}, 8), ({GPUS_SETTING: 1, CORES: 5}, 5), ({CORES: 64}, 32)],
+    [
+        ({}, 32),
+        ({GPUS_SETTING: 4}, 8),
+        ({GPUS_SETTING: 1, CORES_PER_GPU: 5}, 5),
+        ({CORES_PER_GPU: 64}, 32),
+    ],
 )
 def test_a_worker_with_a_gpu_decodes_on_its_share_of_the_cores(monkeypatch, settings, cores):
     """Of a job's cores by the number of its GPUs; of a machine's, as its cluster says."""

@@ -91,11 +91,12 @@ def test_umap_is_kept_and_made_again_where_its_file_is_damaged(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("umap") is None, reason="needs the extra umap")
 def test_few_images_and_places_that_are_no_numbers_have_the_first_layout_alone(monkeypatch):
     """UMAP wants more images than neighbours (lmcinnes/umap#266), and may answer with nan (#90)."""
-    from umap import UMAP
-
     X = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
     assert [layout.title for layout in make_layouts(X[:15])[0]] == ["PCA"]
     assert [layout.title for layout in make_layouts(X)[0]] == ["PCA", "UMAP"]
+    # After `make_layouts`, which silences the import's warnings.
+    from umap import UMAP
+
     monkeypatch.setattr(UMAP, "fit_transform", lambda self, X: np.full((len(X), 2), np.nan))
     assert [layout.title for layout in make_layouts(X)[0]] == ["PCA"]
 
