@@ -165,13 +165,13 @@ def _make_candidate(
     backbone = feature_inputs[inputs[0]].backbone
     assert backbone is not None
     feature_paths = tuple(path for name in inputs for path in feature_inputs[name].views)
-    backbone_prefix = inputs[0].split(":")[0] + ":" if ":" in inputs[0] else ""
-    map_name = f"{backbone_prefix}{spec.train_above}.map"
-    split_maps = (
-        feature_inputs[map_name].views
-        if map_name in feature_inputs and (spec.start != "random" or spec.train_above != "all")
-        else ()
-    )
+    split_maps: tuple[Path, ...] = ()
+    if spec.start != "random" or spec.train_above != "all":  # not from scratch
+        for name, feature_input in feature_inputs.items():
+            # With several backbones "layer3.map" is called "timm:resnet18:layer3.map".
+            is_map = f":{name}".endswith(f":{spec.train_above}.map")
+            if is_map and feature_input.backbone == backbone:
+                split_maps = feature_input.views
     return Candidate(label, tuple(inputs), spec, backbone, feature_paths, split_maps, row)
 
 

@@ -404,6 +404,22 @@ def test_candidates_are_what_the_recipe_asks_for(case: Case) -> None:
     assert any("not recorded" in note for note in notes)
 
 
+def test_a_network_among_several_is_trained_from_its_own_cached_map(case: Case) -> None:
+    """Inputs are called BACKBONE:TAP then, where the backbone's name may hold a colon itself."""
+    board = board_of(case, (LOGISTIC, ("layer4.avg",)))
+    board["inputs"] = [(f"timm:{SMALL.name}:layer4.avg",)]
+    feature_inputs = {
+        f"timm:{backbone.name}:{name}": dataclasses.replace(feature_input, backbone=backbone)
+        for backbone in (SMALL, dataclasses.replace(SMALL, name="other"))
+        for name, feature_input in feature_inputs_of(case.directories).items()
+    }
+    other_map = feature_inputs["timm:other:layer3.map"]
+    feature_inputs["timm:other:layer3.map"] = dataclasses.replace(other_map, views=(Path("other"),))
+    section = FinetuneSection(train_above=("layer3",))
+    (candidate,) = list_candidates(board, section, feature_inputs)[0]
+    assert candidate.split_maps == feature_inputs[f"timm:{SMALL.name}:layer3.map"].views
+
+
 def test_gain_and_cost_are_predicted_from_what_was_measured(case: Case) -> None:
     """More is expected of what helped before; cost grows with epochs and the measured step."""
     board = board_of(case, (WEAK, ("layer4.avg",)))
