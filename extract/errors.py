@@ -55,7 +55,11 @@ def missing_path_message(path: Path, expected: str) -> str:
 
 
 def pointer_hint(path: Path) -> str:
-    """Return what brings an absent path here, where DVC keeps it elsewhere; otherwise ""."""
+    """Return what brings an absent path here, if it is an address, or where DVC keeps it elsewhere;
+    otherwise "".
+    """
+    if path.parts and re.fullmatch(r"[a-z][a-z0-9]+:", path.parts[0]):
+        return " Images are read from disk: download them first."
     pointer = path.with_name(f"{path.name}.dvc")
     return f" {pointer} says where it is: dvc pull {pointer}." if pointer.is_file() else ""
 

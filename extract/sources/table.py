@@ -127,6 +127,9 @@ def _read_text(table_path: Path, is_compressed: bool) -> str:
 
 
 def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
+    if (paths := _listed_paths(text)) is not None:
+        note = f"{table_path.name}: a path in each line, and no names of columns"
+        return Table(_clean(pd.DataFrame({"path": paths}, dtype=object)), notes=(note,))
     default_delimiter = "\t" if suffix in (".tsv", ".tab") else ","
     delimiter = _delimiter(text, default_delimiter)
     header_names = next(
@@ -154,6 +157,21 @@ def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
     if '"' in text:
         notes += _joined_lines(frame, table_path)
     return Table(_clean(frame), notes=tuple(notes))
+
+
+def _listed_paths(text: str) -> list[str] | None:
+    """Return the lines of a list of image files, as `find` writes one; None for other texts.
+
+    Names may have commas in them (QuPath's tiles), but are no row of several images.
+    """
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    ends = (Path(line).suffix.lower() in IMAGE_SUFFIXES for line in lines)
+    pairs = (
+        Path(line.partition(",")[0]).suffix.lower() in IMAGE_SUFFIXES
+        for line in lines
+        if "," in line
+    )
+    return lines if lines and all(ends) and not any(pairs) else None
 
 
 def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:
@@ -214,8 +232,6 @@ def _check_header(column_names: list[str], table_path: Path) -> None:
             for path, side in zip(is_path, is_side, strict=True)
         ]
         names = [name if name not in names[:n] else f"{name}{n}" for n, name in enumerate(names)]
-        if names == ["path"]:
-            names = ["path", "label"]
         raise SourceError(
             f"{table_path}: the first line looks like an image and what belongs to it "
             f"({', '.join(column_names[:4])}), not like the names of columns, and would be lost. "

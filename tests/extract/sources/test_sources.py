@@ -927,3 +927,18 @@ def test_a_format_without_a_suffix_is_known_by_its_first_bytes(tmp_path, data, s
     for location in (tmp_path / "photos", image):
         with pytest.raises(SourceError, match=said):
             read_source(detect_source(location))
+
+
+def test_a_list_of_files_needs_no_names_of_columns(tmp_path):
+    """As `find` writes one, with commas in the names of QuPath's tiles."""
+    names = ["a/1 [d=1,x=0,y=512].png", "b/2.jpg"]
+    listing = read_text(tmp_path, "\n".join(names) + "\n", "list.txt")
+    assert listing.samples["id"].tolist() == names
+    assert listing.notes == ("list.txt: a path in each line, and no names of columns",)
+    with pytest.raises(SourceError, match="first line looks like an image"):
+        read_text(tmp_path, "1.jpg,2.jpg\n3.jpg,4.jpg\n", "pairs.txt")
+
+
+def test_an_address_is_told_to_be_downloaded(tmp_path):
+    with pytest.raises(SourceError, match=r"read from disk: download them first\. Give"):
+        detect_source("s3://bucket/photos")

@@ -672,7 +672,6 @@ def test_a_table_in_an_archive_is_told(tmp_path, photos):
     [
         ("TRAIN,gs://bucket/1.jpg,cat", "split,path,label"),
         ("1.jpg,cat,3", "path,label,label2"),
-        ("1.jpg", "path,label"),
     ],
 )
 def test_names_for_a_table_without_them_are_in_its_order(tmp_path, line, names):
