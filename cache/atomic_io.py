@@ -55,13 +55,13 @@ def lease(lock_path: Path) -> Iterator[None]:
     file_lock = SoftFileLease(
         lock_path, lease_duration=LEASE_S, heartbeat_interval=LEASE_S / 6, poll_interval=0.005
     )
-    blank_lock: _Blank | None = None
+    ownerless_lock: _OwnerlessLock | None = None
     while not file_lock.is_locked:
         try:
             file_lock.acquire(timeout=LEASE_S / 4)
         except Timeout:
             # A lock without its owner's name is waited for by filelock for ever, not by us.
-            blank_lock = _watch_blank(lock_path, blank_lock)
+            ownerless_lock = _watch_ownerless(lock_path, ownerless_lock)
     try:
         yield
     finally:
@@ -76,7 +76,7 @@ def names_owner(lock_path: Path) -> bool:
     return SoftFileLease(lock_path).pid is not None
 
 
-class _Blank(NamedTuple):
+class _OwnerlessLock(NamedTuple):
     """A lock file that does not name its owner."""
 
     inode: int
@@ -84,10 +84,10 @@ class _Blank(NamedTuple):
     since_s: float  # on this process's monotonic clock
 
 
-def _watch_blank(lock_path: Path, previous_blank: _Blank | None) -> _Blank | None:
+def _watch_ownerless(lock_path: Path, previous: _OwnerlessLock | None) -> _OwnerlessLock | None:
     """Remove a lock file that has named no owner for LEASE_S.
 
-    Return what to pass as `previous_blank` next time: None for a lock that names its owner, or that
+    Return what to pass as `previous` next time: None for a lock that names its owner, or that
     is gone.
 
     The holder of such a file died between creating it and writing its name into it, microseconds
@@ -100,19 +100,19 @@ def _watch_blank(lock_path: Path, previous_blank: _Blank | None) -> _Blank | Non
         return None  # its holder has released it since
     if names_owner(lock_path):
         return None
-    if previous_blank is None or (previous_blank.inode, previous_blank.changed_ns) != (
+    if previous is None or (previous.inode, previous.changed_ns) != (
         lock_status.st_ino,
         lock_status.st_ctime_ns,
     ):
-        return _Blank(lock_status.st_ino, lock_status.st_ctime_ns, time.monotonic())
-    if time.monotonic() - previous_blank.since_s < LEASE_S:
-        return previous_blank
+        return _OwnerlessLock(lock_status.st_ino, lock_status.st_ctime_ns, time.monotonic())
+    if time.monotonic() - previous.since_s < LEASE_S:
+        return previous
     # Renamed before it is removed, and its inode compared again: meanwhile another process may have
     # removed it and made a lock of its own, which is then given its name back.
     broken_path = lock_path.with_name(f"{lock_path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(lock_path, broken_path)
-        if broken_path.stat().st_ino != previous_blank.inode:
+        if broken_path.stat().st_ino != previous.inode:
             with contextlib.suppress(OSError):
                 os.link(broken_path, lock_path)
         os.unlink(broken_path)

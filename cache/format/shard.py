@@ -59,6 +59,8 @@ def build_shard(
 ) -> tuple[list[bytes | memoryview], str]:
     """Return the file as parts to be written one after the other, and its checksum.
 
+    unit: name of the unit of work that made the rows. compression: "bitshuffle-lz4" or None.
+
     The bytes depend on nothing but the arguments and the HDF5 version. The features are a part of
     their own and never copied.
     """

@@ -117,7 +117,7 @@ def _validate_objects(
         _validate_compressed(features, (n_rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes)
         features_start = 0
 
-    def at(name: str, shape: tuple[int, ...], dtype: Any) -> int:
+    def start_of(name: str, shape: tuple[int, ...], dtype: Any) -> int:
         return _contiguous_start(data_sets[name], name, shape, np.dtype(dtype), file_bytes)
 
     text_widths = {
@@ -128,16 +128,18 @@ def _validate_objects(
         n_failed=n_failed,
         is_compressed=not is_contiguous,
         features_start=features_start,
-        content_start=at("content", (n_rows,), "S32"),
-        id_start=at("id", (n_rows,), f"S{text_widths['id']}"),
+        content_start=start_of("content", (n_rows,), "S32"),
+        id_start=start_of("id", (n_rows,), f"S{text_widths['id']}"),
         id_bytes=text_widths["id"],
-        failed_id_start=at("failed_id", (n_failed,), f"S{text_widths['failed_id']}"),
+        failed_id_start=start_of("failed_id", (n_failed,), f"S{text_widths['failed_id']}"),
         failed_id_bytes=text_widths["failed_id"],
-        failed_content_start=at("failed_content", (n_failed,), "S32"),
-        failed_reason_start=at("failed_reason", (n_failed,), f"S{text_widths['failed_reason']}"),
+        failed_content_start=start_of("failed_content", (n_failed,), "S32"),
+        failed_reason_start=start_of(
+            "failed_reason", (n_failed,), f"S{text_widths['failed_reason']}"
+        ),
         failed_reason_bytes=text_widths["failed_reason"],
-        scale_start=at("scale", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
-        offset_start=at("offset", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
+        scale_start=start_of("scale", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
+        offset_start=start_of("offset", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
     )
     attributes = h5py.Dataset(features)
     quantization_error = QuantizationError(
@@ -204,7 +206,7 @@ def _contiguous_start(
         )
     # The features are mapped as an array of their dtype, which must be aligned; texts may lie
     # anywhere.
-    if data_offset % min(expected_dtype.itemsize, 8) and data_set_name == "features":
+    if data_set_name == "features" and data_offset % expected_dtype.itemsize:
         raise ShardCorrupt(
             f"{data_set_name!r} starts at byte {data_offset}, which is no multiple of its item size"
         )
@@ -260,12 +262,10 @@ def _validate_compressed(
             f"'features' declares {declared_bytes} bytes, which a file of {file_bytes} bytes "
             "cannot hold"
         )
-    chunk_shape = properties.get_chunk()
-    expected_chunks = (
-        -(-expected_shape[0] // chunk_shape[0])
-        if tuple(chunk_shape[1:]) == expected_shape[1:]
-        else -1
-    )
+    chunk_rows, *row_shape = properties.get_chunk()
+    if tuple(row_shape) != expected_shape[1:]:
+        raise ShardCorrupt(f"'features' has chunks of rows {row_shape}, expected whole rows")
+    expected_chunks = -(-expected_shape[0] // chunk_rows)
     # HDF5 reads a chunk that is not stored as zeros, without an error.
     if data_set.get_num_chunks() != expected_chunks:
         raise ShardCorrupt(

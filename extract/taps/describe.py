@@ -114,7 +114,7 @@ def feature_specs(
         raise BackboneError(f"views is {views}; expected at least 1, the evaluation crop")
     if symmetric:
         _check_symmetric(backbone.preprocessing.crop, views)
-    drawing: ViewMethod = Symmetries() if symmetric else augmentation or Augmentation()
+    view_method: ViewMethod = Symmetries() if symmetric else augmentation or Augmentation()
     nodes = backbone_nodes(backbone)
     require_loaded(backbone, taps, nodes)
     return tuple(
@@ -124,7 +124,7 @@ def feature_specs(
             tap=tap.node,
             pooling=tap.pooling,
             preprocessing=backbone.preprocessing.to_json(),
-            view=view_json(view, drawing),
+            view=view_json(view, view_method),
             decoder=DECODER,
             compute_dtype=compute_dtype,
             dtype=dtype,
@@ -138,7 +138,7 @@ def feature_specs(
 def _check_symmetric(crop: tuple[int, int], views: int) -> None:
     if views > 8:
         raise BackboneError(
-            f"views is {views}; expected at most 8, so many symmetries has a square"
+            f"views is {views}; expected at most 8, the number of symmetries of a square"
         )
     if views > 4 and crop[0] != crop[1]:
         raise BackboneError(
