@@ -219,11 +219,9 @@ def _validate_type(
     expected_shape: tuple[int, ...],
     expected_dtype: np.dtype[Any],
 ) -> None:
-    stored_shape = data_set.get_space().get_simple_extent_dims()
-    if tuple(stored_shape) != expected_shape:
-        raise ShardCorrupt(
-            f"{data_set_name!r} has shape {tuple(stored_shape)}, expected {expected_shape}"
-        )
+    stored_shape = tuple(data_set.get_space().get_simple_extent_dims())
+    if stored_shape != expected_shape:
+        raise ShardCorrupt(f"{data_set_name!r} has shape {stored_shape}, expected {expected_shape}")
     stored_type = data_set.get_type()
     if stored_type.get_class() == h5py.h5t.STRING:
         is_fixed_length = (
@@ -289,9 +287,7 @@ def _text_attribute(parent: h5py.HLObject, attribute_name: str) -> str:
 
 
 def _number_attribute(parent: h5py.HLObject, attribute_name: str) -> Any:
-    if _open_attribute(parent, attribute_name).get_type().get_class() not in (
-        h5py.h5t.INTEGER,
-        h5py.h5t.FLOAT,
-    ):
+    stored_type = _open_attribute(parent, attribute_name).get_type()
+    if stored_type.get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT):
         raise ShardCorrupt(f"attribute {attribute_name!r} is not a number")
     return parent.attrs[attribute_name]

@@ -235,11 +235,10 @@ def detect_array_labels(images: Path) -> tuple[str | None, Path | None, str | No
 def _labels_beside(array_path: Path) -> Path | None:
     """Return the file whose name differs only in the word for labels: `y.npy` for `X.npy`."""
     for images_word, labels_word in _LABELS_WORDS:
-        name = re.sub(
-            rf"(?<![a-z]){images_word}(?![a-z])", labels_word, array_path.name, flags=re.IGNORECASE
-        )
-        if name != array_path.name and array_path.with_name(name).is_file():
-            return array_path.with_name(name)
+        word = re.compile(rf"(?<![a-z]){images_word}(?![a-z])", re.IGNORECASE)
+        labels_path = array_path.with_name(word.sub(labels_word, array_path.name))
+        if labels_path != array_path and labels_path.is_file():
+            return labels_path
     return None
 
 
@@ -374,19 +373,17 @@ def _has_usual_channels(shape: tuple[int, ...]) -> bool:
 
 def _only_images(array_path: Path, file_kind: str) -> str:
     shapes = _shapes(array_path, file_kind)
-    fitting_names = [name for name, shape in shapes.items() if _is_images(shape)]
-    usual_names = [name for name in fitting_names if _has_usual_channels(shapes[name])]
-    fitting_names = usual_names or fitting_names
-    if len(fitting_names) != 1:
-        listed_arrays = (
-            ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no arrays"
-        )
-        example = fitting_names[0] if fitting_names else "NAME"
+    names = [name for name, shape in shapes.items() if _is_images(shape)]
+    # Arrays of other numbers of channels are images of bands, or features.
+    names = [name for name in names if _has_usual_channels(shapes[name])] or names
+    if len(names) != 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no arrays"
         raise SourceError(
-            f"{array_path}: {len(fitting_names)} arrays could be images; name one with key. It "
-            f"has: {listed_arrays}. In the recipe: images.array_key: {example} (in Python: key=)"
+            f"{array_path}: {len(names)} arrays could be images; name one with key. It has: "
+            f"{listed}. In the recipe: images.array_key: {names[0] if names else 'NAME'} (in "
+            "Python: key=)"
         )
-    return fitting_names[0]
+    return names[0]
 
 
 def _shapes(array_path: Path, file_kind: str) -> dict[str, tuple[int, ...]]:
