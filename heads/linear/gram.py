@@ -52,11 +52,7 @@ class Products:
 
 
 def group_products(
-    X: Features,
-    Y: Array,
-    sample_weight: Array | None,
-    fold: Array,
-    common: Moments,
+    X: Features, Y: Array, sample_weight: Array | None, fold: Array, common: Moments
 ) -> dict[int, Products]:
     """Return the products of each group of rows, by its value in `fold`.
 

@@ -51,12 +51,7 @@ class ConvBatch:
     """The state of K convolutional networks; heads leave it when they are done."""
 
     def __init__(
-        self,
-        specs: Sequence[ConvSpec],
-        rows: Rows,
-        *,
-        fold: int,
-        device: torch.device,
+        self, specs: Sequence[ConvSpec], rows: Rows, *, fold: int, device: torch.device
     ) -> None:
         self.specs, self.rows, self.device = list(specs), rows, device
         self.step = 0
