@@ -164,9 +164,8 @@ def _absolute(recipe: Recipe, recipe_path: Path) -> Recipe:
         return None if value is None else (recipe_folder / expand_home(value))
 
     sources = ("folder", "table", "tar", "zip", "array", "labels", "unlabelled", "detections")
-    path_keys = (*sources, "root")
     images = recipe.images.model_copy(
-        update={name: resolve(getattr(recipe.images, name)) for name in path_keys}
+        update={name: resolve(getattr(recipe.images, name)) for name in (*sources, "root")}
     )
     backbones = tuple(
         backbone.model_copy(

@@ -46,7 +46,6 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[Override]) -> di
     for override in overrides:
         section: Any = changed
         for depth, key in enumerate(override.keys):
-            is_last = depth == len(override.keys) - 1
             place = ".".join(map(str, override.keys[:depth])) or "the recipe"
             if isinstance(section, list):
                 if not isinstance(key, int) or key >= len(section):
@@ -59,12 +58,11 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[Override]) -> di
                     f"--set {override.text}: {place} is {section!r} in the recipe, which has no "
                     "keys inside"
                 )
-            if is_last:
+            if depth == len(override.keys) - 1:
                 section[key] = override.value
-            elif isinstance(section, dict):
-                # A section without values (`finetune:`) is None in YAML, but still a section.
-                section[key] = {} if section.get(key) is None else section[key]
-                section = section[key]
-            else:
-                section = section[key]
+                break
+            # A section without values (`finetune:`) is None in YAML, but still a section.
+            if isinstance(section, dict) and section.get(key) is None:
+                section[key] = {}
+            section = section[key]
     return changed

@@ -111,13 +111,7 @@ class Images(Section):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> "Images":
-        if (
-            sum(
-                source is not None
-                for source in (self.folder, self.table, self.tar, self.zip, self.array)
-            )
-            != 1
-        ):
+        if len(self._named_sources) != 1:
             raise ValueError(
                 "give exactly one of `folder` (one sub-folder per class), `table` (CSV, JSON lines "
                 "or Parquet), `tar`, `zip` and `array` (npy, npz, HDF5, idx)"
@@ -161,37 +155,35 @@ class Images(Section):
         return values
 
     @property
+    def _named_sources(self) -> list[tuple[str, Path]]:
+        locations = (
+            ("folder", self.folder),
+            ("table", self.table),
+            ("archive", self.tar),
+            ("archive", self.zip),
+            ("array", self.array),
+        )
+        return [(kind, location) for kind, location in locations if location is not None]
+
+    @property
     def has_source(self) -> bool:
         """Whether the section names images; for features given from Python it names none."""
-        locations = (self.folder, self.table, self.tar, self.zip, self.array)
-        return any(location is not None for location in locations)
+        return bool(self._named_sources)
 
     def source(self) -> "ImageSource":
         """Return the section as a source of `headrace.extract`."""
         # Imported here, because it imports pandas, which checking a recipe does not need.
         from headrace.extract.sources.read import ImageSource
-
-        kind, location = next(
-            (kind, location)
-            for kind, location in (
-                ("folder", self.folder),
-                ("table", self.table),
-                ("archive", self.tar or self.zip),
-                ("array", self.array),
-            )
-            if location is not None
-        )
         from headrace.extract.sources.regions import Boxes, Tiles
 
-        other = {"folder", "table", "tar", "zip", "array"}
-        other |= {"pixel_dtype", "nodata", "decode", "unlabelled"}
-        options = self.model_dump(exclude=other | {"boxes", "tiles"})
+        ((kind, location),) = self._named_sources
+        # Not of the source: how pixels are decoded, and the images without labels.
+        other = {"pixel_dtype", "nodata", "decode", "unlabelled"}
+        options = self.model_dump(exclude={"folder", "table", "tar", "zip", "array", *other})
         if isinstance(self.boxes, BoxesSection):
-            options["boxes"] = Boxes(**self.boxes.model_dump())
-        else:
-            options["boxes"] = self.boxes
+            options["boxes"] = Boxes(**options["boxes"])
         if self.tiles is not None:
-            options["tiles"] = Tiles(**self.tiles.model_dump())
+            options["tiles"] = Tiles(**options["tiles"])
         return ImageSource(kind, location, **options)  # type: ignore[arg-type]
 
     def unlabelled_source(self) -> "ImageSource | None":

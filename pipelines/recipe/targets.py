@@ -81,15 +81,12 @@ def target_columns(section: "TaskSection") -> list[str]:
 def _encode(
     target_values: pd.DataFrame, section: "TaskSection"
 ) -> tuple[tuple[str, ...], npt.NDArray[Any]]:
-    for column_name in target_values.columns:
-        if (
-            target_values[column_name].dtype.kind == "f"
-            and np.isinf(target_values[column_name]).any()
-        ):
+    for column_name, column in target_values.items():
+        n_infinite = int(np.isinf(column).sum()) if column.dtype.kind == "f" else 0
+        if n_infinite:
             raise DataError(
-                f"task.target {column_name!r} is infinite in "
-                f"{count_text(int(np.isinf(target_values[column_name]).sum()), 'row')}: mend or "
-                "empty them"
+                f"task.target {column_name!r} is infinite in {count_text(n_infinite, 'row')}: mend "
+                "or empty them"
             )
     if section.kind == "single":
         return _encode_classes(target_values, section)
@@ -242,10 +239,8 @@ def alike_names(names: Iterable[str], names_of: str) -> list[str]:
     if not pair_texts:
         return []
     return [
-        (
-            f"{names_of} that differ in case, blanks, hyphens, accents or zeros alone, and count "
-            f"as different: {name_some(pair_texts)}"
-        )
+        f"{names_of} that differ in case, blanks, hyphens, accents or zeros alone, and count as "
+        f"different: {name_some(pair_texts)}"
     ]
 
 
@@ -257,14 +252,13 @@ def _folded(name: str) -> str:
         number = re.fullmatch(r"(-?)0*(\d+)(\.0+)?", name)
         # 07 and 7.0 are 7, but -1 is not 1, nor version 1.10 version 1.1
         return name if number is None else number[1] + number[2]
-    letters = (
+    kept = (
         letter
+        # NFKD writes an accent as a letter of its own.
         for letter in unicodedata.normalize("NFKD", name)
-        if not unicodedata.combining(letter)
+        if not (unicodedata.combining(letter) or letter.isspace() or letter in "-_")
     )
-    return "".join(
-        letter for letter in letters if not letter.isspace() and letter not in "-_"
-    ).casefold()
+    return "".join(kept).casefold()
 
 
 def name_some(names: Sequence[str]) -> str:

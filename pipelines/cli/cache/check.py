@@ -20,6 +20,7 @@ from headrace.pipelines.cli.cache.find import (
     chosen_directories,
     networks_of_recipe,
     print_line,
+    samples_with_content,
 )
 from headrace.pipelines.cli.completion import complete_feature_sets
 from headrace.pipelines.cli.options import JsonOption, flag
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         RecomputedOutput,
         VerifiedFeatureSet,
     )
+    from headrace.pipelines.recipe.load import Recipe
 
 Rows = npt.NDArray[np.float32]
 Say = Callable[[str], None]
@@ -66,10 +68,12 @@ def verify_command(
         raise CacheError(
             "--sources and --recompute need the images: give the recipe, as in --recipe recipe.yaml"
         )
+    loaded_recipe = None
     if recipe is not None:
         from headrace.pipelines.recipe.load import load_recipe
 
-        cache = load_recipe(recipe).cache
+        loaded_recipe = load_recipe(recipe)
+        cache = loaded_recipe.cache
     say: Say = (lambda text: None) if json_output else print_line
     directories = chosen_directories(cache, name)
     verified = [_verify_bytes(directory, say) for directory in directories]
@@ -79,11 +83,11 @@ def verify_command(
     changed_sources: list[ProblemOutput] = []
     recomputed: list[RecomputedOutput] = []
     # Rows that cannot be read can neither be compared with images nor with new features.
-    if recipe is not None and not n_problems:
+    if loaded_recipe is not None and not n_problems:
         if sources:
-            changed_sources = _verify_sources(recipe, directories, say)
+            changed_sources = _verify_sources(loaded_recipe, directories, say)
         if recompute:
-            recomputed = _verify_recompute(recipe, directories, recompute, say)
+            recomputed = _verify_recompute(loaded_recipe, directories, recompute, say)
         n_problems = sum(not each.is_harmless for each in changed_sources)
         n_problems += sum(not each.is_equal for each in recomputed)
     if json_output:
@@ -124,18 +128,14 @@ def _verify_bytes(directory: Path, say: Say) -> "VerifiedFeatureSet":
     )
 
 
-def _verify_sources(recipe_path: Path, directories: list[Path], say: Say) -> "list[ProblemOutput]":
+def _verify_sources(recipe: "Recipe", directories: list[Path], say: Say) -> "list[ProblemOutput]":
     from headrace.cache.integrity.verify import verify_sources
-    from headrace.extract.images.content_hashes import content_hashes
     from headrace.pipelines.cli.json_output import ProblemOutput
-    from headrace.pipelines.planning.dataset import list_samples
-    from headrace.pipelines.recipe.load import load_recipe
 
-    samples = list_samples(load_recipe(recipe_path))
     with tempfile.TemporaryDirectory() as scratch_folder:
         # With an empty index: the run's would answer from sizes and times, without reading files.
-        contents = content_hashes(samples, Path(scratch_folder) / "contents.parquet")
-    hash_by_id = dict(zip(samples["id"].astype(str), contents.hashes, strict=True))
+        samples, hashes = samples_with_content(recipe, Path(scratch_folder) / "contents.parquet")
+    hash_by_id = dict(zip(samples["id"].astype(str), hashes, strict=True))
     problems = [
         ProblemOutput(kind="source", message=problem.message, is_harmless=problem.is_harmless)
         for directory in directories
@@ -160,42 +160,31 @@ def _verify_sources(recipe_path: Path, directories: list[Path], say: Say) -> "li
 
 
 def _verify_recompute(
-    recipe_path: Path, directories: list[Path], n_rows: int, say: Say
+    recipe: "Recipe", directories: list[Path], n_rows: int, say: Say
 ) -> "list[RecomputedOutput]":
     import pandas as pd
 
     from headrace.cache.integrity.verify import RECOMPUTE_TOLERANCE, verify_recompute
-    from headrace.extract.images.content_hashes import content_hashes
     from headrace.extract.run.plan import BackboneFeatures
     from headrace.pipelines.cli.json_output import RecomputedOutput
-    from headrace.pipelines.planning.dataset import list_samples
-    from headrace.pipelines.recipe.load import load_recipe
 
-    recipe = load_recipe(recipe_path)
-    samples = list_samples(recipe)
     recomputed = []
-    with tempfile.TemporaryDirectory() as scratch_folder:
-        content_by_row = content_hashes(samples, Path(scratch_folder) / "contents.parquet").hashes
-        samples = samples.assign(
-            content=pd.Series(list(content_by_row), index=samples.index, dtype=object)
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        scratch_folder = Path(folder)
+        samples, hashes = samples_with_content(recipe, scratch_folder / "contents.parquet")
+        samples = samples.assign(content=pd.Series(hashes, index=samples.index, dtype=object))
         requested_fingerprints = {directory.name for directory in directories}
-        for backbone, specs in networks_of_recipe(recipe_path):
+        for backbone, specs in networks_of_recipe(recipe):
             for spec in specs:
                 if spec.fingerprint not in requested_fingerprints:
                     continue
                 feature_set = open_feature_set(feature_set_path(recipe.cache, spec))
-
-                extract_rows = functools.partial(
-                    _extract_again,
-                    samples,
-                    BackboneFeatures(backbone, [spec], [()]),
-                    Path(scratch_folder),
-                )
+                network = BackboneFeatures(backbone, [spec], [()])
+                extract_rows = functools.partial(_extract_again, samples, network, scratch_folder)
                 # Rows of other recipes' images cannot be extracted again here.
                 has_image = np.isin(
                     feature_set.content_hashes().astype("U32"),
-                    [content_hash for content_hash in content_by_row if content_hash],
+                    [content_hash for content_hash in hashes if content_hash],
                 )
                 result = verify_recompute(
                     feature_set, extract_rows, n_rows, candidate_rows=np.flatnonzero(has_image)

@@ -1,5 +1,6 @@
 """`headrace cache export` and `import`."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -154,7 +155,6 @@ def import_command(
 
         loaded_recipe = load_recipe(recipe)
         cache = loaded_recipe.cache
-    # A head would read the answer from them.
     forbidden_names = _columns_that_are_no_features(loaded_recipe) if loaded_recipe else {}
     external_features = read_external_features(
         source,
@@ -166,17 +166,16 @@ def import_command(
     )
     content_by_id, target_table = None, None
     if loaded_recipe is not None:
+        from headrace.pipelines.recipe.targets import target_columns
+
         samples, content_by_row = samples_with_content(loaded_recipe)
         content_by_id = {
             sample_id: content_hash
             for sample_id, content_hash in zip(samples["id"], content_by_row, strict=True)
             if content_hash is not None
         }
-        target_columns = loaded_recipe.task.target
         # By content, to find features that repeat the target under another name.
-        target_table = samples[
-            [target_columns] if isinstance(target_columns, str) else list(target_columns)
-        ].set_axis(content_by_row, axis=0)
+        target_table = samples[target_columns(loaded_recipe.task)].set_axis(content_by_row, axis=0)
     import_report = import_features(
         cache, name, external_features, content_by_id, dtype=dtype, target_table=target_table
     )
@@ -231,24 +230,24 @@ def _first_ids(image_ids: list[str]) -> str:
 
 
 def _columns_that_are_no_features(recipe: "Recipe") -> dict[str, str]:
-    """Return {column: role} of the columns that must not be features, because a head would read the
-    answer: those that the recipe names as target, group, split and so on.
+    """Return {column: role} of the columns that the recipe names as target, group, split and so
+    on.
     """
-    roles = {"task.target": recipe.task.target}
-    roles |= {
-        f"task.{section_key}": getattr(recipe.task, section_key)
-        for section_key in ("group", "split", "fold")
-    }
-    roles |= {
-        f"images.{section_key}": getattr(recipe.images, section_key)
-        for section_key in ("path_column", "id_column")
-    }
-    columns_by_role = {
-        role: (column_names,) if isinstance(column_names, str) else column_names or ()
-        for role, column_names in roles.items()
+    from headrace.pipelines.recipe.targets import target_columns
+
+    task, images = recipe.task, recipe.images
+    # A head would read the answer from them.
+    columns_by_role: dict[str, Sequence[str | None]] = {
+        "task.target": target_columns(task),
+        "task.group": [task.group],
+        "task.split": [task.split],
+        "task.fold": [task.fold],
+        "images.path_column": [images.path_column],
+        "images.id_column": [images.id_column],
     }
     return {
-        column_name: f"the recipe's {role}"
-        for role, column_names in columns_by_role.items()
-        for column_name in column_names
+        name: f"the recipe's {role}"
+        for role, names in columns_by_role.items()
+        for name in names
+        if name
     }

@@ -87,15 +87,11 @@ def _tap_name(directory: Path) -> str:
         return "broken"
 
 
-def networks_of_recipe(
-    recipe_path: Path,
-) -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
+def networks_of_recipe(recipe: "Recipe") -> "list[tuple[BackboneSpec, tuple[FeatureSpec, ...]]]":
     """Return the backbones of a recipe, each with the specs of its feature sets."""
     from headrace.extract.taps.spec_cache import load_feature_specs
     from headrace.pipelines.planning.networks import backbone_spec, storage_options
-    from headrace.pipelines.recipe.load import load_recipe
 
-    recipe = load_recipe(recipe_path)
     networks = []
     for backbone in recipe.backbones:
         network = backbone_spec(backbone, recipe)
@@ -106,14 +102,20 @@ def networks_of_recipe(
     return networks
 
 
-def samples_with_content(recipe: "Recipe") -> "tuple[pd.DataFrame, list[str | None]]":
-    """Return the recipe's images, and the content hash of each; None for an unreadable one."""
+def samples_with_content(
+    recipe: "Recipe", index_path: Path | None = None
+) -> "tuple[pd.DataFrame, list[str | None]]":
+    """Return the recipe's images, and the content hash of each; None for an unreadable one.
+
+    index_path: of earlier hashes, by default the cache's, which answers for files of the same size
+    and time.
+    """
     from headrace.extract.images.content_hashes import content_hashes
     from headrace.pipelines.paths import content_index
     from headrace.pipelines.planning.dataset import list_samples
 
     samples = list_samples(recipe)
-    return samples, list(content_hashes(samples, content_index(recipe.cache)).hashes)
+    return samples, list(content_hashes(samples, index_path or content_index(recipe.cache)).hashes)
 
 
 def print_line(text: str) -> None:

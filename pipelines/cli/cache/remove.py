@@ -40,17 +40,7 @@ def gc_command(
     # Without a recipe nothing counts as unused, and only what killed processes left goes.
     used_fingerprints = None
     if recipes:
-        used_fingerprints = {
-            spec.fingerprint
-            for recipe_path in recipes
-            for _, specs in networks_of_recipe(recipe_path)
-            for spec in specs
-        }
-        used_fingerprints |= {
-            fingerprint
-            for recipe_path in recipes
-            for fingerprint in _external_fingerprints(recipe_path)
-        }
+        used_fingerprints = set().union(*map(_used_fingerprints, recipes))
     require_cache(cache)
     garbage = find_garbage(cache, used_fingerprints)
     garbage_paths = [*garbage.feature_sets, *garbage.temporaries, *garbage.trash]
@@ -147,14 +137,13 @@ def _finish_removals(cache: Path, name: str) -> dict[str, bool]:
     return finished
 
 
-def _external_fingerprints(recipe_path: Path) -> list[str]:
-    """Return the fingerprints of the external features that a recipe uses."""
+def _used_fingerprints(recipe_path: Path) -> set[str]:
+    """Return the fingerprints of the feature sets that a recipe uses, external ones included."""
     from headrace.cache.exchange.external import external_feature_sets
     from headrace.pipelines.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path)
-    return [
-        feature_set.spec.fingerprint
-        for external_name in recipe.external_features
-        for feature_set in external_feature_sets(recipe.cache, external_name)
-    ]
+    used = {spec.fingerprint for _, specs in networks_of_recipe(recipe) for spec in specs}
+    for name in recipe.external_features:
+        used |= {found.spec.fingerprint for found in external_feature_sets(recipe.cache, name)}
+    return used
