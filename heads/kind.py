@@ -34,6 +34,7 @@ FitBank = Callable[[TrainingData, Sequence[Any], FitOptions], list[FitResult]]
 Predict = Callable[[Any, Arrays, Floats, TaskKind, float], Floats]
 # (spec, n_rows, n_features, n_outputs, n_fits) -> estimated core-seconds: of a bank for any number
 # of specs, and added by this spec. n_fits: folds, and one more for the heads trained on all rows.
+# Small constants in them are core-seconds per multiplication, or per weight of a head.
 Cost = Callable[[Any, int, int, int, int], tuple[float, float]]
 # (spec, arrays, X, unit, task_kind, temperature) -> the prediction of each row's unit, (n, C)
 # float32, and the row's weight in it, (n,). X: (n, D). unit: (n,) labels.

@@ -7,7 +7,12 @@ import numpy as np
 
 from headrace.heads.arrays import Array, Floats
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.temperature import FARTHEST, FLOOR, keep_decisions, with_temperature
+from headrace.heads.evaluate.temperature import (
+    FLOOR,
+    MAX_LOG_ODDS,
+    keep_decisions,
+    with_temperature,
+)
 
 
 def softmax(decision: Array) -> Floats:
@@ -47,8 +52,8 @@ def within_floor(decision: Array, task: TaskKind) -> Array:
     The floor is the least probability that `evaluate.temperature` works with.
     """
     if task == "multi" or decision.shape[1] == 1:
-        return np.asarray(np.clip(decision, -FARTHEST, FARTHEST))
-    return np.asarray(np.maximum(decision - decision.max(1, keepdims=True), -FARTHEST))
+        return np.asarray(np.clip(decision, -MAX_LOG_ODDS, MAX_LOG_ODDS))
+    return np.asarray(np.maximum(decision - decision.max(1, keepdims=True), -MAX_LOG_ODDS))
 
 
 def tempered(

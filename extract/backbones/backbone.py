@@ -208,9 +208,9 @@ def _describe(spec: BackboneSpec) -> str:
 
 def _in_memory(name: str) -> contextlib.AbstractContextManager[None]:
     """Limit the parameters of a network without a weights file to what this machine can hold."""
-    room = _memory_bytes() // 4  # parameters are float32
-    why = f"and the memory of this machine holds {room:,}. Take a smaller network"
-    return library.limit_parameters(room, name, why)
+    max_parameters = _memory_bytes() // 4  # of float32
+    reason = f"and the memory of this machine holds {max_parameters:,}. Take a smaller network"
+    return library.limit_parameters(max_parameters, name, reason)
 
 
 def _memory_bytes() -> int:

@@ -123,29 +123,29 @@ def cut_crop(image: DecodedImage, crop: Crop) -> DecodedImage:
     Raises ImageError if it shares no pixel with the image, or has too much background.
     """
     box = pixel_box(crop, *image_size(image))
-    part = image.crop(*box) if isinstance(image, Bands) else image.crop(box)
+    region = image.crop(*box) if isinstance(image, Bands) else image.crop(box)
     if crop.background is not None:
-        share = float(_is_background(part, crop.background).mean())
+        share = float(_is_background(region, crop.background).mean())
         if share > crop.max_background:
             raise ImageError(
                 f"{EMPTY_TILE}: {share:.1%} of its pixels are {crop.background} "
                 f"(images.tiles.max_background is {crop.max_background:g})"
             )
-    return part
+    return region
 
 
-def _is_background(part: DecodedImage, background: Background) -> npt.NDArray[np.bool_]:
+def _is_background(region: DecodedImage, background: Background) -> npt.NDArray[np.bool_]:
     """Return which pixels (H, W) are background in all channels; "nodata": 0 or without a value."""
-    if isinstance(part, Bands):
+    if isinstance(region, Bands):
         if background == "nodata":
-            is_empty = part.values[:, :, list(part.selection)] == 0
-            for channel in range(len(part.selection)):
-                if (is_missing := part.missing(channel)) is not None:
+            is_empty = region.values[:, :, list(region.selection)] == 0
+            for channel in range(len(region.selection)):
+                if (is_missing := region.missing(channel)) is not None:
                     is_empty[:, :, channel] |= is_missing
             return np.asarray(is_empty.all(axis=2))
-        pixels: npt.NDArray[Any] = part.floats(0.0)
+        pixels: npt.NDArray[Any] = region.floats(0.0)
     else:
-        pixels = np.asarray(part)
+        pixels = np.asarray(region)
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     if background == "white":
         return np.asarray((pixels >= _WHITE).all(axis=2))

@@ -6,7 +6,7 @@ A number is one input column, standardized by all training rows; if some trainin
 another column follows that is 1 for a missing value. A category is one column for each of its
 levels. This encoding does not depend on a fold: every fold's own standardization undoes the common
 scale, and levels that a fold has not seen are columns of zeros. The mean that is imputed for a
-missing number does depend on the fold: training computes it (`fold_fills`) and folds it into the
+missing number does depend on the fold: training computes it (`fold_fills`) and adds it to the
 head's weights, so prediction and exports need only these R columns.
 """
 
@@ -94,16 +94,18 @@ class SideColumns:
 
     def as_inputs(self) -> Floats:
         """Return the input columns of a head, (N, R) float32."""
-        parts = []
+        encoded = []
         for column, values in zip(self.columns, self.values.T, strict=True):
             is_missing = np.isnan(values)
             if column.levels is not None:
-                parts.append(values[:, None] == np.arange(len(column.levels)))
+                encoded.append(values[:, None] == np.arange(len(column.levels)))
                 continue
-            parts.append(np.where(is_missing, 0, (values - column.center) / column.spread)[:, None])
+            encoded.append(
+                np.where(is_missing, 0, (values - column.center) / column.spread)[:, None]
+            )
             if column.has_missing:
-                parts.append(is_missing[:, None])
-        return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
+                encoded.append(is_missing[:, None])
+        return np.concatenate(encoded, axis=1, dtype=np.float32, casting="unsafe")
 
 
 def side_blocks(columns: Sequence[SideColumn], n_features: int) -> tuple[SideBlock, ...]:
@@ -138,16 +140,16 @@ def fold_fills(inputs: Array, n_features: int, numbers: Sequence[int]) -> Array:
     return np.asarray(fills, np.float64)
 
 
-def fold_into_weight(weight: Array, numbers: Sequence[int], fills: Array) -> Array:
+def weight_with_fills(weight: Array, numbers: Sequence[int], fills: Array) -> Array:
     """Return a first layer's weight (…, D + R) for inputs in which missing numbers are 0, from the
     weight for inputs in which they are `fills`.
     """
     # weight * fill is a constant for rows that lack the number: it goes to the column that is 1
     # there.
-    folded = weight.astype(np.float64)
+    filled = weight.astype(np.float64)
     for number, fill in zip(numbers, fills, strict=True):
-        folded[..., number + 1] += fill * folded[..., number]
-    return folded.astype(weight.dtype)
+        filled[..., number + 1] += fill * filled[..., number]
+    return filled.astype(weight.dtype)
 
 
 def as_cells(inputs: Array, blocks: Sequence[SideBlock]) -> Array:
@@ -157,12 +159,12 @@ def as_cells(inputs: Array, blocks: Sequence[SideBlock]) -> Array:
     """
     cells = np.empty((len(inputs), len(blocks)), np.float32)
     for column, (is_category, start, stop) in enumerate(blocks):
-        part = inputs[:, start:stop]
+        block = inputs[:, start:stop]
         if is_category:
-            cells[:, column] = np.where(part.any(1), part.argmax(1), np.nan)
+            cells[:, column] = np.where(block.any(1), block.argmax(1), np.nan)
         else:
-            is_missing = part[:, 1] > 0 if stop - start == 2 else np.zeros(len(part), np.bool_)
-            cells[:, column] = np.where(is_missing, np.nan, part[:, 0])
+            is_missing = block[:, 1] > 0 if stop - start == 2 else np.zeros(len(block), np.bool_)
+            cells[:, column] = np.where(is_missing, np.nan, block[:, 0])
     return cells
 
 

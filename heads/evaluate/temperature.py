@@ -8,7 +8,7 @@ T is fitted to the log loss of out-of-fold predictions. The expected calibration
 it has bins and jumps, and is least for predictions that say nothing (the classes' shares for every
 row). The loss is convex in 1 / T. A head without mistakes would have T = 0, one that knows nothing
 T = ∞, and gradient steps diverge towards both; a few rows decide nothing. So log T has a normal
-prior around 0 (`SPREAD`), and the root is found between fixed ends.
+prior around 0 (`PRIOR_STD`), and the root is found between fixed ends.
 
 For heads with log-odds these are divided (`predict_head`). For heads with only probabilities p
 becomes p^(1/T), scaled to sum to one. A class that none of five neighbours has gets exactly 0,
@@ -32,13 +32,13 @@ FLOOR = 1e-12
 # temperature 6.4, with 1e-12 14.5.
 VOTE_FLOOR = 0.01
 # The same limit for log-odds, and for the distance of a class's logit from the largest one.
-FARTHEST = -math.log(FLOOR)
-LOWEST, HIGHEST = 0.02, 50.0  # a ridge head of a thousand classes needs 0.05
+MAX_LOG_ODDS = -math.log(FLOOR)
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.02, 50.0  # a ridge head of a thousand classes needs 0.05
 # Standard deviation of the prior of log T. Simulated with heads whose log-odds are 0.4, 1 and 2.5
 # times too large: from 150 rows on every value of at least 0.3 gives the same loss on new rows.
 # With 20 and 50 rows 0.5 has the least loss overall; without a prior, one head of two classes in
 # twenty gets at least twice the loss that it had.
-SPREAD = 0.5
+PRIOR_STD = 0.5
 _MIN_ROWS = 2_000  # that are used for any number of classes
 
 
@@ -61,9 +61,9 @@ def fit_temperature(
     target: as in `Task`.
     sample_weight: (N,) >= 0; None: all equal.
     floor: smaller probabilities count as this one; `vote_floor` for heads that count votes.
-    max_numbers: of the predictions, that are used; the default takes about a second.
+    max_numbers: how many of the N x C predictions are used; the default takes about a second.
 
-    It lies between LOWEST and HIGHEST, shrunk towards 1; it is 1 for regression.
+    It lies between MIN_TEMPERATURE and MAX_TEMPERATURE, shrunk towards 1; it is 1 for regression.
     """
     if task_kind == "regression" or len(predicted) == 0:
         return 1.0
@@ -91,8 +91,12 @@ def fit_temperatures(
     """
     return np.array(
         [
-            fit_temperature(task_kind, target, of_head, sample_weight, floor, max_numbers=200_000)
-            for of_head, floor in zip(predicted, floors or [FLOOR] * len(predicted), strict=True)
+            fit_temperature(
+                task_kind, target, head_predictions, sample_weight, floor, max_numbers=200_000
+            )
+            for head_predictions, floor in zip(
+                predicted, floors or [FLOOR] * len(predicted), strict=True
+            )
         ]
     )
 
@@ -197,20 +201,20 @@ def _log_sharpness(logits: Array, true_column: Array, sample_weight: Doubles) ->
     mean_true_logit = float(sample_weight @ logits[np.arange(len(true_column)), true_column])
     if not np.isfinite(mean_true_logit):  # a row without a finite prediction
         return 0.0
-    lower, upper = -np.log(HIGHEST), -np.log(LOWEST)
+    lower, upper = -np.log(MAX_TEMPERATURE), -np.log(MIN_TEMPERATURE)
     log_sharpness = 0.0
-    for _ in range(60):
+    for _ in range(60):  # twice what bisection alone takes
         sharpness = np.exp(log_sharpness)
         probabilities = np.exp(sharpness * logits)
         probabilities /= probabilities.sum(1, keepdims=True)
         mean_logit = (probabilities * logits).sum(1)
         slope_excess = float(sample_weight @ mean_logit) - mean_true_logit  # derivative by 1 / T
-        slope = sharpness * slope_excess + log_sharpness / SPREAD**2
+        slope = sharpness * slope_excess + log_sharpness / PRIOR_STD**2
         if slope == 0:
             break
         lower, upper = (lower, log_sharpness) if slope > 0 else (log_sharpness, upper)
         logit_variance = float(sample_weight @ ((probabilities * logits**2).sum(1) - mean_logit**2))
-        curvature = sharpness * slope_excess + sharpness**2 * logit_variance + 1 / SPREAD**2
+        curvature = sharpness * slope_excess + sharpness**2 * logit_variance + 1 / PRIOR_STD**2
         # A Newton step, and bisection where that leaves the bracket.
         next_value = log_sharpness - slope / curvature if curvature > 0 else (lower + upper) / 2
         if not lower < next_value < upper:

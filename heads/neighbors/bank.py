@@ -35,7 +35,7 @@ EXACT_BELOW = 1e-4
 SUM_ROWS = 4096  # rows of one sum of a class mean
 # Factors of the similarity in the softmax. Cosines differ by at most 2, and would make all classes
 # about equally probable otherwise.
-CENTROID_TEMPERATURE = {"cosine": 10.0, "euclidean": 1.0}
+SIMILARITY_FACTOR = {"cosine": 10.0, "euclidean": 1.0}
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,26 @@ class References:
 
     @classmethod
     def of(cls, rows: Array, center: Doubles | None = None) -> "References":
-        middle = rows.mean(0, dtype=np.float64) if center is None else center
+        center = rows.mean(0, dtype=np.float64) if center is None else center
         # A squared distance is a difference of numbers as large as the norms, and loses the digits
         # that a common offset takes. The cosine needs the offset, which comes back in float64.
-        centred = (rows - middle).astype(np.float32)
+        centred = (rows - center).astype(np.float32)
         square = np.einsum("nd,nd->n", centred, centred, dtype=np.float64)
-        offset = centred @ middle
-        length = np.sqrt(np.maximum(square + 2 * offset + middle @ middle, 0))
+        offset = centred @ center
+        length = np.sqrt(np.maximum(square + 2 * offset + center @ center, 0))
         # A row of zeros has length 0 exactly, and so cosine 0 with everything, which rounding would
         # lose.
-        return cls(centred, middle, square, offset, np.where((rows == 0).all(1), 0.0, length))
+        return cls(centred, center, square, offset, np.where((rows == 0).all(1), 0.0, length))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, chosen: Array | slice) -> "References":
         """Return some of the rows."""
-        of_rows = (values[chosen] for values in (self.square, self.offset, self.length))
-        return References(self.rows[chosen], self.center, *of_rows)
+        row_statistics = (values[chosen] for values in (self.square, self.offset, self.length))
+        return References(self.rows[chosen], self.center, *row_statistics)
 
-    only = take  # as `StreamedReferences` has it
+    only = take  # rows in memory are not read later, as those of `StreamedReferences` are
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def fit_knn_bank(
     X, fold = data.X, data.fold
     started = time.perf_counter()
     weight = row_weights(data.sample_weight, len(X))
-    values = encoded(data.target, data.n_outputs, data.task_kind)
+    votes = encode_votes(data.target, data.n_outputs, data.task_kind)
     usable = np.flatnonzero((fold != TEST) & (weight > 0))
     all_references: References | StreamedReferences
     if isinstance(X, Streamed):
@@ -130,14 +130,14 @@ def fit_knn_bank(
         for i, spec in enumerate(specs):
             errors[i, held_out_fold] = knn_error(spec, len(reference_rows))
         searchable = [i for i in range(len(specs)) if errors[i, held_out_fold] is None]
-        neighbours = search(
+        neighbours = search_neighbours(
             all_references.only(data.held_out_rows(held_out_fold)),
             all_references.only(reference_rows),
             [specs[i] for i in searchable],
         )
         for i, (index, distance) in zip(searchable, neighbours, strict=True):
             rows = reference_rows[index]
-            predictions[i, held_out_fold] = vote(specs[i], distance, values[rows], weight[rows])
+            predictions[i, held_out_fold] = vote(specs[i], distance, votes[rows], weight[rows])
     seconds_per_head = (time.perf_counter() - started) / max(1, len(errors))
     stored_bytes = len(usable) * X.shape[1] * 4
     stored, too_large = {}, None
@@ -150,7 +150,7 @@ def fit_knn_bank(
     elif refit:
         stored = {
             "features": np.ascontiguousarray(X[usable], np.float32),
-            "target": values[usable],
+            "target": votes[usable],
             "sample_weight": weight[usable].astype(np.float32),
         }
     fits = []
@@ -176,7 +176,7 @@ def predict_knn(spec: KNNSpec, arrays: Arrays, X: Array) -> Floats:
     """Return the weighted mean (n, C) of the neighbours' targets. X (n, D)."""
     references = References.of(arrays["features"])
     queries = References.of(np.asarray(X, np.float32), references.center)
-    ((index, distance),) = search(queries, references, [spec])
+    ((index, distance),) = search_neighbours(queries, references, [spec])
     return vote(spec, distance, arrays["target"][index], arrays["sample_weight"][index])
 
 
@@ -190,7 +190,7 @@ def knn_error(spec: KNNSpec, available: int) -> str | None:
     return None
 
 
-def search(
+def search_neighbours(
     queries: References | StreamedReferences,
     references: References | StreamedReferences,
     specs: Sequence[KNNSpec],
@@ -221,15 +221,15 @@ def search(
                 index, distance = nearest(
                     product, query_block, reference_block, metric, min(k, len(reference_block))
                 )
-                found = index + reference_start, distance
+                neighbours = index + reference_start, distance
                 if reference_start:
-                    found = _merged(best_so_far[metric], found, k)
-                best_so_far[metric] = found
-        for metric, found in best_so_far.items():
-            blocks[metric].append(found)
+                    neighbours = _merged(best_so_far[metric], neighbours, k)
+                best_so_far[metric] = neighbours
+        for metric, neighbours in best_so_far.items():
+            blocks[metric].append(neighbours)
     joined = {
-        metric: [np.concatenate(arrays) for arrays in zip(*found_of_blocks, strict=True)]
-        for metric, found_of_blocks in blocks.items()
+        metric: [np.concatenate(arrays) for arrays in zip(*metric_blocks, strict=True)]
+        for metric, metric_blocks in blocks.items()
     }
     return [
         (joined[spec.metric][0][:, : spec.k], joined[spec.metric][1][:, : spec.k]) for spec in specs
@@ -297,7 +297,10 @@ def _exact(
     neighbour_index: Array,
     metric: Metric,
 ) -> Array:
-    """Return distances of pairs, float64, from differences, which are exactly 0 for equal rows."""
+    """Return distances of pairs, float64, from differences, which are exactly 0 for equal rows.
+
+    Euclidean distances are squared; 1 - cosine is half the squared distance of unit vectors.
+    """
     a = queries.rows[query_index].astype(np.float64)
     b = references.rows[neighbour_index].astype(np.float64)
     if metric == "cosine":
@@ -325,7 +328,7 @@ def vote(spec: KNNSpec, distance: Array, values: Array, weight: Array) -> Floats
     return np.asarray(mean, np.float32)
 
 
-def encoded(target: Array, outputs: int, task: TaskKind) -> Floats:
+def encode_votes(target: Array, outputs: int, task: TaskKind) -> Floats:
     """Return what neighbours vote with (N, C): an indicator of the class, labels, or targets."""
     if task == "single":
         return np.asarray(np.eye(outputs, dtype=np.float32)[target])
@@ -409,7 +412,7 @@ def predict_centroid(
         # Minus half the squared distance, over the root of the number of features. The row's own
         # norm is left out: it is the same for every class.
         similarity = (rows @ means.T - 0.5 * (means**2).sum(1)) / np.sqrt(rows.shape[1])
-    decision = CENTROID_TEMPERATURE[spec.metric] * similarity.astype(np.float64)
+    decision = SIMILARITY_FACTOR[spec.metric] * similarity.astype(np.float64)
     decision[:, arrays["present"] == 0] = -np.inf
     probabilities = softmax(decision)
     if temperature == 1:

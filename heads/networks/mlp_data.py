@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from headrace.heads.arrays import Array, Arrays, Doubles, Index
-from headrace.heads.data.side_columns import fold_fills, fold_into_weight, imputed_numbers
+from headrace.heads.data.side_columns import fold_fills, imputed_numbers, weight_with_fills
 from headrace.heads.data.standardize import Moments, merge, moments
 from headrace.heads.data.streamed import StreamedStack
 from headrace.heads.data.training_data import TrainingData
@@ -186,7 +186,7 @@ def folded_arrays(layers: Sequence[tuple[Array, Array]], data: FoldData) -> Arra
     first = first / data.scale
     shift = shift - first @ data.mean
     if data.imputed is not None:
-        first = fold_into_weight(first, data.imputed.numbers, data.imputed.fills)
+        first = weight_with_fills(first, data.imputed.numbers, data.imputed.fills)
     exact[0] = (first, shift)
     last, shift = exact[-1]
     exact[-1] = last * data.target_scale[:, None], shift * data.target_scale + data.target_mean

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from headrace.heads.arrays import Arrays
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.data.task import TaskKind
-from headrace.heads.evaluate.temperature import FARTHEST, FLOOR
+from headrace.heads.evaluate.temperature import FLOOR, MAX_LOG_ODDS
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.layers import dense_layers
-from headrace.heads.neighbors.bank import CENTROID_TEMPERATURE
+from headrace.heads.neighbors.bank import SIMILARITY_FACTOR
 from headrace.heads.neighbors.kind import CentroidSpec, KNNSpec
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.persist import TrainedHead
@@ -184,12 +184,12 @@ def tempered(
 
 def softmax_at(decision: Tensor, temperature: float) -> Tensor:
     """Return probabilities (n, C) of decisions (n, C) at a temperature other than 1, a class being
-    at most FARTHEST behind the best one; at 1 the plain softmax.
+    at most MAX_LOG_ODDS behind the best one; at 1 the plain softmax.
     """
     if temperature == 1:
         return torch.softmax(decision, dim=1)
     distance_to_best = decision - decision.max(dim=1, keepdim=True).values
-    return torch.softmax(distance_to_best.clamp(min=-FARTHEST) / temperature, dim=1)
+    return torch.softmax(distance_to_best.clamp(min=-MAX_LOG_ODDS) / temperature, dim=1)
 
 
 class ProbabilityLink(nn.Module):
@@ -208,7 +208,7 @@ class ProbabilityLink(nn.Module):
         if self.task_kind != "multi" and decision.shape[1] > 1:
             return softmax_at(decision, self.temperature)
         if self.temperature != 1:
-            decision = decision.clamp(-FARTHEST, FARTHEST) / self.temperature
+            decision = decision.clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS) / self.temperature
         positive = torch.sigmoid(decision)
         return positive if self.task_kind == "multi" else torch.cat([1 - positive, positive], dim=1)
 
@@ -229,7 +229,7 @@ class CentroidModule(nn.Module):
         self.register_buffer("inverse_scale", _float_tensor(arrays["inverse_scale"]))
         self.register_buffer("means", _float_tensor(scaled_means))
         self.register_buffer("absent", torch.from_numpy(np.asarray(arrays["present"] == 0)))
-        self.cosine, self.scale = spec.metric == "cosine", CENTROID_TEMPERATURE[spec.metric]
+        self.cosine, self.scale = spec.metric == "cosine", SIMILARITY_FACTOR[spec.metric]
         self.temperature = temperature
 
     def forward(self, value: Tensor) -> Tensor:

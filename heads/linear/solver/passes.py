@@ -23,9 +23,9 @@ from headrace.heads.linear.solver.compiled_blocks import CompiledKernels
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.loss import sigmoid_loss, softmax_loss
 
-# The weights and gradients of heads that pass over a block together shall stay in the second-level
+# The weights and gradients of heads that pass over a block together are to stay in the second-level
 # cache from one strip of 48 rows to the next. Without this limit, two 100-class heads of 512
-# features take 1.02 of the time.
+# features take 1.02 times the time.
 SECOND_LEVEL_CACHE_BYTES = 1 << 20
 HeadsByFolds = dict[tuple[int, ...], Index]
 
@@ -144,6 +144,7 @@ class CompiledPass:
             gradients = [kernels.allocate_packed(*size) for _ in range(n_threads)]
             return HeadGroup(heads, packed, gradients)
 
+        # 8 bytes: a weight and its gradient in float32.
         heads_per_group = max(SECOND_LEVEL_CACHE_BYTES // (8 * n_free * width), 1)
         self.groups = {
             folds: [
@@ -164,7 +165,8 @@ class CompiledPass:
         groups = [(group, self._labels(block, group)) for group in self.groups[block.folds]]
 
         def add_rows(thread: int) -> None:
-            rows = slice(*(len(values) * i // self.n_threads for i in (thread, thread + 1)))
+            first, end = (len(values) * i // self.n_threads for i in (thread, thread + 1))
+            rows = slice(first, end)
             for group, labels in groups:
                 group_losses = np.zeros(len(group.heads))
                 self.kernels.add_losses_and_gradients(
@@ -183,6 +185,7 @@ class CompiledPass:
         if self.threads is None:
             add_rows(0)
         else:
+            # `list` waits for all threads, and raises their errors.
             list(self.threads.map(add_rows, range(self.n_threads)))
         self.loss_sums += losses.sum(axis=0)
 

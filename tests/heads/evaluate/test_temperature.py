@@ -12,9 +12,9 @@ from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import (
     FLOOR,
-    HIGHEST,
-    LOWEST,
-    SPREAD,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    PRIOR_STD,
     cross_fitted,
     fit_temperature,
     fit_temperatures,
@@ -53,7 +53,7 @@ def penalised_loss(kind, target, told, weight, log_temperature):
     size = losses.size if kind == "single" else target.size
     mean = (weight * losses).sum() / weight.sum()
     return mean * (size if kind == "single" else size / target.shape[1]) + log_temperature**2 / (
-        2 * SPREAD**2
+        2 * PRIOR_STD**2
     )
 
 
@@ -81,7 +81,7 @@ def test_it_is_the_minimum_that_scipy_finds(kind, rows):
     for seed, factor in enumerate((0.2, 1.0, 5.0)):
         target, _, told = drawn(kind, rows, factor, seed)
         weight = np.random.default_rng(seed).uniform(0.1, 3, rows)
-        bounds = float(np.log(LOWEST)), float(np.log(HIGHEST))
+        bounds = float(np.log(MIN_TEMPERATURE)), float(np.log(MAX_TEMPERATURE))
         found = minimize_scalar(
             lambda value, target=target, told=told, weight=weight: penalised_loss(kind, target, told, weight, value),
             bounds=bounds, method="bounded", options={"xatol": 1e-9},
@@ -133,8 +133,8 @@ def test_rows_that_all_say_the_same_do_not_drive_it_away():
     """
     sure = np.tile([0.8, 0.2], (100, 1))
     assert 0.2 < fit_temperature("single", np.zeros(100, int), sure) < 0.5
-    assert 3 < fit_temperature("single", np.arange(100) % 2, sure) < HIGHEST
-    assert 5 < fit_temperature("single", np.ones(100, int), sure) < HIGHEST
+    assert 3 < fit_temperature("single", np.arange(100) % 2, sure) < MAX_TEMPERATURE
+    assert 5 < fit_temperature("single", np.ones(100, int), sure) < MAX_TEMPERATURE
     for truth in (0, 1):
         assert 0.85 < fit_temperature("single", np.array([truth]), sure[:1]) < 1.3
     assert fit_temperature("single", np.zeros(0, int), sure[:0]) == 1
