@@ -31,7 +31,7 @@ from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.cost_model import measured_rates
 from headrace.pipelines.planning.dataset import check_metric, drop_rows, make_dataset
 from headrace.pipelines.planning.devices import find_device
-from headrace.pipelines.planning.leaderboard import trained_in
+from headrace.pipelines.planning.leaderboard import trained_specs
 from headrace.pipelines.planning.networks import cached_contents
 from headrace.pipelines.planning.plan import feature_plan, plan_run
 from headrace.pipelines.planning.run_state import RunState, write_inputs
@@ -188,6 +188,7 @@ def _state_of(
         accounting=None,
         metric=check_metric(recipe.task),
         feature_inputs={
+            # A feature set is the folder CACHE/features/FINGERPRINT.
             name: FeatureInput(
                 name, (feature.path,), find_backbone_spec(feature.path.parent.parent, feature.spec)
             )
@@ -202,7 +203,7 @@ def _state_of(
             ),
             task=dataset.train,
             rates=measured_rates(paths.logs),
-            trained=lambda group: trained_in(paths.banks, group),
+            trained=lambda group: trained_specs(paths.banks, group),
         ),
     )
 
@@ -215,11 +216,11 @@ def _progress_console() -> Console:
 
 
 def _opener(
-    workers: int | None, client: Client | None, imports: Sequence[str] = ()
+    workers: int | None, client: Client | None, module_names: Sequence[str] = ()
 ) -> ClientOpener:
     if client is not None:
         return opener_of(client)
-    return lambda role, device: local_client(workers, module_names=imports)
+    return lambda role, device: local_client(workers, module_names=module_names)
 
 
 def _listed(images: pd.DataFrame | str | Path, *, labelled: bool) -> pd.DataFrame:

@@ -171,9 +171,9 @@ def decide(evidence: Evidence) -> Advice:
             more=starved_class.needed,
         )
     reasons.append(_curve_text(evidence))
-    rise_probability = evidence.gain[2].above(MATERIAL_GAIN)
+    gain_probability = evidence.gain[2].above(MATERIAL_GAIN)
     few_images = evidence.per_class_images < FINE_TUNE_ROWS
-    if rise_probability >= (
+    if gain_probability >= (
         LIKELY_PROBABILITY if few_images and is_far(evidence) else SURE_PROBABILITY
     ):
         more_images = Estimate(evidence.images, np.array([evidence.images]))
@@ -182,14 +182,15 @@ def decide(evidence: Evidence) -> Advice:
             "what there is."
         )
         reasons += _depth_text(evidence)
-        if _noise(evidence).above(0) >= SURE_PROBABILITY and not few_images and not evidence.pilots:
+        beyond_noise = _error_beyond_noise(evidence).above(0) >= SURE_PROBABILITY
+        if beyond_noise and not few_images and not evidence.pilots:
             reasons.append(
                 "Most errors are on images of which the head is unsure, and there are enough "
                 "images per class to train deeper: a fine-tuning pilot may bring as much, without "
                 "new images."
             )
         return _advice(evidence, reasons, "collect", sentence, more=more_images)
-    if rise_probability > 1 - SURE_PROBABILITY and not few_images:
+    if gain_probability > 1 - SURE_PROBABILITY and not few_images:
         sentence = (
             "The learning curve cannot tell whether more images would help, or training deeper."
         )
@@ -210,9 +211,9 @@ def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
             "Whether the errors are label noise is measured for single-label tasks only; a short "
             "fine-tuning pilot would tell.",
         )
-    noise_margin = _noise(evidence)
+    beyond_noise = _error_beyond_noise(evidence)
     reasons = [*reasons, _noise_text(evidence.surest)]
-    if noise_margin.above(0) < 1 - SURE_PROBABILITY:
+    if beyond_noise.above(0) < 1 - SURE_PROBABILITY:
         return _advice(
             evidence,
             reasons,
@@ -238,7 +239,7 @@ def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
             f"With {evidence.per_class_images:,.0f} images per class, training deeper rarely pays "
             f"(from about {FINE_TUNE_ROWS} on it may).",
         )
-    if noise_margin.above(0) < SURE_PROBABILITY:
+    if beyond_noise.above(0) < SURE_PROBABILITY:
         return _advice(
             evidence,
             reasons,
@@ -282,14 +283,14 @@ def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
     return _advice(evidence, reasons, "fine-tune", sentence, tap=train_above)
 
 
-def _noise(evidence: Evidence) -> Estimate:
+def _error_beyond_noise(evidence: Evidence) -> Estimate:
     """Return the share of errors that need not be label noise, less ROOM_SHARE of the error; below
     0 most errors look like label noise.
     """
     if evidence.surest is None:
         return Estimate(float("nan"), np.full(1, np.nan))
-    expected_noise = Estimate(evidence.error.value * ROOM_SHARE, evidence.error.draws * ROOM_SHARE)
-    return evidence.error.minus(evidence.surest).minus(expected_noise)
+    min_room = Estimate(evidence.error.value * ROOM_SHARE, evidence.error.draws * ROOM_SHARE)
+    return evidence.error.minus(evidence.surest).minus(min_room)
 
 
 def is_far(evidence: Evidence) -> bool:
@@ -303,15 +304,15 @@ def _starved(evidence: Evidence) -> ClassEvidence | None:
     """Return the class that lacks images and errs most beyond the median class; None if none."""
     if not evidence.per_class:
         return None
-    median_images = float(np.median([each.images for each in evidence.per_class]))
+    median_images = float(np.median([item.images for item in evidence.per_class]))
     starved_classes = [
-        each
-        for each in evidence.per_class
-        if each.images < STARVED_SHARE * median_images
-        and each.gap.above(STARVED_GAP) >= SURE_PROBABILITY
-        and (each.unseen or each.gain.above(MATERIAL_GAIN) >= SURE_PROBABILITY)
+        item
+        for item in evidence.per_class
+        if item.images < STARVED_SHARE * median_images
+        and item.gap.above(STARVED_GAP) >= SURE_PROBABILITY
+        and (item.unseen or item.gain.above(MATERIAL_GAIN) >= SURE_PROBABILITY)
     ]
-    return max(starved_classes, key=lambda each: each.gap.value, default=None)
+    return max(starved_classes, key=lambda item: item.gap.value, default=None)
 
 
 def _advice(
@@ -336,8 +337,7 @@ def _round(count: float) -> int:
 
 def points(difference: Estimate, unit: str = "points") -> str:
     """Return a text such as "1.2 points (95 % interval 0.4 to 2.1)"."""
-    ends = (difference.low, difference.value, difference.high)
-    low, value, high = (100 * number for number in ends)
+    low, value, high = 100 * difference.low, 100 * difference.value, 100 * difference.high
     return f"{value:.1f} {unit} (95 % interval {low:.1f} to {high:.1f})"
 
 

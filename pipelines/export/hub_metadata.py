@@ -53,15 +53,16 @@ def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
 
 def _hub_name(backbone: BackboneSpec) -> str | None:
     """Return the name of a backbone's weights on the Hub; None for weights of other origin."""
-    kind, _, rest = backbone.name.partition(":")
+    library, _, model_name = backbone.name.partition(":")
     weights = backbone.weights
     if weights is not None and (weights.startswith("random:") or is_weights_file(weights)):
         return None
-    if kind == "timm" and ":" not in rest:
+    if library == "timm" and ":" not in model_name:
         import timm
 
-        config = timm.get_pretrained_cfg(f"{rest}.{weights}" if weights else rest)
-        return f"timm/{rest}.{config.tag}" if config and config.tag else None
-    if kind == "transformers" and rest.count("/") == 1 and not rest.startswith((".", "/", "~")):
-        return rest
+        config = timm.get_pretrained_cfg(f"{model_name}.{weights}" if weights else model_name)
+        return f"timm/{model_name}.{config.tag}" if config and config.tag else None
+    is_path = model_name.startswith((".", "/", "~"))
+    if library == "transformers" and model_name.count("/") == 1 and not is_path:
+        return model_name
     return None

@@ -62,23 +62,24 @@ def load_checkpoint(
         return None
 
 
-def optimizer_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return AdamW's moments and step counts, named by the index of their parameter."""
     state_tensors = {}
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
-        for state_name, value in optimiser.state.get(parameter, {}).items():
+        for state_name, value in optimizer.state.get(parameter, {}).items():
             state_tensors[f"adam.{index}.{state_name}"] = value
     return state_tensors
 
 
-def restore_optimizer(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restore AdamW's state from `optimizer_tensors`."""
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for tensor_name, value in tensors.items():
         if tensor_name.startswith("adam."):
             _, index, state_name = tensor_name.split(".")
             parameter = parameters[int(index)]
-            optimiser.state[parameter][state_name] = (
+            # PyTorch keeps the step count on the CPU.
+            optimizer.state[parameter][state_name] = (
                 value if state_name == "step" else value.to(parameter.device)
             )

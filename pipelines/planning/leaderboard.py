@@ -17,7 +17,7 @@ from headrace.pipelines.recipe.grid import RequestedHeads
 from headrace.pipelines.recipe.settings_text import settings_text
 
 
-def trained_in(banks_folder: Path, group: str, *, retry_failed: bool = False) -> Trained:
+def trained_specs(banks_folder: Path, group: str, *, retry_failed: bool = False) -> Trained:
     """Return the specs in each results file of a group (`bank_group`); with retry_failed, only
     specs without a failed head.
     """

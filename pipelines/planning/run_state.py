@@ -29,7 +29,7 @@ from headrace.pipelines.planning.inventory import (
     take_inventory,
     weights_notes,
 )
-from headrace.pipelines.planning.leaderboard import trained_in
+from headrace.pipelines.planning.leaderboard import trained_specs
 from headrace.pipelines.planning.networks import cached_contents, failed_contents
 from headrace.pipelines.planning.plan import Plan, feature_plan, plan_run
 from headrace.pipelines.recipe.grid import side_columns_note
@@ -128,12 +128,12 @@ def state_of(inventory: Inventory, *, retry_failed: bool) -> RunState:
     feature_plans = [
         feature_plan(
             input_name,
-            feature_input.views,
+            input_views.views,
             # External features cannot be extracted, and images without a label may lack them.
-            needed_contents if feature_input.backbone else inventory.labelled_contents,
-            [cached_contents(recipe.cache, spec) for spec in feature_input.views],
+            needed_contents if input_views.backbone else inventory.labelled_contents,
+            [cached_contents(recipe.cache, spec) for spec in input_views.views],
         )
-        for input_name, feature_input in inventory.inputs.items()
+        for input_name, input_views in inventory.inputs.items()
     ]
     plan = plan_run(
         features=feature_plans,
@@ -142,7 +142,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool) -> RunState:
         requested=inventory.requested,
         task=dataset.train,
         rates=measured_rates(recipe.paths.logs),
-        trained=lambda group: trained_in(recipe.paths.banks, group, retry_failed=retry_failed),
+        trained=lambda group: trained_specs(recipe.paths.banks, group, retry_failed=retry_failed),
     )
     accounting = count_entries(inventory.listing, len(inventory.unreadable), all_rows, dataset)
     return RunState(
@@ -183,7 +183,7 @@ def replan_heads(state: RunState, *, retry_failed: bool) -> RunState:
         requested=plan.requested,
         task=state.dataset.train,
         rates=measured_rates(paths.logs),
-        trained=lambda group: trained_in(paths.banks, group, retry_failed=retry_failed),
+        trained=lambda group: trained_specs(paths.banks, group, retry_failed=retry_failed),
     )
     return replace(state, plan=replanned)
 

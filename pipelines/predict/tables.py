@@ -33,7 +33,7 @@ from headrace.heads.data.task import TaskKind
 from headrace.pipelines.console import valid_text
 from headrace.pipelines.models.base import decide
 
-_FIRST_LINE = 1 << 24  # bytes; the header of a hundred thousand classes takes some megabytes
+_MAX_FIRST_LINE = 1 << 24  # bytes; the header of a hundred thousand classes takes some megabytes
 
 FORMATS = {
     ".csv": "csv",
@@ -161,7 +161,7 @@ def is_predictions(table_path: Path, *, allow_values: bool) -> bool:
     any names.
     """
     with table_path.open("rb") as file:
-        first_line = file.readline(_FIRST_LINE)
+        first_line = file.readline(_MAX_FIRST_LINE)
     try:
         if first_line.startswith(b"PAR1"):
             return _has_our_columns(pq.read_schema(table_path).names, allow_values)
@@ -268,10 +268,11 @@ def _float_cells(values: npt.NDArray[np.float32], is_failed: npt.NDArray[np.bool
     cells: list[str] = pa.array(values).cast(pa.string()).to_pylist()
     # Arrow is five times as fast as Python, but writes exponents and whole numbers differently;
     # those are written by Python.
-    sizes = np.abs(values)
+    magnitude = np.abs(values)
     with np.errstate(invalid="ignore"):
-        is_other = ~((sizes >= 1e-4) & (sizes < 1e7)) | (values == np.rint(values))
-    for row in np.flatnonzero(is_other):
+        has_exponent = ~((magnitude >= 1e-4) & (magnitude < 1e7))
+        differs = has_exponent | (values == np.rint(values))
+    for row in np.flatnonzero(differs):
         cells[row] = repr(_shortest_float(values[row]))
     for row in np.flatnonzero(is_failed):
         cells[row] = ""
