@@ -87,7 +87,7 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
         return False
     run_name = result.paths.root.name
     parent_id = client.create_run(experiment_id, tags={"mlflow.runName": run_name}).info.run_id
-    _tell(client, parent_id, _parameters(result), _metrics(result))
+    _log_batch(client, parent_id, _parameters(result), _metrics(result))
     for path in (result.paths.leaderboard, result.paths.recipe):
         if path.exists():
             client.log_artifact(parent_id, str(path))
@@ -95,7 +95,7 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
         tags = {"mlflow.parentRunId": parent_id, "mlflow.runName": f"{run_name} #{row['rank']}"}
         child_id = client.create_run(experiment_id, tags=tags).info.run_id
         row_metrics = {result.metric: float(row[result.metric])}
-        _tell(client, child_id, _row_parameters(row), row_metrics)
+        _log_batch(client, child_id, _row_parameters(row), row_metrics)
         client.set_terminated(child_id)
     # Last, so that a report that was killed halfway is not taken for a finished one.
     client.set_tag(parent_id, _DIGEST, digest)
@@ -103,7 +103,7 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     return True
 
 
-def _tell(
+def _log_batch(
     client: Any, run: str, parameters: Mapping[str, str], metrics: Mapping[str, float]
 ) -> None:
     from mlflow.entities import Metric, Param

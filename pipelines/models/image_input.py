@@ -104,21 +104,22 @@ def image_decoder(
     return partial(decode_pixels, image_bytes), hash_bytes(image_bytes)
 
 
-def _decode_pillow(image: Image.Image, how: Preprocessing) -> DecodedImage:
-    if how.pixel_dtype == "float32" and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
-        dtype = np.uint16 if image.mode.startswith("I;16") else None
-        return decode_pixels(array_bytes(np.asarray(image).astype(dtype)), how)
-    return to_rgb(image, how.pixel_range)  # type: ignore[arg-type]
+def _decode_pillow(image: Image.Image, preprocessing: Preprocessing) -> DecodedImage:
+    is_16_bit = image.mode.startswith("I;16")
+    if preprocessing.pixel_dtype == "float32" and (is_16_bit or image.mode in ("I", "F")):
+        dtype = np.uint16 if is_16_bit else None
+        return decode_pixels(array_bytes(np.asarray(image).astype(dtype)), preprocessing)
+    return to_rgb(image, preprocessing.pixel_range)  # type: ignore[arg-type]
 
 
 def _decode_floats(
-    pixel_array: npt.NDArray[Any], image_bytes: bytes, how: Preprocessing
+    pixel_array: npt.NDArray[Any], image_bytes: bytes, preprocessing: Preprocessing
 ) -> DecodedImage:
     """Decode floats in memory. Raises ImageError if they are not from 0 to 1 and the model has no
     pixel_range.
     """
-    if how.pixel_range is not None:
-        return decode_pixels(image_bytes, how)
+    if preprocessing.pixel_range is not None:
+        return decode_pixels(image_bytes, preprocessing)
     lowest, highest = (
         (float(pixel_array.min()), float(pixel_array.max())) if pixel_array.size else _UNIT
     )
@@ -129,7 +130,7 @@ def _decode_floats(
             "leave a normalisation out, or give uint8. A model whose recipe says "
             "images.pixel_range: [0, 255] takes floats from 0 to 255"
         )
-    return decode_pixels(image_bytes, replace(how, pixel_range=_UNIT))
+    return decode_pixels(image_bytes, replace(preprocessing, pixel_range=_UNIT))
 
 
 def _unread_file(image: Image.Image) -> bytes:
@@ -183,8 +184,8 @@ def _one_image(pixel_array: npt.NDArray[Any]) -> npt.NDArray[Any]:
             f"an array of shape {pixel_array.shape} is no image; expected (H, W), (H, W, C) or (C, "
             "H, W)"
         )
-    first = _channels_first(pixel_array.shape, "an image")
-    return np.moveaxis(pixel_array, 0, 2) if first else pixel_array
+    is_channels_first = _channels_first(pixel_array.shape, "an image")
+    return np.moveaxis(pixel_array, 0, 2) if is_channels_first else pixel_array
 
 
 def _channels_first(array_shape: tuple[int, ...], subject: str) -> bool:

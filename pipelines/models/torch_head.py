@@ -238,7 +238,7 @@ class CentroidModule(nn.Module):
             lengths = scaled_rows.norm(dim=1, keepdim=True) * self.means.norm(dim=1)
             lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
             similarity = scaled_rows @ self.means.T / lengths
-        else:
+        else:  # minus half the squared distance, less what is equal for all classes
             similarity = (
                 scaled_rows @ self.means.T - 0.5 * self.means.square().sum(1)
             ) / self.means.shape[1] ** 0.5

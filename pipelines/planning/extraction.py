@@ -95,11 +95,11 @@ def plan_features(recipe: Recipe, samples: pd.DataFrame, networks: Networks) -> 
     feature_plans = [
         feature_plan(
             input_name,
-            feature_input.views,
+            input_views.views,
             contents,
-            [cached_contents(recipe.cache, spec) for spec in feature_input.views],
+            [cached_contents(recipe.cache, spec) for spec in input_views.views],
         )
-        for input_name, feature_input in head_inputs(recipe, networks).items()
+        for input_name, input_views in head_inputs(recipe, networks).items()
     ]
     return plan_run(
         features=feature_plans,

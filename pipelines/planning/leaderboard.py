@@ -11,13 +11,13 @@ from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.results import read_bank
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.planning.plan import Trained, bank_group
+from headrace.pipelines.planning.plan import SpecsByFile, bank_group
 from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.recipe.grid import RequestedHeads
 from headrace.pipelines.recipe.settings_text import settings_text
 
 
-def trained_specs(banks_folder: Path, group: str, *, retry_failed: bool = False) -> Trained:
+def trained_specs(banks_folder: Path, group: str, *, retry_failed: bool = False) -> SpecsByFile:
     """Return the specs in each results file of a group (`bank_group`); with retry_failed, only
     specs without a failed head.
     """

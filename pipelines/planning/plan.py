@@ -24,8 +24,8 @@ from headrace.pipelines.planning.cost_model import (
 )
 from headrace.pipelines.recipe.grid import RequestedHeads
 
-# The specs in each results file, by its path, of one bank group: one (task, features, kind).
-Trained = Mapping[str, frozenset[HeadSpec]]
+# The specs in each results file of a bank group (one task, features and kind), by its path.
+SpecsByFile = Mapping[str, frozenset[HeadSpec]]
 # Part of every bank's name. To be raised when training changes so that a spec gives another head.
 SOLVER_VERSION = 1
 
@@ -158,7 +158,7 @@ def plan_run(
     images: int,
     requested: Sequence[RequestedHeads],
     task: Task | None,
-    trained: Callable[[str], Trained],
+    trained: Callable[[str], SpecsByFile],
     rates: Rates = _UNMEASURED,
 ) -> Plan:
     """Return the plan of what is requested and missing. It is pure, except that `trained` reads.
@@ -254,14 +254,14 @@ def _missing_banks(
     requested: Sequence[RequestedHeads],
     fingerprints: Mapping[str, Sequence[str]],
     task_digest: str,
-    trained: Callable[[str], Trained],
+    trained: Callable[[str], SpecsByFile],
     bank_size: Callable[[RequestedHeads], int],
 ) -> Iterator[BankPlan]:
     """Yield the banks of specs that have not been trained.
 
     bank_size: returns how many specs make a bank.
     """
-    trained_by_group: dict[str, Trained] = {}
+    trained_by_group: dict[str, SpecsByFile] = {}
     # Sorted, so that workers read one feature set after the other.
     for heads in sorted(requested, key=lambda heads: heads.inputs):
         group = bank_group(task_digest, heads, fingerprints)

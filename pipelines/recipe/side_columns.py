@@ -23,7 +23,7 @@ ColumnKind = Literal["auto", "number", "category"]
 _DECIMAL_COMMA = r"[+-]?\d+,\d+"
 _DATE = r"\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{2}|\d{4})|\d{1,2}:\d{2}(:\d{2})?"
 _NUMBER_AND_WORD = r"[<>~$€£]?[+-]?\d+(\.\d+)?\s*[^\d\s,.:/_-]{0,5}"
-_LARGEST = 1e30  # heads read numbers as float32
+_MAX_NUMBER = 1e30  # heads read numbers as float32
 # Numbers that stand for a missing one in many tables, if they are far from all others.
 _MISSING_CODES = (-9, -99, -999, -9999, -99999, 99, 999, 9999, 99999)
 # A category column with more than _MANY_LEVELS levels, and fewer than _ROWS_PER_LEVEL rows for
@@ -100,12 +100,12 @@ def require_columns(samples: pd.DataFrame, names: Sequence[str], place: str = ""
     """Raise DataError if a column that the model reads is absent. place: begins the message."""
     absent = [name for name in names if name not in samples]
     if absent:
-        there = [str(name) for name in samples.columns if name not in ("path", "file", "content")]
+        present = [str(name) for name in samples.columns if name not in ("path", "file", "content")]
         raise DataError(
             f"{place}the model reads {name_some(names)} beside each image, and there is no column "
             f"{name_some(absent)}. Give a table with a column of paths and "
             f"{'this one' if len(absent) == 1 else 'these'} beside it. There are: "
-            f"{name_some(there) or 'none'}"
+            f"{name_some(present) or 'none'}"
         )
 
 
@@ -152,18 +152,18 @@ def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Seri
 def _numbers(name: str, texts: pd.Series, row_names: pd.Series) -> npt.NDArray[np.float64]:
     """Return (N,) numbers, nan if missing. Raises DataError, which names the first non-number."""
     numbers = _parsed(texts)
-    is_wrong = (numbers.isna() & ~_is_missing(texts)) | (numbers.abs() > _LARGEST)
+    is_wrong = (numbers.isna() & ~_is_missing(texts)) | (numbers.abs() > _MAX_NUMBER)
     if is_wrong.any():
         row = int(is_wrong.to_numpy().argmax())
-        found = str(texts.iloc[row])
+        cell_text = str(texts.iloc[row])
         advice = (
             "write decimals with a point, and thousands without a comma"
-            if re.fullmatch(_DECIMAL_COMMA, found)
+            if re.fullmatch(_DECIMAL_COMMA, cell_text)
             else "empty the cell where the number is not known; for names that are not numbers, "
             f"side_columns: {{{name}: category}}"
         )
         raise DataError(
-            f"side column {name!r} holds numbers, and {found!r} for {row_names.iloc[row]!r} "
+            f"side column {name!r} holds numbers, and {cell_text!r} for {row_names.iloc[row]!r} "
             f"({count_text(int(is_wrong.sum()), 'such row')}): {advice}"
         )
     return numbers.to_numpy()
@@ -216,23 +216,24 @@ def _cautions(
             f"side column {column.name!r} has one value in all training images: it says nothing"
         ]
     notes = _written_in_two_ways(column, _parsed(texts[is_training]))
-    answers = target[is_training].reshape(len(values), -1)
+    targets = target[is_training].reshape(len(values), -1)
     if column.levels is None and section.kind == "regression":
         numbers = _parsed(texts)[is_training].to_numpy()
-        known = ~np.isnan(numbers)
+        is_given = ~np.isnan(numbers)
         # The correlation with a constant is nan, about which NumPy warns; a note would be the wrong
         # one.
         with np.errstate(invalid="ignore", divide="ignore"):
             correlations = [
-                abs(np.corrcoef(numbers[known], answer[known])[0, 1]) for answer in answers.T
+                abs(np.corrcoef(numbers[is_given], values_of_target[is_given])[0, 1])
+                for values_of_target in targets.T
             ]
         # Not exactly 1: a copy of the target in another unit may be rounded.
         gives_away = bool(np.nanmax([*correlations, 0]) > 0.9999)
     else:
-        # Each value comes with one answer, and on enough rows that this is not chance.
-        answers_of_value = pd.DataFrame(answers).groupby(values.to_numpy()).nunique()
+        # Each value comes with one target, and on enough rows that this is not chance.
+        n_targets_by_value = pd.DataFrame(targets).groupby(values.to_numpy()).nunique()
         gives_away = n_values <= len(values) // _ROWS_PER_LEVEL and bool(
-            (answers_of_value <= 1).all(axis=0).any()
+            (n_targets_by_value <= 1).all(axis=0).any()
         )
     if not gives_away:
         return notes
@@ -252,11 +253,11 @@ def _written_in_two_ways(column: SideColumn, numbers: pd.Series) -> list[str]:
         return alike_names(column.levels, f"values of {column.name!r}")
     notes = []
     for code in _MISSING_CODES:
-        others = numbers[numbers != code].dropna()
+        other_numbers = numbers[numbers != code].dropna()
         n_codes = int((numbers == code).sum())
-        if n_codes < 2 or len(others) < 2:
+        if n_codes < 2 or len(other_numbers) < 2:
             continue
-        low, high = others.min(), others.max()
+        low, high = other_numbers.min(), other_numbers.max()
         if min(abs(code - low), abs(code - high)) > 2 * (high - low) and not low <= code <= high:
             notes.append(
                 f"side column {column.name!r} is {code} for {count_text(n_codes, 'image')}, far "

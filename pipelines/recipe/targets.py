@@ -148,11 +148,11 @@ def _encode_one_hot(target_values: pd.DataFrame) -> tuple[tuple[str, ...], npt.N
             "regression, or name one column"
         )
     # A class without an image could not be trained or tested.
-    used = np.flatnonzero(numbers.any(axis=0)).tolist()
-    if len(used) < 2:
+    used_columns = np.flatnonzero(numbers.any(axis=0)).tolist()
+    if len(used_columns) < 2:
         raise DataError("task.target: all images have their 1 in the same column")
-    classes = tuple(str(target_values.columns[index]) for index in used)
-    return classes, numbers[:, used].argmax(axis=1).astype(np.int64)
+    classes = tuple(str(target_values.columns[index]) for index in used_columns)
+    return classes, numbers[:, used_columns].argmax(axis=1).astype(np.int64)
 
 
 def _class_order(labels: Iterable[str]) -> Any:
@@ -249,16 +249,16 @@ def _folded(name: str) -> str:
     that do not change a number.
     """
     if any(letter.isdigit() for letter in name) and not any(letter.isalpha() for letter in name):
-        number = re.fullmatch(r"(-?)0*(\d+)(\.0+)?", name)
+        digits = re.fullmatch(r"(-?)0*(\d+)(\.0+)?", name)
         # 07 and 7.0 are 7, but -1 is not 1, nor version 1.10 version 1.1
-        return name if number is None else number[1] + number[2]
-    kept = (
+        return name if digits is None else digits[1] + digits[2]
+    letters = (
         letter
         # NFKD writes an accent as a letter of its own.
         for letter in unicodedata.normalize("NFKD", name)
         if not (unicodedata.combining(letter) or letter.isspace() or letter in "-_")
     )
-    return "".join(kept).casefold()
+    return "".join(letters).casefold()
 
 
 def name_some(names: Sequence[str]) -> str:

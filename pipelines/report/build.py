@@ -20,7 +20,7 @@ from headrace.pipelines.report.images.image_quality import measured_frame, quali
 from headrace.pipelines.report.images.slices import slices_section
 from headrace.pipelines.report.images.small_copies import SmallCopies, make_small_copies
 from headrace.pipelines.report.instances import instance_sections
-from headrace.pipelines.report.judged import judged_sides, known_of_images
+from headrace.pipelines.report.judged import image_table, judged_sides
 from headrace.pipelines.report.leaders import leaderboard_section, metric_title, taps_section
 from headrace.pipelines.report.leakage import leakage_section
 from headrace.pipelines.report.networks import network_sections
@@ -83,7 +83,7 @@ def write_report(
     return write_page(
         page_path,
         finished_run.paths.root.name,
-        _made_text(finished_run),
+        _byline(finished_run),
         make_headline(finished_run),
         sections,
         tables=tables,
@@ -104,9 +104,9 @@ def make_sections(
     selected = find_selected(run)
     tested = test_predictions(run, selected)
     sides = judged_sides(run, tested)
-    known = known_of_images(run, sides)
+    images = image_table(run, sides)
     copies = make_small_copies(
-        thumbnails.paths, _pictured(known, max_pictures), thumbnails.pixel_range
+        thumbnails.paths, _pictured(images, max_pictures), thumbnails.pixel_range
     )
     measured = measured_frame(copies)
     return (
@@ -115,7 +115,7 @@ def make_sections(
         predictions_section(run),
         map_section(
             run,
-            known.merge(measured, left_on="content", right_index=True, how="left"),
+            images.merge(measured, left_on="content", right_index=True, how="left"),
             copies.by_content,
             _map_notes(selected, tested, copies),
         ),
@@ -125,7 +125,7 @@ def make_sections(
         *instance_sections(run, selected, thumbnails),
         slices_section(run, sides, measured),
         leakage_section(run, thumbnails),
-        quality_section(run, known, copies, measured, thumbnails),
+        quality_section(run, images, copies, measured, thumbnails),
         data_section(run),
         *network_sections(run),
         ensemble_section(run),
@@ -135,17 +135,17 @@ def make_sections(
     )
 
 
-def _pictured(known: pd.DataFrame, max_pictures: int) -> list[str]:
+def _pictured(images: pd.DataFrame, max_pictures: int) -> list[str]:
     """Return the content hashes of the images pictured on the map: mistakes, as at most half of
     them, and the rest at random.
     """
     # With a seed, so that the same run gives the same page.
     rng = np.random.default_rng(0)
-    contents = known["content"].to_numpy(str)
+    contents = images["content"].to_numpy(str)
     # A regression has no outcome.
-    wrong = np.flatnonzero(known.get("outcome", pd.Series("", index=known.index)) == "wrong")
+    wrong = np.flatnonzero(images.get("outcome", pd.Series("", index=images.index)) == "wrong")
     drawn = np.concatenate(
-        [rng.permutation(wrong)[: max_pictures // 2], rng.permutation(len(known))]
+        [rng.permutation(wrong)[: max_pictures // 2], rng.permutation(len(images))]
     )
     return list(dict.fromkeys(contents[drawn].tolist()))[:max_pictures]
 
@@ -227,7 +227,7 @@ def _test_value(run: FinishedRun, selected: SelectedModel) -> tuple[str, str, st
     return f"test {metric_title(result['metric'])}", value, remark
 
 
-def _made_text(run: FinishedRun) -> str:
+def _byline(run: FinishedRun) -> str:
     task_word, target_words = {
         "single": ("single-label", ("class", "classes")),
         "multi": ("multi-label", ("label", "labels")),

@@ -85,7 +85,7 @@ def _as_numbers(column: pd.Series) -> pd.Series:
     return numbers if numbers.notna().sum() == column.notna().sum() else column
 
 
-def known_of_images(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataFrame:
+def image_table(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataFrame:
     """Return a row per image that can be shown: id, content, split, label, the winner's prediction,
     its outcome, and the user's columns.
 
@@ -101,12 +101,12 @@ def known_of_images(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataF
             split=TRAINING,
         )
         frames.append(training)
-    known = pd.concat(frames, ignore_index=True)
+    images = pd.concat(frames, ignore_index=True)
     # A column of the user's may be called `label` or `split`, as ours are.
     user_table = user_columns(run).rename(
-        columns=lambda name: f"{name} (column)" if name in known else str(name)
+        columns=lambda name: f"{name} (column)" if name in images else str(name)
     )
-    return known.merge(user_table, left_on="id", right_index=True, how="left")
+    return images.merge(user_table, left_on="id", right_index=True, how="left")
 
 
 def _labels(run: FinishedRun, target: npt.NDArray[Any]) -> pd.DataFrame:
@@ -127,5 +127,5 @@ def _side_frame(run: FinishedRun, side: JudgedSide) -> pd.DataFrame:
         frame["predicted"] = np.asarray(run.classes, object)[side.predicted.argmax(1)]
         frame["probability"] = side.predicted.max(1)
     # Of several labels, all must be right.
-    right = values.reshape(len(values), -1).all(1)
-    return frame.assign(outcome=np.where(right, "right", "wrong"))
+    is_right = values.reshape(len(values), -1).all(1)
+    return frame.assign(outcome=np.where(is_right, "right", "wrong"))

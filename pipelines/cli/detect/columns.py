@@ -70,8 +70,8 @@ def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]", table_file: 
 
 def _names_elsewhere(missing_file: Path) -> str:
     """Return, in words, why a path that a table names leads to no file, where its text says so."""
-    parts = [part.strip() for part in re.split(r"[;,|]", str(missing_file))]
-    if len(parts) > 1 and all(Path(part).suffix.lower() in IMAGE_SUFFIXES for part in parts):
+    names = [name.strip() for name in re.split(r"[;,|]", str(missing_file))]
+    if len(names) > 1 and all(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
         return (
             ". The cells name several images each: write a row for each image, with what they have "
             "in common in a column (task.unit: scores by all images of one)"
@@ -119,12 +119,13 @@ def task_section(
     free_columns = [name for name in column_names if name not in named_columns]
     target_column = _named_target([*column_names, *list_columns])
     if target_column is None and (target_column := _few_valued(samples, free_columns)):
-        others = [
+        other_columns = [
             name for name in free_columns if name != target_column and _few_valued(samples, [name])
         ]
+        others_text = f" (others: {name_some(other_columns)})" if other_columns else ""
         task_notes.append(
             f"no column is named like a label; {target_column!r} is taken, the first with few "
-            f"values{f' (others: {name_some(others)})' if others else ''}. For another: task.target"
+            f"values{others_text}. For another: task.target"
         )
     indicators = [name for name in free_columns if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
     ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
@@ -280,8 +281,8 @@ def _are_labels(
 def first_named(names: tuple[str, ...], column_names: Sequence[str]) -> str | None:
     """Return the column with the first of `names` that there is, also as `Patient ID` and such."""
     columns_by_letters = {_letters(str(column)): str(column) for column in column_names}
-    found = (columns_by_letters.get(_letters(name)) for name in names)
-    return next((column for column in found if column is not None), None)
+    matches = (columns_by_letters.get(_letters(name)) for name in names)
+    return next((column for column in matches if column is not None), None)
 
 
 def _letters(name: str) -> str:

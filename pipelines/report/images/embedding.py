@@ -41,6 +41,7 @@ _MAX_BYTES = 1_000_000_000  # of features in memory
 _MAX_UMAP = 20_000  # images: UMAP takes about 4 s for each thousand on one core
 _UMAP_COMPONENTS = 50  # principal components that UMAP reads
 _EXACT = 2048  # features or images up to which PCA is exact
+_MIN_NUMBERS = 12  # numbers of so few values are coloured as words
 _MAX_WORDS = 5000  # distinct values of a column that images can be coloured by
 _READ_ROWS = 4096  # feature maps in memory at once, to be averaged over positions
 
@@ -48,9 +49,9 @@ Floats = npt.NDArray[np.float32]
 
 
 def map_section(
-    run: FinishedRun, known: pd.DataFrame, copies: Mapping[str, SmallCopy], remarks: list[Note]
+    run: FinishedRun, images: pd.DataFrame, copies: Mapping[str, SmallCopy], remarks: list[Note]
 ) -> Section:
-    """Return the section. known: from `known_of_images`; copies: pictures, by content hash."""
+    """Return the section. images: from `image_table`; copies: pictures, by content hash."""
     title = "Map of the images"
     lead = (
         "Images that the network sees as alike lie near each other. Draw around some to have them "
@@ -58,7 +59,7 @@ def map_section(
     )
     names = _input_names(run)
     try:
-        features, rows, notes = _read_features(run, names, known["content"].to_numpy(str))
+        features, rows, notes = _read_features(run, names, images["content"].to_numpy(str))
     except (HeadraceError, OSError) as error:
         text = f"No map: the features cannot be read: {error}"
         return Section("map", title, lead, (Note(text, "warning"),))
@@ -67,7 +68,7 @@ def map_section(
     if len(rows) < 3:
         blocks.append(Note(f"No map: {len(rows)} of the images have features."))
         return Section("map", title, lead, tuple(blocks))
-    shown = known.iloc[rows].reset_index(drop=True)
+    shown = images.iloc[rows].reset_index(drop=True)
     layouts, share = make_layouts(features, run.paths.map_places)
     pictures = tuple(
         copies[content].webp if content in copies else None for content in shown["content"]
@@ -181,17 +182,17 @@ def colourings(shown: pd.DataFrame, always: Collection[str]) -> tuple[Colouring,
     for name in (*first_names, *other_names):
         column = shown[name]
         is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-        if is_number and name not in always and column.nunique() > 12:
+        if is_number and name not in always and column.nunique() > _MIN_NUMBERS:
             numbers = column.to_numpy(np.float64)
             colouring_list.append(_number_colouring(str(name), numbers))
             continue
         write = "{:.4g}".format if pd.api.types.is_float_dtype(column) else str
         codes, values = pd.factorize(column.map(write, na_action="ignore").astype(object))
         # A column of one value colours nothing, and one of nearly as many as images names them.
-        fewest, most = 2, len(shown) // 2
+        min_values, max_values = 2, len(shown) // 2
         if name in first_names or name in always:
-            fewest, most = 1, _MAX_WORDS
-        if fewest <= len(values) <= min(most, _MAX_WORDS):
+            min_values, max_values = 1, _MAX_WORDS
+        if min_values <= len(values) <= min(max_values, _MAX_WORDS):
             known_codes = np.where(codes < 0, NO_VALUE, codes).astype(np.uint16)
             colouring_list.append(Colouring(str(name), known_codes, tuple(values)))
     return tuple(colouring_list)
@@ -234,10 +235,10 @@ def _read_features(
         )
         notes.append(Note(text, "warning"))
     width = sum(features.shape[1] for features in feature_sets)
-    n_most = min(MAX_POINTS, max(1000, _MAX_BYTES // (4 * width)))
-    if len(rows) > n_most:
-        notes.append(Note(f"Of {len(rows):,} images, {n_most:,} drawn at random are on the map."))
-        rows = np.sort(np.random.default_rng(0).choice(rows, n_most, replace=False))
+    max_rows = min(MAX_POINTS, max(1000, _MAX_BYTES // (4 * width)))
+    if len(rows) > max_rows:
+        notes.append(Note(f"Of {len(rows):,} images, {max_rows:,} drawn at random are on the map."))
+        rows = np.sort(np.random.default_rng(0).choice(rows, max_rows, replace=False))
     blocks = [
         _read_rows(features, rows_of_set[rows])
         for features, rows_of_set in zip(feature_sets, stored_rows, strict=True)

@@ -40,7 +40,7 @@ def measured_frame(copies: SmallCopies) -> pd.DataFrame:
 
 def quality_section(
     run: FinishedRun,
-    known: pd.DataFrame,
+    images: pd.DataFrame,
     copies: SmallCopies,
     measured: pd.DataFrame,
     thumbnails: Thumbnails,
@@ -55,12 +55,12 @@ def quality_section(
     if measured.empty:
         reason = run.images if isinstance(run.images, str) else "no image was read for this page"
         return Section("quality", title, lead, (Note(f"Not measured: {reason}."),))
-    blocks: list[Block] = [_size_facts(measured, known, copies)]
+    blocks: list[Block] = [_size_facts(measured, images, copies)]
     # Copies of an image would fill all places at an end of a scale.
-    frame = known.drop_duplicates("content").set_index("content")[["id", "split"]]
+    frame = images.drop_duplicates("content").set_index("content")[["id", "split"]]
     frame = frame.join(measured, how="inner")
-    for name, smallest, caption in _EXTREMES:
-        extremes = frame.sort_values([name, "id"], ascending=[smallest, True]).head(SHOWN)
+    for name, is_smallest, caption in _EXTREMES:
+        extremes = frame.sort_values([name, "id"], ascending=[is_smallest, True]).head(SHOWN)
         pictures = tuple(
             Picture(
                 (thumbnails.get(str(content)),),
@@ -90,12 +90,12 @@ def quality_section(
     return Section("quality", title, lead, (*blocks, table))
 
 
-def _size_facts(measured: pd.DataFrame, known: pd.DataFrame, copies: SmallCopies) -> Facts:
+def _size_facts(measured: pd.DataFrame, images: pd.DataFrame, copies: SmallCopies) -> Facts:
     sizes = measured[["width", "height"]].value_counts()
     commonest = sizes.index.tolist()[0]
     pixels = measured["width"] * measured["height"]
     ends = [measured.iloc[int(row)] for row in (pixels.argmin(), pixels.argmax())]
-    n_images = known["content"].nunique()
+    n_images = images["content"].nunique()
     left_out = f"; {copies.unreadable:,} could not be read" if copies.unreadable else ""
     ends_text = " and ".join(f"{end['width']:.0f} × {end['height']:.0f}" for end in ends)
     facts = [

@@ -45,8 +45,8 @@ def slices_section(
     metric = str(frame["metric"].iloc[0])
     lower_is_better = metric == "mae"
     # Among many slices some look bad by chance: Bonferroni's correction of the level.
-    corrected = 1 - (1 - LEVEL) / len(frame)
-    ends = [_interval(metric, row["values"], row["groups"], corrected) for row in rows]
+    corrected_level = 1 - (1 - LEVEL) / len(frame)
+    ends = [_interval(metric, row["values"], row["groups"], corrected_level) for row in rows]
     worse = [
         low > row["overall"] if lower_is_better else high < row["overall"]
         for (low, high), row in zip(ends, rows, strict=True)
@@ -115,9 +115,9 @@ def _slice_rows(
     metric, values = side_values(run, side)
     overall = float(values.mean())
     # The user's columns are known by id, what was measured by the image's content.
-    of_user = columns.reindex(side.ids).reset_index(drop=True)
-    of_pixels = measured.reindex(side.content).reset_index(drop=True)
-    for name, column in (*of_user.items(), *of_pixels.items()):
+    user_values = columns.reindex(side.ids).reset_index(drop=True)
+    pixel_measures = measured.reindex(side.content).reset_index(drop=True)
+    for name, column in (*user_values.items(), *pixel_measures.items()):
         for word, rows in _slices_of(column):
             slice_values = values[rows]
             low, high = _interval(metric, slice_values, side.groups[rows], LEVEL)
@@ -152,7 +152,7 @@ def _slices_of(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]
         ).astype(object)
         words = words.where(column.notna(), "(none)")
     elif pd.api.types.is_float_dtype(column):
-        words = column.map(lambda number: f"{number:.4g}", na_action="ignore").fillna("(none)")
+        words = column.map(lambda value: f"{value:.4g}", na_action="ignore").fillna("(none)")
     # One value divides nothing; of very many, each stands for a few images.
     if not 2 <= words.nunique() <= MAX_VALUES:
         return

@@ -27,16 +27,16 @@ def packed(parts: Mapping[str, npt.NDArray[Any] | Sequence[str]]) -> dict[str, A
     """
     described: list[tuple[str, str, int]] = []
     content = bytearray()
-    for name, part in parts.items():
-        if isinstance(part, np.ndarray):
-            part_type = _TYPES[part.dtype.name]
+    for name, values in parts.items():
+        if isinstance(values, np.ndarray):
+            part_type = _TYPES[values.dtype.name]
             # JavaScript's typed arrays have the machine's byte order, which is this one on all of
             # today's.
-            part_bytes = part.astype(part.dtype.newbyteorder("<")).tobytes()
+            part_bytes = values.astype(values.dtype.newbyteorder("<")).tobytes()
         else:
             part_type = "text"
             # A text cannot contain a zero character: `plain_text` has replaced it.
-            part_bytes = "\0".join(map(plain_text, part)).encode("utf-8", "replace")
+            part_bytes = "\0".join(map(plain_text, values)).encode("utf-8", "replace")
         described.append((name, part_type, len(part_bytes)))
         content += part_bytes + bytes(-len(part_bytes) % _ALIGNMENT)
     return {

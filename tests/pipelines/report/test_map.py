@@ -21,7 +21,7 @@ from headrace.pipelines.report.build import write_report
 from headrace.pipelines.report.images import embedding
 from headrace.pipelines.report.images.embedding import colourings, make_layouts, map_section
 from headrace.pipelines.report.images.small_copies import make_small_copies, measure_image
-from headrace.pipelines.report.judged import judged_sides, known_of_images
+from headrace.pipelines.report.judged import image_table, judged_sides
 from headrace.pipelines.report.page.blocks import NO_VALUE, STEPS, Note, PointMap
 from headrace.pipelines.report.selected_model import find_selected, test_predictions as predict_test
 
@@ -39,7 +39,7 @@ def known(hostile_run):
     """The run, and what is known of its images."""
     run = read_finished_run(hostile_run / "runs" / "single")
     tested = predict_test(run, find_selected(run))
-    return run, known_of_images(run, judged_sides(run, tested))
+    return run, image_table(run, judged_sides(run, tested))
 
 
 @pytest.mark.parametrize(("n", "width"), [(300, 40), (60, 200)])
@@ -233,7 +233,7 @@ def test_labels_of_test_images_are_shown_only_where_they_were_evaluated(hostile_
         (root / name).unlink()
     run = read_finished_run(root)
     tested = predict_test(run, find_selected(run))
-    frame = known_of_images(run, judged_sides(run, tested))
+    frame = image_table(run, judged_sides(run, tested))
     assert set(frame["split"]) == {"validation"}
     assert not set(frame["id"]) & set(run.images.dataset.test.ids)
 
