@@ -27,6 +27,7 @@ from headrace.extract.sources.label_studio import holds_tasks, task_rows
 from headrace.extract.sources.layout import SPLIT_WORDS
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_IN_BRACKETS = re.compile(r"\[[^\]]*\]")
 _SEPARATOR_LINE = re.compile(r"\Asep=.\r?\n")  # Excel's first line that names the separator
 _LINES_LOOKED_AT = 20  # of a text, to find its delimiter
 _CELLS_LOOKED_AT = 100  # of a column, to tell what it holds
@@ -160,18 +161,16 @@ def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
 
 
 def _listed_paths(text: str) -> list[str] | None:
-    """Return the lines of a list of image files, as `find` writes one; None for other texts.
-
-    Names may have commas in them (QuPath's tiles), but are no row of several images.
-    """
+    """Return the lines of a list of image files, as `find` writes one; None for other texts."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    ends = (Path(line).suffix.lower() in IMAGE_SUFFIXES for line in lines)
-    pairs = (
-        Path(line.partition(",")[0]).suffix.lower() in IMAGE_SUFFIXES
-        for line in lines
-        if "," in line
-    )
-    return lines if lines and all(ends) and not any(pairs) else None
+    for line in lines:
+        # The names of QuPath's tiles have commas in brackets. Elsewhere they, and tabs, separate
+        # cells: `cat,1.jpg` is a label and a path, without names of columns.
+        outside = _IN_BRACKETS.sub("", line)
+        has_cells = any(delimiter in outside for delimiter in _DELIMITERS)
+        if has_cells or Path(line).suffix.lower() not in IMAGE_SUFFIXES:
+            return None
+    return lines or None
 
 
 def _joined_lines(frame: pd.DataFrame, table_path: Path) -> list[str]:

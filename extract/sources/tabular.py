@@ -44,7 +44,8 @@ _ROBOFLOW_TABLES = ("_annotations.coco.json", "_classes.csv")
 _MEANINGS = {"path": "where the image is", "id": "what tells rows apart"} | dict.fromkeys(
     ("content", "_content"), "the hash of an image's bytes"
 )
-_PLACEHOLDER = re.compile(r"\{([^{}]*?)(?::0(\d{1,3}))?\}")  # a column in a path pattern, its width
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")  # a column in a path pattern
+_COLUMN_AND_WIDTH = re.compile(r"(.*):0(\d{1,3})", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -370,8 +371,13 @@ def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Ser
 
     `{id:05}` fills a value with zeros, which spreadsheets take away, to five characters.
     """
-    first, *rest = _PLACEHOLDER.split(pattern)  # text, column, width, text, column, width, text …
-    absent_names = [name for name in dict.fromkeys(rest[::3]) if name not in frame.columns]
+    first, *rest = _PLACEHOLDER.split(pattern)  # text, placeholder, text, placeholder, text …
+    columns: list[tuple[str, int]] = []
+    for placeholder in rest[::2]:
+        # A column may itself have a name like `at:05`.
+        has_width = placeholder not in frame.columns and _COLUMN_AND_WIDTH.fullmatch(placeholder)
+        columns.append((has_width[1], int(has_width[2])) if has_width else (placeholder, 0))
+    absent_names = [name for name, _ in dict.fromkeys(columns) if name not in frame.columns]
     if absent_names or not rest:
         raise SourceError(
             f"images.path_pattern {pattern!r}: {table_path} has no column "
@@ -381,8 +387,8 @@ def _fill_pattern(frame: pd.DataFrame, pattern: str, table_path: Path) -> pd.Ser
         )
     # As objects: names of files that are no UTF-8 hold surrogates, which Arrow's text cannot.
     filled_paths = pd.Series(first, index=frame.index, dtype=object)
-    for column_name, width, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-        filled_texts = as_text(frame[column_name]).str.zfill(int(width or 0))
+    for (column_name, width), text in zip(columns, rest[1::2], strict=True):
+        filled_texts = as_text(frame[column_name]).str.zfill(width)
         filled_paths = filled_paths + filled_texts.astype(object) + text
     return filled_paths
 
@@ -393,11 +399,15 @@ def _in_folders(filled_paths: pd.Series, pattern: str, image_root: Path) -> pd.S
     A path without a file stays. Raises SourceError for files that several of the folders have.
     """
     folder_pattern, _, _ = pattern.rpartition("/")
-    if "*" not in folder_pattern or "{" in folder_pattern:
+    if "*" not in folder_pattern or "{" in folder_pattern or filled_paths.isna().all():
         return filled_paths
     folders_of_name: dict[str, list[str]] = {}
+    # `*` alone is special: the names of folders may have brackets.
+    wanted = glob.escape(folder_pattern).replace("[*]", "*")
+    if not os.path.isabs(folder_pattern):
+        wanted = f"{glob.escape(str(image_root))}/{wanted}"
     # Each folder is listed once, because a look for every row in every folder takes long.
-    for folder in sorted(glob.glob(f"{glob.escape(str(image_root))}/{folder_pattern}/")):
+    for folder in sorted(glob.glob(f"{wanted}/")):
         for name in os.listdir(folder):
             folders_of_name.setdefault(name, []).append(os.path.relpath(folder, image_root))
     start = len(folder_pattern) + 1

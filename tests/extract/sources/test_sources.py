@@ -644,6 +644,25 @@ def test_a_pattern_finds_each_file_in_the_folder_that_has_it(tmp_path):
         read_text(tmp_path, "code,l\n1,x\n2,y\n", path_pattern="part_*/{code:02}.jpg")
 
 
+def test_a_pattern_with_a_star_is_found_in_any_folder(tmp_path):
+    """An absolute one, and one whose names have brackets; a table whose rows all lack the value has
+    no image.
+    """
+    for name in ("s[a]1/1.jpg", "s[a]2/2.jpg"):
+        write(tmp_path / "images" / name, png(1))
+    for start in ("images", f"{tmp_path}/images"):
+        listing = read_text(tmp_path, "id,l\n1,x\n2,y\n", path_pattern=f"{start}/s[a]*/{{id}}.jpg")
+        found = [Path(path).relative_to(tmp_path) for path in listing.samples["path"]]
+        assert found == [Path("images/s[a]1/1.jpg"), Path("images/s[a]2/2.jpg")]
+    with pytest.raises(SourceError, match="2 rows that name no image"):
+        read_text(tmp_path, "id,l\n,x\n,y\n", path_pattern="images/s*/{id}.jpg")
+
+
+def test_a_column_whose_name_ends_as_a_width_is_a_column(tmp_path):
+    listing = read_text(tmp_path, "at:01,l\n1,x\n2,y\n", path_pattern="{at:01}.jpg")
+    assert listing.samples["id"].tolist() == ["1.jpg", "2.jpg"]
+
+
 def test_a_column_called_image_counts_before_one_of_masks(tmp_path):
     """Also where some of its images are of another kind; ids in it are asked about, and not passed
     over.
@@ -935,8 +954,14 @@ def test_a_list_of_files_needs_no_names_of_columns(tmp_path):
     listing = read_text(tmp_path, "\n".join(names) + "\n", "list.txt")
     assert listing.samples["id"].tolist() == names
     assert listing.notes == ("list.txt: a path in each line, and no names of columns",)
-    with pytest.raises(SourceError, match="first line looks like an image"):
-        read_text(tmp_path, "1.jpg,2.jpg\n3.jpg,4.jpg\n", "pairs.txt")
+    for rows in (
+        "1.jpg,2.jpg\n3.jpg,4.jpg\n",
+        "cat,1.jpg\ndog,2.jpg\n",
+        "cat\t1.jpg\n",
+        "cat;1.jpg",
+    ):
+        with pytest.raises(SourceError, match="first line looks like an image"):
+            read_text(tmp_path, rows, "rows.txt")
 
 
 def test_an_address_is_told_to_be_downloaded(tmp_path):
