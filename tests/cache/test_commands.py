@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from support.caches import flip, make_feature_set, make_spec, unit_name
+from support.runs import RECIPE, headrace, make_photos
 from typer.testing import CliRunner
 
 from headrace.cache.errors import CacheError
@@ -98,6 +99,20 @@ def test_verify_repair_verify(cache):
     assert f"1 removed ({unit_name(1)})" in run("repair", "--cache", cache)
     assert "nothing to repair" in run("repair", "blocks.4.avg", "--cache", cache)
     assert "every byte of 16 rows" in run("verify", "blocks.4.avg", "--cache", cache)
+
+
+@pytest.mark.slow
+def test_rows_of_a_recipes_images_are_extracted_again_and_only_those(tmp_path):
+    """Another recipe on the same cache has no image here: that is told, for each of its taps."""
+    make_photos(tmp_path / "photos", 6)
+    make_photos(tmp_path / "others", 6, seed=1)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "other.yaml").write_text(RECIPE.replace("photos", "others"))
+    assert headrace("extract", "recipe.yaml", cwd=tmp_path).returncode == 0
+    output = run("verify", "--recipe", tmp_path / "recipe.yaml", "--recompute", 2)
+    assert output.count("2 rows extracted again") == 3
+    output = run("verify", "--recipe", tmp_path / "other.yaml", "--recompute", 2)
+    assert output.count("no row is of an image of the recipe") == 3
 
 
 def test_sources_need_the_recipe(cache):

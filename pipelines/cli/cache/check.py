@@ -186,6 +186,9 @@ def _verify_recompute(
                     feature_set.content_hashes().astype("U32"),
                     [content_hash for content_hash in hashes if content_hash],
                 )
+                if not has_image.any():
+                    say(f"{spec.name}: no row is of an image of the recipe; none extracted again")
+                    continue
                 result = verify_recompute(
                     feature_set, extract_rows, n_rows, candidate_rows=np.flatnonzero(has_image)
                 )
