@@ -326,7 +326,7 @@ def cut(steps: int) -> dict[str, float]:
         rows = np.arange(ROWS)
         for step in range(steps + 1):
             for side, (training, source) in enumerate(sides):
-                training.mode()
+                training.train_mode()
                 started = time.process_time()
                 # A map is stored in float16, so that its conversion is part of the step.
                 inputs = source if source.dtype == torch.uint8 else source.float()

@@ -1,6 +1,7 @@
 """A Dask cluster of SLURM jobs, over TLS. Jobs that end are replaced while there is work."""
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -40,9 +41,9 @@ _PATIENCE = 5  # times in a row that all jobs may end before a worker of theirs 
 _CORES_PER_GPU = 8
 _MEMORY_PER_GPU = "16 GB"
 # Messages of SLURM while its controller is restarted.
-_PASSING = ("Unable to contact", "timed out", "Connection refused")
+_TRANSIENT = ("Unable to contact", "timed out", "Connection refused")
 # Words in SLURM's refusals, and the recipe's keys that they are about.
-_KEYS = {
+_KEYS_BY_WORD = {
     "partition": "partition (of GPUs: gpu_partition)",
     "account": "account",
     "memory": "memory_per_job",
@@ -53,8 +54,8 @@ _KEYS = {
     "qos": "directives",
 }
 # By cluster: how many times in a row it had lost jobs and no worker; when squeue was last called.
-_stillborn: dict[str, int] = {}
-_looked: dict[str, float] = {}
+_failed_starts: dict[str, int] = {}
+_looked_at: dict[str, float] = {}
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def slurm_client(
     jobqueue = require_extra("dask_jobqueue", "slurm")
     slurm_options = section.slurm
     workers_per_job = slurm_options.gpus_per_job if on_gpu else slurm_options.workers_per_job
-    n_jobs = -(-(workers or workers_per_job) // workers_per_job)
+    n_jobs = math.ceil((workers or workers_per_job) / workers_per_job)
     tls_security = folder_security(section.tls or write_tls(RunPaths(run_folder).tls))
     log_folder = RunPaths(run_folder).logs / "slurm"
     log_folder.mkdir(parents=True, exist_ok=True)
@@ -154,9 +155,9 @@ def replace_lost_jobs(cluster: Any) -> None:
     """Submit a new job for each that is no longer in the queue, because it reached its wall time,
     was cancelled, or its node died. Raises ClusterError if jobs keep ending without a worker.
     """
-    if time.monotonic() - _looked.get(cluster.name, 0.0) < _LOOK_S:
+    if time.monotonic() - _looked_at.get(cluster.name, 0.0) < _LOOK_S:
         return
-    _looked[cluster.name] = time.monotonic()
+    _looked_at[cluster.name] = time.monotonic()
     job_ids = {name: job.job_id for name, job in list(cluster.workers.items())}
     command = ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}", f"--states={_ALIVE}"]
     try:
@@ -167,12 +168,12 @@ def replace_lost_jobs(cluster: Any) -> None:
         return  # the queue will answer later
     lost_workers = [name for name, job_id in job_ids.items() if job_id not in queued_ids]
     if cluster.scheduler_info["workers"]:
-        _stillborn.pop(cluster.name, None)
+        _failed_starts.pop(cluster.name, None)
     elif lost_workers and len(lost_workers) == len(job_ids) and cluster.job_cls.refusals:
         _end_if_refused(cluster)
     elif lost_workers:
-        _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
-        if _stillborn[cluster.name] >= _PATIENCE:
+        _failed_starts[cluster.name] = _failed_starts.get(cluster.name, 0) + 1
+        if _failed_starts[cluster.name] >= _PATIENCE:
             raise ClusterError(
                 f"{_PATIENCE} times in a row, SLURM jobs ended before a worker of theirs had come. "
                 f"What they said is in {job_logs(cluster)}"
@@ -223,15 +224,15 @@ def _end_if_refused(cluster: Any) -> None:
     """Raise ClusterError with SLURM's words, unless the refusal may pass."""
     error = cluster.job_cls.refusals[-1]
     slurm_text = str(error).partition("stderr:")[2].strip() or str(error)
-    _stillborn[cluster.name] = _stillborn.get(cluster.name, 0) + 1
+    _failed_starts[cluster.name] = _failed_starts.get(cluster.name, 0) + 1
     if isinstance(error, FileNotFoundError):
         raise ClusterError(
             "there is no sbatch on this machine: start the run on a node that submits jobs"
         ) from error
-    if any(word in slurm_text for word in _PASSING) and _stillborn[cluster.name] < _PATIENCE:
+    if any(word in slurm_text for word in _TRANSIENT) and _failed_starts[cluster.name] < _PATIENCE:
         return
     recipe_keys = [
-        f"cluster.slurm.{key}" for word, key in _KEYS.items() if word in slurm_text.lower()
+        f"cluster.slurm.{key}" for word, key in _KEYS_BY_WORD.items() if word in slurm_text.lower()
     ]
     raise ClusterError(
         f"SLURM did not take a job: {' '.join(slurm_text.split())}. Look at "

@@ -22,17 +22,17 @@ from headrace.pipelines.models.torch_network import Network
 # Largest and mean difference of probabilities; for a regression, in standard deviations of the
 # stored predictions. Differences by rounding (order of sums, float16 features and maps) are a
 # hundred times smaller in the tests.
-LARGEST = 0.01
-MEAN = 0.001
+MAX_DIFFERENCE = 0.01
+MAX_MEAN_DIFFERENCE = 0.001
 # Root mean square difference of features, as a share of their spread. Where a head is certain of
 # every image, predictions do not show a wrong resize, but features do.
-FEATURES = 0.005
+MAX_FEATURE_ERROR = 0.005
 
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Differences between the network and the cached head on some images, in the units of LARGEST,
-    MEAN and FEATURES.
+    """Differences between the network and the cached head on some images, in the units of their
+    tolerances.
     """
 
     rows: int
@@ -43,7 +43,11 @@ class ParityResult:
     @property
     def holds(self) -> bool:
         """Whether all differences are within their tolerance; NaN is not."""
-        return self.largest <= LARGEST and self.mean <= MEAN and self.features <= FEATURES
+        return (
+            self.largest <= MAX_DIFFERENCE
+            and self.mean <= MAX_MEAN_DIFFERENCE
+            and self.features <= MAX_FEATURE_ERROR
+        )
 
 
 def check_parity(
@@ -69,8 +73,8 @@ def check_parity(
     Raises ModelError, with the differences and the usual reasons.
     """
     features = [
-        _network_features(network, view_features, other_features)
-        for view_features, other_features in zip(view_inputs, features_below, strict=True)
+        _network_features(network, view_input, view_features_below)
+        for view_input, view_features_below in zip(view_inputs, features_below, strict=True)
     ]
     view_predictions = [
         _fold_predictions(head_of_fold, view_features, fold_of_row, task_kind)
@@ -92,10 +96,11 @@ def check_parity(
             "the network put together from the backbone and the head does not predict what the "
             f"cached head predicted: over {count_text(parity.rows, 'image')} the predictions "
             f"differ by {parity.largest:.3g} at most and {parity.mean:.2g} on average, the "
-            f"features by {parity.features:.2g} of their spread; allowed are {LARGEST:g}, {MEAN:g} "
-            f"and {FEATURES:g}. Usual reasons: another resize, crop, mean or std than the features "
-            "were made with, other weights, another tap, classes in another order, or batch "
-            "normalisation in training mode. Nothing was trained; the head stays as it is"
+            f"features by {parity.features:.2g} of their spread; allowed are "
+            f"{MAX_DIFFERENCE:g}, {MAX_MEAN_DIFFERENCE:g} and {MAX_FEATURE_ERROR:g}. Usual "
+            "reasons: another resize, crop, mean or std than the features were made with, other "
+            "weights, another tap, classes in another order, or batch normalisation in training "
+            "mode. Nothing was trained; the head stays as it is"
         )
     return parity
 

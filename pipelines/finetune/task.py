@@ -122,7 +122,7 @@ def pilot(job: FinetuneJob) -> dict[str, Any]:
     training = _make_training(FoldJob(job, int(opened.task.fold.max())), opened)
     pilot_result |= {
         "step_seconds": training.time_steps(),
-        "steps": training.steps,
+        "steps": training.steps_per_epoch,
         "evaluation_share": len(training.validation_rows) / max(1, len(training.train_rows)),
         "blocks": len(training.plan.blocks),
     }
@@ -159,7 +159,7 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
         "seconds": trained.progress.seconds,
         "stopped": trained.stopped,
         "resumed_from": trained.resumed_from,
-        "micro_batch": training.micro,
+        "micro_batch": training.micro_batch_size,
         "curve": trained.progress.curve,
     }
     fold_result = _fold_result(job.spec, fold, trained)
@@ -362,7 +362,7 @@ def _calibrate_head(training: Training, *, new: bool) -> None:
     row_index = _spread(training.train_rows, CALIBRATION_ROWS)
     network, device = training.network, training.plan.device
     # In training mode, because newly drawn batch normalisation has no running statistics yet.
-    training.mode()
+    training.train_mode()
     feature_blocks = []
     with torch.no_grad():
         for batch in training.source.batches(row_index, 32):

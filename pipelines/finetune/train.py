@@ -63,7 +63,7 @@ class TrainedFold:
 
 
 class Training:
-    """The state of a training: the network, its optimiser, and the rows."""
+    """The state of a training: the network, its optimizer, and the rows."""
 
     def __init__(self, network: Network, source: BatchSource, plan: TrainingPlan) -> None:
         self.network, self.source, self.plan = network.to(plan.device), source, plan
@@ -72,9 +72,10 @@ class Training:
         self.validation_rows = (
             np.flatnonzero(task.fold == plan.fold) if plan.fold != REFIT else np.empty(0, np.int64)
         )
-        self.optimiser = _make_optimizer(network, plan)
-        self.rates = [group["lr"] for group in self.optimiser.param_groups]  # before the schedule
-        self.named: dict[str, Tensor] = {
+        self.optimizer = _make_optimizer(network, plan)
+        # before the schedule
+        self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.trained_tensors: dict[str, Tensor] = {
             name: parameter
             for name, parameter in network.named_parameters()
             if parameter.requires_grad
@@ -86,15 +87,16 @@ class Training:
                 if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                     self.batch_norms[f"backbone.{name}"] = module
             # Their running statistics are part of the best epoch's state.
-            self.named |= {
+            self.trained_tensors |= {
                 name: buffer
                 for name, buffer in network.named_buffers()
                 if name.rpartition(".")[0] in self.batch_norms
             }
-        self.micro = spec.batch_size  # rows of one pass; halved when they do not fit into memory
-        self.weight = _row_weights(task, self.train_rows, spec)
-        steps_per_epoch = math.ceil(len(self.train_rows) / spec.batch_size)
-        self.steps, self.total = steps_per_epoch, steps_per_epoch * spec.epochs
+        # rows of one pass; halved when they do not fit into memory
+        self.micro_batch_size = spec.batch_size
+        self.row_weights = _row_weights(task, self.train_rows, spec)
+        self.steps_per_epoch = math.ceil(len(self.train_rows) / spec.batch_size)
+        self.n_steps = self.steps_per_epoch * spec.epochs
 
     def run(self, checkpoint_path: Path | None, key: str) -> TrainedFold:
         """Train to the end, from the checkpoint if there is one. key: of the checkpoint.
@@ -137,7 +139,7 @@ class Training:
                     checkpoint_path, key, progress, self._checkpoint_tensors(best_tensors)
                 )
         with torch.no_grad():
-            for name, tensor in self.named.items():
+            for name, tensor in self.trained_tensors.items():
                 tensor.copy_(best_tensors[name])
         validation = None
         if len(self.validation_rows):
@@ -147,7 +149,7 @@ class Training:
     def logits(self, row_index: Rows) -> Tensor:
         """Return the (n, C) logits of the rows, on the host."""
         self.network.eval()
-        n_rows = min(EVALUATION_ROWS, 2 * self.micro)
+        n_rows = min(EVALUATION_ROWS, 2 * self.micro_batch_size)
         with torch.no_grad(), self._autocast():
             logit_blocks = [
                 self.network(*batch.on_device(self.plan.device)).float().cpu()
@@ -157,7 +159,7 @@ class Training:
 
     def time_steps(self) -> float:
         """Return the seconds of one optimizer step. Changes the parameters."""
-        self.mode()
+        self.train_mode()
         row_order = np.resize(self.train_rows, 4 * self.plan.spec.batch_size)
         step_seconds = []
         generator = np.random.default_rng(0)
@@ -178,10 +180,10 @@ class Training:
         generator = np.random.default_rng(seed_parts)
         # By the epoch, so that training from a checkpoint draws what an uninterrupted one would.
         torch.manual_seed(int(np.random.SeedSequence(seed_parts).generate_state(1)[0]))  # dropout
-        self.mode()
+        self.train_mode()
         row_order = generator.permutation(self.train_rows)
         step_losses = [
-            self._optimizer_step(epoch * self.steps + step, batch)
+            self._optimizer_step(epoch * self.steps_per_epoch + step, batch)
             for step, batch in enumerate(self._augmented_batches(row_order, generator))
         ]
         return float(np.mean(step_losses))
@@ -204,9 +206,10 @@ class Training:
         """Take one optimizer step and return the loss. A batch that does not fit into memory is
         divided, and the gradients of its parts are added.
         """
-        rate_factor = _rate_schedule(step, self.total, self.plan.spec.warmup_fraction)
-        for parameter_group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
-            parameter_group["lr"] = rate * rate_factor
+        rate_factor = _rate_schedule(step, self.n_steps, self.plan.spec.warmup_fraction)
+        groups = self.optimizer.param_groups
+        for parameter_group, learning_rate in zip(groups, self.learning_rates, strict=True):
+            parameter_group["lr"] = learning_rate * rate_factor
         while True:
             try:
                 loss = self._accumulate_gradients(batch)
@@ -214,16 +217,16 @@ class Training:
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                if self.micro == 1:
+                if self.micro_batch_size == 1:
                     raise HeadraceError(
                         "not even one image fits into memory: train above a later node, or use "
                         "smaller images"
                     ) from error
-                self.micro = max(1, min(self.micro, len(batch.rows)) // 2)
+                self.micro_batch_size = max(1, min(self.micro_batch_size, len(batch.rows)) // 2)
             if self.plan.device != "cpu":
                 torch.accelerator.memory.empty_cache()
         gradient_norm = nn.utils.clip_grad_norm_(
-            [parameter for parameter in self.named.values() if parameter.requires_grad],
+            [parameter for parameter in self.trained_tensors.values() if parameter.requires_grad],
             self.plan.spec.grad_clip_norm,
         )
         if not math.isfinite(loss) or not bool(torch.isfinite(gradient_norm)):
@@ -231,20 +234,20 @@ class Training:
                 f"the loss or its gradient is not finite at step {step + 1}: lower learning_rate "
                 f"(it is {self.plan.spec.learning_rate:g})"
             )
-        self.optimiser.step()
+        self.optimizer.step()
         return loss
 
     def _accumulate_gradients(self, batch: TrainingBatch) -> float:
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         plan, total_loss = self.plan, 0.0
-        for start in range(0, len(batch.rows), self.micro):
-            micro_batch = batch.part(start, self.micro)
+        for start in range(0, len(batch.rows), self.micro_batch_size):
+            micro_batch = batch.part(start, self.micro_batch_size)
             with self._autocast():
                 logits = self.network(*micro_batch.on_device(plan.device))
             row_loss = row_losses(
                 logits.float(), plan.task, micro_batch.rows, plan.spec.label_smoothing
             )
-            row_weight = torch.from_numpy(self.weight[micro_batch.rows]).to(plan.device)
+            row_weight = torch.from_numpy(self.row_weights[micro_batch.rows]).to(plan.device)
             loss = (row_loss * row_weight).sum() / len(batch.rows)
             loss.backward()  # type: ignore[no-untyped-call]
             total_loss += float(loss.detach())
@@ -258,7 +261,7 @@ class Training:
         loss = float((row_loss.double().numpy() * row_weight).sum() / row_weight.sum())
         return loss if math.isfinite(loss) else math.inf
 
-    def mode(self) -> None:
+    def train_mode(self) -> None:
         """Put the head into training mode, and batch normalisation if it is trained."""
         self.network.eval()
         self.network.head.train()
@@ -276,21 +279,21 @@ class Training:
         return torch.autocast(device_type, torch.bfloat16)
 
     def _copy_tensors(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.named.items()}
+        return {name: tensor.detach().clone() for name, tensor in self.trained_tensors.items()}
 
     def _checkpoint_tensors(self, best_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return (
-            {f"now.{name}": tensor for name, tensor in self.named.items()}
+            {f"now.{name}": tensor for name, tensor in self.trained_tensors.items()}
             | {f"best.{name}": tensor for name, tensor in best_tensors.items()}
-            | optimizer_tensors(self.optimiser)
+            | optimizer_tensors(self.optimizer)
         )
 
     def _restore_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
-            for name, tensor in self.named.items():
+            for name, tensor in self.trained_tensors.items():
                 tensor.copy_(tensors[f"now.{name}"])
-        restore_optimizer(self.optimiser, tensors)
-        return {name: tensors[f"best.{name}"].to(self.plan.device) for name in self.named}
+        restore_optimizer(self.optimizer, tensors)
+        return {name: tensors[f"best.{name}"].to(self.plan.device) for name in self.trained_tensors}
 
 
 def clock(device: str) -> float:

@@ -26,7 +26,7 @@ def trainable_blocks(network: Network, train_above: str) -> list[list[str]]:
             "lists them"
         )
     owner_names = owners_above(
-        network.untouched,
+        network.source_module,
         None if train_above == "all" else train_above,
         network.preprocessing.pixel_shape,
     )

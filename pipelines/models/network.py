@@ -289,7 +289,7 @@ def _trained_backbone(model_directory: Path, file_digest: str) -> "Backbone":
     trained_network = open_network(model_directory, file_digest)
     model = trained_network.model
     return Backbone(
-        model.backbone, trained_network.network.untouched, model.preprocessing, file_digest
+        model.backbone, trained_network.network.source_module, model.preprocessing, file_digest
     )
 
 

@@ -125,7 +125,8 @@ class ModelRef:
         features = [open_feature_set(feature_path) for feature_path in self.feature_paths]
         side = task.side if self.reads_side_columns else None
         X, row_index = load_rows(features, task.content, spatial=model.spatial, side=side)
-        view_inputs = list(X) if X.ndim in (3, 5) else [X]  # (V, n, D) or (V, n, channels, h, w)
+        # Several views: (views, n, D), or (views, n, channels, h, w) of maps.
+        view_inputs = list(X) if X.ndim in (3, 5) else [X]
         units = None if task.units is None else task.units[row_index]
         predicted, _ = predict_views(model, model.head_function(), view_inputs, units)
         return task.target[row_index], predicted
@@ -145,7 +146,7 @@ class ModelRef:
         ]
         probabilities = np.empty((len(samples), len(network.classes)), np.float32)
         for predicted in predict_samples(engine, samples, available_cores(), RowColumns()):
-            for row, failure_reason in predicted.failed:
+            for row, failure_reason in predicted.failed:  # the first one
                 raise SourceError(
                     f"{samples[row].path}: {failure_reason}. Its features were extracted, so it "
                     "could be read then: bring it back, or run again so that it is left out"

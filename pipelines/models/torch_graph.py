@@ -124,6 +124,7 @@ class ModelGraph(nn.Module):
 
     def __init__(self, model: "Model") -> None:
         super().__init__()
+        # each network, its features in the evaluation crop, and the symmetries that it reads
         loaded_networks: list[tuple[Backbone, list[FeatureSpec], list[int]]] = [
             (trained_backbone, list(member.features), [0])
             for member in model.members
@@ -134,18 +135,19 @@ class ModelGraph(nn.Module):
             crops = dict.fromkeys(replace(feature, view=_CROP) for feature in view_features)
             for feature in crops:
                 check_backbone_identity(backbone, feature)
-            turns = dict.fromkeys(parse_view(feature.view)[0] for feature in view_features)
-            loaded_networks.append((backbone, list(crops), list(turns)))
+            symmetries = [parse_view(feature.view)[0] for feature in view_features]
+            loaded_networks.append((backbone, list(crops), list(dict.fromkeys(symmetries))))
         self.inputs = graph_inputs(backbone.preprocessing for backbone, _, _ in loaded_networks)
         input_keys = [pixels_of(model_input.preprocessing) for model_input in self.inputs]
         self.sources: list[int] = []  # the index of the input that each network reads
-        self.turns: list[list[int]] = []  # the symmetries (0 to 7) in which it reads it
-        self.keys: list[list[str]] = []  # names of the features that each network gives
+        self.symmetries: list[list[int]] = []  # the symmetries (0 to 7) in which it reads it
+        self.feature_keys: list[list[str]] = []  # names of the features that each network gives
         self.networks = nn.ModuleList()
         for backbone, features, symmetries in loaded_networks:
             self.sources.append(input_keys.index(pixels_of(backbone.preprocessing)))
-            self.turns.append(symmetries)
-            self.keys.append([replace(feature, view=_CROP).to_json() for feature in features])
+            self.symmetries.append(symmetries)
+            feature_keys = [replace(feature, view=_CROP).to_json() for feature in features]
+            self.feature_keys.append(feature_keys)
             self.networks.append(_drop_unused_modules(_Taps(backbone, features), backbone))
         self.heads = nn.ModuleList([member.torch_head() for member in model.members])
         self.columns = [_view_columns(member) for member in model.members]
@@ -155,7 +157,7 @@ class ModelGraph(nn.Module):
         self.takes_units = [member.takes_units for member in model.members]
         # The temperature is applied to the mean over several views; with one view, the head module
         # applies it itself.
-        self.shares = [
+        self.weights_and_temperatures = [
             (weight, member.temperature if member.n_views > 1 else 1.0, member.floor)
             for weight, member in zip(model.weights, model.members, strict=True)
         ]
@@ -166,7 +168,7 @@ class ModelGraph(nn.Module):
         images, side_inputs = inputs[: len(self.inputs)], inputs[len(self.inputs) :]
         feature_values: dict[tuple[str, int], Tensor] = {}
         for network, input_index, network_symmetries, feature_keys in zip(
-            self.networks, self.sources, self.turns, self.keys, strict=True
+            self.networks, self.sources, self.symmetries, self.feature_keys, strict=True
         ):
             for symmetry in network_symmetries:
                 network_features = network(_mirrored_pixels(images[input_index], symmetry))
@@ -179,7 +181,7 @@ class ModelGraph(nn.Module):
             self.spatial,
             self.reads_side,
             self.takes_units,
-            self.shares,
+            self.weights_and_temperatures,
             strict=True,
         ):
             view_predictions = []
@@ -228,7 +230,10 @@ def graph_inputs(preprocessings: Iterable[Preprocessing]) -> list[GraphInput]:
         distinct.setdefault(pixels_of(preprocessing), preprocessing)
     if len(distinct) == 1:
         return [GraphInput("images", *distinct.values())]
-    return [GraphInput(f"images_{index}", how) for index, how in enumerate(distinct.values())]
+    return [
+        GraphInput(f"images_{index}", preprocessing)
+        for index, preprocessing in enumerate(distinct.values())
+    ]
 
 
 def fits_graph(model: "Model") -> bool:

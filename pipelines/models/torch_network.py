@@ -42,7 +42,7 @@ class Network(nn.Module):
         self.backbone.to(memory_format=torch.channels_last)
         self.head = head
         # In a tuple, because nn.Module would take a module for a child, to be moved and saved too.
-        self._untouched = (backbone.module,)
+        self._source_module = (backbone.module,)
         self.split_node, self.taps = split_node, tuple(taps)
         nodes = backbone_nodes(backbone)
         self._tap_nodes = [(tap, nodes[tap.node]) for tap in taps]
@@ -57,7 +57,8 @@ class Network(nn.Module):
         split_position = -1 if split_node is None else position[split_node]
         if split_node is not None:
             self._body = part_above(self.backbone, nodes[split_node])
-        below = [pair for pair in self._tap_nodes if position[pair[1].name] < split_position]
+        depths = [position[node.name] - split_position for _, node in self._tap_nodes]
+        below = [pair for pair, depth in zip(self._tap_nodes, depths, strict=True) if depth < 0]
         self.taps_below = tuple(tap for tap, _ in below)
         self.n_features_below = sum(math.prod(tap_shape(tap, node)) for tap, node in below)
         if self.taps_below and head.spatial:
@@ -66,7 +67,7 @@ class Network(nn.Module):
                 "be trained there"
             )
         self._at_split = [(tap, node) for tap, node in self._tap_nodes if node.name == split_node]
-        above = [pair for pair in self._tap_nodes if position[pair[1].name] > split_position]
+        above = [pair for pair, depth in zip(self._tap_nodes, depths, strict=True) if depth > 0]
         split_module = "" if split_node is None else f"{nodes[split_node].module}."
         for tap, node in above:
             if split_module.startswith(f"{node.module}."):
@@ -78,9 +79,9 @@ class Network(nn.Module):
         self._capture = TapCapture(self.backbone, above)
 
     @property
-    def untouched(self) -> nn.Module:
+    def source_module(self) -> nn.Module:
         """The backbone that this is a copy of, without hooks."""
-        return self._untouched[0]
+        return self._source_module[0]
 
     def round_to(self, dtypes: Sequence[str]) -> "Network":
         """Round each tap's features to their dtype in the cache, which the head was trained on."""

@@ -42,7 +42,7 @@ def require_allowed_file(
         return
     if not {recorded_name, str(asked_path)}.isdisjoint(allowed_code):
         return
-    # RUN/winner, RUN/ensemble/members/KEY: the run is at most three folders up.
+    # RUN/winner, RUN/ensemble/members/KEY: the run is one of the nearest folders above.
     for parent_folder in list(model_directory.absolute().parents)[:4]:
         try:
             run_recipe = read_record(RunPaths(parent_folder).recipe)
@@ -51,14 +51,14 @@ def require_allowed_file(
                 for backbone in run_recipe["backbones"]
                 for recipe_key in ("weights", "name")
             ]
-            made = Path(run_recipe["out"])
-            _, project = moved_project(made, parent_folder)
+            made_in = Path(run_recipe["out"])
+            _, project = moved_project(made_in, parent_folder)
             # A recipe that came with a run from elsewhere could name any file. So the file must lie
             # in the project that was moved with the run, or the same recipe must still be where the
             # run says it was made.
             if recorded_name in recipe_names and (
                 resolved_path.is_relative_to(project.resolve())
-                or read_record(RunPaths(made).recipe) == run_recipe
+                or read_record(RunPaths(made_in).recipe) == run_recipe
             ):
                 return
         except (OSError, RunDamaged, KeyError, TypeError, AttributeError):

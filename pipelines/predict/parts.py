@@ -53,7 +53,7 @@ class PartJob:
     digest: str  # of the model, so that a worker refuses another one
     samples: tuple[Sample, ...]
     keys: tuple[FileKey, ...]  # of `samples`
-    part: str  # path of the file to publish
+    part_path: str  # the file to publish
     device: str = "cpu"
     threads: int = 1
     trust_code: tuple[str, ...] = ()
@@ -108,17 +108,17 @@ def file_keys(
 
 
 def missing_rows(
-    keys: Sequence[FileKey], known: Collection[FileKey], units: npt.NDArray[Any] | None
+    keys: Sequence[FileKey], known_keys: Collection[FileKey], units: npt.NDArray[Any] | None
 ) -> list[int]:
     """Return the rows to predict, each key once; rows of a unit all or none, side by side."""
     first_row: dict[Any, int] = {}
     for row, key in enumerate(keys):
         first_row.setdefault(key if units is None else (key, units[row]), row)
     if units is None:
-        return [row for key, row in first_row.items() if key not in known]
+        return [row for key, row in first_row.items() if key not in known_keys]
     # A unit is predicted from all its images, and so in one part.
     missing_units = dict.fromkeys(
-        units[row] for (key, _), row in first_row.items() if key not in known
+        units[row] for (key, _), row in first_row.items() if key not in known_keys
     )
     unit_position = {unit: position for position, unit in enumerate(missing_units)}
     rows = [row for row in first_row.values() if units[row] in unit_position]
@@ -148,8 +148,8 @@ def predict_missing(
         # At least two parts for each worker, so that none waits long for the last part.
         part_size = min(PART_IMAGES, max(16, ceil(len(missing_keys) / (2 * n_cores))))
     jobs = []
-    for part in part_slices(len(missing_keys), part_size, row_columns.units):
-        keys = tuple(missing_keys[part])
+    for rows in part_slices(len(missing_keys), part_size, row_columns.units):
+        keys = tuple(missing_keys[rows])
         part_name = hashlib.sha256(json.dumps([model.digest, keys]).encode()).hexdigest()[:24]
         jobs.append(
             PartJob(
@@ -158,12 +158,12 @@ def predict_missing(
                 digest=model.digest,
                 samples=tuple(path_samples(path for path, _ in keys)),
                 keys=keys,
-                part=str((parts_folder / f"{part_name}.parquet").absolute()),
+                part_path=str((parts_folder / f"{part_name}.parquet").absolute()),
                 device=device,
                 # On a CPU one process per core with one thread each is fastest.
                 threads=1 if uses_workers else n_cores,
                 trust_code=model.trust_code,
-                row_columns=row_columns.take(part),
+                row_columns=row_columns.take(rows),
             )
         )
     with show_progress(console, "predict", len(missing_keys), "images") as advance:
@@ -181,7 +181,7 @@ def predict_missing(
             client = stack.enter_context(
                 local_client(min(n_cores, len(jobs)), module_names=[__name__])
             )
-            keyed_jobs = ((f"predict-{Path(job.part).stem}", job) for job in jobs)
+            keyed_jobs = ((f"predict-{Path(job.part_path).stem}", job) for job in jobs)
             outcomes = stack.enter_context(closing(run_tasks(client, predict_part, keyed_jobs)))
             for outcome in outcomes:
                 failure_reasons += [outcome.error] if outcome.error else []
@@ -203,8 +203,8 @@ def part_slices(n_rows: int, part_size: int, units: npt.NDArray[Any] | None) -> 
         ends = np.append(np.flatnonzero(units[1:] != units[:-1]) + 1, n_rows)
     start = 0
     while start < n_rows:
-        end = min(int(np.searchsorted(ends, start + part_size)), len(ends) - 1)
-        stop = int(ends[end])
+        end_index = min(int(np.searchsorted(ends, start + part_size)), len(ends) - 1)
+        stop = int(ends[end_index])
         yield slice(start, stop)
         start = stop
 
@@ -229,7 +229,7 @@ def predict_part(job: PartJob) -> int:
             error_texts[row] = reason
         is_unread[list(predicted.unread)] = True
     publish_replace(
-        Path(job.part), _part_bytes(job, probabilities, weights, error_texts, is_unread)
+        Path(job.part_path), _part_bytes(job, probabilities, weights, error_texts, is_unread)
     )
     return sum(error is not None for error in error_texts)
 

@@ -178,8 +178,8 @@ class Images(Section):
 
         ((kind, location),) = self._named_sources
         # Not of the source: how pixels are decoded, and the images without labels.
-        other = {"pixel_dtype", "nodata", "decode", "unlabelled"}
-        options = self.model_dump(exclude={"folder", "table", "tar", "zip", "array", *other})
+        not_options = {"pixel_dtype", "nodata", "decode", "unlabelled"}
+        options = self.model_dump(exclude={"folder", "table", "tar", "zip", "array", *not_options})
         if isinstance(self.boxes, BoxesSection):
             options["boxes"] = Boxes(**options["boxes"])
         if self.tiles is not None:

@@ -58,7 +58,6 @@ def likely_errors_by_label(
     target: (N, L) 0/1; probabilities: (N, L).
     """
     rows, labels, margins = [], [], []
-    # Each label is a task of two classes.
     for column in range(target.shape[1]):
         label_probability = np.asarray(probabilities[:, column], np.float64)
         labels_given = np.asarray(target[:, column], np.int64)

@@ -142,9 +142,8 @@ def _confusion_blocks(
     C = len(classes)
     confusion_counts = np.bincount(target * C + predicted.argmax(1), minlength=C * C).reshape(C, C)
     if C <= MATRIX_CLASSES:
-        confusion_frame = pd.DataFrame(
-            confusion_counts, columns=[f"c{number}" for number in range(C)]
-        )
+        column_names = [f"c{i}" for i in range(C)]
+        confusion_frame = pd.DataFrame(confusion_counts, columns=column_names)
         confusion_frame.insert(0, "actual", list(classes))
         table_columns = (
             Column("actual", "actual ↓ predicted →"),

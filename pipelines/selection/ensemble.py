@@ -111,7 +111,7 @@ def build_ensemble(
     candidates, predicted = _candidates(board, validation, section)
     if len(candidates) < 2:
         return None
-    backbones_of = [_networks(row) for _, row in candidates.iterrows()]
+    networks_by_head = [_networks(row) for _, row in candidates.iterrows()]
     n_classes = len(validation.task.classes)
     floors = [probability_floor(spec, task_kind, n_classes) for spec in candidates["spec"]]
 
@@ -124,7 +124,7 @@ def build_ensemble(
         temperatures = _member_temperatures(validation, rows, predicted, floors)
         at_temperature = _calibrated(task_kind, predicted, temperatures, floors)
         losses = loss_elements(task_kind, validation.target[rows], at_temperature[:, rows])
-        weights = greedy_weights(task_kind, losses, backbones_of, limits)
+        weights = greedy_weights(task_kind, losses, networks_by_head, limits)
         return weights, temperatures, at_temperature
 
     part_of_row = selection_parts(validation)
@@ -134,7 +134,7 @@ def build_ensemble(
     weights, temperatures, _ = weights_from(slice(None))
     members = []
     for k in sorted(np.flatnonzero(weights), key=lambda head: -weights[head]):
-        networks = tuple(sorted(backbones_of[k]))
+        networks = tuple(sorted(networks_by_head[k]))
         members.append(
             Member(float(weights[k]), float(temperatures[k]), candidates.iloc[k], networks)
         )
@@ -241,8 +241,8 @@ def _candidates(
         "loss", kind="stable"
     )
     n_outputs = 1 if task_kind == "single" else max(1, len(validation.task.classes))
-    n_looks = len(validation) * n_outputs * section.rounds * (RANDOM_PARTS + 1)
-    max_candidates = int(min(section.candidates, max(20, BUDGET / n_looks)))
+    n_elements = len(validation) * n_outputs * section.rounds * (RANDOM_PARTS + 1)
+    max_candidates = int(min(section.candidates, max(20, BUDGET / n_elements)))
     # Half of the places, for heads that err differently, which help most: the best ones are often
     # near copies.
     best_of_each = usable.drop_duplicates(["inputs", "kind"]).index[: max_candidates // 2]

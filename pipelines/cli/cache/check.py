@@ -88,8 +88,8 @@ def verify_command(
             changed_sources = _verify_sources(loaded_recipe, directories, say)
         if recompute:
             recomputed = _verify_recompute(loaded_recipe, directories, recompute, say)
-        n_problems = sum(not each.is_harmless for each in changed_sources)
-        n_problems += sum(not each.is_equal for each in recomputed)
+        n_problems = sum(not problem.is_harmless for problem in changed_sources)
+        n_problems += sum(not result.is_equal for result in recomputed)
     if json_output:
         print_json(
             VerifyOutput(
@@ -276,8 +276,8 @@ def repair_command(
             ("listed again", result.listed_units),
         ):
             if unit_names:
-                more = ", …" if len(unit_names) > 5 else ""
-                changes.append(f"{len(unit_names)} {action} ({', '.join(unit_names[:5])}{more})")
+                names_text = ", ".join(unit_names[:5]) + (", …" if len(unit_names) > 5 else "")
+                changes.append(f"{len(unit_names)} {action} ({names_text})")
         changes += [f"{file_name} written again" for file_name in result.rewritten_files]
         say(f"{directory.name}: {'; '.join(changes)}")
     if json_output:

@@ -132,10 +132,10 @@ def test_rates_fall_with_depth_and_time(case: Case) -> None:
     training = task_module._make_training(
         FoldJob(case.job(cut=None, train_above="all", layer_decay=0.5), 0), opened
     )
-    rates = sorted(set(training.rates), reverse=True)
+    rates = sorted(set(training.learning_rates), reverse=True)
     assert len(rates) == len(training.plan.blocks)
     np.testing.assert_allclose(rates, [1e-3 * 0.5**height for height in range(len(rates))])
-    for group in training.optimiser.param_groups:
+    for group in training.optimizer.param_groups:
         assert {parameter.ndim > 1 for parameter in group["params"]} == {group["weight_decay"] > 0}
     factors = [_rate_schedule(step, 100, 0.1) for step in range(100)]
     assert factors[0] < factors[5] < factors[10] == max(factors)
@@ -154,7 +154,7 @@ def test_a_wide_head_moves_as_slowly_as_a_narrow_one(
         monkeypatch.setattr(train_module, "WIDE", wide)
         job = case.job(cut=None, train_above="all", layer_decay=0.5)
         training = task_module._make_training(FoldJob(job, 0), task_module._open_job(job))
-        rates[wide] = training.rates
+        rates[wide] = training.learning_rates
     inputs = training.network.head.layers[0].weight.shape[1]
     assert inputs > 16
     assert rates[512][:2] == [1e-3, 1e-3]  # weights and biases
