@@ -12,8 +12,8 @@ def work_text(seconds: float, device: str) -> str:
         for unit, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
         if seconds >= size or size == 1
     )
-    number = seconds / size
-    return f"{number:.1f} {device}-{unit}" if number < 10 else f"{number:,.0f} {device}-{unit}"
+    amount = seconds / size
+    return f"{amount:.1f} {device}-{unit}" if amount < 10 else f"{amount:,.0f} {device}-{unit}"
 
 
 def images_text(

@@ -207,7 +207,7 @@ def class_evidence(
     }
     evidence = []
     for c in present:
-        other_errors = [errors[other] for other in present if other != c]
+        other_errors = [errors[other_class] for other_class in present if other_class != c]
         if not other_errors:
             continue
         values = np.median([[error.value, *error.draws] for error in other_errors], axis=0)
@@ -229,8 +229,8 @@ def class_evidence(
             needed=Estimate(float(more_images[0]), more_images[1:]),
         )
         if class_entry.unseen:
-            counts = [float((task.target == other).sum()) for other in present if other != c]
-            target_count = STARVED_SHARE * float(np.median(counts))
+            other_counts = [float((task.target == k).sum()) for k in present if k != c]
+            target_count = STARVED_SHARE * float(np.median(other_counts))
             needed = max(target_count - n_images, n_images)
             class_entry = replace(
                 class_entry, needed=Estimate(needed, np.array([n_images, needed]))

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from headrace.extract.taps.describe import BackboneInfo
 
 # Nodes with more dots in their names are layers inside blocks, and shown only with --all.
-_DEPTH = 1
-_MANY = 40  # names that are listed without --all
+_MAX_DOTS = 1
+_MAX_LISTED = 40  # names that are listed without --all
 
 NameArgument = Annotated[
     str | None,
@@ -44,7 +44,7 @@ MeasureOption = Annotated[
 def backbones_command(
     name: NameArgument = None,
     image_size: SizeOption = None,
-    every: AllOption = False,
+    show_all: AllOption = False,
     measure: MeasureOption = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -81,13 +81,13 @@ def backbones_command(
         if json_output:
             _print_json([spec.name], backbone_info, weights, images_per_s)
         else:
-            _show(console, backbone_info, weights, images_per_s, every)
+            _show(console, backbone_info, weights, images_per_s, show_all)
         return
     if json_output:
         _print_json(matching_names, None, [], None)
         return
-    shown_names = matching_names if every else matching_names[:_MANY]
-    console.print(_table_of_names({each: published_weights(each) for each in shown_names}))
+    shown_names = matching_names if show_all else matching_names[:_MAX_LISTED]
+    console.print(_table_of_names({shown: published_weights(shown) for shown in shown_names}))
     if len(shown_names) < len(matching_names):
         console.print(
             f"… {len(matching_names) - len(shown_names):,} more of {len(matching_names):,}. Narrow "
@@ -112,13 +112,13 @@ def _table_of_names(weights_by_name: "dict[str, list[PublishedWeights]]") -> Tab
     table.add_column("licences", overflow="fold")
     for name, weights in weights_by_name.items():
         # Weights that were trained without labels have no accuracy.
-        accuracies = [each.imagenet_accuracy for each in weights if each.imagenet_accuracy]
+        accuracies = [entry.imagenet_accuracy for entry in weights if entry.imagenet_accuracy]
         table.add_row(
             name,
             str(weights[0].image_size or "") if weights else "",
             f"{max(accuracies):.1%}" if accuracies else "",
             str(len(weights)),
-            ", ".join(sorted({each.licence for each in weights if each.licence})),
+            ", ".join(sorted({entry.licence for entry in weights if entry.licence})),
         )
     return table
 
@@ -129,13 +129,13 @@ def _weights_table(weights: "list[PublishedWeights]") -> Table:
     for column in ("pixels", "classes", "ImageNet"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("licence", overflow="fold")
-    for each in weights:
+    for entry in weights:
         table.add_row(
-            each.tag,
-            str(each.image_size or ""),
-            "" if each.classes is None else f"{each.classes:,}",
-            "" if each.imagenet_accuracy is None else f"{each.imagenet_accuracy:.1%}",
-            each.licence or "",
+            entry.tag,
+            str(entry.image_size or ""),
+            "" if entry.classes is None else f"{entry.classes:,}",
+            "" if entry.imagenet_accuracy is None else f"{entry.imagenet_accuracy:.1%}",
+            entry.licence or "",
         )
     return table
 
@@ -202,7 +202,7 @@ def _show(
     n_hidden = 0
     for tap in backbone_info.taps:
         # What `auto` takes is shown at any depth: people look for what they are going to get.
-        if not show_all and tap.node.count(".") > _DEPTH and tap.node not in auto_nodes:
+        if not show_all and tap.node.count(".") > _MAX_DOTS and tap.node not in auto_nodes:
             n_hidden += 1
             continue
         table.add_row(

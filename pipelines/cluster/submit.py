@@ -113,7 +113,7 @@ class _InFlight(Generic[Job]):
 
 
 @dataclass
-class _SchedulerWindow(Generic[Job, Result]):
+class _SubmitState(Generic[Job, Result]):
     """The state of `run_tasks`: tasks that wait, tasks in flight, and what is known of workers and
     hosts.
     """
@@ -204,105 +204,103 @@ def run_tasks(
     A task that another driver has leased is left to it and run here when the lease ends, so that
     the other's results exist when this function ends.
     """
-    window = _SchedulerWindow(
-        client, function, options, deque(_Task(key, job) for key, job in jobs)
-    )
+    state = _SubmitState(client, function, options, deque(_Task(key, job) for key, job in jobs))
     try:
-        while window.waiting or window.in_flight or window.leased_elsewhere:
+        while state.waiting or state.in_flight or state.leased_elsewhere:
             workers = client.nthreads()
-            _give_tasks(window, workers)
-            for dask_key in _wait_for_ends(window):
-                flight = window.in_flight.pop(dask_key, None)
+            _give_tasks(state, workers)
+            for dask_key in _wait_for_ends(state):
+                flight = state.in_flight.pop(dask_key, None)
                 # Its worker was found gone before, and the release of its future was reported too.
                 if flight is None:
                     continue
-                outcome = _outcome_of(window, flight)
+                outcome = _outcome_of(state, flight)
                 flight.future.release()
                 if outcome is None:
                     continue
-                if not (outcome.fatal and _split_task(window, flight.task, split)):
+                if not (outcome.fatal and _split_task(state, flight.task, split)):
                     yield outcome
                 if options.leases:  # after the caller has published what it makes of the outcome
                     options.leases.release(flight.task.key)
     finally:
-        futures = [flight.future for flight in window.in_flight.values()]
-        client.cancel([*futures, *window.version_futures.values()], force=True)
+        futures = [flight.future for flight in state.in_flight.values()]
+        client.cancel([*futures, *state.version_futures.values()], force=True)
 
 
-def _give_tasks(window: _SchedulerWindow[Job, Result], workers: Mapping[str, int]) -> None:
+def _give_tasks(state: _SubmitState[Job, Result], workers: Mapping[str, int]) -> None:
     """Give a task to every free thread of the accepted workers on healthy hosts."""
-    workers = _accepted_workers(window, workers)
+    workers = _accepted_workers(state, workers)
     now = time.monotonic()
-    hosts = {_host(worker) for worker in workers if worker not in window.stopped_workers}
-    window.healthy_hosts = {
+    hosts = {_host(worker) for worker in workers if worker not in state.stopped_workers}
+    state.healthy_hosts = {
         host
         for host in hosts
-        if window.host_records.setdefault(host, _HostRecord()).paused_until < now
+        if state.host_records.setdefault(host, _HostRecord()).paused_until < now
     }
     tasks_of: dict[str, list[_Task[Job]]] = {worker: [] for worker in workers}
-    for flight in window.in_flight.values():
+    for flight in state.in_flight.values():
         tasks_of.setdefault(flight.worker, []).append(flight.task)
     for worker, threads in workers.items():
         running = tasks_of[worker]
         host = _host(worker)
-        if worker in window.stopped_workers or (
-            window.healthy_hosts and host not in window.healthy_hosts
+        if worker in state.stopped_workers or (
+            state.healthy_hosts and host not in state.healthy_hosts
         ):
             continue
-        while len(running) < threads and (task := _next_task(window, host)):
+        while len(running) < threads and (task := _next_task(state, host)):
             # If a worker dies with several tasks, any of them may have killed it. So a task with a
             # death runs alone on its worker from then on.
             if running and (task.worker_deaths or any(other.worker_deaths for other in running)):
-                window.waiting.appendleft(task)
+                state.waiting.appendleft(task)
                 break
             running.append(task)
-            _submit(window, task, worker)
+            _submit(state, task, worker)
 
 
 def _accepted_workers(
-    window: _SchedulerWindow[Job, Result], workers: Mapping[str, int]
+    state: _SubmitState[Job, Result], workers: Mapping[str, int]
 ) -> dict[str, int]:
     """Return the threads of the workers that have our versions.
 
     Each worker is asked once, when it joins. Raises ClusterError if there are workers but none has
     them.
     """
-    for worker in workers.keys() - window.version_futures.keys():
+    for worker in workers.keys() - state.version_futures.keys():
         dask_key = f"versions-{uuid.uuid4().hex}"
-        future = _submit_to(window.client, worker, dask_key, versions)
-        window.version_futures[worker] = future
-        future.add_done_callback(lambda _: window.ended_keys.put(""))
-    for worker in window.version_futures.keys() - workers.keys():
-        del window.version_futures[worker]
-    for worker in workers.keys() - window.accepted_workers - window.refused_workers.keys():
-        answer = window.version_futures[worker]
-        version_difference = _version_difference(window, answer)
+        future = _submit_to(state.client, worker, dask_key, versions)
+        state.version_futures[worker] = future
+        future.add_done_callback(lambda _: state.ended_keys.put(""))
+    for worker in state.version_futures.keys() - workers.keys():
+        del state.version_futures[worker]
+    for worker in workers.keys() - state.accepted_workers - state.refused_workers.keys():
+        answer = state.version_futures[worker]
+        version_difference = _version_difference(state, answer)
         if version_difference:
-            window.refused_workers[worker] = f"{worker} has {version_difference}"
-            window.options.on_event("refused", worker=worker, error=version_difference)
+            state.refused_workers[worker] = f"{worker} has {version_difference}"
+            state.options.on_event("refused", worker=worker, error=version_difference)
         elif version_difference == "":
-            window.accepted_workers.add(worker)
+            state.accepted_workers.add(worker)
         elif answer.status in ("error", "cancelled", "lost"):
-            del window.version_futures[worker]  # if the worker still exists, it is asked again
-    if workers and not window.in_flight and workers.keys() <= window.refused_workers.keys():
+            del state.version_futures[worker]  # if the worker still exists, it is asked again
+    if workers and not state.in_flight and workers.keys() <= state.refused_workers.keys():
         raise ClusterError(
             "no worker of the cluster has the versions of this process, so they would not make "
-            f"the same features and heads: {window.refused_workers[next(iter(workers))]}. Install "
+            f"the same features and heads: {state.refused_workers[next(iter(workers))]}. Install "
             "the same here and there"
         )
     return {
-        worker: threads for worker, threads in workers.items() if worker in window.accepted_workers
+        worker: threads for worker, threads in workers.items() if worker in state.accepted_workers
     }
 
 
-def _version_difference(window: _SchedulerWindow[Job, Result], answer: Any) -> str | None:
+def _version_difference(state: _SubmitState[Job, Result], answer: Any) -> str | None:
     """Return how a worker's versions differ: "" if they do not, None without an answer yet."""
     try:
         if answer.status == "finished":
             worker_versions = answer.result(timeout=_FETCH_S)
             return ", ".join(
                 f"{name} {worker_versions.get(name, 'unknown')} (here: {version})"
-                for name, version in window.own_versions.items()
+                for name, version in state.own_versions.items()
                 if worker_versions.get(name) != version
             )
         if (
@@ -319,30 +317,30 @@ def _host(worker: str) -> str:
     return urllib.parse.urlsplit(worker).hostname or worker
 
 
-def _next_task(window: _SchedulerWindow[Job, Result], host: str) -> _Task[Job] | None:
+def _next_task(state: _SubmitState[Job, Result], host: str) -> _Task[Job] | None:
     """Return the next task that no other driver has. A task under which a worker of this host died
     is left to other hosts, if there are any.
     """
     if (
-        window.leased_elsewhere
-        and not window.waiting
-        and time.monotonic() - window.asked_again_at > _LEASE_RETRY_S
+        state.leased_elsewhere
+        and not state.waiting
+        and time.monotonic() - state.asked_again_at > _LEASE_RETRY_S
     ):
-        window.asked_again_at = time.monotonic()
-        window.waiting.extend(window.leased_elsewhere)
-        window.leased_elsewhere.clear()
+        state.asked_again_at = time.monotonic()
+        state.waiting.extend(state.leased_elsewhere)
+        state.leased_elsewhere.clear()
     while True:
         allowed_tasks = (
             task
-            for task in window.waiting
-            if host not in task.death_hosts or window.healthy_hosts <= task.death_hosts
+            for task in state.waiting
+            if host not in task.death_hosts or state.healthy_hosts <= task.death_hosts
         )
         if (task := next(allowed_tasks, None)) is None:
             return None
-        window.waiting.remove(task)
-        if window.options.leases is None or window.options.leases.acquire(task.key):
+        state.waiting.remove(task)
+        if state.options.leases is None or state.options.leases.acquire(task.key):
             return task
-        window.leased_elsewhere.append(task)
+        state.leased_elsewhere.append(task)
 
 
 def _submit_to(
@@ -354,49 +352,49 @@ def _submit_to(
     return client.submit(function, *arguments, key=dask_key, pure=False, **pinned)
 
 
-def _submit(window: _SchedulerWindow[Job, Result], task: _Task[Job], worker: str) -> None:
+def _submit(state: _SubmitState[Job, Result], task: _Task[Job], worker: str) -> None:
     task.n_attempts += 1
     dask_key = f"{task.key}-{task.n_attempts}"
-    future = _submit_to(window.client, worker, dask_key, window.function, task.job)
-    window.in_flight[dask_key] = _InFlight(task, worker, future, time.monotonic())
-    window.options.on_event("started", task=task.key, worker=worker, attempt=task.n_attempts)
-    future.add_done_callback(lambda _: window.ended_keys.put(dask_key))
+    future = _submit_to(state.client, worker, dask_key, state.function, task.job)
+    state.in_flight[dask_key] = _InFlight(task, worker, future, time.monotonic())
+    state.options.on_event("started", task=task.key, worker=worker, attempt=task.n_attempts)
+    future.add_done_callback(lambda _: state.ended_keys.put(dask_key))
 
 
-def _wait_for_ends(window: _SchedulerWindow[Job, Result]) -> list[str]:
+def _wait_for_ends(state: _SubmitState[Job, Result]) -> list[str]:
     """Return Dask's keys of tasks that have ended, after waiting _LOOK_S at most for the first. If
     none has, look after lost and late workers.
     """
     dask_keys: list[str] = []
     # Nothing ends within _LOOK_S when tasks are long: then it is time to look after the workers.
     with contextlib.suppress(queue.Empty):
-        dask_keys.append(window.ended_keys.get(timeout=_LOOK_S))
+        dask_keys.append(state.ended_keys.get(timeout=_LOOK_S))
         while not dask_keys[-1]:  # one answer about versions is reason enough to return
-            dask_keys.append(window.ended_keys.get_nowait())
+            dask_keys.append(state.ended_keys.get_nowait())
     if dask_keys:
         return dask_keys
-    restart_lost_workers(window.client)
-    now, task_timeout_s = time.monotonic(), window.options.task_timeout_s
-    if window.client.nthreads():
-        window.tell_wait_at = max(window.tell_wait_at, now + _TELL_WAIT_S)
-    elif now >= window.tell_wait_at:
-        window.tell_wait_at = now + _TELL_AGAIN_S
-        window.options.on_event("waiting", reason=why_no_worker(window.client))
+    restart_lost_workers(state.client)
+    now, task_timeout_s = time.monotonic(), state.options.task_timeout_s
+    if state.client.nthreads():
+        state.tell_wait_at = max(state.tell_wait_at, now + _TELL_WAIT_S)
+    elif now >= state.tell_wait_at:
+        state.tell_wait_at = now + _TELL_AGAIN_S
+        state.options.on_event("waiting", reason=why_no_worker(state.client))
     late_workers = {
         flight.worker
-        for flight in window.in_flight.values()
+        for flight in state.in_flight.values()
         if now - flight.started_at > task_timeout_s
     }
-    for worker in late_workers - set(window.stopped_workers):
-        window.stopped_workers[worker] = f"it ran for more than {task_timeout_s:g} s"
-        threading.Thread(target=_stop_worker, args=(window.client, worker), daemon=True).start()
+    for worker in late_workers - set(state.stopped_workers):
+        state.stopped_workers[worker] = f"it ran for more than {task_timeout_s:g} s"
+        threading.Thread(target=_stop_worker, args=(state.client, worker), daemon=True).start()
     # A user's scheduler whose settings allow deaths keeps the task of a dead worker pending, for a
     # new worker of that address: it is taken back here.
-    busy_workers = {flight.worker for flight in window.in_flight.values()}
-    gone_workers = busy_workers - set(window.client.nthreads())
+    busy_workers = {flight.worker for flight in state.in_flight.values()}
+    gone_workers = busy_workers - set(state.client.nthreads())
     return [
         dask_key
-        for dask_key, flight in window.in_flight.items()
+        for dask_key, flight in state.in_flight.items()
         if flight.worker in gone_workers and flight.future.status == "pending"
     ]
 
@@ -409,18 +407,18 @@ def _stop_worker(client: Client, worker: str) -> None:
 
 
 def _outcome_of(
-    window: _SchedulerWindow[Job, Result], flight: _InFlight[Job]
+    state: _SubmitState[Job, Result], flight: _InFlight[Job]
 ) -> Outcome[Job, Result] | None:
     """Return the outcome of a task that is over; None if it is to be tried again."""
-    task, future, on_event = flight.task, flight.future, window.options.on_event
+    task, future, on_event = flight.task, flight.future, state.options.on_event
     seconds = round(time.monotonic() - flight.started_at, 3)
     error: BaseException | None = None
     trace = ""
     try:
         if future.status == "finished":
             result = future.result(timeout=_FETCH_S)
-            _clear_host(window, flight.worker)
-            window.unrelated_deaths += task.worker_deaths
+            _clear_host(state, flight.worker)
+            state.unrelated_deaths += task.worker_deaths
             on_event("finished", task=task.key, seconds=seconds, result=_plain(result))
             return Outcome(task.job, result, None)
         if future.status == "error":
@@ -429,21 +427,21 @@ def _outcome_of(
     except (TimeoutError, CancelledError):
         pass  # the worker is gone, and the result with it
     if error is not None and type(error).__name__ != "KilledWorker":
-        _clear_host(window, flight.worker)
-        window.unrelated_deaths += task.worker_deaths
+        _clear_host(state, flight.worker)
+        state.unrelated_deaths += task.worker_deaths
         text = f"{type(error).__name__}: {error}"
         on_event("failed", task=task.key, seconds=seconds, error=text, traceback=trace)
         return Outcome(task.job, None, text, machine_fault=is_machine_fault(error))
     # A timeout counts twice, because every further attempt would take as long again.
-    task.worker_deaths += 2 if flight.worker in window.stopped_workers else 1
-    _suspect_host(window, flight)
-    reason = window.stopped_workers.get(flight.worker) or "its worker died"
+    task.worker_deaths += 2 if flight.worker in state.stopped_workers else 1
+    _suspect_host(state, flight)
+    reason = state.stopped_workers.get(flight.worker) or "its worker died"
     on_event("died", task=task.key, worker=flight.worker, seconds=seconds, error=reason)
-    if task.worker_deaths >= window.max_attempts:
+    if task.worker_deaths >= state.max_attempts:
         return Outcome(
             task.job, None, f"{reason}, whenever it was tried ({task.n_attempts} times)", fatal=True
         )
-    window.waiting.appendleft(task)
+    state.waiting.appendleft(task)
     return None
 
 
@@ -456,31 +454,31 @@ def is_machine_fault(error: BaseException) -> bool:
     )
 
 
-def _clear_host(window: _SchedulerWindow[Job, Result], worker: str) -> None:
+def _clear_host(state: _SubmitState[Job, Result], worker: str) -> None:
     """Note that a task has ended on this worker, so that its host is not broken."""
-    window.proven_workers.add(worker)
-    window.host_records[_host(worker)] = _HostRecord()
+    state.proven_workers.add(worker)
+    state.host_records[_host(worker)] = _HostRecord()
 
 
-def _suspect_host(window: _SchedulerWindow[Job, Result], flight: _InFlight[Job]) -> None:
+def _suspect_host(state: _SubmitState[Job, Result], flight: _InFlight[Job]) -> None:
     """Blame the host instead of its tasks if its new workers die under one task after the other and
     other hosts are healthy.
     """
     host_name, task = _host(flight.worker), flight.task
     task.death_hosts.add(host_name)
-    if flight.worker in window.proven_workers or flight.worker in window.stopped_workers:
+    if flight.worker in state.proven_workers or flight.worker in state.stopped_workers:
         return
-    host_record = window.host_records.setdefault(host_name, _HostRecord())
+    host_record = state.host_records.setdefault(host_name, _HostRecord())
     host_record.strikes.add(task.key)
     host_record.blamed_tasks.append(task)
-    if len(host_record.strikes) >= _MAX_STRIKES and window.healthy_hosts - {host_name}:
+    if len(host_record.strikes) >= _MAX_STRIKES and state.healthy_hosts - {host_name}:
         for blamed_task in host_record.blamed_tasks:
             blamed_task.worker_deaths -= 1
         host_record.blamed_tasks.clear()
         if host_record.paused_until < (now := time.monotonic()):
             host_record.paused_until = now + _PAUSE_S
-            window.healthy_hosts.discard(host_name)
-            window.options.on_event("paused", host=host_name, seconds=_PAUSE_S)
+            state.healthy_hosts.discard(host_name)
+            state.options.on_event("paused", host=host_name, seconds=_PAUSE_S)
 
 
 def _plain(result: object) -> object:
@@ -492,7 +490,7 @@ def _plain(result: object) -> object:
 
 
 def _split_task(
-    window: _SchedulerWindow[Job, Result],
+    state: _SubmitState[Job, Result],
     crashing: _Task[Job],
     split: Callable[[Job], Sequence[tuple[str, Job]]],
 ) -> bool:
@@ -502,7 +500,7 @@ def _split_task(
         # Parts inherit deaths, so that one more is enough to divide them again; a part that cannot
         # be divided needs two of its own.
         worker_deaths = max(1, crashing.worker_deaths - (1 if split(job) else 2))
-        window.waiting.appendleft(_Task(key, job, worker_deaths=worker_deaths))
+        state.waiting.appendleft(_Task(key, job, worker_deaths=worker_deaths))
     event = "divided" if parts else "quarantined"
-    window.options.on_event(event, task=crashing.key, parts=[key for key, _ in parts])
+    state.options.on_event(event, task=crashing.key, parts=[key for key, _ in parts])
     return bool(parts)

@@ -46,7 +46,7 @@ from headrace.pipelines.records import RunDamaged, read_record, write_record
 RESAMPLES = 1000  # of the rows, for the interval of a gain
 # A fold counts as hung if it takes this many times as long as its pilot predicted, and longer than
 # the task timeout.
-HUNG = 4
+HUNG_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def _train_folds(
     fold_jobs = [
         FoldJob(job, fold, seconds_left / n_trainings) for fold in range(inputs.task.n_folds)
     ]
-    timeout_s = max(options.task_timeout_s, HUNG * predicted_seconds / n_trainings)
+    timeout_s = max(options.task_timeout_s, HUNG_FACTOR * predicted_seconds / n_trainings)
     options = replace(options, task_timeout_s=timeout_s)
     results_by_fold: dict[int, dict[str, Any]] = {}
     failure_reasons: dict[int, str] = {}

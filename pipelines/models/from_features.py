@@ -54,9 +54,9 @@ def average_weights(
     if units is None:
         return None
     _, unit_of_row, sizes = np.unique(units, return_inverse=True, return_counts=True)
-    alike = 1 / sizes[unit_of_row]
-    of_members = [alike if weights is None else weights for weights in member_weights]
-    return np.asarray(np.tensordot(model_weights, np.stack(of_members), 1), np.float32)
+    equal_weights = 1 / sizes[unit_of_row]
+    by_member = [equal_weights if weights is None else weights for weights in member_weights]
+    return np.asarray(np.tensordot(model_weights, np.stack(by_member), 1), np.float32)
 
 
 def predict_from_features(

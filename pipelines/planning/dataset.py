@@ -72,9 +72,9 @@ def read_samples(recipe: Recipe, *, labelled: bool = True) -> Listing:
     listing = read_source(recipe.images.source(), labelled=labelled)
     if recipe.images.unlabelled is not None:
         # As objects, because joining rows without a value would turn whole numbers into floats.
-        parts = (listing, _unlabelled_listing(recipe))
+        listings = (listing, _unlabelled_listing(recipe))
         listing = join_listings(
-            replace(part, samples=part.samples.astype(object)) for part in parts
+            replace(source, samples=source.samples.astype(object)) for source in listings
         )
     if not labelled:
         return listing

@@ -175,15 +175,15 @@ def read_contents(
                 advance(1)
 
         # A first dry run leaves no cache behind; afterwards the index is worth keeping.
-        kept = write or recipe.cache.exists()
-        index = content_index(recipe.cache) if kept else Path(scratch) / "contents.parquet"
+        has_cache = write or recipe.cache.exists()
+        index = content_index(recipe.cache) if has_cache else Path(scratch) / "contents.parquet"
         contents = content_hashes(samples, index, on_read)
     if len(contents.unreadable) == len(samples):
-        first = contents.unreadable[0]
+        first_sample = contents.unreadable[0]
         raise DataError(
             f"none of the {count_text(len(samples), 'image')} can be read; the first is "
-            f"{first.path} ({first.reason}). Relative paths start from images.root, by default the "
-            "table's own folder"
+            f"{first_sample.path} ({first_sample.reason}). Relative paths start from images.root, "
+            "by default the table's own folder"
         )
     return list(contents.hashes), contents.unreadable
 

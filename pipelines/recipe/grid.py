@@ -65,7 +65,7 @@ def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> Non
                 f"heads.{kind.name} out"
             )
         if task_kind not in kind.tasks:
-            able = [other.name for other in HEAD_KINDS.values() if task_kind in other.tasks]
+            able = [name for name, each_kind in HEAD_KINDS.items() if task_kind in each_kind.tasks]
             raise RecipeError(
                 f"heads.{kind.name}: {kind.name} heads predict "
                 f"{' or '.join(_DOES[task] for task in kind.tasks)}, and task.kind is {task_kind}. "
@@ -117,14 +117,14 @@ def _taps(
     # more.
     suited = [name for name in names if name.endswith(".map") == maps]
     if not suited and {"each", "all"} & {item for item in inputs if isinstance(item, str)}:
-        given = ", ".join(names)
+        names_text = ", ".join(names)
         raise RecipeError(
             (
                 "heads.conv needs a tap with its positions kept, such as layer3.map; the taps are "
-                f"{given}"
+                f"{names_text}"
             )
             if maps
-            else f"the taps {given} keep their positions, which makes very wide inputs: add "
+            else f"the taps {names_text} keep their positions, which makes very wide inputs: add "
             f"reduced ones, such as {names[0].removesuffix('.map')}.avg, or name these under "
             "`inputs`"
         )

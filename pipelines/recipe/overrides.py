@@ -46,17 +46,18 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[Override]) -> di
     for override in overrides:
         section: Any = changed
         for depth, key in enumerate(override.keys):
-            place = ".".join(map(str, override.keys[:depth])) or "the recipe"
+            section_name = ".".join(map(str, override.keys[:depth])) or "the recipe"
             if isinstance(section, list):
                 if not isinstance(key, int) or key >= len(section):
                     raise RecipeError(
-                        f"--set {override.text}: {place} is a list of {len(section)}; expected the "
-                        f"number of an item, from 0 to {len(section) - 1}, found {key!r}"
+                        f"--set {override.text}: {section_name} is a list of {len(section)}; "
+                        f"expected the number of an item, from 0 to {len(section) - 1}, found "
+                        f"{key!r}"
                     )
             elif not isinstance(section, dict):
                 raise RecipeError(
-                    f"--set {override.text}: {place} is {section!r} in the recipe, which has no "
-                    "keys inside"
+                    f"--set {override.text}: {section_name} is {section!r} in the recipe, which "
+                    "has no keys inside"
                 )
             if depth == len(override.keys) - 1:
                 section[key] = override.value

@@ -80,12 +80,12 @@ def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str)
     class_counts = np.bincount(validation.target, minlength=len(validation.task.classes))
     right_counts = np.bincount(validation.target, is_right, len(class_counts))
     recall = right_counts / np.maximum(class_counts, 1)
-    things = "images" if validation.task.units is None else "units"
+    rows_text = "images" if validation.task.units is None else "units"
     worst_class = int(np.where(class_counts > 0, recall, np.inf).argmin())
     return (
         f"balanced accuracy is much lower than accuracy: {100 * balanced:.1f} % against "
         f"{100 * accuracy:.1f} %; class {validation.task.classes[worst_class]} is found in "
-        f"{100 * recall[worst_class]:.0f} % of its {class_counts[worst_class]:,} {things}. To "
+        f"{100 * recall[worst_class]:.0f} % of its {class_counts[worst_class]:,} {rows_text}. To "
         "choose by all classes alike, task.metric: balanced_accuracy; to train for them, "
         "class_weight: [none, balanced] under heads"
     )
@@ -177,9 +177,9 @@ def near_duplicates(
         brightness = np.stack(list(readable_grey.values())).astype(np.float32)
         standardized = standardised(brightness - brightness.mean(1, keepdims=True))
         pixels_of = dict(zip(readable_grey, standardized, strict=True))
-        for pair_index, (one, other) in enumerate(closest_pairs.tolist()):
-            if one in pixels_of and other in pixels_of:
-                is_alike[pair_index] |= pixels_of[one] @ pixels_of[other] >= PIXELS_ALIKE
+        for pair_index, (i, j) in enumerate(closest_pairs.tolist()):
+            if i in pixels_of and j in pixels_of:
+                is_alike[pair_index] |= pixels_of[i] @ pixels_of[j] >= PIXELS_ALIKE
     first, second = pairs[is_alike].T
     leaked_tests = leaked_images(first, second, side_of_image)
     n_tests = int((side_of_image == "test").sum())
@@ -188,7 +188,7 @@ def near_duplicates(
     )
     if affected_share < MIN_AFFECTED_SHARE:
         return None
-    return near_duplicates_text(first, second, side_of_image, least=True)
+    return near_duplicates_text(first, second, side_of_image, may_be_more=True)
 
 
 def _nearest_across(
@@ -280,12 +280,12 @@ def near_duplicates_text(
     second: npt.NDArray[Any],
     side_of_image: npt.NDArray[np.str_],
     *,
-    least: bool = False,
+    may_be_more: bool = False,
 ) -> str:
     """Return the sentence on pairs of nearly the same images, first (P,) and second (P,).
 
-    side_of_image: (N,) the sides of the compared images, as from `sides`. least: there may be more
-    pairs than these.
+    side_of_image: (N,) the sides of the compared images, as from `sides`. may_be_more: whether
+    there may be more pairs than these.
     """
     leaked_tests = leaked_images(first, second, side_of_image)
     n_tests = int((side_of_image == "test").sum())
@@ -295,8 +295,9 @@ def near_duplicates_text(
         "that heads are trained on"
     )
     return (
-        f"{'at least ' if least else ''}{count_text(len(first), 'pair')} of images on different "
-        f"sides of the split are nearly the same{share if n_tests else ''}. {GROUP_ADVICE}"
+        f"{'at least ' if may_be_more else ''}{count_text(len(first), 'pair')} of images on "
+        f"different sides of the split are nearly the same{share if n_tests else ''}. "
+        f"{GROUP_ADVICE}"
     )
 
 

@@ -265,25 +265,25 @@ def weighted_errors(wrong: Floats, weights: Floats) -> Floats:
 
 
 def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
-    """Fit floor and scale >= 0 by least squares to errors (S, B) at sizes (S,). For each exponent
-    of a grid the best floor and scale have a closed form.
+    """Fit a + b × n^-c with floor a and scale b >= 0 by least squares to errors (S, B) at sizes
+    (S,). For each exponent c of a grid the best a and b have a closed form.
     """
     # Heads trained on few images vary more. Relative to the largest, to keep the sums near 1.
     weight = np.sqrt(sizes / sizes.max())[:, None]
     total = weight.sum()
     best = np.full(errors.shape[1], np.inf)
     floor, scale, exponent = (np.zeros(errors.shape[1]) for _ in range(3))
-    middle = (weight * errors).sum(0) / total
+    mean_error = (weight * errors).sum(0) / total
     for c in EXPONENTS:
         x = sizes[:, None] ** -c
         x_mean = (weight * x).sum() / total
         spread = (weight * (x - x_mean) ** 2).sum()
-        b = (weight * (x - x_mean) * (errors - middle)).sum(0) / spread
-        a = middle - b * x_mean
+        b = (weight * (x - x_mean) * (errors - mean_error)).sum(0) / spread
+        a = mean_error - b * x_mean
         # Where the unconstrained fit has a negative floor or scale, the best allowed one is zero.
         through_zero = (weight * x * errors).sum(0) / (weight * x * x).sum()
         b = np.where(a < 0, np.maximum(through_zero, 0), b)
-        a = np.where(b < 0, middle, np.maximum(a, 0))
+        a = np.where(b < 0, mean_error, np.maximum(a, 0))
         b = np.maximum(b, 0)
         loss = (weight * (errors - a - b * x) ** 2).sum(0)
         better = loss < best

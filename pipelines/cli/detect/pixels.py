@@ -32,7 +32,7 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
     """Return settings by a few of the images; none if these are 8-bit grey or colour images, which
     need no settings, or if their bands or types differ.
     """
-    counts: set[int] = set()
+    band_counts: set[int] = set()
     lows: list[float] = []
     highs: list[float] = []
     dtypes: set[np.dtype[np.generic]] = set()
@@ -45,12 +45,12 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
         if finite.size:
             lows.append(float(finite.min()))
             highs.append(float(finite.max()))
-        counts.add(values.shape[2])
+        band_counts.add(values.shape[2])
         dtypes.add(values.dtype)
     # No one setting fits images of several kinds.
-    if len(counts) != 1 or len(dtypes) != 1 or not lows:
+    if len(band_counts) != 1 or len(dtypes) != 1 or not lows:
         return PixelSettings(notes=_notes_on_pages(paths))
-    (count,), (dtype,) = counts, dtypes
+    (n_bands,), (dtype,) = band_counts, dtypes
     images, notes = "", []
     if dtype != np.uint8:
         black, white = _black_and_white(dtype, min(lows), max(highs))
@@ -65,15 +65,15 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
             "and white (images.pixel_range)"
         )
     backbone = ""
-    if count not in (1, 3):
-        bands = list(range(1, min(count, _MAX_BANDS) + 1))
+    if n_bands not in (1, 3):
+        bands = list(range(1, min(n_bands, _MAX_BANDS) + 1))
         backbone = (
             f"    bands: {bands}      # of the files, counted from 1; red, green and blue first, "
             "where there are\n"
         )
         notes.append(
-            f"the images have {count_text(count, 'band')}; bands: {bands} reads "
-            f"{'all' if count <= _MAX_BANDS else 'the first'} of them. Put red, green and blue "
+            f"the images have {count_text(n_bands, 'band')}; bands: {bands} reads "
+            f"{'all' if n_bands <= _MAX_BANDS else 'the first'} of them. Put red, green and blue "
             "first, where there are"
         )
     else:

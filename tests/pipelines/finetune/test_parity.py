@@ -24,7 +24,13 @@ from headrace.heads.predict import predict_head
 from headrace.heads.results import read_bank
 from headrace.heads.spec import HeadSpec
 from headrace.pipelines.finetune.data import ImageSource
-from headrace.pipelines.finetune.parity import FEATURES, LARGEST, MEAN, ParityResult, check_parity
+from headrace.pipelines.finetune.parity import (
+    MAX_DIFFERENCE,
+    MAX_FEATURE_ERROR,
+    MAX_MEAN_DIFFERENCE,
+    ParityResult,
+    check_parity,
+)
 from headrace.pipelines.finetune.task import pilot
 from headrace.pipelines.finetune.train_above import blocks_of, owners_above, trainable_blocks
 from headrace.pipelines.models.errors import CannotSplit, ModelError
@@ -108,9 +114,9 @@ def test_the_network_as_it_was_passes_by_a_wide_margin(case: Case) -> None:
     """Rounding leaves a hundredth of the tolerance."""
     found = parity(case)
     assert found.rows == 48
-    assert found.largest < LARGEST / 100
-    assert found.mean < MEAN / 100
-    assert found.features < FEATURES / 100
+    assert found.largest < MAX_DIFFERENCE / 100
+    assert found.mean < MAX_MEAN_DIFFERENCE / 100
+    assert found.features < MAX_FEATURE_ERROR / 100
 
 
 @pytest.mark.parametrize(
@@ -163,7 +169,7 @@ def test_heads_of_every_kind_that_has_gradients_pass(
     cut = None if head.kind == "conv" else "layer3.map"
     found = pilot(case.job(head, taps, cut, train_above="all" if cut is None else "layer3"))
     for key in ("parity", "split_parity") if cut else ("parity",):
-        assert found[key]["largest"] < LARGEST / 10, key
+        assert found[key]["largest"] < MAX_DIFFERENCE / 10, key
         assert found[key]["rows"] == 48
     assert found["step_seconds"] > 0
 
@@ -171,7 +177,7 @@ def test_heads_of_every_kind_that_has_gradients_pass(
 def test_views_are_averaged_as_the_head_did(tmp_path: Path) -> None:
     """With an augmented view, stored predictions are means over views, and so are the network's."""
     case = make_case(tmp_path, images=24, views=2)
-    assert pilot(case.job())["parity"]["largest"] < LARGEST / 10
+    assert pilot(case.job())["parity"]["largest"] < MAX_DIFFERENCE / 10
 
 
 def test_a_stale_network_is_refused_before_anything_runs(case: Case) -> None:
