@@ -144,13 +144,8 @@ class MappedRows:
         if file_offset % common_divisor:
             return 0
         modulus = _HUGE_PAGE // common_divisor
-        return (
-            file_offset
-            // common_divisor
-            * pow(row_bytes // common_divisor, -1, modulus)
-            % modulus
-            * row_bytes
-        )
+        inverse = pow(row_bytes // common_divisor, -1, modulus)
+        return file_offset // common_divisor * inverse % modulus * row_bytes
 
     def gather(
         self, first_items: npt.NDArray[np.int64], output_rows: npt.NDArray[Any] | None = None

@@ -22,7 +22,7 @@ _FORBIDDEN_ARGUMENTS = {
 
 
 @contextlib.contextmanager
-def building(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+def explain_build_errors(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Explain errors of the code within it, which builds the network `name` with these arguments.
 
     Raises BackboneError for arguments that choose anything but the network, and for those that its

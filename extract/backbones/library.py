@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from headrace.cache.home import expand_home
-from headrace.extract.backbones.arguments import building, with_layers_of_timm
+from headrace.extract.backbones.arguments import explain_build_errors, with_layers_of_timm
 from headrace.extract.backbones.hub import hub_message, require_hub_name
 from headrace.extract.backbones.huggingface import (
     build_transformers,
@@ -46,7 +46,7 @@ def build_network(
     Raises BackboneError.
     """
     kind, _, rest = name.partition(":")
-    with building(name, arguments):
+    with explain_build_errors(name, arguments):
         if kind == "torchvision":
             return _build_torchvision(rest, tag, arguments)
         if kind == "timm":
@@ -81,7 +81,7 @@ def build_pretrained(
             )
             raise BackboneError(f"{name}: {reason}")
         return *build_network(name, None, arguments), NOTHING_LEFT_OUT
-    with building(name, arguments):
+    with explain_build_errors(name, arguments):
         if kind == "torchvision":
             return *_torchvision_pretrained(rest, tag, arguments), NOTHING_LEFT_OUT
         if kind == "timm":

@@ -181,24 +181,24 @@ def decode_deep(
 
 
 def _read(
-    data: bytes, most_bands: int | None, in_parts: bool
+    data: bytes, highest_band: int | None, in_parts: bool
 ) -> tuple[Samples | None, Image.Transpose | None]:
     """Return the samples of a file, and the turn that makes them upright.
 
-    most_bands: the highest band that is asked for, None for all colours. Without it, the samples of
-    an image of at most 8 bits are None: `decode_image` reads it.
+    highest_band: the highest band asked for, None for all colours. Without it, the samples of an
+    image of at most 8 bits are None: `decode_image` reads it.
     """
     if not data:
         raise ImageError("the file is empty")
     if data.startswith(_NUMPY_MAGIC):
-        array = array_samples(data, most_bands)
+        array = array_samples(data, highest_band)
         is_deep = array.values.dtype not in (np.uint8, np.bool_)
-        return (array if most_bands is not None or is_deep else None), None
+        return (array if highest_band is not None or is_deep else None), None
     # As in `decode_image`: with True, truncated files decode to grey bars without an error.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with open_image(data) as image:
-            if image.format == "TIFF" and most_bands is not None and image.mode not in ("P", "1"):
+            if image.format == "TIFF" and highest_band is not None and image.mode not in ("P", "1"):
                 # Pillow drops the second of two bands without an error, and reads one page only,
                 # where each channel may be a page.
                 return _tifffile_samples(data, in_parts)
@@ -209,7 +209,7 @@ def _read(
             elif samples is None and image.format == "TIFF" and tiff_bits(image) > 8:
                 # Pillow scales such samples to 8 bits, or drops their low bytes.
                 return _tifffile_samples(data, False)
-            elif samples is None and most_bands is not None:
+            elif samples is None and highest_band is not None:
                 mode = image.mode
                 image.load()
                 plain = image.convert(_PALETTE_MODES[mode]) if mode in _PALETTE_MODES else image

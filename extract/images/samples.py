@@ -246,10 +246,10 @@ def tiff_bits(image: ImageFile.ImageFile) -> int:
     return int(max(image.tag_v2.get(_BITS_TAG, (1,))))  # type: ignore[attr-defined]
 
 
-def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
+def array_samples(data: bytes, highest_band: int | None = None) -> Samples:
     """Return the values of an `.npy` file that holds one image: (H, W), (H, W, C) or (C, H, W).
 
-    most_bands: None for C = 1, 3 or 4, the last axis if both fit. A number: C may be that or any
+    highest_band: None for C = 1, 3 or 4, the last axis if both fit. A number: C may be that or any
     larger one, the shorter axis if both fit.
 
     Raises ImageError.
@@ -257,16 +257,16 @@ def array_samples(data: bytes, most_bands: int | None = None) -> Samples:
     shape, in_fortran_order, dtype, offset = array_header(data)
     channels_last, channels_first = (
         len(shape) == 3
-        and (shape[axis] in (1, 3, 4) if most_bands is None else shape[axis] >= most_bands)
+        and (shape[axis] in (1, 3, 4) if highest_band is None else shape[axis] >= highest_band)
         for axis in (-1, 0)
     )
-    if channels_last and channels_first and most_bands is not None:
+    if channels_last and channels_first and highest_band is not None:
         channels_last = shape[2] <= shape[0]
     if not (len(shape) == 2 or channels_last or channels_first) or min(shape) < 1:
         needed = (
             ". Of other bands, the backbone in the recipe says which are meant: bands: [4, 3, 2]"
-            if most_bands is None
-            else f", with at least {most_bands} bands"
+            if highest_band is None
+            else f", with at least {highest_band} bands"
         )
         raise ImageError(
             f"an array of shape {shape} is no image; expected (H, W), (H, W, C) or (C, H, W)"

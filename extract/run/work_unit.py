@@ -45,8 +45,8 @@ from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
 
 # Values from these on become infinite in the storage dtype.
-_LARGEST = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": float("inf"), "uint8": float("inf")}
-_NETWORKS = 4  # least number of networks that a process keeps for later units
+_OVERFLOW_FROM = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": np.inf, "uint8": np.inf}
+_MIN_KEPT_NETWORKS = 4  # least number of networks that a process keeps for later units
 _PUBLISHERS = 8  # shards published at once: each waits for the disk, and the waits overlap
 # Number of cores from which processes, not threads, decode for an accelerator. With fewer, threads
 # do not yet wait for each other (the interpreter lock is held for a fifth of the 3.7 ms that an
@@ -198,7 +198,7 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
 def _extract(started_unit: _StartedUnit) -> _ExtractedUnit:
     """Run the passes of a unit batch by batch, and keep the features in memory."""
     job, passes = started_unit.job, started_unit.passes
-    feature_parts: list[list[npt.NDArray[Any]]] = [
+    outputs_of_spec: list[list[npt.NDArray[Any]]] = [
         [] for feature_pass in passes for _ in feature_pass.specs
     ]
     decoded_rows: list[int] = []
@@ -211,8 +211,8 @@ def _extract(started_unit: _StartedUnit) -> _ExtractedUnit:
     def collect() -> None:
         outputs = [output for result in pending_results for output in result()]
         # strict=False: before the first batch there are no outputs.
-        for feature_part, output in zip(feature_parts, outputs, strict=False):
-            feature_part.append(output)
+        for spec_outputs, output in zip(outputs_of_spec, outputs, strict=False):
+            spec_outputs.append(output)
         pending_results.clear()
 
     wait_started = time.perf_counter()
@@ -242,8 +242,8 @@ def _extract(started_unit: _StartedUnit) -> _ExtractedUnit:
     forward_s += time.perf_counter() - wait_started
     specs = [spec for feature_pass in passes for spec in feature_pass.specs]
     features = [
-        np.concatenate(feature_part) if feature_part else np.empty((0, *spec.shape), np.float32)
-        for spec, feature_part in zip(specs, feature_parts, strict=True)
+        np.concatenate(spec_outputs) if spec_outputs else np.empty((0, *spec.shape), np.float32)
+        for spec, spec_outputs in zip(specs, outputs_of_spec, strict=True)
     ]
     n_rows, failed, unread = len(decoded_rows), tuple(failed_samples), tuple(unread_samples)
     report = WorkUnitReport(
@@ -320,7 +320,7 @@ def find_unstorable_rows(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[
     row_peaks = np.maximum(
         flat_features.max(axis=1, initial=0), -flat_features.min(axis=1, initial=0)
     )
-    is_unstorable = ~(row_peaks < _LARGEST[spec.dtype])  # also true for NaN
+    is_unstorable = ~(row_peaks < _OVERFLOW_FROM[spec.dtype])  # also true for NaN
     return {
         int(row): (
             f"{spec.name} reaches {row_peaks[row]:g}, which {spec.dtype} cannot hold; store it as "
@@ -332,7 +332,7 @@ def find_unstorable_rows(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[
 
 def make_forward_passes(
     spec: BackboneSpec,
-    features: Sequence[FeatureSpec],
+    feature_specs: Sequence[FeatureSpec],
     device: str,
     *,
     compiled: bool = False,
@@ -346,15 +346,15 @@ def make_forward_passes(
     # The weights that the feature sets name are part of the key, so that a network loaded from a
     # file that has been replaced since is not used.
     backbone = _backbones.get(
-        (spec, features[0].weights), lambda: _checked(load_backbone(spec), features[0])
+        (spec, feature_specs[0].weights), lambda: _checked(load_backbone(spec), feature_specs[0])
     )
     by_view: dict[tuple[str, str], list[FeatureSpec]] = {}
-    for feature in features:
-        _checked(backbone, feature)
-        by_view.setdefault((feature.view, feature.compute_dtype), []).append(feature)
+    for feature_spec in feature_specs:
+        _checked(backbone, feature_spec)
+        by_view.setdefault((feature_spec.view, feature_spec.compute_dtype), []).append(feature_spec)
     view_passes = []
     for (view_text, compute_dtype), view_features in by_view.items():
-        taps = tuple(Tap(feature.tap, feature.pooling) for feature in view_features)
+        taps = tuple(Tap(feature_spec.tap, feature_spec.pooling) for feature_spec in view_features)
         rendering = Rendering(backbone.preprocessing, *parse_view(view_text))
         forward = _forward(backbone, taps, device, compute_dtype, compiled, graphed, runtime)
         view_passes.append(ForwardPass(rendering, forward, tuple(view_features)))
@@ -366,7 +366,7 @@ class _RecentValues(Generic[Value]):
 
     def __init__(self) -> None:
         # Not functools.lru_cache, whose size is fixed: this one grows with what a unit needs.
-        self.max_size = _NETWORKS
+        self.max_size = _MIN_KEPT_NETWORKS
         self._values: dict[Hashable, Value] = {}
 
     def get(self, key: Hashable, build: Callable[[], Value]) -> Value:
@@ -392,8 +392,8 @@ def _make_room(job: ExtractJob) -> None:
         for network, specs in job.networks
         for spec in specs
     }
-    _backbones.max_size = max(_NETWORKS, 2 * len(job.networks))
-    _forwards.max_size = max(_NETWORKS, 2 * len(pass_keys))
+    _backbones.max_size = max(_MIN_KEPT_NETWORKS, 2 * len(job.networks))
+    _forwards.max_size = max(_MIN_KEPT_NETWORKS, 2 * len(pass_keys))
 
 
 def _forward(
@@ -436,22 +436,22 @@ def batch_limit_of(
     return known_limits[limit_key]
 
 
-def _checked(backbone: Backbone, feature: FeatureSpec) -> Backbone:
-    check_backbone_identity(backbone, feature)
+def _checked(backbone: Backbone, feature_spec: FeatureSpec) -> Backbone:
+    check_backbone_identity(backbone, feature_spec)
     return backbone
 
 
-def check_backbone_identity(backbone: Backbone, feature: FeatureSpec) -> None:
+def check_backbone_identity(backbone: Backbone, feature_spec: FeatureSpec) -> None:
     """Raise SpecMismatch for a feature set of other weights or preprocessing than these."""
     for field_name, local_value, expected_value in (
-        ("weights", backbone.weights, feature.weights),
-        ("preprocessing", backbone.preprocessing.to_json(), feature.preprocessing),
+        ("weights", backbone.weights, feature_spec.weights),
+        ("preprocessing", backbone.preprocessing.to_json(), feature_spec.preprocessing),
     ):
         if local_value != expected_value:
             raise SpecMismatch(
-                f"{feature.backbone}: the {field_name} on this machine are {local_value}, but the "
-                f"feature set {feature.name} is made of {expected_value}. Plan again (the same "
-                "command), or bring the file that was planned with."
+                f"{feature_spec.backbone}: the {field_name} on this machine are {local_value}, but "
+                f"the feature set {feature_spec.name} is made of {expected_value}. Plan again "
+                "(the same command), or bring the file that was planned with."
             )
 
 

@@ -43,8 +43,8 @@ class Units:
 
     def rows_of(self, units: Array) -> Index:
         """Return the row numbers of some units, unit after unit."""
-        parts = [self.order[self.offsets[unit] : self.offsets[unit + 1]] for unit in units]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        unit_rows = [self.order[self.offsets[unit] : self.offsets[unit + 1]] for unit in units]
+        return np.concatenate(unit_rows) if unit_rows else np.zeros(0, np.int64)
 
 
 def units_of(data: TrainingData) -> Units:
@@ -66,8 +66,8 @@ def units_of(data: TrainingData) -> Units:
         (data.fold, "folds", "keep a unit's images on one side of every split, task.group"),
         (data.target, "targets", "give all images of a unit one target, or take smaller units"),
     ):
-        of_unit = values[first_rows][codes]
-        is_other = (values != of_unit).reshape(len(values), -1).any(1)
+        unit_values = values[first_rows][codes]
+        is_other = (values != unit_values).reshape(len(values), -1).any(1)
         if is_other.any():
             unit = names[codes[int(is_other.argmax())]]
             n_mixed = len(np.unique(codes[is_other]))
@@ -163,8 +163,9 @@ def fit_bags_bank(
 
     def head_bytes(spec: BagsSpec) -> int:
         widths = (n_features, *spec.hidden)
-        n_layers = sum((i + 1) * o for i, o in zip(widths, (*spec.hidden, n_outputs), strict=True))
-        return 16 * (n_layers + 2 * spec.attention_width * (widths[-1] + 1))
+        n_weights = sum((i + 1) * o for i, o in zip(widths, (*spec.hidden, n_outputs), strict=True))
+        # float32: parameters, their two moments and the remembered ones.
+        return 16 * (n_weights + 2 * spec.attention_width * (widths[-1] + 1))
 
     def make_batch(chunk: list[BagsSpec], fold: FoldData, held_out_fold: int) -> BagBatch:
         assert isinstance(fold.rows, BagRows)
@@ -196,7 +197,7 @@ def fit_bags_bank(
 def _raw_arrays(parameters: Arrays, data: FoldData) -> Arrays:
     """Return a head's parameters for raw features and targets: standardisation is folded in."""
     arrays = {name: value.astype(np.float64) for name, value in parameters.items()}
-    n_hidden = max(int(name[6:]) for name in arrays if name.startswith("weight"))
+    n_hidden = sum(name.startswith("weight") for name in arrays) - 1
     # The layers that read features. Without hidden layers the last one does so too, of pooled
     # features: weights of a unit's rows sum to one and scales are positive, so that pooling
     # standardised features is standardising pooled ones.

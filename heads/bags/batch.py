@@ -25,7 +25,7 @@ from headrace.heads.networks.mlp_batch import (
     column,
     fused_adamw,
     head_columns,
-    loss_and_slope,
+    loss_and_gradient,
     product,
 )
 
@@ -187,19 +187,22 @@ class BagBatch:
         # Units whose rows begin in the same stretch of rows are evaluated together.
         stretch = (np.cumsum(sizes) - sizes) // EVALUATION_ROWS
         is_next = np.diff(stretch) + np.diff(np.arange(len(index)) // EVALUATION_UNITS)
-        parts = np.split(index, np.flatnonzero(is_next) + 1)
+        unit_groups = np.split(index, np.flatnonzero(is_next) + 1)
         with torch.no_grad():
-            return torch.cat([self._evaluate(part) for part in parts], dim=2)
+            return torch.cat([self._evaluate(units) for units in unit_groups], dim=2)
 
     def _evaluate(self, units: Index) -> Tensor:
         batch, members = self.rows.bags(units)
         batch = batch.to(self.dtype)
         groups = self._groups(len(batch))
         return torch.cat(
-            [self._forward(batch, members, self._share(heads), heads, []) for heads in groups]
+            [
+                self._forward(batch, members, self._parameters_of(heads), heads, [])
+                for heads in groups
+            ]
         )
 
-    def _share(self, heads: slice) -> dict[str, Tensor]:
+    def _parameters_of(self, heads: slice) -> dict[str, Tensor]:
         return {name: value[heads] for name, value in self.parameters.items()}
 
     def _groups(self, n_rows: int) -> Iterator[slice]:
@@ -285,11 +288,13 @@ class BagBatch:
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
         losses, gradients = [], []
         for heads in self._groups(len(batch)):
-            leaves = [value.detach().requires_grad_() for value in self._share(heads).values()]
+            leaves = [
+                value.detach().requires_grad_() for value in self._parameters_of(heads).values()
+            ]
             named = dict(zip(self.parameters, leaves, strict=True))
             decision = self._forward(batch, members, named, heads, masks)
             with torch.no_grad():
-                loss, slope = loss_and_slope(
+                loss, grad_output = loss_and_gradient(
                     self.rows,
                     decision,
                     index,
@@ -299,17 +304,17 @@ class BagBatch:
                 )
             losses.append(loss.sum(1))
             # Autograd starts from the decisions: the derivative by them is known in closed form.
-            gradients.append(torch.autograd.grad(decision, leaves, slope / len(units)))
+            gradients.append(torch.autograd.grad(decision, leaves, grad_output / len(units)))
         with torch.no_grad():
             self.step += 1
             step = torch.full((), float(self.step), device=self.device)
-            parts_of_parameters = zip(*gradients, strict=True)
-            for (name, value), parts in zip(
-                self.parameters_over_rate.items(), parts_of_parameters, strict=True
+            parameter_gradients = zip(*gradients, strict=True)
+            for (name, value), group_gradients in zip(
+                self.parameters_over_rate.items(), parameter_gradients, strict=True
             ):
                 value.mul_(self.shrink.view((-1,) + (1,) * (value.dim() - 1)))
                 moments = self.first_moments[name], self.second_moments[name]
-                fused_adamw(value, torch.cat(parts), *moments, step)
+                fused_adamw(value, torch.cat(group_gradients), *moments, step)
             self._multiply_rates()
         return torch.cat(losses)
 
@@ -337,14 +342,14 @@ class _HiddenLayer(torch.autograd.Function):
         return hidden
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         weight, values, hidden = ctx.saved_tensors
-        slope = torch.ops.aten.threshold_backward(slope, hidden, 0.0)
-        bias_slope = slope.sum(2).float()
-        weight_slope = _multiply(slope, values.transpose(-1, -2)).float()
+        grad_output = torch.ops.aten.threshold_backward(grad_output, hidden, 0.0)
+        bias_grad = grad_output.sum(2).float()
+        weight_grad = _multiply(grad_output, values.transpose(-1, -2)).float()
         if values.dim() == 2:
-            return weight_slope, bias_slope, None, None
-        return weight_slope, bias_slope, _multiply(weight.to(values.dtype).mT, slope), None
+            return weight_grad, bias_grad, None, None
+        return weight_grad, bias_grad, _multiply(weight.to(values.dtype).mT, grad_output), None
 
 
 class _AttentionPool(torch.autograd.Function):
@@ -383,31 +388,31 @@ class _AttentionPool(torch.autograd.Function):
         return torch.bmm(hidden, shares.mT).float()
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         tanh_weight, sigmoid_weight, attention, hidden, values, half_gated, shares = (
             ctx.saved_tensors
         )
-        slope = slope.to(hidden.dtype)
-        pulls = torch.bmm(slope.mT, hidden).mul_(shares)
+        grad_output = grad_output.to(hidden.dtype)
+        pulls = torch.bmm(grad_output.mT, hidden).mul_(shares)
         pulls.addcmul_(shares, pulls.sum(2, keepdim=True), value=-1)
-        logit_slope = pulls.sum(1, keepdim=True)  # (K, 1, R)
-        attention_slope = 2 * torch.bmm(logit_slope, half_gated.mT).float()
+        logit_grad = pulls.sum(1, keepdim=True)  # (K, 1, R)
+        attention_grad = 2 * torch.bmm(logit_grad, half_gated.mT).float()
         half_tanh, sigmoid = values.chunk(2, dim=1)
-        # Slopes of the logits by what is inside tanh and sigmoid, over the attention's weight and
-        # over twice it: s (1 - t^2) and t s (1 - s) / 2.
-        slopes = torch.empty_like(values)
-        tanh_slope, sigmoid_slope = slopes.chunk(2, dim=1)
-        torch.addcmul(sigmoid, half_tanh, half_gated, value=-4, out=tanh_slope)
-        torch.addcmul(half_gated, half_gated, sigmoid, value=-1, out=sigmoid_slope)
-        slopes.mul_(logit_slope)
+        # Derivatives of the logits by the arguments of tanh and sigmoid, divided by the attention's
+        # weight and by twice it: s (1 - t^2) and t s (1 - s) / 2.
+        gate_grads = torch.empty_like(values)
+        tanh_grad, sigmoid_grad = gate_grads.chunk(2, dim=1)
+        torch.addcmul(sigmoid, half_tanh, half_gated, value=-4, out=tanh_grad)
+        torch.addcmul(half_gated, half_gated, sigmoid, value=-1, out=sigmoid_grad)
+        gate_grads.mul_(logit_grad)
         scale = torch.cat([attention, 2 * attention], 2).mT  # (K, 2 A, 1)
-        biases = (scale.squeeze(2) * slopes.sum(2)).chunk(2, dim=1)
-        weights = (scale * torch.bmm(slopes, hidden.mT)).chunk(2, dim=1)
-        hidden_slope = None
+        biases = (scale.squeeze(2) * gate_grads.sum(2)).chunk(2, dim=1)
+        weights = (scale * torch.bmm(gate_grads, hidden.mT)).chunk(2, dim=1)
+        hidden_grad = None
         if ctx.needs_input_grad[5]:
             weight = (scale * torch.cat([tanh_weight, sigmoid_weight], 1)).to(hidden.dtype)
-            hidden_slope = torch.bmm(slope, shares).baddbmm_(weight.mT, slopes)
-        return weights[0], biases[0], weights[1], biases[1], attention_slope, hidden_slope, None
+            hidden_grad = torch.bmm(grad_output, shares).baddbmm_(weight.mT, gate_grads)
+        return weights[0], biases[0], weights[1], biases[1], attention_grad, hidden_grad, None
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:

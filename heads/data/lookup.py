@@ -56,8 +56,8 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         Raises CacheError naming the first ids without a row, or one that stands for several images.
         """
         feature_rows = [
-            feature.read(positions).reshape(len(positions), math.prod(feature.spec.shape))
-            for feature, positions in zip(self._sets(), self._positions(X), strict=True)
+            feature_set.read(positions).reshape(len(positions), math.prod(feature_set.spec.shape))
+            for feature_set, positions in zip(self._sets(), self._positions(X), strict=True)
         ]
         # Of a single feature set this would be a copy of all its rows.
         joined = feature_rows[0] if len(feature_rows) == 1 else np.concatenate(feature_rows, axis=1)
@@ -67,11 +67,11 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return True
 
     def _sets(self) -> list[FeatureSet]:
-        given = self.features
-        several = [given] if isinstance(given, FeatureSet | str | Path) else given
+        features = self.features
+        feature_sets = [features] if isinstance(features, FeatureSet | str | Path) else features
         return [
-            feature if isinstance(feature, FeatureSet) else open_feature_set(feature)
-            for feature in several
+            given if isinstance(given, FeatureSet) else open_feature_set(given)
+            for given in feature_sets
         ]
 
     def _positions(self, X: Any) -> list[Index]:
@@ -79,7 +79,7 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         feature_sets = self._sets()
         if content_hashes is None:
             content_hashes = _content_of_names(sample_ids, feature_sets)
-        return [_rows(feature, sample_ids, content_hashes) for feature in feature_sets]
+        return [_rows(feature_set, sample_ids, content_hashes) for feature_set in feature_sets]
 
 
 def _names_and_content(X: Any) -> tuple[list[str], list[str] | None]:
@@ -106,15 +106,15 @@ def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> 
     Raises CacheError for an id that stands for several images.
     """
     content_hashes = list(sample_ids)
-    for feature in feature_sets:
-        hashes_by_id = content_hashes_by_id(feature.ids(), feature.content_hashes())
+    for feature_set in feature_sets:
+        hashes_by_id = content_hashes_by_id(feature_set.ids(), feature_set.content_hashes())
         ambiguous_ids = [
             name for name in dict.fromkeys(sample_ids) if len(hashes_by_id.get(name, ())) > 1
         ]
         if ambiguous_ids:
             raise CacheError(
                 f"the id {ambiguous_ids[0]!r} stands for {len(hashes_by_id[ambiguous_ids[0]])} "
-                f"images in {feature.spec.name} of {feature.spec.backbone} (ambiguous: "
+                f"images in {feature_set.spec.name} of {feature_set.spec.backbone} (ambiguous: "
                 f"{len(ambiguous_ids):,} of {count_text(len(sample_ids), 'id')}): the cache holds "
                 "several folders with such names, or images before and after they were edited. "
                 f"{_WHICH}"
@@ -123,7 +123,7 @@ def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> 
             (content_hash,) = hashes_by_id.get(sample_id, (sample_id,))
             if content_hash != sample_id and content_hashes[row] not in (sample_id, content_hash):
                 raise CacheError(
-                    f"the id {sample_id!r} stands for one image in {feature.spec.name} and for "
+                    f"the id {sample_id!r} stands for one image in {feature_set.spec.name} and for "
                     "another in the feature sets before it: one of them was extracted before the "
                     f"image was edited. {_WHICH}"
                 )
@@ -132,19 +132,19 @@ def _content_of_names(sample_ids: list[str], feature_sets: list[FeatureSet]) -> 
     return content_hashes
 
 
-def _rows(feature: FeatureSet, sample_ids: list[str], content_hashes: list[str]) -> Index:
+def _rows(feature_set: FeatureSet, sample_ids: list[str], content_hashes: list[str]) -> Index:
     """Return the positions of n content hashes. Raises CacheError naming ids without a row."""
     # Texts that are no content hash become "", which no row has.
     hashes = [text if len(text) == 32 and text.isascii() else "" for text in content_hashes]
     hash_array = np.array(hashes, "S32")
     row_positions = np.zeros(0, np.int64)
     if len(hash_array):
-        row_positions = np.where(hash_array == b"", -1, feature.locate(hash_array))
+        row_positions = np.where(hash_array == b"", -1, feature_set.locate(hash_array))
     missing_ids = [sample_ids[i] for i in np.flatnonzero(row_positions < 0)]
     if missing_ids:
         raise CacheError(
-            f"{feature.spec.name} of {feature.spec.backbone} has no row for "
+            f"{feature_set.spec.name} of {feature_set.spec.backbone} has no row for "
             f"{', '.join(map(repr, missing_ids[:3]))} ({len(missing_ids):,} of "
-            f"{len(sample_ids):,}). Its ids look like {next(iter(feature.ids()), None)!r}"
+            f"{len(sample_ids):,}). Its ids look like {next(iter(feature_set.ids()), None)!r}"
         )
     return row_positions.astype(np.int64)

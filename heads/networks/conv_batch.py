@@ -25,7 +25,7 @@ from headrace.heads.networks.mlp_batch import (
     draw_layers,
     dropout_columns,
     head_columns,
-    loss_and_slope,
+    loss_and_gradient,
 )
 
 MOMENTUM, EPSILON = 0.1, 1e-5  # of batch normalisation, torch's defaults
@@ -183,10 +183,10 @@ class ConvBatch:
         decision = self._forward(self.rows.minibatch(feature_index), leaves, train=True)
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
         with torch.no_grad():
-            loss, slope = loss_and_slope(
+            loss, grad_output = loss_and_gradient(
                 self.rows, decision, index, weight, self.smoothing, self.balanced
             )
-            gradients = torch.autograd.grad(decision, leaves, slope / len(index))
+            gradients = torch.autograd.grad(decision, leaves, grad_output / len(index))
             self.step += 1
             moments = self.first_moments, self.second_moments
             for tensors in zip(self.parameters, gradients, *moments, strict=True):

@@ -274,27 +274,29 @@ class NetworkBatch:
         batch = self.rows.minibatch(feature_index).to(self.dtype)
         values = self._forward(batch.t().contiguous(), train=True)
         weight = self.rows.weight.index_select(1, index).index_select(0, self.balanced)
-        loss, slope = loss_and_slope(
+        loss, grad_output = loss_and_gradient(
             self.rows, values[-1], index, weight, self.smoothing, self.balanced
         )
-        slope.div_(len(index))
+        grad_output.div_(len(index))
         self.step += 1
         gradients: list[tuple[int, Tensor]] = []
         for layer in range(len(self.weights) - 1, 0, -1):
             below = values[layer - 1]
-            gradients.append((layer, torch.bmm(slope, below.transpose(1, 2))))
-            gradients.append((len(self.weights) + layer, slope.sum(2)))
-            slope = torch.ops.aten.threshold_backward(
-                torch.bmm(self.weights[layer].transpose(1, 2), slope), below, 0.0
+            gradients.append((layer, torch.bmm(grad_output, below.transpose(1, 2))))
+            gradients.append((len(self.weights) + layer, grad_output.sum(2)))
+            grad_output = torch.ops.aten.threshold_backward(
+                torch.bmm(self.weights[layer].transpose(1, 2), grad_output), below, 0.0
             )
             if self.drops:
-                slope.mul_(self.drop_scale)
-        gradients.append((len(self.weights), slope.sum(2)))
-        self._update(gradients, slope.to(self.dtype), batch)
+                grad_output.mul_(self.drop_scale)
+        gradients.append((len(self.weights), grad_output.sum(2)))
+        self._update(gradients, grad_output.to(self.dtype), batch)
         return loss.sum(1)
 
-    def _update(self, gradients: list[tuple[int, Tensor]], slope: Tensor, batch: Tensor) -> None:
-        """Step the parameters of given gradients, and the first layer's weights from its slope."""
+    def _update(
+        self, gradients: list[tuple[int, Tensor]], grad_output: Tensor, batch: Tensor
+    ) -> None:
+        """Update parameters by their gradients, the first weights by that of their outputs."""
         parameters = (*self.weights, *self.biases)
         for i, gradient in gradients:
             moments = self.first_moments[i], self.second_moments[i]
@@ -306,7 +308,7 @@ class NetworkBatch:
         for start in range(0, len(self), self.heads_at_once):
             heads = slice(start, start + self.heads_at_once)
             weight = self.weights[0][heads]
-            gradient = product(slope[heads].flatten(0, 1), batch).float().view_as(weight)
+            gradient = product(grad_output[heads].flatten(0, 1), batch).float().view_as(weight)
             weight.mul_(self.shrink[heads])
             moments = self.first_moments[0][heads], self.second_moments[0][heads]
             fused_adamw(weight, gradient, *moments, step_count)
@@ -407,11 +409,11 @@ def mean_losses(rows: Rows, decision: Tensor, index: Index) -> Doubles:
     """Return mean losses (K,) of decisions (K, C, n), without smoothing or class weights."""
     places = torch.from_numpy(index).to(decision.device)
     weight = rows.weight[:1].index_select(1, places)
-    loss, _ = loss_and_slope(rows, decision, places, weight, None, None)
+    loss, _ = loss_and_gradient(rows, decision, places, weight, None, None)
     return np.asarray((loss.sum(1) / weight.sum()).cpu().numpy())
 
 
-def loss_and_slope(
+def loss_and_gradient(
     rows: Rows,
     decision: Tensor,
     index: Tensor,
@@ -430,14 +432,14 @@ def loss_and_slope(
         target_index = rows.target.index_select(0, index).expand(len(decision), 1, -1)
         loss = -log_p.gather(1, target_index).squeeze(1)
         # The derivative of cross-entropy is p less the target distribution.
-        slope = log_p.exp()
+        grad_output = log_p.exp()
         if smoothing is None:
-            slope.scatter_add_(1, target_index, torch.full_like(loss, -1).unsqueeze(1))
+            grad_output.scatter_add_(1, target_index, torch.full_like(loss, -1).unsqueeze(1))
         else:
             head_smoothing = smoothing.view(-1, 1)
             # The target distribution is 1 - smoothing at the class, and smoothing / C everywhere.
             loss = (1 - head_smoothing) * loss - head_smoothing * log_p.mean(1)
-            slope.scatter_add_(
+            grad_output.scatter_add_(
                 1, target_index, (smoothing - 1).expand(-1, 1, len(index)).contiguous()
             ).sub_(smoothing / n_outputs)
     else:
@@ -453,10 +455,10 @@ def loss_and_slope(
             # Cross-entropy of the decision z and the target t is softplus(z) - t z.
             per_output = torch.nn.functional.softplus(decision).sub_(smoothed * decision)
             loss = per_output.mul_(per_label).sum(1) * scale
-            slope = (torch.sigmoid(decision) - smoothed).mul_(per_label).mul_(scale)
+            grad_output = (torch.sigmoid(decision) - smoothed).mul_(per_label).mul_(scale)
         else:
-            slope = decision - target
-            loss = slope.square().sum(1) * (0.5 * scale)
-            slope = slope * scale
+            grad_output = decision - target
+            loss = grad_output.square().sum(1) * (0.5 * scale)
+            grad_output = grad_output * scale
     # Losses are summed over an epoch's minibatches, which float32 would round.
-    return (loss * weight).double(), slope.mul_(weight.unsqueeze(1))
+    return (loss * weight).double(), grad_output.mul_(weight.unsqueeze(1))

@@ -30,7 +30,7 @@ class Batch(Protocol):
         """Make the present parameters of these heads their best ones."""
 
     def best_layers(self, head: int) -> Any:
-        """Return the best parameters of a head, as its family's `arrays` takes them."""
+        """Return the best parameters of a head, as its family's `to_arrays` takes them."""
 
     def keep(self, heads: Sequence[int]) -> None:
         """Drop all other heads."""
