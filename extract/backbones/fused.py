@@ -147,7 +147,13 @@ def _find_chains(
         if not isinstance(conv, nn.Conv2d | nn.Linear) or count != 1 or not is_plain:
             continue
         norm = follower.get(conv)
-        if not isinstance(norm, nn.BatchNorm2d) or calls[norm] != 1 or norm.running_mean is None:
+        if not isinstance(norm, nn.BatchNorm2d) or (
+            calls[norm] != 1
+            or norm.running_mean is None
+            # A user's module may stay in training mode: it takes the moments of each batch.
+            or norm.training
+            or conv.training
+        ):
             norm = None
         activation = follower.get(norm if norm is not None else conv)
         chains.append((conv, norm, activation if _epilogue(activation) is not None else None))

@@ -10,7 +10,7 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.backbones.fused import (
     _FusedConv,
     _FusedLinear,
-    _FusedPixels,
+    _FusedPointwise,
     can_fuse,
     fuse_layers,
     outputs_agree,
@@ -75,6 +75,18 @@ def shared_activation() -> tuple[nn.Module, Preprocessing]:
     return SharedActivation(), how()
 
 
+class OwnMoments(nn.BatchNorm2d):
+    """Normalizes each batch by its own moments, also in evaluation."""
+
+    def train(self, mode: bool = True) -> "OwnMoments":
+        return super().train()
+
+
+def own_moments() -> tuple[nn.Module, Preprocessing]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), OwnMoments(8, momentum=0), nn.Conv2d(8, 4, 1)), how()
+
+
 def outputs(name: str, taps: list[str]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What the pass gives, and what the untouched modules give."""
     backbone = load_backbone(BackboneSpec(f"python:{__name__}:{name}"))
@@ -112,6 +124,11 @@ def test_an_activation_in_two_places() -> None:
     assert float(logits.min()) == 0
 
 
+def test_a_normalization_that_stays_in_training_mode() -> None:
+    (logits,), wanted = outputs("own_moments", ["logits.map"])
+    assert outputs_agree([logits], [wanted[""]])
+
+
 def test_taps_inside_what_could_be_fused() -> None:
     """A tapped convolution is before its normalisation, a tapped normalisation before its
     activation.
@@ -133,7 +150,7 @@ def test_ordinary_networks_are_fused(name: str) -> None:
     module = fuse_layers(backbone.module, set(), torch.zeros(1, 3, 64, 64))
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
     assert norms == []
-    assert sum(isinstance(child, _FusedConv | _FusedPixels) for child in module.modules()) >= 20
+    assert sum(isinstance(child, _FusedConv | _FusedPointwise) for child in module.modules()) >= 20
     assert any(isinstance(child, nn.BatchNorm2d) for child in backbone.module.modules()), (
         "the original is untouched"
     )
