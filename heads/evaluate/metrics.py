@@ -69,6 +69,8 @@ def score(task_kind: TaskKind, target: Array, probabilities: Array, metric: str)
     if not len(probabilities):
         return float("nan")
     predicted = np.asarray(probabilities, np.float64)[None]
+    if metric == "auc" and not np.isfinite(predicted).all():
+        return float("nan")  # not the mean over the other classes
     return float(_scores(task_kind, metric, target, predicted, np.ones((len(target), 1)))[0, 0])
 
 
@@ -273,7 +275,8 @@ def _regression(metric: str, target: Doubles, predicted: Array, weights: Doubles
         column_scores.append(
             np.where(varies, 1 - residual_mean / np.where(varies, variance, 1), of_constant)
         )
-    return _mean_over(column_scores)
+    # Of all targets: one whose predictions are not finite is not left out.
+    return np.asarray(np.mean(column_scores, axis=0))
 
 
 def _areas(true_label: Mask, predicted: Array, weights: Doubles) -> Doubles:

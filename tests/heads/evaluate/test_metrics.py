@@ -110,6 +110,18 @@ def test_regression_metrics_are_scikit_learns() -> None:
     )
 
 
+def test_a_prediction_that_is_not_finite_counts() -> None:
+    """In one class or one target of several, which the mean over them must not leave out."""
+    probabilities = np.full((4, 3), 1 / 3)
+    probabilities[0, 0] = np.nan
+    assert np.isnan(score("single", np.array([0, 1, 2, 1]), probabilities, "auc"))
+    target = np.arange(8.0).reshape(4, 2)
+    predicted = target.copy()
+    predicted[0, 0] = np.inf
+    assert score("regression", target, predicted, "rmse") == np.inf
+    assert score("regression", target, predicted, "r2") == -np.inf
+
+
 def test_calibration_error_is_what_it_says() -> None:
     """Zero for confidence that comes true, the excess for overconfidence."""
     p = np.tile([[0.8, 0.2]], (100, 1))
