@@ -252,11 +252,13 @@ def remove_damaged(path: Path | str) -> bool:
     """
     try:
         _check(Path(path))
-    except (FileNotFoundError, BadResults) as error:
-        if isinstance(error, _Unreadable):
-            raise  # perhaps whole, on a disk that cannot be read now: not removed
+    except FileNotFoundError:
+        return False  # nor removed: another process may have published it by now
+    except _Unreadable:
+        raise  # perhaps whole, on a disk that cannot be read now
+    except BadResults:
         Path(path).unlink(missing_ok=True)
-        return isinstance(error, BadResults)
+        return True
     return False
 
 

@@ -459,6 +459,21 @@ def test_damaged_results_are_never_read(work: Path) -> None:
     np.testing.assert_array_equal(bank.arrays(RidgeSpec(10.0))["weight"], expected["weight"])
 
 
+def test_results_that_appear_while_they_are_looked_for_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another driver of the run publishes them after this one found none."""
+    result = tmp_path / "bank.h5"
+
+    def published_too_late(path: Path) -> None:
+        result.write_bytes(b"published")
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(results, "_check", published_too_late)
+    assert not results.remove_damaged(result)
+    assert result.exists()
+
+
 def test_a_file_is_checked_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bytes and its links, however often arrays are read from it; once more when it has been
     replaced.
