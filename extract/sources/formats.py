@@ -250,7 +250,7 @@ def annotation_files(folder: Path) -> str | None:
             "a package of Camtrap DP, whose images and observations are two tables. In that "
             f"folder, {_CAMTRAP_DP_COMMAND}"
         )
-    first_json = next(folder.glob("*.json"), None)
+    first_json = next((path for path in folder.glob("*.json") if path.is_file()), None)
     if first_json and b'"imagePath"' in (text := first_json.read_bytes()) and b'"shapes"' in text:
         return f"shapes of LabelMe, a JSON file for each image. In that folder, {_LABELME_COMMAND}"
     if any(folder.glob("Annotations/*.xml")) and (folder / "JPEGImages").is_dir():

@@ -657,6 +657,13 @@ def test_shapes_of_labelme_become_a_table_by_the_command_that_is_named(tmp_path)
     assert samples["label"].tolist() == ["a", "b"] * 3
 
 
+def test_a_folder_that_is_called_as_a_json_file_is_no_annotation(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    (tmp_path / "x.json" / "notes.docx").write_text("x")
+    with pytest.raises(SourceError, match="no images found"):
+        write_recipe(tmp_path, tmp_path / "r.yaml")
+
+
 def test_a_table_in_an_archive_is_told(tmp_path, photos):
     """As AutoTrain wants it uploaded."""
     with tarfile.open(tmp_path / "t.tar", "w") as archive:
