@@ -20,7 +20,7 @@ from headrace.pipelines.cluster.fork_server import START_METHOD
 
 # On Linux an allocation beyond the limit fails (pipelines/cluster/worker.py). Dask instead kills
 # workers, and counts mapped shards as their memory; that is for systems without such a limit.
-_ENDS_AT = False if sys.platform == "linux" else 0.95
+_TERMINATE_AT = False if sys.platform == "linux" else 0.95
 # Dask's workers are spawned, not forked: they inherit no lock or thread of this process, and can
 # use CUDA. Those of this machine are forked from a server that is as clean
 # (pipelines/cluster/fork_server.py).
@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, Any] = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
-    "distributed.worker.memory.terminate": _ENDS_AT,
+    "distributed.worker.memory.terminate": _TERMINATE_AT,
     # Pages over plain HTTP would show paths and errors to every user of the machine. Dask opens
     # their port in any case, but serves nothing without routes.
     "distributed.scheduler.http.routes": [],

@@ -170,7 +170,7 @@ def _test_result(model: Model, run: RunPaths) -> dict[str, Any] | None:
             average_temperature = winner.get("temperature", 1.0)
             if recorded == model_identity and average_temperature == model.average_temperature:
                 test_result = evaluation["result"]  # of several, the last
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # a record of another version
         return None
     return test_result
 
@@ -239,7 +239,9 @@ def _preprocessing_section(exported: ExportResult) -> str:
     lines += _beside_lines(exported.model)
     preprocessings = [model_input.preprocessing for model_input in exported.inputs]
     pixel_ranges = dict.fromkeys(
-        (how.pixel_range, how.pixel_dtype) for how in preprocessings if how.pixel_range is not None
+        (preprocessing.pixel_range, preprocessing.pixel_dtype)
+        for preprocessing in preprocessings
+        if preprocessing.pixel_range is not None
     )
     for pixel_range, pixel_dtype in pixel_ranges:
         beyond = "clipped" if pixel_dtype == "uint8" else "kept"

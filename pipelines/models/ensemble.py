@@ -69,7 +69,8 @@ class EnsembleModel(ImagePredictor):
                     "ensemble: run again"
                 )
             # One table of side columns is read for all members.
-            read_before = next((other.side_columns for other in members if other.side_columns), ())
+            columns_of_members = (earlier.side_columns for earlier in members)
+            read_before = next((columns for columns in columns_of_members if columns), ())
             if member.side_columns and read_before and member.side_columns != read_before:
                 raise ModelError(
                     f"{description_path}: its members read different side columns: run again"

@@ -19,6 +19,8 @@ from headrace.pipelines.recipe.targets import DataError, empty_as_missing, name_
 
 CROPPED_IMAGE = "image of the box or tile"  # a column of samples that are crops
 _MISSING_WORDS = ("nan", "none", "null", "na", "n/a", "unlabelled", "unlabeled")
+_DOMINANT_SHARE = 0.9  # of the images in one class, from which on accuracy says little
+_FEW_IMAGES = 5  # of a class: with fewer, some folds have none
 _EXCLUDED_NAMED = 20  # images in one message, to be copied into the recipe
 
 
@@ -175,8 +177,8 @@ def _draw_folds(
         fold_of_row[split_of_row == "test"] = TEST
         fold_of_row[split_of_row == "validation"] = 0
     elif section.fold is not None:
-        given = _read_folds(labelled_samples, section.fold)
-        fold_of_row = make_folds(target, n_folds=section.folds, seed=section.seed, given=given)
+        user_folds = _read_folds(labelled_samples, section.fold)
+        fold_of_row = make_folds(target, n_folds=section.folds, seed=section.seed, given=user_folds)
     is_validation = fold_of_row >= 0
     column_name = section.split or section.fold
     if groups is not None and column_name is not None:
@@ -358,7 +360,7 @@ def check_classes(
     notes = []
     largest_class = int(class_counts.argmax())
     largest_share = class_counts[largest_class] / class_counts.sum()
-    if largest_share >= 0.9 and metric in (None, "accuracy"):
+    if largest_share >= _DOMINANT_SHARE and metric in (None, "accuracy"):
         notes.append(
             f"{100 * largest_share:.1f} % of the images are {classes[largest_class]}, so always "
             f"saying that has an accuracy of {100 * largest_share:.1f} %; task.metric: "
@@ -367,7 +369,7 @@ def check_classes(
     unseen_classes = [classes[class_index] for class_index in np.flatnonzero(class_counts == 0)]
     rare_classes = [
         f"{classes[class_index]} ({class_counts[class_index]})"
-        for class_index in np.flatnonzero((class_counts > 0) & (class_counts < 5))
+        for class_index in np.flatnonzero((class_counts > 0) & (class_counts < _FEW_IMAGES))
     ]
     if missing_words := [name for name in classes if name.lower() in _MISSING_WORDS]:
         notes.append(

@@ -16,6 +16,7 @@ def field_comments(model: type) -> dict[str, str]:
     base classes.
     """
     if issubclass(model, HeadGrid) and model is not SklearnGrid:
+        # From HeadGrid down to the section's own base; the section itself has no source.
         sources = [*model.__mro__[model.__mro__.index(HeadGrid) :: -1][:-1], model.head_kind.spec]
         return {name: text for source in sources for name, text in _source_comments(source).items()}
     if model is Heads:  # its sections have no comments
@@ -33,8 +34,8 @@ def _source_comments(model: type) -> dict[str, str]:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         assert node.end_lineno
-        last = lines[node.end_lineno - 1]
-        beside = last[node.end_col_offset :].partition("#")[2].strip()
+        last_line = lines[node.end_lineno - 1]
+        beside = last_line[node.end_col_offset :].partition("#")[2].strip()
         above: list[str] = []
         line_index = node.lineno - 2
         while line_index >= 0 and lines[line_index].strip().startswith("#"):

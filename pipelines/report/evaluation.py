@@ -26,17 +26,18 @@ def test_section(
     tested: the selected model's, from `test_predictions`; a text says why there are none.
     """
     evaluation = selected.test_evaluation
-    frame = _evaluations_table(run)
+    evaluations_table = _evaluations_table(run)
     if evaluation is None:
         text = (
             f"{selected.name.capitalize()} has not been shown a test split: set "
             "task.test_fraction, or a split column with test rows, and run again."
         )
-        return Section("test", "Test split", "", (Note(text), *([frame] if frame else ())))
+        tables = () if evaluations_table is None else (evaluations_table,)
+        return Section("test", "Test split", "", (Note(text), *tables))
     result = evaluation["result"]
     blocks: list[Block] = [_evaluation_count(run, evaluation, selected)]
-    if frame is not None:
-        blocks.append(frame)
+    if evaluations_table is not None:
+        blocks.append(evaluations_table)
     blocks.append(_metric_table(run, selected, result["metrics"]))
     if isinstance(tested, str):
         blocks.append(Note(f"No confusions of the test split: {tested}."))
@@ -47,12 +48,12 @@ def test_section(
     rows_text = count_text(result["images"], "image")
     if (n_units := result.get("units")) is not None:
         rows_text = f"{count_text(n_units, 'unit')} ({run.recipe.task.unit}) of {rows_text}"
-    shown = ""
+    ensemble_text = ""
     if selected.ensemble is not None:
-        shown = f"They were shown to the ensemble of {selected.heads}, not to the winner. "
+        ensemble_text = f"They were shown to the ensemble of {selected.heads}, not to the winner. "
     lead = (
-        f"{rows_text} that no head was trained or chosen on. {shown}The rows and predictions below "
-        "are those of the evaluation on record; this report adds none."
+        f"{rows_text} that no head was trained or chosen on. {ensemble_text}The rows and "
+        "predictions below are those of the evaluation on record; this report adds none."
     )
     return Section("test", "Test split", lead, tuple(blocks))
 
@@ -133,14 +134,14 @@ def _evaluations_table(run: FinishedRun) -> Table | None:
         winner, result = evaluation["winner"], evaluation["result"]
         # An ensemble's record names its members instead of one spec.
         if "ensemble" in winner:
-            shown = f"an ensemble of {len(winner['ensemble'])} members"
+            model_text = f"an ensemble of {len(winner['ensemble'])} members"
         else:
             spec = model_spec(winner["spec"])
-            shown = f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
+            model_text = f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
         rows.append(
             {
                 "evaluated": utc_text(evaluation.get("evaluated", "")),
-                "shown": shown,
+                "shown": model_text,
                 "metric": metric_title(result["metric"]),
                 **{name: result[name] for name in ("value", "low", "high", "images")},
             }

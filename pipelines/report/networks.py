@@ -72,7 +72,7 @@ def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
     numbers = ("network", "head", "gain", "gain_low", "gain_high", "seconds")
     # A field that a record lacks is None, and would make its column one of objects.
     frame = frame.astype(dict.fromkeys(numbers, float))
-    title, shown = metric_title(run.metric), metric_format(run.metric)
+    title, score_format = metric_title(run.metric), metric_format(run.metric)
     columns = (
         Column(
             "decision",
@@ -82,23 +82,23 @@ def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
         Column("approach", "approach"),
         Column("inputs", "inputs"),
         Column("settings", "settings"),
-        Column("network", f"network's {title}", shown, "mean over the validation folds"),
-        Column("head", f"its head's {title}", shown, "of the head that it started from"),
+        Column("network", f"network's {title}", score_format, "mean over the validation folds"),
+        Column("head", f"its head's {title}", score_format, "of the head that it started from"),
         Column(
             "gain",
             "gain over its head",
-            shown,
+            score_format,
             "the difference of the two before it; positive is better",
         ),
-        Column("gain_low", "95 % from", shown, "paired, on the same images"),
-        Column("gain_high", "to", shown),
+        Column("gain_low", "95 % from", score_format, "paired, on the same images"),
+        Column("gain_high", "to", score_format),
         Column("seconds", "seconds", "seconds", "of training, all folds together"),
         *((Column("reason", "reason"),) if (frame["reason"] != "").any() else ()),
     )
     table = Table("networks", "Every network that was looked at", columns, frame, wide=True)
-    kept = int((frame["decision"] == "kept").sum())
+    n_kept = int((frame["decision"] == "kept").sum())
     verdict = Note(
-        f"{kept:,} of {count_text(len(frame), 'network')} kept; the best setting of the run is "
+        f"{n_kept:,} of {count_text(len(frame), 'network')} kept; the best setting of the run is "
         + ("a network." if run.winner.kind == "finetune" else "a head.")
     )
     return verdict, table
