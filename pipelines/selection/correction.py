@@ -434,6 +434,7 @@ def is_stratified(validation: ValidationRows) -> bool:
     counts = np.array(
         [np.bincount(validation.target[validation.fold == f], minlength=n_classes) for f in folds]
     )
+    # Folds of one row each (leave-one-out) differ by one row at most, whatever their classes.
     return bool((np.ptp(counts, axis=0) <= 1).all() and counts.sum() > len(counts))
 
 
@@ -442,7 +443,7 @@ def share_optimism(
 ) -> tuple[float, float]:
     """Return the score of predictions (N, C) on rows with the class shares that their head was
     trained on, less that on new rows with the population's shares: its mean and its standard
-    deviation over training sets. Not sign-changed for losses.
+    deviation over training sets, in the metric's own direction.
 
     A parametric bootstrap: training shares are drawn from the population's (estimated); predictions
     are moved to them by Bayes' rule, and scored on rows weighted to the drawn shares and to the
