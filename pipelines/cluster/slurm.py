@@ -184,17 +184,21 @@ def replace_lost_jobs(cluster: Any) -> None:
 
 def queued_jobs_text(cluster: Any) -> str:
     """Return the state of a cluster's jobs, none of which has a worker yet, and what to do."""
-    job_ids = [job.job_id for job in cluster.workers.values() if job.job_id]
+    # A copy, because Dask's thread changes it. Jobs that sbatch has not taken have no id.
+    job_ids = [job.job_id for job in list(cluster.workers.values()) if job.job_id]
     command = ["squeue", "--noheader", "--format=%T (%r)", f"--jobs={','.join(job_ids)}"]
+    squeue_lines: list[str] = []
+    states_text = "none"
     try:
-        squeue_lines = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=True
-        ).stdout.splitlines()
+        # An empty --jobs lists the jobs of every user.
+        if job_ids:
+            squeue_lines = subprocess.run(
+                command, capture_output=True, text=True, timeout=60, check=True
+            ).stdout.splitlines()
+            states = sorted(Counter(squeue_lines).items())
+            states_text = ", ".join(f"{count} {state}" for state, count in states) or "none"
     except (OSError, subprocess.SubprocessError) as error:
-        squeue_lines = [f"squeue does not answer: {error}"]
-    states_text = ", ".join(
-        f"{count} {state}" for state, count in sorted(Counter(squeue_lines).items())
-    )
+        states_text = f"unknown, for squeue does not answer ({error})"
     if any(line.startswith("RUNNING") for line in squeue_lines):
         advice = (
             "Workers of a job that runs have to reach this process (cluster.slurm.interface); what "
@@ -206,7 +210,7 @@ def queued_jobs_text(cluster: Any) -> str:
             "less begin sooner: walltime, memory_per_job, workers_per_job and partition of "
             "cluster.slurm. Ctrl-C withdraws them and keeps what is finished"
         )
-    return f"No worker yet. SLURM jobs of this run: {states_text or 'none'}. {advice}"
+    return f"No worker yet. SLURM jobs of this run: {states_text}. {advice}"
 
 
 def job_logs(cluster: Any) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 from headrace.pipelines.cluster import clients as cluster, submit
 from headrace.pipelines.cluster.clients import open_client
 from headrace.pipelines.cluster.dask_client import ClusterError, require_extra
+from headrace.pipelines.cluster.slurm import queued_jobs_text
 from headrace.pipelines.cluster.submit import TaskOptions, announced, run_tasks
 from headrace.pipelines.cluster.worker import (
     CORES_PER_GPU,
@@ -98,6 +99,22 @@ def test_jobs_that_wait_in_the_queue_are_told(tmp_path, commands, monkeypatch):
     assert reason.startswith("No worker yet. SLURM jobs of this run: 1 PENDING (Resources). squeue")
     assert "--jobs=7 " in reason
     assert console.file.getvalue() == reason + "\n"
+
+
+@pytest.mark.parametrize(
+    ("job_ids", "queue", "expected"),
+    [
+        # What squeue answers to an empty list of jobs: those of everybody.
+        ([None], "echo 'RUNNING (None)'", "of this run: none. squeue"),
+        (["7", "8"], "echo 'PENDING (Priority)'", "of this run: 1 PENDING (Priority). squeue"),
+        (["7"], "exit 1", "of this run: unknown, for squeue does not answer ("),
+    ],
+)
+def test_the_queue_is_asked_for_jobs_of_this_run_alone(job_ids, queue, expected, commands):
+    commands("true", queue)
+    jobs = {name: types.SimpleNamespace(job_id=job_id) for name, job_id in enumerate(job_ids)}
+    cluster = types.SimpleNamespace(workers=jobs, _job_kwargs={"log_directory": "logs"})
+    assert expected in queued_jobs_text(cluster)
 
 
 @pytest.mark.parametrize(
