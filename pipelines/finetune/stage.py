@@ -159,7 +159,7 @@ def _has_its_files(paths: RunPaths, key: str, decision: str) -> bool:
     remove_damaged(paths.finetune_result(key))
     weights_path = paths.finetune_model(key) / WEIGHTS
     if weights_path.exists() and not is_sealed_file(weights_path):
-        weights_path.unlink()
+        weights_path.unlink(missing_ok=True)  # another driver may have removed it
         return False
     has_weights = weights_path.exists() or decision == "rolled back"
     return has_weights and paths.finetune_result(key).exists()

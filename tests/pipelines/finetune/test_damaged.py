@@ -7,7 +7,9 @@ from support.models import run_here
 from support.networks import WEAK_HEAD_RECIPE
 from support.runs import make_photos
 
-from headrace.pipelines.models.network import load_network
+from headrace.pipelines.finetune import stage
+from headrace.pipelines.models.network import WEIGHTS, load_network
+from headrace.pipelines.paths import RunPaths
 
 FINETUNE = """\
 finetune: {train_above: [layer3], learning_rate: [0.001], epochs: 2, batch_size: 16}
@@ -56,3 +58,11 @@ def test_what_is_damaged_is_trained_again_and_what_is_whole_is_not(tmp_path):
         load_network(paths.winner)
     assert len(paths.test_evaluations.read_text().splitlines()) == 1
     assert next(iter(json.loads(decisions.read_bytes()).values()))["decision"] == "kept"
+
+
+def test_a_damaged_network_that_another_driver_has_removed_is_no_error(tmp_path, monkeypatch):
+    paths = RunPaths(tmp_path)
+    paths.finetune_model("key").mkdir(parents=True)
+    (paths.finetune_model("key") / WEIGHTS).touch()
+    monkeypatch.setattr(stage, "is_sealed_file", lambda path: path.unlink())
+    assert not stage._has_its_files(paths, "key", "kept")
