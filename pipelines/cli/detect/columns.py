@@ -117,7 +117,7 @@ def task_section(
         if column_name in samples and n_distinct(samples[column_name]) is None
     ]
     free_columns = [name for name in column_names if name not in named_columns]
-    target_column = _named_target([*column_names, *list_columns])
+    target_column = named_target([*column_names, *list_columns])
     if target_column is None and (target_column := _few_valued(samples, free_columns)):
         other_columns = [
             name for name in free_columns if name != target_column and _few_valued(samples, [name])
@@ -219,7 +219,8 @@ def _split_and_group(
         )
     elif group_column:
         task_lines += f"\n  group: {yaml_text(group_column)}"
-    elif named_columns[1]:
+    # Told also where another column is taken: that of patients says more than that of sites.
+    if named_columns[1] and named_columns[1] != group_column:
         task_notes.append(
             f"column {named_columns[1]!r} is empty for some images, and is not taken for groups: "
             f"fill it, and set task.group: {yaml_text(named_columns[1])}"
@@ -289,7 +290,7 @@ def _letters(name: str) -> str:
     return re.sub(r"[ _-]", "", name).lower()
 
 
-def _named_target(column_names: Sequence[str]) -> str | None:
+def named_target(column_names: Sequence[str]) -> str | None:
     """Return the column that is named like a label.
 
     A `class` beside an `order` and a `family` is a rank of animals or plants (Wildlife Insights,

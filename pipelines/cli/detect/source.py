@@ -38,6 +38,7 @@ from headrace.pipelines.cli.detect.columns import (
     first_named,
     is_full,
     n_distinct,
+    named_target,
     table_doubts,
     targets_text,
     task_section,
@@ -48,6 +49,10 @@ from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.targets import name_some
 from headrace.pipelines.selection.cautions import near_copies
 
+# Names of numbered folders that hold parts of one set; those of others may be classes.
+_PART_OF_SET = (
+    r"(part|batch|chunk|shard|set|images?|imgs?|photos?|data|folder|dir|vol|disk)[ ._-]*$"
+)
 _CLASS_AND_NUMBER = r"(?P<label>[^/]*[^-/_. \d])[-_. ]*\d+\.\w+$"
 _MAX_CLASSES_NAMED = 8  # in a message
 _N_IMAGES_OPENED = 60  # spread over the listing, to see whether some have more than 8 bits
@@ -161,8 +166,8 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
         if not refusal_texts:
             raise
         raise InvalidInput("\n".join([str(error), *refusal_texts])) from None
-    if len(table_findings) == 1 and (parts_text := _parts_text(folder)):
-        ((table, table_finding),) = table_findings.items()
+    table, table_finding = next(iter(table_findings.items()), (folder, finding))
+    if len(table_findings) == 1 and (parts_text := _parts_text(folder, table)):
         table_note = f"{table.name} names the images and their labels; the sub-folders {parts_text}"
         return replace(table_finding, notes=(*table_finding.notes, table_note, *prediction_notes))
     if table_findings:
@@ -181,18 +186,23 @@ def _lists_images(text_file: Path) -> bool:
     return Path(words[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _parts_text(folder: Path) -> str | None:
-    """Return what the sub-folders are if, by their names, they are no classes.
+def _parts_text(folder: Path, table: Path) -> str | None:
+    """Return what the sub-folders are if they are no classes, by their names and by those of the
+    columns of the table beside them.
 
     They are sides of a split where all are named like `train_images`, as in Kaggle's competitions
     (not if one is called just `train` or `test`: then the classes are expected in it), or numbered
-    parts of one set, such as `images_001`.
+    parts of one set, such as `images_001`. `grade1` and `grade2` are classes, unless the table has
+    a column that is named like a label.
     """
     names = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     if all(split_side_in(name) and name.lower() not in SPLIT_WORDS for name in names):
         return "are sides of a split"
     stems = {name.rstrip("0123456789") for name in names}
-    return "are its parts" if len(names) > 1 and len(stems) == 1 and all(stems) else None
+    if len(names) < 2 or len(stems) > 1 or not (stem := stems.pop()):
+        return None
+    is_part = re.search(_PART_OF_SET, stem, re.IGNORECASE) is not None
+    return "are its parts" if is_part or named_target(list(read_table_file(table).frame)) else None
 
 
 def _is_predictions(table: Path) -> bool:
@@ -263,13 +273,22 @@ def _inner_folders(image_ids: "pd.Series[Any]", depth: int) -> list[str]:
             outer_of_inner.setdefault(folders[level], set()).add(folders[0])
         if len(outer_of_inner) < 2:
             continue  # BreakHis: benign/SOB/adenosis
+        if 2 * len(outer_of_inner) > len(folders_of_image):
+            continue  # a folder for each image
         recur = all(len(outer_names) > 1 for outer_names in outer_of_inner.values())
-        pattern = "(?P<split>[^/]+)/" * depth + ("(?P<group>[^/]+)/" if recur else "[^/]+/")
-        pattern += "[^/]+/" * (level - 1) + "(?P<label>[^/]+)/"
-        group_text = ", and the outer ones groups: task.group: group" if recur else ""
+        split, between = "(?P<split>[^/]+)/" * depth, "[^/]+/" * (level - 1)
+        group_text = ", and the outer ones groups: task.group: group"
+        if not recur:
+            # Those of patients lie in one class each too.
+            group_text = (
+                ". If they are patients or scenes instead, they are groups, task.group: group, by "
+                f"name_pattern: '^{split}(?P<label>[^/]+)/{between}(?P<group>[^/]+)/'"
+            )
+        outer = "(?P<group>[^/]+)/" if recur else "[^/]+/"
         return [
             f"the folders in them ({name_some(sorted(outer_of_inner))}) may be the classes, too: "
-            f"for that, in the recipe's images, name_pattern: '^{pattern}'{group_text}"
+            f"for that, in the recipe's images, name_pattern: "
+            f"'^{split}{outer}{between}(?P<label>[^/]+)/'{group_text}"
         ]
     return []
 
@@ -472,13 +491,9 @@ def _near_copies(samples: pd.DataFrame) -> list[str]:
     """Return a note if neighbours in the listing are nearly the same image, and no column of groups
     keeps them on one side of the split.
     """
+    named_columns = [name for name in map(str, samples) if first_named(GROUP_NAMES, [name])]
     group_column = first_named(
-        GROUP_NAMES,
-        [
-            str(column_name)
-            for column_name in samples
-            if str(column_name).lower() in GROUP_NAMES and is_full(samples[column_name])
-        ],
+        GROUP_NAMES, [name for name in named_columns if is_full(samples[name])]
     )
     copies_note = near_copies(samples, group_column)
     return [] if copies_note is None else [copies_note]

@@ -598,7 +598,7 @@ def test_tables_of_camtrap_dp_are_joined_by_the_command_that_is_named(tmp_path):
     ("folders", "label", "group"),
     [
         (["p1/0", "p1/1", "p2/0", "p2/1"], ["0", "1"] * 2, ["p1", "p1", "p2", "p2"]),
-        (["lung/n", "lung/aca", "colon/x", "colon/y"], ["n", "aca", "x", "y"], None),
+        (["lung/n", "lung/aca", "colon/x", "colon/y"] * 2, ["n", "aca", "x", "y"] * 2, None),
         (["a/SOB/adenosis", "b/SOB/ductal"] * 2, ["adenosis", "ductal"] * 2, None),
         (["train/p1/0", "test/p2/0", "train/p3/1", "test/p4/1"], ["0", "0", "1", "1"], True),
         (["a", "b"] * 2, None, None),
@@ -610,18 +610,44 @@ def test_folders_below_the_classes_may_be_the_classes(tmp_path, folders, label, 
     notes = write_recipe(tmp_path / "set", tmp_path / "r.yaml").notes
     told = [note for note in notes if "may be the classes, too" in note]
     assert len(told) == (label is not None)
-    if told:
-        (line,) = re.findall(r"name_pattern: '.*'", told[0])
-        text = (tmp_path / "r.yaml").read_text()
-        (tmp_path / "r.yaml").write_text(text.replace("images:\n", f"images:\n  {line}\n", 1))
+    lines = re.findall(r"name_pattern: '[^']*'", told[0]) if told else []
+    assert len(lines) == 0 if label is None else 1 if group else 2
+    written = (tmp_path / "r.yaml").read_text()
+    tables = []
+    for line in lines:
+        (tmp_path / "r.yaml").write_text(written.replace("images:\n", f"images:\n  {line}\n", 1))
         samples = list_samples(load_recipe(tmp_path / "r.yaml"))
-        samples = samples.sort_values("id", key=lambda ids: ids.str.extract(r"(\d+)\.png$")[0])
-        assert samples["label"].tolist() == label
-        assert ("task.group: group" in told[0]) == (group is not None)
-        if isinstance(group, list):
-            assert samples["group"].tolist() == group
+        by_number = samples["id"].str.extract(r"(\d+)\.png$")[0].astype(int)
+        tables.append(samples.iloc[np.argsort(by_number)])
+    if tables:
+        assert tables[0]["label"].tolist() == label
         if folders[0].startswith("train"):
-            assert samples["split"].tolist() == ["train", "test"] * 2
+            assert tables[0]["split"].tolist() == ["train", "test"] * 2
+    if isinstance(group, list):
+        assert tables[0]["group"].tolist() == group
+    if len(tables) == 2:  # the folders in the classes are patients instead
+        assert tables[1]["label"].tolist() == [folder.split("/")[0] for folder in folders]
+        assert tables[1]["group"].tolist() == label
+
+
+def test_a_folder_for_each_image_is_no_class(tmp_path):
+    save_images(tmp_path, *(f"set/{'ab'[n % 2]}/case{n}/photo.png" for n in range(8)))
+    notes = write_recipe(tmp_path / "set", tmp_path / "r.yaml").notes
+    assert not any("may be the classes" in note for note in notes)
+
+
+@pytest.mark.parametrize(("stem", "is_part"), [("grade", False), ("stage_", False), ("part", True)])
+def test_numbered_folders_beside_a_table_are_classes_unless_named_parts(tmp_path, stem, is_part):
+    """The table of ages and sexes beside grades is not taken for the labels."""
+    names = [f"{stem}{1 + n % 2}/{n}.png" for n in range(8)]
+    save_images(tmp_path, *(f"set/{name}" for name in names))
+    table = pd.DataFrame({"file": [f"{n}.png" for n in range(8)], "sex": ["f", "m", "m", "f"] * 2})
+    table.to_csv(tmp_path / "set" / "about.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "set", tmp_path / "r.yaml").notes)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.task.target == ("sex" if is_part else "label")
+    assert ("the sub-folders are its parts" in notes) is is_part
+    assert ("the sub-folders are taken for the classes" in notes) is not is_part
 
 
 def test_pointers_in_the_place_of_images_are_told(tmp_path, photos):
@@ -685,3 +711,29 @@ def test_names_for_a_table_without_them_are_in_its_order(tmp_path, line, names):
     (tmp_path / "t.csv").write_text(f"{line}\n" * 2)
     with pytest.raises(SourceError, match=f"for example: {names}$"):
         write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+
+
+def test_a_patient_column_with_gaps_is_told_also_where_sites_are_taken(tmp_path):
+    """Else sites would be taken for the groups that the user believes patients to be."""
+    frame = rows(site=list("uvwxyz"), patient=["p", None, "q", "p", "q", "q"])
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes)
+    assert load_recipe(tmp_path / "r.yaml").task.group == "site"
+    assert "column 'patient' is empty for some images" in notes
+
+
+def test_images_of_one_patient_may_be_alike_however_the_column_is_spelled(tmp_path):
+    """No column of groups is asked for where there is one, named `Patient ID`."""
+    rng = np.random.default_rng(0)
+    for patient in range(12):
+        scene = rng.integers(40, 200, (16, 16))
+        for view in range(2):
+            Image.fromarray((scene + view).astype(np.uint8)).save(tmp_path / f"{patient}{view}.png")
+    names = [f"{patient}{view}" for patient in range(12) for view in range(2)]
+    frame = pd.DataFrame({"path": [f"{name}.png" for name in names], "label": ["x", "y"] * 12})
+    for column, is_told in (("frame", True), ("Patient ID", False)):
+        table = frame.assign(**{column: [name[:-1] for name in names]})
+        table.to_csv(tmp_path / "t.csv", index=False)
+        finding = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True)
+        assert ("task.group" in " ".join(finding.notes)) is is_told
+        assert (load_recipe(tmp_path / "r.yaml").task.group is None) is is_told
