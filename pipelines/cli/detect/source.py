@@ -202,7 +202,11 @@ def _parts_text(folder: Path, table: Path) -> str | None:
     if len(names) < 2 or len(stems) > 1 or not (stem := stems.pop()):
         return None
     is_part = re.search(_PART_OF_SET, stem, re.IGNORECASE) is not None
-    return "are its parts" if is_part or named_target(list(read_table_file(table).frame)) else None
+    return (
+        "are its parts"
+        if is_part or named_target(list(map(str, read_table_file(table).frame)))
+        else None
+    )
 
 
 def _is_predictions(table: Path) -> bool:
