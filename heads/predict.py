@@ -85,5 +85,6 @@ def probability_floor(spec: HeadSpec | str, task_kind: TaskKind, n_outputs: int)
             return FLOOR  # a network trained by gradients counts no votes
         spec = spec_from_json(spec)
     kind = HEAD_KINDS.get(spec.kind)
-    votes = kind is not None and kind.counts_votes(spec)
-    return vote_floor(task_kind, n_outputs) if votes else FLOOR
+    if kind is not None and kind.counts_votes(spec):
+        return vote_floor(task_kind, n_outputs)
+    return FLOOR

@@ -20,15 +20,15 @@ class UnitRule:
     aggregation: UnitAggregation
     # Divides a unit's log-odds. Images are predicted at temperature 1: labels belong to units.
     temperature: float
-    floor: float = FLOOR  # the smallest probability that the temperature looks at
+    floor: float = FLOOR  # smaller probabilities count as this one, see `probability_floor`
 
     def predict(self, task_kind: TaskKind, predicted: Array, unit_of_row: Array) -> Array:
         """Return (U, C) float32 predictions of units from those (n, C) of their images.
 
         unit_of_row: (n,) integers 0..U-1, each at least once.
         """
-        of_units = aggregate_units(task_kind, predicted, unit_of_row, self.aggregation)
-        return tempered(of_units, task_kind, self.temperature, self.floor)
+        unit_predictions = aggregate_units(task_kind, predicted, unit_of_row, self.aggregation)
+        return tempered(unit_predictions, task_kind, self.temperature, self.floor)
 
 
 def rule_fields(rule: UnitRule | None) -> dict[str, Any]:

@@ -141,11 +141,11 @@ def _validate_objects(
         scale_start=start_of("scale", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
         offset_start=start_of("offset", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
     )
-    attributes = h5py.Dataset(features)
+    data_set = h5py.Dataset(features)  # of h5py, whose attributes are read by name
     quantization_error = QuantizationError(
-        float(_number_attribute(attributes, "round_off_largest")),
-        float(_number_attribute(attributes, "round_off_squared_error")),
-        float(_number_attribute(attributes, "round_off_squared")),
+        float(_number_attribute(data_set, "round_off_largest")),
+        float(_number_attribute(data_set, "round_off_squared_error")),
+        float(_number_attribute(data_set, "round_off_squared")),
     )
     return layout, quantization_error
 

@@ -48,9 +48,9 @@ def network_prefix(
             start = dot + 1
     if not counts:
         return ""
-    most = max(counts.values())
+    best_count = max(counts.values())
     rivals = sorted(
-        (prefix for prefix, count in counts.items() if count >= _RIVAL_SHARE * most),
+        (prefix for prefix, count in counts.items() if count >= _RIVAL_SHARE * best_count),
         key=lambda prefix: (len(prefix), prefix),
     )
     teachers = [prefix for prefix in rivals if "teacher" in prefix.split(".")]

@@ -97,10 +97,10 @@ def build_pretrained(
 
 
 @contextlib.contextmanager
-def limit_parameters(parameters: int, name: str, why: str) -> Iterator[None]:
-    """Raise BackboneError when a network built within has more than so many parameters.
+def limit_parameters(max_parameters: int, name: str, reason: str) -> Iterator[None]:
+    """Raise BackboneError when a network built within has more than `max_parameters`.
 
-    why: the end of the message.
+    reason: the end of the message.
     """
     thread, total = threading.get_ident(), 0
 
@@ -114,9 +114,9 @@ def limit_parameters(parameters: int, name: str, why: str) -> Iterator[None]:
         ):
             return
         total += parameter.numel()
-        if total > parameters:
+        if total > max_parameters:
             raise BackboneError(
-                f"{name}: the network has more than {parameters:,} parameters, {why}"
+                f"{name}: the network has more than {max_parameters:,} parameters, {reason}"
             )
 
     # Code that the caller has allowed, and that may build more than it returns.
@@ -139,8 +139,8 @@ def limit_parameters_to_file(
     # Four times as many and 2^24 more: position embeddings may be of another image size, and a file
     # of another network gets a better message when its names are compared.
     n_values = sum(tensor.numel() for tensor in tensors.values())
-    why = f"and its weights file holds {n_values:,} numbers: they are another one's"
-    return limit_parameters(4 * n_values + (1 << 24), name, why)
+    reason = f"and its weights file holds {n_values:,} numbers: they are another one's"
+    return limit_parameters(4 * n_values + (1 << 24), name, reason)
 
 
 def backbone_names() -> list[str]:

@@ -87,11 +87,16 @@ class OnnxNetwork(nn.Module):
         if session.get_inputs()[0].type == "tensor(float16)":
             batches = [batch.astype(np.float16) for batch in batches]
         try:
-            runs = [session.run(list(names), {self.input_name: batch}) for batch in batches]
+            batch_outputs = [
+                session.run(list(names), {self.input_name: batch}) for batch in batches
+            ]
         except Exception as error:  # onnxruntime's own errors have no common class
             raise RuntimeError(f"onnxruntime: {' '.join(str(error).split())}") from error
-        columns = (np.concatenate(column)[: len(array)] for column in zip(*runs, strict=True))
-        return [torch.from_numpy(column).to(pixels.device) for column in columns]
+        # Batch by batch to value by value, without the padding of the last batch.
+        outputs = (
+            np.concatenate(value)[: len(array)] for value in zip(*batch_outputs, strict=True)
+        )
+        return [torch.from_numpy(output).to(pixels.device) for output in outputs]
 
     def _session(self, names: tuple[str, ...]) -> Any:
         """Return the session for the part of the graph on which these values depend."""

@@ -190,8 +190,8 @@ def jpeg_reduction(data: bytes, how: Preprocessing) -> int:
         return 1
     height, width = size
     resized_height, resized_width = _resized_extent(height, width, how)
-    most = min(height / resized_height, width / resized_width) / _SCALED_EDGES
-    return next((reduction for reduction in JPEG_REDUCTIONS if reduction <= most), 1)
+    max_reduction = min(height / resized_height, width / resized_width) / _SCALED_EDGES
+    return next((reduction for reduction in JPEG_REDUCTIONS if reduction <= max_reduction), 1)
 
 
 def render_crop(image: DecodedImage, how: Preprocessing) -> npt.NDArray[Any]:
@@ -231,7 +231,7 @@ def render_bands(
     planes: list[npt.NDArray[np.float32]] = []
     for channel in range(how.n_channels):
         fill = how.mean[channel] if how.nodata == "mean" else None
-        is_first_once_more = (
+        equals_first_plane = (
             channel > 0
             and bands.selection[channel] == bands.selection[0]
             and bands.ranges[channel] == bands.ranges[0]
@@ -239,7 +239,7 @@ def render_bands(
             and how.mode != "border"
             and fill is None
         )
-        if is_first_once_more:
+        if equals_first_plane:
             planes.append(planes[0])
             continue
         planes.append(np.asarray(change(Image.fromarray(bands.plane(channel, fill)), channel)))
@@ -315,5 +315,5 @@ def _centre_crop(image: Image.Image, how: Preprocessing, border: float | None) -
         canvas.paste(image.convert(mode), (left, above))
         image, (width, height) = canvas, canvas.size
     # Python's round, to even at .5, as in torchvision.
-    top, start = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)
-    return image.crop((start, top, start + crop_width, top + crop_height))
+    top, left = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)
+    return image.crop((left, top, left + crop_width, top + crop_height))

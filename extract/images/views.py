@@ -115,8 +115,8 @@ def render_view(
     crop_height, crop_width = preprocessing.crop
 
     def resize(plane: Image.Image) -> Image.Image:
-        how = RESAMPLING[preprocessing.interpolation]
-        return plane.resize((crop_width, crop_height), how, box=crop_box)
+        resampling = RESAMPLING[preprocessing.interpolation]
+        return plane.resize((crop_width, crop_height), resampling, box=crop_box)
 
     if isinstance(image, Bands):
         floats = render_bands(image, preprocessing, lambda plane, _channel: resize(plane))

@@ -31,10 +31,10 @@ class _Traced(nn.Module):
 
     def __init__(self, network: nn.Module, forward: Forward) -> None:
         super().__init__()
-        self.network, self.taps_of = network, forward
+        self.network, self.run_forward = network, forward
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.taps_of(pixels))
+        return tuple(self.run_forward(pixels))
 
 
 def openvino_forward(network: nn.Module, forward: Forward, pixels: Tensor) -> Forward:
@@ -87,12 +87,12 @@ def _compile(traced: _Traced, pixels: Tensor) -> Forward:
 
     def forward(pixels: Tensor) -> list[Tensor]:
         # Of uint8 pixels too: an input of another type than the traced one would be cast to that.
-        parts = [
-            compiled(part.float().contiguous().numpy(), share_inputs=True, share_outputs=False)
-            for part in torch.split(pixels, _BATCH)
+        batch_outputs = [
+            compiled(batch.float().contiguous().numpy(), share_inputs=True, share_outputs=False)
+            for batch in torch.split(pixels, _BATCH)
         ]
         return [
-            torch.from_numpy(np.concatenate([part[index] for part in parts]))
+            torch.from_numpy(np.concatenate([outputs[index] for outputs in batch_outputs]))
             for index in range(len(compiled.outputs))
         ]
 

@@ -41,8 +41,8 @@ def predict_units(
         sizes = np.diff([*starts, len(rows)])
         pooled, row_weights = _pooled(spec, arrays, hidden, starts, sizes)
         weight, bias = dense_layers(arrays, len(spec.hidden))[-1]
-        of_units = link(pooled @ weight.T + bias, task_kind, 1.0, temperature)
-        predicted[rows] = np.repeat(of_units, sizes, axis=0)
+        unit_predictions = link(pooled @ weight.T + bias, task_kind, 1.0, temperature)
+        predicted[rows] = np.repeat(unit_predictions, sizes, axis=0)
         weights[rows] = row_weights
     return predicted, weights
 
@@ -52,13 +52,15 @@ def _blocks(unit: Array) -> Iterator[tuple[Index, Index]]:
     codes = np.unique(np.asarray(unit), return_inverse=True)[1]
     order = np.argsort(codes, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(codes))])
-    first = 0
-    while first < len(offsets) - 1:
+    first_unit = 0
+    while first_unit < len(offsets) - 1:
         # At most ROWS_AT_ONCE rows, but one unit at least.
-        last = int(np.searchsorted(offsets, offsets[first] + ROWS_AT_ONCE, side="right")) - 1
-        last = max(last, first + 1)
-        yield order[offsets[first] : offsets[last]], offsets[first:last] - offsets[first]
-        first = last
+        end_row = offsets[first_unit] + ROWS_AT_ONCE
+        end_unit = int(np.searchsorted(offsets, end_row, side="right")) - 1
+        end_unit = max(end_unit, first_unit + 1)
+        starts = offsets[first_unit:end_unit] - offsets[first_unit]
+        yield order[offsets[first_unit] : offsets[end_unit]], starts
+        first_unit = end_unit
 
 
 def _hidden(spec: BagsSpec, arrays: Arrays, rows: Floats) -> Floats:

@@ -33,11 +33,11 @@ _HALF_STEP = 0.5 / 255
 
 
 def split_images(
-    images: ImageLike | Iterable[ImageLike], most_bands: int | None = None
+    images: ImageLike | Iterable[ImageLike], highest_band: int | None = None
 ) -> list[ImageLike]:
     """Return the images as a list: an array or tensor of several images is split.
 
-    most_bands: the highest band that a model of many-band images reads, None for other models.
+    highest_band: the highest band that a model of many-band images reads, None for other models.
     Raises InvalidInput if an array can be read as one image and as several.
     """
     if isinstance(images, str | PathLike | Image.Image):
@@ -48,7 +48,7 @@ def split_images(
         return cast(list[ImageLike], images.tolist())  # an array of paths, as from a table's column
     try:
         pixel_array = _as_array(images)
-        if most_bands is not None:
+        if highest_band is not None:
             return list(pixel_array) if pixel_array.ndim == 4 else [pixel_array]
         if pixel_array.ndim == 4:
             _channels_first(pixel_array.shape, "a batch")
@@ -82,22 +82,22 @@ def _is_grey_batch(array_shape: tuple[int, ...]) -> bool:
 
 
 def image_decoder(
-    image: ImageLike, most_bands: int | None
+    image: ImageLike, highest_band: int | None
 ) -> tuple[Callable[[Preprocessing], DecodedImage], str]:
     """Return a function that decodes the image for a preprocessing, and the image's content hash.
 
-    most_bands: the highest band that some preprocessing reads, None if none reads bands. Raises
+    highest_band: the highest band that some preprocessing reads, None if none reads bands. Raises
     ImageError and OSError.
     """
     if isinstance(image, Image.Image) and not (image_bytes := _unread_file(image)):
         upright_image = ImageOps.exif_transpose(image)
-        if most_bands is None:
+        if highest_band is None:
             return partial(_decode_pillow, upright_image), hash_bytes(upright_image.tobytes())
         image = np.asarray(upright_image)
     if isinstance(image, str | PathLike):
         image_bytes = read_bytes(image if isinstance(image, str) else encode_path(Path(image)))
     elif not isinstance(image, Image.Image):
-        pixel_array = _as_array(image) if most_bands else _one_image(_as_array(image))
+        pixel_array = _as_array(image) if highest_band else _one_image(_as_array(image))
         image_bytes = array_bytes(pixel_array)
         if pixel_array.dtype.kind == "f":
             return partial(_decode_floats, pixel_array, image_bytes), hash_bytes(image_bytes)
