@@ -11,7 +11,7 @@ from headrace.pipelines.finetune.stage import FinetuneOutcome
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting
 from headrace.pipelines.planning.run_state import RunState
-from headrace.pipelines.selection.correction import Selection
+from headrace.pipelines.selection.correction import CorrectedScore
 from headrace.pipelines.selection.ensemble import Ensemble
 from headrace.pipelines.selection.evaluation_record import TestResult
 from headrace.pipelines.selection.winner import Winner
@@ -33,7 +33,7 @@ class RunResult:
     # None if the recipe asks for none; if it is `chosen`, it is the selected model
     ensemble: Ensemble | None
     # the winner's expected score, and the settings that are statistically tied with it
-    selection: Selection | None
+    selection: CorrectedScore | None
     finetuned: FinetuneOutcome | None  # None if the recipe asks for none
     notes: tuple[str, ...]  # cautions about the data or the settings
     # counts of the source's entries by what became of them; None if a program gave the samples

@@ -124,7 +124,7 @@ def _write_files(model: Model, folder: Path, formats: list[str]) -> ExportResult
             own_check = expected_outputs(model, inputs)
             copy_check = expected_outputs(load_model(folder, trust_code=model.trust_code), inputs)
             differences["safetensors"] = own_check.difference(copy_check.expected)
-            if differences["safetensors"] > own_check.tolerance:
+            if not differences["safetensors"] <= own_check.tolerance:  # also for NaN
                 raise InvalidInput(
                     f"the copy predicts otherwise, by {differences['safetensors']:.2g}; nothing "
                     "was written"

@@ -35,7 +35,7 @@ from headrace.pipelines.planning.plan import Plan, feature_plan, plan_run
 from headrace.pipelines.recipe.grid import side_columns_note
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import write_record
-from headrace.pipelines.selection.correction import Selection
+from headrace.pipelines.selection.correction import CorrectedScore
 from headrace.pipelines.selection.ensemble import Ensemble
 from headrace.pipelines.selection.evaluation_record import TestResult
 from headrace.pipelines.selection.halving import InputHalving
@@ -43,14 +43,14 @@ from headrace.pipelines.selection.winner import Winner
 
 
 @dataclass(frozen=True)
-class Selected:
+class RankedModels:
     """The trained heads and networks, ranked, and the one that is selected."""
 
     heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
     winner: Winner  # the first row of the board
     temperature: float  # of the winner's probabilities
-    selection: Selection | None  # the winner's corrected score, and the settings tied with it
+    selection: CorrectedScore | None  # the winner's corrected score, and the settings tied with it
     ensemble: Ensemble | None  # if the recipe asks for one; if `chosen`, it is the selected model
 
 
@@ -72,7 +72,7 @@ class RunState:
     failed_images: int = 0
     input_halving: InputHalving | None = None
     finetuned: FinetuneOutcome | None = None
-    selected: Selected | None = None
+    selected: RankedModels | None = None
     test: TestResult | None = None
 
     @property

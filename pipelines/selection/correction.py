@@ -55,7 +55,7 @@ SORTED_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Selection:
+class CorrectedScore:
     """The outcome of selecting the best of `tried` settings, corrected for having selected it."""
 
     metric: str
@@ -107,7 +107,7 @@ def assess_selection(
     *,
     blocks: Blocks | None = None,
     halving_luck: tuple[float, Floats] | None = None,
-) -> Selection | None:
+) -> CorrectedScore | None:
     """Assess the selection among the complete heads of a leaderboard; None below two held-out rows.
 
     board: best first.
@@ -161,7 +161,7 @@ def assess_selection(
     tied = table["statistically_tied"].to_numpy()
     cheapest = np.lexsort((-scores.observed, np.where(tied, cost, np.inf)))[0]
     validation_score = float(scores.compared[metric].iloc[0])
-    return Selection(
+    return CorrectedScore(
         metric=metric,
         tried=len(scores.compared),
         images=len(validation),

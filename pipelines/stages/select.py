@@ -15,11 +15,11 @@ from headrace.cache.count_text import count_text
 from headrace.heads.data.side_columns import taps_of
 from headrace.pipelines.models.image_parts import ImageParts, trained_parts
 from headrace.pipelines.planning.leaderboard import rank_heads
-from headrace.pipelines.planning.run_state import RunState, Selected
+from headrace.pipelines.planning.run_state import RankedModels, RunState
 from headrace.pipelines.records import publish_table, write_record
 from headrace.pipelines.selection.calibration import temperature_of
 from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, near_duplicates
-from headrace.pipelines.selection.correction import Selection, assess_selection
+from headrace.pipelines.selection.correction import CorrectedScore, assess_selection
 from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble
 from headrace.pipelines.selection.instance_weights import instance_weights, weighted_heads
@@ -74,7 +74,7 @@ def select(state: RunState, services: Services) -> RunState:
     return replace(
         state,
         failed_images=failed_images,
-        selected=Selected(heads, leaderboard, winner, winner_temperature, selection, ensemble),
+        selected=RankedModels(heads, leaderboard, winner, winner_temperature, selection, ensemble),
         notes=notes if finetuned is None else (*notes, *finetuned.notes),
     )
 
@@ -117,7 +117,7 @@ def write_instance_weights(
     )
 
 
-def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> Selection | None:
+def correct_for_selection(state: RunState, leaderboard: pd.DataFrame) -> CorrectedScore | None:
     """Write and return the correction of the winner's score, from stored predictions."""
     validation = validation_rows(state.dataset.train, state.dataset.groups)
     input_halving = state.input_halving
