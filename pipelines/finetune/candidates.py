@@ -167,11 +167,12 @@ def _make_candidate(
     feature_paths = tuple(path for name in inputs for path in feature_inputs[name].views)
     split_maps: tuple[Path, ...] = ()
     if spec.start != "random" or spec.train_above != "all":  # not from scratch
-        for name, feature_input in feature_inputs.items():
-            # With several backbones "layer3.map" is called "timm:resnet18:layer3.map".
-            is_map = f":{name}".endswith(f":{spec.train_above}.map")
-            if is_map and feature_input.backbone == backbone:
-                split_maps = feature_input.views
+        # With several backbones "layer3.map" is called "timm:resnet18:layer3.map", and one backbone
+        # may stand twice, with other views.
+        prefix, colon, _ = inputs[0].rpartition(":")
+        map_name = f"{prefix}{colon}{spec.train_above}.map"
+        if map_name in feature_inputs:
+            split_maps = feature_inputs[map_name].views
     return Candidate(label, tuple(inputs), spec, backbone, feature_paths, split_maps, row)
 
 

@@ -420,6 +420,22 @@ def test_a_network_among_several_is_trained_from_its_own_cached_map(case: Case) 
     assert candidate.split_maps == feature_inputs[f"timm:{SMALL.name}:layer3.map"].views
 
 
+def test_a_network_that_stands_twice_is_trained_from_the_map_of_its_own_views(case: Case) -> None:
+    board = board_of(case, (LOGISTIC, ("layer4.avg",)))
+    board["inputs"] = [("plain:layer4.avg",)]
+    own_inputs = {
+        name: dataclasses.replace(each, backbone=SMALL)
+        for name, each in feature_inputs_of(case.directories).items()
+    }
+    feature_inputs = {f"plain:{name}": each for name, each in own_inputs.items()} | {
+        f"flipped:{name}": dataclasses.replace(each, views=(*each.views, Path("flipped")))
+        for name, each in own_inputs.items()
+    }
+    section = FinetuneSection(train_above=("layer3",))
+    (candidate,) = list_candidates(board, section, feature_inputs)[0]
+    assert candidate.split_maps == own_inputs["layer3.map"].views
+
+
 def test_gain_and_cost_are_predicted_from_what_was_measured(case: Case) -> None:
     """More is expected of what helped before; cost grows with epochs and the measured step."""
     board = board_of(case, (WEAK, ("layer4.avg",)))
