@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import SourceError, as_yaml_list
-from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
 from headrace.extract.images.opening import decoding_reason, open_image
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
@@ -167,7 +167,7 @@ def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Fi
             raise
         raise InvalidInput("\n".join([str(error), *refusal_texts])) from None
     table, table_finding = next(iter(table_findings.items()), (folder, finding))
-    if len(table_findings) == 1 and (parts_text := _parts_text(folder, table)):
+    if len(table_findings) == 1 and (parts_text := _parts_text(folder, table, table_finding)):
         table_note = f"{table.name} names the images and their labels; the sub-folders {parts_text}"
         return replace(table_finding, notes=(*table_finding.notes, table_note, *prediction_notes))
     if table_findings:
@@ -186,14 +186,14 @@ def _lists_images(text_file: Path) -> bool:
     return Path(words[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _parts_text(folder: Path, table: Path) -> str | None:
-    """Return what the sub-folders are if they are no classes, by their names and by those of the
-    columns of the table beside them.
+def _parts_text(folder: Path, table: Path, table_finding: Finding) -> str | None:
+    """Return what the sub-folders are if they are no classes, by their names and the table beside
+    them.
 
     They are sides of a split where all are named like `train_images`, as in Kaggle's competitions
     (not if one is called just `train` or `test`: then the classes are expected in it), or numbered
-    parts of one set, such as `images_001`. `grade1` and `grade2` are classes, unless the table has
-    a column that is named like a label.
+    parts of one set, such as `images_001`, where the table names files that are there. `grade1` and
+    `grade2` are classes, unless the table has a column that is named like a label.
     """
     names = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     if all(split_side_in(name) and name.lower() not in SPLIT_WORDS for name in names):
@@ -201,12 +201,12 @@ def _parts_text(folder: Path, table: Path) -> str | None:
     stems = {name.rstrip("0123456789") for name in names}
     if len(names) < 2 or len(stems) > 1 or not (stem := stems.pop()):
         return None
+    # A file of one name in several parts is none of them in particular.
+    if not any(Path(locator_file(path)).is_file() for path in table_finding.examples):
+        return None
     is_part = re.search(_PART_OF_SET, stem, re.IGNORECASE) is not None
-    return (
-        "are its parts"
-        if is_part or named_target(list(map(str, read_table_file(table).frame)))
-        else None
-    )
+    has_label = named_target(list(map(str, read_table_file(table).frame))) is not None
+    return "are its parts" if is_part or has_label else None
 
 
 def _is_predictions(table: Path) -> bool:

@@ -650,6 +650,16 @@ def test_numbered_folders_beside_a_table_are_classes_unless_named_parts(tmp_path
     assert ("the sub-folders are taken for the classes" in notes) is not is_part
 
 
+def test_a_table_whose_files_are_in_several_folders_names_none_of_them(tmp_path):
+    """Else a recipe would be written of which no image is there."""
+    save_images(tmp_path, *(f"set/class{1 + n % 2}/{n // 2}.png" for n in range(8)))
+    table = pd.DataFrame({"file": [f"{n}.png" for n in range(4)], "label": ["x", "y"] * 2})
+    table.to_csv(tmp_path / "set" / "labels.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "set", tmp_path / "r.yaml").notes)
+    assert "the sub-folders are taken for the classes. labels.csv could name" in notes
+    assert set(list_samples(load_recipe(tmp_path / "r.yaml"))["label"]) == {"class1", "class2"}
+
+
 def test_pointers_in_the_place_of_images_are_told(tmp_path, photos):
     """Git LFS and DVC keep data sets elsewhere, and say so in a small file."""
     for path in photos.rglob("0.png"):
