@@ -131,6 +131,11 @@ def _find_pattern(
 
     Raises SourceError when several patterns fit: `images/{id}.jpg` and `masks/{id}.png`.
     """
+    # Names that say their folders are found there or nowhere: no walk through all of a disk.
+    if name_columns and all(
+        spaced_texts(frame[name]).str.contains("/").all() for name in name_columns
+    ):
+        return None
     # {stem or name of an image: (folders, file name pattern) that would name it}
     patterns_by_text: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for parent_folder, folders, file_names in os.walk(folder):

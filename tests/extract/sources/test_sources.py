@@ -658,6 +658,17 @@ def test_a_pattern_with_a_star_is_found_in_any_folder(tmp_path):
         read_text(tmp_path, "id,l\n,x\n,y\n", path_pattern="images/s*/{id}.jpg")
 
 
+def test_paths_with_folders_are_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    """A walk through all that lies below a table can take minutes."""
+
+    def walk(folder):
+        pytest.fail("the folders were walked")
+
+    monkeypatch.setattr(os, "walk", walk)
+    listing = read_text(tmp_path, "path,l\ngone/1.jpg,x\ngone/2.jpg,y\n")
+    assert listing.samples["id"].tolist() == ["gone/1.jpg", "gone/2.jpg"]
+
+
 def test_a_column_whose_name_ends_as_a_width_is_a_column(tmp_path):
     listing = read_text(tmp_path, "at:01,l\n1,x\n2,y\n", path_pattern="{at:01}.jpg")
     assert listing.samples["id"].tolist() == ["1.jpg", "2.jpg"]
