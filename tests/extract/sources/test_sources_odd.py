@@ -2,8 +2,10 @@
 as bytes.
 """
 
+import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -460,3 +462,14 @@ def test_an_image_with_idx_in_its_name_is_an_image(tmp_path):
         assert detect_source(tmp_path / name).kind == "image"
     idx(tmp_path / "t-images.idx3-ubyte", np.zeros((1, 4, 4)))
     assert detect_source(tmp_path / "t-images.idx3-ubyte").kind == "array"
+
+
+@pytest.mark.parametrize("name", ["x.gz", ".gz", "x.GZ"])
+def test_a_compressed_file_of_no_known_kind_is_named(tmp_path, name):
+    """Nothing stands before .gz that says what is in it."""
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"path,label\n"))
+    with pytest.raises(SourceError, match=re.escape(f"{path}: neither an image nor")):
+        read_source(detect_source(path))
+    with pytest.raises(SourceError, match=rf"{re.escape(str(path))}: a table ends in \.csv"):
+        read_table_file(path)
