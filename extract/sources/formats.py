@@ -25,8 +25,9 @@ _REPEATED_IMAGE = re.compile(
 
 TABLE_SUFFIXES = frozenset(
     {".csv", ".tsv", ".tab", ".txt", ".parquet", ".pq", ".jsonl", ".ndjson", ".json"}
+    | {".manifest"}  # SageMaker's JSON lines
 )
-MAYBE_TABLES = frozenset({".txt", ".json"})  # more often something else
+MAYBE_TABLES = frozenset({".txt", ".json", ".manifest"})  # more often something else
 ARRAY_KINDS = {".npy": "npy", ".npz": "npz", ".h5": "h5", ".hdf5": "h5", ".hdf": "h5"}
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 

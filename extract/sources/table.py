@@ -22,9 +22,11 @@ from headrace.extract.errors import SourceError, missing_path_message
 from headrace.extract.images.byte_ranges import open_arrow
 from headrace.extract.sources.birds import bird_rows, is_list_of_birds
 from headrace.extract.sources.coco import coco_boxes, coco_rows
+from headrace.extract.sources.datasets_text import with_image_paths
 from headrace.extract.sources.formats import IMAGE_SUFFIXES, has_image_signature, unread_format
 from headrace.extract.sources.label_studio import holds_tasks, task_rows
 from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.extract.sources.sagemaker import with_class_names
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _IN_BRACKETS = re.compile(r"\[[^\]]*\]")
@@ -78,7 +80,7 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
             return Table(_clean(frame), notes=notes)
         if suffix in _TEXT_SUFFIXES:
             return _read_csv(_read_text(table_path, compressed), suffix, table_path)
-        if suffix in (".jsonl", ".ndjson"):
+        if suffix in (".jsonl", ".ndjson", ".manifest"):
             return _read_json_lines(_read_text(table_path, compressed), table_path)
         if suffix == ".json":
             return _read_json(_read_text(table_path, compressed), table_path, annotations)
@@ -157,6 +159,8 @@ def _read_csv(text: str, suffix: str, table_path: Path) -> Table:
         notes.append(f"{table_path.name}: the columns are separated by {_DELIMITERS[delimiter]}")
     if '"' in text:
         notes += _joined_lines(frame, table_path)
+    frame, image_notes = with_image_paths(frame, table_path)
+    notes += image_notes
     return Table(_clean(frame), notes=tuple(notes))
 
 
@@ -270,7 +274,12 @@ def _read_json_lines(text: str, table_path: Path) -> Table:
                 f"found {line[:40]}"
             )
         records.append(record)
-    return Table(_clean(pd.DataFrame(records, dtype=object)))
+    return _from_records(with_class_names(records), table_path)
+
+
+def _from_records(records: list[dict[str, Any]], table_path: Path) -> Table:
+    frame, notes = with_image_paths(pd.DataFrame(records, dtype=object), table_path)
+    return Table(_clean(frame), notes=tuple(notes))
 
 
 def _parse_json(text: str, location: str) -> Any:
@@ -302,7 +311,7 @@ def _read_json(text: str, table_path: Path, annotations: bool) -> Table:
         frame, notes = task_rows(values, table_path)
         return Table(_clean(frame), notes=notes)
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
-        return Table(_clean(pd.DataFrame(values, dtype=object)))
+        return _from_records(values, table_path)
     if isinstance(values, dict) and all(isinstance(value, (str, int)) for value in values.values()):
         frame = pd.DataFrame({"path": list(values), "label": list(values.values())}, dtype=object)
         return Table(

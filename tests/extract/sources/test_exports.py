@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from support.pixels import png
 
@@ -173,3 +174,61 @@ def test_what_roboflow_exports(tmp_path, name):
     assert samples["split"].tolist() == ["test", "train", "valid"]
     assert samples["label" if name.endswith("json") else "cat"].tolist() in (["cat"] * 3, ["1"] * 3)
     assert all(Path(locator_file(path)).is_file() for path in samples["path"])
+
+
+@pytest.mark.parametrize("name", ["train.manifest", "train.jsonl"])
+def test_augmented_manifests_of_sagemaker(tmp_path, name):
+    """Their numbers are the classes that the metadata names, several of them a list; images that
+    are not on disk are to be downloaded.
+    """
+    kind = {"type": "groundtruth/image-classification"}
+    lines = [
+        {
+            "source-ref": f"images/{n}.jpg",
+            "animal": n,
+            "animal-metadata": {"class-name": ["cat", "dog"][n], "confidence": 0.9, **kind},
+            "signs": [0, 4][: n + 1],
+            "signs-metadata": {"class-map": {"0": "stop", "4": "go"}},
+            "weight": 0.5,
+        }
+        for n in range(2)
+    ]
+    table = tmp_path / name
+    put(table, "\n".join(map(json.dumps, lines)) + "\n")
+    samples = read_source(detect_source(table)).samples
+    assert files(samples, tmp_path) == ["images/0.jpg", "images/1.jpg"]
+    assert samples["animal"].tolist() == ["cat", "dog"]
+    assert samples["signs"].tolist() == [["stop"], ["stop", "go"]]
+    assert samples["weight"].tolist() == [0.5, 0.5]
+    assert not [column for column in samples if column.endswith("-metadata")]
+    put(table, table.read_text().replace("images/", "s3://bucket/"))
+    with pytest.raises(SourceError, match=r"s3://bucket/0\.jpg: .* Download them"):
+        read_source(detect_source(table))
+
+
+IMAGE_TEXT = r"{'bytes': b'\x89PNG, \' {\n}', 'path': %r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("t.csv", [IMAGE_TEXT % "a.jpg", IMAGE_TEXT % "it's.jpg"]),
+        ("t.jsonl", [{"bytes": None, "path": name} for name in ("a.jpg", "it's.jpg")]),
+        ("t.json", [{"bytes": None, "path": name} for name in ("a.jpg", "it's.jpg")]),
+    ],
+)
+def test_images_that_datasets_wrote_as_text_are_the_paths_in_them(tmp_path, name, cells):
+    """The paths are read, with a note; without them, a message says what keeps the images."""
+    save = {
+        "t.csv": lambda frame: frame.to_csv(index=False),
+        "t.jsonl": lambda frame: frame.to_json(orient="records", lines=True),
+        "t.json": lambda frame: frame.to_json(orient="records"),
+    }[name]
+    put(tmp_path / name, save(pd.DataFrame({"photo": [None, *cells], "label": ["x", "y", "x"]})))
+    listing = read_source(detect_source(tmp_path / name))
+    assert files(listing.samples, tmp_path) == ["a.jpg", "it's.jpg"]
+    assert any("dataset.to_parquet('t.parquet')" in note for note in listing.notes)
+    cells = [{"bytes": None, "path": None} if name != "t.csv" else IMAGE_TEXT % None] * 2
+    put(tmp_path / name, save(pd.DataFrame({"photo": cells, "label": ["x", "y"]})))
+    with pytest.raises(SourceError, match=r"'photo' are images as `datasets` .*to_parquet"):
+        read_source(detect_source(tmp_path / name))
