@@ -57,14 +57,17 @@ def table_doubts(paths: "pd.Series[Any]", labels: "pd.Series[Any]", table_file: 
             "default the table's folder)"
         )
         folder = table_file.parent.absolute()
-        doubt_text += _names_elsewhere(Path(missing_files[0]))
+        cure_text = _names_elsewhere(Path(missing_files[0]))
         prefix = _prefix_elsewhere(missing_files, folder)
         if prefix and table_file.suffix.lower() in (".csv", ".tsv", ".tab", ".txt"):
             pattern = prefix.replace("\\", "\\\\")
-            doubt_text += (
+            cure_text += (
                 f". Without {prefix} they are below {folder.name}: sed 's|{pattern}||' "
                 f"{table_file.name} > here.csv, and then headrace init here.csv"
             )
+        if not cure_text and len(missing_files) == len(checked_files):
+            cure_text = _no_file_is_there(missing_files[0], folder)
+        doubt_text += cure_text
     return doubt_text
 
 
@@ -84,6 +87,17 @@ def _names_elsewhere(missing_file: Path) -> str:
                     "and lower case too"
                 )
     return ""
+
+
+def _no_file_is_there(missing_file: str, folder: Path) -> str:
+    """Return, in words, what makes a recipe work whose table leads to no file."""
+    if missing_file.startswith(f"{folder}/"):
+        written_path = missing_file.removeprefix(f"{folder}/")
+        return (
+            f". Before a run, write the folder that {written_path} starts from into the recipe: "
+            "'root: FOLDER' in the place of '# root: images'"
+        )
+    return ". Before a run, put the images there, or paths into the table that lead to them"
 
 
 def _prefix_elsewhere(missing_files: Sequence[str], folder: Path) -> str | None:

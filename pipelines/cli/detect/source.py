@@ -33,6 +33,7 @@ from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import is_table, table_files
+from headrace.pipelines.cli.detect.band_files import find_band_files
 from headrace.pipelines.cli.detect.columns import (
     GROUP_NAMES,
     first_named,
@@ -221,6 +222,10 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
     listing = read_source(source)
     samples = listing.samples
     class_counts = samples["label"].value_counts()
+    band_files = find_band_files(samples)
+    # Before names are taken for classes: those of bands would be.
+    if band_files is not None and band_files.are_classes:
+        raise InvalidInput(f"{folder}: {band_files.message(folder)}")
     if len(class_counts) < 2 and (by_names := _classes_by_names(folder, listing, recipe_folder)):
         return by_names
     if len(class_counts) < 2:
@@ -257,6 +262,7 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
         sentence=sentence,
         notes=(
             *_inner_folders(samples["id"], depth=int("split" in samples)),
+            *([] if band_files is None else [band_files.message(folder)]),
             *_listing_notes(listing),
         ),
         examples=_examples(samples),

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -281,6 +282,26 @@ def test_a_table_says_what_a_run_will_leave_out(tmp_path, photos):
     assert write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True).sentence.endswith(
         "'label'"
     )
+
+
+def test_a_table_without_a_single_file_says_what_to_write(tmp_path, photos):
+    """Relative paths need the folder that they start from; the recipe has its line for it."""
+    frame = rows(path=[str(path.relative_to(photos)) for path in sorted(photos.rglob("*.png"))])
+    (tmp_path / "tables").mkdir()
+    frame.to_csv(tmp_path / "tables" / "t.csv", index=False)
+    recipe_path = tmp_path / "tables" / "r.yaml"
+    said = write_recipe(tmp_path / "tables" / "t.csv", recipe_path).sentence
+    told = re.search(
+        r"folder that a/0\.png starts from .* '(root: )FOLDER' .* '(# root: .*)'", said
+    )
+    text = recipe_path.read_text()
+    assert text.count(told[2]) == 1
+    recipe_path.write_text(text.replace(told[2], f"{told[1]}../photos  #"))
+    paths = list_samples(load_recipe(recipe_path))["path"]
+    assert [Path(path).is_file() for path in paths] == [True] * 6
+    rows(path=[f"/scans/{n}.png" for n in range(6)]).to_csv(tmp_path / "t.csv", index=False)
+    said = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").sentence
+    assert "put the images there, or paths into the table that lead to them" in said
 
 
 def test_an_id_that_repeats_is_a_column_and_not_the_rows_ids(tmp_path, photos):
@@ -747,3 +768,70 @@ def test_images_of_one_patient_may_be_alike_however_the_column_is_spelled(tmp_pa
         finding = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml", force=True)
         assert ("task.group" in " ".join(finding.notes)) is is_told
         assert (load_recipe(tmp_path / "r.yaml").task.group is None) is is_told
+
+
+def save_bands(folder, names, dtype=np.uint16):
+    """Save images of 16 x 16 pixels, those of band 8A of half the size, with their number in `names`
+    as value.
+    """
+    for value, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        size = 8 if "B8A" in name else 16
+        Image.fromarray(np.full((size, size), value, dtype)).save(folder / name)
+
+
+def type_command(text, folder):
+    (script,) = re.findall(r'`python -c "(.*)"`', text)
+    command = f'{sys.executable} -c "{script}"'
+    subprocess.run(command, shell=True, cwd=folder, check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "bands"),
+    [
+        ("S2A_{n}/S2A_{n}_{band}.tif", ["B02", "B03", "B04", "B8A"]),  # BigEarthNet
+        ("r01c{n:02}f01p01-{band}.tiff", [f"ch{n}sk1fk1fl1" for n in range(1, 6)]),
+        ("0{n}-bbac_{band}.png", ["blue", "green", "red", "yellow"]),  # Human Protein Atlas
+    ],
+)
+def test_bands_in_files_of_their_own_are_no_images(tmp_path, name, bands):
+    """The command that is told makes one file of each image, with all of its bands."""
+    folder = tmp_path / "set"
+    save_bands(folder, [name.format(n=n, band=band) for n in range(6) for band in bands])
+    with pytest.raises(InvalidInput, match=f"seems to be {len(bands)} files") as refusal:
+        write_recipe(folder, tmp_path / "r.yaml")
+    type_command(str(refusal.value), folder)
+    stacked = sorted((tmp_path / "set-stacked").glob("*.npy"))
+    values = [np.load(path)[-1, -1].tolist() for path in stacked]
+    assert values == np.arange(6 * len(bands)).reshape(6, -1).tolist()
+    rows(path=[f"set-stacked/{path.name}" for path in stacked]).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+    assert f"bands: {list(range(1, len(bands) + 1))}" in (tmp_path / "r.yaml").read_text()
+
+
+def test_bands_in_files_of_their_own_keep_the_folders_of_classes(tmp_path):
+    """Where the classes have several images each, the recipe is written, and the command told."""
+    folder = tmp_path / "it's land"
+    names = [f"{c}/{n}_{b}.tif" for c in ("sea", "wood") for n in range(3) for b in ("B4", "B5")]
+    save_bands(folder, names)
+    (note,) = [
+        note
+        for note in write_recipe(folder, tmp_path / "r.yaml").notes
+        if "one per band or channel" in note
+    ]
+    type_command(note, folder)
+    assert note.endswith(f"then headrace init {tmp_path / 'stacked'}")
+    write_recipe(tmp_path / "stacked", tmp_path / "r.yaml", force=True)
+    labels = list_samples(load_recipe(tmp_path / "r.yaml"))["label"]
+    assert labels.tolist() == ["sea"] * 3 + ["wood"] * 3
+
+
+@pytest.mark.parametrize("names", [["x_{n}"], ["x{n}_c1", "x{n}_c2"], ["{n}_red", "{n}_2"]])
+def test_names_of_whole_images_are_no_bands(tmp_path, names):
+    folder = tmp_path / "set"
+    save_bands(
+        folder, [f"{c}/{name.format(n=n)}.png" for c in "ab" for n in "012" for name in names]
+    )
+    assert not any("per band" in note for note in write_recipe(folder, tmp_path / "r.yaml").notes)
