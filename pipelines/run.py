@@ -128,7 +128,7 @@ def extract_recipe(
         if plan.units:
             extract_units(plan, recipe, services)
     remove_leftovers(paths, recipe.cache)
-    with lease(paths.conclusion_lock):
+    with lease(paths.conclusion_lock):  # held while tables of the run are written
         n_failed = write_failed_images(extraction)
     # Planned again from the cache, which raises if every image failed.
     plan_now = plan_features(recipe, extraction.samples, extraction.networks)
@@ -204,8 +204,8 @@ def _run_services(
     """Open the services of one call: log, console and, when there is work, a cluster."""
     console = console or make_console()
     module_names = imports_of(backbone.name for backbone in recipe.backbones) if plan.units else []
-    # It makes the run's folder, so that callers come here after all checks that may refuse the
-    # recipe.
+    # task_log makes the run's folder, so that callers come here after all checks that may refuse
+    # the recipe.
     with task_log(recipe.paths) as log:
 
         @contextmanager

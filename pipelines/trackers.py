@@ -91,6 +91,7 @@ def _to_mlflow(section: LogSection, result: "RunResult") -> bool:
     for path in (result.paths.leaderboard, result.paths.recipe):
         if path.exists():
             client.log_artifact(parent_id, str(path))
+    # section.settings is a number: so many of the best get a run of their own.
     for _, row in result.board.head(section.settings).iterrows():
         tags = {"mlflow.parentRunId": parent_id, "mlflow.runName": f"{run_name} #{row['rank']}"}
         child_id = client.create_run(experiment_id, tags=tags).info.run_id

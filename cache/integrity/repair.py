@@ -24,10 +24,10 @@ from headrace.cache.spec import FeatureSpec
 
 @dataclass(frozen=True)
 class RepairResult:
-    """Outcome of a repair, by unit."""
+    """Outcome of a repair, by work unit (the images of one shard)."""
 
     intact_units: tuple[str, ...]  # their shards are whole, and listed now
-    # Those of the intact units that the manifest did not list, or listed with other bytes
+    # those of the intact units that the manifest did not list, or listed with other bytes
     listed_units: tuple[str, ...]
     removed_units: tuple[str, ...]  # their shards were broken; the next run extracts them again
     missing_units: tuple[str, ...]  # listed before, and their shards are gone

@@ -89,7 +89,7 @@ def predict_bags(
 def bags_cost(
     spec: BagsSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return nothing shared, and the seconds of a network's products."""
+    """Estimate the seconds of shared work of a bank (none) and of the products of a network."""
     width = sum(spec.hidden) + 2 * spec.attention_width * (spec.pooling == "attention") + n_outputs
     return 0.0, n_fits * 5e-11 * n_rows * n_features * spec.epochs * width
 

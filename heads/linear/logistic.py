@@ -70,7 +70,7 @@ class _Bank:
 
     X: Features  # (N, D)
     target: Array  # (N,) or (N, L)
-    fold: Array  # (N,) int64
+    fold: Array  # (N,) int64, in which a row is held out, or TRAIN_ONLY; never REFIT
     sample_weight: Array | None  # (N,) float64; None: all one
     specs: Sequence[LogisticSpec]
     gap: float
@@ -135,6 +135,7 @@ def fit_logistic_bank(
     folds = data.folds_to_fit(refit=refit)
     scaling = fold_moments(data)
     for (standardize, banded), spec_indices in specs_by(specs, "standardize", "banded").items():
+        # Banded: factors of the scaled features give every tap of the input its own penalty.
         spec_scaling = with_bands(data, scaling) if banded else scaling
         for problem in _class_problems(bank, folds, data.n_outputs):
             _fit_problem(bank, problem, spec_indices, spec_scaling, standardize=standardize)
@@ -181,15 +182,18 @@ def _fit_problem(
     for folds in _folds_by_design(bank, problem, scaling, standardize=standardize):
         design_scaling = {fold: scaling[fold] for fold in folds}
         if len(folds) > 1:
+            # Folds that share a design share its unit, the scales of all rows.
             design_scaling[REFIT] = scaling[REFIT]
         paths, specs_by_strength = _regularization_paths(bank, problem, folds, spec_indices)
         if not paths:
             continue
         n_heads = sum(len(path.l2_strengths) for path in paths)
+        # One of a softmax's weight vectors follows from the others.
+        n_free = max(problem.n_outputs - 1, 1)
         copy_per_fold = (
             bank.device == "cpu"
             and standardize
-            and should_copy_per_fold(scaling, folds, problem.n_outputs - 1, n_heads)
+            and should_copy_per_fold(scaling, folds, n_free, n_heads)
         )
         designs = _Designs(bank, problem, folds, design_scaling, standardize, copy_per_fold)
         heads = _solve(bank, designs, paths, problem.n_outputs)

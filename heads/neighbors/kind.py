@@ -80,14 +80,14 @@ def predict_means(
 def knn_cost(
     spec: KNNSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return nothing shared, and the seconds of the inner products of all rows."""
+    """Estimate the seconds of shared work of a bank (none) and of the inner products of rows."""
     return 0.0, n_fits * _SECONDS_WIDE_PRODUCT * n_rows * n_features * n_rows
 
 
 def centroid_cost(
     spec: CentroidSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return nothing shared, and the seconds of the products with the class means."""
+    """Estimate the seconds of shared work of a bank (none) and of products with class means."""
     return 0.0, n_fits * _SECONDS_NARROW_PRODUCT * n_rows * n_features * n_outputs
 
 

@@ -87,10 +87,10 @@ class MLPSpec:
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """New convolution layers and an MLP on a spatial tap (D, h, w), from random; else as MLPSpec.
+    """New convolution layers and an MLP, from random weights, on a spatial tap (D, h, w).
 
     Each convolution is 3 × 3, stride 1, with batch normalisation and ReLU; then the mean over
-    positions, then the MLP.
+    positions, then the MLP. Trained and stopped as MLPSpec says.
     """
 
     # of the 3 x 3 convolutions
@@ -172,7 +172,7 @@ def predict_conv(
 def network_cost(
     spec: Any, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return nothing shared, and the seconds of a network's products."""
+    """Estimate the seconds of shared work of a bank (none) and of the products of a network."""
     width = sum(spec.hidden) + n_outputs
     if isinstance(spec, ConvSpec):
         # A 3 × 3 convolution multiplies each feature nine times for each of its channels.

@@ -35,7 +35,9 @@ _ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,STOPPED"
 # Workers end by themselves this long before SLURM would kill them, or a tenth of the wall time if
 # that is less.
 _MARGIN_S = 120
-_PATIENCE = 5  # times in a row that all jobs may end before a worker of theirs comes
+# The run ends when jobs were found ended, or refused for a passing reason, so many times in a row
+# while no worker had come.
+_PATIENCE = 5
 # For each GPU of a job. The rate is limited by decoding: one core decodes some 300 images a second.
 # Users set other numbers by `directives`, which come later in the job's script and so take effect.
 _CORES_PER_GPU = 8
@@ -93,7 +95,7 @@ def slurm_client(
             python=sys.executable,
             job_name="headrace",
             log_directory=str(log_folder),
-            # A worker that finds no driver gives its node back after a minute.
+            # A worker that cannot reach the scheduler gives its node back after a minute.
             death_timeout=60,
             security=tls_security,
             protocol="tls://",
@@ -219,6 +221,7 @@ def job_logs(cluster: Any) -> str:
 
 
 async def _replace(cluster: Any, worker_names: list[str]) -> None:
+    # Their names stay in `worker_spec`: Dask starts a job for each name there without a worker.
     for worker_name in worker_names:
         cluster.workers.pop(worker_name, None)
     cluster.scale(jobs=len(cluster.worker_spec))

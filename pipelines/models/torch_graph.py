@@ -78,8 +78,8 @@ class _Taps(nn.Module):
 
 
 def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
-    """Return the taps without the network's modules above the deepest one, to keep an export small;
-    unchanged if the network cannot run so, or gives other features.
+    """Return the taps without the network's modules that run after the last tap, to keep an export
+    small; unchanged if the network cannot run without them, or gives other features.
     """
     # Two random images: of equal ones, a wrong mean over the batch would not be seen.
     pixels = torch.randint(0, 256, (2, *backbone.preprocessing.pixel_shape), dtype=torch.uint8)
@@ -116,10 +116,10 @@ def _drop_unused_modules(taps: _Taps, backbone: Backbone) -> _Taps:
 class ModelGraph(nn.Module):
     """From pixels, one tensor per input, to probabilities or values (n, C) float32.
 
-    A model that reads side columns has an input for them after the pixels: float32 (n, R), as from
-    `SideColumns.as_inputs`. A model that predicts the images of a unit together has a last input
-    for their units: int64 (n,), numbers from 0 to n - 1 that are equal within a unit. The model
-    must have no random views.
+    A model that reads side columns has an input for them after the pixels: float32 (n, R) with R
+    columns, as from `SideColumns.as_inputs`. A model that predicts the images of a unit (of a
+    patient, say) together has a last input for their units: int64 (n,), numbers from 0 to n - 1
+    that are equal within a unit. The model must have no random views.
     """
 
     def __init__(self, model: "Model") -> None:
@@ -156,7 +156,7 @@ class ModelGraph(nn.Module):
         self.reads_side = [bool(member.side_columns) for member in model.members]
         self.takes_units = [member.takes_units for member in model.members]
         # The temperature is applied to the mean over several views; with one view, the head module
-        # applies it itself.
+        # applies it itself. The floor is the smallest probability whose logarithm it divides.
         self.weights_and_temperatures = [
             (weight, member.temperature if member.n_views > 1 else 1.0, member.floor)
             for weight, member in zip(model.weights, model.members, strict=True)

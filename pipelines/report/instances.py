@@ -1,4 +1,6 @@
-"""The section on units: the images of most weight in right and in wrong predictions of units."""
+"""The section on units (a unit: the images of a patient, say, that are predicted together): the
+images of most weight in right and in wrong predictions.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -76,9 +78,9 @@ def _selected_heads(run: FinishedRun, selected: SelectedModel) -> Sequence[tuple
 def _blocks(
     run: FinishedRun, heads: Sequence[tuple[float, pd.Series]], thumbnails: Thumbnails
 ) -> list[Block]:
-    table = read_table(run.paths.instance_weights)
+    csv_bytes = read_table(run.paths.instance_weights)
     # Without keep_default_na a unit named "None" would become nan.
-    weights = pd.read_csv(table, dtype={"unit": str, "id": str}, keep_default_na=False)
+    weights = pd.read_csv(csv_bytes, dtype={"unit": str, "id": str}, keep_default_na=False)
     rows = _rows_of(weights["id"], run.bank)
     target = run.bank.target[rows]
     predicted = _out_of_fold_units(run, heads, weights)
@@ -87,7 +89,7 @@ def _blocks(
         label=_texts(run, target),
         predicted=_texts(run, predicted),
         outcome=np.where(is_wrong, "wrong", "right"),
-        surprise=surprise,
+        surprise=surprise,  # the key that units are sorted by; a column of instances.csv
         content=run.bank.content[rows].astype(str),
     )
     is_regression = run.task_kind == "regression"
@@ -142,9 +144,10 @@ def _wrong_and_surprise(
     task_kind: str, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
     """Return (n,) whether rows are wrong, and (n,) a number by which units are sorted, largest
-    first: the probability of the predicted class, or the error.
+    first: the probability of the predicted class, or the largest error of a row.
 
-    In a regression the larger half of the errors counts as wrong.
+    In a regression the larger half of the errors counts as wrong, and the errors of the right rows
+    are negated, so that the closest come first.
     """
     if task_kind == "single":
         return predicted.argmax(1) != target, predicted.max(1).astype(np.float64)
@@ -175,7 +178,7 @@ def _pictures(frame: pd.DataFrame, units: list[str], thumbnails: Thumbnails) -> 
     pictures = []
     for unit in units:
         images = images_by_unit.get_group(unit)
-        weightiest = images.head(2)
+        weightiest = images.head(2)  # the table is sorted by falling weight within a unit
         weights = ", ".join(f"{100 * weight:.1f} %" for weight in weightiest["weight"])
         label, predicted = str(images["label"].iloc[0]), str(images["predicted"].iloc[0])
         contents = weightiest["content"].tolist()
