@@ -141,7 +141,7 @@ def _check_out(out: Path, *, force: bool) -> None:
     if out.exists() and not _is_recipe(out):
         raise InvalidInput(
             f"{out} is there and is no recipe, for it has no key `images`: it is not replaced, "
-            "with --force neither. Choose another name with --out"
+            "not even with --force. Choose another name with --out"
         )
 
 

@@ -365,7 +365,7 @@ def _require_replaceable(out: Path, *, force: bool) -> None:
     if not _is_export(out):
         raise InvalidInput(
             f"{out} is a folder that headrace export did not write (it has no {EXPORT_MARKER}): it "
-            f"is not replaced, with --force neither. Give another name, such as {out / 'model'}, "
+            f"is not replaced, not even with --force. Give another name, such as {out / 'model'}, "
             "or delete it yourself"
         )
     if not force:

@@ -219,7 +219,7 @@ def _require_ours(table_path: Path, record_path: Path, parts_folder: Path) -> No
     # record is ours too.
     has_our_record = record_path.is_file() and b'"model_digest"' in record_path.read_bytes()
     advice = (
-        "It is not replaced, with --force neither. Give another name with --out, such as "
+        "It is not replaced, not even with --force. Give another name with --out, such as "
         f"{_free_name(table_path)}, or move it away"
     )
     if table_path.exists() and not table_path.is_file():
