@@ -5,7 +5,7 @@ then linked to its name. What a process that dies leaves behind:
 
     while writing     `.<name>.<random>.partial`, which nobody reads and `headrace cache gc` removes
     before the link   the same
-    after the link    the finished file, and perhaps the second name
+    after the link    the finished file, and perhaps the hidden name too
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from headrace.cache.errors import PublishFailed
 
 PARTIAL_SUFFIX = ".partial"
 
-# A lock whose holder shows no sign of life for this long is taken over. Only network file systems
-# and killed processes of other machines ever wait it out: a dead holder on this machine is
+# A lock whose holder shows no sign of life for this long is taken over. It is waited out only for
+# holders on other machines, and for lock files that name no owner: a dead holder on this machine is
 # recognised by its process id.
 LEASE_S = 30.0
 

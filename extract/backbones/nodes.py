@@ -203,7 +203,8 @@ def _run_with_hooks(
     logits_shape = captured_outputs[-1].shape
     for linear_input in reversed(linear_inputs):
         linear_name = linear_input.module
-        # The last linear layer gives the logits: after it comes at most its own bias.
+        # The classifier: the last linear layer that runs once, on one vector per image, with an
+        # output of the logits' shape.
         if (
             len(linear_input.shape) == 2
             and call_counts.get(linear_name) == 1
@@ -238,8 +239,8 @@ def _capture(
     linear_inputs: list[_Captured] = []
     call_counts: dict[str, int] = {}
     handles = []
-    # The module to hook for the network's output: that of an ONNX graph has one of its own, so that
-    # one pass gives it together with other nodes.
+    # The module to hook for the network's output: the network itself (""), or, for an ONNX graph,
+    # the submodule of its last value, so that one pass gives it together with other nodes.
     output_module = getattr(module, "output_module", "")
     # Not inference_mode, in which convolutions are dispatched under names that have no formula.
     with torch.no_grad(), _CountMultiplyAdds() as counter:
@@ -281,8 +282,8 @@ def _tensor_layout(shape: tuple[int, ...]) -> Layout | None:
     if not shape or shape[0] != _BATCH or 0 in shape:
         return None
     if len(shape) == 4:
-        # Images are nearly square, so height and width are the two axes that are equal; channels
-        # first if that does not decide.
+        # Inputs are nearly always square, so height and width are the two axes that are equal;
+        # channels first if that does not decide.
         _, a, b, c = shape
         return "NHWC" if a == b and b != c else "NCHW"
     return {3: "NTC", 2: "NC"}.get(len(shape))  # type: ignore[return-value]

@@ -1,6 +1,7 @@
 """Preprocessing: pixels of any size and depth to the square that a network was trained on.
 
-`headrace export` copies this module into `preprocess.py`, so it imports only Pillow and NumPy.
+`headrace export` copies this module, and what it uses of headrace's others, into `preprocess.py`,
+so beside those it imports only Pillow and NumPy.
 """
 
 import dataclasses
@@ -45,9 +46,10 @@ RESAMPLING = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
-# Each edge of a scaled JPEG has at least twice the pixels of the resized image. The resized pixels
-# then differ from exact ones by 0.2 of 255 levels on average. With 1 instead of 2 it would be 0.6,
-# and a 12-megapixel photo would take 22 ms instead of 27 (exact: 102; a Zen 4 core).
+# With decode="scaled", each edge of the decoded JPEG has at least twice the pixels of the resized
+# image. The resized pixels then differ from exact ones by 0.2 of 255 levels on average. With 1
+# instead of 2 it would be 0.6, and a 12-megapixel photo would take 22 ms instead of 27 (exact: 102;
+# a Zen 4 core).
 _SCALED_EDGES = 2
 
 
@@ -76,6 +78,7 @@ class Preprocessing:
     # are rounded to 8 bits when they are decoded.
     pixel_dtype: PixelDtype = "uint8"
     nodata: Literal["refuse", "mean"] = "refuse"  # for pixels without a value, in floats and bands
+    # "scaled": a large JPEG is decoded with its edges divided by 2, 4 or 8, which is faster.
     decode: DecodeMode = "exact"
 
     def __post_init__(self) -> None:
@@ -254,10 +257,10 @@ def _fit(image: Image.Image, how: Preprocessing, border: float | None = None) ->
     width, height = image.size
     scaled_height, scaled_width = _resized_extent(box[3] - box[1], box[2] - box[0], how)
     # For an image of a few pixels' width, mode "shortest" enlarges both edges a hundredfold:
-    # gigabytes from some kB. The limit is no fewer pixels than the image itself; 64 times the
+    # gigabytes from some kB. The limit is the largest of the image's own pixels; 64 times the
     # network's input, which is enough for panoramas of 64 : 1; and 2^24 (64 MB), for 256 : 1 at 256
-    # pixels. No more, because a batch is resized by one thread per core: twice MAX_PIXELS with the
-    # network took 1.8 GB on two cores.
+    # pixels. But never above MAX_PIXELS, because a batch is resized by one thread per core: twice
+    # MAX_PIXELS with the network took 1.8 GB on two cores.
     limit = min(MAX_PIXELS, max(height * width, 64 * math.prod(how.resize), 2**24))
     # Pillow resizes the width first, so a tall image is as wide as the result, and still as tall as
     # before, for a moment in every mode.
@@ -297,7 +300,7 @@ def _resized_extent(height: float, width: float, how: Preprocessing) -> tuple[in
 def _centre_crop(image: Image.Image, how: Preprocessing, border: float | None) -> Image.Image:
     """Crop as torchvision's center_crop, which pads smaller images with black.
 
-    border: padding of a band, in its own numbers. Mode "border" pads with the mean.
+    border: padding of a band, in the numbers of `Bands.plane`. Mode "border" pads with the mean.
     """
     width, height = image.size
     crop_height, crop_width = how.crop

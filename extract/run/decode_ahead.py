@@ -54,6 +54,7 @@ def decoded_batches(
     batch_starts = deque(range(0, len(samples), batch_size))
     # of each: the position of its first sample, its pixels, and the outcomes to come
     pending_batches: deque[tuple[int, list[Tensor], list[Future[list[Outcome]]]]] = deque()
+    # At most one, kept from batch to batch: crops of one image may continue in the next batch.
     last_image: list[SharedImage] = []
 
     def submit() -> None:

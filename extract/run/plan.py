@@ -77,7 +77,7 @@ class WorkUnitReport:
 
 
 class JobOptions(TypedDict, total=False):
-    """Options of a work unit, fields of ExtractJob; they change no byte beyond rounding."""
+    """Options of a work unit, fields of ExtractJob; they change no feature beyond rounding."""
 
     threads: int
     device: str
@@ -136,7 +136,9 @@ def plan_work_units(
 
 
 def default_images_per_shard(specs: Sequence[FeatureSpec], device: str) -> int:
-    """Return the device's number of images per shard, fewer if a shard exceeded MAX_SHARD_BYTES."""
+    """Return the device's number of images per shard, fewer if the largest tap's shard would
+    exceed MAX_SHARD_BYTES.
+    """
     value_bytes = {"float32": 4, "uint8": 1}
     row_bytes = [prod(spec.shape) * value_bytes.get(spec.dtype, 2) for spec in specs]
     most = CPU_IMAGES_PER_SHARD if device == "cpu" else GPU_IMAGES_PER_SHARD

@@ -12,7 +12,9 @@ from headrace.heads.kind import FitOptions, HeadKind
 from headrace.heads.link import tempered
 from headrace.heads.spec import FitResult, check_choices
 
-# Estimators whose probabilities are shares of votes.
+# Estimators whose probabilities are shares of votes, of trees or neighbours. Many shares are
+# exactly 0, so a temperature, which works on logarithms, needs a higher floor for them: see
+# `vote_floor`.
 _VOTERS = frozenset(
     f"sklearn.{name}Classifier"
     for name in (
@@ -73,7 +75,10 @@ def external_code(spec: Any) -> str | None:
 def estimator_cost(
     spec: SklearnSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Return no shared seconds, and those that a forest takes: no rule fits all estimators."""
+    """Return estimated core-seconds: of a bank for any number of specs, and added by this one.
+
+    Estimators share no work, so the first is 0. The second is a forest's: no rule fits them all.
+    """
     return 0.0, n_fits * 1e-7 * n_rows * n_features
 
 

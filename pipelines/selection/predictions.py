@@ -80,7 +80,8 @@ def selection_parts(validation: ValidationRows) -> npt.NDArray[np.int64]:
     """Return the part (N,) of each row, for nested selection: the choice is made on all parts but
     one, and scored on that one.
 
-    Parts are the run's folds if there are three or more, else RANDOM_PARTS that split no group.
+    Parts are the run's folds if there are three or more, else RANDOM_PARTS random ones that split
+    no group.
     """
     # With two folds, only half of the rows would choose.
     if len(np.unique(validation.fold)) >= 3:
@@ -100,8 +101,9 @@ def read_predictions(
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
     """Yield blocks of (positions in the board, predictions (k, N, C)), file by file.
 
-    board: rows with `path` and `spec`. A results file whose rows are not those of the task is
-    matched by id. Each head is in one block; one without a prediction for each row is in none.
+    board: columns `path` (results file) and `spec`. A results file whose rows are not those of the
+    task is matched by id. Each head is in one block; one without a prediction for each row is in
+    none.
     """
     by_file = board.reset_index(drop=True).groupby("path", sort=False).indices
     for results_path, positions_in_file in by_file.items():
