@@ -38,10 +38,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def own_state_directory(tmp_path_factory, monkeypatch):
-    """What a test remembers about this machine (verified shards) stays its own."""
+    """A test begins with no memory of this machine (verified shards) and no command's settings."""
     # by number: `mktemp` lists what thousands of tests have left, 2 ms each
     state = tmp_path_factory.getbasetemp() / f"state-{next(STATE_NUMBERS)}"
     monkeypatch.setenv("XDG_CACHE_HOME", str(state))
+    # A command that was called in this process has set it for the processes that it would start.
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -78,7 +78,7 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
     assert made == loaded == {f"random:{seed}": 1 for seed in range(6)}
     assert len(unit_module._forwards._values) == 6
     run_work_unit(job_of(tmp_path, [7], 3))
-    assert len(unit_module._forwards._values) == unit_module._NETWORKS
+    assert len(unit_module._forwards._values) == unit_module._MIN_KEPT_NETWORKS
 
 
 @pytest.mark.parametrize(
