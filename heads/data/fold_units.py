@@ -101,7 +101,7 @@ def fold_moments(data: TrainingData) -> dict[int, Moments]:
 
     The deviations of numbers that some rows lack are those of the imputed values.
 
-    Raises HeadError.
+    Raises ValueError.
     """
     scaling = training_moments(group_moments(data.X, np.asarray(data.fold, np.int64)))
     numbers = imputed_numbers(data.side)

@@ -13,7 +13,6 @@ import numpy as np
 from headrace.heads.arrays import Array, Index
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
-from headrace.heads.errors import HeadError
 
 Features = Array | Streamed  # (N, D), in memory or read from shards
 ROWS_AT_ONCE = 2048  # so few that their float64 copies stay in the processor's caches
@@ -58,7 +57,7 @@ def moments(rows: Array, first_row: int | Index = 0) -> Moments:
 
     first_row: number of the first row, or the n row numbers, for messages.
 
-    Raises HeadError, naming the first row and column that is NaN or infinite.
+    Raises ValueError, naming the first row and column that is NaN or infinite.
     """
     wide_rows = rows.astype(np.float64)
     row_mean = wide_rows.mean(axis=0)
@@ -66,7 +65,8 @@ def moments(rows: Array, first_row: int | Index = 0) -> Moments:
     if not np.isfinite(row_mean).all() and not np.isfinite(rows).all():
         bad_row, column_index = np.argwhere(~np.isfinite(rows))[0]
         row_number = first_row + bad_row if isinstance(first_row, int) else first_row[bad_row]
-        raise HeadError(
+        # Not a HeadError, which would end the whole bank: each of its heads fails by itself.
+        raise ValueError(
             f"feature {column_index} of row {row_number} is {rows[bad_row, column_index]}: "
             "features must be finite. Find out which image it is (the task's ids, in order) and "
             "extract it again, or leave it out of the task."
@@ -128,7 +128,7 @@ def sweep(
 def group_moments(X: Features, fold_of_row: Array) -> dict[int, Moments]:
     """Return the moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY.
 
-    Raises HeadError.
+    Raises ValueError.
     """
     parts_of_group: dict[int, list[Moments]] = {int(group): [] for group in np.unique(fold_of_row)}
     for group, row_numbers in sweep(X, fold_of_row):

@@ -125,7 +125,7 @@ def fit_logistic_bank(
 
     Returns the heads ordered by spec, then by fold, REFIT last.
 
-    Raises HeadError (a ValueError) for NaN or infinite features, ValueError for shapes that do not
+    Raises ValueError for NaN or infinite features, and for shapes that do not
     fit, labels out of range, no specs, a C that is not positive, and sample weights that are
     negative or beyond 1e-30..1e15.
     """

@@ -55,7 +55,7 @@ def fit_ridge_bank(
     has probabilities, or the values of a regression. Heads are ordered by spec, then by fold, REFIT
     last.
 
-    Raises HeadError (a ValueError) for NaN or infinite features, ValueError for shapes that do not
+    Raises ValueError for NaN or infinite features, and for shapes that do not
     fit and for negative strengths.
     """
     _check(data, specs)

@@ -155,7 +155,7 @@ def mean_and_scale(
     """Return mean and scale (D,) float64 of the training rows, over views and positions.
 
     The scale is the standard deviation, or 1 for a feature that varies by less than float32 can
-    tell from its mean. Raises HeadError.
+    tell from its mean. Raises ValueError.
     """
     positions = int(np.prod(stacked.shape[3:], dtype=np.int64))
     step = max(1, 4096 // positions)

@@ -16,9 +16,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from support.linear import blobs, folds
 
+from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.errors import HeadError
 from headrace.heads.linear import logistic as logistic_module
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
@@ -426,8 +426,9 @@ def test_refusals_name_what_is_wrong():
     for bad in (np.nan, np.inf):
         broken = X.copy()
         broken[13, 2] = bad
-        with pytest.raises(HeadError, match="feature 2 of row 13"):
+        with pytest.raises(ValueError, match="feature 2 of row 13") as refused:
             fit_logistic_bank(TrainingData(broken, y, fold, 2), specs)
+        assert not isinstance(refused.value, HeadraceError)  # that would end the whole bank
     with pytest.raises(ValueError, match="target has 19 rows but the features have 20"):
         fit_logistic_bank(TrainingData(X, y[:-1], fold, 2), specs)
     with pytest.raises(ValueError, match=r"0\.\.1, found 0\.\.2"):

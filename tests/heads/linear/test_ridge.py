@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
+from headrace.cache.errors import HeadraceError
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
-from headrace.heads.errors import HeadError
 from headrace.heads.linear.kind import RidgeSpec
 from headrace.heads.linear.ridge import MIN_STRENGTHS_FOR_EIGENVALUES, fit_ridge_bank
 from headrace.heads.predict import predict_head
@@ -257,8 +257,9 @@ def test_refusals_name_what_is_wrong():
     fold = folds(20, 2)
     broken = X.copy()
     broken[13, 2] = np.nan
-    with pytest.raises(HeadError, match="feature 2 of row 13"):
+    with pytest.raises(ValueError, match="feature 2 of row 13") as refused:
         fit_ridge_bank(TrainingData(broken, y, fold, 2), [RidgeSpec(1.0)])
+    assert not isinstance(refused.value, HeadraceError)  # that would end the whole bank
     with pytest.raises(ValueError, match="alpha must be a number and not negative"):
         fit_ridge_bank(TrainingData(X, y, fold, 2), [RidgeSpec(-1.0)])
     with pytest.raises(ValueError, match="regression targets must be finite"):
