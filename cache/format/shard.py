@@ -5,6 +5,7 @@ of a row.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import xxhash
 
 from headrace.cache.format.compression import require_hdf5plugin
 from headrace.cache.format.encoding import EncodedRows
-from headrace.cache.format.sparse_file import SparseFile
+from headrace.cache.format.memory_file import nameless_file
 from headrace.cache.spec import FeatureSpec
 
 FORMAT = "headrace shard"
@@ -65,7 +66,6 @@ def build_shard(
     their own and never copied.
     """
     stored_rows = np.ascontiguousarray(encoded.stored)
-    sparse_file = SparseFile()
     # Features of a page or more start on a page, which makes reading them faster (mapping.py).
     on_a_page = stored_rows.nbytes >= _PAGE_BYTES
     alignment = {
@@ -74,33 +74,38 @@ def build_shard(
     }
     # No time, host or path goes into the file: the same rows give the same bytes, so an interrupted
     # and an uninterrupted extraction are equal, and two writers of a unit make the same shard.
-    with h5py.File(sparse_file, "w", libver="earliest", **alignment) as hdf5_file:
-        _set_attribute(hdf5_file, "format", FORMAT)
-        _set_attribute(hdf5_file, "fingerprint", spec.fingerprint)
-        _set_attribute(hdf5_file, "unit", unit)
-        _set_attribute(hdf5_file, "version", np.int64(VERSION))
-        _set_attribute(hdf5_file, "spec", spec.to_json())
-        # The features come last, so that nothing but headers can follow them in the file.
-        _write_array(hdf5_file, "content", np.frombuffer("".join(content_hashes).encode(), "S32"))
-        _write_texts(hdf5_file, "id", sample_ids)
-        _write_texts(hdf5_file, "failed_id", [failure.id for failure in failures])
-        _write_array(
-            hdf5_file,
-            "failed_content",
-            np.array([failure.content_hash.encode() for failure in failures], "S32"),
-        )
-        _write_texts(hdf5_file, "failed_reason", [failure.reason for failure in failures])
-        data_set = _create_features(hdf5_file, spec, encoded, stored_rows, compression)
-        features_start = data_set.id.get_offset()
-    if compression is not None or not stored_rows.nbytes:
-        body_parts: list[bytes | memoryview] = [sparse_file.read_range(0, sparse_file.size)]
-    else:
-        features_end = features_start + stored_rows.nbytes
-        body_parts = [
-            sparse_file.read_range(0, features_start),
-            stored_rows.reshape(-1).view(np.uint8).data,
-            sparse_file.read_range(features_end, max(features_end, sparse_file.size)),
-        ]
+    with os.fdopen(nameless_file(), "r+b") as memory_file:
+        with h5py.File(memory_file, "w", libver="earliest", **alignment) as hdf5_file:
+            hdf5_file.attrs["format"] = _fixed_text(FORMAT)
+            hdf5_file.attrs["fingerprint"] = _fixed_text(spec.fingerprint)
+            hdf5_file.attrs["unit"] = _fixed_text(unit)
+            hdf5_file.attrs["version"] = np.int64(VERSION)
+            hdf5_file.attrs["spec"] = _fixed_text(spec.to_json())
+            # The features come last, so that nothing but headers can follow them in the file.
+            _write_array(
+                hdf5_file, "content", np.frombuffer("".join(content_hashes).encode(), "S32")
+            )
+            _write_texts(hdf5_file, "id", sample_ids)
+            _write_texts(hdf5_file, "failed_id", [failure.id for failure in failures])
+            _write_array(
+                hdf5_file,
+                "failed_content",
+                np.array([failure.content_hash.encode() for failure in failures], "S32"),
+            )
+            _write_texts(hdf5_file, "failed_reason", [failure.reason for failure in failures])
+            data_set = _create_features(hdf5_file, spec, encoded, stored_rows, compression)
+            features_start = data_set.id.get_offset()
+        if compression is not None or not stored_rows.nbytes:
+            memory_file.seek(0)
+            body_parts: list[bytes | memoryview] = [memory_file.read()]
+        else:
+            # HDF5 never writes the range of the features, which takes no memory here: their bytes
+            # go from the caller's array to the disk without a copy.
+            memory_file.seek(0)
+            before_features = memory_file.read(features_start)
+            memory_file.seek(features_start + stored_rows.nbytes)
+            rows_data = stored_rows.reshape(-1).view(np.uint8).data
+            body_parts = [before_features, rows_data, memory_file.read()]
     checksum_state = xxhash.xxh3_128()
     for body_part in body_parts:
         checksum_state.update(body_part)
@@ -119,17 +124,15 @@ def _create_features(
         _write_array(hdf5_file, "scale", encoded.scale)
         _write_array(hdf5_file, "offset", encoded.offset)
     if compression is None:
-        features = _create_contiguous(
-            hdf5_file, "features", stored_rows.shape, h5py.h5t.py_create(stored_rows.dtype)
-        )
+        features = _create_contiguous(hdf5_file, "features", stored_rows.shape, stored_rows.dtype)
     else:
         features = _create_compressed(hdf5_file, stored_rows)
     axes = ", ".join(["sample", "channel", "y", "x"][: stored_rows.ndim])
-    _set_attribute(features, "encoding", ENCODINGS[spec.dtype])
-    _set_attribute(features, "axes", axes)
-    _set_attribute(features, "units", "activation of the network, no physical unit")
+    features.attrs["encoding"] = _fixed_text(ENCODINGS[spec.dtype])
+    features.attrs["axes"] = _fixed_text(axes)
+    features.attrs["units"] = _fixed_text("activation of the network, no physical unit")
     for field_name, value in dataclasses.asdict(encoded.quantization_error).items():
-        _set_attribute(features, f"round_off_{field_name}", np.float64(value))
+        features.attrs[f"round_off_{field_name}"] = np.float64(value)
     return features
 
 
@@ -142,31 +145,24 @@ def user_block(checksum: str) -> bytes:
     return header_text.encode().ljust(USER_BLOCK_BYTES - 1, b" ") + b"\n"
 
 
-# The functions below call HDF5's C interface (h5py.h5d and others). h5py's own attributes and
-# assignments make the same bytes and take three times as long, which shows at shards of some
-# megabytes.
-
-
 def _create_contiguous(
-    parent: h5py.Group, data_set_name: str, data_shape: tuple[int, ...], type_id: Any
+    parent: h5py.Group,
+    data_set_name: str,
+    data_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    values: npt.NDArray[Any] | None = None,
 ) -> h5py.Dataset:
-    """Create an empty contiguous data set: storage reserved at once, not filled, no time stamps."""
-    creation_properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation_properties.set_layout(h5py.h5d.CONTIGUOUS)
-    creation_properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    creation_properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    creation_properties.set_obj_track_times(False)
-    data_space = h5py.h5s.create_simple(data_shape)
-    return h5py.Dataset(
-        h5py.h5d.create(parent.id, data_set_name.encode(), type_id, data_space, creation_properties)
+    """Create a contiguous data set: storage reserved at once, not filled, no time stamps."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    return parent.create_dataset(
+        data_set_name, data_shape, dtype, values, dcpl=properties, fill_time="never"
     )
 
 
 def _write_array(parent: h5py.Group, data_set_name: str, values: npt.NDArray[Any]) -> None:
-    type_id = h5py.h5t.py_create(values.dtype, logical=True)
-    data_set = _create_contiguous(parent, data_set_name, values.shape, type_id)
-    if values.size:
-        data_set.id.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(values), type_id)
+    _create_contiguous(parent, data_set_name, values.shape, values.dtype, values)
 
 
 def _write_texts(parent: h5py.Group, data_set_name: str, texts: Sequence[str]) -> None:
@@ -176,19 +172,12 @@ def _write_texts(parent: h5py.Group, data_set_name: str, texts: Sequence[str]) -
     _write_array(parent, data_set_name, np.array(encoded_texts, text_dtype))
 
 
-def _set_attribute(
-    hdf5_object: h5py.HLObject, attribute_name: str, value: str | np.int64 | np.float64
-) -> None:
-    if isinstance(value, str):
-        data = value.encode()
-        # Fixed length, because variable-length text lies in a heap, which `validate_shard` would
-        # have to follow.
-        array = np.array(data, h5py.string_dtype("utf-8", len(data)))
-    else:
-        array = np.asarray(value)
-    type_id, scalar = h5py.h5t.py_create(array.dtype, logical=True), h5py.h5s.create_simple(())
-    attribute = h5py.h5a.create(hdf5_object.id, attribute_name.encode(), type_id, scalar)
-    attribute.write(array, type_id)
+def _fixed_text(text: str) -> npt.NDArray[Any]:
+    """Return a text for an attribute, of fixed length: variable-length text lies in a heap, which
+    `validate_shard` would have to follow.
+    """
+    data = text.encode()
+    return np.array(data, h5py.string_dtype("utf-8", len(data)))
 
 
 def _create_compressed(parent: h5py.Group, stored_rows: npt.NDArray[Any]) -> h5py.Dataset:

@@ -14,7 +14,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from headrace.cache.errors import HeadraceError
+from headrace.cache.format.memory_file import nameless_file
 from headrace.extract.run.rendering import (
     Outcome,
     PixelBuffer,
@@ -119,7 +119,7 @@ class _Process:
     """A decoding process of one thread, started at first use and again after it has died."""
 
     def __init__(self) -> None:
-        self._memory_file = _nameless_file()
+        self._memory_file = nameless_file()
         self._memory: mmap.mmap | None = None
         self._running: subprocess.Popen[bytes] | None = None
 
@@ -231,14 +231,6 @@ def _next_request(
     except (EOFError, pickle.UnpicklingError):  # the parent has died, perhaps amid a request
         return None
     return request
-
-
-def _nameless_file() -> int:
-    """Return the descriptor of shared memory without a name, which is freed with its last user."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("headrace-pixels")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def _portions(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
