@@ -6,7 +6,7 @@ lines of scikit-learn.
 SETS: folders with a table.csv (path, label, and group where rows belong together), such as
 image_sets.py makes. All sides see the same EfficientNet-Lite0 trained on ImageNet and the same
 draws of a quarter as test rows. The thirty lines are what people write: the pooled features
-standardised, LogisticRegressionCV and an SVC, whichever cross-validates better. Printed: test
+standardized, LogisticRegressionCV and an SVC, whichever cross-validates better. Printed: test
 accuracy of what each side hands out, means over seeds, and differences to the new recipe with 95 %
 intervals over the test rows of all seeds. --quick: one seed, and the two smallest sets. The last
 line is JSON.

@@ -124,7 +124,7 @@ def compare_networks(options: argparse.Namespace, table: Path) -> None:
 
 
 def compare_with_transformers(weights: Path) -> dict[str, float]:
-    """The largest relative differences between the last normalised tokens here and those of
+    """The largest relative differences between the last normalized tokens here and those of
     Dinov2Model, from the same tensors at 224 and 518 pixels.
     """
     from transformers import Dinov2Config, Dinov2Model

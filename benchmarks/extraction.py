@@ -557,10 +557,10 @@ def forms(quick: bool, measures: dict[str, float]) -> list[Row]:
 
 
 def _contiguous(
-    normalise: Callable[[torch.Tensor], torch.Tensor],
+    normalize: Callable[[torch.Tensor], torch.Tensor],
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """PyTorch's default memory order, as a network gets its input when nobody thinks of it."""
-    return lambda pixels: normalise(pixels).contiguous()
+    return lambda pixels: normalize(pixels).contiguous()
 
 
 def _rate(
@@ -598,7 +598,7 @@ def runtimes(quick: bool, measures: dict[str, float]) -> list[Row]:
         backbone = load_backbone(spec)
         shape = (CPU_BATCH, *backbone.preprocessing.pixel_shape)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
-        forward, normalise = (
+        forward, normalize = (
             make_forward(backbone, resolve_taps(backbone, [tap])),
             make_normalizer(backbone, "cpu"),
         )
@@ -613,14 +613,14 @@ def runtimes(quick: bool, measures: dict[str, float]) -> list[Row]:
         with tempfile.TemporaryDirectory() as scratch:
             for size in (2, CPU_BATCH):  # what these two do best differs from network to network
                 path, part = str(Path(scratch) / f"{size}.onnx"), pixels[:size]
-                network, image = copy.deepcopy(backbone.module), normalise(part).contiguous()
+                network, image = copy.deepcopy(backbone.module), normalize(part).contiguous()
                 torch.onnx.export(network, (image,), path, dynamo=True, verbose=False)
                 for name, load in (("onnxruntime", _onnxruntime), ("OpenVINO", _openvino)):
                     with contextlib.suppress(ImportError):
                         run = load(path)
                         runs[f"{name}, batches of {size}"] = (
                             size,
-                            lambda r=run, n=normalise, p=part: r(n(p).contiguous().numpy()),  # type: ignore[misc]
+                            lambda r=run, n=normalize, p=part: r(n(p).contiguous().numpy()),  # type: ignore[misc]
                         )
             best = in_turns({name: run for name, (_, run) in runs.items()}, 2 if quick else 6)
         rates = {name: runs[name][0] / cpu for name, (_, cpu) in best.items()}
@@ -877,7 +877,7 @@ def _crops(
 
 def channels(quick: bool, measures: dict[str, float]) -> list[Row]:
     """Six bands of 16 bits to the network's input, against tifffile, PyTorch's antialiased resize
-    and a plain normalisation; the largest difference of the two.
+    and a plain normalization; the largest difference of the two.
     """
     import tifffile
 
@@ -893,7 +893,7 @@ def channels(quick: bool, measures: dict[str, float]) -> list[Row]:
     backbone = load_backbone(spec)
     how = backbone.preprocessing
     random = np.random.default_rng(0)
-    normalise = make_normalizer(backbone, "cpu")
+    normalize = make_normalizer(backbone, "cpu")
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (how.mean, how.std))
     with tempfile.TemporaryDirectory() as scratch:
         paths = [Path(scratch) / f"{index}.tif" for index in range(count)]
@@ -903,7 +903,7 @@ def channels(quick: bool, measures: dict[str, float]) -> list[Row]:
 
         def ours() -> torch.Tensor:
             pixels = [render_crop(decode_pixels(path.read_bytes(), how), how) for path in paths]
-            return normalise(torch.from_numpy(np.stack(pixels)))
+            return normalize(torch.from_numpy(np.stack(pixels)))
 
         def plain() -> torch.Tensor:
             images = []

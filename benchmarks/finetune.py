@@ -60,7 +60,7 @@ from headrace.heads.spec import spec_to_json
 from headrace.pipelines.finetune.data import TrainingBatch
 from headrace.pipelines.finetune.train import Training, TrainingPlan
 from headrace.pipelines.finetune.train_above import trainable_blocks
-from headrace.pipelines.models.torch_head import head_module, new_head, standardise_head
+from headrace.pipelines.models.torch_head import head_module, new_head, standardize_head
 from headrace.pipelines.models.torch_network import Network
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def small_network(width: int, classes: int) -> nn.Module:
-    """Three stages of convolution, batch normalisation, ReLU and pooling."""
+    """Three stages of convolution, batch normalization, ReLU and pooling."""
     net, channels = nn.Sequential(), 3
     for stage in (1, 2, 3):
         layers = [
@@ -160,13 +160,13 @@ def zoo() -> dict[str, Backbone]:
 
 
 def pretrain(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    optimiser = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for _ in range(PASSES):
         for rows in torch.randperm(len(images)).split(64):
             inputs = (images[rows].permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             nn.functional.cross_entropy(net(inputs), labels[rows]).backward()
-            optimiser.step()
+            optimizer.step()
 
 
 def promote(seeds: int) -> dict[str, float]:
@@ -278,7 +278,7 @@ def fine_tuned(
     )
     with torch.no_grad():
         features = network.features(images[torch.from_numpy(task.fold != 0)]).double()
-    standardise_head(network.head, features.mean(0), features.std(0, correction=0), is_new=False)
+    standardize_head(network.head, features.mean(0), features.std(0, correction=0), is_new=False)
     done = training.run(None, "")
     held = task.target[task.fold == 0]
     assert done.validation is not None

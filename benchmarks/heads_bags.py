@@ -125,7 +125,7 @@ def torch_loop(data: TrainingData, specs: list[BagsSpec]) -> float:
     for spec in specs:
         torch.manual_seed(spec.seed)
         network = GatedAttention(data.X.shape[1], spec)
-        optimiser = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             network.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay
         )
         best_loss, accuracy = float("inf"), 0.0
@@ -135,9 +135,9 @@ def torch_loop(data: TrainingData, specs: list[BagsSpec]) -> float:
             for start in range(0, len(order), spec.batch_size):
                 batch = order[start : start + spec.batch_size]
                 loss = torch.nn.functional.cross_entropy(network(*bags(batch)), target[batch])
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
             network.eval()
             with torch.no_grad():
                 decision = network(*bags(held))

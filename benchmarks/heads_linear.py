@@ -6,11 +6,11 @@
 Features: the handwritten digits of scikit-learn (public, in the package), rotated, scaled, shifted
 and with noise, through fixed random convolutions, rounded to float16; `logistic-100` puts two
 digits side by side, 100 classes. Grid: 20 inverse strengths from 1e-4 to 1e2, 5 stratified folds,
-features standardised on each fold's training rows.
+features standardized on each fold's training rows.
 
 `side-columns` puts four numbers beside them, and compares banks with and without missing values.
 
-Everything is counted on both sides: standardising, training, predicting the held-out rows. One
+Everything is counted on both sides: standardizing, training, predicting the held-out rows. One
 thread, sides in turn, CPU and wall seconds. Every head's objective is recomputed in float64 from
 the returned coefficients; gaps are relative to the best objective that any side, or the bank at a
 tight gap, found for that head. --quick measures scikit-learn on fold 0 at every fourth strength and

@@ -9,7 +9,7 @@ shifted: train, validation (early stopping, choosing), test (the accuracies belo
 
 Every side runs on one thread of one process, in turn, with its own warm-up. CPU seconds and wall
 seconds are reported: on a shared machine only the first is fair. Same epochs, batch size, widths,
-learning rates for all; all of them are counted whole (standardising, training, validating).
+learning rates for all; all of them are counted whole (standardizing, training, validating).
 
 Measured on 2 cores of an AMD EPYC (Zen 4), shared with other work, medians over 5 seeds, CPU
 seconds, × is theirs / ours:

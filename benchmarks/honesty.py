@@ -243,7 +243,7 @@ def extrapolated_error(repeats: float) -> Iterator[Line]:
 
 
 def real_set(name: str) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """One of scikit-learn's bundled sets, features standardised."""
+    """One of scikit-learn's bundled sets, features standardized."""
     from sklearn import datasets
 
     X, target = getattr(datasets, f"load_{name}")(return_X_y=True)

@@ -29,7 +29,7 @@ PARTIAL_SUFFIX = ".partial"
 
 # A lock whose holder shows no sign of life for this long is taken over. It is waited out only for
 # holders on other machines, and for lock files that name no owner: a dead holder on this machine is
-# recognised by its process id.
+# recognized by its process id.
 LEASE_S = 30.0
 
 # Errnos of file systems without hard links (FAT, some FUSE and cluster file systems).

@@ -1,6 +1,6 @@
 """Verification of a whole shard: checksum, user block and structure; each machine does it once.
 
-A verified shard is recognised by inode, size and times, as `make` and git recognise files. The
+A verified shard is recognized by inode, size and times, as `make` and git recognize files. The
 record is a small file per feature set under `$XDG_CACHE_HOME/headrace` (a home directory on a
 network file system is fine: the inode and times are part of the record). Losing it costs one more
 hashing. `headrace cache verify` never uses it.

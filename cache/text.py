@@ -21,7 +21,7 @@ def normalize_text(text: str) -> str:
     tables pad cells.
     """
     text = text.strip()
-    # ASCII text is its own normal form, and the question costs a tenth of normalising.
+    # ASCII text is its own normal form, and the question costs a tenth of normalizing.
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
@@ -48,7 +48,7 @@ def load_json(text: str, *, errors: str = "strict", **options: Any) -> Any:
 def as_text(column: pd.Series) -> pd.Series:
     """Convert a column of any dtype to text, keeping its index, name and missing values.
 
-    Text is normalised by `normalize_text`; `007`, `None`, `NA` and an empty cell are texts like
+    Text is normalized by `normalize_text`; `007`, `None`, `NA` and an empty cell are texts like
     others. Bytes are decoded as UTF-8. Integers are written with all their digits, floats that are
     integers as integers (a column of integers with a gap is read as floats), other floats in the
     fewest digits that give them back, booleans as `True` and `False`; everything else by `str`.

@@ -1,6 +1,6 @@
 """Prediction from a head's stored arrays; most kinds need NumPy alone for it.
 
-n rows, D features, C classes. Every kind's arrays are in raw feature coordinates: standardisation
+n rows, D features, C classes. Every kind's arrays are in raw feature coordinates: standardization
 is folded into them.
 """
 

@@ -55,7 +55,7 @@ def find_row_counters(features: FeatureArray) -> list[int]:
 def find_target_columns(features: FeatureArray, target: pd.Series) -> list[int]:
     """Return the columns of features (N, D) that repeat the target. target: N values, or missing.
 
-    Three kinds are recognised: columns with one distinct value per class; columns of fewer values
+    Three kinds are recognized: columns with one distinct value per class; columns of fewer values
     that are constant within each class (an indicator of one class, a mean of the target), where
     that cannot be chance; and, for a target of many different numbers, columns that rise or fall
     with it without exception.

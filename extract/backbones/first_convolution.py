@@ -29,7 +29,7 @@ def adapt_channels(module: nn.Module, name: str, n_channels: int) -> None:
         )
     if getattr(module, "transform_input", False):
         raise BackboneError(
-            f"{name} normalises red, green and blue itself, and cannot be given {n_channels} "
+            f"{name} normalizes red, green and blue itself, and cannot be given {n_channels} "
             "bands: take the network of the same name from timm"
         )
     from timm.models import adapt_input_conv

@@ -25,7 +25,7 @@ from headrace.extract.backbones.checkpoint_names import (
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import WeightsMatch, require_weights_file
 
-# Training scripts wrap the state dict in a dictionary with the optimiser and the epoch.
+# Training scripts wrap the state dict in a dictionary with the optimizer and the epoch.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 
 # {role of a tensor in a layer: ends of its name in PyTorch, TensorFlow, Keras, Flax, MXNet and

@@ -38,11 +38,11 @@ def make_forward(
     """Return the pass from pixels to the pooled outputs of `taps`, on a copy of the network."""
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in taps]
-    normalise = make_normalizer(backbone, device)
+    normalize = make_normalizer(backbone, device)
     on_cpu = torch.device(device).type == "cpu"
     network = backbone.module if on_cpu else _for_accelerator(backbone, placed, compute_dtype)
     module = copy.deepcopy(network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    plain = hook_forward(module, placed, normalise, compute_dtype, compiled=compiled)
+    plain = hook_forward(module, placed, normalize, compute_dtype, compiled=compiled)
     if not on_cpu or compute_dtype != "float32" or compiled:
         return plain
     pixels = _random_pixels(backbone)
@@ -52,8 +52,8 @@ def make_forward(
         return plain
     tapped = {node.module for _, node in placed}
     try:
-        fused = fuse_layers(backbone.module, tapped, normalise(pixels))
-        faster = hook_forward(fused, placed, normalise, compute_dtype)
+        fused = fuse_layers(backbone.module, tapped, normalize(pixels))
+        faster = hook_forward(fused, placed, normalize, compute_dtype)
         if not outputs_agree(faster(pixels), plain(pixels)):
             return plain
         return with_fast_attention(faster, pixels)
@@ -64,19 +64,19 @@ def make_forward(
 def _for_accelerator(
     backbone: Backbone, taps: Sequence[tuple[Tap, Node]], compute_dtype: str
 ) -> nn.Module:
-    """Return the network with batch normalisations folded, and with weights of the half type.
+    """Return the network with batch normalizations folded, and with weights of the half type.
 
     Both only if, on the CPU, they leave the outputs of one image the same.
     """
-    normalise, pixels = make_normalizer(backbone, "cpu"), _random_pixels(backbone)
+    normalize, pixels = make_normalizer(backbone, "cpu"), _random_pixels(backbone)
 
     def outputs(module: nn.Module, dtype: str) -> list[Tensor]:
-        return hook_forward(copy.deepcopy(module), taps, normalise, dtype)(pixels)
+        return hook_forward(copy.deepcopy(module), taps, normalize, dtype)(pixels)
 
     network = backbone.module
     # Raised by networks that read attributes of their layers.
     with contextlib.suppress(RuntimeError, AttributeError, TypeError):
-        folded = fold_batch_norms(network, {node.module for _, node in taps}, normalise(pixels))
+        folded = fold_batch_norms(network, {node.module for _, node in taps}, normalize(pixels))
         if outputs_agree(outputs(folded, "float32"), outputs(network, "float32")):
             network = folded
     if half := _HALF_TYPES.get(compute_dtype):
@@ -106,19 +106,19 @@ def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tenso
     )
     scale, shift = (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
-    def normalise(pixels: Tensor) -> Tensor:
+    def normalize(pixels: Tensor) -> Tensor:
         # A permuted (N, H, W, C) is channels_last in memory already, so that nothing is transposed.
         return torch.addcmul(shift, pixels.permute(0, 3, 1, 2).float(), scale).contiguous(
             memory_format=torch.channels_last
         )
 
-    return normalise
+    return normalize
 
 
 def hook_forward(
     module: nn.Module,
     taps: Sequence[tuple[Tap, Node]],
-    normalise: Callable[[Tensor], Tensor],
+    normalize: Callable[[Tensor], Tensor],
     compute_dtype: str,
     *,
     compiled: bool = False,
@@ -132,7 +132,7 @@ def hook_forward(
     def forward(pixels: Tensor) -> list[Tensor]:
         autocast = torch.autocast(pixels.device.type, half, enabled=half is not None)
         with torch.inference_mode(), autocast, _without_tf32(pixels.device.type):
-            captured = capture.run(run, normalise(pixels))
+            captured = capture.run(run, normalize(pixels))
         return [captured[tap] for tap, _ in taps]
 
     return forward

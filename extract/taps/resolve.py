@@ -18,7 +18,7 @@ from headrace.extract.errors import BackboneError, nearest_names
 
 _POOLING = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
 POOLINGS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
-_GEM_POWER = 3.0  # generalised mean, as trained for retrieval by Radenovic et al. 2018
+_GEM_POWER = 3.0  # generalized mean, as trained for retrieval by Radenovic et al. 2018
 _GEM_FLOOR = 1e-6  # activations below it count as it: powers of negative numbers are not defined
 # Automatic taps have a middle block of so many last resolutions. Those before are large maps, which
 # take long to pool, and did not help.
@@ -208,7 +208,7 @@ def _stage_taps(nodes: Nodes) -> list[Tap]:
     # A convolution follows the last block.
     if stage_ends and _map_extent(stage_ends[-1])[2] != _map_extent(last_blocks[-1])[2]:
         last_blocks.append(stage_ends[-1])
-    # Its average, normalised at most, is the classifier's input, which would be taken twice.
+    # Its average, normalized at most, is the classifier's input, which would be taken twice.
     if last_blocks and _map_extent(last_blocks[-1])[2] == n_classifier_inputs:
         last_blocks.pop()
     features_left = (

@@ -195,12 +195,12 @@ def fit_bags_bank(
 
 
 def _raw_arrays(parameters: Arrays, data: FoldData) -> Arrays:
-    """Return a head's parameters for raw features and targets: standardisation is folded in."""
+    """Return a head's parameters for raw features and targets: standardization is folded in."""
     arrays = {name: value.astype(np.float64) for name, value in parameters.items()}
     n_hidden = sum(name.startswith("weight") for name in arrays) - 1
     # The layers that read features. Without hidden layers the last one does so too, of pooled
     # features: weights of a unit's rows sum to one and scales are positive, so that pooling
-    # standardised features is standardising pooled ones.
+    # standardized features is standardizing pooled ones.
     readers = [("weight0", "bias0")]
     if not n_hidden and "attention" in arrays:
         readers += [("tanh_weight", "tanh_bias"), ("sigmoid_weight", "sigmoid_bias")]

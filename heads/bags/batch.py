@@ -47,7 +47,7 @@ class BagRows(Rows):
     offsets: Index  # (n + 1,) where units begin in it, and its length
 
     def bags(self, units: Index) -> tuple[Tensor, "Membership"]:
-        """Return standardised rows (R, D) float32 of some units, and the unit of each row."""
+        """Return standardized rows (R, D) float32 of some units, and the unit of each row."""
         bounds = zip(self.offsets[units], self.offsets[units + 1], strict=True)
         rows = np.concatenate([self.instances[start:stop] for start, stop in bounds])
         device = self.features.device
@@ -168,7 +168,7 @@ class BagBatch:
                 self.best[name][head].copy_(value[head])
 
     def best_layers(self, head: int) -> dict[str, Floats]:
-        """Return the remembered parameters of a head by name, in standardised coordinates."""
+        """Return the remembered parameters of a head by name, in standardized coordinates."""
         return {name: value[head].cpu().numpy().copy() for name, value in self.best.items()}
 
     def train_epoch(self, order: Index, view: Index, batch_size: int) -> Array:

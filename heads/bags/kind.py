@@ -23,7 +23,7 @@ class BagsSpec:
     attention: gated attention pooling (ABMIL; Ilse, Tomczak and Welling 2018, equation 9): the mean
     of an image's hidden values h weighted by the softmax, over the unit, of
     w' (tanh(V h) * sigmoid(U h)). mean, max: of each hidden value over the unit.
-    Trained by AdamW on standardised features, early-stopped on the units of its validation fold.
+    Trained by AdamW on standardized features, early-stopped on the units of its validation fold.
     """
 
     pooling: Literal["attention", "mean", "max"] = "attention"

@@ -37,7 +37,7 @@ def fit_conv_bank(
 ) -> list[FitResult]:
     """Fit as `fit_mlp_bank` does, for maps X (N, D, h, w) or (V, N, D, h, w): V views of each row.
 
-    Maps are standardised channel by channel. Heads of equal channels, hidden widths and batch size
+    Maps are standardized channel by channel. Heads of equal channels, hidden widths and batch size
     train side by side. Raises HeadError for features that are no maps or not finite.
     """
     X = data.X
@@ -50,7 +50,7 @@ def fit_conv_bank(
     positions = math.prod(stacked.shape[3:])
 
     def head_bytes(spec: ConvSpec) -> int:
-        # float32: each layer's product, its normalised value and the gradients of both.
+        # float32: each layer's product, its normalized value and the gradients of both.
         return 16 * spec.batch_size * positions * sum(spec.channels)
 
     def make_batch(chunk: list[ConvSpec], fold_data: FoldData, held_out_fold: int) -> ConvBatch:
@@ -83,7 +83,7 @@ def _pooled(layers: Layers, X: Array) -> Floats:
     assert layers.mean is not None
     assert layers.inverse_scale is not None
     # The mean is not folded into the first kernel: at the border the padding stands for
-    # standardised zeros.
+    # standardized zeros.
     scale, mean = layers.inverse_scale[:, None, None], layers.mean[:, None, None]
     maps = torch.from_numpy((X.astype(np.float32) - mean) * scale)
     for kernel, shift in layers.convolutions:

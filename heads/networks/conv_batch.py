@@ -28,7 +28,7 @@ from headrace.heads.networks.mlp_batch import (
     loss_and_gradient,
 )
 
-MOMENTUM, EPSILON = 0.1, 1e-5  # of batch normalisation, torch's defaults
+MOMENTUM, EPSILON = 0.1, 1e-5  # of batch normalization, torch's defaults
 EVALUATION_ROWS = 512  # rows of one block when no gradient is needed
 
 
@@ -113,7 +113,7 @@ class ConvBatch:
     def best_layers(self, head: int) -> Arrays:
         """Return the best kernel0 (E, D, 3, 3), shift0 (E,), …, weight0, bias0, …, float32.
 
-        They are for standardised inputs, with batch normalisation folded into kernels and shifts.
+        They are for standardized inputs, with batch normalization folded into kernels and shifts.
         """
         best_arrays = [tensor[head].double().cpu().numpy() for tensor in self.best]
         d, n = self.depth, self.layers
@@ -139,7 +139,7 @@ class ConvBatch:
         for start in range(0, len(order), batch_size):
             batch = slice(start, start + batch_size)
             if len(indices[batch]) * positions == 1 and start:
-                continue  # one value has no variance to normalise by
+                continue  # one value has no variance to normalize by
             total += self._step(indices[batch], feature_indices[batch])
         return (total / len(order)).cpu().numpy()
 
@@ -154,11 +154,11 @@ class ConvBatch:
         return torch.cat(blocks, dim=2)
 
     def _forward(self, maps: Tensor, parameters: Sequence[Tensor], *, train: bool) -> Tensor:
-        """Return decisions (K, C, B) for standardised maps (B, D, h, w)."""
+        """Return decisions (K, C, B) for standardized maps (B, D, h, w)."""
         heads, d, n = len(self), self.depth, self.layers
         for layer in range(d):
             # The first layers of all heads see the same maps, later ones those of their own head.
-            # Batch normalisation treats channels apart, and so it treats heads apart too.
+            # Batch normalization treats channels apart, and so it treats heads apart too.
             kernel = parameters[layer]
             maps = F.conv2d(
                 maps, kernel.flatten(0, 1), padding=1, groups=1 if layer == 0 else heads

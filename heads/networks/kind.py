@@ -59,7 +59,7 @@ class NetworkSpec(HeadSpec, Protocol):
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """Multi-layer perceptron, by AdamW on standardised features, stopped by validation."""
+    """Multi-layer perceptron, by AdamW on standardized features, stopped by validation."""
 
     # widths of the hidden layers
     hidden: tuple[Annotated[int, Gt(0)], ...] = (256,)
@@ -89,7 +89,7 @@ class MLPSpec:
 class ConvSpec:
     """New convolution layers and an MLP, from random weights, on a spatial tap (D, h, w).
 
-    Each convolution is 3 × 3, stride 1, with batch normalisation and ReLU; then the mean over
+    Each convolution is 3 × 3, stride 1, with batch normalization and ReLU; then the mean over
     positions, then the MLP. Trained and stopped as MLPSpec says.
     """
 

@@ -52,7 +52,7 @@ def fit_mlp_bank(
     fits of fewer epochs and none for REFIT.
 
     precision: "bfloat16" multiplies the first layer's inputs and weights in bfloat16 and adds in
-    float32 (master weights, optimiser and every other layer are float32); "auto" does so where the
+    float32 (master weights, optimizer and every other layer are float32); "auto" does so where the
     processor is faster at it.
 
     A head that fails (a bad spec, a loss that is not finite) has an `error`; the others are

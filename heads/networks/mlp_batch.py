@@ -28,7 +28,7 @@ from headrace.heads.networks.kind import NetworkSpec
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
 EVALUATION_ROWS = 2048  # rows of one block when no gradient is needed
 # Rows of one product for the first layer's gradients: enough for the full rate (64 rows reach 0.8
-# of it), few enough that a head's gradient is still in the cache when the optimiser reads it.
+# of it), few enough that a head's gradient is still in the cache when the optimizer reads it.
 GRADIENT_ROWS = 512
 
 
@@ -53,7 +53,7 @@ class Rows:
     Row r in view v is row v·n + r of `features`.
     """
 
-    features: "Tensor | StreamedTensor"  # (V·n, D), any floating dtype, not standardised
+    features: "Tensor | StreamedTensor"  # (V·n, D), any floating dtype, not standardized
     n: int
     target: Tensor  # single: (n,) int64; multi and regression: (L, n) float32
     # (2, n) float32 sample weights, plain ones and, of a single-label task, class-balanced ones;
@@ -69,7 +69,7 @@ class Rows:
     imputed: "tuple[Tensor, Tensor] | None" = None
 
     def minibatch(self, index: Tensor) -> Tensor:
-        """Return standardised rows (B, D) float32 of `features`."""
+        """Return standardized rows (B, D) float32 of `features`."""
         rows = self.features.index_select(0, index).float()
         if self.imputed is not None:
             numbers, fills = self.imputed
@@ -213,7 +213,7 @@ class NetworkBatch:
                 best[head].copy_(now[head])
 
     def best_layers(self, head: int) -> list[tuple[Array, Array]]:
-        """Return the best layers [(weight, bias)] float32, for standardised inputs."""
+        """Return the best layers [(weight, bias)] float32, for standardized inputs."""
         inputs = int(self.weights[0].shape[2])
         hidden = self.specs[head].hidden
         layers = []

@@ -1,4 +1,4 @@
-"""What the networks of one fold train on, and the way back from standardised to raw coordinates.
+"""What the networks of one fold train on, and the way back from standardized to raw coordinates.
 
 N rows, V views, D features, C outputs.
 """
@@ -178,7 +178,7 @@ def mean_and_scale(
 def folded_arrays(layers: Sequence[tuple[Array, Array]], data: FoldData) -> Arrays:
     """Return weight0, bias0, weight1, … float32 of layers, for raw inputs and targets.
 
-    Standardisation, and what stands for missing numbers, are folded into the layers.
+    Standardization, and what stands for missing numbers, are folded into the layers.
     """
     # float64: weights divided by small deviations, times large means, cancel in the bias.
     exact = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in layers]

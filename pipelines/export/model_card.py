@@ -218,7 +218,7 @@ def _preprocessing_section(exported: ExportResult) -> str:
     lines = [
         "## Preprocessing",
         "",
-        "In the graphs: pixels to numbers, normalisation, everything after it. Outside, in "
+        "In the graphs: pixels to numbers, normalization, everything after it. Outside, in "
         "`preprocess.py` (Pillow and NumPy alone): decoding, EXIF orientation, transparency over "
         "white, black and white of pixels of more than 8 bits, resizing, cropping. It is "
         "headrace's own code for that, and refuses the images that headrace refuses:",

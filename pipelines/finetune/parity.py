@@ -99,7 +99,7 @@ def check_parity(
             f"features by {parity.features:.2g} of their spread; allowed are "
             f"{MAX_DIFFERENCE:g}, {MAX_MEAN_DIFFERENCE:g} and {MAX_FEATURE_ERROR:g}. Usual "
             "reasons: another resize, crop, mean or std than the features were made with, other "
-            "weights, another tap, classes in another order, or batch normalisation in training "
+            "weights, another tap, classes in another order, or batch normalization in training "
             "mode. Nothing was trained; the head stays as it is"
         )
     return parity

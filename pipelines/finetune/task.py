@@ -41,12 +41,12 @@ from headrace.pipelines.finetune.train_above import trainable_blocks
 from headrace.pipelines.models.errors import CannotSplit, ModelError
 from headrace.pipelines.models.network import WEIGHTS, save_network
 from headrace.pipelines.models.reference import paths_of_content
-from headrace.pipelines.models.torch_head import head_module, new_head, standardise_head
+from headrace.pipelines.models.torch_head import head_module, new_head, standardize_head
 from headrace.pipelines.models.torch_network import Network
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
 PARITY_ROWS = 48  # images of the parity check
-CALIBRATION_ROWS = 256  # training rows whose features standardise a head's first layer
+CALIBRATION_ROWS = 256  # training rows whose features standardize a head's first layer
 
 
 @dataclass(frozen=True)
@@ -358,10 +358,10 @@ def _make_training(fold_job: FoldJob, opened: _OpenedJob) -> Training:
 
 
 def _calibrate_head(training: Training, *, new: bool) -> None:
-    """Standardise the head's first layer by its features' statistics over some training rows."""
+    """Standardize the head's first layer by its features' statistics over some training rows."""
     row_index = _spread(training.train_rows, CALIBRATION_ROWS)
     network, device = training.network, training.plan.device
-    # In training mode, because newly drawn batch normalisation has no running statistics yet.
+    # In training mode, because newly drawn batch normalization has no running statistics yet.
     training.train_mode()
     feature_blocks = []
     with torch.no_grad():
@@ -372,7 +372,7 @@ def _calibrate_head(training: Training, *, new: bool) -> None:
         # Stored heads are in raw coordinates, where features of unlike scales would need learning
         # rates of their own.
         features = torch.cat(feature_blocks)
-        standardise_head(network.head, features.mean(0), features.std(0, correction=0), is_new=new)
+        standardize_head(network.head, features.mean(0), features.std(0, correction=0), is_new=new)
 
 
 def _draw_anew(network: Network, spec: BackboneSpec, module_names: list[str], seed: int) -> None:

@@ -262,7 +262,7 @@ class Training:
         return loss if math.isfinite(loss) else math.inf
 
     def train_mode(self) -> None:
-        """Put the head into training mode, and batch normalisation if it is trained."""
+        """Put the head into training mode, and batch normalization if it is trained."""
         self.network.eval()
         self.network.head.train()
         for module in self.batch_norms.values():

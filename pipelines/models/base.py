@@ -37,7 +37,7 @@ class ImagePredictor:
         array or tensor (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4 is one image; (n, H, W,
         C), (n, C, H, W) and for NumPy (n, H, W) are n images. uint8, uint16 and bool are as in a
         file; floats are from 0 (black) to 1, unless the model has a pixel_range. Every image is
-        decoded, resized, normalised and rounded exactly as in the run. Raises InvalidInput for one
+        decoded, resized, normalized and rounded exactly as in the run. Raises InvalidInput for one
         that cannot be decoded or can be read in two ways; `headrace predict` lists these and goes
         on.
         side_columns: a data frame, lists by name, or a mapping for each image, with the columns

@@ -127,7 +127,7 @@ def _decode_floats(
         raise ImageError(
             f"{pixel_array.dtype} values from {lowest:g} to {highest:g}; expected 0 to 1, as "
             "torchvision and scikit-image have it. Divide them by the value that is white, "
-            "leave a normalisation out, or give uint8. A model whose recipe says "
+            "leave a normalization out, or give uint8. A model whose recipe says "
             "images.pixel_range: [0, 255] takes floats from 0 to 255"
         )
     return decode_pixels(image_bytes, replace(preprocessing, pixel_range=_UNIT))

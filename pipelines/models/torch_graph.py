@@ -1,4 +1,4 @@
-"""A model as one torch module from pixels to probabilities: normalisation, networks, taps, rounding
+"""A model as one torch module from pixels to probabilities: normalization, networks, taps, rounding
 of features, heads, average.
 
 Decoding, resizing and cropping of files are not part of it (`GraphInput.preprocessing`).

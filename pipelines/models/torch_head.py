@@ -133,7 +133,7 @@ def new_head(spec: MLPSpec, n_features: int, n_outputs: int) -> Head:
     return Head(torch.zeros(n_features), torch.ones(n_features), [], layers, 1.0, spec.dropout)
 
 
-def standardise_head(
+def standardize_head(
     head: Head, feature_mean: Tensor, feature_deviation: Tensor, *, is_new: bool
 ) -> None:
     """Put a head's first layer into coordinates where each feature has mean 0 and deviation 1; a

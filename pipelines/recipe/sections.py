@@ -99,7 +99,7 @@ class Images(Section):
     # MegaDetector's results (JSON): the animals in it are the rows, instead of whole images
     detections: Path | None = None
     min_confidence: Share = 0.2  # of detections
-    # float32: images of more than 8 bits keep their depth until they are normalised; those of 8
+    # float32: images of more than 8 bits keep their depth until they are normalized; those of 8
     # bits are the same in both
     pixel_dtype: Literal["uint8", "float32"] = "uint8"
     # pixels without a value (NaN, or what a GeoTIFF declares), of float32: the image is refused, or
@@ -318,7 +318,7 @@ class Backbone(Section):
     bands: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] | None = None
     # black and white of each of these bands; default: images.pixel_range
     band_ranges: tuple[tuple[pydantic.FiniteFloat, pydantic.FiniteFloat], ...] | None = None
-    # of the normalisation, one value for each channel, white being 1; default: the weights' own,
+    # of the normalization, one value for each channel, white being 1; default: the weights' own,
     # for other than three bands their mean
     mean: tuple[pydantic.FiniteFloat, ...] | None = None
     # as `mean`

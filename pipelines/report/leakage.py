@@ -29,7 +29,7 @@ from headrace.pipelines.selection.cautions import (
     near_duplicates_text,
     sides,
 )
-from headrace.pipelines.selection.duplicates import similar_pairs, standardised
+from headrace.pipelines.selection.duplicates import similar_pairs, standardized
 from headrace.pipelines.selection.signatures import signatures
 
 SHOWN = 18  # pairs with pictures
@@ -49,7 +49,7 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     split_side = sides(train, test)[first_rows]
     pair_frame, remarks = _near_duplicates(run, content_hashes, split_side)
     lead_text = (
-        "An image that is nearly the same in training and in test is recognised, not understood, "
+        "An image that is nearly the same in training and in test is recognized, not understood, "
         "and flatters every score. Compared are small grey copies of all images, and their "
         "features; sides are the test split and the validation folds."
     )
@@ -168,7 +168,7 @@ def _pair_cosines(
     vector_image_rows: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
     """Return the cosine (P,) of each pair of the frame; nan if an image has no vector."""
-    X = standardised(image_vectors)
+    X = standardized(image_vectors)
     if not len(X):
         return np.full(len(pair_frame), np.nan)
     vector_of_row = pd.Index(vector_image_rows)

@@ -23,7 +23,7 @@ from headrace.extract.images.samples import PixelRange
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval
 from headrace.heads.evaluate.metrics import score
-from headrace.pipelines.selection.duplicates import similar_pairs, standardised
+from headrace.pipelines.selection.duplicates import similar_pairs, standardized
 from headrace.pipelines.selection.predictions import ValidationRows, read_predictions
 from headrace.pipelines.selection.signatures import grey_of_file, grey_signature
 
@@ -175,8 +175,8 @@ def near_duplicates(
     is_alike = pair_cosines >= FEATURES_ALIKE
     if len(readable_grey) >= MIN_IMAGES:
         brightness = np.stack(list(readable_grey.values())).astype(np.float32)
-        standardized = standardised(brightness - brightness.mean(1, keepdims=True))
-        pixels_of = dict(zip(readable_grey, standardized, strict=True))
+        pixels = standardized(brightness - brightness.mean(1, keepdims=True))
+        pixels_of = dict(zip(readable_grey, pixels, strict=True))
         for pair_index, (i, j) in enumerate(closest_pairs.tolist()):
             if i in pixels_of and j in pixels_of:
                 is_alike[pair_index] |= pixels_of[i] @ pixels_of[j] >= PIXELS_ALIKE
@@ -197,7 +197,7 @@ def _nearest_across(
     """Return pairs (P, 2) of each row and its nearest row of another side, the most similar first,
     and their cosines (P,).
     """
-    X = standardised(vectors)
+    X = standardized(vectors)
     projected = X
     # A random projection keeps distances well enough to find the nearest row; the cosines returned
     # are those of all columns.

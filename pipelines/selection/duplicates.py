@@ -48,7 +48,7 @@ def similar_pairs(
         compared_rows = np.sort(
             np.random.default_rng(0).choice(compared_rows, MAX_IMAGES, replace=False)
         )
-    X = standardised(vectors[compared_rows])
+    X = standardized(vectors[compared_rows])
     sides = np.unique(side, return_inverse=True)[1][compared_rows]
     projected = _projection(X)
     squares = (projected**2).sum(1)
@@ -79,8 +79,8 @@ def similar_pairs(
     )
 
 
-def standardised(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return (N, d) the d columns that vary, each standardised; then rows scaled to length 1."""
+def standardized(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return (N, d) the d columns that vary, each standardized; then rows scaled to length 1."""
     # The raw vectors of any two photographs of one kind point nearly the same way.
     X = np.asarray(vectors, np.float32).reshape(len(vectors), -1)
     X = X - X.mean(0)

@@ -26,7 +26,7 @@ from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.selection.ensemble import Ensemble
 
-# How many of the test images' hashes are kept with each evaluation, to recognise the same images
+# How many of the test images' hashes are kept with each evaluation, to recognize the same images
 # when another table lists them.
 SKETCH = 256
 OLD_RECORD = "test-openings.jsonl"  # the record's name in earlier versions

@@ -256,7 +256,7 @@ def test_a_change_after_verification_is_noticed(tmp_path):
 
 
 def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
-    """The second opening recognises a settled shard without reading it; a new one is not trusted to
+    """The second opening recognizes a settled shard without reading it; a new one is not trusted to
     its time stamp.
     """
     import headrace.cache.checksum as check

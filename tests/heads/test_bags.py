@@ -85,7 +85,7 @@ def train_plain(spec, data, fold, n_epochs):
         mean, spread = target[train].mean(0), target[train].std(0, correction=0)
         target = ((target - mean) / spread).float()
     network = Plain(spec, initial_parameters(spec, X.shape[1], data.n_outputs))
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         network.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay
     )
     for epoch in range(n_epochs):
@@ -102,9 +102,9 @@ def train_plain(spec, data, fold, n_epochs):
                 )
             else:
                 loss = 0.5 * (decision - target[batch]).square().mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     with torch.no_grad():
         decision = torch.stack([network.bag(Z[rows]) for rows in rows_of])
     if data.task_kind == "single":

@@ -42,7 +42,7 @@ def exceptions(estimator: Any) -> dict[str, str]:
     Rows of weight 0 are left out by all of them.
     """
     scaled = (
-        "features are standardised by the rows, not by their weights, as in a pipeline with a "
+        "features are standardized by the rows, not by their weights, as in a pipeline with a "
         "StandardScaler"
     )
     reasons = {

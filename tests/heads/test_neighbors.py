@@ -158,7 +158,7 @@ def test_any_shape_gives_shares(rows: int, width: int, k: int, seed: int) -> Non
 
 
 def test_class_means_equal_scikit_learns_nearest_centroid() -> None:
-    """The nearest mean of standardised rows, per fold from differences of one sum, and
+    """The nearest mean of standardized rows, per fold from differences of one sum, and
     of all rows.
     """
     X, y, fold = digits()

@@ -27,7 +27,7 @@ def digits(rows: int = 300) -> tuple[Arrays, Arrays, Arrays]:
 
 
 def test_a_head_is_the_estimator_fitted_on_the_other_folds() -> None:
-    """Predictions of every fold are those of the estimator itself, standardised on its training
+    """Predictions of every fold are those of the estimator itself, standardized on its training
     rows where asked.
     """
     X, y, fold = digits()

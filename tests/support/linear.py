@@ -20,7 +20,7 @@ def folds(n, k, seed=0):
 
 def relative_gap(fit, X, y):
     """By which the head's objective lies above the optimum, both in float64 on
-    standardised rows.
+    standardized rows.
     """
     scaler = StandardScaler().fit(X.astype(float))
     Z = scaler.transform(X.astype(float))

@@ -270,7 +270,7 @@ class _Slots:
         return _estimate_gap(-0.5 * self.slope[moved], self.decreases[moved]) / scale
 
 
-def minimise(
+def minimize(
     evaluate: EvaluateProblems,
     load_problem: LoadProblem,
     on_stopped: Callable[[int, StoppedProblem], None],
@@ -284,7 +284,7 @@ def minimise(
     out_of_time: Callable[[], bool] = lambda: False,
     gradient_is_small: GradientCheck = lambda slot, gradient: True,
 ) -> None:
-    """Minimise every problem of `load_problem`, at most `n_slots` at a time.
+    """Minimize every problem of `load_problem`, at most `n_slots` at a time.
 
     A slot that becomes free is loaded again at once, so that the products in `evaluate` stay wide.
 
@@ -369,7 +369,7 @@ def _shorten_step(length: float, f0: float, slope0: float, f1: float, slope1: fl
     if discriminant < 0:
         return 0.5 * length
     d2 = np.sqrt(discriminant)
-    minimiser = length - length * (slope1 + d2 - d1) / (slope1 - slope0 + 2 * d2)
-    if not np.isfinite(minimiser):
+    minimizer = length - length * (slope1 + d2 - d1) / (slope1 - slope0 + 2 * d2)
+    if not np.isfinite(minimizer):
         return 0.5 * length
-    return float(np.clip(minimiser, 0.1 * length, 0.8 * length))
+    return float(np.clip(minimizer, 0.1 * length, 0.8 * length))

@@ -23,7 +23,7 @@ from headrace.heads.linear.solver.active_set import (
     BankProblem,
 )
 from headrace.heads.linear.solver.design import DesignMatrix
-from headrace.heads.linear.solver.lbfgs import StoppedProblem, minimise
+from headrace.heads.linear.solver.lbfgs import StoppedProblem, minimize
 from headrace.heads.linear.solver.regularization_path import (
     PathSchedule,
     RegularizationPath,
@@ -84,7 +84,7 @@ def solve_paths(
     active_set = ActiveSet(problem, n_slots)
     progress = _Progress(active_set, PathSchedule(paths, n_chains), starts, deadline)
     n_weights = math.prod(active_set.shape)
-    minimise(
+    minimize(
         active_set.evaluate,
         progress.load_next,
         progress.store_stopped,

@@ -168,7 +168,7 @@ def make_preconditioner(
         curvature = row_weights * np.maximum((class_basis**2).T @ p - basis_p**2, 0)
     diagonal = curvature @ squared_values
     loss_curvature = float(diagonal[:, :-1].sum(dtype=np.float64))
-    # The intercept is not penalised, but a class that is certain has no curvature there either: a
+    # The intercept is not penalized, but a class that is certain has no curvature there either: a
     # little keeps steps finite. More would hide the intercept's distance to its optimum from the
     # estimate that ends the iterations: at C = 1e-12 heads ended with intercepts near zero.
     floor = np.full(diagonal.shape[1], l2_strength, u.dtype)

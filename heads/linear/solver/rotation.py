@@ -81,7 +81,7 @@ class FoldRowSpace:
     c (D,) is the rows' mean and R the fold's units.
 
     S S' = L L' with L (n, R) lower triangular in the order of its pivots; the rows' coordinates are
-    Y = L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalised, with
+    Y = L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalized, with
     |R v| = |u|, is R^-1 S' a with a on the pivot rows: L' a = V u there.
     """
 

@@ -57,7 +57,7 @@ def detect_pixels(paths: Sequence[str]) -> PixelSettings:
         images = (
             f"  pixel_range: [{black:.6g}, {white:.6g}]      # black and white, by "
             f"{count_text(len(paths), 'image')}: set what the sensor has\n"
-            "  pixel_dtype: float32      # pixels keep their depth until they are normalised\n"
+            "  pixel_dtype: float32      # pixels keep their depth until they are normalized\n"
         )
         notes.append(
             f"the pixels are {dtype}, {min(lows):g} to {max(highs):g} in "

@@ -33,7 +33,7 @@ def how() -> Preprocessing:
 
 
 class UsedTwice(nn.Module):
-    """The convolution's output goes into the normalisation and, before it, into a sum: folding
+    """The convolution's output goes into the normalization and, before it, into a sum: folding
     would change the sum.
     """
 
@@ -130,7 +130,7 @@ def test_a_normalization_that_stays_in_training_mode() -> None:
 
 
 def test_taps_inside_what_could_be_fused() -> None:
-    """A tapped convolution is before its normalisation, a tapped normalisation before its
+    """A tapped convolution is before its normalization, a tapped normalization before its
     activation.
     """
     for tap in ("first", "norm", "second"):
@@ -143,7 +143,7 @@ def test_taps_inside_what_could_be_fused() -> None:
     "name", ["timm:tf_efficientnet_lite0", "torchvision:resnet18", "timm:mobilenetv4_conv_small"]
 )
 def test_ordinary_networks_are_fused(name: str) -> None:
-    """Every convolution with a normalisation becomes one kernel; without this the form would be
+    """Every convolution with a normalization becomes one kernel; without this the form would be
     quietly unused.
     """
     backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))
@@ -175,13 +175,13 @@ def test_whole_networks_are_fused_and_stay_the_same(
     backbone = load_backbone(BackboneSpec(name, "random:0"))
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in resolve_taps(backbone, taps)]
-    normalise = make_normalizer(backbone, "cpu")
+    normalize = make_normalizer(backbone, "cpu")
     shape = (batch, *backbone.preprocessing.crop, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
-    fused = fuse_layers(backbone.module, {node.module for _, node in placed}, normalise(pixels[:1]))
+    fused = fuse_layers(backbone.module, {node.module for _, node in placed}, normalize(pixels[:1]))
     assert not any(type(module) is left for module in fused.modules())
-    plain = hook_forward(copy.deepcopy(backbone.module), placed, normalise, "float32")(pixels)
-    faster = hook_forward(fused, placed, normalise, "float32")
+    plain = hook_forward(copy.deepcopy(backbone.module), placed, normalize, "float32")(pixels)
+    faster = hook_forward(fused, placed, normalize, "float32")
     for count in (batch, 1, batch):
         ours = faster(pixels[:count])
         assert outputs_agree(ours, [output[:count] for output in plain])

@@ -13,8 +13,8 @@ from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec, weights_path
 
 
-def make_network(bias=False, normalise=True, stages=("s0", "s1", "s2")):
-    """Convolutions and normalisations, none of them at its start; all normalisations of
+def make_network(bias=False, normalize=True, stages=("s0", "s1", "s2")):
+    """Convolutions and normalizations, none of them at its start; all normalizations of
     one width.
     """
     torch.manual_seed(1)
@@ -23,7 +23,7 @@ def make_network(bias=False, normalise=True, stages=("s0", "s1", "s2")):
     for stage in stages:
         layers = [
             nn.Conv2d(channels, 8, 3, bias=bias),
-            *([nn.BatchNorm2d(8)] if normalise else []),
+            *([nn.BatchNorm2d(8)] if normalize else []),
             nn.ReLU(),
         ]
         network.add_module(stage, nn.Sequential(*layers))
@@ -118,25 +118,25 @@ def test_a_sorted_dictionary_is_refused(key):
 
 
 def test_a_sorted_file_without_any_roles_is_refused():
-    """Bias-free and without normalisations: shapes and roles agree, and the order alone
+    """Bias-free and without normalizations: shapes and roles agree, and the order alone
     is wrong.
     """
     stages = ("stem", "late", "early")
-    network = make_network(normalise=False, stages=stages)
+    network = make_network(normalize=False, stages=stages)
     theirs = renamed(network, lambda name: f"their_{name}")
-    assert is_equal(fit(theirs, make_network(normalise=False, stages=stages)), network)
+    assert is_equal(fit(theirs, make_network(normalize=False, stages=stages)), network)
     with pytest.raises(
         BackboneError,
         match=r"sorted by name: their_early\.0\.weight, .* begins with stem\.0\.weight",
     ):
-        fit(dict(sorted(theirs.items())), make_network(normalise=False, stages=stages))
+        fit(dict(sorted(theirs.items())), make_network(normalize=False, stages=stages))
 
 
 def test_a_file_that_is_sorted_as_its_network_is_taken():
-    network = make_network(normalise=False)
+    network = make_network(normalize=False)
     theirs = renamed(network, lambda name: name.replace("s", "stage", 1))
     assert list(theirs) == sorted(theirs)
-    assert is_equal(fit(theirs, make_network(normalise=False)), network)
+    assert is_equal(fit(theirs, make_network(normalize=False)), network)
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_a_band_that_is_not_there_is_said():
 
 
 def test_pixels_without_a_value_are_refused_or_get_the_mean():
-    """NaN and what a GeoTIFF declares to be none: zero after the normalisation."""
+    """NaN and what a GeoTIFF declares to be none: zero after the normalization."""
     values = RNG.random((16, 16, 2)).astype(np.float32)
     values[0, 0, 0], values[1, 1, 1] = np.nan, -9999
     data = tiff(
@@ -353,7 +353,7 @@ def test_networks_that_cannot_take_bands_say_so():
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
     with pytest.raises(BackboneError, match="no convolution that could be given others"):
         adapt_channels(linear, "python:x", 4)
-    with pytest.raises(BackboneError, match="normalises red, green and blue itself"):
+    with pytest.raises(BackboneError, match="normalizes red, green and blue itself"):
         load_backbone(BackboneSpec("torchvision:googlenet", weights="random:0", bands=(1, 2, 3, 4)))
     with pytest.raises(BackboneError, match="7 input channels, and 4 bands"):
         adapt_channels(torch.nn.Conv2d(7, 2, 3), "python:x", 4)
@@ -371,8 +371,8 @@ def test_a_checkpoint_of_as_many_channels_is_loaded_as_it_is(tmp_path):
     torch.testing.assert_close(backbone.module.conv1.weight, network.conv1.weight, rtol=0, atol=0)
 
 
-def test_the_normaliser_takes_floats_and_bytes_alike():
+def test_the_normalizer_takes_floats_and_bytes_alike():
     backbone = load_backbone(BackboneSpec("timm:resnet18", weights="random:0"))
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
-    normalise = make_normalizer(backbone, "cpu")
-    torch.testing.assert_close(normalise(pixels), normalise(pixels.float()), rtol=0, atol=0)
+    normalize = make_normalizer(backbone, "cpu")
+    torch.testing.assert_close(normalize(pixels), normalize(pixels.float()), rtol=0, atol=0)

@@ -118,8 +118,8 @@ def test_other_modes() -> None:
     assert np.array_equal(np.asarray(decode_image(encoded(grey, "PNG"))), np.asarray(grey))
     one_bit = original.convert("1")
     assert set(np.unique(np.asarray(decode_image(encoded(one_bit, "PNG"))))) == {0, 255}
-    quantised = original.quantize(64)
-    assert np.abs(rgb(decode_image(encoded(quantised, "PNG"))) - rgb(quantised)).max() == 0
+    quantized = original.quantize(64)
+    assert np.abs(rgb(decode_image(encoded(quantized, "PNG"))) - rgb(quantized)).max() == 0
     cmyk = original.convert("CMYK")
     for kind in ("TIFF", "JPEG"):
         assert np.abs(rgb(decode_image(encoded(cmyk, kind))) - rgb(original)).max() <= 16, kind

@@ -332,8 +332,8 @@ def _pixels(backbone: Any, count: int) -> torch.Tensor:
 def _outputs(backbone: Any, module: torch.nn.Module, dtype: str) -> list[torch.Tensor]:
     nodes = backbone_nodes(backbone)
     taps = [(tap, nodes[tap.node]) for tap in resolve_taps(backbone, TAPS[backbone.spec.name])]
-    normalise = make_normalizer(backbone, "cpu")
-    return hook_forward(copy.deepcopy(module), taps, normalise, dtype)(_pixels(backbone, 3))
+    normalize = make_normalizer(backbone, "cpu")
+    return hook_forward(copy.deepcopy(module), taps, normalize, dtype)(_pixels(backbone, 3))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -245,12 +245,12 @@ def test_auto_picks_early_to_late(name: str, expected: str) -> None:
         "timm:tf_efficientnet_lite0",
         "torchvision:squeezenet1_1",
         "timm:mobilenetv3_small_050",
-        "timm:dla34",  # a stage that is a convolution, its normalisation and its activation
+        "timm:dla34",  # a stage that is a convolution, its normalization and its activation
         "torchvision:alexnet",  # convolutions, activations and poolings in one row
     ],
 )
 def test_no_automatic_tap_is_another_one(name: str) -> None:
-    """No column stands twice in "all", but for one that is normalised once more, which the widths
+    """No column stands twice in "all", but for one that is normalized once more, which the widths
     show.
     """
     backbone = load_backbone(BackboneSpec(name, "random:0", image_size=64))

@@ -43,8 +43,8 @@ def drawn(kind, rows, factor=1.0, seed=0, spread=1.5):
     return (truth.cumsum(1) > rng.random((rows, 1))).argmax(1), truth, told
 
 
-def penalised_loss(kind, target, told, weight, log_temperature):
-    """What `fit_temperature` says it minimises, written down from its definition."""
+def penalized_loss(kind, target, told, weight, log_temperature):
+    """What `fit_temperature` says it minimizes, written down from its definition."""
     values = np.clip(with_temperature(kind, told, float(np.exp(log_temperature))), FLOOR, 1)
     if kind == "single":
         losses = -np.log(values[np.arange(len(target)), target])
@@ -83,7 +83,7 @@ def test_it_is_the_minimum_that_scipy_finds(kind, rows):
         weight = np.random.default_rng(seed).uniform(0.1, 3, rows)
         bounds = float(np.log(MIN_TEMPERATURE)), float(np.log(MAX_TEMPERATURE))
         found = minimize_scalar(
-            lambda value, target=target, told=told, weight=weight: penalised_loss(kind, target, told, weight, value),
+            lambda value, target=target, told=told, weight=weight: penalized_loss(kind, target, told, weight, value),
             bounds=bounds, method="bounded", options={"xatol": 1e-9},
         )  # fmt: skip
         assert fit_temperature(kind, target, told, weight) == pytest.approx(

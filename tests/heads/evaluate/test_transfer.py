@@ -26,7 +26,7 @@ def made(rows, width, seed=0, signal=1.0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logme_is_the_largest_evidence(shape):
-    """The density of the targets under the best prior and noise, found by a general optimiser on
+    """The density of the targets under the best prior and noise, found by a general optimizer on
     the full covariance.
     """
     X, target = made(*shape)

@@ -205,7 +205,7 @@ def test_directions_of_rounding_alone_are_left_out(dtype):
             assert np.isfinite(fit.objective)
 
 
-def test_the_least_penalised_weights_are_the_ones_that_come_back():
+def test_the_least_penalized_weights_are_the_ones_that_come_back():
     """v of coordinates u decides as u does on the fold's rows, and costs what u costs."""
     X, _, fold = few(30, 80, 3, 4)
     moments = moments_of(X, fold)

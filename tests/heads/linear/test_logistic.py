@@ -25,7 +25,7 @@ from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import design as design_module
 from headrace.heads.linear.solver.active_set import ActiveSet
 from headrace.heads.linear.solver.design import make_design
-from headrace.heads.linear.solver.lbfgs import minimise
+from headrace.heads.linear.solver.lbfgs import minimize
 from headrace.heads.linear.solver.preconditioner import (
     dense_coordinates,
     dense_pair_products,
@@ -224,7 +224,7 @@ def test_batched_equals_one_at_a_time():
 
 @pytest.mark.parametrize(("n", "d"), [(400, 30), (80, 200)])
 def test_a_whole_path_is_solved_to_the_gap(n, d):
-    """Twenty strengths: the objective grows less regularised monotonically, and each head is near
+    """Twenty strengths: the objective grows less regularized monotonically, and each head is near
     its float64 optimum.
     """
     X, y = blobs(n, d, 4, seed=3, spread=2.0)
@@ -310,7 +310,7 @@ def test_only_one_class():
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 @pytest.mark.parametrize("d", [6, 90])
 def test_scales_and_constant_features(scale, d):
-    """Standardised heads do not see the unit of a feature; constant features get no weight, in one
+    """Standardized heads do not see the unit of a feature; constant features get no weight, in one
     fold or in all.
     """
     X, y = blobs(80, d, 3, seed=2)
@@ -331,8 +331,8 @@ def test_scales_and_constant_features(scale, d):
         )
 
 
-def test_unstandardised_heads():
-    """standardize=False penalises raw weights, as LogisticRegression without a scaler does."""
+def test_unstandardized_heads():
+    """standardize=False penalizes raw weights, as LogisticRegression without a scaler does."""
     X, y = blobs(120, 8, 3, seed=8)
     fold = folds(120, 2)
     for fit in fit_logistic_bank(
@@ -344,7 +344,7 @@ def test_unstandardised_heads():
         assert np.abs(fit.arrays["weight"] - model.coef_).max() <= 2e-3 * np.abs(model.coef_).max()
 
 
-def test_separable_data_at_weak_regularisation():
+def test_separable_data_at_weak_regularization():
     """The loss goes to nothing; the heads still reach their optimum, and report a bound
     that holds.
     """
@@ -565,7 +565,7 @@ def test_float32_goes_on_below_the_rounding_of_its_values():
         ), off * scales
 
     starts, ends = [(np.zeros(40, np.float32), None)], []
-    minimise(
+    minimize(
         evaluate,
         lambda slot: starts.pop() if starts else None,
         lambda slot, stopped: ends.append(stopped),
@@ -584,7 +584,7 @@ def test_float32_goes_on_below_the_rounding_of_its_values():
 
 def test_a_head_that_goes_on_keeps_its_pairs():
     """With a new preconditioner a paused head has the steps and changes of gradient that it had with the old
-    one: corrected as another strength's are, heads at weak regularisation ended a hundredth above
+    one: corrected as another strength's are, heads at weak regularization ended a hundredth above
     the optimum.
     """
     rng = np.random.default_rng(0)

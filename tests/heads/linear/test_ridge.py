@@ -52,7 +52,7 @@ def strengths(count):
 )
 def test_equals_ridge_classifier(n, d, classes, seed, class_weight, standardize, weighted, count):
     """Coefficients, intercepts and scores are RidgeClassifier's to 1e-6, for D above and below N
-    and both factorisations.
+    and both factorizations.
     """
     X, y = blobs(n, d, classes, seed)
     fold = folds(n, 3, seed)
@@ -197,7 +197,7 @@ def test_batched_equals_one_at_a_time(d):
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 @pytest.mark.parametrize("d", [6, 90])
 def test_scales_and_constant_features(scale, d):
-    """Standardised heads do not see the unit of a feature; constant features get no weight, in one
+    """Standardized heads do not see the unit of a feature; constant features get no weight, in one
     fold or in all.
     """
     X, y = blobs(80, d, 3, seed=2)

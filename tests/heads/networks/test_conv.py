@@ -42,7 +42,7 @@ def maps(rows: int = 240) -> tuple[Arrays, Arrays, Arrays]:
 
 def one_at_a_time(X: Arrays, y: Arrays, fold: Arrays, number: int, spec: ConvSpec) -> list[Arrays]:
     """Predictions (n, C) of the held-out rows after every epoch, by torch's own modules and
-    optimiser.
+    optimizer.
     """
     train, held = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
     mean, scale = X[train].mean((0, 2, 3)), X[train].std((0, 2, 3))

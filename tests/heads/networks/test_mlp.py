@@ -237,8 +237,8 @@ def test_padding_stays_zero() -> None:
     assert (bank.weights[0][1, 20:] != 0).any()
 
 
-def test_the_broadcast_optimiser_is_adamw() -> None:
-    """The broadcast AdamW gives what torch's optimiser gives, head by head."""
+def test_the_broadcast_optimizer_is_adamw() -> None:
+    """The broadcast AdamW gives what torch's optimizer gives, head by head."""
     generator = torch.Generator().manual_seed(0)
     start, gradients = (
         torch.randn(3, 4, 5, generator=generator),
@@ -313,7 +313,7 @@ def test_validation_predictions_are_those_of_the_arrays() -> None:
 
 
 def test_held_out_rows_have_no_influence() -> None:
-    """Changing the features of held-out rows changes neither standardisation nor weights of that
+    """Changing the features of held-out rows changes neither standardization nor weights of that
     fold's head.
     """
     X, y, fold = digits()
@@ -420,7 +420,7 @@ def test_views_augment_training_and_average_predictions() -> None:
 
 
 def test_rows_without_weight_are_as_absent() -> None:
-    """A weight of zero takes a row out of standardisation and training alike."""
+    """A weight of zero takes a row out of standardization and training alike."""
     X, y, _ = digits(300)
     spoilt = np.concatenate([X, X[:50] + 1000])
     labels = np.concatenate([y, (y[:50] + 1) % 10])

@@ -36,7 +36,7 @@ from headrace.pipelines.finetune.train_above import blocks_of, owners_above, tra
 from headrace.pipelines.models.errors import CannotSplit, ModelError
 from headrace.pipelines.models.reference import paths_of_content
 from headrace.pipelines.models.split_network import part_above
-from headrace.pipelines.models.torch_head import head_module, standardise_head
+from headrace.pipelines.models.torch_head import head_module, standardize_head
 from headrace.pipelines.models.torch_network import Network
 
 HEADS: list[tuple[HeadSpec, tuple[str, ...]]] = [
@@ -141,9 +141,9 @@ def test_another_resize_mean_std_or_weights_is_caught(case: Case, other: Backbon
         parity(case, backbone=other)
 
 
-def test_batch_normalisation_in_training_mode_is_caught(case: Case) -> None:
+def test_batch_normalization_in_training_mode_is_caught(case: Case) -> None:
     """Statistics of the batch in place of the network's own are another network."""
-    with pytest.raises(ModelError, match="batch normalisation in training mode"):
+    with pytest.raises(ModelError, match="batch normalization in training mode"):
         parity(case, train=True)
 
 
@@ -197,11 +197,11 @@ def test_a_neighbour_search_cannot_be_finetuned(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("head", "taps"), HEADS, ids=lambda value: getattr(value, "kind", ""))
-def test_a_head_in_standardised_coordinates_is_the_same_function(
+def test_a_head_in_standardized_coordinates_is_the_same_function(
     case: Case, head: HeadSpec, taps: tuple[str, ...]
 ) -> None:
     """The module predicts as `predict_head`, before and after its first layer is put into
-    standardised coordinates.
+    standardized coordinates.
     """
     X, _ = load_rows(case.features(*taps), case.task.content, spatial=head.kind == "conv")
     arrays = read_bank(case.bank(head, *taps)).arrays(head)
@@ -212,7 +212,7 @@ def test_a_head_in_standardised_coordinates_is_the_same_function(
         np.testing.assert_allclose(link(module(features).numpy(), "single"), expected, atol=1e-5)
         if not module.spatial:
             flat = features.double()
-            standardise_head(module, flat.mean(0), flat.std(0, correction=0), is_new=False)
+            standardize_head(module, flat.mean(0), flat.std(0, correction=0), is_new=False)
         np.testing.assert_allclose(link(module(features).numpy(), "single"), expected, atol=1e-5)
 
 

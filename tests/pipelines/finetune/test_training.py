@@ -174,7 +174,7 @@ def test_the_start_of_fine_tuning_is_the_head(case: Case) -> None:
 
 def test_from_scratch_forgets_the_pretrained_parameters(case: Case) -> None:
     """Every parameter that a tap needs is drawn anew, by the seed; the statistics of batch
-    normalisation are trained.
+    normalization are trained.
     """
     jobs = [
         case.job(NEW, cut=None, train_above="all", start="random", seed=seed, out=f"scratch{seed}")

@@ -40,7 +40,7 @@ from headrace.pipelines.report.selection_and_advice import (
     ensemble_section,
     expected_text,
 )
-from headrace.pipelines.selection.duplicates import similar_pairs, standardised
+from headrace.pipelines.selection.duplicates import similar_pairs, standardized
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_like_pairs_are_those_of_brute_force(columns):
     )
     side = rng.integers(0, 3, len(vectors))
     found = similar_pairs(vectors, side, 0.95)
-    X = standardised(vectors)
+    X = standardized(vectors)
     close = np.triu(X @ X.T >= 0.95, 1) & (side[:, None] != side)
     assert set(zip(found.first.tolist(), found.second.tolist(), strict=True)) == set(
         zip(*np.nonzero(close), strict=True)
