@@ -31,7 +31,7 @@ _RESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PAGE = mmap.PAGESIZE
 _HUGE_PAGE = 1 << 21  # bytes, Linux's on x86; see `map`
 # A quarter of the 1 << 47 bytes of addresses that a process has on most machines.
-_LARGEST_RESERVATION = 1 << 45
+_MAX_RESERVED_BYTES = 1 << 45
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -63,7 +63,7 @@ class MappedRows:
         # Slots whose size is a multiple of a row make one table of rows of the whole range, gaps
         # included. A multiple of a huge page too: see `_slot_shift`.
         self._slot_step = math.lcm(_HUGE_PAGE, row_bytes)
-        if self._slot_step * len(rows_per_file) > _LARGEST_RESERVATION:
+        if self._slot_step * len(rows_per_file) > _MAX_RESERVED_BYTES:
             self._slot_step = _HUGE_PAGE
         # A page more, for data that start in the middle of one, and a step more, because
         # `_slot_shift` moves the data by less than a step.

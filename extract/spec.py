@@ -84,7 +84,7 @@ def _canonical_arguments(arguments: object, name: str) -> str | None:
         ):
             raise ValueError("no names with values")
         text = json.dumps(arguments, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        if len(text) > _LONGEST_ARGUMENTS:
+        if len(text) > _MAX_ARGUMENTS_LENGTH:
             raise ValueError(f"{len(text):,} characters")
     except (TypeError, ValueError, RecursionError) as error:
         raise BackboneError(
@@ -172,14 +172,12 @@ def _is_bands(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) < _LARGEST_NUMBER
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
     )
 
 
-_LARGEST_NUMBER = 1e30
-_LONGEST_ARGUMENTS = 10_000  # characters of JSON
+_MAX_NUMBER = 1e30
+_MAX_ARGUMENTS_LENGTH = 10_000  # characters of JSON
 # {field: whether it may have a value}: descriptions come with model files of strangers too.
 _VALID_FIELD: dict[str, Callable[[object], bool]] = {
     "name": lambda value: isinstance(value, str),

@@ -14,10 +14,10 @@ from headrace.cache.text import as_text
 FeatureArray = npt.NDArray[np.generic]
 # With fewer rows or values a feature could have the pattern by chance: six numbers may happen to
 # rise.
-_LEAST_ROWS = 3  # to be a counter at all, from 0 or 1 in steps of 1
-_LEAST_STEPS = 8  # rows, to be a counter with another start or step
-_LEAST_VALUES = 12  # distinct values of a target and of a column that rises with it
-_LEAST_PER_VALUE = 5  # rows of each distinct value of a column that is constant within classes
+_MIN_ROWS = 3  # to be a counter at all, from 0 or 1 in steps of 1
+_MIN_STEPS = 8  # rows, to be a counter with another start or step
+_MIN_VALUES = 12  # distinct values of a target and of a column that rises with it
+_MIN_PER_VALUE = 5  # rows of each distinct value of a column that is constant within classes
 # Rows of the first block, which rule out nearly every column before all rows are read.
 _FIRST_ROWS = 1024
 
@@ -27,7 +27,7 @@ def find_row_counters(features: FeatureArray) -> list[int]:
 
     A table's index is such a column, as is the time of a film's frames.
     """
-    if len(features) < _LEAST_ROWS:
+    if len(features) < _MIN_ROWS:
         return []
     first_row, last_row = np.asarray(features[0], np.float64), np.asarray(features[-1], np.float64)
     step_of_column = (last_row - first_row) / (len(features) - 1)
@@ -37,7 +37,7 @@ def find_row_counters(features: FeatureArray) -> list[int]:
     is_rising = np.abs(last_row - first_row) > 16 * rounding_error
     column_indices = np.flatnonzero(
         is_rising
-        if len(features) >= _LEAST_STEPS
+        if len(features) >= _MIN_STEPS
         else (step_of_column == 1) & np.isin(first_row, (0, 1))
     )
     for start_row, stop_row in _row_blocks(len(features)):
@@ -68,7 +68,7 @@ def find_target_columns(features: FeatureArray, target: pd.Series) -> list[int]:
     if 2 * len(classes) <= len(labelled_rows):
         return _class_constant_columns(features, labelled_rows, class_codes, len(classes))
     target_numbers = pd.to_numeric(target.iloc[labelled_rows], errors="coerce").to_numpy(np.float64)
-    if len(classes) < _LEAST_VALUES or not np.isfinite(target_numbers).all():
+    if len(classes) < _MIN_VALUES or not np.isfinite(target_numbers).all():
         return []
     return _monotone_columns(features, labelled_rows[np.argsort(target_numbers, kind="stable")])
 
@@ -95,7 +95,7 @@ def _class_constant_columns(
     for column in column_indices:
         value_codes, distinct_values = pd.factorize(class_values[:, column])
         rows_per_value = np.bincount(value_codes[class_codes], minlength=len(distinct_values))
-        if len(distinct_values) == n_classes or rows_per_value.min() >= _LEAST_PER_VALUE:
+        if len(distinct_values) == n_classes or rows_per_value.min() >= _MIN_PER_VALUE:
             leaking_columns.append(int(column))
     return leaking_columns
 
@@ -115,7 +115,7 @@ def _monotone_columns(features: FeatureArray, row_order: npt.NDArray[np.intp]) -
     return [
         int(column)
         for column in column_indices
-        if len(np.unique(features[row_order, column])) >= _LEAST_VALUES
+        if len(np.unique(features[row_order, column])) >= _MIN_VALUES
     ]
 
 

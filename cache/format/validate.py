@@ -24,7 +24,7 @@ _ADVICE = (
 )
 # LZ4 cannot shrink data more than this, so a larger declared size is wrong.
 _LZ4_RATIO = 255
-_LARGEST_ATTRIBUTE = 1 << 20  # bytes of a text in the metadata; a larger one is not ours
+_MAX_ATTRIBUTE_BYTES = 1 << 20  # bytes of a text in the metadata; a larger one is not ours
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def _validate_compressed(
 
 def _open_attribute(parent: h5py.HLObject, attribute_name: str) -> Any:
     attribute = h5py.h5a.open(parent.id, attribute_name.encode())
-    if attribute.get_storage_size() > _LARGEST_ATTRIBUTE:
+    if attribute.get_storage_size() > _MAX_ATTRIBUTE_BYTES:
         raise ShardCorrupt(f"attribute {attribute_name!r} has {attribute.get_storage_size()} bytes")
     return attribute
 

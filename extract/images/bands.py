@@ -29,7 +29,13 @@ from headrace.extract.images.decoding import (
     decode_image,
     orientation_of,
 )
-from headrace.extract.images.opening import MAX_PIXELS, check_size, decoding_reason, open_image
+from headrace.extract.images.opening import (
+    MAX_DEFLATE_RATIO,
+    MAX_PIXELS,
+    check_size,
+    decoding_reason,
+    open_image,
+)
 from headrace.extract.images.samples import (
     PixelRange,
     Samples,
@@ -44,8 +50,7 @@ _NUMPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_ORIENTATION_TAG = 274  # the same number as EXIF's
 _NODATA_TAG = 42113  # GDAL's: the value, as text, of pixels without one
-_MOST_COMPRESSED = 1032  # compression ratio of deflate at most
-_MOST_PAGES = 1000  # of a TIFF, whose channels may be pages of their own
+_MAX_PAGES = 1000  # of a TIFF, whose channels may be pages of their own
 # Modes of Pillow without plain channels, and those that they are converted to.
 _PALETTE_MODES = {"P": "RGB", "1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 
@@ -253,10 +258,10 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
         # Counted before `tiff.series` sorts the pages, which takes time with the square of their
         # number, and never ends where the last page of a damaged file points back to an earlier
         # one.
-        pages = itertools.islice(tiff.pages, _MOST_PAGES + 1)
-        if sum(1 + len(page.subifds or ()) for page in pages) > _MOST_PAGES:
+        pages = itertools.islice(tiff.pages, _MAX_PAGES + 1)
+        if sum(1 + len(page.subifds or ()) for page in pages) > _MAX_PAGES:
             raise ImageError(
-                f"a TIFF of more than {_MOST_PAGES:,} pages; expected one image. Save one image of "
+                f"a TIFF of more than {_MAX_PAGES:,} pages; expected one image. Save one image of "
                 "it, as .npy for example"
             )
         series = tiff.series[0]
@@ -272,7 +277,7 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
         has_windows = in_parts and "C" not in axes and turn is None
         if not has_windows:
             check_size(page.imagewidth, page.imagelength)
-        if series.size * series.dtype.itemsize > _MOST_COMPRESSED * len(data):
+        if series.size * series.dtype.itemsize > MAX_DEFLATE_RATIO * len(data):
             raise ImageError(
                 f"a TIFF of {len(data):,} bytes that declares {series.size:,} values: more than "
                 "any compression makes so small"
@@ -393,8 +398,8 @@ def upright_size(file: IO[bytes]) -> tuple[int, int]:
     or more than a file of this size can hold.
     """
     width, height = _declared_size(file)
-    most_pixels = max(MAX_PIXELS, _MOST_COMPRESSED * file.seek(0, io.SEEK_END))
-    if not 0 < width * height <= most_pixels:
+    max_pixels = max(MAX_PIXELS, MAX_DEFLATE_RATIO * file.seek(0, io.SEEK_END))
+    if not 0 < width * height <= max_pixels:
         raise ImageError(f"it declares {width} x {height} pixels: none, or more than it can hold")
     return width, height
 

@@ -44,7 +44,7 @@ from headrace.cache.atomic_io import read_regular
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import split_crop
 from headrace.extract.images.file_stamps import file_stamp
-from headrace.extract.images.opening import MAX_PIXELS
+from headrace.extract.images.opening import MAX_DEFLATE_RATIO, MAX_PIXELS
 
 _LOCATOR = re.compile(
     r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow|crop):(?P<details>.*)",
@@ -59,8 +59,6 @@ _H5_CURE = (
     "Links, external storage and virtual data sets are not followed, for they can name any file. "
     "Copy the values into one file: h5repack, or h5py: new['images'] = old['images'][:]"
 )
-# Compression ratio of deflate at most; no other filter of HDF5's own does better on images.
-_MOST_COMPRESSED = 1032
 # Signature, other fields, lengths of the name and of the extra field.
 _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ZIP_STORED, _ZIP_DEFLATED = 0, 8  # methods of the zip format
@@ -216,7 +214,7 @@ def _own_dataset(hdf5_file: h5py.File, file_path: str, array_key: str) -> h5py.D
 
 def _require_held(declared_bytes: int, file_bytes: int, file_path: str) -> None:
     """Raise SourceError for more values than a file of that size can hold, compressed or not."""
-    if declared_bytes > _MOST_COMPRESSED * file_bytes:
+    if declared_bytes > MAX_DEFLATE_RATIO * file_bytes:
         raise SourceError(
             f"{file_path}: it has {file_bytes:,} bytes, and declares {declared_bytes:,} bytes of "
             "values. Fetch it again"

@@ -16,6 +16,8 @@ MAX_PIXELS = 1024**3 // 4 // 3
 # this length, 4 GB for the 90 million pixels in one line that MAX_PIXELS would allow. Cameras and
 # scanners end below 100,000 pixels.
 MAX_EDGE = 2**20
+# Compression ratio of deflate at most; no other filter of HDF5's own does better on images.
+MAX_DEFLATE_RATIO = 1032
 
 # The formats of IMAGE_SUFFIXES, and none of Pillow's others: nobody keeps data sets in those, and
 # some hand the bytes to other programs (EPS to Ghostscript). HEIF is read by its plug-in.

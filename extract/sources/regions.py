@@ -36,7 +36,7 @@ _KNOWN_COLUMNS: dict[tuple[str, str, str, str], BoxFormat] = {
 BACKGROUNDS = get_args(Background)
 # Pixels between the starts of two tiles. Each tile goes through the network: one tile per pixel
 # would be a million for a small photo, and the grid may come from a stranger's model file.
-_LEAST_STRIDE = 8
+_MIN_STRIDE = 8
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Tiles:
         if not 0 <= self.max_background <= 1:
             raise ValueError(f"max_background is {self.max_background}: expected a share, 0 to 1")
         size, overlap = operator.index(self.size), operator.index(self.overlap)
-        most = min(size - _LEAST_STRIDE, size * 7 // 8)
+        most = min(size - _MIN_STRIDE, size * 7 // 8)
         if not 0 <= overlap <= most:
             expected = (
                 f"an overlap from 0 to {most} (smaller steps than {size - most} pixels from tile "
                 "to tile would cut an image into very many)"
                 if most >= 0
-                else f"{_LEAST_STRIDE} and more"
+                else f"{_MIN_STRIDE} and more"
             )
             raise ValueError(
                 f"tiles of {self.size} pixels that overlap by {self.overlap}: expected {expected}"

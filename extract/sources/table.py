@@ -40,7 +40,7 @@ _EXPECTED = "a table ends in .csv, .tsv, .jsonl, .json, .parquet or .arrow"
 # reach some fifty times; a file made to fill the memory reaches a thousand.
 _GZIP_RATIO, _GZIP_FLOOR_BYTES = 200, 1 << 26
 _BUFFER_BYTES = 1 << 16
-_MOST_COLUMNS = 20_000  # reading each takes about a millisecond
+_MAX_COLUMNS = 20_000  # reading each takes about a millisecond
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,10 @@ def _check_header(column_names: list[str], table_path: Path) -> None:
             f"({', '.join(column_names[:4])}), not like the names of columns, and would be lost. "
             f"Put a line of names above it, for example: {','.join(names[:8])}"
         )
-    if len(column_names) > _MOST_COLUMNS:
+    if len(column_names) > _MAX_COLUMNS:
         raise SourceError(
             f"{table_path}: {len(column_names):,} columns; a table of images has "
-            f"{_MOST_COLUMNS:,} at most."
+            f"{_MAX_COLUMNS:,} at most."
         )
     counts = Counter(filter(None, column_names))
     if repeated_names := sorted(name for name, count in counts.items() if count > 1):

@@ -24,7 +24,7 @@ _GEM_FLOOR = 1e-6  # activations below it count as it: powers of negative number
 # take long to pool, and did not help.
 N_MIDDLE_BLOCKS = 2
 N_LAST_BLOCKS = 4  # of a transformer: automatic taps have their class tokens
-_MOST_PREFIX_TOKENS = 16  # that an error message suggests
+_MAX_PREFIX_TOKENS = 16  # that an error message suggests
 MAX_AUTO_FEATURES = 8192  # of all automatic taps together: 16 KB an image
 
 
@@ -340,7 +340,7 @@ def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
 def _unexplained_tokens_message(tap: Tap, node: Node, backbone_name: str) -> str:
     """Return the message for tokens of which nothing says how many are not patches."""
     n_tokens = node.shape[0]
-    counts = [count for count in range(_MOST_PREFIX_TOKENS + 1) if is_square(n_tokens - count)]
+    counts = [count for count in range(_MAX_PREFIX_TOKENS + 1) if is_square(n_tokens - count)]
     if counts:
         side = math.isqrt(n_tokens - counts[0])
         reading = (

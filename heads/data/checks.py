@@ -11,7 +11,7 @@ from headrace.heads.errors import HeadError
 
 # Smaller weights vanish in products with float32 features; larger ones leave no digit for the
 # penalty and the other rows.
-LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e15
+MIN_WEIGHT, MAX_WEIGHT = 1e-30, 1e15
 
 
 def check_finite(X: Array) -> None:
@@ -40,7 +40,7 @@ def row_weights(sample_weight: Array | None, n_rows: int) -> Doubles:
     """Return the weights as (n,) float64, ones for None.
 
     Raises ValueError for weights that are negative or not finite, and naming the first one beyond
-    LEAST_WEIGHT..MOST_WEIGHT.
+    MIN_WEIGHT..MAX_WEIGHT.
     """
     weight_of_row = (
         np.ones(n_rows) if sample_weight is None else np.asarray(sample_weight, np.float64)
@@ -50,12 +50,12 @@ def row_weights(sample_weight: Array | None, n_rows: int) -> Doubles:
             "sample weights must be finite and not negative; give a row weight 0 to leave it out"
         )
     is_out_of_range = (weight_of_row != 0) & (
-        (weight_of_row < LEAST_WEIGHT) | (weight_of_row > MOST_WEIGHT)
+        (weight_of_row < MIN_WEIGHT) | (weight_of_row > MAX_WEIGHT)
     )
     if is_out_of_range.any():
         bad_row = int(np.argmax(is_out_of_range))
         raise ValueError(
-            f"sample weights must be 0 or lie in {LEAST_WEIGHT:g}..{MOST_WEIGHT:g}, found "
+            f"sample weights must be 0 or lie in {MIN_WEIGHT:g}..{MAX_WEIGHT:g}, found "
             f"{weight_of_row[bad_row]:g} for row {bad_row}: divide them by their mean, and give "
             "weight 0 to a row that is to be left out"
         )

@@ -19,7 +19,7 @@ CALIBRATION_BINS = 15  # equal widths over [0, 1], as in Guo et al. 2017
 # These sort rows, and cost K × N × B × C operations that are no matrix product.
 SORTED_METRICS = ("auc", "average_precision")
 # Probabilities are clipped here, so that one row at 0 does not make a mean infinite.
-_SMALLEST = float(np.finfo(np.float32).eps)
+_MIN_PROBABILITY = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,12 @@ def _losses(task_kind: TaskKind, metric: str, target: Array, predicted: Array) -
     if task_kind == "single":
         true_class = np.asarray(target).astype(np.int64)[None, :, None]
         of_true_class = np.take_along_axis(predicted, true_class, 2)[..., 0]
-        return np.asarray(-np.log(np.clip(of_true_class / predicted.sum(2), _SMALLEST, 1)))
+        return np.asarray(-np.log(np.clip(of_true_class / predicted.sum(2), _MIN_PROBABILITY, 1)))
     predicted = predicted.reshape(*predicted.shape[:2], -1)
     if metric == "mae":
         return np.asarray(np.abs(predicted - _columns(target)).mean(2))
     of_true_label = np.where(_columns(target) >= 0.5, predicted, 1 - predicted)
-    return np.asarray(-np.log(np.clip(of_true_label, _SMALLEST, 1)).mean(2))
+    return np.asarray(-np.log(np.clip(of_true_label, _MIN_PROBABILITY, 1)).mean(2))
 
 
 def _mean(row_values: Array, weights: Doubles) -> Doubles:
@@ -304,7 +304,7 @@ def _precisions(true_label: Mask, predicted: Array, weights: Doubles) -> Doubles
     for k, values in enumerate(predicted):
         hits, misses = _by_value(values, true_label, weights, rising=False)
         hits_so_far = np.cumsum(hits, axis=0)
-        rows_so_far = np.maximum(hits_so_far + np.cumsum(misses, axis=0), _SMALLEST)
+        rows_so_far = np.maximum(hits_so_far + np.cumsum(misses, axis=0), _MIN_PROBABILITY)
         precisions[k] = _ratio((hits * hits_so_far / rows_so_far).sum(0), positive_weight)
     return precisions
 

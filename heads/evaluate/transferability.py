@@ -9,7 +9,7 @@ import numpy as np
 from headrace.heads.arrays import Array, Doubles
 
 _MAX_ITERATIONS = 100  # of LogME's fixed point
-_SMALLEST_EIGENVALUE = 1e-10  # relative to the largest one; smaller ones are rounding errors
+_MIN_EIGENVALUE = 1e-10  # relative to the largest one; smaller ones are rounding errors
 
 
 def log_me(X: Array, targets: Array) -> float:
@@ -85,7 +85,7 @@ def _spectrum(X: Doubles, y: Doubles) -> tuple[Doubles, Doubles]:
     """
     is_tall = X.shape[1] <= X.shape[0]
     eigenvalues, eigenvectors = np.linalg.eigh(X.T @ X if is_tall else X @ X.T)
-    is_nonzero = eigenvalues > _SMALLEST_EIGENVALUE * max(eigenvalues[-1], 1e-300)
+    is_nonzero = eigenvalues > _MIN_EIGENVALUE * max(eigenvalues[-1], 1e-300)
     eigenvalues, eigenvectors = eigenvalues[is_nonzero], eigenvectors[:, is_nonzero]
     if is_tall:  # U = X V / s
         return eigenvalues, (eigenvectors.T @ (X.T @ y)) / np.sqrt(eigenvalues)[:, None]

@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.pipelines.doctor.finding import Finding
 
-_LEAST_FREE_BYTES = 2e9  # not even a small run fits into less
+_MIN_FREE_BYTES = 2e9  # not even a small run fits into less
 _SLOW_BYTES_PER_S = 20e6  # a slower disk delays a GPU, and a dozen cores
 _PROBE_BYTES = 32 << 20  # written to measure the speed, or as much as two seconds allow
 # Difference between this machine's clock and the file system's from which on ages of files are
@@ -46,7 +46,7 @@ def check_disk(
         f"{free_bytes / 1e9:,.0f} GB free, {written_per_s / 1e6:,.0f} MB/s written and flushed, "
         f"{read_per_s / 1e6:,.0f} MB/s read"
     )
-    if free_bytes < _LEAST_FREE_BYTES:
+    if free_bytes < _MIN_FREE_BYTES:
         return Finding(
             "disk",
             "fail",

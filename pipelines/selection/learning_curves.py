@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 # shares of the training rows, evenly spaced in the logarithm
 FRACTIONS = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
 _SEED = 0  # of subsets and resamples
-MOST_FOLDS = 5  # more would train longer and tell no more
+MAX_FOLDS = 5  # more would train longer and tell no more
 STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)  # C of logistic heads
 ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)  # of ridge heads
 # of the power law; measured ones lie between 0.1 and 1 (Hestness et al. 2017)
@@ -94,7 +94,7 @@ def learning_curve(
     call trains nothing.
     train_all: trains bank jobs, for example on a cluster.
     """
-    folds = list(range(min(task.n_folds, MOST_FOLDS)))
+    folds = list(range(min(task.n_folds, MAX_FOLDS)))
     group_codes = np.unique(
         task.content if groups is None else np.asarray(groups), return_inverse=True
     )[1]

@@ -108,7 +108,7 @@ def test_the_fast_gather_equals_the_general_one(tmp_path, monkeypatch, shape):
     order = np.random.default_rng(0).integers(0, 40, 300)
     tables = []
     for largest in (1 << 45, 0):  # 0: no room for the holes of a table
-        monkeypatch.setattr("headrace.cache.mapping._LARGEST_RESERVATION", largest)
+        monkeypatch.setattr("headrace.cache.mapping._MAX_RESERVED_BYTES", largest)
         features = open_feature_set(directory)
         assert np.array_equal(features.read(order, None), expected[order])
         assert np.array_equal(features.read(order), expected[order].astype(np.float32))

@@ -22,7 +22,7 @@ GROUP_NAMES = (
     *("group", "patient", "patient_id", "subject", "subject_id", "case", "case_id", "lesion_id"),
     *("slide", "scene", "site", "deployment_id"),
 )
-_ENOUGH_GROUPS = 6  # for a test split and five folds
+_MIN_GROUPS = 6  # for a test split and five folds
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
 # Of a table, to count the missing files: all of them would take long on a network disk.
 _PATHS_CHECKED = 100
@@ -225,7 +225,7 @@ def _split_and_group(
             f"column {named_columns[0]!r} holds other values than train, validation and test, or "
             "none, and is not taken for a split"
         )
-    if group_column and not split_column and n_groups < _ENOUGH_GROUPS:
+    if group_column and not split_column and n_groups < _MIN_GROUPS:
         task_notes.append(
             f"column {group_column!r} has {n_groups} values, too few for a test split and five "
             "folds, and is not taken for groups. Where the images of one are alike: task.group: "
