@@ -11,3 +11,4 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Index = npt.NDArray[np.intp]  # numbers of rows, classes and the like
 Mask = npt.NDArray[np.bool_]
+Strings = npt.NDArray[np.str_]

@@ -15,6 +15,7 @@ import pandas as pd
 
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.spec import FeatureSpec
+from headrace.heads.arrays import Array, Doubles, Floats, Mask
 from headrace.heads.bank import BankJob
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
@@ -52,8 +53,6 @@ from headrace.pipelines.selection.predictions import (
     validation_rows,
 )
 
-Floats = npt.NDArray[np.float64]
-
 RESAMPLES = 400  # of the validation rows
 IMAGE_FACTORS = (2, 4)  # how many times as many images the curve is extrapolated to
 # Kinds of head that are trained for the learning curve if the winner is one, beside linear heads.
@@ -71,7 +70,7 @@ def advise_on(
     results_folder: Path,
     train_all: Callable[[Sequence[BankJob]], None],
     *,
-    groups: npt.NDArray[Any] | None = None,
+    groups: Array | None = None,
     sort_by_depth: SortByDepth = list,
     reference: tuple[FeaturePaths, npt.NDArray[np.bytes_]] | None = None,
 ) -> Advice:
@@ -138,7 +137,7 @@ def _measured_curve(
     feature_paths: FeaturePaths,
     results_folder: Path,
     train_all: Callable[[Sequence[BankJob]], None],
-    groups: npt.NDArray[Any] | None,
+    groups: Array | None,
 ) -> LearningCurve:
     """Return the learning curve on the inputs of the best head that reads no map."""
     # Linear heads on all positions of a map would be very wide, and say no more.
@@ -156,7 +155,7 @@ def _measured_curve(
 
 
 def _curve_evidence(
-    validation: ValidationRows, losses: Floats, curve: LearningCurve, draws: Floats
+    validation: ValidationRows, losses: Doubles, curve: LearningCurve, draws: Doubles
 ) -> dict[str, Any]:
     """Return the fields of `Evidence` that come from a learning curve."""
     in_curve = np.isin(validation.images, curve.rows)
@@ -188,10 +187,10 @@ def _backbone_key(spec: FeatureSpec) -> tuple[str, ...]:
 
 def class_evidence(
     validation: ValidationRows,
-    losses: Floats,
+    losses: Doubles,
     curve: LearningCurve,
-    draws: Floats,
-    in_curve: npt.NDArray[np.bool_],
+    draws: Doubles,
+    in_curve: Mask,
 ) -> tuple[ClassEvidence, ...]:
     """Return each class's error, its lag behind the median class, and its own learning curve.
 
@@ -243,7 +242,7 @@ def tap_evidence(
     heads: pd.DataFrame,
     validation: ValidationRows,
     feature_paths: FeaturePaths,
-    draws: Floats,
+    draws: Doubles,
     sort_by_depth: SortByDepth,
 ) -> tuple[TapEvidence, ...]:
     """Return the error of the best head on each tap alone, early to late, for the backbone that has
@@ -271,7 +270,7 @@ def tap_evidence(
 
 
 def pilot_evidence(
-    networks: pd.DataFrame, validation: ValidationRows, head_error: Estimate, draws: Floats
+    networks: pd.DataFrame, validation: ValidationRows, head_error: Estimate, draws: Doubles
 ) -> tuple[PilotEvidence, ...]:
     """Return the gain of each fine-tuned network over the best head, on the same rows."""
     pilots = []
@@ -289,9 +288,7 @@ def pilot_evidence(
     return tuple(pilots)
 
 
-def _predictions(
-    board: pd.DataFrame, validation: ValidationRows
-) -> dict[int, npt.NDArray[np.float32]]:
+def _predictions(board: pd.DataFrame, validation: ValidationRows) -> dict[int, Floats]:
     """Return out-of-fold predictions (N, C) by position in the board; heads without are absent."""
     return {
         int(index): predicted
@@ -300,16 +297,13 @@ def _predictions(
     }
 
 
-def _row_losses(validation: ValidationRows, predicted: npt.NDArray[np.float32]) -> Floats:
+def _row_losses(validation: ValidationRows, predicted: Floats) -> Doubles:
     """Return the error (N,) of each row for predictions (N, C)."""
     return np.asarray(row_errors(validation.task, validation.target, predicted[None])[0])
 
 
 def _error_estimate(
-    validation: ValidationRows,
-    losses: Floats,
-    draws: Floats,
-    row_mask: npt.NDArray[np.bool_] | None = None,
+    validation: ValidationRows, losses: Doubles, draws: Doubles, row_mask: Mask | None = None
 ) -> Estimate:
     """Return the mean of losses (n,) with its interval over groups.
 
@@ -321,6 +315,6 @@ def _error_estimate(
     return replace(_estimate(losses, draws), ends=interval(losses, groups))
 
 
-def _estimate(losses: Floats, draws: Floats) -> Estimate:
+def _estimate(losses: Doubles, draws: Doubles) -> Estimate:
     mean_errors = weighted_errors(losses[None], draws)[0]
     return Estimate(float(mean_errors[0]), mean_errors[1:])

@@ -8,18 +8,17 @@ reference.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import open_feature_set
+from headrace.heads.arrays import Array, Doubles
 from headrace.heads.data.features import load_rows
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.selection.estimate import Estimate
 
-Floats = npt.NDArray[np.float64]
 Content = npt.NDArray[np.bytes_]
 
 MAX_IMAGES = 1000  # of each run, drawn at random
@@ -85,14 +84,13 @@ def reference_evidence(
     evidence = []
     for name, (run_path, reference_path) in shared_paths.items():
         ratio = distance_ratio(
-            load_rows([run_path], run_sample)[0],
-            load_rows([reference_path], reference_sample)[0],
+            load_rows([run_path], run_sample)[0], load_rows([reference_path], reference_sample)[0]
         )
         evidence.append(ReferenceEvidence(name, len(reference_sample), ratio))
     return tuple(evidence)
 
 
-def distance_ratio(features: npt.NDArray[Any], reference: npt.NDArray[Any]) -> Estimate:
+def distance_ratio(features: Array, reference: Array) -> Estimate:
     """Return the median distance of rows (N, D) to the nearest reference row (M, D), divided by
     that of reference rows to the nearest other one.
     """
@@ -127,12 +125,12 @@ def reference_text(evidence: Sequence[ReferenceEvidence]) -> str:
     )
 
 
-def _median_ratio(to_reference: Floats, among_reference: Floats) -> float:
+def _median_ratio(to_reference: Doubles, among_reference: Doubles) -> float:
     # The floor is for reference images that are all copies of each other.
     return float(np.median(to_reference) / max(float(np.median(among_reference)), 1e-12))
 
 
-def _nearest_distances(features: Floats, reference: Floats, *, exclude_self: bool) -> Floats:
+def _nearest_distances(features: Doubles, reference: Doubles, *, exclude_self: bool) -> Doubles:
     """Return the distance (N,) of each row to the nearest reference row.
 
     exclude_self: features and reference are the same rows; a row is not its own neighbour.

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.sealed import read_sealed_json, sealed_json
+from headrace.heads.arrays import Index
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.folds import make_folds
 from headrace.heads.data.task import Task
@@ -89,7 +89,7 @@ def transferability_scores(
 
 
 def _measure_scores(
-    name: str, task: Task, sampled_rows: npt.NDArray[np.int64], feature_path: Path
+    name: str, task: Task, sampled_rows: Index, feature_path: Path
 ) -> TransferabilityScores:
     X, has_features = load_rows([feature_path], task.content[sampled_rows])
     target = task.target[sampled_rows][has_features]

@@ -7,10 +7,8 @@ A test row never enters the task that banks read: the two are separate values, a
 import difflib
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
@@ -20,6 +18,7 @@ from headrace.extract.images.crops import split_crop
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import read_source
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.side_columns import SideColumns
 from headrace.heads.data.task import TEST, Task
 from headrace.heads.evaluate.metrics import DEFAULT_METRIC, METRICS, metric_names
@@ -56,11 +55,11 @@ class Dataset:
     test: Task  # rows that nothing reads before the winner is chosen; may be empty
     notes: tuple[str, ...]  # peculiarities of the rows, for the user
     # (rows of train,) rows of one group or unit, or copies of one image, share a number
-    groups: npt.NDArray[np.int64]
+    groups: Index
     # images that can be read and have no target: target -1 or nan, fold TEST; an image without a
     # unit is a unit of its own, named by its id
     unlabelled: Task
-    test_groups: npt.NDArray[np.int64]  # (rows of test,) as `groups`
+    test_groups: Index  # (rows of test,) as `groups`
 
 
 def read_samples(recipe: Recipe, *, labelled: bool = True) -> Listing:
@@ -205,7 +204,7 @@ def make_dataset(
 
 def _groups_and_units(
     labelled_samples: pd.DataFrame, section: TaskSection, notes: list[str]
-) -> tuple[pd.DataFrame, npt.NDArray[np.int64] | None, pd.Series | None]:
+) -> tuple[pd.DataFrame, Index | None, pd.Series | None]:
     """Return the samples, the group number of each (None without groups) and the name of its unit
     (None without units); adds to `notes`.
 
@@ -283,9 +282,7 @@ def _unused_split(labelled_samples: pd.DataFrame, section: TaskSection) -> list[
     ]
 
 
-def _duplicates(
-    labelled_samples: pd.DataFrame, target: npt.NDArray[Any], *, across_sides: bool
-) -> list[str]:
+def _duplicates(labelled_samples: pd.DataFrame, target: Array, *, across_sides: bool) -> list[str]:
     """Return notes on exact copies. across_sides: the user's split has copies on several sides, and
     is followed.
     """

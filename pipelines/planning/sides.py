@@ -1,7 +1,5 @@
 """The test split and the folds of a run's rows: the user's, or drawn so that no group is split."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -12,6 +10,7 @@ from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
 from headrace.extract.errors import as_yaml_list
 from headrace.extract.sources.layout import SPLIT_WORDS
+from headrace.heads.arrays import Array, Index, Mask, Strings
 from headrace.heads.data.folds import BadSplit, make_folds, split_test
 from headrace.heads.data.task import TEST, TRAIN_ONLY
 from headrace.pipelines.recipe.sections import TaskSection
@@ -26,8 +25,8 @@ _EXCLUDED_NAMED = 20  # images in one message, to be copied into the recipe
 
 def assign_folds(
     labelled_samples: pd.DataFrame,
-    target: npt.NDArray[Any],
-    groups: npt.NDArray[np.int64] | None,
+    target: Array,
+    groups: Index | None,
     section: TaskSection,
     notes: list[str],
     *,
@@ -115,10 +114,7 @@ def _group_column(section: TaskSection) -> str:
 
 
 def _joined_groups(
-    labelled_samples: pd.DataFrame,
-    groups: npt.NDArray[np.int64],
-    joined_groups: npt.NDArray[np.int64],
-    section: TaskSection,
+    labelled_samples: pd.DataFrame, groups: Index, joined_groups: Index, section: TaskSection
 ) -> list[str]:
     """Return a note on groups that were joined because they share copies of an image.
 
@@ -156,12 +152,12 @@ def _joined_groups(
 
 def _draw_folds(
     labelled_samples: pd.DataFrame,
-    target: npt.NDArray[Any],
-    groups: npt.NDArray[np.int64] | None,
+    target: Array,
+    groups: Index | None,
     section: TaskSection,
     notes: list[str],
     *,
-    kept_together: npt.NDArray[np.int64] | None = None,
+    kept_together: Index | None = None,
     row_noun: tuple[str, str] = ("image", "images"),
 ) -> npt.NDArray[np.int16]:
     """Return the fold of each row, (N,) int16: as the user's column says, drawn where it does not.
@@ -214,12 +210,12 @@ def _draw_folds(
 
 
 def _draw_test_rows(
-    target: npt.NDArray[Any],
-    is_validation: npt.NDArray[np.bool_],
-    kept_together: npt.NDArray[np.int64] | None,
+    target: Array,
+    is_validation: Mask,
+    kept_together: Index | None,
     section: TaskSection,
     row_noun: tuple[str, str],
-) -> npt.NDArray[np.intp]:
+) -> Index:
     """Return the positions of test rows, drawn from those that the user's column leaves open."""
     is_free = np.ones(len(target), np.bool_)
     # Validation rows of the user's split stay what they are, and so do their groups; folds of the
@@ -244,7 +240,7 @@ def _draw_test_rows(
     return np.flatnonzero(is_free)[is_drawn]
 
 
-def joined_by(groups: npt.NDArray[np.int64], shared: pd.Series) -> npt.NDArray[np.int64]:
+def joined_by(groups: Index, shared: pd.Series) -> Index:
     """Return (N,) groups in which those that have a value of `shared` in common (a content hash, a
     unit) are one: connected components of the graph of groups and values.
     """
@@ -260,7 +256,7 @@ def joined_by(groups: npt.NDArray[np.int64], shared: pd.Series) -> npt.NDArray[n
 
 def _refuse_split_groups(
     labelled_samples: pd.DataFrame,
-    groups: npt.NDArray[np.int64],
+    groups: Index,
     fold_of_row: npt.NDArray[np.int16],
     section: TaskSection,
 ) -> None:
@@ -276,7 +272,7 @@ def _refuse_split_groups(
         )
 
 
-def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray[Any]:
+def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> Array:
     fold_values = empty_as_missing(labelled_samples[column_name])
     if fold_values.isna().any():
         raise DataError(
@@ -302,7 +298,7 @@ def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray
     return fold_texts.to_numpy(dtype=np.str_)  # names of folds, such as numbers counted from 1
 
 
-def _first_of_each(names: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _first_of_each(names: pd.Series) -> tuple[Index, Index]:
     """Return the first row of each name (a content hash, a unit), and for every row the position of
     its name's among those.
     """
@@ -310,7 +306,7 @@ def _first_of_each(names: pd.Series) -> tuple[npt.NDArray[np.intp], npt.NDArray[
     return np.flatnonzero(~names.duplicated().to_numpy()), position_of_row
 
 
-def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray[np.str_]:
+def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> Strings:
     split_texts = as_text(empty_as_missing(labelled_samples[column_name]))
     if split_texts.isna().any():
         raise DataError(
@@ -329,7 +325,7 @@ def _read_split(labelled_samples: pd.DataFrame, column_name: str) -> npt.NDArray
     return split_words.map(SPLIT_WORDS).to_numpy(dtype=np.str_)
 
 
-def check_folds(fold_of_row: npt.NDArray[np.int16], target: npt.NDArray[np.int64] | None) -> None:
+def check_folds(fold_of_row: npt.NDArray[np.int16], target: Index | None) -> None:
     """Raise DataError for a fold without which nothing can be trained.
 
     target: (N,) class positions, None for tasks that are not single-label.
@@ -350,10 +346,7 @@ def check_folds(fold_of_row: npt.NDArray[np.int16], target: npt.NDArray[np.int64
 
 
 def check_classes(
-    classes: tuple[str, ...],
-    target: npt.NDArray[Any],
-    fold_of_row: npt.NDArray[np.int16],
-    metric: str | None,
+    classes: tuple[str, ...], target: Array, fold_of_row: npt.NDArray[np.int16], metric: str | None
 ) -> list[str]:
     """Return notes on classes that are frequent, rare, absent, or stand for a missing label."""
     class_counts = np.bincount(target[fold_of_row != TEST], minlength=len(classes))

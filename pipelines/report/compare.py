@@ -7,13 +7,12 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
+from headrace.heads.arrays import Array, Index, Mask, Strings
 from headrace.heads.data.task import REFIT
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.finished import FinishedRun, read_finished_run
@@ -52,11 +51,11 @@ class PairedSide:
     """
 
     name: str  # "validation" or "test"
-    ids: npt.NDArray[np.str_]  # (n,) of the first run
-    content: npt.NDArray[np.str_]  # (n,) content hashes
-    target: npt.NDArray[Any]  # (n,) class positions of the first run, or (n, C)
-    predictions: npt.NDArray[Any]  # (2, n, C), classes in the first run's order
-    groups: npt.NDArray[np.int64]  # (n,) of the first run
+    ids: Strings  # (n,) of the first run
+    content: Strings  # (n,) content hashes
+    target: Array  # (n,) class positions of the first run, or (n, C)
+    predictions: Array  # (2, n, C), classes in the first run's order
+    groups: Index  # (n,) of the first run
     alone: tuple[int, int]  # images that only the first, and only the second, has predicted
     relabelled: int  # images that are left out because the two runs label them differently
 
@@ -293,7 +292,7 @@ def _score_section(
     return Section("scores", "The same images, twice", lead, (*remarks, table))
 
 
-def _hits(task_kind: str, side: PairedSide) -> npt.NDArray[np.bool_]:
+def _hits(task_kind: str, side: PairedSide) -> Mask:
     """Return (2, n) whether each run is right: for several labels, about every one of them."""
     if task_kind == "single":
         return np.asarray(side.predictions.argmax(2) == side.target)
@@ -367,7 +366,7 @@ def _right_or_wrong_blocks(
     ]
 
 
-def _class_texts(run: FinishedRun, values: npt.NDArray[Any]) -> list[str]:
+def _class_texts(run: FinishedRun, values: Array) -> list[str]:
     """Return labels or predictions in words: (n,) class positions, (n, C) 0/1 or probabilities."""
     names = np.asarray(run.classes, object)
     if run.task_kind == "single":
@@ -375,7 +374,7 @@ def _class_texts(run: FinishedRun, values: npt.NDArray[Any]) -> list[str]:
     return [", ".join(names[is_on]) or "none" for is_on in values >= 0.5]
 
 
-def _agreement_table(side: PairedSide, hits: npt.NDArray[np.bool_]) -> Table:
+def _agreement_table(side: PairedSide, hits: Mask) -> Table:
     counts = pd.DataFrame(
         [
             ("right", int((hits[0] & hits[1]).sum()), int((hits[0] & ~hits[1]).sum())),

@@ -3,11 +3,9 @@
 n images, C classes or labels.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Index, Mask
 from headrace.heads.evaluate.metrics import score
 from headrace.pipelines.report.page.blocks import Curve, CurveSet
 
@@ -21,8 +19,8 @@ _MANY_CLASSES = 20
 def curve_set(
     task_kind: str,
     classes: tuple[str, ...],
-    target: npt.NDArray[Any],
-    predicted: npt.NDArray[Any],
+    target: Array,
+    predicted: Array,
     split_name: str,
     model_name: str,
 ) -> CurveSet:
@@ -56,9 +54,7 @@ def curve_set(
     return CurveSet(f"curves-{split_name}", caption, tuple(curves), chosen)
 
 
-def one_curve(
-    name: str, is_class: npt.NDArray[np.bool_], scores: npt.NDArray[Any], max_points: int
-) -> Curve:
+def one_curve(name: str, is_class: Mask, scores: Array, max_points: int) -> Curve:
     """Return true and false positives of one class at each distinct score, highest first.
 
     Of more than `max_points` points, some are kept: spread over the ranks, and closer together at
@@ -88,7 +84,7 @@ def one_curve(
     )
 
 
-def _spread(n: int, max_points: int) -> npt.NDArray[np.int64]:
+def _spread(n: int, max_points: int) -> Index:
     """Return at most `max_points` positions from 0 to n - 1: half of them evenly spaced, a quarter
     geometrically from each end, where curves bend.
     """

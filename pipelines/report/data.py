@@ -1,12 +1,10 @@
 """The data section: sizes of the splits, left-out and failed images, rare classes, notes."""
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
+from headrace.heads.arrays import Array, Index
 from headrace.heads.data.task import Task
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import read_table
@@ -127,7 +125,7 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     return [*blocks, Figure(svg, alt, f"Images by {word}.", table)]
 
 
-def _class_counts(kind: str, target: npt.NDArray[Any], n_classes: int) -> npt.NDArray[np.int64]:
+def _class_counts(kind: str, target: Array, n_classes: int) -> Index:
     """Return (C,) the number of images of each class or label; target: (N,), or (N, C) of 0/1."""
     return np.bincount(target, minlength=n_classes) if kind == "single" else (target > 0).sum(0)
 

@@ -3,13 +3,12 @@ images of most weight in right and in wrong predictions.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
+from headrace.heads.arrays import Array, Doubles, Floats, Index, Mask
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.evaluate.units import aggregate_units
 from headrace.heads.results import BankResult, read_bank
@@ -114,14 +113,14 @@ def _blocks(
     ]
 
 
-def _rows_of(ids: pd.Series, bank: BankResult) -> npt.NDArray[np.int64]:
+def _rows_of(ids: pd.Series, bank: BankResult) -> Index:
     row_of_id = {image_id: row for row, image_id in enumerate(bank.ids.tolist())}
     return ids.map(row_of_id).to_numpy(np.int64)
 
 
 def _out_of_fold_units(
     run: FinishedRun, heads: Sequence[tuple[float, pd.Series]], images: pd.DataFrame
-) -> npt.NDArray[np.float32]:
+) -> Floats:
     """Return (n, C) for each image the prediction of its unit, averaged over heads that did not
     train on it.
 
@@ -140,9 +139,7 @@ def _out_of_fold_units(
     return np.asarray(by_unit[unit_of_row], np.float32)
 
 
-def _wrong_and_surprise(
-    task_kind: str, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+def _wrong_and_surprise(task_kind: str, target: Array, predicted: Floats) -> tuple[Mask, Doubles]:
     """Return (n,) whether rows are wrong, and (n,) a number by which units are sorted, largest
     first: the probability of the predicted class, or the largest error of a row.
 
@@ -160,7 +157,7 @@ def _wrong_and_surprise(
     return is_wrong, np.where(is_wrong, scaled, -scaled)
 
 
-def _texts(run: FinishedRun, values: npt.NDArray[Any]) -> list[str]:
+def _texts(run: FinishedRun, values: Array) -> list[str]:
     """Return labels or predictions (n,) or (n, C) as text."""
     if run.task_kind == "single":
         class_codes = values.argmax(1) if values.ndim == 2 else values

@@ -1,12 +1,11 @@
 """Images with splits, labels, predictions and the user's columns, for the map and the slices."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.arrays import Array, Doubles, Index, Strings
 from headrace.heads.evaluate.metrics import row_hits, row_losses
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.recipe.targets import target_columns
@@ -20,11 +19,11 @@ class JudgedSide:
     """The n images of one side with predictions by models that did not train on them."""
 
     name: str  # "validation" or "test"
-    ids: npt.NDArray[np.str_]  # (n,)
-    content: npt.NDArray[np.str_]  # (n,) content hashes
-    target: npt.NDArray[Any]  # (n, ...) as in Task.target
-    predicted: npt.NDArray[Any]  # (n, C)
-    groups: npt.NDArray[np.int64]  # (n,) images of one group are not independent of each other
+    ids: Strings  # (n,)
+    content: Strings  # (n,) content hashes
+    target: Array  # (n, ...) as in Task.target
+    predicted: Array  # (n, C)
+    groups: Index  # (n,) images of one group are not independent of each other
 
 
 def judged_sides(run: FinishedRun, tested: TestPredictions | str) -> tuple[JudgedSide, ...]:
@@ -50,7 +49,7 @@ def judged_sides(run: FinishedRun, tested: TestPredictions | str) -> tuple[Judge
     return validation, judged_test
 
 
-def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, npt.NDArray[np.float64]]:
+def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, Doubles]:
     """Return a metric that is a mean over images, and its values: for accuracy 0 or 1, (n,) or for
     several labels (n, L); for a regression absolute errors (n,).
     """
@@ -109,7 +108,7 @@ def image_table(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataFrame
     return images.merge(user_table, left_on="id", right_index=True, how="left")
 
 
-def _labels(run: FinishedRun, target: npt.NDArray[Any]) -> pd.DataFrame:
+def _labels(run: FinishedRun, target: Array) -> pd.DataFrame:
     if run.task_kind == "single":
         names = np.asarray(run.classes, object)
         return pd.DataFrame({"label": names[target.astype(np.int64)]})

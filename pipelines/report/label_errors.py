@@ -7,15 +7,12 @@ row that belongs to another class than its label's is counted off the diagonal o
 joint". N rows, C classes.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
+
+from headrace.heads.arrays import Array, Index
 
 
-def confident_classes(
-    label: npt.NDArray[Any], probabilities: npt.NDArray[Any]
-) -> npt.NDArray[np.int64]:
+def confident_classes(label: Array, probabilities: Array) -> Index:
     """Return (N,) the class that each row confidently belongs to, -1 if it reaches no threshold.
 
     label: (N,) class index; probabilities: (N, C), by heads that did not train on the row.
@@ -32,9 +29,7 @@ def confident_classes(
     return np.where(passes.any(1), best, -1)
 
 
-def likely_label_errors(
-    label: npt.NDArray[Any], probabilities: npt.NDArray[Any]
-) -> npt.NDArray[np.int64]:
+def likely_label_errors(label: Array, probabilities: Array) -> Index:
     """Return the rows that confidently belong to another class than their label's, the clearest
     first: sorted by the label's probability less the largest of another class.
     """
@@ -49,9 +44,7 @@ def likely_label_errors(
     return np.asarray(rows[np.argsort(margin, kind="stable")], np.int64)
 
 
-def likely_errors_by_label(
-    target: npt.NDArray[Any], probabilities: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def likely_errors_by_label(target: Array, probabilities: Array) -> tuple[Index, Index]:
     """Return rows (E,) and labels (E,) of the likely errors of a multi-label task, the clearest
     first. Each label column is a task of two classes.
 

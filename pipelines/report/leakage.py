@@ -3,13 +3,13 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.manifest import MANIFEST
+from headrace.heads.arrays import Doubles, Floats, Index, Strings
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.page.blocks import (
@@ -90,14 +90,14 @@ def leakage_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
 
 
 def _near_duplicates(
-    run: FinishedRun, content_hashes: npt.NDArray[np.str_], split_side: npt.NDArray[np.str_]
+    run: FinishedRun, content_hashes: Strings, split_side: Strings
 ) -> tuple[pd.DataFrame, list[Block]]:
     """Return the pairs, most similar first, and notes on what was not compared.
 
     Columns first, second (positions), pixels, features (cosines; nan where not known).
     """
     remarks: list[Block] = []
-    vectors_by_name: dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = {}
+    vectors_by_name: dict[str, tuple[Floats, Index]] = {}
     assert not isinstance(run.images, str)
     grey_copies, available_rows = signatures(
         run.images.image_paths,
@@ -107,9 +107,7 @@ def _near_duplicates(
     )
     if n_moved := len(content_hashes) - len(available_rows):
         moved_text = count_text(
-            n_moved,
-            "image is not where it was: of it",
-            "images are not where they were: of them",
+            n_moved, "image is not where it was: of it", "images are not where they were: of them"
         )
         remarks.append(Note(f"{moved_text} only the features were compared."))
     light_values = grey_copies.astype(np.float32)
@@ -163,10 +161,8 @@ def _near_duplicates(
 
 
 def _pair_cosines(
-    pair_frame: pd.DataFrame,
-    image_vectors: npt.NDArray[np.float32],
-    vector_image_rows: npt.NDArray[np.int64],
-) -> npt.NDArray[np.float64]:
+    pair_frame: pd.DataFrame, image_vectors: Floats, vector_image_rows: Index
+) -> Doubles:
     """Return the cosine (P,) of each pair of the frame; nan if an image has no vector."""
     X = standardized(image_vectors)
     if not len(X):

@@ -3,13 +3,11 @@
 N rows, C classes (or label columns, or regression targets).
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
+from headrace.heads.arrays import Array, Doubles, Index
 from headrace.heads.evaluate.metrics import METRICS, score
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.report.curves import curve_set
@@ -54,7 +52,7 @@ def predictions_section(run: FinishedRun) -> Section:
     return Section("predictions", title, lead_text, tuple(blocks))
 
 
-def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Block]:
+def _calibration_blocks(run: FinishedRun, target: Array) -> list[Block]:
     """Return the reliability diagram at the winner's temperature, and the errors with it and
     without.
     """
@@ -105,8 +103,8 @@ def _calibration_blocks(run: FinishedRun, target: npt.NDArray[Any]) -> list[Bloc
 def outcome_blocks(
     task_kind: str,
     classes: tuple[str, ...],
-    target: npt.NDArray[Any],
-    predicted: npt.NDArray[Any],
+    target: Array,
+    predicted: Array,
     split_name: str,
     model_name: str,
 ) -> list[Block]:
@@ -133,11 +131,7 @@ def outcome_blocks(
 
 
 def _confusion_blocks(
-    classes: tuple[str, ...],
-    target: npt.NDArray[Any],
-    predicted: npt.NDArray[Any],
-    split_name: str,
-    model_name: str,
+    classes: tuple[str, ...], target: Array, predicted: Array, split_name: str, model_name: str
 ) -> list[Block]:
     C = len(classes)
     confusion_counts = np.bincount(target * C + predicted.argmax(1), minlength=C * C).reshape(C, C)
@@ -181,9 +175,7 @@ def _confusion_blocks(
     return [confusion_table, matrix]
 
 
-def _confusion_list(
-    classes: tuple[str, ...], confusion_counts: npt.NDArray[np.int64], split_name: str
-) -> Table:
+def _confusion_list(classes: tuple[str, ...], confusion_counts: Index, split_name: str) -> Table:
     wrong_counts = confusion_counts.copy()
     np.fill_diagonal(wrong_counts, 0)
     actual, predicted = np.nonzero(wrong_counts)
@@ -208,7 +200,7 @@ def _confusion_list(
     return Table(f"confusion-{split_name}", caption, table_columns, confusion_frame, search=True)
 
 
-def _confused_order(confusion_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _confused_order(confusion_counts: Index) -> Index:
     """Return the classes in an order in which those that are confused are neighbours: the leaves of
     their average-linkage tree, by the share of images that are confused.
     """
@@ -223,11 +215,7 @@ def _confused_order(confusion_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.i
 
 
 def _class_table(
-    classes: tuple[str, ...],
-    target: npt.NDArray[Any],
-    predicted: npt.NDArray[Any],
-    split_name: str,
-    model_name: str,
+    classes: tuple[str, ...], target: Array, predicted: Array, split_name: str, model_name: str
 ) -> Table:
     C = len(classes)
     predicted_class = predicted.argmax(1)
@@ -255,10 +243,7 @@ def _class_table(
         Column("predicted", "predicted", "count", f"what {model_name} says is of this class"),
         Column("recall", "recall", "share", "share of the class that is found"),
         Column(
-            "precision",
-            "precision",
-            "share",
-            "share of what is said to be of the class that is",
+            "precision", "precision", "share", "share of what is said to be of the class that is"
         ),
         Column("f1", "F1", "number", "harmonic mean of recall and precision"),
         Column("auc", "AUC", "number", "this class against the rest"),
@@ -274,7 +259,7 @@ def _class_table(
 
 
 def _label_table(
-    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], split_name: str
+    classes: tuple[str, ...], target: Array, predicted: Array, split_name: str
 ) -> Table:
     true_labels, predicted_labels = target > 0, predicted >= 0.5
     hit_counts = (true_labels & predicted_labels).sum(0)
@@ -316,8 +301,8 @@ def _label_table(
 
 def _reliability_figure(
     task_kind: str,
-    target: npt.NDArray[Any],
-    predicted: npt.NDArray[Any],
+    target: Array,
+    predicted: Array,
     split_name: str,
     model_name: str,
     table_name: str = "",
@@ -366,7 +351,7 @@ def _reliability_figure(
 
 
 def _regression_blocks(
-    classes: tuple[str, ...], target: npt.NDArray[Any], predicted: npt.NDArray[Any], split_name: str
+    classes: tuple[str, ...], target: Array, predicted: Array, split_name: str
 ) -> list[Block]:
     metric_names = [name for name, metric in METRICS.items() if "regression" in metric.tasks]
     target_frame = pd.DataFrame({"target": list(classes)})
@@ -402,7 +387,5 @@ def _regression_blocks(
     return blocks
 
 
-def _safe_ratio(
-    numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]
-) -> npt.NDArray[np.float64]:
+def _safe_ratio(numerator: Array, denominator: Array) -> Doubles:
     return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)

@@ -3,17 +3,13 @@
 n images, C outputs.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.arrays import Array, Doubles, Index
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.intervals import LEVEL
 from headrace.heads.evaluate.metrics import SORTED_METRICS, all_metrics, weighted_scores
-
-Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 1000  # of the groups, for an interval
 _BLOCK = 50  # resamples in memory at a time
@@ -21,11 +17,7 @@ _SORTED_BUDGET = 2e8  # values to sort, of all resamples, for one of SORTED_METR
 
 
 def paired_metrics(
-    task_kind: TaskKind,
-    target: npt.NDArray[Any],
-    predictions: npt.NDArray[Any],
-    groups: npt.NDArray[np.int64],
-    seed: int = 0,
+    task_kind: TaskKind, target: Array, predictions: Array, groups: Index, seed: int = 0
 ) -> pd.DataFrame:
     """Return every metric of two models' predictions (2, n, C) of the same rows: columns metric,
     first, second, difference (second less first), low, high (its 95 % interval).
@@ -72,10 +64,7 @@ def paired_metrics(
 
 
 def paired_proportion_interval(
-    first: npt.NDArray[Any],
-    second: npt.NDArray[Any],
-    groups: npt.NDArray[Any] | None = None,
-    level: float = LEVEL,
+    first: Array, second: Array, groups: Array | None = None, level: float = LEVEL
 ) -> tuple[float, float]:
     """Return the interval of the mean of `second` less that of `first`, (n,) of 0 and 1.
 
@@ -133,7 +122,7 @@ def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
-def _design_effect(differences: Floats, groups: npt.NDArray[Any]) -> float:
+def _design_effect(differences: Doubles, groups: Array) -> float:
     """Return the design effect (Kish 1965): the variance of a mean of rows in groups over that of
     independent rows.
 

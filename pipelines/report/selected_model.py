@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy.typing as npt
-
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
+from headrace.heads.arrays import Array
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.temperature import FLOOR
@@ -92,9 +91,9 @@ class TestPredictions:
     """The selected model's predictions of the test split, as in its recorded evaluation."""
 
     test: Task
-    target: npt.NDArray[Any]  # (n, ...) of the rows that were scored: images, or units
-    predicted: npt.NDArray[Any]  # (n, C) of these rows
-    of_images: npt.NDArray[Any]  # (N, C) of the images; without temperature if units were scored
+    target: Array  # (n, ...) of the rows that were scored: images, or units
+    predicted: Array  # (n, C) of these rows
+    of_images: Array  # (N, C) of the images; without temperature if units were scored
 
 
 def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictions | str:

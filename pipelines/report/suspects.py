@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
+from headrace.heads.arrays import Floats, Index
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.report.label_errors import likely_errors_by_label, likely_label_errors
 from headrace.pipelines.report.page.blocks import (
@@ -85,10 +85,7 @@ def _mistakes_caption(n_mistakes: int) -> str:
 
 
 def _label_error_blocks(
-    run: FinishedRun,
-    thumbnails: Thumbnails,
-    target: npt.NDArray[np.int64],
-    predicted: npt.NDArray[np.float32],
+    run: FinishedRun, thumbnails: Thumbnails, target: Index, predicted: Floats
 ) -> list[Block]:
     held_out_rows, class_names = run.held_out_rows, np.asarray(run.classes, object)
     # Out-of-fold predictions: a head would repeat the wrong label of an image that it trained on.
@@ -153,11 +150,7 @@ def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     )
 
     def gallery_and_table(
-        caption: str,
-        table_name: str,
-        table_caption: str,
-        rows: npt.NDArray[np.int64],
-        labels: npt.NDArray[np.int64],
+        caption: str, table_name: str, table_caption: str, rows: Index, labels: Index
     ) -> list[Block]:
         frame = pd.DataFrame(
             {
@@ -256,7 +249,7 @@ def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
 def _make_pictures(
     run: FinishedRun,
     thumbnails: Thumbnails,
-    image_rows: npt.NDArray[np.int64],
+    image_rows: Index,
     image_frame: pd.DataFrame,
     caption_columns: Sequence[str],
 ) -> tuple[Picture, ...]:

@@ -3,10 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.arrays import Array, Doubles
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.metrics import score
 from headrace.heads.evaluate.temperature import FLOOR, cross_fitted, fit_temperature
@@ -56,7 +55,7 @@ def temperature_of(winner: pd.Series, task: Task) -> float:
 
 
 def calibrate(
-    validation: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
+    validation: ValidationRows, predicted: Array, floor: float = FLOOR
 ) -> Calibration | None:
     """Return the calibration of out-of-fold predictions (N, C) of the held-out rows; None for
     regression.
@@ -82,9 +81,7 @@ def calibrate(
     )
 
 
-def calibrated(
-    validation: ValidationRows, predicted: npt.NDArray[Any], floor: float = FLOOR
-) -> npt.NDArray[np.float64]:
+def calibrated(validation: ValidationRows, predicted: Array, floor: float = FLOOR) -> Doubles:
     """Return out-of-fold predictions (N, C), each fold's at the other folds' temperature."""
     return cross_fitted(
         validation.task.kind,

@@ -20,6 +20,7 @@ from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.crops import crop_content, split_crop
 from headrace.extract.images.samples import PixelRange
+from headrace.heads.arrays import Array, Floats, Index, Strings
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval
 from headrace.heads.evaluate.metrics import score
@@ -191,9 +192,7 @@ def near_duplicates(
     return near_duplicates_text(first, second, side_of_image, may_be_more=True)
 
 
-def _nearest_across(
-    vectors: npt.NDArray[np.float32], side_of_image: npt.NDArray[np.str_]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def _nearest_across(vectors: Floats, side_of_image: Strings) -> tuple[Index, Floats]:
     """Return pairs (P, 2) of each row and its nearest row of another side, the most similar first,
     and their cosines (P,).
     """
@@ -269,18 +268,14 @@ def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str |
     )
 
 
-def sides(train: Task, test: Task) -> npt.NDArray[np.str_]:
+def sides(train: Task, test: Task) -> Strings:
     """Return the side of each row, training rows first: "fold 0" …, "training", "test"."""
     side_names = [f"fold {fold}" if fold >= 0 else "training" for fold in train.fold]
     return np.array([*side_names, *["test"] * len(test.ids)])
 
 
 def near_duplicates_text(
-    first: npt.NDArray[Any],
-    second: npt.NDArray[Any],
-    side_of_image: npt.NDArray[np.str_],
-    *,
-    may_be_more: bool = False,
+    first: Array, second: Array, side_of_image: Strings, *, may_be_more: bool = False
 ) -> str:
     """Return the sentence on pairs of nearly the same images, first (P,) and second (P,).
 
@@ -301,9 +296,7 @@ def near_duplicates_text(
     )
 
 
-def leaked_images(
-    first: npt.NDArray[Any], second: npt.NDArray[Any], side_of_image: npt.NDArray[np.str_]
-) -> npt.NDArray[np.int64]:
+def leaked_images(first: Array, second: Array, side_of_image: Strings) -> Index:
     """Return the positions of test images that are paired with an image outside the test split.
 
     first, second: (P,) positions of the two images of each pair.

@@ -14,9 +14,9 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.arrays import Array, Doubles, Floats, Index, Mask
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.intervals import metric_interval
 from headrace.heads.evaluate.metrics import (
@@ -35,8 +35,7 @@ from headrace.pipelines.selection.predictions import (
     stacked_predictions,
 )
 
-Floats = npt.NDArray[np.float64]
-Blocks = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
+Blocks = Iterable[tuple[Index, Floats]]
 
 RESAMPLES = 500  # of the validation rows
 LEVEL = 0.95  # confidence of intervals, and of the set of tied heads
@@ -91,13 +90,13 @@ class _ResampledScores:
     """Scores of K heads on the rows as they are and on B resamples of them; higher is better."""
 
     compared: pd.DataFrame  # (K rows) of the leaderboard, best first
-    observed: Floats  # (K,)
-    drawn: Floats  # (K, B) on rows drawn with replacement
-    chosen_on: Floats  # (K, B) on the rows that a choice is made on
-    left_out: Floats  # (K, B) on the other rows
+    observed: Doubles  # (K,)
+    drawn: Doubles  # (K, B) on rows drawn with replacement
+    chosen_on: Doubles  # (K, B) on the rows that a choice is made on
+    left_out: Doubles  # (K, B) on the other rows
     left_out_share: float
-    hits: npt.NDArray[np.bool_] | None  # (K, N) right and wrong predictions, for accuracy alone
-    winner_predictions: npt.NDArray[np.float32]  # (N, C)
+    hits: Mask | None  # (K, N) right and wrong predictions, for accuracy alone
+    winner_predictions: Floats  # (N, C)
 
 
 def assess_selection(
@@ -106,7 +105,7 @@ def assess_selection(
     metric: str,
     *,
     blocks: Blocks | None = None,
-    halving_luck: tuple[float, Floats] | None = None,
+    halving_luck: tuple[float, Doubles] | None = None,
 ) -> CorrectedScore | None:
     """Assess the selection among the complete heads of a leaderboard; None below two held-out rows.
 
@@ -240,7 +239,7 @@ def _sign(metric: str) -> int:
     return 1 if METRICS[metric].higher_is_better else -1
 
 
-def _mean_score(validation: ValidationRows, predicted: npt.NDArray[Any], metric: str) -> float:
+def _mean_score(validation: ValidationRows, predicted: Array, metric: str) -> float:
     """Return the mean over folds of the metric of predictions (N, C), as the leaderboard has it."""
     scores = weighted_scores(
         validation.task.kind,
@@ -253,9 +252,7 @@ def _mean_score(validation: ValidationRows, predicted: npt.NDArray[Any], metric:
     return float(scores[0, 0])
 
 
-def resampled_rows(
-    fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int
-) -> npt.NDArray[np.float64]:
+def resampled_rows(fold: Array, groups: Array, resamples: int, seed: int) -> Doubles:
     """Return how often each row is drawn, (N, B): groups with replacement, in each fold as many as
     it has.
     """
@@ -267,9 +264,7 @@ def resampled_rows(
     return drawn
 
 
-def left_out_rows(
-    fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int, seed: int
-) -> npt.NDArray[np.float64]:
+def left_out_rows(fold: Array, groups: Array, resamples: int, seed: int) -> Doubles:
     """Return which rows are left out, (N, B) 0/1: of each fold a fifth of its groups, one at least
     and never all.
     """
@@ -282,9 +277,7 @@ def left_out_rows(
     return left_out
 
 
-def _groups_of_folds(
-    fold: npt.NDArray[Any], groups: npt.NDArray[Any]
-) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], int]]:
+def _groups_of_folds(fold: Array, groups: Array) -> Iterator[tuple[Index, Index, int]]:
     """Yield the rows (n,) of each fold, each one's group (n,) counted from 0, and their number."""
     for fold_number in np.unique(fold):
         fold_rows = np.flatnonzero(fold == fold_number)
@@ -292,7 +285,7 @@ def _groups_of_folds(
         yield fold_rows, group_codes, int(group_codes.max()) + 1
 
 
-def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Floats:
+def chosen_scores(inside: Doubles, outside: Doubles, cost: Array) -> Doubles:
     """Return (B,) the score outside of the resample, of the head that is best inside of it.
 
     inside, outside: scores (K, B) on some rows and on the others; higher is better, nan where
@@ -302,7 +295,7 @@ def chosen_scores(inside: Floats, outside: Floats, cost: npt.NDArray[Any]) -> Fl
     return np.asarray(outside[best, np.arange(inside.shape[1])])
 
 
-def choice_luck(row_scores: Floats, fold: npt.NDArray[Any], groups: npt.NDArray[Any]) -> float:
+def choice_luck(row_scores: Doubles, fold: Array, groups: Array) -> float:
     """Return by how much the best mean of row scores (K, N) is higher than what choosing it yields
     on other rows. Higher scores are better.
     """
@@ -316,7 +309,7 @@ def choice_luck(row_scores: Floats, fold: npt.NDArray[Any], groups: npt.NDArray[
     return float(row_scores.mean(1).max() - chosen_scores(inside, outside, equal_costs).mean())
 
 
-def best_heads(scores: Floats, cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def best_heads(scores: Doubles, cost: Array) -> Index:
     """Return (B,) the position of the best head by each column of scores (K, B), higher is better;
     ties go to the cheaper head.
     """
@@ -327,8 +320,8 @@ def best_heads(scores: Floats, cost: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def nested_choice(
-    board: pd.DataFrame, validation: ValidationRows, metric: str, part_of_row: npt.NDArray[np.int64]
-) -> Floats:
+    board: pd.DataFrame, validation: ValidationRows, metric: str, part_of_row: Index
+) -> Doubles:
     """Return (N, C) predictions of each part of the rows by the head that is best on the other
     parts, at the temperature fitted to these.
 
@@ -384,7 +377,7 @@ def nested_choice(
 
 
 def mean_and_interval(
-    out_of_bag: Floats, left_out_share: float, of_winner: Floats
+    out_of_bag: Doubles, left_out_share: float, of_winner: Doubles
 ) -> tuple[float, float, float]:
     """Return the mean of out-of-bag scores (B,), and the ends of its interval; nan where all are.
 
@@ -415,7 +408,7 @@ def widened(value: float, low: float, high: float, standard_error: float) -> tup
     )
 
 
-def _error_correlation(halving_errors: Floats, winner_errors: Floats) -> float:
+def _error_correlation(halving_errors: Doubles, winner_errors: Doubles) -> float:
     """Return the correlation of two heads' errors on the same rows, 0 to 1."""
     first = np.nan_to_num(halving_errors)  # nan: a fold that the halving left out
     second = winner_errors.reshape(len(winner_errors), -1).mean(1)
@@ -439,7 +432,7 @@ def is_stratified(validation: ValidationRows) -> bool:
 
 
 def share_optimism(
-    validation: ValidationRows, predicted: npt.NDArray[Any], metric: str
+    validation: ValidationRows, predicted: Array, metric: str
 ) -> tuple[float, float]:
     """Return the score of predictions (N, C) on rows with the class shares that their head was
     trained on, less that on new rows with the population's shares: its mean and its standard
@@ -488,7 +481,7 @@ def share_optimism(
 
 def no_narrower(
     validation: ValidationRows,
-    predicted: npt.NDArray[Any],
+    predicted: Array,
     metric: str,
     value: float,
     ends: tuple[float, float],
@@ -515,7 +508,7 @@ def _metric_range(metric: str) -> tuple[float, float]:
 
 
 def compare_with_best(
-    observed: Floats, resampled: Floats, hits: npt.NDArray[np.bool_] | None = None
+    observed: Doubles, resampled: Doubles, hits: Mask | None = None
 ) -> pd.DataFrame:
     """Compare each head with the best one, on the same rows.
 
@@ -554,7 +547,7 @@ def compare_with_best(
     return table.assign(p_corrected=p_values, statistically_tied=tied)
 
 
-def mcnemar(first: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Floats:
+def mcnemar(first: Mask, others: Mask) -> Doubles:
     """Return (K,) exact two-sided p-values of McNemar's test: is one predictor (N,) as often right
     as each of others (K, N)?
     """
@@ -565,9 +558,7 @@ def mcnemar(first: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Floa
     return np.asarray(np.minimum(1.0, 2 * bdtr(fewer, only_first + only_other, 0.5)))
 
 
-def _hits(
-    task_kind: TaskKind, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]
-) -> npt.NDArray[np.bool_]:
+def _hits(task_kind: TaskKind, target: Array, predicted: Floats) -> Mask:
     """Return (K, N) whether predictions (K, N, C) are right."""
     if task_kind == "single":
         return np.asarray(predicted.argmax(2) == target)

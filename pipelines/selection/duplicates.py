@@ -5,10 +5,10 @@ their similarity.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from headrace.heads.arrays import Array, Floats, Index
 
 # Of more images a random sample is compared: the number of pairs grows with the square.
 MAX_IMAGES = 40_000
@@ -24,18 +24,14 @@ _BLOCK = 2048  # rows of one block of cosines
 class SimilarPairs:
     """Pairs of images on two sides of a split, the most similar first."""
 
-    first: npt.NDArray[np.int64]  # (P,) positions
-    second: npt.NDArray[np.int64]
-    similarity: npt.NDArray[np.float32]  # (P,) cosine
+    first: Index  # (P,) positions
+    second: Index
+    similarity: Floats  # (P,) cosine
     compared: int  # images
 
 
 def similar_pairs(
-    vectors: npt.NDArray[Any],
-    side: npt.NDArray[Any],
-    min_cosine: float,
-    *,
-    max_pairs: int = MAX_PAIRS,
+    vectors: Array, side: Array, min_cosine: float, *, max_pairs: int = MAX_PAIRS
 ) -> SimilarPairs:
     """Return the pairs of rows with a cosine of at least `min_cosine` whose sides differ; the
     `max_pairs` most similar where there are more.
@@ -79,7 +75,7 @@ def similar_pairs(
     )
 
 
-def standardized(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def standardized(vectors: Array) -> Floats:
     """Return (N, d) the d columns that vary, each standardized; then rows scaled to length 1."""
     # The raw vectors of any two photographs of one kind point nearly the same way.
     X = np.asarray(vectors, np.float32).reshape(len(vectors), -1)
@@ -91,7 +87,7 @@ def standardized(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return np.asarray(X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12), np.float32)
 
 
-def _cosines(X: npt.NDArray[np.float32], pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _cosines(X: Floats, pairs: Index) -> Floats:
     cosines = np.empty(len(pairs), np.float32)
     for start in range(0, len(pairs), _BLOCK):
         block = pairs[start : start + _BLOCK]
@@ -99,7 +95,7 @@ def _cosines(X: npt.NDArray[np.float32], pairs: npt.NDArray[np.int64]) -> npt.ND
     return cosines
 
 
-def _projection(X: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _projection(X: Floats) -> Floats:
     """Return X in its directions of largest variance, estimated from a few thousand rows; X itself
     if it has no more columns than _DIRECTIONS.
     """

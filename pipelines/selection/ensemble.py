@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.arrays import Array, Doubles, Floats, Index
 from headrace.heads.data.task import TaskKind
 from headrace.heads.evaluate.ensemble import (
     EnsembleLimits,
@@ -27,12 +27,7 @@ from headrace.heads.evaluate.temperature import fit_temperature, fit_temperature
 from headrace.heads.predict import probability_floor
 from headrace.heads.results import read_bank
 from headrace.pipelines.recipe.sections import EnsembleSection
-from headrace.pipelines.selection.correction import (
-    ENDS,
-    nested_choice,
-    no_narrower,
-    resampled_rows,
-)
+from headrace.pipelines.selection.correction import ENDS, nested_choice, no_narrower, resampled_rows
 from headrace.pipelines.selection.predictions import (
     RANDOM_PARTS,
     ValidationRows,
@@ -115,9 +110,7 @@ def build_ensemble(
     n_classes = len(validation.task.classes)
     floors = [probability_floor(spec, task_kind, n_classes) for spec in candidates["spec"]]
 
-    def weights_from(
-        rows: npt.NDArray[np.intp] | slice,
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    def weights_from(rows: Index | slice) -> tuple[Array, Array, Array]:
         """Return weights (K,) and temperatures (K,) from some rows, and all predictions at them."""
         # So that under-confident heads (support vectors, ridge) and over-confident ones carry their
         # weight in the average.
@@ -154,10 +147,10 @@ def build_ensemble(
 
 def _nested_predictions(
     validation: ValidationRows,
-    part_of_row: npt.NDArray[np.int64],
+    part_of_row: Index,
     n_outputs: int,
-    weights_from: Callable[[npt.NDArray[np.intp]], tuple[npt.NDArray[Any], ...]],
-) -> npt.NDArray[np.float64]:
+    weights_from: Callable[[Index], tuple[Array, ...]],
+) -> Doubles:
     """Return predictions (2, N, C) of each part of the rows by the ensemble that the other parts
     pick, before and after its temperature.
     """
@@ -180,7 +173,7 @@ def _assess_ensemble(
     validation: ValidationRows,
     metric: str,
     section: EnsembleSection,
-    predicted: npt.NDArray[np.float64],
+    predicted: Doubles,
     members: Sequence[Member],
     n_candidates: int,
     temperature: float,
@@ -225,7 +218,7 @@ def _assess_ensemble(
 
 def _candidates(
     board: pd.DataFrame, validation: ValidationRows, section: EnsembleSection
-) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
+) -> tuple[pd.DataFrame, Floats]:
     """Return the heads to pick from and their predictions (K, N, C).
 
     They are the winner, the best of each (inputs, kind), and then the heads of least loss.
@@ -272,11 +265,8 @@ def _short_digest(text: str) -> str:
 
 
 def _member_temperatures(
-    validation: ValidationRows,
-    rows: npt.NDArray[np.intp] | slice,
-    predicted: npt.NDArray[np.float32],
-    floors: Sequence[float],
-) -> npt.NDArray[np.float64]:
+    validation: ValidationRows, rows: Index | slice, predicted: Floats, floors: Sequence[float]
+) -> Doubles:
     """Return the temperature (K,) of each candidate, fitted on some of the rows."""
     if validation.task.units is not None:
         # Without temperatures, averaging over members and aggregating over a unit's images give the
@@ -292,11 +282,8 @@ def _member_temperatures(
 
 
 def _calibrated(
-    task_kind: TaskKind,
-    predicted: npt.NDArray[np.float32],
-    temperatures: npt.NDArray[np.float64],
-    floors: Sequence[float],
-) -> npt.NDArray[np.float32]:
+    task_kind: TaskKind, predicted: Floats, temperatures: Doubles, floors: Sequence[float]
+) -> Floats:
     """Return each head's predictions (K, N, C) at its own temperature."""
     at_temperature = np.empty_like(predicted)
     for head, (temperature, floor) in enumerate(zip(temperatures, floors, strict=True)):

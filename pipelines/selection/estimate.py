@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from headrace.heads.arrays import Doubles
 
 
 @dataclass(frozen=True, eq=False)
@@ -12,7 +13,7 @@ class Estimate:
     """A value, and its values on resampled rows; nan draws (nothing to measure) are left out."""
 
     value: float
-    draws: npt.NDArray[np.float64]  # (B,)
+    draws: Doubles  # (B,)
     # The 95 % interval, where that of the draws is wrong: a share of no row, or of every row, is
     # the same in each resample, and would have an interval of length zero.
     ends: tuple[float, float] | None = None

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from headrace.cache.atomic_io import lease, publish_replace
 from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_json
+from headrace.heads.arrays import Array
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.ensemble import average
 from headrace.heads.evaluate.intervals import METHOD, metric_interval
@@ -51,7 +51,7 @@ class TestResult:
 
 
 # Returns targets (n, ...) and predictions (n, C) of the test images at the temperature given.
-Predict = Callable[[float], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+Predict = Callable[[float], tuple[Array, Array]]
 
 
 class WeightedModel(NamedTuple):
@@ -68,7 +68,7 @@ def evaluate_winner(
     test: Task,
     train_digest: str,
     metric: str,
-    groups: npt.NDArray[Any] | None = None,
+    groups: Array | None = None,
     temperature: float = 1.0,
 ) -> TestResult:
     """Score the winner on the test rows and put the evaluation on record; a repeated call with the
@@ -82,7 +82,7 @@ def evaluate_winner(
     identity = {"train": train_digest, **_shown_rows(test), **winner.identity()}
     floor = probability_floor(winner.spec, test.kind, len(test.classes))
 
-    def predict(at_temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def predict(at_temperature: float) -> tuple[Array, Array]:
         return winner.predict_rows(test, temperature=at_temperature)
 
     return _evaluate_once(record_path, identity, test, metric, groups, predict, temperature, floor)
@@ -94,7 +94,7 @@ def evaluate_ensemble(
     models: Sequence[ModelRef],
     test: Task,
     train_digest: str,
-    groups: npt.NDArray[Any] | None = None,
+    groups: Array | None = None,
 ) -> TestResult:
     """Score the ensemble on the test rows, as `evaluate_winner` does the winner.
 
@@ -114,7 +114,7 @@ def evaluate_ensemble(
         "temperature": ensemble.temperature,
     }
 
-    def predict(at_temperature: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def predict(at_temperature: float) -> tuple[Array, Array]:
         return predict_average(members, at_temperature, test)
 
     return _evaluate_once(
@@ -133,7 +133,7 @@ def predict_average(
     test: Task,
     *,
     trust_code: Collection[str] | None = None,
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+) -> tuple[Array, Array]:
     """Return the targets (n,) and the average's predictions (n, C) of the test rows.
 
     trust_code: as of `ModelRef.predict_rows`.
@@ -150,7 +150,7 @@ def predict_average(
 
 def scored_predictions(
     test: Task, predict: Predict, temperature: float, floor: float
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+) -> tuple[Array, Array]:
     """Return the targets and the predictions that a task is scored by: of its images, or of its
     units where it has them.
     """
@@ -167,7 +167,7 @@ def _evaluate_once(
     identity: Mapping[str, Any],
     test: Task,
     metric: str,
-    groups: npt.NDArray[Any] | None,
+    groups: Array | None,
     predict: Predict,
     temperature: float,
     floor: float,
@@ -238,10 +238,10 @@ def _recorded_temperature(evaluation: Mapping[str, Any]) -> float:
 
 def _score_predictions(
     test: Task,
-    target: npt.NDArray[Any],
-    predicted: npt.NDArray[Any],
+    target: Array,
+    predicted: Array,
     metric: str,
-    groups: npt.NDArray[Any] | None,
+    groups: Array | None,
     n_evaluations: int,
 ) -> TestResult:
     row_groups = np.asarray(test.content if groups is None else groups)

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Doubles, Index
 from headrace.heads.bank import BankJob
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
@@ -34,9 +33,7 @@ class InputHalving:
     # see `_selection_luck`; a difference of error rates, >= 0
     selection_luck: float = 0.0
     # errors (rows of the task,) of each input in its first round; nan where a row is not held out
-    row_errors: Mapping[Inputs, npt.NDArray[np.float64]] = field(
-        default_factory=dict, compare=False
-    )
+    row_errors: Mapping[Inputs, Doubles] = field(default_factory=dict, compare=False)
 
 
 def halve_inputs(
@@ -46,7 +43,7 @@ def halve_inputs(
     section: InputHalvingSection,
     results_folder: Path,
     train_all: Callable[[Sequence[BankJob]], None],
-    groups: npt.NDArray[Any] | None = None,
+    groups: Array | None = None,
 ) -> InputHalving:
     """Train linear heads on a share of the images for each input, round by round, and drop the
     worst inputs after each round.
@@ -64,7 +61,7 @@ def halve_inputs(
     ]
     map_inputs = [inputs for inputs in unique_inputs if inputs not in remaining]
     rounds = []
-    row_errors: dict[Inputs, npt.NDArray[np.float64]] = {}
+    row_errors: dict[Inputs, Doubles] = {}
     for sample_fraction in section.sample_fractions:
         if len(remaining) <= section.min_inputs:
             break
@@ -94,10 +91,10 @@ def halve_inputs(
 
 
 def _selection_luck(
-    row_errors: Mapping[Inputs, npt.NDArray[np.float64]],
+    row_errors: Mapping[Inputs, Doubles],
     selected_inputs: Sequence[Inputs],
     task: Task,
-    group_codes: npt.NDArray[np.int64],
+    group_codes: Index,
 ) -> float:
     """Return `choice_luck` of choosing among all inputs less that of choosing among the selected
     ones, which is corrected when the winner is chosen; >= 0.

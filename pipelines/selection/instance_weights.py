@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.arrays import Floats
 from headrace.heads.kind import INSTANCE_WEIGHT
 from headrace.heads.kinds import HEAD_KINDS
 from headrace.heads.results import BankResult, read_bank
@@ -63,8 +63,8 @@ def instance_weights(
     return table.sort_values(["unit", "weight"], ascending=[True, False], ignore_index=True)
 
 
-def _out_of_fold_weights(bank: BankResult, spec: str) -> npt.NDArray[np.float32]:
-    weights: npt.NDArray[np.float32] = np.full(len(bank.ids), np.nan, np.float32)
+def _out_of_fold_weights(bank: BankResult, spec: str) -> Floats:
+    weights: Floats = np.full(len(bank.ids), np.nan, np.float32)
     for fold in np.unique(bank.fold[bank.fold >= 0]).tolist():
         weights[bank.rows(fold)] = bank.arrays(spec, fold)[INSTANCE_WEIGHT]
     return weights

@@ -9,11 +9,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.heads.arrays import Array, Doubles, Floats, Index
 from headrace.heads.bank import BankJob
 from headrace.heads.data.folds import strata
 from headrace.heads.data.task import TRAIN_ONLY, Task, save_task
@@ -22,8 +22,6 @@ from headrace.heads.results import read_bank, remove_damaged
 from headrace.heads.spec import ClassWeight, HeadSpec, spec_to_json
 from headrace.pipelines.selection.correction import resampled_rows
 from headrace.pipelines.selection.estimate import Estimate
-
-Floats = npt.NDArray[np.float64]
 
 # shares of the training rows, evenly spaced in the logarithm
 FRACTIONS = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
@@ -40,15 +38,15 @@ TrainAll = Callable[[Sequence[BankJob]], None]
 class LearningCurve:
     """Errors of the best head at each size of the training set, row by row."""
 
-    sizes: Floats  # (S,) images that were trained on, mean over folds
-    class_sizes: Floats  # (S, C) the same by class; (S, 1) for regression and several labels
+    sizes: Doubles  # (S,) images that were trained on, mean over folds
+    class_sizes: Doubles  # (S, C) the same by class; (S, 1) for regression and several labels
     # (S, N) each held-out row's error: 0 or 1, the share of wrong labels, or the squared error as a
     # share of the target's variance
-    wrong: Floats
-    rows: npt.NDArray[np.int64]  # (N,) positions in the task
+    wrong: Doubles
+    rows: Index  # (N,) positions in the task
 
     @property
-    def errors(self) -> Floats:
+    def errors(self) -> Doubles:
         """(S,) mean errors."""
         return np.asarray(self.wrong.mean(1))
 
@@ -57,15 +55,15 @@ class LearningCurve:
 class PowerLaw:
     """error(n) = floor + scale × n^-exponent, one fit for each of B weightings of the rows."""
 
-    floor: Floats  # (B,) >= 0
-    scale: Floats  # (B,) >= 0
-    exponent: Floats  # (B,)
+    floor: Doubles  # (B,) >= 0
+    scale: Doubles  # (B,) >= 0
+    exponent: Doubles  # (B,)
 
-    def at(self, n: npt.ArrayLike) -> Floats:
+    def at(self, n: npt.ArrayLike) -> Doubles:
         """Return the error (B,) with n images; n may be (B,)."""
         return np.asarray(self.floor + self.scale * np.asarray(n, np.float64) ** -self.exponent)
 
-    def images_for(self, error: npt.ArrayLike) -> Floats:
+    def images_for(self, error: npt.ArrayLike) -> Doubles:
         """Return how many images (B,) reach the error; infinite where none do."""
         excess = np.asarray(error, np.float64) - self.floor
         with np.errstate(divide="ignore", over="ignore"):
@@ -80,7 +78,7 @@ def learning_curve(
     results_folder: Path,
     train_all: TrainAll,
     *,
-    groups: npt.NDArray[Any] | None = None,
+    groups: Array | None = None,
     fractions: Sequence[float] = FRACTIONS,
 ) -> LearningCurve:
     """Train the specs (of one or more kinds) on nested subsets, and return the errors of the best
@@ -149,7 +147,7 @@ def _bank_jobs(
 
 def _held_out_errors(
     task: Task, subset_task: Task, specs: Sequence[HeadSpec], results_prefix: str
-) -> Floats:
+) -> Doubles:
     """Return errors (S, n) of heads trained on a subset, on the fold that it leaves out.
 
     results_prefix: of the results files, one for each kind of head.
@@ -166,11 +164,7 @@ def _held_out_errors(
 
 
 def nested_subsets(
-    task: Task,
-    folds: Sequence[int],
-    fractions: Sequence[float],
-    seed: int,
-    groups: npt.NDArray[Any],
+    task: Task, folds: Sequence[int], fractions: Sequence[float], seed: int, groups: Array
 ) -> tuple[list[float], list[list[Task]]]:
     """Return the fractions whose subsets differ, and for each of them the subset of each fold.
 
@@ -186,9 +180,7 @@ def nested_subsets(
     return [fractions[index] for index in distinct], [subsets_by_size[index] for index in distinct]
 
 
-def subset(
-    task: Task, fold: int, fraction: float, seed: int, groups: npt.NDArray[Any] | None = None
-) -> Task:
+def subset(task: Task, fold: int, fraction: float, seed: int, groups: Array | None = None) -> Task:
     """Return a task that holds out the given fold, as its fold 0, and trains on a fraction of the
     other rows: at least two of each stratum. Rows keep their order.
 
@@ -217,7 +209,7 @@ def subset(
     return dataclasses.replace(task.take(subset_rows), fold=subset_fold)
 
 
-def row_errors(task: Task, target: npt.NDArray[Any], predicted: npt.NDArray[np.float32]) -> Floats:
+def row_errors(task: Task, target: Array, predicted: Floats) -> Doubles:
     """Return errors (K, n) of predictions (K, n, C) of rows; nan without a prediction."""
     if task.kind == "single":
         is_missing = np.isnan(predicted).any(2)
@@ -233,7 +225,7 @@ def row_errors(task: Task, target: npt.NDArray[Any], predicted: npt.NDArray[np.f
     )
 
 
-def _counts(subset_task: Task) -> Floats:
+def _counts(subset_task: Task) -> Doubles:
     is_training = subset_task.fold == TRAIN_ONLY
     if subset_task.kind != "single":
         return np.array([float(is_training.sum())])
@@ -242,7 +234,7 @@ def _counts(subset_task: Task) -> Floats:
     )
 
 
-def row_draws(fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int) -> Floats:
+def row_draws(fold: Array, groups: Array, resamples: int) -> Doubles:
     """Return weights (N, 1 + B) of rows: ones, then B resamples of folds and of groups within
     them.
     """
@@ -258,13 +250,13 @@ def row_draws(fold: npt.NDArray[Any], groups: npt.NDArray[Any], resamples: int) 
     return np.concatenate([np.ones((len(fold), 1)), draw_counts], axis=1)
 
 
-def weighted_errors(wrong: Floats, weights: Floats) -> Floats:
+def weighted_errors(wrong: Doubles, weights: Doubles) -> Doubles:
     """Return mean errors (S, B) of rows (S, N) under weights (N, B)."""
     mass = weights.sum(0)
     return np.where(mass > 0, wrong @ weights / np.where(mass > 0, mass, 1), np.nan)
 
 
-def fit_power_law(sizes: Floats, errors: Floats) -> PowerLaw:
+def fit_power_law(sizes: Doubles, errors: Doubles) -> PowerLaw:
     """Fit a + b × n^-c with floor a and scale b >= 0 by least squares to errors (S, B) at sizes
     (S,). For each exponent c of a grid the best a and b have a closed form.
     """

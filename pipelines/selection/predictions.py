@@ -7,12 +7,12 @@ units (patients, slides), the N rows are units, each predicted by its images tog
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.arrays import Array, Doubles, Floats, Index
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.units import aggregate_units, unit_rows
 from headrace.heads.results import BankResult, read_bank
@@ -26,23 +26,23 @@ class ValidationRows:
     """The rows of a task that are held out once. All selection and advice is measured on them."""
 
     task: Task
-    images: npt.NDArray[np.int64]  # (n,) positions of the held-out images in the task
-    row_of_image: npt.NDArray[np.int64]  # (n,) 0..N-1, the row that each image is scored in
-    first_images: npt.NDArray[np.int64]  # (N,) position in `images` of each row's first image
-    target: npt.NDArray[Any]  # (N, ...) as in Task.target
+    images: Index  # (n,) positions of the held-out images in the task
+    row_of_image: Index  # (n,) 0..N-1, the row that each image is scored in
+    first_images: Index  # (N,) position in `images` of each row's first image
+    target: Array  # (N, ...) as in Task.target
     fold: npt.NDArray[np.int16]  # (N,) >= 0
     # (N,) rows of one number (one group, or copies of one image) are resampled together
-    groups: npt.NDArray[np.int64]
+    groups: Index
 
     def __len__(self) -> int:
         return len(self.fold)
 
     @property
-    def weight(self) -> npt.NDArray[np.float64]:
+    def weight(self) -> Doubles:
         """Weights (N,), as in Task.weight."""
         return self.task.weight[self.images[self.first_images]]
 
-    def aggregate(self, predicted: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def aggregate(self, predicted: Array) -> Array:
         """Return predictions (..., N, C) of the rows from those (..., n, C) of their images."""
         if self.task.units is None:
             return predicted
@@ -52,7 +52,7 @@ class ValidationRows:
         )
 
 
-def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> ValidationRows:
+def validation_rows(task: Task, groups: Array | None = None) -> ValidationRows:
     """Return the held-out rows of a task.
 
     groups: (rows of the task,), by default the images' content.
@@ -76,7 +76,7 @@ def validation_rows(task: Task, groups: npt.NDArray[Any] | None = None) -> Valid
     )
 
 
-def selection_parts(validation: ValidationRows) -> npt.NDArray[np.int64]:
+def selection_parts(validation: ValidationRows) -> Index:
     """Return the part (N,) of each row, for nested selection: the choice is made on all parts but
     one, and scored on that one.
 
@@ -98,7 +98,7 @@ def complete_heads(board: pd.DataFrame) -> pd.DataFrame:
 
 def read_predictions(
     board: pd.DataFrame, validation: ValidationRows
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+) -> Iterator[tuple[Index, Floats]]:
     """Yield blocks of (positions in the board, predictions (k, N, C)), file by file.
 
     board: columns `path` (results file) and `spec`. A results file whose rows are not those of the
@@ -123,9 +123,7 @@ def read_predictions(
                 yield positions[block_slice][is_complete], block[is_complete]
 
 
-def stacked_predictions(
-    board: pd.DataFrame, validation: ValidationRows
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def stacked_predictions(board: pd.DataFrame, validation: ValidationRows) -> tuple[Index, Floats]:
     """Return board positions (K,), ascending, and predictions (K, N, C), all in memory at once."""
     no_predictions = np.zeros((0, len(validation), len(validation.task.classes)), np.float32)
     blocks = list(read_predictions(board, validation)) or [(np.zeros(0, np.int64), no_predictions)]
@@ -134,7 +132,7 @@ def stacked_predictions(
     return positions[position_order], np.concatenate([block for _, block in blocks])[position_order]
 
 
-def _rows_in_bank(bank: BankResult, validation: ValidationRows) -> npt.NDArray[np.int64] | None:
+def _rows_in_bank(bank: BankResult, validation: ValidationRows) -> Index | None:
     """Return the positions (n,) of the held-out images in a results file; None if it lacks one of
     them, or has one in another fold.
     """

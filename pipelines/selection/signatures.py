@@ -17,6 +17,7 @@ from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.crops import decode_picture, split_crop
 from headrace.extract.images.opening import open_image
 from headrace.extract.images.samples import PixelRange
+from headrace.heads.arrays import Doubles
 
 SIGNATURE = 16  # side in pixels
 _THREADS = 4  # decoders release the GIL
@@ -94,9 +95,7 @@ def _small_grey(image_path: str, data: bytes, pixel_range: PixelRange | None) ->
     return picture.convert("L").resize(size, Image.Resampling.BOX)
 
 
-def _load(
-    signatures_path: Path, pixel_ends: npt.NDArray[np.float64]
-) -> dict[str, npt.NDArray[np.uint8]]:
+def _load(signatures_path: Path, pixel_ends: Doubles) -> dict[str, npt.NDArray[np.uint8]]:
     try:
         arrays = read_sealed_arrays(signatures_path.read_bytes())
         content_hashes, grey = arrays["content"].astype("U32").tolist(), arrays["grey"]

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import numpy.typing as npt
 import typer
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import CacheError
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.publish import feature_set_path
+from headrace.heads.arrays import Floats
 from headrace.pipelines.cli.cache.find import (
     DEFAULT_CACHE,
     CacheOption,
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     )
     from headrace.pipelines.recipe.load import Recipe
 
-Rows = npt.NDArray[np.float32]
 Say = Callable[[str], None]
 
 
@@ -218,7 +217,7 @@ def _extract_again(
     scratch_folder: Path,
     _row_ids: list[str],
     row_contents: list[str],
-) -> Rows:
+) -> Floats:
     """Return features (n, *shape) of n images, extracted as in a run into a scratch cache.
 
     _row_ids: `verify_recompute` passes them; images are found by content instead.

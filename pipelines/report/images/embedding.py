@@ -21,6 +21,7 @@ from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.cache.manifest import MANIFEST
+from headrace.heads.arrays import Doubles, Floats, Index, Strings
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.images.small_copies import SmallCopy
@@ -44,8 +45,6 @@ _EXACT = 2048  # features or images up to which PCA is exact
 _MIN_NUMBERS = 12  # numbers of so few values are coloured as words
 _MAX_WORDS = 5000  # distinct values of a column that images can be coloured by
 _READ_ROWS = 4096  # feature maps in memory at once, to be averaged over positions
-
-Floats = npt.NDArray[np.float32]
 
 
 def map_section(
@@ -198,7 +197,7 @@ def colourings(shown: pd.DataFrame, always: Collection[str]) -> tuple[Colouring,
     return tuple(colouring_list)
 
 
-def _number_colouring(name: str, numbers: npt.NDArray[np.float64]) -> Colouring:
+def _number_colouring(name: str, numbers: Doubles) -> Colouring:
     finite = np.isfinite(numbers)
     low, high = (numbers[finite].min(), numbers[finite].max()) if finite.any() else (0.0, 0.0)
     steps = np.round((numbers[finite] - low) / ((high - low) or 1.0) * STEPS)
@@ -214,8 +213,8 @@ def _input_names(run: FinishedRun) -> list[str]:
 
 
 def _read_features(
-    run: FinishedRun, names: list[str], content: npt.NDArray[np.str_]
-) -> tuple[Floats, npt.NDArray[np.int64], list[Note]]:
+    run: FinishedRun, names: list[str], content: Strings
+) -> tuple[Floats, Index, list[Note]]:
     """Return features (n, D) of the images that have them, maps averaged over positions, these
     images' positions in `content`, and notes.
     """
@@ -246,7 +245,7 @@ def _read_features(
     return np.concatenate(blocks, axis=1), rows, notes
 
 
-def _read_rows(features: FeatureSet, rows: npt.NDArray[np.int64]) -> Floats:
+def _read_rows(features: FeatureSet, rows: Index) -> Floats:
     averaged = np.empty((len(rows), features.shape[1]), np.float32)
     for start in range(0, len(rows), _READ_ROWS):
         block = features.read(rows[start : start + _READ_ROWS], np.float32)

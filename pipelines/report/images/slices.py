@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
+from headrace.heads.arrays import Doubles, Index
 from headrace.heads.evaluate.intervals import LEVEL, mean_loss_interval, proportion_interval
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.number_format import number_text
@@ -136,7 +136,7 @@ def _slice_rows(
             }
 
 
-def _slices_of(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+def _slices_of(column: pd.Series) -> Iterator[tuple[str, Index]]:
     """Yield the slices of a column that have MIN_IMAGES, each as its value and rows; none of a
     column with one value or more than MAX_VALUES.
     """
@@ -161,9 +161,7 @@ def _slices_of(column: pd.Series) -> Iterator[tuple[str, npt.NDArray[np.int64]]]
             yield str(word), np.asarray(rows, np.int64)
 
 
-def _interval(
-    metric: str, values: npt.NDArray[np.float64], groups: npt.NDArray[np.int64], level: float
-) -> tuple[float, float]:
+def _interval(metric: str, values: Doubles, groups: Index, level: float) -> tuple[float, float]:
     if metric == "mae":
         return mean_loss_interval(values, groups, None, level)
     return proportion_interval(values, groups, level)

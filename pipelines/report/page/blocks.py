@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.heads.arrays import Floats, Index
+
 # Characters that XML forbids or that mislead a reader: control characters, lone surrogates, and
 # marks that reverse the order of text.
 _UNPRINTABLE = re.compile(
@@ -159,7 +161,7 @@ class Curve:
     """
 
     name: str
-    thresholds: npt.NDArray[np.float32]
+    thresholds: Floats
     true_positives: npt.NDArray[np.uint32]
     false_positives: npt.NDArray[np.uint32]
     positives: int
@@ -185,8 +187,8 @@ class Matrix:
     name: str
     caption: str
     classes: tuple[str, ...]
-    counts: npt.NDArray[np.int64]  # (C, C)
-    orders: tuple[tuple[str, npt.NDArray[np.int64]], ...]  # names of orders, and (C,) the classes
+    counts: Index  # (C, C)
+    orders: tuple[tuple[str, Index], ...]  # names of orders, and (C,) the classes
 
 
 Block = Table | Figure | Gallery | Facts | Headline | Note | Code | PointMap | CurveSet | Matrix

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from headrace.heads.arrays import Doubles, Index
 from headrace.pipelines.report.page.blocks import plain_text
 
 WIDTH = 360  # CSS pixels
@@ -119,11 +119,7 @@ def bar_chart(
 
 
 def reliability_chart(
-    confidence: npt.NDArray[np.float64],
-    share_right: npt.NDArray[np.float64],
-    bin_counts: npt.NDArray[np.int64],
-    count_label: str,
-    series_name: str,
+    confidence: Doubles, share_right: Doubles, bin_counts: Index, count_label: str, series_name: str
 ) -> str:
     """Return a chart of the share right against confidence, by bin, and of the bins' counts."""
     with rc_context(_STYLE):
@@ -150,11 +146,7 @@ def reliability_chart(
 
 
 def scatter_chart(
-    true_values: npt.NDArray[np.float64],
-    predicted_values: npt.NDArray[np.float64],
-    *,
-    xlabel: str,
-    ylabel: str,
+    true_values: Doubles, predicted_values: Doubles, *, xlabel: str, ylabel: str
 ) -> str:
     """Return a chart of predicted against true values; of many points, counts in hexagons."""
     with rc_context(_STYLE):

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 
+from headrace.heads.arrays import Array
 from headrace.pipelines.report.page.blocks import plain_text
 
 _TYPES = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "float32": "f4"}
 _ALIGNMENT = 4  # bytes: a typed array begins at a multiple of its element's size
 
 
-def packed(parts: Mapping[str, npt.NDArray[Any] | Sequence[str]]) -> dict[str, Any]:
+def packed(parts: Mapping[str, Array | Sequence[str]]) -> dict[str, Any]:
     """Return {"parts": [[name, type, bytes], ...], "data": base64 of the deflated parts}.
 
     parts: arrays of uint8, uint16, uint32 or float32, or texts, which are written as UTF-8 with a
@@ -39,10 +39,7 @@ def packed(parts: Mapping[str, npt.NDArray[Any] | Sequence[str]]) -> dict[str, A
             part_bytes = "\0".join(map(plain_text, values)).encode("utf-8", "replace")
         described.append((name, part_type, len(part_bytes)))
         content += part_bytes + bytes(-len(part_bytes) % _ALIGNMENT)
-    return {
-        "parts": described,
-        "data": base64.b64encode(zlib.compress(bytes(content), 6)).decode(),
-    }
+    return {"parts": described, "data": base64.b64encode(zlib.compress(bytes(content), 6)).decode()}
 
 
 def script_json(value: Any) -> Markup:
