@@ -1,9 +1,9 @@
 """Verification of a whole shard: checksum, user block and structure; each machine does it once.
 
-A verified shard is recognized by inode, size and times, as `make` and git recognize files. The
-record is a small file per feature set under `$XDG_CACHE_HOME/headrace` (a home directory on a
-network file system is fine: the inode and times are part of the record). Losing it costs one more
-hashing. `headrace cache verify` never uses it.
+A verified shard is recognized by its `FileStamp`, as `make` and git recognize files. The record is
+a small file per feature set under `$XDG_CACHE_HOME/headrace` (a home directory on a network file
+system is fine: the inode and times are part of the record). Losing it costs one more hashing.
+`headrace cache verify` never uses it.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import xxhash
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import ShardCorrupt, ShardMissing, ShardUnreadable
+from headrace.cache.file_stamps import file_stamp
 from headrace.cache.format.checksummed_lines import (
     LineCorrupt,
     from_checksummed_line,
@@ -34,9 +35,6 @@ from headrace.cache.manifest import ShardEntry
 from headrace.cache.spec import FeatureSpec
 
 _BLOCK_BYTES = 1 << 20  # read and hashed at a time
-# A file that changed this recently may change again within the same tick of the file system's
-# clock, and look as before.
-_SETTLED_NS = 2_000_000_000
 _REPAIR = "`headrace cache repair` removes it, and the next run extracts its samples again"
 
 
@@ -142,24 +140,23 @@ class VerifiedShards:
         Raises ShardMissing, ShardCorrupt.
         """
         # Taken before reading, so that a change during the reading is noticed the next time.
-        file_identity = _file_identity(shard_path, entry)
+        try:
+            stamp = file_stamp(shard_path)
+        except FileNotFoundError as error:
+            raise _shard_missing(shard_path) from error
+        identity = {"unit": entry.unit, "xxh3": entry.xxh3, "stamp": stamp.text}
         if self._records is None:
             self._records = self._read_records()
         stored_record = self._records.get(entry.unit)
-        if stored_record is not None and stored_record.items() >= file_identity.items():
-            # KeyError: a record of another version, whose layout has other fields.
-            with contextlib.suppress(KeyError):
-                names = [field.name for field in dataclasses.fields(ShardLayout)]
-                layout = ShardLayout(**{name: stored_record[f"layout_{name}"] for name in names})
+        if stored_record is not None and stored_record.items() >= identity.items():
+            # A record of another version, whose layout has other fields, is not used.
+            with contextlib.suppress(KeyError, TypeError):
+                layout = ShardLayout(**stored_record["layout"])
                 _require_counts(shard_path, layout, entry)
                 return layout
         layout = verify_listed_shard(shard_path, spec, entry).layout
-        if time.time_ns() - max(file_identity["mtime_ns"], file_identity["ctime_ns"]) < _SETTLED_NS:
-            return layout
-        layout_values = dataclasses.asdict(layout)
-        self._append_record(
-            file_identity | {f"layout_{name}": value for name, value in layout_values.items()}
-        )
+        if stamp.is_settled(time.time_ns()):
+            self._append_record(identity | {"layout": dataclasses.asdict(layout)})
         return layout
 
     # One line per shard, appended in one write without a lock: a torn line fails its own checksum
@@ -190,19 +187,3 @@ class VerifiedShards:
                 record = from_checksummed_line(line)
                 records[record.get("unit", "")] = record
         return records
-
-
-def _file_identity(shard_path: Path, entry: ShardEntry) -> dict[str, Any]:
-    try:
-        file_status = shard_path.stat()
-    except FileNotFoundError as error:
-        raise _shard_missing(shard_path) from error
-    # The change time (ctime) too: programs can set the modification time back, but not this one.
-    return {
-        "unit": entry.unit,
-        "xxh3": entry.xxh3,
-        "size": file_status.st_size,
-        "mtime_ns": file_status.st_mtime_ns,
-        "ctime_ns": file_status.st_ctime_ns,
-        "inode": file_status.st_ino,
-    }

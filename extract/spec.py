@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from headrace.cache.file_stamps import file_stamp
 from headrace.cache.home import expand_home
 from headrace.extract.errors import BackboneError, missing_path_message, nearest_names
 from headrace.extract.images.decoding import DecodeMode
-from headrace.extract.images.file_stamps import file_stamp
 from headrace.extract.images.opening import MAX_PIXELS
 from headrace.extract.images.preprocessing import (
     MAX_BANDS,

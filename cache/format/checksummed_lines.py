@@ -1,4 +1,4 @@
-"""Checksummed JSON lines: a flat object per line, its checksum under the last key, `check`."""
+"""Checksummed JSON lines: an object per line, its checksum under the last key, `check`."""
 
 import json
 from typing import Any
@@ -41,6 +41,6 @@ def is_torn_line(tail: bytes) -> bool:
 
     Its writer died, or is still writing.
     """
-    # The object is flat, so a closing brace can only be the last character of a complete line. (A
+    # A manifest's object is flat: a closing brace can only be the last character of its line. (A
     # brace inside a string would make a torn line look corrupt, which is the safe side.)
     return b"}" not in tail

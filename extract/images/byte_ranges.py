@@ -41,9 +41,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.cache.atomic_io import read_regular
+from headrace.cache.file_stamps import file_stamp
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import split_crop
-from headrace.extract.images.file_stamps import file_stamp
 from headrace.extract.images.opening import MAX_DEFLATE_RATIO, MAX_PIXELS
 
 _LOCATOR = re.compile(

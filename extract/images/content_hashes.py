@@ -3,7 +3,7 @@
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.cache.atomic_io import publish_replace
+from headrace.cache.file_stamps import FileStamp, file_stamps
+from headrace.cache.format.sealed import SEAL, UNSEALED, check_seal, seal
 from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.crops import crop_content, split_crop
-from headrace.extract.images.file_stamps import FileStamp, file_stamps
 
 HASH_DIGITS = 32  # hex digits, 128 bits: no two images of a cache collide by chance
 _COLUMNS = ("path", "stamp", "content")
-_DIGEST = b"headrace-digest"  # in the index file's metadata
 
 # {path as bytes: (stamp as text, content hash) of the file when it was last read}
 _Index = dict[bytes, tuple[str, str]]
@@ -46,6 +46,21 @@ class ContentHashes:
 def hash_bytes(data: bytes | memoryview) -> str:
     """Return the content hash of an image's bytes: the first 32 hex digits of their SHA-256."""
     return hashlib.sha256(data).hexdigest()[:HASH_DIGITS]
+
+
+def hash_sample(path: str, data: bytes) -> str:
+    """Return the content hash of a sample, an image or a crop of it. data: its file's bytes."""
+    return crop_content(hash_bytes(data), split_crop(path)[1])
+
+
+def read_unchanged(path: str, content: str) -> bytes:
+    """Return the bytes of a sample's file. Raises OSError also if they have another content hash
+    than the sample had.
+    """
+    data = read_bytes(path)
+    if hash_sample(path, data) != content:
+        raise OSError("the file has changed since it was hashed")
+    return data
 
 
 def content_hashes(
@@ -155,16 +170,17 @@ def _reason(error: OSError | ValueError) -> str:
 def _read_index(index: Path) -> _Index:
     """Return an index's entries; {} if it is absent, damaged or of another version."""
     try:
-        table = pq.read_table(io.BytesIO(index.read_bytes()))
+        data = index.read_bytes()
+        # Parquet files have no checksum by default, and one changed digit of a hash would be
+        # believed for ever.
+        check_seal(data)
+        table = pq.read_table(io.BytesIO(data))
         if table.column_names != list(_COLUMNS) or any(
             column.null_count for column in table.columns
         ):
             return {}
         paths, stamps, hashes = (table[name].to_pylist() for name in _COLUMNS)
-        entries = dict(zip(paths, zip(stamps, hashes, strict=True), strict=True))
-        # Parquet files have no checksum by default, and one changed digit of a hash would be
-        # believed for ever.
-        return entries if (table.schema.metadata or {}).get(_DIGEST) == _digest(entries) else {}
+        return dict(zip(paths, zip(stamps, hashes, strict=True), strict=True))
     # Damaged bytes, types and schemas raise any of these; without the index, files are read again.
     except (OSError, ValueError, TypeError, AttributeError, pa.ArrowException):
         return {}
@@ -176,20 +192,12 @@ def _write_index(index: Path, entries: _Index) -> None:
         pa.array([stamp for stamp, _ in entries.values()], pa.string()),
         pa.array([content_hash for _, content_hash in entries.values()], pa.string()),
     ]
-    table = pa.table(columns, names=_COLUMNS, metadata={_DIGEST: _digest(entries)})
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(pa.table(columns, names=_COLUMNS, metadata={SEAL: UNSEALED}), buffer)
     index.parent.mkdir(parents=True, exist_ok=True)
-    publish_replace(index, buffer.getvalue())
+    publish_replace(index, seal(buffer.getvalue()))
 
 
 def _key(path: str) -> bytes:
     # Names of files, and of members of archives, need not be UTF-8.
     return path.encode("utf-8", "surrogatepass")
-
-
-def _digest(entries: Mapping[bytes, tuple[str, str]]) -> bytes:
-    hasher = hashlib.sha256()
-    for path, (stamp, content_hash) in entries.items():
-        hasher.update(b"%b\0%b\0%b\n" % (path, stamp.encode(), content_hash.encode()))
-    return hasher.hexdigest().encode()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from headrace.extract.errors import ImageError
 from headrace.extract.images.bands import Bands, decode_deep
-from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.decoding import JPEG_REDUCTIONS, decode_image, jpeg_size
 from headrace.extract.images.preprocessing import DecodedImage
 from headrace.extract.images.samples import PixelRange
 
@@ -152,18 +152,26 @@ def _is_background(region: DecodedImage, background: Background) -> npt.NDArray[
     return np.asarray((pixels <= (_BLACK if background == "black" else 0)).all(axis=2))
 
 
-def decode_picture(path: str, data: bytes, pixel_range: PixelRange | None) -> Image.Image:
+def decode_picture(
+    path: str, data: bytes, pixel_range: PixelRange | None, least_side: int | None = None
+) -> Image.Image:
     """Return the image, or crop, of a sample in 8 bits, for people to look at.
 
     data: the bytes of the path (`read_bytes`). Of images of many bands the first is shown, as grey.
+    least_side: a whole JPEG may be decoded at a smaller size, both sides at least this long, which
+    takes a fraction of the time. None: every image has its full size.
     Raises ImageError.
     """
+    _, crop = split_crop(path)
+    reduction = 1
+    if least_side is not None and crop is None and (size := jpeg_size(data)) is not None:
+        most = min(size) // least_side
+        reduction = next((divisor for divisor in JPEG_REDUCTIONS if divisor <= most), 1)
     try:
-        image = decode_image(data, pixel_range)
+        image = decode_image(data, pixel_range, reduction)
     except ImageError:
         bands = decode_deep(data, (1,), pixel_range)
         assert isinstance(bands, Bands)
         grey = bands.floats(0.0)[:, :, 0].clip(0, 255)
         image = Image.fromarray(np.rint(grey).astype(np.uint8))
-    _, crop = split_crop(path)
     return image if crop is None else image.crop(pixel_box(crop, *image.size))

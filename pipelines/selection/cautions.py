@@ -17,8 +17,7 @@ import pandas as pd
 from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import open_feature_set
 from headrace.extract.images.byte_ranges import read_bytes
-from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.images.crops import crop_content, split_crop
+from headrace.extract.images.content_hashes import hash_sample
 from headrace.extract.images.samples import PixelRange
 from headrace.heads.arrays import Array, Floats, Index, Strings
 from headrace.heads.data.task import Task
@@ -244,7 +243,7 @@ def near_copies(samples: pd.DataFrame, group_column: str | None = None) -> str |
             n_bytes += len(file_bytes)
             if n_bytes > MAX_READ_BYTES:
                 break
-            content_hash = crop_content(hash_bytes(file_bytes), split_crop(image_path)[1])
+            content_hash = hash_sample(image_path, file_bytes)
             if content_hash not in grey_by_content:
                 grey_by_content[content_hash] = grey_signature(image_path, file_bytes)
                 image_names.append(str(image_name))

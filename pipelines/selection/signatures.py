@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.extract.errors import ImageError
 from headrace.extract.images.byte_ranges import read_bytes
-from headrace.extract.images.crops import decode_picture, split_crop
-from headrace.extract.images.opening import open_image
+from headrace.extract.images.crops import decode_picture
 from headrace.extract.images.samples import PixelRange
 from headrace.heads.arrays import Doubles
 
@@ -77,22 +76,9 @@ def grey_signature(
 
     Raises ImageError if it cannot be decoded.
     """
-    return np.asarray(_small_grey(image_path, data, pixel_range), np.uint8).ravel()
-
-
-def _small_grey(image_path: str, data: bytes, pixel_range: PixelRange | None) -> Image.Image:
-    size = (SIGNATURE, SIGNATURE)
-    # A decoder of JPEGs can give an eighth of the size in a fraction of the time.
-    if data.startswith(b"\xff\xd8") and split_crop(image_path)[1] is None:
-        try:
-            with open_image(data) as image:
-                image.draft("L", (8 * SIGNATURE, 8 * SIGNATURE))
-                upright = ImageOps.exif_transpose(image).convert("L")
-                return upright.resize(size, Image.Resampling.BOX)
-        except Exception:  # noqa: BLE001 - decoders raise anything; `decode_picture` then decides
-            pass
-    picture = decode_picture(image_path, data, pixel_range)
-    return picture.convert("L").resize(size, Image.Resampling.BOX)
+    picture = decode_picture(image_path, data, pixel_range, 8 * SIGNATURE)
+    small = picture.convert("L").resize((SIGNATURE, SIGNATURE), Image.Resampling.BOX)
+    return np.asarray(small, np.uint8).ravel()
 
 
 def _load(signatures_path: Path, pixel_ends: Doubles) -> dict[str, npt.NDArray[np.uint8]]:

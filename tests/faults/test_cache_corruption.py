@@ -270,7 +270,7 @@ def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
     for _ in range(2):
         open_feature_set(directory).verify_shards()
     assert len(hashed) == 4
-    monkeypatch.setattr(check, "_SETTLED_NS", 0)
+    monkeypatch.setattr("headrace.cache.file_stamps._CLOCK_TICK_NS", 0)
     for _ in range(3):
         assert open_feature_set(directory)[:].shape == (16, 12)
     assert len(hashed) == 6
@@ -284,7 +284,7 @@ def test_without_a_home(tmp_path, monkeypatch):
     assert len(open_feature_set(directory)[:]) == 8
     state = tmp_path / "state"
     monkeypatch.setenv("XDG_CACHE_HOME", str(state))
-    monkeypatch.setattr("headrace.cache.checksum._SETTLED_NS", 0)
+    monkeypatch.setattr("headrace.cache.file_stamps._CLOCK_TICK_NS", 0)
     open_feature_set(directory).verify_shards()
     (memory,) = (path for path in state.rglob("*") if path.is_file())
     data = memory.read_bytes()

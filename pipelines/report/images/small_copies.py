@@ -10,13 +10,11 @@ from io import BytesIO
 from itertools import repeat
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.byte_ranges import read_bytes
-from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.images.crops import crop_content, decode_picture, split_crop
-from headrace.extract.images.opening import open_image
+from headrace.extract.images.content_hashes import read_unchanged
+from headrace.extract.images.crops import decode_picture, split_crop
+from headrace.extract.images.decoding import jpeg_size
 from headrace.extract.images.samples import PixelRange
 
 SIDE = 72  # longest side of a small copy, in pixels
@@ -24,7 +22,6 @@ MEASURED_SIDE = 128  # longest side where it is measured: one for all, as sharpn
 _MAX_BYTES = 2_000_000_000  # of files that are read
 _THREADS = 4
 _CHUNK = 64  # images between two looks at the bytes read
-_ORIENTATION_TAG = 0x0112  # of EXIF; 5 to 8: width and height change places
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,7 @@ def _read_copy(
     no longer the one with this content hash.
     """
     try:
-        data = read_bytes(path)
-        if crop_content(hash_bytes(data), split_crop(path)[1]) != content:
-            return len(data), None
+        data = read_unchanged(path, content)
         return len(data), measure_image(path, data, pixel_range)
     except (OSError, ImageError):
         return 0, None
@@ -90,7 +85,9 @@ def _read_copy(
 
 def measure_image(path: str, data: bytes, pixel_range: PixelRange | None = None) -> SmallCopy:
     """Return the small copy of an image. data: the bytes of its file. Raises ImageError."""
-    image, (width, height) = _decode_small(path, data, pixel_range)
+    image = decode_picture(path, data, pixel_range, 2 * MEASURED_SIDE)
+    whole_size = jpeg_size(data) if split_crop(path)[1] is None else None
+    height, width = whole_size or (image.height, image.width)
     # Measured before it is made smaller still: at 72 pixels blur can hardly be seen.
     image.thumbnail((MEASURED_SIDE, MEASURED_SIDE))
     grey = np.asarray(image.convert("L"), np.float32) / 255
@@ -109,21 +106,3 @@ def measure_image(path: str, data: bytes, pixel_range: PixelRange | None = None)
         float(grey.std()),
         float(laplacian.std()),
     )
-
-
-def _decode_small(
-    path: str, data: bytes, pixel_range: PixelRange | None
-) -> tuple[Image.Image, tuple[int, int]]:
-    """Return the image, at least MEASURED_SIDE, and its full (width, height)."""
-    # A decoder of JPEGs can give an eighth of the size in a fraction of the time.
-    if data.startswith(b"\xff\xd8") and split_crop(path)[1] is None:
-        try:
-            with open_image(data) as file:
-                is_sideways = file.getexif().get(_ORIENTATION_TAG, 1) >= 5
-                size = file.size[::-1] if is_sideways else file.size
-                file.draft("RGB", (2 * MEASURED_SIDE, 2 * MEASURED_SIDE))
-                return ImageOps.exif_transpose(file).convert("RGB"), size
-        except Exception:  # noqa: BLE001 - decoders raise anything; `decode_picture` then decides
-            pass
-    image = decode_picture(path, data, pixel_range)
-    return image, image.size

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.byte_ranges import read_bytes
-from headrace.extract.images.content_hashes import hash_bytes
-from headrace.extract.images.crops import crop_content, decode_picture, split_crop
+from headrace.extract.images.content_hashes import read_unchanged
+from headrace.extract.images.crops import decode_picture
 from headrace.extract.images.samples import PixelRange
 
 SIDE = 384  # pixels: shown small, and enlarged by a click
@@ -47,10 +46,7 @@ class Thumbnails:
     def _make(self, content: str) -> str | None:
         try:
             path = self.paths[content]
-            data = read_bytes(path)
-            if crop_content(hash_bytes(data), split_crop(path)[1]) != content:
-                return None
-            image = decode_picture(path, data, self.pixel_range)
+            image = decode_picture(path, read_unchanged(path, content), self.pixel_range)
         # The image was moved or altered since the run: counted in `missing`, and told on the page.
         except (KeyError, OSError, ImageError):
             return None

@@ -16,15 +16,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from headrace.extract.images import file_stamps as stamps
-from headrace.extract.images.byte_ranges import open_array
-from headrace.extract.images.content_hashes import content_hashes, hash_bytes
-from headrace.extract.images.file_stamps import (
+from headrace.cache import file_stamps as stamps
+from headrace.cache.file_stamps import (
     FileStamp,
     file_stamp,
     file_stamps,
     wait_until_settled,
 )
+from headrace.extract.images.byte_ranges import open_array
+from headrace.extract.images.content_hashes import content_hashes, hash_bytes
 from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.predict.parts import file_keys
 

@@ -289,7 +289,7 @@ def test_hashes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     stops nobody.
     """
     monkeypatch.setattr(
-        "headrace.extract.images.file_stamps._CLOCK_TICK_NS", 0
+        "headrace.cache.file_stamps._CLOCK_TICK_NS", 0
     )  # what has just been written is settled
     for value in range(3):
         write(tmp_path / f"{value}.png", png(value))
@@ -345,7 +345,7 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file it was.
     """
     monkeypatch.setattr(
-        "headrace.extract.images.file_stamps._CLOCK_TICK_NS", 0
+        "headrace.cache.file_stamps._CLOCK_TICK_NS", 0
     )  # what has just been written is settled
     meta = json.dumps({"width": 12, "tags": ["x"], "id": 5}).encode()
     shard(
