@@ -277,7 +277,8 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
         has_windows = in_parts and "C" not in axes and turn is None
         if not has_windows:
             check_size(page.imagewidth, page.imagelength)
-        if series.size * series.dtype.itemsize > MAX_DEFLATE_RATIO * len(data):
+        # Blank chips compress better than by deflate, or have no bytes at all (GDAL's SPARSE_OK).
+        if series.size * series.dtype.itemsize > max(MAX_PIXELS, MAX_DEFLATE_RATIO * len(data)):
             raise ImageError(
                 f"a TIFF of {len(data):,} bytes that declares {series.size:,} values: more than "
                 "any compression makes so small"

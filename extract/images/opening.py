@@ -2,6 +2,7 @@
 
 import functools
 import io
+import logging
 import re
 
 import PIL
@@ -9,6 +10,9 @@ from PIL import Image, ImageFile
 
 from headrace.extract.errors import ImageError
 from headrace.extract.images.heif import is_heif, register_heif
+
+# Pillow logs an error for every TIFF of more bands than it reads, which tifffile reads then.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 # Pillow's own limit, above which it warns of decompression bombs: 1 GiB / 4 / 3.
 MAX_PIXELS = 1024**3 // 4 // 3

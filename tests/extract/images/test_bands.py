@@ -95,6 +95,17 @@ def test_every_type_and_number_of_bands_in_a_tiff(dtype, n_bands):
     np.testing.assert_allclose(floats_of(data, bands, (-100, 300)), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("compression", ["zstd", "lzw", "lzma"])
+def test_a_blank_chip_is_an_image(compression, caplog):
+    """Compressed more than deflate ever does; and Pillow's log of its bands is not shown."""
+    blank = np.zeros((512, 512, 13), np.float32)
+    options = {"photometric": "minisblack", "planarconfig": "contig", "tile": (512, 512)}
+    data = tiff(blank, compression=compression, **options)
+    assert blank.nbytes > 1032 * len(data)
+    assert not floats_of(data, (1, 13), (0, 1)).any()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("layout", ["last", "first", "fortran"])
 def test_arrays_of_many_bands_in_either_layout(layout):
     """(13, H, W) and (H, W, 13) are one image: the shorter of the two axes is the bands."""
