@@ -16,10 +16,16 @@ logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 # Pillow's own limit, above which it warns of decompression bombs: 1 GiB / 4 / 3.
 MAX_PIXELS = 1024**3 // 4 // 3
+# Above it Pillow refuses a file. Cameras and phones of 100 to 150 megapixels are below.
+MAX_FILE_PIXELS = 2 * MAX_PIXELS
 # Pillow's resize keeps a table of 16 to 48 bytes per pixel of the edge that it shortens: 50 MB at
 # this length, 4 GB for the 90 million pixels in one line that MAX_PIXELS would allow. Cameras and
 # scanners end below 100,000 pixels.
 MAX_EDGE = 2**20
+_TOO_MANY_PIXELS = (
+    f"more than the limit of {MAX_FILE_PIXELS:,} pixels. Save the image smaller, or cut it into "
+    "pieces"
+)
 # Compression ratio of deflate at most; no other filter of HDF5's own does better on images.
 MAX_DEFLATE_RATIO = 1032
 
@@ -47,11 +53,11 @@ def _available(*formats: str) -> tuple[str, ...]:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise ImageError for an image without pixels, or beyond MAX_PIXELS or MAX_EDGE."""
+    """Raise ImageError for an image without pixels, or beyond MAX_FILE_PIXELS or MAX_EDGE."""
     if width * height == 0:
         raise ImageError("the image has no pixels")
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels: more than the limit of {MAX_PIXELS}")
+    if width * height > MAX_FILE_PIXELS:
+        raise ImageError(f"{width} x {height} pixels: {_TOO_MANY_PIXELS}")
     if max(width, height) > MAX_EDGE:
         raise ImageError(
             f"{width} x {height} pixels: an edge is longer than the limit of {MAX_EDGE}; cut it "
@@ -74,7 +80,7 @@ def decoding_reason(error: Exception, data: bytes) -> str:
             "or as .npy"
         )
     if isinstance(error, Image.DecompressionBombError):
-        return f"decompression bomb: more than {2 * MAX_PIXELS} pixels declared"
+        return _TOO_MANY_PIXELS
     # Without addresses of objects, which differ at each call: reasons are stored in shards, whose
     # bytes must be the same.
     reason_text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip() or "no details"

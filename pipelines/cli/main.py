@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -399,6 +400,8 @@ def main() -> None:
     # Processes that this one starts would otherwise take a `random.py` in the current folder, which
     # may be a folder of images that somebody sent, for Python's own.
     os.environ["PYTHONSAFEPATH"] = "1"
+    # Of large images and damaged metadata. Images that cannot be read are counted and named.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     # Listings of images are many small objects that all stay alive. Python's default is to look
     # for garbage after every 700 new objects, which took a tenth of a command's time.
     gc.set_threshold(50_000, 20, 100)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,6 +159,18 @@ def test_predictions_on_the_screen_are_utf8_whatever_the_locale(run, tmp_path):
     assert header == ["file", "class", "probability", "p_[rare] :cat: fin é", "p_coarse", "error"]
     assert row[0] == str(new)
     assert screen.stderr.isascii()
+
+
+def test_no_command_prints_pillows_warnings(monkeypatch):
+    """Of a photo's damaged EXIF block, say, once for each picture of a report."""
+    monkeypatch.setattr(sys, "argv", ["headrace", "--version"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        with pytest.raises(SystemExit):
+            main()
+        for module_name in ("PIL.TiffImagePlugin", "elsewhere"):
+            warnings.warn_explicit(f"of {module_name}", UserWarning, "file.py", 1, module_name)
+    assert [str(warning.message) for warning in caught] == ["of elsewhere"]
 
 
 def test_an_error_shows_the_name_that_was_given(run, monkeypatch, capsys):

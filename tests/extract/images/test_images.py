@@ -187,8 +187,15 @@ def test_reasons(data: bytes, reason: str) -> None:
 def test_bombs_are_refused_unopened() -> None:
     """Within Pillow's limit nothing is refused for its size; above it, nothing is decoded."""
     for width, height in ((20_000, 10_000), (65_000, 65_000)):
-        with pytest.raises(ImageError, match=r"limit of|bomb"):
+        with pytest.raises(ImageError, match="limit of 178,956,970 pixels"):
             decode_image(bomb(width, height))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_photos_of_a_hundred_megapixels_are_images() -> None:
+    """Phones take 12,000 x 9,000 pixels: more than those above which Pillow warns."""
+    photo = encoded(Image.new("L", (12_000, 9_000)), "JPEG")
+    assert decode_image(photo).size == (12_000, 9_000)
 
 
 def test_truncation_is_never_hidden() -> None:
