@@ -62,7 +62,7 @@ def parse_image(path: Path) -> None:
 
 
 def parse_table(path: Path) -> None:
-    from headrace.extract.images.byte_ranges import read_bytes
+    from headrace.extract.images.locators import read_bytes
     from headrace.extract.sources.table import read_table_file
 
     table = read_table_file(path)
@@ -74,8 +74,8 @@ def parse_table(path: Path) -> None:
 
 def parse_members(listing: Any) -> None:
     from headrace.extract.errors import ImageError
-    from headrace.extract.images.byte_ranges import read_bytes
     from headrace.extract.images.decoding import decode_image
+    from headrace.extract.images.locators import read_bytes
 
     for path in listing.samples["path"].head(4):
         with contextlib.suppress(OSError, ImageError):
@@ -91,9 +91,9 @@ def parse_bands(path: Path) -> None:
 def parse_regions(path: Path) -> None:
     """A folder's images in tiles, a table's rows by their boxes; two of them are decoded."""
     from headrace.extract.errors import ImageError
-    from headrace.extract.images.byte_ranges import read_bytes
     from headrace.extract.images.crops import cut_crop, split_crop
     from headrace.extract.images.decoding import decode_image
+    from headrace.extract.images.locators import read_bytes
     from headrace.extract.sources.read import ImageSource, read_source
     from headrace.extract.sources.regions import Boxes, Tiles
 

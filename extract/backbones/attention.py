@@ -47,7 +47,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """
     multiply = torch.ops.mkldnn._linear_pointwise.default
     n_images, n_heads, n_tokens, _ = query.shape
-    # as a linear layer after it wants them: tokens side by side
+    # (N, tokens, heads, width), so that the linear layer after it reads it without a copy.
     output = query.new_empty(n_images, n_tokens, n_heads, value.shape[-1])
     query, key = query.contiguous(), (key * scale).contiguous()
     value = value.transpose(-1, -2).contiguous()
@@ -64,7 +64,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return output.transpose(1, 2)
 
 
-def _fast(
+def _attend_if_faster(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -99,7 +99,7 @@ class _FastAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        fast = _fast(*args, **kwargs) if func is scaled_dot_product_attention else None
+        fast = _attend_if_faster(*args, **kwargs) if func is scaled_dot_product_attention else None
         return func(*args, **kwargs) if fast is None else fast
 
 
@@ -117,7 +117,7 @@ class _Trial(TorchFunctionMode):
         started = time.thread_time()
         output = func(*args, **kwargs)
         between = time.thread_time()
-        if _fast(*args, **kwargs) is not None:
+        if _attend_if_faster(*args, **kwargs) is not None:
             self._seconds.append((between - started, time.thread_time() - between))
         return output
 

@@ -52,7 +52,7 @@ class Backbone:
 def load_backbone(spec: BackboneSpec) -> Backbone:
     """Build the network, load its weights and freeze it.
 
-    Within a process, the same spec and weights file give the same object.
+    A process keeps its last four: the same spec and weights file give the same object.
 
     Raises BackboneError for unknown names, naming the nearest ones, for weights that do not fit,
     and for a tag that cannot be downloaded.
@@ -170,7 +170,8 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
         if spec.bands is not None and has_channels(module, tensors, len(spec.bands)):
             _adapt_to_bands(module, preprocessing, spec)
         if spec.weights_match == "name":
-            if not _fits_unchanged(module, tensors):  # exported at the size that is asked for
+            # A file that was exported at `image_size` fits only a network of that size.
+            if not _fits_unchanged(module, tensors):
                 _apply_image_size(module, preprocessing, spec)
             fitted = fit_weights(module, tensors, "name", network_description)
             left_out = dataclasses.replace(left_out, absent=fitted.absent, surplus=fitted.surplus)
@@ -246,7 +247,7 @@ def _configuration(module: nn.Module) -> str:
 
 
 def _module_source(name: str) -> str:
-    """Return the text of the module of a "python:module:function" backbone; "" for others."""
+    """Return the source of the module of a "python:module:function" backbone; "" if it has none."""
     try:
         return inspect.getsource(sys.modules[name.split(":")[1]])
     # Not imported, without a source file, or built into Python.

@@ -18,14 +18,16 @@ def adapt_channels(module: nn.Module, name: str, n_channels: int) -> None:
     Raises BackboneError for a network that cannot be adapted.
     """
     convolutions = _first_convolutions(module)
-    own_counts = {convolution.in_channels for convolution in convolutions.values()}
-    if own_counts == {n_channels}:
+    channel_counts = {convolution.in_channels for convolution in convolutions.values()}
+    if channel_counts == {n_channels}:
         return
-    if own_counts != {3} or any(convolution.groups != 1 for convolution in convolutions.values()):
-        own = ", ".join(map(str, sorted(own_counts))) or "no convolution that could be given others"
+    if channel_counts != {3} or any(
+        convolution.groups != 1 for convolution in convolutions.values()
+    ):
+        counts_text = ", ".join(map(str, sorted(channel_counts))) or "an unknown number of"
         raise BackboneError(
-            f"{name} has {own} input channels, and {n_channels} bands are asked for. Only a first "
-            "convolution on three colours is adapted: give as many bands as the network takes"
+            f"{name} has {counts_text} input channels, and {n_channels} bands are asked for. Only "
+            "a first convolution on three colours is adapted: give as many bands as it takes"
         )
     if getattr(module, "transform_input", False):
         raise BackboneError(
@@ -45,7 +47,7 @@ def adapt_channels(module: nn.Module, name: str, n_channels: int) -> None:
 
 
 def has_channels(module: nn.Module, tensors: Mapping[str, Tensor], n_channels: int) -> bool:
-    """Return whether the first convolution in a weights file takes so many channels."""
+    """Return whether the first convolution in a weights file takes `n_channels`."""
     names = tuple(f"{name}.weight" for name in _first_convolutions(module))
     shapes = [tensor.shape for key, tensor in tensors.items() if key.endswith(names)]
     return any(len(shape) == 4 and shape[1] == n_channels for shape in shapes)

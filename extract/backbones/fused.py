@@ -75,8 +75,8 @@ def fold_batch_norms(module: nn.Module, tapped: Collection[str], image: Tensor) 
     """Return a copy of `module` (evaluation mode, float32, CPU) with batch normalizations folded
     into the convolutions before them; `module` itself if there are none.
 
-    For any device, unlike `fuse_layers`, whose arguments these are; here too the caller must
-    compare the outputs.
+    Unlike that of `fuse_layers`, which takes the same arguments, the copy can be moved to any
+    device. Here too the caller must compare the outputs.
     """
     folded = copy.deepcopy(module)
     names = {child: name for name, child in folded.named_modules()}

@@ -38,7 +38,8 @@ _TIMM_SOURCES = ("hf-hub:", "local-dir:")
 def build_network(
     name: str, tag: str | None, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, Preprocessing]:
-    """Build the network `name` with random weights, and the preprocessing of a tag's weights.
+    """Build the network `name` with random weights, and the preprocessing of a tag's weights
+    (for open_clip, of the architecture).
 
     tag: None for the default one.
     arguments: of the library's builder, BackboneSpec.model_arguments.
@@ -119,7 +120,7 @@ def limit_parameters(max_parameters: int, name: str, reason: str) -> Iterator[No
                 f"{name}: the network has more than {max_parameters:,} parameters, {reason}"
             )
 
-    # Code that the caller has allowed, and that may build more than it returns.
+    # Not for the caller's own code, which is trusted, and may build more than it returns.
     if name.startswith("python:"):
         yield
         return
@@ -463,7 +464,7 @@ def import_network_function(path: str) -> Callable[..., Any]:
 
 
 def _require_hub(name: str, model_id: str) -> None:
-    """Raise BackboneError for a model of the hub that is not on this machine without a network."""
+    """Raise BackboneError for a model that is not on this machine while the hub is out of reach."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if backbone_path(name) is not None:

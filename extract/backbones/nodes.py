@@ -48,7 +48,7 @@ class Node:
     layout: Layout
     shape: tuple[int, ...]  # of one image, without N
     # NTC: count of class and register tokens before the patch tokens; None if it is not known.
-    prefix: int | None
+    n_prefix_tokens: int | None
     has_class_token: bool  # NTC: whether the first of them is a class token
     cost: float  # share of the forward pass's multiply-adds up to this output, 0 to 1
 
@@ -199,7 +199,7 @@ def _run_with_hooks(
     captured_outputs, linear_inputs, call_counts, total_flops = _capture(
         module, image_shape, device
     )
-    shape_of_name = {output.name: output.shape for output in reversed(captured_outputs)}
+    shape_of_name = {output.name: output.shape for output in captured_outputs}
     logits_shape = captured_outputs[-1].shape
     for linear_input in reversed(linear_inputs):
         linear_name = linear_input.module
@@ -210,8 +210,8 @@ def _run_with_hooks(
             and call_counts.get(linear_name) == 1
             and shape_of_name[linear_name] == logits_shape
         ):
-            logits_index = [output.name for output in captured_outputs].index(linear_name)
-            captured_outputs.insert(logits_index, linear_input)
+            classifier_index = [output.name for output in captured_outputs].index(linear_name)
+            captured_outputs.insert(classifier_index, linear_input)
             break
     repeated = frozenset(name for name, count in call_counts.items() if count > 1)
     nodes = []

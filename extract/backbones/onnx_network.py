@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.preprocessing import Preprocessing
 
-_FLOAT_TYPES = ("tensor(float)", "tensor(float16)")
 _OUTPUT_SUFFIXES = ("_output_0", ":0")  # of the names of values, in exports of PyTorch and Keras
 
 
@@ -74,7 +73,7 @@ class OnnxNetwork(nn.Module):
         if fixed_edges:
             raise BackboneError(
                 f"{name}: image_size is {size}, and the file takes images of {fixed_edges[0]} "
-                "pixels only: leave image_size out, or export it with open sizes"
+                "pixels only: leave image_size out, or export it with dynamic height and width"
             )
 
     def _run(self, names: Sequence[str], pixels: Tensor) -> list[Tensor]:

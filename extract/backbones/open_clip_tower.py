@@ -114,7 +114,9 @@ def _preprocessing_of(config: dict[str, Any], name: str) -> Preprocessing:
     size = (size, size) if isinstance(size, int) else tuple(size)
     modes = {"shortest": "shortest", "longest": "border", "squash": "squash"}
     if config["resize_mode"] not in modes or len(config["mean"]) != 3:
-        raise BackboneError(f"open_clip:{name} preprocesses images as {config}: not known here")
+        raise BackboneError(
+            f"open_clip:{name} preprocesses images as {config}: write a python: backbone for it"
+        )
     return Preprocessing(
         resize=size,
         crop=size,

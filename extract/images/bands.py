@@ -36,12 +36,12 @@ from headrace.extract.images.opening import (
     decoding_reason,
     open_image,
 )
-from headrace.extract.images.samples import (
+from headrace.extract.images.raw_pixels import (
     PixelRange,
-    Samples,
-    array_samples,
+    RawPixels,
     array_shape,
-    file_samples,
+    read_array_pixels,
+    read_raw_pixels,
     tiff_bits,
 )
 from headrace.extract.images.tiff_windows import TiffWindows
@@ -96,9 +96,9 @@ class Bands:
         return is_missing if is_missing.any() else None
 
     def plane(self, channel: int, fill: float | None = None) -> npt.NDArray[np.float32]:
-        """Return a band (H, W) as float32 in the file's own numbers, less black if `_is_wide`.
+        """Return a band (H, W) as float32, to be resized and then `scaled`.
 
-        It is resized before `scaled` scales it.
+        It is in the file's own numbers, less black if `_exceeds_float32`.
 
         fill: the value of pixels without one, black being 0 and white 1; None: such pixels raise
         ImageError.
@@ -111,7 +111,7 @@ class Bands:
                 "infinity, or the file's nodata). images.nodata: mean in the recipe gives them the "
                 "mean of their band"
             )
-        if self._is_wide:
+        if self._exceeds_float32:
             # Subtracted before the values are rounded to float32, which has 24 bits only.
             values = values.astype(np.float64) - self.ranges[channel][0]
         plane = np.ascontiguousarray(values, np.float32)
@@ -122,7 +122,7 @@ class Bands:
     def own_number(self, channel: int, value: float) -> float:
         """Return a value, given with black as 0 and white as 1, in the numbers of `plane`."""
         black, white = self.ranges[channel]
-        return (0 if self._is_wide else black) + value * (white - black)
+        return (0 if self._exceeds_float32 else black) + value * (white - black)
 
     def scaled(self, planes: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
         """Return C planes (H, W) as (H, W, C) in which black is 0 and white 255, unclipped."""
@@ -137,7 +137,7 @@ class Bands:
         return self.scaled([self.plane(channel, fill) for channel in range(len(self.selection))])
 
     @property
-    def _is_wide(self) -> bool:
+    def _exceeds_float32(self) -> bool:
         """Whether float32 may round the numbers, so that black is subtracted in float64 before."""
         return bool(self.values.dtype.itemsize > 2 and self.values.dtype != np.float32)
 
@@ -161,24 +161,24 @@ def decode_deep(
     Raises ImageError for whatever is wrong with the bytes.
     """
     try:
-        samples, turn = _read(data, None if bands is None else max(bands), in_parts)
-        if samples is None:
+        raw, turn = _read(data, None if bands is None else max(bands), in_parts)
+        if raw is None:
             return decode_image(data)
-        values: Any = samples.values
+        values: Any = raw.values
         if isinstance(values, np.ndarray):
             check_size(values.shape[1], values.shape[0])
             values = values[:, :, None] if values.ndim == 2 else values
             if values.ndim != 3:  # a damaged TIFF, whose axes are not those of its values
-                raise ImageError(f"{samples.name} of shape {values.shape}, expected (H, W, bands)")
+                raise ImageError(f"{raw.name} of shape {values.shape}, expected (H, W, bands)")
         if bands is None:
-            values, ranges = _colours(samples, values, pixel_range)
+            values, ranges = _colours(raw, values, pixel_range)
             selection = tuple(range(values.shape[2]))
         else:
-            ranges = _ranges(samples, pixel_range, len(bands))
-            selection = _selection(bands, values.shape[2], samples.name)
-            if samples.white_is_zero:
+            ranges = _ranges(raw, pixel_range, len(bands))
+            selection = _selection(bands, values.shape[2], raw.name)
+            if raw.white_is_zero:
                 ranges = tuple((white, black) for black, white in ranges)
-        return Bands(_turned(values, turn), selection, ranges, samples.name, samples.nodata)
+        return Bands(_turned(values, turn), selection, ranges, raw.name, raw.nodata)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on malformed input, and a run must go on
@@ -187,7 +187,7 @@ def decode_deep(
 
 def _read(
     data: bytes, highest_band: int | None, in_parts: bool
-) -> tuple[Samples | None, Image.Transpose | None]:
+) -> tuple[RawPixels | None, Image.Transpose | None]:
     """Return the samples of a file, and the turn that makes them upright.
 
     highest_band: the highest band asked for, None for all colours. Without it, the samples of an
@@ -196,7 +196,7 @@ def _read(
     if not data:
         raise ImageError("the file is empty")
     if data.startswith(_NUMPY_MAGIC):
-        array = array_samples(data, highest_band)
+        array = read_array_pixels(data, highest_band)
         is_deep = array.values.dtype not in (np.uint8, np.bool_)
         return (array if highest_band is not None or is_deep else None), None
     # As in `decode_image`: with True, truncated files decode to grey bars without an error.
@@ -206,27 +206,27 @@ def _read(
             if image.format == "TIFF" and highest_band is not None and image.mode not in ("P", "1"):
                 # Pillow drops the second of two bands without an error, and reads one page only,
                 # where each channel may be a page.
-                return _tifffile_samples(data, in_parts)
+                return _tifffile_pixels(data, in_parts)
             check_size(*image.size)
-            samples = file_samples(image, data, None)
-            if samples is not None and image.format == "TIFF":
-                samples = samples._replace(nodata=_as_number(image.tag_v2.get(_NODATA_TAG)))  # type: ignore[attr-defined]
-            elif samples is None and image.format == "TIFF" and tiff_bits(image) > 8:
+            raw = read_raw_pixels(image, data, None)
+            if raw is not None and image.format == "TIFF":
+                raw = raw._replace(nodata=_as_number(image.tag_v2.get(_NODATA_TAG)))  # type: ignore[attr-defined]
+            elif raw is None and image.format == "TIFF" and tiff_bits(image) > 8:
                 # Pillow scales such samples to 8 bits, or drops their low bytes.
-                return _tifffile_samples(data, False)
-            elif samples is None and highest_band is not None:
+                return _tifffile_pixels(data, False)
+            elif raw is None and highest_band is not None:
                 mode = image.mode
                 image.load()
                 plain = image.convert(_PALETTE_MODES[mode]) if mode in _PALETTE_MODES else image
-                samples = Samples(
+                raw = RawPixels(
                     np.asarray(plain), f"{mode} values of a {image.format}", (0.0, 255.0)
                 )
-            return samples, orientation_of(image)
+            return raw, orientation_of(image)
     except (PIL.UnidentifiedImageError, Image.DecompressionBombError):
         # Pillow knows few kinds of TIFF, and refuses large images whole; tifffile reads parts.
         if not data.startswith(_TIFF_MAGIC):
             raise
-    return _tifffile_samples(data, in_parts)
+    return _tifffile_pixels(data, in_parts)
 
 
 def _as_number(text: Any) -> float | None:
@@ -236,7 +236,7 @@ def _as_number(text: Any) -> float | None:
         return None
 
 
-def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Transpose | None]:
+def _tifffile_pixels(data: bytes, in_parts: bool) -> tuple[RawPixels, Image.Transpose | None]:
     """Return the first image of a TIFF, read by tifffile, and the turn that makes it upright.
 
     Samples may be interleaved or in planes, in either byte order, of any type of numbers; channels
@@ -293,28 +293,28 @@ def _tifffile_samples(data: bytes, in_parts: bool) -> tuple[Samples, Image.Trans
     if values.dtype.kind not in "buif":
         raise ImageError(f"a TIFF of {values.dtype} values; expected numbers")
     own_range = (0.0, 2.0**bits - 1) if values.dtype.kind in "bu" and bits <= 16 else None
-    samples = Samples(
+    raw = RawPixels(
         values,
         f"{values.dtype.name} values of a TIFF",
         own_range,
         white_is_zero=white_is_zero,
         nodata=_as_number(nodata_tag.value) if nodata_tag is not None else None,
     )
-    return samples, turn
+    return raw, turn
 
 
 def _ranges(
-    samples: Samples, pixel_range: PixelRange | tuple[PixelRange, ...] | None, count: int
+    raw: RawPixels, pixel_range: PixelRange | tuple[PixelRange, ...] | None, count: int
 ) -> tuple[PixelRange, ...]:
     """Return (black, white) of each of `count` bands.
 
     Those of 8 bits keep their own range. Raises ImageError for others without a `pixel_range`.
     """
-    has_eight_bits = samples.values.dtype in (np.uint8, np.bool_)
-    value_range = samples.own_range if has_eight_bits or pixel_range is None else pixel_range
+    has_eight_bits = raw.values.dtype in (np.uint8, np.bool_)
+    value_range = raw.own_range if has_eight_bits or pixel_range is None else pixel_range
     if value_range is None:
         raise ImageError(
-            f"{samples.name} have no range of their own. Say which value is black and which is "
+            f"{raw.name} have no range of their own. Say which value is black and which is "
             "white: images.pixel_range: [0, 10000] in the recipe, or [0, 1] where mean and std are "
             "in the file's own numbers (in Python: pixel_range=(0, 1))"
         )
@@ -331,7 +331,7 @@ def _selection(bands: tuple[int, ...], count: int, name: str) -> tuple[int, ...]
 
 
 def _colours(
-    samples: Samples,
+    raw: RawPixels,
     values: npt.NDArray[Any],
     pixel_range: PixelRange | tuple[PixelRange, ...] | None,
 ) -> tuple[npt.NDArray[Any], tuple[PixelRange, ...]]:
@@ -342,24 +342,24 @@ def _colours(
     count = values.shape[2]
     if count > 4:
         raise ImageError(
-            f"{samples.name}: {count_text(count, 'band')}, and the network takes colours. Say "
+            f"{raw.name}: {count_text(count, 'band')}, and the network takes colours. Say "
             "which: bands: [4, 3, 2] of the backbone in the recipe (red, green, blue, counted from "
             "1)"
         )
     colours = values[:, :, : count - 1] if count in (2, 4) else values
-    (colour_range,) = set(_ranges(samples, pixel_range, 1))
+    (colour_range,) = set(_ranges(raw, pixel_range, 1))
     ranges = (colour_range,) * colours.shape[2]
-    if samples.white_is_zero:
+    if raw.white_is_zero:
         ranges = tuple((white, black) for black, white in ranges)
-    if count not in (2, 4) and samples.transparent is None:
+    if count not in (2, 4) and raw.transparent is None:
         return colours, ranges
     selection = tuple(range(colours.shape[2]))
-    floats: npt.NDArray[Any] = Bands(colours, selection, ranges, samples.name).floats()
-    if samples.transparent is not None:
-        floats[(values == np.asarray(samples.transparent)).all(axis=2)] = 255
+    floats: npt.NDArray[Any] = Bands(colours, selection, ranges, raw.name).floats()
+    if raw.transparent is not None:
+        floats[(values == np.asarray(raw.transparent)).all(axis=2)] = 255
     if count in (2, 4):
-        alpha_range = samples.alpha_range or colour_range
-        alpha = Bands(values, (count - 1,), (alpha_range,), samples.name).floats() / 255
+        alpha_range = raw.alpha_range or colour_range
+        alpha = Bands(values, (count - 1,), (alpha_range,), raw.name).floats() / 255
         floats = floats * alpha + 255 * (1 - alpha)
     return floats, ((0.0, 255.0),) * floats.shape[2]
 
@@ -386,6 +386,7 @@ def decode_large_tiff(data: bytes) -> Bands | None:
         return None
     if width * height <= MAX_PIXELS:
         return None
+    # (0, 1) for deep pixels, which `Bands.picture` refuses; those of 8 bits have their own range.
     bands = decode_deep(data, (1,), (0, 1), in_parts=True)
     assert isinstance(bands, Bands)
     n_colours = 3 if bands.values.shape[2] >= 3 else 1
@@ -410,7 +411,7 @@ def _declared_size(file: IO[bytes]) -> tuple[int, int]:
     file.seek(0)
     if head.startswith(_NUMPY_MAGIC):
         shape = array_shape(head)
-        # Bands first if the first axis is the shortest, as in `array_samples`.
+        # Bands first if the first axis is the shortest, as in `read_array_pixels`.
         height, width = shape[1:] if len(shape) == 3 and shape[0] < shape[2] else shape[:2]
         return width, height
     try:

@@ -12,10 +12,7 @@ from headrace.cache.format.sealed import SealBroken, read_sealed_json, sealed_js
 
 @dataclass(frozen=True)
 class ListingChanges:
-    """Difference of two listings, by ids.
-
-    Every id of the new listing is in one of them at most.
-    """
+    """Difference of two listings, by ids: an id is at most one of new, changed and renamed."""
 
     new: tuple[str, ...]  # neither the id nor, under an id that is gone, the content was there
     changed: tuple[str, ...]  # the id was there, with other content

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from headrace.cache.atomic_io import publish_replace
 from headrace.cache.file_stamps import FileStamp, file_stamps
 from headrace.cache.format.sealed import SEAL, UNSEALED, check_seal, seal
-from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.crops import crop_content, split_crop
+from headrace.extract.images.locators import locator_file, read_bytes
 
 HASH_DIGITS = 32  # hex digits, 128 bits: no two images of a cache collide by chance
 _COLUMNS = ("path", "stamp", "content")

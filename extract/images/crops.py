@@ -20,7 +20,7 @@ from headrace.extract.errors import ImageError
 from headrace.extract.images.bands import Bands, decode_deep
 from headrace.extract.images.decoding import JPEG_REDUCTIONS, decode_image, jpeg_size
 from headrace.extract.images.preprocessing import DecodedImage
-from headrace.extract.images.samples import PixelRange
+from headrace.extract.images.raw_pixels import PixelRange
 
 Background = Literal["white", "black", "nodata"]
 

@@ -18,13 +18,13 @@ from PIL import Image, ImageFile
 
 from headrace.extract.errors import ImageError
 from headrace.extract.images.opening import check_size, decoding_reason, open_image
-from headrace.extract.images.samples import (
+from headrace.extract.images.raw_pixels import (
     SIXTEEN_BITS,
     PixelRange,
-    Samples,
+    RawPixels,
     array_header,
-    array_samples,
-    file_samples,
+    read_array_pixels,
+    read_raw_pixels,
 )
 
 # Part of every fingerprint: another Pillow can round a resize or a JPEG differently.
@@ -41,7 +41,7 @@ COLOUR = (
 DecodeMode = Literal["exact", "scaled"]
 JPEG_REDUCTIONS = (8, 4, 2)  # divisors of the edges that libjpeg has fast code for
 
-_NUMPY, _JPEG = b"\x93NUMPY", b"\xff\xd8\xff"  # first bytes of these formats
+_NUMPY_MAGIC, _JPEG_MAGIC = b"\x93NUMPY", b"\xff\xd8\xff"  # first bytes of these formats
 _BLOCK_VALUES = 2**20  # converted together, so that their float64 copy takes only 8 MB
 _ORIENTATION_TAG = 0x0112  # of EXIF
 ORIENTATIONS = {
@@ -77,17 +77,17 @@ def decode_image(
     """
     if not data:
         raise ImageError("the file is empty")
-    if data.startswith(_NUMPY):
-        return _eight_bits(array_samples(data), pixel_range)
+    if data.startswith(_NUMPY_MAGIC):
+        return _eight_bits(read_array_pixels(data), pixel_range)
     # Some libraries switch this on for the whole process; truncated files would then decode to grey
     # bars without an error.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with open_image(data) as image:
             check_size(*image.size)
-            samples = file_samples(image, data, pixel_range)
-            if samples is not None:
-                return upright(_eight_bits(samples, pixel_range), image)
+            raw = read_raw_pixels(image, data, pixel_range)
+            if raw is not None:
+                return upright(_eight_bits(raw, pixel_range), image)
             file_size = image.size
             if reduction > 1:
                 image.draft(None, (image.width // reduction, image.height // reduction))
@@ -148,7 +148,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     None for other formats, and for damaged files.
     """
-    if not data.startswith(_JPEG):
+    if not data.startswith(_JPEG_MAGIC):
         return None
     try:
         with open_image(data) as image:
@@ -164,10 +164,10 @@ def has_deep_pixels(data: bytes) -> bool:
 
     Raises whatever its decoder does.
     """
-    if data.startswith(_NUMPY):
+    if data.startswith(_NUMPY_MAGIC):
         return array_header(data)[2] not in (np.uint8, np.bool_)
     with open_image(data) as image:
-        return file_samples(image, data, None) is not None
+        return read_raw_pixels(image, data, None) is not None
 
 
 def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.Image:
@@ -186,11 +186,11 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
         return _over_white(plain_image.convert("RGBA"))
     if mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
-        return _eight_bits(Samples(values, "16-bit values", SIXTEEN_BITS), pixel_range)
+        return _eight_bits(RawPixels(values, "16-bit values", SIXTEEN_BITS), pixel_range)
     if mode in ("I", "F"):
         values = np.asarray(image)
-        samples = Samples(values, f"{values.dtype} values (Pillow's mode {mode})", None)
-        return _eight_bits(samples, pixel_range)
+        raw = RawPixels(values, f"{values.dtype} values (Pillow's mode {mode})", None)
+        return _eight_bits(raw, pixel_range)
     has_alpha = mode in ("RGBA", "LA", "PA", "La", "RGBa")
     if has_alpha or (mode == "P" and "transparency" in image.info):
         return _over_white(image.convert("RGBA"))
@@ -211,31 +211,31 @@ def check_pixel_range(pixel_range: Any) -> None:
         )
 
 
-def _eight_bits(samples: Samples, pixel_range: PixelRange | None) -> Image.Image:
+def _eight_bits(raw: RawPixels, pixel_range: PixelRange | None) -> Image.Image:
     """Return samples as an image in mode "RGB" or "L".
 
     Raises ImageError if their range is not known.
     """
-    values = samples.values
+    values = raw.values
     has_eight_bits = values.dtype in (np.uint8, np.bool_)
-    value_range = samples.own_range if has_eight_bits or pixel_range is None else pixel_range
+    value_range = raw.own_range if has_eight_bits or pixel_range is None else pixel_range
     if value_range is None:
         raise ImageError(
-            f"{samples.name} have no range of their own. Say which value is black and which is "
+            f"{raw.name} have no range of their own. Say which value is black and which is "
             "white: images.pixel_range: [0, 1] in the recipe where 0 is black and 1 is white (in "
             "Python: pixel_range=(0, 1))"
         )
     n_channels = values.shape[2] if values.ndim == 3 else 1
     colour_values = values[:, :, : n_channels - 1] if n_channels in (2, 4) else values
     grey_or_rgb = _scale(colour_values, *value_range)
-    if samples.white_is_zero:
+    if raw.white_is_zero:
         grey_or_rgb = 255 - grey_or_rgb
-    if samples.transparent is not None:
-        is_transparent = values == np.asarray(samples.transparent)
+    if raw.transparent is not None:
+        is_transparent = values == np.asarray(raw.transparent)
         # Blended with white, a transparent pixel is white.
         grey_or_rgb[is_transparent.all(axis=2) if n_channels > 1 else is_transparent] = 255
     if n_channels in (2, 4):
-        alpha = _scale(values[:, :, n_channels - 1 :], *(samples.alpha_range or value_range))
+        alpha = _scale(values[:, :, n_channels - 1 :], *(raw.alpha_range or value_range))
         with_alpha = Image.fromarray(np.concatenate([grey_or_rgb, alpha], axis=2))
         return _over_white(with_alpha.convert("RGBA"))
     return Image.fromarray(np.ascontiguousarray(grey_or_rgb))

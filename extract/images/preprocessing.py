@@ -27,7 +27,7 @@ from headrace.extract.images.decoding import (
     jpeg_size,
 )
 from headrace.extract.images.opening import MAX_PIXELS
-from headrace.extract.images.samples import PixelRange
+from headrace.extract.images.raw_pixels import PixelRange
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 PixelDtype = Literal["uint8", "float32"]
@@ -174,34 +174,36 @@ def plain_pixel_range(pixel_range: Any, bands: tuple[int, ...] | None) -> PixelR
     return tuple((float(black), float(white)) for black, white in pixel_range)
 
 
-def decode_pixels(data: bytes, how: Preprocessing, *, in_parts: bool = False) -> DecodedImage:
-    """Decode an image to the depth and bands of `how`, upright, not yet resized.
+def decode_pixels(
+    data: bytes, preprocessing: Preprocessing, *, in_parts: bool = False
+) -> DecodedImage:
+    """Decode an image to the depth and bands that are asked for, upright, not yet resized.
 
     in_parts: only crops are needed, so a large TIFF is decoded where they are cut.
     Raises ImageError.
     """
-    if how.pixel_dtype == "uint8":
+    if preprocessing.pixel_dtype == "uint8":
         if in_parts and (large_image := decode_large_tiff(data)) is not None:
             return large_image
-        return decode_image(data, how.pixel_range, jpeg_reduction(data, how))  # type: ignore[arg-type]
-    return decode_deep(data, how.bands, how.pixel_range, in_parts=in_parts)
+        return decode_image(data, preprocessing.pixel_range, jpeg_reduction(data, preprocessing))  # type: ignore[arg-type]
+    return decode_deep(data, preprocessing.bands, preprocessing.pixel_range, in_parts=in_parts)
 
 
-def jpeg_reduction(data: bytes, how: Preprocessing) -> int:
+def jpeg_reduction(data: bytes, preprocessing: Preprocessing) -> int:
     """Return the `reduction` for `decode_image`: 1 for exact decoding and for other formats."""
-    if how.decode == "exact" or (size := jpeg_size(data)) is None:
+    if preprocessing.decode == "exact" or (size := jpeg_size(data)) is None:
         return 1
     height, width = size
-    resized_height, resized_width = _resized_extent(height, width, how)
+    resized_height, resized_width = _resized_extent(height, width, preprocessing)
     max_reduction = min(height / resized_height, width / resized_width) / _SCALED_EDGES
     return next((reduction for reduction in JPEG_REDUCTIONS if reduction <= max_reduction), 1)
 
 
-def render_crop(image: DecodedImage, how: Preprocessing) -> npt.NDArray[Any]:
+def render_crop(image: DecodedImage, preprocessing: Preprocessing) -> npt.NDArray[Any]:
     """Return the evaluation crop of an upright image.
 
-    uint8 of shape (*how.crop, 3) for an "RGB" or "L" image; float32 of shape (*how.crop,
-    how.n_channels), white being 255, for Bands.
+    uint8 of shape (*crop, 3) for an "RGB" or "L" image; float32 of shape (*crop, n_channels), white
+    being 255, for Bands.
 
     Raises ImageError for an image so long and narrow that resizing it would take hundreds of MB.
     """
@@ -209,37 +211,37 @@ def render_crop(image: DecodedImage, how: Preprocessing) -> npt.NDArray[Any]:
         bands = image
 
         def fit(plane: Image.Image, channel: int) -> Image.Image:
-            border = how.mean[channel] if how.mode == "border" else 0.0
-            return _fit(plane, how, bands.own_number(channel, border))
+            border = preprocessing.mean[channel] if preprocessing.mode == "border" else 0.0
+            return _fit(plane, preprocessing, bands.own_number(channel, border))
 
-        return render_bands(bands, how, fit)
-    return rgb_pixels(_fit(image, how))
+        return render_bands(bands, preprocessing, fit)
+    return rgb_pixels(_fit(image, preprocessing))
 
 
 def render_bands(
-    bands: Bands, how: Preprocessing, change: Callable[[Image.Image, int], Image.Image]
+    bands: Bands, preprocessing: Preprocessing, change: Callable[[Image.Image, int], Image.Image]
 ) -> npt.NDArray[np.float32]:
-    """Return the bands after `change`: (h, w, how.n_channels) float32, white being 255.
+    """Return the bands after `change`: (h, w, preprocessing.n_channels) float32, white being 255.
 
     change: function of a band, as an image of 32-bit floats, and its channel; it resizes the band.
 
     Raises ImageError.
     """
     # Grey is repeated for a network that takes colours.
-    if len(bands.selection) < how.n_channels:
-        n_channels = how.n_channels
+    if len(bands.selection) < preprocessing.n_channels:
+        n_channels = preprocessing.n_channels
         bands = replace(
             bands, selection=bands.selection * n_channels, ranges=bands.ranges * n_channels
         )
     planes: list[npt.NDArray[np.float32]] = []
-    for channel in range(how.n_channels):
-        fill = how.mean[channel] if how.nodata == "mean" else None
+    for channel in range(preprocessing.n_channels):
+        fill = preprocessing.mean[channel] if preprocessing.nodata == "mean" else None
         equals_first_plane = (
             channel > 0
             and bands.selection[channel] == bands.selection[0]
             and bands.ranges[channel] == bands.ranges[0]
             # Borders and missing pixels get the mean of their own channel.
-            and how.mode != "border"
+            and preprocessing.mode != "border"
             and fill is None
         )
         if equals_first_plane:
@@ -251,17 +253,19 @@ def render_bands(
     return bands.scaled(planes)
 
 
-def _fit(image: Image.Image, how: Preprocessing, border: float | None = None) -> Image.Image:
+def _fit(
+    image: Image.Image, preprocessing: Preprocessing, border: float | None = None
+) -> Image.Image:
     """Resize and crop an image, or one band in mode "F", whose padding is `border`."""
     box = file_box(image)
     width, height = image.size
-    scaled_height, scaled_width = _resized_extent(box[3] - box[1], box[2] - box[0], how)
+    scaled_height, scaled_width = _resized_extent(box[3] - box[1], box[2] - box[0], preprocessing)
     # For an image of a few pixels' width, mode "shortest" enlarges both edges a hundredfold:
     # gigabytes from some kB. The limit is the largest of the image's own pixels; 64 times the
     # network's input, which is enough for panoramas of 64 : 1; and 2^24 (64 MB), for 256 : 1 at 256
     # pixels. But never above MAX_PIXELS, because a batch is resized by one thread per core: twice
     # MAX_PIXELS with the network took 1.8 GB on two cores.
-    limit = min(MAX_PIXELS, max(height * width, 64 * math.prod(how.resize), 2**24))
+    limit = min(MAX_PIXELS, max(height * width, 64 * math.prod(preprocessing.resize), 2**24))
     # Pillow resizes the width first, so a tall image is as wide as the result, and still as tall as
     # before, for a moment in every mode.
     if scaled_width * max(scaled_height, height) > limit:
@@ -271,8 +275,10 @@ def _fit(image: Image.Image, how: Preprocessing, border: float | None = None) ->
             "image into pieces, or leave it out"
         )
     if (scaled_height, scaled_width) != (height, width):
-        image = image.resize((scaled_width, scaled_height), RESAMPLING[how.interpolation], box)
-    return _centre_crop(image, how, border)
+        image = image.resize(
+            (scaled_width, scaled_height), RESAMPLING[preprocessing.interpolation], box
+        )
+    return _centre_crop(image, preprocessing, border)
 
 
 def rgb_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -282,37 +288,39 @@ def rgb_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
     return np.broadcast_to(values[:, :, None], (*values.shape, 3)) if values.ndim == 2 else values
 
 
-def _resized_extent(height: float, width: float, how: Preprocessing) -> tuple[int, int]:
+def _resized_extent(height: float, width: float, preprocessing: Preprocessing) -> tuple[int, int]:
     """Return (height, width) after the resize, rounded as torchvision and timm round."""
-    target_height, target_width = how.resize
-    if how.mode == "squash":
-        return how.resize
-    if how.mode == "shortest" and target_height == target_width:
+    target_height, target_width = preprocessing.resize
+    if preprocessing.mode == "squash":
+        return preprocessing.resize
+    if preprocessing.mode == "shortest" and target_height == target_width:
         # torchvision.transforms.Resize(int) truncates the longer edge.
         if width <= height:
             return max(int(target_width * height / width), 1), target_width
         return target_height, max(int(target_height * width / height), 1)
     ratios = (height / target_height, width / target_width)
-    ratio = max(ratios) if how.mode == "border" else min(ratios)
+    ratio = max(ratios) if preprocessing.mode == "border" else min(ratios)
     return max(round(height / ratio), 1), max(round(width / ratio), 1)
 
 
-def _centre_crop(image: Image.Image, how: Preprocessing, border: float | None) -> Image.Image:
+def _centre_crop(
+    image: Image.Image, preprocessing: Preprocessing, border: float | None
+) -> Image.Image:
     """Crop as torchvision's center_crop, which pads smaller images with black.
 
     border: padding of a band, in the numbers of `Bands.plane`. Mode "border" pads with the mean.
     """
     width, height = image.size
-    crop_height, crop_width = how.crop
-    if (height, width) == how.crop:
+    crop_height, crop_width = preprocessing.crop
+    if (height, width) == preprocessing.crop:
         return image
     if height < crop_height or width < crop_width:
         above, left = max((crop_height - height) // 2, 0), max((crop_width - width) // 2, 0)
         colour: tuple[int, ...] | float = (0, 0, 0)
         if border is not None:
             colour = border
-        elif how.mode == "border":
-            colour = tuple(round(255 * mean) for mean in how.mean)
+        elif preprocessing.mode == "border":
+            colour = tuple(round(255 * mean) for mean in preprocessing.mean)
         mode = "RGB" if border is None else "F"
         canvas = Image.new(mode, (max(width, crop_width), max(height, crop_height)), colour)
         canvas.paste(image.convert(mode), (left, above))

@@ -97,21 +97,21 @@ def parse_view(text: str) -> tuple[int, ViewMethod]:
 
 def render_view(
     image: DecodedImage,
-    content: str,
+    content_hash: str,
     index: int,
-    augmentation: ViewMethod,
+    method: ViewMethod,
     preprocessing: Preprocessing,
 ) -> npt.NDArray[Any]:
     """Return view `index` of an upright image with this content hash, as `render_crop` does."""
     if index == 0:
         return render_crop(image, preprocessing)
-    if isinstance(augmentation, Symmetries):
+    if isinstance(method, Symmetries):
         return mirror_pixels(render_crop(image, preprocessing), index)
-    digest = hashlib.sha256(f"{augmentation.seed}|{index}|{content}".encode()).digest()
+    digest = hashlib.sha256(f"{method.seed}|{index}|{content_hash}".encode()).digest()
     # Python's generator, because its random() is the same in every version of Python.
     random_draw = random.Random(int.from_bytes(digest, "big"))
     width, height = image.values.shape[1::-1] if isinstance(image, Bands) else image.size
-    crop_box = _crop(width, height, random_draw, augmentation)
+    crop_box = _crop(width, height, random_draw, method)
     crop_height, crop_width = preprocessing.crop
 
     def resize(plane: Image.Image) -> Image.Image:
@@ -120,15 +120,15 @@ def render_view(
 
     if isinstance(image, Bands):
         floats = render_bands(image, preprocessing, lambda plane, _channel: resize(plane))
-        is_mirrored = random_draw.random() < augmentation.flip
-        return _jitter(floats[:, ::-1] if is_mirrored else floats, random_draw, augmentation)
+        is_mirrored = random_draw.random() < method.flip
+        return _jitter(floats[:, ::-1] if is_mirrored else floats, random_draw, method)
     resized_image = resize(image)
-    if random_draw.random() < augmentation.flip:
+    if random_draw.random() < method.flip:
         resized_image = resized_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhancer, strength in (
-        (ImageEnhance.Brightness, augmentation.brightness),
-        (ImageEnhance.Contrast, augmentation.contrast),
-        (ImageEnhance.Color, augmentation.saturation),
+        (ImageEnhance.Brightness, method.brightness),
+        (ImageEnhance.Contrast, method.contrast),
+        (ImageEnhance.Color, method.saturation),
     ):
         factor = 1 + strength * (2 * random_draw.random() - 1)
         if strength:

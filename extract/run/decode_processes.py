@@ -37,8 +37,10 @@ from headrace.extract.spec import Sample
 
 # Images that a process gets together. Enough that a message of 0.1 ms does not matter, and few,
 # because their pixels take shared memory: 1.2 MB at 224 pixels.
-_IMAGES = 8
-_CROPS = 64  # neighbouring crops of one image that a process gets together, to decode it once
+_IMAGES_PER_REQUEST = 8
+_CROPS_PER_REQUEST = (
+    64  # neighbouring crops of one image that a process gets together, to decode it once
+)
 _ALIGNMENT = 64  # bytes, of each rendering's pixels in the shared memory
 # A sample is recorded as a failure when it has ended so many processes: the first perhaps because
 # of other samples that were decoded with it, the last ones alone.
@@ -52,7 +54,7 @@ class DecodeProcesses:
 
     def __init__(self, count: int) -> None:
         self._threads = ThreadPoolExecutor(count, "decode-process")
-        self._of_thread = threading.local()
+        self._thread_local = threading.local()
         self._processes: list[_Process] = []
 
     def submit(
@@ -108,9 +110,9 @@ class DecodeProcesses:
 
     def _process(self) -> "_Process":
         """Return the process of this thread."""
-        process: _Process | None = getattr(self._of_thread, "process", None)
+        process: _Process | None = getattr(self._thread_local, "process", None)
         if process is None:
-            process = self._of_thread.process = _Process()
+            process = self._thread_local.process = _Process()
             self._processes.append(process)
         return process
 
@@ -216,7 +218,7 @@ def serve(memory_file: int) -> None:
         buffers = _buffers_in(memory, renderings, len(samples))
         outcomes = [
             outcome
-            for start, end, image in runs_of_one_image(samples, last_image, _CROPS)
+            for start, end, image in runs_of_one_image(samples, last_image, _CROPS_PER_REQUEST)
             for outcome in render_samples(image, samples[start:end], renderings, buffers, start)
         ]
         pickle.dump(outcomes, replies, protocol=5)
@@ -234,10 +236,10 @@ def _next_request(
 
 
 def _portions(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of each request: up to _CROPS crops of one image, or _IMAGES images."""
+    """Yield (start, end) of each request: several crops of one image, or several images."""
     start = 0
-    for run_start, run_end, _ in runs_of_one_image(samples, [], _CROPS):
-        if run_end - run_start > 1 or run_end - start > _IMAGES:
+    for run_start, run_end, _ in runs_of_one_image(samples, [], _CROPS_PER_REQUEST):
+        if run_end - run_start > 1 or run_end - start > _IMAGES_PER_REQUEST:
             if start < run_start:
                 yield start, run_start
             start = run_start
@@ -249,8 +251,10 @@ def _portions(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
 
 
 def _aligned_bytes(rendering: Rendering, n_samples: int) -> int:
-    how = rendering.preprocessing
-    n_bytes = n_samples * prod(how.pixel_shape) * np.dtype(how.pixel_dtype).itemsize
+    preprocessing = rendering.preprocessing
+    n_bytes = (
+        n_samples * prod(preprocessing.pixel_shape) * np.dtype(preprocessing.pixel_dtype).itemsize
+    )
     return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -260,8 +264,10 @@ def _buffers_in(
     """Return the buffers of the renderings, which follow one another in the shared memory."""
     buffers, start = [], 0
     for rendering in renderings:
-        how = rendering.preprocessing
-        shape = (n_samples, *how.pixel_shape)
-        buffers.append(np.frombuffer(memory, how.pixel_dtype, prod(shape), start).reshape(shape))
+        preprocessing = rendering.preprocessing
+        shape = (n_samples, *preprocessing.pixel_shape)
+        buffers.append(
+            np.frombuffer(memory, preprocessing.pixel_dtype, prod(shape), start).reshape(shape)
+        )
         start += _aligned_bytes(rendering, n_samples)
     return buffers

@@ -97,9 +97,7 @@ def launch_forward(
         while part_start < len(pixels):
             pixel_part = pixels[part_start : part_start + batch_limit.images]
             n_part = len(pixel_part)
-            n_images = batch_limit.images
-            if graphed is None:
-                n_images = _batch_shape(n_part, batch_limit, device)
+            n_images = batch_limit.images if graphed else _batch_shape(n_part, batch_limit, device)
             try:
                 outputs = run(_to_device(pixel_part, n_images, device))
                 output_parts.append([_to_host(output[:n_part], device) for output in outputs])
@@ -115,7 +113,7 @@ def launch_forward(
                 graphed.release()
             batch_limit.images = n_images // 2
             _free_cached_memory(device)
-        done_event = None if is_cpu(device) else _event(device)
+        done_event = None if is_cpu(device) else _record_event(device)
 
     def result() -> list[npt.NDArray[Any]]:
         if done_event is not None:
@@ -160,7 +158,7 @@ def _to_device(pixels: Tensor, n_images: int, device: str) -> Tensor:
     return filled
 
 
-def _event(device: str) -> torch.Event:
+def _record_event(device: str) -> torch.Event:
     """Record an event that completes when the device has done all its work up to now."""
     done_event = torch.Event(device)
     # The stream of this device, because the default is that of the current one, the first GPU.

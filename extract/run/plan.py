@@ -20,7 +20,7 @@ MAX_SHARD_BYTES = 256 * 2**20  # of the largest tap
 # About 5 s of a small network on one core: a kill loses little, and at the end of a run no worker
 # waits long for the last one.
 CPU_IMAGES_PER_SHARD = 128
-# A GPU takes a second or less for them. No fewer, because batches are no larger than a unit, and
+# A GPU takes a second or less for them. No fewer, because no batch is larger than a shard, and
 # each shard is flushed to the disk.
 GPU_IMAGES_PER_SHARD = 1024
 
@@ -62,7 +62,8 @@ class ExtractJob:
 class WorkUnitReport:
     """The outcome of a work unit.
 
-    The three times are wall time of the thread that feeds the network, and add up to the unit's.
+    The three times are wall time of the thread that feeds the network, and add up to the
+    work unit's.
     """
 
     unit: str
@@ -141,8 +142,8 @@ def default_images_per_shard(specs: Sequence[FeatureSpec], device: str) -> int:
     """
     value_bytes = {"float32": 4, "uint8": 1}
     row_bytes = [prod(spec.shape) * value_bytes.get(spec.dtype, 2) for spec in specs]
-    most = CPU_IMAGES_PER_SHARD if device == "cpu" else GPU_IMAGES_PER_SHARD
-    return max(1, min(most, MAX_SHARD_BYTES // max(row_bytes, default=1)))
+    max_images = CPU_IMAGES_PER_SHARD if device == "cpu" else GPU_IMAGES_PER_SHARD
+    return max(1, min(max_images, MAX_SHARD_BYTES // max(row_bytes, default=1)))
 
 
 def work_unit_name(contents: Sequence[str]) -> str:

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from headrace.extract.errors import ImageError
 from headrace.extract.images.bands import Bands
-from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.crops import (
     Crop,
@@ -24,6 +23,7 @@ from headrace.extract.images.crops import (
     reaches_outside,
     split_crop,
 )
+from headrace.extract.images.locators import read_bytes
 from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
 from headrace.extract.images.views import ViewMethod, render_view
 from headrace.extract.spec import Sample
@@ -36,8 +36,8 @@ class Rendering:
     """One way to make pixels of an image: a network's preprocessing and a view."""
 
     preprocessing: Preprocessing
-    index: int  # of the view
-    augmentation: ViewMethod
+    view_index: int
+    view_method: ViewMethod
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,16 @@ class SharedImage:
                 raise self._data
             return self._content
 
-    def decode(self, how: Preprocessing) -> DecodedImage:
+    def decode(self, preprocessing: Preprocessing) -> DecodedImage:
         """Return the whole image; `content` must have been called before. Raises ImageError."""
         assert isinstance(self._data, bytes)
         with self._lock:
-            key = decoding_key(how)
+            key = decoding_key(preprocessing)
             if key not in self._decoded:
                 try:
-                    self._decoded[key] = decode_pixels(self._data, how, in_parts=self._in_parts)
+                    self._decoded[key] = decode_pixels(
+                        self._data, preprocessing, in_parts=self._in_parts
+                    )
                 except ImageError as error:
                     self._decoded[key] = error
         decoded = self._decoded[key]
@@ -90,11 +92,11 @@ class SharedImage:
 
 
 def runs_of_one_image(
-    samples: Sequence[Sample], last_image: list[SharedImage], most: int
+    samples: Sequence[Sample], last_image: list[SharedImage], max_crops: int
 ) -> Iterator[tuple[int, int, SharedImage]]:
     """Yield (start, end, image) for samples start to end, neighbouring crops of one image.
 
-    At most `most` crops at a time; a whole image is alone.
+    At most `max_crops` at a time; a whole image is alone.
 
     last_image: list of at most one image, that of the last crops, to which the first samples may
     belong too; it is replaced.
@@ -106,7 +108,7 @@ def runs_of_one_image(
         while (
             crop is not None
             and end < len(samples)
-            and end - start < most
+            and end - start < max_crops
             and split_crop(samples[end].path)[0] == path
         ):
             end += 1
@@ -156,10 +158,11 @@ def _render_one(
     return Outcome(is_clipped=is_clipped)
 
 
-def decoding_key(how: Preprocessing) -> Hashable:
+def decoding_key(preprocessing: Preprocessing) -> Hashable:
     """Return the fields of a preprocessing on which the decoded image depends."""
-    scaled_for = (how.resize, how.mode) if how.decode == "scaled" else None
-    return how.pixel_range, how.bands, how.pixel_dtype, scaled_for
+    is_exact = preprocessing.decode == "exact"
+    scaled_for = None if is_exact else (preprocessing.resize, preprocessing.mode)
+    return preprocessing.pixel_range, preprocessing.bands, preprocessing.pixel_dtype, scaled_for
 
 
 def render_into_buffers(
@@ -178,23 +181,23 @@ def render_into_buffers(
     decoded: dict[Hashable, DecodedImage] = {}
     is_clipped = False
     for rendering, buffer in zip(renderings, pixel_buffers, strict=True):
-        how = rendering.preprocessing
+        preprocessing = rendering.preprocessing
         if crop is not None:  # its numbers are pixels of the image in full size
-            how = replace(how, decode="exact")
-        key = decoding_key(how)
+            preprocessing = replace(preprocessing, decode="exact")
+        key = decoding_key(preprocessing)
         if key not in decoded:
-            image = decode(how)
+            image = decode(preprocessing)
             if crop is not None:
                 is_clipped = reaches_outside(crop, *image_size(image))
                 image = cut_crop(image, crop)
-                if isinstance(image, Bands) and how.pixel_dtype == "uint8":
+                if isinstance(image, Bands) and preprocessing.pixel_dtype == "uint8":
                     image = image.picture()  # of a TIFF too large to be decoded whole
             decoded[key] = image
         buffer[slot] = render_view(
             decoded[key],
             content_hash,
-            rendering.index,
-            rendering.augmentation,
+            rendering.view_index,
+            rendering.view_method,
             rendering.preprocessing,
         )
     return is_clipped

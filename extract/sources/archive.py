@@ -26,8 +26,8 @@ from headrace.cache.count_text import count_text
 from headrace.cache.home import expand_home
 from headrace.cache.text import load_json, normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids
-from headrace.extract.images.byte_ranges import encode_path, open_compressed, printable_name
 from headrace.extract.images.heif import reads_heif
+from headrace.extract.images.locators import encode_path, open_compressed, printable_name
 from headrace.extract.sources.folder import HIDDEN_ENTRIES, is_hidden
 from headrace.extract.sources.formats import (
     HEIF_SUFFIXES,
@@ -52,7 +52,7 @@ class _Member:
     """A file in an archive."""
 
     name: str
-    locator: str  # archive, byte range and name: the path of a sample, see images/byte_ranges.py
+    locator: str  # archive, byte range and name: the path of a sample, see images/locators.py
     head: bytes  # its first 32 bytes, if its suffix is not that of an image
     side_file: bytes | None  # its content, if it is a side file
 
@@ -123,7 +123,7 @@ def read_archives(
         raise SourceError(
             f"{source_text}: no images (found: {found_text}). Expected members that end in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}. Where its files are of other formats, unpack "
-            "it and name the folder: the answer says how to convert them"
+            "it and name the folder: the message then says how to convert them"
         )
     rows = [
         {

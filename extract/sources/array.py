@@ -17,8 +17,8 @@ from headrace.cache.format.hdf5_values import find_data_sets, read_values
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, missing_path_message
-from headrace.extract.images.byte_ranges import encode_path, open_array
-from headrace.extract.images.samples import MAX_ARRAY_HEADER_BYTES, array_shape
+from headrace.extract.images.locators import encode_path, open_array
+from headrace.extract.images.raw_pixels import MAX_ARRAY_HEADER_BYTES, array_shape
 from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_IN_NAME, split_side_in
 from headrace.extract.sources.listing import Listing, Tally, join_listings
@@ -38,7 +38,7 @@ class _ArrayOptions:
     labels: str | Path | None
     labels_key: str | None
     exclude: Sequence[str]
-    ranged: bool
+    has_range: bool
 
 
 def read_array(
@@ -48,7 +48,7 @@ def read_array(
     labels: str | Path | None = None,
     labels_key: str | None = None,
     exclude: Sequence[str] = (),
-    ranged: bool = True,
+    has_range: bool = True,
 ) -> Listing:
     """List the images of an array: `id` (file and index), `path` (a locator) and `label`.
 
@@ -60,7 +60,7 @@ def read_array(
     Keras's `x_train` and `y_train`: `split` is then train, validation or test.
     labels: another file of one of these kinds, with one label or a row of labels for each image.
     labels_key: the array of labels in that file, or in the same file.
-    ranged: whether the caller knows which values are black and white. Integers of 8 and 16 bits
+    has_range: whether the caller knows which values are black and white. Integers of 8 and 16 bits
     need no range; arrays of other types are refused without one.
 
     Raises SourceError.
@@ -69,7 +69,7 @@ def read_array(
     if array_path.is_dir():
         return _read_idx_family(array_path, exclude)
     file_kind = _kind(array_path)
-    options = _ArrayOptions(labels, labels_key, exclude, ranged)
+    options = _ArrayOptions(labels, labels_key, exclude, has_range)
     if file_kind not in ("npz", "h5"):
         return _read_one(array_path, file_kind, "", options)
     if key is None and labels is None and labels_key is None:
@@ -103,7 +103,7 @@ def _read_one(
             "C, H, W). One image in a file of its own is named by a table with a column path"
         )
     # Arrays of other numbers of channels are bands, whose ranges the backbone's `bands` say.
-    if not (options.ranged or has_pixel_range(array.dtype)) and _has_usual_channels(shape):
+    if not (options.has_range or has_pixel_range(array.dtype)) and _has_usual_channels(shape):
         raise SourceError(
             f"{array_path}: pixels of type {array.dtype} have no range of their own; say which "
             "values are black and white: images.pixel_range: [0, 1] in the recipe (`headrace "

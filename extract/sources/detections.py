@@ -11,8 +11,8 @@ from typing import Any
 
 from headrace.cache.count_text import count_text
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import locator_file
 from headrace.extract.images.crops import Crop
+from headrace.extract.images.locators import locator_file
 from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.regions import part_rows
 
@@ -122,8 +122,8 @@ def _nearest(image_file: str, candidates: Sequence[str]) -> tuple[int, list[str]
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     n_shared = [shared(file) for file in candidates]
-    most = max(n_shared, default=0)
-    return most, [file for file, n in zip(candidates, n_shared, strict=True) if n == most]
+    best = max(n_shared, default=0)
+    return best, [file for file, n in zip(candidates, n_shared, strict=True) if n == best]
 
 
 def _crop(bbox: Any, has_corners: bool) -> Crop:

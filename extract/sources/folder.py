@@ -14,7 +14,7 @@ from headrace.cache.count_text import count_text
 from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids, missing_path_message
-from headrace.extract.images.byte_ranges import encode_path, locator_file, printable_name
+from headrace.extract.images.locators import encode_path, locator_file, printable_name
 from headrace.extract.sources.formats import (
     IMAGE_SUFFIXES,
     describe_suffix,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from headrace.extract.errors import ImageError
 from headrace.extract.images.heif import is_heif, reads_heif
-from headrace.extract.images.samples import MAX_ARRAY_HEADER_BYTES, array_shape
+from headrace.extract.images.raw_pixels import MAX_ARRAY_HEADER_BYTES, array_shape
 
 # Formats that Pillow decodes and data sets are kept in.
 IMAGE_SUFFIXES = frozenset(

@@ -21,7 +21,7 @@ PATH_NAMES = (
     *("image", "file", "img", "img_path"),
 )
 _CELLS_LOOKED_AT = 100  # of a column, to tell what it holds
-_DEEPEST_FOLDER = 3  # levels below the folder in which images that ids name are looked for
+_MAX_FOLDER_DEPTH = 3  # levels below the folder in which images that ids name are looked for
 
 
 def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple[str, bool]:
@@ -143,7 +143,7 @@ def _find_pattern(
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and len(parent_parts) < _DEEPEST_FOLDER
+            if not name.startswith(".") and len(parent_parts) < _MAX_FOLDER_DEPTH
         )
         for name in sorted(file_names):
             stem, suffix = os.path.splitext(name)

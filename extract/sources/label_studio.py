@@ -12,7 +12,7 @@ import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import locator_file
+from headrace.extract.images.locators import locator_file
 from headrace.extract.sources.folder import image_paths
 
 _ADDRESS = re.compile(r"/data/(?:upload/(?:\d+/)?|local-files/\?d=)(.+)")

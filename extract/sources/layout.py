@@ -10,7 +10,7 @@ from typing import Literal
 from headrace.cache.count_text import count_text
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, as_yaml_list
-from headrace.extract.images.byte_ranges import printable_name
+from headrace.extract.images.locators import printable_name
 
 Layout = Literal["auto", "classes", "split"]
 # Names of the folders that a file lies in, from the outermost below the source.
@@ -35,7 +35,10 @@ SPLIT_IN_NAME = re.compile(rf"(?<![a-z])({_ANY_SPLIT_WORD})(?![a-z])", re.IGNORE
 
 
 def split_side(file_name: str) -> str | None:
-    """Return the side of a split that a name begins with (`train-00000-of-00002.parquet`)."""
+    """Return the word for a side that a name begins with, as it is written, or None.
+
+    `train` for `train-00000-of-00002.parquet`, `val` for `val.csv`.
+    """
     name_match = _SPLIT_NAME.match(file_name)
     return name_match[1] if name_match else None
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from headrace.cache.home import expand_home
 from headrace.extract.errors import SourceError, pointer_hint
-from headrace.extract.images.byte_ranges import encode_path, printable_name
+from headrace.extract.images.locators import encode_path, printable_name
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
 from headrace.extract.sources.detections import MIN_CONFIDENCE, cut_detections
@@ -131,7 +131,7 @@ def _read_images(source: ImageSource, *, labelled: bool) -> Listing:
                 labels=source.labels,
                 labels_key=source.labels_key,
                 exclude=source.exclude,
-                ranged=not labelled or source.pixel_range is not None,
+                has_range=not labelled or source.pixel_range is not None,
             )
         case "image":
             name, path = str(location), expand_home(location).absolute()

@@ -13,8 +13,8 @@ import pandas as pd
 from headrace.cache.count_text import count_text
 from headrace.extract.errors import SourceError
 from headrace.extract.images.bands import upright_size
-from headrace.extract.images.byte_ranges import is_locator, locator_file, read_bytes
 from headrace.extract.images.crops import Background, Crop
+from headrace.extract.images.locators import is_locator, locator_file, read_bytes
 from headrace.extract.sources.listing import Listing
 
 BoxFormat = Literal["xywh", "xyxy", "cxcywh"]  # as torchvision's BoundingBoxFormat
@@ -76,13 +76,13 @@ class Tiles:
         if not 0 <= self.max_background <= 1:
             raise ValueError(f"max_background is {self.max_background}: expected a share, 0 to 1")
         size, overlap = operator.index(self.size), operator.index(self.overlap)
-        most = min(size - _MIN_STRIDE, size * 7 // 8)
-        if not 0 <= overlap <= most:
+        max_overlap = min(size - _MIN_STRIDE, size * 7 // 8)
+        if not 0 <= overlap <= max_overlap:
             expected = (
-                f"an overlap from 0 to {most} (smaller steps than {size - most} pixels from tile "
-                "to tile would cut an image into very many)"
-                if most >= 0
-                else f"{_MIN_STRIDE} and more"
+                f"an overlap from 0 to {max_overlap} (steps from tile to tile of less than "
+                f"{size - max_overlap} pixels would cut an image into very many)"
+                if max_overlap >= 0
+                else f"a size of {_MIN_STRIDE} and more"
             )
             raise ValueError(
                 f"tiles of {self.size} pixels that overlap by {self.overlap}: expected {expected}"

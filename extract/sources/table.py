@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text, load_json, normalize_text
 from headrace.extract.errors import SourceError, missing_path_message
-from headrace.extract.images.byte_ranges import open_arrow
+from headrace.extract.images.locators import open_arrow
 from headrace.extract.sources.birds import bird_rows, is_list_of_birds
 from headrace.extract.sources.coco import coco_boxes, coco_rows
 from headrace.extract.sources.datasets_text import with_image_paths

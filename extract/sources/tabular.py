@@ -21,8 +21,8 @@ from headrace.extract.errors import (
     missing_path_message,
     nearest_names,
 )
-from headrace.extract.images.byte_ranges import encode_path, locator_file, printable_name
 from headrace.extract.images.crops import Crop
+from headrace.extract.images.locators import encode_path, locator_file, printable_name
 from headrace.extract.sources.archive import RESERVED_COLUMNS
 from headrace.extract.sources.birds import IMAGES, is_list_of_birds
 from headrace.extract.sources.folder import image_paths
@@ -403,11 +403,11 @@ def _in_folders(filled_paths: pd.Series, pattern: str, image_root: Path) -> pd.S
         return filled_paths
     folders_of_name: dict[str, list[str]] = {}
     # `*` alone is special: the names of folders may have brackets.
-    wanted = glob.escape(folder_pattern).replace("[*]", "*")
+    folder_glob = glob.escape(folder_pattern).replace("[*]", "*")
     if not os.path.isabs(folder_pattern):
-        wanted = f"{glob.escape(str(image_root))}/{wanted}"
+        folder_glob = f"{glob.escape(str(image_root))}/{folder_glob}"
     # Each folder is listed once, because a look for every row in every folder takes long.
-    for folder in sorted(glob.glob(f"{wanted}/")):
+    for folder in sorted(glob.glob(f"{folder_glob}/")):
         for name in os.listdir(folder):
             folders_of_name.setdefault(name, []).append(os.path.relpath(folder, image_root))
     start = len(folder_pattern) + 1

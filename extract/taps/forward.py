@@ -64,7 +64,7 @@ def make_forward(
 def _for_accelerator(
     backbone: Backbone, taps: Sequence[tuple[Tap, Node]], compute_dtype: str
 ) -> nn.Module:
-    """Return the network with batch normalizations folded, and with weights of the half type.
+    """Return the network with batch normalizations folded, and with weights in half precision.
 
     Both only if, on the CPU, they leave the outputs of one image the same.
     """
@@ -90,8 +90,10 @@ def _for_accelerator(
 
 def _random_pixels(backbone: Backbone) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    how = backbone.preprocessing
-    return torch.randint(0, 256, (1, *how.pixel_shape), dtype=torch.uint8, generator=generator)
+    preprocessing = backbone.preprocessing
+    return torch.randint(
+        0, 256, (1, *preprocessing.pixel_shape), dtype=torch.uint8, generator=generator
+    )
 
 
 def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
@@ -99,10 +101,10 @@ def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tenso
 
     This is (x / 255 - mean) / std, float32 (N, C, H, W) in channels_last.
     """
-    how = backbone.preprocessing
+    preprocessing = backbone.preprocessing
     mean, std = (
         torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
-        for values in (how.mean, how.std)
+        for values in (preprocessing.mean, preprocessing.std)
     )
     scale, shift = (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
@@ -139,7 +141,7 @@ def hook_forward(
 
 
 def _without_tf32(device: str) -> contextlib.AbstractContextManager[None]:
-    """Let cuDNN choose its fastest kernels, but not TF32: its 10 bits are not float32."""
+    """Let cuDNN choose its fastest kernels, but not TF32, which has 10 of float32's 23 bits."""
     if device != "cuda":
         return contextlib.nullcontext()
     return torch.backends.cudnn.flags(

@@ -20,7 +20,7 @@ _POOLING = re.compile(r"avg|mean|max|gem|map|cls|vector|grid[1-9][0-9]?")
 POOLINGS = "avg, max, gem, gridK (grid2 …), map, and for transformers cls"
 _GEM_POWER = 3.0  # generalized mean, as trained for retrieval by Radenovic et al. 2018
 _GEM_FLOOR = 1e-6  # activations below it count as it: powers of negative numbers are not defined
-# Automatic taps have a middle block of so many last resolutions. Those before are large maps, which
+# Automatic taps have a middle block at this many of the last resolutions. Earlier maps are large,
 # take long to pool, and did not help.
 N_MIDDLE_BLOCKS = 2
 N_LAST_BLOCKS = 4  # of a transformer: automatic taps have their class tokens
@@ -111,8 +111,8 @@ def pool_output(output: Tensor, pooling: str, node: Node) -> Tensor:
     # Over the axes in their own order: no map is made of tokens first.
     axes = {"NCHW": (2, 3), "NHWC": (1, 2), "NTC": (1,)}[node.layout]
     if node.layout == "NTC":
-        assert node.prefix is not None, f"nothing explains the tokens of {node.name}"
-        output = output[:, node.prefix :]
+        assert node.n_prefix_tokens is not None, f"nothing explains the tokens of {node.name}"
+        output = output[:, node.n_prefix_tokens :]
     if pooling == "max":
         return output.amax(dim=axes)
     if pooling == "gem":
@@ -292,7 +292,10 @@ def _token_blocks(nodes: Nodes) -> list[Node]:
 
 
 def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
-    """Return the tap, pooling "vector" if its node is one. Raises BackboneError if it has none."""
+    """Return the tap, with the pooling "vector" if its node's output is a vector.
+
+    Raises BackboneError if the node is absent, or its output cannot be pooled so.
+    """
     if tap.node in nodes.repeated:
         raise BackboneError(
             f"{backbone_name}: {tap.node} runs more than once in one forward, so it names no "
@@ -323,12 +326,12 @@ def _check_tap(tap: Tap, nodes: Nodes, backbone_name: str) -> Tap:
         )
     if tap.pooling == "cls" and not node.has_class_token:
         raise BackboneError(f"{backbone_name}: {tap.node} has no class token; try {tap.node}.avg")
-    if node.layout == "NTC" and tap.pooling != "cls" and node.prefix is None:
+    if node.layout == "NTC" and tap.pooling != "cls" and node.n_prefix_tokens is None:
         raise BackboneError(_unexplained_tokens_message(tap, node, backbone_name))
     if (
         node.layout == "NTC"
         and (tap.pooling == "map" or tap.pooling.startswith("grid"))
-        and not is_square(node.shape[0] - (node.prefix or 0))
+        and not is_square(node.shape[0] - (node.n_prefix_tokens or 0))
     ):
         raise BackboneError(
             f"{backbone_name}: the {node.shape[0]} tokens of {tap.node} make no square map; try "
@@ -366,7 +369,7 @@ def _map_extent(node: Node) -> tuple[int, int, int]:
     if node.layout == "NHWC":
         return node.shape[0], node.shape[1], node.shape[2]
     if node.layout == "NTC":
-        side = math.isqrt(node.shape[0] - (node.prefix or 0))
+        side = math.isqrt(node.shape[0] - (node.n_prefix_tokens or 0))
         return side, side, node.shape[1]
     return 1, 1, node.shape[0]
 
@@ -378,6 +381,8 @@ def _as_map(output: Tensor, node: Node) -> Tensor:
     if node.layout == "NTC":
         height, width, _ = _map_extent(node)
         return (
-            output[:, node.prefix :].reshape(-1, height, width, output.shape[2]).permute(0, 3, 1, 2)
+            output[:, node.n_prefix_tokens :]
+            .reshape(-1, height, width, output.shape[2])
+            .permute(0, 3, 1, 2)
         )
     return output

@@ -1,7 +1,7 @@
 """A cache of backbones' feature sets: a run with nothing to extract need not build the network.
 
 An entry is found by a key of all that decides it: the backbone's spec, the size and time of its
-weights file, and the versions of the libraries that build and decode. A unit of work checks its
+weights file, and the versions of the libraries that build and decode. A work unit checks its
 network against the specs anyway.
 """
 
@@ -52,7 +52,7 @@ class TapFeatures:
 
 
 def build_feature_specs(
-    spec: BackboneSpec, taps: str | Sequence[str], storing: FeatureOptions
+    spec: BackboneSpec, taps: str | Sequence[str], options: FeatureOptions
 ) -> TapFeatures:
     """Build the network, and return the feature sets of its taps. Raises BackboneError."""
     from headrace.extract.backbones.backbone import load_backbone
@@ -64,7 +64,7 @@ def build_feature_specs(
     with warnings.catch_warnings():
         # The note is shown instead: forked processes and the next call can return it too.
         warnings.simplefilter("ignore", WeightsWarning)
-        specs = feature_specs(backbone, resolve_taps(backbone, taps), **storing)
+        specs = feature_specs(backbone, resolve_taps(backbone, taps), **options)
     return TapFeatures(specs, left_out_note(backbone))
 
 
@@ -74,7 +74,7 @@ def load_feature_specs(
     *,
     cache_root: Path,
     build: Callable[..., TapFeatures] = build_feature_specs,
-    **storing: Unpack[FeatureOptions],
+    **options: Unpack[FeatureOptions],
 ) -> TapFeatures:
     """Return the feature sets of a backbone's taps (see `feature_specs`), from the cache if there.
 
@@ -82,10 +82,10 @@ def load_feature_specs(
     BackboneError.
     """
     check_spec(spec)
-    cached_features = _read_tap_features(_spec_cache_path(spec, taps, storing, cache_root))
+    cached_features = _read_tap_features(_spec_cache_path(spec, taps, options, cache_root))
     # Of the user's own function nothing tells whether its code has changed.
     if cached_features is None or spec.name.startswith("python:"):
-        return build(spec, taps, storing)
+        return build(spec, taps, options)
     return cached_features
 
 
@@ -96,10 +96,10 @@ def save_feature_specs(
     features: TapFeatures,
     *,
     cache_root: Path,
-    **storing: Unpack[FeatureOptions],
+    **options: Unpack[FeatureOptions],
 ) -> None:
     """Write what `load_feature_specs` returned into the cache, if it is not there or damaged."""
-    cache_path = _spec_cache_path(spec, taps, storing, cache_root)
+    cache_path = _spec_cache_path(spec, taps, options, cache_root)
     if _read_tap_features(cache_path) != features:
         cached_fields = {
             "backbone": dataclasses.asdict(with_absolute_weights(spec)),
@@ -122,13 +122,13 @@ def find_backbone_spec(cache_root: Path, feature: FeatureSpec) -> BackboneSpec |
 
 
 def _spec_cache_path(
-    spec: BackboneSpec, taps: str | Sequence[str], storing: FeatureOptions, cache_root: Path
+    spec: BackboneSpec, taps: str | Sequence[str], options: FeatureOptions, cache_root: Path
 ) -> Path:
     versions = [importlib.metadata.version(name) for name in _LIBRARIES]
     versions += [_version_or_nothing(name) for name in _EXTRA_LIBRARIES]
     asked = [taps] if isinstance(taps, str) else list(taps)
     key = json.dumps(
-        [dataclasses.asdict(spec), weights_stamp(spec), asked, storing, versions], sort_keys=True
+        [dataclasses.asdict(spec), weights_stamp(spec), asked, options, versions], sort_keys=True
     )
     return cache_root / _FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 

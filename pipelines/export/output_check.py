@@ -89,9 +89,11 @@ def expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck
     pass_pixels = []
     for rendering in engine.renderings:
         input_pixels = by_pixels[pixels_of(rendering.preprocessing)]
-        if isinstance(rendering.augmentation, Symmetries):
+        if isinstance(rendering.view_method, Symmetries):
             input_pixels = torch.from_numpy(
-                np.stack([mirror_pixels(image, rendering.index) for image in input_pixels.numpy()])
+                np.stack(
+                    [mirror_pixels(image, rendering.view_index) for image in input_pixels.numpy()]
+                )
             )
         pass_pixels.append(input_pixels)
     batch = PixelBatch(list(range(_CHECKED)), pass_pixels)

@@ -16,11 +16,11 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.byte_ranges import array_bytes, encode_path, read_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.decoding import to_rgb
+from headrace.extract.images.locators import array_bytes, encode_path, read_bytes
 from headrace.extract.images.preprocessing import DecodedImage, Preprocessing, decode_pixels
-from headrace.extract.images.samples import PixelRange, pillow_raw_mode
+from headrace.extract.images.raw_pixels import PixelRange, pillow_raw_mode
 from headrace.extract.run.rendering import Rendering
 from headrace.pipelines.errors import InvalidInput
 

@@ -13,8 +13,8 @@ import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
-from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.images.crops import split_crop
+from headrace.extract.images.locators import printable_name
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import read_source

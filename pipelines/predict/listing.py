@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from headrace.cache.count_text import count_text
-from headrace.extract.images.byte_ranges import printable_name
 from headrace.extract.images.crops import split_crop
+from headrace.extract.images.locators import printable_name
 from headrace.extract.sources.listing import Listing, join_listings
 from headrace.extract.sources.read import ImageSource, detect_source, read_source
 from headrace.extract.sources.regions import Boxes

@@ -16,9 +16,9 @@ import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import open_feature_set
-from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.content_hashes import hash_sample
-from headrace.extract.images.samples import PixelRange
+from headrace.extract.images.locators import read_bytes
+from headrace.extract.images.raw_pixels import PixelRange
 from headrace.heads.arrays import Array, Floats, Index, Strings
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval

@@ -13,9 +13,9 @@ from headrace.cache.atomic_io import publish_replace
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.extract.errors import ImageError
-from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.crops import decode_picture
-from headrace.extract.images.samples import PixelRange
+from headrace.extract.images.locators import read_bytes
+from headrace.extract.images.raw_pixels import PixelRange
 from headrace.heads.arrays import Doubles
 
 SIGNATURE = 16  # side in pixels

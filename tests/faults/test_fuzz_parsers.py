@@ -17,7 +17,7 @@ import pytest
 from headrace.cache.errors import ExternalFeaturesInvalid
 from headrace.cache.exchange.external_files import read_external_features
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.locators import read_bytes
 from headrace.extract.sources.array import read_array
 from headrace.extract.sources.table import read_table_file
 from headrace.heads.persist import load_head

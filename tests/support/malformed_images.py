@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from headrace.extract.images.byte_ranges import array_bytes
+from headrace.extract.images.locators import array_bytes
 
 
 def gradient(width: int = 40, height: int = 24) -> Image.Image:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headrace.extract.images.byte_ranges import array_bytes
+from headrace.extract.images.locators import array_bytes
 
 Range = tuple[float, float]
 

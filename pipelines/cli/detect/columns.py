@@ -11,7 +11,7 @@ import yaml
 
 from headrace.cache.count_text import count_text
 from headrace.cache.text import as_text
-from headrace.extract.images.byte_ranges import locator_file
+from headrace.extract.images.locators import locator_file
 from headrace.extract.sources.formats import IMAGE_SUFFIXES
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.pipelines.errors import InvalidInput

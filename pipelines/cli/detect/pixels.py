@@ -11,8 +11,8 @@ import numpy as np
 from headrace.cache.count_text import count_text
 from headrace.extract.errors import ImageError
 from headrace.extract.images.bands import Bands, decode_deep
-from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
+from headrace.extract.images.locators import locator_file, read_bytes
 from headrace.extract.images.opening import open_image
 
 _MAX_BANDS = 16  # of a proposal: hundreds, as of a spectrometer, are for a person to choose from

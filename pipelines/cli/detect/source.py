@@ -14,8 +14,8 @@ from PIL import UnidentifiedImageError
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import SourceError, as_yaml_list
-from headrace.extract.images.byte_ranges import locator_file, read_bytes
 from headrace.extract.images.decoding import has_deep_pixels
+from headrace.extract.images.locators import locator_file, read_bytes
 from headrace.extract.images.opening import decoding_reason, open_image
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
 from headrace.extract.sources.folder import has_images, is_hidden

@@ -15,7 +15,7 @@ from headrace.extract.errors import ImageError
 from headrace.extract.images.content_hashes import read_unchanged
 from headrace.extract.images.crops import decode_picture, split_crop
 from headrace.extract.images.decoding import jpeg_size
-from headrace.extract.images.samples import PixelRange
+from headrace.extract.images.raw_pixels import PixelRange
 
 SIDE = 72  # longest side of a small copy, in pixels
 MEASURED_SIDE = 128  # longest side where it is measured: one for all, as sharpness depends on it

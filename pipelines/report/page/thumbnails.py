@@ -10,7 +10,7 @@ from PIL import Image
 from headrace.extract.errors import ImageError
 from headrace.extract.images.content_hashes import read_unchanged
 from headrace.extract.images.crops import decode_picture
-from headrace.extract.images.samples import PixelRange
+from headrace.extract.images.raw_pixels import PixelRange
 
 SIDE = 384  # pixels: shown small, and enlarged by a click
 # Images up to _SMALL pixels wide and high are enlarged without smoothing, so that their pixels

@@ -130,7 +130,7 @@ def test_a_folder_of_transformers_gives_its_own_numbers(folders, kind):
     np.testing.assert_allclose(average[0], tokens[0, n_prefix:].mean(0), atol=2e-2)
     assert grid.shape == (1, 32, 4, 4)
     exact = backbone_nodes(backbone)[node]
-    assert (exact.prefix, exact.has_class_token) == (n_prefix, n_prefix > 0)
+    assert (exact.n_prefix_tokens, exact.has_class_token) == (n_prefix, n_prefix > 0)
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_a_tower_of_open_clip_gives_its_own_numbers():
     spec = BackboneSpec("open_clip:ViT-S-32-alt", "random:0", image_size=96)
     backbone = load_backbone(spec)
     node = backbone_nodes(backbone)["transformer.resblocks.11"]
-    assert (node.shape[0], node.prefix, node.has_class_token) == (10, 1, True)
+    assert (node.shape[0], node.n_prefix_tokens, node.has_class_token) == (10, 1, True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.create_model("ViT-S-32-alt", pretrained=None, load_weights=False)

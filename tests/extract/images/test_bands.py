@@ -15,8 +15,8 @@ from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.backbones.first_convolution import adapt_channels
 from headrace.extract.errors import BackboneError, ImageError
 from headrace.extract.images.bands import Bands, decode_deep
-from headrace.extract.images.byte_ranges import array_bytes
 from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.locators import array_bytes
 from headrace.extract.images.preprocessing import Preprocessing, decode_pixels, render_crop
 from headrace.extract.images.views import Augmentation, Symmetries, render_view
 from headrace.extract.spec import BackboneSpec
@@ -362,7 +362,7 @@ def test_networks_of_the_other_libraries_take_bands_too():
 
 def test_networks_that_cannot_take_bands_say_so():
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
-    with pytest.raises(BackboneError, match="no convolution that could be given others"):
+    with pytest.raises(BackboneError, match="has an unknown number of input channels"):
         adapt_channels(linear, "python:x", 4)
     with pytest.raises(BackboneError, match="normalizes red, green and blue itself"):
         load_backbone(BackboneSpec("torchvision:googlenet", weights="random:0", bands=(1, 2, 3, 4)))

@@ -12,8 +12,8 @@ from PIL import Image, ImageFile
 from support.malformed_images import bomb, encoded, gradient, malformed_corpus
 
 from headrace.extract.errors import ImageError
-from headrace.extract.images.byte_ranges import array_bytes
 from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.locators import array_bytes
 from headrace.extract.images.opening import FORMATS
 from headrace.extract.sources.formats import IMAGE_SUFFIXES
 

@@ -28,9 +28,9 @@ from support.pixels import KINDS, Kind, Range, encoded, png, pnm, tiff
 
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.errors import BackboneError, ImageError
-from headrace.extract.images.byte_ranges import array_bytes
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.locators import array_bytes
 from headrace.extract.images.opening import MAX_EDGE, MAX_PIXELS
 from headrace.extract.images.preprocessing import (
     DecodedImage,

@@ -23,8 +23,8 @@ from headrace.cache.file_stamps import (
     file_stamps,
     wait_until_settled,
 )
-from headrace.extract.images.byte_ranges import open_array
 from headrace.extract.images.content_hashes import content_hashes, hash_bytes
+from headrace.extract.images.locators import open_array
 from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.predict.parts import file_keys
 

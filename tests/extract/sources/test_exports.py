@@ -9,7 +9,7 @@ import pytest
 from support.pixels import png
 
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import locator_file
+from headrace.extract.images.locators import locator_file
 from headrace.extract.sources.read import detect_source, read_source
 
 

@@ -18,10 +18,10 @@ from PIL import Image
 
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import read_bytes
 from headrace.extract.images.changes import compare_listings, read_listing, write_listing
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.locators import read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import detect_array_labels, measure_pixel_range
 from headrace.extract.sources.folder import UNMATCHED_NAMES, read_folder

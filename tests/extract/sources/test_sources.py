@@ -23,14 +23,14 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import (
+from headrace.extract.images.content_hashes import content_hashes
+from headrace.extract.images.decoding import decode_image
+from headrace.extract.images.locators import (
     encode_path,
     locator_file,
     printable_name,
     read_bytes,
 )
-from headrace.extract.images.content_hashes import content_hashes
-from headrace.extract.images.decoding import decode_image
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.listing import Listing

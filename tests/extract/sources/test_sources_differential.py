@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.locators import read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.read import detect_source, read_source

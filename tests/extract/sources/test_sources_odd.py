@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from headrace.extract.errors import SourceError
-from headrace.extract.images.byte_ranges import read_bytes
+from headrace.extract.images.locators import read_bytes
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import read_array
 from headrace.extract.sources.listing import Listing

@@ -118,8 +118,8 @@ def test_taps_equal_forward_hooks_on_the_untouched_network(name: str, size: int)
                 if tap.pooling == "cls":
                     assert_close(found, raw[:, 0], tap)
                     continue
-                side = int((raw.shape[1] - node.prefix) ** 0.5)
-                raw = raw[:, node.prefix :].transpose(1, 2).unflatten(2, (side, side))
+                side = int((raw.shape[1] - node.n_prefix_tokens) ** 0.5)
+                raw = raw[:, node.n_prefix_tokens :].transpose(1, 2).unflatten(2, (side, side))
             assert_close(found, plainly_pooled(raw, tap.pooling), tap)
     after = backbone.module.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items()), (

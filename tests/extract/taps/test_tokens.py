@@ -73,7 +73,11 @@ def storage() -> tuple[nn.Module, Preprocessing]:
 def test_declared_tokens_are_left_out(function: str, count: int) -> None:
     backbone = load_backbone(BackboneSpec(f"python:{__name__}:{function}"))
     node = backbone_nodes(backbone)["block"]
-    assert (node.shape, node.prefix, node.has_class_token) == ((16 + count, 8), count, True)
+    assert (node.shape, node.n_prefix_tokens, node.has_class_token) == (
+        (16 + count, 8),
+        count,
+        True,
+    )
     average, grid, first = make_forward(
         backbone, resolve_taps(backbone, ["block.avg", "block.map", "block.cls"])
     )(PIXELS)
@@ -126,7 +130,7 @@ def test_four_registers_of_timm() -> None:
     arguments = {"reg_tokens": 4, "class_token": True}
     backbone = load_backbone(BackboneSpec("timm:test_vit", "random:0", model=arguments))
     node = backbone_nodes(backbone)["norm"]
-    assert (node.prefix, node.shape[0]) == (5, 105)
+    assert (node.n_prefix_tokens, node.shape[0]) == (5, 105)
 
 
 def test_patches_alone_have_nothing_before_them() -> None:

@@ -1,4 +1,4 @@
-"""Samples: values of more than 8 bits as PNM, PNG, TIFF and .npy files hold them.
+"""Raw pixels: values of more than 8 bits as PNM, PNG, TIFF and .npy files hold them.
 
 Pillow's pixels keep only 8 bits of most of them. H rows, W columns, C channels.
 """
@@ -25,7 +25,7 @@ _BITS_TAG, _PHOTOMETRIC_TAG, _PLANES_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 284, 33
 _UNSIGNED, _SIGNED = 1, 2  # TIFF sample formats
 
 
-class Samples(NamedTuple):
+class RawPixels(NamedTuple):
     """Values as a file holds them, before they are scaled to pixels."""
 
     # (H, W), or (H, W, C): C = 2 grey and alpha, 3 colours, 4 colours and alpha
@@ -38,29 +38,29 @@ class Samples(NamedTuple):
     nodata: float | None = None  # value of pixels without one in a GeoTIFF
 
 
-def file_samples(
+def read_raw_pixels(
     image: ImageFile.ImageFile, data: bytes, pixel_range: PixelRange | None
-) -> Samples | None:
+) -> RawPixels | None:
     """Return the samples of a file whose depth or range Pillow's pixels do not keep, else None.
 
     Raises ImageError if there is a `pixel_range` and the full depth cannot be read.
     """
-    samples = None
+    raw = None
     if image.format == "PPM":
-        samples = _pnm_samples(image, data)
+        raw = _pnm_pixels(image, data)
     elif image.format == "PNG":
-        samples = _png_samples(image, data)
+        raw = _png_pixels(image, data)
     elif image.format == "TIFF":
-        samples = _tiff_samples(image, data)
-    if samples is None and pixel_range is not None and _reduced_by_pillow(image, data):
+        raw = _tiff_pixels(image, data)
+    if raw is None and pixel_range is not None and _reduced_by_pillow(image, data):
         raise ImageError(
             "more than 8 bits per sample, of which Pillow hands over 8: pixel_range cannot be "
             "applied. Save it as PNG, as an uncompressed TIFF, or as .npy"
         )
-    return samples
+    return raw
 
 
-def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
+def _pnm_pixels(image: ImageFile.ImageFile, data: bytes) -> RawPixels | None:
     """Return the samples of a PGM or PPM file; the largest value that the header declares is white.
 
     None where Pillow, which scales it to 255 or 65535 (colours to 255), does so correctly.
@@ -92,12 +92,12 @@ def _pnm_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
             )
         pixel_values = np.frombuffer(data, stored_dtype, n_values, offset)
     shape = (height, width, 3) if n_channels == 3 else (height, width)
-    return Samples(
+    return RawPixels(
         pixel_values.reshape(shape), "values of a PGM or PPM file", (0.0, float(white_value))
     )
 
 
-def _png_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
+def _png_pixels(image: ImageFile.ImageFile, data: bytes) -> RawPixels | None:
     raw_name = pillow_raw_mode(image)
     transparent_value = image.info.get("transparency")
     if raw_name in ("L;2", "L;4") and isinstance(transparent_value, int):
@@ -113,7 +113,7 @@ def _png_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
         pixel_values = _load_raw(image, raw_name).astype(np.uint16)
     else:
         pixel_values = _both_bytes(image, data, raw_name, raw_name.replace(";16B", ";16L"))
-    return Samples(
+    return RawPixels(
         pixel_values,
         "16-bit values of a PNG",
         SIXTEEN_BITS,
@@ -122,7 +122,7 @@ def _png_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
     )
 
 
-def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
+def _tiff_pixels(image: ImageFile.ImageFile, data: bytes) -> RawPixels | None:
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits_per_sample = tiff_bits(image)
     sample_format = max(tags.get(_SAMPLE_FORMAT_TAG, (_UNSIGNED,)))
@@ -135,7 +135,7 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
         if raw_modes is None:
             return None
         values = _both_bytes(image, data, *raw_modes)
-        return Samples(values, "16-bit values of a TIFF", SIXTEEN_BITS, SIXTEEN_BITS)
+        return RawPixels(values, "16-bit values of a TIFF", SIXTEEN_BITS, SIXTEEN_BITS)
     raw_name = pillow_raw_mode(image)
     if image.tile[0].codec_name == "libtiff" and (
         raw_match := re.fullmatch(r"(I;16|I;32|F;32)B?([SF])", raw_name)
@@ -150,7 +150,7 @@ def _tiff_samples(image: ImageFile.ImageFile, data: bytes) -> Samples | None:
         pixel_values = pixel_values.view(np.uint32)  # Pillow's mode "I" is signed
     has_range = bits_per_sample <= 16 and sample_format == _UNSIGNED
     number_kind = {_UNSIGNED: "unsigned", _SIGNED: "signed"}.get(sample_format, "floating-point")
-    return Samples(
+    return RawPixels(
         pixel_values,
         f"{number_kind} {bits_per_sample}-bit values of a TIFF",
         (0.0, 2.0**bits_per_sample - 1) if has_range else None,
@@ -246,7 +246,7 @@ def tiff_bits(image: ImageFile.ImageFile) -> int:
     return int(max(image.tag_v2.get(_BITS_TAG, (1,))))  # type: ignore[attr-defined]
 
 
-def array_samples(data: bytes, highest_band: int | None = None) -> Samples:
+def read_array_pixels(data: bytes, highest_band: int | None = None) -> RawPixels:
     """Return the values of an `.npy` file that holds one image: (H, W), (H, W, C) or (C, H, W).
 
     highest_band: None for C = 1, 3 or 4, the last axis if both fit. A number: C may be that or any
@@ -293,7 +293,7 @@ def array_samples(data: bytes, highest_band: int | None = None) -> Samples:
     own_range = {"|u1": (0.0, 255.0), "|b1": (0.0, 1.0), "<u2": SIXTEEN_BITS}.get(
         dtype.newbyteorder("<").str
     )
-    return Samples(pixel_values, f"{dtype.name} values of an array", own_range)
+    return RawPixels(pixel_values, f"{dtype.name} values of an array", own_range)
 
 
 def array_shape(data: bytes) -> tuple[int, ...]:

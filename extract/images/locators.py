@@ -129,7 +129,7 @@ def read_bytes(path: str) -> bytes:
             return _read_cell(file_path, container_kind, array_key, int(image_index))
         with _LOCK:
             image_array = open_array(file_path, container_kind, array_key)
-            if math.prod(image_array.shape[1:]) > 4 * MAX_PIXELS:
+            if math.prod(image_array.shape[1:]) > 4 * MAX_PIXELS:  # of up to 4 channels
                 raise OSError(
                     f"an image of shape {image_array.shape[1:]}: more than the limit of "
                     f"{MAX_PIXELS} pixels"
@@ -172,7 +172,7 @@ def _open_array(file_path: str, container_kind: str, array_key: str, stamp: obje
                         f"{', '.join(npz_archive.files)}"
                     )
                 declared_bytes = npz_archive.zip.getinfo(f"{array_key}.npy").file_size
-                _require_held(declared_bytes, os.path.getsize(file_path), file_path)
+                _require_possible_size(declared_bytes, os.path.getsize(file_path), file_path)
                 return npz_archive[array_key]  # decompressed whole, once per process
         if container_kind == "h5":
             return _own_dataset(h5py.File(file_path, "r"), file_path, array_key)
@@ -208,11 +208,11 @@ def _own_dataset(hdf5_file: h5py.File, file_path: str, array_key: str) -> h5py.D
         raise SourceError(
             f"{file_path}: the values of {array_key!r} lie in other files. {_H5_CURE}"
         )
-    _require_held(hdf5_object.nbytes, os.path.getsize(file_path), file_path)
+    _require_possible_size(hdf5_object.nbytes, os.path.getsize(file_path), file_path)
     return hdf5_object
 
 
-def _require_held(declared_bytes: int, file_bytes: int, file_path: str) -> None:
+def _require_possible_size(declared_bytes: int, file_bytes: int, file_path: str) -> None:
     """Raise SourceError for more values than a file of that size can hold, compressed or not."""
     if declared_bytes > MAX_DEFLATE_RATIO * file_bytes:
         raise SourceError(
@@ -361,7 +361,7 @@ def _read_idx(file_path: Path) -> npt.NDArray[Any]:
                 raise ValueError(f"it ends within its header, whose {n_axes} axes have no lengths")
             shape = tuple(np.frombuffer(lengths, ">u4").tolist())
             expected_bytes = math.prod(shape) * dtype.itemsize
-            _require_held(expected_bytes, max(1, file_path.stat().st_size), str(file_path))
+            _require_possible_size(expected_bytes, max(1, file_path.stat().st_size), str(file_path))
             # One byte more, which shows a file that is longer than its header says.
             data = stream.read(expected_bytes + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
