@@ -66,7 +66,16 @@ def test_arrows_run_one_way(package):
 LEVELS = {
     "cache": (
         {"count_text", "errors", "text"},
-        {"atomic_io", "home", "ids", "mapping", "row_index", "spec", "torch_dataset"},
+        {
+            "atomic_io",
+            "file_stamps",
+            "home",
+            "ids",
+            "mapping",
+            "row_index",
+            "spec",
+            "torch_dataset",
+        },
         {"format"},
         {"manifest", "planner"},
         {"checksum"},
