@@ -19,7 +19,7 @@ import scipy.linalg
 
 from headrace.heads.arrays import Array, Arrays
 from headrace.heads.data.checks import check_rows, check_specs
-from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
+from headrace.heads.data.fold_coordinates import FoldCoordinates, fold_coordinates, fold_moments
 from headrace.heads.data.standardize import Moments, chunks, scaled
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
@@ -75,12 +75,12 @@ def fit_discriminant_bank(
 class ClassScatter:
     """Class means and the decomposed covariance of a fold's training rows.
 
-    They are in coordinates z: a raw row x is (x - center) * inverse_scale, then `units.rows`.
+    They are in coordinates z: a raw row x is (x - center) * inverse_scale, then `coordinates.rows`.
     """
 
     center: Array  # (D,) raw
     inverse_scale: Array  # (D,)
-    units: FoldUnits
+    coordinates: FoldCoordinates
     class_means: Array  # (C, D) in z; 0 for a class without rows
     priors: Array  # (C,)
     eigenvalues: Array  # (r,), at least 0
@@ -105,7 +105,7 @@ class ClassScatter:
         present = self.priors > 0
         bias = np.log(np.where(present, self.priors, 1.0))
         bias -= 0.5 * np.einsum("kd,kd->k", weight, self.class_means)
-        raw_weight = self.units.common_weights(weight) * self.inverse_scale
+        raw_weight = self.coordinates.common_weights(weight) * self.inverse_scale
         return raw_weight, np.where(present, bias - raw_weight @ self.center, NEVER)
 
 
@@ -131,7 +131,7 @@ class DiscriminantProblem:
             self.products.update(group_products(*rows, common))
         products = sum_products(part for group, part in self.products.items() if group != fold)
         # These convert from the coordinates that all folds share to the fold's own.
-        units = fold_units(
+        coordinates = fold_coordinates(
             fold_moments,
             common,
             fold_moments.scale if standardize else 1.0,
@@ -146,14 +146,14 @@ class DiscriminantProblem:
         between = (class_means * products.target_sum[:, None]).T @ class_means
         covariance = (products.centred().gram - between) / products.total_weight
         values, vectors = scipy.linalg.eigh(
-            units.rows(units.rows(covariance).T), driver="evd", check_finite=False
+            coordinates.rows(coordinates.rows(covariance).T), driver="evd", check_finite=False
         )
         center = common.mean + mean * common.scale
         return ClassScatter(
             center,
             inverse_scale,
-            units,
-            units.rows(class_means),
+            coordinates,
+            coordinates.rows(class_means),
             products.target_sum / products.total_weight,
             np.maximum(values, 0.0),
             vectors,
@@ -167,13 +167,13 @@ class DiscriminantProblem:
         rows = data.training_rows(fold)
         scale = fold_moments.scale if standardize else np.ones(len(fold_moments.mean))
         inverse_scale = np.where(fold_moments.constant, 0.0, 1.0 / scale)
-        units = fold_units(fold_moments, fold_moments, scale, scale)
+        coordinates = fold_coordinates(fold_moments, fold_moments, scale, scale)
         weight = np.ones(len(rows)) if data.sample_weight is None else data.sample_weight[rows]
         Z = scaled(data.X[rows], fold_moments.mean, inverse_scale)
         one_hot = (data.target[rows, None] == np.arange(data.n_outputs)) * weight[:, None]
         class_weights, total_weight = one_hot.sum(0), float(weight.sum())
         mean = weight @ Z / total_weight
-        Z = units.rows(Z - mean)
+        Z = coordinates.rows(Z - mean)
         counts = np.maximum(class_weights, np.finfo(np.float64).tiny)
         class_means = (one_hot.T @ Z) / counts[:, None]
         Z -= class_means[data.target[rows]]
@@ -186,7 +186,7 @@ class DiscriminantProblem:
         return ClassScatter(
             fold_moments.mean + mean * scale,
             inverse_scale,
-            units,
+            coordinates,
             class_means,
             class_weights / total_weight,
             values,

@@ -20,7 +20,7 @@ import numpy as np
 import scipy.linalg
 
 from headrace.heads.arrays import Array, Doubles, Index
-from headrace.heads.data.fold_units import fold_units
+from headrace.heads.data.fold_coordinates import fold_coordinates
 from headrace.heads.data.standardize import Moments, scaled
 from headrace.heads.data.training_data import TrainingData
 
@@ -81,7 +81,7 @@ def _with_emphasis(data: TrainingData, held_out: int, moments: Moments) -> Momen
             for block_images in np.array_split(images, min(DRAWN_FOLDS, len(images)))
         ]
     Z = scaled(data.X[rows], moments.mean, moments.inverse_scale)
-    Z = fold_units(moments, moments, moments.scale, moments.scale).rows(Z)
+    Z = fold_coordinates(moments, moments, moments.scale, moments.scale).rows(Z)
     Y = _target_columns(target[rows])
     Y -= Y.mean(axis=0)
     if len(rows) < 2 or not Y.any():  # a constant target

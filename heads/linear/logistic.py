@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from headrace.heads.arrays import Array, Index, Mask
 from headrace.heads.data.checks import check_rows, check_specs
-from headrace.heads.data.fold_units import fold_moments
+from headrace.heads.data.fold_coordinates import fold_moments
 from headrace.heads.data.standardize import Features, Moments, chunks, sweep
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
@@ -211,8 +211,8 @@ def _folds_by_design(
 ) -> list[tuple[int, ...]]:
     """Return the problem's folds, in one tuple those that can share a design."""
     n_rows = int(problem.has_class.sum())
-    # In common units float32 loses the digits of a fold whose scales are far from the others'; a
-    # single outlier among its held-out rows is enough for that.
+    # In common coordinates float32 loses the digits of a fold whose scales are far from the
+    # others'; a single outlier among its held-out rows is enough for that.
     similar = tuple(
         fold
         for fold in problem.folds

@@ -23,7 +23,7 @@ import scipy.linalg
 
 from headrace.heads.arrays import Array, Index
 from headrace.heads.data.checks import check_rows, check_specs
-from headrace.heads.data.fold_units import FoldUnits, fold_moments, fold_units
+from headrace.heads.data.fold_coordinates import FoldCoordinates, fold_coordinates, fold_moments
 from headrace.heads.data.standardize import Features, Moments, chunks, scaled
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
@@ -151,12 +151,12 @@ class _RidgeProblem:
     def solve(self, held_out: int, alphas: Array, *, standardize: bool) -> _RidgeSolution:
         """Return the solutions of a fold for every strength."""
         common, moments = self.scaling[REFIT], self.scaling[held_out]
-        # Units in which weights are penalized. constant_ratio: a feature that is constant in the
-        # fold's training rows gets no weight.
+        # Coordinates in which weights are penalized. constant_ratio: a feature that is constant in
+        # the fold's training rows gets no weight.
         scale = moments.scale if standardize else 1.0
-        units = fold_units(moments, common, scale, common.scale, constant_ratio=np.inf)
+        coordinates = fold_coordinates(moments, common, scale, common.scale, constant_ratio=np.inf)
         if moments.count < self.X.shape[1]:
-            return self._solve_dual(held_out, alphas, units)
+            return self._solve_dual(held_out, alphas, coordinates)
         if not self.products:
             rows = self.X, self.Y, self.sample_weight, self.fold
             self.products.update(group_products(*rows, common))
@@ -164,8 +164,8 @@ class _RidgeProblem:
             products for group, products in self.products.items() if group != held_out
         )
         centred = products.centred()
-        gram = units.rows(units.rows(centred.gram).T)
-        cross = units.rows(centred.cross.T).T
+        gram = coordinates.rows(coordinates.rows(centred.gram).T)
+        cross = coordinates.rows(centred.cross.T).T
         W = _solve_shifted(gram, cross, alphas)  # (D, A, T)
         gram_W = (gram @ W.reshape(len(W), -1)).reshape(W.shape)
         residual = gram_W + alphas[:, None] * W - cross[:, None]
@@ -175,12 +175,14 @@ class _RidgeProblem:
             + np.einsum("dat,dat->a", residual, W)
         )
         gap_bound = np.einsum("dat,dat->a", residual, residual) / _strong_convexity(gram, alphas)
-        weight = units.common_weights(np.ascontiguousarray(W.transpose(1, 2, 0)))
+        weight = coordinates.common_weights(np.ascontiguousarray(W.transpose(1, 2, 0)))
         total_weight = products.total_weight or 1.0
         bias = products.target_sum / total_weight - weight @ (products.feature_sum / total_weight)
         return _RidgeSolution(weight, bias, objective, gap_bound)
 
-    def _solve_dual(self, held_out: int, alphas: Array, units: FoldUnits) -> _RidgeSolution:
+    def _solve_dual(
+        self, held_out: int, alphas: Array, coordinates: FoldCoordinates
+    ) -> _RidgeSolution:
         """Do as `solve` for fewer rows than features: W = Z' a, (Z Z' + alpha I) a = y.
 
         Rows are multiplied by the root of their weight.
@@ -193,7 +195,7 @@ class _RidgeProblem:
         common = self.scaling[REFIT]
         Z = scaled(self.X[rows], common.mean, common.inverse_scale)
         mean, target_mean = (weight_root**2 @ values / total_weight for values in (Z, self.Y[rows]))
-        Z = units.rows((Z - mean) * weight_root[:, None])
+        Z = coordinates.rows((Z - mean) * weight_root[:, None])
         y = (self.Y[rows] - target_mean) * weight_root[:, None]
         kernel = Z @ Z.T
         a = _solve_shifted(kernel, y, alphas)  # (n, A, T)
@@ -214,7 +216,7 @@ class _RidgeProblem:
             gap_bound / _strong_convexity(kernel, alphas),
             np.einsum("nat,nat->a", residual, residual),
         )
-        weight = units.common_weights(np.ascontiguousarray(W.transpose(1, 2, 0)))
+        weight = coordinates.common_weights(np.ascontiguousarray(W.transpose(1, 2, 0)))
         bias = target_mean - weight @ mean
         return _RidgeSolution(weight, bias, objective, gap_bound)
 

@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from headrace.heads.bank import fit_bank
-from headrace.heads.data.fold_units import fold_moments
+from headrace.heads.data.fold_coordinates import fold_moments
 from headrace.heads.data.task import REFIT, Task
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.discriminant.bank import DiscriminantProblem, fit_discriminant_bank

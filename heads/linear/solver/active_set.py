@@ -359,7 +359,7 @@ class ActiveSet:
         for preconditioner, rows in groups:
             u[rows] = preconditioner.free_from_scaled(x[rows].reshape(-1, *self.shape))
         weights = u[..., :-1]
-        if design.units:
+        if design.coordinates:
             # A view without the intercept's column, copied once and not in every product.
             weights = np.ascontiguousarray(weights)
             penalty_gradient = design.multiply_by_penalty(weights, problem.folds[path_index])

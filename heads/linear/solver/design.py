@@ -5,12 +5,12 @@ N rows, D features, R rotated coordinates, C classes, F folds, A heads.
 Coordinates. Let s be the scale of every feature over all rows and Q (D, R) an orthonormal basis of
 eigenvectors of the Gram matrix of the scaled rows. The raw weights of a head are W = (Q u) / s, its
 decision u . Q'((x - m)/s) + b. The standardization of a fold, and the values imputed in it, change
-neither the rows nor the decision, only the penalty: it is u' P u, P = Q' R'R Q with the units R of
-the fold; without missing numbers R = diag(s_f/s), s_f its standard deviations (the unpenalized
+neither the rows nor the decision, only the penalty: it is u' P u, P = Q' R'R Q with the coordinates
+R of the fold; without missing numbers R = diag(s_f/s), s_f its standard deviations (the unpenalized
 intercept absorbs every mean). So all folds share one copy of the rows and differ in P, which is
 near the identity. Many-class heads do not gain by sharing: where it is faster
-(`should_copy_per_fold`), each fold has a copy of its rows in its own units, rotated by the same Q,
-and P is the identity.
+(`should_copy_per_fold`), each fold has a copy of its rows in its own coordinates, rotated by the
+same Q, and P is the identity.
 
 Rows that do not fit into memory are read from their shards on every pass, and only centred. The
 weights are scaled and rotated instead, and the gradients back, which costs as much as a few rows.
@@ -29,7 +29,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from headrace.heads.arrays import Array, Index
-from headrace.heads.data.fold_units import FoldUnits, fold_units
+from headrace.heads.data.fold_coordinates import FoldCoordinates, fold_coordinates
 from headrace.heads.data.standardize import Features, Moments, chunks, scaled
 from headrace.heads.data.streamed import Streamed
 from headrace.heads.data.task import REFIT
@@ -44,8 +44,8 @@ from headrace.heads.linear.solver.rotation import PerFoldRotation, Rotation, Row
 # (folds that train on some rows, the positions (n,) of these rows among the N).
 FoldRows = tuple[tuple[int, ...], Index]
 # Largest ratio of a fold's scales to the common ones, or the reverse. Beyond it, float32 rows in
-# common units lose digits of the fold; in the dual form its square is the condition number of a
-# factor.
+# common coordinates lose digits of the fold; in the dual form its square is the condition number of
+# a factor.
 MAX_SCALE_RATIO = 30.0
 ROWS_PER_BLOCK = 8192  # of rows in memory
 ROWS_PER_STREAMED_BLOCK = 1024  # of streamed rows, so that a block stays in the caches
@@ -90,7 +90,7 @@ class DesignMatrix:
     mean: Array  # (D,) float64
     inverse_scale: Array  # (D,) float64, 0 for constant features
     # {fold: R} for folds of which it is not the identity; {} with per-fold copies.
-    units: dict[int, FoldUnits]
+    coordinates: dict[int, FoldCoordinates]
     # Unstandardized features are divided by this one number; 1 for standardized ones.
     feature_unit: float
     streamed_rows: Streamed | None = None  # from which blocks read their rows on every pass
@@ -148,7 +148,7 @@ class DesignMatrix:
 
     def multiply_by_penalty(self, u: Array, folds: Array) -> Array:
         """Return u P (A, C, R) for heads u (A, C, R) of the given folds (A,)."""
-        if not self.units:
+        if not self.coordinates:
             return u
         assert isinstance(self.rotation, Rotation)
         matrix = self.rotation.matrix
@@ -163,16 +163,16 @@ class DesignMatrix:
                 out[:] = head if penalty is None else head @ penalty
             return product
         in_features = (u.reshape(-1, u.shape[-1]) @ matrix.T).reshape(*u.shape[:2], -1)
-        for fold, units in self.units.items():
+        for fold, coordinates in self.coordinates.items():
             in_fold = folds == fold
-            in_features[in_fold] = units.penalty_gradient(in_features[in_fold])
+            in_features[in_fold] = coordinates.penalty_gradient(in_features[in_fold])
         return np.asarray((in_features.reshape(-1, len(matrix)) @ matrix).reshape(u.shape))
 
     def _penalty_matrix(self, fold: int) -> Array | None:
         """Return P (R, R) of a fold, or None if it is the identity."""
-        if fold in self.units and fold not in self.penalty_matrices:
+        if fold in self.coordinates and fold not in self.penalty_matrices:
             assert isinstance(self.rotation, Rotation)
-            root = self.units[fold].weights(self.rotation.matrix.T)
+            root = self.coordinates[fold].weights(self.rotation.matrix.T)
             self.penalty_matrices[fold] = root @ root.T
         return self.penalty_matrices.get(fold)
 
@@ -181,7 +181,7 @@ class DesignMatrix:
 
         If P is the identity for all folds, u (A, C, R) itself.
         """
-        return self._through_features(u, folds, FoldUnits.weights)
+        return self._through_features(u, folds, FoldCoordinates.weights)
 
     def inverse_penalty_root(self, gradients: Array, folds: Array) -> Array:
         """Return R'^-1 Q g (A, C, D) float64 of gradients g (A, C, R): its dot products are those
@@ -189,20 +189,20 @@ class DesignMatrix:
 
         If P is the identity for all folds, g (A, C, R) itself.
         """
-        return self._through_features(gradients, folds, FoldUnits.rows)
+        return self._through_features(gradients, folds, FoldCoordinates.rows)
 
     def _through_features(
-        self, u: Array, folds: Array, change: Callable[[FoldUnits, Array], Array]
+        self, u: Array, folds: Array, change: Callable[[FoldCoordinates, Array], Array]
     ) -> Array:
-        if not self.units:
+        if not self.coordinates:
             return u.astype(np.float64)
         assert isinstance(self.rotation, Rotation)
         flat = u.reshape(-1, u.shape[-1]).astype(self.dtype, copy=False)
         in_features = self.rotation.to_features(flat).astype(np.float64)
         in_features = in_features.reshape(*u.shape[:2], -1)
-        for fold, units in self.units.items():
+        for fold, coordinates in self.coordinates.items():
             in_fold = folds == fold
-            in_features[in_fold] = change(units, in_features[in_fold])
+            in_features[in_fold] = change(coordinates, in_features[in_fold])
         return in_features
 
     def to_raw_weights(self, u: Array, folds: Array) -> tuple[Array, Array]:
@@ -265,12 +265,13 @@ def make_design(
 
     groups: rows by the folds that train on them; for a single fold its training rows.
     scaling: {fold: moments of its training rows}.
-    copy_per_fold: give each fold a copy of its rows in its own units, so that P is the identity.
+    copy_per_fold: give each fold a copy of its rows in its own coordinates, so that P is the
+    identity.
     device: on which the Gram matrix and the rotated rows are computed; for many rows that takes
     longer than solving all heads.
     """
     multiply = matrix_product(device)
-    common, inverse_scale, units, feature_unit = common_coordinates(
+    common, inverse_scale, coordinates, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=dtype
     )
     standardized = [
@@ -287,21 +288,21 @@ def make_design(
         # Freed here, so that standardized and rotated rows are not in memory together.
         standardized[group_index] = np.empty((0, 0), dtype)
         for block_folds in [(fold,) for fold in folds] if copy_per_fold else [folds]:
-            block_units = units.get(block_folds[0]) if copy_per_fold else None
+            block_coordinates = coordinates.get(block_folds[0]) if copy_per_fold else None
             row_blocks += make_row_blocks(
                 block_folds,
                 row_index,
-                functools.partial(_rotate_rows, multiply, rotation, rows, block_units),
+                functools.partial(_rotate_rows, multiply, rotation, rows, block_coordinates),
                 n_features,
                 dtype,
             )
     return DesignMatrix(
         row_blocks,
         np.dtype(dtype),
-        PerFoldRotation(rotation, units) if copy_per_fold else rotation,
+        PerFoldRotation(rotation, coordinates) if copy_per_fold else rotation,
         common.mean,
         inverse_scale,
-        {} if copy_per_fold else units,
+        {} if copy_per_fold else coordinates,
         feature_unit,
     )
 
@@ -322,11 +323,11 @@ def _rotate_rows(
     multiply: MatrixProduct,
     rotation: Rotation,
     standardized: Array,
-    units: FoldUnits | None,
+    coordinates: FoldCoordinates | None,
     rows: slice,
 ) -> Array:
     values = standardized[rows]
-    return multiply(values if units is None else units.rows(values), rotation.matrix)
+    return multiply(values if coordinates is None else coordinates.rows(values), rotation.matrix)
 
 
 def make_row_blocks(
@@ -367,7 +368,7 @@ def make_streamed_design(
 
     block_rows: the row blocks, in the order of reading. Other arguments as in `make_design`.
     """
-    common, inverse_scale, units, feature_unit = common_coordinates(
+    common, inverse_scale, coordinates, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=dtype
     )
     # Rounded to float32, as `read` subtracts it, so that intercepts correct for just that mean.
@@ -381,7 +382,7 @@ def make_streamed_design(
         Rotation(np.eye(n_features, dtype=dtype)),
         mean,
         inverse_scale,
-        units,
+        coordinates,
         feature_unit,
         X,
     )
@@ -398,8 +399,9 @@ def make_streamed_design(
 
 def common_coordinates(
     scaling: dict[int, Moments], *, standardize: bool, dtype: Any
-) -> tuple[Moments, Array, dict[int, FoldUnits], float]:
-    """Return the common moments, and `inverse_scale`, `units` and `feature_unit` of a DesignMatrix.
+) -> tuple[Moments, Array, dict[int, FoldCoordinates], float]:
+    """Return the common moments, and three of DesignMatrix: `inverse_scale`, `coordinates`,
+    `feature_unit`.
 
     scaling: {fold: moments of its training rows}.
     """
@@ -408,12 +410,12 @@ def common_coordinates(
     # Unstandardized features are divided by one number, so that squares stay in float32's range.
     feature_unit = 1.0 if standardize else largest_scale(common)
     scale = common.scale if standardize else np.full(len(common.mean), feature_unit)
-    units = {}
+    coordinates = {}
     for fold, moments in scaling.items():
         if moments.fills or (standardize and moments is not common):
             fold_scale = moments.scale if standardize else scale
-            units[fold] = fold_units(moments, common, fold_scale, scale, dtype=dtype)
-    return common, np.where(common.constant, 0.0, 1.0 / scale), units, feature_unit
+            coordinates[fold] = fold_coordinates(moments, common, fold_scale, scale, dtype=dtype)
+    return common, np.where(common.constant, 0.0, 1.0 / scale), coordinates, feature_unit
 
 
 def largest_scale(moments: Moments) -> float:
@@ -424,13 +426,13 @@ def largest_scale(moments: Moments) -> float:
 def scales_are_similar(
     fold_moments: Moments, common: Moments, *, standardize: bool, max_ratio: float = MAX_SCALE_RATIO
 ) -> bool:
-    """Return whether a fold's training rows keep their digits in the units of all rows.
+    """Return whether a fold's training rows keep their digits in the coordinates of all rows.
 
     A single outlier may prevent it: the fold that holds it out has much smaller scales.
     """
     ratio = np.array([largest_scale(fold_moments) / largest_scale(common)])
     if standardize:
-        ratio = fold_units(fold_moments, common, fold_moments.scale, common.scale).ratio
+        ratio = fold_coordinates(fold_moments, common, fold_moments.scale, common.scale).ratio
     return bool(max_ratio * ratio.min() >= 1 and ratio.max() <= max_ratio)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.linalg
 
 from headrace.heads.arrays import Array, Index
-from headrace.heads.data.fold_units import FoldUnits
+from headrace.heads.data.fold_coordinates import FoldCoordinates
 from headrace.heads.data.standardize import Features, Moments
 from headrace.heads.linear.solver.design import (
     DesignMatrix,
@@ -102,7 +102,7 @@ def make_dual_form(
 
     groups: for each fold its own training rows. scaling: {fold: moments of its training rows}.
     """
-    common, inverse_scale, units, feature_unit = common_coordinates(
+    common, inverse_scale, coordinates, feature_unit = common_coordinates(
         scaling, standardize=standardize, dtype=np.float64
     )
     row_index = np.unique(np.concatenate([rows for _, rows in groups]))
@@ -112,14 +112,14 @@ def make_dual_form(
     fold_factors = []
     for folds, rows in groups:
         order, lower, fold_spaces[folds[0]] = _fold_row_space(
-            Z, np.searchsorted(row_index, rows), units.get(folds[0])
+            Z, np.searchsorted(row_index, rows), coordinates.get(folds[0])
         )
         fold_factors.append(_FoldFactor(folds, rows, order, lower))
     return DualForm(RowSpace(Z, fold_spaces), fold_factors, common, inverse_scale, feature_unit)
 
 
 def _fold_row_space(
-    Z: Array, rows: Index, units: FoldUnits | None
+    Z: Array, rows: Index, coordinates: FoldCoordinates | None
 ) -> tuple[Index, Array, FoldRowSpace]:
     """Return the pivoted Cholesky factor of the products of Z[rows] and the row space.
 
@@ -132,8 +132,8 @@ def _fold_row_space(
         # One column more: the last one may be a number that some rows lack, which the next column
         # imputes.
         centred = Z[rows, start : stop + 1] - mean[start : stop + 1]
-        if units is not None:
-            centred = units.columns(start, stop + 1).rows(centred)
+        if coordinates is not None:
+            centred = coordinates.columns(start, stop + 1).rows(centred)
         centred = centred[:, :COLUMNS_PER_CHUNK]
         gram = scipy.linalg.blas.dsyrk(
             1.0, centred.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1
@@ -145,7 +145,7 @@ def _fold_row_space(
     # In float32, because results are exact in any orthogonal basis; a good one saves iterations.
     reflectors, reflector_scales = _leading_directions(lower.astype(np.float32))
     fold_space = FoldRowSpace(
-        rows[order[:rank]], lower[:rank], reflectors, reflector_scales, mean, units
+        rows[order[:rank]], lower[:rank], reflectors, reflector_scales, mean, coordinates
     )
     return order, lower, fold_space
 

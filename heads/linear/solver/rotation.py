@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 
 from headrace.heads.arrays import Array, Index
-from headrace.heads.data.fold_units import FoldUnits
+from headrace.heads.data.fold_coordinates import FoldCoordinates
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Rotation:
 class PerFoldRotation:
     """A rotation after the standardization of each fold.
 
-    With the fold's units R, v = R^-1 Q u: the penalty |R v| is |u|. The rows of a fold are
+    With the fold's coordinates R, v = R^-1 Q u: the penalty |R v| is |u|. The rows of a fold are
     z R^-1 Q, a copy for each fold.
     """
 
     rotation: Rotation
-    units: dict[int, FoldUnits]
+    coordinates: dict[int, FoldCoordinates]
 
     @property
     def rank(self) -> int:
@@ -56,17 +56,17 @@ class PerFoldRotation:
     def to_features(self, u: Array, folds: Array) -> Array:
         """Return v (k, D) of u (k, R), heads of the given folds (k,)."""
         v = self.rotation.to_features(u)
-        for fold, units in self.units.items():
+        for fold, coordinates in self.coordinates.items():
             in_fold = folds == fold
-            v[in_fold] = units.common_weights(v[in_fold])
+            v[in_fold] = coordinates.common_weights(v[in_fold])
         return v
 
     def from_features(self, v: Array, folds: Array) -> Array:
         """Return u (k, R) of v (k, D), heads of the given folds (k,)."""
         rescaled = v.copy()
-        for fold, units in self.units.items():
+        for fold, coordinates in self.coordinates.items():
             in_fold = folds == fold
-            rescaled[in_fold] = units.weights(v[in_fold])
+            rescaled[in_fold] = coordinates.weights(v[in_fold])
         return self.rotation.from_features(rescaled)
 
     def mean_decisions(self, v: Array, folds: Array) -> Array:
@@ -78,7 +78,7 @@ class PerFoldRotation:
 class FoldRowSpace:
     """Coordinates in the row space of a fold's training rows S = (Z - c) R^-1.
 
-    c (D,) is the rows' mean and R the fold's units.
+    c (D,) is the rows' mean and R the fold's coordinates.
 
     S S' = L L' with L (n, R) lower triangular in the order of its pivots; the rows' coordinates are
     Y = L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalized, with
@@ -93,7 +93,7 @@ class FoldRowSpace:
     # decisions move alike and the intercept moves them back: along it the objective hardly curves,
     # and no diagonal shows that.
     mean: Array
-    units: FoldUnits | None  # R; None: the identity
+    coordinates: FoldCoordinates | None  # R; None: the identity
 
     def row_combination(self, u: Array) -> Array:
         """Return a (k, R) float64 of u (k, R)."""
@@ -136,8 +136,8 @@ class RowSpace:
         v = combination @ self.rows
         for heads, space in self._heads_by_space(folds):
             v[heads] -= np.outer(combination[heads].sum(axis=1), space.mean)
-            if space.units is not None:
-                v[heads] = space.units.common_weights(space.units.rows(v[heads]))
+            if space.coordinates is not None:
+                v[heads] = space.coordinates.common_weights(space.coordinates.rows(v[heads]))
         return np.asarray(v)
 
     def from_features(self, v: Array, folds: Array) -> Array:

@@ -1,15 +1,15 @@
-"""The units of each fold, its feature scales and imputed values, relative to common units.
+"""Coordinates of each fold, its feature scales and imputed values, relative to common ones.
 
 D features, K numbers that some rows lack.
 
-All folds share one copy of the rows, z (D,) in common units. A head of fold f is penalized for its
-weights in the units of its own training rows: features are divided by their deviation there, and
-missing numbers are imputed by the mean there. Both are linear: a number's column v is 0 where the
-number is missing, and the next column m is 1 there, so v + fill m is the imputed number. With the
-scales s of the common units, c = fill s_m / s_v, and the ratio r (D,) of the fold's scales to the
-common ones, a row in the fold's units is z R^-1: (z_v + c z_m) / r_v for an imputed number, z / r
-otherwise. Weights w for z are R w in the fold's units: r_m (w_m - c w_v), and r w otherwise. So
-folds differ only in the penalty |R w|^2.
+All folds share one copy of the rows, z (D,) in common coordinates. A head of fold f is penalized
+for its weights in the coordinates of its own training rows: features are divided by their deviation
+there, and missing numbers are imputed by the mean there. Both are linear: a number's column v is 0
+where the number is missing, and the next column m is 1 there, so v + fill m is the imputed number.
+With the scales s of the common coordinates, c = fill s_m / s_v, and the ratio r (D,) of the fold's
+scales to the common ones, a row in the fold's coordinates is z R^-1: (z_v + c z_m) / r_v for an
+imputed number, z / r otherwise. Weights w for z are R w in the fold's coordinates: r_m (w_m - c
+w_v), and r w otherwise. So folds differ only in the penalty |R w|^2.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from headrace.heads.data.training_data import TrainingData
 
 
 @dataclass(frozen=True)
-class FoldUnits:
+class FoldCoordinates:
     """The matrix R of a fold. Methods take and return (…, D)."""
 
     ratio: Array  # r (D,); infinite for a feature that is left out
@@ -62,16 +62,18 @@ class FoldUnits:
         gradient[..., self.numbers] -= gradient[..., self.numbers + 1] * self.fills
         return np.asarray(gradient)
 
-    def columns(self, start: int, stop: int) -> "FoldUnits":
-        """Return the units of the columns from start to stop.
+    def columns(self, start: int, stop: int) -> "FoldCoordinates":
+        """Return the coordinates of the columns from start to stop.
 
         A number whose next column is not among them is not imputed.
         """
         inside = (start <= self.numbers) & (self.numbers + 1 < stop)
-        return FoldUnits(self.ratio[start:stop], self.numbers[inside] - start, self.fills[inside])
+        return FoldCoordinates(
+            self.ratio[start:stop], self.numbers[inside] - start, self.fills[inside]
+        )
 
 
-def fold_units(
+def fold_coordinates(
     fold: Moments,
     common: Moments,
     fold_scale: Array | float,
@@ -79,10 +81,10 @@ def fold_units(
     *,
     constant_ratio: float = 1.0,
     dtype: Any = np.float64,
-) -> FoldUnits:
-    """Return the units of a fold.
+) -> FoldCoordinates:
+    """Return the coordinates of a fold.
 
-    fold, common: moments of the fold's training rows and of the rows of the common units.
+    fold, common: moments of the fold's training rows and of the rows of the common coordinates.
     fold_scale, common_scale: their scales (D,).
     constant_ratio: the ratio of features that are constant in the rows of either.
     """
@@ -91,9 +93,9 @@ def fold_units(
     numbers = np.array(list(fold.fills), np.intp)
     scale = np.broadcast_to(common_scale, is_constant.shape)
     fills = np.array(list(fold.fills.values())) * scale[numbers + 1] / scale[numbers]
-    # A constant column is 0 in common units and has no weight, so there is nothing to impute.
+    # A constant column is 0 in common coordinates and has no weight, so there is nothing to impute.
     fills[common.constant[numbers] | common.constant[numbers + 1]] = 0
-    return FoldUnits(ratio.astype(dtype), numbers, fills.astype(dtype))
+    return FoldCoordinates(ratio.astype(dtype), numbers, fills.astype(dtype))
 
 
 def fold_moments(data: TrainingData) -> dict[int, Moments]:

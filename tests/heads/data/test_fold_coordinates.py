@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from headrace.heads.data.fold_units import FoldUnits
+from headrace.heads.data.fold_coordinates import FoldCoordinates
 from headrace.heads.data.side_columns import SideColumn, SideColumns, side_blocks
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
@@ -112,12 +112,12 @@ def test_many_class_heads_have_copies_in_the_units_of_their_fold():
 
 def test_units_are_a_linear_map_and_its_inverse():
     rng = np.random.default_rng(0)
-    units = FoldUnits(rng.uniform(0.5, 2, 6), np.array([1, 4]), np.array([0.7, -3.0]))
-    root = units.weights(np.eye(6)).T
+    coordinates = FoldCoordinates(rng.uniform(0.5, 2, 6), np.array([1, 4]), np.array([0.7, -3.0]))
+    root = coordinates.weights(np.eye(6)).T
     w, z = rng.normal(size=(2, 6))
-    np.testing.assert_allclose(units.weights(w), root @ w)
-    np.testing.assert_allclose(units.common_weights(units.weights(w)), w)
-    np.testing.assert_allclose(units.rows(z), np.linalg.solve(root.T, z))
-    np.testing.assert_allclose(units.penalty_gradient(w), root.T @ root @ w)
-    np.testing.assert_allclose(units.columns(1, 4).rows(z[1:4]), units.rows(z)[1:4])
-    assert units.columns(0, 5).numbers.tolist() == [1]
+    np.testing.assert_allclose(coordinates.weights(w), root @ w)
+    np.testing.assert_allclose(coordinates.common_weights(coordinates.weights(w)), w)
+    np.testing.assert_allclose(coordinates.rows(z), np.linalg.solve(root.T, z))
+    np.testing.assert_allclose(coordinates.penalty_gradient(w), root.T @ root @ w)
+    np.testing.assert_allclose(coordinates.columns(1, 4).rows(z[1:4]), coordinates.rows(z)[1:4])
+    assert coordinates.columns(0, 5).numbers.tolist() == [1]
