@@ -28,7 +28,6 @@ from headrace.heads.linear.solver import (
     design,
     dual_form,
     lbfgs,
-    passes,
     path_solver,
     preconditioner,
 )
@@ -74,7 +73,6 @@ def branches() -> Iterator[Branch]:
     few = logistic(few_classes, path)
     many = logistic(training_data(2_000, 768, 100, 3), path)
     dual = logistic(training_data(1_000, 2_048, 10, 5), path)
-    labels = logistic(with_labels(few_classes, 20), path[::3])
     no_kernels = [
         (module, "load_compiled_kernels", lambda: None) for module in (design, active_set)
     ]
@@ -114,8 +112,6 @@ def branches() -> Iterator[Branch]:
         "pairs in chunks, 100 classes", many, ((lbfgs, "PAIR_COLUMNS_PER_CHUNK", 1 << 40),)
     )
     yield Branch("leading directions", dual, ((dual_form, "_leading_directions", no_directions),))
-    groups_off = ((passes, "SECOND_LEVEL_CACHE_BYTES", 1 << 40),)
-    yield Branch("groups of heads, 20 labels", labels, groups_off)
     many_alphas = [RidgeSpec(float(alpha)) for alpha in np.logspace(-1, 3, 60)]
     few_alphas = many_alphas[::12]
     yield Branch(

@@ -10,7 +10,6 @@ some folds only: `heads_by_folds` lists them (A',) by the block's folds. The two
 `DevicePass` of `torch_blocks`, compute the same; `CompiledPass` is the faster one in float32.
 """
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,10 +22,6 @@ from headrace.heads.linear.solver.compiled_blocks import CompiledKernels
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
 from headrace.heads.linear.solver.loss import sigmoid_loss, softmax_loss
 
-# The weights and gradients of heads that pass over a block together are to stay in the second-level
-# cache from one strip of 48 rows to the next. Without this limit, two 100-class heads of 512
-# features take 1.02 times the time.
-SECOND_LEVEL_CACHE_BYTES = 1 << 20
 HeadsByFolds = dict[tuple[int, ...], Index]
 
 
@@ -107,15 +102,6 @@ class NumpyPass:
         return total
 
 
-@dataclass(frozen=True)
-class HeadGroup:
-    """Heads that pass over a block together, packed for the compiled pass."""
-
-    heads: Index  # (a,) positions among the heads of the pass
-    packed_weights: Array
-    packed_gradients: list[Array]  # one for each thread
-
-
 class CompiledPass:
     """The pass in compiled float32: a row is read once, and decisions stay in the nearer caches.
 
@@ -136,23 +122,14 @@ class CompiledPass:
         self.design, self.weighting, self.path_index = design, weighting, path_index
         self.heads_by_folds, self.kernels, self.shape = heads_by_folds, kernels, weights.shape
         self.threads, self.n_threads = threads, n_threads
-        _, n_free, width = weights.shape
-
-        def make_group(heads: Index) -> HeadGroup:
-            packed = kernels.pack(weights[heads].reshape(-1, width))
-            size = len(heads) * n_free, width
-            gradients = [kernels.allocate_packed(*size) for _ in range(n_threads)]
-            return HeadGroup(heads, packed, gradients)
-
-        # 8 bytes: a weight and its gradient in float32.
-        heads_per_group = max(SECOND_LEVEL_CACHE_BYTES // (8 * n_free * width), 1)
-        self.groups = {
-            folds: [
-                make_group(group_heads)
-                for group_heads in np.array_split(heads, -(-len(heads) // heads_per_group))
+        self.packed_weights: dict[tuple[int, ...], Array] = {}
+        self.packed_gradients: dict[tuple[int, ...], list[Array]] = {}  # one for each thread
+        for folds, heads in heads_by_folds.items():
+            columns = weights[heads].reshape(-1, weights.shape[-1])
+            self.packed_weights[folds] = kernels.pack(columns)
+            self.packed_gradients[folds] = [
+                kernels.allocate_packed(*columns.shape) for _ in range(n_threads)
             ]
-            for folds, heads in heads_by_folds.items()
-        }
         self.class_factors: Array | None = weighting.class_factors[path_index].astype(np.float32)
         if (self.class_factors == 1).all():
             self.class_factors = None
@@ -161,56 +138,54 @@ class CompiledPass:
     def add(self, block: RowBlock) -> None:
         """Add the losses of the heads that train on a block, and its gradients."""
         values, sample_weight = self.design.read(block), block.sample_weight
-        losses = np.zeros((self.n_threads, self.shape[0]))
-        groups = [(group, self._labels(block, group)) for group in self.groups[block.folds]]
+        heads = self.heads_by_folds[block.folds]
+        labels = self._labels(block, heads)
+        losses = np.zeros((self.n_threads, len(heads)))
 
         def add_rows(thread: int) -> None:
             first, end = (len(values) * i // self.n_threads for i in (thread, thread + 1))
             rows = slice(first, end)
-            for group, labels in groups:
-                group_losses = np.zeros(len(group.heads))
-                self.kernels.add_losses_and_gradients(
-                    values[rows],
-                    len(group.heads),
-                    self.weighting.n_outputs,
-                    group.packed_weights,
-                    labels[..., rows],
-                    None if sample_weight is None else sample_weight[rows],
-                    None if self.class_factors is None else self.class_factors[group.heads],
-                    group_losses,
-                    group.packed_gradients[thread],
-                )
-                losses[thread, group.heads] = group_losses
+            self.kernels.add_losses_and_gradients(
+                values[rows],
+                len(heads),
+                self.weighting.n_outputs,
+                self.packed_weights[block.folds],
+                labels[..., rows],
+                None if sample_weight is None else sample_weight[rows],
+                None if self.class_factors is None else self.class_factors[heads],
+                losses[thread],
+                self.packed_gradients[block.folds][thread],
+            )
 
         if self.threads is None:
             add_rows(0)
         else:
             # `list` waits for all threads, and raises their errors.
             list(self.threads.map(add_rows, range(self.n_threads)))
-        self.loss_sums += losses.sum(axis=0)
+        self.loss_sums[heads] += losses.sum(axis=0)
 
     def losses(self) -> Array:
         """Return the losses (A,) float64 summed over the blocks so far."""
         return self.loss_sums
 
-    def _labels(self, block: RowBlock, group: HeadGroup) -> npt.NDArray[np.int32]:
+    def _labels(self, block: RowBlock, heads: Index) -> npt.NDArray[np.int32]:
         """Return classes (n,) of a block's rows, or labels (a, n) of 0 and 1 for sigmoids."""
         if self.weighting.n_outputs > 1:
             return block.classes
-        return block.labels[self.weighting.labels[self.path_index[group.heads]]].astype(np.int32)
+        return block.labels[self.weighting.labels[self.path_index[heads]]].astype(np.int32)
 
     def gradient(self) -> Array:
         """Return the gradients (A, c, W) summed over the blocks so far."""
         _, n_free, width = self.shape
         total = np.zeros(self.shape, np.float32)
-        for group in itertools.chain.from_iterable(self.groups.values()):
+        for folds, heads in self.heads_by_folds.items():
             # In the order of the threads: the result does not depend on which is done first.
-            packed = group.packed_gradients[0]
-            for thread_gradients in group.packed_gradients[1:]:
+            packed, *others = self.packed_gradients[folds]
+            for thread_gradients in others:
                 packed = packed + thread_gradients
-            gradients = np.empty((len(group.heads), n_free, width), np.float32)
+            gradients = np.empty((len(heads), n_free, width), np.float32)
             self.kernels.unpack(packed, gradients.reshape(-1, width))
-            total[group.heads] += gradients
+            total[heads] += gradients
         return total
 
 

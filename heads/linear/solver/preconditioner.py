@@ -41,9 +41,6 @@ MAX_CLASSES_FOR_DENSE = 128
 # Beyond, the eigenvectors of the classes cost too much: at 1,200 classes (6,000 x 128) 1.71 of the
 # CPU time.
 MAX_CLASSES_FOR_EIGENVECTORS = 1024
-# Up to so many vectors are multiplied by a triangle one by one: all at once would take 1.03 of the
-# CPU time of a bank of 100 classes, 0.99 at ten.
-MAX_VECTORS_ONE_BY_ONE = 4
 
 
 @dataclass(frozen=True)
@@ -129,18 +126,9 @@ class Preconditioner:
 
 
 def _multiply_by_triangle(vectors: Array, matrix: Array, *, transposed: bool) -> Array:
-    """Return vectors (k, n) times a lower triangle (n, n) or its transpose.
-
-    May overwrite the vectors.
-    """
-    trans = int(not transposed)
-    if len(vectors) > MAX_VECTORS_ONE_BY_ONE:
-        (trmm,) = scipy.linalg.get_blas_funcs(("trmm",), (matrix,))
-        return np.asarray(trmm(1.0, matrix, vectors.T, lower=1, trans_a=trans).T)
-    (trmv,) = scipy.linalg.get_blas_funcs(("trmv",), (matrix,))
-    for vector in vectors:
-        vector[:] = trmv(matrix, vector, lower=1, trans=trans)
-    return vectors
+    """Return vectors (k, n) times a lower triangle (n, n) or its transpose."""
+    (trmm,) = scipy.linalg.get_blas_funcs(("trmm",), (matrix,))
+    return np.asarray(trmm(1.0, matrix, vectors.T, lower=1, trans_a=int(not transposed)).T)
 
 
 def make_preconditioner(

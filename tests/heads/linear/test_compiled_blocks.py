@@ -4,7 +4,6 @@ and weight.
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import (
     active_set as active_set_module,
     design as design_module,
-    passes,
 )
 from headrace.heads.linear.solver.compiled_blocks import aligned_rows, load_compiled_kernels
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
@@ -59,10 +57,9 @@ def random_block(
     weighted=st.booleans(),
     balanced=st.booleans(),
     threads=st.sampled_from([1, 3]),
-    near=st.sampled_from([1, 100_000, passes.SECOND_LEVEL_CACHE_BYTES]),
 )
 def test_a_compiled_pass_is_the_plain_one(
-    seed, n, width, classes, heads, size, weighted, balanced, threads, near
+    seed, n, width, classes, heads, size, weighted, balanced, threads
 ):
     """Losses to 1e-5 and gradients to 1e-5 of their largest element, against the plain pass in
     float64; more where decisions are of the order of hundreds, which float32 rounds to 1e-5.
@@ -81,10 +78,7 @@ def test_a_compiled_pass_is_the_plain_one(
     library = load_compiled_kernels()
     assert library is not None
     heads_by_folds = {block.folds: np.arange(heads)}
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        mock.patch.object(passes, "SECOND_LEVEL_CACHE_BYTES", near),
-    ):
+    with ThreadPoolExecutor(threads) as pool:
         quick = CompiledPass(
             design,
             weighting,
