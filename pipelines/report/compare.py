@@ -20,7 +20,7 @@ from headrace.pipelines.number_format import number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.build import run_thumbnails
 from headrace.pipelines.report.cost import seconds_text
-from headrace.pipelines.report.judged import JudgedSide, judged_sides, one_by_one
+from headrace.pipelines.report.judged import JudgedSide, class_texts, judged_sides, one_by_one
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.page.blocks import (
     Block,
@@ -29,9 +29,9 @@ from headrace.pipelines.report.page.blocks import (
     Gallery,
     Headline,
     Note,
-    Picture,
     Section,
     Table,
+    make_table,
 )
 from headrace.pipelines.report.page.thumbnails import Thumbnails
 from headrace.pipelines.report.paired import paired_metrics
@@ -320,104 +320,62 @@ def _right_or_wrong_blocks(
     # The surest first: by the largest change of a probability.
     change_size = np.abs(side.predictions[1, changed] - side.predictions[0, changed]).max(1)
     changed = changed[np.argsort(-change_size, kind="stable")]
-    frame = pd.DataFrame(
+    table = make_table(
+        f"changed-{side.name}",
+        f"Every image that changed, {side.name} images",
         {
-            "id": side.ids[changed],
-            "change": np.where(hits[1, changed], "became right", "became wrong"),
-            "label": _class_texts(run, side.target[changed]),
-            "first": _class_texts(run, side.predictions[0, changed]),
-            "second": _class_texts(run, side.predictions[1, changed]),
-        }
+            Column("id", "image"): side.ids[changed],
+            Column("change", "change"): np.where(hits[1, changed], "became right", "became wrong"),
+            Column("label", "label"): class_texts(run, side.target[changed]),
+            Column("first", "A says"): class_texts(run, side.predictions[0, changed]),
+            Column("second", "B says"): class_texts(run, side.predictions[1, changed]),
+        },
+        filters=("change", "label"),
+        search=True,
     )
     blocks: list[Block] = [_agreement_table(side, hits)]
-    if frame.empty:
+    if table.frame.empty:
         return [*blocks, Note("Both are right and wrong on the same images.")]
-    shown = frame.assign(content=side.content[changed].astype(str))
+    shown = table.frame.assign(content=side.content[changed].astype(str))
     for change, rows in shown.groupby("change"):
         pictures = tuple(
-            Picture(
-                (thumbnails.get(row["content"]),),
-                (f"{change}: label {row['label']}",),
+            thumbnails.picture(
+                [row["content"]],
+                [f"{change}: label {row['label']}"],
                 str(row["id"]),
                 (("label", row["label"]), (FIRST, row["first"]), (SECOND, row["second"])),
-                thumbnails.paths_of(row["content"]),
             )
             for row in rows.head(SHOWN).to_dict("records")
         )
         caption = f"{count_text(len(rows), 'image')} {change} in B, the surest first"
         blocks.append(Gallery(caption, pictures))
-    columns = (
-        Column("id", "image"),
-        Column("change", "change"),
-        Column("label", "label"),
-        Column("first", "A says"),
-        Column("second", "B says"),
-    )
-    return [
-        *blocks,
-        Table(
-            f"changed-{side.name}",
-            f"Every image that changed, {side.name} images",
-            columns,
-            frame,
-            filters=("change", "label"),
-            search=True,
-        ),
-    ]
-
-
-def _class_texts(run: FinishedRun, values: Array) -> list[str]:
-    """Return labels or predictions in words: (n,) class positions, (n, C) 0/1 or probabilities."""
-    names = np.asarray(run.classes, object)
-    if run.task_kind == "single":
-        return names[values if values.ndim == 1 else values.argmax(1)].tolist()  # type: ignore[no-any-return]
-    return [", ".join(names[is_on]) or "none" for is_on in values >= 0.5]
+    return [*blocks, table]
 
 
 def _agreement_table(side: PairedSide, hits: Mask) -> Table:
-    counts = pd.DataFrame(
-        [
-            ("right", int((hits[0] & hits[1]).sum()), int((hits[0] & ~hits[1]).sum())),
-            ("wrong", int((~hits[0] & hits[1]).sum()), int((~hits[0] & ~hits[1]).sum())),
-        ],
-        columns=["first", "right", "wrong"],
-    )
-    columns = (
-        Column("first", "A ↓ B →"),
-        Column("right", "right", "count"),
-        Column("wrong", "wrong", "count"),
-    )
+    first, second = hits
+    columns = {
+        Column("first", "A ↓ B →"): ["right", "wrong"],
+        Column("right", "right", "count"): [(first & second).sum(), (~first & second).sum()],
+        Column("wrong", "wrong", "count"): [(first & ~second).sum(), (~first & ~second).sum()],
+    }
     caption = f"Both on {count_text(len(side.ids), f'{side.name} image')}"
-    return Table(f"agreement-{side.name}", caption, columns, counts, sortable=False)
+    return make_table(f"agreement-{side.name}", caption, columns, sortable=False)
 
 
 def _error_blocks(run: FinishedRun, side: PairedSide) -> list[Block]:
     # A number is neither right nor wrong: all images are listed, by how much their errors changed.
     errors = np.abs(side.predictions - side.target).mean(2)
     order = np.argsort(-np.abs(errors[1] - errors[0]), kind="stable")
-    frame = pd.DataFrame(
-        {
-            "id": side.ids[order],
-            "first": errors[0, order],
-            "second": errors[1, order],
-            "difference": (errors[1] - errors[0])[order],
-        }
-    )
-    columns = (
-        Column("id", "image"),
-        Column("first", "A's error", "number", "absolute, mean over the targets"),
-        Column("second", "B's error", "number"),
-        Column("difference", "B less A", "number"),
-    )
-    return [
-        Table(
-            f"changed-{side.name}",
-            f"Errors of both, {side.name} images, the largest change first",
-            columns,
-            frame,
-            search=True,
-        )
-    ]
+    hint = "absolute, mean over the targets"
+    columns = {
+        Column("id", "image"): side.ids[order],
+        Column("first", "A's error", "number", hint): errors[0, order],
+        Column("second", "B's error", "number"): errors[1, order],
+        Column("difference", "B less A", "number"): (errors[1] - errors[0])[order],
+    }
+    caption = f"Errors of both, {side.name} images, the largest change first"
+    return [make_table(f"changed-{side.name}", caption, columns, search=True)]
 
 
 def _class_section(
@@ -517,24 +475,18 @@ def _leaders_section(runs: tuple[FinishedRun, ...]) -> Section:
 
 
 def _cost_table(runs: tuple[FinishedRun, ...]) -> Table:
-    costs = pd.DataFrame(
-        {
-            "run": [FIRST, SECOND],
-            "heads": [int((run.heads["fold"] != REFIT).sum()) for run in runs],
-            "settings": [len(run.board) for run in runs],
-            "time": [
-                "–" if run.stages.empty else seconds_text(float(run.stages["seconds"].sum()))
-                for run in runs
-            ],
-        }
-    )
-    columns = (
-        Column("run", "run"),
-        Column("settings", "settings", "count"),
-        Column("heads", "heads", "count"),
-        Column("time", "time, all calls together"),
-    )
-    return Table("costs", "What both have taken", columns, costs, sortable=False)
+    columns = {
+        Column("run", "run"): [FIRST, SECOND],
+        Column("settings", "settings", "count"): [len(run.board) for run in runs],
+        Column("heads", "heads", "count"): [
+            int((run.heads["fold"] != REFIT).sum()) for run in runs
+        ],
+        Column("time", "time, all calls together"): [
+            "–" if run.stages.empty else seconds_text(float(run.stages["seconds"].sum()))
+            for run in runs
+        ],
+    }
+    return make_table("costs", "What both have taken", columns, sortable=False)
 
 
 def _recipe_section(runs: tuple[FinishedRun, ...]) -> Section:

@@ -49,11 +49,11 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
         )
         cost_blocks += [
             Facts(
-                (
-                    ("time, all calls together", seconds_text(total_seconds)),
-                    ("heads trained", f"{n_heads:,}, {seconds_each:.3g} s each on average"),
-                    ("energy (estimate)", energy_text),
-                )
+                {
+                    "time, all calls together": seconds_text(total_seconds),
+                    "heads trained": f"{n_heads:,}, {seconds_each:.3g} s each on average",
+                    "energy (estimate)": energy_text,
+                }
             ),
             Table(
                 "stages",

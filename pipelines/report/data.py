@@ -1,5 +1,7 @@
 """The data section: sizes of the splits, left-out and failed images, rare classes, notes."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -9,7 +11,16 @@ from headrace.heads.data.task import Task
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import read_table
 from headrace.pipelines.report.page import figures
-from headrace.pipelines.report.page.blocks import Block, Column, Facts, Figure, Note, Section, Table
+from headrace.pipelines.report.page.blocks import (
+    Block,
+    Column,
+    Facts,
+    Figure,
+    Note,
+    Section,
+    Table,
+    make_table,
+)
 
 # Images of the largest class per image of the smallest, from which on accuracy says little about
 # the small one.
@@ -27,12 +38,12 @@ def data_section(run: FinishedRun) -> Section:
         train, test = listed.dataset.train, listed.dataset.test
         folds_text = count_text(train.n_folds, "validation fold")
         content = np.concatenate([train.content, test.content])
-        facts = (
-            ("images listed", f"{len(listed.samples):,}"),
-            ("to train and choose on", f"{len(train.ids):,}, in {folds_text}"),
-            ("test", f"{len(test.ids):,}"),
-            ("distinct images", f"{len(np.unique(content)):,}"),
-        )
+        facts = {
+            "images listed": f"{len(listed.samples):,}",
+            "to train and choose on": f"{len(train.ids):,}, in {folds_text}",
+            "test": f"{len(test.ids):,}",
+            "distinct images": f"{len(np.unique(content)):,}",
+        }
         blocks.append(Facts(facts))
         blocks += [Note(f"{note[0].upper()}{note[1:]}.") for note in listed.dataset.notes]
     blocks += [*_left_out_blocks(run), *_failed_blocks(run), *_balance_blocks(run, test)]
@@ -48,16 +59,13 @@ def _left_out_blocks(run: FinishedRun) -> list[Block]:
         return [Note(f"{text} {run.paths.accounting.name}.")]
     blocks: list[Block] = [Note(f"{accounting.sentence()}.")]
     if accounting.left_out:
-        frame = pd.DataFrame(
-            [(item.count, item.reason, ", ".join(item.examples)) for item in accounting.left_out],
-            columns=["count", "reason", "examples"],
-        )
-        columns = (
-            Column("count", "entries", "count"),
-            Column("reason", "what they are"),
-            Column("examples", "such as"),
-        )
-        blocks.append(Table("left-out", "Left out", columns, frame))
+        left_out = accounting.left_out
+        columns = {
+            Column("count", "entries", "count"): [item.count for item in left_out],
+            Column("reason", "what they are"): [item.reason for item in left_out],
+            Column("examples", "such as"): [", ".join(item.examples) for item in left_out],
+        }
+        blocks.append(make_table("left-out", "Left out", columns))
     return blocks
 
 
@@ -88,20 +96,18 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
     train_counts = _class_counts(run.task_kind, run.bank.target, len(run.classes))
     counts_by_split = {"training and validation": train_counts.tolist()}
     shares = train_counts / max(len(run.bank.target), 1)
-    frame = pd.DataFrame({"class": list(run.classes), "train": train_counts, "share": shares})
     word = "class" if run.task_kind == "single" else "label"
-    columns = [
-        Column("class", word),
-        Column("train", "training and validation", "count"),
-        Column("share", "share", "share"),
-    ]
+    columns: dict[Column, Any] = {
+        Column("class", word): list(run.classes),
+        Column("train", "training and validation", "count"): train_counts,
+        Column("share", "share", "share"): shares,
+    }
     if test is not None and len(test.ids):
-        frame["test"] = _class_counts(run.task_kind, test.target, len(run.classes))
-        counts_by_split["test"] = frame["test"].tolist()
-        columns.append(Column("test", "test", "count"))
-    table = Table(
-        "balance", f"Images by {word}", tuple(columns), frame, search=len(frame) > _FIGURE_CLASSES
-    )
+        test_counts = _class_counts(run.task_kind, test.target, len(run.classes))
+        columns[Column("test", "test", "count")] = test_counts
+        counts_by_split["test"] = test_counts.tolist()
+    are_many = len(run.classes) > _FIGURE_CLASSES
+    table = make_table("balance", f"Images by {word}", columns, search=are_many)
     blocks: list[Block] = []
     largest, smallest = int(train_counts.argmax()), int(train_counts.argmin())
     ratio = train_counts[largest] / max(int(train_counts[smallest]), 1)
@@ -116,7 +122,7 @@ def _balance_blocks(run: FinishedRun, test: Task | None) -> list[Block]:
                 "warning",
             )
         )
-    if len(frame) > _FIGURE_CLASSES:
+    if are_many:
         return [*blocks, table]
     svg = figures.bar_chart(list(run.classes), counts_by_split, xlabel="images")
     class_sizes = zip(run.classes, train_counts, strict=True)

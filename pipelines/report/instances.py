@@ -14,6 +14,7 @@ from headrace.heads.evaluate.units import aggregate_units
 from headrace.heads.results import BankResult, read_bank
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RunDamaged, read_table
+from headrace.pipelines.report.judged import class_texts
 from headrace.pipelines.report.page.blocks import (
     Block,
     Column,
@@ -159,14 +160,8 @@ def _wrong_and_surprise(task_kind: str, target: Array, predicted: Floats) -> tup
 
 def _texts(run: FinishedRun, values: Array) -> list[str]:
     """Return labels or predictions (n,) or (n, C) as text."""
-    if run.task_kind == "single":
-        class_codes = values.argmax(1) if values.ndim == 2 else values
-        return [run.classes[int(code)] for code in class_codes]
-    if run.task_kind == "multi":
-        return [
-            "; ".join(name for name, is_on in zip(run.classes, row, strict=True) if is_on) or "none"
-            for row in (values >= 0.5).tolist()
-        ]
+    if run.task_kind != "regression":
+        return class_texts(run, values, "; ")
     return ["; ".join(f"{value:.4g}" for value in row) for row in values.tolist()]
 
 
@@ -178,21 +173,12 @@ def _pictures(frame: pd.DataFrame, units: list[str], thumbnails: Thumbnails) -> 
         weightiest = images.head(2)  # the table is sorted by falling weight within a unit
         weights = ", ".join(f"{100 * weight:.1f} %" for weight in weightiest["weight"])
         label, predicted = str(images["label"].iloc[0]), str(images["predicted"].iloc[0])
+        alt_texts = [
+            f"Image {image_id} of unit {unit}, label {label}, predicted {predicted}"
+            for image_id in weightiest["id"]
+        ]
+        weights_text = f"{weights} of {count_text(len(images), 'image')}"
+        lines = ("label", label), ("predicted", predicted), ("weights", weights_text)
         contents = weightiest["content"].tolist()
-        pictures.append(
-            Picture(
-                tuple(thumbnails.get(content) for content in contents),
-                tuple(
-                    f"Image {image_id} of unit {unit}, label {label}, predicted {predicted}"
-                    for image_id in weightiest["id"]
-                ),
-                unit,
-                (
-                    ("label", label),
-                    ("predicted", predicted),
-                    ("weights", f"{weights} of {count_text(len(images), 'image')}"),
-                ),
-                tuple(path for content in contents for path in thumbnails.paths_of(content)),
-            )
-        )
+        pictures.append(thumbnails.picture(contents, alt_texts, unit, lines))
     return tuple(pictures)

@@ -59,6 +59,14 @@ def side_values(run: FinishedRun, side: JudgedSide) -> tuple[str, Doubles]:
     return metric, row_hits(run.task_kind, side.target, side.predicted, metric)
 
 
+def class_texts(run: FinishedRun, values: Array, separator: str = ", ") -> list[str]:
+    """Return labels or predictions in words: (n,) class positions, (n, C) 0/1 or probabilities."""
+    names = np.asarray(run.classes, object)
+    if run.task_kind == "single":
+        return list(names[values if values.ndim == 1 else values.argmax(1)])
+    return [separator.join(names[is_on]) or "none" for is_on in values >= 0.5]
+
+
 def one_by_one(run: FinishedRun) -> str:
     """Return a sentence for sections on single images of a task with units; "" for other tasks."""
     unit = run.recipe.task.unit
@@ -110,8 +118,7 @@ def image_table(run: FinishedRun, sides: tuple[JudgedSide, ...]) -> pd.DataFrame
 
 def _labels(run: FinishedRun, target: Array) -> pd.DataFrame:
     if run.task_kind == "single":
-        names = np.asarray(run.classes, object)
-        return pd.DataFrame({"label": names[target.astype(np.int64)]})
+        return pd.DataFrame({"label": class_texts(run, target)})
     if run.task_kind == "multi":
         target = np.where(target > 0, "yes", "no")
     return pd.DataFrame(target, columns=list(run.classes))
@@ -123,7 +130,7 @@ def _side_frame(run: FinishedRun, side: JudgedSide) -> pd.DataFrame:
     if run.task_kind == "regression":
         return frame.assign(error=values)
     if run.task_kind == "single":
-        frame["predicted"] = np.asarray(run.classes, object)[side.predicted.argmax(1)]
+        frame["predicted"] = class_texts(run, side.predicted)
         frame["probability"] = side.predicted.max(1)
     # Of several labels, all must be right.
     is_right = values.reshape(len(values), -1).all(1)

@@ -190,10 +190,4 @@ def _pair_picture(pair: dict[Any, Any], thumbnails: Thumbnails) -> Picture:
     caption_lines = tuple(
         (name, f"{pair[name]:.3f}") for name in ("pixels", "features") if pd.notna(pair[name])
     )
-    return Picture(
-        tuple(map(thumbnails.get, contents)),
-        alt_texts,
-        " · ".join(alt_texts),
-        caption_lines,
-        tuple(thumbnails.paths.get(content, "") for content in contents),
-    )
+    return thumbnails.picture(contents, alt_texts, " · ".join(alt_texts), caption_lines)

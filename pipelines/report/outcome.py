@@ -3,12 +3,15 @@
 N rows, C classes (or label columns, or regression targets).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from headrace.cache.count_text import count_text
-from headrace.heads.arrays import Array, Doubles, Index
-from headrace.heads.evaluate.metrics import METRICS, score
+from headrace.heads.arrays import Array, Doubles, Index, Mask
+from headrace.heads.evaluate.metrics import metric_names, score
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.report.curves import curve_set
 from headrace.pipelines.report.leaders import metric_format, metric_title
@@ -22,6 +25,7 @@ from headrace.pipelines.report.page.blocks import (
     Note,
     Section,
     Table,
+    make_table,
 )
 
 # A matrix of more classes is drawn as a picture, with a table of its largest entries.
@@ -68,26 +72,16 @@ def _calibration_blocks(run: FinishedRun, target: Array) -> list[Block]:
         ]
     rows_name = "images" if run.recipe.task.unit is None else "units"
     facts = Facts(
-        (
-            (
-                "temperature",
-                f"{stored['temperature']:.3f}: what `predict` and `export` divide the winner's "
-                "log-odds by",
-            ),
-            (
-                "calibration error",
-                f"{stored['error_before']:.3f} without it, {stored['error_after']:.3f} with it",
-            ),
-            (
-                "log loss",
-                f"{stored['loss_before']:.3f} without it, {stored['loss_after']:.3f} with it",
-            ),
-            (
-                "fitted on",
-                f"{stored['images']:,} validation {rows_name}; scored fold by fold at the "
-                "temperature of the other folds",
-            ),
-        )
+        {
+            "temperature": f"{stored['temperature']:.3f}: what `predict` and `export` divide the "
+            "winner's log-odds by",
+            "calibration error": f"{stored['error_before']:.3f} without it, "
+            f"{stored['error_after']:.3f} with it",
+            "log loss": f"{stored['loss_before']:.3f} without it, {stored['loss_after']:.3f} with "
+            "it",
+            "fitted on": f"{stored['images']:,} validation {rows_name}; scored fold by fold at the "
+            "temperature of the other folds",
+        }
     )
     calibrated = run.calibrated_predictions
     if isinstance(calibrated, str):
@@ -135,44 +129,23 @@ def _confusion_blocks(
 ) -> list[Block]:
     C = len(classes)
     confusion_counts = np.bincount(target * C + predicted.argmax(1), minlength=C * C).reshape(C, C)
+    meaning = f"{split_name}: rows are what the label says, columns what {model_name} says"
     if C <= MATRIX_CLASSES:
-        column_names = [f"c{i}" for i in range(C)]
-        confusion_frame = pd.DataFrame(confusion_counts, columns=column_names)
-        confusion_frame.insert(0, "actual", list(classes))
-        table_columns = (
-            Column("actual", "actual ↓ predicted →"),
-            *(Column(f"c{i}", name, "count") for i, name in enumerate(classes)),
-        )
-        caption = (
-            f"Confusion matrix, {split_name}: rows are what the label says, columns what "
-            f"{model_name} says"
-        )
-        return [
-            Table(
-                f"confusion-{split_name}",
-                caption,
-                table_columns,
-                confusion_frame,
-                sortable=False,
-                shade="rows",
-            )
-        ]
-    confusion_table = _confusion_list(classes, confusion_counts, split_name)
+        columns: dict[Column, Any] = {Column("actual", "actual ↓ predicted →"): list(classes)}
+        for i, name in enumerate(classes):
+            columns[Column(f"c{i}", name, "count")] = confusion_counts[:, i]
+        caption, name = f"Confusion matrix, {meaning}", f"confusion-{split_name}"
+        return [make_table(name, caption, columns, sortable=False, shade="rows")]
     recall = _safe_ratio(np.diag(confusion_counts), confusion_counts.sum(1))
-    matrix = Matrix(
-        f"matrix-{split_name}",
-        f"Confusion matrix of {C} classes, {split_name}: rows are what the label says, "
-        f"columns what {model_name} says",
-        classes,
-        confusion_counts,
-        (
-            ("confused classes side by side", _confused_order(confusion_counts)),
-            ("worst recall first", np.argsort(recall, kind="stable")),
-            ("by name", np.arange(C)),
-            ("largest first", np.argsort(-confusion_counts.sum(1), kind="stable")),
-        ),
+    orders = (
+        ("confused classes side by side", _confused_order(confusion_counts)),
+        ("worst recall first", np.argsort(recall, kind="stable")),
+        ("by name", np.arange(C)),
+        ("largest first", np.argsort(-confusion_counts.sum(1), kind="stable")),
     )
-    return [confusion_table, matrix]
+    caption = f"Confusion matrix of {C} classes, {meaning}"
+    matrix = Matrix(f"matrix-{split_name}", caption, classes, confusion_counts, orders)
+    return [_confusion_list(classes, confusion_counts, split_name), matrix]
 
 
 def _confusion_list(classes: tuple[str, ...], confusion_counts: Index, split_name: str) -> Table:
@@ -181,23 +154,16 @@ def _confusion_list(classes: tuple[str, ...], confusion_counts: Index, split_nam
     actual, predicted = np.nonzero(wrong_counts)
     commonest_first = np.argsort(-wrong_counts[actual, predicted], kind="stable")
     actual, predicted = actual[commonest_first], predicted[commonest_first]
-    images = wrong_counts[actual, predicted]
-    confusion_frame = pd.DataFrame(
-        {
-            "actual": np.asarray(classes, object)[actual],
-            "predicted": np.asarray(classes, object)[predicted],
-            "images": images,
-            "share": images / np.maximum(confusion_counts.sum(1)[actual], 1),
-        }
-    )
-    table_columns = (
-        Column("actual", "actual"),
-        Column("predicted", "predicted"),
-        Column("images", "count", "count"),
-        Column("share", "of the class", "share"),
-    )
+    images, names = wrong_counts[actual, predicted], np.asarray(classes, object)
+    class_sizes = np.maximum(confusion_counts.sum(1), 1)
+    columns = {
+        Column("actual", "actual"): names[actual],
+        Column("predicted", "predicted"): names[predicted],
+        Column("images", "count", "count"): images,
+        Column("share", "of the class", "share"): images / class_sizes[actual],
+    }
     caption = f"Confusions, the commonest first ({split_name})"
-    return Table(f"confusion-{split_name}", caption, table_columns, confusion_frame, search=True)
+    return make_table(f"confusion-{split_name}", caption, columns, search=True)
 
 
 def _confused_order(confusion_counts: Index) -> Index:
@@ -217,27 +183,15 @@ def _confused_order(confusion_counts: Index) -> Index:
 def _class_table(
     classes: tuple[str, ...], target: Array, predicted: Array, split_name: str, model_name: str
 ) -> Table:
-    C = len(classes)
-    predicted_class = predicted.argmax(1)
-    class_counts = np.bincount(target, minlength=C)
-    predicted_counts = np.bincount(predicted_class, minlength=C)
-    hit_counts = np.bincount(target[predicted_class == target], minlength=C)
-    # The area under a class's curve is that of the class against the rest.
-    one_hot = target[:, None] == np.arange(C)
-    class_frame = pd.DataFrame(
-        {
-            "class": list(classes),
-            "images": class_counts,
-            "predicted": predicted_counts,
-            "recall": _safe_ratio(hit_counts, class_counts),
-            "precision": _safe_ratio(hit_counts, predicted_counts),
-            "f1": _safe_ratio(2 * hit_counts, class_counts + predicted_counts),
-            "auc": [score("multi", one_hot[:, [i]], predicted[:, [i]], "auc") for i in range(C)],
-        }
-    )
-    if C > MATRIX_CLASSES:
-        class_frame = class_frame.sort_values(["recall", "class"], ignore_index=True)
-    table_columns = (
+    # Each class against the rest.
+    is_class = target[:, None] == np.arange(len(classes))
+    is_predicted = predicted.argmax(1)[:, None] == np.arange(len(classes))
+    frame = _detection_frame(is_class, is_predicted, predicted, ("auc",))
+    frame.insert(0, "class", list(classes))
+    are_many = len(classes) > MATRIX_CLASSES
+    if are_many:
+        frame = frame.sort_values(["recall", "class"], ignore_index=True)
+    columns = (
         Column("class", "class"),
         Column("images", "count", "count"),
         Column("predicted", "predicted", "count", f"what {model_name} says is of this class"),
@@ -248,39 +202,16 @@ def _class_table(
         Column("f1", "F1", "number", "harmonic mean of recall and precision"),
         Column("auc", "AUC", "number", "this class against the rest"),
     )
-    return Table(
-        f"classes-{split_name}",
-        f"Class by class, {split_name}"
-        + (", the worst recall first" if C > MATRIX_CLASSES else ""),
-        table_columns,
-        class_frame,
-        search=C > MATRIX_CLASSES,
-    )
+    caption = f"Class by class, {split_name}" + (", the worst recall first" if are_many else "")
+    return Table(f"classes-{split_name}", caption, columns, frame, search=are_many)
 
 
 def _label_table(
     classes: tuple[str, ...], target: Array, predicted: Array, split_name: str
 ) -> Table:
-    true_labels, predicted_labels = target > 0, predicted >= 0.5
-    hit_counts = (true_labels & predicted_labels).sum(0)
-    label_counts = true_labels.sum(0)
-    predicted_counts = predicted_labels.sum(0)
-    label_columns = [(target[:, [i]], predicted[:, [i]]) for i in range(len(classes))]
-    label_frame = pd.DataFrame(
-        {
-            "label": list(classes),
-            "images": label_counts,
-            "predicted": predicted_counts,
-            "recall": _safe_ratio(hit_counts, label_counts),
-            "precision": _safe_ratio(hit_counts, predicted_counts),
-            "f1": _safe_ratio(2 * hit_counts, label_counts + predicted_counts),
-            "average_precision": [
-                score("multi", *pair, "average_precision") for pair in label_columns
-            ],
-            "auc": [score("multi", *pair, "auc") for pair in label_columns],
-        }
-    )
-    table_columns = (
+    frame = _detection_frame(target > 0, predicted >= 0.5, predicted, ("average_precision", "auc"))
+    frame.insert(0, "label", list(classes))
+    columns = (
         Column("label", "label"),
         Column("images", "with it", "count"),
         Column("predicted", "predicted", "count", "at a probability of one half or more"),
@@ -290,13 +221,35 @@ def _label_table(
         Column("average_precision", "average precision", "number"),
         Column("auc", "AUC", "number"),
     )
-    return Table(
-        f"labels-{split_name}",
-        f"Label by label, {split_name}",
-        table_columns,
-        label_frame,
-        search=len(classes) > MATRIX_CLASSES,
+    caption = f"Label by label, {split_name}"
+    search = len(classes) > MATRIX_CLASSES
+    return Table(f"labels-{split_name}", caption, columns, frame, search=search)
+
+
+def _detection_frame(
+    is_class: Mask, is_predicted: Mask, probabilities: Array, metrics: Sequence[str]
+) -> pd.DataFrame:
+    """Return a row per class or label with counts, ratios and metrics; arguments are (N, C)."""
+    hits, images, predicted = (
+        (is_class & is_predicted).sum(0),
+        is_class.sum(0),
+        is_predicted.sum(0),
     )
+    frame = pd.DataFrame(
+        {
+            "images": images,
+            "predicted": predicted,
+            "recall": _safe_ratio(hits, images),
+            "precision": _safe_ratio(hits, predicted),
+            "f1": _safe_ratio(2 * hits, images + predicted),
+        }
+    )
+    for metric in metrics:
+        frame[metric] = [
+            score("multi", is_class[:, [c]], probabilities[:, [c]], metric)
+            for c in range(is_class.shape[1])
+        ]
+    return frame
 
 
 def _reliability_figure(
@@ -328,14 +281,11 @@ def _reliability_figure(
         tendency = "about as sure as it is right"
     else:
         tendency = "too sure of itself" if mean_excess > 0 else "less sure than it could be"
-    bin_frame = pd.DataFrame(
-        {"probability": mean_confidence, "right": share_right, "rows": bin_counts}
-    )
-    table_columns = (
-        Column("probability", "mean predicted probability", "share"),
-        Column("right", "share right", "share"),
-        Column("rows", count_unit, "count"),
-    )
+    columns = {
+        Column("probability", "mean predicted probability", "share"): mean_confidence,
+        Column("right", "share right", "share"): share_right,
+        Column("rows", count_unit, "count"): bin_counts,
+    }
     table_name = table_name or split_name
     caption = f"Reliability, bin by bin ({table_name})"
     return Figure(
@@ -346,28 +296,23 @@ def _reliability_figure(
         f"Reliability, {split_name}: on the dashed line, 80 % sure is right 80 % of the "
         f"time. {model_name.capitalize()} is {tendency} (expected calibration error "
         f"{calibration_error:.3f}).",
-        Table(f"reliability-{table_name}", caption, table_columns, bin_frame, sortable=False),
+        make_table(f"reliability-{table_name}", caption, columns, sortable=False),
     )
 
 
 def _regression_blocks(
     classes: tuple[str, ...], target: Array, predicted: Array, split_name: str
 ) -> list[Block]:
-    metric_names = [name for name, metric in METRICS.items() if "regression" in metric.tasks]
-    target_frame = pd.DataFrame({"target": list(classes)})
-    for name in metric_names:
-        target_frame[name] = [
+    columns: dict[Column, Any] = {Column("target", "target"): list(classes)}
+    for name in metric_names("regression"):
+        columns[Column(name, metric_title(name), metric_format(name))] = [
             score("regression", target[:, [i]], predicted[:, [i]], name)
             for i in range(len(classes))
         ]
-    target_frame["bias"] = (predicted - target).mean(0)
-    table_columns = (
-        Column("target", "target"),
-        *(Column(name, metric_title(name), metric_format(name)) for name in metric_names),
-        Column("bias", "mean error", "number", "predicted less true"),
-    )
-    caption = f"Target by target, {split_name}"
-    blocks: list[Block] = [Table(f"targets-{split_name}", caption, table_columns, target_frame)]
+    bias = Column("bias", "mean error", "number", "predicted less true")
+    columns[bias] = (predicted - target).mean(0)
+    table = make_table(f"targets-{split_name}", f"Target by target, {split_name}", columns)
+    blocks: list[Block] = [table]
     for target_index, target_name in enumerate(classes[:_FIGURE_TARGETS]):
         svg_text = figures.scatter_chart(
             np.asarray(target[:, target_index], float),
@@ -377,7 +322,7 @@ def _regression_blocks(
         )
         alt_text = (
             f"Predicted against true {target_name}, {count_text(len(target), 'row')}; R² "
-            f"{target_frame['r2'][target_index]:.3f}."
+            f"{table.frame['r2'][target_index]:.3f}."
         )
         caption = (
             f"{target_name}: predicted against true, {split_name}; on the dashed line they are "

@@ -11,13 +11,13 @@ from headrace.pipelines.report.page.blocks import Block, Code, Column, Facts, No
 
 
 def provenance_section(run: FinishedRun) -> Section:
-    facts = (
-        ("run", str(run.paths.root.absolute())),
-        ("features", str(run.recipe.cache)),
-        ("task", f"{run.bank.task} (digest of the rows, targets and folds)"),
-        ("winner's results", run.bank.path.name),
-        ("winner's spec", run.winner.spec),
-    )
+    facts = {
+        "run": str(run.paths.root.absolute()),
+        "features": str(run.recipe.cache),
+        "task": f"{run.bank.task} (digest of the rows, targets and folds)",
+        "winner's results": run.bank.path.name,
+        "winner's spec": run.winner.spec,
+    }
     blocks: list[Block] = [
         Facts(facts),
         Code("The recipe, with every default", recipe_text(run)),
@@ -95,6 +95,6 @@ def _feature_blocks(run: FinishedRun) -> list[Block]:
         *(Column(name, title) for name, title in titles.items() if name not in shared),
     )
     return [
-        Facts(tuple((title, str(frame[name].iloc[0])) for name, title in shared.items())),
+        Facts({title: str(frame[name].iloc[0]) for name, title in shared.items()}),
         Table("fingerprints", "Fingerprints of the feature sets", columns, frame, sortable=False),
     ]

@@ -147,19 +147,14 @@ def _choice_blocks(run: FinishedRun, selection_record: Record) -> list[Block]:
     if at_temperature != validation_score:
         chosen_text += f"; {at_temperature} at its temperature"
     facts = Facts(
-        (
-            (
-                f"expected {metric_title(run.metric)} on new images",
-                f"{expected_value} (95 % interval {lower_end} to {upper_end})",
-            ),
-            ("as chosen", chosen_text),
-            (
-                "as good as the winner",
-                f"{selection_record['statistically_tied'] - 1:,} of "
-                f"{count_text(selection_record['tried'] - 1, 'other setting')} cannot be told "
-                "apart from it (95 %)",
-            ),
-        )
+        {
+            f"expected {metric_title(run.metric)} on new images": f"{expected_value} (95 % "
+            f"interval {lower_end} to {upper_end})",
+            "as chosen": chosen_text,
+            "as good as the winner": f"{selection_record['statistically_tied'] - 1:,} of "
+            f"{count_text(selection_record['tried'] - 1, 'other setting')} cannot be told apart "
+            "from it (95 %)",
+        }
     )
     comparisons_path = run.paths.comparisons
     if comparisons_path.exists():
@@ -234,16 +229,10 @@ def _ensemble_blocks(run: FinishedRun, ensemble_record: Record) -> list[Block]:
         number_text(nested_result[name], metric) for name in ("value", "low", "high", "single")
     )
     interval_of = f"{level_text(nested_result['level'])} interval"
-    selected_note = Note(
-        f"The {interval_of} of its gain over a single head reaches 0: the winner stays the "
-        "selected."
-    )
+    gain_interval = f"{interval_of} of its gain over a single head"
+    selected_note = Note(f"The {gain_interval} reaches 0: the winner stays the selected.")
     if nested_result["chosen"]:
-        selected_note = Note(
-            f"It is the selected model: the {interval_of} of its gain over a single head lies "
-            "above 0.",
-            "good",
-        )
+        selected_note = Note(f"It is the selected model: the {gain_interval} lies above 0.", "good")
     gain_text = (
         f"{nested_result['gain']:+.4f} ({interval_of} {nested_result['gain_low']:+.4f} to "
         f"{nested_result['gain_high']:+.4f})"
@@ -258,15 +247,13 @@ def _ensemble_blocks(run: FinishedRun, ensemble_record: Record) -> list[Block]:
     )
     return [
         Facts(
-            (
-                (
-                    f"validation {metric_title(metric)}",
-                    f"{ensemble_score} (95 % interval {lower_end} to {upper_end})",
-                ),
-                ("the best single head, picked on other images too", single_score),
-                ("better by", gain_text),
-                ("temperature", f"{ensemble_record['temperature']:.3f}"),
-            )
+            {
+                f"validation {metric_title(metric)}": f"{ensemble_score} (95 % interval "
+                f"{lower_end} to {upper_end})",
+                "the best single head, picked on other images too": single_score,
+                "better by": gain_text,
+                "temperature": f"{ensemble_record['temperature']:.3f}",
+            }
         ),
         selected_note,
         Table("ensemble", "Its heads", table_columns, member_frame, sortable=False, wide=True),

@@ -1,9 +1,9 @@
 """The section of pictures to look at: confident mistakes of the winner, and likely label errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.heads.arrays import Floats, Index
@@ -14,15 +14,15 @@ from headrace.pipelines.report.page.blocks import (
     Column,
     Gallery,
     Note,
-    Picture,
     Section,
-    Table,
+    make_table,
 )
 from headrace.pipelines.report.page.thumbnails import Thumbnails
 
 SHOWN = 24  # pictures of a gallery
-
-_ID_COLUMN = Column("id", "image")
+# Name and caption of the tables.
+_ALL_MISTAKES = "mistakes", "Every mistake, the surest first"
+_ALL_LABEL_ERRORS = "label-errors", "Every likely label error, the likeliest first"
 
 
 def suspects_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
@@ -45,38 +45,22 @@ def _single_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     wrong_rows = np.flatnonzero(predicted_class != target)
     # A mistake that the winner is sure of is most worth a look: the label may be wrong.
     wrong_rows = wrong_rows[np.argsort(-confidence[wrong_rows], kind="stable")]
-    mistake_frame = pd.DataFrame(
+    probability = Column("probability", "probability", "share", "of the predicted class")
+    mistakes = _gallery_and_table(
+        run,
+        thumbnails,
+        held_out_rows[wrong_rows],
+        _mistakes_caption(len(wrong_rows)),
         {
-            "id": run.bank.ids[held_out_rows[wrong_rows]],
-            "label": class_names[target[wrong_rows]],
-            "predicted": class_names[predicted_class[wrong_rows]],
-            "probability": confidence[wrong_rows],
-        }
+            Column("label", "label"): class_names[target[wrong_rows]],
+            Column("predicted", "predicted"): class_names[predicted_class[wrong_rows]],
+            probability: confidence[wrong_rows],
+        },
+        ("label", "predicted", "probability"),
+        _ALL_MISTAKES,
+        filters=("label", "predicted"),
     )
-    table_columns = (
-        _ID_COLUMN,
-        Column("label", "label"),
-        Column("predicted", "predicted"),
-        Column("probability", "probability", "share", "of the predicted class"),
-    )
-    caption_columns = ("label", "predicted", "probability")
-    return [
-        Gallery(
-            _mistakes_caption(len(wrong_rows)),
-            _make_pictures(
-                run, thumbnails, held_out_rows[wrong_rows], mistake_frame, caption_columns
-            ),
-        ),
-        Table(
-            "mistakes",
-            "Every mistake, the surest first",
-            table_columns,
-            mistake_frame,
-            filters=("label", "predicted"),
-            search=True,
-        ),
-        *_label_error_blocks(run, thumbnails, target, predicted),
-    ]
+    return [*mistakes, *_label_error_blocks(run, thumbnails, target, predicted)]
 
 
 def _mistakes_caption(n_mistakes: int) -> str:
@@ -89,47 +73,31 @@ def _label_error_blocks(
 ) -> list[Block]:
     held_out_rows, class_names = run.held_out_rows, np.asarray(run.classes, object)
     # Out-of-fold predictions: a head would repeat the wrong label of an image that it trained on.
-    suspect_rows = likely_label_errors(target, predicted)
-    if not len(suspect_rows):
+    rows = likely_label_errors(target, predicted)
+    if not len(rows):
         return [Note("No label is likely wrong by confident learning.", "good")]
     # The most probable class but the label's: a label can be the most probable class itself, and
     # suspected because another class reaches its threshold.
-    other_probabilities = predicted[suspect_rows].copy()
-    other_probabilities[np.arange(len(suspect_rows)), target[suspect_rows]] = -1
-    suspect_frame = pd.DataFrame(
-        {
-            "id": run.bank.ids[held_out_rows[suspect_rows]],
-            "label": class_names[target[suspect_rows]],
-            "suggested": class_names[other_probabilities.argmax(1)],
-            "of_label": predicted[suspect_rows, target[suspect_rows]],
-            "of_suggested": other_probabilities.max(1),
-        }
-    )
-    table_columns = (
-        _ID_COLUMN,
-        Column("label", "label"),
-        Column("suggested", "suggested"),
-        Column("of_label", "of the label", "share", "predicted probability of the label as it is"),
-        Column("of_suggested", "of the suggestion", "share"),
-    )
-    caption_columns = ("label", "suggested", "of_suggested")
+    other_probabilities = predicted[rows].copy()
+    other_probabilities[np.arange(len(rows)), target[rows]] = -1
+    hint = "predicted probability of the label as it is"
+    suggested = class_names[other_probabilities.argmax(1)]
     return [
-        _suspects_note(
-            len(suspect_rows), len(held_out_rows), " on the winner's out-of-fold predictions"
-        ),
-        Gallery(
-            f"The {min(SHOWN, len(suspect_rows))} likeliest label errors",
-            _make_pictures(
-                run, thumbnails, held_out_rows[suspect_rows], suspect_frame, caption_columns
-            ),
-        ),
-        Table(
-            "label-errors",
-            "Every likely label error, the likeliest first",
-            table_columns,
-            suspect_frame,
+        _suspects_note(len(rows), len(held_out_rows), " on the winner's out-of-fold predictions"),
+        *_gallery_and_table(
+            run,
+            thumbnails,
+            held_out_rows[rows],
+            f"The {min(SHOWN, len(rows))} likeliest label errors",
+            {
+                Column("label", "label"): class_names[target[rows]],
+                Column("suggested", "suggested"): suggested,
+                Column("of_label", "of the label", "share", hint): predicted[rows, target[rows]],
+                Column("of_suggested", "of the suggestion", "share"): other_probabilities.max(1),
+            },
+            ("label", "suggested", "of_suggested"),
+            _ALL_LABEL_ERRORS,
             filters=("label", "suggested"),
-            search=True,
         ),
     ]
 
@@ -137,58 +105,41 @@ def _label_error_blocks(
 def _multi_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     held_out_rows, label_names = run.held_out_rows, np.asarray(run.classes, object)
     target, predicted = run.bank.target[held_out_rows], run.out_of_fold_predictions[held_out_rows]
-    table_columns = (
-        _ID_COLUMN,
-        Column("label", "label"),
-        Column("given", "given", "yes"),
-        Column(
-            "probability",
-            "probability",
-            "share",
-            "predicted probability that the image has the label",
-        ),
-    )
+    hint = "predicted probability that the image has the label"
+    probability = Column("probability", "probability", "share", hint)
 
     def gallery_and_table(
-        caption: str, table_name: str, table_caption: str, rows: Index, labels: Index
+        rows: Index, labels: Index, caption: str, name_and_caption: tuple[str, str]
     ) -> list[Block]:
-        frame = pd.DataFrame(
-            {
-                "id": run.bank.ids[held_out_rows[rows]],
-                "label": label_names[labels],
-                "given": target[rows, labels] > 0,
-                "probability": predicted[rows, labels],
-            }
+        columns = {
+            Column("label", "label"): label_names[labels],
+            Column("given", "given", "yes"): target[rows, labels] > 0,
+            probability: predicted[rows, labels],
+        }
+        told = ("label", "given", "probability")
+        return _gallery_and_table(
+            run,
+            thumbnails,
+            held_out_rows[rows],
+            caption,
+            columns,
+            told,
+            name_and_caption,
+            filters=("label", "given"),
         )
-        caption_columns = ("label", "given", "probability")
-        pictures = _make_pictures(run, thumbnails, held_out_rows[rows], frame, caption_columns)
-        filters = ("label", "given")
-        return [
-            Gallery(caption, pictures),
-            Table(table_name, table_caption, table_columns, frame, filters=filters, search=True),
-        ]
 
     rows, labels = np.nonzero((predicted >= 0.5) != (target > 0))
     surest_first = np.argsort(
         -np.abs(predicted[rows, labels] - target[rows, labels]), kind="stable"
     )
+    rows, labels = rows[surest_first], labels[surest_first]
     suspects = likely_errors_by_label(target, predicted)
     n_suspects = len(suspects[0])
+    suspects_caption = f"The {min(SHOWN, n_suspects)} likeliest label errors"
     return [
-        *gallery_and_table(
-            _mistakes_caption(len(rows)),
-            "mistakes",
-            "Every mistake, the surest first",
-            rows[surest_first],
-            labels[surest_first],
-        ),
+        *gallery_and_table(rows, labels, _mistakes_caption(len(rows)), _ALL_MISTAKES),
         _suspects_note(n_suspects, target.size, ", label by label"),
-        *gallery_and_table(
-            f"The {min(SHOWN, n_suspects)} likeliest label errors",
-            "label-errors",
-            "Every likely label error, the likeliest first",
-            *suspects,
-        ),
+        *gallery_and_table(*suspects, suspects_caption, _ALL_LABEL_ERRORS),
     ]
 
 
@@ -209,75 +160,53 @@ def _regression_blocks(run: FinishedRun, thumbnails: Thumbnails) -> list[Block]:
     usual_error = 1.4826 * np.median(np.abs(residual - np.median(residual, 0)), 0)
     error_ratio = np.abs(residual) / np.where(usual_error > 0, usual_error, 1)
     largest_first = np.argsort(-error_ratio, axis=None, kind="stable")
-    error_row, error_column = np.unravel_index(largest_first, error_ratio.shape)
-    error_frame = pd.DataFrame(
+    row, column = np.unravel_index(largest_first, error_ratio.shape)
+    hint = "the error, in standard deviations of the target's errors (robust)"
+    gallery, table = _gallery_and_table(
+        run,
+        thumbnails,
+        held_out_rows[row],
+        f"The {count_text(min(SHOWN, len(row)), 'largest error')}",
         {
-            "id": run.bank.ids[held_out_rows[error_row]],
-            "target": target_names[error_column],
-            "true": target[error_row, error_column],
-            "predicted": predicted[error_row, error_column],
-            "times": error_ratio[error_row, error_column],
-        }
+            Column("target", "target"): target_names[column],
+            Column("true", "true", "number"): target[row, column],
+            Column("predicted", "predicted", "number"): predicted[row, column],
+            Column("times", "usual errors", "number", hint): error_ratio[row, column],
+        },
+        ("target", "true", "predicted", "times"),
+        ("mistakes", "Every error, the largest first"),
     )
-    table_columns = (
-        _ID_COLUMN,
-        Column("target", "target"),
-        Column("true", "true", "number"),
-        Column("predicted", "predicted", "number"),
-        Column(
-            "times",
-            "usual errors",
-            "number",
-            "the error, in standard deviations of the target's errors (robust)",
-        ),
-    )
-    caption_columns = ("target", "true", "predicted", "times")
-    return [
-        Gallery(
-            f"The {count_text(min(SHOWN, len(error_frame)), 'largest error')}",
-            _make_pictures(run, thumbnails, held_out_rows[error_row], error_frame, caption_columns),
-        ),
-        Note(
-            "An error of many times the usual one is often a value that was written down wrongly."
-        ),
-        Table(
-            "mistakes", "Every error, the largest first", table_columns, error_frame, search=True
-        ),
-    ]
+    advice = "An error of many times the usual one is often a value that was written down wrongly."
+    return [gallery, Note(advice), table]
 
 
-def _make_pictures(
+def _gallery_and_table(
     run: FinishedRun,
     thumbnails: Thumbnails,
-    image_rows: Index,
-    image_frame: pd.DataFrame,
-    caption_columns: Sequence[str],
-) -> tuple[Picture, ...]:
+    rows: Index,
+    gallery_caption: str,
+    columns: Mapping[Column, Any],
+    told: Sequence[str],
+    name_and_caption: tuple[str, str],
+    filters: tuple[str, ...] = (),
+) -> list[Block]:
+    """Return pictures of the first images, and a table of all.
+
+    rows: (n,) of the run's bank. told: names of the columns that stand below the pictures.
+    """
+    columns = {Column("id", "image"): run.bank.ids[rows], **columns}
+    table = make_table(*name_and_caption, columns, filters=filters, search=True)
     pictures = []
     # The columns' names are for programs that read the tables.
-    caption_titles = {"of_suggested": "probability", "times": "usual errors"}
-    for position, (image_row, row_values) in enumerate(
-        zip(image_rows[:SHOWN], image_frame.head(SHOWN).to_dict("records"), strict=True)
-    ):
-        content_hash = str(run.bank.content[image_row].astype(str))
-        caption_lines = tuple(
-            (
-                caption_titles.get(str(column_name), str(column_name)),
-                _cell_text(str(column_name), row_values[column_name]),
-            )
-            for column_name in caption_columns
-        )
-        alt_text = ", ".join(f"{column_name} {value}" for column_name, value in caption_lines)
-        pictures.append(
-            Picture(
-                (thumbnails.get(content_hash),),
-                (f"Image {position + 1}: {alt_text}",),
-                str(row_values["id"]),
-                caption_lines,
-                thumbnails.paths_of(content_hash),
-            )
-        )
-    return tuple(pictures)
+    titles = {"of_suggested": "probability", "times": "usual errors"}
+    content_hashes = run.bank.content[rows[:SHOWN]].astype(str).tolist()
+    cells_of_row = table.frame.head(SHOWN).to_dict("records")
+    for number, (content, cells) in enumerate(zip(content_hashes, cells_of_row, strict=True), 1):
+        lines = tuple((titles.get(name, name), _cell_text(name, cells[name])) for name in told)
+        alt_text = ", ".join(f"{title} {text}" for title, text in lines)
+        alt_texts = [f"Image {number}: {alt_text}"]
+        pictures.append(thumbnails.picture([content], alt_texts, str(cells["id"]), lines))
+    return [Gallery(gallery_caption, tuple(pictures)), table]
 
 
 def _cell_text(column_name: str, cell_value: object) -> str:

@@ -11,7 +11,6 @@ from headrace.pipelines.report.page.blocks import (
     Facts,
     Gallery,
     Note,
-    Picture,
     Section,
     Table,
 )
@@ -62,12 +61,11 @@ def quality_section(
     for name, is_smallest, caption in _EXTREMES:
         extremes = frame.sort_values([name, "id"], ascending=[is_smallest, True]).head(SHOWN)
         pictures = tuple(
-            Picture(
-                (thumbnails.get(str(content)),),
-                (f"{row['id']}: {name} {row[name]:.3f}",),
+            thumbnails.picture(
+                [str(content)],
+                [f"{row['id']}: {name} {row[name]:.3f}"],
                 str(row["id"]),
                 ((name, f"{row[name]:.3f}"), ("size", f"{row['width']} × {row['height']}")),
-                thumbnails.paths_of(str(content)),
             )
             for content, row in extremes.iterrows()
         )
@@ -98,17 +96,14 @@ def _size_facts(measured: pd.DataFrame, images: pd.DataFrame, copies: SmallCopie
     n_images = images["content"].nunique()
     left_out = f"; {copies.unreadable:,} could not be read" if copies.unreadable else ""
     ends_text = " and ".join(f"{end['width']:.0f} × {end['height']:.0f}" for end in ends)
-    facts = [
-        ("images measured", f"{len(measured):,} of {n_images:,} that differ{left_out}"),
-        (
-            "commonest size",
-            f"{commonest[0]} × {commonest[1]} pixels, {count_text(int(sizes.iloc[0]), 'image')}; "
-            f"{count_text(len(sizes), 'size')} in all",
-        ),
-        ("smallest and largest", f"{ends_text} pixels"),
-    ]
+    facts = {
+        "images measured": f"{len(measured):,} of {n_images:,} that differ{left_out}",
+        "commonest size": f"{commonest[0]} × {commonest[1]} pixels, "
+        f"{count_text(int(sizes.iloc[0]), 'image')}; {count_text(len(sizes), 'size')} in all",
+        "smallest and largest": f"{ends_text} pixels",
+    }
     for name in MEASURES:
         values = measured[name]
         range_text = f"from {values.min():.3f} to {values.max():.3f}"
-        facts.append((name, f"median {values.median():.3f}, {range_text}"))
-    return Facts(tuple(facts))
+        facts[name] = f"median {values.median():.3f}, {range_text}"
+    return Facts(facts)

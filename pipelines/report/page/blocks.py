@@ -54,6 +54,12 @@ class Table:
     marked: frozenset[int] = frozenset()  # positions of rows that are drawn with an edge
 
 
+def make_table(name: str, caption: str, values: Mapping[Column, Any], **options: Any) -> Table:
+    """Return a table of the values of each column. options: further fields of `Table`."""
+    frame = pd.DataFrame({column.name: cells for column, cells in values.items()})
+    return Table(name, caption, tuple(values), frame, **options)
+
+
 @dataclass(frozen=True)
 class Figure:
     """A chart, its words for those who cannot see it, and the numbers behind it."""
@@ -72,7 +78,7 @@ class Picture:
     alt: tuple[str, ...]
     title: str
     lines: tuple[tuple[str, str], ...]  # what, value
-    paths: tuple[str, ...] = ()  # the file of each image, where it is known
+    paths: tuple[str, ...] = ()  # the file of each image; "" where it is not known
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Gallery:
 class Facts:
     """Names and values."""
 
-    values: tuple[tuple[str, str], ...]
+    values: Mapping[str, str]
 
 
 @dataclass(frozen=True)

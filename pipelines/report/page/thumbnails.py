@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -11,6 +11,7 @@ from headrace.extract.errors import ImageError
 from headrace.extract.images.content_hashes import read_unchanged
 from headrace.extract.images.crops import decode_picture
 from headrace.extract.images.raw_pixels import PixelRange
+from headrace.pipelines.report.page.blocks import Picture
 
 SIDE = 384  # pixels: shown small, and enlarged by a click
 # Images up to _SMALL pixels wide and high are enlarged without smoothing, so that their pixels
@@ -39,9 +40,16 @@ class Thumbnails:
             self.missing += self._made[content] is None
         return self._made[content]
 
-    def paths_of(self, content: str) -> tuple[str, ...]:
-        """Return the file of an image in a tuple, () if it is not known, for `Picture.paths`."""
-        return (self.paths[content],) if content in self.paths else ()
+    def picture(
+        self,
+        contents: Sequence[str],
+        alt: Sequence[str],
+        title: str,
+        lines: tuple[tuple[str, str], ...],
+    ) -> Picture:
+        """Return one image, or several to compare, with its texts and, where known, its file."""
+        paths = tuple(self.paths.get(content, "") for content in contents)
+        return Picture(tuple(map(self.get, contents)), tuple(alt), title, lines, paths)
 
     def _make(self, content: str) -> str | None:
         try:
