@@ -69,7 +69,7 @@ def lease(lock_path: Path) -> Iterator[None]:
 
 
 def names_owner(lock_path: Path) -> bool:
-    """Tell whether a lock file names the process that holds it.
+    """Return whether a lock file names the process that holds it.
 
     After a kill, a full disk or a power cut it may be empty or torn, and names none.
     """

@@ -1,6 +1,6 @@
 """The manifest of a feature set: the list of its published shards.
 
-One checksummed JSON line per shard is appended after the shard is durable; the last line of a unit
+One checksummed JSON line per shard is appended after the shard is durable; the last line of a shard
 counts. For readers a shard that is not listed does not exist. A writer that dies in the middle of a
 line leaves a torn end, which readers skip and the next writer cuts off.
 """
@@ -33,7 +33,7 @@ class ShardEntry:
 
     unit: str  # name of the work unit, and of its shard
     rows: int
-    failed: int  # samples of the unit that have no row
+    failed: int  # samples of the work unit that have no row
     bytes: int  # of the file
     xxh3: str  # XXH3-128 of the bytes behind the user block: readers and `cache verify` compare it
     quantization_error: QuantizationError

@@ -57,7 +57,7 @@ def feature_set_path(cache_root: Path, spec: FeatureSpec) -> Path:
 
 
 def shard_path(directory: Path, unit: str) -> Path:
-    """Return the file of a unit's shard; it need not exist."""
+    """Return the file of a work unit's shard; it need not exist."""
     return directory / SHARDS / f"{unit}.h5"
 
 
@@ -152,12 +152,12 @@ def publish_shard(
     failures: Sequence[FailedSample] = (),
     compression: str | None = None,
 ) -> ShardEntry:
-    """Publish the n rows of a unit durably; the first writer wins.
+    """Publish the n rows of a work unit durably; the first writer wins.
 
     features: (n, *spec.shape), any real dtype, converted to the storage dtype.
     ids: n sample names.
     content_hashes: n SHA-256 prefixes of 32 hex digits.
-    failures: samples of the unit without a row.
+    failures: samples of the work unit without a row.
     compression: None or "bitshuffle-lz4".
 
     Return the manifest entry of the shard that exists then, which may be another writer's. Nothing

@@ -97,7 +97,7 @@ def train_bank(job: BankJob) -> dict[str, Any]:
 def _train(job: BankJob, kind: HeadKind) -> None:
     task = load_task(Path(job.task))
     side = None if job.side_columns is None else load_side_columns(Path(job.side_columns))
-    X, has_features, bands = _rows(job, task, kind, side)
+    X, has_features, bands = _load_features(job, task, kind, side)
     if not has_features.any():
         raise HeadError(
             f"none of the {count_text(len(has_features), 'image')} of {job.task} has features: "
@@ -142,7 +142,7 @@ def _publish(job: BankJob, task: Task, has_features: Mask, fits: Sequence[FitRes
     publish_bytes(Path(job.result), data)
 
 
-def _rows(
+def _load_features(
     job: BankJob, task: Task, kind: HeadKind, side: SideColumns | None
 ) -> tuple[Features, Mask, list[int]]:
     """Return the features of the rows that have any, which rows those are, and the taps' widths.
@@ -152,8 +152,8 @@ def _rows(
     """
     sets = [open_feature_set(directory) for directory in job.features]
     needed_bytes = loaded_bytes(sets, len(task.ids)) * kind.copies_of_features
-    room = worker_memory() if job.memory_bytes is None else job.memory_bytes
-    read = stream_rows if needed_bytes > room and kind.streams else load_rows
+    available_bytes = worker_memory() if job.memory_bytes is None else job.memory_bytes
+    read = stream_rows if needed_bytes > available_bytes and kind.streams else load_rows
     bands = tap_widths(sets)
     if side is not None:
         bands.append(side.n_inputs)
@@ -234,7 +234,7 @@ def fit_bank(
             for spec in specs
             for head in _fit_alone(fit, spec, task, refit, error, is_alone=len(specs) == 1)
         ]
-    return [_finite(fit_result) for fit_result in fits]
+    return [_failed_if_not_finite(fit_result) for fit_result in fits]
 
 
 def _fit_in_memory(
@@ -308,7 +308,7 @@ def _failed(spec: HeadSpec, task: Task, refit: bool, reason: str) -> list[FitRes
     return [FitResult(spec, fold, error=reason) for fold in folds]
 
 
-def _finite(fit: FitResult) -> FitResult:
+def _failed_if_not_finite(fit: FitResult) -> FitResult:
     if fit.error is None and fit.validation is not None and not np.isfinite(fit.validation).all():
         error = "its predictions of the held-out rows are not finite"
         return dataclasses.replace(fit, arrays={}, validation=None, error=error)

@@ -166,8 +166,8 @@ def _read_head(path: Path, trust_code: Collection[str]) -> TrainedHead:
     arrays = load(data)
     if description["format"] not in (1, 2, FORMAT):
         raise HeadError(
-            f"{path}: format {description['format']}, this version of headrace reads {FORMAT}: "
-            "update headrace"
+            f"{path}: format {description['format']}, this version of headrace reads 1 to "
+            f"{FORMAT}: update headrace"
         )
     spec = spec_from_json(json.dumps(description["spec"]))
     check_outputs(description["task_kind"], description["classes"])

@@ -338,23 +338,23 @@ def _refuse_links(file: h5py.File, path: Path) -> None:
 
     # HDF5's own walk along hard links: through h5py's objects ten thousand heads take ten times as
     # long.
-    def is_odd(name: bytes, info: Any) -> str | None:
+    def is_soft_link(name: bytes, info: Any) -> str | None:
         return None if info.type == h5py.h5l.TYPE_HARD else name.decode(errors="replace")
 
-    def is_elsewhere(name: bytes, info: Any) -> str | None:
+    def is_external(name: bytes, info: Any) -> str | None:
         if info.type != h5py.h5o.TYPE_DATASET:
             return None
         layout = h5py.h5d.open(file.id, name).get_create_plist()
         outside = layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count()
         return name.decode(errors="replace") if outside else None
 
-    if odd := file.id.links.visit(is_odd, info=True):
+    if soft_link := file.id.links.visit(is_soft_link, info=True):
         raise BadResults(
-            f"{path}: /{odd} is a link out of the file, which headrace never writes: nothing was "
-            "read"
+            f"{path}: /{soft_link} is a link out of the file, which headrace never writes: nothing "
+            "was read"
         )
-    if elsewhere := h5py.h5o.visit(file.id, is_elsewhere, info=True):
+    if external := h5py.h5o.visit(file.id, is_external, info=True):
         raise BadResults(
-            f"{path}: /{elsewhere} is stored in another file, which headrace never writes: nothing "
+            f"{path}: /{external} is stored in another file, which headrace never writes: nothing "
             "was read"
         )

@@ -77,7 +77,7 @@ LEVELS = {
             "torch_dataset",
         },
         {"format"},
-        {"manifest", "planner"},
+        {"manifest", "disk_space"},
         {"checksum"},
         {"publish"},
         {"reader"},

@@ -161,7 +161,7 @@ class BagBatch:
         self.specs = [self.specs[head] for head in heads]
         self._read_specs()
 
-    def remember(self, heads: Sequence[int]) -> None:
+    def save_best(self, heads: Sequence[int]) -> None:
         """Make the present parameters of these heads their best ones."""
         for name, value in self.parameters.items():
             for head in heads:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.heads.arrays import Array, Floats, Mask
 from headrace.heads.data.side_columns import SideColumns
-from headrace.heads.data.streamed import Streamed, not_finite
+from headrace.heads.data.streamed import StreamedRows, not_finite
 from headrace.heads.errors import HeadError
 
 
@@ -37,8 +37,10 @@ def load_rows(
     Raises HeadError for NaN and infinity, naming the feature set and the row, and for feature
     sets with different views or positions; CacheError for a row that was never extracted.
     """
-    view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
-    parts = [_columns(views, content_hashes[is_kept], spatial=spatial) for views in view_groups]
+    view_groups, is_kept = _open_views(features, content_hashes, spatial=spatial)
+    parts = [
+        _load_columns(views, content_hashes[is_kept], spatial=spatial) for views in view_groups
+    ]
     if side is not None:
         side_inputs = side.take(is_kept).as_inputs()
         parts.append(np.repeat(side_inputs[None], len(parts[0]), axis=0))
@@ -53,10 +55,10 @@ def stream_rows(
     *,
     spatial: bool = False,
     side: SideColumns | None = None,
-) -> tuple[Streamed, Mask]:
+) -> tuple[StreamedRows, Mask]:
     """Do as `load_rows` without loading: banks read rows from the shards when they need them."""
-    view_groups, is_kept = _opened(features, content_hashes, spatial=spatial)
-    streamed_rows = Streamed(view_groups, content_hashes[is_kept], spatial=spatial)
+    view_groups, is_kept = _open_views(features, content_hashes, spatial=spatial)
+    streamed_rows = StreamedRows(view_groups, content_hashes[is_kept], spatial=spatial)
     streamed_rows.check_finite()
     if side is not None:
         streamed_rows = streamed_rows.with_side(side.take(is_kept).as_inputs())
@@ -68,7 +70,7 @@ def loaded_bytes(features: Sequence[FeatureSet], n_rows: int) -> int:
     return sum(4 * n_rows * math.prod(feature.spec.shape) for feature in features)  # float32
 
 
-def _opened(
+def _open_views(
     features: Sequence[FeatureSet | Path | str],
     content_hashes: npt.NDArray[np.bytes_],
     *,
@@ -132,7 +134,7 @@ def _by_columns(feature_sets: Sequence[FeatureSet]) -> list[list[FeatureSet]]:
     return list(view_groups.values())
 
 
-def _columns(
+def _load_columns(
     views: list[FeatureSet], content_hashes: npt.NDArray[np.bytes_], *, spatial: bool
 ) -> Floats:
     """Return the rows of one tap, (V, n, D) or (V, n, channels, h, w)."""

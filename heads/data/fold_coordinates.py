@@ -21,7 +21,7 @@ import numpy as np
 from headrace.heads.arrays import Array, Index
 from headrace.heads.data.side_columns import fold_fills, imputed_numbers
 from headrace.heads.data.standardize import Moments, group_moments, training_moments
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 
@@ -110,7 +110,7 @@ def fold_moments(data: TrainingData) -> dict[int, Moments]:
     if not numbers:
         return scaling
     n_features = data.side[0].start
-    side = data.X.side if isinstance(data.X, Streamed) else data.X[:, n_features:]
+    side = data.X.side if isinstance(data.X, StreamedRows) else data.X[:, n_features:]
     is_missing = np.asarray(numbers) + 1
     variance = scaling[REFIT].squares[is_missing] / scaling[REFIT].count
     variance[variance == 0] = 1

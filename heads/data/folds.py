@@ -25,6 +25,8 @@ GIVEN_NAMES = {
     "validation": 0,
     "dev": 0,
     "test": TEST,
+    "testing": TEST,
+    "holdout": TEST,
 }
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from headrace.heads.arrays import Array, Index
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import REFIT, TRAIN_ONLY
 
-Features = Array | Streamed  # (N, D), in memory or read from shards
+Features = Array | StreamedRows  # (N, D), in memory or read from shards
 ROWS_AT_ONCE = 2048  # so few that their float64 copies stay in the processor's caches
 
 
@@ -110,7 +110,7 @@ def sweep(
     Every row, or every row of `row_mask` (N,), comes once. Chunks, and the rows in them, are in the
     order in which X lies on disk, so all groups together read it once.
     """
-    row_order = X.order if isinstance(X, Streamed) else np.arange(len(X))
+    row_order = X.order if isinstance(X, StreamedRows) else np.arange(len(X))
     if row_mask is not None:
         row_order = row_order[row_mask[row_order]]
     group_of_row = fold_of_row[row_order]

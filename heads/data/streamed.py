@@ -14,11 +14,11 @@ from headrace.cache.feature_set import FeatureSet
 from headrace.heads.arrays import Array, Floats, Index
 from headrace.heads.errors import HeadError
 
-ROWS_AT_ONCE = 8192  # rows read together, in the order of the disk
+ROWS_PER_READ = 8192  # rows read together, in the order of the disk
 _EXPONENT = np.uint16(0x7C00)  # exponent bits of a float16: all ones in infinity and NaN
 
 
-class Streamed:
+class StreamedRows:
     """Rows of several feature sets, concatenated, read when they are indexed, always float32.
 
     A bank computes the same from it as from the array in memory, because it gets the same numbers
@@ -50,7 +50,7 @@ class Streamed:
         self.shape: tuple[int, ...] = (self.views * self._rows, self._columns[-1], *map_shape)
         self.ndim = len(self.shape)
 
-    def with_side(self, side: Floats) -> "Streamed":
+    def with_side(self, side: Floats) -> "StreamedRows":
         """Return the same rows with other side columns (N, R)."""
         rows = copy.copy(self)
         rows.side = side
@@ -132,8 +132,8 @@ class Streamed:
             for feature, positions in column_part:
                 if feature.spec.dtype == "uint8":
                     continue  # decoded with finite scales, so always finite
-                for start in range(0, len(positions), ROWS_AT_ONCE):
-                    sorted_positions = np.sort(positions[start : start + ROWS_AT_ONCE])
+                for start in range(0, len(positions), ROWS_PER_READ):
+                    sorted_positions = np.sort(positions[start : start + ROWS_PER_READ])
                     stored_rows = feature.read(sorted_positions, None).reshape(
                         len(sorted_positions), -1
                     )
@@ -153,7 +153,7 @@ class Streamed:
 class StreamedView:
     """One view of streamed rows, indexed like `X[view]` of a stack of arrays."""
 
-    def __init__(self, rows: Streamed, number: int) -> None:
+    def __init__(self, rows: StreamedRows, number: int) -> None:
         self._all, self._first = rows, number * (len(rows) // rows.views)
 
     def __getitem__(self, rows: Array) -> Floats:
@@ -163,7 +163,7 @@ class StreamedView:
 class StreamedStack:
     """Streamed rows in the shape that networks take, (V, N, D, ...), iterated view by view."""
 
-    def __init__(self, rows: Streamed) -> None:
+    def __init__(self, rows: StreamedRows) -> None:
         self.rows = rows
         self.shape = (rows.views, len(rows) // rows.views, *rows.shape[1:])
         self.ndim = len(self.shape)

@@ -11,7 +11,7 @@ import numpy as np
 from headrace.heads.arrays import Array, Index
 from headrace.heads.data.side_columns import SideBlock
 from headrace.heads.data.standardize import Features
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 
 
@@ -70,7 +70,7 @@ class TrainingData:
     def one_row_per_view(self) -> "TrainingData":
         """Return the data with each view of an image as a row of its own, of weight 1 / n_views."""
         rows: Features
-        if isinstance(self.X, Streamed):
+        if isinstance(self.X, StreamedRows):
             n_views, rows = self.X.views, self.X
         else:
             n_views = len(self.X) if self.X.ndim == 3 else 1

@@ -27,7 +27,7 @@ class EnsembleLimits:
     members: int = 8  # different heads
     networks: int | None = None  # forward passes per image
     # Share by which each network beyond the first must lower the loss.
-    min_gain_per_backbone: float = 0.01
+    min_gain_per_network: float = 0.01
     rounds: int = 30  # picks; the weight of a head is its share of the picks
 
 
@@ -74,14 +74,12 @@ def greedy_weights(
     """
     n_heads = len(elements)
     element_sum, pick_counts = np.zeros(elements.shape[1], np.float32), np.zeros(n_heads)
-    used_backbones: set[str] = set()
+    used_networks: set[str] = set()
     best_loss, best_counts = np.inf, pick_counts
-    max_backbones = limits.networks or len(set().union(*networks))
+    max_networks = limits.networks or len(set().union(*networks))
     for n_picked in range(limits.rounds):
-        n_backbones = np.array(
-            [len(used_backbones | head_backbones) for head_backbones in networks]
-        )
-        is_allowed = n_backbones <= max_backbones
+        n_networks = np.array([len(used_networks | head_networks) for head_networks in networks])
+        is_allowed = n_networks <= max_networks
         if np.count_nonzero(pick_counts) >= limits.members:
             is_allowed &= pick_counts > 0
         if not is_allowed.any():
@@ -90,13 +88,13 @@ def greedy_weights(
         # The elements of an average are the averages of the elements: all heads are tried at once.
         loss = element_loss(task_kind, (element_sum + elements[candidate_rows]) / (n_picked + 1))
         penalized_loss = loss * (
-            1 + limits.min_gain_per_backbone * np.maximum(n_backbones[candidate_rows] - 1, 0)
+            1 + limits.min_gain_per_network * np.maximum(n_networks[candidate_rows] - 1, 0)
         )
         best_candidate = int(penalized_loss.argmin())
         picked_head = candidate_rows[best_candidate]
         element_sum, pick_counts = element_sum + elements[picked_head], pick_counts.copy()
         pick_counts[picked_head] += 1
-        used_backbones |= networks[picked_head]
+        used_networks |= networks[picked_head]
         # More than rounding, so that equal heads do not make the ensemble longer.
         if penalized_loss[best_candidate] < best_loss * (1 - 1e-6):
             best_loss, best_counts = float(penalized_loss[best_candidate]), pick_counts

@@ -38,8 +38,8 @@ METHOD = "exact-groups-1"
 # shrinkage 73 %.
 PRIOR_GROUPS = 3
 PRIOR_GROUPS_RANKED = 1  # for areas under curves, whose worst variance is far above the usual one
-_BLOCKS = 200  # of groups, at most, that the jackknife leaves out one after the other
-_ELEMENTS = 1e7  # of the jackknife's table of weights, rows × blocks
+_MAX_BLOCKS = 200  # of groups, at most, that the jackknife leaves out one after the other
+_MAX_TABLE_ELEMENTS = 1e7  # of the jackknife's table of weights, rows × blocks
 
 
 def metric_interval(
@@ -164,7 +164,7 @@ def _jackknife(
 ) -> tuple[float, int]:
     """Return a metric's standard error from leaving out blocks of groups, and how many blocks."""
     n_groups = int(group_of_row.max()) + 1
-    n_blocks = int(min(n_groups, _BLOCKS, max(20, _ELEMENTS / len(group_of_row))))
+    n_blocks = int(min(n_groups, _MAX_BLOCKS, max(20, _MAX_TABLE_ELEMENTS / len(group_of_row))))
     if n_blocks < 2:
         return float("nan"), 1
     block_of_row = group_of_row

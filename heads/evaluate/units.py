@@ -12,15 +12,15 @@ from headrace.heads.evaluate.metrics import all_metrics
 
 
 def aggregate_units(
-    task_kind: TaskKind, predicted: Array, unit_of_row: Array, how: UnitAggregation
+    task_kind: TaskKind, predicted: Array, unit_of_row: Array, aggregation: UnitAggregation
 ) -> Array:
     """Return the predictions of units, (…, U, C), from those of their images, (…, N, C).
 
     unit_of_row: (N,) integers 0..U-1, each at least once.
-    how: "mean": the unweighted average of the images. "max": the largest value of each label or
-    number; with two classes the prediction of the image with the largest probability of the second
-    one, scikit-learn's positive class; with more classes the largest probability of each, scaled to
-    sum to one.
+    aggregation: "mean": the unweighted average of the images. "max": the largest value of each
+    label or number; with two classes the prediction of the image with the largest probability of
+    the second one, scikit-learn's positive class; with more classes the largest probability of
+    each, scaled to sum to one.
 
     The dtype stays. nan if an image has nan.
     """
@@ -28,7 +28,7 @@ def aggregate_units(
     ordered = np.asarray(predicted)[..., row_order, :]
     sizes = np.bincount(unit_of_row)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    if how == "mean":
+    if aggregation == "mean":
         sums = np.add.reduceat(ordered.astype(np.float64, copy=False), starts, axis=-2)
         return np.asarray((sums / sizes[:, None]).astype(ordered.dtype, copy=False))
     largest = np.maximum.reduceat(ordered, starts, axis=-2)

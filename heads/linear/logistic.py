@@ -25,7 +25,7 @@ from headrace.heads.arrays import Array, Index, Mask
 from headrace.heads.data.checks import check_rows, check_specs
 from headrace.heads.data.fold_coordinates import fold_moments
 from headrace.heads.data.standardize import Features, Moments, chunks, sweep
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.bands import with_bands
@@ -377,7 +377,7 @@ class _Designs:
 
         if X.shape[1] > int(needed.sum()):
             design = self.dual_form.design(dtype)
-        elif isinstance(X, Streamed):
+        elif isinstance(X, StreamedRows):
             # Sorted by class only within blocks, because they are read in the order of the disk.
             blocks = [block_rows(*part) for part in sweep(X, fold, ROWS_PER_STREAMED_BLOCK, needed)]
             design = make_streamed_design(

@@ -15,7 +15,7 @@ import numpy as np
 from headrace.heads.arrays import Array, Arrays, Doubles, Floats, Index
 from headrace.heads.data.checks import check_finite, check_folds, check_specs, row_weights
 from headrace.heads.data.standardize import Features, chunks, sweep
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.evaluate.temperature import keep_decisions
@@ -76,12 +76,12 @@ class References:
 class StreamedReferences:
     """Rows that may be neighbours and stay on disk: `take` reads a slice of them."""
 
-    source: Streamed
+    source: StreamedRows
     chosen: Index
     center: Doubles
 
     @classmethod
-    def of(cls, source: Streamed) -> "StreamedReferences":
+    def of(cls, source: StreamedRows) -> "StreamedReferences":
         """Return all rows of a source."""
         total = np.zeros(source.shape[1])
         for _, rows in sweep(source, np.zeros(len(source), np.int64)):
@@ -118,7 +118,7 @@ def fit_knn_bank(
     votes = encode_votes(data.target, data.n_outputs, data.task_kind)
     usable = np.flatnonzero((fold != TEST) & (weight > 0))
     all_references: References | StreamedReferences
-    if isinstance(X, Streamed):
+    if isinstance(X, StreamedRows):
         all_references = StreamedReferences.of(X)
     else:
         check_finite(X)
@@ -346,7 +346,7 @@ def fit_centroid_bank(
     """
     check_specs(specs, "CentroidSpec()")
     X, fold = data.X, data.fold
-    if not isinstance(X, Streamed):
+    if not isinstance(X, StreamedRows):
         check_finite(X)
     folds = data.folds_to_fit(refit=refit)
     if data.task_kind != "single":

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from headrace.heads.arrays import Array, Arrays, Doubles, Floats, Index
-from headrace.heads.data.checks import check_finite, check_specs, row_weights
+from headrace.heads.data.checks import check_finite, row_weights
 from headrace.heads.data.standardize import chunks
-from headrace.heads.data.streamed import Streamed, StreamedStack
+from headrace.heads.data.streamed import StreamedRows, StreamedStack
 from headrace.heads.data.task import REFIT, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.kind import CONV, MLP, ConvSpec, NetworkSpec
@@ -136,9 +136,9 @@ class Bank(Generic[Spec]):
         return mean, {}
 
 
-def stack(X: Array | Streamed, dimensions: int) -> Stacked:
+def stack(X: Array | StreamedRows, dimensions: int) -> Stacked:
     """Return features with a view axis in front, added if X has `dimensions` axes only."""
-    if isinstance(X, Streamed):
+    if isinstance(X, StreamedRows):
         return StreamedStack(X)
     return X if X.ndim == dimensions + 1 else X[None]
 
@@ -163,7 +163,6 @@ def fit_networks(
     halving: Halving | None,
 ) -> list[FitResult]:
     """Fit a bank as `fit_mlp_bank` does, for any family. stacked: (V, N, D, …)."""
-    check_specs(specs, "MLPSpec((64,))")
     weight = row_weights(data.sample_weight, stacked.shape[1])
     bank = Bank(stacked, on_device(stacked, device), data, weight, specs, family)
     return train_networks(bank, refit=refit, halving=halving)

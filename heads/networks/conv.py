@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from headrace.heads.arrays import Array, Arrays, Floats
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.checks import check_specs
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
@@ -40,8 +41,9 @@ def fit_conv_bank(
     Maps are standardized channel by channel. Heads of equal channels, hidden widths and batch size
     train side by side. Raises HeadError for features that are no maps or not finite.
     """
+    check_specs(specs, "ConvSpec((64,))")
     X = data.X
-    if X.ndim not in ((4,) if isinstance(X, Streamed) else (4, 5)):
+    if X.ndim not in ((4,) if isinstance(X, StreamedRows) else (4, 5)):
         raise HeadError(
             f"a convolution head needs maps (N, channels, h, w), found {X.shape}: give a tap like "
             "layer4.map"

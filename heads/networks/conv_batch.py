@@ -104,7 +104,7 @@ class ConvBatch:
         self.bits.seed_of_head = [self.bits.seed_of_head[head] for head in heads]
         self._read_specs()
 
-    def remember(self, heads: Sequence[int]) -> None:
+    def save_best(self, heads: Sequence[int]) -> None:
         """Make the present parameters and running statistics of these heads their best ones."""
         for head in heads:
             for best, now in zip(self.best, (*self.parameters, *self.running), strict=True):

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from headrace.heads.data.checks import check_specs
 from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.networks.bank import Family, fit_networks, stack
@@ -58,6 +59,7 @@ def fit_mlp_bank(
     A head that fails (a bad spec, a loss that is not finite) has an `error`; the others are
     unaffected. Raises ValueError for features that are not finite, naming the row.
     """
+    check_specs(specs, "MLPSpec((64,))")
     stacked, n_classes, task = stack(data.X, 2), data.n_outputs, data.task_kind
     width = stacked.shape[2]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headrace.heads.arrays import Array, Doubles, Index
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import TaskKind, seed_of_fold
 from headrace.heads.networks.kind import NetworkSpec
 
@@ -38,7 +38,7 @@ class StreamedTensor:
     Has the part of a tensor's interface that `Rows` uses.
     """
 
-    def __init__(self, rows: Streamed, device: torch.device) -> None:
+    def __init__(self, rows: StreamedRows, device: torch.device) -> None:
         self.rows, self.device, self.shape = rows, device, rows.shape
 
     def index_select(self, _: int, index: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class NetworkBatch:
         self.bits.seed_of_head = [self.bits.seed_of_head[head] for head in heads]
         self._read_specs()
 
-    def remember(self, heads: Sequence[int]) -> None:
+    def save_best(self, heads: Sequence[int]) -> None:
         """Make the present parameters of these heads their best ones."""
         for head in heads:
             for best, now in zip(self.best, (*self.weights, *self.biases), strict=True):

@@ -26,7 +26,7 @@ class Batch(Protocol):
     def outputs(self, index: Index) -> torch.Tensor:
         """Return decisions (K, C, n) for rows of the stacked features."""
 
-    def remember(self, heads: Sequence[int]) -> None:
+    def save_best(self, heads: Sequence[int]) -> None:
         """Make the present parameters of these heads their best ones."""
 
     def best_layers(self, head: int) -> Any:
@@ -96,7 +96,7 @@ class BatchTraining:
                     state.training_loss = float(train_loss[head])
                 state.best_rank = max(state.best_rank, float(rank[head]))
             if len(self.data.held_out):
-                self.batch.remember(improved)
+                self.batch.save_best(improved)
             self._add_seconds(started)
             pairs = zip(self.states, self.specs, strict=True)
             self.remove([state for state, spec in pairs if self._is_done(state, spec.patience)])
@@ -109,7 +109,7 @@ class BatchTraining:
         removed_ids = {id(state) for state in removed_states}
         removed = [head for head, state in enumerate(self.states) if id(state) in removed_ids]
         if len(self.data.held_out) == 0:
-            self.batch.remember(removed)
+            self.batch.save_best(removed)
         for head in removed:
             state = self.states[head]
             if state.error is None:

@@ -24,7 +24,7 @@ from headrace.cache.errors import HeadraceError
 from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.checks import check_finite, check_specs, row_weights
 from headrace.heads.data.side_columns import SideBlock, as_cells
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import REFIT, TEST, TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
@@ -157,7 +157,7 @@ def fit_sklearn_bank(
     """
     check_specs(specs, 'SklearnSpec("sklearn.svm.SVC")')
     X = data.X
-    assert not isinstance(X, Streamed)  # an estimator of scikit-learn takes an array
+    assert not isinstance(X, StreamedRows)  # an estimator of scikit-learn takes an array
     check_finite(X)
     weight = row_weights(data.sample_weight, len(X))
     usable_rows = np.flatnonzero((data.fold != TEST) & (weight > 0))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from headrace.cache.disk_space import plan_taps, require_disk_space, stored_bytes
 from headrace.cache.errors import CacheError
-from headrace.cache.planner import plan_taps, require_disk_space, stored_bytes
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.run.plan import ExtractJob
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of

@@ -27,6 +27,7 @@ from support.caches import (
 from support.file_system_faults import in_child, start_child, wait_for
 from support.runs import headrace
 
+from headrace.cache.disk_space import plan_taps, require_disk_space, stored_bytes
 from headrace.cache.errors import CacheError, HeadraceError, ShardUnreadable
 from headrace.cache.exchange.export import EXPORTS
 from headrace.cache.feature_set import open_feature_set
@@ -34,7 +35,6 @@ from headrace.cache.format.shard import FailedSample
 from headrace.cache.integrity.garbage import find_garbage, interrupted_removals, remove_feature_set
 from headrace.cache.integrity.repair import repair
 from headrace.cache.integrity.verify import verify_bytes, verify_recompute, verify_sources
-from headrace.cache.planner import plan_taps, require_disk_space, stored_bytes
 from headrace.cache.publish import create_feature_set, feature_set_path, publish_shard, shard_path
 
 SPEC = make_spec()

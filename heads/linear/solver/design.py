@@ -31,7 +31,7 @@ import scipy.linalg
 from headrace.heads.arrays import Array, Index
 from headrace.heads.data.fold_coordinates import FoldCoordinates, fold_coordinates
 from headrace.heads.data.standardize import Features, Moments, chunks, scaled
-from headrace.heads.data.streamed import Streamed
+from headrace.heads.data.streamed import StreamedRows
 from headrace.heads.data.task import REFIT
 from headrace.heads.linear.solver.compiled_blocks import (
     CompiledKernels,
@@ -93,7 +93,7 @@ class DesignMatrix:
     coordinates: dict[int, FoldCoordinates]
     # Unstandardized features are divided by this one number; 1 for standardized ones.
     feature_unit: float
-    streamed_rows: Streamed | None = None  # from which blocks read their rows on every pass
+    streamed_rows: StreamedRows | None = None  # from which blocks read their rows on every pass
     # {fold: P (R, R)}, computed when first needed
     penalty_matrices: dict[int, Array] = field(default_factory=dict)
     # {number of rows of a block: buffer for their values}
@@ -357,7 +357,7 @@ def _unlabelled(folds: tuple[int, ...], row_index: Index, values: Array) -> RowB
 
 
 def make_streamed_design(
-    X: Streamed,
+    X: StreamedRows,
     block_rows: Sequence[FoldRows],
     scaling: dict[int, Moments],
     *,
@@ -386,8 +386,8 @@ def make_streamed_design(
         feature_unit,
         X,
     )
-    # Streamed rows are not rotated, so the basis only serves the preconditioner, and a sample of
-    # the rows is enough for it.
+    # Streamed rows are not rotated, so the basis only serves the preconditioner, for which a
+    # sample of the rows is enough.
     n_rows = sum(len(rows) for _, rows in block_rows)
     step = max(n_rows // max(STREAMED_BASIS_ROWS, 16 * n_features), 1)
     gram = np.zeros((n_features, n_features), dtype)

@@ -12,7 +12,7 @@ from headrace.heads.evaluate.ensemble import (
 )
 from headrace.heads.evaluate.metrics import score
 
-FREE = EnsembleLimits(members=100, networks=None, min_gain_per_backbone=0, rounds=12)
+FREE = EnsembleLimits(members=100, networks=None, min_gain_per_network=0, rounds=12)
 
 
 def made(kind, heads=7, rows=90, noise=1.0, seed=0):
@@ -76,7 +76,7 @@ def test_limits_are_kept():
 
     def used(**limits):
         weights = greedy_weights(
-            "single", elements, own, EnsembleLimits(**{"min_gain_per_backbone": 0, **limits})
+            "single", elements, own, EnsembleLimits(**{"min_gain_per_network": 0, **limits})
         )
         return np.count_nonzero(weights)
 
@@ -84,8 +84,8 @@ def test_limits_are_kept():
     assert used(networks=2) == 2
     assert used(networks=1) == 1
     assert used() > 4
-    assert 1 < used(min_gain_per_backbone=0.05) < used()
-    assert used(min_gain_per_backbone=0.9) == 1
+    assert 1 < used(min_gain_per_network=0.05) < used()
+    assert used(min_gain_per_network=0.9) == 1
 
 
 def test_equal_heads_leave_one():

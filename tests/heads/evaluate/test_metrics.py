@@ -329,6 +329,7 @@ def test_given_folds_are_taken_as_they_are() -> None:
 
     assert given_as(0, 1, -1, -2) == [0, 1, TEST, TRAIN_ONLY]
     assert given_as("train", "Val", "test", "training") == [TRAIN_ONLY, 0, TEST, TRAIN_ONLY]
+    assert given_as("train", "dev", "holdout", "Testing") == [TRAIN_ONLY, 0, TEST, TEST]
     assert given_as("site B", "site A", "test", "site B") == [1, 0, TEST, 1]
     with pytest.raises(BadSplit, match="without gaps"):
         given_as(0, 2)

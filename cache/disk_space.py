@@ -17,7 +17,7 @@ _ID_BYTES = 64  # an id is a path relative to the data set, rarely longer
 
 # Share of the free space that is left: a file system that is filled to the last byte becomes slow,
 # and others use it too.
-RESERVE = 0.02
+RESERVED_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def require_disk_space(
     )
     available_bytes = shutil.disk_usage(existing_path).free if free_bytes is None else free_bytes
     needed_bytes = sum(cost.n_bytes for cost in costs)
-    usable_bytes = int(available_bytes * (1 - RESERVE))
+    usable_bytes = int(available_bytes * (1 - RESERVED_SHARE))
     if needed_bytes > usable_bytes:
         largest_tap = max(costs, key=lambda cost: cost.n_bytes)
         raise CacheError(
