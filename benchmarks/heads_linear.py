@@ -46,7 +46,7 @@ from headrace.heads.discriminant.kind import LDASpec
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.ridge import fit_ridge_bank
-from headrace.heads.linear.solver.design import MANY_CLASSES
+from headrace.heads.linear.solver.design import MANY_FREE_VECTORS
 from headrace.heads.spec import FitResult
 
 CASES = {  # rows, features, classes
@@ -151,7 +151,7 @@ def flops_outside_passes(n_rows: int, n_features: int, n_classes: int, n_iterati
     if n_rows < n_features:
         return 0.0
     n_free, n_heads = n_classes - 1, N_FOLDS * len(STRENGTHS)
-    copied_per_fold = n_free >= MANY_CLASSES
+    copied_per_fold = n_free >= MANY_FREE_VECTORS
     # Rows into their eigenbasis, of many-class heads for each fold its own; their Gram matrix, of
     # which half is computed.
     rotation = (2 * (4 if copied_per_fold else 1) + 1) * n_rows * n_features**2

@@ -29,7 +29,7 @@ _PROT_NONE = 0
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 _RESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _PAGE = mmap.PAGESIZE
-_HUGE_PAGE = 1 << 21  # bytes, Linux's on x86; see `map`
+_HUGE_PAGE = 1 << 21  # bytes, Linux's on x86; see `_slot_shift`
 # A quarter of the 1 << 47 bytes of addresses that a process has on most machines.
 _MAX_RESERVED_BYTES = 1 << 45
 

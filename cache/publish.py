@@ -2,7 +2,7 @@
 
 What a writer that dies leaves behind::
 
-    before the link            nothing
+    before the link            nothing that is read, see atomic_io.py
     before the manifest's line a shard that is not listed, so it does not exist for readers; the
                                next writer of the unit verifies and lists it
     after that line            the shard

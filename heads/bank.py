@@ -57,7 +57,7 @@ class BankJob:
     threads: int = 1
     device: str = "cpu"
     refit: bool = True  # also train each spec on all rows
-    # For mlp and conv: stop bad specs early; they are not trained on all rows.
+    # For kinds that `can_halve`: stop bad specs early; they are not trained on all rows.
     halving: Halving | None = None
     # Features that need more are streamed from their shards; None: `worker_memory`.
     memory_bytes: int | None = None

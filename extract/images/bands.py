@@ -155,8 +155,8 @@ def decode_deep(
     are colours. None: grey values or colours as Bands if they have more than 8 bits, else the image
     of `decode_image`.
     pixel_range: black and white of pixels of more than 8 bits, or a pair for each band.
-    in_parts: only crops are needed, so a TIFF may have more than MAX_PIXELS pixels and is decoded
-    where they are cut.
+    in_parts: only crops are needed, so a TIFF may have more than MAX_FILE_PIXELS pixels and is
+    decoded where they are cut.
 
     Raises ImageError for whatever is wrong with the bytes.
     """

@@ -194,7 +194,7 @@ def to_rgb(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.I
     has_alpha = mode in ("RGBA", "LA", "PA", "La", "RGBa")
     if has_alpha or (mode == "P" and "transparency" in image.info):
         return _over_white(image.convert("RGBA"))
-    return image.convert("RGB")  # P, CMYK, YCbCr, HSV; Pillow raises for LAB
+    return image.convert("RGB")  # P, CMYK, YCbCr, HSV, LAB
 
 
 def check_pixel_range(pixel_range: Any) -> None:

@@ -19,8 +19,8 @@ MAX_PIXELS = 1024**3 // 4 // 3
 # Above it Pillow refuses a file. Cameras and phones of 100 to 150 megapixels are below.
 MAX_FILE_PIXELS = 2 * MAX_PIXELS
 # Pillow's resize keeps a table of 16 to 48 bytes per pixel of the edge that it shortens: 50 MB at
-# this length, 4 GB for the 90 million pixels in one line that MAX_PIXELS would allow. Cameras and
-# scanners end below 100,000 pixels.
+# this length, 8 GB for the 179 million pixels in one line that MAX_FILE_PIXELS would allow. Cameras
+# and scanners end below 100,000 pixels.
 MAX_EDGE = 2**20
 _TOO_MANY_PIXELS = (
     f"more than the limit of {MAX_FILE_PIXELS:,} pixels. Save the image smaller, or cut it into "

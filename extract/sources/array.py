@@ -60,8 +60,8 @@ def read_array(
     Keras's `x_train` and `y_train`: `split` is then train, validation or test.
     labels: another file of one of these kinds, with one label or a row of labels for each image.
     labels_key: the array of labels in that file, or in the same file.
-    has_range: whether the caller knows which values are black and white. Integers of 8 and 16 bits
-    need no range; arrays of other types are refused without one.
+    has_range: whether the caller knows which values are black and white. Unsigned integers of 8
+    and 16 bits and booleans need no range; arrays of other types are refused without one.
 
     Raises SourceError.
     """

@@ -114,7 +114,8 @@ def split_test(
 ) -> Mask:
     """Return which rows are test rows, (N,) bool: about `fraction` of every class.
 
-    At least one row of each class trains. groups: (N,); all rows of a group go to one side.
+    Without groups, at least one row of each class trains. groups: (N,); all rows of a group go to
+    one side.
     row_noun: what a row is, one and several, for messages.
 
     Raises BadSplit when a side would be empty.

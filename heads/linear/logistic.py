@@ -182,7 +182,7 @@ def _fit_problem(
     for folds in _folds_by_design(bank, problem, scaling, standardize=standardize):
         design_scaling = {fold: scaling[fold] for fold in folds}
         if len(folds) > 1:
-            # Folds that share a design share its unit, the scales of all rows.
+            # Folds that share a design share its scales, those of all rows.
             design_scaling[REFIT] = scaling[REFIT]
         paths, specs_by_strength = _regularization_paths(bank, problem, folds, spec_indices)
         if not paths:
@@ -243,12 +243,12 @@ def _solve(
         if not pending or (heads and out_of_time):
             break
         design = designs.design(dtype)
-        # Converts L2 strengths to those for weights of features in the design's unit.
-        to_design_unit = design.feature_unit**-2
+        # Converts L2 strengths to those for weights of the design's divided features.
+        to_design_strength = design.feature_divisor**-2
         pending_paths: list[RegularizationPath] = []
         raw_head, starts = {}, {}
         for i, strengths in pending.items():
-            design_strengths = tuple(l2 * to_design_unit for l2 in strengths)
+            design_strengths = tuple(l2 * to_design_strength for l2 in strengths)
             for l2, design_l2 in zip(strengths, design_strengths, strict=True):
                 raw_head[len(pending_paths), design_l2] = i, l2
                 if (i, l2) in heads:

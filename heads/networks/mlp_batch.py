@@ -78,7 +78,7 @@ class Rows:
 
 
 def padded_width(width: int) -> int:
-    """Return the next of 8, 12, 16, 24, 32, 48, 64, …: of a batch at most a third is padding."""
+    """Return the next of 8, 12, 16, 24, 32, 48, 64, …: from 6 on, at most a third is padding."""
     power = 8
     while power < width:
         if power * 3 // 2 >= width:

@@ -50,7 +50,8 @@ MAX_SCALE_RATIO = 30.0
 ROWS_PER_BLOCK = 8192  # of rows in memory
 ROWS_PER_STREAMED_BLOCK = 1024  # of streamed rows, so that a block stays in the caches
 STREAMED_BASIS_ROWS = 1 << 15  # of streamed rows, from which the rotation is computed
-MANY_CLASSES = 64  # from so many a head gains nothing by sharing a pass with others
+# Free weight vectors (65 classes) from which a head gains nothing by sharing a pass with others.
+MANY_FREE_VECTORS = 64
 # Products with P per head: about five evaluations, and two for its gap bound.
 EVALUATIONS_PER_HEAD = 7
 MAX_COPIED_BYTES = 1 << 28  # of per-fold copies, 256 MB
@@ -92,7 +93,7 @@ class DesignMatrix:
     # {fold: R} for folds of which it is not the identity; {} with per-fold copies.
     coordinates: dict[int, FoldCoordinates]
     # Unstandardized features are divided by this one number; 1 for standardized ones.
-    feature_unit: float
+    feature_divisor: float
     streamed_rows: StreamedRows | None = None  # from which blocks read their rows on every pass
     # {fold: P (R, R)}, computed when first needed
     penalty_matrices: dict[int, Array] = field(default_factory=dict)
@@ -237,7 +238,7 @@ def should_copy_per_fold(
     # 1,479 iterations instead of 2,188. Without copies, 2,000 x 768 rows of 100 classes take 1.15
     # times the CPU time at a gap of 1e-5, 1.34 at 1e-7. On the other hand the rows of every fold
     # must be rotated, and heads of different folds share no pass, which matters for few classes.
-    if len(folds) < 2 or n_free < MANY_CLASSES or kernels_for(np.float32) is None:
+    if len(folds) < 2 or n_free < MANY_FREE_VECTORS or kernels_for(np.float32) is None:
         return False
     common, ratio = scaling[REFIT], MAX_COPIED_SCALE_RATIO
     n_copied = sum(scaling[fold].count for fold in folds)
@@ -271,7 +272,7 @@ def make_design(
     longer than solving all heads.
     """
     multiply = matrix_product(device)
-    common, inverse_scale, coordinates, feature_unit = common_coordinates(
+    common, inverse_scale, coordinates, feature_divisor = common_coordinates(
         scaling, standardize=standardize, dtype=dtype
     )
     standardized = [
@@ -303,7 +304,7 @@ def make_design(
         common.mean,
         inverse_scale,
         {} if copy_per_fold else coordinates,
-        feature_unit,
+        feature_divisor,
     )
 
 
@@ -368,7 +369,7 @@ def make_streamed_design(
 
     block_rows: the row blocks, in the order of reading. Other arguments as in `make_design`.
     """
-    common, inverse_scale, coordinates, feature_unit = common_coordinates(
+    common, inverse_scale, coordinates, feature_divisor = common_coordinates(
         scaling, standardize=standardize, dtype=dtype
     )
     # Rounded to float32, as `read` subtracts it, so that intercepts correct for just that mean.
@@ -383,7 +384,7 @@ def make_streamed_design(
         mean,
         inverse_scale,
         coordinates,
-        feature_unit,
+        feature_divisor,
         X,
     )
     # Streamed rows are not rotated, so the basis only serves the preconditioner, for which a
@@ -401,21 +402,21 @@ def common_coordinates(
     scaling: dict[int, Moments], *, standardize: bool, dtype: Any
 ) -> tuple[Moments, Array, dict[int, FoldCoordinates], float]:
     """Return the common moments, and three of DesignMatrix: `inverse_scale`, `coordinates`,
-    `feature_unit`.
+    `feature_divisor`.
 
     scaling: {fold: moments of its training rows}.
     """
     shared = len(scaling) > 1
     common = scaling[REFIT] if shared else next(iter(scaling.values()))
     # Unstandardized features are divided by one number, so that squares stay in float32's range.
-    feature_unit = 1.0 if standardize else largest_scale(common)
-    scale = common.scale if standardize else np.full(len(common.mean), feature_unit)
+    feature_divisor = 1.0 if standardize else largest_scale(common)
+    scale = common.scale if standardize else np.full(len(common.mean), feature_divisor)
     coordinates = {}
     for fold, moments in scaling.items():
         if moments.fills or (standardize and moments is not common):
             fold_scale = moments.scale if standardize else scale
             coordinates[fold] = fold_coordinates(moments, common, fold_scale, scale, dtype=dtype)
-    return common, np.where(common.constant, 0.0, 1.0 / scale), coordinates, feature_unit
+    return common, np.where(common.constant, 0.0, 1.0 / scale), coordinates, feature_divisor
 
 
 def largest_scale(moments: Moments) -> float:

@@ -67,7 +67,7 @@ class DualForm:
     fold_factors: list[_FoldFactor]
     common: Moments
     inverse_scale: Array  # (D,)
-    feature_unit: float
+    feature_divisor: float
 
     def design(self, dtype: Any) -> DesignMatrix:
         """Return the design matrix, without labels."""
@@ -91,7 +91,7 @@ class DualForm:
             self.common.mean,
             self.inverse_scale,
             {},
-            self.feature_unit,
+            self.feature_divisor,
         )
 
 
@@ -102,7 +102,7 @@ def make_dual_form(
 
     groups: for each fold its own training rows. scaling: {fold: moments of its training rows}.
     """
-    common, inverse_scale, coordinates, feature_unit = common_coordinates(
+    common, inverse_scale, coordinates, feature_divisor = common_coordinates(
         scaling, standardize=standardize, dtype=np.float64
     )
     row_index = np.unique(np.concatenate([rows for _, rows in groups]))
@@ -115,7 +115,7 @@ def make_dual_form(
             Z, np.searchsorted(row_index, rows), coordinates.get(folds[0])
         )
         fold_factors.append(_FoldFactor(folds, rows, order, lower))
-    return DualForm(RowSpace(Z, fold_spaces), fold_factors, common, inverse_scale, feature_unit)
+    return DualForm(RowSpace(Z, fold_spaces), fold_factors, common, inverse_scale, feature_divisor)
 
 
 def _fold_row_space(

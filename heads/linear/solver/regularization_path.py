@@ -65,10 +65,13 @@ class PathSchedule:
                 for chain in chains
                 for anchor, following in itertools.pairwise(chain)
             ]
-            # The others wait for both neighbours and one anchor beyond: a cubic needs two nodes on
-            # either side.
+            # The others wait for both neighbours and one anchor beyond, perhaps of another chain: a
+            # cubic needs two nodes on either side.
             interpolated = [k for k in range(n_heads) if k not in anchors]
-            waiting += [(strengths[k], {strengths[min(k + 3, n_heads - 1)]}) for k in interpolated]
+            waiting += [
+                (strengths[k], {strengths[i] for i in (k - 1, k + 1, min(k + 3, n_heads - 1))})
+                for k in interpolated
+            ]
             self.waiting[path_index] = waiting
             self.ready.extend((path_index, strengths[chain[0]]) for chain in chains)
 

@@ -61,7 +61,7 @@ def per_fold_copies(enabled):
     """Give folds standardized copies of their rows, as many-class heads have, whatever it costs."""
     with pytest.MonkeyPatch.context() as patch:
         if enabled:
-            patch.setattr(design_module, "MANY_CLASSES", 1)
+            patch.setattr(design_module, "MANY_FREE_VECTORS", 1)
             patch.setattr(design_module, "EVALUATIONS_PER_HEAD", 10**6)
             patch.setattr(design_module, "MAX_COPIED_SCALE_RATIO", 30.0)
         yield
@@ -191,7 +191,7 @@ def test_many_class_heads_have_rows_in_their_folds_scales(monkeypatch, far):
     data, specs = TrainingData(X, y, fold, 66), [LogisticSpec(0.1), LogisticSpec(10.0)]
     own = fit_logistic_bank(data, specs, gap=1e-7)
     assert isinstance(made[0].rotation, PerFoldRotation) == (far == 1)
-    monkeypatch.setattr(design_module, "MANY_CLASSES", 1000)
+    monkeypatch.setattr(design_module, "MANY_FREE_VECTORS", 1000)
     shared = fit_logistic_bank(data, specs, gap=1e-7)
     assert isinstance(made[-1].rotation, Rotation)
     for one, other in zip(own, shared, strict=True):
