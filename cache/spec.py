@@ -24,8 +24,8 @@ class FeatureSpec:
 
     # "timm:tf_efficientnet_lite0", "torchvision:resnet50", "python:module:function"
     backbone: str
-    # SHA-256 (hex) over every tensor of the state dict (name, dtype, shape, bytes), and over the code
-    # and arguments that change what the network does with them
+    # SHA-256 (hex) over every tensor of the state dict (name, dtype, shape, bytes), and over
+    # code and arguments that change what is done with them
     weights: str
     tap: str  # node of the network, "blocks.4"
     pooling: str  # "avg", "max", "gem", "grid2", "map", "cls", ...
