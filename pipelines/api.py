@@ -4,17 +4,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
+import pydantic
 from dask.distributed import Client
 from rich.console import Console
 
+from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.publish import feature_set_path
 from headrace.extract.images.content_hashes import content_hashes
 from headrace.extract.run.plan import BackboneFeatures, plan_work_units
-from headrace.extract.sources.read import detect_source, read_source, warn_about_left_out
+from headrace.extract.sources.read import SourceWarning
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import (
     find_backbone_spec,
@@ -27,9 +29,15 @@ from headrace.pipelines.cluster.submit import TaskOptions, announced
 from headrace.pipelines.console import make_console
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.feature_input import FeatureInput
+from headrace.pipelines.given_images import ImagesLike, image_table
 from headrace.pipelines.paths import content_index
 from headrace.pipelines.planning.cost_model import measured_rates
-from headrace.pipelines.planning.dataset import check_metric, drop_rows, make_dataset
+from headrace.pipelines.planning.dataset import (
+    check_metric,
+    drop_rows,
+    make_dataset,
+    require_task_columns,
+)
 from headrace.pipelines.planning.devices import find_device
 from headrace.pipelines.planning.leaderboard import trained_specs
 from headrace.pipelines.planning.networks import cached_contents
@@ -37,8 +45,9 @@ from headrace.pipelines.planning.plan import feature_plan, plan_run
 from headrace.pipelines.planning.run_state import RunState, write_inputs
 from headrace.pipelines.recipe.grid import check_kinds, requested_heads
 from headrace.pipelines.recipe.heads import Heads
-from headrace.pipelines.recipe.load import Recipe
+from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.sections import Compute, Images, TaskSection
+from headrace.pipelines.recipe.text import explain_section
 from headrace.pipelines.result import RunResult, run_result
 from headrace.pipelines.stages.evaluate import evaluate
 from headrace.pipelines.stages.extract import extract_missing
@@ -46,9 +55,11 @@ from headrace.pipelines.stages.select import select
 from headrace.pipelines.stages.services import ClientOpener, Services, opener_of
 from headrace.pipelines.stages.train import train
 
+Section = TypeVar("Section", bound=pydantic.BaseModel)
+
 
 def extract_features(
-    images: pd.DataFrame | str | Path,
+    images: ImagesLike,
     backbone: BackboneSpec | str,
     taps: str | Sequence[str] = "auto",
     *,
@@ -63,17 +74,19 @@ def extract_features(
     """Return features of images, {"blocks.4.avg": FeatureSet, ...}, from the cache, into which a
     network first puts those that are missing.
 
-    images: a folder, a table, an archive, an array file, or a DataFrame with the columns `id` and
-    `path`. Only images that the cache lacks go through the network. Images that cannot be decoded
-    have no row; each FeatureSet lists them with their reasons in `failures()`. device: "auto" is a
-    GPU if there is one. console: for progress; default: below the cell in a notebook, silent in a
+    images: a folder, a table, an archive or an array file; a list of paths; a DataFrame with the
+    column `path`; torchvision's ImageFolder, in place of whose transform the network's own
+    preprocessing is used. Only images that the cache lacks go through the network. Files that
+    cannot be read are left out with a SourceWarning. Images that cannot be decoded have no row;
+    each FeatureSet lists them with their reasons in `failures()`. device: "auto" is a GPU if there
+    is one. console: for progress; default: below the cell in a notebook, silent in a
     script. client: a Dask client to work on; default: a cluster of `workers` processes on this
     machine. Raises HeadraceError.
 
     A script needs the usual `if __name__ == "__main__":`, because worker processes import it.
     """
     cache = Path(cache).absolute()
-    samples = _with_content(_listed(images, labelled=False), cache)
+    samples = _with_content(image_table(images, labelled=False), cache)
     network = BackboneSpec(backbone) if isinstance(backbone, str) else backbone
     features = load_feature_specs(network, taps, cache_root=cache, dtype=dtype)
     if features.weights_note:
@@ -84,6 +97,10 @@ def extract_features(
     specs = features.specs
     cached = [cached_contents(cache, spec) for spec in specs]
     device = find_device(device)
+    if device != "cpu":
+        from headrace.heads.bank import check_device
+
+        check_device(device)
     units = plan_work_units(
         samples,
         [BackboneFeatures(network, specs, cached)],
@@ -105,10 +122,10 @@ def extract_features(
 
 
 def train_heads(
-    features: Mapping[str, FeatureSet],
-    samples: pd.DataFrame | str | Path,
+    features: Mapping[str, FeatureSet] | FeatureSet,
+    samples: ImagesLike,
     *,
-    heads: Heads | Mapping[str, Any],
+    heads: Heads | Mapping[str, Any] | str | Sequence[str] = "logistic",
     task: TaskSection | Mapping[str, Any] | None = None,
     out: str | Path = "headrace-runs/notebook",
     workers: int | None = None,
@@ -121,7 +138,8 @@ def train_heads(
 
     samples: as `images` of `extract_features`, with the columns that the task names (`label` by
     default).
-    heads, task: as in a recipe: {"logistic": {"C": [0.01, 1]}}, {"target": "label", "folds": 5}.
+    heads: as in a recipe, {"logistic": {"C": [0.01, 1]}}; names alone are kinds with their default
+    grids. task: as in a recipe, {"target": "label", "folds": 5}.
     The result's `board` is the leaderboard and `heads` every single head, both as DataFrames;
     calling again with more heads trains only the new ones. console: as for `extract_features`.
     options: how tasks are watched over, such as their timeout. client: a Dask client to work on;
@@ -129,7 +147,7 @@ def train_heads(
     """
     recipe = _recipe_of(heads, task, Path(out).absolute())
     check_kinds(recipe.heads, recipe.task.kind, has_units=recipe.task.unit is not None)
-    state = _state_of(recipe, features, samples)
+    state = _state_of(recipe, _feature_sets(features), samples)
     write_inputs(state)
     console, options = console or _progress_console(), options or TaskOptions()
     with Services(console, options, _opener(workers, client), workers) as services:
@@ -139,28 +157,38 @@ def train_heads(
 
 
 def _recipe_of(
-    heads: Heads | Mapping[str, Any], task: TaskSection | Mapping[str, Any] | None, out: Path
+    heads: Heads | Mapping[str, Any] | str | Sequence[str],
+    task: TaskSection | Mapping[str, Any] | None,
+    out: Path,
 ) -> Recipe:
     """Return a recipe without images and backbones: the features are given."""
-    section = (
-        TaskSection.model_validate(dict(task or {})) if not isinstance(task, TaskSection) else task
-    )
-    grid = heads if isinstance(heads, Heads) else Heads.model_validate(dict(heads))
+    if not isinstance(heads, Heads | Mapping):
+        heads = {name: {} for name in ([heads] if isinstance(heads, str) else heads)}
     return Recipe.model_construct(
         images=Images.model_construct(),
-        task=section,
-        heads=grid,
+        task=_section(TaskSection, "task", {} if task is None else task),
+        heads=_section(Heads, "heads", heads),
         compute=Compute(heads_device="cpu"),
         out=out,
     )
 
 
-def _state_of(
-    recipe: Recipe, features: Mapping[str, FeatureSet], samples: pd.DataFrame | str | Path
-) -> RunState:
+def _section(model: type[Section], name: str, values: Any) -> Section:
+    """Return a section of a recipe. Raises RecipeError for wrong keys and values."""
+    if isinstance(values, model):
+        return values
+    try:
+        return model.model_validate(dict(values) if isinstance(values, Mapping) else values)
+    except pydantic.ValidationError as error:
+        raise RecipeError(explain_section(error, name, Recipe)) from None
+
+
+def _state_of(recipe: Recipe, features: Mapping[str, FeatureSet], samples: ImagesLike) -> RunState:
     """Return the state of a run before training. Raises InvalidInput if an image has no row."""
     paths = recipe.paths
-    samples_with_content = _with_content(_listed(samples, labelled=True), paths.root)
+    labelled_samples = image_table(samples, labelled=True)
+    require_task_columns(labelled_samples, recipe.task, "the table of images")
+    samples_with_content = _with_content(labelled_samples, paths.root)
     dataset = make_dataset(
         samples_with_content, samples_with_content["content"].tolist(), recipe.task
     )
@@ -223,16 +251,37 @@ def _opener(
     return lambda role, device: local_client(workers, module_names=module_names)
 
 
-def _listed(images: pd.DataFrame | str | Path, *, labelled: bool) -> pd.DataFrame:
-    if isinstance(images, pd.DataFrame):
-        return images
-    listing = read_source(detect_source(images), labelled=labelled)
-    warn_about_left_out(listing, images)
-    return listing.samples
+def _feature_sets(features: Any) -> dict[str, FeatureSet]:
+    if isinstance(features, FeatureSet):
+        return {features.spec.name: features}
+    is_mapping = isinstance(features, Mapping)
+    if not is_mapping or not all(isinstance(value, FeatureSet) for value in features.values()):
+        raise InvalidInput(
+            f"features are given as {type(features).__name__}. Expected those of extract_features, "
+            "{tap: FeatureSet}. An array of your own is trained on by LogisticHead(C=1).fit(X, y), "
+            "or becomes an input of a recipe: headrace cache import --help"
+        )
+    return dict(features)
 
 
 def _with_content(samples: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """Return the samples whose files can be read, with the hash of their bytes as `content`.
+
+    Warns of the others. Raises InvalidInput if there are no others.
+    """
     if "content" in samples:
         return samples
-    hashes = content_hashes(samples, content_index(root)).hashes
-    return samples.assign(content=pd.Series(list(hashes), index=samples.index, dtype=object))
+    found = content_hashes(samples, content_index(root))
+    if found.unreadable:
+        first = found.unreadable[0]
+        unreadable_text = (
+            f"{len(found.unreadable):,} of {count_text(len(samples), 'image')} cannot be read, "
+            f"first {first.path} ({first.reason})"
+        )
+        if len(found.unreadable) == len(samples):
+            raise InvalidInput(f"{unreadable_text}. Paths start from {Path.cwd()}")
+        warnings.warn(f"left out: {unreadable_text}", SourceWarning, stacklevel=3)
+    with_content = samples.assign(
+        content=pd.Series(found.hashes, index=samples.index, dtype=object)
+    )
+    return with_content[with_content["content"].notna()]

@@ -32,7 +32,7 @@ from headrace.pipelines.paths import RunPaths, content_index, unit_leases
 from headrace.pipelines.planning.extraction import Extraction, plan_features, read_extraction
 from headrace.pipelines.planning.plan import Plan, check_space
 from headrace.pipelines.planning.run_state import RunState, read_run_state, write_inputs
-from headrace.pipelines.recipe.load import Recipe
+from headrace.pipelines.recipe.load import Recipe, load_recipe
 from headrace.pipelines.recipe.sections import Backbone, Compute
 from headrace.pipelines.recipe.targets import DataError
 from headrace.pipelines.records import append_records, write_record
@@ -69,14 +69,15 @@ STAGES = (extract, halve_inputs, train, finetune, select, evaluate, predict)
 
 
 def run_recipe(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     *,
     console: Console | None = None,
     workers: int | None = None,
     retry_failed: bool = False,
     client: Client | None = None,
 ) -> RunResult:
-    """Do everything that the recipe asks for and that earlier calls have not done.
+    """Do everything that the recipe, or the file of one, asks for and that earlier calls have not
+    done.
 
     workers: processes, instead of the recipe's number. retry_failed: whether to train the heads
     that failed in earlier calls again. client: a Dask client to work on, which stays open; default:
@@ -85,6 +86,8 @@ def run_recipe(
     If it is interrupted, the next call goes on from there: finished units and banks are on disk.
     Raises HeadraceError for errors that the user can mend.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
     if recipe.log is not None:
         require_log(recipe.log)
     refuse_old_record(recipe.paths.test_evaluations)  # before hours of work, not after them

@@ -117,7 +117,7 @@ LEVELS = {
             "records",
             "thread_memory",
         },
-        {"environment", "moved_paths", "recipe"},
+        {"environment", "given_images", "moved_paths", "recipe"},
         {"cluster", "run_directory"},
         {"doctor", "models"},
         {"finetune", "selection"},

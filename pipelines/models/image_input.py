@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from PIL import Image, ImageFile, ImageOps
 
@@ -38,8 +39,20 @@ def split_images(
     """Return the images as a list: an array or tensor of several images is split.
 
     highest_band: the highest band that a model of many-band images reads, None for other models.
-    Raises InvalidInput if an array can be read as one image and as several.
+    Raises InvalidInput for a folder, for a table, and if an array can be read as one image and as
+    several.
     """
+    if isinstance(images, str | PathLike) and Path(images).is_dir():
+        raise InvalidInput(
+            f"{images} is a folder, and predict takes images: "
+            f"predict(list(pathlib.Path({str(images)!r}).rglob('*.jpg'))), or, for a table of "
+            f"predictions, headrace predict MODEL {images}"
+        )
+    if isinstance(images, pd.DataFrame):
+        raise InvalidInput(
+            f"a table with the columns {', '.join(map(str, images.columns))} is given for images: "
+            "give the column of their paths, predict(table['path'])"
+        )
     if isinstance(images, str | PathLike | Image.Image):
         return [images]
     if not isinstance(images, np.ndarray | torch.Tensor):

@@ -77,13 +77,17 @@ def read_samples(recipe: Recipe, *, labelled: bool = True) -> Listing:
         )
     if not labelled:
         return listing
-    for task_key in ("target", "group", "unit", "split", "fold", "side_columns"):
-        columns = getattr(recipe.task, task_key)
-        for column in [columns] if isinstance(columns, str) else columns or ():
-            if column not in listing.samples.columns:
-                location = recipe.images.source().location
-                raise DataError(_absent(f"task.{task_key}", column, location, listing.samples))
+    require_task_columns(listing.samples, recipe.task, recipe.images.source().location)
     return listing
+
+
+def require_task_columns(samples: pd.DataFrame, section: TaskSection, location: object) -> None:
+    """Raise DataError if a column that the task names is absent. location: for its message."""
+    for task_key in ("target", "group", "unit", "split", "fold", "side_columns"):
+        columns = getattr(section, task_key)
+        for column in [columns] if isinstance(columns, str) else columns or ():
+            if column not in samples.columns:
+                raise DataError(_absent(f"task.{task_key}", column, location, samples))
 
 
 def _unlabelled_listing(recipe: Recipe) -> Listing:

@@ -330,35 +330,56 @@ def explain(
         is_above = not is_in_file and keys[: len(location)] == tuple(location)
         if is_above or tuple(location[: len(keys)]) == keys:
             place_text, is_in_file = set_place, True
+    return f"{place_text}: {_explain_value(problem, location, model, is_in_file=is_in_file)}"
+
+
+def explain_section(
+    error: pydantic.ValidationError, section: str, model: type[pydantic.BaseModel]
+) -> str:
+    """Return a line for each of the first errors of a section of a recipe that is no text: the key,
+    the mistake, the nearest key.
+    """
+    return "\n".join(
+        _explain_value(problem, [section, *_keys(problem)], model, is_in_file=True)
+        for problem in own_problems(error.errors())[:_MAX_PROBLEMS]
+    )
+
+
+def _explain_value(
+    problem: Any,
+    location: list[str | int],
+    model: type[pydantic.BaseModel],
+    *,
+    is_in_file: bool,
+) -> str:
+    """Return the key, the mistake and the nearest key of a pydantic error."""
     dotted_key = ".".join(_short(str(key_part)) for key_part in location)
     if (new_name := renamed_key(problem)) is not None:
-        return f"{place_text}: the key {dotted_key!r} is called {new_name!r} now"
+        return f"the key {dotted_key!r} is called {new_name!r} now"
     if problem["type"] == "extra_forbidden":
-        return f"{place_text}: unknown key {dotted_key!r}: {_key_hint(model, location)}"
+        return f"unknown key {dotted_key!r}: {_key_hint(model, location)}"
     if problem["type"] == "missing":
-        return f"{place_text}: the key {dotted_key!r} is missing"
+        return f"the key {dotted_key!r} is missing"
     if problem["type"] == "tuple_type" and isinstance(problem["input"], dict):
-        return f"{place_text}: {dotted_key}: a list is expected: write '- ' before its first key"
+        return f"{dotted_key}: a list is expected: write '- ' before its first key"
     if problem["type"] == "tuple_type" and is_in_file:
         given = _short(str(problem["input"]))
         item = f"{{name: {given}}}" if location == ["backbones"] else given
         words = f"{problem['words']} or " if "words" in problem else ""
-        return (
-            f"{place_text}: {dotted_key}: {words}a list is expected, found {given}: write [{item}]"
-        )
+        return f"{dotted_key}: {words}a list is expected, found {given}: write [{item}]"
     if problem["type"] == "model_type":
         hint = _section_hint(problem["input"], _keys_at(model, location))
-        return f"{place_text}: {dotted_key}: {hint}"
+        return f"{dotted_key}: {hint}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = re.sub("Input should be (?=greater|less)", "expected a number ", message)
     message = message.replace("Input should be", "expected")
     message = _PLAIN_MESSAGES.get(problem["type"], message)
     # The whole recipe's check (two backbones of one name) has no key.
     if not dotted_key:
-        return f"{place_text}: {message}"
+        return message
     if is_in_file and not isinstance(problem["input"], dict):
         message += f" (found {_short(repr(problem['input']))}{_value_hint(problem)})"
-    return f"{place_text}: {dotted_key}: {message}"
+    return f"{dotted_key}: {message}"
 
 
 def _key_hint(model: type[pydantic.BaseModel], location: list[str | int]) -> str:
