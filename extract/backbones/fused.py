@@ -93,16 +93,6 @@ def fold_batch_norms(module: nn.Module, tapped: Collection[str], image: Tensor) 
     return folded.requires_grad_(False) if norms else module
 
 
-def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the weights of convolutions and linear layers in place, and return the module."""
-    # autocast would do it in every pass: its outputs stay the same, and half of the bytes are read.
-    for child in module.modules():
-        # Not their subclasses, which may use the weights in other ways.
-        if type(child) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            child.to(dtype)
-    return module
-
-
 def _find_chains(
     module: nn.Module, image: Tensor
 ) -> list[tuple[nn.Conv2d | nn.Linear, nn.BatchNorm2d | None, nn.Module | None]]:

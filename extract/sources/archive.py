@@ -38,7 +38,7 @@ from headrace.extract.sources.formats import (
     is_archive,
     repeats_image,
 )
-from headrace.extract.sources.layout import FolderParts, Layout, read_layout, split_side
+from headrace.extract.sources.layout import FolderParts, Layout, read_layout, split_sides
 from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally
 
 _SIDE_FILES = frozenset({"cls", "txt", "json"})
@@ -136,8 +136,8 @@ def read_archives(
     check_unique_ids((row["id"] for row in rows), source_text)
     frame = pd.DataFrame(rows)
     notes = _add_labels(frame, images, folders_of_others, layout, source_text, labelled)
-    sides = [split_side(Path(image.archive).name) for image in images]
-    if "split" not in frame and None not in sides and len(set(sides)) > 1:
+    sides = split_sides([Path(image.archive).name for image in images])
+    if "split" not in frame and sides is not None:
         frame["split"] = sides
         notes.append("the archives' names are those of the sides of a split")
     return tally.listing(frame, notes + _notes_on_samples(images))

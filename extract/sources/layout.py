@@ -43,6 +43,15 @@ def split_side(file_name: str) -> str | None:
     return name_match[1] if name_match else None
 
 
+def split_sides(names: Sequence[str]) -> list[str] | None:
+    """Return the sides of a split that the names begin with; None if one of them begins with no
+    side, or all begin with the same.
+    """
+    sides = [side for name in names if (side := split_side(name))]
+    is_split = len(sides) == len(names) and len({side.lower() for side in sides}) > 1
+    return sides if is_split else None
+
+
 def split_side_in(name: str) -> str | None:
     """Return the side of a split that a name has anywhere (`emnist-train-images`), or None."""
     match = SPLIT_IN_NAME.search(name)

@@ -29,7 +29,7 @@ from headrace.extract.sources.folder import image_paths
 from headrace.extract.sources.formats import TABLE_SUFFIXES
 from headrace.extract.sources.image_column import find_image_column
 from headrace.extract.sources.label_studio import local_names
-from headrace.extract.sources.layout import split_side
+from headrace.extract.sources.layout import split_sides
 from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.regions import Boxes, find_boxes
 from headrace.extract.sources.table import Table, read_table_file
@@ -82,7 +82,12 @@ def read_tables(
     tally = Tally()
     frames: list[pd.DataFrame] = []
     notes: list[str] = []
-    sides = _sides(table_paths)
+    # The sides of a split, by the tables' names or by those of their folders.
+    sides: Sequence[str | None] = (
+        split_sides([file.name for file in table_paths])
+        or split_sides([file.parent.name for file in table_paths])
+        or [None] * len(table_paths)
+    )
     for table_path, side in zip(table_paths, sides, strict=True):
         has_boxes = isinstance(options.boxes, Boxes)
         table_contents = read_table_file(table_path, annotations=has_boxes)
@@ -184,18 +189,6 @@ def saved_dataset_files(folder: Path) -> list[Path]:
     return []
 
 
-def _sides(table_paths: Sequence[Path]) -> Sequence[str | None]:
-    """Return each table's side of a split, by the tables' names or by those of their folders.
-
-    All None if some names are no side of a split, or all are the same one.
-    """
-    for names in ([file.name for file in table_paths], [file.parent.name for file in table_paths]):
-        sides = [side for name in names if (side := split_side(name))]
-        if len(sides) == len(names) and len({side.lower() for side in sides}) > 1:
-            return sides
-    return [None] * len(table_paths)
-
-
 def _samples(
     table_path: Path,
     table: Table,
@@ -254,9 +247,14 @@ def _samples(
     replaced_columns = ["id", "path", f"{image_column}.path"]
     samples = samples.join(frame.drop(columns=replaced_columns, errors="ignore"))
     has_metadata_split = table_path.name in HUGGING_FACE_METADATA and "split" not in samples
-    if has_metadata_split and (split_sides := _sides_of_paths(written_names)):
-        samples["split"] = split_sides
-        notes.append(f"{table_path.name}: the first folders of the paths are the sides of a split")
+    # Hugging Face puts one metadata file above the folders of a split.
+    if has_metadata_split and written_names.notna().all():
+        first_folders = written_names.map(lambda name: name.rpartition("/")[0].split("/")[0])
+        if (sides := split_sides(first_folders.tolist())) is not None:
+            samples["split"] = sides
+            notes.append(
+                f"{table_path.name}: the first folders of the paths are the sides of a split"
+            )
     return _leave_out(samples, table_path, tally, repeated=not labelled)
 
 
@@ -292,15 +290,6 @@ def _require_columns(table_path: Path, columns: Sequence[str], options: TableOpt
                 f"{table_path}: there is no column {column_name!r} ({setting}). Nearest: "
                 f"{nearest_names(column_name, columns, 1)}. The columns are: {', '.join(columns)}."
             )
-
-
-def _sides_of_paths(image_paths: pd.Series) -> list[str | None]:
-    """Return the sides of a split that the first folders of the paths are, [] if they are none."""
-    # Hugging Face puts one metadata file above the folders of a split.
-    if image_paths.isna().any():
-        return []
-    sides = [split_side(path.split("/")[0]) if "/" in path else None for path in image_paths]
-    return sides if None not in sides and len(set(sides)) > 1 else []
 
 
 def _crop_names(

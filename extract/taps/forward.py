@@ -12,7 +12,6 @@ from headrace.extract.backbones.backbone import Backbone
 from headrace.extract.backbones.fused import (
     Forward,
     can_fuse,
-    cast_weights,
     fold_batch_norms,
     fuse_layers,
     outputs_agree,
@@ -40,7 +39,7 @@ def make_forward(
     placed = [(tap, nodes[tap.node]) for tap in taps]
     normalize = make_normalizer(backbone, device)
     on_cpu = torch.device(device).type == "cpu"
-    network = backbone.module if on_cpu else _for_accelerator(backbone, placed, compute_dtype)
+    network = backbone.module if on_cpu else _for_accelerator(backbone, placed)
     module = copy.deepcopy(network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = hook_forward(module, placed, normalize, compute_dtype, compiled=compiled)
     if not on_cpu or compute_dtype != "float32" or compiled:
@@ -61,31 +60,22 @@ def make_forward(
         return plain
 
 
-def _for_accelerator(
-    backbone: Backbone, taps: Sequence[tuple[Tap, Node]], compute_dtype: str
-) -> nn.Module:
-    """Return the network with batch normalizations folded, and with weights in half precision.
-
-    Both only if, on the CPU, they leave the outputs of one image the same.
+def _for_accelerator(backbone: Backbone, taps: Sequence[tuple[Tap, Node]]) -> nn.Module:
+    """Return the network with batch normalizations folded if, on the CPU, that leaves the outputs
+    of one image the same.
     """
     normalize, pixels = make_normalizer(backbone, "cpu"), _random_pixels(backbone)
 
-    def outputs(module: nn.Module, dtype: str) -> list[Tensor]:
-        return hook_forward(copy.deepcopy(module), taps, normalize, dtype)(pixels)
+    def outputs(module: nn.Module) -> list[Tensor]:
+        return hook_forward(copy.deepcopy(module), taps, normalize, "float32")(pixels)
 
-    network = backbone.module
     # Raised by networks that read attributes of their layers.
     with contextlib.suppress(RuntimeError, AttributeError, TypeError):
-        folded = fold_batch_norms(network, {node.module for _, node in taps}, normalize(pixels))
-        if outputs_agree(outputs(folded, "float32"), outputs(network, "float32")):
-            network = folded
-    if half := _HALF_TYPES.get(compute_dtype):
-        with contextlib.suppress(RuntimeError, AttributeError, TypeError):
-            cast = cast_weights(copy.deepcopy(network), half)
-            pairs = zip(outputs(cast, compute_dtype), outputs(network, compute_dtype), strict=True)
-            if all(torch.equal(ours, theirs) for ours, theirs in pairs):
-                network = cast
-    return network
+        tapped = {node.module for _, node in taps}
+        folded = fold_batch_norms(backbone.module, tapped, normalize(pixels))
+        if outputs_agree(outputs(folded), outputs(backbone.module)):
+            return folded
+    return backbone.module
 
 
 def _random_pixels(backbone: Backbone) -> Tensor:

@@ -19,7 +19,7 @@ from support.accelerators import Noted, cuda_graphs, cuda_on_cpu, fake_cuda, sim
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.publish import feature_set_path
 from headrace.extract.backbones.backbone import load_backbone
-from headrace.extract.backbones.fused import cast_weights, fold_batch_norms
+from headrace.extract.backbones.fused import fold_batch_norms
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.content_hashes import hash_bytes
 from headrace.extract.run import device as device_module, work_unit as unit_module
@@ -329,24 +329,11 @@ def _pixels(backbone: Any, count: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def _outputs(backbone: Any, module: torch.nn.Module, dtype: str) -> list[torch.Tensor]:
+def _outputs(backbone: Any, module: torch.nn.Module) -> list[torch.Tensor]:
     nodes = backbone_nodes(backbone)
     taps = [(tap, nodes[tap.node]) for tap in resolve_taps(backbone, TAPS[backbone.spec.name])]
     normalize = make_normalizer(backbone, "cpu")
-    return hook_forward(copy.deepcopy(module), taps, normalize, dtype)(_pixels(backbone, 3))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("spec", [RESNET, VIT], ids=["resnet", "vit"])
-def test_cast_weights_give_what_autocast_gives(spec: BackboneSpec, dtype: str) -> None:
-    """Bit by bit; and they are cast."""
-    backbone = load_backbone(spec)
-    cast = cast_weights(copy.deepcopy(backbone.module), getattr(torch, dtype))
-    assert {str(p.dtype) for p in cast.parameters()} == {"torch.float32", f"torch.{dtype}"}
-    for ours, theirs in zip(
-        _outputs(backbone, cast, dtype), _outputs(backbone, backbone.module, dtype), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    return hook_forward(copy.deepcopy(module), taps, normalize, "float32")(_pixels(backbone, 3))
 
 
 def test_folded_norms_are_gone_and_change_nothing_but_the_last_digits() -> None:
@@ -359,8 +346,8 @@ def test_folded_norms_are_gone_and_change_nothing_but_the_last_digits() -> None:
     folded = fold_batch_norms(backbone.module, {"layer1", "layer2", "layer4"}, image)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     for ours, theirs in zip(
-        _outputs(backbone, folded, "float32"),
-        _outputs(backbone, backbone.module, "float32"),
+        _outputs(backbone, folded),
+        _outputs(backbone, backbone.module),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -384,13 +371,12 @@ def test_a_network_without_norms_is_not_copied() -> None:
     assert fold_batch_norms(backbone.module, set(), image) is backbone.module
 
 
-def test_the_network_on_an_accelerator_is_folded_and_cast() -> None:
+def test_the_network_on_an_accelerator_is_folded() -> None:
     backbone = load_backbone(RESNET)
     nodes = backbone_nodes(backbone)
     taps = [(tap, nodes[tap.node]) for tap in (Tap("layer2", "avg"), Tap("layer4", "avg"))]
-    network = forward_module._for_accelerator(backbone, taps, "bfloat16")
+    network = forward_module._for_accelerator(backbone, taps)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
-    assert network.conv1[0].weight.dtype is torch.bfloat16  # type: ignore[index,union-attr]
 
 
 def test_units_at_a_time_share_a_network(tmp_path: Path) -> None:
