@@ -44,7 +44,7 @@ from headrace.pipelines.recipe.load import Recipe, load_recipe
 from headrace.pipelines.result import RunResult
 from headrace.pipelines.run import run_recipe
 from headrace.pipelines.selection.calibration import temperature_of
-from headrace.pipelines.selection.evaluation_record import evaluate_ensemble, evaluate_winner
+from headrace.pipelines.stages.evaluate import evaluate_ensemble, evaluate_winner
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "solar-cells-finetune.yaml"
 PUBLISHED = 88.42

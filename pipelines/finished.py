@@ -32,13 +32,13 @@ from headrace.pipelines.planning.dataset import (
     list_samples,
     make_dataset,
 )
+from headrace.pipelines.planning.leaderboard import Winner, choose_winner
 from headrace.pipelines.recipe.load import Recipe
 from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_records, read_table
 from headrace.pipelines.run_directory import find_run, require_finished, results_file, stored_recipe
 from headrace.pipelines.selection.calibration import calibrated
 from headrace.pipelines.selection.evaluation_record import read_test_evaluations
 from headrace.pipelines.selection.predictions import validation_rows
-from headrace.pipelines.selection.winner import Winner, choose_winner
 
 _TEXT_COLUMNS = {"inputs": str, "kind": str, "settings": str, "spec": str, "path": str}
 

@@ -10,11 +10,11 @@ from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.pipelines.finetune.stage import FinetuneOutcome
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting
+from headrace.pipelines.planning.leaderboard import Winner
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.selection.correction import CorrectedScore
 from headrace.pipelines.selection.ensemble import Ensemble
 from headrace.pipelines.selection.evaluation_record import TestResult
-from headrace.pipelines.selection.winner import Winner
 from headrace.pipelines.stages.services import StageRecord
 
 

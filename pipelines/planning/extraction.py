@@ -15,7 +15,9 @@ from headrace.extract.sources.listing import Listing
 from headrace.pipelines.planning.cost_model import measured_rates
 from headrace.pipelines.planning.dataset import read_samples
 from headrace.pipelines.planning.devices import find_device
-from headrace.pipelines.planning.inventory import (
+from headrace.pipelines.planning.networks import cached_contents, failed_contents
+from headrace.pipelines.planning.plan import Plan, feature_plan, plan_run
+from headrace.pipelines.planning.recipe_inputs import (
     Networks,
     check_writable,
     head_inputs,
@@ -25,8 +27,6 @@ from headrace.pipelines.planning.inventory import (
     require_libraries,
     weights_notes,
 )
-from headrace.pipelines.planning.networks import cached_contents, failed_contents
-from headrace.pipelines.planning.plan import Plan, feature_plan, plan_run
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.targets import DataError
 

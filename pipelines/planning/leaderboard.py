@@ -1,20 +1,43 @@
-"""The leaderboard, from results files: a row per (inputs, spec), its metric averaged over folds."""
+"""The leaderboard and its first row, the winner: a row per (inputs, spec), its metric averaged over
+folds, from results files.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from headrace.cache.errors import HeadraceError
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.results import read_bank
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.planning.plan import SpecsByFile, bank_group
+from headrace.pipelines.planning.plan import Plan, SpecsByFile, bank_group
 from headrace.pipelines.recipe.finetune_spec import model_spec
-from headrace.pipelines.recipe.grid import RequestedHeads
 from headrace.pipelines.recipe.settings_text import settings_text
+
+
+class NoWinner(HeadraceError):
+    """No head was trained in every fold."""
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The setting with the best mean score over validation folds: the leaderboard's first row."""
+
+    kind: str  # of head, as in the recipe; "finetune": a fine-tuned network
+    inputs: tuple[str, ...]  # names of the feature sets that it reads, side by side
+    settings: str  # in words, as the leaderboard has them
+    metric: str
+    score: float  # mean of `metric` over the validation folds; too good, as it was chosen by it
+    standard_error: float  # of that mean
+    folds: int
+    features: int  # numbers that it reads of each image
+    spec: str  # kind and settings as canonical JSON
+    results_path: Path  # the file with its arrays and predictions, in the run's banks/
 
 
 def trained_specs(banks_folder: Path, group: str, *, retry_failed: bool = False) -> SpecsByFile:
@@ -31,13 +54,8 @@ def trained_specs(banks_folder: Path, group: str, *, retry_failed: bool = False)
     return specs_of_file
 
 
-def collect_heads(
-    banks_folder: Path,
-    requested: Sequence[RequestedHeads],
-    fingerprints: Mapping[str, Sequence[str]],
-    task_digest: str,
-) -> pd.DataFrame:
-    """Return one row per head (spec × fold, and the refit on all rows) that the recipe asks for and
+def collect_heads(banks_folder: Path, plan: Plan, task_digest: str) -> pd.DataFrame:
+    """Return one row per head (spec × fold, and the refit on all rows) that the plan asks for and
     that has been trained.
 
     Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap,
@@ -46,8 +64,8 @@ def collect_heads(
     head_tables = []
     # Read once per group: scikit-learn estimators of different settings share one.
     tables_by_group: dict[str, pd.DataFrame] = {}
-    for heads in requested:
-        group = bank_group(task_digest, heads, fingerprints)
+    for heads in plan.requested:
+        group = bank_group(task_digest, heads, plan.fingerprints)
         spec_texts = {spec_to_json(spec) for spec in heads.specs}
         if group not in tables_by_group:
             tables_by_group[group] = _group_table(banks_folder, group)
@@ -120,6 +138,38 @@ def rank_heads(
     leaderboard.insert(0, "rank", np.arange(1, len(leaderboard) + 1))
     columns = ["rank", "inputs", "kind", "settings", metric, "standard_error", "folds", "features"]
     return leaderboard[[*columns, "train_seconds", "failed", "final", "spec", "path"]]
+
+
+def choose_winner(board: pd.DataFrame, heads: pd.DataFrame, metric: str) -> Winner:
+    """Return the first setting of the leaderboard.
+
+    heads: one row per head and fold, with column `error`. Raises NoWinner, with the commonest
+    error, if no head was trained and scored in every fold.
+    """
+    if board.empty or board.iloc[0]["failed"] or not board.iloc[0]["final"]:
+        reasons = heads["error"].dropna().value_counts()
+        reason = (
+            f"The commonest reason: {reasons.index[0].rstrip('.')}"
+            if len(reasons)
+            else "The metric is undefined in some fold"
+        )
+        raise NoWinner(
+            f"no head was trained and scored in every fold. {reason}. Every head is in "
+            "heads.parquet and leaderboard.csv"
+        )
+    best = board.iloc[0]
+    return Winner(
+        kind=str(best["kind"]),
+        inputs=tuple(best["inputs"]),
+        settings=str(best["settings"]),
+        metric=metric,
+        score=float(best[metric]),
+        standard_error=float(best["standard_error"]),
+        folds=int(best["folds"]),
+        features=int(best["features"]),
+        spec=str(best["spec"]),
+        results_path=Path(best["path"]),
+    )
 
 
 def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.records import read_record
 from headrace.pipelines.selection.ensemble_store import member_name
-from headrace.pipelines.selection.evaluation_record import (
+from headrace.pipelines.stages.evaluate import (
     WeightedModel,
     predict_average,
     scored_predictions,

@@ -5,10 +5,9 @@ from dataclasses import replace
 from headrace.cache.count_text import count_text
 from headrace.pipelines.finetune.stage import FinetuneInputs, finetune_candidates
 from headrace.pipelines.planning.devices import find_device
-from headrace.pipelines.planning.leaderboard import rank_heads
+from headrace.pipelines.planning.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.stages.services import Services
-from headrace.pipelines.stages.train import trained_heads
 
 
 def finetune(state: RunState, services: Services) -> RunState:
@@ -24,9 +23,10 @@ def finetune(state: RunState, services: Services) -> RunState:
             images=state.samples,
             device=find_device(state.recipe.compute.device),
         )
+        heads = collect_heads(state.paths.banks, state.plan, state.dataset.train.digest)
         finetuned = finetune_candidates(
             finetune_inputs,
-            rank_heads(*trained_heads(state)),
+            rank_heads(heads, state.metric, state.plan.input_widths, state.plan.n_folds),
             state.recipe.finetune,
             services.client,
             services.console,

@@ -24,7 +24,7 @@ from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.predict.parts import part_slices
 from headrace.pipelines.predict.tables import Columns, outcome_columns, target_columns
 from headrace.pipelines.records import RunDamaged, publish_table, read_table
-from headrace.pipelines.selection.evaluation_record import WeightedModel, predict_average
+from headrace.pipelines.stages.evaluate import WeightedModel, predict_average
 from headrace.pipelines.stages.services import Services
 
 _KEY = b"headrace"  # the key in a table's metadata, under which `_key` stands

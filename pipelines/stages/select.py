@@ -14,7 +14,12 @@ from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
 from headrace.cache.count_text import count_text
 from headrace.heads.data.side_columns import taps_of
 from headrace.pipelines.models.image_parts import ImageParts, trained_parts
-from headrace.pipelines.planning.leaderboard import rank_heads
+from headrace.pipelines.planning.leaderboard import (
+    NoWinner,
+    choose_winner,
+    collect_heads,
+    rank_heads,
+)
 from headrace.pipelines.planning.run_state import RankedModels, RunState
 from headrace.pipelines.records import publish_table, write_record
 from headrace.pipelines.selection.calibration import temperature_of
@@ -24,10 +29,9 @@ from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble
 from headrace.pipelines.selection.instance_weights import instance_weights, weighted_heads
 from headrace.pipelines.selection.predictions import complete_heads, validation_rows
-from headrace.pipelines.selection.winner import NoWinner, choose_winner, save_winner
+from headrace.pipelines.selection.winner import save_winner
 from headrace.pipelines.stages.extract import write_failed_images
 from headrace.pipelines.stages.services import Services
-from headrace.pipelines.stages.train import trained_heads
 
 
 def select(state: RunState, services: Services) -> RunState:
@@ -38,11 +42,11 @@ def select(state: RunState, services: Services) -> RunState:
     services.release_client()  # nothing is trained from here on, so a cluster's jobs end
     # If several drivers work on one run, one at a time writes the tables.
     with services.timed("select") as report_done, lease(state.paths.conclusion_lock):
-        task, finetuned = state.dataset.train, state.finetuned
-        heads, metric, input_widths, n_folds = trained_heads(state)
+        task, metric, finetuned = state.dataset.train, state.metric, state.finetuned
+        heads = collect_heads(state.paths.banks, state.plan, task.digest)
         if finetuned is not None and len(finetuned.rows):
             heads = pd.concat([heads, finetuned.rows], ignore_index=True)
-        leaderboard = rank_heads(heads, metric, input_widths, n_folds)
+        leaderboard = rank_heads(heads, metric, state.plan.input_widths, state.plan.n_folds)
         failed_images = write_failed_images(state)
         publish_table(
             state.paths.leaderboard, _text_inputs(leaderboard).to_csv(index=False).encode()

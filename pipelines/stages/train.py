@@ -6,8 +6,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.heads.bank import BankJob, publish_failure, train_bank
@@ -19,7 +17,6 @@ from headrace.pipelines.cluster.submit import run_tasks
 from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.planning.cost_model import PROBE_S, PROBE_SPECS
 from headrace.pipelines.planning.devices import find_heads_device
-from headrace.pipelines.planning.leaderboard import collect_heads
 from headrace.pipelines.planning.run_state import RunState, replan_heads
 from headrace.pipelines.stages.services import Services
 
@@ -44,15 +41,6 @@ def train(state: RunState, services: Services) -> RunState:
             "rows"
         )
         return state
-
-
-def trained_heads(state: RunState) -> tuple[pd.DataFrame, str, dict[str, int], int]:
-    """Return the arguments of `rank_heads`: the trained heads, the metric, each input's width, and
-    the number of folds.
-    """
-    plan, task = state.plan, state.dataset.train
-    heads = collect_heads(state.paths.banks, plan.requested, plan.fingerprints, task.digest)
-    return heads, state.metric, dict(plan.input_widths), task.n_folds
 
 
 def _train_banks(state: RunState, services: Services, device: str) -> None:

@@ -48,7 +48,7 @@ from headrace.pipelines.records import read_record
 from headrace.pipelines.run_directory import results_file
 from headrace.pipelines.selection.ensemble import Ensemble, Member
 from headrace.pipelines.selection.ensemble_store import save_ensemble
-from headrace.pipelines.selection.evaluation_record import evaluate_ensemble
+from headrace.pipelines.stages.evaluate import evaluate_ensemble
 
 QUIET = Console(quiet=True)
 

@@ -26,8 +26,8 @@ from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import nested_choice
 from headrace.pipelines.selection.ensemble import Ensemble, Member, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble
-from headrace.pipelines.selection.evaluation_record import evaluate_ensemble
 from headrace.pipelines.selection.predictions import stacked_predictions, validation_rows
+from headrace.pipelines.stages.evaluate import evaluate_ensemble
 
 ROWS = 240
 

@@ -13,9 +13,9 @@ from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.selection.evaluation_record import (
-    _write_test_evaluations,
     read_test_evaluations,
     repair_test_evaluations,
+    write_test_evaluations,
 )
 from headrace.pipelines.stages.select import withdraw
 
@@ -34,7 +34,7 @@ EVALUATIONS = [{"winner": {"n": n}, "result": {"value": n / 8}, "images": ["a"]}
 @pytest.fixture
 def record(tmp_path):
     path = tmp_path / "test-evaluations.jsonl"
-    _write_test_evaluations(path, EVALUATIONS)
+    write_test_evaluations(path, EVALUATIONS)
     return path
 
 
@@ -155,7 +155,7 @@ def test_the_interval_is_over_groups_and_an_earlier_method_is_replaced(tmp_path)
     old["result"] = {
         key: value for key, value in evaluation["result"].items() if key != "groups"
     } | {"low": 1.0}
-    _write_test_evaluations(first.paths.test_evaluations, [old | {"evaluated": "long ago"}])
+    write_test_evaluations(first.paths.test_evaluations, [old | {"evaluated": "long ago"}])
     again = run_here(recipe)
     assert again.test == first.test
     (mended,) = read_test_evaluations(first.paths.test_evaluations)

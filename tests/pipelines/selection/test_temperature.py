@@ -34,8 +34,8 @@ from headrace.pipelines.predict.listing import list_images
 from headrace.pipelines.records import read_record
 from headrace.pipelines.report.build import write_report
 from headrace.pipelines.selection.evaluation_record import (
-    _write_test_evaluations,
     read_test_evaluations,
+    write_test_evaluations,
 )
 
 RECIPE = """\
@@ -184,7 +184,7 @@ def test_the_test_score_is_of_what_is_handed_out(run):
         "evaluated": "2020-01-01T00:00:00+00:00",
         "result": evaluation["result"] | {"value": 99.0},
     }
-    _write_test_evaluations(result.paths.test_evaluations, [earlier])
+    write_test_evaluations(result.paths.test_evaluations, [earlier])
     again = run_here(folder / "recipe.yaml")
     assert again.test == result.test
     assert read_test_evaluations(result.paths.test_evaluations) == [

@@ -1,9 +1,8 @@
-"""The inventory of a run, read once at its start: images, content hashes, networks, inputs."""
+"""What runs and extractions read of a recipe: networks, inputs of heads, content hashes."""
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,25 +12,18 @@ from rich.console import Console
 from headrace.cache.count_text import count_text
 from headrace.cache.exchange.external import external_feature_sets
 from headrace.cache.format.compression import require_hdf5plugin
-from headrace.cache.format.sealed import SealBroken
 from headrace.cache.spec import FeatureSpec
-from headrace.extract.images.changes import compare_listings, read_listing
 from headrace.extract.images.content_hashes import UnreadableSample, content_hashes
-from headrace.extract.sources.listing import Listing
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.spec_cache import TapFeatures, save_feature_specs
-from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
+from headrace.heads.data.side_columns import SIDE_COLUMNS
 from headrace.pipelines.cluster.progress import Advance, show_progress
 from headrace.pipelines.paths import content_index
-from headrace.pipelines.planning.dataset import Dataset, check_metric, make_dataset, read_samples
-from headrace.pipelines.planning.devices import find_heads_device
 from headrace.pipelines.planning.networks import (
     backbone_spec,
-    cached_contents,
     storage_options,
     tap_features,
 )
-from headrace.pipelines.recipe.grid import RequestedHeads, check_kinds, requested_heads
 from headrace.pipelines.recipe.load import Recipe, RecipeError
 from headrace.pipelines.recipe.targets import DataError
 
@@ -49,34 +41,6 @@ class InputViews:
     backbone: BackboneSpec | None  # None for external features
 
 
-@dataclass(frozen=True)
-class Inventory:
-    """The inputs of a run, which do not change while it is at work."""
-
-    recipe: Recipe
-    listing: Listing
-    # id, path, content (None where the file cannot be read), and the user's columns
-    samples: pd.DataFrame
-    unreadable: tuple[UnreadableSample, ...]
-    dataset: Dataset  # of every image whose file can be read, even if it cannot be decoded
-    metric: str
-    networks: Networks  # in the recipe's order
-    inputs: Mapping[str, InputViews]  # by their names on the leaderboard
-    requested: tuple[RequestedHeads, ...]
-    changes: tuple[str, ...]  # notes on images that are new, gone or changed since the last call
-
-    def needed_images(self) -> pd.DataFrame:
-        """Return the samples that the task has rows of, labelled or not."""
-        contents = self.labelled_contents | set(self.dataset.unlabelled.content.astype(str))
-        return self.samples[self.samples["content"].isin(contents)]
-
-    @property
-    def labelled_contents(self) -> set[str]:
-        """The content hashes of images to train or test on."""
-        dataset = self.dataset
-        return {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
-
-
 def require_libraries(recipe: Recipe) -> None:
     """Raise HeadraceError if a library that the recipe's storage or compute asks for is missing."""
     if recipe.storage.compression != "none":
@@ -88,51 +52,11 @@ def require_libraries(recipe: Recipe) -> None:
         require_openvino()
 
 
-def take_inventory(
-    recipe: Recipe, *, write: bool = True, console: Console | None = None
-) -> Inventory:
-    """Read what the recipe names.
-
-    write: off for a dry run, which writes nothing, not even the index of content hashes.
-    console: shows the progress of reading many images.
-    Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
-    """
-    metric = check_metric(recipe.task)
-    check_kinds(recipe.heads, recipe.task.kind, has_units=recipe.task.unit is not None)
-    find_heads_device(recipe)  # refuses a GPU that is not there
-    require_libraries(recipe)
-    check_writable(recipe)
-    listing = read_samples(recipe)
-    samples = listing.samples
-    # Targets, groups and folds that cannot work are the commonest mistakes: they are found before
-    # any image is read or network built, as if every image could be read and none were a copy.
-    make_dataset(samples, [f"{row:032}" for row in range(len(samples))], recipe.task)
-    networks = read_networks(recipe, write=write)
-    inputs = head_inputs(recipe, networks)
-    requested = requested_heads(
-        recipe.heads, list(inputs), side_columns=bool(recipe.task.side_columns)
-    )
-    _check_views(requested, inputs)
-    content_by_row, unreadable = read_contents(recipe, samples, write=write, console=console)
-    samples = samples.assign(content=pd.Series(content_by_row, index=samples.index, dtype=object))
-    inventory = Inventory(
-        recipe=recipe,
-        listing=listing,
-        samples=samples,
-        unreadable=unreadable,
-        dataset=make_dataset(samples, content_by_row, recipe.task),
-        metric=metric,
-        networks=networks,
-        inputs=inputs,
-        requested=tuple(requested),
-        changes=tuple(_changes(recipe.paths.listing, samples)),
-    )
-    _check_external(inventory)
-    return inventory
-
-
 def read_networks(recipe: Recipe, *, write: bool) -> Networks:
-    """Return the recipe's networks. write: as of `take_inventory`. Raises BackboneError."""
+    """Return the recipe's networks. write: off for a dry run, which writes nothing.
+
+    Raises BackboneError.
+    """
     return tuple(
         (backbone_spec(backbone, recipe), tap_features(backbone, recipe, forked=write))
         for backbone in recipe.backbones
@@ -151,18 +75,13 @@ def weights_notes(networks: Networks) -> tuple[str, ...]:
     return tuple(features.weights_note for _, features in networks if features.weights_note)
 
 
-def content_listing(samples: pd.DataFrame) -> dict[str, str]:
-    """Return {id: content hash} of the images that can be read."""
-    readable = samples[samples["content"].notna()]
-    return dict(zip(readable["id"].astype(str), readable["content"].astype(str), strict=True))
-
-
 def read_contents(
     recipe: Recipe, samples: pd.DataFrame, *, write: bool, console: Console | None = None
 ) -> tuple[list[str | None], tuple[UnreadableSample, ...]]:
     """Return the content hash of each sample (None if its file cannot be read), and the reasons.
 
-    write, console: as in `take_inventory`. Raises DataError if no file can be read.
+    write: off for a dry run, which leaves no index of them where there is no cache. console: shows
+    the progress of reading many images. Raises DataError if no file can be read.
     """
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         advance: Advance | None = None
@@ -204,25 +123,6 @@ def check_writable(recipe: Recipe) -> None:
             )
 
 
-def _changes(listing_path: Path, samples: pd.DataFrame) -> list[str]:
-    """Return notes on images that are new, changed, renamed or removed since the last call."""
-    try:
-        listing_before = read_listing(listing_path)
-    except SealBroken as error:
-        return [
-            f"{listing_path} has changed since it was written ({error}): what is new since the "
-            "last call cannot be told"
-        ]
-    if not listing_before:
-        return []
-    changes = compare_listings(listing_before, content_listing(samples))
-    counts = {
-        kind: len(getattr(changes, kind)) for kind in ("new", "changed", "renamed", "removed")
-    }
-    counts_text = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
-    return [f"images since the last call: {counts_text}"] if counts_text else []
-
-
 def head_inputs(recipe: Recipe, networks: Networks) -> dict[str, InputViews]:
     """Return every input of heads by its name on the leaderboard."""
     inputs: dict[str, InputViews] = {}
@@ -257,33 +157,3 @@ def _external_spec(recipe: Recipe, external_name: str) -> FeatureSpec:
             f"headrace cache import FILE --name {external_name} --recipe recipe.yaml"
         )
     return feature_sets[0].spec
-
-
-def _check_external(inventory: Inventory) -> None:
-    """Raise RecipeError, naming the first image, if external features lack a row."""
-    # No network here can make them. Images without a label may lack them, and get no prediction.
-    samples = inventory.samples
-    needed = samples[samples["content"].isin(inventory.labelled_contents)]
-    for external_name in inventory.recipe.external_features:
-        (spec,) = inventory.inputs[external_name].views
-        absent = needed[~needed["content"].isin(cached_contents(inventory.recipe.cache, spec))]
-        if len(absent):
-            raise RecipeError(
-                f"external_features: {external_name!r} has no row for {len(absent):,} of "
-                f"{count_text(len(needed), 'image')}, first {absent['id'].iloc[0]!r}: import "
-                "features of them all, or leave these images out of the table"
-            )
-
-
-def _check_views(requested: Sequence[RequestedHeads], inputs: Mapping[str, InputViews]) -> None:
-    """Raise RecipeError for a head on taps of different views: their rows differ."""
-    for heads in requested:
-        taps = taps_of(heads.inputs)
-        view_sets = {tuple(spec.view for spec in inputs[name].views) for name in taps}
-        if len(view_sets) > 1:
-            counts_text = ", ".join(f"{name} has {len(inputs[name].views)}" for name in taps)
-            raise RecipeError(
-                f"heads: the taps of an input have different views ({counts_text}) and cannot "
-                "stand side by side: give their backbones the same views, or take each tap alone, "
-                "inputs: [each]"
-            )
