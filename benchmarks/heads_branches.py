@@ -24,7 +24,7 @@ from headrace.heads.linear import ridge
 from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import (
-    active_set,
+    bank_problem,
     design,
     dual_form,
     lbfgs,
@@ -74,13 +74,11 @@ def branches() -> Iterator[Branch]:
     many = logistic(training_data(2_000, 768, 100, 3), path)
     dual = logistic(training_data(1_000, 2_048, 10, 5), path)
     no_kernels = [
-        (module, "load_compiled_kernels", lambda: None) for module in (design, active_set)
+        (module, "load_compiled_kernels", lambda: None) for module in (design, bank_problem)
     ]
     no_copies: tuple[Patch, ...] = ((design, "EVALUATIONS_PER_HEAD", 0),)
-    no_renewal = [
-        (module, "ITERATIONS_PER_PRECONDITIONER", 600) for module in (active_set, path_solver)
-    ]
-    load = active_set.ActiveSet.load
+    no_renewal = ((path_solver, "ITERATIONS_PER_PRECONDITIONER", 600),)
+    load = path_solver.ActiveSet.load
 
     def load_unshared(self: Any, *arguments: Any) -> None:
         self.shared.clear()
@@ -92,14 +90,14 @@ def branches() -> Iterator[Branch]:
     def no_directions(lower: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((lower.shape[1], 0)), np.zeros(0)
 
-    slots = active_set.ActiveSet
+    slots = path_solver.ActiveSet
     yield Branch("compiled pass", few, tuple(no_kernels))
     yield Branch("whole Hessian", few, ((preconditioner, "MAX_CLASSES_FOR_DENSE", 0),))
     yield Branch("preconditioner shared by folds", few, ((slots, "load", load_unshared),))
     yield Branch("preconditioner of a neighbour", few, ((slots, "load", load_own),))
     yield Branch("transferred pairs", few, ((slots, "transfer_pairs", lambda *_: None),))
     one_strength = logistic(few_classes, np.array([1.0]))
-    yield Branch("renewed preconditioner, one strength", one_strength, tuple(no_renewal))
+    yield Branch("renewed preconditioner, one strength", one_strength, no_renewal)
     yield Branch("end far below the gap", few, ((lbfgs, "FAR_BELOW_GAP", 0.0),))
     yield Branch("per-fold copies, 100 classes", many, no_copies)
     yield Branch(

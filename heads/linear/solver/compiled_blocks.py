@@ -7,12 +7,18 @@ rows, k coordinates of a row, P = A c columns.
 import ctypes
 import functools
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from headrace.heads.arrays import Array
+from headrace.heads.arrays import Array, Index
+
+if TYPE_CHECKING:
+    from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
+    from headrace.heads.linear.solver.passes import HeadsByFolds, RowWeighting
 
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
 CACHE_LINE = 64  # bytes; a vector across two of them is loaded at half the speed
@@ -135,6 +141,93 @@ class CompiledKernels:
             out.strides[0] // 4,
             out.ctypes.data,
         )
+
+
+class CompiledPass:
+    """The pass in compiled float32: a row is read once, and decisions stay in the nearer caches.
+
+    Threads divide a block's rows among them; each has its own sums.
+    """
+
+    def __init__(
+        self,
+        design: "DesignMatrix",
+        weighting: "RowWeighting",
+        path_index: Index,
+        weights: Array,
+        heads_by_folds: "HeadsByFolds",
+        kernels: CompiledKernels,
+        threads: ThreadPoolExecutor | None = None,
+        n_threads: int = 1,
+    ) -> None:
+        self.design, self.weighting, self.path_index = design, weighting, path_index
+        self.heads_by_folds, self.kernels, self.shape = heads_by_folds, kernels, weights.shape
+        self.threads, self.n_threads = threads, n_threads
+        self.packed_weights: dict[tuple[int, ...], Array] = {}
+        self.packed_gradients: dict[tuple[int, ...], list[Array]] = {}  # one for each thread
+        for folds, heads in heads_by_folds.items():
+            columns = weights[heads].reshape(-1, weights.shape[-1])
+            self.packed_weights[folds] = kernels.pack(columns)
+            self.packed_gradients[folds] = [
+                kernels.allocate_packed(*columns.shape) for _ in range(n_threads)
+            ]
+        self.class_factors: Array | None = weighting.class_factors[path_index].astype(np.float32)
+        if (self.class_factors == 1).all():
+            self.class_factors = None
+        self.loss_sums = np.zeros(len(weights))
+
+    def add(self, block: "RowBlock") -> None:
+        """Add the losses of the heads that train on a block, and its gradients."""
+        values, sample_weight = self.design.read(block), block.sample_weight
+        heads = self.heads_by_folds[block.folds]
+        labels = self._labels(block, heads)
+        losses = np.zeros((self.n_threads, len(heads)))
+
+        def add_rows(thread: int) -> None:
+            first, end = (len(values) * i // self.n_threads for i in (thread, thread + 1))
+            rows = slice(first, end)
+            self.kernels.add_losses_and_gradients(
+                values[rows],
+                len(heads),
+                self.weighting.n_outputs,
+                self.packed_weights[block.folds],
+                labels[..., rows],
+                None if sample_weight is None else sample_weight[rows],
+                None if self.class_factors is None else self.class_factors[heads],
+                losses[thread],
+                self.packed_gradients[block.folds][thread],
+            )
+
+        if self.threads is None:
+            add_rows(0)
+        else:
+            # `list` waits for all threads, and raises their errors.
+            list(self.threads.map(add_rows, range(self.n_threads)))
+        self.loss_sums[heads] += losses.sum(axis=0)
+
+    def losses(self) -> Array:
+        """Return the losses (A,) float64 summed over the blocks so far."""
+        return self.loss_sums
+
+    def _labels(self, block: "RowBlock", heads: Index) -> npt.NDArray[np.int32]:
+        """Return classes (n,) of a block's rows, or labels (a, n) of 0 and 1 for sigmoids."""
+        if self.weighting.n_outputs > 1:
+            return block.classes
+        return block.labels[self.weighting.labels[self.path_index[heads]]].astype(np.int32)
+
+    def gradient(self) -> Array:
+        """Return the gradients (A, c, W) summed over the blocks so far."""
+        _, n_free, width = self.shape
+        total = np.zeros(self.shape, np.float32)
+        for folds, heads in self.heads_by_folds.items():
+            # In the order of the threads: the result does not depend on which is done first.
+            packed, *others = self.packed_gradients[folds]
+            for thread_gradients in others:
+                packed = packed + thread_gradients
+            gradients = np.empty((len(heads), n_free, width), np.float32)
+            self.kernels.unpack(packed, gradients.reshape(-1, width))
+            total[heads] += gradients
+        return total
 
 
 @functools.cache

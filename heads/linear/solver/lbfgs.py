@@ -2,11 +2,12 @@
 
 K slots for problems, P parameters each, m curvature pairs (step s, gradient change y) each.
 
-One call of `evaluate` serves all running problems: nearly all work is there, in matrix products
-that are wide because of the many problems. Each problem adds two matrix-vector products with its
-own (2m, P) pairs, by the "vector-free" form of the two-loop recursion (Chen, Wang & Zhou, NIPS
-2014): the recursion needs only inner products among the pairs and the gradient, so it works on
-2m + 1 coefficients, and reads the long vectors once for their products and once to form the step.
+The caller evaluates all running problems at once, between `Slots.trial_points` and `Slots.advance`:
+nearly all work is there, in matrix products that are wide because of the many problems. Each
+problem adds two matrix-vector products with its own (2m, P) pairs, by the "vector-free" form of the
+two-loop recursion (Chen, Wang & Zhou, NIPS 2014): the recursion needs only inner products among the
+pairs and the gradient, so it works on 2m + 1 coefficients, and reads the long vectors once for
+their products and once to form the step.
 
 The caller scales its coordinates so that the identity is an upper bound of the Hessian; a first
 step of length one is then safe.
@@ -20,11 +21,6 @@ import numpy as np
 
 from headrace.heads.arrays import Array, Index
 
-# (slots of the A running problems, their points (A, P)) -> (values (A,) float64, gradients (A, P)).
-EvaluateProblems = Callable[[Index, Array], tuple[Array, Array]]
-# Puts the next problem into a slot: slot -> (start (P,), curvature pairs (2m, P), oldest first, or
-# None for no pairs); None if no problem is left.
-LoadProblem = Callable[[int], tuple[Array, Array | None] | None]
 # (slot, gradient (P,)) -> whether a problem whose gap is small enough may end.
 GradientCheck = Callable[[int, Array], bool]
 
@@ -160,10 +156,28 @@ def _direction_coefficients(gram: Array, gradient_products: Array, newest: int) 
     return -coefficients
 
 
-class _Slots:
-    """The problems in K slots: points, quasi-Newton steps and progress of each."""
+class Slots:
+    """The problems in K slots: points, quasi-Newton steps and progress of each.
 
-    def __init__(self, n_slots: int, n_parameters: int, n_pairs: int, dtype: Any) -> None:
+    A problem has finished when its estimated relative gap is below `gap` and its gradient is small
+    enough, or when the gap is far below. The estimate decides only when to stop: the caller reports
+    a proven bound. If a decrease is smaller than the rounding errors of the values, it is computed
+    from the slopes at both ends of the step (as in Hager & Zhang's approximate Wolfe conditions,
+    SIAM J. Optim. 2005), so float32 reaches gaps far below its rounding errors. A problem whose
+    gradients no longer shrink there is stopped, as not converged unless its gap was small enough.
+    """
+
+    def __init__(
+        self,
+        n_slots: int,
+        n_parameters: int,
+        n_pairs: int,
+        dtype: Any,
+        *,
+        gap: float,
+        max_iterations: int,
+    ) -> None:
+        self.gap, self.max_iterations = gap, max_iterations
         self.dtype = dtype
         self.point, self.gradient, self.direction = (
             np.zeros((n_slots, n_parameters), dtype) for _ in range(3)
@@ -180,19 +194,21 @@ class _Slots:
         # squared gradient when the problem last made progress
         self.progress_mark = np.zeros(n_slots)
         self.n_iterations, self.n_stalled = (np.zeros(n_slots, np.int64) for _ in range(2))
-        self.occupied, self.at_start, self.gap_reached = (np.zeros(n_slots, bool) for _ in range(3))
+        self.occupied, self.at_start, self.gap_reached, self.finished = (
+            np.zeros(n_slots, bool) for _ in range(4)
+        )
 
     def load(self, k: int, start: Array, pairs: Array | None) -> None:
-        """Put a problem into a slot."""
+        """Put a problem into a slot: its start (P,), and curvature pairs (2m, P), oldest first."""
         self.point[k] = start
         self.memory.load(k, pairs)
         self.occupied[k] = self.at_start[k] = True
-        self.gap_reached[k] = False
+        self.gap_reached[k] = self.finished[k] = False
         self.direction[k], self.step_length[k] = 0, 0.0
         self.n_iterations[k] = self.n_stalled[k] = 0
         self.decreases[k] = np.nan
 
-    def unload(self, k: int, *, finished: bool) -> StoppedProblem:
+    def unload(self, k: int) -> StoppedProblem:
         """Return the state of a problem, and free its slot."""
         self.occupied[k] = False
         # Copies, because the slot's arrays are used for the next problem.
@@ -203,7 +219,7 @@ class _Slots:
             self.memory.unload(k),
             int(self.n_iterations[k]),
             bool(self.gap_reached[k]),
-            finished,
+            bool(self.finished[k]),
         )
 
     def trial_points(self, running: Index) -> Array:
@@ -215,7 +231,49 @@ class _Slots:
             trial[row] += self.point[k]
         return trial
 
-    def shorten(self, k: int, value: float, gradient: Array) -> None:
+    def advance(
+        self,
+        running: Index,
+        trial: Array,
+        trial_value: Array,
+        trial_gradient: Array,
+        gradient_is_small: GradientCheck,
+    ) -> Index:
+        """Take the steps of running problems (A,), or shorten them; return the slots of those that
+        end.
+
+        trial: (A, P), their `trial_points`, with the values (A,) and gradients (A, P) there.
+        """
+        self.n_iterations[running] += 1
+        # Rounding error of a sum of N terms in `dtype`; smaller differences of values say nothing.
+        eps = float(np.finfo(self.dtype).eps)
+        rounding = 4 * eps * np.maximum(np.abs(self.value[running]), np.abs(trial_value))
+        armijo_bound = (
+            self.value[running] + ARMIJO * self.step_length[running] * self.slope[running]
+        )
+        accepted = (trial_value <= armijo_bound + rounding) | self.at_start[running]
+        self.memory.newest = (self.memory.newest + 1) % self.memory.n_pairs
+        for row, k in enumerate(running.tolist()):
+            if accepted[row]:
+                self._move(k, trial[row], trial_value[row], trial_gradient[row], rounding[row])
+            else:
+                self._shorten(k, trial_value[row], trial_gradient[row])
+        moved = running[accepted]
+        if moved.size:
+            relative_gap = self._choose_directions(moved)
+            self.gap_reached[moved] = relative_gap <= self.gap
+            for k, slot_gap in zip(moved.tolist(), relative_gap.tolist(), strict=True):
+                if self.gap_reached[k]:
+                    is_far_below = slot_gap <= FAR_BELOW_GAP * self.gap
+                    self.finished[k] = is_far_below or gradient_is_small(k, self.gradient[k])
+        ends = (
+            self.finished[running]
+            | (self.n_stalled[running] >= MAX_STALLED_STEPS)
+            | (self.n_iterations[running] >= self.max_iterations)
+        )
+        return np.asarray(running[ends])
+
+    def _shorten(self, k: int, value: float, gradient: Array) -> None:
         """Shorten the step of a slot, whose end has a value that is too large."""
         self.memory.skip(k)
         self.step_length[k] = _shorten_step(
@@ -224,7 +282,7 @@ class _Slots:
         # Shortened that far, a step shows no decrease beyond rounding errors.
         self.n_stalled[k] += int(self.step_length[k] < 1e-10)
 
-    def move(self, k: int, point: Array, value: float, gradient: Array, rounding: float) -> None:
+    def _move(self, k: int, point: Array, value: float, gradient: Array, rounding: float) -> None:
         """Move a slot to the end of an accepted step, or take the values at its start."""
         visible = True
         if self.at_start[k]:
@@ -249,7 +307,7 @@ class _Slots:
         else:
             self.n_stalled[k] += 1
 
-    def choose_directions(self, moved: Index) -> Array:
+    def _choose_directions(self, moved: Index) -> Array:
         """Choose the next steps of slots that have moved; return their estimated relative gaps."""
         coefficients = _direction_coefficients(
             self.memory.gram[moved], self.gradient_products[moved], self.memory.newest
@@ -268,77 +326,6 @@ class _Slots:
         self.step_length[moved] = 1.0
         scale = np.maximum(np.abs(self.value[moved]), np.finfo(np.float64).tiny)
         return _estimate_gap(-0.5 * self.slope[moved], self.decreases[moved]) / scale
-
-
-def minimize(
-    evaluate: EvaluateProblems,
-    load_problem: LoadProblem,
-    on_stopped: Callable[[int, StoppedProblem], None],
-    *,
-    n_slots: int,
-    n_parameters: int,
-    n_pairs: int,
-    dtype: Any,
-    gap: float,
-    max_iterations: int,
-    out_of_time: Callable[[], bool] = lambda: False,
-    gradient_is_small: GradientCheck = lambda slot, gradient: True,
-) -> None:
-    """Minimize every problem of `load_problem`, at most `n_slots` at a time.
-
-    A slot that becomes free is loaded again at once, so that the products in `evaluate` stay wide.
-
-    A problem has finished when its estimated relative gap is below `gap` and its gradient is small
-    enough, or when the gap is far below. The estimate decides only when to stop: the caller reports
-    a proven bound. If a decrease is smaller than the rounding errors of the values, it is computed
-    from the slopes at both ends of the step (as in Hager & Zhang's approximate Wolfe conditions,
-    SIAM J. Optim. 2005), so float32 reaches gaps far below its rounding errors. A problem whose
-    gradients no longer shrink there is stopped, as not converged unless its gap was small enough.
-    """
-    eps = float(np.finfo(dtype).eps)
-    slots = _Slots(n_slots, n_parameters, n_pairs, dtype)
-    while True:
-        for k in np.flatnonzero(~slots.occupied).tolist():
-            problem = load_problem(k)
-            if problem is None:
-                break
-            slots.load(k, *problem)
-        running = np.flatnonzero(slots.occupied)
-        if not running.size:
-            return
-        trial = slots.trial_points(running)
-        trial_value, trial_gradient = evaluate(running, trial)
-        slots.n_iterations[running] += 1
-        # Rounding error of a sum of N terms in `dtype`; smaller differences of values say nothing.
-        rounding = 4 * eps * np.maximum(np.abs(slots.value[running]), np.abs(trial_value))
-        armijo_bound = (
-            slots.value[running] + ARMIJO * slots.step_length[running] * slots.slope[running]
-        )
-        accepted = (trial_value <= armijo_bound + rounding) | slots.at_start[running]
-        slots.memory.newest = (slots.memory.newest + 1) % n_pairs
-        for row, k in enumerate(running.tolist()):
-            if accepted[row]:
-                slots.move(k, trial[row], trial_value[row], trial_gradient[row], rounding[row])
-            else:
-                slots.shorten(k, trial_value[row], trial_gradient[row])
-        finished = np.zeros(n_slots, bool)
-        moved = running[accepted]
-        if moved.size:
-            relative_gap = slots.choose_directions(moved)
-            slots.gap_reached[moved] = relative_gap <= gap
-            for k, slot_gap in zip(moved.tolist(), relative_gap.tolist(), strict=True):
-                if slots.gap_reached[k]:
-                    finished[k] = slot_gap <= FAR_BELOW_GAP * gap or gradient_is_small(
-                        k, slots.gradient[k]
-                    )
-        stop = (
-            finished[running]
-            | (slots.n_stalled[running] >= MAX_STALLED_STEPS)
-            | (slots.n_iterations[running] >= max_iterations)
-            | out_of_time()
-        )
-        for k in running[stop].tolist():
-            on_stopped(k, slots.unload(k, finished=bool(finished[k])))
 
 
 def _estimate_gap(model_decrease: Array, decreases: Array) -> Array:

@@ -13,12 +13,16 @@ from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import (
-    active_set as active_set_module,
+    bank_problem,
     design as design_module,
 )
-from headrace.heads.linear.solver.compiled_blocks import aligned_rows, load_compiled_kernels
+from headrace.heads.linear.solver.compiled_blocks import (
+    CompiledPass,
+    aligned_rows,
+    load_compiled_kernels,
+)
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
-from headrace.heads.linear.solver.passes import CompiledPass, NumpyPass, RowWeighting
+from headrace.heads.linear.solver.passes import NumpyPass, RowWeighting
 from headrace.heads.linear.solver.rotation import Rotation
 
 needs_compiler = pytest.mark.skipif(
@@ -184,7 +188,7 @@ def test_a_bank_is_the_same_without_a_compiler(monkeypatch, multi):
         LogisticSpec(0.1, class_weight="balanced")
     ]
     quick = fit_logistic_bank(data, specs, gap=1e-6)
-    for module in (active_set_module, design_module):
+    for module in (bank_problem, design_module):
         monkeypatch.setattr(module, "load_compiled_kernels", lambda: None)
     plain = fit_logistic_bank(data, specs, gap=1e-6)
     for one, other in zip(quick, plain, strict=True):

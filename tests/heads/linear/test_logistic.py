@@ -23,9 +23,9 @@ from headrace.heads.linear import logistic as logistic_module
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
 from headrace.heads.linear.solver import design as design_module
-from headrace.heads.linear.solver.active_set import ActiveSet
 from headrace.heads.linear.solver.design import make_design
-from headrace.heads.linear.solver.lbfgs import minimize
+from headrace.heads.linear.solver.lbfgs import Slots
+from headrace.heads.linear.solver.path_solver import ActiveSet
 from headrace.heads.linear.solver.preconditioner import (
     dense_coordinates,
     dense_pair_products,
@@ -558,25 +558,19 @@ def test_float32_goes_on_below_the_rounding_of_its_values():
     scales = np.geomspace(0.1, 1.0, 40).astype(np.float32)
     optimum = rng.standard_normal(40).astype(np.float32)
 
-    def evaluate(which, x):
+    def evaluate(x):
         off = (x - optimum) * scales
         return np.float32(1e4) + 0.5 * np.einsum("ap,ap->a", off, off).astype(np.float64).round(
             2
         ), off * scales
 
-    starts, ends = [(np.zeros(40, np.float32), None)], []
-    minimize(
-        evaluate,
-        lambda slot: starts.pop() if starts else None,
-        lambda slot, stopped: ends.append(stopped),
-        n_slots=1,
-        n_parameters=40,
-        n_pairs=8,
-        dtype=np.float32,
-        gap=1e-12,
-        max_iterations=200,
-    )
-    (end,) = ends
+    slots = Slots(1, 40, 8, np.float32, gap=1e-12, max_iterations=200)
+    slots.load(0, np.zeros(40, np.float32), None)
+    only, ended = np.array([0]), np.array([])
+    while not ended.size:
+        points = slots.trial_points(only)
+        ended = slots.advance(only, points, *evaluate(points), lambda slot, gradient: True)
+    end = slots.unload(0)
     assert end.gap_reached
     # 1e-11 of the value, whose rounding is 1e-7 of it
     assert 0.5 * float((((end.point - optimum) * scales) ** 2).sum()) < 1e-7

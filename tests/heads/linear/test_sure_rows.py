@@ -10,9 +10,13 @@ from headrace.heads.data.task import TRAIN_ONLY
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.linear.logistic import fit_logistic_bank
-from headrace.heads.linear.solver.compiled_blocks import aligned_rows, load_compiled_kernels
+from headrace.heads.linear.solver.compiled_blocks import (
+    CompiledPass,
+    aligned_rows,
+    load_compiled_kernels,
+)
 from headrace.heads.linear.solver.design import DesignMatrix, RowBlock
-from headrace.heads.linear.solver.passes import CompiledPass, NumpyPass, RowWeighting
+from headrace.heads.linear.solver.passes import NumpyPass, RowWeighting
 from headrace.heads.linear.solver.rotation import Rotation
 from headrace.heads.linear.solver.torch_blocks import DeviceBlocks, DevicePass
 
