@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from headrace.pipelines.advice.advise_run import advise_run as advise_run
     from headrace.pipelines.api import (
         extract_features as extract_features,
+        feature_matrix as feature_matrix,
         train_heads as train_heads,
     )
     from headrace.pipelines.models.model import Model as Model, load_model as load_model
@@ -57,7 +58,7 @@ _MODULES = {
         "CentroidHead KNNHead LogisticHead MLPHead MLPRegressionHead RidgeHead RidgeRegressionHead"
     ),
     "pipelines.advice.advise_run": "advise_run",
-    "pipelines.api": "extract_features train_heads",
+    "pipelines.api": "extract_features feature_matrix train_heads",
     "pipelines.models.model": "Model load_model",
     "pipelines.recipe.load": "load_recipe",
     "pipelines.report.build": "write_report",

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pydantic
 from dask.distributed import Client
@@ -119,6 +121,18 @@ def extract_features(
             console = console or _progress_console()
             extract_missing(units, workers_client, console, announced(TaskOptions(), console))
     return {spec.name: open_feature_set(feature_set_path(cache, spec)) for spec in specs}
+
+
+def feature_matrix(features: FeatureSet, images: ImagesLike) -> npt.NDArray[np.float32]:
+    """Return the features of N images in the order in which they are given, (N, D) float32, for
+    code of your own; the rows of a feature set have an order of their own.
+
+    images: as of `extract_features`. Rows are found by the bytes of the images. Raises CacheError
+    for an image without a row, InvalidInput for a file that cannot be read.
+    """
+    cache_root = features.path.parent.parent
+    samples = _with_content(image_table(images, labelled=False), cache_root, strict=True)
+    return features.load(samples["content"].tolist())
 
 
 def train_heads(
@@ -264,10 +278,11 @@ def _feature_sets(features: Any) -> dict[str, FeatureSet]:
     return dict(features)
 
 
-def _with_content(samples: pd.DataFrame, root: Path) -> pd.DataFrame:
+def _with_content(samples: pd.DataFrame, root: Path, *, strict: bool = False) -> pd.DataFrame:
     """Return the samples whose files can be read, with the hash of their bytes as `content`.
 
-    Warns of the others. Raises InvalidInput if there are no others.
+    Warns of files that cannot be read. Raises InvalidInput if none can, or, where it is strict, if
+    one cannot.
     """
     if "content" in samples:
         return samples
@@ -278,7 +293,7 @@ def _with_content(samples: pd.DataFrame, root: Path) -> pd.DataFrame:
             f"{len(found.unreadable):,} of {count_text(len(samples), 'image')} cannot be read, "
             f"first {first.path} ({first.reason})"
         )
-        if len(found.unreadable) == len(samples):
+        if strict or len(found.unreadable) == len(samples):
             raise InvalidInput(f"{unreadable_text}. Paths start from {Path.cwd()}")
         warnings.warn(f"left out: {unreadable_text}", SourceWarning, stacklevel=3)
     with_content = samples.assign(

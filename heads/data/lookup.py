@@ -145,6 +145,8 @@ def _rows(feature_set: FeatureSet, sample_ids: list[str], content_hashes: list[s
         raise CacheError(
             f"{feature_set.spec.name} of {feature_set.spec.backbone} has no row for "
             f"{', '.join(map(repr, missing_ids[:3]))} ({len(missing_ids):,} of "
-            f"{len(sample_ids):,}). Its ids look like {next(iter(feature_set.ids()), None)!r}"
+            f"{len(sample_ids):,}). Its ids look like {next(iter(feature_set.ids()), None)!r}: "
+            "those of the images' first extraction. headrace.feature_matrix(features, paths) finds "
+            "rows by the bytes of images"
         )
     return row_positions.astype(np.int64)

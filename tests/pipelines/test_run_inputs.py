@@ -1,5 +1,6 @@
 """Whole runs on every kind of input and every kind of head, small."""
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -15,7 +16,8 @@ from support.runs import make_photos
 from headrace.extract.backbones.backbone import load_backbone
 from headrace.extract.sources.samples import list_folder
 from headrace.extract.spec import BackboneSpec
-from headrace.pipelines.api import extract_features, train_heads
+from headrace.pipelines.api import extract_features, feature_matrix, train_heads
+from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.planning.extraction import read_extraction
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
@@ -170,6 +172,13 @@ def test_the_stages_as_functions(tmp_path, monkeypatch):
         "layer2.avg": (40, 128),
     }
     assert features["layer2.avg"][:3].dtype == np.float16
+    paths = sorted(Path("photos").rglob("*.png"), reverse=True)
+    matrix = feature_matrix(features["layer2.avg"], paths)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest()[:32] for path in paths]
+    assert (matrix == features["layer2.avg"].load(hashes)).all()
+    assert len(np.unique(matrix, axis=0)) == 40
+    with pytest.raises(InvalidInput, match="1 of 2 images cannot be read"):
+        feature_matrix(features["layer2.avg"], [paths[0], "gone.png"])
     samples = list_folder("photos")
     first = train_heads(features, samples, heads={"logistic": {"C": [0.1]}}, task={"folds": 2})
     more = train_heads(features, samples, heads={"logistic": {"C": [0.1, 1]}}, task={"folds": 2})
