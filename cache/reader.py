@@ -81,12 +81,8 @@ class ShardReader:
                     mapped_rows.will_need(shard_index, 0, entry.rows)
             if self._spec.dtype == "uint8":
                 scale, offset = self._scale_tables()
-                scale[shard_index] = _read_items(
-                    shard_file, layout.scale_start, self._spec.shape[0], np.dtype("<f4")
-                )
-                offset[shard_index] = _read_items(
-                    shard_file, layout.offset_start, self._spec.shape[0], np.dtype("<f4")
-                )
+                scale[shard_index] = _read_items(shard_file, *layout.lists["scale"])
+                offset[shard_index] = _read_items(shard_file, *layout.lists["offset"])
             self._layouts[shard_index] = layout
             self._is_compressed[shard_index] = layout.is_compressed
             # Last, because other threads look at it without the lock.
@@ -186,15 +182,8 @@ class ShardReader:
 
         list_name: "id", "content", "failed_id", "failed_content" or "failed_reason".
         """
-        layout = self.touch(shard_index)
-        n_texts = layout.n_failed if list_name.startswith("failed_") else layout.n_rows
-        text_bytes = 32 if list_name.endswith("content") else getattr(layout, f"{list_name}_bytes")
-        return _read_items(
-            self._shard_path(shard_index),
-            getattr(layout, f"{list_name}_start"),
-            n_texts,
-            np.dtype(f"S{text_bytes}"),
-        )
+        lists = self.touch(shard_index).lists
+        return _read_items(self._shard_path(shard_index), *lists[list_name])
 
     def _shards_of(self, row_positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Return the shard of each position, (n,), after making all of them readable."""
@@ -271,16 +260,14 @@ class ShardReader:
         return shard_path(self._path, self._entries[shard_index].unit)
 
 
-def _read_items(
-    shard_file: Path, byte_offset: int, n_items: int, dtype: np.dtype[Any]
-) -> npt.NDArray[Any]:
+def _read_items(shard_file: Path, byte_offset: int, n_items: int, dtype: str) -> npt.NDArray[Any]:
     """Read `n_items` items at a byte offset of a file, (n_items,)."""
     # Not mapped: the file's pages would count as memory of this process.
     if not n_items:
         return np.empty(0, dtype)
     try:
         with open(shard_file, "rb") as file:
-            data = os.pread(file.fileno(), n_items * dtype.itemsize, byte_offset)
+            data = os.pread(file.fileno(), n_items * np.dtype(dtype).itemsize, byte_offset)
     except FileNotFoundError as error:
         raise ShardMissing(f"{shard_file} was removed while it was being read") from error
     return np.frombuffer(data, dtype, n_items)

@@ -29,26 +29,14 @@ _MAX_ATTRIBUTE_BYTES = 1 << 20  # bytes of a text in the metadata; a larger one 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Byte offsets in a shard from the start of the file, and widths of fixed-length strings.
-
-    An offset is 0 where there is nothing to read (no rows, no failures) or nothing to map
-    (compressed features).
-    """
+    """Places of a shard's data sets in its file."""
 
     n_rows: int
     n_failed: int
     is_compressed: bool
-    features_start: int
-    content_start: int
-    id_start: int
-    id_bytes: int
-    failed_id_start: int
-    failed_id_bytes: int
-    failed_content_start: int
-    failed_reason_start: int
-    failed_reason_bytes: int
-    scale_start: int = 0
-    offset_start: int = 0
+    features_start: int  # byte offset in the file; 0 if compressed, or without rows
+    # {name of another data set: (byte offset in the file, 0 if empty; number of items; dtype)}
+    lists: dict[str, tuple[int, int, str]]
 
 
 def validate_shard(
@@ -117,30 +105,18 @@ def _validate_objects(
         _validate_compressed(features, (n_rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes)
         features_start = 0
 
-    def start_of(name: str, shape: tuple[int, ...], dtype: Any) -> int:
-        return _contiguous_start(data_sets[name], name, shape, np.dtype(dtype), file_bytes)
+    def place(name: str, n_items: int, dtype: str) -> tuple[int, int, str]:
+        start = _contiguous_start(data_sets[name], name, (n_items,), np.dtype(dtype), file_bytes)
+        return start, n_items, dtype
 
-    text_widths = {
-        name: data_sets[name].get_type().get_size() for name in ("id", "failed_id", "failed_reason")
-    }
-    layout = ShardLayout(
-        n_rows=n_rows,
-        n_failed=n_failed,
-        is_compressed=not is_contiguous,
-        features_start=features_start,
-        content_start=start_of("content", (n_rows,), "S32"),
-        id_start=start_of("id", (n_rows,), f"S{text_widths['id']}"),
-        id_bytes=text_widths["id"],
-        failed_id_start=start_of("failed_id", (n_failed,), f"S{text_widths['failed_id']}"),
-        failed_id_bytes=text_widths["failed_id"],
-        failed_content_start=start_of("failed_content", (n_failed,), "S32"),
-        failed_reason_start=start_of(
-            "failed_reason", (n_failed,), f"S{text_widths['failed_reason']}"
-        ),
-        failed_reason_bytes=text_widths["failed_reason"],
-        scale_start=start_of("scale", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
-        offset_start=start_of("offset", spec.shape[:1], "<f4") if spec.dtype == "uint8" else 0,
-    )
+    lists = {}
+    for name in ("content", "id", "failed_id", "failed_content", "failed_reason"):
+        text_bytes = 32 if name.endswith("content") else data_sets[name].get_type().get_size()
+        n_texts = n_failed if name.startswith("failed_") else n_rows
+        lists[name] = place(name, n_texts, f"S{text_bytes}")
+    if spec.dtype == "uint8":
+        lists |= {name: place(name, spec.shape[0], "<f4") for name in ("scale", "offset")}
+    layout = ShardLayout(n_rows, n_failed, not is_contiguous, features_start, lists)
     data_set = h5py.Dataset(features)  # of h5py, whose attributes are read by name
     quantization_error = QuantizationError(
         float(_number_attribute(data_set, "round_off_largest")),
