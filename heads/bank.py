@@ -6,6 +6,7 @@ N rows, V views, D features, C outputs.
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -22,6 +23,7 @@ from headrace.cache.atomic_io import publish_bytes
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.feature_set import open_feature_set
+from headrace.cache.out_of_memory import is_out_of_memory
 from headrace.heads.arrays import Mask
 from headrace.heads.data.features import (
     load_rows,
@@ -99,9 +101,11 @@ def _train(job: BankJob, kind: HeadKind) -> None:
     side = None if job.side_columns is None else load_side_columns(Path(job.side_columns))
     X, has_features, bands = _load_features(job, task, kind, side)
     if not has_features.any():
+        features = Path(job.features[0])  # CACHE/features/FINGERPRINT
         raise HeadError(
-            f"none of the {count_text(len(has_features), 'image')} of {job.task} has features: "
-            "look at the reasons with `headrace cache`"
+            f"none of the {count_text(len(has_features), 'image')} of {job.task} has features. "
+            f"Why not: `headrace cache show {features.name} --cache "
+            f"{shlex.quote(str(features.parent.parent))}`"
         )
     fits = fit_bank(
         X,
@@ -247,7 +251,7 @@ def _fit_in_memory(
     try:
         return on_device(specs)
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     import torch
 
@@ -262,13 +266,6 @@ def _fit_in_memory(
         for half in (specs[:middle], specs[middle:])
         for fit in _fit_in_memory(on_device, on_cpu, half, divide=divide)
     ]
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    # CUDA's libraries have no exception of their own for it, only a status in the text.
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def check_device(device: str) -> None:

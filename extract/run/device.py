@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.cache.out_of_memory import is_out_of_memory
 from headrace.extract.backbones.fused import Forward
 from headrace.extract.errors import BackboneError
 from headrace.extract.run.cuda_graph import GraphedForward
@@ -124,18 +125,6 @@ def launch_forward(
         ]
 
     return result
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error says that a device has too little memory."""
-    # Only the allocators of CUDA and XPU have an exception for it: libraries of CUDA name a status,
-    # MPS and pinned memory have only a text.
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "ALLOC_FAILED" in text
-        or "out of memory" in text
-    )
 
 
 def _batch_shape(n_images: int, batch_limit: BatchLimit, device: str) -> int:

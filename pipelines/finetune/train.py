@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.cache.errors import HeadraceError
+from headrace.cache.out_of_memory import is_out_of_memory
 from headrace.heads.data.task import REFIT, Task, seed_of_fold
 from headrace.heads.link import link
 from headrace.pipelines.finetune.checkpoint import (
@@ -215,7 +216,7 @@ class Training:
                 loss = self._accumulate_gradients(batch)
                 break
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self.micro_batch_size == 1:
                     raise HeadraceError(
@@ -376,12 +377,4 @@ def _rate_schedule(step: int, n_steps: int, warmup_fraction: float) -> float:
         return (step + 1) / (warmup_steps + 1)
     return 0.5 * (
         1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, n_steps - warmup_steps)))
-    )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # On a CPU torch raises a plain RuntimeError, known only by its message.
-    memory_messages = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        message in str(error) for message in memory_messages
     )

@@ -5,6 +5,8 @@ kind of head.
 import dataclasses
 import hashlib
 import pickle
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from support.runs import headrace
 
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.format.shard import FailedSample
@@ -347,8 +350,10 @@ def test_bad_features_are_refused_before_training(
     with pytest.raises(HeadError, match="all of one kind"):
         train_bank(BankJob(path, (good,), (CentroidSpec(), KNNSpec(1)), str(work / "a.h5")))
     nothing = store(work, X, content, tap="broken", broken=tuple(range(ROWS)))
-    with pytest.raises(HeadError, match="none of the 240"):
+    with pytest.raises(HeadError, match="none of the 240") as refusal:
         train_bank(BankJob(path, (nothing,), (CentroidSpec(),), str(work / "a.h5")))
+    (command,) = re.findall("`headrace (.*)`", str(refusal.value))
+    assert "truncated" in headrace(*shlex.split(command), cwd=work).stdout
     assert not (work / "a.h5").exists()
 
     class Spoilt:  # the cache refuses to store NaN, so it is put between

@@ -90,8 +90,16 @@ def test_networks_are_made_once_however_many_a_run_has(tmp_path, monkeypatch):
         (2, Halving(), [("cuda", 5), ("cpu", 5)]),
     ],
 )
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+        RuntimeError("MPS backend out of memory"),
+    ],
+)
 def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_cpu(
-    monkeypatch, room, halving, where
+    monkeypatch, room, halving, where, error
 ):
     """None of them fails for it; those that compete with one another stay together."""
     tried = []
@@ -102,7 +110,7 @@ def test_heads_that_do_not_fit_a_gpu_are_trained_in_smaller_groups_then_on_the_c
         def fit(specs):
             tried.append((device, len(specs)))
             if device == "cuda" and len(specs) > room:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return [bank.FitResult(spec, 0, {}, 0.0, 0.0, 1, 0.0, None, None) for spec in specs]
 
         return fit
