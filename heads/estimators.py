@@ -1,7 +1,8 @@
 """Single heads as scikit-learn estimators on NumPy arrays.
 
 Each is a bank of one spec trained on all rows; `predict_head` and `save_head` take its `spec_` and
-`arrays_`. The fields of a class are its parameters.
+`arrays_`. The fields of a class are its parameters. N training rows, n rows to predict, D features,
+C classes, T targets of a regression.
 
 `sample_weight` is the weight of each row in the loss; a row of weight 0 is left out. The means and
 scales of the standardization are unweighted, as with a StandardScaler before a weighted estimator.

@@ -1,6 +1,7 @@
 """`HeadKind`, the description of a kind of head: its settings, tasks, training and prediction.
 
-Every kind is one value of it in a folder of its own; `heads/kinds.py` lists them.
+Every kind is one value of it in a folder of its own; `heads/kinds.py` lists them. n rows, D
+features, C outputs, V views.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """One trained head as a directory: head.safetensors with its arrays, head.json with what they mean.
 
-Neither holds a pickle, which could run code.
+Neither holds a pickle, which could run code. n rows, D features, C outputs.
 """
 
 import json

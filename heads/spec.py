@@ -1,6 +1,7 @@
 """What every kind of head shares: the form of its settings, and the result of training.
 
-The settings of a kind are in its own folder: `LogisticSpec` in heads/linear/kind.py.
+The settings of a kind are in its own folder: `LogisticSpec` in heads/linear/kind.py. D features, C
+outputs.
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""How a model's predictions of images become those of units; a model's file holds the rule."""
+"""How a model's predictions of images become those of units; a model's file holds the rule.
+
+n images, U units, C outputs.
+"""
 
 import dataclasses
 from collections.abc import Mapping

@@ -7,9 +7,9 @@ for its weights in the coordinates of its own training rows: features are divide
 there, and missing numbers are imputed by the mean there. Both are linear: a number's column v is 0
 where the number is missing, and the next column m is 1 there, so v + fill m is the imputed number.
 With the scales s of the common coordinates, c = fill s_m / s_v, and the ratio r (D,) of the fold's
-scales to the common ones, a row in the fold's coordinates is z R^-1: (z_v + c z_m) / r_v for an
-imputed number, z / r otherwise. Weights w for z are R w in the fold's coordinates: r_m (w_m - c
-w_v), and r w otherwise. So folds differ only in the penalty |R w|^2.
+scales to the common ones, a row in the fold's coordinates is z M^-1: (z_v + c z_m) / r_v for an
+imputed number, z / r otherwise. Weights w for z are M w in the fold's coordinates: r_m (w_m - c
+w_v), and r w otherwise. So folds differ only in the penalty |M w|^2.
 """
 
 import dataclasses
@@ -28,34 +28,34 @@ from headrace.heads.data.training_data import TrainingData
 
 @dataclass(frozen=True)
 class FoldCoordinates:
-    """The matrix R of a fold. Methods take and return (…, D)."""
+    """The matrix M of a fold. Methods take and return (…, D)."""
 
     ratio: Array  # r (D,); infinite for a feature that is left out
     numbers: Index  # (K,) the columns v of the numbers that some rows lack
     fills: Array  # c (K,)
 
     def rows(self, common: Array) -> Array:
-        """Return rows z R^-1. The same product converts gradients for w to those for R w."""
+        """Return rows z M^-1. The same product converts gradients for w to those for M w."""
         rows = common / self.ratio
         fills = self.fills / self.ratio[self.numbers]
         rows[..., self.numbers] += common[..., self.numbers + 1] * fills
         return np.asarray(rows)
 
     def weights(self, common: Array) -> Array:
-        """Return R w, whose square is penalized."""
+        """Return M w, whose square is penalized."""
         weights = common * self.ratio
         fills = self.fills * self.ratio[self.numbers + 1]
         weights[..., self.numbers + 1] -= common[..., self.numbers] * fills
         return np.asarray(weights)
 
     def common_weights(self, weights: Array) -> Array:
-        """Return w from R w."""
+        """Return w from M w."""
         common = weights / self.ratio
         common[..., self.numbers + 1] += common[..., self.numbers] * self.fills
         return np.asarray(common)
 
     def penalty_gradient(self, common: Array) -> Array:
-        """Return R'R w, half the gradient of |R w|^2."""
+        """Return M'M w, half the gradient of |M w|^2."""
         gradient = common * self.ratio**2
         fills = self.fills * self.ratio[self.numbers + 1] ** 2
         gradient[..., self.numbers + 1] -= common[..., self.numbers] * fills

@@ -1,7 +1,7 @@
 """Folds and the test split: stratified, grouped, or as given.
 
-Everything is deterministic in the seed. A stratum is a class; for multi-label targets the row's
-rarest label, for regression a quantile of the target.
+N rows, L labels. Everything is deterministic in the seed. A stratum is a class; for multi-label
+targets the row's rarest label, for regression a quantile of the target.
 """
 
 import warnings

@@ -1,6 +1,7 @@
 """Features that stay on disk: rows of feature sets, indexed like a matrix in memory.
 
-N rows, V views, D features. Row r of view v is row v * N + r, as in a stack of the views.
+N rows, V views, D features, R columns of side inputs. Row r of view v is row v * N + r, as in a
+stack of the views.
 """
 
 import copy

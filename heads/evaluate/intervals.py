@@ -1,7 +1,7 @@
 """Confidence intervals of metrics on held-out rows.
 
 They hold where a percentile bootstrap does not: for few rows, few mistakes, and grouped rows.
-N rows, G groups (rows of one patient, copies of one image), C classes. Nothing is random.
+N rows, L labels, G groups (rows of one patient, copies of one image). Nothing is random.
 
 - A proportion has the exact interval of Clopper and Pearson (1934). Wilson's is narrower by a
   tenth, and covers 89.5 % at 55 images and an accuracy of .99, 92.1 % at 100.

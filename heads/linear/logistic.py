@@ -1,7 +1,7 @@
 """Banks of logistic heads: every C, fold, class weight and label at once, to the optimum.
 
-N rows, D features, C classes, L labels, F folds, n_outputs weight vectors of a head (C for a
-softmax, 1 for a sigmoid).
+N rows, D features, C classes, L labels, n_outputs weight vectors of a head (C for a softmax, 1 for
+a sigmoid).
 
 The objective of a head is that of scikit-learn's `LogisticRegression` after a `StandardScaler`
 fitted on the head's training rows: sum_i w_i loss_i + |W|^2 / (2 C), the intercept unpenalized. For

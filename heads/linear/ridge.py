@@ -1,7 +1,7 @@
 """Banks of ridge heads in closed form: every strength and fold from one set of products.
 
-N rows, D features, T target columns (classes, labels or values), F folds, n training rows of a
-fold, A strengths.
+N rows, D features, T target columns (classes, labels or values), n training rows of a fold, A
+strengths.
 
 A head minimizes  sum_i w_i |y_i - W z_i - b|^2 + alpha |W|^2  on features z standardized by its
 training rows, the intercept unpenalized; classes are coded -1/+1, as in scikit-learn's

@@ -1,6 +1,6 @@
 """Banks of networks of any kind: specs × folds, halving, early stopping, refits.
 
-N rows, V views, C outputs, K heads. What is special to a kind of network is in its `Family`.
+N rows, V views, C outputs. What is special to a kind of network is in its `Family`.
 """
 
 import itertools

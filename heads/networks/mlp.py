@@ -1,6 +1,6 @@
 """A bank of multi-layer perceptrons: specs × folds, trained together.
 
-N rows, V views, D features, C outputs (classes, labels or targets), K heads.
+N rows, V views, D features.
 
 Heads that share a fold, depth, width and batch size share their minibatches (`mlp_batch.py`); since
 every head of such a batch trains on the same rows, nothing is masked and no product is spent on

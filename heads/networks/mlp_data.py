@@ -1,6 +1,6 @@
 """What the networks of one fold train on, and the way back from standardized to raw coordinates.
 
-N rows, V views, D features, C outputs.
+N rows, D features, C outputs, R columns of side inputs, M numbers that may be missing.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The epochs of one batch of networks: train, validate, keep the best, remove finished heads.
 
-K heads, N rows, V views.
+K heads, N rows.
 """
 
 import time

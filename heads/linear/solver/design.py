@@ -1,14 +1,14 @@
 """The design matrix of a logistic bank: rows centred, scaled, rotated and divided into row blocks.
 
-N rows, D features, R rotated coordinates, C classes, F folds, A heads.
+N rows, D features, R rotated coordinates, C classes, L labels, A heads.
 
 Coordinates. Let s be the scale of every feature over all rows and Q (D, R) an orthonormal basis of
 eigenvectors of the Gram matrix of the scaled rows. The raw weights of a head are W = (Q u) / s, its
 decision u . Q'((x - m)/s) + b. The standardization of a fold, and the values imputed in it, change
-neither the rows nor the decision, only the penalty: it is u' P u, P = Q' R'R Q with the coordinates
-R of the fold; without missing numbers R = diag(s_f/s), s_f its standard deviations (the unpenalized
-intercept absorbs every mean). So all folds share one copy of the rows and differ in P, which is
-near the identity. Many-class heads do not gain by sharing: where it is faster
+neither the rows nor the decision, only the penalty: it is u' P u, P = Q' M'M Q with the matrix M of
+the fold (`FoldCoordinates`); without missing numbers M = diag(s_f/s), s_f its standard deviations
+(the unpenalized intercept absorbs every mean). So all folds share one copy of the rows and differ
+in P, which is near the identity. Many-class heads do not gain by sharing: where it is faster
 (`should_copy_per_fold`), each fold has a copy of its rows in its own coordinates, rotated by the
 same Q, and P is the identity.
 
@@ -90,7 +90,7 @@ class DesignMatrix:
     rotation: Rotation | PerFoldRotation | RowSpace
     mean: Array  # (D,) float64
     inverse_scale: Array  # (D,) float64, 0 for constant features
-    # {fold: R} for folds of which it is not the identity; {} with per-fold copies.
+    # {fold: M} for folds of which it is not the identity; {} with per-fold copies.
     coordinates: dict[int, FoldCoordinates]
     # Unstandardized features are divided by this one number; 1 for standardized ones.
     feature_divisor: float
@@ -153,7 +153,7 @@ class DesignMatrix:
             return u
         assert isinstance(self.rotation, Rotation)
         matrix = self.rotation.matrix
-        # For few classes P is applied as Q' R'R Q: twice the flops of a stored P, but one product
+        # For few classes P is applied as Q' M'M Q: twice the flops of a stored P, but one product
         # for the heads of all folds. With 1,280 features, five folds and ten classes that is twice
         # as fast; with 100 classes a stored P is faster (1.08 of the CPU time without, 2,000 x
         # 768).
@@ -178,14 +178,14 @@ class DesignMatrix:
         return self.penalty_matrices.get(fold)
 
     def penalty_root(self, u: Array, folds: Array) -> Array:
-        """Return R Q u (A, C, D) float64 of heads u (A, C, R), with P = (R Q)' R Q.
+        """Return M Q u (A, C, D) float64 of heads u (A, C, R), with P = (M Q)' M Q.
 
         If P is the identity for all folds, u (A, C, R) itself.
         """
         return self._through_features(u, folds, FoldCoordinates.weights)
 
     def inverse_penalty_root(self, gradients: Array, folds: Array) -> Array:
-        """Return R'^-1 Q g (A, C, D) float64 of gradients g (A, C, R): its dot products are those
+        """Return M'^-1 Q g (A, C, D) float64 of gradients g (A, C, R): its dot products are those
         of g with P^-1.
 
         If P is the identity for all folds, g (A, C, R) itself.

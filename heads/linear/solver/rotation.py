@@ -1,6 +1,6 @@
 """Linear maps between standardized features and the coordinates that a logistic bank solves in.
 
-D features, R coordinates, n rows, k heads, F folds. With v the weights of a head for standardized
+D features, R coordinates, n rows, k heads. With v the weights of a head for standardized
 features and u those for its coordinates, the decision on a row z is z . v = y . u, y the rotated
 row, and the penalty of v is that of u.
 """
@@ -42,8 +42,8 @@ class Rotation:
 class PerFoldRotation:
     """A rotation after the standardization of each fold.
 
-    With the fold's coordinates R, v = R^-1 Q u: the penalty |R v| is |u|. The rows of a fold are
-    z R^-1 Q, a copy for each fold.
+    With the fold's matrix M, v = M^-1 Q u: the penalty |M v| is |u|. The rows of a fold are
+    z M^-1 Q, a copy for each fold.
     """
 
     rotation: Rotation
@@ -76,13 +76,13 @@ class PerFoldRotation:
 
 @dataclass(frozen=True)
 class FoldRowSpace:
-    """Coordinates in the row space of a fold's training rows S = (Z - c) R^-1.
+    """Coordinates in the row space of a fold's training rows S = (Z - c) M^-1.
 
-    c (D,) is the rows' mean and R the fold's coordinates.
+    c (D,) is the rows' mean and M the fold's matrix.
 
     S S' = L L' with L (n, R) lower triangular in the order of its pivots; the rows' coordinates are
     Y = L V, V orthogonal. Of all v with the decisions (Z - c) v = Y u, the least penalized, with
-    |R v| = |u|, is R^-1 S' a with a on the pivot rows: L' a = V u there.
+    |M v| = |u|, is M^-1 S' a with a on the pivot rows: L' a = V u there.
     """
 
     pivot_rows: Index  # (R,) rows of the row space
@@ -93,7 +93,7 @@ class FoldRowSpace:
     # decisions move alike and the intercept moves them back: along it the objective hardly curves,
     # and no diagonal shows that.
     mean: Array
-    coordinates: FoldCoordinates | None  # R; None: the identity
+    coordinates: FoldCoordinates | None  # M; None: the identity
 
     def row_combination(self, u: Array) -> Array:
         """Return a (k, R) float64 of u (k, R)."""
