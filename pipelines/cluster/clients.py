@@ -25,6 +25,7 @@ from headrace.pipelines.cluster.dask_client import (
 from headrace.pipelines.cluster.fork_server import (
     START_METHOD,
     is_importing_main,
+    lacks_main_line,
     sigint_held_back,
     start_server,
 )
@@ -94,7 +95,7 @@ def local_client(
     # A spawned worker first imports the script that started it. If the script starts workers when
     # it is imported, for lack of the usual line, so would each worker; multiprocessing's own
     # message then speaks of freezing executables.
-    if is_importing_main():
+    if is_importing_main() or lacks_main_line():
         raise ClusterError(
             "This script starts worker processes, and each of them imports the script to begin "
             "with. Put the lines that start work below a line that workers pass over: if __name__ "

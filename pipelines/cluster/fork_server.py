@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import dask
@@ -95,6 +96,21 @@ def is_importing_main() -> bool:
     start processes.
     """
     return getattr(multiprocessing.current_process(), "_inheriting", False)
+
+
+def lacks_main_line() -> bool:
+    """Return whether this program is a script that nowhere asks for its `__name__`, so that all of
+    it runs when a spawned process imports it.
+    """
+    script = sys.modules["__main__"]
+    script_path = getattr(script, "__file__", None) or ""
+    # What `python -m` runs has a spec, and what pip installs as a command has no suffix.
+    if script.__spec__ is not None or not script_path.endswith(".py"):
+        return False
+    try:
+        return b"__name__" not in Path(script_path).read_bytes()
+    except OSError:
+        return False
 
 
 def imports_of(backbone_names: Iterable[str]) -> list[str]:

@@ -348,6 +348,7 @@ def test_a_script_without_its_main_line_is_told_so(home):
     )
     assert done.returncode == 1
     assert quoted("This script starts worker processes") in words(done.stderr)
+    assert done.stderr.count("Traceback") == 1  # no worker was started
 
 
 def test_an_id_of_two_images_is_refused_as_quoted(home):
