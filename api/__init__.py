@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from headrace.extract.backbones.backbone import load_backbone as load_backbone
     from headrace.extract.images.preprocessing import Preprocessing as Preprocessing
     from headrace.extract.sources.read import (
-        ImageSource as ImageSource,
         detect_source as detect_source,
         read_source as read_source,
     )
+    from headrace.extract.sources.source import ImageSource as ImageSource
     from headrace.extract.spec import BackboneSpec as BackboneSpec
     from headrace.heads.data.lookup import FeatureLookup as FeatureLookup
     from headrace.heads.estimators import (
@@ -50,7 +50,8 @@ _MODULES = {
     "cache.feature_set": "FeatureSet list_feature_sets open_feature_set",
     "extract.backbones.backbone": "load_backbone",
     "extract.images.preprocessing": "Preprocessing",
-    "extract.sources.read": "ImageSource detect_source read_source",
+    "extract.sources.read": "detect_source read_source",
+    "extract.sources.source": "ImageSource",
     "extract.spec": "BackboneSpec",
     "heads.data.lookup": "FeatureLookup",
     "heads.persist": "load_head",

@@ -94,8 +94,9 @@ def parse_regions(path: Path) -> None:
     from headrace.extract.images.crops import cut_crop, split_crop
     from headrace.extract.images.decoding import decode_image
     from headrace.extract.images.locators import read_bytes
-    from headrace.extract.sources.read import ImageSource, read_source
+    from headrace.extract.sources.read import read_source
     from headrace.extract.sources.regions import Boxes, Tiles
+    from headrace.extract.sources.source import ImageSource
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         moved, whole = Path(folder, path.name), Path(folder, "0.png")
@@ -115,15 +116,17 @@ def parse_regions(path: Path) -> None:
 
 def parse_archive(path: Path) -> None:
     from headrace.extract.sources.archive import read_archives
+    from headrace.extract.sources.source import ImageSource
 
-    parse_members(read_archives([path]))
+    parse_members(read_archives(ImageSource("archive", [path])))
 
 
 def parse_array(path: Path) -> None:
     from headrace.extract.sources.array import detect_array_labels, read_array
+    from headrace.extract.sources.source import ImageSource
 
     detect_array_labels(path)
-    parse_members(read_array(path))
+    parse_members(read_array(ImageSource("array", path), labelled=False))
 
 
 def parse_recipe(path: Path) -> None:
@@ -156,6 +159,7 @@ def parse_model(path: Path) -> None:
 
 def parse_side_file(path: Path) -> None:
     from headrace.extract.sources.archive import read_archives
+    from headrace.extract.sources.source import ImageSource
 
     archive = path.with_suffix(".tar")
     try:
@@ -167,7 +171,7 @@ def parse_side_file(path: Path) -> None:
                 entry = tarfile.TarInfo(name)
                 entry.size = len(data)
                 opened.addfile(entry, io.BytesIO(data))
-        read_archives([archive], labelled=True)
+        read_archives(ImageSource("archive", [archive]), labelled=True)
     finally:
         archive.unlink(missing_ok=True)
 
@@ -292,7 +296,8 @@ def parse_sent_run(path: Path) -> None:
 
 def parse_parts(path: Path) -> None:
     """What a model's description says of boxes or tiles, and a listing by it."""
-    from headrace.extract.sources.read import ImageSource, read_source
+    from headrace.extract.sources.read import read_source
+    from headrace.extract.sources.source import ImageSource
     from headrace.pipelines.models.image_parts import read_image_parts
 
     def read(folder: Path) -> None:

@@ -40,6 +40,7 @@ from headrace.extract.sources.formats import (
 )
 from headrace.extract.sources.layout import FolderParts, Layout, read_layout, split_sides
 from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally
+from headrace.extract.sources.source import ImageSource
 
 _SIDE_FILES = frozenset({"cls", "txt", "json"})
 _MAX_SIDE_FILE_BYTES = 2**20  # a larger text or JSON file holds no label
@@ -86,19 +87,13 @@ class _Image:
     columns: dict[str, Any]
 
 
-def read_archives(
-    archives: str | Path | Sequence[str | Path],
-    *,
-    layout: Layout = "auto",
-    exclude: Sequence[str] = (),
-    labelled: bool = True,
-) -> Listing:
+def read_archives(source: ImageSource, *, labelled: bool = True) -> Listing:
     """List the images in archives: `id`, `path` (a locator), `label`, and the keys of `.json` side
     files whose values are scalars or lists of them.
 
-    archives: a tar or zip file, a folder of such, a pattern (`train-*.tar`, `train-{000..031}.tar`)
-    or a list of these.
-    exclude: patterns of names of members, or of the archive and the member, that are left out.
+    Its location is a tar or zip file, a folder of such, a pattern (`train-*.tar`,
+    `train-{000..031}.tar`) or a list of these; `exclude` has patterns of names of members, or of
+    the archive and the member.
     labelled: whether labels are needed; then a class's folder without images is refused.
 
     The label is that of `.cls`, `.txt` or the key `label` of `.json`; if no image has such a side
@@ -107,12 +102,15 @@ def read_archives(
 
     Raises SourceError for damaged archives, and when there are no images.
     """
-    archive_paths = _expand([archives] if isinstance(archives, (str, Path)) else list(archives))
+    location = source.location
+    archive_paths = _expand([location] if isinstance(location, (str, Path)) else location)
     tally = Tally()
     images: list[_Image] = []
     folders_of_others: set[FolderParts] = set()  # folders in the archives that hold other files
     for archive_path, archive_name in zip(archive_paths, _names(archive_paths), strict=True):
-        images += _read_archive(archive_path, archive_name, exclude, tally, folders_of_others)
+        images += _read_archive(
+            archive_path, archive_name, source.exclude, tally, folders_of_others
+        )
     source_text = (
         str(archive_paths[0])
         if len(archive_paths) == 1
@@ -135,7 +133,7 @@ def read_archives(
     ]
     check_unique_ids((row["id"] for row in rows), source_text)
     frame = pd.DataFrame(rows)
-    notes = _add_labels(frame, images, folders_of_others, layout, source_text, labelled)
+    notes = _add_labels(frame, images, folders_of_others, source.layout, source_text, labelled)
     sides = split_sides([Path(image.archive).name for image in images])
     if "split" not in frame and sides is not None:
         frame["split"] = sides

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from headrace.extract.images.raw_pixels import MAX_ARRAY_HEADER_BYTES, array_sha
 from headrace.extract.sources.formats import ARRAY_KINDS, unread_format
 from headrace.extract.sources.layout import SPLIT_IN_NAME, split_side_in
 from headrace.extract.sources.listing import Listing, Tally, join_listings
+from headrace.extract.sources.source import ImageSource
 
 _IMAGE_CHANNELS = (1, 3, 4)  # grey, colours, colours and alpha
 _IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
@@ -31,48 +32,28 @@ _IMAGES_AT_ONCE = 64  # read together to measure the range of the pixels
 _MAX_LABELS = 1000  # of an image; a longer row is features
 
 
-@dataclass(frozen=True)
-class _ArrayOptions:
-    """Arguments of `read_array` that hold for each of its arrays."""
-
-    labels: str | Path | None
-    labels_key: str | None
-    exclude: Sequence[str]
-    has_range: bool
-
-
-def read_array(
-    images: str | Path,
-    *,
-    key: str | None = None,
-    labels: str | Path | None = None,
-    labels_key: str | None = None,
-    exclude: Sequence[str] = (),
-    has_range: bool = True,
-) -> Listing:
+def read_array(source: ImageSource, *, labelled: bool = True) -> Listing:
     """List the images of an array: `id` (file and index), `path` (a locator) and `label`.
 
-    images: a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W, C) or
-    (N, C, H, W), of any number of channels if the backbone names bands; or a folder of idx files
-    with MNIST's names, whose labels are found beside them and whose `split` is train or test.
-    key: the array in a `.npz` or HDF5 file. Not needed if only one has such a shape, or if there is
-    one for each side of a split, with names as MedMNIST's `train_images` and `train_labels` or
-    Keras's `x_train` and `y_train`: `split` is then train, validation or test.
-    labels: another file of one of these kinds, with one label or a row of labels for each image.
-    labels_key: the array of labels in that file, or in the same file.
-    has_range: whether the caller knows which values are black and white. Unsigned integers of 8
+    Its location is a `.npy`, `.npz`, HDF5 or idx file (`.gz` or not) of shape (N, H, W), (N, H, W,
+    C) or (N, C, H, W), of any number of channels if the backbone names bands; or a folder of idx
+    files with MNIST's names, whose labels are found beside them and whose `split` is train or test.
+    Where the arrays of a file are those of the sides of a split, `split` is train, validation or
+    test.
+    labelled: False if the caller knows which values are black and white. Unsigned integers of 8
     and 16 bits and booleans need no range; arrays of other types are refused without one.
 
     Raises SourceError.
     """
-    array_path = expand_home(images).absolute()
+    key = source.array_key
+    array_path = expand_home(source.location).absolute()
     if array_path.is_dir():
-        return _read_idx_family(array_path, exclude)
+        return _read_idx_family(array_path, source, labelled=labelled)
+    has_range = not labelled or source.pixel_range is not None
     file_kind = _kind(array_path)
-    options = _ArrayOptions(labels, labels_key, exclude, has_range)
     if file_kind not in ("npz", "h5"):
-        return _read_one(array_path, file_kind, "", options)
-    if key is None and labels is None and labels_key is None:
+        return _read_one(array_path, file_kind, "", source, has_range)
+    if key is None and source.labels is None and source.labels_key is None:
         sides = _split_arrays(_shapes(array_path, file_kind))
         if sides:
             return _join_sides(
@@ -81,7 +62,8 @@ def read_array(
                         array_path,
                         file_kind,
                         images_key,
-                        replace(options, labels_key=side_labels_key),
+                        replace(source, labels_key=side_labels_key),
+                        has_range,
                         id_prefix=f"{array_path.name}/{images_key}",
                     )
                     for images_key, side_labels_key, _ in sides
@@ -89,11 +71,16 @@ def read_array(
                 [side for _, _, side in sides],
             )
     key = _only_images(array_path, file_kind) if key is None else key
-    return _read_one(array_path, file_kind, key, options)
+    return _read_one(array_path, file_kind, key, source, has_range)
 
 
 def _read_one(
-    array_path: Path, file_kind: str, key: str, options: _ArrayOptions, id_prefix: str | None = None
+    array_path: Path,
+    file_kind: str,
+    key: str,
+    source: ImageSource,
+    has_range: bool,
+    id_prefix: str | None = None,
 ) -> Listing:
     """List the images of one array; `id_prefix` is by default the name of its file."""
     array = _open(array_path, file_kind, key)
@@ -103,7 +90,7 @@ def _read_one(
             "C, H, W). One image in a file of its own is named by a table with a column path"
         )
     # Arrays of other numbers of channels are bands, whose ranges the backbone's `bands` say.
-    if not (options.has_range or has_pixel_range(array.dtype)) and _has_usual_channels(shape):
+    if not (has_range or has_pixel_range(array.dtype)) and _has_usual_channels(shape):
         raise SourceError(
             f"{array_path}: pixels of type {array.dtype} have no range of their own; say which "
             "values are black and white: images.pixel_range: [0, 1] in the recipe (`headrace "
@@ -120,11 +107,11 @@ def _read_one(
                 f"{encode_path(array_path)}::{file_kind}:{key_prefix}{index}"
                 for index in range(n_images)
             ],
-            **_label_columns(array_path, file_kind, options, n_images),
+            **_label_columns(array_path, file_kind, source, n_images),
         }
     )
     tally = Tally(found=n_images)
-    return tally.listing(tally.exclude_rows(frame, options.exclude))
+    return tally.listing(tally.exclude_rows(frame, source.exclude))
 
 
 def _split_arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str | None, str]]:
@@ -242,14 +229,17 @@ def _labels_beside(array_path: Path) -> Path | None:
     return None
 
 
-def _read_idx_family(folder: Path, exclude: Sequence[str]) -> Listing:
+def _read_idx_family(folder: Path, source: ImageSource, *, labelled: bool) -> Listing:
     pairs = idx_pairs(folder)
     if not pairs:
         raise SourceError(
             f"{folder}: a folder without idx files of images (…-images-idx3-ubyte, .gz or not). "
             "Name an array: a .npy, .npz, HDF5 or idx file"
         )
-    listings = [read_array(images, labels=labels, exclude=exclude) for images, labels in pairs]
+    listings = [
+        read_array(replace(source, location=images, labels=labels), labelled=labelled)
+        for images, labels in pairs
+    ]
     sides = [_side(images.name) for images, _ in pairs]
     if None not in sides and len(set(sides)) > 1:
         return _join_sides(listings, sides)
@@ -276,10 +266,10 @@ def _side(name: str) -> str | None:
 
 
 def _label_columns(
-    array_path: Path, file_kind: str, options: _ArrayOptions, n_images: int
+    array_path: Path, file_kind: str, source: ImageSource, n_images: int
 ) -> dict[str, npt.NDArray[np.object_]]:
     """Return {column: N texts or None}: `label`, or `label_0`, `label_1`, … for labels (N, L)."""
-    labels, labels_key = options.labels, options.labels_key
+    labels, labels_key = source.labels, source.labels_key
     if labels is None and labels_key is None:
         return {"label": np.full(n_images, None, object)}
     labels_path = expand_home(labels).absolute() if labels is not None else array_path

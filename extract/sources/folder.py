@@ -22,8 +22,9 @@ from headrace.extract.sources.formats import (
     is_image_array,
     unread_format,
 )
-from headrace.extract.sources.layout import FolderParts, Layout, read_layout
+from headrace.extract.sources.layout import FolderParts, read_layout
 from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally
+from headrace.extract.sources.source import ImageSource
 
 UNMATCHED_NAMES = "names that images.name_pattern does not match"
 LINKED_FOLDERS = "links to folders that are read under their own names"
@@ -39,38 +40,27 @@ class _Image(NamedTuple):
     groups: Mapping[str, str | None]  # named groups of `name_pattern`
 
 
-def read_folder(
-    folder: str | Path,
-    *,
-    layout: Layout = "auto",
-    exclude: Sequence[str] = (),
-    name_pattern: str | None = None,
-    labelled: bool = True,
-) -> Listing:
+def read_folder(source: ImageSource, *, labelled: bool = True) -> Listing:
     """List the images below a folder, sorted by id: columns `id`, `path`, `label`, and `split` if
     the folders are those of a split.
 
-    The id is the path relative to `folder` with forward slashes. A file is an image by its suffix,
-    else by its first bytes, an array by its shape (`is_image_array`); all others are counted by
-    what they are. Hidden files and folders are left out. Links are followed once, after the real
+    The id is the path below the folder with forward slashes. A file is an image by its suffix, else
+    by its first bytes, an array by its shape (`is_image_array`); all others are counted by what
+    they are. Hidden files and folders are left out. Links are followed once, after the real
     folders.
 
-    layout: which folders are labels and splits, see `read_layout`.
-    exclude: patterns of ids that are left out.
-    name_pattern: a regular expression, searched for in ids, whose named groups become columns;
-    images whose ids it does not match are left out.
     labelled: whether labels are needed; then a class's folder without images is refused.
 
     Raises SourceError when the folder is absent or has no images, saying what it has, and for
     folders that `read_layout` refuses.
     """
-    image_root = expand_home(folder)
+    image_root, name_pattern = expand_home(source.location), source.name_pattern
     if not image_root.is_dir():
         raise SourceError(missing_path_message(image_root, "a folder of images"))
     tally = Tally()
     others: dict[FolderParts, str] = {}  # {folder of other files: the first of them}
     pattern = None if name_pattern is None else re.compile(name_pattern)
-    images = sorted(_list_images(image_root.absolute(), exclude, pattern, tally, others))
+    images = sorted(_list_images(image_root.absolute(), source.exclude, pattern, tally, others))
     if not images:
         raise SourceError(_no_images_message(image_root, tally, others))
     if len({image.id for image in images}) < len(images):
@@ -80,7 +70,7 @@ def read_folder(
     read_labels = read_layout(
         [image.folders for image in images],
         others,
-        layout,
+        source.layout,
         str(image_root),
         labelled=labelled and "(?P<label>" not in (name_pattern or ""),
     )

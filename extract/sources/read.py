@@ -2,9 +2,8 @@
 
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -13,7 +12,7 @@ from headrace.extract.errors import SourceError, pointer_hint
 from headrace.extract.images.locators import encode_path, printable_name
 from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import idx_pairs, read_array
-from headrace.extract.sources.detections import MIN_CONFIDENCE, cut_detections
+from headrace.extract.sources.detections import cut_detections
 from headrace.extract.sources.folder import (
     HIDDEN_ENTRIES,
     LINKED_FOLDERS,
@@ -28,48 +27,20 @@ from headrace.extract.sources.formats import (
     is_image,
     unread_format,
 )
-from headrace.extract.sources.layout import Layout
 from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing
-from headrace.extract.sources.regions import Boxes, Tiles, cut_tiles
+from headrace.extract.sources.regions import cut_tiles
+from headrace.extract.sources.source import ImageSource, SourceKind
 from headrace.extract.sources.tabular import (
-    TableOptions,
     is_table,
     metadata_table,
     read_tables,
     saved_dataset_files,
 )
 
-SourceKind = Literal["folder", "table", "archive", "array", "image"]
 _KINDS_OF_FILES = (
     "a table (.csv, .tsv, .jsonl, .json, .parquet), an archive (.tar, .tar.gz, .zip), an array "
     "file (.npy, .npz, .h5, idx), or an image"
 )
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """Where images are and how to read them; the recipe's section `images`.
-
-    None means that the reader decides.
-    """
-
-    kind: SourceKind
-    location: str | Path
-    layout: Layout = "auto"  # of folders, on disk or in archives
-    exclude: tuple[str, ...] = ()  # shell patterns of ids, or of folders that they lie in
-    name_pattern: str | None = None  # of a folder: named groups of ids are columns
-    path_column: str | None = None  # of a table, as are the next three; see TableOptions
-    id_column: str | None = None
-    root: Path | None = None
-    path_pattern: str | None = None
-    array_key: str | None = None  # of an array file, as are the next two; see `read_array`
-    labels: Path | None = None
-    labels_key: str | None = None
-    pixel_range: tuple[float, float] | None = None  # black and white, if pixels are not 8 bits
-    boxes: Boxes | Literal["auto", "none"] = "auto"  # of a table's rows
-    tiles: Tiles | None = None  # that images are cut into
-    detections: Path | None = None  # MegaDetector's results, whose boxes are the rows
-    min_confidence: float = MIN_CONFIDENCE
 
 
 class SourceWarning(UserWarning):
@@ -103,38 +74,17 @@ def read_source(source: ImageSource, *, labelled: bool = True) -> Listing:
 
 
 def _read_images(source: ImageSource, *, labelled: bool) -> Listing:
-    location = source.location
     match source.kind:
         case "folder":
-            return read_folder(
-                location,
-                layout=source.layout,
-                exclude=source.exclude,
-                name_pattern=source.name_pattern,
-                labelled=labelled,
-            )
+            return read_folder(source, labelled=labelled)
         case "table":
-            options = TableOptions(
-                *(source.path_column, source.id_column, source.root, source.path_pattern),
-                source.exclude,
-                source.boxes,
-            )
-            return read_tables(location, options, labelled=labelled)
+            return read_tables(source, labelled=labelled)
         case "archive":
-            return read_archives(
-                location, layout=source.layout, exclude=source.exclude, labelled=labelled
-            )
+            return read_archives(source, labelled=labelled)
         case "array":
-            return read_array(
-                location,
-                key=source.array_key,
-                labels=source.labels,
-                labels_key=source.labels_key,
-                exclude=source.exclude,
-                has_range=not labelled or source.pixel_range is not None,
-            )
+            return read_array(source, labelled=labelled)
         case "image":
-            name, path = str(location), expand_home(location).absolute()
+            name, path = str(source.location), expand_home(source.location).absolute()
             row = {"id": printable_name(name), "path": encode_path(path), "label": None}
             return Listing(pd.DataFrame([row]), found=1)
 

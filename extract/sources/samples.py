@@ -5,19 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from headrace.extract.sources.archive import read_archives
-from headrace.extract.sources.array import read_array
-from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.layout import Layout
-from headrace.extract.sources.read import warn_about_left_out
-from headrace.extract.sources.tabular import TableOptions, read_tables
+from headrace.extract.sources.read import read_source, warn_about_left_out
+from headrace.extract.sources.source import ImageSource
 
 
 def list_folder(
     folder: str | Path, *, layout: Layout = "auto", exclude: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Return `read_folder`'s samples: columns `id`, `path`, `label`, and perhaps `split`."""
-    listing = read_folder(folder, layout=layout, exclude=exclude)
+    listing = read_source(ImageSource("folder", folder, layout=layout, exclude=tuple(exclude)))
     warn_about_left_out(listing, folder)
     return listing.samples
 
@@ -26,7 +23,7 @@ def list_tar(
     archives: str | Path | Sequence[str | Path], *, layout: Layout = "auto"
 ) -> pd.DataFrame:
     """Return `read_archives`' samples: columns `id`, `path` (a locator), `label`, then others."""
-    listing = read_archives(archives, layout=layout)
+    listing = read_source(ImageSource("archive", archives, layout=layout))  # type: ignore[arg-type]
     warn_about_left_out(listing, str(archives))
     return listing.samples
 
@@ -39,7 +36,9 @@ def list_array(
     labels_key: str | None = None,
 ) -> pd.DataFrame:
     """Return `read_array`'s samples: columns `id`, `path` (a locator) and `label`."""
-    return read_array(images, key=key, labels=labels, labels_key=labels_key).samples
+    source = ImageSource("array", images, array_key=key, labels=labels, labels_key=labels_key)
+    # Not yet labelled: which values are black and white is said later, with the backbone.
+    return read_source(source, labelled=False).samples
 
 
 def read_table(
@@ -51,6 +50,14 @@ def read_table(
     path_pattern: str | None = None,
 ) -> pd.DataFrame:
     """Return `read_tables`' samples: columns `id`, `path`, then those of the table."""
-    listing = read_tables(table, TableOptions(path_column, id_column, root, path_pattern))
+    source = ImageSource(
+        "table",
+        table,
+        path_column=path_column,
+        id_column=id_column,
+        root=root,
+        path_pattern=path_pattern,
+    )
+    listing = read_source(source)
     warn_about_left_out(listing, table)
     return listing.samples

@@ -6,9 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 
@@ -32,6 +30,7 @@ from headrace.extract.sources.label_studio import local_names
 from headrace.extract.sources.layout import split_sides
 from headrace.extract.sources.listing import Listing, Tally
 from headrace.extract.sources.regions import Boxes, find_boxes
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.table import Table, read_table_file
 
 _BOX_NAMES = frozenset(
@@ -48,24 +47,10 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")  # a column in a path pattern
 _COLUMN_AND_WIDTH = re.compile(r"(.*):0(\d{1,3})", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class TableOptions:
-    """The way a table names its images; see the recipe's section `images`."""
-
-    path_column: str | None = None  # None: see `find_image_column`
-    id_column: str | None = None  # None: `id` if there is such a column, else the path as written
-    root: str | Path | None = None  # folder of relative paths; None: the table's own
-    path_pattern: str | None = None  # a path with columns in braces: train/{id}.jpg
-    exclude: tuple[str, ...] = ()
-    boxes: Boxes | Literal["auto", "none"] = "auto"
-
-
-def read_tables(
-    table: str | Path, options: TableOptions | None = None, *, labelled: bool = True
-) -> Listing:
+def read_tables(source: ImageSource, *, labelled: bool = True) -> Listing:
     """List the rows of tables, in their order: `id`, `path`, then every column of the tables.
 
-    table: a CSV, TSV, JSON lines, JSON (COCO too), Parquet or Arrow file, a pattern
+    Its location is a CSV, TSV, JSON lines, JSON (COCO too), Parquet or Arrow file, a pattern
     (`data/train-*.parquet`), a folder of Parquet files, or one that `datasets` saved. Parquet and
     Arrow may hold the images themselves.
     labelled: True to train, when each row needs an id of its own. False to predict: then every row
@@ -77,8 +62,7 @@ def read_tables(
 
     Raises SourceError.
     """
-    options = options or TableOptions()
-    table_paths = table_files(expand_home(table))
+    table_paths = table_files(expand_home(source.location))
     tally = Tally()
     frames: list[pd.DataFrame] = []
     notes: list[str] = []
@@ -89,10 +73,10 @@ def read_tables(
         or [None] * len(table_paths)
     )
     for table_path, side in zip(table_paths, sides, strict=True):
-        has_boxes = isinstance(options.boxes, Boxes)
+        has_boxes = isinstance(source.boxes, Boxes)
         table_contents = read_table_file(table_path, annotations=has_boxes)
         notes += table_contents.notes
-        samples = _samples(table_path, table_contents, options, tally, notes, labelled)
+        samples = _samples(table_path, table_contents, source, tally, notes, labelled)
         if side is not None and "split" not in samples:
             samples["split"] = side
         frames.append(samples)
@@ -109,7 +93,7 @@ def read_tables(
                 frame["id"] = f"{name}/" + frame["id"].astype(str)
     samples = pd.concat(frames, ignore_index=True)
     _count_unnamed(table_paths, samples, tally)
-    samples = tally.exclude_rows(samples, options.exclude)
+    samples = tally.exclude_rows(samples, source.exclude)
     if samples.empty:
         left_out_text = "; ".join(map(str, tally.left_out()))
         usable = f" that can be used ({left_out_text})" if left_out_text else ""
@@ -192,7 +176,7 @@ def saved_dataset_files(folder: Path) -> list[Path]:
 def _samples(
     table_path: Path,
     table: Table,
-    options: TableOptions,
+    source: ImageSource,
     tally: Tally,
     notes: list[str],
     labelled: bool,
@@ -202,12 +186,12 @@ def _samples(
     if frame.empty and not table.image_columns:
         return pd.DataFrame(columns=["id", "path"], dtype=object)
     tally.found += len(frame)
-    _require_columns(table_path, [*frame.columns, *table.image_columns], options)
-    root = table_path.parent if options.root is None else options.root
+    _require_columns(table_path, [*frame.columns, *table.image_columns], source)
+    root = table_path.parent if source.root is None else source.root
     image_root = expand_home(root).absolute()
-    image_column, is_pattern = _image_column(table, table_path, image_root, options, notes)
+    image_column, is_pattern = _image_column(table, table_path, image_root, source, notes)
     written_names, locators = _image_names(table, table_path, image_root, image_column, is_pattern)
-    boxes = find_boxes(frame, options.boxes, table_path)
+    boxes = find_boxes(frame, source.boxes, table_path)
     if boxes is not None:
         crops, box_note = boxes
         notes.append(box_note)
@@ -219,14 +203,14 @@ def _samples(
             tally.leave_out_rows("rows without a box", written_names, ~has_box)
             frame, names, locators = frame[has_box], names[has_box], locators[has_box]
         written_names = names
-    elif options.boxes == "auto":
+    elif source.boxes == "auto":
         notes += [
             f"{table_path.name}: the column {name!r} may hold boxes, and is not read: whole images "
             "are. For boxes: four columns of numbers (images.boxes)"
             for name in frame.columns
             if str(name).lower() in _BOX_NAMES
         ]
-    id_column = options.id_column
+    id_column = source.id_column
     if id_column is None and "id" in frame.columns and image_column != "id":
         if labelled and _ids_repeat(frame["id"], locators):
             # The samples' own column `id` must be unique, and this one is not.
@@ -279,11 +263,11 @@ def _ids_repeat(ids: pd.Series, locators: pd.Series) -> bool:
     return bool(id_and_path["id"].duplicated().any())
 
 
-def _require_columns(table_path: Path, columns: Sequence[str], options: TableOptions) -> None:
+def _require_columns(table_path: Path, columns: Sequence[str], source: ImageSource) -> None:
     """Raise SourceError for a column of the options that the table does not have."""
     for column_name, setting in (
-        (options.path_column, "path_column"),
-        (options.id_column, "id_column"),
+        (source.path_column, "path_column"),
+        (source.id_column, "id_column"),
     ):
         if column_name is not None and column_name not in columns:
             raise SourceError(
@@ -309,13 +293,13 @@ def _crop_names(
 
 
 def _image_column(
-    table: Table, table_path: Path, image_root: Path, options: TableOptions, notes: list[str]
+    table: Table, table_path: Path, image_root: Path, source: ImageSource, notes: list[str]
 ) -> tuple[str, bool]:
     """Return (path pattern, True) or (image column, False), of the options or found."""
-    if options.path_pattern is not None:
-        return options.path_pattern, True
-    if options.path_column is not None:
-        return options.path_column, False
+    if source.path_pattern is not None:
+        return source.path_pattern, True
+    if source.path_column is not None:
+        return source.path_column, False
     image_column, is_pattern = find_image_column(table, table_path, image_root)
     if is_pattern:
         notes.append(

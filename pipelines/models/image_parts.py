@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headrace.extract.images.crops import split_crop
-from headrace.extract.sources.read import ImageSource
 from headrace.extract.sources.regions import Boxes, Tiles
+from headrace.extract.sources.source import ImageSource
 from headrace.heads.persist import WRITE_AGAIN
 from headrace.pipelines.models.errors import ModelError
 

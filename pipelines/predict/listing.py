@@ -11,8 +11,9 @@ from headrace.cache.count_text import count_text
 from headrace.extract.images.crops import split_crop
 from headrace.extract.images.locators import printable_name
 from headrace.extract.sources.listing import Listing, join_listings
-from headrace.extract.sources.read import ImageSource, detect_source, read_source
+from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.regions import Boxes
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.tabular import is_table
 from headrace.heads.data.side_columns import SideColumn
 from headrace.pipelines.models.image_parts import ImageParts

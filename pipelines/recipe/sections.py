@@ -22,7 +22,7 @@ from headrace.pipelines.recipe.values import (
 )
 
 if TYPE_CHECKING:
-    from headrace.extract.sources.read import ImageSource
+    from headrace.extract.sources.source import ImageSource
 
 
 class BoxesSection(Section):
@@ -173,8 +173,8 @@ class Images(Section):
     def source(self) -> "ImageSource":
         """Return the section as a source of `headrace.extract`."""
         # Imported here, because it imports pandas, which checking a recipe does not need.
-        from headrace.extract.sources.read import ImageSource
         from headrace.extract.sources.regions import Boxes, Tiles
+        from headrace.extract.sources.source import ImageSource
 
         ((kind, location),) = self._named_sources
         # Not of the source: how pixels are decoded, and the images without labels.

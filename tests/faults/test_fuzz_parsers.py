@@ -19,6 +19,7 @@ from headrace.cache.exchange.external_files import read_external_features
 from headrace.extract.errors import SourceError
 from headrace.extract.images.locators import read_bytes
 from headrace.extract.sources.array import read_array
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.table import read_table_file
 from headrace.heads.persist import load_head
 from headrace.pipelines.models.ensemble import EnsembleModel
@@ -128,7 +129,7 @@ def test_an_array_file_reads_no_other_file(tmp_path, how):
             file["g"] = h5py.ExternalLink(str(secret), "own")
     key = "g/x" if how == "soft group" else "x"
     with pytest.raises(SourceError, match="are not followed"):
-        read_array(sent, key=key)
+        read_array(ImageSource("array", sent, array_key=key), labelled=False)
     with pytest.raises(OSError, match="are not followed"):
         read_bytes(f"{sent}::h5:{key}:0")
 
@@ -173,7 +174,7 @@ def test_arrays_of_python_objects_are_refused(tmp_path, kind):
     ids = tmp_path / "ids.txt"
     ids.write_text("\n".join("abcdefgh"))
     with pytest.raises(SourceError):
-        read_array(file)
+        read_array(ImageSource("array", file), labelled=False)
     with pytest.raises(ExternalFeaturesInvalid):
         read_external_features(file, ids_path=ids)
     if kind == "npy":

@@ -30,7 +30,8 @@ from headrace.extract.sources.formats import (
 from headrace.extract.sources.image_column import are_files, find_image_column, spaced_texts
 from headrace.extract.sources.layout import SPLIT_WORDS, Layout, split_side_in
 from headrace.extract.sources.listing import Listing
-from headrace.extract.sources.read import ImageSource, detect_source, read_source
+from headrace.extract.sources.read import detect_source, read_source
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import is_table, table_files
 from headrace.pipelines.cli.detect.band_files import find_band_files

@@ -22,8 +22,9 @@ from headrace.extract.images.views import Augmentation
 from headrace.extract.run import rendering as rendering_module
 from headrace.extract.run.decode_ahead import decoded_batches
 from headrace.extract.run.rendering import Rendering
-from headrace.extract.sources.read import ImageSource, detect_source, read_source
+from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.regions import Boxes, Tiles
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.spec import Sample
 
 RNG = np.random.default_rng(0)

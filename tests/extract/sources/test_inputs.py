@@ -27,12 +27,12 @@ from headrace.extract.sources.array import detect_array_labels, measure_pixel_ra
 from headrace.extract.sources.folder import UNMATCHED_NAMES, read_folder
 from headrace.extract.sources.listing import LeftOut
 from headrace.extract.sources.read import (
-    ImageSource,
     SourceWarning,
     detect_source,
     read_source,
 )
 from headrace.extract.sources.samples import list_array, list_folder, list_tar, read_table
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps import spec_cache
@@ -75,7 +75,7 @@ def test_folder(tmp_path: Path) -> None:
         "a/.5.png",
     ):
         write(tmp_path / name, png(1))
-    listing = read_folder(tmp_path)
+    listing = read_folder(ImageSource("folder", tmp_path))
     samples = listing.samples
     assert samples["id"].tolist() == ["a/3.png", "a/deep/1.JPG", "b/2.png", "loose.png"]
     assert listing.found == len(samples) + sum(item.count for item in listing.left_out) == 7
@@ -364,7 +364,7 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert samples["width"].iloc[0] == 12
     assert samples["tags"].iloc[0] == ["x"]
     for same in (tmp_path, tmp_path / "s-*.tar"):
-        assert read_archives(same).samples.equals(samples)
+        assert read_archives(ImageSource("archive", same)).samples.equals(samples)
     assert [read_bytes(path) for path in samples["path"]] == [png(1), png(2), png(3)]
     loose = pd.DataFrame({"id": ["x"], "path": [str(write(tmp_path / "x.png", png(2)))]})
     index = tmp_path / "index.parquet"

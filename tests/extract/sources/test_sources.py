@@ -36,8 +36,9 @@ from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.samples import list_folder
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.table import read_table_file
-from headrace.extract.sources.tabular import TableOptions, read_tables
+from headrace.extract.sources.tabular import read_tables
 
 
 def png(value: int) -> bytes:
@@ -96,7 +97,7 @@ def test_every_file_of_a_folder_is_used_or_counted(tmp_path_factory, names):
     root = tmp_path_factory.mktemp("tree")
     for name in ("cat/0.png", "dog/0.png", *names):
         write(root / name, png(len(name)))
-    listing = read_folder(root)
+    listing = read_folder(ImageSource("folder", root))
     assert listing.found == counted(listing)
     hidden = [name for name in names if name.startswith(".git")]
     assert listing.found == 2 + len(names) - len(hidden) + bool(hidden)
@@ -120,7 +121,7 @@ def test_what_is_left_out_says_what_it_is_and_how_to_use_it(tmp_path):
         "all.npy",
     ):
         write(tmp_path / name, png(1) if name.endswith("png") else b"0123456789")
-    said = "\n".join(map(str, read_folder(tmp_path).left_out))
+    said = "\n".join(map(str, read_folder(ImageSource("folder", tmp_path)).left_out))
     for words in (
         "1 .nef file (camera raw: develop",
         ".mp4 file (video",
@@ -148,7 +149,7 @@ def test_arrays_of_one_image_each_are_images_of_a_folder(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         np.save(tmp_path / name, values)
     (tmp_path / "wood" / "cut.npy").write_bytes(b"\x93NUMPY")
-    listing = read_folder(tmp_path)
+    listing = read_folder(ImageSource("folder", tmp_path))
     assert list(listing.samples["id"]) == ["water/1.npy", "water/2.npy", "wood/1.npy"]
     assert list(listing.samples["label"]) == ["water", "water", "wood"]
     assert sum(item.count for item in listing.left_out) == 5
@@ -169,9 +170,11 @@ def test_a_class_that_would_be_missing_whole_is_refused(tmp_path, odd):
     with pytest.raises(
         SourceError, match=r"no file in the folder heron can be used.*images.exclude: \[heron\]"
     ):
-        read_folder(tmp_path)
-    assert set(read_folder(tmp_path, exclude=["heron"]).samples["label"]) == {"crane", "stork"}
-    assert len(read_folder(tmp_path, labelled=False).samples) == 2
+        read_folder(ImageSource("folder", tmp_path))
+    assert set(
+        read_folder(ImageSource("folder", tmp_path, exclude=["heron"])).samples["label"]
+    ) == {"crane", "stork"}
+    assert len(read_folder(ImageSource("folder", tmp_path), labelled=False).samples) == 2
 
 
 def test_a_side_of_a_split_that_would_be_missing_is_refused(tmp_path):
@@ -181,7 +184,7 @@ def test_a_side_of_a_split_that_would_be_missing_is_refused(tmp_path):
         SourceError,
         match=r"the folder test can be used as an image, so that this side of the split",
     ):
-        read_folder(tmp_path)
+        read_folder(ImageSource("folder", tmp_path))
 
 
 def test_words_for_the_sides_of_a_split(tmp_path):
@@ -190,15 +193,20 @@ def test_words_for_the_sides_of_a_split(tmp_path):
     """
     for name in ("train/1.png", "tram/1.png"):  # vehicles
         write(tmp_path / "vehicles" / name, png(1))
-    assert set(read_folder(tmp_path / "vehicles").samples["label"]) == {"train", "tram"}
+    assert set(read_folder(ImageSource("folder", tmp_path / "vehicles")).samples["label"]) == {
+        "train",
+        "tram",
+    }
     for name in ("train/1.png", "test/2.png"):
         write(tmp_path / "flat" / name, png(1))
     with pytest.raises(
         SourceError,
         match=r"without a class's folder in train. Are these the classes.*images.layout: classes",
     ):
-        read_folder(tmp_path / "flat")
-    assert set(read_folder(tmp_path / "flat", layout="classes").samples["label"]) == {
+        read_folder(ImageSource("folder", tmp_path / "flat"))
+    assert set(
+        read_folder(ImageSource("folder", tmp_path / "flat", layout="classes")).samples["label"]
+    ) == {
         "train",
         "test",
     }
@@ -215,7 +223,7 @@ def test_entries_that_would_block_or_cannot_be_read(tmp_path):
     server.bind(str(tmp_path / "b/socket.png"))
     server.close()
     (tmp_path / "b/gone.png").symlink_to(tmp_path / "nowhere.png")
-    listing = read_folder(tmp_path)
+    listing = read_folder(ImageSource("folder", tmp_path))
     assert [(item.count, item.reason) for item in listing.left_out] == [
         (2, "entries other than files (pipes, devices)")
     ]
@@ -243,7 +251,10 @@ def test_names_that_are_no_utf8(tmp_path):
         "b/plain.png",
         "caf\\xe9/4.png",
     ]
-    assert read_folder(tmp_path, labelled=False).samples["id"].tolist() == samples["id"].tolist()
+    assert (
+        read_folder(ImageSource("folder", tmp_path), labelled=False).samples["id"].tolist()
+        == samples["id"].tolist()
+    )
     samples.to_parquet(tmp_path / "samples.parquet")  # surrogates could not be written
     assert all(read_bytes(path) == png(7) for path in samples["path"])
     assert content_hashes(samples, tmp_path / "index.parquet").unreadable == ()
@@ -264,7 +275,7 @@ def test_links_in_folders(tmp_path):
     (tmp_path / "tiger").symlink_to(tmp_path / "cat")
     (tmp_path / "cat/me").symlink_to(tmp_path / "cat/me")
     (tmp_path / "cat/me.png").symlink_to(tmp_path / "cat/me.png")
-    listing = read_folder(tmp_path)
+    listing = read_folder(ImageSource("folder", tmp_path))
     assert set(listing.samples["id"]) == {"cat/1.png", "dog/1.png", "cat/me.png"}
     assert listing.found == counted(listing) == 5
 
@@ -274,7 +285,7 @@ def test_two_files_whose_names_are_one_to_people(tmp_path):
     names = [unicodedata.normalize(form, "café/1.png") for form in ("NFC", "NFD")]
     for name in names:
         write(tmp_path / name, png(1))
-    listing = read_folder(tmp_path, labelled=False)
+    listing = read_folder(ImageSource("folder", tmp_path), labelled=False)
     assert set(listing.samples["id"]) == set(names)
     assert all(Path(path).is_file() for path in listing.samples["path"])
 
@@ -288,7 +299,7 @@ def test_folders_that_differ_in_blanks_or_the_form_of_accents(tmp_path):
         unicodedata.normalize("NFC", "café/2.png"),
     ):
         write(tmp_path / name, png(1))
-    listing = read_folder(tmp_path)
+    listing = read_folder(ImageSource("folder", tmp_path))
     assert set(listing.samples["label"]) == {"a", unicodedata.normalize("NFC", "café")}
     assert len([note for note in listing.notes if "are one class" in note]) == 2
 
@@ -346,7 +357,7 @@ def test_archives_of_class_folders(tmp_path, name, wrapper):
 def test_a_label_that_is_no_text_is_told(tmp_path):
     """Half a character, in a side file and in a table."""
     pack_tar(tmp_path / "s.tar", [("a.png", png(1)), ("a.json", rb'{"label": "\ud800"}')])
-    listing = read_archives(tmp_path / "s.tar")
+    listing = read_archives(ImageSource("archive", tmp_path / "s.tar"))
     assert [str(item) for item in listing.left_out] == [
         "1 side file that is no JSON object: s.tar/a.json"
     ]
@@ -362,7 +373,7 @@ def test_names_with_dots_and_several_images_of_one_key(tmp_path):
         [("v1.0.png", png(1)), ("v1.1.png", png(2)), ("v1.1.cls", b"own"), ("v1.cls", b"shared"), ("b.left.png", png(3)),
          ("b.right.png", png(4)), ("b.json", b'{"label": "both", "age": 7, "id": 3}'), ("lost.cls", b"x")],
     )  # fmt: skip
-    listing = read_archives(tmp_path / "s.tar")
+    listing = read_archives(ImageSource("archive", tmp_path / "s.tar"))
     assert labels(listing) == {
         "s.tar/v1.0.png": "shared", "s.tar/v1.1.png": "own", "s.tar/b.left.png": "both", "s.tar/b.right.png": "both",
     }  # fmt: skip
@@ -384,7 +395,7 @@ def test_of_members_of_one_name_the_last_counts(tmp_path):
             ("a.cls", b"new"),
         ],
     )
-    listing = read_archives(tmp_path / "s.tar")
+    listing = read_archives(ImageSource("archive", tmp_path / "s.tar"))
     assert labels(listing) == {"s.tar/b.png": "kept", "s.tar/a.png": "new"}
     assert read_bytes(listing.samples["path"].iloc[1]) == png(9)
     assert [(item.count, item.reason) for item in listing.left_out] == [
@@ -404,7 +415,7 @@ def test_links_in_archives(tmp_path):
     (tmp_path / "t/dog/gone.png").symlink_to("../bird/1.png")
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
         archive.add(tmp_path / "t", "t")
-    listing = read_archives(tmp_path / "s.tar")
+    listing = read_archives(ImageSource("archive", tmp_path / "s.tar"))
     assert {name.rpartition("/")[2]: read_bytes(path) for name, path in listing.samples[["id", "path"]].itertuples(index=False)} == {
         "1.png": png(1), "2.png": png(2), "hard.png": png(1), "soft.png": png(1),
     }  # fmt: skip
@@ -419,11 +430,14 @@ def test_shards_of_one_name_in_two_folders(tmp_path):
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         pack_tar(tmp_path / place / "s.tar", [("1.png", png(1)), ("1.cls", b"x")])
-    listing = read_archives([tmp_path / "a/s.tar", tmp_path / "b/s.tar"])
+    listing = read_archives(ImageSource("archive", [tmp_path / "a/s.tar", tmp_path / "b/s.tar"]))
     assert listing.samples["id"].tolist() == ["a/s.tar/1.png", "b/s.tar/1.png"]
     for side in ("train", "val"):
         pack_tar(tmp_path / f"{side}-000.tar", [("1.png", png(1)), ("1.cls", b"x")])
-    assert read_archives(tmp_path).samples["split"].tolist() == ["train", "val"]
+    assert read_archives(ImageSource("archive", tmp_path)).samples["split"].tolist() == [
+        "train",
+        "val",
+    ]
 
 
 def test_archives_that_lie(tmp_path):
@@ -431,14 +445,18 @@ def test_archives_that_lie(tmp_path):
     memory.
     """
     packed = pack_zip(tmp_path / "z.zip", [("a/1.png", bytes(10_000_000)), ("b/2.png", png(2))])
-    samples = read_archives(packed).samples
+    samples = read_archives(ImageSource("archive", packed)).samples
     details = samples["path"].iloc[0].partition("::zip:")[2].split(":")
     lying = f"{packed}::zip:{details[0]}:{details[1]}:100:{':'.join(details[3:])}"
     with pytest.raises(OSError, match="checksum"):
         read_bytes(lying)
     whole = pack_tar(tmp_path / "t.tar", [("a/1.png", png(1)), ("b/2.png", png(2))])
     offset, _, name = (
-        read_archives(whole).samples["path"].iloc[0].partition("::tar:")[2].split(":", 2)
+        read_archives(ImageSource("archive", whole))
+        .samples["path"]
+        .iloc[0]
+        .partition("::tar:")[2]
+        .split(":", 2)
     )
     with pytest.raises(OSError, match="the archive ends"):
         read_bytes(f"{whole}::tar:{offset}:{10**18}:{name}")
@@ -459,7 +477,7 @@ def test_zip_members_that_cannot_be_read_are_counted(tmp_path):
         archive.writestr("b/2.png", png(2), zipfile.ZIP_DEFLATED)
         archive.writestr("b/3.png", png(3), zipfile.ZIP_LZMA)
         archive.writestr("b/clip.mov", b"no image")
-    listing = read_archives(tmp_path / "z.zip")
+    listing = read_archives(ImageSource("archive", tmp_path / "z.zip"))
     assert listing.samples["label"].tolist() == ["a", "b"]
     assert {item.count for item in listing.left_out} == {1}
     assert "compressed in another way" in str(listing.left_out)
@@ -471,7 +489,7 @@ def test_zip_members_that_cannot_be_read_are_counted(tmp_path):
 
 def read_text(tmp_path: Path, text: str, name: str = "t.csv", **options: object) -> Listing:
     write(tmp_path / name, text.encode())
-    return read_tables(tmp_path / name, TableOptions(**options))  # type: ignore[arg-type]
+    return read_tables(ImageSource("table", tmp_path / name, **options))  # type: ignore[arg-type]
 
 
 def test_text_stays_as_written(tmp_path):
@@ -507,7 +525,7 @@ def test_text_stays_as_written(tmp_path):
 def test_other_separators_and_encodings(tmp_path, data, note):
     """Read, and told."""
     write(tmp_path / "t.csv", data)
-    listing = read_tables(tmp_path / "t.csv")
+    listing = read_tables(ImageSource("table", tmp_path / "t.csv"))
     assert listing.samples["label"].tolist() == ["x, y", "z"]
     assert listing.samples["id"].tolist() == ["a.png", "b.png"]
     assert any(f"separated by {note}" in said for said in listing.notes) == (note is not None)
@@ -541,12 +559,12 @@ def test_the_command_for_blanks_leaves_the_table_and_writes_a_csv(tmp_path, name
     table = tmp_path / name
     table.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     with pytest.raises(SourceError, match="separated by blanks") as error:
-        read_tables(table)
+        read_tables(ImageSource("table", table))
     kept = table.read_bytes()
     subprocess.run(str(error.value).split("first line: ")[1], shell=True, check=True)
     assert table.read_bytes() == kept
     (written,) = (path for path in tmp_path.iterdir() if path != table)
-    assert read_tables(written).samples["label"].tolist() == ["1", "0"]
+    assert read_tables(ImageSource("table", written)).samples["label"].tolist() == ["1", "0"]
 
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path):
@@ -721,23 +739,25 @@ def test_what_is_excluded_by_the_name_that_is_printed(tmp_path):
         unicodedata.normalize("NFD", "é"),
         "./é/",
     ):
-        assert read_folder(tmp_path, exclude=[pattern], labelled=False).samples["id"].tolist() == [
-            "b/2.png"
-        ]
+        assert read_folder(
+            ImageSource("folder", tmp_path, exclude=[pattern]), labelled=False
+        ).samples["id"].tolist() == ["b/2.png"]
     for side in ("train", "test"):
         write(tmp_path / f"t/{side}.csv", b"id,path,label\n1,a.png,x\n2,b.png,y\n")
     assert (
         "images.exclude: 'é/2.png' matches nothing"
-        in read_folder(tmp_path, exclude=["é/2.png", "b"], labelled=False).notes
+        in read_folder(
+            ImageSource("folder", tmp_path, exclude=["é/2.png", "b"]), labelled=False
+        ).notes
     )
-    every = read_tables(tmp_path / "t/*.csv")
+    every = read_tables(ImageSource("table", tmp_path / "t/*.csv"))
     assert every.samples["id"].tolist() == [
         "test.csv/1",
         "test.csv/2",
         "train.csv/1",
         "train.csv/2",
     ]
-    fewer = read_tables(tmp_path / "t/*.csv", TableOptions(exclude=("train.csv/1",)))
+    fewer = read_tables(ImageSource("table", tmp_path / "t/*.csv", exclude=("train.csv/1",)))
     assert fewer.samples["id"].tolist() == ["test.csv/1", "test.csv/2", "train.csv/2"]
     assert fewer.found == counted(fewer) == 4
 
@@ -758,7 +778,9 @@ def test_json_tables(tmp_path):
     with pytest.raises(SourceError, match=r"t.jsonl, line 2: no JSON"):
         read_text(tmp_path, '{"path": "a.png"}\n{broken\n', "t.jsonl")
     write(tmp_path / "z.csv.gz", gzip.compress(b"path,label\na.png,x\n"))
-    assert read_tables(tmp_path / "z.csv.gz").samples["label"].tolist() == ["x"]
+    assert read_tables(ImageSource("table", tmp_path / "z.csv.gz")).samples["label"].tolist() == [
+        "x"
+    ]
 
 
 def test_coco(tmp_path):

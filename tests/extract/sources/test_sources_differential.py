@@ -24,6 +24,7 @@ from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.folder import read_folder
 from headrace.extract.sources.read import detect_source, read_source
 from headrace.extract.sources.samples import list_folder
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.tabular import read_tables
 
 MANY = settings(
@@ -77,7 +78,7 @@ def test_class_folders_as_torchvision_reads_them(tmp_path_factory, tree):
                 assume(False)  # a file of a folder's name
             place.write_bytes(b"text" if suffix in (".txt", "") else png(1))
     try:
-        samples = read_folder(root).samples
+        samples = read_folder(ImageSource("folder", root)).samples
     except SourceError as refusal:
         ours = "words for the sides of a split|this class would be missing"
         if {"train", "val", "test"} & set(tree) and re.search(ours, str(refusal)):
@@ -130,7 +131,7 @@ def test_tar_shards_as_webdataset_reads_them(tmp_path_factory, samples):
                 json.loads(sample["json"])["label"] if "json" in sample else sample["cls"].decode()
             )
             theirs[sample["__key__"]] = (unicodedata.normalize("NFC", label), sample["png"])
-    listing = read_archives(file)
+    listing = read_archives(ImageSource("archive", file))
     ours = {
         name.removeprefix("s.tar/").removesuffix(".png"): (label, read_bytes(path))
         for name, path, label in listing.samples[["id", "path", "label"]].itertuples(index=False)
@@ -174,7 +175,7 @@ def test_tables_as_pandas_reads_them_as_text(tmp_path_factory, rows, separator):
     frame.to_csv(file, index=False, sep=separator)
     theirs = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
     theirs = theirs.map(lambda value: unicodedata.normalize("NFC", value.strip()))
-    ours = read_tables(file).samples[["id", "label", "site"]].fillna("")
+    ours = read_tables(ImageSource("table", file)).samples[["id", "label", "site"]].fillna("")
     assert ours.to_numpy().tolist() == theirs.to_numpy().tolist() == [
         [unicodedata.normalize("NFC", value.strip()) for value in row] for row in frame.to_numpy()
     ]  # fmt: skip

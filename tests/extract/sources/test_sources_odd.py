@@ -26,6 +26,7 @@ from headrace.extract.sources.archive import read_archives
 from headrace.extract.sources.array import read_array
 from headrace.extract.sources.listing import Listing
 from headrace.extract.sources.read import detect_source, read_source
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.sources.tabular import read_tables
 
@@ -113,7 +114,7 @@ def test_links_and_later_members_of_one_name_count_as_tar_unpacks_them(tmp_path,
     file = pack_tar(tmp_path / "t.tar", members)
     (tmp_path / "out").mkdir()
     subprocess.run(["tar", "-xf", str(file), "-C", str(tmp_path / "out")], check=True)
-    listing = read_archives(file)
+    listing = read_archives(ImageSource("archive", file))
     assert listing.found == counted(listing) == len(members)
     read = {
         name.removeprefix("t.tar/"): read_bytes(path)
@@ -136,7 +137,7 @@ def test_links_that_lead_nowhere_or_back_to_themselves_are_left_out(tmp_path):
             ("cat/2.png", png(2)),
         ],
     )
-    listing = read_archives(file)
+    listing = read_archives(ImageSource("archive", file))
     assert list(listing.samples["id"]) == ["t.tar/cat/2.png"]
     assert {item.reason: item.count for item in listing.left_out} == {
         "links to what is not in the archive": 6,
@@ -147,7 +148,9 @@ def test_links_that_lead_nowhere_or_back_to_themselves_are_left_out(tmp_path):
 
 def test_a_long_chain_of_links_is_followed(tmp_path):
     links = [(f"{n}.png", soft(f"{n + 1}.png")) for n in range(1500)]
-    listing = read_archives(pack_tar(tmp_path / "t.tar", [*links, ("1500.png", png(1))]))
+    listing = read_archives(
+        ImageSource("archive", pack_tar(tmp_path / "t.tar", [*links, ("1500.png", png(1))]))
+    )
     assert len(listing.samples) == 1501
     assert {read_bytes(path) for path in listing.samples["path"].iloc[[0, 700, 1500]]} == {png(1)}
 
@@ -156,7 +159,10 @@ def test_an_archive_keeps_its_order_with_links_in_it(tmp_path):
     file = pack_tar(
         tmp_path / "t.tar", [("b.png", png(1)), ("a.png", soft("c.png")), ("c.png", png(2))]
     )
-    assert [name.removeprefix("t.tar/") for name in read_archives(file).samples["id"]] == [
+    assert [
+        name.removeprefix("t.tar/")
+        for name in read_archives(ImageSource("archive", file)).samples["id"]
+    ] == [
         "b.png",
         "a.png",
         "c.png",
@@ -172,7 +178,7 @@ def test_lists_of_scalars_in_json_side_files_are_cells(tmp_path):
         "key": 3,
     }
     file = pack_tar(tmp_path / "t.tar", [("1.png", png(1)), ("1.json", json.dumps(data).encode())])
-    listing = read_archives(file)
+    listing = read_archives(ImageSource("archive", file))
     row = listing.samples.iloc[0].to_dict()
     assert (row["label"], row["box"], row["key"]) == (["cat", "indoor"], [1, 2.5], 3)
     assert {"deep", "object"}.isdisjoint(row)
@@ -183,7 +189,7 @@ def test_a_side_file_that_is_no_json_object_is_no_annotation(tmp_path, damaged):
     file = pack_tar(
         tmp_path / "t.tar", [("cat/1.png", png(1)), ("cat/1.json", damaged), ("dog/2.png", png(2))]
     )
-    listing = read_archives(file)
+    listing = read_archives(ImageSource("archive", file))
     assert [str(item) for item in listing.left_out] == [
         "1 side file that is no JSON object: t.tar/cat/1.json"
     ]
@@ -198,14 +204,14 @@ def test_images_without_the_side_label_that_others_have_are_told(tmp_path):
         ("cat/2.png", png(2)),
         ("dog/3.png", png(3)),
     ]
-    listing = read_archives(pack_tar(tmp_path / "t.tar", members))
+    listing = read_archives(ImageSource("archive", pack_tar(tmp_path / "t.tar", members)))
     assert any(
         note.startswith("2 of 3 images have no label: the side files") for note in listing.notes
     )
     assert listing.found == counted(listing) == 4
     flat = [(name.rpartition("/")[2], data) for name, data in members]
-    assert not read_archives(pack_tar(tmp_path / "flat.tar", flat)).notes
-    assert not read_archives(tmp_path / "t.tar", labelled=False).notes
+    assert not read_archives(ImageSource("archive", pack_tar(tmp_path / "flat.tar", flat))).notes
+    assert not read_archives(ImageSource("archive", tmp_path / "t.tar"), labelled=False).notes
 
 
 def test_folders_that_tools_leave_are_no_classes(tmp_path):
@@ -226,7 +232,7 @@ def test_copies_that_tools_keep_beside_an_image_are_no_images(tmp_path, kind):
     names += ["dog/3.PNG", "dog/3.PNG.bak", "dog/4.jpg.1", "dog/5_original"]
     if kind == "tar":
         pack_tar(tmp_path / "t.tar", [(name, png(k)) for k, name in enumerate(names)])
-        listing = read_archives(tmp_path / "t.tar")
+        listing = read_archives(ImageSource("archive", tmp_path / "t.tar"))
     else:
         for k, name in enumerate(names):
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -258,8 +264,8 @@ def test_a_class_of_hidden_members_alone_is_refused(tmp_path, kind):
     with pytest.raises(
         SourceError, match=r"no file in the folder owl can be used.*images.exclude: \[owl\]"
     ):
-        read_archives(file)
-    listing = read_archives(file, exclude=["set/owl"])
+        read_archives(ImageSource("archive", file))
+    listing = read_archives(ImageSource("archive", file, exclude=["set/owl"]))
     assert set(listing.samples["label"]) == {"cat", "dog"}
     assert listing.found == counted(listing) == 6
 
@@ -268,9 +274,13 @@ def test_an_archive_named_with_brackets_is_itself(tmp_path):
     for name, value in (("a1.zip", 1), ("a[1].zip", 2)):
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
             archive.writestr("1.png", png(value))
-    assert list(read_archives(tmp_path / "a[1].zip").samples["id"]) == ["a[1].zip/1.png"]
+    assert list(read_archives(ImageSource("archive", tmp_path / "a[1].zip")).samples["id"]) == [
+        "a[1].zip/1.png"
+    ]
     (tmp_path / "a[1].zip").unlink()
-    assert list(read_archives(tmp_path / "a[1].zip").samples["id"]) == ["a1.zip/1.png"]
+    assert list(read_archives(ImageSource("archive", tmp_path / "a[1].zip")).samples["id"]) == [
+        "a1.zip/1.png"
+    ]
 
 
 # ---- arrays
@@ -286,7 +296,9 @@ def test_labels_of_another_shape_are_refused_in_words(tmp_path, values):
         SourceError,
         match=r"the labels have shape \(.*\) for 2 images; expected one for each: \(2,\)",
     ):
-        read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy")
+        read_array(
+            ImageSource("array", tmp_path / "x.npy", labels=tmp_path / "y.npy"), labelled=False
+        )
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 2)])
@@ -295,9 +307,15 @@ def test_labels_in_a_column_are_labels(tmp_path, shape):
     np.save(tmp_path / "y.npy", np.array([7, 8]).reshape(shape))
     if shape == (1, 2):
         with pytest.raises(SourceError, match="the labels have shape"):
-            read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy")
+            read_array(
+                ImageSource("array", tmp_path / "x.npy", labels=tmp_path / "y.npy"), labelled=False
+            )
     else:
-        assert list(read_array(tmp_path / "x.npy", labels=tmp_path / "y.npy").samples["label"]) == [
+        assert list(
+            read_array(
+                ImageSource("array", tmp_path / "x.npy", labels=tmp_path / "y.npy"), labelled=False
+            ).samples["label"]
+        ) == [
             "7",
             "8",
         ]
@@ -307,11 +325,11 @@ def test_a_data_set_without_a_shape_is_no_traceback(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["images"] = np.zeros((2, 4, 4), np.uint8)
         file["nothing"] = h5py.Empty("f4")
-    assert len(read_array(tmp_path / "x.h5").samples) == 2
+    assert len(read_array(ImageSource("array", tmp_path / "x.h5"), labelled=False).samples) == 2
     with pytest.raises(SourceError):
-        read_array(tmp_path / "x.h5", key="nothing")
+        read_array(ImageSource("array", tmp_path / "x.h5", array_key="nothing"), labelled=False)
     with pytest.raises(SourceError):
-        read_array(tmp_path / "x.h5", labels_key="nothing")
+        read_array(ImageSource("array", tmp_path / "x.h5", labels_key="nothing"), labelled=False)
 
 
 def idx(path: Path, values: np.ndarray) -> None:
@@ -335,7 +353,7 @@ def test_the_side_of_a_split_stands_anywhere_in_the_name_of_an_idx_file(tmp_path
     for name in names:
         idx(tmp_path / f"{name}-images-idx3-ubyte", np.zeros((1, 4, 4)))
         idx(tmp_path / f"{name}-labels-idx1-ubyte", np.zeros(1))
-    listing = read_array(tmp_path)
+    listing = read_array(ImageSource("array", tmp_path), labelled=False)
     if sides is not None:
         assert list(listing.samples["split"]) == sides
         assert not listing.notes
@@ -349,7 +367,7 @@ def test_several_arrays_are_told_with_the_setting_that_chooses(tmp_path):
     with pytest.raises(
         SourceError, match=r"In the recipe: images.array_key: a \(in Python: key=\)"
     ):
-        read_array(tmp_path / "x.npz")
+        read_array(ImageSource("array", tmp_path / "x.npz"), labelled=False)
 
 
 # ---- tables
@@ -365,7 +383,7 @@ def test_cells_with_line_breaks_are_told(tmp_path):
     assert read.notes == (
         't.csv: 1 cell holds line breaks, first in row 2: an unpaired quote (") joins lines',
     )
-    assert read.notes[0] in read_tables(file).notes
+    assert read.notes[0] in read_tables(ImageSource("table", file)).notes
 
 
 @pytest.mark.parametrize(
@@ -448,12 +466,14 @@ def test_bytes_are_images_where_the_first_value_is_one_and_else_text(tmp_path, s
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_paths_and_labels_stored_as_bytes_are_used(tmp_path, suffix):
     table = pa.table({"path": pa.array([b"a.jpg", b"b.jpg"]), "label": pa.array([b"cat", b"dog"])})
-    listing = read_tables(save(table, tmp_path / f"t{suffix}"))
+    listing = read_tables(ImageSource("table", save(table, tmp_path / f"t{suffix}")))
     assert [Path(path).name for path in listing.samples["path"]] == ["a.jpg", "b.jpg"]
     assert list(listing.samples["label"]) == ["cat", "dog"]
     frame = pd.DataFrame({"label": [b"cat", b"dog"], "image": [png(1), png(2)]}).set_index("label")
     frame.to_parquet(tmp_path / "indexed.parquet")
-    assert set(read_tables(tmp_path / "indexed.parquet").samples["label"]) == {"cat", "dog"}
+    assert set(
+        read_tables(ImageSource("table", tmp_path / "indexed.parquet")).samples["label"]
+    ) == {"cat", "dog"}
 
 
 def test_an_image_with_idx_in_its_name_is_an_image(tmp_path):

@@ -18,7 +18,8 @@ from headrace.cache.errors import CacheError, HeadraceError
 from headrace.cache.exchange.export import export_npy, export_parquet
 from headrace.cache.feature_set import open_feature_set
 from headrace.cache.integrity.garbage import STALE_S, remove_temporaries
-from headrace.extract.sources.read import ImageSource, detect_source, read_source
+from headrace.extract.sources.read import detect_source, read_source
+from headrace.extract.sources.source import ImageSource
 from headrace.extract.spec import weights_path
 from headrace.pipelines.cli.demo import write_demo
 from headrace.pipelines.cli.init import _check_out, write_recipe
