@@ -204,7 +204,7 @@ def value_text(annotation: Any) -> str:
     inner = [part for part in typing.get_args(annotation) if part is not type(None)]
     if inner:
         if typing.get_origin(annotation) is typing.Literal:
-            return " \\| ".join(map(str, inner))
+            return "one of " + ", ".join(map(str, inner))
         return value_text(inner[0]) + (
             ", repeated" if typing.get_origin(annotation) in (list, tuple) else ""
         )

@@ -5,6 +5,7 @@ All thresholds are here. Errors are shares of images: 0.01 is one point.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -142,34 +143,27 @@ def decide(evidence: Evidence) -> Advice:
         f"The best head errs on {percent(evidence.error)} of "
         f"{count_text(evidence.images, 'image')}."
     ]
+    advise = partial(_advice, evidence, reasons)
     if evidence.images < THIN_ROWS or not evidence.gain:
-        sentence = "Too few images to say what would help."
-        return _advice(evidence, reasons, "abstain", sentence, _thin(evidence))
+        return advise("abstain", "Too few images to say what would help.", _thin(evidence))
     # The largest of several gains is easily luck, so each must be sure by itself.
     better_pilots = [pilot for pilot in evidence.pilots if pilot.gain.above(0) >= 0.95]
     if better_pilots:
         best_pilot = max(better_pilots, key=lambda pilot: pilot.gain.value)
-        action: Action = "scratch" if best_pilot.scratch else "fine-tune"
-        sentence = (
-            "Train from scratch." if best_pilot.scratch else f"Fine-tune {_above(best_pilot.tap)}."
-        )
         pilot_text = _pilot_text(best_pilot)
-        return _advice(evidence, reasons, action, sentence, pilot_text, tap=best_pilot.tap)
+        if best_pilot.scratch:
+            return advise("scratch", "Train from scratch.", pilot_text, tap=best_pilot.tap)
+        sentence = f"Fine-tune {_above(best_pilot.tap)}."
+        return advise("fine-tune", sentence, pilot_text, tap=best_pilot.tap)
     reasons += [_pilot_text(pilot) for pilot in evidence.pilots]
     if (starved_class := _starved(evidence)) is not None:
         sentence = (
             f"Collect about {count_text(_round(starved_class.needed.value), 'more image')} of "
             f"class {starved_class.name}."
         )
-        return _advice(
-            evidence,
-            reasons,
-            "collect",
-            sentence,
-            *_starved_text(starved_class),
-            class_name=starved_class.name,
-            more=starved_class.needed,
-        )
+        details = _starved_text(starved_class)
+        name, needed = starved_class.name, starved_class.needed
+        return advise("collect", sentence, *details, class_name=name, more=needed)
     reasons.append(_curve_text(evidence))
     gain_probability = evidence.gain[2].above(MATERIAL_GAIN)
     few_images = evidence.per_class_images < FINE_TUNE_ROWS
@@ -189,60 +183,48 @@ def decide(evidence: Evidence) -> Advice:
                 "images per class to train deeper: a fine-tuning pilot may bring as much, without "
                 "new images."
             )
-        return _advice(evidence, reasons, "collect", sentence, more=more_images)
+        return advise("collect", sentence, more=more_images)
     if gain_probability > 1 - SURE_PROBABILITY and not few_images:
         sentence = (
             "The learning curve cannot tell whether more images would help, or training deeper."
         )
-        return _advice(evidence, reasons, "abstain", sentence, _unclear(evidence))
+        return advise("abstain", sentence, _unclear(evidence))
     return _flat(evidence, reasons)
 
 
 def _flat(evidence: Evidence, reasons: list[str]) -> Advice:
     """Return the advice for a flat curve: labels are noisy, or the features are at fault."""
+    advise = partial(_advice, evidence, reasons)
     if evidence.error.above(2 * MATERIAL_GAIN) < 1 - SURE_PROBABILITY:
-        return _advice(evidence, reasons, "head", "Train a head; little is left to gain.")
+        return advise("head", "Train a head; little is left to gain.")
     if evidence.surest is None:
-        return _advice(
-            evidence,
-            reasons,
+        return advise(
             "abstain",
             "The curve is flat, and the reason is not known.",
             "Whether the errors are label noise is measured for single-label tasks only; a short "
             "fine-tuning pilot would tell.",
         )
     beyond_noise = _error_beyond_noise(evidence)
-    reasons = [*reasons, _noise_text(evidence.surest)]
+    reasons.append(_noise_text(evidence.surest))
     if beyond_noise.above(0) < 1 - SURE_PROBABILITY:
-        return _advice(
-            evidence,
-            reasons,
+        return advise(
             "head",
             "Train a head; nothing on these labels will do much better.",
             "Label noise, then, or images that do not show the class: look at the labels of the "
             "surest errors.",
         )
     if evidence.pilots:
-        return _advice(
-            evidence,
-            reasons,
-            "head",
-            "Train a head; training deeper did not pay.",
-            "Training deeper was tried and was no better.",
-        )
+        reason = "Training deeper was tried and was no better."
+        return advise("head", "Train a head; training deeper did not pay.", reason)
     if evidence.classes and evidence.per_class_images < FINE_TUNE_ROWS:
-        return _advice(
-            evidence,
-            reasons,
+        return advise(
             "head",
             "Train a head.",
             f"With {evidence.per_class_images:,.0f} images per class, training deeper rarely pays "
             f"(from about {FINE_TUNE_ROWS} on it may).",
         )
     if beyond_noise.above(0) < SURE_PROBABILITY:
-        return _advice(
-            evidence,
-            reasons,
+        return advise(
             "abstain",
             "The evidence does not tell noise from a lack of depth.",
             "How much of the error is label noise is too uncertain; a short fine-tuning pilot "
@@ -255,23 +237,21 @@ def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
     """Return the advice how deep to train, when there are enough images, a flat curve, and errors
     that are not label noise.
     """
+    advise = partial(_advice, evidence, reasons)
     if len(evidence.taps) < 2:
-        return _advice(
-            evidence,
-            reasons,
+        return advise(
             "abstain",
             "Training deeper may pay; how deep is not known.",
             "No two taps were tried alone, so how deep is not known: add `inputs: [each]` to some "
             "heads.",
         )
-    reasons = [*reasons, *_depth_text(evidence)]
+    reasons += _depth_text(evidence)
     tap_names = [tap.name for tap in evidence.taps]
     best_index = min(range(len(tap_names)), key=lambda index: evidence.taps[index].error.value)
     images_are_far = is_far(evidence)
     if images_are_far and best_index < len(tap_names) / 2:
         if evidence.per_class_images >= SCRATCH_ROWS:
-            sentence = "Train from scratch, or everything from the pretrained start."
-            return _advice(evidence, reasons, "scratch", sentence)
+            return advise("scratch", "Train from scratch, or everything from the pretrained start.")
         reasons.append(
             f"Fewer than {SCRATCH_ROWS} images per class: a random start would have too little."
         )
@@ -279,8 +259,7 @@ def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
     else:
         # Near images: above the tap before the best, so that the best tap's layers are trained too.
         train_above = tap_names[best_index] if images_are_far else tap_names[max(best_index - 1, 0)]
-    sentence = f"Fine-tune {_above(train_above)}."
-    return _advice(evidence, reasons, "fine-tune", sentence, tap=train_above)
+    return advise("fine-tune", f"Fine-tune {_above(train_above)}.", tap=train_above)
 
 
 def _error_beyond_noise(evidence: Evidence) -> Estimate:
@@ -323,11 +302,11 @@ def _advice(
     *more_reasons: str,
     **fields: Any,
 ) -> Advice:
-    reasons = [*reasons, *more_reasons]
     # The distance to another run is only reported. The errors of taps show whether it matters.
-    if evidence.reference:
-        reasons.append(reference_text(evidence.reference))
-    return Advice(action, sentence, tuple(reasons), evidence=evidence, **fields)
+    distance = (reference_text(evidence.reference),) if evidence.reference else ()
+    return Advice(
+        action, sentence, (*reasons, *more_reasons, *distance), evidence=evidence, **fields
+    )
 
 
 def _round(count: float) -> int:

@@ -94,13 +94,17 @@ def distance_ratio(features: Array, reference: Array) -> Estimate:
     """Return the median distance of rows (N, D) to the nearest reference row (M, D), divided by
     that of reference rows to the nearest other one.
     """
+    from sklearn.metrics.pairwise import euclidean_distances
+
     mean, deviation = reference.mean(0), reference.std(0)
     deviation = np.where(deviation > 0, deviation, 1)
     features, reference = (
         ((rows - mean) / deviation).astype(np.float64) for rows in (features, reference)
     )
-    to_reference = _nearest_distances(features, reference, exclude_self=False)
-    among_reference = _nearest_distances(reference, reference, exclude_self=True)
+    to_reference = euclidean_distances(features, reference).min(1)
+    distances = euclidean_distances(reference)
+    np.fill_diagonal(distances, np.inf)  # a row is not its own neighbour
+    among_reference = distances.min(1)
     generator = np.random.default_rng(0)
     # The distances are resampled, not the images, whose nearest neighbours would change.
     draws = [
@@ -128,17 +132,3 @@ def reference_text(evidence: Sequence[ReferenceEvidence]) -> str:
 def _median_ratio(to_reference: Doubles, among_reference: Doubles) -> float:
     # The floor is for reference images that are all copies of each other.
     return float(np.median(to_reference) / max(float(np.median(among_reference)), 1e-12))
-
-
-def _nearest_distances(features: Doubles, reference: Doubles, *, exclude_self: bool) -> Doubles:
-    """Return the distance (N,) of each row to the nearest reference row.
-
-    exclude_self: features and reference are the same rows; a row is not its own neighbour.
-    """
-    # Round-off can make the square of a very short distance negative, hence the maximum below.
-    squares = (
-        (features**2).sum(1)[:, None] + (reference**2).sum(1)[None] - 2 * features @ reference.T
-    )
-    if exclude_self:
-        np.fill_diagonal(squares, np.inf)
-    return np.asarray(np.sqrt(np.maximum(squares.min(1), 0)))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from headrace.cache.count_text import count_text
 from headrace.pipelines.cli.completion import complete_runs
-from headrace.pipelines.cli.options import JsonOption, QuietOption, progress_console
+from headrace.pipelines.cli.options import JsonOption, QuietOption, print_json, progress_console
 from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def advise_command(
         run, reference=reference, console=progress_console(quiet=quiet), workers=workers
     )
     if json_output:
-        from headrace.pipelines.cli.json_output import AdviceOutput, print_json
-
-        print_json(AdviceOutput(**advice_summary(advice)))
+        print_json("advise", **advice_summary(advice))
     else:
         show_advice(make_console(), advice)
 

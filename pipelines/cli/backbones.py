@@ -12,7 +12,7 @@ from rich.table import Table
 
 from headrace.cache.count_text import count_text
 from headrace.pipelines.cli.completion import complete_backbones
-from headrace.pipelines.cli.options import JsonOption, flag
+from headrace.pipelines.cli.options import JsonOption, flag, print_json
 from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
@@ -146,27 +146,17 @@ def _print_json(
     weights: "list[PublishedWeights]",
     images_per_s: float | None,
 ) -> None:
-    from headrace.pipelines.cli.json_output import (
-        BackboneOutput,
-        BackbonesOutput,
-        TapOutput,
-        WeightsOutput,
-        print_json,
-    )
-
-    backbone = None
-    if backbone_info is not None:
-        backbone = BackboneOutput(
-            name=backbone_info.name,
-            parameters=backbone_info.parameters,
-            multiply_adds=backbone_info.multiply_adds,
-            images_per_s=images_per_s,
-            preprocessing=json.loads(backbone_info.preprocessing),
-            weights=tuple(map(WeightsOutput.model_validate, weights)),
-            auto=tuple(map(str, backbone_info.auto)),
-            taps=tuple(map(TapOutput.model_validate, backbone_info.taps)),
-        )
-    print_json(BackbonesOutput(names=tuple(names), backbone=backbone))
+    backbone = backbone_info and {
+        "name": backbone_info.name,
+        "parameters": backbone_info.parameters,
+        "multiply_adds": backbone_info.multiply_adds,
+        "images_per_s": images_per_s,
+        "preprocessing": json.loads(backbone_info.preprocessing),
+        "weights": weights,
+        "auto": tuple(map(str, backbone_info.auto)),
+        "taps": backbone_info.taps,
+    }
+    print_json("backbones", names=names, backbone=backbone)
 
 
 def _show(

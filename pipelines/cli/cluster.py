@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.pipelines.cli.options import JsonOption
+from headrace.pipelines.cli.options import JsonOption, print_json
 from headrace.pipelines.console import make_console
 
 app = typer.Typer(
@@ -47,15 +47,12 @@ def tls_command(
     )
     settings_path = write_settings(tls_folder)
     if json_output:
-        from headrace.pipelines.cli.json_output import TlsOutput, print_json
-
         print_json(
-            TlsOutput(
-                folder=str(tls_folder),
-                certificate=str(tls_folder / CERTIFICATE),
-                key=str(tls_folder / KEY),
-                settings=str(settings_path),
-            )
+            "cluster tls",
+            folder=tls_folder,
+            certificate=tls_folder / CERTIFICATE,
+            key=tls_folder / KEY,
+            settings=settings_path,
         )
         return
     # Dask reads the settings of its own file, in schedulers and workers that people start.

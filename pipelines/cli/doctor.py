@@ -14,7 +14,7 @@ import typer
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.home import expand_home
-from headrace.pipelines.cli.options import JsonOption
+from headrace.pipelines.cli.options import JsonOption, print_json
 from headrace.pipelines.console import make_console
 from headrace.pipelines.doctor.disk import check_disk, check_hdf5, check_locking
 from headrace.pipelines.doctor.finding import Finding
@@ -92,11 +92,9 @@ def doctor_command(
     findings = examine(_folder(folder, recipe), recipe)
     version = importlib.metadata.version("headrace")
     if json_output:
-        from headrace.pipelines.cli.json_output import DoctorOutput, FindingOutput, print_json
-
-        outputs = tuple(map(FindingOutput.model_validate, findings))
-        print_json(DoctorOutput(version=version, platform=platform.platform(), findings=outputs))
-        raise typer.Exit(any(finding.state == "fail" for finding in outputs))
+        all_findings = tuple(findings)
+        print_json("doctor", version=version, platform=platform.platform(), findings=all_findings)
+        raise typer.Exit(any(finding.state == "fail" for finding in all_findings))
     console = make_console()
     marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
     # Findings are printed as they come: the slowest takes seconds.

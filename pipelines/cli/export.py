@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.pipelines.cli.options import JsonOption, flag
+from headrace.pipelines.cli.options import JsonOption, flag, print_json
 from headrace.pipelines.cli.predict import ModelArgument, TrustOption
 from headrace.pipelines.console import make_console
 
@@ -56,15 +56,12 @@ def export_command(
     ]
     exported = export_model(loaded_model, out, format_names, force=force)
     if json_output:
-        from headrace.pipelines.cli.json_output import ExportOutput, print_json
-
         print_json(
-            ExportOutput(
-                out=str(out.absolute()),
-                card=str(out.absolute() / "MODEL_CARD.md"),
-                differences=dict(exported.differences),
-                tolerance=exported.tolerance,
-            )
+            "export",
+            out=out.absolute(),
+            card=out.absolute() / "MODEL_CARD.md",
+            differences=exported.differences,
+            tolerance=exported.tolerance,
         )
         return
     console = make_console()

@@ -1,8 +1,7 @@
 """`headrace extract`: features of images, for other programs or later runs."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,12 +11,12 @@ from headrace.pipelines.cli.options import (
     ExcludeOption,
     ExtractionSetOption,
     JsonOption,
-    ProgressFormat,
     ProgressOption,
     QuietOption,
     StrictOption,
     VerboseOption,
     WorkersOption,
+    print_json,
     progress_console,
     resumable,
 )
@@ -27,13 +26,7 @@ if TYPE_CHECKING:
     from headrace.pipelines.recipe.load import Recipe
 
 
-class FeatureDtype(StrEnum):
-    """Values of `headrace extract --dtype`."""
-
-    float16 = "float16"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    uint8 = "uint8"
+FeatureDtype = Literal["float16", "float32", "bfloat16", "uint8"]
 
 
 def extract_command(
@@ -80,7 +73,7 @@ def extract_command(
     cluster: ClusterOption = None,
     exclude: ExcludeOption = None,
     settings: ExtractionSetOption = None,
-    progress: ProgressOption = ProgressFormat.auto,
+    progress: ProgressOption = "auto",
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     json_output: JsonOption = False,
@@ -108,8 +101,7 @@ def extract_command(
         recipe = on_cluster(recipe, cluster)
     if strict:
         recipe = strictly(recipe)
-    from headrace.pipelines.cli.json_output import print_json
-    from headrace.pipelines.cli.run_json import extract_output, plan_output
+    from headrace.pipelines.cli.run_json import extract_fields, plan_fields
     from headrace.pipelines.cli.show import show_extraction, show_features, show_notes
     from headrace.pipelines.cluster.survive_hangup import outlive_terminal
     from headrace.pipelines.planning.extraction import read_extraction
@@ -121,11 +113,11 @@ def extract_command(
     with resumable():
         if dry_run:
             extraction = read_extraction(recipe, write=False, console=progress_output)
-            plan, notes, out = extraction.plan, extraction.notes, recipe.paths.root
+            plan, notes = extraction.plan, extraction.notes
             if json_output:
                 # Before the object: an error is printed as an object, too, and would be a second.
                 check_space(plan, recipe.cache, recipe.storage.budget_gb)
-                print_json(plan_output(plan, None, notes, cache=recipe.cache, out=out))
+                print_json("extract --dry-run", **plan_fields(recipe, plan, None, notes))
             else:
                 show_notes(console, notes)
                 show_features(console, plan, recipe.cache)
@@ -134,7 +126,7 @@ def extract_command(
             outlive_terminal(recipe.paths.terminal)
             result = extract_recipe(recipe, console=progress_output, workers=workers)
             if json_output:
-                print_json(extract_output(result))
+                print_json("extract", **extract_fields(result))
             else:
                 show_extraction(console, result)
 
@@ -182,5 +174,5 @@ def _recipe(
     if cache is not None:
         values["cache"] = cache
     if dtype is not None:
-        values["storage"] = {**values.get("storage", {}), "dtype": dtype.value}
+        values["storage"] = {**values.get("storage", {}), "dtype": dtype}
     return check_recipe(values, Path.cwd())

@@ -5,7 +5,7 @@ import re
 
 import typer
 
-from headrace.pipelines.cli.json_output import ErrorDetail, ErrorOutput, print_json
+from headrace.pipelines.cli.json_output import ErrorDetail, ErrorOutput, print_output
 
 _PROGRAMS = "headrace|pip install|rm|cp|mv|export|tar|unzip|python|gunzip|djxl|ffmpeg"
 # A command in a message is in back-quotes, or follows a colon, up to the end of the sentence.
@@ -46,7 +46,7 @@ def print_error(kind: str, message: str, exit_status: int) -> None:
     """Print the error as one object."""
     # The standard output may be closed. The message is printed on the standard error in any case.
     with contextlib.suppress(OSError):
-        print_json(error_output(kind, message, exit_status))
+        print_output(error_output(kind, message, exit_status))
 
 
 def print_exit(end: SystemExit) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+from pydantic import AliasPath, Field
 
 from headrace.pipelines.console import utf8_stdout, valid_text
 
@@ -23,6 +24,8 @@ def _as_text(value: Any) -> Any:
     return valid_text(str(value)) if isinstance(value, str | Path) else value
 
 
+# The length of a sequence.
+Length = Annotated[int, pydantic.BeforeValidator(lambda value: len(value))]
 # JSON has no NaN, and other programs stop at it.
 Number = Annotated[float | None, pydantic.BeforeValidator(_null_for_nan)]
 # Names of files may have bytes that are no UTF-8, which JSON cannot hold.
@@ -36,7 +39,7 @@ class JsonOutput(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, from_attributes=True)
 
 
-def print_json(output: JsonOutput) -> None:
+def print_output(output: JsonOutput) -> None:
     """Print the object on the standard output, where a command with --json prints nothing else."""
     # JSON is UTF-8 by its standard, whatever the locale.
     with utf8_stdout() as stream:
@@ -104,8 +107,8 @@ class PlannedFeatures(JsonOutput):
 
     name: Text
     shape: tuple[int, ...]  # of one image's row
-    images: int
-    images_cached: int
+    images: int = Field(validation_alias="rows_total")
+    images_cached: int = Field(validation_alias="rows_cached")
     bytes_new: int
 
 
@@ -113,8 +116,8 @@ class PlannedHeads(JsonOutput):
     """Heads of one kind on the same inputs."""
 
     inputs: tuple[Text, ...]
-    kind: str
-    settings: int
+    kind: str = Field(validation_alias=AliasPath("specs", 0, "kind"))
+    settings: Length = Field(validation_alias="specs")
 
 
 class PlanOutput(JsonOutput):
@@ -166,6 +169,7 @@ class Setting(JsonOutput):
 class ExpectedScore(Interval):
     """The winner's expected score on new images, corrected for its choice as the best of many."""
 
+    value: Number = Field(validation_alias="expected")
     tried: int
     statistically_tied: int
 
@@ -173,12 +177,12 @@ class ExpectedScore(Interval):
 class EnsembleOutput(Interval):
     """An ensemble: heads whose predictions are averaged."""
 
-    members: int
+    members: Length
     gain: Number
     gain_low: Number
     gain_high: Number
     level: float  # of the gain's interval
-    is_selected: bool
+    is_selected: bool = Field(validation_alias="chosen")
 
 
 class TestScore(Interval):
@@ -186,7 +190,8 @@ class TestScore(Interval):
 
     images: int
     units: int | None  # that were scored, each by its images; null: images were
-    evaluations: int  # of different winners on this test split, so far
+    # of different winners on this test split, so far
+    evaluations: int = Field(validation_alias="n_evaluations")
     metrics: Mapping[str, Number]
 
 

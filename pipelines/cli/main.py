@@ -13,9 +13,8 @@ import os
 import shlex
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -35,7 +34,6 @@ from headrace.pipelines.cli.options import (
     DryRunOption,
     ExcludeOption,
     JsonOption,
-    ProgressFormat,
     ProgressOption,
     QuietOption,
     SetOption,
@@ -43,6 +41,7 @@ from headrace.pipelines.cli.options import (
     VerboseOption,
     WorkersOption,
     flag,
+    print_json,
     progress_console,
     resumable,
 )
@@ -86,14 +85,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-class FolderLayout(StrEnum):
-    """Values of `headrace init --layout`."""
-
-    auto = "auto"
-    classes = "classes"
-    sides = "split"  # not called `split`, which would hide the method str.split
 
 
 @app.command()
@@ -145,12 +136,12 @@ def init(
     ),
     force: Annotated[bool, flag("--force", help="Overwrite a recipe that is there.")] = False,
     layout: Annotated[
-        FolderLayout,
+        Literal["auto", "classes", "split"],
         typer.Option(
             help="What the outer folders are: classes, or the sides of a split with the classes "
             "in them."
         ),
-    ] = FolderLayout.auto,
+    ] = "auto",
     exclude: ExcludeOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -160,15 +151,9 @@ def init(
     """
     from headrace.pipelines.cli.init import write_recipe
 
-    finding = write_recipe(
-        source, out, force=force, layout=layout.value, exclude=tuple(exclude or ())
-    )
+    finding = write_recipe(source, out, force=force, layout=layout, exclude=tuple(exclude or ()))
     if json_output:
-        from headrace.pipelines.cli.json_output import InitOutput, print_json
-
-        print_json(
-            InitOutput(recipe=str(out.absolute()), found=finding.sentence, notes=finding.notes)
-        )
+        print_json("init", recipe=out.absolute(), found=finding.sentence, notes=finding.notes)
         return
     console = make_console()
     for note in finding.notes:
@@ -198,7 +183,7 @@ def run(
     ] = False,
     cluster: ClusterOption = None,
     settings: SetOption = None,
-    progress: ProgressOption = ProgressFormat.auto,
+    progress: ProgressOption = "auto",
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     json_output: JsonOption = False,
@@ -315,8 +300,7 @@ def _load(recipe_path: Path, settings: tuple[str, ...] = ()) -> "Recipe":
 def _print_plan(
     recipe: "Recipe", progress: Console, next_command: str, *, retry_failed: bool, json_output: bool
 ) -> None:
-    from headrace.pipelines.cli.json_output import print_json
-    from headrace.pipelines.cli.run_json import plan_output
+    from headrace.pipelines.cli.run_json import plan_fields
     from headrace.pipelines.cli.show import show_images, show_plan
     from headrace.pipelines.planning.plan import check_space
     from headrace.pipelines.planning.run_state import read_run_state
@@ -325,8 +309,8 @@ def _print_plan(
     if json_output:
         # Before the object: an error is printed as an object, too, and would be a second.
         check_space(state.plan, recipe.cache, recipe.storage.budget_gb)
-        cache, out = recipe.cache, recipe.paths.root
-        print_json(plan_output(state.plan, state.accounting, state.notes, cache=cache, out=out))
+        fields = plan_fields(recipe, state.plan, state.accounting, state.notes)
+        print_json("run --dry-run", **fields)
         return
     console = make_console()
     show_images(console, state.accounting, state.notes)
@@ -345,8 +329,7 @@ def _train(
     reference: str | None = None,
     json_output: bool = False,
 ) -> None:
-    from headrace.pipelines.cli.json_output import print_json
-    from headrace.pipelines.cli.run_json import run_output
+    from headrace.pipelines.cli.run_json import run_fields
     from headrace.pipelines.cli.show import show_files, show_result
     from headrace.pipelines.cluster.survive_hangup import outlive_terminal
     from headrace.pipelines.run import run_recipe
@@ -354,7 +337,7 @@ def _train(
     outlive_terminal(recipe.paths.terminal)
     result = run_recipe(recipe, console=progress, workers=workers, retry_failed=retry_failed)
     if json_output:
-        print_json(run_output(result))
+        print_json("run", **run_fields(result))
     else:
         console = make_console()
         show_result(console, result, reference=reference)

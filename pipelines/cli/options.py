@@ -2,8 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -103,13 +102,8 @@ ExtractionSetOption = Annotated[
 ]
 
 
-class ProgressFormat(StrEnum):
-    """Values of --progress: the form of progress on the standard error."""
-
-    auto = "auto"
-    json = "json"
-
-
+# The form of progress on the standard error.
+ProgressFormat = Literal["auto", "json"]
 ProgressOption = Annotated[
     ProgressFormat,
     typer.Option(
@@ -120,18 +114,22 @@ ProgressOption = Annotated[
 
 
 def progress_console(
-    *,
-    quiet: bool = False,
-    verbose: bool = False,
-    progress_format: ProgressFormat = ProgressFormat.auto,
+    *, quiet: bool = False, verbose: bool = False, progress_format: ProgressFormat = "auto"
 ) -> Console:
     """Return the console for progress, on the standard error."""
-    return make_console(
-        stderr=True,
-        quiet=quiet,
-        verbose=verbose,
-        json_progress=progress_format is ProgressFormat.json,
-    )
+    json_progress = progress_format == "json"
+    return make_console(stderr=True, quiet=quiet, verbose=verbose, json_progress=json_progress)
+
+
+def print_json(command: str, **fields: Any) -> None:
+    """Print a command's object on the standard output, where it prints nothing else with --json.
+
+    command: as in `OUTPUTS`. fields: of its object; for an object in it, headrace's own will do.
+    """
+    # Imported where it is needed, for pydantic takes a while.
+    from headrace.pipelines.cli.json_output import OUTPUTS, print_output
+
+    print_output(OUTPUTS[command].model_validate(fields))
 
 
 @contextlib.contextmanager

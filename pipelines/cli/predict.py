@@ -1,9 +1,8 @@
 """`headrace predict`: a table of predictions for new images."""
 
 import dataclasses
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,11 +12,11 @@ from headrace.pipelines.cli.completion import complete_runs
 from headrace.pipelines.cli.options import (
     ExcludeOption,
     JsonOption,
-    ProgressFormat,
     ProgressOption,
     QuietOption,
     WorkersOption,
     flag,
+    print_json,
     progress_console,
     resumable,
 )
@@ -35,14 +34,7 @@ if TYPE_CHECKING:
     from headrace.pipelines.predict.units import UnitNames
 
 
-class TableFormat(StrEnum):
-    """Formats of the table of `headrace predict`."""
-
-    csv = "csv"
-    parquet = "parquet"
-    jsonl = "jsonl"
-
-
+TableFormat = Literal["csv", "parquet", "jsonl"]
 ModelArgument = Annotated[
     Path,
     typer.Argument(
@@ -137,7 +129,7 @@ def predict_command(
         bool, flag("--update-cache", help="Keep the features of images that the cache lacks.")
     ] = False,
     trust_code: TrustOption = None,
-    progress: ProgressOption = ProgressFormat.auto,
+    progress: ProgressOption = "auto",
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -234,16 +226,13 @@ def predict_command(
     units_table = None if unit_names is None else units_path(Path(out))
     weights_table = weights_path(Path(out)) if loaded_model.takes_units else None
     if json_output:
-        from headrace.pipelines.cli.json_output import PredictOutput, print_json
-
         print_json(
-            PredictOutput(
-                out=str(Path(out).absolute()),
-                units=None if units_table is None else str(units_table.absolute()),
-                weights=None if weights_table is None else str(weights_table.absolute()),
-                notes=notes,
-                **dataclasses.asdict(summary),
-            )
+            "predict",
+            out=Path(out).absolute(),
+            units=units_table and units_table.absolute(),
+            weights=weights_table and weights_table.absolute(),
+            notes=notes,
+            **vars(summary),
         )
     else:
         console.print(_summary_text(summary, out, units_table, weights_table), soft_wrap=True)
@@ -384,11 +373,11 @@ def _table_format(out: str, format_option: TableFormat | None) -> str:
     from headrace.pipelines.predict.tables import FORMATS
 
     if out == "-":
-        if format_option is TableFormat.parquet:
+        if format_option == "parquet":
             raise InvalidInput(
                 "Parquet is no text for a screen: give a file with --out, or --format csv or jsonl"
             )
-        return format_option.value if format_option else "csv"
+        return format_option or "csv"
     suffix = Path(out).suffix.lower()
     if format_option is None and suffix not in FORMATS:
         raise InvalidInput(
@@ -399,4 +388,4 @@ def _table_format(out: str, format_option: TableFormat | None) -> str:
             f"--out {out} is a folder; expected the name of a file, such as "
             f"{out.rstrip('/')}/predictions.csv"
         )
-    return format_option.value if format_option else FORMATS[suffix]
+    return format_option or FORMATS[suffix]

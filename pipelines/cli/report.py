@@ -7,7 +7,7 @@ import typer
 
 from headrace.cache.count_text import count_text
 from headrace.pipelines.cli.completion import complete_runs
-from headrace.pipelines.cli.options import JsonOption, flag
+from headrace.pipelines.cli.options import JsonOption, flag, print_json
 from headrace.pipelines.cli.predict import TrustOption
 from headrace.pipelines.console import make_console
 
@@ -74,9 +74,7 @@ def report_command(
             runs[0], out, tables=tables, watts=watts, pictures=pictures, trust_code=trusted
         )
     if json_output:
-        from headrace.pipelines.cli.json_output import ReportOutput, print_json
-
-        print_json(ReportOutput.model_validate(report))
+        print_json("report", **vars(report))
         return
     lines = [
         f"Wrote {report.page} ({bytes_text(report.bytes)}). Open it in a browser; it needs nothing "

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.cache.count_text import count_text
-from headrace.pipelines.cli.json_output import DriverOutput, DriverState, StatusOutput, print_json
+from headrace.pipelines.cli.json_output import DriverOutput, DriverState
+from headrace.pipelines.cli.options import print_json
 from headrace.pipelines.cluster.progress import rate_and_left
 from headrace.pipelines.cluster.task_leases import driver_lives
 from headrace.pipelines.cluster.task_log import read_log
@@ -103,7 +104,7 @@ def _driver_status(events: Iterable[Mapping[str, Any]], driver: str) -> DriverOu
 def print_status_json(run: Path) -> None:
     """Print the drivers of a run, the latest last, as one JSON object. Raises InvalidInput."""
     root = find_run(run).root
-    print_json(StatusOutput(out=str(root), drivers=tuple(run_status(root))))
+    print_json("status", out=root, drivers=run_status(root))
 
 
 def show_status(console: Console, run: Path) -> None:

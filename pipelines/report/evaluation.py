@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.heads.data.task import REFIT
@@ -14,7 +13,7 @@ from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.outcome import outcome_blocks
-from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
+from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table, make_table
 from headrace.pipelines.report.selected_model import SelectedModel, TestPredictions
 
 
@@ -84,24 +83,15 @@ def _metric_table(run: FinishedRun, selected: SelectedModel, test: Mapping[str, 
         # Its validation score is of all folds together, so that it has no error over folds.
         spread = None
         hint = "on validation images that had no part in picking its heads, all folds together"
-    frame = pd.DataFrame(
-        {
-            "metric": [metric_title(name) for name in means],
-            "validation": list(means.values()),
-            "spread": spread,
-            "test": [test[name] for name in means],
-        }
-    )
-    columns = [
-        Column("metric", "metric"),
-        Column("validation", "validation", "number", hint),
-        Column("spread", "± s.e.", "number", "standard error of the mean over the folds"),
-        Column("test", "test", "number"),
-    ]
-    if spread is None:
-        del columns[2]
-    caption = f"Every metric of {selected.name}"
-    return Table("metrics", caption, tuple(columns), frame, sortable=False)
+    columns: dict[Column, Any] = {
+        Column("metric", "metric"): [metric_title(name) for name in means],
+        Column("validation", "validation", "number", hint): list(means.values()),
+    }
+    if spread is not None:
+        hint = "standard error of the mean over the folds"
+        columns[Column("spread", "± s.e.", "number", hint)] = spread
+    columns[Column("test", "test", "number")] = [test[name] for name in means]
+    return make_table("metrics", f"Every metric of {selected.name}", columns, sortable=False)
 
 
 def _evaluation_count(run: FinishedRun, evaluation: Any, selected: SelectedModel) -> Note:
@@ -129,37 +119,25 @@ def _evaluation_count(run: FinishedRun, evaluation: Any, selected: SelectedModel
 def _evaluations_table(run: FinishedRun) -> Table | None:
     if not run.test_evaluations:
         return None
-    rows = []
-    for evaluation in run.test_evaluations:
-        winner, result = evaluation["winner"], evaluation["result"]
-        # An ensemble's record names its members instead of one spec.
-        if "ensemble" in winner:
-            model_text = f"an ensemble of {len(winner['ensemble'])} members"
-        else:
-            spec = model_spec(winner["spec"])
-            model_text = f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"
-        rows.append(
-            {
-                "evaluated": utc_text(evaluation.get("evaluated", "")),
-                "shown": model_text,
-                "metric": metric_title(result["metric"]),
-                **{name: result[name] for name in ("value", "low", "high", "images")},
-            }
-        )
-    columns = (
-        Column("evaluated", "evaluated"),
-        Column("shown", "what was shown it"),
-        Column("metric", "metric"),
-        Column("value", "value", "number"),
-        Column("low", "95 % from", "number"),
-        Column("high", "to", "number"),
-        Column("images", "images", "count"),
-    )
-    return Table(
-        "test-evaluations",
-        "Every evaluation of the test split, oldest first",
-        columns,
-        pd.DataFrame(rows),
-        sortable=False,
-        wide=True,
-    )
+    evaluations = run.test_evaluations
+    dates = [utc_text(evaluation.get("evaluated", "")) for evaluation in evaluations]
+    results = [evaluation["result"] for evaluation in evaluations]
+    columns = {
+        Column("evaluated", "evaluated"): dates,
+        Column("shown", "what was shown it"): [_shown_text(one["winner"]) for one in evaluations],
+        Column("metric", "metric"): [metric_title(result["metric"]) for result in results],
+        Column("value", "value", "number"): [result["value"] for result in results],
+        Column("low", "95 % from", "number"): [result["low"] for result in results],
+        Column("high", "to", "number"): [result["high"] for result in results],
+        Column("images", "images", "count"): [result["images"] for result in results],
+    }
+    caption = "Every evaluation of the test split, oldest first"
+    return make_table("test-evaluations", caption, columns, sortable=False, wide=True)
+
+
+def _shown_text(winner: Mapping[str, Any]) -> str:
+    # An ensemble's record names its members instead of one spec.
+    if "ensemble" in winner:
+        return f"an ensemble of {len(winner['ensemble'])} members"
+    spec = model_spec(winner["spec"])
+    return f"{spec.kind} {settings_text(spec)} on {' + '.join(winner['inputs'])}"

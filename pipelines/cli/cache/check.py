@@ -17,13 +17,13 @@ from headrace.heads.arrays import Floats
 from headrace.pipelines.cli.cache.find import (
     DEFAULT_CACHE,
     CacheOption,
+    OptionalNameArgument,
     chosen_directories,
     networks_of_recipe,
     print_line,
     samples_with_content,
 )
-from headrace.pipelines.cli.completion import complete_feature_sets
-from headrace.pipelines.cli.options import JsonOption, flag
+from headrace.pipelines.cli.options import JsonOption, flag, print_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,13 +40,7 @@ Say = Callable[[str], None]
 
 
 def verify_command(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="One feature set (fingerprint or tap); default: all.",
-            autocompletion=complete_feature_sets,
-        ),
-    ] = None,
+    name: OptionalNameArgument = None,
     cache: CacheOption = DEFAULT_CACHE,
     recipe: Annotated[
         Path | None, typer.Option(help="The recipe, for --sources and --recompute.")
@@ -61,8 +55,6 @@ def verify_command(
 
     Example: headrace cache verify --recipe recipe.yaml --sources --recompute 20
     """
-    from headrace.pipelines.cli.json_output import VerifyOutput, print_json
-
     if (sources or recompute) and recipe is None:
         raise CacheError(
             "--sources and --recompute need the images: give the recipe, as in --recipe recipe.yaml"
@@ -91,13 +83,12 @@ def verify_command(
         n_problems += sum(not result.is_equal for result in recomputed)
     if json_output:
         print_json(
-            VerifyOutput(
-                cache=str(cache),
-                feature_sets=tuple(verified),
-                sources=tuple(changed_sources),
-                recomputed=tuple(recomputed),
-                problems=n_problems,
-            )
+            "cache verify",
+            cache=cache,
+            feature_sets=verified,
+            sources=changed_sources,
+            recomputed=recomputed,
+            problems=n_problems,
         )
     if n_problems:
         say(
@@ -234,13 +225,7 @@ def _extract_again(
 
 
 def repair_command(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="One feature set (fingerprint or tap); default: all.",
-            autocompletion=complete_feature_sets,
-        ),
-    ] = None,
+    name: OptionalNameArgument = None,
     cache: CacheOption = DEFAULT_CACHE,
     json_output: JsonOption = False,
 ) -> None:
@@ -249,21 +234,20 @@ def repair_command(
     Example: headrace cache repair
     """
     from headrace.cache.integrity.repair import repair
-    from headrace.pipelines.cli.json_output import RepairedFeatureSet, RepairOutput, print_json
 
     say: Say = (lambda text: None) if json_output else print_line
     repaired = []
     for directory in chosen_directories(cache, name):
         result = repair(directory)
         repaired.append(
-            RepairedFeatureSet(
-                fingerprint=directory.name,
-                kept=len(result.intact_units),
-                removed=result.removed_units,
-                missing=result.missing_units,
-                listed_again=result.listed_units,
-                rewritten_files=result.rewritten_files,
-            )
+            {
+                "fingerprint": directory.name,
+                "kept": len(result.intact_units),
+                "removed": result.removed_units,
+                "missing": result.missing_units,
+                "listed_again": result.listed_units,
+                "rewritten_files": result.rewritten_files,
+            }
         )
         if result.is_nothing:
             say(f"{directory.name}: nothing to repair")
@@ -280,4 +264,4 @@ def repair_command(
         changes += [f"{file_name} written again" for file_name in result.rewritten_files]
         say(f"{directory.name}: {'; '.join(changes)}")
     if json_output:
-        print_json(RepairOutput(cache=str(cache), feature_sets=tuple(repaired)))
+        print_json("cache repair", cache=cache, feature_sets=repaired)

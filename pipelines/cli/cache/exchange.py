@@ -1,9 +1,8 @@
 """`headrace cache export` and `import`."""
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,40 +12,28 @@ from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.pipelines.cli.cache.find import (
     DEFAULT_CACHE,
     CacheOption,
+    NameArgument,
     find_feature_set,
     print_line,
     samples_with_content,
 )
-from headrace.pipelines.cli.completion import complete_feature_sets
-from headrace.pipelines.cli.options import JsonOption
+from headrace.pipelines.cli.options import JsonOption, print_json
 
 if TYPE_CHECKING:
     from headrace.cache.exchange.export import RowSelection
     from headrace.pipelines.recipe.load import Recipe
 
 
-class ExportKind(StrEnum):
-    """File formats of `headrace cache export`."""
-
-    npy = "npy"
-    parquet = "parquet"
-    zarr = "zarr"
-
-
 def export_command(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="A fingerprint (or its beginning), or a tap.", autocompletion=complete_feature_sets
-        ),
-    ],
+    name: NameArgument,
     target: Annotated[
         Path,
         typer.Argument(help="The file to write; its suffix says the format unless --format does."),
     ],
     cache: CacheOption = DEFAULT_CACHE,
     kind: Annotated[
-        ExportKind | None, typer.Option("--format", help="npy, parquet or zarr.")
+        Literal["npy", "parquet", "zarr"] | None,
+        typer.Option("--format", help="npy, parquet or zarr."),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -62,9 +49,8 @@ def export_command(
     Example: headrace cache export blocks.4.avg features.parquet --recipe recipe.yaml
     """
     from headrace.cache.exchange.export import EXPORTS, find_ambiguous_ids
-    from headrace.pipelines.cli.json_output import CacheExportOutput, print_json
 
-    format_name = kind.value if kind else target.suffix.lstrip(".")
+    format_name = kind or target.suffix.lstrip(".")
     if format_name not in EXPORTS:
         raise CacheError(
             f"{target}: give --format, one of {', '.join(EXPORTS)}, or a name that ends in one of "
@@ -80,11 +66,7 @@ def export_command(
     ambiguous_ids = find_ambiguous_ids(feature_set) if selection is None else []
     if json_output:
         print_json(
-            CacheExportOutput(
-                files=tuple(map(str, written_paths)),
-                missing=tuple(missing_ids),
-                ambiguous_ids=tuple(ambiguous_ids),
-            )
+            "cache export", files=written_paths, missing=missing_ids, ambiguous_ids=ambiguous_ids
         )
         return
     for written_path in written_paths:
@@ -147,7 +129,6 @@ def import_command(
     """
     from headrace.cache.exchange.external import import_features
     from headrace.cache.exchange.external_files import read_external_features
-    from headrace.pipelines.cli.json_output import CacheImportOutput, print_json
 
     loaded_recipe = None
     if recipe is not None:
@@ -181,14 +162,13 @@ def import_command(
     )
     if json_output:
         print_json(
-            CacheImportOutput(
-                name=name,
-                path=str(import_report.features.path),
-                shape=import_report.features.spec.shape,
-                rows=import_report.n_rows,
-                copies=import_report.n_copies,
-                unknown=import_report.n_unknown,
-            )
+            "cache import",
+            name=name,
+            path=import_report.features.path,
+            shape=import_report.features.spec.shape,
+            rows=import_report.n_rows,
+            copies=import_report.n_copies,
+            unknown=import_report.n_unknown,
         )
         return
     report_text = (

@@ -11,6 +11,7 @@ from headrace.cache.feature_set import (
     open_feature_set,
     unfinished_directories,
 )
+from headrace.pipelines.cli.completion import complete_feature_sets
 from headrace.pipelines.console import make_console
 
 if TYPE_CHECKING:
@@ -24,6 +25,19 @@ CacheOption = Annotated[
     Path, typer.Option("--cache", help="The cache directory, as in the recipe.")
 ]
 DEFAULT_CACHE = Path("headrace-cache")
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A fingerprint (or its beginning), or a tap.", autocompletion=complete_feature_sets
+    ),
+]
+OptionalNameArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="One feature set (fingerprint or tap); default: all.",
+        autocompletion=complete_feature_sets,
+    ),
+]
 
 
 def require_cache(cache_root: Path) -> None:

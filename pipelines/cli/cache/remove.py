@@ -11,13 +11,13 @@ from headrace.cache.publish import read_spec
 from headrace.pipelines.cli.cache.find import (
     DEFAULT_CACHE,
     CacheOption,
+    NameArgument,
     find_feature_set,
     networks_of_recipe,
     print_line,
     require_cache,
 )
-from headrace.pipelines.cli.completion import complete_feature_sets
-from headrace.pipelines.cli.options import JsonOption, flag
+from headrace.pipelines.cli.options import JsonOption, flag, print_json
 
 
 def gc_command(
@@ -33,7 +33,6 @@ def gc_command(
     Example: headrace cache gc recipe.yaml other.yaml --yes
     """
     from headrace.cache.integrity.garbage import find_garbage
-    from headrace.pipelines.cli.json_output import GarbageOutput, print_json
     from headrace.pipelines.cluster.task_leases import remove_dead
     from headrace.pipelines.paths import unit_leases
 
@@ -50,12 +49,11 @@ def gc_command(
         n_leases = remove_dead(unit_leases(cache))
     if json_output:
         print_json(
-            GarbageOutput(
-                paths=tuple(map(str, garbage_paths)),
-                bytes=garbage.bytes,
-                is_removed=yes,
-                leases_removed=n_leases,
-            )
+            "cache gc",
+            paths=garbage_paths,
+            bytes=garbage.bytes,
+            is_removed=yes,
+            leases_removed=n_leases,
         )
         return
     for garbage_path in garbage_paths:
@@ -70,12 +68,7 @@ def gc_command(
 
 
 def remove_command(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="A fingerprint (or its beginning), or a tap.", autocompletion=complete_feature_sets
-        ),
-    ],
+    name: NameArgument,
     cache: CacheOption = DEFAULT_CACHE,
     yes: Annotated[bool, flag("--yes", help="Do not ask.")] = False,
     json_output: JsonOption = False,
@@ -85,7 +78,6 @@ def remove_command(
     Example: headrace cache rm 3fa9 --yes
     """
     from headrace.cache.integrity.garbage import remove_feature_set, tree_bytes
-    from headrace.pipelines.cli.json_output import RemovedOutput, print_json
 
     # First, because a removal that was killed may be of the one that is named.
     finished_fingerprints = _finish_removals(cache, name)
@@ -106,13 +98,8 @@ def remove_command(
             )
         remove_feature_set(directory)
     if json_output:
-        print_json(
-            RemovedOutput(
-                path=None if directory is None else str(directory),
-                bytes=size_bytes,
-                finished_removals=tuple(finished_fingerprints),
-            )
-        )
+        removals = tuple(finished_fingerprints)
+        print_json("cache rm", path=directory, bytes=size_bytes, finished_removals=removals)
         return
     for fingerprint in finished_fingerprints:
         print_line(f"{fingerprint}: its removal, which was interrupted, is finished")

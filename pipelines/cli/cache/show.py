@@ -17,7 +17,7 @@ from headrace.pipelines.cli.cache.find import (
     print_line,
 )
 from headrace.pipelines.cli.completion import complete_feature_sets
-from headrace.pipelines.cli.options import JsonOption
+from headrace.pipelines.cli.options import JsonOption, print_json
 from headrace.pipelines.number_format import bytes_text
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = F
 
     Example: headrace cache ls
     """
-    from headrace.pipelines.cli.json_output import FeatureSetOutput, FeatureSetsOutput, print_json
+    from headrace.pipelines.cli.json_output import FeatureSetOutput
 
     directories = feature_set_directories(cache)
     outputs = []
@@ -51,7 +51,7 @@ def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = F
                 FeatureSetOutput(fingerprint=directory.name, path=str(directory), is_broken=True)
             )
     if json_output:
-        print_json(FeatureSetsOutput(cache=str(cache), feature_sets=tuple(outputs)))
+        print_json("cache ls", cache=cache, feature_sets=outputs)
         return
     if not outputs:
         print_line(f"{cache} holds no feature sets. `headrace run RECIPE` makes some.")
@@ -118,20 +118,13 @@ def show_command(
     spec_fields = dataclasses.asdict(feature_set.spec)
     shard_rows = [entry.rows for entry in feature_set.entries]
     if json_output:
-        from headrace.pipelines.cli.json_output import (
-            FailureOutput,
-            FeatureSetDetail,
-            print_json,
-        )
-
         print_json(
-            FeatureSetDetail(
-                **dict(described),
-                spec=spec_fields,
-                shards=len(shard_rows),
-                largest_error=quantization_error.largest if quantization_error.squared else None,
-                failures=tuple(map(FailureOutput.model_validate, failures)),
-            )
+            "cache show",
+            **dict(described),
+            spec=spec_fields,
+            shards=len(shard_rows),
+            largest_error=quantization_error.largest if quantization_error.squared else None,
+            failures=failures,
         )
         return
     for field_name, value in spec_fields.items():
