@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import time
 import uuid
@@ -56,7 +57,7 @@ def mlflow_uri(location: str) -> str:
 
 def run_digest(result: "RunResult") -> str:
     """Return a digest of leaderboard and test score: equal for runs with equal results."""
-    board = result.board.drop(columns=["path", "seconds"], errors="ignore")
+    board = result.board.drop(columns=["path", "train_seconds"])
     text = board.to_csv(index=False) + repr(result.test)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -112,7 +113,9 @@ def _log_batch(
     now = int(time.time() * 1000)
     client.log_batch(
         run,
-        metrics=[Metric(name, value, now, 0) for name, value in metrics.items() if value == value],
+        metrics=[
+            Metric(name, value, now, 0) for name, value in metrics.items() if not math.isnan(value)
+        ],
         # Older versions of MLflow refuse a whole batch for one longer value.
         params=[Param(name, value[:500]) for name, value in parameters.items()],
     )
@@ -139,7 +142,7 @@ def _to_tensorboard(section: LogSection, result: "RunResult") -> bool:
         writer.add_text("leaderboard", "\n".join(f"| {' | '.join(row)} |" for row in rows))
     for _, row in result.board.head(section.settings).iterrows():
         score = float(row[result.metric])
-        if score != score:
+        if math.isnan(score):
             continue
         with SummaryWriter(str(temporary / f"{int(row['rank']):04d}")) as writer:
             for summary in hparams(_row_parameters(row), {result.metric: score}):  # type: ignore[no-untyped-call]
@@ -159,7 +162,7 @@ def _metrics(result: "RunResult") -> dict[str, float]:
             f"test_{result.metric}_low": result.test.low,
             f"test_{result.metric}_high": result.test.high,
         }
-    return {name: value for name, value in metrics.items() if value == value}
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def _parameters(result: "RunResult") -> dict[str, str]:

@@ -155,7 +155,8 @@ def lifetime_s(walltime: str) -> int:
 
 def replace_lost_jobs(cluster: Any) -> None:
     """Submit a new job for each that is no longer in the queue, because it reached its wall time,
-    was cancelled, or its node died. Raises ClusterError if jobs keep ending without a worker.
+    was cancelled, or its node died. Raises ClusterError if jobs keep ending without a worker, and
+    if SLURM refuses them.
     """
     if time.monotonic() - _looked_at.get(cluster.name, 0.0) < _LOOK_S:
         return

@@ -197,9 +197,9 @@ def run_tasks(
     returns something small.
 
     A task that raises is not tried again, as it would raise again. A task is tried again if its
-    worker dies, or if it does not end within the timeout; then its worker is stopped. When a task
-    has failed so MAX_ATTEMPTS times, the parts that `split` makes of its job replace it, so that
-    the crashing part is found; the outcome of a job without parts is fatal.
+    worker dies, or if it does not end within the timeout; then its worker is stopped. When it has
+    so lost MAX_ATTEMPTS workers (a stopped one counts as two), the parts that `split` makes of its
+    job replace it, so that the crashing part is found; the outcome of a job without parts is fatal.
 
     A task that another driver has leased is left to it and run here when the lease ends, so that
     the other's results exist when this function ends.

@@ -8,7 +8,7 @@ Each line has `time` (UTC) and `event`:
     started   a task is given to a worker: `task`, `worker`, `attempt`
     finished  its results are published: `task`, `seconds`, and the `result` that it returned
     failed    it raised: `task`, `seconds`, `error`, and the `traceback`
-    died      its worker died or had to be ended while it ran: `error`; it is tried again
+    died      its worker died or had to be ended while it ran: `error`; it is tried again, or:
     divided   every attempt crashed, and its `parts` take its place
     quarantined  every attempt crashed, and it has no parts
     refused   a `worker` of other versions is given nothing: `error`
@@ -36,15 +36,12 @@ from headrace.pipelines.paths import RunPaths
 class TaskLog:
     """Appends events to a file, each in one write, so that readers hardly ever see half a line."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, event: str, **details: Any) -> None:
-        if self.path is None:
-            return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         json_line = sealed_json({"time": now, "event": event, **details}, default=str) + b"\n"
         with self._lock, self.path.open("ab", buffering=0) as log_file:

@@ -51,7 +51,7 @@ def model_card(exported: ExportResult) -> str:
         f"# {_title_line(model)}",
         "Written by `headrace export`.",
         _model_section(model),
-        _data_section(model, run),
+        _data_section(run),
         _metrics_section(model, run),
         _classes_section(model),
         _preprocessing_section(exported),
@@ -85,10 +85,10 @@ def _model_section(model: Model) -> str:
     return "\n".join(lines)
 
 
-def _data_section(model: Model, run: RunPaths) -> str:
+def _data_section(run: RunPaths) -> str:
     recipe = _read_or_empty(run.recipe)
     images, task = recipe.get("images") or {}, recipe.get("task") or {}
-    sources = [images[key] for key in ("folder", "table", "tar", "array") if images.get(key)]
+    sources = [images[key] for key in ("folder", "table", "tar", "zip", "array") if images.get(key)]
     if not sources:
         return (
             "## Data\n\nNot recorded: the model was exported away from its run. Write here what it "

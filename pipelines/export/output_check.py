@@ -142,6 +142,7 @@ def compare_outputs(check: _OutputCheck, run_graph: Any, file_name: str, model: 
 
 
 def allowed_difference(model: Model) -> float:
+    """Return the largest difference that a graph's outputs may have, see `_OutputCheck`."""
     half_precision = any(
         feature.compute_dtype != "float32"
         for member in model.members

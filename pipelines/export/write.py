@@ -207,8 +207,7 @@ def _description(exported: ExportResult) -> dict[str, Any]:
             | {"columns": column_names, "made_of": columns_to_json(model.side_columns)}
         )
     if model.takes_units:
-        what = "equal numbers, from 0 to n - 1, for images of one unit, "
-        what += "which are predicted together"
+        what = "equal numbers, from 0 to n - 1, for images of one unit, predicted together"
         inputs.append({"name": UNITS, "dtype": "int64", "shape": ["n"], "what": what})
     description = {
         "task_kind": model.task_kind,

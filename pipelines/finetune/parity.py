@@ -31,8 +31,8 @@ MAX_FEATURE_ERROR = 0.005
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Differences between the network and the cached head on some images, in the units of their
-    tolerances.
+    """Differences between the network and the cached head on some images, each measured as the
+    limit that it is held against.
     """
 
     rows: int
@@ -68,7 +68,7 @@ def check_parity(
     predictions are averaged over views.
     fold_of_row: (n,) the fold that held out each row.
     expected_predictions: (n, C) out-of-fold predictions of the head.
-    cached_features: for each view the features (n, …) that these were made from.
+    cached_features: for each view the features (n, …) from which the head predicted those.
 
     Raises ModelError, with the differences and the usual reasons.
     """

@@ -152,7 +152,7 @@ def _is_settled(
 def _has_its_files(paths: RunPaths, key: str, decision: str) -> bool:
     """Return whether the files of a decision are complete; remove damaged ones."""
     if decision not in ("kept", "rolled back"):
-        # a failed candidate has a results file of failed rows, others have none
+        # A failed candidate has a results file of failed rows, others have none.
         return not remove_damaged(paths.finetune_result(key))
     for part_path in sorted(paths.finetune_parts(key).glob("fold*.h5")):
         remove_damaged(part_path)
@@ -177,17 +177,18 @@ def _train_within_budget(
     """Run the pilots, then train the candidates in the order of expected gain per second until the
     budget is spent.
 
-    Updates `decisions`; returns the number of candidates that passed their pilot.
+    Updates `decisions`; returns the number of candidates that were trained.
     """
     pilot_results = _run_pilots(inputs, undecided, decisions, client, console, options)
     n_folds, metric = inputs.task.n_folds, inputs.metric
     n_workers = 1 if inputs.device != "cpu" else max(1, sum(client.nthreads().values()))
+    # Trainings run side by side on the workers, and their seconds are added up.
     budget_seconds = 60 * (section.budget_minutes or math.inf) * n_workers
     measured_shares: dict[str, list[float]] = {}
     remaining = {
         candidate.key: candidate for candidate in undecided if candidate.key in pilot_results
     }
-    n_total, n_failed = len(remaining), 0
+    n_total, n_trained, n_failed = len(remaining), 0, 0
     n_tasks, title = n_total * (n_folds + 1), "finetune: train"
     options.on_event("stage", stage=title, total=n_total, unit="networks", tasks=n_tasks)
     with show_progress(console, title, n_total, "networks") as advance:
@@ -215,6 +216,7 @@ def _train_within_budget(
             if seconds[best_key] > seconds_left:
                 record |= {"decision": "over budget", "budget_minutes": section.budget_minutes}
             else:
+                n_trained += 1
                 record |= _train_folds(
                     inputs, candidate, client, seconds[best_key], seconds_left, options
                 )
@@ -226,7 +228,7 @@ def _train_within_budget(
             advance(1)
             n_failed += record["decision"] == "failed"
             options.on_event("progress", done=n_total - len(remaining), failed=n_failed)
-    return len(pilot_results)
+    return n_trained
 
 
 def _spent_seconds(paths: RunPaths) -> float:

@@ -71,7 +71,7 @@ class ImagePredictor:
         return decide(probabilities, model.task_kind, model.classes)
 
     def to_torch(self) -> "nn.Module":
-        """Return a torch module from uint8 pixels (n, H, W, 3) to probabilities or values (n, C).
+        """Return a torch module from the pixels of its `inputs` to probabilities or values (n, C).
 
         Raises ModelError for a scikit-learn estimator, which has no such form.
         """

@@ -199,9 +199,9 @@ class TrainedNetwork:
     model: NetworkModel
     network: "Network"
 
-    def predict_proba(self, pixels: "npt.NDArray[np.uint8] | Tensor") -> npt.NDArray[np.float32]:
-        """Return (n, C) float32 probabilities of uint8 pixels (n, H, W, 3) in the order of the
-        classes, at the model's temperature; for regression the values.
+    def predict_proba(self, pixels: "npt.NDArray[Any] | Tensor") -> npt.NDArray[np.float32]:
+        """Return (n, C) float32 probabilities of pixels (n, H, W, channels), of the preprocessing's
+        pixel_dtype, in the order of the classes, at the model's temperature; for regression values.
         """
         import torch
 

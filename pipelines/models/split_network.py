@@ -55,7 +55,7 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
         )
     (node_call,) = node_calls
     with graph.inserting_before(node_call):
-        split_input = graph.create_node("placeholder", "cut_map")
+        split_input = graph.create_node("placeholder", "split_map")
     node_call.replace_all_uses_with(split_input)
     graph.erase_node(node_call)
     # fx's own elimination of dead code keeps calls that could have side effects.

@@ -92,7 +92,7 @@ def head_module(spec: HeadSpec, head_arrays: Arrays, task_kind: TaskKind) -> Hea
     dense = [
         _linear_layer(_float_tensor(weight), _float_tensor(bias)) for weight, bias in layers.dense
     ]
-    # Numbers have a unit, which must not be scaled.
+    # The values of a regression are what is asked for, and must not be scaled.
     gain = 1.0 if task_kind == "regression" else layers.decision_scale
     if layers.mean is None or layers.inverse_scale is None:
         n_features = dense[0].in_features

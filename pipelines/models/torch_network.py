@@ -101,7 +101,8 @@ class Network(nn.Module):
     def forward(self, inputs: Tensor, features_below: Tensor | None = None) -> Tensor:
         """Return the logits (n, C).
 
-        inputs: uint8 pixels (n, H, W, 3), or maps of the split point (n, channels, h, w).
+        inputs: pixels (n, H, W, channels) of the preprocessing's pixel_dtype, or maps of the split
+        node (n, channels, h, w).
         features_below: (n, D) of `taps_below`.
         """
         return self.head(self.features(inputs, features_below))  # type: ignore[no-any-return]

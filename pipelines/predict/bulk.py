@@ -94,7 +94,7 @@ def predict_table(
     reads them.
     cache_root: a cache; images that have features in it need no network.
     unit_names: each image's unit; a table of units is written beside (`units_path`) and, for a
-    model that pools units, a table of image weights (`weights_path`).
+    model that predicts units whole, a table of image weights (`weights_path`).
 
     Raises OutputExists for a table of other images or another model, unless `force` is on, and
     for a file that `headrace predict` did not write.
@@ -347,7 +347,7 @@ def _side_inputs(
 
 
 def _units(model: Model, images: pd.DataFrame) -> npt.NDArray[np.str_] | None:
-    """Return the unit (N,) of each image; None for a model that does not pool units."""
+    """Return the unit (N,) of each image; None for a model that predicts each alone."""
     column = unit_column(model)
     if column is None:
         return None
@@ -361,7 +361,7 @@ def _units(model: Model, images: pd.DataFrame) -> npt.NDArray[np.str_] | None:
 
 
 def unit_column(model: Model) -> str | None:
-    """Return the column that names images' units, for a model that pools units, else None."""
+    """Return the column of units, for a model that predicts units whole; None for others."""
     rule = model.unit_rule if model.takes_units else None
     return None if rule is None else rule.column
 

@@ -4,8 +4,8 @@ unit            as the images' table names it
 images, failed  how many of its images were used, and how many could not be
 
 Then class, probability and p_<class>, for regression the values, as in the table of images; empty
-where none of its images could be used. For a model that pools units, OUT.weights.csv has the weight
-of each image in the prediction of its unit, sorted by unit and falling weight.
+where none of its images could be used. For a model that predicts units whole, OUT.weights.csv has
+the weight of each image in the prediction of its unit, sorted by unit and falling weight.
 """
 
 import hashlib

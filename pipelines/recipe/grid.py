@@ -13,7 +13,7 @@ from headrace.heads.spec import Halving, HeadSpec
 from headrace.pipelines.recipe.heads import HalvingGrid, HeadGrid, HeadInput, Heads, SklearnGrid
 from headrace.pipelines.recipe.load import RecipeError
 
-_DOES = {"single": "one class per image", "multi": "several labels", "regression": "numbers"}
+_OUTPUTS = {"single": "one class per image", "multi": "several labels", "regression": "numbers"}
 
 
 class RequestedHeads(NamedTuple):
@@ -68,8 +68,8 @@ def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> Non
             able = [name for name, each_kind in HEAD_KINDS.items() if task_kind in each_kind.tasks]
             raise RecipeError(
                 f"heads.{kind.name}: {kind.name} heads predict "
-                f"{' or '.join(_DOES[task] for task in kind.tasks)}, and task.kind is {task_kind}. "
-                f"Take {kind.name} out of the recipe; heads that can do this task: "
+                f"{' or '.join(_OUTPUTS[task] for task in kind.tasks)}, and task.kind is "
+                f"{task_kind}. Take {kind.name} out of the recipe; heads that can do this task: "
                 f"{', '.join(able)}"
             )
         if isinstance(grid, SklearnGrid) and grid.estimator.partition(".")[0] in (

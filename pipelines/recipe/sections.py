@@ -294,7 +294,9 @@ class TaskSection(Section):
 class Backbone(Section):
     """A frozen network and the taps to keep."""
 
-    name: str  # torchvision:…, timm:…, or python:module:function; `headrace backbones` lists them
+    # torchvision:…, timm:…, transformers:…, open_clip:… (`headrace backbones` lists them),
+    # onnx:FILE, or python:module:function
+    name: str
     # default: the library's own pretrained weights; a tag, a file, or random:SEED
     weights: str | None = None
     # order: as they come in a .pth; shapes and roles are checked

@@ -221,7 +221,7 @@ def _record_failed_images(
 
 
 def extract_unit(job: ExtractJob) -> WorkUnitReport:
-    """Run a work unit on a worker, unless another driver has published it since it was planned."""
+    """Run a work unit, unless another driver has published it since it was planned."""
     from headrace.extract.run.work_unit import run_work_unit  # imports torch
 
     if is_published(job):

@@ -13,7 +13,11 @@ import pandas as pd
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
 from headrace.cache.count_text import count_text
 from headrace.heads.data.side_columns import taps_of
+from headrace.heads.predict import probability_floor
+from headrace.heads.unit_rule import UnitRule
+from headrace.pipelines.models.head import HEAD_FILES
 from headrace.pipelines.models.image_parts import ImageParts, trained_parts
+from headrace.pipelines.models.network import NETWORK_FILES
 from headrace.pipelines.planning.leaderboard import (
     NoWinner,
     choose_winner,
@@ -29,7 +33,6 @@ from headrace.pipelines.selection.ensemble import Ensemble, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble
 from headrace.pipelines.selection.instance_weights import instance_weights, weighted_heads
 from headrace.pipelines.selection.predictions import complete_heads, validation_rows
-from headrace.pipelines.selection.winner import save_winner
 from headrace.pipelines.stages.extract import write_failed_images
 from headrace.pipelines.stages.services import Services
 
@@ -63,15 +66,7 @@ def select(state: RunState, services: Services) -> RunState:
         notes = (*state.notes, *_cautions(state, leaderboard))
         best_row = leaderboard.iloc[0]
         winner_temperature = temperature_of(best_row, task)
-        save_winner(
-            state.paths.winner,
-            state.model_of(best_row),
-            task,
-            {f"validation_{metric}": winner.score},
-            winner_temperature,
-            state.recipe.task.unit,
-            _image_parts(state),
-        )
+        _save_winner(state, best_row, winner.score, winner_temperature)
         ensemble = combine_heads(state, leaderboard)
         write_instance_weights(state, leaderboard, ensemble)
         report_done(f"{count_text(len(leaderboard), 'setting')} ranked")
@@ -81,6 +76,26 @@ def select(state: RunState, services: Services) -> RunState:
         selected=RankedModels(heads, leaderboard, winner, winner_temperature, selection, ensemble),
         notes=notes if finetuned is None else (*notes, *finetuned.notes),
     )
+
+
+def _save_winner(state: RunState, row: pd.Series, score: float, temperature: float) -> None:
+    """Write the winner, trained on every training row, in place of an earlier winner: head.* for a
+    head, network.* for a network.
+
+    Raises ModelError for a network whose file is gone or damaged.
+    """
+    winner, task, rule = state.model_of(row), state.dataset.train, None
+    if state.recipe.task.unit is not None:
+        # The temperature was fitted on units, and their images have none, as in `save_ensemble`.
+        floor = probability_floor(winner.spec, task.kind, len(task.classes))
+        rule = UnitRule(state.recipe.task.unit, task.unit_aggregation, temperature, floor)
+        temperature = 1.0
+    metrics = {f"validation_{state.metric}": score}
+    model = winner.load(task, metrics, temperature, rule, _image_parts(state))
+    model.save(state.paths.winner)
+    # A reader would take the files of an earlier winner of the other kind for this one's.
+    for name in HEAD_FILES if winner.kind == "finetune" else NETWORK_FILES:
+        (state.paths.winner / name).unlink(missing_ok=True)
 
 
 def _cautions(state: RunState, board: pd.DataFrame) -> list[str]:

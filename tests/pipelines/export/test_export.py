@@ -36,6 +36,7 @@ from headrace.pipelines.api import extract_features
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export import write as export
 from headrace.pipelines.export.mlflow_model import save_mlflow_model
+from headrace.pipelines.export.model_card import _data_section
 from headrace.pipelines.export.output_check import TOLERANCE
 from headrace.pipelines.export.preprocessing_file import preprocess_file
 from headrace.pipelines.export.write import export_model
@@ -45,7 +46,9 @@ from headrace.pipelines.models.network import load_network, save_network
 from headrace.pipelines.models.torch_graph import GraphInput
 from headrace.pipelines.models.torch_head import head_module, probability_module
 from headrace.pipelines.models.torch_network import Network
+from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
+from headrace.pipelines.records import write_record
 
 NETWORK = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32, crop_fraction=1.0)
 OTHER = BackboneSpec("torchvision:squeezenet1_1", weights="random:0", image_size=48)
@@ -147,6 +150,14 @@ def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
         "headrace",
     ):
         assert said in card
+
+
+@pytest.mark.parametrize("key", ["folder", "table", "tar", "zip", "array"])
+def test_a_card_names_the_images_of_the_run(tmp_path, key):
+    """Whatever holds them."""
+    run = RunPaths(tmp_path)
+    write_record(run.recipe, {"images": {key: "/data/birds"}})
+    assert "of `birds`" in _data_section(run)
 
 
 @pytest.mark.slow

@@ -249,11 +249,13 @@ def test_the_budget_is_kept_and_a_larger_one_is_used(
     poor = SECTION.model_copy(update={"budget_minutes": 1e-9})
     result = finetune_candidates(inputs, board, poor, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "over budget"]
+    assert result.trained == 0
     assert [key for key in here if not key.startswith("pilot")] == []
     finetune_candidates(inputs, board, poor, no_client, QUIET, TaskOptions())
     rich = SECTION.model_copy(update={"budget_minutes": 10.0})
     result = finetune_candidates(inputs, board, rich, HereClient, QUIET, TaskOptions())  # type: ignore[arg-type]
     assert result.compared["decision"].tolist() == ["", "kept"]
+    assert result.trained == 1
     assert result.compared["minutes"].iloc[1] < 10
 
 
