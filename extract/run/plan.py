@@ -39,7 +39,7 @@ class ExtractJob:
     """A work unit: decode these samples once, publish a shard for each of these feature sets."""
 
     cache_root: str
-    unit: str  # name of the shard in every feature set, see `work_unit_name`
+    work_unit: str  # name of its shard in every feature set, see `work_unit_name`
     networks: tuple[tuple[BackboneSpec, tuple[FeatureSpec, ...]], ...]
     samples: tuple[Sample, ...]
     # For decoding, and on a CPU for the forward pass; with an accelerator 1 means all cores.
@@ -66,7 +66,7 @@ class WorkUnitReport:
     work unit's.
     """
 
-    unit: str
+    work_unit: str
     rows: int  # images with features
     failed: tuple[FailedSample, ...]  # images that cannot be decoded; recorded in every shard
     # (id, reason) of images that are gone or have changed since they were hashed; not recorded.
@@ -104,8 +104,8 @@ def plan_work_units(
     contents the first is taken.
 
     Images that lack the same feature sets go together, `images_per_shard` at a time, in the order
-    of the samples. So an interrupted run plans the same units again, and for a new tap only that
-    tap is computed.
+    of the samples. So an interrupted run plans the same work units again, and for a new tap only
+    that tap is computed.
     """
     n_images = images_per_shard or default_images_per_shard(
         [spec for network in networks for spec in network.specs], options.get("device", "cpu")
@@ -131,8 +131,9 @@ def plan_work_units(
         group_samples = list(unique_samples.values())
         for start in range(0, len(group_samples), n_images):
             unit_samples = tuple(group_samples[start : start + n_images])
-            unit = work_unit_name([sample.content for sample in unit_samples])
-            jobs.append(ExtractJob(str(cache_root), unit, missing_work, unit_samples, **options))
+            work_unit = work_unit_name([sample.content for sample in unit_samples])
+            job = ExtractJob(str(cache_root), work_unit, missing_work, unit_samples, **options)
+            jobs.append(job)
     return jobs
 
 

@@ -46,14 +46,14 @@ from headrace.extract.taps.resolve import Tap
 
 # Values from these on become infinite in the storage dtype.
 _OVERFLOW_FROM = {"float16": 65520.0, "bfloat16": 3.39e38, "float32": np.inf, "uint8": np.inf}
-_MIN_KEPT_NETWORKS = 4  # least number of networks that a process keeps for later units
+_MIN_KEPT_NETWORKS = 4  # least number of networks that a process keeps for later work units
 _PUBLISHERS = 8  # shards published at once: each waits for the disk, and the waits overlap
 # Number of cores from which processes, not threads, decode for an accelerator. With fewer, threads
 # do not yet wait for each other (the interpreter lock is held for a fifth of the 3.7 ms that an
 # image of 500 x 375 pixels takes), and they need no start-up time.
 _PROCESSES_FROM = 4
-# A worker with a GPU runs two units at a time: one is decoded and published while the other uses
-# the network. Networks and their hooks can be used by one thread at a time.
+# A worker with a GPU runs two work units at a time: one is decoded and published while the other
+# uses the network. Networks and their hooks can be used by one thread at a time.
 _NETWORK_LOCK = threading.RLock()
 
 Value = TypeVar("Value")
@@ -70,7 +70,7 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class _StartedUnit:
-    """A unit whose first batches are being decoded."""
+    """A work unit whose first batches are being decoded."""
 
     job: ExtractJob
     passes: list[ForwardPass]
@@ -80,7 +80,7 @@ class _StartedUnit:
 
 @dataclass(frozen=True)
 class _ExtractedUnit:
-    """The features of a unit in memory."""
+    """The features of a work unit in memory."""
 
     specs: list[FeatureSpec]
     features: list[npt.NDArray[Any]]  # of each spec: (rows, *spec.shape)
@@ -89,7 +89,7 @@ class _ExtractedUnit:
 
 
 def run_work_unit(job: ExtractJob) -> WorkUnitReport:
-    """Extract one unit and publish it; the shards are on disk when this returns.
+    """Extract one work unit and publish it; the shards are on disk when this returns.
 
     A second call changes nothing.
 
@@ -101,10 +101,10 @@ def run_work_unit(job: ExtractJob) -> WorkUnitReport:
 
 
 def run_work_units(jobs: Iterable[ExtractJob]) -> Iterator[WorkUnitReport]:
-    """Extract units one after the other without a pause between them, and yield their reports.
+    """Extract work units one after the other without a pause between them, and yield their reports.
 
-    While the network runs one unit, the next is decoded and the last is written; a report is
-    yielded when the unit's shards are on disk. For a process that has a device of its own.
+    While the network runs one work unit, the next is decoded and the last is written; a report is
+    yielded when the work unit's shards are on disk. For a process that has a device of its own.
     """
     waiting_jobs = iter(jobs)
     with (
@@ -138,12 +138,12 @@ def _decoders() -> Iterator[dict[int, ThreadPoolExecutor]]:
 
 @functools.cache
 def _decode_processes(count: int) -> DecodeProcesses:
-    """Return the decoding processes, kept between units: starting them takes about a second."""
+    """Return the decoding processes. They are kept, because starting them takes about a second."""
     return DecodeProcesses(count)
 
 
 def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _StartedUnit:
-    """Build the passes of a unit and begin to decode its samples."""
+    """Build the passes of a work unit and begin to decode its samples."""
     check_device(job.device)
     on_cpu = is_cpu(job.device)
     # Both are settings of the whole process.
@@ -196,7 +196,7 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
 
 
 def _extract(started_unit: _StartedUnit) -> _ExtractedUnit:
-    """Run the passes of a unit batch by batch, and keep the features in memory."""
+    """Run the passes of a work unit batch by batch, and keep the features in memory."""
     job, passes = started_unit.job, started_unit.passes
     outputs_of_spec: list[list[npt.NDArray[Any]]] = [
         [] for feature_pass in passes for _ in feature_pass.specs
@@ -247,7 +247,7 @@ def _extract(started_unit: _StartedUnit) -> _ExtractedUnit:
     ]
     n_rows, failed, unread = len(decoded_rows), tuple(failed_samples), tuple(unread_samples)
     report = WorkUnitReport(
-        job.unit, n_rows, failed, unread, decode_s, forward_s, publish_s=0.0, clipped=n_clipped
+        job.work_unit, n_rows, failed, unread, decode_s, forward_s, publish_s=0.0, clipped=n_clipped
     )
     return _ExtractedUnit(specs, features, [job.samples[row] for row in decoded_rows], report)
 
@@ -270,7 +270,7 @@ def _refuse_failures(
 
 def _publish(job: ExtractJob, extracted_unit: _ExtractedUnit) -> WorkUnitReport:
     # Nothing could be read, perhaps because a disk is not mounted. A shard without rows would be
-    # taken for the whole unit's by the next run.
+    # taken for the whole work unit's by the next run.
     if not extracted_unit.samples and not extracted_unit.report.failed:
         return extracted_unit.report
     publish_started = time.perf_counter()
@@ -304,7 +304,7 @@ def _publish_set(
         samples = [samples[row] for row in stored_rows]
     publish_shard(
         create_feature_set(Path(job.cache_root), spec),
-        job.unit,
+        job.work_unit,
         features=features,
         ids=[sample.id for sample in samples],
         content_hashes=[sample.content for sample in samples],
@@ -365,7 +365,7 @@ class _RecentValues(Generic[Value]):
     """The `max_size` most recently used values, by key."""
 
     def __init__(self) -> None:
-        # Not functools.lru_cache, whose size is fixed: this one grows with what a unit needs.
+        # Not functools.lru_cache, whose size is fixed: this one grows with what a work unit needs.
         self.max_size = _MIN_KEPT_NETWORKS
         self._values: dict[Hashable, Value] = {}
 
@@ -405,7 +405,7 @@ def _forward(
     graphed: bool,
     runtime: str,
 ) -> Forward:
-    """Return a pass, kept between units: copying a network costs as much as dozens of images."""
+    """Return a pass. It is kept, because copying a network costs as much as dozens of images."""
 
     def make() -> Forward:
         forward = make_forward(

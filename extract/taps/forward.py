@@ -131,7 +131,7 @@ def hook_forward(
 
 
 def _without_tf32(device: str) -> contextlib.AbstractContextManager[None]:
-    """Let cuDNN choose its fastest kernels, but not TF32, which has 10 of float32's 23 bits."""
+    """Let cuDNN choose its fastest kernels, but not TF32: its mantissa has 10 bits, not 23."""
     if device != "cuda":
         return contextlib.nullcontext()
     return torch.backends.cudnn.flags(

@@ -210,7 +210,7 @@ def _record_failed_images(
         for spec in (spec for _, specs in job.networks for spec in specs):
             publish_shard(
                 create_feature_set(Path(job.cache_root), spec),
-                job.unit,
+                job.work_unit,
                 features=np.empty((0, *spec.shape), np.float32),
                 ids=[],
                 content_hashes=[],
@@ -225,7 +225,7 @@ def extract_unit(job: ExtractJob) -> WorkUnitReport:
     from headrace.extract.run.work_unit import run_work_unit  # imports torch
 
     if is_published(job):
-        return WorkUnitReport(job.unit, len(job.samples), (), (), 0.0, 0.0, 0.0)
+        return WorkUnitReport(job.work_unit, len(job.samples), (), (), 0.0, 0.0, 0.0)
     return run_work_unit(job if job.device == "cpu" else replace(job, threads=decoding_cores()))
 
 
@@ -236,7 +236,7 @@ def is_published(job: ExtractJob) -> bool:
     ]
     # Names of shards first, because to read the contents of feature sets takes longer and is seldom
     # needed.
-    if not all(shard_path(directory, job.unit).exists() for directory in feature_directories):
+    if not all(shard_path(directory, job.work_unit).exists() for directory in feature_directories):
         return False
     return all(
         open_feature_set(directory).cached_hashes().issuperset(job.contents)
@@ -247,7 +247,8 @@ def is_published(job: ExtractJob) -> bool:
 def unit_key(job: ExtractJob) -> str:
     """Return the work unit's name, made of its images and of its feature sets."""
     fingerprints = [spec.fingerprint for _, specs in job.networks for spec in specs]
-    return f"extract-{job.unit}-{hashlib.sha256(''.join(fingerprints).encode()).hexdigest()[:8]}"
+    fingerprints_hash = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:8]
+    return f"extract-{job.work_unit}-{fingerprints_hash}"
 
 
 def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
@@ -256,7 +257,7 @@ def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
     if not n_first:
         return []
     half_jobs = [
-        replace(job, samples=half, unit=work_unit_name([sample.content for sample in half]))
+        replace(job, samples=half, work_unit=work_unit_name([sample.content for sample in half]))
         for half in (job.samples[:n_first], job.samples[n_first:])
     ]
     return [(unit_key(half_job), half_job) for half_job in half_jobs]

@@ -253,7 +253,7 @@ def test_run_units_is_run_unit_in_a_row(tmp_path: Path) -> None:
         images_per_shard=4,
     )
     reports = list(run_work_units(jobs))
-    assert [report.unit for report in reports] == [job.unit for job in jobs]
+    assert [report.work_unit for report in reports] == [job.work_unit for job in jobs]
     assert [report.rows for report in reports] == [4, 4, 4, 2]
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
 
