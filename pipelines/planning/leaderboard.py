@@ -96,7 +96,7 @@ def rank_heads(
     heads: pd.DataFrame, metric: str, input_widths: Mapping[str, int], n_folds: int
 ) -> pd.DataFrame:
     """Return the leaderboard, best first: by mean `metric` over validation folds; ties go to fewer
-    features.
+    features, then to the smaller log loss.
 
     Columns: rank, inputs, kind, settings, the metric's mean (named as the metric), standard_error
     (of that mean over folds), folds, features (how many numbers the head reads), train_seconds,
@@ -106,6 +106,8 @@ def rank_heads(
     input_widths: numbers per image, by input.
     """
     fold_heads = heads[heads["fold"] != REFIT]
+    # A regression has none, and no ties either.
+    log_loss = "log_loss" if "log_loss" in heads else metric
     by_setting = fold_heads.assign(
         _complete=fold_heads["error"].isna() & fold_heads[metric].notna()
     ).groupby(["inputs", "spec"], sort=False)
@@ -117,6 +119,9 @@ def rank_heads(
         train_seconds=("seconds", "sum"),
         complete=("_complete", "sum"),
         path=("path", "first"),
+        # On few images many strengths have the same accuracy, and the strongest regularization is
+        # hardly surer than a guess.
+        tie_break=(log_loss, "mean"),
     ).reset_index()
     leaderboard["failed"] = n_folds - leaderboard["complete"].astype(int)
     final_heads = heads[(heads["fold"] == REFIT) & heads["error"].isna()]
@@ -131,8 +136,8 @@ def rank_heads(
     # A spec that failed in any fold, or is not final, ranks after all others, because its mean is
     # over fewer folds or fewer epochs.
     leaderboard = leaderboard.sort_values(
-        ["failed", "final", metric, "features", "spec"],
-        ascending=[True, False, not METRICS[metric].higher_is_better, True, True],
+        ["failed", "final", metric, "features", "tie_break", "spec"],
+        ascending=[True, False, not METRICS[metric].higher_is_better, True, True, True],
         ignore_index=True,
     )
     leaderboard.insert(0, "rank", np.arange(1, len(leaderboard) + 1))

@@ -62,6 +62,22 @@ def test_ties_go_to_the_narrower_input():
     assert board["features"].tolist() == [4, 8]
 
 
+def test_ties_of_one_width_go_to_the_smaller_log_loss():
+    """Not to the first in the alphabet, which is the strongest regularization."""
+
+    def with_losses(rows, loss):
+        return [{**row, "log_loss": loss if row["fold"] >= 0 else np.nan} for row in rows]
+
+    board = ranked(
+        with_losses(head("a.avg", 1e-4, [1.0, 1.0]), 0.68),
+        with_losses(head("a.avg", 10, [1.0, 1.0]), 0.05),
+        with_losses(head("a.avg", 1e3, [1.0, 1.0]), 0.06),
+        with_losses(head("b.avg", 10, [1.0, 1.0]), 0.01),
+    )
+    assert board["settings"].tolist() == ["C=10", "C=1000", "C=0.0001", "C=10"]
+    assert board["features"].tolist() == [4, 4, 4, 8]
+
+
 def test_the_standard_error_is_that_of_the_mean_over_folds():
     """Sample standard deviation over the root of the number of folds."""
     scores = [0.7, 0.8, 0.75, 0.9]
