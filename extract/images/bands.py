@@ -80,6 +80,8 @@ class Bands:
                 "float32 in the recipe reads its tiles"
             )
         pixels = values if values.shape[2] == 3 else values[:, :, 0]
+        if self.ranges[0][0] > self.ranges[0][1]:  # zero is white
+            pixels = 255 - pixels
         return Image.fromarray(np.ascontiguousarray(pixels))
 
     def missing(self, channel: int) -> npt.NDArray[np.bool_] | None:

@@ -428,6 +428,18 @@ def test_tiles_of_a_tiff_that_is_too_large_to_be_decoded_whole(tmp_path, monkeyp
     np.testing.assert_array_equal(pixels[4], resized(values[20:, 20:40]))
 
 
+def test_tiles_of_a_large_tiff_whose_zero_is_white(tmp_path, monkeypatch):
+    """They are as dark as the same image decoded whole."""
+    grey = RNG.integers(0, 256, (40, 60), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", grey, photometric="miniswhite", tile=(16, 16))
+    path = Crop(20, 20, 20, 20).locator(str(tmp_path / "a.tif"))
+    whole, _, _ = rendered([path])
+    monkeypatch.setattr("headrace.extract.images.bands.MAX_PIXELS", 1000)
+    in_parts, _, _ = rendered([path])
+    np.testing.assert_array_equal(in_parts, whole)
+    np.testing.assert_array_equal(whole[0], resized(255 - grey[20:, 20:40, None].repeat(3, axis=2)))
+
+
 def test_an_image_without_pixels_has_no_tiles(tmp_path):
     """However high it says it is: it stays one row, whose decoder says what is wrong."""
     with (tmp_path / "a.png").open("wb") as file:
