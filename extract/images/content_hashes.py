@@ -175,9 +175,9 @@ def _read_index(index: Path) -> _Index:
         # believed for ever.
         check_seal(data)
         table = pq.read_table(io.BytesIO(data))
-        if table.column_names != list(_COLUMNS) or any(
-            column.null_count for column in table.columns
-        ):
+        is_sealed = SEAL.encode() in (table.schema.metadata or {})  # not by an earlier version
+        has_gaps = any(column.null_count for column in table.columns)
+        if table.column_names != list(_COLUMNS) or has_gaps or not is_sealed:
             return {}
         paths, stamps, hashes = (table[name].to_pylist() for name in _COLUMNS)
         return dict(zip(paths, zip(stamps, hashes, strict=True), strict=True))
