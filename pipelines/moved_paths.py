@@ -15,7 +15,7 @@ def moved_with_run(path: str, inside: Path) -> str:
     inside: the directory of that file, such as RUN/winner. If it is in no run, the path is returned
     unchanged.
     """
-    for folder in list(inside.absolute().parents)[:4]:  # RUN/ensemble/MEMBER is the deepest
+    for folder in list(inside.absolute().parents)[:4]:  # RUN/ensemble/members/KEY is the deepest
         try:
             before = read_record(RunPaths(folder).recipe)["out"]
         except (OSError, RunDamaged, KeyError):

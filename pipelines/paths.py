@@ -36,7 +36,7 @@ class RunPaths:
     # Every setting against the winner, on the same validation rows.
     comparisons = _InRun("comparisons.csv")
     winner = _InRun("winner")
-    # The ensemble's model directory: ensemble.json, and the heads in it under members/.
+    # The ensemble's model directory: ensemble.json, and its members under members/.
     ensemble = _InRun("ensemble")
     # The weight of each image in its unit's prediction.
     instance_weights = _InRun("instance-weights.csv")

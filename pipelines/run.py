@@ -83,7 +83,7 @@ def run_recipe(
     that failed in earlier calls again. client: a Dask client to work on, which stays open; default:
     a cluster by the recipe's section `cluster`, started when there is work.
 
-    If it is interrupted, the next call goes on from there: finished units and banks are on disk.
+    If it is interrupted, the next call goes on from there: what is finished is on disk.
     Raises HeadraceError for errors that the user can mend.
     """
     if not isinstance(recipe, Recipe):

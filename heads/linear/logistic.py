@@ -75,7 +75,6 @@ class _Bank:
     specs: Sequence[LogisticSpec]
     gap: float
     device: str
-    deadline: float | None
     # {(spec index, fold, label or 0): head}
     parts: dict[tuple[int, int, int], _HeadPart] = field(default_factory=dict)
 
@@ -112,7 +111,6 @@ def fit_logistic_bank(
     refit: bool = True,
     gap: float = 1e-5,
     device: str = "cpu",
-    deadline: float | None = None,
 ) -> list[FitResult]:
     """Fit every spec on the training rows of every fold, and on all rows when `refit`.
 
@@ -121,7 +119,6 @@ def fit_logistic_bank(
     gap: relative distance to the optimum at which a head stops, by estimate; `FitResult.gap` is a
     proven bound.
     device: "cpu" (NumPy), or torch's name of a device ("cuda"), where the products then run.
-    deadline: time.monotonic() seconds at which to stop early.
 
     Returns the heads ordered by spec, then by fold, REFIT last.
 
@@ -131,7 +128,7 @@ def fit_logistic_bank(
     """
     _check(data, specs)
     fold = np.asarray(data.fold, np.int64)
-    bank = _Bank(data.X, data.target, fold, data.weights, specs, gap, device, deadline)
+    bank = _Bank(data.X, data.target, fold, data.weights, specs, gap, device)
     folds = data.folds_to_fit(refit=refit)
     scaling = fold_moments(data)
     for (standardize, banded), spec_indices in specs_by(specs, "standardize", "banded").items():
@@ -239,8 +236,7 @@ def _solve(
             for l2 in path.l2_strengths:
                 if (i, l2) not in heads or not heads[i, l2].converged:
                     pending.setdefault(i, []).append(l2)
-        out_of_time = bank.deadline is not None and time.monotonic() > bank.deadline
-        if not pending or (heads and out_of_time):
+        if not pending:
             break
         design = designs.design(dtype)
         # Converts L2 strengths to those for weights of the design's divided features.
@@ -261,7 +257,6 @@ def _solve(
             pending_paths,
             n_outputs,
             gap=bank.gap,
-            deadline=bank.deadline,
             starts=starts,
             device=_device_for(bank.device, design.dtype),
         )

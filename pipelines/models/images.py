@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 # One row for each image: a data frame, lists by name, or a mapping for each image.
 SideTable = pd.DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 Floats = npt.NDArray[np.float32]
-_BATCH = 32  # images decoded together; each pass takes as many at a time as suits its device
+_BATCH = 32  # images decoded together at least; each pass takes as many as suits its device
 
 
 @dataclass(frozen=True)

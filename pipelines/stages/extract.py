@@ -115,11 +115,11 @@ def extract_missing(
     """Run work units; what each has published stays. Raises HeadraceError if a unit failed or an
     image went away.
 
-    client: None for a GPU of this machine, which this process feeds without a pause between units.
+    client: None for a GPU of this machine, which this process feeds without a pause.
     """
     options = options or TaskOptions()
     unit_failures: list[str] = []
-    # Single images whose decoding kills its worker, or never ends: found by halving their units.
+    # Single images whose decoding kills its worker, or never ends: found by halving work units.
     fatal_units: list[tuple[ExtractJob, str]] = []
     unit_reports: list[WorkUnitReport] = []
     n_images = sum(len(job.samples) for job in units)
@@ -158,8 +158,8 @@ def extract_missing(
     unread_images = [image for report in unit_reports for image in report.unread]
     if unit_failures:
         raise HeadraceError(
-            f"{len(unit_failures):,} of {len(units):,} units of images failed; the "
-            "others are kept, and the same command tries these again. The first reason: "
+            f"{len(unit_failures):,} of {count_text(len(units), 'work unit')} failed; the others "
+            "are kept, and the same command tries these again. The first reason: "
             f"{unit_failures[0]}"
         )
     if unread_images:
@@ -230,7 +230,7 @@ def extract_unit(job: ExtractJob) -> WorkUnitReport:
 
 
 def is_published(job: ExtractJob) -> bool:
-    """Return whether all the unit's feature sets have all its images, as rows or failures."""
+    """Return whether all feature sets of the job have all its images, as rows or failures."""
     feature_directories = [
         feature_set_path(Path(job.cache_root), spec) for _, specs in job.networks for spec in specs
     ]
@@ -252,7 +252,7 @@ def unit_key(job: ExtractJob) -> str:
 
 
 def split_unit(job: ExtractJob) -> list[tuple[str, ExtractJob]]:
-    """Return the two halves of a work unit with their names; [] for a unit of one image."""
+    """Return the two halves of a work unit with their names; [] for one of a single image."""
     n_first = len(job.samples) // 2
     if not n_first:
         return []

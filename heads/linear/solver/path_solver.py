@@ -11,7 +11,6 @@ neighbour, corrected for the new strength (`ActiveSet.transfer_pairs`).
 """
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,14 +80,12 @@ def solve_paths(
     n_outputs: int,
     *,
     gap: float,
-    deadline: float | None,
     starts: dict[tuple[int, float], Array],
     device: str,
 ) -> dict[tuple[int, float], HeadSolution]:
     """Return the solutions by (path index, L2 strength).
 
     n_outputs: C for softmax paths (all with label -1), 1 for sigmoid paths.
-    deadline: time.monotonic() seconds at which the iterations end early; every bound stays true.
     starts: points (n_outputs, R + 1) of heads that need not be predicted.
     device: "cpu", or torch's name of the device where the products run.
     """
@@ -100,7 +97,7 @@ def solve_paths(
     if design.streamed_rows is not None:
         n_chains = max(1, min(COLUMNS_WORTH_A_PASS // (len(paths) * n_free), MAX_CHAINS))
     active_set = ActiveSet(problem, n_slots)
-    progress = _Progress(active_set, PathSchedule(paths, n_chains), starts, deadline)
+    progress = _Progress(active_set, PathSchedule(paths, n_chains), starts)
     n_weights = math.prod(active_set.shape)
     slots = Slots(
         n_slots,
@@ -135,7 +132,7 @@ def _solve_all(active_set: "ActiveSet", progress: "_Progress", slots: Slots) -> 
         x = slots.trial_points(running)
         objectives, gradients = active_set.evaluate(running, x)
         ended = slots.advance(running, x, objectives, gradients, active_set.gradient_is_small)
-        for slot in (running if progress.out_of_time() else ended).tolist():
+        for slot in ended.tolist():
             progress.store_stopped(slot, slots.unload(slot))
 
 
@@ -320,15 +317,11 @@ class _Progress:
         active_set: ActiveSet,
         schedule: PathSchedule,
         starts: dict[tuple[int, float], Array],
-        deadline: float | None,
     ) -> None:
         self.active_set, self.problem = active_set, active_set.problem
-        self.schedule, self.starts, self.deadline = schedule, starts, deadline
+        self.schedule, self.starts = schedule, starts
         self.solved: list[dict[float, SolvedHead]] = [{} for _ in self.problem.paths]
         self.paused: dict[tuple[int, float], SolvedHead] = {}
-
-    def out_of_time(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
 
     def load_next(self, slot: int) -> tuple[Array, Array | None] | None:
         """Load the next head into a slot of the active set; return its start and curvature pairs.
@@ -392,7 +385,6 @@ class _Progress:
             stopped.n_iterations >= ITERATIONS_PER_PRECONDITIONER
             and not stopped.finished
             and n_iterations < MAX_ITERATIONS
-            and not self.out_of_time()
         ):
             self.paused[head] = result
             self.schedule.resume(path_index, l2_strength)

@@ -138,7 +138,7 @@ def test_a_gpu_job_asks_for_cores_and_memory_of_each_gpu(tmp_path, commands, cha
     cores = [line for line in asked if line.startswith("--cpus-per-task")]
     assert cores[-1] == ("--cpus-per-task=3" if changes else "--cpus-per-task=32")
     assert ("--mem=187G" if changes else "--mem=60G") in asked
-    assert "--nthreads 2" in text  # two units of images at a time
+    assert "--nthreads 2" in text  # two work units at a time
     assert "--nworkers 4" in text
     assert "export DASK_HEADRACE__GPUS=4" in text
 
