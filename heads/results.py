@@ -13,7 +13,6 @@ does.
 
 import io
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ import xxhash
 
 from headrace.cache.checksum import shard_checksum
 from headrace.cache.errors import HeadraceError, ShardUnreadable
+from headrace.cache.file_stamps import FileStamp, file_stamp
 from headrace.cache.format.shard import USER_BLOCK_BYTES
 from headrace.heads.arrays import Array, Arrays, Floats, Index
 from headrace.heads.data.task import REFIT, Task, TaskKind
@@ -41,10 +41,9 @@ FORMAT = 3  # 2 had -1 for the fold of heads trained on all rows, 1 no digest
 COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_State = tuple[int, ...]
 # Files that this process has checked, as they were then: once for each file, so that no flipped bit
 # is ever read as a number.
-_checked: dict[Path, _State] = {}
+_checked: dict[Path, FileStamp] = {}
 
 
 class BadResults(HeadraceError, ValueError):
@@ -126,7 +125,7 @@ class BankResult:
 
     # Opened anew for each large array: without a handle a result can be pickled.
     path: Path
-    task: str  # digest of the task
+    task_digest: str
     task_kind: TaskKind
     classes: tuple[str, ...]
     features: tuple[dict[str, Any], ...]  # {"fingerprint", "spec"} per feature set
@@ -232,7 +231,7 @@ def read_bank(path: Path | str) -> BankResult:
         columns["error"] = [text.decode() or None for text in file["errors"][()]]
         return BankResult(
             path=path,
-            task=about["task"],
+            task_digest=about["task"],
             task_kind=cast(TaskKind, about["task_kind"]),
             classes=tuple(about["classes"]),
             features=tuple(about["features"]),
@@ -266,12 +265,12 @@ def remove_damaged(path: Path | str) -> bool:
 def _open(path: Path) -> Iterator[h5py.File]:
     """Open the file, checked to be whole and self-contained; raises BadResults for any other."""
     while True:
-        state = _check(path)
+        stamp = _check(path)
         try:
             file = h5py.File(path, "r")
         except OSError as error:
             raise BadResults(f"{path} is not an HDF5 file ({error}): {_remove(path)}") from error
-        if _state(path) == state:  # else another process has replaced it since the check
+        if _stamp(path) == stamp:  # else another process has replaced it since the check
             break
         file.close()
     with file:
@@ -281,9 +280,9 @@ def _open(path: Path) -> Iterator[h5py.File]:
                     f"{path} has format {stored_format}, this version of headrace reads {FORMAT}: "
                     f"{_remove(path)}"
                 )
-            if _checked.get(path) != state:
+            if _checked.get(path) != stamp:
                 _refuse_links(file, path)
-                _checked[path] = state
+                _checked[path] = stamp
             yield file
         except BadResults:
             raise
@@ -293,14 +292,14 @@ def _open(path: Path) -> Iterator[h5py.File]:
             ) from error
 
 
-def _check(path: Path) -> _State:
-    """Return the file's state, after checking that its bytes are those that were written.
+def _check(path: Path) -> FileStamp:
+    """Return the file's stamp, after checking that its bytes are those that were written.
 
-    Reads it whole unless this process has done so for this state.
+    Reads it whole unless this process has done so for this stamp.
     """
-    state = _state(path)
-    if _checked.get(path) == state:
-        return state
+    stamp = _stamp(path)
+    if _checked.get(path) == stamp:
+        return stamp
     try:
         _, digest, block = shard_checksum(path)
     except ShardUnreadable as error:
@@ -315,7 +314,7 @@ def _check(path: Path) -> _State:
             f"{path} is not a bank's results, or its bytes have changed since they were written "
             f"(their digest is {digest}): {_remove(path)}"
         )
-    return state
+    return stamp
 
 
 def _remove(path: Path) -> str:
@@ -325,12 +324,11 @@ def _remove(path: Path) -> str:
     )
 
 
-def _state(path: Path) -> _State:
+def _stamp(path: Path) -> FileStamp:
     try:
-        status = os.stat(path)
+        return file_stamp(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not there: train the bank first") from error
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _refuse_links(file: h5py.File, path: Path) -> None:

@@ -89,7 +89,7 @@ class FinishedRun:
 
     @cached_property
     def _stored_task(self) -> tuple[Task, dict[str, npt.NDArray[Any]]]:
-        return read_task(self.paths.task(self.bank.task))
+        return read_task(self.paths.task(self.bank.task_digest))
 
     @property
     def task(self) -> Task:
@@ -153,7 +153,7 @@ class FinishedRun:
         except (OSError, BadTaskFile) as error:
             return str(error)
         if not np.array_equal(self.task.ids[validation.images], self.bank.ids[self.held_out_rows]):
-            task_path = self.paths.task(self.bank.task)
+            task_path = self.paths.task(self.bank.task_digest)
             return f"{task_path} is not what the winner was trained on: {RUN_AGAIN}"
         floor = probability_floor(self.winner.spec, self.task.kind, len(self.task.classes))
         predicted = validation.aggregate(self.out_of_fold_predictions[self.held_out_rows])
@@ -209,7 +209,7 @@ class FinishedRun:
             return f"{self.paths.listing} has changed since it was written ({error}): {RUN_AGAIN}"
         except (HeadraceError, OSError) as error:
             return f"the images are not where they were: {error}"
-        if dataset.train.digest != self.bank.task:
+        if dataset.train.digest != self.bank.task_digest:
             return (
                 "the images, their labels or their split have changed since the run: run it again, "
                 "then report"
@@ -238,7 +238,7 @@ class FinishedRun:
     @cached_property
     def winner_evaluation(self) -> Mapping[str, Any] | None:
         """The record of the winner on the test split; None if it was not evaluated there."""
-        winner_key = (self.bank.task, self.bank.path.name, self.winner.spec)
+        winner_key = (self.bank.task_digest, self.bank.path.name, self.winner.spec)
         for evaluation in self.test_evaluations:
             model = evaluation["winner"]
             if (model["train"], model.get("bank"), model.get("spec")) == winner_key:

@@ -40,8 +40,8 @@ def read_array(source: ImageSource, *, labelled: bool = True) -> Listing:
     files with MNIST's names, whose labels are found beside them and whose `split` is train or test.
     Where the arrays of a file are those of the sides of a split, `split` is train, validation or
     test.
-    labelled: False if the caller knows which values are black and white. Unsigned integers of 8
-    and 16 bits and booleans need no range; arrays of other types are refused without one.
+    labelled: True to train; then arrays of other types than booleans and unsigned integers of 8
+    and 16 bits need a `pixel_range`. False to predict, when the model knows the range.
 
     Raises SourceError.
     """

@@ -14,7 +14,7 @@ def provenance_section(run: FinishedRun) -> Section:
     facts = {
         "run": str(run.paths.root.absolute()),
         "features": str(run.recipe.cache),
-        "task": f"{run.bank.task} (digest of the rows, targets and folds)",
+        "task": f"{run.bank.task_digest} (digest of the rows, targets and folds)",
         "winner's results": run.bank.path.name,
         "winner's spec": run.winner.spec,
     }

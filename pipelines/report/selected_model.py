@@ -63,7 +63,7 @@ def find_selected(run: FinishedRun) -> SelectedModel:
     evaluations = [
         evaluation
         for evaluation in run.test_evaluations
-        if _is_ensemble(evaluation["winner"], ensemble, run.bank.task)
+        if _is_ensemble(evaluation["winner"], ensemble, run.bank.task_digest)
     ]
     return SelectedModel(ensemble, evaluations[-1] if evaluations else None)
 

@@ -159,7 +159,7 @@ def test_a_bank_of_every_kind(work: Path, kind: str) -> None:
     assert summary["heads"] == len(bank.table) == 4 * len(SPECS[kind])
     assert not summary["skipped"]
     assert summary["failed"] == int(bank.table["error"].notna().sum())
-    assert bank.task == task.digest
+    assert bank.task_digest == task.digest
     assert bank.features[0]["spec"]["tap"] == "t"
     assert list(bank.table["kind"].unique()) == [kind]
     for spec in SPECS[kind]:
