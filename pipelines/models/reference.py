@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import open_feature_set
 from headrace.extract.errors import SourceError
 from headrace.extract.spec import BackboneSpec, Sample
@@ -183,7 +184,7 @@ def paths_of_content(listing_path: Path, content: npt.NDArray[np.bytes_]) -> lis
     missing = [content_hash for content_hash in hashes if content_hash not in path_of_hash]
     if missing:
         raise SourceError(
-            f"{listing_path} lists no image with the content {missing[0]} and {len(missing) - 1} "
-            "more: run again"
+            f"{listing_path} lacks {count_text(len(missing), 'image')}, first with the content "
+            f"{missing[0]}: run again"
         )
     return [path_of_hash[content_hash] for content_hash in hashes]

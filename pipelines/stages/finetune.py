@@ -33,6 +33,5 @@ def finetune(state: RunState, services: Services) -> RunState:
             services.options,
             retry_failed=services.retry_failed,
         )
-        trained_text = f"{count_text(finetuned.trained, 'network')} trained"
-        report_done(trained_text if finetuned.trained else "nothing missing")
+        report_done(f"{count_text(finetuned.trained, 'network')} trained")
         return replace(state, finetuned=finetuned)

@@ -144,9 +144,8 @@ class CompiledKernels:
 
 
 class CompiledPass:
-    """The pass in compiled float32: a row is read once, and decisions stay in the nearer caches.
-
-    Threads divide a block's rows among them; each has its own sums.
+    """The pass (see `passes`) in compiled float32: a row is read once, and decisions stay in the
+    nearer caches. Threads divide a block's rows among them; each has its own sums.
     """
 
     def __init__(
@@ -210,13 +209,13 @@ class CompiledPass:
         return self.loss_sums
 
     def _labels(self, block: "RowBlock", heads: Index) -> npt.NDArray[np.int32]:
-        """Return classes (n,) of a block's rows, or labels (a, n) of 0 and 1 for sigmoids."""
+        """Return classes (n,) of a block's rows, or labels (heads, n) of 0 and 1 for sigmoids."""
         if self.weighting.n_outputs > 1:
             return block.classes
         return block.labels[self.weighting.labels[self.path_index[heads]]].astype(np.int32)
 
     def gradient(self) -> Array:
-        """Return the gradients (A, c, W) summed over the blocks so far."""
+        """Return the gradients (A, c, k) summed over the blocks so far."""
         _, n_free, width = self.shape
         total = np.zeros(self.shape, np.float32)
         for folds, heads in self.heads_by_folds.items():
