@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -217,7 +218,6 @@ def _build_torchvision(
 def _torchvision_pretrained(
     name: str, tag: str | None, arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, Preprocessing]:
-    import torch
     import torchvision.models
 
     entry = _torchvision_entry(name, tag)
@@ -443,6 +443,16 @@ def _build_python(path: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, P
         raise BackboneError(
             f"python:{path}: the second value is {type(preprocessing).__name__}; expected "
             "headrace.Preprocessing, whose fields are part of every fingerprint."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BackboneError(
+            f"python:{path} returned a TorchScript program, whose layers cannot be tapped: return "
+            "the network that it was made from, or export that to ONNX (onnx:FILE)"
+        )
+    if any(isinstance(tensor, nn.UninitializedParameter) for tensor in module.parameters()):
+        raise BackboneError(
+            f"python:{path} returned a network with lazy layers that no image has passed: run it "
+            "once in the function, on torch.zeros(1, 3, HEIGHT, WIDTH)"
         )
     return module, preprocessing
 

@@ -147,10 +147,20 @@ def find_nodes(
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise BackboneError(
             f"{network_name} does not run on images of {image_shape[0]} x {image_shape[1]} pixels "
-            f"and {image_shape[2]} channels: "
+            f"and {image_shape[2]} channels{dtype_hint(module)}: "
             f"{type(error).__name__}: {str(error)[:300]}. Leave image_size out for the weights' "
             "own size."
         ) from error
+
+
+def dtype_hint(module: nn.Module) -> str:
+    """Return what to do about weights of another type than the images, float32; "" if none are."""
+    others = {
+        str(tensor.dtype).removeprefix("torch.")
+        for tensor in module.parameters()
+        if tensor.is_floating_point() and tensor.dtype != torch.float32
+    }
+    return f" (its weights are {', '.join(sorted(others))}: return network.float())" * bool(others)
 
 
 class _CountMultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]

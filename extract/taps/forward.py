@@ -19,9 +19,12 @@ from headrace.extract.backbones.fused import (
 from headrace.extract.backbones.nodes import Node
 from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.openvino_forward import openvino_forward
+from headrace.extract.taps.repeatable import random_pixels, require_repeatable
 from headrace.extract.taps.resolve import Tap, backbone_nodes
 
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+# In evaluation mode their networks compute each image by itself, and the same in every pass.
+_LIBRARIES = ("timm:", "torchvision:", "open_clip:")
 _HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,7 +37,10 @@ def make_forward(
     compiled: bool = False,
     runtime: str = "torch",
 ) -> Forward:
-    """Return the pass from pixels to the pooled outputs of `taps`, on a copy of the network."""
+    """Return the pass from pixels to the pooled outputs of `taps`, on a copy of the network.
+
+    Raises BackboneError for a network that gives one image other features in another pass.
+    """
     nodes = backbone_nodes(backbone)
     placed = [(tap, nodes[tap.node]) for tap in taps]
     normalize = make_normalizer(backbone, device)
@@ -42,9 +48,12 @@ def make_forward(
     network = backbone.module if on_cpu else _for_accelerator(backbone, placed)
     module = copy.deepcopy(network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = hook_forward(module, placed, normalize, compute_dtype, compiled=compiled)
+    # Compiled passes are not tried: one for two images and one for one would be compiled.
+    if not compiled and not backbone.spec.name.startswith(_LIBRARIES):
+        require_repeatable(backbone, plain, taps, device)
     if not on_cpu or compute_dtype != "float32" or compiled:
         return plain
-    pixels = _random_pixels(backbone)
+    pixels = random_pixels(backbone, 1)
     if runtime == "openvino":
         return openvino_forward(module, plain, pixels)
     if not can_fuse():
@@ -64,7 +73,7 @@ def _for_accelerator(backbone: Backbone, taps: Sequence[tuple[Tap, Node]]) -> nn
     """Return the network with batch normalizations folded if, on the CPU, that leaves the outputs
     of one image the same.
     """
-    normalize, pixels = make_normalizer(backbone, "cpu"), _random_pixels(backbone)
+    normalize, pixels = make_normalizer(backbone, "cpu"), random_pixels(backbone, 1)
 
     def outputs(module: nn.Module) -> list[Tensor]:
         return hook_forward(copy.deepcopy(module), taps, normalize, "float32")(pixels)
@@ -76,14 +85,6 @@ def _for_accelerator(backbone: Backbone, taps: Sequence[tuple[Tap, Node]]) -> nn
         if outputs_agree(outputs(folded), outputs(backbone.module)):
             return folded
     return backbone.module
-
-
-def _random_pixels(backbone: Backbone) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    preprocessing = backbone.preprocessing
-    return torch.randint(
-        0, 256, (1, *preprocessing.pixel_shape), dtype=torch.uint8, generator=generator
-    )
 
 
 def make_normalizer(backbone: Backbone, device: str) -> Callable[[Tensor], Tensor]:
