@@ -136,7 +136,7 @@ def parse_recipe(path: Path) -> None:
 
 
 def parse_weights(path: Path) -> None:
-    from headrace.extract.backbones.weights import read_weights
+    from headrace.extract.backbones.weights_file import read_weights
 
     read_weights(path)
 

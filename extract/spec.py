@@ -27,7 +27,7 @@ from headrace.extract.images.preprocessing import (
 )
 
 WeightsMatch = Literal["name", "order"]
-WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".pth.tar")
 PACKAGE_PREFIX = "pypi:"
 PREFIXES = ("torchvision:", "timm:", "transformers:", "open_clip:", "onnx:", "python:")
 

@@ -23,9 +23,9 @@ from headrace.extract.backbones.weights import (
     converted_by_timm,
     fit_weights,
     own_tensors,
-    read_weights,
     weights_digest,
 )
+from headrace.extract.backbones.weights_file import read_weights
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.preprocessing import Preprocessing
 from headrace.extract.spec import (

@@ -55,7 +55,9 @@ def network_prefix(
     )
     teachers = [prefix for prefix in rivals if "teacher" in prefix.split(".")]
     students = [prefix for prefix in rivals if "student" in prefix.split(".")]
-    if len(rivals) == 1 or _are_copies(tensors, expected, rivals):
+    # Blocks of one shape may fit in each other's place; a copy of the network is most of it.
+    is_most = 2 * best_count >= len(expected)
+    if len(rivals) == 1 or not is_most or _are_copies(tensors, expected, rivals):
         return rivals[0]
     if len(teachers) == 1 and len(teachers) + len(students) == len(rivals):
         return teachers[0]
@@ -96,6 +98,37 @@ def without_chunks(
         return dict(tensors)
     renamed = {_CHUNK.sub(r"\1blocks.\2.", name): tensor for name, tensor in tensors.items()}
     return renamed if len(renamed) == len(tensors) else dict(tensors)
+
+
+def with_child_names(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], children: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the tensors with the names of the network's children in place of numbers, if the file
+    has the network as nn.Sequential(*network.children()), under any prefix.
+
+    children: names of the network's children that have tensors, in their order.
+    """
+    # {prefix: numbers of the children after it}. Children without tensors may have numbers or not.
+    numbers: dict[str, set[int]] = {}
+    for name in tensors:
+        for match in re.finditer(r"(?:^|(?<=\.))(\d{1,4})\.", name):
+            numbers.setdefault(name[: match.start()], set()).add(int(match[1]))
+    for prefix in sorted(numbers, key=len):
+        child_of_number = dict(zip(sorted(numbers[prefix]), children, strict=False))
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and number.isdecimal() and int(number) in child_of_number:
+                renamed[f"{prefix}{child_of_number[int(number)]}.{rest}"] = tensor
+            else:
+                renamed[name] = tensor
+        n_fitting = sum(
+            prefix + name in renamed and renamed[prefix + name].shape == tensor.shape
+            for name, tensor in expected.items()
+        )
+        if 2 * n_fitting > len(expected):
+            return renamed
+    return dict(tensors)
 
 
 def owner_module(name: str, module_names: Collection[str]) -> str:

@@ -1,17 +1,14 @@
-"""Weights files: read without pickle, fitted to a network by name or by order, and digested."""
+"""Weights of a file: fitted to a network by name or by order, and digested."""
 
 import hashlib
-import pickle
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from headrace.cache.count_text import count_text
@@ -19,14 +16,13 @@ from headrace.extract.backbones.checkpoint_names import (
     is_head_name,
     network_prefix,
     owner_module,
+    with_child_names,
     without_chunks,
     without_wrappers,
 )
+from headrace.extract.backbones.weights_file import UnorderedTensors
 from headrace.extract.errors import BackboneError
-from headrace.extract.spec import WeightsMatch, require_weights_file
-
-# Training scripts wrap the state dict in a dictionary with the optimizer and the epoch.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+from headrace.extract.spec import WeightsMatch
 
 # {role of a tensor in a layer: ends of its name in PyTorch, TensorFlow, Keras, Flax, MXNet and
 # Paddle}. The tensors of a normalization all have one shape, so only their names tell them apart.
@@ -40,37 +36,6 @@ _ROLES = {
 _ROLE_OF = {ending: role for role, endings in _ROLES.items() for ending in endings}
 _ENDING = re.compile(rf"(?:.*[./_])?({'|'.join(_ROLE_OF)})(?::0)?", re.IGNORECASE | re.DOTALL)
 _HOW_TO_SAVE = "torch.save(network.state_dict(), 'weights.pth') where the network itself is at hand"
-
-
-class UnorderedTensors(dict[str, Tensor]):
-    """Tensors of a format that does not keep their order: the order of this dictionary is none."""
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.safetensors` or PyTorch file, on the CPU.
-
-    Those of a PyTorch file are in its order. Nothing but tensors and plain containers is unpickled.
-    Raises BackboneError.
-    """
-    require_weights_file(path)
-    try:
-        if path.suffix.lower() == ".safetensors":
-            # Its writer sorts tensors by dtype and name.
-            loaded: object = UnorderedTensors(load_file(path))
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise BackboneError(
-            f"{path}: this file holds Python objects besides tensors, and loading those could run "
-            "code from the file. Where it was made, save the tensors alone: "
-            "torch.save(model.state_dict(), ...), or use safetensors."
-        ) from error
-    # torch's unpickler, its zip reader and safetensors raise anything on damaged files.
-    except Exception as error:
-        raise BackboneError(
-            f"{path}: not a readable weights file ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
-    return _state_dict(loaded, path)
 
 
 @dataclass(frozen=True)
@@ -186,6 +151,8 @@ def own_tensors(
     """
     expected = module.state_dict()
     tensors = without_chunks(without_wrappers(tensors), expected)
+    children = [name for name, child in module.named_children() if child.state_dict()]
+    tensors = with_child_names(tensors, expected, children)
     if prefix is None:
         prefix = network_prefix(tensors, expected, network_description)
     own = {
@@ -244,44 +211,6 @@ def weights_digest(module: nn.Module) -> str:
         # As bytes, because bfloat16 has no NumPy dtype.
         hasher.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return hasher.hexdigest()
-
-
-def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(file_value, Mapping) and isinstance(file_value.get(key), Mapping):
-            file_value = file_value[key]
-            break
-    if isinstance(file_value, Mapping) and not any(
-        isinstance(value, Tensor) for value in file_value.values()
-    ):
-        # Several networks, such as DINO's {"student": …, "teacher": …, "epoch": 99}.
-        networks = {
-            f"{key}.": value
-            for key, value in file_value.items()
-            if isinstance(value, Mapping)
-            and value
-            and all(isinstance(tensor, Tensor) for tensor in value.values())
-        }
-        file_value = {
-            f"{key}{name}": value
-            for key, tensors in networks.items()
-            for name, value in tensors.items()
-        } or file_value
-    if not isinstance(file_value, Mapping):
-        raise BackboneError(
-            f"{path}: expected a dictionary of tensors (a state dict), found "
-            f"{type(file_value).__name__}."
-        )
-    non_tensor_names = [
-        str(name) for name, value in file_value.items() if not isinstance(value, Tensor)
-    ]
-    if non_tensor_names:
-        raise BackboneError(
-            f"{path}: expected tensors alone, but these entries are not: "
-            f"{', '.join(non_tensor_names[:5])}."
-        )
-    tensors = {str(name): value for name, value in file_value.items()}
-    return UnorderedTensors(tensors) if isinstance(file_value, UnorderedTensors) else tensors
 
 
 def _by_order(

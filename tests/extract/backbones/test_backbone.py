@@ -259,9 +259,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "text.safetensors").write_text("not weights")
     for name in ("text.pth", "text.safetensors"):
-        with pytest.raises(
-            BackboneError, match=r"not a readable weights file|holds Python objects"
-        ):
+        with pytest.raises(BackboneError, match="not a readable weights file"):
             load_backbone(BackboneSpec(TINY, str(tmp_path / name)))
     with pytest.raises(
         BackboneError, match=r"no such weights file. Files there: .*plain|no such weights file"
@@ -278,7 +276,7 @@ class Payload:
 
 def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     torch.save({"weights": Payload()}, tmp_path / "evil.pth")
-    with pytest.raises(BackboneError, match=r"could run code"):
+    with pytest.raises(BackboneError, match="these entries are not: weights"):
         load_backbone(BackboneSpec(TINY, str(tmp_path / "evil.pth")))
     assert not Path("/tmp/headrace-was-here").exists()
 

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from headrace.extract.backbones.backbone import load_backbone
-from headrace.extract.backbones.weights import _role, fit_weights, read_weights
+from headrace.extract.backbones.weights import _role, fit_weights
+from headrace.extract.backbones.weights_file import read_weights
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec, weights_path
 

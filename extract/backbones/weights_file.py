@@ -1,0 +1,208 @@
+"""Weights files, read without running code: their tensors, and nothing of what lies around them."""
+
+import pickle
+import types
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from headrace.extract.errors import BackboneError
+from headrace.extract.spec import require_weights_file
+
+# Training scripts wrap the state dict in a dictionary with the optimiser and the epoch.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+# The functions of PyTorch that put tensors together; "torch" has the names of dtypes too.
+_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+# A small file can name one module many times over.
+_MOST_MODULES = 1_000_000
+_MODULE_FIELDS = ("_parameters", "_buffers", "_modules")
+
+
+class UnorderedTensors(dict[str, Tensor]):
+    """Tensors of a format that does not keep their order: the order of this dictionary is none."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.safetensors` or PyTorch file, on the CPU.
+
+    Those of a PyTorch file are in its order. Of a network that was saved whole, its parameters and
+    buffers are taken. No code of the file is imported or run. Raises BackboneError.
+    """
+    require_weights_file(path)
+    try:
+        if path.suffix.lower() == ".safetensors":
+            # Its writer sorts tensors by dtype and name.
+            loaded: object = UnorderedTensors(load_file(path))
+        else:
+            loaded = _load_pytorch(path)
+        tensors = _state_dict(loaded, path)
+    except BackboneError:
+        raise
+    # torch's unpickler, its zip reader and safetensors raise anything on damaged files.
+    except Exception as error:
+        raise BackboneError(f"{path}: {_unreadable_reason(path, error)}") from error
+    return UnorderedTensors(tensors) if isinstance(loaded, UnorderedTensors) else tensors
+
+
+def _load_pytorch(path: Path) -> object:
+    """Load a file of torch.save; objects that are no tensors or containers become stand-ins."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        pass  # with objects of other classes: arguments of the training, metrics, whole networks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the source code of classes
+        # Not reached by TorchScript, which this would run: above it is another error.
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE)
+
+
+class _StandIn(dict[Any, Any]):
+    """Takes the place of any class or function that a file names, and does nothing."""
+
+    dump_patches = False  # asked for by PyTorch's reader of its oldest format
+    state: object = None
+    __hash__ = object.__hash__  # type: ignore[assignment]  # objects can be keys
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        super().__init__()
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> "_StandIn":
+        return _StandIn()
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def append(self, _item: object) -> None:
+        """Take the place of a list's method, or of a set's."""
+
+    extend = add = append
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Unpickles tensors and containers; every other class and function is a stand-in."""
+
+    def find_class(self, module_name: str, name: str) -> Any:
+        if (module_name, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module_name == "torch._utils" and name in _REBUILDERS:
+            return getattr(torch._utils, name)
+        if module_name == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return _StandIn
+
+
+def _load_inert(file: Any, **options: Any) -> object:
+    loaded: object = _InertUnpickler(file, **options).load()
+    return loaded
+
+
+# What torch.load asks of a pickle module.
+_INERT_PICKLE: Any = types.SimpleNamespace(
+    __name__="inert_pickle", Unpickler=_InertUnpickler, load=_load_inert
+)
+
+
+def _module_tensors(value: object) -> object:
+    """Return the state dict of a network that was saved whole; any other value as it is."""
+    if not _is_module(value):
+        return value
+    tensors: dict[str, Tensor] = {}
+    pending: list[tuple[str, Any]] = [("", value)]
+    n_visited = 0
+    while pending:
+        prefix, module = pending.pop()
+        if (n_visited := n_visited + 1) > _MOST_MODULES:
+            raise ValueError(f"a network of more than {_MOST_MODULES:,} modules")
+        state = module.state
+        left_out = state.get("_non_persistent_buffers_set", ())
+        for name, tensor in (*state["_parameters"].items(), *state["_buffers"].items()):
+            if isinstance(tensor, Tensor) and name not in left_out:
+                tensors[f"{prefix}{name}"] = tensor
+        children = [(f"{prefix}{name}.", child) for name, child in state["_modules"].items()]
+        pending += [(name, child) for name, child in reversed(children) if _is_module(child)]
+    return tensors
+
+
+def _is_module(value: object) -> bool:
+    state = value.state if isinstance(value, _StandIn) else None
+    return isinstance(state, Mapping) and all(
+        isinstance(state.get(field), Mapping) for field in _MODULE_FIELDS
+    )
+
+
+def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
+    file_value = _module_tensors(file_value)
+    if isinstance(file_value, Mapping) and not _is_object(file_value):
+        file_value = {name: _module_tensors(value) for name, value in file_value.items()}
+        for key in _WRAPPERS:
+            wrapped = file_value.get(key)
+            if isinstance(wrapped, Mapping) and any(_is_tensor(item) for item in wrapped.values()):
+                file_value = wrapped
+                break
+    if isinstance(file_value, Mapping) and not any(map(_is_tensor, file_value.values())):
+        # Several networks, such as DINO's {"student": …, "teacher": …, "epoch": 99}.
+        networks = {
+            f"{key}.": value
+            for key, value in file_value.items()
+            if isinstance(value, Mapping) and value and all(map(_is_tensor, value.values()))
+        }
+        file_value = {
+            f"{key}{name}": value
+            for key, tensors in networks.items()
+            for name, value in tensors.items()
+        } or file_value
+    if not isinstance(file_value, Mapping) or _is_object(file_value):
+        kind = "an object" if _is_object(file_value) else type(file_value).__name__
+        raise BackboneError(
+            f"{path}: expected a dictionary of tensors (a state dict) or a network, found {kind}."
+        )
+    non_tensor_names = [str(name) for name, value in file_value.items() if not _is_tensor(value)]
+    if non_tensor_names:
+        raise BackboneError(
+            f"{path}: expected tensors alone, but these entries are not: "
+            f"{', '.join(non_tensor_names[:5])}."
+        )
+    return {str(name): _plain_tensor(tensor) for name, tensor in file_value.items()}
+
+
+def _is_object(value: object) -> bool:
+    """Return whether a stand-in takes the place of anything but a dictionary."""
+    return isinstance(value, _StandIn) and not value
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    """Return the tensor with values that a network can be given. Raises ValueError."""
+    if tensor.is_meta:
+        raise ValueError("its tensors have shapes and no values (device meta)")
+    return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def _unreadable_reason(path: Path, error: Exception) -> str:
+    """Return why a file cannot be read, and what to do, for the kinds of files that people have."""
+    with path.open("rb") as file:
+        beginning = file.read(64).lstrip().lower()
+    if beginning.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself. Fetch it: git lfs pull"
+    if beginning.startswith((b"<!doctype", b"<html")):
+        return "a web page and not weights: the address gave a page. Download the file again"
+    if "TorchScript" in str(error) and zipfile.is_zipfile(path):
+        return (
+            "a TorchScript program, and loading it would run it. If you trust it, save its "
+            f"weights: python -c \"import torch; torch.save(torch.jit.load('{path}', "
+            "map_location='cpu').state_dict(), 'weights.pth')\""
+        )
+    return f"not a readable weights file ({type(error).__name__}: {str(error)[:200]})"
