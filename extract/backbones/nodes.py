@@ -3,9 +3,10 @@
 N images, C channels, H x W positions, T tokens.
 """
 
+import contextlib
 import copy
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -248,43 +249,30 @@ def _capture(
     captured_outputs: list[_Captured] = []
     linear_inputs: list[_Captured] = []
     call_counts: dict[str, int] = {}
-    handles = []
     # The module to hook for the network's output: the network itself (""), or, for an ONNX graph,
     # the submodule of its last value, so that one pass gives it together with other nodes.
     output_module = getattr(module, "output_module", "")
+    counter = _CountMultiplyAdds()
+
+    def after(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        call_counts[name] = call_counts.get(name, 0) + 1
+        if isinstance(tensor := output_tensor(output), Tensor):
+            shape, node_module = tuple(tensor.shape), name or output_module
+            captured_outputs.append(_Captured(name or LOGITS, node_module, shape, counter.flops))
+
+    def before(name: str, _module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            shape = tuple(args[0].shape)
+            linear_inputs.append(_Captured(PRE_LOGITS, name, shape, counter.flops))
+
     # Not inference_mode, in which convolutions are dispatched under names that have no formula.
-    with torch.no_grad(), _CountMultiplyAdds() as counter:
-
-        def after(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                call_counts[name] = call_counts.get(name, 0) + 1
-                if isinstance(tensor := output_tensor(output), Tensor):
-                    shape, node_module = tuple(tensor.shape), name or output_module
-                    captured_outputs.append(
-                        _Captured(name or LOGITS, node_module, shape, counter.flops)
-                    )
-
-            return hook
-
-        def before(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: Any) -> None:
-                if args and isinstance(args[0], Tensor):
-                    linear_inputs.append(
-                        _Captured(PRE_LOGITS, name, tuple(args[0].shape), counter.flops)
-                    )
-
-            return hook
-
-        image = torch.zeros(_BATCH, image_shape[2], *image_shape[:2], device=device)
-        try:
-            for name, child in module.named_modules():
-                handles.append(child.register_forward_hook(after(name)))
-                if isinstance(child, nn.Linear):
-                    handles.append(child.register_forward_pre_hook(before(name)))
-            module(image)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with torch.no_grad(), counter, contextlib.ExitStack() as hooks:
+        for name, child in module.named_modules():
+            hooks.enter_context(child.register_forward_hook(functools.partial(after, name)))
+            if isinstance(child, nn.Linear):
+                pre_hook = functools.partial(before, name)
+                hooks.enter_context(child.register_forward_pre_hook(pre_hook))
+        module(torch.zeros(_BATCH, image_shape[2], *image_shape[:2], device=device))
     return captured_outputs, linear_inputs, call_counts, counter.flops
 
 
