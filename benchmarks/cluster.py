@@ -114,7 +114,7 @@ def overhead(quick: bool) -> dict[str, float]:
                     )
                 )
                 wall = time.perf_counter() - started
-            inside = sum(outcome.result["seconds"] for outcome in outcomes if outcome.result)
+            inside = sum(outcome.result.seconds for outcome in outcomes if outcome.result)
             rates[workers] = count / wall
             share = 1 - inside / (wall * workers)
             print(

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -67,11 +66,20 @@ class BankJob:
     side_columns: str | None = None
 
 
-def train_bank(job: BankJob) -> dict[str, Any]:
-    """Train the job's heads and publish their results, unless the results exist.
+@dataclass(frozen=True)
+class BankReport:
+    """What a worker returns of a bank that it has trained."""
 
-    Returns {"result": path, "heads": count, "failed": count of heads, "seconds": wall time,
-    "skipped": whether the results existed}. A head that fails is a row with its error.
+    result: str  # path of the results file
+    heads: int
+    failed: int  # heads with an error
+    seconds: float  # wall time
+    skipped: bool  # whether the results existed
+
+
+def train_bank(job: BankJob) -> BankReport:
+    """Train the job's heads and publish their results, unless the results exist. A head that fails
+    is a row with its error.
 
     Raises HeadError, and the errors of opening the task and the features.
     """
@@ -87,13 +95,8 @@ def train_bank(job: BankJob) -> dict[str, Any]:
         with threadpool_limits(job.threads):
             _train(job, HEAD_KINDS[kinds.pop()])
     table = read_bank(job.result).table
-    return {
-        "result": job.result,
-        "heads": len(table),
-        "failed": int(table["error"].notna().sum()),
-        "seconds": time.perf_counter() - started,
-        "skipped": skipped,
-    }
+    n_failed = int(table["error"].notna().sum())
+    return BankReport(job.result, len(table), n_failed, time.perf_counter() - started, skipped)
 
 
 def _train(job: BankJob, kind: HeadKind) -> None:

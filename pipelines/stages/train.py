@@ -75,12 +75,11 @@ def _train_banks(state: RunState, services: Services, device: str) -> None:
             elif outcome.result is None:
                 bank_failures.append(outcome.error or "")
             else:
-                n_failed += outcome.result["failed"]
-                if outcome.job.result in assumed_costs and not outcome.result["skipped"]:
-                    kind, seconds = assumed_costs[outcome.job.result]
-                    options.on_event(
-                        "cost", kind=kind, assumed_s=seconds, seconds=outcome.result["seconds"]
-                    )
+                n_failed += outcome.result.failed
+                if outcome.job.result in assumed_costs and not outcome.result.skipped:
+                    kind, assumed_s = assumed_costs[outcome.job.result]
+                    seconds = outcome.result.seconds
+                    options.on_event("cost", kind=kind, assumed_s=assumed_s, seconds=seconds)
             n_done += n_heads
             advance(n_heads, {"failed": n_failed})
             options.on_event("progress", done=n_done, failed=n_failed)

@@ -154,11 +154,11 @@ def test_a_bank_of_every_kind(work: Path, kind: str) -> None:
     path, task = write_task(work, y)
     job = BankJob(path, (store(work, X, content),), SPECS[kind], str(work / "banks" / "bank.h5"))
     assert len(pickle.dumps(job)) < 2000
-    summary = train_bank(job)
+    report = train_bank(job)
     bank = read_bank(job.result)
-    assert summary["heads"] == len(bank.table) == 4 * len(SPECS[kind])
-    assert not summary["skipped"]
-    assert summary["failed"] == int(bank.table["error"].notna().sum())
+    assert report.heads == len(bank.table) == 4 * len(SPECS[kind])
+    assert not report.skipped
+    assert report.failed == int(bank.table["error"].notna().sum())
     assert bank.task_digest == task.digest
     assert bank.features[0]["spec"]["tap"] == "t"
     assert list(bank.table["kind"].unique()) == [kind]
@@ -182,7 +182,7 @@ def test_a_bank_of_every_kind(work: Path, kind: str) -> None:
             np.testing.assert_allclose(
                 bank.validation(spec, 0), predict_head(spec, arrays, held), atol=2e-5
             )
-    assert train_bank(job)["skipped"]
+    assert train_bank(job).skipped
     assert pickle.loads(pickle.dumps(bank)).table.equals(bank.table)
 
 
@@ -588,7 +588,7 @@ def test_a_bank_can_halve(work: Path) -> None:
         str(work / "b.h5"),
         halving=Halving(after=(2,), keep=0.25),
     )
-    assert train_bank(job)["heads"] == 13
+    assert train_bank(job).heads == 13
     table = read_bank(job.result).table
     assert table[table["fold"] != REFIT].groupby("spec", sort=False)[
         "iterations"

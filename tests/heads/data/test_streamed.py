@@ -158,7 +158,7 @@ def test_streamed_heads_are_those_of_memory(
     found = []
     for name, memory in (("memory", 1 << 40), ("streamed", 0)):
         job = BankJob(path, tuple(sets), specs, str(tmp_path / f"{name}.h5"), memory_bytes=memory)
-        assert train_bank(job)["failed"] == 0
+        assert train_bank(job).failed == 0
         found.append(read_bank(job.result))
     memory_bank, streamed_bank = found
     for spec in specs:
