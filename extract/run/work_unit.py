@@ -69,6 +69,16 @@ class ForwardPass:
 
 
 @dataclass(frozen=True)
+class PassOptions:
+    """How a process runs forward passes, see ExtractJob."""
+
+    device: str
+    compiled: bool = False
+    graphed: bool = False
+    runtime: str = "torch"
+
+
+@dataclass(frozen=True)
 class _StartedUnit:
     """A work unit whose first batches are being decoded."""
 
@@ -150,19 +160,13 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
     torch.set_num_threads(job.threads)
     if on_cpu:
         keep_freed_memory()
+    options = PassOptions(job.device, job.compile, job.cuda_graphs, job.runtime)
     with _NETWORK_LOCK:
         _make_room(job)
         passes = [
             feature_pass
             for backbone, specs in job.networks
-            for feature_pass in make_forward_passes(
-                backbone,
-                specs,
-                job.device,
-                compiled=job.compile,
-                graphed=job.cuda_graphs,
-                runtime=job.runtime,
-            )
+            for feature_pass in make_forward_passes(backbone, specs, options)
         ]
         batch_limits = [
             batch_limit_of(
@@ -331,13 +335,7 @@ def find_unstorable_rows(features: npt.NDArray[Any], spec: FeatureSpec) -> dict[
 
 
 def make_forward_passes(
-    spec: BackboneSpec,
-    feature_specs: Sequence[FeatureSpec],
-    device: str,
-    *,
-    compiled: bool = False,
-    graphed: bool = False,
-    runtime: str = "torch",
+    spec: BackboneSpec, feature_specs: Sequence[FeatureSpec], options: PassOptions
 ) -> list[ForwardPass]:
     """Return a pass for each pair of view and compute dtype among one backbone's feature sets.
 
@@ -356,7 +354,7 @@ def make_forward_passes(
     for (view_text, compute_dtype), view_features in by_view.items():
         taps = tuple(Tap(feature_spec.tap, feature_spec.pooling) for feature_spec in view_features)
         rendering = Rendering(backbone.preprocessing, *parse_view(view_text))
-        forward = _forward(backbone, taps, device, compute_dtype, compiled, graphed, runtime)
+        forward = _forward(backbone, taps, compute_dtype, options)
         view_passes.append(ForwardPass(rendering, forward, tuple(view_features)))
     return view_passes
 
@@ -397,13 +395,7 @@ def _make_room(job: ExtractJob) -> None:
 
 
 def _forward(
-    backbone: Backbone,
-    taps: tuple[Tap, ...],
-    device: str,
-    compute_dtype: str,
-    compiled: bool,
-    graphed: bool,
-    runtime: str,
+    backbone: Backbone, taps: tuple[Tap, ...], compute_dtype: str, options: PassOptions
 ) -> Forward:
     """Return a pass. It is kept, because copying a network costs as much as dozens of images."""
 
@@ -411,15 +403,16 @@ def _forward(
         forward = make_forward(
             backbone,
             taps,
-            device=device,
+            device=options.device,
             compute_dtype=compute_dtype,
-            compiled=compiled,
-            runtime=runtime,
+            compiled=options.compiled,
+            runtime=options.runtime,
         )
-        on_cuda = torch.device(device).type == "cuda"  # or ROCm, which has the same name
-        return GraphedForward(forward) if graphed and on_cuda else forward
+        # "cuda" is also ROCm's name.
+        is_graphed = options.graphed and torch.device(options.device).type == "cuda"
+        return GraphedForward(forward) if is_graphed else forward
 
-    return _forwards.get((backbone, taps, device, compute_dtype, compiled, graphed, runtime), make)
+    return _forwards.get((backbone, taps, compute_dtype, options), make)
 
 
 def batch_limit_of(

@@ -27,6 +27,7 @@ from headrace.extract.run.device import BatchLimit, check_device, launch_forward
 from headrace.extract.run.rendering import Rendering, quiet_decoding, render_into_buffers
 from headrace.extract.run.work_unit import (
     ForwardPass,
+    PassOptions,
     batch_limit_of,
     find_unstorable_rows,
     make_forward_passes,
@@ -106,7 +107,7 @@ def open_engine(model: "Model", device: str = "cpu") -> PredictionEngine:
             rendering = Rendering(trained_backbone.preprocessing, view_index, no_augmentation)
             passes.append(ForwardPass(rendering, forward, member.features))
     for backbone, features in model.features_by_backbone.items():
-        passes += make_forward_passes(backbone, features, device)
+        passes += make_forward_passes(backbone, features, PassOptions(device))
     limits = [
         batch_limit_of(
             network_pass.forward, network_pass.rendering.preprocessing.pixel_shape, device, None
