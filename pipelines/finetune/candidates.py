@@ -214,15 +214,22 @@ def predicted_gain(
     return headroom(candidate, metric) * expected_share
 
 
-def training_seconds(candidate: Candidate, pilot_result: Mapping[str, Any], n_folds: int) -> float:
-    """Return the seconds of all folds and of the network on all rows, if none stops early.
+@dataclass(frozen=True)
+class PilotResult:
+    """What the pilot of a candidate, `task.pilot`, has checked and measured."""
 
-    pilot_result: from `task.pilot`.
-    """
+    parity: Mapping[str, float] | None  # fields of ParityResult; None for a new head
+    split_parity: Mapping[str, float] | None  # the same from cached maps
+    # why the network cannot run from these maps; it then trains from the images
+    no_split_reason: str | None
+    step_seconds: float
+    steps: int  # per epoch and fold
+    evaluation_share: float  # validation rows over training rows
+    blocks: int  # how many are trained
+
+
+def training_seconds(candidate: Candidate, measured: PilotResult, n_folds: int) -> float:
+    """Return the seconds of all folds and of the network on all rows, if none stops early."""
     # A forward pass takes about a third of a training step.
-    epoch_seconds = (
-        pilot_result["steps"]
-        * pilot_result["step_seconds"]
-        * (1 + pilot_result["evaluation_share"] / 3)
-    )
-    return float(epoch_seconds * candidate.spec.epochs * (n_folds + 1))
+    epoch_seconds = measured.steps * measured.step_seconds * (1 + measured.evaluation_share / 3)
+    return epoch_seconds * candidate.spec.epochs * (n_folds + 1)

@@ -8,7 +8,7 @@ written to `finetune/candidates.json`, and nothing that is decided there is done
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from headrace.pipelines.cluster.task_leases import task_leases
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.candidates import (
     Candidate,
+    PilotResult,
     headroom,
     list_candidates,
     predicted_gain,
@@ -208,7 +209,7 @@ def _train_within_budget(
                 "label": candidate.label,
                 "inputs": list(candidate.inputs),
                 "settings": settings_text(candidate.spec),
-                "pilot": pilot_results[best_key],
+                "pilot": asdict(pilot_results[best_key]),
                 "predicted_gain": gains[best_key],
                 "predicted_seconds": seconds[best_key],
             }
@@ -244,11 +245,11 @@ def _run_pilots(
     client: Client,
     console: Console,
     options: TaskOptions,
-) -> dict[str, Any]:
+) -> dict[str, PilotResult]:
     """Return the results of successful pilots, by key; record the other candidates as refused."""
     from headrace.pipelines.finetune.task import pilot  # imports torch
 
-    pilot_results: dict[str, Any] = {}
+    pilot_results: dict[str, PilotResult] = {}
     jobs = [_finetune_job(inputs, candidate) for candidate in candidates]
     keyed_jobs = ((f"pilot-{job.key}", job) for job in jobs)
     n_total, title = len(candidates), "finetune: pilots"

@@ -33,9 +33,9 @@ from headrace.heads.kinds import spec_from_json
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.results import read_bank, remove_damaged, results_bytes
 from headrace.heads.spec import FitResult
-from headrace.pipelines.finetune.candidates import require_differentiable
+from headrace.pipelines.finetune.candidates import PilotResult, require_differentiable
 from headrace.pipelines.finetune.data import BatchSource, ImageSource, MapSource, sets_by_view
-from headrace.pipelines.finetune.parity import check_parity
+from headrace.pipelines.finetune.parity import ParityResult, check_parity
 from headrace.pipelines.finetune.train import TrainedFold, Training, TrainingPlan
 from headrace.pipelines.finetune.train_above import trainable_blocks
 from headrace.pipelines.models.errors import CannotSplit, ModelError
@@ -96,37 +96,26 @@ class _OpenedJob:
         return next(iter(self.map_of_view.values())).spec.tap
 
 
-def pilot(job: FinetuneJob) -> dict[str, Any]:
-    """Check parity and measure the time of a step.
-
-    Returns a dictionary: "parity": fields of ParityResult, None for a new head; "split_parity": the
-    same from cached maps; "no_split_reason": why the network cannot run from these maps (it then
-    trains from the images); "step_seconds"; "steps" per epoch and fold; "evaluation_share":
-    validation rows over training rows; "blocks": how many are trained. Raises ModelError,
-    CannotSplit, SpecMismatch.
-    """
+def pilot(job: FinetuneJob) -> PilotResult:
+    """Check parity and measure the time of a step. Raises ModelError, CannotSplit, SpecMismatch."""
     torch.set_num_threads(1)  # one worker runs on each core
     opened = _open_job(job)
-    pilot_result: dict[str, Any] = {
-        "parity": None,
-        "split_parity": None,
-        "no_split_reason": opened.no_split_reason,
-    }
+    parity = split_parity = None
     if job.spec.start == "head":
-        pilot_result["parity"] = dataclasses.asdict(_parity_result(job, opened, from_maps=False))
+        parity = dataclasses.asdict(_check_parity(job, opened, from_maps=False))
         if opened.map_of_view:
-            pilot_result["split_parity"] = dataclasses.asdict(
-                _parity_result(job, opened, from_maps=True)
-            )
+            split_parity = dataclasses.asdict(_check_parity(job, opened, from_maps=True))
     # A step takes the same time in every fold.
     training = _make_training(FoldJob(job, int(opened.task.fold.max())), opened)
-    pilot_result |= {
-        "step_seconds": training.time_steps(),
-        "steps": training.steps_per_epoch,
-        "evaluation_share": len(training.validation_rows) / max(1, len(training.train_rows)),
-        "blocks": len(training.plan.blocks),
-    }
-    return pilot_result
+    return PilotResult(
+        parity,
+        split_parity,
+        opened.no_split_reason,
+        step_seconds=training.time_steps(),
+        steps=training.steps_per_epoch,
+        evaluation_share=len(training.validation_rows) / max(1, len(training.train_rows)),
+        blocks=len(training.plan.blocks),
+    )
 
 
 def train_fold(fold_job: FoldJob) -> dict[str, Any]:
@@ -285,7 +274,7 @@ def _no_split_reason(
     return None
 
 
-def _parity_result(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> Any:
+def _check_parity(job: FinetuneJob, opened: _OpenedJob, *, from_maps: bool) -> ParityResult:
     head_spec = spec_from_json(job.spec.head)
     require_differentiable(head_spec)
     bank, task = read_bank(job.head_result), opened.task

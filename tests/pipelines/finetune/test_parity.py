@@ -168,16 +168,16 @@ def test_heads_of_every_kind_that_has_gradients_pass(
     """From the images, and from the cached maps of the cut where something lies above it."""
     cut = None if head.kind == "conv" else "layer3.map"
     found = pilot(case.job(head, taps, cut, train_above="all" if cut is None else "layer3"))
-    for key in ("parity", "split_parity") if cut else ("parity",):
-        assert found[key]["largest"] < MAX_DIFFERENCE / 10, key
-        assert found[key]["rows"] == 48
-    assert found["step_seconds"] > 0
+    for parity in (found.parity, found.split_parity) if cut else (found.parity,):
+        assert parity["largest"] < MAX_DIFFERENCE / 10
+        assert parity["rows"] == 48
+    assert found.step_seconds > 0
 
 
 def test_views_are_averaged_as_the_head_did(tmp_path: Path) -> None:
     """With an augmented view, stored predictions are means over views, and so are the network's."""
     case = make_case(tmp_path, images=24, views=2)
-    assert pilot(case.job())["parity"]["largest"] < MAX_DIFFERENCE / 10
+    assert pilot(case.job()).parity["largest"] < MAX_DIFFERENCE / 10
 
 
 def test_a_stale_network_is_refused_before_anything_runs(case: Case) -> None:

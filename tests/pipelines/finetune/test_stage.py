@@ -31,7 +31,12 @@ from headrace.heads.results import read_bank
 from headrace.pipelines.cluster.submit import Outcome, TaskOptions, is_machine_fault
 from headrace.pipelines.cluster.task_log import read_log
 from headrace.pipelines.finetune import stage as stage_module, task as task_module
-from headrace.pipelines.finetune.candidates import list_candidates, predicted_gain, training_seconds
+from headrace.pipelines.finetune.candidates import (
+    PilotResult,
+    list_candidates,
+    predicted_gain,
+    training_seconds,
+)
 from headrace.pipelines.finetune.stage import (
     FinetuneInputs,
     compare_with_head,
@@ -450,8 +455,8 @@ def test_gain_and_cost_are_predicted_from_what_was_measured(case: Case) -> None:
         > prior
         > predicted_gain(one, "log_loss", {"head": [-0.2]})
     )
-    seconds = {"steps": 10, "step_seconds": 0.5, "evaluation_share": 0.0}
-    assert training_seconds(one, seconds, 2) == pytest.approx(10 * 0.5 * 3 * 3)
+    measured = PilotResult(None, None, None, 0.5, steps=10, evaluation_share=0.0, blocks=1)
+    assert training_seconds(one, measured, 2) == pytest.approx(10 * 0.5 * 3 * 3)
 
 
 def test_the_stage_imports_no_torch_until_something_is_to_be_trained() -> None:

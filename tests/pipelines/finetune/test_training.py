@@ -118,8 +118,8 @@ def test_where_the_network_cannot_be_cut_training_runs_from_the_images(tmp_path:
     for cut in ("layer3.0.conv1.map", None):
         job = case.job(cut=cut, train_above="layer3.0.conv1", epochs=1, out=f"cut {cut}")
         found = pilot(job)
-        assert found["split_parity"] is None
-        assert ("also reads what lies below it" in str(found["no_split_reason"])) == bool(cut)
+        assert found.split_parity is None
+        assert ("also reads what lies below it" in str(found.no_split_reason)) == bool(cut)
         curves.append([row["validation_loss"] for row in train_fold(FoldJob(job, 0))["curve"]])
     assert curves[0] == pytest.approx(curves[1], rel=SAME_CURVE)
 
