@@ -105,7 +105,7 @@ def lacks_main_line() -> bool:
     script = sys.modules["__main__"]
     script_path = getattr(script, "__file__", None) or ""
     # What `python -m` runs has a spec, and what pip installs as a command has no suffix.
-    if script.__spec__ is not None or not script_path.endswith(".py"):
+    if getattr(script, "__spec__", None) is not None or not script_path.endswith(".py"):
         return False
     try:
         return b"__name__" not in Path(script_path).read_bytes()
