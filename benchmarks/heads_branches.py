@@ -43,15 +43,6 @@ def training_data(n_rows: int, n_features: int, n_classes: int, n_folds: int) ->
     return TrainingData(X, (y > 4).astype(np.int64) if n_classes == 2 else y, fold, n_classes)
 
 
-def with_labels(data: TrainingData, n_labels: int) -> TrainingData:
-    """Return a multi-label task on the same rows."""
-    rng = np.random.default_rng(2)
-    centred = data.X.astype(np.float32) - data.X.mean(axis=0, dtype=np.float32)
-    decisions = 0.2 * centred @ rng.standard_normal((centred.shape[1], n_labels))
-    labels = (decisions + rng.standard_normal(decisions.shape) > 0).astype(np.uint8)
-    return TrainingData(data.X, labels, data.fold, n_labels, "multi")
-
-
 def logistic(data: TrainingData, strengths: np.ndarray, gap: float = 1e-5) -> Fit:
     specs = [LogisticSpec(float(C)) for C in strengths]
     return lambda: fit_logistic_bank(data, specs, refit=False, gap=gap)

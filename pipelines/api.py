@@ -124,9 +124,10 @@ def extract_features(
 
 
 def feature_matrix(features: FeatureSet, images: ImagesLike) -> npt.NDArray[np.float32]:
-    """Return the features of N images in the order in which they are given, (N, D) float32, for
-    code of your own; the rows of a feature set have an order of their own.
+    """Return the features of N images in the order in which they are given, (N, *shape) float32,
+    for code of your own; the rows of a feature set have an order of their own.
 
+    shape: (D,) of a vector, (D, h, w) of a map.
     images: as of `extract_features`. Rows are found by the bytes of the images. Raises CacheError
     for an image without a row, InvalidInput for a file that cannot be read.
     """
