@@ -76,6 +76,29 @@ def as_text(column: pd.Series) -> pd.Series:
     return _text_series(texts, column)
 
 
+# `1,234` may be a thousand and more in English, so that a column of such numbers alone is not read.
+_COMMA_NUMBER, _THOUSANDS = r"[+-]?\d+(,\d+)?|(?i:nan)", r"[+-]?[1-9]\d{0,2},\d{3}"
+
+
+def as_numbers(column: pd.Series) -> pd.Series:
+    """Convert a column to float64, keeping its index and name; nan for what is no number.
+
+    Decimals are written with a point, or all with a comma. U+2212, the minus sign of typesetters,
+    is read too.
+    """
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "biuf":
+        return column.astype(np.float64)
+    texts = as_text(column).str.replace("\u2212", "-", regex=False)
+    with_comma = texts[texts.str.contains(",", regex=False, na=False)]
+    if (
+        len(with_comma)
+        and texts.dropna().str.fullmatch(f"{_COMMA_NUMBER}|").all()
+        and not with_comma.str.fullmatch(_THOUSANDS).all()
+    ):
+        texts = texts.str.replace(",", ".", regex=False)
+    return pd.to_numeric(texts, errors="coerce").astype(np.float64)
+
+
 def _value_text(value: object) -> str:
     if isinstance(value, str):
         return normalize_text(str(value))

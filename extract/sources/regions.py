@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from headrace.cache.count_text import count_text
+from headrace.cache.text import as_numbers
 from headrace.extract.errors import SourceError
 from headrace.extract.images.bands import upright_size
 from headrace.extract.images.crops import Background, Crop
@@ -157,7 +158,7 @@ def find_boxes(
 
 def _box_numbers(text: pd.DataFrame, table_path: Path) -> Any:
     """Return the numbers of boxes (n, 4) float64, NaN for a missing one. Raises SourceError."""
-    numbers = text.apply(pd.to_numeric, errors="coerce")
+    numbers = text.apply(as_numbers)
     is_wrong = (numbers.isna() & text.notna()) | np.isinf(numbers)
     if is_wrong.to_numpy().any():
         row, column = np.argwhere(is_wrong.to_numpy())[0]

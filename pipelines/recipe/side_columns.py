@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
-from headrace.cache.text import as_text
+from headrace.cache.text import as_numbers, as_text
 from headrace.heads.data.side_columns import SideColumn, SideColumns
 from headrace.pipelines.recipe.targets import DataError, alike_names, empty_as_missing, name_some
 
@@ -113,13 +113,6 @@ def _texts(column: pd.Series) -> pd.Series:
     return as_text(empty_as_missing(column))
 
 
-def _parsed(texts: pd.Series) -> pd.Series:
-    """Return texts as float64, nan if one is missing or not a number."""
-    # U+2212 is the minus sign of typesetters and word processors.
-    plain = texts.str.replace("\u2212", "-", regex=False)
-    return pd.to_numeric(plain, errors="coerce").astype(np.float64)
-
-
 def _is_missing(texts: pd.Series) -> npt.NDArray[np.bool_]:
     return np.asarray(texts.isna() | (texts.str.lower() == "nan"), np.bool_)
 
@@ -129,7 +122,7 @@ def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Seri
     if kind != "auto":
         return kind == "number"
     present = texts[~_is_missing(texts)]
-    is_number = _parsed(present).notna()
+    is_number = as_numbers(present).notna()
     if is_number.all():
         return True
     words = present[~is_number]
@@ -151,7 +144,7 @@ def _is_number(name: str, kind: ColumnKind, texts: pd.Series, row_names: pd.Seri
 
 def _numbers(name: str, texts: pd.Series, row_names: pd.Series) -> npt.NDArray[np.float64]:
     """Return (N,) numbers, nan if missing. Raises DataError, which names the first non-number."""
-    numbers = _parsed(texts)
+    numbers = as_numbers(texts)
     is_wrong = (numbers.isna() & ~_is_missing(texts)) | (numbers.abs() > _MAX_NUMBER)
     if is_wrong.any():
         row = int(is_wrong.to_numpy().argmax())
@@ -215,10 +208,10 @@ def _cautions(
         return [
             f"side column {column.name!r} has one value in all training images: it says nothing"
         ]
-    notes = _written_in_two_ways(column, _parsed(texts[is_training]))
+    notes = _written_in_two_ways(column, as_numbers(texts[is_training]))
     targets = target[is_training].reshape(len(values), -1)
     if column.levels is None and section.kind == "regression":
-        numbers = _parsed(texts)[is_training].to_numpy()
+        numbers = as_numbers(texts)[is_training].to_numpy()
         is_given = ~np.isnan(numbers)
         # The correlation with a constant is nan, about which NumPy warns; a note would be the wrong
         # one.

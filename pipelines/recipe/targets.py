@@ -12,12 +12,13 @@ import pandas as pd
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
-from headrace.cache.text import as_text
+from headrace.cache.text import as_numbers, as_text
 
 if TYPE_CHECKING:
     from headrace.pipelines.recipe.sections import TaskSection
 
 _NAMES_IN_NOTE = 10  # the others are counted
+_USUAL_CLASSES = 20  # up to this many different values are classes, whatever they are
 
 
 class DataError(HeadraceError, ValueError):
@@ -126,14 +127,31 @@ def _encode_classes(
             f"{count_text(len(labels), 'image')}; a classifier needs at least two. In a folder, "
             "each class is a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
         )
-    # Of so many different values most have one image, which no fold could be trained and tested on.
-    if len(classes) > max(20, len(labels) // 2):
+    if len(classes) > _most_classes(len(labels)):
         raise DataError(
             f"task.target {column_name!r} has {len(classes):,} different values in "
             f"{len(labels):,} images; if it is a number to predict, set task.kind: regression"
         )
     class_index = {label: index for index, label in enumerate(classes)}
     return classes, labels.map(class_index).to_numpy(dtype=np.int64)
+
+
+def _most_classes(n_images: int) -> int:
+    # Of more different values most have one image, which no fold could be trained and tested on.
+    return max(_USUAL_CLASSES, n_images // 2)
+
+
+def are_quantities(labels: pd.Series) -> bool:
+    """Return whether a column holds numbers to predict rather than numbers of classes: too many
+    different ones for classes, or many with fractions.
+    """
+    numbers = as_numbers(labels.dropna())
+    n_values = numbers.nunique()
+    if numbers.isna().any():
+        return False
+    return n_values > _most_classes(len(numbers)) or bool(
+        n_values > _USUAL_CLASSES and (numbers % 1 != 0).any()
+    )
 
 
 def _encode_one_hot(target_values: pd.DataFrame) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
@@ -205,9 +223,7 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
         return column.astype(np.float64)
     cell_text = as_text(column)
     # A Boolean column of a CSV comes as text.
-    numbers = pd.to_numeric(cell_text.replace({"True": "1", "False": "0"}), errors="coerce").astype(
-        np.float64
-    )
+    numbers = as_numbers(cell_text.replace({"True": "1", "False": "0"}))
     is_wrong = cell_text.notna() & numbers.isna() & (cell_text.str.lower() != "nan")
     if is_wrong.any():
         first_row = int(is_wrong.to_numpy().argmax())
@@ -217,7 +233,7 @@ def _numbers(column: pd.Series, ids: pd.Series, section: "TaskSection") -> pd.Se
                 ". For labels by name, say what stands between them in a cell: task.separator: ';'"
             )
         elif str(cell_text.iloc[first_row]).replace(",", "", 1).lstrip("-").isdigit():
-            advice = ". Write decimals with a point"
+            advice = ". Write decimals with a point, and thousands without a comma"
         raise DataError(
             f"task.kind {section.kind} needs numbers in {column.name}; found "
             f"{cell_text.iloc[first_row]!r} for {ids.iloc[first_row]!r} "

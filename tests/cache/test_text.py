@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from headrace.cache.count_text import count_text
-from headrace.cache.text import as_text, load_json, normalize_text
+from headrace.cache.text import as_numbers, as_text, load_json, normalize_text
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -160,3 +160,21 @@ def test_one_is_counted_in_the_singular() -> None:
     ]
     assert count_text(1, "class has", "classes have") == "1 class has"
     assert count_text(3, "class has", "classes have") == "3 classes have"
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        (["3,5", "4", None, "", "-0,25"], [3.5, 4, None, None, -0.25]),
+        (["3.5", "\u22121e3", "nan"], [3.5, -1000, None]),
+        (["1,500", "2,250"], [None, None]),  # thousands, in English
+        (["1,500", "2,25"], [1.5, 2.25]),
+        (["3,5", "4.5"], [None, 4.5]),
+        (["3,5", "x"], [None, None]),
+        (["1,2,3", "4,5"], [None, None]),
+        ([1, 2.5, None], [1, 2.5, None]),
+    ],
+)
+def test_decimal_commas_are_read_where_they_can_be_nothing_else(texts, numbers):
+    expected = np.array(numbers, np.float64)
+    np.testing.assert_array_equal(as_numbers(pd.Series(texts, dtype=object)), expected)

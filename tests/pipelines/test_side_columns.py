@@ -237,7 +237,8 @@ def test_what_a_column_holds_is_seen_from_its_values(cells, kind, levels):
 @pytest.mark.parametrize(
     ("cells", "said"),
     [
-        (["3,5", "4,25"], "'3,5' for '00' .40 such rows.: write decimals with a point"),
+        (["3,500", "4,250"], "'3,500' for '00' .40 such rows.: write decimals with a point"),
+        (["3,5", "4.25"], "'3,5' for '00' .20 such rows.: write decimals with a point"),
         (["3", "unknown"], "'unknown' for '01' .20 such rows.: empty the cell"),
         (["3", "inf"], "holds numbers, and 'inf'"),
         (

@@ -415,10 +415,14 @@ def test_numbers_are_numbers_only_where_the_task_says_so():
     made = dataset(frame, kind="regression", target="age")
     assert len(made.unlabelled.ids) == 1
     assert made.train.target.max() < 80
+    made = dataset(table(80, age=[f"{i},5" for i in range(80)]), kind="regression", target="age")
+    assert set(made.train.target[:, 0] % 1) == {0.5}
+    # 1.5, or fifteen hundred in English
     with pytest.raises(
-        DataError, match=r"found '1,5' for '0000.png' \(80 such rows\). Write decimals with a point"
+        DataError,
+        match=r"found '1,500' for '0000.png' \(80 such rows\). Write decimals with a point",
     ):
-        dataset(table(80, age=["1,5"] * 80), kind="regression", target="age")
+        dataset(table(80, age=["1,500"] * 80), kind="regression", target="age")
     multi = dataset(
         table(80, a=["0", "1"] * 40, b=["True", "False"] * 40), kind="multi", target=["a", "b"]
     )
