@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,8 +89,8 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{table_path}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose "
-            "first line names the columns; save it as UTF-8 (iconv -f latin1 -t utf-8), or give a "
-            "Parquet file the suffix .parquet."
+            "first line names the columns, or a Parquet file with the suffix .parquet. A table of "
+            f"Excel's is read after {_utf8_command(table_path)}"
         ) from error
     except SourceError:
         raise
@@ -107,6 +108,12 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
     if (unread := unread_format(table_path)) is not None:
         raise SourceError(f"{unread}. ({_EXPECTED}.)")
     raise SourceError(f"{table_path}: {_EXPECTED}; found {suffix or 'no suffix'}.")
+
+
+def _utf8_command(table_path: Path) -> str:
+    # Windows' text in western Europe, which ISO 8859-1 is a part of.
+    new_path = table_path.with_name(f"utf8-{table_path.name}")
+    return f"iconv -f cp1252 -t utf-8 {shlex.quote(str(table_path))} > {shlex.quote(str(new_path))}"
 
 
 def _read_text(table_path: Path, is_compressed: bool) -> str:
@@ -277,9 +284,27 @@ def _read_json_lines(text: str, table_path: Path) -> Table:
     return _from_records(with_class_names(records), table_path)
 
 
-def _from_records(records: list[dict[str, Any]], table_path: Path) -> Table:
-    frame, notes = with_image_paths(pd.DataFrame(records, dtype=object), table_path)
-    return Table(_clean(frame), notes=tuple(notes))
+def _from_records(
+    records: list[dict[str, Any]], table_path: Path, notes: Sequence[str] = ()
+) -> Table:
+    frame, image_notes = with_image_paths(pd.DataFrame(records, dtype=object), table_path)
+    return Table(_clean(_without_objects(frame)), notes=(*notes, *image_notes))
+
+
+def _without_objects(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table in which the values of objects in cells are columns: `meta.label`."""
+    columns: dict[str, pd.Series] = {}
+    for name, cells in frame.items():
+        objects = [cell for cell in cells if isinstance(cell, dict)]
+        keys = dict.fromkeys(key for cell in objects for key in cell)
+        if not objects or len(keys) > _CELLS_LOOKED_AT:  # rather a mapping than a record
+            columns[str(name)] = cells
+            continue
+        for key in keys:
+            columns[f"{name}.{key}"] = cells.map(
+                lambda cell, key=key: cell.get(key) if isinstance(cell, dict) else None
+            )
+    return pd.DataFrame(columns, index=frame.index)
 
 
 def _parse_json(text: str, location: str) -> Any:
@@ -310,18 +335,76 @@ def _read_json(text: str, table_path: Path, annotations: bool) -> Table:
     if holds_tasks(values):
         frame, notes = task_rows(values, table_path)
         return Table(_clean(frame), notes=notes)
-    if isinstance(values, list) and all(isinstance(value, dict) for value in values):
-        return _from_records(values, table_path)
-    if isinstance(values, dict) and all(isinstance(value, (str, int)) for value in values.values()):
-        frame = pd.DataFrame({"path": list(values), "label": list(values.values())}, dtype=object)
-        return Table(
-            _clean(frame),
-            notes=(f"{table_path.name}: its keys are the paths, and its values the labels",),
+    rows = _json_rows(values)
+    if rows is not None:
+        records, meaning = rows
+        return _from_records(
+            records, table_path, [f"{table_path.name}: {meaning}"] if meaning else []
         )
     raise SourceError(
         f"{table_path}: expected a list of objects, an object of paths and labels, or COCO (the "
         f"keys images, annotations and categories); found {text[:40].strip()}…"
     )
+
+
+def _json_rows(values: Any) -> tuple[list[dict[str, Any]], str] | None:
+    """Return the rows of a JSON file, and in words how they were found; None if there are none."""
+    if isinstance(values, list):
+        if all(isinstance(value, dict) for value in values):
+            return values, ""
+        if all(isinstance(value, list) for value in values) and len(set(map(len, values))) == 1:
+            names = _names_of(list(zip(*values, strict=True)))
+            records = [dict(zip(names, value, strict=True)) for value in values]
+            return records, f"its lists are rows of {', '.join(names)}"
+        return None
+    if not isinstance(values, dict) or not values:
+        return None
+    cells = list(values.values())
+    if all(isinstance(cell, (str, int)) for cell in cells):
+        pairs = [{"path": path, "label": label} for path, label in values.items()]
+        return pairs, "its keys are the paths, and its values the labels"
+    if all(isinstance(cell, dict) for cell in cells):
+        key_name = "key" if any("path" in cell for cell in cells) else "path"
+        return [{key_name: key, **cell} for key, cell in values.items()], "its keys are rows"
+    if all(
+        isinstance(cell, list) and all(isinstance(text, str) for text in cell) for cell in cells
+    ):
+        if _are_image_names(values):
+            return (
+                [{"path": path, "label": labels} for path, labels in values.items()],
+                "its keys are the paths, and its values lists of labels",
+            )
+        if all(map(_are_image_names, cells)):
+            return (
+                [{"path": path, "label": key} for key, paths in values.items() for path in paths],
+                "its keys are the labels, and its values the paths",
+            )
+    # The rows may lie below a key, or in a key for each side of a split.
+    parts = {key: _json_rows(cell) for key, cell in values.items() if isinstance(cell, list)}
+    sides = {key: part[0] for key, part in parts.items() if part and _name_images(part[0])}
+    if len(sides) == 1:
+        ((key, records),) = sides.items()
+        return records, f"the rows are those of its key {key!r}"
+    if sides and {key.lower() for key in sides} <= set(SPLIT_WORDS):
+        split_rows = [{**record, "split": side} for side in sides for record in sides[side]]
+        return split_rows, "its keys are the sides of a split"
+    return None
+
+
+def _names_of(columns: Sequence[Sequence[Any]]) -> list[str]:
+    names = ["path" if _are_image_names(column) else "label" for column in columns]
+    return [name if name not in names[:n] else f"{name}{n}" for n, name in enumerate(names)]
+
+
+def _are_image_names(cells: Iterable[Any]) -> bool:
+    return all(
+        isinstance(cell, str) and Path(cell).suffix.lower() in IMAGE_SUFFIXES for cell in cells
+    )
+
+
+def _name_images(records: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the first of the rows names an image."""
+    return any(_are_image_names([cell]) for record in records[:1] for cell in record.values())
 
 
 def _read_parquet(table_path: Path) -> Table:

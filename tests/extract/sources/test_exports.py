@@ -232,3 +232,51 @@ def test_images_that_datasets_wrote_as_text_are_the_paths_in_them(tmp_path, name
     put(tmp_path / name, save(pd.DataFrame({"photo": cells, "label": ["x", "y"]})))
     with pytest.raises(SourceError, match=r"'photo' are images as `datasets` .*to_parquet"):
         read_source(detect_source(tmp_path / name))
+
+
+LABELS = {"a/1.jpg": "cat", "a/2.jpg": "dog", "b/3.jpg": "cat"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        LABELS,
+        {path: {"label": label, "site": 3} for path, label in LABELS.items()},
+        {"cat": ["a/1.jpg", "b/3.jpg"], "dog": ["a/2.jpg"]},
+        [[path, label, 7] for path, label in LABELS.items()],
+        {"version": 1, "data": [{"path": path, "label": LABELS[path]} for path in LABELS]},
+        {"train": [["a/1.jpg", "cat"], ["a/2.jpg", "dog"]], "test": [["b/3.jpg", "cat"]]},
+    ],
+    ids=["labels", "records", "classes", "rows", "below a key", "sides"],
+)
+def test_json_of_paths_and_labels_in_other_forms(tmp_path, values):
+    put(tmp_path / "labels.json", json.dumps(values))
+    listing = read_source(detect_source(tmp_path / "labels.json"))
+    samples = listing.samples.set_index("id")
+    assert samples["label"].to_dict() == LABELS
+    assert "labels.json: " in listing.notes[0]
+    if "train" in values:
+        assert samples["split"].to_dict() == dict(
+            zip(LABELS, ["train", "train", "test"], strict=True)
+        )
+
+
+def test_json_of_paths_and_lists_of_labels(tmp_path):
+    put(tmp_path / "labels.json", json.dumps({"1.jpg": ["cat", "dog"], "2.jpg": []}))
+    samples = read_source(detect_source(tmp_path / "labels.json")).samples
+    assert samples["label"].map(list).tolist() == [["cat", "dog"], []]
+
+
+def test_objects_in_cells_are_columns(tmp_path):
+    """As Vertex AI and Hugging Face's metadata have the label."""
+    rows = [{"file_name": f"{n}.jpg", "annotation": {"name": "x"}} for n in range(2)]
+    put(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, [*rows, {"file_name": "2.jpg"}])))
+    samples = read_source(detect_source(tmp_path / "rows.jsonl")).samples
+    assert samples["annotation.name"].fillna("").tolist() == ["x", "x", ""]
+
+
+@pytest.mark.parametrize("values", [{"info": {}, "rows": [1]}, [1, 2], {"a": [[1], [2]]}, {}])
+def test_json_without_rows_is_refused(tmp_path, values):
+    put(tmp_path / "t.json", json.dumps(values))
+    with pytest.raises(SourceError):
+        read_source(detect_source(tmp_path / "t.json"))
