@@ -72,8 +72,9 @@ def decoding_reason(error: Exception, data: bytes) -> str:
             return "a pointer of Git LFS, and not yet the image: git lfs pull"
         if data.startswith((b"II*\0", b"MM\0*")):
             return (
-                "a TIFF whose layout Pillow does not know (bits, type or number of samples). Save "
-                "it as PNG or .npy"
+                "a TIFF whose layout Pillow does not know (bits, type, compression or number of "
+                "samples). images.pixel_dtype: float32 in the recipe reads it by tifffile (pip "
+                "install 'headrace[tiff]'); or save it as PNG or .npy"
             )
         return (
             f"not an image in a format that is read here ({', '.join(FORMATS)}). Save it as PNG, "

@@ -39,7 +39,7 @@ from headrace.extract.sources.formats import (
     repeats_image,
 )
 from headrace.extract.sources.layout import FolderParts, Layout, read_layout, split_sides
-from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally
+from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally, notes_on_masks
 from headrace.extract.sources.source import ImageSource
 
 _SIDE_FILES = frozenset({"cls", "txt", "json"})
@@ -138,7 +138,8 @@ def read_archives(source: ImageSource, *, labelled: bool = True) -> Listing:
     if "split" not in frame and sides is not None:
         frame["split"] = sides
         notes.append("the archives' names are those of the sides of a split")
-    return tally.listing(frame, notes + _notes_on_samples(images))
+    notes += [*_notes_on_samples(images), *notes_on_masks(frame["id"])]
+    return tally.listing(frame, notes)
 
 
 def _add_labels(

@@ -28,6 +28,7 @@ _IMAGE_CHANNELS = (1, 3, 4)  # grey, colours, colours and alpha
 _IDX_IMAGES = re.compile(r"(?P<prefix>.*)images[-.]idx\d(-ubyte)?(\.gz)?", re.IGNORECASE)
 # Words of a file's name by which the file of images and that of their labels differ.
 _LABELS_WORDS = (("x", "y"), ("x", "Y"), ("images", "labels"), ("data", "labels"))
+_LABELS_NAMES = ("label", "labels", "y", "target", "targets")
 _IMAGES_AT_ONCE = 64  # read together to measure the range of the pixels
 _MAX_LABELS = 1000  # of an image; a longer row is features
 
@@ -307,12 +308,15 @@ def _label_values(label_array: Any, labels_path: Path) -> npt.NDArray[Any]:
 
 
 def _labels_of(images_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the names of the arrays that can be labels of images of this shape."""
-    return [
+    """Return the names of the arrays that can be labels of images of this shape; those alone that
+    are named like labels, where there are such.
+    """
+    names = [
         name
         for name, shape in shapes.items()
         if shape[:1] == images_shape[:1] and _are_labels(shape)
     ]
+    return [name for name in names if name.lower() in _LABELS_NAMES] or names
 
 
 def _are_labels(shape: tuple[int, ...]) -> bool:

@@ -23,7 +23,7 @@ from headrace.extract.sources.formats import (
     unread_format,
 )
 from headrace.extract.sources.layout import FolderParts, read_layout
-from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally
+from headrace.extract.sources.listing import EXCLUDED_ENTRIES, Listing, Tally, notes_on_masks
 from headrace.extract.sources.source import ImageSource
 
 UNMATCHED_NAMES = "names that images.name_pattern does not match"
@@ -83,7 +83,7 @@ def read_folder(source: ImageSource, *, labelled: bool = True) -> Listing:
         columns["split"] = read_labels.splits
     for name in pattern.groupindex if pattern else ():
         columns[name] = [image.groups[name] for image in images]
-    notes = list(read_labels.notes)
+    notes = [*read_labels.notes, *notes_on_masks(image_ids)]
     usual_endings = (*IMAGE_SUFFIXES, ".npy")
     unusual_names = [name for name in image_ids if not name.lower().endswith(usual_endings)]
     if unusual_names:

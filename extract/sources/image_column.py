@@ -1,6 +1,7 @@
 """The column of a table that names or holds its images, found by its values."""
 
 import itertools
+import math
 import os
 import shlex
 from collections import Counter
@@ -11,7 +12,7 @@ import pandas as pd
 
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError
-from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS
+from headrace.extract.sources.formats import IMAGE_SUFFIXES, OTHER_FORMATS, is_archive
 from headrace.extract.sources.table import Table
 
 # Usual names of the column that names the image, the likeliest first; `file_name` is Hugging Face's
@@ -21,6 +22,8 @@ PATH_NAMES = (
     *("image", "file", "img", "img_path"),
 )
 _CELLS_LOOKED_AT = 100  # of a column, to tell what it holds
+_MAX_NAMED = 20  # columns in a message; the others are counted
+_MIN_EDGE = 8  # pixels, of images whose pixels are the cells of a table
 _MAX_FOLDER_DEPTH = 3  # levels below the folder in which images that ids name are looked for
 
 
@@ -66,7 +69,10 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
         return likely_columns[0], False
     if len(named_columns) == 1 and not candidates:
         return named_columns[0], False
-    column_list = ", ".join([*frame.columns, *image_columns])
+    column_names = [*map(str, frame.columns), *image_columns]
+    column_list = ", ".join(column_names[:_MAX_NAMED])
+    if len(column_names) > _MAX_NAMED:
+        column_list += f" and {len(column_names) - _MAX_NAMED:,} more"
     if named_columns or candidates:
         possible_columns = list(dict.fromkeys([*named_columns, *candidates]))
         raise SourceError(
@@ -80,11 +86,54 @@ def find_image_column(table: Table, table_path: Path, image_root: Path) -> tuple
             "blanks. Save it as CSV, with names in its first line: "
             f"{_csv_command(table_path, column_list)}"
         )
+    if (pixels := _pixels_command(frame, table_path)) is not None:
+        raise SourceError(f"{table_path}: its cells are the pixels of images. {pixels}")
     example = frame.columns[0] if len(frame.columns) else "id"
+    archives = sorted(path.name for path in image_root.glob("*") if is_archive(path))
+    if archives:  # as Kaggle hands out its contests
+        unpack = "unzip" if archives[0].lower().endswith(".zip") else "tar -xf"
+        raise SourceError(
+            f"{table_path}: no column names image files that are there. If they are in "
+            f"{archives[0]}, unpack it beside the table: cd {shlex.quote(str(image_root))} && "
+            f"{unpack} {shlex.quote(archives[0])}. The columns are: {column_list}."
+        )
     raise SourceError(
         f"{table_path}: no column names image files. Name it: images.path_column; or, for ids "
         "without an ending, say where their images are: images.path_pattern: "
         f"folder/{{{example}}}.jpg. The columns are: {column_list}."
+    )
+
+
+def _pixels_command(frame: pd.DataFrame, table_path: Path) -> str | None:
+    """Return how to make an array of a table with a column for each pixel (MNIST at Kaggle), or
+    with all pixels in a cell (FER2013); None for other tables.
+    """
+    if frame.empty:
+        return None
+    first_row = frame.iloc[0].astype(str)
+    label = next((name for name in first_row.index if name.lower() == "label"), frame.columns[0])
+    pixels = first_row.drop(label)
+    array = f"t.drop(columns=[{label!r}]).to_numpy('uint8')"
+    in_one_cell = pixels[pixels.str.fullmatch(r"\d+( \d+)+")]
+    if len(in_one_cell):
+        array = f"n.array([c.split() for c in t[{in_one_cell.index[0]!r}]]).astype('uint8')"
+        pixels = pd.Series(in_one_cell.iloc[0].split(" "))
+    if not pixels.str.fullmatch(r"\d{1,3}").all():
+        return None
+    n_values = len(pixels)
+    n_channels = 3 if n_values % 3 == 0 and math.isqrt(n_values // 3) ** 2 * 3 == n_values else 1
+    edge = math.isqrt(n_values // n_channels)
+    if edge < _MIN_EDGE or edge * edge * n_channels != n_values:
+        return None
+    shape = f"-1, {edge}, {edge}" + (", 3" if n_channels == 3 else "")
+    new_path = table_path.with_suffix(".npz")
+    script = (
+        f"import pandas as p, numpy as n; t = p.read_csv({str(table_path)!r}); "
+        f"n.savez({str(new_path)!r}, images={array}.reshape({shape}), labels=t[{label!r}])"
+    )
+    return (
+        f'To make an array of them: python -c "{script}", and then headrace init '
+        f"{shlex.quote(str(new_path))}"
     )
 
 

@@ -1,6 +1,8 @@
 """The listing of a source: the samples that can be used, and a count of everything that cannot."""
 
+import posixpath
 import re
+import shlex
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,6 +14,13 @@ from headrace.cache.text import normalize_text
 
 _EXAMPLES = 3  # names kept of the entries left out for one reason
 EXCLUDED_ENTRIES = "entries that images.exclude names"
+
+# What is drawn onto an image, in a file of its own: `1_mask.png` beside `1.png`.
+_MASK = re.compile(
+    r"(?P<image>.+?)(?P<tail>[-_. ](masks?|seg|segmentation|ground_?truth|gt|annotation|labels?)"
+    r"([-_ ]?\d)?)",
+    re.IGNORECASE,
+)
 
 # the noun of a reason, and a verb right after it
 _PLURAL = re.compile(
@@ -119,6 +128,28 @@ def _matches(name: str, pattern: str) -> bool:
     name_parts = normalize_text(name).split("/")
     prefixes = ("/".join(name_parts[: count + 1]) for count in range(len(name_parts)))
     return any(prefix == plain_pattern or fnmatchcase(prefix, plain_pattern) for prefix in prefixes)
+
+
+def notes_on_masks(image_ids: Iterable[str]) -> list[str]:
+    """Return a note if images are named like masks or the like of images beside them; else []."""
+    ids = list(image_ids)
+    stems = {posixpath.splitext(image_id)[0] for image_id in ids}
+    masks = [
+        (image_id, f"*{match['tail']}{suffix}")
+        for image_id in ids
+        for stem, suffix in [posixpath.splitext(image_id)]
+        for match in [_MASK.fullmatch(stem)]
+        if match is not None and match["image"] in stems
+    ]
+    if not masks:
+        return []
+    patterns = sorted({pattern for _, pattern in masks})
+    options = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in patterns)
+    return [
+        f"{count_text(len(masks), 'image is named', 'images are named')} like masks of those "
+        f"beside them, such as {masks[0][0]}, and count as images. To leave them out: "
+        f"images.exclude: [{', '.join(map(repr, patterns))}] (headrace init and predict: {options})"
+    ]
 
 
 def join_listings(listings: Iterable[Listing]) -> Listing:

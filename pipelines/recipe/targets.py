@@ -127,7 +127,7 @@ def _encode_classes(
             f"{count_text(len(labels), 'image')}; a classifier needs at least two. In a folder, "
             "each class is a sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
         )
-    if len(classes) > _most_classes(len(labels)):
+    if len(classes) > _max_classes(len(labels)):
         raise DataError(
             f"task.target {column_name!r} has {len(classes):,} different values in "
             f"{len(labels):,} images; if it is a number to predict, set task.kind: regression"
@@ -136,7 +136,7 @@ def _encode_classes(
     return classes, labels.map(class_index).to_numpy(dtype=np.int64)
 
 
-def _most_classes(n_images: int) -> int:
+def _max_classes(n_images: int) -> int:
     # Of more different values most have one image, which no fold could be trained and tested on.
     return max(_USUAL_CLASSES, n_images // 2)
 
@@ -149,7 +149,7 @@ def are_quantities(labels: pd.Series) -> bool:
     n_values = numbers.nunique()
     if numbers.isna().any():
         return False
-    return n_values > _most_classes(len(numbers)) or bool(
+    return n_values > _max_classes(len(numbers)) or bool(
         n_values > _USUAL_CLASSES and (numbers % 1 != 0).any()
     )
 

@@ -10,12 +10,12 @@ import pandas as pd
 import yaml
 
 from headrace.cache.count_text import count_text
-from headrace.cache.text import as_text
+from headrace.cache.text import as_numbers, as_text
 from headrace.extract.images.locators import locator_file
 from headrace.extract.sources.formats import IMAGE_SUFFIXES
 from headrace.extract.sources.layout import SPLIT_WORDS
 from headrace.pipelines.errors import InvalidInput
-from headrace.pipelines.recipe.targets import name_some
+from headrace.pipelines.recipe.targets import are_quantities, name_some
 
 _TARGET_NAMES = ("label", "labels", "class", "target", "category", "diagnosis", "species", "y")
 GROUP_NAMES = (
@@ -23,6 +23,9 @@ GROUP_NAMES = (
     *("slide", "scene", "site", "deployment_id"),
 )
 _MIN_GROUPS = 6  # for a test split and five folds
+_FOLD_NAMES = ("fold", "folds", "kfold")
+_TRAIN_WORD = re.compile(r"(?<![a-z])(is)?train(ing)?(?![a-z])", re.IGNORECASE)
+_MAX_SIDES = 5  # different values of a column that may be a split
 _SPLIT_NAMES = ("split", "set", "subset", "partition")
 # Of a table, to count the missing files: all of them would take long on a network disk.
 _PATHS_CHECKED = 100
@@ -35,6 +38,8 @@ def targets_text(samples: pd.DataFrame, targets: Sequence[str]) -> str:
     if len(targets) > 1:
         return f"targets in {count_text(len(targets), 'column')}"
     n_classes = n_distinct(samples[targets[0]])
+    if n_classes is not None and are_quantities(samples[targets[0]]):
+        return f"numbers in column {targets[0]!r}"
     classes_text = (
         "lists of classes" if n_classes is None else count_text(n_classes, "class", "classes")
     )
@@ -141,6 +146,14 @@ def task_section(
             f"no column is named like a label; {target_column!r} is taken, the first with few "
             f"values{others_text}. For another: task.target"
         )
+    if target_column is None and (quantities := _quantities(samples, free_columns)):
+        target_column = quantities[0]
+        others_text = f" (others: {name_some(quantities[1:])})" if quantities[1:] else ""
+        task_notes.append(
+            f"no column looks like a label; {target_column!r} is taken, the first with numbers"
+            f"{others_text}. For another: task.target"
+        )
+    task_notes += _shared_epithets(samples, target_column)
     indicators = [name for name in free_columns if set(as_text(samples[name])) <= {*_ONES, *_ZEROS}]
     ones = samples[indicators].apply(lambda column: as_text(column).isin(_ONES))
     is_one_hot = len(indicators) > 1 and bool((ones.sum(axis=1) == 1).all())
@@ -150,9 +163,8 @@ def task_section(
         indicators = []
     if target_column is None:
         raise InvalidInput(
-            f"{location}: no column looks like a label (2 to 1,000 different values). It has: "
-            f"{', '.join(map(str, samples.columns))}. To predict a number, write the recipe by "
-            "hand: task: {target: COLUMN, kind: regression}"
+            f"{location}: no column looks like a label (2 to 1,000 different values) or like "
+            f"numbers to predict. It has: {', '.join(map(str, samples.columns))}"
         )
     targets = indicators or [target_column]
     task_lines = f"  target: {yaml_text(target_column)}"
@@ -170,6 +182,12 @@ def task_section(
         )
     elif target_column in list_columns:
         task_lines += "\n  kind: multi                    # several labels in a cell"
+    elif are_quantities(samples[target_column]):
+        task_lines += "\n  kind: regression               # numbers"
+        task_notes.append(
+            f"{target_column!r} holds {n_distinct(samples[target_column]):,} different numbers, "
+            "and is predicted as a number (task.kind: regression)"
+        )
     elif (separator := _label_separator(samples[target_column])) is not None:
         task_lines += (
             "\n  kind: multi                    # several labels in a cell\n  separator: "
@@ -190,7 +208,7 @@ def task_section(
     side_lines, side_notes = _split_and_group(
         # A run trains on labelled rows alone, so that the others may leave a split or group empty.
         samples[samples[target_column].notna()],
-        column_names,
+        [name for name in column_names if name not in targets],
         named_columns,
     )
     return task_lines + side_lines, targets, [*task_notes, *side_notes]
@@ -233,6 +251,9 @@ def _split_and_group(
         )
     elif group_column:
         task_lines += f"\n  group: {yaml_text(group_column)}"
+    if split_column is None:
+        other_names = [name for name in column_names if name != named_columns[0]]
+        task_notes += _unused_splits(labelled_samples, other_names)
     # Told also where another column is taken: that of patients says more than that of sites.
     if named_columns[1] and named_columns[1] != group_column:
         task_notes.append(
@@ -240,6 +261,27 @@ def _split_and_group(
             f"fill it, and set task.group: {yaml_text(named_columns[1])}"
         )
     return task_lines, task_notes
+
+
+def _unused_splits(samples: pd.DataFrame, column_names: Sequence[str]) -> list[str]:
+    """Return notes on columns that may be a split or folds of the user's own."""
+    notes = []
+    for name in column_names:
+        if name.lower() in _FOLD_NAMES:
+            notes.append(
+                f"column {name!r} may be folds of your own, and is not used: task.fold: "
+                f"{yaml_text(name)}, with numbers in it"
+            )
+            continue
+        is_flat = n_distinct(samples[name]) is not None
+        values = list(samples[name].dropna().unique()) if is_flat else []
+        texts = [name, *map(str, values)] if len(values) <= _MAX_SIDES else [name]
+        if any(_TRAIN_WORD.search(text) for text in texts):
+            notes.append(
+                f"column {name!r} may be a split of your own, and is not used: task.split: "
+                f"{yaml_text(name)}, with the words train, validation and test in it"
+            )
+    return notes
 
 
 def is_full(column: "pd.Series[Any]") -> bool:
@@ -323,6 +365,35 @@ def _few_valued(samples: pd.DataFrame, column_names: list[str]) -> str | None:
         if 2 <= (n_distinct(samples[column_name]) or 0) <= min(1000, max(2, len(samples) // 3)):
             return str(column_name)
     return None
+
+
+def _shared_epithets(samples: pd.DataFrame, target_column: str | None) -> list[str]:
+    """Return a note if one value of a target belongs to several genera: a species without its
+    genus, as Wildlife Insights writes it.
+    """
+    genus_column = first_named(("genus",), list(map(str, samples.columns)))
+    if genus_column is None or target_column is None or n_distinct(samples[target_column]) is None:
+        return []
+    genera = samples.groupby(target_column)[genus_column].unique()
+    shared = genera[genera.map(len) > 1]
+    if shared.empty:
+        return []
+    return [
+        f"{shared.index[0]!r} in {target_column!r} is of several genera "
+        f"({name_some(sorted(map(str, shared.iloc[0])))}), and they would be one class. Name a "
+        "column that tells them apart, such as one of common or scientific names: task.target"
+    ]
+
+
+def _quantities(samples: pd.DataFrame, column_names: list[str]) -> list[str]:
+    """Return the columns of numbers to predict. Whole numbers that do not repeat count rows."""
+    return [
+        name
+        for name in column_names
+        if n_distinct(samples[name]) is not None
+        and are_quantities(samples[name])
+        and (samples[name].duplicated().any() or (as_numbers(samples[name]) % 1 != 0).any())
+    ]
 
 
 def n_distinct(column: "pd.Series[Any]") -> int | None:

@@ -234,7 +234,9 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
         if len(class_counts):
             found_text = f"one class only, {class_counts.index[0]!r}"
             class_folder = folder / str(class_counts.index[0])
-            if len(list(class_folder.glob("*/"))) > 1:
+            while len(inner_folders := list(class_folder.glob("*/"))) == 1:
+                class_folder = inner_folders[0]
+            if len(inner_folders) > 1:
                 hint_text = (
                     f". If the folders in it are the classes, try: {_init_command(class_folder)}"
                 )
@@ -333,13 +335,15 @@ def _detect_archives(location: Path, source: ImageSource, recipe_folder: Path) -
     listing = read_source(source)
     samples = listing.samples
     column_names = [str(column) for column in samples.columns if column not in ("id", "path")]
-    if samples[column_names].isna().all(axis=None):
+    # One folder is no class: Kaggle's train.zip has all images in `train`.
+    in_one_folder = column_names == ["label"] and samples["label"].nunique() < 2
+    if in_one_folder or samples[column_names].isna().all(axis=None):
         raise InvalidInput(
             f"{location}: {count_text(len(samples), 'image')}, and no labels: neither folders for "
             "the classes nor files such as 0001.cls beside 0001.jpg"
             + "".join(f". Left out: {left_out}" for left_out in listing.left_out[:3])
-            + ". Where a table in it has the labels, unpack the archive, and give headrace init "
-            "the folder"
+            + ". Where a table in it or beside it has the labels, unpack the archive, and give "
+            "headrace init the folder"
         )
     task_lines, targets, task_notes = task_section(samples, column_names, location)
     archives = list(filter(is_archive, location.iterdir())) if location.is_dir() else [location]

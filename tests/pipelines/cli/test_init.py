@@ -471,6 +471,177 @@ def test_bands_and_depth_are_proposed(tmp_path, shape, dtype, highest, bands, pi
     assert any("bands" in note for note in notes) == (bands is not None)
 
 
+def chips(folder, marker, **options):
+    """Four images of four bands from 100 to 900, whose first row has no value."""
+    for number in range(4):
+        values = np.linspace(100, 900, 8 * 9 * 4).reshape(8, 9, 4).astype(np.float32)
+        values[0] = marker
+        path = folder / "ab"[number % 2] / f"{number}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig", **options)
+    return folder
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("marker", [-9999, 65535])
+def test_pixels_without_a_value_are_no_black_or_white(tmp_path, marker, declared):
+    """Where the file declares them a run gets on with them; else the user is told to."""
+    text = str(marker)
+    tags = {"extratags": [(42113, "s", len(text) + 1, text, True)]} if declared else {}
+    notes = " ".join(write_recipe(chips(tmp_path / "c", marker, **tags), tmp_path / "r.yaml").notes)
+    images = load_recipe(tmp_path / "r.yaml").images
+    assert images.pixel_range == pytest.approx((200.3, 900), abs=0.1)
+    assert images.nodata == ("mean" if declared else "refuse")
+    assert ("4 of 4 images that were looked at have pixels without a value" in notes) == declared
+    assert (f"some pixels are {marker}, far from all others" in notes) != declared
+
+
+def test_a_hot_pixel_is_no_mark(tmp_path):
+    """Of a mark of pixels without a value there are several."""
+    path = chips(tmp_path / "c", 100) / "a/0.tif"
+    values = tifffile.imread(path)
+    values[3, 3, 3] = 65535
+    tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig")
+    write_recipe(tmp_path / "c", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").images.pixel_range == (100, 65535)
+
+
+def test_channels_that_are_pages_are_read_all(tmp_path):
+    """As microscopes write them: Pillow reads the first page of three alone."""
+    for number in range(4):
+        path = tmp_path / "cells" / "ab"[number % 2] / f"{number}.ome.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pages = np.full((3, 8, 9), 4000, np.uint16)
+        tifffile.imwrite(path, pages, photometric="minisblack", metadata={"axes": "CYX"})
+    write_recipe(tmp_path / "cells", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").backbones[0].bands == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "kind"),
+    [
+        ("target", [f"{n / 7:.3f}" for n in range(30)], "regression"),
+        ("weight", [f"{n / 7:.3f}".replace(".", ",") for n in range(30)], "regression"),
+        ("age", [str(20 + n % 25) for n in range(30)], "regression"),
+        ("label", [str(n % 15) for n in range(30)], "single"),
+        ("label", [f"{n % 5 / 2}" for n in range(30)], "single"),
+    ],
+)
+def test_numbers_are_predicted_as_numbers(tmp_path, name, cells, kind):
+    """Also with decimal commas, as spreadsheets of half of Europe write them."""
+    save_images(tmp_path, *(f"{n}.png" for n in range(30)))
+    frame = pd.DataFrame({"path": [f"{n}.png" for n in range(30)], name: cells})
+    frame.to_csv(tmp_path / "t.csv", index=False, sep=";")
+    finding = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.task.target, recipe.task.kind) == (name, kind)
+    assert (recipe.heads.logistic is None) == (kind == "regression")
+    assert (f"numbers in column {name!r}" in finding.sentence) == (kind == "regression")
+    requested_heads(recipe.heads, ["blocks.4.avg", "pre_logits.vector"])
+
+
+def test_whole_numbers_of_each_row_are_no_target(tmp_path):
+    save_images(tmp_path, *(f"{n}.png" for n in range(30)))
+    frame = pd.DataFrame({"path": [f"{n}.png" for n in range(30)], "number": range(30)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(InvalidInput, match="no column looks like a label"):
+        write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml")
+
+
+def test_masks_beside_the_images_are_told(tmp_path):
+    """As in BUSI and in WebDataset's samples; the option that is named leaves them out."""
+    save_images(
+        tmp_path / "scans",
+        *("a/1.png", "a/1_mask.png", "a/2.png", "b/1.png", "b/1_mask_1.png", "with_mask.png"),
+        "b/2.png",
+    )
+    (note,) = (note for note in detect_recipe(tmp_path / "scans", tmp_path).notes if "mask" in note)
+    assert note.startswith("2 images are named like masks of those beside them, such as a/1_mask")
+    patterns = re.findall(r"--exclude '(.*?)'", note)
+    assert patterns == ["*_mask.png", "*_mask_1.png"]
+
+
+def test_classes_below_folders_of_one_folder_are_named(tmp_path):
+    """As in BreakHis: histology_slides/breast/benign."""
+    save_images(tmp_path / "set", "slides/breast/benign/1.png", "slides/breast/malignant/1.png")
+    with pytest.raises(InvalidInput, match=r"try: headrace init .*slides/breast$"):
+        write_recipe(tmp_path / "set", tmp_path / "r.yaml")
+
+
+def test_images_in_an_archive_beside_the_table_are_told(tmp_path, photos):
+    """As Kaggle hands out its contests; the archive itself has one folder, which is no class."""
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number in range(3):
+            archive.add(photos / f"a/{number}.png", f"train/{number}.png")
+    shutil.rmtree(photos)
+    frame = pd.DataFrame({"id": [0, 1, 2], "label": ["x", "y", "x"]})
+    frame.to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(InvalidInput, match=r"no labels.*or beside it has the labels, unpack"):
+        write_recipe(tmp_path / "train.tar", tmp_path / "r.yaml")
+    with pytest.raises(SourceError, match=r"tar -xf train\.tar") as refusal:
+        write_recipe(tmp_path / "labels.csv", tmp_path / "r.yaml")
+    command = re.search(r"cd .* && tar -xf train.tar", str(refusal.value))
+    subprocess.run(command[0], shell=True, check=True)
+    write_recipe(tmp_path / "labels.csv", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").images.path_pattern == "train/{id}.png"
+
+
+def test_of_several_arrays_the_one_named_like_labels_has_them(tmp_path):
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "d.npz", images=images, labels=[0, 1] * 3, ids=np.arange(6))
+    write_recipe(tmp_path / "d.npz", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").images.labels_key == "labels"
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "told"),
+    [
+        ("Usage", ["Training"] * 4 + ["PublicTest"] * 2, "task.split: Usage"),
+        ("is_train", [1, 1, 1, 1, 0, 0], "task.split: is_train"),
+        ("kfold", [0, 1, 2, 0, 1, 2], "task.fold: kfold"),
+        ("strain", ["a", "b"] * 3, None),
+        ("vehicle", ["bus", "car"] * 3, None),
+    ],
+)
+def test_a_split_under_other_names_is_told(tmp_path, column, cells, told):
+    """A random split is drawn, and nobody would know."""
+    frame = rows(label=["train", "bus"] * 3, **{column: cells})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes
+    assert [note for note in notes if "of your own, and is not used" in note] == [
+        note for note in notes if told and told in note
+    ]
+    assert (told is not None) == any("of your own" in note for note in notes)
+
+
+@pytest.mark.parametrize("in_one_cell", [False, True])
+def test_pixels_in_cells_become_an_array_by_the_command_that_is_named(tmp_path, in_one_cell):
+    """MNIST as Kaggle has it, and FER2013."""
+    images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 64)
+    frame = pd.DataFrame(images).add_prefix("pixel")
+    if in_one_cell:
+        frame = pd.DataFrame({"pixels": [" ".join(map(str, image)) for image in images]})
+    frame.insert(0, "label" if not in_one_cell else "emotion", [0, 1, 0])
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(SourceError, match="cells are the pixels") as refusal:
+        write_recipe(tmp_path / "train.csv", tmp_path / "r.yaml")
+    script = re.search(r'python -c "(.*)", and', str(refusal.value))[1]
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    write_recipe(tmp_path / "train.npz", tmp_path / "r.yaml")
+    with np.load(tmp_path / "train.npz") as arrays:
+        np.testing.assert_array_equal(arrays["images"].reshape(3, 64), images)
+
+
+def test_a_species_of_several_genera_is_told(tmp_path):
+    """Lynx canadensis and Castor canadensis are both `canadensis` in the column of species."""
+    frame = rows(
+        genus=["Lynx", "Castor", "Ursus"] * 2, species=["canadensis", "canadensis", "arctos"] * 2
+    ).drop(columns="label")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    notes = " ".join(write_recipe(tmp_path / "t.csv", tmp_path / "r.yaml").notes)
+    assert "'canadensis' in 'species' is of several genera (Castor, Lynx)" in notes
+
+
 @pytest.mark.parametrize(("suffix", "n_pages"), [("tif", 3), ("gif", 3), ("tif", 1)])
 def test_pages_that_are_not_read_are_told(tmp_path, suffix, n_pages):
     """Of a stack or an animation the first page is read, and nobody would know."""
