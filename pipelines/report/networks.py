@@ -13,7 +13,7 @@ from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.records import RUN_AGAIN
 from headrace.pipelines.report.leaders import metric_format, metric_title
 from headrace.pipelines.report.page.blocks import Block, Column, Note, Section, Table
-from headrace.pipelines.report.selection_and_advice import read_json
+from headrace.pipelines.report.selection_and_advice import Record, blocks_of_record
 
 _LEAD = (
     "Fine-tuned and partly reused networks, each compared with its head on the same validation "
@@ -24,22 +24,13 @@ _LEAD = (
 def network_sections(run: FinishedRun) -> tuple[Section, ...]:
     """Return the section; nothing if the recipe asks for no network."""
     path = run.paths.finetune_decisions
-    decisions = read_json(path)
-    blocks: tuple[Block, ...]
-    if decisions is None and run.recipe.finetune is not None:
+    blocks: tuple[Block, ...] = ()
+    if path.exists():
+        blocks = blocks_of_record(run, path, RUN_AGAIN, _network_blocks)
+    elif run.recipe.finetune is not None:
         text = f"No decision is on record, for {path.name} is not there: {RUN_AGAIN}."
         blocks = (Note(text, "warning"),)
-    elif not decisions:
-        return ()
-    else:
-        try:
-            rows = [_record_row(run, key, record) for key, record in decisions.items()]
-            blocks = _network_blocks(run, pd.DataFrame(rows))
-        # A record of another version lacks keys, or has other types under them.
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            blocks = (Note(f"{path.name} is of another version of headrace ({reason})."),)
-    return (Section("networks", "Head against networks", _LEAD, blocks),)
+    return (Section("networks", "Head against networks", _LEAD, blocks),) if blocks else ()
 
 
 def _record_row(run: FinishedRun, key: str, record: dict[str, Any]) -> dict[str, object]:
@@ -68,7 +59,10 @@ def _network_score(run: FinishedRun, key: str) -> float:
     return float(table.loc[table["fold"] != REFIT, run.metric].mean())
 
 
-def _network_blocks(run: FinishedRun, frame: pd.DataFrame) -> tuple[Block, ...]:
+def _network_blocks(run: FinishedRun, decisions: Record) -> tuple[Block, ...]:
+    if not decisions:
+        return ()
+    frame = pd.DataFrame([_record_row(run, key, record) for key, record in decisions.items()])
     numbers = ("network", "head", "gain", "gain_low", "gain_high", "seconds")
     # A field that a record lacks is None, and would make its column one of objects.
     frame = frame.astype(dict.fromkeys(numbers, float))

@@ -2,7 +2,7 @@
 advise` has left. For a record that is not there, a line names the command that makes it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
 from headrace.pipelines.number_format import level_text, number_text
 from headrace.pipelines.planning.leaderboard import inputs_text
-from headrace.pipelines.records import RUN_AGAIN, RunDamaged, read_record, read_table
+from headrace.pipelines.records import RunDamaged, read_record, read_table
 from headrace.pipelines.report.leaders import metric_title
 from headrace.pipelines.report.page import figures
 from headrace.pipelines.report.page.blocks import Block, Column, Facts, Figure, Note, Section, Table
@@ -58,7 +58,7 @@ def choice_section(run: FinishedRun) -> Section:
         "The best of many looks better than it is. The correction and the comparisons resample the "
         "same validation images for all."
     )
-    blocks = _blocks_of_record(run, run.paths.selection, remedy, _choice_blocks)
+    blocks = blocks_of_record(run, run.paths.selection, remedy, _choice_blocks)
     return Section("choice", "How sure is the choice?", lead_text, blocks)
 
 
@@ -68,14 +68,14 @@ def ensemble_section(run: FinishedRun) -> Section:
         "anew"
     )
     record_path = run.paths.ensemble / ENSEMBLE_DESCRIPTION
-    blocks = _blocks_of_record(run, record_path, remedy, _ensemble_blocks)
+    blocks = blocks_of_record(run, record_path, remedy, _ensemble_blocks)
     lead_text = "Heads averaged, scored on images that had no part in picking them."
     return Section("ensemble", "Ensemble", lead_text, blocks)
 
 
 def advice_section(run: FinishedRun) -> Section:
     remedy = "`headrace advise RUN` measures it, in a minute or so"
-    blocks = _blocks_of_record(run, run.paths.advice, remedy, _advice_blocks)
+    blocks = blocks_of_record(run, run.paths.advice, remedy, _advice_blocks)
     lead_text = "More images, training deeper, or neither: what the cached features say."
     return Section("advice", "What would help most", lead_text, blocks)
 
@@ -84,40 +84,31 @@ def expected_text(run: FinishedRun) -> tuple[str, str] | None:
     """Return the winner's expected score on new images, and its interval as a remark; None if they
     are not on record.
     """
-    selection_record = read_json(run.paths.selection)
-    if not selection_record:
-        return None
     try:
+        selection_record = read_record(run.paths.selection)
         expected_value, lower_end, upper_end = (
             number_text(float(selection_record[name]), run.metric)
             for name in ("expected", "low", "high")
         )
-    except (KeyError, TypeError, ValueError):
-        return None  # of another version, or undefined
+    # Absent, damaged (which its own section says), of another version, or undefined.
+    except (FileNotFoundError, RunDamaged, KeyError, TypeError, ValueError):
+        return None
     n_tried = selection_record["tried"]
     choice = f"corrected for being the best of {n_tried:,}" if n_tried > 1 else "the only setting"
     return expected_value, f"95 % interval {lower_end} to {upper_end}, {choice}"
 
 
-def read_json(record_path: Path, mended_by: str = RUN_AGAIN) -> Record | None:
-    """Return a record, None if there is no file. Raises RunDamaged, which names `mended_by`."""
-    try:
-        return read_record(record_path, mended_by)
-    except FileNotFoundError:
-        return None
-
-
-def _blocks_of_record(
+def blocks_of_record(
     run: FinishedRun,
     path: Path,
     remedy: str,
-    make_blocks: Callable[[FinishedRun, Record], list[Block]],
+    make_blocks: Callable[[FinishedRun, Record], Sequence[Block]],
 ) -> tuple[Block, ...]:
+    """Return the blocks that are made of a record, or a note that says why there are none."""
     try:
-        stored_record = read_json(path, remedy)
-        if stored_record is None:
-            return (Note(f"Not measured: {remedy}."),)
-        return tuple(make_blocks(run, stored_record))
+        return tuple(make_blocks(run, read_record(path, remedy)))
+    except FileNotFoundError:
+        return (Note(f"Not measured: {remedy}."),)
     # One damaged record costs its own section, not the page.
     except RunDamaged as error:
         return (Note(f"Left out: {error}.", "warning"),)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -254,6 +255,17 @@ def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tm
     assert "comparisons.csv is not there" in text
     assert "images.json is not there" in text
     assert any(f"{task.name} has changed since it was written" in text for task in tasks)
+
+
+@pytest.mark.parametrize("name", ["selection.json", "finetune/candidates.json"])
+def test_a_damaged_record_costs_its_own_section_alone(folder, tmp_path, name):
+    root = tmp_path / "run"
+    shutil.copytree(folder / "runs" / "single", root)
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text('{"cut": ')
+    text = write_report(root).page.read_text()
+    assert "Left out: " in text
+    assert f"{Path(name).name} has changed since it was written" in text
 
 
 @pytest.mark.slow
