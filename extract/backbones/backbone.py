@@ -151,37 +151,19 @@ def _for_channels(values: tuple[float, ...], n_channels: int) -> tuple[float, ..
 
 @functools.lru_cache(maxsize=4)
 def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
-    network_description = _describe(spec)
     arguments, left_out = spec.model_arguments, NOTHING_LEFT_OUT
     if spec.weights is not None and spec.weights.startswith("random:"):
         with _in_memory(spec.name), torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(spec.weights.removeprefix("random:")))
             module, preprocessing = library.build_network(spec.name, None, arguments)
     elif spec.weights is not None and is_weights_file(spec.weights):
-        # Before the network is built, which takes seconds: a wrong path fails at once.
-        tensors = read_weights(weights_path(spec.weights))
-        with library.limit_parameters_to_file(tensors, spec.name):
-            module, preprocessing = library.build_network(spec.name, None, arguments)
-        if spec.weights_match == "name":
-            tensors, left_out = own_tensors(
-                module, tensors, spec.weights_prefix, network_description
-            )
-            tensors = converted_by_timm(module, tensors)
-        if spec.bands is not None and has_channels(module, tensors, len(spec.bands)):
-            _adapt_to_bands(module, preprocessing, spec)
-        if spec.weights_match == "name":
-            # A file that was exported at `image_size` fits only a network of that size.
-            if not _fits_unchanged(module, tensors):
-                _apply_image_size(module, preprocessing, spec)
-            fitted = fit_weights(module, tensors, "name", network_description)
-            left_out = dataclasses.replace(left_out, absent=fitted.absent, surplus=fitted.surplus)
-        else:
-            fit_weights(module, tensors, spec.weights_match, network_description)
+        module, preprocessing, left_out = _build_from_file(spec, spec.weights)
     else:
         with _in_memory(spec.name):
             module, preprocessing, left_out = library.build_pretrained(
                 spec.name, spec.weights, arguments
             )
+    # Bands and image size change nothing where a weights file has needed them already.
     _adapt_to_bands(module, preprocessing, spec)
     # The digest before position embeddings are resampled to another image size, which other
     # machines may round differently; the size is in the preprocessing.
@@ -200,6 +182,28 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     if configuration_text:
         digest = hashlib.sha256((digest + configuration_text).encode()).hexdigest()
     return Backbone(spec, module, override_preprocessing(preprocessing, spec), digest, left_out)
+
+
+def _build_from_file(spec: BackboneSpec, weights: str) -> tuple[nn.Module, Preprocessing, LeftOut]:
+    """Build the network with the tensors of its weights file, in the bands and size of the file."""
+    description = _describe(spec)
+    # Before the network is built, which takes seconds: a wrong path fails at once.
+    tensors = read_weights(weights_path(weights))
+    with library.limit_parameters_to_file(tensors, spec.name):
+        module, preprocessing = library.build_network(spec.name, None, spec.model_arguments)
+    left_out = NOTHING_LEFT_OUT
+    if spec.weights_match == "name":
+        tensors, left_out = own_tensors(module, tensors, spec.weights_prefix, description)
+        tensors = converted_by_timm(module, tensors)
+    if spec.bands is not None and has_channels(module, tensors, len(spec.bands)):
+        _adapt_to_bands(module, preprocessing, spec)
+    # A file that was exported at `image_size` fits only a network of that size.
+    if spec.weights_match == "name" and not _fits_unchanged(module, tensors):
+        _apply_image_size(module, preprocessing, spec)
+    fitted = fit_weights(module, tensors, spec.weights_match, description)
+    if spec.weights_match == "name":
+        left_out = dataclasses.replace(left_out, absent=fitted.absent, surplus=fitted.surplus)
+    return module, preprocessing, left_out
 
 
 def _describe(spec: BackboneSpec) -> str:
