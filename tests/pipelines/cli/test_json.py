@@ -15,7 +15,7 @@ from headrace.pipelines.cli.main import app
 from headrace.pipelines.cli.schema import schema
 from headrace.pipelines.console import make_console
 from headrace.pipelines.errors import InvalidInput
-from headrace.pipelines.planning import inventory
+from headrace.pipelines.planning import recipe_inputs
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import load_recipe
 
@@ -300,6 +300,6 @@ def test_the_reading_of_many_files_is_shown(folder, monkeypatch, capsys):
     recipe = load_recipe(folder / "recipe.yaml", settings=["cache=another"])
     read_run_state(recipe, write=False, console=make_console(stderr=True))
     assert "files" not in capsys.readouterr().err
-    monkeypatch.setattr(inventory, "_MANY_FILES", 50)
+    monkeypatch.setattr(recipe_inputs, "_MANY_FILES", 50)
     read_run_state(recipe, write=False, console=make_console(stderr=True))
     assert " read 60/60 files" in capsys.readouterr().err
