@@ -30,6 +30,7 @@ import xxhash
 from headrace.cache.checksum import shard_checksum
 from headrace.cache.errors import HeadraceError, ShardUnreadable
 from headrace.cache.file_stamps import FileStamp, file_stamp
+from headrace.cache.format.hdf5_values import open_hdf5
 from headrace.cache.format.shard import USER_BLOCK_BYTES
 from headrace.heads.arrays import Array, Arrays, Floats, Index
 from headrace.heads.data.task import REFIT, Task, TaskKind
@@ -267,8 +268,10 @@ def _open(path: Path) -> Iterator[h5py.File]:
     while True:
         stamp = _check(path)
         try:
-            file = h5py.File(path, "r")
+            file = open_hdf5(path)
         except OSError as error:
+            if error.errno is not None:  # of the operating system, not of the file
+                raise _Unreadable(f"{path} cannot be opened now: {error}") from error
             raise BadResults(f"{path} is not an HDF5 file ({error}): {_remove(path)}") from error
         if _stamp(path) == stamp:  # else another process has replaced it since the check
             break

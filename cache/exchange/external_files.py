@@ -34,7 +34,7 @@ from headrace.cache.exchange.external_tables import (
     require_plausible_size,
 )
 from headrace.cache.exchange.leaks import find_row_counters
-from headrace.cache.format.hdf5_values import find_data_sets, read_values
+from headrace.cache.format.hdf5_values import find_data_sets, open_hdf5, read_values
 from headrace.cache.text import as_text
 
 _TEXT_KINDS = "OSU"
@@ -321,7 +321,7 @@ def _read_hdf5(
     id_key: str | None,
     forbidden_names: Mapping[str, str],
 ) -> ExternalFeatures:
-    with h5py.File(source_path, "r") as hdf5_file:
+    with open_hdf5(source_path) as hdf5_file:
         data_sets = find_data_sets(hdf5_file)
         listed = ", ".join(f"{name} {data_set.shape}" for name, data_set in data_sets.items())
         listed = listed or "no data sets"

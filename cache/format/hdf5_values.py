@@ -13,11 +13,17 @@ import numpy.typing as npt
 # Prints the values as Latin-1, one character for each byte, so that JSON keeps all of them.
 _PROGRAM = """\
 import json, sys, h5py
-with h5py.File(sys.argv[1], "r") as file:
+with h5py.File(sys.argv[1], "r", locking=False) as file:
     data_set = file[sys.argv[2]]
     values = data_set[()].reshape(-1).tolist()
 json.dump([value.decode("latin-1") for value in values], sys.stdout)
 """
+
+
+def open_hdf5(path: str | Path) -> h5py.File:
+    """Open a file for reading, without HDF5's lock. Raises OSError."""
+    # Network disks may have no locks (errno 37), and other programs hold theirs while they read.
+    return h5py.File(path, "r", locking=False)
 
 
 def find_data_sets(hdf5_file: h5py.File) -> dict[str, h5py.Dataset]:

@@ -42,6 +42,7 @@ import pyarrow.parquet as pq
 
 from headrace.cache.atomic_io import read_regular
 from headrace.cache.file_stamps import file_stamp
+from headrace.cache.format.hdf5_values import open_hdf5
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import split_crop
 from headrace.extract.images.opening import MAX_DEFLATE_RATIO, MAX_PIXELS
@@ -175,7 +176,7 @@ def _open_array(file_path: str, container_kind: str, array_key: str, stamp: obje
                 _require_possible_size(declared_bytes, os.path.getsize(file_path), file_path)
                 return npz_archive[array_key]  # decompressed whole, once per process
         if container_kind == "h5":
-            return _own_dataset(h5py.File(file_path, "r"), file_path, array_key)
+            return _own_dataset(open_hdf5(file_path), file_path, array_key)
         return _read_idx(Path(file_path))
     except (SourceError, OSError):
         raise

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from headrace.cache.count_text import count_text
-from headrace.cache.format.hdf5_values import find_data_sets, read_values
+from headrace.cache.format.hdf5_values import find_data_sets, open_hdf5, read_values
 from headrace.cache.home import expand_home
 from headrace.cache.text import as_text
 from headrace.extract.errors import SourceError, missing_path_message
@@ -385,7 +385,7 @@ def _shapes(array_path: Path, file_kind: str) -> dict[str, tuple[int, ...]]:
         if file_kind == "npz":
             with np.load(array_path, allow_pickle=False) as npz_archive:
                 return {name: _npz_shape(npz_archive, name) for name in npz_archive.files}
-        with h5py.File(array_path, "r") as hdf5_file:
+        with open_hdf5(array_path) as hdf5_file:
             data_sets = find_data_sets(hdf5_file)
             if unnamed := [name for name in data_sets if not isinstance(name, str)]:
                 raise ValueError(f"the name {unnamed[0]!r} is no UTF-8")
