@@ -17,11 +17,9 @@ from safetensors.numpy import load, save
 from headrace.cache.atomic_io import publish_replace, read_regular
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import (
-    SEAL,
-    UNSEALED,
     SealBroken,
     check_seal,
-    seal,
+    seal_safetensors,
     tensor_metadata,
 )
 from headrace.cache.spec import FeatureSpec
@@ -120,9 +118,7 @@ def save_head(directory: Path | str, head: TrainedHead) -> Path:
     weights.parent.mkdir(parents=True, exist_ok=True)
     contiguous_arrays = {name: np.ascontiguousarray(array) for name, array in head.arrays.items()}
     # First, and with the description in it: a kill before the next line leaves a whole head.
-    publish_replace(
-        weights, seal(save(contiguous_arrays, metadata={"headrace": text, SEAL: UNSEALED}))
-    )
+    publish_replace(weights, seal_safetensors(save(contiguous_arrays, metadata={"headrace": text})))
     publish_replace(weights.parent / DESCRIPTION, text.encode())
     return weights
 

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.cache.format.sealed import SEAL, UNSEALED, check_seal, seal, tensor_metadata
+from headrace.cache.format.sealed import check_seal, seal_safetensors, tensor_metadata
 
 FORMAT = 2  # in format 1 all layers of a head had one learning rate
 
@@ -42,7 +42,7 @@ def save_checkpoint(
     host_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     publish_replace(
         checkpoint_path,
-        seal(save(host_tensors, metadata={"headrace": json.dumps(description), SEAL: UNSEALED})),
+        seal_safetensors(save(host_tensors, metadata={"headrace": json.dumps(description)})),
     )
 
 

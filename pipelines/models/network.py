@@ -21,11 +21,9 @@ from safetensors import SafetensorError
 from headrace.cache.atomic_io import publish_replace, read_regular
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import (
-    SEAL,
-    UNSEALED,
     SealBroken,
     check_seal,
-    seal,
+    seal_safetensors,
     tensor_metadata,
 )
 from headrace.cache.spec import FeatureSpec
@@ -466,7 +464,7 @@ def _publish_network(
     # The tensors first, which hold the description too: a kill in between leaves a whole network.
     publish_replace(
         weights_path,
-        seal(save(host_tensors, metadata={"headrace": description_json, SEAL: UNSEALED})),
+        seal_safetensors(save(host_tensors, metadata={"headrace": description_json})),
     )
     publish_replace(model_directory / DESCRIPTION, description_json.encode())
     return weights_path

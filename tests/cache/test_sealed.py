@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load, save
 from support.caches import make_spec
 
 from headrace.cache.format.sealed import (
@@ -15,6 +16,7 @@ from headrace.cache.format.sealed import (
     read_sealed_arrays,
     read_sealed_json,
     seal,
+    seal_safetensors,
     sealed_arrays,
     sealed_json,
 )
@@ -158,3 +160,13 @@ def test_what_is_remembered_of_a_backbone_is_what_was_found(tmp_path):
         assert _read_tap_features(memory) in (None, features)
     memory.write_bytes(good)
     assert _read_tap_features(memory) == features
+
+
+def test_equal_tensors_are_equal_files() -> None:
+    """Though the writer of safetensors shuffles the keys of metadata."""
+    arrays = {"weight": np.arange(6.0).reshape(2, 3), "bias": np.ones(3, np.float32)}
+    files = {seal_safetensors(save(arrays, metadata={"headrace": "ü {}"})) for _ in range(20)}
+    assert len(files) == 1
+    (file,) = files
+    check_seal(file)
+    assert all(np.array_equal(load(file)[name], array) for name, array in arrays.items())
