@@ -91,8 +91,8 @@ def make_folds(
         return _grouped_folds(stratum_of_row, np.asarray(groups), n_folds, seed)
     if len(stratum_of_row) < n_folds:
         raise BadSplit(
-            f"{count_text(len(stratum_of_row), *row_noun)} cannot make {n_folds} folds: use at "
-            f"most {len(stratum_of_row)} folds, or add images."
+            f"{count_text(len(stratum_of_row), *row_noun)} cannot make {n_folds} folds: "
+            f"{_fewer_folds(len(stratum_of_row))}add images."
         )
     # The shuffled rows are dealt to the folds in turn, class after class. The next class goes on
     # with the fold after the last one, so both the folds and their classes differ by at most one
@@ -188,14 +188,19 @@ def _given_folds(given_values: Array) -> npt.NDArray[np.int16]:
     return np.array([fold_of_name[name] for name in lower_names.tolist()], np.int16)
 
 
+def _fewer_folds(n_parts: int) -> str:
+    """Return the advice to use fewer folds, where as many as there are parts are enough."""
+    return f"use at most {n_parts} folds, or " if n_parts > 1 else ""
+
+
 def _grouped_folds(
     stratum_of_row: Index, groups: Array, n_folds: int, seed: int
 ) -> npt.NDArray[np.int16]:
     n_groups = len(np.unique(groups))
     if n_groups < n_folds:
         raise BadSplit(
-            f"{n_groups} groups cannot make {n_folds} folds: use at most {n_groups} folds, or a "
-            "finer group column."
+            f"{count_text(n_groups, 'group')} cannot make {n_folds} folds: "
+            f"{_fewer_folds(n_groups)}name a finer group column."
         )
     # scikit-learn raises an error if every class has fewer rows than folds, and warns if one has. A
     # class may be missing from a fold here, so it gets all small classes as one stratum.

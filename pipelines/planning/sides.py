@@ -87,6 +87,9 @@ def copies_across_sides(labelled_samples: pd.DataFrame, section: TaskSection) ->
         return []
     read_column = _read_split if section.split else _read_folds
     side_of_row = pd.Series(read_column(labelled_samples, column_name), labelled_samples.index)
+    if section.split is not None and section.fold is not None:
+        folds = as_text(labelled_samples[section.fold]).fillna("")
+        side_of_row = side_of_row.where(side_of_row != "train", "fold " + folds)
     is_mixed = side_of_row.groupby(labelled_samples["_content"].to_numpy()).transform("nunique") > 1
     if not is_mixed.any():
         return []
@@ -172,9 +175,19 @@ def _draw_folds(
         split_of_row = _read_split(labelled_samples, section.split)
         fold_of_row[split_of_row == "test"] = TEST
         fold_of_row[split_of_row == "validation"] = 0
-    elif section.fold is not None:
-        user_folds = _read_folds(labelled_samples, section.fold)
-        fold_of_row = make_folds(target, n_folds=section.folds, seed=section.seed, given=user_folds)
+    # With both columns, the one of folds divides what the other leaves to train on.
+    is_open = fold_of_row == TRAIN_ONLY
+    if section.fold is not None and is_open.any():
+        if (fold_of_row == 0).any():
+            raise DataError(
+                f"task.split {section.split!r} has validation rows, and task.fold "
+                f"{section.fold!r} has folds: heads are chosen on the one or the others. Leave one "
+                "of the two keys out"
+            )
+        user_folds = _read_folds(labelled_samples[is_open], section.fold)
+        fold_of_row[is_open] = make_folds(
+            target[is_open], n_folds=section.folds, seed=section.seed, given=user_folds
+        )
     is_validation = fold_of_row >= 0
     column_name = section.split or section.fold
     if groups is not None and column_name is not None:

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import as_yaml_list
+from headrace.heads.data.folds import BadSplit
 from headrace.heads.data.task import TRAIN_ONLY
 from headrace.pipelines.planning.dataset import drop_rows, make_dataset
 from headrace.pipelines.recipe.sections import TaskSection
@@ -535,3 +536,22 @@ def test_names_that_yaml_takes_for_something_else_are_quoted():
         "\udcff",
     ]
     assert yaml.safe_load(as_yaml_list(odd)) == odd
+
+
+def test_a_column_of_folds_divides_what_a_split_leaves_to_train_on():
+    """Both columns were accepted, and then no row was left for validation."""
+    sides, folds = ["train"] * 60 + ["test"] * 20, [str(i % 3) for i in range(60)] + [""] * 20
+    made = dataset(table(80, split=sides, fold=folds), split="split", fold="fold")
+    assert len(made.test.ids) == 20
+    assert np.bincount(made.train.fold).tolist() == [20, 20, 20]
+    copies = [content_of(str(max(i, 1))) for i in range(80)]
+    with pytest.raises(DataError, match="puts exact copies of an image on different sides"):
+        dataset(table(80, split=sides, fold=folds), copies, split="split", fold="fold")
+    with pytest.raises(DataError, match=r"has validation rows, and task\.fold 'fold' has folds"):
+        dataset(table(80, split=["val", *sides[1:]], fold=folds), split="split", fold="fold")
+
+
+def test_one_group_is_not_told_to_make_one_fold():
+    frame = table(80, site=["a"] * 40 + ["b"] * 40)
+    with pytest.raises(BadSplit, match=r"^1 group cannot make 5 folds: name a finer group column"):
+        dataset(frame, group="site")
