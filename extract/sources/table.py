@@ -364,7 +364,9 @@ def _json_rows(values: Any) -> tuple[list[dict[str, Any]], str] | None:
         pairs = [{"path": path, "label": label} for path, label in values.items()]
         return pairs, "its keys are the paths, and its values the labels"
     if all(isinstance(cell, dict) for cell in cells):
-        key_name = "key" if any("path" in cell for cell in cells) else "path"
+        # VIA's keys are names with the file's size: `1.jpg4711`.
+        is_path = _are_image_names(values) and not any("path" in cell for cell in cells)
+        key_name = "path" if is_path else "key"
         return [{key_name: key, **cell} for key, cell in values.items()], "its keys are rows"
     if all(
         isinstance(cell, list) and all(isinstance(text, str) for text in cell) for cell in cells

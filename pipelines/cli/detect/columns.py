@@ -270,7 +270,7 @@ def _unused_splits(samples: pd.DataFrame, column_names: Sequence[str]) -> list[s
         if name.lower() in _FOLD_NAMES:
             notes.append(
                 f"column {name!r} may be folds of your own, and is not used: task.fold: "
-                f"{yaml_text(name)}, with numbers in it"
+                f"{yaml_text(name)}"
             )
             continue
         is_flat = n_distinct(samples[name]) is not None

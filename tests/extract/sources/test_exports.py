@@ -242,12 +242,13 @@ LABELS = {"a/1.jpg": "cat", "a/2.jpg": "dog", "b/3.jpg": "cat"}
     [
         LABELS,
         {path: {"label": label, "site": 3} for path, label in LABELS.items()},
+        {f"{path}99": {"filename": path, "label": label} for path, label in LABELS.items()},
         {"cat": ["a/1.jpg", "b/3.jpg"], "dog": ["a/2.jpg"]},
         [[path, label, 7] for path, label in LABELS.items()],
         {"version": 1, "data": [{"path": path, "label": LABELS[path]} for path in LABELS]},
         {"train": [["a/1.jpg", "cat"], ["a/2.jpg", "dog"]], "test": [["b/3.jpg", "cat"]]},
     ],
-    ids=["labels", "records", "classes", "rows", "below a key", "sides"],
+    ids=["labels", "records", "keyed", "classes", "rows", "below a key", "sides"],
 )
 def test_json_of_paths_and_labels_in_other_forms(tmp_path, values):
     put(tmp_path / "labels.json", json.dumps(values))
