@@ -51,7 +51,8 @@ def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> Non
         raise BackboneError(
             f"{_weights_text(backbone)}: {tap} depends on tensors in which the two differ: "
             f"{differences}. Below its taps a network must be that of its weights: check its name, "
-            "image_size and model: arguments (such as init_values, reg_tokens), or tap below them"
+            "image_size, bands and model: arguments (such as init_values, reg_tokens), or tap "
+            "below them"
         )
     warnings.warn(left_out_note(backbone), WeightsWarning, stacklevel=3)
 
