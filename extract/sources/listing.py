@@ -21,6 +21,11 @@ _MASK = re.compile(
     r"([-_ ]?\d)?)",
     re.IGNORECASE,
 )
+# The same in a folder of its own: `masks/1.png` beside `images/1.png`.
+_MASK_FOLDER = re.compile(
+    r"masks?|seg|segmentations?|ground_?truth|gt|annotations?|labels?", re.IGNORECASE
+)
+_IMAGE_FOLDER = re.compile(r"images?|imgs?|photos?|pictures?|scans?|raw|inputs?", re.IGNORECASE)
 
 # the noun of a reason, and a verb right after it
 _PLURAL = re.compile(
@@ -133,14 +138,31 @@ def _matches(name: str, pattern: str) -> bool:
 def notes_on_masks(image_ids: Iterable[str]) -> list[str]:
     """Return a note if images are named like masks or the like of images beside them; else []."""
     ids = list(image_ids)
-    stems = {posixpath.splitext(image_id)[0] for image_id in ids}
+    stem_of = {image_id: posixpath.splitext(image_id)[0] for image_id in ids}
+    stems = set(stem_of.values())
     masks = [
-        (image_id, f"*{match['tail']}{suffix}")
-        for image_id in ids
-        for stem, suffix in [posixpath.splitext(image_id)]
+        (image_id, f"*{match['tail']}{image_id.removeprefix(stem)}")
+        for image_id, stem in stem_of.items()
         for match in [_MASK.fullmatch(stem)]
         if match is not None and match["image"] in stems
     ]
+    names_of_place = [posixpath.split(folder) for folder in {*map(posixpath.dirname, stems)}]
+    image_folder_of = {
+        place: posixpath.join(place, name)
+        for place, name in names_of_place
+        if _IMAGE_FOLDER.fullmatch(name)
+    }
+    pattern_of_folder = {
+        posixpath.join(place, name): f"*/{name}" if place else name
+        for place, name in names_of_place
+        if _MASK_FOLDER.fullmatch(name) and place in image_folder_of
+    }
+    for image_id, stem in stem_of.items():
+        folder, name = posixpath.split(stem)
+        if folder in pattern_of_folder:
+            image_folder = image_folder_of[posixpath.dirname(folder)]
+            if posixpath.join(image_folder, name) in stems:
+                masks.append((image_id, pattern_of_folder[folder]))
     if not masks:
         return []
     patterns = sorted({pattern for _, pattern in masks})

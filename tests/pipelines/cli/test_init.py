@@ -21,6 +21,7 @@ from PIL import Image
 
 from headrace.cache.errors import HeadraceError
 from headrace.extract.errors import SourceError
+from headrace.extract.sources.listing import notes_on_masks
 from headrace.pipelines.cli.demo import solar_cells, write_demo
 from headrace.pipelines.cli.detect.source import detect_recipe
 from headrace.pipelines.cli.init import write_recipe
@@ -559,6 +560,20 @@ def test_masks_beside_the_images_are_told(tmp_path):
     assert note.startswith("2 images are named like masks of those beside them, such as a/1_mask")
     patterns = re.findall(r"--exclude '(.*?)'", note)
     assert patterns == ["*_mask.png", "*_mask_1.png"]
+
+
+def test_folders_of_masks_are_told(tmp_path):
+    """They would be a class; `mask` beside `no_mask` is one."""
+    save_images(tmp_path / "x", "images/1.png", "images/2.png", "masks/1.png", "masks/2.png")
+    (note,) = (note for note in detect_recipe(tmp_path / "x", tmp_path).notes if "mask" in note)
+    assert note.startswith(
+        "2 images are named like masks of those beside them, such as masks/1.png"
+    )
+    assert "--exclude masks)" in note
+    (note,) = notes_on_masks(["a/images/1.png", "a/masks/1.png", "b/images/1.png", "b/gt/1.png"])
+    assert "images.exclude: ['*/gt', '*/masks']" in note
+    assert not notes_on_masks(["mask/1.png", "no_mask/1.png"])
+    assert not notes_on_masks(["images/1.png", "masks/2.png"])
 
 
 def test_classes_below_folders_of_one_folder_are_named(tmp_path):
