@@ -97,8 +97,10 @@ def test_mirrored_views_are_part_of_an_exported_graph(tmp_path):
         ]
         found = program(torch.stack(pixels)).numpy()
     expected = model.predict_proba(paths)
-    np.testing.assert_allclose(found, expected, atol=2e-3)
-    assert np.abs(one_view(model).predict_proba(paths) - expected).max() > 5e-3
+    # In logarithms, for all probabilities are near 0 or 1.
+    np.testing.assert_allclose(np.log(found), np.log(expected), atol=1e-3)
+    alone = one_view(model).predict_proba(paths)
+    assert np.abs(np.log(alone) - np.log(expected)).max() > 0.2
     sizes = sum(value.numel() for value in program.state_dict().values())
     assert sizes < 1.5 * sum(
         p.numel() for p in load_backbone(model.members[0].backbones[0]).module.parameters()
