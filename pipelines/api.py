@@ -1,7 +1,7 @@
 """Functions for notebooks and scripts: images to features, and features to a leaderboard."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from rich.console import Console
 from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.publish import feature_set_path
-from headrace.extract.images.content_hashes import content_hashes
+from headrace.extract.images.content_hashes import HASH_DIGITS, content_hashes
 from headrace.extract.run.plan import BackboneFeatures, plan_work_units
 from headrace.extract.sources.read import SourceWarning
 from headrace.extract.spec import BackboneSpec
@@ -131,6 +131,11 @@ def feature_matrix(features: FeatureSet, images: ImagesLike) -> npt.NDArray[np.f
     images: as of `extract_features`. Rows are found by the bytes of the images. Raises CacheError
     for an image without a row, InvalidInput for a file that cannot be read.
     """
+    if not isinstance(features, FeatureSet):
+        raise InvalidInput(
+            f"features are given as {type(features).__name__}. Expected one FeatureSet, such as "
+            f"features[{next(iter(features), 'TAP') if isinstance(features, Mapping) else 'TAP'!r}]"
+        )
     cache_root = features.path.parent.parent
     samples = _with_content(image_table(images, labelled=False), cache_root, strict=True)
     return features.load(samples["content"].tolist())
@@ -177,7 +182,7 @@ def _recipe_of(
     out: Path,
 ) -> Recipe:
     """Return a recipe without images and backbones: the features are given."""
-    if not isinstance(heads, Heads | Mapping):
+    if isinstance(heads, Iterable) and not isinstance(heads, Heads | Mapping):
         heads = {name: {} for name in ([heads] if isinstance(heads, str) else heads)}
     return Recipe.model_construct(
         images=Images.model_construct(),
@@ -203,6 +208,8 @@ def _state_of(recipe: Recipe, features: Mapping[str, FeatureSet], samples: Image
     paths = recipe.paths
     labelled_samples = image_table(samples, labelled=True)
     require_task_columns(labelled_samples, recipe.task, "the table of images")
+    if not features:
+        raise InvalidInput("no features are given. Expected those of extract_features")
     samples_with_content = _with_content(labelled_samples, paths.root)
     dataset = make_dataset(
         samples_with_content, samples_with_content["content"].tolist(), recipe.task
@@ -285,7 +292,8 @@ def _with_content(samples: pd.DataFrame, root: Path, *, strict: bool = False) ->
     Warns of files that cannot be read. Raises InvalidInput if none can, or, where it is strict, if
     one cannot.
     """
-    if "content" in samples:
+    # Another column of this name is the caller's own, such as captions.
+    if "content" in samples and _are_hashes(samples["content"].dropna()):
         return samples
     found = content_hashes(samples, content_index(root))
     if found.unreadable:
@@ -301,3 +309,8 @@ def _with_content(samples: pd.DataFrame, root: Path, *, strict: bool = False) ->
         content=pd.Series(found.hashes, index=samples.index, dtype=object)
     )
     return with_content[with_content["content"].notna()]
+
+
+def _are_hashes(values: pd.Series) -> bool:
+    is_hash = values.astype(str).str.fullmatch(f"[0-9a-f]{{{HASH_DIGITS}}}")
+    return len(values) > 0 and bool(is_hash.all())

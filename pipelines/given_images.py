@@ -33,13 +33,10 @@ def image_table(images: ImagesLike, *, labelled: bool) -> pd.DataFrame:
         warn_about_left_out(listing, location)
         return listing.samples
     table = images if isinstance(images, pd.DataFrame) else _table_of(images, labelled)
-    if "path" not in table:
-        columns = [str(name) for name in table.columns]
-        renamed = f"rename(columns={{{columns[0]!r}: 'path'}})" if columns else "assign(path=...)"
-        raise InvalidInput(
-            f"the table of images has no column path. It has: {', '.join(columns)}. Name the one "
-            f"that holds the files so: table.{renamed}"
-        )
+    _check_columns(table)
+    # pandas sorts by no column that has the name of the index, too.
+    no_names: list[Any] = [None] * table.index.nlevels
+    table = table.rename_axis(index=no_names)
     if table.empty:
         raise InvalidInput(f"no image is given. Expected {_EXPECTED}")
     no_paths = table["path"][~table["path"].map(lambda path: isinstance(path, str | os.PathLike))]
@@ -51,7 +48,41 @@ def image_table(images: ImagesLike, *, labelled: bool) -> pd.DataFrame:
         )
     # A text may be a locator, which names an image within a file; a path is never one.
     paths = table["path"].map(lambda path: path if isinstance(path, str) else encode_path(path))
-    return table.assign(id=table.get("id", paths), path=paths)
+    if "id" not in table:
+        return table.assign(id=paths, path=paths)
+    _check_ids(table["id"])
+    return table.assign(path=paths)
+
+
+def _check_columns(table: pd.DataFrame) -> None:
+    columns = table.columns.tolist()
+    if "path" not in columns:
+        if "path" in table.index.names:
+            cure = "It is the index: table.reset_index()"
+        else:
+            renamed = f"rename(columns={{{columns[0]!r}: 'path'}})" if columns else "assign(path=…)"
+            cure = f"Name the one that holds the files so: table.{renamed}"
+        raise InvalidInput(
+            f"the table of images has no column path. It has: {', '.join(map(str, columns))}. "
+            f"{cure}"
+        )
+    if not table.columns.is_unique:
+        repeated = table.columns[table.columns.duplicated()][0]
+        raise InvalidInput(
+            f"the table of images has several columns {repeated!r}. Keep the first of each: "
+            "table.loc[:, ~table.columns.duplicated()]"
+        )
+
+
+def _check_ids(ids: pd.Series) -> None:
+    """Raise InvalidInput for ids that cannot be sorted, and so give no split."""
+    try:
+        ids.sort_values()
+    except TypeError:
+        raise InvalidInput(
+            "the column id of the table of images holds values that have no order, such as numbers "
+            "beside texts. Make them texts: table.assign(id=table['id'].astype(str))"
+        ) from None
 
 
 def _table_of(images: Any, labelled: bool) -> pd.DataFrame:
@@ -60,14 +91,18 @@ def _table_of(images: Any, labelled: bool) -> pd.DataFrame:
         return _table_of(images.dataset, labelled).iloc[list(images.indices)]
     if hasattr(images, "samples") and hasattr(images, "classes"):
         table = pd.DataFrame(images.samples, columns=["path", "label"])
-        return table.assign(label=[images.classes[number] for number in table["label"]])
+        # Those of torchvision's ImageNet are tuples of synonyms.
+        names = [name if isinstance(name, str) else ", ".join(name) for name in images.classes]
+        return table.assign(label=[names[number] for number in table["label"]])
     if labelled:
         raise InvalidInput(
             f"images with their labels are given as {type(images).__name__}. Rows of features are "
             "in an order of their own, so labels alone do not tell whose they are: give "
             "pandas.DataFrame({'path': PATHS, 'label': LABELS})"
         )
-    if isinstance(images, Mapping) or not isinstance(images, Iterable):
+    # A DataLoader yields batches of pixels.
+    has_batches = hasattr(images, "dataset")
+    if isinstance(images, Mapping) or not isinstance(images, Iterable) or has_batches:
         raise InvalidInput(f"images are given as {type(images).__name__}. Expected {_EXPECTED}")
     iterator = iter(images)
     first_images = list(itertools.islice(iterator, 1))

@@ -12,7 +12,7 @@ from support.runs import make_photos
 from torchvision.datasets import ImageFolder
 
 from headrace.extract.sources.read import SourceWarning
-from headrace.pipelines.api import _with_content, extract_features, train_heads
+from headrace.pipelines.api import _with_content, extract_features, feature_matrix, train_heads
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.given_images import image_table
 from headrace.pipelines.models.image_input import split_images
@@ -47,6 +47,12 @@ def test_an_image_folder_brings_its_labels(photos):
     dataset = ImageFolder(str(photos))
     table = image_table(dataset, labelled=True)
     assert [Path(path).parent.name for path in table["path"]] == table["label"].tolist()
+    dataset.classes = [
+        (name, "synonym") for name in dataset.classes
+    ]  # as of torchvision's ImageNet
+    assert set(image_table(dataset, labelled=True)["label"]) == {
+        f"{label}, synonym" for label in table["label"]
+    }
     subset = torch.utils.data.Subset(dataset, [5, 1])
     assert image_table(subset, labelled=True)["id"].tolist() == table["id"].iloc[[5, 1]].tolist()
 
@@ -62,6 +68,11 @@ def test_an_image_folder_brings_its_labels(photos):
         (None, "given as NoneType. Expected a folder"),
         ({"a.png": "cat"}, "given as dict. Expected a folder"),
         (pd.DataFrame({"file": ["a.png"]}), r"no column path.*rename\(columns={'file': 'path'}\)"),
+        (pd.DataFrame([["a.png", "cat"]]), r"no column path.*rename\(columns={0: 'path'}\)"),
+        (pd.DataFrame({"label": ["cat"]}, pd.Index(["a"], name="path")), r"table.reset_index\(\)"),
+        (pd.DataFrame([["a", "b"]], columns=["path", "path"]), "several columns 'path'"),
+        (pd.DataFrame({"path": ["a", "b"], "id": [1, "x"]}), r"id.*no order.*astype\(str\)"),
+        (torch.utils.data.DataLoader([0]), "given as DataLoader. Expected a folder"),
         (pd.DataFrame({"path": ["a.png", None]}), "1 of 2 images have no path: that of row 1"),
     ],
 )
@@ -112,6 +123,22 @@ def test_features_and_columns_that_are_not_there_are_told(photos, tmp_path):
     paths = [str(path) for path in sorted(photos.rglob("*.png"))]
     with pytest.raises(DataError, match="the table of images has no column 'label'"):
         train_heads({}, pd.DataFrame({"path": paths}), out=tmp_path)
+
+    labelled = pd.DataFrame({"path": paths, "label": "a"})
+    with pytest.raises(InvalidInput, match="no features are given"):
+        train_heads({}, labelled, out=tmp_path)
+    with pytest.raises(RecipeError, match="heads"):
+        train_heads({}, labelled, heads=None, out=tmp_path)
+    with pytest.raises(InvalidInput, match=r"given as dict. Expected one .*features\['a.avg'\]"):
+        feature_matrix({"a.avg": None}, paths)
+
+
+def test_an_index_and_columns_of_the_users_own_change_no_image(photos, tmp_path):
+    """The name of an index may be that of a column, and a column content may hold captions."""
+    paths = sorted(photos.rglob("*.png"))
+    table = pd.DataFrame({"path": paths, "content": "a caption"}).rename_axis("id")
+    hashes = _with_content(image_table(table, labelled=False), tmp_path)
+    assert hashes.sort_values("id")["content"].nunique() == len(paths)
 
 
 def test_a_recipe_may_be_named_by_its_file():
