@@ -31,6 +31,7 @@ from headrace.extract.images.decoding import (
 )
 from headrace.extract.images.opening import (
     MAX_DEFLATE_RATIO,
+    MAX_FILE_PIXELS,
     MAX_PIXELS,
     check_size,
     decoding_reason,
@@ -280,7 +281,9 @@ def _tifffile_pixels(data: bytes, in_parts: bool) -> tuple[RawPixels, Image.Tran
         if not has_windows:
             check_size(page.imagewidth, page.imagelength)
         # Blank chips compress better than by deflate, or have no bytes at all (GDAL's SPARSE_OK).
-        if series.size * series.dtype.itemsize > max(MAX_PIXELS, MAX_DEFLATE_RATIO * len(data)):
+        # As many bytes as the largest photo has are no danger.
+        plausible_bytes = max(3 * MAX_FILE_PIXELS, MAX_DEFLATE_RATIO * len(data))
+        if series.size * series.dtype.itemsize > plausible_bytes:
             raise ImageError(
                 f"a TIFF of {len(data):,} bytes that declares {series.size:,} values: more than "
                 "any compression makes so small"

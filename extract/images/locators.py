@@ -45,7 +45,7 @@ from headrace.cache.file_stamps import file_stamp
 from headrace.cache.format.hdf5_values import open_hdf5
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import split_crop
-from headrace.extract.images.opening import MAX_DEFLATE_RATIO, MAX_PIXELS
+from headrace.extract.images.opening import MAX_DEFLATE_RATIO, MAX_FILE_PIXELS
 
 _LOCATOR = re.compile(
     r"(?P<file>.+?)::(?P<kind>tar|tgz|zip|npy|npz|h5|idx|parquet|arrow|crop):(?P<details>.*)",
@@ -130,10 +130,10 @@ def read_bytes(path: str) -> bytes:
             return _read_cell(file_path, container_kind, array_key, int(image_index))
         with _LOCK:
             image_array = open_array(file_path, container_kind, array_key)
-            if math.prod(image_array.shape[1:]) > 4 * MAX_PIXELS:  # of up to 4 channels
+            if math.prod(image_array.shape[1:]) > 4 * MAX_FILE_PIXELS:  # of up to 4 channels
                 raise OSError(
                     f"an image of shape {image_array.shape[1:]}: more than the limit of "
-                    f"{MAX_PIXELS} pixels"
+                    f"{MAX_FILE_PIXELS:,} pixels"
                 )
             return array_bytes(np.asarray(image_array[int(image_index)]))
     except (OSError, MemoryError):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headrace.cache.out_of_memory import is_out_of_memory
 from headrace.extract.backbones.backbone import Backbone
 from headrace.extract.backbones.fused import Forward
 from headrace.extract.backbones.nodes import dtype_hint
@@ -39,9 +40,9 @@ def require_repeatable(
     pixels = random_pixels(backbone, 2).to(device)
     try:
         together, alone = forward(pixels), forward(pixels[:1])
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise BackboneError(
             f"{backbone.spec.name} does not run on float32 images{dtype_hint(backbone.module)} "
             f"({str(error)[:200]})"

@@ -98,8 +98,8 @@ def test_every_type_and_number_of_bands_in_a_tiff(dtype, n_bands):
 @pytest.mark.parametrize("compression", ["zstd", "lzw", "lzma"])
 def test_a_blank_chip_is_an_image(compression, caplog):
     """Compressed more than deflate ever does; and Pillow's log of its bands is not shown."""
-    blank = np.zeros((512, 512, 13), np.float32)
-    options = {"photometric": "minisblack", "planarconfig": "contig", "tile": (512, 512)}
+    blank = np.zeros((2048, 2048, 13), np.uint16)
+    options = {"photometric": "minisblack", "planarconfig": "contig", "tile": (2048, 2048)}
     data = tiff(blank, compression=compression, **options)
     assert blank.nbytes > 1032 * len(data)
     assert not floats_of(data, (1, 13), (0, 1)).any()
