@@ -50,7 +50,7 @@ def image_table(images: ImagesLike, *, labelled: bool) -> pd.DataFrame:
     paths = table["path"].map(lambda path: path if isinstance(path, str) else encode_path(path))
     if "id" not in table:
         return table.assign(id=paths, path=paths)
-    _check_ids(table["id"])
+    _check_ids(table["id"], paths)
     return table.assign(path=paths)
 
 
@@ -74,8 +74,17 @@ def _check_columns(table: pd.DataFrame) -> None:
         )
 
 
-def _check_ids(ids: pd.Series) -> None:
-    """Raise InvalidInput for ids that cannot be sorted, and so give no split."""
+def _check_ids(ids: pd.Series, paths: pd.Series) -> None:
+    """Raise InvalidInput for ids of several images, and for ids that cannot be sorted, and so give
+    no split.
+    """
+    images = pd.DataFrame({"id": ids, "path": paths}).drop_duplicates()
+    if images["id"].duplicated().any():
+        repeated = images["id"][images["id"].duplicated()].iloc[0]
+        raise InvalidInput(
+            f"the column id of the table of images has {str(repeated)!r} for several images; "
+            "expected one each. Name what it holds: table.rename(columns={'id': 'patient'})"
+        )
     try:
         ids.sort_values()
     except TypeError:

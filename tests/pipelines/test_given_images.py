@@ -73,6 +73,10 @@ def test_an_image_folder_brings_its_labels(photos):
         (pd.DataFrame([["a", "b"]], columns=["path", "path"]), "several columns 'path'"),
         (pd.DataFrame({"path": ["a", "b"], "id": [1, "x"]}), r"id.*no order.*astype\(str\)"),
         (torch.utils.data.DataLoader([0]), "given as DataLoader. Expected a folder"),
+        (
+            pd.DataFrame({"path": ["a.png", "b.png", "b.png"], "id": [7, 7, 7]}),
+            r"'7' for several images.*rename\(columns={'id': 'patient'}\)",
+        ),
         (pd.DataFrame({"path": ["a.png", None]}), "1 of 2 images have no path: that of row 1"),
     ],
 )

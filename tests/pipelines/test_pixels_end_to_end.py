@@ -74,8 +74,9 @@ def test_a_head_on_five_bands_predicts_and_is_exported(bands: Path, tmp_path: Pa
     values = tifffile.imread(new)
     expected = model.predict_proba(str(new))
     assert expected[0].argmax() == 1
-    np.testing.assert_array_equal(
-        model.predict_proba([values, np.moveaxis(values, 2, 0)])[1:], expected
+    # A batch of two differs from one of one in the last digits of features.
+    np.testing.assert_allclose(
+        model.predict_proba([values, np.moveaxis(values, 2, 0)])[1:], expected, rtol=1e-4
     )
     np.testing.assert_array_equal(model.predict_proba(values[None]), expected)
     export_model(model, tmp_path / "exported", ["onnx", "safetensors"])
