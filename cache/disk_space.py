@@ -7,7 +7,7 @@ from math import ceil, prod
 from pathlib import Path
 
 from headrace.cache.errors import CacheError
-from headrace.cache.format.encoding import STORED_DTYPES
+from headrace.cache.format.encoding import NUMPY_DTYPES
 from headrace.cache.format.shard import USER_BLOCK_BYTES
 from headrace.cache.spec import FeatureSpec
 
@@ -25,15 +25,18 @@ class TapCost:
     """Disk space of one feature set."""
 
     spec: FeatureSpec
-    n_rows: int
-    n_bytes: int
+    n_rows: int  # still to be extracted
+    n_bytes: int  # of these rows
     fits_budget: bool  # together with the taps before it that fit
 
 
 def stored_bytes(spec: FeatureSpec, n_rows: int, rows_per_shard: int = 1024) -> int:
-    """Return the bytes on disk of `n_rows` uncompressed rows, an upper bound."""
+    """Return the bytes on disk of `n_rows` uncompressed rows.
+
+    An upper bound where ids have at most 64 bytes and shards at least `rows_per_shard` rows.
+    """
     # 32 bytes of content hash per row.
-    row_bytes = prod(spec.shape) * STORED_DTYPES[spec.dtype].itemsize + 32 + _ID_BYTES
+    row_bytes = prod(spec.shape) * NUMPY_DTYPES[spec.dtype].itemsize + 32 + _ID_BYTES
     return n_rows * row_bytes + ceil(n_rows / rows_per_shard) * (USER_BLOCK_BYTES + _HEADER_BYTES)
 
 
@@ -74,7 +77,8 @@ def require_disk_space(
         largest_tap = max(costs, key=lambda cost: cost.n_bytes)
         raise CacheError(
             f"{cache_root}: the features need {needed_bytes / 1e9:.2f} GB and "
-            f"{usable_bytes / 1e9:.2f} GB are free. The largest tap is {largest_tap.spec.name} "
-            f"with {largest_tap.n_bytes / 1e9:.2f} GB; leave it out, pool it (avg instead of map), "
-            "store it as uint8, or give another cache directory. Nothing was extracted"
+            f"{usable_bytes / 1e9:.2f} GB of the free space may be used. "
+            f"The largest tap is {largest_tap.spec.name} with {largest_tap.n_bytes / 1e9:.2f} GB; "
+            "leave it out, pool it (avg instead of map), store it as uint8, or give another cache "
+            "directory. Nothing was extracted"
         )

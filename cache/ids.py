@@ -15,8 +15,8 @@ def content_hashes_by_id(
     """Return {id: its content hashes, in the order of the rows} for N ids and (N,) S32 hashes.
 
     An id need not be unique: a cache serves several folders, whose images may have the same names,
-    and keeps the rows of an image that has been edited. Ids are compared as text, in the form of
-    `as_text`.
+    and keeps the rows of an image that has been edited. Ids are compared as text of one Unicode
+    form, see `as_text`.
     """
     ids = as_text(pd.Series(list(sample_ids), dtype=object))
     id_table = pd.DataFrame({"id": ids, "content": content_hashes.astype("U32")}).drop_duplicates()

@@ -2,10 +2,10 @@
 
 What a writer that dies leaves behind::
 
-    before the link            nothing that is read, see atomic_io.py
-    before the manifest's line a shard that is not listed, so it does not exist for readers; the
-                               next writer of the unit verifies and lists it
-    after that line            the shard
+    before the link             nothing that is read, see atomic_io.py
+    between link and manifest   a shard that is not listed, so it does not exist for readers; the
+                                next writer of the work unit verifies and lists it
+    after the manifest's line   the shard
 
 A feature set's directory gets its name when its spec.json is in it. A directory without spec.json
 and without shards, as killed writers of earlier versions left them, is absent for every reader, and
@@ -42,13 +42,13 @@ FEATURES = "features"
 SHARDS = "shards"
 SPEC = "spec.json"
 
-# Unit names become file names and are compared as text; the leading letter or digit keeps them
-# visible and relative.
+# Names of work units become file names: lower case, as some file systems ignore case, and led by a
+# letter or digit, which keeps them visible and relative.
 _UNIT = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
 _HEX = b"0123456789abcdef"
 _WRITTEN_BY = f"headrace {version('headrace')}"
 _COMPRESSIONS = (None, "bitshuffle-lz4")
-_SPEC_ADVICE = "`headrace cache repair` writes it again from a shard"
+_SPEC_ADVICE = f"`headrace cache repair` writes {SPEC} again from a shard"
 
 
 def feature_set_path(cache_root: Path, spec: FeatureSpec) -> Path:
@@ -74,7 +74,7 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
     """Return the directory of the spec's feature set, creating it if necessary.
 
     Any number of processes may do this at once. Raises SpecMismatch, naming the field, when the
-    directory holds another spec; PublishFailed.
+    directory holds another spec; ManifestCorrupt for a damaged spec.json; PublishFailed.
     """
     directory = feature_set_path(cache_root, spec)
     with explain_os_errors(directory):
@@ -82,6 +82,7 @@ def create_feature_set(cache_root: Path, spec: FeatureSpec) -> Path:
             _create_with_spec(directory, spec)
         (directory / SHARDS).mkdir(parents=True, exist_ok=True)
     if not publish_bytes(directory / SPEC, _spec_bytes(spec)):
+        # A spec that does not fit the name is answered below, with the field that differs.
         stored_spec = read_spec(directory, check_name=False)
         if spec_change := spec_difference(stored_spec, spec):
             raise SpecMismatch(
@@ -111,6 +112,8 @@ def _create_with_spec(directory: Path, spec: FeatureSpec) -> None:
 def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     """Return the spec of a feature set.
 
+    check_name: whether the directory must have the spec's fingerprint as its name.
+
     Raises FeatureSetMissing; SpecMismatch for another version's spec; ManifestCorrupt when a byte
     of it has changed.
     """
@@ -118,8 +121,11 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
     try:
         spec_json = spec_path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        lists = "`headrace cache ls` lists those of a cache"
-        advice = _SPEC_ADVICE if is_feature_set(directory) else lists
+        advice = (
+            _SPEC_ADVICE
+            if is_feature_set(directory)
+            else "`headrace cache ls` lists those of a cache"
+        )
         raise FeatureSetMissing(
             f"{directory} is not a feature set (it has no {SPEC}). {advice}"
         ) from error
@@ -133,11 +139,16 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
         raise ManifestCorrupt(
             f"{spec_path} is not the spec that was written ({error}). {_SPEC_ADVICE}"
         ) from error
-    if _spec_bytes(spec) != spec_json or (check_name and spec.fingerprint != directory.name):
+    if check_name and spec.fingerprint != directory.name:
         raise ManifestCorrupt(
             f"{spec_path}: its fingerprint is {spec.fingerprint}, but the directory is named "
             f"{directory.name}: the spec has changed since it was written, or the directory was "
             f"renamed. {_SPEC_ADVICE}"
+        )
+    if _spec_bytes(spec) != spec_json:
+        raise ManifestCorrupt(
+            f"{spec_path}: its text has changed since it was written, as by an editor that formats "
+            f"JSON. {_SPEC_ADVICE}"
         )
     return spec
 
@@ -212,7 +223,7 @@ def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
 
 
 def _existing_entry(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry | None:
-    """Return the entry of a shard whose file exists, verifying and listing it if no line does.
+    """Return the entry of a shard whose file exists, verified and listed if it was not listed.
 
     Return None if it was broken, after deleting it.
     """
@@ -244,17 +255,17 @@ def _validate_arguments(
 ) -> None:
     if not _UNIT.fullmatch(unit):
         raise ValueError(
-            f"unit {unit!r} is not 1 to 64 of the characters a-z, 0-9, _ and -, starting with a "
-            "letter or digit"
+            f"work unit {unit!r}: its name is not 1 to 64 of the characters a-z, 0-9, _ and -, "
+            "starting with a letter or digit"
         )
     if features.shape != (len(sample_ids), *spec.shape) or len(content_hashes) != len(sample_ids):
         raise ValueError(
-            f"unit {unit}: features have shape {features.shape} for {len(sample_ids)} ids and "
+            f"work unit {unit}: features have shape {features.shape} for {len(sample_ids)} ids and "
             f"{len(content_hashes)} content hashes; the spec {spec.name} says ({len(sample_ids)}, "
             f"{', '.join(map(str, spec.shape))})"
         )
     if features.dtype.kind not in "fiu":
-        raise ValueError(f"unit {unit}: features are {features.dtype}, expected real numbers")
+        raise ValueError(f"work unit {unit}: features are {features.dtype}, not real numbers")
     stored_texts = [*sample_ids]
     for failure in failures:
         stored_texts += (failure.id, failure.reason)
@@ -264,13 +275,13 @@ def _validate_arguments(
     if set(map(len, hash_texts)) - {32} or not _is_hex("".join(hash_texts)):
         invalid_text = next(text for text in hash_texts if len(text) != 32 or not _is_hex(text))
         raise ValueError(
-            f"unit {unit}: content hash {invalid_text!r} is not 32 lower-case hex digits"
+            f"work unit {unit}: content hash {invalid_text!r} is not 32 lower-case hex digits"
         )
     if not all(stored_texts) or "\0" in "".join(stored_texts):
         invalid_text = next(text for text in stored_texts if not text or "\0" in text)
         raise ValueError(
-            f"unit {unit}: {invalid_text!r} is empty or holds a NUL, which fixed-length text in "
-            "HDF5 cannot store"
+            f"work unit {unit}: {invalid_text!r} is empty or holds a NUL, which fixed-length text "
+            "in HDF5 cannot store"
         )
     if compression not in _COMPRESSIONS:
         raise ValueError(f"compression {compression!r} is not one of {_COMPRESSIONS}")

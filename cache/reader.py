@@ -15,7 +15,7 @@ import numpy.typing as npt
 from headrace.cache.checksum import VerifiedShards
 from headrace.cache.errors import ShardMissing
 from headrace.cache.format.compression import read_compressed_rows
-from headrace.cache.format.encoding import STORED_DTYPES, decode_rows
+from headrace.cache.format.encoding import NUMPY_DTYPES, decode_rows
 from headrace.cache.format.float16 import float16_to_float32
 from headrace.cache.format.validate import ShardLayout
 from headrace.cache.manifest import ShardEntry
@@ -27,7 +27,8 @@ from headrace.cache.spec import FeatureSpec
 class ShardReader:
     """The shards of one feature set.
 
-    Every method verifies the shards it needs and raises ShardMissing or ShardCorrupt.
+    Every method verifies the shards it needs and raises ShardMissing, ShardCorrupt or
+    ShardUnreadable.
     """
 
     def __init__(self, path: Path, spec: FeatureSpec, entries: Sequence[ShardEntry]) -> None:
@@ -51,7 +52,7 @@ class ShardReader:
         # A set of less than half the memory is read ahead completely, once; of a larger one only
         # the rows of the next batches.
         stored_bytes = (
-            int(self.first_row[-1]) * self._values_per_row * STORED_DTYPES[spec.dtype].itemsize
+            int(self.first_row[-1]) * self._values_per_row * NUMPY_DTYPES[spec.dtype].itemsize
         )
         self._stays_in_memory = (
             stored_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
@@ -83,9 +84,9 @@ class ShardReader:
                 scale, offset = self._scale_tables()
                 scale[shard_index] = _read_items(shard_file, *layout.lists["scale"])
                 offset[shard_index] = _read_items(shard_file, *layout.lists["offset"])
-            self._layouts[shard_index] = layout
             self._is_compressed[shard_index] = layout.is_compressed
-            # Last, because other threads look at it without the lock.
+            # Last, because other threads look at these two without the lock.
+            self._layouts[shard_index] = layout
             self._is_ready[shard_index] = True
             return layout
 
@@ -101,13 +102,13 @@ class ShardReader:
         """
         shard_of_row = self._shards_of(row_positions)
         output_shape = (len(row_positions), *self._spec.shape)
-        # Stored values that need no conversion are gathered into the output, without a copy
-        # between.
-        is_plain = self._spec.dtype in ("float16", "float32") and self._spec.dtype == (
-            output_dtype if output_rows is None else output_rows.dtype
-        )
         if output_rows is None:
             output_rows = np.empty(output_shape, output_dtype)
+        # Stored values that need no conversion are gathered into the output, without a copy
+        # between.
+        is_plain = (
+            self._spec.dtype in ("float16", "float32") and output_rows.dtype == self._spec.dtype
+        )
         if self._is_compressed.any() and self._is_compressed[shard_of_row].any():
             stored_rows = self._gather_compressed(row_positions, shard_of_row)
         else:
@@ -125,7 +126,7 @@ class ShardReader:
         return output_rows
 
     def read_range(self, start_row: int, stop_row: int, output_rows: npt.NDArray[Any]) -> None:
-        """Decode consecutive rows into `output_rows` (stop_row - start_row, *shape), one copy."""
+        """Decode consecutive rows into `output_rows` (stop_row - start_row, *shape)."""
         output_start = 0
         for shard_index, first, stop in self._shard_ranges(start_row, stop_row):
             if self.touch(shard_index).is_compressed:
@@ -178,7 +179,7 @@ class ShardReader:
                 self._mapped_rows().will_need(shard_index, first, stop)
 
     def read_texts(self, shard_index: int, list_name: str) -> npt.NDArray[np.bytes_]:
-        """Return a text column of a shard as fixed-length bytes.
+        """Return a text column of a shard as fixed-length bytes, (rows of the shard or failures,).
 
         list_name: "id", "content", "failed_id", "failed_content" or "failed_reason".
         """
@@ -202,11 +203,12 @@ class ShardReader:
             if self._map is None:
                 rows_per_shard = [entry.rows for entry in self._entries]
                 self._map = MappedRows(
-                    rows_per_shard, self._values_per_row, STORED_DTYPES[self._spec.dtype]
+                    rows_per_shard, self._values_per_row, NUMPY_DTYPES[self._spec.dtype]
                 )
             return self._map
 
     def _scale_tables(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return scales and offsets of uint8, (S, C) each, filled when a shard is touched."""
         with self._lock:
             if self._scales is None:
                 shape = (len(self._entries), self._spec.shape[0])
@@ -218,7 +220,7 @@ class ShardReader:
     ) -> npt.NDArray[Any]:
         """Return stored rows (n, V), of which some are compressed."""
         stored_rows = np.empty(
-            (len(row_positions), self._values_per_row), STORED_DTYPES[self._spec.dtype]
+            (len(row_positions), self._values_per_row), NUMPY_DTYPES[self._spec.dtype]
         )
         for shard_index in np.unique(shard_of_row).tolist():
             output_index = np.flatnonzero(shard_of_row == shard_index)
@@ -236,7 +238,10 @@ class ShardReader:
         return stored_rows
 
     def _decode_into(
-        self, stored_rows: npt.NDArray[Any], shard_of_row: Any, output_rows: npt.NDArray[Any]
+        self,
+        stored_rows: npt.NDArray[Any],
+        shard_of_row: int | npt.NDArray[Any],
+        output_rows: npt.NDArray[Any],
     ) -> None:
         """Decode stored rows into `output_rows`.
 

@@ -63,15 +63,16 @@ class FeatureSpec:
     def from_json(cls, spec_json: str) -> Self:
         """Return the spec that `to_json` wrote.
 
-        Raises SpecMismatch for other fields than this version's, ValueError for no JSON.
+        Raises SpecMismatch for other fields than this version's; ValueError, TypeError or
+        AttributeError for text that is not the JSON of a spec.
         """
         values: dict[str, Any] = json.loads(spec_json)
         field_names = {field.name for field in dataclasses.fields(cls)}
         if set(values) != field_names:
-            unknown_fields = sorted(set(values) ^ field_names)
+            differing_fields = sorted(set(values) ^ field_names)
             raise SpecMismatch(
                 "the spec has other fields than this version of headrace knows: "
-                f"{', '.join(unknown_fields)}. Another version wrote it: give another cache "
+                f"{', '.join(differing_fields)}. Another version wrote it: give another cache "
                 "directory, or remove this feature set with `headrace cache rm`"
             )
         row_shape = values.pop("shape")

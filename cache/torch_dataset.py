@@ -1,6 +1,6 @@
 """A feature set as a torch Dataset.
 
-Imported only by `FeatureSet.to_torch_dataset`, because it imports torch.
+`FeatureSet.to_torch_dataset` imports this module when it is called, because torch loads slowly.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,18 +13,25 @@ import torch.utils.data
 
 
 class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """Items (feature (*shape), row position). Join labels by position: `labels[rows]`."""
+    """Items (feature (*shape), row position).
+
+    A DataLoader makes batches (features, rows) of them, whose labels are `labels[rows]`.
+    """
 
     def __init__(
-        self, read_rows: Callable[..., npt.NDArray[Any]], n_rows: int, dtype: np.dtype[Any]
+        self,
+        read_rows: Callable[[Sequence[int], np.dtype[Any]], npt.NDArray[Any]],
+        n_rows: int,
+        dtype: np.dtype[Any],
     ) -> None:
-        """read_rows: `FeatureSet.read`, which takes row positions and a dtype."""
+        """read_rows: `FeatureSet.read`. dtype: of the features."""
         self._read, self._n_rows, self._dtype = read_rows, n_rows, dtype
 
     def __len__(self) -> int:
         return self._n_rows
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        # A negative row counts from the end, and its position is not negative.
         return torch.from_numpy(self._read([row], self._dtype)[0]), row % self._n_rows
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[torch.Tensor, int]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.records import RunDamaged, read_record
 
-# Of a pattern for tar files, which exists under no such name.
+# Paths with these are patterns such as images/{000..127}.tar: no file has the pattern as its name.
 _PATTERN_CHARACTERS = frozenset("{*?[")
 
 

@@ -16,6 +16,7 @@ def end_where_no_thread_begins(message: str, output: str = "") -> None:
     last_words, last_output = f"Error: {message}\n".encode(), output.encode()
 
     def end_or_report(unraisable: Any) -> None:
+        # CPython's own words: "Exception ignored in thread started by".
         if unraisable.exc_type is MemoryError and "thread started by" in (unraisable.err_msg or ""):
             os.write(2, last_words)
             # The reader of the standard output may be gone; the exit code still says what happened.

@@ -10,8 +10,8 @@ from itertools import groupby
 
 from headrace.cache.errors import ExternalFeaturesInvalid
 
-# What pandas calls the column of its index when it reads it back, from CSV ("" in the file) and
-# from Parquet.
+# Names of the column in which pandas has written an index: as it reads them from CSV, as Parquet
+# has them, and as CSV has them (an empty name).
 _UNNAMED_INDEX = re.compile(r"(Unnamed: \d+(_level_\d+)?|__index_level_\d+__|)\Z")
 _MAX_SHOWN = 12  # names of columns in one message
 
@@ -48,8 +48,8 @@ def choose_columns(
 
     An option is a column's name, a shell pattern such as `f*`, a range `f0:f767` in the order of
     the file, or several of these with commas between them. A literal name is tried first, because a
-    name may contain any of these characters. Raises ExternalFeaturesInvalid for an option that
-    matches no column; the message names the closest one.
+    name may contain any of these characters. Raises ExternalFeaturesInvalid for a range in the
+    reverse order, and for an option that matches no column; the message names the closest one.
     """
     chosen_columns: set[str] = set()
     for column_option in column_options:
@@ -70,8 +70,8 @@ def refuse_columns(
 ) -> None:
     """Raise ExternalFeaturesInvalid if a chosen column cannot be a feature, judged by its name.
 
-    forbidden_names: {column name: reason}, compared without regard to case. Columns without a name
-    are those of an index and refused too.
+    forbidden_names: {column name: reason}, compared without regard to case and spaces around.
+    Columns without a name are those of an index and refused too.
     option_name: `--columns` or `--key`, by which they were chosen.
     column_names: all columns that could have been chosen.
     """
@@ -83,10 +83,10 @@ def refuse_columns(
     if reason_of_column:
         listed = "; ".join(f"{column!r} is {reason}" for column, reason in reason_of_column.items())
         kept_columns = [column for column in chosen_columns if column not in reason_of_column]
-        left = ""
+        advice = ""
         if kept_columns and option_name == "--columns":
-            left = f" What is left: {columns_option(column_names, kept_columns)}"
-        raise ExternalFeaturesInvalid(f"{source_name}: {listed}: not a feature.{left}")
+            advice = f" What is left: {columns_option(column_names, kept_columns)}"
+        raise ExternalFeaturesInvalid(f"{source_name}: {listed}: not a feature.{advice}")
 
 
 def columns_option(column_names: Sequence[str], chosen_columns: Sequence[str]) -> str:
@@ -111,9 +111,7 @@ def columns_option(column_names: Sequence[str], chosen_columns: Sequence[str]) -
 
 def abbreviate_columns(column_names: Sequence[str]) -> str:
     """List column names for a message: all of a few, the two ends of a long list."""
-    shown_names = [
-        repr(column) if _is_special(column) or not column else column for column in column_names
-    ]
+    shown_names = [repr(column) if _is_special(column) else column for column in column_names]
     if len(shown_names) > _MAX_SHOWN:
         shown_names = [*shown_names[: _MAX_SHOWN // 2], "…", *shown_names[-_MAX_SHOWN // 2 :]]
     return ", ".join(shown_names)
@@ -131,7 +129,7 @@ def _match_columns(column_names: Sequence[str], term: str, source_name: object) 
             if start_index > stop_index:
                 raise ExternalFeaturesInvalid(
                     f"{source_name}: --columns {term}: {first_column} stands after {last_column} "
-                    f"in the file: {last_column}:{first_column}"
+                    f"in the file. Give --columns {last_column}:{first_column}"
                 )
             return list(column_names[start_index : stop_index + 1])
     if any(letter in term for letter in "*?[") and (

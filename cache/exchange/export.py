@@ -21,7 +21,7 @@ from headrace.cache.feature_set import FeatureSet
 from headrace.cache.ids import content_hashes_by_id
 from headrace.cache.integrity.garbage import remove_temporaries
 
-# Rows of a selection that are read and written together.
+# Rows of a selection that are read and written together, so that not all are in memory.
 _CHUNK_ROWS = 4096
 
 
@@ -38,14 +38,14 @@ class RowSelection:
 
 
 def select_rows(
-    feature_set: FeatureSet, sample_ids: Sequence[str], image_hashes: Sequence[str | None]
+    feature_set: FeatureSet, sample_ids: Sequence[str], content_hashes: Sequence[str | None]
 ) -> RowSelection:
     """Select the rows of images by content hash, under the ids that the images have now.
 
     sample_ids: n ids.
-    image_hashes: n content hashes, None for an image that cannot be read.
+    content_hashes: n, None for an image that cannot be read.
     """
-    hash_array = np.array([content_hash or "" for content_hash in image_hashes], "S32")
+    hash_array = np.array([content_hash or "" for content_hash in content_hashes], "S32")
     row_positions = feature_set.locate(hash_array) if len(hash_array) else np.zeros(0, np.int64)
     has_row = row_positions >= 0
     return RowSelection(
@@ -64,11 +64,11 @@ def find_ambiguous_ids(feature_set: FeatureSet) -> list[str]:
 def export_npy(
     feature_set: FeatureSet, target_path: Path, selection: RowSelection | None = None
 ) -> list[Path]:
-    """Write features (N, *shape) in `FeatureSet.dtype` to `target_path`, and their rows beside it.
+    """Write features (N, *shape) in `FeatureSet.dtype` to `target_path`, and a table beside it.
 
-    `<stem>.rows.csv` has the columns row, id and content. Rows follow `selection`, by default all
-    of them. Return the files written. Raises CacheError, and writes nothing, when one of them
-    exists.
+    The table `<stem>.rows.csv` has the columns row, id and content. Rows follow `selection`, by
+    default all of them. Return the files written. Raises CacheError, and writes neither, when the
+    array exists, or another table.
     """
     rows_path = target_path.with_suffix(".rows.csv")
     _refuse_existing(target_path)
@@ -108,7 +108,7 @@ def export_npy(
 def export_parquet(
     feature_set: FeatureSet, target_path: Path, selection: RowSelection | None = None
 ) -> list[Path]:
-    """Write one Parquet file with id, content and `features` as lists, a row group per shard.
+    """Write one Parquet file with id, content and `features` as lists of one length.
 
     The shape of a row and the spec are in the file's metadata under `headrace`. Rows follow
     `selection`, by default all of them. Raises CacheError when the file exists.
@@ -139,8 +139,7 @@ def export_parquet(
                     pa.FixedSizeListArray.from_arrays(flat_values, values_per_row),
                 ]
                 row_group = pa.Table.from_arrays(columns, schema=schema)
-                # Not in groups of a million rows, pyarrow's own size: a group is a shard's rows.
-                writer.write_table(row_group, row_group_size=max(1, stop_row - start_row))
+                writer.write_table(row_group)
 
     _write_then_rename(target_path, write)
     return [target_path]
@@ -238,9 +237,9 @@ def _shard_row_ranges(feature_set: FeatureSet) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in pairwise(row_offsets) if stop > start]
 
 
-def _write_then_rename(target_path: Path, write_file: Callable[[Path], Any]) -> None:
+def _write_then_rename(target_path: Path, write_file: Callable[[Path], None]) -> None:
     target_path.parent.mkdir(parents=True, exist_ok=True)
-    # Those of killed exports, which may be as large as the whole feature set.
+    # Temporary files of killed exports, which may be as large as the whole feature set.
     remove_temporaries(target_path)
     temporary_path = temporary_name(target_path)
     try:

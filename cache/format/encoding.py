@@ -17,7 +17,7 @@ import numpy.typing as npt
 from headrace.cache.errors import CacheError
 from headrace.cache.format.float16 import float16_to_float32
 
-STORED_DTYPES: dict[str, np.dtype[Any]] = {
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "float32": np.dtype("<f4"),
@@ -53,7 +53,7 @@ class QuantizationError:
 class EncodedRows:
     """Rows in their storage dtype."""
 
-    stored: npt.NDArray[Any]  # (n, *shape), one of STORED_DTYPES
+    stored: npt.NDArray[Any]  # (n, *shape), one of NUMPY_DTYPES
     scale: npt.NDArray[np.float32] | None  # (C,), uint8 only
     offset: npt.NDArray[np.float32] | None  # (C,), uint8 only
     quantization_error: QuantizationError
@@ -68,7 +68,7 @@ def encode_rows(
 
     Raises CacheError on NaN and infinity, in the features or by overflow of the storage dtype.
     """
-    if features.dtype == STORED_DTYPES[storage_dtype] and storage_dtype in ("float16", "float32"):
+    if features.dtype == NUMPY_DTYPES[storage_dtype] and storage_dtype in ("float16", "float32"):
         # Nothing is converted, so the error is 0. The sum of squares, the denominator of
         # `relative_rms`, is not needed then either.
         features = np.ascontiguousarray(features)
@@ -78,7 +78,7 @@ def encode_rows(
                 is_bad = _not_finite(values, storage_dtype)
                 _refuse_values(is_bad, values, sample_ids, row_block.start, storage_dtype)
         return EncodedRows(features, None, None, QuantizationError())
-    stored_rows = np.empty(features.shape, STORED_DTYPES[storage_dtype])
+    stored_rows = np.empty(features.shape, NUMPY_DTYPES[storage_dtype])
     quantization_error = QuantizationError()
     channel_scale, channel_offset = (
         _channel_range(features, sample_ids) if storage_dtype == "uint8" else (None, None)
@@ -127,7 +127,7 @@ def decode_rows(
 def _over_channels(
     channel_values: npt.NDArray[np.float32] | None, n_axes: int
 ) -> npt.NDArray[np.float32]:
-    """Return values of channels, (C,) or (n, C), in a shape that fits rows of `n_axes` axes."""
+    """Return values of channels, (C,) or (n, C), shaped for an array of rows of `n_axes` axes."""
     assert channel_values is not None  # every shard of uint8 has them
     return channel_values.reshape(channel_values.shape + (1,) * (n_axes - 2))
 
@@ -167,7 +167,7 @@ def _encode_block(
         return np.asarray(np.clip(np.rint(steps), 0, 255), np.uint8)
     # A value too large for the dtype becomes infinite, which the caller refuses.
     with np.errstate(over="ignore"):
-        return block_values.astype(STORED_DTYPES[storage_dtype])
+        return block_values.astype(NUMPY_DTYPES[storage_dtype])
 
 
 def _channel_range(
@@ -215,6 +215,7 @@ def _refuse_values(
     first_row: int,
     storage_dtype: str,
 ) -> None:
+    """Raise CacheError for the first bad value of a block, if any. first_row: of the block."""
     if not is_bad.any():
         return
     position = tuple(int(axis[0]) for axis in np.nonzero(is_bad))

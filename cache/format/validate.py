@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from headrace.cache.errors import ShardCorrupt
-from headrace.cache.format.encoding import STORED_DTYPES, QuantizationError
+from headrace.cache.format.encoding import NUMPY_DTYPES, QuantizationError
 from headrace.cache.format.shard import BITSHUFFLE_LZ4, FORMAT, USER_BLOCK_BYTES, VERSION
 from headrace.cache.spec import FeatureSpec
 
@@ -99,10 +99,10 @@ def _validate_objects(
     is_contiguous = features.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
     if is_contiguous:
         features_start = _contiguous_start(
-            features, "features", (n_rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes
+            features, "features", (n_rows, *spec.shape), NUMPY_DTYPES[spec.dtype], file_bytes
         )
     else:
-        _validate_compressed(features, (n_rows, *spec.shape), STORED_DTYPES[spec.dtype], file_bytes)
+        _validate_compressed(features, (n_rows, *spec.shape), NUMPY_DTYPES[spec.dtype], file_bytes)
         features_start = 0
 
     def place(name: str, n_items: int, dtype: str) -> tuple[int, int, str]:

@@ -17,8 +17,8 @@ from headrace.extract.backbones.fused import Forward, outputs_agree
 
 # Below, the gain is near `_MIN_GAIN`, and would be decided by chance.
 _MIN_TOKENS = 400
-# Scores in memory at a time, of a head; PyTorch keeps even fewer.
-_MAX_SCORES = 2**21
+_MAX_SCORES = 2**21  # of one attention head in memory at a time: 8 MB
+_MIN_ROWS = 64  # of scores computed together, so that very many tokens do not make tiny products
 # Far from 1, so that processes on one kind of machine decide alike, and features have equal bits.
 _MIN_GAIN = 1.25
 
@@ -43,15 +43,18 @@ def with_fast_attention(forward: Forward, pixels: Tensor) -> Forward:
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Return softmax(query keyᵀ scale) value of each head, as `scaled_dot_product_attention` does.
 
-    query: (N, heads, tokens, width); key, value: of as many heads; all float32 on the CPU.
+    query: (N, heads, tokens, width); key: (N, heads, keys, width); value: (N, heads, keys, any
+    width); all float32 on the CPU. Returns (N, heads, tokens, width of value).
     """
+    # The kernel of linear layers, multiply(x, w) = x wᵀ; the other arguments leave out bias and
+    # activation.
     multiply = torch.ops.mkldnn._linear_pointwise.default
     n_images, n_heads, n_tokens, _ = query.shape
     # (N, tokens, heads, width), so that the linear layer after it reads it without a copy.
     output = query.new_empty(n_images, n_tokens, n_heads, value.shape[-1])
     query, key = query.contiguous(), (key * scale).contiguous()
     value = value.transpose(-1, -2).contiguous()
-    step = max(64, _MAX_SCORES // key.shape[-2])
+    step = max(_MIN_ROWS, _MAX_SCORES // key.shape[-2])
     for image in range(n_images):
         for head in range(n_heads):
             for start in range(0, n_tokens, step):
@@ -64,7 +67,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return output.transpose(1, 2)
 
 
-def _attend_if_faster(
+def _attend_if_served(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -74,8 +77,8 @@ def _attend_if_faster(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """Return what `attend` gives for a call of `scaled_dot_product_attention`, None where it does
-    not apply.
+    """Return what `attend` gives for a call of `scaled_dot_product_attention`, None for calls that
+    it does not serve.
     """
     applies = (
         attn_mask is None
@@ -86,7 +89,7 @@ def _attend_if_faster(
         and key.shape[-2] >= _MIN_TOKENS
         and query.dtype is key.dtype is value.dtype is torch.float32
         and query.device.type == "cpu"
-        # With several, PyTorch gives each thread heads of its own.
+        # With several threads, PyTorch gives each of them heads of its own.
         and torch.get_num_threads() == 1
     )
     if not applies:
@@ -99,7 +102,7 @@ class _FastAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        fast = _attend_if_faster(*args, **kwargs) if func is scaled_dot_product_attention else None
+        fast = _attend_if_served(*args, **kwargs) if func is scaled_dot_product_attention else None
         return func(*args, **kwargs) if fast is None else fast
 
 
@@ -117,7 +120,7 @@ class _Trial(TorchFunctionMode):
         started = time.thread_time()
         output = func(*args, **kwargs)
         between = time.thread_time()
-        if _attend_if_faster(*args, **kwargs) is not None:
+        if _attend_if_served(*args, **kwargs) is not None:
             self._seconds.append((between - started, time.thread_time() - between))
         return output
 

@@ -35,7 +35,7 @@ def network_prefix(
 
     Raises BackboneError if several other copies fit.
     """
-    # How many tensors fit after a prefix is removed, for each part of a name as prefix.
+    # {prefix: how many tensors fit without it}. Prefixes are the beginnings of names up to a dot.
     counts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         start = 0
@@ -53,12 +53,12 @@ def network_prefix(
         (prefix for prefix, count in counts.items() if count >= _RIVAL_SHARE * best_count),
         key=lambda prefix: (len(prefix), prefix),
     )
-    teachers = [prefix for prefix in rivals if "teacher" in prefix.split(".")]
-    students = [prefix for prefix in rivals if "student" in prefix.split(".")]
-    # Blocks of one shape may fit in each other's place; a copy of the network is most of it.
+    # Where less than half fits, these are no copies: layers of one shape fit in others' places.
     is_most = 2 * best_count >= len(expected)
     if len(rivals) == 1 or not is_most or _are_copies(tensors, expected, rivals):
         return rivals[0]
+    teachers = [prefix for prefix in rivals if "teacher" in prefix.split(".")]
+    students = [prefix for prefix in rivals if "student" in prefix.split(".")]
     if len(teachers) == 1 and len(teachers) + len(students) == len(rivals):
         return teachers[0]
     quoted = ", ".join(repr(prefix) for prefix in rivals)
@@ -82,7 +82,7 @@ def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = dict(zip(names, tensors.values(), strict=True))
     # If two names became one, the names stay.
     kept = renamed if len(renamed) == len(tensors) else dict(tensors)
-    # In the mapping's own type: a state dict is an OrderedDict.
+    # In the mapping's own type: OrderedDict, or UnorderedTensors, of which the order is not used.
     return type(tensors)(kept) if isinstance(tensors, dict) else kept
 
 
@@ -108,7 +108,8 @@ def with_child_names(
 
     children: names of the network's children that have tensors, in their order.
     """
-    # {prefix: numbers of the children after it}. Children without tensors may have numbers or not.
+    # {prefix: numbers of the children after it}. Only their order counts: children without tensors
+    # leave gaps.
     numbers: dict[str, set[int]] = {}
     for name in tensors:
         for match in re.finditer(r"(?:^|(?<=\.))(\d{1,4})\.", name):
@@ -117,9 +118,9 @@ def with_child_names(
         child_of_number = dict(zip(sorted(numbers[prefix]), children, strict=False))
         renamed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and number.isdecimal() and int(number) in child_of_number:
-                renamed[f"{prefix}{child_of_number[int(number)]}.{rest}"] = tensor
+            child_match = re.match(rf"{re.escape(prefix)}(\d{{1,4}})\.", name)
+            if child_match and (child := child_of_number.get(int(child_match[1]))):
+                renamed[f"{prefix}{child}.{name[child_match.end() :]}"] = tensor
             else:
                 renamed[name] = tensor
         n_fitting = sum(

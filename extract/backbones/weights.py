@@ -20,7 +20,7 @@ from headrace.extract.backbones.checkpoint_names import (
     without_chunks,
     without_wrappers,
 )
-from headrace.extract.backbones.weights_file import UnorderedTensors
+from headrace.extract.backbones.weights_file import HOW_TO_SAVE, UnorderedTensors
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import WeightsMatch
 
@@ -35,7 +35,6 @@ _ROLES = {
 }
 _ROLE_OF = {ending: role for role, endings in _ROLES.items() for ending in endings}
 _ENDING = re.compile(rf"(?:.*[./_])?({'|'.join(_ROLE_OF)})(?::0)?", re.IGNORECASE | re.DOTALL)
-_HOW_TO_SAVE = "torch.save(network.state_dict(), 'weights.pth') where the network itself is at hand"
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _require_order(
     network's.
     """
     cure = (
-        f"Make a .pth file in the network's order: {_HOW_TO_SAVE}; or rename the tensors and leave "
+        f"Make a .pth file in the network's order: {HOW_TO_SAVE}; or rename the tensors and leave "
         "weights_match out."
     )
     if unordered:
@@ -291,7 +290,7 @@ def _require_role(
         raise BackboneError(
             f"{network_description}: in order, the file's {file_name} (a {roles[0]}) meets the "
             f"network's {network_name} (a {roles[1]}): they are of one shape, and not the same. "
-            f"The file's order is not the network's: {_HOW_TO_SAVE} makes one that is; or rename "
+            f"The file's order is not the network's: {HOW_TO_SAVE} makes one that is; or rename "
             "the tensors and leave weights_match out."
         )
     # Names without a role (w_1, b_2, 0017): at least no variance is below zero.
@@ -299,7 +298,7 @@ def _require_role(
         raise BackboneError(
             f"{network_description}: in order, the file's {file_name} meets the network's "
             f"{network_name}, and has values below zero, which no variance has. The file's order "
-            f"is not the network's: {_HOW_TO_SAVE} makes one that is."
+            f"is not the network's: {HOW_TO_SAVE} makes one that is."
         )
 
 

@@ -16,17 +16,19 @@ from torch import Tensor
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import require_weights_file
 
-# Training scripts wrap the state dict in a dictionary with the optimiser and the epoch.
+# Training scripts wrap the state dict in a dictionary with the optimizer and the epoch. Averaged
+# weights (EMA) come first, because the scripts evaluate them.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-# The functions of PyTorch that put tensors together; "torch" has the names of dtypes too.
+# The functions of torch._utils that put tensors together.
 _REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
 # A small file can name one module many times over.
-_MOST_MODULES = 1_000_000
+_MAX_MODULES = 1_000_000
 _MODULE_FIELDS = ("_parameters", "_buffers", "_modules")
+HOW_TO_SAVE = "torch.save(network.state_dict(), 'weights.pth') where the network itself is at hand"
 
 
 class UnorderedTensors(dict[str, Tensor]):
-    """Tensors of a format that does not keep their order: the order of this dictionary is none."""
+    """Tensors of a format that does not keep the network's order: that of the keys says nothing."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -59,12 +61,15 @@ def _load_pytorch(path: Path) -> object:
         pass  # with objects of other classes: arguments of the training, metrics, whole networks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the source code of classes
-        # Not reached by TorchScript, which this would run: above it is another error.
+        # This would run a TorchScript program, but that has ended above with a RuntimeError.
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE)
 
 
 class _StandIn(dict[Any, Any]):
-    """Takes the place of any class or function that a file names, and does nothing."""
+    """Takes the place of any class or function that a file names, and runs none of its code.
+
+    A dict, so that objects of dictionary classes keep their items.
+    """
 
     dump_patches = False  # asked for by PyTorch's reader of its oldest format
     state: object = None
@@ -121,13 +126,14 @@ def _module_tensors(value: object) -> object:
     n_visited = 0
     while pending:
         prefix, module = pending.pop()
-        if (n_visited := n_visited + 1) > _MOST_MODULES:
-            raise ValueError(f"a network of more than {_MOST_MODULES:,} modules")
+        if (n_visited := n_visited + 1) > _MAX_MODULES:
+            raise ValueError(f"a network of more than {_MAX_MODULES:,} modules")
         state = module.state
         left_out = state.get("_non_persistent_buffers_set", ())
         for name, tensor in (*state["_parameters"].items(), *state["_buffers"].items()):
             if isinstance(tensor, Tensor) and name not in left_out:
                 tensors[f"{prefix}{name}"] = tensor
+        # Reversed on the stack, so that modules are visited in the order of a state dict.
         children = [(f"{prefix}{name}.", child) for name, child in state["_modules"].items()]
         pending += [(name, child) for name, child in reversed(children) if _is_module(child)]
     return tensors
@@ -141,42 +147,51 @@ def _is_module(value: object) -> bool:
 
 
 def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
-    file_value = _module_tensors(file_value)
-    if isinstance(file_value, Mapping) and not _is_object(file_value):
-        file_value = {name: _module_tensors(value) for name, value in file_value.items()}
-        for key in _WRAPPERS:
-            wrapped = file_value.get(key)
-            if isinstance(wrapped, Mapping) and any(_is_tensor(item) for item in wrapped.values()):
-                file_value = wrapped
-                break
-    if isinstance(file_value, Mapping) and not any(map(_is_tensor, file_value.values())):
-        # Several networks, such as DINO's {"student": …, "teacher": …, "epoch": 99}.
-        networks = {
-            f"{key}.": value
-            for key, value in file_value.items()
-            if isinstance(value, Mapping) and value and all(map(_is_tensor, value.values()))
-        }
-        file_value = {
-            f"{key}{name}": value
-            for key, tensors in networks.items()
-            for name, value in tensors.items()
-        } or file_value
-    if not isinstance(file_value, Mapping) or _is_object(file_value):
-        kind = "an object" if _is_object(file_value) else type(file_value).__name__
+    """Return the tensors among what a file holds. Raises BackboneError."""
+    entries = _module_tensors(file_value)
+    if not isinstance(entries, Mapping) or _is_object(entries):
+        kind = "an object" if _is_object(entries) else type(entries).__name__
         raise BackboneError(
-            f"{path}: expected a dictionary of tensors (a state dict) or a network, found {kind}."
+            f"{path}: expected a dictionary of tensors (a state dict) or a network, found {kind}. "
+            f"Save it again: {HOW_TO_SAVE}."
         )
-    non_tensor_names = [str(name) for name, value in file_value.items() if not _is_tensor(value)]
+    entries = _join_networks(
+        _unwrapped({name: _module_tensors(value) for name, value in entries.items()})
+    )
+    non_tensor_names = [str(name) for name, value in entries.items() if not _is_tensor(value)]
     if non_tensor_names:
         raise BackboneError(
             f"{path}: expected tensors alone, but these entries are not: "
-            f"{', '.join(non_tensor_names[:5])}."
+            f"{', '.join(non_tensor_names[:5])}. Save it again: {HOW_TO_SAVE}."
         )
-    return {str(name): _plain_tensor(tensor) for name, tensor in file_value.items()}
+    return {str(name): _plain_tensor(tensor) for name, tensor in entries.items()}
+
+
+def _unwrapped(entries: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return the state dict that a training script has wrapped; without one, the entries."""
+    for key in _WRAPPERS:
+        wrapped = entries.get(key)
+        if isinstance(wrapped, Mapping) and any(map(_is_tensor, wrapped.values())):
+            return wrapped
+    return entries
+
+
+def _join_networks(entries: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return the tensors of several networks, such as DINO's {"student": …, "teacher": …,
+    "epoch": 99}, under names with the network's first; without networks, the entries.
+    """
+    if any(map(_is_tensor, entries.values())):
+        return entries
+    return {
+        f"{key}.{name}": tensor
+        for key, tensors in entries.items()
+        if isinstance(tensors, Mapping) and all(map(_is_tensor, tensors.values()))
+        for name, tensor in tensors.items()
+    } or entries
 
 
 def _is_object(value: object) -> bool:
-    """Return whether a stand-in takes the place of anything but a dictionary."""
+    """Return whether a stand-in takes the place of an object, or of a dictionary without items."""
     return isinstance(value, _StandIn) and not value
 
 

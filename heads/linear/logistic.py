@@ -1,7 +1,7 @@
 """Banks of logistic heads: every C, fold, class weight and label at once, to the optimum.
 
-N rows, D features, C classes, L labels, n_outputs weight vectors of a head (C for a softmax, 1 for
-a sigmoid).
+In shapes: N rows, D features, C classes, L labels, n_outputs weight vectors of a head (C for a
+softmax, 1 for a sigmoid). Elsewhere C is scikit-learn's inverse strength of the penalty.
 
 The objective of a head is that of scikit-learn's `LogisticRegression` after a `StandardScaler`
 fitted on the head's training rows: sum_i w_i loss_i + |W|^2 / (2 C), the intercept unpenalized. For
@@ -70,7 +70,7 @@ class _Bank:
 
     X: Features  # (N, D)
     target: Array  # (N,) or (N, L)
-    fold: Array  # (N,) int64, in which a row is held out, or TRAIN_ONLY; never REFIT
+    fold: Array  # (N,) int64, the fold that holds the row out, or TRAIN_ONLY
     sample_weight: Array | None  # (N,) float64; None: all one
     specs: Sequence[LogisticSpec]
     gap: float
@@ -122,9 +122,8 @@ def fit_logistic_bank(
 
     Returns the heads ordered by spec, then by fold, REFIT last.
 
-    Raises ValueError for NaN or infinite features, and for shapes that do not
-    fit, labels out of range, no specs, a C that is not positive, and sample weights that are
-    negative or beyond 1e-30..1e15.
+    Raises ValueError for NaN or infinite features, shapes that do not fit, labels out of range, no
+    specs, a C that is not positive, and sample weights that are not 0 and outside 1e-30..1e15.
     """
     _check(data, specs)
     fold = np.asarray(data.fold, np.int64)
@@ -179,7 +178,7 @@ def _fit_problem(
     for folds in _folds_by_design(bank, problem, scaling, standardize=standardize):
         design_scaling = {fold: scaling[fold] for fold in folds}
         if len(folds) > 1:
-            # Folds that share a design share its scales, those of all rows.
+            # The coordinates that these folds share are scaled by the moments of all rows.
             design_scaling[REFIT] = scaling[REFIT]
         paths, specs_by_strength = _regularization_paths(bank, problem, folds, spec_indices)
         if not paths:
@@ -206,7 +205,7 @@ def _fit_problem(
 def _folds_by_design(
     bank: _Bank, problem: _ClassProblem, scaling: dict[int, Moments], *, standardize: bool
 ) -> list[tuple[int, ...]]:
-    """Return the problem's folds, in one tuple those that can share a design."""
+    """Return the problem's folds in tuples: those that can share a design, and the rest alone."""
     n_rows = int(problem.has_class.sum())
     # In common coordinates float32 loses the digits of a fold whose scales are far from the
     # others'; a single outlier among its held-out rows is enough for that.
@@ -215,6 +214,7 @@ def _folds_by_design(
         for fold in problem.folds
         if scales_are_similar(scaling[fold], scaling[REFIT], standardize=standardize)
     )
+    # In the dual form a shared design has a copy of its rows for each fold.
     if bank.X.shape[1] > n_rows and not copies_fit(scaling, similar, n_rows):
         similar = ()
     single: list[tuple[int, ...]] = [(fold,) for fold in problem.folds if fold not in similar]
@@ -242,7 +242,9 @@ def _solve(
         # Converts L2 strengths to those for weights of the design's divided features.
         to_design_strength = design.feature_divisor**-2
         pending_paths: list[RegularizationPath] = []
-        raw_head, starts = {}, {}
+        # Both by (index in pending_paths, strength in the design).
+        raw_head: dict[tuple[int, float], tuple[int, float]] = {}
+        starts: dict[tuple[int, float], Array] = {}
         for i, strengths in pending.items():
             design_strengths = tuple(l2 * to_design_strength for l2 in strengths)
             for l2, design_l2 in zip(strengths, design_strengths, strict=True):
@@ -353,11 +355,12 @@ class _Designs:
 
     def _sort_by_class(self, row_index: Index) -> Index:
         if self.problem.n_outputs == 1:
-            return row_index
+            return row_index  # a sigmoid has labels, and needs no order
         return row_index[np.argsort(self.problem.target[row_index], kind="stable")]
 
     def design(self, dtype: Any) -> DesignMatrix:
-        """Return the design matrix with labels, the rows of each block sorted by class.
+        """Return the design matrix with labels, or for a softmax with rows sorted by class in each
+        block.
 
         Rows of classes outside the problem are left out.
         """
@@ -366,8 +369,8 @@ class _Designs:
         if len(self.folds) == 1:
             needed &= fold != self.folds[0]  # a design for one fold needs no held-out rows
 
-        def block_rows(group: int, row_index: Index) -> FoldRows:
-            training = tuple(other for other in self.folds if other != group)
+        def block_rows(held_out_in: int, row_index: Index) -> FoldRows:
+            training = tuple(other for other in self.folds if other != held_out_in)
             return training, self._sort_by_class(row_index)
 
         if X.shape[1] > int(needed.sum()):
@@ -379,14 +382,14 @@ class _Designs:
                 X, blocks, scaling, standardize=self.standardize, dtype=dtype
             )
         else:
-            groups = [
-                block_rows(group, row_index)
-                for group in np.unique(fold).tolist()
-                if (row_index := np.flatnonzero(needed & (fold == group))).size
+            blocks = [
+                block_rows(held_out_in, row_index)
+                for held_out_in in np.unique(fold).tolist()
+                if (row_index := np.flatnonzero(needed & (fold == held_out_in))).size
             ]
             design = make_design(
                 X,
-                groups,
+                blocks,
                 scaling,
                 standardize=self.standardize,
                 dtype=dtype,
@@ -433,7 +436,7 @@ def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResul
 def _fit_result(bank: _Bank, i: int, fold: int, n_outputs: int, present: Index | None) -> FitResult:
     """Return the head of a spec and fold, without predictions.
 
-    present: the classes that the training rows have; None: labels.
+    present: the classes that the training rows have; None for multi-label targets.
     """
     if present is None:
         parts = [bank.parts[i, fold, label] for label in range(n_outputs)]

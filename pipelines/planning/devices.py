@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def find_device(requested_device: str) -> str:
-    """Return `requested_device`, or for "auto" the accelerator that PyTorch sees, if any."""
+    """Return `requested_device`, or for "auto" the accelerator that PyTorch sees, else "cpu"."""
     if requested_device != "auto":
         return requested_device
     # PyTorch is asked only where there can be one, because asking imports it.
@@ -42,7 +42,7 @@ def find_heads_device(recipe: "Recipe", workers: int | None = None) -> str:
     requested_device = recipe.compute.heads_device
     on_this_machine = recipe.cluster.where in ("local", "cuda")
     if requested_device == "auto":
-        # Several would each want the GPU's memory, and workers of a cluster get none for heads.
+        # Several workers would each want the GPU's memory; those of a cluster train heads on CPUs.
         one_worker = (workers or recipe.compute.workers) == 1
         device = find_device("auto") if on_this_machine and one_worker else "cpu"
         return "cpu" if device == "mps" else device  # heads sum in float64, which MPS lacks

@@ -68,7 +68,7 @@ def write_report(
     what the recipe names if the run is given by its recipe; without it the page says what is
     missing.
 
-    Raises InvalidInput, NoWinner, HeadraceError, OSError; OutputExists for any other file at `out`.
+    Raises HeadraceError, among them OutputExists for any other file at `out`; OSError.
     """
     finished_run = read_finished_run(run, trust_code=trust_code)
     page_path = Path(out) if out else finished_run.paths.report
@@ -93,6 +93,7 @@ def write_report(
 
 def run_thumbnails(run: FinishedRun) -> Thumbnails:
     """Pictures of the run's images; none where the images are gone."""
+    # In their place, a text says why they could not be listed.
     image_paths = {} if isinstance(run.images, str) else run.images.image_paths
     return Thumbnails(image_paths, run.recipe.images.pixel_range)
 
@@ -136,8 +137,8 @@ def make_sections(
 
 
 def _pictured(images: pd.DataFrame, max_pictures: int) -> list[str]:
-    """Return the content hashes of the images pictured on the map: mistakes, as at most half of
-    them, and the rest at random.
+    """Return the content hashes of the images pictured on the map: up to half of them are drawn
+    among the mistakes, the rest among all images.
     """
     # With a seed, so that the same run gives the same page.
     rng = np.random.default_rng(0)
@@ -154,7 +155,7 @@ def _map_notes(
     selected: SelectedModel, tested: TestPredictions | str, copies: SmallCopies
 ) -> list[Note]:
     texts = []
-    # Without an evaluation on record they are not on the page at all, which the test section says.
+    # Without an evaluation on record, the test section says that there is none.
     if isinstance(tested, str) and selected.test_evaluation is not None:
         texts.append(f"Test images are not on the map: {tested}.")
     if copies.unreadable:

@@ -66,9 +66,9 @@ def cost_section(run: FinishedRun, watts: float | None = None) -> Section:
             Note(assumption_text),
         ]
         call_frame = stages.assign(ended=stages["ended"].map(utc_text))
-        table_columns = (Column("ended", "ended"), *table_columns[:3])
+        call_columns = (Column("ended", "ended"), *table_columns[:3])
         cost_blocks.append(
-            Table("calls", "Every stage of every call", table_columns, call_frame, wide=True)
+            Table("calls", "Every stage of every call", call_columns, call_frame, wide=True)
         )
     cost_blocks.append(_bytes_table(run))
     return Section(
@@ -86,6 +86,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def _machine_power(run: FinishedRun, watts: float | None) -> tuple[float, str]:
+    """Return the power in watts, and a sentence that says what it rests on."""
     # What a person has measured comes before any table of usual figures.
     if watts is not None:
         return (
@@ -137,7 +138,7 @@ def _bytes_table(run: FinishedRun) -> Table:
     )
     return Table(
         "bytes",
-        f"On disk: {bytes_text(total_bytes)} (other runs use the same features)",
+        f"On disk: {bytes_text(total_bytes)} (other runs may use the same features)",
         table_columns,
         pd.DataFrame(size_rows),
         wide=True,

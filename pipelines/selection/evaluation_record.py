@@ -15,18 +15,16 @@ OLD_RECORD = "test-openings.jsonl"  # the record's name in earlier versions
 
 @dataclass(frozen=True)
 class TestResult:
-    """The winner's score on the test split, with a 95 % interval over the test images (their
-    groups; `metric_interval`).
-    """
+    """The selected model's score on the test split, with its 95 % interval."""
 
     metric: str
     value: float
-    low: float
+    low: float  # of the interval, which counts images of one group once, see `metric_interval`
     high: float
-    images: int
-    # how many winners have been evaluated on this test split, this one included
+    images: int  # number of test images
+    # How many models have been evaluated on this test split, this one included.
     n_evaluations: int
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # {name: value} of every metric of the task
     groups: int | None = None  # groups of the images, or distinct images; None: one per image
     units: int | None = None  # units that were scored, each by its images; None: images were
 
@@ -34,20 +32,26 @@ class TestResult:
 def read_test_evaluations(record_path: Path) -> list[Mapping[str, Any]]:
     """Return the recorded evaluations, oldest first; from the copy if the record is damaged.
 
-    Raises InvalidInput if both are damaged.
+    Raises InvalidInput if one is damaged and the other is damaged or gone.
     """
     return _read_record_or_copy(record_path)[0]
 
 
 def repair_test_evaluations(record_path: Path) -> list[str]:
-    """Write the record and its copy again if either is damaged or gone; return notes on that.
+    """Write the record and its copy again if either is damaged or gone.
 
-    Raises InvalidInput if both are damaged.
+    Return a note if it was the record. Raises InvalidInput if one is damaged and the other is
+    damaged or gone.
     """
     # The loss of both would let a second evaluation pass for the first.
     with lease(lock_path(record_path)):
         evaluations, damage = _read_record_or_copy(record_path)
-        if damage or (evaluations and not _copy_path(record_path).exists()):
+        copied = _read_record(_copy_path(record_path))
+        # A process that died between the two writes leaves a copy that says less, or the earlier.
+        is_stale = isinstance(copied, str) or (
+            copied != evaluations and len(copied) <= len(evaluations)
+        )
+        if damage or is_stale:
             write_test_evaluations(record_path, evaluations)
     if not damage:
         return []
@@ -79,7 +83,7 @@ def _read_record_or_copy(record_path: Path) -> tuple[list[Mapping[str, Any]], st
     if isinstance(copied_record, list) and copied_record:
         if isinstance(record, str):
             return copied_record, record
-        # A process that died between the two writes leaves the copy one line behind.
+        # The record is written first, so if the copy has more lines, the record has lost some.
         if copied_record[: len(record)] == record and len(copied_record) > len(record):
             return (
                 copied_record,
@@ -88,16 +92,18 @@ def _read_record_or_copy(record_path: Path) -> tuple[list[Mapping[str, Any]], st
                 else "is gone",
             )
         return record, ""
-    if isinstance(record, str):
+    # With a record that is gone and a damaged copy, the count would silently start again.
+    if isinstance(record, str) or (not record and isinstance(copied_record, str)):
         copy_state = (
             f"its copy {copied_record}" if isinstance(copied_record, str) else "it has no copy"
         )
+        both_paths = (record_path, _copy_path(record_path))
+        existing_files = [str(path) for path in both_paths if path.exists()]
         raise InvalidInput(
-            f"{record_path} {record}, and {copy_state}. It says how often the test split was "
-            "evaluated, and how the winner scored: restore it from a backup. Without one, the "
-            "count starts again, and the next score is of images that a winner may have seen; if "
-            f"you accept that, type: rm {shlex.quote(str(record_path))} "
-            f"{shlex.quote(str(_copy_path(record_path)))}"
+            f"{record_path} {record or 'is gone'}, and {copy_state}. It says how often the "
+            "test split was evaluated, and how the winner scored: restore it from a backup. "
+            "Without one, the count starts again, and the next score is of images that a winner "
+            f"may have seen; if you accept that, type: {shlex.join(['rm', *existing_files])}"
         )
     return record, ""
 
@@ -127,8 +133,8 @@ def _read_record(record_path: Path) -> list[Mapping[str, Any]] | str:
 
 def write_test_evaluations(record_path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
     """Write the evaluations, oldest first, in place of the record and its copy."""
-    # In two files whose lines carry checksums: an evaluation cannot be undone, or made a second
-    # time.
+    # In two files whose lines carry checksums, so that damage to one of them neither undoes an
+    # evaluation nor lets it be made a second time.
     record_bytes = b"".join(sealed_json(evaluation) + b"\n" for evaluation in evaluations)
     publish_replace(record_path, record_bytes)
     publish_replace(_copy_path(record_path), record_bytes)

@@ -114,7 +114,7 @@ def test_what_the_option_may_say(options, expected):
     columns = ["f0", "f1", "f2", "f10", "a,b", "a:b", "x[1]"]
     if options == ["a:b:f0"]:
         with pytest.raises(
-            ExternalFeaturesInvalid, match=r"a:b stands after f0 in the file: f0:a:b"
+            ExternalFeaturesInvalid, match=r"a:b stands after f0 in the file. Give --columns f0:a:b"
         ):
             choose_columns(columns, options, "t")
     elif expected is None:

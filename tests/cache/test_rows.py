@@ -402,7 +402,7 @@ def test_overflow_is_refused(tmp_path, dtype, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unit": "../escape"}, "unit '../escape' is not"),
+        ({"unit": "../escape"}, "work unit '../escape': its name is not"),
         ({"unit": ".hidden"}, "is not 1 to 64"),
         ({"unit": "u" * 65}, "is not 1 to 64"),
         ({"ids": ["a"]}, "for 1 ids"),
@@ -411,7 +411,7 @@ def test_overflow_is_refused(tmp_path, dtype, value):
         ({"ids": ["a\0", *"bcdefgh"]}, "NUL"),
         ({"ids": ["", *"bcdefgh"]}, "is empty"),
         ({"compression": "gzip"}, "compression 'gzip'"),
-        ({"features": np.zeros((8, 12), complex)}, "expected real numbers"),
+        ({"features": np.zeros((8, 12), complex)}, "not real numbers"),
         ({"features": np.zeros((8, 13))}, r"shape \(8, 13\)"),
     ],
 )
@@ -532,3 +532,18 @@ def test_dask_array_computes_with_workers(tmp_path):
     assert np.allclose(
         array.mean(axis=0).compute(scheduler="threads"), features.read(slice(None)).mean(axis=0)
     )
+
+
+def test_threads_see_a_shard_as_touched_only_when_all_of_it_is_known(tmp_path):
+    """One that saw it before its compression was known would read addresses without memory."""
+    features = open_feature_set(make_feature_set(tmp_path, 1, make_spec("float16", (3,))))
+    reader, seen_early = features._reader, []
+
+    class Table(np.ndarray):
+        def __setitem__(self, index, value):
+            seen_early.append(index in reader._layouts)
+            super().__setitem__(index, value)
+
+    reader._is_compressed = reader._is_compressed.view(Table)
+    reader.touch(0)
+    assert seen_early == [False]

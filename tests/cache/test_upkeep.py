@@ -427,7 +427,8 @@ def test_taps_that_fit(tmp_path):
     assert all(cost.fits_budget for cost in plan_taps([(large, 10**9)], None))
     require_disk_space(tmp_path / "not" / "yet", costs[:1])
     with pytest.raises(
-        CacheError, match=r"0\.39 GB and 0\.10 GB are free.*y\.map.*Nothing was extracted"
+        CacheError,
+        match=r"0\.39 GB and 0\.10 GB of the free space may be used.*y\.map.*Nothing was extracted",
     ):
         require_disk_space(tmp_path, costs, free_bytes=100_000_000)
 

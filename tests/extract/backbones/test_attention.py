@@ -62,14 +62,14 @@ def test_other_kinds_of_attention_stay_pytorchs(tokens: int, options: dict) -> N
     """Masked, causal, with dropout, of few tokens, grouped, in half precision, without heads."""
     query, key, value = heads(tokens)
     with mock.patch.object(attention_module, "attend", side_effect=AssertionError):
-        assert attention_module._attend_if_faster(query, key, value, **options) is None
+        assert attention_module._attend_if_served(query, key, value, **options) is None
         query, key, value = heads(400)
         for others in (
             (query, key[:, :1], value[:, :1]),
             (query.bfloat16(), key.bfloat16(), value.bfloat16()),
             (query[0], key[0], value[0]),
         ):
-            assert attention_module._attend_if_faster(*others) is None
+            assert attention_module._attend_if_served(*others) is None
 
 
 @pytest.mark.parametrize(("gain", "n_calls"), [(1.2, 0), (1.3, 2)])

@@ -76,6 +76,20 @@ def test_two_damaged_files_are_an_error_that_says_how_to_go_on(record, damage):
     assert read_test_evaluations(record) == []
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_copy_is_written_again_and_is_no_record_of_nothing(record, damage):
+    """Left as it was, the next loss of the record would have let the count start again."""
+    copy = record.with_name(".test-evaluations.jsonl")
+    good = copy.read_bytes()
+    copy.write_bytes(DAMAGES[damage](good))
+    assert repair_test_evaluations(record) == []
+    assert copy.read_bytes() == good
+    copy.write_bytes(good[:-3])
+    record.unlink()
+    with pytest.raises(InvalidInput, match="jsonl is gone, and its copy has changed"):
+        read_test_evaluations(record)
+
+
 def test_a_record_of_an_earlier_version_gets_its_seals_and_its_copy(tmp_path):
     """It had neither."""
     path = tmp_path / "test-evaluations.jsonl"
