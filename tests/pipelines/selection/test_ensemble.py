@@ -300,4 +300,4 @@ def test_members_that_left_are_removed(trained):
         member["model"].split("/")[1]
     ]
     assert load_head(path.parent / member["model"]).spec == LogisticSpec(0.1)
-    assert read_bank(board["path"][0]).task == train.digest
+    assert read_bank(board["path"][0]).task_digest == train.digest
