@@ -182,9 +182,10 @@ def publish_shard(
         return entry
     # Before anything is written: a value that cannot be stored leaves no trace.
     encoded_rows = encode_rows(features, ids, spec.dtype)
-    file_parts, checksum = build_shard(
-        spec, unit, encoded_rows, ids, content_hashes, failures, compression
-    )
+    with explain_os_errors(shard_file):  # a limit of file sizes counts for files in memory too
+        file_parts, checksum = build_shard(
+            spec, unit, encoded_rows, ids, content_hashes, failures, compression
+        )
     while not publish_parts(shard_file, file_parts):
         # Another writer was faster. The entry must describe its shard, whose last bits may differ
         # (another machine). None: that shard was broken and is deleted, so try again.

@@ -70,8 +70,8 @@ def test_every_shrinkage_and_fold_equals_scikit_learn(
         stored = predict_head(fit.spec, fit.arrays, X)
         np.testing.assert_allclose(stored, expected, atol=1e-2)
         if fit.fold != REFIT:
-            # one product of all rows and one of the held-out rows round the last digit otherwise
-            np.testing.assert_allclose(fit.validation, stored[~train], rtol=1e-5, atol=1e-7)
+            # one product of all rows and one of the held-out rows round otherwise; decisions may be 1e3
+            np.testing.assert_allclose(fit.validation, stored[~train], rtol=1e-5, atol=1e-4)
 
 
 def test_no_shrinkage_and_the_eigen_solver():
