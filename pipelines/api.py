@@ -99,10 +99,6 @@ def extract_features(
     specs = features.specs
     cached = [cached_contents(cache, spec) for spec in specs]
     device = find_device(device)
-    if device != "cpu":
-        from headrace.heads.bank import check_device
-
-        check_device(device)
     units = plan_work_units(
         samples,
         [BackboneFeatures(network, specs, cached)],
