@@ -15,7 +15,7 @@ each other in chains, at whose end the same command is left to end. Then
   two hours old before the last call) are gone: in a run's directory by the next run, in a cache by
   `headrace cache gc`, of predict, export and report by the next call of the same.
 
-`--quick` is a fifth, as tests/faults/test_kills.py has it. A fault keeps the project's folder. The
+`--quick` is a fifth; tests/faults/test_kills.py has a few. A fault keeps the project's folder. The
 last line is JSON {measure: figure}.
 """
 

@@ -66,7 +66,7 @@ def failures(result):
 
 
 def test_workers_killed_once_a_second_lose_nothing(tmp_path):
-    """SIGKILL of a random worker every second during 180 banks: all results, and no more executions
+    """SIGKILL of a random worker every second during 90 banks: all results, and no more executions
     than banks and kills.
     """
     kills, over = 0, threading.Event()
@@ -74,7 +74,7 @@ def test_workers_killed_once_a_second_lose_nothing(tmp_path):
     def kill():
         nonlocal kills
         rng = random.Random(0)
-        while kills < 15 and not over.wait(1.0):
+        while kills < 8 and not over.wait(1.0):
             if fits(tmp_path) and (
                 victims := workers_of(psutil.Process())
             ):  # once the cluster is up
@@ -84,15 +84,15 @@ def test_workers_killed_once_a_second_lose_nothing(tmp_path):
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        result = train(tmp_path, slow(tmp_path, 180), workers=4)
+        result = train(tmp_path, slow(tmp_path, 90, seconds=0.06), workers=4)
     finally:
         over.set()
         killer.join()
     assert kills > 3
     assert result.failed_heads == 0
-    assert {number_of(spec) for spec in result.board["spec"]} == set(range(180))
+    assert {number_of(spec) for spec in result.board["spec"]} == set(range(90))
     assert (
-        len(fits(tmp_path)) <= FITS * (180 + kills) + 1
+        len(fits(tmp_path)) <= FITS * (90 + kills) + 1
     )  # the winner is fitted once more, to be shown the test split
 
 
@@ -108,12 +108,12 @@ def test_heads_that_misbehave_fail_alone(tmp_path, monkeypatch):
         misbehaving("Frozen", mark=str(tmp_path / "frozen")),
         *slow(tmp_path, 10),
     ]
-    result = train(tmp_path, heads, options=TaskOptions(task_timeout_s=15))
+    result = train(tmp_path, heads, options=TaskOptions(task_timeout_s=6))
     failed = failures(result)
     assert set(failed) == {"Segfault", "Hog", "Endless"}
     assert "its worker died" in failed["Segfault"]
     assert "MemoryError" in failed["Hog"] or "worker died" in failed["Hog"]
-    assert "more than 15 s" in failed["Endless"]
+    assert "more than 6 s" in failed["Endless"]
     assert (tmp_path / "frozen").exists()
     good = result.board[result.board["failed"] == 0]["spec"]
     assert sum(number_of(spec) is not None for spec in good) == 10
@@ -230,11 +230,11 @@ def published(folder):
 
 
 def test_a_driver_killed_at_any_moment_leaves_no_orphan_and_repeats_nothing(tmp_path):
-    """SIGKILL of the driver at seven random moments: a bank whose results are published is never
+    """SIGKILL of the driver at four random moments: a bank whose results are published is never
     trained again.
     """
     rng = random.Random(0)
-    banks, kills = 200, 7
+    banks, kills = 120, 4
     done = {}
     # how many fits had begun, and which heads were published, at each kill
     began: list[tuple[int, set[int]]] = []

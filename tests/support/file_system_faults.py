@@ -1,6 +1,5 @@
 """Making processes die and disks fail, at a chosen system call."""
 
-import errno
 import os
 import signal
 import sys
@@ -50,19 +49,19 @@ def die() -> None:
 
 
 def dying_at(target: int, moment: str) -> Any:
-    """Interception that kills this process at its target-th call: before, in the middle (of a
-    write) or after it.
+    """Interception that kills this process at its target-th call: before or after it; or in the
+    middle of its target-th write.
     """
     count = 0
 
     def on_call(name, original, args, kwargs):
         nonlocal count
-        count += 1
+        count += moment != "middle" or name == "write"
         if count != target:
             return original(*args, **kwargs)
         if moment == "before":
             die()
-        if moment == "middle" and name == "write":
+        if moment == "middle":
             descriptor, data = args
             original(descriptor, memoryview(data).cast("B")[: len(memoryview(data).cast("B")) // 2])
             die()
@@ -125,6 +124,3 @@ def start_child(work: Callable[[], Any]) -> int:
 def wait_for(pid: int) -> int:
     """Exit status of a child: 0, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-ERRNOS = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
