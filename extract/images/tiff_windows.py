@@ -18,7 +18,8 @@ class TiffWindows:
     """The samples (H, W, C) of a page of a TIFF, like an array that is indexed by
     `[top:bottom, left:right]` only.
 
-    page: tifffile's. data: the bytes of the file. Safe to use from several threads.
+    page: tifffile's. data: the bytes of the file. Safe to use from several threads. Raises
+    ImageError, also when it is indexed.
     """
 
     def __init__(self, page: Any, data: bytes) -> None:
@@ -78,8 +79,8 @@ class TiffWindows:
                 f"{start + size}"
             )
         if size == 0:  # sparse: nothing was ever written there
-            nodata = self._page.nodata
-            return np.full((self._length, self._width, self.shape[2]), nodata, self.dtype)
+            n_channels = 1 if self._n_planes > 1 else self.shape[2]
+            return np.full((self._length, self._width, n_channels), self._page.nodata, self.dtype)
         try:
             decoded, _, _ = self._page.decode(
                 self._data[start : start + size], index, jpegtables=self._page.jpegtables

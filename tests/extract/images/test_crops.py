@@ -417,6 +417,22 @@ def test_a_window_of_a_tiff_is_that_of_the_whole(options):
         np.testing.assert_allclose(part, expected, rtol=1e-6)
 
 
+def test_a_blank_tile_of_a_tiff_in_planes():
+    """GDAL writes no bytes for it (SPARSE_OK), in one plane or in all."""
+    buffer = io.BytesIO()
+    planes = np.ascontiguousarray(np.moveaxis(WINDOWS, 2, 0))
+    tifffile.imwrite(
+        buffer, planes, photometric="minisblack", planarconfig="separate", tile=(32, 16)
+    )
+    with tifffile.TiffFile(io.BytesIO(buffer.getvalue())) as tiff:
+        page = tiff.pages[0]
+        page.databytecounts = (0, *page.databytecounts[1:])
+        part = TiffWindows(page, buffer.getvalue())[0:40, 0:20]
+    expected = WINDOWS[:40, :20].copy()
+    expected[:32, :16, 0] = 0
+    np.testing.assert_array_equal(part, expected)
+
+
 def test_tiles_of_a_tiff_that_is_too_large_to_be_decoded_whole(tmp_path, monkeypatch):
     """Of 8 bits too, in colours; without tiles it is refused."""
     monkeypatch.setattr("headrace.extract.images.bands.MAX_PIXELS", 1000)
