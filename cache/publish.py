@@ -131,7 +131,7 @@ def read_spec(directory: Path, *, check_name: bool = True) -> FeatureSpec:
         ) from error
     try:
         spec = FeatureSpec.from_json(spec_json.decode())
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         digest = hashlib.sha256(spec_json.removesuffix(b"\n")).hexdigest()[:24]
         # A spec of another version still agrees with its directory's name; a damaged one does not.
         if isinstance(error, SpecMismatch) and digest == directory.name:
@@ -208,7 +208,7 @@ def publish_shard(
 def describe_shard(directory: Path, unit: str, spec: FeatureSpec) -> ShardEntry:
     """Verify a shard and return its manifest entry, made from the shard alone.
 
-    Raises ShardCorrupt, ShardMissing.
+    Raises ShardMissing, ShardCorrupt, ShardUnreadable.
     """
     shard_file = shard_path(directory, unit)
     verified_shard = verify_shard(shard_file, spec, unit)

@@ -63,8 +63,8 @@ class FeatureSpec:
     def from_json(cls, spec_json: str) -> Self:
         """Return the spec that `to_json` wrote.
 
-        Raises SpecMismatch for other fields than this version's; ValueError, TypeError or
-        AttributeError for text that is not the JSON of a spec.
+        Raises SpecMismatch for other fields than this version's; ValueError, TypeError,
+        AttributeError or RecursionError for text that is not the JSON of a spec.
         """
         values: dict[str, Any] = json.loads(spec_json)
         field_names = {field.name for field in dataclasses.fields(cls)}

@@ -29,7 +29,7 @@ def from_checksummed_line(line: bytes) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(line)
         values.pop("check")
         expected_line = to_checksummed_line(values)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise LineCorrupt(str(error)) from error
     if expected_line.rstrip(b"\n") != line.rstrip(b"\n"):
         raise LineCorrupt("its checksum is another")

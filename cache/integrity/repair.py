@@ -126,7 +126,9 @@ def _spec_from_shards(directory: Path) -> FeatureSpec:
     """Return the spec stored in an intact shard, if it is the one that names the directory."""
     for shard_file in sorted((directory / SHARDS).glob("*.h5")):
         # A shard that cannot be read, or is not as it was written, is passed over for the next one.
-        with contextlib.suppress(CacheError, OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(
+            CacheError, OSError, ValueError, KeyError, TypeError, RecursionError
+        ):
             _, actual_checksum, header_block = shard_checksum(shard_file)
             if header_block == user_block(actual_checksum):
                 with shard_file.open("rb") as opened_file, h5py.File(opened_file, "r") as hdf5_file:

@@ -171,7 +171,7 @@ def _read_detections(path: Path, min_confidence: float) -> dict[str, list[tuple[
         }
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror} (images.detections)") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         text = f"{path}: {type(error).__name__}: {error}; {_EXPECTED}"
         raise SourceError(text) from error
     crops = [crop for boxes in boxes_of_file.values() for crop, _ in boxes]

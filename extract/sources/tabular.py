@@ -149,6 +149,8 @@ def table_files(table: Path) -> list[Path]:
 def saved_dataset_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a folder that `datasets` saved (save_to_disk), in order; [] for
     other folders.
+
+    Raises SourceError for such a folder that is damaged, or selects rows by a second file.
     """
     try:
         if (folder / "dataset_dict.json").is_file():
@@ -165,7 +167,7 @@ def saved_dataset_files(folder: Path) -> list[Path]:
                     "load_from_disk(FOLDER).flatten_indices().save_to_disk(OTHER)"
                 )
             return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"{folder}: not a whole folder of `datasets` ({type(error).__name__}: {error}). Save "
             "it again"

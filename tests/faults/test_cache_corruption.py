@@ -194,6 +194,16 @@ def test_renamed_feature_set(tmp_path):
         open_feature_set(renamed)
 
 
+@pytest.mark.parametrize("name", ["manifest.jsonl", "spec.json"])
+def test_brackets_in_thousands_of_levels(tmp_path, name):
+    """Python's JSON parser ends in a RecursionError, which is no ValueError."""
+    directory = make_feature_set(tmp_path, 1)
+    (directory / name).write_bytes(b"[" * 10_000 + b"]" * 10_000 + b"}\n")
+    with pytest.raises(ManifestCorrupt, match="recursion"):
+        open_feature_set(directory)
+    assert repair(directory).rewritten_files == (name,)
+
+
 def test_a_change_after_verification_is_noticed(tmp_path):
     """This machine remembers what it verified; a byte changed since then, times set back, is
     noticed all the same.

@@ -80,6 +80,9 @@ def test_what_is_no_such_file_is_said(photos, tmp_path):
     (tmp_path / "list.json").write_text('["1.jpg"]')
     with pytest.raises(SourceError, match=r"list.json: AttributeError.*expected MegaDetector"):
         listed(photos, tmp_path / "list.json")
+    (tmp_path / "deep.json").write_text("[" * 10_000)
+    with pytest.raises(SourceError, match="RecursionError"):
+        listed(photos, tmp_path / "deep.json")
     with pytest.raises(SourceError, match="No such file"):
         listed(photos, tmp_path / "gone.json")
 

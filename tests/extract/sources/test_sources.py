@@ -892,6 +892,9 @@ def test_a_folder_that_datasets_saved(tmp_path):
     )
     with pytest.raises(SourceError, match="flatten_indices"):
         read_source(detect_source(tmp_path))
+    write(tmp_path / "state.json", b"[" * 10_000)
+    with pytest.raises(SourceError, match=r"not a whole folder .*RecursionError"):
+        detect_source(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
