@@ -15,8 +15,12 @@ from headrace.heads.link import tempered
 from headrace.heads.spec import FitResult, check_choices
 
 # Seconds of one core for a multiply-add: in a product of all rows with all rows, which works in the
-# cache, and in one with a few class means, which waits for memory.
-_SECONDS_WIDE_PRODUCT, _SECONDS_NARROW_PRODUCT = 1e-11, 2e-10
+# cache, and in one with a few class means, which waits for memory. Measured on Zen 4 with 4,000 and
+# 8,000 rows.
+_SECONDS_WIDE_PRODUCT, _SECONDS_NARROW_PRODUCT = 6e-11, 2e-10
+# Seconds of what a setting makes of the product of two rows. Twelve settings take 1.1 to 1.5 times
+# as long as one.
+_SECONDS_PER_PAIR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def fit_centroid(data: TrainingData, specs: Sequence[Any], options: FitOptions) 
 def predict_neighbors(
     spec: Any, arrays: Arrays, X: Floats, task_kind: TaskKind, temperature: float
 ) -> Floats:
-    """Return (n, C) shares of the neighbours of rows X (n, D)."""
+    """Return (n, C) shares of the neighbours of rows X (n, D); for regression their mean values."""
     from headrace.heads.neighbors.bank import predict_knn
 
     votes = predict_knn(spec, arrays, X)
@@ -80,8 +84,12 @@ def predict_means(
 def knn_cost(
     spec: KNNSpec, n_rows: int, n_features: int, n_outputs: int, n_fits: int
 ) -> tuple[float, float]:
-    """Estimate the seconds of shared work of a bank (none) and of the inner products of rows."""
-    return 0.0, n_fits * _SECONDS_WIDE_PRODUCT * n_rows * n_features * n_rows
+    """Estimate the seconds of a bank's one pass over the inner products of rows, and of the
+    neighbours of a spec in it.
+    """
+    # For any number of folds: a row is searched for among those of the other folds, once.
+    n_pairs = n_rows * n_rows
+    return _SECONDS_WIDE_PRODUCT * n_pairs * n_features, _SECONDS_PER_PAIR * n_pairs
 
 
 def centroid_cost(

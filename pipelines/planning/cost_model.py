@@ -72,18 +72,28 @@ def measured_rates(log_folder: Path) -> Rates:
 
 def bank_seconds(specs: Sequence[HeadSpec], sizes: BankSizes, rates: Rates) -> float:
     """Return a bank's core-seconds: a fit of each spec per fold, and one on all rows."""
-    n_rows, n_features, n_outputs, n_folds = sizes
-    cost = HEAD_KINDS[specs[0].kind].cost
-    shared_s, spec_s = cost(specs[0], n_rows, n_features, n_outputs, n_folds + 1)
+    shared_s, spec_s = _cost(specs[0], sizes)
     return (_BANK_S + shared_s + len(specs) * spec_s) * rates.cost_ratios.get(specs[0].kind, 1.0)
 
 
+def _cost(spec: HeadSpec, sizes: BankSizes) -> tuple[float, float]:
+    """Return the assumed core-seconds that all specs of a bank share, and those that each adds."""
+    n_rows, n_features, n_outputs, n_folds = sizes
+    return HEAD_KINDS[spec.kind].cost(spec, n_rows, n_features, n_outputs, n_folds + 1)
+
+
 def specs_per_bank(specs: Sequence[HeadSpec], sizes: BankSizes, rates: Rates) -> int:
-    """Return how many specs make a bank of about TARGET_S."""
+    """Return how many specs make a bank of about TARGET_S, or of twice what they share."""
+    shared_s, spec_s = _cost(specs[0], sizes)
     # A power of two, so that small changes of the rates leave the banks as they are, and their
     # results are found again.
     n_specs = MAX_BANK_SPECS
-    while n_specs > 1 and bank_seconds(list(specs[:1]) * n_specs, sizes, rates) > TARGET_S:
+    while (
+        n_specs > 1
+        and bank_seconds(list(specs[:1]) * n_specs, sizes, rates) > TARGET_S
+        # Each bank repeats what its specs share: smaller ones would do little else.
+        and n_specs * spec_s > shared_s
+    ):
         n_specs //= 2
     return n_specs
 

@@ -9,8 +9,10 @@ from headrace.cache.errors import CacheError
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.data.task import Task
 from headrace.heads.linear.kind import LogisticSpec
+from headrace.heads.neighbors.kind import KNNSpec
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.spec import Halving
+from headrace.pipelines.planning.cost_model import TARGET_S, Rates, bank_seconds, specs_per_bank
 from headrace.pipelines.planning.plan import (
     FeaturePlan,
     bank_group,
@@ -145,6 +147,14 @@ def test_large_grids_are_cut_into_banks():
     assert [len(bank.specs) for bank in plan.banks] == [64, 36]
     assert {type(spec) for bank in plan.banks for spec in bank.specs} == {MLPSpec}
     assert len({bank.key for bank in plan.banks}) == 2
+
+
+def test_settings_that_share_most_of_their_work_stay_together():
+    """A neighbour search serves every k. Two banks would search twice, for hardly less time each."""
+    settings, sizes = [KNNSpec(k) for k in (1, 5, 20)], (50_000, 1280, 10, 5)
+    one, three = (bank_seconds(part, sizes, Rates()) for part in (settings[:1], settings))
+    assert TARGET_S < one < three < 1.1 * one
+    assert specs_per_bank(settings, sizes, Rates()) > len(settings)
 
 
 def test_bytes_to_come_are_rows_times_shape_times_item():
