@@ -13,7 +13,13 @@ import numpy.typing as npt
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX
 from headrace.cache.checksum import verify_listed_shard
-from headrace.cache.errors import CacheError, ManifestCorrupt, ShardMissing, SpecMismatch
+from headrace.cache.errors import (
+    CacheError,
+    ManifestCorrupt,
+    ShardMissing,
+    ShardUnreadable,
+    SpecMismatch,
+)
 from headrace.cache.feature_set import FeatureSet
 from headrace.cache.manifest import ShardEntry, read_manifest
 from headrace.cache.publish import SHARDS, read_spec, shard_path
@@ -32,7 +38,8 @@ _HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "uin
 class FeatureSetProblem:
     """Deviation of a feature set from what was published."""
 
-    kind: Literal["spec", "manifest", "missing", "corrupt", "unlisted", "temporary"]
+    # unreadable: the system refused to read a shard, which may be intact
+    kind: Literal["spec", "manifest", "missing", "corrupt", "unreadable", "unlisted", "temporary"]
     path: Path
     message: str
 
@@ -74,6 +81,8 @@ def _find_shard_problem(
         verify_listed_shard(shard_file, spec, entry)
     except ShardMissing as error:
         return FeatureSetProblem("missing", shard_file, str(error))
+    except ShardUnreadable as error:
+        return FeatureSetProblem("unreadable", shard_file, str(error))
     except CacheError as error:
         return FeatureSetProblem("corrupt", shard_file, str(error))
     return None
@@ -142,7 +151,7 @@ def verify_sources(
             message = f"the image can no longer be read; features are stored under {stored_text}"
         else:
             message = (
-                "the image is no longer in the data set, or in another one of this cache; "
+                "the image is no longer in the data set, or it is another one's in this cache; "
                 f"features are stored under {stored_text}"
             )
         is_absent = current_hash == ""

@@ -122,7 +122,7 @@ def test_repair_deletes_nothing_that_might_be_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr("headrace.cache.checksum.open", refusing, raising=False)
     (problem,) = verify_bytes(directory)
-    assert "EMFILE" in problem.message
+    assert (problem.kind, "EMFILE" in problem.message) == ("unreadable", True)
     with pytest.raises(ShardUnreadable, match=r"u0001\.h5 cannot be read: EMFILE"):
         repair(directory)
     assert shard_bytes(directory) == whole
