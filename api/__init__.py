@@ -1,6 +1,6 @@
 """The names that most people need, each imported when it is first used.
 
-Everything else is imported from the module that defines it, e.g. `headrace.cache.verify`.
+Everything else is imported from the module that defines it, e.g. `headrace.cache.integrity.verify`.
 """
 
 import importlib

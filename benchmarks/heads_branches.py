@@ -67,7 +67,7 @@ def branches() -> Iterator[Branch]:
     no_kernels = [
         (module, "load_compiled_kernels", lambda: None) for module in (design, bank_problem)
     ]
-    no_copies: tuple[Patch, ...] = ((design, "EVALUATIONS_PER_HEAD", 0),)
+    no_copies: tuple[Patch, ...] = ((design, "PENALTY_PRODUCTS_PER_HEAD", 0),)
     no_renewal = ((path_solver, "ITERATIONS_PER_PRECONDITIONER", 600),)
     load = path_solver.ActiveSet.load
 

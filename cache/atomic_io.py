@@ -171,7 +171,7 @@ def publish_parts(target_path: Path, byte_parts: Sequence[bytes | memoryview]) -
 
 
 def write_all(file_descriptor: int, data: bytes | memoryview) -> None:
-    """Call `os.write` until all of `data` is written.
+    """Call `os.write` until all of `data` is written. Raises OSError.
 
     A write to a nearly full disk may be short without being an error.
     """

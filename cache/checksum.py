@@ -55,7 +55,7 @@ def verify_shard(
 
     The user block must name the checksum of all bytes behind it. `expected_checksum`, from the
     manifest, must be that checksum too; otherwise this is another, intact shard under the wrong
-    name. Raises ShardMissing, and ShardCorrupt on any flipped bit.
+    name. Raises ShardMissing, ShardUnreadable, and ShardCorrupt on any flipped bit.
     """
     file_bytes, actual_checksum, header_block = shard_checksum(shard_path)
     if header_block != user_block(actual_checksum):
@@ -90,7 +90,10 @@ def _require_counts(shard_path: Path, layout: ShardLayout, entry: ShardEntry) ->
 
 
 def shard_checksum(shard_path: Path) -> tuple[int, str, bytes]:
-    """Return a shard's size in bytes, XXH3-128 of what follows the user block, and that block."""
+    """Return a shard's size in bytes, XXH3-128 of what follows the user block, and that block.
+
+    Raises ShardMissing and ShardUnreadable.
+    """
     hasher, file_bytes = xxhash.xxh3_128(), 0
     read_buffer = memoryview(bytearray(_BLOCK_BYTES))
     try:
@@ -137,7 +140,7 @@ class VerifiedShards:
     def verify(self, shard_path: Path, spec: FeatureSpec, entry: ShardEntry) -> ShardLayout:
         """Return the layout of a shard, reading all of it unless this machine has done so before.
 
-        Raises ShardMissing, ShardCorrupt.
+        Raises ShardMissing, ShardCorrupt, ShardUnreadable.
         """
         # Taken before reading, so that a change during the reading is noticed the next time.
         try:

@@ -72,8 +72,8 @@ class FeatureSet:
     from several threads, after a fork, and when pickled to another process (which opens the same
     shards again).
 
-    Every method that reads rows raises ShardMissing or ShardCorrupt when it touches a shard that is
-    not as it was published.
+    Every method that reads rows raises ShardMissing, ShardCorrupt or ShardUnreadable when it
+    touches a shard that is not as it was published, or cannot be read.
     """
 
     def __init__(self, path: Path, spec: FeatureSpec, entries: tuple[ShardEntry, ...]) -> None:
@@ -181,7 +181,7 @@ class FeatureSet:
         dtype: of the result; None: `FeatureSet.dtype`.
         out: an array of that shape, of any dtype, to write into instead of a new one.
 
-        Raises IndexError for positions outside -N..N-1.
+        Raises IndexError for positions outside -N..N-1, ValueError for an `out` of another shape.
         """
         row_dtype = self.dtype if dtype is None else np.dtype(dtype)
         selected = (

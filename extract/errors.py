@@ -59,7 +59,7 @@ def pointer_hint(path: Path) -> str:
     otherwise "".
     """
     if path.parts and re.fullmatch(r"[a-z][a-z0-9]+:", path.parts[0]):
-        return " Images are read from disk: download them first."
+        return " It is an address, and files are read from disk: download them first."
     pointer = path.with_name(f"{path.name}.dvc")
     return f" {pointer} says where it is: dvc pull {pointer}." if pointer.is_file() else ""
 

@@ -205,6 +205,8 @@ def fit_bank(
 
     A head whose predictions are not finite has failed. A bank that does not fit a GPU's memory is
     trained there in smaller groups, and on the CPU if a single spec does not fit.
+
+    Raises HeadError for a device, a task or side columns that the kind cannot use.
     """
     check_device(device)
     kind = HEAD_KINDS[specs[0].kind]

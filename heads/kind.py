@@ -59,7 +59,7 @@ class HeadKind:
     axes: tuple[str, ...]  # fields of the spec that a recipe's grid varies, outermost first
     fixed: tuple[str, ...] = ()
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    # Heads that differ only in this axis share work: a bank has all of its values, ascending, and
+    # Heads that differ only in this axis share work: a bank has its values in ascending order, and
     # each combination of the other axes has banks of its own.
     path_axis: str | None = None
     # A recipe's default for `inputs`: every tap alone ("each"), all taps side by side ("all").

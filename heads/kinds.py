@@ -21,7 +21,8 @@ HEAD_KINDS: dict[str, HeadKind] = {
 def spec_from_json(text: str) -> HeadSpec:
     """Return the spec of `spec_to_json`'s text.
 
-    Raises KeyError for an unknown kind, TypeError for unknown fields.
+    Raises KeyError for an unknown kind, TypeError for unknown fields, and ValueError for a text
+    that is no JSON or a choice that a field does not have.
     """
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value

@@ -16,7 +16,7 @@ from headrace.heads.evaluate.temperature import (
 
 
 def softmax(decision: Array) -> Floats:
-    """Return the softmax over the last axis, float32, of finite or infinite decisions."""
+    """Return the softmax over the last axis, float32. A decision of -inf has probability 0."""
     shifted = np.exp(decision - decision.max(-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(-1, keepdims=True), np.float32)
 
@@ -27,17 +27,17 @@ def sigmoid(decision: Array) -> Floats:
 
 
 def link(decision: Array, task: TaskKind, scale: float = 1.0, temperature: float = 1.0) -> Floats:
-    """Return probabilities of decisions (n, C); for regression the decisions themselves.
+    """Return probabilities (n, C) of decisions (n, C); for regression the decisions themselves.
 
-    A single column of a single-label task is the log-odds of the second class. Decisions are
-    multiplied by `scale` and divided by `temperature`, which keeps the class they decide for.
+    A single column of a single-label task is the log-odds of the second of two classes. Decisions
+    are multiplied by `scale` and divided by `temperature`, which keeps the class they decide for.
     """
     if task == "regression":
         return np.asarray(decision, np.float32)
     if temperature != 1:
         plain = link(decision, task, scale)
-        odds = within_floor(scale * decision, task) / temperature
-        return keep_decisions(task, plain, link(odds, task))
+        log_odds = within_floor(scale * decision, task) / temperature
+        return keep_decisions(task, plain, link(log_odds, task))
     if task == "multi":
         return sigmoid(scale * decision)
     if decision.shape[1] == 1:
@@ -47,9 +47,9 @@ def link(decision: Array, task: TaskKind, scale: float = 1.0, temperature: float
 
 
 def within_floor(decision: Array, task: TaskKind) -> Array:
-    """Return log-odds (n, C) no further apart than those of probabilities above the floor.
+    """Return log-odds (n, C) limited to those of probabilities of at least `FLOOR`.
 
-    The floor is the least probability that `evaluate.temperature` works with.
+    For several classes their distance to the largest one is limited.
     """
     if task == "multi" or decision.shape[1] == 1:
         return np.asarray(np.clip(decision, -MAX_LOG_ODDS, MAX_LOG_ODDS))

@@ -25,7 +25,7 @@ from headrace.cache.format.sealed import (
 from headrace.cache.spec import FeatureSpec
 from headrace.heads.arrays import Array, Arrays, Floats
 from headrace.heads.data.side_columns import SideColumn, columns_from_json, columns_to_json
-from headrace.heads.data.task import REFIT, TaskKind
+from headrace.heads.data.task import TaskKind
 from headrace.heads.errors import HeadError
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
 from headrace.heads.predict import predict_head
@@ -93,7 +93,7 @@ def save_head(directory: Path | str, head: TrainedHead) -> Path:
     if not head.arrays:
         raise HeadError(
             f"this {head.spec.kind} head has no arrays to save: save the head trained on all rows "
-            f"(fold {REFIT})"
+            "(fold REFIT)"
         )
     backbones = head.backbones or [None] * len(head.features)
     assert len(backbones) == len(head.features)

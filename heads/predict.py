@@ -69,7 +69,10 @@ def flat_rows(arrays: Arrays, X: Array) -> Array:
 
 
 def features_expected(arrays: Arrays) -> int:
-    """Return the number of features per row that a head's arrays were made for."""
+    """Return the number of features per row that a head's arrays were made for.
+
+    Raises HeadError for arrays of another version.
+    """
     for name in ("weight", "weight0", "features", "means"):
         if name in arrays:
             return int(arrays[name].shape[1])

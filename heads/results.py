@@ -3,9 +3,10 @@
 K heads (spec × fold), N rows, C outputs.
 
 Layout: the root's attributes hold the format's number and one JSON text that is true of the whole
-bank; `specs`, `errors` and `metric_names` are UTF-8 texts; one array (K,) or (K, M) per column of
-the table; `ids`, `content`, `row_fold`, `target` describe the N rows; `head/<k>/arrays/<name>` and
-`head/<k>/validation` (n_held_out, C) float32. Nothing in it is a pickle, which could run code.
+bank; `specs`, `errors` and `metric_names` are UTF-8 texts; `metrics` is (K, metrics), and each
+other column of the table one array (K,); `ids`, `content`, `row_fold`, `target` describe the N
+rows; `head/<k>/arrays/<name>` and `head/<k>/validation` (n_held_out, C) float32. Nothing in it is a
+pickle, which could run code.
 
 The HDF5 user block, the first 4096 bytes, holds the XXH3-128 of all bytes behind it, as a shard's
 does.
@@ -42,8 +43,8 @@ FORMAT = 3  # 2 had -1 for the fold of heads trained on all rows, 1 no digest
 COLUMNS = ("fold", "objective", "gap", "iterations", "seconds")
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-# Files that this process has checked, as they were then: once for each file, so that no flipped bit
-# is ever read as a number.
+# The stamp of each file when this process has checked its bytes. A file is checked again only after
+# it has changed.
 _checked: dict[Path, FileStamp] = {}
 
 
@@ -67,8 +68,8 @@ def results_bytes(
     """Return the contents of a bank's results file.
 
     task: the rows that were trained on, in order. task_digest: of the task as it was given.
-    metrics: one mapping per fit, empty if it has no held-out rows. features: {"fingerprint",
-    "spec"} per feature set. dropped: ids of rows without features.
+    metrics: one mapping per fit, empty if it has no held-out rows. features, dropped: as in
+    `BankResult`.
     """
     names = metric_names(task.kind)
     about = {
@@ -129,7 +130,8 @@ class BankResult:
     task_digest: str
     task_kind: TaskKind
     classes: tuple[str, ...]
-    features: tuple[dict[str, Any], ...]  # {"fingerprint", "spec"} per feature set
+    # {"fingerprint", "spec": the fields of its FeatureSpec} per feature set
+    features: tuple[dict[str, Any], ...]
     dropped: tuple[str, ...]  # ids of rows without features
     ids: npt.NDArray[np.str_]  # (N,)
     content: npt.NDArray[np.bytes_]  # (N,)
@@ -272,7 +274,9 @@ def _open(path: Path) -> Iterator[h5py.File]:
         except OSError as error:
             if error.errno is not None:  # of the operating system, not of the file
                 raise _Unreadable(f"{path} cannot be opened now: {error}") from error
-            raise BadResults(f"{path} is not an HDF5 file ({error}): {_remove(path)}") from error
+            raise BadResults(
+                f"{path} is not an HDF5 file ({error}): {_removal_advice(path)}"
+            ) from error
         if _stamp(path) == stamp:  # else another process has replaced it since the check
             break
         file.close()
@@ -281,7 +285,7 @@ def _open(path: Path) -> Iterator[h5py.File]:
             if (stored_format := int(file.attrs.get("format", 0))) != FORMAT:
                 raise BadResults(
                     f"{path} has format {stored_format}, this version of headrace reads {FORMAT}: "
-                    f"{_remove(path)}"
+                    f"{_removal_advice(path)}"
                 )
             if _checked.get(path) != stamp:
                 _refuse_links(file, path)
@@ -291,7 +295,7 @@ def _open(path: Path) -> Iterator[h5py.File]:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
             raise BadResults(
-                f"{path} is not a bank's results of this version ({error}): {_remove(path)}"
+                f"{path} is not a bank's results of this version ({error}): {_removal_advice(path)}"
             ) from error
 
 
@@ -310,17 +314,17 @@ def _check(path: Path) -> FileStamp:
     if block.startswith(_HDF5):
         raise BadResults(
             f"{path} has no digest: it is of format 1 or not a bank's results, this version of "
-            f"headrace reads format {FORMAT}: {_remove(path)}"
+            f"headrace reads format {FORMAT}: {_removal_advice(path)}"
         )
     if block != _user_block(digest):
         raise BadResults(
             f"{path} is not a bank's results, or its bytes have changed since they were written "
-            f"(their digest is {digest}): {_remove(path)}"
+            f"(their digest is {digest}): {_removal_advice(path)}"
         )
     return stamp
 
 
-def _remove(path: Path) -> str:
+def _removal_advice(path: Path) -> str:
     return (
         f"type `rm {shlex.quote(str(path))}`, and the next `headrace run RECIPE` trains that bank "
         "again"

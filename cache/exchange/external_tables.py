@@ -17,12 +17,14 @@ _TEXT_TABLES = (".csv", ".tsv")
 TABLES = (".parquet", ".pq", *_TEXT_TABLES)
 _SNIFFED_ROWS = 1000  # rows of a CSV that tell which columns are numbers
 _MAX_COLUMNS = 100_000  # of a CSV
-_MAX_COMPRESSION_RATIO = 1032  # of deflate, the most that it can reach
+# The most that deflate can reach. Parquet's own encodings shrink constant columns more, which no
+# features are.
+_MAX_COMPRESSION_RATIO = 1032
 _VALUE_BYTES = 4  # of a number, or of a short text
 
 
 def require_plausible_size(declared_bytes: int, source_path: Path) -> None:
-    """Raise ExternalFeaturesInvalid if a file cannot hold that many bytes, even compressed."""
+    """Raise ExternalFeaturesInvalid if a file is too small for that many bytes of features."""
     file_bytes = source_path.stat().st_size
     if declared_bytes > _MAX_COMPRESSION_RATIO * file_bytes:
         raise ExternalFeaturesInvalid(
@@ -206,6 +208,8 @@ def read_list_column(
 ) -> npt.NDArray[Any]:
     """Return a column of N lists as (N, D) float32.
 
+    suggested_option: the option for columns of numbers, which a message names.
+
     Raises ExternalFeaturesInvalid naming the first row that is not a list of that length.
     """
     list_length: int | None = None
@@ -240,7 +244,8 @@ def read_list_column(
 def exported_shape(source_path: Path) -> tuple[int, ...] | None:
     """Return the shape of one row of a file that `export_parquet` wrote, None for other files.
 
-    The lists of such a file are flat; its metadata have the shape.
+    The lists of such a file are flat; its metadata have the shape. Raises SpecMismatch or
+    ValueError for metadata that this version does not read.
     """
     if source_path.suffix.lower() in _TEXT_TABLES:
         return None

@@ -11,7 +11,7 @@ from headrace.cache.errors import HeadraceError
 
 
 def read_compressed_rows(shard_path: Path, row_selection: Any) -> npt.NDArray[Any]:
-    """Return stored rows (n, *shape) of a verified shard.
+    """Return rows (n, *shape) of a verified shard, in the dtype in which its file stores them.
 
     row_selection: a slice, or increasing positions.
 

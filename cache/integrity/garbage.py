@@ -49,7 +49,8 @@ def find_garbage(
     stale_s: float = STALE_S,
     now_s: float | None = None,
 ) -> Garbage:
-    """Find stale temporary files and, given `used_fingerprints`, feature sets not among them.
+    """Find stale temporary files, feature sets whose removal or creation was interrupted and, given
+    `used_fingerprints`, feature sets not among them.
 
     stale_s: age in seconds from which a temporary file counts as abandoned.
     now_s: current time, seconds since the epoch.
@@ -83,11 +84,11 @@ def remove_temporaries(*paths: Path) -> None:
     that a user gives: other files of the same folder are the user's, and not looked at.
     """
     for path in paths:
-        temporary_name = re.compile(
+        name_pattern = re.compile(
             rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL_SUFFIX)}"
         )
         for temporary in path.parent.glob(f".*{PARTIAL_SUFFIX}"):
-            if temporary_name.fullmatch(temporary.name) and _is_stale(temporary):
+            if name_pattern.fullmatch(temporary.name) and _is_stale(temporary):
                 # Without permission to write in the folder it stays.
                 with contextlib.suppress(OSError):
                     shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()

@@ -40,7 +40,7 @@ from headrace.extract.spec import (
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network in evaluation mode, without gradients, exactly as its library built it."""
+    """A network in evaluation mode, without gradients, for the bands and image size of its spec."""
 
     spec: BackboneSpec
     module: nn.Module
@@ -64,7 +64,7 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
 def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
     """Return the network without its weights, in evaluation mode, and its preprocessing.
 
-    Its tensors are on the meta device, without values, if it can be built so.
+    Its tensors are on the meta device, without values, if it can be built so. Raises BackboneError.
     """
     tag = spec.weights
     if tag is not None and (tag.startswith("random:") or is_weights_file(tag)):
@@ -103,7 +103,10 @@ def _apply_image_size(module: nn.Module, preprocessing: Preprocessing, spec: Bac
 
 
 def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> Preprocessing:
-    """Return the preprocessing of the weights with the values that the spec gives instead."""
+    """Return the preprocessing of the weights with the values that the spec gives instead.
+
+    Raises BackboneError for values that make none.
+    """
     resize, crop = preprocessing.resize, preprocessing.crop
     if spec.image_size is not None or spec.crop_fraction is not None:
         fraction = spec.crop_fraction if spec.crop_fraction is not None else crop[0] / resize[0]

@@ -274,7 +274,9 @@ def _create_timm(
 
 
 def _resized(preprocessing: Preprocessing, size: object) -> Preprocessing:
-    """Return the preprocessing at the input size that an argument gives, with the same crop."""
+    """Return the preprocessing at the input size that an argument gives, with its share of crop in
+    resize.
+    """
     if not isinstance(size, int):
         return preprocessing
     # A quotient that is a whole number may be rounded to a little less.

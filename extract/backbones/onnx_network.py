@@ -21,6 +21,8 @@ class OnnxNetwork(nn.Module):
 
     Hooks on the submodules see the values, as they see the layers of any network. A forward pass
     computes only the part of the graph on which the values with hooks depend.
+
+    Raises BackboneError for a graph without an image as its only input, or without inner values.
     """
 
     def __init__(self, file: Path) -> None:
@@ -46,7 +48,10 @@ class OnnxNetwork(nn.Module):
         self.output_module = next(reversed(self._value_of))  # whose value the network returns
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Run the graph on (N, 3, H, W) float32; return its last value."""
+        """Run the graph on (N, 3, H, W) float32; return its last value.
+
+        Raises BackboneError where gradients are asked for.
+        """
         if torch.is_grad_enabled():  # a training pass; those of frozen networks disable gradients
             raise BackboneError(
                 "an onnx: backbone has no gradients: take its features, and fine-tune a network of "
@@ -154,7 +159,7 @@ def build_onnx(file: Path) -> tuple[nn.Module, Preprocessing]:
     height, width = module.input_shape[1:]
     size = (height or 224, width or 224)
     # The file says nothing about preprocessing but its input's size: mean and std are ImageNet's
-    # unless the recipe gives others, and nothing is cropped.
+    # unless the recipe gives others, and of a square crop only the longer edge is cut off.
     return module, Preprocessing(
         resize=size,
         crop=size,

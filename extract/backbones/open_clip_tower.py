@@ -26,7 +26,8 @@ def build_open_clip(
     arguments: of open_clip.create_model, those that begin with `force_`.
     pretrained: True for the tag's weights, False for random ones.
 
-    Raises BackboneError if open_clip is not installed, and for unknown names, tags and folders.
+    Raises BackboneError if open_clip is not installed, for unknown names, tags, folders and
+    arguments, and for a preprocessing that headrace does not have.
     """
     try:
         import open_clip
@@ -129,7 +130,9 @@ def _preprocessing_of(config: dict[str, Any], name: str) -> Preprocessing:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress open_clip's warnings that weights are random or absent, on the root logger."""
+    """Suppress logging, in the whole process, up to errors: open_clip warns on the root logger of
+    weights that are random or absent.
+    """
     previous_level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -79,6 +79,8 @@ def content_hashes(
     version. Changes of a file that its stamp does not show are described in `FileStamp`.
     progress: called in this thread with (files read, files to read).
     keep: False to read the index only.
+
+    Raises OSError, PublishFailed among others, if the index cannot be written.
     """
     known_files = _read_index(index)
     located = [split_crop(str(path)) for path in samples["path"]]

@@ -155,7 +155,9 @@ def array_bytes(image_array: npt.NDArray[Any]) -> bytes:
 def open_array(file_path: str, container_kind: str, array_key: str) -> Any:
     """Open an array of images: `shape`, `dtype` and `[index]` read from the file.
 
-    Raises SourceError, OSError.
+    container_kind: npy, npz, h5 or idx. array_key: name in an npz or h5 file.
+
+    Raises SourceError for damaged files and unknown names, OSError for files that cannot be read.
     """
     return _open_array(file_path, container_kind, array_key, file_stamp(file_path))
 

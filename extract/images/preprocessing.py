@@ -1,4 +1,4 @@
-"""Preprocessing: pixels of any size and depth to the square that a network was trained on.
+"""Preprocessing: pixels of any size and depth to the input that a network was trained on.
 
 `headrace export` copies this module, and what it uses of headrace's others, into `preprocess.py`,
 so beside those it imports only Pillow and NumPy.
@@ -57,7 +57,7 @@ _SCALED_EDGES = 2
 class Preprocessing:
     """How an image becomes a network's input: decoded, resized, cropped, normalized.
 
-    Sizes are (height, width); Pillow's resize always antialiases.
+    Sizes are (height, width); Pillow's resize antialiases, but for "nearest".
 
     Raises ValueError for fields with which no image can be read.
     """

@@ -43,7 +43,8 @@ def read_raw_pixels(
 ) -> RawPixels | None:
     """Return the samples of a file whose depth or range Pillow's pixels do not keep, else None.
 
-    Raises ImageError if there is a `pixel_range` and the full depth cannot be read.
+    Raises ImageError if there is a `pixel_range` and the full depth cannot be read, and for a file
+    that is truncated; Pillow raises anything for a damaged one.
     """
     raw = None
     if image.format == "PPM":

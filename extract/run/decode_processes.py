@@ -38,9 +38,7 @@ from headrace.extract.spec import Sample
 # Images that a process gets together. Enough that a message of 0.1 ms does not matter, and few,
 # because their pixels take shared memory: 1.2 MB at 224 pixels.
 _IMAGES_PER_REQUEST = 8
-_CROPS_PER_REQUEST = (
-    64  # neighbouring crops of one image that a process gets together, to decode it once
-)
+_CROPS_PER_REQUEST = 64  # neighbouring crops of one image together, which is decoded once
 _ALIGNMENT = 64  # bytes, of each rendering's pixels in the shared memory
 # A sample is recorded as a failure when it has ended so many processes: the first perhaps because
 # of other samples that were decoded with it, the last ones alone.

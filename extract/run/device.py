@@ -33,7 +33,7 @@ PendingOutputs = Callable[[], list[npt.NDArray[Any]]]
 
 @dataclass
 class BatchLimit:
-    """The largest batch that has fitted so far; only ever lowered."""
+    """The largest batch that a pass is given: lowered when one does not fit, and never raised."""
 
     images: int
 

@@ -62,8 +62,8 @@ class ExtractJob:
 class WorkUnitReport:
     """The outcome of a work unit.
 
-    The three times are wall time of the thread that feeds the network, and add up to the
-    work unit's.
+    The three times are wall time. They add up to the work unit's where it is run by itself; in
+    `run_work_units` a unit is published while the network runs the next one.
     """
 
     work_unit: str

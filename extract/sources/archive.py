@@ -88,8 +88,9 @@ class _Image:
 
 
 def read_archives(source: ImageSource, *, labelled: bool = True) -> Listing:
-    """List the images in archives: `id`, `path` (a locator), `label`, and the keys of `.json` side
-    files whose values are scalars or lists of them.
+    """List the images in archives: `id`, `path` (a locator), `label`, `split` where folders or
+    archives are those of a split, and the keys of `.json` side files whose values are scalars or
+    lists of them.
 
     Its location is a tar or zip file, a folder of such, a pattern (`train-*.tar`,
     `train-{000..031}.tar`) or a list of these; `exclude` has patterns of names of members, or of
@@ -97,8 +98,8 @@ def read_archives(source: ImageSource, *, labelled: bool = True) -> Listing:
     labelled: whether labels are needed; then a class's folder without images is refused.
 
     The label is that of `.cls`, `.txt` or the key `label` of `.json`; if no image has such a side
-    file, that of the folders in the archive, as for folders on disk. Only headers and side files
-    are read.
+    file, that of the folders in the archive, as for folders on disk. Only headers, side files and
+    the first bytes of members without an image's suffix are read.
 
     Raises SourceError for damaged archives, and when there are no images.
     """

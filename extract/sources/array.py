@@ -150,9 +150,10 @@ def has_pixel_range(dtype: "np.dtype[Any]") -> bool:
 
 
 def measure_pixel_range(images: str | Path, key: str | None = None) -> tuple[float, float] | None:
-    """Return the range of an array's values, for `images.pixel_range`; None if its type has one.
+    """Return the range of an array's values, for `images.pixel_range`.
 
-    (0, 1) or (0, 255) if all values lie in it, else the extremes. Reads every image once.
+    (0, 1) or (0, 255) if all values lie in it, else the extremes. None if its type has a range, if
+    all values are equal, and for a folder. Reads every image once. Raises SourceError.
     """
     array_path = expand_home(images).absolute()
     if array_path.is_dir():

@@ -41,8 +41,8 @@ class _Image(NamedTuple):
 
 
 def read_folder(source: ImageSource, *, labelled: bool = True) -> Listing:
-    """List the images below a folder, sorted by id: columns `id`, `path`, `label`, and `split` if
-    the folders are those of a split.
+    """List the images below a folder, sorted by id: columns `id`, `path`, `label`, `split` if the
+    folders are those of a split, and one for each named group of `name_pattern`.
 
     The id is the path below the folder with forward slashes. A file is an image by its suffix, else
     by its first bytes, an array by its shape (`is_image_array`); all others are counted by what

@@ -1,4 +1,7 @@
-"""Sources as data frames of samples, for notebooks; entries left out become a SourceWarning."""
+"""Sources as data frames of samples, for notebooks; entries left out become a SourceWarning.
+
+Arguments are the fields of `ImageSource`. Each function raises SourceError as its reader does.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -85,7 +85,7 @@ def read_table_file(table_path: Path, *, annotations: bool = False) -> Table:
             return _read_json_lines(_read_text(table_path, compressed), table_path)
         if suffix == ".json":
             return _read_json(_read_text(table_path, compressed), table_path, annotations)
-    # Before the errors below, of which it is one: what helps is another encoding.
+    # Has a message of its own, because what helps is another encoding.
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{table_path}: cannot be read as {suffix[1:]}: {error}. Expected text in UTF-8 whose "

@@ -97,8 +97,9 @@ def feature_specs(
 ) -> tuple[FeatureSpec, ...]:
     """Return the feature sets of these taps, tap by tap, and within a tap view by view.
 
-    views: how many, the evaluation crop included. symmetric: the other views are not drawn at
-    random but are the crop mirrored (up to 4 views) and turned (up to 8). Raises BackboneError,
+    views: how many, the evaluation crop included. augmentation: how the others are drawn at random.
+    symmetric: they are not drawn, but are the crop mirrored (up to 4 views) and turned (up to 8).
+    Raises BackboneError,
     also if a tap depends on weights that a checkpoint lacks; warns of those that it lacks above the
     taps.
     """

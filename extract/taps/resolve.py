@@ -41,7 +41,10 @@ class Tap:
 
 
 def parse_tap(text: str) -> Tap:
-    """Parse "blocks.4.avg": node "blocks.4", pooling "avg"; "mean" and no pooling mean "avg"."""
+    """Parse "blocks.4.avg": node "blocks.4", pooling "avg"; "mean" and no pooling mean "avg".
+
+    Raises BackboneError for a text without a node.
+    """
     node, _, pooling = text.strip().rpartition(".")
     if not text.strip():
         raise BackboneError("a tap is empty; expected a node and a pooling, such as layer4.avg")
@@ -131,9 +134,9 @@ def backbone_nodes(backbone: Backbone) -> Nodes:
 def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
     """Return the automatic taps in running order, the input of the classifier last.
 
-    These are averages and maxima of the last block at each resolution but the first, and of a
-    middle block at the last two. Of a plain transformer they are averages and maxima of the block
-    at each quarter, and class tokens of the last blocks.
+    These are averages and maxima of the last block at each resolution but the first, of the last
+    five at most, and of a middle block at the last two. Of a plain transformer they are averages
+    and maxima of the block at each quarter, and class tokens of the last blocks.
 
     Maxima and middles are what far domains gain from (docs/defaults.md, and for transformers
     docs/decisions/019-taps-of-transformers.md). Together the taps have at most MAX_AUTO_FEATURES

@@ -1,8 +1,8 @@
 """A cache of backbones' feature sets: a run with nothing to extract need not build the network.
 
-An entry is found by a key of all that decides it: the backbone's spec, the size and time of its
-weights file, and the versions of the libraries that build and decode. A work unit checks its
-network against the specs anyway.
+An entry is found by a key of all that decides it: the backbone's spec, the stamps of its files (see
+`weights_stamp`), the taps and options asked for, and the versions of the libraries that build and
+decode. A work unit checks its network against the specs anyway.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def save_feature_specs(
     cache_root: Path,
     **options: Unpack[FeatureOptions],
 ) -> None:
-    """Write what `load_feature_specs` returned into the cache, if it is not there or damaged."""
+    """Write what `load_feature_specs` returned into the cache, unless it is there already."""
     cache_path = _spec_cache_path(spec, taps, options, cache_root)
     if _read_tap_features(cache_path) != features:
         cached_fields = {

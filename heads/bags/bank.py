@@ -29,7 +29,7 @@ from headrace.heads.networks.mlp_data import (
 )
 from headrace.heads.spec import FitResult, Halving
 
-# Parameters, moments and remembered parameters of the heads that train side by side on a CPU.
+# Parameters, moments and best parameters of the heads that train side by side on a CPU.
 CPU_BATCH_BYTES = 64 << 20
 
 
@@ -154,7 +154,7 @@ def fit_bags_bank(
     array `instance_weight` (n_held_out,) is the weight of each row in it. precision: of rows and
     hidden values in training.
 
-    Raises HeadError, ValueError for features that are not finite.
+    Raises HeadError where `units_of` does, and ValueError for features that are not finite.
     """
     check_specs(specs, "BagsSpec()")
     units = units_of(data)
@@ -164,7 +164,7 @@ def fit_bags_bank(
     def head_bytes(spec: BagsSpec) -> int:
         widths = (n_features, *spec.hidden)
         n_weights = sum((i + 1) * o for i, o in zip(widths, (*spec.hidden, n_outputs), strict=True))
-        # float32: parameters, their two moments and the remembered ones.
+        # float32: parameters, their two moments and the best ones.
         return 16 * (n_weights + 2 * spec.attention_width * (widths[-1] + 1))
 
     def make_batch(chunk: list[BagsSpec], fold: FoldData, held_out_fold: int) -> BagBatch:

@@ -168,13 +168,14 @@ class BagBatch:
                 self.best[name][head].copy_(value[head])
 
     def best_layers(self, head: int) -> dict[str, Floats]:
-        """Return the remembered parameters of a head by name, in standardized coordinates."""
+        """Return the best parameters of a head by name, in standardized coordinates."""
         return {name: value[head].cpu().numpy().copy() for name, value in self.best.items()}
 
     def train_epoch(self, order: Index, view: Index, batch_size: int) -> Array:
         """Train on the units `order` (n,) once; return mean losses (K,) float64.
 
-        Losses are taken before each step; that of a head that diverged is not finite.
+        Losses are taken before each step; that of a head that diverged is not finite. `view` is
+        that of `Batch`, and not read: bags have one view.
         """
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         for start in range(0, len(order), batch_size):
@@ -226,11 +227,13 @@ class BagBatch:
     ) -> Tensor:
         """Return decisions (k, C, B) of some heads for units whose rows are `batch` (R, D).
 
-        masks: of each hidden layer (M, H, R): 0 for values that are left out, else 1.
+        masks: of each hidden layer the different ones, (M, H, R): 0 for values that are left out,
+        else 1.
         """
         n_hidden = len(self.specs[0].hidden)
         hidden = batch.t()  # (D, R): the same for all heads
-        # What reads the values that dropout keeps has their scale: they are many, weights few.
+        # Dropout's factor on the values that it keeps is applied to the weights that read them,
+        # which are fewer.
         scale = self.kept_scale[heads] if masks else 1.0
         for layer in range(n_hidden):
             weight, layer_masks = parameters[f"weight{layer}"], []
@@ -393,9 +396,10 @@ class _AttentionPool(torch.autograd.Function):
             ctx.saved_tensors
         )
         grad_output = grad_output.to(hidden.dtype)
-        pulls = torch.bmm(grad_output.mT, hidden).mul_(shares)
-        pulls.addcmul_(shares, pulls.sum(2, keepdim=True), value=-1)
-        logit_grad = pulls.sum(1, keepdim=True)  # (K, 1, R)
+        # Derivatives by the logits, of each unit: the softmax's.
+        unit_grads = torch.bmm(grad_output.mT, hidden).mul_(shares)  # (K, B, R)
+        unit_grads.addcmul_(shares, unit_grads.sum(2, keepdim=True), value=-1)
+        logit_grad = unit_grads.sum(1, keepdim=True)  # (K, 1, R)
         attention_grad = 2 * torch.bmm(logit_grad, half_gated.mT).float()
         half_tanh, sigmoid = values.chunk(2, dim=1)
         # Derivatives of the logits by the arguments of tanh and sigmoid, divided by the attention's

@@ -21,9 +21,10 @@ class BagsSpec:
     out is pooled over the unit, and a linear layer decides.
 
     attention: gated attention pooling (ABMIL; Ilse, Tomczak and Welling 2018, equation 9): the mean
-    of an image's hidden values h weighted by the softmax, over the unit, of
+    of the images' hidden values h, weighted by the softmax, over the unit, of
     w' (tanh(V h) * sigmoid(U h)). mean, max: of each hidden value over the unit.
-    Trained by AdamW on standardized features, early-stopped on the units of its validation fold.
+    Trained by AdamW, by default on standardized features, and stopped early by the loss of the
+    units of its validation fold.
     """
 
     pooling: Literal["attention", "mean", "max"] = "attention"

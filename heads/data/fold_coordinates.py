@@ -103,7 +103,7 @@ def fold_moments(data: TrainingData) -> dict[int, Moments]:
 
     The deviations of numbers that some rows lack are those of the imputed values.
 
-    Raises ValueError.
+    Raises ValueError, naming the row, for features that are not finite.
     """
     scaling = training_moments(group_moments(data.X, np.asarray(data.fold, np.int64)))
     numbers = imputed_numbers(data.side)
@@ -111,8 +111,8 @@ def fold_moments(data: TrainingData) -> dict[int, Moments]:
         return scaling
     n_features = data.side[0].start
     side = data.X.side if isinstance(data.X, StreamedRows) else data.X[:, n_features:]
-    is_missing = np.asarray(numbers) + 1
-    variance = scaling[REFIT].squares[is_missing] / scaling[REFIT].count
+    missing_columns = np.asarray(numbers) + 1  # m, for every v in `numbers`
+    variance = scaling[REFIT].squares[missing_columns] / scaling[REFIT].count
     variance[variance == 0] = 1
     for fold, moments in scaling.items():
         inputs = side[data.training_rows(fold) % len(side)]
@@ -120,8 +120,8 @@ def fold_moments(data: TrainingData) -> dict[int, Moments]:
         squares = moments.squares.copy()
         # A column m that is 0 in all training rows of the fold is not left out as a constant: in
         # other rows its weight is fill times that of the number. It gets the deviation of all rows.
-        squares[is_missing] = np.where(
-            squares[is_missing] == 0, variance * moments.count, squares[is_missing]
+        squares[missing_columns] = np.where(
+            squares[missing_columns] == 0, variance * moments.count, squares[missing_columns]
         )
         for number, fill in zip(numbers, fills, strict=True):
             values = inputs[inputs[:, number + 1 - n_features] == 0, number - n_features]

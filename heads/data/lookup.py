@@ -33,8 +33,8 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     (two folders in one cache, an image before and after it was edited) is refused; a DataFrame with
     the columns `id` and `content` tells them apart. `fit` learns nothing.
 
-        make_pipeline(FeatureLookup(features["blocks.4.avg"]), StandardScaler(), SVC()).fit(ids,
-        labels)
+        lookup = FeatureLookup(features["blocks.4.avg"])
+        make_pipeline(lookup, StandardScaler(), SVC()).fit(ids, labels)
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.features = features
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Look the ids up, so that a missing one is found before the pipeline trains."""
+        """Look the ids up as `transform` does, so that it fails before the pipeline trains."""
         self.n_features_in_ = 1
         self._positions(X)
         return self
@@ -53,7 +53,8 @@ class FeatureLookup(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
         X: n ids or content hashes, (n,) or (n, 1), or a DataFrame with `id` and `content`.
 
-        Raises CacheError naming the first ids without a row, or one that stands for several images.
+        Raises CacheError naming the first ids without a row, or one that stands for several images,
+        and ValueError for another shape.
         """
         feature_rows = [
             feature_set.read(positions).reshape(len(positions), math.prod(feature_set.spec.shape))

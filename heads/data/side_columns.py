@@ -1,6 +1,6 @@
 """Side columns: tabular columns of an image, numbers and categories, as inputs of a head.
 
-N rows, K side columns, R input columns that encode them, after the features.
+N rows, K side columns, R input columns that encode them, after D features.
 
 A number is one input column, standardized by all training rows; if some training rows lack it,
 another column follows that is 1 for a missing value. A category is one column for each of its
@@ -73,7 +73,8 @@ class SideColumns:
     """Side columns of N rows."""
 
     columns: tuple[SideColumn, ...]
-    # (N, K) float64: a number; or the index of a category's level. nan: missing, or no level.
+    # (N, K) float64: a number, nan if it is missing; or the index of a category's level, nan for a
+    # text that is none of the levels.
     values: Array
 
     def take(self, rows: Array) -> "SideColumns":

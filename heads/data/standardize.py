@@ -128,7 +128,7 @@ def sweep(
 def group_moments(X: Features, fold_of_row: Array) -> dict[int, Moments]:
     """Return the moments of each group of rows of X (N, D): a fold's held-out rows, or TRAIN_ONLY.
 
-    Raises ValueError.
+    Raises ValueError where `moments` does.
     """
     parts_of_group: dict[int, list[Moments]] = {int(group): [] for group in np.unique(fold_of_row)}
     for group, row_numbers in sweep(X, fold_of_row):

@@ -28,6 +28,8 @@ class StreamedRows:
     parts: the feature sets of the columns, each a list of the views of one tap.
     content: (N,) S32 content hashes of the rows, in their order.
     spatial: keep the positions, (n, channels, h, w).
+
+    Raises CacheError for a row that a feature set lacks.
     """
 
     dtype = np.dtype(np.float32)

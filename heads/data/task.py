@@ -62,7 +62,7 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """First 24 hex digits of the SHA-256 of all fields; part of every head's identity."""
+        """First 24 hex digits of the SHA-256 of all fields but `side`, for a head's identity."""
         hasher = hashlib.sha256(json.dumps(self._header).encode())
         units = () if self.units is None else (self.units.astype(np.str_),)
         rows = (self.ids.astype(np.str_), self.content, self.target, self.fold, self.weight)

@@ -43,8 +43,8 @@ def fit_discriminant_bank(
     The arrays of a head are weight (C, D) and bias (C,), float32, for raw features; a class without
     training rows has probability 0. Heads are ordered by spec, then by fold, REFIT last.
 
-    Raises ValueError for NaN or infinite features, and for shapes that do not
-    fit and for a shrinkage outside 0..1.
+    Raises ValueError for NaN or infinite features, shapes that do not fit, and a shrinkage outside
+    0..1.
     """
     check_specs(specs, "LDASpec(shrinkage=0.1)")
     check_rows(data)

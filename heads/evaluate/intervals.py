@@ -56,8 +56,8 @@ def metric_interval(
     target, probabilities, metric: as in `score`.
     groups: (N,) any labels; rows of one group are not independent. None: each row is a group.
 
-    (nan, nan) if the metric is undefined. Raises HeadError, and ValueError for no rows or a
-    level outside (0, 1).
+    (nan, nan) if the metric is undefined. Raises HeadError where `score` does, and ValueError for
+    no rows or a level outside (0, 1).
     """
     n_rows = len(probabilities)
     if n_rows == 0 or not 0 < level < 1:

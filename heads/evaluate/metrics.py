@@ -113,7 +113,7 @@ def weighted_scores(
     weights: (N, B) >= 0. With weights of one it is the score of the leaderboard.
 
     Folds in which the metric is undefined are left out of the mean; nan if it is undefined in all.
-    Raises HeadError.
+    Raises HeadError where `score` does.
     """
     _check_metric(task_kind, metric)
     target = np.asarray(target)

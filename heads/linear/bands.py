@@ -81,6 +81,7 @@ def _with_emphasis(data: TrainingData, held_out: int, moments: Moments) -> Momen
             for block_images in np.array_split(images, min(DRAWN_FOLDS, len(images)))
         ]
     Z = scaled(data.X[rows], moments.mean, moments.inverse_scale)
+    # Imputes the side columns' missing numbers; the scales of both sides are the same.
     Z = fold_coordinates(moments, moments, moments.scale, moments.scale).rows(Z)
     Y = _target_columns(target[rows])
     Y -= Y.mean(axis=0)

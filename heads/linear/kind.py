@@ -21,8 +21,8 @@ RIDGE_LOG_ODDS = 2.0
 class LogisticSpec:
     """L2-regularized (multinomial) logistic regression with scikit-learn's objective.
 
-    It minimizes sum_i w_i loss_i + |W|^2 / (2 C) on features standardized with the mean and
-    standard deviation of the head's own training rows.
+    It minimizes sum_i w_i loss_i + |W|^2 / (2 C), if `standardize` on features standardized with
+    the mean and standard deviation of the head's own training rows.
     """
 
     # inverse strength of the L2 penalty, as in scikit-learn
@@ -41,7 +41,10 @@ class LogisticSpec:
 
 @dataclass(frozen=True)
 class RidgeSpec:
-    """Ridge regression, |XW - Y|^2 + alpha |W|^2, on real targets or classes coded -1/+1."""
+    """Ridge regression, |XW - Y|^2 + alpha |W|^2, on real targets or classes coded -1/+1.
+
+    Rows are weighted and features standardized as those of `LogisticSpec`.
+    """
 
     # strength of the L2 penalty, as in scikit-learn
     alpha: Annotated[float, Gt(0)]

@@ -118,7 +118,8 @@ def fit_logistic_bank(
     test rows. Multi-label targets (N, L) are L independent binary problems.
     gap: relative distance to the optimum at which a head stops, by estimate; `FitResult.gap` is a
     proven bound.
-    device: "cpu" (NumPy), or torch's name of a device ("cuda"), where the products then run.
+    device: "cpu" (compiled code or NumPy), or torch's name of a device ("cuda"), where the products
+    then run.
 
     Returns the heads ordered by spec, then by fold, REFIT last.
 
@@ -416,14 +417,17 @@ class _Designs:
         )
 
 
-def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResult]:
-    """Return all heads of `bank.parts` in order, with weights of all classes and predictions."""
+def _fit_results(bank: _Bank, folds: list[int], n_classes: int) -> list[FitResult]:
+    """Return all heads of `bank.parts` in order, with weights of all classes and predictions.
+
+    n_classes: or labels.
+    """
     heads_of_fold: dict[int, list[FitResult]] = {}
     for fold in folds:
         present = None
         if bank.target.ndim == 1:
-            present = np.flatnonzero(bank.class_mass(fold, n_outputs) > 0)
-        heads = [_fit_result(bank, i, fold, n_outputs, present) for i in range(len(bank.specs))]
+            present = np.flatnonzero(bank.class_mass(fold, n_classes) > 0)
+        heads = [_fit_result(bank, i, fold, n_classes, present) for i in range(len(bank.specs))]
         if fold != REFIT:
             heads = [
                 dataclasses.replace(head, validation=probabilities)
@@ -433,21 +437,21 @@ def _fit_results(bank: _Bank, folds: list[int], n_outputs: int) -> list[FitResul
     return [heads_of_fold[fold][i] for i in range(len(bank.specs)) for fold in folds]
 
 
-def _fit_result(bank: _Bank, i: int, fold: int, n_outputs: int, present: Index | None) -> FitResult:
+def _fit_result(bank: _Bank, i: int, fold: int, n_classes: int, present: Index | None) -> FitResult:
     """Return the head of a spec and fold, without predictions.
 
     present: the classes that the training rows have; None for multi-label targets.
     """
     if present is None:
-        parts = [bank.parts[i, fold, label] for label in range(n_outputs)]
+        parts = [bank.parts[i, fold, label] for label in range(n_classes)]
         weight = np.concatenate([part.weight for part in parts])
         bias = np.concatenate([part.bias for part in parts])
     else:
         parts = [bank.parts[i, fold, 0]]
         # Classes without training rows are not solved for: they get weights of zero and an
         # intercept that rules them out.
-        weight = np.zeros((n_outputs, bank.X.shape[1]))
-        bias = np.full(n_outputs, -ABSENT_CLASS_DECISION)
+        weight = np.zeros((n_classes, bank.X.shape[1]))
+        bias = np.full(n_classes, -ABSENT_CLASS_DECISION)
         if len(present) == 2:
             # One sigmoid, divided evenly between the two classes as in a softmax.
             weight[present] = np.outer([-0.5, 0.5], parts[0].weight[0])

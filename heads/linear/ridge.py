@@ -55,8 +55,7 @@ def fit_ridge_bank(
     has probabilities, or the values of a regression. Heads are ordered by spec, then by fold, REFIT
     last.
 
-    Raises ValueError for NaN or infinite features, and for shapes that do not
-    fit and for negative strengths.
+    Raises ValueError for NaN or infinite features, shapes that do not fit, and negative strengths.
     """
     _check(data, specs)
     fold, sample_weight = np.asarray(data.fold, np.int64), data.weights

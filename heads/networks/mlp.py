@@ -28,7 +28,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 # with 64 heads of 512 × 64: with 1 MB they take 2.1 times as long as with 48 MB, with 8 MB 1.15
 # times; more gains nothing.
 CPU_BATCH_BYTES = 64 << 20
-# Below this many weights per head the products are too small for reduced precision to pay.
+# Below this many weights in a head's first layer its products are too small for reduced precision
+# to pay.
 REDUCED_PRECISION_WEIGHTS = 1 << 14
 
 
@@ -53,8 +54,8 @@ def fit_mlp_bank(
     fits of fewer epochs and none for REFIT.
 
     precision: "bfloat16" multiplies the first layer's inputs and weights in bfloat16 and adds in
-    float32 (master weights, optimizer and every other layer are float32); "auto" does so where the
-    processor is faster at it.
+    float32 (master weights, optimizer and every other layer are float32); "auto" does so for large
+    first layers of classifiers, where the processor is faster at it.
 
     A head that fails (a bad spec, a loss that is not finite) has an `error`; the others are
     unaffected. Raises ValueError for features that are not finite, naming the row.

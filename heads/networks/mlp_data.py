@@ -36,10 +36,10 @@ class FoldData:
     """The data of one fold as its heads see it."""
 
     rows: Rows
-    train: Index
+    train: Index  # numbers of the training rows that have a weight
     held_out: Index
-    mean: Array  # float64, of the features
-    scale: Array
+    mean: Array  # (D,) float64, of the features
+    scale: Array  # (D,) float64
     target_mean: Array  # (C,) float64; 0 and 1 unless regression
     target_scale: Array
     imputed: Imputed | None = None
@@ -155,7 +155,7 @@ def mean_and_scale(
     """Return mean and scale (D,) float64 of the training rows, over views and positions.
 
     The scale is the standard deviation, or 1 for a feature that varies by less than float32 can
-    tell from its mean. Raises ValueError.
+    tell from its mean. Raises ValueError for features that are not finite.
     """
     positions = int(np.prod(stacked.shape[3:], dtype=np.int64))
     step = max(1, 4096 // positions)

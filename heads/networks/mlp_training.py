@@ -55,7 +55,10 @@ class HeadState:
 
 
 class BatchTraining:
-    """One batch of heads of one fold, its data, and the bookkeeping of epochs."""
+    """One batch of heads of one fold, its data, and the bookkeeping of epochs.
+
+    ranked: whether heads compete in halving, so that their accuracy is computed too.
+    """
 
     def __init__(
         self,

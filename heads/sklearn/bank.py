@@ -206,7 +206,10 @@ def fit_sklearn_bank(
 
 
 def fitted_sklearn(spec: SklearnSpec, arrays: Arrays, task: TaskKind) -> Callable[[Array], Floats]:
-    """Fit the estimator on the stored rows; return its function of features (n, D)."""
+    """Fit the estimator on the stored rows; return its function from features (n, D) to (n, C).
+
+    Raises BadEstimator, and HeadError for rows that are absent or cannot be fitted.
+    """
     if "features" not in arrays:
         raise HeadError(
             f"{spec.estimator}: its training rows were not stored: train it again on them"

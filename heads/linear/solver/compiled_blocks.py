@@ -99,7 +99,7 @@ class CompiledKernels:
         class_factors: (A, C), or (A, 2) for sigmoids, float32, or None for ones.
         losses: (A,) float64, added to; packed_gradients: from `allocate_packed`, added to.
 
-        Raises MemoryError.
+        Raises MemoryError where there is none for the heads' decisions on these rows.
         """
         stride = _row_stride(rows.shape[1])
         assert rows.dtype == np.float32

@@ -53,7 +53,7 @@ STREAMED_BASIS_ROWS = 1 << 15  # of streamed rows, from which the rotation is co
 # Free weight vectors (65 classes) from which a head gains nothing by sharing a pass with others.
 MANY_FREE_VECTORS = 64
 # Products with P per head: about five evaluations, and two for its gap bound.
-EVALUATIONS_PER_HEAD = 7
+PENALTY_PRODUCTS_PER_HEAD = 7
 MAX_COPIED_BYTES = 1 << 28  # of per-fold copies, 256 MB
 # Scale ratio beyond which folds have no copies: the preconditioner sees rows in one fold's scales
 # only, and with one outlier 400 times as far away as other rows heads took twice the iterations.
@@ -243,7 +243,7 @@ def should_copy_per_fold(
     common, ratio = scaling[REFIT], MAX_COPIED_SCALE_RATIO
     n_copied = sum(scaling[fold].count for fold in folds)
     return (
-        n_copied <= EVALUATIONS_PER_HEAD * n_heads * n_free
+        n_copied <= PENALTY_PRODUCTS_PER_HEAD * n_heads * n_free
         and n_copied * len(common.mean) * 4 <= MAX_COPIED_BYTES
         and all(
             scales_are_similar(scaling[fold], common, standardize=True, max_ratio=ratio)

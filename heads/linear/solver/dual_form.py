@@ -1,6 +1,6 @@
 """The dual form of a logistic bank, for fewer rows than features.
 
-n rows, D features, R <= n coordinates.
+N rows of all folds, n of one, D features, R <= n coordinates.
 
 By the representer theorem the weights of a head lie exactly in the row space of its training rows.
 The coordinates of a fold are a pivoted Cholesky factor of the products of its own rows, in float64,

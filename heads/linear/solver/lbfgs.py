@@ -9,8 +9,8 @@ two-loop recursion (Chen, Wang & Zhou, NIPS 2014): the recursion needs only inne
 pairs and the gradient, so it works on 2m + 1 coefficients, and reads the long vectors once for
 their products and once to form the step.
 
-The caller scales its coordinates so that the identity is an upper bound of the Hessian; a first
-step of length one is then safe.
+The caller scales its coordinates so that the Hessian is near the identity: a problem without pairs
+then begins with a step of length one down its gradient, and shortens it where it goes too far.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,8 @@ import scipy.linalg
 from headrace.heads.arrays import Array, Index
 from headrace.heads.linear.solver.loss import sigmoid, softmax
 
-# Curvature of the intercept that is always assumed, as a share of the rows' total weight.
+# Curvature that is added to the intercept's, as a share of the rows' total weight; the L2 strength
+# if that is less.
 INTERCEPT_FLOOR = 1e-4
 # Rows that the Hessian is computed from: at least so many, and so many for each class.
 SAMPLED_ROWS, SAMPLED_ROWS_PER_CLASS = 2048, 20

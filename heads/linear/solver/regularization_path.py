@@ -105,9 +105,9 @@ def predict_start(
 ) -> Array:
     """Return the start (n_outputs, R + 1) of a head, from the solved heads of its path.
 
-    A polynomial in the log of the strength through the solutions, zero without any. Four nodes
-    where the strength lies between solved ones; three or two where it lies outside, and those only
-    if it is no further from them than they are apart.
+    A polynomial in the log of the strength through the solutions, zero without any. It has four
+    nodes where the strength lies between solved ones, and three where it lies outside: the nearest
+    alone if that is further away than 1.5 times the distance of the two nearest.
     """
     if not solved_heads:
         return np.zeros(shape, dtype)

@@ -61,7 +61,7 @@ def per_fold_copies(enabled):
     with pytest.MonkeyPatch.context() as patch:
         if enabled:
             patch.setattr(design_module, "MANY_FREE_VECTORS", 1)
-            patch.setattr(design_module, "EVALUATIONS_PER_HEAD", 10**6)
+            patch.setattr(design_module, "PENALTY_PRODUCTS_PER_HEAD", 10**6)
             patch.setattr(design_module, "MAX_COPIED_SCALE_RATIO", 30.0)
         yield
 
