@@ -58,6 +58,9 @@ class HeadKind:
     cost: Cost
     axes: tuple[str, ...]  # fields of the spec that a recipe's grid varies, outermost first
     fixed: tuple[str, ...] = ()
+    # Numeric settings of which a grid can be extended at either end: a note says where the winner
+    # lies at one.
+    open_ended: tuple[str, ...] = ()
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # Heads that differ only in this axis share work: a bank has its values in ascending order, and
     # each combination of the other axes has banks of its own.
@@ -67,6 +70,8 @@ class HeadKind:
     tasks: tuple[TaskKind, ...] = ("single", "multi", "regression")
     # The head as layers through which gradients pass; None for other heads.
     layers: Callable[[Any, Arrays], Layers] | None = None
+    # The array of a head whose second axis has the features that it reads, or a map's channels.
+    input_array: str = "weight"
     copies_of_features: int = 1  # memory that a bank takes, as a multiple of its features
     uses_gpu: bool = False  # trains on the job's device
     spatial: bool = False  # takes maps, not vectors

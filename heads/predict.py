@@ -41,14 +41,14 @@ def predict_head(
             "a fine-tuned network predicts from images, not from features: load its own directory"
         )
     if kind.spatial:
-        n_channels = arrays["kernel0"].shape[1]
+        n_channels = _features_expected(spec, arrays)
         if X.ndim != 4 or X.shape[1] != n_channels:
             raise HeadError(
                 f"the head was trained on maps of {n_channels} channels, found {X.shape[1:]}: give "
                 "the same taps"
             )
         return kind.predict(spec, arrays, X, task, temperature)
-    rows = flat_rows(arrays, X)
+    rows = flat_rows(spec, arrays, X)
     # The kinds themselves divide the log-odds that they compute by the temperature: those of a
     # float32 probability near one are lost.
     if kind.predict_units is not None and unit is not None:
@@ -56,10 +56,10 @@ def predict_head(
     return kind.predict(spec, arrays, rows, task, temperature)
 
 
-def flat_rows(arrays: Arrays, X: Array) -> Array:
+def flat_rows(spec: HeadSpec, arrays: Arrays, X: Array) -> Array:
     """Return X as (n, D). Raises HeadError where the head was trained on another D."""
     rows = X.reshape(len(X), -1)
-    expected = features_expected(arrays)
+    expected = _features_expected(spec, arrays)
     if rows.shape[1] != expected:
         raise HeadError(
             f"the head was trained on {expected} features per row, found {rows.shape[1]}: "
@@ -68,17 +68,18 @@ def flat_rows(arrays: Arrays, X: Array) -> Array:
     return rows
 
 
-def features_expected(arrays: Arrays) -> int:
-    """Return the number of features per row that a head's arrays were made for.
+def _features_expected(spec: HeadSpec, arrays: Arrays) -> int:
+    """Return the number of features per row, or channels of a map, that a head reads.
 
-    Raises HeadError for arrays of another version.
+    Raises HeadError for arrays without the one that tells it.
     """
-    for name in ("weight", "weight0", "features", "means"):
-        if name in arrays:
-            return int(arrays[name].shape[1])
-    raise HeadError(
-        f"arrays {', '.join(sorted(arrays))} are not those of a head of this version of headrace"
-    )
+    input_array = HEAD_KINDS[spec.kind].input_array
+    if input_array not in arrays:
+        raise HeadError(
+            f"arrays {', '.join(sorted(arrays))} are not those of a {spec.kind} head, which has "
+            f"one called {input_array}: train it again, or fetch the model again"
+        )
+    return int(arrays[input_array].shape[1])
 
 
 def probability_floor(spec: HeadSpec | str, task_kind: TaskKind, n_outputs: int) -> float:

@@ -11,7 +11,7 @@ from headrace.heads.data.task import TaskKind
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
 from headrace.heads.kind import FitOptions, HeadKind
-from headrace.heads.networks.kind import NETWORK_AXES, WEIGHT_DECAY
+from headrace.heads.networks.kind import NETWORK_AXES, OPEN_ENDED, WEIGHT_DECAY
 from headrace.heads.spec import ClassWeight, FitResult, check_choices
 
 
@@ -104,8 +104,10 @@ BAGS = HeadKind(
     cost=bags_cost,
     axes=("pooling", "attention_width", *NETWORK_AXES),
     fixed=("batch_size", "epochs", "patience"),
+    open_ended=OPEN_ENDED,
     grid={"pooling": ("attention", "mean"), "dropout": (0.0, 0.5)},
     inputs=("all",),
+    input_array="weight0",
     uses_gpu=True,
     can_halve=True,
     predict_units=predict_bags,

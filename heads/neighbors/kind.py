@@ -107,7 +107,9 @@ KNN = HeadKind(
     predict=predict_neighbors,
     cost=knn_cost,
     axes=("k", "metric", "weighting"),
+    open_ended=("k",),
     grid={"k": (1, 5, 20)},
+    input_array="features",
     copies_of_features=3,  # a centred copy, and the training rows of a fold
     counts_votes=lambda spec: True,
 )
@@ -121,4 +123,5 @@ CENTROID = HeadKind(
     cost=centroid_cost,
     axes=("metric",),
     tasks=("single",),
+    input_array="means",
 )

@@ -33,6 +33,10 @@ NETWORK_AXES = (
 )
 
 
+# Those that are numbers without an upper end.
+OPEN_ENDED = ("learning_rate", "weight_decay")
+
+
 class NetworkSpec(HeadSpec, Protocol):
     """The settings that every kind of network has; `MLPSpec` explains them."""
 
@@ -190,9 +194,11 @@ MLP = HeadKind(
     cost=network_cost,
     axes=NETWORK_AXES,
     fixed=("batch_size", "epochs", "patience"),
+    open_ended=OPEN_ENDED,
     grid={"hidden": ((64,), (256,)), "dropout": (0.0, 0.5)},
     inputs=("all",),
     layers=mlp_layers,
+    input_array="weight0",
     uses_gpu=True,
     takes_views=True,
     takes_side_columns=True,
@@ -208,7 +214,9 @@ CONV = HeadKind(
     cost=network_cost,
     axes=("channels", *NETWORK_AXES),
     fixed=("batch_size", "epochs", "patience"),
+    open_ended=OPEN_ENDED,
     layers=conv_layers,
+    input_array="kernel0",
     uses_gpu=True,
     spatial=True,
     takes_views=True,

@@ -90,6 +90,11 @@ SKLEARN = HeadKind(
     predict=predict_estimator,
     cost=estimator_cost,
     axes=(),  # a recipe names the estimator's own parameters
+    open_ended=(
+        *("C", "alpha", "gamma", "n_neighbors"),
+        *("max_depth", "max_iter", "n_estimators", "learning_rate"),
+    ),
+    input_array="features",
     streams=False,  # an estimator takes an array, and nothing else
     takes_side_columns=True,
     counts_votes=counts_votes,

@@ -174,7 +174,7 @@ class HeadModel(SingleModel):
         head = self.head
         predict_units = HEAD_KINDS[head.spec.kind].predict_units
         assert predict_units is not None
-        rows = flat_rows(head.arrays, X)
+        rows = flat_rows(head.spec, head.arrays, X)
         return predict_units(head.spec, head.arrays, rows, unit, head.task_kind, head.temperature)
 
     @property

@@ -369,20 +369,24 @@ def probability_module(head: TrainedHead, temperature: float = 1.0) -> nn.Module
     to probabilities (n, C) at a temperature, or values. The module of a head on bags also takes
     units (n,).
 
-    Raises ModelError for a scikit-learn estimator, which cannot be a torch module.
+    Raises ModelError for a kind of head that has no form as a torch module.
     """
     spec = head.spec
-    if isinstance(spec, SklearnSpec):
-        raise ModelError(
-            f"a head of kind sklearn ({spec.estimator}) is code of its own library and cannot be "
-            "put into a graph. Use headrace predict, --format safetensors, or the best head of "
-            "another kind (logistic, mlp, …)"
-        )
     if isinstance(spec, KNNSpec):
         return NeighborModule(spec, head, temperature).eval()
     if isinstance(spec, CentroidSpec):
         return CentroidModule(spec, head, temperature).eval()
     if isinstance(spec, BagsSpec):
         return BagsModule(spec, head, temperature).eval()
+    if not HEAD_KINDS[spec.kind].differentiable:
+        reason = (
+            f" ({spec.estimator}) is code of its own library and"
+            if isinstance(spec, SklearnSpec)
+            else ""
+        )
+        raise ModelError(
+            f"a head of kind {spec.kind}{reason} cannot be put into a graph. Use headrace predict, "
+            "--format safetensors, or the best head of another kind (logistic, mlp, …)"
+        )
     logits = head_module(spec, head.arrays, head.task_kind)
     return nn.Sequential(logits, ProbabilityLink(head.task_kind, temperature)).eval()

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.kinds import HEAD_KINDS
-from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import Halving, HeadSpec
 from headrace.pipelines.recipe.heads import HalvingGrid, HeadGrid, HeadInput, Heads, SklearnGrid
@@ -48,10 +47,8 @@ def requested_heads(
 def _of_input(specs: Sequence[HeadSpec], inputs: Sequence[str]) -> Iterator[HeadSpec]:
     """Yield the specs; on a single tap none is banded, as a band is all features of one tap."""
     for spec in specs:
-        if isinstance(spec, LogisticSpec | RidgeSpec) and len(taps_of(inputs)) == 1:
-            yield dataclasses.replace(spec, banded=False)
-        else:
-            yield spec
+        is_single = len(taps_of(inputs)) == 1 and "banded" in HEAD_KINDS[spec.kind].axes
+        yield dataclasses.replace(spec, banded=False) if is_single else spec
 
 
 def check_kinds(heads: Heads, task_kind: str, *, has_units: bool = False) -> None:

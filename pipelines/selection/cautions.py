@@ -23,6 +23,7 @@ from headrace.heads.arrays import Array, Floats, Index, Strings
 from headrace.heads.data.task import Task
 from headrace.heads.evaluate.intervals import metric_interval
 from headrace.heads.evaluate.metrics import score
+from headrace.heads.kinds import HEAD_KINDS
 from headrace.pipelines.selection.duplicates import similar_pairs, standardized
 from headrace.pipelines.selection.predictions import ValidationRows, read_predictions
 from headrace.pipelines.selection.signatures import grey_of_file, grey_signature
@@ -45,18 +46,6 @@ GROUP_ADVICE = (
     "If they show one thing twice, scores are too good: name what they have in common in "
     "task.group (a patient, a scene, a module), and its images stay on one side"
 )
-# The numeric settings of each kind of head: a grid of them can be extended at either end.
-_ORDERED = {
-    "logistic": ("C",),
-    "ridge": ("alpha",),
-    "mlp": ("learning_rate", "weight_decay"),
-    "conv": ("learning_rate", "weight_decay"),
-    "knn": ("k",),
-    "sklearn": (
-        *("C", "alpha", "gamma", "n_neighbors"),
-        *("max_depth", "max_iter", "n_estimators", "learning_rate"),
-    ),
-}
 
 
 def hidden_classes(board: pd.DataFrame, validation: ValidationRows, metric: str) -> str | None:
@@ -99,11 +88,13 @@ def grid_edges(board: pd.DataFrame, metric: str) -> list[str]:
     """
     winner = board.iloc[0]
     kind, spec = winner["kind"], json.loads(winner["spec"])
+    if kind not in HEAD_KINDS:  # a fine-tuned network
+        return []
     settings = _settings(spec)
     same_head_type = board[(board["kind"] == kind) & (board["inputs"] == winner["inputs"])]
     other_settings = [_settings(json.loads(text)) for text in same_head_type["spec"]]
     notes = []
-    for setting_name in _ORDERED.get(kind, ()):
+    for setting_name in HEAD_KINDS[kind].open_ended:
         value = settings.get(setting_name)
         if not _is_number(value):
             continue

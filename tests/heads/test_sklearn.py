@@ -15,7 +15,12 @@ from headrace.heads.data.task import REFIT
 from headrace.heads.data.training_data import TrainingData
 from headrace.heads.errors import HeadError
 from headrace.heads.predict import predict_head
-from headrace.heads.sklearn.bank import BadEstimator, fit_sklearn_bank, make_estimator
+from headrace.heads.sklearn.bank import (
+    BadEstimator,
+    fit_sklearn_bank,
+    fitted_sklearn,
+    make_estimator,
+)
 from headrace.heads.sklearn.kind import SklearnSpec
 
 Arrays = np.ndarray[Any, Any]
@@ -59,11 +64,11 @@ def test_the_stored_rows_make_the_estimator_again() -> None:
     expected = make_estimator(spec).fit(X, y).predict_proba(X + 1)
     for _ in range(2):
         np.testing.assert_allclose(predict_head(spec, full.arrays, X + 1), expected, atol=1e-6)
-    without = {name: array for name, array in full.arrays.items() if name != "features"} | {
-        "weight": X
-    }
-    with pytest.raises(HeadError, match="not stored"):
+    without = {name: array for name, array in full.arrays.items() if name != "features"}
+    with pytest.raises(HeadError, match="a sklearn head, which has one called features"):
         predict_head(spec, without, X)
+    with pytest.raises(HeadError, match="not stored"):
+        fitted_sklearn(spec, without, "single")
 
 
 def test_classes_labels_and_values() -> None:

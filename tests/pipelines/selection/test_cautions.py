@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from support.evidence import content_of, store_taps, stored, task_of
 
+from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.data.task import Task
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.neighbors.kind import KNNSpec
@@ -104,6 +105,9 @@ def test_edges_are_looked_for_setting_by_setting():
         board_of([*nets, MLPSpec((256,), 1.0, 10.0)], [0.7, 0.8, 0.95, 0.9, 0.6]), "accuracy"
     )[:1]
     assert "learning_rate=0.01 is the largest of 2" in text
+    bags = [BagsSpec(learning_rate=rate) for rate in (1e-4, 1e-3)]
+    (text,) = grid_edges(board_of(bags, [0.8, 0.9]), "accuracy")
+    assert "heads.bags.learning_rate: [0.0001, 0.001, 0.01]" in text
     assert grid_edges(board_of([KNNSpec(1), KNNSpec(5)], [0.9, 0.8]), "accuracy") == []
     (text,) = grid_edges(
         board_of([KNNSpec(1), KNNSpec(5), KNNSpec(20)], [0.7, 0.8, 0.9]), "accuracy"
