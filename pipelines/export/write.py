@@ -152,8 +152,7 @@ def _write_graphs(
     """
     # On the evaluation crop and its symmetries: random views cannot be put into a graph.
     evaluation_model = _map_members(model, _without_random_views)
-    graph = evaluation_model.to_torch()
-    assert isinstance(graph, ModelGraph)
+    graph = ModelGraph(evaluation_model)
     inputs, differences = graph.inputs, {}
     check = expected_outputs(evaluation_model, inputs)
     try:

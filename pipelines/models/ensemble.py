@@ -42,6 +42,11 @@ class EnsembleModel(ImagePredictor):
     unit_rule: UnitRule | None = None  # how the average of images becomes that of units
     image_parts: ImageParts | None = None  # boxes or tiles that its members were trained on
 
+    @staticmethod
+    def is_in(model_directory: Path) -> bool:
+        """Return whether a directory holds an ensemble."""
+        return (model_directory / ENSEMBLE_DESCRIPTION).is_file()
+
     @classmethod
     def load(cls, model_directory: Path, *, allowed_code: Collection[str] = ()) -> "EnsembleModel":
         """Read what `save` wrote.
@@ -60,7 +65,9 @@ class EnsembleModel(ImagePredictor):
                     f"{description_path}: the member {member_directory} lies outside of the "
                     "model's directory: run again"
                 )
-            member = load_member(
+            is_network = NetworkModel.is_in(member_directory)
+            kind: type[HeadModel | NetworkModel] = NetworkModel if is_network else HeadModel
+            member = kind.load(
                 member_directory, model_root=model_directory, allowed_code=allowed_code
             )
             if (member.classes, member.task_kind) != (fields["classes"], fields["task_kind"]):
@@ -138,15 +145,6 @@ class EnsembleModel(ImagePredictor):
     def average_temperature(self) -> float:
         """The temperature of the members' average."""
         return self.temperature
-
-
-def load_member(
-    member_directory: Path, *, model_root: Path, allowed_code: Collection[str]
-) -> HeadModel | NetworkModel:
-    """Read a head or a network, whichever the directory holds. Raises as their `load` does."""
-    if NetworkModel.is_in(member_directory):
-        return NetworkModel.load(member_directory, model_root=model_root, allowed_code=allowed_code)
-    return HeadModel.load(member_directory, model_root=model_root, allowed_code=allowed_code)
 
 
 def _read_description(description_path: Path) -> tuple[list[float], dict[str, Any]]:

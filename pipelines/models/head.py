@@ -50,22 +50,29 @@ class HeadModel(SingleModel):
     head: TrainedHead
     trust_code: tuple[str, ...] = ()  # code that may be imported, "module:function"; no other
 
+    @staticmethod
+    def is_in(model_directory: Path) -> bool:
+        """Return whether a directory holds a head."""
+        return (model_directory / HEAD_DESCRIPTION).is_file()
+
     @classmethod
     def load(
         cls,
         model_directory: Path,
         *,
-        model_root: Path,
-        allowed_code: Collection[str],
+        model_root: Path | None = None,
+        allowed_code: Collection[str] = (),
     ) -> "HeadModel":
         """Read what `save` wrote.
 
-        model_root: the directory of the whole model, of which this may be a member. Raises
+        model_root: the directory of the whole model, if this is a member of an ensemble. Raises
         CodeNotTrusted before anything is built, ModelError if the networks are not recorded,
         HeadError.
         """
         head = load_head(model_directory, trust_code=allowed_code)
-        backbones = _resolve_backbones(head, model_directory, model_root, allowed_code)
+        backbones = _resolve_backbones(
+            head, model_directory, model_root or model_directory, allowed_code
+        )
         backbone_fields = tuple(dataclasses.asdict(backbone) for backbone in backbones)
         return cls(model_directory, dataclasses.replace(head, backbones=backbone_fields))
 

@@ -8,7 +8,7 @@ from headrace.cache.format.sealed import SealBroken, read_sealed_json
 from headrace.cache.home import expand_home
 from headrace.extract.spec import BackboneSpec, backbone_path, called_code, is_weights_file
 from headrace.heads.persist import WRITE_AGAIN, code_name
-from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION, EnsembleModel, load_member
+from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION, EnsembleModel
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.head import HEAD_DESCRIPTION, HeadModel
 from headrace.pipelines.models.network import NetworkModel
@@ -17,9 +17,10 @@ from headrace.pipelines.records import read_record
 
 # A file in each folder that `headrace export` wrote; here, because export's modules import torch.
 EXPORT_MARKER = ".headrace-export"
-# The three have the same methods: `load`, `save`, `predict_proba` (and `predict`),
+# The three have the same methods: `load` (and `is_in`), `save`, `predict_proba` (and `predict`),
 # `to_torch`, `describe`.
 Model = HeadModel | NetworkModel | EnsembleModel
+_KINDS: tuple[type[Model], ...] = (EnsembleModel, NetworkModel, HeadModel)
 
 
 def load_model(model_path: Path | str, *, trust_code: Collection[str] = ()) -> Model:
@@ -34,11 +35,9 @@ def load_model(model_path: Path | str, *, trust_code: Collection[str] = ()) -> M
     """
     model_directory = _model_directory(model_path)
     allowed_code = trusted_code(model_path, trust_code)
-    model: Model = (
-        EnsembleModel.load(model_directory, allowed_code=allowed_code)
-        if (model_directory / ENSEMBLE_DESCRIPTION).is_file()
-        else load_member(model_directory, model_root=model_directory, allowed_code=allowed_code)
-    )
+    # Of a directory without a model, a head says what is missing.
+    kind = next((kind for kind in _KINDS if kind.is_in(model_directory)), HeadModel)
+    model = kind.load(model_directory, allowed_code=allowed_code)
     return dataclasses.replace(model, trust_code=tuple(sorted(allowed_code)))
 
 
@@ -98,9 +97,7 @@ def _model_directory(given_path: Path | str) -> Path:
 
 
 def _holds_model(model_path: Path) -> bool:
-    return NetworkModel.is_in(model_path) or any(
-        (model_path / file_name).is_file() for file_name in (HEAD_DESCRIPTION, ENSEMBLE_DESCRIPTION)
-    )
+    return any(kind.is_in(model_path) for kind in _KINDS)
 
 
 def ensemble_is_selected(run: RunPaths) -> bool:
