@@ -22,7 +22,7 @@ from headrace.cache.atomic_io import lease
 from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import is_sealed_file
 from headrace.heads.data.task import REFIT, Task
-from headrace.heads.evaluate.metrics import METRICS, score
+from headrace.heads.evaluate.metrics import score, sign
 from headrace.heads.evaluate.units import scored_rows
 from headrace.heads.results import read_bank, remove_damaged
 from headrace.heads.spec import HeadSpec
@@ -67,7 +67,7 @@ class FinetuneInputs:
 class FinetuneOutcome:
     """The networks that were fine-tuned, and the decision on each candidate."""
 
-    rows: pd.DataFrame  # one row per network and fold, columns as by leaderboard.collect_heads
+    rows: pd.DataFrame  # one row per network and fold, columns as by select.collect_heads
     # one row per candidate, after one for the best head; columns of `_comparison_row`
     compared: pd.DataFrame
     notes: tuple[str, ...]
@@ -363,7 +363,6 @@ def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str,
     results_path, head = inputs.paths.finetune_result(candidate.key), candidate.head
     network_folds = _scored_folds(task, results_path, candidate.spec)
     head_folds = _scored_folds(task, head["path"], head["spec"])
-    sign = 1.0 if METRICS[metric].higher_is_better else -1.0
 
     def gain(rows_by_fold: Sequence[npt.NDArray[np.int64]]) -> float:
         scores = [
@@ -373,7 +372,7 @@ def compare_with_head(inputs: FinetuneInputs, candidate: Candidate) -> dict[str,
             ]
             for folds in (network_folds, head_folds)
         ]
-        return sign * float(np.mean(scores[0]) - np.mean(scores[1]))
+        return sign(metric) * float(np.mean(scores[0]) - np.mean(scores[1]))
 
     rows_of_folds = [np.arange(len(target)) for target, _ in network_folds]
     generator = np.random.default_rng(0)

@@ -92,8 +92,8 @@ class Inventory:
 class RankedModels:
     """The trained heads and networks, ranked, and the one that is selected."""
 
-    heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
-    board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
+    heads: pd.DataFrame  # one row per head (spec x fold); see select.collect_heads
+    board: pd.DataFrame  # one row per (inputs, spec), best first; see select.rank_heads
     winner: Winner  # the first row of the board
     temperature: float  # of the winner's probabilities
     selection: CorrectedScore | None  # the winner's corrected score, and the settings tied with it

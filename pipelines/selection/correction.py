@@ -24,6 +24,7 @@ from headrace.heads.evaluate.metrics import (
     SORTED_METRICS,
     row_hits,
     score,
+    sign,
     weighted_scores,
 )
 from headrace.heads.evaluate.temperature import FLOOR, fit_temperature, with_temperature
@@ -75,7 +76,7 @@ class CorrectedScore:
     @property
     def optimism(self) -> float:
         """How much too good the validation score is, >= 0 but for resampling noise."""
-        return (self.calibrated - self.expected) * _sign(self.metric)
+        return (self.calibrated - self.expected) * sign(self.metric)
 
     def summary(self) -> dict[str, Any]:
         """Return everything but the table, for JSON; an undefined number is None."""
@@ -145,9 +146,9 @@ def assess_selection(
     temperature_gain = _mean_score(validation, at_temperature, metric) - _mean_score(
         validation, predicted, metric
     )
-    sign = _sign(metric)
+    direction = sign(metric)
     expected, low, high = (
-        sign * value - optimism + temperature_gain for value in (expected, low, high)
+        direction * value - optimism + temperature_gain for value in (expected, low, high)
     )
     # With very few rows the optimism can exceed the whole score.
     expected = float(np.clip(expected, *_metric_range(metric)))
@@ -222,7 +223,7 @@ def _score_resamples(
         return None
     order = np.argsort(np.concatenate(position_blocks))
     # (K, 1 + 2 B or 1 + 3 B): as they are, drawn, chosen on (if not the drawn), left out
-    scores = np.concatenate(score_blocks)[order] * _sign(metric)
+    scores = np.concatenate(score_blocks)[order] * sign(metric)
     return _ResampledScores(
         compared=board.iloc[np.concatenate(position_blocks)[order]],
         observed=scores[:, 0],
@@ -233,10 +234,6 @@ def _score_resamples(
         hits=np.concatenate(hit_blocks)[order] if metric == "accuracy" else None,
         winner_predictions=winner_predictions,
     )
-
-
-def _sign(metric: str) -> int:
-    return 1 if METRICS[metric].higher_is_better else -1
 
 
 def _mean_score(validation: ValidationRows, predicted: Array, metric: str) -> float:
@@ -353,7 +350,7 @@ def nested_choice(
             break
     positions = np.concatenate(position_blocks)
     cost = board["features"].to_numpy()[positions]
-    best = positions[best_heads(_sign(metric) * np.concatenate(score_blocks), cost)]
+    best = positions[best_heads(sign(metric) * np.concatenate(score_blocks), cost)]
     chosen, chosen_of_part = np.unique(best, return_inverse=True)
     complete, predictions = stacked_predictions(board.iloc[chosen], validation)
     assert len(complete) == len(chosen)  # they had all their predictions a moment ago

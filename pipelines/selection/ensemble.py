@@ -22,7 +22,7 @@ from headrace.heads.evaluate.ensemble import (
     greedy_weights,
     loss_elements,
 )
-from headrace.heads.evaluate.metrics import METRICS, all_metrics, weighted_scores
+from headrace.heads.evaluate.metrics import all_metrics, sign, weighted_scores
 from headrace.heads.evaluate.temperature import fit_temperature, fit_temperatures, with_temperature
 from headrace.heads.predict import probability_floor
 from headrace.heads.results import read_bank
@@ -188,7 +188,7 @@ def _assess_ensemble(
     scores = weighted_scores(
         task_kind, validation.target, predicted, validation.fold, metric, weightings
     )
-    gains = (scores[0] - scores[1]) * (1 if METRICS[metric].higher_is_better else -1)
+    gains = (scores[0] - scores[1]) * sign(metric)
     low, high = np.nanquantile(scores[0, 1:], ENDS)
     low, high = no_narrower(
         validation, predicted[0], metric, float(scores[0, 0]), (float(low), float(high))

@@ -5,8 +5,8 @@ from dataclasses import replace
 from headrace.cache.count_text import count_text
 from headrace.pipelines.finetune.stage import FinetuneInputs, finetune_candidates
 from headrace.pipelines.planning.devices import find_device
-from headrace.pipelines.planning.leaderboard import collect_heads, rank_heads
 from headrace.pipelines.planning.run_state import RunState
+from headrace.pipelines.stages.select import collect_heads, rank_heads
 from headrace.pipelines.stages.services import Services
 
 

@@ -4,6 +4,7 @@ score is corrected for its selection, and an ensemble is tried.
 
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +14,20 @@ import pandas as pd
 from headrace.cache.atomic_io import PARTIAL_SUFFIX, lease, sync_directory
 from headrace.cache.count_text import count_text
 from headrace.heads.data.side_columns import taps_of
+from headrace.heads.data.task import REFIT
+from headrace.heads.evaluate.metrics import METRICS
 from headrace.heads.predict import probability_floor
+from headrace.heads.results import read_bank
+from headrace.heads.spec import spec_to_json
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.head import HEAD_FILES
 from headrace.pipelines.models.image_parts import ImageParts, trained_parts
 from headrace.pipelines.models.network import NETWORK_FILES
-from headrace.pipelines.planning.leaderboard import (
-    NoWinner,
-    choose_winner,
-    collect_heads,
-    rank_heads,
-)
+from headrace.pipelines.planning.leaderboard import NoWinner, choose_winner
+from headrace.pipelines.planning.plan import Plan, bank_group
 from headrace.pipelines.planning.run_state import RankedModels, RunState
+from headrace.pipelines.recipe.finetune_spec import model_spec
+from headrace.pipelines.recipe.settings_text import settings_text
 from headrace.pipelines.records import publish_table, write_record
 from headrace.pipelines.selection.calibration import temperature_of
 from headrace.pipelines.selection.cautions import grid_edges, hidden_classes, near_duplicates
@@ -76,6 +79,97 @@ def select(state: RunState, services: Services) -> RunState:
         selected=RankedModels(heads, leaderboard, winner, winner_temperature, selection, ensemble),
         notes=notes if finetuned is None else (*notes, *finetuned.notes),
     )
+
+
+def collect_heads(banks_folder: Path, plan: Plan, task_digest: str) -> pd.DataFrame:
+    """Return one row per head (spec × fold, and the refit on all rows) that the plan asks for and
+    that has been trained.
+
+    Columns: inputs (tuple of names), kind, spec (JSON), fold, the metrics, objective, gap,
+    iterations, seconds, error, and path (its results file).
+    """
+    head_tables = []
+    # Read once per group: scikit-learn estimators of different settings share one.
+    tables_by_group: dict[str, pd.DataFrame] = {}
+    for heads in plan.requested:
+        group = bank_group(task_digest, heads, plan.fingerprints)
+        spec_texts = {spec_to_json(spec) for spec in heads.specs}
+        if group not in tables_by_group:
+            tables_by_group[group] = _group_table(banks_folder, group)
+        head_table = tables_by_group[group]
+        if not len(head_table):
+            continue
+        head_table = head_table[head_table["spec"].isin(spec_texts)]
+        # A spec that several files hold counts once: from the file where it failed least.
+        is_failed = head_table["error"].notna()
+        failures = is_failed.groupby([head_table["spec"], head_table["path"]]).sum().reset_index()
+        best_files = failures.sort_values(["error", "path"]).drop_duplicates("spec")
+        head_table = head_table.merge(best_files[["spec", "path"]], on=["spec", "path"])
+        inputs = pd.Series([heads.inputs] * len(head_table), head_table.index, dtype=object)
+        head_tables.append(head_table.assign(inputs=inputs))
+    return pd.concat(head_tables, ignore_index=True) if head_tables else pd.DataFrame()
+
+
+def _group_table(banks_folder: Path, group: str) -> pd.DataFrame:
+    bank_tables = [
+        read_bank(results_path).table.assign(path=str(results_path))
+        for results_path in sorted(banks_folder.glob(f"{group}-*.h5"))
+    ]
+    filled_tables = [table for table in bank_tables if len(table)]
+    return pd.concat(filled_tables, ignore_index=True) if filled_tables else pd.DataFrame()
+
+
+def rank_heads(
+    heads: pd.DataFrame, metric: str, input_widths: Mapping[str, int], n_folds: int
+) -> pd.DataFrame:
+    """Return the leaderboard, best first: by mean `metric` over validation folds; ties go to fewer
+    features, then to the smaller log loss.
+
+    Columns: rank, inputs, kind, settings, the metric's mean (named as the metric), standard_error
+    (of that mean over folds), folds, features (how many numbers the head reads), train_seconds,
+    failed (folds without a head, or where the metric is undefined), final (whether there is a refit
+    on all rows: halving makes none of the settings that it stopped), spec, path.
+
+    input_widths: numbers per image, by input.
+    """
+    fold_heads = heads[heads["fold"] != REFIT]
+    # A regression has none, and no ties either.
+    log_loss = "log_loss" if "log_loss" in heads else metric
+    by_setting = fold_heads.assign(
+        _complete=fold_heads["error"].isna() & fold_heads[metric].notna()
+    ).groupby(["inputs", "spec"], sort=False)
+    leaderboard = by_setting.agg(
+        kind=("kind", "first"),
+        **{metric: (metric, "mean")},
+        standard_error=(metric, "sem"),
+        folds=("fold", "size"),
+        train_seconds=("seconds", "sum"),
+        complete=("_complete", "sum"),
+        path=("path", "first"),
+        # On few images many strengths have the same accuracy, and the strongest regularization is
+        # hardly surer than a guess.
+        tie_break=(log_loss, "mean"),
+    ).reset_index()
+    leaderboard["failed"] = n_folds - leaderboard["complete"].astype(int)
+    final_heads = heads[(heads["fold"] == REFIT) & heads["error"].isna()]
+    final_keys = set(zip(final_heads["inputs"], final_heads["spec"], strict=True))
+    leaderboard["final"] = [
+        key in final_keys for key in zip(leaderboard["inputs"], leaderboard["spec"], strict=True)
+    ]
+    leaderboard["features"] = [
+        sum(input_widths[name] for name in inputs) for inputs in leaderboard["inputs"]
+    ]
+    leaderboard["settings"] = [settings_text(model_spec(spec)) for spec in leaderboard["spec"]]
+    # A spec that failed in any fold, or is not final, ranks after all others, because its mean is
+    # over fewer folds or fewer epochs.
+    leaderboard = leaderboard.sort_values(
+        ["failed", "final", metric, "features", "tie_break", "spec"],
+        ascending=[True, False, not METRICS[metric].higher_is_better, True, True, True],
+        ignore_index=True,
+    )
+    leaderboard.insert(0, "rank", np.arange(1, len(leaderboard) + 1))
+    columns = ["rank", "inputs", "kind", "settings", metric, "standard_error", "folds", "features"]
+    return leaderboard[[*columns, "train_seconds", "failed", "final", "spec", "path"]]
 
 
 def _save_winner(state: RunState, row: pd.Series, score: float, temperature: float) -> None:

@@ -18,7 +18,7 @@ from headrace.heads.linear.kind import LogisticSpec, RidgeSpec
 from headrace.heads.results import read_bank, results_bytes
 from headrace.heads.spec import FitResult, spec_to_json
 from headrace.pipelines.feature_input import FeatureInput
-from headrace.pipelines.planning.leaderboard import rank_heads
+from headrace.pipelines.stages.select import rank_heads
 
 
 def stored(folder, kind, metric, outputs=None, target=None, rows=80, folds=4):

@@ -27,7 +27,6 @@ from headrace.pipelines.advice.measure import advise_on
 from headrace.pipelines.advice.reference import reference_evidence, reference_text
 from headrace.pipelines.advice.transferability import transferability_scores
 from headrace.pipelines.errors import InvalidInput
-from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.recipe.sections import InputHalvingSection
 from headrace.pipelines.selection.estimate import Estimate
 from headrace.pipelines.selection.halving import halve_inputs
@@ -40,6 +39,7 @@ from headrace.pipelines.selection.learning_curves import (
     row_draws,
     subset,
 )
+from headrace.pipelines.stages.select import rank_heads
 
 # What would help is known from how each world is made: late taps show the classes (near) or lose
 # them (far); few images leave a linear head of many features far from its best, many do not;

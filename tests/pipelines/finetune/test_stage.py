@@ -46,7 +46,6 @@ from headrace.pipelines.finetune.train import Training
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.reference import model_ref, paths_of_content
 from headrace.pipelines.paths import RunPaths
-from headrace.pipelines.planning.leaderboard import rank_heads
 from headrace.pipelines.recipe.load import RecipeError, load_recipe
 from headrace.pipelines.recipe.sections import FinetuneSection, ReuseSection
 from headrace.pipelines.records import read_record
@@ -54,6 +53,7 @@ from headrace.pipelines.run_directory import results_file
 from headrace.pipelines.selection.ensemble import Ensemble, Member
 from headrace.pipelines.selection.ensemble_store import save_ensemble
 from headrace.pipelines.stages.evaluate import evaluate_ensemble
+from headrace.pipelines.stages.select import rank_heads
 
 QUIET = Console(quiet=True)
 

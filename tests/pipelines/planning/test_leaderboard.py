@@ -9,9 +9,10 @@ import pytest
 from headrace.heads.data.task import REFIT
 from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.spec import spec_to_json
-from headrace.pipelines.planning.leaderboard import NoWinner, choose_winner, rank_heads
+from headrace.pipelines.planning.leaderboard import NoWinner, choose_winner
 from headrace.pipelines.recipe.grid import requested_heads
 from headrace.pipelines.recipe.heads import Heads
+from headrace.pipelines.stages.select import rank_heads
 
 WIDTHS = {"a.avg": 4, "b.avg": 8}
 
