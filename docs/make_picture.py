@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from headrace.pipelines.cli.demo import REFERENCE, write_demo
-from headrace.pipelines.cli.show import show_result
+from headrace.pipelines.cli.run import show_result
 from headrace.pipelines.console import make_console
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.report.build import write_report

@@ -1,6 +1,6 @@
 """The result of a run in memory, for the terminal and for programs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.pipelines.finetune.stage import FinetuneOutcome
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting
-from headrace.pipelines.planning.leaderboard import Winner
+from headrace.pipelines.planning.leaderboard import Winner, inputs_text
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.selection.correction import CorrectedScore
 from headrace.pipelines.selection.ensemble import Ensemble
@@ -26,8 +26,8 @@ class RunResult:
     metric: str
     # feature sets by their names in the leaderboard, one for each view
     feature_paths: Mapping[str, tuple[Path, ...]]
-    heads: pd.DataFrame  # one row per head (spec x fold); see leaderboard.collect_heads
-    board: pd.DataFrame  # one row per (inputs, spec), best first; see leaderboard.rank_heads
+    heads: pd.DataFrame  # one row per head (spec x fold); see select.collect_heads
+    board: pd.DataFrame  # one row per (inputs, spec), best first; see select.rank_heads
     winner: Winner  # the first row of the board
     test: TestResult | None  # of the selected model; None without a test split
     # None if the recipe asks for none; if it is `chosen`, it is the selected model
@@ -48,6 +48,10 @@ class RunResult:
     def names(self) -> tuple[str, ...]:
         """Names of the feature sets, in the recipe's order."""
         return tuple(self.feature_paths)
+
+    def inputs_text(self, inputs: Iterable[str]) -> str:
+        """Return the inputs of a head in words, such as "blocks.4.avg" or "all 6 taps"."""
+        return inputs_text(inputs, self.names)
 
     def features(self, input_name: str, view_index: int = 0) -> FeatureSet:
         """Open a feature set: NumPy slices, `to_dask_array()`, `to_torch_dataset()`."""

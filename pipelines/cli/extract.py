@@ -101,8 +101,13 @@ def extract_command(
         recipe = on_cluster(recipe, cluster)
     if strict:
         recipe = strictly(recipe)
-    from headrace.pipelines.cli.run_json import extract_fields, plan_fields
-    from headrace.pipelines.cli.show import show_extraction, show_features, show_notes
+    from headrace.pipelines.cli.show import (
+        extract_fields,
+        plan_fields,
+        show_extraction,
+        show_features,
+        show_notes,
+    )
     from headrace.pipelines.cluster.survive_hangup import outlive_terminal
     from headrace.pipelines.planning.extraction import read_extraction
     from headrace.pipelines.planning.plan import check_space

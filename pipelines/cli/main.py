@@ -14,10 +14,9 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from headrace.cache.errors import HeadraceError
 from headrace.cache.home import unknown_home_message
@@ -30,15 +29,9 @@ from headrace.pipelines.cli.doctor import doctor_command
 from headrace.pipelines.cli.export import export_command
 from headrace.pipelines.cli.extract import extract_command
 from headrace.pipelines.cli.options import (
-    ClusterOption,
-    DryRunOption,
     ExcludeOption,
     JsonOption,
-    ProgressOption,
     QuietOption,
-    SetOption,
-    StrictOption,
-    VerboseOption,
     WorkersOption,
     flag,
     print_json,
@@ -47,12 +40,9 @@ from headrace.pipelines.cli.options import (
 )
 from headrace.pipelines.cli.predict import predict_command
 from headrace.pipelines.cli.report import report_command
-from headrace.pipelines.console import escape_unencodable, make_console, utf8_stdout, valid_text
-from headrace.pipelines.errors import InvalidInput
+from headrace.pipelines.cli.run import load_runnable, run_and_show, run_command
+from headrace.pipelines.console import escape_unencodable, make_console, utf8_stdout
 from headrace.pipelines.thread_memory import end_where_no_thread_begins
-
-if TYPE_CHECKING:
-    from headrace.pipelines.recipe.load import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,12 +96,15 @@ def demo(
 
     recipe = write_demo(folder)
     console = make_console()
-    _say(console, f"2,624 photographs of solar cells: which are defective? The recipe is {recipe}")
-    loaded_recipe = _load(recipe)
+    # Here and below lines are not wrapped: a wrapped command could not be copied.
+    console.print(
+        f"2,624 photographs of solar cells: which are defective? The recipe is {recipe}",
+        soft_wrap=True,
+    )
+    loaded_recipe = load_runnable(recipe)
     with resumable(), naming_lines(recipe):
-        _train(loaded_recipe, progress_console(quiet=quiet), workers, reference=REFERENCE)
-    _say(
-        console,
+        run_and_show(loaded_recipe, progress_console(quiet=quiet), workers, reference=REFERENCE)
+    console.print(
         "Next, try:\n"
         f"  headrace report {recipe}     # one page to look at: mistakes, likely label errors, "
         "near-duplicates\n"
@@ -119,6 +112,7 @@ def demo(
         f"  headrace cache ls --cache {folder / 'headrace-cache'}     # the features that were "
         "kept\n"
         "  headrace init FOLDER     # a recipe for your own images",
+        soft_wrap=True,
     )
 
 
@@ -157,80 +151,15 @@ def init(
         return
     console = make_console()
     for note in finding.notes:
-        _say(console, f"note: {note}")
-    _say(
-        console,
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(
         f"Found {finding.sentence}. Wrote {out}.\nNext: headrace run {shlex.quote(str(out))} "
         "--dry-run",
+        soft_wrap=True,
     )
 
 
-@app.command()
-def run(
-    recipe: Annotated[
-        Path,
-        typer.Argument(
-            help="The recipe, a YAML file; `headrace init` writes one.",
-            autocompletion=complete_runs,
-        ),
-    ],
-    dry_run: DryRunOption = False,
-    workers: WorkersOption = None,
-    strict: StrictOption = False,
-    retry_failed: Annotated[
-        bool,
-        flag("--retry-failed", help="Train the heads that failed in an earlier call once more."),
-    ] = False,
-    cluster: ClusterOption = None,
-    settings: SetOption = None,
-    progress: ProgressOption = "auto",
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-    json_output: JsonOption = False,
-) -> None:
-    """Extract and train what is missing, rank, and score the winner on the test split.
-
-    Interrupted at any moment, the same command goes on where it was. --dry-run shows first what it
-    would do.
-
-    Example: headrace run recipe.yaml --dry-run
-    """
-    from headrace.pipelines.recipe.load import on_cluster, strictly
-    from headrace.pipelines.recipe.text import naming_lines
-
-    loaded_recipe = _load(recipe, tuple(settings or ()))
-    if cluster:
-        loaded_recipe = on_cluster(loaded_recipe, cluster)
-    if strict:
-        loaded_recipe = strictly(loaded_recipe)
-    progress_output = progress_console(quiet=quiet, verbose=verbose, progress_format=progress)
-    with resumable(), naming_lines(recipe):
-        if dry_run:
-            # With the options of this call, without which another plan would be carried out.
-            words = ["headrace", "run", str(recipe)]
-            words += [f"--cluster={cluster}"] if cluster else []
-            words += [f"--set={setting}" for setting in settings or ()]
-            _print_plan(
-                loaded_recipe,
-                progress_output,
-                shlex.join(words),
-                retry_failed=retry_failed,
-                json_output=json_output,
-            )
-        else:
-            _train(
-                loaded_recipe,
-                progress_output,
-                workers,
-                retry_failed=retry_failed,
-                json_output=json_output,
-            )
-    if not dry_run and not json_output and not quiet:
-        _say(
-            make_console(),
-            f"Next: headrace report {shlex.quote(str(recipe))}     # one page to look at: "
-            "mistakes, likely label errors, near-duplicates",
-        )
+app.command("run")(run_command)
 
 
 @app.command(rich_help_panel=_AFTER_RUN)
@@ -287,76 +216,6 @@ def schema(
 
     with utf8_stdout() as stream:
         stream.write(json.dumps(make_schema(" ".join(name or [RECIPE])), indent=2) + "\n")
-
-
-def _load(recipe_path: Path, settings: tuple[str, ...] = ()) -> "Recipe":
-    from headrace.pipelines.recipe.load import load_recipe
-
-    recipe = load_recipe(recipe_path, settings=settings)
-    _require_utf8(recipe.paths.root)
-    return recipe
-
-
-def _print_plan(
-    recipe: "Recipe", progress: Console, next_command: str, *, retry_failed: bool, json_output: bool
-) -> None:
-    from headrace.pipelines.cli.run_json import plan_fields
-    from headrace.pipelines.cli.show import show_images, show_plan
-    from headrace.pipelines.planning.plan import check_space
-    from headrace.pipelines.planning.run_state import read_run_state
-
-    state = read_run_state(recipe, write=False, retry_failed=retry_failed, console=progress)
-    if json_output:
-        # Before the object: an error is printed as an object, too, and would be a second.
-        check_space(state.plan, recipe.cache, recipe.storage.budget_gb)
-        fields = plan_fields(recipe, state.plan, state.accounting, state.notes)
-        print_json("run --dry-run", **fields)
-        return
-    console = make_console()
-    show_images(console, state.accounting, state.notes)
-    show_plan(console, state.plan, recipe.cache, recipe.out)
-    _say(console, f"Next: {next_command}")
-    # After the plan, in which a person sees what needs the space.
-    check_space(state.plan, recipe.cache, recipe.storage.budget_gb)
-
-
-def _train(
-    recipe: "Recipe",
-    progress: Console,
-    workers: int | None,
-    *,
-    retry_failed: bool = False,
-    reference: str | None = None,
-    json_output: bool = False,
-) -> None:
-    from headrace.pipelines.cli.run_json import run_fields
-    from headrace.pipelines.cli.show import show_files, show_result
-    from headrace.pipelines.cluster.survive_hangup import outlive_terminal
-    from headrace.pipelines.run import run_recipe
-
-    outlive_terminal(recipe.paths.terminal)
-    result = run_recipe(recipe, console=progress, workers=workers, retry_failed=retry_failed)
-    if json_output:
-        print_json("run", **run_fields(result))
-    else:
-        console = make_console()
-        show_result(console, result, reference=reference)
-        show_files(console, result)
-
-
-def _require_utf8(out_folder: Path) -> None:
-    # A run's tables are UTF-8, and contain paths of its other files.
-    if valid_text(str(out_folder)) != str(out_folder):
-        raise InvalidInput(
-            f"out: {out_folder}: a name in this path is no UTF-8, so that results cannot be kept "
-            "there. Rename it, or set `out` in the recipe to another folder; if the name is right "
-            "and the locale is not, set LC_ALL=C.UTF-8"
-        )
-
-
-def _say(console: Console, text: str) -> None:
-    """Print text without wrapping its lines: a wrapped command could not be copied."""
-    console.print(text, soft_wrap=True)
 
 
 # Typer keeps the line breaks in all paragraphs of a docstring but the first, and a terminal of 80

@@ -82,20 +82,6 @@ def choose_winner(board: pd.DataFrame, heads: pd.DataFrame, metric: str) -> Winn
     )
 
 
-def grouped_board(board: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the best head of each (inputs, kind), and how many settings it was chosen from."""
-    by_kind = board.groupby(["inputs", "kind"], sort=False)
-    best_rows = by_kind.head(1).copy()
-    n_settings = by_kind.size()
-    best_rows["tried"] = [
-        int(n_settings[inputs, kind])
-        for inputs, kind in zip(best_rows["inputs"], best_rows["kind"], strict=True)
-    ]
-    return best_rows[
-        ["rank", "inputs", "kind", "settings", "tried", metric, "standard_error", "features"]
-    ]
-
-
 def inputs_text(inputs: Iterable[str], all_inputs: Sequence[str]) -> str:
     """Return a text such as "blocks.4.avg + blocks.6.max", or "all 6 taps"."""
     inputs, taps = tuple(inputs), taps_of(inputs)

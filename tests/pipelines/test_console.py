@@ -21,7 +21,7 @@ from support.models import run_here
 from support.runs import headrace, make_photos
 
 from headrace.pipelines.cli.main import main
-from headrace.pipelines.cli.show import finetune_table
+from headrace.pipelines.cli.run import finetune_table
 from headrace.pipelines.cli.status import show_status
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.cluster.task_log import task_log
