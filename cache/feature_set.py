@@ -241,8 +241,9 @@ class FeatureSet:
     ) -> Iterator[FeatureBatch]:
         """Yield batches (rows (b,), features (b, *shape)) that cover `rows` (None: all) once.
 
-        With seed None in the given order; otherwise shuffled by blocks and within a buffer. For
-        another order in each epoch pass `seed=(7, epoch)`.
+        With seed None in the given order; otherwise shuffled: blocks of `block_rows` neighbouring
+        rows, then the rows within buffers of `buffer_rows`. For another order in each epoch pass
+        `seed=(7, epoch)`. Raises ValueError for sizes below 1.
         """
         row_positions = np.arange(self.n_rows) if rows is None else self._checked_positions(rows)
         return iter_batches(

@@ -176,7 +176,7 @@ def _is_number(value: object) -> bool:
     )
 
 
-_MAX_NUMBER = 1e30
+_MAX_NUMBER = 1e30  # within float32's range
 _MAX_ARGUMENTS_LENGTH = 10_000  # characters of JSON
 # {field: whether it may have a value}: descriptions come with model files of strangers too.
 _VALID_FIELD: dict[str, Callable[[object], bool]] = {

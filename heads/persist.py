@@ -74,6 +74,8 @@ class TrainedHead:
         They are in the order of `classes`; for regression they are the values. Side columns stand
         behind the features. Of a head trained on several views, the temperature is meant for the
         mean of predictions at temperature 1.
+
+        Raises HeadError for another number of features, and for heads that predict units.
         """
         return predict_head(self.spec, self.arrays, X, self.task_kind, self.temperature)
 

@@ -34,8 +34,8 @@ class RepairResult:
     rewritten_files: tuple[str, ...]  # of spec.json and manifest.jsonl
 
     @property
-    def is_nothing(self) -> bool:
-        """True if the feature set needed no repair."""
+    def was_consistent(self) -> bool:
+        """True if there was nothing to repair."""
         return not (
             self.listed_units or self.removed_units or self.missing_units or self.rewritten_files
         )

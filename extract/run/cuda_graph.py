@@ -46,11 +46,11 @@ class GraphedForward:
         self._outputs: list[Tensor] = []
 
     def _record(self, pixels: Tensor) -> list[Tensor]:
-        # Black images: what a network would take from the values of its first batch is found by
-        # the comparison with another one.
+        # Recorded with black images: where a network keeps something of its first batch, the
+        # outputs for `pixels` are then others, and are compared.
         static_pixels = torch.zeros_like(pixels)
-        # The stream of the recording, for ROCm makes its libraries' handles for each, which it
-        # cannot do while it records.
+        # Warm-up and recording are on one stream: ROCm makes handles of its libraries for each
+        # stream, which it cannot do while it records.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -47,7 +47,7 @@ def read_array(source: ImageSource, *, labelled: bool = True) -> Listing:
     Raises SourceError.
     """
     key = source.array_key
-    array_path = expand_home(source.location).absolute()
+    array_path = source.path.absolute()
     if array_path.is_dir():
         return _read_idx_family(array_path, source, labelled=labelled)
     has_range = not labelled or source.pixel_range is not None

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import pandas as pd
 
 from headrace.cache.count_text import count_text
-from headrace.cache.home import expand_home
 from headrace.cache.text import normalize_text
 from headrace.extract.errors import SourceError, check_unique_ids, missing_path_message
 from headrace.extract.images.locators import encode_path, locator_file, printable_name
@@ -35,7 +34,7 @@ _TOOL_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir")
 
 class _Image(NamedTuple):
     id: str
-    path: str  # of a sample
+    path: str  # of a sample, see `encode_path`
     folders: FolderParts
     groups: Mapping[str, str | None]  # named groups of `name_pattern`
 
@@ -54,7 +53,7 @@ def read_folder(source: ImageSource, *, labelled: bool = True) -> Listing:
     Raises SourceError when the folder is absent or has no images, saying what it has, and for
     folders that `read_layout` refuses.
     """
-    image_root, name_pattern = expand_home(source.location), source.name_pattern
+    image_root, name_pattern = source.path, source.name_pattern
     if not image_root.is_dir():
         raise SourceError(missing_path_message(image_root, "a folder of images"))
     tally = Tally()

@@ -84,7 +84,7 @@ def _read_images(source: ImageSource, *, labelled: bool) -> Listing:
         case "array":
             return read_array(source, labelled=labelled)
         case "image":
-            name, path = str(source.location), expand_home(source.location).absolute()
+            name, path = str(source.location), source.path.absolute()
             row = {"id": printable_name(name), "path": encode_path(path), "label": None}
             return Listing(pd.DataFrame([row]), found=1)
 

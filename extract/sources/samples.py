@@ -22,11 +22,11 @@ def list_folder(
     return listing.samples
 
 
-def list_tar(
+def list_archives(
     archives: str | Path | Sequence[str | Path], *, layout: Layout = "auto"
 ) -> pd.DataFrame:
     """Return `read_archives`' samples: columns `id`, `path` (a locator), `label`, then others."""
-    listing = read_source(ImageSource("archive", archives, layout=layout))  # type: ignore[arg-type]
+    listing = read_source(ImageSource("archive", archives, layout=layout))
     warn_about_left_out(listing, str(archives))
     return listing.samples
 

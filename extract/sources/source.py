@@ -1,9 +1,12 @@
 """A source of images, as a recipe or a caller describes it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from headrace.cache.home import expand_home
+from headrace.extract.errors import SourceError
 from headrace.extract.sources.detections import MIN_CONFIDENCE
 from headrace.extract.sources.layout import Layout
 from headrace.extract.sources.regions import Boxes, Tiles
@@ -19,7 +22,7 @@ class ImageSource:
     """
 
     kind: SourceKind
-    location: str | Path  # from Python also a list of archives
+    location: str | Path | Sequence[str | Path]  # several: archives, from Python
     layout: Layout = "auto"  # of folders, on disk or in archives, see `read_layout`
     exclude: tuple[str, ...] = ()  # shell patterns of ids, or of folders that they lie in
     # Of a folder: a regular expression, searched for in ids, whose named groups become columns;
@@ -42,3 +45,10 @@ class ImageSource:
     tiles: Tiles | None = None  # that images are cut into
     detections: Path | None = None  # MegaDetector's results, whose boxes are the rows
     min_confidence: float = MIN_CONFIDENCE
+
+    @property
+    def path(self) -> Path:
+        """The location, `~` expanded. Raises SourceError for several, which only archives are."""
+        if not isinstance(self.location, str | Path):
+            raise SourceError(f"{len(self.location)} locations of a {self.kind}: give one of them")
+        return expand_home(self.location)

@@ -40,7 +40,7 @@ _EXPECTED = "a table ends in .csv, .tsv, .jsonl, .json, .parquet or .arrow"
 # How many times its size a compressed table may become, beyond 64 MiB. Tables of repeated rows
 # reach some fifty times; a file made to fill the memory reaches a thousand.
 _GZIP_RATIO, _GZIP_FLOOR_BYTES = 200, 1 << 26
-_BUFFER_BYTES = 1 << 16
+_BUFFER_BYTES = 1 << 16  # of a Parquet file, read at a time
 _MAX_COLUMNS = 20_000  # reading each takes about a millisecond
 
 

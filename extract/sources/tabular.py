@@ -62,7 +62,7 @@ def read_tables(source: ImageSource, *, labelled: bool = True) -> Listing:
 
     Raises SourceError.
     """
-    table_paths = table_files(expand_home(source.location))
+    table_paths = table_files(source.path)
     tally = Tally()
     frames: list[pd.DataFrame] = []
     notes: list[str] = []

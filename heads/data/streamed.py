@@ -71,7 +71,7 @@ class StreamedRows:
         return self.read(np.flatnonzero(key) if key.dtype == np.bool_ else key)
 
     def read(self, row_numbers: Array) -> Floats:
-        """Return rows by number, as a copy."""
+        """Return rows by number, (n, D) or (n, channels, h, w) float32, as a copy."""
         output_rows = np.empty((len(row_numbers), *self.shape[1:]), np.float32)
         for view in range(self.views):
             view_rows: slice | Index = slice(None)

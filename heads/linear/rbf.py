@@ -18,7 +18,8 @@ from headrace.heads.arrays import Array, Doubles
 class RBFClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Support vector classifier with the kernel exp(-gamma |x - z|² / D), D the number of features.
 
-    Because of D, one gamma suits any number of features; scikit-learn's gamma is gamma / D.
+    Because of D, one gamma suits any number of features; scikit-learn's gamma is gamma / D. C and
+    class_weight are those of SVC.
     """
 
     def __init__(self, C: float = 10.0, gamma: float = 0.5, class_weight: Any = None) -> None:

@@ -58,8 +58,8 @@ def list_images(
     all_samples = pd.concat([listing.samples for listing in listings])
     paths_of_name = all_samples.groupby("file")["path"].nunique()
     for image_source, listing in zip(image_sources, listings, strict=True):
-        location, names_of_files = image_source.location, listing.samples["file"]
-        prefix = printable_name(str(location if is_table(location) else Path(location).parent))
+        path, names_of_files = image_source.path, listing.samples["file"]
+        prefix = printable_name(str(path if is_table(path) else path.parent))
         # A name stands for one image: a report, or a join by `file`, could not tell two apart.
         listing.samples["file"] = names_of_files.where(
             names_of_files.map(paths_of_name) == 1, f"{prefix}/" + names_of_files

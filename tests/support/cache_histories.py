@@ -135,7 +135,7 @@ class CacheHistory(RuleBasedStateMachine):
         # A shard whose writer died before listing it is whole too.
         self.listed = {int(unit[1:]) for unit in done.intact_units}
         assert {problem.kind for problem in verify_bytes(self.directory)} <= {"temporary"}
-        assert repair(self.directory).is_nothing
+        assert repair(self.directory).was_consistent
 
     @rule()
     def resume(self):

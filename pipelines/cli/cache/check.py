@@ -249,7 +249,7 @@ def repair_command(
                 "rewritten_files": result.rewritten_files,
             }
         )
-        if result.is_nothing:
+        if result.was_consistent:
             say(f"{directory.name}: nothing to repair")
             continue
         changes = [f"{count_text(len(result.intact_units), 'shard')} kept"]

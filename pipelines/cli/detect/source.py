@@ -109,7 +109,7 @@ def _detect(location: Path, source: ImageSource, recipe_folder: Path) -> Finding
         return _detect_archives(location, source, recipe_folder)
     if source.kind == "array":
         return _detect_array(location, source, recipe_folder)
-    return _detect_table(Path(source.location), source, recipe_folder)
+    return _detect_table(source.path, source, recipe_folder)
 
 
 def _detect_folder(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:

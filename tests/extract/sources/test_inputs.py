@@ -31,7 +31,7 @@ from headrace.extract.sources.read import (
     detect_source,
     read_source,
 )
-from headrace.extract.sources.samples import list_array, list_folder, list_tar, read_table
+from headrace.extract.sources.samples import list_archives, list_array, list_folder, read_table
 from headrace.extract.sources.source import ImageSource
 from headrace.extract.sources.table import read_table_file
 from headrace.extract.spec import BackboneSpec
@@ -354,7 +354,7 @@ def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     shard(tmp_path / "s-001.tar", {"c.cls": b"4", "c.seg.png": png(3), "readme.md": b"hello"})
     with pytest.warns(SourceWarning, match=r"left out 1 .md file .no image.: s-001.tar/readme.md"):
-        samples = list_tar(f"{tmp_path}/s-{{000..001}}.tar")
+        samples = list_archives(f"{tmp_path}/s-{{000..001}}.tar")
     assert samples["id"].tolist() == [
         "s-000.tar/a.png",
         "s-000.tar/dir/b.png",
@@ -378,15 +378,17 @@ def test_tar_shards_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match=r"compressed archive.*Rename it, for example to FILE.tar.gz"
     ):
-        list_tar(tmp_path / "misnamed.tar")
+        list_archives(tmp_path / "misnamed.tar")
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     with pytest.raises(SourceError, match=r"not a whole tar archive"):
-        list_tar(tmp_path / "bad.tar")
+        list_archives(tmp_path / "bad.tar")
     with pytest.raises(SourceError, match=r"no such archive"):
-        list_tar(tmp_path / "absent-{000..003}.tar")
+        list_archives(tmp_path / "absent-{000..003}.tar")
     with pytest.raises(SourceError, match=r"no images .found: 1 side file of no image"):
-        list_tar(shard(tmp_path / "empty.tar", {"a.txt": b""}))
-    samples = list_tar(whole)
+        list_archives(shard(tmp_path / "empty.tar", {"a.txt": b""}))
+    with pytest.raises(SourceError, match=r"2 locations of a folder: give one of them"):
+        read_folder(ImageSource("folder", [tmp_path, tmp_path]))
+    samples = list_archives(whole)
     whole.write_bytes(whole.read_bytes()[:1100])  # cut after it was listed
     with pytest.raises(OSError, match=r"the archive ends"):
         read_bytes(samples["path"].iloc[1])
