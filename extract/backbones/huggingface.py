@@ -11,15 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor, nn
 
 from headrace.extract.backbones.hub import hub_message
 from headrace.extract.backbones.weights import LeftOut, mark_absent
 from headrace.extract.errors import BackboneError, nearest_names
-from headrace.extract.images.preprocessing import Preprocessing
+from headrace.extract.images.preprocessing import Preprocessing, render_crop
 
 # Numbers of PIL.Image.Resampling, which image processors store.
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+# Of the values' standard deviation, on average. Pillow's and torchvision's resizing differ by a
+# hundredth of it at most, and a resize to 8 pixels more by three hundredths.
+_LARGEST_DIFFERENCE = 0.02
 
 
 def build_transformers(
@@ -72,7 +77,7 @@ def build_transformers(
     left_out = _left_out(tower, model, loading_report)
     # transformers gives random values to tensors that the weights lack.
     mark_absent(tower, left_out.absent)
-    return tower, _preprocessing_of(processor, model_id), left_out
+    return tower, _checked_preprocessing(processor, model_id), left_out
 
 
 def _replace_values(config: Any, arguments: Mapping[str, Any], model_id: str) -> None:
@@ -194,6 +199,39 @@ def _preprocessing_of(processor: Any, model_id: str) -> Preprocessing:
         mean=tuple(float(value) for value in mean),
         std=tuple(float(value) for value in std),
     )
+
+
+def _checked_preprocessing(processor: Any, model_id: str) -> Preprocessing:
+    """Return the preprocessing of an image processor.
+
+    Raises BackboneError unless the two make the same of an image: some classes do more than their
+    fields say. MobileViT's swaps red and blue, EfficientNet's divides twice, LeViT's resizes to 8/7
+    of its size.
+    """
+    # Smooth, so that kinds of interpolation hardly differ, and other along each axis and in each
+    # channel.
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 7, 3)) // (1, 2, 3)
+    image = Image.fromarray(coarse.astype(np.uint8)).resize((640, 400), Image.Resampling.BICUBIC)
+    try:
+        preprocessing = _preprocessing_of(processor, model_id)
+        pixels = render_crop(image, preprocessing).astype(np.float64) / 255
+        ours = ((pixels - preprocessing.mean) / preprocessing.std).transpose(2, 0, 1)
+        theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0], np.float64)
+        is_equal = (
+            ours.shape == theirs.shape
+            and np.abs(ours - theirs).mean() <= _LARGEST_DIFFERENCE * theirs.std()
+        )
+    except BackboneError:
+        raise
+    except Exception:  # noqa: BLE001 - processors of other kinds of images raise anything
+        is_equal = False
+    if not is_equal:
+        raise BackboneError(
+            f"transformers:{model_id}: its image processor, {type(processor).__name__}, makes "
+            "other pixels than one that resizes, crops and normalizes: take the network from timm "
+            "if that has it, or write a python: backbone for it"
+        )
+    return preprocessing
 
 
 def _edges(size: Any) -> dict[str, int]:

@@ -41,12 +41,13 @@ def build_open_clip(
                 f"open_clip:{name}: model: {argument} is not known; open_clip takes "
                 "force_quick_gelu, force_image_size and force_patch_dropout"
             )
-    weights = _weights_tag(name, tag) if pretrained else None
+    weights = _weights_tag(name, tag, arguments) if pretrained or tag is not None else None
     try:
         with _quiet():
             model = open_clip.create_model(
                 name,
-                pretrained=weights,
+                # Given a tag, open_clip downloads its weights even where it does not load them.
+                pretrained=weights if pretrained else None,
                 load_weights=pretrained,
                 # Otherwise a folder without weights would give a random network.
                 require_pretrained=pretrained,
@@ -70,7 +71,9 @@ def build_open_clip(
     tower.num_prefix_tokens = getattr(
         getattr(tower, "trunk", tower), "num_prefix_tokens", int(tower.has_class_token)
     )
-    return tower, _preprocessing_of(tower.preprocess_cfg, name)
+    tag_config = {} if weights is None else open_clip.get_pretrained_cfg(name, weights)
+    config = open_clip.transform.merge_preprocess_dict(tower.preprocess_cfg, tag_config)
+    return tower, _preprocessing_of(config, name)
 
 
 def resample_positions(tower: Any, size: int) -> None:
@@ -87,7 +90,10 @@ def resample_positions(tower: Any, size: int) -> None:
     tower.positional_embedding = nn.Parameter(positions["visual.positional_embedding"])
 
 
-def _weights_tag(name: str, tag: str | None) -> str | None:
+def _weights_tag(name: str, tag: str | None, arguments: Mapping[str, Any]) -> str | None:
+    """Return the tag of the pretrained weights, by default the first that fits the architecture;
+    None for a model of the hub or of a folder. Raises BackboneError.
+    """
     import open_clip
 
     if name.startswith(_SCHEMAS):
@@ -107,7 +113,24 @@ def _weights_tag(name: str, tag: str | None) -> str | None:
             f"open_clip:{name} has no weights {tag or '(default)'}. It has: "
             f"{', '.join(tags) or 'none'}"
         )
-    return tag or str(tags[0])
+    # OpenAI's networks and some others were trained with x * sigmoid(1.702 x) in place of GELU.
+    # open_clip loads such weights into either network, and the wrong one gives other features.
+    is_quick = bool(
+        arguments.get("force_quick_gelu") or open_clip.get_model_config(name).get("quick_gelu")
+    )
+    fitting_tags = [
+        each
+        for each in tags
+        if bool(open_clip.get_pretrained_cfg(name, each).get("quick_gelu")) == is_quick
+    ]
+    if tag in fitting_tags or (tag is None and fitting_tags):
+        return tag or fitting_tags[0]
+    other_name = name.removesuffix("-quickgelu") if is_quick else f"{name}-quickgelu"
+    computed, trained = ("QuickGELU", "GELU") if is_quick else ("GELU", "QuickGELU")
+    raise BackboneError(
+        f"open_clip:{name} computes {computed}, and its weights {tag or tags[0]} were trained with "
+        f"{trained}: name open_clip:{other_name}"
+    )
 
 
 def _preprocessing_of(config: dict[str, Any], name: str) -> Preprocessing:

@@ -14,6 +14,7 @@ from support.runs import make_photos
 
 from headrace import load_model
 from headrace.extract.backbones.backbone import load_backbone
+from headrace.extract.backbones.open_clip_tower import _weights_tag
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import render_crop
@@ -305,12 +306,42 @@ def test_a_tower_of_open_clip_gives_its_own_numbers():
         ("onnx:/no/such.onnx", None, "no such file or folder"),
         ("open_clip:ViT-Z", None, "Nearest: ViT-"),
         ("open_clip:ViT-B-32", "absent", "It has: openai"),
+        ("open_clip:ViT-B-32", "openai", "with QuickGELU: name open_clip:ViT-B-32-quickgelu"),
         ("clip:x", None, "transformers:ID_OR_FOLDER"),
     ],
 )
 def test_names_that_are_not(name, weights, said):
     with pytest.raises(BackboneError, match=said):
         load_backbone(BackboneSpec(name, weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("ViT-B-32", "laion2b_e16"),
+        ("ViT-B-32-quickgelu", "openai"),
+        ("ViT-g-14", "laion2b_s12b_b42k"),
+    ],
+)
+def test_the_default_weights_of_open_clip_are_of_the_activation(name, default):
+    assert _weights_tag(name, None, {}) == default
+
+
+@pytest.mark.parametrize(
+    ("processor", "options"),
+    [
+        ("MobileViT", {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}),
+        ("EfficientNet", {"size": {"height": 56, "width": 56}}),
+        ("Levit", {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}),
+        ("ViT", {**SQUASH, "do_resize": False}),
+    ],
+)
+def test_image_processors_that_do_more_are_refused(tmp_path, processor, options):
+    """They swap colours, normalize twice, resize to another size or not at all."""
+    save_folder(tmp_path, "vit")
+    getattr(transformers, f"{processor}ImageProcessor")(**options).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=f"{processor}ImageProcessor.*, makes other pixels"):
+        load_backbone(BackboneSpec(f"transformers:{tmp_path}"))
 
 
 def test_files_that_are_no_networks(tmp_path):
