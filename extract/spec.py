@@ -22,6 +22,7 @@ from headrace.extract.images.preprocessing import (
     Interpolation,
     PixelDtype,
     PixelRanges,
+    ResizeMode,
     check_bands,
     plain_pixel_range,
 )
@@ -46,6 +47,8 @@ class BackboneSpec:
     mean: tuple[float, ...] | None = None  # of each channel; white is 1
     std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
+    # Whether the shorter edge or both are resized, or the longer one with a border.
+    resize_mode: ResizeMode | None = None
     # (black, white) of images of more than 8 bits, in their own numbers, or a pair for each band;
     # None: by their depth or header.
     pixel_range: PixelRanges | None = None
@@ -188,6 +191,7 @@ _VALID_FIELD: dict[str, Callable[[object], bool]] = {
     "mean": _is_tuple_of_numbers,
     "std": _is_tuple_of_numbers,
     "interpolation": lambda value: isinstance(value, str) and value in get_args(Interpolation),
+    "resize_mode": lambda value: isinstance(value, str) and value in get_args(ResizeMode),
     "pixel_range": _is_pixel_range,
     "model": lambda value: isinstance(value, str | Mapping),
     "prefix_tokens": lambda value: type(value) is int and 0 <= value < 1 << 20,
@@ -326,6 +330,11 @@ def check_spec(spec: BackboneSpec) -> None:
 def require_weights_file(path: Path) -> None:
     """Raise BackboneError, naming the nearest files, unless the weights file exists."""
     if not path.is_file():
+        if {"http:", "https:"} & set(path.parts):
+            raise BackboneError(
+                f"{path}: an address, and not a file. Download it, and name the file: weights: "
+                f"{path.name}"
+            )
         folder = path.absolute().parent
         near = "(no such folder)"
         if folder.is_dir():

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from headrace.extract.backbones.weights import (
     LeftOut,
     converted_by_timm,
     fit_weights,
+    names_of_nan,
     own_tensors,
     weights_digest,
 )
@@ -36,6 +38,9 @@ from headrace.extract.spec import (
     weights_path,
     weights_stamp,
 )
+
+# Folders of installed packages. These change by their versions, and not from day to day.
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +86,13 @@ def build_untrained(spec: BackboneSpec) -> tuple[nn.Module, Preprocessing]:
 
 
 def _adapt_to_bands(module: nn.Module, preprocessing: Preprocessing, spec: BackboneSpec) -> None:
+    n_channels = spec.model_arguments.get("in_chans", 3)
+    if spec.name.startswith("timm:") and spec.bands is None and n_channels != 3:
+        bands_text = ", ".join(map(str, range(1, n_channels + 1)))
+        raise BackboneError(
+            f"{spec.name}: model: in_chans is {n_channels}, and images have three colours unless "
+            f"their bands are named: bands: [{bands_text}]"
+        )
     if spec.bands is not None and len(spec.bands) != preprocessing.n_channels:
         adapt_channels(module, spec.name, len(spec.bands))
 
@@ -134,6 +146,7 @@ def override_preprocessing(preprocessing: Preprocessing, spec: BackboneSpec) -> 
             preprocessing,
             resize=resize,
             crop=crop,
+            mode=spec.resize_mode or preprocessing.mode,
             bands=bands,
             mean=spec.mean or _for_channels(preprocessing.mean, n_channels),
             std=spec.std or _for_channels(preprocessing.std, n_channels),
@@ -166,6 +179,8 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
             module, preprocessing, left_out = library.build_pretrained(
                 spec.name, spec.weights, arguments
             )
+    not_numbers = tuple(name for name in names_of_nan(module) if name not in left_out.absent)
+    left_out = dataclasses.replace(left_out, not_numbers=not_numbers)
     # Bands and image size change nothing where a weights file has needed them already.
     _adapt_to_bands(module, preprocessing, spec)
     # The digest before position embeddings are resampled to another image size, which other
@@ -177,7 +192,9 @@ def _load_cached(spec: BackboneSpec, stamp: tuple[int, ...] | None) -> Backbone:
     # the configuration of one from a hub or a folder; arguments and prefix tokens can change the
     # output for the same tensors. All of these enter the digest.
     configuration_text = (
-        _module_source(spec.name) if spec.name.startswith("python:") else _configuration(module)
+        _own_source(spec.name, module)
+        if spec.name.startswith("python:")
+        else _configuration(module)
     )
     configuration_text += spec.model if isinstance(spec.model, str) else ""
     if spec.prefix_tokens is not None:
@@ -253,10 +270,18 @@ def _configuration(module: nn.Module) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def _module_source(name: str) -> str:
-    """Return the source of the module of a "python:module:function" backbone; "" if it has none."""
-    try:
-        return inspect.getsource(sys.modules[name.split(":")[1]])
-    # Not imported, without a source file, or built into Python.
-    except (KeyError, OSError, TypeError):
-        return ""
+def _own_source(name: str, network: nn.Module) -> str:
+    """Return the source of the module of a "python:module:function" backbone, and of others of the
+    user's own that define the layers of its network; "" for what has none.
+    """
+    own_module = name.split(":")[1]
+    others = {type(layer).__module__ for layer in network.modules()} - {own_module}
+    sources = []
+    for module_name in (own_module, *sorted(others)):
+        # Not imported, without a source file, or built into Python.
+        with contextlib.suppress(KeyError, OSError, TypeError):
+            module = sys.modules[module_name]
+            is_installed = not _INSTALLED.isdisjoint(Path(inspect.getfile(module)).parts)
+            if module_name == own_module or not is_installed:
+                sources.append(inspect.getsource(module))
+    return "\n".join(sources)

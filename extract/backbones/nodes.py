@@ -145,6 +145,8 @@ def find_nodes(
     device = next(module.parameters(), torch.empty(0)).device
     try:
         return _run_with_hooks(module, image_shape, device, tokens)
+    except BackboneError:
+        raise
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         raise BackboneError(
             f"{network_name} does not run on images of {image_shape[0]} x {image_shape[1]} pixels "
@@ -272,7 +274,12 @@ def _capture(
             if isinstance(child, nn.Linear):
                 pre_hook = functools.partial(before, name)
                 hooks.enter_context(child.register_forward_pre_hook(pre_hook))
-        module(torch.zeros(_BATCH, image_shape[2], *image_shape[:2], device=device))
+        output = module(torch.zeros(_BATCH, image_shape[2], *image_shape[:2], device=device))
+    if not captured_outputs:
+        raise BackboneError(
+            f"the network returns a value of type {type(output).__name__}, and no layer of it "
+            "gives a tensor: return a tensor from its forward function"
+        )
     return captured_outputs, linear_inputs, call_counts, counter.flops
 
 

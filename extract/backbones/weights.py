@@ -46,10 +46,11 @@ class LeftOut:
     absent: tuple[str, ...] = ()
     surplus: tuple[str, ...] = ()  # of the file: not in the network
     others: tuple[str, ...] = ()  # of the file, outside of `prefix`: other networks'
+    not_numbers: tuple[str, ...] = ()  # of the network: NaN in the weights, from a failed training
     prefix: str = ""  # before the network's names in the file
 
     def __bool__(self) -> bool:
-        return bool(self.absent or self.surplus or self.others)
+        return bool(self.absent or self.surplus or self.others or self.not_numbers)
 
     def describe(self) -> str:
         """Return one line about the prefix and the tensors left out."""
@@ -62,8 +63,14 @@ class LeftOut:
             )
             if names
         ]
-        taken = f"taken from {self.prefix}*; " if self.prefix else ""
-        return f"{taken}left out: {'; '.join(parts)}"
+        taken = [f"taken from {self.prefix}*"] if self.prefix else []
+        left_out = [f"left out: {'; '.join(parts)}"] if parts else []
+        return "; ".join([*taken, *left_out, *self._nan_text()])
+
+    def _nan_text(self) -> list[str]:
+        if not self.not_numbers:
+            return []
+        return [f"NaN in {len(self.not_numbers)} of its tensors: {first_names(self.not_numbers)}"]
 
 
 NOTHING_LEFT_OUT = LeftOut()
@@ -184,6 +191,15 @@ def converted_by_timm(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[
     expected = module.state_dict().keys()
     gained = len(expected & converted.keys()) > len(expected & tensors.keys())
     return converted if gained else dict(tensors)
+
+
+def names_of_nan(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's tensors that hold NaN."""
+    return tuple(
+        name
+        for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point() and tensor.isnan().any()
+    )
 
 
 def mark_absent(module: nn.Module, names: Collection[str]) -> None:

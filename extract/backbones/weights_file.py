@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +22,15 @@ from headrace.extract.spec import require_weights_file
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 # The functions of torch._utils that put tensors together.
 _REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+# What pickles of NumPy arrays name. An array is made empty, and gets its shape, dtype and bytes
+# afterwards; the bytes are text in Latin-1 where torch.save wrote them.
+_NUMPY_NAMES: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.int8),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.int8),  # since NumPy 2
+    ("_codecs", "encode"): lambda text, _encoding: str(text).encode("latin-1"),
+}
 # A small file can name one module many times over.
 _MAX_MODULES = 1_000_000
 _MODULE_FIELDS = ("_parameters", "_buffers", "_modules")
@@ -103,7 +113,7 @@ class _InertUnpickler(pickle.Unpickler):
             return getattr(torch._utils, name)
         if module_name == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        return _StandIn
+        return _NUMPY_NAMES.get((module_name, name), _StandIn)
 
 
 def _load_inert(file: Any, **options: Any) -> object:
@@ -117,8 +127,14 @@ _INERT_PICKLE: Any = types.SimpleNamespace(
 )
 
 
-def _module_tensors(value: object) -> object:
-    """Return the state dict of a network that was saved whole; any other value as it is."""
+def _tensors_of(value: object) -> object:
+    """Return the state dict of a network that was saved whole, or of one whose tensors were saved
+    as NumPy arrays; any other value as it is.
+    """
+    if isinstance(value, Mapping) and value:
+        arrays = {name: array for name, array in value.items() if isinstance(array, np.ndarray)}
+        if len(arrays) == len(value):
+            return {name: torch.tensor(array) for name, array in arrays.items()}
     if not _is_module(value):
         return value
     tensors: dict[str, Tensor] = {}
@@ -148,7 +164,7 @@ def _is_module(value: object) -> bool:
 
 def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
     """Return the tensors among what a file holds. Raises BackboneError."""
-    entries = _module_tensors(file_value)
+    entries = _tensors_of(file_value)
     if not isinstance(entries, Mapping) or _is_object(entries):
         kind = "an object" if _is_object(entries) else type(entries).__name__
         raise BackboneError(
@@ -156,7 +172,7 @@ def _state_dict(file_value: object, path: Path) -> dict[str, Tensor]:
             f"Save it again: {HOW_TO_SAVE}."
         )
     entries = _join_networks(
-        _unwrapped({name: _module_tensors(value) for name, value in entries.items()})
+        _unwrapped({name: _tensors_of(value) for name, value in entries.items()})
     )
     non_tensor_names = [str(name) for name, value in entries.items() if not _is_tensor(value)]
     if non_tensor_names:

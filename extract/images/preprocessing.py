@@ -31,6 +31,9 @@ from headrace.extract.images.raw_pixels import PixelRange
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 PixelDtype = Literal["uint8", "float32"]
+# The edge that is resized to `resize`: the shorter one, both, or the longer one, the rest being
+# filled with the mean.
+ResizeMode = Literal["shortest", "squash", "border"]
 # One (black, white), or a pair for each band.
 PixelRanges = PixelRange | tuple[PixelRange, ...]
 # A decoded image: of 8 bits, or its bands at their own depth.
@@ -64,9 +67,7 @@ class Preprocessing:
 
     resize: tuple[int, int]
     crop: tuple[int, int]
-    # The edge that is resized to `resize`: the shorter one ("shortest"), both ("squash"), or the
-    # longer one, the rest being filled with the mean ("border").
-    mode: Literal["shortest", "squash", "border"]
+    mode: ResizeMode
     interpolation: Interpolation
     mean: tuple[float, ...]  # of each channel of the network's input; white is 1
     std: tuple[float, ...]

@@ -38,15 +38,23 @@ def require_loaded(backbone: Backbone, taps: Sequence[Tap], nodes: Nodes) -> Non
             continue
         _, modules_run = _run_marked(backbone, [(tap, node)])
         module_names = {name for name, _ in backbone.module.named_modules()}
+        absent, surplus, not_numbers = (
+            [name for name in names if owner_module(name, module_names) in modules_run]
+            for names in (left_out.absent, left_out.surplus, left_out.not_numbers)
+        )
+        if not_numbers:
+            raise BackboneError(
+                f"{_weights_text(backbone)}: {tap} depends on tensors that hold NaN "
+                f"({len(not_numbers)}): {first_names(not_numbers)}. The training that wrote them "
+                "has failed, or the file is damaged: take an earlier checkpoint, or tap below them"
+            )
         differences = "; ".join(
-            f"{label} ({len(below)}): {first_names(below)}"
+            f"{label} ({len(names)}): {first_names(names)}"
             for label, names in (
-                ("not in the file, or of another shape there", left_out.absent),
-                ("in the file, and not in the network", left_out.surplus),
+                ("not in the file, or of another shape there", absent),
+                ("in the file, and not in the network", surplus),
             )
-            if (
-                below := [name for name in names if owner_module(name, module_names) in modules_run]
-            )
+            if names
         )
         raise BackboneError(
             f"{_weights_text(backbone)}: {tap} depends on tensors in which the two differ: "

@@ -146,7 +146,19 @@ def auto_taps(nodes: Nodes) -> tuple[Tap, ...]:
     taps = _token_taps(nodes, blocks) if blocks else _stage_taps(nodes)
     if PRE_LOGITS in nodes.names:
         taps.append(Tap(PRE_LOGITS, "vector"))
-    return tuple(taps) or (Tap(LOGITS, "vector"),)
+    return tuple(taps) or _output_taps(nodes)
+
+
+def _output_taps(nodes: Nodes) -> tuple[Tap, ...]:
+    """Return the taps of the network's output, or, if that is no tensor but a dictionary, of the
+    last output that is one.
+    """
+    for node in reversed(nodes.nodes):
+        if node.layout == "NC":
+            return (Tap(node.name, "vector"),)
+        if node.n_prefix_tokens is not None:
+            return tuple(Tap(node.name, pooling) for pooling in ("avg", "max"))
+    return (Tap(LOGITS, "vector"),)
 
 
 def _token_taps(nodes: Nodes, blocks: list[Node]) -> list[Tap]:

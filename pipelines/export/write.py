@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from headrace.cache.atomic_io import PARTIAL_SUFFIX
 from headrace.cache.errors import HeadraceError
-from headrace.extract.backbones.backbone import load_backbone
+from headrace.extract.backbones.backbone import Backbone, load_backbone
 from headrace.extract.images.views import is_exact_view
 from headrace.extract.spec import BackboneSpec
 from headrace.heads.data.side_columns import SIDE_COLUMNS, columns_to_json
@@ -289,25 +289,7 @@ def _write_directory(model: Model, folder: Path) -> None:
         }
         # Not by safetensors' save_file, which makes files that only their owner may read.
         (folder / name).write_bytes(save(tensors))
-        preprocessing = loaded.preprocessing
-        # The preprocessing in full: without the tag of its weights, a network would get the default
-        # preprocessing of the library that is installed then.
-        weights_files[backbone] = replace(
-            backbone,
-            weights=name,
-            weights_match="name",
-            weights_prefix=None,
-            image_size=preprocessing.crop[0],
-            crop_fraction=preprocessing.crop[0] / preprocessing.resize[0],
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            interpolation=preprocessing.interpolation,
-            pixel_range=preprocessing.pixel_range,
-            bands=preprocessing.bands,
-            pixel_dtype=preprocessing.pixel_dtype,
-            nodata=preprocessing.nodata,
-            decode=preprocessing.decode,
-        )
+        weights_files[backbone] = spec_of_file(loaded, name)
     # From members/NAME the weights files lie two folders up.
     to_root = "../../" if isinstance(model, EnsembleModel) else ""
 
@@ -326,6 +308,36 @@ def _write_directory(model: Model, folder: Path) -> None:
         names = tuple(f"members/{member_index}" for member_index in range(len(model.members)))
         model = replace(model, names=names)
     _map_members(model, with_own_weights).save(folder)
+
+
+def spec_of_file(loaded: Backbone, weights_file: str) -> BackboneSpec:
+    """Return the spec of a network whose tensors were written to `weights_file`.
+
+    It has the preprocessing in full: without the tag of its weights, a network would get the
+    default preprocessing of the library that is installed then.
+    """
+    preprocessing, spec = loaded.preprocessing, loaded.spec
+    if preprocessing.crop[0] == preprocessing.crop[1]:  # others have a single size of input
+        spec = replace(
+            spec,
+            image_size=preprocessing.crop[0],
+            crop_fraction=preprocessing.crop[0] / preprocessing.resize[0],
+        )
+    return replace(
+        spec,
+        weights=weights_file,
+        weights_match="name",
+        weights_prefix=None,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        interpolation=preprocessing.interpolation,
+        resize_mode=preprocessing.mode,
+        pixel_range=preprocessing.pixel_range,
+        bands=preprocessing.bands,
+        pixel_dtype=preprocessing.pixel_dtype,
+        nodata=preprocessing.nodata,
+        decode=preprocessing.decode,
+    )
 
 
 def _inputs_of(model: Model) -> list[GraphInput]:

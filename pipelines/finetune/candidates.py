@@ -61,7 +61,11 @@ def training_key(spec: FineTuneSpec, backbone: BackboneSpec, files: Iterable[Pat
     and the names of its input files, which contain digests of their contents.
     """
     names = [path.name for path in files]
-    backbone_json = json.dumps(dataclasses.asdict(backbone), sort_keys=True)
+    fields = dataclasses.asdict(backbone)
+    # Added later: networks that were trained before keep their names.
+    if fields["resize_mode"] is None:
+        del fields["resize_mode"]
+    backbone_json = json.dumps(fields, sort_keys=True)
     text = "\0".join([*names, backbone_json, spec_to_json(spec)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -315,6 +315,9 @@ class Backbone(Section):
     image_size: Annotated[int, pydantic.Field(ge=16, le=4096)] | None = None
     # share of the shorter edge that the crop keeps; default: the weights' own
     crop_fraction: Share | None = None
+    # shortest: the shorter edge is resized, and the crop cuts the longer one; squash: both edges,
+    # to a square; border: the longer edge, with a border of the mean; default: the weights' own
+    resize_mode: Literal["shortest", "squash", "border"] | None = None
     # bands of the files, counted from 1 as in GDAL, such as [4, 3, 2]: the network's channels, and
     # its first convolution is adapted to their number; default: grey or colours
     bands: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] | None = None

@@ -2,7 +2,9 @@
 own.
 """
 
+import linecache
 import re
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -15,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from headrace.extract.backbones import library
-from headrace.extract.backbones.backbone import build_untrained, load_backbone
+from headrace.extract.backbones.backbone import _load_cached, build_untrained, load_backbone
 from headrace.extract.errors import BackboneError
 from headrace.extract.images.preprocessing import Preprocessing, render_crop
 from headrace.extract.spec import BackboneSpec
@@ -143,6 +145,7 @@ def test_overrides() -> None:
         (0.25,) * 3,
         "bicubic",
     )
+    assert (how().mode, how(resize_mode="border").mode) == ("shortest", "border")
     with pytest.raises(BackboneError, match=r"crop_fraction is 1.5"):
         how(crop_fraction=1.5)
     with pytest.raises(BackboneError, match=r"does not run on images of 7 x 7"):
@@ -325,6 +328,33 @@ def test_a_network_of_ones_own() -> None:
     assert info.taps[0].map_bytes == 2 * 4 * 30 * 30
     assert info.taps[0].avg_bytes == 8
     assert info.parameters == 4 * 27 + 4 + 3600 * 5 + 5
+
+
+def test_a_network_of_ones_own_is_another_one_with_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its layers are defined in another file than the function, with equal tensors."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_function.py").write_text(
+        "import torch, own_layers\n"
+        "from headrace import Preprocessing\n"
+        "def make():\n"
+        "    how = Preprocessing((8, 8), (8, 8), 'squash', 'bilinear', (0.5,) * 3, (0.5,) * 3)\n"
+        "    return torch.nn.Sequential(own_layers.Layer()), how\n"
+    )
+    digests = []
+    for factor in (1, 2, 1):
+        (tmp_path / "own_layers.py").write_text(
+            "import torch\n"
+            "class Layer(torch.nn.Module):\n"
+            f"    def forward(self, images):\n        return images * {factor}\n"
+        )
+        for name in ("own_function", "own_layers"):
+            sys.modules.pop(name, None)
+        linecache.checkcache()
+        _load_cached.cache_clear()
+        digests.append(load_backbone(BackboneSpec("python:own_function:make")).weights)
+    assert digests[0] == digests[2] != digests[1]
 
 
 @pytest.mark.parametrize(

@@ -231,3 +231,18 @@ def test_names_that_wrappers_change_inside(tmp_path: Path) -> None:
     found = features(BackboneSpec(RESNET, saved(tmp_path / "w.pth", state)), TAPS[RESNET])
     expected = features(BackboneSpec(RESNET, "random:1"), TAPS[RESNET])
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_nan_in_the_weights_is_named_where_a_tap_depends_on_it(tmp_path: Path) -> None:
+    """A training that failed leaves it; in a head above the taps it is noted alone."""
+    state = state_of(RESNET)
+    state["layer4.0.conv1.weight"][0, 0] = torch.nan
+    spec = BackboneSpec(RESNET, saved(tmp_path / "failed.pth", state))
+    with pytest.raises(
+        BackboneError,
+        match=r"layer4\.avg depends on .* NaN \(1\): layer4\.0\.conv1\.weight\. .*earlier",
+    ):
+        features(spec, TAPS[RESNET])
+    with pytest.warns(WeightsWarning, match=r"NaN in 1 of its tensors: layer4\.0\.conv1\.weight"):
+        found = features(spec, ["layer2.avg"])
+    assert not found[0].isnan().any()

@@ -66,6 +66,7 @@ def test_classes_of_timm_are_named() -> None:
         ("transformers:/", {"_attn_implementation": "a/b"}, "_attn_implementation is not an arg"),
         ("torchvision:resnet18", {"weights": "DEFAULT"}, "weights is not an argument"),
         ("torchvision:resnet18", {"depth": 3}, r"cannot be built with model: \{\"depth\": 3\}"),
+        ("timm:test_resnet", {"in_chans": 5}, r"in_chans is 5, .* named: bands: \[1, 2, 3, 4, 5\]"),
         (f"python:{__name__}:own_network", {"size": 3}, "unexpected keyword argument 'size'"),
     ],
 )

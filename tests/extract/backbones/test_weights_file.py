@@ -119,3 +119,14 @@ def test_children_by_number(tmp_path: Path, prefix: str, first_numbers: tuple[in
     for name, tensor in own.state_dict().items():
         if not name.startswith("fc."):
             assert torch.equal(loaded.module.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_that_were_saved_as_numpy_arrays(tmp_path: Path, zipped: bool) -> None:
+    state = network().state_dict()
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    for content in (arrays, {"model": arrays, "epoch": 3, "losses": np.ones(4)}):
+        torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+        tensors = read_weights(tmp_path / "x.pth")
+        assert list(tensors) == list(state)
+        assert all(torch.equal(tensors[key], state[key]) for key in state)

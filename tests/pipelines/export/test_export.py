@@ -16,7 +16,7 @@ from support.models import client_here
 from support.runs import headrace, make_photos
 
 from headrace.cache.errors import HeadraceError
-from headrace.extract.backbones.backbone import load_backbone
+from headrace.extract.backbones.backbone import Backbone, load_backbone, override_preprocessing
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import Preprocessing, render_crop
 from headrace.extract.sources.samples import list_folder
@@ -39,7 +39,7 @@ from headrace.pipelines.export.mlflow_model import save_mlflow_model
 from headrace.pipelines.export.model_card import _data_section
 from headrace.pipelines.export.output_check import TOLERANCE
 from headrace.pipelines.export.preprocessing_file import preprocess_file
-from headrace.pipelines.export.write import export_model
+from headrace.pipelines.export.write import export_model, spec_of_file
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.models.network import load_network, save_network
@@ -150,6 +150,28 @@ def test_a_head_is_the_same_where_headrace_is_not(photos, features, tmp_path):
         "headrace",
     ):
         assert said in card
+
+
+def test_a_copied_network_has_the_preprocessing_of_its_weights():
+    """Whatever the library's default weights have."""
+    default = Preprocessing((256, 256), (224, 224), "shortest", "bilinear", (0.5,) * 3, (0.2,) * 3)
+    preprocessing = Preprocessing(
+        (378, 378),
+        (378, 378),
+        "squash",
+        "bicubic",
+        (0.4, 0.5, 0.6, 0.7),
+        (0.1, 0.2, 0.3, 0.4),
+        pixel_range=(0.0, 4095.0),
+        bands=(4, 3, 2, 1),
+        nodata="mean",
+        decode="scaled",
+    )
+    loaded = Backbone(
+        BackboneSpec("timm:test_resnet", "tag"), torch.nn.Identity(), preprocessing, ""
+    )
+    spec = spec_of_file(loaded, "weights.safetensors")
+    assert override_preprocessing(default, spec) == preprocessing
 
 
 @pytest.mark.parametrize("key", ["folder", "table", "tar", "zip", "array"])
