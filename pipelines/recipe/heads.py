@@ -138,5 +138,8 @@ class Heads(_Sections):  # type: ignore[misc]
     @pydantic.model_validator(mode="after")
     def _some(self) -> "Heads":
         if not any(self.grids()):
-            raise ValueError(f"no heads to train: give at least one of {', '.join(HEAD_KINDS)}")
+            raise ValueError(
+                f"no heads to train: give at least one of {', '.join(HEAD_KINDS)}, with settings "
+                "or with {} for its default ones"
+            )
         return self

@@ -8,6 +8,7 @@ import pydantic
 
 from headrace.cache.home import expand_home
 from headrace.extract.spec import absolute_name
+from headrace.heads.sklearn.kind import SKLEARN
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.heads import HEAD_GRIDS, Heads
 from headrace.pipelines.recipe.overrides import apply_overrides, read_overrides
@@ -27,6 +28,13 @@ from headrace.pipelines.recipe.text import MAX_CHARACTERS, RecipeError, explain_
 from headrace.pipelines.recipe.values import Section
 
 __all__ = ["Recipe", "RecipeError", "check_recipe", "load_recipe", "on_cluster", "parse_recipe"]
+
+
+# Sections that may be empty, and take their defaults then.
+_EMPTY_SECTIONS = (
+    *("finetune", "input_halving", "ensemble"),
+    *(f"heads.{kind}" for kind in HEAD_GRIDS if kind != SKLEARN.name),
+)
 
 
 class Recipe(Section):
@@ -129,7 +137,7 @@ def parse_recipe(text: str, recipe_path: Path, *, settings: Iterable[str] = ()) 
     """Read and check the text of the recipe at `recipe_path`, from whose folder relative paths
     start. Raises RecipeError, as `load_recipe` does.
     """
-    root_node, values = read_yaml(text, recipe_path, Recipe.model_fields)
+    root_node, values = read_yaml(text, recipe_path, Recipe.model_fields, _EMPTY_SECTIONS)
     overrides = read_overrides(settings)
     try:
         recipe = Recipe.model_validate(apply_overrides(values, overrides))

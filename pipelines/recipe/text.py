@@ -119,9 +119,15 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(
-    text: str, path: Path, valid_keys: typing.Iterable[str]
+    text: str,
+    path: Path,
+    valid_keys: typing.Iterable[str],
+    empty_sections: typing.Collection[str] = (),
 ) -> tuple[yaml.MappingNode, Any]:
-    """Return the root node, which knows its lines, and the values. valid_keys: of a recipe.
+    """Return the root node, which knows its lines, and the values.
+
+    valid_keys: of a recipe. empty_sections: "KEY" or "KEY.KEY" of those that may be empty: one
+    below which nothing stands is {} and not None, which it is in YAML.
 
     Raises RecipeError.
     """
@@ -143,6 +149,7 @@ def read_yaml(
                 f"{path}: its anchors (&…, *…) stand for more than {_MAX_VALUES:,} keys and "
                 "values; write what is meant"
             )
+        _fill_empty_sections(root, "", empty_sections)
         return root, loader.construct_document(root)
     except yaml.reader.ReaderError as error:
         line_number = text.count("\n", 0, error.position) + 1
@@ -173,6 +180,19 @@ def read_yaml(
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _fill_empty_sections(
+    node: yaml.MappingNode, prefix: str, section_names: typing.Collection[str]
+) -> None:
+    for position, (key, value) in enumerate(node.value):
+        name = f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode) and not prefix:
+            _fill_empty_sections(value, f"{name}.", section_names)
+        # `null` and `~` leave a section out.
+        elif name in section_names and value.tag.endswith(":null") and not value.value:
+            empty = yaml.MappingNode("tag:yaml.org,2002:map", [], value.start_mark, value.end_mark)
+            node.value[position] = (key, empty)
 
 
 def _refuse_odd_nodes(

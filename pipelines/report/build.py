@@ -216,7 +216,10 @@ def make_headline(run: FinishedRun) -> Headline:
 
 def _test_value(run: FinishedRun, selected: SelectedModel) -> tuple[str, str, str]:
     if selected.test_evaluation is None:
-        return f"test {metric_title(run.metric)}", "–", "the test split was not evaluated"
+        remark = "the test split was not evaluated"
+        if selected.damage:
+            remark = "which model is selected is not known; see the test section"
+        return f"test {metric_title(run.metric)}", "–", remark
     result = selected.test_evaluation["result"]
     value, low, high = (
         number_text(result[name], result["metric"]) for name in ("value", "low", "high")

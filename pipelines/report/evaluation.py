@@ -27,12 +27,14 @@ def test_section(
     evaluation = selected.test_evaluation
     evaluations_table = _evaluations_table(run)
     if evaluation is None:
-        text = (
+        note = Note(
             f"{selected.name.capitalize()} has not been shown a test split: set "
             "task.test_fraction, or a split column with test rows, and run again."
         )
+        if selected.damage:
+            note = Note(f"Which model is selected is not known: {selected.damage}", "warning")
         tables = () if evaluations_table is None else (evaluations_table,)
-        return Section("test", "Test split", "", (Note(text), *tables))
+        return Section("test", "Test split", "", (note, *tables))
     result = evaluation["result"]
     blocks: list[Block] = [_evaluation_count(run, evaluation, selected)]
     if evaluations_table is not None:

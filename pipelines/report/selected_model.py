@@ -15,10 +15,11 @@ from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.predict import probability_floor
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
+from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.model import ensemble_is_selected
 from headrace.pipelines.models.reference import ModelRef
 from headrace.pipelines.recipe.finetune_spec import model_spec
-from headrace.pipelines.records import read_record
+from headrace.pipelines.records import RunDamaged, read_record
 from headrace.pipelines.selection.ensemble_store import member_name
 from headrace.pipelines.stages.evaluate import (
     WeightedModel,
@@ -35,10 +36,13 @@ class SelectedModel:
 
     ensemble: JsonObject | None  # contents of ensemble.json; None: the winner is selected
     test_evaluation: JsonObject | None  # None: it was not evaluated on the test split
+    damage: str = ""  # a sentence if the record that says which model is selected is damaged
 
     @property
     def name(self) -> str:
         """Its name in a sentence."""
+        if self.damage:
+            return "the selected model"
         return "the winner" if self.ensemble is None else "the ensemble"
 
     @property
@@ -55,8 +59,12 @@ class SelectedModel:
 
 def find_selected(run: FinishedRun) -> SelectedModel:
     """Return the selected model of the run's last call."""
-    if not ensemble_is_selected(run.paths):
-        return SelectedModel(None, run.winner_evaluation)
+    try:
+        if not ensemble_is_selected(run.paths):
+            return SelectedModel(None, run.winner_evaluation)
+    # One damaged record does not cost the page, but the winner's score must not stand in its place.
+    except (ModelError, RunDamaged) as error:
+        return SelectedModel(None, None, damage=str(error))
     ensemble = read_record(run.paths.ensemble / ENSEMBLE_DESCRIPTION)
     if "unit_rule" in ensemble:  # a temperature of units is stored with their rule
         ensemble["temperature"] = ensemble["unit_rule"]["temperature"]
@@ -102,6 +110,8 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
     They are made only for a model whose evaluation is on record, and on the rows of that record, so
     that a report adds no evaluation of the test split.
     """
+    if selected.damage:
+        return selected.damage
     evaluation = selected.test_evaluation
     if evaluation is None:
         return f"{selected.name} has not been shown the test split"

@@ -404,3 +404,13 @@ def test_a_word_where_a_section_stands_is_answered_with_what_to_write(
     with pytest.raises(RecipeError) as refusal:
         load_recipe(write(tmp_path, yaml.safe_dump(recipe)))
     assert f"write {written}" in str(refusal.value)
+
+
+def test_an_empty_section_has_its_defaults_and_null_leaves_it_out(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, GOOD + "  ridge:\n  knn: null\n  lda: ~\nensemble:\nfinetune: null\n")
+    )
+    assert len(recipe.heads.ridge.alpha) > 5
+    assert recipe.heads.knn is recipe.heads.lda is recipe.finetune is None
+    assert recipe.ensemble.max_members == 8
+    assert load_recipe(tmp_path / "recipe.yaml", settings=["ensemble=null"]).ensemble is None

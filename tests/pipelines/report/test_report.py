@@ -257,15 +257,21 @@ def test_a_record_that_is_gone_or_cut_is_said_where_it_would_be_shown(folder, tm
     assert any(f"{task.name} has changed since it was written" in text for task in tasks)
 
 
-@pytest.mark.parametrize("name", ["selection.json", "finetune/candidates.json"])
+@pytest.mark.parametrize(
+    "name", ["selection.json", "finetune/candidates.json", "ensemble/ensemble.json"]
+)
 def test_a_damaged_record_costs_its_own_section_alone(folder, tmp_path, name):
     root = tmp_path / "run"
     shutil.copytree(folder / "runs" / "single", root)
+    recipe = read_record(root / "recipe.json")
+    write_record(root / "recipe.json", recipe | {"ensemble": {}})
     (root / name).parent.mkdir(exist_ok=True)
     (root / name).write_text('{"cut": ')
     text = write_report(root).page.read_text()
     assert "Left out: " in text
     assert f"{Path(name).name} has changed since it was written" in text
+    # Nor does the winner's test score stand in the place of the selected model's.
+    assert ("Which model is selected is not known" in text) == name.startswith("ensemble")
 
 
 @pytest.mark.slow
