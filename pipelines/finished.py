@@ -1,7 +1,7 @@
 """Reading of a finished run from its directory, for the report, advice and notebooks."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -239,11 +239,32 @@ class FinishedRun:
     def winner_evaluation(self) -> Mapping[str, Any] | None:
         """The record of the winner on the test split; None if it was not evaluated there."""
         winner_key = (self.bank.task_digest, self.bank.path.name, self.winner.spec)
-        for evaluation in self.test_evaluations:
-            model = evaluation["winner"]
-            if (model["train"], model.get("bank"), model.get("spec")) == winner_key:
-                return evaluation
-        return None
+        return self.current_evaluation(
+            lambda model: (model["train"], model.get("bank"), model.get("spec")) == winner_key
+        )
+
+    def current_evaluation(
+        self, is_meant: Callable[[Mapping[str, Any]], bool]
+    ) -> Mapping[str, Any] | None:
+        """Return the record of a model on the test split as it is now; None if there is none.
+
+        is_meant: of the identity of a recorded model.
+        """
+        # An earlier recipe had another metric perhaps, or the test images other labels.
+        evaluations = [
+            evaluation
+            for evaluation in self.test_evaluations
+            if is_meant(evaluation["winner"]) and evaluation["result"]["metric"] == self.metric
+        ]
+        if len(evaluations) > 1 and not isinstance(self.images, str):
+            test_digest = self.images.dataset.test.digest
+            of_these_images = [
+                evaluation
+                for evaluation in evaluations
+                if evaluation["winner"]["test"] == test_digest
+            ]
+            evaluations = of_these_images or evaluations
+        return evaluations[-1] if evaluations else None
 
     @cached_property
     def stages(self) -> pd.DataFrame:

@@ -68,12 +68,10 @@ def find_selected(run: FinishedRun) -> SelectedModel:
     ensemble = read_record(run.paths.ensemble / ENSEMBLE_DESCRIPTION)
     if "unit_rule" in ensemble:  # a temperature of units is stored with their rule
         ensemble["temperature"] = ensemble["unit_rule"]["temperature"]
-    evaluations = [
-        evaluation
-        for evaluation in run.test_evaluations
-        if _is_ensemble(evaluation["winner"], ensemble, run.bank.task_digest)
-    ]
-    return SelectedModel(ensemble, evaluations[-1] if evaluations else None)
+    evaluation = run.current_evaluation(
+        lambda model: _is_ensemble(model, ensemble, run.bank.task_digest)
+    )
+    return SelectedModel(ensemble, evaluation)
 
 
 def _is_ensemble(identity: JsonObject, ensemble: JsonObject, task: str) -> bool:

@@ -1,6 +1,8 @@
 """The record of test evaluations is kept twice, and believed only as it was written."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ from support.runs import make_photos
 
 from headrace.heads.evaluate.intervals import proportion_interval
 from headrace.pipelines.errors import InvalidInput
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.model import load_model
 from headrace.pipelines.recipe.load import load_recipe
 from headrace.pipelines.selection.evaluation_record import (
@@ -183,3 +186,26 @@ def test_a_withdrawn_directory_is_gone_with_what_an_earlier_withdrawal_left(tmp_
     (tmp_path / "selection.json").touch()
     withdraw(tmp_path / "ensemble", tmp_path / "selection.json", tmp_path / "winner")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "test", "value"), [("auc", "b", 0.1), ("log_loss", "a", 0.2), ("log_loss", "b", 0.3)]
+)
+def test_a_report_shows_the_evaluation_of_its_metric_and_its_test_images(metric, test, value):
+    """The same winner was evaluated before: by another metric, and before a label was corrected."""
+    model = {"train": "t", "bank": "x.h5", "spec": "{}"}
+    run = FinishedRun(None, None, metric, None, None)
+    vars(run).update(
+        bank=SimpleNamespace(task_digest="t", path=Path("banks/x.h5")),
+        winner=SimpleNamespace(spec="{}"),
+        images=SimpleNamespace(dataset=SimpleNamespace(test=SimpleNamespace(digest=test))),
+        test_evaluations=[
+            {"winner": {**model, "test": shown}, "result": {"metric": of, "value": number}}
+            for shown, of, number in (
+                ("b", "auc", 0.1),
+                ("a", "log_loss", 0.2),
+                ("b", "log_loss", 0.3),
+            )
+        ],
+    )
+    assert run.winner_evaluation["result"]["value"] == value
