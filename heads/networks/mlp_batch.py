@@ -53,15 +53,16 @@ class Rows:
     Row r in view v is row v·n + r of `features`.
     """
 
-    features: "Tensor | StreamedTensor"  # (V·n, D), any floating dtype, not standardized
+    # (V·n, D), or maps (V·n, D, h, w); any floating dtype, not standardized
+    features: "Tensor | StreamedTensor"
     n: int
     target: Tensor  # single: (n,) int64; multi and regression: (L, n) float32
     # (2, n) float32 sample weights, plain ones and, of a single-label task, class-balanced ones;
     # their mean over the training rows is 1
     weight: Tensor
     label_weight: Tensor | None  # multi: (2, L) balanced weights of absent and of present labels
-    mean: Tensor  # (D,) float32, of the training rows
-    inverse_scale: Tensor  # (D,) float32
+    mean: Tensor  # (D,) float32, for maps (D, 1, 1), of the training rows
+    inverse_scale: Tensor  # likewise
     task: TaskKind
     outputs: int  # C
     # (M,) int64 columns of numbers that may be missing, each followed by the column that is 1 where
@@ -69,7 +70,7 @@ class Rows:
     imputed: "tuple[Tensor, Tensor] | None" = None
 
     def minibatch(self, index: Tensor) -> Tensor:
-        """Return standardized rows (B, D) float32 of `features`."""
+        """Return standardized rows (B, D, …) float32 of `features`."""
         rows = self.features.index_select(0, index).float()
         if self.imputed is not None:
             numbers, fills = self.imputed
