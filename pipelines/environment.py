@@ -8,17 +8,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from headrace.extract.cores import available_cores
 from headrace.pipelines.records import append_records, read_records
 
 _LIBRARIES = (
     *("headrace", "torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn"),
     *("h5py", "pillow", "dask", "distributed"),
 )
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use, which a container or job may limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(workers: int | None, device: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ LEVELS = {
         {"exchange"},
     ),
     "extract": (
-        {"errors"},
+        {"cores", "errors"},
         {"images"},
         {"sources", "spec"},
         {"backbones"},

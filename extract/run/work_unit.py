@@ -1,7 +1,6 @@
 """Work units: decode each image once, one pass per network and view, one shard per feature set."""
 
 import functools
-import os
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ from headrace.cache.publish import create_feature_set, publish_shard
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.backbone import Backbone, load_backbone
 from headrace.extract.backbones.fused import Forward, keep_freed_memory
+from headrace.extract.cores import available_cores
 from headrace.extract.errors import SourceError
 from headrace.extract.images.crops import EMPTY_TILE
 from headrace.extract.images.views import parse_view
@@ -179,7 +179,7 @@ def _start(job: ExtractJob, decoder_pools: dict[int, ThreadPoolExecutor]) -> _St
         ]
     # With the network on an accelerator all cores of this process decode, unless the job says how
     # many.
-    n_threads = job.threads if on_cpu or job.threads > 1 else len(os.sched_getaffinity(0))
+    n_threads = job.threads if on_cpu or job.threads > 1 else available_cores()
     decoder_pool: ThreadPoolExecutor | DecodeProcesses
     if not on_cpu and n_threads >= _PROCESSES_FROM:
         decoder_pool = _decode_processes(n_threads)

@@ -13,6 +13,7 @@ import dask
 from dask.distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
+from headrace.extract.cores import available_cores
 from headrace.pipelines.cluster.dask_client import (
     PRELOAD,
     SETTINGS,
@@ -32,7 +33,6 @@ from headrace.pipelines.cluster.fork_server import (
 from headrace.pipelines.cluster.slurm import queued_jobs_text, replace_lost_jobs, slurm_client
 from headrace.pipelines.cluster.tls import folder_security, own_security
 from headrace.pipelines.cluster.worker import CORES_PER_GPU, DRIVER_VARIABLES, GPUS, UNITS_PER_GPU
-from headrace.pipelines.environment import available_cores
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.recipe.sections import ClusterSection
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import dask
 
+from headrace.extract.cores import available_cores
 from headrace.pipelines.cluster.ends_with_driver import STARTED_WITH, die_with_parent
 from headrace.pipelines.thread_memory import end_where_no_thread_begins
 
@@ -74,7 +75,7 @@ def choose_gpu(worker_name: str, n_gpus: int) -> None:
 
 def decoding_cores() -> int:
     """Return the number of cores on which this worker decodes, as several may share a node."""
-    n_cores = len(os.sched_getaffinity(0))
+    n_cores = available_cores()
     share: int = dask.config.get(CORES_PER_GPU, 0) or n_cores // max(dask.config.get(GPUS, 0), 1)
     return max(1, min(share, n_cores))
 

@@ -92,7 +92,7 @@ def check_memory(available_bytes: float | None = None, n_cores: int | None = Non
 
 
 def _cores() -> int:
-    from headrace.pipelines.environment import available_cores
+    from headrace.extract.cores import available_cores
 
     return available_cores()
 

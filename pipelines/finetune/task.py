@@ -8,7 +8,6 @@ done again.
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from headrace.cache.errors import SpecMismatch
 from headrace.cache.feature_set import FeatureSet, open_feature_set
 from headrace.cache.format.sealed import SealBroken, is_sealed_file, read_sealed_json, sealed_json
 from headrace.extract.backbones.backbone import Backbone, load_backbone
+from headrace.extract.cores import available_cores
 from headrace.extract.errors import BackboneError
 from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.resolve import Tap, backbone_nodes, tap_shape
@@ -122,7 +122,8 @@ def train_fold(fold_job: FoldJob) -> dict[str, Any]:
     """Train one fold, or with fold REFIT on all rows, from the fold's checkpoint if there is one,
     and publish a results file of one head, the curve, and for REFIT the network's directory.
 
-    Returns {"fold", "best_epoch", "epochs", "seconds", "stopped", "resumed_from", "skipped"}.
+    Returns {"fold", "best_epoch", "epochs", "seconds", "stopped", "resumed_from", "micro_batch",
+    "curve", "skipped"}: numbers of epochs, seconds, images of a pass, rows as in TrainingProgress.
     """
     job, fold = fold_job.job, fold_job.fold
     part_file = part_path(job, fold)
@@ -391,7 +392,7 @@ def _batch_source(job: FinetuneJob, opened: _OpenedJob, network: Network) -> Bat
             opened.backbone.preprocessing,
             tuple(opened.features_of_view),
             # A GPU is fed by one process, to which all cores belong.
-            1 if job.device == "cpu" else len(os.sched_getaffinity(0)),
+            1 if job.device == "cpu" else available_cores(),
         )
     features_below = [
         [

@@ -19,6 +19,7 @@ from headrace.cache.count_text import count_text
 from headrace.cache.format.encoding import decode_rows, encode_rows
 from headrace.cache.spec import FeatureSpec
 from headrace.extract.backbones.fused import keep_freed_memory
+from headrace.extract.cores import available_cores
 from headrace.extract.errors import ImageError
 from headrace.extract.images.crops import crop_content, split_crop
 from headrace.extract.images.views import Augmentation
@@ -35,7 +36,6 @@ from headrace.extract.run.work_unit import (
 from headrace.extract.spec import Sample
 from headrace.extract.taps.forward import make_forward
 from headrace.extract.taps.resolve import Tap
-from headrace.pipelines.environment import available_cores
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.models.from_features import (
     RowColumns,
@@ -300,7 +300,7 @@ def _side_inputs(model: "Model", side_table: SideTable | None, n_images: int) ->
     # Notes name images by `file`; images in memory have their numbers.
     side, notes = encode_side_columns(table.assign(file=range(n_images)), model.side_columns)
     for note in notes:
-        warnings.warn(note, stacklevel=4)  # at the user's call of `ImagePredictor`
+        warnings.warn(note, stacklevel=4)  # at the user's call of predict_proba
     return side.as_inputs()
 
 

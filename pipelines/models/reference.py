@@ -135,7 +135,7 @@ class ModelRef:
     def _predict_images(
         self, task: Task, temperature: float, trust_code: Collection[str] | None
     ) -> npt.NDArray[np.float32]:
-        from headrace.pipelines.environment import available_cores
+        from headrace.extract.cores import available_cores
         from headrace.pipelines.models.images import open_engine, predict_samples  # imports torch
 
         network = NetworkModel.load(self.network_directory, allowed_code=trust_code)

@@ -26,9 +26,9 @@ from rich.console import Console
 from headrace.cache.atomic_io import lease, publish_replace
 from headrace.cache.format.sealed import read_sealed_json, sealed_json
 from headrace.cache.text import as_text
+from headrace.extract.cores import available_cores
 from headrace.pipelines.cluster.progress import show_progress
 from headrace.pipelines.console import make_console
-from headrace.pipelines.environment import available_cores
 from headrace.pipelines.errors import OutputExists
 from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.models.model import Model

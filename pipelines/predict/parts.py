@@ -28,10 +28,10 @@ from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
 from headrace.cache.file_stamps import FileStamp, file_stamps, wait_until_settled
 from headrace.cache.format.sealed import SEAL, UNSEALED, check_seal, seal
+from headrace.extract.cores import available_cores
 from headrace.extract.images.locators import locator_file
 from headrace.extract.spec import Sample
 from headrace.pipelines.cluster.progress import show_progress
-from headrace.pipelines.environment import available_cores
 from headrace.pipelines.models.from_features import RowColumns
 from headrace.pipelines.models.model import Model, load_model
 
