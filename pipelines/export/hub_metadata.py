@@ -14,15 +14,14 @@ from headrace.pipelines.models.model import Model
 
 def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
     """Return the header, in `---` lines, with the score on the test split if there is one."""
+    hub_task = "image-classification"
+    if model.task_kind == "regression":
+        hub_task = "image-feature-extraction"  # the Hub has no task for regression from images
     # Licence and data set are left to the user: nothing here knows them.
     values: dict[str, Any] = {
         "library_name": "headrace",
-        "pipeline_tag": (
-            "image-classification"
-            if model.task_kind != "regression"
-            else "image-feature-extraction"  # the Hub has no task for regression from images
-        ),
-        "tags": ["transfer-learning", "image-classification", "headrace"],
+        "pipeline_tag": hub_task,
+        "tags": ["transfer-learning", hub_task, "headrace"],
     }
     backbones = [backbone for member in model.members for backbone in member.backbones]
     hub_names = {name for backbone in backbones if (name := _hub_name(backbone))}
@@ -35,7 +34,7 @@ def hub_metadata(model: Model, test_result: Mapping[str, Any] | None) -> str:
                 "name": model.path.name,
                 "results": [
                     {
-                        "task": {"type": "image-classification"},
+                        "task": {"type": hub_task},
                         "dataset": {"name": "held-out test split", "type": "custom"},
                         "metrics": [
                             {

@@ -20,6 +20,7 @@ from headrace.extract.images.views import Symmetries, is_exact_view, parse_view,
 from headrace.extract.run.work_unit import check_backbone_identity
 from headrace.extract.taps.capture import TapCapture
 from headrace.extract.taps.resolve import Tap, backbone_nodes
+from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.torch_head import tempered
 
 if TYPE_CHECKING:
@@ -119,11 +120,16 @@ class ModelGraph(nn.Module):
     A model that reads side columns has an input for them after the pixels: float32 (n, R) with R
     columns, as from `SideColumns.as_inputs`. A model that predicts the images of a unit (of a
     patient, say) together has a last input for their units: int64 (n,), numbers from 0 to n - 1
-    that are equal within a unit. The model must have no random views.
+    that are equal within a unit. Raises ModelError for a model with random views.
     """
 
     def __init__(self, model: "Model") -> None:
         super().__init__()
+        if not fits_graph(model):
+            raise ModelError(
+                f"{model.path} averages over random views of an image, which no torch module can "
+                "draw: predict_proba does, and headrace export writes a module without them"
+            )
         # each network, its features in the evaluation crop, and the symmetries that it reads
         loaded_networks: list[tuple[Backbone, list[FeatureSpec], list[int]]] = [
             (trained_backbone, list(member.features), [0])
@@ -246,7 +252,7 @@ def fits_graph(model: "Model") -> bool:
 
 
 def _view_columns(member: "HeadModel | NetworkModel") -> list[list[tuple[str, int]]]:
-    """Return for each view the features that are put side by side, as (name, symmetry)."""
+    """Return for each view the features that are put side by side, as (feature key, symmetry)."""
     columns_of_view: dict[int, list[tuple[str, int]]] = {}
     for feature in member.features:
         symmetry = parse_view(feature.view)[0]

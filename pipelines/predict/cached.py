@@ -44,7 +44,7 @@ def predict_cached(
 ) -> CachedPredictions:
     """Predict those images in `rows` that have features in a cache, or a recorded failure.
 
-    row_columns: of all images.
+    row_columns: of all images. Raises CacheError for damaged features.
     """
     # Made again by each call, which takes less time than to store them.
     predictions = CachedPredictions(

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from headrace.heads.data.task import TaskKind
 from headrace.heads.unit_rule import UnitRule
@@ -107,7 +109,9 @@ def is_unit_table(path: Path) -> bool:
     """Return whether a file is empty or begins as a table by `write_unit_table`."""
     with path.open("rb") as file:
         beginning = file.read(16)
-    return (
-        beginning.startswith((b"unit,images,", b"unit,file,", b'{"unit":', b"PAR1"))
-        or not beginning
-    )
+    if beginning.startswith(b"PAR1"):
+        try:
+            return pq.read_schema(path).names[:2] in (["unit", "images"], ["unit", "file"])
+        except pa.ArrowException:
+            return False
+    return not beginning or beginning.startswith((b"unit,images,", b"unit,file,", b'{"unit":'))

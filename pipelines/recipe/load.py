@@ -7,7 +7,7 @@ from typing import Any
 import pydantic
 
 from headrace.cache.home import expand_home
-from headrace.extract.spec import absolute_name
+from headrace.extract.spec import PACKAGE_PREFIX, absolute_name, is_weights_file
 from headrace.heads.sklearn.kind import SKLEARN
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.recipe.heads import HEAD_GRIDS, Heads
@@ -67,7 +67,7 @@ class Recipe(Section):
         return values
 
     @pydantic.model_validator(mode="after")
-    def _names_differ(self) -> "Recipe":
+    def _sections_fit_together(self) -> "Recipe":
         backbone_names = [backbone.alias or backbone.name for backbone in self.backbones]
         repeated_names = {name for name in backbone_names if backbone_names.count(name) > 1}
         if repeated_names:
@@ -220,10 +220,9 @@ def _absolute_log(log: LogSection | None, recipe_folder: Path) -> LogSection | N
 
 
 def _weights_file(weights: str | None, recipe_folder: Path) -> str | None:
-    """Return the name of a weights file, by its suffix, as a path from the recipe's folder; other
-    names, such as tags, unchanged.
+    """Return the name of a weights file as a path from the recipe's folder; packages and the tags
+    of libraries unchanged.
     """
-    # Tags of the libraries have no suffix.
-    if weights and weights.endswith((".pth", ".pt", ".bin", ".safetensors")):
-        return str(recipe_folder / expand_home(weights))
-    return weights
+    if weights is None or not is_weights_file(weights) or weights.startswith(PACKAGE_PREFIX):
+        return weights
+    return str(recipe_folder / expand_home(weights))

@@ -105,11 +105,11 @@ def _near_duplicates(
         run.paths.signatures,
         run.recipe.images.pixel_range,
     )
-    if n_moved := len(content_hashes) - len(available_rows):
-        moved_text = count_text(
-            n_moved, "image is not where it was: of it", "images are not where they were: of them"
+    if n_unread := len(content_hashes) - len(available_rows):
+        unread_text = count_text(n_unread, "image is", "images are")
+        remarks.append(
+            Note(f"{unread_text} gone or have changed: only their features were compared.")
         )
-        remarks.append(Note(f"{moved_text} only the features were compared."))
     light_values = grey_copies.astype(np.float32)
     # Without its mean: two images are not alike for being equally bright.
     light_values -= light_values.mean(1, keepdims=True)

@@ -159,7 +159,9 @@ def near_duplicates(
     )
     closest_pairs = pairs[: MAX_READ // 2]
     grey_images = {
-        index: grey_of_file(image_paths.get(str(content[index]), ""), pixel_range)
+        index: grey_of_file(
+            image_paths.get(str(content[index]), ""), str(content[index]), pixel_range
+        )
         for index in np.unique(closest_pairs).tolist()
     }
     readable_grey = {index: grey for index, grey in grey_images.items() if grey is not None}

@@ -1,6 +1,7 @@
 """Signatures of images: grey copies of 16 x 16 pixels, which recognize re-encoded copies."""
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,11 +11,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from headrace.cache.atomic_io import publish_replace
-from headrace.cache.errors import HeadraceError
 from headrace.cache.format.sealed import read_sealed_arrays, sealed_arrays
 from headrace.extract.errors import ImageError
+from headrace.extract.images.content_hashes import read_unchanged
 from headrace.extract.images.crops import decode_picture
-from headrace.extract.images.locators import read_bytes
 from headrace.extract.images.raw_pixels import PixelRange
 from headrace.heads.arrays import Doubles
 
@@ -29,7 +29,7 @@ def signatures(
     pixel_range: PixelRange | None = None,
 ) -> tuple[npt.NDArray[np.uint8], list[int]]:
     """Return grey copies (n, 256) of images, and their n positions in `content_hashes`; images that
-    are gone have no copy.
+    are gone or have changed have no copy.
 
     image_paths: by content hash. signatures_path: a file that keeps the signatures of one
     pixel_range by content hash; new ones are added to it.
@@ -39,7 +39,7 @@ def signatures(
     missing = [content_hash for content_hash in content_hashes if content_hash not in known]
     paths = [image_paths.get(content_hash, "") for content_hash in missing]
     with ThreadPoolExecutor(_THREADS) as pool:
-        new_signatures = pool.map(lambda path: grey_of_file(path, pixel_range), paths)
+        new_signatures = pool.map(grey_of_file, paths, missing, itertools.repeat(pixel_range))
         for content_hash, grey in zip(missing, new_signatures, strict=True):
             if grey is not None:
                 known[content_hash] = grey
@@ -60,12 +60,16 @@ def signatures(
     return np.array(grey_copies, np.uint8).reshape(len(positions), SIGNATURE**2), positions
 
 
-def grey_of_file(image_path: str, pixel_range: PixelRange | None) -> npt.NDArray[np.uint8] | None:
-    """Return `grey_signature` of a file; None if it has moved or is no longer an image."""
+def grey_of_file(
+    image_path: str, content_hash: str, pixel_range: PixelRange | None
+) -> npt.NDArray[np.uint8] | None:
+    """Return `grey_signature` of a file; None if it is gone, has another content hash, or is no
+    image.
+    """
     try:
-        return grey_signature(image_path, read_bytes(image_path), pixel_range)
+        return grey_signature(image_path, read_unchanged(image_path, content_hash), pixel_range)
     # Without it, the image is compared with no other; that it cannot be read is told elsewhere.
-    except (OSError, HeadraceError, ImageError):
+    except (OSError, ImageError):
         return None
 
 

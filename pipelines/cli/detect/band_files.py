@@ -28,7 +28,7 @@ class BandFiles:
     bands: tuple[str, ...]  # the ends of their names, sorted
     n_images: int
     example: str  # id of one file
-    are_classes: bool  # whether the files of each image would be a class
+    lacks_classes: bool  # whether each folder holds a single image, or fewer than two are named
 
     def message(self, folder: Path) -> str:
         """Return what the files are, and the command that stacks them."""
@@ -39,7 +39,7 @@ class BandFiles:
         pattern = f"(.*)[-_ ]({'|'.join(map(re.escape, self.bands))})"
         suffix = PurePosixPath(self.example).suffix
         # Where the folders are those of single images, they would be taken for classes again.
-        image_name = "m[1]" if self.are_classes else "f.parent / m[1]"
+        image_name = "m[1]" if self.lacks_classes else "f.parent / m[1]"
         script = (
             "import collections, pathlib, re, numpy as n; from PIL import Image as I; "
             "g = collections.defaultdict(list); "
@@ -51,7 +51,7 @@ class BandFiles:
         )
         stacked = folder.absolute().parent / name
         next_text = f"headrace init {shlex.quote(str(stacked))}"
-        if self.are_classes:
+        if self.lacks_classes:
             next_text = (
                 f"write a CSV with the columns path ({name}/NAME.npy) and label, and name that"
             )
@@ -86,7 +86,7 @@ def find_band_files(samples: pd.DataFrame) -> BandFiles | None:
     (bands,) = band_sets
     if not 1 < len(bands) == len(set(bands)):
         return None
-    are_classes = len(images_of_label) < 2 or all(
+    lacks_classes = len(images_of_label) < 2 or all(
         len(images) == 1 for images in images_of_label.values()
     )
-    return BandFiles(bands, len(bands_of_image), str(samples["id"].iloc[0]), are_classes)
+    return BandFiles(bands, len(bands_of_image), str(samples["id"].iloc[0]), lacks_classes)

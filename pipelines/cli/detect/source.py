@@ -13,7 +13,7 @@ from PIL import UnidentifiedImageError
 
 from headrace.cache.count_text import count_text
 from headrace.cache.errors import HeadraceError
-from headrace.extract.errors import SourceError, as_yaml_list
+from headrace.extract.errors import as_yaml_list
 from headrace.extract.images.decoding import has_deep_pixels
 from headrace.extract.images.locators import locator_file, read_bytes
 from headrace.extract.images.opening import decoding_reason, open_image
@@ -48,6 +48,8 @@ from headrace.pipelines.cli.detect.columns import (
 )
 from headrace.pipelines.cli.detect.pixels import detect_pixels
 from headrace.pipelines.errors import InvalidInput
+from headrace.pipelines.predict.tables import is_predictions
+from headrace.pipelines.predict.units import is_unit_table
 from headrace.pipelines.recipe.targets import name_some
 from headrace.pipelines.selection.cautions import near_copies
 
@@ -59,7 +61,6 @@ _CLASS_AND_NUMBER = r"(?P<label>[^/]*[^-/_. \d])[-_. ]*\d+\.\w+$"
 _MAX_CLASSES_NAMED = 8  # in a message
 _N_IMAGES_OPENED = 60  # spread over the listing, to see whether some have more than 8 bits
 _N_IMAGES_DECODED = 8  # spread over the listing, to measure their bands and values
-_PREDICTION_COLUMNS = {"file", "class", "error"}  # of the tables that `headrace predict` writes
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,11 @@ def _parts_text(folder: Path, table: Path, table_finding: Finding) -> str | None
 
 
 def _is_predictions(table: Path) -> bool:
-    """Return whether a table is one that `headrace predict` wrote."""
-    try:
-        return set(read_table_file(table).frame.columns) >= _PREDICTION_COLUMNS
-    except SourceError:
-        return False
+    """Return whether a table is one that `headrace predict` wrote, of images or of units."""
+    # Predicted values have columns of any names; the record beside their table says whose it is.
+    has_record = table.with_name(f"{table.name}.json").is_file()
+    is_ours = is_predictions(table, allow_values=has_record) or is_unit_table(table)
+    return is_ours and table.stat().st_size > 0
 
 
 def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path) -> Finding:
@@ -225,7 +226,7 @@ def _detect_class_folders(folder: Path, source: ImageSource, recipe_folder: Path
     class_counts = samples["label"].value_counts()
     band_files = find_band_files(samples)
     # Before names are taken for classes: those of bands would be.
-    if band_files is not None and band_files.are_classes:
+    if band_files is not None and band_files.lacks_classes:
         raise InvalidInput(f"{folder}: {band_files.message(folder)}")
     if len(class_counts) < 2 and (by_names := _classes_by_names(folder, listing, recipe_folder)):
         return by_names

@@ -42,6 +42,14 @@ def test_the_hub_reads_scores_and_base_models():
     assert (score.metric_type, score.metric_value) == ("accuracy", pytest.approx(0.9125))
 
 
+def test_values_are_no_classes_on_the_hub():
+    """The score of a regression is of the task that the card names."""
+    values = model(BackboneSpec("timm:resnet18"), task_kind="regression")
+    data = read(hub_metadata(values, {"metric": "r2", "value": 0.5}))
+    assert data.eval_results[0].task_type == data.pipeline_tag == "image-feature-extraction"
+    assert "image-classification" not in data.tags
+
+
 @pytest.mark.parametrize(
     "backbone",
     [

@@ -28,6 +28,7 @@ from headrace.heads.predict import predict_head
 from headrace.pipelines.api import extract_features, train_heads
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.export.write import export_model
+from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.model import load_model
 
 
@@ -71,6 +72,9 @@ def test_a_model_directory_predicts_as_its_run(run, away):
     np.testing.assert_allclose(model.predict_proba(samples["path"]), expected, atol=2e-3)
     right = model.predict(samples["path"]) == samples["label"].to_numpy()
     assert right.mean() > 0.9
+    # The second view is drawn from an image's bytes, which a module does not get.
+    with pytest.raises(ModelError, match="random views"):
+        model.to_torch()
 
 
 @pytest.mark.slow

@@ -188,8 +188,19 @@ def test_a_folder_that_holds_our_predictions_or_other_tables(tmp_path):
         {"file": [str(file) for file in files], "class": "fine", "p_fine": 1.0, "error": None}
     )
     predictions.to_csv(tmp_path / "photos/predictions.csv", index=False)
+    # Of values, with its record; in lines of JSON; and of weights in units.
+    values = predictions[["file", "p_fine", "error"]].rename(columns={"p_fine": "age"})
+    values.to_csv(tmp_path / "photos/values.csv", index=False)
+    (tmp_path / "photos/values.csv.json").write_text("{}")
+    lines = predictions[["file", "class"]].assign(probabilities=[{"fine": 1.0}] * 12)
+    lines.to_json(tmp_path / "photos/lines.jsonl", orient="records", lines=True)
+    weights = pd.DataFrame({"unit": "u", "file": predictions["file"], "weight": 1.0})
+    weights.to_csv(tmp_path / "photos/p.weights.csv", index=False)
     said = command("init", tmp_path / "photos", "--out", tmp_path / "r.yaml")
-    assert "predictions.csv is a table of predictions and was not read" in said
+    for name in ("predictions.csv", "values.csv", "lines.jsonl", "p.weights.csv"):
+        assert f"{name} is a table of predictions and was not read" in said
+        (tmp_path / "photos" / name).unlink()
+    (tmp_path / "photos/values.csv.json").unlink()
     assert load_recipe(shorten(tmp_path / "r.yaml")).images.folder == tmp_path / "photos"
     labels = pd.DataFrame({"path": [str(file) for file in files], "label": ["x", "y"] * 6})
     labels.to_csv(tmp_path / "photos/labels.csv", index=False)

@@ -4,8 +4,11 @@ import random
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
+import pytest
 
 from headrace.pipelines.predict.parts import PartJob, _part_bytes, known_parts, read_part
+from headrace.pipelines.predict.units import is_unit_table, write_unit_table
 
 
 def test_a_damaged_part_is_predicted_again(tmp_path):
@@ -37,3 +40,14 @@ def test_a_damaged_part_is_predicted_again(tmp_path):
     for data in (b"", good[:-1], good[: len(good) // 2]):
         part.write_bytes(data)
         assert known_parts(tmp_path, model, is_final=False) == {}
+
+
+@pytest.mark.parametrize("table_format", ["csv", "parquet", "jsonl"])
+def test_only_a_table_of_units_is_taken_for_one(tmp_path, table_format):
+    """A table of somebody else's is not replaced, in whatever format."""
+    path = tmp_path / f"p.units.{table_format}"
+    for columns, is_ours in (("unit images class", True), ("patient age unit", False)):
+        write_unit_table(pd.DataFrame({name: [1] for name in columns.split()}), path, table_format)
+        assert is_unit_table(path) is is_ours
+    path.write_bytes(b"PAR1 torn")
+    assert not is_unit_table(path)

@@ -120,6 +120,12 @@ def test_relative_paths_start_from_the_recipe(tmp_path):
     assert recipe.out == tmp_path / "headrace-runs" / "recipe"
     assert recipe.heads.logistic.C == (1e-3, 1.0)  # YAML 1.1 reads 1e-3 as text
     assert recipe.heads.mlp is None
+    for weights, is_file in {
+        **dict.fromkeys(("last.ckpt", "NET.PTH", "nets/epoch-9", "net.pth.tar"), True),
+        **dict.fromkeys(("random:0", "pypi:weights", "IMAGENET1K_V2"), False),
+    }.items():
+        (backbone,) = load_recipe(write(tmp_path, GOOD.replace("random:0", weights))).backbones
+        assert backbone.weights == (str(tmp_path / weights) if is_file else weights)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image, ImageEnhance
 from support.evidence import content_of, store_taps, stored, task_of
 
+from headrace.extract.images.content_hashes import hash_sample
+from headrace.extract.images.locators import read_bytes
 from headrace.heads.bags.kind import BagsSpec
 from headrace.heads.data.task import Task
 from headrace.heads.linear.kind import LogisticSpec
@@ -16,6 +18,7 @@ from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.sklearn.kind import SklearnSpec
 from headrace.heads.spec import spec_to_json
 from headrace.pipelines.cli.detect.source import detect_recipe
+from headrace.pipelines.selection import signatures as signatures_module
 from headrace.pipelines.selection.cautions import (
     grid_edges,
     hidden_classes,
@@ -24,6 +27,7 @@ from headrace.pipelines.selection.cautions import (
     near_duplicates_text,
 )
 from headrace.pipelines.selection.predictions import validation_rows
+from headrace.pipelines.selection.signatures import signatures
 
 
 def told(folder, rare, found, rows=400):
@@ -146,7 +150,7 @@ def test_near_duplicates_across_the_split_are_told(tmp_path):
     assert "task.group" in text
 
 
-def test_pixels_find_what_features_only_make_likely(tmp_path):
+def test_pixels_find_what_features_only_make_likely(tmp_path, monkeypatch):
     """Copies whose features are the likest and no more: their images are read, and decide."""
     rng = np.random.default_rng(0)
     X = rng.normal(size=(120, 16))
@@ -155,6 +159,8 @@ def test_pixels_find_what_features_only_make_likely(tmp_path):
     photos[60:80] = np.clip(photos[:20] * 1.08, 0, 255)
     train_task, test_task = split_of(rng.integers(0, 2, 120), np.arange(120) < 30)
     paths = {}
+    # The content hashes are made ones, which no file has.
+    monkeypatch.setattr(signatures_module, "read_unchanged", lambda path, _: read_bytes(path))
     for number, content in enumerate(content_of(120)):
         paths[content] = str(tmp_path / f"{number}.png")
         Image.fromarray(photos[number]).save(paths[content])
@@ -205,3 +211,20 @@ def test_pairs_without_a_test_split():
     said = near_duplicates_text(np.array([0]), np.array([1]), np.array(["fold 0", "fold 1"]))
     assert said.startswith("1 pair of images on different sides")
     assert "test images" not in said
+
+
+def test_an_image_that_has_changed_has_no_signature(tmp_path):
+    """Nor has one that is gone: the file of signatures would keep the new image under the old one's
+    content hash.
+    """
+    paths = {}
+    for name in ("kept", "changed", "gone"):
+        path = tmp_path / f"{name}.png"
+        Image.new("RGB", (32, 32), "red" if name == "kept" else "blue").save(path)
+        path.write_bytes(path.read_bytes() + name.encode())
+        paths[hash_sample(str(path), path.read_bytes())] = str(path)
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "changed.png")
+    (tmp_path / "gone.png").unlink()
+    for _ in range(2):  # the second time from the file
+        grey, positions = signatures(paths, list(paths), tmp_path / "signatures.npz")
+        assert (len(grey), positions) == (1, [0])
