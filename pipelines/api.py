@@ -80,10 +80,14 @@ def extract_features(
     column `path`; torchvision's ImageFolder, in place of whose transform the network's own
     preprocessing is used. Only images that the cache lacks go through the network. Files that
     cannot be read are left out with a SourceWarning. Images that cannot be decoded have no row;
-    each FeatureSet lists them with their reasons in `failures()`. device: "auto" is a GPU if there
-    is one. console: for progress; default: below the cell in a notebook, silent in a
-    script. client: a Dask client to work on; default: a cluster of `workers` processes on this
-    machine. Raises HeadraceError.
+    each FeatureSet lists them with their reasons in `failures()`.
+    taps: layers with a pooling, such as "layer3.avg"; "auto" picks some of every network.
+    dtype: of the stored features, float16, bfloat16, float32 or uint8.
+    images_per_shard: images of one task, written as one file; default: by device and feature sizes.
+    device: "auto" is a GPU if there is one.
+    console: for progress; default: below the cell in a notebook, silent in a script.
+    client: a Dask client to work on; default: a cluster of `workers` processes on this machine.
+    Raises HeadraceError.
 
     A script needs the usual `if __name__ == "__main__":`, because worker processes import it.
     """
@@ -155,7 +159,7 @@ def train_heads(
     samples: as `images` of `extract_features`, with the columns that the task names (`label` by
     default).
     heads: as in a recipe, {"logistic": {"C": [0.01, 1]}}; names alone are kinds with their default
-    grids. task: as in a recipe, {"target": "label", "folds": 5}.
+    grids. task: as in a recipe, {"target": "label", "folds": 5}. out: the run's directory.
     The result's `board` is the leaderboard and `heads` every single head, both as DataFrames;
     calling again with more heads trains only the new ones. console: as for `extract_features`.
     options: how tasks are watched over, such as their timeout. client: a Dask client to work on;
@@ -210,10 +214,12 @@ def _state_of(recipe: Recipe, features: Mapping[str, FeatureSet], samples: Image
     dataset = make_dataset(
         samples_with_content, samples_with_content["content"].tolist(), recipe.task
     )
-    failed = frozenset(
-        failure.content_hash for feature in features.values() for failure in feature.failures()
-    )
-    dataset = drop_rows(dataset, failed)
+    failed_reasons = {
+        failure.content_hash: failure.reason
+        for feature in features.values()
+        for failure in feature.failures()
+    }
+    dataset = drop_rows(dataset, failed_reasons)
     needed_contents = {*dataset.train.content.astype(str), *dataset.test.content.astype(str)}
     feature_plans = [
         feature_plan(name, [feature.spec], needed_contents, [feature.cached_hashes()])

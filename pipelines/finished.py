@@ -204,11 +204,13 @@ class FinishedRun:
             dataset = make_dataset(samples, content, self.recipe.task)
             views = (view for name in self.feature_specs for view in self.open_features(name))
             failures = (failure for view in views for failure in view.failures())
-            dataset = drop_rows(dataset, {failure.content_hash for failure in failures})
+            dataset = drop_rows(
+                dataset, {failure.content_hash: failure.reason for failure in failures}
+            )
         except SealBroken as error:
             return f"{self.paths.listing} has changed since it was written ({error}): {RUN_AGAIN}"
         except (HeadraceError, OSError) as error:
-            return f"the images are not where they were: {error}"
+            return f"the images and their features are not as they were: {error}"
         if dataset.train.digest != self.bank.task_digest:
             return (
                 "the images, their labels or their split have changed since the run: run it again, "

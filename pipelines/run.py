@@ -64,7 +64,7 @@ class ExtractionResult:
     seconds: float
 
 
-# The test split is used in `evaluate` alone, after the selection.
+# The test split is scored in `evaluate` alone, after the selection.
 STAGES = (extract, halve_inputs, train, finetune, select, evaluate, predict)
 
 
@@ -168,8 +168,7 @@ def cache_images(
         ),
         cache=cache_root,
         out=cache_root / "extraction",
-        # A recipe's device has no number, such as that of cuda:1.
-        compute=Compute.model_validate({"device": device.partition(":")[0]}),
+        compute=Compute.model_validate({"device": device}),
     )
     samples = images.rename(columns={"file": "id"})[["id", "path"]]
     is_writable = not cache_root.exists() or os.access(cache_root, os.W_OK)

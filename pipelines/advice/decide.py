@@ -71,7 +71,7 @@ class PilotEvidence:
     """Gain of a fine-tuned network over the best head."""
 
     name: str
-    tap: str | None  # what is above this tap was trained; None: everything
+    tap: str | None  # what is above this tap was trained; "head": the head alone; None: everything
     scratch: bool  # from a random start
     gain: Estimate  # the best head's error less the network's
 
@@ -99,7 +99,7 @@ class Evidence:
 
     @property
     def per_class_images(self) -> float:
-        """Images per class, on average."""
+        """Images per class, on average; all images where the task is not single-label."""
         return self.images / max(self.classes, 1)
 
 
@@ -110,7 +110,7 @@ class Advice:
     action: Action
     sentence: str
     reasons: tuple[str, ...]
-    tap: str | None = None  # fine-tune: train what is above this tap
+    tap: str | None = None  # fine-tune: train what is above this tap, or "head" alone; None: all
     class_name: str | None = None  # collect: images of this class; None: of all
     more: Estimate | None = None  # collect: how many images
     evidence: Evidence | None = field(default=None, repr=False)
@@ -137,7 +137,7 @@ def advice_summary(advice: Advice) -> dict[str, Any]:
 def decide(evidence: Evidence) -> Advice:
     """Return the advice by the first of these cases that applies: too few images to say anything; a
     fine-tuned network that is better; a class that lacks images; a learning curve that still falls;
-    a flat curve (see `_flat`).
+    one that may fall; a flat curve (see `_flat`).
     """
     reasons = [
         f"The best head errs on {percent(evidence.error)} of "
@@ -263,8 +263,8 @@ def _deeper(evidence: Evidence, reasons: list[str]) -> Advice:
 
 
 def _error_beyond_noise(evidence: Evidence) -> Estimate:
-    """Return the share of errors that need not be label noise, less ROOM_SHARE of the error; below
-    0 most errors look like label noise.
+    """Return the error less that of label noise, less ROOM_SHARE of the error; below 0 most errors
+    look like label noise. nan where label noise was not measured.
     """
     if evidence.surest is None:
         return Estimate(float("nan"), np.full(1, np.nan))
@@ -326,7 +326,9 @@ def percent(error: Estimate) -> str:
 
 
 def _above(tap: str | None) -> str:
-    return "everything" if tap is None else f"what lies above {tap}"
+    if tap is None:
+        return "everything"
+    return "the head alone" if tap == "head" else f"what lies above {tap}"
 
 
 def _thin(evidence: Evidence) -> str:

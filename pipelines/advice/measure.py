@@ -276,12 +276,12 @@ def pilot_evidence(
     pilots = []
     for index, predicted in _predictions(networks, validation).items():
         network, spec = networks.iloc[index], json.loads(networks["spec"].iloc[index])
-        train_above = spec.get("train_above")
+        train_above = spec["train_above"]
         pilots.append(
             PilotEvidence(
                 name=f"{network['kind']} {network['settings']}",
-                tap=None if train_above in ("all", "head", None) else train_above,
-                scratch=spec.get("start") == "random" and train_above == "all",
+                tap=None if train_above == "all" else train_above,
+                scratch=spec["start"] == "random" and train_above == "all",
                 gain=head_error.minus(_estimate(_row_losses(validation, predicted), draws)),
             )
         )

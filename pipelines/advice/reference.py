@@ -118,13 +118,13 @@ def distance_ratio(features: Array, reference: Array) -> Estimate:
 
 
 def reference_text(evidence: Sequence[ReferenceEvidence]) -> str:
-    """Return a sentence on the deepest feature set that both runs have."""
-    latest = evidence[-1]
-    low, value, high = latest.ratio.low, latest.ratio.value, latest.ratio.high
+    """Return a sentence on the last feature set that both runs have, mostly the deepest."""
+    last = evidence[-1]
+    low, value, high = last.ratio.low, last.ratio.value, last.ratio.high
     verdict = "they lie among them" if low <= 1 else "they lie further out than those lie apart"
     return (
-        f"On {latest.name} an image is {value:.2f} times (95 % interval {low:.2f} to {high:.2f}) "
-        f"as far from the nearest of {count_text(latest.images, 'reference image')} as those are "
+        f"On {last.name} an image is {value:.2f} times (95 % interval {low:.2f} to {high:.2f}) "
+        f"as far from the nearest of {count_text(last.images, 'reference image')} as those are "
         f"from each other: {verdict}."
     )
 

@@ -21,6 +21,7 @@ from headrace.pipelines.cli.options import (
     resumable,
 )
 from headrace.pipelines.console import make_console
+from headrace.pipelines.errors import InvalidInput
 
 if TYPE_CHECKING:
     from headrace.pipelines.recipe.load import Recipe
@@ -96,6 +97,11 @@ def extract_command(
             "taps": tap or "auto",
             "image_size": image_size,
         }
+    elif weights is not None or weights_match != "name" or tap or image_size is not None:
+        raise InvalidInput(
+            "--weights, --weights-match, --tap and --image-size belong to --backbone, which is "
+            "not given. For a network of a recipe: --set backbones.0.image_size=320"
+        )
     recipe = _recipe(source, tuple(settings or ()), network, exclude, cache, dtype)
     if cluster:
         recipe = on_cluster(recipe, cluster)

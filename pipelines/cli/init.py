@@ -91,7 +91,7 @@ def write_recipe(
     layout: Layout = "auto",
     exclude: tuple[str, ...] = (),
 ) -> Finding:
-    """Write a commented recipe for a folder, a table, tar shards or an array file to `out`.
+    """Write a commented recipe for a folder, a table, archives or an array file to `out`.
 
     layout: what the outer folders are; exclude: images, or folders of them, to leave out. Both
     become keys of the recipe. Raises InvalidInput when there is nothing to train on, or when `out`

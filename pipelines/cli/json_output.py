@@ -241,7 +241,7 @@ DriverState = Literal["running", "finished", "failed", "stopped", "gone"]
 
 
 class DriverOutput(JsonOutput):
-    """One call of `headrace run`."""
+    """One call of `headrace run` or `headrace extract`."""
 
     driver: str
     state: DriverState
@@ -282,7 +282,8 @@ class AdviceOutput(JsonOutput):
     action: str
     sentence: str
     reasons: tuple[str, ...]
-    tap: str | None  # with action fine-tune: the layers above it should be trained
+    # with action fine-tune: the layers above it should be trained, or "head" alone; null: all
+    tap: str | None
     class_name: Text | None  # with action collect: images of this class; null: of all
     more: dict[str, Any] | None  # with action collect: how many images, with an interval
     evidence: dict[str, Any] | None  # the numbers on which the reasons rest

@@ -40,7 +40,7 @@ def report_command(
     ] = False,
     pictures: Annotated[
         int,
-        typer.Option(help="How many images of the map have a picture; about 2 kB each.", min=0),
+        typer.Option(help="How many images of the map have a picture; about 1.5 kB each.", min=0),
     ] = 3000,
     watts: Annotated[
         float | None,

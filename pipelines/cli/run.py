@@ -92,6 +92,8 @@ def run_command(
             words = ["headrace", "run", str(recipe)]
             words += [f"--cluster={cluster}"] if cluster else []
             words += [f"--set={setting}" for setting in settings or ()]
+            words += ["--strict"] if strict else []
+            words += ["--retry-failed"] if retry_failed else []
             _print_plan(
                 loaded_recipe,
                 progress_output,
@@ -177,7 +179,10 @@ def run_and_show(
 
 
 def show_result(console: Console, result: "RunResult", *, reference: str | None = None) -> None:
-    """Print the leaderboard, the winner, its test score and the time taken."""
+    """Print the leaderboard, the winner, its test score and the time taken.
+
+    reference: a line below the scores to compare them with.
+    """
     from headrace.pipelines.cli.show import show_images
 
     console.print(leaderboard_table(console, result))
@@ -288,28 +293,31 @@ def _interval_text(value: float, low: float, high: float, metric: str) -> str:
 
 def selection_sentences(result: "RunResult") -> list[str]:
     """Return the winner's expected score, and how many settings are as good."""
-    found = result.selection
-    if found is None:
+    selection = result.selection
+    if selection is None:
         return []
-    texts = [number_text(value, found.metric) for value in (found.expected, found.low, found.high)]
+    texts = [
+        number_text(value, selection.metric)
+        for value in (selection.expected, selection.low, selection.high)
+    ]
     choice = "the only setting"
-    if found.tried > 1:
-        choice = f"corrected for being the best of {count_text(found.tried, 'setting')}"
+    if selection.tried > 1:
+        choice = f"corrected for being the best of {count_text(selection.tried, 'setting')}"
     lines = [
-        f"Expected on new images: {found.metric} {texts[0]} (95 % interval {texts[1]} to "
+        f"Expected on new images: {selection.metric} {texts[0]} (95 % interval {texts[1]} to "
         f"{texts[2]}), {choice}"
     ]
-    if found.statistically_tied > 1:
+    if selection.statistically_tied > 1:
         line = (
-            f"{found.statistically_tied:,} of {count_text(found.tried, 'setting')} cannot be told "
-            f"apart on these {found.images:,} {result.scored}"
+            f"{selection.statistically_tied:,} of {count_text(selection.tried, 'setting')} cannot "
+            f"be told apart on these {selection.images:,} {result.scored}"
         )
-        if found.cheapest > 1:
-            cheapest = result.board[result.board["rank"] == found.cheapest].iloc[0]
+        if selection.cheapest > 1:
+            cheapest = result.board[result.board["rank"] == selection.cheapest].iloc[0]
             line += (
                 f"; the one with the fewest features of them: {cheapest['kind']} "
                 f"{cheapest['settings']} on {result.inputs_text(cheapest['inputs'])} (rank "
-                f"{found.cheapest}, {cheapest['features']:,} features)"
+                f"{selection.cheapest}, {cheapest['features']:,} features)"
             )
         lines.append(line)
     return lines
@@ -317,30 +325,30 @@ def selection_sentences(result: "RunResult") -> list[str]:
 
 def ensemble_sentences(result: "RunResult") -> list[str]:
     """Return the ensemble's score and gain, and whether it is the selected model."""
-    found = result.ensemble
-    if found is None:
+    ensemble = result.ensemble
+    if ensemble is None:
         return []
     value, low, high = (
-        number_text(end, found.metric) for end in (found.value, found.low, found.high)
+        number_text(end, ensemble.metric) for end in (ensemble.value, ensemble.low, ensemble.high)
     )
     gain, gain_low, gain_high = (
-        f"{end * 100:+.2f} points" if is_share(found.metric) else f"{end:+.4f}"
-        for end in (found.gain, found.gain_low, found.gain_high)
+        f"{end * 100:+.2f} points" if is_share(ensemble.metric) else f"{end:+.4f}"
+        for end in (ensemble.gain, ensemble.gain_low, ensemble.gain_high)
     )
-    if len(found.members) == 1:
+    if len(ensemble.members) == 1:
         return ["Ensemble: no second head makes the best single one better"]
-    level = level_text(found.level)
+    level = level_text(ensemble.level)
     verdict = (
         "the interval is above 0, so the ensemble is selected"
-        if found.chosen
+        if ensemble.chosen
         else "the interval reaches 0, so the winner stays selected"
     )
-    members = count_text(len(found.members), "member")
+    members = count_text(len(ensemble.members), "member")
     return [
-        f"Ensemble of {members} on {count_text(len(found.networks), 'network')}: "
-        f"{found.metric} {value} (95 % interval {low} to {high}, on images that did not pick it); "
-        f"against the best single head, picked the same way, {gain} ({level} interval {gain_low} "
-        f"to {gain_high}): {verdict}"
+        f"Ensemble of {members} on {count_text(len(ensemble.networks), 'network')}: "
+        f"{ensemble.metric} {value} (95 % interval {low} to {high}, on images that did not pick "
+        f"it); against the best single head, picked the same way, {gain} ({level} interval "
+        f"{gain_low} to {gain_high}): {verdict}"
     ]
 
 
@@ -409,7 +417,6 @@ def show_files(console: Console, result: "RunResult") -> None:
         ("results of the banks (HDF5)", result.paths.banks),
         ("features (HDF5 shards)", next(iter(result.feature_paths.values()))[0].parent),
     )
-    # One a line and unwrapped, to be copied.
     console.print("Files", style="italic")
     for contents, path in rows:
         console.print(f"  {contents:<32} {path}", soft_wrap=True)

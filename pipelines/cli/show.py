@@ -129,7 +129,7 @@ def show_plan(console: Console, plan: Plan, cache: object, out: object) -> None:
 
 
 def show_images(console: Console, accounting: Accounting | None, notes: Sequence[str]) -> None:
-    """Print the counts of images, of which every entry of the source is one, and the notes."""
+    """Print the sentence that counts every entry of the source, and the notes."""
     if accounting is not None:
         console.print(accounting.sentence(), soft_wrap=True)
     show_notes(console, notes)

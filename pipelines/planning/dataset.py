@@ -5,7 +5,7 @@ A test row never enters the task that banks read: the two are separate values, a
 """
 
 import difflib
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -308,22 +308,27 @@ def _duplicates(labelled_samples: pd.DataFrame, target: Array, *, across_sides: 
     return notes
 
 
-def drop_rows(dataset: Dataset, failed_contents: Set[str]) -> Dataset:
+def drop_rows(dataset: Dataset, failed_reasons: Mapping[str, str]) -> Dataset:
     """Leave out the images that some feature set of the run cannot hold. The other rows keep their
     folds. Raises DataError if a fold has no row left.
+
+    failed_reasons: why they cannot be held, by content hash.
     """
-    if not failed_contents:
+    if not failed_reasons:
         return dataset
     # For all heads, which are compared on the same rows: one that is spared its hardest images
     # would win.
-    failed_hashes = np.array(sorted(failed_contents), "S32")
+    failed_hashes = np.array(sorted(failed_reasons), "S32")
     is_kept = ~np.isin(dataset.train.content, failed_hashes)
     kept_train = dataset.train.take(is_kept)
     empty_folds = sorted(set(dataset.train.fold[dataset.train.fold >= 0]) - set(kept_train.fold))
     if empty_folds:
+        first_row = int(np.argmax(dataset.train.fold == empty_folds[0]))
         raise DataError(
-            f"every image of fold {empty_folds[0]} failed: the reasons are in `headrace cache` and "
-            "in failed-images.csv"
+            f"every image of fold {empty_folds[0]} failed; the first is "
+            f"{dataset.train.ids[first_row]}: "
+            f"{failed_reasons[dataset.train.content[first_row].decode()]}. Mend some of these "
+            "images, or take fewer folds"
         )
     is_tested = ~np.isin(dataset.test.content, failed_hashes)
     return Dataset(

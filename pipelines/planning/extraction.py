@@ -65,8 +65,8 @@ def read_extraction(
 ) -> Extraction:
     """Read what the recipe's images and backbones name, and plan what is missing.
 
-    write: off for a dry run, which leaves no file behind. console: shows how far the reading of
-    many images is. Raises HeadraceError, before anything costly, for whatever cannot work.
+    write: off for a dry run, see `take_inventory`. console: shows how far the reading of many
+    images is. Raises HeadraceError, before anything costly, for whatever cannot work.
     """
     require_libraries(recipe)
     if not recipe.backbones:

@@ -170,7 +170,7 @@ def plan_run(
     fingerprints = {
         feature.name: [spec.fingerprint for spec in feature.specs] for feature in features
     }
-    input_widths = {feature.name: len(feature.specs) * prod(feature.shape) for feature in features}
+    input_widths = {feature.name: prod(feature.shape) for feature in features}
     if task is not None and task.side is not None:
         fingerprints[SIDE_COLUMNS] = [task.side.fingerprint]
         input_widths[SIDE_COLUMNS] = task.side.n_inputs
@@ -179,7 +179,8 @@ def plan_run(
         assert task is not None
         # A classifier of two classes is assumed to cost as much as one of two outputs.
         n_outputs = max(2, len(task.classes))
-        return len(task.ids), sum(input_widths[name] for name in inputs), n_outputs, task.n_folds
+        n_features = sum(len(fingerprints[name]) * input_widths[name] for name in inputs)
+        return len(task.ids), n_features, n_outputs, task.n_folds
 
     def bank_size(heads: RequestedHeads) -> int:
         return specs_per_bank(heads.specs, sizes(heads.inputs), rates)
@@ -202,9 +203,7 @@ def plan_run(
         ),
         unmeasured=frozenset(kinds - rates.cost_ratios.keys()),
         fingerprints=fingerprints,
-        input_widths={
-            name: width // len(fingerprints[name]) for name, width in input_widths.items()
-        },
+        input_widths=input_widths,
         features=tuple(features),
         units=tuple(units),
         images=images,

@@ -53,9 +53,10 @@ def require_libraries(recipe: Recipe) -> None:
 
 
 def read_networks(recipe: Recipe, *, write: bool) -> Networks:
-    """Return the recipe's networks. write: off for a dry run, which writes nothing.
+    """Return the recipe's networks.
 
-    Raises BackboneError.
+    write: off for a dry run, which has no workers whose server could build a network that the cache
+    does not know. Raises BackboneError.
     """
     return tuple(
         (backbone_spec(backbone, recipe), tap_features(backbone, recipe, forked=write))
@@ -124,7 +125,9 @@ def check_writable(recipe: Recipe) -> None:
 
 
 def head_inputs(recipe: Recipe, networks: Networks) -> dict[str, InputViews]:
-    """Return every input of heads by its name on the leaderboard."""
+    """Return every input of heads by its name on the leaderboard. Raises RecipeError for two of one
+    name, and for external features that are not imported.
+    """
     inputs: dict[str, InputViews] = {}
     for backbone, (network, features) in zip(recipe.backbones, networks, strict=True):
         prefix = f"{backbone.alias or backbone.name}:" if len(networks) > 1 else ""

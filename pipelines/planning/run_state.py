@@ -145,8 +145,8 @@ def read_run_state(
 ) -> RunState:
     """Read what the recipe names and what exists of its results, and plan the rest.
 
-    write: off for a dry run, which leaves no file behind. retry_failed: plan heads that failed
-    again. console: shows the progress of reading many images. Raises HeadraceError, before anything
+    write: off for a dry run, see `take_inventory`. retry_failed: plan heads that failed again.
+    console: shows the progress of reading many images. Raises HeadraceError, before anything
     costly, for whatever cannot work.
     """
     inventory = take_inventory(recipe, write=write, console=console)
@@ -161,7 +161,8 @@ def take_inventory(
 ) -> Inventory:
     """Read what the recipe names.
 
-    write: off for a dry run, which writes nothing, not even the index of content hashes.
+    write: off for a dry run, which makes no file but an index of content hashes, and that only in
+    a cache that exists.
     console: shows the progress of reading many images.
     Raises HeadraceError, before anything costly, for whatever in the recipe cannot work.
     """
@@ -212,7 +213,7 @@ def state_of(inventory: Inventory, *, retry_failed: bool) -> RunState:
     network_specs = [spec for _, features in inventory.networks for spec in features.specs]
     failed_reasons = failed_contents(recipe.cache, network_specs)
     require_decodable(needed_samples, failed_reasons)
-    dataset = drop_rows(all_rows, frozenset(failed_reasons))
+    dataset = drop_rows(all_rows, failed_reasons)
     needed_contents = set(needed_samples["content"])
     feature_plans = [
         feature_plan(

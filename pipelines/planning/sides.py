@@ -19,7 +19,7 @@ from headrace.pipelines.recipe.targets import DataError, empty_as_missing, name_
 CROPPED_IMAGE = "image of the box or tile"  # a column of samples that are crops
 _MISSING_WORDS = ("nan", "none", "null", "na", "n/a", "unlabelled", "unlabeled")
 _DOMINANT_SHARE = 0.9  # of the images in one class, from which on accuracy says little
-_FEW_IMAGES = 5  # of a class: with fewer, some folds have none
+_FEW_IMAGES = 5  # of a class: with fewer, some of five folds, the default, have none
 _EXCLUDED_NAMED = 20  # images in one message, to be copied into the recipe
 
 
@@ -286,6 +286,9 @@ def _refuse_split_groups(
 
 
 def _read_folds(labelled_samples: pd.DataFrame, column_name: str) -> Array:
+    """Return the user's folds (N,): as int64 where they are counted from 0, with -1 for test rows,
+    else as names. Raises DataError.
+    """
     fold_values = empty_as_missing(labelled_samples[column_name])
     if fold_values.isna().any():
         raise DataError(

@@ -284,6 +284,8 @@ def test_features_without_a_task(tmp_path):
     assert headrace(*command, "--strict", cwd=tmp_path).returncode == 2
     (tmp_path / "table.csv").write_text("path,label\nphotos/001.png,a\n")
     assert "name the network" in headrace("extract", "photos", cwd=tmp_path).stderr
+    no_network = headrace("extract", "photos", "--tap", "layer1.avg", cwd=tmp_path)
+    assert "belong to --backbone" in no_network.stderr
 
 
 def test_a_run_finds_what_extract_has_kept(project, tmp_path):

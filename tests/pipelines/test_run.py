@@ -93,12 +93,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     """Images, bytes, heads, and the command that does it; no cache and no results directory appear."""
     make_photos(tmp_path / "photos", n=20)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    options = ("--set", "task.seed=1", "--cluster", "slurm")
+    options = ("--set", "task.seed=1", "--cluster", "slurm", "--retry-failed")
     done = headrace("run", "recipe.yaml", "--dry-run", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "20 of 20 images go through a network" in done.stdout
     assert f"{HEADS} of {HEADS} heads to train" in done.stdout
-    assert "Next: headrace run recipe.yaml --cluster=slurm --set=task.seed=1\n" in done.stdout
+    command = "headrace run recipe.yaml --cluster=slurm --set=task.seed=1 --retry-failed"
+    assert f"Next: {command}\n" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "recipe.yaml"]
 
 

@@ -1,6 +1,7 @@
 """`headrace cache verify` and `repair`."""
 
 import functools
+import shlex
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +93,8 @@ def verify_command(
         )
     if n_problems:
         say(
-            f"{count_text(n_problems, 'problem')}. Broken shards: `headrace cache "
-            "repair`, then run again"
+            f"{count_text(n_problems, 'problem')}. Broken shards: `headrace cache repair --cache "
+            f"{shlex.quote(str(cache))}`, then run again"
         )
         raise typer.Exit(1)
 
@@ -169,7 +170,7 @@ def _verify_recompute(
                 if spec.fingerprint not in requested_fingerprints:
                     continue
                 feature_set = open_feature_set(feature_set_path(recipe.cache, spec))
-                network = BackboneFeatures(backbone, [spec], [()])
+                network = BackboneFeatures(backbone, [spec], cached=[()])
                 extract_rows = functools.partial(_extract_again, samples, network, scratch_folder)
                 # Rows of other recipes' images cannot be extracted again here.
                 has_image = np.isin(

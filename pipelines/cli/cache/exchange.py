@@ -220,6 +220,7 @@ def _columns_that_are_no_features(recipe: "Recipe") -> dict[str, str]:
     columns_by_role: dict[str, Sequence[str | None]] = {
         "task.target": target_columns(task),
         "task.group": [task.group],
+        "task.unit": [task.unit],
         "task.split": [task.split],
         "task.fold": [task.fold],
         "images.path_column": [images.path_column],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,11 +57,12 @@ def list_command(cache: CacheOption = DEFAULT_CACHE, json_output: JsonOption = F
     if not outputs:
         print_line(f"{cache} holds no feature sets. `headrace run RECIPE` makes some.")
         return
+    cache_option = "" if cache == DEFAULT_CACHE else f" --cache {shlex.quote(str(cache))}"
     for output in outputs:
         if output.is_broken:
             print_line(
-                f"{output.fingerprint}  broken: headrace cache verify says what, headrace cache "
-                "repair repairs it"
+                f"{output.fingerprint}  broken: headrace cache verify{cache_option} says what, "
+                f"headrace cache repair{cache_option} repairs it"
             )
             continue
         written = output.last_written

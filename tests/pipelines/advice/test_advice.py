@@ -242,6 +242,8 @@ def test_pilots_outweigh_guesses():
     out.
     """
     assert decide(evidence()).tap == "t1"
+    head = decide(evidence(pilots=(PilotEvidence("a pilot", "head", False, sure(0.02, 0.01)),)))
+    assert head.sentence == "Fine-tune the head alone."
     better = decide(evidence(pilots=(PilotEvidence("a pilot", "t0", False, sure(0.02, 0.01)),)))
     assert (better.action, better.tap) == ("fine-tune", "t0")
     assert (

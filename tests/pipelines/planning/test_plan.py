@@ -12,7 +12,14 @@ from headrace.heads.linear.kind import LogisticSpec
 from headrace.heads.neighbors.kind import KNNSpec
 from headrace.heads.networks.kind import MLPSpec
 from headrace.heads.spec import Halving
-from headrace.pipelines.planning.cost_model import TARGET_S, Rates, bank_seconds, specs_per_bank
+from headrace.pipelines.cluster.task_log import TaskLog
+from headrace.pipelines.planning.cost_model import (
+    TARGET_S,
+    Rates,
+    bank_seconds,
+    measured_rates,
+    specs_per_bank,
+)
 from headrace.pipelines.planning.plan import (
     FeaturePlan,
     bank_group,
@@ -181,3 +188,12 @@ def test_a_budget_names_what_fits_and_what_does_not(tmp_path):
     check_space(plan, tmp_path, 1.0)
     with pytest.raises(CacheError, match=r"a\.avg fits, and b\.map \(0\.51\d GB\) does not"):
         check_space(plan, tmp_path, 0.1)
+
+
+def test_a_unit_that_another_driver_published_tells_no_rate(tmp_path):
+    """It took this driver no time, and would make the others look cheap."""
+    log = TaskLog(tmp_path / "driver.jsonl")
+    for rows, seconds in ((10, 5.0), (990, 0.0)):
+        result = {"rows": rows, "decode_s": 0.0, "forward_s": seconds, "publish_s": 0.0}
+        log("finished", task="extract", seconds=0.1, result=result)
+    assert measured_rates(tmp_path).image_s == 0.5
