@@ -135,7 +135,7 @@ class _SubmitState(Generic[Job, Result]):
     proven_workers: set[str] = field(default_factory=set)  # those that have ended a task
     host_records: dict[str, _HostRecord] = field(default_factory=dict)
     healthy_hosts: set[str] = field(default_factory=set)  # those that get tasks
-    unrelated_deaths: int = 0  # deaths of workers under tasks that ended well afterwards
+    unrelated_deaths: int = 0  # deaths of workers under tasks that ended afterwards
     # when the lack of any worker is told, on this process's monotonic clock
     tell_wait_at: float = field(default_factory=lambda: time.monotonic() + _TELL_WAIT_S)
 
@@ -198,8 +198,9 @@ def run_tasks(
 
     A task that raises is not tried again, as it would raise again. A task is tried again if its
     worker dies, or if it does not end within the timeout; then its worker is stopped. When it has
-    so lost MAX_ATTEMPTS workers (a stopped one counts as two), the parts that `split` makes of its
-    job replace it, so that the crashing part is found; the outcome of a job without parts is fatal.
+    so lost `max_attempts` workers (a stopped one counts as two), the parts that `split` makes of
+    its job replace it, so that the crashing part is found; the outcome of a job without parts is
+    fatal.
 
     A task that another driver has leased is left to it and run here when the lease ends, so that
     the other's results exist when this function ends.
@@ -369,7 +370,8 @@ def _wait_for_ends(state: _SubmitState[Job, Result]) -> list[str]:
     # Nothing ends within _LOOK_S when tasks are long: then it is time to look after the workers.
     with contextlib.suppress(queue.Empty):
         dask_keys.append(state.ended_keys.get(timeout=_LOOK_S))
-        while not dask_keys[-1]:  # one answer about versions is reason enough to return
+        # An answer about versions is reason enough to return, without waiting for a task's end.
+        while not dask_keys[-1]:
             dask_keys.append(state.ended_keys.get_nowait())
     if dask_keys:
         return dask_keys
@@ -499,7 +501,7 @@ def _split_task(
     for key, job in reversed(parts):
         # Parts inherit deaths, so that one more is enough to divide them again; a part that cannot
         # be divided needs two of its own.
-        worker_deaths = max(1, crashing.worker_deaths - (1 if split(job) else 2))
+        worker_deaths = max(1, state.max_attempts - (1 if split(job) else 2))
         state.waiting.appendleft(_Task(key, job, worker_deaths=worker_deaths))
     event = "divided" if parts else "quarantined"
     state.options.on_event(event, task=crashing.key, parts=[key for key, _ in parts])

@@ -370,7 +370,11 @@ def _versions_section() -> str:
 
 
 def _limits_section(exported: ExportResult) -> str:
-    has_heads = any(isinstance(member, HeadModel) for member in exported.model.members)
+    rounds_to_float16 = any(
+        feature.dtype == "float16"
+        for member in exported.model.members
+        for feature in member.features
+    )
     lines = [
         "## Limits",
         "",
@@ -378,7 +382,7 @@ def _limits_section(exported: ExportResult) -> str:
         "from another camera, gets an answer too.",
         "- The scores hold for images like those it was trained and tested on. Nothing is said "
         "about other places or times.",
-        *([_FLOAT16] if has_heads else []),
+        *([_FLOAT16] if rounds_to_float16 else []),
         "- The networks' weights keep the licence that they came with.",
     ]
     if not exported.all_views:

@@ -78,7 +78,7 @@ def check_pixels(inputs: Sequence[GraphInput]) -> list[Tensor]:
 
 def expected_outputs(model: Model, inputs: Sequence[GraphInput]) -> _OutputCheck:
     """Return the inputs of the check and what `headrace predict` makes of them. All random views
-    get the same pixels here.
+    get the same pixels here. Raises HeadraceError if the model cannot predict them.
     """
     pixel_batches = check_pixels(inputs)
     engine = open_engine(model)

@@ -58,8 +58,8 @@ def export_model(
     model.json and MODEL_CARD.md.
 
     Every format is loaded again, and its predictions compared with headrace's, before the folder
-    appears. Raises InvalidInput if they differ, if `out` exists or cannot be written, and for heads
-    that have no such form.
+    appears. Raises HeadraceError if they differ or a library is missing, InvalidInput if `out`
+    exists or cannot be written, and ModelError for heads that have no such form.
     force: replace the folder of an earlier export; nothing else is ever deleted.
     """
     if unknown_formats := sorted(set(formats) - set(FORMATS)):
@@ -94,7 +94,7 @@ def export_model(
 
 def _remove_dead(out: Path) -> None:
     """Remove what killed exports to `out` have left beside it: their locks, and temporary folders
-    with an export's marker.
+    that hold an export's files or nothing.
     """
     name_pattern = glob.escape(f".{out.name}.")
     for lock in out.parent.glob(f"{name_pattern}*.driver"):

@@ -26,7 +26,8 @@ class TrainingProgress:
     best_epoch: int
     best_loss: float
     seconds: float  # of training over all calls, by `train.clock`
-    # per epoch: epoch, train_loss, validation_loss, and the learning rate at its end
+    # by epoch: epoch, train_loss (not of 0, the untrained network), validation_loss if rows are
+    # held out
     curve: list[dict[str, float]]
 
 

@@ -56,7 +56,8 @@ class BatchSource(Protocol):
         generator: np.random.Generator | None = None,
     ) -> Iterator[TrainingBatch]:
         """Yield the rows in this order, at most `batch_size` at a time, in the default view, or
-        with a generator in random ones.
+        with a generator in random ones. Raises SourceError for an image that is gone or has
+        changed.
         """
 
 

@@ -35,8 +35,8 @@ from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
 EVALUATION_ROWS = 64  # images of a batch without gradients
 # Adam moves every weight by about the learning rate, so the change of a layer's output grows with
-# the number of its inputs. From this many inputs on, a head layer's learning rate is divided by
-# their number (Yang et al. 2021); otherwise a wide head loses in a few steps what it has learned.
+# the number of its inputs. Beyond this many inputs, a head layer's learning rate falls as their
+# number grows (Yang et al. 2021); otherwise a wide head loses in a few steps what it has learned.
 WIDE = 512
 
 
@@ -58,7 +58,8 @@ class TrainedFold:
     """The outcome of a training; the network has the parameters of the best epoch."""
 
     progress: TrainingProgress
-    validation: npt.NDArray[np.float32] | None  # (n_held_out, C)
+    # predictions (n, C) of the n held-out rows; None if all rows are trained on
+    validation: npt.NDArray[np.float32] | None
     resumed_from: int  # epoch of the checkpoint that it was resumed from; 0: none
     stopped: str  # why it ended: "epochs", "patience" or "time"
 

@@ -73,7 +73,8 @@ class ImagePredictor:
     def to_torch(self) -> "nn.Module":
         """Return a torch module from the pixels of its `inputs` to probabilities or values (n, C).
 
-        Raises ModelError for a scikit-learn estimator, which has no such form.
+        Raises ModelError for a scikit-learn estimator and for random views, which have no such
+        form.
         """
         from headrace.pipelines.models.torch_graph import ModelGraph
 

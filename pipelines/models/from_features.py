@@ -27,7 +27,8 @@ Floats = npt.NDArray[np.float32]
 class RowColumns:
     """What predictions of N images read of their table: side columns and units."""
 
-    side_inputs: Floats | None = None  # (N, R), where the model reads side columns
+    # (N, R) from `SideColumns.as_inputs`, where the model reads side columns
+    side_inputs: Floats | None = None
     # (N,) unit of each image, for a model that predicts the images of a unit together; every unit
     # is then whole
     units: npt.NDArray[Any] | None = None
@@ -45,11 +46,11 @@ def average_weights(
     member_weights: Sequence[Floats | None],
     units: npt.NDArray[Any] | None,
 ) -> Floats | None:
-    """Return (n,) what each image weighs in the prediction of its unit: its weights of the members,
-    averaged with the members' own. None without units.
+    """Return the weight (n,) of each image in the prediction of its unit: the mean of its weights
+    in the members' predictions, in which a member counts by its own weight. None without units.
 
-    member_weights: (n,) of each member; None where it predicts images one by one, all of which
-    weigh the same.
+    model_weights: of the members, with the sum 1. member_weights: (n,) by member; None for a member
+    that predicts images one by one, so that all images of a unit weigh the same.
     """
     if units is None:
         return None
@@ -68,8 +69,8 @@ def predict_from_features(
     """Return (n, C) predictions of a model, and (n,) what each image weighs in the prediction of
     its unit, None without units.
 
-    head_functions: of the model's members. features: (n, ...) by spec. row_columns: of these n
-    images. Raises ModelError for a head with another number of outputs than classes.
+    head_functions: `head_function()` of each member. features: (n, ...) by spec. row_columns: of
+    these n images. Raises ModelError for a head with another number of outputs than classes.
     """
     predicted, weights = zip(
         *(
@@ -111,7 +112,8 @@ def predict_views(
     was trained on, and (n,) the weight of each image, summed over its views, in its unit's
     prediction, None for a member that predicts images one by one.
 
-    view_inputs: (n, ...) what the head reads of each view. units: (n,) of the images.
+    head_function: from `member.head_function()`. view_inputs: (n, ...) what the head reads of each
+    view. units: (n,) of the images.
     """
     if member.takes_units:
         assert units is not None

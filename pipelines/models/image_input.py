@@ -120,7 +120,8 @@ def image_decoder(
 def _decode_pillow(image: Image.Image, preprocessing: Preprocessing) -> DecodedImage:
     is_16_bit = image.mode.startswith("I;16")
     if preprocessing.pixel_dtype == "float32" and (is_16_bit or image.mode in ("I", "F")):
-        dtype = np.uint16 if is_16_bit else None
+        # Mode I is int32 in memory also where its values are an unsigned file's.
+        dtype = np.uint16 if is_16_bit else np.float64
         return decode_pixels(array_bytes(np.asarray(image).astype(dtype)), preprocessing)
     return to_rgb(image, preprocessing.pixel_range)  # type: ignore[arg-type]
 

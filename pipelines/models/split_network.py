@@ -33,7 +33,7 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
         raise CannotSplit(
             f"{node.name} has outputs of layout {node.layout}, and a split needs channels and "
             "positions (NCHW) that a map holds whole: split at a convolutional block, or train "
-            "from the images (leave the map out)"
+            "from the images"
         )
     tracer = _Tracer(node.name)
     try:
@@ -41,7 +41,7 @@ def part_above(module: nn.Module, node: Node) -> fx.GraphModule:
     except Exception as error:  # noqa: BLE001 (whatever a network's own code does with values that are not there)
         raise CannotSplit(
             f"the network's code around {node.name} cannot be traced ({type(error).__name__}: "
-            f"{str(error)[:200]}): train from the images (leave the map out)"
+            f"{str(error)[:200]}): train from the images"
         ) from None
     node_calls = [
         graph_node

@@ -73,8 +73,7 @@ class Network(nn.Module):
             if split_module.startswith(f"{node.module}."):
                 raise CannotSplit(
                     f"{tap} is the output of a module that {split_node} lies in, which cannot be "
-                    "seen from inside: split elsewhere, or train from the images (leave the map "
-                    "out)"
+                    "seen from inside: split elsewhere, or train from the images"
                 )
         self._capture = TapCapture(self.backbone, above)
 

@@ -136,7 +136,7 @@ class Heads(_Sections):  # type: ignore[misc]
                 yield section
 
     @pydantic.model_validator(mode="after")
-    def _some(self) -> "Heads":
+    def _at_least_one_kind(self) -> "Heads":
         if not any(self.grids()):
             raise ValueError(
                 f"no heads to train: give at least one of {', '.join(HEAD_KINDS)}, with settings "

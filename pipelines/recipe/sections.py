@@ -441,8 +441,8 @@ class Compute(Section):
     # of the forward pass: cpu or an accelerator of PyTorch's (cuda is ROCm's name too), one of
     # several by its number, cuda:1; auto: the accelerator that PyTorch sees, if any
     device: Device = "auto"
-    # of logistic, mlp and conv heads; auto: a GPU where `workers` is 1, so that no other process
-    # wants it
+    # of logistic, mlp, conv and bags heads; auto: a GPU where `workers` is 1, so that no other
+    # process wants it
     heads_device: Device = "auto"
     # images per forward pass; default: found by trying
     batch_size: pydantic.PositiveInt | None = None

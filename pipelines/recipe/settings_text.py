@@ -6,7 +6,7 @@ from headrace.heads.kinds import spec_from_json
 from headrace.heads.spec import HeadSpec, spec_to_json
 from headrace.pipelines.recipe.finetune_spec import FineTuneSpec
 
-# Of settings that most heads have; the text leaves them out.
+# The values that most heads have; the text leaves them out.
 _USUAL_VALUES = {
     "class_weight": "none",
     "standardize": True,
@@ -21,7 +21,8 @@ def settings_text(spec: HeadSpec) -> str:
     """Return a spec's settings as "name=value" texts, without the usual values (_USUAL_VALUES)."""
     if isinstance(spec, FineTuneSpec):
         return _network_text(spec)
-    # The kind has a column of its own on leaderboards; the others are rarely searched.
+    # The kind has a column of its own on leaderboards; of the others all heads of a kind have the
+    # one value that the recipe gives.
     hidden_keys = {"kind", "batch_size", "epochs", "patience"}
     settings = {
         key: value

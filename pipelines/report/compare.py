@@ -306,9 +306,10 @@ def _change_section(
     title = f"What changed, {side.name} images"
     if runs[0].task_kind == "regression":
         blocks = _error_blocks(runs[0], side)
+        lead = "The errors of A and B on every image, the largest change first."
     else:
         blocks = _right_or_wrong_blocks(runs[0], side, thumbnails)
-    lead = "The images on which A and B differ, the surest first."
+        lead = "The images on which A and B differ, the surest first."
     return Section(f"changed-{side.name}", title, lead, tuple(blocks))
 
 

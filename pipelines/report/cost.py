@@ -127,9 +127,12 @@ def _bytes_table(run: FinishedRun) -> Table:
     results_text = "weights, held-out predictions and metrics of every head"
     for what, detail, folder in (
         ("results of heads", results_text, run.paths.banks),
-        ("winner", "one head, ready to use", run.paths.winner),
+        ("fine-tuned networks", "results and networks of every candidate", run.paths.finetune),
+        ("winner", "trained on all training rows, ready to use", run.paths.winner),
+        ("ensemble", "its members, ready to use", run.paths.ensemble),
     ):
-        size_rows.append({"what": what, "detail": detail, "bytes": tree_bytes(folder)})
+        if folder.exists():
+            size_rows.append({"what": what, "detail": detail, "bytes": tree_bytes(folder)})
     total_bytes = sum(int(row["bytes"]) for row in size_rows)
     table_columns = (
         Column("what", "what"),

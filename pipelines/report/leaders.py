@@ -6,6 +6,7 @@ from headrace.cache.count_text import count_text
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
 from headrace.pipelines.finished import FinishedRun
+from headrace.pipelines.number_format import is_share
 from headrace.pipelines.planning.leaderboard import inputs_text
 from headrace.pipelines.report.page import figures
 from headrace.pipelines.report.page.blocks import (
@@ -18,13 +19,12 @@ from headrace.pipelines.report.page.blocks import (
     Table,
 )
 
-SHARES = frozenset({"accuracy", "balanced_accuracy", "hamming_accuracy"})
 _FIGURE_INPUTS = 40  # lines of the dot plot, as many as a page can show
 
 
 def metric_format(metric: str) -> Format:
     """Return how a metric is written: shares in per cent, everything else with four digits."""
-    return "share" if metric in SHARES else "number"
+    return "share" if is_share(metric) else "number"
 
 
 def metric_title(metric: str) -> str:
@@ -100,7 +100,7 @@ def taps_section(run: FinishedRun) -> Section:
         if name in scored_inputs
     ]
     shown = order[:_FIGURE_INPUTS]
-    scale = 100 if metric in SHARES else 1
+    scale = 100 if is_share(metric) else 1
     values, errors = (
         best.pivot(index="inputs", columns="kind", values=name).loc[shown] * scale
         for name in (metric, "standard_error")

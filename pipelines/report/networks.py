@@ -77,7 +77,7 @@ def _network_blocks(run: FinishedRun, decisions: Record) -> tuple[Block, ...]:
         Column("inputs", "inputs"),
         Column("settings", "settings"),
         Column("network", f"network's {title}", score_format, "mean over the validation folds"),
-        Column("head", f"its head's {title}", score_format, "of the head that it started from"),
+        Column("head", f"its head's {title}", score_format, "of the head that it has to beat"),
         Column(
             "gain",
             "gain over its head",

@@ -38,7 +38,7 @@ _SCORES = (
         "number",
         "negative conditional entropy (Tran et al. 2019), where logits are kept; higher is better",
     ),
-    Column("neighbours", "nearest neighbours", "share", "accuracy of the nearest neighbours"),
+    Column("neighbours", "nearest neighbours", "share", "accuracy or R² of the nearest neighbours"),
     Column(
         "bayes_low",
         "Bayes error from",

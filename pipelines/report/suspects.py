@@ -30,7 +30,7 @@ def suspects_section(run: FinishedRun, thumbnails: Thumbnails) -> Section:
     kinds = {"single": _single_blocks, "multi": _multi_blocks}
     blocks = kinds.get(run.task_kind, _regression_blocks)(run, thumbnails)
     lead = (
-        "Validation images only, each predicted by a head that did not train on it. A picture "
+        "Validation images only, each predicted by a model that did not train on it. A picture "
         "often says at once whether the head or the label is wrong."
     )
     return Section("mistakes", "Mistakes and likely label errors", lead, tuple(blocks))

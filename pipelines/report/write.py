@@ -91,8 +91,9 @@ def write_tables(
 ) -> tuple[Path, ...]:
     """Write every table as NAME.csv and NAME.parquet, and return the paths.
 
-    replace: existing files are an earlier report's, and are replaced. Otherwise they are taken for
-    one's only where both of a pair exist; raises OutputExists for one alone.
+    replace: whatever has the name of a table is an earlier report's, and is replaced. Otherwise
+    only a table with both files is: raises OutputExists, before anything is written, where one of
+    the two is alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = tables_of(tuple(sections))

@@ -146,9 +146,8 @@ def assess_selection(
     temperature_gain = _mean_score(validation, at_temperature, metric) - _mean_score(
         validation, predicted, metric
     )
-    direction = sign(metric)
     expected, low, high = (
-        direction * value - optimism + temperature_gain for value in (expected, low, high)
+        sign(metric) * value - optimism + temperature_gain for value in (expected, low, high)
     )
     # With very few rows the optimism can exceed the whole score.
     expected = float(np.clip(expected, *_metric_range(metric)))

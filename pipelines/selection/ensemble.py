@@ -29,7 +29,6 @@ from headrace.heads.results import read_bank
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import ENDS, nested_choice, no_narrower, resampled_rows
 from headrace.pipelines.selection.predictions import (
-    RANDOM_PARTS,
     ValidationRows,
     read_predictions,
     selection_parts,
@@ -234,7 +233,9 @@ def _candidates(
         "loss", kind="stable"
     )
     n_outputs = 1 if task_kind == "single" else max(1, len(validation.task.classes))
-    n_elements = len(validation) * n_outputs * section.rounds * (RANDOM_PARTS + 1)
+    # The choice is made without each part in turn, and once on all rows.
+    n_choices = len(np.unique(selection_parts(validation))) + 1
+    n_elements = len(validation) * n_outputs * section.rounds * n_choices
     max_candidates = int(min(section.candidates, max(20, BUDGET / n_elements)))
     # Half of the places, for heads that err differently, which help most: the best ones are often
     # near copies.

@@ -23,7 +23,8 @@ def save_ensemble(
     """Write the ensemble, and return the path of ensemble.json.
 
     models: the members' models, in order. unit_column: the column of units (patients, slides),
-    where predictions are of units.
+    where predictions are of units. image_parts: the boxes or tiles of the run, None for whole
+    images.
     """
     temperature, rule = ensemble.temperature, None
     if unit_column is not None:

@@ -27,7 +27,7 @@ from headrace.pipelines.selection.estimate import Estimate
 FRACTIONS = (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
 _SEED = 0  # of subsets and resamples
 MAX_FOLDS = 5  # more would train longer and tell no more
-STRENGTHS = (1e-3, 1e-2, 0.1, 1.0)  # C of logistic heads
+CS = (1e-3, 1e-2, 0.1, 1.0)  # of logistic heads
 ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)  # of ridge heads
 # of the power law; measured ones lie between 0.1 and 1 (Hestness et al. 2017)
 EXPONENTS = np.geomspace(0.1, 2.0, 30)
@@ -148,7 +148,7 @@ def _bank_jobs(
 def _held_out_errors(
     task: Task, subset_task: Task, specs: Sequence[HeadSpec], results_prefix: str
 ) -> Doubles:
-    """Return errors (S, n) of heads trained on a subset, on the fold that it leaves out.
+    """Return errors (K, n) of K heads trained on a subset, on the fold that it leaves out.
 
     results_prefix: of the results files, one for each kind of head.
     """
@@ -307,7 +307,7 @@ def gain_from_more(law: PowerLaw, size: float, times: float) -> Estimate:
 
 
 def linear_specs(task: Task, class_weight: ClassWeight = "none") -> list[HeadSpec]:
-    """Return linear heads from strong to weak regularization."""
+    """Return linear heads of several strengths of regularization."""
     if task.kind == "regression":
         return [RidgeSpec(alpha) for alpha in ALPHAS]
-    return [LogisticSpec(strength, class_weight) for strength in STRENGTHS]
+    return [LogisticSpec(C, class_weight) for C in CS]

@@ -78,8 +78,8 @@ def require_all_decoded(n_failed: int, failed_images: Path) -> None:
     if n_failed:
         raise HeadraceError(
             f"{count_text(n_failed, 'image')} cannot be decoded, and this run is strict; each is "
-            f"listed with its reason in {failed_images}. Mend or remove them, or run without "
-            "--strict"
+            f"listed with its reason in {failed_images}. Mend or remove them, or leave out "
+            "--strict (in a recipe, `strict` of `compute`)"
         )
 
 

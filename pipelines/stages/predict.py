@@ -49,7 +49,7 @@ def predict(state: RunState, services: Services) -> RunState:
         else:
             state.paths.unit_predictions.unlink(missing_ok=True)
         # Tables of the same model and images are left as they are.
-        if all(_is_of(table, key) for table in tables):
+        if all(_has_key(table, key) for table in tables):
             report_done("nothing missing")
         else:
             predicted = {
@@ -147,7 +147,7 @@ def _key(
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest().encode()
 
 
-def _is_of(table: Path, key: bytes) -> bool:
+def _has_key(table: Path, key: bytes) -> bool:
     try:
         return (pq.read_schema(read_table(table)).metadata or {}).get(_KEY) == key
     # A table that cannot be read is written again.

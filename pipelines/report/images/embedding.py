@@ -42,7 +42,7 @@ _MAX_BYTES = 1_000_000_000  # of features in memory
 _MAX_UMAP = 20_000  # images: UMAP takes about 4 s for each thousand on one core
 _UMAP_COMPONENTS = 50  # principal components that UMAP reads
 _EXACT = 2048  # features or images up to which PCA is exact
-_MIN_NUMBERS = 12  # numbers of so few values are coloured as words
+_MAX_CATEGORIES = 12  # numbers of at most so many distinct values are coloured as words
 _MAX_WORDS = 5000  # distinct values of a column that images can be coloured by
 _READ_ROWS = 4096  # feature maps in memory at once, to be averaged over positions
 
@@ -50,7 +50,11 @@ _READ_ROWS = 4096  # feature maps in memory at once, to be averaged over positio
 def map_section(
     run: FinishedRun, images: pd.DataFrame, copies: Mapping[str, SmallCopy], remarks: list[Note]
 ) -> Section:
-    """Return the section. images: from `image_table`; copies: pictures, by content hash."""
+    """Return the section.
+
+    images: from `image_table`. copies: pictures, by content hash. remarks: notes below the map, on
+    what it cannot show.
+    """
     title = "Map of the images"
     lead = (
         "Images that the network sees as alike lie near each other. Draw around some to have them "
@@ -173,7 +177,7 @@ def _quantized(plane: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
 def colourings(shown: pd.DataFrame, always: Collection[str]) -> tuple[Colouring, ...]:
     """Return what images can be coloured by: each column of `shown` with few words, or numbers.
 
-    always: columns that are offered as words however many there are, such as the group.
+    always: columns that are offered as words, up to _MAX_WORDS of them, such as the group.
     """
     first_names = [name for name in ("label", "predicted", "outcome", "split") if name in shown]
     other_names = [name for name in shown.columns if name not in (*first_names, "id", "content")]
@@ -181,7 +185,7 @@ def colourings(shown: pd.DataFrame, always: Collection[str]) -> tuple[Colouring,
     for name in (*first_names, *other_names):
         column = shown[name]
         is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-        if is_number and name not in always and column.nunique() > _MIN_NUMBERS:
+        if is_number and name not in always and column.nunique() > _MAX_CATEGORIES:
             numbers = column.to_numpy(np.float64)
             colouring_list.append(_number_colouring(str(name), numbers))
             continue

@@ -70,7 +70,7 @@ def slices_section(
             Column(
                 "verdict",
                 "verdict",
-                hint="worse: its interval lies below all of the side even at the level at which "
+                hint="worse: all of the side lies beyond its interval even at the level at which "
                 f"{count_text(len(frame), 'interval holds', 'intervals hold')} together",
             ),
         ),
@@ -137,8 +137,8 @@ def _slice_rows(
 
 
 def _slices_of(column: pd.Series) -> Iterator[tuple[str, Index]]:
-    """Yield the slices of a column that have MIN_IMAGES, each as its value and rows; none of a
-    column with one value or more than MAX_VALUES.
+    """Yield the slices of a column that have MIN_IMAGES, each as its value and rows: of numbers
+    with more than MAX_VALUES the quartiles; none of one value, or of more than MAX_VALUES words.
     """
     is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     # None first: as text, a missing value would be the word nan.

@@ -30,7 +30,7 @@ def packed(parts: Mapping[str, Array | Sequence[str]]) -> dict[str, Any]:
     for name, values in parts.items():
         if isinstance(values, np.ndarray):
             part_type = _TYPES[values.dtype.name]
-            # JavaScript's typed arrays have the machine's byte order, which is this one on all of
+            # JavaScript's typed arrays have the machine's byte order: little-endian on all of
             # today's.
             part_bytes = values.astype(values.dtype.newbyteorder("<")).tobytes()
         else:

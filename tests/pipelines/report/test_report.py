@@ -210,7 +210,7 @@ def test_what_is_gone_is_said(folder, tmp_path):
     (copy / "labels.csv").unlink()
     shutil.rmtree(copy / "headrace-cache")
     text = write_report(copy / "runs" / "single").page.read_text()
-    assert "the images are not where they were" in text
+    assert "the images and their features are not as they were" in text
     assert "not there any more" in text
 
 
