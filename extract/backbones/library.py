@@ -58,7 +58,7 @@ def build_network(
         if kind == "transformers":
             return build_transformers(rest, tag, arguments, pretrained=False)[:2]
         if kind == "open_clip":
-            return build_open_clip(rest, None, arguments)
+            return build_open_clip(rest, tag, arguments)
         if kind == "onnx":
             return build_onnx(expand_home(rest))
     raise BackboneError(unknown_prefix_message(name))

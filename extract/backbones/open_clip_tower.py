@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from headrace.extract.backbones.hub import hub_message
@@ -49,6 +50,8 @@ def build_open_clip(
                 # Given a tag, open_clip downloads its weights even where it does not load them.
                 pretrained=weights if pretrained else None,
                 load_weights=pretrained,
+                # "meta" where only shapes are asked for.
+                device=torch.get_default_device(),
                 # Otherwise a folder without weights would give a random network.
                 require_pretrained=pretrained,
                 **arguments,

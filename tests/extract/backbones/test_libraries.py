@@ -19,7 +19,7 @@ from headrace.extract.errors import BackboneError
 from headrace.extract.images.decoding import decode_image
 from headrace.extract.images.preprocessing import render_crop
 from headrace.extract.spec import BackboneSpec, absolute_name, weights_stamp
-from headrace.extract.taps.describe import feature_specs
+from headrace.extract.taps.describe import describe_backbone, feature_specs
 from headrace.extract.taps.forward import make_forward, make_normalizer
 from headrace.extract.taps.left_out import WeightsWarning
 from headrace.extract.taps.resolve import auto_taps, backbone_nodes, resolve_taps
@@ -325,6 +325,16 @@ def test_names_that_are_not(name, weights, said):
 )
 def test_the_default_weights_of_open_clip_are_of_the_activation(name, default):
     assert _weights_tag(name, None, {}) == default
+
+
+@pytest.mark.slow
+def test_a_tag_of_open_clip_is_described_without_its_weights():
+    """With the tag's own preprocessing; a tag that is none is told."""
+    info = describe_backbone(BackboneSpec("open_clip:ViT-L-14", "laion2b_s32b_b82k"))
+    assert info.parameters == 303_966_208
+    assert json.loads(info.preprocessing)["mean"] == [0.5, 0.5, 0.5]
+    with pytest.raises(BackboneError, match="has no weights absent"):
+        describe_backbone(BackboneSpec("open_clip:ViT-B-32", "absent"))
 
 
 @pytest.mark.parametrize(
