@@ -38,13 +38,13 @@ from headrace.extract.spec import BackboneSpec
 from headrace.extract.taps.forward import make_forward, make_normalizer
 from headrace.extract.taps.resolve import resolve_taps
 from headrace.pipelines.cli.demo import solar_cells
-from headrace.pipelines.models.reference import model_ref
+from headrace.pipelines.models.reference import ModelAverage, model_ref
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.recipe.load import Recipe, load_recipe
 from headrace.pipelines.result import RunResult
 from headrace.pipelines.run import run_recipe
 from headrace.pipelines.selection.calibration import temperature_of
-from headrace.pipelines.stages.evaluate import evaluate_ensemble, evaluate_winner
+from headrace.pipelines.stages.evaluate import evaluate_model
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "solar-cells-finetune.yaml"
 PUBLISHED = 88.42
@@ -167,13 +167,14 @@ def network_scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[st
             lambda names, alias=network.alias: names[0].startswith(f"{alias}:")
         )
         best = whole[own].iloc[0]
-        tested = evaluate_winner(
+        train = found.dataset.train
+        model = model_ref(best, found.paths, found.feature_inputs)
+        tested = evaluate_model(
             found.paths.test_evaluations,
-            model_ref(best, found.paths, found.feature_inputs),
+            ModelAverage.of_one(model, temperature_of(best, train), train),
             found.dataset.test,
-            found.dataset.train.digest,
+            train.digest,
             found.metric,
-            temperature=temperature_of(best, found.dataset.train),
         )
         rows.append(
             {
@@ -226,13 +227,12 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
             best = whole[chosen].iloc[0]
             model = model_ref(best, found.paths, found.feature_inputs)
             own = temperature_of(best, found.dataset.train)
-            tested = evaluate_winner(
+            tested = evaluate_model(
                 found.paths.test_evaluations,
-                model,
+                ModelAverage.of_one(model, own, found.dataset.train),
                 test,
                 digest,
                 found.metric,
-                temperature=own,
             )
             add(approach, best[found.metric], tested)
         elif (
@@ -247,8 +247,12 @@ def scores(seed: int, recipe: Recipe, result: RunResult) -> list[dict[str, objec
             model_ref(member.row, found.paths, found.feature_inputs)
             for member in result.ensemble.members
         ]
-        tested = evaluate_ensemble(
-            found.paths.test_evaluations, result.ensemble, models, test, digest
+        tested = evaluate_model(
+            found.paths.test_evaluations,
+            result.ensemble.average_of(models),
+            test,
+            digest,
+            result.ensemble.metric,
         )
         add("ensemble", result.ensemble.value, tested)
     validation = (

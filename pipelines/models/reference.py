@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,13 @@ from headrace.extract.spec import BackboneSpec, Sample
 from headrace.heads.data.features import load_rows
 from headrace.heads.data.side_columns import SIDE_COLUMNS, taps_of
 from headrace.heads.data.task import REFIT, Task
+from headrace.heads.evaluate.ensemble import average
+from headrace.heads.evaluate.temperature import FLOOR
+from headrace.heads.evaluate.units import scored_rows
 from headrace.heads.kinds import HEAD_KINDS, spec_from_json
+from headrace.heads.link import tempered
 from headrace.heads.persist import TrainedHead, require_trusted
+from headrace.heads.predict import probability_floor
 from headrace.heads.results import read_bank
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.feature_input import FeatureInput
@@ -154,6 +159,92 @@ class ModelRef:
                 )
             probabilities[predicted.rows] = predicted.probabilities
         return probabilities
+
+
+class WeightedModel(NamedTuple):
+    """A member of an average: its weight, the temperature of its own predictions, and itself."""
+
+    weight: float
+    temperature: float
+    model: ModelRef
+
+
+@dataclass(frozen=True)
+class ModelAverage:
+    """A model of a run alone, or the weighted average of several, with its temperature."""
+
+    members: tuple[WeightedModel, ...]
+    # Divides the log-odds of the average, or of the units' predictions if the task has units.
+    temperature: float
+    floor: float = FLOOR  # the smallest probability of units that counts, see `probability_floor`
+
+    @classmethod
+    def of_one(cls, model: ModelRef, temperature: float, task: Task) -> "ModelAverage":
+        """Return a model alone. temperature: of its predictions of the task's images or units."""
+        floor = probability_floor(model.spec, task.kind, len(task.classes))
+        # A model applies its temperature itself, to its log-odds; one that was fitted on units is
+        # not meant for their images.
+        own, of_units = (temperature, 1.0) if task.units is None else (1.0, temperature)
+        return cls((WeightedModel(1.0, own, model),), of_units, floor)
+
+    @property
+    def fitted_temperature(self) -> float:
+        """The temperature that was fitted to its predictions."""
+        # Of the two of a model alone, one is 1.
+        own = self.members[0].temperature if len(self.members) == 1 else 1.0
+        return own * self.temperature
+
+    def identity(self) -> dict[str, Any]:
+        """Return fields that identify this model in the record of test evaluations."""
+        if len(self.members) == 1:
+            # Without the temperature (runs of earlier versions had none): at another one the same
+            # head makes the same decisions, and no test row had a part in it, so that it is not
+            # another winner.
+            return self.members[0].model.identity()
+        return {
+            "ensemble": [
+                {
+                    "weight": member.weight,
+                    "temperature": member.temperature,
+                    **member.model.identity(),
+                }
+                for member in self.members
+            ],
+            "temperature": self.temperature,
+        }
+
+    def predict_images(
+        self, task: Task, *, trust_code: Collection[str] | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return the targets (n, ...) and predictions (n, C) of a task's images.
+
+        trust_code, and errors: as of `ModelRef.predict_rows`.
+        """
+        predictions = []
+        for member in self.members:
+            target, of_member = member.model.predict_rows(
+                task, temperature=member.temperature, trust_code=trust_code
+            )
+            predictions.append(of_member)
+        predicted: npt.NDArray[Any] = predictions[0]
+        if len(predictions) > 1:  # one alone keeps its bits
+            weights = np.array([member.weight for member in self.members])
+            predicted = average(weights, np.stack(predictions))
+        if task.units is None:
+            predicted = tempered(predicted, task.kind, self.temperature)
+        return target, predicted
+
+    def predict_scored(
+        self, task: Task, *, trust_code: Collection[str] | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return the targets and predictions that a task is scored by, of its images or, where it
+        has them, of its units; and the predictions (n, C) of its images.
+        """
+        target, of_images = self.predict_images(task, trust_code=trust_code)
+        if task.units is None:
+            return target, of_images, of_images
+        target, predicted = scored_rows(task, np.arange(len(task.ids)), of_images)
+        return target, tempered(predicted, task.kind, self.temperature, self.floor), of_images
 
 
 def model_ref(

@@ -19,7 +19,7 @@ from headrace.heads.data.side_columns import save_side_columns, taps_of
 from headrace.heads.data.task import save_task
 from headrace.pipelines.feature_input import FeatureInput
 from headrace.pipelines.finetune.stage import FinetuneOutcome
-from headrace.pipelines.models.reference import ModelRef, model_ref
+from headrace.pipelines.models.reference import ModelAverage, ModelRef, model_ref
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, count_entries
 from headrace.pipelines.planning.cost_model import measured_rates
@@ -95,9 +95,9 @@ class RankedModels:
     heads: pd.DataFrame  # one row per head (spec x fold); see select.collect_heads
     board: pd.DataFrame  # one row per (inputs, spec), best first; see select.rank_heads
     winner: Winner  # the first row of the board
-    temperature: float  # of the winner's probabilities
     selection: CorrectedScore | None  # the winner's corrected score, and the settings tied with it
-    ensemble: Ensemble | None  # if the recipe asks for one; if `chosen`, it is the selected model
+    ensemble: Ensemble | None  # if the recipe asks for one
+    model: ModelAverage  # the selected model: the ensemble if it is `chosen`, else the winner
 
 
 @dataclass(frozen=True)

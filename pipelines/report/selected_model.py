@@ -11,21 +11,14 @@ from headrace.cache.errors import HeadraceError
 from headrace.heads.arrays import Array
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import Task
-from headrace.heads.evaluate.temperature import FLOOR
-from headrace.heads.predict import probability_floor
 from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.models.ensemble import ENSEMBLE_DESCRIPTION
 from headrace.pipelines.models.errors import ModelError
 from headrace.pipelines.models.model import ensemble_is_selected
-from headrace.pipelines.models.reference import ModelRef
+from headrace.pipelines.models.reference import ModelAverage, ModelRef, WeightedModel
 from headrace.pipelines.recipe.finetune_spec import model_spec
 from headrace.pipelines.records import RunDamaged, read_record
 from headrace.pipelines.selection.ensemble_store import member_name
-from headrace.pipelines.stages.evaluate import (
-    WeightedModel,
-    predict_average,
-    scored_predictions,
-)
 
 JsonObject = Mapping[str, Any]
 
@@ -122,31 +115,21 @@ def test_predictions(run: FinishedRun, selected: SelectedModel) -> TestPredictio
         return f"the test images have changed since {selected.name} was shown them"
     try:
         if selected.ensemble is None:
-            model = _recorded_model(run, identity)
             temperature = evaluation.get("temperature", 1.0)
-            floor = probability_floor(identity["spec"], test.kind, len(test.classes))
+            model = ModelAverage.of_one(_recorded_model(run, identity), temperature, test)
         else:
-            members = [
+            members = (
                 WeightedModel(
                     member["weight"], member.get("temperature", 1.0), _recorded_model(run, member)
                 )
                 for member in identity["ensemble"]
-            ]
-            temperature, floor = identity["temperature"], FLOOR
-        # The temperature of units is applied to units, not to their images.
-        image_temperature = 1.0 if test.units is not None else temperature
-        targets_and_predictions = (
-            model.predict_rows(test, temperature=image_temperature, trust_code=run.trust_code)
-            if selected.ensemble is None
-            else predict_average(members, image_temperature, test=test, trust_code=run.trust_code)
-        )
-        target, predicted = scored_predictions(
-            test, lambda _: targets_and_predictions, temperature, floor
-        )
+            )
+            model = ModelAverage(tuple(members), identity["temperature"])
+        target, predicted, of_images = model.predict_scored(test, trust_code=run.trust_code)
     # A page without the test images is still a page.
     except (HeadraceError, OSError, KeyError) as error:
         return f"the predictions of the test images cannot be made again: {error}"
-    return TestPredictions(test, target, predicted, of_images=targets_and_predictions[1])
+    return TestPredictions(test, target, predicted, of_images)
 
 
 def _recorded_model(run: FinishedRun, recorded: JsonObject) -> ModelRef:

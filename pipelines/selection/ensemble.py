@@ -26,6 +26,7 @@ from headrace.heads.evaluate.metrics import all_metrics, sign, weighted_scores
 from headrace.heads.evaluate.temperature import fit_temperature, fit_temperatures, with_temperature
 from headrace.heads.predict import probability_floor
 from headrace.heads.results import read_bank
+from headrace.pipelines.models.reference import ModelAverage, ModelRef, WeightedModel
 from headrace.pipelines.recipe.sections import EnsembleSection
 from headrace.pipelines.selection.correction import ENDS, nested_choice, no_narrower, resampled_rows
 from headrace.pipelines.selection.predictions import (
@@ -80,6 +81,16 @@ class Ensemble:
     def networks(self) -> tuple[str, ...]:
         """All forward passes that a prediction needs."""
         return tuple(sorted({name for member in self.members for name in member.networks}))
+
+    def average_of(self, models: Sequence[ModelRef]) -> ModelAverage:
+        """Return the average of the members' models, given in order."""
+        return ModelAverage(
+            tuple(
+                WeightedModel(member.weight, member.temperature, model)
+                for member, model in zip(self.members, models, strict=True)
+            ),
+            self.temperature,
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return a dictionary for JSON, without the members; an undefined number is None."""

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +15,13 @@ from headrace.cache.atomic_io import lease
 from headrace.cache.count_text import count_text
 from headrace.cache.feature_set import open_feature_set
 from headrace.heads.data.task import Task
-from headrace.heads.evaluate.temperature import FLOOR
 from headrace.heads.evaluate.units import unit_rows
-from headrace.heads.predict import probability_floor
 from headrace.heads.unit_rule import UnitRule
+from headrace.pipelines.models.reference import ModelAverage
 from headrace.pipelines.planning.run_state import RunState
 from headrace.pipelines.predict.parts import part_slices
 from headrace.pipelines.predict.tables import Columns, outcome_columns, target_columns
 from headrace.pipelines.records import RunDamaged, publish_table, read_table
-from headrace.pipelines.stages.evaluate import WeightedModel, predict_average
 from headrace.pipelines.stages.services import Services
 
 _KEY = b"headrace"  # the key in a table's metadata, under which `_key` stands
@@ -38,10 +35,13 @@ def predict(state: RunState, services: Services) -> RunState:
     Training rows are predicted by a model that has seen them.
     """
     with services.timed("predict") as report_done, lease(state.paths.conclusion_lock):
-        models, average_temperature, rule = _selected_models(state)
-        unlabelled = _with_features(state.dataset.unlabelled, models)
+        assert state.selected is not None
+        model, section, rule = state.selected.model, state.recipe.task, None
+        if section.unit is not None:
+            rule = UnitRule(section.unit, section.unit_aggregation, model.temperature, model.floor)
+        unlabelled = _with_features(state.dataset.unlabelled, model)
         sides = {"train": state.dataset.train, "test": state.dataset.test, "unlabelled": unlabelled}
-        key = _key(models, average_temperature, rule, sides)
+        key = _key(model, rule, sides)
         n_images = sum(len(side.ids) for side in sides.values())
         tables = [state.paths.predictions]
         if rule is not None:
@@ -52,10 +52,7 @@ def predict(state: RunState, services: Services) -> RunState:
         if all(_has_key(table, key) for table in tables):
             report_done("nothing missing")
         else:
-            predicted = {
-                name: _predict_rows(models, average_temperature, side)
-                for name, side in sides.items()
-            }
+            predicted = {name: _predict_rows(model, side) for name, side in sides.items()}
             publish_table(state.paths.predictions, _parquet(_image_columns(sides, predicted), key))
             if rule is not None:
                 unit_table = _parquet(_unit_columns(sides, predicted, rule), key)
@@ -75,43 +72,16 @@ def predict(state: RunState, services: Services) -> RunState:
     return replace(state, notes=(*state.notes, note))
 
 
-def _selected_models(state: RunState) -> tuple[list[WeightedModel], float, UnitRule | None]:
-    """Return the members of the selected model, the temperature of their average for an image, and
-    the rule that predicts units (None without units).
-    """
-    selected, section = state.selected, state.recipe.task
-    assert selected is not None
-    if selected.ensemble is not None and selected.ensemble.chosen:
-        models = [
-            WeightedModel(member.weight, member.temperature, state.model_of(member.row))
-            for member in selected.ensemble.members
-        ]
-        temperature, floor = selected.ensemble.temperature, FLOOR
-    else:
-        winner = state.model_of(selected.board.iloc[0])
-        task = state.dataset.train
-        floor = probability_floor(winner.spec, task.kind, len(task.classes))
-        if section.unit is None:
-            # A single model applies its temperature itself, to its log-odds.
-            return [WeightedModel(1.0, selected.temperature, winner)], 1.0, None
-        models, temperature = [WeightedModel(1.0, 1.0, winner)], selected.temperature
-    if section.unit is None:
-        return models, temperature, None
-    return models, 1.0, UnitRule(section.unit, section.unit_aggregation, temperature, floor)
-
-
-def _with_features(task: Task, models: Sequence[WeightedModel]) -> Task:
-    """Return the rows that all models have features of; external features may lack some."""
+def _with_features(task: Task, model: ModelAverage) -> Task:
+    """Return the rows that all members have features of; external features may lack some."""
     has_features = np.ones(len(task.ids), np.bool_)
-    for member in models:
+    for member in model.members:
         for feature_path in member.model.feature_paths:
             has_features &= open_feature_set(feature_path).locate(task.content) >= 0
     return task.take(has_features)
 
 
-def _predict_rows(
-    models: Sequence[WeightedModel], temperature: float, task: Task
-) -> npt.NDArray[np.float32]:
+def _predict_rows(model: ModelAverage, task: Task) -> npt.NDArray[np.float32]:
     """Return predictions (n, C) of a task's rows, made in blocks of whole units."""
     predicted = np.empty((len(task.ids), len(task.classes)), np.float32)
     order, units = np.arange(len(task.ids)), None
@@ -119,26 +89,15 @@ def _predict_rows(
         order = np.argsort(task.units, kind="stable")
         units = task.units[order]
     for block in part_slices(len(order), _BLOCK, units):
-        rows = task.take(order[block])
-        if len(models) == 1:
-            (single,) = models
-            _, probabilities = single.model.predict_rows(rows, temperature=single.temperature)
-        else:
-            _, probabilities = predict_average(models, temperature, rows)
-        predicted[order[block]] = probabilities
+        _, predicted[order[block]] = model.predict_images(task.take(order[block]))
     return predicted
 
 
-def _key(
-    models: Sequence[WeightedModel],
-    temperature: float,
-    rule: UnitRule | None,
-    sides: dict[str, Task],
-) -> bytes:
+def _key(model: ModelAverage, rule: UnitRule | None, sides: dict[str, Task]) -> bytes:
     """Return a hash of everything that these predictions depend on."""
     identity = [
-        [[member.weight, member.temperature, member.model.identity()] for member in models],
-        temperature,
+        [[member.weight, member.temperature, member.model.identity()] for member in model.members],
+        model.temperature if rule is None else 1.0,  # of images
         None if rule is None else vars(rule),
         {name: side.digest for name, side in sides.items()},
         # Side columns, which a task's digest does not cover.

@@ -16,13 +16,13 @@ from headrace.cache.count_text import count_text
 from headrace.heads.data.side_columns import taps_of
 from headrace.heads.data.task import REFIT
 from headrace.heads.evaluate.metrics import METRICS
-from headrace.heads.predict import probability_floor
 from headrace.heads.results import read_bank
 from headrace.heads.spec import spec_to_json
 from headrace.heads.unit_rule import UnitRule
 from headrace.pipelines.models.head import HEAD_FILES
 from headrace.pipelines.models.image_parts import ImageParts, trained_parts
 from headrace.pipelines.models.network import NETWORK_FILES
+from headrace.pipelines.models.reference import ModelAverage
 from headrace.pipelines.planning.leaderboard import NoWinner, choose_winner
 from headrace.pipelines.planning.plan import Plan, bank_group
 from headrace.pipelines.planning.run_state import RankedModels, RunState
@@ -68,15 +68,18 @@ def select(state: RunState, services: Services) -> RunState:
         selection = correct_for_selection(state, leaderboard)
         notes = (*state.notes, *_cautions(state, leaderboard))
         best_row = leaderboard.iloc[0]
-        winner_temperature = temperature_of(best_row, task)
-        _save_winner(state, best_row, winner.score, winner_temperature)
+        temperature = temperature_of(best_row, task)
+        model = ModelAverage.of_one(state.model_of(best_row), temperature, task)
+        _save_winner(state, model, winner.score)
         ensemble = combine_heads(state, leaderboard)
+        if ensemble is not None and ensemble.chosen:
+            model = ensemble.average_of([state.model_of(member.row) for member in ensemble.members])
         write_instance_weights(state, leaderboard, ensemble)
         report_done(f"{count_text(len(leaderboard), 'setting')} ranked")
     return replace(
         state,
         failed_images=failed_images,
-        selected=RankedModels(heads, leaderboard, winner, winner_temperature, selection, ensemble),
+        selected=RankedModels(heads, leaderboard, winner, selection, ensemble, model),
         notes=notes if finetuned is None else (*notes, *finetuned.notes),
     )
 
@@ -172,21 +175,20 @@ def rank_heads(
     return leaderboard[[*columns, "train_seconds", "failed", "final", "spec", "path"]]
 
 
-def _save_winner(state: RunState, row: pd.Series, score: float, temperature: float) -> None:
+def _save_winner(state: RunState, model: ModelAverage, score: float) -> None:
     """Write the winner, trained on every training row, in place of an earlier winner: head.* for a
     head, network.* for a network.
 
     Raises ModelError for a network whose file is gone or damaged.
     """
-    winner, task, rule = state.model_of(row), state.dataset.train, None
+    ((_, temperature, winner),) = model.members
+    task, rule = state.dataset.train, None
     if state.recipe.task.unit is not None:
-        # The temperature was fitted on units, and their images have none, as in `save_ensemble`.
-        floor = probability_floor(winner.spec, task.kind, len(task.classes))
-        rule = UnitRule(state.recipe.task.unit, task.unit_aggregation, temperature, floor)
-        temperature = 1.0
+        unit_column, aggregation = state.recipe.task.unit, task.unit_aggregation
+        rule = UnitRule(unit_column, aggregation, model.temperature, model.floor)
     metrics = {f"validation_{state.metric}": score}
-    model = winner.load(task, metrics, temperature, rule, _image_parts(state))
-    model.save(state.paths.winner)
+    loaded_winner = winner.load(task, metrics, temperature, rule, _image_parts(state))
+    loaded_winner.save(state.paths.winner)
     # A reader would take the files of an earlier winner of the other kind for this one's.
     for name in HEAD_FILES if winner.kind == "finetune" else NETWORK_FILES:
         (state.paths.winner / name).unlink(missing_ok=True)

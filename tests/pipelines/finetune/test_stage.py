@@ -52,7 +52,7 @@ from headrace.pipelines.records import read_record
 from headrace.pipelines.run_directory import results_file
 from headrace.pipelines.selection.ensemble import Ensemble, Member
 from headrace.pipelines.selection.ensemble_store import save_ensemble
-from headrace.pipelines.stages.evaluate import evaluate_ensemble
+from headrace.pipelines.stages.evaluate import evaluate_model
 from headrace.pipelines.stages.select import rank_heads
 
 QUIET = Console(quiet=True)
@@ -224,7 +224,8 @@ def test_an_ensemble_with_a_network_is_shown_the_test_split_and_can_be_taken_awa
     ensemble = Ensemble("log_loss", members, 1.3, 2, 48, **numbers, chosen=True, metrics={})  # type: ignore[arg-type]
     evaluations = tmp_path / "evaluations.jsonl"
     models = [model_ref(member.row, inputs.paths, inputs.feature_inputs) for member in members]
-    shown = evaluate_ensemble(evaluations, ensemble, models, test, case.task.digest)
+    average = ensemble.average_of(models)
+    shown = evaluate_model(evaluations, average, test, case.task.digest, "log_loss")
     mean = np.zeros((len(test.ids), 2))
     for member, model in zip(members, models, strict=True):
         mean += member.weight * with_temperature("single", model.predict_rows(test)[1], 0.8)

@@ -27,7 +27,7 @@ from headrace.pipelines.selection.correction import nested_choice
 from headrace.pipelines.selection.ensemble import Ensemble, Member, build_ensemble
 from headrace.pipelines.selection.ensemble_store import save_ensemble
 from headrace.pipelines.selection.predictions import stacked_predictions, validation_rows
-from headrace.pipelines.stages.evaluate import evaluate_ensemble
+from headrace.pipelines.stages.evaluate import evaluate_model
 
 ROWS = 240
 
@@ -278,15 +278,19 @@ def test_the_stored_ensemble_predicts_what_was_tested(trained):
     )
     predicted = with_temperature("single", mean, described["temperature"])
     evaluations = folder / "evaluations.jsonl"
-    result = evaluate_ensemble(evaluations, ensemble, models, test, train.digest)
+
+    def evaluated(ensemble):
+        average = ensemble.average_of(models)
+        return evaluate_model(evaluations, average, test, train.digest, ensemble.metric)
+
+    result = evaluated(ensemble)
     assert result.metrics["accuracy"] == score("single", test.target, predicted, "accuracy")
     assert result.metrics["log_loss"] == pytest.approx(
         score("single", test.target, predicted, "log_loss"), rel=1e-5
     )
-    assert evaluate_ensemble(evaluations, ensemble, models, test, train.digest) == result
+    assert evaluated(ensemble) == result
     assert len(evaluations.read_text().splitlines()) == 1
-    other = evaluate_ensemble(evaluations, combined(board, (0.5, 0.5)), models, test, train.digest)
-    assert other.n_evaluations == 2
+    assert evaluated(combined(board, (0.5, 0.5))).n_evaluations == 2
 
 
 def test_members_that_left_are_removed(trained):
