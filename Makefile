@@ -8,7 +8,8 @@ FOLDERS := api extract cache heads pipelines
 # for each other by spinning, and heads of small matrices take ten times as long.
 TESTS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 # A strict editable install links every file by name, so it is repeated when the list of files changes, or
-# what is compiled, and only then.
+# what is compiled, and only then. There is one mark, of the last install: after a list that comes back,
+# such as that of another branch, it is repeated too.
 FILES := $(sort $(shell find $(FOLDERS) -type f ! -name '*.pyc'))
 STATE := $(shell (echo $(FILES); cat pyproject.toml constraints.txt heads/linear/solver/*.c) | cksum | cut -d' ' -f1)
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt --config-settings editable_mode=strict
@@ -55,11 +56,13 @@ $(BIN)/uv:
 $(VENV)/.demo-$(STATE): $(BIN)/uv
 	@echo "Installing headrace and its demo into $(VENV) (about 6.3 GB, most of it torch)"
 	$(INSTALL) -e '.[demo]'
+	@rm -f $(VENV)/.demo-* $(VENV)/.dev-*
 	@touch $@
 
 $(VENV)/.dev-$(STATE): $(BIN)/uv
 	@echo "Installing headrace for development into $(VENV) (about 7.4 GB, most of it torch)"
 	$(INSTALL) -e '.[demo,dev,docs]'
+	@rm -f $(VENV)/.demo-* $(VENV)/.dev-*
 	@touch $@ $(VENV)/.demo-$(STATE)
 
 clean:                          ## remove the environment and everything built
