@@ -3,8 +3,9 @@ them in the source.
 """
 
 import ast
+import functools
 import inspect
-import textwrap
+import sys
 
 from headrace.pipelines.recipe.heads import HeadGrid, Heads, SklearnGrid
 
@@ -26,11 +27,9 @@ def field_comments(model: type) -> dict[str, str]:
 
 def _source_comments(model: type) -> dict[str, str]:
     """Return the comments of the fields in the source of one class."""
-    lines = textwrap.dedent(inspect.getsource(model)).splitlines()
-    tree = ast.parse("\n".join(lines)).body[0]
-    assert isinstance(tree, ast.ClassDef)
+    lines, classes = _parsed_source(model.__module__)
     comments = {}
-    for node in tree.body:
+    for node in classes[model.__name__].body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         assert node.end_lineno
@@ -43,3 +42,13 @@ def _source_comments(model: type) -> dict[str, str]:
             line_index -= 1
         comments[node.target.id] = beside or " ".join(above)
     return comments
+
+
+@functools.cache
+def _parsed_source(module_name: str) -> tuple[list[str], dict[str, ast.ClassDef]]:
+    """Return the lines of a module's source, and its classes by name."""
+    # Parsed once: `inspect.getsource` of a class parses the whole module, for each of 30 classes,
+    # which was most of the time of `headrace init`.
+    source = inspect.getsource(sys.modules[module_name])
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    return source.splitlines(), classes

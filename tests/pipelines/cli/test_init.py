@@ -2,6 +2,7 @@
 nothing can be.
 """
 
+import functools
 import gzip
 import importlib.util
 import io
@@ -25,11 +26,20 @@ from headrace.extract.sources.listing import notes_on_masks
 from headrace.pipelines.cli.demo import solar_cells, write_demo
 from headrace.pipelines.cli.detect.source import detect_recipe
 from headrace.pipelines.cli.init import write_recipe
+from headrace.pipelines.cli.schema import schema
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.planning.dataset import list_samples
 from headrace.pipelines.recipe.grid import requested_heads
 from headrace.pipelines.recipe.heads import HEAD_GRIDS
 from headrace.pipelines.recipe.load import load_recipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def schema_made_once():
+    """The file beside each recipe is the same; test_json.py compares what `init` writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headrace.pipelines.cli.init.schema", functools.cache(schema))
+        yield
 
 
 @pytest.fixture
