@@ -48,29 +48,40 @@ def browser():
         chromium.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser, report):
+    """One for all pages, with a page that stays: without it, each costs a process of the browser."""
+    context = browser.new_context()
+    context.new_page().goto(report.as_uri())
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def open_page(browser, report):
+def open_page(browser, context, report):
     """Opens the page as asked; at the end, the console must have stayed silent and the network
     untouched.
     """
-    contexts, said, loaded = [], [], []
+    opened, said, loaded = [], [], []
 
-    def open_page(*, ready=True, **options):
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
+    def open_page(*, width=1280, height=900, scheme="light", scripts=True):
+        own = context if scripts else browser.new_context(java_script_enabled=False)
+        page = own.new_page()
+        opened.append(page if scripts else own)
         page.set_default_timeout(PATIENCE_S * 1000)
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme=scheme)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: loaded.append(request.url))
         page.goto(report.as_uri())
-        if ready:
+        if scripts:
             page.wait_for_selector("html[data-ready=yes]", state="attached")
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for each in opened:
+        each.close()
     assert said == []
     assert {url for url in loaded if not url.startswith("data:")} == {report.as_uri()}
 
@@ -97,7 +108,7 @@ def test_script_and_page_write_cells_alike(open_page):
     """What stands in the page without its script is what the script writes for the same rows, in
     every table.
     """
-    plain, scripted = open_page(java_script_enabled=False, ready=False), open_page()
+    plain, scripted = open_page(scripts=False), open_page()
     # Without scripts in the page, playwright's own evaluation works all the same.
     names = scripted.eval_on_selector_all(
         "[data-table]", "tables => tables.map(table => table.dataset.table)"
@@ -187,32 +198,34 @@ def test_the_keyboard_reaches_everything_and_is_seen(open_page):
     assert {"A", "INPUT", "SELECT", "BUTTON"} <= seen
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1024, 1600])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 360), ("dark", 1600)])
 def test_accessible_and_readable(open_page, scheme, width):
     """axe-core has no serious finding with every part unfolded, and nothing but tables scrolls
-    sideways.
+    sideways. No colour depends on the width.
     """
     from axe_playwright_python.sync_playwright import Axe
 
-    page = open_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = open_page(scheme=scheme, width=width)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
     page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert clipped(page) == []
     found = Axe().run(page, options={"resultTypes": ["violations"]}).response
     assert len(found["passes"]) > 20  # it has looked
     serious = [item for item in found["violations"] if item["impact"] in ("serious", "critical")]
     assert [(item["id"], item["nodes"][0]["html"]) for item in serious] == []
+    for each in (360, 1024, 1600):
+        page.set_viewport_size({"width": each, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= each
+        assert clipped(page) == []
 
 
-def test_a_comparison_is_accessible_and_takes_no_name_for_html(browser, hostile_run, tmp_path):
+def test_a_comparison_is_accessible_and_takes_no_name_for_html(context, hostile_run, tmp_path):
     """The page of two runs: no serious finding of axe-core, nothing cut off on a telephone."""
     from axe_playwright_python.sync_playwright import Axe
 
     root = hostile_run / "runs" / "single"
-    page = browser.new_page(viewport={"width": 360, "height": 900})
+    page = context.new_page()
+    page.set_viewport_size({"width": 360, "height": 900})
     page.goto(write_comparison(root, root, tmp_path / "same.html").page.as_uri())
     page.wait_for_selector("html[data-ready=yes]", state="attached")
     assert clipped(page) == []
@@ -234,7 +247,7 @@ def clipped(page):
 
 def test_cost_tables_are_whole_on_a_wide_screen(open_page):
     """Nothing of them is to be scrolled to at 1,600 pixels."""
-    page = open_page(viewport={"width": 1600, "height": 900})
+    page = open_page(width=1600)
     for name in ("stages", "calls", "bytes"):
         widths = page.eval_on_selector(
             f"#table-{name} .scroll", "e => [e.scrollWidth, e.clientWidth]"
@@ -245,7 +258,7 @@ def test_cost_tables_are_whole_on_a_wide_screen(open_page):
 @pytest.fixture
 def image_map(open_page):
     """The page with its map drawn and in view."""
-    page = open_page(viewport={"width": 1200, "height": 900})
+    page = open_page(width=1200)
     page.evaluate("document.querySelector('#map').scrollIntoView({ behavior: 'instant' })")
     page.wait_for_selector("[data-map][data-drawn=yes]")
     page.evaluate("document.querySelector('#map canvas').scrollIntoView({ behavior: 'instant' })")
@@ -395,7 +408,7 @@ def test_the_threshold_is_moved(open_page):
     assert "precision" in slider.get_attribute("aria-valuetext")
 
 
-def test_a_hundred_classes_are_walked_over(browser, tmp_path):
+def test_a_hundred_classes_are_walked_over(context, tmp_path):
     """The matrix says what a cell is, in every order; names are text."""
     names = tuple(f"<b>{number}</b>" for number in range(100))
     counts = np.diag(np.arange(1, 101))
@@ -404,7 +417,7 @@ def test_a_hundred_classes_are_walked_over(browser, tmp_path):
     section = Section("s", "S", "", (Matrix("m", "The matrix", names, counts, orders),))
     path = tmp_path / "page.html"
     path.write_text(render_page("title", "made", Headline(()), (section,)))
-    page = browser.new_page()
+    page = context.new_page()
     page.goto(path.as_uri())
     page.wait_for_selector("[data-matrix][data-drawn=yes]")
     page.locator("canvas").focus()
