@@ -180,3 +180,35 @@ def live_in(world, root, seed=0, folds=3):
         pd.concat(heads, ignore_index=True), "accuracy", dict.fromkeys(taps, world.width), folds
     )
     return board, task, directories
+
+
+# (name, world, what to advise). What would help is known from how each world is made: late taps show the classes (near) or lose
+# them (far); few images leave a linear head of many features far from its best, many do not;
+# flipped labels cannot be learned by anything.
+WORLDS = [
+    ("few images, near", World(160, 3, (0.5, 1.5, 6.0)), "head"),
+    ("few images, near", World(240, 4, (1.0, 3.0, 5.0), width=32), "head"),
+    ("few images, far", World(220, 3, (2.2, 1.2, 0.5), width=96), "collect"),
+    ("few images, far", World(300, 5, (3.0, 2.0, 0.8), width=96), "collect"),
+    ("many images, near", World(2400, 3, (0.7, 1.4, 2.2)), "fine-tune"),
+    ("many images, near", World(3000, 5, (1.0, 2.0, 2.8), width=16), "fine-tune"),
+    ("many images, far", World(2400, 3, (2.2, 1.3, 0.6)), "scratch"),
+    ("many images, far", World(2800, 4, (2.6, 1.6, 0.8), width=16), "scratch"),
+    (
+        "label noise at the Bayes error",
+        World(1200, 3, (1.0, 3.0, 8.0), width=12, flipped=0.2),
+        "head",
+    ),
+    (
+        "label noise at the Bayes error",
+        World(1000, 2, (1.0, 4.0, 8.0), width=12, flipped=0.3),
+        "head",
+    ),
+    ("a starved class", World(800, 3, (1.0, 2.0, 4.0), width=48, starved=14), "collect one"),
+    ("a starved class", World(1200, 5, (1.0, 2.0, 3.0), width=64, starved=12), "collect one"),
+]
+
+
+def advice_word(advice):
+    """The action, and whether it is about one class."""
+    return "collect one" if advice.class_name else advice.action
