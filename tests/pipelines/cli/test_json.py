@@ -29,26 +29,31 @@ def folder(tmp_path_factory):
     return folder
 
 
-def call(command, *arguments, cwd, code=0):
+def call(command, *arguments, **options):
     """What a command prints with --json, which is valid by its schema."""
+    return call_and_errors(command, *arguments, **options)[0]
+
+
+def call_and_errors(command, *arguments, cwd, code=0):
+    """The same, and what stands on the standard error."""
     done = headrace(*command.split(), *arguments, "--json", cwd=cwd)
     assert done.returncode == code, done.stderr
     output = json.loads(done.stdout)  # one object, and nothing else
     jsonschema.validate(output, schema(command))
-    return output
+    return output, done.stderr
 
 
 @pytest.fixture(scope="module")
 def run_call(folder):
-    """The dry run before, and the run itself."""
+    """The dry run before, the run itself, and what it wrote to the standard error."""
     plan = call("run --dry-run", "recipe.yaml", cwd=folder)
-    return plan, call("run", "recipe.yaml", cwd=folder)
+    return plan, *call_and_errors("run", "recipe.yaml", cwd=folder)
 
 
 @pytest.mark.slow
 def test_plan_and_run(run_call, folder):
     """The plan counts what the run then does, and the result is that of the files."""
-    plan, result = run_call
+    plan, result, _ = run_call
     assert plan["heads_new"] == plan["heads_total"] == HEADS
     assert (plan["images"], plan["images_new"], plan["folds"]) == (60, 60, 3)
     assert plan["counts"]["found"] == plan["counts"]["train"] + plan["counts"]["test"] == 60
@@ -274,17 +279,18 @@ def test_the_schema_of_recipes(folder):
 
 
 @pytest.mark.slow
-def test_progress_goes_to_the_standard_error(folder):
+def test_progress_goes_to_the_standard_error(run_call, folder):
     """Lines with the time, or JSON when asked; nothing when quiet; tasks when verbose."""
-    arguments = ("run", "recipe.yaml", "--set", "heads.mlp=null", "--set")
-    timed = headrace(*arguments, "task.seed=1", cwd=folder)
-    assert re.search(r"^\d\d:\d\d:\d\d train 24/24 heads", timed.stderr, re.MULTILINE)
-    assert "24/24" not in timed.stdout
+    # By `call`, the standard output is one object.
+    assert re.search(rf"^\d\d:\d\d:\d\d train {HEADS}/{HEADS} heads", run_call[2], re.MULTILINE)
+    assert "finished" not in run_call[2]
+    arguments = ("run", "recipe.yaml", "--set", "heads.mlp=null", "--set", "heads.logistic.C=[1]")
+    arguments += ("--set", "compute.workers=1", "--set")
     lines = headrace(*arguments, "task.seed=2", "--progress", "json", cwd=folder).stderr
     assert json.loads(lines.splitlines()[-1]) | {"per_s": 0, "left_s": 0} == {
         "stage": "train",
-        "done": 24,
-        "total": 24,
+        "done": 12,
+        "total": 12,
         "unit": "heads",
         "failed": 0,
         "per_s": 0,
