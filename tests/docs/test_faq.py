@@ -5,7 +5,6 @@ its section says.
 import inspect
 import re
 import shutil
-import subprocess
 import sys
 import urllib.error
 from pathlib import Path
@@ -343,9 +342,7 @@ def test_a_script_without_its_main_line_is_told_so(home):
         'network = BackboneSpec("torchvision:resnet18", weights="random:0", image_size=32)\n'
         'extract_features("photos", network, taps=["layer1.avg"], workers=1)\n'
     )
-    done = subprocess.run(
-        [sys.executable, "script.py"], capture_output=True, text=True, timeout=300
-    )
+    done = headrace(cwd=home, script=home / "script.py")
     assert done.returncode == 1
     assert quoted("This script starts worker processes") in words(done.stderr)
     assert done.stderr.count("Traceback") == 1  # no worker was started

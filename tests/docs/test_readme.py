@@ -74,9 +74,7 @@ def test_its_python_runs_as_written(folder):
     for number, block in enumerate(blocks("python")):
         script = folder / f"block{number}.py"
         script.write_text(block)
-        done = subprocess.run(
-            [sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=300
-        )
+        done = runs.headrace(cwd=folder, script=script)
         assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
         assert done.stdout
 

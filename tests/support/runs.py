@@ -48,15 +48,17 @@ def make_photos(folder, n=60, seed=0):
         Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
 
 
-def headrace(*arguments, cwd, timeout=300, env=None, first="", text=True):
+def headrace(*arguments, cwd, timeout=300, env=None, first="", script="", text=True):
     """The command line as a user calls it, in a process of its own that had everything imported
     (forks.py).
 
-    first: Python that is run in it before.
+    first: Python that is run in it before. script: a Python file that is run instead.
     """
     mode = "w+" if text else "w+b"
     with tempfile.TemporaryFile(mode) as out, tempfile.TemporaryFile(mode) as errors:
-        call = forks.start(arguments, cwd=cwd, stdout=out, stderr=errors, env=env, first=first)
+        call = forks.start(
+            arguments, cwd=cwd, stdout=out, stderr=errors, env=env, first=first, script=script
+        )
         try:
             call.wait(timeout)
         except BaseException:
