@@ -80,11 +80,14 @@ def photograph(report: Path, folder: Path) -> None:
             page.wait_for_selector("html[data-ready=yes]", state="attached")
             page.evaluate(_WITHOUT_TIMES)
             if name == "map":
-                page.locator("#map").scroll_into_view_if_needed()
-                page.evaluate("document.querySelector('#map').scrollIntoView()")
+                # At once: while the page still scrolls, a box is not where the mouse will be.
+                page.evaluate(
+                    "document.querySelector('#map').scrollIntoView({ behavior: 'instant' })"
+                )
+                page.wait_for_selector("[data-map][data-drawn=yes]")
                 canvas = page.locator("#map canvas").first.bounding_box()
                 centre_x = canvas["x"] + 0.66 * canvas["width"]
-                centre_y = canvas["y"] + 0.6 * canvas["height"]
+                centre_y = canvas["y"] + 0.7 * canvas["height"]
                 page.mouse.move(centre_x + 90, centre_y)
                 page.mouse.down()
                 for step in range(1, 33):

@@ -11,6 +11,7 @@ import time
 
 import pandas as pd
 import pytest
+from support import forks
 from support.runs import headrace
 
 from headrace.cache.feature_set import list_feature_sets
@@ -40,16 +41,18 @@ def test_the_demo_survives_kills_and_beats_the_published_svm(tmp_path):
     command = [sys.executable, "-m", "headrace.pipelines", "demo"]
     for interrupt, after in ((signal.SIGKILL, 1), (signal.SIGINT, 6)):
         log = tmp_path / "stderr.txt"
-        with log.open("w") as stderr:
-            process = subprocess.Popen(
-                command,
-                cwd=tmp_path,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,
-                # a shell's background job ignores Ctrl-C, and so would all that it starts
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
+        with log.open("w") as stderr, open(os.devnull, "w") as stdout:
+            files = {"cwd": tmp_path, "stdout": stdout, "stderr": stderr}
+            if interrupt == signal.SIGKILL:
+                process = forks.start(["demo"], **files)
+            else:
+                process = subprocess.Popen(
+                    command,
+                    **files,
+                    start_new_session=True,
+                    # a shell's background job ignores Ctrl-C, and so would all that it starts
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )
         shards = tmp_path / "headrace-demo" / "headrace-cache"
         waiting = time.monotonic()
         while len(list(shards.rglob("*.h5"))) < 6 * after and time.monotonic() - waiting < 240:

