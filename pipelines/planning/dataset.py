@@ -27,6 +27,7 @@ from headrace.pipelines.planning.sides import (
     assign_folds,
     check_classes,
     check_folds,
+    check_metric_in_folds,
     copies_across_sides,
     joined_by,
 )
@@ -177,6 +178,7 @@ def make_dataset(
     if section.kind == "single":
         notes += check_classes(classes, target, fold_of_row, section.metric)
     check_folds(fold_of_row, target if section.kind == "single" else None)
+    check_metric_in_folds(fold_of_row, target, check_metric(section), section)
     side, side_notes = make_side_columns(labelled_samples, target, fold_of_row != TEST, section)
     notes += side_notes
     task = Task(

@@ -361,6 +361,39 @@ def check_folds(fold_of_row: npt.NDArray[np.int16], target: Index | None) -> Non
             )
 
 
+def check_metric_in_folds(
+    fold_of_row: npt.NDArray[np.int16], target: Array, metric: str, section: TaskSection
+) -> None:
+    """Raise DataError for a metric that is undefined in a fold: no head could win.
+
+    An area under a curve needs positives and negatives, an average precision positives.
+    """
+    undefined = [
+        fold_number
+        for fold_number in range(int(fold_of_row.max()) + 1)
+        if len(in_fold := target[fold_of_row == fold_number])
+        and (
+            (metric == "auc" and (in_fold == in_fold[:1]).all())
+            or (metric == "average_precision" and not in_fold.any())
+        )
+    ]
+    if not undefined:
+        return
+    cures = "another metric (task.metric: log_loss)"
+    n_defined = section.folds - len(undefined)
+    if section.split is None and section.fold is None and n_defined >= 2:
+        cures = f"fewer folds (task.folds: {n_defined}) or {cures}"
+    what = (
+        "only one class"
+        if section.kind == "single"
+        else "no label that some images have and others lack"
+    )
+    raise DataError(
+        f"validation fold {undefined[0]} has {what}, so that {metric} is undefined there and no "
+        f"head could be chosen by it. Take {cures}"
+    )
+
+
 def check_classes(
     classes: tuple[str, ...], target: Array, fold_of_row: npt.NDArray[np.int16], metric: str | None
 ) -> list[str]:

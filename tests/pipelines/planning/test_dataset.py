@@ -280,6 +280,17 @@ def test_rows_that_a_feature_set_lost_are_left_out_for_all_heads():
             "infinite in 1 row",
         ),
         ({"label": [1, "1"] * 40}, {}, "one class only, '1'"),
+        (
+            {"label": ["ill"] * 4 + ["well"] * 76},
+            {"metric": "auc", "test_fraction": 0, "folds": 6},
+            "fold 4 has only one class, so that auc is undefined there and no head could be chosen "
+            "by it. Take fewer folds (task.folds: 4) or another metric (task.metric: log_loss)",
+        ),
+        (
+            {"split": ["val"] * 9 + ["train"] * 71, "a": [0] * 9 + [1, 0] * 35 + [1]},
+            {"kind": "multi", "target": ["a"], "split": "split"},
+            "average_precision is undefined there and no head could be chosen by it. Take another",
+        ),
     ],
 )
 def test_splits_and_targets_that_cannot_work_are_refused_before_anything_is_extracted(
