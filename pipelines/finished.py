@@ -231,6 +231,11 @@ class FinishedRun:
             return accounting_from_json(read_record(self.paths.accounting))
         except FileNotFoundError:
             return None
+        except (KeyError, TypeError) as error:
+            raise RunDamaged(
+                f"{self.paths.accounting} has other fields than this version of headrace writes: "
+                f"{error}. {RUN_AGAIN}"
+            ) from error
 
     @cached_property
     def test_evaluations(self) -> Sequence[Mapping[str, Any]]:

@@ -39,9 +39,11 @@ def report_command(
         ),
     ] = False,
     pictures: Annotated[
-        int,
-        typer.Option(help="How many images of the map have a picture; about 1.5 kB each.", min=0),
-    ] = 3000,
+        int | None,
+        typer.Option(
+            help="How many images of the map have a picture, of about 1.5 kB; default: 3000.", min=0
+        ),
+    ] = None,
     watts: Annotated[
         float | None,
         typer.Option(
@@ -57,21 +59,30 @@ def report_command(
 
     Example: headrace report recipe.yaml --tables
     """
-    from headrace.pipelines.number_format import bytes_text
-    from headrace.pipelines.report.build import write_report
-    from headrace.pipelines.report.compare import write_comparison
-
     if len(runs) > 2:
         raise typer.BadParameter(
             f"{len(runs)} runs are given: expected one, or two to compare. Type: headrace report "
             f"{runs[0]} {runs[1]}"
         )
+    if len(runs) == 2 and (watts, pictures) != (None, None):
+        raise typer.BadParameter(
+            "two runs are given, and --watts and --pictures are for the page of one. Leave them out"
+        )
+    from headrace.pipelines.number_format import bytes_text
+    from headrace.pipelines.report.build import MAX_PICTURES, write_report
+    from headrace.pipelines.report.compare import write_comparison
+
     trusted = trust_code or ()
     if len(runs) == 2:
         report = write_comparison(runs[0], runs[1], out, tables=tables, trust_code=trusted)
     else:
         report = write_report(
-            runs[0], out, tables=tables, watts=watts, pictures=pictures, trust_code=trusted
+            runs[0],
+            out,
+            tables=tables,
+            watts=watts,
+            pictures=MAX_PICTURES if pictures is None else pictures,
+            trust_code=trusted,
         )
     if json_output:
         print_json("report", **vars(report))
@@ -86,7 +97,7 @@ def report_command(
         )
     if report.missing_images:
         lines.append(
-            f"note: {count_text(report.missing_images, 'image is', 'images are')} gone or have "
-            "changed since the run, and have no picture"
+            f"note: {count_text(report.missing_images, 'image is', 'images are')} gone or changed "
+            "since the run, without a picture"
         )
     make_console().print("\n".join(lines), soft_wrap=True)

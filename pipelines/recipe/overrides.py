@@ -49,10 +49,10 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[Override]) -> di
             section_name = ".".join(map(str, override.keys[:depth])) or "the recipe"
             if isinstance(section, list):
                 if not isinstance(key, int) or key >= len(section):
+                    expected = f"the number of an item, from 0 to {len(section) - 1}"
                     raise RecipeError(
                         f"--set {override.text}: {section_name} is a list of {len(section)}; "
-                        f"expected the number of an item, from 0 to {len(section) - 1}, found "
-                        f"{key!r}"
+                        f"expected {expected if section else 'a whole list, [...]'}, found {key!r}"
                     )
             elif not isinstance(section, dict):
                 raise RecipeError(

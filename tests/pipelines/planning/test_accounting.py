@@ -19,13 +19,14 @@ from headrace.extract.sources.read import read_source
 from headrace.pipelines.cli.init import write_recipe
 from headrace.pipelines.cli.main import app
 from headrace.pipelines.errors import InvalidInput
+from headrace.pipelines.finished import FinishedRun
 from headrace.pipelines.paths import RunPaths
 from headrace.pipelines.planning.accounting import Accounting, accounting_from_json
 from headrace.pipelines.planning.dataset import list_samples
 from headrace.pipelines.planning.run_state import read_run_state
 from headrace.pipelines.predict.listing import list_images
 from headrace.pipelines.recipe.load import load_recipe
-from headrace.pipelines.records import read_record
+from headrace.pipelines.records import RunDamaged, read_record, write_record
 from headrace.pipelines.report.build import write_report
 
 SMALL = """
@@ -107,6 +108,15 @@ def test_every_command_counts_the_same(photos, tmp_path):
     output = command("predict", recipe, photos, "--out", "p.csv")
     assert "left out: 1 .nef file (camera raw" in output
     assert len(pd.read_csv("p.csv")) == 42
+
+
+def test_counts_of_another_version_are_named(tmp_path):
+    """As what a run writes again, not as a missing key."""
+    paths = RunPaths(tmp_path)
+    write_record(paths.accounting, {"found": 3, "left_out": []})
+    run = FinishedRun(paths, None, "accuracy", pd.DataFrame(), pd.DataFrame())
+    with pytest.raises(RunDamaged, match=r"other fields .* `headrace run RECIPE` writes it again"):
+        run.accounting  # noqa: B018 (reads it)
 
 
 def make_sources(root: Path) -> dict[str, Path]:

@@ -62,3 +62,9 @@ def test_mistakes_are_told_with_the_setting(setting, message):
     with pytest.raises(RecipeError) as raised:
         load(setting)
     assert message in str(raised.value)
+
+
+def test_an_empty_list_has_no_number_to_type():
+    """But it can be set as a whole."""
+    with pytest.raises(RecipeError, match="backbones is a list of 0; expected a whole list"):
+        load("backbones=[]", "backbones.0.taps=auto")

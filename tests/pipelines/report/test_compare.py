@@ -9,8 +9,10 @@ import pytest
 from rich.console import Console
 from support.reports import HOSTILE, RECIPE
 from support.runs import headrace
+from typer.testing import CliRunner
 
 from headrace.heads.evaluate.metrics import score
+from headrace.pipelines.cli.main import app
 from headrace.pipelines.errors import InvalidInput
 from headrace.pipelines.finished import read_finished_run
 from headrace.pipelines.recipe.load import load_recipe
@@ -126,6 +128,15 @@ def test_other_tasks_are_refused():
         require_same_task(run("single", "a", "b"), run("single", "a", "c"))
     with pytest.raises(InvalidInput, match="a single task and r a multi one"):
         require_same_task(run("single", "a", "b"), run("multi", "a", "b"))
+
+
+def test_options_of_one_page_are_refused_for_two_runs():
+    """They would be without effect."""
+    for option in ("--watts", "--pictures"):
+        arguments = ["report", "a.yaml", "b.yaml", option, "9"]
+        done = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+        assert done.exit_code == 2
+        assert "are for the page of one" in done.output
 
 
 def test_three_runs_and_runs_without_a_common_image_are_refused(runs, tmp_path, monkeypatch):
